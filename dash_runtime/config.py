@@ -1,0 +1,269 @@
+"""Frozen descriptions of a request and of the engine, validated when they are made.
+
+Imports no torch: the server process builds these from protobuf messages, and msgspec carries them to
+the worker, which validates again by constructing them.
+"""
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from dash_runtime.actions import Action
+from dash_runtime.errors import ConfigError, InvalidRequest
+
+MAX_LOGPROBS = 20
+
+
+class Mode(StrEnum):
+    """How the actions of a request are chosen."""
+
+    FULL_DEPTH = "full_depth"
+    ADAPTIVE = "adaptive"
+    EXACT = "exact"
+    FIXED = "fixed"
+
+
+class LaneKind(StrEnum):
+    """Where the policy runs."""
+
+    INLINE = "inline"
+    THREAD = "thread"
+    CUDA_STREAM = "cuda_stream"
+
+
+def _require_range(
+    field_name: str, value: float, low: float, high: float, *, low_open: bool = False
+) -> None:
+    inside = math.isfinite(value) and (low < value if low_open else low <= value) and value <= high
+    if not inside:
+        bracket = "(" if low_open else "["
+        raise InvalidRequest(field_name, f"must be in {bracket}{low:g}, {high:g}], got {value:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParameters:
+    """How a token is drawn from the logits. The defaults are greedy.
+
+    Raises:
+        InvalidRequest: a value is out of range or not finite.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_range("sampling.temperature", self.temperature, 0, 100)
+        if self.top_k < 0:
+            raise InvalidRequest("sampling.top_k", f"must be 0 (all) or more, got {self.top_k}")
+        _require_range("sampling.top_p", self.top_p, 0, 1, low_open=True)
+        _require_range("sampling.min_p", self.min_p, 0, 1)
+        _require_range("sampling.repetition_penalty", self.repetition_penalty, 0, 100, low_open=True)
+        _require_range("sampling.presence_penalty", self.presence_penalty, -100, 100)
+        _require_range("sampling.frequency_penalty", self.frequency_penalty, -100, 100)
+        for token_id, bias in self.logit_bias.items():
+            _require_range(f"sampling.logit_bias[{token_id}]", bias, -100, 100)
+
+
+@dataclass(frozen=True, slots=True)
+class StoppingParameters:
+    """When to stop, in token ids; stop strings are the server's business.
+
+    Raises:
+        InvalidRequest: max_new_tokens is below 1.
+    """
+
+    max_new_tokens: int
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InvalidRequest("stopping.max_new_tokens", f"must be at least 1, got {self.max_new_tokens}")
+
+
+@dataclass(frozen=True, slots=True)
+class SkipOptions:
+    """Which layers to skip, and by whose decision.
+
+    Raises:
+        InvalidRequest: a value is out of range, or an option does not belong to the mode.
+    """
+
+    mode: Mode = Mode.FULL_DEPTH
+    compute_budget: float | None = None
+    policy_name: str | None = None
+    fixed_action: Action | None = None
+    draft_length: int | None = None
+
+    def __post_init__(self) -> None:
+        has_policy = self.mode in (Mode.ADAPTIVE, Mode.EXACT)
+        if self.compute_budget is not None:
+            _require_range("skip.compute_budget", self.compute_budget, 0, 1, low_open=True)
+        for name, value, belongs in (
+            ("compute_budget", self.compute_budget, has_policy),
+            ("policy_name", self.policy_name, has_policy),
+            ("fixed_action", self.fixed_action, self.mode is Mode.FIXED),
+            ("draft_length", self.draft_length, self.mode is Mode.EXACT),
+        ):
+            if value is not None and not belongs:
+                raise InvalidRequest(f"skip.{name}", f"does not apply to mode {self.mode.name}")
+        if self.mode is Mode.FIXED and self.fixed_action is None:
+            raise InvalidRequest("skip.fixed_action", "is required in mode FIXED")
+        if self.draft_length is not None and self.draft_length < 1:
+            raise InvalidRequest("skip.draft_length", f"must be at least 1, got {self.draft_length}")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One sequence to generate, in token ids.
+
+    Raises:
+        InvalidRequest: the prompt is empty, or `logprobs` is out of range.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    stopping: StoppingParameters
+    sampling: SamplingParameters = field(default_factory=SamplingParameters)
+    skip: SkipOptions = field(default_factory=SkipOptions)
+    logprobs: int | None = None
+    return_decisions: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.prompt_token_ids:
+            raise InvalidRequest("prompt", "must not be empty")
+        if self.logprobs is not None:
+            _require_range("output.logprobs", self.logprobs, 0, MAX_LOGPROBS)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What requests are validated against: the same facts in the server and in the engine."""
+
+    name: str
+    architecture: str
+    num_layers: int
+    vocab_size: int
+    context_length: int
+    cache_tokens: int
+    num_slots: int
+    eos_token_ids: frozenset[int]
+    actions: tuple[Action, ...]
+    policies: tuple["PolicyFacts", ...]
+    """The first is the default."""
+    device: str
+
+    def validate(self, request: GenerationRequest) -> None:
+        """Checks what depends on the model.
+
+        Raises:
+            InvalidRequest: naming the field.
+        """
+        for position, token_id in enumerate(request.prompt_token_ids):
+            if not 0 <= token_id < self.vocab_size:
+                raise InvalidRequest(
+                    f"token_ids[{position}]", f"{token_id} is outside the vocabulary of {self.vocab_size}"
+                )
+        for name, ids in (
+            ("stopping.stop_token_ids", request.stopping.stop_token_ids),
+            ("sampling.logit_bias", request.sampling.logit_bias),
+        ):
+            for token_id in ids:
+                if not 0 <= token_id < self.vocab_size:
+                    raise InvalidRequest(name, f"{token_id} is outside the vocabulary of {self.vocab_size}")
+        self._validate_length(len(request.prompt_token_ids), request.stopping.max_new_tokens)
+        self._validate_skip(request.skip)
+
+    def _validate_length(self, prompt: int, max_new_tokens: int) -> None:
+        room = min(self.context_length, self.cache_tokens)
+        limit = "context length" if room == self.context_length else "key-value cache"
+        if prompt >= room:
+            raise InvalidRequest("prompt", f"has {prompt} tokens, but the {limit} is {room} with the output")
+        if prompt + max_new_tokens > room:
+            raise InvalidRequest(
+                "stopping.max_new_tokens",
+                f"{max_new_tokens} after a prompt of {prompt} tokens exceeds the {limit} of {room}",
+            )
+
+    def _validate_skip(self, skip: SkipOptions) -> None:
+        if skip.mode is Mode.EXACT:
+            raise InvalidRequest("skip.mode", "EXACT is not available; use FULL_DEPTH, ADAPTIVE or FIXED")
+        if skip.fixed_action is not None and skip.fixed_action not in self.actions:
+            supported = ", ".join(action.name for action in self.actions)
+            raise InvalidRequest(
+                "skip.fixed_action", f"{skip.fixed_action.name} has no kernel here; supported: {supported}"
+            )
+        if skip.mode is not Mode.ADAPTIVE:
+            return
+        policy = self.policy(skip.policy_name)
+        if skip.compute_budget is not None and skip.compute_budget < policy.lowest_budget:
+            raise InvalidRequest(
+                "skip.compute_budget",
+                f"{skip.compute_budget:g} is below {policy.lowest_budget:.3f}, "
+                f"the lowest that policy {policy.name!r} can keep",
+            )
+
+    def policy(self, name: str | None) -> "PolicyFacts":
+        """The policy called `name`, or the default one.
+
+        Raises:
+            InvalidRequest: no policy is called that.
+        """
+        if name is None:
+            return self.policies[0]
+        for policy in self.policies:
+            if policy.name == name:
+                return policy
+        known = ", ".join(policy.name for policy in self.policies)
+        raise InvalidRequest("skip.policy_name", f"no policy is called {name!r}; known: {known}")
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyFacts:
+    """What a caller may know of a policy."""
+
+    name: str
+    note: str
+    learned: bool
+    lookahead: int
+    pinned_layers: tuple[int, ...]
+    action_costs: dict[Action, float]
+    """Cost of each action as a share of one full layer."""
+    lowest_budget: float
+    compensation: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Sizes and choices of one engine.
+
+    `cache_tokens` is shared by all sequences; `context_length` bounds each one (None: the model's own
+    limit); `prefill_chunk_tokens` bounds how long a prompt may hold up the others' next token.
+
+    Raises:
+        ConfigError: naming the value.
+    """
+
+    num_slots: int = 16
+    cache_tokens: int = 8192
+    context_length: int | None = None
+    prefill_chunk_tokens: int = 256
+    default_compute_budget: float = 0.8
+    lane: LaneKind | None = None
+    """None: the device's default."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_slots", "cache_tokens", "prefill_chunk_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, f"must be at least 1, got {getattr(self, name)}")
+        if self.context_length is not None and self.context_length < 2:
+            raise ConfigError("context_length", f"must be at least 2, got {self.context_length}")
+        if not 0 < self.default_compute_budget <= 1:
+            raise ConfigError("default_compute_budget", f"must be in (0, 1], got {self.default_compute_budget}")

@@ -1,0 +1,94 @@
+from dash_api.v1 import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class GetModelRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetModelResponse(_message.Message):
+    __slots__ = ("name", "architecture", "layer_count", "vocabulary_size", "context_length", "max_new_tokens_limit", "default_max_new_tokens", "cache_tokens", "slot_count", "actions", "modes", "default_mode", "policy_names", "default_policy_name", "device")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
+    LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
+    VOCABULARY_SIZE_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    MAX_NEW_TOKENS_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_MAX_NEW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SLOT_COUNT_FIELD_NUMBER: _ClassVar[int]
+    ACTIONS_FIELD_NUMBER: _ClassVar[int]
+    MODES_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_MODE_FIELD_NUMBER: _ClassVar[int]
+    POLICY_NAMES_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_POLICY_NAME_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    architecture: str
+    layer_count: int
+    vocabulary_size: int
+    context_length: int
+    max_new_tokens_limit: int
+    default_max_new_tokens: int
+    cache_tokens: int
+    slot_count: int
+    actions: _containers.RepeatedScalarFieldContainer[_common_pb2.Action]
+    modes: _containers.RepeatedScalarFieldContainer[_common_pb2.Mode]
+    default_mode: _common_pb2.Mode
+    policy_names: _containers.RepeatedScalarFieldContainer[str]
+    default_policy_name: str
+    device: str
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., layer_count: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., context_length: _Optional[int] = ..., max_new_tokens_limit: _Optional[int] = ..., default_max_new_tokens: _Optional[int] = ..., cache_tokens: _Optional[int] = ..., slot_count: _Optional[int] = ..., actions: _Optional[_Iterable[_Union[_common_pb2.Action, str]]] = ..., modes: _Optional[_Iterable[_Union[_common_pb2.Mode, str]]] = ..., default_mode: _Optional[_Union[_common_pb2.Mode, str]] = ..., policy_names: _Optional[_Iterable[str]] = ..., default_policy_name: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
+
+class GetPolicyRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class GetPolicyResponse(_message.Message):
+    __slots__ = ("name", "note", "learned", "lookahead", "pinned_layers", "action_costs", "lowest_budget", "compensation")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
+    LEARNED_FIELD_NUMBER: _ClassVar[int]
+    LOOKAHEAD_FIELD_NUMBER: _ClassVar[int]
+    PINNED_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    ACTION_COSTS_FIELD_NUMBER: _ClassVar[int]
+    LOWEST_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    COMPENSATION_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    note: str
+    learned: bool
+    lookahead: int
+    pinned_layers: _containers.RepeatedScalarFieldContainer[int]
+    action_costs: _containers.RepeatedCompositeFieldContainer[ActionCost]
+    lowest_budget: float
+    compensation: str
+    def __init__(self, name: _Optional[str] = ..., note: _Optional[str] = ..., learned: bool = ..., lookahead: _Optional[int] = ..., pinned_layers: _Optional[_Iterable[int]] = ..., action_costs: _Optional[_Iterable[_Union[ActionCost, _Mapping]]] = ..., lowest_budget: _Optional[float] = ..., compensation: _Optional[str] = ...) -> None: ...
+
+class ActionCost(_message.Message):
+    __slots__ = ("action", "cost")
+    ACTION_FIELD_NUMBER: _ClassVar[int]
+    COST_FIELD_NUMBER: _ClassVar[int]
+    action: _common_pb2.Action
+    cost: float
+    def __init__(self, action: _Optional[_Union[_common_pb2.Action, str]] = ..., cost: _Optional[float] = ...) -> None: ...
+
+class TokenizeRequest(_message.Message):
+    __slots__ = ("text", "chat")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    chat: _common_pb2.ChatPrompt
+    def __init__(self, text: _Optional[str] = ..., chat: _Optional[_Union[_common_pb2.ChatPrompt, _Mapping]] = ...) -> None: ...
+
+class TokenizeResponse(_message.Message):
+    __slots__ = ("token_ids",)
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...

@@ -1,0 +1,1 @@
+"""The gRPC server: owns text, requests and the worker process; knows no tensors."""

@@ -1,0 +1,170 @@
+"""What the server and its worker say to each other, and how it is framed.
+
+A frame is a 4-byte big-endian length and a msgpack body. Both ends are ours and of one version, so
+the messages are free to change; nothing is ever pickled. Knows no gRPC and no torch.
+"""
+
+import struct
+from typing import Annotated
+
+import msgspec
+
+from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts
+
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+_LENGTH = struct.Struct(">I")
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, tag=True):
+    """First message to a worker: what to load. Sent over the socket, so that it is not in `/proc`."""
+
+    model: str
+    """`embedded`, a folder, a GGUF file or a hub id."""
+    revision: str | None
+    device: str
+    """`auto`, `cpu`, `cuda`, `cuda:1`, …"""
+    precision: str
+    """Of the FULL action: `bfloat16` or `float32`."""
+    num_threads: int | None
+    policy_file: str | None
+    cache_folder: str
+    engine: EngineConfig
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    """Queue this request."""
+
+    request: GenerationRequest
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Forget this request wherever it is; nothing more is said about it. Unknown ids are ignored."""
+
+    request_id: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Exit now."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The model is loaded and warmed up."""
+
+    facts: ModelFacts
+    model_folder: str
+    """Where tokenizer.json and the chat template are."""
+    load_seconds: float
+
+
+class StartupFailed(msgspec.Struct, frozen=True, tag=True):
+    """The worker cannot serve, for a reason the user can act on; it exits after this."""
+
+    description: str
+
+
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities at one position, in nats; `top` is best first."""
+
+    chosen: float
+    top: list[tuple[int, float]]
+
+
+class Granted(msgspec.Struct, frozen=True, tag=True):
+    """The request has its slot."""
+
+    request_id: str
+    policy: str
+    compute_budget: float | None
+    queue_seconds: float
+
+
+class Tokens(msgspec.Struct, frozen=True, tag=True):
+    """New tokens of one request."""
+
+    request_id: str
+    token_ids: list[int]
+    actions: bytes = b""
+    """If asked for, one byte per layer and token."""
+    logprobs: list[Logprobs] | None = None
+
+
+class Finished(msgspec.Struct, frozen=True, tag=True):
+    """The request is over and its slot is free."""
+
+    request_id: str
+    reason: str
+    """`end_of_sequence`, `stop_token` or `length`."""
+    prefill_seconds: float
+    decode_seconds: float
+    output_token_count: int
+    decode_token_count: int
+    action_counts: dict[int, int]
+    """By Action's number."""
+    mean_cost: float
+    exposed_policy_seconds: float
+    """Mean per decode token."""
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The request is wrong; the server should have seen it, and says so to the caller now."""
+
+    request_id: str
+    field: str
+    description: str
+
+
+Event = Granted | Tokens | Finished | Refused
+
+
+class StepEvents(msgspec.Struct, frozen=True, tag=True):
+    """All that one engine step has to say, in one message."""
+
+    events: list[Event]
+
+
+ToWorker = WorkerConfig | Submit | Cancel | Shutdown
+FromWorker = Ready | StartupFailed | StepEvents
+
+_encoder = msgspec.msgpack.Encoder()
+_to_worker = msgspec.msgpack.Decoder(ToWorker)
+_from_worker = msgspec.msgpack.Decoder(FromWorker)
+
+
+def encode_frame(message: Annotated[object, "ToWorker or FromWorker"]) -> bytes:
+    """The message with its length in front."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+class FrameReader:
+    """Cuts a byte stream into frames. Raises ValueError for a frame over MAX_FRAME_BYTES."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The bodies completed by `data`, in order."""
+        self._buffer += data
+        bodies: list[bytes] = []
+        start = 0
+        while len(self._buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._buffer, start)
+            if length > MAX_FRAME_BYTES:
+                raise ValueError(f"a frame of {length} bytes exceeds the limit of {MAX_FRAME_BYTES}")
+            end = start + _LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            bodies.append(bytes(self._buffer[start + _LENGTH.size : end]))
+            start = end
+        del self._buffer[:start]
+        return bodies
+
+
+def decode_to_worker(body: bytes) -> ToWorker:
+    """Raises msgspec.ValidationError, or what the message's own validation raises."""
+    return _to_worker.decode(body)
+
+
+def decode_from_worker(body: bytes) -> FromWorker:
+    """Raises msgspec.ValidationError."""
+    return _from_worker.decode(body)
