@@ -23,6 +23,9 @@ class Mode(StrEnum):
     FIXED = "fixed"
 
 
+AVAILABLE_MODES = (Mode.FULL_DEPTH, Mode.ADAPTIVE, Mode.FIXED)
+
+
 class LaneKind(StrEnum):
     """Where the policy runs."""
 
@@ -31,9 +34,7 @@ class LaneKind(StrEnum):
     CUDA_STREAM = "cuda_stream"
 
 
-def _require_range(
-    field_name: str, value: float, low: float, high: float, *, low_open: bool = False
-) -> None:
+def _require_range(field_name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
     inside = math.isfinite(value) and (low < value if low_open else low <= value) and value <= high
     if not inside:
         bracket = "(" if low_open else "["
@@ -166,6 +167,7 @@ class ModelFacts:
         Raises:
             InvalidRequest: naming the field.
         """
+        self._validate_length(len(request.prompt_token_ids), request.stopping.max_new_tokens)
         for position, token_id in enumerate(request.prompt_token_ids):
             if not 0 <= token_id < self.vocab_size:
                 raise InvalidRequest(
@@ -178,7 +180,6 @@ class ModelFacts:
             for token_id in ids:
                 if not 0 <= token_id < self.vocab_size:
                     raise InvalidRequest(name, f"{token_id} is outside the vocabulary of {self.vocab_size}")
-        self._validate_length(len(request.prompt_token_ids), request.stopping.max_new_tokens)
         self._validate_skip(request.skip)
 
     def _validate_length(self, prompt: int, max_new_tokens: int) -> None:
@@ -193,8 +194,9 @@ class ModelFacts:
             )
 
     def _validate_skip(self, skip: SkipOptions) -> None:
-        if skip.mode is Mode.EXACT:
-            raise InvalidRequest("skip.mode", "EXACT is not available; use FULL_DEPTH, ADAPTIVE or FIXED")
+        if skip.mode not in AVAILABLE_MODES:
+            available = ", ".join(mode.name for mode in AVAILABLE_MODES)
+            raise InvalidRequest("skip.mode", f"{skip.mode.name} is not available; use one of {available}")
         if skip.fixed_action is not None and skip.fixed_action not in self.actions:
             supported = ", ".join(action.name for action in self.actions)
             raise InvalidRequest(

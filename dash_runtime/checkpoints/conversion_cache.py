@@ -1,0 +1,125 @@
+"""Keeps converted models: each is made once, completely or not at all, by one process at a time.
+
+A conversion is written into a folder beside its target, which is renamed when everything is on disk. A lock
+file, which the kernel releases when its holder dies, keeps a second process waiting; whoever holds it may
+delete what an interrupted conversion left. Knows nothing of GGUF.
+"""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dash_runtime.checkpoints.manifest import find_damage, read_manifest, write_manifest
+from dash_runtime.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionSource:
+    """What is to be converted. `locate` finds the file, and may raise; it is not called on a warm start."""
+
+    name: str
+    identity: str
+    """Differs whenever the file's contents do."""
+    folder_name: str
+    locate: Callable[[], Path]
+
+
+def cached_conversion(
+    source: ConversionSource, cache_folder: Path, convert: Callable[[Path, Path], None], progress: Progress
+) -> Path:
+    """The folder with `source` converted, made by `convert(file, folder)` if it is not there or damaged.
+
+    Raises:
+        CheckpointNotFound: there is nothing to convert.
+        CorruptCheckpoint: the converted folder is damaged and there is nothing to convert it from.
+        CheckpointError: the cache folder cannot be written, or `convert` raised it.
+    """
+    target = cache_folder / source.folder_name
+    try:
+        return _cached_or_converted(source, target, convert, progress)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"{source.name} cannot be converted into {target}: {reason}.") from None
+
+
+def _cached_or_converted(
+    source: ConversionSource, target: Path, convert: Callable[[Path, Path], None], progress: Progress
+) -> Path:
+    damage = _damage(target, source)
+    if damage is None:
+        return target
+    try:
+        file = source.locate()
+    except CheckpointNotFound as error:
+        if not target.exists():
+            raise
+        raise CorruptCheckpoint(f"{damage}; delete the folder {target} ({error})") from None
+    with _locked(target):
+        damage = _damage(target, source)
+        if damage is None:  # another process was faster
+            return target
+        if target.exists():
+            progress(f"{damage}; converting {file.name} again.")
+        else:
+            progress(f"Converting {file.name} into {target}, once.")
+        _replace(target, source, lambda folder: convert(file, folder))
+    return target
+
+
+def _damage(target: Path, source: ConversionSource) -> str | None:
+    """Why `target` cannot be used as it is, or None."""
+    try:
+        manifest = read_manifest(target)
+    except CorruptCheckpoint as error:
+        return str(error).rstrip(".")
+    if manifest is None or manifest.source != source.identity:
+        return f"{target} is no complete conversion of {source.name}"
+    return find_damage(target, manifest)
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _replace(target: Path, source: ConversionSource, fill: Callable[[Path], None]) -> None:
+    """Makes `target` anew. The caller holds its lock."""
+    prefix = f".{target.name}.partial-"
+    _delete_leftovers(target.parent, prefix)
+    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+    try:
+        fill(partial)
+        write_manifest(partial, source.name, source.identity)
+        partial.chmod(0o755)  # mkdtemp's folders are private; a cache may be shared
+        for file in (*partial.iterdir(), partial):
+            _sync(file)
+        if target.exists():
+            os.rename(target, partial.with_name(f"{partial.name}-damaged"))
+        os.rename(partial, target)
+        _sync(target.parent)
+    finally:
+        _delete_leftovers(target.parent, prefix)
+
+
+def _delete_leftovers(folder: Path, prefix: str) -> None:
+    for leftover in folder.iterdir():
+        if leftover.name.startswith(prefix):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,168 @@
+"""Writes a GGUF file's architecture as the keys of a Hugging Face config.json.
+
+Knows the metadata keys of llama.cpp's converter; nothing of tensors' contents but the rotary factors, which
+that converter stores as a tensor.
+"""
+
+import math
+import struct
+from typing import Any
+
+from dash_runtime.checkpoints.gguf_file import GgufFile
+from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+"""GGUF's name -> Hugging Face's. Mistral's files say `llama`, and compute the same."""
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+# Llama 3.1's and 3.2's; a GGUF file has the resulting factors, not these.
+_LLAMA3_LOW_FREQ_FACTOR = 1.0
+_LLAMA3_HIGH_FREQ_FACTOR = 4.0
+_LLAMA3_ORIGINAL_CONTEXT = 8192
+
+
+def gguf_architecture(gguf: GgufFile) -> str:
+    """The file's `general.architecture`.
+
+    Raises:
+        UnsupportedArchitecture: it is none of `ARCHITECTURES`, a mixture of experts, or split.
+    """
+    name = gguf.require("general.architecture", str)
+    if name not in ARCHITECTURES:
+        raise UnsupportedArchitecture(
+            f"{gguf.path}: GGUF architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}."
+        )
+    if gguf.get(f"{name}.expert_count", int):
+        raise UnsupportedArchitecture(f"{gguf.path}: mixtures of experts are not supported.")
+    if (gguf.get("split.count", int) or 1) > 1:
+        raise UnsupportedArchitecture(f"{gguf.path} is one part of several; join them with llama-gguf-split.")
+    return name
+
+
+def hf_config(gguf: GgufFile) -> dict[str, Any]:
+    """The keys of config.json for the model in `gguf`.
+
+    Raises:
+        CorruptCheckpoint: the metadata is incomplete or contradicts itself.
+        UnsupportedArchitecture: there is no decoder for the architecture, or for a feature of it.
+    """
+    name = gguf_architecture(gguf)
+    hidden_size = gguf.require(f"{name}.embedding_length", int)
+    num_heads = gguf.require(f"{name}.attention.head_count", int)
+    num_layers = gguf.require(f"{name}.block_count", int)
+    if not 0 < num_layers <= len(gguf.tensors) or num_heads < 1:
+        raise CorruptCheckpoint(f"{gguf.path} is damaged: {num_layers} layers of {num_heads} heads cannot be.")
+    head_dim = gguf.get(f"{name}.attention.key_length", int) or hidden_size // num_heads
+    context_length = gguf.require(f"{name}.context_length", int)
+    _refuse_features(gguf, name, head_dim, context_length)
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[name]],
+        "model_type": name,
+        "hidden_size": hidden_size,
+        "intermediate_size": gguf.require(f"{name}.feed_forward_length", int),
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": gguf.get(f"{name}.attention.head_count_kv", int) or num_heads,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": context_length,
+        "rms_norm_eps": _decimal(gguf.require(f"{name}.attention.layer_norm_rms_epsilon", float)),
+        "vocab_size": _vocab_size(gguf),
+        "tie_word_embeddings": "output.weight" not in gguf.tensors,
+        "use_cache": True,
+        "dtype": "bfloat16",
+    }
+    if name != "qwen2":
+        config["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
+    config |= _rope(gguf, name, head_dim)
+    for key in ("bos", "eos"):
+        token_id = gguf.get(f"tokenizer.ggml.{key}_token_id", int)
+        if token_id is not None:
+            config[f"{key}_token_id"] = token_id
+    return config
+
+
+def eos_token_ids(gguf: GgufFile) -> list[int]:
+    """All tokens that end a generation: of the text, of the turn and of the message."""
+    ids = (gguf.get(f"tokenizer.ggml.{key}_token_id", int) for key in ("eos", "eot", "eom"))
+    return sorted({token_id for token_id in ids if token_id is not None})
+
+
+def _vocab_size(gguf: GgufFile) -> int:
+    embedding = gguf.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise CorruptCheckpoint(f"{gguf.path} is incomplete: it has no tensor token_embd.weight.")
+    return embedding.shape[0]
+
+
+def _refuse_features(gguf: GgufFile, name: str, head_dim: int, context_length: int) -> None:
+    if (gguf.get(f"{name}.attention.value_length", int) or head_dim) != head_dim:
+        raise UnsupportedArchitecture(f"{gguf.path}: keys and values of different sizes are not supported.")
+    if (gguf.get(f"{name}.rope.dimension_count", int) or head_dim) != head_dim:
+        raise UnsupportedArchitecture(f"{gguf.path}: partial rotary embeddings are not supported.")
+    window = gguf.get(f"{name}.attention.sliding_window", int)
+    if window and window < context_length:
+        raise UnsupportedArchitecture(
+            f"{gguf.path}: a GGUF file does not say which layers its sliding window applies to; "
+            "use the model's Hugging Face folder."
+        )
+
+
+def _rope(gguf: GgufFile, name: str, head_dim: int) -> dict[str, Any]:
+    theta = _decimal(gguf.get(f"{name}.rope.freq_base", float) or 10000.0)
+    kind = gguf.get(f"{name}.rope.scaling.type", str) or "none"
+    if kind not in ("none", "linear"):
+        raise UnsupportedArchitecture(
+            f"{gguf.path}: rotary scaling {kind!r} is not supported; supported: none, linear, llama3."
+        )
+    scaling: dict[str, Any] | None = None
+    if kind == "linear":
+        factor = _decimal(gguf.require(f"{name}.rope.scaling.factor", float))
+        scaling = {"rope_type": "linear", "factor": factor}
+    elif ROPE_FACTORS in gguf.tensors:
+        scaling = _llama3_scaling(gguf, theta, head_dim)
+    # The older pair of keys: every version of transformers, and the engines beside it, reads them.
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _llama3_scaling(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, Any] | None:
+    """The llama3 parameters whose factors are those of the file."""
+    factors = [float(value) for value in gguf.dequantize(gguf.tensors[ROPE_FACTORS]).ravel()]
+    if all(factor == 1.0 for factor in factors):
+        return None
+    factor = _decimal(max(factors))
+    expected = [_llama3_factor(theta ** (2 * i / head_dim), factor) for i in range(head_dim // 2)]
+    if len(factors) != len(expected) or any(
+        not math.isclose(found, wanted, rel_tol=1e-3) for found, wanted in zip(factors, expected, strict=True)
+    ):
+        raise UnsupportedArchitecture(
+            f"{gguf.path}: its rotary factors ({ROPE_FACTORS}) are not those of Llama 3; "
+            "use the model's Hugging Face folder."
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": _LLAMA3_LOW_FREQ_FACTOR,
+        "high_freq_factor": _LLAMA3_HIGH_FREQ_FACTOR,
+        "original_max_position_embeddings": _LLAMA3_ORIGINAL_CONTEXT,
+    }
+
+
+def _llama3_factor(inverse_frequency: float, factor: float) -> float:
+    wavelength = 2 * math.pi * inverse_frequency
+    turns = _LLAMA3_ORIGINAL_CONTEXT / wavelength
+    if turns > _LLAMA3_HIGH_FREQ_FACTOR:
+        return 1.0
+    if turns < _LLAMA3_LOW_FREQ_FACTOR:
+        return factor
+    smooth = (turns - _LLAMA3_LOW_FREQ_FACTOR) / (_LLAMA3_HIGH_FREQ_FACTOR - _LLAMA3_LOW_FREQ_FACTOR)
+    return 1 / ((1 - smooth) / factor + smooth)
+
+
+def _decimal(value: float) -> float:
+    """The short decimal that a float32 was written from: 1e-05, not 9.999999747378752e-06."""
+    short = float(f"{value:.7g}")
+    if math.isinf(value) or math.isinf(short):
+        return value
+    return short if struct.pack("<f", short) == struct.pack("<f", value) else value

@@ -1,0 +1,246 @@
+"""Reads the header of a GGUF file and hands out its raw tensor bytes.
+
+Every count, length and offset is checked against the file's size before it is used, so a damaged file
+ends in one `CorruptCheckpoint` and never in a hang or a numpy error (the `gguf` package's own reader
+trusts them, and makes a numpy array for each of a vocabulary's strings). Knows the container only:
+nothing of architectures, tensor names or tokenizers.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MAGIC = b"GGUF"
+SUPPORTED_VERSIONS = (2, 3)
+MAX_DIMENSIONS = 4
+
+_STRING = 8
+_ARRAY = 9
+_SCALAR_FORMATS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+
+Scalar = str | int | float | bool
+MetadataValue = Scalar | list[Scalar]
+ScalarType = TypeVar("ScalarType", str, int, float, bool)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """Where one tensor lies in the file. `shape` is in the order of torch: rows first."""
+
+    name: str
+    type_number: int
+    shape: tuple[int, ...]
+    offset_bytes: int
+    size_bytes: int
+
+
+class GgufFile:
+    """An open GGUF file: its metadata, and its tensors by name.
+
+    Raises:
+        CorruptCheckpoint: the file is not GGUF, is truncated or contradicts itself.
+        UnsupportedArchitecture: a version or byte order that is not read here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise CorruptCheckpoint(f"{path} is empty.") from None
+        cursor = _Cursor(path, self._bytes)
+        self.metadata, self.tensors = _read_header(cursor)
+
+    def get(self, key: str, kind: type[ScalarType]) -> ScalarType | None:
+        """The scalar called `key`, or None where the file has none.
+
+        Raises:
+            CorruptCheckpoint: the value is of another type.
+        """
+        value = self.metadata.get(key)
+        if value is None:
+            return None
+        if type(value) is not kind:
+            raise CorruptCheckpoint(f"{self.path} is damaged: its metadata {key!r} is no {kind.__name__}.")
+        return value
+
+    def require(self, key: str, kind: type[ScalarType]) -> ScalarType:
+        """The scalar called `key`.
+
+        Raises:
+            CorruptCheckpoint: it is missing or of another type.
+        """
+        value = self.get(key, kind)
+        if value is None:
+            raise CorruptCheckpoint(f"{self.path} is incomplete: its metadata lacks {key!r}.")
+        return value
+
+    def require_list(self, key: str, kind: type[ScalarType]) -> list[ScalarType]:
+        """The array called `key`.
+
+        Raises:
+            CorruptCheckpoint: it is missing or holds another type.
+        """
+        value = self.metadata.get(key)
+        if not isinstance(value, list) or any(type(item) is not kind for item in value):
+            raise CorruptCheckpoint(f"{self.path} is damaged: its metadata {key!r} is no list of {kind.__name__}.")
+        return cast(list[ScalarType], value)
+
+    def dequantize(self, tensor: GgufTensor) -> "np.ndarray":
+        """The tensor's values in float32, in the tensor's shape.
+
+        Raises:
+            UnsupportedArchitecture: the quantisation has no decoder in the `gguf` package.
+        """
+        import numpy as np
+        from gguf.constants import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        kind = GGMLQuantizationType(tensor.type_number)
+        raw = np.frombuffer(self._bytes, np.uint8, tensor.size_bytes, tensor.offset_bytes)
+        rows = raw.reshape(math.prod(tensor.shape[:-1]), -1)  # [num_rows, row_bytes]
+        try:
+            values = dequantize(rows, kind)
+        except NotImplementedError:
+            raise UnsupportedArchitecture(
+                f"{self.path} stores {tensor.name} as {kind.name}, which cannot be decoded; "
+                "use a file in F16, BF16, Q8_0, Q4_0, Q4_1 or a K-quant."
+            ) from None
+        return cast("np.ndarray", values.reshape(tensor.shape))
+
+
+class _Cursor:
+    """A position in the file that refuses to pass its end."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path = path
+        self.data = data
+        self.offset = 0
+
+    def corrupt(self, reason: str) -> CorruptCheckpoint:
+        return CorruptCheckpoint(f"{self.path} is damaged or incomplete: {reason}.")
+
+    def require(self, num_bytes: int) -> None:
+        if num_bytes > len(self.data) - self.offset:
+            raise self.corrupt("it ends inside its header")
+
+    def scalar(self, code: str) -> Scalar:
+        return self.scalars(code, 1)[0]
+
+    def unsigned(self, code: str) -> int:
+        return cast(int, self.scalar(code))
+
+    def scalars(self, code: str, count: int) -> list[Scalar]:
+        size = struct.calcsize("<" + code)
+        self.require(size * count)
+        values = struct.unpack_from(f"<{count}{code}", self.data, self.offset)
+        self.offset += size * count
+        return list(values)
+
+    def string(self) -> str:
+        length = self.unsigned("Q")
+        self.require(length)
+        start = self.offset
+        self.offset += length
+        try:
+            return self.data[start : self.offset].decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.corrupt("a text in its header is not UTF-8") from None
+
+    def value(self) -> MetadataValue:
+        kind = self.unsigned("I")
+        if kind != _ARRAY:
+            return self.single(kind)
+        kind = self.unsigned("I")
+        count = self.unsigned("Q")
+        if kind == _STRING:
+            self.require(8 * count)
+            return [self.string() for _ in range(count)]
+        if kind in _SCALAR_FORMATS:
+            return self.scalars(_SCALAR_FORMATS[kind], count)
+        raise self.corrupt(f"an array in its header is of the unknown type {kind}")
+
+    def single(self, kind: int) -> Scalar:
+        if kind == _STRING:
+            return self.string()
+        if kind in _SCALAR_FORMATS:
+            return self.scalar(_SCALAR_FORMATS[kind])
+        raise self.corrupt(f"a value in its header is of the unknown type {kind}")
+
+
+def _read_header(cursor: _Cursor) -> tuple[dict[str, MetadataValue], dict[str, GgufTensor]]:
+    if cursor.data[: len(MAGIC)] != MAGIC:
+        raise CorruptCheckpoint(f"{cursor.path} is not a GGUF file.")
+    cursor.offset = len(MAGIC)
+    version = cursor.unsigned("I")
+    if version not in SUPPORTED_VERSIONS:
+        supported = " and ".join(map(str, SUPPORTED_VERSIONS))
+        raise UnsupportedArchitecture(
+            f"{cursor.path} is GGUF version {version} or big-endian; versions {supported}, "
+            "little-endian, are supported."
+        )
+    num_tensors = cursor.unsigned("Q")
+    num_values = cursor.unsigned("Q")
+    metadata: dict[str, MetadataValue] = {}
+    for _ in range(num_values):
+        key = cursor.string()
+        metadata[key] = cursor.value()
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise cursor.corrupt("its alignment is not a power of two")
+    entries = [_read_tensor_entry(cursor) for _ in range(num_tensors)]
+    data_start = -(-cursor.offset // alignment) * alignment
+    tensors = {}
+    for name, type_number, shape, offset in entries:
+        size = _size_bytes(cursor, name, type_number, shape)
+        if data_start + offset + size > len(cursor.data):
+            raise cursor.corrupt(f"it ends before its tensor {name!r} does")
+        tensors[name] = GgufTensor(name, type_number, shape, data_start + offset, size)
+    if len(tensors) != num_tensors:
+        raise cursor.corrupt("two of its tensors have one name")
+    return metadata, tensors
+
+
+def _read_tensor_entry(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
+    name = cursor.string()
+    num_dimensions = cursor.unsigned("I")
+    if not 1 <= num_dimensions <= MAX_DIMENSIONS:
+        raise cursor.corrupt(f"its tensor {name!r} has {num_dimensions} dimensions")
+    dimensions = cast(list[int], cursor.scalars("Q", num_dimensions))
+    type_number = cursor.unsigned("I")
+    return name, type_number, tuple(reversed(dimensions)), cursor.unsigned("Q")
+
+
+def _size_bytes(cursor: _Cursor, name: str, type_number: int, shape: tuple[int, ...]) -> int:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        block_length, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(type_number)]
+    except (ValueError, KeyError):
+        raise cursor.corrupt(f"its tensor {name!r} is of the unknown type {type_number}") from None
+    if min(shape) < 1 or shape[-1] % block_length:
+        raise cursor.corrupt(f"its tensor {name!r} has the impossible shape {list(shape)}")
+    return math.prod(shape) // block_length * block_bytes

@@ -1,0 +1,49 @@
+"""Names and shapes of a Llama-family model's parameters, as Hugging Face checkpoints spell them.
+
+Knows no files and no tensors: the decoder, the weight reader and the GGUF conversion agree through it.
+"""
+
+from dash_runtime.model_config import ModelConfig
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter that `config` needs, by name; a tied head has none of its own."""
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
+    for layer in range(config.num_layers):
+        for name, shape in _layer_shapes(config).items():
+            shapes[f"model.layers.{layer}.{name}"] = shape
+    shapes[FINAL_NORM] = (config.hidden_size,)
+    if not config.has_tied_head:
+        shapes[HEAD] = (config.vocab_size, config.hidden_size)
+    return shapes
+
+
+def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    query = config.num_heads * config.head_dim
+    key = config.num_kv_heads * config.head_dim
+    linears = {
+        "self_attn.q_proj": (query, hidden, config.has_qkv_bias),
+        "self_attn.k_proj": (key, hidden, config.has_qkv_bias),
+        "self_attn.v_proj": (key, hidden, config.has_qkv_bias),
+        "self_attn.o_proj": (hidden, query, config.has_output_bias),
+        "mlp.gate_proj": (mlp, hidden, config.has_mlp_bias),
+        "mlp.up_proj": (mlp, hidden, config.has_mlp_bias),
+        "mlp.down_proj": (hidden, mlp, config.has_mlp_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+    }
+    if config.has_qk_norm:
+        shapes["self_attn.q_norm.weight"] = (config.head_dim,)
+        shapes["self_attn.k_norm.weight"] = (config.head_dim,)
+    for name, (rows, columns, has_bias) in linears.items():
+        shapes[f"{name}.weight"] = (rows, columns)
+        if has_bias:
+            shapes[f"{name}.bias"] = (rows,)
+    return shapes

@@ -1,0 +1,91 @@
+"""From what a user calls a model to a local Hugging Face folder.
+
+Reads no environment variables and prints nothing: progress goes to the caller, one sentence at a time.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from dash_runtime.checkpoints.conversion_cache import ConversionSource, Progress, cached_conversion
+from dash_runtime.checkpoints.embedded import EMBEDDED_NAME, EMBEDDED_SHA256, embedded_gguf
+from dash_runtime.checkpoints.gguf_conversion import convert_gguf
+from dash_runtime.checkpoints.hf_folder import check_folder
+from dash_runtime.checkpoints.hub import download_snapshot, is_hub_id
+from dash_runtime.checkpoints.manifest import find_damage, read_manifest
+from dash_runtime.errors import CheckpointError, CheckpointNotFound, ConfigError, CorruptCheckpoint
+
+EMBEDDED = "embedded"
+CONVERSION_VERSION = 1
+"""Raised whenever a conversion's result changes, so that older conversions are made again."""
+
+_KEY_DIGITS = 12
+
+
+def _no_progress(message: str) -> None:
+    del message
+
+
+def resolve_checkpoint(model: str, revision: str | None, cache_folder: Path, progress: Progress = _no_progress) -> Path:
+    """The Hugging Face folder of `model`, converted or downloaded where needed.
+
+    Args:
+        model: `embedded`, a Hugging Face folder, a `.gguf` file, or a hub id (`organisation/name`).
+        revision: a branch, tag or commit of a hub id; None for the default.
+        cache_folder: where conversions are kept; made when it is needed.
+        progress: called with a sentence before anything that takes seconds.
+
+    Raises:
+        CheckpointNotFound: nothing is there.
+        CorruptCheckpoint: a file is damaged.
+        UnsupportedArchitecture: a GGUF file of a kind that is not supported.
+        CheckpointError: the folder lacks what is needed, or cannot be written or downloaded.
+        ConfigError: `model` is empty, or a revision was given for something that is not on the hub.
+    """
+    if not model:
+        raise ConfigError("model", "must not be empty")
+    path = Path(model)
+    is_local = model == EMBEDDED or path.exists() or not is_hub_id(model)
+    if is_local and revision is not None:
+        raise ConfigError("revision", f"applies to hub ids only, and {model!r} is local")
+    if model == EMBEDDED:
+        return cached_conversion(_embedded_source(), cache_folder, convert_gguf, progress)
+    if path.is_dir():
+        return _checked_folder(path)
+    if path.suffix == ".gguf":
+        return cached_conversion(_gguf_source(path), cache_folder, convert_gguf, progress)
+    if path.exists():
+        raise CheckpointError(f"{path} is neither a folder nor a .gguf file.")
+    if is_local:
+        raise CheckpointNotFound(
+            f"There is no {model!r}: a model is {EMBEDDED!r}, a folder, a .gguf file, or a hub id (organisation/name)."
+        )
+    progress(f"Fetching {model} from the hub.")
+    return _checked_folder(download_snapshot(model, revision))
+
+
+def _checked_folder(folder: Path) -> Path:
+    manifest = read_manifest(folder)
+    damage = None if manifest is None else find_damage(folder, manifest)
+    if damage is not None:
+        raise CorruptCheckpoint(f"{damage}; delete the folder {folder}.")
+    check_folder(folder)
+    return folder
+
+
+def _embedded_source() -> ConversionSource:
+    return _source(EMBEDDED_NAME, f"sha256:{EMBEDDED_SHA256}", embedded_gguf)
+
+
+def _gguf_source(path: Path) -> ConversionSource:
+    """A user's file is known by its place, size and time: hashing gigabytes on every start is too slow."""
+    if not path.is_file():
+        raise CheckpointNotFound(f"There is no file {path}.")
+    status = path.stat()
+    identity = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+    return _source(path.stem, identity, lambda: path)
+
+
+def _source(name: str, identity: str, locate: Callable[[], Path]) -> ConversionSource:
+    key = hashlib.sha256(f"{CONVERSION_VERSION}:{identity}".encode()).hexdigest()[:_KEY_DIGITS]
+    return ConversionSource(name, identity, f"{name}-{key}", locate)

@@ -1,0 +1,157 @@
+"""Reads the weights of a Hugging Face folder, one tensor at a time. Safetensors only, never pickle.
+
+Knows names, shapes and files; not what a parameter is for, nor which device or dtype it will have.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dash_runtime.checkpoints.json_file import read_json_object
+from dash_runtime.checkpoints.parameters import parameter_shapes
+from dash_runtime.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    UnsupportedArchitecture,
+)
+from dash_runtime.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SUPPORTED_DTYPES = ("BF16", "F16", "F32")
+
+
+class MissingTensor(CorruptCheckpoint, KeyError):
+    """A tensor that the model needs is in none of its files. A KeyError too, as a Mapping's must be."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError's own would put the sentence in quotes
+
+
+class Weights(Mapping[str, "torch.Tensor"]):
+    """Tensors by name, read from disk when asked for. What `open_weights` returns."""
+
+    def __init__(self, folder: Path, files: Mapping[str, Path]) -> None:
+        self.folder = folder
+        self._files = files
+        self._handles = {file: _open_safetensors(file, "pt") for file in set(files.values())}
+        self._names_in = {file: frozenset(handle.keys()) for file, handle in self._handles.items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, name: str) -> "torch.Tensor":
+        return self._handle(name).get_tensor(name)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> "torch.Tensor":
+        """The tensor called `name`, which must have `shape`.
+
+        Raises:
+            CorruptCheckpoint: no file has it, or its shape or dtype is another.
+        """
+        self.check(name, shape)
+        return self[name]
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Compares what the file says of a tensor with what the model needs, without reading it.
+
+        Raises:
+            CorruptCheckpoint: no file has it, or its shape is another.
+            UnsupportedArchitecture: it is not stored as floating point of 16 or 32 bits.
+        """
+        described = self._handle(name).get_slice(name)
+        found = tuple(described.get_shape())
+        if found != shape:
+            raise CorruptCheckpoint(
+                f"{self._files[name]}: tensor {name} has the shape {list(found)}, "
+                f"but config.json asks for {list(shape)}."
+            )
+        dtype = described.get_dtype()
+        if dtype not in SUPPORTED_DTYPES:
+            raise UnsupportedArchitecture(
+                f"{self._files[name]} stores {name} as {dtype}; supported: {', '.join(SUPPORTED_DTYPES)}."
+            )
+
+    def _handle(self, name: str) -> Any:
+        file = self._files.get(name)
+        if file is None:
+            where = self.folder / (INDEX_FILE if len(self._handles) > 1 else WEIGHTS_FILE)
+            raise MissingTensor(f"{where}: tensor {name} is missing.")
+        if name not in self._names_in[file]:
+            raise MissingTensor(f"{file}: tensor {name} is missing, though {INDEX_FILE} places it there.")
+        return self._handles[file]
+
+
+def open_weights(folder: Path) -> Weights:
+    """Opens model.safetensors, or the shards that model.safetensors.index.json lists.
+
+    Raises:
+        CheckpointNotFound: the folder or its weights are missing.
+        CorruptCheckpoint: a file is truncated, missing or not safetensors.
+    """
+    single = folder / WEIGHTS_FILE
+    if single.exists():
+        return Weights(folder, dict.fromkeys(_open_safetensors(single, "pt").keys(), single))
+    index = folder / INDEX_FILE
+    if not index.exists():
+        raise missing_weights(folder)
+    return Weights(folder, _read_index(index))
+
+
+def check_weights(weights: Weights, config: ModelConfig) -> None:
+    """Checks that every parameter of `config` is there in its shape, without reading any.
+
+    Raises:
+        CorruptCheckpoint: naming the file and the tensor.
+        UnsupportedArchitecture: a parameter is stored in a dtype that is not read here.
+    """
+    for name, shape in parameter_shapes(config).items():
+        weights.check(name, shape)
+
+
+def check_safetensors(file: Path) -> None:
+    """Checks a file's header against its size. Imports no torch and reads no tensor.
+
+    Raises:
+        CorruptCheckpoint: naming the file.
+    """
+    _open_safetensors(file, "np")
+
+
+def missing_weights(folder: Path) -> CheckpointError:
+    """What to tell about a folder without safetensors."""
+    if not folder.is_dir():
+        return CheckpointNotFound(f"There is no folder {folder}.")
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        return CheckpointError(f"{folder} has PyTorch pickle weights; weights are read as safetensors only.")
+    return CheckpointNotFound(
+        f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; weights are read as safetensors only."
+    )
+
+
+def _read_index(index: Path) -> dict[str, Path]:
+    places = read_json_object(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CorruptCheckpoint(f"{index} has no weight_map.")
+    for name, file in places.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CorruptCheckpoint(f"{index} places {name} in {file!r}, which is not a file beside it.")
+    return {name: index.parent / file for name, file in places.items()}
+
+
+def _open_safetensors(file: Path, framework: str) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework=framework)
+    except FileNotFoundError:
+        raise CorruptCheckpoint(f"{file} is missing.") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CorruptCheckpoint(f"{file} is truncated or not a safetensors file ({error}).") from None

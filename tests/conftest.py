@@ -1,0 +1,20 @@
+"""Tiny models for all rooms: made here, randomly initialised, with a byte-level tokenizer; no download."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_models import save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of six layers in Hugging Face layout, whose matrices suit every kernel."""
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def embedded_cache() -> Path:
+    """The user's own cache folder, so that the embedded model is converted once and not per run."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dash-llm"

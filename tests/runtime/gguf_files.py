@@ -1,0 +1,111 @@
+"""Writes tiny GGUF files as llama.cpp's converter would, from the tests' tiny Hugging Face models."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from gguf.quants import quantize
+from tokenizers import Tokenizer
+
+from dash_runtime.checkpoints import load_model_config, open_weights
+from dash_runtime.checkpoints.gguf_weights import gguf_name
+from dash_runtime.model_config import ModelConfig
+
+BOS_TOKEN_ID = 257
+CONTROL_TOKEN_IDS = (256, 257, 258)
+USER_DEFINED_TOKEN_ID = 259
+
+
+def write_gguf(
+    path: Path,
+    folder: Path,
+    *,
+    architecture: str = "llama",
+    kind: GGMLQuantizationType = GGMLQuantizationType.F32,
+    metadata: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray] | None = None,
+    without: str = "",
+) -> Path:
+    """The model of `folder` as GGUF.
+
+    `metadata` (int, float, bool or text) and `tensors` replace or are added to what the converter would
+    write; the tensor or value called `without` is left out.
+    """
+    config = load_model_config(folder)
+    values = _metadata(config, architecture) | dict(metadata or {})
+    arrays = _tensors(folder, config, architecture) | dict(tensors or {})
+    values.pop(without, None)
+    arrays.pop(without, None)
+    writer = GGUFWriter(path, arch=values.pop("general.architecture", architecture))
+    adders = {
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        bool: writer.add_bool,
+        str: writer.add_string,
+    }
+    for key, value in values.items():
+        writer.add_array(key, value) if isinstance(value, list) else adders[type(value)](key, value)
+    for name, array in arrays.items():
+        array_kind = kind if array.ndim == 2 else GGMLQuantizationType.F32
+        raw = quantize(np.ascontiguousarray(array, np.float32), array_kind)
+        writer.add_tensor(name, raw, raw_dtype=array_kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
+    types = [TokenType.NORMAL] * config.vocab_size
+    for token_id in CONTROL_TOKEN_IDS:
+        types[token_id] = TokenType.CONTROL
+    types[USER_DEFINED_TOKEN_ID] = TokenType.USER_DEFINED
+    return {
+        f"{architecture}.block_count": config.num_layers,
+        f"{architecture}.context_length": config.context_length,
+        f"{architecture}.embedding_length": config.hidden_size,
+        f"{architecture}.feed_forward_length": config.intermediate_size,
+        f"{architecture}.attention.head_count": config.num_heads,
+        f"{architecture}.attention.head_count_kv": config.num_kv_heads,
+        f"{architecture}.attention.key_length": config.head_dim,
+        f"{architecture}.attention.value_length": config.head_dim,
+        f"{architecture}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        f"{architecture}.rope.freq_base": config.rope.theta,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tiny_tokens(),
+        "tokenizer.ggml.token_type": [int(kind) for kind in types],
+        "tokenizer.ggml.merges": ["a b", "ab c", "Ġ a"],
+        "tokenizer.ggml.eos_token_id": min(config.eos_token_ids),
+        "tokenizer.ggml.bos_token_id": BOS_TOKEN_ID,
+        "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}!{% endfor %}",
+    }
+
+
+def tiny_tokens() -> list[str]:
+    """256 bytes, of which three give way to the results of the merges; then the special tokens."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    never = set("ÀÁõ")  # 0xC0, 0xC1 and 0xF5 are in no UTF-8 text
+    tokens = ["ab", "abc", "Ġa", *sorted(set(ByteLevel.alphabet()) - never)]
+    return [*tokens, "<|end|>", "<|user|>", "<|assistant|>", "<think>"]
+
+
+def _tensors(folder: Path, config: ModelConfig, architecture: str) -> dict[str, np.ndarray]:
+    arrays = {}
+    for name, tensor in open_weights(folder).items():
+        array = tensor.float().numpy()
+        if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+            num_heads = config.num_heads if ".q_proj." in name else config.num_kv_heads
+            # LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py
+            halves = array.reshape(num_heads, 2, array.shape[0] // num_heads // 2, *array.shape[1:])
+            array = halves.swapaxes(1, 2).reshape(array.shape)
+        arrays[gguf_name(name)] = array
+    return arrays
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -1,0 +1,223 @@
+"""A config.json becomes a ModelConfig, or is refused by the name of what is not supported."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dash_runtime.checkpoints import load_model_config
+from dash_runtime.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedArchitecture
+from dash_runtime.model_config import RopeConfig, RopeKind
+from tests.tiny_models import save_tiny_model
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "vocab_size": 260,
+}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+
+
+def write_config(folder: Path, keys: dict[str, Any], generation: dict[str, Any] | None = None) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(keys))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def test_the_shape_is_read(tmp_path: Path) -> None:
+    config = load_model_config(write_config(tmp_path / "some-model", LLAMA))
+    assert config.name == "some-model"
+    assert config.architecture == "LlamaForCausalLM"
+    assert (config.num_layers, config.hidden_size, config.intermediate_size) == (4, 64, 96)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 16)
+    assert (config.context_length, config.vocab_size) == (512, 260)
+    assert config.rope == RopeConfig(10000.0)
+    assert config.sliding_window == (None,) * 4
+
+
+@pytest.mark.parametrize(
+    ("keys", "biases_and_norm"),
+    [
+        (LLAMA, (False, False, False, False)),
+        (LLAMA | {"attention_bias": True, "mlp_bias": True}, (True, True, True, False)),
+        (MISTRAL, (False, False, False, False)),
+        (QWEN2, (True, False, False, False)),
+        (QWEN3, (False, False, False, True)),
+        (QWEN3 | {"attention_bias": True}, (True, True, False, True)),
+    ],
+)
+def test_biases_and_norms_follow_the_architecture(
+    tmp_path: Path, keys: dict[str, Any], biases_and_norm: tuple[bool, ...]
+) -> None:
+    config = load_model_config(write_config(tmp_path, keys))
+    found = (config.has_qkv_bias, config.has_output_bias, config.has_mlp_bias, config.has_qk_norm)
+    assert found == biases_and_norm
+
+
+def test_an_explicit_head_size_and_a_missing_number_of_kv_heads_are_understood(tmp_path: Path) -> None:
+    keys = LLAMA | {"head_dim": 32, "num_key_value_heads": None}
+    config = load_model_config(write_config(tmp_path, keys))
+    assert (config.head_dim, config.num_kv_heads) == (32, 4)
+
+
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    ("keys", "rope"),
+    [
+        ({"rope_theta": 5e5}, RopeConfig(5e5)),
+        ({"rope_theta": 5e5, "rope_scaling": None}, RopeConfig(5e5)),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, RopeConfig(5e5)),
+        (
+            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            RopeConfig(5e5, RopeKind.LINEAR, 2.0),
+        ),
+        (
+            {"rope_theta": 5e5, "rope_scaling": LLAMA3_SCALING},
+            RopeConfig(5e5, RopeKind.LLAMA3, 32.0, 1.0, 4.0, 8192),
+        ),
+        (
+            {"rope_parameters": {**LLAMA3_SCALING, "rope_theta": 5e5}},
+            RopeConfig(5e5, RopeKind.LLAMA3, 32.0, 1.0, 4.0, 8192),
+        ),
+    ],
+)
+def test_rotary_parameters_are_read_in_the_old_and_the_new_spelling(
+    tmp_path: Path, keys: dict[str, Any], rope: RopeConfig
+) -> None:
+    assert load_model_config(write_config(tmp_path, LLAMA | keys)).rope == rope
+
+
+@pytest.mark.parametrize(
+    ("keys", "windows"),
+    [
+        (MISTRAL | {"sliding_window": 7}, (7, 7, 7, 7)),
+        (MISTRAL | {"sliding_window": None}, (None,) * 4),
+        (QWEN2 | {"sliding_window": 7, "max_window_layers": 2}, (None,) * 4),
+        (
+            QWEN2 | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
+            (None, None, 7, 7),
+        ),
+        (
+            QWEN3
+            | {
+                "use_sliding_window": True,
+                "sliding_window": 7,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+            },
+            (7, None, 7, None),
+        ),
+    ],
+)
+def test_sliding_windows_are_per_layer(tmp_path: Path, keys: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+    assert load_model_config(write_config(tmp_path, keys)).sliding_window == windows
+
+
+@pytest.mark.parametrize(
+    ("in_config", "generation", "expected"),
+    [
+        (2, None, {2}),
+        (2, {"eos_token_id": [3, 4]}, {3, 4}),
+        (2, {"eos_token_id": 5}, {5}),
+        (2, {"temperature": 0.6}, {2}),
+        ([2, 7], None, {2, 7}),
+        (None, None, set()),
+    ],
+)
+def test_end_tokens_come_from_the_generation_config_first(
+    tmp_path: Path, in_config: object, generation: dict[str, Any] | None, expected: set[int]
+) -> None:
+    folder = write_config(tmp_path, LLAMA | {"eos_token_id": in_config}, generation)
+    assert load_model_config(folder).eos_token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        (
+            {"architectures": ["GemmaForCausalLM"], "model_type": "gemma"},
+            "GemmaForCausalLM is not supported; supported: LlamaForCausalLM, MistralForCausalLM,",
+        ),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"architectures": None, "model_type": "mamba"}, "mamba"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'.*default, linear, llama3"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
+            "'yarn'",
+        ),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial rotary"),
+        ({"hidden_act": "gelu"}, "'gelu'"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised already"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, keys: dict[str, Any], named: str) -> None:
+    with pytest.raises(UnsupportedArchitecture, match=named):
+        load_model_config(write_config(tmp_path, LLAMA | keys))
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"vocab_size": -1}, "vocab_size"),
+        ({"hidden_size": "large"}, "hidden_size"),
+        ({"num_attention_heads": 3}, "not a multiple"),
+        ({"num_key_value_heads": 3}, "3 key-value heads"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"model_type": "qwen2"}, "does not go with"),
+        ({"architectures": "LlamaForCausalLM"}, "names no architecture"),
+        ({"eos_token_id": [1, -5]}, "eos_token_id"),
+    ],
+)
+def test_values_that_make_no_sense_are_corrupt(tmp_path: Path, keys: dict[str, Any], named: str) -> None:
+    with pytest.raises(CorruptCheckpoint, match=named) as caught:
+        load_model_config(write_config(tmp_path, LLAMA | keys))
+    assert str(tmp_path / "config.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00\x01", '{"model_type": '])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_malformed_json_names_its_file(tmp_path: Path, name: str, text: str) -> None:
+    write_config(tmp_path, LLAMA)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CorruptCheckpoint, match=name):
+        load_model_config(tmp_path)
+
+
+def test_a_missing_folder_and_a_missing_config_name_their_path(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFound, match="no-folder"):
+        load_model_config(tmp_path / "no-folder")
+    with pytest.raises(CheckpointNotFound, match=r"config\.json"):
+        load_model_config(tmp_path)
+
+
+def test_a_folder_of_the_hubs_cache_is_called_by_its_hub_id(tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "models--Some-Org--a-model" / "snapshots" / "0a1b2c", LLAMA)
+    assert load_model_config(folder).name == "Some-Org/a-model"
+    assert load_model_config(folder, "chosen").name == "chosen"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral-sliding-window", "qwen2", "qwen3"])
+def test_what_transformers_saves_is_read_back(tmp_path: Path, family: str) -> None:
+    config = load_model_config(save_tiny_model(tmp_path / family, family, num_hidden_layers=2))
+    assert config.num_layers == 2
+    assert config.eos_token_ids == {256}

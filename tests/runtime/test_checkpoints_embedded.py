@@ -1,0 +1,76 @@
+"""The embedded model, converted once into the user's cache, is the model that llama.cpp runs."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dash_runtime.checkpoints import check_weights, load_model_config, open_weights, resolve_checkpoint
+from tests.runtime.gguf_files import load_tokenizer
+
+pytestmark = pytest.mark.embedded
+
+# From llama.cpp's own tokenizer on the same file (POST /tokenize, parse_special).
+LLAMA_CPP_IDS = {
+    "in 2024, 12345 and 3.14159": [
+        *[254, 216, 34, 32, 34, 36, 28, 216, 33, 34, 35, 36, 37],
+        *[284, 216, 35, 30, 33, 36, 33, 37, 41],
+    ],
+    "x=1;y=22;z=333\r\nfoo\r\n\r\nbar\n\n\nbaz\t\ttab": [
+        *[104, 45, 33, 43, 105, 45, 34, 34, 43, 106, 45, 35, 35, 35, 201, 198],
+        *[15236, 7209, 198, 6299, 1116, 198, 45511, 197, 197, 15999],
+    ],
+    "naïve café — “quotes” …": [3546, 46494, 37366, 1841, 619, 385, 2346, 573, 5548],
+    "<|im_start|>user\nhi<|im_end|>\n": [1, 4093, 198, 6004, 2, 198],
+    "<|im_start|><|endoftext|>  <|im_end|>x": [1, 0, 256, 2, 104],
+    "\t \n \r ": [197, 3717, 26410, 216],
+    "Ⅳ ½ ² ٣٤٥ १२३": [
+        *[173, 223, 113, 216, 16738, 216, 19133, 216, 164, 113, 164, 114, 164, 115],
+        *[216, 9310, 117, 9310, 118, 9310, 119],
+    ],
+    "": [],
+}
+
+
+@pytest.fixture(scope="module")
+def folder(embedded_cache: Path) -> Path:
+    return resolve_checkpoint("embedded", None, embedded_cache)
+
+
+def test_a_warm_start_takes_no_time(folder: Path, embedded_cache: Path) -> None:
+    start = time.perf_counter()
+    assert resolve_checkpoint("embedded", None, embedded_cache) == folder
+    assert time.perf_counter() - start < 0.5
+
+
+def test_its_shape_and_name(folder: Path) -> None:
+    config = load_model_config(folder)
+    assert config.name == "SmolLM2-135M-Instruct"
+    assert (config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads) == (30, 576, 9, 3)
+    assert (config.vocab_size, config.context_length, config.rope.theta) == (49152, 8192, 100000.0)
+    assert config.has_tied_head
+    assert config.eos_token_ids == {2}
+    check_weights(open_weights(folder), config)
+
+
+def test_its_tokenizer_gives_llama_cpps_ids(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    for text, ids in LLAMA_CPP_IDS.items():
+        assert tokenizer.encode(text).ids == ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_transformers_answers_a_question_with_it(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    output = model.generate(**prompt, max_new_tokens=8, do_sample=False, pad_token_id=2)
+    answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert answer == "The capital of France is Paris."

@@ -1,0 +1,264 @@
+"""A GGUF file becomes the Hugging Face folder it was made from, or is refused in one sentence."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from transformers import AutoModelForCausalLM
+
+from dash_runtime.checkpoints import check_weights, load_model_config, open_weights, resolve_checkpoint
+from dash_runtime.checkpoints.gguf_conversion import convert_gguf
+from dash_runtime.checkpoints.gguf_file import GgufFile
+from dash_runtime.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    UnsupportedArchitecture,
+)
+from dash_runtime.model_config import RopeConfig, RopeKind
+from tests.runtime.gguf_files import write_gguf
+from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
+
+SMALL = {"num_hidden_layers": 2, "dtype": "bfloat16"}
+FAMILIES = [("llama", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3"), ("mistral", "llama")]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "llama", "llama", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def llama_gguf(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "llama.gguf", llama)
+
+
+def converted(gguf: Path, folder: Path) -> Path:
+    folder.mkdir()
+    convert_gguf(gguf, folder)
+    return folder
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.tensor([[1, 5, 9, 200, 3, 3, 77]])).logits
+
+
+@pytest.mark.parametrize(("family", "architecture"), FAMILIES)
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.F32, GGMLQuantizationType.BF16])
+def test_a_model_survives_the_way_to_gguf_and_back(
+    tmp_path: Path, family: str, architecture: str, kind: GGMLQuantizationType
+) -> None:
+    original = save_tiny_model(tmp_path / "original", family, **SMALL)
+    with torch.no_grad():  # only what bfloat16 can hold may be compared exactly
+        model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).to(torch.bfloat16)
+        model.save_pretrained(original)
+    gguf = write_gguf(tmp_path / "model.gguf", original, architecture=architecture, kind=kind)
+
+    folder = converted(gguf, tmp_path / "converted")
+
+    before, after = load_model_config(original, "same"), load_model_config(folder, "same")
+    assert before.architecture == after.architecture or (family, architecture) == ("mistral", "llama")
+    assert after.eos_token_ids == before.eos_token_ids
+    weights = open_weights(folder)
+    check_weights(weights, after)
+    for name, tensor in open_weights(original).items():
+        assert torch.equal(weights[name], tensor.to(torch.bfloat16)), name
+    assert torch.equal(logits_of(folder), logits_of(original))
+
+
+def test_quantised_tensors_are_dequantised(llama: Path, tmp_path: Path) -> None:
+    gguf = write_gguf(tmp_path / "q8.gguf", llama, kind=GGMLQuantizationType.Q8_0)
+
+    weights = open_weights(converted(gguf, tmp_path / "converted"))
+
+    for name, tensor in open_weights(llama).items():
+        assert weights[name].dtype == torch.bfloat16
+        torch.testing.assert_close(weights[name].float(), tensor.float(), atol=0.01, rtol=0.02)
+
+
+def test_an_output_tensor_makes_the_head_untied(llama: Path, tmp_path: Path) -> None:
+    head = np.random.default_rng(0).normal(size=(VOCAB_SIZE, HIDDEN_SIZE))
+    gguf = write_gguf(tmp_path / "untied.gguf", llama, tensors={"output.weight": head})
+
+    folder = converted(gguf, tmp_path / "converted")
+
+    assert not load_model_config(folder).has_tied_head
+    expected = torch.from_numpy(head).float().to(torch.bfloat16)
+    assert torch.equal(open_weights(folder)["lm_head.weight"], expected)
+
+
+def test_llama3_rotary_factors_become_llama3_parameters(llama: Path, tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope |= {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+    factors = llama3_factors_of_transformers(rope, head_dim=HIDDEN_SIZE // 4)
+    metadata = {"llama.rope.freq_base": 500000.0, "llama.context_length": 131072}
+    gguf = write_gguf(tmp_path / "l3.gguf", llama, metadata=metadata, tensors={"rope_freqs.weight": factors})
+
+    config = load_model_config(converted(gguf, tmp_path / "converted"))
+
+    assert config.rope == RopeConfig(500000.0, RopeKind.LLAMA3, 32.0, 1.0, 4.0, 8192)
+
+
+def llama3_factors_of_transformers(rope: dict[str, Any], head_dim: int) -> np.ndarray:
+    """By how much transformers slows each rotary frequency down."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = LlamaConfig(head_dim=head_dim, max_position_embeddings=131072, rope_parameters=rope)
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = rope["rope_theta"] ** (-torch.arange(0, head_dim, 2) / head_dim)
+    return (plain / frequencies).numpy()
+
+
+def test_linear_scaling_is_kept(llama: Path, tmp_path: Path) -> None:
+    metadata = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    gguf = write_gguf(tmp_path / "linear.gguf", llama, metadata=metadata)
+
+    config = load_model_config(converted(gguf, tmp_path / "converted"))
+
+    assert config.rope == RopeConfig(10000.0, RopeKind.LINEAR, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "named"),
+    [
+        ({"general.architecture": "gemma3"}, "'gemma3' is not supported; supported: llama, qwen2, qwen3"),
+        ({"llama.expert_count": 8}, "mixtures of experts"),
+        ({"split.count": 2}, "one part of several"),
+        ({"llama.rope.scaling.type": "yarn"}, "'yarn'"),
+        ({"llama.rope.dimension_count": 8}, "partial rotary"),
+        ({"llama.attention.value_length": 8}, "keys and values of different sizes"),
+        ({"llama.attention.sliding_window": 64}, "sliding window"),
+        ({"tokenizer.ggml.model": "llama"}, "'llama' tokenizer"),
+        ({"tokenizer.ggml.pre": "deepseek-llm"}, "pre-tokenizer 'deepseek-llm'"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(
+    llama: Path, tmp_path: Path, metadata: dict[str, Any], named: str
+) -> None:
+    gguf = write_gguf(tmp_path / "other.gguf", llama, metadata=metadata)
+    with pytest.raises(UnsupportedArchitecture, match=named) as caught:
+        converted(gguf, tmp_path / "converted")
+    assert str(gguf) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "named"),
+    [
+        ({"rope_freqs.weight": np.linspace(1, 3, 8)}, "rotary factors"),
+        ({"blk.0.attn_sinks.weight": np.ones(4)}, "attn_sinks"),
+    ],
+)
+def test_tensors_that_would_be_ignored_are_refused(
+    llama: Path, tmp_path: Path, tensors: dict[str, np.ndarray], named: str
+) -> None:
+    gguf = write_gguf(tmp_path / "other.gguf", llama, tensors=tensors)
+    with pytest.raises(UnsupportedArchitecture, match=named):
+        converted(gguf, tmp_path / "converted")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"without": "blk.1.ffn_up.weight"}, "no tensor blk.1.ffn_up.weight"),
+        ({"without": "token_embd.weight"}, "no tensor token_embd.weight"),
+        ({"without": "llama.block_count"}, "lacks 'llama.block_count'"),
+        ({"metadata": {"llama.block_count": 2**31}}, "2147483648 layers"),
+        ({"metadata": {"llama.block_count": "two"}}, "'llama.block_count' is no int"),
+        ({"metadata": {"llama.feed_forward_length": 128}}, "shape"),
+        ({"metadata": {"llama.attention.head_count_kv": 3}}, "3 key-value heads"),
+        ({"metadata": {"tokenizer.ggml.eos_token_id": 260}}, "outside its vocabulary"),
+        ({"metadata": {"tokenizer.ggml.tokens": ["a", "b"]}}, "2 different tokens, not 260"),
+        ({"metadata": {"tokenizer.ggml.merges": ["no thing"]}}, "merges do not fit"),
+    ],
+)
+def test_a_file_that_contradicts_itself_is_corrupt(
+    llama: Path, tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    gguf = write_gguf(tmp_path / "odd.gguf", llama, **change)
+    with pytest.raises(CorruptCheckpoint, match=named) as caught:
+        converted(gguf, tmp_path / "converted")
+    assert str(gguf) in str(caught.value)
+
+
+def test_a_file_truncated_anywhere_is_corrupt(llama_gguf: Path, tmp_path: Path) -> None:
+    data = llama_gguf.read_bytes()
+    header_bytes = min(tensor.offset_bytes for tensor in GgufFile(llama_gguf).tensors.values())
+    cut = tmp_path / "cut.gguf"
+    for size in [*range(64), *range(64, header_bytes, 97), header_bytes + 1000, len(data) - 33]:
+        cut.write_bytes(data[:size])
+        with pytest.raises(CorruptCheckpoint, match=r"cut\.gguf"):
+            GgufFile(cut)
+
+
+def test_bit_flips_in_the_header_are_harmless_or_refused_in_one_sentence(llama_gguf: Path, tmp_path: Path) -> None:
+    data = llama_gguf.read_bytes()
+    header_bytes = min(tensor.offset_bytes for tensor in GgufFile(llama_gguf).tensors.values())
+    generator = random.Random(0)
+    flipped = tmp_path / "flipped.gguf"
+    positions = [*range(32), *(generator.randrange(header_bytes) for _ in range(150))]
+    refusals: list[str] = []
+    for attempt, position in enumerate(positions):
+        changed = bytearray(data)
+        changed[position] ^= 1 << generator.randrange(8)
+        flipped.write_bytes(changed)
+        try:
+            converted(flipped, tmp_path / str(attempt))
+        except CheckpointError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 30
+    assert all(str(flipped) in refusal and "\n" not in refusal for refusal in refusals)
+
+
+def test_other_files_are_no_gguf(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"PK\x03\x04" * 100)
+    with pytest.raises(CorruptCheckpoint, match=r"model\.gguf is not a GGUF file"):
+        resolve_checkpoint(str(file), None, tmp_path / "cache")
+    assert not any((tmp_path / "cache").glob(".*partial*"))
+
+
+def test_a_gguf_path_is_converted_once_and_again_when_it_changes(llama: Path, tmp_path: Path) -> None:
+    gguf = write_gguf(tmp_path / "Tiny[1].Q8_0.gguf", llama)
+    messages: list[str] = []
+    first = resolve_checkpoint(str(gguf), None, tmp_path / "cache", messages.append)
+    assert resolve_checkpoint(str(gguf), None, tmp_path / "cache", messages.append) == first
+    assert len(messages) == 1
+    assert load_model_config(first).name == "Tiny[1].Q8_0"
+
+    write_gguf(gguf, llama, metadata={"llama.context_length": 256})
+    second = resolve_checkpoint(str(gguf), None, tmp_path / "cache", messages.append)
+    assert load_model_config(second).context_length == 256
+
+
+def test_a_damaged_conversion_is_made_again_with_a_message(llama_gguf: Path, tmp_path: Path) -> None:
+    folder = resolve_checkpoint(str(llama_gguf), None, tmp_path)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    messages: list[str] = []
+
+    assert resolve_checkpoint(str(llama_gguf), None, tmp_path, messages.append) == folder
+
+    assert weights.read_bytes() == whole
+    assert len(messages) == 1
+    assert "model.safetensors" in messages[0]
+    assert "again" in messages[0]
+
+
+def test_a_damaged_converted_folder_is_refused_when_opened_by_its_own_path(llama_gguf: Path, tmp_path: Path) -> None:
+    folder = resolve_checkpoint(str(llama_gguf), None, tmp_path)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CorruptCheckpoint, match=r"config\.json.*delete the folder"):
+        resolve_checkpoint(str(folder), None, tmp_path)
+
+
+def test_a_missing_gguf_file_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFound, match=r"no/such\.gguf"):
+        resolve_checkpoint("no/such.gguf", None, tmp_path)

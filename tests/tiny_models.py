@@ -1,0 +1,100 @@
+"""Randomly initialised models of each supported family, small enough for tests, in Hugging Face layout."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+NUM_LAYERS = 6
+HIDDEN_SIZE = 96
+VOCAB_SIZE = 260
+EOS_TOKEN_ID = 256
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"tie_word_embeddings": True}),
+    "llama-untied-biased": (
+        "Llama",
+        {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    ),
+    "llama3-rope": ("Llama", {"rope_parameters": _LLAMA3_ROPE}),
+    "linear-rope": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+    "mistral": ("Mistral", {"sliding_window": None, "head_dim": 32}),
+    "mistral-sliding-window": ("Mistral", {"sliding_window": 7}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-sliding-window": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3},
+    ),
+    "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": False}),
+}
+
+
+def save_tiny_model(folder: Path, family: str, **overrides: Any) -> Path:
+    """Makes the model called `family` in `folder`, with `overrides` in its configuration."""
+    import torch
+    import transformers
+
+    prefix, options = FAMILIES[family]
+    config = getattr(transformers, f"{prefix}Config")(
+        **{
+            "vocab_size": VOCAB_SIZE,
+            "hidden_size": HIDDEN_SIZE,
+            "intermediate_size": 160,
+            "num_hidden_layers": NUM_LAYERS,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.15,
+            "bos_token_id": None,
+            "eos_token_id": EOS_TOKEN_ID,
+            "pad_token_id": None,
+            **options,
+            **overrides,
+        }
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    with torch.no_grad():  # norms and biases start at ones and zeros, which would hide mistakes
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    save_byte_tokenizer(folder)
+    return folder
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """A tokenizer whose ids 0…255 are bytes, with a few special tokens after them, and a chat template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    # The byte-level alphabet in the order of the bytes it stands for (GPT-2's table).
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {byte: chr(byte) for byte in printable}
+    alphabet |= {byte: chr(256 + place) for place, byte in enumerate(others)}
+    vocab = {alphabet[byte]: byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in specials])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
