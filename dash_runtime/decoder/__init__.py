@@ -1,0 +1,1 @@
+"""The model itself: weights, kernels, cache, and one layer at a time."""

@@ -1,0 +1,180 @@
+"""A decoder of the Llama family, one layer at a time.
+
+Knows weights, actions and rows; knows no policy, no sampling and no requests. Nothing here writes into
+a tensor that it returned before, so that a policy may still be reading a layer's input while the layer runs.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dash_runtime.actions import Action
+from dash_runtime.decoder.compensation import Compensation
+from dash_runtime.decoder.kv_cache import SequenceCache
+from dash_runtime.decoder.layer import DecoderLayer, make_layer, mlp, rms_norm, scatter_rows
+from dash_runtime.decoder.quantization import FullLinear, Linear, full_linear, make_linear
+from dash_runtime.decoder.rotary import RotaryTable, rotate
+from dash_runtime.decoder.rows import RowBatch, group_rows
+from dash_runtime.model_config import ModelConfig
+
+Groups = list[tuple[Action, list[int] | None]]
+
+
+class Decoder:
+    """The model's layers with their kernels, embedding and head.
+
+    Args:
+        weights: tensors by their Hugging Face names, in the shapes that `config` asks for.
+        actions: those to pack kernels for, FULL among them.
+        context_length: positions to make rotary tables for.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        actions: tuple[Action, ...],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        context_length: int,
+    ) -> None:
+        self.config = config
+        self.num_layers = config.num_layers
+        self.actions = actions
+        self.dtype = dtype
+        self.device = device
+        self._rotary = RotaryTable(config.rope, config.head_dim, context_length, dtype, device)
+        self._eps = config.rms_norm_eps
+        self._query_size = config.num_heads * config.head_dim
+        loader = _WeightLoader(config, weights, dtype, device)
+        self.layers: list[DecoderLayer] = [loader.layer(index, actions) for index in range(config.num_layers)]
+        self._embedding = loader.tensor("model.embed_tokens.weight")
+        self._final_norm = loader.tensor("model.norm.weight")
+        head = self._embedding
+        if not config.has_tied_head:
+            head = loader.tensor("lm_head.weight")
+        # An INT4 head changes the text (docs/architecture.md), so it is not offered.
+        precisions = [action for action in actions if action in (Action.INT8, Action.FULL)]
+        self.heads: dict[Action, Linear] = {
+            precision: make_linear(precision, full_linear(head)) for precision in precisions
+        }
+
+    def rows(
+        self,
+        caches: Sequence[SequenceCache],
+        lengths: Sequence[int],
+        compensations: Sequence[Compensation],
+    ) -> RowBatch:
+        """The rows of one pass: `lengths[i]` more positions of `caches[i]`."""
+        return RowBatch(caches, lengths, self._rotary, compensations, self.config.sliding_window)
+
+    def embed(self, token_ids: Sequence[int]) -> Tensor:
+        """`[rows, hidden_size]`, the input of layer 0."""
+        return functional.embedding(torch.tensor(token_ids, device=self.device), self._embedding)
+
+    def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: RowBatch) -> Tensor:
+        """Runs one layer with each row's own action and returns its output, `[rows, hidden_size]`.
+
+        Every row writes its keys and values, a skipped one from the layer's input (the KV rule).
+        """
+        weights = self.layers[layer]
+        groups = group_rows(actions)
+        queries, keys, values = self._project(weights, groups, hidden, batch)
+        batch.write(layer, keys, values)
+        parts: list[tuple[list[int] | None, Tensor]] = []
+        for action, rows in groups:
+            inputs = hidden if rows is None else hidden[rows]
+            if action is Action.SKIP:
+                outputs = batch.compensate(layer, inputs, rows)
+            else:
+                linears = weights.linears[action]
+                attended = inputs + linears.output(batch.attend(layer, queries, rows))
+                outputs = attended + mlp(linears, rms_norm(attended, weights.mlp_norm, self._eps))
+            parts.append((rows, outputs))
+        return scatter_rows(parts, batch.num_rows)
+
+    def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
+        """float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""
+        normed = rms_norm(hidden, self._final_norm, self._eps)
+        parts = [
+            (rows, self.heads[precision](normed if rows is None else normed[rows]))
+            for precision, rows in group_rows(precisions)
+        ]
+        return scatter_rows(parts, len(precisions)).float()
+
+    def _project(
+        self, weights: DecoderLayer, groups: Groups, hidden: Tensor, batch: RowBatch
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries `[rows, num_heads, head_dim]`, rotated keys and values `[rows, num_kv_heads,
+        head_dim]`. Skipped rows have no query: theirs is uninitialised, or missing where all skip."""
+        normed = rms_norm(hidden, weights.input_norm, self._eps)
+        config = self.config
+        num_query_heads = config.num_heads
+        if len(groups) == 1 and groups[0][0] is Action.SKIP:
+            num_query_heads = 0
+            fused = weights.key_value(normed)
+        elif len(groups) == 1:
+            fused = weights.linears[groups[0][0]].query_key_value(normed)
+        else:
+            fused = normed.new_zeros((len(normed), self._query_size + 2 * config.num_kv_heads * config.head_dim))
+            for action, rows in groups:
+                if action is Action.SKIP:
+                    fused[rows, self._query_size :] = weights.key_value(normed[rows])
+                else:
+                    fused[rows] = weights.linears[action].query_key_value(normed[rows])
+        num_rotated = num_query_heads + config.num_kv_heads
+        heads = fused.view(len(fused), -1, config.head_dim)
+        rotated = heads[:, :num_rotated]
+        if weights.head_norm is not None:
+            head_norm = weights.head_norm[-num_rotated:]
+            rotated = functional.rms_norm(rotated, (config.head_dim,), None, self._eps) * head_norm
+        rotated = rotate(rotated, batch.cosines, batch.sines)
+        return rotated[:, :num_query_heads], rotated[:, num_query_heads:], heads[:, num_rotated:]
+
+
+class _WeightLoader:
+    """Reads, fuses and casts the weights by their Hugging Face names; their shapes are checked before."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._config = config
+        self._weights = weights
+        self._dtype = dtype
+        self._device = device
+
+    def tensor(self, name: str) -> Tensor:
+        return self._weights[name].to(self._device, self._dtype).contiguous()
+
+    def linear(self, names: Sequence[str], has_bias: bool) -> FullLinear:
+        """Several matrices of one input, fused along their outputs."""
+        weight = torch.cat([self.tensor(f"{name}.weight") for name in names])
+        bias = torch.cat([self.tensor(f"{name}.bias") for name in names]) if has_bias else None
+        return full_linear(weight, bias)
+
+    def layer(self, index: int, actions: tuple[Action, ...]) -> DecoderLayer:
+        config = self._config
+        prefix = f"model.layers.{index}"
+        attention, mlp_prefix = f"{prefix}.self_attn", f"{prefix}.mlp"
+        head_norm = None
+        if config.has_qk_norm:
+            query_norm = self.tensor(f"{attention}.q_norm.weight").expand(config.num_heads, -1)
+            key_norm = self.tensor(f"{attention}.k_norm.weight").expand(config.num_kv_heads, -1)
+            head_norm = torch.cat((query_norm, key_norm))
+        full = (
+            self.linear([f"{attention}.{name}_proj" for name in "qkv"], config.has_qkv_bias),
+            self.linear([f"{attention}.o_proj"], config.has_output_bias),
+            self.linear([f"{mlp_prefix}.gate_proj", f"{mlp_prefix}.up_proj"], config.has_mlp_bias),
+            self.linear([f"{mlp_prefix}.down_proj"], config.has_mlp_bias),
+        )
+        return make_layer(
+            self.tensor(f"{prefix}.input_layernorm.weight"),
+            self.tensor(f"{prefix}.post_attention_layernorm.weight"),
+            head_norm,
+            full,
+            config.num_heads * config.head_dim,
+            actions,
+        )

@@ -1,0 +1,81 @@
+"""Keys and values of all sequences, within one number of tokens.
+
+A sequence reserves what it may need at most (prompt and output limit) when it gets its slot, so that
+it can never run out half-way; memory is allocated as it grows. Each sequence's keys are contiguous per
+head, since gathering blocks for every layer and token costs more than it saves on a CPU. Knows no
+attention and no requests.
+"""
+
+import torch
+from torch import Tensor
+
+from dash_runtime.model_config import ModelConfig
+
+_MIN_GROWTH_TOKENS = 64
+
+
+class SequenceCache:
+    """Keys and values of one sequence: `[1, num_kv_heads, capacity, head_dim]` per layer."""
+
+    def __init__(self, config: ModelConfig, reserved_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.reserved_tokens = reserved_tokens
+        self.length = 0
+        """Positions whose keys and values are written in every layer."""
+        self._shape = (config.num_layers, 2, 1, config.num_kv_heads)
+        self._head_dim = config.head_dim
+        self._buffer = torch.empty((*self._shape, 0, config.head_dim), dtype=dtype, device=device)
+        self._split()
+
+    @property
+    def capacity(self) -> int:
+        """Positions that memory is allocated for."""
+        return self._buffer.shape[-2]
+
+    def grow(self, num_tokens: int) -> None:
+        """Makes room for `num_tokens` positions in all, keeping what is written.
+
+        Grows by half its size at least, so that copying costs a constant share per token.
+        """
+        if num_tokens <= self.capacity:
+            return
+        assert num_tokens <= self.reserved_tokens, "a sequence outgrew its reservation"
+        growth = max(_MIN_GROWTH_TOKENS, self.capacity // 2)
+        capacity = min(self.reserved_tokens, max(num_tokens, self.capacity + growth))
+        larger = self._buffer.new_empty((*self._shape, capacity, self._head_dim))
+        larger[..., : self.length, :] = self._buffer[..., : self.length, :]
+        self._buffer = larger
+        self._split()
+
+    def truncate(self, length: int) -> None:
+        """Forgets the positions from `length` on."""
+        assert 0 <= length <= self.length
+        self.length = length
+
+    def _split(self) -> None:
+        # Views made once: indexing a six-dimensional tensor for every layer and token would cost more
+        # than the attention of a short sequence.
+        self.keys: list[Tensor] = [layer[0] for layer in self._buffer]
+        self.values: list[Tensor] = [layer[1] for layer in self._buffer]
+
+
+class CachePool:
+    """Hands out sequence caches until `total_tokens` are reserved."""
+
+    def __init__(self, config: ModelConfig, total_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.total_tokens = total_tokens
+        self.reserved_tokens = 0
+        self._config = config
+        self._dtype = dtype
+        self._device = device
+
+    def reserve(self, num_tokens: int) -> SequenceCache | None:
+        """A cache for up to `num_tokens` positions, or None while others hold the room."""
+        if self.reserved_tokens + num_tokens > self.total_tokens:
+            return None
+        self.reserved_tokens += num_tokens
+        return SequenceCache(self._config, num_tokens, self._dtype, self._device)
+
+    def release(self, cache: SequenceCache) -> None:
+        """Takes the reservation back; the memory goes with the last reference."""
+        self.reserved_tokens -= cache.reserved_tokens
+        cache.reserved_tokens = 0

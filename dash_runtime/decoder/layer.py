@@ -1,0 +1,73 @@
+"""The weights of one decoder layer, in every precision that is offered."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dash_runtime.actions import Action
+from dash_runtime.decoder.quantization import FullLinear, Linear, full_linear, make_linear
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLinears:
+    """The four matrices of a layer in one precision, with query, key and value fused, and gate and up."""
+
+    query_key_value: Linear
+    output: Linear
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """One layer. `key_value` is what a skipped layer still runs (the KV rule): rows of the fused matrix,
+    which share its memory. `head_norm` is the query and key norm, `[num_heads + num_kv_heads, head_dim]`."""
+
+    input_norm: Tensor
+    mlp_norm: Tensor
+    head_norm: Tensor | None
+    key_value: FullLinear
+    linears: Mapping[Action, LayerLinears]
+
+
+def make_layer(
+    input_norm: Tensor,
+    mlp_norm: Tensor,
+    head_norm: Tensor | None,
+    full: tuple[FullLinear, FullLinear, FullLinear, FullLinear],
+    query_size: int,
+    actions: tuple[Action, ...],
+) -> DecoderLayer:
+    """Packs a layer for the given actions. `full` is fused QKV, output, fused gate and up, down."""
+    fused = full[0]
+    key_value = full_linear(fused.weight[query_size:], None if fused.bias is None else fused.bias[query_size:])
+    linears: dict[Action, LayerLinears] = {
+        action: LayerLinears(*(make_linear(action, linear) for linear in full))
+        for action in actions
+        if action is not Action.SKIP
+    }
+    return DecoderLayer(input_norm, mlp_norm, head_norm, key_value, linears)
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension (Zhang and Sennrich 2019)."""
+    return functional.rms_norm(hidden, (hidden.shape[-1],), weight, eps)
+
+
+def mlp(linears: LayerLinears, inputs: Tensor) -> Tensor:
+    """SwiGLU (Shazeer 2020), `[rows, hidden_size]` to the same."""
+    gate, up = linears.gate_up(inputs).chunk(2, dim=-1)
+    return linears.down(functional.silu(gate).mul_(up))
+
+
+def scatter_rows(parts: list[tuple[list[int] | None, Tensor]], num_rows: int) -> Tensor:
+    """Puts the groups' rows back in order: the inverse of taking them apart by action."""
+    if len(parts) == 1:
+        return parts[0][1]
+    whole = parts[0][1].new_empty((num_rows, *parts[0][1].shape[1:]))
+    for rows, part in parts:
+        whole[torch.tensor(rows, device=part.device)] = part
+    return whole

@@ -1,0 +1,67 @@
+"""Measures what each action costs on this device: the cost table.
+
+Knows the decoder; knows no policies. Interleaves the actions and walks through all layers, so that caches and
+a drifting clock treat them alike, and takes medians.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from dash_runtime.actions import Action, CostTable
+from dash_runtime.decoder.compensation import Compensation
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.kv_cache import SequenceCache
+
+CONTEXT_TOKENS = 256
+_ROUNDS = 12
+
+
+@torch.inference_mode()
+def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _ROUNDS) -> CostTable:
+    """The cost table at one row over a context of 256 tokens, or what the model's context holds."""
+    context = min(CONTEXT_TOKENS, decoder.config.context_length - 1)
+    cache = SequenceCache(decoder.config, context + 1, decoder.dtype, decoder.device)
+    cache.grow(context + 1)
+    for keys, values in zip(cache.keys, cache.values, strict=True):
+        keys.zero_()
+        values.zero_()
+    cache.length = context
+    batch = decoder.rows([cache], [1], [compensation])
+    hidden = decoder.embed([0])
+    layer_seconds: dict[Action, list[float]] = {action: [] for action in decoder.actions}
+    head_seconds: dict[Action, list[float]] = {precision: [] for precision in decoder.heads}
+    fixed_seconds: list[float] = []
+
+    def run_layers(action: Action) -> None:
+        for layer in range(decoder.num_layers):
+            decoder.run_layer(layer, (action,), hidden, batch)
+
+    logits = torch.zeros(1, decoder.config.vocab_size, device=decoder.device)
+    for round_number in range(rounds + 1):
+        measured: list[tuple[list[float], Callable[[], object]]] = [
+            *((layer_seconds[action], partial(run_layers, action)) for action in decoder.actions),
+            *((head_seconds[head], partial(decoder.logits, hidden, (head,))) for head in decoder.heads),
+            (fixed_seconds, lambda: (decoder.embed([0]), logits.argmax(-1).tolist())),
+        ]
+        for seconds, work in measured:
+            elapsed = _time(decoder.device, work)
+            if round_number > 0:  # the first round warms up
+                seconds.append(elapsed)
+    return CostTable.from_seconds(
+        decoder.num_layers,
+        {action: statistics.median(seconds) / decoder.num_layers for action, seconds in layer_seconds.items()},
+        {precision: statistics.median(seconds) for precision, seconds in head_seconds.items()},
+        statistics.median(fixed_seconds),
+    )
+
+
+def _time(device: torch.device, work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

@@ -1,0 +1,60 @@
+"""Rotary position embedding (Su et al. 2021) with the scaling of Llama 3.1, as tables.
+
+Knows positions and head dimensions; knows no layers.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from dash_runtime.model_config import RopeConfig, RopeKind
+
+
+class RotaryTable:
+    """Cosines and signed sines for every position of the context, `[context_length, 1, head_dim]`.
+
+    The first half of a head is paired with its second half, as in Hugging Face checkpoints. The sine of
+    the first half is negated here, so that rotating is one flip of the halves and two products.
+    """
+
+    def __init__(
+        self,
+        rope: RopeConfig,
+        head_dim: int,
+        context_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        positions = torch.arange(context_length, dtype=torch.float32)
+        angles = torch.outer(positions, inverse_frequencies(rope, head_dim))
+        cosines, sines = angles.cos(), angles.sin()
+        self.cosines = torch.cat((cosines, cosines), dim=-1).unsqueeze(1).to(device, dtype)
+        self.sines = torch.cat((-sines, sines), dim=-1).unsqueeze(1).to(device, dtype)
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
+    """Radians per position for each pair of channels, float32 `[head_dim / 2]`.
+
+    Source of the llama3 variant: Llama 3.1's released code, `apply_scaling`: wavelengths beyond the
+    original context are stretched by `factor`, short ones are kept, those between are blended.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = 1.0 / rope.theta**exponents
+    if rope.kind is RopeKind.DEFAULT:
+        return frequencies
+    if rope.kind is RopeKind.LINEAR:
+        return frequencies / rope.factor
+    wavelengths = 2 * math.pi / frequencies
+    blend = (rope.original_context_length / wavelengths - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    blend = blend.clamp(0, 1)
+    return (1 - blend) * frequencies / rope.factor + blend * frequencies
+
+
+def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotates `[rows, num_heads, head_dim]` by each row's `[rows, 1, head_dim]` table entries."""
+    halves = heads.unflatten(-1, (2, -1))
+    swapped = halves.flip(-2).flatten(-2)
+    return torch.addcmul(heads * cosines, swapped, sines)

@@ -1,0 +1,1 @@
+"""Sequences, slots, steps and lanes: everything between a request and its tokens."""

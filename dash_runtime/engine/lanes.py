@@ -1,0 +1,168 @@
+"""Lanes: where a policy is evaluated while the decoder runs.
+
+Every lane answers the same two calls; what differs is who waits. `exposed_ns` is the time that the decoder
+lost to the policy: all of the evaluation inline, only the waiting elsewhere. Knows policies and states; knows
+no sequences.
+"""
+
+import queue
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import torch
+
+from dash_runtime.config import LaneKind
+from dash_runtime.errors import ConfigError
+from dash_runtime.policy.policy import Decision, Pending, Policy, State
+
+
+class Ticket(Protocol):
+    """A decision under way."""
+
+    def result(self) -> Decision:
+        """Waits for it. Raises what the policy raised."""
+
+
+class Lane(Protocol):
+    """Evaluates policies, one after another."""
+
+    exposed_ns: int
+    """Nanoseconds the decoder has lost to policies so far."""
+
+    def submit(self, policy: Policy, layer: int, state: State) -> Ticket: ...
+
+    def result(self, ticket: Ticket) -> Decision: ...
+
+    def close(self) -> None: ...
+
+
+class _DecidedTicket:
+    """A ticket whose decision is already there."""
+
+    def __init__(self, decision: Decision) -> None:
+        self._decision = decision
+
+    def result(self) -> Decision:
+        return self._decision
+
+
+class InlineLane:
+    """Evaluates in the caller's thread, at once."""
+
+    def __init__(self) -> None:
+        self.exposed_ns = 0
+
+    def submit(self, policy: Policy, layer: int, state: State) -> Ticket:
+        started_ns = time.perf_counter_ns()
+        ticket = _DecidedTicket(policy.start(layer, state)())
+        self.exposed_ns += time.perf_counter_ns() - started_ns
+        return ticket
+
+    def result(self, ticket: Ticket) -> Decision:
+        return ticket.result()
+
+    def close(self) -> None:
+        pass
+
+
+class _WaitingLane:
+    """What the concurrent lanes share: the decoder's waiting is what is exposed."""
+
+    def __init__(self) -> None:
+        self.exposed_ns = 0
+
+    def result(self, ticket: Ticket) -> Decision:
+        started_ns = time.perf_counter_ns()
+        decision = ticket.result()
+        self.exposed_ns += time.perf_counter_ns() - started_ns
+        return decision
+
+
+class ThreadLane(_WaitingLane):
+    """Evaluates in one thread of its own, in order. For CPUs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._jobs: queue.SimpleQueue[tuple[Future[Decision], Policy, int, State] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="policy-lane", daemon=True)
+        self._thread.start()
+
+    def submit(self, policy: Policy, layer: int, state: State) -> Ticket:
+        future: Future[Decision] = Future()
+        self._jobs.put((future, policy, layer, state))
+        return future
+
+    def close(self) -> None:
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        # The decoder's thread owns the intra-op pool; a second pool would only contend with it.
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            while (job := self._jobs.get()) is not None:
+                future, policy, layer, state = job
+                try:
+                    future.set_result(policy.start(layer, state)())
+                except Exception as error:
+                    future.set_exception(error)
+
+
+class _StreamTicket:
+    """A decision on its way to pinned host memory, and the event that says that it has arrived."""
+
+    def __init__(self, pending: Pending, event: Any) -> None:
+        self._pending = pending
+        self._event = event
+
+    def result(self) -> Decision:
+        self._event.synchronize()
+        return self._pending()
+
+
+class CudaStreamLane(_WaitingLane):
+    """Evaluates on a CUDA stream of its own, started by the event of the work that made the state.
+
+    The chosen actions come back through pinned memory and an event, so that the host waits for the small policy
+    while a layer is still running. `cuda` is `torch.cuda`, or anything with its `Stream`, `Event`, `stream` and
+    `current_stream`.
+    """
+
+    def __init__(self, cuda: Any = torch.cuda) -> None:
+        super().__init__()
+        self._cuda = cuda
+        self._stream = cuda.Stream()
+
+    def submit(self, policy: Policy, layer: int, state: State) -> Ticket:
+        made = self._cuda.Event()
+        made.record(self._cuda.current_stream())
+        arrived = self._cuda.Event()
+        with self._cuda.stream(self._stream):
+            self._stream.wait_event(made)
+            # The decoder's stream may drop its reference first; the allocator must not reuse the memory
+            # before this stream is done with it.
+            state.hidden.record_stream(self._stream)
+            pending = policy.start(layer, state)
+            arrived.record(self._stream)
+        return _StreamTicket(pending, arrived)
+
+    def close(self) -> None:
+        self._stream.synchronize()
+
+
+def make_lane(kind: LaneKind | None, device: torch.device) -> Lane:
+    """The lane of that kind, or the device's default: inline on CPUs, where handing a policy of ten
+    microseconds to a thread costs as much as it hides, a stream on CUDA.
+
+    Raises:
+        ConfigError: the device cannot have such a lane.
+    """
+    if kind is None:
+        kind = LaneKind.CUDA_STREAM if device.type == "cuda" else LaneKind.INLINE
+    if kind is LaneKind.CUDA_STREAM and device.type != "cuda":
+        raise ConfigError("lane", f"cuda_stream needs a CUDA device, and this one is {device}")
+    if kind is LaneKind.THREAD:
+        return ThreadLane()
+    return CudaStreamLane() if kind is LaneKind.CUDA_STREAM else InlineLane()

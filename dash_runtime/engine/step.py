@@ -1,0 +1,98 @@
+"""The heart: one token of every row through the layers, each decided while an earlier one is running.
+
+Knows the decoder, policies and a lane; knows no slots and no requests.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dash_runtime.actions import Action, CostTable
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.rows import RowBatch
+from dash_runtime.engine.lanes import Lane, Ticket
+from dash_runtime.policy.policy import Actions, Policy, State, Token
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """float32 `[rows, vocab_size]` logits, and the plan of each row, one byte per layer."""
+
+    logits: Tensor
+    plans: list[bytes]
+
+
+def decode_step(
+    decoder: Decoder, lane: Lane, batch: RowBatch, token_ids: Sequence[int], deciders: Sequence["Decider"]
+) -> StepOutput:
+    """Runs one token of every row through all layers. Each row belongs to one decider."""
+    hidden = decoder.embed(token_ids)
+    plan: list[Sequence[Action]] = []
+    for layer in range(decoder.num_layers):
+        actions = _by_row([decider.actions(layer, lane) for decider in deciders], deciders)
+        for decider in deciders:  # layer + lookahead is decided from this layer's input while it runs
+            decider.observe(layer, hidden, lane)
+        hidden = decoder.run_layer(layer, actions, hidden, batch)
+        plan.append(actions)
+    batch.commit()
+    heads = _by_row([(decider.policy.head,) * len(decider.rows) for decider in deciders], deciders)
+    return StepOutput(decoder.logits(hidden, heads), [bytes(row) for row in zip(*plan, strict=True)])
+
+
+class Decider:
+    """One policy's rows in one step: what it has seen of them, and what it has been asked.
+
+    Args:
+        rows: their places in the batch, ascending; None of them with another decider.
+        tokens: one per row.
+        costs: the policy's own table, for the share of cost already spent.
+    """
+
+    def __init__(
+        self, policy: Policy, rows: Sequence[int], tokens: Sequence[Token], costs: CostTable, num_rows: int
+    ) -> None:
+        self.policy = policy
+        self.rows = list(rows)
+        self._tokens = tokens
+        self._layer_costs = costs.layer
+        self._num_layers = costs.num_layers
+        self._has_all_rows = len(self.rows) == num_rows
+        self._pinned = policy.pinned
+        self._all_full: Actions = (Action.FULL,) * len(self.rows)
+        self._is_blind = len(self._pinned) == self._num_layers
+        self._cost_spent = [0.0] * len(self.rows)
+        self._tickets: dict[int, Ticket] = {}
+        self._current = self._all_full
+
+    def actions(self, layer: int, lane: Lane) -> Actions:
+        """Each row's action at `layer`; waits for the decision where there is one."""
+        pinned = layer in self._pinned
+        self._current = self._all_full if pinned else lane.result(self._tickets.pop(layer)).actions
+        return self._current
+
+    def observe(self, layer: int, hidden: Tensor, lane: Lane) -> None:
+        """Shows the policy the layer's input and action, and asks for the layer `lookahead` further on."""
+        if self._is_blind:
+            return
+        self._cost_spent = [
+            spent + self._layer_costs[action] for spent, action in zip(self._cost_spent, self._current, strict=True)
+        ]
+        target = layer + self.policy.lookahead
+        if target >= self._num_layers or target in self._pinned:
+            return
+        own = hidden if self._has_all_rows else hidden[self.rows]
+        state = State(self._tokens, own, layer, self._current, self._cost_spent)
+        self._tickets[target] = lane.submit(self.policy, target, state)
+
+
+def _by_row(per_decider: list[Actions], deciders: Sequence[Decider]) -> Sequence[Action]:
+    """One action per row of the batch, from one tuple per decider."""
+    if len(per_decider) == 1:
+        return per_decider[0]
+    placed = {
+        row: action
+        for decider, actions in zip(deciders, per_decider, strict=True)
+        for row, action in zip(decider.rows, actions, strict=True)
+    }
+    return [placed[row] for row in range(len(placed))]

@@ -1,0 +1,181 @@
+"""Policy files: a learned policy as safetensors, with what it was made for as metadata.
+
+A file names the model it belongs to by fingerprint and is refused for another one. Everything read is
+checked against its bounds before use. Knows files; knows no training and no serving.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dash_runtime.actions import Action, CostTable
+from dash_runtime.decoder.compensation import make_compensation
+from dash_runtime.errors import ConfigError, PolicyFileError
+from dash_runtime.model_config import ModelConfig
+from dash_runtime.policy.learned import NUM_SCALAR_FEATURES, Calibration, LearnedPolicy, PolicyNetwork
+
+FORMAT = "dash-policy-1"
+FEATURES = "rms-normalised-hidden|layer|last-action|cost-spent,log-price,log-price-squared"
+_KEY = "dash_policy"
+
+
+def model_fingerprint(config: ModelConfig, weights: Mapping[str, Tensor]) -> str:
+    """A name for a model by its shape and its norm weights: cheap to read, and different for each
+    training."""
+    digest = hashlib.sha256()
+    shape = (config.num_layers, config.hidden_size, config.num_heads, config.vocab_size, config.head_dim)
+    digest.update(repr(shape).encode())
+    for index in range(config.num_layers):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            weight = weights[f"model.layers.{index}.{name}.weight"]
+            digest.update(weight.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_policy(path: Path, policy: LearnedPolicy, fingerprint: str) -> None:
+    """Writes the file in one rename, so that a reader never sees half of it."""
+    tensors = {f"network.{name}": getattr(policy.network, name) for name in PolicyNetwork.__slots__}
+    tensors |= {f"compensation.{name}": tensor for name, tensor in policy.compensation.tensors().items()}
+    facts = {
+        "format": FORMAT,
+        "name": policy.name,
+        "model_fingerprint": fingerprint,
+        "features": FEATURES,
+        "actions": [action.name for action in policy.actions],
+        "pinned": sorted(policy.pinned),
+        "lookahead": policy.lookahead,
+        "head": policy.head.name,
+        "compensation": policy.compensation.kind.value,
+        "costs": {
+            "num_layers": policy.costs.num_layers,
+            "layer": {action.name: cost for action, cost in policy.costs.layer.items()},
+            "head": {action.name: cost for action, cost in policy.costs.head.items()},
+            "fixed": policy.costs.fixed,
+        },
+        "calibration": [list(point) for point in policy.calibration.points],
+    }
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        save_file(contiguous, partial, metadata={_KEY: json.dumps(facts)})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_policy(
+    path: Path,
+    config: ModelConfig,
+    fingerprint: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LearnedPolicy:
+    """Reads a policy for the model with this fingerprint. `dtype` is the decoder's, for the compensation.
+
+    Raises:
+        PolicyFileError: naming the file, and what is wrong with it.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise PolicyFileError(f"policy file {path} does not exist") from None
+    except (SafetensorError, OSError) as error:
+        raise PolicyFileError(f"policy file {path} cannot be read: {error}") from None
+    try:
+        facts = json.loads(metadata[_KEY])
+        return _policy_from(facts, tensors, config, fingerprint, dtype, device)
+    except PolicyFileError as error:
+        raise PolicyFileError(f"policy file {path}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ConfigError) as error:
+        raise PolicyFileError(f"policy file {path} is damaged: {type(error).__name__} {error}") from None
+
+
+def _policy_from(
+    facts: dict[str, Any],
+    tensors: dict[str, Tensor],
+    config: ModelConfig,
+    fingerprint: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LearnedPolicy:
+    for key, expected in (("format", FORMAT), ("features", FEATURES)):
+        if facts[key] != expected:
+            raise PolicyFileError(f"has {key} {facts[key]!r}; this version reads {expected!r}")
+    if facts["model_fingerprint"] != fingerprint:
+        raise PolicyFileError(f"was made for another model than {config.name}")
+    actions = tuple(Action[name] for name in facts["actions"])
+    pinned, lookahead = frozenset(facts["pinned"]), int(facts["lookahead"])
+    _check_layers(pinned, lookahead, config.num_layers)
+    network = _network_from(tensors, config, len(actions))
+    costs = CostTable(
+        int(facts["costs"]["num_layers"]),
+        {Action[name]: float(cost) for name, cost in facts["costs"]["layer"].items()},
+        {Action[name]: float(cost) for name, cost in facts["costs"]["head"].items()},
+        float(facts["costs"]["fixed"]),
+    )
+    if costs.num_layers != config.num_layers or not set(actions) <= set(costs.layer):
+        raise PolicyFileError("has a cost table for other layers or actions than its own")
+    head = Action[facts["head"]]
+    if head not in costs.head:
+        raise PolicyFileError(f"has no cost for its head precision {head.name}")
+    points = tuple((float(budget), float(log_price)) for budget, log_price in facts["calibration"])
+    if not points or list(points) != sorted(points) or not 0 < points[0][0] <= points[-1][0] <= 1:
+        raise PolicyFileError("has a calibration that is empty, not ascending or outside (0, 1]")
+    rung = {
+        name.removeprefix("compensation."): tensor.to(device, dtype)
+        for name, tensor in tensors.items()
+        if name.startswith("compensation.")
+    }
+    compensation = make_compensation(facts["compensation"], rung, config.num_layers, config.hidden_size)
+    on_device = PolicyNetwork(*(getattr(network, name).to(device) for name in PolicyNetwork.__slots__))
+    return LearnedPolicy(
+        str(facts["name"]),
+        on_device,
+        actions,
+        pinned,
+        lookahead,
+        head,
+        compensation,
+        costs,
+        Calibration(points),
+    )
+
+
+def _check_layers(pinned: frozenset[int], lookahead: int, num_layers: int) -> None:
+    if lookahead < 1:
+        raise PolicyFileError(f"has lookahead {lookahead}; it must be at least 1")
+    if not pinned <= set(range(num_layers)):
+        raise PolicyFileError(f"pins layers that a model of {num_layers} layers does not have")
+    undecided = set(range(min(lookahead, num_layers))) | {num_layers - 1}
+    if not undecided <= pinned:
+        raise PolicyFileError(f"must pin layers {sorted(undecided)}, which it cannot decide with its lookahead")
+
+
+def _network_from(tensors: dict[str, Tensor], config: ModelConfig, num_actions: int) -> PolicyNetwork:
+    network = PolicyNetwork(*(tensors[f"network.{name}"] for name in PolicyNetwork.__slots__))
+    width = network.input_bias.shape[0]
+    embedding = network.layer_embedding.shape[1]
+    expected = {
+        "layer_embedding": (config.num_layers, embedding),
+        "action_embedding": (len(Action), embedding),
+        "input_weight": (width, config.hidden_size + 2 * embedding + NUM_SCALAR_FEATURES),
+        "input_bias": (width,),
+        "output_weight": (num_actions, width),
+        "output_bias": (num_actions,),
+    }
+    for name, shape in expected.items():
+        tensor: Tensor = getattr(network, name)
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            raise PolicyFileError(f"tensor network.{name} must be finite float32 of shape {shape}")
+    return network

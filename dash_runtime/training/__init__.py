@@ -1,0 +1,1 @@
+"""Fitting what serving needs: the compensation of skipped layers."""

@@ -1,0 +1,68 @@
+"""What several runtime tests need: decoders, sequences of rows, and a decoder that records instead."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action, CostTable
+from dash_runtime.checkpoints import load_model_config, open_weights
+from dash_runtime.decoder.compensation import Affine, Compensation, Identity
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.kv_cache import SequenceCache
+
+CPU = torch.device("cpu")
+ALL_ACTIONS = tuple(Action)
+
+
+def load_decoder(folder: Path, dtype: torch.dtype = torch.float32, actions: Sequence[Action] = ALL_ACTIONS) -> Decoder:
+    config = load_model_config(folder)
+    return Decoder(
+        config,
+        open_weights(folder),
+        tuple(actions),
+        dtype=dtype,
+        device=CPU,
+        context_length=config.context_length,
+    )
+
+
+def new_cache(decoder: Decoder, reserved_tokens: int = 256) -> SequenceCache:
+    return SequenceCache(decoder.config, reserved_tokens, decoder.dtype, decoder.device)
+
+
+def run_rows(
+    decoder: Decoder,
+    caches: Sequence[SequenceCache],
+    token_ids: Sequence[Sequence[int]],
+    plans: Sequence[Sequence[Action]],
+    compensation: Compensation | None = None,
+) -> Tensor:
+    """Logits of all rows, with one plan per sequence (its rows share it)."""
+    lengths = [len(ids) for ids in token_ids]
+    batch = decoder.rows(caches, lengths, [compensation or Identity()] * len(caches))
+    hidden = decoder.embed([token_id for ids in token_ids for token_id in ids])
+    for layer in range(decoder.num_layers):
+        actions = [plan[layer] for plan, length in zip(plans, lengths, strict=True) for _ in range(length)]
+        hidden = decoder.run_layer(layer, actions, hidden, batch)
+    batch.commit()
+    return decoder.logits(hidden, [Action.FULL] * sum(lengths))
+
+
+def full_plan(decoder: Decoder) -> tuple[Action, ...]:
+    return (Action.FULL,) * decoder.num_layers
+
+
+def some_affine(decoder: Decoder) -> Affine:
+    generator = torch.Generator().manual_seed(1)
+    shape = (decoder.num_layers, decoder.config.hidden_size)
+    factors = 1 + 0.1 * torch.randn(shape, generator=generator)
+    offsets = 0.1 * torch.randn(shape, generator=generator)
+    return Affine(factors.to(decoder.dtype), offsets.to(decoder.dtype))
+
+
+def some_costs(num_layers: int = 6) -> CostTable:
+    """Layers cost 10, 20 and 30 % of FULL; the head as much as two layers."""
+    layer = {Action.SKIP: 0.1, Action.INT4: 0.4, Action.INT8: 0.6, Action.FULL: 1.0}
+    return CostTable.from_seconds(num_layers, layer, {Action.INT8: 1.0, Action.FULL: 2.0}, 0.2)

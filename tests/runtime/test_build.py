@@ -1,0 +1,105 @@
+"""From a folder to an engine: what is calibrated once, kept, and made again when it is damaged."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dash_runtime.actions import Action
+from dash_runtime.config import EngineConfig
+from dash_runtime.engine.build import BuildOptions, build_engine
+from dash_runtime.engine.engine import Engine
+from dash_runtime.errors import ConfigError, CorruptCheckpoint, PolicyFileError
+from dash_runtime.training.data import default_token_sequences
+from dash_runtime.training.fit_compensation import fit_compensation, full_depth_states
+from tests.runtime.support import load_decoder
+from tests.tiny_models import save_tiny_model
+
+
+def build(folder: Path, cache_folder: Path, said: list[str] | None = None, **options: object) -> Engine:
+    messages: list[str] = [] if said is None else said
+    return build_engine(folder, cache_folder, BuildOptions(**options), EngineConfig(), messages.append)  # type: ignore[arg-type]
+
+
+def test_calibrations_are_made_once_and_read_by_later_starts(tiny_folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    first = build(tiny_folder, tmp_path, said)
+    assert any("fitting" in message for message in said)
+    assert any("measuring" in message for message in said)
+    said.clear()
+    second = build(tiny_folder, tmp_path, said)
+    assert not any("kept for later" in message for message in said)
+    assert first.facts == second.facts
+    assert not [path for path in (tmp_path / "calibration").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b'{"layer": {"FULL": "x"}}', b"[]"])
+def test_damaged_calibrations_are_made_again(tiny_folder: Path, tmp_path: Path, damage: bytes) -> None:
+    build(tiny_folder, tmp_path)
+    for path in (tmp_path / "calibration").iterdir():
+        path.write_bytes(damage)
+    said: list[str] = []
+    build(tiny_folder, tmp_path, said)
+    assert sum("kept for later" in message for message in said) == 2
+
+
+def test_a_cache_folder_that_cannot_be_written_does_not_stop_a_start(tiny_folder: Path, tmp_path: Path) -> None:
+    blocked = tmp_path / "a file"
+    blocked.write_text("in the way")
+    assert not build(tiny_folder, blocked / "cache").has_work
+
+
+def test_facts_name_what_is_served(tiny_folder: Path, tmp_path: Path) -> None:
+    facts = build(tiny_folder, tmp_path).facts
+    assert facts.name == "tiny-llama"
+    assert facts.num_layers == 6
+    assert facts.actions == tuple(Action)
+    assert [policy.name for policy in facts.policies] == ["random"]
+    assert facts.policies[0].compensation == "affine"
+    costs = facts.policies[0].action_costs
+    assert costs[Action.FULL] == 1
+    assert all(cost > 0 for cost in costs.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"device": "warp"}, ConfigError, "device"),
+        ({"device": "cuda:99"}, ConfigError, "device"),
+        ({"precision": "float8"}, ConfigError, "precision"),
+        ({"policy_file": Path("/nowhere/p.safetensors")}, PolicyFileError, "/nowhere/p.safetensors"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused_by_name(
+    tiny_folder: Path, tmp_path: Path, options: dict[str, object], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        build(tiny_folder, tmp_path, **options)
+
+
+def test_a_model_whose_tensors_have_other_shapes_is_refused_by_file(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"intermediate_size": 160', '"intermediate_size": 192'))
+    with pytest.raises(CorruptCheckpoint, match=r"model\.safetensors"):
+        build(folder, tmp_path)
+
+
+def test_a_fitted_compensation_is_nearer_to_the_layer_than_passing_the_input_on(tiny_folder: Path) -> None:
+    decoder = load_decoder(tiny_folder, actions=(Action.SKIP, Action.FULL))
+    sequences = default_token_sequences(tiny_folder / "tokenizer.json", 4, 64)
+    fitted = fit_compensation(decoder, sequences)
+    (held_out,) = default_token_sequences(tiny_folder / "tokenizer.json", 5, 64)[4:]
+    with torch.inference_mode():
+        states = full_depth_states(decoder, held_out)
+    errors = torch.zeros(3)
+    for layer, (inputs, outputs) in enumerate(states):
+        for rung, guess in enumerate((inputs, fitted.scale(layer, inputs), fitted.affine(layer, inputs))):
+            errors[rung] += ((guess - outputs)[1:].norm(dim=-1) / inputs[1:].norm(dim=-1)).mean()
+    assert errors[2] < errors[1] < errors[0]
+
+
+def test_default_text_needs_no_file_but_the_tokenizer(tiny_folder: Path) -> None:
+    sequences = default_token_sequences(tiny_folder / "tokenizer.json", 3, 50)
+    assert [len(sequence) for sequence in sequences] == [50, 50, 50]
+    assert sequences == default_token_sequences(tiny_folder / "tokenizer.json", 3, 50)

@@ -1,0 +1,91 @@
+"""What a request or an engine may ask for; whatever else is refused by the name of its field."""
+
+import math
+from typing import Any
+
+import pytest
+
+from dash_runtime.actions import Action
+from dash_runtime.config import (
+    EngineConfig,
+    GenerationRequest,
+    Mode,
+    SamplingParameters,
+    SkipOptions,
+    StoppingParameters,
+)
+from dash_runtime.errors import ConfigError, InvalidRequest
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", math.nan),
+        ("temperature", -0.1),
+        ("temperature", math.inf),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+        ("top_p", math.nan),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("repetition_penalty", math.nan),
+        ("presence_penalty", 101.0),
+        ("frequency_penalty", -math.inf),
+    ],
+)
+def test_sampling_out_of_range_is_refused_by_field(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        SamplingParameters(**{name: value})
+    assert refusal.value.field == f"sampling.{name}"
+
+
+def test_a_logit_bias_is_refused_with_its_token() -> None:
+    with pytest.raises(InvalidRequest, match=r"sampling\.logit_bias\[7\]"):
+        SamplingParameters(logit_bias={7: math.nan})
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"mode": Mode.ADAPTIVE, "compute_budget": 0.0}, "skip.compute_budget"),
+        ({"mode": Mode.ADAPTIVE, "compute_budget": 1.01}, "skip.compute_budget"),
+        ({"mode": Mode.ADAPTIVE, "compute_budget": math.nan}, "skip.compute_budget"),
+        ({"mode": Mode.FULL_DEPTH, "compute_budget": 0.5}, "skip.compute_budget"),
+        ({"mode": Mode.FIXED}, "skip.fixed_action"),
+        ({"mode": Mode.ADAPTIVE, "fixed_action": Action.INT4}, "skip.fixed_action"),
+        ({"mode": Mode.FIXED, "fixed_action": Action.INT4, "policy_name": "x"}, "skip.policy_name"),
+        ({"mode": Mode.ADAPTIVE, "draft_length": 4}, "skip.draft_length"),
+        ({"mode": Mode.EXACT, "draft_length": 0}, "skip.draft_length"),
+    ],
+)
+def test_skip_options_that_do_not_fit_together_are_refused_by_field(options: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        SkipOptions(**options)
+    assert refusal.value.field == field
+
+
+def test_an_empty_prompt_no_new_tokens_and_too_many_logprobs_are_refused_by_field() -> None:
+    with pytest.raises(InvalidRequest, match="prompt"):
+        GenerationRequest("a", [], StoppingParameters(1))
+    with pytest.raises(InvalidRequest, match=r"stopping\.max_new_tokens"):
+        StoppingParameters(0)
+    with pytest.raises(InvalidRequest, match=r"output\.logprobs"):
+        GenerationRequest("a", [1], StoppingParameters(1), logprobs=21)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_slots", 0),
+        ("cache_tokens", 0),
+        ("prefill_chunk_tokens", -1),
+        ("context_length", 1),
+        ("default_compute_budget", 0.0),
+    ],
+)
+def test_an_engine_that_cannot_work_is_refused_by_setting(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        EngineConfig(**{name: value})
+    assert refusal.value.field == name

@@ -1,0 +1,60 @@
+"""The decoder against transformers, which is the definition of right."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from dash_runtime.actions import Action
+from dash_runtime.checkpoints import resolve_checkpoint
+from tests.runtime.support import full_plan, load_decoder, new_cache, run_rows
+from tests.tiny_models import FAMILIES, VOCAB_SIZE, save_tiny_model
+
+PROMPTS = [
+    "The capital of France is",
+    "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n",
+    "def fibonacci(n):\n    ",
+    "12 + 7 = 19. 25 + 8 =",
+    "Once upon a time, in a village by the sea,",
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_agree_with_transformers_in_prefill_and_decode(family: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / family, family)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    decoder = load_decoder(folder, actions=(Action.SKIP, Action.FULL))
+    token_ids = torch.randint(VOCAB_SIZE, (40,), generator=torch.Generator().manual_seed(3)).tolist()
+    cache, plan = new_cache(decoder), full_plan(decoder)
+    with torch.inference_mode():
+        expected = reference(torch.tensor([token_ids])).logits[0]
+        pieces = [token_ids[:13], token_ids[13:30], *([token_id] for token_id in token_ids[30:])]
+        logits = torch.cat([run_rows(decoder, [cache], [piece], [plan]) for piece in pieces])
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
+    assert (logits.argmax(-1) == expected.argmax(-1)).all()
+
+
+@pytest.mark.embedded
+@torch.inference_mode()
+def test_greedy_tokens_of_the_embedded_model_equal_those_of_transformers(embedded_folder: Path) -> None:
+    reference = transformers.AutoModelForCausalLM.from_pretrained(embedded_folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(embedded_folder)
+    decoder = load_decoder(embedded_folder, actions=(Action.FULL,))
+    plan = full_plan(decoder)
+    for prompt in PROMPTS:
+        prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        generated = reference.generate(
+            torch.tensor([prompt_ids]), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        expected = generated[0, len(prompt_ids) :].tolist()
+        cache = new_cache(decoder)
+        output = [int(run_rows(decoder, [cache], [prompt_ids], [plan])[-1].argmax())]
+        while len(output) < 64:
+            output.append(int(run_rows(decoder, [cache], [output[-1:]], [plan])[0].argmax()))
+        assert output == expected, prompt
+
+
+@pytest.fixture(scope="session")
+def embedded_folder(embedded_cache: Path) -> Path:
+    return resolve_checkpoint("embedded", None, embedded_cache)

@@ -1,0 +1,204 @@
+"""A learned policy is saved, loaded, refused for another model, and run."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from dash_runtime.actions import Action
+from dash_runtime.checkpoints import load_model_config, open_weights
+from dash_runtime.errors import PolicyFileError
+from dash_runtime.policy.learned import Calibration, LearnedPolicy, PolicyNetwork
+from dash_runtime.policy.policy import State, Token
+from dash_runtime.policy.policy_file import load_policy, model_fingerprint, save_policy
+from tests.runtime.support import CPU, load_decoder, some_affine, some_costs
+from tests.tiny_models import HIDDEN_SIZE, NUM_LAYERS, save_tiny_model
+
+FINGERPRINT = "a model"
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_folder: Path) -> LearnedPolicy:
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    network = PolicyNetwork(
+        random(NUM_LAYERS, 8),
+        random(4, 8),
+        random(16, HIDDEN_SIZE + 16 + 3),
+        random(16),
+        random(3, 16),
+        random(3),
+    )
+    return LearnedPolicy(
+        "tiny",
+        network,
+        (Action.SKIP, Action.INT4, Action.FULL),
+        frozenset((0, 5)),
+        1,
+        Action.INT8,
+        some_affine(load_decoder(tiny_folder)),
+        some_costs(),
+        Calibration(((0.5, 1.0), (0.8, 0.0), (0.9, -1.0))),
+    )
+
+
+@pytest.fixture
+def file(policy: LearnedPolicy, tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.safetensors"
+    save_policy(path, policy, FINGERPRINT)
+    return path
+
+
+def load(path: Path, tiny_folder: Path, fingerprint: str = FINGERPRINT) -> LearnedPolicy:
+    return load_policy(path, load_model_config(tiny_folder), fingerprint, dtype=torch.float32, device=CPU)
+
+
+def rewrite(path: Path, facts: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None) -> None:
+    """The same file with some metadata or tensors changed."""
+    with safe_open(path, framework="pt") as opened:
+        old_facts = json.loads(opened.metadata()["dash_policy"])
+        old_tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    save_file(old_tensors | (tensors or {}), path, metadata={"dash_policy": json.dumps(old_facts | (facts or {}))})
+
+
+def some_state(rows: int = 3) -> State:
+    hidden = torch.randn(rows, HIDDEN_SIZE, generator=torch.Generator().manual_seed(2))
+    return State(
+        [Token(0, 0, 1.5)] * rows,
+        hidden,
+        1,
+        (Action.SKIP, Action.FULL, Action.INT4)[:rows],
+        [0.1, 0.2, 0.3][:rows],
+    )
+
+
+def test_a_saved_policy_decides_as_it_did_before(policy: LearnedPolicy, file: Path, tiny_folder: Path) -> None:
+    loaded = load(file, tiny_folder)
+    expected, decision = (own.start(2, some_state())() for own in (policy, loaded))
+    assert decision.actions == expected.actions
+    assert decision.scores is not None
+    assert expected.scores is not None
+    assert torch.equal(decision.scores, expected.scores)
+    assert torch.equal(
+        loaded.compensation(3, torch.ones(1, HIDDEN_SIZE)), policy.compensation(3, torch.ones(1, HIDDEN_SIZE))
+    )
+    plain = ("name", "actions", "pinned", "lookahead", "head", "costs", "calibration")
+    assert [getattr(loaded, name) for name in plain] == [getattr(policy, name) for name in plain]
+
+
+def test_each_row_is_decided_from_its_own_state(policy: LearnedPolicy) -> None:
+    state = some_state()
+    together = policy.start(2, state)().actions
+    for row in range(3):
+        alone = State(
+            state.tokens[:1],
+            state.hidden[row : row + 1],
+            1,
+            state.actions[row : row + 1],
+            state.cost_spent[row : row + 1],
+        )
+        assert policy.start(2, alone)().actions == together[row : row + 1]
+
+
+def test_a_policy_of_another_model_is_refused(file: Path, tiny_folder: Path) -> None:
+    with pytest.raises(PolicyFileError, match=r"tiny\.safetensors.*another model"):
+        load(file, tiny_folder, "another model's fingerprint")
+
+
+def test_fingerprints_differ_between_trainings_and_not_between_readings(tiny_folder: Path, tmp_path: Path) -> None:
+    other = save_tiny_model(tmp_path / "other", "llama", initializer_range=0.2, rms_norm_eps=1e-4)
+    config, weights = load_model_config(tiny_folder), open_weights(tiny_folder)
+    own = model_fingerprint(config, weights)
+    assert own == model_fingerprint(config, open_weights(tiny_folder))
+    changed = dict(open_weights(other))
+    changed["model.layers.3.input_layernorm.weight"] = changed["model.layers.3.input_layernorm.weight"] * 1.1
+    assert own != model_fingerprint(config, changed)
+
+
+def test_a_missing_truncated_or_foreign_file_is_refused_by_name(file: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(file.read_bytes()[:-100])
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({"x": torch.zeros(1)}, foreign)
+    for path in (tmp_path / "missing.safetensors", truncated, foreign, tmp_path):
+        with pytest.raises(PolicyFileError, match=path.name):
+            load(path, tiny_folder)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"format": "dash-policy-99"},
+        {"features": "something else"},
+        {"actions": ["SKIP", "FULL"]},
+        {"actions": ["SKIP", "INT2", "FULL"]},
+        {"actions": 7},
+        {"pinned": [0]},
+        {"pinned": [5]},
+        {"pinned": [0, 5, 99]},
+        {"lookahead": 2},
+        {"lookahead": 0},
+        {"compensation": "magic"},
+        {"compensation": "dense"},
+        {"costs": {"num_layers": 6, "layer": {"FULL": 1}, "head": {"FULL": 1}, "fixed": 0}},
+        {"calibration": []},
+        {"calibration": [[0.9, 1.0], [0.5, 0.0]]},
+        {"calibration": [[0.5, 1.0], [1.5, 0.0]]},
+        {"head": "INT4"},
+    ],
+)
+def test_damaged_metadata_is_refused_by_name(facts: dict[str, Any], file: Path, tiny_folder: Path) -> None:
+    rewrite(file, facts)
+    with pytest.raises(PolicyFileError, match=r"tiny\.safetensors"):
+        load(file, tiny_folder)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"network.input_weight": torch.zeros(16, 7)},
+        {"network.input_bias": torch.full((16,), float("nan"))},
+        {"network.output_weight": torch.zeros(3, 16, dtype=torch.bfloat16)},
+        {"network.layer_embedding": torch.zeros(4)},
+        {"compensation.factors": torch.zeros(NUM_LAYERS, 3)},
+        {"compensation.surprise": torch.zeros(NUM_LAYERS, HIDDEN_SIZE)},
+    ],
+)
+def test_tampered_tensors_are_refused_by_name(tensors: dict[str, Any], file: Path, tiny_folder: Path) -> None:
+    rewrite(file, tensors=tensors)
+    with pytest.raises(PolicyFileError, match=r"tiny\.safetensors"):
+        load(file, tiny_folder)
+
+
+def test_a_failed_save_leaves_the_old_file_and_no_other(policy: LearnedPolicy, file: Path) -> None:
+    before = file.read_bytes()
+    broken = replace(policy, calibration=Calibration(((object(), 0.0),)))  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        save_policy(file, broken, FINGERPRINT)
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_a_budget_takes_the_price_of_the_largest_calibrated_budget_within_it(policy: LearnedPolicy) -> None:
+    calibration = policy.calibration
+    assert calibration.lowest_budget == 0.5
+    assert calibration.price(0.85) == pytest.approx(1.0)
+    assert calibration.price(0.5) == pytest.approx(2.718, abs=1e-3)
+    assert calibration.price(1.0) == pytest.approx(0.368, abs=1e-3)
+
+
+def test_an_action_without_a_kernel_here_is_never_chosen(policy: LearnedPolicy) -> None:
+    fewer = policy.without({Action.INT4})
+    assert fewer.actions == (Action.SKIP, Action.FULL)
+    kept, scores = fewer.start(2, some_state())().scores, policy.start(2, some_state())().scores
+    assert kept is not None
+    assert scores is not None
+    torch.testing.assert_close(kept, scores[:, [0, 2]])

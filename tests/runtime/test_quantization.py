@@ -1,0 +1,71 @@
+"""The packed kernels stand for the matrices they say they do."""
+
+import pytest
+import torch
+
+from dash_runtime.actions import Action
+from dash_runtime.decoder.quantization import (
+    FullLinear,
+    Int4Linear,
+    Int8Linear,
+    dequantize_int4,
+    full_linear,
+    make_linear,
+    quantize_int4,
+    quantize_int8,
+    supported_actions,
+)
+
+CPU = torch.device("cpu")
+
+
+def some_weight(rows: int = 64, columns: int = 96, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_quantised_linear_is_close_to_the_full_one(kind: type, has_bias: bool) -> None:
+    full = FullLinear(some_weight(), some_weight(64, 1)[:, 0] if has_bias else None)
+    inputs = some_weight(5, 96)
+    expected, outputs = full(inputs).float(), kind.from_full(full)(inputs).float()
+    limit = {Int8Linear: 0.02, Int4Linear: 0.12}[kind]
+    assert (outputs - expected).norm() < limit * expected.norm()
+
+
+def test_int8_rounds_to_half_a_step_at_most() -> None:
+    weight = some_weight(dtype=torch.float32)
+    quantized, scales = quantize_int8(weight)
+    error = (quantized.float() * scales.unsqueeze(1) - weight).abs()
+    assert (error <= scales.unsqueeze(1) * 0.501).all()
+
+
+def test_a_matrix_that_is_already_on_a_four_bit_grid_is_kept() -> None:
+    levels = torch.arange(32).remainder(16).float().expand(64, 3, 32).reshape(64, 96)
+    weight = levels * 0.25 - 1.5
+    assert torch.equal(dequantize_int4(*quantize_int4(weight)), weight)
+
+
+def test_constant_and_zero_groups_are_kept() -> None:
+    weight = torch.zeros(16, 64)
+    weight[:, 32:] = 3.0
+    torch.testing.assert_close(dequantize_int4(*quantize_int4(weight)), weight, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_cpu_offers_all_four_actions_for_shapes_that_suit_the_kernels(dtype: torch.dtype) -> None:
+    assert supported_actions(CPU, dtype, {(64, 96), (96, 64)}) == tuple(Action)
+
+
+def test_int4_is_not_offered_for_a_shape_that_its_kernel_cannot_take() -> None:
+    assert Action.INT4 not in supported_actions(CPU, torch.bfloat16, {(64, 96), (64, 40)})
+
+
+@pytest.mark.parametrize("shape", [(576, 1536), (960, 576), (384, 576)])
+@pytest.mark.parametrize("action", [Action.INT4, Action.INT8, Action.FULL])
+def test_a_row_alone_is_bit_equal_to_the_row_among_others(shape: tuple[int, int], action: Action) -> None:
+    linear = make_linear(action, full_linear(some_weight(*shape)))
+    inputs = torch.randn(17, shape[1], generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    for num_rows in (2, 9, 17):
+        alone = torch.cat([linear(row) for row in inputs[:num_rows].split(1)])
+        assert torch.equal(linear(inputs[:num_rows]), alone)

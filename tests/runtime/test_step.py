@@ -1,0 +1,281 @@
+"""The heart: what is decided when, from what, and by whom."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dash_runtime.actions import Action
+from dash_runtime.config import LaneKind
+from dash_runtime.decoder.compensation import Identity
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.engine.lanes import CudaStreamLane, InlineLane, Lane, ThreadLane, make_lane
+from dash_runtime.engine.step import Decider, StepOutput, decode_step
+from dash_runtime.errors import ConfigError
+from dash_runtime.policy.policy import Decision, FixedPlan, FullDepth, Pending, RandomPlan, State, Token
+from tests.runtime.support import CPU, full_plan, load_decoder, new_cache, run_rows, some_affine, some_costs
+
+NUM_LAYERS = 6
+EDGES = frozenset((0, NUM_LAYERS - 1))
+
+
+class RecordingPolicy:
+    """Decides by what it sees, and keeps it: skips where the observed state's sum is positive."""
+
+    name = "recording"
+    head = Action.FULL
+    compensation = Identity()
+
+    def __init__(self, lookahead: int = 1, pinned: frozenset[int] = EDGES, journal: list[Any] | None = None) -> None:
+        self.lookahead = lookahead
+        self.pinned = pinned
+        self.journal: list[Any] = [] if journal is None else journal
+
+    def start(self, layer: int, state: State) -> Pending:
+        self.journal.append(("decide", layer, state))
+        chosen = tuple(Action.SKIP if value > 0 else Action.INT8 for value in state.hidden.float().sum(-1))
+        return lambda: Decision(chosen)
+
+
+class JournalDecoder:
+    """A real decoder whose layer runs are written into a journal."""
+
+    def __init__(self, decoder: Decoder, journal: list[Any]) -> None:
+        self._decoder = decoder
+        self._journal = journal
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
+
+    def run_layer(self, layer: int, actions: Sequence[Action], hidden: torch.Tensor, batch: Any) -> torch.Tensor:
+        self._journal.append(("run", layer, tuple(actions), hidden))
+        return self._decoder.run_layer(layer, actions, hidden, batch)
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_folder: Path) -> Decoder:
+    return load_decoder(tiny_folder, torch.bfloat16)
+
+
+def step(decoder: Any, lane: Lane, policies: dict[int, Any], token_ids: list[int]) -> StepOutput:
+    """One decode step after a prompt of three tokens, row i with `policies[i]`."""
+    caches = [new_cache(decoder) for _ in token_ids]
+    for row, cache in enumerate(caches):
+        run_rows(decoder, [cache], [[row, 2, 3]], [full_plan(decoder)])
+    rows_of: dict[int, list[int]] = {}
+    for row in range(len(token_ids)):
+        rows_of.setdefault(id(policies[row]), []).append(row)
+    deciders = [
+        Decider(
+            policies[rows[0]],
+            rows,
+            [Token(seed=row, position=3, price=1.0) for row in rows],
+            some_costs(),
+            len(token_ids),
+        )
+        for rows in rows_of.values()
+    ]
+    batch = decoder.rows(caches, [1] * len(caches), [policies[row].compensation for row in range(len(caches))])
+    return decode_step(decoder, lane, batch, token_ids, deciders)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("lookahead", [1, 2, 3])
+def test_a_layer_is_decided_from_the_input_of_the_layer_lookahead_before_while_that_one_is_still_to_run(
+    decoder: Decoder, lookahead: int
+) -> None:
+    journal: list[Any] = []
+    policy = RecordingPolicy(lookahead, frozenset(range(lookahead)) | EDGES, journal)
+    recorded = JournalDecoder(decoder, journal)
+    caches = [new_cache(decoder)]
+    batch = decoder.rows(caches, [1], [Identity()])
+    decider = Decider(policy, [0], [Token(0, 0, 1.0)], some_costs(), 1)
+    decode_step(recorded, InlineLane(), batch, [9], [decider])  # type: ignore[arg-type]
+    runs = {entry[1]: entry for entry in journal if entry[0] == "run"}
+    decided = [entry for entry in journal if entry[0] == "decide"]
+    assert [layer for _, layer, _ in decided] == [layer for layer in range(NUM_LAYERS) if layer not in policy.pinned]
+    for entry in decided:
+        _, layer, state = entry
+        observed_run = runs[layer - lookahead]
+        assert state.observed == layer - lookahead
+        assert torch.equal(state.hidden, observed_run[3])
+        assert state.actions == observed_run[2]
+        assert journal.index(entry) < journal.index(observed_run)
+
+
+@torch.inference_mode()
+def test_the_cost_spent_counts_every_layer_up_to_the_observed_one(decoder: Decoder) -> None:
+    policy = RecordingPolicy()
+    output = step(decoder, InlineLane(), {0: policy}, [5])
+    costs = some_costs().layer
+    for _, layer, state in policy.journal:
+        spent = sum(costs[Action(action)] for action in output.plans[0][:layer])
+        assert state.cost_spent == [pytest.approx(spent)]
+
+
+@torch.inference_mode()
+def test_each_row_follows_its_own_policy_and_gets_the_numbers_it_gets_alone(decoder: Decoder) -> None:
+    affine = some_affine(decoder)
+    rates = dict.fromkeys(Action, 0.25)
+    fixed = FixedPlan((Action.FULL, *[Action.INT4] * 4, Action.FULL), "fixed", Action.INT8, affine, EDGES)
+    random = RandomPlan([rates] * NUM_LAYERS, "random", Action.INT8, affine, EDGES)
+    full, closed_loop = FullDepth(NUM_LAYERS), RecordingPolicy()
+    policies = dict(enumerate([random, full, closed_loop, fixed, random, closed_loop]))
+    token_ids = [11, 22, 33, 44, 55, 66]
+    together = step(decoder, InlineLane(), policies, token_ids)
+    assert together.plans[1] == bytes([Action.FULL] * NUM_LAYERS)
+    assert together.plans[3] == bytes(fixed.plan)
+    for row, policy in policies.items():
+        # Alone, but in the same place, so that seeds and prompts are the same.
+        others = {other: FullDepth(NUM_LAYERS) for other in policies if other != row}
+        alone = step(decoder, InlineLane(), others | {row: policy}, token_ids)
+        assert alone.plans[row] == together.plans[row]
+        assert torch.equal(alone.logits[row], together.logits[row])
+
+
+@torch.inference_mode()
+def test_a_thread_lane_decides_and_computes_what_the_inline_lane_does(decoder: Decoder) -> None:
+    threaded = ThreadLane()
+    try:
+        outputs = [
+            step(decoder, lane, {0: RecordingPolicy(), 1: RecordingPolicy()}, [3, 4])
+            for lane in (InlineLane(), threaded)
+        ]
+    finally:
+        threaded.close()
+    assert outputs[0].plans == outputs[1].plans
+    assert torch.equal(outputs[0].logits, outputs[1].logits)
+
+
+def test_a_policy_that_fails_in_a_thread_fails_the_step_that_waits_for_it() -> None:
+    class Failing(RecordingPolicy):
+        def start(self, layer: int, state: State) -> Pending:
+            raise ZeroDivisionError("a broken policy")
+
+    lane = ThreadLane()
+    state = State([Token(0, 0, 1.0)], torch.zeros(1, 2), 0, (Action.FULL,), [0.0])
+    try:
+        with pytest.raises(ZeroDivisionError):
+            lane.result(lane.submit(Failing(), 1, state))
+    finally:
+        lane.close()
+
+
+def test_lanes_count_the_time_that_the_decoder_loses() -> None:
+    state = State([Token(0, 0, 1.0)], torch.zeros(1, 2), 0, (Action.FULL,), [0.0])
+    for lane in (InlineLane(), ThreadLane()):
+        before = lane.exposed_ns
+        lane.result(lane.submit(RecordingPolicy(), 1, state))
+        assert lane.exposed_ns > before
+        lane.close()
+
+
+class FakeCuda:
+    """Keeps the order of what a CUDA lane asks of streams and events."""
+
+    def __init__(self) -> None:
+        self.journal: list[str] = []
+        self._current = "decoder"
+
+    class _Event:
+        def __init__(self, cuda: "FakeCuda") -> None:
+            self._cuda = cuda
+
+        def record(self, stream: Any) -> None:
+            self._cuda.journal.append(f"record on {stream}")
+
+        def synchronize(self) -> None:
+            self._cuda.journal.append("host waits")
+
+    class _Stream:
+        def __init__(self, cuda: "FakeCuda") -> None:
+            self._cuda = cuda
+
+        def __str__(self) -> str:
+            return "lane"
+
+        def wait_event(self, event: Any) -> None:
+            self._cuda.journal.append("lane waits")
+
+        def synchronize(self) -> None:
+            self._cuda.journal.append("lane drained")
+
+    def Stream(self) -> Any:  # noqa: N802
+        return self._Stream(self)
+
+    def Event(self) -> Any:  # noqa: N802
+        return self._Event(self)
+
+    def current_stream(self) -> str:
+        return self._current
+
+    def stream(self, stream: Any) -> Any:
+        cuda = self
+
+        class Context:
+            def __enter__(self) -> None:
+                cuda._current = str(stream)
+
+            def __exit__(self, *_: object) -> None:
+                cuda._current = "decoder"
+
+        return Context()
+
+
+class FakeHidden:
+    """Stands for a tensor on the device, and notes who is told to keep its memory."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
+
+    def record_stream(self, stream: Any) -> None:
+        self._cuda.journal.append(f"memory kept for {stream}")
+
+
+def test_a_cuda_lane_waits_for_the_state_on_its_own_stream_and_the_host_waits_for_the_answer_only() -> None:
+    cuda = FakeCuda()
+
+    class Policy(RecordingPolicy):
+        def start(self, layer: int, state: State) -> Pending:
+            cuda.journal.append(f"policy on {cuda.current_stream()}")
+
+            def read() -> Decision:
+                cuda.journal.append("read")
+                return Decision((Action.SKIP,))
+
+            return read
+
+    lane = CudaStreamLane(cuda)
+    ticket = lane.submit(Policy(), 1, State([], FakeHidden(cuda), 0, (), []))  # type: ignore[arg-type]
+    assert "host waits" not in cuda.journal
+    assert lane.result(ticket).actions == (Action.SKIP,)
+    lane.close()
+    assert cuda.journal == [
+        "record on decoder",
+        "lane waits",
+        "memory kept for lane",
+        "policy on lane",
+        "record on lane",
+        "host waits",
+        "read",
+        "lane drained",
+    ]
+
+
+def test_the_default_lane_of_a_cpu_is_inline_and_a_stream_is_refused_there() -> None:
+    assert isinstance(make_lane(None, CPU), InlineLane)
+    with pytest.raises(ConfigError, match="lane"):
+        make_lane(LaneKind.CUDA_STREAM, CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@torch.inference_mode()
+def test_a_cuda_stream_lane_decides_what_the_inline_lane_does() -> None:
+    hidden = torch.randn(2, 8, device="cuda")
+    state = State([Token(0, 0, 1.0)] * 2, hidden, 0, (Action.FULL,) * 2, [0.0, 0.0])
+    lane = CudaStreamLane()
+    asynchronous = lane.result(lane.submit(RecordingPolicy(), 1, state))
+    assert asynchronous.actions == RecordingPolicy().start(1, state)().actions
