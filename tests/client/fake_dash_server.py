@@ -1,0 +1,218 @@
+"""A dash server without a model: real sockets, scripted answers, and a record of what it was asked."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from dash_api.v1 import (
+    common_pb2,
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
+
+LAYER_COUNT = 4
+NOTE = "a random plan, until a trained policy ships"
+
+Event = generation_pb2.StreamGenerateResponse
+Script = list[Event | Callable[[grpc.ServicerContext], None]]
+
+
+def started(**changes: Any) -> Event:
+    fields: dict[str, Any] = {
+        "request_id": "r-1",
+        "prompt_token_count": 3,
+        "seed": 42,
+        "model": "fake-model",
+        "mode": common_pb2.MODE_ADAPTIVE,
+        "policy": "random",
+        "policy_note": NOTE,
+        "compute_budget": 0.8,
+        "layer_count": LAYER_COUNT,
+    }
+    return Event(started=generation_pb2.GenerationStarted(**(fields | changes)))
+
+
+def delta(text: str, token_ids: list[int], actions: list[int] | None = None, **changes: Any) -> Event:
+    return Event(
+        delta=generation_pb2.GenerationDelta(text=text, token_ids=token_ids, actions=bytes(actions or []), **changes)
+    )
+
+
+def finished(tokens: int = 3, **changes: Any) -> Event:
+    decode = tokens - 1
+    counts = [generation_pb2.ActionCount(action=4, count=2 * decode)]
+    counts.append(generation_pb2.ActionCount(action=1, count=2 * decode))
+    fields: dict[str, Any] = {
+        "reason": generation_pb2.FINISH_REASON_LENGTH,
+        "usage": generation_pb2.Usage(
+            prompt_token_count=3,
+            output_token_count=tokens,
+            queue_seconds=0.25,
+            prefill_seconds=0.5,
+            decode_seconds=0.1,
+        ),
+        "depth": generation_pb2.DepthStatistics(
+            decode_token_count=decode,
+            action_counts=counts if decode else [],
+            mean_cost=0.75 if decode else 0.0,
+            exposed_policy_seconds=1e-5,
+        ),
+    }
+    return Event(finished=generation_pb2.GenerationFinished(**(fields | changes)))
+
+
+HELLO: Script = [
+    started(),
+    delta("Hel", [10], [4, 4, 4, 4]),
+    delta("", [11], [4, 1, 1, 4]),
+    delta("lo", [12], [4, 1, 2, 4]),
+    finished(),
+]
+
+
+def fail(code: grpc.StatusCode, message: str, *details: Any) -> Callable[[grpc.ServicerContext], None]:
+    """A step of a script that ends the call with this status and google.rpc details."""
+
+    def step(context: grpc.ServicerContext) -> None:
+        if details:
+            packed = []
+            for detail in details:
+                packed.append(any_pb2.Any())
+                packed[-1].Pack(detail)
+            status = status_pb2.Status(code=code.value[0], message=message, details=packed)
+            context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
+        context.abort(code, message)
+
+    return step
+
+
+class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.ModelServiceServicer):
+    """A context manager; `target` is where it listens.
+
+    `script` is played for every generation: events are sent, functions are called with the context.
+    """
+
+    def __init__(self, script: Script | None = None, *, port: int = 0, serving: bool = True) -> None:
+        self.script = HELLO if script is None else script
+        self.requests: list[Any] = []
+        self.cancelled = threading.Event()
+        self._health = health.HealthServicer()
+        self.set_serving(serving)
+        self._pool = ThreadPoolExecutor(max_workers=4)
+        self._server = grpc.server(self._pool)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, self._server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(self, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self.target = f"localhost:{self._server.add_insecure_port(f'localhost:{port}')}"
+
+    def __enter__(self) -> Self:
+        self._server.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends all calls and closes the port."""
+        self._server.stop(grace=0).wait()
+        self._pool.shutdown(wait=True)
+
+    def set_serving(self, serving: bool) -> None:
+        statuses = health_pb2.HealthCheckResponse
+        self._health.set("", statuses.SERVING if serving else statuses.NOT_SERVING)
+
+    def wait(self, context: grpc.ServicerContext) -> None:
+        """A step of a script that waits until the call or the server ends."""
+        over = threading.Event()
+        if context.add_callback(over.set):
+            over.wait()
+
+    def StreamGenerate(  # noqa: N802
+        self, request: generation_pb2.StreamGenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[Event]:
+        self.requests.append(request)
+        played = threading.Event()
+        context.add_callback(lambda: None if played.is_set() else self.cancelled.set())
+        try:
+            for step in self.script:
+                if isinstance(step, Event):
+                    yield step
+                else:
+                    step(context)
+        finally:
+            if context.is_active():
+                played.set()
+
+    def Generate(  # noqa: N802
+        self, request: generation_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> generation_pb2.GenerateResponse:
+        self.requests.append(request)
+        response = generation_pb2.GenerateResponse()
+        for step in self.script:
+            if not isinstance(step, Event):
+                step(context)
+            elif step.WhichOneof("event") == "delta":
+                # Repeated fields are appended; text and bytes are replaced by a merge.
+                text = response.output.text + step.delta.text
+                actions = response.output.actions + step.delta.actions
+                response.output.MergeFrom(step.delta)
+                response.output.text, response.output.actions = text, actions
+            else:
+                response.started.MergeFrom(step.started)
+                response.finished.MergeFrom(step.finished)
+        return response
+
+    def GetModel(  # noqa: N802
+        self, request: model_pb2.GetModelRequest, context: grpc.ServicerContext
+    ) -> model_pb2.GetModelResponse:
+        self.requests.append(request)
+        return model_pb2.GetModelResponse(
+            name="fake-model",
+            architecture="LlamaForCausalLM",
+            layer_count=LAYER_COUNT,
+            vocabulary_size=100,
+            context_length=64,
+            max_new_tokens_limit=64,
+            default_max_new_tokens=16,
+            cache_tokens=128,
+            slot_count=2,
+            actions=[1, 2, 4, 9],
+            modes=[1, 2, 9],
+            default_mode=common_pb2.MODE_FULL_DEPTH,
+            policy_names=["random"],
+            default_policy_name="random",
+            device="cpu",
+        )
+
+    def GetPolicy(  # noqa: N802
+        self, request: model_pb2.GetPolicyRequest, context: grpc.ServicerContext
+    ) -> model_pb2.GetPolicyResponse:
+        self.requests.append(request)
+        if request.name not in ("", "random"):
+            context.abort(grpc.StatusCode.NOT_FOUND, f"no policy is called {request.name!r}")
+        return model_pb2.GetPolicyResponse(
+            name="random",
+            note=NOTE,
+            lookahead=1,
+            pinned_layers=[0, 3],
+            action_costs=[model_pb2.ActionCost(action=4, cost=1.0), model_pb2.ActionCost(action=1, cost=0.1)],
+            lowest_budget=0.4,
+            compensation="identity",
+        )
+
+    def Tokenize(  # noqa: N802
+        self, request: model_pb2.TokenizeRequest, context: grpc.ServicerContext
+    ) -> model_pb2.TokenizeResponse:
+        self.requests.append(request)
+        return model_pb2.TokenizeResponse(token_ids=[1, 2, 3])

@@ -1,0 +1,274 @@
+"""Calls of the client against a real in-process server."""
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+from fake_dash_server import HELLO, LAYER_COUNT, NOTE, FakeDashServer, delta, finished, started
+
+from dash_api.v1 import common_pb2, generation_pb2
+from dash_client import (
+    Action,
+    CancelledError,
+    DashClient,
+    DeadlineExceededError,
+    Decisions,
+    FinishReason,
+    HealthStatus,
+    InvalidArgumentError,
+    Mode,
+    ServerError,
+    TokenLogprobs,
+    UnavailableError,
+)
+
+
+def test_generate_and_a_drained_stream_agree() -> None:
+    with FakeDashServer() as server, DashClient(server.target) as client:
+        whole = client.generate("x")
+        with client.stream("x") as stream:
+            pieces = list(stream)
+        assert stream.final() == whole
+        assert client.stream("x").final() == whole
+    assert "".join(piece.text for piece in pieces) == whole.text == "Hello"
+    assert whole.token_ids == (10, 11, 12)
+    assert whole.finish_reason is FinishReason.LENGTH
+    assert whole.stop_string is None
+    assert whole.started.mode is Mode.ADAPTIVE
+    assert whole.started.policy_note == NOTE
+    assert whole.started.compute_budget == 0.8
+
+
+def test_speed_and_depth_are_per_decode_token() -> None:
+    with FakeDashServer() as server, DashClient(server.target) as client:
+        answer = client.generate("x")
+        assert answer.usage.decode_tokens_per_second == pytest.approx(20)
+        assert answer.depth.mean_layers == {Action.SKIP: 2.0, Action.FULL: 2.0}
+        assert answer.depth.mean_cost == 0.75
+        server.script = [started(), delta("a", [1]), finished(tokens=1)]
+        answer = client.generate("x")
+    assert answer.usage.decode_tokens_per_second is None
+    assert answer.depth.mean_layers == {}
+    assert answer.depth.mean_cost is None
+
+
+def test_decisions_have_a_row_per_token_and_a_column_per_layer() -> None:
+    with FakeDashServer() as server, DashClient(server.target) as client:
+        decisions = client.generate("x", return_decisions=True).decisions
+    assert decisions is not None
+    assert decisions.shape == (3, LAYER_COUNT)
+    assert decisions[2] == decisions[-1] == (Action.FULL, Action.SKIP, Action.INT4, Action.FULL)
+    assert [decisions.layers_run(token) for token in range(3)] == [4, 2, 3]
+    assert list(decisions[1:]) == [decisions[1], decisions[2]]
+    with pytest.raises(IndexError):
+        decisions[3]
+    with pytest.raises(ValueError, match="rows of 4"):
+        Decisions(b"\x01" * 5, 4)
+
+
+def test_decisions_become_an_array_where_numpy_is_there() -> None:
+    pytest.importorskip("numpy")
+    array = Decisions(bytes([4, 1, 2, 4, 4, 4]), 3).to_numpy()
+    assert array.tolist() == [[4, 1, 2], [4, 4, 4]]
+
+
+def test_logprobs_are_one_entry_per_token() -> None:
+    entry = generation_pb2.TokenLogprobs(chosen=-0.5, top=[generation_pb2.TokenLogprob(token_id=1, logprob=-0.5)])
+    script = [started(), delta("a", [1], logprobs=[entry]), delta("b", [2], logprobs=[entry]), finished(2)]
+    with FakeDashServer(script) as server, DashClient(server.target) as client:
+        assert client.generate("x", logprobs=1).logprobs == (TokenLogprobs(-0.5, ((1, -0.5),)),) * 2
+
+
+def test_the_start_is_known_before_the_first_delta_and_loses_none() -> None:
+    with FakeDashServer() as server, DashClient(server.target) as client, client.stream("x") as stream:
+        assert stream.started.request_id == "r-1"
+        assert next(stream).text == "Hel"
+        assert stream.final().text == "Hello"
+
+
+def test_breaking_out_of_a_stream_cancels_on_the_server() -> None:
+    with FakeDashServer() as server, DashClient(server.target) as client:
+        server.script = [*HELLO[:2], server.wait]
+        with client.stream("x") as stream:
+            for _ in stream:
+                break
+        assert server.cancelled.wait(5)
+        with pytest.raises(CancelledError) as caught:
+            stream.final()
+    assert caught.value.request_id == "r-1"
+
+
+def test_an_exception_in_the_loop_cancels_on_the_server() -> None:
+    def read_until_interrupted(client: DashClient) -> None:
+        with client.stream("x") as stream:
+            next(stream)
+            raise KeyboardInterrupt
+
+    with FakeDashServer() as server, DashClient(server.target) as client:
+        server.script = [*HELLO[:2], server.wait]
+        with pytest.raises(KeyboardInterrupt):
+            read_until_interrupted(client)
+        assert server.cancelled.wait(5)
+
+
+def test_a_stream_that_is_over_is_not_cancelled() -> None:
+    with FakeDashServer() as server, DashClient(server.target) as client:
+        with client.stream("x") as stream:
+            stream.final()
+        stream.cancel()
+        assert stream.final().text == "Hello"
+        assert list(stream) == []
+        assert not server.cancelled.is_set()
+
+
+def test_another_thread_may_cancel() -> None:
+    with FakeDashServer() as server, DashClient(server.target) as client:
+        server.script = [*HELLO[:2], server.wait]
+        with client.stream("x") as stream:
+            timer = threading.Timer(0.1, stream.cancel)
+            timer.start()
+            with pytest.raises(CancelledError):
+                stream.final()
+            timer.join()
+
+
+def test_closing_the_client_ends_its_streams_and_refuses_new_calls() -> None:
+    with FakeDashServer() as server:
+        server.script = [*HELLO[:2], server.wait]
+        client = DashClient(server.target)
+        stream = client.stream("x")
+        next(stream)
+        client.close()
+        with pytest.raises(CancelledError):
+            next(stream)
+        with pytest.raises(CancelledError, match="closed"):
+            client.generate("x")
+        with pytest.raises(CancelledError, match="closed"):
+            client.stream("x")
+
+
+def test_a_stream_without_its_end_is_an_error() -> None:
+    with FakeDashServer(HELLO[:-1]) as server, DashClient(server.target) as client:
+        stream = client.stream("x")
+        with pytest.raises(ServerError, match="without its end"):
+            list(stream)
+        with pytest.raises(ServerError, match="without its end"):
+            stream.final()
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [delta("x", [1])],
+        [finished()],
+        [started(mode=common_pb2.MODE_UNSPECIFIED)],
+        [started(), delta("x", [1], [4, 4, 4])],
+        [started(), delta("x", [1], [4, 4, 4, 9])],
+    ],
+)
+def test_messages_that_make_no_sense_are_a_server_error(
+    script: list[generation_pb2.StreamGenerateResponse],
+) -> None:
+    with (
+        FakeDashServer(script) as server,
+        DashClient(server.target) as client,
+        pytest.raises(ServerError, match="cannot read"),
+    ):
+        client.stream("x").final()
+
+
+def test_a_finish_reason_newer_than_the_client_is_unknown() -> None:
+    script = [started(), delta("x", [1]), finished(reason=99, stop_string="")]
+    with FakeDashServer(script) as server, DashClient(server.target) as client:
+        answer = client.generate("x")
+    assert answer.finish_reason is FinishReason.UNKNOWN
+    assert answer.stop_string == ""
+
+
+def test_facts_leave_out_what_is_newer_than_the_client() -> None:
+    with FakeDashServer() as server, DashClient(server.target) as client:
+        model = client.model_info()
+        policy = client.policy_info()
+        client.policy_info("random")
+    assert model.actions == (Action.SKIP, Action.INT4, Action.FULL)
+    assert model.modes == (Mode.FULL_DEPTH, Mode.ADAPTIVE)
+    assert policy.action_costs == {Action.SKIP: 0.1, Action.FULL: 1.0}
+    assert policy.pinned_layers == (0, 3)
+    assert not server.requests[1].HasField("name")
+    assert server.requests[2].name == "random"
+
+
+def test_tokenize_takes_text_or_a_conversation() -> None:
+    with FakeDashServer() as server, DashClient(server.target) as client:
+        assert client.tokenize("x") == (1, 2, 3)
+        client.tokenize([{"role": "user", "content": "x"}])
+        with pytest.raises(InvalidArgumentError, match="already"):
+            client.tokenize([1, 2])
+    assert [request.WhichOneof("prompt") for request in server.requests] == ["text", "chat"]
+
+
+def test_waiting_ends_when_the_server_serves() -> None:
+    with FakeDashServer(serving=False) as server, DashClient(server.target) as client:
+        assert client.health() is HealthStatus.NOT_SERVING
+        with pytest.raises(UnavailableError, match="NOT_SERVING"):
+            client.wait_until_ready(0.3)
+        timer = threading.Timer(0.2, server.set_serving, [True])
+        timer.start()
+        client.wait_until_ready(5)
+        timer.join()
+        assert client.health() is HealthStatus.SERVING
+
+
+def test_waiting_finds_a_server_that_starts_later() -> None:
+    with FakeDashServer() as server:
+        port = int(server.target.rpartition(":")[2])
+    with DashClient(server.target) as client:
+        with pytest.raises(UnavailableError, match="no server at"):
+            client.wait_until_ready(0.3)
+        with FakeDashServer(port=port):
+            client.wait_until_ready(5)
+
+
+def test_a_timeout_is_the_calls_or_the_clients() -> None:
+    with FakeDashServer() as server, DashClient(server.target, timeout=0.2) as client:
+        server.script = [*HELLO[:2], server.wait]
+        begin = time.monotonic()
+        with pytest.raises(DeadlineExceededError, match=r"0\.2 s"):
+            client.stream("x").final()
+        with pytest.raises(DeadlineExceededError, match=r"0\.1 s"):
+            client.generate("x", timeout=0.1)
+        assert time.monotonic() - begin < 5
+        server.script = HELLO
+        assert client.generate("x", timeout=float("inf")).text == "Hello"
+        with pytest.raises(InvalidArgumentError, match="timeout"):
+            client.generate("x", timeout=0)
+
+
+def test_the_target_is_the_argument_or_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DASH_TARGET", raising=False)
+    with DashClient() as client:
+        assert client.target == "localhost:50051"
+    monkeypatch.setenv("DASH_TARGET", "elsewhere:1")
+    with DashClient() as client:
+        assert client.target == "elsewhere:1"
+    with DashClient("here:2") as client:
+        assert client.target == "here:2"
+    with pytest.raises(InvalidArgumentError, match="web address"):
+        DashClient("http://here:2")
+
+
+def test_a_proxy_is_not_asked_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "no_grpc_proxy", "grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://localhost:1")
+    with FakeDashServer() as server, DashClient(server.target) as client:
+        assert client.health() is HealthStatus.SERVING
+
+
+def test_results_are_frozen_and_comparable() -> None:
+    with FakeDashServer() as server, DashClient(server.target) as client:
+        answer = client.generate("x")
+    assert replace(answer, text="other") != answer
+    with pytest.raises(AttributeError):
+        answer.text = "other"  # type: ignore[misc]

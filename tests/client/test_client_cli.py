@@ -1,0 +1,240 @@
+"""The dash-client command: what it prints where, and what it exits with."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from fake_dash_server import HELLO, NOTE, FakeDashServer, delta, fail, finished, started
+
+from dash_api.v1 import common_pb2
+from dash_client.cli import main
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDashServer]:
+    with FakeDashServer() as server:
+        monkeypatch.setenv("DASH_TARGET", server.target)
+        yield server
+
+
+@contextlib.contextmanager
+def run_command(*arguments: str, **options: object) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "dash_client.cli", *arguments]
+    pipes: dict[str, object] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    with subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_generate_streams_text_and_sums_up_on_stderr(
+    server: FakeDashServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "Say hello"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Hello\n"
+    assert NOTE in err
+    assert "20.0 tokens/s" in err
+    assert "SKIP 2.0, FULL 2.0" in err
+    assert "mean cost 0.750" in err
+    messages = server.requests[0].parameters.chat.messages
+    assert [(message.role, message.content) for message in messages] == [("user", "Say hello")]
+
+
+def test_quiet_prints_the_text_alone(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "x", "--quiet"]) == 0
+    assert capsys.readouterr() == ("Hello\n", "")
+
+
+def test_options_that_are_not_given_are_not_sent(server: FakeDashServer) -> None:
+    assert main(["generate", "x", "--raw"]) == 0
+    parameters = server.requests[0].parameters
+    assert parameters.text == "x"
+    assert [field.name for field, _ in parameters.ListFields()] == ["text"]
+
+
+def test_options_are_sent(server: FakeDashServer) -> None:
+    line = "generate x --temperature 0 --top-p 0.9 --top-k 0 --seed 0 --max-new-tokens 5 --stop a --stop b"
+    assert main([*line.split(), "--mode", "adaptive", "--budget", "0.7"]) == 0
+    assert main(["generate", "x", "--fixed-action", "int8"]) == 0
+    adaptive, fixed = (request.parameters for request in server.requests)
+    for name in ("temperature", "top_k", "seed"):
+        assert adaptive.sampling.HasField(name)
+        assert getattr(adaptive.sampling, name) == 0
+    assert list(adaptive.stopping.stop_strings) == ["a", "b"]
+    assert adaptive.skip.compute_budget == 0.7
+    assert fixed.skip.mode == common_pb2.MODE_FIXED
+    assert fixed.skip.fixed_action == common_pb2.ACTION_INT8
+
+
+def test_a_dash_reads_the_prompt_from_stdin(server: FakeDashServer) -> None:
+    with run_command("generate", "-", "--raw", stdin=subprocess.PIPE) as process:
+        out, _ = process.communicate("from a pipe", timeout=10)
+    assert out == "Hello\n"
+    assert server.requests[0].parameters.text == "from a pipe"
+
+
+def test_json_is_one_object_with_everything(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "x", "--json", "--show-depth"]) == 0
+    out, err = capsys.readouterr()
+    answer = json.loads(out)
+    assert answer["text"] == "Hello"
+    assert answer["finish_reason"] == "length"
+    assert answer["decisions"][2] == ["FULL", "SKIP", "INT4", "FULL"]
+    assert answer["depth"]["action_counts"] == {"SKIP": 4, "FULL": 4}
+    assert answer["started"]["policy"] == "random"
+    assert err == ""
+
+
+def test_show_depth_annotates_where_there_are_no_colours(
+    server: FakeDashServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "x", "--show-depth"]) == 0
+    out, err = capsys.readouterr()
+    # "lo" completes two tokens, of 2 and 3 layers.
+    assert out == "Hel[4]lo[2.5]\n"
+    assert "of 4" in err
+    assert server.requests[0].parameters.output.return_decisions
+
+
+def test_show_depth_colours_when_told_to(
+    server: FakeDashServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    assert main(["generate", "x", "--show-depth", "--color", "always"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("\x1b[48;2;253;231;37;30mHel\x1b[0m\x1b[48;2;")
+    assert out.endswith("lo\x1b[0m\n")
+    assert "\x1b[48;2;" in err
+
+
+@pytest.mark.parametrize(("no_color", "expected"), [("", "\x1b[48;5;220;30mHel\x1b[0m"), ("1", "Hel[4]")])
+def test_a_terminal_gets_colours_unless_no_color_is_set(server: FakeDashServer, no_color: str, expected: str) -> None:
+    environment = os.environ | {"NO_COLOR": no_color, "TERM": "xterm-256color"}
+    environment.pop("COLORTERM", None)
+    assert expected in _terminal_output("generate", "x", "--show-depth", environment=environment)
+
+
+def test_a_model_cannot_steer_the_terminal(server: FakeDashServer) -> None:
+    server.script = [started(), delta("a\x1b]0;title\x07b", [1]), finished(1)]
+    assert "\x1b" not in _terminal_output("generate", "x", environment=dict(os.environ))
+
+
+def _terminal_output(*arguments: str, environment: dict[str, str]) -> str:
+    terminal, slave = os.openpty()
+    with run_command(*arguments, stdout=slave, env=environment) as process:
+        os.close(slave)
+        chunks = []
+        # A Linux terminal whose other end is closed reads as an error.
+        with contextlib.suppress(OSError):
+            while chunk := os.read(terminal, 4096):
+                chunks.append(chunk)
+        os.close(terminal)
+        assert process.wait(10) == 0
+    return b"".join(chunks).decode()
+
+
+def test_ctrl_c_cancels_on_the_server_and_exits_130(server: FakeDashServer) -> None:
+    server.script = [*HELLO[:2], server.wait]
+    with run_command("generate", "x") as process:
+        assert process.stdout is not None
+        assert process.stdout.read(3) == "Hel"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert server.cancelled.wait(5)
+    assert "Traceback" not in out + err
+
+
+def test_a_closed_output_cancels_on_the_server_and_exits_141(server: FakeDashServer) -> None:
+    is_closed = threading.Event()
+    server.script = [*HELLO[:2], lambda context: is_closed.wait(), delta("lo", [1]), server.wait]
+    with run_command("generate", "x", "--quiet") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(3) == "Hel"
+        process.stdout.close()
+        is_closed.set()
+        assert process.wait(10) == 141
+        assert process.stderr.read() == ""
+    assert server.cancelled.wait(5)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (grpc.StatusCode.INTERNAL, 1),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, 1),
+        (grpc.StatusCode.INVALID_ARGUMENT, 2),
+        (grpc.StatusCode.UNAVAILABLE, 3),
+    ],
+)
+def test_server_errors_are_one_line_and_an_exit_code(
+    server: FakeDashServer, capsys: pytest.CaptureFixture[str], code: grpc.StatusCode, expected: int
+) -> None:
+    server.script = [fail(code, "it went wrong")]
+    assert main(["generate", "x"]) == expected
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[0].startswith("dash-client: ")
+    assert "it went wrong" in err
+    assert "Traceback" not in err
+
+
+def test_a_timeout_exits_1(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
+    server.script = [*HELLO[:2], server.wait]
+    assert main(["generate", "x", "--timeout", "0.2"]) == 1
+    assert "raise the timeout" in capsys.readouterr().err
+
+
+def test_no_server_exits_3(capsys: pytest.CaptureFixture[str]) -> None:
+    with FakeDashServer() as server:
+        pass
+    for command in (["generate", "x"], ["info"], ["health"], ["health", "--wait", "0.2"]):
+        assert main([*command, "--target", server.target]) == 3
+        assert "make serve" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line", ["", "generate", "generate x --mode fast", "generate x --top-k many", "generate x --chat --raw"]
+)
+def test_wrong_usage_exits_2(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(line.split())
+    assert caught.value.code == 2
+    assert "--help" in capsys.readouterr().err
+
+
+def test_help_documents_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ("--help", "generate --help", "info --help", "health --help"):
+        with pytest.raises(SystemExit) as caught:
+            main(line.split())
+        assert caught.value.code == 0
+        assert "130  interrupted" in capsys.readouterr().out
+
+
+def test_info_tells_the_model_and_its_policy(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "fake-model" in out
+    assert "SKIP, INT4, FULL" in out
+    assert NOTE in out
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["policy"]["action_costs"] == {"SKIP": 0.1, "FULL": 1.0}
+
+
+def test_health_is_an_exit_code(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["health"]) == 0
+    assert capsys.readouterr().out == "SERVING\n"
+    server.set_serving(False)
+    assert main(["health"]) == 3
+    assert capsys.readouterr().out == "NOT_SERVING\n"

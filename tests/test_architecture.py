@@ -1,0 +1,93 @@
+"""Who may import whom, and how long a file may be: read from the sources, nothing is imported."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_LINES = 350
+
+PACKAGES = {
+    "dash_api": ROOT / "proto" / "dash_api",
+    "dash_client": ROOT / "client" / "dash_client",
+    "dash_server": ROOT / "server" / "dash_server",
+    "dash_runtime": ROOT / "dash_runtime",
+}
+MAY_IMPORT = {
+    "dash_api": set[str](),
+    "dash_client": {"dash_api"},
+    "dash_server": {"dash_api", "dash_runtime"},
+    "dash_runtime": set[str](),
+}
+CLIENT_THIRD_PARTIES = {"grpc", "grpc_health", "google"}
+
+# An editable install makes namespace packages of the folders; `dash` is Plotly's package.
+NEVER_IMPORTED = {"server", "client", "proto", "dash"}
+
+
+def python_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.py") if not path.stem.endswith(("_pb2", "_pb2_grpc")))
+
+
+def our_folders() -> list[Path]:
+    others = (ROOT / name for name in ("tests", "benchmarks", "examples"))
+    return [*PACKAGES.values(), *(folder for folder in others if folder.is_dir())]
+
+
+def imported_roots(path: Path) -> Iterator[str]:
+    """The top-level names of all absolute imports, those inside functions included."""
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
+            yield node.module.partition(".")[0]
+
+
+def roots_at_import_time(path: Path) -> set[str]:
+    """The top-level names imported when the module is, without functions and `if TYPE_CHECKING`."""
+    roots: set[str] = set()
+    for statement in ast.parse(path.read_text(), str(path)).body:
+        if isinstance(statement, ast.Import):
+            roots |= {alias.name.partition(".")[0] for alias in statement.names}
+        elif isinstance(statement, ast.ImportFrom) and statement.module is not None:
+            roots.add(statement.module.partition(".")[0])
+    return roots
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_a_package_imports_only_its_allowed_neighbours(package: str) -> None:
+    forbidden = PACKAGES.keys() - MAY_IMPORT[package] - {package}
+    files = python_files(PACKAGES[package])
+    assert files, f"{PACKAGES[package]} has no Python files"
+    found = {str(path.relative_to(ROOT)): sorted(forbidden & set(imported_roots(path))) for path in files}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_nothing_imports_a_folder_as_a_namespace_package() -> None:
+    files = [path for folder in our_folders() for path in python_files(folder)]
+    found = {str(path.relative_to(ROOT)): sorted(NEVER_IMPORTED & set(imported_roots(path))) for path in files}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_the_folders_above_the_packages_are_no_packages() -> None:
+    for name in ("proto", "server", "client"):
+        assert not (ROOT / name / "__init__.py").exists()
+
+
+def test_the_client_needs_its_base_dependencies_only() -> None:
+    allowed = CLIENT_THIRD_PARTIES | sys.stdlib_module_names | {"dash_api", "dash_client"}
+    files = python_files(PACKAGES["dash_client"])
+    found = {path.name: sorted(roots_at_import_time(path) - allowed) for path in files}
+    assert {name: names for name, names in found.items() if names} == {}
+
+
+def test_files_are_short() -> None:
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for folder in our_folders()
+        for path in python_files(folder)
+    }
+    assert {path: lines for path, lines in lengths.items() if lines > MAX_LINES} == {}
