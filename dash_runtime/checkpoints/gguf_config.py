@@ -131,7 +131,7 @@ def _llama3_scaling(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, An
     factors = [float(value) for value in gguf.dequantize(gguf.tensors[ROPE_FACTORS]).ravel()]
     if all(factor == 1.0 for factor in factors):
         return None
-    factor = _decimal(max(factors))
+    factor = float(f"{max(factors):.6g}")  # a quotient of float32 numbers, so its last digit is noise
     expected = [_llama3_factor(theta ** (2 * i / head_dim), factor) for i in range(head_dim // 2)]
     if len(factors) != len(expected) or any(
         not math.isclose(found, wanted, rel_tol=1e-3) for found, wanted in zip(factors, expected, strict=True)
