@@ -43,6 +43,12 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     request_id: str
 
 
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """A stop string was met: send Finished with the reason `stop_string` now. Unknown ids are ignored."""
+
+    request_id: str
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Exit now."""
 
@@ -93,7 +99,7 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
 
     request_id: str
     reason: str
-    """`end_of_sequence`, `stop_token` or `length`."""
+    """`end_of_sequence`, `stop_token`, `length`, or `stop_string` in answer to Stop."""
     prefill_seconds: float
     decode_seconds: float
     output_token_count: int
@@ -122,7 +128,7 @@ class StepEvents(msgspec.Struct, frozen=True, tag=True):
     events: list[Event]
 
 
-ToWorker = WorkerConfig | Submit | Cancel | Shutdown
+ToWorker = WorkerConfig | Submit | Cancel | Stop | Shutdown
 FromWorker = Ready | StartupFailed | StepEvents
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,0 +1,144 @@
+"""A conversation to the text that the model was trained on, by the chat template in its folder.
+
+The result equals that of transformers' `apply_chat_template(..., add_generation_prompt=True)`. The
+template is code from a model's author, so it runs in Jinja's sandbox. Knows no tokenizer.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+from jinja2.nodes import Node, Scope
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from dash_runtime.errors import CorruptCheckpoint, InvalidRequest
+
+_FIELD = "chat"
+
+
+class ChatTemplate:
+    """The template of one model, or the fact that there is none."""
+
+    def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
+        """Raises jinja2.TemplateSyntaxError where `source` is not a template."""
+        self._template = _environment().from_string(source) if source is not None else None
+        self._special_tokens = special_tokens
+
+    @classmethod
+    def load(cls, folder: Path) -> "ChatTemplate":
+        """The template in `folder`: chat_template.jinja, or else tokenizer_config.json's.
+
+        Raises:
+            CorruptCheckpoint: a file is there but cannot be used.
+        """
+        config = _read_json(folder / "tokenizer_config.json")
+        special_tokens = _special_tokens(_read_json(folder / "special_tokens_map.json") | config)
+        path = folder / "chat_template.jinja"
+        try:
+            source = path.read_text("utf-8") if path.is_file() else _default_template(config)
+            return cls(source, special_tokens)
+        except (UnicodeDecodeError, jinja2.TemplateSyntaxError) as error:
+            raise CorruptCheckpoint(f"the chat template in {folder} cannot be used: {error}") from error
+
+    def render(self, messages: Sequence[tuple[str, str]]) -> str:
+        """The prompt for these (role, content) pairs, ready for the assistant's answer.
+
+        Raises:
+            InvalidRequest: there is no template, there are no messages, a role is empty, or the template
+                refuses the conversation.
+        """
+        if self._template is None:
+            raise InvalidRequest(_FIELD, "the model has no chat template; send `text` or `token_ids`")
+        if not messages:
+            raise InvalidRequest(f"{_FIELD}.messages", "must not be empty")
+        for position, (role, _) in enumerate(messages):
+            if not role:
+                raise InvalidRequest(f"{_FIELD}.messages[{position}].role", "must not be empty")
+        try:
+            return self._template.render(
+                messages=[{"role": role, "content": content} for role, content in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._special_tokens,
+            )
+        except jinja2.TemplateError as error:
+            raise InvalidRequest(_FIELD, f"the model's chat template refuses it: {error}") from error
+        except Exception as error:  # a template is code: whatever it raises is about this conversation
+            raise InvalidRequest(_FIELD, f"the model's chat template fails on it: {type(error).__name__}") from error
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` marks the assistant's part for training; here its body is just rendered."""
+
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own attribute)
+
+    def parse(self, parser: Parser) -> Node:
+        line = next(parser.stream).lineno
+        return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own tojson escapes HTML characters.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CorruptCheckpoint(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CorruptCheckpoint(f"{path} is not a JSON object")
+    return content
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """`bos_token`, `eos_token` and the like, which some files write as objects."""
+    tokens = {}
+    for name, value in config.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(content, str):
+            tokens[name] = content
+    return tokens
+
+
+def _default_template(config: Mapping[str, Any]) -> str | None:
+    """A single template, or that called `default` in a list of named ones."""
+    templates = config.get("chat_template")
+    if isinstance(templates, list):
+        templates = {template["name"]: template["template"] for template in templates}
+    if isinstance(templates, dict):
+        templates = templates.get("default")
+    return templates

@@ -1,0 +1,284 @@
+"""The one seam between protobuf messages and the runtime's dataclasses, in both directions.
+
+What a request says is checked by the dataclasses and by ModelFacts; here are only the checks that need
+the protobuf side (unknown enum values) or the server's settings (limits, defaults). Paths of wrong fields
+are relative to GenerationParameters.
+"""
+
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from dash_api.v1 import common_pb2, generation_pb2, model_pb2
+from dash_runtime.actions import Action
+from dash_runtime.config import (
+    AVAILABLE_MODES,
+    GenerationRequest,
+    Mode,
+    ModelFacts,
+    PolicyFacts,
+    SamplingParameters,
+    SkipOptions,
+    StoppingParameters,
+)
+from dash_runtime.errors import InvalidRequest
+from dash_server.messages import Finished, Granted, Logprobs
+from dash_server.outbox import Batch
+from dash_server.settings import Settings
+from dash_server.statuses import InvalidFields
+
+_MODES = {
+    common_pb2.MODE_FULL_DEPTH: Mode.FULL_DEPTH,
+    common_pb2.MODE_ADAPTIVE: Mode.ADAPTIVE,
+    common_pb2.MODE_EXACT: Mode.EXACT,
+    common_pb2.MODE_FIXED: Mode.FIXED,
+}
+_MODE_NUMBERS = {mode: number for number, mode in _MODES.items()}
+_ACTIONS = {action.value: action for action in Action}
+
+_FINISH_REASONS = {
+    "end_of_sequence": generation_pb2.FINISH_REASON_END_OF_SEQUENCE,
+    "stop_token": generation_pb2.FINISH_REASON_STOP_TOKEN,
+    "stop_string": generation_pb2.FINISH_REASON_STOP_STRING,
+    "length": generation_pb2.FINISH_REASON_LENGTH,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request that has passed every check, and what of it stays in the server."""
+
+    request: GenerationRequest
+    stop_strings: tuple[str, ...]
+    stop_token_ids: frozenset[int]
+    """All tokens that end the output and are not part of its text."""
+
+
+class _Violations:
+    """Collects what is wrong, so that a caller learns of several mistakes at once."""
+
+    def __init__(self) -> None:
+        self._violations: list[InvalidRequest] = []
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        try:
+            yield
+        except InvalidRequest as violation:
+            self._violations.append(violation)
+        except InvalidFields as error:
+            self._violations += error.violations
+
+    def raise_if_any(self) -> None:
+        if self._violations:
+            raise InvalidFields(self._violations)
+
+
+def prepare_request(
+    parameters: generation_pb2.GenerationParameters,
+    *,
+    request_id: str,
+    facts: ModelFacts,
+    settings: Settings,
+    tokenize: Callable[[generation_pb2.GenerationParameters], list[int]],
+) -> PreparedRequest:
+    """What the worker is to be asked, with every default filled in.
+
+    `tokenize` turns the prompt into token ids.
+
+    Raises:
+        InvalidRequest, InvalidFields: naming every wrong field that could be found at once.
+    """
+    violations = _Violations()
+    sampling, skip = SamplingParameters(), SkipOptions()
+    prompt_token_ids: list[int] = []
+    with violations.collected():
+        sampling = _sampling(parameters.sampling)
+    with violations.collected():
+        _check_stopping(parameters.stopping, settings)
+    with violations.collected():
+        skip = _skip(parameters.skip, facts, settings)
+    with violations.collected():
+        prompt_token_ids = tokenize(parameters)
+        if not prompt_token_ids:
+            raise InvalidRequest("prompt", "must not be empty")
+    violations.raise_if_any()
+
+    stopping = _stopping(parameters.stopping, len(prompt_token_ids), facts, settings)
+    output = parameters.output
+    request = GenerationRequest(
+        request_id=request_id,
+        prompt_token_ids=prompt_token_ids,
+        stopping=stopping,
+        sampling=sampling,
+        skip=skip,
+        logprobs=_optional(output, "logprobs"),
+        return_decisions=output.return_decisions,
+    )
+    facts.validate(request)
+    stop_token_ids = stopping.stop_token_ids | (frozenset() if stopping.ignore_eos else facts.eos_token_ids)
+    return PreparedRequest(request, tuple(parameters.stopping.stop_strings), stop_token_ids)
+
+
+def _optional(message: object, name: str) -> int | None:
+    return getattr(message, name) if message.HasField(name) else None  # type: ignore[attr-defined]
+
+
+def _sampling(sampling: generation_pb2.SamplingParameters) -> SamplingParameters:
+    given = {field.name: value for field, value in sampling.ListFields() if field.name != "logit_bias"}
+    given.setdefault("seed", secrets.randbits(64))
+    return SamplingParameters(logit_bias=dict(sampling.logit_bias), **given)
+
+
+def _check_stopping(stopping: generation_pb2.StoppingParameters, settings: Settings) -> None:
+    violations = _Violations()
+    with violations.collected():
+        if stopping.max_new_tokens > settings.max_new_tokens:
+            raise InvalidRequest(
+                "stopping.max_new_tokens",
+                f"must be at most {settings.max_new_tokens}, got {stopping.max_new_tokens}",
+            )
+        if stopping.HasField("max_new_tokens"):
+            StoppingParameters(stopping.max_new_tokens)
+    with violations.collected():
+        if len(stopping.stop_strings) > settings.max_stop_strings:
+            raise InvalidRequest(
+                "stopping.stop_strings",
+                f"must be at most {settings.max_stop_strings} strings, got {len(stopping.stop_strings)}",
+            )
+        for position, stop_string in enumerate(stopping.stop_strings):
+            num_bytes = len(stop_string.encode())
+            if not 0 < num_bytes <= settings.max_stop_string_bytes:
+                raise InvalidRequest(
+                    f"stopping.stop_strings[{position}]",
+                    f"must have 1 to {settings.max_stop_string_bytes} bytes, got {num_bytes}",
+                )
+    violations.raise_if_any()
+
+
+def _stopping(
+    stopping: generation_pb2.StoppingParameters, prompt_length: int, facts: ModelFacts, settings: Settings
+) -> StoppingParameters:
+    room = min(facts.context_length, facts.cache_tokens) - prompt_length
+    # A prompt that leaves no room is refused as such, not for the length that it leaves.
+    default = max(1, min(settings.default_max_new_tokens, settings.max_new_tokens, room))
+    return StoppingParameters(
+        max_new_tokens=stopping.max_new_tokens if stopping.HasField("max_new_tokens") else default,
+        stop_token_ids=frozenset(stopping.stop_token_ids),
+        ignore_eos=stopping.ignore_eos,
+    )
+
+
+def _skip(skip: generation_pb2.SkipOptions, facts: ModelFacts, settings: Settings) -> SkipOptions:
+    mode = Mode(settings.default_mode)
+    if skip.mode != common_pb2.MODE_UNSPECIFIED:
+        if skip.mode not in _MODES:
+            raise InvalidRequest("skip.mode", f"{skip.mode} is not a Mode")
+        mode = _MODES[skip.mode]
+    fixed_action = None
+    if skip.HasField("fixed_action"):
+        fixed_action = _ACTIONS.get(skip.fixed_action)
+        if fixed_action is None:
+            raise InvalidRequest("skip.fixed_action", f"{skip.fixed_action} is not an Action that can run")
+    policy_name = skip.policy_name if skip.HasField("policy_name") else None
+    compute_budget = skip.compute_budget if skip.HasField("compute_budget") else None
+    if mode is Mode.ADAPTIVE and compute_budget is None:
+        compute_budget = max(settings.default_compute_budget, facts.policy(policy_name).lowest_budget)
+    return SkipOptions(mode, compute_budget, policy_name, fixed_action, _optional(skip, "draft_length"))
+
+
+def started_to_pb(prepared: PreparedRequest, granted: Granted, facts: ModelFacts) -> generation_pb2.GenerationStarted:
+    request = prepared.request
+    notes = {policy.name: policy.note for policy in facts.policies}
+    return generation_pb2.GenerationStarted(
+        request_id=request.request_id,
+        prompt_token_count=len(request.prompt_token_ids),
+        seed=request.sampling.seed,
+        model=facts.name,
+        mode=_MODE_NUMBERS[request.skip.mode],
+        policy=granted.policy,
+        policy_note=notes.get(granted.policy, ""),
+        compute_budget=granted.compute_budget,
+        layer_count=facts.num_layers,
+    )
+
+
+def delta_to_pb(text: str, batch: Batch) -> generation_pb2.GenerationDelta:
+    return generation_pb2.GenerationDelta(
+        text=text,
+        token_ids=batch.token_ids,
+        actions=bytes(batch.actions),
+        logprobs=map(_logprobs_to_pb, batch.logprobs),
+    )
+
+
+def _logprobs_to_pb(logprobs: Logprobs) -> generation_pb2.TokenLogprobs:
+    top = [generation_pb2.TokenLogprob(token_id=id_, logprob=logprob) for id_, logprob in logprobs.top]
+    return generation_pb2.TokenLogprobs(chosen=logprobs.chosen, top=top)
+
+
+def finished_to_pb(
+    finished: Finished, granted: Granted, prompt_token_count: int, stop_string: str | None
+) -> generation_pb2.GenerationFinished:
+    reason = "stop_string" if stop_string is not None else finished.reason
+    return generation_pb2.GenerationFinished(
+        reason=_FINISH_REASONS[reason],
+        stop_string=stop_string,
+        usage=generation_pb2.Usage(
+            prompt_token_count=prompt_token_count,
+            output_token_count=finished.output_token_count,
+            queue_seconds=granted.queue_seconds,
+            prefill_seconds=finished.prefill_seconds,
+            decode_seconds=finished.decode_seconds,
+        ),
+        depth=generation_pb2.DepthStatistics(
+            decode_token_count=finished.decode_token_count,
+            action_counts=[
+                generation_pb2.ActionCount(action=_action_to_pb(action), count=count)
+                for action, count in sorted(finished.action_counts.items())
+            ],
+            mean_cost=finished.mean_cost,
+            exposed_policy_seconds=finished.exposed_policy_seconds,
+        ),
+    )
+
+
+def _action_to_pb(action: int) -> str:
+    return f"ACTION_{_ACTIONS[action].name}"
+
+
+def model_to_pb(facts: ModelFacts, settings: Settings) -> model_pb2.GetModelResponse:
+    return model_pb2.GetModelResponse(
+        name=facts.name,
+        architecture=facts.architecture,
+        layer_count=facts.num_layers,
+        vocabulary_size=facts.vocab_size,
+        context_length=facts.context_length,
+        max_new_tokens_limit=settings.max_new_tokens,
+        default_max_new_tokens=settings.default_max_new_tokens,
+        cache_tokens=facts.cache_tokens,
+        slot_count=facts.num_slots,
+        actions=map(_action_to_pb, sorted(facts.actions)),
+        modes=[_MODE_NUMBERS[mode] for mode in AVAILABLE_MODES],
+        default_mode=_MODE_NUMBERS[Mode(settings.default_mode)],
+        policy_names=[policy.name for policy in facts.policies],
+        default_policy_name=facts.policies[0].name,
+        device=facts.device,
+    )
+
+
+def policy_to_pb(policy: PolicyFacts) -> model_pb2.GetPolicyResponse:
+    return model_pb2.GetPolicyResponse(
+        name=policy.name,
+        note=policy.note,
+        learned=policy.learned,
+        lookahead=policy.lookahead,
+        pinned_layers=policy.pinned_layers,
+        action_costs=[
+            model_pb2.ActionCost(action=_action_to_pb(action), cost=cost)
+            for action, cost in sorted(policy.action_costs.items())
+        ],
+        lowest_budget=policy.lowest_budget,
+        compensation=policy.compensation,
+    )

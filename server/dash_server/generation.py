@@ -1,0 +1,92 @@
+"""One request on its way through the server: from its slot to its last piece of text.
+
+Joins the worker link (token ids) and the text module; knows no gRPC context and no admission.
+"""
+
+import logging
+
+from dash_api.v1 import generation_pb2
+from dash_server.convert import PreparedRequest, delta_to_pb, finished_to_pb, started_to_pb
+from dash_server.messages import Finished, Granted
+from dash_server.served_model import ServedModel
+from dash_server.text import OutputText
+from dash_server.worker_link import WorkerLink
+
+logger = logging.getLogger(__name__)
+
+# Bounds the size of one message to a caller that has fallen behind.
+MAX_TOKENS_PER_MESSAGE = 256
+
+
+class Generation:
+    """Call `start`, then `next_delta` until it returns None, then `finish`; and `close` in any case."""
+
+    def __init__(self, link: WorkerLink, model: ServedModel, prepared: PreparedRequest) -> None:
+        """Submits the request.
+
+        Raises:
+            WorkerUnavailable: no worker is ready.
+        """
+        self._link = link
+        self._facts = model.facts
+        self._prepared = prepared
+        self._text = OutputText(model.tokenizer, prepared.stop_strings, prepared.stop_token_ids)
+        self._granted: Granted | None = None
+        self._finished: Finished | None = None
+        self._outbox = link.submit(prepared.request)
+
+    async def start(self) -> generation_pb2.GenerationStarted:
+        """Waits for the slot."""
+        self._granted = await self._outbox.granted()
+        return started_to_pb(self._prepared, self._granted, self._facts)
+
+    async def next_delta(self) -> generation_pb2.GenerationDelta | None:
+        """Waits for more output, all that is there by then in one message; None after the last."""
+        while self._finished is None:
+            batch = await self._outbox.take(MAX_TOKENS_PER_MESSAGE)
+            self._finished = batch.finished
+            if self._text.stop_string is not None:
+                continue  # made between the stop string and the worker's hearing of it
+            piece = self._text.push(batch.token_ids)
+            if self._text.stop_string is not None:
+                batch = batch.first(piece.num_tokens)
+                self._link.stop(self._prepared.request.request_id)
+            tail = self._text.finish() if self._finished is not None else ""
+            if batch.token_ids or tail:
+                return delta_to_pb(piece.text + tail, batch)
+        return None
+
+    def finish(self) -> generation_pb2.GenerationFinished:
+        """Why it ended and what it took."""
+        assert self._granted is not None, "finish() before start()"
+        assert self._finished is not None, "finish() before the last delta"
+        num_prompt_tokens = len(self._prepared.request.prompt_token_ids)
+        logger.info(
+            "finished: %d prompt tokens, %d output tokens, %.3f s queued, %.3f s prefill, %.3f s decode",
+            num_prompt_tokens,
+            self._finished.output_token_count,
+            self._granted.queue_seconds,
+            self._finished.prefill_seconds,
+            self._finished.decode_seconds,
+        )
+        return finished_to_pb(self._finished, self._granted, num_prompt_tokens, self._text.stop_string)
+
+    def close(self) -> None:
+        """Frees the slot if the request is not over. May be called again."""
+        if self._link.cancel(self._prepared.request.request_id):
+            logger.info("cancelled: the caller is gone, or its deadline has passed")
+
+
+async def collect(generation: Generation) -> generation_pb2.GenerateResponse:
+    """The whole answer."""
+    started = await generation.start()
+    output = generation_pb2.GenerationDelta()
+    texts, actions = [], []
+    while (delta := await generation.next_delta()) is not None:
+        texts.append(delta.text)
+        actions.append(delta.actions)
+        output.token_ids.extend(delta.token_ids)
+        output.logprobs.extend(delta.logprobs)
+    output.text = "".join(texts)
+    output.actions = b"".join(actions)
+    return generation_pb2.GenerateResponse(started=started, output=output, finished=generation.finish())

@@ -1,0 +1,64 @@
+"""The standard health service, for the server as a whole and for each of its services.
+
+Own, because grpc_health's asynchronous servicer forgets all watchers of a service when one of them
+leaves, and because its watchers outlast a shutdown. Knows no model and no worker.
+"""
+
+import asyncio
+from collections.abc import Iterable
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+_Status = health_pb2.HealthCheckResponse
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):
+    """NOT_SERVING until told otherwise."""
+
+    def __init__(self, services: Iterable[str]) -> None:
+        self._services = frozenset({"", *services})
+        self._is_serving = False
+        self._is_closed = False
+        self._changed = asyncio.Event()
+
+    def set_serving(self, is_serving: bool) -> None:
+        self._is_serving = is_serving
+        self._wake()
+
+    def close(self) -> None:
+        """Ends the watches; NOT_SERVING from now on."""
+        self._is_serving = False
+        self._is_closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def _status(self, service: str) -> int:
+        if service not in self._services:
+            return _Status.SERVICE_UNKNOWN
+        return _Status.SERVING if self._is_serving else _Status.NOT_SERVING
+
+    async def Check(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> health_pb2.HealthCheckResponse:
+        status = self._status(request.service)
+        if status == _Status.SERVICE_UNKNOWN:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "there is no such service")
+        return _Status(status=status)
+
+    async def Watch(  # noqa: N802
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        last = None
+        while True:
+            changed = self._changed
+            status = self._status(request.service)
+            if status != last:
+                await context.write(_Status(status=status))
+                last = status
+            if self._is_closed:
+                return
+            await changed.wait()

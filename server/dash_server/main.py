@@ -1,0 +1,91 @@
+"""The `dash-server` command: settings in, signals handled, one exit code out.
+
+SIGTERM or SIGINT drains the server, a second one ends it at once. Exit codes: 0 after a drain, 2 for
+what a changed setting can mend, 1 for the rest. Imports no torch: that is the worker's.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from dash_runtime.errors import DashRuntimeError
+from dash_server.logs import configure_logging
+from dash_server.server import DashServer
+from dash_server.settings import Settings, SettingsError, load_settings, unknown_variables
+from dash_server.worker_link import WorkerStartError
+
+logger = logging.getLogger(__name__)
+
+WORKER_COMMAND = (sys.executable, "-m", "dash_server.worker")
+
+_EXIT_OK = 0
+_EXIT_FAILURE = 1
+_EXIT_USER_ERROR = 2
+
+
+def main(worker_command: Sequence[str] = WORKER_COMMAND) -> int:
+    """Runs the server until a signal or a failure; returns the exit code."""
+    try:
+        settings = load_settings()
+    except SettingsError as error:
+        return _complain(*error.lines)
+    configure_logging(settings.log_level)
+    for warning in unknown_variables(os.environ):
+        logger.warning("%s", warning)
+    logger.info("settings: %s", settings.loggable())
+    return asyncio.run(_serve(settings, worker_command))
+
+
+async def _serve(settings: Settings, worker_command: Sequence[str]) -> int:
+    server = DashServer(settings, worker_command)
+    stop = _stop_requested(server)
+    try:
+        await server.start()
+    except OSError as error:
+        return _complain(f"cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}")
+    worker = asyncio.create_task(server.run_worker())
+    try:
+        await asyncio.wait({worker, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not worker.done():
+            await server.drain(settings.shutdown_grace_seconds)
+            return _EXIT_OK
+        worker.result()
+        return _EXIT_OK
+    except WorkerStartError as error:
+        return _complain(str(error), code=_EXIT_USER_ERROR if error.is_for_user else _EXIT_FAILURE)
+    except DashRuntimeError as error:
+        return _complain(str(error))
+    finally:
+        await server.close()
+        worker.cancel()
+        await asyncio.wait([worker])
+        stop.cancel()
+
+
+def _stop_requested(server: DashServer) -> asyncio.Task[bool]:
+    """Completes at the first SIGTERM or SIGINT; the second one does not return."""
+    requested = asyncio.Event()
+
+    def on_signal(number: signal.Signals) -> None:
+        if requested.is_set():
+            server.kill_worker()
+            os._exit(128 + number)
+        logger.info("%s: shutting down; a second one ends the server at once", number.name)
+        requested.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    return asyncio.create_task(requested.wait())
+
+
+def _complain(*lines: str, code: int = _EXIT_USER_ERROR) -> int:
+    for line in lines:
+        print(f"dash-server: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

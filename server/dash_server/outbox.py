@@ -1,0 +1,97 @@
+"""What the worker said about one request and the caller has not been told yet.
+
+However slow the caller is, there is one merged batch in here, bounded by the request's own length, and
+never a queue of messages. Knows no gRPC and no text.
+"""
+
+import asyncio
+from dataclasses import dataclass, field
+
+from dash_runtime.errors import InvalidRequest
+from dash_server.messages import Event, Finished, Granted, Logprobs, Refused, Tokens
+
+
+@dataclass(slots=True)
+class Batch:
+    """Tokens in order, with one row of `actions` and one entry of `logprobs` each where asked for."""
+
+    token_ids: list[int] = field(default_factory=list)
+    actions: bytearray = field(default_factory=bytearray)
+    logprobs: list[Logprobs] = field(default_factory=list)
+    finished: Finished | None = None
+    """Set on the last batch."""
+
+    def first(self, num_tokens: int) -> "Batch":
+        """The first tokens alone."""
+        row_length = len(self.actions) // len(self.token_ids) if self.token_ids else 0
+        return Batch(
+            self.token_ids[:num_tokens],
+            self.actions[: num_tokens * row_length],
+            self.logprobs[:num_tokens],
+        )
+
+    def drop_first(self, num_tokens: int) -> None:
+        row_length = len(self.actions) // len(self.token_ids) if self.token_ids else 0
+        del self.token_ids[:num_tokens]
+        del self.actions[: num_tokens * row_length]
+        del self.logprobs[:num_tokens]
+
+
+class Outbox:
+    """One request's events, written by the worker link and read by the request's handler."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._granted: Granted | None = None
+        self._pending = Batch()
+        self._error: Exception | None = None
+        self._changed = asyncio.Event()
+
+    def put(self, event: Event) -> None:
+        match event:
+            case Granted():
+                self._granted = event
+            case Tokens():
+                self._pending.token_ids += event.token_ids
+                self._pending.actions += event.actions
+                self._pending.logprobs += event.logprobs or []
+            case Finished():
+                self._pending.finished = event
+            case Refused():
+                self._error = InvalidRequest(event.field, event.description)
+        self._changed.set()
+
+    def fail(self, error: Exception) -> None:
+        """The request cannot go on: whoever waits, or asks next, gets `error`."""
+        self._error = error
+        self._changed.set()
+
+    async def granted(self) -> Granted:
+        """Waits for the slot.
+
+        Raises:
+            InvalidRequest: the worker refused the request.
+            ServiceError: the request cannot go on.
+        """
+        while self._granted is None:
+            await self._next_change()
+        return self._granted
+
+    async def take(self, max_tokens: int) -> Batch:
+        """Waits until there are tokens or the end, and takes up to `max_tokens`. Raises like `granted`."""
+        while not self._pending.token_ids and self._pending.finished is None:
+            await self._next_change()
+        if len(self._pending.token_ids) <= max_tokens:
+            batch, self._pending = self._pending, Batch()
+            return batch
+        batch = self._pending.first(max_tokens)
+        self._pending.drop_first(max_tokens)
+        return batch
+
+    async def _next_change(self) -> None:
+        if self._error is not None:
+            raise self._error
+        self._changed.clear()
+        await self._changed.wait()
+        if self._error is not None:
+            raise self._error

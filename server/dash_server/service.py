@@ -1,0 +1,217 @@
+"""The gRPC servicers: thin handlers between bytes on the wire and the generation, and their errors.
+
+Knows neither how it is hosted nor where the worker runs; no tensors.
+"""
+
+import asyncio
+import functools
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from typing import TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from dash_api.v1 import generation_pb2, model_pb2
+from dash_runtime.errors import InvalidRequest
+from dash_server import wire
+from dash_server.admission import Admission
+from dash_server.convert import PreparedRequest, model_to_pb, policy_to_pb, prepare_request
+from dash_server.generation import Generation, collect
+from dash_server.logs import request_id_of_task
+from dash_server.served_model import ServedModel
+from dash_server.settings import Settings
+from dash_server.statuses import InvalidFields, WorkerUnavailable, failure_of
+from dash_server.worker_link import WorkerLink
+
+logger = logging.getLogger(__name__)
+
+GENERATION_SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+MODEL_SERVICE = model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
+
+# Reading a longer request may take milliseconds, which the event loop has not; a shorter one takes less
+# than a thread costs.
+_MAX_INLINE_BYTES = 4096
+_NUM_READER_THREADS = 2
+_MAX_TOKENIZE_CALLS = 64
+
+T = TypeVar("T")
+M = TypeVar("M", bound=Message)
+
+
+class ServiceState:
+    """What both servicers share. `model` is None until a worker has been ready once."""
+
+    def __init__(self, settings: Settings, admission: Admission, link: WorkerLink) -> None:
+        self.settings = settings
+        self.admission = admission
+        self.link = link
+        self.model: ServedModel | None = None
+        self._readers = ThreadPoolExecutor(_NUM_READER_THREADS, thread_name_prefix="request-reader")
+
+    def require_model(self) -> ServedModel:
+        if self.model is None:
+            raise WorkerUnavailable("the model is still being loaded; try again later")
+        return self.model
+
+    async def read(self, data: bytes, function: Callable[[], T]) -> T:
+        """Runs `function`, which reads the request `data`, where it does not hold up the event loop."""
+        if len(data) <= _MAX_INLINE_BYTES:
+            return function()
+        return await asyncio.get_running_loop().run_in_executor(self._readers, function)
+
+    def close(self) -> None:
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+
+class GenerationServicer:
+    """dash_api.v1.GenerationService. Its handlers are given bytes."""
+
+    def __init__(self, state: ServiceState) -> None:
+        self._state = state
+
+    async def generate(self, data: bytes, context: grpc.aio.ServicerContext) -> generation_pb2.GenerateResponse:
+        async with self._generation(generation_pb2.GenerateRequest, data, context) as generation:
+            return await collect(generation)
+
+    async def stream_generate(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+        response = generation_pb2.StreamGenerateResponse
+        async with self._generation(generation_pb2.StreamGenerateRequest, data, context) as generation:
+            await context.write(response(started=await generation.start()))
+            while (delta := await generation.next_delta()) is not None:
+                await context.write(response(delta=delta))
+            await context.write(response(finished=generation.finish()))
+
+    @asynccontextmanager
+    async def _generation(
+        self, message_class: type[M], data: bytes, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[Generation]:
+        async with _answering(context) as request_id:
+            model = self._state.require_model()
+            with self._state.admission.admit():
+                prepared = await self._state.read(
+                    data, functools.partial(self._prepare, message_class, data, request_id, model)
+                )
+                generation = Generation(self._state.link, model, prepared)
+                # A handler that is not resumed after a cancellation must not keep its slot.
+                context.add_done_callback(lambda _: generation.close())
+                try:
+                    with _below_parameters():
+                        yield generation
+                finally:
+                    generation.close()
+
+    def _prepare(self, message_class: type[M], data: bytes, request_id: str, model: ServedModel) -> PreparedRequest:
+        parameters = wire.parse(message_class, data).parameters
+        with _below_parameters():
+            return prepare_request(
+                parameters,
+                request_id=request_id,
+                facts=model.facts,
+                settings=self._state.settings,
+                tokenize=model.tokenize,
+            )
+
+
+class ModelServicer:
+    """dash_api.v1.ModelService. Its handlers are given bytes."""
+
+    def __init__(self, state: ServiceState) -> None:
+        self._state = state
+        self._tokenize_calls = Admission(_MAX_TOKENIZE_CALLS)
+
+    async def get_model(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetModelResponse:
+        async with _answering(context):
+            wire.parse(model_pb2.GetModelRequest, data)
+            return model_to_pb(self._state.require_model().facts, self._state.settings)
+
+    async def get_policy(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetPolicyResponse:
+        async with _answering(context):
+            request = wire.parse(model_pb2.GetPolicyRequest, data)
+            facts = self._state.require_model().facts
+            try:
+                policy = facts.policy(request.name if request.HasField("name") else None)
+            except InvalidRequest as error:
+                raise InvalidRequest("name", error.description) from None
+            return policy_to_pb(policy)
+
+    async def tokenize(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.TokenizeResponse:
+        async with _answering(context):
+            model = self._state.require_model()
+            with self._tokenize_calls.admit():
+                return await self._state.read(data, functools.partial(self._tokenize, data, model))
+
+    def _tokenize(self, data: bytes, model: ServedModel) -> model_pb2.TokenizeResponse:
+        response = model_pb2.TokenizeResponse(token_ids=model.tokenize(wire.parse(model_pb2.TokenizeRequest, data)))
+        limit = self._state.settings.max_message_bytes
+        if response.ByteSize() > limit:
+            raise InvalidRequest("prompt", f"has more tokens than fit in a message of {limit} bytes")
+        return response
+
+
+def add_to_server(state: ServiceState, server: grpc.aio.Server) -> None:
+    """Registers both services on `server`, without deserialisers: see `wire`."""
+    generation, model = GenerationServicer(state), ModelServicer(state)
+    for service, handlers in (
+        (
+            GENERATION_SERVICE,
+            {
+                "Generate": _unary(generation.generate),
+                "StreamGenerate": grpc.unary_stream_rpc_method_handler(
+                    generation.stream_generate,
+                    response_serializer=generation_pb2.StreamGenerateResponse.SerializeToString,
+                ),
+            },
+        ),
+        (
+            MODEL_SERVICE,
+            {
+                "GetModel": _unary(model.get_model),
+                "GetPolicy": _unary(model.get_policy),
+                "Tokenize": _unary(model.tokenize),
+            },
+        ),
+    ):
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+
+
+def _unary(handler: Callable) -> grpc.RpcMethodHandler:
+    return grpc.unary_unary_rpc_method_handler(
+        handler, response_serializer=lambda response: response.SerializeToString()
+    )
+
+
+@asynccontextmanager
+async def _answering(context: grpc.aio.ServicerContext) -> AsyncIterator[str]:
+    """Gives the call its request id, and turns exceptions into its status."""
+    request_id = uuid.uuid4().hex
+    request_id_of_task.set(request_id)
+    try:
+        yield request_id
+    except grpc.aio.BaseError:
+        raise  # the call itself is over
+    except Exception as error:
+        failure = failure_of(error, request_id)
+        if failure.is_internal:
+            logger.exception("unexpected error")
+        else:
+            logger.info("refused: %s %s", failure.code.name, type(error).__name__)
+        await context.abort(failure.code, failure.message, failure.trailing_metadata)
+
+
+@contextmanager
+def _below_parameters() -> Iterator[None]:
+    """Paths of wrong fields inside are relative to GenerationParameters; callers get them from the top."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise _below("parameters", error) from error
+    except InvalidFields as error:
+        raise InvalidFields(_below("parameters", violation) for violation in error.violations) from error
+
+
+def _below(prefix: str, error: InvalidRequest) -> InvalidRequest:
+    return InvalidRequest(f"{prefix}.{error.field}", error.description)

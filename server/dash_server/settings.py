@@ -1,0 +1,147 @@
+"""The server's settings: environment variables with the prefix DASH_, checked once at start.
+
+Knows no gRPC and starts nothing.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, FilePath, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from dash_runtime.config import EngineConfig, LaneKind
+from dash_server.messages import WorkerConfig
+
+ENV_PREFIX = "DASH_"
+_VARIABLES_OF_THE_CLIENT = ("DASH_TARGET",)
+_MEBIBYTE = 1024 * 1024
+
+
+class SettingsError(ValueError):
+    """One or more settings are wrong; `lines` has one sentence for each, naming the variable."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+def _default_cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dash-llm"
+
+
+class Settings(BaseSettings):
+    """Each field is read from DASH_ and its name in capitals; an empty variable counts as unset."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_ignore_empty=True,
+        frozen=True,
+        extra="ignore",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
+
+    model: str = Field(default="embedded", description="`embedded`, a folder, a GGUF file or a hub id")
+    model_revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model")
+    device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
+    precision: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Weights of the FULL action")
+    num_threads: int | None = Field(default=None, ge=1, description="CPU threads of the worker; unset: torch's choice")
+    policy_file: FilePath | None = Field(default=None, description="A learned policy for this model")
+    lane: LaneKind | None = Field(default=None, description="Where the policy runs; unset: the device's default")
+    cache_folder: Path = Field(
+        default_factory=_default_cache_folder,
+        description="Converted models and compiled programs; $XDG_CACHE_HOME/dash-llm",
+    )
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on")
+    port: int = Field(default=50051, ge=0, le=65535, description="Port to listen on; 0 is any free port")
+    port_file: Path | None = Field(default=None, description="File that the bound port is written to")
+
+    slots: int = Field(default=16, ge=1, le=1024, description="Sequences decoded together")
+    cache_tokens: int = Field(default=8192, ge=2, description="Tokens in the key-value cache, over all sequences")
+    context_length: int | None = Field(
+        default=None, ge=2, description="Tokens of one prompt and output; unset: the model's"
+    )
+    prefill_chunk_tokens: int = Field(default=256, ge=1, description="Prompt tokens between two decode steps")
+    max_queue: int = Field(default=256, ge=0, description="Requests that may wait for a slot")
+
+    default_mode: Literal["full_depth", "adaptive"] = Field(
+        default="adaptive", description="How actions are chosen where a request does not say"
+    )
+    default_compute_budget: float = Field(
+        default=0.8, gt=0, le=1, description="Share of the full-depth cost where a request sets no budget"
+    )
+    default_max_new_tokens: int = Field(default=256, ge=1, description="max_new_tokens where a request sets none")
+    max_new_tokens: int = Field(default=4096, ge=1, description="Largest max_new_tokens that is accepted")
+    max_stop_strings: int = Field(default=16, ge=0, description="Stop strings in one request")
+    max_stop_string_bytes: int = Field(default=256, ge=1, le=4096, description="Bytes of one stop string in UTF-8")
+    max_message_bytes: int = Field(
+        default=4 * _MEBIBYTE, ge=1024, le=32 * _MEBIBYTE, description="Largest request message"
+    )
+
+    start_timeout_seconds: float = Field(default=600, gt=0, description="How long the worker may take to load")
+    shutdown_grace_seconds: float = Field(default=30, ge=0, description="How long running requests may go on")
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)] = Field(
+        default="INFO", description="Least severe log level"
+    )
+
+    def worker_config(self) -> WorkerConfig:
+        """What the worker is told."""
+        return WorkerConfig(
+            model=self.model,
+            revision=self.model_revision,
+            device=self.device,
+            precision=self.precision,
+            num_threads=self.num_threads,
+            policy_file=str(self.policy_file) if self.policy_file else None,
+            cache_folder=str(self.cache_folder),
+            engine=EngineConfig(
+                num_slots=self.slots,
+                cache_tokens=self.cache_tokens,
+                context_length=self.context_length,
+                prefill_chunk_tokens=self.prefill_chunk_tokens,
+                default_compute_budget=self.default_compute_budget,
+                lane=self.lane,
+            ),
+        )
+
+    def loggable(self) -> str:
+        """All settings in one line; pydantic masks those that are SecretStr."""
+        return " ".join(f"{name}={value}" for name, value in self.model_dump(mode="json").items())
+
+
+def load_settings(cls: type[Settings] = Settings) -> Settings:
+    """The settings from the environment.
+
+    Raises:
+        SettingsError: with a line for each variable that is wrong.
+    """
+    try:
+        return cls()
+    except ValidationError as error:
+        raise SettingsError([_line(cls, details) for details in error.errors(include_url=False)]) from None
+
+
+def _line(cls: type[Settings], details: Mapping) -> str:
+    name = str(details["loc"][0])
+    sentence = str(details["msg"]).replace("Input should be", "must be").replace("Value error, ", "")
+    if not sentence.startswith("must"):
+        sentence = f"cannot be used: {sentence}"
+    is_secret = "Secret" in str(cls.model_fields[name].annotation)
+    got = "" if is_secret else f", got {str(details['input'])[:100]!r}"
+    return f"{ENV_PREFIX}{name.upper()}: {sentence}{got}"
+
+
+def unknown_variables(environment: Mapping[str, str], cls: type[Settings] = Settings) -> list[str]:
+    """A warning for each DASH_ variable that no setting reads, with the closest one that exists."""
+    known = [ENV_PREFIX + name.upper() for name in cls.model_fields]
+    warnings = []
+    for name in sorted(environment):
+        if name.startswith(ENV_PREFIX) and name not in (*known, *_VARIABLES_OF_THE_CLIENT):
+            closest = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {closest[0]}?" if closest else ""
+            warnings.append(f"{name} is set, but there is no such setting{hint}")
+    return warnings

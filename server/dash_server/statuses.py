@@ -1,0 +1,140 @@
+"""From an exception to the gRPC status that a caller gets, with google.rpc details.
+
+Knows no request and no servicer. What is not meant for callers stays here: an unexpected exception
+becomes INTERNAL with the request's id and nothing else.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from dash_runtime.errors import InvalidRequest
+
+ERROR_DOMAIN = "dash-llm"
+RETRY_PUSHBACK_KEY = "grpc-retry-pushback-ms"
+_DETAILS_KEY = "grpc-status-details-bin"
+
+# gRPC peers refuse trailers of more than about 8 KiB, so what callers sent is quoted only in part.
+_MAX_VIOLATIONS = 8
+_MAX_TEXT_BYTES = 240
+
+
+class InvalidFields(Exception):
+    """Several fields of a request are wrong. `violations` is not empty."""
+
+    def __init__(self, violations: Iterable[InvalidRequest]) -> None:
+        self.violations = tuple(violations)
+        super().__init__("; ".join(str(violation) for violation in self.violations))
+
+
+class ServiceError(Exception):
+    """A refusal that is not the request's fault. `reason` is the ErrorInfo's, in capitals."""
+
+    code: grpc.StatusCode
+    reason: str
+    retry_after_seconds: float | None = None
+
+
+class QueueFull(ServiceError):
+    """As many requests as the server takes are in it already."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "QUEUE_FULL"
+
+    def __init__(self, capacity: int, retry_after_seconds: float) -> None:
+        super().__init__(f"the server holds {capacity} requests and takes no more; try again later")
+        self.retry_after_seconds = retry_after_seconds
+
+
+class ShuttingDown(ServiceError):
+    """The server is going away."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "SHUTTING_DOWN"
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
+
+
+class WorkerUnavailable(ServiceError):
+    """No worker is ready, or the one that had the request died."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "WORKER_UNAVAILABLE"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A status, ready to be sent."""
+
+    code: grpc.StatusCode
+    message: str
+    trailing_metadata: tuple[tuple[str, str | bytes], ...]
+
+    @property
+    def is_internal(self) -> bool:
+        return self.code is grpc.StatusCode.INTERNAL
+
+
+def failure_of(error: Exception, request_id: str) -> Failure:
+    """The status that tells a caller of `error`."""
+    if isinstance(error, InvalidRequest):
+        return _invalid_argument((error,), request_id)
+    if isinstance(error, InvalidFields):
+        return _invalid_argument(error.violations, request_id)
+    if not isinstance(error, ServiceError):
+        message = f"internal error in request {request_id}; the server's log has more"
+        return _failure(grpc.StatusCode.INTERNAL, "INTERNAL", message, request_id)
+    details: list[Message] = []
+    pushback: tuple[tuple[str, str], ...] = ()
+    if error.retry_after_seconds is not None:
+        milliseconds = round(error.retry_after_seconds * 1000)
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(milliseconds)
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+        pushback = ((RETRY_PUSHBACK_KEY, str(milliseconds)),)
+    return _failure(error.code, error.reason, str(error), request_id, details, pushback)
+
+
+def _invalid_argument(violations: tuple[InvalidRequest, ...], request_id: str) -> Failure:
+    shown = violations[:_MAX_VIOLATIONS]
+    bad_request = error_details_pb2.BadRequest(
+        field_violations=[
+            error_details_pb2.BadRequest.FieldViolation(
+                field=_shorten(violation.field), description=_shorten(violation.description)
+            )
+            for violation in shown
+        ]
+    )
+    message = f"{_shorten(shown[0].field)}: {_shorten(shown[0].description)}"
+    if len(violations) > 1:
+        message += f" (and {len(violations) - 1} more)"
+    return _failure(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", message, request_id, [bad_request])
+
+
+def _failure(
+    code: grpc.StatusCode,
+    reason: str,
+    message: str,
+    request_id: str,
+    details: Iterable[Message] = (),
+    metadata: tuple[tuple[str, str], ...] = (),
+) -> Failure:
+    info = error_details_pb2.ErrorInfo(reason=reason, domain=ERROR_DOMAIN, metadata={"request_id": request_id})
+    status = status_pb2.Status(code=code.value[0], message=message)
+    for detail in (info, *details):
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return Failure(code, message, ((_DETAILS_KEY, status.SerializeToString()), *metadata))
+
+
+def _shorten(text: str) -> str:
+    encoded = text.encode()
+    if len(encoded) <= _MAX_TEXT_BYTES:
+        return text
+    return encoded[:_MAX_TEXT_BYTES].decode(errors="ignore") + "…"

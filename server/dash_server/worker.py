@@ -1,0 +1,151 @@
+"""The worker process: owns the device, runs the engine, speaks token ids over a socket.
+
+Started by exec as `python -m dash_server.worker --fd N`; knows no gRPC, no text, and not who started it.
+The first message says what to load. When the other end closes, the worker exits.
+"""
+
+import argparse
+import gc
+import logging
+import select
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from dash_runtime.checkpoints import resolve_checkpoint
+from dash_runtime.engine.build import BuildOptions, build_engine
+from dash_runtime.engine.engine import Engine
+from dash_runtime.engine.sequence import EngineEvent, SequenceFinished, SlotGranted, TokenProduced
+from dash_runtime.errors import DashRuntimeError, InvalidRequest
+from dash_server import messages
+
+logger = logging.getLogger("dash_server.worker")
+
+_READ_BYTES = 1 << 20
+
+
+class _Closed(Exception):
+    """The other end is gone, or asked for the end."""
+
+
+class Worker:
+    """Moves messages between the socket and the engine, one engine step at a time."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link = link
+        self._frames = messages.FrameReader()
+
+    def run(self) -> int:
+        """Serves until the other end closes; returns the exit code."""
+        try:
+            engine, remaining = self._start()
+            if engine is None:
+                return 2
+            try:
+                self._serve(engine, remaining)
+            finally:
+                engine.close()
+        except (_Closed, BrokenPipeError, ConnectionResetError):
+            pass
+        return 0
+
+    def _start(self) -> tuple[Engine | None, list[bytes]]:
+        bodies: list[bytes] = []
+        while not bodies:
+            bodies = self._receive(timeout=None)
+        config = messages.decode_to_worker(bodies[0])
+        assert isinstance(config, messages.WorkerConfig)
+        started = time.monotonic()
+        try:
+            cache_folder = Path(config.cache_folder)
+            folder = resolve_checkpoint(config.model, config.revision, cache_folder, logger.info)
+            policy_file = None if config.policy_file is None else Path(config.policy_file)
+            options = BuildOptions(config.device, config.precision, config.num_threads, policy_file)
+            engine = build_engine(folder, cache_folder, options, config.engine, logger.info)
+        except DashRuntimeError as error:
+            self._send(messages.StartupFailed(str(error)))
+            return None, []
+        # Weights and programs live as long as the process: the collector need not look at them again.
+        gc.collect()
+        gc.freeze()
+        self._send(messages.Ready(engine.facts, str(folder), time.monotonic() - started))
+        return engine, bodies[1:]
+
+    def _serve(self, engine: Engine, bodies: list[bytes]) -> None:
+        while True:
+            events: list[messages.Event] = []
+            for body in bodies:
+                events += self._handle(engine, messages.decode_to_worker(body))
+            events += [_to_message(event) for event in engine.step()]
+            if events:
+                self._send(messages.StepEvents(events))
+            bodies = self._receive(timeout=0.0 if engine.has_work else None)
+
+    def _handle(self, engine: Engine, message: messages.ToWorker) -> list[messages.Event]:
+        match message:
+            case messages.Submit(request=request):
+                try:
+                    engine.submit(request)
+                except InvalidRequest as error:
+                    return [messages.Refused(request.request_id, error.field, error.description)]
+            case messages.Cancel(request_id=request_id):
+                engine.cancel(request_id)
+            case messages.Stop(request_id=request_id):
+                return [_to_message(event) for event in engine.stop(request_id)]
+            case messages.Shutdown():
+                raise _Closed
+        return []
+
+    def _receive(self, timeout: float | None) -> list[bytes]:
+        """Whole frames that have come, waiting up to `timeout` seconds (None: until some do)."""
+        readable, _, _ = select.select([self._link], [], [], timeout)
+        if not readable:
+            return []
+        data = self._link.recv(_READ_BYTES)
+        if not data:
+            raise _Closed
+        return self._frames.feed(data)
+
+    def _send(self, message: messages.FromWorker) -> None:
+        self._link.sendall(messages.encode_frame(message))
+
+
+def _to_message(event: EngineEvent) -> messages.Event:
+    match event:
+        case SlotGranted():
+            return messages.Granted(event.request_id, event.policy, event.compute_budget, event.queue_seconds)
+        case TokenProduced():
+            logprobs = None
+            if event.logprobs is not None:
+                logprobs = [messages.Logprobs(event.logprobs.chosen, event.logprobs.top)]
+            return messages.Tokens(event.request_id, [event.token_id], event.plan, logprobs)
+        case SequenceFinished():
+            log = event.log
+            return messages.Finished(
+                event.request_id,
+                event.reason.value,
+                event.prefill_seconds,
+                event.decode_seconds,
+                event.num_output_tokens,
+                log.num_decode_tokens,
+                {int(action): count for action, count in log.action_counts.items()},
+                log.mean_cost,
+                log.mean_exposed_seconds,
+            )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The process's entry point."""
+    parser = argparse.ArgumentParser(description="A worker of dash-server; not for use by hand.")
+    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the server")
+    fd = parser.parse_args(arguments).fd
+    logging.basicConfig(level=logging.INFO, format="worker: %(message)s", stream=sys.stderr)
+    # A terminal sends Ctrl-C to the whole group; the server decides when its worker ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return Worker(socket.socket(fileno=fd)).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""One worker process and the socket to it: started by exec, framed messages, never left behind.
+
+Knows nothing of requests or restarts. The worker exits by itself when its end of the socket closes, so
+even a killed server leaves no orphan.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import AsyncGenerator, Sequence
+
+import msgspec
+
+from dash_server.messages import (
+    FrameReader,
+    FromWorker,
+    Shutdown,
+    ToWorker,
+    decode_from_worker,
+    encode_frame,
+)
+
+logger = logging.getLogger(__name__)
+
+_READ_BYTES = 256 * 1024
+_SECONDS_PER_STAGE = 2.0
+# What a dead worker wrote last is read for this long; a grandchild may hold its socket open for ever.
+_LAST_WORDS_SECONDS = 0.5
+
+
+class WorkerProcess:
+    """A running worker."""
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self._exit_watch = asyncio.create_task(self._close_after_exit())
+
+    @classmethod
+    async def spawn(cls, command: Sequence[str]) -> "WorkerProcess":
+        """Runs `command` with `--fd N` appended, N being the worker's end of the socket."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *command,
+                    "--fd",
+                    str(theirs.fileno()),
+                    pass_fds=(theirs.fileno(),),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    # A Ctrl-C in a terminal goes to the whole group, but the worker must outlive the drain.
+                    start_new_session=True,
+                )
+            except BaseException:
+                ours.close()
+                raise
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        return cls(process, reader, writer)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, message: ToWorker) -> None:
+        """Sends, in order and without waiting. To a dead worker, sends nothing."""
+        if not self._writer.is_closing():
+            self._writer.write(encode_frame(message))
+
+    async def messages(self) -> AsyncGenerator[FromWorker, None]:
+        """All that the worker says, until it is gone or says what cannot be understood."""
+        frames = FrameReader()
+        while True:
+            try:
+                data = await self._reader.read(_READ_BYTES)
+                bodies = frames.feed(data)
+                received = [decode_from_worker(body) for body in bodies]
+            except ConnectionError:
+                return
+            except (ValueError, msgspec.MsgspecError):
+                logger.exception("the worker sent a message that cannot be understood")
+                return
+            if not data:
+                return
+            for message in received:
+                yield message
+
+    async def stop(self) -> int:
+        """Ends the process, by asking, then by SIGTERM, then by SIGKILL. Returns its exit status."""
+        self.send(Shutdown())
+        self._writer.close()
+        for stop_signal in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), _SECONDS_PER_STAGE)
+                break
+            logger.warning("the worker does not exit; sending %s", stop_signal.name)
+            self._signal(stop_signal)
+        status = await self._process.wait()
+        self._exit_watch.cancel()
+        await asyncio.wait([self._exit_watch])
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()
+        return status
+
+    def kill(self) -> None:
+        """Ends the process at once, without waiting."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
+    async def _close_after_exit(self) -> None:
+        await self._process.wait()
+        await asyncio.sleep(_LAST_WORDS_SECONDS)
+        self._writer.close()

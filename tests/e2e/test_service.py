@@ -1,0 +1,220 @@
+"""The whole path with nothing faked: client, gRPC, server process, worker process, engine, a tiny model."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dash_client import Action, DashClient, InvalidArgumentError, UnavailableError
+
+SERVER = (sys.executable, "-m", "dash_server.main")
+CHAT = [{"role": "user", "content": "Hello, who are you?"}]
+
+
+def server_environment(folder: Path, model: Path, **variables: str) -> dict[str, str]:
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("DASH_")},
+        "DASH_MODEL": str(model),
+        "DASH_CACHE_FOLDER": str(folder / "cache"),
+        "DASH_PORT": "0",
+        "DASH_PORT_FILE": str(folder / "port"),
+        **variables,
+    }
+
+
+class Service:
+    """A running server and a client for it."""
+
+    def __init__(self, folder: Path, model: Path, **variables: str) -> None:
+        self.log = folder / "log"
+        with self.log.open("w") as log:
+            environment = server_environment(folder, model, **variables)
+            self.process = subprocess.Popen(SERVER, env=environment, stderr=log)
+        port_file = folder / "port"
+        deadline = time.monotonic() + 60
+        while not port_file.exists():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+        self.client = DashClient(f"localhost:{port_file.read_text().strip()}")
+        self.client.wait_until_ready(timeout=60)
+
+    def workers(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+    def stop(self) -> int:
+        self.client.close()
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Service]:
+    running = Service(tmp_path_factory.mktemp("service"), tiny_folder)
+    yield running
+    workers = running.workers()
+    assert running.stop() == 0, running.log.read_text()
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    assert "Traceback" not in running.log.read_text()
+
+
+def test_an_adaptive_stream_skips_layers_token_by_token_within_its_budget(service: Service) -> None:
+    budget = service.client.policy_info().lowest_budget + 0.1
+    with service.client.stream(
+        CHAT, mode="adaptive", compute_budget=budget, max_new_tokens=40, ignore_eos=True, seed=4, return_decisions=True
+    ) as stream:
+        started = stream.started
+        result = stream.final()
+    assert started.policy == "random"
+    assert "not a learned policy" in started.policy_note
+    assert len(result.token_ids) == 40
+    assert result.decisions is not None
+    assert result.decisions.shape == (40, 6)
+    plans = [result.decisions[token] for token in range(40)]
+    assert plans[0] == (Action.FULL,) * 6  # the prefill's
+    assert {plan[0] for plan in plans} == {plan[-1] for plan in plans} == {Action.FULL}  # pinned
+    assert len(set(plans)) > 10
+    for action in Action:
+        assert result.depth.action_counts.get(action, 0) == sum(plan.count(action) for plan in plans[1:])
+    assert result.depth.mean_cost is not None
+    assert result.depth.mean_cost < budget + 0.05
+
+
+def test_a_seed_repeats_text_and_decisions_and_streaming_changes_neither(service: Service) -> None:
+    options = {"temperature": 0.8, "top_p": 0.9, "seed": 11, "max_new_tokens": 30, "return_decisions": True}
+    first = service.client.generate(CHAT, **options)
+    with service.client.stream(CHAT, **options) as stream:
+        pieces = [delta.text for delta in stream]
+        second = stream.final()
+    assert second.text == first.text == "".join(pieces)
+    assert second.token_ids == first.token_ids
+    assert second.decisions == first.decisions
+
+
+def test_concurrent_requests_get_the_tokens_that_they_get_alone(service: Service) -> None:
+    def generate(number: int) -> tuple[int, ...]:
+        modes = (
+            {"mode": "full_depth"},
+            {"mode": "adaptive"},
+            {"mode": "fixed", "fixed_action": "int4"},
+        )
+        options = modes[number % 3]
+        prompt = f"request {number} " * (1 + number)
+        return tuple(service.client.generate(prompt, seed=number, max_new_tokens=20, **options).token_ids)
+
+    alone = [generate(number) for number in range(9)]
+    with ThreadPoolExecutor(9) as pool:
+        assert list(pool.map(generate, range(9))) == alone
+
+
+def test_a_stop_string_ends_the_text_before_it(service: Service) -> None:
+    options = {"max_new_tokens": 40, "mode": "full_depth", "ignore_eos": True}
+    text = service.client.generate("stop here", **options).text
+    middle = next(piece for piece in re.findall(r"[ -~]{2}", text[5:]) if text.index(piece) > 0)
+    stopped = service.client.generate("stop here", stop=middle, **options)
+    assert stopped.text == text[: text.index(middle)]
+    assert stopped.finish_reason.name == "STOP_STRING"
+    assert stopped.stop_string == middle
+
+
+def test_logprobs_come_with_every_token(service: Service) -> None:
+    result = service.client.generate("count", logprobs=2, max_new_tokens=5, ignore_eos=True)
+    assert result.logprobs is not None
+    assert len(result.logprobs) == 5
+    assert all(len(entry.top) == 2 and entry.chosen <= 0 for entry in result.logprobs)
+
+
+def test_tokenizing_agrees_with_what_a_generation_is_charged(service: Service) -> None:
+    assert (
+        len(service.client.tokenize(CHAT)) == service.client.generate(CHAT, max_new_tokens=1).usage.prompt_token_count
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"mode": "exact"}, "parameters.skip.mode"),
+        ({"mode": "adaptive", "compute_budget": 0.001}, "parameters.skip.compute_budget"),
+        ({"temperature": float("nan")}, "parameters.sampling.temperature"),
+        ({"max_new_tokens": 512}, "parameters.stopping.max_new_tokens"),
+        ({"policy_name": "mine"}, "parameters.skip.policy_name"),
+        ({"logit_bias": {100_000: 1.0}}, "parameters.sampling.logit_bias"),
+    ],
+)
+def test_bad_input_is_refused_by_field_and_the_next_request_is_served(
+    service: Service, options: dict[str, object], field: str
+) -> None:
+    with pytest.raises(InvalidArgumentError) as refusal:
+        service.client.generate("x", **options)  # type: ignore[arg-type]
+    assert refusal.value.field_violations[0].field.startswith(field)
+    assert service.client.generate("x", max_new_tokens=1).token_ids
+
+
+def test_a_cancelled_stream_frees_its_slot(tmp_path: Path, tiny_folder: Path) -> None:
+    service = Service(tmp_path, tiny_folder, DASH_SLOTS="1")
+    try:
+        with service.client.stream("never ending", max_new_tokens=400, ignore_eos=True) as stream:
+            next(iter(stream))
+        assert service.client.generate("next", max_new_tokens=1, timeout=5).token_ids
+    finally:
+        assert service.stop() == 0
+
+
+def test_a_killed_worker_fails_its_requests_and_is_replaced(tmp_path: Path, tiny_folder: Path) -> None:
+    service = Service(tmp_path, tiny_folder)
+    try:
+        with service.client.stream("some text", max_new_tokens=450, ignore_eos=True) as stream:
+            next(iter(stream))
+            (worker,) = service.workers()
+            worker.kill()
+            with pytest.raises(UnavailableError):
+                stream.final()
+        service.client.wait_until_ready(timeout=30)
+        assert service.client.generate("again", max_new_tokens=2, ignore_eos=True).token_ids
+    finally:
+        assert service.stop() == 0
+
+
+def test_a_killed_server_leaves_no_worker(tmp_path: Path, tiny_folder: Path) -> None:
+    service = Service(tmp_path, tiny_folder)
+    service.client.close()
+    (worker,) = service.workers()
+    service.process.kill()
+    service.process.wait(timeout=5)
+    worker.wait(timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"DASH_MODEL": "/no/such/folder"}, "/no/such/folder"),
+        ({"DASH_POLICY_FILE": "{foreign}"}, "foreign.safetensors"),
+        ({"DASH_DEVICE": "warp"}, "warp"),
+        ({"DASH_LANE": "cuda_stream"}, "cuda_stream"),
+        ({"DASH_MODEL": "{gguf}"}, "corrupt.gguf"),
+        ({"DASH_COMPUTE_BUDGET": "1", "DASH_DEFAULT_COMPUTE_BUDGET": "1.5"}, "DASH_DEFAULT_COMPUTE_BUDGET"),
+    ],
+)
+def test_what_cannot_be_started_says_why_in_one_line_and_exits_with_2(
+    tmp_path: Path, tiny_folder: Path, variables: dict[str, str], words: str
+) -> None:
+    (tmp_path / "foreign.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    (tmp_path / "corrupt.gguf").write_bytes(b"GGUF\x03\0\0\0" + b"\xff" * 64)
+    places = {"foreign": str(tmp_path / "foreign.safetensors"), "gguf": str(tmp_path / "corrupt.gguf")}
+    filled = {name: value.format(**places) for name, value in variables.items()}
+    run = subprocess.run(
+        SERVER, env=server_environment(tmp_path, tiny_folder, **filled), capture_output=True, text=True, timeout=60
+    )
+    errors = [line for line in run.stderr.splitlines() if line.startswith("dash-server: ")]
+    assert run.returncode == 2, run.stderr
+    assert len(errors) == 1, run.stderr
+    assert words in errors[0]
+    assert "Traceback" not in run.stderr

@@ -1,0 +1,193 @@
+"""A worker without a model: speaks messages.py over the descriptor, and echoes the prompt for ever.
+
+Its behaviour is in WorkerConfig.model, as `fake?folder=/path&token_seconds=0.01&…`:
+
+folder           where tokenizer.json is
+token_seconds    time between two steps; each step gives every running request one token
+num_layers       length of a row of actions
+die_after        exits, without a word, after this many tokens
+die_at_start     exits before it is ready
+never_ready      waits for ever instead of becoming ready
+startup_failed   refuses to start, with this text
+finish_reason    ends every request with this reason, whatever the true one is
+refuse           answers every request with Refused for this field
+
+A request whose prompt is [PROBE_TOKEN_ID] gets, as token ids: requests running or queued beside it, and
+the numbers of Submit, Cancel and Stop received so far.
+"""
+
+import argparse
+import os
+import select
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from itertools import cycle
+from urllib.parse import parse_qsl, urlsplit
+
+from dash_runtime.actions import Action
+from dash_runtime.config import GenerationRequest, Mode, ModelFacts, PolicyFacts
+from dash_server import messages
+
+END_TOKEN_ID = 257
+PROBE_TOKEN_ID = 258
+VOCAB_SIZE = 260
+
+
+class Running:
+    """One request in a slot."""
+
+    def __init__(self, request: GenerationRequest, finish_reason: str | None) -> None:
+        self.request = request
+        self.finish_reason = finish_reason
+        self.tokens: Iterator[int] = cycle(request.prompt_token_ids)
+        self.num_tokens = 0
+
+    def step(self, num_layers: int) -> list[messages.Event]:
+        token_id = next(self.tokens)
+        self.num_tokens += 1
+        request = self.request
+        actions = bytes([Action.FULL] * num_layers) if request.return_decisions else b""
+        logprobs = None
+        if request.logprobs is not None:
+            top = [(rank, -float(rank)) for rank in range(request.logprobs)]
+            logprobs = [messages.Logprobs(-0.5, top)]
+        events: list[messages.Event] = [messages.Tokens(request.request_id, [token_id], actions, logprobs)]
+        if token_id in request.stopping.stop_token_ids:
+            events.append(self.finished("stop_token"))
+        elif token_id == END_TOKEN_ID and not request.stopping.ignore_eos:
+            events.append(self.finished("end_of_sequence"))
+        elif self.num_tokens == request.stopping.max_new_tokens:
+            events.append(self.finished("length"))
+        return events
+
+    def finished(self, reason: str) -> messages.Finished:
+        return messages.Finished(
+            request_id=self.request.request_id,
+            reason=self.finish_reason or reason,
+            prefill_seconds=0.25,
+            decode_seconds=0.5,
+            output_token_count=self.num_tokens,
+            decode_token_count=self.num_tokens - 1,
+            action_counts={Action.SKIP: 1, Action.FULL: 2},
+            mean_cost=0.75,
+            exposed_policy_seconds=0.001,
+        )
+
+
+class FakeWorker:
+    def __init__(self, link: socket.socket) -> None:
+        self.link = link
+        self.frames = messages.FrameReader()
+        self.queued: list[GenerationRequest] = []
+        self.running: dict[str, Running] = {}
+        self.num_received = {messages.Submit: 0, messages.Cancel: 0, messages.Stop: 0}
+        self.num_tokens = 0
+
+    def receive(self, timeout: float | None) -> list[messages.ToWorker]:
+        if not select.select([self.link], [], [], timeout)[0]:
+            return []
+        data = self.link.recv(1 << 20)
+        if not data:
+            sys.exit(0)
+        return [messages.decode_to_worker(body) for body in self.frames.feed(data)]
+
+    def send(self, message: messages.FromWorker) -> None:
+        self.link.sendall(messages.encode_frame(message))
+
+    def run(self) -> None:
+        received: list[messages.ToWorker] = []
+        while not received:
+            received = self.receive(None)
+        config = received.pop(0)
+        assert isinstance(config, messages.WorkerConfig)
+        self.config = config
+        self.options = dict(parse_qsl(urlsplit(config.model).query))
+        self.num_layers = int(self.options.get("num_layers", 3))
+        if "startup_failed" in self.options:
+            self.send(messages.StartupFailed(self.options["startup_failed"]))
+            return
+        if "die_at_start" in self.options:
+            sys.exit(3)
+        while "never_ready" in self.options:
+            self.receive(None)
+        self.send(messages.Ready(self.facts(), self.options["folder"], 0.1))
+        token_seconds = float(self.options.get("token_seconds", 0))
+        while True:
+            events: list[messages.Event] = []
+            for message in received:
+                self.handle(message, events)
+            self.step(events)
+            if events:
+                self.send(messages.StepEvents(events))
+            if token_seconds and self.running:
+                time.sleep(token_seconds)
+            received = self.receive(0 if self.running or self.queued else None)
+
+    def handle(self, message: messages.ToWorker, events: list[messages.Event]) -> None:
+        if type(message) in self.num_received:
+            self.num_received[type(message)] += 1
+        match message:
+            case messages.Submit(request=request) if "refuse" in self.options:
+                events.append(messages.Refused(request.request_id, self.options["refuse"], "is refused"))
+            case messages.Submit(request=request) if request.prompt_token_ids == [PROBE_TOKEN_ID]:
+                self.answer_probe(Running(request, None), events)
+            case messages.Submit(request=request):
+                self.queued.append(request)
+            case messages.Cancel(request_id=request_id):
+                self.running.pop(request_id, None)
+                self.queued = [request for request in self.queued if request.request_id != request_id]
+            case messages.Stop(request_id=request_id) if request_id in self.running:
+                events.append(self.running.pop(request_id).finished("stop_string"))
+            case messages.Shutdown():
+                sys.exit(0)
+
+    def answer_probe(self, probe: Running, events: list[messages.Event]) -> None:
+        request_id = probe.request.request_id
+        numbers = [len(self.running) + len(self.queued), *self.num_received.values()]
+        probe.num_tokens = len(numbers)
+        events.append(messages.Granted(request_id, "full-depth", None, 0.0))
+        events.append(messages.Tokens(request_id, numbers))
+        events.append(probe.finished("length"))
+
+    def step(self, events: list[messages.Event]) -> None:
+        while self.queued and len(self.running) < self.config.engine.num_slots:
+            request = self.queued.pop(0)
+            self.running[request.request_id] = Running(request, self.options.get("finish_reason"))
+            policy = "full-depth" if request.skip.mode is Mode.FULL_DEPTH else request.skip.policy_name or "toy"
+            events.append(messages.Granted(request.request_id, policy, request.skip.compute_budget, 0.125))
+        for request_id, running in list(self.running.items()):
+            new = running.step(self.num_layers)
+            events += new
+            self.num_tokens += 1
+            if isinstance(new[-1], messages.Finished):
+                del self.running[request_id]
+        if self.num_tokens >= int(self.options.get("die_after", sys.maxsize)):
+            os._exit(1)
+
+    def facts(self) -> ModelFacts:
+        def policy(name: str, note: str, lowest_budget: float) -> PolicyFacts:
+            costs = {Action.SKIP: 0.1, Action.INT8: 0.5, Action.FULL: 1.0}
+            return PolicyFacts(name, note, name == "learned", 1, (0, 2), costs, lowest_budget, "scale")
+
+        engine = self.config.engine
+        return ModelFacts(
+            name="fake",
+            architecture="FakeForCausalLM",
+            num_layers=self.num_layers,
+            vocab_size=VOCAB_SIZE,
+            context_length=engine.context_length or 4096,
+            cache_tokens=engine.cache_tokens,
+            num_slots=engine.num_slots,
+            eos_token_ids=frozenset({END_TOKEN_ID}),
+            actions=(Action.SKIP, Action.INT8, Action.FULL),
+            policies=(policy("toy", "not a learned policy", 0.9), policy("learned", "", 0.5)),
+            device="fake",
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int, required=True)
+    FakeWorker(socket.socket(fileno=parser.parse_args().fd)).run()

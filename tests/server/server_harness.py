@@ -1,0 +1,207 @@
+"""A real server on a real socket with the fake worker, inside the test or as a process of its own."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from dash_api.v1 import common_pb2, generation_pb2, generation_pb2_grpc, model_pb2_grpc
+from dash_server.server import DashServer
+from dash_server.settings import Settings
+from tests.server import fake_worker
+
+FAKE_WORKER = (sys.executable, fake_worker.__file__)
+CHAT_TEMPLATE = """
+{%- for message in messages %}
+    {%- if message.role not in ['system', 'user', 'assistant'] %}
+        {{- raise_exception('unknown role ' + message.role) }}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token for each byte, its id the byte itself, and three special tokens."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = (byte for byte in range(256) if byte not in printable)
+    names = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    tokenizer = Tokenizer(models.BPE(vocab={names[byte]: byte for byte in range(256)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True) for name in ("<|im_start|>", "<|im_end|>", "<|probe|>")]
+    )
+    return tokenizer
+
+
+def write_model_folder(folder: Path) -> Path:
+    """A folder with all that the server reads of a model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    return folder
+
+
+def fake_model(folder: Path, **options: object) -> str:
+    """The model setting for a fake worker with these options."""
+    return "fake?" + urlencode({"folder": str(folder), **options})
+
+
+@dataclass
+class RunningServer:
+    """A server and stubs for it."""
+
+    server: DashServer
+    worker: asyncio.Task[None]
+    port: int
+    channel: grpc.aio.Channel
+
+    def __post_init__(self) -> None:
+        self.generation = generation_pb2_grpc.GenerationServiceStub(self.channel)
+        self.model = model_pb2_grpc.ModelServiceStub(self.channel)
+        self.health = health_pb2_grpc.HealthStub(self.channel)
+
+    async def is_serving(self, service: str = "") -> bool:
+        response = await self.health.Check(health_pb2.HealthCheckRequest(service=service))
+        return response.status == health_pb2.HealthCheckResponse.SERVING
+
+    async def wait_until_serving(self, is_serving: bool = True) -> None:
+        async with asyncio.timeout(10):
+            while await self.is_serving() != is_serving:
+                await asyncio.sleep(0.01)
+
+    async def generate(self, **parameters: Any) -> generation_pb2.GenerateResponse:
+        return await self.generation.Generate(generation_request(**parameters))
+
+    def stream(self, timeout: float | None = None, **parameters: Any) -> grpc.aio.UnaryStreamCall:
+        request = generation_pb2.StreamGenerateRequest(parameters=generation_request(**parameters).parameters)
+        return self.generation.StreamGenerate(request, timeout=timeout)
+
+    async def probe(self) -> "WorkerState":
+        """What the fake worker has seen, before this very request."""
+        response = await self.generate(token_ids=common_pb2.TokenIds(ids=[fake_worker.PROBE_TOKEN_ID]))
+        return WorkerState(*response.output.token_ids)
+
+    async def wait_for_live_requests(self, number: int) -> "WorkerState":
+        async with asyncio.timeout(5):
+            while (state := await self.probe()).num_live != number:
+                await asyncio.sleep(0.01)
+        return state
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """Requests that the worker has, and what it was sent."""
+
+    num_live: int
+    num_submits: int
+    num_cancels: int
+    num_stops: int
+
+
+def generation_request(
+    max_new_tokens: int | None = None, stop_strings: tuple[str, ...] = (), **parameters: Any
+) -> generation_pb2.GenerateRequest:
+    request = generation_pb2.GenerateRequest(parameters=generation_pb2.GenerationParameters(**parameters))
+    if max_new_tokens is not None:
+        request.parameters.stopping.max_new_tokens = max_new_tokens
+    request.parameters.stopping.stop_strings.extend(stop_strings)
+    return request
+
+
+@asynccontextmanager
+async def running_server(model: str, *, wait: bool = True, **settings: Any) -> AsyncIterator[RunningServer]:
+    """A server in this process, on a free port, serving already unless `wait` is off."""
+    server = DashServer(Settings(model=model, **{"port": 0, "shutdown_grace_seconds": 5, **settings}), FAKE_WORKER)
+    port = await server.start()
+    worker = asyncio.create_task(server.run_worker())
+    unlimited = [("grpc.max_receive_message_length", -1)]
+    channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=unlimited)
+    running = RunningServer(server, worker, port, channel)
+    try:
+        if wait:
+            await running.wait_until_serving()
+        yield running
+    finally:
+        await channel.close()
+        await server.close()
+        worker.cancel()
+        await asyncio.wait([worker])
+
+
+@dataclass
+class ServerProcess:
+    """A `dash-server` process. `stderr` is complete once it has ended."""
+
+    process: subprocess.Popen[str]
+    port_file: Path
+
+    def wait_for_port(self) -> int:
+        deadline = time.monotonic() + 20
+        while not self.port_file.exists():
+            assert self.process.poll() is None, self.process.communicate()[1]
+            assert time.monotonic() < deadline, "no port file"
+            time.sleep(0.02)
+        return int(self.port_file.read_text())
+
+    def end(self, number: signal.Signals) -> tuple[int, str]:
+        """Sends the signal, and returns the exit code and stderr."""
+        self.process.send_signal(number)
+        return self.outcome()
+
+    def outcome(self) -> tuple[int, str]:
+        stderr = self.process.communicate(timeout=20)[1]
+        return self.process.returncode, stderr
+
+
+@contextmanager
+def server_process(tmp_path: Path, *, before_exit: str = "pass", **variables: object) -> Iterator[ServerProcess]:
+    """`dash-server` with the fake worker and these DASH_ variables; `before_exit` is Python run at its end."""
+    program = (
+        f"import sys; from dash_server.main import main; code = main({FAKE_WORKER!r}); {before_exit}; sys.exit(code)"
+    )
+    port_file = tmp_path / "port"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DASH_")}
+    given = {"port": 0, "port_file": port_file, **variables}
+    environment |= {f"DASH_{name.upper()}": str(value) for name, value in given.items()}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        try:
+            yield ServerProcess(process, port_file)
+        finally:
+            process.kill()
+
+
+def error_details(error: grpc.aio.AioRpcError) -> tuple[status_pb2.Status, dict[str, Any]]:
+    """The google.rpc status of an error, and its details by their type's name."""
+    trailer = dict(error.trailing_metadata() or ())["grpc-status-details-bin"]
+    status = status_pb2.Status.FromString(trailer)
+    details = {}
+    for packed in status.details:
+        name = packed.TypeName().rpartition(".")[2]
+        message = getattr(error_details_pb2, name)()
+        assert packed.Unpack(message)
+        details[name] = message
+    return status, details
+
+
+def violated_fields(error: grpc.aio.AioRpcError) -> list[str]:
+    return [violation.field for violation in error_details(error)[1]["BadRequest"].field_violations]

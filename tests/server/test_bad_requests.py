@@ -1,0 +1,258 @@
+"""Every kind of bad request gets INVALID_ARGUMENT naming the field, and harms nobody else."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+
+from dash_api.v1 import common_pb2, generation_pb2, model_pb2
+from tests.server.server_harness import (
+    RunningServer,
+    error_details,
+    fake_model,
+    generation_request,
+    running_server,
+    violated_fields,
+)
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+Parameters = generation_pb2.GenerationParameters
+Sampling = generation_pb2.SamplingParameters
+Stopping = generation_pb2.StoppingParameters
+Skip = generation_pb2.SkipOptions
+Output = generation_pb2.OutputOptions
+TokenIds = common_pb2.TokenIds
+Chat, Message = common_pb2.ChatPrompt, common_pb2.ChatMessage
+NAN = float("nan")
+
+
+def skip(**options: Any) -> dict[str, Any]:
+    return {"text": "a", "skip": Skip(**{"mode": "MODE_ADAPTIVE", **options})}
+
+
+def sampling(**options: Any) -> dict[str, Any]:
+    return {"text": "a", "sampling": Sampling(**options)}
+
+
+def stopping(**options: Any) -> dict[str, Any]:
+    return {"text": "a", "stopping": Stopping(**options)}
+
+
+BAD_PARAMETERS: dict[str, tuple[dict[str, Any], str]] = {
+    "no prompt": ({}, "prompt"),
+    "empty text": ({"text": ""}, "prompt"),
+    "empty token ids": ({"token_ids": TokenIds()}, "prompt"),
+    "prompt longer than the context": ({"text": "a" * 600}, "prompt"),
+    "huge prompt": ({"token_ids": TokenIds(ids=[1] * 200_000)}, "prompt"),
+    "token id outside the vocabulary": ({"token_ids": TokenIds(ids=[1, 260])}, "token_ids[1]"),
+    "chat without messages": ({"chat": Chat()}, "chat.messages"),
+    "chat with an empty role": ({"chat": Chat(messages=[Message(content="a")])}, "chat.messages[0].role"),
+    "role unknown to the template": ({"chat": Chat(messages=[Message(role="wizard", content="a")])}, "chat"),
+    "temperature NaN": (sampling(temperature=NAN), "sampling.temperature"),
+    "temperature negative": (sampling(temperature=-0.5), "sampling.temperature"),
+    "temperature infinite": (sampling(temperature=float("inf")), "sampling.temperature"),
+    "top_k negative": (sampling(top_k=-1), "sampling.top_k"),
+    "top_p zero": (sampling(top_p=0), "sampling.top_p"),
+    "min_p above 1": (sampling(min_p=1.5), "sampling.min_p"),
+    "repetition_penalty zero": (sampling(repetition_penalty=0), "sampling.repetition_penalty"),
+    "presence_penalty too large": (sampling(presence_penalty=101), "sampling.presence_penalty"),
+    "logit_bias NaN": (sampling(logit_bias={7: NAN}), "sampling.logit_bias[7]"),
+    "logit_bias outside the vocabulary": (sampling(logit_bias={9999: 1}), "sampling.logit_bias"),
+    "max_new_tokens zero": (stopping(max_new_tokens=0), "stopping.max_new_tokens"),
+    "max_new_tokens negative": (stopping(max_new_tokens=-1), "stopping.max_new_tokens"),
+    "max_new_tokens over the limit": (stopping(max_new_tokens=501), "stopping.max_new_tokens"),
+    "max_new_tokens over the context": (
+        {"text": "a" * 400, "stopping": Stopping(max_new_tokens=300)},
+        "stopping.max_new_tokens",
+    ),
+    "10,000 stop strings": (stopping(stop_strings=["a"] * 10_000), "stopping.stop_strings"),
+    "empty stop string": (stopping(stop_strings=["a", ""]), "stopping.stop_strings[1]"),
+    "overlong stop string": (stopping(stop_strings=["ä" * 129]), "stopping.stop_strings[0]"),
+    "stop token id outside the vocabulary": (stopping(stop_token_ids=[260]), "stopping.stop_token_ids"),
+    "unknown mode": (skip(mode=17), "skip.mode"),
+    "negative mode": (skip(mode=-1), "skip.mode"),
+    "unavailable mode": (skip(mode="MODE_EXACT"), "skip.mode"),
+    "budget zero": (skip(compute_budget=0), "skip.compute_budget"),
+    "budget above 1": (skip(compute_budget=1.01), "skip.compute_budget"),
+    "budget NaN": (skip(compute_budget=NAN), "skip.compute_budget"),
+    "budget below the policy's lowest": (skip(compute_budget=0.3), "skip.compute_budget"),
+    "budget in another mode": (skip(mode="MODE_FULL_DEPTH", compute_budget=0.9), "skip.compute_budget"),
+    "unknown policy": (skip(policy_name="nobody"), "skip.policy_name"),
+    "draft_length in another mode": (skip(draft_length=4), "skip.draft_length"),
+    "no fixed action": (skip(mode="MODE_FIXED"), "skip.fixed_action"),
+    "unspecified fixed action": (
+        skip(mode="MODE_FIXED", fixed_action="ACTION_UNSPECIFIED"),
+        "skip.fixed_action",
+    ),
+    "unknown fixed action": (skip(mode="MODE_FIXED", fixed_action=9), "skip.fixed_action"),
+    "fixed action without a kernel": (skip(mode="MODE_FIXED", fixed_action="ACTION_INT4"), "skip.fixed_action"),
+    "fixed action in another mode": (skip(fixed_action="ACTION_SKIP"), "skip.fixed_action"),
+    "logprobs negative": ({"text": "a", "output": Output(logprobs=-1)}, "output.logprobs"),
+    "logprobs above 20": ({"text": "a", "output": Output(logprobs=21)}, "output.logprobs"),
+}
+
+
+def in_field_1(*parts: bytes) -> bytes:
+    """The wire format of a request whose `parameters` are the parts, one after the other."""
+    content = b"".join(parts)
+    assert len(content) < 128
+    return b"\x0a" + bytes([len(content)]) + content
+
+
+TEXT = Parameters(text="abc").SerializeToString()
+IDS = Parameters(token_ids=TokenIds(ids=[1])).SerializeToString()
+CHAT = Parameters(chat=Chat(messages=[Message(role="user"), Message(role="user", content="abc")])).SerializeToString()
+STOP = Parameters(stopping=Stopping(stop_strings=["ok", "abc"])).SerializeToString()
+
+BAD_BYTES = {
+    "garbage": (b"\xff\xfe\xfd", "request"),
+    "truncated": (in_field_1(TEXT)[:-1], "request"),
+    "garbage inside": (in_field_1(b"\xff"), "request"),
+    "two prompts": (in_field_1(TEXT, IDS), "parameters.prompt"),
+    "two prompts in two halves": (in_field_1(TEXT) + in_field_1(IDS), "parameters.prompt"),
+    "text that is not UTF-8": (in_field_1(TEXT.replace(b"abc", b"a\xffc")), "parameters.text"),
+    "content that is not UTF-8": (
+        in_field_1(CHAT.replace(b"abc", b"a\xffc")),
+        "parameters.chat.messages[1].content",
+    ),
+    "stop string that is not UTF-8": (
+        in_field_1(STOP.replace(b"abc", b"\xed\xa0\x80")),
+        "parameters.stopping.stop_strings[1]",
+    ),
+}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(model_folder: Path) -> AsyncIterator[RunningServer]:
+    async with running_server(fake_model(model_folder), context_length=600, max_new_tokens=500) as running:
+        yield running
+
+
+async def assert_still_well(server: RunningServer) -> None:
+    assert (await server.generate(text="ok", max_new_tokens=2)).output.text == "ok"
+    assert (await server.probe()).num_live == 0
+
+
+@pytest.mark.parametrize("case", BAD_PARAMETERS)
+async def test_bad_parameter_is_named_by_both_methods(server: RunningServer, case: str) -> None:
+    parameters, field = BAD_PARAMETERS[case]
+    with pytest.raises(grpc.aio.AioRpcError) as unary:
+        await server.generate(**parameters)
+    with pytest.raises(grpc.aio.AioRpcError) as stream:
+        async for _ in server.stream(**parameters):
+            pass
+    for error in (unary.value, stream.value):
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert violated_fields(error) == [f"parameters.{field}"]
+        assert (error.details() or "").startswith(f"parameters.{field}: ")
+    await assert_still_well(server)
+
+
+@pytest.mark.parametrize("case", BAD_BYTES)
+async def test_bad_bytes_are_an_invalid_argument(server: RunningServer, case: str) -> None:
+    data, field = BAD_BYTES[case]
+    for method in ("Generate", "StreamGenerate"):
+        call = server.channel.unary_stream(f"/dash_api.v1.GenerationService/{method}")(data)
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            async for _ in call:
+                pass
+        assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert violated_fields(failure.value) == [field]
+    await assert_still_well(server)
+
+
+async def test_two_members_of_a_oneof_are_refused_by_tokenize(server: RunningServer) -> None:
+    text = model_pb2.TokenizeRequest(text="a").SerializeToString()
+    chat = model_pb2.TokenizeRequest(chat=Chat(messages=[Message(role="user")])).SerializeToString()
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await server.channel.unary_unary("/dash_api.v1.ModelService/Tokenize")(text + chat)
+    assert violated_fields(failure.value) == ["prompt"]
+
+
+async def test_tokenize_names_its_own_fields(server: RunningServer) -> None:
+    for request, field in (
+        (model_pb2.TokenizeRequest(), "prompt"),
+        (model_pb2.TokenizeRequest(chat=Chat()), "chat.messages"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await server.model.Tokenize(request)
+        assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert violated_fields(failure.value) == [field]
+
+
+async def test_unknown_policy_of_get_policy(server: RunningServer) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await server.model.GetPolicy(model_pb2.GetPolicyRequest(name="nobody"))
+    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert violated_fields(failure.value) == ["name"]
+
+
+async def test_several_mistakes_are_told_at_once(server: RunningServer) -> None:
+    parameters = Parameters(
+        sampling=Sampling(top_p=2), stopping=Stopping(max_new_tokens=0, stop_strings=[""]), skip=Skip(mode=17)
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await server.generation.Generate(generation_pb2.GenerateRequest(parameters=parameters))
+    assert violated_fields(failure.value) == [
+        "parameters.sampling.top_p",
+        "parameters.stopping.max_new_tokens",
+        "parameters.stopping.stop_strings[0]",
+        "parameters.skip.mode",
+        "parameters.prompt",
+    ]
+
+
+async def test_error_carries_reason_domain_and_request_id(server: RunningServer) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await server.generate()
+    status, details = error_details(failure.value)
+    assert status.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert status.message == failure.value.details()
+    assert (details["ErrorInfo"].reason, details["ErrorInfo"].domain) == ("INVALID_REQUEST", "dash-llm")
+    assert len(details["ErrorInfo"].metadata["request_id"]) == 32
+
+
+async def test_a_huge_wrong_value_is_not_sent_back_whole(server: RunningServer) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await server.generate(**skip(policy_name="ä" * 1_000_000))
+    assert violated_fields(failure.value) == ["parameters.skip.policy_name"]
+    assert len(failure.value.details() or "") < 400
+
+
+async def test_a_message_over_the_limit_is_refused(server: RunningServer) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await server.generate(text="a" * 5_000_000)
+    assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    await assert_still_well(server)
+
+
+async def test_refusal_by_the_worker_names_the_field(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder, refuse="sampling.top_k")) as server:
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await server.generate(text="a")
+        assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert violated_fields(failure.value) == ["parameters.sampling.top_k"]
+
+
+async def test_chat_without_a_template_is_an_invalid_argument(tmp_path: Path, model_folder: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((model_folder / "tokenizer.json").read_bytes())
+    async with running_server(fake_model(tmp_path)) as server:
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await server.generate(chat=Chat(messages=[Message(role="user", content="a")]))
+        assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert violated_fields(failure.value) == ["parameters.chat"]
+        assert (await server.generate(text="ok", max_new_tokens=2)).output.text == "ok"
+
+
+async def test_the_default_budget_is_raised_to_what_the_policy_can_keep(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder), default_compute_budget=0.6) as server:
+        assert (await server.generate(text="a", max_new_tokens=1)).started.compute_budget == 0.9
+        learned = Skip(mode="MODE_ADAPTIVE", policy_name="learned")
+        assert (await server.generate(text="a", max_new_tokens=1, skip=learned)).started.compute_budget == 0.6
+        request = generation_request(text="a", skip=Skip(mode="MODE_ADAPTIVE", compute_budget=0.6))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await server.generation.Generate(request)

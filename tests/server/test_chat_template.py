@@ -1,0 +1,119 @@
+"""The chat template renders what transformers renders, and its failures are the caller's to know."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dash_runtime.errors import CorruptCheckpoint, InvalidRequest
+from dash_server.chat_template import ChatTemplate
+from dash_server.text import TextTokenizer
+from tests.server.server_harness import CHAT_TEMPLATE, byte_tokenizer
+
+TEMPLATES = {
+    "chatml": CHAT_TEMPLATE,
+    "llama2": """{% if messages[0]['role'] == 'system' %}
+    {% set loop_messages = messages[1:] %}
+    {% set system = '<<SYS>>\\n' + messages[0]['content'].strip() + '\\n<</SYS>>\\n\\n' %}
+{% else %}
+    {% set loop_messages = messages %}
+    {% set system = '' %}
+{% endif %}
+{% for message in loop_messages %}
+    {% if message['role'] == 'user' %}
+{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}
+    {% else %}
+{{ ' ' + message['content'] + ' ' + eos_token }}
+    {% endif %}
+{% endfor %}""",
+    "loop controls and namespace": """{%- set state = namespace(count=0) -%}
+{%- for message in messages -%}
+    {%- if message.role == 'system' -%}{%- continue -%}{%- endif -%}
+    {%- set state.count = state.count + 1 -%}
+    {%- if state.count > 2 -%}{%- break -%}{%- endif -%}
+    {{ state.count }}:{{ message.content | trim }};
+{%- endfor -%}
+{{ tools is none }} {{ documents is none }} {{ undefined_name is defined }}""",
+    "json": "{% for message in messages %}{{ message | tojson }}{{ [1, 'ä<&>'] | tojson(indent=2) }}{% endfor %}",
+    "generation block": """{% for message in messages %}
+{% if message.role == 'assistant' %}
+{% generation %}{% set x = 1 %}{{ message.content }}{{ eos_token }}{% endgeneration %}
+{% else %}{{ message.content }}{% endif %}
+{% endfor %}{{ x is defined }}""",
+    "date": "{{ strftime_now('%Y') }}{% if add_generation_prompt %}>{% endif %}",
+}
+MESSAGES = [
+    ("system", " Be brief. "),
+    ("user", "Grüße <b>&amp;</b> <|im_end|> 'quoted'\n"),
+    ("assistant", "日本語"),
+    ("user", "and then?"),
+]
+SPECIAL_TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("layout", ["file", "config"])
+def test_rendering_and_token_ids_equal_those_of_transformers(tmp_path: Path, name: str, layout: str) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL_TOKENS}
+    if layout == "file":
+        (tmp_path / "chat_template.jinja").write_text(TEMPLATES[name])
+    else:
+        end = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
+        config |= {"chat_template": TEMPLATES[name], "eos_token": end}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    conversation = [{"role": role, "content": content} for role, content in MESSAGES]
+
+    rendered = ChatTemplate.load(tmp_path).render(MESSAGES)
+
+    assert rendered == theirs.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    token_ids = theirs.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    assert TextTokenizer.load(tmp_path).encode(rendered) == token_ids
+
+
+def violation(template: ChatTemplate, messages: list[tuple[str, str]]) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as failure:
+        template.render(messages)
+    return failure.value
+
+
+def test_a_refusal_of_the_template_names_the_chat() -> None:
+    error = violation(ChatTemplate(CHAT_TEMPLATE, {}), [("wizard", "hi")])
+    assert (error.field, error.description) == ("chat", "the model's chat template refuses it: unknown role wizard")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ messages[9].content + 1 }}", "{{ 1 / 0 }}", "{{ missing.attribute.deeper }}", "{{ 'a' + 1 }}"],
+)
+def test_a_failure_of_the_template_names_the_chat(source: str) -> None:
+    assert violation(ChatTemplate(source, {}), [("user", "hi")]).field == "chat"
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ ''.__class__.__mro__ }}{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}"],
+)
+def test_the_template_cannot_leave_the_sandbox(source: str) -> None:
+    assert violation(ChatTemplate(source, {}), [("user", "hi")]).field == "chat"
+
+
+def test_missing_template_messages_and_roles_are_told() -> None:
+    assert violation(ChatTemplate(None, {}), [("user", "hi")]).field == "chat"
+    assert violation(ChatTemplate(CHAT_TEMPLATE, {}), []).field == "chat.messages"
+    assert violation(ChatTemplate(CHAT_TEMPLATE, {}), [("user", ""), ("", "")]).field == "chat.messages[1].role"
+
+
+def test_the_default_of_several_named_templates_is_taken(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "default"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert ChatTemplate.load(tmp_path).render([("user", "hi")]) == "default"
+
+
+def test_a_template_with_a_syntax_error_is_a_corrupt_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(CorruptCheckpoint, match="chat template"):
+        ChatTemplate.load(tmp_path)

@@ -1,0 +1,149 @@
+"""Settings, admission, outboxes and statuses, without a server."""
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import pytest
+from google.rpc import status_pb2
+from pydantic import Field, SecretStr
+
+from dash_api.v1 import common_pb2
+from dash_runtime.actions import Action
+from dash_runtime.config import Mode
+from dash_runtime.errors import InvalidRequest
+from dash_server.admission import Admission
+from dash_server.convert import _MODES
+from dash_server.messages import Finished, Granted, Logprobs, Refused, Tokens
+from dash_server.outbox import Outbox
+from dash_server.settings import Settings, SettingsError, load_settings, unknown_variables
+from dash_server.statuses import InvalidFields, QueueFull, ShuttingDown, WorkerUnavailable, failure_of
+
+FINISHED = Finished("r", "length", 0, 0, 3, 2, {}, 1.0, 0.0)
+
+
+def test_action_and_mode_numbers_are_those_of_the_contract() -> None:
+    assert {f"ACTION_{action.name}": action.value for action in Action} == {
+        name: number for name, number in common_pb2.Action.items() if number
+    }
+    assert {number: f"MODE_{mode.name}" for number, mode in _MODES.items()} == {
+        number: name for name, number in common_pb2.Mode.items() if number
+    }
+    assert set(_MODES.values()) == set(Mode)
+
+
+def test_settings_come_from_variables_and_empty_ones_are_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DASH_SLOTS", "3")
+    monkeypatch.setenv("DASH_CONTEXT_LENGTH", "")
+    monkeypatch.setenv("DASH_LOG_LEVEL", "debug")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    settings = load_settings()
+    assert (settings.slots, settings.context_length, settings.log_level) == (3, None, "DEBUG")
+    assert settings.cache_folder == Path("/somewhere/dash-llm")
+    assert settings.worker_config().engine.num_slots == 3
+
+
+def test_every_setting_has_a_description_and_a_default() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert not field.is_required(), name
+
+
+def test_secrets_are_neither_logged_nor_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class WithSecret(Settings):
+        token: SecretStr = Field(default=SecretStr(""), max_length=8)
+
+    monkeypatch.setenv("DASH_TOKEN", "hunter2")
+    assert "hunter2" not in load_settings(WithSecret).loggable()
+    monkeypatch.setenv("DASH_TOKEN", "hunter2 and more")
+    with pytest.raises(SettingsError, match="DASH_TOKEN") as failure:
+        load_settings(WithSecret)
+    assert "hunter2" not in str(failure.value)
+
+
+def test_unknown_variables_are_told_with_the_closest_setting() -> None:
+    environment = {"DASH_PROT": "1", "DASH_ZZZZZZ": "1", "DASH_PORT": "1", "DASH_TARGET": "x", "PATH": "x"}
+    assert unknown_variables(environment) == [
+        "DASH_PROT is set, but there is no such setting; did you mean DASH_PORT?",
+        "DASH_ZZZZZZ is set, but there is no such setting",
+    ]
+
+
+async def test_admission_is_bounded_and_frees_its_places() -> None:
+    admission = Admission(capacity=2)
+    with admission.admit():
+        with admission.admit(), pytest.raises(QueueFull):
+            admission.admit().__enter__()
+        with admission.admit():
+            assert admission.num_inside == 2
+    assert admission.num_inside == 0
+
+
+async def test_a_draining_admission_refuses_and_tells_when_it_is_empty() -> None:
+    admission = Admission(capacity=2)
+    with admission.admit():
+        admission.drain()
+        with pytest.raises(ShuttingDown):
+            admission.admit().__enter__()
+        idle = asyncio.create_task(admission.wait_idle())
+        await asyncio.sleep(0)
+        assert not idle.done()
+    await idle
+
+
+async def test_an_outbox_merges_what_was_not_taken() -> None:
+    outbox = Outbox("r")
+    outbox.put(Granted("r", "toy", None, 0.0))
+    for token_id in (1, 2, 3):
+        outbox.put(Tokens("r", [token_id], bytes([token_id] * 2), [Logprobs(-token_id, [])]))
+    outbox.put(FINISHED)
+    assert (await outbox.granted()).policy == "toy"
+    first, last = await outbox.take(2), await outbox.take(2)
+    assert (first.token_ids, first.actions, first.finished) == ([1, 2], b"\1\1\2\2", None)
+    assert (last.token_ids, last.actions, last.finished) == ([3], b"\3\3", FINISHED)
+    assert [entry.chosen for entry in (*first.logprobs, *last.logprobs)] == [-1, -2, -3]
+
+
+async def test_an_outbox_wakes_its_reader_for_tokens_and_for_failures() -> None:
+    outbox = Outbox("r")
+    reader = asyncio.create_task(outbox.take(10))
+    await asyncio.sleep(0)
+    outbox.put(Tokens("r", [1]))
+    assert (await reader).token_ids == [1]
+    reader = asyncio.create_task(outbox.take(10))
+    await asyncio.sleep(0)
+    outbox.fail(WorkerUnavailable("gone"))
+    with pytest.raises(WorkerUnavailable):
+        await reader
+
+
+async def test_an_outbox_tells_of_a_refusal() -> None:
+    outbox = Outbox("r")
+    outbox.put(Refused("r", "prompt", "is too long"))
+    with pytest.raises(InvalidRequest, match="prompt: is too long"):
+        await outbox.granted()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InvalidRequest("prompt", "is bad"), grpc.StatusCode.INVALID_ARGUMENT),
+        (InvalidFields([InvalidRequest("a" * 9999, "ä" * 9999)] * 5000), grpc.StatusCode.INVALID_ARGUMENT),
+        (QueueFull(3, 1.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (ShuttingDown(), grpc.StatusCode.UNAVAILABLE),
+        (WorkerUnavailable("gone"), grpc.StatusCode.UNAVAILABLE),
+        (ValueError("internals"), grpc.StatusCode.INTERNAL),
+        (AssertionError(), grpc.StatusCode.INTERNAL),
+    ],
+)
+def test_statuses_agree_with_their_details_and_fit_in_a_trailer(error: Exception, code: grpc.StatusCode) -> None:
+    failure = failure_of(error, "request-1")
+    trailers = dict(failure.trailing_metadata)
+    details = trailers["grpc-status-details-bin"]
+    assert isinstance(details, bytes)
+    status = status_pb2.Status.FromString(details)
+    assert failure.code is code
+    assert (status.code, status.message) == (code.value[0], failure.message)
+    assert "internals" not in failure.message
+    assert len(details) * 4 / 3 + 3 * len(failure.message.encode()) < 8000
+    assert ("grpc-retry-pushback-ms" in trailers) == isinstance(error, QueueFull)
