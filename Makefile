@@ -23,7 +23,7 @@ test: $(INSTALLED)  ## Run the tests
 	$(BIN)/python -m pytest
 
 bench: $(INSTALLED)  ## Measure decoding; leave the machine idle meanwhile
-	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks
 
 lint: $(INSTALLED)  ## Check style, types, the generated stubs and the protocol
 	$(BIN)/ruff check .

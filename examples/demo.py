@@ -197,7 +197,7 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> int:
     """Runs the demo; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("prompt", nargs="?", default="What is the capital of France?")
+    parser.add_argument("prompt", nargs="?", default="Why is the sky blue?")
     parser.add_argument("--budget", type=float, help="compute budget in (0, 1]; default: the server's")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for each answer")
