@@ -13,8 +13,9 @@ from torch.nn import functional
 from dash_runtime.actions import Action
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.kv_cache import SequenceCache
-from dash_runtime.decoder.layer import DecoderLayer, make_layer, mlp, rms_norm, scatter_rows
-from dash_runtime.decoder.quantization import FullLinear, Linear, full_linear, make_linear
+from dash_runtime.decoder.layer import DecoderLayer, make_layer, mlp, scatter_rows
+from dash_runtime.decoder.norm import RmsNorm
+from dash_runtime.decoder.quantization import FullLinear, Linear, make_linear
 from dash_runtime.decoder.rotary import RotaryTable, rotate
 from dash_runtime.decoder.rows import RowBatch, group_rows
 from dash_runtime.model_config import ModelConfig
@@ -52,14 +53,14 @@ class Decoder:
         loader = _WeightLoader(config, weights, dtype, device)
         self.layers: list[DecoderLayer] = [loader.layer(index, actions) for index in range(config.num_layers)]
         self._embedding = loader.tensor("model.embed_tokens.weight")
-        self._final_norm = loader.tensor("model.norm.weight")
+        self._final_norm = loader.norm("model.norm.weight")
         head = self._embedding
         if not config.has_tied_head:
             head = loader.tensor("lm_head.weight")
         # An INT4 head changes the text (docs/architecture.md), so it is not offered.
         precisions = [action for action in actions if action in (Action.INT8, Action.FULL)]
         self.heads: dict[Action, Linear] = {
-            precision: make_linear(precision, full_linear(head)) for precision in precisions
+            precision: make_linear(precision, FullLinear(head)) for precision in precisions
         }
 
     def rows(
@@ -92,13 +93,13 @@ class Decoder:
             else:
                 linears = weights.linears[action]
                 attended = inputs + linears.output(batch.attend(layer, queries, rows))
-                outputs = attended + mlp(linears, rms_norm(attended, weights.mlp_norm, self._eps))
+                outputs = attended + mlp(linears, weights.mlp_norm(attended))
             parts.append((rows, outputs))
         return scatter_rows(parts, batch.num_rows)
 
     def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
         """float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""
-        normed = rms_norm(hidden, self._final_norm, self._eps)
+        normed = self._final_norm(hidden)
         parts = [
             (rows, self.heads[precision](normed if rows is None else normed[rows]))
             for precision, rows in group_rows(precisions)
@@ -110,7 +111,7 @@ class Decoder:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries `[rows, num_heads, head_dim]`, rotated keys and values `[rows, num_kv_heads,
         head_dim]`. Skipped rows have no query: theirs is uninitialised, or missing where all skip."""
-        normed = rms_norm(hidden, weights.input_norm, self._eps)
+        normed = weights.input_norm(hidden)
         config = self.config
         num_query_heads = config.num_heads
         if len(groups) == 1 and groups[0][0] is Action.SKIP:
@@ -149,11 +150,14 @@ class _WeightLoader:
     def tensor(self, name: str) -> Tensor:
         return self._weights[name].to(self._device, self._dtype).contiguous()
 
+    def norm(self, name: str) -> RmsNorm:
+        return RmsNorm(self.tensor(name), self._config.rms_norm_eps)
+
     def linear(self, names: Sequence[str], has_bias: bool) -> FullLinear:
         """Several matrices of one input, fused along their outputs."""
         weight = torch.cat([self.tensor(f"{name}.weight") for name in names])
         bias = torch.cat([self.tensor(f"{name}.bias") for name in names]) if has_bias else None
-        return full_linear(weight, bias)
+        return FullLinear(weight, bias)
 
     def layer(self, index: int, actions: tuple[Action, ...]) -> DecoderLayer:
         config = self._config
@@ -171,8 +175,8 @@ class _WeightLoader:
             self.linear([f"{mlp_prefix}.down_proj"], config.has_mlp_bias),
         )
         return make_layer(
-            self.tensor(f"{prefix}.input_layernorm.weight"),
-            self.tensor(f"{prefix}.post_attention_layernorm.weight"),
+            self.norm(f"{prefix}.input_layernorm.weight"),
+            self.norm(f"{prefix}.post_attention_layernorm.weight"),
             head_norm,
             full,
             config.num_heads * config.head_dim,

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.quantization import FullLinear, Linear, full_linear, make_linear
+from dash_runtime.decoder.norm import RmsNorm
+from dash_runtime.decoder.quantization import FullLinear, Linear, make_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +24,22 @@ class LayerLinears:
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """One layer. `key_value` is what a skipped layer still runs (the KV rule): rows of the fused matrix,
-    which share its memory. `head_norm` is the query and key norm, `[num_heads + num_kv_heads, head_dim]`."""
+    """One layer.
 
-    input_norm: Tensor
-    mlp_norm: Tensor
+    `key_value` is what a skipped layer still runs (the KV rule). `head_norm` is the query and key norm,
+    `[num_heads + num_kv_heads, head_dim]`.
+    """
+
+    input_norm: RmsNorm
+    mlp_norm: RmsNorm
     head_norm: Tensor | None
-    key_value: FullLinear
+    key_value: Linear
     linears: Mapping[Action, LayerLinears]
 
 
 def make_layer(
-    input_norm: Tensor,
-    mlp_norm: Tensor,
+    input_norm: RmsNorm,
+    mlp_norm: RmsNorm,
     head_norm: Tensor | None,
     full: tuple[FullLinear, FullLinear, FullLinear, FullLinear],
     query_size: int,
@@ -43,18 +47,13 @@ def make_layer(
 ) -> DecoderLayer:
     """Packs a layer for the given actions. `full` is fused QKV, output, fused gate and up, down."""
     fused = full[0]
-    key_value = full_linear(fused.weight[query_size:], None if fused.bias is None else fused.bias[query_size:])
+    key_value = FullLinear(fused.weight[query_size:], None if fused.bias is None else fused.bias[query_size:])
     linears: dict[Action, LayerLinears] = {
         action: LayerLinears(*(make_linear(action, linear) for linear in full))
         for action in actions
         if action is not Action.SKIP
     }
-    return DecoderLayer(input_norm, mlp_norm, head_norm, key_value, linears)
-
-
-def rms_norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension (Zhang and Sennrich 2019)."""
-    return functional.rms_norm(hidden, (hidden.shape[-1],), weight, eps)
+    return DecoderLayer(input_norm, mlp_norm, head_norm, make_linear(Action.FULL, key_value), linears)
 
 
 def mlp(linears: LayerLinears, inputs: Tensor) -> Tensor:

@@ -29,20 +29,37 @@ class Linear(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FullLinear:
-    """The weights as loaded. `weight` is `[out_features, in_features]`.
-
-    `doubles_single_rows` is set where the kernel sums a single row in another order than one of several (see
-    `full_linear`): such a row is then given to it twice, so that a row's result never depends on its neighbours.
-    """
+    """The weights as loaded. `weight` is `[out_features, in_features]`."""
 
     weight: Tensor
     bias: Tensor | None = None
-    doubles_single_rows: bool = False
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return functional.linear(inputs, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFullLinear:
+    """The bf16 weights in the blocked layout that oneDNN would otherwise make anew for every product.
+
+    `doubles_single_rows` is set where oneDNN sums a single row in another order than one of several, as it does when it
+    splits a long sum between threads: such a row is given to it twice, so that a row's result never depends on its
+    neighbours.
+    """
+
+    packed: Tensor
+    bias: Tensor | None
+    doubles_single_rows: bool
+
+    @classmethod
+    def from_full(cls, full: FullLinear) -> "PackedFullLinear":
+        packed = torch.ops.mkldnn._reorder_linear_weight(full.weight, 1)
+        return cls(packed, full.bias, _rounds_single_rows_apart(tuple(full.weight.shape)))
 
     def __call__(self, inputs: Tensor) -> Tensor:
         if self.doubles_single_rows and len(inputs) == 1:
-            return functional.linear(inputs.expand(2, -1), self.weight, self.bias)[:1]
-        return functional.linear(inputs, self.weight, self.bias)
+            return _packed_linear(inputs.expand(2, -1), self.packed, self.bias)[:1]
+        return _packed_linear(inputs, self.packed, self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,26 +108,6 @@ class Int4Linear:
         return outputs if self.bias is None else outputs + self.bias
 
 
-def full_linear(weight: Tensor, bias: Tensor | None = None) -> FullLinear:
-    """A FULL linear layer that treats a row alike alone and among others, which is promised for bf16.
-
-    oneDNN splits the sum over many inputs between threads when there is a single row, and rounds elsewhere then;
-    on the embedded model that is the down projection, for which two rows cost no more than one.
-    """
-    is_bf16_on_cpu = weight.device.type == "cpu" and weight.dtype is torch.bfloat16
-    return FullLinear(weight, bias, is_bf16_on_cpu and _rounds_single_rows_apart(tuple(weight.shape)))
-
-
-@lru_cache
-def _rounds_single_rows_apart(shape: tuple[int, int]) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    out_features, in_features = min(shape[0], _MAX_PROBED_OUTPUTS), shape[1]
-    weight = torch.randn(out_features, in_features, generator=generator).to(torch.bfloat16)
-    rows = torch.randn(_NUM_PROBED_ROWS, in_features, generator=generator).to(torch.bfloat16)
-    together = functional.linear(rows, weight)
-    return not torch.equal(together, torch.cat([functional.linear(row, weight) for row in rows.split(1)]))
-
-
 _QUANTIZED: dict[Action, type[Int8Linear] | type[Int4Linear]] = {
     Action.INT8: Int8Linear,
     Action.INT4: Int4Linear,
@@ -118,8 +115,41 @@ _QUANTIZED: dict[Action, type[Int8Linear] | type[Int4Linear]] = {
 
 
 def make_linear(action: Action, full: FullLinear) -> Linear:
-    """The linear layer that `action` runs instead of `full`, which for FULL is `full` itself."""
-    return full if action is Action.FULL else _QUANTIZED[action].from_full(full)
+    """The linear layer that `action` runs for the matrix `full`, with the kernel that this device is fastest with."""
+    if action is not Action.FULL:
+        return _QUANTIZED[action].from_full(full)
+    is_bf16_on_cpu = full.weight.device.type == "cpu" and full.weight.dtype is torch.bfloat16
+    return PackedFullLinear.from_full(full) if is_bf16_on_cpu and _has_packed_linear() else full
+
+
+def _packed_linear(inputs: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], "")
+
+
+@lru_cache
+def _has_packed_linear() -> bool:
+    """Whether this build of torch has oneDNN with bf16, which is checked against the plain product."""
+    inputs, weight = _probe(16, 64, 32)
+    try:
+        outputs = _packed_linear(inputs, torch.ops.mkldnn._reorder_linear_weight(weight, 1), None)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return torch.allclose(outputs.float(), functional.linear(inputs.float(), weight.float()), atol=0.5)
+
+
+@lru_cache
+def _rounds_single_rows_apart(shape: tuple[int, int]) -> bool:
+    inputs, weight = _probe(_NUM_PROBED_ROWS, min(shape[0], _MAX_PROBED_OUTPUTS), shape[1])
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+    alone = torch.cat([_packed_linear(row, packed, None) for row in inputs.split(1)])
+    return not torch.equal(_packed_linear(inputs, packed, None), alone)
+
+
+def _probe(num_rows: int, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """Some bf16 inputs and a weight, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    return torch.randn(num_rows, in_features, generator=generator).bfloat16(), weight.bfloat16()
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ class RotaryTable:
     """Cosines and signed sines for every position of the context, `[context_length, 1, head_dim]`.
 
     The first half of a head is paired with its second half, as in Hugging Face checkpoints. The sine of
-    the first half is negated here, so that rotating is one flip of the halves and two products.
+    the first half is negated here, so that rotating is one swap of the halves and two products.
     """
 
     def __init__(
@@ -55,6 +55,5 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 def rotate(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotates `[rows, num_heads, head_dim]` by each row's `[rows, 1, head_dim]` table entries."""
-    halves = heads.unflatten(-1, (2, -1))
-    swapped = halves.flip(-2).flatten(-2)
+    swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
     return torch.addcmul(heads * cosines, swapped, sines)

@@ -9,7 +9,6 @@ from dash_runtime.decoder.quantization import (
     Int4Linear,
     Int8Linear,
     dequantize_int4,
-    full_linear,
     make_linear,
     quantize_int4,
     quantize_int8,
@@ -64,7 +63,7 @@ def test_int4_is_not_offered_for_a_shape_that_its_kernel_cannot_take() -> None:
 @pytest.mark.parametrize("shape", [(576, 1536), (960, 576), (384, 576)])
 @pytest.mark.parametrize("action", [Action.INT4, Action.INT8, Action.FULL])
 def test_a_row_alone_is_bit_equal_to_the_row_among_others(shape: tuple[int, int], action: Action) -> None:
-    linear = make_linear(action, full_linear(some_weight(*shape)))
+    linear = make_linear(action, FullLinear(some_weight(*shape)))
     inputs = torch.randn(17, shape[1], generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
     for num_rows in (2, 9, 17):
         alone = torch.cat([linear(row) for row in inputs[:num_rows].split(1)])
