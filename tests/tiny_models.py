@@ -2,7 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 NUM_LAYERS = 6
 HIDDEN_SIZE = 96
@@ -80,21 +83,23 @@ def save_tiny_model(folder: Path, family: str, **overrides: Any) -> Path:
 
 
 def save_byte_tokenizer(folder: Path) -> None:
-    """A tokenizer whose ids 0…255 are bytes, with a few special tokens after them, and a chat template."""
+    """A byte tokenizer with a few special tokens after the bytes, and a chat template."""
+    byte_tokenizer("<|end|>", "<|user|>", "<|assistant|>", "<|system|>").save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+
+
+def byte_tokenizer(*special_tokens: str) -> "Tokenizer":
+    """One token for each byte, its id the byte itself; special tokens follow from 256 on."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     # The byte-level alphabet in the order of the bytes it stands for (GPT-2's table).
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {byte: chr(byte) for byte in printable}
-    alphabet |= {byte: chr(256 + place) for place, byte in enumerate(others)}
-    vocab = {alphabet[byte]: byte for byte in range(256)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    others = (byte for byte in range(256) if byte not in printable)
+    names = {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}
+    tokenizer = Tokenizer(models.BPE(vocab={names[byte]: byte for byte in range(256)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in specials])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in special_tokens])
+    return tokenizer

@@ -16,12 +16,12 @@ from urllib.parse import urlencode
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from dash_api.v1 import common_pb2, generation_pb2, generation_pb2_grpc, model_pb2_grpc
 from dash_server.server import DashServer
 from dash_server.settings import Settings
 from tests.server import fake_worker
+from tests.tiny_models import byte_tokenizer
 
 FAKE_WORKER = (sys.executable, fake_worker.__file__)
 CHAT_TEMPLATE = """
@@ -35,24 +35,10 @@ CHAT_TEMPLATE = """
 """
 
 
-def byte_tokenizer() -> Tokenizer:
-    """One token for each byte, its id the byte itself, and three special tokens."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = (byte for byte in range(256) if byte not in printable)
-    names = {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
-    tokenizer = Tokenizer(models.BPE(vocab={names[byte]: byte for byte in range(256)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(name, special=True) for name in ("<|im_start|>", "<|im_end|>", "<|probe|>")]
-    )
-    return tokenizer
-
-
 def write_model_folder(folder: Path) -> Path:
     """A folder with all that the server reads of a model."""
     folder.mkdir(parents=True, exist_ok=True)
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    byte_tokenizer("<|im_start|>", "<|im_end|>", "<|probe|>").save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     return folder
