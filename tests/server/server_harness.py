@@ -16,6 +16,7 @@ from urllib.parse import urlencode
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tokenizers import Tokenizer
 
 from dash_api.v1 import common_pb2, generation_pb2, generation_pb2_grpc, model_pb2_grpc
 from dash_server.server import DashServer
@@ -35,10 +36,15 @@ CHAT_TEMPLATE = """
 """
 
 
+def toy_tokenizer() -> Tokenizer:
+    """A byte tokenizer with the special tokens of the toy model."""
+    return byte_tokenizer("<|im_start|>", "<|im_end|>", "<|probe|>")
+
+
 def write_model_folder(folder: Path) -> Path:
     """A folder with all that the server reads of a model."""
     folder.mkdir(parents=True, exist_ok=True)
-    byte_tokenizer("<|im_start|>", "<|im_end|>", "<|probe|>").save(str(folder / "tokenizer.json"))
+    toy_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
     return folder

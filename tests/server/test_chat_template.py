@@ -8,7 +8,7 @@ import pytest
 from dash_runtime.errors import CorruptCheckpoint, InvalidRequest
 from dash_server.chat_template import ChatTemplate
 from dash_server.text import TextTokenizer
-from tests.server.server_harness import CHAT_TEMPLATE, byte_tokenizer
+from tests.server.server_harness import CHAT_TEMPLATE, toy_tokenizer
 
 TEMPLATES = {
     "chatml": CHAT_TEMPLATE,
@@ -56,7 +56,7 @@ SPECIAL_TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
 def test_rendering_and_token_ids_equal_those_of_transformers(tmp_path: Path, name: str, layout: str) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    toy_tokenizer().save(str(tmp_path / "tokenizer.json"))
     config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL_TOKENS}
     if layout == "file":
         (tmp_path / "chat_template.jinja").write_text(TEMPLATES[name])

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from dash_runtime.errors import CheckpointNotFound, CorruptCheckpoint
 from dash_server.text import Detokenizer, OutputText, StopStrings, TextTokenizer
-from tests.server.server_harness import byte_tokenizer
+from tests.server.server_harness import toy_tokenizer
 
 TEXTS = [
     "plain words, and more of them",
@@ -24,13 +24,13 @@ TEXTS = [
 
 @pytest.fixture
 def tokenizer() -> TextTokenizer:
-    return TextTokenizer(byte_tokenizer())
+    return TextTokenizer(toy_tokenizer())
 
 
 def byte_pair_tokenizer(seed: int) -> TextTokenizer:
     """Byte level, with random merges that pay no heed to where characters begin."""
     chance = random.Random(seed)
-    plain = byte_tokenizer()
+    plain = toy_tokenizer()
     vocab = dict(plain.get_vocab(with_added_tokens=False))
     names = {id_: token for token, id_ in vocab.items()}
     merges = []
@@ -67,7 +67,7 @@ def stream(tokenizer: TextTokenizer, token_ids: list[int]) -> list[str]:
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("seed", [None, 1, 2, 3])
 def test_deltas_add_up_to_the_text_without_a_broken_character(text: str, seed: int | None) -> None:
-    tokenizer = TextTokenizer(byte_tokenizer()) if seed is None else byte_pair_tokenizer(seed)
+    tokenizer = TextTokenizer(toy_tokenizer()) if seed is None else byte_pair_tokenizer(seed)
     deltas = stream(tokenizer, tokenizer.encode(text))
     assert "".join(deltas) == text
     assert not any("\ufffd" in delta for delta in deltas)
@@ -128,7 +128,7 @@ class CountingTokenizer(TextTokenizer):
 
 
 def test_work_per_token_does_not_grow() -> None:
-    tokenizer = CountingTokenizer(byte_tokenizer())
+    tokenizer = CountingTokenizer(toy_tokenizer())
     stream(tokenizer, [*"日本 text ".encode() * 50, *[0xFF] * 200])
     assert tokenizer.longest <= 12
 
@@ -194,7 +194,7 @@ def test_a_stop_string_can_be_completed_by_the_flush(tokenizer: TextTokenizer) -
 
 
 def test_truncation_and_padding_of_the_file_are_ignored(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer()
+    tokenizer = toy_tokenizer()
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=8)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
