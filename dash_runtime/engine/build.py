@@ -35,13 +35,15 @@ from dash_runtime.engine.lanes import make_lane
 from dash_runtime.errors import ConfigError, DashRuntimeError
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
-from dash_runtime.policy.policy_file import load_policy, model_fingerprint
+from dash_runtime.policy.policy_file import find_policy, load_policy, model_fingerprint
 from dash_runtime.training.data import default_token_sequences
 from dash_runtime.training.fit_compensation import NUM_SEQUENCES, SEQUENCE_LENGTH, fit_compensation
 
 Progress = Callable[[str], None]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SHIPPED_POLICIES = Path(__file__).parent.parent / "policies"
+"""Policy files that come with the package, each for one model."""
 _CALIBRATION_VERSION = 1
 
 
@@ -53,6 +55,7 @@ class BuildOptions:
     precision: str = "bfloat16"
     num_threads: int | None = None
     policy_file: Path | None = None
+    """None: the shipped one, where there is one for this model."""
 
 
 def build_engine(
@@ -78,8 +81,8 @@ def build_engine(
     decoder = Decoder(model, weights, actions, dtype=dtype, device=device, context_length=context_length)
     fingerprint = model_fingerprint(model, weights)
     learned = None
-    if options.policy_file is not None:
-        learned = load_policy(options.policy_file, model, fingerprint, dtype=dtype, device=device)
+    if policy_file := options.policy_file or find_policy(SHIPPED_POLICIES, fingerprint):
+        learned = load_policy(policy_file, model, fingerprint, dtype=dtype, device=device)
         learned = learned.without(set(learned.actions) - set(actions))
     calibration = _Calibration(cache_folder / "calibration", fingerprint, options.precision, device)
     compensation = calibration.compensation(decoder, tokenizer_file(folder), progress)

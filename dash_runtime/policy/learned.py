@@ -35,10 +35,13 @@ class PolicyNetwork:
     output_weight: Tensor
     output_bias: Tensor
 
-    def scores(self, hidden: Tensor, layer: int, last_actions: Tensor, cost_spent: Tensor, log_price: Tensor) -> Tensor:
+    def scores(
+        self, hidden: Tensor, layer: int | Tensor, last_actions: Tensor, cost_spent: Tensor, log_price: Tensor
+    ) -> Tensor:
         """float32 `[rows, num_actions]`.
 
-        `hidden` `[rows, hidden_size]` in any dtype; the rest `[rows]`, `last_actions` as int64 numbers.
+        `hidden` `[rows, hidden_size]` in any dtype; the rest `[rows]`, `last_actions` as int64 numbers. `layer` is one
+        for all rows, or int64 `[rows]`.
         """
         normalised = functional.rms_norm(hidden.float(), (hidden.shape[-1],))
         features = torch.cat(

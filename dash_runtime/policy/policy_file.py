@@ -40,6 +40,15 @@ def model_fingerprint(config: ModelConfig, weights: Mapping[str, Tensor]) -> str
     return digest.hexdigest()
 
 
+def find_policy(folder: Path, fingerprint: str) -> Path | None:
+    """The policy file in `folder` that was made for the model with this fingerprint, if there is one."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if json.loads(file.metadata()[_KEY])["model_fingerprint"] == fingerprint:
+                return path
+    return None
+
+
 def save_policy(path: Path, policy: LearnedPolicy, fingerprint: str) -> None:
     """Writes the file in one rename, so that a reader never sees half of it."""
     tensors = {f"network.{name}": getattr(policy.network, name) for name in PolicyNetwork.__slots__}

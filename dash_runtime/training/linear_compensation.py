@@ -1,0 +1,70 @@
+"""Fits the linear rungs of the compensation ladder by ridge regression of each layer's delta on its input.
+
+The low-rank map is the reduced-rank regression (Izenman 1975): the dense solution projected on the main directions of
+what it predicts, which loses least of it at that rank. Knows states; knows no policy.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dash_runtime.decoder.compensation import Dense, LowRank
+from dash_runtime.decoder.decoder import Decoder
+
+_RIDGE = 1e-2
+"""Share of the mean input power that is added to the diagonal."""
+
+
+class LinearFit:
+    """Gathers inputs and deltas of every layer, each token weighted by the inverse of its power."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        size = decoder.config.hidden_size + 1  # a constant input stands for the offset
+        self._inputs = torch.zeros(decoder.num_layers, size, size)
+        self._products = torch.zeros(decoder.num_layers, size, size - 1)
+
+    def add(self, layer: int, inputs: Tensor, outputs: Tensor) -> None:
+        """Counts the layer's `[rows, hidden_size]` input and output."""
+        x, delta = inputs.float().cpu(), (outputs - inputs).float().cpu()
+        weight = x.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).rsqrt()
+        x = torch.cat((x * weight, weight), dim=-1)
+        self._inputs[layer] += x.T @ x
+        self._products[layer] += x.T @ (delta * weight)
+
+    def dense(self) -> Dense:
+        """One `[hidden_size, hidden_size]` map and an offset per layer."""
+        solutions = torch.stack([self._solve(layer) for layer in range(self._decoder.num_layers)])
+        return Dense(self._cast(solutions[:, :-1].transpose(1, 2)), self._cast(solutions[:, -1]))
+
+    def low_rank(self, rank: int) -> LowRank:
+        """A map of the given rank, and an offset, per layer."""
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for layer in range(self._decoder.num_layers):
+            solution = self._solve(layer)
+            maps, offset = solution[:-1], solution[-1]
+            predicted = maps.T @ self._inputs[layer, :-1, :-1] @ maps
+            directions = torch.linalg.eigh(predicted).eigenvectors[:, -rank:]  # [hidden_size, rank]
+            parts.append(((maps @ directions).T, directions, offset))
+        down, up, offsets = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+        return LowRank(self._cast(down), self._cast(up), self._cast(offsets))
+
+    def _solve(self, layer: int) -> Tensor:
+        gram = self._inputs[layer]
+        size = len(gram)
+        penalty = torch.eye(size) * _RIDGE * gram[:-1, :-1].diagonal().mean()
+        penalty[-1, -1] = 1e-6 * gram[-1, -1]  # the offset is free
+        return torch.linalg.solve(gram + penalty, self._products[layer])
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.contiguous().to(self._decoder.device, self._decoder.dtype)
+
+
+def fit_low_rank(decoder: Decoder, states: Sequence[tuple[Sequence[Tensor], Tensor]], rank: int) -> LowRank:
+    """Fits on `(states of a path, rows that count)` pairs: `num_layers + 1` states `[rows, hidden_size]` each."""
+    fit = LinearFit(decoder)
+    for path, rows in states:
+        for layer in range(decoder.num_layers):
+            fit.add(layer, path[layer][rows], path[layer + 1][rows])
+    return fit.low_rank(rank)

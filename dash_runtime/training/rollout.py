@@ -1,0 +1,113 @@
+"""Rollouts: many tokens at once through the layers, under teacher forcing, as serving would run them.
+
+The same `run_layer`, the same key-value rule and the same lookahead state as in `engine/step.py` (a test holds the two
+together); an episode is one token's way through the layers. Knows the decoder and scores; knows no learning.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action, CostTable
+from dash_runtime.decoder.compensation import Compensation, Identity
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.kv_cache import SequenceCache
+from dash_runtime.decoder.rows import RowBatch
+
+Choose = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""`(layer, hidden, last actions, cost spent)`, each with a row per token, to the actions as int64 numbers."""
+
+_LOGIT_ROWS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class FullPath:
+    """What full depth makes of the tokens: each layer's input and the last output, and the final states."""
+
+    states: list[Tensor]
+    """`[num_layers + 1]` tensors `[rows, hidden_size]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One path of every token. Rows follow one another sequence by sequence."""
+
+    states: list[Tensor]
+    """Each layer's input, and the last layer's output."""
+    actions: Tensor
+    """int64 `[num_layers, rows]`, as Action's numbers."""
+    cost_spent: Tensor
+    """float32 `[num_layers, rows]`: up to and with each layer."""
+
+
+def _rows(decoder: Decoder, sequences: Sequence[Sequence[int]], compensation: Compensation) -> RowBatch:
+    lengths = [len(ids) for ids in sequences]
+    caches = [SequenceCache(decoder.config, length, decoder.dtype, decoder.device) for length in lengths]
+    return decoder.rows(caches, lengths, [compensation] * len(caches))
+
+
+@torch.no_grad()
+def full_path(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> FullPath:
+    """Runs every layer in full."""
+    batch = _rows(decoder, sequences, Identity())
+    actions = (Action.FULL,) * batch.num_rows
+    states = [decoder.embed([token_id for ids in sequences for token_id in ids])]
+    for layer in range(decoder.num_layers):
+        states.append(decoder.run_layer(layer, actions, states[-1], batch))
+    return FullPath(states)
+
+
+@torch.no_grad()
+def roll_out(
+    decoder: Decoder,
+    sequences: Sequence[Sequence[int]],
+    decided_rows: Tensor,
+    pinned: frozenset[int],
+    lookahead: int,
+    compensation: Compensation,
+    costs: CostTable,
+    choose: Choose,
+) -> Rollout:
+    """Runs the tokens with the actions that `choose` takes for the rows of `decided_rows` (bool `[rows]`).
+
+    The other rows (prompts and first tokens) run in full, and so does every row in a pinned layer.
+    """
+    batch = _rows(decoder, sequences, compensation)
+    full = torch.full((batch.num_rows,), int(Action.FULL))
+    layer_costs = torch.zeros(len(Action) + 1)
+    for action, cost in costs.layer.items():
+        layer_costs[action] = cost
+    decided: dict[int, Tensor] = {}
+    states = [decoder.embed([token_id for ids in sequences for token_id in ids])]
+    spent = torch.zeros(batch.num_rows)
+    all_actions, all_spent = [], []
+    for layer in range(decoder.num_layers):
+        actions = full if layer in pinned else decided.pop(layer)
+        spent = spent + layer_costs[actions]
+        target = layer + lookahead
+        if target < decoder.num_layers and target not in pinned:
+            chosen = choose(target, states[-1], actions, spent)
+            decided[target] = torch.where(decided_rows, chosen, full)
+        states.append(decoder.run_layer(layer, [Action(number) for number in actions.tolist()], states[-1], batch))
+        all_actions.append(actions)
+        all_spent.append(spent)
+    return Rollout(states, torch.stack(all_actions), torch.stack(all_spent))
+
+
+@torch.no_grad()
+def divergences(decoder: Decoder, full: Tensor, ours: Tensor, head: Action) -> tuple[Tensor, Tensor]:
+    """KL(full-depth distribution ‖ ours) in nats, and whether both prefer the same token, for each row.
+
+    Both are last-layer outputs, `[rows, hidden_size]`; the full path uses the full head, ours `head`.
+    """
+    kl, agree = [], []
+    for start in range(0, len(full), _LOGIT_ROWS):
+        rows = slice(start, start + _LOGIT_ROWS)
+        count = len(full[rows])
+        reference = torch.log_softmax(decoder.logits(full[rows], (Action.FULL,) * count), dim=-1)
+        adaptive = torch.log_softmax(decoder.logits(ours[rows], (head,) * count), dim=-1)
+        kl.append((reference.exp() * (reference - adaptive)).sum(-1))
+        agree.append(reference.argmax(-1) == adaptive.argmax(-1))
+    return torch.cat(kl), torch.cat(agree)

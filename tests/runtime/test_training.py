@@ -1,0 +1,240 @@
+"""Rollouts that are serving's own steps, and a training run that can be stopped."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dash_runtime.actions import Action
+from dash_runtime.checkpoints import tokenizer_file
+from dash_runtime.decoder.compensation import Identity
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.engine.lanes import InlineLane
+from dash_runtime.engine.step import Decider, decode_step
+from dash_runtime.errors import ConfigError, PolicyFileError
+from dash_runtime.policy.learned import Calibration, LearnedPolicy
+from dash_runtime.policy.policy import Token
+from dash_runtime.training.actor_critic import ActorCritic
+from dash_runtime.training.data import default_token_sequences, file_token_sequences
+from dash_runtime.training.linear_compensation import LinearFit, fit_low_rank
+from dash_runtime.training.ppo import PpoSettings, Task, TrainingDiverged, collect, update
+from dash_runtime.training.rollout import full_path, roll_out
+from dash_runtime.training.train import TrainSettings, calibrate, greedy_outcome, train
+from tests.runtime.support import full_plan, load_decoder, new_cache, run_rows, some_affine, some_costs
+
+ACTIONS = tuple(Action)
+PINNED = frozenset((0, 5))
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_folder: Path) -> Decoder:
+    return load_decoder(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def sequences(tiny_folder: Path) -> list[list[int]]:
+    return default_token_sequences(tokenizer_file(tiny_folder), 12, 24)
+
+
+def make_task(decoder: Decoder, lookahead: int = 1) -> Task:
+    pinned = PINNED | frozenset(range(lookahead))
+    return Task(decoder, ACTIONS, pinned, lookahead, Action.FULL, some_affine(decoder), some_costs(), 4)
+
+
+def make_model(decoder: Decoder, seed: int = 0, spread: float = 1.0) -> ActorCritic:
+    """With scores that differ enough from state to state for every action to be taken."""
+    model = ActorCritic(decoder.num_layers, decoder.config.hidden_size, ACTIONS, seed)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        model.actor.output_weight.copy_(torch.randn(model.actor.output_weight.shape, generator=generator) * spread)
+        model.actor.output_bias.zero_()
+    return model
+
+
+@pytest.mark.parametrize("lookahead", [1, 2])
+@torch.no_grad()
+def test_a_rollouts_actions_and_states_are_those_of_serving_for_the_same_tokens(
+    decoder: Decoder, sequences: list[list[int]], lookahead: int
+) -> None:
+    task = make_task(decoder, lookahead)
+    network = make_model(decoder).network()
+    policy = LearnedPolicy(
+        "p", network, ACTIONS, task.pinned, lookahead, Action.FULL, task.compensation, task.costs,
+        Calibration(((0.5, 0.0),)),
+    )  # fmt: skip
+    numbers = torch.tensor([int(action) for action in ACTIONS])
+    batch = sequences[:2]
+    rolled = roll_out(
+        decoder, batch, task.decided_rows(batch), task.pinned, lookahead, task.compensation, task.costs,
+        lambda layer, *seen: numbers[network.scores(seen[0], layer, *seen[1:], torch.zeros(len(seen[0]))).argmax(-1)],
+    )  # fmt: skip
+    assert len(rolled.actions[1:5].unique()) >= 3
+    for number, ids in enumerate(batch):
+        cache = new_cache(decoder)
+        run_rows(decoder, [cache], [ids[:4]], [full_plan(decoder)])
+        for place in range(4, len(ids)):
+            row = number * len(ids) + place
+            decider = Decider(policy, [0], [Token(0, place, price=1.0)], task.costs, 1)
+            rows = decoder.rows([cache], [1], [task.compensation])
+            served = decode_step(decoder, InlineLane(), rows, [ids[place]], [decider])
+            assert served.plans[0] == bytes(rolled.actions[:, row].tolist())
+            expected = decoder.logits(rolled.states[-1][row : row + 1], (Action.FULL,))
+            torch.testing.assert_close(served.logits, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_prompt_rows_and_pinned_layers_run_in_full_and_cost_adds_up(
+    decoder: Decoder, sequences: list[list[int]]
+) -> None:
+    task = make_task(decoder)
+    rows = task.decided_rows(sequences[:1])
+    rolled = roll_out(
+        decoder, sequences[:1], rows, task.pinned, 1, Identity(), task.costs,
+        lambda layer, hidden, *_: torch.full((len(hidden),), int(Action.SKIP)),
+    )  # fmt: skip
+    full = int(Action.FULL)
+    assert (rolled.actions[:, ~rows] == full).all()
+    assert (rolled.actions[[0, 5]] == full).all()
+    assert (rolled.actions[1:5][:, rows] == int(Action.SKIP)).all()
+    layer = task.costs.layer
+    assert float(rolled.cost_spent[-1][-1]) == pytest.approx(2 * layer[Action.FULL] + 4 * layer[Action.SKIP])
+
+
+def test_full_depth_has_no_divergence_from_itself(decoder: Decoder, sequences: list[list[int]]) -> None:
+    network = make_model(decoder).network()
+    network.output_weight.zero_()
+    network.output_bias[ACTIONS.index(Action.FULL)] = 1.0
+    outcome, _ = greedy_outcome(make_task(decoder), network, sequences[:2], 1.0)
+    assert outcome.divergence == pytest.approx(0, abs=1e-5)
+    assert outcome.agreement == 1
+    assert outcome.cost == pytest.approx(1)
+
+
+def test_training_finds_the_cheap_action_when_compute_is_dear(decoder: Decoder, sequences: list[list[int]]) -> None:
+    task = make_task(decoder)
+    model = make_model(decoder, spread=0.01)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    settings = PpoSettings(divergence_limit=0.1, minibatch_rows=128)
+    log_price = torch.full((4 * 24,), 2.0)
+    torch.manual_seed(0)
+    before = greedy_outcome(task, model.network(), sequences[:4], 7.0)[0].cost
+    for step in range(30):
+        experience, _ = collect(task, model, sequences[:4], log_price, settings)
+        update(model, optimizer, experience, 0.0, settings, torch.Generator().manual_seed(step))
+    after = greedy_outcome(task, model.network(), sequences[:4], 7.0)[0].cost
+    lowest = task.costs.token_cost([Action.FULL, *[Action.SKIP] * 4, Action.FULL], Action.FULL)
+    assert after < before
+    assert after == pytest.approx(lowest, abs=0.05)
+
+
+def test_a_stopped_run_ends_as_one_that_was_not_stopped(
+    decoder: Decoder, sequences: list[list[int]], tmp_path: Path
+) -> None:
+    task = make_task(decoder)
+    settings = TrainSettings(iterations=6, sequences_per_iteration=2, checkpoint_every=2)
+
+    class Stop(Exception):
+        pass
+
+    def stop_at_four(iteration: int, *_: object) -> None:
+        if iteration == 4:
+            raise Stop
+
+    whole = train(task, sequences, settings, tmp_path / "whole.safetensors", lambda *_: None)
+    with pytest.raises(Stop):
+        train(task, sequences, settings, tmp_path / "stopped.safetensors", stop_at_four)
+    seen: list[int] = []
+    resumed = train(task, sequences, settings, tmp_path / "stopped.safetensors", lambda i, *_: seen.append(i))
+    assert seen == [4, 5]
+    for name in type(whole).__slots__:
+        assert torch.equal(getattr(whole, name), getattr(resumed, name)), name
+
+
+def test_a_checkpoint_that_is_damaged_or_of_another_run_is_refused_by_name(
+    decoder: Decoder, sequences: list[list[int]], tmp_path: Path
+) -> None:
+    task = make_task(decoder)
+    settings = TrainSettings(iterations=1, sequences_per_iteration=1)
+    path = tmp_path / "checkpoint.safetensors"
+    train(task, sequences, settings, path, lambda *_: None)
+    with pytest.raises(PolicyFileError, match=r"checkpoint\.safetensors.*another run"):
+        train(task, sequences, replace(settings, seed=1), path, lambda *_: None)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(PolicyFileError, match=r"checkpoint\.safetensors"):
+        train(task, sequences, settings, path, lambda *_: None)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(decoder: Decoder, sequences: list[list[int]]) -> None:
+    model = make_model(decoder)
+    settings = PpoSettings()
+    experience, _ = collect(make_task(decoder), model, sequences[:1], torch.zeros(24), settings)
+    broken = replace(experience, returns=experience.returns * float("nan"))
+    with pytest.raises(TrainingDiverged):
+        update(model, torch.optim.Adam(model.parameters()), broken, 0.0, settings, torch.Generator())
+
+
+def test_calibrated_budgets_ascend_and_are_kept_on_the_same_text(decoder: Decoder, sequences: list[list[int]]) -> None:
+    task = make_task(decoder)
+    network = make_model(decoder).network()
+    calibration = calibrate(task, network, sequences[:3])
+    budgets = [budget for budget, _ in calibration.points]
+    assert budgets == sorted(budgets)
+    for budget in budgets:
+        outcome, _ = greedy_outcome(task, network, sequences[:3], calibration.price(budget))
+        assert outcome.cost <= budget + 1e-5
+
+
+def test_a_linear_layer_is_recovered_and_a_full_rank_is_the_dense_map(decoder: Decoder) -> None:
+    generator = torch.Generator().manual_seed(0)
+    size = decoder.config.hidden_size
+    inputs = torch.randn(4000, size, generator=generator)
+    maps = torch.randn(size, size, generator=generator) / size**0.5
+    outputs = inputs + inputs @ maps.T + 0.5
+    fit = LinearFit(decoder)
+    for layer in range(decoder.num_layers):
+        fit.add(layer, inputs, outputs)
+    scale = (outputs - inputs).norm()
+    dense, whole, half = fit.dense(), fit.low_rank(size), fit.low_rank(size // 2)
+    errors = [float((rung(1, inputs) - outputs).norm() / scale) for rung in (dense, whole, half)]
+    assert errors[0] < 0.03
+    assert errors[1] == pytest.approx(errors[0], abs=1e-3)
+    assert errors[0] < errors[2] < 1
+
+
+def test_a_fitted_map_is_nearer_to_the_layer_than_passing_the_input_on(
+    decoder: Decoder, sequences: list[list[int]]
+) -> None:
+    rows = torch.arange(1, 24)
+    paths = [full_path(decoder, [ids]) for ids in sequences]
+    fitted = fit_low_rank(decoder, [(path.states, rows) for path in paths], 8)
+    inputs, outputs = paths[0].states[2][rows], paths[0].states[3][rows]
+    assert (fitted(2, inputs) - outputs).norm() < (inputs - outputs).norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("missing.txt", None, "missing"),
+        ("short.txt", b"too short", "less text"),
+        ("binary.txt", b"\xff\xfe\x00" * 50, "cannot be read"),
+        ("broken.jsonl", b'{"text": "fine"}\n{broken\n', "line 2"),
+        ("list.jsonl", b"[1, 2]\n", "line 1"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused_by_file(
+    tiny_folder: Path, tmp_path: Path, name: str, content: bytes | None, words: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=words) as refusal:
+        file_token_sequences(path, tokenizer_file(tiny_folder), 64)
+    assert name in str(refusal.value)
+
+
+def test_a_folder_gives_the_text_of_its_files_and_of_its_records(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a" * 100)
+    (tmp_path / "b.jsonl").write_text('{"question": "' + "q" * 60 + '", "answer": "' + "r" * 60 + '", "id": 7}\n\n')
+    sequences = file_token_sequences(tmp_path, tokenizer_file(tiny_folder), 50)
+    flat = bytes(token for ids in sequences for token in ids)
+    assert flat.startswith(b"a" * 100 + b"q" * 60 + b"\n" + b"r")
