@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dash_runtime.checkpoints import default_cache_folder
 from tests.tiny_models import save_tiny_model
 
 
@@ -17,4 +18,4 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def embedded_cache() -> Path:
     """The user's own cache folder, so that the embedded model is converted once and not per run."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dash-llm"
+    return default_cache_folder(os.environ)

@@ -5,6 +5,7 @@ package imports neither torch nor transformers; opening weights imports torch, r
 transformers, converting a GGUF file numpy, gguf and tokenizers.
 """
 
+from dash_runtime.checkpoints.cache_folder import default_cache_folder
 from dash_runtime.checkpoints.conversion_cache import Progress
 from dash_runtime.checkpoints.hf_config import load_model_config
 from dash_runtime.checkpoints.hf_folder import tokenizer_file
@@ -17,6 +18,7 @@ __all__ = [
     "Progress",
     "Weights",
     "check_weights",
+    "default_cache_folder",
     "load_model_config",
     "open_weights",
     "parameter_shapes",

@@ -35,7 +35,8 @@ from dash_runtime.engine.lanes import make_lane
 from dash_runtime.errors import ConfigError, DashRuntimeError
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
-from dash_runtime.policy.policy_file import find_policy, load_policy, model_fingerprint
+from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
 from dash_runtime.training.data import default_token_sequences
 from dash_runtime.training.fit_compensation import NUM_SEQUENCES, SEQUENCE_LENGTH, fit_compensation
 
@@ -55,7 +56,7 @@ class BuildOptions:
     precision: str = "bfloat16"
     num_threads: int | None = None
     policy_file: Path | None = None
-    """None: the shipped one, where there is one for this model."""
+    """None: the shipped ones, where there are some for this model."""
 
 
 def build_engine(
@@ -80,10 +81,11 @@ def build_engine(
     progress(f"packing kernels for {', '.join(action.name for action in actions)} on {describe(device)}")
     decoder = Decoder(model, weights, actions, dtype=dtype, device=device, context_length=context_length)
     fingerprint = model_fingerprint(model, weights)
-    learned = None
-    if policy_file := options.policy_file or find_policy(SHIPPED_POLICIES, fingerprint):
-        learned = load_policy(policy_file, model, fingerprint, dtype=dtype, device=device)
-        learned = learned.without(set(learned.actions) - set(actions))
+    shipped = find_policies(SHIPPED_POLICIES, fingerprint)
+    learned: list[LearnedPolicy] = []
+    for policy_file in shipped if options.policy_file is None else [options.policy_file]:
+        policy = load_policy(policy_file, model, fingerprint, dtype=dtype, device=device)
+        learned.append(policy.without(set(policy.actions) - set(actions)))
     calibration = _Calibration(cache_folder / "calibration", fingerprint, options.precision, device)
     compensation = calibration.compensation(decoder, tokenizer_file(folder), progress)
     costs = calibration.costs(decoder, compensation, progress)

@@ -3,6 +3,7 @@
 Knows policies and budgets; knows no sequences and no device.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -36,7 +37,7 @@ class PolicyCatalog:
         costs: the device's own table, for the policies that have none in a file.
         actions: those with a kernel here.
         compensation: for the policies that have none in a file.
-        learned: the default policy, where there is one.
+        learned: the trained ones; the first is the default policy.
     """
 
     def __init__(
@@ -44,13 +45,13 @@ class PolicyCatalog:
         costs: CostTable,
         actions: tuple[Action, ...],
         compensation: Compensation,
-        learned: LearnedPolicy | None,
+        learned: Sequence[LearnedPolicy],
         default_compute_budget: float,
     ) -> None:
         self._costs = costs
         self._actions = actions
         self._compensation = compensation
-        self._learned = learned
+        self._learned = {policy.name: policy for policy in learned}
         self._default_compute_budget = default_compute_budget
         self._full_depth = Assignment(FullDepth(costs.num_layers), costs)
         self._fixed: dict[Action, FixedPlan] = {
@@ -58,6 +59,7 @@ class PolicyCatalog:
         }
         self._head = min(costs.head, key=lambda precision: costs.head[precision])
         self._random = lru_cache(maxsize=256)(self._make_random)
+        self._facts = self._describe()
 
     def assign(self, skip: SkipOptions) -> Assignment:
         """The assignment for validated options; an unset budget is the default one, raised to what the
@@ -67,16 +69,18 @@ class PolicyCatalog:
         if skip.mode is Mode.FIXED:
             assert skip.fixed_action is not None
             return Assignment(self._fixed[skip.fixed_action], self._costs)
-        facts = self.facts()
-        lowest = next(f.lowest_budget for f in facts if f.name == (skip.policy_name or facts[0].name))
-        budget = skip.compute_budget or max(self._default_compute_budget, lowest)
-        learned = self._learned
-        if learned is not None and skip.policy_name in (None, learned.name):
+        name = skip.policy_name or self._facts[0].name
+        chosen = next(facts for facts in self._facts if facts.name == name)
+        budget = skip.compute_budget or max(self._default_compute_budget, chosen.lowest_budget)
+        if learned := self._learned.get(chosen.name):
             return Assignment(learned, learned.costs, learned.calibration.price(budget), budget)
         return self._random(budget)
 
     def facts(self) -> tuple[PolicyFacts, ...]:
         """What callers may ask for, the default first."""
+        return self._facts
+
+    def _describe(self) -> tuple[PolicyFacts, ...]:
         costs = self._costs
         random = PolicyFacts(
             name="random",
@@ -88,22 +92,20 @@ class PolicyCatalog:
             lowest_budget=lowest_random_budget(costs, self._actions, self._head),
             compensation=self._compensation.kind.value,
         )
-        learned = self._learned
-        if learned is None:
-            return (random,)
-        return (
+        learned = (
             PolicyFacts(
-                name=learned.name,
+                name=policy.name,
                 note="",
                 learned=True,
-                lookahead=learned.lookahead,
-                pinned_layers=tuple(sorted(learned.pinned)),
-                action_costs=_relative_costs(learned.costs, learned.actions),
-                lowest_budget=learned.calibration.lowest_budget,
-                compensation=learned.compensation.kind.value,
-            ),
-            random,
+                lookahead=policy.lookahead,
+                pinned_layers=tuple(sorted(policy.pinned)),
+                action_costs=_relative_costs(policy.costs, policy.actions),
+                lowest_budget=policy.calibration.lowest_budget,
+                compensation=policy.compensation.kind.value,
+            )
+            for policy in self._learned.values()
         )
+        return (*learned, random)
 
     def _make_random(self, budget: float) -> Assignment:
         plan = random_plan_for_budget(budget, self._costs, self._actions, self._head, self._compensation)

@@ -40,13 +40,14 @@ def model_fingerprint(config: ModelConfig, weights: Mapping[str, Tensor]) -> str
     return digest.hexdigest()
 
 
-def find_policy(folder: Path, fingerprint: str) -> Path | None:
-    """The policy file in `folder` that was made for the model with this fingerprint, if there is one."""
+def find_policies(folder: Path, fingerprint: str) -> list[Path]:
+    """The policy files in `folder` that were made for the model with this fingerprint, by name."""
+    found: list[Path] = []
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             if json.loads(file.metadata()[_KEY])["model_fingerprint"] == fingerprint:
-                return path
-    return None
+                found.append(path)
+    return found
 
 
 def save_policy(path: Path, policy: LearnedPolicy, fingerprint: str) -> None:

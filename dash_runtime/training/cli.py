@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 something that the user can mend, 130 interrupted (trainin
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,7 +14,14 @@ from pathlib import Path
 import torch
 
 from dash_runtime.actions import Action
-from dash_runtime.checkpoints import check_weights, load_model_config, open_weights, resolve_checkpoint, tokenizer_file
+from dash_runtime.checkpoints import (
+    check_weights,
+    default_cache_folder,
+    load_model_config,
+    open_weights,
+    resolve_checkpoint,
+    tokenizer_file,
+)
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.measure import measure_costs
 from dash_runtime.decoder.quantization import supported_actions
@@ -33,6 +41,7 @@ SEQUENCE_LENGTH = 128
 _MAX_SEQUENCES = 1200
 _FIT_SEQUENCES = 32
 _CALIBRATION_SEQUENCES = 16
+_SEARCH_SEQUENCES = 2
 
 
 class _Model:
@@ -127,7 +136,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
     sequences = model.sequences(options.data)[: options.sequences]
     budgets = [float(text) for text in options.budgets.split(",")]
-    rows = evaluate(model.decoder, policy, sequences, budgets, options.prompt_tokens)
+    search = default_token_sequences(tokenizer_file(model.folder), _SEARCH_SEQUENCES, SEQUENCE_LENGTH)
+    rows = evaluate(model.decoder, policy, sequences, search, budgets, options.prompt_tokens)
     print(f"{'name':22} {'budget':>6} {'cost':>6} {'divergence':>10} {'agreement':>9} {'tokens':>7}")
     for row in rows:
         print(
@@ -172,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--model", default="embedded", help="embedded, a folder, a GGUF file or a hub id")
     common.add_argument("--revision", help="of a hub model")
     common.add_argument("--device", default="auto")
-    common.add_argument("--cache-folder", type=Path, default=Path.home() / ".cache" / "dash-llm")
+    common.add_argument("--cache-folder", type=Path, default=default_cache_folder(os.environ))
     common.add_argument(
         "--data", type=Path, help=".txt or .jsonl file, or a folder of them; default: Python's own help"
     )

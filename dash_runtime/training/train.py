@@ -19,7 +19,7 @@ from dash_runtime.errors import ConfigError, PolicyFileError
 from dash_runtime.policy.learned import Calibration, PolicyNetwork
 from dash_runtime.training.actor_critic import ActorCritic
 from dash_runtime.training.ppo import Outcome, PpoSettings, Task, collect, token_costs, update
-from dash_runtime.training.rollout import divergences, full_path, roll_out
+from dash_runtime.training.rollout import Choose, FullPath, divergences, full_path, roll_out
 
 CALIBRATION_PRICES = tuple(0.05 * 2 ** (step / 2) for step in range(18))
 """λ from 0.05 to 18, in steps of √2."""
@@ -107,11 +107,17 @@ def greedy_outcome(
 
 @torch.no_grad()
 def path_outcome(
-    task: Task, sequences: Sequence[Sequence[int]], choose: Callable[[int, Tensor, Tensor, Tensor], Tensor]
+    task: Task,
+    sequences: Sequence[Sequence[int]],
+    choose: Choose,
+    full: FullPath | None = None,
 ) -> tuple[Outcome, Tensor]:
-    """Cost, divergence and agreement of the paths that `choose` takes, and its actions `[num_layers, decided rows]`."""
+    """Cost, divergence and agreement of the paths that `choose` takes, and its actions `[num_layers, decided rows]`.
+
+    `full` is the full path of the same sequences, where the caller has it already.
+    """
     rows = task.decided_rows(sequences)
-    full = full_path(task.decoder, sequences)
+    full = full or full_path(task.decoder, sequences)
     rollout = roll_out(
         task.decoder, sequences, rows, task.pinned, task.lookahead, task.compensation, task.costs, choose
     )

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, FilePath, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from dash_runtime.checkpoints import default_cache_folder
 from dash_runtime.config import EngineConfig, LaneKind
 from dash_server.messages import WorkerConfig
 
@@ -26,10 +27,6 @@ class SettingsError(ValueError):
     def __init__(self, lines: list[str]) -> None:
         super().__init__("\n".join(lines))
         self.lines = lines
-
-
-def _default_cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dash-llm"
 
 
 class Settings(BaseSettings):
@@ -52,7 +49,7 @@ class Settings(BaseSettings):
     policy_file: FilePath | None = Field(default=None, description="A learned policy for this model")
     lane: LaneKind | None = Field(default=None, description="Where the policy runs; unset: the device's default")
     cache_folder: Path = Field(
-        default_factory=_default_cache_folder,
+        default_factory=lambda: default_cache_folder(os.environ),
         description="Converted models and compiled programs; $XDG_CACHE_HOME/dash-llm",
     )
 

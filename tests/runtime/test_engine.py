@@ -35,7 +35,7 @@ def decoder(tiny_folder: Path) -> Decoder:
 
 def make_engine(decoder: Decoder, eos: frozenset[int] = frozenset(), **options: int) -> Engine:
     config = EngineConfig(**options)  # type: ignore[arg-type]
-    catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, some_affine(decoder), None, 0.8)
+    catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, some_affine(decoder), (), 0.8)
     facts = ModelFacts(
         "tiny", "LlamaForCausalLM", 6, 260, 512, config.cache_tokens, config.num_slots, eos, ALL_ACTIONS,
         catalog.facts(), "CPU",

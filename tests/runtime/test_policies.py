@@ -11,7 +11,9 @@ from dash_runtime.decoder.compensation import Identity
 from dash_runtime.errors import ConfigError
 from dash_runtime.policy.budget import BUDGET_MARGIN, lowest_random_budget, random_plan_for_budget
 from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.policy.learned import Calibration, LearnedPolicy
 from dash_runtime.policy.policy import RandomPlan, State, Token, fixed_action_plan
+from dash_runtime.training.actor_critic import ActorCritic
 from tests.runtime.support import ALL_ACTIONS, some_costs
 
 COSTS = some_costs(30)
@@ -29,7 +31,7 @@ def token_plan(plan: RandomPlan, token: Token) -> list[Action]:
 
 
 def catalog(default_compute_budget: float = 0.8) -> PolicyCatalog:
-    return PolicyCatalog(COSTS, ALL_ACTIONS, Identity(), None, default_compute_budget)
+    return PolicyCatalog(COSTS, ALL_ACTIONS, Identity(), (), default_compute_budget)
 
 
 def test_a_random_plan_draws_at_its_rates() -> None:
@@ -113,6 +115,25 @@ def test_without_a_learned_policy_adaptive_says_that_it_draws_at_random() -> Non
 def test_a_default_budget_below_what_can_be_kept_is_raised_to_it() -> None:
     assignment = catalog(default_compute_budget=0.01).assign(SkipOptions(Mode.ADAPTIVE))
     assert assignment.compute_budget == catalog().facts()[0].lowest_budget
+
+
+def trained(name: str, lowest_budget: float) -> LearnedPolicy:
+    network = ActorCritic(30, 4, ALL_ACTIONS, 0).network()
+    calibration = Calibration(((lowest_budget, 1.0), (0.9, -1.0)))
+    pinned = frozenset((0, 29))
+    return LearnedPolicy(name, network, ALL_ACTIONS, pinned, 1, Action.FULL, Identity(), COSTS, calibration)
+
+
+def test_the_first_learned_policy_is_the_default_and_each_is_had_by_name_at_the_price_of_its_budget() -> None:
+    policies = PolicyCatalog(COSTS, ALL_ACTIONS, Identity(), (trained("a", 0.5), trained("b", 0.4)), 0.8)
+    assert [facts.name for facts in policies.facts()] == ["a", "b", "random"]
+    assert [facts.learned for facts in policies.facts()] == [True, True, False]
+    default = policies.assign(SkipOptions(Mode.ADAPTIVE))
+    assert default.policy.name == "a"
+    assert default.price == pytest.approx(2.718, abs=1e-3)
+    assert policies.assign(SkipOptions(Mode.ADAPTIVE, 0.95)).price == pytest.approx(0.368, abs=1e-3)
+    assert policies.assign(SkipOptions(Mode.ADAPTIVE, policy_name="b")).policy.name == "b"
+    assert policies.assign(SkipOptions(Mode.ADAPTIVE, policy_name="random")).policy.name == "random"
 
 
 def test_full_depth_and_fixed_modes_get_their_own_policies() -> None:

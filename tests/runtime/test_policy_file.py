@@ -15,7 +15,7 @@ from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.errors import PolicyFileError
 from dash_runtime.policy.learned import Calibration, LearnedPolicy, PolicyNetwork
 from dash_runtime.policy.policy import State, Token
-from dash_runtime.policy.policy_file import find_policy, load_policy, model_fingerprint, save_policy
+from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint, save_policy
 from tests.runtime.support import CPU, load_decoder, some_affine, some_costs
 from tests.tiny_models import HIDDEN_SIZE, NUM_LAYERS, save_tiny_model
 
@@ -204,7 +204,7 @@ def test_an_action_without_a_kernel_here_is_never_chosen(policy: LearnedPolicy) 
     torch.testing.assert_close(kept, scores[:, [0, 2]])
 
 
-def test_a_policy_is_found_by_the_model_it_was_made_for(file: Path) -> None:
-    assert find_policy(file.parent, FINGERPRINT) == file
-    assert find_policy(file.parent, "another model's fingerprint") is None
-    assert find_policy(file.parent / "nowhere", FINGERPRINT) is None
+def test_policies_are_found_by_the_model_they_were_made_for(file: Path) -> None:
+    assert find_policies(file.parent, FINGERPRINT) == [file]
+    assert find_policies(file.parent, "another model's fingerprint") == []
+    assert find_policies(file.parent / "nowhere", FINGERPRINT) == []
