@@ -29,8 +29,8 @@ OURS = {
     "full_depth": SkipOptions(Mode.FULL_DEPTH),
     "int8": SkipOptions(Mode.FIXED, fixed_action=Action.INT8),
     "int4": SkipOptions(Mode.FIXED, fixed_action=Action.INT4),
-    "adaptive_0.8": SkipOptions(Mode.ADAPTIVE, compute_budget=0.8),
-    "adaptive_0.5": SkipOptions(Mode.ADAPTIVE, compute_budget=0.5),
+    "random_0.8": SkipOptions(Mode.ADAPTIVE, compute_budget=0.8, policy_name="random"),
+    "random_0.5": SkipOptions(Mode.ADAPTIVE, compute_budget=0.5, policy_name="random"),
 }
 
 
@@ -55,14 +55,13 @@ def measure_decode(cache_folder: Path, num_tokens: int, rounds: int) -> tuple[li
     figures += [
         _ratio("full_depth_vs_transformers", seconds, "transformers", "full_depth", "≥ 1.5"),
         _ratio("int4_vs_full_depth", seconds, "full_depth", "int4", "≥ 2.2"),
-        _ratio("adaptive_0.8_vs_full_depth", seconds, "full_depth", "adaptive_0.8", None),
-        _ratio("adaptive_0.5_vs_full_depth", seconds, "full_depth", "adaptive_0.5", None),
+        *(_ratio(f"{name}_vs_full_depth", seconds, "full_depth", name, None) for name in ("random_0.8", "random_0.5")),
     ]
     costs = [f"{action.name} {cost:.3f}" for action, cost in engine.facts.policies[0].action_costs.items()]
     notes = [
         f"decode: batch 1, greedy, {len(prompt_ids)} prompt tokens, {num_tokens} new tokens, first to last, "
         f"{rounds} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}; int8 and int4 with INT8 head; "
-        "adaptive is the random policy at that compute budget",
+        "random is the random policy at that compute budget",
         "the embedded model's own weights are 4-bit, so INT4 is nearly free of error on it: its speed carries over, "
         "its quality does not",
         f"cost of an action as a share of a full layer, as measured here: {', '.join(costs)}",

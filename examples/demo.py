@@ -127,11 +127,24 @@ class Progress:
         print(f"{start}The server is serving after {time.monotonic() - self._begin:.1f} s", flush=True)
 
 
-def stream_answer(client: DashClient, arguments: argparse.Namespace, mode: Mode) -> Generation:
+def plans(client: DashClient) -> list[tuple[Mode, str | None]]:
+    """ADAPTIVE with each learned policy, or with the default one where none is learned; then full depth."""
+    names = client.model_info().policy_names
+    learned = [name for name in names if client.policy_info(name).learned]
+    return [*((Mode.ADAPTIVE, name) for name in learned or names[:1]), (Mode.FULL_DEPTH, None)]
+
+
+def stream_answer(client: DashClient, arguments: argparse.Namespace, mode: Mode, policy_name: str | None) -> Generation:
     """Streams the answer to the terminal."""
     chat = [{"role": "user", "content": arguments.prompt}]
     budget = arguments.budget if mode is Mode.ADAPTIVE else None
-    with client.stream(chat, mode=mode, compute_budget=budget, max_new_tokens=arguments.max_new_tokens) as stream:
+    with client.stream(
+        chat,
+        mode=mode,
+        policy_name=policy_name,
+        compute_budget=budget,
+        max_new_tokens=arguments.max_new_tokens,
+    ) as stream:
         started = stream.started
         print(f"\n--- {mode.name} (policy {started.policy}) ---")
         if started.policy_note:
@@ -146,7 +159,7 @@ def stream_answer(client: DashClient, arguments: argparse.Namespace, mode: Mode)
 
 
 def print_table(answers: list[Generation]) -> None:
-    """Both answers side by side."""
+    """The answers side by side."""
     rows = [["", *(answer.started.mode.name for answer in answers)]]
     rows.append(["policy", *(answer.started.policy for answer in answers)])
     rows.append(["output tokens", *(str(answer.usage.output_token_count) for answer in answers)])
@@ -180,7 +193,7 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"Model {info.name}: {info.layer_count} layers, on {info.device}")
             print(f"Prompt: {arguments.prompt}")
             try:
-                answers = [stream_answer(client, arguments, mode) for mode in (Mode.ADAPTIVE, Mode.FULL_DEPTH)]
+                answers = [stream_answer(client, arguments, *plan) for plan in plans(client)]
             except DashError:
                 server.require_running()
                 raise

@@ -6,6 +6,7 @@ knows no files (policy_file.py) and no training.
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.nn import functional
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.compensation import Compensation
-from dash_runtime.policy.policy import Decision, Pending, State
+from dash_runtime.policy.policy import Decision, Pending, State, Token
 
 NUM_SCALAR_FEATURES = 3
 """Cost spent, log λ, (log λ)²."""
@@ -35,6 +36,19 @@ class PolicyNetwork:
     output_weight: Tensor
     output_bias: Tensor
 
+    def fold(self) -> "FoldedNetwork":
+        """The same function with everything multiplied out that does not depend on the hidden state."""
+        hidden_size = self.input_weight.shape[1] - 2 * self.layer_embedding.shape[1] - NUM_SCALAR_FEATURES
+        sizes = (hidden_size, self.layer_embedding.shape[1], self.action_embedding.shape[1], NUM_SCALAR_FEATURES)
+        hidden, layer, action, scalars = self.input_weight.split(sizes, dim=1)
+        return FoldedNetwork(
+            hidden,
+            self.layer_embedding @ layer.T + self.input_bias,
+            torch.cat((self.action_embedding @ action.T, scalars.T)),
+            self.output_weight,
+            self.output_bias,
+        )
+
     def scores(
         self, hidden: Tensor, layer: int | Tensor, last_actions: Tensor, cost_spent: Tensor, log_price: Tensor
     ) -> Tensor:
@@ -43,17 +57,32 @@ class PolicyNetwork:
         `hidden` `[rows, hidden_size]` in any dtype; the rest `[rows]`, `last_actions` as int64 numbers. `layer` is one
         for all rows, or int64 `[rows]`.
         """
-        normalised = functional.rms_norm(hidden.float(), (hidden.shape[-1],))
-        features = torch.cat(
-            (
-                normalised,
-                self.layer_embedding[layer].expand(len(hidden), -1),
-                self.action_embedding[last_actions - 1],
-                torch.stack((cost_spent, log_price, log_price.square()), dim=-1),
-            ),
-            dim=-1,
-        )
-        inner = functional.silu(functional.linear(features, self.input_weight, self.input_bias))
+        last = functional.one_hot(last_actions - 1, len(Action)).float()
+        facts = torch.cat((last, torch.stack((cost_spent, log_price, log_price.square()), dim=-1)), dim=-1)
+        return self.fold().scores(hidden, layer, facts)
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedNetwork:
+    """What is evaluated for every layer and token.
+
+    `layer_terms` is `[num_layers, width]`; `fact_weight` `[4 + 3, width]` takes the last action, one-hot, and the
+    scalars.
+    """
+
+    hidden_weight: Tensor
+    layer_terms: Tensor
+    fact_weight: Tensor
+    output_weight: Tensor
+    output_bias: Tensor
+
+    def scores(self, hidden: Tensor, layer: int | Tensor, facts: Tensor) -> Tensor:
+        """float32 `[rows, num_actions]` from `hidden` `[rows, hidden_size]` and `facts` `[rows, 7]`."""
+        state = hidden.float()
+        # Normalising the product instead of the state: one small vector instead of a large one.
+        scale = state.shape[-1] ** 0.5 / torch.linalg.vector_norm(state, dim=-1, keepdim=True).clamp_min(1e-12)
+        terms = torch.addmm(self.layer_terms[layer], facts, self.fact_weight)
+        inner = functional.silu(torch.addcmul(terms, functional.linear(state, self.hidden_weight), scale))
         return functional.linear(inner, self.output_weight, self.output_bias)
 
 
@@ -88,15 +117,17 @@ class LearnedPolicy:
     costs: CostTable
     calibration: Calibration
 
+    @cached_property
+    def _folded(self) -> FoldedNetwork:
+        return self.network.fold()
+
     def start(self, layer: int, state: State) -> Pending:
         device = state.hidden.device
-        log_prices = [math.log(token.price) for token in state.tokens]
-        scalars = torch.tensor([*zip(state.actions, state.cost_spent, log_prices, strict=True)])
+        facts = torch.tensor([*map(_facts, state.tokens, state.actions, state.cost_spent)])
         # Pinned memory both ways: a pageable copy would make the host wait for the decoder's stream.
         if device.type == "cuda":
-            scalars = scalars.pin_memory().to(device, non_blocking=True)
-        last_actions, cost_spent, log_price = scalars.unbind(dim=-1)
-        scores = self.network.scores(state.hidden, layer, last_actions.long(), cost_spent, log_price)
+            facts = facts.pin_memory().to(device, non_blocking=True)
+        scores = self._folded.scores(state.hidden, layer, facts)
         best = scores.argmax(dim=-1)
         if device.type == "cuda":
             best = torch.empty(best.shape, dtype=best.dtype, pin_memory=True).copy_(best, non_blocking=True)
@@ -111,3 +142,11 @@ class LearnedPolicy:
             output_bias=self.network.output_bias[kept],
         )
         return replace(self, network=network, actions=tuple(self.actions[index] for index in kept))
+
+
+def _facts(token: Token, action: Action, cost_spent: float) -> list[float]:
+    """The last action, one-hot, then cost spent, log λ and its square."""
+    log_price = math.log(token.price)
+    last = [0.0] * len(Action)
+    last[action - 1] = 1.0
+    return [*last, cost_spent, log_price, log_price * log_price]

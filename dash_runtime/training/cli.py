@@ -40,7 +40,7 @@ from dash_runtime.training.train import TrainSettings, calibrate, train
 SEQUENCE_LENGTH = 128
 _MAX_SEQUENCES = 1200
 _FIT_SEQUENCES = 32
-_CALIBRATION_SEQUENCES = 16
+_CALIBRATION_SEQUENCES = 8
 _SEARCH_SEQUENCES = 2
 
 
