@@ -16,9 +16,6 @@ from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.decoder.rotary import RotaryTable
 
-RowIndex = Tensor | None
-"""int64 `[rows of a group]`, or None for all rows, which need no gather."""
-
 
 @dataclass(frozen=True, slots=True)
 class Span:

@@ -91,7 +91,7 @@ def _train(options: argparse.Namespace) -> None:
     print(f"fitting compensation of rank {options.rank} on {min(len(training), _FIT_SEQUENCES)} sequences")
     paths = [full_path(model.decoder, [ids]) for ids in training[:_FIT_SEQUENCES]]
     compensation = fit_low_rank(
-        model.decoder, [(path.states, torch.arange(1, SEQUENCE_LENGTH)) for path in paths], options.rank
+        model.decoder, [(path, torch.arange(1, SEQUENCE_LENGTH)) for path in paths], options.rank
     )
     costs = measure_costs(model.decoder, compensation)
     print(

@@ -6,14 +6,14 @@ a sequence above all) have states hundreds of times larger, and would decide the
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from dash_runtime.actions import Action
-from dash_runtime.decoder.compensation import Affine, Identity, Scale
+from dash_runtime.decoder.compensation import Affine, Scale
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.kv_cache import SequenceCache
+from dash_runtime.training.rollout import full_path
 
 NUM_SEQUENCES = 8
 SEQUENCE_LENGTH = 256
@@ -36,7 +36,7 @@ def fit_compensation(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> Fi
     sums = {name: torch.zeros(shape, dtype=torch.float64) for name in ("x", "y", "xx", "xy")}
     total_weight = torch.zeros(decoder.num_layers, 1, dtype=torch.float64)
     for token_ids in sequences:
-        for layer, (inputs, outputs) in enumerate(full_depth_states(decoder, token_ids)):
+        for layer, (inputs, outputs) in enumerate(pairwise(full_path(decoder, [token_ids]))):
             x, y = (states[_NUM_SINK_TOKENS:].double().cpu() for states in (inputs, outputs))
             weight = 1 / x.square().mean(dim=-1, keepdim=True).clamp_min(1e-12)  # [tokens, 1]
             total_weight[layer] += weight.sum()
@@ -55,17 +55,3 @@ def fit_compensation(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> Fi
         return tensor.to(decoder.device, decoder.dtype)
 
     return FittedCompensation(Scale(cast(scale)), Affine(cast(factors), cast(offsets)))
-
-
-def full_depth_states(decoder: Decoder, token_ids: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Each layer's input and output, `[tokens, hidden_size]`."""
-    cache = SequenceCache(decoder.config, len(token_ids), decoder.dtype, decoder.device)
-    batch = decoder.rows([cache], [len(token_ids)], [Identity()])
-    actions = (Action.FULL,) * len(token_ids)
-    hidden = decoder.embed(token_ids)
-    states: list[tuple[Tensor, Tensor]] = []
-    for layer in range(decoder.num_layers):
-        outputs = decoder.run_layer(layer, actions, hidden, batch)
-        states.append((hidden, outputs))
-        hidden = outputs
-    return states

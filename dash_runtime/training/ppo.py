@@ -15,7 +15,7 @@ from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.errors import DashRuntimeError
 from dash_runtime.training.actor_critic import ActorCritic
-from dash_runtime.training.rollout import Rollout, divergences, full_path, roll_out
+from dash_runtime.training.rollout import Rollout, costs_by_action, divergences, full_path, roll_out
 
 
 class TrainingDiverged(DashRuntimeError):
@@ -105,9 +105,9 @@ def collect(
     rollout = roll_out(
         task.decoder, sequences, rows, task.pinned, task.lookahead, task.compensation, task.costs, choose
     )
-    kl, agree = divergences(task.decoder, full.states[-1][rows], rollout.states[-1][rows], task.head)
+    kl, agree = divergences(task.decoder, full[-1][rows], rollout.states[-1][rows], task.head)
     price = log_price[rows].exp()
-    rewards = _rewards(task, full.states, rollout, rows, price, kl, settings)
+    rewards = _rewards(task, full, rollout, rows, price, kl, settings)
     values = torch.stack([steps[layer][6][rows] for layer in task.free_layers])
     advantages = _advantages(rewards, values, settings.gae_lambda)
 
@@ -142,9 +142,6 @@ def _rewards(
     D is 1 − cosine to the full path's state; it enters as a potential that ends at 0 (Ng et al. 1999), so that
     it leads the way without moving the optimum. Divided by 0.3 + λ, so that prices weigh alike in the loss.
     """
-    layer_costs = torch.zeros(len(Action) + 1)
-    for action, cost in task.costs.layer.items():
-        layer_costs[action] = cost
     distance = torch.stack(
         [
             1 - functional.cosine_similarity(f[rows].float(), o[rows].float(), dim=-1)
@@ -152,7 +149,7 @@ def _rewards(
         ]
     )
     free = task.free_layers
-    rewards = -price * layer_costs[rollout.actions[free][:, rows]]
+    rewards = -price * costs_by_action(task.costs)[rollout.actions[free][:, rows]]
     ends = [*free[1:], None]
     for step, (layer, following) in enumerate(zip(free, ends, strict=True)):
         after = torch.zeros_like(price) if following is None else distance[following]

@@ -23,14 +23,6 @@ _LOGIT_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
-class FullPath:
-    """What full depth makes of the tokens: each layer's input and the last output, and the final states."""
-
-    states: list[Tensor]
-    """`[num_layers + 1]` tensors `[rows, hidden_size]`."""
-
-
-@dataclass(frozen=True, slots=True)
 class Rollout:
     """One path of every token. Rows follow one another sequence by sequence."""
 
@@ -48,15 +40,20 @@ def _rows(decoder: Decoder, sequences: Sequence[Sequence[int]], compensation: Co
     return decoder.rows(caches, lengths, [compensation] * len(caches))
 
 
+def costs_by_action(costs: CostTable) -> Tensor:
+    """The cost of one layer, float32, indexed by Action's number."""
+    return torch.tensor([0.0, *(costs.layer.get(action, 0.0) for action in Action)])
+
+
 @torch.no_grad()
-def full_path(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> FullPath:
-    """Runs every layer in full."""
+def full_path(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Runs every layer in full; returns each layer's input and the last one's output, `[rows, hidden_size]` each."""
     batch = _rows(decoder, sequences, Identity())
     actions = (Action.FULL,) * batch.num_rows
     states = [decoder.embed([token_id for ids in sequences for token_id in ids])]
     for layer in range(decoder.num_layers):
         states.append(decoder.run_layer(layer, actions, states[-1], batch))
-    return FullPath(states)
+    return states
 
 
 @torch.no_grad()
@@ -76,9 +73,7 @@ def roll_out(
     """
     batch = _rows(decoder, sequences, compensation)
     full = torch.full((batch.num_rows,), int(Action.FULL))
-    layer_costs = torch.zeros(len(Action) + 1)
-    for action, cost in costs.layer.items():
-        layer_costs[action] = cost
+    layer_costs = costs_by_action(costs)
     decided: dict[int, Tensor] = {}
     states = [decoder.embed([token_id for ids in sequences for token_id in ids])]
     spent = torch.zeros(batch.num_rows)

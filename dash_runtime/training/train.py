@@ -19,7 +19,7 @@ from dash_runtime.errors import ConfigError, PolicyFileError
 from dash_runtime.policy.learned import Calibration, PolicyNetwork
 from dash_runtime.training.actor_critic import ActorCritic
 from dash_runtime.training.ppo import Outcome, PpoSettings, Task, collect, token_costs, update
-from dash_runtime.training.rollout import Choose, FullPath, divergences, full_path, roll_out
+from dash_runtime.training.rollout import Choose, divergences, full_path, roll_out
 
 CALIBRATION_PRICES = tuple(0.05 * 2 ** (step / 2) for step in range(18))
 """λ from 0.05 to 18, in steps of √2."""
@@ -110,7 +110,7 @@ def path_outcome(
     task: Task,
     sequences: Sequence[Sequence[int]],
     choose: Choose,
-    full: FullPath | None = None,
+    full: list[Tensor] | None = None,
 ) -> tuple[Outcome, Tensor]:
     """Cost, divergence and agreement of the paths that `choose` takes, and its actions `[num_layers, decided rows]`.
 
@@ -121,7 +121,7 @@ def path_outcome(
     rollout = roll_out(
         task.decoder, sequences, rows, task.pinned, task.lookahead, task.compensation, task.costs, choose
     )
-    kl, agree = divergences(task.decoder, full.states[-1][rows], rollout.states[-1][rows], task.head)
+    kl, agree = divergences(task.decoder, full[-1][rows], rollout.states[-1][rows], task.head)
     cost = token_costs(task, rollout)[rows].mean()
     return Outcome(float(cost), float(kl.mean()), float(agree.float().mean())), rollout.actions[:, rows]
 

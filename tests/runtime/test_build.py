@@ -1,5 +1,6 @@
 """From a folder to an engine: what is calibrated once, kept, and made again when it is damaged."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from dash_runtime.engine.build import BuildOptions, build_engine
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import ConfigError, CorruptCheckpoint, PolicyFileError
 from dash_runtime.training.data import default_token_sequences
-from dash_runtime.training.fit_compensation import fit_compensation, full_depth_states
+from dash_runtime.training.fit_compensation import fit_compensation
+from dash_runtime.training.rollout import full_path
 from tests.runtime.support import load_decoder
 from tests.tiny_models import save_tiny_model
 
@@ -90,8 +92,7 @@ def test_a_fitted_compensation_is_nearer_to_the_layer_than_passing_the_input_on(
     sequences = default_token_sequences(tiny_folder / "tokenizer.json", 4, 64)
     fitted = fit_compensation(decoder, sequences)
     (held_out,) = default_token_sequences(tiny_folder / "tokenizer.json", 5, 64)[4:]
-    with torch.inference_mode():
-        states = full_depth_states(decoder, held_out)
+    states = pairwise(full_path(decoder, [held_out]))
     errors = torch.zeros(3)
     for layer, (inputs, outputs) in enumerate(states):
         for rung, guess in enumerate((inputs, fitted.scale(layer, inputs), fitted.affine(layer, inputs))):

@@ -206,8 +206,8 @@ def test_a_fitted_map_is_nearer_to_the_layer_than_passing_the_input_on(
 ) -> None:
     rows = torch.arange(1, 24)
     paths = [full_path(decoder, [ids]) for ids in sequences]
-    fitted = fit_low_rank(decoder, [(path.states, rows) for path in paths], 8)
-    inputs, outputs = paths[0].states[2][rows], paths[0].states[3][rows]
+    fitted = fit_low_rank(decoder, [(path, rows) for path in paths], 8)
+    inputs, outputs = paths[0][2][rows], paths[0][3][rows]
     assert (fitted(2, inputs) - outputs).norm() < (inputs - outputs).norm()
 
 
