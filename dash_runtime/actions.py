@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 from dash_runtime.errors import ConfigError
 
@@ -59,6 +60,26 @@ class CostTable:
             {action: seconds / total for action, seconds in head.items()},
             fixed / total,
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
+        return {
+            "num_layers": self.num_layers,
+            "layer": {action.name: cost for action, cost in self.layer.items()},
+            "head": {precision.name: cost for precision, cost in self.head.items()},
+            "fixed": self.fixed,
+        }
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> "CostTable":
+        """The table that `to_json` described.
+
+        Raises:
+            ConfigError: the costs do not make a table.
+            AttributeError, KeyError, TypeError, ValueError: it is no such description.
+        """
+        layer, head = ({Action[name]: float(cost) for name, cost in facts[part].items()} for part in ("layer", "head"))
+        return cls(int(facts["num_layers"]), layer, head, float(facts["fixed"]))
 
     def token_cost(self, actions: "list[Action] | tuple[Action, ...]", head: Action) -> float:
         """The cost of one token whose layers ran with `actions` and whose head ran in `head`."""

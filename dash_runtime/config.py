@@ -239,6 +239,8 @@ class PolicyFacts:
     action_costs: dict[Action, float]
     """Cost of each action as a share of one full layer."""
     lowest_budget: float
+    recommended_budget: float
+    """What it runs at where nobody asks for a budget."""
     compensation: str
 
 
@@ -257,7 +259,8 @@ class EngineConfig:
     cache_tokens: int = 8192
     context_length: int | None = None
     prefill_chunk_tokens: int = 256
-    default_compute_budget: float = 0.8
+    default_compute_budget: float | None = None
+    """None: what the policy recommends."""
     lane: LaneKind | None = None
     """None: the device's default."""
 
@@ -267,5 +270,5 @@ class EngineConfig:
                 raise ConfigError(name, f"must be at least 1, got {getattr(self, name)}")
         if self.context_length is not None and self.context_length < 2:
             raise ConfigError("context_length", f"must be at least 2, got {self.context_length}")
-        if not 0 < self.default_compute_budget <= 1:
+        if self.default_compute_budget is not None and not 0 < self.default_compute_budget <= 1:
             raise ConfigError("default_compute_budget", f"must be in (0, 1], got {self.default_compute_budget}")

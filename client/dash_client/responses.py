@@ -165,6 +165,7 @@ def policy_info(response: model_pb2.GetPolicyResponse) -> PolicyInfo:
         pinned_layers=tuple(response.pinned_layers),
         action_costs=_by_action((entry.action, entry.cost) for entry in response.action_costs),
         lowest_budget=response.lowest_budget,
+        recommended_budget=response.recommended_budget,
         compensation=response.compensation,
     )
 

@@ -301,4 +301,6 @@ class PolicyInfo:
     """Measured cost of each action as a share of a full layer."""
     lowest_budget: float
     """The lowest compute budget that it can keep."""
+    recommended_budget: float
+    """The compute budget that it runs at where neither a request nor the server sets one."""
     compensation: str

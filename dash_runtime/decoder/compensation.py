@@ -5,14 +5,21 @@ compensation); `affine` by one number per channel, and adds one; `low_rank` and 
 the hidden state, in the place of the layer's delta. Fitting is `dash_runtime.training`'s business.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from dash_runtime.actions import Action
+from dash_runtime.decoder.quantization import INT8_INPUT_MULTIPLE, supported_actions
 from dash_runtime.errors import PolicyFileError
+
+_MAX_ROWS_APART = 32
+"""A float32 product of one row rounds differently from one of several. Up to so many rows, as decoding has them, are
+computed one by one, so that a row never depends on its neighbours."""
 
 
 class CompensationKind(StrEnum):
@@ -83,19 +90,101 @@ class Affine:
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """`hidden + up · (down · hidden) + offset`: `[num_layers, hidden_size, rank]` and its like."""
+    """`hidden + up · (down · hidden) + offset`: `[num_layers, hidden_size, rank]` and its like.
+
+    In float32: what is fitted and trained, and what runs where `PackedLowRank` cannot.
+    """
 
     down: Tensor
     up: Tensor
     offsets: Tensor
     kind = CompensationKind.LOW_RANK
+    _layers: tuple[tuple[Tensor, Tensor, Tensor], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Made once and split: indexing, transposing and casting for every token would take as long as the products.
+        up = self.up.transpose(-1, -2).contiguous()
+        layers = tuple(zip(self.down, up, self.offsets, strict=True))
+        object.__setattr__(self, "_layers", layers)
 
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
-        narrow = torch.nn.functional.linear(hidden, self.down[layer])
-        return hidden + torch.nn.functional.linear(narrow, self.up[layer], self.offsets[layer])
+        if 1 < len(hidden) <= _MAX_ROWS_APART:
+            return torch.cat([self(layer, row) for row in hidden.split(1)])
+        down, up, offset = self._layers[layer]
+        wide = hidden.float()
+        narrow = torch.nn.functional.linear(wide, down)
+        return torch.addmm(wide + offset, narrow, up).to(hidden.dtype)
+
+    def to(self, device: torch.device) -> "LowRank":
+        """The same on another device."""
+        return LowRank(self.down.to(device), self.up.to(device), self.offsets.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
         return {"down": self.down, "up": self.up, "offsets": self.offsets}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLowRank:
+    """`LowRank` with INT8 matrices and a scale for each of their rows, on the kernel of INT8 layers.
+
+    A skip mostly waits for these matrices, and they are most of a policy's file: at a quarter of the bytes the map may
+    have twice the rank and still cost half. `down` is int8 `[num_layers, rank, hidden_size]`, `up` `[num_layers,
+    hidden_size, rank]`; the rest is in the decoder's dtype.
+    """
+
+    down: Tensor
+    down_scales: Tensor
+    up: Tensor
+    up_scales: Tensor
+    offsets: Tensor
+    kind = CompensationKind.LOW_RANK
+    _layers: tuple[tuple[Tensor, ...], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        tensors = (self.down, self.down_scales, self.up, self.up_scales, self.offsets)
+        object.__setattr__(self, "_layers", tuple(zip(*tensors, strict=True)))
+
+    @classmethod
+    def from_low_rank(cls, low_rank: LowRank, dtype: torch.dtype) -> "PackedLowRank":
+        down, down_scales = _pack_rows(low_rank.down, dtype)
+        up, up_scales = _pack_rows(low_rank.up, dtype)
+        return cls(down, down_scales, up, up_scales, low_rank.offsets.to(dtype))
+
+    def to_low_rank(self) -> LowRank:
+        down, up = (
+            matrices.float() * scales.float().unsqueeze(-1)
+            for matrices, scales in ((self.down, self.down_scales), (self.up, self.up_scales))
+        )
+        return LowRank(down, up, self.offsets.float())
+
+    def __call__(self, layer: int, hidden: Tensor) -> Tensor:
+        down, down_scales, up, up_scales, offset = self._layers[layer]
+        narrow = torch.ops.aten._weight_int8pack_mm(hidden, down, down_scales)
+        return (hidden + offset).add_(torch.ops.aten._weight_int8pack_mm(narrow, up, up_scales))
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = ("down", "down_scales", "up", "up_scales", "offsets")
+        return {name: getattr(self, name) for name in names}
+
+
+def _pack_rows(matrices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scales = (matrices.abs().amax(dim=-1).clamp_min(1e-12) / 127).to(dtype)
+    rounded = torch.round(matrices / scales.float().unsqueeze(-1)).clamp(-127, 127)
+    return rounded.to(torch.int8).contiguous(), scales
+
+
+def packed(low_rank: LowRank, dtype: torch.dtype) -> "LowRank | PackedLowRank":
+    """What serving runs for `low_rank` in a decoder of that dtype: packed where there is a kernel, as it is
+    otherwise."""
+    rank, hidden_size = low_rank.down.shape[1:]
+    fits = rank % INT8_INPUT_MULTIPLE == 0 and hidden_size % INT8_INPUT_MULTIPLE == 0
+    is_packable = fits and low_rank.down.device.type == "cpu" and dtype is torch.bfloat16 and _has_int8_kernel()
+    return PackedLowRank.from_low_rank(low_rank, dtype) if is_packable else low_rank
+
+
+@lru_cache
+def _has_int8_kernel() -> bool:
+    return Action.INT8 in supported_actions(torch.device("cpu"), torch.bfloat16, {(64, 64)})
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,8 @@ from dash_runtime.decoder.layer import DecoderLayer, make_layer, mlp, scatter_ro
 from dash_runtime.decoder.norm import RmsNorm
 from dash_runtime.decoder.quantization import FullLinear, Linear, make_linear
 from dash_runtime.decoder.rotary import RotaryTable, rotate
-from dash_runtime.decoder.rows import RowBatch, group_rows
+from dash_runtime.decoder.rows import Projection, RowBatch, group_rows
 from dash_runtime.model_config import ModelConfig
-
-Groups = list[tuple[Action, list[int] | None]]
 
 
 class Decoder:
@@ -79,12 +77,16 @@ class Decoder:
     def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: RowBatch) -> Tensor:
         """Runs one layer with each row's own action and returns its output, `[rows, hidden_size]`.
 
-        Every row writes its keys and values, a skipped one from the layer's input (the KV rule).
+        Every row's keys and values are written, a skipped one's from the layer's input and no later than a row attends
+        to them (the KV rule).
         """
         weights = self.layers[layer]
         groups = group_rows(actions)
-        queries, keys, values = self._project(weights, groups, hidden, batch)
-        batch.write(layer, keys, values)
+        projection = batch.projection(layer, actions, hidden)
+        queries = hidden
+        if projection is not None:
+            queries, keys, values = self._project(weights, projection)
+            batch.write(layer, projection, keys, values)
         parts: list[tuple[list[int] | None, Tensor]] = []
         for action, rows in groups:
             inputs = hidden if rows is None else hidden[rows]
@@ -106,12 +108,11 @@ class Decoder:
         ]
         return scatter_rows(parts, len(precisions)).float()
 
-    def _project(
-        self, weights: DecoderLayer, groups: Groups, hidden: Tensor, batch: RowBatch
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries `[rows, num_heads, head_dim]`, rotated keys and values `[rows, num_kv_heads,
-        head_dim]`. Skipped rows have no query: theirs is uninitialised, or missing where all skip."""
-        normed = weights.input_norm(hidden)
+    def _project(self, weights: DecoderLayer, projection: Projection) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries `[rows of the pass, num_heads, head_dim]`, rotated keys and values `[projected rows,
+        num_kv_heads, head_dim]`. Skipped rows have no query: theirs is any, or missing where all skip."""
+        groups = group_rows(projection.actions)
+        normed = weights.input_norm(projection.hidden)
         config = self.config
         num_query_heads = config.num_heads
         if len(groups) == 1 and groups[0][0] is Action.SKIP:
@@ -132,8 +133,11 @@ class Decoder:
         if weights.head_norm is not None:
             head_norm = weights.head_norm[-num_rotated:]
             rotated = functional.rms_norm(rotated, (config.head_dim,), None, self._eps) * head_norm
-        rotated = rotate(rotated, batch.cosines, batch.sines)
-        return rotated[:, :num_query_heads], rotated[:, num_query_heads:], heads[:, num_rotated:]
+        rotated = rotate(rotated, projection.cosines, projection.sines)
+        queries = rotated[:, :num_query_heads]
+        if projection.own_rows is not None:
+            queries = queries[projection.own_rows]
+        return queries, rotated[:, num_query_heads:], heads[:, num_rotated:]
 
 
 class _WeightLoader:

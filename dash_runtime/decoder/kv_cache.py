@@ -20,7 +20,10 @@ class SequenceCache:
     def __init__(self, config: ModelConfig, reserved_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         self.reserved_tokens = reserved_tokens
         self.length = 0
-        """Positions whose keys and values are written in every layer."""
+        """Positions that every layer has seen, and written or kept pending."""
+        self.pending: list[list[Tensor]] = [[] for _ in range(config.num_layers)]
+        """Per layer, the inputs `[1, hidden_size]` of the latest positions where it was skipped, whose keys and values
+        are still to be projected (`rows.py`); they end at `length`."""
         self._shape = (config.num_layers, 2, 1, config.num_kv_heads)
         self._head_dim = config.head_dim
         self._buffer = torch.empty((*self._shape, 0, config.head_dim), dtype=dtype, device=device)
@@ -41,7 +44,8 @@ class SequenceCache:
         assert num_tokens <= self.reserved_tokens, "a sequence outgrew its reservation"
         growth = max(_MIN_GROWTH_TOKENS, self.capacity // 2)
         capacity = min(self.reserved_tokens, max(num_tokens, self.capacity + growth))
-        larger = self._buffer.new_empty((*self._shape, capacity, self._head_dim))
+        # Zeros: a pass of several rows reads, with weight 0, positions whose values are still pending.
+        larger = self._buffer.new_zeros((*self._shape, capacity, self._head_dim))
         larger[..., : self.length, :] = self._buffer[..., : self.length, :]
         self._buffer = larger
         self._split()
@@ -49,6 +53,9 @@ class SequenceCache:
     def truncate(self, length: int) -> None:
         """Forgets the positions from `length` on."""
         assert 0 <= length <= self.length
+        for layer, rows in enumerate(self.pending):
+            if rows:
+                self.pending[layer] = rows[: max(0, len(rows) - (self.length - length))]
         self.length = length
 
     def _split(self) -> None:

@@ -1,9 +1,11 @@
 """Measures what each action costs on this device: the cost table.
 
 Knows the decoder; knows no policies. Interleaves the actions and walks through all layers, so that caches and
-a drifting clock treat them alike, and takes medians.
+a drifting clock treat them alike, and takes medians. A skip is charged with all of what it leaves to a later row
+(rows.py), as if that row came next: what the row after it takes longer.
 """
 
+import operator
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +36,7 @@ def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _R
     hidden = decoder.embed([0])
     layer_seconds: dict[Action, list[float]] = {action: [] for action in decoder.actions}
     head_seconds: dict[Action, list[float]] = {precision: [] for precision in decoder.heads}
+    late_seconds: list[float] = []  # of a FULL row that projects a skipped one's keys and values with its own
     fixed_seconds: list[float] = []
 
     def run_layers(action: Action) -> None:
@@ -42,8 +45,11 @@ def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _R
 
     logits = torch.zeros(1, decoder.config.vocab_size, device=decoder.device)
     for round_number in range(rounds + 1):
+        others = [action for action in decoder.actions if action is not Action.SKIP]
         measured: list[tuple[list[float], Callable[[], object]]] = [
-            *((layer_seconds[action], partial(run_layers, action)) for action in decoder.actions),
+            *((layer_seconds[action], partial(run_layers, action)) for action in others),
+            (layer_seconds[Action.SKIP], partial(run_layers, Action.SKIP)),
+            (late_seconds, partial(run_layers, Action.FULL)),
             *((head_seconds[head], partial(decoder.logits, hidden, (head,))) for head in decoder.heads),
             (fixed_seconds, lambda: (decoder.embed([0]), logits.argmax(-1).tolist())),
         ]
@@ -51,9 +57,12 @@ def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _R
             elapsed = _time(decoder.device, work)
             if round_number > 0:  # the first round warms up
                 seconds.append(elapsed)
+    delays = map(operator.sub, late_seconds, layer_seconds[Action.FULL])
+    layer_medians = {action: statistics.median(seconds) for action, seconds in layer_seconds.items()}
+    layer_medians[Action.SKIP] += max(0.0, statistics.median(delays))
     return CostTable.from_seconds(
         decoder.num_layers,
-        {action: statistics.median(seconds) / decoder.num_layers for action, seconds in layer_seconds.items()},
+        {action: seconds / decoder.num_layers for action, seconds in layer_medians.items()},
         {precision: statistics.median(seconds) for precision, seconds in head_seconds.items()},
         statistics.median(fixed_seconds),
     )

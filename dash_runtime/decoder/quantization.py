@@ -15,6 +15,8 @@ from torch.nn import functional
 from dash_runtime.actions import Action
 
 INT4_GROUP_SIZE = 32
+INT8_INPUT_MULTIPLE = 16
+"""The CPU's INT8 kernel reads past the end of a row whose length is not a multiple of this."""
 _INT4_ZERO_POINT = 8
 _CUDA_INNER_K_TILES = 8
 _NUM_PROBED_ROWS = 64
@@ -195,6 +197,8 @@ def supported_actions(device: torch.device, dtype: torch.dtype, shapes: "set[tup
 def _kernel_works(action: Action, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> bool:
     out_features, in_features = shape
     if action is Action.INT4 and (in_features % INT4_GROUP_SIZE or out_features % 16):
+        return False
+    if action is Action.INT8 and in_features % INT8_INPUT_MULTIPLE:
         return False
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(min(out_features, 1024), in_features, generator=generator).to(device, dtype)

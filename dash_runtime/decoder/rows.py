@@ -2,6 +2,10 @@
 
 A row is one token of one sequence. Decoding has one row per sequence; a prefill has many rows of one.
 Knows caches and positions; knows no weights.
+
+The keys and values of a skipped row are projected late: together with those of the next row of its sequence that runs
+the layer, in one product that costs little more than that row's alone, or once `MAX_PENDING` of them wait. Nothing
+attends to them before.
 """
 
 from collections.abc import Sequence
@@ -31,12 +35,56 @@ class Span:
         return self.start + self.num_rows
 
 
+MAX_PENDING = 8
+"""So many skipped rows of one sequence and layer are projected without waiting for a row that runs: few enough to be
+cheap beside that row, many enough to be cheap alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Consecutive positions of one sequence whose keys and values are projected: from `start` on, in the projection's
+    rows from `first_row` on."""
+
+    cache: SequenceCache
+    start: int
+    num_rows: int
+    first_row: int
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """What one layer projects in one pass: rows that run, and rows of now and before that were skipped."""
+
+    hidden: Tensor
+    """`[projected rows, hidden_size]`, the layer's inputs."""
+    actions: Sequence[Action]
+    """Each row's; SKIP where only keys and values are wanted. A skipped row takes that of the row that it went with."""
+    cosines: Tensor
+    sines: Tensor
+    stretches: Sequence[Stretch]
+    own_rows: slice | Tensor | None
+    """Where the pass's own rows are among the projected ones (a row that skips has no place, and gets any); None: they
+    are the same."""
+
+
 def group_rows(actions: Sequence[Action]) -> list[tuple[Action, list[int] | None]]:
     """The rows by action, in ascending order of action; None where one action has all rows."""
     first = actions[0]
     if all(action is first for action in actions):
         return [(first, None)]
     return [(action, [row for row, own in enumerate(actions) if own is action]) for action in sorted(set(actions))]
+
+
+def _late_actions(num_pending: int, actions: Sequence[Action]) -> list[Action]:
+    """With which action each row of one sequence is projected, the pending ones first; the rows left over wait."""
+    projected: list[Action] = []
+    num_waiting = num_pending
+    for action in actions:
+        num_waiting += 1
+        if action is not Action.SKIP or num_waiting == MAX_PENDING:
+            projected += [action] * num_waiting
+            num_waiting = 0
+    return projected
 
 
 class RowBatch:
@@ -64,6 +112,7 @@ class RowBatch:
             self.spans.append(Span(cache, cache.length, length, first_row))
             first_row += length
         self.num_rows = first_row
+        self._rotary = rotary
         self._sliding_window = sliding_window
         self._compensations = [
             compensation
@@ -71,23 +120,77 @@ class RowBatch:
             for _ in range(span.num_rows)
         ]
         self._shares_compensation = all(own is self._compensations[0] for own in self._compensations)
-        if len(self.spans) == 1:
-            span = self.spans[0]
-            self.cosines = rotary.cosines[span.start : span.end]
-            self.sines = rotary.sines[span.start : span.end]
-        else:
-            device = rotary.cosines.device
-            positions = torch.cat([torch.arange(span.start, span.end) for span in self.spans]).to(device)
-            self.cosines = rotary.cosines[positions]  # [rows, 1, head_dim]
-            self.sines = rotary.sines[positions]
+        self._stretches = [Stretch(span.cache, span.start, span.num_rows, span.first_row) for span in self.spans]
+        self._cosines, self._sines = self._tables(self._stretches)
         self._masks: dict[tuple[int, int | None, int], Tensor | None] = {}
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Stores the rows' keys and values, each `[rows, num_kv_heads, head_dim]`."""
-        for span in self.spans:
-            rows = slice(span.first_row, span.first_row + span.num_rows)
-            span.cache.keys[layer][0, :, span.start : span.end].copy_(keys[rows].transpose(0, 1))
-            span.cache.values[layer][0, :, span.start : span.end].copy_(values[rows].transpose(0, 1))
+    def projection(self, layer: int, actions: Sequence[Action], hidden: Tensor) -> Projection | None:
+        """What the layer has to project now; None where every row skips and may wait. Rows that wait are kept."""
+        if len(actions) == 1:
+            return self._single_row_projection(layer, actions[0], hidden)
+        waiting = [span.cache.pending[layer] for span in self.spans]
+        if Action.SKIP not in actions and not any(waiting):
+            return Projection(hidden, actions, self._cosines, self._sines, self._stretches, None)
+        inputs: list[Tensor] = []
+        labels: list[Action] = []
+        stretches: list[Stretch] = []
+        own_rows = [0] * self.num_rows
+        for span, pending in zip(self.spans, waiting, strict=True):
+            own_actions = actions[span.first_row : span.first_row + span.num_rows]
+            projected = _late_actions(len(pending), own_actions)
+            rows = [*pending, *hidden[span.first_row : span.first_row + span.num_rows].split(1)]
+            span.cache.pending[layer] = rows[len(projected) :]
+            if projected:
+                stretches.append(Stretch(span.cache, span.start - len(pending), len(projected), len(labels)))
+            for place in range(len(pending), len(projected)):
+                own_rows[span.first_row + place - len(pending)] = len(labels) + place
+            labels += projected
+            inputs += rows[: len(projected)]
+        if not labels:
+            return None
+        places = torch.tensor(own_rows, device=hidden.device)
+        return Projection(torch.cat(inputs), labels, *self._tables(stretches), stretches, places)
+
+    def _single_row_projection(self, layer: int, action: Action, hidden: Tensor) -> Projection | None:
+        """`projection` for one row, without its general case's lists: decoding one sequence is the common case."""
+        span = self.spans[0]
+        pending = span.cache.pending[layer]
+        count = len(pending)
+        if action is Action.SKIP:
+            pending.append(hidden)
+            if count + 1 < MAX_PENDING:
+                return None
+        elif not count:
+            return Projection(hidden, (action,), self._cosines, self._sines, self._stretches, None)
+        else:
+            pending.append(hidden)
+        span.cache.pending[layer] = []
+        start = span.start - count
+        return Projection(
+            torch.cat(pending),
+            (action,) * (count + 1),
+            self._rotary.cosines[start : span.end],
+            self._rotary.sines[start : span.end],
+            (Stretch(span.cache, start, count + 1, 0),),
+            slice(count, None),
+        )
+
+    def _tables(self, stretches: Sequence[Stretch]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of these positions, `[rows, 1, head_dim]`."""
+        if len(stretches) == 1:
+            positions: slice | Tensor = slice(stretches[0].start, stretches[0].start + stretches[0].num_rows)
+        else:
+            device = self._rotary.cosines.device
+            positions = torch.cat([torch.arange(s.start, s.start + s.num_rows) for s in stretches]).to(device)
+        return self._rotary.cosines[positions], self._rotary.sines[positions]
+
+    def write(self, layer: int, projection: Projection, keys: Tensor, values: Tensor) -> None:
+        """Stores the projected rows' keys and values, each `[projected rows, num_kv_heads, head_dim]`."""
+        for stretch in projection.stretches:
+            rows = slice(stretch.first_row, stretch.first_row + stretch.num_rows)
+            positions = slice(stretch.start, stretch.start + stretch.num_rows)
+            stretch.cache.keys[layer][0, :, positions].copy_(keys[rows].transpose(0, 1))
+            stretch.cache.values[layer][0, :, positions].copy_(values[rows].transpose(0, 1))
 
     def commit(self) -> None:
         """Counts the rows as cached, once every layer has written them."""

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dash_runtime.actions import Action, CostTable
+from dash_runtime.actions import CostTable
 from dash_runtime.checkpoints import check_weights, load_model_config, open_weights, tokenizer_file
 from dash_runtime.config import (
     EngineConfig,
@@ -45,7 +45,7 @@ Progress = Callable[[str], None]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHIPPED_POLICIES = Path(__file__).parent.parent / "policies"
 """Policy files that come with the package, each for one model."""
-_CALIBRATION_VERSION = 1
+_CALIBRATION_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,21 @@ def build_engine(
     compensation = calibration.compensation(decoder, tokenizer_file(folder), progress)
     costs = calibration.costs(decoder, compensation, progress)
     catalog = PolicyCatalog(costs, actions, compensation, learned, config.default_compute_budget)
+    engine = assemble_engine(decoder, catalog, config, context_length)
+    _warm_up(engine)
+    return engine
+
+
+def assemble_engine(
+    decoder: Decoder,
+    catalog: PolicyCatalog,
+    config: EngineConfig,
+    context_length: int,
+    eos_token_ids: frozenset[int] | None = None,
+) -> Engine:
+    """An engine over a decoder that was made for `context_length` positions. Sequences end at `eos_token_ids`, the
+    model's own where there are none."""
+    model = decoder.config
     facts = ModelFacts(
         name=model.name,
         architecture=model.architecture,
@@ -98,14 +113,12 @@ def build_engine(
         context_length=context_length,
         cache_tokens=config.cache_tokens,
         num_slots=config.num_slots,
-        eos_token_ids=model.eos_token_ids,
-        actions=actions,
+        eos_token_ids=model.eos_token_ids if eos_token_ids is None else eos_token_ids,
+        actions=decoder.actions,
         policies=catalog.facts(),
-        device=describe(device),
+        device=describe(decoder.device),
     )
-    engine = Engine(decoder, catalog, make_lane(config.lane, device), facts, config)
-    _warm_up(engine)
-    return engine
+    return Engine(decoder, catalog, make_lane(config.lane, decoder.device), facts, config)
 
 
 def find_device(name: str) -> torch.device:
@@ -167,22 +180,14 @@ class _Calibration:
 
     def costs(self, decoder: Decoder, compensation: Compensation, progress: Progress) -> CostTable:
         try:
-            kept = json.loads(self._costs_file.read_text())
-            layer, head = (
-                {Action[name]: float(seconds) for name, seconds in kept[part].items()} for part in ("layer", "head")
-            )
-            if set(layer) == set(decoder.actions) and set(head) == set(decoder.heads):
-                return CostTable(decoder.num_layers, layer, head, float(kept["fixed"]))
+            kept = CostTable.from_json(json.loads(self._costs_file.read_text()))
+            if set(kept.layer) == set(decoder.actions) and set(kept.head) == set(decoder.heads):
+                return kept
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass  # not there, or damaged: measured again below
         progress("measuring what each action costs here (kept for later starts)")
         costs = measure_costs(decoder, compensation)
-        kept = {
-            "layer": {action.name: cost for action, cost in costs.layer.items()},
-            "head": {action.name: cost for action, cost in costs.head.items()},
-            "fixed": costs.fixed,
-        }
-        self._write(self._costs_file, lambda path: path.write_text(json.dumps(kept, indent=1)))
+        self._write(self._costs_file, lambda path: path.write_text(json.dumps(costs.to_json(), indent=1)))
         return costs
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:

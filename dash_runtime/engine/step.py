@@ -12,7 +12,7 @@ from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.rows import RowBatch
 from dash_runtime.engine.lanes import Lane, Ticket
-from dash_runtime.policy.policy import Actions, Policy, State, Token
+from dash_runtime.policy.policy import Actions, Policy, State, Token, decision_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ def decode_step(
     plan: list[Sequence[Action]] = []
     for layer in range(decoder.num_layers):
         actions = _by_row([decider.actions(layer, lane) for decider in deciders], deciders)
-        for decider in deciders:  # layer + lookahead is decided from this layer's input while it runs
+        for decider in deciders:  # what comes after is decided from this layer's input while it runs
             decider.observe(layer, hidden, lane)
         hidden = decoder.run_layer(layer, actions, hidden, batch)
         plan.append(actions)
@@ -62,28 +62,38 @@ class Decider:
         self._all_full: Actions = (Action.FULL,) * len(self.rows)
         self._is_blind = len(self._pinned) == self._num_layers
         self._cost_spent = [0.0] * len(self.rows)
-        self._tickets: dict[int, Ticket] = {}
+        self._blocks = _blocks_by_observed_layer(policy, self._num_layers)
+        self._tickets: dict[int, tuple[tuple[int, ...], Ticket]] = {}
+        self._decided: dict[int, Actions] = {}
         self._current = self._all_full
 
     def actions(self, layer: int, lane: Lane) -> Actions:
         """Each row's action at `layer`; waits for the decision where there is one."""
-        pinned = layer in self._pinned
-        self._current = self._all_full if pinned else lane.result(self._tickets.pop(layer)).actions
+        if layer in self._tickets:
+            block, ticket = self._tickets.pop(layer)
+            self._decided.update(zip(block, lane.result(ticket).plan, strict=True))
+        self._current = self._all_full if layer in self._pinned else self._decided.pop(layer)
         return self._current
 
     def observe(self, layer: int, hidden: Tensor, lane: Lane) -> None:
-        """Shows the policy the layer's input and action, and asks for the layer `lookahead` further on."""
+        """Shows the policy the layer's input and action, and asks for the block that begins `lookahead` further on."""
         if self._is_blind:
             return
         self._cost_spent = [
             spent + self._layer_costs[action] for spent, action in zip(self._cost_spent, self._current, strict=True)
         ]
-        target = layer + self.policy.lookahead
-        if target >= self._num_layers or target in self._pinned:
+        block = self._blocks.get(layer)
+        if block is None:
             return
         own = hidden if self._has_all_rows else hidden[self.rows]
         state = State(self._tokens, own, layer, self._current, self._cost_spent)
-        self._tickets[target] = lane.submit(self.policy, target, state)
+        self._tickets[block[0]] = (block, lane.submit(self.policy, block[0], state))
+
+
+def _blocks_by_observed_layer(policy: Policy, num_layers: int) -> dict[int, tuple[int, ...]]:
+    """The blocks to decide, by the layer whose input the decision sees."""
+    blocks = decision_blocks(num_layers, policy.pinned, policy.block_size)
+    return {block[0] - policy.lookahead: block for block in blocks}
 
 
 def _by_row(per_decider: list[Actions], deciders: Sequence[Decider]) -> Sequence[Action]:

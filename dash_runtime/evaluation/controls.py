@@ -1,27 +1,34 @@
 """A policy and its controls on one text: cost, divergence and agreement, prompts at full depth.
 
-The controls get the policy's own compensation, head and pinned layers. Random draws at the policy's own rates per
-layer. The static ones skip the same layers for every token, evenly spaced or chosen by greedy search on divergence,
-and run the others in INT4 where the policy may, as a static plan at that cost would. Knows rollouts; knows no files.
+The controls get the policy's own compensation, head and pinned layers, and the cost that it reached. Random draws at
+the policy's own rates per layer. The static ones skip the same layers for every token, evenly spaced (Unified Layer
+Skipping) or chosen by greedy search on divergence (the ShortGPT kind), and run the others in INT4 where the policy may,
+as a static plan at that cost would; the searched one can have its compensation refitted, as the policy's was. Early
+exit leaves out all layers from one on. Knows rollouts; knows no files.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
+from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.training.choices import action_rates, random_choice, skip_choice
 from dash_runtime.training.ppo import Outcome, Task
-from dash_runtime.training.rollout import Choose, full_path
+from dash_runtime.training.rollout import full_path
 from dash_runtime.training.train import greedy_outcome, path_outcome
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. `cost_share` is of the full-depth token, head included."""
+    """One line of the table. `cost_share` is of the full-depth token, head included.
+
+    The last three are known of a policy only: the divergence on text that it generated itself, its measured tokens per
+    second over full depth's in the same run, and the share of that time that went into evaluating it.
+    """
 
     name: str
     actions: tuple[str, ...]
@@ -30,57 +37,91 @@ class Row:
     divergence: float
     agreement: float
     tokens: int
+    free_running_divergence: float | None = None
+    speedup: float | None = None
+    policy_share: float | None = None
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
 
 
-def evaluate(
-    decoder: Decoder,
-    policy: LearnedPolicy,
-    sequences: Sequence[Sequence[int]],
-    search_sequences: Sequence[Sequence[int]],
-    budgets: Sequence[float],
-    num_prompt_tokens: int,
-) -> list[Row]:
-    """The policy at each budget, and the controls nearest to the cost that it reached there.
+SkipOrder = Callable[[int], Sequence[int]]
+"""The layers to skip, given how many."""
 
-    The static plan is searched on `search_sequences`; all figures are of `sequences`, so keep the two apart.
-    """
-    task = Task(
+RefitStatic = Callable[[Task, frozenset[int]], Compensation]
+"""The task's compensation refitted for tokens that all skip these layers."""
+
+
+def policy_task(decoder: Decoder, policy: LearnedPolicy, num_prompt_tokens: int) -> Task:
+    """What the policy was trained for, as a task."""
+    return Task(
         decoder,
         policy.actions,
         policy.pinned,
         policy.lookahead,
+        policy.block_size,
         policy.head,
         policy.compensation,
         policy.costs,
         num_prompt_tokens,
     )
-    base = Action.INT4 if Action.INT4 in policy.actions else Action.FULL
-    orders = {
-        f"greedy skips on {base.name}": greedy_skip_order(task, search_sequences, base),
-        f"even skips on {base.name}": _even_order(task),
-    }
-    rows: list[Row] = []
-    names = tuple(action.name for action in policy.actions)
-    num_tokens = int(task.decided_rows(sequences).sum())
-
-    def add(name: str, budget: float, outcome: Outcome) -> None:
-        rows.append(Row(name, names, budget, outcome.cost, outcome.divergence, outcome.agreement, num_tokens))
-
-    for budget in budgets:
-        learned, actions = greedy_outcome(task, policy.network, sequences, policy.calibration.price(budget))
-        add(policy.name, budget, learned)
-        add("random, same rates", budget, path_outcome(task, sequences, _random_choice(actions))[0])
-        count = _num_skips_for(task, learned.cost, base)
-        for name, order in orders.items():
-            add(name, budget, path_outcome(task, sequences, _static_choice(frozenset(order(count)), base))[0])
-    return rows
 
 
-SkipOrder = Callable[[int], Sequence[int]]
-"""The layers to skip, given how many."""
+class Evaluation:
+    """One policy on one text, with its controls.
+
+    The static plan is searched on `search_sequences`; all figures are of `sequences`, so keep the two apart.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        policy: LearnedPolicy,
+        sequences: Sequence[Sequence[int]],
+        search_sequences: Sequence[Sequence[int]],
+        num_prompt_tokens: int,
+        refit_static: RefitStatic | None = None,
+    ) -> None:
+        self.task = policy_task(decoder, policy, num_prompt_tokens)
+        self._policy = policy
+        self._sequences = sequences
+        self._full = full_path(decoder, sequences)
+        self._base = Action.INT4 if Action.INT4 in policy.actions else Action.FULL
+        self._search = greedy_skip_order(self.task, search_sequences, self._base)
+        self._refit_static = refit_static
+        self._num_tokens = int(self.task.decided_rows(sequences).sum())
+
+    def learned(self, budget: float) -> tuple[Row, Tensor]:
+        """The policy at a budget, and its actions `[num_layers, decided rows]`."""
+        price = self._policy.calibration.price(budget)
+        outcome, actions = greedy_outcome(self.task, self._policy.network, self._sequences, price, self._full)
+        return self._row(self._policy.name, budget, outcome), actions
+
+    def controls(self, budget: float, cost: float, actions: Tensor) -> list[Row]:
+        """The controls nearest to the cost that the policy reached with these actions."""
+        base = self._base.name
+        rows = [self._row("random, same rates", budget, self._path(self.task, random_choice(action_rates(actions))))]
+        count = _num_skips_for(self.task, cost, self._base)
+        searched = frozenset(self._search(count))
+        for name, layers in (("greedy static", searched), ("even static", _even(self.task, count))):
+            outcome = self._path(self.task, skip_choice(layers, self._base))
+            rows.append(self._row(f"{name} skips on {base}", budget, outcome))
+        if self._refit_static is not None:
+            refitted = replace(self.task, compensation=self._refit_static(self.task, searched))
+            outcome = self._path(refitted, skip_choice(searched, self._base))
+            rows.append(self._row(f"greedy static skips on {base}, refitted", budget, outcome))
+        exiting = _early_exit(self.task, cost)
+        rows.append(
+            self._row("early exit", budget, self._path(exiting, skip_choice(_free_layers(exiting), self._base)))
+        )
+        return rows
+
+    def _path(self, task: Task, choose: Callable[..., Tensor]) -> Outcome:
+        return path_outcome(task, self._sequences, choose, self._full)[0]
+
+    def _row(self, name: str, budget: float, outcome: Outcome) -> Row:
+        names = tuple(action.name for action in self._policy.actions)
+        return Row(name, names, budget, outcome.cost, outcome.divergence, outcome.agreement, self._num_tokens)
 
 
 def greedy_skip_order(task: Task, sequences: Sequence[Sequence[int]], base: Action) -> SkipOrder:
@@ -89,43 +130,42 @@ def greedy_skip_order(task: Task, sequences: Sequence[Sequence[int]], base: Acti
     full = full_path(task.decoder, sequences)
 
     def divergence(layer: int) -> float:
-        choose = _static_choice(frozenset((*order, layer)), base)
-        return path_outcome(task, sequences, choose, full)[0].divergence
+        return path_outcome(task, sequences, skip_choice(frozenset((*order, layer)), base), full)[0].divergence
 
     def first(count: int) -> list[int]:
         while len(order) < count:
-            order.append(min((layer for layer in task.free_layers if layer not in order), key=divergence))
+            order.append(min(_free_layers(task) - set(order), key=divergence))
         return order[:count]
 
     return first
 
 
-def _even_order(task: Task) -> SkipOrder:
-    free = task.free_layers
-    return lambda count: [free[int((place + 0.5) * len(free) / count)] for place in range(count)]
+def _free_layers(task: Task) -> frozenset[int]:
+    return frozenset(layer for block in task.blocks for layer in block)
+
+
+def _even(task: Task, count: int) -> frozenset[int]:
+    free = sorted(_free_layers(task))
+    return frozenset(free[int((place + 0.5) * len(free) / count)] for place in range(count))
+
+
+def _early_exit(task: Task, cost: float) -> Task:
+    """The task in which all layers from one on are free, and skipping them all comes nearest to `cost`."""
+    layer, num_layers = task.costs.layer, task.decoder.num_layers
+    rest = task.costs.head[task.head] + task.costs.fixed
+
+    def distance(exit_layer: int) -> float:
+        left = exit_layer * layer[Action.FULL] + (num_layers - exit_layer) * layer[Action.SKIP]
+        return abs(left + rest - cost)
+
+    exit_layer = min(range(task.lookahead, num_layers + 1), key=distance)
+    return replace(task, pinned=frozenset(range(exit_layer)), block_size=num_layers)
 
 
 def _num_skips_for(task: Task, cost: float, base: Action) -> int:
     """How many skipped layers, with `base` in the others, come nearest to `cost`."""
-    layer, free = task.costs.layer, len(task.free_layers)
+    layer, free = task.costs.layer, len(_free_layers(task))
     pinned = task.decoder.num_layers - free
     unskipped = pinned * layer[Action.FULL] + free * layer[base] + task.costs.head[task.head] + task.costs.fixed
     count = round((unskipped - cost) / (layer[base] - layer[Action.SKIP]))
     return max(0, min(count, free))
-
-
-def _static_choice(skipped: frozenset[int], base: Action) -> Choose:
-    def choose(layer: int, hidden: Tensor, last_actions: Tensor, spent: Tensor) -> Tensor:
-        return torch.full((len(hidden),), int(Action.SKIP if layer in skipped else base))
-
-    return choose
-
-
-def _random_choice(actions: Tensor) -> Choose:
-    generator = torch.Generator().manual_seed(0)
-    shares = torch.stack([(actions == int(action)).float().mean(dim=1) for action in Action], dim=1)
-
-    def choose(layer: int, hidden: Tensor, last_actions: Tensor, spent: Tensor) -> Tensor:
-        return 1 + torch.multinomial(shares[layer], len(hidden), replacement=True, generator=generator)
-
-    return choose

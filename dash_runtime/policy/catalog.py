@@ -20,6 +20,10 @@ RANDOM_NOTE = (
 )
 
 
+RANDOM_BUDGET = 0.8
+"""Low enough to show what a policy saves; there is no budget at which random actions are good."""
+
+
 @dataclass(frozen=True, slots=True)
 class Assignment:
     """Who decides for one sequence, at which price, and by which cost table it is accounted."""
@@ -38,6 +42,7 @@ class PolicyCatalog:
         actions: those with a kernel here.
         compensation: for the policies that have none in a file.
         learned: the trained ones; the first is the default policy.
+        default_compute_budget: where a request sets none; None: what its policy recommends.
     """
 
     def __init__(
@@ -46,7 +51,7 @@ class PolicyCatalog:
         actions: tuple[Action, ...],
         compensation: Compensation,
         learned: Sequence[LearnedPolicy],
-        default_compute_budget: float,
+        default_compute_budget: float | None = None,
     ) -> None:
         self._costs = costs
         self._actions = actions
@@ -71,7 +76,8 @@ class PolicyCatalog:
             return Assignment(self._fixed[skip.fixed_action], self._costs)
         name = skip.policy_name or self._facts[0].name
         chosen = next(facts for facts in self._facts if facts.name == name)
-        budget = skip.compute_budget or max(self._default_compute_budget, chosen.lowest_budget)
+        default = self._default_compute_budget or chosen.recommended_budget
+        budget = skip.compute_budget or max(default, chosen.lowest_budget)
         if learned := self._learned.get(chosen.name):
             return Assignment(learned, learned.costs, learned.calibration.price(budget), budget)
         return self._random(budget)
@@ -90,6 +96,7 @@ class PolicyCatalog:
             pinned_layers=tuple(sorted(edges(costs.num_layers))),
             action_costs=_relative_costs(costs, self._actions),
             lowest_budget=lowest_random_budget(costs, self._actions, self._head),
+            recommended_budget=RANDOM_BUDGET,
             compensation=self._compensation.kind.value,
         )
         learned = (
@@ -101,6 +108,7 @@ class PolicyCatalog:
                 pinned_layers=tuple(sorted(policy.pinned)),
                 action_costs=_relative_costs(policy.costs, policy.actions),
                 lowest_budget=policy.calibration.lowest_budget,
+                recommended_budget=policy.calibration.recommended_budget,
                 compensation=policy.compensation.kind.value,
             )
             for policy in self._learned.values()

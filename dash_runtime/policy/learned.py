@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.compensation import Compensation
-from dash_runtime.policy.policy import Decision, Pending, State, Token
+from dash_runtime.policy.policy import Decision, Pending, State, Token, decision_blocks
 
 NUM_SCALAR_FEATURES = 3
 """Cost spent, log λ, (log λ)²."""
@@ -22,14 +22,15 @@ NUM_SCALAR_FEATURES = 3
 
 @dataclass(frozen=True, slots=True)
 class PolicyNetwork:
-    """Two layers on `[normalised hidden | layer embedding | action embedding | scalars]`, all float32.
+    """Two layers on `[normalised hidden | block embedding | action embedding | scalars]`, all float32.
 
-    Shapes: `layer_embedding` `[num_layers, embedding_size]`, `action_embedding` `[4, embedding_size]` by
-    Action's order, `input_weight` `[width, hidden_size + 2 · embedding_size + 3]`, `output_weight`
-    `[num_actions, width]`.
+    Shapes: `block_embedding` `[num_blocks, embedding_size]`, `action_embedding` `[4, embedding_size]` by Action's
+    order, `input_weight` `[width, hidden_size + 2 · embedding_size + 3]`, `output_weight` `[num_blocks, block_size,
+    num_actions, width]`, `output_bias` `[num_blocks, block_size, num_actions]`. Where the last block is smaller, what
+    is beyond it is not used.
     """
 
-    layer_embedding: Tensor
+    block_embedding: Tensor
     action_embedding: Tensor
     input_weight: Tensor
     input_bias: Tensor
@@ -38,68 +39,97 @@ class PolicyNetwork:
 
     def fold(self) -> "FoldedNetwork":
         """The same function with everything multiplied out that does not depend on the hidden state."""
-        hidden_size = self.input_weight.shape[1] - 2 * self.layer_embedding.shape[1] - NUM_SCALAR_FEATURES
-        sizes = (hidden_size, self.layer_embedding.shape[1], self.action_embedding.shape[1], NUM_SCALAR_FEATURES)
-        hidden, layer, action, scalars = self.input_weight.split(sizes, dim=1)
+        embedding_size = self.block_embedding.shape[1]
+        hidden_size = self.input_weight.shape[1] - 2 * embedding_size - NUM_SCALAR_FEATURES
+        sizes = (hidden_size, embedding_size, self.action_embedding.shape[1], NUM_SCALAR_FEATURES)
+        hidden, block, action, scalars = self.input_weight.split(sizes, dim=1)
         return FoldedNetwork(
             hidden,
-            self.layer_embedding @ layer.T + self.input_bias,
+            self.block_embedding @ block.T + self.input_bias,
             torch.cat((self.action_embedding @ action.T, scalars.T)),
-            self.output_weight,
-            self.output_bias,
+            self.output_weight.flatten(1, 2),
+            self.output_bias.flatten(1, 2),
+            self.output_weight.shape[2],
         )
 
-    def scores(
-        self, hidden: Tensor, layer: int | Tensor, last_actions: Tensor, cost_spent: Tensor, log_price: Tensor
-    ) -> Tensor:
-        """float32 `[rows, num_actions]`.
+    def scores(self, block: int, hidden: Tensor, last_actions: Tensor, cost_spent: Tensor, log_price: Tensor) -> Tensor:
+        """float32 `[rows, block_size, num_actions]` for the layers of one block.
 
-        `hidden` `[rows, hidden_size]` in any dtype; the rest `[rows]`, `last_actions` as int64 numbers. `layer` is one
-        for all rows, or int64 `[rows]`.
+        `hidden` `[rows, hidden_size]` in any dtype; the rest `[rows]`, `last_actions` as int64 numbers.
         """
-        last = functional.one_hot(last_actions - 1, len(Action)).float()
-        facts = torch.cat((last, torch.stack((cost_spent, log_price, log_price.square()), dim=-1)), dim=-1)
-        return self.fold().scores(hidden, layer, facts)
+        return self.fold().scores(block, hidden, _facts(last_actions, cost_spent, log_price))
+
+    def all_scores(self, hidden: Tensor, last_actions: Tensor, cost_spent: Tensor, log_price: Tensor) -> Tensor:
+        """The same for all blocks at once, `[num_blocks, rows, block_size, num_actions]`, as training wants it.
+
+        `hidden` `[num_blocks, rows, hidden_size]`, and the rest `[num_blocks, rows]`: what was observed for each block.
+        """
+        folded = self.fold()
+        num_blocks, num_rows = hidden.shape[:2]
+        facts = _facts(last_actions, cost_spent, log_price) @ folded.fact_weight
+        inner = folded.inner(hidden, folded.block_terms.unsqueeze(1) + facts)
+        scores = torch.baddbmm(folded.output_bias.unsqueeze(1), inner, folded.output_weight.transpose(1, 2))
+        return scores.view(num_blocks, num_rows, -1, folded.num_actions)
 
 
 @dataclass(frozen=True, slots=True)
 class FoldedNetwork:
-    """What is evaluated for every layer and token.
+    """What is evaluated for every block and token.
 
-    `layer_terms` is `[num_layers, width]`; `fact_weight` `[4 + 3, width]` takes the last action, one-hot, and the
-    scalars.
+    `block_terms` is `[num_blocks, width]`; `fact_weight` `[4 + 3, width]` takes the last action, one-hot, and the
+    scalars; `output_weight` is `[num_blocks, block_size · num_actions, width]`.
     """
 
     hidden_weight: Tensor
-    layer_terms: Tensor
+    block_terms: Tensor
     fact_weight: Tensor
     output_weight: Tensor
     output_bias: Tensor
+    num_actions: int
 
-    def scores(self, hidden: Tensor, layer: int | Tensor, facts: Tensor) -> Tensor:
-        """float32 `[rows, num_actions]` from `hidden` `[rows, hidden_size]` and `facts` `[rows, 7]`."""
+    def scores(self, block: int, hidden: Tensor, facts: Tensor) -> Tensor:
+        """float32 `[rows, block_size, num_actions]` from `hidden` `[rows, hidden_size]` and `facts` `[rows, 7]`."""
+        inner = self.inner(hidden, torch.addmm(self.block_terms[block], facts, self.fact_weight))
+        scores = functional.linear(inner, self.output_weight[block], self.output_bias[block])
+        return scores.view(len(hidden), -1, self.num_actions)
+
+    def inner(self, hidden: Tensor, terms: Tensor) -> Tensor:
+        """The inner features, `[..., width]`."""
         state = hidden.float()
         # Normalising the product instead of the state: one small vector instead of a large one.
         scale = state.shape[-1] ** 0.5 / torch.linalg.vector_norm(state, dim=-1, keepdim=True).clamp_min(1e-12)
-        terms = torch.addmm(self.layer_terms[layer], facts, self.fact_weight)
-        inner = functional.silu(torch.addcmul(terms, functional.linear(state, self.hidden_weight), scale))
-        return functional.linear(inner, self.output_weight, self.output_bias)
+        return functional.silu(torch.addcmul(terms, functional.linear(state, self.hidden_weight), scale))
+
+
+def _facts(last_actions: Tensor, cost_spent: Tensor, log_price: Tensor) -> Tensor:
+    """`[..., 4 + 3]`: the last action, one-hot, then cost spent, log λ and its square."""
+    last = functional.one_hot(last_actions - 1, len(Action)).float()
+    return torch.cat((last, torch.stack((cost_spent, log_price, log_price.square()), dim=-1)), dim=-1)
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Which price keeps which budget: `(budget, log λ)` in ascending order of budget."""
+    """Which price keeps which budget: `(budget, log λ)` in ascending order of budget.
+
+    `divergences` are those that the policy came to at each point, in nats per token, on the text of the calibration;
+    `recommended_budget` is the one to run at where nobody asks for another.
+    """
 
     points: tuple[tuple[float, float], ...]
+    divergences: tuple[float, ...]
+    recommended_budget: float
 
     @property
     def lowest_budget(self) -> float:
         return self.points[0][0]
 
     def price(self, budget: float) -> float:
-        """λ for a budget: that of the largest calibrated budget within it, so that the bound holds."""
-        within = [log_price for point, log_price in self.points if point <= budget]
-        return math.exp(within[-1] if within else self.points[0][1])
+        """λ for a budget, between two calibrated ones by linear interpolation of log λ."""
+        above = next((place for place, (point, _) in enumerate(self.points) if point >= budget), len(self.points))
+        if above in (0, len(self.points)):
+            return math.exp(self.points[min(above, len(self.points) - 1)][1])
+        (low, log_low), (high, log_high) = self.points[above - 1 : above + 1]
+        return math.exp(log_low + (budget - low) / (high - low) * (log_high - log_low))
 
 
 @dataclass(frozen=True)
@@ -112,6 +142,7 @@ class LearnedPolicy:
     """The action of each score, in order."""
     pinned: frozenset[int]
     lookahead: int
+    block_size: int
     head: Action
     compensation: Compensation
     costs: CostTable
@@ -121,31 +152,43 @@ class LearnedPolicy:
     def _folded(self) -> FoldedNetwork:
         return self.network.fold()
 
+    @cached_property
+    def _blocks(self) -> dict[int, tuple[int, int]]:
+        """By first layer: which block it begins, and how many layers that has."""
+        blocks = decision_blocks(self.costs.num_layers, self.pinned, self.block_size)
+        return {block[0]: (index, len(block)) for index, block in enumerate(blocks)}
+
     def start(self, layer: int, state: State) -> Pending:
         device = state.hidden.device
-        facts = torch.tensor([*map(_facts, state.tokens, state.actions, state.cost_spent)])
+        block, num_layers = self._blocks[layer]
+        facts = torch.tensor([*map(_row_facts, state.tokens, state.actions, state.cost_spent)])
         # Pinned memory both ways: a pageable copy would make the host wait for the decoder's stream.
         if device.type == "cuda":
             facts = facts.pin_memory().to(device, non_blocking=True)
-        scores = self._folded.scores(state.hidden, layer, facts)
+        scores = self._folded.scores(block, state.hidden, facts)[:, :num_layers]
         best = scores.argmax(dim=-1)
         if device.type == "cuda":
             best = torch.empty(best.shape, dtype=best.dtype, pin_memory=True).copy_(best, non_blocking=True)
-        return lambda: Decision(tuple(self.actions[index] for index in best.tolist()), scores)
+
+        def decide() -> Decision:
+            chosen = [[self.actions[index] for index in row] for row in best.tolist()]
+            return Decision(tuple(zip(*chosen, strict=True)), scores)
+
+        return decide
 
     def without(self, unsupported: set[Action]) -> "LearnedPolicy":
         """The same policy where some actions have no kernel: those scores are dropped."""
         kept = [index for index, action in enumerate(self.actions) if action not in unsupported]
         network = replace(
             self.network,
-            output_weight=self.network.output_weight[kept],
-            output_bias=self.network.output_bias[kept],
+            output_weight=self.network.output_weight[:, :, kept],
+            output_bias=self.network.output_bias[:, :, kept],
         )
         return replace(self, network=network, actions=tuple(self.actions[index] for index in kept))
 
 
-def _facts(token: Token, action: Action, cost_spent: float) -> list[float]:
-    """The last action, one-hot, then cost spent, log λ and its square."""
+def _row_facts(token: Token, action: Action, cost_spent: float) -> list[float]:
+    """`_facts` of one row, without tensors."""
     log_price = math.log(token.price)
     last = [0.0] * len(Action)
     last[action - 1] = 1.0

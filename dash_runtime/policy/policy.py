@@ -1,11 +1,12 @@
 """What a policy is, and the policies that look at nothing: full depth, a fixed plan, a random plan.
 
-A policy decides an action for each row of a batch at one layer. Knows no lanes, no sequences and no
-decoder.
+A policy decides, for each row of a batch, the actions of a block of layers at once: of one layer, or of several where
+evaluating it costs much beside a layer. Knows no lanes, no sequences and no decoder.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 from torch import Tensor
@@ -33,7 +34,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a policy sees: the input of an earlier layer than the one it decides.
+    """What a policy sees: the input of an earlier layer than those it decides.
 
     Shapes: `hidden` is `[rows, hidden_size]`; the sequences have one entry per row.
     """
@@ -42,7 +43,7 @@ class State:
     hidden: Tensor
     """Input of layer `observed`, never written to again."""
     observed: int
-    """The layer whose input this is: `lookahead` before the one to decide."""
+    """The layer whose input this is: `lookahead` before the first one to decide."""
     actions: Actions
     """Action of the observed layer: the last one known."""
     cost_spent: Sequence[float]
@@ -51,9 +52,10 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The actions of one layer; `scores` is float32 `[rows, actions of the policy]`, where there are any."""
+    """The actions of one block of layers, in order; `scores` is float32 `[rows, layers of the block, actions of the
+    policy]`, where there are any."""
 
-    actions: Actions
+    plan: Sequence[Actions]
     scores: Tensor | None = None
 
 
@@ -69,11 +71,15 @@ class Policy(Protocol):
 
     @property
     def lookahead(self) -> int:
-        """Layer l + lookahead is decided from the input of layer l."""
+        """A block of layers is decided from the input of the layer so many before its first."""
 
     @property
     def pinned(self) -> frozenset[int]:
         """Layers that it never decides, which run in full; all below `lookahead` are among them."""
+
+    @property
+    def block_size(self) -> int:
+        """Layers that are decided together (`decision_blocks`)."""
 
     @property
     def head(self) -> Action:
@@ -84,7 +90,7 @@ class Policy(Protocol):
         """What stands in for a skipped layer."""
 
     def start(self, layer: int, state: State) -> Pending:
-        """Starts choosing each row's action at `layer`, from that row's own state only.
+        """Starts choosing each row's actions in the block that begins with `layer`, from that row's own state only.
 
         On an accelerator the work is queued on the current stream without waiting; calling what is
         returned, once that work is done, reads the decision.
@@ -98,6 +104,7 @@ class FullDepth:
     num_layers: int
     name: str = "full-depth"
     lookahead: int = 1
+    block_size: int = 1
     head: Action = Action.FULL
     compensation: Compensation = field(default_factory=Identity)
 
@@ -106,7 +113,7 @@ class FullDepth:
         return frozenset(range(self.num_layers))
 
     def start(self, layer: int, state: State) -> Pending:
-        return lambda: Decision((Action.FULL,) * len(state.tokens))
+        return lambda: Decision(((Action.FULL,) * len(state.tokens),))
 
 
 @dataclass(frozen=True)
@@ -119,9 +126,10 @@ class FixedPlan:
     compensation: Compensation
     pinned: frozenset[int]
     lookahead: int = 1
+    block_size: int = 1
 
     def start(self, layer: int, state: State) -> Pending:
-        return lambda: Decision((self.plan[layer],) * len(state.tokens))
+        return lambda: Decision(((self.plan[layer],) * len(state.tokens),))
 
 
 @dataclass(frozen=True)
@@ -138,9 +146,10 @@ class RandomPlan:
     compensation: Compensation
     pinned: frozenset[int]
     lookahead: int = 1
+    block_size: int = 1
 
     def start(self, layer: int, state: State) -> Pending:
-        return lambda: Decision(tuple(self._draw(layer, token) for token in state.tokens))
+        return lambda: Decision((tuple(self._draw(layer, token) for token in state.tokens),))
 
     def _draw(self, layer: int, token: Token) -> Action:
         remaining = _uniform(token.seed, token.position, layer)
@@ -149,6 +158,13 @@ class RandomPlan:
             if remaining < 0:
                 return action
         return max(self.rates[layer])  # the rates' sum was rounded to just below 1
+
+
+@lru_cache
+def decision_blocks(num_layers: int, pinned: frozenset[int], block_size: int) -> tuple[tuple[int, ...], ...]:
+    """The layers that are not pinned, in groups of `block_size` that are decided together; the last may be smaller."""
+    free = [layer for layer in range(num_layers) if layer not in pinned]
+    return tuple(tuple(free[start : start + block_size]) for start in range(0, len(free), block_size))
 
 
 def edges(num_layers: int) -> frozenset[int]:

@@ -17,13 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.decoder.compensation import make_compensation
 from dash_runtime.errors import ConfigError, PolicyFileError
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.policy.compensation_file import restored, stored
 from dash_runtime.policy.learned import NUM_SCALAR_FEATURES, Calibration, LearnedPolicy, PolicyNetwork
+from dash_runtime.policy.policy import decision_blocks
 
-FORMAT = "dash-policy-1"
-FEATURES = "rms-normalised-hidden|layer|last-action|cost-spent,log-price,log-price-squared"
+FORMAT = "dash-policy-2"
+FEATURES = "rms-normalised-hidden|block|last-action|cost-spent,log-price,log-price-squared"
 _KEY = "dash_policy"
 
 
@@ -53,7 +54,7 @@ def find_policies(folder: Path, fingerprint: str) -> list[Path]:
 def save_policy(path: Path, policy: LearnedPolicy, fingerprint: str) -> None:
     """Writes the file in one rename, so that a reader never sees half of it."""
     tensors = {f"network.{name}": getattr(policy.network, name) for name in PolicyNetwork.__slots__}
-    tensors |= {f"compensation.{name}": tensor for name, tensor in policy.compensation.tensors().items()}
+    tensors |= {f"compensation.{name}": tensor for name, tensor in stored(policy.compensation).items()}
     facts = {
         "format": FORMAT,
         "name": policy.name,
@@ -62,15 +63,13 @@ def save_policy(path: Path, policy: LearnedPolicy, fingerprint: str) -> None:
         "actions": [action.name for action in policy.actions],
         "pinned": sorted(policy.pinned),
         "lookahead": policy.lookahead,
+        "block_size": policy.block_size,
         "head": policy.head.name,
         "compensation": policy.compensation.kind.value,
-        "costs": {
-            "num_layers": policy.costs.num_layers,
-            "layer": {action.name: cost for action, cost in policy.costs.layer.items()},
-            "head": {action.name: cost for action, cost in policy.costs.head.items()},
-            "fixed": policy.costs.fixed,
-        },
+        "costs": policy.costs.to_json(),
         "calibration": [list(point) for point in policy.calibration.points],
+        "divergences": list(policy.calibration.divergences),
+        "recommended_budget": policy.calibration.recommended_budget,
     }
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -125,15 +124,13 @@ def _policy_from(
     if facts["model_fingerprint"] != fingerprint:
         raise PolicyFileError(f"was made for another model than {config.name}")
     actions = tuple(Action[name] for name in facts["actions"])
-    pinned, lookahead = frozenset(facts["pinned"]), int(facts["lookahead"])
+    pinned, lookahead, block_size = frozenset(facts["pinned"]), int(facts["lookahead"]), int(facts["block_size"])
     _check_layers(pinned, lookahead, config.num_layers)
-    network = _network_from(tensors, config, len(actions))
-    costs = CostTable(
-        int(facts["costs"]["num_layers"]),
-        {Action[name]: float(cost) for name, cost in facts["costs"]["layer"].items()},
-        {Action[name]: float(cost) for name, cost in facts["costs"]["head"].items()},
-        float(facts["costs"]["fixed"]),
-    )
+    if not 1 <= block_size <= config.num_layers:
+        raise PolicyFileError(f"has block_size {block_size}; it must be 1 to {config.num_layers}")
+    num_blocks = len(decision_blocks(config.num_layers, pinned, block_size))
+    network = _network_from(tensors, config, (num_blocks, block_size, len(actions)))
+    costs = CostTable.from_json(facts["costs"])
     if costs.num_layers != config.num_layers or not set(actions) <= set(costs.layer):
         raise PolicyFileError("has a cost table for other layers or actions than its own")
     head = Action[facts["head"]]
@@ -142,12 +139,17 @@ def _policy_from(
     points = tuple((float(budget), float(log_price)) for budget, log_price in facts["calibration"])
     if not points or list(points) != sorted(points) or not 0 < points[0][0] <= points[-1][0] <= 1:
         raise PolicyFileError("has a calibration that is empty, not ascending or outside (0, 1]")
+    calibration = Calibration(
+        points, tuple(float(value) for value in facts["divergences"]), float(facts["recommended_budget"])
+    )
+    if len(calibration.divergences) != len(points) or not points[0][0] <= calibration.recommended_budget <= 1:
+        raise PolicyFileError("has a recommended budget or divergences that do not fit its calibration")
     rung = {
-        name.removeprefix("compensation."): tensor.to(device, dtype)
+        name.removeprefix("compensation."): tensor
         for name, tensor in tensors.items()
         if name.startswith("compensation.")
     }
-    compensation = make_compensation(facts["compensation"], rung, config.num_layers, config.hidden_size)
+    compensation = restored(facts["compensation"], rung, config, dtype, device)
     on_device = PolicyNetwork(*(getattr(network, name).to(device) for name in PolicyNetwork.__slots__))
     return LearnedPolicy(
         str(facts["name"]),
@@ -155,10 +157,11 @@ def _policy_from(
         actions,
         pinned,
         lookahead,
+        block_size,
         head,
         compensation,
         costs,
-        Calibration(points),
+        calibration,
     )
 
 
@@ -172,17 +175,17 @@ def _check_layers(pinned: frozenset[int], lookahead: int, num_layers: int) -> No
         raise PolicyFileError(f"must pin layers {sorted(undecided)}, which it cannot decide with its lookahead")
 
 
-def _network_from(tensors: dict[str, Tensor], config: ModelConfig, num_actions: int) -> PolicyNetwork:
+def _network_from(tensors: dict[str, Tensor], config: ModelConfig, outputs: tuple[int, int, int]) -> PolicyNetwork:
     network = PolicyNetwork(*(tensors[f"network.{name}"] for name in PolicyNetwork.__slots__))
     width = network.input_bias.shape[0]
-    embedding = network.layer_embedding.shape[1]
-    expected = {
-        "layer_embedding": (config.num_layers, embedding),
+    embedding = network.block_embedding.shape[1]
+    expected: dict[str, tuple[int, ...]] = {
+        "block_embedding": (outputs[0], embedding),
         "action_embedding": (len(Action), embedding),
         "input_weight": (width, config.hidden_size + 2 * embedding + NUM_SCALAR_FEATURES),
         "input_bias": (width,),
-        "output_weight": (num_actions, width),
-        "output_bias": (num_actions,),
+        "output_weight": (*outputs, width),
+        "output_bias": outputs,
     }
     for name, shape in expected.items():
         tensor: Tensor = getattr(network, name)

@@ -11,24 +11,25 @@ from dash_runtime.policy.learned import NUM_SCALAR_FEATURES, PolicyNetwork
 
 WIDTH = 96
 EMBEDDING_SIZE = 16
+FULL_BIAS = 2.5
 
 
 class _Network(nn.Module):
-    """`PolicyNetwork`'s tensors as parameters."""
+    """`PolicyNetwork`'s tensors as parameters; `outputs` is num_blocks, block_size, num_actions."""
 
-    def __init__(self, num_layers: int, hidden_size: int, num_outputs: int, generator: torch.Generator) -> None:
+    def __init__(self, hidden_size: int, outputs: tuple[int, int, int], generator: torch.Generator) -> None:
         super().__init__()
         num_features = hidden_size + 2 * EMBEDDING_SIZE + NUM_SCALAR_FEATURES
 
         def random(*shape: int, scale: float) -> nn.Parameter:
             return nn.Parameter(torch.randn(*shape, generator=generator) * scale)
 
-        self.layer_embedding = random(num_layers, EMBEDDING_SIZE, scale=0.5)
+        self.block_embedding = random(outputs[0], EMBEDDING_SIZE, scale=0.5)
         self.action_embedding = random(len(Action), EMBEDDING_SIZE, scale=0.5)
         self.input_weight = random(WIDTH, num_features, scale=num_features**-0.5)
         self.input_bias = nn.Parameter(torch.zeros(WIDTH))
-        self.output_weight = random(num_outputs, WIDTH, scale=0.01)
-        self.output_bias = nn.Parameter(torch.zeros(num_outputs))
+        self.output_weight = random(*outputs, WIDTH, scale=0.01)
+        self.output_bias = nn.Parameter(torch.zeros(outputs))
 
     def view(self) -> PolicyNetwork:
         """The same tensors as serving's network."""
@@ -38,24 +39,26 @@ class _Network(nn.Module):
 class ActorCritic(nn.Module):
     """Scores of the actions and the value of a state, from the same features.
 
-    The scores start in favour of FULL: from there the policy learns what it may leave out, and a value of a whole
-    token is not drowned in the noise of a path that is random everywhere.
+    The scores start in favour of FULL: from there the policy learns what it may leave out, and what one decision does
+    to a token is not drowned in the noise of all others being random.
     """
 
-    def __init__(self, num_layers: int, hidden_size: int, actions: tuple[Action, ...], seed: int) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, hidden_size: int, actions: tuple[Action, ...], seed: int
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.actor = _Network(num_layers, hidden_size, len(actions), generator)
-        self.critic = _Network(num_layers, hidden_size, 1, generator)
+        self.actor = _Network(hidden_size, (num_blocks, block_size, len(actions)), generator)
+        self.critic = _Network(hidden_size, (num_blocks, 1, 1), generator)
         with torch.no_grad():
-            self.actor.output_bias[actions.index(Action.FULL)] = 1.5
+            self.actor.output_bias[..., actions.index(Action.FULL)] = FULL_BIAS
 
     def forward(
-        self, hidden: Tensor, layers: Tensor, last_actions: Tensor, cost_spent: Tensor, log_price: Tensor
+        self, hidden: Tensor, last_actions: Tensor, cost_spent: Tensor, log_price: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Scores `[rows, num_actions]` and values `[rows]`, from rows of any layers."""
-        inputs = (hidden, layers, last_actions, cost_spent, log_price)
-        return self.actor.view().scores(*inputs), self.critic.view().scores(*inputs).squeeze(-1)
+        """Scores `[num_blocks, rows, block_size, num_actions]` and values `[num_blocks, rows]`, as `all_scores`."""
+        inputs = (hidden, last_actions, cost_spent, log_price)
+        return self.actor.view().all_scores(*inputs), self.critic.view().all_scores(*inputs)[..., 0, 0]
 
     def network(self) -> PolicyNetwork:
         """A copy of the actor for serving."""

@@ -1,64 +1,202 @@
-"""Text for calibration and training: what comes with Python, or the user's own files, as token ids.
+"""Text for calibration and training: what comes with Python, or the user's own files, as sequences of token ids.
 
-Knows a tokenizer file; knows no decoder.
+Knows files, a tokenizer file and a chat template; knows no decoder.
 """
 
 import json
-from collections.abc import Iterator
+import random
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from dash_runtime.errors import ConfigError
+from dash_runtime.chat_template import ChatTemplate
+from dash_runtime.errors import ConfigError, CorruptCheckpoint, InvalidRequest
 
-_TEXT_KEYS = ("text", "content", "question", "answer", "prompt", "completion")
+_SUFFIXES = (".txt", ".jsonl")
+_PAIRS = (("question", "answer"), ("prompt", "completion"), ("prompt", "response"))
+_PLAIN = ("text", "content")
+_KNOWN = "messages, question and answer, prompt and completion, prompt and response, text, content"
+
+Message = tuple[str, str]
+"""Role and content."""
 
 
 def default_token_sequences(tokenizer_file: Path, num_sequences: int, sequence_length: int) -> list[list[int]]:
     """Sequences of token ids from the texts of Python's own help, in a fixed order; fewer where a
-    tokenizer makes less of them."""
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    # Six characters make at least one token in any vocabulary worth calibrating.
-    return _sequences([text[: 6 * num_sequences * sequence_length]], tokenizer_file, sequence_length)[:num_sequences]
-
-
-def file_token_sequences(path: Path, tokenizer_file: Path, sequence_length: int) -> list[list[int]]:
-    """Sequences from a `.txt` or `.jsonl` file, or from all of them below a folder. Of a record, the text
-    fields are joined.
+    tokenizer makes less of them.
 
     Raises:
-        ConfigError: the data is missing, unreadable, or shorter than one sequence.
+        CorruptCheckpoint: the tokenizer file cannot be used.
     """
-    files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
-    try:
-        texts = [text for file in files for text in _texts(file)]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("data", f"{path} cannot be read: {error}") from None
-    sequences = _sequences(texts, tokenizer_file, sequence_length)
-    if not sequences:
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    # Six characters make at least one token in any vocabulary worth calibrating.
+    (ids,) = encode(load_tokenizer(tokenizer_file), [text[: 6 * num_sequences * sequence_length]])
+    return cut(ids, sequence_length)[:num_sequences]
+
+
+def file_token_sequences(
+    path: Path, tokenizer_file: Path, sequence_length: int, chat_template: ChatTemplate | None = None
+) -> list[list[int]]:
+    """Sequences of token ids from a `.txt` or `.jsonl` file, or from all of them below a folder.
+
+    A record with `messages`, or with a question and its answer, becomes a conversation in the model's chat
+    template, where there is one. Texts are packed one after another, so that short ones count too, and cut; the
+    last sequence ends where the text ends, and may begin within the one before it. Any number of sequences from
+    the start holds about as large a share of each file as the whole, the same ones every time.
+
+    Raises:
+        ConfigError: the data is missing, unreadable, holds no text, or is shorter than one sequence.
+        CorruptCheckpoint: the tokenizer file cannot be used.
+    """
+    tokenizer = load_tokenizer(tokenizer_file)
+    ids: list[int] = []
+    file_starts: list[int] = []
+    for file in _files(path):
+        file_starts.append(len(ids))
+        for text_ids in encode(tokenizer, _texts(file, chat_template)):
+            ids += text_ids
+    if len(ids) < sequence_length:
         raise ConfigError("data", f"{path} has less text than one sequence of {sequence_length} tokens")
-    return sequences
+    starts = list(range(0, len(ids) - sequence_length + 1, sequence_length))
+    if starts[-1] + sequence_length < len(ids):
+        starts.append(len(ids) - sequence_length)
+    by_file: list[list[list[int]]] = [[] for _ in file_starts]
+    for start in starts:
+        by_file[bisect_right(file_starts, start) - 1].append(ids[start : start + sequence_length])
+    return interleave(by_file)
 
 
-def _texts(file: Path) -> Iterator[str]:
-    content = file.read_text(encoding="utf-8")
-    if file.suffix != ".jsonl":
-        yield content
+def interleave(groups: Sequence[Sequence[list[int]]], seed: int = 0) -> list[list[int]]:
+    """All sequences of all groups, so that any number of them from the start holds about as large a share of each
+    group as the whole does. The order within a group is drawn too; the same seed gives the same order."""
+    placed: list[tuple[float, int, list[int]]] = []
+    for number, group in enumerate(groups):
+        # A generator for each group: one file more does not reorder the others.
+        generator = random.Random(f"{seed}/{number}")
+        # A drawn start, or all small groups would meet in the middle.
+        first = generator.random()
+        shuffled = generator.sample(group, len(group))
+        placed += [((place + first) / len(group), number, sequence) for place, sequence in enumerate(shuffled)]
+    return [sequence for _, _, sequence in sorted(placed, key=lambda entry: entry[:2])]
+
+
+def cut(ids: Sequence[int], length: int) -> list[list[int]]:
+    """Sequences of `length` token ids, one after another; what is left at the end is dropped."""
+    return [list(ids[start : start + length]) for start in range(0, len(ids) - length + 1, length)]
+
+
+def load_tokenizer(tokenizer_file: Path) -> Tokenizer:
+    """The tokenizer in a tokenizer.json, without the truncation and padding that some of them ask for.
+
+    Raises:
+        CorruptCheckpoint: the file cannot be used.
+    """
+    try:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as error:  # the library raises nothing more specific
+        raise CorruptCheckpoint(f"{tokenizer_file} is not a tokenizer: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> list[list[int]]:
+    """Token ids of each text, none added: a chat template writes its special tokens itself, and their text becomes
+    those tokens."""
+    return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        if path.exists() and path.suffix.lower() not in _SUFFIXES:
+            raise ConfigError("data", f"{path} must be a .txt or .jsonl file, or a folder of them")
+        return [path]
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+    if not files:
+        raise ConfigError("data", f"{path} has no .txt or .jsonl files")
+    return files
+
+
+def _texts(file: Path, chat_template: ChatTemplate | None) -> Iterator[str]:
+    try:
+        content = file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError("data", f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError("data", f"{file} cannot be read: it is not UTF-8 text") from None
+    if file.suffix.lower() != ".jsonl":
+        yield _whole_lines(content)
         return
-    for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
+    # Not splitlines(): the strings of JSON may hold Unicode's other line ends as they are.
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            yield _record_text(line, f"{file}, line {number}", chat_template)
+
+
+def _record_text(line: str, place: str, chat_template: ChatTemplate | None) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ConfigError("data", f"{place} is not JSON") from None
+    if not isinstance(record, dict):
+        raise ConfigError("data", f"{place} is not an object")
+    conversation = _conversation(record, place)
+    if conversation is None:
+        text = _whole_lines(_plain_text(record, place))
+    elif chat_template is None or chat_template.source is None:
+        text = _whole_lines("\n".join(content for _, content in conversation))
+    else:
         try:
-            record = json.loads(line)
-        except ValueError:
-            raise ConfigError("data", f"{file}, line {number} is not JSON") from None
-        if not isinstance(record, dict):
-            raise ConfigError("data", f"{file}, line {number} is not an object")
-        yield "\n".join(str(record[key]) for key in _TEXT_KEYS if key in record) + "\n"
+            text = chat_template.render_conversation(conversation)
+        except InvalidRequest as error:
+            raise ConfigError("data", f"{place}: {error.description}") from None
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError("data", f"{place} has half of a surrogate pair, which is no text") from None
+    return text
 
 
-def _sequences(texts: list[str], tokenizer_file: Path, length: int) -> list[list[int]]:
-    encodings = Tokenizer.from_file(str(tokenizer_file)).encode_batch_fast(texts, add_special_tokens=False)
-    ids = [token_id for encoding in encodings for token_id in encoding.ids]
-    return [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+def _conversation(record: Mapping[str, Any], place: str) -> list[Message] | None:
+    """The messages of a record; None where it is no conversation."""
+    if "messages" in record:
+        messages = record["messages"]
+        if not isinstance(messages, list) or not messages:
+            raise ConfigError("data", f"{place}: `messages` must be a list of messages")
+        return [_message(message, f"{place}, message {number}") for number, message in enumerate(messages, 1)]
+    for question, answer in _PAIRS:
+        if question in record and answer in record:
+            return [("user", _text(record, question, place)), ("assistant", _text(record, answer, place))]
+    return None
+
+
+def _message(message: Any, place: str) -> Message:
+    if not isinstance(message, dict):
+        raise ConfigError("data", f"{place} is not an object")
+    role = _text(message, "role", place)
+    if not role:
+        raise ConfigError("data", f"{place}: `role` must not be empty")
+    return role, _text(message, "content", place)
+
+
+def _plain_text(record: Mapping[str, Any], place: str) -> str:
+    for key in _PLAIN:
+        if key in record:
+            return _text(record, key, place)
+    raise ConfigError("data", f"{place} has no known text field; known are {_KNOWN}")
+
+
+def _text(record: Mapping[str, Any], key: str, place: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise ConfigError("data", f"{place}: `{key}` must be text")
+    return value
+
+
+def _whole_lines(text: str) -> str:
+    """The text with a line end, so that what is packed after it begins on a line of its own."""
+    return text if not text or text.endswith("\n") else f"{text}\n"

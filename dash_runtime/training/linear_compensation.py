@@ -48,7 +48,7 @@ class LinearFit:
             directions = torch.linalg.eigh(predicted).eigenvectors[:, -rank:]  # [hidden_size, rank]
             parts.append(((maps @ directions).T, directions, offset))
         down, up, offsets = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
-        return LowRank(self._cast(down), self._cast(up), self._cast(offsets))
+        return LowRank(down, up, offsets).to(self._decoder.device)
 
     def _solve(self, layer: int) -> Tensor:
         gram = self._inputs[layer]

@@ -14,8 +14,9 @@ from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.errors import DashRuntimeError
+from dash_runtime.policy.policy import decision_blocks
 from dash_runtime.training.actor_critic import ActorCritic
-from dash_runtime.training.rollout import Rollout, costs_by_action, divergences, full_path, roll_out
+from dash_runtime.training.rollout import Choose, Rollout, costs_by_action, divergences, full_path, roll_out
 
 
 class TrainingDiverged(DashRuntimeError):
@@ -30,46 +31,58 @@ class Task:
     actions: tuple[Action, ...]
     pinned: frozenset[int]
     lookahead: int
+    block_size: int
     head: Action
     compensation: Compensation
     costs: CostTable
     num_prompt_tokens: int
 
     @property
-    def free_layers(self) -> list[int]:
-        return [layer for layer in range(self.decoder.num_layers) if layer not in self.pinned]
+    def blocks(self) -> tuple[tuple[int, ...], ...]:
+        return decision_blocks(self.decoder.num_layers, self.pinned, self.block_size)
 
     def decided_rows(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """bool `[rows]`: all but the prompts."""
         return torch.tensor([place >= self.num_prompt_tokens for ids in sequences for place in range(len(ids))])
+
+    def roll_out(self, sequences: Sequence[Sequence[int]], choose: Choose) -> Rollout:
+        """The path of every row, decided by `choose` where the task says so."""
+        rows = self.decided_rows(sequences)
+        return roll_out(
+            self.decoder, sequences, rows, self.blocks, self.lookahead, self.compensation, self.costs, choose
+        )
+
+    def token_costs(self, rollout: Rollout) -> Tensor:
+        """The cost of each token, head and the rest included, `[rows]`."""
+        return rollout.cost_spent[-1] + self.costs.head[self.head] + self.costs.fixed
 
 
 @dataclass(frozen=True, slots=True)
 class PpoSettings:
     """`price_range` bounds λ, the price of a whole token's cost; `shaping` is the reward's w."""
 
-    price_range: tuple[float, float] = (0.2, 8.0)
+    price_range: tuple[float, float] = (0.1, 4.0)
     divergence_limit: float = 4.0
-    shaping: float = 0.3
+    shaping: float = 0.1
     gae_lambda: float = 0.95
     clip: float = 0.2
-    epochs: int = 2
-    minibatch_rows: int = 4096
-    entropy_start: float = 0.02
-    entropy_floor: float = 0.003
+    epochs: int = 3
+    minibatch_rows: int = 448
+    entropy_start: float = 0.01
+    entropy_floor: float = 0.002
     value_weight: float = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """Steps of decided rows at free layers, flattened to `[steps]` with layers outermost."""
+    """Steps of decided rows at each block, `[num_blocks, rows, …]`."""
 
     hidden: Tensor
-    layers: Tensor
     last_actions: Tensor
     cost_spent: Tensor
     log_price: Tensor
     chosen: Tensor
+    """int64 `[num_blocks, rows, block_size]`, indices into the task's actions; 0 beyond a smaller last block."""
     log_probs: Tensor
     advantages: Tensor
     returns: Tensor
@@ -84,77 +97,99 @@ class Outcome:
     agreement: float
 
 
+@dataclass(frozen=True, slots=True)
+class UpdateLosses:
+    """Means over one update."""
+
+    entropy: float
+    value_loss: float
+
+
 def collect(
-    task: Task, model: ActorCritic, sequences: Sequence[Sequence[int]], log_price: Tensor, settings: PpoSettings
+    task: Task,
+    model: ActorCritic,
+    sequences: Sequence[Sequence[int]],
+    num_paths: int,
+    log_price: Tensor,
+    settings: PpoSettings,
 ) -> tuple[Experience, Outcome]:
-    """Samples one path for every token at its row's price (`log_price` is `[rows]`) and scores it."""
-    rows = task.decided_rows(sequences)
+    """Samples `num_paths` paths for every token at its row's price (`log_price` is `[rows]`, of one path) and scores
+    them. The sequences are all of one length."""
     full = full_path(task.decoder, sequences)
-    steps: dict[int, tuple[Tensor, ...]] = {}
+    rows = task.decided_rows(sequences)
+    copies = list(sequences) * num_paths
+    log_price = log_price.repeat(num_paths)
+    decided = rows.repeat(num_paths)
+    network = model.actor.view()
+    observed: list[tuple[Tensor, ...]] = []
     numbers = torch.tensor([int(action) for action in task.actions])
+    places = {block: index for index, block in enumerate(task.blocks)}
 
-    def choose(layer: int, hidden: Tensor, last_actions: Tensor, spent: Tensor) -> Tensor:
-        layers = torch.full((len(hidden),), layer)
-        scores, values = model(hidden, layers, last_actions, spent, log_price)
-        log_probs = torch.log_softmax(scores, dim=-1)
+    def choose(block: tuple[int, ...], hidden: Tensor, last_actions: Tensor, spent: Tensor) -> Tensor:
+        scores = network.scores(places[block], hidden, last_actions, spent, log_price)
         index = torch.distributions.Categorical(logits=scores).sample()
-        taken = log_probs.gather(1, index.unsqueeze(1)).squeeze(1)
-        steps[layer] = (hidden, layers, last_actions, spent, index, taken, values)
-        return numbers[index]
+        observed.append((hidden[decided], last_actions[decided], spent[decided], index[decided]))
+        return numbers[index[:, : len(block)]].T
 
-    rollout = roll_out(
-        task.decoder, sequences, rows, task.pinned, task.lookahead, task.compensation, task.costs, choose
-    )
-    kl, agree = divergences(task.decoder, full[-1][rows], rollout.states[-1][rows], task.head)
-    price = log_price[rows].exp()
-    rewards = _rewards(task, full, rollout, rows, price, kl, settings)
-    values = torch.stack([steps[layer][6][rows] for layer in task.free_layers])
+    rollout = task.roll_out(copies, choose)
+    hidden, last_actions, spent, chosen = (torch.stack(tensors) for tensors in zip(*observed, strict=True))
+    judged = divergences(task.decoder, full[-1][rows], rollout.states[-1][decided], task.head)
+    prices = log_price[decided].expand(len(hidden), -1)
+    valid = _valid_layers(task)
+    chosen = chosen * valid.long().unsqueeze(1)
+    with torch.no_grad():
+        scores, values = model(hidden, last_actions, spent, prices)
+    log_probs = _joint_log_probs(torch.log_softmax(scores, dim=-1), chosen, valid)
+    rewards = _rewards(task, full, rollout, rows, num_paths, prices[0].exp(), judged.divergence, settings)
     advantages = _advantages(rewards, values, settings.gae_lambda)
-
-    def flat(place: int) -> Tensor:
-        return torch.cat([steps[layer][place][rows] for layer in task.free_layers])
-
     experience = Experience(
-        hidden=flat(0),
-        layers=flat(1),
-        last_actions=flat(2),
-        cost_spent=flat(3),
-        log_price=log_price[rows].repeat(len(task.free_layers)),
-        chosen=flat(4),
-        log_probs=flat(5),
-        advantages=advantages.flatten(),
-        returns=(advantages + values).flatten(),
+        hidden, last_actions, spent, prices, chosen, log_probs, advantages, returns=advantages + values
     )
-    cost = token_costs(task, rollout)[rows].mean()
-    return experience, Outcome(float(cost), float(kl.mean()), float(agree.float().mean()))
+    cost = task.token_costs(rollout)[decided].mean()
+    return experience, Outcome(float(cost), float(judged.divergence.mean()), float(judged.agrees.float().mean()))
 
 
-def token_costs(task: Task, rollout: Rollout) -> Tensor:
-    """The cost of each token, head and the rest included, `[rows]`."""
-    return rollout.cost_spent[-1] + task.costs.head[task.head] + task.costs.fixed
+def _valid_layers(task: Task) -> Tensor:
+    """bool `[num_blocks, block_size]`: False beyond the layers of a smaller last block."""
+    sizes = torch.tensor([len(block) for block in task.blocks])
+    return torch.arange(task.block_size) < sizes.unsqueeze(1)
+
+
+def _joint_log_probs(log_probs: Tensor, chosen: Tensor, valid: Tensor) -> Tensor:
+    """Of each block's chosen actions together, `[num_blocks, rows]`."""
+    taken = log_probs.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+    return (taken * valid.unsqueeze(1)).sum(-1)
 
 
 def _rewards(
-    task: Task, full: list[Tensor], rollout: Rollout, rows: Tensor, price: Tensor, kl: Tensor, settings: PpoSettings
+    task: Task,
+    full: list[Tensor],
+    rollout: Rollout,
+    rows: Tensor,
+    num_paths: int,
+    price: Tensor,
+    kl: Tensor,
+    settings: PpoSettings,
 ) -> Tensor:
-    """`[free layers, rows]`: −λ·c − w·(D after − D before) for each decision, and at the last one the divergence.
+    """`[num_blocks, rows]`: −λ·c − w·(D after − D before) for each decision, and at the last one the divergence.
 
-    D is 1 − cosine to the full path's state; it enters as a potential that ends at 0 (Ng et al. 1999), so that
-    it leads the way without moving the optimum. Divided by 0.3 + λ, so that prices weigh alike in the loss.
+    D is 1 − cosine to the full path's state; it enters as a potential that ends at 0 (Ng et al. 1999), so that it leads
+    the way without moving the optimum. The divergence counts against the mean of the token's own paths: a baseline that
+    takes out how hard the token is, which no decision changes. Divided by 0.3 + λ, so that prices weigh alike in the
+    loss.
     """
-    distance = torch.stack(
-        [
-            1 - functional.cosine_similarity(f[rows].float(), o[rows].float(), dim=-1)
-            for f, o in zip(full, rollout.states, strict=True)
-        ]
-    )
-    free = task.free_layers
-    rewards = -price * costs_by_action(task.costs)[rollout.actions[free][:, rows]]
-    ends = [*free[1:], None]
-    for step, (layer, following) in enumerate(zip(free, ends, strict=True)):
-        after = torch.zeros_like(price) if following is None else distance[following]
-        rewards[step] -= settings.shaping * (after - distance[layer])
-    rewards[-1] -= kl.clamp(max=settings.divergence_limit)
+    blocks = task.blocks
+    decided = rows.repeat(num_paths)
+    layer_costs = costs_by_action(task.costs)[rollout.actions[:, decided]]
+    distances: list[Tensor] = []
+    for block in blocks:
+        ours = rollout.states[block[0]][decided].view(num_paths, -1, full[0].shape[-1])
+        distances.append(1 - functional.cosine_similarity(full[block[0]][rows].float(), ours.float(), dim=-1).flatten())
+    distance = torch.stack([*distances, torch.zeros_like(price)])
+    rewards = torch.stack([-price * layer_costs[list(block)].sum(0) for block in blocks])
+    rewards -= settings.shaping * distance.diff(dim=0)
+    divergence = kl.clamp(max=settings.divergence_limit).view(num_paths, -1)
+    rewards[-1] -= (divergence - divergence.mean(dim=0)).flatten() if num_paths > 1 else divergence.flatten()
     return rewards / (0.3 + price)
 
 
@@ -171,40 +206,43 @@ def _advantages(rewards: Tensor, values: Tensor, gae_lambda: float) -> Tensor:
 
 
 def update(
+    task: Task,
     model: ActorCritic,
     optimizer: torch.optim.Optimizer,
     experience: Experience,
     entropy_weight: float,
     settings: PpoSettings,
     generator: torch.Generator,
-) -> None:
-    """A few epochs of clipped policy steps over the experience.
+) -> UpdateLosses:
+    """A few epochs of clipped policy steps over the experience; a minibatch holds all blocks of some tokens.
 
     Raises:
         TrainingDiverged: the loss is not finite; the parameters are as before that step.
     """
     advantages = (experience.advantages - experience.advantages.mean()) / (experience.advantages.std() + 1e-6)
-    inputs = (
-        experience.hidden,
-        experience.layers,
-        experience.last_actions,
-        experience.cost_spent,
-        experience.log_price,
-    )
+    inputs = (experience.hidden, experience.last_actions, experience.cost_spent, experience.log_price)
+    valid = _valid_layers(task)
+    sums = torch.zeros(2)
+    count = 0
     for _ in range(settings.epochs):
-        for rows in torch.randperm(len(advantages), generator=generator).split(settings.minibatch_rows):
-            scores, values = model(*(tensor[rows] for tensor in inputs))
+        for rows in torch.randperm(advantages.shape[1], generator=generator).split(settings.minibatch_rows):
+            scores, values = model(*(tensor[:, rows] for tensor in inputs))
             log_probs = torch.log_softmax(scores, dim=-1)
-            taken = log_probs.gather(1, experience.chosen[rows].unsqueeze(1)).squeeze(1)
-            ratio = (taken - experience.log_probs[rows]).exp()
+            taken = _joint_log_probs(log_probs, experience.chosen[:, rows], valid)
+            ratio = (taken - experience.log_probs[:, rows]).exp()
             clipped = ratio.clamp(1 - settings.clip, 1 + settings.clip)
-            gain = torch.minimum(ratio * advantages[rows], clipped * advantages[rows]).mean()
-            entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
-            value_loss = functional.mse_loss(values, experience.returns[rows])
-            loss = settings.value_weight * value_loss - gain - entropy_weight * entropy
+            gain = torch.minimum(ratio * advantages[:, rows], clipped * advantages[:, rows]).mean()
+            entropies = -(log_probs.exp() * log_probs).sum(-1) * valid.unsqueeze(1)
+            entropy = entropies.sum() / (valid.sum() * len(rows))
+            value_loss = functional.mse_loss(values, experience.returns[:, rows])
+            # The entropy of a block is the sum of its layers': weighed by its size, as the gain is a block's.
+            loss = settings.value_weight * value_loss - gain - entropy_weight * task.block_size * entropy
             if not loss.isfinite():
                 raise TrainingDiverged("the loss is not a number; the last checkpoint is kept")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
+            sums += torch.stack((entropy.detach(), value_loss.detach()))
+            count += 1
+    return UpdateLosses(*(sums / count).tolist())

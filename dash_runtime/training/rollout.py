@@ -16,8 +16,9 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.decoder.rows import RowBatch
 
-Choose = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""`(layer, hidden, last actions, cost spent)`, each with a row per token, to the actions as int64 numbers."""
+Choose = Callable[[tuple[int, ...], Tensor, Tensor, Tensor], Tensor]
+"""`(layers of a block, hidden, last actions, cost spent)`, the tensors with a row per token, to the actions of those
+layers as int64 numbers, `[layers, rows]`."""
 
 _LOGIT_ROWS = 128
 
@@ -61,7 +62,7 @@ def roll_out(
     decoder: Decoder,
     sequences: Sequence[Sequence[int]],
     decided_rows: Tensor,
-    pinned: frozenset[int],
+    blocks: Sequence[tuple[int, ...]],
     lookahead: int,
     compensation: Compensation,
     costs: CostTable,
@@ -69,40 +70,53 @@ def roll_out(
 ) -> Rollout:
     """Runs the tokens with the actions that `choose` takes for the rows of `decided_rows` (bool `[rows]`).
 
-    The other rows (prompts and first tokens) run in full, and so does every row in a pinned layer.
+    The other rows (prompts and first tokens) run in full, and so does every row in a layer that is in no block. A block
+    is chosen from the input of the layer `lookahead` before its first.
     """
     batch = _rows(decoder, sequences, compensation)
     full = torch.full((batch.num_rows,), int(Action.FULL))
     layer_costs = costs_by_action(costs)
+    observed = {block[0] - lookahead: block for block in blocks}
     decided: dict[int, Tensor] = {}
     states = [decoder.embed([token_id for ids in sequences for token_id in ids])]
     spent = torch.zeros(batch.num_rows)
     all_actions, all_spent = [], []
     for layer in range(decoder.num_layers):
-        actions = full if layer in pinned else decided.pop(layer)
+        actions = decided.pop(layer, full)
         spent = spent + layer_costs[actions]
-        target = layer + lookahead
-        if target < decoder.num_layers and target not in pinned:
-            chosen = choose(target, states[-1], actions, spent)
-            decided[target] = torch.where(decided_rows, chosen, full)
+        if layer in observed:
+            block = observed[layer]
+            chosen = torch.where(decided_rows, choose(block, states[-1], actions, spent), full)
+            decided.update(zip(block, chosen, strict=True))
         states.append(decoder.run_layer(layer, [Action(number) for number in actions.tolist()], states[-1], batch))
         all_actions.append(actions)
         all_spent.append(spent)
     return Rollout(states, torch.stack(all_actions), torch.stack(all_spent))
 
 
-@torch.no_grad()
-def divergences(decoder: Decoder, full: Tensor, ours: Tensor, head: Action) -> tuple[Tensor, Tensor]:
-    """KL(full-depth distribution ‖ ours) in nats, and whether both prefer the same token, for each row.
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """How far paths end from full depth, for each of their rows: KL(full-depth distribution ‖ theirs) in nats, and
+    whether both prefer the same token."""
 
-    Both are last-layer outputs, `[rows, hidden_size]`; the full path uses the full head, ours `head`.
-    """
-    kl, agree = [], []
+    divergence: Tensor
+    agrees: Tensor
+
+
+@torch.no_grad()
+def divergences(decoder: Decoder, full: Tensor, ours: Tensor, head: Action) -> Judged:
+    """Judges last-layer outputs, `[rows, hidden_size]`, where `ours` may hold several paths of the same rows, one after
+    another; the full path uses the full head, ours `head`."""
+    paths = ours.view(-1, *full.shape)
+    parts: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(full), _LOGIT_ROWS):
         rows = slice(start, start + _LOGIT_ROWS)
         count = len(full[rows])
         reference = torch.log_softmax(decoder.logits(full[rows], (Action.FULL,) * count), dim=-1)
-        adaptive = torch.log_softmax(decoder.logits(ours[rows], (head,) * count), dim=-1)
-        kl.append((reference.exp() * (reference - adaptive)).sum(-1))
-        agree.append(reference.argmax(-1) == adaptive.argmax(-1))
-    return torch.cat(kl), torch.cat(agree)
+        probabilities, best = reference.exp(), reference.argmax(-1)
+        entropy = -torch.linalg.vecdot(probabilities, reference)
+        logits = [decoder.logits(path[rows], (head,) * count) for path in paths]
+        # Σ p · (log p − log q), without a table of log q: Σ p · log q = Σ p · logits − logsumexp(logits).
+        cross = torch.stack([x.logsumexp(-1) - torch.linalg.vecdot(probabilities, x) for x in logits])
+        parts.append((cross - entropy, torch.stack([x.argmax(-1) == best for x in logits])))
+    return Judged(*(torch.cat(tensors, dim=-1).flatten() for tensors in zip(*parts, strict=True)))

@@ -184,7 +184,8 @@ def _skip(skip: generation_pb2.SkipOptions, facts: ModelFacts, settings: Setting
     policy_name = skip.policy_name if skip.HasField("policy_name") else None
     compute_budget = skip.compute_budget if skip.HasField("compute_budget") else None
     if mode is Mode.ADAPTIVE and compute_budget is None:
-        compute_budget = max(settings.default_compute_budget, facts.policy(policy_name).lowest_budget)
+        policy = facts.policy(policy_name)
+        compute_budget = max(settings.default_compute_budget or policy.recommended_budget, policy.lowest_budget)
     return SkipOptions(mode, compute_budget, policy_name, fixed_action, _optional(skip, "draft_length"))
 
 
@@ -280,5 +281,6 @@ def policy_to_pb(policy: PolicyFacts) -> model_pb2.GetPolicyResponse:
             for action, cost in sorted(policy.action_costs.items())
         ],
         lowest_budget=policy.lowest_budget,
+        recommended_budget=policy.recommended_budget,
         compensation=policy.compensation,
     )

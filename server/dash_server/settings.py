@@ -68,8 +68,11 @@ class Settings(BaseSettings):
     default_mode: Literal["full_depth", "adaptive"] = Field(
         default="adaptive", description="How actions are chosen where a request does not say"
     )
-    default_compute_budget: float = Field(
-        default=0.8, gt=0, le=1, description="Share of the full-depth cost where a request sets no budget"
+    default_compute_budget: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Share of the full-depth cost where a request sets no budget; unset: what the policy recommends",
     )
     default_max_new_tokens: int = Field(default=256, ge=1, description="max_new_tokens where a request sets none")
     max_new_tokens: int = Field(default=4096, ge=1, description="Largest max_new_tokens that is accepted")

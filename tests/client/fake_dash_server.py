@@ -208,6 +208,7 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
             pinned_layers=[0, 3],
             action_costs=[model_pb2.ActionCost(action=4, cost=1.0), model_pb2.ActionCost(action=1, cost=0.1)],
             lowest_budget=0.4,
+            recommended_budget=0.8,
             compensation="identity",
         )
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.decoder.compensation import Affine, Compensation, Identity
+from dash_runtime.decoder.compensation import Affine, Compensation, Identity, LowRank
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.kv_cache import SequenceCache
 
@@ -60,6 +60,14 @@ def some_affine(decoder: Decoder) -> Affine:
     factors = 1 + 0.1 * torch.randn(shape, generator=generator)
     offsets = 0.1 * torch.randn(shape, generator=generator)
     return Affine(factors.to(decoder.dtype), offsets.to(decoder.dtype))
+
+
+def some_low_rank(decoder: Decoder, rank: int = 4) -> LowRank:
+    generator = torch.Generator().manual_seed(3)
+    shape = (decoder.num_layers, rank, decoder.config.hidden_size)
+    down, up = (0.1 * torch.randn(shape, generator=generator) for _ in range(2))
+    offsets = 0.1 * torch.randn(shape[0], shape[2], generator=generator)
+    return LowRank(down, up.transpose(1, 2).contiguous(), offsets)
 
 
 def some_costs(num_layers: int = 6) -> CostTable:

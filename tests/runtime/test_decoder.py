@@ -8,6 +8,7 @@ import torch
 from dash_runtime.actions import Action
 from dash_runtime.decoder.compensation import Identity, Scale
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.rows import MAX_PENDING
 from tests.runtime.support import ALL_ACTIONS, full_plan, load_decoder, new_cache, run_rows, some_affine
 
 
@@ -52,17 +53,37 @@ def test_a_skipped_layer_passes_on_the_compensated_input_and_nothing_else(decode
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("skipped_rows", [1, 3])
-def test_a_skipped_layer_writes_the_keys_and_values_that_the_full_layer_would(
-    decoder: Decoder, skipped_rows: int
+@pytest.mark.parametrize("num_skipped", [1, 3, MAX_PENDING - 1, MAX_PENDING, 2 * MAX_PENDING + 3])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_keys_and_values_of_skipped_rows_are_those_of_the_full_layer_by_the_time_a_row_attends(
+    decoder: Decoder, num_skipped: int, at_once: bool
 ) -> None:
-    hidden = decoder.embed([5, 6, 7])
+    token_ids = list(range(5, 6 + num_skipped))
+    hidden = decoder.embed(token_ids)
     full, skipping = new_cache(decoder), new_cache(decoder)
-    actions = [Action.SKIP] * skipped_rows + [Action.FULL] * (3 - skipped_rows)
-    decoder.run_layer(1, [Action.FULL] * 3, hidden, decoder.rows([full], [3], [Identity()]))
-    decoder.run_layer(1, actions, hidden, decoder.rows([skipping], [3], [Identity()]))
-    assert torch.equal(full.keys[1][:, :, :3], skipping.keys[1][:, :, :3])
-    assert torch.equal(full.values[1][:, :, :3], skipping.values[1][:, :, :3])
+    decoder.run_layer(1, [Action.FULL] * len(token_ids), hidden, decoder.rows([full], [len(token_ids)], [Identity()]))
+    actions = [Action.SKIP] * num_skipped + [Action.FULL]
+    lengths = [len(token_ids)] if at_once else [1] * len(token_ids)
+    for start in range(0, len(token_ids), lengths[0]):
+        batch = decoder.rows([skipping], lengths[:1], [Identity()])
+        rows = slice(start, start + lengths[0])
+        decoder.run_layer(1, actions[rows], hidden[rows], batch)
+        assert len(skipping.pending[1]) < MAX_PENDING
+        batch.commit()
+    assert skipping.pending[1] == []
+    for own, expected in ((skipping.keys[1], full.keys[1]), (skipping.values[1], full.values[1])):
+        assert torch.equal(own[:, :, : len(token_ids)], expected[:, :, : len(token_ids)])
+
+
+@torch.inference_mode()
+def test_a_truncated_cache_forgets_the_skipped_rows_beyond_and_keeps_those_before(decoder: Decoder) -> None:
+    cache = new_cache(decoder)
+    for token_id in (5, 6, 7):
+        batch = decoder.rows([cache], [1], [Identity()])
+        decoder.run_layer(1, [Action.SKIP], decoder.embed([token_id]), batch)
+        batch.commit()
+    cache.truncate(1)
+    assert [int(row.sum() == decoder.embed([5]).sum()) for row in cache.pending[1]] == [1]
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ import torch
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import tokenizer_file
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.evaluation.controls import evaluate, greedy_skip_order
+from dash_runtime.evaluation.controls import Evaluation, greedy_skip_order
 from dash_runtime.policy.learned import Calibration, LearnedPolicy
 from dash_runtime.training.actor_critic import ActorCritic
 from dash_runtime.training.data import default_token_sequences
@@ -32,23 +32,25 @@ def sequences(tiny_folder: Path) -> list[list[int]]:
 
 
 def policy_with(decoder: Decoder, actions: tuple[Action, ...]) -> LearnedPolicy:
-    model = ActorCritic(decoder.num_layers, decoder.config.hidden_size, actions, 0)
+    model = ActorCritic(2, 2, decoder.config.hidden_size, actions, 0)
     with torch.no_grad():
         model.actor.output_weight.copy_(torch.randn_like(model.actor.output_weight))
         model.actor.output_bias.zero_()
-    calibration = Calibration(((0.5, 0.0),))
+    calibration = Calibration(((0.5, 0.0),), (0.1,), 0.5)
     affine = some_affine(decoder)
-    return LearnedPolicy("mine", model.network(), actions, EDGES, 1, Action.FULL, affine, some_costs(), calibration)
+    return LearnedPolicy("mine", model.network(), actions, EDGES, 1, 2, Action.FULL, affine, some_costs(), calibration)
 
 
 @pytest.mark.parametrize("actions", [(Action.SKIP, Action.FULL), tuple(Action)])
 def test_every_budget_has_the_policy_and_its_controls_at_about_its_cost(
     decoder: Decoder, sequences: list[list[int]], actions: tuple[Action, ...]
 ) -> None:
-    rows = evaluate(decoder, policy_with(decoder, actions), sequences, sequences[:1], [0.5, 0.9], 4)
+    evaluation = Evaluation(decoder, policy_with(decoder, actions), sequences, sequences[:1], 4)
     base = "INT4" if Action.INT4 in actions else "FULL"
-    names = ["mine", "random, same rates", f"greedy skips on {base}", f"even skips on {base}"]
-    assert [row.name for row in rows] == names * 2
+    learned, chosen = evaluation.learned(0.5)
+    rows = [learned, *evaluation.controls(0.5, learned.cost_share, chosen)]
+    static = [f"greedy static skips on {base}", f"even static skips on {base}"]
+    assert [row.name for row in rows] == ["mine", "random, same rates", *static, "early exit"]
     one_skip = some_costs().layer[Action.FULL]
     for row in rows:
         assert row.tokens == 3 * 20
@@ -62,15 +64,15 @@ def test_every_budget_has_the_policy_and_its_controls_at_about_its_cost(
 def test_the_greedy_search_starts_with_the_layer_that_costs_least_divergence(
     decoder: Decoder, sequences: list[list[int]]
 ) -> None:
-    task = Task(decoder, (Action.SKIP, Action.FULL), EDGES, 1, Action.FULL, some_affine(decoder), some_costs(), 4)
+    task = Task(decoder, (Action.SKIP, Action.FULL), EDGES, 1, 1, Action.FULL, some_affine(decoder), some_costs(), 4)
     (best,) = greedy_skip_order(task, sequences, Action.FULL)(1)
     full = full_path(decoder, sequences)
 
     def divergence(layer: int) -> float:
-        def choose(at: int, hidden: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-            return torch.full((len(hidden),), int(Action.SKIP if at == layer else Action.FULL))
+        def choose(block: tuple[int, ...], hidden: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+            return torch.full((1, len(hidden)), int(Action.SKIP if block == (layer,) else Action.FULL))
 
         return path_outcome(task, sequences, choose, full)[0].divergence
 
-    assert divergence(best) == min(divergence(layer) for layer in task.free_layers)
+    assert divergence(best) == min(divergence(layer) for (layer,) in task.blocks)
     assert len(greedy_skip_order(task, sequences, Action.FULL)(3)) == 3

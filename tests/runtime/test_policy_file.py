@@ -30,12 +30,12 @@ def policy(tiny_folder: Path) -> LearnedPolicy:
         return torch.randn(*shape, generator=generator)
 
     network = PolicyNetwork(
-        random(NUM_LAYERS, 8),
+        random(2, 8),
         random(4, 8),
         random(16, HIDDEN_SIZE + 16 + 3),
         random(16),
-        random(3, 16),
-        random(3),
+        random(2, 3, 3, 16),
+        random(2, 3, 3),
     )
     return LearnedPolicy(
         "tiny",
@@ -43,10 +43,11 @@ def policy(tiny_folder: Path) -> LearnedPolicy:
         (Action.SKIP, Action.INT4, Action.FULL),
         frozenset((0, 5)),
         1,
+        3,
         Action.INT8,
         some_affine(load_decoder(tiny_folder)),
         some_costs(),
-        Calibration(((0.5, 1.0), (0.8, 0.0), (0.9, -1.0))),
+        Calibration(((0.5, 1.0), (0.8, 0.0), (0.9, -1.0)), (0.4, 0.1, 0.02), 0.9),
     )
 
 
@@ -74,7 +75,7 @@ def some_state(rows: int = 3) -> State:
     return State(
         [Token(0, 0, 1.5)] * rows,
         hidden,
-        1,
+        0,
         (Action.SKIP, Action.FULL, Action.INT4)[:rows],
         [0.1, 0.2, 0.3][:rows],
     )
@@ -82,30 +83,31 @@ def some_state(rows: int = 3) -> State:
 
 def test_a_saved_policy_decides_as_it_did_before(policy: LearnedPolicy, file: Path, tiny_folder: Path) -> None:
     loaded = load(file, tiny_folder)
-    expected, decision = (own.start(2, some_state())() for own in (policy, loaded))
-    assert decision.actions == expected.actions
+    expected, decision = (own.start(1, some_state())() for own in (policy, loaded))
+    assert decision.plan == expected.plan
     assert decision.scores is not None
     assert expected.scores is not None
     assert torch.equal(decision.scores, expected.scores)
     assert torch.equal(
         loaded.compensation(3, torch.ones(1, HIDDEN_SIZE)), policy.compensation(3, torch.ones(1, HIDDEN_SIZE))
     )
-    plain = ("name", "actions", "pinned", "lookahead", "head", "costs", "calibration")
+    plain = ("name", "actions", "pinned", "lookahead", "block_size", "head", "costs", "calibration")
     assert [getattr(loaded, name) for name in plain] == [getattr(policy, name) for name in plain]
 
 
 def test_each_row_is_decided_from_its_own_state(policy: LearnedPolicy) -> None:
     state = some_state()
-    together = policy.start(2, state)().actions
+    together = policy.start(1, state)().plan
+    assert len(together) == 3
     for row in range(3):
         alone = State(
             state.tokens[:1],
             state.hidden[row : row + 1],
-            1,
+            0,
             state.actions[row : row + 1],
             state.cost_spent[row : row + 1],
         )
-        assert policy.start(2, alone)().actions == together[row : row + 1]
+        assert policy.start(1, alone)().plan == tuple(actions[row : row + 1] for actions in together)
 
 
 def test_a_policy_of_another_model_is_refused(file: Path, tiny_folder: Path) -> None:
@@ -142,10 +144,14 @@ def test_a_missing_truncated_or_foreign_file_is_refused_by_name(file: Path, tiny
         {"actions": ["SKIP", "INT2", "FULL"]},
         {"actions": 7},
         {"pinned": [0]},
+        {"divergences": [0.1]},
+        {"recommended_budget": 0.1},
         {"pinned": [5]},
         {"pinned": [0, 5, 99]},
         {"lookahead": 2},
         {"lookahead": 0},
+        {"block_size": 0},
+        {"block_size": 2},
         {"compensation": "magic"},
         {"compensation": "dense"},
         {"costs": {"num_layers": 6, "layer": {"FULL": 1}, "head": {"FULL": 1}, "fixed": 0}},
@@ -166,8 +172,8 @@ def test_damaged_metadata_is_refused_by_name(facts: dict[str, Any], file: Path, 
     [
         {"network.input_weight": torch.zeros(16, 7)},
         {"network.input_bias": torch.full((16,), float("nan"))},
-        {"network.output_weight": torch.zeros(3, 16, dtype=torch.bfloat16)},
-        {"network.layer_embedding": torch.zeros(4)},
+        {"network.output_weight": torch.zeros(2, 3, 3, 16, dtype=torch.bfloat16)},
+        {"network.block_embedding": torch.zeros(4)},
         {"compensation.factors": torch.zeros(NUM_LAYERS, 3)},
         {"compensation.surprise": torch.zeros(NUM_LAYERS, HIDDEN_SIZE)},
     ],
@@ -180,17 +186,18 @@ def test_tampered_tensors_are_refused_by_name(tensors: dict[str, Any], file: Pat
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(policy: LearnedPolicy, file: Path) -> None:
     before = file.read_bytes()
-    broken = replace(policy, calibration=Calibration(((object(), 0.0),)))  # type: ignore[arg-type]
+    broken = replace(policy, calibration=Calibration(((object(), 0.0),), (0.1,), 0.5))  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         save_policy(file, broken, FINGERPRINT)
     assert file.read_bytes() == before
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_a_budget_takes_the_price_of_the_largest_calibrated_budget_within_it(policy: LearnedPolicy) -> None:
+def test_a_budgets_price_lies_between_those_of_the_calibrated_budgets_around_it(policy: LearnedPolicy) -> None:
     calibration = policy.calibration
     assert calibration.lowest_budget == 0.5
-    assert calibration.price(0.85) == pytest.approx(1.0)
+    assert calibration.price(0.8) == pytest.approx(1.0)
+    assert calibration.price(0.85) == pytest.approx(0.6065, abs=1e-3)
     assert calibration.price(0.5) == pytest.approx(2.718, abs=1e-3)
     assert calibration.price(1.0) == pytest.approx(0.368, abs=1e-3)
 
@@ -198,10 +205,10 @@ def test_a_budget_takes_the_price_of_the_largest_calibrated_budget_within_it(pol
 def test_an_action_without_a_kernel_here_is_never_chosen(policy: LearnedPolicy) -> None:
     fewer = policy.without({Action.INT4})
     assert fewer.actions == (Action.SKIP, Action.FULL)
-    kept, scores = fewer.start(2, some_state())().scores, policy.start(2, some_state())().scores
+    kept, scores = fewer.start(1, some_state())().scores, policy.start(1, some_state())().scores
     assert kept is not None
     assert scores is not None
-    torch.testing.assert_close(kept, scores[:, [0, 2]])
+    torch.testing.assert_close(kept, scores[..., [0, 2]])
 
 
 def test_policies_are_found_by_the_model_they_were_made_for(file: Path) -> None:

@@ -27,6 +27,7 @@ class RecordingPolicy:
     name = "recording"
     head = Action.FULL
     compensation = Identity()
+    block_size = 1
 
     def __init__(self, lookahead: int = 1, pinned: frozenset[int] = EDGES, journal: list[Any] | None = None) -> None:
         self.lookahead = lookahead
@@ -36,7 +37,7 @@ class RecordingPolicy:
     def start(self, layer: int, state: State) -> Pending:
         self.journal.append(("decide", layer, state))
         chosen = tuple(Action.SKIP if value > 0 else Action.INT8 for value in state.hidden.float().sum(-1))
-        return lambda: Decision(chosen)
+        return lambda: Decision((chosen,))
 
 
 class JournalDecoder:
@@ -243,14 +244,14 @@ def test_a_cuda_lane_waits_for_the_state_on_its_own_stream_and_the_host_waits_fo
 
             def read() -> Decision:
                 cuda.journal.append("read")
-                return Decision((Action.SKIP,))
+                return Decision(((Action.SKIP,),))
 
             return read
 
     lane = CudaStreamLane(cuda)
     ticket = lane.submit(Policy(), 1, State([], FakeHidden(cuda), 0, (), []))  # type: ignore[arg-type]
     assert "host waits" not in cuda.journal
-    assert lane.result(ticket).actions == (Action.SKIP,)
+    assert lane.result(ticket).plan == ((Action.SKIP,),)
     lane.close()
     assert cuda.journal == [
         "record on decoder",
@@ -278,4 +279,4 @@ def test_a_cuda_stream_lane_decides_what_the_inline_lane_does() -> None:
     state = State([Token(0, 0, 1.0)] * 2, hidden, 0, (Action.FULL,) * 2, [0.0, 0.0])
     lane = CudaStreamLane()
     asynchronous = lane.result(lane.submit(RecordingPolicy(), 1, state))
-    assert asynchronous.actions == RecordingPolicy().start(1, state)().actions
+    assert asynchronous.plan == RecordingPolicy().start(1, state)().plan

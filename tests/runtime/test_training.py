@@ -8,20 +8,22 @@ import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import tokenizer_file
-from dash_runtime.decoder.compensation import Identity
+from dash_runtime.decoder.compensation import Identity, LowRank
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.engine.step import Decider, decode_step
-from dash_runtime.errors import ConfigError, PolicyFileError
-from dash_runtime.policy.learned import Calibration, LearnedPolicy
+from dash_runtime.errors import PolicyFileError
+from dash_runtime.policy.learned import Calibration, LearnedPolicy, PolicyNetwork
 from dash_runtime.policy.policy import Token
 from dash_runtime.training.actor_critic import ActorCritic
-from dash_runtime.training.data import default_token_sequences, file_token_sequences
+from dash_runtime.training.checkpoint import num_iterations_done
+from dash_runtime.training.choices import greedy_choice
+from dash_runtime.training.data import default_token_sequences
 from dash_runtime.training.linear_compensation import LinearFit, fit_low_rank
 from dash_runtime.training.ppo import PpoSettings, Task, TrainingDiverged, collect, update
 from dash_runtime.training.rollout import full_path, roll_out
 from dash_runtime.training.train import TrainSettings, calibrate, greedy_outcome, train
-from tests.runtime.support import full_plan, load_decoder, new_cache, run_rows, some_affine, some_costs
+from tests.runtime.support import full_plan, load_decoder, new_cache, run_rows, some_costs, some_low_rank
 
 ACTIONS = tuple(Action)
 PINNED = frozenset((0, 5))
@@ -37,14 +39,14 @@ def sequences(tiny_folder: Path) -> list[list[int]]:
     return default_token_sequences(tokenizer_file(tiny_folder), 12, 24)
 
 
-def make_task(decoder: Decoder, lookahead: int = 1) -> Task:
+def make_task(decoder: Decoder, lookahead: int = 1, block_size: int = 3) -> Task:
     pinned = PINNED | frozenset(range(lookahead))
-    return Task(decoder, ACTIONS, pinned, lookahead, Action.FULL, some_affine(decoder), some_costs(), 4)
+    return Task(decoder, ACTIONS, pinned, lookahead, block_size, Action.FULL, some_low_rank(decoder), some_costs(), 4)
 
 
-def make_model(decoder: Decoder, seed: int = 0, spread: float = 1.0) -> ActorCritic:
+def make_model(task: Task, seed: int = 0, spread: float = 1.0) -> ActorCritic:
     """With scores that differ enough from state to state for every action to be taken."""
-    model = ActorCritic(decoder.num_layers, decoder.config.hidden_size, ACTIONS, seed)
+    model = ActorCritic(len(task.blocks), task.block_size, task.decoder.config.hidden_size, ACTIONS, seed)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
         model.actor.output_weight.copy_(torch.randn(model.actor.output_weight.shape, generator=generator) * spread)
@@ -52,23 +54,19 @@ def make_model(decoder: Decoder, seed: int = 0, spread: float = 1.0) -> ActorCri
     return model
 
 
-@pytest.mark.parametrize("lookahead", [1, 2])
+@pytest.mark.parametrize(("lookahead", "block_size"), [(1, 1), (2, 1), (1, 3), (2, 2)])
 @torch.no_grad()
 def test_a_rollouts_actions_and_states_are_those_of_serving_for_the_same_tokens(
-    decoder: Decoder, sequences: list[list[int]], lookahead: int
+    decoder: Decoder, sequences: list[list[int]], lookahead: int, block_size: int
 ) -> None:
-    task = make_task(decoder, lookahead)
-    network = make_model(decoder).network()
+    task = make_task(decoder, lookahead, block_size)
+    network = make_model(task).network()
     policy = LearnedPolicy(
-        "p", network, ACTIONS, task.pinned, lookahead, Action.FULL, task.compensation, task.costs,
-        Calibration(((0.5, 0.0),)),
+        "p", network, ACTIONS, task.pinned, lookahead, block_size, Action.FULL, task.compensation, task.costs,
+        Calibration(((0.5, 0.0),), (0.1,), 0.5),
     )  # fmt: skip
-    numbers = torch.tensor([int(action) for action in ACTIONS])
     batch = sequences[:2]
-    rolled = roll_out(
-        decoder, batch, task.decided_rows(batch), task.pinned, lookahead, task.compensation, task.costs,
-        lambda layer, *seen: numbers[network.scores(seen[0], layer, *seen[1:], torch.zeros(len(seen[0]))).argmax(-1)],
-    )  # fmt: skip
+    rolled = task.roll_out(batch, greedy_choice(task, network, torch.tensor(0.0)))
     assert len(rolled.actions[1:5].unique()) >= 3
     for number, ids in enumerate(batch):
         cache = new_cache(decoder)
@@ -89,8 +87,8 @@ def test_prompt_rows_and_pinned_layers_run_in_full_and_cost_adds_up(
     task = make_task(decoder)
     rows = task.decided_rows(sequences[:1])
     rolled = roll_out(
-        decoder, sequences[:1], rows, task.pinned, 1, Identity(), task.costs,
-        lambda layer, hidden, *_: torch.full((len(hidden),), int(Action.SKIP)),
+        decoder, sequences[:1], rows, task.blocks, 1, Identity(), task.costs,
+        lambda block, hidden, *_: torch.full((len(block), len(hidden)), int(Action.SKIP)),
     )  # fmt: skip
     full = int(Action.FULL)
     assert (rolled.actions[:, ~rows] == full).all()
@@ -101,9 +99,9 @@ def test_prompt_rows_and_pinned_layers_run_in_full_and_cost_adds_up(
 
 
 def test_full_depth_has_no_divergence_from_itself(decoder: Decoder, sequences: list[list[int]]) -> None:
-    network = make_model(decoder).network()
+    network = make_model(make_task(decoder)).network()
     network.output_weight.zero_()
-    network.output_bias[ACTIONS.index(Action.FULL)] = 1.0
+    network.output_bias[..., ACTIONS.index(Action.FULL)] = 1.0
     outcome, _ = greedy_outcome(make_task(decoder), network, sequences[:2], 1.0)
     assert outcome.divergence == pytest.approx(0, abs=1e-5)
     assert outcome.agreement == 1
@@ -112,15 +110,15 @@ def test_full_depth_has_no_divergence_from_itself(decoder: Decoder, sequences: l
 
 def test_training_finds_the_cheap_action_when_compute_is_dear(decoder: Decoder, sequences: list[list[int]]) -> None:
     task = make_task(decoder)
-    model = make_model(decoder, spread=0.01)
+    model = make_model(task, spread=0.01)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     settings = PpoSettings(divergence_limit=0.1, minibatch_rows=128)
     log_price = torch.full((4 * 24,), 2.0)
     torch.manual_seed(0)
     before = greedy_outcome(task, model.network(), sequences[:4], 7.0)[0].cost
     for step in range(30):
-        experience, _ = collect(task, model, sequences[:4], log_price, settings)
-        update(model, optimizer, experience, 0.0, settings, torch.Generator().manual_seed(step))
+        experience, _ = collect(task, model, sequences[:4], 2, log_price, settings)
+        update(task, model, optimizer, experience, 0.0, settings, torch.Generator().manual_seed(step))
     after = greedy_outcome(task, model.network(), sequences[:4], 7.0)[0].cost
     lowest = task.costs.token_cost([Action.FULL, *[Action.SKIP] * 4, Action.FULL], Action.FULL)
     assert after < before
@@ -131,7 +129,7 @@ def test_a_stopped_run_ends_as_one_that_was_not_stopped(
     decoder: Decoder, sequences: list[list[int]], tmp_path: Path
 ) -> None:
     task = make_task(decoder)
-    settings = TrainSettings(iterations=6, sequences_per_iteration=2, checkpoint_every=2)
+    settings = TrainSettings(iterations=6, sequences_per_iteration=2, checkpoint_every=2, refits=(3, 4))
 
     class Stop(Exception):
         pass
@@ -140,14 +138,49 @@ def test_a_stopped_run_ends_as_one_that_was_not_stopped(
         if iteration == 4:
             raise Stop
 
-    whole = train(task, sequences, settings, tmp_path / "whole.safetensors", lambda *_: None)
+    def refit(current: Task, latest: LowRank, network: PolicyNetwork, seed: int) -> LowRank:
+        """Another compensation, which depends on all that a real refit does."""
+        torch.manual_seed(seed)
+        down = latest.down + network.output_bias.sum() * torch.randn(()) * 1e-3
+        return replace(latest, down=down)
+
+    whole = train(
+        task, some_low_rank(decoder), sequences, settings, tmp_path / "whole.safetensors", lambda *_: None, refit
+    )
     with pytest.raises(Stop):
-        train(task, sequences, settings, tmp_path / "stopped.safetensors", stop_at_four)
+        train(task, some_low_rank(decoder), sequences, settings, tmp_path / "stopped.safetensors", stop_at_four, refit)
     seen: list[int] = []
-    resumed = train(task, sequences, settings, tmp_path / "stopped.safetensors", lambda i, *_: seen.append(i))
+    resumed = train(
+        task,
+        some_low_rank(decoder),
+        sequences,
+        settings,
+        tmp_path / "stopped.safetensors",
+        lambda i, *_: seen.append(i),
+        refit,
+    )
     assert seen == [4, 5]
-    for name in type(whole).__slots__:
-        assert torch.equal(getattr(whole, name), getattr(resumed, name)), name
+    for name in PolicyNetwork.__slots__:
+        assert torch.equal(getattr(whole.network, name), getattr(resumed.network, name)), name
+    assert torch.equal(whole.compensation.down, resumed.compensation.down)
+    assert not torch.equal(whole.compensation.down, some_low_rank(decoder).down)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(
+    decoder: Decoder, sequences: list[list[int]], tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    settings = TrainSettings(iterations=2, sequences_per_iteration=1, checkpoint_every=1)
+
+    def take_the_folder_away(iteration: int, *_: object) -> None:
+        if iteration == 1:
+            tmp_path.rename(tmp_path.with_name("moved"))
+
+    with pytest.raises(PolicyFileError, match="cannot be written"):
+        train(make_task(decoder), some_low_rank(decoder), sequences, settings, path, take_the_folder_away)
+    tmp_path.with_name("moved").rename(tmp_path)
+    assert num_iterations_done(path) == 1
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_checkpoint_that_is_damaged_or_of_another_run_is_refused_by_name(
@@ -156,26 +189,27 @@ def test_a_checkpoint_that_is_damaged_or_of_another_run_is_refused_by_name(
     task = make_task(decoder)
     settings = TrainSettings(iterations=1, sequences_per_iteration=1)
     path = tmp_path / "checkpoint.safetensors"
-    train(task, sequences, settings, path, lambda *_: None)
+    train(task, some_low_rank(decoder), sequences, settings, path, lambda *_: None)
     with pytest.raises(PolicyFileError, match=r"checkpoint\.safetensors.*another run"):
-        train(task, sequences, replace(settings, seed=1), path, lambda *_: None)
+        train(task, some_low_rank(decoder), sequences, replace(settings, seed=1), path, lambda *_: None)
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(PolicyFileError, match=r"checkpoint\.safetensors"):
-        train(task, sequences, settings, path, lambda *_: None)
+        train(task, some_low_rank(decoder), sequences, settings, path, lambda *_: None)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(decoder: Decoder, sequences: list[list[int]]) -> None:
-    model = make_model(decoder)
+    task = make_task(decoder)
+    model = make_model(task)
     settings = PpoSettings()
-    experience, _ = collect(make_task(decoder), model, sequences[:1], torch.zeros(24), settings)
+    experience, _ = collect(task, model, sequences[:1], 2, torch.zeros(24), settings)
     broken = replace(experience, returns=experience.returns * float("nan"))
     with pytest.raises(TrainingDiverged):
-        update(model, torch.optim.Adam(model.parameters()), broken, 0.0, settings, torch.Generator())
+        update(task, model, torch.optim.Adam(model.parameters()), broken, 0.0, settings, torch.Generator())
 
 
 def test_calibrated_budgets_ascend_and_are_kept_on_the_same_text(decoder: Decoder, sequences: list[list[int]]) -> None:
     task = make_task(decoder)
-    network = make_model(decoder).network()
+    network = make_model(task).network()
     calibration = calibrate(task, network, sequences[:3])
     budgets = [budget for budget, _ in calibration.points]
     assert budgets == sorted(budgets)
@@ -209,32 +243,3 @@ def test_a_fitted_map_is_nearer_to_the_layer_than_passing_the_input_on(
     fitted = fit_low_rank(decoder, [(path, rows) for path in paths], 8)
     inputs, outputs = paths[0][2][rows], paths[0][3][rows]
     assert (fitted(2, inputs) - outputs).norm() < (inputs - outputs).norm()
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("missing.txt", None, "missing"),
-        ("short.txt", b"too short", "less text"),
-        ("binary.txt", b"\xff\xfe\x00" * 50, "cannot be read"),
-        ("broken.jsonl", b'{"text": "fine"}\n{broken\n', "line 2"),
-        ("list.jsonl", b"[1, 2]\n", "line 1"),
-    ],
-)
-def test_data_that_cannot_be_used_is_refused_by_file(
-    tiny_folder: Path, tmp_path: Path, name: str, content: bytes | None, words: str
-) -> None:
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ConfigError, match=words) as refusal:
-        file_token_sequences(path, tokenizer_file(tiny_folder), 64)
-    assert name in str(refusal.value)
-
-
-def test_a_folder_gives_the_text_of_its_files_and_of_its_records(tiny_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a" * 100)
-    (tmp_path / "b.jsonl").write_text('{"question": "' + "q" * 60 + '", "answer": "' + "r" * 60 + '", "id": 7}\n\n')
-    sequences = file_token_sequences(tmp_path, tokenizer_file(tiny_folder), 50)
-    flat = bytes(token for ids in sequences for token in ids)
-    assert flat.startswith(b"a" * 100 + b"q" * 60 + b"\n" + b"r")

@@ -169,7 +169,9 @@ class FakeWorker:
     def facts(self) -> ModelFacts:
         def policy(name: str, note: str, lowest_budget: float) -> PolicyFacts:
             costs = {Action.SKIP: 0.1, Action.INT8: 0.5, Action.FULL: 1.0}
-            return PolicyFacts(name, note, name == "learned", 1, (0, 2), costs, lowest_budget, "scale")
+            return PolicyFacts(
+                name, note, name == "learned", 1, (0, 2), costs, lowest_budget, lowest_budget + 0.05, "scale"
+            )
 
         engine = self.config.engine
         return ModelFacts(

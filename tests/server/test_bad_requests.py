@@ -248,6 +248,14 @@ async def test_chat_without_a_template_is_an_invalid_argument(tmp_path: Path, mo
         assert (await server.generate(text="ok", max_new_tokens=2)).output.text == "ok"
 
 
+async def test_a_request_without_a_budget_gets_what_its_policy_recommends(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder)) as server:
+        assert (await server.generate(text="a", max_new_tokens=1)).started.compute_budget == pytest.approx(0.95)
+        learned = Skip(mode="MODE_ADAPTIVE", policy_name="learned")
+        started = (await server.generate(text="a", max_new_tokens=1, skip=learned)).started
+        assert started.compute_budget == pytest.approx(0.55)
+
+
 async def test_the_default_budget_is_raised_to_what_the_policy_can_keep(model_folder: Path) -> None:
     async with running_server(fake_model(model_folder), default_compute_budget=0.6) as server:
         assert (await server.generate(text="a", max_new_tokens=1)).started.compute_budget == 0.9

@@ -52,7 +52,7 @@ class GetPolicyRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class GetPolicyResponse(_message.Message):
-    __slots__ = ("name", "note", "learned", "lookahead", "pinned_layers", "action_costs", "lowest_budget", "compensation")
+    __slots__ = ("name", "note", "learned", "lookahead", "pinned_layers", "action_costs", "lowest_budget", "compensation", "recommended_budget")
     NAME_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
     LEARNED_FIELD_NUMBER: _ClassVar[int]
@@ -61,6 +61,7 @@ class GetPolicyResponse(_message.Message):
     ACTION_COSTS_FIELD_NUMBER: _ClassVar[int]
     LOWEST_BUDGET_FIELD_NUMBER: _ClassVar[int]
     COMPENSATION_FIELD_NUMBER: _ClassVar[int]
+    RECOMMENDED_BUDGET_FIELD_NUMBER: _ClassVar[int]
     name: str
     note: str
     learned: bool
@@ -69,7 +70,8 @@ class GetPolicyResponse(_message.Message):
     action_costs: _containers.RepeatedCompositeFieldContainer[ActionCost]
     lowest_budget: float
     compensation: str
-    def __init__(self, name: _Optional[str] = ..., note: _Optional[str] = ..., learned: bool = ..., lookahead: _Optional[int] = ..., pinned_layers: _Optional[_Iterable[int]] = ..., action_costs: _Optional[_Iterable[_Union[ActionCost, _Mapping]]] = ..., lowest_budget: _Optional[float] = ..., compensation: _Optional[str] = ...) -> None: ...
+    recommended_budget: float
+    def __init__(self, name: _Optional[str] = ..., note: _Optional[str] = ..., learned: bool = ..., lookahead: _Optional[int] = ..., pinned_layers: _Optional[_Iterable[int]] = ..., action_costs: _Optional[_Iterable[_Union[ActionCost, _Mapping]]] = ..., lowest_budget: _Optional[float] = ..., compensation: _Optional[str] = ..., recommended_budget: _Optional[float] = ...) -> None: ...
 
 class ActionCost(_message.Message):
     __slots__ = ("action", "cost")

@@ -1,15 +1,27 @@
 """The chat template renders what transformers renders, and its failures are the caller's to know."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from dash_runtime.chat_template import ChatTemplate
+from dash_runtime.checkpoints import resolve_checkpoint
 from dash_runtime.errors import CorruptCheckpoint, InvalidRequest
-from dash_server.chat_template import ChatTemplate
-from dash_server.text import TextTokenizer
-from tests.server.server_harness import CHAT_TEMPLATE, toy_tokenizer
+from tests.runtime.gguf_files import load_tokenizer
+from tests.tiny_models import byte_tokenizer
 
+CHAT_TEMPLATE = """
+{%- for message in messages %}
+    {%- if message.role not in ['system', 'user', 'assistant'] %}
+        {{- raise_exception('unknown role ' + message.role) }}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
 TEMPLATES = {
     "chatml": CHAT_TEMPLATE,
     "llama2": """{% if messages[0]['role'] == 'system' %}
@@ -48,15 +60,14 @@ MESSAGES = [
     ("assistant", "日本語"),
     ("user", "and then?"),
 ]
+ANSWERED = [*MESSAGES, ("assistant", " <|im_start|>Then that.\n")]
 SPECIAL_TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("layout", ["file", "config"])
 def test_rendering_and_token_ids_equal_those_of_transformers(tmp_path: Path, name: str, layout: str) -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    toy_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    byte_tokenizer("<|im_start|>", "<|im_end|>", "<|probe|>").save(str(tmp_path / "tokenizer.json"))
     config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL_TOKENS}
     if layout == "file":
         (tmp_path / "chat_template.jinja").write_text(TEMPLATES[name])
@@ -64,14 +75,48 @@ def test_rendering_and_token_ids_equal_those_of_transformers(tmp_path: Path, nam
         end = {"__type": "AddedToken", "content": "<|im_end|>", "special": True}
         config |= {"chat_template": TEMPLATES[name], "eos_token": end}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    conversation = [{"role": role, "content": content} for role, content in MESSAGES]
 
-    rendered = ChatTemplate.load(tmp_path).render(MESSAGES)
+    assert_equal_to_transformers(tmp_path)
 
-    assert rendered == theirs.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    token_ids = theirs.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
-    assert TextTokenizer.load(tmp_path).encode(rendered) == token_ids
+
+@pytest.mark.embedded
+def test_rendering_and_token_ids_of_the_embedded_model_equal_those_of_transformers(embedded_cache: Path) -> None:
+    folder = resolve_checkpoint("embedded", None, embedded_cache)
+    assert_equal_to_transformers(folder)
+    ids = load_tokenizer(folder).encode(
+        ChatTemplate.load(folder).render_conversation([("user", "hi"), ("assistant", "Hello!")]),
+        add_special_tokens=False,
+    )
+    assert (ids.ids.count(1), ids.ids.count(2)) == (3, 3)  # <|im_start|> and <|im_end|>, a system message before
+
+
+def assert_equal_to_transformers(folder: Path) -> None:
+    """Prompts and whole conversations, as text and as token ids."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ours = ChatTemplate.load(folder)
+    for messages, is_prompt in ((MESSAGES, True), (ANSWERED, False)):
+        rendered = ours.render(messages) if is_prompt else ours.render_conversation(messages)
+        conversation = [{"role": role, "content": content} for role, content in messages]
+        assert rendered == theirs.apply_chat_template(conversation, tokenize=False, add_generation_prompt=is_prompt)
+        ids = theirs.apply_chat_template(conversation, add_generation_prompt=is_prompt, return_dict=False)
+        assert load_tokenizer(folder).encode(rendered, add_special_tokens=False).ids == ids
+
+
+def test_a_conversation_goes_on_from_its_prompt_to_the_end_of_the_answer() -> None:
+    template = ChatTemplate(CHAT_TEMPLATE, {})
+    prompt = template.render([("user", "hi")])
+    assert template.render_conversation([("user", "hi"), ("assistant", "yes")]) == prompt + "yes<|im_end|>\n"
+
+
+def test_a_template_is_rendered_without_torch() -> None:
+    program = (
+        "import sys; from dash_runtime.chat_template import ChatTemplate;"
+        "ChatTemplate('{{ messages[0].content }}', {}).render([('user', 'hi')]);"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def violation(template: ChatTemplate, messages: list[tuple[str, str]]) -> InvalidRequest:

@@ -1,7 +1,7 @@
 """A conversation to the text that the model was trained on, by the chat template in its folder.
 
-The result equals that of transformers' `apply_chat_template(..., add_generation_prompt=True)`. The
-template is code from a model's author, so it runs in Jinja's sandbox. Knows no tokenizer.
+The result equals that of transformers' `apply_chat_template`. The template is code from a model's author,
+so it runs in Jinja's sandbox. Knows no tokenizer. Imports no torch: the server process uses this module too.
 """
 
 import json
@@ -26,6 +26,8 @@ class ChatTemplate:
 
     def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
         """Raises jinja2.TemplateSyntaxError where `source` is not a template."""
+        self.source = source
+        """None: the model has no template."""
         self._template = _environment().from_string(source) if source is not None else None
         self._special_tokens = special_tokens
 
@@ -52,6 +54,17 @@ class ChatTemplate:
             InvalidRequest: there is no template, there are no messages, a role is empty, or the template
                 refuses the conversation.
         """
+        return self._render(messages, add_generation_prompt=True)
+
+    def render_conversation(self, messages: Sequence[tuple[str, str]]) -> str:
+        """The whole conversation of these (role, content) pairs, answers included: what training reads.
+
+        Raises:
+            InvalidRequest: as for `render`.
+        """
+        return self._render(messages, add_generation_prompt=False)
+
+    def _render(self, messages: Sequence[tuple[str, str]], *, add_generation_prompt: bool) -> str:
         if self._template is None:
             raise InvalidRequest(_FIELD, "the model has no chat template; send `text` or `token_ids`")
         if not messages:
@@ -64,7 +77,7 @@ class ChatTemplate:
                 messages=[{"role": role, "content": content} for role, content in messages],
                 tools=None,
                 documents=None,
-                add_generation_prompt=True,
+                add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
         except jinja2.TemplateError as error:

@@ -1,0 +1,139 @@
+"""Answers that an engine generates greedily, and whether they are right.
+
+Knows an engine's requests and events, and numbers in texts; knows no questions.
+"""
+
+import re
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+from dash_runtime.config import GenerationRequest, Mode, SkipOptions, StoppingParameters
+from dash_runtime.engine.engine import Engine
+from dash_runtime.engine.sequence import EndReason, EngineEvent, SequenceFinished, TokenProduced
+from dash_runtime.errors import InvalidRequest
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, without special tokens."""
+
+# A minus belongs to a number where nothing is before it to subtract from. A comma belongs to it before three digits, a
+# full stop before any.
+_NUMBER = re.compile(
+    r"(?:(?<![\w)])(?P<minus>[-−])[$€£]?)?"
+    r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]*\.[0-9]+|[0-9]+)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What was generated for one prompt. Cost and seconds are summed over its decode tokens; the decoder lost
+    `exposed_seconds` of them to the policy."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    num_decode_tokens: int
+    total_cost: float
+    decode_seconds: float
+    exposed_seconds: float
+
+
+def skip_options(budget: float | None, policy_name: str | None = None) -> SkipOptions:
+    """Full depth where `budget` is None, else ADAPTIVE by the policy of that name, or by the default one.
+
+    Raises:
+        InvalidRequest: the budget is not in (0, 1].
+    """
+    if budget is None:
+        return SkipOptions(Mode.FULL_DEPTH)
+    return SkipOptions(Mode.ADAPTIVE, compute_budget=budget, policy_name=policy_name)
+
+
+def generate(
+    engine: Engine,
+    decode: Decode,
+    prompts: Sequence[Sequence[int]],
+    skip: SkipOptions,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    *,
+    ignores_end_of_sequence: bool = False,
+) -> list[Generated]:
+    """Greedy continuations of the prompts, each up to its end of sequence, the first of the `stop` strings (which is
+    not part of it) or `max_new_tokens`. The engine must have no other work.
+
+    Raises:
+        InvalidRequest: a prompt or an option does not fit the engine; nothing was generated.
+    """
+    stopping = StoppingParameters(max_new_tokens, ignore_eos=ignores_end_of_sequence)
+    requests = [_request(engine, place, ids, stopping, skip) for place, ids in enumerate(prompts)]
+    places = {request.request_id: place for place, request in enumerate(requests)}
+    outputs: list[list[int]] = [[] for _ in requests]
+    results: dict[int, Generated] = {}
+    try:
+        for request in requests:
+            engine.submit(request)
+        while engine.has_work:
+            events: deque[EngineEvent] = deque(engine.step())
+            while events:
+                event = events.popleft()
+                output = outputs[places[event.request_id]]
+                if isinstance(event, TokenProduced):
+                    output.append(event.token_id)
+                    text = decode(output) if stop else ""
+                    if any(string in text for string in stop):
+                        events.extend(engine.stop(event.request_id))
+                elif isinstance(event, SequenceFinished):
+                    # The token that ended it is not text.
+                    ended = event.reason in (EndReason.END_OF_SEQUENCE, EndReason.STOP_TOKEN)
+                    text = _cut(decode(output[:-1] if ended else output), stop)
+                    log = event.log
+                    results[places[event.request_id]] = Generated(
+                        text,
+                        tuple(output),
+                        log.num_decode_tokens,
+                        log.total_cost,
+                        event.decode_seconds,
+                        log.exposed_ns / 1e9,
+                    )
+    finally:
+        for request in requests:
+            engine.cancel(request.request_id)
+    return [results[place] for place in range(len(requests))]
+
+
+def is_match(text: str, reference: str) -> bool:
+    """Whether both have the same last number (GSM8K's `#### 1,072` is 1072); where the reference has none, whether they
+    are the same but for case, white space and a full stop at the end."""
+    wanted = last_number(reference)
+    if wanted is not None:
+        return last_number(text) == wanted
+    return _normalised(text) == _normalised(reference)
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number written in digits, None where there is none. `1,072.50.` is 1072.5; a minus before it counts."""
+    matches = list(_NUMBER.finditer(text))
+    if not matches:
+        return None
+    value = Decimal(matches[-1]["digits"].replace(",", ""))
+    return -value if matches[-1]["minus"] else value
+
+
+def _request(
+    engine: Engine, place: int, prompt: Sequence[int], stopping: StoppingParameters, skip: SkipOptions
+) -> GenerationRequest:
+    try:
+        request = GenerationRequest(f"evaluation-{place}", list(prompt), stopping, skip=skip)
+        engine.facts.validate(request)
+    except InvalidRequest as error:
+        raise InvalidRequest(error.field, f"{error.description} (prompt {place + 1})") from None
+    return request
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    return text[: min((place for string in stop if (place := text.find(string)) >= 0), default=len(text))]
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.casefold().split()).rstrip(" .")

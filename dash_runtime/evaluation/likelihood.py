@@ -1,0 +1,166 @@
+"""Log-likelihoods of given continuations under teacher forcing, along the path that a policy takes.
+
+As in serving, the given tokens run at full depth, so the first token after them is a full-depth one. Knows rollouts;
+knows no texts but through two functions, no questions and no network's internals.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise, takewhile
+
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action, CostTable
+from dash_runtime.decoder.compensation import Compensation, Identity
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.errors import ConfigError
+from dash_runtime.training.rollout import Choose, roll_out
+
+Encode = Callable[[str], Sequence[int]]
+"""Text to token ids, with whatever the model wants in front of a text (a BOS token), and nothing after it."""
+
+_LOGIT_ROWS = 128
+"""Rows whose logits are held at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Token ids of which the first `num_given` (at least one) are given and the others (at least one) are scored."""
+
+    token_ids: Sequence[int]
+    num_given: int
+
+
+@dataclass(frozen=True, slots=True)
+class PassageScore:
+    """`log_probs` is float32 `[scored tokens]`; `is_greedy`: each of them was the likeliest; costs are summed."""
+
+    log_probs: Tensor
+    is_greedy: bool
+    num_decided: int
+    total_cost: float
+
+
+Run = Callable[[Sequence[Passage]], list[PassageScore]]
+"""Scores passages under teacher forcing, in their order."""
+
+
+def full_depth_runner(decoder: Decoder, costs: CostTable, *, context_length: int, max_rows: int = 1024) -> Run:
+    """The path without a decision."""
+
+    def choose(block: tuple[int, ...], hidden: Tensor, last_actions: Tensor, cost_spent: Tensor) -> Tensor:
+        raise AssertionError("there is no block to decide")
+
+    return rollout_runner(
+        decoder,
+        blocks=(),
+        lookahead=1,
+        compensation=Identity(),
+        costs=costs,
+        head=Action.FULL,
+        choose=choose,
+        context_length=context_length,
+        max_rows=max_rows,
+    )
+
+
+def rollout_runner(
+    decoder: Decoder,
+    *,
+    blocks: Sequence[tuple[int, ...]],
+    lookahead: int,
+    compensation: Compensation,
+    costs: CostTable,
+    head: Action,
+    choose: Choose,
+    context_length: int,
+    decides_first: bool = False,
+    max_rows: int = 1024,
+) -> Run:
+    """A path whose tokens go through the layers as `choose` decides, several passages in one rollout.
+
+    Args:
+        blocks: layers that are decided together, as `roll_out` has them; the others run in full.
+        head: precision of the head for the decided tokens; the others have the full one.
+        context_length: positions that the decoder was made for.
+        decides_first: let the policy decide the last given token too, from which the first scored one follows.
+            Serving never does.
+        max_rows: tokens in one rollout; a longer passage goes alone.
+
+    Raises (the returned function):
+        ConfigError: a passage does not fit the context.
+    """
+
+    @torch.no_grad()
+    def run_together(passages: Sequence[Passage]) -> Iterator[PassageScore]:
+        inputs = [passage.token_ids[:-1] for passage in passages]  # nothing follows the last token
+        firsts = [passage.num_given - 1 for passage in passages]
+        decided_from = [first if decides_first else first + 1 for first in firsts]
+        decided = [place >= start for ids, start in zip(inputs, decided_from, strict=True) for place in range(len(ids))]
+        rollout = roll_out(decoder, inputs, torch.tensor(decided), blocks, lookahead, compensation, costs, choose)
+        spans = list(pairwise(accumulate((len(ids) for ids in inputs), initial=0)))
+        rows = [row for first, (start, end) in zip(firsts, spans, strict=True) for row in range(start + first, end)]
+        targets = [token_id for passage in passages for token_id in passage.token_ids[passage.num_given :]]
+        heads = [head if decided[row] else Action.FULL for row in rows]
+        log_probs, is_best = _score_rows(decoder, rollout.states[-1], rows, targets, heads)
+        token_costs = rollout.cost_spent[-1].cpu() + costs.head[head] + costs.fixed
+        lengths = [len(passage.token_ids) - passage.num_given for passage in passages]
+        parts = zip(log_probs.split(lengths), is_best.split(lengths), strict=True)
+        for (own, best), (start, end), first in zip(parts, spans, decided_from, strict=True):
+            paid = token_costs[start + first : end]
+            yield PassageScore(own, bool(best.all()), len(paid), float(paid.sum()))
+
+    def run(passages: Sequence[Passage]) -> list[PassageScore]:
+        for passage in passages:
+            if len(passage.token_ids) - 1 > context_length:
+                raise ConfigError(
+                    "context_length",
+                    f"is {context_length}, but a prompt and its continuation have {len(passage.token_ids)} tokens",
+                )
+        return [score for together in _batches(passages, max_rows) for score in run_together(together)]
+
+    return run
+
+
+def _batches(passages: Sequence[Passage], max_rows: int) -> Iterator[list[Passage]]:
+    batch: list[Passage] = []
+    num_rows = 0
+    for passage in passages:
+        if batch and num_rows + len(passage.token_ids) > max_rows:
+            yield batch
+            batch, num_rows = [], 0
+        batch.append(passage)
+        num_rows += len(passage.token_ids)
+    if batch:
+        yield batch
+
+
+def _score_rows(
+    decoder: Decoder, hidden: Tensor, rows: list[int], targets: list[int], heads: list[Action]
+) -> tuple[Tensor, Tensor]:
+    """The targets' log-probabilities, and whether each is the likeliest token, on the CPU; `[len(rows)]` each."""
+    log_probs, is_best = [], []
+    for start in range(0, len(rows), _LOGIT_ROWS):
+        part = slice(start, start + _LOGIT_ROWS)
+        logits = decoder.logits(hidden[rows[part]], heads[part])
+        wanted = torch.tensor(targets[part], device=logits.device)
+        own = logits.gather(1, wanted.unsqueeze(1)).squeeze(1)
+        log_probs.append((own - logits.logsumexp(dim=-1)).cpu())
+        is_best.append((logits.argmax(dim=-1) == wanted).cpu())
+    return torch.cat(log_probs), torch.cat(is_best)
+
+
+def passage_of(encode: Encode, prompt: str, continuation: str) -> Passage:
+    """The tokens of both texts together; those scored begin where they first differ from the prompt's own.
+
+    Raises:
+        ConfigError: the prompt has no token of its own, or the continuation adds none.
+    """
+    given, together = encode(prompt), encode(prompt + continuation)
+    # A tokenizer may join the prompt's end and the continuation's beginning: that token is scored.
+    num_given = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(given, together, strict=False)))
+    if not 0 < num_given < len(together):
+        missing = "has no token of its own before" if num_given == 0 else "is not made longer by"
+        raise ConfigError("tasks", f"the prompt {prompt!r:.80} {missing} {continuation!r:.80}")
+    return Passage(together, num_given)

@@ -1,0 +1,87 @@
+"""Checkpoints of a training run: network, optimiser and compensation in one safetensors file.
+
+Written in one rename, so that a stop or a full disk leaves the last one intact. Knows tensors and files; knows no text
+and no rewards.
+"""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dash_runtime.decoder.compensation import LowRank
+from dash_runtime.errors import PolicyFileError
+from dash_runtime.training.actor_critic import ActorCritic
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What is kept beside the network and the optimiser: the iterations done, and the compensation by then."""
+
+    iteration: int
+    compensation: LowRank
+
+
+def save_checkpoint(
+    path: Path, signature: str, model: ActorCritic, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint
+) -> None:
+    """Writes the checkpoint of the run that `signature` names.
+
+    Raises:
+        PolicyFileError: it cannot be written; the one before it is intact.
+    """
+    tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
+    tensors |= {f"compensation.{name}": tensor.cpu() for name, tensor in checkpoint.compensation.tensors().items()}
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    metadata = {"signature": signature, "iteration": str(checkpoint.iteration)}
+    try:
+        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise PolicyFileError(f"checkpoint {path} cannot be written ({error}); the last one is intact") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, signature: str, model: ActorCritic, optimizer: torch.optim.Optimizer) -> Checkpoint:
+    """Reads a checkpoint of the run that `signature` names into `model` and `optimizer`.
+
+    Raises:
+        PolicyFileError: it is of another run, or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("signature") != signature:
+                raise PolicyFileError(f"checkpoint {path} is of another run; remove it, or give another --out")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        model.load_state_dict(_part(tensors, "model."))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _part(tensors, "optimizer.").items():
+            index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        return Checkpoint(int(metadata["iteration"]), LowRank(**_part(tensors, "compensation.")))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise PolicyFileError(f"checkpoint {path} cannot be read ({error}); remove it to start again") from None
+
+
+def num_iterations_done(path: Path) -> int:
+    """How far the run is whose checkpoint this is; 0 where there is none that can be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int((file.metadata() or {}).get("iteration", 0))
+    except (SafetensorError, OSError, ValueError):
+        return 0
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,57 @@
+"""Ways to choose actions in a rollout: a network's best ones, fixed plans, draws at given rates.
+
+Knows networks and rates; knows no rewards and no tables of results.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.policy.learned import PolicyNetwork
+from dash_runtime.training.ppo import Task
+from dash_runtime.training.rollout import Choose
+
+
+def greedy_choice(task: Task, network: PolicyNetwork, log_price: Tensor) -> Choose:
+    """The network's best actions at `log_price`, a number or one per row."""
+    numbers = torch.tensor([int(action) for action in task.actions])
+    places = {block: index for index, block in enumerate(task.blocks)}
+
+    def choose(block: tuple[int, ...], hidden: Tensor, last_actions: Tensor, spent: Tensor) -> Tensor:
+        prices = log_price.expand(len(hidden))
+        scores = network.scores(places[block], hidden, last_actions, spent, prices)[:, : len(block)]
+        return numbers[scores.argmax(dim=-1)].T
+
+    return choose
+
+
+def planned_choice(plan: Mapping[int, Action], otherwise: Action) -> Choose:
+    """The same plan for every token: an action by layer, `otherwise` where there is none."""
+
+    def choose(block: tuple[int, ...], hidden: Tensor, last_actions: Tensor, spent: Tensor) -> Tensor:
+        actions = torch.tensor([int(plan.get(layer, otherwise)) for layer in block])
+        return actions.unsqueeze(1).expand(-1, len(hidden))
+
+    return choose
+
+
+def skip_choice(skipped: frozenset[int], base: Action) -> Choose:
+    """Skips the same layers for every token and runs the others with `base`."""
+    return planned_choice(dict.fromkeys(skipped, Action.SKIP), base)
+
+
+def random_choice(rates: Tensor, seed: int = 0) -> Choose:
+    """Draws at rates of `[num_layers, 4]`, by Action's order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(block: tuple[int, ...], hidden: Tensor, last_actions: Tensor, spent: Tensor) -> Tensor:
+        return 1 + torch.multinomial(rates[list(block)], len(hidden), replacement=True, generator=generator)
+
+    return choose
+
+
+def action_rates(actions: Tensor) -> Tensor:
+    """How often each layer took each action, float32 `[num_layers, 4]`, from actions of `[num_layers, rows]`."""
+    return torch.stack([(actions == int(action)).float().mean(dim=1) for action in Action], dim=1)

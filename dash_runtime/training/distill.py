@@ -1,0 +1,224 @@
+"""Distils low-rank compensation end to end: what skipped layers add is trained until the whole path answers as full
+depth does, not until each layer's own delta is met.
+
+Knows which layers are skipped and the divergence that results; knows no policy and no prices.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from dash_runtime.decoder.compensation import LowRank
+from dash_runtime.errors import ConfigError
+from dash_runtime.training.gradient_path import (
+    Compensate,
+    GradientDecoder,
+    all_full,
+    fixed_gates,
+    keep_prompts,
+    pass_on,
+    row_divergences,
+    token_batch,
+)
+from dash_runtime.training.ppo import TrainingDiverged
+
+ActionsFor = Callable[[list[list[int]]], Tensor]
+"""Which layers these sequences skip: bool `[num_layers, rows]`, rows sequence by sequence. Prompt rows are ignored."""
+
+Progress = Callable[[int, float], None]
+"""`(step, mean divergence of its tokens before it, in nats)`."""
+
+
+@dataclass(frozen=True, slots=True)
+class DistillSettings:
+    """`learning_rate` is relative: every parameter is scaled so that its usual input and output have power 1.
+
+    It rises over the first `warmup_share` of the steps and then falls to `final_rate_share` of itself. The held-out
+    sequences are looked at every `evaluate_every` steps.
+    """
+
+    steps: int = 200
+    sequences_per_step: int = 8
+    learning_rate: float = 2e-4
+    seed: int = 0
+    num_prompt_tokens: int = 16
+    warmup_share: float = 0.05
+    final_rate_share: float = 0.1
+    gradient_limit: float = 1.0
+    evaluate_every: int = 25
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "sequences_per_step", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, f"must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "gradient_limit"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(name, f"must be above 0 and finite, got {getattr(self, name)}")
+        for name in ("warmup_share", "final_rate_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(name, f"must be between 0 and 1, got {getattr(self, name)}")
+        if self.num_prompt_tokens < 0:
+            raise ConfigError("num_prompt_tokens", f"must not be negative, got {self.num_prompt_tokens}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        warmth = min(1.0, (step + 1) / max(1.0, self.warmup_share * self.steps))
+        return self.learning_rate * warmth * (1 - (1 - self.final_rate_share) * step / self.steps)
+
+
+def distill_compensation(
+    decoder: GradientDecoder,
+    start: LowRank,
+    sequences: Sequence[Sequence[int]],
+    actions_for: ActionsFor,
+    settings: DistillSettings,
+    progress: Progress,
+    held_out: Sequence[Sequence[int]] = (),
+) -> LowRank:
+    """Trains `start` on `sequences`, all of one length, to a lower divergence of the paths that `actions_for` takes.
+
+    Returns those of the best evaluation on `held_out` (the start is one), or the last
+    ones where nothing is held out. `actions_for` is asked anew in every step, but only once for what is held out.
+
+    Raises:
+        ConfigError: the sequences are unusable, or `actions_for` answers in another shape.
+        TrainingDiverged: the loss or its gradient is not a number.
+    """
+    length = token_batch(sequences, settings.num_prompt_tokens).shape[1]
+    generator = torch.Generator().manual_seed(settings.seed)
+    usual = token_batch(sequences[: settings.sequences_per_step], settings.num_prompt_tokens)
+    trained = _Trained(decoder, start, usual)
+    optimizer = torch.optim.Adam(trained.parameters(), settings.learning_rate)
+    judge = _Judge(decoder, held_out, actions_for, settings) if held_out else None
+    best = trained.copy()
+    lowest = math.inf if judge is None else judge(best)
+    for step in range(settings.steps):
+        picked = torch.randperm(len(sequences), generator=generator)[: settings.sequences_per_step].tolist()
+        batch = [list(sequences[index]) for index in picked]
+        skipped = _skipped(actions_for, batch, decoder.num_layers, length)
+        loss = gated_divergence(
+            decoder, torch.tensor(batch), skipped, trained.compensation(), settings.num_prompt_tokens
+        ).mean()
+        if not loss.isfinite():
+            raise TrainingDiverged(f"the divergence in step {step} of the distillation is not a number")
+        if loss.requires_grad:  # not where nothing of the batch is skipped
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate(step)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(trained.parameters(), settings.gradient_limit)
+            if not norm.isfinite():
+                raise TrainingDiverged(f"the gradient in step {step} of the distillation is not a number")
+            optimizer.step()
+        progress(step, float(loss.detach()))
+        is_last = step + 1 == settings.steps
+        if judge is not None and ((step + 1) % settings.evaluate_every == 0 or is_last):
+            latest = trained.copy()
+            divergence = judge(latest)
+            if divergence < lowest:
+                best, lowest = latest, divergence
+    return trained.copy() if judge is None else best
+
+
+def gated_divergence(
+    decoder: GradientDecoder, token_ids: Tensor, skipped: Tensor, compensate: Compensate, num_prompt_tokens: int
+) -> Tensor:
+    """KL(full depth ‖ the path that skips) in nats for each decided token, float32 `[batch, length − prompt]`.
+
+    `skipped` is bool `[num_layers, batch · length]`. Differentiable in the compensation.
+    """
+    with torch.no_grad():
+        full = decoder.run(token_ids, all_full, pass_on)
+    gates = keep_prompts(fixed_gates(skipped.view(decoder.num_layers, *token_ids.shape)), num_prompt_tokens)
+    ours = decoder.run(token_ids, gates, compensate)
+    full, ours = full[:, num_prompt_tokens:], ours[:, num_prompt_tokens:]
+    return row_divergences(decoder, full.flatten(0, 1), ours.flatten(0, 1)).view(ours.shape[:2])
+
+
+class _Trained(nn.Module):
+    """float32 parameters of a `LowRank`, divided by the usual size of what they meet and make.
+
+    A model's channels differ in size by factors of a thousand, and Adam moves every parameter by the same amount: one
+    learning rate suits all of them only once the sizes are taken out.
+    """
+
+    def __init__(self, decoder: GradientDecoder, start: LowRank, token_ids: Tensor) -> None:
+        super().__init__()
+        inputs, deltas, codes = _usual_sizes(decoder, start, token_ids)
+        self.down_scale = codes.unsqueeze(2) / inputs.unsqueeze(1)  # [num_layers, rank, hidden_size]
+        self.up_scale = deltas.unsqueeze(2) / codes.unsqueeze(1)  # [num_layers, hidden_size, rank]
+        self.offset_scale = deltas
+        self.down = nn.Parameter(start.down.to(decoder.device).float() / self.down_scale)
+        self.up = nn.Parameter(start.up.to(decoder.device).float() / self.up_scale)
+        self.offsets = nn.Parameter(start.offsets.to(decoder.device).float() / self.offset_scale)
+
+    def compensation(self) -> LowRank:
+        """What serving would run with the present parameters; gradients flow through it."""
+        return LowRank(self.down * self.down_scale, self.up * self.up_scale, self.offsets * self.offset_scale)
+
+    @torch.no_grad()
+    def copy(self) -> LowRank:
+        return self.compensation()
+
+
+@torch.no_grad()
+def _usual_sizes(decoder: GradientDecoder, start: LowRank, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Root mean squares along the full path, per layer: of each input channel and each channel of the layer's delta,
+    `[num_layers, hidden_size]`, and of what each row of `start.down` makes, `[num_layers, rank]`."""
+    states: list[Tensor] = []
+
+    def record(layer: int, hidden: Tensor) -> None:
+        states.append(hidden.flatten(0, 1).float())
+
+    states.append(decoder.run(token_ids, record, pass_on).flatten(0, 1).float())
+    inputs = torch.stack([_size(state) for state in states[:-1]])
+    deltas = torch.stack([_size(after - before) for before, after in pairwise(states)])
+    down = start.down.to(decoder.device).float()
+    codes = torch.stack([_size(state @ rows.T) for state, rows in zip(states[:-1], down, strict=True)])
+    return inputs, deltas, codes
+
+
+def _size(rows: Tensor) -> Tensor:
+    """Per column; columns that are nearly or wholly zero count as small, but never as nothing."""
+    size = rows.square().mean(dim=0).sqrt()
+    floor = 1e-3 * size.mean()
+    return size.clamp_min(float(floor)) if floor > 0 else torch.ones_like(size)
+
+
+class _Judge:
+    """The mean divergence on sequences that are not trained on, with the plans of the start."""
+
+    def __init__(
+        self,
+        decoder: GradientDecoder,
+        held_out: Sequence[Sequence[int]],
+        actions_for: ActionsFor,
+        settings: DistillSettings,
+    ) -> None:
+        self._decoder = decoder
+        self._num_prompt_tokens = settings.num_prompt_tokens
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        for first in range(0, len(held_out), settings.sequences_per_step):
+            batch = [list(ids) for ids in held_out[first : first + settings.sequences_per_step]]
+            token_ids = token_batch(batch, settings.num_prompt_tokens)
+            self._parts.append((token_ids, _skipped(actions_for, batch, decoder.num_layers, token_ids.shape[1])))
+
+    @torch.no_grad()
+    def __call__(self, compensation: LowRank) -> float:
+        parts = [
+            gated_divergence(self._decoder, token_ids, skipped, compensation, self._num_prompt_tokens).flatten()
+            for token_ids, skipped in self._parts
+        ]
+        return float(torch.cat(parts).mean())
+
+
+def _skipped(actions_for: ActionsFor, batch: list[list[int]], num_layers: int, length: int) -> Tensor:
+    skipped = actions_for(batch)
+    expected = (num_layers, len(batch) * length)
+    if skipped.dtype is not torch.bool or tuple(skipped.shape) != expected:
+        raise ConfigError("actions_for", f"must answer bool {expected}, got {skipped.dtype} {tuple(skipped.shape)}")
+    return skipped

@@ -1,0 +1,116 @@
+"""The compensation ladder on one model: what each rung costs, takes in a file, and buys.
+
+Every rung is fitted on the same text and judged on the same other text, under the same random skips. Knows rungs and
+costs; knows no learned policy and no files.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.decoder.compensation import Compensation, Identity, LowRank, packed
+from dash_runtime.decoder.measure import measure_costs
+from dash_runtime.training.choices import random_choice
+from dash_runtime.training.distill import DistillSettings, distill_compensation
+from dash_runtime.training.fit_compensation import fit_compensation
+from dash_runtime.training.gradient_path import GradientDecoder
+from dash_runtime.training.linear_compensation import LinearFit
+from dash_runtime.training.ppo import Task
+from dash_runtime.training.rollout import full_path
+from dash_runtime.training.train import path_outcome
+
+SKIPS_PER_TOKEN = 3.5
+"""What a budget of about 0.9 leaves out of the embedded model."""
+_FIT_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """`cost` is that of one skip over a full layer; `divergence` under random skips, `SKIPS_PER_TOKEN` on average."""
+
+    name: str
+    cost: float
+    divergence: float
+    kilobytes: float
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def fit_linear(task: Task, sequences: Sequence[Sequence[int]]) -> LinearFit:
+    """The sums that the linear rungs are solved from, along the full path; each sequence's first token is left out."""
+    fit = LinearFit(task.decoder)
+    for start in range(0, len(sequences), _FIT_BATCH):
+        batch = sequences[start : start + _FIT_BATCH]
+        path = full_path(task.decoder, batch)
+        rows = torch.tensor([place > 0 for ids in batch for place in range(len(ids))])
+        for layer in range(task.decoder.num_layers):
+            fit.add(layer, path[layer][rows], path[layer + 1][rows])
+    return fit
+
+
+def climb(
+    task: Task,
+    decoder: GradientDecoder,
+    fitting: Sequence[Sequence[int]],
+    held_out: Sequence[Sequence[int]],
+    ranks: Sequence[int],
+    distillation: DistillSettings,
+    progress: Callable[[str], None],
+) -> Iterator[tuple[Rung, Compensation]]:
+    """Each rung of the ladder, the distilled one last: it starts from the largest of `ranks`."""
+    closed_form = fit_compensation(task.decoder, fitting[:_FIT_BATCH])
+    linear = fit_linear(task, fitting)
+    low_rank = {rank: linear.low_rank(rank) for rank in ranks}
+    rungs: dict[str, Compensation] = {"identity": Identity(), "scale": closed_form.scale, "affine": closed_form.affine}
+    dtype = task.decoder.dtype
+    rungs |= {f"low rank {rank}": packed(rung, dtype) for rank, rung in low_rank.items()}
+    rungs["dense"] = linear.dense()
+    for name, compensation in rungs.items():
+        progress(f"judging {name}")
+        yield _judge(name, task, compensation, held_out), compensation
+    largest = max(ranks)
+    distilled = _distil(task, decoder, low_rank[largest], fitting, distillation, progress)
+    yield _judge(f"low rank {largest}, distilled", task, packed(distilled, dtype), held_out), distilled
+
+
+def _rates(task: Task) -> Tensor:
+    """`[num_layers, 4]`: every free layer is skipped equally often, and runs in full otherwise."""
+    free = [layer for block in task.blocks for layer in block]
+    rates = torch.zeros(task.decoder.num_layers, len(Action))
+    rates[:, Action.FULL - 1] = 1
+    rates[free, Action.SKIP - 1] = SKIPS_PER_TOKEN / len(free)
+    rates[free, Action.FULL - 1] = 1 - SKIPS_PER_TOKEN / len(free)
+    return rates
+
+
+def _judge(name: str, task: Task, compensation: Compensation, held_out: Sequence[Sequence[int]]) -> Rung:
+    own = replace(task, compensation=compensation)
+    outcome, _ = path_outcome(own, held_out, random_choice(_rates(task)))
+    layer = measure_costs(task.decoder, compensation).layer
+    size = sum(tensor.nbytes for tensor in compensation.tensors().values())
+    return Rung(name, layer[Action.SKIP] / layer[Action.FULL], outcome.divergence, size / 1000)
+
+
+def _distil(
+    task: Task,
+    decoder: GradientDecoder,
+    start: LowRank,
+    sequences: Sequence[Sequence[int]],
+    settings: DistillSettings,
+    progress: Callable[[str], None],
+) -> LowRank:
+    choose = random_choice(_rates(task), settings.seed)
+
+    def skipped(batch: list[list[int]]) -> Tensor:
+        served = replace(task, compensation=packed(start, task.decoder.dtype))
+        return served.roll_out(batch, choose).actions == int(Action.SKIP)
+
+    def report(step: int, divergence: float) -> None:
+        if step % 20 == 0:
+            progress(f"distilling, step {step} of {settings.steps}: divergence {divergence:.3f}")
+
+    return distill_compensation(decoder, start, sequences, skipped, settings, report)

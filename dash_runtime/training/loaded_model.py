@@ -1,0 +1,113 @@
+"""A checkpoint opened for training and evaluation, with its text. Knows files and decoders; knows no policies."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from dash_runtime.actions import Action
+from dash_runtime.chat_template import ChatTemplate
+from dash_runtime.checkpoints import (
+    check_weights,
+    load_model_config,
+    open_weights,
+    resolve_checkpoint,
+    tokenizer_file,
+)
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.quantization import supported_actions
+from dash_runtime.engine.build import find_device, matrix_shapes
+from dash_runtime.errors import ConfigError
+from dash_runtime.policy.policy_file import model_fingerprint
+from dash_runtime.training.data import file_token_sequences, load_tokenizer
+from dash_runtime.training.gradient_path import GradientDecoder
+from dash_runtime.training.self_text import default_training_sequences
+
+SEQUENCE_LENGTH = 128
+MAX_SEQUENCES = 1200
+_CONTEXT_LENGTH = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which checkpoint, where, and on which text; `data` None is the default text."""
+
+    model: str
+    revision: str | None
+    device: str
+    cache_folder: Path
+    data: Path | None
+
+
+class LoadedModel:
+    """Config, tokenizer and decoder of one checkpoint, in bfloat16.
+
+    Args:
+        actions: those to pack kernels for, FULL among them; None for all that the device has.
+
+    Raises:
+        ConfigError: an action has no kernel here, or the device does not exist.
+        DashRuntimeError: the checkpoint cannot be used.
+    """
+
+    def __init__(
+        self, options: ModelOptions, progress: Callable[[str], None], actions: Sequence[Action] | None = None
+    ) -> None:
+        self._options = options
+        self._progress = progress
+        self.folder = resolve_checkpoint(options.model, options.revision, options.cache_folder, progress)
+        self.config = load_model_config(self.folder)
+        self._weights = open_weights(self.folder)
+        check_weights(self._weights, self.config)
+        self.device = find_device(options.device)
+        supported = supported_actions(self.device, torch.bfloat16, matrix_shapes(self.config))
+        wanted = tuple(supported if actions is None else actions)
+        if not set(wanted) <= set(supported):
+            raise ConfigError("actions", f"must be among {', '.join(action.name for action in supported)}")
+        self.context_length = min(_CONTEXT_LENGTH, self.config.context_length)
+        self.decoder = Decoder(
+            self.config,
+            self._weights,
+            wanted,
+            dtype=torch.bfloat16,
+            device=self.device,
+            context_length=self.context_length,
+        )
+        self.fingerprint = model_fingerprint(self.config, self._weights)
+
+    @cached_property
+    def gradient_decoder(self) -> GradientDecoder:
+        """The same model for passes with a gradient."""
+        return GradientDecoder(self.config, self._weights, device=self.device)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(tokenizer_file(self.folder))
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        return ChatTemplate.load(self.folder)
+
+    def sequences(self) -> list[list[int]]:
+        """Token ids of the chosen text, `SEQUENCE_LENGTH` each, `MAX_SEQUENCES` at most.
+
+        Raises:
+            ConfigError: the text cannot be used.
+        """
+        tokenizer, data = tokenizer_file(self.folder), self._options.data
+        if data is not None:
+            return file_token_sequences(data, tokenizer, SEQUENCE_LENGTH, self.chat_template)[:MAX_SEQUENCES]
+        return default_training_sequences(
+            self.decoder,
+            tokenizer,
+            self.chat_template,
+            self.config.eos_token_ids,
+            MAX_SEQUENCES,
+            SEQUENCE_LENGTH,
+            self._options.cache_folder / "training" / f"self-text-{self.fingerprint[:16]}.safetensors",
+            self._progress,
+            fingerprint=self.fingerprint,
+        )

@@ -1,0 +1,118 @@
+"""What a person sees while a policy is trained: a bar on a terminal, a line every so often elsewhere.
+
+Knows the figures and the terminal; knows no training and no files.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+_LINE_EVERY = 10
+
+
+class ProgressDisplay:
+    """Shows how far training is; a context manager. One iteration is one step of `total`.
+
+    On a terminal it is a bar with the time that is left, where tqdm is installed; on anything else a line every ten
+    iterations and at the last. A stream that takes no more text ends the display, never the training.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        start_iteration: int = 0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`start_iteration` is where a resumed run goes on, `stream` stderr unless told, `clock` in seconds."""
+        self._total = total
+        self._start_iteration = start_iteration
+        self._stream = sys.stderr if stream is None else stream
+        self._clock = clock
+        self._started = clock()
+        self._price_sign = "λ" if _can_show("λ", self._stream) else "price"
+        self._bar: Any = None
+        self._broken = False
+
+    def __enter__(self) -> Self:
+        self._started = self._clock()
+        if self._stream.isatty():
+            self._show(self._open_bar)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # After Ctrl-C too: the bar stays as a whole line, and what is written next begins on one of its own.
+        if self._bar is not None:
+            with contextlib.suppress(OSError):
+                self._bar.close()
+            self._bar = None
+
+    def update(self, iteration: int, price: float, cost: float, divergence: float, entropy: float) -> None:
+        """Shows that `iteration` (from 0) is done. `price` is the mean λ, `cost` the share of the full-depth token,
+        `divergence` in nats per token, `entropy` in nats per decision."""
+        done = iteration + 1
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"{self._price_sign} {price:.2f} cost {cost:.3f} divergence {divergence:.3f} entropy {entropy:.2f}",
+                refresh=False,
+            )
+            self._show(lambda: self._bar.update(done - self._bar.n))
+        elif done % _LINE_EVERY == 0 or done == self._total:
+            seconds = self._clock() - self._started
+            self._show(
+                lambda: self._write(
+                    f"{done:5} of {self._total}  {self._price_sign} {price:.2f}  cost {cost:.3f}  "
+                    f"divergence {divergence:.3f}  {seconds:.0f} s"
+                )
+            )
+
+    def note(self, text: str) -> None:
+        """Writes a line of its own, above the bar where there is one."""
+        if self._bar is None:
+            self._show(lambda: self._write(text))
+        else:
+            self._show(lambda: self._bar.write(text, file=self._stream))
+
+    def _open_bar(self) -> None:
+        self._bar = _bar(self._total, self._start_iteration, self._stream)
+
+    def _write(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def _show(self, draw: Callable[[], object]) -> None:
+        if self._broken:
+            return
+        try:
+            draw()
+        except OSError:
+            self._broken = True
+
+
+def _bar(total: int, start_iteration: int, stream: TextIO) -> Any:
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        return None
+    return tqdm(
+        total=total,
+        initial=start_iteration,
+        file=stream,
+        dynamic_ncols=True,
+        # An iteration takes seconds: each is worth a new picture.
+        miniters=1,
+        bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}",
+    )
+
+
+def _can_show(text: str, stream: TextIO) -> bool:
+    try:
+        text.encode(getattr(stream, "encoding", None) or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True

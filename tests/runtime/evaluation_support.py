@@ -1,0 +1,75 @@
+"""What the evaluation's tests need: both ways to run, an engine, and transformers to compare with."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from dash_runtime.actions import Action
+from dash_runtime.config import EngineConfig, ModelFacts
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.engine.engine import Engine
+from dash_runtime.engine.lanes import InlineLane
+from dash_runtime.evaluation.likelihood import Run, full_depth_runner, rollout_runner
+from dash_runtime.policy.catalog import PolicyCatalog
+from tests.runtime.support import ALL_ACTIONS, some_affine, some_costs
+from tests.tiny_models import NUM_LAYERS
+
+CONTEXT = 128
+FREE_LAYERS = tuple((layer,) for layer in range(1, NUM_LAYERS - 1))
+
+Reference = Callable[[Sequence[int]], torch.Tensor]
+"""Token ids to log-probabilities, `[tokens, vocab_size]`."""
+
+
+def load_reference(folder: Path) -> Reference:
+    """The model by transformers."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    @torch.inference_mode()
+    def log_probs(token_ids: Sequence[int]) -> torch.Tensor:
+        return model(torch.tensor([list(token_ids)])).logits[0].log_softmax(dim=-1)
+
+    return log_probs
+
+
+def encode(text: str) -> list[int]:
+    """The tiny models' tokenizer: a token is a byte."""
+    return list(text.encode())
+
+
+def decode(token_ids: Sequence[int]) -> str:
+    return bytes(token_id for token_id in token_ids if token_id < 256).decode(errors="replace")
+
+
+def full_depth(decoder: Decoder, **options: int) -> Run:
+    return full_depth_runner(decoder, some_costs(), **{"context_length": CONTEXT, **options})
+
+
+def runner_of(decoder: Decoder, action: Action, **options: Any) -> Run:
+    """Takes one action wherever there is a choice."""
+
+    def choose(block: tuple[int, ...], hidden: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(block), len(hidden)), int(action))
+
+    rules: dict[str, Any] = {
+        "blocks": FREE_LAYERS,
+        "lookahead": 1,
+        "compensation": some_affine(decoder),
+        "costs": some_costs(),
+        "head": Action.FULL,
+        "context_length": CONTEXT,
+    }
+    return rollout_runner(decoder, choose=choose, **(rules | options))
+
+
+def make_engine(decoder: Decoder, eos: frozenset[int] = frozenset()) -> Engine:
+    config = EngineConfig(num_slots=2)
+    catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, some_affine(decoder), (), 0.8)
+    facts = ModelFacts(
+        "tiny", "LlamaForCausalLM", NUM_LAYERS, 260, CONTEXT, config.cache_tokens, config.num_slots, eos, ALL_ACTIONS,
+        catalog.facts(), "CPU",
+    )  # fmt: skip
+    return Engine(decoder, catalog, InlineLane(), facts, config)

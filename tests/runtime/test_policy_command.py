@@ -1,0 +1,136 @@
+"""The `dash-policy` command from text to table, on a tiny model; and what it says to what it cannot use."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dash_runtime.training.cli import main
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"Line {number} says something of its own.\n" for number in range(180)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "mine"
+    assert main(train_arguments(tiny_folder, text, out)) == 0
+    return out
+
+
+def train_arguments(model: Path, text: Path, out: Path, *more: str) -> list[str]:
+    small = ["--iterations", "5", "--rank", "4", "--refit-steps", "2", "--block-size", "2", "--actions", "skip,full"]
+    return ["train", *common(model, text), "--out", str(out), *small, *more]
+
+
+def common(model: Path, text: Path) -> list[str]:
+    return ["--model", str(model), "--data", str(text), "--device", "cpu"]
+
+
+def test_a_run_leaves_policy_curve_and_plot_and_goes_on_where_it_was(
+    trained: Path, tiny_folder: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert {"policy.safetensors", "checkpoint.safetensors", "training.jsonl", "curve.json", "costs.json"} <= names
+    rows = [json.loads(line) for line in (trained / "training.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 4]
+    before = (trained / "policy.safetensors").read_bytes()
+    assert main(train_arguments(tiny_folder, text, trained)) == 0
+    assert (trained / "policy.safetensors").read_bytes() == before
+    assert main(train_arguments(tiny_folder, text, trained, "--seed", "1")) == 2
+    assert "another run" in capsys.readouterr().err
+
+
+def test_evaluation_shows_policy_and_controls_in_the_table_and_in_json(
+    trained: Path, tiny_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text('{"question": "Which?", "choices": ["this", "that one"], "answer": 1}\n')
+    arguments = ["--policy", str(trained / "policy.safetensors"), "--budgets", "1.0,0.99", "--sequences", "4"]
+    more = ["--refit-controls", "1", "--tasks", str(tasks), "--json", str(tmp_path / "rows.json")]
+    assert main(["evaluate", *common(tiny_folder, text), *arguments, *more]) == 0
+    printed = capsys.readouterr().out
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    table = [row for row in rows if "divergence" in row]
+    assert {"name", "actions", "budget", "cost_share", "divergence", "agreement", "tokens"} <= set(table[0])
+    assert [row["name"] for row in table[:6]] == [
+        "learned",
+        "random, same rates",
+        "greedy static skips on FULL",
+        "even static skips on FULL",
+        "greedy static skips on FULL, refitted",
+        "early exit",
+    ]
+    assert len(table) == 12
+    accuracies = [row for row in rows if "metric" in row]
+    assert [row["budget"] for row in accuracies] == [None, None, 1.0, 1.0, 0.99, 0.99]
+    for row in table:
+        assert row["name"] in printed
+
+
+def test_the_ladder_has_every_rung_and_its_last_one_can_be_trained_from(
+    tiny_folder: Path, text: Path, tmp_path: Path
+) -> None:
+    small = ["--ranks", "2", "4", "--distill-steps", "2"]
+    assert main(["fit", *common(tiny_folder, text), "--out", str(tmp_path / "fit"), *small]) == 0
+    rungs = json.loads((tmp_path / "fit" / "ladder.json").read_text())
+    names = ["identity", "scale", "affine", "low rank 2", "low rank 4", "dense", "low rank 4, distilled"]
+    assert [rung["name"] for rung in rungs] == names
+    start = ["--compensation", str(tmp_path / "fit" / "compensation.safetensors")]
+    assert main(train_arguments(tiny_folder, text, tmp_path / "run", *start)) == 0
+
+
+def test_the_straight_through_control_is_a_policy_file_too(
+    tiny_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(train_arguments(tiny_folder, text, tmp_path, "--learner", "straight-through")) == 0
+    capsys.readouterr()
+    assert main(["inspect", *common(tiny_folder, text), "--policy", str(tmp_path / "policy.safetensors")]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["actions"] == ["SKIP", "FULL"]
+    assert facts["block_size"] == 2
+
+
+def test_calibrating_writes_another_file_with_its_own_budgets(trained: Path, tiny_folder: Path, text: Path) -> None:
+    out = trained.parent / "calibrated.safetensors"
+    arguments = ["--policy", str(trained / "policy.safetensors"), "--out", str(out), "--sequences", "4"]
+    assert main(["calibrate", *common(tiny_folder, text), *arguments]) == 0
+    assert out.stat().st_size == pytest.approx((trained / "policy.safetensors").stat().st_size, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["train", "--out", "{tmp}/x", "--data", "{tmp}/nowhere.txt"], "data"),
+        (["train", "--out", "{tmp}/x", "--data", "{tmp}/short.txt"], "data"),
+        (["evaluate", "--policy", "{tmp}/nowhere.safetensors"], "nowhere.safetensors"),
+        (["evaluate", "--policy", "{tmp}/broken.safetensors"], "broken.safetensors"),
+        (["evaluate"], "none is shipped"),
+        (["train", "--out", "{tmp}/x", "--compensation", "{tmp}/broken.safetensors"], "broken.safetensors"),
+    ],
+)
+def test_what_cannot_be_used_is_named_in_one_line(
+    command: list[str], words: str, tiny_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "short.txt").write_text("short")
+    (tmp_path / "broken.safetensors").write_bytes(b"not a tensor file")
+    filled = [part.format(tmp=tmp_path) for part in command]
+    data = [] if "--data" in filled else ["--data", str(text)]
+    assert main([*filled, "--model", str(tiny_folder), "--device", "cpu", *data]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dash-policy: ")
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--actions", "skip"], ["--actions", "skip,none"], ["--iterations", "0"], ["--refit-steps", "-1"]]
+)
+def test_options_out_of_range_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--out", "nowhere", *arguments])
+    assert end.value.code == 2
+    assert arguments[0].lstrip("-").split("-")[0] in capsys.readouterr().err
