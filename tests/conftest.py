@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dash_runtime.checkpoints import default_cache_folder
+from dash_runtime.checkpoints import default_cache_folder, resolve_checkpoint
 from tests.tiny_models import save_tiny_model
 
 
@@ -19,3 +19,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def embedded_cache() -> Path:
     """The user's own cache folder, so that the embedded model is converted once and not per run."""
     return default_cache_folder(os.environ)
+
+
+@pytest.fixture(scope="session")
+def embedded_folder(embedded_cache: Path) -> Path:
+    """The embedded model, converted."""
+    return resolve_checkpoint("embedded", None, embedded_cache)

@@ -47,7 +47,9 @@ def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _R
     for round_number in range(rounds + 1):
         others = [action for action in decoder.actions if action is not Action.SKIP]
         measured: list[tuple[list[float], Callable[[], object]]] = [
-            *((layer_seconds[action], partial(run_layers, action)) for action in others),
+            *((layer_seconds[action], partial(run_layers, action)) for action in others[:-1]),
+            ([], partial(run_layers, Action.FULL)),  # both FULL passes follow one, for what that leaves in the caches
+            (layer_seconds[Action.FULL], partial(run_layers, Action.FULL)),
             (layer_seconds[Action.SKIP], partial(run_layers, Action.SKIP)),
             (late_seconds, partial(run_layers, Action.FULL)),
             *((head_seconds[head], partial(decoder.logits, hidden, (head,))) for head in decoder.heads),

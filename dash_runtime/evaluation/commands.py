@@ -24,6 +24,7 @@ from dash_runtime.evaluation.plots import ParetoPoint, has_matplotlib, plot_acti
 from dash_runtime.evaluation.quality import Accuracy, question_and_answer, score_answers, score_choices
 from dash_runtime.evaluation.serving import measure_serving, own_text
 from dash_runtime.evaluation.task_files import ChoiceQuestion, OpenQuestion, read_tasks
+from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy_file import find_policies, load_policy, save_policy
@@ -99,7 +100,7 @@ def run_inspect(options: argparse.Namespace) -> None:
             "head": policy.head.name,
             "compensation": policy.compensation.kind.value,
             "layer_costs": {action.name: round(cost / layer[Action.FULL], 4) for action, cost in layer.items()},
-            "multiply_adds_share": round(_multiply_adds_share(policy, model), 5),
+            "multiply_adds_share": round(multiply_adds_share(policy, model.config), 5),
             "recommended_budget": round(policy.calibration.recommended_budget, 4),
             "calibration": [
                 {"budget": round(budget, 4), "price": round(math.exp(log_price), 4), "divergence": round(divergence, 4)}
@@ -124,9 +125,9 @@ def _policies(options: argparse.Namespace, model: LoadedModel) -> list[LearnedPo
     return policies
 
 
-def _multiply_adds_share(policy: LearnedPolicy, model: LoadedModel) -> float:
+def multiply_adds_share(policy: LearnedPolicy, config: ModelConfig) -> float:
     """Multiply-adds of the policy for one layer's decision over those of a full layer's matrices."""
-    config, network = model.config, policy.network
+    network = policy.network
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     layer = config.hidden_size * (2 * query + 2 * key + 3 * config.intermediate_size)
     width, block_size = network.input_bias.shape[0], policy.block_size

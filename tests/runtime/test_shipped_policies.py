@@ -1,0 +1,49 @@
+"""The policies that come with the package: for the embedded model, small, and each with its card."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dash_runtime.actions import Action
+from dash_runtime.checkpoints import load_model_config, open_weights
+from dash_runtime.engine.build import SHIPPED_POLICIES
+from dash_runtime.evaluation.commands import multiply_adds_share
+from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
+from tests.runtime.support import CPU
+
+pytestmark = pytest.mark.embedded
+
+
+@pytest.fixture(scope="module")
+def shipped(embedded_folder: Path) -> list[tuple[Path, LearnedPolicy]]:
+    config = load_model_config(embedded_folder)
+    fingerprint = model_fingerprint(config, open_weights(embedded_folder))
+    files = find_policies(SHIPPED_POLICIES, fingerprint)
+    return [(file, load_policy(file, config, fingerprint, dtype=torch.bfloat16, device=CPU)) for file in files]
+
+
+def test_the_default_policy_has_all_actions_and_the_other_only_skips(shipped: list[tuple[Path, LearnedPolicy]]) -> None:
+    assert [policy.actions for _, policy in shipped] == [tuple(Action), (Action.SKIP, Action.FULL)]
+
+
+def test_each_is_small_is_cheap_to_evaluate_and_has_a_card_with_its_command(
+    shipped: list[tuple[Path, LearnedPolicy]], embedded_folder: Path
+) -> None:
+    config = load_model_config(embedded_folder)
+    for file, policy in shipped:
+        assert file.stat().st_size < 4_000_000
+        assert multiply_adds_share(policy, config) < 0.02
+        card = file.with_suffix(".md").read_text("utf-8")
+        assert f"--name {policy.name}" in card
+        assert f"ecommended budget {policy.calibration.recommended_budget:.3f}" in card
+
+
+def test_a_recommended_budget_is_harmless_on_the_text_of_its_calibration(
+    shipped: list[tuple[Path, LearnedPolicy]],
+) -> None:
+    for _, policy in shipped:
+        calibration = policy.calibration
+        places = [budget for budget, _ in calibration.points]
+        assert calibration.divergences[places.index(calibration.recommended_budget)] <= 0.05
