@@ -14,10 +14,10 @@ from dash_runtime.actions import Action
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.decoder.layer import DecoderLayer, make_layer, mlp, scatter_rows
-from dash_runtime.decoder.norm import RmsNorm
 from dash_runtime.decoder.quantization import FullLinear, Linear, make_linear
 from dash_runtime.decoder.rotary import RotaryTable, rotate
 from dash_runtime.decoder.rows import Projection, RowBatch, group_rows
+from dash_runtime.decoder.weight_loader import WeightLoader
 from dash_runtime.model_config import ModelConfig
 
 
@@ -48,8 +48,10 @@ class Decoder:
         self._rotary = RotaryTable(config.rope, config.head_dim, context_length, dtype, device)
         self._eps = config.rms_norm_eps
         self._query_size = config.num_heads * config.head_dim
-        loader = _WeightLoader(config, weights, dtype, device)
-        self.layers: list[DecoderLayer] = [loader.layer(index, actions) for index in range(config.num_layers)]
+        loader = WeightLoader(config, weights, dtype, device)
+        self.layers: list[DecoderLayer] = [
+            make_layer(loader.layer(index), self._query_size, actions) for index in range(config.num_layers)
+        ]
         self._embedding = loader.tensor("model.embed_tokens.weight")
         self._final_norm = loader.norm("model.norm.weight")
         head = self._embedding
@@ -138,51 +140,3 @@ class Decoder:
         if projection.own_rows is not None:
             queries = queries[projection.own_rows]
         return queries, rotated[:, num_query_heads:], heads[:, num_rotated:]
-
-
-class _WeightLoader:
-    """Reads, fuses and casts the weights by their Hugging Face names; their shapes are checked before."""
-
-    def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._config = config
-        self._weights = weights
-        self._dtype = dtype
-        self._device = device
-
-    def tensor(self, name: str) -> Tensor:
-        return self._weights[name].to(self._device, self._dtype).contiguous()
-
-    def norm(self, name: str) -> RmsNorm:
-        return RmsNorm(self.tensor(name), self._config.rms_norm_eps)
-
-    def linear(self, names: Sequence[str], has_bias: bool) -> FullLinear:
-        """Several matrices of one input, fused along their outputs."""
-        weight = torch.cat([self.tensor(f"{name}.weight") for name in names])
-        bias = torch.cat([self.tensor(f"{name}.bias") for name in names]) if has_bias else None
-        return FullLinear(weight, bias)
-
-    def layer(self, index: int, actions: tuple[Action, ...]) -> DecoderLayer:
-        config = self._config
-        prefix = f"model.layers.{index}"
-        attention, mlp_prefix = f"{prefix}.self_attn", f"{prefix}.mlp"
-        head_norm = None
-        if config.has_qk_norm:
-            query_norm = self.tensor(f"{attention}.q_norm.weight").expand(config.num_heads, -1)
-            key_norm = self.tensor(f"{attention}.k_norm.weight").expand(config.num_kv_heads, -1)
-            head_norm = torch.cat((query_norm, key_norm))
-        full = (
-            self.linear([f"{attention}.{name}_proj" for name in "qkv"], config.has_qkv_bias),
-            self.linear([f"{attention}.o_proj"], config.has_output_bias),
-            self.linear([f"{mlp_prefix}.gate_proj", f"{mlp_prefix}.up_proj"], config.has_mlp_bias),
-            self.linear([f"{mlp_prefix}.down_proj"], config.has_mlp_bias),
-        )
-        return make_layer(
-            self.norm(f"{prefix}.input_layernorm.weight"),
-            self.norm(f"{prefix}.post_attention_layernorm.weight"),
-            head_norm,
-            full,
-            config.num_heads * config.head_dim,
-            actions,
-        )

@@ -10,6 +10,7 @@ from torch.nn import functional
 from dash_runtime.actions import Action
 from dash_runtime.decoder.norm import RmsNorm
 from dash_runtime.decoder.quantization import FullLinear, Linear, make_linear
+from dash_runtime.decoder.weight_loader import LayerWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +38,18 @@ class DecoderLayer:
     linears: Mapping[Action, LayerLinears]
 
 
-def make_layer(
-    input_norm: RmsNorm,
-    mlp_norm: RmsNorm,
-    head_norm: Tensor | None,
-    full: tuple[FullLinear, FullLinear, FullLinear, FullLinear],
-    query_size: int,
-    actions: tuple[Action, ...],
-) -> DecoderLayer:
-    """Packs a layer for the given actions. `full` is fused QKV, output, fused gate and up, down."""
-    fused = full[0]
+def make_layer(weights: LayerWeights, query_size: int, actions: tuple[Action, ...]) -> DecoderLayer:
+    """Packs a layer for the given actions."""
+    fused = weights.query_key_value
+    full = (fused, weights.output, weights.gate_up, weights.down)
     key_value = FullLinear(fused.weight[query_size:], None if fused.bias is None else fused.bias[query_size:])
     linears: dict[Action, LayerLinears] = {
         action: LayerLinears(*(make_linear(action, linear) for linear in full))
         for action in actions
         if action is not Action.SKIP
     }
-    return DecoderLayer(input_norm, mlp_norm, head_norm, make_linear(Action.FULL, key_value), linears)
+    packed_key_value = make_linear(Action.FULL, key_value)
+    return DecoderLayer(weights.input_norm, weights.mlp_norm, weights.head_norm, packed_key_value, linears)
 
 
 def mlp(linears: LayerLinears, inputs: Tensor) -> Tensor:

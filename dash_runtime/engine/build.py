@@ -7,7 +7,6 @@ a budget is then the same from one start to the next. Knows folders; knows no en
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
 from dash_runtime.training.data import default_token_sequences
 from dash_runtime.training.fit_compensation import NUM_SEQUENCES, SEQUENCE_LENGTH, fit_compensation
+from dash_runtime.whole_file import replacing
 
 Progress = Callable[[str], None]
 
@@ -192,14 +192,10 @@ class _Calibration:
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         """In one rename; a folder that cannot be written to only costs the next start its time."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            write(partial)
-            os.replace(partial, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                partial.unlink()
+            with replacing(path) as partial:
+                write(partial)
 
 
 def _digest(key: object) -> str:

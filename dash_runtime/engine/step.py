@@ -3,8 +3,9 @@
 Knows the decoder, policies and a lane; knows no slots and no requests.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -62,7 +63,7 @@ class Decider:
         self._all_full: Actions = (Action.FULL,) * len(self.rows)
         self._is_blind = len(self._pinned) == self._num_layers
         self._cost_spent = [0.0] * len(self.rows)
-        self._blocks = _blocks_by_observed_layer(policy, self._num_layers)
+        self._blocks = _blocks_by_observed_layer(self._num_layers, self._pinned, policy.block_size, policy.lookahead)
         self._tickets: dict[int, tuple[tuple[int, ...], Ticket]] = {}
         self._decided: dict[int, Actions] = {}
         self._current = self._all_full
@@ -90,10 +91,12 @@ class Decider:
         self._tickets[block[0]] = (block, lane.submit(self.policy, block[0], state))
 
 
-def _blocks_by_observed_layer(policy: Policy, num_layers: int) -> dict[int, tuple[int, ...]]:
+@lru_cache  # it is asked for in every step
+def _blocks_by_observed_layer(
+    num_layers: int, pinned: frozenset[int], block_size: int, lookahead: int
+) -> Mapping[int, tuple[int, ...]]:
     """The blocks to decide, by the layer whose input the decision sees."""
-    blocks = decision_blocks(num_layers, policy.pinned, policy.block_size)
-    return {block[0] - policy.lookahead: block for block in blocks}
+    return {block[0] - lookahead: block for block in decision_blocks(num_layers, pinned, block_size)}
 
 
 def _by_row(per_decider: list[Actions], deciders: Sequence[Decider]) -> Sequence[Action]:

@@ -54,11 +54,11 @@ def run_evaluate(options: argparse.Namespace) -> None:
             "data", f"has {len(everything)} sequences; {needed} are needed, {_SEARCH_SEQUENCES} to search on"
         )
     sequences, search = everything[: options.sequences], everything[options.sequences : needed]
+    # On the text that the static set was searched on, and all that is left of its kind.
+    refit = _refit_static(options, model, everything[options.sequences :])
     _print_heading()
     for policy in policies:
-        evaluation = Evaluation(
-            model.decoder, policy, sequences, search, options.prompt_tokens, _refit_static(options, model, search)
-        )
+        evaluation = Evaluation(model.decoder, policy, sequences, search, options.prompt_tokens, refit)
         engine = _engine(model, policy)
         for budget in options.budgets:
             row, actions = evaluation.learned(budget)
@@ -137,10 +137,9 @@ def multiply_adds_share(policy: LearnedPolicy, config: ModelConfig) -> float:
 def _refit_static(
     options: argparse.Namespace, model: LoadedModel, sequences: Sequence[Sequence[int]]
 ) -> RefitStatic | None:
-    """Distils for one static set, on the text that it was searched on and more of its kind."""
+    """Distils for one static set on these sequences; None where no refit was asked for."""
     if not options.refit_controls:
         return None
-    text = [*sequences, *model.sequences()[options.sequences + _SEARCH_SEQUENCES :]]
 
     def refit(task: Task, skipped: frozenset[int]) -> Compensation:
         if not skipped:
@@ -156,7 +155,7 @@ def _refit_static(
         refitted = distill_compensation(
             model.gradient_decoder,
             start,
-            text,
+            sequences,
             lambda batch: rows.expand(-1, sum(map(len, batch))),
             settings,
             lambda step, divergence: None,

@@ -3,15 +3,11 @@
 Low-rank maps are stored packed. Knows one rung and the model that it belongs to; knows no policies.
 """
 
-import contextlib
-import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dash_runtime.decoder.compensation import (
@@ -24,6 +20,7 @@ from dash_runtime.decoder.compensation import (
 )
 from dash_runtime.errors import PolicyFileError
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.policy.tensor_file import load_tensors, save_tensors
 
 _FORMAT = "dash-compensation-1"
 
@@ -68,17 +65,8 @@ def save_compensation(path: Path, compensation: Compensation, fingerprint: str) 
     Raises:
         PolicyFileError: it cannot be written.
     """
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in stored(compensation).items()}
     metadata = {"format": _FORMAT, "kind": compensation.kind.value, "model_fingerprint": fingerprint}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise PolicyFileError(f"compensation file {path} cannot be written: {error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    save_tensors(path, "compensation file", stored(compensation), metadata)
 
 
 def load_compensation(
@@ -89,18 +77,12 @@ def load_compensation(
     Raises:
         PolicyFileError: naming the file, and what is wrong with it.
     """
+    tensors, metadata = load_tensors(path, "compensation file")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if metadata.get("format") != _FORMAT:
             raise PolicyFileError(f"is not of format {_FORMAT}")
         if metadata.get("model_fingerprint") != fingerprint:
             raise PolicyFileError(f"was made for another model than {config.name}")
         return restored(metadata.get("kind", ""), tensors, config, dtype, device)
-    except FileNotFoundError:
-        raise PolicyFileError(f"compensation file {path} does not exist") from None
-    except (SafetensorError, OSError) as error:
-        raise PolicyFileError(f"compensation file {path} cannot be read: {error}") from None
     except PolicyFileError as error:
         raise PolicyFileError(f"compensation file {path} {error}") from None

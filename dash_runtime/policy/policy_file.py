@@ -6,14 +6,12 @@ checked against its bounds before use. Knows files; knows no training and no ser
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
@@ -22,6 +20,7 @@ from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.compensation_file import restored, stored
 from dash_runtime.policy.learned import NUM_SCALAR_FEATURES, Calibration, LearnedPolicy, PolicyNetwork
 from dash_runtime.policy.policy import decision_blocks
+from dash_runtime.policy.tensor_file import load_tensors, save_tensors
 
 FORMAT = "dash-policy-2"
 FEATURES = "rms-normalised-hidden|block|last-action|cost-spent,log-price,log-price-squared"
@@ -52,7 +51,11 @@ def find_policies(folder: Path, fingerprint: str) -> list[Path]:
 
 
 def save_policy(path: Path, policy: LearnedPolicy, fingerprint: str) -> None:
-    """Writes the file in one rename, so that a reader never sees half of it."""
+    """Writes the file in one rename, so that a reader never sees half of it.
+
+    Raises:
+        PolicyFileError: it cannot be written.
+    """
     tensors = {f"network.{name}": getattr(policy.network, name) for name in PolicyNetwork.__slots__}
     tensors |= {f"compensation.{name}": tensor for name, tensor in stored(policy.compensation).items()}
     facts = {
@@ -71,13 +74,7 @@ def save_policy(path: Path, policy: LearnedPolicy, fingerprint: str) -> None:
         "divergences": list(policy.calibration.divergences),
         "recommended_budget": policy.calibration.recommended_budget,
     }
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(contiguous, partial, metadata={_KEY: json.dumps(facts)})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_tensors(path, "policy file", tensors, {_KEY: json.dumps(facts)})
 
 
 def load_policy(
@@ -93,14 +90,7 @@ def load_policy(
     Raises:
         PolicyFileError: naming the file, and what is wrong with it.
     """
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise PolicyFileError(f"policy file {path} does not exist") from None
-    except (SafetensorError, OSError) as error:
-        raise PolicyFileError(f"policy file {path} cannot be read: {error}") from None
+    tensors, metadata = load_tensors(path, "policy file")
     try:
         facts = json.loads(metadata[_KEY])
         return _policy_from(facts, tensors, config, fingerprint, dtype, device)

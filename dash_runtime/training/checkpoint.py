@@ -4,18 +4,16 @@ Written in one rename, so that a stop or a full disk leaves the last one intact.
 and no rewards.
 """
 
-import contextlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dash_runtime.decoder.compensation import LowRank
 from dash_runtime.errors import PolicyFileError
+from dash_runtime.policy.tensor_file import save_tensors
 from dash_runtime.training.actor_critic import ActorCritic
 
 
@@ -38,17 +36,9 @@ def save_checkpoint(
     tensors = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
-    tensors |= {f"compensation.{name}": tensor.cpu() for name, tensor in checkpoint.compensation.tensors().items()}
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    tensors |= {f"compensation.{name}": tensor for name, tensor in checkpoint.compensation.tensors().items()}
     metadata = {"signature": signature, "iteration": str(checkpoint.iteration)}
-    try:
-        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise PolicyFileError(f"checkpoint {path} cannot be written ({error}); the last one is intact") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    save_tensors(path, "checkpoint", tensors, metadata)
 
 
 def load_checkpoint(path: Path, signature: str, model: ActorCritic, optimizer: torch.optim.Optimizer) -> Checkpoint:

@@ -3,8 +3,6 @@
 Knows networks and rates; knows no rewards and no tables of results.
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -27,19 +25,14 @@ def greedy_choice(task: Task, network: PolicyNetwork, log_price: Tensor) -> Choo
     return choose
 
 
-def planned_choice(plan: Mapping[int, Action], otherwise: Action) -> Choose:
-    """The same plan for every token: an action by layer, `otherwise` where there is none."""
+def skip_choice(skipped: frozenset[int], base: Action) -> Choose:
+    """Skips the same layers for every token and runs the others with `base`."""
 
     def choose(block: tuple[int, ...], hidden: Tensor, last_actions: Tensor, spent: Tensor) -> Tensor:
-        actions = torch.tensor([int(plan.get(layer, otherwise)) for layer in block])
+        actions = torch.tensor([int(Action.SKIP if layer in skipped else base) for layer in block])
         return actions.unsqueeze(1).expand(-1, len(hidden))
 
     return choose
-
-
-def skip_choice(skipped: frozenset[int], base: Action) -> Choose:
-    """Skips the same layers for every token and runs the others with `base`."""
-    return planned_choice(dict.fromkeys(skipped, Action.SKIP), base)
 
 
 def random_choice(rates: Tensor, seed: int = 0) -> Choose:

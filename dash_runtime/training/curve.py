@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from dash_runtime.errors import ConfigError
+from dash_runtime.whole_file import replacing
 
 Opener = Callable[[Path, str], IO[bytes]]
 """Opens a file, unbuffered, in a binary mode. Unbuffered, so that a full disk shows where the row is written."""
@@ -137,16 +138,11 @@ def write_whole(path: Path, content: bytes, opener: Opener = open_unbuffered) ->
     Raises:
         ConfigError: the file cannot be written; what was there before stays.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with opener(partial, "wb") as file:
+        with replacing(path) as partial, opener(partial, "wb") as file:
             _write_all(file, content)
-        os.replace(partial, path)
     except OSError as error:
         raise _cannot_write(path, error) from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def _write_all(file: IO[bytes], content: bytes) -> None:

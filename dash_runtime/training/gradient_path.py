@@ -6,7 +6,6 @@ no prices and no optimiser.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from dash_runtime.decoder.norm import RmsNorm
-from dash_runtime.decoder.quantization import FullLinear
 from dash_runtime.decoder.rotary import RotaryTable, rotate
+from dash_runtime.decoder.weight_loader import WeightLoader
 from dash_runtime.errors import ConfigError
 from dash_runtime.model_config import ModelConfig
 
@@ -28,20 +26,6 @@ Compensate = Callable[[int, Tensor], Tensor]
 """`(layer, its input [rows, hidden_size])` to what replaces its output; every `Compensation` is one."""
 
 _LOGIT_ROWS = 128
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One layer's weights; query, key and value are one matrix, and gate and up."""
-
-    input_norm: RmsNorm
-    mlp_norm: RmsNorm
-    head_norm: Tensor | None
-    query_key_value: FullLinear
-    output: FullLinear
-    gate_up: FullLinear
-    down: FullLinear
-    sliding_window: int | None
 
 
 class GradientDecoder:
@@ -67,7 +51,7 @@ class GradientDecoder:
         self.dtype = dtype
         self.device = torch.device("cpu") if device is None else device
         self._recomputes_layers = recomputes_layers
-        loader = _Loader(config, weights, dtype, self.device)
+        loader = WeightLoader(config, weights, dtype, self.device)
         self._layers = [loader.layer(index) for index in range(config.num_layers)]
         self._embedding = loader.tensor("model.embed_tokens.weight")
         self._final_norm = loader.norm("model.norm.weight")
@@ -99,7 +83,7 @@ class GradientDecoder:
         return functional.linear(self._final_norm(hidden), self._head).float()
 
     def _blend(self, layer: int, hidden: Tensor, gate: Tensor | None, compensate: Compensate) -> Tensor:
-        outputs = self._run_layer(self._layers[layer], hidden)
+        outputs = self._run_layer(layer, hidden)
         if gate is None:
             return outputs
         compensated = compensate(layer, hidden.flatten(0, 1)).view_as(hidden)
@@ -107,14 +91,15 @@ class GradientDecoder:
         # large and alike, so their separate products would cancel badly in bf16.
         return torch.lerp(compensated, outputs, gate.to(hidden.dtype))
 
-    def _run_layer(self, weights: _Layer, hidden: Tensor) -> Tensor:
-        attended = hidden + weights.output(self._attend(weights, weights.input_norm(hidden)))
+    def _run_layer(self, layer: int, hidden: Tensor) -> Tensor:
+        weights = self._layers[layer]
+        attended = hidden + weights.output(self._attend(layer, weights.input_norm(hidden)))
         gate, up = weights.gate_up(weights.mlp_norm(attended)).chunk(2, dim=-1)
         return attended + weights.down(functional.silu(gate) * up)
 
-    def _attend(self, weights: _Layer, normed: Tensor) -> Tensor:
+    def _attend(self, layer: int, normed: Tensor) -> Tensor:
         """Causal attention, `[batch, length, num_heads * head_dim]`."""
-        config = self.config
+        config, weights = self.config, self._layers[layer]
         batch, length, _ = normed.shape
         heads = weights.query_key_value(normed).view(batch, length, -1, config.head_dim)
         num_rotated = config.num_heads + config.num_kv_heads
@@ -127,7 +112,7 @@ class GradientDecoder:
         group = config.num_heads // config.num_kv_heads
         keys = keys.repeat_interleave(group, dim=1)
         values = values.transpose(1, 2).repeat_interleave(group, dim=1)
-        window = weights.sliding_window
+        window = config.sliding_window[layer]
         if window is None or window >= length:
             attended = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         else:
@@ -224,50 +209,3 @@ def _window_mask(length: int, window: int, like: Tensor) -> Tensor:
     distance = positions.unsqueeze(1) - positions
     hidden = (distance < 0) | (distance >= window)
     return torch.zeros((length, length), dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
-
-
-class _Loader:
-    """Reads, fuses and casts the weights by their Hugging Face names; what needs no cast and no fusing is shared."""
-
-    def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._config = config
-        self._weights = weights
-        self._dtype = dtype
-        self._device = device
-
-    def tensor(self, name: str) -> Tensor:
-        return self._weights[name].detach().to(self._device, self._dtype).contiguous()
-
-    def norm(self, name: str) -> RmsNorm:
-        return RmsNorm(self.tensor(name), self._config.rms_norm_eps)
-
-    def linear(self, names: Sequence[str], has_bias: bool) -> FullLinear:
-        """Several matrices of one input, fused along their outputs."""
-
-        def fused(kind: str) -> Tensor:
-            parts = [self.tensor(f"{name}.{kind}") for name in names]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-        return FullLinear(fused("weight"), fused("bias") if has_bias else None)
-
-    def layer(self, index: int) -> _Layer:
-        config = self._config
-        prefix = f"model.layers.{index}"
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        head_norm = None
-        if config.has_qk_norm:
-            query_norm = self.tensor(f"{attention}.q_norm.weight").expand(config.num_heads, -1)
-            key_norm = self.tensor(f"{attention}.k_norm.weight").expand(config.num_kv_heads, -1)
-            head_norm = torch.cat((query_norm, key_norm))
-        return _Layer(
-            self.norm(f"{prefix}.input_layernorm.weight"),
-            self.norm(f"{prefix}.post_attention_layernorm.weight"),
-            head_norm,
-            self.linear([f"{attention}.{name}_proj" for name in "qkv"], config.has_qkv_bias),
-            self.linear([f"{attention}.o_proj"], config.has_output_bias),
-            self.linear([f"{mlp}.gate_proj", f"{mlp}.up_proj"], config.has_mlp_bias),
-            self.linear([f"{mlp}.down_proj"], config.has_mlp_bias),
-            config.sliding_window[index],
-        )

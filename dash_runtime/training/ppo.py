@@ -149,6 +149,11 @@ def collect(
     return experience, Outcome(float(cost), float(judged.divergence.mean()), float(judged.agrees.float().mean()))
 
 
+def scheduled(start: float, end: float, share: float) -> float:
+    """What goes from `start` to `end` in a straight line, after that share of the way."""
+    return start + share * (end - start)
+
+
 def _valid_layers(task: Task) -> Tensor:
     """bool `[num_blocks, block_size]`: False beyond the layers of a smaller last block."""
     sizes = torch.tensor([len(block) for block in task.blocks])

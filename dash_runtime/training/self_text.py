@@ -8,7 +8,6 @@ knows no policies and no training.
 import contextlib
 import hashlib
 import json
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.chat_template import ChatTemplate
@@ -27,8 +25,9 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.build import assemble_engine
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.sequence import SequenceFinished, TokenProduced
-from dash_runtime.errors import ConfigError
+from dash_runtime.errors import ConfigError, PolicyFileError
 from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.policy.tensor_file import save_tensors
 from dash_runtime.training.data import cut, default_token_sequences, encode, interleave, load_tokenizer
 
 Progress = Callable[[str], None]
@@ -260,14 +259,10 @@ def _write(file: Path, key: str, sequences: list[list[int]]) -> None:
     """In one rename."""
     ids = torch.tensor(sequences, dtype=torch.int32)
     metadata = {_METADATA: json.dumps({"key": key, "sha256": _digest(ids)})}
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
+    # A folder that cannot be written to only costs the next run its time.
+    with contextlib.suppress(OSError, PolicyFileError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"token_ids": ids}, partial, metadata=metadata)
-        os.replace(partial, file)
-    except (OSError, SafetensorError):
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        save_tensors(file, "self-written text", {"token_ids": ids}, metadata)
 
 
 def _digest(ids: torch.Tensor) -> str:

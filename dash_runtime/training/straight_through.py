@@ -23,7 +23,7 @@ from dash_runtime.training.gradient_path import (
     row_divergences,
     token_batch,
 )
-from dash_runtime.training.ppo import TrainingDiverged
+from dash_runtime.training.ppo import TrainingDiverged, scheduled
 
 
 class Router(Protocol):
@@ -112,8 +112,8 @@ def train_router(
     for iteration in range(settings.iterations):
         share = iteration / settings.iterations
         for group in optimizer.param_groups:
-            group["lr"] = _between(settings.learning_rate, settings.final_learning_rate, share)
-        temperature = _between(settings.temperature_start, settings.temperature_end, share)
+            group["lr"] = scheduled(settings.learning_rate, settings.final_learning_rate, share)
+        temperature = scheduled(settings.temperature_start, settings.temperature_end, share)
         picked = torch.randperm(len(sequences), generator=generator)[: settings.sequences_per_iteration].tolist()
         token_ids = token_batch([sequences[index] for index in picked], num_prompt_tokens)
         log_price = torch.empty(len(picked)).uniform_(low, high, generator=generator).to(decoder.device)
@@ -224,7 +224,3 @@ def _check_blocks(blocks: Sequence[tuple[int, ...]], lookahead: int, num_layers:
         raise ConfigError("blocks", f"must be ascending layers without repeats, got {list(blocks)}")
     if layers[0] < lookahead or layers[-1] >= num_layers:
         raise ConfigError("blocks", f"must lie within layers {lookahead} to {num_layers - 1}, got {list(blocks)}")
-
-
-def _between(start: float, end: float, share: float) -> float:
-    return start + share * (end - start)

@@ -18,7 +18,7 @@ from dash_runtime.policy.learned import Calibration, PolicyNetwork
 from dash_runtime.training.actor_critic import ActorCritic
 from dash_runtime.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dash_runtime.training.choices import greedy_choice
-from dash_runtime.training.ppo import Outcome, PpoSettings, Task, UpdateLosses, collect, update
+from dash_runtime.training.ppo import Outcome, PpoSettings, Task, UpdateLosses, collect, scheduled, update
 from dash_runtime.training.rollout import Choose, divergences, full_path
 
 CALIBRATION_PRICES = tuple(0.02 * 2 ** (step / 3) for step in range(30))
@@ -99,7 +99,7 @@ def train(
         torch.manual_seed(seed)
         share = iteration / settings.iterations
         for group in optimizer.param_groups:
-            group["lr"] = _between(settings.learning_rate, settings.final_learning_rate, share)
+            group["lr"] = scheduled(settings.learning_rate, settings.final_learning_rate, share)
         picked = torch.randperm(len(sequences))[: settings.sequences_per_iteration].tolist()
         batch = [sequences[index] for index in picked]
         low, high = (math.log(price) for price in settings.ppo.price_range)
@@ -107,7 +107,7 @@ def train(
         log_price = per_sequence.repeat_interleave(torch.tensor([len(ids) for ids in batch]))
         current = replace(task, compensation=packed(compensation, task.decoder.dtype))
         experience, outcome = collect(current, model, batch, settings.paths_per_sequence, log_price, settings.ppo)
-        entropy_weight = _between(settings.ppo.entropy_start, settings.ppo.entropy_floor, share)
+        entropy_weight = scheduled(settings.ppo.entropy_start, settings.ppo.entropy_floor, share)
         generator = torch.Generator().manual_seed(seed)
         losses = update(task, model, optimizer, experience, entropy_weight, settings.ppo, generator)
         progress(iteration, float(per_sequence.exp().mean()), outcome, losses)
@@ -121,10 +121,6 @@ def _signature(task: Task, sequences: Sequence[Sequence[int]], settings: TrainSe
     names = [action.name for action in task.actions]
     text = [len(sequences), sum(map(sum, sequences))]
     return json.dumps([asdict(settings), names, sorted(task.pinned), task.lookahead, task.block_size, text])
-
-
-def _between(start: float, end: float, share: float) -> float:
-    return start + share * (end - start)
 
 
 @torch.no_grad()
