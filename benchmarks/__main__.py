@@ -1,33 +1,69 @@
-"""`make bench`: measures everything in one run, prints it, and keeps it in `benchmarks/results/latest.json`.
+"""`make bench`: measures everything in one run, prints it, and keeps it in `benchmarks/results/`.
 
 Run it alone on the machine: two threads that meet at barriers stall on any busy neighbour.
 """
 
 import argparse
+import gc
 import os
+from collections.abc import Callable
+from pathlib import Path
 
-from benchmarks.decode import measure_decode
-from benchmarks.figures import machine, write_results
+from benchmarks.batches import measure_batches
+from benchmarks.context import measure_long_context
+from benchmarks.decode import measure_decode, measure_prefill
+from benchmarks.figures import RESULTS_FOLDER, Report, machine
+from benchmarks.plots import write_plots
+from benchmarks.rounds import FULL, QUICK, Effort, progress
+from benchmarks.rpc import measure_rpc
 from benchmarks.service import measure_service
+from benchmarks.setting import Setting, load_setting
+from benchmarks.split import measure_split
 from dash_runtime.checkpoints import default_cache_folder
+
+_SECTIONS: dict[str, Callable[[Report, Setting, Effort], None]] = {
+    "decoding": measure_decode,
+    "prefill": measure_prefill,
+    "streams": measure_batches,
+    "long context": measure_long_context,
+    "engine and server": measure_rpc,
+    "split": measure_split,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and tokens; wider spread")
-    quick = parser.parse_args().quick
-    cache_folder = default_cache_folder(os.environ)
-    # The service first: the models that decoding loads would stay in this process's memory beside it.
-    service, service_notes = measure_service(starts=1 if quick else 3)
-    decode, decode_notes = measure_decode(cache_folder, num_tokens=32 if quick else 128, rounds=3 if quick else 7)
-    figures, notes = [*decode, *service], [*decode_notes, *service_notes]
+    is_quick: bool = parser.parse_args().quick
+    report = measure(QUICK if is_quick else FULL)
+    if is_quick:
+        report.note("a quick run: few rounds and tokens")
     print(f"\n{machine()}\n")
-    for figure in figures:
+    write_plots(report, RESULTS_FOLDER)
+    report.write(RESULTS_FOLDER)
+    for figure in report.figures:
         print(figure.line())
     print()
-    for note in notes:
+    for note in report.notes:
         print(f"- {note}")
-    write_results(figures, notes)
+
+
+def measure(effort: Effort, cache_folder: Path | None = None) -> Report:
+    """Everything, one section after the other; a section that fails is left out with a note."""
+    report = Report()
+    # The service first: the models that the other sections load would stay in memory beside it.
+    with report.attempt("service"):
+        measure_service(report, effort)
+    with report.attempt("everything that decodes"):
+        setting = load_setting(report, cache_folder or default_cache_folder(os.environ))
+        # As the worker does: what is loaded lives as long as the process, and the collector need not look at it.
+        gc.collect()
+        gc.freeze()
+        for name, section in _SECTIONS.items():
+            progress(name)
+            with report.attempt(name):
+                section(report, setting, effort)
+    return report
 
 
 if __name__ == "__main__":

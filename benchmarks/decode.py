@@ -1,121 +1,116 @@
-"""Decode speed at batch 1: transformers' `generate` beside our engine, interleaved in one process.
+"""One stream: decode and prefill speed of every contender, and what of the memory's bandwidth that uses."""
 
-Every contender gets the same prompt, the same threads and the same number of new tokens, greedily; a round runs each
-once, and ratios are taken within a round, so that a drifting clock cancels out.
-"""
-
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Mapping
 
 import torch
-from tokenizers import Tokenizer
 
-from benchmarks.figures import Figure
+from benchmarks.contenders import Contender
+from benchmarks.figures import Report
+from benchmarks.memory import Bandwidth, weight_bytes
+from benchmarks.rounds import Effort, Work, interleaved
+from benchmarks.setting import FULL_DEPTH, INT4, INT8, Setting
 from dash_runtime.actions import Action
-from dash_runtime.checkpoints import resolve_checkpoint
-from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
-from dash_runtime.engine.build import BuildOptions, build_engine
+from dash_runtime.config import GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.sequence import TokenProduced
 
-PROMPT = "<|im_start|>user\nTell me how bread is made, from the field to the oven.<|im_end|>\n<|im_start|>assistant\n"
-
-Contender = Callable[[], float]
-"""Generates, and returns the seconds from the first new token to the last."""
-
-OURS = {
-    "full_depth": SkipOptions(Mode.FULL_DEPTH),
-    "int8": SkipOptions(Mode.FIXED, fixed_action=Action.INT8),
-    "int4": SkipOptions(Mode.FIXED, fixed_action=Action.INT4),
-    "random_0.8": SkipOptions(Mode.ADAPTIVE, compute_budget=0.8, policy_name="random"),
-    "random_0.5": SkipOptions(Mode.ADAPTIVE, compute_budget=0.5, policy_name="random"),
+_PREFILL_TOKENS = 512
+_RATIOS = {
+    "full_depth_vs_transformers": ("full_depth", "transformers", "≥ 2.0"),
+    "int4_vs_llama_cpp": ("int4", "llama_cpp", "≥ 1.10"),
+    "adaptive_vs_llama_cpp": ("adaptive", "llama_cpp", "≥ 1.25"),
+    "adaptive_vs_transformers": ("adaptive", "transformers", "≥ 6"),
+    "adaptive_recommended_vs_llama_cpp": ("adaptive_recommended", "llama_cpp", None),
+    "adaptive_recommended_vs_transformers": ("adaptive_recommended", "transformers", None),
+    "int8_vs_full_depth": ("int8", "full_depth", None),
+    "int4_vs_full_depth": ("int4", "full_depth", None),
+    "adaptive_vs_full_depth": ("adaptive", "full_depth", None),
 }
 
 
-def measure_decode(cache_folder: Path, num_tokens: int, rounds: int) -> tuple[list[Figure], list[str]]:
-    """Tokens per second of every contender, and the ratios that are asked for."""
-    folder = resolve_checkpoint("embedded", None, cache_folder)
-    prompt_ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(PROMPT).ids
-    engine = build_engine(folder, cache_folder, BuildOptions(), EngineConfig(), lambda _: None)
-    contenders: dict[str, Contender] = {"transformers": _transformers(folder, prompt_ids, num_tokens)}
-    for name, skip in OURS.items():
-        contenders[name] = _ours(engine, prompt_ids, num_tokens, skip)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for contender in contenders.values():
-        contender()
-    for _ in range(rounds):
-        for name, contender in contenders.items():
-            seconds[name].append(contender())
-    num_decoded = num_tokens - 1
-    figures = [
-        Figure.of(f"{name}_tokens_per_second", [num_decoded / own for own in taken]) for name, taken in seconds.items()
-    ]
-    figures += [
-        _ratio("full_depth_vs_transformers", seconds, "transformers", "full_depth", "≥ 1.5"),
-        _ratio("int4_vs_full_depth", seconds, "full_depth", "int4", "≥ 2.2"),
-        *(_ratio(f"{name}_vs_full_depth", seconds, "full_depth", name, None) for name in ("random_0.8", "random_0.5")),
-    ]
-    costs = [f"{action.name} {cost:.3f}" for action, cost in engine.facts.policies[0].action_costs.items()]
-    notes = [
-        f"decode: batch 1, greedy, {len(prompt_ids)} prompt tokens, {num_tokens} new tokens, first to last, "
-        f"{rounds} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}; int8 and int4 with INT8 head; "
-        "random is the random policy at that compute budget",
-        "the embedded model's own weights are 4-bit, so INT4 is nearly free of error on it: its speed carries over, "
-        "its quality does not",
-        f"cost of an action as a share of a full layer, as measured here: {', '.join(costs)}",
-        f"median seconds per token, full depth: {statistics.median(seconds['full_depth']) / num_decoded:.4f}",
-    ]
-    return figures, notes
+def measure_decode(report: Report, setting: Setting, effort: Effort) -> None:
+    """Tokens per second of every contender, the ratios that are asked for, and the policy's exposed share."""
+    contenders: dict[str, Contender] = {
+        "full_depth": setting.ours(FULL_DEPTH),
+        "int8": setting.ours(INT8),
+        "int4": setting.ours(INT4),
+        "adaptive": setting.ours(setting.adaptive),
+        "adaptive_recommended": setting.ours(SkipOptions(Mode.ADAPTIVE)),
+    }
+    others = {"transformers": setting.transformers, "llama_cpp": setting.llama_cpp}
+    contenders |= {name: other for name, other in others.items() if other is not None}
+    prompt = setting.prompts.single
+    works = {name: _decoding(name, contender, prompt, effort.num_tokens) for name, contender in contenders.items()}
+    values = interleaved(report, "decoding", works | {"bandwidth": _reading(Bandwidth())}, effort.rounds)
+    for name in contenders:
+        report.add(f"{name}_tokens_per_second", values.get(name, []))
+    for name, (upper, lower, target) in _RATIOS.items():
+        report.add_ratio(name, values, upper, lower, target)
+    report.add("exposed_policy_share", values.get("adaptive_exposed", []), "≤ 0.03")
+    _add_bandwidth(report, setting, values)
+    costs = [f"{action.name} {cost:.3f}" for action, cost in setting.engine.facts.policies[-1].action_costs.items()]
+    report.note(
+        f"decoding: one stream, greedy, {len(prompt)} prompt tokens, {effort.num_tokens} new tokens, from the first to "
+        f"the last, {effort.rounds} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}; INT8 and "
+        "INT4 with INT8 head, first and last layers FULL"
+    )
+    report.note(
+        "the embedded model's own weights are 4-bit, so INT4 is nearly free of error on it: its speed carries over to "
+        "other models, its quality does not"
+    )
+    report.note(f"cost of an action as a share of a full layer, as this device's table has it: {', '.join(costs)}")
 
 
-def _ratio(name: str, seconds: dict[str, list[float]], slow: str, fast: str, target: str | None) -> Figure:
-    return Figure.of(name, [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)], target)
+def measure_prefill(report: Report, setting: Setting, effort: Effort) -> None:
+    """Prompt tokens per second until the first new token is there."""
+    contenders: dict[str, Contender | None] = {
+        "prefill_tokens_per_second": setting.ours(FULL_DEPTH),
+        "prefill_tokens_per_second_transformers": setting.transformers,
+        "prefill_tokens_per_second_llama_cpp": setting.llama_cpp,
+    }
+    prompt = setting.prompts.text(_PREFILL_TOKENS)
+    works = {name: _prefilling(name, own, prompt) for name, own in contenders.items() if own is not None}
+    values = interleaved(report, "prefill", works, effort.rounds)
+    for name in contenders:
+        report.add(name, values.get(name, []))
+    report.note(f"prefill: {_PREFILL_TOKENS} prompt tokens, until the first new token is chosen, at full depth")
 
 
-def _transformers(folder: Path, prompt_ids: list[int], num_tokens: int) -> Contender:
-    from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
-
-    class TokenTimes(StoppingCriteria):  # type: ignore[misc]
-        """Stops nothing; is called after every new token."""
-
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: object) -> torch.Tensor:
-            self.times.append(time.perf_counter())
-            return torch.zeros(len(input_ids), dtype=torch.bool)
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    inputs = torch.tensor([prompt_ids])
-    mask = torch.ones_like(inputs)
-
-    def run() -> float:
-        token_times = TokenTimes()
-        with torch.inference_mode():
-            model.generate(
-                inputs,
-                attention_mask=mask,
-                min_new_tokens=num_tokens,
-                max_new_tokens=num_tokens,
-                do_sample=False,
-                stopping_criteria=StoppingCriteriaList([token_times]),
-            )
-        return token_times.times[-1] - token_times.times[0]
-
-    return run
+def _add_bandwidth(report: Report, setting: Setting, values: Mapping[str, list[float]]) -> None:
+    report.add("memory_bandwidth_gb_per_second", [rate / 1e9 for rate in values.get("bandwidth", [])])
+    for name, skip in (("full_depth", FULL_DEPTH), ("int4", INT4)):
+        with report.attempt(f"bandwidth share, {name}"):
+            is_rounded = skip is INT4 and Action.INT8 in setting.engine.facts.actions
+            head = Action.INT8 if is_rounded else Action.FULL
+            size = weight_bytes(setting.model, _plan(setting.engine, setting.prompts.single, skip), head)
+            read = {"read": [size * rate for rate in values[name]], "bandwidth": values["bandwidth"]}
+            report.add_ratio(f"bandwidth_share_{name}", read, "read", "bandwidth")
+            report.note(f"a token reads {size / 1e6:.1f} MB of matrices in mode {name}, its head in {head.name}")
 
 
-def _ours(engine: Engine, prompt_ids: list[int], num_tokens: int, skip: SkipOptions) -> Contender:
-    request = GenerationRequest("bench", prompt_ids, StoppingParameters(num_tokens, ignore_eos=True), skip=skip)
+def _plan(engine: Engine, prompt: list[int], skip: SkipOptions) -> bytes:
+    """The actions of one decoded token."""
+    request = GenerationRequest(
+        "plan", prompt, StoppingParameters(2, ignore_eos=True), skip=skip, return_decisions=True
+    )
+    engine.submit(request)
+    plan = b""
+    while engine.has_work:
+        plan = next((event.plan for event in engine.step() if isinstance(event, TokenProduced)), plan)
+    return plan
 
-    def run() -> float:
-        engine.submit(request)
-        times: list[float] = []
-        while engine.has_work:
-            events = engine.step()
-            times += [time.perf_counter() for event in events if isinstance(event, TokenProduced)]
-        return times[-1] - times[0]
 
-    return run
+def _decoding(name: str, contender: Contender, prompt: list[int], num_tokens: int) -> Work:
+    def work() -> Mapping[str, float]:
+        run = contender.run([prompt], num_tokens)
+        return {name: run.tokens_per_second, f"{name}_exposed": run.exposed_share}
+
+    return work
+
+
+def _prefilling(name: str, contender: Contender, prompt: list[int]) -> Work:
+    return lambda: {name: len(prompt) / contender.run([prompt], 1).seconds_to_first}
+
+
+def _reading(bandwidth: Bandwidth) -> Work:
+    return lambda: {"bandwidth": bandwidth.bytes_per_second()}

@@ -1,19 +1,30 @@
-"""Figures with their spread and target, the machine they were taken on, and the file that keeps them."""
+"""Figures with their spread and target, the machine they were taken on, and the file that keeps them.
+
+Knows numbers and words; knows no models and no clocks.
+"""
 
 import json
 import os
 import platform
+import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-RESULTS_FILE = Path(__file__).parent / "results" / "latest.json"
+RESULTS_FOLDER = Path(__file__).parent / "results"
+
+Values = Mapping[str, Sequence[float]]
+"""By name, one value per round."""
+_BOUND = re.compile(r"([≥≤]) (\d+(?:\.\d+)?)")
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A median with the smallest and largest value seen. `target` says what was asked for, in words."""
+    """A median with the smallest and largest value seen. `target` says what was asked for: "≥ 2", "≤ 0.03", or any
+    other words."""
 
     name: str
     value: float
@@ -25,10 +36,68 @@ class Figure:
     def of(cls, name: str, values: Sequence[float], target: str | None = None) -> "Figure":
         return cls(name, statistics.median(values), min(values), max(values), target)
 
+    @property
+    def bound(self) -> float | None:
+        """The number in the target; None where there is none."""
+        match = _BOUND.fullmatch(self.target or "")
+        return None if match is None else float(match[2])
+
+    @property
+    def is_met(self) -> bool | None:
+        """Whether the value is within the target's bound; None where it has none."""
+        bound = self.bound
+        if self.target is None or bound is None:
+            return None
+        return self.value >= bound if self.target.startswith("≥") else self.value <= bound
+
     def line(self) -> str:
         """One row for people."""
-        target = f"   target {self.target}" if self.target else ""
-        return f"{self.name:32} {self.value:9.3f}   ({self.low:.3f} … {self.high:.3f}){target}"
+        verdict = {True: ": met", False: ": missed", None: ""}[self.is_met]
+        target = f"   target {self.target}{verdict}" if self.target else ""
+        return f"{self.name:46} {self.value:10.4g}   ({self.low:.4g} … {self.high:.4g}){target}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if k != "name"} | {"met": self.is_met}
+
+
+class Report:
+    """The figures and notes of one run, in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.figures: list[Figure] = []
+        self.notes: list[str] = []
+
+    def add(self, name: str, values: Sequence[float], target: str | None = None) -> None:
+        """A figure from one value per round; none where nothing was measured (a note says why then)."""
+        if values:
+            self.figures.append(Figure.of(name, values, target))
+
+    def add_ratio(self, name: str, values: Values, upper: str, lower: str, target: str | None = None) -> None:
+        """`upper` over `lower`, each round's own, so that a drifting clock cancels out."""
+        if upper in values and lower in values:
+            self.add(name, [a / b for a, b in zip(values[upper], values[lower], strict=True)], target)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Whatever fails inside is left out with a note; the rest goes on."""
+        try:
+            yield
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            self.note(f"{what}: left out, {type(error).__name__}: {lines[0] if lines else 'no message'}")
+
+    def to_json(self) -> dict[str, Any]:
+        figures = {figure.name: figure.to_json() for figure in self.figures}
+        return {"machine": machine(), "notes": self.notes, "figures": figures}
+
+    def write(self, folder: Path) -> None:
+        """Keeps everything in `latest.json`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False)
+        (folder / "latest.json").write_text(text + "\n", encoding="utf-8")
 
 
 def machine() -> str:
@@ -41,11 +110,3 @@ def machine() -> str:
     return (
         f"{model}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}, Python {platform.python_version()}"
     )
-
-
-def write_results(figures: Sequence[Figure], notes: Sequence[str]) -> None:
-    """Keeps the figures in `results/latest.json`."""
-    rows = {figure.name: {k: v for k, v in asdict(figure).items() if k != "name"} for figure in figures}
-    RESULTS_FILE.parent.mkdir(exist_ok=True)
-    text = json.dumps({"machine": machine(), "notes": list(notes), "figures": rows}, indent=2, ensure_ascii=False)
-    RESULTS_FILE.write_text(text + "\n")

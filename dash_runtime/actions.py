@@ -1,8 +1,11 @@
 """Actions, and what they cost. Imports no torch: the server process uses this module too."""
 
+import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any
 
 from dash_runtime.errors import ConfigError
@@ -84,3 +87,62 @@ class CostTable:
     def token_cost(self, actions: "list[Action] | tuple[Action, ...]", head: Action) -> float:
         """The cost of one token whose layers ran with `actions` and whose head ran in `head`."""
         return sum(self.layer[action] for action in actions) + self.head[head] + self.fixed
+
+
+@dataclass(frozen=True, slots=True)
+class RowCosts:
+    """Measured seconds of one layer, for a group of rows with one action.
+
+    `seconds[action][i]` is that of `rows[i]` rows; `rows` ascends from 1.
+    """
+
+    rows: tuple[int, ...]
+    seconds: Mapping[Action, tuple[float, ...]]
+
+    def __post_init__(self) -> None:
+        if not self.rows or self.rows[0] != 1 or any(more <= fewer for fewer, more in pairwise(self.rows)):
+            raise ConfigError("row_costs.rows", f"{self.rows} does not ascend from 1")
+        if Action.FULL not in self.seconds:
+            raise ConfigError("row_costs.seconds", "has none for FULL")
+        for action, seconds in self.seconds.items():
+            if len(seconds) != len(self.rows):
+                raise ConfigError(
+                    "row_costs.seconds",
+                    f"has {len(seconds)} for {action.name}, not one per row count ({len(self.rows)})",
+                )
+            if any(not 0 <= cost < math.inf for cost in seconds):
+                raise ConfigError("row_costs.seconds", f"has one for {action.name} that is negative or not finite")
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
+        return {
+            "rows": list(self.rows),
+            "seconds": {action.name: list(seconds) for action, seconds in self.seconds.items()},
+        }
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> "RowCosts":
+        """The table that `to_json` described.
+
+        Raises:
+            ConfigError: the seconds do not make a table.
+            AttributeError, KeyError, TypeError, ValueError: it is no such description.
+        """
+        seconds = {Action[name]: tuple(float(cost) for cost in costs) for name, costs in facts["seconds"].items()}
+        return cls(tuple(int(count) for count in facts["rows"]), seconds)
+
+    def cost(self, action: Action, num_rows: int) -> float:
+        """Seconds of one layer for `num_rows` rows with `action`, on straight lines between the row counts measured.
+
+        Beyond the last of them the last line goes on, if it rises: noise may tilt it, but no row makes a group cheaper.
+        """
+        if num_rows == 0:
+            return 0.0
+        seconds = self.seconds[action]
+        if len(self.rows) == 1:
+            return seconds[0] * num_rows
+        left = min(bisect_right(self.rows, num_rows), len(self.rows) - 1) - 1
+        slope = (seconds[left + 1] - seconds[left]) / (self.rows[left + 1] - self.rows[left])
+        if num_rows > self.rows[-1]:
+            return seconds[-1] + max(0.0, slope) * (num_rows - self.rows[-1])
+        return seconds[left] + slope * (num_rows - self.rows[left])

@@ -263,6 +263,9 @@ class EngineConfig:
     """None: what the policy recommends."""
     lane: LaneKind | None = None
     """None: the device's default."""
+    group_planner: bool = True
+    """Whether rows of a batch may be raised to a common action, and share products, where that is faster. Otherwise a
+    request's tokens do not depend on its neighbours."""
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "cache_tokens", "prefill_chunk_tokens"):

@@ -4,7 +4,7 @@ Knows weights, actions and rows; knows no policy, no sampling and no requests. N
 a tensor that it returned before, so that a policy may still be reading a layer's input while the layer runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,13 +12,19 @@ from torch.nn import functional
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.compensation import Compensation
+from dash_runtime.decoder.compiled import CompiledLayers
 from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.decoder.layer import DecoderLayer, make_layer, mlp, scatter_rows
-from dash_runtime.decoder.quantization import FullLinear, Linear, make_linear
+from dash_runtime.decoder.quantization import FullLinear, make_linear
 from dash_runtime.decoder.rotary import RotaryTable, rotate
 from dash_runtime.decoder.rows import Projection, RowBatch, group_rows
 from dash_runtime.decoder.weight_loader import WeightLoader
 from dash_runtime.model_config import ModelConfig
+
+Head = Callable[[Tensor], Tensor]
+"""float32 `[rows, vocab_size]` from the last layer's output, its final norm included."""
+_MAX_ROWS_APART = 2
+"""Rows whose quantised heads are run one by one where products may be shared."""
 
 
 class Decoder:
@@ -28,6 +34,8 @@ class Decoder:
         weights: tensors by their Hugging Face names, in the shapes that `config` asks for.
         actions: those to pack kernels for, FULL among them.
         context_length: positions to make rotary tables for.
+        compiled: the layers' programs, which this fills; decoding then runs them, and quantised actions have no
+            other kernels. None: everything runs eagerly.
     """
 
     def __init__(
@@ -39,19 +47,27 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         context_length: int,
+        compiled: CompiledLayers | None = None,
     ) -> None:
         self.config = config
         self.num_layers = config.num_layers
         self.actions = actions
         self.dtype = dtype
         self.device = device
+        self.context_length = context_length
         self._rotary = RotaryTable(config.rope, config.head_dim, context_length, dtype, device)
         self._eps = config.rms_norm_eps
         self._query_size = config.num_heads * config.head_dim
-        loader = WeightLoader(config, weights, dtype, device)
-        self.layers: list[DecoderLayer] = [
-            make_layer(loader.layer(index), self._query_size, actions) for index in range(config.num_layers)
-        ]
+        # The matrices are packed anew: a mapped file that stays for the sake of the rest would stay whole.
+        loader = WeightLoader(config, weights, dtype, device, copies=compiled is not None)
+        self._compiled = compiled
+        self.layers: list[DecoderLayer] = []
+        for index in range(config.num_layers):
+            layer_weights = loader.layer(index)
+            if compiled is not None:
+                compiled.add_layer(layer_weights)
+            eager_actions = actions if compiled is None else (Action.FULL,)
+            self.layers.append(make_layer(layer_weights, self._query_size, eager_actions))
         self._embedding = loader.tensor("model.embed_tokens.weight")
         self._final_norm = loader.norm("model.norm.weight")
         head = self._embedding
@@ -59,9 +75,7 @@ class Decoder:
             head = loader.tensor("lm_head.weight")
         # An INT4 head changes the text (docs/architecture.md), so it is not offered.
         precisions = [action for action in actions if action in (Action.INT8, Action.FULL)]
-        self.heads: dict[Action, Linear] = {
-            precision: make_linear(precision, FullLinear(head)) for precision in precisions
-        }
+        self.heads: dict[Action, Head] = {precision: self._make_head(precision, head) for precision in precisions}
 
     def rows(
         self,
@@ -83,6 +97,8 @@ class Decoder:
         to them (the KV rule).
         """
         weights = self.layers[layer]
+        if self._compiled is not None and batch.is_decoding:
+            return self._compiled.run(layer, weights, actions, hidden, batch)
         groups = group_rows(actions)
         projection = batch.projection(layer, actions, hidden)
         queries = hidden
@@ -103,12 +119,19 @@ class Decoder:
 
     def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
         """float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""
-        normed = self._final_norm(hidden)
+        if len(precisions) > _MAX_ROWS_APART and self._compiled is not None and self._compiled.shares_products:
+            precisions = (Action.FULL,) * len(precisions)  # one product for all is the fastest there
         parts = [
-            (rows, self.heads[precision](normed if rows is None else normed[rows]))
+            (rows, self.heads[precision](hidden if rows is None else hidden[rows]))
             for precision, rows in group_rows(precisions)
         ]
-        return scatter_rows(parts, len(precisions)).float()
+        return scatter_rows(parts, len(precisions))
+
+    def _make_head(self, precision: Action, weight: Tensor) -> Head:
+        if self._compiled is not None and (head := self._compiled.head(precision, weight, self._final_norm)):
+            return head
+        linear, norm = make_linear(precision, FullLinear(weight)), self._final_norm
+        return lambda hidden: linear(norm(hidden)).float()
 
     def _project(self, weights: DecoderLayer, projection: Projection) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries `[rows of the pass, num_heads, head_dim]`, rotated keys and values `[projected rows,

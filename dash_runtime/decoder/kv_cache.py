@@ -1,10 +1,12 @@
 """Keys and values of all sequences, within one number of tokens.
 
 A sequence reserves what it may need at most (prompt and output limit) when it gets its slot, so that
-it can never run out half-way; memory is allocated as it grows. Each sequence's keys are contiguous per
-head, since gathering blocks for every layer and token costs more than it saves on a CPU. Knows no
-attention and no requests.
+it can never run out half-way; memory is allocated as it grows. Each sequence's keys are contiguous by
+token, since gathering blocks for every layer and token costs more than it saves on a CPU: what is written so far is
+one contiguous stretch, whatever the room behind it. Knows no attention and no requests.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ _MIN_GROWTH_TOKENS = 64
 
 
 class SequenceCache:
-    """Keys and values of one sequence: `[1, num_kv_heads, capacity, head_dim]` per layer."""
+    """Keys and values of one sequence: `[capacity, num_kv_heads, head_dim]` per layer."""
 
     def __init__(self, config: ModelConfig, reserved_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         self.reserved_tokens = reserved_tokens
@@ -24,15 +26,15 @@ class SequenceCache:
         self.pending: list[list[Tensor]] = [[] for _ in range(config.num_layers)]
         """Per layer, the inputs `[1, hidden_size]` of the latest positions where it was skipped, whose keys and values
         are still to be projected (`rows.py`); they end at `length`."""
-        self._shape = (config.num_layers, 2, 1, config.num_kv_heads)
-        self._head_dim = config.head_dim
-        self._buffer = torch.empty((*self._shape, 0, config.head_dim), dtype=dtype, device=device)
+        self._layers = (config.num_layers, 2)
+        self._token = (config.num_kv_heads, config.head_dim)
+        self._buffer = torch.empty((*self._layers, 0, *self._token), dtype=dtype, device=device)
         self._split()
 
     @property
     def capacity(self) -> int:
         """Positions that memory is allocated for."""
-        return self._buffer.shape[-2]
+        return self._buffer.shape[2]
 
     def grow(self, num_tokens: int) -> None:
         """Makes room for `num_tokens` positions in all, keeping what is written.
@@ -45,10 +47,15 @@ class SequenceCache:
         growth = max(_MIN_GROWTH_TOKENS, self.capacity // 2)
         capacity = min(self.reserved_tokens, max(num_tokens, self.capacity + growth))
         # Zeros: a pass of several rows reads, with weight 0, positions whose values are still pending.
-        larger = self._buffer.new_zeros((*self._shape, capacity, self._head_dim))
-        larger[..., : self.length, :] = self._buffer[..., : self.length, :]
+        larger = self._buffer.new_zeros((*self._layers, capacity, *self._token))
+        larger[:, :, : self.length] = self._buffer[:, :, : self.length]
         self._buffer = larger
         self._split()
+
+    def until(self, end: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Keys and values of the positions before `end`, by layer: `[end, num_kv_heads, head_dim]` each."""
+        layers = self._buffer.flatten(0, 1)[:, :end].unbind()
+        return layers[::2], layers[1::2]
 
     def truncate(self, length: int) -> None:
         """Forgets the positions from `length` on."""
@@ -59,7 +66,7 @@ class SequenceCache:
         self.length = length
 
     def _split(self) -> None:
-        # Views made once: indexing a six-dimensional tensor for every layer and token would cost more
+        # Views made once: indexing a five-dimensional tensor for every layer and token would cost more
         # than the attention of a short sequence.
         self.keys: list[Tensor] = [layer[0] for layer in self._buffer]
         self.values: list[Tensor] = [layer[1] for layer in self._buffer]

@@ -25,7 +25,7 @@ _ROUNDS = 12
 @torch.inference_mode()
 def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _ROUNDS) -> CostTable:
     """The cost table at one row over a context of 256 tokens, or what the model's context holds."""
-    context = min(CONTEXT_TOKENS, decoder.config.context_length - 1)
+    context = min(CONTEXT_TOKENS, decoder.context_length - 1)
     cache = SequenceCache(decoder.config, context + 1, decoder.dtype, decoder.device)
     cache.grow(context + 1)
     for keys, values in zip(cache.keys, cache.values, strict=True):

@@ -12,16 +12,17 @@ class RmsNorm:
     """Norm over the last dimension of `[rows, size]`, with a weight per channel."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight = weight
         self._eps = eps
         self._shape = (len(weight),)
         self._is_on_cpu = weight.device.type == "cpu"
-        self._weight = torch.cat((weight, weight)) if self._is_on_cpu else weight
+        self._mirrored_weight = torch.cat((weight, weight)) if self._is_on_cpu else weight
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if not self._is_on_cpu:
-            return functional.rms_norm(hidden, self._shape, self._weight, self._eps)
+            return functional.rms_norm(hidden, self._shape, self.weight, self._eps)
         # A layer norm of (x, −x) has mean 0, and so is the RMS norm of x. It is one fused kernel on CPUs, where
         # rms_norm is made of eight that take twice as long in all.
         mirrored = torch.cat((hidden, -hidden), dim=-1)
-        normed = functional.layer_norm(mirrored, mirrored.shape[-1:], self._weight, None, self._eps)
+        normed = functional.layer_norm(mirrored, mirrored.shape[-1:], self._mirrored_weight, None, self._eps)
         return normed[..., : self._shape[0]].contiguous()

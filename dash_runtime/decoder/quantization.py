@@ -18,7 +18,8 @@ INT4_GROUP_SIZE = 32
 INT8_INPUT_MULTIPLE = 16
 """The CPU's INT8 kernel reads past the end of a row whose length is not a multiple of this."""
 _INT4_ZERO_POINT = 8
-_CUDA_INNER_K_TILES = 8
+_CUDA_K_TILE = 16
+_CUDA_INNER_K_TILES = (8, 4, 2)
 _NUM_PROBED_ROWS = 64
 _MAX_PROBED_OUTPUTS = 4096
 
@@ -99,7 +100,7 @@ class Int4Linear:
         scales_and_zeros = torch.stack((scales, zeros), dim=-1).transpose(0, 1).contiguous()
         if full.weight.is_cuda:
             pairs = (quantized[:, ::2] << 4 | quantized[:, 1::2]).to(torch.uint8)
-            packed = torch._convert_weight_to_int4pack(pairs.contiguous(), _CUDA_INNER_K_TILES)
+            packed = torch._convert_weight_to_int4pack(pairs.contiguous(), cuda_inner_k_tiles(full.weight.shape[1]))
         else:
             packed = torch._convert_weight_to_int4pack_for_cpu(quantized, 1)
         return cls(packed, scales_and_zeros, full.bias)
@@ -176,6 +177,18 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offsets = (groups - zeros.float().unsqueeze(-1)) / scales.float().unsqueeze(-1)
     quantized = torch.round(offsets + _INT4_ZERO_POINT).clamp(0, 15)
     return quantized.to(torch.int32).view(out_features, in_features).contiguous(), scales, zeros
+
+
+def cuda_inner_k_tiles(in_features: int) -> int:
+    """How many tiles of 16 inputs CUDA's INT4 kernel packs together: the most that the row is a multiple of.
+
+    Raises:
+        NotImplementedError: it is a multiple of none.
+    """
+    for tiles in _CUDA_INNER_K_TILES:
+        if in_features % (tiles * _CUDA_K_TILE) == 0:
+            return tiles
+    raise NotImplementedError(f"CUDA's INT4 kernel takes no rows of {in_features} inputs")
 
 
 def dequantize_int4(quantized: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ attends to them before.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -112,6 +113,8 @@ class RowBatch:
             self.spans.append(Span(cache, cache.length, length, first_row))
             first_row += length
         self.num_rows = first_row
+        self.is_decoding = self.num_rows == len(self.spans) and all(span.start > 0 for span in self.spans)
+        """Whether every row is the only one of its sequence, and has others before it."""
         self._rotary = rotary
         self._sliding_window = sliding_window
         self._compensations = [
@@ -123,6 +126,7 @@ class RowBatch:
         self._stretches = [Stretch(span.cache, span.start, span.num_rows, span.first_row) for span in self.spans]
         self._cosines, self._sines = self._tables(self._stretches)
         self._masks: dict[tuple[int, int | None, int], Tensor | None] = {}
+        self._seen: dict[int, tuple[Sequence[Tensor], Sequence[Tensor]]] = {}
 
     def projection(self, layer: int, actions: Sequence[Action], hidden: Tensor) -> Projection | None:
         """What the layer has to project now; None where every row skips and may wait. Rows that wait are kept."""
@@ -184,13 +188,33 @@ class RowBatch:
             positions = torch.cat([torch.arange(s.start, s.start + s.num_rows) for s in stretches]).to(device)
         return self._rotary.cosines[positions], self._rotary.sines[positions]
 
+    @cached_property
+    def row_tables(self) -> list[tuple[Tensor, Tensor]]:
+        """Cosines and sines of each row, `[1, 1, head_dim]`."""
+        return list(zip(self._cosines.split(1), self._sines.split(1), strict=True))
+
+    def tables(self, positions: slice) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of consecutive positions, `[rows, 1, head_dim]`."""
+        return self._rotary.cosines[positions], self._rotary.sines[positions]
+
+    def seen(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
+        """Keys and values `[positions, num_kv_heads, head_dim]` that the only row of a sequence attends to, its own
+        last."""
+        span, window = self.spans[row], self._sliding_window[layer]
+        if row not in self._seen:  # sliced for all layers at once, which is a tenth of slicing for each
+            self._seen[row] = span.cache.until(span.end)
+        keys, values = self._seen[row]
+        if window is None:
+            return keys[layer], values[layer]
+        return keys[layer][-window:], values[layer][-window:]
+
     def write(self, layer: int, projection: Projection, keys: Tensor, values: Tensor) -> None:
         """Stores the projected rows' keys and values, each `[projected rows, num_kv_heads, head_dim]`."""
         for stretch in projection.stretches:
             rows = slice(stretch.first_row, stretch.first_row + stretch.num_rows)
             positions = slice(stretch.start, stretch.start + stretch.num_rows)
-            stretch.cache.keys[layer][0, :, positions].copy_(keys[rows].transpose(0, 1))
-            stretch.cache.values[layer][0, :, positions].copy_(values[rows].transpose(0, 1))
+            stretch.cache.keys[layer][positions].copy_(keys[rows])
+            stretch.cache.values[layer][positions].copy_(values[rows])
 
     def commit(self) -> None:
         """Counts the rows as cached, once every layer has written them."""
@@ -231,8 +255,8 @@ class RowBatch:
         window = self._sliding_window[layer]
         # What lies before the first row's window is sliced off, the rest is masked.
         first_key = 0 if window is None else max(0, span.start + 1 - window)
-        keys = span.cache.keys[layer][:, :, first_key : span.end]
-        values = span.cache.values[layer][:, :, first_key : span.end]
+        keys = span.cache.keys[layer][first_key : span.end].transpose(0, 1).unsqueeze(0)
+        values = span.cache.values[layer][first_key : span.end].transpose(0, 1).unsqueeze(0)
         if num_rows == 1:
             # The query heads that share a key head become the rows of one attention: no expanded keys.
             folded = queries.view(1, num_kv_heads, group, head_dim)

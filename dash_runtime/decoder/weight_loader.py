@@ -31,18 +31,31 @@ class LayerWeights:
 
 
 class WeightLoader:
-    """Reads weights; what needs no cast and no fusing is shared with the mapping."""
+    """Reads weights.
+
+    Args:
+        copies: whether nothing may be shared with the mapping, so that it can be dropped. Otherwise what needs no cast
+            and no fusing is.
+    """
 
     def __init__(
-        self, config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        copies: bool = False,
     ) -> None:
         self._config = config
         self._weights = weights
         self._dtype = dtype
         self._device = device
+        self._copies = copies
 
     def tensor(self, name: str) -> Tensor:
-        return self._weights[name].detach().to(self._device, self._dtype).contiguous()
+        stored = self._weights[name].detach()
+        tensor = stored.to(self._device, self._dtype).contiguous()
+        return tensor.clone() if self._copies and tensor.data_ptr() == stored.data_ptr() else tensor
 
     def norm(self, name: str) -> RmsNorm:
         return RmsNorm(self.tensor(name), self._config.rms_norm_eps)

@@ -4,18 +4,13 @@ What was fitted and measured is kept beside the converted models, so that every 
 a budget is then the same from one start to the next. Knows folders; knows no environment and no processes.
 """
 
-import contextlib
-import hashlib
-import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from dash_runtime.actions import CostTable
+from dash_runtime.actions import Action
 from dash_runtime.checkpoints import check_weights, load_model_config, open_weights, tokenizer_file
 from dash_runtime.config import (
     EngineConfig,
@@ -25,27 +20,23 @@ from dash_runtime.config import (
     SkipOptions,
     StoppingParameters,
 )
-from dash_runtime.decoder.compensation import Compensation, make_compensation
+from dash_runtime.decoder.compiled import CompiledLayers, can_compile, program_specs
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.measure import measure_costs
+from dash_runtime.decoder.programs import Program, ProgramKind, ProgramSpec, load_programs
 from dash_runtime.decoder.quantization import supported_actions
+from dash_runtime.engine.calibration import Calibration, Progress
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
-from dash_runtime.errors import ConfigError, DashRuntimeError
+from dash_runtime.engine.planner import GroupPlanner
+from dash_runtime.errors import ConfigError
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
-from dash_runtime.training.data import default_token_sequences
-from dash_runtime.training.fit_compensation import NUM_SEQUENCES, SEQUENCE_LENGTH, fit_compensation
-from dash_runtime.whole_file import replacing
-
-Progress = Callable[[str], None]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHIPPED_POLICIES = Path(__file__).parent.parent / "policies"
 """Policy files that come with the package, each for one model."""
-_CALIBRATION_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +48,8 @@ class BuildOptions:
     num_threads: int | None = None
     policy_file: Path | None = None
     """None: the shipped ones, where there are some for this model."""
+    compile_layers: bool = True
+    """Whether decoding runs compiled programs, where this machine can make them."""
 
 
 def build_engine(
@@ -79,18 +72,31 @@ def build_engine(
     context_length = min(model.context_length, config.context_length or model.context_length)
     actions = supported_actions(device, dtype, matrix_shapes(model))
     progress(f"packing kernels for {', '.join(action.name for action in actions)} on {describe(device)}")
-    decoder = Decoder(model, weights, actions, dtype=dtype, device=device, context_length=context_length)
     fingerprint = model_fingerprint(model, weights)
     shipped = find_policies(SHIPPED_POLICIES, fingerprint)
     learned: list[LearnedPolicy] = []
     for policy_file in shipped if options.policy_file is None else [options.policy_file]:
         policy = load_policy(policy_file, model, fingerprint, dtype=dtype, device=device)
         learned.append(policy.without(set(policy.actions) - set(actions)))
-    calibration = _Calibration(cache_folder / "calibration", fingerprint, options.precision, device)
+    programs = None
+    if options.compile_layers:
+        programs = _load_programs(model, learned, actions, dtype, device, cache_folder / "programs", progress)
+    compiled = None
+    if programs is not None:
+        compiled = CompiledLayers(programs, model.num_heads * model.head_dim, shares_products=config.group_planner)
+        learned = [replace(p, program=programs[policy_spec(p, torch.get_num_threads())]) for p in learned]
+    decoder = Decoder(
+        model, weights, actions, dtype=dtype, device=device, context_length=context_length, compiled=compiled
+    )
+    kind = "eager" if compiled is None else "compiled"
+    calibration = Calibration(cache_folder / "calibration", (fingerprint, options.precision), (describe(device), kind))
     compensation = calibration.compensation(decoder, tokenizer_file(folder), progress)
     costs = calibration.costs(decoder, compensation, progress)
     catalog = PolicyCatalog(costs, actions, compensation, learned, config.default_compute_budget)
-    engine = assemble_engine(decoder, catalog, config, context_length)
+    planner = None
+    if config.group_planner and config.num_slots > 1:
+        planner = GroupPlanner(calibration.row_costs(decoder, compensation, progress))
+    engine = assemble_engine(decoder, catalog, config, context_length, planner=planner)
     _warm_up(engine)
     return engine
 
@@ -101,6 +107,7 @@ def assemble_engine(
     config: EngineConfig,
     context_length: int,
     eos_token_ids: frozenset[int] | None = None,
+    planner: GroupPlanner | None = None,
 ) -> Engine:
     """An engine over a decoder that was made for `context_length` positions. Sequences end at `eos_token_ids`, the
     model's own where there are none."""
@@ -118,7 +125,7 @@ def assemble_engine(
         policies=catalog.facts(),
         device=describe(decoder.device),
     )
-    return Engine(decoder, catalog, make_lane(config.lane, decoder.device), facts, config)
+    return Engine(decoder, catalog, make_lane(config.lane, decoder.device), facts, config, planner)
 
 
 def find_device(name: str) -> torch.device:
@@ -155,51 +162,26 @@ def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:
     }
 
 
-class _Calibration:
-    """Compensation and costs of one model on one device, read where they were kept, made otherwise."""
-
-    def __init__(self, folder: Path, fingerprint: str, precision: str, device: torch.device) -> None:
-        key = (_CALIBRATION_VERSION, fingerprint, precision, torch.__version__)
-        self._folder = folder
-        self._compensation_file = folder / f"compensation-{_digest(key)}.safetensors"
-        self._costs_file = folder / f"costs-{_digest((*key, describe(device)))}.json"
-
-    def compensation(self, decoder: Decoder, tokenizer: Path, progress: Progress) -> Compensation:
-        shape = (decoder.num_layers, decoder.config.hidden_size)
-        try:
-            kept = load_file(self._compensation_file)
-            on_device = {name: t.to(decoder.device, decoder.dtype) for name, t in kept.items()}
-            return make_compensation("affine", on_device, *shape)
-        except (OSError, SafetensorError, DashRuntimeError):
-            progress("fitting the compensation of skipped layers (kept for later starts)")
-        length = min(SEQUENCE_LENGTH, decoder.config.context_length)
-        affine = fit_compensation(decoder, default_token_sequences(tokenizer, NUM_SEQUENCES, length)).affine
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in affine.tensors().items()}
-        self._write(self._compensation_file, lambda path: save_file(tensors, path))
-        return affine
-
-    def costs(self, decoder: Decoder, compensation: Compensation, progress: Progress) -> CostTable:
-        try:
-            kept = CostTable.from_json(json.loads(self._costs_file.read_text()))
-            if set(kept.layer) == set(decoder.actions) and set(kept.head) == set(decoder.heads):
-                return kept
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass  # not there, or damaged: measured again below
-        progress("measuring what each action costs here (kept for later starts)")
-        costs = measure_costs(decoder, compensation)
-        self._write(self._costs_file, lambda path: path.write_text(json.dumps(costs.to_json(), indent=1)))
-        return costs
-
-    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
-        """In one rename; a folder that cannot be written to only costs the next start its time."""
-        with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as partial:
-                write(partial)
+def policy_spec(policy: LearnedPolicy, num_threads: int) -> ProgramSpec:
+    """The program that evaluates the policy."""
+    return ProgramSpec(ProgramKind.POLICY, Action.FULL, policy.shape, num_threads)
 
 
-def _digest(key: object) -> str:
-    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+def _load_programs(
+    model: ModelConfig,
+    learned: Sequence[LearnedPolicy],
+    actions: tuple[Action, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    folder: Path,
+    progress: Progress,
+) -> Mapping[ProgramSpec, Program] | None:
+    """The programs for this model and its policies; None where everything is to run eagerly."""
+    if device.type != "cpu" or dtype is not torch.bfloat16 or not can_compile(model):
+        return None
+    num_threads = torch.get_num_threads()
+    specs = program_specs(model, actions, num_threads)
+    return load_programs([*specs, *(policy_spec(policy, num_threads) for policy in learned)], folder, progress)
 
 
 def _warm_up(engine: Engine) -> None:

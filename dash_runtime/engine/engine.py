@@ -15,6 +15,7 @@ from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.kv_cache import CachePool
 from dash_runtime.engine.lanes import Lane
+from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.engine.sampling import token_logprobs
 from dash_runtime.engine.sequence import EndReason, EngineEvent, Sequence, SlotGranted, TokenProduced
 from dash_runtime.engine.step import Decider, decode_step
@@ -37,11 +38,13 @@ class Engine:
         lane: Lane,
         facts: ModelFacts,
         config: EngineConfig,
+        planner: GroupPlanner | None = None,
     ) -> None:
         self.facts = facts
         self._decoder = decoder
         self._catalog = catalog
         self._lane = lane
+        self._planner = planner
         self._config = config
         self._pool = CachePool(decoder.config, config.cache_tokens, decoder.dtype, decoder.device)
         self._waiting: deque[_Waiting] = deque()
@@ -148,7 +151,9 @@ class Engine:
         deciders = _deciders(sequences)
         batch = self._decoder.rows([s.cache for s in sequences], [1] * len(sequences), compensations)
         exposed_before = self._lane.exposed_ns
-        output = decode_step(self._decoder, self._lane, batch, [s.output_ids[-1] for s in sequences], deciders)
+        planner = self._planner if len(sequences) > 1 else None  # a row alone has none to agree with
+        token_ids = [sequence.output_ids[-1] for sequence in sequences]
+        output = decode_step(self._decoder, self._lane, batch, token_ids, deciders, planner)
         exposed_ns = self._lane.exposed_ns - exposed_before
         greedy = output.logits.argmax(dim=-1).tolist()
         for row, sequence in enumerate(sequences):

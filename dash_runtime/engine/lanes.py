@@ -1,8 +1,10 @@
 """Lanes: where a policy is evaluated while the decoder runs.
 
 Every lane answers the same two calls; what differs is who waits. `exposed_ns` is the time that the decoder
-lost to the policy: all of the evaluation inline, only the waiting elsewhere. Knows policies and states; knows
-no sequences.
+lost to the policy: all of the evaluation inline, only the waiting elsewhere. On CUDA a policy only queues its work,
+and its decision is read once that work is done. Knows policies and states; knows no sequences.
+
+`cuda` is `torch.cuda` everywhere, or anything with its `Stream`, `Event`, `stream` and `current_stream`.
 """
 
 import queue
@@ -51,12 +53,13 @@ class _DecidedTicket:
 class InlineLane:
     """Evaluates in the caller's thread, at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, cuda: Any = torch.cuda) -> None:
         self.exposed_ns = 0
+        self._cuda = cuda
 
     def submit(self, policy: Policy, layer: int, state: State) -> Ticket:
         started_ns = time.perf_counter_ns()
-        ticket = _DecidedTicket(policy.start(layer, state)())
+        ticket = _DecidedTicket(_decide(policy, layer, state, self._cuda))
         self.exposed_ns += time.perf_counter_ns() - started_ns
         return ticket
 
@@ -83,8 +86,9 @@ class _WaitingLane:
 class ThreadLane(_WaitingLane):
     """Evaluates in one thread of its own, in order. For CPUs."""
 
-    def __init__(self) -> None:
+    def __init__(self, cuda: Any = torch.cuda) -> None:
         super().__init__()
+        self._cuda = cuda
         self._jobs: queue.SimpleQueue[tuple[Future[Decision], Policy, int, State] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="policy-lane", daemon=True)
         self._thread.start()
@@ -105,9 +109,22 @@ class ThreadLane(_WaitingLane):
             while (job := self._jobs.get()) is not None:
                 future, policy, layer, state = job
                 try:
-                    future.set_result(policy.start(layer, state)())
+                    future.set_result(_decide(policy, layer, state, self._cuda))
                 except Exception as error:
                     future.set_exception(error)
+
+
+def _decide(policy: Policy, layer: int, state: State, cuda: Any) -> Decision:
+    """Evaluates on the current stream of the state's device, and reads the decision once it has arrived."""
+    pending = policy.start(layer, state)
+    device = state.hidden.device
+    if device.type == "cuda":
+        # The actions are copied to the host without waiting. An event, unlike the whole stream, does not make a thread
+        # wait for what the decoder has queued since.
+        arrived = cuda.Event()
+        arrived.record(cuda.current_stream(device))
+        arrived.synchronize()
+    return pending()
 
 
 class _StreamTicket:
@@ -126,18 +143,18 @@ class CudaStreamLane(_WaitingLane):
     """Evaluates on a CUDA stream of its own, started by the event of the work that made the state.
 
     The chosen actions come back through pinned memory and an event, so that the host waits for the small policy
-    while a layer is still running. `cuda` is `torch.cuda`, or anything with its `Stream`, `Event`, `stream` and
-    `current_stream`.
+    while a layer is still running. The stream is one of `device`, the current one where there is none.
     """
 
-    def __init__(self, cuda: Any = torch.cuda) -> None:
+    def __init__(self, cuda: Any = torch.cuda, device: torch.device | None = None) -> None:
         super().__init__()
         self._cuda = cuda
-        self._stream = cuda.Stream()
+        self._place = () if device is None else (device,)
+        self._stream = cuda.Stream(*self._place)
 
     def submit(self, policy: Policy, layer: int, state: State) -> Ticket:
         made = self._cuda.Event()
-        made.record(self._cuda.current_stream())
+        made.record(self._cuda.current_stream(*self._place))
         arrived = self._cuda.Event()
         with self._cuda.stream(self._stream):
             self._stream.wait_event(made)
@@ -152,7 +169,7 @@ class CudaStreamLane(_WaitingLane):
         self._stream.synchronize()
 
 
-def make_lane(kind: LaneKind | None, device: torch.device) -> Lane:
+def make_lane(kind: LaneKind | None, device: torch.device, cuda: Any = torch.cuda) -> Lane:
     """The lane of that kind, or the device's default: inline on CPUs, where handing a policy of ten
     microseconds to a thread costs as much as it hides, a stream on CUDA.
 
@@ -164,5 +181,5 @@ def make_lane(kind: LaneKind | None, device: torch.device) -> Lane:
     if kind is LaneKind.CUDA_STREAM and device.type != "cuda":
         raise ConfigError("lane", f"cuda_stream needs a CUDA device, and this one is {device}")
     if kind is LaneKind.THREAD:
-        return ThreadLane()
-    return CudaStreamLane() if kind is LaneKind.CUDA_STREAM else InlineLane()
+        return ThreadLane(cuda)
+    return CudaStreamLane(cuda, device) if kind is LaneKind.CUDA_STREAM else InlineLane(cuda)

@@ -13,6 +13,7 @@ from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.rows import RowBatch
 from dash_runtime.engine.lanes import Lane, Ticket
+from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.policy.policy import Actions, Policy, State, Token, decision_blocks
 
 
@@ -25,15 +26,22 @@ class StepOutput:
 
 
 def decode_step(
-    decoder: Decoder, lane: Lane, batch: RowBatch, token_ids: Sequence[int], deciders: Sequence["Decider"]
+    decoder: Decoder,
+    lane: Lane,
+    batch: RowBatch,
+    token_ids: Sequence[int],
+    deciders: Sequence["Decider"],
+    planner: GroupPlanner | None = None,
 ) -> StepOutput:
     """Runs one token of every row through all layers. Each row belongs to one decider."""
     hidden = decoder.embed(token_ids)
     plan: list[Sequence[Action]] = []
     for layer in range(decoder.num_layers):
         actions = _by_row([decider.actions(layer, lane) for decider in deciders], deciders)
+        if planner is not None:
+            actions = planner.agree(actions)
         for decider in deciders:  # what comes after is decided from this layer's input while it runs
-            decider.observe(layer, hidden, lane)
+            decider.observe(layer, hidden, actions, lane)
         hidden = decoder.run_layer(layer, actions, hidden, batch)
         plan.append(actions)
     batch.commit()
@@ -66,28 +74,28 @@ class Decider:
         self._blocks = _blocks_by_observed_layer(self._num_layers, self._pinned, policy.block_size, policy.lookahead)
         self._tickets: dict[int, tuple[tuple[int, ...], Ticket]] = {}
         self._decided: dict[int, Actions] = {}
-        self._current = self._all_full
 
     def actions(self, layer: int, lane: Lane) -> Actions:
         """Each row's action at `layer`; waits for the decision where there is one."""
         if layer in self._tickets:
             block, ticket = self._tickets.pop(layer)
             self._decided.update(zip(block, lane.result(ticket).plan, strict=True))
-        self._current = self._all_full if layer in self._pinned else self._decided.pop(layer)
-        return self._current
+        return self._all_full if layer in self._pinned else self._decided.pop(layer)
 
-    def observe(self, layer: int, hidden: Tensor, lane: Lane) -> None:
-        """Shows the policy the layer's input and action, and asks for the block that begins `lookahead` further on."""
+    def observe(self, layer: int, hidden: Tensor, actions: Sequence[Action], lane: Lane) -> None:
+        """Shows the policy the layer's input and all rows' actions, and asks for the block that begins `lookahead`
+        further on."""
         if self._is_blind:
             return
+        taken = tuple(actions) if self._has_all_rows else tuple([actions[row] for row in self.rows])
         self._cost_spent = [
-            spent + self._layer_costs[action] for spent, action in zip(self._cost_spent, self._current, strict=True)
+            spent + self._layer_costs[action] for spent, action in zip(self._cost_spent, taken, strict=True)
         ]
         block = self._blocks.get(layer)
         if block is None:
             return
         own = hidden if self._has_all_rows else hidden[self.rows]
-        state = State(self._tokens, own, layer, self._current, self._cost_spent)
+        state = State(self._tokens, own, layer, taken, self._cost_spent)
         self._tickets[block[0]] = (block, lane.submit(self.policy, block[0], state))
 
 

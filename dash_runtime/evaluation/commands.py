@@ -80,6 +80,10 @@ def run_calibrate(options: argparse.Namespace) -> None:
     """Calibrates a policy's budgets anew on the given text and writes it as another file."""
     model = LoadedModel(options.model_options, print)
     (policy,) = _policies(options, model)
+    if options.head is not None:
+        policy = replace(policy, head=Action[options.head])
+        if policy.head not in policy.costs.head or policy.head not in model.decoder.heads:
+            raise ConfigError("head", f"{options.head} is not in the policy's costs, or has no kernel here")
     task = policy_task(model.decoder, policy, options.prompt_tokens)
     calibration = calibrate(task, policy.network, model.sequences()[: options.sequences])
     save_policy(options.out, replace(policy, calibration=calibration), model.fingerprint)

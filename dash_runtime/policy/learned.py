@@ -5,6 +5,7 @@ knows no files (policy_file.py) and no training.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.compensation import Compensation
+from dash_runtime.policy.one_row_policy import PolicyShape
 from dash_runtime.policy.policy import Decision, Pending, State, Token, decision_blocks
 
 NUM_SCALAR_FEATURES = 3
@@ -147,6 +149,18 @@ class LearnedPolicy:
     compensation: Compensation
     costs: CostTable
     calibration: Calibration
+    program: Callable[[list[Tensor]], list[Tensor]] | None = None
+    """`OneRowPolicy`, compiled for `shape`: evaluates each row by itself. None: all rows are evaluated eagerly."""
+
+    @property
+    def shape(self) -> PolicyShape:
+        """What a program for it depends on."""
+        network = self.network
+        width, num_inputs = network.input_weight.shape
+        embedding_size = network.block_embedding.shape[1]
+        hidden_size = num_inputs - 2 * embedding_size - NUM_SCALAR_FEATURES
+        block_size, num_actions = network.output_weight.shape[1:3]
+        return PolicyShape(hidden_size, width, block_size, num_actions, len(Action) + NUM_SCALAR_FEATURES)
 
     @cached_property
     def _folded(self) -> FoldedNetwork:
@@ -158,6 +172,14 @@ class LearnedPolicy:
         blocks = decision_blocks(self.costs.num_layers, self.pinned, self.block_size)
         return {block[0]: (index, len(block)) for index, block in enumerate(blocks)}
 
+    @cached_property
+    def _weights(self) -> list[list[Tensor]]:
+        """By block, what the program is given beside the state."""
+        folded = self._folded
+        hidden, facts = folded.hidden_weight.contiguous(), folded.fact_weight.contiguous()
+        blocks = zip(folded.block_terms, folded.output_weight, folded.output_bias, strict=True)
+        return [[hidden, terms, facts, weight, bias] for terms, weight, bias in blocks]
+
     def start(self, layer: int, state: State) -> Pending:
         device = state.hidden.device
         block, num_layers = self._blocks[layer]
@@ -165,8 +187,14 @@ class LearnedPolicy:
         # Pinned memory both ways: a pageable copy would make the host wait for the decoder's stream.
         if device.type == "cuda":
             facts = facts.pin_memory().to(device, non_blocking=True)
-        scores = self._folded.scores(block, state.hidden, facts)[:, :num_layers]
-        best = scores.argmax(dim=-1)
+        if self.program is not None:
+            rows = zip(state.hidden.split(1), facts.split(1), strict=True)
+            parts = [self.program([hidden, own_facts, *self._weights[block]]) for hidden, own_facts in rows]
+            best, scores = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+            best, scores = best[:, :num_layers], scores[:, :num_layers]
+        else:
+            scores = self._folded.scores(block, state.hidden, facts)[:, :num_layers]
+            best = scores.argmax(dim=-1)
         if device.type == "cuda":
             best = torch.empty(best.shape, dtype=best.dtype, pin_memory=True).copy_(best, non_blocking=True)
 

@@ -156,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
     calibration = commands.add_parser("calibrate", parents=[common, chosen], help="fit budgets anew to your text")
     calibration.add_argument("--out", type=Path, required=True, help="the file to write")
     calibration.add_argument("--sequences", type=_positive, default=24)
+    heads = [action.name for action in (Action.INT8, Action.FULL)]
+    calibration.add_argument("--head", choices=heads, help="the head's precision from now on; default: as it was")
     calibration.set_defaults(run=run_calibrate)
 
     inspection = commands.add_parser("inspect", parents=[common, chosen], help="show what policy files hold")

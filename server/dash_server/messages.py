@@ -26,6 +26,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, tag=True):
     precision: str
     """Of the FULL action: `bfloat16` or `float32`."""
     num_threads: int | None
+    compile_layers: bool
     policy_file: str | None
     cache_folder: str
     engine: EngineConfig

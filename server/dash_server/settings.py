@@ -57,6 +57,14 @@ class Settings(BaseSettings):
     port: int = Field(default=50051, ge=0, le=65535, description="Port to listen on; 0 is any free port")
     port_file: Path | None = Field(default=None, description="File that the bound port is written to")
 
+    compile: bool = Field(
+        default=True, description="Decode with compiled programs where there is a C++ compiler; made once, then kept"
+    )
+    group_planner: bool = Field(
+        default=True,
+        description="Let rows of a batch agree on an action and share products where that is faster; off: a request's "
+        "tokens never depend on its neighbours",
+    )
     slots: int = Field(default=16, ge=1, le=1024, description="Sequences decoded together")
     cache_tokens: int = Field(default=8192, ge=2, description="Tokens in the key-value cache, over all sequences")
     context_length: int | None = Field(
@@ -96,6 +104,7 @@ class Settings(BaseSettings):
             device=self.device,
             precision=self.precision,
             num_threads=self.num_threads,
+            compile_layers=self.compile,
             policy_file=str(self.policy_file) if self.policy_file else None,
             cache_folder=str(self.cache_folder),
             engine=EngineConfig(
@@ -105,6 +114,7 @@ class Settings(BaseSettings):
                 prefill_chunk_tokens=self.prefill_chunk_tokens,
                 default_compute_budget=self.default_compute_budget,
                 lane=self.lane,
+                group_planner=self.group_planner,
             ),
         )
 

@@ -62,7 +62,9 @@ class Worker:
             cache_folder = Path(config.cache_folder)
             folder = resolve_checkpoint(config.model, config.revision, cache_folder, logger.info)
             policy_file = None if config.policy_file is None else Path(config.policy_file)
-            options = BuildOptions(config.device, config.precision, config.num_threads, policy_file)
+            options = BuildOptions(
+                config.device, config.precision, config.num_threads, policy_file, config.compile_layers
+            )
             engine = build_engine(folder, cache_folder, options, config.engine, logger.info)
         except DashRuntimeError as error:
             self._send(messages.StartupFailed(str(error)))

@@ -99,7 +99,11 @@ def test_a_seed_repeats_text_and_decisions_and_streaming_changes_neither(service
     assert second.decisions == first.decisions
 
 
-def test_concurrent_requests_get_the_tokens_that_they_get_alone(service: Service) -> None:
+def test_without_the_group_planner_concurrent_requests_get_the_tokens_that_they_get_alone(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    service = Service(tmp_path, tiny_folder, DASH_GROUP_PLANNER="false")
+
     def generate(number: int) -> tuple[int, ...]:
         modes = (
             {"mode": "full_depth"},
@@ -110,9 +114,12 @@ def test_concurrent_requests_get_the_tokens_that_they_get_alone(service: Service
         prompt = f"request {number} " * (1 + number)
         return tuple(service.client.generate(prompt, seed=number, max_new_tokens=20, **options).token_ids)
 
-    alone = [generate(number) for number in range(9)]
-    with ThreadPoolExecutor(9) as pool:
-        assert list(pool.map(generate, range(9))) == alone
+    try:
+        alone = [generate(number) for number in range(9)]
+        with ThreadPoolExecutor(9) as pool:
+            assert list(pool.map(generate, range(9))) == alone
+    finally:
+        service.stop()
 
 
 def test_a_stop_string_ends_the_text_before_it(service: Service) -> None:

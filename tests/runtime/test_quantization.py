@@ -8,6 +8,7 @@ from dash_runtime.decoder.quantization import (
     FullLinear,
     Int4Linear,
     Int8Linear,
+    cuda_inner_k_tiles,
     dequantize_int4,
     make_linear,
     quantize_int4,
@@ -58,6 +59,25 @@ def test_a_cpu_offers_all_four_actions_for_shapes_that_suit_the_kernels(dtype: t
 
 def test_int4_is_not_offered_for_a_shape_that_its_kernel_cannot_take() -> None:
     assert Action.INT4 not in supported_actions(CPU, torch.bfloat16, {(64, 96), (64, 40)})
+
+
+@pytest.mark.parametrize(("in_features", "tiles"), [(1536, 8), (128, 8), (576, 4), (960, 4), (96, 2), (32, 2)])
+def test_cuda_packs_as_many_tiles_together_as_the_row_is_a_multiple_of(in_features: int, tiles: int) -> None:
+    assert cuda_inner_k_tiles(in_features) == tiles
+
+
+@pytest.mark.parametrize("in_features", [16, 40, 48, 80])
+def test_a_row_that_cuda_has_no_packing_for_is_refused_as_a_missing_kernel(in_features: int) -> None:
+    with pytest.raises(NotImplementedError, match=f"{in_features} inputs"):
+        cuda_inner_k_tiles(in_features)
+    assert Action.INT4 not in supported_actions(CPU, torch.bfloat16, {(64, in_features)})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("in_features", [1536, 576, 96])
+def test_a_gpu_offers_int4_whatever_packing_the_row_takes(in_features: int) -> None:
+    assert Action.INT4 in supported_actions(torch.device("cuda"), torch.bfloat16, {(64, in_features)})
 
 
 @pytest.mark.parametrize("shape", [(576, 1536), (960, 576), (384, 576)])

@@ -1,0 +1,69 @@
+"""Which compute budget the adaptive figures are taken at: read from the shipped policy's own calibration.
+
+Knows policy files; measures nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from dash_runtime.checkpoints import load_model_config, open_weights
+from dash_runtime.engine.build import SHIPPED_POLICIES
+from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
+
+DIVERGENCE_LIMIT = 0.10
+"""Nats per token."""
+_DIGITS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Of the default policy: the lowest budget within the limit, the divergence there, and what it recommends."""
+
+    policy: str
+    lowest: float
+    divergence: float
+    recommended: float
+
+
+def shipped_budgets(folder: Path) -> Budgets:
+    """The budgets of the policy that serves the checkpoint in `folder` by default.
+
+    Raises:
+        RuntimeError: no policy is shipped for it, or none of its budgets is within the limit.
+    """
+    model, weights = load_model_config(folder), open_weights(folder)
+    fingerprint = model_fingerprint(model, weights)
+    files = find_policies(SHIPPED_POLICIES, fingerprint)
+    if not files:
+        raise RuntimeError("no policy is shipped for this model")
+    policy = load_policy(files[0], model, fingerprint, dtype=torch.bfloat16, device=torch.device("cpu"))
+    calibration = policy.calibration
+    found = lowest_budget([budget for budget, _ in calibration.points], calibration.divergences, DIVERGENCE_LIMIT)
+    if found is None:
+        raise RuntimeError(f"{policy.name} keeps {DIVERGENCE_LIMIT:g} nats per token at no budget")
+    return Budgets(policy.name, *found, calibration.recommended_budget)
+
+
+def lowest_budget(budgets: Sequence[float], divergences: Sequence[float], limit: float) -> tuple[float, float] | None:
+    """The lowest budget whose divergence is within the limit, and that divergence, linear between the points.
+
+    `budgets` ascend. Rounded up to four digits, which a caller can type and a policy can keep.
+    """
+    if divergences[0] <= limit:
+        return _rounded_up(budgets[0]), divergences[0]
+    points = list(zip(budgets, divergences, strict=True))
+    for (low, worse), (high, better) in pairwise(points):
+        if better <= limit:
+            budget = _rounded_up(low + (worse - limit) / (worse - better) * (high - low))
+            share = min(1.0, (budget - low) / (high - low))
+            return budget, worse + share * (better - worse)
+    return None
+
+
+def _rounded_up(budget: float) -> float:
+    return min(1.0, math.ceil(budget * _DIGITS) / _DIGITS)

@@ -1,0 +1,127 @@
+"""Who is measured: our engine, transformers and llama.cpp, each decoding greedily from token ids.
+
+All stand in one process and answer one call, so that they can take turns. Knows models; knows no figures.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks.runs import Run, run_from_arrivals
+from dash_runtime.config import GenerationRequest, SkipOptions, StoppingParameters
+from dash_runtime.engine.engine import Engine
+from dash_runtime.engine.sequence import SequenceFinished, TokenProduced
+
+
+class Contender(Protocol):
+    """Continues every prompt by `num_tokens`, all at once, whatever tokens they are."""
+
+    def run(self, prompts: Sequence[list[int]], num_tokens: int) -> Run: ...
+
+
+class EngineContender:
+    """Our engine in one mode, without server or transport."""
+
+    def __init__(self, engine: Engine, skip: SkipOptions) -> None:
+        self._engine = engine
+        self._skip = skip
+
+    def run(self, prompts: Sequence[list[int]], num_tokens: int) -> Run:
+        engine = self._engine
+        arrivals: dict[str, list[tuple[float, int]]] = {str(number): [] for number in range(len(prompts))}
+        shares: list[float] = []
+        started = time.perf_counter()
+        try:
+            for request_id, prompt in zip(arrivals, prompts, strict=True):
+                stopping = StoppingParameters(num_tokens, ignore_eos=True)
+                engine.submit(GenerationRequest(request_id, prompt, stopping, skip=self._skip))
+            while engine.has_work:
+                events = engine.step()
+                now = time.perf_counter()
+                for event in events:
+                    if isinstance(event, TokenProduced):
+                        arrivals[event.request_id].append((now, 1))
+                    elif isinstance(event, SequenceFinished) and event.decode_seconds:
+                        shares.append(event.log.exposed_ns / 1e9 / event.decode_seconds)
+        finally:
+            for request_id in arrivals:
+                engine.cancel(request_id)
+        return run_from_arrivals(started, list(arrivals.values()), sum(shares) / len(shares) if shares else 0.0)
+
+
+class Transformers:
+    """transformers' `generate` in bf16, with its scaled-dot-product attention and its dynamic cache."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+        self._model.eval()
+        # Without an end-of-sequence token: no processor has to forbid it, and nothing has to look for it.
+        self._model.generation_config = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=0)
+
+    def run(self, prompts: Sequence[list[int]], num_tokens: int) -> Run:
+        inputs = torch.tensor(prompts)
+        times: list[float] = []
+
+        def note_time(input_ids: torch.Tensor, scores: Any, **_: object) -> torch.Tensor:
+            times.append(time.perf_counter())
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+        started = time.perf_counter()
+        with torch.inference_mode():
+            self._model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=num_tokens,
+                stopping_criteria=[note_time],
+            )
+        if len(times) != num_tokens:
+            raise RuntimeError(f"{len(times)} tokens came instead of {num_tokens}")
+        return run_from_arrivals(started, [[(moment, 1) for moment in times]] * len(prompts))
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python, on the GGUF file as it is; the largest logit is taken without a sampler."""
+
+    def __init__(self, file: Path, num_threads: int) -> None:
+        import llama_cpp
+        import numpy
+
+        self._library, self._numpy = llama_cpp, numpy
+        with redirect_stderr(StringIO()):
+            self._llm = llama_cpp.Llama(
+                str(file),
+                n_ctx=2048,
+                n_threads=num_threads,
+                n_threads_batch=num_threads,
+                n_gpu_layers=0,
+                logits_all=False,
+                verbose=False,
+            )
+
+    @property
+    def description(self) -> str:
+        info = self._library.llama_print_system_info().decode().strip(" |")
+        return f"llama-cpp-python {self._library.__version__} ({info})"
+
+    def run(self, prompts: Sequence[list[int]], num_tokens: int) -> Run:
+        (prompt,) = prompts
+        arrivals: list[tuple[float, int]] = []
+        tokens = prompt
+        self._llm.reset()
+        started = time.perf_counter()
+        for _ in range(num_tokens):
+            self._llm.eval(tokens)
+            tokens = [self._largest_logit()]
+            arrivals.append((time.perf_counter(), 1))
+        return run_from_arrivals(started, [arrivals])
+
+    def _largest_logit(self) -> int:
+        logits = self._library.llama_get_logits_ith(self._llm.ctx, -1)
+        return int(self._numpy.ctypeslib.as_array(logits, shape=(self._llm.n_vocab(),)).argmax())

@@ -1,0 +1,45 @@
+"""How fast memory can be read here, and how much of it a decoded token reads. Knows shapes; knows no speeds."""
+
+import time
+
+import torch
+
+from dash_runtime.actions import Action
+from dash_runtime.decoder.quantization import INT4_GROUP_SIZE
+from dash_runtime.model_config import ModelConfig
+
+_MEGABYTES = 256
+_BYTES_PER_WEIGHT = {
+    Action.SKIP: 0.0,
+    Action.INT4: 0.5 + 4 / INT4_GROUP_SIZE,  # scale and zero of a group, two bytes each
+    Action.INT8: 1.0,
+    Action.FULL: 2.0,
+}
+
+
+class Bandwidth:
+    """Reads a tensor that no cache holds, with torch's threads."""
+
+    def __init__(self) -> None:
+        self._numbers = torch.ones(_MEGABYTES * 1024 * 1024 // 4, dtype=torch.float32)
+
+    def bytes_per_second(self) -> float:
+        """The better of two readings, as a disturbance only ever slows one down."""
+        return max(self._read() for _ in range(2))
+
+    def _read(self) -> float:
+        started = time.perf_counter()
+        self._numbers.sum()
+        return self._numbers.nbytes / (time.perf_counter() - started)
+
+
+def weight_bytes(model: ModelConfig, plan: bytes, head: Action) -> float:
+    """Bytes of matrices that a token with this plan (one action per layer) reads, the head's included.
+
+    Without norms, cache and what a skipped layer projects.
+    """
+    query = model.num_heads * model.head_dim
+    key_value = 2 * model.num_kv_heads * model.head_dim
+    of_layer = model.hidden_size * (2 * query + key_value + 3 * model.intermediate_size)
+    of_head = model.hidden_size * model.vocab_size
+    return of_layer * sum(_BYTES_PER_WEIGHT[Action(number)] for number in plan) + of_head * _BYTES_PER_WEIGHT[head]

@@ -1,0 +1,43 @@
+"""The prompts that every contender gets, in token ids. Knows a tokenizer; knows no contenders."""
+
+import argparse
+import pydoc
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+_TOPICS = (
+    "bread is made, from the field to the oven", "a bicycle stays upright", "rain forms in the clouds",
+    "a letter finds its way across the sea", "bees share the work in a hive", "glass is blown into a bottle",
+    "a bridge carries its own weight", "cheese ripens in a cellar", "the moon moves the tides",
+    "a book was printed in the year 1500", "birds find their way south", "paper is made from wood",
+    "a clock keeps its time", "a forest grows back after a fire", "salt was taken from the sea",
+    "a violin gets its sound",
+)  # fmt: skip
+
+
+class Prompts:
+    """Token ids from one tokenizer."""
+
+    def __init__(self, tokenizer_file: Path) -> None:
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        chats = [f"<|im_start|>user\nTell me how {topic}.<|im_end|>\n<|im_start|>assistant\n" for topic in _TOPICS]
+        self._chats: list[list[int]] = [tokenizer.encode(chat).ids for chat in chats]
+        self._text: list[int] = tokenizer.encode(pydoc.plain(pydoc.TextDoc().document(argparse))).ids
+
+    @property
+    def single(self) -> list[int]:
+        """The prompt of everything that has one stream."""
+        return self._chats[0]
+
+    def streams(self, count: int) -> list[list[int]]:
+        """Up to 16 different prompts, cut at the front to one length, so that no contender has to pad."""
+        length = min(map(len, self._chats))
+        return [ids[-length:] for ids in self._chats[:count]]
+
+    def text(self, num_tokens: int) -> list[int]:
+        """So many tokens of plain text; a shorter one is the end of a longer one."""
+        start = len(self._text) // 2
+        if num_tokens > start:
+            raise ValueError(f"the text has no {num_tokens} tokens")
+        return self._text[start - num_tokens : start]

@@ -1,0 +1,54 @@
+"""Rounds: everything that is compared runs once in each, in turn, the order reversed from one round to the next.
+
+Knows work that returns values by name; knows nothing of what it does.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from benchmarks.figures import Report
+
+Work = Callable[[], Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much is run. `stream_tokens` are the new tokens of each stream where several run at once."""
+
+    rounds: int
+    num_tokens: int
+    stream_tokens: int
+    profiled_tokens: int
+    starts: int
+
+
+FULL = Effort(rounds=7, num_tokens=128, stream_tokens=48, profiled_tokens=16, starts=3)
+QUICK = Effort(rounds=3, num_tokens=32, stream_tokens=16, profiled_tokens=8, starts=1)
+
+
+def interleaved(report: Report, what: str, works: Mapping[str, Work], rounds: int) -> dict[str, list[float]]:
+    """All values by their own names, one per round; the first round warms up and is not counted.
+
+    A work that fails is left out as a whole, with a note: ratios need a value of every round.
+    """
+    taken: dict[str, list[Mapping[str, float]]] = {name: [] for name in works}
+    for round_number in range(rounds + 1):
+        progress(f"{what}: {f'round {round_number} of {rounds}' if round_number else 'warming up'}")
+        for name in list(taken) if round_number % 2 else list(reversed(taken)):
+            result: Mapping[str, float] | None = None
+            with report.attempt(f"{what}, {name}"):
+                result = works[name]()
+            if result is None:
+                del taken[name]
+            elif round_number > 0:
+                taken[name].append(result)
+    values: dict[str, list[float]] = {}
+    for results in taken.values():
+        for result in results:
+            for name, value in result.items():
+                values.setdefault(name, []).append(value)
+    return values
+
+
+def progress(text: str) -> None:
+    print(text, flush=True)

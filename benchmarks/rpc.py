@@ -1,0 +1,91 @@
+"""What the service adds to the engine: the same streams in the engine alone and through gRPC, in turn."""
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from benchmarks.contenders import Contender
+from benchmarks.figures import Report
+from benchmarks.rounds import Effort, Work, interleaved, progress
+from benchmarks.runs import Arrivals, Run, run_from_arrivals
+from benchmarks.server_process import DEADLINE_SECONDS, running_server
+from benchmarks.setting import Setting
+from dash_client import DashClient
+from dash_runtime.config import SkipOptions
+
+_TARGETS = {1: "≤ 0.03", 16: "≤ 0.10"}
+
+
+class _ServedContender:
+    """Streams through the server, each read by a thread of this process."""
+
+    def __init__(self, client: DashClient, skip: SkipOptions) -> None:
+        self._client = client
+        self._skip = skip
+
+    def run(self, prompts: Sequence[list[int]], num_tokens: int) -> Run:
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            started = time.perf_counter()
+            streams = list(pool.map(lambda prompt: self._read(prompt, num_tokens), prompts))
+        return run_from_arrivals(started, streams)
+
+    def _read(self, prompt: list[int], num_tokens: int) -> Arrivals:
+        arrivals: list[tuple[float, int]] = []
+        stream = self._client.stream(
+            prompt,
+            mode=str(self._skip.mode),
+            compute_budget=self._skip.compute_budget,
+            temperature=0,
+            max_new_tokens=num_tokens,
+            ignore_eos=True,
+            timeout=DEADLINE_SECONDS,
+        )
+        with stream:
+            for delta in stream:
+                if delta.token_ids:
+                    arrivals.append((time.perf_counter(), len(delta.token_ids)))
+        return arrivals
+
+
+def measure_rpc(report: Report, setting: Setting, effort: Effort) -> None:
+    """Seconds per token through the server over those of the engine, less one, and the time to the first token."""
+    progress("service: starting for the streams")
+    with running_server() as server:
+        contenders: dict[str, Contender] = {
+            "engine": setting.ours(setting.adaptive),
+            "server": _ServedContender(server.client, setting.adaptive),
+        }
+        works: dict[str, Work] = {
+            f"{name}_{count}": _streaming(f"{name}_{count}", contender, setting, count, effort)
+            for count in _TARGETS
+            for name, contender in contenders.items()
+        }
+        values = interleaved(report, "engine and server", works, effort.rounds)
+    for count, target in _TARGETS.items():
+        alone, served = values.get(f"engine_{count}"), values.get(f"server_{count}")
+        if alone and served:
+            overheads = [through / own - 1 for own, through in zip(alone, served, strict=True)]
+            report.add(f"rpc_overhead_{count}", overheads, target)
+            report.add(f"served_tokens_per_second_{count}", [1 / seconds for seconds in served])
+    if "engine_1" in values and "server_1" in values:
+        added = [served - own for own, served in zip(values["engine_1"], values["server_1"], strict=True)]
+        report.add("split_ipc_and_grpc_seconds", added)
+    report.add("time_to_first_token_seconds", values.get("server_1_first", []))
+    report.note(
+        f"rpc_overhead_N: ADAPTIVE, N streams through StreamGenerate with the Python client, each read by a thread of "
+        f"the measuring process, over the engine alone in that process; the other one idles meanwhile. "
+        f"{effort.num_tokens} new tokens for one stream, {effort.stream_tokens} each for several; "
+        "split_ipc_and_grpc_seconds is the difference for one stream, time_to_first_token_seconds that of one short "
+        "prompt at the client"
+    )
+
+
+def _streaming(name: str, contender: Contender, setting: Setting, count: int, effort: Effort) -> Work:
+    prompts = setting.prompts.streams(count)
+    num_tokens = effort.num_tokens if count == 1 else effort.stream_tokens
+
+    def work() -> Mapping[str, float]:
+        run = contender.run(prompts, num_tokens)
+        return {name: run.seconds_per_token, f"{name}_first": run.seconds_to_first}
+
+    return work

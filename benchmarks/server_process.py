@@ -1,0 +1,67 @@
+"""A server as a process of its own, from start to end. Knows how to start it; knows no figures."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from dash_client import DashClient
+
+CACHE_TOKENS = 8192
+DEADLINE_SECONDS = 600
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """A server that serves. `start_seconds` are from exec to health SERVING."""
+
+    client: DashClient
+    start_seconds: float
+    pid: int
+
+    def resident_gb(self) -> float:
+        """Of the server and its worker."""
+        process = psutil.Process(self.pid)
+        return sum(own.memory_info().rss for own in (process, *process.children(recursive=True))) / 1e9
+
+
+@contextmanager
+def running_server() -> Iterator[RunningServer]:
+    """Starts a server with as many threads as torch has here, and ends it."""
+    with tempfile.TemporaryDirectory() as folder:
+        port_file = Path(folder) / "port"
+        environment = os.environ | {
+            "DASH_PORT": "0",
+            "DASH_PORT_FILE": str(port_file),
+            "DASH_CACHE_TOKENS": str(CACHE_TOKENS),
+            "DASH_DEVICE": "cpu",
+            "DASH_NUM_THREADS": str(torch.get_num_threads()),
+            "DASH_LOG_LEVEL": "ERROR",
+        }
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "dash_server.main"]
+        server = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+        try:
+            while not port_file.exists():
+                if server.poll() is not None or time.perf_counter() - started > DEADLINE_SECONDS:
+                    raise RuntimeError("the server did not start; run `make serve` to see why")
+                time.sleep(0.05)
+            with DashClient(f"localhost:{port_file.read_text().strip()}") as client:
+                client.wait_until_ready(timeout=DEADLINE_SECONDS)
+                yield RunningServer(client, time.perf_counter() - started, server.pid)
+        finally:
+            server.send_signal(signal.SIGTERM)
+            try:
+                server.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()

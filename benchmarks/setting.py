@@ -1,0 +1,94 @@
+"""What the sections share: the models that are loaded, the prompts, and the modes that are compared."""
+
+import importlib.metadata
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.budget import Budgets, shipped_budgets
+from benchmarks.contenders import EngineContender, LlamaCpp, Transformers
+from benchmarks.figures import Report
+from benchmarks.prompts import Prompts
+from benchmarks.rounds import progress
+from dash_runtime.actions import Action
+from dash_runtime.checkpoints import load_model_config, resolve_checkpoint, tokenizer_file
+from dash_runtime.checkpoints.embedded import embedded_gguf
+from dash_runtime.config import EngineConfig, Mode, SkipOptions
+from dash_runtime.engine.build import BuildOptions, build_engine
+from dash_runtime.engine.engine import Engine
+from dash_runtime.model_config import ModelConfig
+
+FULL_DEPTH = SkipOptions(Mode.FULL_DEPTH)
+INT8 = SkipOptions(Mode.FIXED, fixed_action=Action.INT8)
+INT4 = SkipOptions(Mode.FIXED, fixed_action=Action.INT4)
+_PLANNER = "group_planner"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Everything that was loaded; what could not be is None, and a note says why."""
+
+    model: ModelConfig
+    prompts: Prompts
+    engine: Engine
+    engine_without_planner: Engine | None
+    transformers: Transformers | None
+    llama_cpp: LlamaCpp | None
+    budgets: Budgets | None
+
+    @property
+    def adaptive(self) -> SkipOptions:
+        """At the lowest budget within the limit; at the policy's own where that is not known."""
+        return SkipOptions(Mode.ADAPTIVE, compute_budget=self.budgets.lowest if self.budgets else None)
+
+    def ours(self, skip: SkipOptions) -> EngineContender:
+        return EngineContender(self.engine, skip)
+
+
+def load_setting(report: Report, cache_folder: Path) -> Setting:
+    """Loads all contenders, with as many threads each as torch has."""
+    folder = resolve_checkpoint("embedded", None, cache_folder)
+    config = EngineConfig()
+    engine = _build(folder, cache_folder, config)
+    without_planner = None
+    if any(field.name == _PLANNER for field in fields(EngineConfig)):
+        with report.attempt("the engine without planner"):
+            off: dict[str, Any] = {_PLANNER: False}
+            without_planner = _build(folder, cache_folder, replace(config, **off))
+    transformers, llama_cpp, budgets = None, None, None
+    with report.attempt("transformers"):
+        progress("loading transformers")
+        transformers = Transformers(folder)
+        report.note(
+            f"transformers {importlib.metadata.version('transformers')}: generate, bf16, sdpa attention, dynamic "
+            "cache, not compiled, no end-of-sequence check"
+        )
+    with report.attempt("llama.cpp"):
+        progress("loading llama.cpp")
+        llama_cpp = LlamaCpp(embedded_gguf(), torch.get_num_threads())
+        report.note(
+            f"llama.cpp: {llama_cpp.description}, Q4_1 from the same file that our weights come from, "
+            f"{torch.get_num_threads()} threads, n_ctx 2048, eval and the largest logit, its defaults otherwise"
+        )
+    with report.attempt("the budget within the divergence limit (the recommended one is used)"):
+        budgets = shipped_budgets(folder)
+        report.note(
+            f"ADAPTIVE: policy {budgets.policy} at budget {budgets.lowest:g}, the lowest where its calibration says at "
+            f"most 0.10 nats per token of divergence from full depth: {budgets.divergence:.3f}, linear between two "
+            f"points, on the calibration text of the policy's card; recommended budget {budgets.recommended:.3f}"
+        )
+    return Setting(
+        load_model_config(folder),
+        Prompts(tokenizer_file(folder)),
+        engine,
+        without_planner,
+        transformers,
+        llama_cpp,
+        budgets,
+    )
+
+
+def _build(folder: Path, cache_folder: Path, config: EngineConfig) -> Engine:
+    return build_engine(folder, cache_folder, BuildOptions(device="cpu"), config, progress)

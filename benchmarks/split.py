@@ -1,0 +1,152 @@
+"""Where a token's time goes, by torch's profiler: products, attention, pointwise work, policy, sampling, dispatch.
+
+What is counted is each operation's own time in the engine's thread; what lies between operations is dispatch. Knows
+the names of operations; knows no modes' meaning.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.figures import Report
+from benchmarks.rounds import Effort, progress
+from benchmarks.setting import FULL_DEPTH, Setting
+from dash_runtime.config import GenerationRequest, SkipOptions, StoppingParameters
+from dash_runtime.decoder.programs import Program
+from dash_runtime.engine.engine import Engine
+from dash_runtime.engine.lanes import Lane, Ticket
+from dash_runtime.policy.policy import Decision, Policy, State
+
+_STEP, _POLICY, _PROGRAM = "bench::step", "bench::policy", "bench::program"
+_PREFIXES = {
+    "policy": (_POLICY,),
+    "compiled_layers": (_PROGRAM,),
+    "sampling": ("aten::argmax", "aten::multinomial", "aten::topk"),
+    "attention": ("aten::scaled_dot_product", "aten::_scaled_dot_product", "aten::_flash_attention"),
+    "gemm": (
+        "aten::linear", "aten::matmul", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear",
+        "aten::_weight_int", "mkldnn::",
+    ),
+}  # fmt: skip
+_MOVES_NOTHING = (
+    "aten::view", "aten::_unsafe_view", "aten::reshape", "aten::slice", "aten::select", "aten::split", "aten::chunk",
+    "aten::narrow", "aten::expand", "aten::transpose", "aten::permute", "aten::t", "aten::unsqueeze", "aten::squeeze",
+    "aten::as_strided", "aten::alias", "aten::detach", "aten::empty", "aten::new_empty", "aten::resize",
+    "aten::lift_fresh", "aten::is_nonzero", "aten::item", "aten::_local_scalar_dense", "aten::unbind",
+)  # fmt: skip
+CLASSES = ("gemm", "attention", "pointwise", "compiled_layers", "policy", "sampling", "dispatch")
+
+
+def measure_split(report: Report, setting: Setting, effort: Effort) -> None:
+    """Seconds per token of each class, ADAPTIVE and at full depth."""
+    for prefix, name, skip in (("", "ADAPTIVE", setting.adaptive), ("full_depth_", "FULL_DEPTH", FULL_DEPTH)):
+        progress(f"split: {name}")
+        with report.attempt(f"split, {name}"):
+            tokens = _profiled_tokens(setting.engine, setting.prompts.single, skip, effort.profiled_tokens)
+            for kind in CLASSES:
+                report.add(f"split_{prefix}{kind}_seconds", [token[kind] for token in tokens])
+            report.add(f"split_{prefix}profiled_token_seconds", [sum(token.values()) for token in tokens])
+    report.note(
+        f"split_*: {effort.profiled_tokens} tokens of one stream under torch.profiler, ADAPTIVE and (full_depth) "
+        "FULL_DEPTH; the profiler inflates all of it, many small operations most: compare profiled_token with the "
+        "time that the same mode's tokens per second stand for. A compiled layer is one operation, of the class "
+        "compiled_layers. dispatch is Python, operations that move nothing, and what lies between operations"
+    )
+
+
+def _profiled_tokens(engine: Engine, prompt: list[int], skip: SkipOptions, num_tokens: int) -> list[dict[str, float]]:
+    """Seconds by class, of each token."""
+    stopping = StoppingParameters(num_tokens + 3, ignore_eos=True)
+    engine.submit(GenerationRequest("split", prompt, stopping, skip=skip))
+    try:
+        with _marked(engine):
+            for _ in range(2):  # the prefill, and a token that warms up
+                engine.step()
+            # Its start lasts; the first step would be charged with it.
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                time.sleep(0.05)
+                for _ in range(num_tokens):
+                    with record_function(_STEP):
+                        engine.step()
+    finally:
+        engine.cancel("split")
+    steps: dict[int, dict[str, float]] = {}
+    for event in profiler.events():
+        path = _path(event)
+        if path[0].name == _STEP:
+            step = steps.setdefault(id(path[0]), dict.fromkeys(CLASSES, 0.0))
+            step[_kind([own.name for own in path[1:]])] += event.self_cpu_time_total / 1e6
+    if len(steps) != num_tokens:
+        raise RuntimeError(f"the profiler saw {len(steps)} of {num_tokens} steps")
+    return list(steps.values())
+
+
+def _path(event: Any) -> list[Any]:
+    """The event and those it lies in, outermost first."""
+    path = [event]
+    while path[-1].cpu_parent is not None:
+        path.append(path[-1].cpu_parent)
+    return path[::-1]
+
+
+def _kind(names: list[str]) -> str:
+    """The class of an operation by its own name and the names that it lies in, outermost first."""
+    for name in names:
+        for kind, prefixes in _PREFIXES.items():
+            if name.startswith(prefixes):
+                return kind
+    if not names or names[-1].startswith(_MOVES_NOTHING) or not names[-1].startswith("aten::"):
+        return "dispatch"
+    return "pointwise"
+
+
+class _MarkedLane:
+    """A lane whose policies the profiler can tell from the layers."""
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+
+    @property
+    def exposed_ns(self) -> int:
+        return self._lane.exposed_ns
+
+    @exposed_ns.setter
+    def exposed_ns(self, value: int) -> None:
+        self._lane.exposed_ns = value
+
+    def submit(self, policy: Policy, layer: int, state: State) -> Ticket:
+        with record_function(_POLICY):
+            return self._lane.submit(policy, layer, state)
+
+    def result(self, ticket: Ticket) -> Decision:
+        with record_function(_POLICY):
+            return self._lane.result(ticket)
+
+    def close(self) -> None:
+        self._lane.close()
+
+
+@contextmanager
+def _marked(engine: Engine) -> Iterator[None]:
+    """Names what the profiler would not see, or not tell apart: policies, and compiled programs."""
+    lane, call = engine._lane, Program.__call__
+
+    def marked_call(program: Program, inputs: list[torch.Tensor]) -> torch.Tensor:
+        with record_function(_PROGRAM):
+            return call(program, inputs)
+
+    replaced: list[tuple[object, str, object, object]] = [
+        (engine, "_lane", _MarkedLane(lane), lane),
+        (Program, "__call__", marked_call, call),
+    ]
+    for owner, name, marked, _ in replaced:
+        setattr(owner, name, marked)
+    try:
+        yield
+    finally:
+        for owner, name, _, plain in replaced:
+            setattr(owner, name, plain)

@@ -1,0 +1,63 @@
+"""Compiles one program and exits: `python -m dash_runtime.decoder.compile_program FILE SPECIFICATION`.
+
+In a process of its own, so that the compiler's memory and settings do not stay in the one that serves, and several can
+run at once.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from dash_runtime.decoder import program_samples
+from dash_runtime.decoder.one_row import ModelShape
+from dash_runtime.decoder.program_samples import Sample
+from dash_runtime.decoder.programs import ProgramKind, ProgramSpec
+from dash_runtime.whole_file import replacing
+
+_NEVER = 1_000_000
+_INDUCTOR = {
+    # A product's unrolled terms stay in one loop; what they share is computed once before it.
+    "realize_opcount_threshold": _NEVER,
+    "realize_acc_reads_threshold": _NEVER,
+    "realize_reads_threshold": 1,
+    "cpp.enable_floating_point_contract_flag": "fast",
+}
+
+
+_MODEL_SAMPLES = {
+    ProgramKind.LAYER: program_samples.layer_sample,
+    ProgramKind.ATTENTION: program_samples.attention_sample,
+    ProgramKind.LATE: program_samples.late_sample,
+    ProgramKind.HEAD: program_samples.head_sample,
+}
+
+
+def sample(spec: ProgramSpec) -> Sample:
+    """What the program is traced with."""
+    if isinstance(spec.shape, ModelShape):
+        return _MODEL_SAMPLES[spec.kind](spec.shape, spec.action)
+    return program_samples.policy_sample(spec.shape)
+
+
+def compile_program(spec: ProgramSpec, path: Path) -> None:
+    """Writes the compiled program, whole or not at all."""
+    import torch._inductor.config as inductor_config
+
+    torch.set_num_threads(spec.num_threads)
+    module, inputs, dynamic_shapes = sample(spec)
+    with torch.no_grad():
+        exported = torch.export.export(module.eval(), inputs, dynamic_shapes=dynamic_shapes)
+        with replacing(path) as partial, tempfile.TemporaryDirectory() as scratch:
+            # Inductor insists on the name's ending.
+            package = partial.with_name(f"{partial.name}.pt2")
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch  # else all of what it compiles stays in the system's folder
+            with inductor_config.patch(_INDUCTOR):
+                torch._inductor.aoti_compile_and_package(exported, package_path=str(package))
+            package.replace(partial)
+
+
+if __name__ == "__main__":
+    compile_program(ProgramSpec.from_json(sys.argv[2]), Path(sys.argv[1]))

@@ -1,0 +1,161 @@
+"""Decoding with compiled programs: one call for one row and layer, or shared products for a group of rows in FULL.
+
+The counterpart of `Decoder.run_layer`'s eager way, for passes of one row per sequence. Knows layers and rows; knows
+no policies and no requests.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.decoder.kernels import RowMatrix, is_packable, pack_row_matrix
+from dash_runtime.decoder.layer import DecoderLayer, mlp
+from dash_runtime.decoder.norm import RmsNorm
+from dash_runtime.decoder.one_row import ModelShape
+from dash_runtime.decoder.programs import Program, ProgramKind, ProgramSpec
+from dash_runtime.decoder.rows import MAX_PENDING, RowBatch
+from dash_runtime.decoder.weight_loader import LayerWeights
+from dash_runtime.model_config import ModelConfig
+
+
+def program_specs(model: ModelConfig, actions: Sequence[Action], num_threads: int) -> list[ProgramSpec]:
+    """The programs that decoding needs: a layer and late keys and values for each action that runs, attention, and the
+    INT8 head."""
+    running = [action for action in actions if action is not Action.SKIP]
+    wanted = [(kind, action) for kind in (ProgramKind.LAYER, ProgramKind.LATE) for action in running]
+    wanted.append((ProgramKind.ATTENTION, Action.FULL))
+    if Action.INT8 in actions:
+        wanted.append((ProgramKind.HEAD, Action.INT8))
+    return [ProgramSpec(kind, action, ModelShape.of(model), num_threads) for kind, action in wanted]
+
+
+def can_compile(model: ModelConfig) -> bool:
+    """Whether the programs can stand for this model's layers."""
+    has_only_known_biases = not (model.has_output_bias or model.has_mlp_bias)
+    has_long_windows = all(window is None or window > 1 for window in model.sliding_window)
+    sizes = [*ModelShape.of(model).matrices(), (model.vocab_size, model.hidden_size)]
+    return has_only_known_biases and has_long_windows and all(is_packable(*size) for size in sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """One layer's inputs of the programs, by action where they differ."""
+
+    vectors: list[Tensor]
+    layer: Mapping[Action, list[Tensor]]
+    late: Mapping[Action, list[Tensor]]
+
+
+class CompiledLayers:
+    """The layers of one decoder as programs.
+
+    Args:
+        query_size: features of all queries of a row.
+        shares_products: whether rows in FULL share their products where there are several: faster, and a row's
+            rounding then depends on whether it has neighbours. Otherwise each row runs alone.
+    """
+
+    def __init__(self, programs: Mapping[ProgramSpec, Program], query_size: int, shares_products: bool) -> None:
+        self._query_size = query_size
+        self._programs = {(spec.kind, spec.action): program for spec, program in programs.items()}
+        self._running = [action for kind, action in self._programs if kind is ProgramKind.LAYER]
+        self.shares_products = shares_products
+        self._layers: list[_Tensors] = []
+
+    def add_layer(self, weights: LayerWeights) -> None:
+        """Packs the next layer's matrices."""
+        vectors = [weights.input_norm.weight, weights.mlp_norm.weight]
+        if weights.head_norm is not None:
+            vectors.append(weights.head_norm)
+        fused = weights.query_key_value
+        if fused.bias is not None:
+            vectors.append(fused.bias)
+        matrices = (fused.weight, weights.output.weight, weights.gate_up.weight, weights.down.weight)
+        packed = {action: [pack_row_matrix(action, matrix) for matrix in matrices] for action in self._running}
+        self._layers.append(
+            _Tensors(
+                vectors,
+                {a: [*vectors, *(t for matrix in own for t in matrix.tensors())] for a, own in packed.items()},
+                {a: [*vectors, *own[0].outputs_from(self._query_size).tensors()] for a, own in packed.items()},
+            )
+        )
+
+    def run(
+        self, layer: int, weights: DecoderLayer, actions: Sequence[Action], hidden: Tensor, batch: RowBatch
+    ) -> Tensor:
+        """`Decoder.run_layer` for one row per sequence."""
+        if len(actions) == 1:
+            return self._run_row(layer, actions[0], hidden, batch, 0)
+        outputs: list[Tensor] = list(hidden.split(1))
+        shared = [row for row, action in enumerate(actions) if action is Action.FULL] if self.shares_products else []
+        if len(shared) > 1:
+            group = self._run_full_rows(layer, weights, hidden, batch, shared)
+            for place, row in enumerate(shared):
+                outputs[row] = group[place : place + 1]
+        else:
+            shared = []
+        for row, action in enumerate(actions):
+            if row not in shared:
+                outputs[row] = self._run_row(layer, action, outputs[row], batch, row)
+        return torch.cat(outputs)
+
+    def head(self, precision: Action, weight: Tensor, norm: RmsNorm) -> "CompiledHead | None":
+        """The head of that precision, where there is a program for it."""
+        program = self._programs.get((ProgramKind.HEAD, precision))
+        return None if program is None else CompiledHead(program, norm.weight, pack_row_matrix(precision, weight))
+
+    def _run_row(self, layer: int, action: Action, hidden: Tensor, batch: RowBatch, row: int) -> Tensor:
+        pending = batch.spans[row].cache.pending[layer]
+        if action is Action.SKIP:
+            pending.append(hidden)
+            if len(pending) == MAX_PENDING:
+                self._write_late(layer, Action.FULL, batch, row, num_own=1)
+            return batch.compensate(layer, hidden, [row])
+        if pending:
+            self._write_late(layer, action, batch, row, num_own=0)
+        program = self._programs[ProgramKind.LAYER, action]
+        return program([hidden, *batch.seen(layer, row), *batch.row_tables[row], *self._layers[layer].layer[action]])[0]
+
+    def _run_full_rows(
+        self, layer: int, weights: DecoderLayer, hidden: Tensor, batch: RowBatch, rows: list[int]
+    ) -> Tensor:
+        """The given rows in FULL, with one product for all of them and an attention for each."""
+        inputs = hidden if len(rows) == len(hidden) else hidden[rows]
+        linears = weights.linears[Action.FULL]
+        fused = linears.query_key_value(weights.input_norm(inputs))
+        program, vectors = self._programs[ProgramKind.ATTENTION, Action.FULL], self._layers[layer].vectors
+        attended: list[Tensor] = []
+        for place, row in enumerate(rows):
+            if batch.spans[row].cache.pending[layer]:
+                self._write_late(layer, Action.FULL, batch, row, num_own=0)
+            own = fused[place : place + 1]
+            attended.append(program([own, *batch.seen(layer, row), *batch.row_tables[row], *vectors])[0])
+        residual = inputs + linears.output(torch.cat(attended))
+        return residual + mlp(linears, weights.mlp_norm(residual))
+
+    def _write_late(self, layer: int, action: Action, batch: RowBatch, row: int, num_own: int) -> None:
+        """Projects the row's pending keys and values, the last `num_own` of which are of this pass."""
+        span = batch.spans[row]
+        rows = span.cache.pending[layer]
+        end = span.start + num_own
+        positions = slice(end - len(rows), end)
+        stored = (span.cache.keys[layer][positions], span.cache.values[layer][positions])
+        late = self._programs[ProgramKind.LATE, action]
+        late([torch.cat(rows), *stored, *batch.tables(positions), *self._layers[layer].late[action]])
+        span.cache.pending[layer] = []
+
+
+class CompiledHead:
+    """The final norm and the head as a program, row by row."""
+
+    def __init__(self, program: Program, norm: Tensor, matrix: RowMatrix) -> None:
+        self._program = program
+        self._weights = [norm, *matrix.tensors()]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """float32 `[rows, vocab_size]` from the last layer's output, before its norm."""
+        rows = [self._program([row, *self._weights])[0] for row in hidden.split(1)]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)

@@ -1,0 +1,210 @@
+"""What is compiled of a decoder: a layer for one row, the late keys and values of skipped rows, the head.
+
+The same as `decoder.py` and `rows.py` compute eagerly, written for Inductor: it makes one parallel region of a
+layer, so that its threads are woken once. Everything between the layer's input and output stays float32. To be
+traced, not run eagerly. Knows tensors; knows no sequences.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dash_runtime.actions import Action
+from dash_runtime.decoder.kernels import row_product
+from dash_runtime.model_config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the programs of a decoder depend on: all that two models must share to share them."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    has_qkv_bias: bool
+    has_qk_norm: bool
+    vocab_size: int
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "ModelShape":
+        return cls(**{field.name: getattr(model, field.name) for field in fields(cls)})
+
+    @property
+    def query_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """Keys and values of one row together."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """`(out_features, in_features)` of query-key-value, output, gate-up and down."""
+        return (
+            (self.query_size + self.key_value_size, self.hidden_size),
+            (self.hidden_size, self.query_size),
+            (2 * self.intermediate_size, self.hidden_size),
+            (self.hidden_size, self.intermediate_size),
+        )
+
+
+class OneRowLayer(nn.Module):
+    """One layer with one action, for one row, which is the last of its sequence's keys."""
+
+    def __init__(self, shape: ModelShape, action: Action) -> None:
+        super().__init__()
+        self._shape = shape
+        self._action = action
+
+    def forward(
+        self,
+        hidden: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        vectors: tuple[Tensor, ...],
+        matrices: tuple[tuple[Tensor, ...], ...],
+    ) -> Tensor:
+        """`[1, hidden_size]` to the same; writes the last of `keys` and `values` `[positions, num_kv_heads, head_dim]`.
+
+        `vectors` are the weights of the input's norm, the MLP's and, where the model has them, the heads' `[num_heads +
+        num_kv_heads, head_dim]` and the bias of query, key and value; `matrices` are query-key-value, output, gate-up
+        and down.
+        """
+        shape = self._shape
+        query_key_value, output, gate_up, down = matrices
+        residual = hidden.float()
+        normed = rms_norm(residual, vectors[0], shape.rms_norm_eps)
+        fused = row_product(self._action, normed, query_key_value)
+        if shape.has_qkv_bias:
+            fused = fused + vectors[-1]
+        attended = write_and_attend(shape, fused, keys, values, cosines, sines, vectors)
+        residual = residual + row_product(self._action, attended, output)
+        normed = rms_norm(residual, vectors[1], shape.rms_norm_eps)
+        gate, up = row_product(self._action, normed, gate_up).chunk(2, dim=-1)
+        residual = residual + row_product(self._action, functional.silu(gate) * up, down)
+        return residual.to(hidden.dtype)
+
+
+class OneRowAttention(nn.Module):
+    """The part of a layer between the query-key-value product and the output product, for one row of a group whose
+    products are shared (`compiled.py`)."""
+
+    def __init__(self, shape: ModelShape, action: Action) -> None:
+        super().__init__()
+        self._shape = shape
+
+    def forward(
+        self,
+        fused: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        vectors: tuple[Tensor, ...],
+    ) -> Tensor:
+        """`[1, num_heads * head_dim]` from `fused` `[1, query and key and value]`, bias included."""
+        attended = write_and_attend(self._shape, fused.float(), keys, values, cosines, sines, vectors)
+        return attended.to(fused.dtype)
+
+
+class LateKeysValues(nn.Module):
+    """Keys and values of rows that skipped a layer, from the layer's input (the KV rule)."""
+
+    def __init__(self, shape: ModelShape, action: Action) -> None:
+        super().__init__()
+        self._shape = shape
+        self._action = action
+
+    def forward(
+        self,
+        hidden: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        vectors: tuple[Tensor, ...],
+        matrix: tuple[Tensor, ...],
+    ) -> Tensor:
+        """Writes all of `keys` and `values` `[rows, num_kv_heads, head_dim]` from `hidden` `[rows, hidden_size]`.
+
+        `cosines` and `sines` are `[rows, 1, head_dim]`, `matrix` is the key and value part of the fused one.
+        """
+        shape = self._shape
+        fused = row_product(self._action, rms_norm(hidden.float(), vectors[0], shape.rms_norm_eps), matrix)
+        if shape.has_qkv_bias:
+            fused = fused + vectors[-1][shape.query_size :]
+        heads = fused.view(-1, 2 * shape.num_kv_heads, shape.head_dim)
+        rotated = heads[:, : shape.num_kv_heads]
+        if shape.has_qk_norm:
+            rotated = rms_norm(rotated, vectors[2][shape.num_heads :], shape.rms_norm_eps)
+        keys.copy_(rotate_heads(rotated, cosines, sines))
+        values.copy_(heads[:, shape.num_kv_heads :])
+        return hidden[:0]
+
+
+class Head(nn.Module):
+    """The final norm and the language-model head of one row."""
+
+    def __init__(self, shape: ModelShape, action: Action) -> None:
+        super().__init__()
+        self._shape = shape
+        self._action = action
+
+    def forward(self, hidden: Tensor, norm: Tensor, matrix: tuple[Tensor, ...]) -> Tensor:
+        """float32 logits `[1, vocab_size]` of the last layer's output `[1, hidden_size]`."""
+        return row_product(self._action, rms_norm(hidden.float(), norm, self._shape.rms_norm_eps), matrix)
+
+
+def write_and_attend(
+    shape: ModelShape,
+    fused: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    vectors: tuple[Tensor, ...],
+) -> Tensor:
+    """Writes one row's keys and values at the end of `keys` and `values`, and attends to all of them."""
+    heads = fused.view(1, -1, shape.head_dim)
+    num_rotated = shape.num_heads + shape.num_kv_heads
+    rotated = heads[:, :num_rotated]
+    if shape.has_qk_norm:
+        rotated = rms_norm(rotated, vectors[2], shape.rms_norm_eps)
+    rotated = rotate_heads(rotated, cosines, sines)
+    last = keys.shape[0] - 1
+    keys[last:] = rotated[:, shape.num_heads :].to(keys.dtype)
+    values[last:] = heads[:, num_rotated:].to(values.dtype)
+    return attention(rotated[0, : shape.num_heads], keys, values)
+
+
+def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Over the last dimension, in float32."""
+    return inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def rotate_heads(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """`rotary.rotate` for float32 `[..., heads, head_dim]`."""
+    half = heads.shape[-1] // 2
+    swapped = torch.cat((heads[..., half:], heads[..., :half]), dim=-1)
+    return heads * cosines.float() + swapped * sines.float()
+
+
+def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """`[1, num_heads * head_dim]` of one row's queries `[num_heads, head_dim]` over all keys.
+
+    As loops over keys, which is less work than the library's attention has in preparing for one query.
+    """
+    num_heads, head_dim = queries.shape
+    num_kv_heads = keys.shape[1]
+    grouped = queries.view(num_kv_heads, num_heads // num_kv_heads, 1, head_dim) * head_dim**-0.5
+    scores = (grouped * keys.float().transpose(0, 1).unsqueeze(1)).sum(-1)
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    sums = (weights.unsqueeze(-1) * values.float().transpose(0, 1).unsqueeze(1)).sum(2)
+    return (sums / weights.sum(-1, keepdim=True)).view(1, -1)

@@ -1,0 +1,135 @@
+"""Compiled programs: which there are, where they are kept, and how they are loaded.
+
+A program is one AOTInductor package, made once for a shape, an action and this machine, and read by every later start.
+Knows tensors and files; knows no sequences.
+"""
+
+import hashlib
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.decoder import kernels, one_row, program_samples
+from dash_runtime.decoder.one_row import ModelShape
+from dash_runtime.policy import one_row_policy
+from dash_runtime.policy.one_row_policy import PolicyShape
+
+_COMPILE_SECONDS = 600
+
+
+class ProgramKind(StrEnum):
+    """What is compiled (`one_row.py`, `policy/one_row_policy.py`)."""
+
+    LAYER = "layer"
+    ATTENTION = "attention"
+    LATE = "late"
+    HEAD = "head"
+    POLICY = "policy"
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramSpec:
+    """Which program, for the matrices of which action, made for how many threads."""
+
+    kind: ProgramKind
+    action: Action
+    shape: ModelShape | PolicyShape
+    num_threads: int
+
+    @property
+    def name(self) -> str:
+        """A file's, without its digest."""
+        return f"{self.kind}-{self.action.name.lower()}"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "ProgramSpec":
+        facts = json.loads(text)
+        kind = ProgramKind(facts["kind"])
+        shape = PolicyShape if kind is ProgramKind.POLICY else ModelShape
+        return cls(kind, Action(facts["action"]), shape(**facts["shape"]), facts["num_threads"])
+
+
+class Program:
+    """A loaded program. Calls take its inputs flat and in order; they may write into them."""
+
+    def __init__(self, path: Path) -> None:
+        # One caller, one thread, so the loader needs no pool of runners.
+        self._loader: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        outputs: list[Tensor] = self._loader.boxed_run(inputs)
+        return outputs
+
+
+def load_programs(
+    specs: Sequence[ProgramSpec], folder: Path, progress: Callable[[str], None]
+) -> dict[ProgramSpec, Program] | None:
+    """The programs, compiled into `folder` where they are not there yet; None where this machine cannot compile."""
+    paths = {spec: folder / f"{spec.name}-{_digest(spec)}.pt2" for spec in specs}
+    programs = {spec: program for spec, path in paths.items() if (program := _load(path)) is not None}
+    missing = [spec for spec in paths if spec not in programs]
+    if not missing:
+        return programs
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        progress("layers run uncompiled: no C++ compiler here")
+        return None
+    progress(f"compiling {len(missing)} programs (kept for later starts)")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+            list(pool.map(lambda spec: _compile(spec, paths[spec]), missing))
+        return programs | {spec: Program(paths[spec]) for spec in missing}
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        progress(f"layers run uncompiled: {_reason(error)}")
+        return None
+
+
+def _load(path: Path) -> Program | None:
+    """None where it is not there, or damaged: then it is compiled again."""
+    try:
+        return Program(path) if path.exists() else None
+    except RuntimeError:
+        return None
+
+
+def _compile(spec: ProgramSpec, path: Path) -> None:
+    command = [sys.executable, "-m", "dash_runtime.decoder.compile_program", str(path), spec.to_json()]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+
+
+def _reason(error: Exception) -> str:
+    output = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+    lines = [line for line in str(output).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _digest(spec: ProgramSpec) -> str:
+    """Of all that the compiled code depends on: what is traced, the compiler's version of it, and the processor."""
+    sources = [Path(str(module.__file__)).read_text() for module in (kernels, one_row, one_row_policy, program_samples)]
+    sources.append(Path(__file__).with_name("compile_program.py").read_text())
+    key = (spec.to_json(), sources, torch.__version__, sys.version_info[:2], _processor())
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What the compiler's `-march=native` looks at."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,99 @@
+"""What is fitted and measured once for a model on a device, and kept beside the converted models.
+
+So every later start reads it, and a plan drawn for a budget is the same from one start to the next. Knows
+folders; knows no requests.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dash_runtime.actions import CostTable, RowCosts
+from dash_runtime.decoder.compensation import Compensation, make_compensation
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.measure import measure_costs
+from dash_runtime.decoder.row_costs import measure_row_costs
+from dash_runtime.errors import ConfigError, DashRuntimeError
+from dash_runtime.training.data import default_token_sequences
+from dash_runtime.training.fit_compensation import NUM_SEQUENCES, SEQUENCE_LENGTH, fit_compensation
+from dash_runtime.whole_file import replacing
+
+Progress = Callable[[str], None]
+_Table = TypeVar("_Table", CostTable, RowCosts)
+_VERSION = 2
+
+
+class Calibration:
+    """Compensation and costs of one model on one device, read where they were kept, made otherwise.
+
+    Args:
+        model: what identifies the model and its precision.
+        device: what identifies the device, and how layers run on it.
+    """
+
+    def __init__(self, folder: Path, model: tuple[str, ...], device: tuple[str, ...]) -> None:
+        key = (_VERSION, *model, torch.__version__)
+        self._folder = folder
+        self._compensation_file = folder / f"compensation-{_digest(key)}.safetensors"
+        self._costs_file = folder / f"costs-{_digest((*key, *device))}.json"
+        self._row_costs_file = folder / f"row-costs-{_digest((*key, *device))}.json"
+
+    def compensation(self, decoder: Decoder, tokenizer: Path, progress: Progress) -> Compensation:
+        shape = (decoder.num_layers, decoder.config.hidden_size)
+        try:
+            kept = load_file(self._compensation_file)
+            on_device = {name: t.to(decoder.device, decoder.dtype) for name, t in kept.items()}
+            return make_compensation("affine", on_device, *shape)
+        except (OSError, SafetensorError, DashRuntimeError):
+            progress("fitting the compensation of skipped layers (kept for later starts)")
+        length = min(SEQUENCE_LENGTH, decoder.config.context_length)
+        affine = fit_compensation(decoder, default_token_sequences(tokenizer, NUM_SEQUENCES, length)).affine
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in affine.tensors().items()}
+        self._write(self._compensation_file, lambda path: save_file(tensors, path))
+        return affine
+
+    def costs(self, decoder: Decoder, compensation: Compensation, progress: Progress) -> CostTable:
+        """Costs at one row, as shares of a full-depth token."""
+        kept = _read(self._costs_file, CostTable.from_json)
+        if kept is not None and set(kept.layer) == set(decoder.actions) and set(kept.head) == set(decoder.heads):
+            return kept
+        progress("measuring what each action costs here (kept for later starts)")
+        return self._keep(self._costs_file, measure_costs(decoder, compensation))
+
+    def row_costs(self, decoder: Decoder, compensation: Compensation, progress: Progress) -> RowCosts:
+        """Seconds by action and number of rows."""
+        kept = _read(self._row_costs_file, RowCosts.from_json)
+        if kept is not None and set(kept.seconds) == set(decoder.actions):
+            return kept
+        progress("measuring what each action takes here by number of rows (kept for later starts)")
+        return self._keep(self._row_costs_file, measure_row_costs(decoder, compensation))
+
+    def _keep(self, path: Path, table: _Table) -> _Table:
+        self._write(path, lambda partial: partial.write_text(json.dumps(table.to_json(), indent=1)))
+        return table
+
+    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
+        """In one rename; a folder that cannot be written to only costs the next start its time."""
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as partial:
+                write(partial)
+
+
+def _read(path: Path, parse: Callable[[dict[str, Any]], _Table]) -> _Table | None:
+    """None where the file is not there, or damaged: then it is made again."""
+    try:
+        return parse(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError):
+        return None
+
+
+def _digest(key: object) -> str:
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]

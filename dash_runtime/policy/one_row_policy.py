@@ -1,0 +1,53 @@
+"""What is compiled of a learned policy: `FoldedNetwork.scores` for one row, and the best action of each layer.
+
+To be traced, not run eagerly. Knows tensors only.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyShape:
+    """What the program depends on. `block_size` is the number of layers that are decided together."""
+
+    hidden_size: int
+    width: int
+    block_size: int
+    num_actions: int
+    num_facts: int
+
+
+class OneRowPolicy(nn.Module):
+    """Scores and choices of one block for one row."""
+
+    def __init__(self, shape: PolicyShape) -> None:
+        super().__init__()
+        self._shape = shape
+
+    def forward(
+        self,
+        hidden: Tensor,
+        facts: Tensor,
+        hidden_weight: Tensor,
+        terms: Tensor,
+        fact_weight: Tensor,
+        output_weight: Tensor,
+        output_bias: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """`[1, block_size]` indices of actions and float32 scores `[1, block_size, num_actions]`.
+
+        Of one block: `terms` `[width]`, `output_weight` `[block_size * num_actions, width]` and `output_bias`
+        `[block_size * num_actions]`; of the network: `hidden_weight` `[width, hidden_size]`, `fact_weight` `[facts,
+        width]`. `hidden` is `[1, hidden_size]`, `facts` `[1, facts]`.
+        """
+        state = hidden.float()
+        scale = state.shape[-1] ** 0.5 * torch.rsqrt(state.square().sum(-1).clamp_min(1e-24))
+        inner = functional.silu(
+            terms + (facts.view(-1, 1) * fact_weight).sum(0) + (hidden_weight * state).sum(-1) * scale
+        )
+        scores = ((output_weight * inner).sum(-1) + output_bias).view(1, self._shape.block_size, -1)
+        return scores.argmax(dim=-1), scores

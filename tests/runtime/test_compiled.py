@@ -1,0 +1,298 @@
+"""Decoding with programs instead of eagerly: the same mathematics, the same caches, and rows that do not touch each
+other.
+
+Every property is tested with the programs' modules run as they are, for several families, and once with the programs
+that matter compiled.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dash_runtime.actions import Action
+from dash_runtime.checkpoints import load_model_config, open_weights
+from dash_runtime.decoder.compensation import Affine, Identity
+from dash_runtime.decoder.compile_program import sample
+from dash_runtime.decoder.compiled import CompiledLayers, program_specs
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.kv_cache import SequenceCache
+from dash_runtime.decoder.programs import Program, ProgramKind, ProgramSpec, load_programs
+from dash_runtime.decoder.rows import MAX_PENDING
+from dash_runtime.model_config import ModelConfig
+from tests.runtime.support import ALL_ACTIONS, CPU, full_plan, load_decoder, new_cache, run_rows, some_affine
+from tests.tiny_models import save_tiny_model
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 272}
+NUM_THREADS = 2
+MAX_DIVERGENCE = 0.01
+"""In nats. Rounding to bf16 at other places makes a tenth of it, plans in another order a hundred times as much."""
+Plan = Sequence[Action]
+
+
+class UncompiledProgram(Program):
+    """What the compiled program was made from, run eagerly."""
+
+    def __init__(self, spec: ProgramSpec) -> None:
+        self._module, inputs, _ = sample(spec)
+        self._structure = pytree.tree_structure(inputs)
+
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        return pytree.tree_leaves(self._module(*pytree.tree_unflatten(inputs, self._structure)))
+
+
+@dataclass(frozen=True)
+class Decoders:
+    """One model three times: as programs that rows run alone or share products of, and eagerly."""
+
+    alone: Decoder
+    shared: Decoder
+    eager: Decoder
+    running: Plan
+    """Actions that all three have layers for."""
+
+    @property
+    def actions(self) -> Plan:
+        return (Action.SKIP, *self.running)
+
+
+def decoder_of(folder: Path, config: ModelConfig, programs: dict[ProgramSpec, Program], shares: bool) -> Decoder:
+    query_size = config.num_heads * config.head_dim
+    return Decoder(
+        config,
+        open_weights(folder),
+        ALL_ACTIONS,
+        dtype=torch.bfloat16,
+        device=CPU,
+        context_length=config.context_length,
+        compiled=CompiledLayers(programs, query_size, shares_products=shares),
+    )
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "llama",
+        "qwen2",
+        "qwen3",
+        "mistral-sliding-window",
+        pytest.param("compiled", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")),
+    ],
+)
+def decoders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoders:
+    is_compiled = request.param == "compiled"
+    # Full and sliding attention and biases in one model, whose programs are the same for every layer.
+    family = "qwen2-sliding-window" if is_compiled else request.param
+    folder = save_tiny_model(tmp_path_factory.mktemp("compiled") / family, family, **SIZES)
+    config = load_model_config(folder)
+    specs = program_specs(config, ALL_ACTIONS, NUM_THREADS)
+    running: Plan = ALL_ACTIONS[1:]
+    programs: dict[ProgramSpec, Program] = {spec: UncompiledProgram(spec) for spec in specs}
+    if is_compiled:  # each kind with positions, and each way to keep a matrix that a layer of this model runs
+        running = (Action.INT4, Action.FULL)
+        wanted = {(ProgramKind.LAYER, action) for action in running}
+        wanted |= {(kind, Action.FULL) for kind in (ProgramKind.LATE, ProgramKind.ATTENTION)}
+        said: list[str] = []
+        loaded = load_programs([s for s in specs if (s.kind, s.action) in wanted], folder / "programs", said.append)
+        assert loaded is not None, said
+        programs |= loaded
+    alone, shared = (decoder_of(folder, config, programs, shares) for shares in (False, True))
+    return Decoders(alone, shared, load_decoder(folder, torch.bfloat16), running)
+
+
+def divergence(expected: Tensor, logits: Tensor) -> float:
+    """The largest of the rows' KL divergences, in nats."""
+    targets, own = expected.log_softmax(-1), logits.log_softmax(-1)
+    return float((targets.exp() * (targets - own)).sum(-1).max())
+
+
+def prefilled(decoder: Decoder, prompt: Sequence[int]) -> SequenceCache:
+    cache = new_cache(decoder)
+    run_rows(decoder, [cache], [prompt], [full_plan(decoder)])
+    return cache
+
+
+def mixed_plans(decoders: Decoders, count: int) -> list[Plan]:
+    """Any action in any layer, but the second layer, and the last with its window, skip until they run at the end."""
+    generator = torch.Generator().manual_seed(5)
+    num_layers = decoders.eager.num_layers
+    choices = torch.randint(len(decoders.actions), (count, num_layers), generator=generator).tolist()
+    plans = [[decoders.actions[choice] for choice in row] for row in choices]
+    for plan in plans[:-1]:
+        plan[1] = plan[-1] = Action.SKIP
+    plans[-1] = [Action.FULL] * num_layers
+    return list(plans)
+
+
+def decode(decoder: Decoder, cache: SequenceCache, plans: Sequence[Plan], affine: Affine | None = None) -> Tensor:
+    """Logits of some tokens, decoded one after another with these plans."""
+    tokens = [(37 * step + 11) % 250 for step in range(len(plans))]
+    steps = zip(tokens, plans, strict=True)
+    return torch.cat([run_rows(decoder, [cache], [[token]], [plan], affine) for token, plan in steps])
+
+
+def assert_same_cache(own: SequenceCache, expected: SequenceCache) -> None:
+    """Keys and values within what bf16 rounds, and nothing left pending in one only."""
+    assert own.length == expected.length
+    assert list(map(len, own.pending)) == list(map(len, expected.pending))
+    for layer, pending in enumerate(own.pending):
+        written = slice(own.length - len(pending))
+        for mine, theirs in ((own.keys, expected.keys), (own.values, expected.values)):
+            scale = float(theirs[layer][written].abs().amax())
+            torch.testing.assert_close(mine[layer][written], theirs[layer][written], rtol=0.05, atol=0.05 * scale)
+
+
+@torch.inference_mode()
+def test_tokens_are_those_of_the_eager_decoder_for_mixed_plans_and_long_skips(decoders: Decoders) -> None:
+    plans = mixed_plans(decoders, 2 * MAX_PENDING + 5)
+    affine = some_affine(decoders.eager)
+    own, expected = (prefilled(decoder, range(1, 12)) for decoder in (decoders.alone, decoders.eager))
+    logits = decode(decoders.alone, own, plans, affine)
+    assert divergence(decode(decoders.eager, expected, plans, affine), logits) < MAX_DIVERGENCE
+    assert_same_cache(own, expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("first", range(3))
+def test_the_tokens_after_a_prompt_of_one_are_those_of_the_eager_decoder(decoders: Decoders, first: int) -> None:
+    plans = [(action,) * decoders.eager.num_layers for action in decoders.actions]
+    plans = [*plans[first:], *plans[:first], full_plan(decoders.eager)]
+    own, expected = (prefilled(decoder, [7]) for decoder in (decoders.alone, decoders.eager))
+    assert divergence(decode(decoders.eager, expected, plans), decode(decoders.alone, own, plans)) < MAX_DIVERGENCE
+    assert_same_cache(own, expected)
+
+
+@torch.inference_mode()
+def test_a_cache_that_grows_meanwhile_loses_nothing(decoders: Decoders) -> None:
+    plans = mixed_plans(decoders, 12)
+    own, expected = (prefilled(decoder, range(60)) for decoder in (decoders.alone, decoders.eager))
+    before = own.capacity
+    assert divergence(decode(decoders.eager, expected, plans), decode(decoders.alone, own, plans)) < MAX_DIVERGENCE
+    assert own.capacity > before
+    assert_same_cache(own, expected)
+
+
+@torch.inference_mode()
+def test_passes_of_several_rows_and_of_one_take_turns_on_a_cache_that_is_cut_between(decoders: Decoders) -> None:
+    plans = mixed_plans(decoders, 7)[:-1]
+    results: list[tuple[Tensor, SequenceCache]] = []
+    for decoder in (decoders.eager, decoders.alone):
+        cache = prefilled(decoder, range(20))
+        drafts = decode(decoder, cache, plans)
+        cache.truncate(23)
+        verified = run_rows(decoder, [cache], [[3, 4, 5]], [full_plan(decoder)])
+        results.append((torch.cat((drafts, verified, decode(decoder, cache, plans))), cache))
+    (expected, expected_cache), (logits, cache) = results
+    assert divergence(expected, logits) < MAX_DIVERGENCE
+    assert_same_cache(cache, expected_cache)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_skipped", [1, 3, MAX_PENDING - 1, MAX_PENDING, 2 * MAX_PENDING + 3])
+def test_keys_and_values_of_skipped_rows_are_written_by_the_time_a_row_attends(
+    decoders: Decoders, num_skipped: int
+) -> None:
+    for action in decoders.running:
+        skipping, running = (prefilled(decoders.alone, [1, 2, 3]) for _ in range(2))
+        for number in range(num_skipped + 1):
+            hidden = decoders.alone.embed([5 + number])
+            for cache, own in ((skipping, action if number == num_skipped else Action.SKIP), (running, action)):
+                batch = decoders.alone.rows([cache], [1], [Identity()])
+                decoders.alone.run_layer(1, [own], hidden, batch)
+                batch.commit()
+            assert len(skipping.pending[1]) < MAX_PENDING
+        assert skipping.pending[1] == []
+        # Those that nobody attended to in time are the full layer's, whichever action runs after them.
+        late = slice(3 + num_skipped // MAX_PENDING * MAX_PENDING, skipping.length)
+        for own_rows, expected in ((skipping.keys[1], running.keys[1]), (skipping.values[1], running.values[1])):
+            torch.testing.assert_close(own_rows[late], expected[late], rtol=0.01, atol=0.01)
+            assert all(float(row.abs().max()) > 0 for row in own_rows[: skipping.length])
+
+
+@torch.inference_mode()
+def test_a_layer_attends_to_its_window_and_to_nothing_before(decoders: Decoders) -> None:
+    hidden = decoders.alone.embed([9])
+    for layer, window in enumerate(decoders.alone.config.sliding_window):
+        outputs: list[Tensor] = []
+        for num_changed in (0, 12 - (window or 12) + 1, 12 - (window or 12) + 2):  # the row itself is in the window
+            cache = prefilled(decoders.alone, range(12))
+            cache.keys[layer][:num_changed] += 1
+            cache.values[layer][:num_changed] += 1
+            batch = decoders.alone.rows([cache], [1], [Identity()])
+            outputs.append(decoders.alone.run_layer(layer, [Action.FULL], hidden, batch))
+        assert torch.equal(outputs[0], outputs[1]) is (window is not None)
+        assert not torch.equal(outputs[0], outputs[2])
+
+
+@torch.inference_mode()
+def test_rows_decoded_in_a_batch_are_bit_equal_to_the_same_rows_alone(decoders: Decoders) -> None:
+    decoder, actions = decoders.alone, decoders.actions
+    affine = some_affine(decoder)
+    prompts = [range(1, 2 + 7 * row) for row in range(9)]
+    alone, together = ([prefilled(decoder, prompt) for prompt in prompts] for _ in range(2))
+    for step in range(MAX_PENDING + 2):
+        token_ids = [[10 * row + step] for row in range(len(prompts))]
+        plans = [
+            [Action.SKIP if layer == row else actions[(row + layer + step) % len(actions)] for layer in range(6)]
+            for row in range(len(prompts))
+        ]
+        batched = run_rows(decoder, together, token_ids, plans, affine)
+        rows = zip(alone, token_ids, plans, strict=True)
+        single = [run_rows(decoder, [cache], [ids], [plan], affine) for cache, ids, plan in rows]
+        assert torch.equal(batched, torch.cat(single))
+    for own, expected in zip(together, alone, strict=True):
+        assert torch.equal(torch.stack(own.keys)[:, : own.length], torch.stack(expected.keys)[:, : own.length])
+
+
+@torch.inference_mode()
+def test_rows_that_share_products_are_those_of_the_eager_decoder(decoders: Decoders) -> None:
+    num_rows = 5
+    own, expected = (
+        [prefilled(decoder, range(1, 2 + 5 * row)) for row in range(num_rows)]
+        for decoder in (decoders.shared, decoders.eager)
+    )
+    for step, spread in enumerate((0, 3, 1, 1, 2, 0)):  # actions in one layer, from FULL downwards, but for SKIP
+        plans = [
+            [decoders.actions[-1 - (row + layer) % (spread + 1) % len(decoders.actions)] for layer in range(6)]
+            for row in range(num_rows)
+        ]
+        for row, plan in enumerate(plans):
+            if step < 5:  # each row leaves a layer of its own to the last step
+                plan[row] = Action.SKIP
+        token_ids = [[10 * row + step] for row in range(num_rows)]
+        logits, others = (
+            run_rows(decoder, caches, token_ids, plans)
+            for decoder, caches in ((decoders.shared, own), (decoders.eager, expected))
+        )
+        assert divergence(others, logits) < MAX_DIVERGENCE
+    for mine, theirs in zip(own, expected, strict=True):
+        assert_same_cache(mine, theirs)
+
+
+@torch.inference_mode()
+def test_a_quantised_head_is_that_of_the_eager_decoder_row_by_row(decoders: Decoders) -> None:
+    hidden = decoders.eager.embed([3, 4, 5])
+    for precisions in ([Action.INT8] * 3, [Action.INT8, Action.FULL, Action.INT8]):
+        logits = decoders.alone.logits(hidden, precisions)
+        assert logits.dtype is torch.float32
+        assert divergence(decoders.eager.logits(hidden, precisions), logits) < MAX_DIVERGENCE
+        rows = zip(hidden.split(1), precisions, strict=True)
+        assert torch.equal(logits, torch.cat([decoders.alone.logits(row, [precision]) for row, precision in rows]))
+
+
+@torch.inference_mode()
+def test_a_layer_writes_neither_into_its_input_nor_into_an_earlier_output(decoders: Decoders) -> None:
+    for action in decoders.actions:
+        cache = prefilled(decoders.alone, [1, 2])
+        hidden = decoders.alone.embed([3])
+        before = hidden.clone()
+        output = decoders.alone.run_layer(0, [action], hidden, decoders.alone.rows([cache], [1], [Identity()]))
+        kept = output.clone()
+        decoders.alone.run_layer(0, [action], hidden + 1, decoders.alone.rows([cache], [1], [Identity()]))
+        assert torch.equal(hidden, before), action
+        assert torch.equal(output, kept), action

@@ -1,0 +1,136 @@
+"""When the lanes read a decision that a CUDA device is still working on, and on which device they work."""
+
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from dash_runtime.actions import Action
+from dash_runtime.config import LaneKind
+from dash_runtime.decoder.compensation import Identity
+from dash_runtime.engine.lanes import CudaStreamLane, InlineLane, Lane, ThreadLane, make_lane
+from dash_runtime.policy.policy import Decision, Pending, State
+
+GPU = torch.device("cuda", 1)
+
+
+class FakeCuda:
+    """Stands for `torch.cuda`, and writes into a journal what is recorded on which stream and who waits."""
+
+    def __init__(self) -> None:
+        self.journal: list[str] = []
+        self.record_threads: list[threading.Thread] = []
+
+    class _Event:
+        def __init__(self, cuda: "FakeCuda") -> None:
+            self._cuda = cuda
+
+        def record(self, stream: Any) -> None:
+            self._cuda.journal.append(f"record on {stream}")
+            self._cuda.record_threads.append(threading.current_thread())
+
+        def synchronize(self) -> None:
+            self._cuda.journal.append("host waits")
+
+    class _Stream:
+        def __init__(self, device: torch.device) -> None:
+            self._device = device
+
+        def __str__(self) -> str:
+            return f"the lane's stream of {self._device}"
+
+        def wait_event(self, event: Any) -> None:
+            pass
+
+    def Event(self) -> Any:  # noqa: N802
+        return self._Event(self)
+
+    def Stream(self, device: torch.device) -> Any:  # noqa: N802
+        return self._Stream(device)
+
+    def current_stream(self, device: torch.device) -> str:
+        return f"the current stream of {device}"
+
+    def stream(self, stream: Any) -> Any:
+        return nullcontext()
+
+
+class FakeHidden:
+    """Stands for a tensor on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def record_stream(self, stream: Any) -> None:
+        pass
+
+
+class JournalPolicy:
+    """Notes when its work is queued and when its decision is read."""
+
+    name = "journal"
+    lookahead = 1
+    pinned = frozenset((0,))
+    block_size = 1
+    head = Action.FULL
+    compensation = Identity()
+
+    def __init__(self, journal: list[str]) -> None:
+        self._journal = journal
+
+    def start(self, layer: int, state: State) -> Pending:
+        self._journal.append("start")
+
+        def read() -> Decision:
+            self._journal.append("read")
+            return Decision(((Action.SKIP,),))
+
+        return read
+
+
+def decide(lane: Lane, policy: JournalPolicy, device: torch.device) -> None:
+    """One decision, from a state on that device."""
+    try:
+        state = State([], FakeHidden(device), 0, (), [])  # type: ignore[arg-type]
+        assert lane.result(lane.submit(policy, 1, state)).plan == ((Action.SKIP,),)
+    finally:
+        lane.close()
+
+
+@pytest.mark.parametrize("kind", [InlineLane, ThreadLane])
+def test_a_decision_of_a_cuda_device_is_read_after_the_host_has_waited_for_it(kind: Callable[[Any], Lane]) -> None:
+    cuda = FakeCuda()
+    decide(kind(cuda), JournalPolicy(cuda.journal), GPU)
+    assert cuda.journal == ["start", "record on the current stream of cuda:1", "host waits", "read"]
+
+
+@pytest.mark.parametrize("kind", [InlineLane, ThreadLane])
+def test_a_decision_of_a_cpu_is_read_at_once(kind: Callable[[Any], Lane]) -> None:
+    cuda = FakeCuda()
+    decide(kind(cuda), JournalPolicy(cuda.journal), torch.device("cpu"))
+    assert cuda.journal == ["start", "read"]
+
+
+def test_a_thread_lane_waits_in_its_own_thread() -> None:
+    cuda = FakeCuda()
+    decide(ThreadLane(cuda), JournalPolicy(cuda.journal), GPU)
+    assert [thread.name for thread in cuda.record_threads] == ["policy-lane"]
+
+
+@pytest.mark.parametrize("kind", [None, LaneKind.CUDA_STREAM])
+def test_a_stream_lane_works_on_the_decoders_device(kind: LaneKind | None) -> None:
+    cuda = FakeCuda()
+    lane = make_lane(kind, GPU, cuda)
+    state = State([], FakeHidden(GPU), 0, (), [])  # type: ignore[arg-type]
+    lane.result(lane.submit(JournalPolicy(cuda.journal), 1, state))
+    assert isinstance(lane, CudaStreamLane)
+    assert cuda.journal == [
+        "record on the current stream of cuda:1",
+        "start",
+        "record on the lane's stream of cuda:1",
+        "host waits",
+        "read",
+    ]

@@ -1,0 +1,191 @@
+"""Which programs a model needs, where they are kept, and what a start says where there are none."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from dash_runtime.actions import Action
+from dash_runtime.checkpoints import load_model_config
+from dash_runtime.decoder.compile_program import sample
+from dash_runtime.decoder.compiled import can_compile, program_specs
+from dash_runtime.decoder.one_row import ModelShape
+from dash_runtime.decoder.programs import Program, ProgramKind, ProgramSpec, load_programs
+from dash_runtime.policy.one_row_policy import PolicyShape
+
+MODEL_SHAPE = ModelShape(
+    hidden_size=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=96,
+    rms_norm_eps=1e-6,
+    has_qkv_bias=False,
+    has_qk_norm=True,
+    vocab_size=272,
+)
+POLICY_SHAPE = PolicyShape(hidden_size=64, width=32, block_size=2, num_actions=3, num_facts=5)
+LAYER = ProgramSpec(ProgramKind.LAYER, Action.INT4, MODEL_SHAPE, 2)
+POLICY = ProgramSpec(ProgramKind.POLICY, Action.FULL, POLICY_SHAPE, 2)
+UNTRACEABLE = replace(LAYER, shape=replace(MODEL_SHAPE, hidden_size=65))
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+
+
+@pytest.fixture
+def failing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Something is called g++, but does nothing."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "g++").write_text("#!/bin/sh\nexit 1\n")
+    (folder / "g++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CXX", raising=False)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the smallest program, really compiled."""
+    folder = tmp_path_factory.mktemp("kept") / "programs"
+    said: list[str] = []
+    assert load_programs([POLICY], folder, said.append) is not None, said
+    assert len(said) == 1
+    return folder
+
+
+def load(folder: Path, *specs: ProgramSpec) -> tuple[dict[ProgramSpec, Program] | None, list[str]]:
+    """The programs, and what was said."""
+    said: list[str] = []
+    return load_programs(specs, folder, said.append), said
+
+
+def assert_one_line_of_reason(said: list[str]) -> None:
+    assert "uncompiled" in said[-1]
+    assert "\n" not in said[-1]
+    assert "Traceback" not in said[-1]
+    assert said[-1].partition(": ")[2]
+
+
+@pytest.mark.parametrize("spec", [LAYER, POLICY, replace(LAYER, kind=ProgramKind.LATE, action=Action.FULL)])
+def test_a_specification_survives_its_json(spec: ProgramSpec) -> None:
+    assert ProgramSpec.from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"has_qkv_bias": True, "has_qk_norm": True, "sliding_window": (None, 2, 7, None, None, None)}, True),
+        ({"has_output_bias": True}, False),
+        ({"has_mlp_bias": True}, False),
+        ({"sliding_window": (None,) * 5 + (1,)}, False),
+        ({"intermediate_size": 168}, False),
+        ({"hidden_size": 80}, False),
+    ],
+)
+def test_only_models_that_the_programs_can_stand_for_are_compiled(
+    tiny_folder: Path, changes: dict[str, object], expected: bool
+) -> None:
+    model = replace(load_model_config(tiny_folder), vocab_size=272)
+    assert can_compile(replace(model, **changes)) is expected  # type: ignore[arg-type]
+
+
+def test_there_are_programs_for_the_actions_that_run_and_no_others(tiny_folder: Path) -> None:
+    model = load_model_config(tiny_folder)
+    specs = program_specs(model, (Action.SKIP, Action.INT4, Action.FULL), 3)
+    assert {spec.action for spec in specs} == {Action.INT4, Action.FULL}
+    assert {spec.kind for spec in specs} == {ProgramKind.LAYER, ProgramKind.LATE, ProgramKind.ATTENTION}
+    assert {(spec.shape, spec.num_threads) for spec in specs} == {(ModelShape.of(model), 3)}
+    assert len(set(specs)) == len(specs) == 5
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_machine_without_a_compiler_says_so_and_leaves_no_file(tmp_path: Path) -> None:
+    programs, said = load(tmp_path / "programs", LAYER, POLICY)
+    assert programs is None
+    assert said == ["layers run uncompiled: no C++ compiler here"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_made_is_a_reason_and_no_error(tmp_path: Path) -> None:
+    blocked = tmp_path / "a file"
+    blocked.write_text("in the way")
+    for folder in (blocked, blocked / "programs"):
+        programs, said = load(folder, LAYER)
+        assert programs is None
+        assert_one_line_of_reason(said)
+
+
+@needs_compiler
+def test_what_cannot_be_traced_is_a_reason_and_leaves_no_file(tmp_path: Path) -> None:
+    programs, said = load(tmp_path, UNTRACEABLE)
+    assert programs is None
+    assert_one_line_of_reason(said)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("failing_compiler")
+def test_a_compiler_that_fails_is_a_reason_and_leaves_no_file(tmp_path: Path) -> None:
+    programs, said = load(tmp_path / "programs", POLICY)
+    assert programs is None
+    assert_one_line_of_reason(said)
+    assert list((tmp_path / "programs").iterdir()) == []
+
+
+@needs_compiler
+@pytest.mark.usefixtures("no_compiler")
+def test_a_kept_program_is_loaded_without_a_word_and_computes_what_its_module_does(kept: Path) -> None:
+    programs, said = load(kept, POLICY)
+    assert said == []
+    assert programs is not None
+    module, inputs, _ = sample(POLICY)
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in pytree.tree_leaves(inputs)]
+    expected = pytree.tree_leaves(module(*pytree.tree_unflatten(given, pytree.tree_structure(inputs))))
+    torch.testing.assert_close(programs[POLICY](list(given)), expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize(
+    "another",
+    [
+        replace(POLICY, num_threads=3),
+        replace(POLICY, action=Action.INT4),
+        replace(POLICY, shape=replace(POLICY_SHAPE, width=48)),
+        replace(POLICY, shape=replace(POLICY_SHAPE, block_size=1)),
+        LAYER,
+    ],
+)
+def test_a_kept_program_stands_for_no_other(kept: Path, another: ProgramSpec) -> None:
+    before = sorted(kept.iterdir())
+    programs, said = load(kept, POLICY, another)
+    assert programs is None
+    assert len(said) == 1
+    assert sorted(kept.iterdir()) == before
+
+
+@needs_compiler
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize("kept_bytes", [0, 100, -100])
+def test_a_damaged_program_is_a_reason_and_no_error(kept: Path, tmp_path: Path, kept_bytes: int) -> None:
+    (path,) = kept.iterdir()
+    (tmp_path / path.name).write_bytes(path.read_bytes()[:kept_bytes])
+    programs, said = load(tmp_path, POLICY)
+    assert programs is None
+    assert_one_line_of_reason(said)
+
+
+@needs_compiler
+def test_nothing_but_the_program_is_left_behind_by_compiling(kept: Path) -> None:
+    (path,) = kept.iterdir()
+    assert path.suffix == ".pt2"
+    assert not path.name.startswith(".")
