@@ -13,6 +13,7 @@ from benchmarks.batches import measure_batches
 from benchmarks.context import measure_long_context
 from benchmarks.decode import measure_decode, measure_prefill
 from benchmarks.figures import RESULTS_FOLDER, Report, machine
+from benchmarks.lanes import measure_lanes
 from benchmarks.plots import write_plots
 from benchmarks.rounds import FULL, QUICK, Effort, progress
 from benchmarks.rpc import measure_rpc
@@ -24,6 +25,7 @@ from dash_runtime.checkpoints import default_cache_folder
 _SECTIONS: dict[str, Callable[[Report, Setting, Effort], None]] = {
     "decoding": measure_decode,
     "prefill": measure_prefill,
+    "lanes": measure_lanes,
     "streams": measure_batches,
     "long context": measure_long_context,
     "engine and server": measure_rpc,

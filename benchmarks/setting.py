@@ -1,9 +1,8 @@
 """What the sections share: the models that are loaded, the prompts, and the modes that are compared."""
 
 import importlib.metadata
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from benchmarks.rounds import progress
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, resolve_checkpoint, tokenizer_file
 from dash_runtime.checkpoints.embedded import embedded_gguf
-from dash_runtime.config import EngineConfig, Mode, SkipOptions
+from dash_runtime.config import EngineConfig, LaneKind, Mode, SkipOptions
 from dash_runtime.engine.build import BuildOptions, build_engine
 from dash_runtime.engine.engine import Engine
 from dash_runtime.model_config import ModelConfig
@@ -23,7 +22,6 @@ from dash_runtime.model_config import ModelConfig
 FULL_DEPTH = SkipOptions(Mode.FULL_DEPTH)
 INT8 = SkipOptions(Mode.FIXED, fixed_action=Action.INT8)
 INT4 = SkipOptions(Mode.FIXED, fixed_action=Action.INT4)
-_PLANNER = "group_planner"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +32,7 @@ class Setting:
     prompts: Prompts
     engine: Engine
     engine_without_planner: Engine | None
+    engine_with_thread_lane: Engine | None
     transformers: Transformers | None
     llama_cpp: LlamaCpp | None
     budgets: Budgets | None
@@ -52,11 +51,11 @@ def load_setting(report: Report, cache_folder: Path) -> Setting:
     folder = resolve_checkpoint("embedded", None, cache_folder)
     config = EngineConfig()
     engine = _build(folder, cache_folder, config)
-    without_planner = None
-    if any(field.name == _PLANNER for field in fields(EngineConfig)):
-        with report.attempt("the engine without planner"):
-            off: dict[str, Any] = {_PLANNER: False}
-            without_planner = _build(folder, cache_folder, replace(config, **off))
+    without_planner, with_thread_lane = None, None
+    with report.attempt("the engine without planner"):
+        without_planner = _build(folder, cache_folder, replace(config, group_planner=False))
+    with report.attempt("the engine with the thread lane"):
+        with_thread_lane = _build(folder, cache_folder, replace(config, lane=LaneKind.THREAD))
     transformers, llama_cpp, budgets = None, None, None
     with report.attempt("transformers"):
         progress("loading transformers")
@@ -84,6 +83,7 @@ def load_setting(report: Report, cache_folder: Path) -> Setting:
         Prompts(tokenizer_file(folder)),
         engine,
         without_planner,
+        with_thread_lane,
         transformers,
         llama_cpp,
         budgets,

@@ -135,7 +135,7 @@ def _marked(engine: Engine) -> Iterator[None]:
     """Names what the profiler would not see, or not tell apart: policies, and compiled programs."""
     lane, call = engine._lane, Program.__call__
 
-    def marked_call(program: Program, inputs: list[torch.Tensor]) -> torch.Tensor:
+    def marked_call(program: Program, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         with record_function(_PROGRAM):
             return call(program, inputs)
 

@@ -26,10 +26,12 @@ def program_specs(model: ModelConfig, actions: Sequence[Action], num_threads: in
     INT8 head."""
     running = [action for action in actions if action is not Action.SKIP]
     wanted = [(kind, action) for kind in (ProgramKind.LAYER, ProgramKind.LATE) for action in running]
-    wanted.append((ProgramKind.ATTENTION, Action.FULL))
     if Action.INT8 in actions:
         wanted.append((ProgramKind.HEAD, Action.INT8))
-    return [ProgramSpec(kind, action, ModelShape.of(model), num_threads) for kind, action in wanted]
+    shape = ModelShape.of(model)
+    specs = [ProgramSpec(kind, action, shape, num_threads) for kind, action in wanted]
+    # One row's attention is too short to wake a thread for.
+    return [*specs, ProgramSpec(ProgramKind.ATTENTION, Action.FULL, shape, num_threads=1)]
 
 
 def can_compile(model: ModelConfig) -> bool:

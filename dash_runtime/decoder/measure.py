@@ -1,12 +1,11 @@
 """Measures what each action costs on this device: the cost table.
 
 Knows the decoder; knows no policies. Interleaves the actions and walks through all layers, so that caches and
-a drifting clock treat them alike, and takes medians. A skip is charged with all of what it leaves to a later row
-(rows.py), as if that row came next: what the row after it takes longer.
+a drifting clock treat them alike, and takes minima: what else runs on the machine only ever adds, and the table is
+kept. A skip is charged with all of what it leaves to a later row (rows.py), as if that row came next: what the row
+after it takes longer.
 """
 
-import operator
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -59,14 +58,13 @@ def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _R
             elapsed = _time(decoder.device, work)
             if round_number > 0:  # the first round warms up
                 seconds.append(elapsed)
-    delays = map(operator.sub, late_seconds, layer_seconds[Action.FULL])
-    layer_medians = {action: statistics.median(seconds) for action, seconds in layer_seconds.items()}
-    layer_medians[Action.SKIP] += max(0.0, statistics.median(delays))
+    shortest = {action: min(seconds) for action, seconds in layer_seconds.items()}
+    shortest[Action.SKIP] += max(0.0, min(late_seconds) - shortest[Action.FULL])
     return CostTable.from_seconds(
         decoder.num_layers,
-        {action: seconds / decoder.num_layers for action, seconds in layer_medians.items()},
-        {precision: statistics.median(seconds) for precision, seconds in head_seconds.items()},
-        statistics.median(fixed_seconds),
+        {action: seconds / decoder.num_layers for action, seconds in shortest.items()},
+        {precision: min(seconds) for precision, seconds in head_seconds.items()},
+        min(fixed_seconds),
     )
 
 

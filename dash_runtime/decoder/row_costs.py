@@ -1,10 +1,9 @@
 """Measures what a layer takes on this device by action and number of rows: the planner's table.
 
-Knows the decoder; knows no policies. Like `measure.py` it interleaves what it compares and takes medians; unlike it,
+Knows the decoder; knows no policies. Like `measure.py` it interleaves what it compares and takes minima; unlike it,
 several sequences decode together, each over its own context.
 """
 
-import statistics
 import time
 from collections.abc import Sequence
 from itertools import product
@@ -52,8 +51,7 @@ def measure_row_costs(
                     cache.pending[layer] = []  # what a skip leaves is not for the next pass to project
                 if round_number > 0:  # the first round warms up
                     seconds[action][place].append(elapsed / len(layers))
-    medians = {action: tuple(map(statistics.median, by_rows)) for action, by_rows in seconds.items()}
-    return RowCosts(rows, medians)
+    return RowCosts(rows, {action: tuple(map(min, by_rows)) for action, by_rows in seconds.items()})
 
 
 def _spread(num_layers: int) -> Sequence[int]:

@@ -187,14 +187,17 @@ class LearnedPolicy:
         # Pinned memory both ways: a pageable copy would make the host wait for the decoder's stream.
         if device.type == "cuda":
             facts = facts.pin_memory().to(device, non_blocking=True)
-        if self.program is not None:
-            rows = zip(state.hidden.split(1), facts.split(1), strict=True)
-            parts = [self.program([hidden, own_facts, *self._weights[block]]) for hidden, own_facts in rows]
-            best, scores = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
-            best, scores = best[:, :num_layers], scores[:, :num_layers]
-        else:
-            scores = self._folded.scores(block, state.hidden, facts)[:, :num_layers]
+        if self.program is None:
+            scores = self._folded.scores(block, state.hidden, facts)
             best = scores.argmax(dim=-1)
+        elif len(facts) == 1:
+            best, scores = self.program([state.hidden, facts, *self._weights[block]])
+        else:
+            rows = zip(state.hidden.split(1), facts.split(1), strict=True)
+            parts = [self.program([hidden, own, *self._weights[block]]) for hidden, own in rows]
+            best, scores = map(torch.cat, zip(*parts, strict=True))
+        if num_layers < best.shape[1]:
+            best, scores = best[:, :num_layers], scores[:, :num_layers]
         if device.type == "cuda":
             best = torch.empty(best.shape, dtype=best.dtype, pin_memory=True).copy_(best, non_blocking=True)
 
