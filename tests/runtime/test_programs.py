@@ -102,7 +102,8 @@ def test_there_are_programs_for_the_actions_that_run_and_no_others(tiny_folder: 
     specs = program_specs(model, (Action.SKIP, Action.INT4, Action.FULL), 3)
     assert {spec.action for spec in specs} == {Action.INT4, Action.FULL}
     assert {spec.kind for spec in specs} == {ProgramKind.LAYER, ProgramKind.LATE, ProgramKind.ATTENTION}
-    assert {(spec.shape, spec.num_threads) for spec in specs} == {(ModelShape.of(model), 3)}
+    assert {spec.shape for spec in specs} == {ModelShape.of(model)}
+    assert {spec.num_threads for spec in specs if spec.kind is not ProgramKind.ATTENTION} == {3}
     assert len(set(specs)) == len(specs) == 5
 
 
