@@ -91,18 +91,18 @@ class CompiledLayers:
         """`Decoder.run_layer` for one row per sequence."""
         if len(actions) == 1:
             return self._run_row(layer, actions[0], hidden, batch, 0)
-        outputs: list[Tensor] = list(hidden.split(1))
-        shared = [row for row, action in enumerate(actions) if action is Action.FULL] if self.shares_products else []
-        if len(shared) > 1:
-            group = self._run_full_rows(layer, weights, hidden, batch, shared)
-            for place, row in enumerate(shared):
-                outputs[row] = group[place : place + 1]
-        else:
-            shared = []
-        for row, action in enumerate(actions):
-            if row not in shared:
-                outputs[row] = self._run_row(layer, action, outputs[row], batch, row)
-        return torch.cat(outputs)
+        in_full = [row for row, action in enumerate(actions) if action is Action.FULL]
+        shared: dict[int, Tensor] = {}
+        if self.shares_products and len(in_full) > 1:
+            group = self._run_full_rows(layer, weights, hidden, batch, in_full)
+            shared = dict(zip(in_full, group.split(1), strict=True))
+        inputs = hidden.split(1)
+        return torch.cat(
+            [
+                shared[row] if row in shared else self._run_row(layer, action, inputs[row], batch, row)
+                for row, action in enumerate(actions)
+            ]
+        )
 
     def head(self, precision: Action, weight: Tensor, norm: RmsNorm) -> "CompiledHead | None":
         """The head of that precision, where there is a program for it."""

@@ -17,21 +17,14 @@ from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.kv_cache import SequenceCache
 
-CONTEXT_TOKENS = 256
+_CONTEXT_TOKENS = 256
 _ROUNDS = 12
 
 
 @torch.inference_mode()
 def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _ROUNDS) -> CostTable:
     """The cost table at one row over a context of 256 tokens, or what the model's context holds."""
-    context = min(CONTEXT_TOKENS, decoder.context_length - 1)
-    cache = SequenceCache(decoder.config, context + 1, decoder.dtype, decoder.device)
-    cache.grow(context + 1)
-    for keys, values in zip(cache.keys, cache.values, strict=True):
-        keys.zero_()
-        values.zero_()
-    cache.length = context
-    batch = decoder.rows([cache], [1], [compensation])
+    batch = decoder.rows([filled_cache(decoder)], [1], [compensation])
     hidden = decoder.embed([0])
     layer_seconds: dict[Action, list[float]] = {action: [] for action in decoder.actions}
     head_seconds: dict[Action, list[float]] = {precision: [] for precision in decoder.heads}
@@ -55,7 +48,7 @@ def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _R
             (fixed_seconds, lambda: (decoder.embed([0]), logits.argmax(-1).tolist())),
         ]
         for seconds, work in measured:
-            elapsed = _time(decoder.device, work)
+            elapsed = timed(decoder.device, work)
             if round_number > 0:  # the first round warms up
                 seconds.append(elapsed)
     shortest = {action: min(seconds) for action, seconds in layer_seconds.items()}
@@ -68,7 +61,19 @@ def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _R
     )
 
 
-def _time(device: torch.device, work: Callable[[], object]) -> float:
+def filled_cache(decoder: Decoder) -> SequenceCache:
+    """A context of 256 tokens, or what the model's context holds, with room for one more."""
+    context = min(_CONTEXT_TOKENS, decoder.context_length - 1)
+    cache = SequenceCache(decoder.config, context + 1, decoder.dtype, decoder.device)
+    cache.grow(context + 1)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.zero_()
+    cache.length = context
+    return cache
+
+
+def timed(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds until the device is done with it."""
     started = time.perf_counter()
     work()
     if device.type == "cuda":

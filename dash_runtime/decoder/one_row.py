@@ -53,13 +53,17 @@ class ModelShape:
         )
 
 
-class OneRowLayer(nn.Module):
-    """One layer with one action, for one row, which is the last of its sequence's keys."""
+class _Traced(nn.Module):
+    """What is compiled for a shape, with the matrices of an action."""
 
     def __init__(self, shape: ModelShape, action: Action) -> None:
         super().__init__()
         self._shape = shape
         self._action = action
+
+
+class OneRowLayer(_Traced):
+    """One layer with one action, for one row, which is the last of its sequence's keys."""
 
     def forward(
         self,
@@ -92,13 +96,9 @@ class OneRowLayer(nn.Module):
         return residual.to(hidden.dtype)
 
 
-class OneRowAttention(nn.Module):
+class OneRowAttention(_Traced):
     """The part of a layer between the query-key-value product and the output product, for one row of a group whose
     products are shared (`compiled.py`)."""
-
-    def __init__(self, shape: ModelShape, action: Action) -> None:
-        super().__init__()
-        self._shape = shape
 
     def forward(
         self,
@@ -114,13 +114,8 @@ class OneRowAttention(nn.Module):
         return attended.to(fused.dtype)
 
 
-class LateKeysValues(nn.Module):
+class LateKeysValues(_Traced):
     """Keys and values of rows that skipped a layer, from the layer's input (the KV rule)."""
-
-    def __init__(self, shape: ModelShape, action: Action) -> None:
-        super().__init__()
-        self._shape = shape
-        self._action = action
 
     def forward(
         self,
@@ -140,22 +135,14 @@ class LateKeysValues(nn.Module):
         fused = row_product(self._action, rms_norm(hidden.float(), vectors[0], shape.rms_norm_eps), matrix)
         if shape.has_qkv_bias:
             fused = fused + vectors[-1][shape.query_size :]
-        heads = fused.view(-1, 2 * shape.num_kv_heads, shape.head_dim)
-        rotated = heads[:, : shape.num_kv_heads]
-        if shape.has_qk_norm:
-            rotated = rms_norm(rotated, vectors[2][shape.num_heads :], shape.rms_norm_eps)
-        keys.copy_(rotate_heads(rotated, cosines, sines))
-        values.copy_(heads[:, shape.num_kv_heads :])
+        rotated, others = rotate_first_heads(shape, fused, shape.num_kv_heads, cosines, sines, vectors)
+        keys.copy_(rotated)
+        values.copy_(others)
         return hidden[:0]
 
 
-class Head(nn.Module):
+class Head(_Traced):
     """The final norm and the language-model head of one row."""
-
-    def __init__(self, shape: ModelShape, action: Action) -> None:
-        super().__init__()
-        self._shape = shape
-        self._action = action
 
     def forward(self, hidden: Tensor, norm: Tensor, matrix: tuple[Tensor, ...]) -> Tensor:
         """float32 logits `[1, vocab_size]` of the last layer's output `[1, hidden_size]`."""
@@ -172,16 +159,24 @@ def write_and_attend(
     vectors: tuple[Tensor, ...],
 ) -> Tensor:
     """Writes one row's keys and values at the end of `keys` and `values`, and attends to all of them."""
-    heads = fused.view(1, -1, shape.head_dim)
     num_rotated = shape.num_heads + shape.num_kv_heads
-    rotated = heads[:, :num_rotated]
-    if shape.has_qk_norm:
-        rotated = rms_norm(rotated, vectors[2], shape.rms_norm_eps)
-    rotated = rotate_heads(rotated, cosines, sines)
+    rotated, others = rotate_first_heads(shape, fused, num_rotated, cosines, sines, vectors)
     last = keys.shape[0] - 1
     keys[last:] = rotated[:, shape.num_heads :].to(keys.dtype)
-    values[last:] = heads[:, num_rotated:].to(values.dtype)
+    values[last:] = others.to(values.dtype)
     return attention(rotated[0, : shape.num_heads], keys, values)
+
+
+def rotate_first_heads(
+    shape: ModelShape, fused: Tensor, num_rotated: int, cosines: Tensor, sines: Tensor, vectors: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """A product taken apart, `[rows, heads, head_dim]` twice: queries, if any, and keys, normed and rotated; then the
+    values as they are."""
+    heads = fused.view(-1, num_rotated + shape.num_kv_heads, shape.head_dim)
+    rotated = heads[:, :num_rotated]
+    if shape.has_qk_norm:
+        rotated = rms_norm(rotated, vectors[2][-num_rotated:], shape.rms_norm_eps)
+    return rotate_heads(rotated, cosines, sines), heads[:, num_rotated:]
 
 
 def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +120,15 @@ def _reason(error: Exception) -> str:
 
 
 def _digest(spec: ProgramSpec) -> str:
-    """Of all that the compiled code depends on: what is traced, the compiler's version of it, and the processor."""
+    return hashlib.sha256(repr((spec.to_json(), _surroundings())).encode()).hexdigest()[:16]
+
+
+@lru_cache  # the same for all programs of a start
+def _surroundings() -> tuple[object, ...]:
+    """All else that compiled code depends on: what is traced, the compiler's version, and the processor."""
     sources = [Path(str(module.__file__)).read_text() for module in (kernels, one_row, one_row_policy, program_samples)]
     sources.append(Path(__file__).with_name("compile_program.py").read_text())
-    key = (spec.to_json(), sources, torch.__version__, sys.version_info[:2], _processor())
-    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    return sources, torch.__version__, sys.version_info[:2], _processor()
 
 
 def _processor() -> str:

@@ -4,20 +4,17 @@ Knows the decoder; knows no policies. Like `measure.py` it interleaves what it c
 several sequences decode together, each over its own context.
 """
 
-import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 
 import torch
-from torch import Tensor
 
 from dash_runtime.actions import Action, RowCosts
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.kv_cache import SequenceCache
-from dash_runtime.decoder.rows import RowBatch
+from dash_runtime.decoder.measure import filled_cache, timed
 
-CONTEXT_TOKENS = 256
 _ROWS = (1, 2, 4, 8, 16)
 _ROUNDS = 12
 _MAX_LAYERS = 8
@@ -39,18 +36,22 @@ def measure_row_costs(
         rows: ascending from 1; a batch of other sizes goes by what lies between, and beyond.
     """
     layers = _spread(decoder.num_layers)
-    caches = [_filled_cache(decoder) for _ in range(max(rows))]
+    caches = [filled_cache(decoder) for _ in range(max(rows))]
     batches = [decoder.rows(caches[:count], [1] * count, [compensation] * count) for count in rows]
     inputs = [decoder.embed([0] * count) for count in rows]
+
+    def run_layers(place: int, action: Action) -> None:
+        for layer in layers:
+            decoder.run_layer(layer, (action,) * rows[place], inputs[place], batches[place])
+
     seconds: dict[Action, list[list[float]]] = {action: [[] for _ in rows] for action in decoder.actions}
     for round_number in range(rounds + 1):
-        for place, (batch, hidden) in enumerate(zip(batches, inputs, strict=True)):
-            for action in decoder.actions:
-                elapsed = _time_layers(decoder, layers, action, hidden, batch)
-                for cache, layer in product(caches, layers):
-                    cache.pending[layer] = []  # what a skip leaves is not for the next pass to project
-                if round_number > 0:  # the first round warms up
-                    seconds[action][place].append(elapsed / len(layers))
+        for place, action in product(range(len(rows)), decoder.actions):
+            elapsed = timed(decoder.device, partial(run_layers, place, action))
+            for cache, layer in product(caches, layers):
+                cache.pending[layer] = []  # what a skip leaves is not for the next pass to project
+            if round_number > 0:  # the first round warms up
+                seconds[action][place].append(elapsed / len(layers))
     return RowCosts(rows, {action: tuple(map(min, by_rows)) for action, by_rows in seconds.items()})
 
 
@@ -59,23 +60,3 @@ def _spread(num_layers: int) -> Sequence[int]:
     if num_layers <= _MAX_LAYERS:
         return range(num_layers)
     return [place * (num_layers - 1) // (_MAX_LAYERS - 1) for place in range(_MAX_LAYERS)]
-
-
-def _filled_cache(decoder: Decoder) -> SequenceCache:
-    context = min(CONTEXT_TOKENS, decoder.context_length - 1)
-    cache = SequenceCache(decoder.config, context + 1, decoder.dtype, decoder.device)
-    cache.grow(context + 1)
-    for tensor in (*cache.keys, *cache.values):
-        tensor.zero_()
-    cache.length = context
-    return cache
-
-
-def _time_layers(decoder: Decoder, layers: Sequence[int], action: Action, hidden: Tensor, batch: RowBatch) -> float:
-    actions = (action,) * batch.num_rows
-    started = time.perf_counter()
-    for layer in layers:
-        decoder.run_layer(layer, actions, hidden, batch)
-    if decoder.device.type == "cuda":
-        torch.cuda.synchronize(decoder.device)
-    return time.perf_counter() - started

@@ -173,8 +173,7 @@ class RowBatch:
         return Projection(
             torch.cat(pending),
             (action,) * (count + 1),
-            self._rotary.cosines[start : span.end],
-            self._rotary.sines[start : span.end],
+            *self.tables(slice(start, span.end)),
             (Stretch(span.cache, start, count + 1, 0),),
             slice(count, None),
         )
@@ -186,15 +185,15 @@ class RowBatch:
         else:
             device = self._rotary.cosines.device
             positions = torch.cat([torch.arange(s.start, s.start + s.num_rows) for s in stretches]).to(device)
-        return self._rotary.cosines[positions], self._rotary.sines[positions]
+        return self.tables(positions)
 
     @cached_property
     def row_tables(self) -> list[tuple[Tensor, Tensor]]:
         """Cosines and sines of each row, `[1, 1, head_dim]`."""
         return list(zip(self._cosines.split(1), self._sines.split(1), strict=True))
 
-    def tables(self, positions: slice) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of consecutive positions, `[rows, 1, head_dim]`."""
+    def tables(self, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of these positions, `[rows, 1, head_dim]`."""
         return self._rotary.cosines[positions], self._rotary.sines[positions]
 
     def seen(self, layer: int, row: int) -> tuple[Tensor, Tensor]:

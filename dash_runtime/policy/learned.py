@@ -39,11 +39,15 @@ class PolicyNetwork:
     output_weight: Tensor
     output_bias: Tensor
 
+    @property
+    def hidden_size(self) -> int:
+        """Of the state."""
+        return self.input_weight.shape[1] - 2 * self.block_embedding.shape[1] - NUM_SCALAR_FEATURES
+
     def fold(self) -> "FoldedNetwork":
         """The same function with everything multiplied out that does not depend on the hidden state."""
         embedding_size = self.block_embedding.shape[1]
-        hidden_size = self.input_weight.shape[1] - 2 * embedding_size - NUM_SCALAR_FEATURES
-        sizes = (hidden_size, embedding_size, self.action_embedding.shape[1], NUM_SCALAR_FEATURES)
+        sizes = (self.hidden_size, embedding_size, self.action_embedding.shape[1], NUM_SCALAR_FEATURES)
         hidden, block, action, scalars = self.input_weight.split(sizes, dim=1)
         return FoldedNetwork(
             hidden,
@@ -156,11 +160,8 @@ class LearnedPolicy:
     def shape(self) -> PolicyShape:
         """What a program for it depends on."""
         network = self.network
-        width, num_inputs = network.input_weight.shape
-        embedding_size = network.block_embedding.shape[1]
-        hidden_size = num_inputs - 2 * embedding_size - NUM_SCALAR_FEATURES
-        block_size, num_actions = network.output_weight.shape[1:3]
-        return PolicyShape(hidden_size, width, block_size, num_actions, len(Action) + NUM_SCALAR_FEATURES)
+        _, block_size, num_actions, width = network.output_weight.shape
+        return PolicyShape(network.hidden_size, width, block_size, num_actions, len(Action) + NUM_SCALAR_FEATURES)
 
     @cached_property
     def _folded(self) -> FoldedNetwork:
