@@ -100,6 +100,11 @@ def load_programs(
         return None
 
 
+def programs_digest() -> str:
+    """Differs where programs are made otherwise: what was measured of them then holds no longer."""
+    return hashlib.sha256(repr(_surroundings()).encode()).hexdigest()[:16]
+
+
 def _load(path: Path) -> Program | None:
     """None where it is not there, or damaged: then it is compiled again."""
     try:
