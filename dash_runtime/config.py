@@ -5,6 +5,7 @@ the worker, which validates again by constructing them.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -22,8 +23,10 @@ class Mode(StrEnum):
     EXACT = "exact"
     FIXED = "fixed"
 
-
-AVAILABLE_MODES = (Mode.FULL_DEPTH, Mode.ADAPTIVE, Mode.FIXED)
+    @property
+    def has_policy(self) -> bool:
+        """Whether a policy decides."""
+        return self in (Mode.ADAPTIVE, Mode.EXACT)
 
 
 class LaneKind(StrEnum):
@@ -104,12 +107,11 @@ class SkipOptions:
     draft_length: int | None = None
 
     def __post_init__(self) -> None:
-        has_policy = self.mode in (Mode.ADAPTIVE, Mode.EXACT)
         if self.compute_budget is not None:
             _require_range("skip.compute_budget", self.compute_budget, 0, 1, low_open=True)
         for name, value, belongs in (
-            ("compute_budget", self.compute_budget, has_policy),
-            ("policy_name", self.policy_name, has_policy),
+            ("compute_budget", self.compute_budget, self.mode.has_policy),
+            ("policy_name", self.policy_name, self.mode.has_policy),
             ("fixed_action", self.fixed_action, self.mode is Mode.FIXED),
             ("draft_length", self.draft_length, self.mode is Mode.EXACT),
         ):
@@ -158,7 +160,6 @@ class ModelFacts:
     eos_token_ids: frozenset[int]
     actions: tuple[Action, ...]
     policies: tuple["PolicyFacts", ...]
-    """The first is the default."""
     device: str
 
     def validate(self, request: GenerationRequest) -> None:
@@ -194,17 +195,14 @@ class ModelFacts:
             )
 
     def _validate_skip(self, skip: SkipOptions) -> None:
-        if skip.mode not in AVAILABLE_MODES:
-            available = ", ".join(mode.name for mode in AVAILABLE_MODES)
-            raise InvalidRequest("skip.mode", f"{skip.mode.name} is not available; use one of {available}")
         if skip.fixed_action is not None and skip.fixed_action not in self.actions:
             supported = ", ".join(action.name for action in self.actions)
             raise InvalidRequest(
                 "skip.fixed_action", f"{skip.fixed_action.name} has no kernel here; supported: {supported}"
             )
-        if skip.mode is not Mode.ADAPTIVE:
+        if not skip.mode.has_policy:
             return
-        policy = self.policy(skip.policy_name)
+        policy = self.policy(skip.policy_name, skip.mode)
         if skip.compute_budget is not None and skip.compute_budget < policy.lowest_budget:
             raise InvalidRequest(
                 "skip.compute_budget",
@@ -212,19 +210,13 @@ class ModelFacts:
                 f"the lowest that policy {policy.name!r} can keep",
             )
 
-    def policy(self, name: str | None) -> "PolicyFacts":
-        """The policy called `name`, or the default one.
+    def policy(self, name: str | None, mode: Mode = Mode.ADAPTIVE) -> "PolicyFacts":
+        """The policy called `name`, or the mode's default one.
 
         Raises:
             InvalidRequest: no policy is called that.
         """
-        if name is None:
-            return self.policies[0]
-        for policy in self.policies:
-            if policy.name == name:
-                return policy
-        known = ", ".join(policy.name for policy in self.policies)
-        raise InvalidRequest("skip.policy_name", f"no policy is called {name!r}; known: {known}")
+        return find_policy(self.policies, name, mode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +234,29 @@ class PolicyFacts:
     recommended_budget: float
     """What it runs at where nobody asks for a budget."""
     compensation: str
+    is_drafter: bool = False
+    """Whether it was trained to draft for mode EXACT, whose default it then is; it is no other mode's."""
+
+    def default_budget(self, mode: Mode, configured: float | None) -> float:
+        """The budget of a request that sets none; `configured` is the server's own for ADAPTIVE."""
+        default = configured if mode is Mode.ADAPTIVE and configured is not None else self.recommended_budget
+        return max(default, self.lowest_budget)
+
+
+def find_policy(policies: Sequence[PolicyFacts], name: str | None, mode: Mode = Mode.ADAPTIVE) -> PolicyFacts:
+    """The policy called `name`, or the mode's default: the first that was trained for it, or just the first.
+
+    Raises:
+        InvalidRequest: no policy is called that.
+    """
+    if name is None:
+        suited = (policy for policy in policies if policy.is_drafter == (mode is Mode.EXACT))
+        return next(suited, policies[0])
+    for policy in policies:
+        if policy.name == name:
+            return policy
+    known = ", ".join(policy.name for policy in policies)
+    raise InvalidRequest("skip.policy_name", f"no policy is called {name!r}; known: {known}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,6 +101,7 @@ def _options(arguments: argparse.Namespace) -> GenerationOptions:
         compute_budget=arguments.budget,
         policy_name=arguments.policy,
         fixed_action=arguments.fixed_action,
+        draft_length=arguments.draft_length,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         top_k=arguments.top_k,
@@ -152,6 +153,11 @@ def _summary(generation: Generation) -> str:
     if depth.mean_layers:
         layers = (f"{action.name} {mean:.1f}" for action, mean in depth.mean_layers.items() if mean)
         parts.append(f"layers per token: {', '.join(layers)}")
+    if drafts := usage.speculation:
+        parts.append(
+            f"{drafts.drafted_token_count} drafted, {drafts.accepted_token_count} accepted "
+            f"in {drafts.verification_count} verifications"
+        )
     if depth.mean_cost is not None:
         parts.append(f"mean cost {depth.mean_cost:.3f} of full depth")
     return "; ".join(parts)
@@ -249,6 +255,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     depth.add_argument(
         "--fixed-action", choices=[action.name.lower() for action in Action], help="implies --mode fixed"
     )
+    depth.add_argument("--draft-length", type=int, metavar="N", help="with --mode exact: most tokens per draft")
     depth.add_argument("--show-depth", action="store_true", help="mark the text by how many layers ran")
     depth.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="for --show-depth")
     depth.add_argument("--trace", action="store_true", help="trace the decisions of this request")

@@ -16,6 +16,7 @@ from dash_client.types import (
     Mode,
     ModelInfo,
     PolicyInfo,
+    SpeculationUsage,
     StreamDelta,
     TokenLogprobs,
     Usage,
@@ -151,6 +152,7 @@ def model_info(response: model_pb2.GetModelResponse) -> ModelInfo:
         default_mode=default_mode,
         policy_names=tuple(response.policy_names),
         default_policy_name=response.default_policy_name,
+        default_draft_policy_name=response.default_draft_policy_name,
         device=response.device,
     )
 
@@ -167,6 +169,7 @@ def policy_info(response: model_pb2.GetPolicyResponse) -> PolicyInfo:
         lowest_budget=response.lowest_budget,
         recommended_budget=response.recommended_budget,
         compensation=response.compensation,
+        is_drafter=response.is_drafter,
     )
 
 
@@ -186,6 +189,18 @@ def _usage(usage: generation_pb2.Usage) -> Usage:
         queue_seconds=usage.queue_seconds,
         prefill_seconds=usage.prefill_seconds,
         decode_seconds=usage.decode_seconds,
+        speculation=_speculation(usage.speculation) if usage.HasField("speculation") else None,
+    )
+
+
+def _speculation(speculation: generation_pb2.SpeculationUsage) -> SpeculationUsage:
+    return SpeculationUsage(
+        drafted_token_count=speculation.drafted_token_count,
+        accepted_token_count=speculation.accepted_token_count,
+        wasted_token_count=speculation.wasted_token_count,
+        verification_count=speculation.verification_count,
+        draft_seconds=speculation.draft_seconds,
+        verification_seconds=speculation.verification_seconds,
     )
 
 

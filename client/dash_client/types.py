@@ -84,7 +84,8 @@ class GenerationOptions(TypedDict, total=False):
     logit_bias: Mapping[int, float] | None
     """Added to the logits of these token ids, each in [-100, 100]."""
     seed: int | None
-    """Seed of this request's own generator, 64 bits; drawn by the server if left out."""
+    """Seed of this request's own generator, 64 bits; drawn by the server if left out. It repeats a text in the same
+    mode only: "exact" draws from full depth's distribution, but another text than "full_depth"."""
     max_new_tokens: int | None
     """Most tokens to generate, at least 1."""
     stop: str | Sequence[str] | None
@@ -96,13 +97,14 @@ class GenerationOptions(TypedDict, total=False):
     mode: Mode | str | None
     """How layers are chosen: "adaptive", "full_depth", "fixed" or "exact"."""
     compute_budget: float | None
-    """Upper bound on the mean decode cost as a share of the full-depth token, in (0, 1]."""
+    """Upper bound on the mean decode cost, in mode "exact" of the drafted tokens, as a share of the full-depth token,
+    in (0, 1]."""
     policy_name: str | None
     """Which policy decides."""
     fixed_action: Action | str | None
     """In mode "fixed": the action of all layers that are not pinned ("skip", "int4", "int8", "full")."""
     draft_length: int | None
-    """In mode "exact": most tokens per draft, at least 1."""
+    """In mode "exact": most tokens per draft, at least 1; fewer are drafted where few are accepted."""
     logprobs: int | None
     """Return the log probability of each token and of this many most probable ones, in [0, 20]."""
     return_decisions: bool | None
@@ -209,6 +211,26 @@ class StreamDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculationUsage:
+    """What was drafted in mode "exact", and what became of it."""
+
+    drafted_token_count: int
+    accepted_token_count: int
+    """Drafted tokens that full depth accepted and that are part of the output."""
+    wasted_token_count: int
+    """The other drafted ones."""
+    verification_count: int
+    draft_seconds: float
+    """Spent on drafting, beside other requests' tokens where there were some."""
+    verification_seconds: float
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted tokens over drafted ones. None where nothing was drafted."""
+        return self.accepted_token_count / self.drafted_token_count if self.drafted_token_count else None
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens and times of one request."""
 
@@ -219,6 +241,8 @@ class Usage:
     """From the slot to the first token."""
     decode_seconds: float
     """From the first token to the last."""
+    speculation: SpeculationUsage | None = None
+    """In mode "exact"."""
 
     @property
     def decode_tokens_per_second(self) -> float | None:
@@ -285,6 +309,8 @@ class ModelInfo:
     default_mode: Mode
     policy_names: tuple[str, ...]
     default_policy_name: str
+    default_draft_policy_name: str
+    """What drafts in mode "exact"."""
     device: str
 
 
@@ -304,3 +330,5 @@ class PolicyInfo:
     recommended_budget: float
     """The compute budget that it runs at where neither a request nor the server sets one."""
     compensation: str
+    is_drafter: bool
+    """Whether it was made to draft for mode "exact"."""

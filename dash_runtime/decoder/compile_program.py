@@ -42,7 +42,7 @@ _MODEL_SAMPLES = {
 def sample(spec: ProgramSpec) -> Sample:
     """What the program is traced with."""
     if isinstance(spec.shape, ModelShape):
-        return _MODEL_SAMPLES[spec.kind](spec.shape, spec.action)
+        return _MODEL_SAMPLES[spec.kind](spec.shape, spec.action, spec.num_rows)
     return program_samples.policy_sample(spec.shape)
 
 

@@ -20,16 +20,20 @@ from dash_runtime.decoder.rows import MAX_PENDING, RowBatch
 from dash_runtime.decoder.weight_loader import LayerWeights
 from dash_runtime.model_config import ModelConfig
 
+_STRIDES = (8, 4, 1)
+"""Rows of one sequence that one call takes in FULL; more are several calls."""
+
 
 def program_specs(model: ModelConfig, actions: Sequence[Action], num_threads: int) -> list[ProgramSpec]:
-    """The programs that decoding needs: a layer and late keys and values for each action that runs, attention, and the
-    INT8 head."""
+    """The programs that decoding needs: a layer and late keys and values for each action that runs, a layer in FULL for
+    a few rows of one sequence, attention, and the INT8 head."""
     running = [action for action in actions if action is not Action.SKIP]
     wanted = [(kind, action) for kind in (ProgramKind.LAYER, ProgramKind.LATE) for action in running]
     if Action.INT8 in actions:
         wanted.append((ProgramKind.HEAD, Action.INT8))
     shape = ModelShape.of(model)
     specs = [ProgramSpec(kind, action, shape, num_threads) for kind, action in wanted]
+    specs += [ProgramSpec(ProgramKind.LAYER, Action.FULL, shape, num_threads, rows) for rows in _STRIDES if rows > 1]
     # One row's attention is too short to wake a thread for.
     return [*specs, ProgramSpec(ProgramKind.ATTENTION, Action.FULL, shape, num_threads=1)]
 
@@ -62,7 +66,12 @@ class CompiledLayers:
 
     def __init__(self, programs: Mapping[ProgramSpec, Program], query_size: int, shares_products: bool) -> None:
         self._query_size = query_size
-        self._programs = {(spec.kind, spec.action): program for spec, program in programs.items()}
+        self._programs = {(spec.kind, spec.action): program for spec, program in programs.items() if spec.num_rows == 1}
+        self._full_programs = {
+            spec.num_rows: program
+            for spec, program in programs.items()
+            if spec.kind is ProgramKind.LAYER and spec.action is Action.FULL
+        }
         self._running = [action for kind, action in self._programs if kind is ProgramKind.LAYER]
         self.shares_products = shares_products
         self._layers: list[_Tensors] = []
@@ -103,6 +112,18 @@ class CompiledLayers:
                 for row, action in enumerate(actions)
             ]
         )
+
+    def run_as_decoding(self, layer: int, hidden: Tensor, batch: RowBatch) -> Tensor:
+        """Several rows of one sequence in FULL, each with the very numbers that it has where it is decoded alone."""
+        parts: list[Tensor] = []
+        first = 0
+        for stride in _strides(batch.num_rows, batch.sees_everything(layer)):
+            last = first + stride - 1
+            program, inputs = self._full_programs[stride], hidden[first : last + 1]
+            tables = (torch.cat(own) for own in zip(*batch.row_tables[first : last + 1], strict=True))
+            parts += program([inputs, *batch.seen(layer, last), *tables, *self._layers[layer].layer[Action.FULL]])
+            first += stride
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def head(self, precision: Action, weight: Tensor, norm: RmsNorm) -> "CompiledHead | None":
         """The head of that precision, where there is a program for it."""
@@ -148,6 +169,14 @@ class CompiledLayers:
         late = self._programs[ProgramKind.LATE, action]
         late([torch.cat(rows), *stored, *batch.tables(positions), *self._layers[layer].late[action]])
         span.cache.pending[layer] = []
+
+
+def _strides(num_rows: int, takes_several: bool) -> list[int]:
+    """The rows of each call."""
+    strides: list[int] = []
+    while (left := num_rows - sum(strides)) > 0:
+        strides.append(next(stride for stride in _STRIDES if stride <= left and (takes_several or stride == 1)))
+    return strides
 
 
 class CompiledHead:

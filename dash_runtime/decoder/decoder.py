@@ -82,9 +82,10 @@ class Decoder:
         caches: Sequence[SequenceCache],
         lengths: Sequence[int],
         compensations: Sequence[Compensation],
+        as_decoding: bool = False,
     ) -> RowBatch:
-        """The rows of one pass: `lengths[i]` more positions of `caches[i]`."""
-        return RowBatch(caches, lengths, self._rotary, compensations, self.config.sliding_window)
+        """The rows of one pass: `lengths[i]` more positions of `caches[i]`; `as_decoding` as in `RowBatch`."""
+        return RowBatch(caches, lengths, self._rotary, compensations, self.config.sliding_window, as_decoding)
 
     def embed(self, token_ids: Sequence[int]) -> Tensor:
         """`[rows, hidden_size]`, the input of layer 0."""
@@ -99,6 +100,8 @@ class Decoder:
         weights = self.layers[layer]
         if self._compiled is not None and batch.is_decoding:
             return self._compiled.run(layer, weights, actions, hidden, batch)
+        if self._compiled is not None and batch.is_as_decoding:
+            return self._compiled.run_as_decoding(layer, hidden, batch)
         groups = group_rows(actions)
         projection = batch.projection(layer, actions, hidden)
         queries = hidden

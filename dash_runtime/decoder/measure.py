@@ -7,13 +7,13 @@ after it takes longer.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.decoder.compensation import Compensation
+from dash_runtime.decoder.compensation import Compensation, Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.kv_cache import SequenceCache
 
@@ -61,11 +61,35 @@ def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _R
     )
 
 
-def filled_cache(decoder: Decoder) -> SequenceCache:
-    """A context of 256 tokens, or what the model's context holds, with room for one more."""
-    context = min(_CONTEXT_TOKENS, decoder.context_length - 1)
-    cache = SequenceCache(decoder.config, context + 1, decoder.dtype, decoder.device)
-    cache.grow(context + 1)
+@torch.inference_mode()
+def measure_verification(decoder: Decoder, lengths: Sequence[int], rounds: int = _ROUNDS) -> dict[int, float]:
+    """What verifying a draft takes, a full-depth pass over its tokens and the one before, head included, over what one
+    token takes; by the length of the draft. Lengths that the model's context cannot hold are left out."""
+    fitting = [length for length in lengths if length + 1 < decoder.context_length]
+    cache = filled_cache(decoder, 1 + max(fitting, default=0))
+    seconds: dict[int, list[float]] = {length: [] for length in (0, *fitting)}
+
+    def run_pass(length: int) -> None:
+        count = length + 1
+        batch = decoder.rows([cache], [count], [Identity()], as_decoding=True)
+        hidden = decoder.embed([0] * count)
+        for layer in range(decoder.num_layers):
+            hidden = decoder.run_layer(layer, (Action.FULL,) * count, hidden, batch)
+        decoder.logits(hidden, (Action.FULL,) * count).argmax(-1).tolist()
+
+    for round_number in range(rounds + 1):
+        for length, own in seconds.items():
+            elapsed = timed(decoder.device, partial(run_pass, length))
+            if round_number > 0:  # the first round warms up
+                own.append(elapsed)
+    return {length: min(seconds[length]) / min(seconds[0]) for length in fitting}
+
+
+def filled_cache(decoder: Decoder, num_more: int = 1) -> SequenceCache:
+    """A context of 256 tokens, or what the model's context holds, with room for `num_more`."""
+    context = min(_CONTEXT_TOKENS, decoder.context_length - num_more)
+    cache = SequenceCache(decoder.config, context + num_more, decoder.dtype, decoder.device)
+    cache.grow(context + num_more)
     for tensor in (*cache.keys, *cache.values):
         tensor.zero_()
     cache.length = context

@@ -1,4 +1,5 @@
-"""What is compiled of a decoder: a layer for one row, the late keys and values of skipped rows, the head.
+"""What is compiled of a decoder: a layer for one row or for a few of one sequence, late keys and values of skipped
+rows, the head.
 
 The same as `decoder.py` and `rows.py` compute eagerly, written for Inductor: it makes one parallel region of a
 layer, so that its threads are woken once. Everything between the layer's input and output stays float32. To be
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.kernels import row_product
+from dash_runtime.decoder.kernels import full_products, row_product
 from dash_runtime.model_config import ModelConfig
 
 
@@ -62,8 +63,16 @@ class _Traced(nn.Module):
         self._action = action
 
 
-class OneRowLayer(_Traced):
-    """One layer with one action, for one row, which is the last of its sequence's keys."""
+class FewRowsLayer(_Traced):
+    """One layer with one action for a few rows, in FULL if there are several, which are the last of one sequence's
+    keys. Each row's numbers are the same, bit for bit, whether it comes alone or among others."""
+
+    def __init__(self, shape: ModelShape, action: Action, num_rows: int) -> None:
+        super().__init__(shape, action)
+        self._num_rows = num_rows
+
+    def _product(self, inputs: Tensor, matrix: tuple[Tensor, ...]) -> Tensor:
+        return row_product(self._action, inputs, matrix) if self._num_rows == 1 else full_products(inputs, *matrix)
 
     def forward(
         self,
@@ -75,7 +84,8 @@ class OneRowLayer(_Traced):
         vectors: tuple[Tensor, ...],
         matrices: tuple[tuple[Tensor, ...], ...],
     ) -> Tensor:
-        """`[1, hidden_size]` to the same; writes the last of `keys` and `values` `[positions, num_kv_heads, head_dim]`.
+        """`[rows, hidden_size]` to the same; writes the last `rows` of `keys` and `values` `[positions, num_kv_heads,
+        head_dim]`.
 
         `vectors` are the weights of the input's norm, the MLP's and, where the model has them, the heads' `[num_heads +
         num_kv_heads, head_dim]` and the bias of query, key and value; `matrices` are query-key-value, output, gate-up
@@ -85,14 +95,14 @@ class OneRowLayer(_Traced):
         query_key_value, output, gate_up, down = matrices
         residual = hidden.float()
         normed = rms_norm(residual, vectors[0], shape.rms_norm_eps)
-        fused = row_product(self._action, normed, query_key_value)
+        fused = self._product(normed, query_key_value)
         if shape.has_qkv_bias:
             fused = fused + vectors[-1]
         attended = write_and_attend(shape, fused, keys, values, cosines, sines, vectors)
-        residual = residual + row_product(self._action, attended, output)
+        residual = residual + self._product(attended, output)
         normed = rms_norm(residual, vectors[1], shape.rms_norm_eps)
-        gate, up = row_product(self._action, normed, gate_up).chunk(2, dim=-1)
-        residual = residual + row_product(self._action, functional.silu(gate) * up, down)
+        gate, up = self._product(normed, gate_up).chunk(2, dim=-1)
+        residual = residual + self._product(functional.silu(gate) * up, down)
         return residual.to(hidden.dtype)
 
 
@@ -158,13 +168,16 @@ def write_and_attend(
     sines: Tensor,
     vectors: tuple[Tensor, ...],
 ) -> Tensor:
-    """Writes one row's keys and values at the end of `keys` and `values`, and attends to all of them."""
+    """Writes the rows' keys and values at the end of `keys` and `values`; each attends to all up to its own."""
     num_rotated = shape.num_heads + shape.num_kv_heads
     rotated, others = rotate_first_heads(shape, fused, num_rotated, cosines, sines, vectors)
-    last = keys.shape[0] - 1
-    keys[last:] = rotated[:, shape.num_heads :].to(keys.dtype)
-    values[last:] = others.to(values.dtype)
-    return attention(rotated[0, : shape.num_heads], keys, values)
+    num_rows = fused.shape[0]
+    first = keys.shape[0] - num_rows
+    keys[first:] = rotated[:, shape.num_heads :].to(keys.dtype)
+    values[first:] = others.to(values.dtype)
+    if num_rows == 1:
+        return attention(rotated[0, : shape.num_heads], keys, values)
+    return attention_of_rows(rotated[:, : shape.num_heads], keys, values)
 
 
 def rotate_first_heads(
@@ -203,3 +216,18 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
     sums = (weights.unsqueeze(-1) * values.float().transpose(0, 1).unsqueeze(1)).sum(2)
     return (sums / weights.sum(-1, keepdim=True)).view(1, -1)
+
+
+def attention_of_rows(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """`[rows, num_heads * head_dim]` of the last rows' queries `[rows, num_heads, head_dim]`, each over all keys up to
+    its own: `attention`'s numbers, whose sums are not changed by the zeros after a row's own key."""
+    num_rows, num_heads, head_dim = queries.shape
+    num_keys, num_kv_heads, _ = keys.shape
+    grouped = queries.view(num_rows, num_kv_heads, num_heads // num_kv_heads, 1, head_dim) * head_dim**-0.5
+    scores = (grouped * keys.float().transpose(0, 1).unsqueeze(1)).sum(-1)
+    own = torch.arange(num_rows).unsqueeze(1) + (num_keys - num_rows)
+    is_later = torch.arange(num_keys).unsqueeze(0) > own
+    scores = scores.masked_fill(is_later.view(num_rows, 1, 1, num_keys), float("-inf"))
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    sums = (weights.unsqueeze(-1) * values.float().transpose(0, 1).unsqueeze(1)).sum(3)
+    return (sums / weights.sum(-1, keepdim=True)).view(num_rows, -1)

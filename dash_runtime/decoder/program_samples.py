@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.kernels import pack_row_matrix
-from dash_runtime.decoder.one_row import Head, LateKeysValues, ModelShape, OneRowAttention, OneRowLayer
+from dash_runtime.decoder.one_row import FewRowsLayer, Head, LateKeysValues, ModelShape, OneRowAttention
 from dash_runtime.policy.one_row_policy import OneRowPolicy, PolicyShape
 
 Sample = tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]
@@ -23,27 +23,27 @@ _MIN_POSITIONS = 2  # a compiler's constant 1 would stand for all lengths
 _MAX_POSITIONS = 1 << 20
 
 
-def layer_sample(shape: ModelShape, action: Action) -> Sample:
-    rows, varying = _rows(shape, 1)
+def layer_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
+    rows, varying = _rows(shape, num_rows)
     matrices = tuple(_matrix(action, size) for size in shape.matrices())
-    inputs = (_zeros(1, shape.hidden_size), *rows, _vectors(shape), matrices)
-    return OneRowLayer(shape, action), inputs, (None, *varying, *_fixed(inputs[-2:]))
+    inputs = (_zeros(num_rows, shape.hidden_size), *rows, _vectors(shape), matrices)
+    return FewRowsLayer(shape, action, num_rows), inputs, (None, *varying, *_fixed(inputs[-2:]))
 
 
-def attention_sample(shape: ModelShape, action: Action) -> Sample:
+def attention_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
     rows, varying = _rows(shape, 1)
     inputs = (_zeros(1, shape.query_size + shape.key_value_size), *rows, _vectors(shape))
     return OneRowAttention(shape, action), inputs, (None, *varying, *_fixed(inputs[-1:]))
 
 
-def late_sample(shape: ModelShape, action: Action) -> Sample:
-    rows, varying = _rows(shape, _SAMPLE_POSITIONS)
+def late_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
+    rows, varying = _rows(shape, None)
     matrix = _matrix(action, (shape.key_value_size, shape.hidden_size))
     inputs = (_zeros(_SAMPLE_POSITIONS, shape.hidden_size), *rows, _vectors(shape), matrix)
     return LateKeysValues(shape, action), inputs, (varying[0], *varying, *_fixed(inputs[-2:]))
 
 
-def head_sample(shape: ModelShape, action: Action) -> Sample:
+def head_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
     matrix = _matrix(action, (shape.vocab_size, shape.hidden_size))
     inputs = (_zeros(1, shape.hidden_size), _zeros(shape.hidden_size), matrix)
     return Head(shape, action), inputs, _fixed(inputs)
@@ -63,12 +63,14 @@ def policy_sample(shape: PolicyShape) -> Sample:
     return OneRowPolicy(shape), inputs, _fixed(inputs)
 
 
-def _rows(shape: ModelShape, num_rows: int) -> tuple[list[Tensor], list[Any]]:
-    """Keys, values, cosines and sines, of which the number of positions varies, and of rows where it is not 1."""
+def _rows(shape: ModelShape, num_rows: int | None) -> tuple[list[Tensor], list[Any]]:
+    """Keys, values, cosines and sines, of which the number of positions varies, and that of rows with it if it is
+    None."""
     kept = [_zeros(_SAMPLE_POSITIONS, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
-    tables = [_zeros(num_rows, 1, shape.head_dim) for _ in range(2)]
-    positions = {0: torch.export.Dim("positions", min=_MIN_POSITIONS, max=_MAX_POSITIONS)}
-    by_row = None if num_rows == 1 else positions
+    tables = [_zeros(num_rows or _SAMPLE_POSITIONS, 1, shape.head_dim) for _ in range(2)]
+    fewest = _MIN_POSITIONS if num_rows is None else num_rows + 1
+    positions = {0: torch.export.Dim("positions", min=fewest, max=_MAX_POSITIONS)}
+    by_row = positions if num_rows is None else None
     return [*kept, *tables], [positions, positions, by_row, by_row]
 
 

@@ -42,17 +42,19 @@ class ProgramKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ProgramSpec:
-    """Which program, for the matrices of which action, made for how many threads."""
+    """Which program, for the matrices of which action, made for how many threads and, where it is a layer, rows."""
 
     kind: ProgramKind
     action: Action
     shape: ModelShape | PolicyShape
     num_threads: int
+    num_rows: int = 1
 
     @property
     def name(self) -> str:
         """A file's, without its digest."""
-        return f"{self.kind}-{self.action.name.lower()}"
+        rows = "" if self.num_rows == 1 else f"-{self.num_rows}-rows"
+        return f"{self.kind}-{self.action.name.lower()}{rows}"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -62,7 +64,7 @@ class ProgramSpec:
         facts = json.loads(text)
         kind = ProgramKind(facts["kind"])
         shape = PolicyShape if kind is ProgramKind.POLICY else ModelShape
-        return cls(kind, Action(facts["action"]), shape(**facts["shape"]), facts["num_threads"])
+        return cls(kind, Action(facts["action"]), shape(**facts["shape"]), facts["num_threads"], facts["num_rows"])
 
 
 class Program:

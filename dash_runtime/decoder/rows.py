@@ -96,6 +96,8 @@ class RowBatch:
         lengths: rows of each span; they follow what is cached already.
         compensations: one per span: what replaces a skipped layer in its rows.
         sliding_window: per layer, the latest positions it attends to, or None for all.
+        as_decoding: whether rows of one sequence, all in FULL, are to have the very numbers that they have where they
+            are decoded one by one; only compiled layers tell these apart.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class RowBatch:
         rotary: RotaryTable,
         compensations: Sequence[Compensation],
         sliding_window: Sequence[int | None],
+        as_decoding: bool = False,
     ) -> None:
         self.spans: list[Span] = []
         first_row = 0
@@ -115,6 +118,7 @@ class RowBatch:
         self.num_rows = first_row
         self.is_decoding = self.num_rows == len(self.spans) and all(span.start > 0 for span in self.spans)
         """Whether every row is the only one of its sequence, and has others before it."""
+        self.is_as_decoding = as_decoding and len(self.spans) == 1 and self.spans[0].start > 0
         self._rotary = rotary
         self._sliding_window = sliding_window
         self._compensations = [
@@ -197,15 +201,20 @@ class RowBatch:
         return self._rotary.cosines[positions], self._rotary.sines[positions]
 
     def seen(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `[positions, num_kv_heads, head_dim]` that the only row of a sequence attends to, its own
-        last."""
-        span, window = self.spans[row], self._sliding_window[layer]
+        """Keys and values `[positions, num_kv_heads, head_dim]` that a row attends to, its own last; for passes of one
+        sequence or of one row each."""
+        window = self._sliding_window[layer]
         if row not in self._seen:  # sliced for all layers at once, which is a tenth of slicing for each
-            self._seen[row] = span.cache.until(span.end)
+            span = self.spans[0 if len(self.spans) == 1 else row]
+            self._seen[row] = span.cache.until(span.start + row - span.first_row + 1)
         keys, values = self._seen[row]
         if window is None:
             return keys[layer], values[layer]
         return keys[layer][-window:], values[layer][-window:]
+
+    def sees_everything(self, layer: int) -> bool:
+        """Whether the layer attends to all positions before a row."""
+        return self._sliding_window[layer] is None
 
     def write(self, layer: int, projection: Projection, keys: Tensor, values: Tensor) -> None:
         """Stores the projected rows' keys and values, each `[projected rows, num_kv_heads, head_dim]`."""

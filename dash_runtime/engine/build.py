@@ -92,7 +92,8 @@ def build_engine(
     calibration = Calibration(cache_folder / "calibration", (fingerprint, options.precision), (describe(device), kind))
     compensation = calibration.compensation(decoder, tokenizer_file(folder), progress)
     costs = calibration.costs(decoder, compensation, progress)
-    catalog = PolicyCatalog(costs, actions, compensation, learned, config.default_compute_budget)
+    verification_costs = calibration.verification_costs(decoder, progress)
+    catalog = PolicyCatalog(costs, actions, compensation, learned, config.default_compute_budget, verification_costs)
     planner = None
     if config.group_planner and config.num_slots > 1:
         planner = GroupPlanner(calibration.row_costs(decoder, compensation, progress))
@@ -188,7 +189,7 @@ def _warm_up(engine: Engine) -> None:
     """Runs every mode once, so that the first request pays for no lazy initialisation."""
     room = min(engine.facts.context_length, engine.facts.cache_tokens)
     stopping = StoppingParameters(max(1, min(4, room - 1)), ignore_eos=True)
-    options = [SkipOptions(Mode.FULL_DEPTH), SkipOptions(Mode.ADAPTIVE)]
+    options = [SkipOptions(Mode.FULL_DEPTH), SkipOptions(Mode.ADAPTIVE), SkipOptions(Mode.EXACT)]
     options += [SkipOptions(Mode.FIXED, fixed_action=action) for action in engine.facts.actions]
     for number, skip in enumerate(options):
         engine.submit(GenerationRequest(f"warm-up-{number}", [0], stopping, skip=skip))

@@ -7,6 +7,7 @@ folders; knows no requests.
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from dash_runtime.actions import CostTable, RowCosts
 from dash_runtime.decoder.compensation import Compensation, make_compensation
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.measure import measure_costs
+from dash_runtime.decoder.measure import measure_costs, measure_verification
 from dash_runtime.decoder.row_costs import measure_row_costs
+from dash_runtime.engine.draft_length import DRAFT_LENGTHS
 from dash_runtime.errors import ConfigError, DashRuntimeError
 from dash_runtime.training.data import default_token_sequences
 from dash_runtime.training.fit_compensation import NUM_SEQUENCES, SEQUENCE_LENGTH, fit_compensation
@@ -27,6 +29,7 @@ from dash_runtime.whole_file import replacing
 
 Progress = Callable[[str], None]
 _Table = TypeVar("_Table", CostTable, RowCosts)
+_Kept = TypeVar("_Kept")
 _VERSION = 2
 
 
@@ -43,6 +46,7 @@ class Calibration:
         self._folder = folder
         self._compensation_file = folder / f"compensation-{_digest(key)}.safetensors"
         self._costs_file = folder / f"costs-{_digest((*key, *device))}.json"
+        self._verification_file = folder / f"verification-{_digest((*key, *device))}.json"
         self._row_costs_file = folder / f"row-costs-{_digest((*key, *device))}.json"
 
     def compensation(self, decoder: Decoder, tokenizer: Path, progress: Progress) -> Compensation:
@@ -75,9 +79,22 @@ class Calibration:
         progress("measuring what each action takes here by number of rows (kept for later starts)")
         return self._keep(self._row_costs_file, measure_row_costs(decoder, compensation))
 
+    def verification_costs(self, decoder: Decoder, progress: Progress) -> dict[int, float]:
+        """Of verifying a draft, by its length, as shares of a full-depth token."""
+        kept = _read(self._verification_file, _verification_from_json)
+        if kept is not None:
+            return kept
+        progress("measuring what verifying a draft takes here (kept for later starts)")
+        costs = measure_verification(decoder, DRAFT_LENGTHS)
+        self._write_json(self._verification_file, {str(length): cost for length, cost in costs.items()})
+        return costs
+
     def _keep(self, path: Path, table: _Table) -> _Table:
-        self._write(path, lambda partial: partial.write_text(json.dumps(table.to_json(), indent=1)))
+        self._write_json(path, table.to_json())
         return table
+
+    def _write_json(self, path: Path, facts: dict[str, Any]) -> None:
+        self._write(path, lambda partial: partial.write_text(json.dumps(facts, indent=1)))
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         """In one rename; a folder that cannot be written to only costs the next start its time."""
@@ -87,7 +104,14 @@ class Calibration:
                 write(partial)
 
 
-def _read(path: Path, parse: Callable[[dict[str, Any]], _Table]) -> _Table | None:
+def _verification_from_json(facts: dict[str, Any]) -> dict[int, float]:
+    costs = {int(length): float(cost) for length, cost in facts.items()}
+    if not set(costs) <= set(DRAFT_LENGTHS) or any(not 0 < cost < math.inf for cost in costs.values()):
+        raise ValueError
+    return costs
+
+
+def _read(path: Path, parse: Callable[[dict[str, Any]], _Kept]) -> _Kept | None:
     """None where the file is not there, or damaged: then it is made again."""
     try:
         return parse(json.loads(path.read_text()))

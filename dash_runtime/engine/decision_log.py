@@ -7,7 +7,7 @@ from dash_runtime.actions import Action, CostTable
 
 
 class DecisionLog:
-    """One byte per layer and token, and sums over the decode tokens."""
+    """One byte per layer and token of the output, and sums over what ran for the decode tokens, drafts included."""
 
     def __init__(self, num_layers: int, max_tokens: int, costs: CostTable) -> None:
         self._num_layers = num_layers
@@ -27,6 +27,20 @@ class DecisionLog:
         """Records a decode token: its plan, head precision, and what the decoder lost to the policy."""
         self._append(plan)
         self.num_decode_tokens += 1
+        self.add_draft_token(plan, head, exposed_ns)
+
+    def append_verified_token(self) -> bytes:
+        """Records a decode token that a verification put out; returns its plan, full depth's."""
+        self.num_decode_tokens += 1
+        return self._append(bytes((Action.FULL,)) * self._num_layers)
+
+    def add_verification(self, num_rows: int, cost: float) -> None:
+        """Counts a full-depth pass over so many rows; `cost` is a share of one full-depth token."""
+        self.action_counts[Action.FULL] += num_rows * self._num_layers
+        self.total_cost += cost
+
+    def add_draft_token(self, plan: bytes, head: Action, exposed_ns: int) -> float:
+        """Counts what ran for a token that may not be put out; returns its cost."""
         self.exposed_ns += exposed_ns
         cost = self._costs.fixed + self._costs.head[head]
         for action in Action:
@@ -34,6 +48,7 @@ class DecisionLog:
                 self.action_counts[action] += count
                 cost += count * self._costs.layer[action]
         self.total_cost += cost
+        return cost
 
     @property
     def plans(self) -> memoryview:
@@ -42,7 +57,8 @@ class DecisionLog:
 
     @property
     def mean_cost(self) -> float:
-        """Share of a full-depth token, over the decode tokens; 1 where there are none."""
+        """Share of a full-depth token, over the decode tokens, with all that was drafted and verified for them; 1 where
+        there are none."""
         return self.total_cost / self.num_decode_tokens if self.num_decode_tokens else 1.0
 
     @property

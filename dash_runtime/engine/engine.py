@@ -19,7 +19,7 @@ from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.engine.sampling import token_logprobs
 from dash_runtime.engine.sequence import EndReason, EngineEvent, Sequence, SlotGranted, TokenProduced
 from dash_runtime.engine.step import Decider, decode_step
-from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.policy.catalog import Assignment, PolicyCatalog
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +82,15 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[EngineEvent]:
-        """Grants free slots, prefills one chunk of prompts, decodes one token of every sequence that is past
-        its prompt, and returns what happened."""
+        """Grants free slots, prefills one chunk of prompts, decodes or drafts one token of every sequence that is past
+        its prompt, verifies the drafts that are complete, and returns what happened."""
         events: list[EngineEvent] = []
         self._grant_slots(events)
         decoding = [sequence for sequence in self._running.values() if not sequence.num_prompt_tokens_left]
         self._prefill(events)
         if decoding:
             self._decode(decoding, events)
+            self._verify([sequence for sequence in decoding if sequence.has_draft_to_verify], events)
         return events
 
     def close(self) -> None:
@@ -105,7 +106,9 @@ class Engine:
                 return  # the oldest waits for room rather than being overtaken by smaller ones for ever
             self._waiting.popleft()
             assignment = self._catalog.assign(request.skip)
-            sequence = Sequence(request, assignment, cache, self._decoder.num_layers, waiting.since)
+            sequence = Sequence(
+                request, assignment, cache, self._decoder.num_layers, waiting.since, self.facts.eos_token_ids
+            )
             self._running[request.request_id] = sequence
             events.append(
                 SlotGranted(
@@ -130,46 +133,79 @@ class Engine:
                 continue
             chunk = sequence.next_prompt_chunk(self._config.prefill_chunk_tokens)
             num_prefilled += len(chunk)
-            hidden = self._run_full_depth(sequence, chunk)
+            hidden = self._run_full_depth([sequence], [chunk])
             if not sequence.num_prompt_tokens_left:
                 logits = self._decoder.logits(hidden[-1:], (Action.FULL,))
                 plan = sequence.log.append_prefill_token()
                 self._take(sequence, sequence.sampler.sample(logits[0]), logits[0], plan, events)
 
-    def _run_full_depth(self, sequence: Sequence, token_ids: list[int]) -> Tensor:
-        compensation = sequence.assignment.policy.compensation
-        batch = self._decoder.rows([sequence.cache], [len(token_ids)], [compensation])
-        actions = (Action.FULL,) * len(token_ids)
-        hidden = self._decoder.embed(token_ids)
+    def _run_full_depth(
+        self, sequences: list[Sequence], token_ids: list[list[int]], as_decoding: bool = False
+    ) -> Tensor:
+        """Runs several tokens of each sequence; returns the last layer's output, `[all rows, hidden_size]`."""
+        compensations = [sequence.assignment.policy.compensation for sequence in sequences]
+        caches, lengths = [sequence.cache for sequence in sequences], [len(ids) for ids in token_ids]
+        batch = self._decoder.rows(caches, lengths, compensations, as_decoding)
+        actions = (Action.FULL,) * batch.num_rows
+        hidden = self._decoder.embed([token_id for ids in token_ids for token_id in ids])
         for layer in range(self._decoder.num_layers):
             hidden = self._decoder.run_layer(layer, actions, hidden, batch)
         batch.commit()
         return hidden
 
     def _decode(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
+        for sequence in sequences:
+            sequence.begin_draft_if_due()
         compensations = [sequence.assignment.policy.compensation for sequence in sequences]
-        deciders = _deciders(sequences)
+        assignments = [sequence.decider_assignment(self._catalog.full_depth) for sequence in sequences]
+        deciders = _deciders(sequences, assignments)
         batch = self._decoder.rows([s.cache for s in sequences], [1] * len(sequences), compensations)
-        exposed_before = self._lane.exposed_ns
+        exposed_before, started_ns = self._lane.exposed_ns, time.perf_counter_ns()
         planner = self._planner if len(sequences) > 1 else None  # a row alone has none to agree with
-        token_ids = [sequence.output_ids[-1] for sequence in sequences]
+        token_ids = [sequence.last_token_id for sequence in sequences]
         output = decode_step(self._decoder, self._lane, batch, token_ids, deciders, planner)
-        exposed_ns = self._lane.exposed_ns - exposed_before
         greedy = output.logits.argmax(dim=-1).tolist()
-        for row, sequence in enumerate(sequences):
+        exposed_ns, elapsed_ns = self._lane.exposed_ns - exposed_before, time.perf_counter_ns() - started_ns
+        for row, (sequence, assignment) in enumerate(zip(sequences, assignments, strict=True)):
+            policy, plan, logits = assignment.policy, output.plans[row], output.logits[row]
+            own_exposed_ns = exposed_ns if len(policy.pinned) < self._decoder.num_layers else 0
+            if sequence.is_drafting:
+                cost = sequence.log.add_draft_token(plan, policy.head, own_exposed_ns)
+                sequence.draft(logits, cost, elapsed_ns)
+                continue
             sampler = sequence.sampler
-            token_id = greedy[row] if sampler.is_plain_greedy else sampler.sample(output.logits[row])
-            plan = output.plans[row]
-            has_decisions = len(sequence.assignment.policy.pinned) < self._decoder.num_layers
-            sequence.log.append_decode_token(plan, sequence.assignment.policy.head, exposed_ns if has_decisions else 0)
-            self._take(sequence, token_id, output.logits[row], plan, events)
+            if sequence.speculation is not None:
+                (token_id,) = sequence.speculation.verify(output.logits[row : row + 1])
+            else:
+                token_id = greedy[row] if sampler.is_plain_greedy else sampler.sample(logits)
+            sequence.log.append_decode_token(plan, policy.head, own_exposed_ns)
+            self._take(sequence, token_id, logits, plan, events)
+
+    def _verify(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
+        """Runs complete drafts at full depth and puts out what it accepts. The drafts' keys and values are dropped
+        first, so that those of accepted tokens are full depth's."""
+        # Alone, a sequence's numbers do not depend on its neighbours.
+        shares_products = self._config.group_planner and len(sequences) > 1
+        for together in [sequences] if shares_products else [[sequence] for sequence in sequences]:
+            started_ns = time.perf_counter_ns()
+            token_ids = [sequence.take_back_draft() for sequence in together]
+            lengths = [len(ids) for ids in token_ids]
+            hidden = self._run_full_depth(together, token_ids, as_decoding=True)
+            all_logits = self._decoder.logits(hidden, (Action.FULL,) * len(hidden)).split(lengths)
+            chosen = [sequence.verify(logits) for sequence, logits in zip(together, all_logits, strict=True)]
+            elapsed_ns = time.perf_counter_ns() - started_ns
+            for sequence, logits, ids in zip(together, all_logits, chosen, strict=True):
+                assert sequence.speculation is not None
+                sequence.speculation.verification_ns += elapsed_ns
+                for token_id, own_logits in zip(ids, logits, strict=False):  # of those not accepted there is no token
+                    self._take(sequence, token_id, own_logits, sequence.log.append_verified_token(), events)
 
     def _take(self, sequence: Sequence, token_id: int, logits: Tensor, plan: bytes, events: list[EngineEvent]) -> None:
         request = sequence.request
         logprobs = None if request.logprobs is None else token_logprobs(logits, token_id, request.logprobs)
         shown_plan = plan if request.return_decisions else b""
         events.append(TokenProduced(request.request_id, token_id, shown_plan, logprobs))
-        if reason := sequence.append(token_id, self.facts.eos_token_ids):
+        if reason := sequence.append(token_id):
             events.append(self._finish(sequence, reason))
 
     def _finish(self, sequence: Sequence, reason: EndReason) -> EngineEvent:
@@ -178,14 +214,14 @@ class Engine:
         return sequence.finished(reason)
 
 
-def _deciders(sequences: list[Sequence]) -> list[Decider]:
+def _deciders(sequences: list[Sequence], assignments: list[Assignment]) -> list[Decider]:
     """One decider per policy in the batch."""
     rows_by_policy: dict[int, list[int]] = {}
-    for row, sequence in enumerate(sequences):
-        rows_by_policy.setdefault(id(sequence.assignment.policy), []).append(row)
+    for row, assignment in enumerate(assignments):
+        rows_by_policy.setdefault(id(assignment.policy), []).append(row)
     deciders: list[Decider] = []
     for rows in rows_by_policy.values():
-        assignment = sequences[rows[0]].assignment
+        assignment = assignments[rows[0]]
         tokens = [sequences[row].next_token() for row in rows]
         deciders.append(Decider(assignment.policy, rows, tokens, assignment.costs, len(sequences)))
     return deciders

@@ -40,20 +40,45 @@ class Sampler:
 
     def sample(self, logits: Tensor) -> int:
         """The next token from float32 `[vocab_size]` logits, which are left as they are."""
-        if self.is_plain_greedy:
-            return int(logits.argmax())
-        adjusted = self._adjust(logits.cpu())
-        if self._parameters.temperature == 0:
-            token_id = int(adjusted.argmax())
+        if self.is_greedy:
+            token_id = self.best(logits)
         else:
-            token_id = self._draw(adjusted / self._parameters.temperature)
+            token_id = self._draw(self._adjust(logits.cpu()) / self._parameters.temperature)
         self.record(token_id)
         return token_id
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether nothing is left to chance."""
+        return self._parameters.temperature == 0
+
+    def best(self, logits: Tensor) -> int:
+        """The token that a greedy sequence takes; `logits` as in `sample`."""
+        return int(logits.argmax() if self.is_plain_greedy else self._adjust(logits.cpu()).argmax())
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """What `sample` draws from, float32 probabilities `[vocab_size]` on the host; `logits` as there."""
+        candidates, ids = self._truncate(self._adjust(logits.cpu()) / self._parameters.temperature)
+        probabilities = torch.softmax(candidates, dim=-1)
+        return probabilities if ids is None else torch.zeros(len(logits)).scatter_(0, ids, probabilities)
+
+    def draw(self, weights: Tensor) -> int:
+        """A token from weights `[vocab_size]` that need not add up to 1."""
+        return int(torch.multinomial(weights, 1, generator=self._generator))
+
+    def chance(self, probability: float) -> bool:
+        """True with this probability."""
+        return float(torch.rand((), generator=self._generator)) < probability
 
     def record(self, token_id: int) -> None:
         """Counts an output token, for the penalties of later ones."""
         if self._has_penalties:
             self._output_counts[token_id] += 1
+
+    def forget(self, token_ids: Sequence[int]) -> None:
+        """Takes back what `record` counted."""
+        if self._has_penalties:
+            self._output_counts -= Counter(token_ids)
 
     def _adjust(self, logits: Tensor) -> Tensor:
         p = self._parameters

@@ -4,10 +4,14 @@ import time
 from dataclasses import dataclass
 from enum import StrEnum
 
+from torch import Tensor
+
 from dash_runtime.config import GenerationRequest
 from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.engine.decision_log import DecisionLog
+from dash_runtime.engine.draft_length import DraftLength
 from dash_runtime.engine.sampling import Sampler, TokenLogprobs
+from dash_runtime.engine.speculative import Speculation
 from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.policy import Token
 
@@ -51,6 +55,8 @@ class SequenceFinished:
     prefill_seconds: float
     decode_seconds: float
     log: DecisionLog
+    speculation: Speculation | None
+    """In mode EXACT."""
 
 
 EngineEvent = SlotGranted | TokenProduced | SequenceFinished
@@ -66,13 +72,22 @@ class Sequence:
         cache: SequenceCache,
         num_layers: int,
         waiting_since: float,
+        eos_token_ids: frozenset[int],
     ) -> None:
+        self._eos_token_ids = eos_token_ids
         self.request = request
         self.assignment = assignment
         self.cache = cache
         self.sampler = Sampler(request.sampling, request.prompt_token_ids)
         self.output_ids: list[int] = []
-        self.log = DecisionLog(num_layers, request.stopping.max_new_tokens, assignment.costs)
+        drafting = assignment.drafting
+        self.log = DecisionLog(
+            num_layers, request.stopping.max_new_tokens, assignment.costs if drafting is None else drafting.costs
+        )
+        self.speculation: Speculation | None = None
+        if drafting is not None:
+            lengths = DraftLength(drafting.draft_cost, drafting.verification_costs)
+            self.speculation = Speculation(self.sampler, lengths)
         self.granted_at = time.monotonic()
         self.queue_seconds = self.granted_at - waiting_since
         self._first_token_at = self.granted_at
@@ -87,21 +102,87 @@ class Sequence:
         start = self.cache.length
         return self.request.prompt_token_ids[start : start + max_tokens]
 
+    @property
+    def is_drafting(self) -> bool:
+        """Whether the next decode step is to draft."""
+        return self.speculation is not None and self.speculation.is_drafting
+
+    @property
+    def last_token_id(self) -> int:
+        """The input of the next decode step."""
+        drafted = self.speculation.token_ids if self.speculation is not None else []
+        return drafted[-1] if drafted else self.output_ids[-1]
+
+    @property
+    def num_tokens_left(self) -> int:
+        """Output tokens up to the limit."""
+        return self.request.stopping.max_new_tokens - len(self.output_ids)
+
+    @property
+    def has_draft_to_verify(self) -> bool:
+        """Whether a draft is complete."""
+        return self.speculation is not None and bool(self.speculation.token_ids) and not self.is_drafting
+
+    def begin_draft_if_due(self) -> None:
+        """In mode EXACT, chooses whether and how far to draft, where no draft is under way."""
+        if self.speculation is not None and not self.speculation.token_ids:
+            self.speculation.begin(self.num_tokens_left)
+
+    def draft(self, logits: Tensor, cost: float, elapsed_ns: int) -> None:
+        """Takes the next drafted token from the drafting path's `[vocab_size]` logits."""
+        assert self.speculation is not None
+        token_id = self.speculation.draft(logits, cost)
+        self.speculation.draft_ns += elapsed_ns
+        if self._end_with(token_id):
+            self.speculation.end_draft()
+
+    def take_back_draft(self) -> list[int]:
+        """Drops the draft's keys and values; returns the tokens to verify, the last of the output first."""
+        assert self.speculation is not None
+        self.cache.truncate(self._num_settled_positions)
+        return [self.output_ids[-1], *self.speculation.token_ids]
+
+    def verify(self, logits: Tensor) -> list[int]:
+        """The next output tokens, by full depth's logits `[verified tokens, vocab_size]`; keys and values of the
+        others are dropped."""
+        assert self.speculation is not None
+        assert self.assignment.drafting is not None
+        cost = self.assignment.drafting.verification_cost(len(logits) - 1)
+        self.log.add_verification(len(logits), cost)
+        token_ids = self.speculation.verify(logits)
+        ends = (place for place, token_id in enumerate(token_ids, start=1) if self._end_with(token_id))
+        token_ids = token_ids[: next(ends, None)]
+        self.cache.truncate(self._num_settled_positions + len(token_ids))
+        return token_ids
+
+    @property
+    def _num_settled_positions(self) -> int:
+        """Positions before the last token of the output."""
+        return len(self.request.prompt_token_ids) + len(self.output_ids) - 1
+
+    def decider_assignment(self, full_depth: Assignment) -> Assignment:
+        """Who decides in the next decode step: full depth where an EXACT sequence does not draft."""
+        return self.assignment if self.speculation is None or self.is_drafting else full_depth
+
     def next_token(self) -> Token:
         """What policies know of the token that is decoded next."""
         return Token(self.request.sampling.seed, self.cache.length, self.assignment.price)
 
-    def append(self, token_id: int, eos_token_ids: frozenset[int]) -> EndReason | None:
+    def append(self, token_id: int) -> EndReason | None:
         """Takes the next output token; returns the reason if it is the last."""
         if not self.output_ids:
             self._first_token_at = time.monotonic()
         self.output_ids.append(token_id)
+        return self._end_with(token_id) or (None if self.num_tokens_left else EndReason.LENGTH)
+
+    def _end_with(self, token_id: int) -> EndReason | None:
+        """The reason if no token may follow this one, whatever the limit."""
         stopping = self.request.stopping
         if token_id in stopping.stop_token_ids:
             return EndReason.STOP_TOKEN
-        if token_id in eos_token_ids and not stopping.ignore_eos:
+        if token_id in self._eos_token_ids and not stopping.ignore_eos:
             return EndReason.END_OF_SEQUENCE
-        return EndReason.LENGTH if len(self.output_ids) >= stopping.max_new_tokens else None
+        return None
 
     def finished(self, reason: EndReason) -> SequenceFinished:
         """The closing event. Seconds are from the slot to the first token, and from there to now."""
@@ -112,4 +193,5 @@ class Sequence:
             self._first_token_at - self.granted_at,
             time.monotonic() - self._first_token_at,
             self.log,
+            self.speculation,
         )

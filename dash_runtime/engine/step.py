@@ -68,7 +68,7 @@ class Decider:
         self._num_layers = costs.num_layers
         self._has_all_rows = len(self.rows) == num_rows
         self._pinned = policy.pinned
-        self._all_full: Actions = (Action.FULL,) * len(self.rows)
+        self._pinned_actions: Actions = (policy.pinned_action,) * len(self.rows)
         self._is_blind = len(self._pinned) == self._num_layers
         self._cost_spent = [0.0] * len(self.rows)
         self._blocks = _blocks_by_observed_layer(self._num_layers, self._pinned, policy.block_size, policy.lookahead)
@@ -80,7 +80,7 @@ class Decider:
         if layer in self._tickets:
             block, ticket = self._tickets.pop(layer)
             self._decided.update(zip(block, lane.result(ticket).plan, strict=True))
-        return self._all_full if layer in self._pinned else self._decided.pop(layer)
+        return self._pinned_actions if layer in self._pinned else self._decided.pop(layer)
 
     def observe(self, layer: int, hidden: Tensor, actions: Sequence[Action], lane: Lane) -> None:
         """Shows the policy the layer's input and all rows' actions, and asks for the block that begins `lookahead`

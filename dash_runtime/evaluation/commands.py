@@ -32,7 +32,7 @@ from dash_runtime.training.choices import action_rates, greedy_choice
 from dash_runtime.training.curve import write_whole
 from dash_runtime.training.distill import DistillSettings, distill_compensation
 from dash_runtime.training.loaded_model import SEQUENCE_LENGTH, LoadedModel
-from dash_runtime.training.ppo import Task
+from dash_runtime.training.ppo import Objective, Task
 from dash_runtime.training.train import calibrate, describe_budgets, greedy_outcome
 
 _SEARCH_SEQUENCES = 4
@@ -85,7 +85,8 @@ def run_calibrate(options: argparse.Namespace) -> None:
         if policy.head not in policy.costs.head or policy.head not in model.decoder.heads:
             raise ConfigError("head", f"{options.head} is not in the policy's costs, or has no kernel here")
     task = policy_task(model.decoder, policy, options.prompt_tokens)
-    calibration = calibrate(task, policy.network, model.sequences()[: options.sequences])
+    objective = Objective.ACCEPTANCE if policy.is_drafter else Objective.DIVERGENCE
+    calibration = calibrate(task, policy.network, model.sequences()[: options.sequences], objective)
     save_policy(options.out, replace(policy, calibration=calibration), model.fingerprint)
     print(f"{options.out}: {describe_budgets(calibration)}")
 
@@ -102,6 +103,8 @@ def run_inspect(options: argparse.Namespace) -> None:
             "lookahead": policy.lookahead,
             "block_size": policy.block_size,
             "head": policy.head.name,
+            "pinned_action": policy.pinned_action.name,
+            "is_drafter": policy.is_drafter,
             "compensation": policy.compensation.kind.value,
             "layer_costs": {action.name: round(cost / layer[Action.FULL], 4) for action, cost in layer.items()},
             "multiply_adds_share": round(multiply_adds_share(policy, model.config), 5),
@@ -227,6 +230,7 @@ def _accuracies(options: argparse.Namespace, model: LoadedModel, policies: list[
                         head=task.head,
                         choose=greedy_choice(task, policy.network, log_price),
                         context_length=model.context_length,
+                        pinned_action=task.pinned_action,
                     )
                 results += score_choices(runner, encode, choices, name, budget)
             if answers:

@@ -64,6 +64,7 @@ def policy_task(decoder: Decoder, policy: LearnedPolicy, num_prompt_tokens: int)
         policy.compensation,
         policy.costs,
         num_prompt_tokens,
+        policy.pinned_action,
     )
 
 
@@ -155,7 +156,7 @@ def _early_exit(task: Task, cost: float) -> Task:
     rest = task.costs.head[task.head] + task.costs.fixed
 
     def distance(exit_layer: int) -> float:
-        left = exit_layer * layer[Action.FULL] + (num_layers - exit_layer) * layer[Action.SKIP]
+        left = exit_layer * layer[task.pinned_action] + (num_layers - exit_layer) * layer[Action.SKIP]
         return abs(left + rest - cost)
 
     exit_layer = min(range(task.lookahead, num_layers + 1), key=distance)
@@ -166,6 +167,6 @@ def _num_skips_for(task: Task, cost: float, base: Action) -> int:
     """How many skipped layers, with `base` in the others, come nearest to `cost`."""
     layer, free = task.costs.layer, len(_free_layers(task))
     pinned = task.decoder.num_layers - free
-    unskipped = pinned * layer[Action.FULL] + free * layer[base] + task.costs.head[task.head] + task.costs.fixed
+    unskipped = pinned * layer[task.pinned_action] + free * layer[base] + task.costs.head[task.head] + task.costs.fixed
     count = round((unskipped - cost) / (layer[base] - layer[Action.SKIP]))
     return max(0, min(count, free))

@@ -77,11 +77,12 @@ def rollout_runner(
     context_length: int,
     decides_first: bool = False,
     max_rows: int = 1024,
+    pinned_action: Action = Action.FULL,
 ) -> Run:
     """A path whose tokens go through the layers as `choose` decides, several passages in one rollout.
 
     Args:
-        blocks: layers that are decided together, as `roll_out` has them; the others run in full.
+        blocks: layers that are decided together, as `roll_out` has them; the others run in `pinned_action`.
         head: precision of the head for the decided tokens; the others have the full one.
         context_length: positions that the decoder was made for.
         decides_first: let the policy decide the last given token too, from which the first scored one follows.
@@ -98,7 +99,9 @@ def rollout_runner(
         firsts = [passage.num_given - 1 for passage in passages]
         decided_from = [first if decides_first else first + 1 for first in firsts]
         decided = [place >= start for ids, start in zip(inputs, decided_from, strict=True) for place in range(len(ids))]
-        rollout = roll_out(decoder, inputs, torch.tensor(decided), blocks, lookahead, compensation, costs, choose)
+        rollout = roll_out(
+            decoder, inputs, torch.tensor(decided), blocks, lookahead, compensation, costs, choose, pinned_action
+        )
         spans = list(pairwise(accumulate((len(ids) for ids in inputs), initial=0)))
         rows = [row for first, (start, end) in zip(firsts, spans, strict=True) for row in range(start + first, end)]
         targets = [token_id for passage in passages for token_id in passage.token_ids[passage.num_given :]]

@@ -153,6 +153,9 @@ class LearnedPolicy:
     compensation: Compensation
     costs: CostTable
     calibration: Calibration
+    pinned_action: Action = Action.FULL
+    is_drafter: bool = False
+    """Whether it was trained to have its drafts accepted (mode EXACT) rather than to stay close to full depth."""
     program: Callable[[list[Tensor]], list[Tensor]] | None = None
     """`OneRowPolicy`, compiled for `shape`: evaluates each row by itself. None: all rows are evaluated eagerly."""
 

@@ -75,7 +75,11 @@ class Policy(Protocol):
 
     @property
     def pinned(self) -> frozenset[int]:
-        """Layers that it never decides, which run in full; all below `lookahead` are among them."""
+        """Layers that it never decides; all below `lookahead` are among them."""
+
+    @property
+    def pinned_action(self) -> Action:
+        """What pinned layers run: FULL, but for a policy that only drafts."""
 
     @property
     def block_size(self) -> int:
@@ -107,6 +111,7 @@ class FullDepth:
     block_size: int = 1
     head: Action = Action.FULL
     compensation: Compensation = field(default_factory=Identity)
+    pinned_action: Action = Action.FULL
 
     @property
     def pinned(self) -> frozenset[int]:
@@ -127,6 +132,7 @@ class FixedPlan:
     pinned: frozenset[int]
     lookahead: int = 1
     block_size: int = 1
+    pinned_action: Action = Action.FULL
 
     def start(self, layer: int, state: State) -> Pending:
         return lambda: Decision(((self.plan[layer],) * len(state.tokens),))
@@ -147,6 +153,7 @@ class RandomPlan:
     pinned: frozenset[int]
     lookahead: int = 1
     block_size: int = 1
+    pinned_action: Action = Action.FULL
 
     def start(self, layer: int, state: State) -> Pending:
         return lambda: Decision((tuple(self._draw(layer, token) for token in state.tokens),))

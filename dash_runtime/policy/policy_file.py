@@ -68,6 +68,8 @@ def save_policy(path: Path, policy: LearnedPolicy, fingerprint: str) -> None:
         "lookahead": policy.lookahead,
         "block_size": policy.block_size,
         "head": policy.head.name,
+        "pinned_action": policy.pinned_action.name,
+        "is_drafter": policy.is_drafter,
         "compensation": policy.compensation.kind.value,
         "costs": policy.costs.to_json(),
         "calibration": [list(point) for point in policy.calibration.points],
@@ -126,6 +128,9 @@ def _policy_from(
     head = Action[facts["head"]]
     if head not in costs.head:
         raise PolicyFileError(f"has no cost for its head precision {head.name}")
+    pinned_action = Action[facts.get("pinned_action", Action.FULL.name)]
+    if pinned_action is Action.SKIP or pinned_action not in costs.layer:
+        raise PolicyFileError(f"runs pinned layers in {pinned_action.name}, which is no kernel or has no cost")
     points = tuple((float(budget), float(log_price)) for budget, log_price in facts["calibration"])
     if not points or list(points) != sorted(points) or not 0 < points[0][0] <= points[-1][0] <= 1:
         raise PolicyFileError("has a calibration that is empty, not ascending or outside (0, 1]")
@@ -152,6 +157,8 @@ def _policy_from(
         compensation,
         costs,
         calibration,
+        pinned_action,
+        is_drafter=bool(facts.get("is_drafter", False)),
     )
 
 

@@ -15,6 +15,7 @@ from dash_runtime.errors import ConfigError, DashRuntimeError
 from dash_runtime.evaluation.commands import run_calibrate, run_evaluate, run_inspect
 from dash_runtime.training.commands import run_fit, run_train
 from dash_runtime.training.loaded_model import ModelOptions
+from dash_runtime.training.ppo import Objective
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     chosen.add_argument(
         "--actions", action=_Parsed, reads=parse_actions, help="only the shipped one with these actions"
     )
+    heads = [action.name for action in (Action.INT8, Action.FULL)]
     commands = parser.add_subparsers(required=True)
 
     fit = commands.add_parser("fit", parents=[common], help="fit compensation and show what each kind costs and buys")
@@ -137,6 +139,17 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--refit-steps", type=_not_negative, default=120, help="of each of the two refits; 0: none (default 120)"
     )
+    training.add_argument(
+        "--objective",
+        choices=[objective.value for objective in Objective],
+        default=Objective.DIVERGENCE.value,
+        help="acceptance: a policy that drafts, for mode EXACT (default divergence)",
+    )
+    training.add_argument(
+        "--pinned-action", choices=("int4", "int8", "full"), default="full", help="of pinned layers (default full)"
+    )
+    training.add_argument("--head", choices=heads, default=Action.FULL.name, help="the head's precision (default FULL)")
+    training.add_argument("--costs", type=Path, help="a cost table as .json; default: measured here, uncompiled")
     training.add_argument("--learner", choices=("ppo", "straight-through"), default="ppo")
     training.add_argument("--seed", type=int, default=0)
     training.set_defaults(run=run_train)
@@ -156,7 +169,6 @@ def _parser() -> argparse.ArgumentParser:
     calibration = commands.add_parser("calibrate", parents=[common, chosen], help="fit budgets anew to your text")
     calibration.add_argument("--out", type=Path, required=True, help="the file to write")
     calibration.add_argument("--sequences", type=_positive, default=24)
-    heads = [action.name for action in (Action.INT8, Action.FULL)]
     calibration.add_argument("--head", choices=heads, help="the head's precision from now on; default: as it was")
     calibration.set_defaults(run=run_calibrate)
 

@@ -24,7 +24,7 @@ from dash_runtime.training.curve import CurveRow, TrainingCurve, write_curve_jso
 from dash_runtime.training.distill import DistillSettings
 from dash_runtime.training.ladder import climb, fit_linear
 from dash_runtime.training.loaded_model import LoadedModel
-from dash_runtime.training.ppo import Outcome, Task, UpdateLosses
+from dash_runtime.training.ppo import Objective, Outcome, PpoSettings, Task, UpdateLosses
 from dash_runtime.training.progress import ProgressDisplay
 from dash_runtime.training.refit import refit_compensation
 from dash_runtime.training.router import train_straight_through
@@ -58,11 +58,12 @@ def run_fit(options: argparse.Namespace) -> None:
 
 def run_train(options: argparse.Namespace) -> None:
     """Trains a policy in a folder, or goes on with a run that was stopped there."""
-    actions = tuple(sorted({Action.SKIP, Action.FULL, *options.actions}))
+    head, pinned_action = Action[options.head], Action[options.pinned_action.upper()]
+    actions = tuple(sorted({Action.SKIP, Action.FULL, *options.actions, head, pinned_action}))
     model = LoadedModel(options.model_options, print, actions)
     held_out, training = _split(model.sequences())
     options.out.mkdir(parents=True, exist_ok=True)
-    task = _task(model, options.actions, Identity(), options)
+    task = replace(_task(model, options.actions, Identity(), options), head=head, pinned_action=pinned_action)
     print(
         f"{len(training)} sequences to train on, {len(held_out)} to calibrate on; compensation of rank {options.rank}"
     )
@@ -77,7 +78,13 @@ def run_train(options: argparse.Namespace) -> None:
     else:
         start = fit_linear(task, training[:FIT_SEQUENCES]).low_rank(options.rank)
     served = packed(start, model.decoder.dtype)
-    costs = _kept_costs(options.out / "costs.json", model, served)
+    if options.costs is None:
+        costs = _kept_costs(options.out / "costs.json", model, served)
+    else:
+        costs = _read_costs(options.costs, "costs", f"{options.costs} is no cost table")
+    for what, action, table in (("pinned-action", task.pinned_action, costs.layer), ("head", task.head, costs.head)):
+        if action not in table:
+            raise ConfigError(what, f"{action.name} has no cost on this device")
     relative = {action.name: cost / costs.layer[Action.FULL] for action, cost in costs.layer.items()}
     print("costs over a full layer: " + ", ".join(f"{name} {cost:.3f}" for name, cost in relative.items()))
     task = replace(task, compensation=served, costs=costs)
@@ -89,7 +96,8 @@ def run_train(options: argparse.Namespace) -> None:
         )
     task = replace(task, compensation=packed(trained.compensation, model.decoder.dtype))
     path = options.out / "policy.safetensors"
-    save_policy(path, _policy(task, trained.network, held_out, options.name), model.fingerprint)
+    policy = _policy(task, trained.network, held_out, options.name, Objective(options.objective))
+    save_policy(path, policy, model.fingerprint)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -98,7 +106,8 @@ def _train_ppo(
 ) -> Trained:
     iterations = options.iterations
     refits = tuple(round(share * iterations) for share in _REFIT_SHARES) if options.refit_steps else ()
-    settings = TrainSettings(iterations=iterations, refits=refits, seed=options.seed)
+    ppo = PpoSettings(objective=Objective(options.objective))
+    settings = TrainSettings(iterations=iterations, refits=refits, seed=options.seed, ppo=ppo)
     checkpoint = options.out / "checkpoint.safetensors"
     done = num_iterations_done(checkpoint)
     curve = TrainingCurve(options.out / "training.jsonl", done)
@@ -133,8 +142,10 @@ def _train_ppo(
     return trained
 
 
-def _policy(task: Task, network: PolicyNetwork, held_out: list[list[int]], name: str) -> LearnedPolicy:
-    calibration = calibrate(task, network, held_out)
+def _policy(
+    task: Task, network: PolicyNetwork, held_out: list[list[int]], name: str, objective: Objective
+) -> LearnedPolicy:
+    calibration = calibrate(task, network, held_out, objective)
     print(f"{describe_budgets(calibration)}")
     compensation = task.compensation
     return LearnedPolicy(
@@ -148,6 +159,8 @@ def _policy(task: Task, network: PolicyNetwork, held_out: list[list[int]], name:
         compensation,
         task.costs,
         calibration,
+        task.pinned_action,
+        is_drafter=objective is Objective.ACCEPTANCE,
     )
 
 
@@ -172,13 +185,17 @@ def _task(model: LoadedModel, actions: tuple[Action, ...], compensation: Identit
 def _kept_costs(path: Path, model: LoadedModel, compensation: Compensation) -> CostTable:
     """Measured once per run: a resumed one must go on with the table that it began with."""
     if path.exists():
-        try:
-            return CostTable.from_json(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError("out", f"{path} is damaged; remove the folder to start again") from None
+        return _read_costs(path, "out", f"{path} is damaged; remove the folder to start again")
     costs = measure_costs(model.decoder, compensation)
     write_whole(path, json.dumps(costs.to_json(), indent=1).encode())
     return costs
+
+
+def _read_costs(path: Path, option: str, complaint: str) -> CostTable:
+    try:
+        return CostTable.from_json(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ConfigError(option, complaint) from None
 
 
 def _split(sequences: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:

@@ -5,6 +5,7 @@ An episode is one token's way through the layers, undiscounted. Knows rollouts a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.errors import DashRuntimeError
 from dash_runtime.policy.policy import decision_blocks
 from dash_runtime.training.actor_critic import ActorCritic
-from dash_runtime.training.rollout import Choose, Rollout, costs_by_action, divergences, full_path, roll_out
+from dash_runtime.training.rollout import Choose, Judged, Rollout, costs_by_action, divergences, full_path, roll_out
 
 
 class TrainingDiverged(DashRuntimeError):
@@ -36,6 +37,7 @@ class Task:
     compensation: Compensation
     costs: CostTable
     num_prompt_tokens: int
+    pinned_action: Action = Action.FULL
 
     @property
     def blocks(self) -> tuple[tuple[int, ...], ...]:
@@ -49,7 +51,15 @@ class Task:
         """The path of every row, decided by `choose` where the task says so."""
         rows = self.decided_rows(sequences)
         return roll_out(
-            self.decoder, sequences, rows, self.blocks, self.lookahead, self.compensation, self.costs, choose
+            self.decoder,
+            sequences,
+            rows,
+            self.blocks,
+            self.lookahead,
+            self.compensation,
+            self.costs,
+            choose,
+            self.pinned_action,
         )
 
     def token_costs(self, rollout: Rollout) -> Tensor:
@@ -57,10 +67,23 @@ class Task:
         return rollout.cost_spent[-1] + self.costs.head[self.head] + self.costs.fixed
 
 
+class Objective(StrEnum):
+    """What a token loses by not running at full depth: its divergence, or, for a drafter, the probability that full
+    depth rejects it."""
+
+    DIVERGENCE = "divergence"
+    ACCEPTANCE = "acceptance"
+
+    def loss(self, judged: Judged) -> Tensor:
+        """By row."""
+        return judged.divergence if self is Objective.DIVERGENCE else 1 - judged.acceptance
+
+
 @dataclass(frozen=True, slots=True)
 class PpoSettings:
     """`price_range` bounds λ, the price of a whole token's cost; `shaping` is the reward's w."""
 
+    objective: Objective = Objective.DIVERGENCE
     price_range: tuple[float, float] = (0.1, 4.0)
     divergence_limit: float = 4.0
     shaping: float = 0.1
@@ -95,6 +118,7 @@ class Outcome:
     cost: float
     divergence: float
     agreement: float
+    acceptance: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +164,19 @@ def collect(
     with torch.no_grad():
         scores, values = model(hidden, last_actions, spent, prices)
     log_probs = _joint_log_probs(torch.log_softmax(scores, dim=-1), chosen, valid)
-    rewards = _rewards(task, full, rollout, rows, num_paths, prices[0].exp(), judged.divergence, settings)
+    rewards = _rewards(task, full, rollout, rows, num_paths, prices[0].exp(), settings.objective.loss(judged), settings)
     advantages = _advantages(rewards, values, settings.gae_lambda)
     experience = Experience(
         hidden, last_actions, spent, prices, chosen, log_probs, advantages, returns=advantages + values
     )
     cost = task.token_costs(rollout)[decided].mean()
-    return experience, Outcome(float(cost), float(judged.divergence.mean()), float(judged.agrees.float().mean()))
+    return experience, outcome_of(judged, cost)
+
+
+def outcome_of(judged: Judged, cost: Tensor) -> Outcome:
+    """The means; `cost` is by row, or their mean."""
+    means = (cost, judged.divergence, judged.agrees.float(), judged.acceptance)
+    return Outcome(*(float(values.mean()) for values in means))
 
 
 def scheduled(start: float, end: float, share: float) -> float:
@@ -173,13 +203,13 @@ def _rewards(
     rows: Tensor,
     num_paths: int,
     price: Tensor,
-    kl: Tensor,
+    loss: Tensor,
     settings: PpoSettings,
 ) -> Tensor:
-    """`[num_blocks, rows]`: −λ·c − w·(D after − D before) for each decision, and at the last one the divergence.
+    """`[num_blocks, rows]`: −λ·c − w·(D after − D before) for each decision, and at the last one the objective's loss.
 
     D is 1 − cosine to the full path's state; it enters as a potential that ends at 0 (Ng et al. 1999), so that it leads
-    the way without moving the optimum. The divergence counts against the mean of the token's own paths: a baseline that
+    the way without moving the optimum. That loss counts against the mean of the token's own paths: a baseline that
     takes out how hard the token is, which no decision changes. Divided by 0.3 + λ, so that prices weigh alike in the
     loss.
     """
@@ -193,8 +223,8 @@ def _rewards(
     distance = torch.stack([*distances, torch.zeros_like(price)])
     rewards = torch.stack([-price * layer_costs[list(block)].sum(0) for block in blocks])
     rewards -= settings.shaping * distance.diff(dim=0)
-    divergence = kl.clamp(max=settings.divergence_limit).view(num_paths, -1)
-    rewards[-1] -= (divergence - divergence.mean(dim=0)).flatten() if num_paths > 1 else divergence.flatten()
+    by_path = loss.clamp(max=settings.divergence_limit).view(num_paths, -1)
+    rewards[-1] -= (by_path - by_path.mean(dim=0)).flatten() if num_paths > 1 else by_path.flatten()
     return rewards / (0.3 + price)
 
 

@@ -67,14 +67,17 @@ def roll_out(
     compensation: Compensation,
     costs: CostTable,
     choose: Choose,
+    pinned_action: Action = Action.FULL,
 ) -> Rollout:
-    """Runs the tokens with the actions that `choose` takes for the rows of `decided_rows` (bool `[rows]`).
+    """Runs the tokens with the actions that `choose` takes for the rows of `decided_rows` (bool `[rows]`), and with
+    `pinned_action` in a layer that is in no block.
 
-    The other rows (prompts and first tokens) run in full, and so does every row in a layer that is in no block. A block
-    is chosen from the input of the layer `lookahead` before its first.
+    The other rows (prompts and first tokens) run in full. A block is chosen from the input of the layer `lookahead`
+    before its first.
     """
     batch = _rows(decoder, sequences, compensation)
     full = torch.full((batch.num_rows,), int(Action.FULL))
+    pinned = torch.where(decided_rows, int(pinned_action), full)
     layer_costs = costs_by_action(costs)
     observed = {block[0] - lookahead: block for block in blocks}
     decided: dict[int, Tensor] = {}
@@ -82,7 +85,7 @@ def roll_out(
     spent = torch.zeros(batch.num_rows)
     all_actions, all_spent = [], []
     for layer in range(decoder.num_layers):
-        actions = decided.pop(layer, full)
+        actions = decided.pop(layer, pinned)
         spent = spent + layer_costs[actions]
         if layer in observed:
             block = observed[layer]
@@ -96,11 +99,13 @@ def roll_out(
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """How far paths end from full depth, for each of their rows: KL(full-depth distribution ‖ theirs) in nats, and
-    whether both prefer the same token."""
+    """How far paths end from full depth, for each of their rows: KL(full-depth distribution ‖ theirs) in nats, whether
+    both prefer the same token, and the probability that full depth accepts a token drawn from theirs."""
 
     divergence: Tensor
     agrees: Tensor
+    acceptance: Tensor
+    """Σ min(p, q) (Leviathan et al. 2023, theorem 3.5)."""
 
 
 @torch.no_grad()
@@ -108,7 +113,7 @@ def divergences(decoder: Decoder, full: Tensor, ours: Tensor, head: Action) -> J
     """Judges last-layer outputs, `[rows, hidden_size]`, where `ours` may hold several paths of the same rows, one after
     another; the full path uses the full head, ours `head`."""
     paths = ours.view(-1, *full.shape)
-    parts: list[tuple[Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     for start in range(0, len(full), _LOGIT_ROWS):
         rows = slice(start, start + _LOGIT_ROWS)
         count = len(full[rows])
@@ -118,5 +123,6 @@ def divergences(decoder: Decoder, full: Tensor, ours: Tensor, head: Action) -> J
         logits = [decoder.logits(path[rows], (head,) * count) for path in paths]
         # Σ p · (log p − log q), without a table of log q: Σ p · log q = Σ p · logits − logsumexp(logits).
         cross = torch.stack([x.logsumexp(-1) - torch.linalg.vecdot(probabilities, x) for x in logits])
-        parts.append((cross - entropy, torch.stack([x.argmax(-1) == best for x in logits])))
+        acceptance = torch.stack([torch.minimum(probabilities, x.softmax(-1)).sum(-1) for x in logits])
+        parts.append((cross - entropy, torch.stack([x.argmax(-1) == best for x in logits]), acceptance))
     return Judged(*(torch.cat(tensors, dim=-1).flatten() for tensors in zip(*parts, strict=True)))

@@ -13,12 +13,23 @@ import torch
 from torch import Tensor
 
 from dash_runtime.decoder.compensation import LowRank, packed
+from dash_runtime.engine.draft_length import USUAL_LENGTHS, USUAL_VERIFICATION_COST, drafting_gain
 from dash_runtime.errors import ConfigError
 from dash_runtime.policy.learned import Calibration, PolicyNetwork
 from dash_runtime.training.actor_critic import ActorCritic
 from dash_runtime.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dash_runtime.training.choices import greedy_choice
-from dash_runtime.training.ppo import Outcome, PpoSettings, Task, UpdateLosses, collect, scheduled, update
+from dash_runtime.training.ppo import (
+    Objective,
+    Outcome,
+    PpoSettings,
+    Task,
+    UpdateLosses,
+    collect,
+    outcome_of,
+    scheduled,
+    update,
+)
 from dash_runtime.training.rollout import Choose, divergences, full_path
 
 CALIBRATION_PRICES = tuple(0.02 * 2 ** (step / 3) for step in range(30))
@@ -120,7 +131,8 @@ def _signature(task: Task, sequences: Sequence[Sequence[int]], settings: TrainSe
     """Differs between runs that must not go on from each other's checkpoints."""
     names = [action.name for action in task.actions]
     text = [len(sequences), sum(map(sum, sequences))]
-    return json.dumps([asdict(settings), names, sorted(task.pinned), task.lookahead, task.block_size, text])
+    layers = [sorted(task.pinned), task.pinned_action.name, task.head.name, task.lookahead, task.block_size]
+    return json.dumps([asdict(settings), names, *layers, text])
 
 
 @torch.no_grad()
@@ -138,8 +150,7 @@ def path_outcome(
     full = full or full_path(task.decoder, sequences)
     rollout = task.roll_out(sequences, choose)
     judged = divergences(task.decoder, full[-1][rows], rollout.states[-1][rows], task.head)
-    means = (task.token_costs(rollout)[rows], judged.divergence, judged.agrees.float())
-    return Outcome(*(float(values.mean()) for values in means)), rollout.actions[:, rows]
+    return outcome_of(judged, task.token_costs(rollout)[rows]), rollout.actions[:, rows]
 
 
 def greedy_outcome(
@@ -160,17 +171,36 @@ def describe_budgets(calibration: Calibration) -> str:
     return f"budgets {calibration.lowest_budget:.3f} to {highest:.3f}, recommended {calibration.recommended_budget:.3f}"
 
 
-def calibrate(task: Task, network: PolicyNetwork, sequences: Sequence[Sequence[int]]) -> Calibration:
-    """Finds, for a ladder of prices, the mean cost and divergence that the policy comes to on `sequences`."""
+def calibrate(
+    task: Task,
+    network: PolicyNetwork,
+    sequences: Sequence[Sequence[int]],
+    objective: Objective = Objective.DIVERGENCE,
+) -> Calibration:
+    """Finds, for a ladder of prices, the mean cost and divergence that the policy comes to on `sequences`.
+
+    Recommended is the lowest budget that is harmless or, for a drafter, the one at which drafting greedily gains most.
+    """
     full = full_path(task.decoder, sequences)
     points: list[tuple[float, float]] = []
-    reached: list[float] = []
+    reached: list[Outcome] = []
     for price in sorted(CALIBRATION_PRICES, reverse=True):
         outcome, _ = greedy_outcome(task, network, sequences, price, full)
         cost = min(outcome.cost, 1.0)
         # A dearer price never costs more, or it is left out: the cheaper of the two serves that budget.
         if not points or cost > points[-1][0]:
             points.append((cost, math.log(price)))
-            reached.append(outcome.divergence)
-    harmless = [cost for (cost, _), divergence in zip(points, reached, strict=True) if divergence <= HARMLESS]
-    return Calibration(tuple(points), tuple(reached), min(harmless, default=points[-1][0]))
+            reached.append(outcome)
+    if objective is Objective.ACCEPTANCE:
+        recommended, _ = max(zip(points, reached, strict=True), key=lambda own: _drafting_gain(own[1]))[0]
+    else:
+        harmless = [cost for (cost, _), own in zip(points, reached, strict=True) if own.divergence <= HARMLESS]
+        recommended = min(harmless, default=points[-1][0])
+    return Calibration(tuple(points), tuple(own.divergence for own in reached), recommended)
+
+
+def _drafting_gain(outcome: Outcome) -> float:
+    """What greedy drafts of a usual length at this cost and agreement make of full depth's speed."""
+    return max(
+        drafting_gain(outcome.agreement, outcome.cost, length, USUAL_VERIFICATION_COST) for length in USUAL_LENGTHS
+    )

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from dash_api.v1 import common_pb2, generation_pb2, model_pb2
 from dash_runtime.actions import Action
 from dash_runtime.config import (
-    AVAILABLE_MODES,
     GenerationRequest,
     Mode,
     ModelFacts,
@@ -23,7 +22,7 @@ from dash_runtime.config import (
     StoppingParameters,
 )
 from dash_runtime.errors import InvalidRequest
-from dash_server.messages import Finished, Granted, Logprobs
+from dash_server.messages import Finished, Granted, Logprobs, Speculation
 from dash_server.outbox import Batch
 from dash_server.settings import Settings
 from dash_server.statuses import InvalidFields
@@ -183,9 +182,9 @@ def _skip(skip: generation_pb2.SkipOptions, facts: ModelFacts, settings: Setting
             raise InvalidRequest("skip.fixed_action", f"{skip.fixed_action} is not an Action that can run")
     policy_name = skip.policy_name if skip.HasField("policy_name") else None
     compute_budget = skip.compute_budget if skip.HasField("compute_budget") else None
-    if mode is Mode.ADAPTIVE and compute_budget is None:
-        policy = facts.policy(policy_name)
-        compute_budget = max(settings.default_compute_budget or policy.recommended_budget, policy.lowest_budget)
+    if mode.has_policy and compute_budget is None:
+        policy = facts.policy(policy_name, mode)
+        compute_budget = policy.default_budget(mode, settings.default_compute_budget)
     return SkipOptions(mode, compute_budget, policy_name, fixed_action, _optional(skip, "draft_length"))
 
 
@@ -220,7 +219,7 @@ def _logprobs_to_pb(logprobs: Logprobs) -> generation_pb2.TokenLogprobs:
 
 
 def finished_to_pb(
-    finished: Finished, granted: Granted, prompt_token_count: int, stop_string: str | None
+    finished: Finished, granted: Granted, prompt_token_count: int, output_token_count: int, stop_string: str | None
 ) -> generation_pb2.GenerationFinished:
     reason = "stop_string" if stop_string is not None else finished.reason
     return generation_pb2.GenerationFinished(
@@ -228,10 +227,11 @@ def finished_to_pb(
         stop_string=stop_string,
         usage=generation_pb2.Usage(
             prompt_token_count=prompt_token_count,
-            output_token_count=finished.output_token_count,
+            output_token_count=output_token_count,
             queue_seconds=granted.queue_seconds,
             prefill_seconds=finished.prefill_seconds,
             decode_seconds=finished.decode_seconds,
+            speculation=_speculation_to_pb(finished.speculation),
         ),
         depth=generation_pb2.DepthStatistics(
             decode_token_count=finished.decode_token_count,
@@ -242,6 +242,19 @@ def finished_to_pb(
             mean_cost=finished.mean_cost,
             exposed_policy_seconds=finished.exposed_policy_seconds,
         ),
+    )
+
+
+def _speculation_to_pb(speculation: Speculation | None) -> generation_pb2.SpeculationUsage | None:
+    if speculation is None:
+        return None
+    return generation_pb2.SpeculationUsage(
+        drafted_token_count=speculation.drafted_token_count,
+        accepted_token_count=speculation.accepted_token_count,
+        wasted_token_count=speculation.drafted_token_count - speculation.accepted_token_count,
+        verification_count=speculation.verification_count,
+        draft_seconds=speculation.draft_seconds,
+        verification_seconds=speculation.verification_seconds,
     )
 
 
@@ -261,11 +274,12 @@ def model_to_pb(facts: ModelFacts, settings: Settings) -> model_pb2.GetModelResp
         cache_tokens=facts.cache_tokens,
         slot_count=facts.num_slots,
         actions=map(_action_to_pb, sorted(facts.actions)),
-        modes=[_MODE_NUMBERS[mode] for mode in AVAILABLE_MODES],
+        modes=[_MODE_NUMBERS[mode] for mode in Mode],
         default_mode=_MODE_NUMBERS[Mode(settings.default_mode)],
         policy_names=[policy.name for policy in facts.policies],
-        default_policy_name=facts.policies[0].name,
+        default_policy_name=facts.policy(None).name,
         device=facts.device,
+        default_draft_policy_name=facts.policy(None, Mode.EXACT).name,
     )
 
 
@@ -282,5 +296,6 @@ def policy_to_pb(policy: PolicyFacts) -> model_pb2.GetPolicyResponse:
         ],
         lowest_budget=policy.lowest_budget,
         recommended_budget=policy.recommended_budget,
+        is_drafter=policy.is_drafter,
         compensation=policy.compensation,
     )

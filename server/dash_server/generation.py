@@ -31,6 +31,8 @@ class Generation:
         self._facts = model.facts
         self._prepared = prepared
         self._text = OutputText(model.tokenizer, prepared.stop_strings, prepared.stop_token_ids)
+        self._num_tokens = 0
+        """Given out: a worker may make some more before it hears of a stop string."""
         self._granted: Granted | None = None
         self._finished: Finished | None = None
         self._outbox = link.submit(prepared.request)
@@ -52,6 +54,7 @@ class Generation:
                 batch = batch.first(piece.num_tokens)
                 self._link.stop(self._prepared.request.request_id)
             tail = self._text.finish() if self._finished is not None else ""
+            self._num_tokens += len(batch.token_ids)
             if batch.token_ids or tail:
                 return delta_to_pb(piece.text + tail, batch)
         return None
@@ -64,12 +67,14 @@ class Generation:
         logger.info(
             "finished: %d prompt tokens, %d output tokens, %.3f s queued, %.3f s prefill, %.3f s decode",
             num_prompt_tokens,
-            self._finished.output_token_count,
+            self._num_tokens,
             self._granted.queue_seconds,
             self._finished.prefill_seconds,
             self._finished.decode_seconds,
         )
-        return finished_to_pb(self._finished, self._granted, num_prompt_tokens, self._text.stop_string)
+        return finished_to_pb(
+            self._finished, self._granted, num_prompt_tokens, self._num_tokens, self._text.stop_string
+        )
 
     def close(self) -> None:
         """Frees the slot if the request is not over. May be called again."""

@@ -95,6 +95,16 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     logprobs: list[Logprobs] | None = None
 
 
+class Speculation(msgspec.Struct, frozen=True, array_like=True):
+    """What became of the drafts of one request in mode EXACT."""
+
+    drafted_token_count: int
+    accepted_token_count: int
+    verification_count: int
+    draft_seconds: float
+    verification_seconds: float
+
+
 class Finished(msgspec.Struct, frozen=True, tag=True):
     """The request is over and its slot is free."""
 
@@ -110,6 +120,7 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     mean_cost: float
     exposed_policy_seconds: float
     """Mean per decode token."""
+    speculation: Speculation | None = None
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):

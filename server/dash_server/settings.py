@@ -73,7 +73,7 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: int = Field(default=256, ge=1, description="Prompt tokens between two decode steps")
     max_queue: int = Field(default=256, ge=0, description="Requests that may wait for a slot")
 
-    default_mode: Literal["full_depth", "adaptive"] = Field(
+    default_mode: Literal["full_depth", "adaptive", "exact"] = Field(
         default="adaptive", description="How actions are chosen where a request does not say"
     )
     default_compute_budget: float | None = Field(

@@ -124,7 +124,16 @@ def _to_message(event: EngineEvent) -> messages.Event:
                 logprobs = [messages.Logprobs(event.logprobs.chosen, event.logprobs.top)]
             return messages.Tokens(event.request_id, [event.token_id], event.plan, logprobs)
         case SequenceFinished():
-            log = event.log
+            log, drafts = event.log, event.speculation
+            speculation = None
+            if drafts is not None:
+                speculation = messages.Speculation(
+                    drafts.num_drafted,
+                    drafts.num_accepted,
+                    drafts.num_verifications,
+                    drafts.draft_ns / 1e9,
+                    drafts.verification_ns / 1e9,
+                )
             return messages.Finished(
                 event.request_id,
                 event.reason.value,
@@ -135,6 +144,7 @@ def _to_message(event: EngineEvent) -> messages.Event:
                 {int(action): count for action, count in log.action_counts.items()},
                 log.mean_cost,
                 log.mean_exposed_seconds,
+                speculation,
             )
 
 

@@ -19,6 +19,7 @@ from dash_client import (
     InvalidArgumentError,
     Mode,
     ServerError,
+    SpeculationUsage,
     TokenLogprobs,
     UnavailableError,
 )
@@ -38,6 +39,28 @@ def test_generate_and_a_drained_stream_agree() -> None:
     assert whole.started.mode is Mode.ADAPTIVE
     assert whole.started.policy_note == NOTE
     assert whole.started.compute_budget == 0.8
+
+
+def test_an_exact_answer_says_what_became_of_its_drafts() -> None:
+    speculation = generation_pb2.SpeculationUsage(
+        drafted_token_count=8,
+        accepted_token_count=6,
+        wasted_token_count=2,
+        verification_count=3,
+        draft_seconds=0.5,
+        verification_seconds=0.25,
+    )
+    usage = generation_pb2.Usage(output_token_count=3, speculation=speculation)
+    with FakeDashServer() as server, DashClient(server.target) as client:
+        assert client.generate("x").usage.speculation is None
+        server.script = [started(mode=common_pb2.MODE_EXACT), *HELLO[1:-1], finished(usage=usage)]
+        answer = client.generate("x", mode="exact", draft_length=4)
+        sent = server.requests[-1].parameters
+    assert (sent.skip.mode, sent.skip.draft_length) == (common_pb2.MODE_EXACT, 4)
+    assert answer.started.mode is Mode.EXACT
+    drafts = answer.usage.speculation
+    assert drafts == SpeculationUsage(8, 6, 2, 3, 0.5, 0.25)
+    assert drafts.acceptance_rate == 0.75
 
 
 def test_speed_and_depth_are_per_decode_token() -> None:

@@ -48,6 +48,7 @@ def test_the_exports_are_these() -> None:
         "Prompt",
         "ResourceExhaustedError",
         "ServerError",
+        "SpeculationUsage",
         "StreamDelta",
         "TokenLogprobs",
         "UnavailableError",

@@ -42,7 +42,7 @@ def test_damaged_calibrations_are_made_again(tiny_folder: Path, tmp_path: Path, 
         path.write_bytes(damage)
     said: list[str] = []
     build(tiny_folder, tmp_path, said)
-    assert sum("kept for later" in message for message in said) == 3
+    assert sum("kept for later" in message for message in said) == 4
 
 
 def test_a_cache_folder_that_cannot_be_written_does_not_stop_a_start(tiny_folder: Path, tmp_path: Path) -> None:
@@ -56,7 +56,8 @@ def test_facts_name_what_is_served(tiny_folder: Path, tmp_path: Path) -> None:
     assert facts.name == "tiny-llama"
     assert facts.num_layers == 6
     assert facts.actions == tuple(Action)
-    assert [policy.name for policy in facts.policies] == ["random"]
+    # Which kernel is the cheapest here, if any is cheaper than FULL, only measuring tells.
+    assert [policy.name for policy in facts.policies if not policy.is_drafter] == ["random"]
     assert facts.policies[0].compensation == "affine"
     costs = facts.policies[0].action_costs
     assert costs[Action.FULL] == 1

@@ -221,7 +221,6 @@ def test_logprobs_are_returned_for_every_token_including_the_first(decoder: Deco
         (request("a", [1], 512), "stopping.max_new_tokens"),
         (request("a", stopping=StoppingParameters(1, frozenset((999,)))), "stopping.stop_token_ids"),
         (request("a", sampling=SamplingParameters(logit_bias={999: 1.0})), "sampling.logit_bias"),
-        (request("a", skip=SkipOptions(Mode.EXACT)), "skip.mode"),
         (request("a", skip=SkipOptions(Mode.ADAPTIVE, policy_name="no such")), "skip.policy_name"),
         (request("a", skip=SkipOptions(Mode.ADAPTIVE, compute_budget=0.01)), "skip.compute_budget"),
     ],

@@ -104,7 +104,7 @@ def test_there_are_programs_for_the_actions_that_run_and_no_others(tiny_folder: 
     assert {spec.kind for spec in specs} == {ProgramKind.LAYER, ProgramKind.LATE, ProgramKind.ATTENTION}
     assert {spec.shape for spec in specs} == {ModelShape.of(model)}
     assert {spec.num_threads for spec in specs if spec.kind is not ProgramKind.ATTENTION} == {3}
-    assert len(set(specs)) == len(specs) == 5
+    assert len(set(specs)) == len(specs) == 7
 
 
 @pytest.mark.usefixtures("no_compiler")

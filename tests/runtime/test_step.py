@@ -28,6 +28,7 @@ class RecordingPolicy:
     head = Action.FULL
     compensation = Identity()
     block_size = 1
+    pinned_action = Action.FULL
 
     def __init__(self, lookahead: int = 1, pinned: frozenset[int] = EDGES, journal: list[Any] | None = None) -> None:
         self.lookahead = lookahead

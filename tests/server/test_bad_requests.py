@@ -75,7 +75,6 @@ BAD_PARAMETERS: dict[str, tuple[dict[str, Any], str]] = {
     "stop token id outside the vocabulary": (stopping(stop_token_ids=[260]), "stopping.stop_token_ids"),
     "unknown mode": (skip(mode=17), "skip.mode"),
     "negative mode": (skip(mode=-1), "skip.mode"),
-    "unavailable mode": (skip(mode="MODE_EXACT"), "skip.mode"),
     "budget zero": (skip(compute_budget=0), "skip.compute_budget"),
     "budget above 1": (skip(compute_budget=1.01), "skip.compute_budget"),
     "budget NaN": (skip(compute_budget=NAN), "skip.compute_budget"),

@@ -166,7 +166,7 @@ async def test_model_facts(server: RunningServer) -> None:
     assert (model.layer_count, model.vocabulary_size, model.context_length) == (3, 260, 600)
     assert (model.max_new_tokens_limit, model.default_max_new_tokens) == (4096, 256)
     assert model.actions == [common_pb2.ACTION_SKIP, common_pb2.ACTION_INT8, common_pb2.ACTION_FULL]
-    assert model.modes == [common_pb2.MODE_FULL_DEPTH, common_pb2.MODE_ADAPTIVE, common_pb2.MODE_FIXED]
+    assert model.modes == [getattr(common_pb2, f"MODE_{name}") for name in ("FULL_DEPTH", "ADAPTIVE", "EXACT", "FIXED")]
     assert model.policy_names == ["toy", "learned"]
     assert model.default_policy_name == "toy"
 

@@ -199,18 +199,36 @@ class GenerationFinished(_message.Message):
     def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., stop_string: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., depth: _Optional[_Union[DepthStatistics, _Mapping]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_token_count", "output_token_count", "queue_seconds", "prefill_seconds", "decode_seconds")
+    __slots__ = ("prompt_token_count", "output_token_count", "queue_seconds", "prefill_seconds", "decode_seconds", "speculation")
     PROMPT_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_SECONDS_FIELD_NUMBER: _ClassVar[int]
     DECODE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_FIELD_NUMBER: _ClassVar[int]
     prompt_token_count: int
     output_token_count: int
     queue_seconds: float
     prefill_seconds: float
     decode_seconds: float
-    def __init__(self, prompt_token_count: _Optional[int] = ..., output_token_count: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., prefill_seconds: _Optional[float] = ..., decode_seconds: _Optional[float] = ...) -> None: ...
+    speculation: SpeculationUsage
+    def __init__(self, prompt_token_count: _Optional[int] = ..., output_token_count: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., prefill_seconds: _Optional[float] = ..., decode_seconds: _Optional[float] = ..., speculation: _Optional[_Union[SpeculationUsage, _Mapping]] = ...) -> None: ...
+
+class SpeculationUsage(_message.Message):
+    __slots__ = ("drafted_token_count", "accepted_token_count", "wasted_token_count", "verification_count", "draft_seconds", "verification_seconds")
+    DRAFTED_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    WASTED_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    VERIFICATION_COUNT_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    VERIFICATION_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    drafted_token_count: int
+    accepted_token_count: int
+    wasted_token_count: int
+    verification_count: int
+    draft_seconds: float
+    verification_seconds: float
+    def __init__(self, drafted_token_count: _Optional[int] = ..., accepted_token_count: _Optional[int] = ..., wasted_token_count: _Optional[int] = ..., verification_count: _Optional[int] = ..., draft_seconds: _Optional[float] = ..., verification_seconds: _Optional[float] = ...) -> None: ...
 
 class DepthStatistics(_message.Message):
     __slots__ = ("decode_token_count", "action_counts", "mean_cost", "exposed_policy_seconds")

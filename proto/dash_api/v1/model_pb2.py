@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from dash_api.v1 import common_pb2 as dash__api_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64\x61sh_api/v1/model.proto\x12\x0b\x64\x61sh_api.v1\x1a\x18\x64\x61sh_api/v1/common.proto\"\x11\n\x0fGetModelRequest\"\x98\x03\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0blayer_count\x18\x03 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x04 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\r\x12\x1c\n\x14max_new_tokens_limit\x18\x06 \x01(\r\x12\x1e\n\x16\x64\x65\x66\x61ult_max_new_tokens\x18\x07 \x01(\r\x12\x14\n\x0c\x63\x61\x63he_tokens\x18\x08 \x01(\r\x12\x12\n\nslot_count\x18\t \x01(\r\x12$\n\x07\x61\x63tions\x18\n \x03(\x0e\x32\x13.dash_api.v1.Action\x12 \n\x05modes\x18\x0b \x03(\x0e\x32\x11.dash_api.v1.Mode\x12\'\n\x0c\x64\x65\x66\x61ult_mode\x18\x0c \x01(\x0e\x32\x11.dash_api.v1.Mode\x12\x14\n\x0cpolicy_names\x18\r \x03(\t\x12\x1b\n\x13\x64\x65\x66\x61ult_policy_name\x18\x0e \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\".\n\x10GetPolicyRequest\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\"\xe2\x01\n\x11GetPolicyResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04note\x18\x02 \x01(\t\x12\x0f\n\x07learned\x18\x03 \x01(\x08\x12\x11\n\tlookahead\x18\x04 \x01(\r\x12\x15\n\rpinned_layers\x18\x05 \x03(\r\x12-\n\x0c\x61\x63tion_costs\x18\x06 \x03(\x0b\x32\x17.dash_api.v1.ActionCost\x12\x15\n\rlowest_budget\x18\x07 \x01(\x01\x12\x14\n\x0c\x63ompensation\x18\x08 \x01(\t\x12\x1a\n\x12recommended_budget\x18\t \x01(\x01\"?\n\nActionCost\x12#\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x13.dash_api.v1.Action\x12\x0c\n\x04\x63ost\x18\x02 \x01(\x01\"T\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x17.dash_api.v1.ChatPromptH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r2\xec\x01\n\x0cModelService\x12G\n\x08GetModel\x12\x1c.dash_api.v1.GetModelRequest\x1a\x1d.dash_api.v1.GetModelResponse\x12J\n\tGetPolicy\x12\x1d.dash_api.v1.GetPolicyRequest\x1a\x1e.dash_api.v1.GetPolicyResponse\x12G\n\x08Tokenize\x12\x1c.dash_api.v1.TokenizeRequest\x1a\x1d.dash_api.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64\x61sh_api/v1/model.proto\x12\x0b\x64\x61sh_api.v1\x1a\x18\x64\x61sh_api/v1/common.proto\"\x11\n\x0fGetModelRequest\"\xbb\x03\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0blayer_count\x18\x03 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x04 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\r\x12\x1c\n\x14max_new_tokens_limit\x18\x06 \x01(\r\x12\x1e\n\x16\x64\x65\x66\x61ult_max_new_tokens\x18\x07 \x01(\r\x12\x14\n\x0c\x63\x61\x63he_tokens\x18\x08 \x01(\r\x12\x12\n\nslot_count\x18\t \x01(\r\x12$\n\x07\x61\x63tions\x18\n \x03(\x0e\x32\x13.dash_api.v1.Action\x12 \n\x05modes\x18\x0b \x03(\x0e\x32\x11.dash_api.v1.Mode\x12\'\n\x0c\x64\x65\x66\x61ult_mode\x18\x0c \x01(\x0e\x32\x11.dash_api.v1.Mode\x12\x14\n\x0cpolicy_names\x18\r \x03(\t\x12\x1b\n\x13\x64\x65\x66\x61ult_policy_name\x18\x0e \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x12!\n\x19\x64\x65\x66\x61ult_draft_policy_name\x18\x10 \x01(\t\".\n\x10GetPolicyRequest\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\"\xf6\x01\n\x11GetPolicyResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04note\x18\x02 \x01(\t\x12\x0f\n\x07learned\x18\x03 \x01(\x08\x12\x11\n\tlookahead\x18\x04 \x01(\r\x12\x15\n\rpinned_layers\x18\x05 \x03(\r\x12-\n\x0c\x61\x63tion_costs\x18\x06 \x03(\x0b\x32\x17.dash_api.v1.ActionCost\x12\x15\n\rlowest_budget\x18\x07 \x01(\x01\x12\x14\n\x0c\x63ompensation\x18\x08 \x01(\t\x12\x1a\n\x12recommended_budget\x18\t \x01(\x01\x12\x12\n\nis_drafter\x18\n \x01(\x08\"?\n\nActionCost\x12#\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x13.dash_api.v1.Action\x12\x0c\n\x04\x63ost\x18\x02 \x01(\x01\"T\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x17.dash_api.v1.ChatPromptH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r2\xec\x01\n\x0cModelService\x12G\n\x08GetModel\x12\x1c.dash_api.v1.GetModelRequest\x1a\x1d.dash_api.v1.GetModelResponse\x12J\n\tGetPolicy\x12\x1d.dash_api.v1.GetPolicyRequest\x1a\x1e.dash_api.v1.GetPolicyResponse\x12G\n\x08Tokenize\x12\x1c.dash_api.v1.TokenizeRequest\x1a\x1d.dash_api.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,17 +35,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELREQUEST']._serialized_start=66
   _globals['_GETMODELREQUEST']._serialized_end=83
   _globals['_GETMODELRESPONSE']._serialized_start=86
-  _globals['_GETMODELRESPONSE']._serialized_end=494
-  _globals['_GETPOLICYREQUEST']._serialized_start=496
-  _globals['_GETPOLICYREQUEST']._serialized_end=542
-  _globals['_GETPOLICYRESPONSE']._serialized_start=545
-  _globals['_GETPOLICYRESPONSE']._serialized_end=771
-  _globals['_ACTIONCOST']._serialized_start=773
-  _globals['_ACTIONCOST']._serialized_end=836
-  _globals['_TOKENIZEREQUEST']._serialized_start=838
-  _globals['_TOKENIZEREQUEST']._serialized_end=922
-  _globals['_TOKENIZERESPONSE']._serialized_start=924
-  _globals['_TOKENIZERESPONSE']._serialized_end=961
-  _globals['_MODELSERVICE']._serialized_start=964
-  _globals['_MODELSERVICE']._serialized_end=1200
+  _globals['_GETMODELRESPONSE']._serialized_end=529
+  _globals['_GETPOLICYREQUEST']._serialized_start=531
+  _globals['_GETPOLICYREQUEST']._serialized_end=577
+  _globals['_GETPOLICYRESPONSE']._serialized_start=580
+  _globals['_GETPOLICYRESPONSE']._serialized_end=826
+  _globals['_ACTIONCOST']._serialized_start=828
+  _globals['_ACTIONCOST']._serialized_end=891
+  _globals['_TOKENIZEREQUEST']._serialized_start=893
+  _globals['_TOKENIZEREQUEST']._serialized_end=977
+  _globals['_TOKENIZERESPONSE']._serialized_start=979
+  _globals['_TOKENIZERESPONSE']._serialized_end=1016
+  _globals['_MODELSERVICE']._serialized_start=1019
+  _globals['_MODELSERVICE']._serialized_end=1255
 # @@protoc_insertion_point(module_scope)

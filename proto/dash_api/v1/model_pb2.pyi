@@ -12,7 +12,7 @@ class GetModelRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("name", "architecture", "layer_count", "vocabulary_size", "context_length", "max_new_tokens_limit", "default_max_new_tokens", "cache_tokens", "slot_count", "actions", "modes", "default_mode", "policy_names", "default_policy_name", "device")
+    __slots__ = ("name", "architecture", "layer_count", "vocabulary_size", "context_length", "max_new_tokens_limit", "default_max_new_tokens", "cache_tokens", "slot_count", "actions", "modes", "default_mode", "policy_names", "default_policy_name", "device", "default_draft_policy_name")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,7 @@ class GetModelResponse(_message.Message):
     POLICY_NAMES_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_POLICY_NAME_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_DRAFT_POLICY_NAME_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     layer_count: int
@@ -43,7 +44,8 @@ class GetModelResponse(_message.Message):
     policy_names: _containers.RepeatedScalarFieldContainer[str]
     default_policy_name: str
     device: str
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., layer_count: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., context_length: _Optional[int] = ..., max_new_tokens_limit: _Optional[int] = ..., default_max_new_tokens: _Optional[int] = ..., cache_tokens: _Optional[int] = ..., slot_count: _Optional[int] = ..., actions: _Optional[_Iterable[_Union[_common_pb2.Action, str]]] = ..., modes: _Optional[_Iterable[_Union[_common_pb2.Mode, str]]] = ..., default_mode: _Optional[_Union[_common_pb2.Mode, str]] = ..., policy_names: _Optional[_Iterable[str]] = ..., default_policy_name: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
+    default_draft_policy_name: str
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., layer_count: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., context_length: _Optional[int] = ..., max_new_tokens_limit: _Optional[int] = ..., default_max_new_tokens: _Optional[int] = ..., cache_tokens: _Optional[int] = ..., slot_count: _Optional[int] = ..., actions: _Optional[_Iterable[_Union[_common_pb2.Action, str]]] = ..., modes: _Optional[_Iterable[_Union[_common_pb2.Mode, str]]] = ..., default_mode: _Optional[_Union[_common_pb2.Mode, str]] = ..., policy_names: _Optional[_Iterable[str]] = ..., default_policy_name: _Optional[str] = ..., device: _Optional[str] = ..., default_draft_policy_name: _Optional[str] = ...) -> None: ...
 
 class GetPolicyRequest(_message.Message):
     __slots__ = ("name",)
@@ -52,7 +54,7 @@ class GetPolicyRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class GetPolicyResponse(_message.Message):
-    __slots__ = ("name", "note", "learned", "lookahead", "pinned_layers", "action_costs", "lowest_budget", "compensation", "recommended_budget")
+    __slots__ = ("name", "note", "learned", "lookahead", "pinned_layers", "action_costs", "lowest_budget", "compensation", "recommended_budget", "is_drafter")
     NAME_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
     LEARNED_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +64,7 @@ class GetPolicyResponse(_message.Message):
     LOWEST_BUDGET_FIELD_NUMBER: _ClassVar[int]
     COMPENSATION_FIELD_NUMBER: _ClassVar[int]
     RECOMMENDED_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    IS_DRAFTER_FIELD_NUMBER: _ClassVar[int]
     name: str
     note: str
     learned: bool
@@ -71,7 +74,8 @@ class GetPolicyResponse(_message.Message):
     lowest_budget: float
     compensation: str
     recommended_budget: float
-    def __init__(self, name: _Optional[str] = ..., note: _Optional[str] = ..., learned: bool = ..., lookahead: _Optional[int] = ..., pinned_layers: _Optional[_Iterable[int]] = ..., action_costs: _Optional[_Iterable[_Union[ActionCost, _Mapping]]] = ..., lowest_budget: _Optional[float] = ..., compensation: _Optional[str] = ..., recommended_budget: _Optional[float] = ...) -> None: ...
+    is_drafter: bool
+    def __init__(self, name: _Optional[str] = ..., note: _Optional[str] = ..., learned: bool = ..., lookahead: _Optional[int] = ..., pinned_layers: _Optional[_Iterable[int]] = ..., action_costs: _Optional[_Iterable[_Union[ActionCost, _Mapping]]] = ..., lowest_budget: _Optional[float] = ..., compensation: _Optional[str] = ..., recommended_budget: _Optional[float] = ..., is_drafter: bool = ...) -> None: ...
 
 class ActionCost(_message.Message):
     __slots__ = ("action", "cost")

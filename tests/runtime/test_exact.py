@@ -1,0 +1,242 @@
+"""Mode EXACT in the engine: full depth's own tokens, whatever drafts, wherever a draft is cut short."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dash_runtime.actions import Action, CostTable
+from dash_runtime.config import (
+    EngineConfig,
+    GenerationRequest,
+    Mode,
+    ModelFacts,
+    SamplingParameters,
+    SkipOptions,
+    StoppingParameters,
+)
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.engine.engine import Engine
+from dash_runtime.engine.lanes import InlineLane
+from dash_runtime.engine.sequence import EngineEvent, SequenceFinished, TokenProduced
+from dash_runtime.engine.speculative import Speculation
+from dash_runtime.errors import InvalidRequest
+from dash_runtime.policy.catalog import USUAL_VERIFICATION_COSTS, PolicyCatalog
+from tests.runtime.support import load_decoder, some_affine
+
+ACTIONS = (Action.SKIP, Action.FULL)
+COSTS = CostTable.from_seconds(6, {Action.SKIP: 0.1, Action.FULL: 1.0}, {Action.FULL: 2.0}, 0.2)
+NEARLY_FREE = {1: 0.5, 3: 0.5, 7: 0.5}
+"""Verifications so cheap that the engine drafts whatever is accepted."""
+EXACT = SkipOptions(Mode.EXACT, compute_budget=0.8)
+FULL = SkipOptions(Mode.FULL_DEPTH)
+PROMPTS = ([1, 2, 3], list(range(40, 75)), [7, 7], list(range(9, 17)))
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_folder: Path) -> Decoder:
+    # float32, where a row's rounding hardly depends on its neighbours
+    return load_decoder(tiny_folder, torch.float32, ACTIONS)
+
+
+def make_engine(
+    decoder: Decoder,
+    eos: frozenset[int] = frozenset(),
+    verification_costs: Mapping[int, float] = NEARLY_FREE,
+    **options: int,
+) -> Engine:
+    config = EngineConfig(**options)  # type: ignore[arg-type]
+    catalog = PolicyCatalog(COSTS, ACTIONS, some_affine(decoder), (), 0.8, verification_costs)
+    facts = ModelFacts(
+        "tiny", "LlamaForCausalLM", 6, 260, 512, config.cache_tokens, config.num_slots, eos, ACTIONS,
+        catalog.facts(), "CPU",
+    )  # fmt: skip
+    return Engine(decoder, catalog, InlineLane(), facts, config)
+
+
+def request(
+    name: str, prompt: list[int] | None = None, max_new_tokens: int = 24, **options: object
+) -> GenerationRequest:
+    made = GenerationRequest(name, prompt or PROMPTS[0], StoppingParameters(max_new_tokens), skip=EXACT)
+    return replace(made, **options)  # type: ignore[arg-type]
+
+
+def run(engine: Engine, *requests: GenerationRequest) -> dict[str, list[EngineEvent]]:
+    for own in requests:
+        engine.submit(own)
+    events: dict[str, list[EngineEvent]] = {}
+    while engine.has_work:
+        for event in engine.step():
+            events.setdefault(event.request_id, []).append(event)
+    assert engine.num_reserved_cache_tokens == 0
+    return events
+
+
+def tokens(events: list[EngineEvent]) -> list[int]:
+    return [event.token_id for event in events if isinstance(event, TokenProduced)]
+
+
+def finished(events: list[EngineEvent]) -> SequenceFinished:
+    assert isinstance(events[-1], SequenceFinished)
+    return events[-1]
+
+
+def drafts(events: list[EngineEvent]) -> Speculation:
+    speculation = finished(events).speculation
+    assert speculation is not None
+    return speculation
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("budget", [0.6, 0.9])
+def test_greedy_tokens_are_full_depths(decoder: Decoder, prompt: list[int], budget: float) -> None:
+    skip = replace(EXACT, compute_budget=budget)
+    events = run(make_engine(decoder), request("exact", prompt, 60, skip=skip))["exact"]
+    expected = run(make_engine(decoder), request("full", prompt, 60, skip=FULL))["full"]
+    assert tokens(events) == tokens(expected)
+    assert drafts(events).num_drafted > 0
+
+
+def test_penalised_greedy_tokens_are_full_depths(decoder: Decoder) -> None:
+    sampling = SamplingParameters(repetition_penalty=1.4, frequency_penalty=0.2, logit_bias={5: 2.0})
+    events = run(make_engine(decoder), request("exact", max_new_tokens=60, sampling=sampling))["exact"]
+    expected = run(make_engine(decoder), request("full", max_new_tokens=60, sampling=sampling, skip=FULL))["full"]
+    assert tokens(events) == tokens(expected)
+
+
+def test_drafts_of_any_length_and_other_modes_share_a_batch(decoder: Decoder) -> None:
+    requests = [
+        request("long", PROMPTS[0], 40),
+        request("short", PROMPTS[1], 31, skip=replace(EXACT, draft_length=1)),
+        request("full", PROMPTS[2], 25, skip=FULL),
+        request("adaptive", PROMPTS[3], 25, skip=SkipOptions(Mode.ADAPTIVE, compute_budget=0.8)),
+        request("exact", PROMPTS[3], 33, skip=replace(EXACT, compute_budget=0.6)),
+    ]
+    together = run(make_engine(decoder), *requests)
+    for own in requests:
+        alone = run(make_engine(decoder), own)[own.request_id]
+        assert tokens(together[own.request_id]) == tokens(alone), own.request_id
+        if own.skip.mode is Mode.EXACT:
+            full_depth = run(make_engine(decoder), replace(own, skip=FULL))[own.request_id]
+            assert tokens(alone) == tokens(full_depth)
+
+
+def test_keys_and_values_of_accepted_tokens_are_full_depths(decoder: Decoder) -> None:
+    caches = []
+    for skip in (EXACT, FULL):
+        engine = make_engine(decoder)
+        engine.submit(request("a", max_new_tokens=60, skip=skip))
+        sequence = None
+        while sequence is None or len(sequence.output_ids) < 40 or sequence.is_drafting:
+            engine.step()
+            sequence = engine._running["a"]
+        caches.append(sequence.cache)
+    assert not any(caches[0].pending)
+    for exact, full in zip((*caches[0].keys, *caches[0].values), (*caches[1].keys, *caches[1].values), strict=True):
+        torch.testing.assert_close(exact[:42], full[:42], atol=1e-4, rtol=1e-4)
+
+
+def test_every_token_is_counted_once_and_a_run_repeats(decoder: Decoder) -> None:
+    first, second = (run(make_engine(decoder), request("a", max_new_tokens=50))["a"] for _ in range(2))
+    counts = [(d.num_drafted, d.num_accepted, d.num_verifications) for d in (drafts(first), drafts(second))]
+    assert counts[0] == counts[1]
+    num_drafted, num_accepted, num_verifications = counts[0]
+    log = finished(first).log
+    assert len(tokens(first)) == finished(first).num_output_tokens == log.num_decode_tokens + 1 == 50
+    assert 0 < num_accepted < num_drafted
+    assert num_accepted + num_verifications <= 49
+    # Every drafted token ran once, and again with the token before it when it was verified.
+    num_plain = 49 - num_accepted - num_verifications
+    assert sum(log.action_counts.values()) == 6 * (2 * num_drafted + num_verifications + num_plain)
+
+
+def test_actions_and_logprobs_are_full_depths(decoder: Decoder) -> None:
+    options = {"return_decisions": True, "logprobs": 3}
+    exact = run(make_engine(decoder), request("a", **options))["a"]
+    full = run(make_engine(decoder), request("a", skip=FULL, **options))["a"]
+    for own, expected in zip(exact[1:-1], full[1:-1], strict=True):
+        assert isinstance(own, TokenProduced)
+        assert isinstance(expected, TokenProduced)
+        assert own.plan == expected.plan == bytes([Action.FULL] * 6)
+        assert own.logprobs is not None
+        assert expected.logprobs is not None
+        assert own.logprobs.chosen == pytest.approx(expected.logprobs.chosen, abs=1e-4)
+        assert [token for token, _ in own.logprobs.top] == [token for token, _ in expected.logprobs.top]
+
+
+@pytest.mark.parametrize("place", range(1, 20))
+def test_a_stop_token_anywhere_in_a_draft_ends_the_output_there(decoder: Decoder, place: int) -> None:
+    output = tokens(run(make_engine(decoder), request("a", skip=FULL))["a"])
+    end = output[place]
+    stopping = StoppingParameters(24, stop_token_ids=frozenset({end}))
+    events = run(make_engine(decoder), request("a", stopping=stopping))["a"]
+    assert tokens(events) == output[: output.index(end) + 1]
+    assert finished(events).reason == "stop_token"
+    events = run(make_engine(decoder, eos=frozenset({end})), request("a"))["a"]
+    assert tokens(events) == output[: output.index(end) + 1]
+    assert finished(events).reason == "end_of_sequence"
+    assert drafts(events).num_accepted <= drafts(events).num_drafted
+
+
+@pytest.mark.parametrize("max_new_tokens", range(1, 12))
+def test_the_limit_is_reached_exactly_wherever_it_falls(decoder: Decoder, max_new_tokens: int) -> None:
+    output = tokens(run(make_engine(decoder), request("a", skip=FULL))["a"])
+    events = run(make_engine(decoder), request("a", max_new_tokens=max_new_tokens))["a"]
+    assert tokens(events) == output[:max_new_tokens]
+    assert finished(events).reason == "length"
+
+
+def test_the_context_can_be_filled_to_its_last_position(decoder: Decoder) -> None:
+    prompt = [place % 250 for place in range(490)]
+    events = run(make_engine(decoder), request("a", prompt, 22))["a"]
+    assert tokens(events) == tokens(run(make_engine(decoder), request("a", prompt, 22, skip=FULL))["a"])
+    assert len(tokens(events)) == 22
+
+
+def test_a_request_can_be_cancelled_or_stopped_inside_a_draft(decoder: Decoder) -> None:
+    for ends in ("cancel", "stop"):
+        engine = make_engine(decoder, verification_costs={7: 0.1})
+        engine.submit(request("a", max_new_tokens=60, skip=replace(EXACT, compute_budget=0.6)))
+        for _ in range(4):
+            engine.step()
+        sequence = engine._running["a"]
+        assert sequence.speculation is not None
+        assert sequence.is_drafting
+        assert sequence.speculation.token_ids
+        if ends == "cancel":
+            engine.cancel("a")
+        else:
+            (event,) = engine.stop("a")
+            assert isinstance(event, SequenceFinished)
+            assert event.num_output_tokens == len(sequence.output_ids)
+        assert not engine.has_work
+        assert engine.num_reserved_cache_tokens == 0
+
+
+def test_a_policy_whose_draft_is_full_depth_drafts_nothing(decoder: Decoder) -> None:
+    skip = replace(EXACT, compute_budget=1.0)
+    engine = make_engine(decoder, verification_costs=USUAL_VERIFICATION_COSTS)
+    events = run(engine, request("a", skip=skip))["a"]
+    assert tokens(events) == tokens(run(make_engine(decoder), request("a", skip=FULL))["a"])
+    assert drafts(events).num_drafted == 0
+    assert finished(events).log.mean_cost == pytest.approx(1)
+
+
+def test_drafts_are_no_longer_than_asked(decoder: Decoder) -> None:
+    events = run(make_engine(decoder), request("a", max_new_tokens=60, skip=replace(EXACT, draft_length=2)))["a"]
+    assert 0 < drafts(events).num_drafted <= drafts(events).num_verifications
+    with pytest.raises(InvalidRequest) as refusal:
+        replace(EXACT, draft_length=0)
+    assert refusal.value.field == "skip.draft_length"
+
+
+def test_a_sampled_run_repeats_and_draws_what_it_may(decoder: Decoder) -> None:
+    sampling = SamplingParameters(temperature=1.2, top_k=5, repetition_penalty=1.1, seed=11)
+    own = request("a", max_new_tokens=50, sampling=sampling, logprobs=5)
+    first, second = (run(make_engine(decoder), own)["a"] for _ in range(2))
+    assert tokens(first) == tokens(second)
+    assert drafts(first).num_accepted > 0
+    alone = tokens(run(make_engine(decoder), replace(own, skip=FULL))["a"])
+    assert len(alone) == len(tokens(first))

@@ -1,0 +1,169 @@
+"""Speculative sampling on a real model's logits: the distribution is full depth's, and a mistake would be seen."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.config import SamplingParameters
+from dash_runtime.engine.draft_length import DraftLength
+from dash_runtime.engine.sampling import Sampler
+from dash_runtime.engine.speculative import Speculation
+from tests.runtime.support import full_plan, load_decoder, new_cache, run_rows
+
+PROMPT = (3, 5, 3, 9)
+NUM_SAMPLES = 20_000
+DRAFT_LENGTH = 2
+Logits = Callable[[tuple[int, ...]], Tensor]
+
+
+class Careless(Speculation):
+    """Replaces a rejected token by any that full depth likes: wrong, since those proposed too often come again."""
+
+    @staticmethod
+    def _left_over(wanted: Tensor, proposed: Tensor) -> Tensor:
+        return wanted
+
+
+@pytest.fixture(scope="module")
+def paths(tiny_folder: Path) -> tuple[Logits, Logits]:
+    """Full depth's logits after some tokens, and those of a path that skips two layers."""
+    decoder = load_decoder(tiny_folder, torch.float32, (Action.SKIP, Action.FULL))
+    skipping = list(full_plan(decoder))
+    skipping[2] = skipping[4] = Action.SKIP
+
+    def logits(plan: tuple[Action, ...], token_ids: tuple[int, ...]) -> Tensor:
+        return run_rows(decoder, [new_cache(decoder)], [token_ids], [plan])[-1]
+
+    return (
+        lru_cache(None)(lambda token_ids: logits(full_plan(decoder), token_ids)),
+        lru_cache(None)(lambda token_ids: logits(tuple(skipping), token_ids)),
+    )
+
+
+def chi_square(
+    kind: type[Speculation],
+    parameters: SamplingParameters,
+    paths: tuple[Logits, Logits],
+    num_samples: int = NUM_SAMPLES,
+) -> float:
+    """Of the first two tokens of many sequences against what direct sampling would give, over its degrees of freedom's
+    99.99 % quantile."""
+    full, drafting = paths
+    sampler = Sampler(parameters, PROMPT)
+    counts: Counter[tuple[int, ...]] = Counter()
+    for _ in range(num_samples):
+        speculation = kind(sampler, DraftLength(0.1, {DRAFT_LENGTH: 0.1}))
+        output: tuple[int, ...] = ()
+        while len(output) < 2:
+            speculation.begin(100)
+            drafted: tuple[int, ...] = ()
+            while speculation.is_drafting:
+                drafted += (speculation.draft(drafting(PROMPT + output + drafted), 0.1),)
+            rows = [full(PROMPT + output + drafted[:place]) for place in range(DRAFT_LENGTH + 1)]
+            output += tuple(speculation.verify(torch.stack(rows)))
+        sampler.forget(output)
+        counts[output[:2]] += 1
+    expected = direct_distribution(parameters, full)
+    assert set(counts) <= set(expected)
+    statistic = sum((counts[pair] - num_samples * p) ** 2 / (num_samples * p) for pair, p in expected.items())
+    freedom = len(expected) - 1
+    # Wilson and Hilferty 1931; 3.72 is the normal distribution's quantile.
+    quantile = freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
+    return statistic / quantile
+
+
+def direct_distribution(parameters: SamplingParameters, full: Logits) -> dict[tuple[int, ...], float]:
+    sampler = Sampler(parameters, PROMPT)
+    first = sampler.distribution(full(PROMPT))
+    expected: dict[tuple[int, ...], float] = {}
+    for token_id in first.nonzero().flatten().tolist():
+        sampler.record(token_id)
+        second = sampler.distribution(full((*PROMPT, token_id)))
+        sampler.forget([token_id])
+        for other in second.nonzero().flatten().tolist():
+            expected[token_id, other] = float(first[token_id] * second[other])
+    return expected
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        SamplingParameters(temperature=1.0, top_k=4, seed=1),
+        SamplingParameters(temperature=1.3, top_k=5, min_p=0.02, repetition_penalty=1.3, presence_penalty=0.5, seed=2),
+    ],
+)
+def test_the_distribution_is_full_depths(parameters: SamplingParameters, paths: tuple[Logits, Logits]) -> None:
+    assert chi_square(Speculation, parameters, paths) < 1
+
+
+def test_a_wrong_replacement_of_rejected_tokens_would_be_noticed(paths: tuple[Logits, Logits]) -> None:
+    assert chi_square(Careless, SamplingParameters(temperature=1.0, top_k=4, seed=1), paths, 4000) > 1.5
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        SamplingParameters(temperature=0.7, top_p=0.8),
+        SamplingParameters(temperature=2.0, min_p=0.1, logit_bias={3: 1.0}),
+        SamplingParameters(temperature=1.0, top_k=7, frequency_penalty=0.3),
+        SamplingParameters(temperature=1.0),
+    ],
+)
+def test_the_distribution_is_what_is_drawn_from(parameters: SamplingParameters) -> None:
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 2
+    expected = Sampler(parameters, []).distribution(logits)
+    assert float(expected.sum()) == pytest.approx(1)
+    sampler = Sampler(parameters, [])
+    counts = torch.zeros(40)
+    for _ in range(4000):
+        token_id = sampler.sample(logits)
+        sampler.forget([token_id])
+        counts[token_id] += 1
+    assert not counts[expected == 0].any()
+    assert (counts / 4000 - expected).abs().max() < 0.03
+
+
+def test_a_draft_that_full_depth_agrees_with_is_taken_whole_and_one_token_more() -> None:
+    speculation = Speculation(Sampler(SamplingParameters(), []), DraftLength(0.1, {2: 0.1}))
+    logits = torch.eye(5)[[4, 1, 3]]
+    speculation.begin(10)
+    assert [speculation.draft(logits[place], 0.1) for place in range(2)] == [4, 1]
+    assert speculation.verify(logits) == [4, 1, 3]
+    assert (speculation.num_drafted, speculation.num_accepted, speculation.num_verifications) == (2, 2, 1)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_first_token_that_full_depth_would_not_have_chosen_ends_a_greedy_draft(place: int) -> None:
+    speculation = Speculation(Sampler(SamplingParameters(), []), DraftLength(0.1, {2: 0.1}))
+    wanted = torch.eye(5)[[4, 1, 3]]
+    speculation.begin(10)
+    for row in range(2):
+        speculation.draft(torch.eye(5)[0] if row == place else wanted[row], 0.1)
+    assert speculation.verify(wanted) == [4, 1, 3][: place + 1]
+    assert speculation.num_accepted == place
+
+
+def test_penalties_see_the_draft_and_forget_what_was_rejected() -> None:
+    sampler = Sampler(SamplingParameters(presence_penalty=5.0), [])
+    speculation = Speculation(sampler, DraftLength(0.1, {2: 0.1}))
+    logits = torch.tensor([3.0, 2.0, 1.0])
+    speculation.begin(10)
+    assert [speculation.draft(logits, 0.1) for _ in range(2)] == [0, 1]  # the second is penalised for the first
+    other = torch.tensor([0.0, 0.0, 3.0])
+    assert speculation.verify(torch.stack((other, logits, logits))) == [2]
+    assert [sampler.best(logits), sampler.best(other)] == [0, 0]  # token 2 is penalised, tokens 0 and 1 are not
+
+
+def test_every_pair_of_tokens_can_be_drawn(paths: tuple[Logits, Logits]) -> None:
+    expected = direct_distribution(SamplingParameters(temperature=1.0, top_k=4), paths[0])
+    firsts = {first for first, _ in expected}
+    assert len(firsts) == 4
+    assert len(expected) == len(list(product(firsts, range(4))))
