@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.batches import measure_batches
 from benchmarks.context import measure_long_context
 from benchmarks.decode import measure_decode, measure_prefill
+from benchmarks.exact import measure_exact
 from benchmarks.figures import RESULTS_FOLDER, Report, machine
 from benchmarks.lanes import measure_lanes
 from benchmarks.plots import write_plots
@@ -25,6 +26,7 @@ from dash_runtime.checkpoints import default_cache_folder
 _SECTIONS: dict[str, Callable[[Report, Setting, Effort], None]] = {
     "decoding": measure_decode,
     "prefill": measure_prefill,
+    "exact": measure_exact,
     "lanes": measure_lanes,
     "streams": measure_batches,
     "long context": measure_long_context,
@@ -36,13 +38,16 @@ _SECTIONS: dict[str, Callable[[Report, Setting, Effort], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and tokens; wider spread")
-    is_quick: bool = parser.parse_args().quick
-    report = measure(QUICK if is_quick else FULL)
+    parser.add_argument("--only", choices=_SECTIONS, help="one section, which is printed and not kept")
+    options = parser.parse_args()
+    is_quick: bool = options.quick
+    report = measure(QUICK if is_quick else FULL, only=options.only)
     if is_quick:
         report.note("a quick run: few rounds and tokens")
     print(f"\n{machine()}\n")
-    write_plots(report, RESULTS_FOLDER)
-    report.write(RESULTS_FOLDER)
+    if options.only is None:
+        write_plots(report, RESULTS_FOLDER)
+        report.write(RESULTS_FOLDER)
     for figure in report.figures:
         print(figure.line())
     print()
@@ -50,18 +55,21 @@ def main() -> None:
         print(f"- {note}")
 
 
-def measure(effort: Effort, cache_folder: Path | None = None) -> Report:
-    """Everything, one section after the other; a section that fails is left out with a note."""
+def measure(effort: Effort, cache_folder: Path | None = None, only: str | None = None) -> Report:
+    """Everything, or `only` one section, one after the other; a section that fails is left out with a note."""
     report = Report()
     # The service first: the models that the other sections load would stay in memory beside it.
-    with report.attempt("service"):
-        measure_service(report, effort)
+    if only is None:
+        with report.attempt("service"):
+            measure_service(report, effort)
     with report.attempt("everything that decodes"):
         setting = load_setting(report, cache_folder or default_cache_folder(os.environ))
         # As the worker does: what is loaded lives as long as the process, and the collector need not look at it.
         gc.collect()
         gc.freeze()
         for name, section in _SECTIONS.items():
+            if only not in (None, name):
+                continue
             progress(name)
             with report.attempt(name):
                 section(report, setting, effort)

@@ -65,12 +65,14 @@ class Transformers:
         # Without an end-of-sequence token: no processor has to forbid it, and nothing has to look for it.
         self._model.generation_config = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=0)
 
-    def run(self, prompts: Sequence[list[int]], num_tokens: int) -> Run:
+    def run(self, prompts: Sequence[list[int]], num_tokens: int, **assistance: object) -> Run:
+        """`assistance` is what `generate` takes for drafting."""
         inputs = torch.tensor(prompts)
-        times: list[float] = []
+        arrivals: list[tuple[float, int]] = []
 
         def note_time(input_ids: torch.Tensor, scores: Any, **_: object) -> torch.Tensor:
-            times.append(time.perf_counter())
+            num_new = input_ids.shape[1] - inputs.shape[1] - sum(count for _, count in arrivals)
+            arrivals.append((time.perf_counter(), num_new))
             return torch.zeros(len(input_ids), dtype=torch.bool)
 
         started = time.perf_counter()
@@ -80,10 +82,12 @@ class Transformers:
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=num_tokens,
                 stopping_criteria=[note_time],
+                **assistance,
             )
-        if len(times) != num_tokens:
-            raise RuntimeError(f"{len(times)} tokens came instead of {num_tokens}")
-        return run_from_arrivals(started, [[(moment, 1) for moment in times]] * len(prompts))
+        num_come = sum(count for _, count in arrivals)
+        if num_come != num_tokens:
+            raise RuntimeError(f"{num_come} tokens came instead of {num_tokens}")
+        return run_from_arrivals(started, [arrivals] * len(prompts))
 
 
 class LlamaCpp:

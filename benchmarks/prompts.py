@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from benchmarks import exact_prompts
+
 _TOPICS = (
     "bread is made, from the field to the oven", "a bicycle stays upright", "rain forms in the clouds",
     "a letter finds its way across the sea", "bees share the work in a hive", "glass is blown into a bottle",
@@ -20,10 +22,19 @@ class Prompts:
     """Token ids from one tokenizer."""
 
     def __init__(self, tokenizer_file: Path) -> None:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        self._tokenizer = tokenizer = Tokenizer.from_file(str(tokenizer_file))
         chats = [f"<|im_start|>user\nTell me how {topic}.<|im_end|>\n<|im_start|>assistant\n" for topic in _TOPICS]
         self._chats: list[list[int]] = [tokenizer.encode(chat).ids for chat in chats]
         self._text: list[int] = tokenizer.encode(pydoc.plain(pydoc.TextDoc().document(argparse))).ids
+
+        asked = [*exact_prompts.CHATS, *exact_prompts.WORD_PROBLEMS]
+        chats = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in asked]
+        self.exact: list[list[int]] = [tokenizer.encode(text).ids for text in (*chats, *exact_prompts.TEXTS)]
+        """Those that EXACT is measured on: conversations, word problems, texts to go on with."""
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
 
     @property
     def single(self) -> list[int]:

@@ -31,6 +31,7 @@ from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.errors import ConfigError
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.policy.draft_length import LEAST_GAIN
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
 
@@ -50,6 +51,8 @@ class BuildOptions:
     """None: the shipped ones, where there are some for this model."""
     compile_layers: bool = True
     """Whether decoding runs compiled programs, where this machine can make them."""
+    least_drafting_gain: float = LEAST_GAIN
+    """The expected speed over full depth's below which EXACT does not draft; 0: it always does."""
 
 
 def build_engine(
@@ -77,7 +80,7 @@ def build_engine(
     learned: list[LearnedPolicy] = []
     for policy_file in shipped if options.policy_file is None else [options.policy_file]:
         policy = load_policy(policy_file, model, fingerprint, dtype=dtype, device=device)
-        learned.append(policy.without(set(policy.actions) - set(actions)))
+        learned.append(policy.without(set(Action) - set(actions)))
     programs = None
     if options.compile_layers:
         programs = _load_programs(model, learned, actions, dtype, device, cache_folder / "programs", progress)
@@ -93,7 +96,15 @@ def build_engine(
     compensation = calibration.compensation(decoder, tokenizer_file(folder), progress)
     costs = calibration.costs(decoder, compensation, progress)
     verification_costs = calibration.verification_costs(decoder, progress)
-    catalog = PolicyCatalog(costs, actions, compensation, learned, config.default_compute_budget, verification_costs)
+    catalog = PolicyCatalog(
+        costs,
+        actions,
+        compensation,
+        learned,
+        config.default_compute_budget,
+        verification_costs,
+        options.least_drafting_gain,
+    )
     planner = None
     if config.group_planner and config.num_slots > 1:
         planner = GroupPlanner(calibration.row_costs(decoder, compensation, progress))

@@ -21,8 +21,8 @@ from dash_runtime.decoder.compensation import Compensation, make_compensation
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.measure import measure_costs, measure_verification
 from dash_runtime.decoder.row_costs import measure_row_costs
-from dash_runtime.engine.draft_length import DRAFT_LENGTHS
 from dash_runtime.errors import ConfigError, DashRuntimeError
+from dash_runtime.policy.draft_length import DRAFT_LENGTHS
 from dash_runtime.training.data import default_token_sequences
 from dash_runtime.training.fit_compensation import NUM_SEQUENCES, SEQUENCE_LENGTH, fit_compensation
 from dash_runtime.whole_file import replacing

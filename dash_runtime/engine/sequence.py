@@ -9,10 +9,10 @@ from torch import Tensor
 from dash_runtime.config import GenerationRequest
 from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.engine.decision_log import DecisionLog
-from dash_runtime.engine.draft_length import DraftLength
 from dash_runtime.engine.sampling import Sampler, TokenLogprobs
 from dash_runtime.engine.speculative import Speculation
 from dash_runtime.policy.catalog import Assignment
+from dash_runtime.policy.draft_length import DraftLength
 from dash_runtime.policy.policy import Token
 
 
@@ -86,7 +86,7 @@ class Sequence:
         )
         self.speculation: Speculation | None = None
         if drafting is not None:
-            lengths = DraftLength(drafting.draft_cost, drafting.verification_costs)
+            lengths = DraftLength(drafting.draft_cost, drafting.verification_costs, drafting.least_gain)
             self.speculation = Speculation(self.sampler, lengths)
         self.granted_at = time.monotonic()
         self.queue_seconds = self.granted_at - waiting_since

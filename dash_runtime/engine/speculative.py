@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dash_runtime.engine.draft_length import DraftLength
 from dash_runtime.engine.sampling import Sampler
+from dash_runtime.policy.draft_length import DraftLength
 
 
 class Speculation:

@@ -11,6 +11,7 @@ from dash_runtime.actions import Action, CostTable
 from dash_runtime.config import Mode, PolicyFacts, SkipOptions, find_policy
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.policy.budget import lowest_random_budget, random_plan_for_budget
+from dash_runtime.policy.draft_length import LEAST_GAIN
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy import FixedPlan, FullDepth, Policy, edges, fixed_action_plan
 
@@ -36,6 +37,8 @@ class Drafting:
     """Expected of a token, until some were drafted."""
     verification_costs: Mapping[int, float]
     """Of the pass that verifies a draft, for each length that it may be given, in ascending order."""
+    least_gain: float
+    """Expected of a draft, or full depth goes on alone."""
 
     def verification_cost(self, length: int) -> float:
         """Of a draft of any length: that of the next longer one, as one that ended early is."""
@@ -64,6 +67,7 @@ class PolicyCatalog:
         learned: the trained ones; the first is the default policy.
         default_compute_budget: where a request sets none in mode ADAPTIVE; None: what its policy recommends.
         verification_costs: of verifying a draft, by its length, as shares of a full-depth token.
+        least_drafting_gain: the speed over full depth's below which EXACT does not draft.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class PolicyCatalog:
         learned: Sequence[LearnedPolicy],
         default_compute_budget: float | None = None,
         verification_costs: Mapping[int, float] = USUAL_VERIFICATION_COSTS,
+        least_drafting_gain: float = LEAST_GAIN,
     ) -> None:
         self._costs = costs
         self._actions = actions
@@ -81,6 +86,7 @@ class PolicyCatalog:
         self._learned = {policy.name: policy for policy in learned}
         self._default_compute_budget = default_compute_budget
         self._verification_costs = verification_costs
+        self._least_drafting_gain = least_drafting_gain
         self.full_depth = Assignment(FullDepth(costs.num_layers), costs)
         self._fixed: dict[Action, FixedPlan] = {
             action: fixed_action_plan(action, costs, compensation, tuple(costs.head)) for action in actions
@@ -111,9 +117,11 @@ class PolicyCatalog:
             assignment = self._random(budget)
         if skip.mode is Mode.ADAPTIVE:
             return assignment
-        longest = skip.draft_length or max(self._verification_costs)
+        longest = skip.draft_length or max(self._verification_costs, default=0)
         lengths = {length: cost for length, cost in self._verification_costs.items() if length <= longest}
-        return replace(assignment, drafting=Drafting(self._costs, min(budget, self._unskipped_cost(chosen)), lengths))
+        draft_cost = min(budget, self._unskipped_cost(chosen))
+        drafting = Drafting(self._costs, draft_cost, lengths, self._least_drafting_gain)
+        return replace(assignment, drafting=drafting)
 
     def _unskipped_cost(self, policy: PolicyFacts) -> float:
         """What a token of the policy costs on this device where it skips nothing."""

@@ -212,14 +212,16 @@ class LearnedPolicy:
         return decide
 
     def without(self, unsupported: set[Action]) -> "LearnedPolicy":
-        """The same policy where some actions have no kernel: those scores are dropped."""
+        """The same policy where some actions have no kernel: their scores are dropped; pinned layers run FULL."""
         kept = [index for index, action in enumerate(self.actions) if action not in unsupported]
         network = replace(
             self.network,
             output_weight=self.network.output_weight[:, :, kept],
             output_bias=self.network.output_bias[:, :, kept],
         )
-        return replace(self, network=network, actions=tuple(self.actions[index] for index in kept))
+        pinned_action = Action.FULL if self.pinned_action in unsupported else self.pinned_action
+        actions = tuple(self.actions[index] for index in kept)
+        return replace(self, network=network, actions=actions, pinned_action=pinned_action)
 
 
 def _row_facts(token: Token, action: Action, cost_spent: float) -> list[float]:

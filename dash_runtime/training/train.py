@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dash_runtime.decoder.compensation import LowRank, packed
-from dash_runtime.engine.draft_length import USUAL_LENGTHS, USUAL_VERIFICATION_COST, drafting_gain
 from dash_runtime.errors import ConfigError
+from dash_runtime.policy.draft_length import USUAL_LENGTHS, USUAL_VERIFICATION_COST, drafting_gain
 from dash_runtime.policy.learned import Calibration, PolicyNetwork
 from dash_runtime.training.actor_critic import ActorCritic
 from dash_runtime.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint

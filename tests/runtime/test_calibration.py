@@ -9,6 +9,7 @@ from dash_runtime.actions import Action, CostTable, RowCosts
 from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.calibration import Calibration
+from dash_runtime.policy.draft_length import DRAFT_LENGTHS
 from tests.runtime.support import load_decoder
 from tests.tiny_models import save_tiny_model
 
@@ -107,3 +108,16 @@ def test_a_folder_that_cannot_be_written_still_gives_costs(decoder: Decoder, tmp
             assert num_measured == 2
             assert set(costs.layer) == set(row_costs.seconds) == {Action.SKIP, Action.FULL}
     assert blocked.read_text() == "in the way"
+
+
+def test_verifications_are_measured_once_for_the_lengths_that_fit(decoder: Decoder, tmp_path: Path) -> None:
+    said: list[str] = []
+    first, second = (Calibration(tmp_path, MODEL, DEVICE).verification_costs(decoder, said.append) for _ in range(2))
+    assert first == second
+    assert len(said) == 1
+    assert set(first) == set(DRAFT_LENGTHS)
+    (file,) = tmp_path.glob("verification-*.json")
+    for damage in ("", "[]", '{"7": -1}', '{"5": 1.0}', '{"7": "x"}'):
+        file.write_text(damage)
+        assert set(Calibration(tmp_path, MODEL, DEVICE).verification_costs(decoder, said.append)) == set(DRAFT_LENGTHS)
+    assert len(said) == 6

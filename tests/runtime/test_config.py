@@ -10,9 +10,11 @@ from dash_runtime.config import (
     EngineConfig,
     GenerationRequest,
     Mode,
+    PolicyFacts,
     SamplingParameters,
     SkipOptions,
     StoppingParameters,
+    find_policy,
 )
 from dash_runtime.errors import ConfigError, InvalidRequest
 
@@ -89,3 +91,24 @@ def test_an_engine_that_cannot_work_is_refused_by_setting(name: str, value: Any)
     with pytest.raises(ConfigError) as refusal:
         EngineConfig(**{name: value})
     assert refusal.value.field == name
+
+
+def test_each_mode_has_a_default_policy_that_was_made_for_it() -> None:
+    def policy(name: str, is_drafter: bool) -> PolicyFacts:
+        return PolicyFacts(name, "", True, 1, (0,), {Action.FULL: 1.0}, 0.5, 0.6, "affine", is_drafter)
+
+    first, drafter, other = policy("first", False), policy("drafter", True), policy("other", False)
+    assert find_policy((drafter, first, other), None, Mode.ADAPTIVE) is first
+    assert find_policy((first, other, drafter), None, Mode.EXACT) is drafter
+    assert find_policy((first, other), None, Mode.EXACT) is first
+    assert find_policy((drafter,), None, Mode.ADAPTIVE) is drafter
+    assert find_policy((first, other), "other", Mode.EXACT) is other
+    with pytest.raises(InvalidRequest, match="known: first, other"):
+        find_policy((first, other), "drafter", Mode.EXACT)
+
+
+def test_a_servers_default_budget_is_adaptives_and_no_drafters() -> None:
+    policy = PolicyFacts("p", "", True, 1, (0,), {Action.FULL: 1.0}, 0.5, 0.6, "affine")
+    assert policy.default_budget(Mode.ADAPTIVE, 0.8) == 0.8
+    assert policy.default_budget(Mode.ADAPTIVE, 0.4) == 0.5
+    assert policy.default_budget(Mode.ADAPTIVE, None) == policy.default_budget(Mode.EXACT, 0.8) == 0.6

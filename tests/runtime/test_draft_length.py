@@ -2,7 +2,7 @@
 
 import pytest
 
-from dash_runtime.engine.draft_length import DraftLength, drafting_gain
+from dash_runtime.policy.draft_length import DraftLength, drafting_gain
 
 CHEAP = {1: 1.2, 3: 1.25, 7: 1.4}
 

@@ -215,3 +215,25 @@ def test_policies_are_found_by_the_model_they_were_made_for(file: Path) -> None:
     assert find_policies(file.parent, FINGERPRINT) == [file]
     assert find_policies(file.parent, "another model's fingerprint") == []
     assert find_policies(file.parent / "nowhere", FINGERPRINT) == []
+
+
+def test_a_drafter_keeps_what_its_pinned_layers_run(policy: LearnedPolicy, tiny_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "drafter.safetensors"
+    save_policy(path, replace(policy, pinned_action=Action.INT4, is_drafter=True), FINGERPRINT)
+    loaded = load(path, tiny_folder)
+    assert (loaded.pinned_action, loaded.is_drafter) == (Action.INT4, True)
+    assert loaded.without({Action.INT4}).pinned_action is Action.FULL
+    for refused in ("SKIP", "INT2"):
+        rewrite(path, {"pinned_action": refused})
+        with pytest.raises(PolicyFileError, match=str(path)):
+            load(path, tiny_folder)
+
+
+def test_a_file_of_before_there_were_drafters_is_none(file: Path, tiny_folder: Path) -> None:
+    with safe_open(file, framework="pt") as opened:
+        facts = json.loads(opened.metadata()["dash_policy"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    del facts["pinned_action"], facts["is_drafter"]
+    save_file(tensors, file, metadata={"dash_policy": json.dumps(facts)})
+    loaded = load(file, tiny_folder)
+    assert (loaded.pinned_action, loaded.is_drafter) == (Action.FULL, False)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.config import SamplingParameters
-from dash_runtime.engine.draft_length import DraftLength
 from dash_runtime.engine.sampling import Sampler
 from dash_runtime.engine.speculative import Speculation
+from dash_runtime.policy.draft_length import DraftLength
 from tests.runtime.support import full_plan, load_decoder, new_cache, run_rows
 
 PROMPT = (3, 5, 3, 9)

@@ -1,5 +1,6 @@
 """Rollouts that are serving's own steps, and a training run that can be stopped."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.engine.step import Decider, decode_step
 from dash_runtime.errors import PolicyFileError
+from dash_runtime.policy.draft_length import USUAL_LENGTHS, USUAL_VERIFICATION_COST, drafting_gain
 from dash_runtime.policy.learned import Calibration, LearnedPolicy, PolicyNetwork
 from dash_runtime.policy.policy import Token
 from dash_runtime.training.actor_critic import ActorCritic
@@ -20,8 +22,8 @@ from dash_runtime.training.checkpoint import num_iterations_done
 from dash_runtime.training.choices import greedy_choice
 from dash_runtime.training.data import default_token_sequences
 from dash_runtime.training.linear_compensation import LinearFit, fit_low_rank
-from dash_runtime.training.ppo import PpoSettings, Task, TrainingDiverged, collect, update
-from dash_runtime.training.rollout import full_path, roll_out
+from dash_runtime.training.ppo import Objective, PpoSettings, Task, TrainingDiverged, collect, update
+from dash_runtime.training.rollout import divergences, full_path, roll_out
 from dash_runtime.training.train import TrainSettings, calibrate, greedy_outcome, train
 from tests.runtime.support import full_plan, load_decoder, new_cache, run_rows, some_costs, some_low_rank
 
@@ -54,16 +56,19 @@ def make_model(task: Task, seed: int = 0, spread: float = 1.0) -> ActorCritic:
     return model
 
 
-@pytest.mark.parametrize(("lookahead", "block_size"), [(1, 1), (2, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize(
+    ("lookahead", "block_size", "pinned_action"),
+    [(1, 1, Action.FULL), (2, 1, Action.FULL), (1, 3, Action.FULL), (2, 2, Action.INT8)],
+)
 @torch.no_grad()
 def test_a_rollouts_actions_and_states_are_those_of_serving_for_the_same_tokens(
-    decoder: Decoder, sequences: list[list[int]], lookahead: int, block_size: int
+    decoder: Decoder, sequences: list[list[int]], lookahead: int, block_size: int, pinned_action: Action
 ) -> None:
-    task = make_task(decoder, lookahead, block_size)
+    task = replace(make_task(decoder, lookahead, block_size), pinned_action=pinned_action)
     network = make_model(task).network()
     policy = LearnedPolicy(
         "p", network, ACTIONS, task.pinned, lookahead, block_size, Action.FULL, task.compensation, task.costs,
-        Calibration(((0.5, 0.0),), (0.1,), 0.5),
+        Calibration(((0.5, 0.0),), (0.1,), 0.5), pinned_action,
     )  # fmt: skip
     batch = sequences[:2]
     rolled = task.roll_out(batch, greedy_choice(task, network, torch.tensor(0.0)))
@@ -96,6 +101,29 @@ def test_prompt_rows_and_pinned_layers_run_in_full_and_cost_adds_up(
     assert (rolled.actions[1:5][:, rows] == int(Action.SKIP)).all()
     layer = task.costs.layer
     assert float(rolled.cost_spent[-1][-1]) == pytest.approx(2 * layer[Action.FULL] + 4 * layer[Action.SKIP])
+
+
+def test_acceptance_is_what_two_distributions_share(decoder: Decoder, sequences: list[list[int]]) -> None:
+    full = full_path(decoder, sequences[:1])[-1]
+    ours = full.roll(1, dims=0)
+    judged = divergences(decoder, full, ours, Action.FULL)
+    p, q = (torch.softmax(decoder.logits(own, (Action.FULL,) * len(own)), -1) for own in (full, ours))
+    torch.testing.assert_close(judged.acceptance, torch.minimum(p, q).sum(-1))
+    assert Objective.ACCEPTANCE.loss(judged).equal(1 - judged.acceptance)
+    assert Objective.DIVERGENCE.loss(judged).equal(judged.divergence)
+    assert float(divergences(decoder, full, full, Action.FULL).acceptance.min()) == pytest.approx(1)
+
+
+def test_a_drafter_is_recommended_where_drafting_gains_most(decoder: Decoder, sequences: list[list[int]]) -> None:
+    task = make_task(decoder)
+    network = make_model(task).network()
+    own = calibrate(task, network, sequences[:2], Objective.ACCEPTANCE)
+    gains = []
+    for budget, log_price in own.points:
+        outcome, _ = greedy_outcome(task, network, sequences[:2], math.exp(log_price))
+        lengths = (drafting_gain(outcome.agreement, outcome.cost, k, USUAL_VERIFICATION_COST) for k in USUAL_LENGTHS)
+        gains.append((max(lengths), budget))
+    assert own.recommended_budget == max(gains)[1]
 
 
 def test_full_depth_has_no_divergence_from_itself(decoder: Decoder, sequences: list[list[int]]) -> None:

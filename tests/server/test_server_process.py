@@ -115,7 +115,7 @@ def assert_gone(process: psutil.Process) -> None:
         ("port", 70000, "DASH_PORT: must be less than or equal to 65535, got '70000'"),
         ("slots", "many", "DASH_SLOTS: must be a valid integer"),
         ("precision", "fp8", "DASH_PRECISION: must be 'bfloat16' or 'float32', got 'fp8'"),
-        ("default_mode", "fixed", "DASH_DEFAULT_MODE: must be 'full_depth' or 'adaptive', got 'fixed'"),
+        ("default_mode", "fixed", "DASH_DEFAULT_MODE: must be 'full_depth', 'adaptive' or 'exact', got 'fixed'"),
         ("default_compute_budget", "nan", "DASH_DEFAULT_COMPUTE_BUDGET: must be a finite number"),
         ("policy_file", "/no/such/file", "DASH_POLICY_FILE: "),
     ],

@@ -11,7 +11,7 @@ DRAFT_LENGTHS = (1, 3, 7, 15)
 USUAL_LENGTHS = (3, 7)
 USUAL_VERIFICATION_COST = 1.4
 """Of a draft of usual length, over a full-depth token: what a calibration, which knows no device, reckons with."""
-_LEAST_GAIN = 1.05
+LEAST_GAIN = 1.05
 """Below it nothing is drafted: what is gained would not pay for what is not in the costs."""
 _PRIOR_ACCEPTED, _PRIOR_TRIALS = 9.0, 10.0
 """A new sequence counts as one that had nine of ten drafted tokens accepted: two failed drafts at the start are enough
@@ -38,10 +38,14 @@ class DraftLength:
     Args:
         draft_cost: what a drafted token is expected to cost before any was drafted, as a share of a full-depth token.
         verification_costs: of the pass that verifies a draft, likewise, for each length that a draft may have.
+        least_gain: below which nothing is drafted.
     """
 
-    def __init__(self, draft_cost: float, verification_costs: Mapping[int, float]) -> None:
+    def __init__(
+        self, draft_cost: float, verification_costs: Mapping[int, float], least_gain: float = LEAST_GAIN
+    ) -> None:
         self._verification_costs = verification_costs
+        self._least_gain = least_gain
         self._accepted, self._trials = 0.0, 0.0
         self._draft_cost, self._num_drafted = draft_cost, 1
 
@@ -53,7 +57,7 @@ class DraftLength:
     def next(self, num_tokens_left: int) -> int:
         """The length of the next draft, 0 for none, where `num_tokens_left` may still be put out: a verification puts
         out one more than what was drafted."""
-        gains = {0: _LEAST_GAIN} | {
+        gains = {0: self._least_gain} | {
             length: drafting_gain(self.acceptance, self._draft_cost, length, cost)
             for length, cost in self._verification_costs.items()
             if length < num_tokens_left
