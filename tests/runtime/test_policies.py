@@ -1,6 +1,7 @@
 """Policies that look at nothing, the budgets they keep, and the catalog that hands them out."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_adaptive_requests_share_a_policy_only_at_the_same_budget() -> None:
 
 def test_without_a_learned_policy_adaptive_says_that_it_draws_at_random() -> None:
     facts = catalog().facts()
-    assert [policy.name for policy in facts] == ["random"]
+    assert [policy.name for policy in facts] == ["random", "static-int4"]
     assert not facts[0].learned
     assert "not a learned policy" in facts[0].note
 
@@ -126,14 +127,32 @@ def trained(name: str, lowest_budget: float) -> LearnedPolicy:
 
 def test_the_first_learned_policy_is_the_default_and_each_is_had_by_name_at_the_price_of_its_budget() -> None:
     policies = PolicyCatalog(COSTS, ALL_ACTIONS, Identity(), (trained("a", 0.5), trained("b", 0.4)), 0.8)
-    assert [facts.name for facts in policies.facts()] == ["a", "b", "random"]
-    assert [facts.learned for facts in policies.facts()] == [True, True, False]
+    assert [facts.name for facts in policies.facts()] == ["a", "b", "random", "static-int4"]
+    assert [facts.learned for facts in policies.facts()] == [True, True, False, False]
     default = policies.assign(SkipOptions(Mode.ADAPTIVE))
     assert default.policy.name == "a"
     assert default.price == pytest.approx(0.6065, abs=1e-3)
     assert policies.assign(SkipOptions(Mode.ADAPTIVE, 0.95)).price == pytest.approx(0.368, abs=1e-3)
     assert policies.assign(SkipOptions(Mode.ADAPTIVE, policy_name="b")).policy.name == "b"
     assert policies.assign(SkipOptions(Mode.ADAPTIVE, policy_name="random")).policy.name == "random"
+
+
+def test_in_exact_the_cheapest_kernel_drafts_unless_a_policy_was_made_to_or_is_named() -> None:
+    policies = [trained("a", 0.5), replace(trained("b", 0.4), is_drafter=True)]
+    without, with_drafter = (
+        PolicyCatalog(COSTS, ALL_ACTIONS, Identity(), own, 0.8) for own in (policies[:1], policies)
+    )
+    static = without.assign(SkipOptions(Mode.EXACT))
+    assert static.policy.name == "static-int4"
+    assert static.policy.pinned_action is Action.INT4
+    assert static.drafting is not None
+    assert with_drafter.assign(SkipOptions(Mode.EXACT)).policy.name == "b"
+    assert with_drafter.assign(SkipOptions(Mode.ADAPTIVE)).policy.name == "a"
+    named = without.assign(SkipOptions(Mode.EXACT, 0.6, "a", draft_length=3))
+    assert named.policy.name == "a"
+    assert named.policy.head is Action.INT8  # the cheapest, whatever the policy's own is
+    assert named.drafting is not None
+    assert set(named.drafting.verification_costs) == {1, 3}
 
 
 def test_full_depth_and_fixed_modes_get_their_own_policies() -> None:
