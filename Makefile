@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
 
-demo: $(INSTALLED)  ## Start a server with the embedded model and stream one answer at two depths
+demo: $(INSTALLED)  ## Start a server with the embedded model and stream one answer in several modes
 	@$(BIN)/python examples/demo.py
 
 serve: $(INSTALLED)  ## Run the server in the foreground; settings are DASH_… variables

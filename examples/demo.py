@@ -1,6 +1,6 @@
-"""`make demo`: starts a server with the embedded model, and streams one answer at two depths.
+"""`make demo`: starts a server with the embedded model, and streams one answer in several modes.
 
-Exits 0 only if text came at both depths and the server stopped cleanly.
+Exits 0 only if text came in all of them and the server stopped cleanly.
 """
 
 import argparse
@@ -128,10 +128,10 @@ class Progress:
 
 
 def plans(client: DashClient) -> list[tuple[Mode, str | None]]:
-    """ADAPTIVE with each learned policy, or with the default one where none is learned; then full depth."""
+    """ADAPTIVE with each learned policy, or with the default one where none is learned; then EXACT, full depth last."""
     names = client.model_info().policy_names
     learned = [name for name in names if client.policy_info(name).learned]
-    return [*((Mode.ADAPTIVE, name) for name in learned or names[:1]), (Mode.FULL_DEPTH, None)]
+    return [*((Mode.ADAPTIVE, name) for name in learned or names[:1]), (Mode.EXACT, None), (Mode.FULL_DEPTH, None)]
 
 
 def stream_answer(client: DashClient, arguments: argparse.Namespace, mode: Mode, policy_name: str | None) -> Generation:
