@@ -66,11 +66,12 @@ def server_pid(tmp_path: Path) -> int:
     return int(found[1])
 
 
-def test_the_demo_shows_both_depths_and_stops_the_server(environment: dict[str, str], tmp_path: Path) -> None:
+def test_the_demo_shows_its_modes_and_stops_the_server(environment: dict[str, str], tmp_path: Path) -> None:
     result = run_demo(environment, "works")
     assert result.returncode == 0, result.stderr
     for expected in (
         "ADAPTIVE",
+        "EXACT",
         "FULL_DEPTH",
         "a random plan",
         "Hello",
