@@ -11,6 +11,8 @@ from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.decoder.compensation import Affine, Compensation, Identity, LowRank
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.kv_cache import SequenceCache
+from dash_runtime.engine.engine import Engine
+from dash_runtime.engine.sequence import EngineEvent, SequenceFinished, TokenProduced
 
 CPU = torch.device("cpu")
 ALL_ACTIONS = tuple(Action)
@@ -74,3 +76,21 @@ def some_costs(num_layers: int = 6) -> CostTable:
     """Layers cost 10, 20 and 30 % of FULL; the head as much as two layers."""
     layer = {Action.SKIP: 0.1, Action.INT4: 0.4, Action.INT8: 0.6, Action.FULL: 1.0}
     return CostTable.from_seconds(num_layers, layer, {Action.INT8: 1.0, Action.FULL: 2.0}, 0.2)
+
+
+def drain(engine: Engine) -> dict[str, list[EngineEvent]]:
+    """Steps until nothing is left to do; the events by request."""
+    events: dict[str, list[EngineEvent]] = {}
+    while engine.has_work:
+        for event in engine.step():
+            events.setdefault(event.request_id, []).append(event)
+    return events
+
+
+def tokens(events: list[EngineEvent]) -> list[int]:
+    return [event.token_id for event in events if isinstance(event, TokenProduced)]
+
+
+def finished(events: list[EngineEvent]) -> SequenceFinished:
+    assert isinstance(events[-1], SequenceFinished)
+    return events[-1]

@@ -22,7 +22,7 @@ from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.engine.sequence import EngineEvent, SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.policy.catalog import PolicyCatalog
-from tests.runtime.support import ALL_ACTIONS, load_decoder, some_affine, some_costs
+from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, some_affine, some_costs, tokens
 from tests.tiny_models import EOS_TOKEN_ID
 
 ADAPTIVE = SkipOptions(Mode.ADAPTIVE, compute_budget=0.6)
@@ -55,23 +55,6 @@ def run(engine: Engine, *requests: GenerationRequest) -> dict[str, list[EngineEv
     for own in requests:
         engine.submit(own)
     return drain(engine)
-
-
-def drain(engine: Engine) -> dict[str, list[EngineEvent]]:
-    events: dict[str, list[EngineEvent]] = {}
-    while engine.has_work:
-        for event in engine.step():
-            events.setdefault(event.request_id, []).append(event)
-    return events
-
-
-def tokens(events: list[EngineEvent]) -> list[int]:
-    return [event.token_id for event in events if isinstance(event, TokenProduced)]
-
-
-def finished(events: list[EngineEvent]) -> SequenceFinished:
-    assert isinstance(events[-1], SequenceFinished)
-    return events[-1]
 
 
 def mixed_requests() -> list[GenerationRequest]:

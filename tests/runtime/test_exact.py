@@ -24,7 +24,7 @@ from dash_runtime.engine.sequence import EngineEvent, SequenceFinished, TokenPro
 from dash_runtime.engine.speculative import Speculation
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.policy.catalog import USUAL_VERIFICATION_COSTS, PolicyCatalog
-from tests.runtime.support import load_decoder, some_affine
+from tests.runtime.support import drain, finished, load_decoder, some_affine, tokens
 
 ACTIONS = (Action.SKIP, Action.FULL)
 COSTS = CostTable.from_seconds(6, {Action.SKIP: 0.1, Action.FULL: 1.0}, {Action.FULL: 2.0}, 0.2)
@@ -66,21 +66,9 @@ def request(
 def run(engine: Engine, *requests: GenerationRequest) -> dict[str, list[EngineEvent]]:
     for own in requests:
         engine.submit(own)
-    events: dict[str, list[EngineEvent]] = {}
-    while engine.has_work:
-        for event in engine.step():
-            events.setdefault(event.request_id, []).append(event)
+    events = drain(engine)
     assert engine.num_reserved_cache_tokens == 0
     return events
-
-
-def tokens(events: list[EngineEvent]) -> list[int]:
-    return [event.token_id for event in events if isinstance(event, TokenProduced)]
-
-
-def finished(events: list[EngineEvent]) -> SequenceFinished:
-    assert isinstance(events[-1], SequenceFinished)
-    return events[-1]
 
 
 def drafts(events: list[EngineEvent]) -> Speculation:
