@@ -138,12 +138,19 @@ class GenerationRequest:
     skip: SkipOptions = field(default_factory=SkipOptions)
     logprobs: int | None = None
     return_decisions: bool = False
+    cache_namespace: str = ""
+    """Requests of one namespace may reuse each other's prompts; nothing else is ever shared."""
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
             raise InvalidRequest("prompt", "must not be empty")
         if self.logprobs is not None:
             _require_range("output.logprobs", self.logprobs, 0, MAX_LOGPROBS)
+
+    @property
+    def num_cache_tokens(self) -> int:
+        """Positions that it may need at most: what a slot reserves."""
+        return len(self.prompt_token_ids) + self.stopping.max_new_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +271,9 @@ class EngineConfig:
     """Sizes and choices of one engine.
 
     `cache_tokens` is shared by all sequences; `context_length` bounds each one (None: the model's own
-    limit); `prefill_chunk_tokens` bounds how long a prompt may hold up the others' next token.
+    limit); `prefill_chunk_tokens` bounds how long a prompt may hold up the others' next token;
+    `prefix_cache_tokens` bounds what is kept of prompts for later ones that begin alike (0: nothing), and comes on top
+    of `cache_tokens`.
 
     Raises:
         ConfigError: naming the value.
@@ -274,6 +283,7 @@ class EngineConfig:
     cache_tokens: int = 8192
     context_length: int | None = None
     prefill_chunk_tokens: int = 256
+    prefix_cache_tokens: int = 4096
     default_compute_budget: float | None = None
     """None: what the policy recommends."""
     lane: LaneKind | None = None
@@ -286,6 +296,8 @@ class EngineConfig:
         for name in ("num_slots", "cache_tokens", "prefill_chunk_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"must be at least 1, got {getattr(self, name)}")
+        if self.prefix_cache_tokens < 0:
+            raise ConfigError("prefix_cache_tokens", f"must be 0 (off) or more, got {self.prefix_cache_tokens}")
         if self.context_length is not None and self.context_length < 2:
             raise ConfigError("context_length", f"must be at least 2, got {self.context_length}")
         if self.default_compute_budget is not None and not 0 < self.default_compute_budget <= 1:

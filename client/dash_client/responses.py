@@ -190,6 +190,7 @@ def _usage(usage: generation_pb2.Usage) -> Usage:
         prefill_seconds=usage.prefill_seconds,
         decode_seconds=usage.decode_seconds,
         speculation=_speculation(usage.speculation) if usage.HasField("speculation") else None,
+        cached_prompt_token_count=usage.cached_prompt_token_count,
     )
 
 

@@ -242,6 +242,7 @@ class Usage:
     decode_seconds: float
     """From the first token to the last."""
     speculation: SpeculationUsage | None = None
+    cached_prompt_token_count: int = 0
     """In mode "exact"."""
 
     @property

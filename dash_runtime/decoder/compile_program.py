@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dash_runtime.child_process import die_with_parent
 from dash_runtime.decoder import program_samples
 from dash_runtime.decoder.one_row import ModelShape
 from dash_runtime.decoder.program_samples import Sample
@@ -67,4 +68,5 @@ def compile_program(spec: ProgramSpec, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    die_with_parent()
     compile_program(ProgramSpec.from_json(sys.argv[2]), Path(sys.argv[1]))

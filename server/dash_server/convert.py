@@ -53,6 +53,13 @@ class PreparedRequest:
     stop_token_ids: frozenset[int]
     """All tokens that end the output and are not part of its text."""
 
+    @property
+    def least_tokens(self) -> int:
+        """How many tokens the output has at least, as far as the request tells."""
+        stopping = self.request.stopping
+        may_end_early = bool(self.stop_strings or self.stop_token_ids) or not stopping.ignore_eos
+        return 1 if may_end_early else stopping.max_new_tokens
+
 
 class _Violations:
     """Collects what is wrong, so that a caller learns of several mistakes at once."""
@@ -80,6 +87,7 @@ def prepare_request(
     request_id: str,
     facts: ModelFacts,
     settings: Settings,
+    cache_namespace: str,
     tokenize: Callable[[generation_pb2.GenerationParameters], list[int]],
 ) -> PreparedRequest:
     """What the worker is to be asked, with every default filled in.
@@ -100,8 +108,7 @@ def prepare_request(
         skip = _skip(parameters.skip, facts, settings)
     with violations.collected():
         prompt_token_ids = tokenize(parameters)
-        if not prompt_token_ids:
-            raise InvalidRequest("prompt", "must not be empty")
+        _check_prompt(prompt_token_ids, settings)
     violations.raise_if_any()
 
     stopping = _stopping(parameters.stopping, len(prompt_token_ids), facts, settings)
@@ -114,10 +121,19 @@ def prepare_request(
         skip=skip,
         logprobs=_optional(output, "logprobs"),
         return_decisions=output.return_decisions,
+        cache_namespace=cache_namespace,
     )
     facts.validate(request)
     stop_token_ids = stopping.stop_token_ids | (frozenset() if stopping.ignore_eos else facts.eos_token_ids)
     return PreparedRequest(request, tuple(parameters.stopping.stop_strings), stop_token_ids)
+
+
+def _check_prompt(token_ids: list[int], settings: Settings) -> None:
+    if not token_ids:
+        raise InvalidRequest("prompt", "must not be empty")
+    limit = settings.max_prompt_tokens
+    if limit is not None and len(token_ids) > limit:
+        raise InvalidRequest("prompt", f"has {len(token_ids)} tokens, and {limit} are accepted")
 
 
 def _optional(message: object, name: str) -> int | None:
@@ -219,7 +235,7 @@ def _logprobs_to_pb(logprobs: Logprobs) -> generation_pb2.TokenLogprobs:
 
 
 def finished_to_pb(
-    finished: Finished, granted: Granted, prompt_token_count: int, output_token_count: int, stop_string: str | None
+    finished: Finished, queue_seconds: float, prompt_token_count: int, output_token_count: int, stop_string: str | None
 ) -> generation_pb2.GenerationFinished:
     reason = "stop_string" if stop_string is not None else finished.reason
     return generation_pb2.GenerationFinished(
@@ -228,10 +244,11 @@ def finished_to_pb(
         usage=generation_pb2.Usage(
             prompt_token_count=prompt_token_count,
             output_token_count=output_token_count,
-            queue_seconds=granted.queue_seconds,
+            queue_seconds=queue_seconds,
             prefill_seconds=finished.prefill_seconds,
             decode_seconds=finished.decode_seconds,
             speculation=_speculation_to_pb(finished.speculation),
+            cached_prompt_token_count=finished.cached_prompt_token_count,
         ),
         depth=generation_pb2.DepthStatistics(
             decode_token_count=finished.decode_token_count,

@@ -1,16 +1,17 @@
 """One request on its way through the server: from its slot to its last piece of text.
 
-Joins the worker link (token ids) and the text module; knows no gRPC context and no admission.
+Joins the dispatcher (token ids) and the text module; knows no gRPC context and no admission.
 """
 
 import logging
 
 from dash_api.v1 import generation_pb2
+from dash_server.admission import Place
 from dash_server.convert import PreparedRequest, delta_to_pb, finished_to_pb, started_to_pb
+from dash_server.dispatcher import Dispatcher
 from dash_server.messages import Finished, Granted
 from dash_server.served_model import ServedModel
 from dash_server.text import OutputText
-from dash_server.worker_link import WorkerLink
 
 logger = logging.getLogger(__name__)
 
@@ -21,13 +22,21 @@ MAX_TOKENS_PER_MESSAGE = 256
 class Generation:
     """Call `start`, then `next_delta` until it returns None, then `finish`; and `close` in any case."""
 
-    def __init__(self, link: WorkerLink, model: ServedModel, prepared: PreparedRequest) -> None:
-        """Submits the request.
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        model: ServedModel,
+        prepared: PreparedRequest,
+        place: Place,
+        seconds_left: float | None,
+    ) -> None:
+        """Submits the request, whose deadline is `seconds_left` away.
 
         Raises:
             WorkerUnavailable: no worker is ready.
+            DeadlineTooShort: it could not be served in time.
         """
-        self._link = link
+        self._dispatcher = dispatcher
         self._facts = model.facts
         self._prepared = prepared
         self._text = OutputText(model.tokenizer, prepared.stop_strings, prepared.stop_token_ids)
@@ -35,7 +44,9 @@ class Generation:
         """Given out: a worker may make some more before it hears of a stop string."""
         self._granted: Granted | None = None
         self._finished: Finished | None = None
-        self._outbox = link.submit(prepared.request)
+        self._outbox = dispatcher.submit(
+            prepared.request, place, least_tokens=prepared.least_tokens, seconds_left=seconds_left
+        )
 
     async def start(self) -> generation_pb2.GenerationStarted:
         """Waits for the slot."""
@@ -52,7 +63,7 @@ class Generation:
             piece = self._text.push(batch.token_ids)
             if self._text.stop_string is not None:
                 batch = batch.first(piece.num_tokens)
-                self._link.stop(self._prepared.request.request_id)
+                self._dispatcher.stop(self._prepared.request.request_id)
             tail = self._text.finish() if self._finished is not None else ""
             self._num_tokens += len(batch.token_ids)
             if batch.token_ids or tail:
@@ -68,17 +79,22 @@ class Generation:
             "finished: %d prompt tokens, %d output tokens, %.3f s queued, %.3f s prefill, %.3f s decode",
             num_prompt_tokens,
             self._num_tokens,
-            self._granted.queue_seconds,
+            self._queue_seconds,
             self._finished.prefill_seconds,
             self._finished.decode_seconds,
         )
         return finished_to_pb(
-            self._finished, self._granted, num_prompt_tokens, self._num_tokens, self._text.stop_string
+            self._finished, self._queue_seconds, num_prompt_tokens, self._num_tokens, self._text.stop_string
         )
+
+    @property
+    def _queue_seconds(self) -> float:
+        assert self._granted is not None
+        return self._outbox.queue_seconds + self._granted.queue_seconds
 
     def close(self) -> None:
         """Frees the slot if the request is not over. May be called again."""
-        if self._link.cancel(self._prepared.request.request_id):
+        if self._dispatcher.cancel(self._prepared.request.request_id):
             logger.info("cancelled: the caller is gone, or its deadline has passed")
 
 

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from dash_runtime.errors import DashRuntimeError
+from dash_server.callers import TokenFileError
+from dash_server.listening import ListenError
 from dash_server.logs import configure_logging
 from dash_server.server import DashServer
 from dash_server.settings import Settings, SettingsError, load_settings, unknown_variables
@@ -40,13 +42,13 @@ def main(worker_command: Sequence[str] = WORKER_COMMAND) -> int:
 
 
 async def _serve(settings: Settings, worker_command: Sequence[str]) -> int:
-    server = DashServer(settings, worker_command)
-    stop = _stop_requested(server)
     try:
+        server = DashServer(settings, worker_command)
+        stop = _stop_requested(server)
         await server.start()
-    except OSError as error:
-        return _complain(f"cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}")
-    worker = asyncio.create_task(server.run_worker())
+    except (ListenError, TokenFileError) as error:
+        return _complain(str(error))
+    worker = asyncio.create_task(server.run_workers())
     try:
         await asyncio.wait({worker, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not worker.done():
@@ -71,7 +73,7 @@ def _stop_requested(server: DashServer) -> asyncio.Task[bool]:
 
     def on_signal(number: signal.Signals) -> None:
         if requested.is_set():
-            server.kill_worker()
+            server.kill_workers()
             os._exit(128 + number)
         logger.info("%s: shutting down; a second one ends the server at once", number.name)
         requested.set()

@@ -30,6 +30,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, tag=True):
     policy_file: str | None
     cache_folder: str
     engine: EngineConfig
+    worker_number: int = 0
+    num_workers: int = 1
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -48,6 +50,10 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """A stop string was met: send Finished with the reason `stop_string` now. Unknown ids are ignored."""
 
     request_id: str
+
+
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Say Pong, between two steps at the latest."""
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
@@ -69,6 +75,10 @@ class StartupFailed(msgspec.Struct, frozen=True, tag=True):
     description: str
 
 
+class Pong(msgspec.Struct, frozen=True, tag=True):
+    """The answer to Ping."""
+
+
 class Logprobs(msgspec.Struct, frozen=True, array_like=True):
     """Log probabilities at one position, in nats; `top` is best first."""
 
@@ -83,6 +93,7 @@ class Granted(msgspec.Struct, frozen=True, tag=True):
     policy: str
     compute_budget: float | None
     queue_seconds: float
+    """At the worker."""
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
@@ -121,6 +132,8 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     exposed_policy_seconds: float
     """Mean per decode token."""
     speculation: Speculation | None = None
+    cached_prompt_token_count: int = 0
+    """Of the prompt, whose keys and values were there already."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -140,8 +153,8 @@ class StepEvents(msgspec.Struct, frozen=True, tag=True):
     events: list[Event]
 
 
-ToWorker = WorkerConfig | Submit | Cancel | Stop | Shutdown
-FromWorker = Ready | StartupFailed | StepEvents
+ToWorker = WorkerConfig | Submit | Cancel | Stop | Ping | Shutdown
+FromWorker = Ready | StartupFailed | StepEvents | Pong
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker = msgspec.msgpack.Decoder(ToWorker)

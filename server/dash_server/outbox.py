@@ -42,6 +42,8 @@ class Outbox:
 
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
+        self.queue_seconds = 0.0
+        """Before the worker had it."""
         self._granted: Granted | None = None
         self._pending = Batch()
         self._error: Exception | None = None

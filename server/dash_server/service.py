@@ -19,13 +19,14 @@ from dash_api.v1 import generation_pb2, model_pb2
 from dash_runtime.errors import InvalidRequest
 from dash_server import wire
 from dash_server.admission import Admission
+from dash_server.callers import Caller, Callers
 from dash_server.convert import PreparedRequest, model_to_pb, policy_to_pb, prepare_request
+from dash_server.dispatcher import Dispatcher
 from dash_server.generation import Generation, collect
 from dash_server.logs import request_id_of_task
 from dash_server.served_model import ServedModel
 from dash_server.settings import Settings
 from dash_server.statuses import InvalidFields, WorkerUnavailable, failure_of
-from dash_server.worker_link import WorkerLink
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +46,18 @@ M = TypeVar("M", bound=Message)
 class ServiceState:
     """What both servicers share. `model` is None until a worker has been ready once."""
 
-    def __init__(self, settings: Settings, admission: Admission, link: WorkerLink) -> None:
+    def __init__(self, settings: Settings, admission: Admission, dispatcher: Dispatcher, callers: Callers) -> None:
         self.settings = settings
         self.admission = admission
-        self.link = link
+        self.dispatcher = dispatcher
+        self.callers = callers
         self.model: ServedModel | None = None
         self._readers = ThreadPoolExecutor(_NUM_READER_THREADS, thread_name_prefix="request-reader")
+
+    def caller(self, context: grpc.aio.ServicerContext) -> Caller:
+        """Raises Unauthenticated."""
+        names = (context.auth_context() or {}).get("x509_common_name", ())
+        return self.callers.identify(context.invocation_metadata() or (), context.peer(), names)
 
     def require_model(self) -> ServedModel:
         if self.model is None:
@@ -89,13 +96,17 @@ class GenerationServicer:
     async def _generation(
         self, message_class: type[M], data: bytes, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[Generation]:
+        state = self._state
         async with _answering(context) as request_id:
-            model = self._state.require_model()
-            with self._state.admission.admit():
-                prepared = await self._state.read(
-                    data, functools.partial(self._prepare, message_class, data, request_id, model)
+            caller = state.caller(context)
+            model = state.require_model()
+            with state.admission.admit(caller) as place:
+                prepared = await state.read(
+                    data, functools.partial(self._prepare, message_class, data, request_id, model, caller)
                 )
-                generation = Generation(self._state.link, model, prepared)
+                state.admission.claim(place, prepared.request.num_cache_tokens)
+                seconds_left = context.time_remaining()
+                generation = Generation(state.dispatcher, model, prepared, place, seconds_left)
                 # A handler that is not resumed after a cancellation must not keep its slot.
                 context.add_done_callback(lambda _: generation.close())
                 try:
@@ -104,7 +115,9 @@ class GenerationServicer:
                 finally:
                     generation.close()
 
-    def _prepare(self, message_class: type[M], data: bytes, request_id: str, model: ServedModel) -> PreparedRequest:
+    def _prepare(
+        self, message_class: type[M], data: bytes, request_id: str, model: ServedModel, caller: Caller
+    ) -> PreparedRequest:
         parameters = wire.parse(message_class, data).parameters
         with _below_parameters():
             return prepare_request(
@@ -112,6 +125,7 @@ class GenerationServicer:
                 request_id=request_id,
                 facts=model.facts,
                 settings=self._state.settings,
+                cache_namespace=caller.cache_namespace,
                 tokenize=model.tokenize,
             )
 
@@ -125,11 +139,13 @@ class ModelServicer:
 
     async def get_model(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetModelResponse:
         async with _answering(context):
+            self._state.caller(context)
             wire.parse(model_pb2.GetModelRequest, data)
             return model_to_pb(self._state.require_model().facts, self._state.settings)
 
     async def get_policy(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetPolicyResponse:
         async with _answering(context):
+            self._state.caller(context)
             request = wire.parse(model_pb2.GetPolicyRequest, data)
             facts = self._state.require_model().facts
             try:
@@ -140,8 +156,9 @@ class ModelServicer:
 
     async def tokenize(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.TokenizeResponse:
         async with _answering(context):
+            caller = self._state.caller(context)
             model = self._state.require_model()
-            with self._tokenize_calls.admit():
+            with self._tokenize_calls.admit(caller):
                 return await self._state.read(data, functools.partial(self._tokenize, data, model))
 
     def _tokenize(self, data: bytes, model: ServedModel) -> model_pb2.TokenizeResponse:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, FilePath, ValidationError
+from pydantic import BeforeValidator, Field, FilePath, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dash_runtime.checkpoints import default_cache_folder
@@ -17,7 +17,7 @@ from dash_runtime.config import EngineConfig, LaneKind
 from dash_server.messages import WorkerConfig
 
 ENV_PREFIX = "DASH_"
-_VARIABLES_OF_THE_CLIENT = ("DASH_TARGET",)
+_VARIABLES_OF_THE_CLIENT = ("DASH_TARGET", "DASH_TOKEN")
 _MEBIBYTE = 1024 * 1024
 
 
@@ -57,6 +57,21 @@ class Settings(BaseSettings):
     port: int = Field(default=50051, ge=0, le=65535, description="Port to listen on; 0 is any free port")
     port_file: Path | None = Field(default=None, description="File that the bound port is written to")
 
+    allow_plaintext: bool = Field(
+        default=False, description="Listen without TLS on an address that other machines reach"
+    )
+    tls_certificate_file: FilePath | None = Field(
+        default=None, description="Certificate chain in PEM; read again when it changes. Unset: no TLS"
+    )
+    tls_key_file: FilePath | None = Field(default=None, description="The certificate's private key in PEM")
+    tls_client_ca_file: FilePath | None = Field(
+        default=None, description="Authorities in PEM of which every client must show a certificate (mutual TLS)"
+    )
+    token_file: FilePath | None = Field(
+        default=None,
+        description="Bearer tokens and their limits in TOML; read again when it changes. Unset: anybody may call",
+    )
+
     compile: bool = Field(
         default=True, description="Decode with compiled programs where there is a C++ compiler; made once, then kept"
     )
@@ -65,13 +80,29 @@ class Settings(BaseSettings):
         description="Let rows of a batch agree on an action and share products where that is faster; off: a request's "
         "tokens never depend on its neighbours",
     )
-    slots: int = Field(default=16, ge=1, le=1024, description="Sequences decoded together")
-    cache_tokens: int = Field(default=8192, ge=2, description="Tokens in the key-value cache, over all sequences")
+    workers: int = Field(default=1, ge=1, le=64, description="Worker processes, one for each device")
+    slots: int = Field(default=16, ge=1, le=1024, description="Sequences that a worker decodes together")
+    cache_tokens: int = Field(
+        default=8192, ge=2, description="Tokens in a worker's key-value cache, over all sequences"
+    )
+    prefix_cache_tokens: int = Field(
+        default=4096,
+        ge=0,
+        description="Prompt tokens that a worker keeps for later prompts that begin alike; 0: none",
+    )
     context_length: int | None = Field(
         default=None, ge=2, description="Tokens of one prompt and output; unset: the model's"
     )
     prefill_chunk_tokens: int = Field(default=256, ge=1, description="Prompt tokens between two decode steps")
     max_queue: int = Field(default=256, ge=0, description="Requests that may wait for a slot")
+    max_queue_tokens: int = Field(
+        default=262_144,
+        ge=1,
+        description="Prompt and output tokens that requests may ask for, over all that wait or run",
+    )
+    max_requests_per_caller: int | None = Field(
+        default=None, ge=1, description="Requests of one caller, waiting or running; unset: all places but fairly"
+    )
 
     default_mode: Literal["full_depth", "adaptive", "exact"] = Field(
         default="adaptive", description="How actions are chosen where a request does not say"
@@ -83,6 +114,9 @@ class Settings(BaseSettings):
         description="Share of the full-depth cost where a request sets no budget; unset: what the policy recommends",
     )
     default_max_new_tokens: int = Field(default=256, ge=1, description="max_new_tokens where a request sets none")
+    max_prompt_tokens: int | None = Field(
+        default=None, ge=1, description="Longest prompt that is accepted; unset: what the context holds"
+    )
     max_new_tokens: int = Field(default=4096, ge=1, description="Largest max_new_tokens that is accepted")
     max_stop_strings: int = Field(default=16, ge=0, description="Stop strings in one request")
     max_stop_string_bytes: int = Field(default=256, ge=1, le=4096, description="Bytes of one stop string in UTF-8")
@@ -90,14 +124,34 @@ class Settings(BaseSettings):
         default=4 * _MEBIBYTE, ge=1024, le=32 * _MEBIBYTE, description="Largest request message"
     )
 
+    max_metadata_bytes: int = Field(
+        default=8192, ge=1024, le=_MEBIBYTE, description="Largest metadata of one call, a token included"
+    )
+    max_calls_per_connection: int = Field(default=1024, ge=1, description="Calls at once over one connection")
+    channelz: bool = Field(default=False, description="Answer channelz, gRPC's own view of connections and calls")
+
     start_timeout_seconds: float = Field(default=600, gt=0, description="How long the worker may take to load")
+    worker_timeout_seconds: float = Field(
+        default=60, gt=0, description="How long a worker may answer nothing before it is replaced"
+    )
     shutdown_grace_seconds: float = Field(default=30, ge=0, description="How long running requests may go on")
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)] = Field(
         default="INFO", description="Least severe log level"
     )
 
-    def worker_config(self) -> WorkerConfig:
-        """What the worker is told."""
+    @model_validator(mode="after")
+    def _tls_files_go_together(self) -> "Settings":
+        for name, needed in (
+            ("tls_certificate_file", "tls_key_file"),
+            ("tls_key_file", "tls_certificate_file"),
+            ("tls_client_ca_file", "tls_certificate_file"),
+        ):
+            if getattr(self, name) is not None and getattr(self, needed) is None:
+                raise ValueError(f"{_variable(needed)}: is required with {_variable(name)}")
+        return self
+
+    def worker_config(self, worker_number: int = 0) -> WorkerConfig:
+        """What the `worker_number`-th worker is told, from 0."""
         return WorkerConfig(
             model=self.model,
             revision=self.model_revision,
@@ -115,7 +169,10 @@ class Settings(BaseSettings):
                 default_compute_budget=self.default_compute_budget,
                 lane=self.lane,
                 group_planner=self.group_planner,
+                prefix_cache_tokens=self.prefix_cache_tokens,
             ),
+            worker_number=worker_number,
+            num_workers=self.workers,
         )
 
     def loggable(self) -> str:
@@ -136,18 +193,24 @@ def load_settings(cls: type[Settings] = Settings) -> Settings:
 
 
 def _line(cls: type[Settings], details: Mapping) -> str:
-    name = str(details["loc"][0])
     sentence = str(details["msg"]).replace("Input should be", "must be").replace("Value error, ", "")
+    if not details["loc"]:  # several settings do not go together, and the sentence names them
+        return sentence
+    name = str(details["loc"][0])
     if not sentence.startswith("must"):
         sentence = f"cannot be used: {sentence}"
     is_secret = "Secret" in str(cls.model_fields[name].annotation)
     got = "" if is_secret else f", got {str(details['input'])[:100]!r}"
-    return f"{ENV_PREFIX}{name.upper()}: {sentence}{got}"
+    return f"{_variable(name)}: {sentence}{got}"
+
+
+def _variable(name: str) -> str:
+    return ENV_PREFIX + name.upper()
 
 
 def unknown_variables(environment: Mapping[str, str], cls: type[Settings] = Settings) -> list[str]:
     """A warning for each DASH_ variable that no setting reads, with the closest one that exists."""
-    known = [ENV_PREFIX + name.upper() for name in cls.model_fields]
+    known = [_variable(name) for name in cls.model_fields]
     warnings = []
     for name in sorted(environment):
         if name.startswith(ENV_PREFIX) and name not in (*known, *_VARIABLES_OF_THE_CLIENT):

@@ -40,14 +40,45 @@ class ServiceError(Exception):
 
 
 class QueueFull(ServiceError):
-    """As many requests as the server takes are in it already."""
+    """As many requests or tokens as the server takes are in it already."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "QUEUE_FULL"
 
-    def __init__(self, capacity: int, retry_after_seconds: float) -> None:
-        super().__init__(f"the server holds {capacity} requests and takes no more; try again later")
+    def __init__(self, num_inside: int, retry_after_seconds: float) -> None:
+        super().__init__(f"the server holds {num_inside} requests and has no room for this one; try again later")
         self.retry_after_seconds = retry_after_seconds
+
+
+class CallerLimitReached(ServiceError):
+    """This caller has as much inside as it may, whatever the others have."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "CALLER_LIMIT"
+
+    def __init__(self, limit: str, retry_after_seconds: float) -> None:
+        super().__init__(f"this caller may have {limit}; wait for some of its requests to end")
+        self.retry_after_seconds = retry_after_seconds
+
+
+class DeadlineTooShort(ServiceError):
+    """The request could not be served before its deadline, so it was not begun."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    reason = "DEADLINE_TOO_SHORT"
+
+    def __init__(self, least_seconds: float, seconds_left: float) -> None:
+        super().__init__(
+            f"the deadline is {max(seconds_left, 0):.3f} s away and this would take {least_seconds:.3f} s at least, "
+            "as fast as the server is at present"
+        )
+
+
+class Unauthenticated(ServiceError):
+    """The server wants to know who calls."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+    reason = "UNAUTHENTICATED"
 
 
 class ShuttingDown(ServiceError):

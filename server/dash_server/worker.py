@@ -14,7 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from dash_runtime.checkpoints import resolve_checkpoint
+from dash_runtime.child_process import die_with_parent
 from dash_runtime.engine.build import BuildOptions, build_engine
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.sequence import EngineEvent, SequenceFinished, SlotGranted, TokenProduced
@@ -49,6 +52,10 @@ class Worker:
                 engine.close()
         except (_Closed, BrokenPipeError, ConnectionResetError):
             pass
+        except Exception:
+            # After an error of the device nothing it holds can be trusted: the server starts another worker.
+            logger.exception("the engine failed, and this worker ends")
+            return 3
         return 0
 
     def _start(self) -> tuple[Engine | None, list[bytes]]:
@@ -63,7 +70,11 @@ class Worker:
             folder = resolve_checkpoint(config.model, config.revision, cache_folder, logger.info)
             policy_file = None if config.policy_file is None else Path(config.policy_file)
             options = BuildOptions(
-                config.device, config.precision, config.num_threads, policy_file, config.compile_layers
+                device_of_worker(config.device, config.worker_number),
+                config.precision,
+                threads_of_worker(config.num_threads, config.num_workers),
+                policy_file,
+                config.compile_layers,
             )
             engine = build_engine(folder, cache_folder, options, config.engine, logger.info)
         except DashRuntimeError as error:
@@ -96,6 +107,8 @@ class Worker:
                 engine.cancel(request_id)
             case messages.Stop(request_id=request_id):
                 return [_to_message(event) for event in engine.stop(request_id)]
+            case messages.Ping():
+                self._send(messages.Pong())
             case messages.Shutdown():
                 raise _Closed
         return []
@@ -112,6 +125,19 @@ class Worker:
 
     def _send(self, message: messages.FromWorker) -> None:
         self._link.sendall(messages.encode_frame(message))
+
+
+def device_of_worker(device: str, number: int) -> str:
+    """The device for the `number`-th worker, from 0: one CUDA device each, where no particular one is asked for."""
+    num_devices = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    return f"cuda:{number % num_devices}" if num_devices else device
+
+
+def threads_of_worker(num_threads: int | None, num_workers: int) -> int | None:
+    """CPU threads of each worker: as told, or its share of the machine's; None is torch's choice."""
+    if num_threads is not None or num_workers == 1:
+        return num_threads
+    return max(1, torch.get_num_threads() // num_workers)
 
 
 def _to_message(event: EngineEvent) -> messages.Event:
@@ -153,6 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="A worker of dash-server; not for use by hand.")
     parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the server")
     fd = parser.parse_args(arguments).fd
+    die_with_parent()
     logging.basicConfig(level=logging.INFO, format="worker: %(message)s", stream=sys.stderr)
     # A terminal sends Ctrl-C to the whole group; the server decides when its worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,24 +1,29 @@
-"""The server's end of the worker: passes requests on, hands out what comes back, restarts what dies.
+"""The server's end of one worker: passes requests on, hands out what comes back, restarts what dies or hangs.
 
-Knows request ids and messages; knows no gRPC handlers and no text. One worker at a time.
+Knows request ids and messages; knows no gRPC handlers, no text and no other worker.
 """
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from dash_runtime.config import GenerationRequest
 from dash_server.messages import (
     Cancel,
     Finished,
     FromWorker,
+    Ping,
+    Pong,
     Ready,
     Refused,
     StartupFailed,
     StepEvents,
     Stop,
     Submit,
+    Tokens,
     WorkerConfig,
 )
 from dash_server.outbox import Outbox
@@ -27,9 +32,12 @@ from dash_server.worker_process import WorkerProcess
 
 logger = logging.getLogger(__name__)
 
-MAX_START_FAILURES = 5
+MAX_FAILURES = 5
 _FIRST_RESTART_DELAY_SECONDS = 0.1
 _MAX_RESTART_DELAY_SECONDS = 10.0
+# A worker that was ready for so long did not die of its start, even if nobody asked it for anything.
+_SOUND_AFTER_SECONDS = 60.0
+_MAX_PING_SECONDS = 1.0
 
 
 class WorkerStartError(Exception):
@@ -40,8 +48,20 @@ class WorkerStartError(Exception):
         self.is_for_user = is_for_user
 
 
-class _StartupDeath(Exception):
-    """The worker was gone before it was ready."""
+class _WorkerDeath(Exception):
+    """The worker is gone, and had not shown that it works."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinkEvents:
+    """Whom a link tells what."""
+
+    on_ready: Callable[[Ready], Awaitable[None]]
+    """Awaited before requests are taken."""
+    on_change: Callable[[], None]
+    """The worker takes requests from now on, or no longer."""
+    on_over: Callable[[GenerationRequest, Finished | None], None]
+    """A request has left the worker by itself (with what it said), or with it."""
 
 
 class WorkerLink:
@@ -51,52 +71,75 @@ class WorkerLink:
         self,
         command: Sequence[str],
         config: WorkerConfig,
+        events: LinkEvents,
         *,
         start_timeout_seconds: float,
-        on_ready: Callable[[Ready], Awaitable[None]],
-        on_lost: Callable[[], None],
+        silence_timeout_seconds: float,
     ) -> None:
-        """`on_ready` is awaited before requests are taken; `on_lost` follows each of its returns once."""
+        """A worker that says nothing for `silence_timeout_seconds`, when asked, hangs and is replaced."""
         self._command = command
         self._config = config
+        self._events = events
         self._start_timeout_seconds = start_timeout_seconds
-        self._on_ready = on_ready
-        self._on_lost = on_lost
+        self._silence_timeout_seconds = silence_timeout_seconds
         self._worker: WorkerProcess | None = None
-        self._is_ready = False
-        self._outboxes: dict[str, Outbox] = {}
+        self._ready: Ready | None = None
+        self._requests: dict[str, tuple[GenerationRequest, Outbox]] = {}
+        self._num_reserved_tokens = 0
+        self._first_ready = asyncio.Event()
+        self._has_given_tokens = False
+        self._heard_at = 0.0
 
-    def submit(self, request: GenerationRequest) -> Outbox:
-        """Queues the request at the worker.
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are taken."""
+        return self._ready is not None
 
-        Raises:
-            WorkerUnavailable: no worker is ready.
-        """
-        if self._worker is None or not self._is_ready:
-            raise WorkerUnavailable("the model is not loaded at the moment; try again later")
-        outbox = Outbox(request.request_id)
-        self._outboxes[request.request_id] = outbox
-        self._worker.send(Submit(request))
-        return outbox
+    @property
+    def num_slots(self) -> int:
+        """Of a ready worker."""
+        return 0 if self._ready is None else self._ready.facts.num_slots
 
-    def cancel(self, request_id: str) -> bool:
-        """Forgets the request here and at the worker; False if it was over already."""
-        if self._outboxes.pop(request_id, None) is None:
+    @property
+    def num_reserved_tokens(self) -> int:
+        """Cache tokens that the worker's requests may fill."""
+        return self._num_reserved_tokens
+
+    def has_room_for(self, request: GenerationRequest) -> bool:
+        """Whether the worker would give the request a slot at once."""
+        if self._ready is None or len(self._requests) >= self._ready.facts.num_slots:
             return False
+        return self._num_reserved_tokens + request.num_cache_tokens <= self._ready.facts.cache_tokens
+
+    def submit(self, request: GenerationRequest, outbox: Outbox) -> None:
+        """Gives the request to the worker, which has room for it."""
+        assert self._worker is not None
+        assert self.is_ready
+        self._requests[request.request_id] = request, outbox
+        self._num_reserved_tokens += request.num_cache_tokens
+        self._worker.send(Submit(request))
+
+    def cancel(self, request_id: str) -> None:
+        """Forgets the request here and at the worker, whose next step has its room."""
+        self._forget(request_id)
         if self._worker is not None:
             self._worker.send(Cancel(request_id))
-        return True
 
     def stop(self, request_id: str) -> None:
-        """Has the request finished now, as by a stop string, unless it is over."""
-        if request_id in self._outboxes and self._worker is not None:
+        """Has the request finished now, as by a stop string."""
+        if self._worker is not None:
             self._worker.send(Stop(request_id))
 
     def fail_all(self, error: ServiceError) -> None:
         """Ends every request with `error`, at the worker too."""
-        for request_id, outbox in list(self._outboxes.items()):
-            self.cancel(request_id)
+        for request, outbox in list(self._requests.values()):
+            self.cancel(request.request_id)
             outbox.fail(error)
+            self._events.on_over(request, None)
+
+    async def wait_ready(self) -> None:
+        """Returns once a first worker has been ready."""
+        await self._first_ready.wait()
 
     def kill(self) -> None:
         """Ends the worker at once, for a server that exits at once."""
@@ -108,38 +151,39 @@ class WorkerLink:
 
         Raises:
             WorkerStartError: the first worker refuses to start or takes too long, or too many in a row
-                died while starting.
+                died before one gave a token.
             DashRuntimeError: raised by `on_ready`.
         """
         num_failures = 0
-        has_started = False
         while True:
             try:
                 await self._run_one()
-                has_started = True
                 num_failures = 0
-            except _StartupDeath as death:
+            except _WorkerDeath as death:
                 num_failures += 1
-                logger.error("start %d of %d failed: %s", num_failures, MAX_START_FAILURES, death)
-                if num_failures == MAX_START_FAILURES:
+                logger.error("death %d of %d before a first token: %s", num_failures, MAX_FAILURES, death)
+                if num_failures == MAX_FAILURES:
                     raise WorkerStartError(
-                        f"the worker died {num_failures} times in a row while starting; {death}",
+                        f"the worker died {num_failures} times in a row before it gave a token; {death}",
                         is_for_user=False,
                     ) from None
             except WorkerStartError as error:
                 # What refused once after it worked before may work again, as when memory is still held.
-                if not has_started:
+                if not self._first_ready.is_set():
                     raise
                 num_failures += 1
-                logger.error("restart %d of %d failed: %s", num_failures, MAX_START_FAILURES, error)
-                if num_failures == MAX_START_FAILURES:
+                logger.error("restart %d of %d failed: %s", num_failures, MAX_FAILURES, error)
+                if num_failures == MAX_FAILURES:
                     raise
             delay = _FIRST_RESTART_DELAY_SECONDS * 2**num_failures
             await asyncio.sleep(min(delay, _MAX_RESTART_DELAY_SECONDS))
 
     async def _run_one(self) -> None:
-        """One worker, from its start to its death. Returns if it had become ready."""
+        """One worker, from its start to its death. Returns if it had shown that it works."""
+        self._has_given_tokens = False
         self._worker = worker = await WorkerProcess.spawn(self._command)
+        watch: asyncio.Task[None] | None = None
+        ready_at = 0.0
         try:
             async with aclosing(worker.messages()) as messages:
                 worker.send(self._config)
@@ -151,18 +195,27 @@ class WorkerLink:
                     ready.facts.device,
                     ready.load_seconds,
                 )
-                await self._on_ready(ready)
-                self._is_ready = True
+                await self._events.on_ready(ready)
+                self._ready = ready
+                self._first_ready.set()
+                self._heard_at = ready_at = time.monotonic()
+                self._events.on_change()
+                watch = asyncio.create_task(self._watch(worker))
                 async for message in messages:
+                    self._heard_at = time.monotonic()
                     self._deliver(message)
                 logger.error("worker %d is lost", worker.pid)
         finally:
-            was_ready, self._is_ready = self._is_ready, False
-            if was_ready:
-                self._on_lost()
+            if watch is not None:
+                watch.cancel()
+            was_ready, self._ready = self._ready is not None, None
             self._worker = None
             self.fail_all(WorkerUnavailable("the worker was lost while it had the request; try again"))
+            if was_ready:
+                self._events.on_change()
             logger.info("worker %d ended with status %d", worker.pid, await worker.stop())
+        if not self._has_given_tokens and time.monotonic() - ready_at < _SOUND_AFTER_SECONDS:
+            raise _WorkerDeath("it was ready and then lost, see the log above")
 
     async def _startup(self, first_message: Awaitable[FromWorker | None]) -> Ready:
         try:
@@ -178,16 +231,44 @@ class WorkerLink:
             case StartupFailed():
                 raise WorkerStartError(message.description, is_for_user=True)
             case _:
-                raise _StartupDeath("it ended before it was ready, see the log above")
+                raise _WorkerDeath("it ended before it was ready, see the log above")
+
+    async def _watch(self, worker: WorkerProcess) -> None:
+        """Kills a worker that answers nothing any more; its death is then handled as any other."""
+        timeout = self._silence_timeout_seconds
+        interval = min(_MAX_PING_SECONDS, timeout / 4)
+        while True:
+            await asyncio.sleep(interval)
+            silence = time.monotonic() - self._heard_at
+            if silence > timeout:
+                logger.error(
+                    "worker %d has said nothing for %.1f s (DASH_WORKER_TIMEOUT_SECONDS) and is killed",
+                    worker.pid,
+                    silence,
+                )
+                worker.kill()
+                return
+            if silence >= interval:
+                worker.send(Ping())
 
     def _deliver(self, message: FromWorker) -> None:
+        if isinstance(message, Pong):
+            return
         if not isinstance(message, StepEvents):
             logger.error("a ready worker sent %s", type(message).__name__)
             return
         for event in message.events:
-            outbox = self._outboxes.get(event.request_id)
-            if outbox is None:
+            entry = self._requests.get(event.request_id)
+            if entry is None:
                 continue  # cancelled here while the event was on its way
-            if isinstance(event, Finished | Refused):
-                del self._outboxes[event.request_id]
+            request, outbox = entry
+            self._has_given_tokens = self._has_given_tokens or isinstance(event, Tokens)
             outbox.put(event)
+            if isinstance(event, Finished | Refused):
+                self._forget(event.request_id)
+                self._events.on_over(request, event if isinstance(event, Finished) else None)
+
+    def _forget(self, request_id: str) -> None:
+        entry = self._requests.pop(request_id, None)
+        if entry is not None:
+            self._num_reserved_tokens -= entry[0].num_cache_tokens

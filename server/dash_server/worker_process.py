@@ -1,12 +1,14 @@
 """One worker process and the socket to it: started by exec, framed messages, never left behind.
 
-Knows nothing of requests or restarts. The worker exits by itself when its end of the socket closes, so
-even a killed server leaves no orphan.
+Knows nothing of requests or restarts. The kernel ends the worker with the server, on Linux; elsewhere it exits by
+itself when its end of the socket closes. What it started in turn (compilers, at a first start) is in its process group,
+and ends with it.
 """
 
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 from collections.abc import AsyncGenerator, Sequence
@@ -56,7 +58,8 @@ class WorkerProcess:
                     str(theirs.fileno()),
                     pass_fds=(theirs.fileno(),),
                     stdin=asyncio.subprocess.DEVNULL,
-                    # A Ctrl-C in a terminal goes to the whole group, but the worker must outlive the drain.
+                    # A group of its own: a Ctrl-C in a terminal goes to a whole group, but the worker must outlive the
+                    # drain; and its compilers can be ended with it.
                     start_new_session=True,
                 )
             except BaseException:
@@ -114,10 +117,12 @@ class WorkerProcess:
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
+        """To the worker and all that it started."""
         with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(number)
+            os.killpg(self._process.pid, number)
 
     async def _close_after_exit(self) -> None:
         await self._process.wait()
+        self._signal(signal.SIGKILL)
         await asyncio.sleep(_LAST_WORDS_SECONDS)
         self._writer.close()

@@ -6,8 +6,11 @@ folder           where tokenizer.json is
 token_seconds    time between two steps; each step gives every running request one token
 num_layers       length of a row of actions
 die_after        exits, without a word, after this many tokens
+die_when_ready   exits, without a word, as soon as it is ready
+hang_after       says nothing any more, and reads nothing, after this many tokens
 die_at_start     exits before it is ready
 never_ready      waits for ever instead of becoming ready
+starts_child     starts a process of its own first, that sleeps
 startup_failed   refuses to start, with this text
 finish_reason    ends every request with this reason, whatever the true one is
 refuse           answers every request with Refused for this field
@@ -20,6 +23,7 @@ import argparse
 import os
 import select
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +31,7 @@ from itertools import cycle
 from urllib.parse import parse_qsl, urlsplit
 
 from dash_runtime.actions import Action
+from dash_runtime.child_process import die_with_parent
 from dash_runtime.config import GenerationRequest, Mode, ModelFacts, PolicyFacts
 from dash_server import messages
 
@@ -105,6 +110,9 @@ class FakeWorker:
         self.config = config
         self.options = dict(parse_qsl(urlsplit(config.model).query))
         self.num_layers = int(self.options.get("num_layers", 3))
+        if "starts_child" in self.options:
+            program = "from dash_runtime.child_process import die_with_parent as d; d(); import time; time.sleep(60)"
+            subprocess.Popen([sys.executable, "-c", program])
         if "startup_failed" in self.options:
             self.send(messages.StartupFailed(self.options["startup_failed"]))
             return
@@ -113,6 +121,8 @@ class FakeWorker:
         while "never_ready" in self.options:
             self.receive(None)
         self.send(messages.Ready(self.facts(), self.options["folder"], 0.1))
+        if "die_when_ready" in self.options:
+            os._exit(1)
         token_seconds = float(self.options.get("token_seconds", 0))
         while True:
             events: list[messages.Event] = []
@@ -140,6 +150,8 @@ class FakeWorker:
                 self.queued = [request for request in self.queued if request.request_id != request_id]
             case messages.Stop(request_id=request_id) if request_id in self.running:
                 events.append(self.running.pop(request_id).finished("stop_string"))
+            case messages.Ping():
+                self.send(messages.Pong())
             case messages.Shutdown():
                 sys.exit(0)
 
@@ -165,6 +177,8 @@ class FakeWorker:
                 del self.running[request_id]
         if self.num_tokens >= int(self.options.get("die_after", sys.maxsize)):
             os._exit(1)
+        while self.num_tokens >= int(self.options.get("hang_after", sys.maxsize)):
+            time.sleep(1)
 
     def facts(self) -> ModelFacts:
         def policy(name: str, note: str, lowest_budget: float) -> PolicyFacts:
@@ -192,4 +206,5 @@ class FakeWorker:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
+    die_with_parent()
     FakeWorker(socket.socket(fileno=parser.parse_args().fd)).run()

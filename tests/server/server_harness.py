@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,17 +78,33 @@ class RunningServer:
             while await self.is_serving() != is_serving:
                 await asyncio.sleep(0.01)
 
-    async def generate(self, **parameters: Any) -> generation_pb2.GenerateResponse:
-        return await self.generation.Generate(generation_request(**parameters))
+    async def generate(
+        self, timeout: float | None = None, token: str | None = None, **parameters: Any
+    ) -> generation_pb2.GenerateResponse:
+        request = generation_request(**parameters)
+        return await self.generation.Generate(request, timeout=timeout, metadata=bearer(token))
 
-    def stream(self, timeout: float | None = None, **parameters: Any) -> grpc.aio.UnaryStreamCall:
+    def stream(
+        self, timeout: float | None = None, token: str | None = None, **parameters: Any
+    ) -> grpc.aio.UnaryStreamCall:
         request = generation_pb2.StreamGenerateRequest(parameters=generation_request(**parameters).parameters)
-        return self.generation.StreamGenerate(request, timeout=timeout)
+        return self.generation.StreamGenerate(request, timeout=timeout, metadata=bearer(token))
 
     async def probe(self) -> "WorkerState":
         """What the fake worker has seen, before this very request."""
         response = await self.generate(token_ids=common_pb2.TokenIds(ids=[fake_worker.PROBE_TOKEN_ID]))
         return WorkerState(*response.output.token_ids)
+
+    async def wait_until_inside(self, num_running: int, num_waiting: int) -> None:
+        """Until so many requests are at the worker and in the queue, by the server's own count."""
+        async with asyncio.timeout(5):
+            while self.counts != (num_running, num_waiting):
+                await asyncio.sleep(0.005)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Requests running and waiting."""
+        return self.server.dispatcher.num_running, self.server.dispatcher.num_waiting
 
     async def wait_for_live_requests(self, number: int) -> "WorkerState":
         async with asyncio.timeout(5):
@@ -107,6 +123,11 @@ class WorkerState:
     num_stops: int
 
 
+def bearer(token: str | None) -> tuple[tuple[str, str], ...] | None:
+    """Metadata that brings a token along."""
+    return None if token is None else (("authorization", f"Bearer {token}"),)
+
+
 def generation_request(
     max_new_tokens: int | None = None, stop_strings: tuple[str, ...] = (), **parameters: Any
 ) -> generation_pb2.GenerateRequest:
@@ -117,14 +138,28 @@ def generation_request(
     return request
 
 
+def open_channel(port: int, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
+    """A channel with a connection of its own."""
+    options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+    if credentials is None:
+        return grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options)
+    return grpc.aio.secure_channel(f"localhost:{port}", credentials, options=options)
+
+
 @asynccontextmanager
-async def running_server(model: str, *, wait: bool = True, **settings: Any) -> AsyncIterator[RunningServer]:
+async def running_server(
+    model: str,
+    *,
+    wait: bool = True,
+    credentials: grpc.ChannelCredentials | None = None,
+    worker_command: Sequence[str] = FAKE_WORKER,
+    **settings: Any,
+) -> AsyncIterator[RunningServer]:
     """A server in this process, on a free port, serving already unless `wait` is off."""
-    server = DashServer(Settings(model=model, **{"port": 0, "shutdown_grace_seconds": 5, **settings}), FAKE_WORKER)
+    server = DashServer(Settings(model=model, **{"port": 0, "shutdown_grace_seconds": 5, **settings}), worker_command)
     port = await server.start()
-    worker = asyncio.create_task(server.run_worker())
-    unlimited = [("grpc.max_receive_message_length", -1)]
-    channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=unlimited)
+    worker = asyncio.create_task(server.run_workers())
+    channel = open_channel(port, credentials)
     running = RunningServer(server, worker, port, channel)
     try:
         if wait:

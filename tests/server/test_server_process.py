@@ -170,7 +170,7 @@ def test_a_worker_that_keeps_dying_ends_the_server(tmp_path: Path, model_folder:
         code, stderr = server.outcome()
     assert code == 1
     assert len(complaints(stderr)) == 1
-    assert "the worker died 5 times in a row while starting" in complaints(stderr)[0]
+    assert "the worker died 5 times in a row before it gave a token" in complaints(stderr)[0]
 
 
 def test_a_signal_while_the_model_loads_ends_the_server(tmp_path: Path, model_folder: Path) -> None:

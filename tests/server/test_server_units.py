@@ -1,4 +1,4 @@
-"""Settings, admission, outboxes and statuses, without a server."""
+"""Settings, outboxes and statuses, without a server."""
 
 import asyncio
 from pathlib import Path
@@ -12,12 +12,20 @@ from dash_api.v1 import common_pb2
 from dash_runtime.actions import Action
 from dash_runtime.config import Mode
 from dash_runtime.errors import InvalidRequest
-from dash_server.admission import Admission
 from dash_server.convert import _MODES
 from dash_server.messages import Finished, Granted, Logprobs, Refused, Tokens
 from dash_server.outbox import Outbox
 from dash_server.settings import Settings, SettingsError, load_settings, unknown_variables
-from dash_server.statuses import InvalidFields, QueueFull, ShuttingDown, WorkerUnavailable, failure_of
+from dash_server.statuses import (
+    CallerLimitReached,
+    DeadlineTooShort,
+    InvalidFields,
+    QueueFull,
+    ShuttingDown,
+    Unauthenticated,
+    WorkerUnavailable,
+    failure_of,
+)
 
 FINISHED = Finished("r", "length", 0, 0, 3, 2, {}, 1.0, 0.0)
 
@@ -69,28 +77,6 @@ def test_unknown_variables_are_told_with_the_closest_setting() -> None:
     ]
 
 
-async def test_admission_is_bounded_and_frees_its_places() -> None:
-    admission = Admission(capacity=2)
-    with admission.admit():
-        with admission.admit(), pytest.raises(QueueFull):
-            admission.admit().__enter__()
-        with admission.admit():
-            assert admission.num_inside == 2
-    assert admission.num_inside == 0
-
-
-async def test_a_draining_admission_refuses_and_tells_when_it_is_empty() -> None:
-    admission = Admission(capacity=2)
-    with admission.admit():
-        admission.drain()
-        with pytest.raises(ShuttingDown):
-            admission.admit().__enter__()
-        idle = asyncio.create_task(admission.wait_idle())
-        await asyncio.sleep(0)
-        assert not idle.done()
-    await idle
-
-
 async def test_an_outbox_merges_what_was_not_taken() -> None:
     outbox = Outbox("r")
     outbox.put(Granted("r", "toy", None, 0.0))
@@ -130,6 +116,9 @@ async def test_an_outbox_tells_of_a_refusal() -> None:
         (InvalidRequest("prompt", "is bad"), grpc.StatusCode.INVALID_ARGUMENT),
         (InvalidFields([InvalidRequest("a" * 9999, "ä" * 9999)] * 5000), grpc.StatusCode.INVALID_ARGUMENT),
         (QueueFull(3, 1.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (CallerLimitReached("3 requests at once", 1.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (DeadlineTooShort(3.0, -1.0), grpc.StatusCode.DEADLINE_EXCEEDED),
+        (Unauthenticated("who is it?"), grpc.StatusCode.UNAUTHENTICATED),
         (ShuttingDown(), grpc.StatusCode.UNAVAILABLE),
         (WorkerUnavailable("gone"), grpc.StatusCode.UNAVAILABLE),
         (ValueError("internals"), grpc.StatusCode.INTERNAL),
@@ -146,4 +135,4 @@ def test_statuses_agree_with_their_details_and_fit_in_a_trailer(error: Exception
     assert (status.code, status.message) == (code.value[0], failure.message)
     assert "internals" not in failure.message
     assert len(details) * 4 / 3 + 3 * len(failure.message.encode()) < 8000
-    assert ("grpc-retry-pushback-ms" in trailers) == isinstance(error, QueueFull)
+    assert ("grpc-retry-pushback-ms" in trailers) == isinstance(error, QueueFull | CallerLimitReached)

@@ -199,20 +199,22 @@ class GenerationFinished(_message.Message):
     def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., stop_string: _Optional[str] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., depth: _Optional[_Union[DepthStatistics, _Mapping]] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("prompt_token_count", "output_token_count", "queue_seconds", "prefill_seconds", "decode_seconds", "speculation")
+    __slots__ = ("prompt_token_count", "output_token_count", "queue_seconds", "prefill_seconds", "decode_seconds", "speculation", "cached_prompt_token_count")
     PROMPT_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_SECONDS_FIELD_NUMBER: _ClassVar[int]
     DECODE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
+    CACHED_PROMPT_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     prompt_token_count: int
     output_token_count: int
     queue_seconds: float
     prefill_seconds: float
     decode_seconds: float
     speculation: SpeculationUsage
-    def __init__(self, prompt_token_count: _Optional[int] = ..., output_token_count: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., prefill_seconds: _Optional[float] = ..., decode_seconds: _Optional[float] = ..., speculation: _Optional[_Union[SpeculationUsage, _Mapping]] = ...) -> None: ...
+    cached_prompt_token_count: int
+    def __init__(self, prompt_token_count: _Optional[int] = ..., output_token_count: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., prefill_seconds: _Optional[float] = ..., decode_seconds: _Optional[float] = ..., speculation: _Optional[_Union[SpeculationUsage, _Mapping]] = ..., cached_prompt_token_count: _Optional[int] = ...) -> None: ...
 
 class SpeculationUsage(_message.Message):
     __slots__ = ("drafted_token_count", "accepted_token_count", "wasted_token_count", "verification_count", "draft_seconds", "verification_seconds")

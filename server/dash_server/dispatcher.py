@@ -1,0 +1,175 @@
+"""Which waiting request goes to which worker, and when.
+
+Requests wait here, in a queue that is fair between callers, and go to a worker only when it has a slot and room in its
+cache for them: so any worker that becomes free serves the next, and what has not begun can be taken back. Knows
+requests and workers; knows no gRPC and no text.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dash_runtime.config import GenerationRequest
+from dash_server.admission import Place
+from dash_server.fair_queue import FairQueue
+from dash_server.messages import Finished
+from dash_server.outbox import Outbox
+from dash_server.pace import Pace
+from dash_server.statuses import DeadlineTooShort, QueueFull, ServiceError, WorkerUnavailable
+from dash_server.worker_link import WorkerLink
+
+
+@dataclass(slots=True)
+class _Waiting:
+    request: GenerationRequest
+    outbox: Outbox
+    place: Place
+    since: float
+
+
+class Dispatcher:
+    """Spreads requests over workers."""
+
+    def __init__(self, pace: Pace, clock: Callable[[], float] = time.monotonic) -> None:
+        self._pace = pace
+        self._clock = clock
+        self._links: Sequence[WorkerLink] = ()
+        self._queue: FairQueue[_Waiting] = FairQueue()
+        self._waiting: dict[str, _Waiting] = {}
+        self._running: dict[str, WorkerLink] = {}
+
+    def attach(self, links: Sequence[WorkerLink]) -> None:
+        """Names the workers, which report back here."""
+        self._links = links
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether any worker takes requests."""
+        return any(link.is_ready for link in self._links)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_slots(self) -> int:
+        """Of the workers that are ready; at least 1."""
+        return max(1, sum(link.num_slots for link in self._links if link.is_ready))
+
+    def submit(
+        self,
+        request: GenerationRequest,
+        place: Place,
+        *,
+        least_tokens: int = 1,
+        seconds_left: float | None = None,
+    ) -> Outbox:
+        """Takes a request for the next worker that has room.
+
+        Args:
+            least_tokens: how many output tokens it is of no use without.
+            seconds_left: until its deadline.
+
+        Raises:
+            WorkerUnavailable: no worker is ready.
+            DeadlineTooShort: it could not be served in time.
+        """
+        if not self.is_ready:
+            raise WorkerUnavailable("no worker is ready at the moment; try again later")
+        if seconds_left is not None:
+            ahead = self._queue.num_ahead(place.caller.name)
+            num_prompt_tokens = len(request.prompt_token_ids)
+            least_seconds = self._pace.least_seconds(ahead, self.num_slots, num_prompt_tokens, least_tokens)
+            if least_seconds > seconds_left:
+                raise DeadlineTooShort(least_seconds, seconds_left)
+        waiting = _Waiting(request, Outbox(request.request_id), place, self._clock())
+        caller = place.caller
+        self._waiting[request.request_id] = waiting
+        self._queue.push(waiting, caller.name, request.num_cache_tokens, caller.limits.weight)
+        self.dispatch()
+        return waiting.outbox
+
+    def dispatch(self) -> None:
+        """Hands out what there is room for. The next in line waits for room rather than being overtaken for ever."""
+        while (waiting := self._queue.head()) is not None:
+            request = waiting.request
+            able = [link for link in self._links if link.has_room_for(request)]
+            if not able:
+                return
+            self._queue.pop()
+            del self._waiting[request.request_id]
+            waiting.outbox.queue_seconds = self._clock() - waiting.since
+            link = min(able, key=lambda link: link.num_reserved_tokens)
+            self._running[request.request_id] = link
+            link.submit(request, waiting.outbox)
+
+    def cancel(self, request_id: str) -> bool:
+        """Forgets the request here and at its worker; False if it was over already."""
+        waiting = self._waiting.pop(request_id, None)
+        if waiting is not None:
+            self._queue.remove(waiting, waiting.place.caller.name)
+            return True
+        link = self._running.pop(request_id, None)
+        if link is None:
+            return False
+        link.cancel(request_id)
+        self.dispatch()
+        return True
+
+    def stop(self, request_id: str) -> None:
+        """Has the request finished now, as by a stop string, unless it is over."""
+        if (link := self._running.get(request_id)) is not None:
+            link.stop(request_id)
+
+    def fail_all(self, error: ServiceError) -> None:
+        """Ends every request with `error`, at the workers too."""
+        self._fail_waiting(error)
+        for link in self._links:
+            link.fail_all(error)
+
+    def longest_line(self, but: str) -> int:
+        """See `admission.WaitingRoom`."""
+        caller, length = self._queue.longest_line()
+        return 0 if caller == but else length
+
+    def evict_newest(self, but: str) -> None:
+        """See `admission.WaitingRoom`."""
+        caller, _ = self._queue.longest_line()
+        assert caller != but
+        waiting = self._queue.newest(caller)
+        self.cancel(waiting.request.request_id)
+        waiting.place.release()
+        waiting.outbox.fail(QueueFull(len(self._waiting), self.retry_seconds()))
+
+    def retry_seconds(self) -> float:
+        """When a caller that was turned away should come back."""
+        return self._pace.retry_seconds(self.num_slots)
+
+    def on_over(self, request: GenerationRequest, finished: Finished | None) -> None:
+        """A link reports that a request has left its worker, by itself if `finished`."""
+        self._running.pop(request.request_id, None)
+        if finished is not None:
+            self._pace.observe(
+                finished.prefill_seconds,
+                len(request.prompt_token_ids) - finished.cached_prompt_token_count,
+                finished.decode_seconds,
+                finished.output_token_count - 1,
+            )
+        self.dispatch()
+
+    def on_change(self) -> None:
+        """A worker has begun or ceased to take requests. Where none is left, nothing waits for one to come back: the
+        caller may know another server."""
+        if self.is_ready:
+            self.dispatch()
+        else:
+            self._fail_waiting(WorkerUnavailable("the worker was lost before it could take the request; try again"))
+
+    def _fail_waiting(self, error: ServiceError) -> None:
+        for request_id, waiting in list(self._waiting.items()):
+            self.cancel(request_id)
+            waiting.outbox.fail(error)

@@ -1,0 +1,115 @@
+"""Who is next: requests of several callers, in turns by what they cost.
+
+Start-time fair queuing (Goyal, Vin and Cheng, 1996), with tags made when a request comes to the head of its caller's
+line. A caller with hundreds waiting delays another's first by one of its own at most. Knows no network and no worker.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _Line(Generic[T]):
+    """One caller's requests, first come, first served; `tag` is the virtual time at which the first is due."""
+
+    tag: float
+    items: deque[tuple[T, float]] = field(default_factory=deque)
+    """With the virtual time that each takes: its cost over the caller's weight."""
+
+
+class FairQueue(Generic[T]):
+    """Items of each caller in their order, callers in turns."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, _Line[T]] = {}
+        self._now = 0.0
+        self._num_items = 0
+
+    def __len__(self) -> int:
+        return self._num_items
+
+    def __iter__(self) -> Iterator[T]:
+        return (item for line in self._lines.values() for item, _ in line.items)
+
+    def push(self, item: T, caller: str, cost: float, weight: float = 1.0) -> None:
+        """Appends to the caller's line. A caller of twice the weight is served twice the cost in the same time."""
+        line = self._lines.get(caller)
+        if line is None:
+            line = self._lines[caller] = _Line(self._now)
+        elif not line.items:
+            line.tag = max(line.tag, self._now)
+        line.items.append((item, cost / weight))
+        self._num_items += 1
+
+    def head(self) -> T | None:
+        """The item that is next."""
+        line = self._next_line()
+        return None if line is None else line.items[0][0]
+
+    def pop(self) -> T:
+        """Takes the item that is next.
+
+        Raises:
+            IndexError: there is none.
+        """
+        line = self._next_line()
+        if line is None:
+            raise IndexError("nothing waits")
+        item, duration = line.items.popleft()
+        self._now = line.tag
+        line.tag += duration
+        self._num_items -= 1
+        self._forget_idle_lines()
+        return item
+
+    def remove(self, item: T, caller: str) -> None:
+        """Takes out one that is not to be served; its caller is not charged for it."""
+        line = self._lines[caller]
+        line.items.remove(next(entry for entry in line.items if entry[0] is item))
+        self._num_items -= 1
+        self._forget_idle_lines()
+
+    def num_waiting(self, caller: str) -> int:
+        """Items in this caller's line."""
+        line = self._lines.get(caller)
+        return 0 if line is None else len(line.items)
+
+    def longest_line(self) -> tuple[str, int]:
+        """The caller with most items, and how many; an empty name where nothing waits."""
+        lengths = ((caller, len(line.items)) for caller, line in self._lines.items())
+        return max(lengths, key=lambda pair: pair[1], default=("", 0))
+
+    def newest(self, caller: str) -> T:
+        """The last in this caller's line, which is not empty."""
+        return self._lines[caller].items[-1][0]
+
+    def num_ahead(self, caller: str) -> int:
+        """Items that would be served before a new one of this caller."""
+        own = self._lines.get(caller)
+        due = self._now if own is None else max(own.tag, self._now) + sum(duration for _, duration in own.items)
+        ahead = 0 if own is None else len(own.items)
+        for line in self._lines.values():
+            tag = line.tag
+            for _, duration in () if line is own else line.items:
+                if tag > due:
+                    break
+                ahead += 1
+                tag += duration
+        return ahead
+
+    def _next_line(self) -> _Line[T] | None:
+        return min((line for line in self._lines.values() if line.items), key=lambda line: line.tag, default=None)
+
+    def _forget_idle_lines(self) -> None:
+        """Callers are remembered only as long as what they were served still counts against them."""
+        if not self._num_items:
+            self._lines.clear()
+            self._now = 0.0
+            return
+        idle = [caller for caller, line in self._lines.items() if not line.items and line.tag <= self._now]
+        for caller in idle:
+            del self._lines[caller]

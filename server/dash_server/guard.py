@@ -1,0 +1,52 @@
+"""Lets only known callers at services that are not ours, such as reflection and channelz.
+
+Ours ask by themselves, since they need to know who calls (`service.py`). Knows gRPC; knows no requests.
+"""
+
+from collections.abc import Awaitable, Callable, Set
+from typing import Any
+
+import grpc
+
+from dash_server.callers import Callers
+from dash_server.statuses import Unauthenticated, failure_of
+
+
+class Guard(grpc.aio.ServerInterceptor):
+    """Refuses calls without a token, where one is required."""
+
+    def __init__(self, callers: Callers, open_services: Set[str]) -> None:
+        """`open_services` are not guarded: those that ask by themselves, and health, which load balancers call."""
+        self._callers = callers
+        self._open_services = open_services
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        handler = await continuation(handler_call_details)
+        service = handler_call_details.method.rpartition("/")[0].lstrip("/")
+        if handler is None or service in self._open_services:
+            return handler
+        try:
+            self._callers.identify(handler_call_details.invocation_metadata or (), "")
+        except Unauthenticated as error:
+            return _refusing(handler, error)
+        return handler
+
+
+def _refusing(handler: grpc.RpcMethodHandler, error: Unauthenticated) -> grpc.RpcMethodHandler:
+    """A handler of the same kind that only says no."""
+    failure = failure_of(error, "")
+
+    async def refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
+        await context.abort(failure.code, failure.message, failure.trailing_metadata)
+
+    makers = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }
+    return makers[handler.request_streaming, handler.response_streaming](refuse)

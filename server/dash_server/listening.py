@@ -1,0 +1,166 @@
+"""How the server can be reached: address, TLS and the limits of a connection.
+
+Knows sockets, certificates and gRPC's options; knows no services and no requests.
+"""
+
+import contextlib
+import ipaddress
+import logging
+import os
+import socket
+import ssl
+from pathlib import Path
+
+import grpc
+
+from dash_server.settings import Settings
+from dash_server.watched_files import WatchedFiles
+
+logger = logging.getLogger(__name__)
+
+
+class ListenError(Exception):
+    """The server may not or cannot listen as it is set up; one sentence for the user."""
+
+
+def channel_options(settings: Settings) -> list[tuple[str, int]]:
+    """Options of the gRPC server."""
+    return [
+        # Without this, a second server on the same port would silently share it.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.max_concurrent_streams", settings.max_calls_per_connection),
+        ("grpc.enable_channelz", int(settings.channelz)),
+        # Clients may ping every 10 s to keep a connection alive through a long wait, calls or not.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 3),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # A caller whose machine vanished frees its slot within a minute.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
+def listen(server: grpc.aio.Server, settings: Settings) -> int:
+    """Binds the server to its address; returns the port.
+
+    Raises:
+        ListenError: the address is in use or not this machine's, other machines reach it and there is no TLS, or the
+            certificate cannot be used.
+    """
+    host, port = settings.host, settings.port
+    credentials = None
+    if settings.tls_certificate_file is not None and settings.tls_key_file is not None:
+        certificates = _Certificates(settings.tls_certificate_file, settings.tls_key_file, settings.tls_client_ca_file)
+        credentials = certificates.credentials()
+    try:
+        addresses = _try_to_bind(host, port)
+    except OSError as error:
+        raise ListenError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from None
+    if credentials is None and not settings.allow_plaintext and not all(map(_is_loopback, addresses)):
+        raise ListenError(
+            f"DASH_HOST: other machines reach {host}, and without TLS everybody on the way reads along; set "
+            "DASH_TLS_CERTIFICATE_FILE and DASH_TLS_KEY_FILE, or DASH_ALLOW_PLAINTEXT=true"
+        )
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        if credentials is None:
+            return int(server.add_insecure_port(address))
+        return int(server.add_secure_port(address, credentials))
+    except RuntimeError as error:
+        raise ListenError(f"cannot listen on {host}, port {port}: {error}") from None
+
+
+def write_port_file(path: Path, port: int) -> None:
+    """Writes the port, whole or not at all.
+
+    Raises:
+        ListenError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(f"{port}\n")
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise ListenError(f"DASH_PORT_FILE: {path} cannot be written: {error.strerror or error}") from None
+
+
+def _try_to_bind(host: str, port: int) -> list[str]:
+    """The addresses of the host, each tried, since gRPC would log lines of its own and raise a RuntimeError.
+
+    Raises:
+        OSError: as the system words it.
+    """
+    addresses = []
+    for family, kind, protocol, _, address in socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    ):
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+        addresses.append(str(address[0]))
+    return addresses
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+class _Certificates:
+    """The certificate files, read again for a new connection when they have changed.
+
+    A new pair that does not fit together (one file of the two was replaced, say) is reported once, and the one in use
+    stays.
+    """
+
+    def __init__(self, certificate_file: Path, key_file: Path, client_ca_file: Path | None) -> None:
+        self._certificate_file = certificate_file
+        self._key_file = key_file
+        self._client_ca_file = client_ca_file
+        self._files = WatchedFiles(certificate_file, key_file, client_ca_file)
+        self._in_use = self._load()
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """For gRPC's secure port; with a client CA, only clients with a certificate of it get in."""
+        return grpc.dynamic_ssl_server_credentials(
+            self._in_use, self._current, require_client_authentication=self._client_ca_file is not None
+        )
+
+    def _current(self) -> grpc.ServerCertificateConfiguration:
+        """Called by gRPC for each new connection, in a thread of its own; it must not raise."""
+        if self._files.have_changed():
+            try:
+                self._in_use = self._load()
+                logger.info("the certificate was read again from %s", self._certificate_file)
+            except ListenError as error:
+                logger.error("the certificate stays as it was: %s", error)
+        return self._in_use
+
+    def _load(self) -> grpc.ServerCertificateConfiguration:
+        try:
+            # gRPC would take any bytes and fail each handshake later.
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self._certificate_file, self._key_file, password=_no_password)
+            if self._client_ca_file is not None:
+                context.load_verify_locations(self._client_ca_file)
+            pair = self._key_file.read_bytes(), self._certificate_file.read_bytes()
+            authorities = None if self._client_ca_file is None else self._client_ca_file.read_bytes()
+        except (ssl.SSLError, OSError, ValueError) as error:
+            reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+            also = "" if self._client_ca_file is None else f", with the authorities in {self._client_ca_file}"
+            raise ListenError(
+                f"DASH_TLS_CERTIFICATE_FILE, DASH_TLS_KEY_FILE: {self._certificate_file} and {self._key_file} are not "
+                f"a certificate and its key in PEM{also}: {reason}"
+            ) from None
+        return grpc.ssl_server_certificate_configuration([pair], authorities)
+
+
+def _no_password() -> str:
+    """Instead of a prompt on the terminal for an encrypted key."""
+    raise ValueError("the key is encrypted, and nobody is there to type a password")

@@ -1,0 +1,50 @@
+"""How fast requests have been served lately: for telling callers when to come back, and what cannot be done in time.
+
+Knows durations; knows no clock, no queue and no network.
+"""
+
+from collections import deque
+
+_NUM_RECENT = 64
+_NEWEST_SHARE = 0.1
+_UNMEASURED_RETRY_SECONDS = 1.0
+_MIN_RETRY_SECONDS = 0.1
+_MAX_RETRY_SECONDS = 60.0
+
+
+class Pace:
+    """Means and bests of the latest requests."""
+
+    def __init__(self) -> None:
+        self._mean_slot_seconds: float | None = None
+        self._prompt_token_seconds: deque[float] = deque(maxlen=_NUM_RECENT)
+        self._token_seconds: deque[float] = deque(maxlen=_NUM_RECENT)
+
+    def observe(
+        self, prefill_seconds: float, num_prefilled_tokens: int, decode_seconds: float, num_decoded_tokens: int
+    ) -> None:
+        """Takes one request's times, without those in the queue."""
+        slot_seconds = prefill_seconds + decode_seconds
+        mean = self._mean_slot_seconds
+        self._mean_slot_seconds = slot_seconds if mean is None else mean + _NEWEST_SHARE * (slot_seconds - mean)
+        if num_prefilled_tokens > 0:
+            self._prompt_token_seconds.append(prefill_seconds / num_prefilled_tokens)
+        if num_decoded_tokens > 0:
+            self._token_seconds.append(decode_seconds / num_decoded_tokens)
+
+    def retry_seconds(self, num_slots: int) -> float:
+        """When the next place should be free, as far as can be told."""
+        if self._mean_slot_seconds is None:
+            return _UNMEASURED_RETRY_SECONDS
+        return min(max(self._mean_slot_seconds / num_slots, _MIN_RETRY_SECONDS), _MAX_RETRY_SECONDS)
+
+    def least_seconds(self, num_ahead: int, num_slots: int, num_prompt_tokens: int, num_tokens: int) -> float:
+        """How long a new request takes at least, to its `num_tokens`-th token: every slot turns over as often as those
+        ahead need, then at the best speeds of late. 0 while nothing has been measured.
+
+        Deliberately low: what is refused for its deadline must be hopeless, since a load that is high now may end.
+        """
+        rounds = num_ahead // num_slots
+        waiting = rounds * (self._mean_slot_seconds or 0.0)
+        prefill = num_prompt_tokens * min(self._prompt_token_seconds, default=0.0)
+        return waiting + prefill + (num_tokens - 1) * min(self._token_seconds, default=0.0)

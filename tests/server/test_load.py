@@ -1,0 +1,142 @@
+"""Bounds, turns and deadlines over a real socket, with more to do than there are slots."""
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.server.server_harness import RunningServer, error_details, fake_model, running_server
+from tests.server.test_lifecycle import first_delta
+
+ANN, BOB = "ann-and-her-token", "bob-and-his-token"
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens.toml"
+    path.write_text(f'[ann]\ntoken = "{ANN}"\n[bob]\ntoken = "{BOB}"\nmax_requests = 2\nmax_tokens = 1000\n')
+    return path
+
+
+async def refusal_of(call: grpc.aio.Call) -> tuple[grpc.StatusCode, str]:
+    """The code and the reason."""
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await call
+    return failure.value.code(), error_details(failure.value)[1]["ErrorInfo"].reason
+
+
+async def test_five_hundred_requests_of_one_caller_do_not_starve_anothers_one(
+    model_folder: Path, token_file: Path
+) -> None:
+    model = fake_model(model_folder, token_seconds=0.001)
+    async with running_server(model, slots=2, max_queue=64, token_file=token_file) as server:
+        backlog = [asyncio.create_task(server.generate(token=ANN, text="a", max_new_tokens=20)) for _ in range(500)]
+        await server.wait_until_inside(2, 64)
+        answer = await server.generate(token=BOB, text="b", max_new_tokens=20)
+        num_done = sum(task.done() and task.exception() is None for task in backlog)
+        assert answer.output.text == "b" * 20
+        assert num_done < 20  # it overtook the others
+        results = await asyncio.gather(*backlog, return_exceptions=True)
+        refused = [result for result in results if isinstance(result, grpc.aio.AioRpcError)]
+        assert {error.code() for error in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert 60 <= len(results) - len(refused) <= 500  # one had to leave for the other caller's
+        assert server.counts == (0, 0)
+        assert server.server.admission.num_inside == 0
+
+
+async def test_a_callers_own_limits_are_told(model_folder: Path, token_file: Path) -> None:
+    async with running_server(fake_model(model_folder, token_seconds=0.005), token_file=token_file) as server:
+        refused = await refusal_of(server.generate(token=BOB, text="b", max_new_tokens=1000))
+        assert refused == (grpc.StatusCode.RESOURCE_EXHAUSTED, "CALLER_LIMIT")
+        calls = [server.stream(token=BOB, text="b", max_new_tokens=400) for _ in range(2)]
+        for call in calls:
+            await first_delta(call)
+        refused = await refusal_of(server.generate(token=BOB, text="b", max_new_tokens=1))
+        assert refused == (grpc.StatusCode.RESOURCE_EXHAUSTED, "CALLER_LIMIT")
+        assert (await server.generate(token=ANN, text="a", max_new_tokens=1)).output.text == "a"
+        for call in calls:
+            call.cancel()
+
+
+async def test_the_tokens_inside_are_bounded(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder, token_seconds=0.005), max_queue_tokens=1000) as server:
+        call = server.stream(text="abc", max_new_tokens=900)
+        await first_delta(call)
+        refused = await refusal_of(server.generate(text="abc", max_new_tokens=100))
+        assert refused == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+        assert (await server.generate(text="abc", max_new_tokens=94)).output.token_ids
+        call.cancel()
+
+
+async def measured(server: RunningServer) -> None:
+    """The fake worker always tells of a quarter second for the prompt and half a second for the rest."""
+    await server.generate(text="abcde", max_new_tokens=6)  # 0.05 s a prompt token, 0.1 s an output token
+
+
+async def test_the_time_to_come_back_is_measured(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder, token_seconds=0.005), slots=2, max_queue=0) as server:
+        await measured(server)
+        calls = [server.stream(text="abc", max_new_tokens=900) for _ in range(2)]
+        for call in calls:
+            await first_delta(call)
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await server.generate(text="abc")
+        assert error_details(failure.value)[1]["RetryInfo"].retry_delay.ToMilliseconds() == 375
+        assert dict(failure.value.trailing_metadata() or ())["grpc-retry-pushback-ms"] == "375"
+        for call in calls:
+            call.cancel()
+
+
+@pytest.mark.parametrize(
+    ("timeout", "parameters", "is_hopeless"),
+    [
+        (0.4, {"text": "abcdefghij"}, True),  # the prompt alone takes half a second
+        (0.6, {"text": "abcdefghij"}, False),
+        (0.6, {"text": "a", "max_new_tokens": 20}, False),  # it may end early
+        (0.6, {"text": "a", "max_new_tokens": 20, "ignore_eos": True}, True),
+        (0.6, {"text": "a", "max_new_tokens": 20, "ignore_eos": True, "stop_strings": ("x",)}, False),
+    ],
+)
+async def test_a_deadline_that_cannot_be_met_is_refused_at_once(
+    model_folder: Path, timeout: float, parameters: dict[str, object], is_hopeless: bool
+) -> None:
+    async with running_server(fake_model(model_folder)) as server:
+        await measured(server)
+        ignore_eos = parameters.pop("ignore_eos", False)
+        max_new_tokens = parameters.pop("max_new_tokens", 1)
+        stopping = {"max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos}
+        call = server.generate(timeout=timeout, stopping=stopping, **parameters)
+        if is_hopeless:
+            started = asyncio.get_running_loop().time()
+            assert await refusal_of(call) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_TOO_SHORT")
+            assert asyncio.get_running_loop().time() - started < 0.3
+            assert (await server.probe()).num_submits - 1 == 1  # the worker never heard of it
+        else:
+            assert (await call).output.token_ids
+
+
+async def test_a_deadline_behind_a_long_queue_is_refused_at_once(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder, token_seconds=0.005), slots=1) as server:
+        await measured(server)
+        calls = [server.stream(text="abc", max_new_tokens=900) for _ in range(5)]
+        await server.wait_until_inside(1, 4)
+        refused = await refusal_of(server.generate(timeout=2.0, text="a", max_new_tokens=1))
+        assert refused == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_TOO_SHORT")
+        for call in calls:
+            call.cancel()
+        await server.wait_until_inside(0, 0)
+
+
+async def test_small_requests_use_room_only_in_their_turn(model_folder: Path) -> None:
+    """The next in line waits for room in the cache; who is behind it does not overtake it for ever."""
+    async with running_server(fake_model(model_folder, token_seconds=0.002), cache_tokens=1000) as server:
+        first = server.stream(text="abc", max_new_tokens=700)
+        await first_delta(first)
+        large = asyncio.create_task(server.generate(text="abc", max_new_tokens=600))
+        await server.wait_until_inside(1, 1)
+        small = asyncio.create_task(server.generate(text="abc", max_new_tokens=10))
+        await server.wait_until_inside(1, 2)
+        first.cancel()
+        await asyncio.gather(large, small)
+        assert server.counts == (0, 0)

@@ -1,0 +1,259 @@
+"""TLS, tokens, limits and addresses, over real sockets; and that secrets stay secret."""
+
+import asyncio
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+import trustme
+from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from dash_api.v1 import model_pb2
+from dash_server.listening import ListenError, _is_loopback
+from tests.server.server_harness import (
+    RunningServer,
+    bearer,
+    error_details,
+    fake_model,
+    generation_request,
+    open_channel,
+    running_server,
+    server_process,
+)
+from tests.server.test_server_process import wait_until_serving
+
+TOKEN = "a-token-nobody-may-see"
+
+
+class Authority:
+    """Issues certificates into files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.ca = trustme.CA()
+        self.certificate, self.key = folder / "server.pem", folder / "server.key"
+        self.ca_file = folder / "ca.pem"
+        self.ca.cert_pem.write_to_path(self.ca_file)
+        self.renew()
+
+    def renew(self) -> trustme.LeafCert:
+        issued = self.ca.issue_cert("localhost")
+        issued.private_key_pem.write_to_path(self.key)
+        self.certificate.write_bytes(b"".join(pem.bytes() for pem in issued.cert_chain_pems))
+        return issued
+
+    def settings(self) -> dict[str, object]:
+        return {"tls_certificate_file": self.certificate, "tls_key_file": self.key}
+
+    def credentials(self, client: str | None = None, issuer: trustme.CA | None = None) -> grpc.ChannelCredentials:
+        """Of a client that trusts this authority; with a certificate for the name `client`."""
+        roots = self.ca.cert_pem.bytes()
+        if client is None:
+            return grpc.ssl_channel_credentials(roots)
+        issued = (issuer or self.ca).issue_cert(common_name=client)
+        chain = b"".join(pem.bytes() for pem in issued.cert_chain_pems)
+        return grpc.ssl_channel_credentials(roots, issued.private_key_pem.bytes(), chain)
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens.toml"
+    path.write_text(f'[ann]\ntoken = "{TOKEN}"\n')
+    return path
+
+
+async def code_of_unary(channel: grpc.aio.Channel) -> grpc.StatusCode:
+    call = channel.unary_unary("/dash_api.v1.ModelService/GetModel")(b"", timeout=5)
+    return await call.code()
+
+
+async def test_tls_serves_those_who_trust_it_and_nobody_in_plain_text(model_folder: Path, authority: Authority) -> None:
+    credentials = authority.credentials()
+    async with running_server(fake_model(model_folder), credentials=credentials, **authority.settings()) as server:
+        assert (await server.generate(text="abc", max_new_tokens=3)).output.text == "abc"
+        for other in (None, grpc.ssl_channel_credentials(trustme.CA().cert_pem.bytes())):
+            async with open_channel(server.port, other) as channel:
+                assert await code_of_unary(channel) is grpc.StatusCode.UNAVAILABLE
+        assert await server.is_serving()
+
+
+async def test_only_clients_with_a_certificate_get_in_where_one_is_asked_for(
+    model_folder: Path, authority: Authority
+) -> None:
+    options = {**authority.settings(), "tls_client_ca_file": authority.ca_file, "max_requests_per_caller": 1}
+    model = fake_model(model_folder, token_seconds=0.005)
+    async with running_server(model, credentials=authority.credentials("ann"), **options) as server:
+        call = server.stream(text="abc", max_new_tokens=900)
+        await call.read()
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await server.generate(text="abc", max_new_tokens=1)
+        assert error_details(failure.value)[1]["ErrorInfo"].reason == "CALLER_LIMIT"
+        # Another certificate is another caller; none, or one of another authority, is nobody.
+        async with open_channel(server.port, authority.credentials("bob")) as channel:
+            other = RunningServer(server.server, server.worker, server.port, channel)
+            assert (await other.generate(text="abc", max_new_tokens=1)).output.text == "a"
+        for credentials in (authority.credentials(), authority.credentials("ann", issuer=trustme.CA())):
+            async with open_channel(server.port, credentials) as channel:
+                assert await code_of_unary(channel) is grpc.StatusCode.UNAVAILABLE
+        call.cancel()
+
+
+async def test_a_renewed_certificate_is_used_and_a_broken_one_is_not(
+    model_folder: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("dash_server.watched_files._SECONDS_BETWEEN_LOOKS", 0)
+
+    async def serial_number() -> int:
+        return (await asyncio.to_thread(_served_certificate, server.port, authority)).serial_number
+
+    credentials = authority.credentials()
+    async with running_server(fake_model(model_folder), credentials=credentials, **authority.settings()) as server:
+        first = await serial_number()
+        authority.renew()
+        second = await serial_number()
+        assert second != first
+        authority.key.write_text("not a key")
+        assert await serial_number() == second
+        assert await serial_number() == second
+        assert caplog.text.count("the certificate stays as it was") == 1
+        authority.renew()
+        assert await serial_number() not in (first, second)
+        assert await server.is_serving()
+
+
+def _served_certificate(port: int, authority: Authority):  # type: ignore[no-untyped-def]
+    import ssl
+
+    from cryptography import x509
+
+    return x509.load_pem_x509_certificate(
+        ssl.get_server_certificate(("localhost", port), ca_certs=str(authority.ca_file)).encode()
+    )
+
+
+async def test_calls_without_a_token_are_refused_but_for_health(model_folder: Path, token_file: Path) -> None:
+    options = {"token_file": token_file, "channelz": True}
+    async with running_server(fake_model(model_folder), **options) as server:
+        assert await server.is_serving()
+        assert (await server.generate(token=TOKEN, text="abc", max_new_tokens=3)).output.text == "abc"
+        answer = await server.model.GetModel(model_pb2.GetModelRequest(), metadata=bearer(TOKEN))
+        assert answer.name == "fake"
+        reflection = reflection_pb2_grpc.ServerReflectionStub(server.channel)
+        channelz = channelz_pb2_grpc.ChannelzStub(server.channel)
+        for token in (None, "another-token-of-nobody"):
+            metadata = bearer(token)
+            list_services = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+            calls = [
+                server.generation.Generate(generation_request(text="a"), metadata=metadata),
+                server.model.GetModel(model_pb2.GetModelRequest(), metadata=metadata),
+                server.model.GetPolicy(model_pb2.GetPolicyRequest(), metadata=metadata),
+                server.model.Tokenize(model_pb2.TokenizeRequest(text="a"), metadata=metadata),
+                channelz.GetServers(channelz_pb2.GetServersRequest(), metadata=metadata),
+                reflection.ServerReflectionInfo(list_services, metadata=metadata),
+            ]
+            for call in calls:
+                assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
+            with pytest.raises(grpc.aio.AioRpcError) as failure:
+                await server.generate(token=token, text="a")
+            assert error_details(failure.value)[1]["ErrorInfo"].reason == "UNAUTHENTICATED"
+        servers = await channelz.GetServers(channelz_pb2.GetServersRequest(), metadata=bearer(TOKEN))
+        assert servers.server
+
+
+async def test_channelz_is_off_unless_asked_for(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder)) as server:
+        call = channelz_pb2_grpc.ChannelzStub(server.channel).GetServers(channelz_pb2.GetServersRequest())
+        assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_too_much_metadata_is_refused_and_the_connection_goes_on(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder), max_metadata_bytes=4096) as server:
+        call = server.model.GetModel(model_pb2.GetModelRequest(), metadata=(("x-noise", "a" * 8000),))
+        assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert await server.is_serving()
+
+
+async def test_a_prompt_over_the_limit_is_refused_by_field(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder), max_prompt_tokens=10) as server:
+        assert (await server.generate(text="a" * 10, max_new_tokens=1)).output.text == "a"
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await server.generate(text="a" * 11, max_new_tokens=1)
+        assert failure.value.details() == "parameters.prompt: has 11 tokens, and 10 are accepted"
+
+
+@pytest.mark.parametrize(
+    ("address", "is_loopback"),
+    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("0.0.0.0", False), ("::", False), ("10.0.0.1", False)],
+)
+def test_loopback_is_what_other_machines_do_not_reach(address: str, is_loopback: bool) -> None:
+    assert _is_loopback(address) == is_loopback
+
+
+async def test_other_machines_are_served_only_with_tls_or_when_told_so(
+    model_folder: Path, authority: Authority
+) -> None:
+    model = fake_model(model_folder)
+    for host in ("0.0.0.0", "::"):
+        with pytest.raises(ListenError, match="DASH_ALLOW_PLAINTEXT"):
+            async with running_server(model, host=host):
+                pass
+    async with running_server(model, host="0.0.0.0", allow_plaintext=True) as server:
+        assert await server.is_serving()
+    credentials = authority.credentials()
+    async with running_server(model, host="::", credentials=credentials, **authority.settings()) as server:
+        assert await server.is_serving()
+
+
+def wrong_setups(folder: Path, authority: Authority) -> Iterator[tuple[dict[str, object], str]]:
+    own = authority.settings()
+    other_key = folder / "other.key"
+    trustme.CA().issue_cert("localhost").private_key_pem.write_to_path(other_key)
+    garbage = folder / "garbage"
+    garbage.write_bytes(b"\0\xff secret")
+    yield {"tls_certificate_file": authority.certificate}, "DASH_TLS_KEY_FILE: is required with DASH_TLS_CERT"
+    yield {"tls_client_ca_file": authority.ca_file}, "DASH_TLS_CERTIFICATE_FILE: is required with DASH_TLS_CLIENT"
+    yield {**own, "tls_key_file": other_key}, "not a certificate and its key in PEM"
+    yield {**own, "tls_certificate_file": garbage}, "not a certificate and its key in PEM"
+    yield {**own, "tls_client_ca_file": garbage}, f"with the authorities in {garbage}"
+    yield {**own, "tls_key_file": "/no/such/file"}, "DASH_TLS_KEY_FILE"
+    yield {"token_file": garbage}, f"{garbage} is not UTF-8"
+    yield {"host": "0.0.0.0"}, "DASH_HOST: other machines reach 0.0.0.0"
+    yield {"host": "no.such.host.invalid"}, "cannot listen on no.such.host.invalid"
+
+
+def test_a_wrong_setup_is_one_line_and_starts_nothing(tmp_path: Path, model_folder: Path, authority: Authority) -> None:
+    for variables, words in wrong_setups(tmp_path, authority):
+        with server_process(tmp_path, model=fake_model(model_folder), log_level="ERROR", **variables) as server:
+            code, stderr = server.outcome()
+        assert code == 2, words
+        assert stderr.count("\n") == 1, stderr
+        assert words in stderr
+        assert "secret" not in stderr
+
+
+def test_a_token_is_in_no_log_argument_or_environment_of_a_process(
+    tmp_path: Path, model_folder: Path, token_file: Path
+) -> None:
+    options = {"token_file": token_file, "log_level": "DEBUG"}
+    with server_process(tmp_path, model=fake_model(model_folder), **options) as server:
+        port = server.wait_for_port()
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            wait_until_serving(channel)
+            call = channel.unary_unary("/dash_api.v1.ModelService/GetModel")
+            call(b"", metadata=bearer(TOKEN), timeout=5)
+            with pytest.raises(grpc.RpcError):
+                call(b"", metadata=bearer("wrong" + TOKEN), timeout=5)
+        for process in (main := psutil.Process(server.process.pid), *main.children(recursive=True)):
+            assert TOKEN not in " ".join(process.cmdline())
+            assert TOKEN not in str(process.environ())
+        code, stderr = server.end(signal.SIGTERM)
+    assert code == 0
+    assert TOKEN not in stderr

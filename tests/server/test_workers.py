@@ -1,0 +1,160 @@
+"""Workers that die, hang or never work, several of them, and what becomes of their requests."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+
+from dash_server.worker_link import WorkerStartError
+from tests.server.server_harness import RunningServer, fake_model, running_server, server_process
+from tests.server.test_lifecycle import code_of, first_delta
+from tests.server.test_server_process import assert_gone, complaints
+
+
+def worker_pids() -> list[int]:
+    """Of the server in this process, those that live."""
+    pids = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it may end, or have ended, while it is looked at
+            if "fake_worker" in " ".join(process.cmdline()):
+                pids.append(process.pid)
+    return pids
+
+
+async def wait_for_workers(number: int) -> list[int]:
+    async with asyncio.timeout(10):
+        while len(pids := worker_pids()) != number:
+            await asyncio.sleep(0.02)
+    return pids
+
+
+async def test_requests_of_a_killed_worker_fail_within_a_second_and_the_next_one_serves(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder, token_seconds=0.005), slots=2) as server:
+        calls = [server.stream(text="abc", max_new_tokens=900) for _ in range(4)]
+        await server.wait_until_inside(2, 2)
+        (pid,) = worker_pids()
+        os.kill(pid, signal.SIGKILL)
+        killed_at = time.monotonic()
+        codes = await asyncio.gather(*map(code_of, calls))
+        assert time.monotonic() - killed_at < 1
+        assert set(codes) == {grpc.StatusCode.UNAVAILABLE}
+        assert not await server.is_serving()
+        await server.wait_until_serving()
+        assert (await server.generate(text="abc", max_new_tokens=3)).output.text == "abc"
+        assert server.counts == (0, 0)
+        assert server.server.admission.num_inside == 0
+
+
+async def test_a_worker_that_hangs_is_replaced(model_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = fake_model(model_folder, token_seconds=0.005, hang_after=20)
+    async with running_server(model, worker_timeout_seconds=0.4) as server:
+        call = server.stream(text="abc", max_new_tokens=900)
+        started = time.monotonic()
+        assert await code_of(call) is grpc.StatusCode.UNAVAILABLE
+        assert time.monotonic() - started < 2
+        await server.wait_until_serving()
+        assert "DASH_WORKER_TIMEOUT_SECONDS" in caplog.text
+        assert len(await wait_for_workers(1)) == 1
+
+
+async def test_an_idle_worker_is_not_taken_for_one_that_hangs(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder), worker_timeout_seconds=0.2) as server:
+        (pid,) = worker_pids()
+        await asyncio.sleep(1)
+        assert worker_pids() == [pid]
+        assert await server.is_serving()
+
+
+async def test_workers_that_die_before_a_first_token_end_the_server(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dash_server.worker_link._FIRST_RESTART_DELAY_SECONDS", 0.01)
+    async with running_server(fake_model(model_folder, die_when_ready=1), wait=False) as server:
+        with pytest.raises(WorkerStartError, match="died 5 times in a row before it gave a token"):
+            await asyncio.wait_for(server.worker, 20)
+
+
+async def test_workers_that_gave_tokens_are_replaced_more_often_than_that(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder, die_after=5, token_seconds=0.001)) as server:
+        for _ in range(7):
+            await server.wait_until_serving()
+            assert await code_of(server.stream(text="abc", max_new_tokens=900)) is grpc.StatusCode.UNAVAILABLE
+
+
+async def run_until_done(server: RunningServer, number: int) -> list[object]:
+    calls = [server.generate(text="abc", max_new_tokens=50) for _ in range(number)]
+    return await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_several_workers_share_the_load_and_one_dying_costs_only_its_own_requests(model_folder: Path) -> None:
+    model = fake_model(model_folder, token_seconds=0.005)
+    async with running_server(model, workers=3, slots=2) as server:
+        await wait_for_workers(3)
+        async with asyncio.timeout(10):
+            while server.server.dispatcher.num_slots < 6:
+                await asyncio.sleep(0.01)
+        calls = [server.stream(text="abc", max_new_tokens=100) for _ in range(8)]
+        await server.wait_until_inside(6, 2)
+        os.kill(worker_pids()[0], signal.SIGKILL)
+        codes = await asyncio.gather(*map(code_of, calls))
+        assert sorted(code.name for code in codes) == ["OK"] * 6 + ["UNAVAILABLE"] * 2
+        assert await server.is_serving()
+        await wait_for_workers(3)
+
+
+async def test_the_first_worker_starts_alone(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder, never_ready=1), workers=3, wait=False):
+        await asyncio.sleep(0.5)
+        assert len(worker_pids()) == 1
+
+
+async def test_a_cancel_in_the_queue_or_at_a_worker_leaves_nothing(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder, token_seconds=0.005), slots=2) as server:
+        calls = [server.stream(text="abc", max_new_tokens=900) for _ in range(6)]
+        await server.wait_until_inside(2, 4)
+        for call in calls:
+            call.cancel()
+        await server.wait_until_inside(0, 0)
+        state = await server.wait_for_live_requests(0)
+        assert state.num_cancels == state.num_submits - 1
+        assert server.server.admission.num_inside == 0
+        assert server.server.admission.num_tokens_inside == 0
+
+
+async def test_a_worker_that_becomes_free_takes_the_next(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder, token_seconds=0.002), slots=1) as server:
+        calls = [server.stream(text="abc", max_new_tokens=20) for _ in range(5)]
+        for call in calls:
+            await first_delta(call)
+            assert await code_of(call) is grpc.StatusCode.OK
+
+
+def test_what_a_worker_started_ends_with_it_and_with_a_killed_server(tmp_path: Path, model_folder: Path) -> None:
+    with server_process(tmp_path, model=fake_model(model_folder, starts_child=1, never_ready=1)) as server:
+        server.wait_for_port()
+        deadline = time.monotonic() + 10
+        while len(processes := psutil.Process(server.process.pid).children(recursive=True)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        worker, child = processes
+        worker.kill()
+        assert_gone(child)
+        while len(processes := psutil.Process(server.process.pid).children(recursive=True)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        server.end(signal.SIGKILL)
+        for process in processes:
+            assert_gone(process)
+
+
+def test_a_server_whose_worker_never_works_ends_with_one_line(tmp_path: Path, model_folder: Path) -> None:
+    with server_process(tmp_path, model=fake_model(model_folder, die_when_ready=1)) as server:
+        code, stderr = server.outcome()
+    assert code == 1
+    assert len(complaints(stderr)) == 1
