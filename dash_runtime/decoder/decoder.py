@@ -15,7 +15,7 @@ from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.compiled import CompiledLayers
 from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.decoder.layer import DecoderLayer, make_layer, mlp, scatter_rows
-from dash_runtime.decoder.quantization import FullLinear, make_linear
+from dash_runtime.decoder.quantization import MAX_ALIKE_ROWS, FullLinear, PackedFullLinear, make_linear
 from dash_runtime.decoder.rotary import RotaryTable, rotate
 from dash_runtime.decoder.rows import Projection, RowBatch, group_rows
 from dash_runtime.decoder.weight_loader import WeightLoader
@@ -25,6 +25,10 @@ Head = Callable[[Tensor], Tensor]
 """float32 `[rows, vocab_size]` from the last layer's output, its final norm included."""
 _MAX_ROWS_APART = 2
 """Rows whose quantised heads are run one by one where products may be shared."""
+_ROW_BLOCK_ON_CPU, _ROW_BLOCK_ELSEWHERE = 64, 256
+"""Smaller ones let more of a prompt be reused, and cost more: on a CPU attention takes one at a time, which makes a
+prefill a few per cent slower (`benchmarks/prefix.py`); elsewhere a pass does, and a short one takes as long as a long
+one."""
 
 
 class Decoder:
@@ -68,6 +72,11 @@ class Decoder:
                 compiled.add_layer(layer_weights)
             eager_actions = actions if compiled is None else (Action.FULL,)
             self.layers.append(make_layer(layer_weights, self._query_size, eager_actions))
+        self.row_block = _ROW_BLOCK_ON_CPU if device.type == "cpu" else _ROW_BLOCK_ELSEWHERE
+        """Where a prompt may be cut: a row's numbers are the same whatever rows are in its pass, if every pass begins
+        at a multiple of this and has `max_prompt_rows` at most."""
+        has_alike_rows = isinstance(self.layers[0].linears[Action.FULL].down, PackedFullLinear)
+        self.max_prompt_rows = MAX_ALIKE_ROWS if has_alike_rows else self.row_block
         self._embedding = loader.tensor("model.embed_tokens.weight")
         self._final_norm = loader.norm("model.norm.weight")
         head = self._embedding
@@ -83,9 +92,11 @@ class Decoder:
         lengths: Sequence[int],
         compensations: Sequence[Compensation],
         as_decoding: bool = False,
+        is_prompt: bool = False,
     ) -> RowBatch:
-        """The rows of one pass: `lengths[i]` more positions of `caches[i]`; `as_decoding` as in `RowBatch`."""
-        return RowBatch(caches, lengths, self._rotary, compensations, self.config.sliding_window, as_decoding)
+        """The rows of one pass: `lengths[i]` more positions of `caches[i]`; the rest as in `RowBatch`."""
+        windows = self.config.sliding_window
+        return RowBatch(caches, lengths, self._rotary, compensations, windows, self.row_block, as_decoding, is_prompt)
 
     def embed(self, token_ids: Sequence[int]) -> Tensor:
         """`[rows, hidden_size]`, the input of layer 0."""

@@ -57,6 +57,21 @@ class SequenceCache:
         layers = self._buffer.flatten(0, 1)[:, :end].unbind()
         return layers[::2], layers[1::2]
 
+    def copy_of(self, start: int, end: int) -> Tensor:
+        """Keys and values of these positions, `[num_layers, 2, end - start, num_kv_heads, head_dim]`, in memory of
+        their own; every layer must have written them."""
+        assert 0 <= start <= end <= self.length
+        assert not any(self.pending)
+        return self._buffer[:, :, start:end].clone(memory_format=torch.contiguous_format)
+
+    def append(self, stretch: Tensor) -> None:
+        """Takes the keys and values of the next positions from what `copy_of` returned."""
+        assert not any(self.pending)
+        end = self.length + stretch.shape[2]
+        self.grow(end)
+        self._buffer[:, :, self.length : end] = stretch
+        self.length = end
+
     def truncate(self, length: int) -> None:
         """Forgets the positions from `length` on."""
         assert 0 <= length <= self.length

@@ -20,8 +20,12 @@ INT8_INPUT_MULTIPLE = 16
 _INT4_ZERO_POINT = 8
 _CUDA_K_TILE = 16
 _CUDA_INNER_K_TILES = (8, 4, 2)
-_NUM_PROBED_ROWS = 64
-_MAX_PROBED_OUTPUTS = 4096
+MAX_ALIKE_ROWS = 256
+"""A row of the packed bf16 product has the same numbers in a pass of up to so many rows."""
+_USUAL_ROWS = 64
+_TRIED_OUTPUTS = 1 << 15
+_ALIKE: dict[tuple[tuple[int, int], int, int], bool] = {}
+"""By the matrix's shape, the number of rows and that of threads: whether each row has its usual sums."""
 
 
 class Linear(Protocol):
@@ -45,24 +49,53 @@ class FullLinear:
 class PackedFullLinear:
     """The bf16 weights in the blocked layout that oneDNN would otherwise make anew for every product.
 
-    `doubles_single_rows` is set where oneDNN sums a single row in another order than one of several, as it does when it
-    splits a long sum between threads: such a row is given to it twice, so that a row's result never depends on its
-    neighbours.
+    A row's result never depends on its neighbours, up to `MAX_ALIKE_ROWS` in all. For some numbers of rows oneDNN sums
+    in another order than for others, as it does when it splits a long sum between threads. Which ones these are is
+    found by trying, when such a number first comes: they are given to it in parts, or with rows that nobody wants.
     """
 
     packed: Tensor
     bias: Tensor | None
-    doubles_single_rows: bool
+    shape: tuple[int, int]
 
     @classmethod
     def from_full(cls, full: FullLinear) -> "PackedFullLinear":
+        out_features, in_features = full.weight.shape
         packed = torch.ops.mkldnn._reorder_linear_weight(full.weight, 1)
-        return cls(packed, full.bias, _rounds_single_rows_apart(tuple(full.weight.shape)))
+        return cls(packed, full.bias, (out_features, in_features))
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        if self.doubles_single_rows and len(inputs) == 1:
-            return _packed_linear(inputs.expand(2, -1), self.packed, self.bias)[:1]
-        return _packed_linear(inputs, self.packed, self.bias)
+        num_rows = len(inputs)
+        if num_rows > MAX_ALIKE_ROWS or self._is_alike(num_rows):
+            return _packed_linear(inputs, self.packed, self.bias)
+        if num_rows > _USUAL_ROWS:
+            part = _USUAL_ROWS if num_rows <= 2 * _USUAL_ROWS else 2 * _USUAL_ROWS
+            return torch.cat([self(rows) for rows in inputs.split(part)])
+        if num_rows == 1:
+            return self(inputs.expand(2, -1))[:1]
+        return self(functional.pad(inputs, (0, 0, 0, _USUAL_ROWS - num_rows)))[:num_rows]
+
+    def _is_alike(self, num_rows: int) -> bool:
+        """Whether each of so many rows has the sums that it has among the usual number."""
+        if num_rows == _USUAL_ROWS:
+            return True
+        key = (self.shape, num_rows, torch.get_num_threads())
+        if key not in _ALIKE:
+            _ALIKE[key] = self._try(num_rows)
+        return _ALIKE[key]
+
+    def _try(self, num_rows: int) -> bool:
+        out_features, in_features = self.shape
+        inputs = _probed_rows(in_features)[: -(-num_rows // _USUAL_ROWS) * _USUAL_ROWS]
+        # Another order shows in a few outputs of a thousand, so a few rows are tried several times over.
+        num_tries = min(len(inputs) // num_rows, -(-_TRIED_OUTPUTS // (num_rows * out_features)))
+        tried = inputs[: num_tries * num_rows]
+        outputs = (
+            torch.cat([_packed_linear(part, self.packed, self.bias) for part in rows.split(together)])
+            for rows, together in ((inputs, _USUAL_ROWS), (tried, num_rows))
+        )
+        usual, own = outputs
+        return torch.equal(usual[: len(own)], own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +174,8 @@ def _has_packed_linear() -> bool:
 
 
 @lru_cache
-def _rounds_single_rows_apart(shape: tuple[int, int]) -> bool:
-    inputs, weight = _probe(_NUM_PROBED_ROWS, min(shape[0], _MAX_PROBED_OUTPUTS), shape[1])
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-    alone = torch.cat([_packed_linear(row, packed, None) for row in inputs.split(1)])
-    return not torch.equal(_packed_linear(inputs, packed, None), alone)
+def _probed_rows(in_features: int) -> Tensor:
+    return _probe(MAX_ALIKE_ROWS, 1, in_features)[0]
 
 
 def _probe(num_rows: int, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:

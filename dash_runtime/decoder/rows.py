@@ -14,9 +14,9 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dash_runtime.actions import Action
+from dash_runtime.decoder.attention import attention, causal_mask
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.decoder.rotary import RotaryTable
@@ -96,8 +96,12 @@ class RowBatch:
         lengths: rows of each span; they follow what is cached already.
         compensations: one per span: what replaces a skipped layer in its rows.
         sliding_window: per layer, the latest positions it attends to, or None for all.
+        row_block: attention takes so many rows of a span at once, from its first on. A row's sums depend on how many
+            rows and positions are given with it, so that those of a block do not depend on what follows it.
         as_decoding: whether rows of one sequence, all in FULL, are to have the very numbers that they have where they
             are decoded one by one; only compiled layers tell these apart.
+        is_prompt: whether these are rows of a prompt, of which one alone is to have the numbers that it has among
+            others.
     """
 
     def __init__(
@@ -107,7 +111,9 @@ class RowBatch:
         rotary: RotaryTable,
         compensations: Sequence[Compensation],
         sliding_window: Sequence[int | None],
+        row_block: int,
         as_decoding: bool = False,
+        is_prompt: bool = False,
     ) -> None:
         self.spans: list[Span] = []
         first_row = 0
@@ -116,9 +122,11 @@ class RowBatch:
             self.spans.append(Span(cache, cache.length, length, first_row))
             first_row += length
         self.num_rows = first_row
-        self.is_decoding = self.num_rows == len(self.spans) and all(span.start > 0 for span in self.spans)
-        """Whether every row is the only one of its sequence, and has others before it."""
+        is_one_each = self.num_rows == len(self.spans) and all(span.start > 0 for span in self.spans)
+        self.is_decoding = is_one_each and not is_prompt
+        """Whether every row is the only one of its sequence, has others before it and is not of a prompt."""
         self.is_as_decoding = as_decoding and len(self.spans) == 1 and self.spans[0].start > 0
+        self._row_block = row_block
         self._rotary = rotary
         self._sliding_window = sliding_window
         self._compensations = [
@@ -129,7 +137,7 @@ class RowBatch:
         self._shares_compensation = all(own is self._compensations[0] for own in self._compensations)
         self._stretches = [Stretch(span.cache, span.start, span.num_rows, span.first_row) for span in self.spans]
         self._cosines, self._sines = self._tables(self._stretches)
-        self._masks: dict[tuple[int, int | None, int], Tensor | None] = {}
+        self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._seen: dict[int, tuple[Sequence[Tensor], Sequence[Tensor]]] = {}
 
     def projection(self, layer: int, actions: Sequence[Action], hidden: Tensor) -> Projection | None:
@@ -257,33 +265,26 @@ class RowBatch:
         return torch.cat(parts)
 
     def _attend_span(self, layer: int, span: Span, queries: Tensor) -> Tensor:
-        num_rows, num_heads, head_dim = queries.shape
-        num_kv_heads = span.cache.keys[layer].shape[1]
-        group = num_heads // num_kv_heads
+        if span.num_rows <= self._row_block:
+            return self._attend_block(layer, span, queries)
+        parts = queries.split(self._row_block)
+        firsts = range(0, span.num_rows, self._row_block)
+        blocks = [
+            Span(span.cache, span.start + first, len(part), span.first_row + first)
+            for first, part in zip(firsts, parts, strict=True)
+        ]
+        return torch.cat([self._attend_block(layer, *own) for own in zip(blocks, parts, strict=True)])
+
+    def _attend_block(self, layer: int, span: Span, queries: Tensor) -> Tensor:
         window = self._sliding_window[layer]
         # What lies before the first row's window is sliced off, the rest is masked.
         first_key = 0 if window is None else max(0, span.start + 1 - window)
-        keys = span.cache.keys[layer][first_key : span.end].transpose(0, 1).unsqueeze(0)
-        values = span.cache.values[layer][first_key : span.end].transpose(0, 1).unsqueeze(0)
-        if num_rows == 1:
-            # The query heads that share a key head become the rows of one attention: no expanded keys.
-            folded = queries.view(1, num_kv_heads, group, head_dim)
-            return functional.scaled_dot_product_attention(folded, keys, values).view(1, -1)
-        folded = queries.view(num_rows, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
-        folded = folded.reshape(1, num_kv_heads, group * num_rows, head_dim)
-        mask = self._mask(span, window, group, first_key, queries)
-        attended = functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
-        attended = attended.view(num_kv_heads, group, num_rows, head_dim).permute(2, 0, 1, 3)
-        return attended.reshape(num_rows, num_heads * head_dim)
-
-    def _mask(self, span: Span, window: int | None, group: int, first_key: int, queries: Tensor) -> Tensor | None:
-        key = (span.first_row, window, group)
-        if key not in self._masks:
-            own = torch.arange(span.start, span.end, device=queries.device).unsqueeze(1)
-            others = torch.arange(first_key, span.end, device=queries.device)
-            visible = others <= own
-            if window is not None:
-                visible &= others > own - window
-            bias = torch.zeros(visible.shape, dtype=queries.dtype, device=queries.device)
-            self._masks[key] = bias.masked_fill_(~visible, float("-inf")).repeat(group, 1)
-        return self._masks[key]
+        keys, values = (own[layer][first_key : span.end] for own in (span.cache.keys, span.cache.values))
+        mask = None
+        if span.num_rows > 1:
+            mask = self._masks.get((span.first_row, window))
+            if mask is None:
+                positions, seen = range(span.start, span.end), range(first_key, span.end)
+                mask = causal_mask(positions, seen, window, queries.shape[1] // keys.shape[1], queries)
+                self._masks[span.first_row, window] = mask
+        return attention(queries, keys, values, mask)

@@ -115,7 +115,7 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], _Kept]) -> _Kept | None:
     """None where the file is not there, or damaged: then it is made again."""
     try:
         return parse(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError):
+    except (OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RecursionError, ConfigError):
         return None
 
 

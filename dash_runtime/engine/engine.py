@@ -16,6 +16,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.kv_cache import CachePool
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import GroupPlanner
+from dash_runtime.engine.prefix_cache import PrefixCache
 from dash_runtime.engine.sampling import token_logprobs
 from dash_runtime.engine.sequence import EndReason, EngineEvent, Sequence, SlotGranted, TokenProduced
 from dash_runtime.engine.step import Decider, decode_step
@@ -47,6 +48,9 @@ class Engine:
         self._planner = planner
         self._config = config
         self._pool = CachePool(decoder.config, config.cache_tokens, decoder.dtype, decoder.device)
+        block = min(decoder.row_block, config.prefill_chunk_tokens)
+        self._pass_tokens = min(decoder.max_prompt_rows, config.prefill_chunk_tokens) // block * block
+        self._prefix_cache = PrefixCache(config.prefix_cache_tokens, block)
         self._waiting: deque[_Waiting] = deque()
         self._running: dict[str, Sequence] = {}
 
@@ -120,32 +124,36 @@ class Engine:
             )
 
     def _prefill(self, events: list[EngineEvent]) -> None:
-        """Prefills about a chunk of prompt tokens at full depth, so that a long prompt does not hold up the others.
+        """Prefills a chunk of prompt tokens at full depth, so that a long prompt does not hold up the others.
 
-        One sequence at a time, each cut at the same places whatever runs beside it: a sequence's numbers do not
-        depend on its neighbours.
+        What an earlier prompt has in common with one that begins is copied instead. One sequence at a time, each cut
+        at the same places whatever runs beside it, and at multiples of the decoder's row block: a sequence's numbers
+        depend neither on its neighbours nor on how much of its prompt was copied.
         """
-        num_prefilled = 0
+        num_left = self._config.prefill_chunk_tokens
         for sequence in list(self._running.values()):
-            if num_prefilled >= self._config.prefill_chunk_tokens:
-                return
-            if not sequence.num_prompt_tokens_left:
-                continue
-            chunk = sequence.next_prompt_chunk(self._config.prefill_chunk_tokens)
-            num_prefilled += len(chunk)
-            hidden = self._run_full_depth([sequence], [chunk])
-            if not sequence.num_prompt_tokens_left:
-                logits = self._decoder.logits(hidden[-1:], (Action.FULL,))
-                plan = sequence.log.append_prefill_token()
-                self._take(sequence, sequence.sampler.sample(logits[0]), logits[0], plan, events)
+            request = sequence.request
+            prompt = (request.cache_namespace, request.prompt_token_ids, sequence.cache)
+            if not sequence.cache.length:
+                sequence.num_cached_prompt_tokens = self._prefix_cache.copy_into(*prompt)
+            while sequence.num_prompt_tokens_left:
+                chunk = sequence.next_prompt_chunk(self._pass_tokens)
+                if len(chunk) > num_left:
+                    return
+                num_left -= len(chunk)
+                hidden = self._run_full_depth([sequence], [chunk], is_prompt=True)
+                if not sequence.num_prompt_tokens_left:
+                    self._prefix_cache.store(*prompt)
+                    logits = self._decoder.logits(hidden[-1:], (Action.FULL,))
+                    plan = sequence.log.append_prefill_token()
+                    self._take(sequence, sequence.sampler.sample(logits[0]), logits[0], plan, events)
 
-    def _run_full_depth(
-        self, sequences: list[Sequence], token_ids: list[list[int]], as_decoding: bool = False
-    ) -> Tensor:
-        """Runs several tokens of each sequence; returns the last layer's output, `[all rows, hidden_size]`."""
+    def _run_full_depth(self, sequences: list[Sequence], token_ids: list[list[int]], *, is_prompt: bool) -> Tensor:
+        """Runs several tokens of each sequence, of prompts or of drafts; returns the last layer's output, `[all rows,
+        hidden_size]`."""
         compensations = [sequence.assignment.policy.compensation for sequence in sequences]
         caches, lengths = [sequence.cache for sequence in sequences], [len(ids) for ids in token_ids]
-        batch = self._decoder.rows(caches, lengths, compensations, as_decoding)
+        batch = self._decoder.rows(caches, lengths, compensations, as_decoding=not is_prompt, is_prompt=is_prompt)
         actions = (Action.FULL,) * batch.num_rows
         hidden = self._decoder.embed([token_id for ids in token_ids for token_id in ids])
         for layer in range(self._decoder.num_layers):
@@ -190,7 +198,7 @@ class Engine:
             started_ns = time.perf_counter_ns()
             token_ids = [sequence.take_back_draft() for sequence in together]
             lengths = [len(ids) for ids in token_ids]
-            hidden = self._run_full_depth(together, token_ids, as_decoding=True)
+            hidden = self._run_full_depth(together, token_ids, is_prompt=False)
             all_logits = self._decoder.logits(hidden, (Action.FULL,) * len(hidden)).split(lengths)
             chosen = [sequence.verify(logits) for sequence, logits in zip(together, all_logits, strict=True)]
             elapsed_ns = time.perf_counter_ns() - started_ns

@@ -57,6 +57,8 @@ class SequenceFinished:
     log: DecisionLog
     speculation: Speculation | None
     """In mode EXACT."""
+    num_cached_prompt_tokens: int
+    """Prompt tokens whose keys and values were those of an earlier request."""
 
 
 EngineEvent = SlotGranted | TokenProduced | SequenceFinished
@@ -80,6 +82,7 @@ class Sequence:
         self.cache = cache
         self.sampler = Sampler(request.sampling, request.prompt_token_ids)
         self.output_ids: list[int] = []
+        self.num_cached_prompt_tokens = 0
         drafting = assignment.drafting
         self.log = DecisionLog(
             num_layers, request.stopping.max_new_tokens, assignment.costs if drafting is None else drafting.costs
@@ -194,4 +197,5 @@ class Sequence:
             time.monotonic() - self._first_token_at,
             self.log,
             self.speculation,
+            self.num_cached_prompt_tokens,
         )

@@ -171,6 +171,7 @@ def _to_message(event: EngineEvent) -> messages.Event:
                 log.mean_cost,
                 log.mean_exposed_seconds,
                 speculation,
+                event.num_cached_prompt_tokens,
             )
 
 

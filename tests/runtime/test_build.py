@@ -51,6 +51,10 @@ def test_a_cache_folder_that_cannot_be_written_does_not_stop_a_start(tiny_folder
     assert not build(tiny_folder, blocked / "cache").has_work
 
 
+def test_warming_up_leaves_nothing_for_requests_to_reuse(tiny_folder: Path, tmp_path: Path) -> None:
+    assert build(tiny_folder, tmp_path)._prefix_cache.num_tokens == 0
+
+
 def test_facts_name_what_is_served(tiny_folder: Path, tmp_path: Path) -> None:
     facts = build(tiny_folder, tmp_path).facts
     assert facts.name == "tiny-llama"

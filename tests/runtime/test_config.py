@@ -83,6 +83,7 @@ def test_an_empty_prompt_no_new_tokens_and_too_many_logprobs_are_refused_by_fiel
         ("num_slots", 0),
         ("cache_tokens", 0),
         ("prefill_chunk_tokens", -1),
+        ("prefix_cache_tokens", -1),
         ("context_length", 1),
         ("default_compute_budget", 0.0),
     ],

@@ -149,6 +149,28 @@ def test_a_cancelled_request_leaves_nothing_behind_wherever_it_is(decoder: Decod
     assert engine.num_reserved_cache_tokens == 0
 
 
+@pytest.mark.parametrize(
+    ("state", "steps"), [("queued", 0), ("queued", 2), ("prefill", 1), ("prefill", 3), ("decode", 6)]
+)
+def test_cancelling_frees_everything_at_once_in_every_state(decoder: Decoder, state: str, steps: int) -> None:
+    engine = make_engine(decoder, num_slots=1, prefill_chunk_tokens=4)
+    ahead = [request("ahead", max_new_tokens=20)] if state == "queued" and steps else []
+    for own in (*ahead, request("cancelled", list(range(18)), 30)):
+        engine.submit(own)
+    events = [event for _ in range(steps) for event in engine.step() if event.request_id == "cancelled"]
+    assert [type(event) for event in events] == {
+        "queued": [],
+        "prefill": [SlotGranted],
+        "decode": [SlotGranted, TokenProduced, TokenProduced],
+    }[state]
+    engine.cancel("cancelled")
+    for own in ahead:
+        engine.cancel(own.request_id)
+    assert engine.num_reserved_cache_tokens == 0
+    assert not engine.has_work
+    assert engine.step() == []
+
+
 def test_a_stopped_request_finishes_with_what_it_has(decoder: Decoder) -> None:
     engine = make_engine(decoder)
     engine.submit(request("a", max_new_tokens=50))

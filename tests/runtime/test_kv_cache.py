@@ -49,6 +49,24 @@ def test_reservations_never_exceed_the_pool_and_come_back(tiny_folder: Path) -> 
     assert caches.reserve(60) is not None
 
 
+def test_a_stretch_is_copied_and_appended_as_it_is(tiny_folder: Path) -> None:
+    caches = pool(tiny_folder, 400)
+    first, second = caches.reserve(200), caches.reserve(200)
+    assert first is not None
+    assert second is not None
+    first.grow(90)
+    for tensor in (*first.keys, *first.values):
+        tensor.copy_(torch.randn(tensor.shape))
+    first.length = 90
+    for start, end in ((0, 30), (30, 80)):
+        stretch = first.copy_of(start, end)
+        assert stretch.untyped_storage().nbytes() == stretch.nbytes
+        second.append(stretch)
+    assert second.length == 80
+    for own, expected in zip((*second.keys, *second.values), (*first.keys, *first.values), strict=True):
+        assert torch.equal(own[:80], expected[:80])
+
+
 def test_truncating_forgets_the_end_only(tiny_folder: Path) -> None:
     cache = pool(tiny_folder, 10).reserve(10)
     assert cache is not None
