@@ -5,6 +5,7 @@ so it runs in Jinja's sandbox. Knows no tokenizer. Imports no torch: the server 
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -16,36 +17,49 @@ from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from dash_runtime.checkpoints.json_file import read_json_object, read_text
+from dash_runtime.checkpoints.wording import one_line, quoted
 from dash_runtime.errors import CorruptCheckpoint, InvalidRequest
 
 _FIELD = "chat"
+_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 class ChatTemplate:
     """The template of one model, or the fact that there is none."""
 
     def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
-        """Raises jinja2.TemplateSyntaxError where `source` is not a template."""
+        """Raises:
+        ValueError: `source` is not a template; says why in one line.
+        """
         self.source = source
         """None: the model has no template."""
-        self._template = _environment().from_string(source) if source is not None else None
         self._special_tokens = special_tokens
+        try:
+            self._template = None if source is None else _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"{one_line(error.message)} in line {error.lineno}") from None
+        except Exception as error:  # Jinja writes Python and compiles that, which has errors of its own
+            raise ValueError(f"{type(error).__name__} {one_line(error)}") from None
 
     @classmethod
     def load(cls, folder: Path) -> "ChatTemplate":
         """The template in `folder`: chat_template.jinja, or else tokenizer_config.json's.
 
         Raises:
+            CheckpointNotFound: a file is a link to nothing.
             CorruptCheckpoint: a file is there but cannot be used.
         """
-        config = _read_json(folder / "tokenizer_config.json")
-        special_tokens = _special_tokens(_read_json(folder / "special_tokens_map.json") | config)
-        path = folder / "chat_template.jinja"
+        config_file, template_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        config = _read_json(config_file)
+        map_file = folder / "special_tokens_map.json"
+        special_tokens = _special_tokens(_read_json(map_file), map_file) | _special_tokens(config, config_file)
+        file = template_file if os.path.lexists(template_file) else config_file
         try:
-            source = path.read_text("utf-8") if path.is_file() else _default_template(config)
+            source = read_text(file) if file is template_file else _default_template(config)
             return cls(source, special_tokens)
-        except (UnicodeDecodeError, jinja2.TemplateSyntaxError) as error:
-            raise CorruptCheckpoint(f"the chat template in {folder} cannot be used: {error}") from error
+        except ValueError as error:
+            raise CorruptCheckpoint(f"{file}: the chat template cannot be used: {error}") from None
 
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
         """The prompt for these (role, content) pairs, ready for the assistant's answer.
@@ -126,32 +140,36 @@ def _to_json(
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise CorruptCheckpoint(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CorruptCheckpoint(f"{path} is not a JSON object")
-    return content
+    return read_json_object(path) if os.path.lexists(path) else {}
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+def _special_tokens(config: Mapping[str, Any], file: Path) -> dict[str, str]:
     """`bos_token`, `eos_token` and the like, which some files write as objects."""
     tokens = {}
     for name, value in config.items():
         content = value.get("content") if isinstance(value, dict) else value
         if name.endswith("_token") and isinstance(content, str):
             tokens[name] = content
+        elif name in _TOKENS and value is not None:
+            raise CorruptCheckpoint(f"{file}: {name} must be a text, got {quoted(value)}")
     return tokens
 
 
 def _default_template(config: Mapping[str, Any]) -> str | None:
-    """A single template, or that called `default` in a list of named ones."""
+    """A single template, or that called `default` in a list of named ones.
+
+    Raises:
+        ValueError: it is neither.
+    """
     templates = config.get("chat_template")
     if isinstance(templates, list):
-        templates = {template["name"]: template["template"] for template in templates}
+        if not all(
+            isinstance(one, dict) and isinstance(one.get("name"), str) and "template" in one for one in templates
+        ):
+            raise ValueError("it is no list of named templates")
+        templates = {one["name"]: one["template"] for one in templates}
     if isinstance(templates, dict):
         templates = templates.get("default")
+    if templates is not None and not isinstance(templates, str):
+        raise ValueError(f"it is no text but {quoted(templates)}")
     return templates

@@ -1,7 +1,9 @@
 """Files that are whole or not there. Imports no torch; knows nothing of what is written."""
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,3 +22,18 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def require_regular_file(path: Path) -> int:
+    """The size of the file in bytes. Whoever opens a pipe or a device instead may wait for ever.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it is no regular file, with a `strerror` that says so.
+    """
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return status.st_size

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dash_runtime.checkpoints.manifest import find_damage, read_manifest, write_manifest
+from dash_runtime.checkpoints.manifest import MANIFEST_FILE, find_damage, read_manifest, write_manifest
 from dash_runtime.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint
 
 Progress = Callable[[str], None]
@@ -58,14 +58,14 @@ def _cached_or_converted(
     try:
         file = source.locate()
     except CheckpointNotFound as error:
-        if not target.exists():
+        if not os.path.lexists(target):
             raise
         raise CorruptCheckpoint(f"{damage}; delete the folder {target} ({error})") from None
     with _locked(target):
         damage = _damage(target, source)
         if damage is None:  # another process was faster
             return target
-        if target.exists():
+        if os.path.lexists(target):
             progress(f"{damage}; converting {file.name} again.")
         else:
             progress(f"Converting {file.name} into {target}, once.")
@@ -77,10 +77,12 @@ def _damage(target: Path, source: ConversionSource) -> str | None:
     """Why `target` cannot be used as it is, or None."""
     try:
         manifest = read_manifest(target)
-    except CorruptCheckpoint as error:
+    except (CheckpointNotFound, CorruptCheckpoint) as error:
         return str(error).rstrip(".")
-    if manifest is None or manifest.source != source.identity:
-        return f"{target} is no complete conversion of {source.name}"
+    if manifest is None:
+        return f"{target} is no complete conversion of {source.name}: it has no {MANIFEST_FILE}"
+    if (manifest.name, manifest.source) != (source.name, source.identity):
+        return f"{target} is no conversion of {source.name}: its {MANIFEST_FILE} names another"
     return find_damage(target, manifest)
 
 
@@ -103,7 +105,7 @@ def _replace(target: Path, source: ConversionSource, fill: Callable[[Path], None
         partial.chmod(0o755)  # mkdtemp's folders are private; a cache may be shared
         for file in (*partial.iterdir(), partial):
             _sync(file)
-        if target.exists():
+        if os.path.lexists(target):
             os.rename(target, partial.with_name(f"{partial.name}-damaged"))
         os.rename(partial, target)
         _sync(target.parent)
@@ -114,7 +116,10 @@ def _replace(target: Path, source: ConversionSource, fill: Callable[[Path], None
 def _delete_leftovers(folder: Path, prefix: str) -> None:
     for leftover in folder.iterdir():
         if leftover.name.startswith(prefix):
-            shutil.rmtree(leftover, ignore_errors=True)
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

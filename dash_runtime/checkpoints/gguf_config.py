@@ -9,6 +9,7 @@ import struct
 from typing import Any
 
 from dash_runtime.checkpoints.gguf_file import GgufFile
+from dash_runtime.checkpoints.wording import quoted
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -31,7 +32,7 @@ def gguf_architecture(gguf: GgufFile) -> str:
     name = gguf.require("general.architecture", str)
     if name not in ARCHITECTURES:
         raise UnsupportedArchitecture(
-            f"{gguf.path}: GGUF architecture {name!r} is not supported; supported: {', '.join(ARCHITECTURES)}."
+            f"{gguf.path}: GGUF architecture {quoted(name)} is not supported; supported: {', '.join(ARCHITECTURES)}."
         )
     if gguf.get(f"{name}.expert_count", int):
         raise UnsupportedArchitecture(f"{gguf.path}: mixtures of experts are not supported.")
@@ -83,10 +84,17 @@ def hf_config(gguf: GgufFile) -> dict[str, Any]:
     return config
 
 
-def eos_token_ids(gguf: GgufFile) -> list[int]:
-    """All tokens that end a generation: of the text, of the turn and of the message."""
+def eos_token_ids(gguf: GgufFile, vocab_size: int) -> list[int]:
+    """All tokens that end a generation: of the text, of the turn and of the message.
+
+    Raises:
+        CorruptCheckpoint: one of them is outside the vocabulary.
+    """
     ids = (gguf.get(f"tokenizer.ggml.{key}_token_id", int) for key in ("eos", "eot", "eom"))
-    return sorted({token_id for token_id in ids if token_id is not None})
+    known = sorted({token_id for token_id in ids if token_id is not None})
+    if known and not 0 <= known[0] <= known[-1] < vocab_size:
+        raise CorruptCheckpoint(f"{gguf.path} is damaged: an end token of {quoted(known)} is outside its vocabulary.")
+    return known
 
 
 def _vocab_size(gguf: GgufFile) -> int:
@@ -114,7 +122,7 @@ def _rope(gguf: GgufFile, name: str, head_dim: int) -> dict[str, Any]:
     kind = gguf.get(f"{name}.rope.scaling.type", str) or "none"
     if kind not in ("none", "linear"):
         raise UnsupportedArchitecture(
-            f"{gguf.path}: rotary scaling {kind!r} is not supported; supported: none, linear, llama3."
+            f"{gguf.path}: rotary scaling {quoted(kind)} is not supported; supported: none, linear, llama3."
         )
     scaling: dict[str, Any] | None = None
     if kind == "linear":
@@ -129,11 +137,14 @@ def _rope(gguf: GgufFile, name: str, head_dim: int) -> dict[str, Any]:
 def _llama3_scaling(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, Any] | None:
     """The llama3 parameters whose factors are those of the file."""
     factors = [float(value) for value in gguf.dequantize(gguf.tensors[ROPE_FACTORS]).ravel()]
+    if not 0 < theta < math.inf or min(factors) <= 0:
+        raise CorruptCheckpoint(f"{gguf.path} is damaged: its rotary embedding has a base or a factor that cannot be.")
     if all(factor == 1.0 for factor in factors):
         return None
     factor = float(f"{max(factors):.6g}")  # a quotient of float32 numbers, so its last digit is noise
-    expected = [_llama3_factor(theta ** (2 * i / head_dim), factor) for i in range(head_dim // 2)]
-    if len(factors) != len(expected) or any(
+    # Not of all channels at once: damage may ask for billions of them.
+    expected = (_llama3_factor(theta ** (2 * i / head_dim), factor) for i in range(head_dim // 2))
+    if 2 * len(factors) != head_dim or any(
         not math.isclose(found, wanted, rel_tol=1e-3) for found, wanted in zip(factors, expected, strict=True)
     ):
         raise UnsupportedArchitecture(

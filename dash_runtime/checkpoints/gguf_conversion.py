@@ -27,7 +27,8 @@ def convert_gguf(path: Path, folder: Path) -> None:
     raw = hf_config(gguf)
     config = parse_model_config(raw, path.stem, path)
     _write_json(folder / CONFIG_FILE, raw)
-    generation = {"eos_token_id": eos_token_ids(gguf)} | {key: raw[key] for key in ("bos_token_id",) if key in raw}
+    ends = eos_token_ids(gguf, config.vocab_size)
+    generation: dict[str, object] = {"eos_token_id": ends} | {key: raw[key] for key in ("bos_token_id",) if key in raw}
     _write_json(folder / GENERATION_CONFIG_FILE, generation)
     write_tokenizer(gguf, config.vocab_size, folder)
     write_weights(gguf, config, folder / WEIGHTS_FILE)

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
+from dash_runtime.checkpoints.wording import one_line, quoted
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
+from dash_runtime.whole_file import require_regular_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,8 +26,12 @@ MAGIC = b"GGUF"
 SUPPORTED_VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
 
+_MAX_VALUE = 3.38e38
+"""Just below the largest number of bfloat16, which is what becomes of every value."""
+
 _STRING = 8
 _ARRAY = 9
+_BOOL = 7
 _SCALAR_FORMATS = {
     0: "B",
     1: "b",
@@ -34,7 +40,7 @@ _SCALAR_FORMATS = {
     4: "I",
     5: "i",
     6: "f",
-    7: "?",
+    7: "B",
     10: "Q",
     11: "q",
     12: "d",
@@ -67,10 +73,13 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            require_regular_file(path)
             with path.open("rb") as file:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError:
             raise CorruptCheckpoint(f"{path} is empty.") from None
+        except OSError as error:
+            raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}.") from None
         cursor = _Cursor(path, self._bytes)
         self.metadata, self.tensors = _read_header(cursor)
 
@@ -113,6 +122,7 @@ class GgufFile:
         """The tensor's values in float32, in the tensor's shape.
 
         Raises:
+            CorruptCheckpoint: a value is not finite, or would not be in bfloat16.
             UnsupportedArchitecture: the quantisation has no decoder in the `gguf` package.
         """
         import numpy as np
@@ -123,12 +133,18 @@ class GgufFile:
         raw = np.frombuffer(self._bytes, np.uint8, tensor.size_bytes, tensor.offset_bytes)
         rows = raw.reshape(math.prod(tensor.shape[:-1]), -1)  # [num_rows, row_bytes]
         try:
-            values = dequantize(rows, kind)
+            with np.errstate(all="ignore"):  # what damaged scales lead to is found below
+                values = dequantize(rows, kind)
         except NotImplementedError:
             raise UnsupportedArchitecture(
-                f"{self.path} stores {tensor.name} as {kind.name}, which cannot be decoded; "
+                f"{self.path} stores {one_line(tensor.name)} as {kind.name}, which cannot be decoded; "
                 "use a file in F16, BF16, Q8_0, Q4_0, Q4_1 or a K-quant."
             ) from None
+        # Written so that NaN, which compares with nothing, does not pass.
+        if not (values.min() > -_MAX_VALUE and values.max() < _MAX_VALUE):
+            raise CorruptCheckpoint(
+                f"{self.path} is damaged: its tensor {quoted(tensor.name)} holds a value that is not finite."
+            )
         return cast("np.ndarray", values.reshape(tensor.shape))
 
 
@@ -180,15 +196,22 @@ class _Cursor:
             self.require(8 * count)
             return [self.string() for _ in range(count)]
         if kind in _SCALAR_FORMATS:
-            return self.scalars(_SCALAR_FORMATS[kind], count)
+            values = self.scalars(_SCALAR_FORMATS[kind], count)
+            return [self.boolean(value) for value in values] if kind == _BOOL else values
         raise self.corrupt(f"an array in its header is of the unknown type {kind}")
 
     def single(self, kind: int) -> Scalar:
         if kind == _STRING:
             return self.string()
         if kind in _SCALAR_FORMATS:
-            return self.scalar(_SCALAR_FORMATS[kind])
+            value = self.scalar(_SCALAR_FORMATS[kind])
+            return self.boolean(value) if kind == _BOOL else value
         raise self.corrupt(f"a value in its header is of the unknown type {kind}")
+
+    def boolean(self, value: Scalar) -> bool:
+        if value not in (0, 1):
+            raise self.corrupt(f"a truth value in its header is {value}")
+        return bool(value)
 
 
 def _read_header(cursor: _Cursor) -> tuple[dict[str, MetadataValue], dict[str, GgufTensor]]:
@@ -207,6 +230,8 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, MetadataValue], dict[str, G
     metadata: dict[str, MetadataValue] = {}
     for _ in range(num_values):
         key = cursor.string()
+        if key in metadata:
+            raise cursor.corrupt(f"its header has two values for {quoted(key)}")
         metadata[key] = cursor.value()
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
@@ -214,13 +239,20 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, MetadataValue], dict[str, G
     entries = [_read_tensor_entry(cursor) for _ in range(num_tensors)]
     data_start = -(-cursor.offset // alignment) * alignment
     tensors = {}
+    end = 0
     for name, type_number, shape, offset in entries:
         size = _size_bytes(cursor, name, type_number, shape)
+        # One after another, as the format demands: what is elsewhere overlaps with others, or has no owner.
+        if offset != end:
+            raise cursor.corrupt(f"its tensor {quoted(name)} is not where the one before it ends")
         if data_start + offset + size > len(cursor.data):
-            raise cursor.corrupt(f"it ends before its tensor {name!r} does")
+            raise cursor.corrupt(f"it ends before its tensor {quoted(name)} does")
         tensors[name] = GgufTensor(name, type_number, shape, data_start + offset, size)
+        end = -(-(offset + size) // alignment) * alignment
     if len(tensors) != num_tensors:
         raise cursor.corrupt("two of its tensors have one name")
+    if len(cursor.data) > data_start + end:
+        raise cursor.corrupt("it goes on after its last tensor")
     return metadata, tensors
 
 
@@ -228,7 +260,7 @@ def _read_tensor_entry(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]
     name = cursor.string()
     num_dimensions = cursor.unsigned("I")
     if not 1 <= num_dimensions <= MAX_DIMENSIONS:
-        raise cursor.corrupt(f"its tensor {name!r} has {num_dimensions} dimensions")
+        raise cursor.corrupt(f"its tensor {quoted(name)} has {num_dimensions} dimensions")
     dimensions = cast(list[int], cursor.scalars("Q", num_dimensions))
     type_number = cursor.unsigned("I")
     return name, type_number, tuple(reversed(dimensions)), cursor.unsigned("Q")
@@ -240,7 +272,7 @@ def _size_bytes(cursor: _Cursor, name: str, type_number: int, shape: tuple[int, 
     try:
         block_length, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(type_number)]
     except (ValueError, KeyError):
-        raise cursor.corrupt(f"its tensor {name!r} is of the unknown type {type_number}") from None
+        raise cursor.corrupt(f"its tensor {quoted(name)} is of the unknown type {type_number}") from None
     if min(shape) < 1 or shape[-1] % block_length:
-        raise cursor.corrupt(f"its tensor {name!r} has the impossible shape {list(shape)}")
+        raise cursor.corrupt(f"its tensor {quoted(name)} has the impossible shape {list(shape)}")
     return math.prod(shape) // block_length * block_bytes

@@ -14,7 +14,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from dash_runtime.chat_template import ChatTemplate
 from dash_runtime.checkpoints.gguf_file import GgufFile
+from dash_runtime.checkpoints.wording import one_line, quoted
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -75,8 +77,13 @@ def write_tokenizer(gguf: GgufFile, vocab_size: int, folder: Path) -> None:
 
     Raises:
         UnsupportedArchitecture: a kind of tokenizer, or a pre-tokenizer, that is not built here.
-        CorruptCheckpoint: the vocabulary contradicts itself.
+        CorruptCheckpoint: the vocabulary contradicts itself, or the chat template is none.
     """
+    template = gguf.get("tokenizer.chat_template", str)
+    try:
+        ChatTemplate(template, {})
+    except ValueError as error:
+        raise CorruptCheckpoint(f"{gguf.path}: its chat template cannot be used: {error}") from None
     pre_tokenizer = _pre_tokenizer(gguf)
     tokens = _tokens(gguf, vocab_size)
     tokenizer = _build(gguf, tokens, pre_tokenizer)
@@ -90,7 +97,6 @@ def write_tokenizer(gguf: GgufFile, vocab_size: int, folder: Path) -> None:
         "model_max_length": gguf.require(f"{gguf.require('general.architecture', str)}.context_length", int),
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    template = gguf.get("tokenizer.chat_template", str)
     if template is not None:
         (folder / "chat_template.jinja").write_bytes(template.encode())
 
@@ -99,13 +105,13 @@ def _pre_tokenizer(gguf: GgufFile) -> _PreTokenizer:
     model = gguf.require("tokenizer.ggml.model", str)
     if model != "gpt2":
         raise UnsupportedArchitecture(
-            f"{gguf.path} has a {model!r} tokenizer, and only byte-level BPE ('gpt2') is converted; "
+            f"{gguf.path} has a {quoted(model)} tokenizer, and only byte-level BPE ('gpt2') is converted; "
             "use the model's Hugging Face folder."
         )
     name = gguf.get("tokenizer.ggml.pre", str)
     if name not in PRE_TOKENIZERS:
         raise UnsupportedArchitecture(
-            f"{gguf.path} has the pre-tokenizer {name!r}, and only "
+            f"{gguf.path} has the pre-tokenizer {quoted(name)}, and only "
             f"{', '.join(PRE_TOKENIZERS)} are converted; use the model's Hugging Face folder."
         )
     return PRE_TOKENIZERS[name]
@@ -124,6 +130,8 @@ def _build(gguf: GgufFile, tokens: list[str], pre_tokenizer: _PreTokenizer) -> T
     types = gguf.require_list("tokenizer.ggml.token_type", int)
     if len(types) != len(tokens):
         raise CorruptCheckpoint(f"{gguf.path} is damaged: it has {len(types)} types for {len(tokens)} tokens.")
+    if not set(types) <= set(TokenType):
+        raise CorruptCheckpoint(f"{gguf.path} is damaged: its tokens have types that there are not.")
     typed = list(zip(tokens, types, strict=True))
     # Special tokens are in the BPE vocabulary too: only so do they keep their ids when the file is loaded.
     vocab = {token: i for i, (token, kind) in enumerate(typed) if kind != TokenType.UNUSED}
@@ -132,7 +140,8 @@ def _build(gguf: GgufFile, tokens: list[str], pre_tokenizer: _PreTokenizer) -> T
         model = models.BPE(vocab, merges, ignore_merges=pre_tokenizer.ignores_merges)
     except Exception as error:
         # The tokenizers package raises bare Exceptions.
-        raise CorruptCheckpoint(f"{gguf.path} is damaged: its merges do not fit its tokens ({str(error)!r}).") from None
+        reason = one_line(error)
+        raise CorruptCheckpoint(f"{gguf.path} is damaged: its merges do not fit its tokens ({reason}).") from None
     tokenizer = Tokenizer(model)
     if pre_tokenizer.normalizer is not None:
         tokenizer.normalizer = pre_tokenizer.normalizer()

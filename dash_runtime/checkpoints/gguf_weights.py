@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dash_runtime.checkpoints.gguf_config import ROPE_FACTORS
 from dash_runtime.checkpoints.gguf_file import GgufFile
 from dash_runtime.checkpoints.parameters import EMBEDDING, FINAL_NORM, HEAD, parameter_shapes
+from dash_runtime.checkpoints.wording import quoted
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.model_config import ModelConfig
 
@@ -75,7 +76,7 @@ def _check_tensors(gguf: GgufFile, shapes: dict[str, tuple[int, ...]]) -> None:
             )
     unused = gguf.tensors.keys() - {gguf_name(parameter) for parameter in shapes} - {ROPE_FACTORS}
     if unused:
-        raise UnsupportedArchitecture(f"{gguf.path} has a tensor that is not supported: {min(unused)!r}.")
+        raise UnsupportedArchitecture(f"{gguf.path} has a tensor that is not supported: {quoted(min(unused))}.")
 
 
 def _safetensors_header(shapes: dict[str, tuple[int, ...]]) -> bytes:

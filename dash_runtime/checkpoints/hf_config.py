@@ -4,13 +4,15 @@ The defaults and the older spellings of a key are transformers' (AutoConfig); co
 never run. Knows no weights.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dash_runtime.checkpoints.json_file import read_json_object
 from dash_runtime.checkpoints.manifest import read_manifest
+from dash_runtime.checkpoints.wording import one_line, quoted
 from dash_runtime.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.model_config import ModelConfig, RopeConfig, RopeKind
 
@@ -25,6 +27,14 @@ MODEL_TYPES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+MAX_LAYERS = 4096
+"""Some thirty times the most of any model of these families. Damage may ask for billions, and lists as long."""
+MAX_CONTEXT_LENGTH = 2**24
+"""Above that of any model; the longest have ten million positions."""
+
+_MAX_NUMBER = 1e30
+_LABELS = ("num_labels", "id2label", "label2id")
+"""A classifier's, which transformers makes a table of; no decoder has them."""
 
 
 def load_model_config(folder: Path, name: str | None = None) -> ModelConfig:
@@ -44,12 +54,12 @@ def load_model_config(folder: Path, name: str | None = None) -> ModelConfig:
     file = folder / CONFIG_FILE
     config = parse_model_config(read_json_object(file), name or model_name(folder), file)
     generation = folder / GENERATION_CONFIG_FILE
-    if not generation.exists():
+    if not os.path.lexists(generation):
         return config
     eos = read_json_object(generation).get("eos_token_id")
     if eos is None:
         return config
-    return replace(config, eos_token_ids=_token_ids(eos, generation))
+    return replace(config, eos_token_ids=_token_ids(eos, config.vocab_size, generation))
 
 
 def model_name(folder: Path) -> str:
@@ -79,14 +89,28 @@ def parse_model_config(raw: Mapping[str, Any], name: str, source: Path) -> Model
         )
     config = _transformers_config(raw, architecture, source)
     if config.hidden_act != "silu":
-        raise UnsupportedArchitecture(f"{source}: activation {config.hidden_act!r} is not supported; only silu is.")
+        raise UnsupportedArchitecture(
+            f"{source}: activation {quoted(config.hidden_act)} is not supported; only silu is."
+        )
     num_heads = _size(config, "num_attention_heads", source)
     num_kv_heads = _size(config, "num_key_value_heads", source)
     if num_heads % num_kv_heads:
         raise CorruptCheckpoint(f"{source}: {num_heads} heads cannot share {num_kv_heads} key-value heads.")
-    hidden_size = _size(config, "hidden_size", source)
-    has_attention_bias = bool(getattr(config, "attention_bias", False))
-    head_dim = getattr(config, "head_dim", None)
+    hidden_size, vocab_size = _size(config, "hidden_size", source), _size(config, "vocab_size", source)
+    has_attention_bias = _flag(config, "attention_bias", source)
+    head_dim = hidden_size // num_heads
+    if getattr(config, "head_dim", None) is not None:
+        head_dim = _size(config, "head_dim", source)
+    if head_dim % 2 or not head_dim:
+        raise CorruptCheckpoint(f"{source}: heads of {head_dim} channels cannot be rotated in pairs.")
+    eps = _number(config.rms_norm_eps, "rms_norm_eps", source)
+    if eps >= 1:
+        raise CorruptCheckpoint(f"{source}: rms_norm_eps must be below 1, got {eps:g}.")
+    context_length = _size(config, "max_position_embeddings", source)
+    if not 2 <= context_length <= MAX_CONTEXT_LENGTH:
+        raise CorruptCheckpoint(
+            f"{source}: a context of {context_length} tokens is too short for an answer, or longer than any model's."
+        )
     return ModelConfig(
         name=name,
         architecture=architecture,
@@ -94,19 +118,19 @@ def parse_model_config(raw: Mapping[str, Any], name: str, source: Path) -> Model
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=hidden_size // num_heads if head_dim is None else _size(config, "head_dim", source),
+        head_dim=head_dim,
         intermediate_size=_size(config, "intermediate_size", source),
-        vocab_size=_size(config, "vocab_size", source),
-        rms_norm_eps=float(config.rms_norm_eps),
-        context_length=_size(config, "max_position_embeddings", source),
+        vocab_size=vocab_size,
+        rms_norm_eps=eps,
+        context_length=context_length,
         rope=_rope(config, source),
         has_qkv_bias=architecture == "Qwen2ForCausalLM" or has_attention_bias,
         has_output_bias=architecture != "Qwen2ForCausalLM" and has_attention_bias,
-        has_mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        has_mlp_bias=_flag(config, "mlp_bias", source),
         has_qk_norm=architecture == "Qwen3ForCausalLM",
-        has_tied_head=bool(config.tie_word_embeddings),
+        has_tied_head=_flag(config, "tie_word_embeddings", source),
         sliding_window=_sliding_window(config, architecture, source),
-        eos_token_ids=_token_ids(config.eos_token_id, source),
+        eos_token_ids=_token_ids(config.eos_token_id, vocab_size, source),
     )
 
 
@@ -119,36 +143,57 @@ def _architecture(raw: Mapping[str, Any], source: Path) -> str:
         raise CorruptCheckpoint(f"{source} names no architecture.")
     if names[0] not in MODEL_TYPES:
         raise UnsupportedArchitecture(
-            f"{source}: architecture {names[0]} is not supported; supported: {', '.join(MODEL_TYPES)}."
+            f"{source}: architecture {one_line(names[0])} is not supported; supported: {', '.join(MODEL_TYPES)}."
         )
     if model_type != MODEL_TYPES[names[0]]:
-        raise CorruptCheckpoint(f"{source}: architecture {names[0]} does not go with model_type {model_type!r}.")
+        raise CorruptCheckpoint(f"{source}: architecture {names[0]} does not go with model_type {quoted(model_type)}.")
     return names[0]
 
 
 def _transformers_config(raw: Mapping[str, Any], architecture: str, source: Path) -> "PretrainedConfig":
     from transformers import AutoConfig
 
+    num_layers = raw.get("num_hidden_layers")
+    if isinstance(num_layers, (int, float)) and num_layers > MAX_LAYERS:  # transformers makes a list of them
+        raise CorruptCheckpoint(f"{source}: {quoted(num_layers)} layers are more than any model has.")
     kind = type(AutoConfig.for_model(MODEL_TYPES[architecture]))
     try:
-        return kind.from_dict(dict(raw))
+        return kind.from_dict({key: value for key, value in raw.items() if key not in _LABELS})
     except Exception as error:
         # transformers raises whatever a wrong value leads to: KeyError, TypeError, its validation errors.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CorruptCheckpoint(f"{source} cannot be used: {reason}") from None
+        raise CorruptCheckpoint(f"{source} cannot be used: {one_line(error) or type(error).__name__}") from None
 
 
 def _size(config: "PretrainedConfig", key: str, source: Path) -> int:
     value = getattr(config, key)
     if type(value) is not int or value < 1:
-        raise CorruptCheckpoint(f"{source}: {key} must be a positive integer, got {value!r}.")
+        raise CorruptCheckpoint(f"{source}: {key} must be a positive integer, got {quoted(value)}.")
     return value
 
 
-def _token_ids(value: object, source: Path) -> frozenset[int]:
+def _flag(config: "PretrainedConfig", key: str, source: Path) -> bool:
+    """False where the architecture has no such key."""
+    value = getattr(config, key, None)
+    if value is None:
+        return False
+    if type(value) is not bool:
+        raise CorruptCheckpoint(f"{source}: {key} must be true or false, got {quoted(value)}.")
+    return value
+
+
+def _number(value: object, key: str, source: Path) -> float:
+    """A positive number."""
+    if type(value) not in (int, float) or not 0 < cast(float, value) < _MAX_NUMBER:
+        raise CorruptCheckpoint(f"{source}: {key} must be a positive number, got {quoted(value)}.")
+    return float(cast(float, value))
+
+
+def _token_ids(value: object, vocab_size: int, source: Path) -> frozenset[int]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(type(token_id) is not int or token_id < 0 for token_id in ids):
-        raise CorruptCheckpoint(f"{source}: eos_token_id must be token ids, got {value!r}.")
+        raise CorruptCheckpoint(f"{source}: eos_token_id must be token ids, got {quoted(value)}.")
+    if ids and max(ids) >= vocab_size:
+        raise CorruptCheckpoint(f"{source}: eos_token_id {max(ids)} is outside its vocabulary of {vocab_size}.")
     return frozenset(ids)
 
 
@@ -161,26 +206,30 @@ def _rope(config: "PretrainedConfig", source: Path) -> RopeConfig:
     except ValueError:
         supported = ", ".join(RopeKind)
         raise UnsupportedArchitecture(
-            f"{source}: rotary scaling {parameters['rope_type']!r} is not supported; supported: {supported}."
+            f"{source}: rotary scaling {quoted(parameters['rope_type'])} is not supported; supported: {supported}."
         ) from None
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise UnsupportedArchitecture(f"{source}: partial rotary embeddings are not supported.")
-    try:
-        theta = float(parameters["rope_theta"])
-        if kind is RopeKind.DEFAULT:
-            return RopeConfig(theta)
-        if kind is RopeKind.LINEAR:
-            return RopeConfig(theta, kind, float(parameters["factor"]))
-        return RopeConfig(
-            theta=theta,
-            kind=kind,
-            factor=float(parameters["factor"]),
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
-            original_context_length=int(parameters["original_max_position_embeddings"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptCheckpoint(f"{source}: the rotary parameters are incomplete or wrong ({error}).") from None
+
+    def number(key: str) -> float:
+        return _number(parameters.get(key), f"{key} of its rotary embedding", source)
+
+    theta = number("rope_theta")
+    if kind is RopeKind.DEFAULT:
+        return RopeConfig(theta)
+    if kind is RopeKind.LINEAR:
+        return RopeConfig(theta, kind, number("factor"))
+    rope = RopeConfig(
+        theta=theta,
+        kind=kind,
+        factor=number("factor"),
+        low_freq_factor=number("low_freq_factor"),
+        high_freq_factor=number("high_freq_factor"),
+        original_context_length=int(number("original_max_position_embeddings")),
+    )
+    if rope.low_freq_factor >= rope.high_freq_factor:
+        raise CorruptCheckpoint(f"{source}: low_freq_factor of its rotary embedding is not below high_freq_factor.")
+    return rope
 
 
 def _sliding_window(config: "PretrainedConfig", architecture: str, source: Path) -> tuple[int | None, ...]:
@@ -191,6 +240,6 @@ def _sliding_window(config: "PretrainedConfig", architecture: str, source: Path)
     if architecture == "MistralForCausalLM":
         return (window,) * num_layers
     windows = {"sliding_attention": window, "full_attention": None}
-    if len(config.layer_types) != num_layers or not set(config.layer_types) <= set(windows):
+    if len(config.layer_types) != num_layers or any(kind not in [*windows] for kind in config.layer_types):
         raise UnsupportedArchitecture(f"{source}: layer_types other than {', '.join(windows)} are not supported.")
     return tuple(windows[kind] for kind in config.layer_types)

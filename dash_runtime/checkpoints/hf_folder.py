@@ -1,8 +1,12 @@
-"""Says whether a folder has what is read from a Hugging Face checkpoint. Reads none of it."""
+"""Says whether a folder has what is read from a Hugging Face checkpoint, and whether its texts can be used.
+
+Reads no configuration and no weights.
+"""
 
 from pathlib import Path
 
 from dash_runtime.checkpoints.hf_config import CONFIG_FILE
+from dash_runtime.checkpoints.tokenizer_file import load_tokenizer
 from dash_runtime.checkpoints.weights import INDEX_FILE, WEIGHTS_FILE, missing_weights
 from dash_runtime.errors import CheckpointError, CheckpointNotFound
 
@@ -12,15 +16,22 @@ TOKENIZER_FILE = "tokenizer.json"
 def check_folder(folder: Path) -> None:
     """Checks that a Hugging Face folder has what is read from it.
 
+    Tokenizer and chat template are read: who needs them may come to that long after the weights were packed.
+
     Raises:
         CheckpointNotFound: config.json or the weights are missing.
         CheckpointError: there is no tokenizer.json, or the weights are no safetensors.
+        CorruptCheckpoint: the tokenizer or the chat template cannot be used.
     """
+    # It imports this package's readers itself.
+    from dash_runtime.chat_template import ChatTemplate
+
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointNotFound(f"{folder} is no model: it has no {CONFIG_FILE}.")
     if not (folder / WEIGHTS_FILE).is_file() and not (folder / INDEX_FILE).is_file():
         raise missing_weights(folder)
-    tokenizer_file(folder)
+    load_tokenizer(tokenizer_file(folder))
+    ChatTemplate.load(folder)
 
 
 def tokenizer_file(folder: Path) -> Path:

@@ -1,25 +1,31 @@
 """The manifest of a converted folder: written last, it tells a complete folder from a damaged one.
 
-It records where the folder came from and how large each file is, and the digest of the small ones, so that
-opening a folder is cheap. Knows nothing of models.
+It records where the folder came from, how large each file is, and each file's digest, which is compared where the file
+is small enough for opening a folder to stay cheap. Knows nothing of models.
 """
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dash_runtime.checkpoints.json_file import read_json_object
 from dash_runtime.checkpoints.weights import check_safetensors
+from dash_runtime.checkpoints.wording import one_line, quoted
 from dash_runtime.errors import CorruptCheckpoint
+from dash_runtime.whole_file import require_regular_file
 
 MANIFEST_FILE = "dash_manifest.json"
-DIGEST_LIMIT_BYTES = 32 * 2**20
+DIGEST_LIMIT_BYTES = 512 * 2**20
+"""What is larger is compared by size and header: hashing takes about a second for each gigabyte, at every start."""
+
+_OWN_DIGEST = "sha256"
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """One file's size, and its SHA-256 where the file is small enough to hash on every start."""
+    """One file's size, and its SHA-256 if it was small enough to hash on every start."""
 
     size_bytes: int
     sha256: str | None
@@ -37,7 +43,8 @@ class Manifest:
 def write_manifest(folder: Path, name: str, source: str) -> None:
     """Records every file that is in `folder` now."""
     files = {file.name: FileRecord(file.stat().st_size, _digest(file)) for file in sorted(folder.iterdir())}
-    text = json.dumps(asdict(Manifest(name, source, files)), indent=1)
+    facts = asdict(Manifest(name, source, files))
+    text = json.dumps(facts | {_OWN_DIGEST: _digest_of(facts)}, indent=1)
     (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
 
@@ -48,29 +55,33 @@ def read_manifest(folder: Path) -> Manifest | None:
         CorruptCheckpoint: the manifest itself is damaged.
     """
     file = folder / MANIFEST_FILE
-    if not file.exists():
+    if not os.path.lexists(file):
         return None
     raw = read_json_object(file)
     try:
-        files = {name: FileRecord(**record) for name, record in raw["files"].items()}
-        return Manifest(str(raw["name"]), str(raw["source"]), files)
-    except (KeyError, TypeError, AttributeError):
+        # Older ones have no digest of themselves.
+        if _OWN_DIGEST in raw and raw.pop(_OWN_DIGEST) != _digest_of(raw):
+            raise ValueError
+        if not isinstance(raw["name"], str) or not isinstance(raw["source"], str):
+            raise TypeError
+        files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
+        return Manifest(files=files, **raw)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise CorruptCheckpoint(f"{file} is damaged; delete the folder {folder}.") from None
 
 
 def find_damage(folder: Path, manifest: Manifest) -> str | None:
-    """How the folder's files differ from the manifest, naming the first one, or None.
-
-    Weights are compared by size and header only.
-    """
+    """How the folder's files differ from the manifest, naming the first one, or None."""
     for name, record in manifest.files.items():
         file = folder / name
-        if not file.is_file():
-            return f"{file} is missing"
+        try:
+            require_regular_file(file)
+        except (OSError, ValueError):
+            return f"{folder / one_line(name)} is missing, or no file"
         size_bytes = file.stat().st_size
         if size_bytes != record.size_bytes:
-            return f"{file} has {size_bytes} bytes instead of {record.size_bytes}"
-        if record.sha256 is not None and _digest(file) != record.sha256:
+            return f"{file} has {size_bytes} bytes instead of {quoted(record.size_bytes)}"
+        if record.sha256 is not None and sha256_of(file) != record.sha256:
             return f"{file} has changed since it was written"
         if file.suffix == ".safetensors":
             try:
@@ -87,5 +98,8 @@ def sha256_of(file: Path) -> str:
 
 
 def _digest(file: Path) -> str | None:
-    is_small = file.suffix != ".safetensors" and file.stat().st_size <= DIGEST_LIMIT_BYTES
-    return sha256_of(file) if is_small else None
+    return sha256_of(file) if file.stat().st_size <= DIGEST_LIMIT_BYTES else None
+
+
+def _digest_of(facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -3,11 +3,16 @@
 Knows no files and no tensors: the decoder, the weight reader and the GGUF conversion agree through it.
 """
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from dash_runtime.model_config import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+
+_LAYERS = "model.layers."
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -15,11 +20,28 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_layers):
         for name, shape in _layer_shapes(config).items():
-            shapes[f"model.layers.{layer}.{name}"] = shape
+            shapes[f"{_LAYERS}{layer}.{name}"] = shape
     shapes[FINAL_NORM] = (config.hidden_size,)
     if not config.has_tied_head:
         shapes[HEAD] = (config.vocab_size, config.hidden_size)
     return shapes
+
+
+def unused_parameter(names: Iterable[str], config: ModelConfig) -> str | None:
+    """One of `names` without which the model would be another: of a layer beyond the last, or a bias or norm that the
+    layers of `config` do not have. None where there is none.
+
+    Other tensors that `config` does not need, such as tables that old checkpoints hold, mean nothing.
+    """
+    everything = replace(config, has_qkv_bias=True, has_output_bias=True, has_mlp_bias=True, has_qk_norm=True)
+    left_out = _layer_shapes(everything).keys() - _layer_shapes(config).keys()
+    for name in names:
+        if not name.startswith(_LAYERS):
+            continue
+        layer, _, rest = name.removeprefix(_LAYERS).partition(".")
+        if rest in left_out or not layer.isdecimal() or int(layer[:9]) >= config.num_layers:
+            return name
+    return None
 
 
 def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -3,12 +3,15 @@
 Knows names, shapes and files; not what a parameter is for, nor which device or dtype it will have.
 """
 
+import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_runtime.checkpoints.json_file import read_json_object
-from dash_runtime.checkpoints.parameters import parameter_shapes
+from dash_runtime.checkpoints.parameters import parameter_shapes, unused_parameter
+from dash_runtime.checkpoints.wording import one_line, quoted
 from dash_runtime.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -16,6 +19,7 @@ from dash_runtime.errors import (
     UnsupportedArchitecture,
 )
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.whole_file import require_regular_file
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +52,19 @@ class Weights(Mapping[str, "torch.Tensor"]):
         return len(self._files)
 
     def __getitem__(self, name: str) -> "torch.Tensor":
-        return self._handle(name).get_tensor(name)
+        """The tensor called `name`.
+
+        Raises:
+            CorruptCheckpoint: no file has it, or it holds a value that is not finite.
+        """
+        tensor = self._handle(name).get_tensor(name)
+        if not _is_finite(tensor):
+            raise CorruptCheckpoint(f"{self._files[name]}: tensor {name} holds a value that is not finite.")
+        return tensor
+
+    def file(self, name: str) -> Path:
+        """The file that holds the tensor called `name`."""
+        return self._files[name]
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> "torch.Tensor":
         """The tensor called `name`, which must have `shape`.
@@ -66,7 +82,10 @@ class Weights(Mapping[str, "torch.Tensor"]):
             CorruptCheckpoint: no file has it, or its shape is another.
             UnsupportedArchitecture: it is not stored as floating point of 16 or 32 bits.
         """
-        described = self._handle(name).get_slice(name)
+        try:
+            described = self._handle(name).get_slice(name)
+        except MissingTensor as error:
+            raise MissingTensor(f"{str(error).rstrip('.')}, but config.json asks for it.") from None
         found = tuple(described.get_shape())
         if found != shape:
             raise CorruptCheckpoint(
@@ -106,7 +125,8 @@ def open_weights(folder: Path) -> Weights:
 
 
 def check_weights(weights: Weights, config: ModelConfig) -> None:
-    """Checks that every parameter of `config` is there in its shape, without reading any.
+    """Checks that every parameter of `config` is there in its shape, and none that `config` leaves out, without reading
+    any.
 
     Raises:
         CorruptCheckpoint: naming the file and the tensor.
@@ -114,6 +134,9 @@ def check_weights(weights: Weights, config: ModelConfig) -> None:
     """
     for name, shape in parameter_shapes(config).items():
         weights.check(name, shape)
+    unused = unused_parameter(weights, config)
+    if unused is not None:
+        raise CorruptCheckpoint(f"{weights.file(unused)}: config.json asks for no tensor {quoted(unused)}.")
 
 
 def check_safetensors(file: Path) -> None:
@@ -141,17 +164,36 @@ def _read_index(index: Path) -> dict[str, Path]:
     if not isinstance(places, dict) or not places:
         raise CorruptCheckpoint(f"{index} has no weight_map.")
     for name, file in places.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CorruptCheckpoint(f"{index} places {name} in {file!r}, which is not a file beside it.")
-    return {name: index.parent / file for name, file in places.items()}
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise CorruptCheckpoint(
+                f"{index} places {quoted(name)} in {quoted(file)}, which is not a safetensors file beside it."
+            )
+    files = {name: index.parent / file for name, file in places.items()}
+    for path in sorted(set(files.values())):
+        if not os.path.lexists(path):
+            raise CorruptCheckpoint(f"{index.parent / one_line(path.name)} is missing, which {index} lists.")
+    return files
 
 
 def _open_safetensors(file: Path, framework: str) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
+        require_regular_file(file)
         return safe_open(file, framework=framework)
     except FileNotFoundError:
         raise CorruptCheckpoint(f"{file} is missing.") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CorruptCheckpoint(f"{file} is truncated or not a safetensors file ({error}).") from None
+    except OSError as error:
+        raise CorruptCheckpoint(f"{file} cannot be read: {error.strerror}.") from None
+    except (SafetensorError, ValueError) as error:
+        raise CorruptCheckpoint(f"{file} is truncated or not a safetensors file ({one_line(error)}).") from None
+
+
+def _is_finite(tensor: "torch.Tensor") -> bool:
+    import torch
+
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    # The sum is many times faster than the test of every number, and not finite where one of them is not. It may also
+    # overflow by itself.
+    return math.isfinite(tensor.sum(dtype=torch.float32)) or bool(tensor.isfinite().all())

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dash_runtime.checkpoints.wording import quoted
 from dash_runtime.decoder.compensation import (
     Compensation,
     CompensationKind,
@@ -20,9 +21,10 @@ from dash_runtime.decoder.compensation import (
 )
 from dash_runtime.errors import PolicyFileError
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.policy.tensor_file import load_tensors, save_tensors
+from dash_runtime.policy.tensor_file import load_tensors, naming, save_tensors
 
 _FORMAT = "dash-compensation-1"
+_WHAT = "compensation file"
 
 
 def stored(compensation: Compensation) -> dict[str, Tensor]:
@@ -40,17 +42,21 @@ def restored(
     Raises:
         PolicyFileError: the kind is unknown, or a tensor is missing, of the wrong type or shape, or not finite.
     """
+    if kind not in [*CompensationKind]:
+        known = ", ".join(CompensationKind)
+        raise PolicyFileError(f"compensation {quoted(kind)} is unknown; known: {known}")
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise PolicyFileError(f"compensation tensor {name!r} is not finite")
+        is_packed = kind == CompensationKind.LOW_RANK and tensor.dtype is torch.int8
+        if not is_packed and not (tensor.is_floating_point() and tensor.to(dtype).isfinite().all()):
+            raise PolicyFileError(f"compensation tensor {quoted(name)} is not finite floating point")
     shape = (config.num_layers, config.hidden_size)
     if kind != CompensationKind.LOW_RANK:
         return make_compensation(kind, {name: t.to(device, dtype) for name, t in tensors.items()}, *shape)
     stored_names = {field.name for field in fields(PackedLowRank) if field.init}
     if set(tensors) != stored_names:
-        raise PolicyFileError(f"compensation {kind!r} does not take {sorted(tensors)}")
-    if {tensors[name].dtype for name in ("down", "up")} != {torch.int8}:
-        raise PolicyFileError("compensation tensors 'down' and 'up' must be int8")
+        raise PolicyFileError(f"compensation {kind!r} does not take {quoted(sorted(tensors))}")
+    if any((tensor.dtype is torch.int8) != (name in ("down", "up")) for name, tensor in tensors.items()):
+        raise PolicyFileError("compensation tensors 'down' and 'up', and no others, must be int8")
     for name in ("down", "up"):
         if tensors[f"{name}_scales"].shape != tensors[name].shape[:-1]:
             raise PolicyFileError(f"compensation tensor '{name}_scales' does not fit {name!r}")
@@ -66,7 +72,7 @@ def save_compensation(path: Path, compensation: Compensation, fingerprint: str) 
         PolicyFileError: it cannot be written.
     """
     metadata = {"format": _FORMAT, "kind": compensation.kind.value, "model_fingerprint": fingerprint}
-    save_tensors(path, "compensation file", stored(compensation), metadata)
+    save_tensors(path, _WHAT, stored(compensation), metadata)
 
 
 def load_compensation(
@@ -77,12 +83,10 @@ def load_compensation(
     Raises:
         PolicyFileError: naming the file, and what is wrong with it.
     """
-    tensors, metadata = load_tensors(path, "compensation file")
-    try:
+    tensors, metadata = load_tensors(path, _WHAT, ("format", "kind", "model_fingerprint"))
+    with naming(path, _WHAT):
         if metadata.get("format") != _FORMAT:
             raise PolicyFileError(f"is not of format {_FORMAT}")
         if metadata.get("model_fingerprint") != fingerprint:
             raise PolicyFileError(f"was made for another model than {config.name}")
         return restored(metadata.get("kind", ""), tensors, config, dtype, device)
-    except PolicyFileError as error:
-        raise PolicyFileError(f"compensation file {path} {error}") from None

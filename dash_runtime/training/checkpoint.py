@@ -11,9 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dash_runtime.checkpoints.wording import one_line
 from dash_runtime.decoder.compensation import LowRank
 from dash_runtime.errors import PolicyFileError
-from dash_runtime.policy.tensor_file import save_tensors
+from dash_runtime.policy.tensor_file import load_tensors, save_tensors
 from dash_runtime.training.actor_critic import ActorCritic
 
 
@@ -48,11 +49,12 @@ def load_checkpoint(path: Path, signature: str, model: ActorCritic, optimizer: t
         PolicyFileError: it is of another run, or damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("signature") != signature:
-                raise PolicyFileError(f"checkpoint {path} is of another run; remove it, or give another --out")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, metadata = load_tensors(path, "checkpoint", ("signature", "iteration"))
+    except PolicyFileError as error:
+        raise PolicyFileError(f"{error}; remove it to start again") from None
+    if metadata.get("signature") != signature:
+        raise PolicyFileError(f"checkpoint {path} is of another run; remove it, or give another --out")
+    try:
         model.load_state_dict(_part(tensors, "model."))
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in _part(tensors, "optimizer.").items():
@@ -60,8 +62,9 @@ def load_checkpoint(path: Path, signature: str, model: ActorCritic, optimizer: t
             state.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         return Checkpoint(int(metadata["iteration"]), LowRank(**_part(tensors, "compensation.")))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise PolicyFileError(f"checkpoint {path} cannot be read ({error}); remove it to start again") from None
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = one_line(error)
+        raise PolicyFileError(f"checkpoint {path} cannot be read ({reason}); remove it to start again") from None
 
 
 def num_iterations_done(path: Path) -> int:

@@ -194,7 +194,7 @@ def _kept_costs(path: Path, model: LoadedModel, compensation: Compensation) -> C
 def _read_costs(path: Path, option: str, complaint: str) -> CostTable:
     try:
         return CostTable.from_json(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         raise ConfigError(option, complaint) from None
 
 

@@ -165,7 +165,7 @@ def _row(line: bytes) -> CurveRow:
     """Raises ValueError that says what is wrong with the line."""
     try:
         values = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("not JSON") from None
     names = [field.name for field in fields(CurveRow)]
     if not isinstance(values, dict) or set(values) != set(names):

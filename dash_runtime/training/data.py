@@ -14,7 +14,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from dash_runtime.chat_template import ChatTemplate
-from dash_runtime.errors import ConfigError, CorruptCheckpoint, InvalidRequest
+from dash_runtime.checkpoints import load_tokenizer
+from dash_runtime.errors import ConfigError, InvalidRequest
 
 _SUFFIXES = (".txt", ".jsonl")
 _PAIRS = (("question", "answer"), ("prompt", "completion"), ("prompt", "response"))
@@ -87,21 +88,6 @@ def interleave(groups: Sequence[Sequence[list[int]]], seed: int = 0) -> list[lis
 def cut(ids: Sequence[int], length: int) -> list[list[int]]:
     """Sequences of `length` token ids, one after another; what is left at the end is dropped."""
     return [list(ids[start : start + length]) for start in range(0, len(ids) - length + 1, length)]
-
-
-def load_tokenizer(tokenizer_file: Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, without the truncation and padding that some of them ask for.
-
-    Raises:
-        CorruptCheckpoint: the file cannot be used.
-    """
-    try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    except Exception as error:  # the library raises nothing more specific
-        raise CorruptCheckpoint(f"{tokenizer_file} is not a tokenizer: {error}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> list[list[int]]:

@@ -13,6 +13,7 @@ from dash_runtime.chat_template import ChatTemplate
 from dash_runtime.checkpoints import (
     check_weights,
     load_model_config,
+    load_tokenizer,
     open_weights,
     resolve_checkpoint,
     tokenizer_file,
@@ -22,7 +23,7 @@ from dash_runtime.decoder.quantization import supported_actions
 from dash_runtime.engine.build import find_device, matrix_shapes
 from dash_runtime.errors import ConfigError
 from dash_runtime.policy.policy_file import model_fingerprint
-from dash_runtime.training.data import file_token_sequences, load_tokenizer
+from dash_runtime.training.data import file_token_sequences
 from dash_runtime.training.gradient_path import GradientDecoder
 from dash_runtime.training.self_text import default_training_sequences
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.chat_template import ChatTemplate
+from dash_runtime.checkpoints import load_tokenizer
 from dash_runtime.config import EngineConfig, GenerationRequest, SamplingParameters, StoppingParameters
 from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
@@ -28,7 +29,7 @@ from dash_runtime.engine.sequence import SequenceFinished, TokenProduced
 from dash_runtime.errors import ConfigError, PolicyFileError
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.tensor_file import save_tensors
-from dash_runtime.training.data import cut, default_token_sequences, encode, interleave, load_tokenizer
+from dash_runtime.training.data import cut, default_token_sequences, encode, interleave
 
 Progress = Callable[[str], None]
 
@@ -245,7 +246,7 @@ def _read(file: Path, key: str, num_sequences: int, length: int, vocab_size: int
         with safe_open(file, framework="pt") as kept:
             metadata = json.loads((kept.metadata() or {}).get(_METADATA, "{}"))
             ids = kept.get_tensor("token_ids")
-    except (OSError, SafetensorError, ValueError):
+    except (OSError, RecursionError, SafetensorError, ValueError):
         return None
     if ids.dtype != torch.int32 or ids.ndim != 2 or ids.shape[1] != length or len(ids) < num_sequences:
         return None

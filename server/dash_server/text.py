@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from dash_runtime.errors import CheckpointNotFound, CorruptCheckpoint
+from dash_runtime.checkpoints import load_tokenizer
 
 _REPLACEMENT = "\ufffd"
 # A UTF-8 character has at most four bytes and a token at least one, so an incomplete character at the
@@ -23,8 +23,6 @@ class TextTokenizer:
     """The model's tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.special_token_ids: frozenset[int] = frozenset(
             token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
@@ -38,13 +36,7 @@ class TextTokenizer:
             CheckpointNotFound: there is no tokenizer.json.
             CorruptCheckpoint: it cannot be read.
         """
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointNotFound(f"there is no tokenizer.json in {folder}")
-        try:
-            return cls(Tokenizer.from_file(str(path)))
-        except Exception as error:  # the library raises nothing more specific
-            raise CorruptCheckpoint(f"{path} is not a tokenizer: {error}") from error
+        return cls(load_tokenizer(folder / "tokenizer.json"))
 
     def is_text(self, token_id: int) -> bool:
         """Whether the token can be part of a text: a special one, or one beyond the vocabulary, cannot."""

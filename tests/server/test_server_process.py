@@ -84,7 +84,7 @@ def test_a_second_signal_ends_server_and_worker_at_once(tmp_path: Path, model_fo
         server_process(tmp_path, model=fake_model(model_folder, token_seconds=0.01)) as server,
         connect(server) as channel,
     ):
-        (worker,) = psutil.Process(server.process.pid).children()
+        (worker,) = server.workers()
         call = started_stream(channel, max_new_tokens=4000)
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
@@ -99,7 +99,7 @@ def test_a_second_signal_ends_server_and_worker_at_once(tmp_path: Path, model_fo
 def test_a_killed_server_leaves_no_worker_behind(tmp_path: Path, model_folder: Path) -> None:
     with server_process(tmp_path, model=fake_model(model_folder)) as server:
         connect(server).close()
-        (worker,) = psutil.Process(server.process.pid).children()
+        (worker,) = server.workers()
         server.end(signal.SIGKILL)
         assert_gone(worker)
 
@@ -161,7 +161,7 @@ def test_a_missing_tokenizer_is_one_line(tmp_path: Path) -> None:
     with server_process(tmp_path, model=fake_model(tmp_path), log_level="ERROR") as server:
         code, stderr = server.outcome()
     assert code == 2
-    assert complaints(stderr) == [f"dash-server: there is no tokenizer.json in {tmp_path}"]
+    assert complaints(stderr) == [f"dash-server: There is no file {tmp_path}/tokenizer.json."]
     assert "Traceback" not in stderr
 
 
@@ -183,5 +183,5 @@ def test_a_signal_while_the_model_loads_ends_the_server(tmp_path: Path, model_fo
 def test_a_terminals_interrupt_does_not_reach_the_worker(tmp_path: Path, model_folder: Path) -> None:
     with server_process(tmp_path, model=fake_model(model_folder)) as server:
         connect(server).close()
-        (worker,) = psutil.Process(server.process.pid).children()
+        (worker,) = server.workers()
         assert os.getpgid(worker.pid) != os.getpgid(server.process.pid)
