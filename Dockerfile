@@ -40,10 +40,12 @@ RUN useradd --uid 10001 --user-group --home-dir /nonexistent --shell /usr/sbin/n
     && install --directory --owner dash --group dash /var/cache/dash
 COPY --from=build /opt/venv /opt/venv
 
+# Inside a container every address is its own: publish the port to this machine only, or set DASH_TLS_… (docs/reliability.md).
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     DASH_HOST=0.0.0.0 \
+    DASH_ALLOW_PLAINTEXT=true \
     DASH_PORT=50051 \
     DASH_CACHE_FOLDER=/var/cache/dash \
     HF_HOME=/var/cache/dash/huggingface

@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test bench lint protos clean
+.PHONY: help demo serve test soak bench lint protos clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -21,6 +21,9 @@ serve: $(INSTALLED)  ## Run the server in the foreground; settings are DASH_… 
 
 test: $(INSTALLED)  ## Run the tests
 	$(BIN)/python -m pytest
+
+soak: $(INSTALLED)  ## Prove the service under load and faults; takes half an hour and ends by itself
+	$(BIN)/python -m tests.soak
 
 bench: $(VENV)/.bench  ## Measure decoding; leave the machine idle meanwhile
 	$(BIN)/python -m benchmarks

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from dash_server.admission import Admission
 from dash_server.callers import CallerLimits, Callers
@@ -30,8 +30,23 @@ logger = logging.getLogger(__name__)
 
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _CHANNELZ_SERVICE = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
+_REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 # How long calls may take to end once nothing keeps them.
 _LAST_CALLS_SECONDS = 2.0
+
+
+def _add_reflection(server: grpc.aio.Server, names: Sequence[str]) -> None:
+    """Under both of its names: newer clients ask for v1 alone, whose messages are those of v1alpha."""
+    servicer = reflection.aio.ReflectionServicer(names)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(_REFLECTION_V1, {"ServerReflectionInfo": handler}),)
+    )
 
 
 class DashServer:
@@ -72,7 +87,7 @@ class DashServer:
         if settings.channelz:
             channelz.add_channelz_servicer(self._server)
             names.append(_CHANNELZ_SERVICE)
-        reflection.enable_server_reflection(names, self._server)
+        _add_reflection(self._server, [*names, _REFLECTION_V1])
 
     async def start(self) -> int:
         """Listens, and returns the port. Health is NOT_SERVING until a worker is ready.

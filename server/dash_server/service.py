@@ -37,7 +37,6 @@ MODEL_SERVICE = model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
 # than a thread costs.
 _MAX_INLINE_BYTES = 4096
 _NUM_READER_THREADS = 2
-_MAX_TOKENIZE_CALLS = 64
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
@@ -135,7 +134,7 @@ class ModelServicer:
 
     def __init__(self, state: ServiceState) -> None:
         self._state = state
-        self._tokenize_calls = Admission(_MAX_TOKENIZE_CALLS)
+        self._tokenize_calls = Admission(state.settings.max_tokenize_calls)
 
     async def get_model(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetModelResponse:
         async with _answering(context):

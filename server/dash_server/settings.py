@@ -124,6 +124,7 @@ class Settings(BaseSettings):
         default=4 * _MEBIBYTE, ge=1024, le=32 * _MEBIBYTE, description="Largest request message"
     )
 
+    max_tokenize_calls: int = Field(default=64, ge=1, description="Tokenize calls at once")
     max_metadata_bytes: int = Field(
         default=8192, ge=1024, le=_MEBIBYTE, description="Largest metadata of one call, a token included"
     )
@@ -204,6 +205,16 @@ def _line(cls: type[Settings], details: Mapping) -> str:
     return f"{_variable(name)}: {sentence}{got}"
 
 
+def settings_table() -> str:
+    """All settings in Markdown: `python -m dash_server.settings` prints what docs/settings.md holds."""
+    rows = ["| variable | default | what it is |", "| --- | --- | --- |"]
+    for name, field in Settings.model_fields.items():
+        default = field.get_default(call_default_factory=False)
+        shown = "" if default is None or field.default_factory is not None else f"`{default}`"
+        rows.append(f"| `{_variable(name)}` | {shown} | {field.description} |")
+    return "\n".join(rows) + "\n"
+
+
 def _variable(name: str) -> str:
     return ENV_PREFIX + name.upper()
 
@@ -218,3 +229,7 @@ def unknown_variables(environment: Mapping[str, str], cls: type[Settings] = Sett
             hint = f"; did you mean {closest[0]}?" if closest else ""
             warnings.append(f"{name} is set, but there is no such setting{hint}")
     return warnings
+
+
+if __name__ == "__main__":
+    print(settings_table(), end="")

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import grpc
+import psutil
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tokenizers import Tokenizer
@@ -174,16 +175,18 @@ async def running_server(
 
 @dataclass
 class ServerProcess:
-    """A `dash-server` process. `stderr` is complete once it has ended."""
+    """A `dash-server` process."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     port_file: Path
+    log: Path
+    """What it says on stderr: a file, since a pipe that nobody reads would stop it."""
 
     def wait_for_port(self) -> int:
         deadline = time.monotonic() + 20
         while not self.port_file.exists():
-            assert self.process.poll() is None, self.process.communicate()[1]
-            assert time.monotonic() < deadline, "no port file"
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.02)
         return int(self.port_file.read_text())
 
@@ -192,27 +195,36 @@ class ServerProcess:
         self.process.send_signal(number)
         return self.outcome()
 
-    def outcome(self) -> tuple[int, str]:
-        stderr = self.process.communicate(timeout=20)[1]
-        return self.process.returncode, stderr
+    def outcome(self, seconds: float = 20) -> tuple[int, str]:
+        """The exit code and stderr, once it has ended."""
+        return self.process.wait(seconds), self.log.read_text()
+
+    def workers(self) -> list[psutil.Process]:
+        """Its worker processes."""
+        return psutil.Process(self.process.pid).children()
 
 
 @contextmanager
-def server_process(tmp_path: Path, *, before_exit: str = "pass", **variables: object) -> Iterator[ServerProcess]:
+def server_process(
+    tmp_path: Path,
+    *,
+    worker_command: Sequence[str] = FAKE_WORKER,
+    before_exit: str = "pass",
+    **variables: object,
+) -> Iterator[ServerProcess]:
     """`dash-server` with the fake worker and these DASH_ variables; `before_exit` is Python run at its end."""
-    program = (
-        f"import sys; from dash_server.main import main; code = main({FAKE_WORKER!r}); {before_exit}; sys.exit(code)"
-    )
+    command = tuple(worker_command)
+    program = f"import sys; from dash_server.main import main; code = main({command}); {before_exit}; sys.exit(code)"
     port_file = tmp_path / "port"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DASH_")}
     given = {"port": 0, "port_file": port_file, **variables}
     environment |= {f"DASH_{name.upper()}": str(value) for name, value in given.items()}
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    log = tmp_path / "stderr"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=stderr)
     with process:
         try:
-            yield ServerProcess(process, port_file)
+            yield ServerProcess(process, port_file, log)
         finally:
             process.kill()
 

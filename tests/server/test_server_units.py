@@ -15,12 +15,13 @@ from dash_runtime.errors import InvalidRequest
 from dash_server.convert import _MODES
 from dash_server.messages import Finished, Granted, Logprobs, Refused, Tokens
 from dash_server.outbox import Outbox
-from dash_server.settings import Settings, SettingsError, load_settings, unknown_variables
+from dash_server.settings import Settings, SettingsError, load_settings, settings_table, unknown_variables
 from dash_server.statuses import (
     CallerLimitReached,
     DeadlineTooShort,
     InvalidFields,
     QueueFull,
+    ServiceError,
     ShuttingDown,
     Unauthenticated,
     WorkerUnavailable,
@@ -55,6 +56,18 @@ def test_every_setting_has_a_description_and_a_default() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description, name
         assert not field.is_required(), name
+
+
+def test_the_documented_settings_are_the_settings() -> None:
+    assert settings_table() in (Path(__file__).parents[2] / "docs" / "settings.md").read_text()
+
+
+def test_the_documented_errors_are_the_errors() -> None:
+    """One row for each reason, with its code, and whether it is retryable: all that tell when to come back are."""
+    rows = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text().splitlines()
+    reasons = {error.reason: error.code.name for error in ServiceError.__subclasses__()}
+    for reason, code in {**reasons, "INVALID_REQUEST": "INVALID_ARGUMENT", "INTERNAL": "INTERNAL"}.items():
+        assert [row for row in rows if f"| `{code}` | `{reason}` |" in row], reason
 
 
 def test_secrets_are_neither_logged_nor_quoted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,43 @@
+"""`make soak`: proves the service under load and faults, on loopback, and ends by itself; see docs/reliability.md.
+
+`python -m tests.soak --only streams deaths` runs parts of it. Exit code 1 where anything did not hold.
+"""
+
+import argparse
+import asyncio
+import sys
+import time
+from collections.abc import Awaitable, Callable
+
+from tests.soak import connections, corrupt_files, deaths, draining, fuzz, other_clients, streams
+from tests.soak.report import Finding, print_findings
+
+PARTS: dict[str, tuple[str, Callable[[], Awaitable[list[Finding]]]]] = {
+    "streams": ("64 streams at once for ten minutes", streams.run),
+    "deaths": ("The worker killed ten times under load", deaths.run),
+    "drain": ("SIGTERM with 32 streams", draining.run_drain),
+    "slow-reader": ("A reader that takes one message a second", draining.run_slow_reader),
+    "fuzz": ("100,000 fuzzed requests", fuzz.run),
+    "connections": ("10,000 connections, and pings", connections.run),
+    "other-clients": ("Clients in other languages", other_clients.run),
+    "corrupt-files": ("1,000 corrupted files", corrupt_files.run),
+}
+
+
+def main() -> int:
+    """Runs the parts that were asked for; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts")
+    failed = []
+    for name in parser.parse_args().only:
+        title, run = PARTS[name]
+        started = time.monotonic()
+        if not print_findings(title, asyncio.run(run())):  # type: ignore[arg-type]
+            failed.append(name)
+        print(f"  ({time.monotonic() - started:.0f} s)", flush=True)
+    print(f"\nfailed: {', '.join(failed)}" if failed else "\neverything held")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""The worker is killed again and again, each time a while after it began to serve, under load."""
+
+import asyncio
+import os
+import random
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import grpc
+
+from tests.soak.mixed_requests import mixed_request
+from tests.soak.report import Finding, finding
+from tests.soak.service import STUCK_SECONDS, Outcomes, model_variables, running_service
+
+
+async def run(
+    num_kills: int = 10, seconds_between: float = 20, num_callers: int = 16, tiny_model: Path | None = None
+) -> list[Finding]:
+    """Kills, and looks at every request's end; with the embedded model or a tiny one."""
+    outcomes = Outcomes.begin()
+    slowest_end = 0.0
+    restarts: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        async with running_service(Path(folder), **model_variables(tiny_model, folder)) as service:
+            is_over = asyncio.Event()
+            killed_at = [0.0]
+            ends: list[float] = []
+
+            async def caller(rng: random.Random) -> None:
+                while not is_over.is_set():
+                    error: BaseException | None = None
+                    try:
+                        async with asyncio.timeout(STUCK_SECONDS):
+                            await service.generate(mixed_request(rng, is_tiny=tiny_model is not None))
+                    except (grpc.aio.AioRpcError, TimeoutError) as caught:
+                        error = caught
+                        if _is_unavailable(error) and "while it had" in str(error):
+                            ends.append(time.monotonic() - killed_at[0])
+                    outcomes.add(error)
+                    if error is not None:
+                        await asyncio.sleep(0.25)
+
+            callers = [asyncio.create_task(caller(random.Random(f"death {number}"))) for number in range(num_callers)]
+            for _ in range(num_kills):
+                await asyncio.sleep(seconds_between)
+                ends.clear()
+                (worker,) = service.server.workers()
+                killed_at[0] = time.monotonic()
+                os.kill(worker.pid, signal.SIGKILL)
+                await service.wait_until_serving(False)
+                await service.wait_until_serving()
+                restarts.append(time.monotonic() - killed_at[0])
+                slowest_end = max(slowest_end, *ends, 0.0)
+            is_over.set()
+            await asyncio.gather(*callers)
+            await service.generate(mixed_request(random.Random(1), is_tiny=tiny_model is not None))
+    codes = set(outcomes.codes)
+    return [
+        finding(f"{sum(outcomes.codes.values())} requests while the worker was killed {num_kills} times",
+                "each ends in a result or UNAVAILABLE", outcomes, codes <= {"OK", "UNAVAILABLE"}),
+        finding("from the kill to the last UNAVAILABLE of those it had", "< 1 s", f"{slowest_end:.2f} s",
+                slowest_end < 1),
+        finding("SERVING again", f"{num_kills} times", f"{len(restarts)} times, after {min(restarts):.1f} to "
+                f"{max(restarts):.1f} s", len(restarts) == num_kills),
+    ]  # fmt: skip
+
+
+def _is_unavailable(error: BaseException) -> bool:
+    return isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNAVAILABLE

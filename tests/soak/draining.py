@@ -1,0 +1,72 @@
+"""SIGTERM while many streams run, and readers that take one message a second."""
+
+import asyncio
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import grpc
+
+from dash_api.v1 import generation_pb2
+from tests.server.server_harness import FAKE_WORKER, fake_model, generation_request, write_model_folder
+from tests.soak.report import Finding, finding
+from tests.soak.service import Service, running_service
+
+_TOKENS = 64
+
+
+def _stream(service: Service, **parameters: object) -> grpc.aio.UnaryStreamCall:
+    request = generation_pb2.StreamGenerateRequest(parameters=generation_request(**parameters).parameters)
+    return service.generation.StreamGenerate(request)
+
+
+async def run_drain(num_streams: int = 32) -> list[Finding]:
+    """The embedded model; half of the streams wait for a slot when the signal comes."""
+    with tempfile.TemporaryDirectory() as folder:
+        async with running_service(Path(folder), shutdown_grace_seconds=120) as service:
+            stopping = generation_pb2.StoppingParameters(max_new_tokens=_TOKENS, ignore_eos=True)
+            calls = [_stream(service, text="Once upon a time", stopping=stopping) for _ in range(num_streams)]
+            await calls[0].read()
+            service.server.process.send_signal(signal.SIGTERM)
+            ends = await asyncio.gather(*map(_last_message, calls))
+            code, log = await asyncio.to_thread(service.server.outcome, 60.0)
+    num_complete = sum(end.finished.usage.output_token_count == _TOKENS for end in ends)
+    return [
+        finding(f"streams of {num_streams} that were complete after SIGTERM", str(num_streams), num_complete,
+                num_complete == num_streams),
+        finding("exit code", "0", code, code == 0 and "Traceback" not in log),
+    ]  # fmt: skip
+
+
+async def _last_message(call: grpc.aio.UnaryStreamCall) -> generation_pb2.StreamGenerateResponse:
+    last = generation_pb2.StreamGenerateResponse()
+    async for message in call:
+        last = message
+    return last
+
+
+async def run_slow_reader(seconds: float = 60) -> list[Finding]:
+    """A worker that makes 200 tokens a second, each with 30 layers' decisions, and a client that takes one message a
+    second."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = fake_model(write_model_folder(Path(folder) / "model"), token_seconds=0.005, num_layers=30)
+        variables = {"model": model, "context_length": 40_000, "cache_tokens": 40_000, "max_new_tokens": 40_000}
+        async with running_service(Path(folder), worker_command=FAKE_WORKER, **variables) as service:
+            output = generation_pb2.OutputOptions(return_decisions=True)
+            call = _stream(service, text="abc", max_new_tokens=39_000, output=output)
+            sizes: list[int] = []
+            num_tokens = num_messages = 0
+            until = time.monotonic() + seconds
+            while time.monotonic() < until and (message := await call.read()) is not grpc.aio.EOF:
+                num_messages += 1
+                num_tokens += len(message.delta.token_ids)
+                sizes.append(service.rss_bytes())
+                await asyncio.sleep(1)
+            call.cancel()
+    settled = sizes[2:]
+    growth = max(settled) / settled[0] - 1
+    return [
+        finding(f"memory while a client read {num_messages} messages in {seconds:g} s", "flat, < 3 %",
+                f"{growth:+.1%}, {num_tokens} tokens in them", growth < 0.03),
+    ]  # fmt: skip

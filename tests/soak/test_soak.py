@@ -1,0 +1,31 @@
+"""Short versions of what `make soak` runs for half an hour."""
+
+from pathlib import Path
+
+from tests.soak import connections, deaths, draining, fuzz, streams
+from tests.soak.report import Finding
+
+
+def assert_held(findings: list[Finding]) -> None:
+    assert findings
+    assert not [finding for finding in findings if not finding.held]
+
+
+async def test_mixed_streams_end_well_and_equal_the_same_requests_alone(tiny_folder: Path) -> None:
+    assert_held(await streams.run(seconds=6, num_streams=12, num_samples=10, tiny_model=tiny_folder))
+
+
+async def test_a_worker_killed_under_load_costs_only_what_it_had(tiny_folder: Path) -> None:
+    assert_held(await deaths.run(num_kills=2, seconds_between=1.5, num_callers=6, tiny_model=tiny_folder))
+
+
+async def test_fuzzed_requests_are_answered_or_refused_by_field() -> None:
+    assert_held(await fuzz.run(800))
+
+
+async def test_dropped_connections_leave_nothing() -> None:
+    assert_held(await connections.run(300, num_pings=0))
+
+
+async def test_a_slow_reader_costs_no_memory() -> None:
+    assert_held(await draining.run_slow_reader(5))
