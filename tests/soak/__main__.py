@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from tests.soak import connections, corrupt_files, deaths, draining, fuzz, other_clients, streams
-from tests.soak.report import Finding, print_findings
+from tests.soak.report import Finding, finding, print_findings
 
 PARTS: dict[str, tuple[str, Callable[[], Awaitable[list[Finding]]]]] = {
     "streams": ("64 streams at once for ten minutes", streams.run),
@@ -32,7 +32,11 @@ def main() -> int:
     for name in parser.parse_args().only:
         title, run = PARTS[name]
         started = time.monotonic()
-        if not print_findings(title, asyncio.run(run())):  # type: ignore[arg-type]
+        try:
+            findings = asyncio.run(run())  # type: ignore[arg-type]
+        except Exception as error:  # the other parts are worth running all the same
+            findings = [finding("the part itself", "runs to its end", f"{type(error).__name__}: {error}", False)]
+        if not print_findings(title, findings):
             failed.append(name)
         print(f"  ({time.monotonic() - started:.0f} s)", flush=True)
     print(f"\nfailed: {', '.join(failed)}" if failed else "\neverything held")

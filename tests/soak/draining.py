@@ -41,7 +41,7 @@ async def run_drain(num_streams: int = 32) -> list[Finding]:
 
 async def _last_message(call: grpc.aio.UnaryStreamCall) -> generation_pb2.StreamGenerateResponse:
     last = generation_pb2.StreamGenerateResponse()
-    async for message in call:
+    while (message := await call.read()) is not grpc.aio.EOF:
         last = message
     return last
 
