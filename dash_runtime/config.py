@@ -291,13 +291,16 @@ class EngineConfig:
     group_planner: bool = True
     """Whether rows of a batch may be raised to a common action, and share products, where that is faster. Otherwise a
     request's tokens do not depend on its neighbours."""
+    record_steps: int = 0
+    """Decode steps of each request, from its first, whose decisions and times are recorded."""
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "cache_tokens", "prefill_chunk_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"must be at least 1, got {getattr(self, name)}")
-        if self.prefix_cache_tokens < 0:
-            raise ConfigError("prefix_cache_tokens", f"must be 0 (off) or more, got {self.prefix_cache_tokens}")
+        for name in ("prefix_cache_tokens", "record_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(name, f"must be 0 (off) or more, got {getattr(self, name)}")
         if self.context_length is not None and self.context_length < 2:
             raise ConfigError("context_length", f"must be at least 2, got {self.context_length}")
         if self.default_compute_budget is not None and not 0 < self.default_compute_budget <= 1:

@@ -55,6 +55,12 @@ class DecisionLog:
         """All plans so far, `[tokens, layers]` flattened."""
         return memoryview(self._plans)[: self._num_tokens * self._num_layers]
 
+    def layer_action_counts(self) -> list[list[int]]:
+        """For each layer, how many decode tokens of the output ran each action there, by Action's order."""
+        decoded = bytes(self.plans[self._num_layers :])
+        layers = (decoded[layer :: self._num_layers] for layer in range(self._num_layers))
+        return [[column.count(action) for action in Action] for column in layers]
+
     @property
     def mean_cost(self) -> float:
         """Share of a full-depth token, over the decode tokens, with all that was drafted and verified for them; 1 where

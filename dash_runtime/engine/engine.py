@@ -21,6 +21,7 @@ from dash_runtime.engine.sampling import token_logprobs
 from dash_runtime.engine.sequence import EndReason, EngineEvent, Sequence, SlotGranted, TokenProduced
 from dash_runtime.engine.step import Decider, decode_step
 from dash_runtime.policy.catalog import Assignment, PolicyCatalog
+from dash_runtime.recorded import StepKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +74,14 @@ class Engine:
         self.facts.validate(request)
         self._waiting.append(_Waiting(request, time.monotonic()))
 
-    def cancel(self, request_id: str) -> None:
-        """Forgets a request wherever it is; unknown ids are ignored."""
+    def cancel(self, request_id: str) -> list[EngineEvent]:
+        """Forgets a request wherever it is; unknown ids are ignored. One that had a slot leaves a last event."""
         self._waiting = deque(w for w in self._waiting if w.request.request_id != request_id)
-        if sequence := self._running.pop(request_id, None):
-            self._pool.release(sequence.cache)
+        sequence = self._running.pop(request_id, None)
+        if sequence is None:
+            return []
+        self._pool.release(sequence.cache)
+        return [sequence.cancelled()]
 
     def stop(self, request_id: str) -> list[EngineEvent]:
         """Ends a running request now, because its caller met a stop string; unknown ids are ignored."""
@@ -111,7 +115,13 @@ class Engine:
             self._waiting.popleft()
             assignment = self._catalog.assign(request.skip)
             sequence = Sequence(
-                request, assignment, cache, self._decoder.num_layers, waiting.since, self.facts.eos_token_ids
+                request,
+                assignment,
+                cache,
+                self._decoder.num_layers,
+                waiting.since,
+                self.facts.eos_token_ids,
+                self._config.record_steps,
             )
             self._running[request.request_id] = sequence
             events.append(
@@ -146,7 +156,9 @@ class Engine:
                     self._prefix_cache.store(*prompt)
                     logits = self._decoder.logits(hidden[-1:], (Action.FULL,))
                     plan = sequence.log.append_prefill_token()
-                    self._take(sequence, sequence.sampler.sample(logits[0]), logits[0], plan, events)
+                    token_id = sequence.sampler.sample(logits[0])
+                    sequence.recording.add_first_token(token_id)
+                    self._take(sequence, token_id, logits[0], plan, events)
 
     def _run_full_depth(self, sequences: list[Sequence], token_ids: list[list[int]], *, is_prompt: bool) -> Tensor:
         """Runs several tokens of each sequence, of prompts or of drafts; returns the last layer's output, `[all rows,
@@ -174,12 +186,15 @@ class Engine:
         output = decode_step(self._decoder, self._lane, batch, token_ids, deciders, planner)
         greedy = output.logits.argmax(dim=-1).tolist()
         exposed_ns, elapsed_ns = self._lane.exposed_ns - exposed_before, time.perf_counter_ns() - started_ns
+        decider_of = {row: decider for decider in deciders for row in decider.rows}
         for row, (sequence, assignment) in enumerate(zip(sequences, assignments, strict=True)):
             policy, plan, logits = assignment.policy, output.plans[row], output.logits[row]
+            recorded = output, row, decider_of[row], started_ns
             own_exposed_ns = exposed_ns if len(policy.pinned) < self._decoder.num_layers else 0
             if sequence.is_drafting:
                 cost = sequence.log.add_draft_token(plan, policy.head, own_exposed_ns)
-                sequence.draft(logits, cost, elapsed_ns)
+                token_id = sequence.draft(logits, cost, elapsed_ns)
+                sequence.recording.add_pass(StepKind.DRAFT, token_id, *recorded)
                 continue
             sampler = sequence.sampler
             if sequence.speculation is not None:
@@ -187,6 +202,7 @@ class Engine:
             else:
                 token_id = greedy[row] if sampler.is_plain_greedy else sampler.sample(logits)
             sequence.log.append_decode_token(plan, policy.head, own_exposed_ns)
+            sequence.recording.add_pass(StepKind.DECODE, token_id, *recorded)
             self._take(sequence, token_id, logits, plan, events)
 
     def _verify(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
@@ -202,9 +218,10 @@ class Engine:
             all_logits = self._decoder.logits(hidden, (Action.FULL,) * len(hidden)).split(lengths)
             chosen = [sequence.verify(logits) for sequence, logits in zip(together, all_logits, strict=True)]
             elapsed_ns = time.perf_counter_ns() - started_ns
-            for sequence, logits, ids in zip(together, all_logits, chosen, strict=True):
+            for sequence, logits, (ids, num_accepted) in zip(together, all_logits, chosen, strict=True):
                 assert sequence.speculation is not None
                 sequence.speculation.verification_ns += elapsed_ns
+                sequence.recording.add_verification(ids, num_accepted, started_ns)
                 for token_id, own_logits in zip(ids, logits, strict=False):  # of those not accepted there is no token
                     self._take(sequence, token_id, own_logits, sequence.log.append_verified_token(), events)
 

@@ -10,6 +10,7 @@ and its decision is read once that work is done. Knows policies and states; know
 import queue
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -17,14 +18,24 @@ import torch
 
 from dash_runtime.config import LaneKind
 from dash_runtime.errors import ConfigError
-from dash_runtime.policy.policy import Decision, Pending, Policy, State
+from dash_runtime.policy.policy import Decision, Policy, State
 
 
-class Ticket(Protocol):
-    """A decision under way."""
+class Ticket:
+    """A decision under way, and when it was evaluated, by `perf_counter_ns`.
 
-    def result(self) -> Decision:
-        """Waits for it. Raises what the policy raised."""
+    On a CUDA stream the times are those of the host, which queued the work and waited for it.
+    """
+
+    __slots__ = ("ended_ns", "exposed_ns", "started_ns", "wait")
+
+    def __init__(self, wait: Callable[[], Decision], started_ns: int = 0, ended_ns: int = 0) -> None:
+        self.wait = wait
+        """Returns the decision. Raises what the policy raised."""
+        self.started_ns = started_ns
+        self.ended_ns = ended_ns
+        self.exposed_ns = 0
+        """What the decoder lost to it."""
 
 
 class Lane(Protocol):
@@ -40,16 +51,6 @@ class Lane(Protocol):
     def close(self) -> None: ...
 
 
-class _DecidedTicket:
-    """A ticket whose decision is already there."""
-
-    def __init__(self, decision: Decision) -> None:
-        self._decision = decision
-
-    def result(self) -> Decision:
-        return self._decision
-
-
 class InlineLane:
     """Evaluates in the caller's thread, at once."""
 
@@ -59,12 +60,14 @@ class InlineLane:
 
     def submit(self, policy: Policy, layer: int, state: State) -> Ticket:
         started_ns = time.perf_counter_ns()
-        ticket = _DecidedTicket(_decide(policy, layer, state, self._cuda))
-        self.exposed_ns += time.perf_counter_ns() - started_ns
+        decision = _decide(policy, layer, state, self._cuda)
+        ticket = Ticket(lambda: decision, started_ns, time.perf_counter_ns())
+        ticket.exposed_ns = ticket.ended_ns - started_ns
+        self.exposed_ns += ticket.exposed_ns
         return ticket
 
     def result(self, ticket: Ticket) -> Decision:
-        return ticket.result()
+        return ticket.wait()
 
     def close(self) -> None:
         pass
@@ -78,8 +81,11 @@ class _WaitingLane:
 
     def result(self, ticket: Ticket) -> Decision:
         started_ns = time.perf_counter_ns()
-        decision = ticket.result()
-        self.exposed_ns += time.perf_counter_ns() - started_ns
+        decision = ticket.wait()
+        ended_ns = time.perf_counter_ns()
+        ticket.ended_ns = ticket.ended_ns or ended_ns
+        ticket.exposed_ns = ended_ns - started_ns
+        self.exposed_ns += ticket.exposed_ns
         return decision
 
 
@@ -89,14 +95,16 @@ class ThreadLane(_WaitingLane):
     def __init__(self, cuda: Any = torch.cuda) -> None:
         super().__init__()
         self._cuda = cuda
-        self._jobs: queue.SimpleQueue[tuple[Future[Decision], Policy, int, State] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Future[Decision], Ticket, Policy, int, State] | None]
+        self._jobs = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="policy-lane", daemon=True)
         self._thread.start()
 
     def submit(self, policy: Policy, layer: int, state: State) -> Ticket:
         future: Future[Decision] = Future()
-        self._jobs.put((future, policy, layer, state))
-        return future
+        ticket = Ticket(future.result)
+        self._jobs.put((future, ticket, policy, layer, state))
+        return ticket
 
     def close(self) -> None:
         self._jobs.put(None)
@@ -107,9 +115,12 @@ class ThreadLane(_WaitingLane):
         torch.set_num_threads(1)
         with torch.inference_mode():
             while (job := self._jobs.get()) is not None:
-                future, policy, layer, state = job
+                future, ticket, policy, layer, state = job
                 try:
-                    future.set_result(_decide(policy, layer, state, self._cuda))
+                    ticket.started_ns = time.perf_counter_ns()
+                    decision = _decide(policy, layer, state, self._cuda)
+                    ticket.ended_ns = time.perf_counter_ns()
+                    future.set_result(decision)
                 except Exception as error:
                     future.set_exception(error)
 
@@ -127,18 +138,6 @@ def _decide(policy: Policy, layer: int, state: State, cuda: Any) -> Decision:
     return pending()
 
 
-class _StreamTicket:
-    """A decision on its way to pinned host memory, and the event that says that it has arrived."""
-
-    def __init__(self, pending: Pending, event: Any) -> None:
-        self._pending = pending
-        self._event = event
-
-    def result(self) -> Decision:
-        self._event.synchronize()
-        return self._pending()
-
-
 class CudaStreamLane(_WaitingLane):
     """Evaluates on a CUDA stream of its own, started by the event of the work that made the state.
 
@@ -153,6 +152,7 @@ class CudaStreamLane(_WaitingLane):
         self._stream = cuda.Stream(*self._place)
 
     def submit(self, policy: Policy, layer: int, state: State) -> Ticket:
+        started_ns = time.perf_counter_ns()
         made = self._cuda.Event()
         made.record(self._cuda.current_stream(*self._place))
         arrived = self._cuda.Event()
@@ -163,7 +163,12 @@ class CudaStreamLane(_WaitingLane):
             state.hidden.record_stream(self._stream)
             pending = policy.start(layer, state)
             arrived.record(self._stream)
-        return _StreamTicket(pending, arrived)
+
+        def wait() -> Decision:
+            arrived.synchronize()
+            return pending()
+
+        return Ticket(wait, started_ns)
 
     def close(self) -> None:
         self._stream.synchronize()

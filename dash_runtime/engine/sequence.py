@@ -9,11 +9,13 @@ from torch import Tensor
 from dash_runtime.config import GenerationRequest
 from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.engine.decision_log import DecisionLog
+from dash_runtime.engine.recording import Recording
 from dash_runtime.engine.sampling import Sampler, TokenLogprobs
 from dash_runtime.engine.speculative import Speculation
 from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.draft_length import DraftLength
 from dash_runtime.policy.policy import Token
+from dash_runtime.recorded import RecordedRequest
 
 
 class EndReason(StrEnum):
@@ -59,9 +61,20 @@ class SequenceFinished:
     """In mode EXACT."""
     num_cached_prompt_tokens: int
     """Prompt tokens whose keys and values were those of an earlier request."""
+    recorded: RecordedRequest | None
+    """Where the engine records."""
 
 
-EngineEvent = SlotGranted | TokenProduced | SequenceFinished
+@dataclass(frozen=True, slots=True)
+class SequenceCancelled:
+    """The request was cancelled while it had a slot, which is free."""
+
+    request_id: str
+    recorded: RecordedRequest | None
+    """Where the engine records."""
+
+
+EngineEvent = SlotGranted | TokenProduced | SequenceFinished | SequenceCancelled
 
 
 class Sequence:
@@ -75,6 +88,7 @@ class Sequence:
         num_layers: int,
         waiting_since: float,
         eos_token_ids: frozenset[int],
+        record_steps: int = 0,
     ) -> None:
         self._eos_token_ids = eos_token_ids
         self.request = request
@@ -91,6 +105,7 @@ class Sequence:
         if drafting is not None:
             lengths = DraftLength(drafting.draft_cost, drafting.verification_costs, drafting.least_gain)
             self.speculation = Speculation(self.sampler, lengths)
+        self.recording = Recording(assignment, record_steps)
         self.granted_at = time.monotonic()
         self.queue_seconds = self.granted_at - waiting_since
         self._first_token_at = self.granted_at
@@ -131,13 +146,14 @@ class Sequence:
         if self.speculation is not None and not self.speculation.token_ids:
             self.speculation.begin(self.num_tokens_left)
 
-    def draft(self, logits: Tensor, cost: float, elapsed_ns: int) -> None:
-        """Takes the next drafted token from the drafting path's `[vocab_size]` logits."""
+    def draft(self, logits: Tensor, cost: float, elapsed_ns: int) -> int:
+        """Takes and returns the next drafted token, from the drafting path's `[vocab_size]` logits."""
         assert self.speculation is not None
         token_id = self.speculation.draft(logits, cost)
         self.speculation.draft_ns += elapsed_ns
         if self._end_with(token_id):
             self.speculation.end_draft()
+        return token_id
 
     def take_back_draft(self) -> list[int]:
         """Drops the draft's keys and values; returns the tokens to verify, the last of the output first."""
@@ -145,18 +161,19 @@ class Sequence:
         self.cache.truncate(self._num_settled_positions)
         return [self.output_ids[-1], *self.speculation.token_ids]
 
-    def verify(self, logits: Tensor) -> list[int]:
-        """The next output tokens, by full depth's logits `[verified tokens, vocab_size]`; keys and values of the
-        others are dropped."""
+    def verify(self, logits: Tensor) -> tuple[list[int], int]:
+        """The next output tokens, by full depth's logits `[verified tokens, vocab_size]`, and how many of them were
+        drafted; keys and values of the others are dropped."""
         assert self.speculation is not None
         assert self.assignment.drafting is not None
         cost = self.assignment.drafting.verification_cost(len(logits) - 1)
         self.log.add_verification(len(logits), cost)
         token_ids = self.speculation.verify(logits)
+        num_accepted = len(token_ids) - 1
         ends = (place for place, token_id in enumerate(token_ids, start=1) if self._end_with(token_id))
         token_ids = token_ids[: next(ends, None)]
         self.cache.truncate(self._num_settled_positions + len(token_ids))
-        return token_ids
+        return token_ids, min(num_accepted, len(token_ids))
 
     @property
     def _num_settled_positions(self) -> int:
@@ -198,4 +215,9 @@ class Sequence:
             self.log,
             self.speculation,
             self.num_cached_prompt_tokens,
+            self.recording.packed(self.request.request_id),
         )
+
+    def cancelled(self) -> SequenceCancelled:
+        """The last event of a sequence that was cancelled."""
+        return SequenceCancelled(self.request.request_id, self.recording.packed(self.request.request_id))

@@ -3,9 +3,11 @@
 Knows the decoder, policies and a lane; knows no slots and no requests.
 """
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from time import perf_counter_ns
 
 from torch import Tensor
 
@@ -19,10 +21,24 @@ from dash_runtime.policy.policy import Actions, Policy, State, Token, decision_b
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """float32 `[rows, vocab_size]` logits, and the plan of each row, one byte per layer."""
+    """float32 `[rows, vocab_size]` logits, and the plan of each row, one byte per layer.
+
+    `layer_times` has two entries for each layer, when it began and when it was done or queued, by `perf_counter_ns`.
+    """
 
     logits: Tensor
     plans: list[bytes]
+    layer_times: array
+
+
+@dataclass(frozen=True, slots=True)
+class DecidedBlock:
+    """Layers that one evaluation decided, for all rows of a decider."""
+
+    layers: tuple[int, ...]
+    ticket: Ticket
+    scores: Tensor | None
+    """`[rows, layers, score actions]`."""
 
 
 def decode_step(
@@ -36,17 +52,20 @@ def decode_step(
     """Runs one token of every row through all layers. Each row belongs to one decider."""
     hidden = decoder.embed(token_ids)
     plan: list[Sequence[Action]] = []
+    times = array("q", bytes(16 * decoder.num_layers))
     for layer in range(decoder.num_layers):
         actions = _by_row([decider.actions(layer, lane) for decider in deciders], deciders)
         if planner is not None:
             actions = planner.agree(actions)
         for decider in deciders:  # what comes after is decided from this layer's input while it runs
             decider.observe(layer, hidden, actions, lane)
+        times[2 * layer] = perf_counter_ns()
         hidden = decoder.run_layer(layer, actions, hidden, batch)
+        times[2 * layer + 1] = perf_counter_ns()
         plan.append(actions)
     batch.commit()
     heads = _by_row([(decider.policy.head,) * len(decider.rows) for decider in deciders], deciders)
-    return StepOutput(decoder.logits(hidden, heads), [bytes(row) for row in zip(*plan, strict=True)])
+    return StepOutput(decoder.logits(hidden, heads), [bytes(row) for row in zip(*plan, strict=True)], times)
 
 
 class Decider:
@@ -73,13 +92,17 @@ class Decider:
         self._cost_spent = [0.0] * len(self.rows)
         self._blocks = _blocks_by_observed_layer(self._num_layers, self._pinned, policy.block_size, policy.lookahead)
         self._tickets: dict[int, tuple[tuple[int, ...], Ticket]] = {}
+        self.blocks: list[DecidedBlock] = []
+        """Those decided so far, in order."""
         self._decided: dict[int, Actions] = {}
 
     def actions(self, layer: int, lane: Lane) -> Actions:
         """Each row's action at `layer`; waits for the decision where there is one."""
         if layer in self._tickets:
             block, ticket = self._tickets.pop(layer)
-            self._decided.update(zip(block, lane.result(ticket).plan, strict=True))
+            decision = lane.result(ticket)
+            self._decided.update(zip(block, decision.plan, strict=True))
+            self.blocks.append(DecidedBlock(block, ticket, decision.scores))
         return self._pinned_actions if layer in self._pinned else self._decided.pop(layer)
 
     def observe(self, layer: int, hidden: Tensor, actions: Sequence[Action], lane: Lane) -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.policy.one_row_policy import PolicyShape
-from dash_runtime.policy.policy import Decision, Pending, State, Token, decision_blocks
+from dash_runtime.policy.policy import Actions, Decision, Pending, State, Token, decision_blocks
 
 NUM_SCALAR_FEATURES = 3
 """Cost spent, log λ, (log λ)²."""
@@ -158,6 +158,11 @@ class LearnedPolicy:
     """Whether it was trained to have its drafts accepted (mode EXACT) rather than to stay close to full depth."""
     program: Callable[[list[Tensor]], list[Tensor]] | None = None
     """`OneRowPolicy`, compiled for `shape`: evaluates each row by itself. None: all rows are evaluated eagerly."""
+
+    @property
+    def score_actions(self) -> Actions:
+        """See `policy.Policy`."""
+        return self.actions
 
     @property
     def shape(self) -> PolicyShape:

@@ -86,6 +86,10 @@ class Policy(Protocol):
         """Layers that are decided together (`decision_blocks`)."""
 
     @property
+    def score_actions(self) -> Actions:
+        """The action of each score that it gives, in order; empty where it gives none."""
+
+    @property
     def head(self) -> Action:
         """Precision of the language-model head."""
 
@@ -112,6 +116,7 @@ class FullDepth:
     head: Action = Action.FULL
     compensation: Compensation = field(default_factory=Identity)
     pinned_action: Action = Action.FULL
+    score_actions: Actions = ()
 
     @property
     def pinned(self) -> frozenset[int]:
@@ -133,6 +138,7 @@ class FixedPlan:
     lookahead: int = 1
     block_size: int = 1
     pinned_action: Action = Action.FULL
+    score_actions: Actions = ()
 
     def start(self, layer: int, state: State) -> Pending:
         return lambda: Decision(((self.plan[layer],) * len(state.tokens),))
@@ -154,6 +160,7 @@ class RandomPlan:
     lookahead: int = 1
     block_size: int = 1
     pinned_action: Action = Action.FULL
+    score_actions: Actions = ()
 
     def start(self, layer: int, state: State) -> Pending:
         return lambda: Decision((tuple(self._draw(layer, token) for token in state.tokens),))
