@@ -19,7 +19,7 @@ from dash_runtime.policy.draft_length import DraftLength
 from tests.runtime.support import full_plan, load_decoder, new_cache, run_rows
 
 PROMPT = (3, 5, 3, 9)
-NUM_SAMPLES = 20_000
+NUM_SAMPLES = 8_000
 DRAFT_LENGTH = 2
 Logits = Callable[[tuple[int, ...]], Tensor]
 
