@@ -21,6 +21,7 @@ from dash_client.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from dash_client.recorded import RecordedDecision, RecordedDecisions, RecordedLayer, RecordedStep, StepKind
 from dash_client.types import (
     Action,
     ChatMessage,
@@ -63,9 +64,14 @@ __all__ = [
     "NotFoundError",
     "PolicyInfo",
     "Prompt",
+    "RecordedDecision",
+    "RecordedDecisions",
+    "RecordedLayer",
+    "RecordedStep",
     "ResourceExhaustedError",
     "ServerError",
     "SpeculationUsage",
+    "StepKind",
     "StreamDelta",
     "TokenLogprobs",
     "UnavailableError",

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass, replace
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from dash_client.client import DashClient, GenerationStream
@@ -43,6 +44,12 @@ exit codes:
   3    no server at the target, or it is not serving
   130  interrupted (Ctrl-C); the request is cancelled on the server
   141  whoever read the output went away; the request is cancelled on the server
+"""
+
+
+_TRACE = """\
+Writes a page that shows what was decided for each token and layer, and when: open it in a browser. The server answers
+only the caller that made the request, and only for its latest ones; `generate` prints a request's id when it is done.
 """
 
 
@@ -160,6 +167,7 @@ def _summary(generation: Generation) -> str:
         )
     if depth.mean_cost is not None:
         parts.append(f"mean cost {depth.mean_cost:.3f} of full depth")
+    parts.append(f"request {generation.started.request_id}")
     return "; ".join(parts)
 
 
@@ -208,6 +216,14 @@ def _run_health(client: DashClient, arguments: argparse.Namespace) -> ExitCode:
     return ExitCode.OK if status is HealthStatus.SERVING else ExitCode.UNAVAILABLE
 
 
+def _run_trace(client: DashClient, arguments: argparse.Namespace) -> ExitCode:
+    # No other command should wait for the import of what draws the page.
+    from dash_client.trace_command import write_trace
+
+    print(write_trace(client, arguments.source, page=arguments.output, save=arguments.save))
+    return ExitCode.OK
+
+
 class _Parser(argparse.ArgumentParser):
     """Explains the exit codes under every command."""
 
@@ -235,6 +251,12 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_run_info)
     info.add_argument("--policy", metavar="NAME", help="which policy (default: the server's default)")
     info.add_argument("--json", action="store_true", help="as one JSON object")
+
+    trace = commands.add_parser("trace", parents=[common], help="a page of a request's decisions", description=_TRACE)
+    trace.set_defaults(run=_run_trace)
+    trace.add_argument("source", metavar="REQUEST_ID_OR_FILE", help="which request, or a file that --save wrote")
+    trace.add_argument("--output", type=Path, metavar="PAGE", help="the page (default: trace-REQUEST_ID.html)")
+    trace.add_argument("--save", type=Path, metavar="FILE", help="also keep what was recorded, as JSON")
 
     health = commands.add_parser("health", parents=[common], help="whether the server is serving")
     health.set_defaults(run=_run_health)

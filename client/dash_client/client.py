@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from dash_api.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 from dash_client import channel, requests, responses
 from dash_client.errors import CancelledError, DashError, DeadlineExceededError, ServerError, UnavailableError
+from dash_client.recorded import RecordedDecisions
 from dash_client.status import error_from_rpc
 from dash_client.types import (
     Generation,
@@ -102,6 +103,22 @@ class DashClient:
         """The token ids of text or of a conversation, exactly as a generation would see them."""
         request = requests.tokenize_request(prompt)
         return tuple(self._call(self._model.Tokenize, request, self._facts_timeout(timeout)).token_ids)
+
+    def decisions(self, request_id: str, *, timeout: float | None = None) -> RecordedDecisions:
+        """What was decided and when for one of this caller's own latest requests, which is over.
+
+        Args:
+            request_id: as in `GenerationStarted`.
+            timeout: deadline in seconds instead of the client's; infinity for none.
+
+        Raises:
+            NotFoundError: the server does not hold it, or it is another caller's.
+        """
+        # Few programs ask; the others should not wait for its import.
+        from dash_client.recorded_messages import recorded_decisions
+
+        request = requests.decisions_request(request_id)
+        return recorded_decisions(self._call(self._model.GetDecisions, request, self._facts_timeout(timeout)))
 
     def health(self, *, timeout: float | None = None) -> HealthStatus:
         """What the server says of itself.

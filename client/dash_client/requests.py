@@ -80,6 +80,17 @@ def tokenize_request(prompt: Prompt) -> model_pb2.TokenizeRequest:
     return model_pb2.TokenizeRequest(text=parameters.text)
 
 
+def decisions_request(request_id: str) -> model_pb2.GetDecisionsRequest:
+    """The message that asks for a request's decisions.
+
+    Raises:
+        InvalidArgumentError: the id is no text.
+    """
+    request = model_pb2.GetDecisionsRequest()
+    _set_field(request, "request_id", request_id)
+    return request
+
+
 def _set_prompt(parameters: generation_pb2.GenerationParameters, prompt: Prompt) -> None:
     if isinstance(prompt, str):
         _set_field(parameters, "text", prompt, argument="prompt")

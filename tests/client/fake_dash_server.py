@@ -98,12 +98,14 @@ def fail(code: grpc.StatusCode, message: str, *details: Any) -> Callable[[grpc.S
 class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.ModelServiceServicer):
     """A context manager; `target` is where it listens.
 
-    `script` is played for every generation: events are sent, functions are called with the context.
+    `script` is played for every generation: events are sent, functions are called with the context. `decisions` are
+    those that it holds, by request id.
     """
 
     def __init__(self, script: Script | None = None, *, port: int = 0, serving: bool = True) -> None:
         self.script = HELLO if script is None else script
         self.requests: list[Any] = []
+        self.decisions: dict[str, model_pb2.GetDecisionsResponse] = {}
         self.cancelled = threading.Event()
         self._health = health.HealthServicer()
         self.set_serving(serving)
@@ -217,3 +219,11 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
     ) -> model_pb2.TokenizeResponse:
         self.requests.append(request)
         return model_pb2.TokenizeResponse(token_ids=[1, 2, 3])
+
+    def GetDecisions(  # noqa: N802
+        self, request: model_pb2.GetDecisionsRequest, context: grpc.ServicerContext
+    ) -> model_pb2.GetDecisionsResponse:
+        self.requests.append(request)
+        if request.request_id not in self.decisions:
+            context.abort(grpc.StatusCode.NOT_FOUND, "no decisions of that request of yours are held")
+        return self.decisions[request.request_id]

@@ -1,11 +1,23 @@
 from dash_api.v1 import common_pb2 as _common_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class StepKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STEP_KIND_UNSPECIFIED: _ClassVar[StepKind]
+    STEP_KIND_DECODE: _ClassVar[StepKind]
+    STEP_KIND_DRAFT: _ClassVar[StepKind]
+    STEP_KIND_VERIFICATION: _ClassVar[StepKind]
+STEP_KIND_UNSPECIFIED: StepKind
+STEP_KIND_DECODE: StepKind
+STEP_KIND_DRAFT: StepKind
+STEP_KIND_VERIFICATION: StepKind
 
 class GetModelRequest(_message.Message):
     __slots__ = ()
@@ -98,3 +110,65 @@ class TokenizeResponse(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class GetDecisionsRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class GetDecisionsResponse(_message.Message):
+    __slots__ = ("request_id", "model", "policy", "mode", "compute_budget", "price_of_compute", "layer_count", "pinned_layers", "score_actions", "steps", "unrecorded_step_count")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    PRICE_OF_COMPUTE_FIELD_NUMBER: _ClassVar[int]
+    LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
+    PINNED_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    SCORE_ACTIONS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    UNRECORDED_STEP_COUNT_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    model: str
+    policy: str
+    mode: _common_pb2.Mode
+    compute_budget: float
+    price_of_compute: float
+    layer_count: int
+    pinned_layers: _containers.RepeatedScalarFieldContainer[int]
+    score_actions: _containers.RepeatedScalarFieldContainer[_common_pb2.Action]
+    steps: _containers.RepeatedCompositeFieldContainer[RecordedStep]
+    unrecorded_step_count: int
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., policy: _Optional[str] = ..., mode: _Optional[_Union[_common_pb2.Mode, str]] = ..., compute_budget: _Optional[float] = ..., price_of_compute: _Optional[float] = ..., layer_count: _Optional[int] = ..., pinned_layers: _Optional[_Iterable[int]] = ..., score_actions: _Optional[_Iterable[_Union[_common_pb2.Action, str]]] = ..., steps: _Optional[_Iterable[_Union[RecordedStep, _Mapping]]] = ..., unrecorded_step_count: _Optional[int] = ...) -> None: ...
+
+class RecordedStep(_message.Message):
+    __slots__ = ("kind", "token_ids", "start_unix_nanos", "duration_nanos", "actions", "layer_start_nanos", "layer_end_nanos", "decision_start_nanos", "decision_end_nanos", "exposed_nanos", "scores", "cost_spent", "accepted_token_count")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    START_UNIX_NANOS_FIELD_NUMBER: _ClassVar[int]
+    DURATION_NANOS_FIELD_NUMBER: _ClassVar[int]
+    ACTIONS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_START_NANOS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_END_NANOS_FIELD_NUMBER: _ClassVar[int]
+    DECISION_START_NANOS_FIELD_NUMBER: _ClassVar[int]
+    DECISION_END_NANOS_FIELD_NUMBER: _ClassVar[int]
+    EXPOSED_NANOS_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    COST_SPENT_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    kind: StepKind
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    start_unix_nanos: int
+    duration_nanos: int
+    actions: bytes
+    layer_start_nanos: _containers.RepeatedScalarFieldContainer[int]
+    layer_end_nanos: _containers.RepeatedScalarFieldContainer[int]
+    decision_start_nanos: _containers.RepeatedScalarFieldContainer[int]
+    decision_end_nanos: _containers.RepeatedScalarFieldContainer[int]
+    exposed_nanos: _containers.RepeatedScalarFieldContainer[int]
+    scores: _containers.RepeatedScalarFieldContainer[float]
+    cost_spent: _containers.RepeatedScalarFieldContainer[float]
+    accepted_token_count: int
+    def __init__(self, kind: _Optional[_Union[StepKind, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., start_unix_nanos: _Optional[int] = ..., duration_nanos: _Optional[int] = ..., actions: _Optional[bytes] = ..., layer_start_nanos: _Optional[_Iterable[int]] = ..., layer_end_nanos: _Optional[_Iterable[int]] = ..., decision_start_nanos: _Optional[_Iterable[int]] = ..., decision_end_nanos: _Optional[_Iterable[int]] = ..., exposed_nanos: _Optional[_Iterable[int]] = ..., scores: _Optional[_Iterable[float]] = ..., cost_spent: _Optional[_Iterable[float]] = ..., accepted_token_count: _Optional[int] = ...) -> None: ...

@@ -50,6 +50,11 @@ class ModelServiceStub(object):
                 request_serializer=dash__api_dot_v1_dot_model__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=dash__api_dot_v1_dot_model__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.GetDecisions = channel.unary_unary(
+                '/dash_api.v1.ModelService/GetDecisions',
+                request_serializer=dash__api_dot_v1_dot_model__pb2.GetDecisionsRequest.SerializeToString,
+                response_deserializer=dash__api_dot_v1_dot_model__pb2.GetDecisionsResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer(object):
@@ -77,6 +82,14 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetDecisions(self, request, context):
+        """What was decided and when, step by step, for one of the caller's own latest requests. NOT_FOUND where the server
+        does not hold it, or it is another caller's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +107,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=dash__api_dot_v1_dot_model__pb2.TokenizeRequest.FromString,
                     response_serializer=dash__api_dot_v1_dot_model__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'GetDecisions': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDecisions,
+                    request_deserializer=dash__api_dot_v1_dot_model__pb2.GetDecisionsRequest.FromString,
+                    response_serializer=dash__api_dot_v1_dot_model__pb2.GetDecisionsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +196,33 @@ class ModelService(object):
             '/dash_api.v1.ModelService/Tokenize',
             dash__api_dot_v1_dot_model__pb2.TokenizeRequest.SerializeToString,
             dash__api_dot_v1_dot_model__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDecisions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dash_api.v1.ModelService/GetDecisions',
+            dash__api_dot_v1_dot_model__pb2.GetDecisionsRequest.SerializeToString,
+            dash__api_dot_v1_dot_model__pb2.GetDecisionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,234 @@
+"""Recorded decisions: from the server, to a file and back, and the trace command."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trace_samples as samples
+from fake_dash_server import FakeDashServer
+from google.protobuf import json_format
+
+from dash_api.v1 import model_pb2
+from dash_client import Action, DashClient, InvalidArgumentError, Mode, NotFoundError, ServerError, StepKind
+from dash_client.cli import main
+from dash_client.recorded_files import load_recorded, save_recorded
+from dash_client.recorded_messages import recorded_decisions
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeDashServer]:
+    monkeypatch.chdir(tmp_path)
+    with FakeDashServer() as server:
+        monkeypatch.setenv("DASH_TARGET", server.target)
+        server.decisions["r-1"] = samples.small()
+        yield server
+
+
+def test_recorded_decisions_are_plain_values(server: FakeDashServer) -> None:
+    sent = server.decisions["r-1"]
+    with DashClient() as client:
+        decisions = client.decisions("r-1")
+    assert server.requests[-1] == model_pb2.GetDecisionsRequest(request_id="r-1")
+    assert (decisions.request_id, decisions.mode, decisions.compute_budget) == ("r-1", Mode.ADAPTIVE, 0.6)
+    assert (decisions.layer_count, decisions.pinned_layers) == (4, (0, 3))
+    assert decisions.score_actions == tuple(Action)
+    step, first = decisions.steps[0], sent.steps[0]
+    assert step.kind is StepKind.DECODE
+    assert step.token_ids == tuple(first.token_ids)
+    assert (step.start_unix_ns, step.duration_ns) == (first.start_unix_nanos, first.duration_nanos)
+    assert step.accepted_token_count is None
+    assert [layer.action for layer in step.layers] == [Action(number) for number in first.actions]
+    assert [layer.decision is None for layer in step.layers] == [True, False, False, True]
+    layer = step.layers[1]
+    assert layer.decision is not None
+    assert layer.decision.start_ns == first.decision_start_nanos[1]
+    assert layer.decision.end_ns == first.decision_end_nanos[1]
+    assert layer.decision.scores == dict(zip(Action, first.scores[4:8], strict=True))
+    assert (layer.start_ns, layer.end_ns) == (first.layer_start_nanos[1], first.layer_end_nanos[1])
+    assert layer.exposed_ns == first.exposed_nanos[1]
+    assert layer.cost_spent == pytest.approx(0.0283)
+    with pytest.raises(FrozenInstanceError):
+        step.duration_ns = 0  # type: ignore[misc]
+
+
+def test_a_verification_has_no_layers() -> None:
+    decisions = recorded_decisions(samples.exact())
+    assert [step.kind.value for step in decisions.steps[:4]] == ["draft", "draft", "draft", "verification"]
+    verification = decisions.steps[3]
+    assert verification.layers == ()
+    assert verification.accepted_token_count == 3
+    assert len(verification.token_ids) == 4
+    assert decisions.unrecorded_step_count == 9
+
+
+def test_a_policy_without_scores_has_none() -> None:
+    message = samples.small(score_actions=[])
+    for step in message.steps:
+        step.ClearField("scores")
+    decision = recorded_decisions(message).steps[0].layers[1].decision
+    assert decision is not None
+    assert decision.scores is None
+
+
+def test_a_request_that_is_not_held_is_not_found(server: FakeDashServer) -> None:
+    with DashClient() as client, pytest.raises(NotFoundError, match="no decisions of that request"):
+        client.decisions("r-2")
+
+
+def test_an_id_that_is_no_text_is_refused(server: FakeDashServer) -> None:
+    with DashClient() as client, pytest.raises(InvalidArgumentError, match="request_id"):
+        client.decisions(7)  # type: ignore[arg-type]
+
+
+def _without(name: str) -> Callable[[model_pb2.GetDecisionsResponse], None]:
+    return lambda message: message.steps[0].ClearField(name)
+
+
+def _with(**values: Any) -> Callable[[model_pb2.GetDecisionsResponse], None]:
+    def change(message: model_pb2.GetDecisionsResponse) -> None:
+        for name, value in values.items():
+            if isinstance(value, list):
+                message.ClearField(name)
+                getattr(message, name).extend(value)
+            else:
+                setattr(message, name, value)
+
+    return change
+
+
+UNREADABLE = {
+    "no request id": _with(request_id=""),
+    "no mode": _with(mode=0),
+    "a newer mode": _with(mode=99),
+    "no layers": _with(layer_count=0),
+    "far too many layers": _with(layer_count=4_000_000_000),
+    "other layers": _with(layer_count=5),
+    "a pinned layer beyond the last": _with(pinned_layers=[4]),
+    "a newer action": _with(score_actions=[1, 2, 3, 9]),
+    "fewer scores": _with(score_actions=[1, 2]),
+    "no actions": _without("actions"),
+    "no layer times": _without("layer_end_nanos"),
+    "no kind": _without("kind"),
+    "an action 0": lambda message: setattr(message.steps[0], "actions", b"\x04\x00\x04\x04"),
+    "half of the costs": lambda message: message.steps[0].cost_spent.pop(),
+}
+
+
+@pytest.mark.parametrize("change", UNREADABLE.values(), ids=UNREADABLE)
+def test_what_does_not_fit_together_is_unreadable(change: Callable[[Any], None], server: FakeDashServer) -> None:
+    change(server.decisions["r-1"])
+    with DashClient() as client, pytest.raises(ServerError, match="cannot read"):
+        client.decisions("r-1")
+
+
+@pytest.mark.parametrize("message", [samples.small(), samples.exact(), samples.small(steps=[])])
+def test_a_file_gives_back_what_was_saved(message: model_pb2.GetDecisionsResponse, tmp_path: Path) -> None:
+    decisions = recorded_decisions(message)
+    path = tmp_path / "decisions.json"
+    save_recorded(decisions, path)
+    assert load_recorded(path) == decisions
+    assert json_format.Parse(path.read_text(), model_pb2.GetDecisionsResponse()) == message
+
+
+def test_the_command_writes_a_page_and_the_recording(
+    server: FakeDashServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["trace", "r-1", "--save", "kept.json"]) == 0
+    assert capsys.readouterr() == ("trace-r-1.html\n", "")
+    page = (tmp_path / "trace-r-1.html").read_text()
+    assert "smollm2-135m-four-actions" in page
+    server.stop()
+    assert main(["trace", "kept.json", "--output", "again.html"]) == 0
+    assert capsys.readouterr().out == "again.html\n"
+    assert (tmp_path / "again.html").read_text() == page
+
+
+def test_the_page_stays_in_the_working_folder_whatever_the_request_is_called(
+    server: FakeDashServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.decisions["r-1"].request_id = "../../etc/a b\x1b[0m"
+    assert main(["trace", "r-1"]) == 0
+    assert capsys.readouterr().out == "trace-_etc_a_b_0m.html\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["trace-_etc_a_b_0m.html"]
+
+
+def test_generate_says_how_to_ask_for_its_trace(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "x"]) == 0
+    assert capsys.readouterr().err.rstrip().endswith("request r-1")
+
+
+WHOLE = json_format.MessageToJson(samples.small()).encode()
+BAD_FILES = {
+    "empty": b"",
+    "truncated": WHOLE[: len(WHOLE) // 2],
+    "not text": b"\x93\xff\x00" * 9,
+    "a page": b"<!doctype html>\n<html>",
+    "another object": b'{"a": 1}',
+    "an empty object": b"{}",
+    "a list": b"[1, 2]",
+    "a number": b"7",
+    "a name with control characters": b'{"\\u001b[2J": 1}',
+    "a lone surrogate": b'{"requestId": "\\ud800"}',
+    "deep": b"[" * 100_000,
+    "a huge number": b'{"layerCount": ' + b"9" * 5_000 + b"}",
+    "a negative number": WHOLE.replace(b'"layerCount": 4', b'"layerCount": -4'),
+    "a wrong type": WHOLE.replace(b'"layerCount": 4', b'"layerCount": "four"'),
+    "other layers": WHOLE.replace(b'"layerCount": 4', b'"layerCount": 5'),
+    "more actions": WHOLE.replace(b'"actions": "', b'"actions": "BBBB'),
+    "half a byte": WHOLE.replace(b'"actions": "', b'"actions": "B'),
+}
+
+
+@pytest.mark.parametrize("content", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_damaged_or_foreign_file_is_one_line_that_names_it(
+    content: bytes, server: FakeDashServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert content != WHOLE
+    (tmp_path / "bad.json").write_bytes(content)
+    assert main(["trace", "bad.json"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("dash-client: bad.json: ")
+    assert err.count("\n") == 1
+    assert err.rstrip("\n").isprintable()
+    assert not list(tmp_path.glob("*.html"))
+    assert server.requests == []
+
+
+def test_a_file_too_large_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 30)  # takes no room
+    with pytest.raises(InvalidArgumentError, match="larger than 64 MiB"):
+        load_recorded(path)
+
+
+@pytest.mark.parametrize("name", ["no-such.json", "folder/r-1", ".", "", "x/" + "a" * 5_000])
+def test_a_wrong_file_name_is_not_sent_to_the_server(
+    name: str, server: FakeDashServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["trace", name]) == 2
+    assert "file" in capsys.readouterr().err
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("option", ["--output", "--save"])
+def test_a_place_that_cannot_be_written_is_named(
+    option: str, server: FakeDashServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = os.path.join("no", "such", "folder")
+    assert main(["trace", "r-1", option, place]) == 2
+    assert capsys.readouterr().err == f"dash-client: {place}: cannot be written: No such file or directory\n"
+
+
+def test_the_servers_refusals_are_exit_codes(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", "r-2"]) == 1
+    assert capsys.readouterr().err == "dash-client: no decisions of that request of yours are held\n"
+    assert main(["trace", "a" * 300]) == 1
+    capsys.readouterr()
+    server.stop()
+    assert main(["trace", "r-1"]) == 3
+    assert "make serve" in capsys.readouterr().err
