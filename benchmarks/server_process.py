@@ -35,8 +35,8 @@ class RunningServer:
 
 
 @contextmanager
-def running_server() -> Iterator[RunningServer]:
-    """Starts a server with as many threads as torch has here, and ends it."""
+def running_server(**variables: str) -> Iterator[RunningServer]:
+    """Starts a server with as many threads as torch has here, and these variables beside, and ends it."""
     with tempfile.TemporaryDirectory() as folder:
         port_file = Path(folder) / "port"
         environment = os.environ | {
@@ -46,6 +46,7 @@ def running_server() -> Iterator[RunningServer]:
             "DASH_DEVICE": "cpu",
             "DASH_NUM_THREADS": str(torch.get_num_threads()),
             "DASH_LOG_LEVEL": "ERROR",
+            **variables,
         }
         started = time.perf_counter()
         command = [sys.executable, "-m", "dash_server.main"]

@@ -1,4 +1,4 @@
-"""The one seam between protobuf messages and the runtime's dataclasses, in both directions.
+"""From a request's protobuf message to the runtime's dataclasses; `answers` is the way back.
 
 What a request says is checked by the dataclasses and by ModelFacts; here are only the checks that need
 the protobuf side (unknown enum values) or the server's settings (limits, defaults). Paths of wrong fields
@@ -10,38 +10,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from dash_api.v1 import common_pb2, generation_pb2, model_pb2
+from dash_api.v1 import common_pb2, generation_pb2
 from dash_runtime.actions import Action
 from dash_runtime.config import (
     GenerationRequest,
     Mode,
     ModelFacts,
-    PolicyFacts,
     SamplingParameters,
     SkipOptions,
     StoppingParameters,
 )
 from dash_runtime.errors import InvalidRequest
-from dash_server.messages import Finished, Granted, Logprobs, Speculation
-from dash_server.outbox import Batch
 from dash_server.settings import Settings
 from dash_server.statuses import InvalidFields
 
-_MODES = {
+MODES = {
     common_pb2.MODE_FULL_DEPTH: Mode.FULL_DEPTH,
     common_pb2.MODE_ADAPTIVE: Mode.ADAPTIVE,
     common_pb2.MODE_EXACT: Mode.EXACT,
     common_pb2.MODE_FIXED: Mode.FIXED,
 }
-_MODE_NUMBERS = {mode: number for number, mode in _MODES.items()}
 _ACTIONS = {action.value: action for action in Action}
-
-_FINISH_REASONS = {
-    "end_of_sequence": generation_pb2.FINISH_REASON_END_OF_SEQUENCE,
-    "stop_token": generation_pb2.FINISH_REASON_STOP_TOKEN,
-    "stop_string": generation_pb2.FINISH_REASON_STOP_STRING,
-    "length": generation_pb2.FINISH_REASON_LENGTH,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +177,9 @@ def _stopping(
 def _skip(skip: generation_pb2.SkipOptions, facts: ModelFacts, settings: Settings) -> SkipOptions:
     mode = Mode(settings.default_mode)
     if skip.mode != common_pb2.MODE_UNSPECIFIED:
-        if skip.mode not in _MODES:
+        if skip.mode not in MODES:
             raise InvalidRequest("skip.mode", f"{skip.mode} is not a Mode")
-        mode = _MODES[skip.mode]
+        mode = MODES[skip.mode]
     fixed_action = None
     if skip.HasField("fixed_action"):
         fixed_action = _ACTIONS.get(skip.fixed_action)
@@ -202,117 +191,3 @@ def _skip(skip: generation_pb2.SkipOptions, facts: ModelFacts, settings: Setting
         policy = facts.policy(policy_name, mode)
         compute_budget = policy.default_budget(mode, settings.default_compute_budget)
     return SkipOptions(mode, compute_budget, policy_name, fixed_action, _optional(skip, "draft_length"))
-
-
-def started_to_pb(prepared: PreparedRequest, granted: Granted, facts: ModelFacts) -> generation_pb2.GenerationStarted:
-    request = prepared.request
-    notes = {policy.name: policy.note for policy in facts.policies}
-    return generation_pb2.GenerationStarted(
-        request_id=request.request_id,
-        prompt_token_count=len(request.prompt_token_ids),
-        seed=request.sampling.seed,
-        model=facts.name,
-        mode=_MODE_NUMBERS[request.skip.mode],
-        policy=granted.policy,
-        policy_note=notes.get(granted.policy, ""),
-        compute_budget=granted.compute_budget,
-        layer_count=facts.num_layers,
-    )
-
-
-def delta_to_pb(text: str, batch: Batch) -> generation_pb2.GenerationDelta:
-    return generation_pb2.GenerationDelta(
-        text=text,
-        token_ids=batch.token_ids,
-        actions=bytes(batch.actions),
-        logprobs=map(_logprobs_to_pb, batch.logprobs),
-    )
-
-
-def _logprobs_to_pb(logprobs: Logprobs) -> generation_pb2.TokenLogprobs:
-    top = [generation_pb2.TokenLogprob(token_id=id_, logprob=logprob) for id_, logprob in logprobs.top]
-    return generation_pb2.TokenLogprobs(chosen=logprobs.chosen, top=top)
-
-
-def finished_to_pb(
-    finished: Finished, queue_seconds: float, prompt_token_count: int, output_token_count: int, stop_string: str | None
-) -> generation_pb2.GenerationFinished:
-    reason = "stop_string" if stop_string is not None else finished.reason
-    return generation_pb2.GenerationFinished(
-        reason=_FINISH_REASONS[reason],
-        stop_string=stop_string,
-        usage=generation_pb2.Usage(
-            prompt_token_count=prompt_token_count,
-            output_token_count=output_token_count,
-            queue_seconds=queue_seconds,
-            prefill_seconds=finished.prefill_seconds,
-            decode_seconds=finished.decode_seconds,
-            speculation=_speculation_to_pb(finished.speculation),
-            cached_prompt_token_count=finished.cached_prompt_token_count,
-        ),
-        depth=generation_pb2.DepthStatistics(
-            decode_token_count=finished.decode_token_count,
-            action_counts=[
-                generation_pb2.ActionCount(action=_action_to_pb(action), count=count)
-                for action, count in sorted(finished.action_counts.items())
-            ],
-            mean_cost=finished.mean_cost,
-            exposed_policy_seconds=finished.exposed_policy_seconds,
-        ),
-    )
-
-
-def _speculation_to_pb(speculation: Speculation | None) -> generation_pb2.SpeculationUsage | None:
-    if speculation is None:
-        return None
-    return generation_pb2.SpeculationUsage(
-        drafted_token_count=speculation.drafted_token_count,
-        accepted_token_count=speculation.accepted_token_count,
-        wasted_token_count=speculation.drafted_token_count - speculation.accepted_token_count,
-        verification_count=speculation.verification_count,
-        draft_seconds=speculation.draft_seconds,
-        verification_seconds=speculation.verification_seconds,
-    )
-
-
-def _action_to_pb(action: int) -> str:
-    return f"ACTION_{_ACTIONS[action].name}"
-
-
-def model_to_pb(facts: ModelFacts, settings: Settings) -> model_pb2.GetModelResponse:
-    return model_pb2.GetModelResponse(
-        name=facts.name,
-        architecture=facts.architecture,
-        layer_count=facts.num_layers,
-        vocabulary_size=facts.vocab_size,
-        context_length=facts.context_length,
-        max_new_tokens_limit=settings.max_new_tokens,
-        default_max_new_tokens=settings.default_max_new_tokens,
-        cache_tokens=facts.cache_tokens,
-        slot_count=facts.num_slots,
-        actions=map(_action_to_pb, sorted(facts.actions)),
-        modes=[_MODE_NUMBERS[mode] for mode in Mode],
-        default_mode=_MODE_NUMBERS[Mode(settings.default_mode)],
-        policy_names=[policy.name for policy in facts.policies],
-        default_policy_name=facts.policy(None).name,
-        device=facts.device,
-        default_draft_policy_name=facts.policy(None, Mode.EXACT).name,
-    )
-
-
-def policy_to_pb(policy: PolicyFacts) -> model_pb2.GetPolicyResponse:
-    return model_pb2.GetPolicyResponse(
-        name=policy.name,
-        note=policy.note,
-        learned=policy.learned,
-        lookahead=policy.lookahead,
-        pinned_layers=policy.pinned_layers,
-        action_costs=[
-            model_pb2.ActionCost(action=_action_to_pb(action), cost=cost)
-            for action, cost in sorted(policy.action_costs.items())
-        ],
-        lowest_budget=policy.lowest_budget,
-        recommended_budget=policy.recommended_budget,
-        is_drafter=policy.is_drafter,
-        compensation=policy.compensation,
-    )

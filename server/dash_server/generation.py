@@ -4,12 +4,15 @@ Joins the dispatcher (token ids) and the text module; knows no gRPC context and 
 """
 
 import logging
+import time
 
 from dash_api.v1 import generation_pb2
 from dash_server.admission import Place
-from dash_server.convert import PreparedRequest, delta_to_pb, finished_to_pb, started_to_pb
+from dash_server.answers import delta_to_pb, finished_to_pb, started_to_pb
+from dash_server.convert import PreparedRequest
 from dash_server.dispatcher import Dispatcher
-from dash_server.messages import Finished, Granted
+from dash_server.messages import Finished
+from dash_server.request_record import RequestRecord
 from dash_server.served_model import ServedModel
 from dash_server.text import OutputText
 
@@ -29,8 +32,9 @@ class Generation:
         prepared: PreparedRequest,
         place: Place,
         seconds_left: float | None,
+        record: RequestRecord,
     ) -> None:
-        """Submits the request, whose deadline is `seconds_left` away.
+        """Submits the request, whose deadline is `seconds_left` away, and keeps `record`.
 
         Raises:
             WorkerUnavailable: no worker is ready.
@@ -40,9 +44,7 @@ class Generation:
         self._facts = model.facts
         self._prepared = prepared
         self._text = OutputText(model.tokenizer, prepared.stop_strings, prepared.stop_token_ids)
-        self._num_tokens = 0
-        """Given out: a worker may make some more before it hears of a stop string."""
-        self._granted: Granted | None = None
+        self._record = record
         self._finished: Finished | None = None
         self._outbox = dispatcher.submit(
             prepared.request, place, least_tokens=prepared.least_tokens, seconds_left=seconds_left
@@ -50,8 +52,11 @@ class Generation:
 
     async def start(self) -> generation_pb2.GenerationStarted:
         """Waits for the slot."""
-        self._granted = await self._outbox.granted()
-        return started_to_pb(self._prepared, self._granted, self._facts)
+        granted = await self._outbox.granted()
+        record = self._record
+        record.granted, record.granted_unix_ns = granted, time.time_ns()
+        record.queue_seconds = self._outbox.queue_seconds + granted.queue_seconds
+        return started_to_pb(self._prepared, granted, self._facts)
 
     async def next_delta(self) -> generation_pb2.GenerationDelta | None:
         """Waits for more output, all that is there by then in one message; None after the last."""
@@ -65,32 +70,32 @@ class Generation:
                 batch = batch.first(piece.num_tokens)
                 self._dispatcher.stop(self._prepared.request.request_id)
             tail = self._text.finish() if self._finished is not None else ""
-            self._num_tokens += len(batch.token_ids)
+            # Those given out: a worker may make some more before it hears of a stop string.
+            self._record.count_tokens(len(batch.token_ids))
+            text = piece.text + tail
+            if self._record.output is not None:
+                self._record.output += text
             if batch.token_ids or tail:
-                return delta_to_pb(piece.text + tail, batch)
+                return delta_to_pb(text, batch)
         return None
 
     def finish(self) -> generation_pb2.GenerationFinished:
         """Why it ended and what it took."""
-        assert self._granted is not None, "finish() before start()"
-        assert self._finished is not None, "finish() before the last delta"
+        record, finished = self._record, self._finished
+        assert record.granted is not None, "finish() before start()"
+        assert finished is not None, "finish() before the last delta"
+        stop_string = self._text.stop_string
+        record.finished, record.finish_reason = finished, "stop_string" if stop_string is not None else finished.reason
         num_prompt_tokens = len(self._prepared.request.prompt_token_ids)
         logger.info(
             "finished: %d prompt tokens, %d output tokens, %.3f s queued, %.3f s prefill, %.3f s decode",
             num_prompt_tokens,
-            self._num_tokens,
-            self._queue_seconds,
-            self._finished.prefill_seconds,
-            self._finished.decode_seconds,
+            record.num_output_tokens,
+            record.queue_seconds,
+            finished.prefill_seconds,
+            finished.decode_seconds,
         )
-        return finished_to_pb(
-            self._finished, self._queue_seconds, num_prompt_tokens, self._num_tokens, self._text.stop_string
-        )
-
-    @property
-    def _queue_seconds(self) -> float:
-        assert self._granted is not None
-        return self._outbox.queue_seconds + self._granted.queue_seconds
+        return finished_to_pb(finished, record.queue_seconds, num_prompt_tokens, record.num_output_tokens, stop_string)
 
     def close(self) -> None:
         """Frees the slot if the request is not over. May be called again."""

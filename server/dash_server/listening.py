@@ -57,10 +57,10 @@ def listen(server: grpc.aio.Server, settings: Settings) -> int:
         certificates = _Certificates(settings.tls_certificate_file, settings.tls_key_file, settings.tls_client_ca_file)
         credentials = certificates.credentials()
     try:
-        addresses = _try_to_bind(host, port)
+        addresses = try_to_bind(host, port)
     except OSError as error:
         raise ListenError(f"cannot listen on {host}, port {port}: {error.strerror or error}") from None
-    if credentials is None and not settings.allow_plaintext and not all(map(_is_loopback, addresses)):
+    if credentials is None and not settings.allow_plaintext and not all(map(is_loopback, addresses)):
         raise ListenError(
             f"DASH_HOST: other machines reach {host}, and without TLS everybody on the way reads along; set "
             "DASH_TLS_CERTIFICATE_FILE and DASH_TLS_KEY_FILE, or DASH_ALLOW_PLAINTEXT=true"
@@ -91,7 +91,7 @@ def write_port_file(path: Path, port: int) -> None:
         raise ListenError(f"DASH_PORT_FILE: {path} cannot be written: {error.strerror or error}") from None
 
 
-def _try_to_bind(host: str, port: int) -> list[str]:
+def try_to_bind(host: str, port: int) -> list[str]:
     """The addresses of the host, each tried, since gRPC would log lines of its own and raise a RuntimeError.
 
     Raises:
@@ -108,7 +108,7 @@ def _try_to_bind(host: str, port: int) -> list[str]:
     return addresses
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 

@@ -1,23 +1,87 @@
-"""Logging to stderr, each record with the id of the request it belongs to.
+"""Logging to stderr, as lines for people or as JSON, each with the request and the trace it belongs to.
 
-Records never carry prompts, outputs or what else a caller sent.
+Records never carry prompts, outputs or what else a caller sent. Knows neither who sets the two ids nor who reads.
 """
 
+import json
 import logging
+import os
 from contextvars import ContextVar
+from datetime import UTC, datetime
 
 request_id_of_task: ContextVar[str] = ContextVar("request_id_of_task", default="-")
+trace_id_of_task: ContextVar[str] = ContextVar("trace_id_of_task", default="-")
+"""In hexadecimal; "-" where nothing is traced."""
+
+LOG_FORMAT_VARIABLE = "DASH_LOG_FORMAT"
+JSON = "json"
+CONSOLE = "console"
+
+_NOTHING = "-"
+_CONSOLE_LINE = "%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"
+_CONSOLE_LINE_OF_A_WORKER = "worker: %(message)s"
 
 
-class _RequestIdFilter(logging.Filter):
+class _IdsOfTask(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         record.request_id = request_id_of_task.get()
+        record.trace_id = trace_id_of_task.get()
         return True
 
 
-def configure_logging(level: str) -> None:
+class _LibraryLines(logging.Filter):
+    """OpenTelemetry's own records, made fit for one line each: no traceback, and no header, which may be a secret."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.startswith("opentelemetry."):
+            if record.name == "opentelemetry.util.re":
+                record.msg, record.args = "a header is not name=value, and is left out (OTEL_EXPORTER_OTLP_HEADERS)", ()
+            if record.exc_info and record.exc_info[1] is not None:
+                record.msg, record.args = f"{record.getMessage()}: {record.exc_info[1]}", ()
+            record.exc_info = record.exc_text = None
+        return True
+
+
+class _ConsoleFormatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
+        line = super().formatMessage(record)
+        trace_id = getattr(record, "trace_id", _NOTHING)
+        return line if trace_id == _NOTHING else f"{line} (trace {trace_id})"
+
+
+class _JsonFormatter(logging.Formatter):
+    """One object in one line, whatever the record holds; ids that there are none of are left out."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, str] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        for name in ("request_id", "trace_id"):
+            value = getattr(record, name, _NOTHING)
+            if value != _NOTHING:
+                fields[name] = value
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False)
+
+
+def configure_logging(level: str, log_format: str = CONSOLE) -> None:
     """Sends records of `level` and above to stderr."""
+    _configure(level, log_format, _CONSOLE_LINE)
+
+
+def configure_worker_logging() -> None:
+    """The same for a worker process, which reads the format from its environment: it is told its settings later."""
+    log_format = os.environ.get(LOG_FORMAT_VARIABLE, CONSOLE).lower()
+    _configure("INFO", log_format, _CONSOLE_LINE_OF_A_WORKER)
+
+
+def _configure(level: str, log_format: str, console_line: str) -> None:
     handler = logging.StreamHandler()
-    handler.addFilter(_RequestIdFilter())
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s [%(request_id)s] %(message)s"))
+    handler.addFilter(_IdsOfTask())
+    handler.addFilter(_LibraryLines())
+    handler.setFormatter(_JsonFormatter() if log_format == JSON else _ConsoleFormatter(console_line))
     logging.basicConfig(level=level, handlers=[handler], force=True)

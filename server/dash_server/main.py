@@ -34,7 +34,7 @@ def main(worker_command: Sequence[str] = WORKER_COMMAND) -> int:
         settings = load_settings()
     except SettingsError as error:
         return _complain(*error.lines)
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     for warning in unknown_variables(os.environ):
         logger.warning("%s", warning)
     logger.info("settings: %s", settings.loggable())

@@ -10,6 +10,7 @@ from typing import Annotated
 import msgspec
 
 from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts
+from dash_runtime.recorded import RecordedRequest
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 _LENGTH = struct.Struct(">I")
@@ -41,7 +42,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
-    """Forget this request wherever it is; nothing more is said about it. Unknown ids are ignored."""
+    """Forget this request wherever it is; at most what was recorded is said about it. Unknown ids are ignored."""
 
     request_id: str
 
@@ -134,6 +135,18 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     speculation: Speculation | None = None
     cached_prompt_token_count: int = 0
     """Of the prompt, whose keys and values were there already."""
+    layer_action_counts: list[list[int]] = msgspec.field(default_factory=list)
+    """For each layer, how many of the decode tokens ran SKIP, INT4, INT8 and FULL there; without those only drafted."""
+
+
+class Recorded(msgspec.Struct, frozen=True, tag=True):
+    """What was recorded of a request: just before Finished, or after Cancel."""
+
+    recorded: RecordedRequest
+
+    @property
+    def request_id(self) -> str:
+        return self.recorded.request_id
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -144,7 +157,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     description: str
 
 
-Event = Granted | Tokens | Finished | Refused
+Event = Granted | Tokens | Recorded | Finished | Refused
 
 
 class StepEvents(msgspec.Struct, frozen=True, tag=True):

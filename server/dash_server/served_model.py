@@ -48,5 +48,15 @@ class ServedModel:
             case _:
                 raise InvalidRequest("prompt", "is required")
 
+    def prompt_messages(self, prompt: generation_pb2.GenerationParameters) -> list[tuple[str, str]]:
+        """Role and text of each message; a prompt that is no conversation is the user's only one."""
+        match prompt.WhichOneof("prompt"):
+            case "chat":
+                return [(message.role, message.content) for message in prompt.chat.messages]
+            case "token_ids":
+                return [("user", self.tokenizer.decode(prompt.token_ids.ids))]
+            case _:
+                return [("user", prompt.text)]
+
     def _render(self, chat: common_pb2.ChatPrompt) -> str:
         return self.chat_template.render([(message.role, message.content) for message in chat.messages])

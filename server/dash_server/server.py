@@ -5,13 +5,16 @@ Knows nothing of processes' signals and exit codes (that is `main`), so it also 
 
 import asyncio
 import logging
+import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
+from dash_runtime.recorded import RecordedRequest
 from dash_server.admission import Admission
 from dash_server.callers import CallerLimits, Callers
 from dash_server.dispatcher import Dispatcher
@@ -19,12 +22,20 @@ from dash_server.guard import Guard
 from dash_server.health import HealthServicer
 from dash_server.listening import channel_options, listen, write_port_file
 from dash_server.messages import Ready
+from dash_server.metrics import Sources
 from dash_server.pace import Pace
+from dash_server.recorded_calls import RecordedCalls
+from dash_server.request_record import RequestRecord
 from dash_server.served_model import ServedModel
 from dash_server.service import GENERATION_SERVICE, MODEL_SERVICE, ServiceState, add_to_server
 from dash_server.settings import Settings
 from dash_server.statuses import ShuttingDown
+from dash_server.telemetry import is_disabled, is_exported
 from dash_server.worker_link import LinkEvents, WorkerLink, WorkerStartError
+
+if TYPE_CHECKING:
+    from dash_server.metric_export import MetricExport
+    from dash_server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +75,8 @@ class DashServer:
             retry_seconds=self.dispatcher.retry_seconds,
         )
         callers = Callers(settings.token_file, CallerLimits(max_requests=settings.max_requests_per_caller))
-        events = LinkEvents(self._on_ready, self._on_change, self.dispatcher.on_over)
+        self._recorded_calls = RecordedCalls(self._on_recorded, self._on_complete)
+        events = LinkEvents(self._on_ready, self._on_change, self.dispatcher.on_over, self._recorded_calls.add)
         self._links = [
             WorkerLink(
                 worker_command,
@@ -81,6 +93,9 @@ class DashServer:
             options=channel_options(settings),
             interceptors=[Guard(callers, open_services={_HEALTH_SERVICE, GENERATION_SERVICE, MODEL_SERVICE})],
         )
+        self.tracing: Tracing | None = None
+        self.metrics: MetricExport | None = None
+        """Both from `start` on, where somebody wants them."""
         add_to_server(self._state, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [GENERATION_SERVICE, MODEL_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME]
@@ -93,12 +108,14 @@ class DashServer:
         """Listens, and returns the port. Health is NOT_SERVING until a worker is ready.
 
         Raises:
-            ListenError: the address may not or cannot be listened on, or the port file not be written.
+            ListenError: an address may not or cannot be listened on, or the port file not be written.
         """
         port_file = self._settings.port_file
         if port_file is not None:
             port_file.unlink(missing_ok=True)
         port = listen(self._server, self._settings)
+        self._start_tracing()
+        self._start_metrics()
         await self._server.start()
         if port_file is not None:
             write_port_file(port_file, port)
@@ -151,11 +168,67 @@ class DashServer:
         self._health.close()
         await self._server.stop(_LAST_CALLS_SECONDS)
         self._state.close()
+        if self.tracing is not None:
+            self._recorded_calls.close()
+            await asyncio.to_thread(self.tracing.close)
+        if self.metrics is not None:
+            await asyncio.to_thread(self.metrics.close)
 
     def kill_workers(self) -> None:
         """Ends the workers at once, for a process that exits at once."""
         for link in self._links:
             link.kill()
+
+    def _start_tracing(self) -> None:
+        state = self._state
+        if is_exported("traces", os.environ):
+            from dash_server.tracing import start_tracing  # the SDK, which takes a while to import
+
+            self.tracing = start_tracing(self._settings, os.environ)
+        if self.tracing is not None:
+            state.start_observers.append(self.tracing.begin)
+        if self.tracing is not None or self._settings.recent_requests:
+            state.start_observers.append(self._recorded_calls.begin)
+            state.observers.append(self._recorded_calls.end)
+
+    def _start_metrics(self) -> None:
+        has_endpoint = self._settings.metrics_port is not None
+        if has_endpoint and is_disabled(os.environ):
+            logger.warning("DASH_METRICS_PORT: there is no endpoint, since OTEL_SDK_DISABLED is true")
+            return
+        has_collector = is_exported("metrics", os.environ)
+        if has_endpoint or has_collector:
+            from dash_server.metric_export import start_metrics  # the SDK, which takes a while to import
+
+            sources = Sources(
+                self.admission,
+                self.dispatcher,
+                self._links,
+                self._model_name,
+                self._dropped_spans,
+                self._exported_spans,
+            )
+            self.metrics = start_metrics(self._settings, sources, has_collector)
+            if self.metrics is not None:
+                self._state.observers.append(self.metrics.observe)
+
+    def _dropped_spans(self) -> int:
+        return 0 if self.tracing is None else self.tracing.export.dropped_spans
+
+    def _exported_spans(self) -> int:
+        return 0 if self.tracing is None else self.tracing.export.exported_spans
+
+    def _model_name(self) -> str | None:
+        model = self._state.model
+        return None if model is None else model.facts.name
+
+    def _on_recorded(self, record: RequestRecord, recorded: RecordedRequest) -> None:
+        if self._settings.recent_requests:
+            self._state.recent_decisions.keep(record, recorded)
+
+    def _on_complete(self, record: RequestRecord, recorded: RecordedRequest | None) -> None:
+        if self.tracing is not None:
+            self.tracing.finish(record, recorded)
 
     async def _on_ready(self, ready: Ready) -> None:
         self._state.model = await asyncio.to_thread(ServedModel.load, ready)

@@ -19,11 +19,14 @@ from dash_api.v1 import generation_pb2, model_pb2
 from dash_runtime.errors import InvalidRequest
 from dash_server import wire
 from dash_server.admission import Admission
+from dash_server.answers import decisions_to_pb, model_to_pb, policy_to_pb
 from dash_server.callers import Caller, Callers
-from dash_server.convert import PreparedRequest, model_to_pb, policy_to_pb, prepare_request
+from dash_server.convert import PreparedRequest, prepare_request
 from dash_server.dispatcher import Dispatcher
 from dash_server.generation import Generation, collect
-from dash_server.logs import request_id_of_task
+from dash_server.logs import request_id_of_task, trace_id_of_task
+from dash_server.recent_decisions import RecentDecisions
+from dash_server.request_record import Observer, RequestRecord, observed, record_of_call
 from dash_server.served_model import ServedModel
 from dash_server.settings import Settings
 from dash_server.statuses import InvalidFields, WorkerUnavailable, failure_of
@@ -50,6 +53,11 @@ class ServiceState:
         self.admission = admission
         self.dispatcher = dispatcher
         self.callers = callers
+        self.recent_decisions = RecentDecisions(settings.recent_requests)
+        self.start_observers: list[Observer] = []
+        """Told of every generation call that begins."""
+        self.observers: list[Observer] = []
+        """Told of every generation call that is over."""
         self.model: ServedModel | None = None
         self._readers = ThreadPoolExecutor(_NUM_READER_THREADS, thread_name_prefix="request-reader")
 
@@ -96,37 +104,51 @@ class GenerationServicer:
         self, message_class: type[M], data: bytes, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[Generation]:
         state = self._state
+        method = f"{GENERATION_SERVICE}/{message_class.__name__.removesuffix('Request')}"
         async with _answering(context) as request_id:
-            caller = state.caller(context)
-            model = state.require_model()
-            with state.admission.admit(caller) as place:
-                prepared = await state.read(
-                    data, functools.partial(self._prepare, message_class, data, request_id, model, caller)
-                )
-                state.admission.claim(place, prepared.request.num_cache_tokens)
-                seconds_left = context.time_remaining()
-                generation = Generation(state.dispatcher, model, prepared, place, seconds_left)
-                # A handler that is not resumed after a cancellation must not keep its slot.
-                context.add_done_callback(lambda _: generation.close())
-                try:
-                    with _below_parameters():
-                        yield generation
-                finally:
-                    generation.close()
+            record = record_of_call(request_id, method, context)
+            for observer in state.start_observers:
+                observer(record)
+            if record.trace_id:
+                trace_id_of_task.set(record.trace_id)
+            with observed(record, context, state.observers):
+                record.caller = caller = state.caller(context)
+                model = state.require_model()
+                record.model = model.facts.name
+                with state.admission.admit(caller) as place:
+                    prepared = await state.read(
+                        data, functools.partial(self._prepare, message_class, data, record, model, caller)
+                    )
+                    record.prepared = prepared
+                    state.admission.claim(place, prepared.request.num_cache_tokens)
+                    seconds_left = context.time_remaining()
+                    generation = Generation(state.dispatcher, model, prepared, place, seconds_left, record)
+                    # A handler that is not resumed after a cancellation must not keep its slot.
+                    context.add_done_callback(lambda _: generation.close())
+                    try:
+                        with _below_parameters():
+                            yield generation
+                    finally:
+                        generation.close()
 
     def _prepare(
-        self, message_class: type[M], data: bytes, request_id: str, model: ServedModel, caller: Caller
+        self, message_class: type[M], data: bytes, record: RequestRecord, model: ServedModel, caller: Caller
     ) -> PreparedRequest:
         parameters = wire.parse(message_class, data).parameters
+        record.is_chat = parameters.WhichOneof("prompt") == "chat"
+        record.wants_trace = parameters.output.trace
         with _below_parameters():
-            return prepare_request(
+            prepared = prepare_request(
                 parameters,
-                request_id=request_id,
+                request_id=record.request_id,
                 facts=model.facts,
                 settings=self._state.settings,
                 cache_namespace=caller.cache_namespace,
                 tokenize=model.tokenize,
             )
+        if record.trace_id and self._state.settings.trace_content:
+            record.prompt, record.output = model.prompt_messages(parameters), ""
+        return prepared
 
 
 class ModelServicer:
@@ -160,6 +182,14 @@ class ModelServicer:
             with self._tokenize_calls.admit(caller):
                 return await self._state.read(data, functools.partial(self._tokenize, data, model))
 
+    async def get_decisions(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetDecisionsResponse:
+        async with _answering(context):
+            caller = self._state.caller(context)
+            request = wire.parse(model_pb2.GetDecisionsRequest, data)
+            if not request.request_id:
+                raise InvalidRequest("request_id", "is required")
+            return decisions_to_pb(self._state.recent_decisions.get(request.request_id, caller.name))
+
     def _tokenize(self, data: bytes, model: ServedModel) -> model_pb2.TokenizeResponse:
         response = model_pb2.TokenizeResponse(token_ids=model.tokenize(wire.parse(model_pb2.TokenizeRequest, data)))
         limit = self._state.settings.max_message_bytes
@@ -188,6 +218,7 @@ def add_to_server(state: ServiceState, server: grpc.aio.Server) -> None:
                 "GetModel": _unary(model.get_model),
                 "GetPolicy": _unary(model.get_policy),
                 "Tokenize": _unary(model.tokenize),
+                "GetDecisions": _unary(model.get_decisions),
             },
         ),
     ):

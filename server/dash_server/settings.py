@@ -131,6 +131,33 @@ class Settings(BaseSettings):
     max_calls_per_connection: int = Field(default=1024, ge=1, description="Calls at once over one connection")
     channelz: bool = Field(default=False, description="Answer channelz, gRPC's own view of connections and calls")
 
+    trace_ratio: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Share of requests traced where the caller does not say; unset: by OTEL_TRACES_SAMPLER, else 0",
+    )
+    trace_slow_seconds: float | None = Field(
+        default=None, gt=0, description="Requests that took longer are traced in any case; unset: none for that"
+    )
+    trace_steps: int = Field(
+        default=32, ge=0, le=4096, description="Steps of each request whose decisions are recorded and traced"
+    )
+    trace_layers: bool = Field(default=False, description="Trace each layer beside its decision")
+    trace_content: bool = Field(
+        default=False, description="Put prompts, outputs, token ids and stop strings into traces"
+    )
+    recent_requests: int = Field(
+        default=64, ge=0, description="Requests whose decisions are kept for `GetDecisions`; 0: none"
+    )
+
+    metrics_port: int | None = Field(
+        default=None, ge=0, le=65535, description="Port of the Prometheus endpoint; 0 is any free port. Unset: none"
+    )
+    metrics_host: str = Field(
+        default="127.0.0.1", min_length=1, description="Address of the Prometheus endpoint, which has no TLS"
+    )
+
     start_timeout_seconds: float = Field(default=600, gt=0, description="How long the worker may take to load")
     worker_timeout_seconds: float = Field(
         default=60, gt=0, description="How long a worker may answer nothing before it is replaced"
@@ -138,6 +165,9 @@ class Settings(BaseSettings):
     shutdown_grace_seconds: float = Field(default=30, ge=0, description="How long running requests may go on")
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)] = Field(
         default="INFO", description="Least severe log level"
+    )
+    log_format: Annotated[Literal["console", "json"], BeforeValidator(str.lower)] = Field(
+        default="console", description="Log lines for people, or a JSON object in each"
     )
 
     @model_validator(mode="after")
@@ -171,6 +201,7 @@ class Settings(BaseSettings):
                 lane=self.lane,
                 group_planner=self.group_planner,
                 prefix_cache_tokens=self.prefix_cache_tokens,
+                record_steps=self.trace_steps,
             ),
             worker_number=worker_number,
             num_workers=self.workers,

@@ -74,6 +74,16 @@ class DeadlineTooShort(ServiceError):
         )
 
 
+class DecisionsNotFound(ServiceError):
+    """Nothing recorded is held of this request, or it is another caller's: the answer does not say which."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = "DECISIONS_NOT_FOUND"
+
+    def __init__(self) -> None:
+        super().__init__("nothing recorded is held of a request of this caller with this id; only the latest are kept")
+
+
 class Unauthenticated(ServiceError):
     """The server wants to know who calls."""
 
@@ -103,6 +113,8 @@ class Failure:
     """A status, ready to be sent."""
 
     code: grpc.StatusCode
+    reason: str
+    """The ErrorInfo's."""
     message: str
     trailing_metadata: tuple[tuple[str, str | bytes], ...]
 
@@ -161,7 +173,7 @@ def _failure(
         packed = any_pb2.Any()
         packed.Pack(detail)
         status.details.append(packed)
-    return Failure(code, message, ((_DETAILS_KEY, status.SerializeToString()), *metadata))
+    return Failure(code, reason, message, ((_DETAILS_KEY, status.SerializeToString()), *metadata))
 
 
 def _shorten(text: str) -> str:

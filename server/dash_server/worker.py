@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,9 +21,10 @@ from dash_runtime.checkpoints import resolve_checkpoint
 from dash_runtime.child_process import die_with_parent
 from dash_runtime.engine.build import BuildOptions, build_engine
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.sequence import EngineEvent, SequenceFinished, SlotGranted, TokenProduced
+from dash_runtime.engine.sequence import EngineEvent, SequenceCancelled, SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.errors import DashRuntimeError, InvalidRequest
 from dash_server import messages
+from dash_server.logs import configure_worker_logging
 
 logger = logging.getLogger("dash_server.worker")
 
@@ -91,7 +93,7 @@ class Worker:
             events: list[messages.Event] = []
             for body in bodies:
                 events += self._handle(engine, messages.decode_to_worker(body))
-            events += [_to_message(event) for event in engine.step()]
+            events += _to_messages(engine.step())
             if events:
                 self._send(messages.StepEvents(events))
             bodies = self._receive(timeout=0.0 if engine.has_work else None)
@@ -104,9 +106,9 @@ class Worker:
                 except InvalidRequest as error:
                     return [messages.Refused(request.request_id, error.field, error.description)]
             case messages.Cancel(request_id=request_id):
-                engine.cancel(request_id)
+                return _to_messages(engine.cancel(request_id))
             case messages.Stop(request_id=request_id):
-                return [_to_message(event) for event in engine.stop(request_id)]
+                return _to_messages(engine.stop(request_id))
             case messages.Ping():
                 self._send(messages.Pong())
             case messages.Shutdown():
@@ -140,39 +142,51 @@ def threads_of_worker(num_threads: int | None, num_workers: int) -> int | None:
     return max(1, torch.get_num_threads() // num_workers)
 
 
-def _to_message(event: EngineEvent) -> messages.Event:
+def _to_messages(events: list[EngineEvent]) -> list[messages.Event]:
+    return [message for event in events for message in _messages_of(event)]
+
+
+def _messages_of(event: EngineEvent) -> Iterator[messages.Event]:
     match event:
         case SlotGranted():
-            return messages.Granted(event.request_id, event.policy, event.compute_budget, event.queue_seconds)
+            yield messages.Granted(event.request_id, event.policy, event.compute_budget, event.queue_seconds)
         case TokenProduced():
             logprobs = None
             if event.logprobs is not None:
                 logprobs = [messages.Logprobs(event.logprobs.chosen, event.logprobs.top)]
-            return messages.Tokens(event.request_id, [event.token_id], event.plan, logprobs)
-        case SequenceFinished():
-            log, drafts = event.log, event.speculation
-            speculation = None
-            if drafts is not None:
-                speculation = messages.Speculation(
-                    drafts.num_drafted,
-                    drafts.num_accepted,
-                    drafts.num_verifications,
-                    drafts.draft_ns / 1e9,
-                    drafts.verification_ns / 1e9,
-                )
-            return messages.Finished(
-                event.request_id,
-                event.reason.value,
-                event.prefill_seconds,
-                event.decode_seconds,
-                event.num_output_tokens,
-                log.num_decode_tokens,
-                {int(action): count for action, count in log.action_counts.items()},
-                log.mean_cost,
-                log.mean_exposed_seconds,
-                speculation,
-                event.num_cached_prompt_tokens,
-            )
+            yield messages.Tokens(event.request_id, [event.token_id], event.plan, logprobs)
+        case SequenceFinished() | SequenceCancelled():
+            if event.recorded is not None:
+                yield messages.Recorded(event.recorded)
+            if isinstance(event, SequenceFinished):
+                yield _finished(event)
+
+
+def _finished(event: SequenceFinished) -> messages.Finished:
+    log, drafts = event.log, event.speculation
+    speculation = None
+    if drafts is not None:
+        speculation = messages.Speculation(
+            drafts.num_drafted,
+            drafts.num_accepted,
+            drafts.num_verifications,
+            drafts.draft_ns / 1e9,
+            drafts.verification_ns / 1e9,
+        )
+    return messages.Finished(
+        event.request_id,
+        event.reason.value,
+        event.prefill_seconds,
+        event.decode_seconds,
+        event.num_output_tokens,
+        log.num_decode_tokens,
+        {int(action): count for action, count in log.action_counts.items()},
+        log.mean_cost,
+        log.mean_exposed_seconds,
+        speculation,
+        event.num_cached_prompt_tokens,
+        log.layer_action_counts(),
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -181,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the server")
     fd = parser.parse_args(arguments).fd
     die_with_parent()
-    logging.basicConfig(level=logging.INFO, format="worker: %(message)s", stream=sys.stderr)
+    configure_worker_logging()
     # A terminal sends Ctrl-C to the whole group; the server decides when its worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return Worker(socket.socket(fileno=fd)).run()

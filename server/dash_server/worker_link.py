@@ -11,6 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from dash_runtime.config import GenerationRequest
+from dash_runtime.recorded import RecordedRequest
 from dash_server.messages import (
     Cancel,
     Finished,
@@ -18,6 +19,7 @@ from dash_server.messages import (
     Ping,
     Pong,
     Ready,
+    Recorded,
     Refused,
     StartupFailed,
     StepEvents,
@@ -62,6 +64,8 @@ class LinkEvents:
     """The worker takes requests from now on, or no longer."""
     on_over: Callable[[GenerationRequest, Finished | None], None]
     """A request has left the worker by itself (with what it said), or with it."""
+    on_recorded: Callable[[RecordedRequest], None]
+    """What was recorded of a request: before it is over, or after it was cancelled."""
 
 
 class WorkerLink:
@@ -86,6 +90,7 @@ class WorkerLink:
         self._ready: Ready | None = None
         self._requests: dict[str, tuple[GenerationRequest, Outbox]] = {}
         self._num_reserved_tokens = 0
+        self.num_restarts = 0
         self._first_ready = asyncio.Event()
         self._has_given_tokens = False
         self._heard_at = 0.0
@@ -98,12 +103,19 @@ class WorkerLink:
     @property
     def num_slots(self) -> int:
         """Of a ready worker."""
-        return 0 if self._ready is None else self._ready.facts.num_slots
+        ready = self._ready  # once: metrics are read in another thread
+        return 0 if ready is None else ready.facts.num_slots
 
     @property
     def num_reserved_tokens(self) -> int:
         """Cache tokens that the worker's requests may fill."""
         return self._num_reserved_tokens
+
+    @property
+    def num_cache_tokens(self) -> int:
+        """Room in the cache of a ready worker."""
+        ready = self._ready
+        return 0 if ready is None else ready.facts.cache_tokens
 
     def has_room_for(self, request: GenerationRequest) -> bool:
         """Whether the worker would give the request a slot at once."""
@@ -177,6 +189,7 @@ class WorkerLink:
                     raise
             delay = _FIRST_RESTART_DELAY_SECONDS * 2**num_failures
             await asyncio.sleep(min(delay, _MAX_RESTART_DELAY_SECONDS))
+            self.num_restarts += 1
 
     async def _run_one(self) -> None:
         """One worker, from its start to its death. Returns if it had shown that it works."""
@@ -258,6 +271,9 @@ class WorkerLink:
             logger.error("a ready worker sent %s", type(message).__name__)
             return
         for event in message.events:
+            if isinstance(event, Recorded):
+                self._events.on_recorded(event.recorded)
+                continue
             entry = self._requests.get(event.request_id)
             if entry is None:
                 continue  # cancelled here while the event was on its way

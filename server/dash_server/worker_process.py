@@ -51,6 +51,8 @@ class WorkerProcess:
         """Runs `command` with `--fd N` appended, N being the worker's end of the socket."""
         ours, theirs = socket.socketpair()
         with theirs:
+            # Nothing is awaited once the process is there: whoever is cancelled meanwhile would leave it behind.
+            reader, writer = await asyncio.open_unix_connection(sock=ours)
             try:
                 process = await asyncio.create_subprocess_exec(
                     *command,
@@ -63,9 +65,8 @@ class WorkerProcess:
                     start_new_session=True,
                 )
             except BaseException:
-                ours.close()
+                writer.close()
                 raise
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
         return cls(process, reader, writer)
 
     @property
@@ -96,7 +97,16 @@ class WorkerProcess:
                 yield message
 
     async def stop(self) -> int:
-        """Ends the process, by asking, then by SIGTERM, then by SIGKILL. Returns its exit status."""
+        """Ends the process, by asking, then by SIGTERM, then by SIGKILL. Returns its exit status. Whoever is cancelled
+        meanwhile still waits for it: no process is left behind."""
+        ending = asyncio.create_task(self._end())
+        try:
+            return await asyncio.shield(ending)
+        except asyncio.CancelledError:
+            await ending
+            raise
+
+    async def _end(self) -> int:
         self.send(Shutdown())
         self._writer.close()
         for stop_signal in (signal.SIGTERM, signal.SIGKILL):

@@ -14,12 +14,14 @@ starts_child     starts a process of its own first, that sleeps
 startup_failed   refuses to start, with this text
 finish_reason    ends every request with this reason, whatever the true one is
 refuse           answers every request with Refused for this field
+keeps_records    never says what it recorded of a request
 
 A request whose prompt is [PROBE_TOKEN_ID] gets, as token ids: requests running or queued beside it, and
 the numbers of Submit, Cancel and Stop received so far.
 """
 
 import argparse
+import contextlib
 import os
 import select
 import socket
@@ -33,25 +35,34 @@ from urllib.parse import parse_qsl, urlsplit
 from dash_runtime.actions import Action
 from dash_runtime.child_process import die_with_parent
 from dash_runtime.config import GenerationRequest, Mode, ModelFacts, PolicyFacts
+from dash_runtime.recorded import RecordedRequest, RecordedStep, StepKind, pack_float32, pack_uint32
 from dash_server import messages
 
 END_TOKEN_ID = 257
 PROBE_TOKEN_ID = 258
 VOCAB_SIZE = 260
+PINNED_LAYERS = (0, 2)
+PRICE = 0.75
+SCORE_ACTIONS = [Action.SKIP, Action.INT8, Action.FULL]
 
 
 class Running:
     """One request in a slot."""
 
-    def __init__(self, request: GenerationRequest, finish_reason: str | None) -> None:
+    def __init__(self, request: GenerationRequest, finish_reason: str | None, record_steps: int = 0) -> None:
         self.request = request
         self.finish_reason = finish_reason
+        self.record_steps = record_steps
+        self.granted_unix_ns = self.last_token_unix_ns = time.time_ns()
+        self.first_token: tuple[int, int] | None = None
+        self.steps: list[RecordedStep] = []
         self.tokens: Iterator[int] = cycle(request.prompt_token_ids)
         self.num_tokens = 0
 
     def step(self, num_layers: int) -> list[messages.Event]:
         token_id = next(self.tokens)
         self.num_tokens += 1
+        self.record(token_id, num_layers)
         request = self.request
         actions = bytes([Action.FULL] * num_layers) if request.return_decisions else b""
         logprobs = None
@@ -67,6 +78,54 @@ class Running:
             events.append(self.finished("length"))
         return events
 
+    def record(self, token_id: int, num_layers: int) -> None:
+        """Made up: a decode step takes as long as the time between two tokens, each layer its share of it, and a
+        decision the second half of the layer before."""
+        start, now = self.last_token_unix_ns, time.time_ns()
+        self.last_token_unix_ns = now
+        if self.first_token is None:
+            self.first_token = token_id, now
+        elif len(self.steps) < self.record_steps:
+            nanos = (now - start) // (num_layers + 1)
+            is_decided = [self.request.skip.mode.has_policy and n not in PINNED_LAYERS for n in range(num_layers)]
+            scores = [[1.0, 0.5, -1.0] if decided else [0.0] * 3 for decided in is_decided]
+            step = RecordedStep(
+                kind=StepKind.DECODE,
+                token_ids=[token_id],
+                start_unix_ns=start,
+                duration_ns=now - start,
+                actions=bytes(Action.INT8 if decided else Action.FULL for decided in is_decided),
+                layer_starts=pack_uint32(nanos * n for n in range(num_layers)),
+                layer_ends=pack_uint32(nanos * (n + 1) for n in range(num_layers)),
+                decision_starts=pack_uint32(nanos * n - nanos // 2 if is_decided[n] else 0 for n in range(num_layers)),
+                decision_ends=pack_uint32(max(1, nanos * n) if is_decided[n] else 0 for n in range(num_layers)),
+                exposed=pack_uint32(7 * decided for decided in is_decided),
+                scores=pack_float32(score for row in scores for score in row),
+                cost_spent=pack_float32(n / num_layers for n in range(num_layers)),
+            )
+            self.steps.append(step)
+
+    def recorded(self, num_layers: int) -> messages.Recorded:
+        is_asked = self.request.skip.mode.has_policy
+        first_token_id, first_token_unix_ns = self.first_token or (None, None)
+        return messages.Recorded(
+            RecordedRequest(
+                request_id=self.request.request_id,
+                policy=self.request.skip.policy_name or "toy",
+                compute_budget=self.request.skip.compute_budget,
+                price=PRICE if is_asked else None,
+                num_layers=num_layers,
+                pinned_layers=list(PINNED_LAYERS) if is_asked else list(range(num_layers)),
+                score_actions=SCORE_ACTIONS,
+                granted_unix_ns=self.granted_unix_ns,
+                ended_unix_ns=time.time_ns(),
+                first_token_id=first_token_id,
+                first_token_unix_ns=first_token_unix_ns,
+                steps=self.steps,
+                num_unrecorded_steps=max(0, self.num_tokens - 1 - len(self.steps)),
+            )
+        )
+
     def finished(self, reason: str) -> messages.Finished:
         return messages.Finished(
             request_id=self.request.request_id,
@@ -78,6 +137,7 @@ class Running:
             action_counts={Action.SKIP: 1, Action.FULL: 2},
             mean_cost=0.75,
             exposed_policy_seconds=0.001,
+            layer_action_counts=[[0, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 1]],
         )
 
 
@@ -146,14 +206,21 @@ class FakeWorker:
             case messages.Submit(request=request):
                 self.queued.append(request)
             case messages.Cancel(request_id=request_id):
-                self.running.pop(request_id, None)
+                if (running := self.running.pop(request_id, None)) is not None:
+                    self.tell_recorded(running, events)
                 self.queued = [request for request in self.queued if request.request_id != request_id]
             case messages.Stop(request_id=request_id) if request_id in self.running:
-                events.append(self.running.pop(request_id).finished("stop_string"))
+                running = self.running.pop(request_id)
+                self.tell_recorded(running, events)
+                events.append(running.finished("stop_string"))
             case messages.Ping():
                 self.send(messages.Pong())
             case messages.Shutdown():
                 sys.exit(0)
+
+    def tell_recorded(self, running: Running, events: list[messages.Event]) -> None:
+        if running.record_steps and "keeps_records" not in self.options:
+            events.append(running.recorded(self.num_layers))
 
     def answer_probe(self, probe: Running, events: list[messages.Event]) -> None:
         request_id = probe.request.request_id
@@ -166,15 +233,18 @@ class FakeWorker:
     def step(self, events: list[messages.Event]) -> None:
         while self.queued and len(self.running) < self.config.engine.num_slots:
             request = self.queued.pop(0)
-            self.running[request.request_id] = Running(request, self.options.get("finish_reason"))
+            record_steps = self.config.engine.record_steps
+            self.running[request.request_id] = Running(request, self.options.get("finish_reason"), record_steps)
             policy = "full-depth" if request.skip.mode is Mode.FULL_DEPTH else request.skip.policy_name or "toy"
             events.append(messages.Granted(request.request_id, policy, request.skip.compute_budget, 0.125))
         for request_id, running in list(self.running.items()):
-            new = running.step(self.num_layers)
+            *new, last = running.step(self.num_layers)
             events += new
             self.num_tokens += 1
-            if isinstance(new[-1], messages.Finished):
+            if isinstance(last, messages.Finished):
+                self.tell_recorded(running, events)
                 del self.running[request_id]
+            events.append(last)
         if self.num_tokens >= int(self.options.get("die_after", sys.maxsize)):
             os._exit(1)
         while self.num_tokens >= int(self.options.get("hang_after", sys.maxsize)):
@@ -184,7 +254,7 @@ class FakeWorker:
         def policy(name: str, note: str, lowest_budget: float) -> PolicyFacts:
             costs = {Action.SKIP: 0.1, Action.INT8: 0.5, Action.FULL: 1.0}
             return PolicyFacts(
-                name, note, name == "learned", 1, (0, 2), costs, lowest_budget, lowest_budget + 0.05, "scale"
+                name, note, name == "learned", 1, PINNED_LAYERS, costs, lowest_budget, lowest_budget + 0.05, "scale"
             )
 
         engine = self.config.engine
@@ -207,4 +277,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     die_with_parent()
-    FakeWorker(socket.socket(fileno=parser.parse_args().fd)).run()
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        FakeWorker(socket.socket(fileno=parser.parse_args().fd)).run()

@@ -72,7 +72,8 @@ async def test_headers_and_started_wait_for_the_slot_and_a_queued_request_can_be
 async def slow_reader(folder: Path) -> AsyncIterator[tuple[RunningServer, grpc.aio.UnaryStreamCall]]:
     """A call whose reader has slept, at 32 MB/s, for long enough to fill any window."""
     model = fake_model(folder, token_seconds=0.001, num_layers=32_768)
-    async with running_server(model, context_length=9000, cache_tokens=9000, max_new_tokens=4000) as server:
+    limits = {"context_length": 9000, "cache_tokens": 9000, "max_new_tokens": 4000}
+    async with running_server(model, **limits, trace_steps=0) as server:
         call = server.stream(text="abc", max_new_tokens=4000, output=DECISIONS)
         await first_delta(call)
         await asyncio.sleep(1)
@@ -94,7 +95,9 @@ async def test_a_reader_that_was_slow_gets_many_tokens_in_a_message(model_folder
             token_ids += delta.token_ids
             assert len(delta.actions) == len(delta.token_ids) * 32_768
         call.cancel()
-        assert bytes(token_ids) == (b"abc" * 2000)[1 : len(token_ids) + 1]
+        # A first message was read before, of however many tokens.
+        output = b"abc" * 3000
+        assert bytes(token_ids) in {output[first : first + len(token_ids)] for first in range(3)}
 
 
 async def test_deadline_while_decoding_frees_the_slot(model_folder: Path) -> None:

@@ -13,7 +13,7 @@ from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from dash_api.v1 import model_pb2
-from dash_server.listening import ListenError, _is_loopback
+from dash_server.listening import ListenError, is_loopback
 from tests.server.server_harness import (
     RunningServer,
     bearer,
@@ -190,11 +190,11 @@ async def test_a_prompt_over_the_limit_is_refused_by_field(model_folder: Path) -
 
 
 @pytest.mark.parametrize(
-    ("address", "is_loopback"),
+    ("address", "expected"),
     [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("0.0.0.0", False), ("::", False), ("10.0.0.1", False)],
 )
-def test_loopback_is_what_other_machines_do_not_reach(address: str, is_loopback: bool) -> None:
-    assert _is_loopback(address) == is_loopback
+def test_loopback_is_what_other_machines_do_not_reach(address: str, expected: bool) -> None:
+    assert is_loopback(address) == expected
 
 
 async def test_other_machines_are_served_only_with_tls_or_when_told_so(

@@ -12,7 +12,7 @@ from dash_api.v1 import common_pb2
 from dash_runtime.actions import Action
 from dash_runtime.config import Mode
 from dash_runtime.errors import InvalidRequest
-from dash_server.convert import _MODES
+from dash_server.convert import MODES
 from dash_server.messages import Finished, Granted, Logprobs, Refused, Tokens
 from dash_server.outbox import Outbox
 from dash_server.settings import Settings, SettingsError, load_settings, settings_table, unknown_variables
@@ -35,10 +35,10 @@ def test_action_and_mode_numbers_are_those_of_the_contract() -> None:
     assert {f"ACTION_{action.name}": action.value for action in Action} == {
         name: number for name, number in common_pb2.Action.items() if number
     }
-    assert {number: f"MODE_{mode.name}" for number, mode in _MODES.items()} == {
+    assert {number: f"MODE_{mode.name}" for number, mode in MODES.items()} == {
         number: name for name, number in common_pb2.Mode.items() if number
     }
-    assert set(_MODES.values()) == set(Mode)
+    assert set(MODES.values()) == set(Mode)
 
 
 def test_settings_come_from_variables_and_empty_ones_are_unset(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from dash_server.worker_link import WorkerStartError
-from tests.server.server_harness import RunningServer, fake_model, running_server, server_process
+from dash_server.worker_process import WorkerProcess
+from tests.server.server_harness import FAKE_WORKER, RunningServer, fake_model, running_server, server_process
 from tests.server.test_lifecycle import code_of, first_delta
 from tests.server.test_server_process import assert_gone, complaints
 
@@ -85,6 +86,16 @@ async def test_workers_that_gave_tokens_are_replaced_more_often_than_that(model_
         for _ in range(7):
             await server.wait_until_serving()
             assert await code_of(server.stream(text="abc", max_new_tokens=900)) is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_worker_ends_though_whoever_stops_it_is_cancelled() -> None:
+    worker = await WorkerProcess.spawn(FAKE_WORKER)
+    stopping = asyncio.create_task(worker.stop())
+    await asyncio.sleep(0)
+    stopping.cancel()
+    await asyncio.wait([stopping])
+    assert stopping.cancelled()
+    assert not psutil.pid_exists(worker.pid)
 
 
 async def run_until_done(server: RunningServer, number: int) -> list[object]:

@@ -1,0 +1,178 @@
+"""From the runtime's dataclasses to the protobuf messages of an answer; `convert` is the way in.
+
+Checks nothing: what is answered was made here.
+"""
+
+from dash_api.v1 import generation_pb2, model_pb2
+from dash_runtime.actions import Action
+from dash_runtime.config import Mode, ModelFacts, PolicyFacts
+from dash_runtime.recorded import RecordedStep, StepKind, unpack_float32, unpack_uint32
+from dash_server.convert import MODES, PreparedRequest
+from dash_server.messages import Finished, Granted, Logprobs, Speculation
+from dash_server.outbox import Batch
+from dash_server.recent_decisions import KeptDecisions
+from dash_server.settings import Settings
+
+_MODE_NUMBERS = {mode: number for number, mode in MODES.items()}
+
+_FINISH_REASONS = {
+    "end_of_sequence": generation_pb2.FINISH_REASON_END_OF_SEQUENCE,
+    "stop_token": generation_pb2.FINISH_REASON_STOP_TOKEN,
+    "stop_string": generation_pb2.FINISH_REASON_STOP_STRING,
+    "length": generation_pb2.FINISH_REASON_LENGTH,
+}
+
+_STEP_KINDS = {
+    StepKind.DECODE: model_pb2.STEP_KIND_DECODE,
+    StepKind.DRAFT: model_pb2.STEP_KIND_DRAFT,
+    StepKind.VERIFICATION: model_pb2.STEP_KIND_VERIFICATION,
+}
+
+
+def started_to_pb(prepared: PreparedRequest, granted: Granted, facts: ModelFacts) -> generation_pb2.GenerationStarted:
+    request = prepared.request
+    notes = {policy.name: policy.note for policy in facts.policies}
+    return generation_pb2.GenerationStarted(
+        request_id=request.request_id,
+        prompt_token_count=len(request.prompt_token_ids),
+        seed=request.sampling.seed,
+        model=facts.name,
+        mode=_MODE_NUMBERS[request.skip.mode],
+        policy=granted.policy,
+        policy_note=notes.get(granted.policy, ""),
+        compute_budget=granted.compute_budget,
+        layer_count=facts.num_layers,
+    )
+
+
+def delta_to_pb(text: str, batch: Batch) -> generation_pb2.GenerationDelta:
+    return generation_pb2.GenerationDelta(
+        text=text,
+        token_ids=batch.token_ids,
+        actions=bytes(batch.actions),
+        logprobs=map(_logprobs_to_pb, batch.logprobs),
+    )
+
+
+def _logprobs_to_pb(logprobs: Logprobs) -> generation_pb2.TokenLogprobs:
+    top = [generation_pb2.TokenLogprob(token_id=id_, logprob=logprob) for id_, logprob in logprobs.top]
+    return generation_pb2.TokenLogprobs(chosen=logprobs.chosen, top=top)
+
+
+def finished_to_pb(
+    finished: Finished, queue_seconds: float, prompt_token_count: int, output_token_count: int, stop_string: str | None
+) -> generation_pb2.GenerationFinished:
+    reason = "stop_string" if stop_string is not None else finished.reason
+    return generation_pb2.GenerationFinished(
+        reason=_FINISH_REASONS[reason],
+        stop_string=stop_string,
+        usage=generation_pb2.Usage(
+            prompt_token_count=prompt_token_count,
+            output_token_count=output_token_count,
+            queue_seconds=queue_seconds,
+            prefill_seconds=finished.prefill_seconds,
+            decode_seconds=finished.decode_seconds,
+            speculation=_speculation_to_pb(finished.speculation),
+            cached_prompt_token_count=finished.cached_prompt_token_count,
+        ),
+        depth=generation_pb2.DepthStatistics(
+            decode_token_count=finished.decode_token_count,
+            action_counts=[
+                generation_pb2.ActionCount(action=_action_to_pb(action), count=count)
+                for action, count in sorted(finished.action_counts.items())
+            ],
+            mean_cost=finished.mean_cost,
+            exposed_policy_seconds=finished.exposed_policy_seconds,
+        ),
+    )
+
+
+def _speculation_to_pb(speculation: Speculation | None) -> generation_pb2.SpeculationUsage | None:
+    if speculation is None:
+        return None
+    return generation_pb2.SpeculationUsage(
+        drafted_token_count=speculation.drafted_token_count,
+        accepted_token_count=speculation.accepted_token_count,
+        wasted_token_count=speculation.drafted_token_count - speculation.accepted_token_count,
+        verification_count=speculation.verification_count,
+        draft_seconds=speculation.draft_seconds,
+        verification_seconds=speculation.verification_seconds,
+    )
+
+
+def _action_to_pb(action: int) -> str:
+    return f"ACTION_{Action(action).name}"
+
+
+def model_to_pb(facts: ModelFacts, settings: Settings) -> model_pb2.GetModelResponse:
+    return model_pb2.GetModelResponse(
+        name=facts.name,
+        architecture=facts.architecture,
+        layer_count=facts.num_layers,
+        vocabulary_size=facts.vocab_size,
+        context_length=facts.context_length,
+        max_new_tokens_limit=settings.max_new_tokens,
+        default_max_new_tokens=settings.default_max_new_tokens,
+        cache_tokens=facts.cache_tokens,
+        slot_count=facts.num_slots,
+        actions=map(_action_to_pb, sorted(facts.actions)),
+        modes=[_MODE_NUMBERS[mode] for mode in Mode],
+        default_mode=_MODE_NUMBERS[Mode(settings.default_mode)],
+        policy_names=[policy.name for policy in facts.policies],
+        default_policy_name=facts.policy(None).name,
+        device=facts.device,
+        default_draft_policy_name=facts.policy(None, Mode.EXACT).name,
+    )
+
+
+def policy_to_pb(policy: PolicyFacts) -> model_pb2.GetPolicyResponse:
+    return model_pb2.GetPolicyResponse(
+        name=policy.name,
+        note=policy.note,
+        learned=policy.learned,
+        lookahead=policy.lookahead,
+        pinned_layers=policy.pinned_layers,
+        action_costs=[
+            model_pb2.ActionCost(action=_action_to_pb(action), cost=cost)
+            for action, cost in sorted(policy.action_costs.items())
+        ],
+        lowest_budget=policy.lowest_budget,
+        recommended_budget=policy.recommended_budget,
+        is_drafter=policy.is_drafter,
+        compensation=policy.compensation,
+    )
+
+
+def decisions_to_pb(kept: KeptDecisions) -> model_pb2.GetDecisionsResponse:
+    recorded = kept.recorded
+    return model_pb2.GetDecisionsResponse(
+        request_id=recorded.request_id,
+        model=kept.model,
+        policy=recorded.policy,
+        mode=_MODE_NUMBERS[kept.mode],
+        compute_budget=recorded.compute_budget,
+        price_of_compute=recorded.price,
+        layer_count=recorded.num_layers,
+        pinned_layers=recorded.pinned_layers,
+        score_actions=map(_action_to_pb, recorded.score_actions),
+        steps=map(_step_to_pb, recorded.steps),
+        unrecorded_step_count=recorded.num_unrecorded_steps,
+    )
+
+
+def _step_to_pb(step: RecordedStep) -> model_pb2.RecordedStep:
+    return model_pb2.RecordedStep(
+        kind=_STEP_KINDS[step.kind],
+        token_ids=step.token_ids,
+        start_unix_nanos=step.start_unix_ns,
+        duration_nanos=step.duration_ns,
+        actions=step.actions,
+        layer_start_nanos=unpack_uint32(step.layer_starts),
+        layer_end_nanos=unpack_uint32(step.layer_ends),
+        decision_start_nanos=unpack_uint32(step.decision_starts),
+        decision_end_nanos=unpack_uint32(step.decision_ends),
+        exposed_nanos=unpack_uint32(step.exposed),
+        scores=unpack_float32(step.scores),
+        cost_spent=unpack_float32(step.cost_spent),
+        accepted_token_count=step.accepted_token_count,
+    )

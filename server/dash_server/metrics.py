@@ -1,0 +1,197 @@
+"""What is counted and measured: the instruments, filled from calls that are over and read from the server's own counts.
+
+Knows nothing of where metrics go (that is `metric_export`). Attributes come from small fixed sets: never from what a
+caller chose, so that nobody can make more series than there is room for.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import grpc
+from opentelemetry.metrics import CallbackOptions, Meter, Observation
+
+from dash_runtime.actions import Action
+from dash_server.admission import Admission
+from dash_server.dispatcher import Dispatcher
+from dash_server.request_record import RequestRecord
+from dash_server.worker_link import WorkerLink
+
+PROVIDER_NAME = "dash"
+
+# The order of `messages.Finished.layer_action_counts`.
+_ACTIONS_IN_ORDER = (Action.SKIP, Action.INT4, Action.INT8, Action.FULL)
+
+# Those of the GenAI conventions.
+_DURATION_BOUNDARIES = [0.01 * 2**exponent for exponent in range(14)]
+_FIRST_TOKEN_BOUNDARIES = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10]
+_OUTPUT_TOKEN_BOUNDARIES = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5]
+_COST_BOUNDARIES = [0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1, 1.25]
+_EXPOSED_BOUNDARIES = [0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01]
+
+Attributes = dict[str, str | int]
+
+
+def _zero() -> int:
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where the server's own counts are read, in other threads than the event loop's: only what is a plain number."""
+
+    admission: Admission
+    dispatcher: Dispatcher
+    links: Sequence[WorkerLink]
+    model_name: Callable[[], str | None]
+    """None until a worker has been ready once."""
+    dropped_spans: Callable[[], int] = field(default=_zero)
+    exported_spans: Callable[[], int] = field(default=_zero)
+
+
+class Metrics:
+    """All instruments of one server. `observe` is a `request_record.Observer`."""
+
+    def __init__(self, meter: Meter, sources: Sources) -> None:
+        self._model_name = sources.model_name
+        self._actions: list[list[int]] = []
+        """By layer and action: a counter for each would be 120 calls after each request, where this is 120 sums."""
+        self._action_attributes: list[list[Attributes]] = []
+        self._duration = meter.create_histogram(
+            "gen_ai.server.request.duration",
+            "s",
+            "From the request to the end of its answer",
+            explicit_bucket_boundaries_advisory=_DURATION_BOUNDARIES,
+        )
+        self._first_token = meter.create_histogram(
+            "gen_ai.server.time_to_first_token",
+            "s",
+            "From the request to its first output token, waiting for a slot included",
+            explicit_bucket_boundaries_advisory=_FIRST_TOKEN_BOUNDARIES,
+        )
+        self._output_token = meter.create_histogram(
+            "gen_ai.server.time_per_output_token",
+            "s",
+            "Of each output token after the first, as the worker measured it",
+            explicit_bucket_boundaries_advisory=_OUTPUT_TOKEN_BOUNDARIES,
+        )
+        self._cost = meter.create_histogram(
+            "dash.cost_share",
+            "1",
+            "Mean cost of a request's decode tokens, as a share of full depth's",
+            explicit_bucket_boundaries_advisory=_COST_BOUNDARIES,
+        )
+        self._exposed = meter.create_histogram(
+            "dash.exposed_policy_time",
+            "s",
+            "Wait of the decoder for the policy, mean of a request's decode tokens",
+            explicit_bucket_boundaries_advisory=_EXPOSED_BOUNDARIES,
+        )
+        self._tokens = meter.create_counter(
+            "dash.tokens",
+            "{token}",
+            "Tokens of requests that had a slot; cached_input is the part of input whose keys and values were there",
+        )
+        self._drafts = meter.create_counter("dash.drafts", "{token}", "Tokens drafted and accepted in mode EXACT")
+        self._add_drafts(0, 0)  # so that they are there, and zero, from the beginning
+        meter.create_observable_counter(
+            "dash.actions", [self._observe_actions], "{layer}", "Layers run for decode tokens, by layer and action"
+        )
+        _read_counts(meter, sources)
+
+    def observe(self, record: RequestRecord) -> None:
+        """Adds a call that is over."""
+        attributes = self._attributes(record)
+        is_failed = record.code is not grpc.StatusCode.OK
+        failure: Attributes = {"error.type": record.code.name} if is_failed else {}
+        self._duration.record(record.seconds, attributes | failure)
+        if record.granted is None or record.prepared is None:
+            return
+        mode: Attributes = {"dash.mode": record.prepared.request.skip.mode.value}
+        self._tokens.add(len(record.prepared.request.prompt_token_ids), {**mode, "dash.token.type": "input"})
+        self._tokens.add(record.num_output_tokens, {**mode, "dash.token.type": "output"})
+        finished = record.finished
+        if finished is None:
+            return
+        self._tokens.add(finished.cached_prompt_token_count, {**mode, "dash.token.type": "cached_input"})
+        if not is_failed and record.first_token_unix_ns is not None:
+            self._first_token.record((record.first_token_unix_ns - record.started_unix_ns) / 1e9, attributes)
+        if not is_failed and finished.output_token_count > 1:
+            # The worker's own time: the server may take many tokens at once, if the event loop had other things to do.
+            self._output_token.record(finished.decode_seconds / (finished.output_token_count - 1), attributes)
+        if finished.decode_token_count:
+            self._cost.record(finished.mean_cost, mode)
+            self._exposed.record(finished.exposed_policy_seconds, mode)
+        self._add_actions(finished.layer_action_counts)
+        if finished.speculation is not None:
+            self._add_drafts(finished.speculation.drafted_token_count, finished.speculation.accepted_token_count)
+
+    def _attributes(self, record: RequestRecord) -> Attributes:
+        attributes: Attributes = {
+            "gen_ai.operation.name": "chat" if record.is_chat else "text_completion",
+            "gen_ai.provider.name": PROVIDER_NAME,
+        }
+        if (name := self._model_name()) is not None:
+            attributes["gen_ai.request.model"] = name
+        if record.prepared is not None:
+            attributes["dash.mode"] = record.prepared.request.skip.mode.value
+        return attributes
+
+    def _add_drafts(self, num_drafted: int, num_accepted: int) -> None:
+        self._drafts.add(num_drafted, {"dash.draft.state": "drafted"})
+        self._drafts.add(num_accepted, {"dash.draft.state": "accepted"})
+
+    def _add_actions(self, counts_by_layer: list[list[int]]) -> None:
+        if len(self._actions) < len(counts_by_layer):
+            self._grow(len(counts_by_layer))
+        for sums, counts in zip(self._actions, counts_by_layer, strict=False):
+            for action, count in enumerate(counts):
+                sums[action] += count
+
+    def _grow(self, num_layers: int) -> None:
+        """Attributes first: a reader in another thread takes as many layers as both have."""
+        for layer in range(len(self._actions), num_layers):
+            self._action_attributes.append(
+                [{"dash.layer": layer, "dash.action": action.name.lower()} for action in _ACTIONS_IN_ORDER]
+            )
+            self._actions.append([0] * len(_ACTIONS_IN_ORDER))
+
+    def _observe_actions(self, _: CallbackOptions) -> Iterable[Observation]:
+        for sums, attributes in zip(self._actions, self._action_attributes, strict=False):
+            for count, attribute in zip(sums, attributes, strict=True):
+                if count:
+                    yield Observation(count, attribute)
+
+
+def _read_counts(meter: Meter, sources: Sources) -> None:
+    """Instruments that are read when somebody looks, and cost nothing until then."""
+    links = sources.links
+
+    def reading(number: Callable[[], int]) -> list[Callable[[CallbackOptions], Iterable[Observation]]]:
+        return [lambda _: [Observation(number())]]
+
+    def total(of_link: Callable[[WorkerLink], int]) -> Callable[[], int]:
+        return lambda: sum(map(of_link, links))
+
+    gauges: list[tuple[str, str, str, Callable[[], int]]] = [
+        ("dash.requests.inside", "{request}", "Waiting or running", lambda: sources.admission.num_inside),
+        ("dash.queue.requests", "{request}", "Waiting for a slot", lambda: sources.dispatcher.num_waiting),
+        ("dash.slots", "{slot}", "Of the workers that are ready", total(lambda link: link.num_slots)),
+        ("dash.slots.used", "{slot}", "Requests at the workers", lambda: sources.dispatcher.num_running),
+        (
+            "dash.cache.tokens",
+            "{token}",
+            "Reserved in the key-value caches by requests at the workers",
+            total(lambda link: link.num_reserved_tokens),
+        ),
+        ("dash.cache.limit", "{token}", "Room in them", total(lambda link: link.num_cache_tokens)),
+        ("dash.workers.ready", "{worker}", "Workers that take requests", total(lambda link: int(link.is_ready))),
+    ]
+    for name, unit, description, number in gauges:
+        meter.create_observable_gauge(name, reading(number), unit, description)
+    counters: list[tuple[str, str, str, Callable[[], int]]] = [
+        ("dash.worker.restarts", "{restart}", "Workers started in place of one", total(lambda link: link.num_restarts)),
+        ("dash.spans.exported", "{span}", "Spans that a collector took", sources.exported_spans),
+        ("dash.spans.dropped", "{span}", "Spans that were lost on the way to it", sources.dropped_spans),
+    ]
+    for name, unit, description, number in counters:
+        meter.create_observable_counter(name, reading(number), unit, description)

@@ -1,0 +1,171 @@
+"""The tree of spans of one call that is over: the server's, the generation's, and below it what the worker recorded.
+
+    dash_api.v1.GenerationService/StreamGenerate    RPC conventions
+      text_completion {model}                       GenAI conventions
+        token, draft, …                             see `step_spans`
+
+Knows neither whether the call is to be traced nor where spans go. Times are those of one machine's clock; where two
+processes' readings of it disagree, a child is cut to its parent.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import Event, ReadableSpan
+from opentelemetry.trace import SpanKind
+from opentelemetry.trace.status import Status, StatusCode
+
+from dash_runtime.recorded import RecordedRequest
+from dash_server.convert import PreparedRequest
+from dash_server.request_record import RequestRecord
+from dash_server.sampling import SERVER_FAULTS
+from dash_server.span_tree import Attributes, SpanTree
+from dash_server.step_spans import SpanOptions, StepSpans
+
+_MAX_INT64 = 2**63 - 1
+# A collector refuses a batch of more than 4 MiB as a whole.
+_MAX_CONTENT_CHARS = 32_768
+
+
+class CallSpans:
+    """The spans of one call, made when they are iterated over."""
+
+    def __init__(
+        self, record: RequestRecord, recorded: RecordedRequest | None, options: SpanOptions, resource: Resource
+    ) -> None:
+        """`recorded` is None where the worker said nothing; the record is over, and has a trace id."""
+        self._record = record
+        self._steps = None if recorded is None else StepSpans(recorded, options)
+        self._recorded = recorded
+        self._options = options
+        self._resource = resource
+        self.num_spans = 1 + (record.prepared is not None) + (0 if self._steps is None else self._steps.num_spans)
+        """At most."""
+
+    def __iter__(self) -> Iterator[ReadableSpan]:
+        """Parents first."""
+        record = self._record
+        assert record.ended_unix_ns is not None
+        tree = SpanTree(int(record.trace_id, 16), record.caller_span, self._resource)
+        is_error = record.code in SERVER_FAULTS
+        status = Status(StatusCode.ERROR, record.reason) if is_error else Status(StatusCode.UNSET)
+        start, end = record.started_unix_ns, record.ended_unix_ns
+        span, server = tree.span(
+            record.method, None, start, end, _server_attributes(record), kind=SpanKind.SERVER, status=status
+        )
+        yield span
+        if record.prepared is None:
+            return
+        attributes = _generation_attributes(record, record.prepared, self._options)
+        if is_error:
+            attributes["error.type"] = record.code.name
+        if self._recorded is not None and self._recorded.price is not None:
+            attributes["dash.price_of_compute"] = self._recorded.price
+        if self._steps is not None:
+            attributes["dash.untraced_steps"] = self._steps.num_untraced_steps
+        name = f"{_operation(record)} {record.model}"
+        span, generation = tree.span(name, server, start, end, attributes, events=_events(record), status=status)
+        yield span
+        if self._steps is not None:
+            yield from self._steps.make(tree, generation)
+
+
+def _operation(record: RequestRecord) -> str:
+    return "chat" if record.is_chat else "text_completion"
+
+
+def _server_attributes(record: RequestRecord) -> Attributes:
+    attributes: Attributes = {
+        "rpc.system.name": "grpc",
+        "rpc.method": record.method,
+        "rpc.response.status_code": record.code.name,
+        "dash.request_id": record.request_id,
+    }
+    if record.code in SERVER_FAULTS:
+        attributes["error.type"] = record.code.name
+    if record.reason is not None:
+        attributes["dash.reason"] = record.reason
+    return attributes
+
+
+def _generation_attributes(record: RequestRecord, prepared: PreparedRequest, options: SpanOptions) -> Attributes:
+    request = prepared.request
+    sampling, skip = request.sampling, request.skip
+    is_stream = record.method.endswith("/StreamGenerate")
+    attributes: Attributes = {
+        "gen_ai.operation.name": _operation(record),
+        "gen_ai.provider.name": "dash",
+        "gen_ai.request.model": record.model,
+        "gen_ai.request.stream": is_stream,
+        "gen_ai.request.max_tokens": request.stopping.max_new_tokens,
+        "gen_ai.request.temperature": sampling.temperature,
+        "gen_ai.request.top_k": sampling.top_k,
+        "gen_ai.request.top_p": sampling.top_p,
+        "gen_ai.response.id": record.request_id,
+        "gen_ai.response.model": record.model,
+        "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
+        "gen_ai.usage.output_tokens": record.num_output_tokens,
+        "dash.request_id": record.request_id,
+        "dash.mode": skip.mode.value,
+    }
+    # Seeds have 64 bits without a sign, and OTLP's integers have one.
+    if sampling.seed <= _MAX_INT64:
+        attributes["gen_ai.request.seed"] = sampling.seed
+    if record.finish_reason is not None:
+        attributes["gen_ai.response.finish_reasons"] = [record.finish_reason]
+    if is_stream and record.first_token_unix_ns is not None:
+        seconds = (record.first_token_unix_ns - record.started_unix_ns) / 1e9
+        attributes["gen_ai.response.time_to_first_chunk"] = seconds
+    if options.has_content:
+        attributes |= _content(record, prepared.stop_strings)
+    return attributes | _outcome(record)
+
+
+def _outcome(record: RequestRecord) -> Attributes:
+    """What the worker said of it."""
+    attributes: Attributes = {}
+    if (granted := record.granted) is not None:
+        attributes |= {"dash.policy": granted.policy, "dash.queue_seconds": record.queue_seconds}
+        if granted.compute_budget is not None:
+            attributes["dash.compute_budget"] = granted.compute_budget
+    if (finished := record.finished) is not None:
+        attributes |= {
+            "gen_ai.usage.cache_read.input_tokens": finished.cached_prompt_token_count,
+            "dash.mean_cost": finished.mean_cost,
+            "dash.exposed_policy_seconds": finished.exposed_policy_seconds,
+        }
+        if (speculation := finished.speculation) is not None:
+            attributes |= {
+                "dash.drafted_tokens": speculation.drafted_token_count,
+                "dash.accepted_tokens": speculation.accepted_token_count,
+                "dash.verifications": speculation.verification_count,
+            }
+    return attributes
+
+
+def _content(record: RequestRecord, stop_strings: Sequence[str]) -> Attributes:
+    attributes: Attributes = {}
+    if stop_strings:
+        attributes["gen_ai.request.stop_sequences"] = stop_strings
+    if record.prompt is not None:
+        attributes["gen_ai.input.messages"] = _messages(record.prompt)
+    if record.output is not None:
+        attributes["gen_ai.output.messages"] = _messages([("assistant", record.output)])
+    return attributes
+
+
+def _messages(messages: Sequence[tuple[str, str]]) -> str:
+    """In the JSON of the GenAI conventions, the beginning of them where they are long."""
+    shown, room = [], _MAX_CONTENT_CHARS
+    for role, text in messages:
+        if room <= 0:
+            break
+        shown.append({"role": role[:room], "parts": [{"type": "text", "content": text[:room]}]})
+        room -= len(role) + len(text)
+    return json.dumps(shown, ensure_ascii=False)
+
+
+def _events(record: RequestRecord) -> list[Event]:
+    times = {"slot granted": record.granted_unix_ns, "first token": record.first_token_unix_ns}
+    return [Event(name, timestamp=time) for name, time in times.items() if time is not None]

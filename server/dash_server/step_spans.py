@@ -1,0 +1,208 @@
+"""Spans of what a worker recorded: tokens with their decisions, and drafts. Knows no server and no caller.
+
+token                a decode step, or a drafted token that was accepted
+  decision, layer    one per layer, those decided and (where asked for) all
+draft                in mode EXACT: from the first drafted token to the end of the verification
+  verification
+  rejected token     with its decisions; `drafted token` where it was neither rejected nor put out
+"""
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from opentelemetry.sdk.trace import ReadableSpan
+
+from dash_runtime.actions import Action
+from dash_runtime.recorded import RecordedRequest, RecordedStep, StepKind, unpack_float32, unpack_uint32
+from dash_server.span_tree import Attributes, SpanTree, Trunk
+
+_ACTION_NAMES = {action.value: action.name.lower() for action in Action}
+
+
+@dataclass(frozen=True, slots=True)
+class SpanOptions:
+    """What of a request is put into spans."""
+
+    has_layers: bool = False
+    has_content: bool = False
+    """Prompts, outputs, token ids and stop strings."""
+    max_spans: int = 9_000
+
+
+@dataclass(slots=True)
+class _Group:
+    """Steps that stand or fall together: one that decodes, or a draft and its verification."""
+
+    drafted: list[RecordedStep] = field(default_factory=list)
+    last: RecordedStep | None = None
+    """The decode step or the verification; None: the draft was never verified."""
+
+    @property
+    def steps(self) -> list[RecordedStep]:
+        return self.drafted if self.last is None else [*self.drafted, self.last]
+
+    @property
+    def is_decode(self) -> bool:
+        return self.last is not None and self.last.kind is StepKind.DECODE
+
+    @property
+    def num_accepted(self) -> int:
+        return 0 if self.last is None else min(self.last.accepted_token_count or 0, len(self.drafted))
+
+    @property
+    def num_drafted_put_out(self) -> int:
+        """Fewer than were accepted where the output ended within them."""
+        return 0 if self.last is None else min(self.num_accepted, len(self.last.token_ids))
+
+
+def _groups(steps: Sequence[RecordedStep]) -> Iterator[_Group]:
+    group = _Group()
+    for step in steps:
+        if step.kind is StepKind.DRAFT:
+            group.drafted.append(step)
+            continue
+        if step.kind is StepKind.DECODE and group.drafted:
+            yield group
+            group = _Group()
+        group.last = step
+        yield group
+        group = _Group()
+    if group.drafted:
+        yield group
+
+
+class StepSpans:
+    """The spans of one request's steps, as many whole tokens and drafts as fit."""
+
+    def __init__(self, recorded: RecordedRequest, options: SpanOptions) -> None:
+        self._recorded = recorded
+        self._options = options
+        self._score_names = [f"dash.scores.{action.name.lower()}" for action in recorded.score_actions]
+        self._groups: list[_Group] = []
+        self.num_spans = 0
+        """At most: what `make` gives."""
+        room = options.max_spans - (recorded.first_token_id is not None)
+        for group in _groups(recorded.steps):
+            num_spans = self._most_spans(group)
+            if self.num_spans + num_spans > room:
+                break
+            self._groups.append(group)
+            self.num_spans += num_spans
+        self.num_spans += recorded.first_token_id is not None
+        num_traced = sum(len(group.steps) for group in self._groups)
+        self.num_untraced_steps = recorded.num_unrecorded_steps + len(recorded.steps) - num_traced
+
+    def _most_spans(self, group: _Group) -> int:
+        num_layers = self._recorded.num_layers
+        num_spans = sum(num_layers - len(self._recorded.pinned_layers) for step in group.steps if step.decision_ends)
+        if self._options.has_layers:
+            num_spans += sum(num_layers for step in group.steps if step.layer_ends)
+        if group.is_decode:
+            return num_spans + 1
+        num_spans += 1 + len(group.drafted)
+        if group.last is not None:
+            num_spans += 1 + len(group.last.token_ids) - group.num_drafted_put_out
+        return num_spans
+
+    def make(self, tree: SpanTree, generation: Trunk) -> Iterator[ReadableSpan]:
+        """The spans, parents first."""
+        recorded, index = self._recorded, 0
+        if recorded.first_token_id is not None and recorded.first_token_unix_ns is not None:
+            start, end = recorded.granted_unix_ns, recorded.first_token_unix_ns
+            attributes = self._token_attributes(recorded.first_token_id, index)
+            yield tree.span("token", generation, start, end, attributes)[0]
+            index += 1
+        for group in self._groups:
+            if group.last is not None and group.is_decode:
+                yield from self._token(tree, "token", generation, group.last, index)
+                index += 1
+            else:
+                yield from self._draft(tree, generation, group, index)
+                index += 0 if group.last is None else len(group.last.token_ids)
+
+    def _draft(self, tree: SpanTree, generation: Trunk, group: _Group, index: int) -> Iterator[ReadableSpan]:
+        """A draft, its verification, and the tokens that came of them, the first with this index."""
+        verification = group.last
+        attributes: Attributes = {
+            "dash.draft.verified": verification is not None,
+            "dash.draft.drafted": len(group.drafted),
+        }
+        if verification is not None:
+            attributes["dash.draft.accepted"] = group.num_accepted
+        start, end = group.steps[0].start_unix_ns, _end(group.steps[-1])
+        span, draft = tree.span("draft", generation, start, end, attributes)
+        yield span
+        for position, step in enumerate(group.drafted):
+            if position < group.num_drafted_put_out:
+                yield from self._token(tree, "token", generation, step, index + position)
+            elif verification is None or position < group.num_accepted:
+                yield from self._token(tree, "drafted token", draft, step)
+            else:
+                yield from self._token(tree, "rejected token", draft, step)
+        if verification is None:
+            return
+        start, end = verification.start_unix_ns, _end(verification)
+        put_out = verification.token_ids
+        yield tree.span("verification", draft, start, end, {"dash.verification.tokens": len(put_out)})[0]
+        for position in range(group.num_drafted_put_out, len(put_out)):
+            attributes = self._token_attributes(put_out[position], index + position)
+            yield tree.span("token", generation, start, end, attributes)[0]
+
+    def _token(
+        self, tree: SpanTree, name: str, parent: Trunk, step: RecordedStep, index: int | None = None
+    ) -> Iterator[ReadableSpan]:
+        (token_id,) = step.token_ids
+        attributes = self._token_attributes(token_id, index)
+        span, token = tree.span(name, parent, step.start_unix_ns, _end(step), attributes)
+        yield span
+        if step.decision_ends:
+            yield from self._decisions(tree, token, step)
+        if self._options.has_layers and step.layer_ends:
+            yield from self._layers(tree, token, step)
+
+    def _decisions(self, tree: SpanTree, token: Trunk, step: RecordedStep) -> Iterator[ReadableSpan]:
+        starts, ends = unpack_uint32(step.decision_starts), unpack_uint32(step.decision_ends)
+        exposed, cost_spent = unpack_uint32(step.exposed), unpack_float32(step.cost_spent)
+        scores, num_scores = unpack_float32(step.scores), len(self._score_names)
+        for layer, end in enumerate(ends):
+            if not end:
+                continue
+            action = step.actions[layer]
+            attributes: Attributes = {"dash.layer": layer, "dash.action": _ACTION_NAMES[action]}
+            if exposed:
+                attributes["dash.exposed_ns"] = exposed[layer]
+            if cost_spent:
+                attributes["dash.cost_spent"] = cost_spent[layer]
+            if self._recorded.price is not None:
+                attributes["dash.price_of_compute"] = self._recorded.price
+            if scores:
+                self._add_scores(attributes, action, scores[layer * num_scores : (layer + 1) * num_scores])
+            begin = step.start_unix_ns
+            yield tree.span("decision", token, begin + starts[layer], begin + end, attributes)[0]
+
+    def _add_scores(self, attributes: Attributes, action: int, scores: array) -> None:
+        attributes.update(zip(self._score_names, scores, strict=True))
+        best = self._recorded.score_actions[max(range(len(scores)), key=scores.__getitem__)]
+        # A batch may agree on a dearer action than one of its rows would have taken.
+        if action > best:
+            attributes["dash.raised_from"] = best.name.lower()
+
+    def _layers(self, tree: SpanTree, token: Trunk, step: RecordedStep) -> Iterator[ReadableSpan]:
+        starts, ends = unpack_uint32(step.layer_starts), unpack_uint32(step.layer_ends)
+        begin = step.start_unix_ns
+        for layer, action in enumerate(step.actions):
+            attributes: Attributes = {"dash.layer": layer, "dash.action": _ACTION_NAMES[action]}
+            yield tree.span("layer", token, begin + starts[layer], begin + ends[layer], attributes)[0]
+
+    def _token_attributes(self, token_id: int, index: int | None) -> Attributes:
+        attributes: Attributes = {}
+        if index is not None:
+            attributes["dash.token.index"] = index
+        if self._options.has_content:
+            attributes["dash.token.id"] = token_id
+        return attributes
+
+
+def _end(step: RecordedStep) -> int:
+    return step.start_unix_ns + step.duration_ns

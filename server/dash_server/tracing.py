@@ -1,0 +1,89 @@
+"""Tracing put together: trace ids at a call's beginning, the sampling rule at its end, spans and their export.
+
+Imported only where spans go to a collector. The event loop does no more for a call than to decide; see `span_export`.
+"""
+
+import logging
+from collections.abc import Mapping
+
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+
+from dash_runtime.recorded import RecordedRequest
+from dash_server.request_record import RequestRecord
+from dash_server.sampling import SamplingRule, caller_span, new_trace_id
+from dash_server.settings import Settings
+from dash_server.span_export import SpanExport
+from dash_server.span_tree import SharedResource
+from dash_server.spans import CallSpans
+from dash_server.step_spans import SpanOptions
+from dash_server.telemetry import ExportState, service_resource
+
+logger = logging.getLogger(__name__)
+
+_SAMPLER = "OTEL_TRACES_SAMPLER"
+_SAMPLER_ARGUMENT = "OTEL_TRACES_SAMPLER_ARG"
+
+
+class Tracing:
+    """Traces the calls of one server. `begin` and `finish` are called in the event loop."""
+
+    def __init__(self, rule: SamplingRule, options: SpanOptions, resource: Resource, export: SpanExport) -> None:
+        self._rule = rule
+        self._options = options
+        self._resource = SharedResource(resource)
+        self.export = export
+
+    def begin(self, record: RequestRecord) -> None:
+        """Gives a call that begins its trace id: its caller's, if that sent one."""
+        record.caller_span = caller_span(record.metadata)
+        span = record.caller_span
+        record.trace_id = new_trace_id() if span is None else f"{span.trace_id:032x}"
+
+    def finish(self, record: RequestRecord, recorded: RecordedRequest | None) -> None:
+        """Traces a call that is over, if the rule says so."""
+        if self._rule.is_sampled(record):
+            self.export.put(CallSpans(record, recorded, self._options, self._resource))
+
+    def close(self) -> None:
+        """Exports what is left, in bounded time; blocks meanwhile."""
+        self.export.close()
+
+
+def start_tracing(settings: Settings, environment: Mapping[str, str]) -> Tracing | None:
+    """Begins to trace, for the collector that the OTEL_ variables name. None: they cannot be used."""
+    state = ExportState("traces")
+    try:
+        with state.attempt():  # it logs whole tracebacks, of certificates that are not there
+            exporter = OTLPSpanExporter()
+    except Exception as error:  # of many kinds, by what the OTEL_ variables hold
+        logger.warning("traces are not exported, since an OTEL_ variable cannot be used: %s", error)
+        return None
+    rule = SamplingRule(trace_ratio(settings, environment), settings.trace_slow_seconds)
+    options = SpanOptions(settings.trace_layers, settings.trace_content)
+    return Tracing(rule, options, service_resource(), SpanExport(exporter, state))
+
+
+def trace_ratio(settings: Settings, environment: Mapping[str, str]) -> float:
+    """The share of calls that are traced by chance: the setting's, else the standard variables', else 0."""
+    if settings.trace_ratio is not None:
+        return settings.trace_ratio
+    sampler = environment.get(_SAMPLER, "").strip().lower().removeprefix("parentbased_")
+    match sampler:
+        case "" | "always_off":
+            return 0.0
+        case "always_on":
+            return 1.0
+        case "traceidratio":
+            argument = environment.get(_SAMPLER_ARGUMENT, "").strip() or "1"
+            try:
+                ratio = float(argument)
+            except ValueError:
+                ratio = -1.0
+            if 0 <= ratio <= 1:
+                return ratio
+            logger.warning("%s: must be a number from 0 to 1, got %r; it counts as 0", _SAMPLER_ARGUMENT, argument[:50])
+            return 0.0
+        case _:
+            logger.warning("%s: %r is not known here and counts as always_off", _SAMPLER, sampler[:50])
+            return 0.0

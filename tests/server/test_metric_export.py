@@ -1,0 +1,205 @@
+"""Where metrics go: collectors that are there, not there or slow, OTEL_ variables that are nonsense, busy ports."""
+
+import re
+import signal
+import socket
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from dash_api.v1 import generation_pb2_grpc
+from tests.server.otlp_receiver import attributes_of, otlp_receiver
+from tests.server.scraping import REQUESTS, read, scrape
+from tests.server.server_harness import (
+    ServerProcess,
+    fake_model,
+    generation_request,
+    running_server,
+    server_process,
+)
+from tests.server.test_server_process import connect
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def complaints(stderr: str) -> list[str]:
+    """Warnings and errors, without what is before the logger's name."""
+    return [
+        re.split(" (?:WARNING|ERROR) ", line)[1] for line in stderr.splitlines() if re.search(" (WARNING|ERROR) ", line)
+    ]
+
+
+def test_an_endpoint_that_cannot_be_had_is_one_line(tmp_path: Path, model_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        wrong = [
+            (
+                {"metrics_port": port},
+                f"DASH_METRICS_PORT: cannot listen on 127.0.0.1, port {port}: Address already in use",
+            ),
+            ({"metrics_port": 70000}, "DASH_METRICS_PORT: must be less than or equal to 65535, got '70000'"),
+            ({"metrics_port": 0, "metrics_host": "0.0.0.0"}, "DASH_METRICS_HOST: other machines reach 0.0.0.0, "),
+        ]
+        for settings, sentence in wrong:
+            variables = {"model": fake_model(model_folder), "log_level": "ERROR", **settings}
+            with server_process(tmp_path, **variables) as server:
+                code, stderr = server.outcome()
+            assert code == 2
+            assert stderr.count("\n") == 1
+            assert stderr.startswith(f"dash-server: {sentence}")
+
+
+def serve_one(server: ServerProcess) -> None:
+    with connect(server) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        answer = stub.Generate(generation_request(text="secret", max_new_tokens=6), timeout=10)
+        assert answer.output.text == "secret"
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        (
+            {"OTEL_EXPORTER_OTLP_METRICS_TIMEOUT": "soon"},
+            "metrics are not exported, since an OTEL_ variable cannot be used: ",
+        ),
+        ({"OTEL_EXPORTER_OTLP_COMPRESSION": "zip"}, "metrics are not exported, since an OTEL_ variable cannot be used"),
+        ({"OTEL_METRIC_EXPORT_INTERVAL": "0"}, "metrics are not exported, since an OTEL_ variable cannot be used: "),
+        ({"OTEL_METRIC_EXPORT_INTERVAL": "often"}, "Found invalid value for export interval"),
+        ({"OTEL_METRICS_EXPORTER": "pigeon"}, "OTEL_METRICS_EXPORTER: only otlp and none are known here"),
+        ({"OTEL_EXPORTER_OTLP_PROTOCOL": "http/json"}, "OTEL_EXPORTER_OTLP_PROTOCOL: only grpc is spoken here"),
+        ({"OTEL_RESOURCE_ATTRIBUTES": "nonsense"}, "Invalid key value resource attribute pair"),
+        ({"OTEL_EXPORTER_OTLP_HEADERS": "hunter2"}, "a header is not name=value"),
+        ({"OTEL_EXPORTER_OTLP_CERTIFICATE": "/none", "OTEL_EXPORTER_OTLP_INSECURE": "false"}, "Failed to read"),
+    ],
+)
+def test_nonsense_in_otel_variables_is_a_line_and_the_service_runs(
+    tmp_path: Path,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    variables: dict[str, str],
+    sentence: str,
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT", "0.2")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with server_process(tmp_path, model=fake_model(model_folder)) as server:
+        serve_one(server)
+        code, stderr = server.end(signal.SIGTERM)
+    assert code == 0
+    assert [line for line in complaints(stderr) if sentence in line], stderr
+    assert "Traceback" not in stderr
+    assert "hunter2" not in stderr
+
+
+def test_a_collector_that_is_not_there_is_one_warning(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+    monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "500")
+    with server_process(tmp_path, model=fake_model(model_folder)) as server:
+        serve_one(server)
+        deadline = time.monotonic() + 10
+        while not complaints(server.log.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(2)
+        serve_one(server)
+        began = time.monotonic()
+        code, stderr = server.end(signal.SIGTERM)
+    assert code == 0
+    assert time.monotonic() - began < 3
+    (line,) = complaints(stderr)
+    assert "metrics cannot be exported for now; requests are served all the same: " in line
+    assert "StatusCode.UNAVAILABLE" in line
+    assert "Traceback" not in stderr
+
+
+async def test_a_collector_is_sent_what_the_endpoint_shows(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with otlp_receiver() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", collector.endpoint)
+        async with running_server(fake_model(model_folder), metrics_port=0) as server:
+            await server.generate(text="hello", max_new_tokens=4)
+            seen = await scrape(server)
+    # The last export is at the end: nobody waits for the next minute.
+    points = {metric.name: metric for metric in collector.metrics}
+    duration = points["gen_ai.server.request.duration"]
+    assert duration.unit == "s"
+    (point,) = duration.histogram.data_points
+    assert point.count == seen.value(f"{REQUESTS}_count") == 1
+    assert list(point.explicit_bounds) == [0.01 * 2**power for power in range(14)]
+    assert attributes_of(point.attributes) == {
+        "gen_ai.operation.name": "text_completion",
+        "gen_ai.provider.name": "dash",
+        "gen_ai.request.model": "fake",
+        "dash.mode": "adaptive",
+    }
+    tokens = {attributes_of(p.attributes)["dash.token.type"]: p.as_int for p in points["dash.tokens"].sum.data_points}
+    assert tokens == {"input": 5, "output": 4, "cached_input": 0}
+    assert points["dash.cache.limit"].gauge.data_points[0].as_int == 8192
+    assert {name.replace(".", "_") for name in points} <= {
+        name.removesuffix("_count").removesuffix("_total").removesuffix("_seconds") for name in seen.series
+    }
+
+
+def test_a_collector_that_comes_back_is_told_of(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with otlp_receiver() as collector:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", collector.endpoint)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_TIMEOUT", "0.3")
+        monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "200")
+        collector.refuse_with = grpc.StatusCode.UNAVAILABLE
+        with server_process(tmp_path, model=fake_model(model_folder)) as server:
+            serve_one(server)
+            for word, refuse_with in (("cannot be exported", None), ("exported again", grpc.StatusCode.UNAVAILABLE)):
+                deadline = time.monotonic() + 10
+                while word not in server.log.read_text():
+                    assert time.monotonic() < deadline, server.log.read_text()
+                    time.sleep(0.05)
+                collector.refuse_with = refuse_with
+            code, stderr = server.end(signal.SIGTERM)
+    assert code == 0
+    assert stderr.count("metrics are exported again") == 1
+    assert collector.metrics
+
+
+def test_a_collector_that_never_answers_does_not_hold_up_the_end(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with otlp_receiver() as collector:
+        collector.delay_seconds = 60
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", collector.endpoint)
+        with server_process(tmp_path, model=fake_model(model_folder)) as server:
+            serve_one(server)
+            began = time.monotonic()
+            code, stderr = server.end(signal.SIGTERM)
+            seconds = time.monotonic() - began
+    assert code == 0
+    assert seconds < 4
+    assert "Traceback" not in stderr
+    assert "Fatal" not in stderr
+
+
+def test_a_disabled_sdk_means_no_endpoint_and_a_warning(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    port = free_port()
+    with server_process(tmp_path, model=fake_model(model_folder), metrics_port=port) as server:
+        serve_one(server)
+        with pytest.raises(OSError, match="refused"):
+            read(port)
+        code, stderr = server.end(signal.SIGTERM)
+    assert code == 0
+    assert complaints(stderr) == [
+        "dash_server.server [-] DASH_METRICS_PORT: there is no endpoint, since OTEL_SDK_DISABLED is true"
+    ]
