@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test soak bench lint protos clean
+.PHONY: help demo serve test soak bench lint protos reference clean
 
 help:  ## Show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
 
 demo: $(INSTALLED)  ## Start a server with the embedded model and stream one answer in several modes
 	@$(BIN)/python examples/demo.py
@@ -41,6 +41,9 @@ lint: $(INSTALLED)  ## Check style, types, the generated stubs and the protocol
 
 protos: $(INSTALLED)  ## Generate the stubs from the .proto files
 	cd proto && $(abspath $(BIN))/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. dash_api/v1/*.proto
+
+reference: $(INSTALLED)  ## Write docs/reference.md from the client's docstrings
+	$(BIN)/python -m docs.make_reference
 
 clean:  ## Remove caches and build output (the environment stays: rm -rf .venv)
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

@@ -8,7 +8,9 @@
 Needs neither torch nor numpy.
 """
 
-from dash_client.client import DashClient, GenerationStream
+from dash_client.aio import AsyncDashClient
+from dash_client.client import DashClient
+from dash_client.connection import ConnectionOptions
 from dash_client.errors import (
     CancelledError,
     DashError,
@@ -18,10 +20,12 @@ from dash_client.errors import (
     NotFoundError,
     ResourceExhaustedError,
     ServerError,
+    UnauthenticatedError,
     UnavailableError,
     UnimplementedError,
 )
 from dash_client.recorded import RecordedDecision, RecordedDecisions, RecordedLayer, RecordedStep, StepKind
+from dash_client.streams import AsyncGenerationStream, GenerationStream
 from dash_client.types import (
     Action,
     ChatMessage,
@@ -32,6 +36,7 @@ from dash_client.types import (
     GenerationOptions,
     GenerationStarted,
     HealthStatus,
+    Messages,
     Mode,
     ModelInfo,
     PolicyInfo,
@@ -44,8 +49,11 @@ from dash_client.types import (
 
 __all__ = [
     "Action",
+    "AsyncDashClient",
+    "AsyncGenerationStream",
     "CancelledError",
     "ChatMessage",
+    "ConnectionOptions",
     "DashClient",
     "DashError",
     "DeadlineExceededError",
@@ -59,6 +67,7 @@ __all__ = [
     "GenerationStream",
     "HealthStatus",
     "InvalidArgumentError",
+    "Messages",
     "Mode",
     "ModelInfo",
     "NotFoundError",
@@ -74,6 +83,7 @@ __all__ = [
     "StepKind",
     "StreamDelta",
     "TokenLogprobs",
+    "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",
     "Usage",

@@ -1,17 +1,29 @@
-"""Where the server is, and how to connect to it. Shared by the sync and the async client."""
+"""Where the server is, and the options of a connection to it. Shared by the sync and the async client.
 
-import math
+Knows gRPC's options by name; knows no secrets, no calls and no messages.
+"""
+
+import ipaddress
+import json
 import os
+import re
+import socket
+from dataclasses import dataclass
+from typing import Any
 
 from dash_client.errors import invalid_argument
 
 DEFAULT_TARGET = "localhost:50051"
+DEFAULT_RETRIES = 3
+MAX_RETRIES = 4
+"""gRPC makes five attempts at most."""
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
     # Returned decisions and log probabilities grow with the answer; the server bounds both.
     ("grpc.max_receive_message_length", -1),
-    # Find a dead peer while a request waits in a queue and nothing else is sent.
-    ("grpc.keepalive_time_ms", 60_000),
+    # Find a dead peer while a request waits in a queue and nothing else is sent. The server takes a ping every 10 s;
+    # many that are not ours end a connection that pings without a call.
+    ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 0),
@@ -20,40 +32,122 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 
-_LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+# Health is asked for what is now, so it is not among them.
+_RETRIED_SERVICES = ("dash_api.v1.GenerationService", "dash_api.v1.ModelService")
+
+_SCHEME = re.compile(r"(dns|unix|unix-abstract|ipv4|ipv6|vsock|xds|passthrough):")
+_HOST_AND_PORT = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[^\s/:@\[\]]+):(\d{1,5})")
 
 
-def resolve_target(target: str | None) -> str:
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A server's address."""
+
+    name: str
+    """As the user gave it, for messages."""
+    address: str
+    """As gRPC wants it."""
+    is_on_this_machine: bool
+    """What is sent there cannot be read on the way."""
+
+    def is_listening(self) -> bool:
+        """Whether something of this machine listens there; False of other machines, which would be waited for.
+
+        `localhost` is two addresses, and gRPC tells of only one what is wrong: often of that where there is nothing.
+        """
+        match = _HOST_AND_PORT.fullmatch(self.name)
+        if match is None or not self.is_on_this_machine:
+            return False
+        try:
+            host = match[1].removeprefix("[").removesuffix("]")
+            socket.create_connection((host, int(match[2])), timeout=0.2).close()
+        except OSError:
+            return False
+        return True
+
+
+def resolve_target(target: str | None) -> Target:
     """The target in use: the argument, else DASH_TARGET, else localhost:50051.
 
     Raises:
-        InvalidArgumentError: it is a web address.
+        InvalidArgumentError: it is neither `host:port` nor another gRPC target.
     """
-    resolved = (target or os.environ.get("DASH_TARGET") or DEFAULT_TARGET).strip()
-    if resolved.startswith(("http://", "https://")):
-        raise invalid_argument("target", f"{resolved!r} is a web address; give host:port")
-    return resolved
+    if target is not None and not isinstance(target, str):
+        raise invalid_argument("target", f"must be text such as {DEFAULT_TARGET}, not {target!r}")
+    name = (target or os.environ.get("DASH_TARGET") or DEFAULT_TARGET).strip()
+    if name.startswith(("http://", "https://")):
+        raise invalid_argument("target", f"{name!r} is a web address; give host:port")
+    if _SCHEME.match(name):
+        return Target(name, name, _is_local_uri(name))
+    match = _HOST_AND_PORT.fullmatch(name)
+    if match is None or not 0 < int(match[2]) < 65_536:
+        raise invalid_argument("target", f"{name!r} is not host:port, such as {DEFAULT_TARGET}")
+    # A name may stand for several servers, among which calls take turns.
+    address = name if _ip_address(match[1]) is not None else f"dns:///{name}"
+    return Target(name, address, _is_local_host(match[1]))
 
 
-def channel_options(target: str) -> list[tuple[str, int]]:
+def resolve_retries(retries: Any) -> int:
+    """How often a call is tried again.
+
+    Raises:
+        InvalidArgumentError: it is neither True, False nor a number that gRPC takes.
+    """
+    if isinstance(retries, bool):
+        return DEFAULT_RETRIES if retries else 0
+    if not isinstance(retries, int) or not 0 <= retries <= MAX_RETRIES:
+        raise invalid_argument("retries", f"must be True, False or an integer in [0, {MAX_RETRIES}], not {retries!r}")
+    return retries
+
+
+def channel_options(target: Target, retries: int, server_name: str | None = None) -> list[tuple[str, int | str]]:
     """gRPC channel options for this target."""
-    options = list(_OPTIONS)
-    host = target.removeprefix("dns:///").rpartition(":")[0]
-    if host in _LOOPBACK_HOSTS:
+    options: list[tuple[str, int | str]] = [*_OPTIONS, ("grpc.service_config", _service_config(retries))]
+    if target.is_on_this_machine:
         # gRPC would send even these through http_proxy.
         options.append(("grpc.enable_http_proxy", 0))
+    if server_name is not None:
+        options.append(("grpc.ssl_target_name_override", server_name))
     return options
 
 
-def resolve_timeout(timeout: float | None, default: float | None) -> float | None:
-    """Seconds for one call, or None for no deadline; infinity overrides a default with none.
+def _service_config(retries: int) -> str:
+    """Load balancing and retries, which gRPC does by itself.
 
-    Raises:
-        InvalidArgumentError: it is not a positive number.
+    It retries until the server's first headers, which come with the request's slot: nothing was generated until then.
     """
-    chosen = default if timeout is None else timeout
-    if chosen is None or chosen == math.inf:
+    config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
+    if retries:
+        policy = {
+            "maxAttempts": retries + 1,
+            # Where the server does not say when to come back.
+            "initialBackoff": "0.2s",
+            "maxBackoff": "2s",
+            "backoffMultiplier": 2,
+            "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+        }
+        names = [{"service": service} for service in _RETRIED_SERVICES]
+        config["methodConfig"] = [{"name": names, "retryPolicy": policy}]
+    return json.dumps(config)
+
+
+def _is_local_uri(uri: str) -> bool:
+    scheme, _, rest = uri.partition(":")
+    if scheme.startswith("unix"):
+        return True
+    if scheme not in ("dns", "ipv4", "ipv6"):
+        return False
+    hosts = rest.rpartition("/")[2].split(",")
+    return all(_is_local_host(host.rpartition(":")[0] or host) for host in hosts)
+
+
+def _is_local_host(host: str) -> bool:
+    address = _ip_address(host)
+    return host.lower() == "localhost" if address is None else address.is_loopback
+
+
+def _ip_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
         return None
-    if not chosen > 0:
-        raise invalid_argument("timeout", f"must be more than 0 seconds, got {chosen:g}")
-    return chosen

@@ -1,31 +1,33 @@
-"""The synchronous client: calls, deadlines and streams; requests and answers are built elsewhere."""
+"""The synchronous client: sends calls and waits for them. What a call is, and what came of it, is said elsewhere."""
 
+import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from dash_api.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
-from dash_client import channel, requests, responses
-from dash_client.errors import CancelledError, DashError, DeadlineExceededError, ServerError, UnavailableError
+from dash_api.v1 import generation_pb2
+from dash_client.calls import Call, Calls, closed_error
+from dash_client.connection import ConnectionOptions, connection
+from dash_client.errors import DashError, DeadlineExceededError, UnavailableError
+from dash_client.mapping import Mapping
+from dash_client.readiness import Readiness
 from dash_client.recorded import RecordedDecisions
-from dash_client.status import error_from_rpc
+from dash_client.stream_state import StreamState
+from dash_client.streams import GenerationStream
 from dash_client.types import (
     Generation,
     GenerationOptions,
-    GenerationStarted,
     HealthStatus,
+    Messages,
     ModelInfo,
     PolicyInfo,
     Prompt,
-    StreamDelta,
 )
 
-FACTS_TIMEOUT_SECONDS = 10.0
-"""Deadline of calls that generate nothing, where neither the client nor the call sets one."""
+Answer = TypeVar("Answer")
 
 
 class DashClient:
@@ -36,21 +38,25 @@ class DashClient:
             print(client.generate("The capital of France is", max_new_tokens=8).text)
 
     Args:
-        target: `host:port`, or any gRPC target. Unset: DASH_TARGET, else localhost:50051. The
-            connection is not encrypted.
+        target: `host:port`, or any gRPC target. Unset: DASH_TARGET, else localhost:50051.
         timeout: deadline of each call in seconds. Unset: none for generation, 10 s for the rest.
+        options: token, TLS and retries; see `ConnectionOptions`.
 
     Every method raises a `DashError`, never gRPC's own exceptions.
     """
 
-    def __init__(self, target: str | None = None, *, timeout: float | None = None) -> None:
-        self.target = channel.resolve_target(target)
-        self._timeout = channel.resolve_timeout(timeout, None)
-        self._closed = False
-        self._channel = grpc.insecure_channel(self.target, options=channel.channel_options(self.target))
-        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        self._model = model_pb2_grpc.ModelServiceStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
+    def __init__(
+        self, target: str | None = None, *, timeout: float | None = None, **options: Unpack[ConnectionOptions]
+    ) -> None:
+        self._connection = connection(target, **options)
+        self.target: str = self._connection.target.name
+        self._calls = Calls(self._connection, timeout)
+        self._is_closed = False
+        self._channel = self._connection.open(grpc)
+        self._methods: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        return f"DashClient({self.target!r}, tls={self._connection.is_encrypted})"
 
     def __enter__(self) -> Self:
         return self
@@ -62,7 +68,7 @@ class DashClient:
 
     def close(self) -> None:
         """Closes the connection; calls that are running are cancelled."""
-        self._closed = True
+        self._is_closed = True
         self._channel.close()
 
     def generate(
@@ -75,34 +81,114 @@ class DashClient:
             timeout: deadline in seconds instead of the client's; infinity for none.
             options: see `GenerationOptions`.
         """
-        request = generation_pb2.GenerateRequest(parameters=requests.generation_parameters(prompt, **options))
-        deadline = channel.resolve_timeout(timeout, self._timeout)
-        return responses.generation_from_response(self._call(self._generation.Generate, request, deadline))
+        return self._run(self._calls.generate(prompt, timeout, options))
 
     def stream(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerationOptions]
-    ) -> "GenerationStream":
+    ) -> GenerationStream:
         """Starts to generate, and returns a stream of the output. Arguments as for `generate`."""
-        request = generation_pb2.StreamGenerateRequest(parameters=requests.generation_parameters(prompt, **options))
-        deadline = channel.resolve_timeout(timeout, self._timeout)
-        self._require_open()
-        call = self._generation.StreamGenerate(request, timeout=deadline)
-        return GenerationStream(call, target=self.target, timeout=deadline)
+        return self._start(self._calls.stream(prompt, timeout, options))
 
-    def model_info(self, *, timeout: float | None = None) -> ModelInfo:
-        """What model is served, and within which limits."""
-        request = model_pb2.GetModelRequest()
-        return responses.model_info(self._call(self._model.GetModel, request, self._facts_timeout(timeout)))
+    def chat(
+        self, messages: Messages, *, timeout: float | None = None, **options: Unpack[GenerationOptions]
+    ) -> Generation:
+        """Generates the next message of a conversation.
 
-    def policy_info(self, name: str | None = None, *, timeout: float | None = None) -> PolicyInfo:
-        """One policy, the default one unless named."""
-        request = model_pb2.GetPolicyRequest(name=name)
-        return responses.policy_info(self._call(self._model.GetPolicy, request, self._facts_timeout(timeout)))
+        Args:
+            messages: a list of `{"role": …, "content": …}`, oldest first, or text, which is one message of the user's.
+            timeout: deadline in seconds instead of the client's; infinity for none.
+            options: see `GenerationOptions`.
+        """
+        return self._run(self._calls.chat(messages, timeout, options))
+
+    def chat_stream(
+        self, messages: Messages, *, timeout: float | None = None, **options: Unpack[GenerationOptions]
+    ) -> GenerationStream:
+        """Starts to generate the next message of a conversation. Arguments as for `chat`."""
+        return self._start(self._calls.chat_stream(messages, timeout, options))
+
+    @overload
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        raise_errors: Literal[True],
+        max_concurrency: int = 8,
+        progress: bool = False,
+        timeout: float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> list[Generation]: ...
+    @overload
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        raise_errors: Literal[False] = False,
+        max_concurrency: int = 8,
+        progress: bool = False,
+        timeout: float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> list[Generation | DashError]: ...
+    def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        raise_errors: bool = False,
+        max_concurrency: int = 8,
+        progress: bool = False,
+        timeout: float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Any:
+        """Generates for each prompt, several at a time; returns the results in the order of the prompts.
+
+        A prompt that fails has its `DashError` as its result, and the others go on. Wrong options raise at once.
+
+        Args:
+            prompts: as for `generate`; each is taken only when there is room for it.
+            raise_errors: raise the first error instead, and cancel the others.
+            max_concurrency: how many are with the server at a time.
+            progress: show a progress bar (needs tqdm: `pip install 'dash-llm[cli]'`).
+            timeout: deadline of each in seconds instead of the client's; infinity for none.
+            options: see `GenerationOptions`; the same for all.
+        """
+        generate = self._calls.generate_each(timeout, options)
+        mapping = Mapping(
+            prompts, generate, max_concurrency=max_concurrency, progress=progress, raise_errors=raise_errors
+        )
+        running: dict[int, tuple[Call[Generation], Any]] = {}
+        over: queue.SimpleQueue[int] = queue.SimpleQueue()
+        try:
+            while True:
+                while len(running) < mapping.max_concurrency and (job := mapping.next()) is not None:
+                    place, call = job
+                    future = self._method(call).future(call.request, timeout=call.timeout, metadata=call.metadata)
+                    running[place] = call, future
+                    future.add_done_callback(lambda _, place=place: over.put(place))
+                if not running:
+                    return mapping.results()
+                place = over.get()
+                call, future = running.pop(place)
+                try:
+                    result: Generation | DashError = self._answer(call, future.result)
+                except DashError as error:
+                    result = error
+                mapping.done(place, result)
+        finally:
+            for _, future in running.values():
+                future.cancel()
+            mapping.close()
 
     def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> tuple[int, ...]:
         """The token ids of text or of a conversation, exactly as a generation would see them."""
-        request = requests.tokenize_request(prompt)
-        return tuple(self._call(self._model.Tokenize, request, self._facts_timeout(timeout)).token_ids)
+        return self._run(self._calls.tokenize(prompt, timeout))
+
+    def model_info(self, *, timeout: float | None = None) -> ModelInfo:
+        """What model is served, and within which limits."""
+        return self._run(self._calls.model_info(timeout))
+
+    def policy_info(self, name: str | None = None, *, timeout: float | None = None) -> PolicyInfo:
+        """One policy, the default one unless named."""
+        return self._run(self._calls.policy_info(name, timeout))
 
     def decisions(self, request_id: str, *, timeout: float | None = None) -> RecordedDecisions:
         """What was decided and when for one of this caller's own latest requests, which is over.
@@ -114,20 +200,15 @@ class DashClient:
         Raises:
             NotFoundError: the server does not hold it, or it is another caller's.
         """
-        # Few programs ask; the others should not wait for its import.
-        from dash_client.recorded_messages import recorded_decisions
-
-        request = requests.decisions_request(request_id)
-        return recorded_decisions(self._call(self._model.GetDecisions, request, self._facts_timeout(timeout)))
+        return self._run(self._calls.decisions(request_id, timeout))
 
     def health(self, *, timeout: float | None = None) -> HealthStatus:
-        """What the server says of itself.
+        """What the server says of itself now; this call is never tried again.
 
         Raises:
             UnavailableError: there is no server.
         """
-        request = health_pb2.HealthCheckRequest()
-        return responses.health_status(self._call(self._health.Check, request, self._facts_timeout(timeout)).status)
+        return self._run(self._calls.health(timeout))
 
     def wait_until_ready(self, timeout: float = 60.0) -> None:
         """Returns when the server serves; it may be started after this call.
@@ -135,131 +216,49 @@ class DashClient:
         Raises:
             UnavailableError: it does not within `timeout` seconds; says what it did instead.
         """
-        end = time.monotonic() + timeout
-        state = f"no server at {self.target}"
-        while (left := end - time.monotonic()) > 0:
+        wait = Readiness(self.target, timeout)
+        while True:
+            seconds = wait.next_timeout()
             try:
-                status = self.health(timeout=min(left, FACTS_TIMEOUT_SECONDS))
-            except (UnavailableError, DeadlineExceededError) as error:
-                state = error.message
-            else:
-                if status is HealthStatus.SERVING:
+                if wait.saw(self.health(timeout=seconds)):
                     return
-                state = f"the server at {self.target} says {status.name}"
-            time.sleep(min(0.2, max(0.0, end - time.monotonic())))
-        raise UnavailableError(f"not ready after {timeout:g} s: {state}", code="UNAVAILABLE")
+            except (UnavailableError, DeadlineExceededError) as error:
+                wait.failed(error)
+            time.sleep(wait.pause())
 
-    def _facts_timeout(self, timeout: float | None) -> float | None:
-        default = FACTS_TIMEOUT_SECONDS if self._timeout is None else self._timeout
-        return channel.resolve_timeout(timeout, default)
+    def _method(self, call: Call[Any]) -> Any:
+        """Sends and receives bytes; what they mean is the call's to say."""
+        if self._is_closed:
+            raise closed_error()
+        if call.path not in self._methods:
+            self._methods[call.path] = self._channel.unary_unary(call.path)
+        return self._methods[call.path]
 
-    def _call(self, method: Callable[..., Any], request: Any, timeout: float | None) -> Any:
-        self._require_open()
+    def _run(self, call: Call[Answer]) -> Answer:
+        method = self._method(call)
+        return self._answer(call, lambda: method(call.request, timeout=call.timeout, metadata=call.metadata))
+
+    def _answer(self, call: Call[Answer], wait: Any) -> Answer:
         try:
-            return method(request, timeout=timeout)
+            return call.read(wait())
         except grpc.RpcError as error:
-            raise error_from_rpc(error, target=self.target, timeout=timeout) from None
+            raise call.failed(error) from None
+        except grpc.FutureCancelledError:
+            raise call.cancelled() from None
+        except ValueError:
+            # Another thread closed the channel between the check and the call, as gRPC words it.
+            if self._is_closed:
+                raise closed_error() from None
+            raise
 
-    def _require_open(self) -> None:
-        if self._closed:
-            raise CancelledError("this client is closed", code="CANCELLED")
-
-
-class GenerationStream:
-    """The output of one request, as it comes: an iterator of `StreamDelta`.
-
-    Also a context manager; leaving it before the end cancels the request on the server.
-
-    Example:
-        with client.stream("Once upon a time") as stream:
-            for delta in stream:
-                print(delta.text, end="", flush=True)
-        print(stream.final().usage)
-    """
-
-    def __init__(self, call: Any, *, target: str, timeout: float | None) -> None:
-        self._call = call
-        self._target = target
-        self._timeout = timeout
-        self._assembly = responses.StreamAssembly()
-        self._error: DashError | None = None
-        self._is_complete = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.cancel()
-
-    def __iter__(self) -> Iterator[StreamDelta]:
-        return self
-
-    def __next__(self) -> StreamDelta:
-        while (message := self._read()) is not None:
-            delta = self._take(message)
-            if delta is not None:
-                return delta
-        raise StopIteration
-
-    @property
-    def started(self) -> GenerationStarted:
-        """What is known since the request has its slot; waits for it.
-
-        Raises:
-            DashError: the request failed before that.
-        """
-        while self._assembly.started is None and (message := self._read()) is not None:
-            self._take(message)
-        assert self._assembly.started is not None  # a complete stream has a start
-        return self._assembly.started
-
-    def final(self) -> Generation:
-        """The complete answer; waits for the end, and takes the deltas not yet iterated over.
-
-        Raises:
-            DashError: the request failed.
-        """
-        for _ in self:
-            pass
-        assert self._assembly.generation is not None  # else iterating has raised
-        return self._assembly.generation
-
-    def cancel(self) -> None:
-        """Cancels the request on the server. Does nothing when it is over."""
-        if not self._is_complete:
-            self._call.cancel()
-
-    def _read(self) -> generation_pb2.StreamGenerateResponse | None:
-        """The next message, or None after the last one of a complete stream."""
-        if self._error is not None:
-            raise self._error
-        if self._is_complete:
-            return None
+    def _start(self, call: Call[generation_pb2.StreamGenerateResponse]) -> GenerationStream:
+        if self._is_closed:
+            raise closed_error()
+        method = self._channel.unary_stream(call.path)
         try:
-            return next(self._call)
-        except StopIteration:
-            if self._assembly.generation is None:
-                raise self._fail(ServerError("the stream ended without its end", code="INTERNAL")) from None
-        except grpc.RpcError as error:
-            # The answer is whole once `finished` is here, whatever becomes of the connection.
-            if self._assembly.generation is None:
-                started = self._assembly.started
-                request_id = started.request_id if started else None
-                raise self._fail(
-                    error_from_rpc(error, target=self._target, timeout=self._timeout, request_id=request_id)
-                ) from None
-        self._is_complete = True
-        return None
-
-    def _take(self, message: generation_pb2.StreamGenerateResponse) -> StreamDelta | None:
-        try:
-            return self._assembly.add(message)
-        except ServerError as error:
-            self._call.cancel()
-            raise self._fail(error) from None
-
-    def _fail(self, error: DashError) -> DashError:
-        self._error = error
-        return error
+            running = method(call.request, timeout=call.timeout, metadata=call.metadata)
+        except ValueError:
+            if self._is_closed:
+                raise closed_error() from None
+            raise
+        return GenerationStream(running, StreamState(call))

@@ -2,6 +2,7 @@
 
 DashError
 ├── InvalidArgumentError     the request is wrong (also a ValueError); see `field_violations`
+├── UnauthenticatedError     the server wants a token, or does not know this one
 ├── NotFoundError            nothing has that name
 ├── ResourceExhaustedError   the server is full; see `retry_after_seconds`
 ├── UnavailableError         no server there, or it is not ready
@@ -12,6 +13,8 @@ DashError
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +55,18 @@ class DashError(Exception):
         self.field_violations = field_violations
         self.retry_after_seconds = retry_after_seconds
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is remade from its message alone, which would not do when one comes from another process.
+        keywords = {name: value for name, value in self.__dict__.items() if name != "message"}
+        return partial(type(self), self.message, **keywords), ()
+
 
 class InvalidArgumentError(DashError, ValueError):
     """The request is wrong; sending it again will not help."""
+
+
+class UnauthenticatedError(DashError):
+    """The server wants to know who calls, and no token was sent or nobody has that one."""
 
 
 class NotFoundError(DashError):

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from dash_client.types import StreamDelta
 
-_RESET = "\x1b[0m"
+RESET = "\x1b[0m"
 _LEGEND_STEPS = 6
 
 # Few layers are dark violet, all layers yellow (after matplotlib's viridis, which keeps its order for
@@ -46,6 +46,23 @@ def without_control_characters(text: str) -> str:
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def background(color: tuple[int, int, int], depth: ColorDepth) -> str:
+    """What begins text on a background of this colour, in ink that can be read; nothing where there are no colours."""
+    if depth is ColorDepth.NONE:
+        return ""
+    red, green, blue = color
+    ink = 30 if is_light(color) else 97
+    if depth is ColorDepth.TRUE:
+        return f"\x1b[48;2;{red};{green};{blue};{ink}m"
+    return f"\x1b[48;5;{16 + 36 * _cube(red) + 6 * _cube(green) + _cube(blue)};{ink}m"
+
+
+def is_light(color: tuple[int, int, int]) -> bool:
+    """Whether black is easier to read on it than white (ITU-R BT.601 luma)."""
+    red, green, blue = color
+    return 0.299 * red + 0.587 * green + 0.114 * blue > 128
+
+
 class DepthPainter:
     """Paints each delta's text by the mean number of layers that ran for its tokens.
 
@@ -70,7 +87,7 @@ class DepthPainter:
             return f"{visible}[{layers:.3g}]{delta.text[len(visible) :]}"
         start = self._start(layers)
         # Closed at every line's end, or the background would run to the edge of the screen.
-        lines = (f"{start}{line}{_RESET}" if line else "" for line in delta.text.split("\n"))
+        lines = (f"{start}{line}{RESET}" if line else "" for line in delta.text.split("\n"))
         return "\n".join(lines)
 
     def legend(self) -> str:
@@ -80,17 +97,11 @@ class DepthPainter:
         low = self._layer_count / 2
         step = (self._layer_count - low) / (_LEGEND_STEPS - 1)
         values = [low + step * index for index in range(_LEGEND_STEPS)]
-        boxes = "".join(f"{self._start(value)} {value:.0f} {_RESET}" for value in values)
+        boxes = "".join(f"{self._start(value)} {value:.0f} {RESET}" for value in values)
         return f"layers run, of {self._layer_count}: \N{LESS-THAN OR EQUAL TO}{boxes}"
 
     def _start(self, layers: float) -> str:
-        red, green, blue = self._color(layers)
-        # Black on light, white on dark (ITU-R BT.601 luma).
-        is_light = 0.299 * red + 0.587 * green + 0.114 * blue > 128
-        if self._depth is ColorDepth.TRUE:
-            return f"\x1b[48;2;{red};{green};{blue};{30 if is_light else 97}m"
-        index = 16 + 36 * _cube(red) + 6 * _cube(green) + _cube(blue)
-        return f"\x1b[48;5;{index};{30 if is_light else 97}m"
+        return background(self._color(layers), self._depth)
 
     def _color(self, layers: float) -> tuple[int, int, int]:
         share = min(1.0, max(0.0, 2 * layers / self._layer_count - 1))

@@ -1,18 +1,16 @@
 """Builds protobuf requests from a caller's arguments. Shared by the sync and the async client.
 
-Checks what cannot be put on the wire; what is in range is the server's to say.
+Knows which option is sent where; `checks` knows what each may be. Sends nothing.
 """
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any, TypeVar, Unpack
 
-from google.protobuf.message import Message
-
 from dash_api.v1 import common_pb2, generation_pb2, model_pb2
+from dash_client import checks
 from dash_client.errors import invalid_argument
-from dash_client.types import Action, GenerationOptions, Mode, Prompt
+from dash_client.types import Action, ChatMessage, GenerationOptions, Mode, Prompt
 
 _SAMPLING = (
     "temperature",
@@ -37,14 +35,18 @@ def generation_parameters(prompt: Prompt, **options: Unpack[GenerationOptions]) 
     """The message for a prompt and options.
 
     Raises:
-        InvalidArgumentError: a value cannot be sent; its `field_violations` name the argument.
+        InvalidArgumentError: a value is of the wrong type or out of range; its `field_violations` name the argument.
         TypeError: there is no such option.
     """
+    return with_prompt(option_parameters(**options), prompt)
+
+
+def option_parameters(**options: Unpack[GenerationOptions]) -> generation_pb2.GenerationParameters:
+    """The message for options alone; for what is raised see `generation_parameters`."""
     unknown = sorted(options.keys() - GenerationOptions.__annotations__.keys())
     if unknown:
         raise TypeError(f"no such option: {', '.join(unknown)}")
     parameters = generation_pb2.GenerationParameters()
-    _set_prompt(parameters, prompt)
     given = {name: value for name, value in options.items() if value is not None}
     for group, names in (
         (parameters.sampling, _SAMPLING),
@@ -54,15 +56,56 @@ def generation_parameters(prompt: Prompt, **options: Unpack[GenerationOptions]) 
     ):
         for name in names:
             if name in given:
-                _set_field(group, name, given[name])
+                setattr(group, name, checks.option(name, given[name]))
     _set_collections(parameters, given)
     if "mode" in given:
         parameters.skip.mode = _MODES[_member(Mode, "mode", given["mode"])]
     if "fixed_action" in given:
-        action = _member(Action, "fixed_action", given["fixed_action"])
-        # Action numbers are the protocol's own.
-        _set_field(parameters.skip, "fixed_action", int(action))
+        # Action numbers are the protocol's own, which mypy cannot know.
+        number: Any = int(_member(Action, "fixed_action", given["fixed_action"]))
+        parameters.skip.fixed_action = number
     return parameters
+
+
+def with_prompt(
+    parameters: generation_pb2.GenerationParameters, prompt: Prompt, *, argument: str = "prompt"
+) -> generation_pb2.GenerationParameters:
+    """The same message with this prompt in it; `argument` is what the caller calls it.
+
+    Raises:
+        InvalidArgumentError: it is no prompt.
+    """
+    if isinstance(prompt, str):
+        parameters.text = checks.text(argument, prompt)
+        return parameters
+    if isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
+        kind = type(prompt).__name__
+        raise invalid_argument(argument, f"must be text, token ids or a list of messages, not {kind}")
+    items: list[Any] = list(prompt)
+    if not items:
+        raise invalid_argument(argument, "must not be empty")
+    if isinstance(items[0], Mapping):
+        _add_messages(parameters.chat, items, argument)
+    else:
+        parameters.token_ids.ids.extend([checks.token_id(argument, item) for item in items])
+    return parameters
+
+
+def chat_prompt(messages: str | Sequence[ChatMessage] | Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, Any]]:
+    """A conversation as a prompt; text is one message of the user's.
+
+    Raises:
+        InvalidArgumentError: it is neither.
+    """
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    if isinstance(messages, (bytes, bytearray, Mapping)) or not isinstance(messages, Iterable):
+        kind = type(messages).__name__
+        raise invalid_argument("messages", f'must be text or a list of {{"role": …, "content": …}}, not {kind}')
+    listed: list[Mapping[str, Any]] = list(messages)
+    if listed and not isinstance(listed[0], Mapping):
+        raise invalid_argument("messages[0]", 'must be {"role": …, "content": …}')
+    return listed
 
 
 def tokenize_request(prompt: Prompt) -> model_pb2.TokenizeRequest:
@@ -71,13 +114,21 @@ def tokenize_request(prompt: Prompt) -> model_pb2.TokenizeRequest:
     Raises:
         InvalidArgumentError: the prompt is neither text nor a conversation.
     """
-    parameters = generation_pb2.GenerationParameters()
-    _set_prompt(parameters, prompt)
+    parameters = with_prompt(generation_pb2.GenerationParameters(), prompt)
     if parameters.WhichOneof("prompt") == "token_ids":
         raise invalid_argument("prompt", "is token ids already")
     if parameters.WhichOneof("prompt") == "chat":
         return model_pb2.TokenizeRequest(chat=parameters.chat)
     return model_pb2.TokenizeRequest(text=parameters.text)
+
+
+def policy_request(name: str | None) -> model_pb2.GetPolicyRequest:
+    """The message that asks for a policy, None for the default one.
+
+    Raises:
+        InvalidArgumentError: the name is no text.
+    """
+    return model_pb2.GetPolicyRequest(name=None if name is None else checks.text("name", name))
 
 
 def decisions_request(request_id: str) -> model_pb2.GetDecisionsRequest:
@@ -86,66 +137,40 @@ def decisions_request(request_id: str) -> model_pb2.GetDecisionsRequest:
     Raises:
         InvalidArgumentError: the id is no text.
     """
-    request = model_pb2.GetDecisionsRequest()
-    _set_field(request, "request_id", request_id)
-    return request
+    return model_pb2.GetDecisionsRequest(request_id=checks.text("request_id", request_id))
 
 
-def _set_prompt(parameters: generation_pb2.GenerationParameters, prompt: Prompt) -> None:
-    if isinstance(prompt, str):
-        _set_field(parameters, "text", prompt, argument="prompt")
-        return
-    if isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
-        raise invalid_argument("prompt", f"must be text, token ids or a list of messages, not {type(prompt).__name__}")
-    items: list[Any] = list(prompt)
-    if not items:
-        raise invalid_argument("prompt", "must not be empty")
-    if isinstance(items[0], Mapping):
-        for position, message in enumerate(items):
-            _add_chat_message(parameters.chat, position, message)
-    else:
-        _extend_ids(parameters.token_ids.ids, "prompt", items)
-
-
-def _add_chat_message(chat: common_pb2.ChatPrompt, position: int, message: Any) -> None:
-    argument = f"prompt[{position}]"
-    if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
-        raise invalid_argument(argument, 'must be {"role": …, "content": …}')
-    added = chat.messages.add()
-    for name in ("role", "content"):
-        _set_field(added, name, message[name], argument=f"{argument}.{name}")
+def _add_messages(chat: common_pb2.ChatPrompt, messages: Sequence[Any], argument: str) -> None:
+    for position, message in enumerate(messages):
+        place = f"{argument}[{position}]"
+        if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
+            raise invalid_argument(place, 'must be {"role": …, "content": …}')
+        role = checks.text(f"{place}.role", message["role"])
+        chat.messages.add(role=role, content=checks.text(f"{place}.content", message["content"]))
 
 
 def _set_collections(parameters: generation_pb2.GenerationParameters, given: Mapping[str, Any]) -> None:
     if "stop" in given:
-        stop = [given["stop"]] if isinstance(given["stop"], str) else given["stop"]
-        try:
-            parameters.stopping.stop_strings.extend(stop)
-        except (TypeError, ValueError) as error:
-            raise invalid_argument("stop", f"must be a string or a list of strings: {error}") from None
+        stop = [given["stop"]] if isinstance(given["stop"], str) else _listed("stop", given["stop"], "strings")
+        for value in stop:
+            if not checks.text("stop", value):
+                raise invalid_argument("stop", "must not hold an empty string")
+        parameters.stopping.stop_strings.extend(stop)
     if "stop_token_ids" in given:
-        _extend_ids(parameters.stopping.stop_token_ids, "stop_token_ids", given["stop_token_ids"])
+        values = _listed("stop_token_ids", given["stop_token_ids"], "token ids")
+        parameters.stopping.stop_token_ids.extend([checks.token_id("stop_token_ids", value) for value in values])
     if "logit_bias" in given:
-        try:
-            for token_id, bias in dict(given["logit_bias"]).items():
-                parameters.sampling.logit_bias[operator.index(token_id)] = bias
-        except (TypeError, ValueError) as error:
-            raise invalid_argument("logit_bias", f"must map token ids to numbers: {error}") from None
+        if not isinstance(given["logit_bias"], Mapping):
+            raise invalid_argument("logit_bias", "must map token ids to numbers")
+        for key, value in given["logit_bias"].items():
+            token_id = checks.token_id("logit_bias", key)
+            parameters.sampling.logit_bias[token_id] = checks.number("logit_bias", value, f"logit_bias[{token_id}]")
 
 
-def _extend_ids(ids: Any, argument: str, values: Sequence[Any]) -> None:
-    try:
-        # index() takes the integers of numpy and the like, and refuses 1.0 and "1".
-        ids.extend(operator.index(value) for value in values)
-    except (TypeError, ValueError) as error:
-        raise invalid_argument(argument, f"must hold token ids, integers of 0 or more: {error}") from None
-
-
-def _set_field(message: Message, name: str, value: Any, argument: str | None = None) -> None:
-    try:
-        setattr(message, name, value)
-    except (TypeError, ValueError) as error:
-        raise invalid_argument(argument or name, f"cannot be {value!r}: {error}") from None
+def _listed(argument: str, values: Any, what: str) -> list[Any]:
+    if isinstance(values, (str, bytes, bytearray, Mapping)) or not isinstance(values, Iterable):
+        raise invalid_argument(argument, f"must be a list of {what}, not {type(values).__name__}")
+    return list(values)
 
 
 def _member(kind: type[E], argument: str, value: Any) -> E:

@@ -1,7 +1,9 @@
 """Turns protobuf messages into the client's types. Shared by the sync and the async client."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
+
+from google.protobuf.message import DecodeError, Message
 
 from dash_api.v1 import common_pb2, generation_pb2, model_pb2
 from dash_client.errors import ServerError
@@ -31,6 +33,21 @@ _REASONS = {
 _ACTIONS = {int(action): action for action in Action}
 _ACTION_BYTES = bytes(_ACTIONS)
 
+M = TypeVar("M", bound=Message)
+
+
+def parse(kind: type[M], data: bytes) -> M:
+    """A message of this kind from its bytes.
+
+    Raises:
+        ServerError: they are none.
+    """
+    try:
+        message: M = kind.FromString(data)
+    except DecodeError:
+        raise _unreadable(f"no {kind.DESCRIPTOR.name}") from None
+    return message
+
 
 def generation_from_response(response: generation_pb2.GenerateResponse) -> Generation:
     """A complete answer from a unary call.
@@ -58,13 +75,13 @@ class StreamAssembly:
         Raises:
             ServerError: it is out of order, or holds what this client cannot read.
         """
-        match message.WhichOneof("event"):
-            case "started":
-                self.add_started(message.started)
-            case "delta":
-                return self.add_delta(message.delta)
-            case "finished":
-                self.finish(message.finished)
+        event = message.WhichOneof("event")
+        if event == "delta":
+            return self.add_delta(message.delta)
+        if event == "started":
+            self.add_started(message.started)
+        elif event == "finished":
+            self.finish(message.finished)
         return None
 
     def add_started(self, started: generation_pb2.GenerationStarted) -> None:
@@ -88,11 +105,13 @@ class StreamAssembly:
         """Takes a piece of output."""
         if self.started is None:
             raise _unreadable("output before its start")
+        # This is done for every message: by position, and nothing for what was not asked for.
+        actions, logprobs = delta.actions, delta.logprobs
         piece = StreamDelta(
-            text=delta.text,
-            token_ids=tuple(delta.token_ids),
-            decisions=self._decisions(delta),
-            logprobs=tuple(_token_logprobs(entry) for entry in delta.logprobs) or None,
+            delta.text,
+            tuple(delta.token_ids),
+            self._decisions(actions) if actions else None,
+            tuple([_token_logprobs(entry) for entry in logprobs]) if logprobs else None,
         )
         self._deltas.append(piece)
         return piece
@@ -116,14 +135,12 @@ class StreamAssembly:
         )
         return self.generation
 
-    def _decisions(self, delta: generation_pb2.GenerationDelta) -> Decisions | None:
+    def _decisions(self, actions: bytes) -> Decisions:
         assert self.started is not None
-        if not delta.actions:
-            return None
-        if delta.actions.translate(None, _ACTION_BYTES):
+        if actions.translate(None, _ACTION_BYTES):
             raise _unreadable("an action")
         try:
-            return Decisions(delta.actions, self.started.layer_count)
+            return Decisions(actions, self.started.layer_count)
         except ValueError as error:
             raise _unreadable(str(error)) from None
 
@@ -219,4 +236,7 @@ def _by_action(entries: Iterable[tuple[int, Any]]) -> dict[Action, Any]:
 
 
 def _unreadable(what: str) -> ServerError:
-    return ServerError(f"the server sent what this client cannot read: {what}", code="INTERNAL")
+    return ServerError(
+        f"the server sent what this client cannot read: {what} (is it of another version? `pip install -U dash-llm`)",
+        code="INTERNAL",
+    )

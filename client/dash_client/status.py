@@ -7,6 +7,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from dash_client import errors
+from dash_client.channel import Target
 from dash_client.errors import DashError, FieldViolation
 
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -14,6 +15,7 @@ _DETAILS_KEY = "grpc-status-details-bin"
 _ERRORS: dict[grpc.StatusCode, type[DashError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidArgumentError,
     grpc.StatusCode.OUT_OF_RANGE: errors.InvalidArgumentError,
+    grpc.StatusCode.UNAUTHENTICATED: errors.UnauthenticatedError,
     grpc.StatusCode.NOT_FOUND: errors.NotFoundError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.ResourceExhaustedError,
     grpc.StatusCode.UNAVAILABLE: errors.UnavailableError,
@@ -22,12 +24,31 @@ _ERRORS: dict[grpc.StatusCode, type[DashError]] = {
     grpc.StatusCode.UNIMPLEMENTED: errors.UnimplementedError,
 }
 
-# gRPC core's own words for a connection that was never made; there is no code for it.
-_NEVER_CONNECTED = ("failed to connect", "dns resolution failed", "errors resolving")
+_NO_SERVER = "no server at {target}: start one with `make serve`, or name another with DASH_TARGET or `target`"
+_NO_TLS = "the server at {target} does not speak TLS: connect without `tls` and without certificate files"
+
+# gRPC core's own words, in this order; there are no codes for them. They are those of a connection that was never made.
+_CONNECTION_TROUBLE = (
+    ("certificate_verify_failed", "no known authority signed the certificate of {target}: give its own as `ca_file`"),
+    ("hostname verification", "the certificate of {target} is for another name: give that as `server_name`"),
+    ("no match found for server name", "the certificate of {target} is for another name: give that as `server_name`"),
+    ("wrong_version_number", _NO_TLS),
+    ("http1.x server", "what answers at {target} speaks HTTP/1 and not gRPC: name the server itself, not a proxy"),
+    ("expected settings frame", "what answers at {target} does not speak gRPC: name a dash server"),
+    ("proxy", "the proxy before {target} does not let gRPC through (set no_proxy to go without it): {text}"),
+    ("errors resolving", "the name in {target} is not known here: {text}"),
+    ("failed to connect", _NO_SERVER),
+    ("connect failed", _NO_SERVER),
+)
+_NEVER_CONNECTED = ("connections to all backends failing", "failed to connect to all addresses", "errors resolving")
+_HUNG_UP = (
+    "what answers at {target} hangs up: if it speaks TLS, connect with `tls=True` or `ca_file`; if it wants "
+    "certificates, with `certificate_file` and `key_file` of an authority that it knows; else it is no dash server"
+)
 
 
 def error_from_rpc(
-    error: grpc.RpcError, *, target: str, timeout: float | None, request_id: str | None = None
+    error: grpc.RpcError, *, target: Target, timeout: float | None, request_id: str | None = None
 ) -> DashError:
     """The exception for a failed call.
 
@@ -49,11 +70,18 @@ def error_from_rpc(
         FieldViolation(violation.field, violation.description)
         for violation in (bad_request.field_violations if bad_request else ())
     )
+    has_begun = request_id is not None
     if request_info is not None:
         request_id = request_info.request_id or request_id
     elif info is not None:
         request_id = info.metadata.get("request_id") or request_id
-    message = _message(code, text, said_by_server=bool(details), violations=violations, target=target, timeout=timeout)
+    if details:
+        missing = [f"{v.field}: {v.description}" for v in violations if v.description not in text]
+        message = "; ".join([text or code.name, *missing])
+    else:
+        message = _message(code, text, has_begun=has_begun, target=target, timeout=timeout)
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        message += " (the token is `token`, or DASH_TOKEN)"
     return _ERRORS.get(code, errors.ServerError)(
         message,
         code=code.name,
@@ -82,25 +110,28 @@ def _rich_details(metadata: Any) -> dict[str, Any]:
     return found
 
 
-def _message(
-    code: grpc.StatusCode,
-    text: str,
-    *,
-    said_by_server: bool,
-    violations: tuple[FieldViolation, ...],
-    target: str,
-    timeout: float | None,
-) -> str:
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED and not said_by_server:
+def _message(code: grpc.StatusCode, text: str, *, has_begun: bool, target: Target, timeout: float | None) -> str:
+    """For a status without details: it is gRPC's own, or of a server that is none of ours."""
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         within = f" within {timeout:g} s" if timeout is not None else " in time"
-        return f"{target} did not complete its answer{within}: raise the timeout or ask for fewer tokens"
-    if code is grpc.StatusCode.UNAVAILABLE and not said_by_server:
-        if any(words in text.lower() for words in _NEVER_CONNECTED):
-            return f"no server at {target}: start one with `make serve`, or name another with DASH_TARGET or `target`"
-        return f"the connection to {target} failed: {text}"
-    if code is grpc.StatusCode.CANCELLED and not said_by_server:
+        return f"{target.name} did not complete its answer{within}: raise the timeout or ask for fewer tokens"
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return _unavailable(text, has_begun, target)
+    if code is grpc.StatusCode.CANCELLED:
         return "the call was cancelled"
-    if code is grpc.StatusCode.UNIMPLEMENTED and not said_by_server:
-        return f"{target} does not know this method ({text}): is it a dash server of this version?"
-    missing = [f"{v.field}: {v.description}" for v in violations if v.description not in text]
-    return "; ".join([text or code.name, *missing])
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return f"{target.name} does not know this method ({text}): is it a dash server of this version?"
+    return text or code.name
+
+
+def _unavailable(text: str, has_begun: bool, target: Target) -> str:
+    words, name = text.lower(), target.name
+    if has_begun:
+        return f"the connection to {name} was lost in the middle of the answer ({text}): ask again, from the start"
+    if not any(known in words for known in _NEVER_CONNECTED):
+        return f"the connection to {name} failed: {text}"
+    message = next((message for known, message in _CONNECTION_TROUBLE if known in words), None)
+    is_closed = "socket closed" in words or "connection reset" in words
+    if (message is None and is_closed) or (message is _NO_SERVER and target.is_listening()):
+        message = _HUNG_UP
+    return (message or "no connection to {target}: {text}").format(target=name, text=text)

@@ -60,11 +60,15 @@ Prompt = str | Sequence[int] | Sequence[ChatMessage] | Sequence[Mapping[str, str
 """Plain text, token ids, or a conversation for the model's chat template."""
 
 
+Messages = str | Sequence[ChatMessage] | Sequence[Mapping[str, str]]
+"""A conversation, oldest message first; text is one message of the user's."""
+
+
 class GenerationOptions(TypedDict, total=False):
-    """The keyword arguments of `generate` and `stream`.
+    """The keyword arguments of `generate`, `stream`, `chat`, `chat_stream` and `map`.
 
     An option that is left out, or None, is not sent and the server decides; 0 and False are values.
-    Ranges are the server's to check: a value outside raises `InvalidArgumentError`.
+    A value of another type or outside its range raises `InvalidArgumentError` before anything is sent.
     """
 
     temperature: float | None
@@ -242,8 +246,9 @@ class Usage:
     decode_seconds: float
     """From the first token to the last."""
     speculation: SpeculationUsage | None = None
-    cached_prompt_token_count: int = 0
     """In mode "exact"."""
+    cached_prompt_token_count: int = 0
+    """Prompt tokens that an earlier request had in common with this one, and that were not computed again."""
 
     @property
     def decode_tokens_per_second(self) -> float | None:

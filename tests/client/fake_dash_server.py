@@ -99,12 +99,20 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
     """A context manager; `target` is where it listens.
 
     `script` is played for every generation: events are sent, functions are called with the context. `decisions` are
-    those that it holds, by request id.
+    those that it holds, by request id. `metadata` is that of each request of `requests`.
     """
 
-    def __init__(self, script: Script | None = None, *, port: int = 0, serving: bool = True) -> None:
+    def __init__(
+        self,
+        script: Script | None = None,
+        *,
+        port: int = 0,
+        serving: bool = True,
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
         self.script = HELLO if script is None else script
         self.requests: list[Any] = []
+        self.metadata: list[dict[str, Any]] = []
         self.decisions: dict[str, model_pb2.GetDecisionsResponse] = {}
         self.cancelled = threading.Event()
         self._health = health.HealthServicer()
@@ -114,7 +122,12 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(self, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self.target = f"localhost:{self._server.add_insecure_port(f'localhost:{port}')}"
+        address = f"localhost:{port}"
+        if credentials is None:
+            port = self._server.add_insecure_port(address)
+        else:
+            port = self._server.add_secure_port(address, credentials)
+        self.target = f"localhost:{port}"
 
     def __enter__(self) -> Self:
         self._server.start()
@@ -140,10 +153,14 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
         if context.add_callback(over.set):
             over.wait()
 
+    def _record(self, request: Any, context: grpc.ServicerContext) -> None:
+        self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
+
     def StreamGenerate(  # noqa: N802
         self, request: generation_pb2.StreamGenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[Event]:
-        self.requests.append(request)
+        self._record(request, context)
         played = threading.Event()
         context.add_callback(lambda: None if played.is_set() else self.cancelled.set())
         try:
@@ -159,7 +176,7 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
     def Generate(  # noqa: N802
         self, request: generation_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> generation_pb2.GenerateResponse:
-        self.requests.append(request)
+        self._record(request, context)
         response = generation_pb2.GenerateResponse()
         for step in self.script:
             if not isinstance(step, Event):
@@ -178,7 +195,7 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
     def GetModel(  # noqa: N802
         self, request: model_pb2.GetModelRequest, context: grpc.ServicerContext
     ) -> model_pb2.GetModelResponse:
-        self.requests.append(request)
+        self._record(request, context)
         return model_pb2.GetModelResponse(
             name="fake-model",
             architecture="LlamaForCausalLM",
@@ -200,7 +217,7 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
     def GetPolicy(  # noqa: N802
         self, request: model_pb2.GetPolicyRequest, context: grpc.ServicerContext
     ) -> model_pb2.GetPolicyResponse:
-        self.requests.append(request)
+        self._record(request, context)
         if request.name not in ("", "random"):
             context.abort(grpc.StatusCode.NOT_FOUND, f"no policy is called {request.name!r}")
         return model_pb2.GetPolicyResponse(
@@ -217,13 +234,13 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
     def Tokenize(  # noqa: N802
         self, request: model_pb2.TokenizeRequest, context: grpc.ServicerContext
     ) -> model_pb2.TokenizeResponse:
-        self.requests.append(request)
+        self._record(request, context)
         return model_pb2.TokenizeResponse(token_ids=[1, 2, 3])
 
     def GetDecisions(  # noqa: N802
         self, request: model_pb2.GetDecisionsRequest, context: grpc.ServicerContext
     ) -> model_pb2.GetDecisionsResponse:
-        self.requests.append(request)
+        self._record(request, context)
         if request.request_id not in self.decisions:
             context.abort(grpc.StatusCode.NOT_FOUND, "no decisions of that request of yours are held")
         return self.decisions[request.request_id]

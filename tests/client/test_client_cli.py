@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
+from command_runs import run_command
 from fake_dash_server import HELLO, NOTE, FakeDashServer, delta, fail, finished, started
 
 from dash_api.v1 import common_pb2
@@ -22,17 +23,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDashServer]:
     with FakeDashServer() as server:
         monkeypatch.setenv("DASH_TARGET", server.target)
         yield server
-
-
-@contextlib.contextmanager
-def run_command(*arguments: str, **options: object) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "dash_client.cli", *arguments]
-    pipes: dict[str, object] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-    with subprocess.Popen(command, **pipes) as process:  # type: ignore[call-overload]
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 def test_generate_streams_text_and_sums_up_on_stderr(
@@ -175,6 +165,7 @@ def test_a_closed_output_cancels_on_the_server_and_exits_141(server: FakeDashSer
         (grpc.StatusCode.RESOURCE_EXHAUSTED, 1),
         (grpc.StatusCode.INVALID_ARGUMENT, 2),
         (grpc.StatusCode.UNAVAILABLE, 3),
+        (grpc.StatusCode.UNAUTHENTICATED, 4),
     ],
 )
 def test_server_errors_are_one_line_and_an_exit_code(
@@ -187,6 +178,10 @@ def test_server_errors_are_one_line_and_an_exit_code(
     assert err.splitlines()[0].startswith("dash-client: ")
     assert "it went wrong" in err
     assert "Traceback" not in err
+    assert main(["generate", "x", "--json"]) == expected
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["code"] == code.name
+    assert "it went wrong" in error["message"]
 
 
 def test_a_timeout_exits_1(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,23 +193,43 @@ def test_a_timeout_exits_1(server: FakeDashServer, capsys: pytest.CaptureFixture
 def test_no_server_exits_3(capsys: pytest.CaptureFixture[str]) -> None:
     with FakeDashServer() as server:
         pass
-    for command in (["generate", "x"], ["info"], ["health"], ["health", "--wait", "0.2"]):
+    commands = (["generate", "x"], ["info"], ["health"], ["health", "--wait", "0.2"], ["tokenize", "x"])
+    for command in (*commands, ["trace", "r-1"], ["heatmap", "x"], ["bench"]):
         assert main([*command, "--target", server.target]) == 3
         assert "make serve" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "line", ["", "generate", "generate x --mode fast", "generate x --top-k many", "generate x --chat --raw"]
+    "line",
+    [
+        "",
+        "generate",
+        "generate x --mode fast",
+        "generate x --top-k many",
+        "generate x --chat --raw",
+        "generate x --max 3",  # no abbreviations
+        "bench --requests 0",
+        "bench --concurrency many",
+        "bench --warm-up -1",
+        "completion",
+        "completion tcsh",
+        "health --token secret",
+        "chat hello",
+    ],
 )
 def test_wrong_usage_exits_2(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(line.split())
     assert caught.value.code == 2
-    assert "--help" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "--help" in err
+    assert err.count("\n") == 1
+    assert "secret" not in err
 
 
 def test_help_documents_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
-    for line in ("--help", "generate --help", "info --help", "health --help"):
+    commands = ("generate", "chat", "heatmap", "trace", "bench", "info", "health", "tokenize", "completion")
+    for line in ("--help", *(f"{command} --help" for command in commands)):
         with pytest.raises(SystemExit) as caught:
             main(line.split())
         assert caught.value.code == 0
@@ -238,3 +253,55 @@ def test_health_is_an_exit_code(server: FakeDashServer, capsys: pytest.CaptureFi
     server.set_serving(False)
     assert main(["health"]) == 3
     assert capsys.readouterr().out == "NOT_SERVING\n"
+    server.set_serving(True)
+    assert main(["health", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"target": server.target, "status": "SERVING"}
+
+
+def test_tokenize_sends_what_generate_would(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tokenize", "Hello"]) == 0
+    assert main(["tokenize", "Hello", "--raw", "--json"]) == 0
+    line, json_line = capsys.readouterr().out.splitlines()
+    assert line == "1 2 3"
+    assert json.loads(json_line) == {"token_ids": [1, 2, 3]}
+    chat, raw = server.requests
+    assert chat.chat.messages[0].content == "Hello"
+    assert raw.text == "Hello"
+
+
+def test_json_cannot_steer_a_terminal_and_keeps_every_character(
+    server: FakeDashServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "a\x1b]0;title\x07b\x9b2J\x7fé"
+    server.script = [started(), delta(text, [1]), finished(1)]
+    assert main(["generate", "x", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert out.rstrip("\n").isprintable()
+    assert "é" in out
+    assert json.loads(out)["text"] == text
+
+
+def test_what_a_server_says_of_itself_cannot_steer_the_terminal(
+    server: FakeDashServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.script = [started(policy_note="a\x1b[2Jb"), fail(grpc.StatusCode.INTERNAL, "c\x1b[2Jd")]
+    assert main(["generate", "x"]) == 1
+    err = capsys.readouterr().err
+    assert "a\ufffd[2Jb" in err
+    assert "c\ufffd[2Jd" in err
+
+
+def test_the_command_starts_without_what_only_some_commands_need() -> None:
+    heavy = ("asyncio", "readline", "PIL", "shtab", "numpy", "matplotlib")
+    code = (
+        "import sys, dash_client\n"
+        "before = set(sys.modules)\n"
+        "import dash_client.cli\n"
+        "dash_client.cli.parser()\n"
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = result.stdout.split()
+    assert not {name.partition(".")[0] for name in loaded} & set(heavy)
+    ours = {name.rpartition(".")[2] for name in loaded if name.startswith("dash_client.commands.")}
+    assert ours == {"arguments", "exit_codes", "output"}

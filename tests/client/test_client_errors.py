@@ -1,5 +1,6 @@
 """Failures reach the user as `DashError`s that say what to do."""
 
+import pickle
 from typing import Any
 
 import grpc
@@ -18,6 +19,7 @@ from dash_client import (
     NotFoundError,
     ResourceExhaustedError,
     ServerError,
+    UnauthenticatedError,
     UnavailableError,
     UnimplementedError,
 )
@@ -25,6 +27,7 @@ from dash_client import (
 EXPECTED: dict[grpc.StatusCode, type[DashError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
     grpc.StatusCode.OUT_OF_RANGE: InvalidArgumentError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
     grpc.StatusCode.NOT_FOUND: NotFoundError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
@@ -37,7 +40,7 @@ EXPECTED: dict[grpc.StatusCode, type[DashError]] = {
 @pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
 def test_every_status_is_a_dash_error_from_every_call(code: grpc.StatusCode) -> None:
     expected = EXPECTED.get(code, ServerError)
-    with FakeDashServer([fail(code, "it went wrong")]) as server, DashClient(server.target) as client:
+    with FakeDashServer([fail(code, "it went wrong")]) as server, DashClient(server.target, retries=0) as client:
         with pytest.raises(DashError) as from_generate:
             client.generate("x")
         with pytest.raises(DashError) as from_stream:
@@ -153,3 +156,25 @@ def test_an_unknown_name_is_not_found() -> None:
         pytest.raises(NotFoundError, match="no policy is called 'x'"),
     ):
         client.policy_info("x")
+
+
+def test_a_server_that_wants_a_token_says_where_it_is_given() -> None:
+    step = fail(grpc.StatusCode.UNAUTHENTICATED, "a bearer token is needed", ErrorInfo(reason="UNAUTHENTICATED"))
+    with (
+        FakeDashServer([step]) as server,
+        DashClient(server.target) as client,
+        pytest.raises(UnauthenticatedError, match="DASH_TOKEN") as caught,
+    ):
+        client.generate("x")
+    assert caught.value.reason == "UNAUTHENTICATED"
+    assert len(server.requests) == 1
+
+
+def test_errors_go_from_process_to_process_whole() -> None:
+    error = ResourceExhaustedError(
+        "full", code="RESOURCE_EXHAUSTED", request_id="r-1", retry_after_seconds=1.5, field_violations=()
+    )
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is ResourceExhaustedError
+    assert vars(copy) == vars(error)
+    assert str(copy) == "full"

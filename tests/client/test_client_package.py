@@ -9,12 +9,12 @@ import dash_client
 
 MEASURE = """
 import json, sys, time
-begin = time.perf_counter()
-import grpc
-between = time.perf_counter()
-import dash_client, dash_client.cli
-end = time.perf_counter()
-print(json.dumps({"own": end - between, "grpc": between - begin, "modules": sorted(sys.modules)}))
+begin = time.process_time()
+import dash_client
+client = time.process_time()
+import dash_client.cli
+end = time.process_time()
+print(json.dumps({"client": client - begin, "cli": end - client, "modules": sorted(sys.modules)}))
 """
 
 
@@ -25,8 +25,11 @@ def test_the_exports_are_these() -> None:
     assert public - modules == set(dash_client.__all__)
     assert set(dash_client.__all__) == {
         "Action",
+        "AsyncDashClient",
+        "AsyncGenerationStream",
         "CancelledError",
         "ChatMessage",
+        "ConnectionOptions",
         "DashClient",
         "DashError",
         "DeadlineExceededError",
@@ -40,6 +43,7 @@ def test_the_exports_are_these() -> None:
         "GenerationStream",
         "HealthStatus",
         "InvalidArgumentError",
+        "Messages",
         "Mode",
         "ModelInfo",
         "NotFoundError",
@@ -55,6 +59,7 @@ def test_the_exports_are_these() -> None:
         "StepKind",
         "StreamDelta",
         "TokenLogprobs",
+        "UnauthenticatedError",
         "UnavailableError",
         "UnimplementedError",
         "Usage",
@@ -66,12 +71,13 @@ def test_importing_is_quick_and_pulls_in_no_numerics() -> None:
     for _ in range(3):
         result = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, check=True)
         runs.append(json.loads(result.stdout))
-        # A shared machine may be busy for a moment; one quick run proves the point.
-        if runs[-1]["own"] < 0.2:
+        # Others on the machine cost no CPU time, but caches; one quick run proves the point.
+        if runs[-1]["client"] + runs[-1]["cli"] < 0.3:
             break
         time.sleep(0.2)
-    assert min(run["own"] for run in runs) < 0.2
+    assert min(run["client"] + run["cli"] for run in runs) < 0.3
     forbidden = {"numpy", "torch", "transformers", "msgspec", "pydantic", "dash_runtime", "dash_server"}
+    forbidden |= {"opentelemetry", "tqdm"}
     assert not forbidden & {name.partition(".")[0] for name in runs[0]["modules"]}
     only_for_traces = ("google.protobuf.json_format", "dash_client.trace", "dash_client.recorded_")
     assert not [name for name in runs[0]["modules"] if name.startswith(only_for_traces)]

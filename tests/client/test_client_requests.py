@@ -1,5 +1,6 @@
 """What goes over the wire for a caller's arguments."""
 
+import math
 from typing import Any
 
 import pytest
@@ -9,35 +10,35 @@ from dash_api.v1 import common_pb2, generation_pb2
 from dash_client import Action, DashClient, InvalidArgumentError, Mode
 from dash_client.requests import generation_parameters
 
-ZEROES: list[tuple[str, str, Any]] = [
+DEFAULTS: list[tuple[str, str, Any]] = [
     ("sampling", "temperature", 0),
     ("sampling", "top_k", 0),
-    ("sampling", "top_p", 0.0),
+    ("sampling", "top_p", 1),
     ("sampling", "min_p", 0.0),
-    ("sampling", "repetition_penalty", 0.0),
+    ("sampling", "repetition_penalty", 1.0),
     ("sampling", "presence_penalty", 0.0),
     ("sampling", "frequency_penalty", 0.0),
     ("sampling", "seed", 0),
-    ("stopping", "max_new_tokens", 0),
+    ("stopping", "max_new_tokens", 1),
     ("stopping", "ignore_eos", False),
-    ("skip", "compute_budget", 0.0),
+    ("skip", "compute_budget", 1),
     ("skip", "policy_name", ""),
-    ("skip", "draft_length", 0),
+    ("skip", "draft_length", 1),
     ("output", "logprobs", 0),
     ("output", "return_decisions", False),
     ("output", "trace", False),
 ]
 
 
-@pytest.mark.parametrize(("group", "name", "zero"), ZEROES)
-def test_zero_is_sent(group: str, name: str, zero: Any) -> None:
-    parameters = generation_parameters("x", **{name: zero})
+@pytest.mark.parametrize(("group", "name", "value"), DEFAULTS)
+def test_a_value_that_looks_like_none_is_sent(group: str, name: str, value: Any) -> None:
+    parameters = generation_parameters("x", **{name: value})
     assert getattr(parameters, group).HasField(name)
-    assert getattr(getattr(parameters, group), name) == zero
+    assert getattr(getattr(parameters, group), name) == value
 
 
 def test_none_is_not_sent() -> None:
-    nothing = dict.fromkeys((name for _, name, _ in ZEROES), None)
+    nothing = dict.fromkeys((name for _, name, _ in DEFAULTS), None)
     lists = dict.fromkeys(("stop", "stop_token_ids", "logit_bias", "mode", "fixed_action"), None)
     parameters = generation_parameters("x", **nothing, **lists)
     assert parameters == generation_pb2.GenerationParameters(text="x")
@@ -121,28 +122,137 @@ def test_a_prompt_of_another_kind_is_refused_by_name(prompt: Any) -> None:
     ("name", "value"),
     [
         ("temperature", "hot"),
+        ("temperature", "0.5"),
+        ("temperature", True),
+        ("temperature", -0.1),
+        ("temperature", 100.5),
+        ("temperature", math.nan),
+        ("temperature", math.inf),
+        ("temperature", [1]),
+        ("top_k", -1),
         ("top_k", 2**40),
         ("top_k", 1.5),
-        ("seed", -1),
-        ("seed", 2**64),
-        ("stop", 3),
-        ("stop", [b"\xff"]),
-        ("stop_token_ids", [-1]),
-        ("stop_token_ids", 5),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 101),
+        ("presence_penalty", -101),
+        ("frequency_penalty", 101),
         ("logit_bias", {"a": 1.0}),
         ("logit_bias", {1: "a"}),
+        ("logit_bias", {1: 101}),
+        ("logit_bias", {-1: 1.0}),
         ("logit_bias", 3),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", "8"),
+        ("stop", 3),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", [b"\xff"]),
+        ("stop", "\ud800"),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [1.0]),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", "12"),
+        ("ignore_eos", 1),
+        ("ignore_eos", "no"),
         ("mode", "fast"),
         ("mode", 2),
+        ("compute_budget", 0),
+        ("compute_budget", 1.01),
         ("fixed_action", "int2"),
         ("policy_name", 1),
+        ("draft_length", 0),
+        ("logprobs", 21),
+        ("logprobs", -1),
+        ("logprobs", True),
+        ("return_decisions", 0),
+        ("trace", "yes"),
     ],
 )
-def test_a_value_that_cannot_be_sent_is_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(InvalidArgumentError, match=name) as caught:
-        generation_parameters("x", **{name: value})  # type: ignore[misc]
-    assert caught.value.code == "INVALID_ARGUMENT"
-    assert caught.value.field_violations[0].field == name
+def test_a_wrong_value_is_refused_by_name_before_anything_is_sent(name: str, value: Any) -> None:
+    with DashClient("localhost:1", retries=0) as client:
+        for call in (client.generate, client.stream, client.chat, client.chat_stream):
+            with pytest.raises(InvalidArgumentError, match=name) as caught:
+                call("x", **{name: value})
+            assert caught.value.code == "INVALID_ARGUMENT"
+            assert caught.value.field_violations[0].field.partition("[")[0] == name
+        with pytest.raises(InvalidArgumentError, match=name):
+            client.map(["x"], **{name: value})  # type: ignore[call-overload]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+    parameters = generation_parameters(
+        numpy.array([3, 4]),
+        temperature=numpy.float32(0.5),
+        top_k=numpy.int64(5),
+        logit_bias={numpy.int32(7): numpy.float64(-1.5)},
+    )
+    assert list(parameters.token_ids.ids) == [3, 4]
+    assert parameters.sampling.temperature == 0.5
+    assert parameters.sampling.top_k == 5
+    assert dict(parameters.sampling.logit_bias) == {7: -1.5}
+
+
+def test_a_long_wrong_value_is_not_quoted_whole() -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        generation_parameters("x", temperature="hot" * 10_000)  # type: ignore[arg-type]
+    assert len(caught.value.message) < 200
+
+
+def test_chat_takes_messages_or_one_of_the_users() -> None:
+    history = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    with FakeDashServer() as server, DashClient(server.target) as client:
+        assert client.chat("Hi", temperature=0.5).text == "Hello"
+        assert client.chat(history).text == "Hello"
+        assert client.chat_stream(history, seed=1).final().text == "Hello"
+    sent = [[(m.role, m.content) for m in request.parameters.chat.messages] for request in server.requests]
+    whole = [("system", "Be brief."), ("user", "Hi")]
+    assert sent == [[("user", "Hi")], whole, whole]
+    assert server.requests[0].parameters.sampling.temperature == 0.5
+    assert server.requests[2].parameters.sampling.seed == 1
+
+
+@pytest.mark.parametrize(
+    ("messages", "field"),
+    [
+        ([], "messages"),
+        (None, "messages"),
+        (b"Hi", "messages"),
+        ({"role": "user", "content": "Hi"}, "messages"),
+        ([1, 2], "messages[0]"),
+        (["Hi"], "messages[0]"),
+        ([{"role": "user", "content": "Hi"}, "Hi"], "messages[1]"),
+        ([{"role": "user", "text": "Hi"}], "messages[0]"),
+        ([{"role": 1, "content": "Hi"}], "messages[0].role"),
+        ([{"role": "user", "content": ["Hi"]}], "messages[0].content"),
+        ("\ud800", "messages[0].content"),
+    ],
+)
+def test_wrong_messages_are_refused_by_name(messages: Any, field: str) -> None:
+    with DashClient("localhost:1", retries=0) as client, pytest.raises(InvalidArgumentError) as caught:
+        client.chat(messages)
+    assert caught.value.field_violations[0].field == field
+
+
+def test_arguments_of_the_other_calls_are_checked_too() -> None:
+    with DashClient("localhost:1", retries=0) as client:
+        with pytest.raises(InvalidArgumentError, match="name"):
+            client.policy_info(3)  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgumentError, match="request_id"):
+            client.decisions(None)  # type: ignore[arg-type]
+        with pytest.raises(InvalidArgumentError, match="prompt"):
+            client.tokenize("\ud800")
+        for timeout in (0, -1, math.nan, "5", True, [1]):
+            with pytest.raises(InvalidArgumentError, match="timeout"):
+                client.health(timeout=timeout)  # type: ignore[arg-type]
+            with pytest.raises(InvalidArgumentError, match="timeout"):
+                client.wait_until_ready(timeout=timeout)  # type: ignore[arg-type]
 
 
 def test_a_wrong_argument_is_a_value_error() -> None:

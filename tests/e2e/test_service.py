@@ -33,6 +33,8 @@ def server_environment(folder: Path, model: Path, **variables: str) -> dict[str,
 class Service:
     """A running server and a client for it."""
 
+    ready_seconds = 60.0
+
     def __init__(self, folder: Path, model: Path, **variables: str) -> None:
         self.log = folder / "log"
         with self.log.open("w") as log:
@@ -45,7 +47,11 @@ class Service:
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.02)
         self.client = DashClient(f"localhost:{port_file.read_text().strip()}")
-        self.client.wait_until_ready(timeout=60)
+        try:
+            self.client.wait_until_ready(timeout=self.ready_seconds)
+        except UnavailableError:
+            self.stop()
+            raise
 
     def workers(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children()
@@ -179,9 +185,9 @@ def test_tokenizing_agrees_with_what_a_generation_is_charged(service: Service) -
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"mode": "exact", "draft_length": 0}, "parameters.skip.draft_length"),
+        ({"mode": "adaptive", "draft_length": 4}, "parameters.skip.draft_length"),
         ({"mode": "adaptive", "compute_budget": 0.001}, "parameters.skip.compute_budget"),
-        ({"temperature": float("nan")}, "parameters.sampling.temperature"),
+        ({"mode": "fixed"}, "parameters.skip.fixed_action"),
         ({"max_new_tokens": 512}, "parameters.stopping.max_new_tokens"),
         ({"policy_name": "mine"}, "parameters.skip.policy_name"),
         ({"logit_bias": {100_000: 1.0}}, "parameters.sampling.logit_bias"),

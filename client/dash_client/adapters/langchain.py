@@ -1,0 +1,184 @@
+"""`ChatDash`, a LangChain chat model for a dash server. Needs the extra `langchain`.
+
+    from dash_client.adapters.langchain import ChatDash
+
+    model = ChatDash(mode="adaptive", max_tokens=64)
+    print(model.invoke("What is the capital of France?").text)
+
+Knows LangChain's core only, and leaves what is in range to the server.
+"""
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel
+from langchain_core.language_models.base import LangSmithParams
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.tools import BaseTool
+from pydantic import ConfigDict, Field, SecretStr
+
+from dash_client.adapters.answers import answer_facts
+from dash_client.adapters.connections import shared_async_client, shared_client
+from dash_client.adapters.langchain_messages import conversation, usage_metadata
+from dash_client.adapters.option_fields import ConnectionFields, OptionFields, client_options
+from dash_client.aio import AsyncDashClient
+from dash_client.client import DashClient
+from dash_client.types import Generation, StreamDelta
+
+PROVIDER = "dash"
+"""Of LangChain's names for providers, ours."""
+
+
+class ChatDash(ConnectionFields, OptionFields, BaseChatModel):
+    """A chat model that a dash server serves.
+
+    Options are set here for every request, or by `bind` and at a call for some: `model.bind(mode="exact")`. What a
+    call sets goes before what the model sets. `usage_metadata` of an answer counts its tokens; `response_metadata`
+    holds its finish reason, policy, mean cost and request id. Every call raises a `DashError`.
+
+    Example:
+        model = ChatDash(mode="adaptive", compute_budget=0.8)
+        for chunk in model.stream("Once upon a time"):
+            print(chunk.text, end="", flush=True)
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    token: SecretStr | None = Field(default=None, description="Bearer token; unset: DASH_TOKEN")
+    max_retries: int | None = Field(default=None, description="Tries after the first, in [0, 4]; unset: 3")
+    streaming: bool = Field(default=False, description="Whether `invoke` streams, for callbacks to see each token")
+    stop_token_ids: Sequence[int] | None = Field(default=None, description="Stop at the first of these token ids")
+    logit_bias: Mapping[int, float] | None = Field(default=None, description="Added to these token ids' logits")
+    logprobs: int | None = Field(default=None, description="Return log probabilities and this many alternatives")
+    return_decisions: bool | None = Field(default=None, description="Return the action of every layer and token")
+
+    @property
+    def _llm_type(self) -> str:
+        return "dash-chat"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        """What an answer depends on; also the key of LangChain's cache."""
+        return {"target": self.target, **self._options()}
+
+    @property
+    def lc_secrets(self) -> dict[str, str]:
+        return {"token": "DASH_TOKEN"}
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        return True
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """The token ids of a text, by the server's tokenizer."""
+        return list(self._client().tokenize(text))
+
+    def get_num_tokens_from_messages(
+        self,
+        messages: list[BaseMessage],
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool] | None = None,
+    ) -> int:
+        """How many tokens the conversation is, with all that the chat template adds."""
+        return len(self._client().tokenize(conversation(messages)))
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return _result(self._client().chat(conversation(messages), **self._options(stop, kwargs)))
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return _result(await self._async_client().chat(conversation(messages), **self._options(stop, kwargs)))
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        with self._client().chat_stream(conversation(messages), **self._options(stop, kwargs)) as stream:
+            for delta in stream:
+                if delta.text:
+                    yield _chunk(delta)
+            yield _last_chunk(stream.final())
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        async with self._async_client().chat_stream(conversation(messages), **self._options(stop, kwargs)) as stream:
+            async for delta in stream:
+                if delta.text:
+                    yield _chunk(delta)
+            yield _last_chunk(await stream.final())
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        own = [self.stop] if isinstance(self.stop, str) else self.stop
+        params = super()._get_ls_params(stop=own if stop is None else stop, **kwargs)
+        # Which model a server serves is known once it has answered.
+        params.setdefault("ls_model_name", PROVIDER)
+        return params
+
+    def _options(self, stop: list[str] | None = None, call: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Keyword arguments of the client's `generate`."""
+        declared = [*OptionFields.model_fields, "stop_token_ids", "logit_bias", "logprobs", "return_decisions"]
+        options = {name: getattr(self, name) for name in declared}
+        # `stream` is LangChain's own.
+        options |= {name: value for name, value in (call or {}).items() if name != "stream"}
+        if stop is not None:
+            options["stop"] = stop
+        return client_options(options)
+
+    def _client(self) -> DashClient:
+        return shared_client(**self._connection())
+
+    def _async_client(self) -> AsyncDashClient:
+        return shared_async_client(**self._connection())
+
+    def _connection(self) -> dict[str, Any]:
+        given = {name: getattr(self, name) for name in ConnectionFields.model_fields}
+        given["retries"] = self.max_retries
+        given["token"] = None if self.token is None else self.token.get_secret_value()
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def _result(generation: Generation) -> ChatResult:
+    message = AIMessage(
+        generation.text,
+        usage_metadata=usage_metadata(generation.usage),
+        response_metadata=_response_metadata(generation),
+    )
+    return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+def _chunk(delta: StreamDelta) -> ChatGenerationChunk:
+    return ChatGenerationChunk(message=AIMessageChunk(content=delta.text))
+
+
+def _last_chunk(generation: Generation) -> ChatGenerationChunk:
+    message = AIMessageChunk(
+        content="",
+        usage_metadata=usage_metadata(generation.usage),
+        response_metadata=_response_metadata(generation),
+        chunk_position="last",
+    )
+    return ChatGenerationChunk(message=message)
+
+
+def _response_metadata(generation: Generation) -> dict[str, Any]:
+    return {"model_provider": PROVIDER, **answer_facts(generation)}

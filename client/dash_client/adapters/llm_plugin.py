@@ -1,0 +1,129 @@
+"""The model `dash` of the `llm` command and library. Needs the extra `llm`, whose entry point loads this module.
+
+    llm -m dash "What is the capital of France?" -o mode adaptive
+
+Knows nothing of the command itself.
+"""
+
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import Any
+
+import llm
+from llm.parts import ReasoningPart, TextPart
+
+from dash_client.adapters.answers import answer_facts
+from dash_client.adapters.option_fields import ConnectionFields, OptionFields, client_options
+from dash_client.aio import AsyncDashClient
+from dash_client.client import DashClient
+from dash_client.errors import invalid_argument
+from dash_client.types import ChatMessage, Generation
+
+MODEL_ID = "dash"
+
+
+class DashOptions(ConnectionFields, OptionFields, llm.KeyModel.Options):
+    """What `-o` sets."""
+
+
+class DashModel(llm.KeyModel):
+    """A dash server's model. The key is the server's token, for servers that want one."""
+
+    model_id = MODEL_ID
+    needs_key = MODEL_ID
+    key_env_var = "DASH_TOKEN"
+    can_stream = True
+    Options = DashOptions
+
+    def get_key(self, explicit_key: str | None = None) -> str | None:
+        return _token(self.key, explicit_key)
+
+    def execute(
+        self,
+        prompt: llm.Prompt,
+        stream: bool,
+        response: llm.Response,
+        conversation: llm.Conversation | None,
+        key: str | None,
+    ) -> Iterator[str]:
+        messages, connection, options = _call(prompt, key)
+        with DashClient(**connection) as client, client.chat_stream(messages, **options) as answer:
+            for delta in answer:
+                yield delta.text
+            _note(response, answer.final())
+
+
+class AsyncDashModel(llm.AsyncKeyModel):
+    """The same, awaited."""
+
+    model_id = MODEL_ID
+    needs_key = MODEL_ID
+    key_env_var = "DASH_TOKEN"
+    can_stream = True
+    Options = DashOptions
+
+    def get_key(self, explicit_key: str | None = None) -> str | None:
+        return _token(self.key, explicit_key)
+
+    async def execute(
+        self,
+        prompt: llm.Prompt,
+        stream: bool,
+        response: llm.AsyncResponse,
+        conversation: llm.AsyncConversation | None,
+        key: str | None,
+    ) -> AsyncGenerator[str, None]:
+        messages, connection, options = _call(prompt, key)
+        async with AsyncDashClient(**connection) as client, client.chat_stream(messages, **options) as answer:
+            async for delta in answer:
+                yield delta.text
+            _note(response, await answer.final())
+
+
+@llm.hookimpl
+def register_models(register: Callable[..., None]) -> None:
+    """Called by `llm` when it looks for models."""
+    register(DashModel(), AsyncDashModel())
+
+
+def _token(own: str | None, explicit: str | None) -> str | None:
+    # Unlike `llm`'s own lookup, no error where there is none: most servers want no token.
+    return own or llm.get_key(input=explicit, alias=MODEL_ID, env="DASH_TOKEN")
+
+
+def _call(prompt: llm.Prompt, key: str | None) -> tuple[list[ChatMessage], dict[str, Any], dict[str, Any]]:
+    """The conversation, how to connect, and the options of the call."""
+    options = client_options(dict(prompt.options))
+    connection = {name: options.pop(name) for name in ConnectionFields.model_fields if name in options}
+    if key is not None:
+        connection["token"] = key
+    return _messages(prompt), connection, options
+
+
+def _messages(prompt: llm.Prompt) -> list[ChatMessage]:
+    messages = [ChatMessage(role=message.role, content=_text(message)) for message in prompt.messages]
+    if prompt.system:
+        # In a later turn, `llm` puts a new system prompt here and leaves the old one in the conversation.
+        messages = [message for message in messages if message["role"] != "system"]
+        messages.insert(0, ChatMessage(role="system", content=prompt.system))
+    return messages
+
+
+def _text(message: llm.Message) -> str:
+    for part in message.parts:
+        # What another model thought is no part of what it said.
+        if not isinstance(part, (TextPart, ReasoningPart)):
+            raise invalid_argument("messages", f"holds a {type(part).__name__}; the server takes text only")
+    return "".join(part.text for part in message.parts if isinstance(part, TextPart))
+
+
+def _note(response: llm.Response | llm.AsyncResponse, generation: Generation) -> None:
+    """Leaves with the response what `llm` logs and shows with `--usage`."""
+    usage = generation.usage
+    cached = usage.cached_prompt_token_count
+    response.set_usage(
+        input=usage.prompt_token_count,
+        output=usage.output_token_count,
+        details={"cached_tokens": cached} if cached else None,
+    )
+    response.set_resolved_model(generation.started.model)
+    response.response_json = answer_facts(generation)

@@ -1,0 +1,265 @@
+"""The asynchronous client: sends calls and awaits them. What a call is, and what came of it, is said elsewhere.
+
+The same surface as `client`, and the same parts; only what waits is of its own.
+"""
+
+import asyncio
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
+
+import grpc
+
+from dash_api.v1 import generation_pb2
+from dash_client.calls import Call, Calls, closed_error
+from dash_client.connection import ConnectionOptions, connection
+from dash_client.errors import DashError, DeadlineExceededError, UnavailableError
+from dash_client.mapping import Mapping
+from dash_client.readiness import Readiness
+from dash_client.recorded import RecordedDecisions
+from dash_client.stream_state import StreamState
+from dash_client.streams import AsyncGenerationStream, is_task_cancelled
+from dash_client.types import (
+    Generation,
+    GenerationOptions,
+    HealthStatus,
+    Messages,
+    ModelInfo,
+    PolicyInfo,
+    Prompt,
+)
+
+Answer = TypeVar("Answer")
+
+
+class AsyncDashClient:
+    """A connection to a dash server for one event loop; use it as an async context manager or await `close`.
+
+    Example:
+        async with AsyncDashClient() as client:
+            print((await client.generate("The capital of France is", max_new_tokens=8)).text)
+
+    Args:
+        target: `host:port`, or any gRPC target. Unset: DASH_TARGET, else localhost:50051.
+        timeout: deadline of each call in seconds. Unset: none for generation, 10 s for the rest.
+        options: token, TLS and retries; see `ConnectionOptions`.
+
+    Every method raises a `DashError`, never gRPC's own exceptions. A task that is cancelled gets asyncio's
+    CancelledError, as everywhere, and the request is cancelled on the server.
+    """
+
+    def __init__(
+        self, target: str | None = None, *, timeout: float | None = None, **options: Unpack[ConnectionOptions]
+    ) -> None:
+        self._connection = connection(target, **options)
+        self.target: str = self._connection.target.name
+        self._calls = Calls(self._connection, timeout)
+        self._is_closed = False
+        # A channel belongs to a loop, and there may be none yet.
+        self._channel: Any = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._methods: dict[str, Any] = {}
+
+    def __repr__(self) -> str:
+        return f"AsyncDashClient({self.target!r}, tls={self._connection.is_encrypted})"
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection; calls that are running are cancelled."""
+        self._is_closed = True
+        if self._channel is not None:
+            await self._channel.close()
+
+    async def generate(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerationOptions]
+    ) -> Generation:
+        """Generates, and returns when the text is complete.
+
+        Args:
+            prompt: text, token ids, or a list of `{"role": …, "content": …}` messages.
+            timeout: deadline in seconds instead of the client's; infinity for none.
+            options: see `GenerationOptions`.
+        """
+        return await self._run(self._calls.generate(prompt, timeout, options))
+
+    def stream(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerationOptions]
+    ) -> AsyncGenerationStream:
+        """Starts to generate, and returns a stream of the output; not awaited. Arguments as for `generate`."""
+        return self._start(self._calls.stream(prompt, timeout, options))
+
+    async def chat(
+        self, messages: Messages, *, timeout: float | None = None, **options: Unpack[GenerationOptions]
+    ) -> Generation:
+        """Generates the next message of a conversation.
+
+        Args:
+            messages: a list of `{"role": …, "content": …}`, oldest first, or text, which is one message of the user's.
+            timeout: deadline in seconds instead of the client's; infinity for none.
+            options: see `GenerationOptions`.
+        """
+        return await self._run(self._calls.chat(messages, timeout, options))
+
+    def chat_stream(
+        self, messages: Messages, *, timeout: float | None = None, **options: Unpack[GenerationOptions]
+    ) -> AsyncGenerationStream:
+        """Starts to generate the next message of a conversation; not awaited. Arguments as for `chat`."""
+        return self._start(self._calls.chat_stream(messages, timeout, options))
+
+    @overload
+    async def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        raise_errors: Literal[True],
+        max_concurrency: int = 8,
+        progress: bool = False,
+        timeout: float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> list[Generation]: ...
+    @overload
+    async def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        raise_errors: Literal[False] = False,
+        max_concurrency: int = 8,
+        progress: bool = False,
+        timeout: float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> list[Generation | DashError]: ...
+    async def map(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        raise_errors: bool = False,
+        max_concurrency: int = 8,
+        progress: bool = False,
+        timeout: float | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Any:
+        """Generates for each prompt, several at a time; returns the results in the order of the prompts.
+
+        A prompt that fails has its `DashError` as its result, and the others go on. Wrong options raise at once.
+
+        Args:
+            prompts: as for `generate`; each is taken only when there is room for it.
+            raise_errors: raise the first error instead, and cancel the others.
+            max_concurrency: how many are with the server at a time.
+            progress: show a progress bar (needs tqdm: `pip install 'dash-llm[cli]'`).
+            timeout: deadline of each in seconds instead of the client's; infinity for none.
+            options: see `GenerationOptions`; the same for all.
+        """
+        generate = self._calls.generate_each(timeout, options)
+        mapping = Mapping(
+            prompts, generate, max_concurrency=max_concurrency, progress=progress, raise_errors=raise_errors
+        )
+        running: dict[asyncio.Task[Generation], int] = {}
+        try:
+            while True:
+                while len(running) < mapping.max_concurrency and (job := mapping.next()) is not None:
+                    place, call = job
+                    running[asyncio.create_task(self._run(call))] = place
+                if not running:
+                    return mapping.results()
+                over, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in over:
+                    place = running.pop(task)
+                    try:
+                        result: Generation | DashError = task.result()
+                    except DashError as error:
+                        result = error
+                    mapping.done(place, result)
+        finally:
+            for task in running:
+                task.cancel()
+            if running:
+                await asyncio.wait(running)
+            mapping.close()
+
+    async def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> tuple[int, ...]:
+        """The token ids of text or of a conversation, exactly as a generation would see them."""
+        return await self._run(self._calls.tokenize(prompt, timeout))
+
+    async def model_info(self, *, timeout: float | None = None) -> ModelInfo:
+        """What model is served, and within which limits."""
+        return await self._run(self._calls.model_info(timeout))
+
+    async def policy_info(self, name: str | None = None, *, timeout: float | None = None) -> PolicyInfo:
+        """One policy, the default one unless named."""
+        return await self._run(self._calls.policy_info(name, timeout))
+
+    async def decisions(self, request_id: str, *, timeout: float | None = None) -> RecordedDecisions:
+        """What was decided and when for one of this caller's own latest requests, which is over.
+
+        Args:
+            request_id: as in `GenerationStarted`.
+            timeout: deadline in seconds instead of the client's; infinity for none.
+
+        Raises:
+            NotFoundError: the server does not hold it, or it is another caller's.
+        """
+        return await self._run(self._calls.decisions(request_id, timeout))
+
+    async def health(self, *, timeout: float | None = None) -> HealthStatus:
+        """What the server says of itself now; this call is never tried again.
+
+        Raises:
+            UnavailableError: there is no server.
+        """
+        return await self._run(self._calls.health(timeout))
+
+    async def wait_until_ready(self, timeout: float = 60.0) -> None:
+        """Returns when the server serves; it may be started after this call.
+
+        Raises:
+            UnavailableError: it does not within `timeout` seconds; says what it did instead.
+        """
+        wait = Readiness(self.target, timeout)
+        while True:
+            seconds = wait.next_timeout()
+            try:
+                if wait.saw(await self.health(timeout=seconds)):
+                    return
+            except (UnavailableError, DeadlineExceededError) as error:
+                wait.failed(error)
+            await asyncio.sleep(wait.pause())
+
+    def _opened(self) -> Any:
+        """The channel of the loop that runs now."""
+        if self._is_closed:
+            raise closed_error()
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            if self._loop is not None and not self._loop.is_closed():
+                raise RuntimeError("this client is in use by another event loop; make one for each")
+            self._loop, self._channel = loop, self._connection.open(grpc.aio)
+            self._methods.clear()
+        return self._channel
+
+    async def _run(self, call: Call[Answer]) -> Answer:
+        channel = self._opened()
+        if call.path not in self._methods:
+            self._methods[call.path] = channel.unary_unary(call.path)
+        method = self._methods[call.path]
+        try:
+            return call.read(await method(call.request, timeout=call.timeout, metadata=call.metadata))
+        except grpc.RpcError as error:
+            raise call.failed(error) from None
+        except asyncio.CancelledError:
+            if is_task_cancelled():
+                raise
+            # The client was closed meanwhile, which is not this task's end.
+            raise call.cancelled() from None
+
+    def _start(self, call: Call[generation_pb2.StreamGenerateResponse]) -> AsyncGenerationStream:
+        method = self._opened().unary_stream(call.path)
+        running = method(call.request, timeout=call.timeout, metadata=call.metadata)
+        return AsyncGenerationStream(running, StreamState(call))

@@ -1,0 +1,137 @@
+"""What each option may be: its kind and its range. Knows no protobuf and no server.
+
+The server checks the same, and besides what depends on its model and its settings.
+"""
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from dash_client.errors import invalid_argument
+
+_MAX_INT32 = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    low: float
+    high: float
+    is_low_open: bool = False
+    is_integer: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        # Not a number is in no range.
+        return (self.low < value if self.is_low_open else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        number = "an integer" if self.is_integer else "a number"
+        if self.high == _MAX_INT32:
+            return f"{number} of {self.low} or more"
+        return f"{number} in {'(' if self.is_low_open else '['}{self.low}, {self.high}]"
+
+
+_RANGES = {
+    "temperature": _Range(0, 100),
+    "top_k": _Range(0, _MAX_INT32, is_integer=True),
+    "top_p": _Range(0, 1, is_low_open=True),
+    "min_p": _Range(0, 1),
+    "repetition_penalty": _Range(0, 100, is_low_open=True),
+    "presence_penalty": _Range(-100, 100),
+    "frequency_penalty": _Range(-100, 100),
+    "logit_bias": _Range(-100, 100),
+    "seed": _Range(0, 2**64 - 1, is_integer=True),
+    "max_new_tokens": _Range(1, _MAX_INT32, is_integer=True),
+    "compute_budget": _Range(0, 1, is_low_open=True),
+    "draft_length": _Range(1, _MAX_INT32, is_integer=True),
+    "logprobs": _Range(0, 20, is_integer=True),
+}
+_FLAGS = frozenset({"ignore_eos", "return_decisions", "trace"})
+
+
+def option(name: str, value: Any) -> Any:
+    """The value as it can be sent; `name` is an option with a single value.
+
+    Raises:
+        InvalidArgumentError: it is of another kind, or out of range.
+    """
+    if name in _RANGES:
+        return number(name, value)
+    return flag(name, value) if name in _FLAGS else text(name, value)
+
+
+def number(name: str, value: Any, argument: str | None = None) -> float:
+    """A number in the range of the option `name`; integers of numpy and the like are some, True is none.
+
+    Raises:
+        InvalidArgumentError: names `argument`, by default the option.
+    """
+    allowed = _RANGES[name]
+    is_number = not isinstance(value, (bool, str, bytes))
+    try:
+        converted = (operator.index(value) if allowed.is_integer else float(value)) if is_number else math.nan
+    except (TypeError, ValueError, OverflowError):
+        converted = math.nan
+    if converted not in allowed:
+        raise invalid_argument(argument or name, f"must be {allowed}, not {_shown(value)}")
+    return converted
+
+
+def token_id(argument: str, value: Any) -> int:
+    """A token id; whether the model has it is the server's to say.
+
+    Raises:
+        InvalidArgumentError: it is no integer of 0 or more.
+    """
+    try:
+        converted = operator.index(value)
+    except TypeError:
+        converted = -1
+    if isinstance(value, bool) or not 0 <= converted < 2**32:
+        raise invalid_argument(argument, f"must hold token ids, integers of 0 or more, not {_shown(value)}")
+    return converted
+
+
+def flag(argument: str, value: Any) -> bool:
+    """True or False.
+
+    Raises:
+        InvalidArgumentError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise invalid_argument(argument, f"must be True or False, not {_shown(value)}")
+    return value
+
+
+def text(argument: str, value: Any) -> str:
+    """Text that can be sent.
+
+    Raises:
+        InvalidArgumentError: it is no text, or half a character.
+    """
+    if not isinstance(value, str):
+        raise invalid_argument(argument, f"must be text, not {_shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise invalid_argument(argument, f"has half a character at position {error.start}: {error.reason}") from None
+    return value
+
+
+def timeout(value: Any, default: float | None) -> float | None:
+    """Seconds for one call, or None for no deadline; infinity overrides a default with none.
+
+    Raises:
+        InvalidArgumentError: it is not a positive number.
+    """
+    chosen = default if value is None else value
+    if chosen is None or chosen == math.inf:
+        return None
+    if isinstance(chosen, (bool, str, bytes)) or not hasattr(chosen, "__float__") or not float(chosen) > 0:
+        raise invalid_argument("timeout", f"must be a number of seconds, more than 0, not {_shown(chosen)}")
+    return float(chosen)
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else f"{shown[:36]}… ({type(value).__name__})"

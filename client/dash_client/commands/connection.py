@@ -1,0 +1,57 @@
+"""From the connection's options on the command line to a client. Knows no command."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dash_client.client import DashClient
+from dash_client.errors import invalid_argument
+
+_MAX_TOKEN_BYTES = 16 << 10
+"""Far more than a header may hold; keeps a wrong file from being read as a token."""
+
+
+def connect(arguments: argparse.Namespace) -> DashClient:
+    """A client for the server that the arguments name.
+
+    Raises:
+        InvalidArgumentError: an option is wrong, or a file cannot be read.
+    """
+    return DashClient(**connection_options(arguments))
+
+
+def connection_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for a client, of either colour. What was not given is left out: the client knows the defaults.
+
+    Raises:
+        InvalidArgumentError: the token's file cannot be read, or holds no token.
+    """
+    given = {
+        "target": arguments.target,
+        "timeout": arguments.timeout,
+        "tls": True if arguments.tls else None,
+        "ca_file": arguments.ca_file,
+        "certificate_file": arguments.certificate_file,
+        "key_file": arguments.key_file,
+        "server_name": arguments.server_name,
+        "allow_insecure_token": True if arguments.allow_insecure_token else None,
+        "token": None if arguments.token_file is None else _read_token(arguments.token_file),
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _read_token(path: Path) -> str:
+    """The file's only line. No message tells what is in the file."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_TOKEN_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is no file name"
+        raise invalid_argument("--token-file", f"{path} cannot be read: {reason}") from None
+    if len(content) > _MAX_TOKEN_BYTES:
+        raise invalid_argument("--token-file", f"{path} holds more than a token")
+    # The client checks what a token may be made of.
+    token = content.decode("ascii", errors="replace").strip()
+    if not token:
+        raise invalid_argument("--token-file", f"{path} is empty")
+    return token

@@ -1,0 +1,59 @@
+"""`dash-client info`, `health` and `tokenize`: what a server says of itself, its model and a prompt."""
+
+import argparse
+import sys
+from typing import Any
+
+from dash_client.commands.connection import connect
+from dash_client.commands.exit_codes import ExitCode
+from dash_client.commands.output import as_json, print_json, printable
+from dash_client.commands.prompts import prompt_of
+from dash_client.types import HealthStatus
+
+
+def run_info(arguments: argparse.Namespace) -> ExitCode:
+    """The model, its limits, and a policy."""
+    with connect(arguments) as client:
+        facts = {"model": as_json(client.model_info()), "policy": as_json(client.policy_info(arguments.policy))}
+    if arguments.json:
+        print_json(facts)
+        return ExitCode.OK
+    for title, section in facts.items():
+        print(title)
+        for name, value in section.items():
+            print(printable(f"  {name:<26}{_in_words(value)}", sys.stdout))
+    return ExitCode.OK
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item:.3f}" for key, item in value.items()) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def run_health(arguments: argparse.Namespace) -> ExitCode:
+    """Whether the server is serving."""
+    with connect(arguments) as client:
+        if arguments.wait is not None:
+            client.wait_until_ready(arguments.wait)
+        status = client.health()
+        if arguments.json:
+            print_json({"target": client.target, "status": status.name})
+        else:
+            print(status.name)
+    return ExitCode.OK if status is HealthStatus.SERVING else ExitCode.UNAVAILABLE
+
+
+def run_tokenize(arguments: argparse.Namespace) -> ExitCode:
+    """The token ids of a prompt."""
+    with connect(arguments) as client:
+        token_ids = client.tokenize(prompt_of(arguments))
+    if arguments.json:
+        print_json({"token_ids": token_ids})
+    else:
+        print(*token_ids)
+    return ExitCode.OK

@@ -1,0 +1,103 @@
+"""A heatmap's contents, and its lines in a terminal: a token each, a cell for each layer. Knows no server and no file.
+
+A server sends text by pieces and not by tokens: a piece may complete several tokens. Its text stands at the last of
+them.
+"""
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from dash_client.heatmap import RESET, ColorDepth, background, without_control_characters
+from dash_client.types import Action, StreamDelta
+
+# The trace page's colours: work is blue, the more the darker, a skip is orange; their order in lightness stays for the
+# colour-blind.
+COLORS = {
+    Action.SKIP: (240, 148, 58),
+    Action.INT4: (185, 214, 240),
+    Action.INT8: (107, 165, 217),
+    Action.FULL: (35, 85, 143),
+}
+LETTERS = {Action.SKIP: ".", Action.INT4: "4", Action.INT8: "8", Action.FULL: "F"}
+
+LABEL_WIDTH = 14
+_RULER_STEP = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One token."""
+
+    label: str
+    """Its text as far as one is known, on one line; empty where a later token completes it."""
+    actions: tuple[Action, ...]
+
+
+def rows_of_delta(delta: StreamDelta) -> list[Row]:
+    """The tokens of a piece of output."""
+    return rows_of_piece(delta.text, list(delta.decisions or ()))
+
+
+def rows_of_piece(text: str, decisions: Sequence[tuple[Action, ...]]) -> list[Row]:
+    """The tokens that complete this text."""
+    last = len(decisions) - 1
+    return [Row(label_of(text) if token == last else "", actions) for token, actions in enumerate(decisions)]
+
+
+def label_of(text: str) -> str:
+    """The text on one line, without anything that would steer a terminal."""
+    # A file may hold halves of characters, which nothing can print.
+    whole = text.encode("utf-8", "replace").decode()
+    return without_control_characters(whole.replace("\n", "\\n").replace("\t", "\\t"))
+
+
+class RowPainter:
+    """Makes the lines."""
+
+    def __init__(self, layer_count: int, depth: ColorDepth) -> None:
+        self._layer_count = layer_count
+        self._depth = depth
+
+    def legend(self) -> str:
+        """One line that explains the cells."""
+        cells = (f"{self._cells((action,))} {action.name.lower()}" for action in Action)
+        return f"a line for each token, a column for each of {self._layer_count} layers: {', '.join(cells)}"
+
+    def ruler(self) -> str:
+        """The numbers of the layers, from 0, above their columns."""
+        marks = "".join(f"{layer:<{_RULER_STEP}}" for layer in range(0, self._layer_count, _RULER_STEP))
+        return f"{'':{LABEL_WIDTH}} {marks[: self._layer_count].rstrip()}"
+
+    def line(self, row: Row) -> str:
+        """The line of one token."""
+        return f"{_fitted(row.label, LABEL_WIDTH)} {self._cells(row.actions)}"
+
+    def _cells(self, actions: Iterable[Action]) -> str:
+        # Letters with the colours, too: not everybody tells them apart.
+        cells = []
+        before = None
+        for action in actions:
+            cells.append("" if action is before else background(COLORS[action], self._depth))
+            cells.append(LETTERS[action])
+            before = action
+        return "".join(cells) + (RESET if self._depth is not ColorDepth.NONE else "")
+
+
+def _fitted(text: str, width: int) -> str:
+    """The text, cut or filled to so many columns of a terminal."""
+    columns = 0
+    kept = ""
+    for character in text:
+        step = _columns(character)
+        if columns + step > width:
+            break
+        kept += character
+        columns += step
+    return kept + " " * (width - columns)
+
+
+def _columns(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1

@@ -1,0 +1,47 @@
+"""Reads prompts: from the command line, and from standard input. Knows no server."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+from dash_client.errors import InvalidArgumentError, invalid_argument
+from dash_client.types import ChatMessage, Prompt
+
+
+def prompt_of(arguments: argparse.Namespace) -> Prompt:
+    """The prompt as it is to be sent: one user message, or plain text with `--raw`.
+
+    Raises:
+        InvalidArgumentError: standard input was to be read, and is no text.
+    """
+    text = read_text() if arguments.prompt == "-" else arguments.prompt
+    return text if arguments.raw else [ChatMessage(role="user", content=text)]
+
+
+def read_text() -> str:
+    """All of standard input.
+
+    Raises:
+        InvalidArgumentError: it is closed, or no text in the terminal's encoding.
+    """
+    return "".join(read_lines())
+
+
+def read_lines() -> Iterator[str]:
+    """Standard input, line by line as they come, with their ends.
+
+    Raises:
+        InvalidArgumentError: it is closed, or no text in the terminal's encoding.
+    """
+    # Python leaves it out when the process was started with it closed.
+    if sys.stdin is None:
+        raise invalid_argument("standard input", "is closed")
+    try:
+        while line := sys.stdin.readline():
+            yield line
+    except UnicodeDecodeError as error:
+        raise _no_text(error) from None
+
+
+def _no_text(error: UnicodeDecodeError) -> InvalidArgumentError:
+    return invalid_argument("standard input", f"is not {error.encoding} text: {error.reason} at byte {error.start}")

@@ -1,0 +1,88 @@
+"""Prints an answer as it comes, and options and summaries of one. Reads from any iterable of deltas."""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+
+from dash_client.commands.output import color_depth, printable, say
+from dash_client.errors import DashError
+from dash_client.heatmap import DepthPainter
+from dash_client.types import Generation, GenerationOptions, GenerationStarted, Mode, StreamDelta
+
+
+def generation_options(arguments: argparse.Namespace) -> GenerationOptions:
+    """What was given of the options that all generating commands have."""
+    # `--fixed-action` means nothing in any other mode.
+    mode = arguments.mode or (Mode.FIXED if arguments.fixed_action else None)
+    return GenerationOptions(
+        mode=mode,
+        compute_budget=arguments.budget,
+        policy_name=arguments.policy,
+        fixed_action=arguments.fixed_action,
+        draft_length=arguments.draft_length,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        seed=arguments.seed,
+        max_new_tokens=arguments.max_new_tokens,
+        stop=arguments.stop,
+        ignore_eos=True if arguments.ignore_eos else None,
+    )
+
+
+def say_note(started: GenerationStarted) -> None:
+    """What a caller should know of the policy, if there is something."""
+    if started.policy_note:
+        say(f"note: {started.policy_note}")
+
+
+class AnswerPrinter:
+    """Prints answers on standard output, marked by depth where `--show-depth` asks for it."""
+
+    def __init__(self, arguments: argparse.Namespace, layer_count: int) -> None:
+        self._painter = DepthPainter(layer_count, color_depth(arguments, sys.stdout)) if arguments.show_depth else None
+        if self._painter is not None:
+            # The marks are its own, no model's text.
+            print(self._painter.legend(), file=sys.stderr, flush=True)
+
+    def print(self, deltas: Iterable[StreamDelta]) -> None:
+        """Prints the pieces as they come, and ends the line; what went wrong is then said on a line of its own."""
+        ends_line = True
+        try:
+            for delta in deltas:
+                piece = replace(delta, text=printable(delta.text, sys.stdout))
+                if piece.text:
+                    ends_line = piece.text.endswith("\n")
+                print(self._painter.paint(piece) if self._painter else piece.text, end="", flush=True)
+        except DashError:
+            if not ends_line:
+                print(flush=True)
+            raise
+        if not ends_line or self._painter:
+            print(flush=True)
+
+
+def summary(generation: Generation) -> str:
+    """One line on an answer: its length, speed and depth."""
+    usage, depth = generation.usage, generation.depth
+    speed = usage.decode_tokens_per_second
+    parts = [
+        f"{usage.output_token_count} tokens ({generation.finish_reason})",
+        f"{speed:.1f} tokens/s" if speed is not None else "no decode speed",
+        f"policy {generation.started.policy or 'none'}",
+    ]
+    if depth.mean_layers:
+        layers = (f"{action.name} {mean:.1f}" for action, mean in depth.mean_layers.items() if mean)
+        parts.append(f"layers per token: {', '.join(layers)}")
+    if drafts := usage.speculation:
+        parts.append(
+            f"{drafts.drafted_token_count} drafted, {drafts.accepted_token_count} accepted "
+            f"in {drafts.verification_count} verifications"
+        )
+    if depth.mean_cost is not None:
+        parts.append(f"mean cost {depth.mean_cost:.3f} of full depth")
+    parts.append(f"request {generation.started.request_id}")
+    return "; ".join(parts)

@@ -1,0 +1,203 @@
+"""The streams of both clients, as users see them: each reads in its own colour and feeds the same `StreamState`."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from dash_client.errors import DashError
+from dash_client.stream_state import StreamState
+from dash_client.types import Generation, GenerationStarted, StreamDelta
+
+_ENDS = (StopIteration, grpc.RpcError, DashError)
+_ASYNC_ENDS = (StopAsyncIteration, grpc.RpcError, DashError, asyncio.CancelledError)
+
+
+class GenerationStream:
+    """The output of one request, as it comes: an iterator of `StreamDelta`.
+
+    Also a context manager; leaving it before the end cancels the request on the server, and so does forgetting it.
+
+    Example:
+        with client.stream("Once upon a time") as stream:
+            for delta in stream:
+                print(delta.text, end="", flush=True)
+        print(stream.final().usage)
+    """
+
+    def __init__(self, call: Any, state: StreamState) -> None:
+        self._call = call
+        self._state = state
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def __del__(self) -> None:
+        # Where the interpreter is on its way out, gRPC may be gone already.
+        with contextlib.suppress(Exception):
+            self.cancel()
+
+    def __iter__(self) -> Iterator[StreamDelta]:
+        return self
+
+    def __next__(self) -> StreamDelta:
+        state, messages = self._state, self._call
+        while not state.is_over:
+            try:
+                delta = state.take(next(messages))
+            except _ENDS as error:
+                self._end(error)
+            else:
+                if delta is not None:
+                    return delta
+        state.check()
+        raise StopIteration
+
+    @property
+    def started(self) -> GenerationStarted:
+        """What is known since the request has its slot; waits for it.
+
+        Raises:
+            DashError: the request failed before that.
+        """
+        state = self._state
+        while not (state.has_started or state.is_over):
+            try:
+                state.take(next(self._call))
+            except _ENDS as error:
+                self._end(error)
+        return self._state.started()
+
+    def final(self) -> Generation:
+        """The complete answer; waits for the end, and takes the deltas not yet iterated over.
+
+        Raises:
+            DashError: the request failed.
+        """
+        for _ in self:
+            pass
+        return self._state.final()
+
+    def cancel(self) -> None:
+        """Cancels the request on the server. Does nothing when it is over."""
+        if not self._state.is_over:
+            self._call.cancel()
+
+    def _end(self, error: BaseException) -> None:
+        """What ended the call; raises it, unless it is the end of a whole answer."""
+        if isinstance(error, StopIteration):
+            self._state.end()
+        elif isinstance(error, grpc.RpcError):
+            self._state.fail(error)
+        else:
+            self._call.cancel()
+            raise error
+
+
+class AsyncGenerationStream:
+    """The output of one request, as it comes: an async iterator of `StreamDelta`.
+
+    Also an async context manager; leaving it before the end cancels the request on the server, and so does forgetting
+    it.
+
+    Example:
+        async with client.stream("Once upon a time") as stream:
+            async for delta in stream:
+                print(delta.text, end="", flush=True)
+        print((await stream.final()).usage)
+    """
+
+    def __init__(self, call: Any, state: StreamState) -> None:
+        self._call = call
+        self._messages: AsyncIterator[bytes] = call.__aiter__()
+        self._state = state
+        self._loop = asyncio.get_running_loop()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+    def __del__(self) -> None:
+        # The collector may run in any thread, and after the loop's end.
+        with contextlib.suppress(Exception):
+            if not self._state.is_over:
+                self._loop.call_soon_threadsafe(self._call.cancel)
+
+    def __aiter__(self) -> AsyncIterator[StreamDelta]:
+        return self
+
+    async def __anext__(self) -> StreamDelta:
+        state, messages = self._state, self._messages
+        while not state.is_over:
+            try:
+                delta = state.take(await messages.__anext__())
+            except _ASYNC_ENDS as error:
+                self._end(error)
+            else:
+                if delta is not None:
+                    return delta
+        state.check()
+        raise StopAsyncIteration
+
+    async def started(self) -> GenerationStarted:
+        """What is known since the request has its slot; waits for it.
+
+        Raises:
+            DashError: the request failed before that.
+        """
+        state = self._state
+        while not (state.has_started or state.is_over):
+            try:
+                state.take(await self._messages.__anext__())
+            except _ASYNC_ENDS as error:
+                self._end(error)
+        return self._state.started()
+
+    async def final(self) -> Generation:
+        """The complete answer; waits for the end, and takes the deltas not yet iterated over.
+
+        Raises:
+            DashError: the request failed.
+        """
+        async for _ in self:
+            pass
+        return self._state.final()
+
+    def cancel(self) -> None:
+        """Cancels the request on the server. Does nothing when it is over. Not awaited."""
+        if not self._state.is_over:
+            self._call.cancel()
+
+    def _end(self, error: BaseException) -> None:
+        """What ended the call; raises it, unless it is the end of a whole answer."""
+        if isinstance(error, StopAsyncIteration):
+            self._state.end()
+        elif isinstance(error, grpc.RpcError):
+            self._state.fail(error)
+        elif isinstance(error, asyncio.CancelledError):
+            cancelled = self._state.cancel()
+            if is_task_cancelled():
+                raise error
+            # The stream was cancelled, which is not this task's end.
+            raise cancelled from None
+        else:
+            self._call.cancel()
+            raise error
+
+
+def is_task_cancelled() -> bool:
+    """Whether somebody wants the running task to end; gRPC raises the same exception for a call that was cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

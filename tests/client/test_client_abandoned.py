@@ -1,0 +1,124 @@
+"""Streams that nobody ends: each is cancelled on the server within a second of being forgotten."""
+
+import asyncio
+import gc
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from fake_dash_server import HELLO, FakeDashServer
+
+from dash_client import AsyncDashClient, DashClient
+
+LIMIT_SECONDS = 1.0
+
+
+@pytest.fixture
+def server() -> Iterator[FakeDashServer]:
+    with FakeDashServer() as server:
+        yield server
+
+
+def endless(server: FakeDashServer, *, has_slot: bool) -> None:
+    """Streams of two messages and then nothing, or of nothing at all, as in the queue."""
+    server.script = [*HELLO[:2], server.wait] if has_slot else [server.wait]
+
+
+async def until_asked(server: FakeDashServer) -> None:
+    while not server.requests:
+        await asyncio.sleep(0.005)
+
+
+def test_breaking_out_of_the_loop_without_closing(server: FakeDashServer) -> None:
+    endless(server, has_slot=True)
+    with DashClient(server.target) as client:
+        for _ in client.stream("x"):
+            break
+        assert server.cancelled.wait(LIMIT_SECONDS)
+
+
+def test_forgetting_a_stream_that_waits_in_the_queue(server: FakeDashServer) -> None:
+    endless(server, has_slot=False)
+    with DashClient(server.target) as client:
+        stream = client.stream("x")
+        while not server.requests:
+            time.sleep(0.005)
+        del stream
+        assert server.cancelled.wait(LIMIT_SECONDS)
+
+
+def test_a_stream_in_a_cycle_goes_with_the_garbage(server: FakeDashServer) -> None:
+    endless(server, has_slot=True)
+    with DashClient(server.target) as client:
+        holder: dict[str, object] = {"stream": client.stream("x")}
+        holder["itself"] = holder
+        next(holder["stream"])  # type: ignore[call-overload]
+        del holder
+        gc.collect()
+        assert server.cancelled.wait(LIMIT_SECONDS)
+
+
+async def test_breaking_out_of_the_async_loop_without_closing(server: FakeDashServer) -> None:
+    endless(server, has_slot=True)
+    async with AsyncDashClient(server.target) as client:
+        async for _ in client.stream("x"):
+            break
+        assert await asyncio.to_thread(server.cancelled.wait, LIMIT_SECONDS)
+
+
+async def test_forgetting_an_async_stream_that_waits_in_the_queue(server: FakeDashServer) -> None:
+    endless(server, has_slot=False)
+    async with AsyncDashClient(server.target) as client:
+        stream = client.stream("x")
+        await until_asked(server)
+        del stream
+        assert await asyncio.to_thread(server.cancelled.wait, LIMIT_SECONDS)
+
+
+async def test_an_async_stream_in_a_cycle_goes_with_the_garbage_of_another_thread(server: FakeDashServer) -> None:
+    endless(server, has_slot=True)
+    async with AsyncDashClient(server.target) as client:
+        holder: dict[str, object] = {"stream": client.stream("x")}
+        holder["itself"] = holder
+        await anext(holder["stream"])  # type: ignore[call-overload]
+        del holder
+        await asyncio.to_thread(gc.collect)
+        assert await asyncio.to_thread(server.cancelled.wait, LIMIT_SECONDS)
+
+
+def test_a_stream_that_is_over_is_forgotten_in_silence(server: FakeDashServer) -> None:
+    with DashClient(server.target) as client:
+        stream = client.stream("x")
+        stream.final()
+        del stream
+        gc.collect()
+        assert client.generate("x").text == "Hello"
+    assert not server.cancelled.is_set()
+
+
+async def test_a_thousand_streams_of_one_client_at_once() -> None:
+    count = 1000
+    everybody_is_here = asyncio.Event()
+    inside = 0
+
+    async def stream(request: bytes, context: grpc.aio.ServicerContext) -> None:
+        nonlocal inside
+        inside += 1
+        if inside == count:
+            everybody_is_here.set()
+        await everybody_is_here.wait()
+        for event in HELLO:
+            await context.write(event.SerializeToString())  # type: ignore[union-attr]
+
+    methods = {"StreamGenerate": grpc.unary_stream_rpc_method_handler(stream)}
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("dash_api.v1.GenerationService", methods),))
+    port = server.add_insecure_port("localhost:0")
+    await server.start()
+    try:
+        async with AsyncDashClient(f"localhost:{port}", timeout=60) as client:
+            answers = await asyncio.gather(*(client.stream("x").final() for _ in range(count)))
+    finally:
+        await server.stop(None)
+    assert [answer.text for answer in answers] == ["Hello"] * count

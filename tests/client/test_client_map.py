@@ -1,0 +1,152 @@
+"""Many prompts at once: order, errors, laziness and concurrency, in both clients."""
+
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import grpc
+import pytest
+from client_colours import COLOURS, with_client
+from fake_dash_server import HELLO, FakeDashServer, delta, finished, started
+
+from dash_client import AsyncDashClient, CancelledError, DashClient, Generation, InvalidArgumentError, NotFoundError
+
+pytestmark = pytest.mark.parametrize("colour", COLOURS)
+
+
+class Echo(FakeDashServer):
+    """Answers with the prompt, the slower the earlier; refuses "bad"; counts how many are inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = 0
+        self.most_inside = 0
+        self._lock = threading.Lock()
+
+    def Generate(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
+        self._record(request, context)
+        text = request.parameters.text
+        with self._lock:
+            self.inside += 1
+            self.most_inside = max(self.most_inside, self.inside)
+        time.sleep(0.05 if text.endswith("0") else 0.005)
+        with self._lock:
+            self.inside -= 1
+        if text == "wait":
+            self.wait(context)
+        if text == "bad":
+            context.abort(grpc.StatusCode.NOT_FOUND, "no such thing")
+        kind = HELLO[0], delta(text, [1]), finished(1)
+        from dash_api.v1 import generation_pb2
+
+        return generation_pb2.GenerateResponse(
+            started=started().started, output=kind[1].delta, finished=kind[2].finished
+        )
+
+
+@pytest.fixture
+def server() -> Iterator[Echo]:
+    with Echo() as server:
+        yield server
+
+
+def map_all(colour: str, server: Echo, prompts: Iterable[Any], **options: Any) -> list[Any]:
+    result: list[Any] = with_client(
+        colour,
+        server.target,
+        lambda client: client.map(prompts, **options),
+        lambda client: client.map(prompts, **options),
+    )
+    return result
+
+
+def test_results_are_in_the_order_of_the_prompts(colour: str, server: Echo) -> None:
+    prompts = [f"p{number}" for number in range(40)]
+    results = map_all(colour, server, prompts, temperature=0.5)
+    assert [result.text for result in results] == prompts
+    assert {request.parameters.sampling.temperature for request in server.requests} == {0.5}
+
+
+def test_no_more_than_asked_for_are_inside(colour: str, server: Echo) -> None:
+    map_all(colour, server, [f"p{number}" for number in range(20)], max_concurrency=3)
+    assert server.most_inside == 3
+
+
+def test_prompts_are_taken_when_there_is_room(colour: str, server: Echo) -> None:
+    ahead = []
+
+    def prompts() -> Iterator[str]:
+        for number in range(30):
+            ahead.append(number + 1 - len(server.requests))
+            yield f"p{number}"
+
+    assert len(map_all(colour, server, prompts(), max_concurrency=2)) == 30
+    assert max(ahead) <= 3
+
+
+def test_an_error_is_the_result_in_its_place(colour: str, server: Echo) -> None:
+    results = map_all(colour, server, ["a", "bad", [], "b"])
+    assert [type(result) for result in results] == [Generation, NotFoundError, InvalidArgumentError, Generation]
+    assert results[2].field_violations[0].field == "prompt"
+
+
+def test_the_first_error_is_raised_where_that_is_wanted(colour: str, server: Echo) -> None:
+    begin = time.monotonic()
+    with pytest.raises(NotFoundError):
+        map_all(colour, server, ["wait", "bad", "a"], raise_errors=True, max_concurrency=2)
+    assert time.monotonic() - begin < 5
+
+
+def test_nothing_is_asked_with_wrong_options(colour: str, server: Echo) -> None:
+    for wrong in ({"temperature": -1}, {"max_concurrency": 0}, {"max_concurrency": True}, {"timeout": 0}):
+        with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):
+            map_all(colour, server, ["a"], **wrong)
+    with pytest.raises(InvalidArgumentError, match="prompts"):
+        map_all(colour, server, "one prompt")
+    with pytest.raises(TypeError, match="temprature"):
+        map_all(colour, server, ["a"], temprature=1)
+    assert server.requests == []
+    assert map_all(colour, server, []) == []
+
+
+def test_prompts_that_fail_themselves_end_it(colour: str, server: Echo) -> None:
+    def prompts() -> Iterator[str]:
+        yield "wait"
+        raise KeyError("no more")
+
+    with pytest.raises(KeyError, match="no more"):
+        map_all(colour, server, prompts())
+
+
+def test_closing_the_client_ends_it(colour: str, server: Echo) -> None:
+    def close_sync(client: DashClient) -> list[Any]:
+        timer = threading.Timer(0.3, client.close)
+        timer.start()
+        try:
+            return client.map(["wait"])
+        finally:
+            timer.join()
+
+    async def close_async(client: AsyncDashClient) -> list[Any]:
+        running = asyncio.create_task(client.map(["wait"]))
+        await asyncio.sleep(0.3)
+        await client.close()
+        return await running
+
+    (result,) = with_client(colour, server.target, close_sync, close_async)
+    assert isinstance(result, CancelledError)
+
+
+def test_progress_is_shown_where_tqdm_is(colour: str, server: Echo, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    map_all(colour, server, ["a", "bad"], progress=True)
+    assert "2/2" in capsys.readouterr().err
+
+
+def test_progress_without_tqdm_is_a_warning(colour: str, server: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with pytest.warns(UserWarning, match=r"dash-llm\[cli\]"):
+        assert len(map_all(colour, server, ["a"], progress=True)) == 1
