@@ -135,7 +135,8 @@ def failure_of(error: Exception, request_id: str) -> Failure:
     details: list[Message] = []
     pushback: tuple[tuple[str, str], ...] = ()
     if error.retry_after_seconds is not None:
-        milliseconds = round(error.retry_after_seconds * 1000)
+        # gRPC's own clients may hang on a push-back of 0.
+        milliseconds = max(1, round(error.retry_after_seconds * 1000))
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(milliseconds)
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))

@@ -70,8 +70,7 @@ async def _caller(load: _Load, rng: random.Random) -> None:
     while time.monotonic() < load.until:
         error: BaseException | None = None
         try:
-            async with asyncio.timeout(STUCK_SECONDS):
-                await _one(load, rng)
+            await _one(load, rng)
         except (grpc.aio.AioRpcError, TimeoutError) as caught:
             error = caught
         except asyncio.CancelledError:  # the call's own: it was cancelled here
@@ -96,7 +95,7 @@ async def _one(load: _Load, rng: random.Random) -> None:
     token_ids: list[int] = []
     text = ""
     num_messages = 0
-    while (response := await call.read()) is not grpc.aio.EOF:
+    while (response := await _next(call)) is not grpc.aio.EOF:
         token_ids += response.delta.token_ids
         text += response.delta.text
         num_messages += 1
@@ -107,6 +106,12 @@ async def _one(load: _Load, rng: random.Random) -> None:
     if await call.code() is not grpc.StatusCode.OK:
         raise grpc.aio.AioRpcError(await call.code(), await call.initial_metadata(), await call.trailing_metadata())
     load.samples.append((parameters, token_ids, text))
+
+
+async def _next(call: grpc.aio.UnaryStreamCall) -> generation_pb2.StreamGenerateResponse:
+    """The next message. A stream is stuck when none comes for so long; a slow reader's may take longer as a whole."""
+    async with asyncio.timeout(STUCK_SECONDS):
+        return await call.read()
 
 
 async def _watch_memory(load: _Load) -> None:
