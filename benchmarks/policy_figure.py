@@ -1,0 +1,138 @@
+"""`python -m benchmarks.policy_figure`: draws what the shipped policy decided for one answer, as docs/policy.png.
+
+It measures no time: what a step costs is told by the policy file's own table.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from tokenizers import Tokenizer
+
+from benchmarks.rounds import progress
+from dash_runtime.actions import Action
+from dash_runtime.checkpoints import (
+    default_cache_folder,
+    load_model_config,
+    open_weights,
+    resolve_checkpoint,
+    tokenizer_file,
+)
+from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
+from dash_runtime.engine.build import DTYPES, SHIPPED_POLICIES, BuildOptions, build_engine
+from dash_runtime.engine.sequence import TokenProduced
+from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
+
+_QUESTION = "Why is the sky blue?"
+_INK, _GRID = "#333333", "#dddddd"
+# Skipping stands out; the others darken with their work. Lightness alone tells them apart.
+_COLOURS = {Action.SKIP: "#E69F00", Action.INT4: "#A6CFE8", Action.INT8: "#3F8FC4", Action.FULL: "#0B3C6B"}
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One decode step: the text of the token that it put out, and the action of every layer."""
+
+    text: str
+    plan: tuple[Action, ...]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.policy_figure", description=__doc__)
+    parser.add_argument("--question", default=_QUESTION)
+    parser.add_argument("--budget", type=float, help="default: what the policy recommends")
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--out", type=Path, default=Path("docs/policy.png"))
+    options = parser.parse_args()
+    cache_folder = default_cache_folder(os.environ)
+    folder = resolve_checkpoint("embedded", None, cache_folder)
+    policy = shipped_policy(folder)
+    budget = options.budget or policy.calibration.recommended_budget
+    columns = answer(folder, cache_folder, options.question, budget, options.tokens)
+    draw(columns, policy, options.question, budget, options.out)
+    costs = [policy.costs.token_cost(column.plan, policy.head) for column in columns]
+    print(f"{len(columns)} steps; mean cost {sum(costs) / len(costs):.3f}, {min(costs):.3f} to {max(costs):.3f}")
+
+
+def shipped_policy(folder: Path) -> LearnedPolicy:
+    """The default one of the model in `folder`."""
+    model, weights = load_model_config(folder), open_weights(folder)
+    fingerprint = model_fingerprint(model, weights)
+    first = find_policies(SHIPPED_POLICIES, fingerprint)[0]
+    return load_policy(first, model, fingerprint, dtype=DTYPES["bfloat16"], device=torch.device("cpu"))
+
+
+def answer(folder: Path, cache_folder: Path, question: str, budget: float, num_tokens: int) -> list[Column]:
+    """The decode steps of a greedy answer; the first token, which comes from the prefill, has none."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_file(folder)))
+    prompt = tokenizer.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n").ids
+    engine = build_engine(folder, cache_folder, BuildOptions(device="cpu"), EngineConfig(), progress)
+    skip = SkipOptions(Mode.ADAPTIVE, compute_budget=budget)
+    engine.submit(GenerationRequest("figure", prompt, StoppingParameters(num_tokens), skip=skip, return_decisions=True))
+    tokens: list[TokenProduced] = []
+    while engine.has_work:
+        tokens += [event for event in engine.step() if isinstance(event, TokenProduced)]
+    texts = [tokenizer.decode([token.token_id]) for token in tokens]
+    plans = [tuple(Action(number) for number in token.plan) for token in tokens]
+    return [Column(text, plan) for text, plan in zip(texts[1:], plans[1:], strict=True)]
+
+
+def draw(columns: Sequence[Column], policy: LearnedPolicy, question: str, budget: float, path: Path) -> None:
+    """Layers by tokens above, the cost of each token below."""
+    canvas = Figure(figsize=(11, 6.6), dpi=110, layout="constrained", facecolor="white")
+    above, below = canvas.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3.2, 1]})
+    title = f"“{_plain(question)}”, answered by {policy.name} at a compute budget of {budget:.3f}"
+    above.set_title(title, loc="left", fontsize=11, pad=24, color=_INK)
+    _draw_plans(above, columns, policy)
+    _draw_costs(below, columns, policy, budget)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(path, metadata={"Software": None}, pil_kwargs={"optimize": True})
+
+
+def _draw_plans(axis: Axes, columns: Sequence[Column], policy: LearnedPolicy) -> None:
+    layers = range(policy.costs.num_layers)
+    shades = [[column.plan[layer] - 1 for column in columns] for layer in layers]
+    axis.pcolormesh(shades, cmap=ListedColormap(list(_COLOURS.values())), vmin=0, vmax=3, edgecolor="white", lw=0.4)
+    axis.invert_yaxis()
+    axis.set_ylabel("layer", color=_INK)
+    ticks = sorted({0, *range(5, policy.costs.num_layers, 5), policy.costs.num_layers - 1})
+    axis.set_yticks([tick + 0.5 for tick in ticks], [str(tick) for tick in ticks])
+    for layer in policy.pinned:
+        axis.text(len(columns) + 0.3, layer + 0.5, "pinned", va="center", fontsize=7, color=_INK)
+    handles = [Patch(color=colour, label=action.name) for action, colour in _COLOURS.items()]
+    axis.legend(handles=handles, ncols=4, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
+
+
+def _draw_costs(axis: Axes, columns: Sequence[Column], policy: LearnedPolicy, budget: float) -> None:
+    costs = [policy.costs.token_cost(column.plan, policy.head) for column in columns]
+    places = [place + 0.5 for place in range(len(columns))]
+    axis.bar(places, costs, width=0.8, color="#7A7A7A")
+    axis.axhline(budget, color="#D55E00", lw=1.2)
+    axis.text(len(columns) + 0.3, budget, "budget", va="center", fontsize=8, color="#D55E00")
+    axis.axhline(1, color=_INK, lw=1.2)
+    axis.text(len(columns) + 0.3, 1, "full depth", va="center", fontsize=8, color=_INK)
+    axis.set_ylim(0, 1.1)
+    axis.set_ylabel("cost of the token", color=_INK)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(True, axis="y", color=_GRID, lw=0.7)
+    axis.set_axisbelow(True)
+    texts = [_plain(column.text.replace("\n", "⏎").strip() or "␣") for column in columns]
+    axis.set_xticks(places, texts, rotation=90, fontsize=8)
+    axis.set_xlim(0, len(columns))
+
+
+def _plain(text: str) -> str:
+    """What matplotlib does not read as mathematics."""
+    return text.replace("$", r"\$")
+
+
+if __name__ == "__main__":
+    main()
