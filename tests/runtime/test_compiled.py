@@ -28,6 +28,8 @@ from dash_runtime.model_config import ModelConfig
 from tests.runtime.support import ALL_ACTIONS, CPU, full_plan, load_decoder, new_cache, run_rows, some_affine
 from tests.tiny_models import save_tiny_model
 
+pytestmark = pytest.mark.alone
+
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 272}
 NUM_THREADS = 2
 MAX_DIVERGENCE = 0.01

@@ -11,6 +11,8 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.rows import MAX_PENDING
 from tests.runtime.support import ALL_ACTIONS, full_plan, load_decoder, new_cache, run_rows, some_affine
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def decoder(tiny_folder: Path) -> Decoder:

@@ -25,6 +25,8 @@ from dash_runtime.policy.catalog import PolicyCatalog
 from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, some_affine, some_costs, tokens
 from tests.tiny_models import EOS_TOKEN_ID
 
+pytestmark = pytest.mark.alone
+
 ADAPTIVE = SkipOptions(Mode.ADAPTIVE, compute_budget=0.6)
 
 

@@ -26,6 +26,8 @@ from dash_runtime.errors import InvalidRequest
 from dash_runtime.policy.catalog import USUAL_VERIFICATION_COSTS, PolicyCatalog
 from tests.runtime.support import drain, finished, load_decoder, some_affine, tokens
 
+pytestmark = pytest.mark.alone
+
 ACTIONS = (Action.SKIP, Action.FULL)
 COSTS = CostTable.from_seconds(6, {Action.SKIP: 0.1, Action.FULL: 1.0}, {Action.FULL: 2.0}, 0.2)
 NEARLY_FREE = {1: 0.5, 3: 0.5, 7: 0.5}

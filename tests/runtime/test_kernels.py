@@ -8,6 +8,8 @@ from dash_runtime.actions import Action
 from dash_runtime.decoder.kernels import TILE, is_packable, pack_row_matrix, row_product
 from dash_runtime.decoder.quantization import dequantize_int4, quantize_int4, quantize_int8
 
+pytestmark = pytest.mark.alone
+
 RUNNING = (Action.INT4, Action.INT8, Action.FULL)
 SHAPES = [(16, 32), (48, 32), (16, 160), (80, 96)]
 

@@ -29,6 +29,8 @@ from dash_runtime.engine.sequence import EngineEvent, TokenProduced
 from dash_runtime.policy.catalog import PolicyCatalog
 from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, new_cache, some_affine, some_costs
 
+pytestmark = pytest.mark.alone
+
 BLOCK = 4
 MODES = {
     "full_depth": SkipOptions(Mode.FULL_DEPTH),

@@ -16,6 +16,8 @@ from dash_runtime.decoder.quantization import MAX_ALIKE_ROWS, FullLinear, Packed
 from tests.runtime.support import full_plan, load_decoder, new_cache
 from tests.tiny_models import FAMILIES, save_tiny_model
 
+pytestmark = pytest.mark.alone
+
 MATRICES = [(960, 576), (576, 576), (3072, 576), (576, 1536), (1000, 96)]
 """`(out_features, in_features)`: those of the embedded model, and one that fits no tile."""
 
