@@ -6,13 +6,13 @@ so that a request's record is a few buffers and not thousands of objects. All cl
 
 import sys
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from dash_runtime.actions import Action
 
-_MAX_UINT32 = 0xFFFF_FFFF
+MAX_UINT32 = 0xFFFF_FFFF
 
 
 class StepKind(StrEnum):
@@ -83,9 +83,13 @@ class RecordedRequest:
     """After those that are recorded."""
 
 
-def pack_uint32(values: Iterable[int]) -> bytes:
+def pack_uint32(values: Sequence[int]) -> bytes:
     """Little-endian, 4 bytes each; what does not fit becomes the nearest number that does."""
-    return _little_endian(array("I", [min(max(value, 0), _MAX_UINT32) for value in values])).tobytes()
+    try:
+        packed = array("I", values)
+    except OverflowError:
+        packed = array("I", [min(max(value, 0), MAX_UINT32) for value in values])
+    return _little_endian(packed).tobytes()
 
 
 def unpack_uint32(data: bytes) -> array:

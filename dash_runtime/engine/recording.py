@@ -8,14 +8,14 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
+import numpy
 import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.engine.step import DecidedBlock, Decider, StepOutput
 from dash_runtime.policy.catalog import Assignment
-from dash_runtime.recorded import RecordedRequest, RecordedStep, StepKind, pack_float32, pack_uint32
+from dash_runtime.recorded import MAX_UINT32, RecordedRequest, RecordedStep, StepKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,10 @@ class Recording:
 
     def __init__(self, assignment: Assignment, max_steps: int) -> None:
         self._assignment = assignment
+        self._layer_costs = numpy.zeros(max(Action) + 1)
+        """By Action's number."""
+        for action, cost in assignment.costs.layer.items():
+            self._layer_costs[action] = cost
         self._max_steps = max_steps
         self._steps: list[_Pass | _Verification] = []
         self._num_unrecorded = 0
@@ -77,7 +81,6 @@ class Recording:
             return None
         policy, costs = self._assignment.policy, self._assignment.costs
         is_asked = len(policy.pinned) < costs.num_layers
-        scores = self._all_scores()
         return RecordedRequest(
             request_id=request_id,
             policy=policy.name,
@@ -90,10 +93,7 @@ class Recording:
             ended_unix_ns=time.perf_counter_ns() + self._unix_offset_ns,
             first_token_id=None if self._first_token is None else self._first_token[0],
             first_token_unix_ns=None if self._first_token is None else self._first_token[1],
-            steps=[
-                self._packed_pass(step, scores) if isinstance(step, _Pass) else self._packed_verification(step)
-                for step in self._steps
-            ],
+            steps=self._packed_steps(),
             num_unrecorded_steps=self._num_unrecorded,
         )
 
@@ -103,47 +103,74 @@ class Recording:
         self._num_unrecorded += 1
         return False
 
-    def _all_scores(self) -> list[float]:
-        """Those of all blocks of all steps, in order: from an accelerator they come in one piece."""
-        parts = [
-            block.scores[step.place].flatten()
-            for step in self._steps
-            if isinstance(step, _Pass)
-            for block in step.blocks
-            if block.scores is not None
+    def _packed_steps(self) -> list[RecordedStep]:
+        steps: dict[int, RecordedStep] = {}
+        for has_blocks in (True, False):  # in mode EXACT full depth decodes, too, without any
+            some = {i: s for i, s in enumerate(self._steps) if isinstance(s, _Pass) and bool(s.blocks) is has_blocks}
+            if some:
+                steps |= zip(some, self._packed_passes(list(some.values())), strict=True)
+        return [
+            self._packed_verification(step) if isinstance(step, _Verification) else steps[index]
+            for index, step in enumerate(self._steps)
         ]
-        scores: list[float] = torch.cat(parts).tolist() if parts else []
-        scores.reverse()  # so that they are taken off the end
-        return scores
 
-    def _packed_pass(self, step: _Pass, all_scores: list[float]) -> RecordedStep:
+    def _packed_passes(self, passes: list[_Pass]) -> list[RecordedStep]:
+        """All of them at once, which have the same blocks: an operation on all layers of all steps costs as much as one
+        on a few numbers."""
+        num_layers, blocks = self._assignment.costs.num_layers, passes[0].blocks
+        begun = numpy.array([step.started_ns for step in passes])[:, None, None]
+        times = numpy.frombuffer(b"".join(step.layer_times for step in passes), numpy.int64)
+        layers = times.reshape(len(passes), num_layers, 2).swapaxes(1, 2) - begun
+        decisions = numpy.zeros((len(passes), 3, num_layers), numpy.int64)
+        if blocks:
+            tickets = numpy.array([[_ticket_times(block) for block in step.blocks] for step in passes])
+            decided = [layer for block in blocks for layer in block.layers]
+            block_of = [index for index, block in enumerate(blocks) for _ in block.layers]
+            evaluations = numpy.maximum(tickets[:, block_of, :2] - begun, 1)  # 0 is for layers without one
+            decisions[:, :2, decided] = evaluations.swapaxes(1, 2)
+            decisions[:, 2, [block.layers[0] for block in blocks]] = tickets[:, :, 2]
+        numbers = numpy.concatenate((layers, decisions), axis=1).clip(0, MAX_UINT32).astype("<u4")
+        plans = numpy.frombuffer(b"".join(step.plan for step in passes), numpy.uint8).reshape(len(passes), num_layers)
+        spent = numpy.zeros((len(passes), num_layers), "<f4")
+        spent[:, 1:] = self._layer_costs[plans[:, :-1]].cumsum(axis=1)
+        scores = self._all_scores(passes)
+        steps = []
+        for step, own_numbers, own_scores, own_spent in zip(passes, numbers, scores, spent, strict=True):
+            layer_starts, layer_ends, decision_starts, decision_ends, exposed = map(numpy.ndarray.tobytes, own_numbers)
+            steps.append(
+                RecordedStep(
+                    kind=step.kind,
+                    token_ids=[step.token_id],
+                    start_unix_ns=step.started_ns + self._unix_offset_ns,
+                    duration_ns=step.ended_ns - step.started_ns,
+                    actions=step.plan,
+                    layer_starts=layer_starts,
+                    layer_ends=layer_ends,
+                    decision_starts=decision_starts,
+                    decision_ends=decision_ends,
+                    exposed=exposed,
+                    scores=own_scores,
+                    cost_spent=own_spent.tobytes(),
+                )
+            )
+        return steps
+
+    def _all_scores(self, passes: list[_Pass]) -> list[bytes]:
+        """Of each step, from the layers' scores in order. From an accelerator they come in one piece."""
+        blocks = passes[0].blocks
+        if not blocks or blocks[0].scores is None:
+            return [b""] * len(passes)
+        by_step = [[block.scores for block in step.blocks if block.scores is not None] for step in passes]
+        if len({(step.place, len(own[0])) for step, own in zip(passes, by_step, strict=True)}) == 1:
+            decided = torch.cat([part for own in by_step for part in own], dim=1)[passes[0].place]
+        else:  # the batch was not always the same
+            rows = (torch.cat(own, dim=1)[step.place] for step, own in zip(passes, by_step, strict=True))
+            decided = torch.cat(tuple(rows))
         policy, costs = self._assignment.policy, self._assignment.costs
-        num_layers, width = costs.num_layers, len(policy.score_actions)
-        starts, ends, exposed = [0] * num_layers, [0] * num_layers, [0] * num_layers
-        scores = [0.0] * (num_layers * width)
-        for block in step.blocks:
-            ticket = block.ticket
-            start, end = ticket.started_ns - step.started_ns, max(1, ticket.ended_ns - step.started_ns)
-            exposed[block.layers[0]] = ticket.exposed_ns
-            for layer in block.layers:
-                starts[layer], ends[layer] = start, end
-                if block.scores is not None:
-                    scores[layer * width : (layer + 1) * width] = [all_scores.pop() for _ in range(width)]
-        layer_costs = [costs.layer[Action(action)] for action in step.plan]
-        return RecordedStep(
-            kind=step.kind,
-            token_ids=[step.token_id],
-            start_unix_ns=step.started_ns + self._unix_offset_ns,
-            duration_ns=step.ended_ns - step.started_ns,
-            actions=step.plan,
-            layer_starts=pack_uint32(time_ns - step.started_ns for time_ns in step.layer_times[0::2]),
-            layer_ends=pack_uint32(time_ns - step.started_ns for time_ns in step.layer_times[1::2]),
-            decision_starts=pack_uint32(starts),
-            decision_ends=pack_uint32(ends),
-            exposed=pack_uint32(exposed),
-            scores=pack_float32(scores) if any(block.scores is not None for block in step.blocks) else b"",
-            cost_spent=pack_float32(accumulate(layer_costs[:-1], initial=0.0)),
-        )
+        scores = numpy.zeros((len(passes), costs.num_layers, len(policy.score_actions)), "<f4")
+        where = [layer for block in blocks for layer in block.layers]
+        scores[:, where] = decided.view(len(passes), len(where), -1).cpu().numpy()
+        return [own.tobytes() for own in scores]
 
     def _packed_verification(self, step: _Verification) -> RecordedStep:
         return RecordedStep(
@@ -153,3 +180,8 @@ class Recording:
             duration_ns=step.ended_ns - step.started_ns,
             accepted_token_count=step.num_accepted,
         )
+
+
+def _ticket_times(block: DecidedBlock) -> tuple[int, int, int]:
+    ticket = block.ticket
+    return ticket.started_ns, ticket.ended_ns, ticket.exposed_ns
