@@ -4,7 +4,7 @@ The counterpart of `Decoder.run_layer`'s eager way, for passes of one row per se
 no policies and no requests.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,9 +72,19 @@ class CompiledLayers:
             for spec, program in programs.items()
             if spec.kind is ProgramKind.LAYER and spec.action is Action.FULL
         }
+        self._strides = tuple(sorted(self._full_programs, reverse=True))
         self._running = [action for kind, action in self._programs if kind is ProgramKind.LAYER]
         self.shares_products = shares_products
         self._layers: list[_Tensors] = []
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Rows of one sequence that a call takes in FULL, most first."""
+        return self._strides
+
+    def drop_strides(self, strides: Collection[int]) -> None:
+        """Has calls take so many rows no longer; one row remains."""
+        self._strides = tuple(stride for stride in self._strides if stride == 1 or stride not in strides)
 
     def add_layer(self, weights: LayerWeights) -> None:
         """Packs the next layer's matrices."""
@@ -117,13 +127,20 @@ class CompiledLayers:
         """Several rows of one sequence in FULL, each with the very numbers that it has where it is decoded alone."""
         parts: list[Tensor] = []
         first = 0
-        for stride in _strides(batch.num_rows, batch.sees_everything(layer)):
+        for stride in self._calls(batch.num_rows, batch.sees_everything(layer)):
             last = first + stride - 1
             program, inputs = self._full_programs[stride], hidden[first : last + 1]
             tables = (torch.cat(own) for own in zip(*batch.row_tables[first : last + 1], strict=True))
             parts += program([inputs, *batch.seen(layer, last), *tables, *self._layers[layer].layer[Action.FULL]])
             first += stride
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _calls(self, num_rows: int, takes_several: bool) -> list[int]:
+        """The rows of each call."""
+        calls: list[int] = []
+        while (left := num_rows - sum(calls)) > 0:
+            calls.append(next(rows for rows in self._strides if rows <= left and (takes_several or rows == 1)))
+        return calls
 
     def head(self, precision: Action, weight: Tensor, norm: RmsNorm) -> "CompiledHead | None":
         """The head of that precision, where there is a program for it."""
@@ -169,14 +186,6 @@ class CompiledLayers:
         late = self._programs[ProgramKind.LATE, action]
         late([torch.cat(rows), *stored, *batch.tables(positions), *self._layers[layer].late[action]])
         span.cache.pending[layer] = []
-
-
-def _strides(num_rows: int, takes_several: bool) -> list[int]:
-    """The rows of each call."""
-    strides: list[int] = []
-    while (left := num_rows - sum(strides)) > 0:
-        strides.append(next(stride for stride in _STRIDES if stride <= left and (takes_several or stride == 1)))
-    return strides
 
 
 class CompiledHead:

@@ -24,6 +24,7 @@ from dash_runtime.decoder.compiled import CompiledLayers, can_compile, program_s
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.programs import Program, ProgramKind, ProgramSpec, load_programs, programs_digest
 from dash_runtime.decoder.quantization import supported_actions
+from dash_runtime.decoder.strides import unequal_strides
 from dash_runtime.engine.calibration import Calibration, Progress
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
@@ -91,7 +92,9 @@ def build_engine(
     decoder = Decoder(
         model, weights, actions, dtype=dtype, device=device, context_length=context_length, compiled=compiled
     )
-    kind = "eager" if compiled is None else f"compiled {programs_digest()}"
+    if compiled is not None:
+        compiled.drop_strides(unequal_strides(decoder, compiled.strides))
+    kind = "eager" if compiled is None else f"compiled {programs_digest()}, strides {compiled.strides}"
     calibration = Calibration(cache_folder / "calibration", (fingerprint, options.precision), (describe(device), kind))
     compensation = calibration.compensation(decoder, tokenizer_file(folder), progress)
     costs = calibration.costs(decoder, compensation, progress)
