@@ -69,10 +69,10 @@ class CompiledLayers:
         self._programs = {(spec.kind, spec.action): program for spec, program in programs.items() if spec.num_rows == 1}
         self._full_programs = {
             spec.num_rows: program
-            for spec, program in programs.items()
+            for spec, program in sorted(programs.items(), key=lambda item: -item[0].num_rows)
             if spec.kind is ProgramKind.LAYER and spec.action is Action.FULL
         }
-        self._strides = tuple(sorted(self._full_programs, reverse=True))
+        """By the rows that a call takes, most first."""
         self._running = [action for kind, action in self._programs if kind is ProgramKind.LAYER]
         self.shares_products = shares_products
         self._layers: list[_Tensors] = []
@@ -80,11 +80,12 @@ class CompiledLayers:
     @property
     def strides(self) -> tuple[int, ...]:
         """Rows of one sequence that a call takes in FULL, most first."""
-        return self._strides
+        return tuple(self._full_programs)
 
     def drop_strides(self, strides: Collection[int]) -> None:
         """Has calls take so many rows no longer; one row remains."""
-        self._strides = tuple(stride for stride in self._strides if stride == 1 or stride not in strides)
+        for stride in set(strides) - {1}:
+            del self._full_programs[stride]
 
     def add_layer(self, weights: LayerWeights) -> None:
         """Packs the next layer's matrices."""
@@ -139,7 +140,7 @@ class CompiledLayers:
         """The rows of each call."""
         calls: list[int] = []
         while (left := num_rows - sum(calls)) > 0:
-            calls.append(next(rows for rows in self._strides if rows <= left and (takes_several or rows == 1)))
+            calls.append(next(rows for rows in self._full_programs if rows <= left and (takes_several or rows == 1)))
         return calls
 
     def head(self, precision: Action, weight: Tensor, norm: RmsNorm) -> "CompiledHead | None":

@@ -13,13 +13,8 @@ from opentelemetry.metrics import CallbackOptions, Meter, Observation
 from dash_runtime.actions import Action
 from dash_server.admission import Admission
 from dash_server.dispatcher import Dispatcher
-from dash_server.request_record import RequestRecord
+from dash_server.request_record import PROVIDER_NAME, RequestRecord
 from dash_server.worker_link import WorkerLink
-
-PROVIDER_NAME = "dash"
-
-# The order of `messages.Finished.layer_action_counts`.
-_ACTIONS_IN_ORDER = (Action.SKIP, Action.INT4, Action.INT8, Action.FULL)
 
 # Those of the GenAI conventions.
 _DURATION_BOUNDARIES = [0.01 * 2**exponent for exponent in range(14)]
@@ -127,7 +122,7 @@ class Metrics:
 
     def _attributes(self, record: RequestRecord) -> Attributes:
         attributes: Attributes = {
-            "gen_ai.operation.name": "chat" if record.is_chat else "text_completion",
+            "gen_ai.operation.name": record.operation,
             "gen_ai.provider.name": PROVIDER_NAME,
         }
         if (name := self._model_name()) is not None:
@@ -151,9 +146,9 @@ class Metrics:
         """Attributes first: a reader in another thread takes as many layers as both have."""
         for layer in range(len(self._actions), num_layers):
             self._action_attributes.append(
-                [{"dash.layer": layer, "dash.action": action.name.lower()} for action in _ACTIONS_IN_ORDER]
+                [{"dash.layer": layer, "dash.action": action.name.lower()} for action in Action]
             )
-            self._actions.append([0] * len(_ACTIONS_IN_ORDER))
+            self._actions.append([0] * len(Action))
 
     def _observe_actions(self, _: CallbackOptions) -> Iterable[Observation]:
         for sums, attributes in zip(self._actions, self._action_attributes, strict=False):

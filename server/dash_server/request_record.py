@@ -18,6 +18,9 @@ from dash_server.convert import PreparedRequest
 from dash_server.messages import Finished, Granted
 from dash_server.statuses import failure_of
 
+PROVIDER_NAME = "dash"
+"""`gen_ai.provider.name` of spans and metrics."""
+
 
 @dataclass(slots=True)
 class RequestRecord:
@@ -50,7 +53,6 @@ class RequestRecord:
     """Until it had its slot, here and at the worker."""
     first_token_unix_ns: int | None = None
     """When its first token was there to be sent."""
-    last_token_unix_ns: int | None = None
     num_output_tokens: int = 0
     """Given to the caller, as far as one can know."""
     finished: Finished | None = None
@@ -66,6 +68,11 @@ class RequestRecord:
     """The ErrorInfo's, where the call failed for one."""
 
     @property
+    def operation(self) -> str:
+        """`gen_ai.operation.name` of spans and metrics."""
+        return "chat" if self.is_chat else "text_completion"
+
+    @property
     def seconds(self) -> float:
         """From its beginning to its end, which is past."""
         assert self.ended_unix_ns is not None
@@ -73,11 +80,8 @@ class RequestRecord:
 
     def count_tokens(self, num_tokens: int) -> None:
         """So many more tokens are about to be sent."""
-        now = time.time_ns()
         if num_tokens and self.first_token_unix_ns is None:
-            self.first_token_unix_ns = now
-        if num_tokens:
-            self.last_token_unix_ns = now
+            self.first_token_unix_ns = time.time_ns()
         self.num_output_tokens += num_tokens
 
 

@@ -18,7 +18,7 @@ from opentelemetry.trace.status import Status, StatusCode
 
 from dash_runtime.recorded import RecordedRequest
 from dash_server.convert import PreparedRequest
-from dash_server.request_record import RequestRecord
+from dash_server.request_record import PROVIDER_NAME, RequestRecord
 from dash_server.sampling import SERVER_FAULTS
 from dash_server.span_tree import Attributes, SpanTree
 from dash_server.step_spans import SpanOptions, StepSpans
@@ -64,15 +64,11 @@ class CallSpans:
             attributes["dash.price_of_compute"] = self._recorded.price
         if self._steps is not None:
             attributes["dash.untraced_steps"] = self._steps.num_untraced_steps
-        name = f"{_operation(record)} {record.model}"
+        name = f"{record.operation} {record.model}"
         span, generation = tree.span(name, server, start, end, attributes, events=_events(record), status=status)
         yield span
         if self._steps is not None:
             yield from self._steps.make(tree, generation)
-
-
-def _operation(record: RequestRecord) -> str:
-    return "chat" if record.is_chat else "text_completion"
 
 
 def _server_attributes(record: RequestRecord) -> Attributes:
@@ -94,8 +90,8 @@ def _generation_attributes(record: RequestRecord, prepared: PreparedRequest, opt
     sampling, skip = request.sampling, request.skip
     is_stream = record.method.endswith("/StreamGenerate")
     attributes: Attributes = {
-        "gen_ai.operation.name": _operation(record),
-        "gen_ai.provider.name": "dash",
+        "gen_ai.operation.name": record.operation,
+        "gen_ai.provider.name": PROVIDER_NAME,
         "gen_ai.request.model": record.model,
         "gen_ai.request.stream": is_stream,
         "gen_ai.request.max_tokens": request.stopping.max_new_tokens,

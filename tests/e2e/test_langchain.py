@@ -21,7 +21,7 @@ from pydantic import SecretStr, ValidationError
 
 from dash_client import DashClient, DashError, GenerationOptions, InvalidArgumentError, UnavailableError
 from dash_client.adapters.langchain import ChatDash
-from tests.e2e.test_service import Service
+from tests.e2e.test_service import Service, service_with_token
 
 TOKEN = "langchain-s-token-long-enough"
 HELLO = "Hello, who are you?"
@@ -36,13 +36,8 @@ MESSAGES = [SystemMessage("Be brief."), HumanMessage("Hello"), AIMessage("Good d
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Service]:
-    folder = tmp_path_factory.mktemp("langchain")
-    tokens = folder / "tokens.toml"
-    tokens.write_text(f'[ann]\ntoken = "{TOKEN}"\n')
-    variables = {"DASH_NUM_THREADS": "1", "DASH_SLOTS": "1", "DASH_COMPILE": "false"}
-    running = Service(folder, tiny_folder, DASH_TOKEN_FILE=str(tokens), **variables)
-    yield running
-    assert running.stop() == 0, running.log.read_text()
+    with service_with_token(tmp_path_factory.mktemp("langchain"), tiny_folder, TOKEN) as running:
+        yield running
 
 
 @pytest.fixture

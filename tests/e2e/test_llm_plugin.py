@@ -18,7 +18,7 @@ import llm
 
 from dash_client import DashClient, DashError, GenerationOptions, InvalidArgumentError
 from dash_client.adapters.llm_plugin import AsyncDashModel, DashModel
-from tests.e2e.test_service import Service
+from tests.e2e.test_service import Service, service_with_token
 
 TOKEN = "llm-s-token-which-is-long-enough"
 HELLO = "Hello, who are you?"
@@ -29,13 +29,8 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Service]:
-    folder = tmp_path_factory.mktemp("llm")
-    tokens = folder / "tokens.toml"
-    tokens.write_text(f'[ann]\ntoken = "{TOKEN}"\n')
-    variables = {"DASH_NUM_THREADS": "1", "DASH_SLOTS": "1", "DASH_COMPILE": "false"}
-    running = Service(folder, tiny_folder, DASH_TOKEN_FILE=str(tokens), **variables)
-    yield running
-    assert running.stop() == 0, running.log.read_text()
+    with service_with_token(tmp_path_factory.mktemp("llm"), tiny_folder, TOKEN) as running:
+        yield running
 
 
 @pytest.fixture

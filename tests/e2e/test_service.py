@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -60,6 +61,17 @@ class Service:
         self.client.close()
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=20)
+
+
+@contextmanager
+def service_with_token(folder: Path, model: Path, token: str) -> Iterator[Service]:
+    """One slot, one thread, and one caller who may call."""
+    tokens = folder / "tokens.toml"
+    tokens.write_text(f'[ann]\ntoken = "{token}"\n')
+    variables = {"DASH_NUM_THREADS": "1", "DASH_SLOTS": "1", "DASH_COMPILE": "false"}
+    running = Service(folder, model, DASH_TOKEN_FILE=str(tokens), **variables)
+    yield running
+    assert running.stop() == 0, running.log.read_text()
 
 
 @pytest.fixture(scope="module")
