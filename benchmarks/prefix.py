@@ -18,7 +18,6 @@ from dash_runtime.checkpoints import default_cache_folder, resolve_checkpoint, t
 from dash_runtime.config import EngineConfig, GenerationRequest, StoppingParameters
 from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.engine.build import BuildOptions, build_engine
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.sequence import SequenceFinished, TokenProduced
@@ -122,7 +121,7 @@ def _seconds_to_first(engine: Engine, prompt: list[int], namespace: str) -> tupl
 
 @torch.inference_mode()
 def _prefill_seconds(decoder: Decoder, token_ids: Sequence[int], pass_tokens: int, block_tokens: int) -> float:
-    cache = SequenceCache(decoder.config, len(token_ids), decoder.dtype, decoder.device)
+    (cache,) = decoder.caches([len(token_ids)])
     usual, decoder.row_block = decoder.row_block, block_tokens
     started = time.perf_counter()
     for start in range(0, len(token_ids), pass_tokens):

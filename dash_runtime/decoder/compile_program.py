@@ -35,6 +35,7 @@ tuned for Intel prefer half of AVX-512's, and INT4 and INT8 then take five times
 _MODEL_SAMPLES = {
     ProgramKind.LAYER: program_samples.layer_sample,
     ProgramKind.ATTENTION: program_samples.attention_sample,
+    ProgramKind.NORM: program_samples.norm_sample,
     ProgramKind.LATE: program_samples.late_sample,
     ProgramKind.HEAD: program_samples.head_sample,
 }

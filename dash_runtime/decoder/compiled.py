@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.kernels import RowMatrix, is_packable, pack_row_matrix
-from dash_runtime.decoder.layer import DecoderLayer, mlp
+from dash_runtime.decoder.layer import DecoderLayer, mlp, scatter_rows
 from dash_runtime.decoder.norm import RmsNorm
 from dash_runtime.decoder.one_row import ModelShape
 from dash_runtime.decoder.programs import Program, ProgramKind, ProgramSpec
-from dash_runtime.decoder.rows import MAX_PENDING, RowBatch
+from dash_runtime.decoder.rows import MAX_PENDING, RowBatch, group_rows
 from dash_runtime.decoder.weight_loader import LayerWeights
 from dash_runtime.model_config import ModelConfig
 
@@ -34,8 +34,8 @@ def program_specs(model: ModelConfig, actions: Sequence[Action], num_threads: in
     shape = ModelShape.of(model)
     specs = [ProgramSpec(kind, action, shape, num_threads) for kind, action in wanted]
     specs += [ProgramSpec(ProgramKind.LAYER, Action.FULL, shape, num_threads, rows) for rows in _STRIDES if rows > 1]
-    # One row's attention is too short to wake a thread for.
-    return [*specs, ProgramSpec(ProgramKind.ATTENTION, Action.FULL, shape, num_threads=1)]
+    shared = (ProgramKind.ATTENTION, ProgramKind.NORM)
+    return [*specs, *(ProgramSpec(kind, Action.FULL, shape, num_threads) for kind in shared)]
 
 
 def can_compile(model: ModelConfig) -> bool:
@@ -111,18 +111,18 @@ class CompiledLayers:
         """`Decoder.run_layer` for one row per sequence."""
         if len(actions) == 1:
             return self._run_row(layer, actions[0], hidden, batch, 0)
-        in_full = [row for row, action in enumerate(actions) if action is Action.FULL]
-        shared: dict[int, Tensor] = {}
-        if self.shares_products and len(in_full) > 1:
-            group = self._run_full_rows(layer, weights, hidden, batch, in_full)
-            shared = dict(zip(in_full, group.split(1), strict=True))
-        inputs = hidden.split(1)
-        return torch.cat(
-            [
-                shared[row] if row in shared else self._run_row(layer, action, inputs[row], batch, row)
-                for row, action in enumerate(actions)
-            ]
-        )
+        parts: list[tuple[list[int] | None, Tensor]] = []
+        for action, group in group_rows(actions):
+            rows, inputs = (range(len(actions)), hidden) if group is None else (group, hidden[group])
+            if not self.shares_products or len(rows) == 1 or action not in (Action.SKIP, Action.FULL):
+                each = zip(inputs.split(1), rows, strict=True)
+                outputs = torch.cat([self._run_row(layer, action, row_input, batch, row) for row_input, row in each])
+            elif action is Action.SKIP:
+                outputs = self._skip_rows(layer, inputs, batch, rows)
+            else:
+                outputs = self._run_full_rows(layer, weights, inputs, batch, rows)
+            parts.append((group, outputs))
+        return scatter_rows(parts, len(actions))
 
     def run_as_decoding(self, layer: int, hidden: Tensor, batch: RowBatch) -> Tensor:
         """Several rows of one sequence in FULL, each with the very numbers that it has where it is decoded alone."""
@@ -149,44 +149,39 @@ class CompiledLayers:
         return None if program is None else CompiledHead(program, norm.weight, pack_row_matrix(precision, weight))
 
     def _run_row(self, layer: int, action: Action, hidden: Tensor, batch: RowBatch, row: int) -> Tensor:
-        pending = batch.spans[row].cache.pending[layer]
         if action is Action.SKIP:
-            pending.append(hidden)
-            if len(pending) == MAX_PENDING:
-                self._write_late(layer, Action.FULL, batch, row, num_own=1)
-            return batch.compensate(layer, hidden, [row])
-        if pending:
-            self._write_late(layer, action, batch, row, num_own=0)
+            return self._skip_rows(layer, hidden, batch, (row,))
+        if batch.spans[row].cache.pending[layer]:
+            self._write_late(layer, action, batch, (row,))
         program = self._programs[ProgramKind.LAYER, action]
         return program([hidden, *batch.seen(layer, row), *batch.row_tables[row], *self._layers[layer].layer[action]])[0]
 
-    def _run_full_rows(
-        self, layer: int, weights: DecoderLayer, hidden: Tensor, batch: RowBatch, rows: list[int]
-    ) -> Tensor:
-        """The given rows in FULL, with one product for all of them and an attention for each."""
-        inputs = hidden if len(rows) == len(hidden) else hidden[rows]
-        linears = weights.linears[Action.FULL]
-        fused = linears.query_key_value(weights.input_norm(inputs))
-        program, vectors = self._programs[ProgramKind.ATTENTION, Action.FULL], self._layers[layer].vectors
-        attended: list[Tensor] = []
-        for place, row in enumerate(rows):
-            if batch.spans[row].cache.pending[layer]:
-                self._write_late(layer, Action.FULL, batch, row, num_own=0)
-            own = fused[place : place + 1]
-            attended.append(program([own, *batch.seen(layer, row), *batch.row_tables[row], *vectors])[0])
-        residual = inputs + linears.output(torch.cat(attended))
-        return residual + mlp(linears, weights.mlp_norm(residual))
+    def _skip_rows(self, layer: int, inputs: Tensor, batch: RowBatch, rows: Sequence[int]) -> Tensor:
+        own_pending = [batch.spans[row].cache.pending[layer] for row in rows]
+        for pending, row_input in zip(own_pending, inputs.split(1), strict=True):
+            pending.append(row_input)
+        if full := [row for row, pending in zip(rows, own_pending, strict=True) if len(pending) == MAX_PENDING]:
+            self._write_late(layer, Action.FULL, batch, full, num_own=1)
+        return batch.compensate(layer, inputs, rows)
 
-    def _write_late(self, layer: int, action: Action, batch: RowBatch, row: int, num_own: int) -> None:
-        """Projects the row's pending keys and values, the last `num_own` of which are of this pass."""
-        span = batch.spans[row]
-        rows = span.cache.pending[layer]
-        end = span.start + num_own
-        positions = slice(end - len(rows), end)
-        stored = (span.cache.keys[layer][positions], span.cache.values[layer][positions])
+    def _run_full_rows(
+        self, layer: int, weights: DecoderLayer, inputs: Tensor, batch: RowBatch, rows: Sequence[int]
+    ) -> Tensor:
+        """Rows in FULL, with one product and one attention for all of them."""
+        if late := [row for row in rows if batch.spans[row].cache.pending[layer]]:
+            self._write_late(layer, Action.FULL, batch, late)
+        linears, vectors = weights.linears[Action.FULL], self._layers[layer].vectors
+        attend, norm = (self._programs[kind, Action.FULL] for kind in (ProgramKind.ATTENTION, ProgramKind.NORM))
+        fused = linears.query_key_value(norm([inputs, vectors[0]])[0])
+        attended = attend([fused, *batch.seen_blocks(layer, rows), *vectors])[0]
+        residual = inputs + linears.output(attended)
+        return residual + mlp(linears, norm([residual, vectors[1]])[0])
+
+    def _write_late(self, layer: int, action: Action, batch: RowBatch, rows: Sequence[int], num_own: int = 0) -> None:
+        """Projects the pending keys and values of the rows' sequences, of which each one's last `num_own` are of this
+        pass."""
         late = self._programs[ProgramKind.LATE, action]
-        late([torch.cat(rows), *stored, *batch.tables(positions), *self._layers[layer].late[action]])
-        span.cache.pending[layer] = []
+        late([*batch.take_pending(layer, rows, num_own), *self._layers[layer].late[action]])
 
 
 class CompiledHead:

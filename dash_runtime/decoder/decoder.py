@@ -13,7 +13,7 @@ from torch.nn import functional
 from dash_runtime.actions import Action
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.compiled import CompiledLayers
-from dash_runtime.decoder.kv_cache import SequenceCache
+from dash_runtime.decoder.kv_cache import CachePool, SequenceCache
 from dash_runtime.decoder.layer import DecoderLayer, make_layer, mlp, scatter_rows
 from dash_runtime.decoder.quantization import MAX_ALIKE_ROWS, FullLinear, PackedFullLinear, make_linear
 from dash_runtime.decoder.rotary import RotaryTable, rotate
@@ -85,6 +85,11 @@ class Decoder:
         # An INT4 head changes the text (docs/architecture.md), so it is not offered.
         precisions = [action for action in actions if action in (Action.INT8, Action.FULL)]
         self.heads: dict[Action, Head] = {precision: self._make_head(precision, head) for precision in precisions}
+
+    def caches(self, sizes: Sequence[int]) -> list[SequenceCache]:
+        """Caches for so many positions each, in a pool of their own."""
+        pool = CachePool(self.config, sum(sizes), self.dtype, self.device, max_sequences=len(sizes))
+        return [cache for size in sizes if (cache := pool.reserve(size)) is not None]
 
     def rows(
         self,

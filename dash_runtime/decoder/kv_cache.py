@@ -1,60 +1,55 @@
-"""Keys and values of all sequences, within one number of tokens.
+"""Keys and values of all sequences, in one stretch of memory for a number of tokens.
 
-A sequence reserves what it may need at most (prompt and output limit) when it gets its slot, so that
-it can never run out half-way; memory is allocated as it grows. Each sequence's keys are contiguous by
-token, since gathering blocks for every layer and token costs more than it saves on a CPU: what is written so far is
-one contiguous stretch, whatever the room behind it. Knows no attention and no requests.
+A sequence reserves what it may need at most (prompt and output limit) when it gets its slot, so that it can never run
+out half-way. What it reserves is contiguous by token, since gathering it for every layer and token costs more than it
+saves on a CPU, and begins at a multiple of `BLOCK_TOKENS`, so that one program can attend for many sequences by the
+numbers of their blocks. Where the room is there but not in one piece, the others are moved together first.
+Knows no attention and no requests.
 """
 
+import mmap
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from dash_runtime.decoder.blocks import BLOCK_TOKENS
 from dash_runtime.model_config import ModelConfig
-
-_MIN_GROWTH_TOKENS = 64
 
 
 class SequenceCache:
-    """Keys and values of one sequence: `[capacity, num_kv_heads, head_dim]` per layer."""
+    """Keys and values of one sequence: `[capacity, num_kv_heads, head_dim]` per layer, views of its pool's memory."""
 
-    def __init__(self, config: ModelConfig, reserved_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, pool: "CachePool", reserved_tokens: int, start: int) -> None:
+        self.pool = pool
         self.reserved_tokens = reserved_tokens
+        self.capacity = _whole_blocks(reserved_tokens)
         self.length = 0
         """Positions that every layer has seen, and written or kept pending."""
-        self.pending: list[list[Tensor]] = [[] for _ in range(config.num_layers)]
+        self.pending: list[list[Tensor]] = [[] for _ in range(len(pool.memory))]
         """Per layer, the inputs `[1, hidden_size]` of the latest positions where it was skipped, whose keys and values
         are still to be projected (`rows.py`); they end at `length`."""
-        self._layers = (config.num_layers, 2)
-        self._token = (config.num_kv_heads, config.head_dim)
-        self._buffer = torch.empty((*self._layers, 0, *self._token), dtype=dtype, device=device)
-        self._split()
+        self._longest = 0
+        self.place_at(start)
+
+    def place_at(self, start: int) -> None:
+        """Makes its memory that from the pool's token `start` on, a multiple of `BLOCK_TOKENS`."""
+        self.start = start
+        self._memory = self.pool.memory[:, :, start : start + self.capacity]
+        # Views made once: indexing a five-dimensional tensor for every layer and token would cost more
+        # than the attention of a short sequence.
+        layers = self._memory.flatten(0, 1).unbind()
+        self.keys: Sequence[Tensor] = layers[::2]
+        self.values: Sequence[Tensor] = layers[1::2]
 
     @property
-    def capacity(self) -> int:
-        """Positions that memory is allocated for."""
-        return self._buffer.shape[2]
-
-    def grow(self, num_tokens: int) -> None:
-        """Makes room for `num_tokens` positions in all, keeping what is written.
-
-        Grows by half its size at least, so that copying costs a constant share per token.
-        """
-        if num_tokens <= self.capacity:
-            return
-        assert num_tokens <= self.reserved_tokens, "a sequence outgrew its reservation"
-        growth = max(_MIN_GROWTH_TOKENS, self.capacity // 2)
-        capacity = min(self.reserved_tokens, max(num_tokens, self.capacity + growth))
-        # Zeros: a pass of several rows reads, with weight 0, positions whose values are still pending.
-        larger = self._buffer.new_zeros((*self._layers, capacity, *self._token))
-        larger[:, :, : self.length] = self._buffer[:, :, : self.length]
-        self._buffer = larger
-        self._split()
+    def num_written(self) -> int:
+        """Positions that may have been written, now or before they were forgotten."""
+        return max(self.length, self._longest)
 
     def until(self, end: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Keys and values of the positions before `end`, by layer: `[end, num_kv_heads, head_dim]` each."""
-        layers = self._buffer.flatten(0, 1)[:, :end].unbind()
+        layers = self._memory[:, :, :end].flatten(0, 1).unbind()
         return layers[::2], layers[1::2]
 
     def copy_of(self, start: int, end: int) -> Tensor:
@@ -62,14 +57,14 @@ class SequenceCache:
         their own; every layer must have written them."""
         assert 0 <= start <= end <= self.length
         assert not any(self.pending)
-        return self._buffer[:, :, start:end].clone(memory_format=torch.contiguous_format)
+        return self._memory[:, :, start:end].clone(memory_format=torch.contiguous_format)
 
     def append(self, stretch: Tensor) -> None:
         """Takes the keys and values of the next positions from what `copy_of` returned."""
         assert not any(self.pending)
         end = self.length + stretch.shape[2]
-        self.grow(end)
-        self._buffer[:, :, self.length : end] = stretch
+        self.check_room(end)
+        self._memory[:, :, self.length : end] = stretch
         self.length = end
 
     def truncate(self, length: int) -> None:
@@ -78,33 +73,92 @@ class SequenceCache:
         for layer, rows in enumerate(self.pending):
             if rows:
                 self.pending[layer] = rows[: max(0, len(rows) - (self.length - length))]
+        self._longest = self.num_written
         self.length = length
 
-    def _split(self) -> None:
-        # Views made once: indexing a five-dimensional tensor for every layer and token would cost more
-        # than the attention of a short sequence.
-        self.keys: list[Tensor] = [layer[0] for layer in self._buffer]
-        self.values: list[Tensor] = [layer[1] for layer in self._buffer]
+    def check_room(self, num_tokens: int) -> None:
+        """Fails where so many positions in all are more than were reserved."""
+        assert num_tokens <= self.reserved_tokens, "a sequence outgrew its reservation"
 
 
 class CachePool:
-    """Hands out sequence caches until `total_tokens` are reserved."""
+    """Hands out sequence caches until `total_tokens` are reserved.
 
-    def __init__(self, config: ModelConfig, total_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    Memory is there for all of them from the start, as addresses: on a CPU a page takes room once it is written.
+    What no sequence holds is zeros, as is what a sequence has not written yet: blocks are read whole, with weight 0
+    where there is nothing to attend to, and 0 times what is not a number would be no number.
+
+    Args:
+        max_sequences: so many may be reserved at a time, each beginning with a block of its own.
+    """
+
+    def __init__(
+        self, config: ModelConfig, total_tokens: int, dtype: torch.dtype, device: torch.device, max_sequences: int = 1
+    ) -> None:
         self.total_tokens = total_tokens
         self.reserved_tokens = 0
-        self._config = config
-        self._dtype = dtype
-        self._device = device
+        room = _whole_blocks(total_tokens) + max_sequences * BLOCK_TOKENS
+        shape = (config.num_layers, 2, room, config.num_kv_heads, config.head_dim)
+        self.memory = _zeros(shape, dtype, device)
+        """`[num_layers, 2, tokens, num_kv_heads, head_dim]`: keys and values."""
+        blocks = self.memory.view(*shape[:2], -1, BLOCK_TOKENS, *shape[3:])
+        self.key_blocks: Sequence[Tensor] = blocks[:, 0].unbind()
+        """Per layer, `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]`."""
+        self.value_blocks: Sequence[Tensor] = blocks[:, 1].unbind()
+        self._caches: list[SequenceCache] = []  # in the order of their places
 
     def reserve(self, num_tokens: int) -> SequenceCache | None:
         """A cache for up to `num_tokens` positions, or None while others hold the room."""
         if self.reserved_tokens + num_tokens > self.total_tokens:
             return None
+        place, start = self._find_gap(_whole_blocks(num_tokens))
+        cache = SequenceCache(self, num_tokens, start)
+        self._caches.insert(place, cache)
         self.reserved_tokens += num_tokens
-        return SequenceCache(self._config, num_tokens, self._dtype, self._device)
+        return cache
 
     def release(self, cache: SequenceCache) -> None:
-        """Takes the reservation back; the memory goes with the last reference."""
-        self.reserved_tokens -= cache.reserved_tokens
-        cache.reserved_tokens = 0
+        """Takes the reservation back, and the memory with it; one that is not held is left alone."""
+        if cache in self._caches:
+            self._caches.remove(cache)
+            self._clear(cache.start, cache.start + cache.num_written)
+            self.reserved_tokens -= cache.reserved_tokens
+
+    def _find_gap(self, num_tokens: int) -> tuple[int, int]:
+        """Where among the caches, and at which token, there is room for so many; makes it where it is in pieces."""
+        end = 0
+        for place, cache in enumerate(self._caches):
+            if cache.start - end >= num_tokens:
+                return place, end
+            end = cache.start + cache.capacity
+        if end + num_tokens > self.memory.shape[2]:
+            end = self._move_together()
+        assert end + num_tokens <= self.memory.shape[2], "more sequences than the pool was made for"
+        return len(self._caches), end
+
+    def _move_together(self) -> int:
+        """Closes the gaps between the caches; returns where the last one ends."""
+        end = 0
+        for cache in self._caches:
+            start, num_written = cache.start, cache.num_written
+            if start > end:
+                self.memory[:, :, end : end + num_written] = self.memory[:, :, start : start + num_written].clone()
+                self._clear(max(start, end + num_written), start + num_written)
+                cache.place_at(end)
+            end += cache.capacity
+        return end
+
+    def _clear(self, start: int, end: int) -> None:
+        self.memory[:, :, start:end].zero_()
+
+
+def _whole_blocks(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch writes its zeros; a map without a file has pages that are zeros once they are touched.
+    pages = mmap.mmap(-1, torch.Size(shape).numel() * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -24,7 +24,7 @@ _ROUNDS = 12
 @torch.inference_mode()
 def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _ROUNDS) -> CostTable:
     """The cost table at one row over a context of 256 tokens, or what the model's context holds."""
-    batch = decoder.rows([filled_cache(decoder)], [1], [compensation])
+    batch = decoder.rows(filled_caches(decoder), [1], [compensation])
     hidden = decoder.embed([0])
     layer_seconds: dict[Action, list[float]] = {action: [] for action in decoder.actions}
     head_seconds: dict[Action, list[float]] = {precision: [] for precision in decoder.heads}
@@ -66,7 +66,7 @@ def measure_verification(decoder: Decoder, lengths: Sequence[int], rounds: int =
     """What verifying a draft takes, a full-depth pass over its tokens and the one before, head included, over what one
     token takes; by the length of the draft. Lengths that the model's context cannot hold are left out."""
     fitting = [length for length in lengths if length + 1 < decoder.context_length]
-    cache = filled_cache(decoder, 1 + max(fitting, default=0))
+    (cache,) = filled_caches(decoder, num_more=1 + max(fitting, default=0))
     seconds: dict[int, list[float]] = {length: [] for length in (0, *fitting)}
 
     def run_pass(length: int) -> None:
@@ -85,15 +85,13 @@ def measure_verification(decoder: Decoder, lengths: Sequence[int], rounds: int =
     return {length: min(seconds[length]) / min(seconds[0]) for length in fitting}
 
 
-def filled_cache(decoder: Decoder, num_more: int = 1) -> SequenceCache:
-    """A context of 256 tokens, or what the model's context holds, with room for `num_more`."""
+def filled_caches(decoder: Decoder, count: int = 1, num_more: int = 1) -> list[SequenceCache]:
+    """Contexts of 256 tokens each, or what the model's context holds, with room for `num_more`."""
     context = min(_CONTEXT_TOKENS, decoder.context_length - num_more)
-    cache = SequenceCache(decoder.config, context + num_more, decoder.dtype, decoder.device)
-    cache.grow(context + num_more)
-    for tensor in (*cache.keys, *cache.values):
-        tensor.zero_()
-    cache.length = context
-    return cache
+    caches = decoder.caches([context + num_more] * count)
+    for cache in caches:
+        cache.append(torch.zeros_like(cache.pool.memory[:, :, :context]))  # written, so that it is in memory
+    return caches
 
 
 def timed(device: torch.device, work: Callable[[], object]) -> float:

@@ -106,22 +106,44 @@ class FewRowsLayer(_Traced):
         return residual.to(hidden.dtype)
 
 
-class OneRowAttention(_Traced):
-    """The part of a layer between the query-key-value product and the output product, for one row of a group whose
-    products are shared (`compiled.py`)."""
+class RowsAttention(_Traced):
+    """The part of a layer between the query-key-value product and the output product, for rows of different sequences
+    whose products are shared (`compiled.py`)."""
 
     def forward(
         self,
         fused: Tensor,
         keys: Tensor,
         values: Tensor,
+        slots: Tensor,
+        blocks: Tensor,
+        block_rows: Tensor,
+        biases: Tensor,
+        parts: Tensor,
         cosines: Tensor,
         sines: Tensor,
         vectors: tuple[Tensor, ...],
     ) -> Tensor:
-        """`[1, num_heads * head_dim]` from `fused` `[1, query and key and value]`, bias included."""
-        attended = write_and_attend(self._shape, fused.float(), keys, values, cosines, sines, vectors)
+        """`[rows, num_heads * head_dim]` from `fused` `[rows, query and key and value]`, bias included.
+
+        Writes into `keys` and `values` `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]`, those of a whole pool; the
+        rest of where is in `blocks.AttendedBlocks`.
+        """
+        shape = self._shape
+        num_rotated = shape.num_heads + shape.num_kv_heads
+        rotated, others = rotate_first_heads(shape, fused.float(), num_rotated, cosines, sines, vectors)
+        write_tokens(keys, values, slots, rotated[:, shape.num_heads :], others)
+        queries = rotated[:, : shape.num_heads]
+        attended = attention_over_blocks(queries, keys, values, blocks, block_rows, biases, parts)
         return attended.to(fused.dtype)
+
+
+class RowsNorm(_Traced):
+    """The norm before a product that rows share."""
+
+    def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """`[rows, hidden_size]` to the same."""
+        return rms_norm(hidden.float(), weight, self._shape.rms_norm_eps).to(hidden.dtype)
 
 
 class LateKeysValues(_Traced):
@@ -132,12 +154,14 @@ class LateKeysValues(_Traced):
         hidden: Tensor,
         keys: Tensor,
         values: Tensor,
+        slots: Tensor,
         cosines: Tensor,
         sines: Tensor,
         vectors: tuple[Tensor, ...],
         matrix: tuple[Tensor, ...],
     ) -> Tensor:
-        """Writes all of `keys` and `values` `[rows, num_kv_heads, head_dim]` from `hidden` `[rows, hidden_size]`.
+        """Writes the tokens `slots` `[rows]` of `keys` and `values` `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]`,
+        those of a whole pool, from `hidden` `[rows, hidden_size]`.
 
         `cosines` and `sines` are `[rows, 1, head_dim]`, `matrix` is the key and value part of the fused one.
         """
@@ -146,8 +170,7 @@ class LateKeysValues(_Traced):
         if shape.has_qkv_bias:
             fused = fused + vectors[-1][shape.query_size :]
         rotated, others = rotate_first_heads(shape, fused, shape.num_kv_heads, cosines, sines, vectors)
-        keys.copy_(rotated)
-        values.copy_(others)
+        write_tokens(keys, values, slots, rotated, others)
         return hidden[:0]
 
 
@@ -175,9 +198,13 @@ def write_and_attend(
     first = keys.shape[0] - num_rows
     keys[first:] = rotated[:, shape.num_heads :].to(keys.dtype)
     values[first:] = others.to(values.dtype)
-    if num_rows == 1:
-        return attention(rotated[0, : shape.num_heads], keys, values)
-    return attention_of_rows(rotated[:, : shape.num_heads], keys, values)
+    return attention(rotated[:, : shape.num_heads], keys, values)
+
+
+def write_tokens(keys: Tensor, values: Tensor, slots: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
+    """Writes `[rows, num_kv_heads, head_dim]` each at the tokens `slots` of a pool's blocks."""
+    keys.flatten(0, 1)[slots] = new_keys.to(keys.dtype)
+    values.flatten(0, 1)[slots] = new_values.to(values.dtype)
 
 
 def rotate_first_heads(
@@ -199,35 +226,54 @@ def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rotate_heads(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """`rotary.rotate` for float32 `[..., heads, head_dim]`."""
-    half = heads.shape[-1] // 2
-    swapped = torch.cat((heads[..., half:], heads[..., :half]), dim=-1)
+    swapped = heads.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return heads * cosines.float() + swapped * sines.float()
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """`[1, num_heads * head_dim]` of one row's queries `[num_heads, head_dim]` over all keys.
-
-    As loops over keys, which is less work than the library's attention has in preparing for one query.
-    """
-    num_heads, head_dim = queries.shape
-    num_kv_heads = keys.shape[1]
-    grouped = queries.view(num_kv_heads, num_heads // num_kv_heads, 1, head_dim) * head_dim**-0.5
-    scores = (grouped * keys.float().transpose(0, 1).unsqueeze(1)).sum(-1)
-    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-    sums = (weights.unsqueeze(-1) * values.float().transpose(0, 1).unsqueeze(1)).sum(2)
-    return (sums / weights.sum(-1, keepdim=True)).view(1, -1)
-
-
-def attention_of_rows(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """`[rows, num_heads * head_dim]` of the last rows' queries `[rows, num_heads, head_dim]`, each over all keys up to
-    its own: `attention`'s numbers, whose sums are not changed by the zeros after a row's own key."""
+    its own.
+
+    As loops over keys, which is less work than the library's attention has in preparing for one query; query heads
+    that share a key head are written out one by one, so that they share a loop that reads the keys once.
+    """
     num_rows, num_heads, head_dim = queries.shape
     num_keys, num_kv_heads, _ = keys.shape
-    grouped = queries.view(num_rows, num_kv_heads, num_heads // num_kv_heads, 1, head_dim) * head_dim**-0.5
-    scores = (grouped * keys.float().transpose(0, 1).unsqueeze(1)).sum(-1)
-    own = torch.arange(num_rows).unsqueeze(1) + (num_keys - num_rows)
-    is_later = torch.arange(num_keys).unsqueeze(0) > own
-    scores = scores.masked_fill(is_later.view(num_rows, 1, 1, num_keys), float("-inf"))
+    group = num_heads // num_kv_heads
+    heads = [(queries[:, head].unsqueeze(1), keys[:, head // group].float()) for head in range(num_heads)]
+    scores = torch.stack([(query * own_keys).sum(-1) for query, own_keys in heads], dim=1) * head_dim**-0.5
+    if num_rows > 1:  # what comes after a row's own key adds zeros to its sums, which does not change them
+        own = torch.arange(num_rows).unsqueeze(1) + (num_keys - num_rows)
+        scores = scores.masked_fill((torch.arange(num_keys) > own).unsqueeze(1), float("-inf"))
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-    sums = (weights.unsqueeze(-1) * values.float().transpose(0, 1).unsqueeze(1)).sum(3)
-    return (sums / weights.sum(-1, keepdim=True)).view(num_rows, -1)
+    weights = (weights / weights.sum(-1, keepdim=True)).view(num_rows, num_kv_heads, group, -1, 1)
+    by_head = values.float().transpose(0, 1)
+    return torch.stack([(weights[:, :, own] * by_head).sum(2) for own in range(group)], dim=2).view(num_rows, -1)
+
+
+def attention_over_blocks(
+    queries: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, block_rows: Tensor, biases: Tensor, parts: Tensor
+) -> Tensor:
+    """`attention` of rows of different sequences, each over its own blocks: every block by itself, then each row's
+    together. What a loop reads is written out anew for every head: what is shared would be copied first."""
+    num_rows, num_heads, head_dim = queries.shape
+    num_kv_heads = keys.shape[2]
+    group = num_heads // num_kv_heads
+    scores = torch.stack(
+        [
+            (queries[block_rows, head].unsqueeze(1) * keys[blocks, :, head // group].float()).sum(-1)
+            for head in range(num_heads)
+        ],
+        dim=1,
+    )
+    scores = scores * head_dim**-0.5 + biases.unsqueeze(1)
+    largest = scores.amax(-1)
+    weights = torch.exp(scores - largest.unsqueeze(-1))
+    by_group = weights.view(-1, num_kv_heads, group, keys.shape[1], 1)
+    sums = [(by_group[:, :, own] * values[blocks].float().transpose(1, 2)).sum(2) for own in range(group)]
+    is_missing, places = (parts < 0).unsqueeze(-1), parts.clamp(min=0)
+    levels = largest[places].masked_fill(is_missing, float("-inf"))
+    factors = torch.exp(levels - levels.amax(1, keepdim=True))
+    total = (factors * weights.sum(-1)[places]).sum(1)
+    attended = (factors.unsqueeze(-1) * torch.stack(sums, dim=2).view(-1, num_heads, head_dim)[places]).sum(1)
+    return (attended / total.unsqueeze(-1)).view(num_rows, -1)

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dash_runtime.actions import Action
+from dash_runtime.decoder.blocks import BLOCK_TOKENS, attended_blocks
 from dash_runtime.decoder.kernels import pack_row_matrix
-from dash_runtime.decoder.one_row import FewRowsLayer, Head, LateKeysValues, ModelShape, OneRowAttention
-from dash_runtime.policy.one_row_policy import OneRowPolicy, PolicyShape
+from dash_runtime.decoder.one_row import FewRowsLayer, Head, LateKeysValues, ModelShape, RowsAttention, RowsNorm
+from dash_runtime.policy.one_row_policy import FewRowsPolicy, PolicyShape
 
 Sample = tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]
 """The module, its inputs, and the varying dimensions of each input."""
 
 _DTYPE = torch.bfloat16
 _SAMPLE_POSITIONS = 37
+_SAMPLE_ROWS = 16
 _MIN_POSITIONS = 2  # a compiler's constant 1 would stand for all lengths
 _MAX_POSITIONS = 1 << 20
 
@@ -31,16 +33,26 @@ def layer_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
 
 
 def attention_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
-    rows, varying = _rows(shape, 1)
-    inputs = (_zeros(1, shape.query_size + shape.key_value_size), *rows, _vectors(shape))
-    return OneRowAttention(shape, action), inputs, (None, *varying, *_fixed(inputs[-1:]))
+    positions = [BLOCK_TOKENS * _SAMPLE_POSITIONS - 1] * _SAMPLE_ROWS
+    fused = _zeros(_SAMPLE_ROWS, shape.query_size + shape.key_value_size)
+    attended = attended_blocks([0] * _SAMPLE_ROWS, positions, None).tensors()
+    inputs = (fused, *_pool(shape), *attended, *_tables(shape, _SAMPLE_ROWS), _vectors(shape))
+    pool, rows, blocks = ({0: _varying(name)} for name in ("pool", "rows", "blocks"))
+    by_block = (blocks, blocks, blocks, rows | {1: _varying("most")})
+    return RowsAttention(shape, action), inputs, (rows, pool, pool, rows, *by_block, rows, rows, *_fixed(inputs[-1:]))
+
+
+def norm_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
+    inputs = (_zeros(_SAMPLE_ROWS, shape.hidden_size), _zeros(shape.hidden_size))
+    return RowsNorm(shape, action), inputs, ({0: _varying("rows")}, None)
 
 
 def late_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
-    rows, varying = _rows(shape, None)
     matrix = _matrix(action, (shape.key_value_size, shape.hidden_size))
-    inputs = (_zeros(_SAMPLE_POSITIONS, shape.hidden_size), *rows, _vectors(shape), matrix)
-    return LateKeysValues(shape, action), inputs, (varying[0], *varying, *_fixed(inputs[-2:]))
+    hidden, slots = _zeros(_SAMPLE_ROWS, shape.hidden_size), torch.arange(_SAMPLE_ROWS)
+    inputs = (hidden, *_pool(shape), slots, *_tables(shape, _SAMPLE_ROWS), _vectors(shape), matrix)
+    pool, rows = ({0: _varying(name)} for name in ("pool", "rows"))
+    return LateKeysValues(shape, action), inputs, (rows, pool, pool, rows, rows, rows, *_fixed(inputs[-2:]))
 
 
 def head_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
@@ -51,27 +63,33 @@ def head_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
 
 def policy_sample(shape: PolicyShape) -> Sample:
     num_outputs = shape.block_size * shape.num_actions
-    sizes = (
-        (1, shape.num_facts),
-        (shape.width, shape.hidden_size),
-        (shape.width,),
-        (shape.num_facts, shape.width),
-        (num_outputs, shape.width),
-        (num_outputs,),
-    )
-    inputs = (_zeros(1, shape.hidden_size), *(torch.zeros(size) for size in sizes))
-    return OneRowPolicy(shape), inputs, _fixed(inputs)
+    sizes: list[tuple[int, ...]] = [(shape.width, shape.hidden_size), (shape.width,), (shape.num_facts, shape.width)]
+    sizes += [(num_outputs, shape.width), (num_outputs,)]
+    facts = torch.zeros(_SAMPLE_ROWS, shape.num_facts)
+    inputs = (_zeros(_SAMPLE_ROWS, shape.hidden_size), facts, *(torch.zeros(size) for size in sizes))
+    rows = {0: _varying("rows")}
+    return FewRowsPolicy(shape), inputs, (rows, rows, *_fixed(inputs[2:]))
 
 
-def _rows(shape: ModelShape, num_rows: int | None) -> tuple[list[Tensor], list[Any]]:
-    """Keys, values, cosines and sines, of which the number of positions varies, and that of rows with it if it is
-    None."""
+def _rows(shape: ModelShape, num_rows: int) -> tuple[list[Tensor], list[Any]]:
+    """Keys, values, cosines and sines, of which the number of positions varies."""
     kept = [_zeros(_SAMPLE_POSITIONS, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
-    tables = [_zeros(num_rows or _SAMPLE_POSITIONS, 1, shape.head_dim) for _ in range(2)]
-    fewest = _MIN_POSITIONS if num_rows is None else num_rows + 1
-    positions = {0: torch.export.Dim("positions", min=fewest, max=_MAX_POSITIONS)}
-    by_row = positions if num_rows is None else None
-    return [*kept, *tables], [positions, positions, by_row, by_row]
+    positions = {0: _varying("positions", num_rows + 1)}
+    return [*kept, *_tables(shape, num_rows)], [positions, positions, None, None]
+
+
+def _pool(shape: ModelShape) -> list[Tensor]:
+    """A pool's keys and values."""
+    return [_zeros(_SAMPLE_POSITIONS, BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
+
+
+def _tables(shape: ModelShape, num_rows: int) -> list[Tensor]:
+    """Cosines and sines."""
+    return [_zeros(num_rows, 1, shape.head_dim) for _ in range(2)]
+
+
+def _varying(name: str, fewest: int = _MIN_POSITIONS) -> Any:
+    return torch.export.Dim(name, min=fewest, max=_MAX_POSITIONS)
 
 
 def _vectors(shape: ModelShape) -> tuple[Tensor, ...]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder import kernels, one_row, program_samples
+from dash_runtime.decoder import blocks, kernels, one_row, program_samples
 from dash_runtime.decoder.one_row import ModelShape
 from dash_runtime.policy import one_row_policy
 from dash_runtime.policy.one_row_policy import PolicyShape
@@ -35,6 +35,7 @@ class ProgramKind(StrEnum):
 
     LAYER = "layer"
     ATTENTION = "attention"
+    NORM = "norm"
     LATE = "late"
     HEAD = "head"
     POLICY = "policy"
@@ -133,7 +134,8 @@ def _digest(spec: ProgramSpec) -> str:
 @lru_cache  # the same for all programs of a start
 def _surroundings() -> tuple[object, ...]:
     """All else that compiled code depends on: what is traced, the compiler's version, and the processor."""
-    sources = [Path(str(module.__file__)).read_text() for module in (kernels, one_row, one_row_policy, program_samples)]
+    modules = (blocks, kernels, one_row, one_row_policy, program_samples)
+    sources = [Path(str(module.__file__)).read_text() for module in modules]
     sources.append(Path(__file__).with_name("compile_program.py").read_text())
     return sources, torch.__version__, sys.version_info[:2], _processor()
 

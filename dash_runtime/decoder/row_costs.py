@@ -6,14 +6,13 @@ several sequences decode together, each over its own context.
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import product
 
 import torch
 
 from dash_runtime.actions import Action, RowCosts
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.measure import filled_cache, timed
+from dash_runtime.decoder.measure import filled_caches, timed
 
 _ROWS = (1, 2, 4, 8, 16)
 _ROUNDS = 12
@@ -28,15 +27,14 @@ def measure_row_costs(
 ) -> RowCosts:
     """The table for groups of `rows` rows, over contexts of 256 tokens, or what the model's context holds.
 
-    A skip is charged with its own pass and not, as in the cost table, with the keys and values that it leaves to a
-    later one: how many come together there depends on the passes between, and a planner that takes skips for too cheap
-    only leaves the policy's choice alone.
+    A skip is charged with its own pass and, as in the cost table, with the keys and values that it leaves to a later
+    one, as if all rows that skipped ran next: what that pass takes longer.
 
     Args:
         rows: ascending from 1; a batch of other sizes goes by what lies between, and beyond.
     """
     layers = _spread(decoder.num_layers)
-    caches = [filled_cache(decoder) for _ in range(max(rows))]
+    caches = filled_caches(decoder, max(rows))
     batches = [decoder.rows(caches[:count], [1] * count, [compensation] * count) for count in rows]
     inputs = [decoder.embed([0] * count) for count in rows]
 
@@ -44,15 +42,23 @@ def measure_row_costs(
         for layer in layers:
             decoder.run_layer(layer, (action,) * rows[place], inputs[place], batches[place])
 
+    running = [action for action in decoder.actions if action is not Action.SKIP]
     seconds: dict[Action, list[list[float]]] = {action: [[] for _ in rows] for action in decoder.actions}
+    late_seconds: list[list[float]] = [[] for _ in rows]  # of FULL rows that all skipped before
     for round_number in range(rounds + 1):
-        for place, action in product(range(len(rows)), decoder.actions):
-            elapsed = timed(decoder.device, partial(run_layers, place, action))
-            for cache, layer in product(caches, layers):
-                cache.pending[layer] = []  # what a skip leaves is not for the next pass to project
-            if round_number > 0:  # the first round warms up
-                seconds[action][place].append(elapsed / len(layers))
-    return RowCosts(rows, {action: tuple(map(min, by_rows)) for action, by_rows in seconds.items()})
+        for place in range(len(rows)):
+            measured = [*((action, seconds[action]) for action in (*running, Action.SKIP)), (Action.FULL, late_seconds)]
+            for action, own in measured:
+                elapsed = timed(decoder.device, partial(run_layers, place, action))
+                if round_number > 0:  # the first round warms up
+                    own[place].append(elapsed / len(layers))
+    shortest = {action: list(map(min, by_rows)) for action, by_rows in seconds.items()}
+    late = zip(map(min, late_seconds), shortest[Action.FULL], strict=True)
+    shortest[Action.SKIP] = [
+        own + max(0.0, with_late - without)
+        for own, (with_late, without) in zip(shortest[Action.SKIP], late, strict=True)
+    ]
+    return RowCosts(rows, {action: tuple(by_rows) for action, by_rows in shortest.items()})
 
 
 def _spread(num_layers: int) -> Sequence[int]:

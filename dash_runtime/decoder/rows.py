@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.attention import attention, causal_mask
+from dash_runtime.decoder.blocks import attended_blocks
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.decoder.rotary import RotaryTable
@@ -118,7 +119,7 @@ class RowBatch:
         self.spans: list[Span] = []
         first_row = 0
         for cache, length in zip(caches, lengths, strict=True):
-            cache.grow(cache.length + length)
+            cache.check_room(cache.length + length)
             self.spans.append(Span(cache, cache.length, length, first_row))
             first_row += length
         self.num_rows = first_row
@@ -139,6 +140,7 @@ class RowBatch:
         self._cosines, self._sines = self._tables(self._stretches)
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._seen: dict[int, tuple[Sequence[Tensor], Sequence[Tensor]]] = {}
+        self._blocks: dict[tuple[tuple[int, ...], int | None], list[Tensor]] = {}
 
     def projection(self, layer: int, actions: Sequence[Action], hidden: Tensor) -> Projection | None:
         """What the layer has to project now; None where every row skips and may wait. Rows that wait are kept."""
@@ -220,6 +222,40 @@ class RowBatch:
             return keys[layer], values[layer]
         return keys[layer][-window:], values[layer][-window:]
 
+    def seen_blocks(self, layer: int, rows: Sequence[int]) -> list[Tensor]:
+        """What the program for several sequences' rows takes: keys and values of the layer in the sequences' pool
+        (`kv_cache.CachePool`), the blocks that the rows attend to (`blocks.AttendedBlocks`), cosines and sines; for
+        passes of one row each."""
+        window = self._sliding_window[layer]
+        key = (tuple(rows), window)
+        if key not in self._blocks:
+            spans = [self.spans[row] for row in rows]
+            attended = attended_blocks([span.cache.start for span in spans], [span.start for span in spans], window)
+            everyone = len(rows) == self.num_rows
+            tables = (self._cosines, self._sines) if everyone else self.tables(torch.tensor([s.start for s in spans]))
+            self._blocks[key] = [*attended.tensors(), *tables]
+        pool = self.spans[rows[0]].cache.pool
+        return [pool.key_blocks[layer], pool.value_blocks[layer], *self._blocks[key]]
+
+    def take_pending(self, layer: int, rows: Sequence[int], num_own: int) -> list[Tensor]:
+        """What the program for late keys and values takes: the layer's pending inputs of the rows' sequences, `[late
+        rows, hidden_size]`, keys and values of the layer in the sequences' pool, which of its tokens these are, cosines
+        and sines. The last `num_own` of each sequence are of this pass; none are pending any more."""
+        inputs: list[Tensor] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        for row in rows:
+            cache, end = self.spans[row].cache, self.spans[row].start + num_own
+            own = range(end - len(cache.pending[layer]), end)
+            inputs += cache.pending[layer]
+            positions += own
+            slots += range(cache.start + own.start, cache.start + end)
+            cache.pending[layer] = []
+        pool = self.spans[rows[0]].cache.pool
+        of_one = slice(positions[0], positions[-1] + 1) if len(rows) == 1 else torch.tensor(positions)
+        stored = pool.key_blocks[layer], pool.value_blocks[layer], torch.tensor(slots)
+        return [torch.cat(inputs), *stored, *self.tables(of_one)]
+
     def sees_everything(self, layer: int) -> bool:
         """Whether the layer attends to all positions before a row."""
         return self._sliding_window[layer] is None
@@ -256,7 +292,7 @@ class RowBatch:
                 parts.append(attended if len(offsets) == span.num_rows else attended[offsets])
         return torch.cat(parts)
 
-    def compensate(self, layer: int, hidden: Tensor, rows: list[int] | None) -> Tensor:
+    def compensate(self, layer: int, hidden: Tensor, rows: Sequence[int] | None) -> Tensor:
         """What replaces the layer's output for the given rows; `hidden` is theirs, `[given rows, hidden_size]`."""
         if self._shares_compensation:
             return self._compensations[0](layer, hidden)

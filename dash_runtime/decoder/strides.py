@@ -25,9 +25,7 @@ def unequal_strides(decoder: Decoder, strides: Collection[int]) -> set[int]:
 
 def _is_equal(decoder: Decoder, stride: int) -> bool:
     num_tokens = min(1 + _NUM_CALLS * stride, decoder.context_length)
-    alone, together = (
-        SequenceCache(decoder.config, num_tokens, decoder.dtype, decoder.device) for _ in ("alone", "together")
-    )
+    alone, together = decoder.caches([num_tokens] * 2)
     for cache in (alone, together):
         _first_layer(decoder, cache, [0])
     for first in range(1, num_tokens - stride + 1, stride):

@@ -88,7 +88,7 @@ def build_engine(
     compiled = None
     if programs is not None:
         compiled = CompiledLayers(programs, model.num_heads * model.head_dim, shares_products=config.group_planner)
-        learned = [replace(p, program=programs[policy_spec(p, torch.get_num_threads())]) for p in learned]
+        learned = [replace(p, program=programs[policy_spec(p)]) for p in learned]
     decoder = Decoder(
         model, weights, actions, dtype=dtype, device=device, context_length=context_length, compiled=compiled
     )
@@ -177,9 +177,9 @@ def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:
     }
 
 
-def policy_spec(policy: LearnedPolicy, num_threads: int) -> ProgramSpec:
-    """The program that evaluates the policy."""
-    return ProgramSpec(ProgramKind.POLICY, Action.FULL, policy.shape, num_threads)
+def policy_spec(policy: LearnedPolicy) -> ProgramSpec:
+    """The program that evaluates the policy: in one thread, since waking another takes longer than a row."""
+    return ProgramSpec(ProgramKind.POLICY, Action.FULL, policy.shape, 1)
 
 
 def _load_programs(
@@ -196,7 +196,7 @@ def _load_programs(
         return None
     num_threads = torch.get_num_threads()
     specs = program_specs(model, actions, num_threads)
-    return load_programs([*specs, *(policy_spec(policy, num_threads) for policy in learned)], folder, progress)
+    return load_programs([*specs, *(policy_spec(policy) for policy in learned)], folder, progress)
 
 
 def _warm_up(engine: Engine) -> None:

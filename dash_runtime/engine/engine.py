@@ -48,7 +48,9 @@ class Engine:
         self._lane = lane
         self._planner = planner
         self._config = config
-        self._pool = CachePool(decoder.config, config.cache_tokens, decoder.dtype, decoder.device)
+        self._pool = CachePool(
+            decoder.config, config.cache_tokens, decoder.dtype, decoder.device, max_sequences=config.num_slots
+        )
         block = min(decoder.row_block, config.prefill_chunk_tokens)
         self._pass_tokens = min(decoder.max_prompt_rows, config.prefill_chunk_tokens) // block * block
         self._prefix_cache = PrefixCache(config.prefix_cache_tokens, block)

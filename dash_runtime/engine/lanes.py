@@ -128,12 +128,11 @@ class ThreadLane(_WaitingLane):
 def _decide(policy: Policy, layer: int, state: State, cuda: Any) -> Decision:
     """Evaluates on the current stream of the state's device, and reads the decision once it has arrived."""
     pending = policy.start(layer, state)
-    device = state.hidden.device
-    if device.type == "cuda":
+    if state.hidden.is_cuda:
         # The actions are copied to the host without waiting. An event, unlike the whole stream, does not make a thread
         # wait for what the decoder has queued since.
         arrived = cuda.Event()
-        arrived.record(cuda.current_stream(device))
+        arrived.record(cuda.current_stream(state.hidden.device))
         arrived.synchronize()
     return pending()
 

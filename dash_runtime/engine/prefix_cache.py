@@ -42,8 +42,6 @@ class PrefixCache:
         assert cache.length == 0
         digests = self._digests(namespace, prompt_token_ids[:-1])
         found = list(takewhile(self._blocks.__contains__, digests))
-        if found:
-            cache.grow(len(prompt_token_ids))
         for digest in found:
             cache.append(self._blocks[digest])
         self._touch(found)

@@ -4,8 +4,10 @@ One network serves every budget, since the price of compute λ is one of its inp
 knows no files (policy_file.py) and no training.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,6 +22,7 @@ from dash_runtime.policy.policy import Actions, Decision, Pending, State, Token,
 
 NUM_SCALAR_FEATURES = 3
 """Cost spent, log λ, (log λ)²."""
+_NUM_FACTS = len(Action) + NUM_SCALAR_FEATURES
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,7 @@ class LearnedPolicy:
     is_drafter: bool = False
     """Whether it was trained to have its drafts accepted (mode EXACT) rather than to stay close to full depth."""
     program: Callable[[list[Tensor]], list[Tensor]] | None = None
-    """`OneRowPolicy`, compiled for `shape`: evaluates each row by itself. None: all rows are evaluated eagerly."""
+    """`FewRowsPolicy`, compiled for `shape`. None: it is evaluated eagerly."""
 
     @property
     def score_actions(self) -> Actions:
@@ -182,6 +185,10 @@ class LearnedPolicy:
         return {block[0]: (index, len(block)) for index, block in enumerate(blocks)}
 
     @cached_property
+    def _fact_buffers(self) -> dict[int, tuple[memoryview, Tensor]]:
+        return {}
+
+    @cached_property
     def _weights(self) -> list[list[Tensor]]:
         """By block, what the program is given beside the state."""
         folded = self._folded
@@ -190,31 +197,34 @@ class LearnedPolicy:
         return [[hidden, terms, facts, weight, bias] for terms, weight, bias in blocks]
 
     def start(self, layer: int, state: State) -> Pending:
-        device = state.hidden.device
         block, num_layers = self._blocks[layer]
-        facts = torch.tensor([*map(_row_facts, state.tokens, state.actions, state.cost_spent)])
-        # Pinned memory both ways: a pageable copy would make the host wait for the decoder's stream.
-        if device.type == "cuda":
-            facts = facts.pin_memory().to(device, non_blocking=True)
-        if self.program is None:
-            scores = self._folded.scores(block, state.hidden, facts)
-            best = scores.argmax(dim=-1)
-        elif len(facts) == 1:
-            best, scores = self.program([state.hidden, facts, *self._weights[block]])
+        facts = itertools.chain.from_iterable(map(_row_facts, state.tokens, state.actions, state.cost_spent))
+        if self.program is not None:
+            best, scores = self.program([state.hidden, self._facts_in_place(facts), *self._weights[block]])
         else:
-            rows = zip(state.hidden.split(1), facts.split(1), strict=True)
-            parts = [self.program([hidden, own, *self._weights[block]]) for hidden, own in rows]
-            best, scores = map(torch.cat, zip(*parts, strict=True))
-        if num_layers < best.shape[1]:
+            scores = self._folded.scores(block, state.hidden, _facts_on(state.hidden.device, facts))
+            best = scores.argmax(dim=-1)
+        if num_layers < self.block_size:
             best, scores = best[:, :num_layers], scores[:, :num_layers]
-        if device.type == "cuda":
+        if best.is_cuda:  # pinned, or the host would wait for the decoder's stream
             best = torch.empty(best.shape, dtype=best.dtype, pin_memory=True).copy_(best, non_blocking=True)
 
         def decide() -> Decision:
-            chosen = [[self.actions[index] for index in row] for row in best.tolist()]
-            return Decision(tuple(zip(*chosen, strict=True)), scores)
+            action_of = self.actions.__getitem__
+            return Decision(tuple(zip(*[map(action_of, row) for row in best.tolist()], strict=True)), scores)
 
         return decide
+
+    def _facts_in_place(self, facts: Iterable[float]) -> Tensor:
+        """The rows' facts in the tensor that an evaluation before had them in: a program is done with it once it
+        returns, and with cold caches writing seven numbers takes a fifth of making a tensor."""
+        row = array("f", facts)
+        if len(row) not in self._fact_buffers:
+            kept = memoryview(array("f", row))
+            self._fact_buffers[len(row)] = kept, torch.frombuffer(kept, dtype=torch.float32).view(-1, _NUM_FACTS)
+        numbers, tensor = self._fact_buffers[len(row)]
+        numbers[:] = row
+        return tensor
 
     def without(self, unsupported: set[Action]) -> "LearnedPolicy":
         """The same policy where some actions have no kernel: their scores are dropped; pinned layers run FULL."""
@@ -227,6 +237,13 @@ class LearnedPolicy:
         pinned_action = Action.FULL if self.pinned_action in unsupported else self.pinned_action
         actions = tuple(self.actions[index] for index in kept)
         return replace(self, network=network, actions=actions, pinned_action=pinned_action)
+
+
+def _facts_on(device: torch.device, facts: Iterable[float]) -> Tensor:
+    """`[rows, 7]`."""
+    rows = torch.tensor([*facts]).view(-1, _NUM_FACTS)
+    # A pageable copy would make the host wait for the decoder's stream.
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
 
 
 def _row_facts(token: Token, action: Action, cost_spent: float) -> list[float]:

@@ -1,4 +1,4 @@
-"""What is compiled of a learned policy: `FoldedNetwork.scores` for one row, and the best action of each layer.
+"""What is compiled of a learned policy: `FoldedNetwork.scores`, and the best action of each layer.
 
 To be traced, not run eagerly. Knows tensors only.
 """
@@ -21,8 +21,8 @@ class PolicyShape:
     num_facts: int
 
 
-class OneRowPolicy(nn.Module):
-    """Scores and choices of one block for one row."""
+class FewRowsPolicy(nn.Module):
+    """Scores and choices of one block; those of a row are the same whatever rows are with it."""
 
     def __init__(self, shape: PolicyShape) -> None:
         super().__init__()
@@ -38,16 +38,16 @@ class OneRowPolicy(nn.Module):
         output_weight: Tensor,
         output_bias: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """`[1, block_size]` indices of actions and float32 scores `[1, block_size, num_actions]`.
+        """`[rows, block_size]` indices of actions and float32 scores `[rows, block_size, num_actions]`.
 
         Of one block: `terms` `[width]`, `output_weight` `[block_size * num_actions, width]` and `output_bias`
         `[block_size * num_actions]`; of the network: `hidden_weight` `[width, hidden_size]`, `fact_weight` `[facts,
-        width]`. `hidden` is `[1, hidden_size]`, `facts` `[1, facts]`.
+        width]`. `hidden` is `[rows, hidden_size]`, `facts` `[rows, facts]`.
         """
         state = hidden.float()
-        scale = state.shape[-1] ** 0.5 * torch.rsqrt(state.square().sum(-1).clamp_min(1e-24))
-        inner = functional.silu(
-            terms + (facts.view(-1, 1) * fact_weight).sum(0) + (hidden_weight * state).sum(-1) * scale
-        )
-        scores = ((output_weight * inner).sum(-1) + output_bias).view(1, self._shape.block_size, -1)
+        scale = state.shape[-1] ** 0.5 * torch.rsqrt(state.square().sum(-1, keepdim=True).clamp_min(1e-24))
+        known = terms + (facts.unsqueeze(-1) * fact_weight).sum(1)
+        inner = functional.silu(known + (hidden_weight * state.unsqueeze(1)).sum(-1) * scale)
+        scores = (output_weight * inner.unsqueeze(1)).sum(-1) + output_bias
+        scores = scores.view(-1, self._shape.block_size, self._shape.num_actions)
         return scores.argmax(dim=-1), scores

@@ -32,7 +32,7 @@ class Token:
     """The price of compute λ."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # freezing would double what making one takes, seven times a token
 class State:
     """What a policy sees: the input of an earlier layer than those it decides.
 
@@ -50,7 +50,7 @@ class State:
     """Share of a full-depth token spent up to the observed layer, that layer included."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Decision:
     """The actions of one block of layers, in order; `scores` is float32 `[rows, layers of the block, actions of the
     policy]`, where there are any."""

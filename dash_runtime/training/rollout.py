@@ -13,7 +13,6 @@ from torch import Tensor
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.compensation import Compensation, Identity
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.decoder.rows import RowBatch
 
 Choose = Callable[[tuple[int, ...], Tensor, Tensor, Tensor], Tensor]
@@ -37,8 +36,7 @@ class Rollout:
 
 def _rows(decoder: Decoder, sequences: Sequence[Sequence[int]], compensation: Compensation) -> RowBatch:
     lengths = [len(ids) for ids in sequences]
-    caches = [SequenceCache(decoder.config, length, decoder.dtype, decoder.device) for length in lengths]
-    return decoder.rows(caches, lengths, [compensation] * len(caches))
+    return decoder.rows(decoder.caches(lengths), lengths, [compensation] * len(lengths))
 
 
 def costs_by_action(costs: CostTable) -> Tensor:

@@ -31,7 +31,8 @@ def load_decoder(folder: Path, dtype: torch.dtype = torch.float32, actions: Sequ
 
 
 def new_cache(decoder: Decoder, reserved_tokens: int = 256) -> SequenceCache:
-    return SequenceCache(decoder.config, reserved_tokens, decoder.dtype, decoder.device)
+    (cache,) = decoder.caches([reserved_tokens])
+    return cache
 
 
 def run_rows(

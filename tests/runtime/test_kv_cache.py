@@ -1,60 +1,103 @@
-"""One number of tokens for all sequences; memory that grows and keeps what it holds."""
+"""One number of tokens for all sequences, in one piece of memory that each has a piece of."""
 
 from pathlib import Path
 
+import psutil
+import pytest
 import torch
 
 from dash_runtime.checkpoints import load_model_config
-from dash_runtime.decoder.kv_cache import CachePool
+from dash_runtime.decoder.blocks import BLOCK_TOKENS
+from dash_runtime.decoder.kv_cache import CachePool, SequenceCache
 from tests.runtime.support import CPU
 
 
-def pool(tiny_folder: Path, total_tokens: int) -> CachePool:
-    return CachePool(load_model_config(tiny_folder), total_tokens, torch.float32, CPU)
+def make_pool(tiny_folder: Path, total_tokens: int, max_sequences: int = 8) -> CachePool:
+    return CachePool(load_model_config(tiny_folder), total_tokens, torch.float32, CPU, max_sequences)
 
 
-def test_growing_keeps_what_was_written(tiny_folder: Path) -> None:
-    cache = pool(tiny_folder, 1000).reserve(1000)
+def reserved(pool: CachePool, num_tokens: int) -> SequenceCache:
+    cache = pool.reserve(num_tokens)
     assert cache is not None
-    cache.grow(3)
-    for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-        keys[:3] = layer
-        values[:3] = -layer
-    cache.length = 3
-    for num_tokens in (64, 65, 400, 1000):
-        cache.grow(num_tokens)
-        assert num_tokens <= cache.capacity <= 1000
-    for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-        assert (keys[:3] == layer).all()
-        assert (values[:3] == -layer).all()
+    return cache
 
 
-def test_memory_follows_the_length_and_not_the_reservation(tiny_folder: Path) -> None:
-    cache = pool(tiny_folder, 100_000).reserve(100_000)
-    assert cache is not None
-    cache.grow(10)
-    assert cache.capacity < 200
+def fill(cache: SequenceCache, length: int, number: int) -> None:
+    for layer, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
+        keys[:length] = 100 * number + layer
+        values[:length] = -100 * number - layer
+    cache.length = length
+
+
+def holds(cache: SequenceCache, number: int) -> bool:
+    layers = enumerate(zip(cache.keys, cache.values, strict=True))
+    return all(
+        bool((keys[: cache.length] == 100 * number + layer).all())
+        and bool((values[: cache.length] == -100 * number - layer).all())
+        for layer, (keys, values) in layers
+    )
+
+
+def test_memory_follows_what_is_written_and_not_what_is_reserved(tiny_folder: Path) -> None:
+    before = psutil.Process().memory_info().rss
+    pool = make_pool(tiny_folder, 1_000_000)
+    fill(reserved(pool, 900_000), 1000, 1)
+    assert pool.memory.nbytes > 1 << 30
+    assert psutil.Process().memory_info().rss - before < 1 << 26
 
 
 def test_reservations_never_exceed_the_pool_and_come_back(tiny_folder: Path) -> None:
-    caches = pool(tiny_folder, 100)
-    first, second = caches.reserve(60), caches.reserve(40)
-    assert first is not None
-    assert second is not None
-    assert caches.reserve(1) is None
-    caches.release(first)
-    caches.release(first)
-    assert caches.reserved_tokens == 40
-    assert caches.reserve(61) is None
-    assert caches.reserve(60) is not None
+    pool = make_pool(tiny_folder, 100)
+    first = reserved(pool, 60)
+    reserved(pool, 40)
+    assert pool.reserve(1) is None
+    pool.release(first)
+    pool.release(first)
+    assert pool.reserved_tokens == 40
+    assert pool.reserve(61) is None
+    reserved(pool, 60)
+
+
+def test_every_sequence_begins_with_a_block_of_its_own(tiny_folder: Path) -> None:
+    pool = make_pool(tiny_folder, 100, max_sequences=100)
+    caches = [reserved(pool, 1) for _ in range(100)]
+    assert sorted(cache.start for cache in caches) == [BLOCK_TOKENS * place for place in range(100)]
+
+
+def test_room_in_pieces_is_made_one_piece_without_losing_anything(tiny_folder: Path) -> None:
+    pool = make_pool(tiny_folder, 160, max_sequences=5)
+    caches = [reserved(pool, 32) for _ in range(5)]
+    for number, cache in enumerate(caches):
+        fill(cache, 30, number)
+    for cache in caches[::2]:
+        pool.release(cache)
+    large = reserved(pool, 96)
+    fill(large, 96, 9)
+    assert all(holds(caches[number], number) for number in (1, 3))
+    assert holds(large, 9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sequences_that_come_and_go_do_not_overlap_and_find_zeros(tiny_folder: Path, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pool = make_pool(tiny_folder, 300, max_sequences=6)
+    held: dict[int, SequenceCache] = {}
+    for number in range(1, 120):
+        size, choice, share = torch.randint(1, 120, (3,), generator=generator).tolist()
+        if len(held) < 6 and (cache := pool.reserve(size)) is not None:
+            assert not pool.memory[:, :, cache.start : cache.start + cache.capacity].any()
+            fill(cache, max(1, size * share // 120), number)
+            cache.truncate(cache.length // 2 if choice % 3 == 0 else cache.length)
+            held[number] = cache
+        elif held:
+            pool.release(held.pop(sorted(held)[choice % len(held)]))
+        assert all(holds(cache, own) for own, cache in held.items())
+    assert pool.reserved_tokens == sum(cache.reserved_tokens for cache in held.values())
 
 
 def test_a_stretch_is_copied_and_appended_as_it_is(tiny_folder: Path) -> None:
-    caches = pool(tiny_folder, 400)
-    first, second = caches.reserve(200), caches.reserve(200)
-    assert first is not None
-    assert second is not None
-    first.grow(90)
+    pool = make_pool(tiny_folder, 400)
+    first, second = reserved(pool, 200), reserved(pool, 200)
     for tensor in (*first.keys, *first.values):
         tensor.copy_(torch.randn(tensor.shape))
     first.length = 90
@@ -68,9 +111,8 @@ def test_a_stretch_is_copied_and_appended_as_it_is(tiny_folder: Path) -> None:
 
 
 def test_truncating_forgets_the_end_only(tiny_folder: Path) -> None:
-    cache = pool(tiny_folder, 10).reserve(10)
-    assert cache is not None
-    cache.grow(8)
-    cache.length = 8
+    cache = reserved(make_pool(tiny_folder, 10), 10)
+    fill(cache, 8, 1)
     cache.truncate(5)
     assert cache.length == 5
+    assert holds(cache, 1)

@@ -63,6 +63,7 @@ class FakeHidden:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.is_cuda = device.type == "cuda"
 
     def record_stream(self, stream: Any) -> None:
         pass

@@ -101,10 +101,11 @@ def test_there_are_programs_for_the_actions_that_run_and_no_others(tiny_folder: 
     model = load_model_config(tiny_folder)
     specs = program_specs(model, (Action.SKIP, Action.INT4, Action.FULL), 3)
     assert {spec.action for spec in specs} == {Action.INT4, Action.FULL}
-    assert {spec.kind for spec in specs} == {ProgramKind.LAYER, ProgramKind.LATE, ProgramKind.ATTENTION}
+    shared = {ProgramKind.ATTENTION, ProgramKind.NORM}
+    assert {spec.kind for spec in specs} == {ProgramKind.LAYER, ProgramKind.LATE, *shared}
     assert {spec.shape for spec in specs} == {ModelShape.of(model)}
-    assert {spec.num_threads for spec in specs if spec.kind is not ProgramKind.ATTENTION} == {3}
-    assert len(set(specs)) == len(specs) == 7
+    assert {spec.num_threads for spec in specs} == {3}
+    assert len(set(specs)) == len(specs) == 8
 
 
 @pytest.mark.usefixtures("no_compiler")
@@ -190,3 +191,17 @@ def test_nothing_but_the_program_is_left_behind_by_compiling(kept: Path) -> None
     (path,) = kept.iterdir()
     assert path.suffix == ".pt2"
     assert not path.name.startswith(".")
+
+
+@needs_compiler
+@torch.inference_mode()
+def test_a_policys_row_has_the_same_scores_whatever_rows_are_with_it(kept: Path) -> None:
+    programs, _ = load(kept, POLICY)
+    assert programs is not None
+    _, (hidden, facts, *weights), _ = sample(POLICY)
+    hidden, facts, *weights = (torch.randn(own.shape).to(own.dtype) for own in (hidden, facts, *weights))
+    choices, scores = programs[POLICY]([hidden, facts, *weights])
+    rows = zip(hidden.split(1), facts.split(1), strict=True)
+    alone = [programs[POLICY]([row, own, *weights]) for row, own in rows]
+    assert torch.equal(scores, torch.cat([own for _, own in alone]))
+    assert torch.equal(choices, torch.cat([own for own, _ in alone]))
