@@ -15,8 +15,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.figures import Report
 from benchmarks.rounds import Effort, progress
 from benchmarks.setting import FULL_DEPTH, Setting
+from dash_runtime.actions import Action
 from dash_runtime.config import GenerationRequest, SkipOptions, StoppingParameters
+from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.programs import Program
+from dash_runtime.decoder.rows import RowBatch
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import Lane, Ticket
 from dash_runtime.policy.policy import Decision, Policy, State
@@ -38,6 +41,7 @@ _MOVES_NOTHING = (
     "aten::as_strided", "aten::alias", "aten::detach", "aten::empty", "aten::new_empty", "aten::resize",
     "aten::lift_fresh", "aten::is_nonzero", "aten::item", "aten::_local_scalar_dense", "aten::unbind",
 )  # fmt: skip
+_CONTEXTS = (256, 1500)
 CLASSES = ("gemm", "attention", "pointwise", "compiled_layers", "policy", "sampling", "dispatch")
 
 
@@ -50,6 +54,8 @@ def measure_split(report: Report, setting: Setting, effort: Effort) -> None:
             for kind in CLASSES:
                 report.add(f"split_{prefix}{kind}_seconds", [token[kind] for token in tokens])
             report.add(f"split_{prefix}profiled_token_seconds", [sum(token.values()) for token in tokens])
+    with report.attempt("split, attention"):
+        _measure_attention(report, setting.engine, effort.rounds)
     report.note(
         f"split_*: {effort.profiled_tokens} tokens of one stream under torch.profiler, ADAPTIVE and (full_depth) "
         "FULL_DEPTH; the profiler inflates all of it, many small operations most: compare profiled_token with the "
@@ -102,6 +108,32 @@ def _kind(names: list[str]) -> str:
     if not names or names[-1].startswith(_MOVES_NOTHING) or not names[-1].startswith("aten::"):
         return "dispatch"
     return "pointwise"
+
+
+@torch.inference_mode()
+def _measure_attention(report: Report, engine: Engine, rounds: int) -> None:
+    """What attending to a context takes a token, of all layers in FULL: what they take longer than behind one token."""
+    decoder = engine._decoder
+    hidden, actions = decoder.embed([0]), (Action.FULL,)
+    batches: dict[int, RowBatch] = {}
+    for length in (1, *_CONTEXTS):
+        (cache,) = decoder.caches([length + 1])
+        cache.append(torch.zeros_like(cache.pool.memory[:, :, :length]))
+        batches[length] = decoder.rows([cache], [1], [Identity()])
+
+    def layers_seconds(batch: RowBatch) -> float:
+        started = time.perf_counter()
+        for layer in range(decoder.num_layers):
+            decoder.run_layer(layer, actions, hidden, batch)
+        return time.perf_counter() - started
+
+    seconds = [{length: layers_seconds(batch) for length, batch in batches.items()} for _ in range(10 * rounds + 1)][1:]
+    for length in _CONTEXTS:
+        report.add(f"split_attention_{length}_seconds", [own[length] - own[1] for own in seconds])
+    report.note(
+        f"split_attention_N: a compiled layer does not show its parts; this is what all {decoder.num_layers} layers in "
+        f"FULL take longer for a token behind N others than for one behind a single one, {len(seconds)} rounds"
+    )
 
 
 class _MarkedLane:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dash_runtime.actions import Action
 from dash_runtime.child_process import die_with_parent
 from dash_runtime.decoder import program_samples
 from dash_runtime.decoder.one_row import ModelShape
@@ -27,6 +28,9 @@ _INDUCTOR = {
     "realize_reads_threshold": 1,
     "cpp.enable_floating_point_contract_flag": "fast",
 }
+_WITHOUT_CONTRACTION = "off"
+"""Contraction lets a compiler fuse an addition with either of two products, and it takes another one where there are
+more rows. Layers in FULL are to have the same numbers in calls for one row and for several, and wait for memory."""
 _WIDE_VECTORS = "native -mprefer-vector-width=512"
 """A reinterpretation of bits goes through an array, which compilers only see through at one width for all of it; those
 tuned for Intel prefer half of AVX-512's, and INT4 and INT8 then take five times as long."""
@@ -61,6 +65,8 @@ def compile_program(spec: ProgramSpec, path: Path) -> None:
             package = partial.with_name(f"{partial.name}.pt2")
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch  # else all of what it compiles stays in the system's folder
             options: dict[str, Any] = dict(_INDUCTOR)
+            if spec.kind is ProgramKind.LAYER and spec.action is Action.FULL:
+                options["cpp.enable_floating_point_contract_flag"] = _WITHOUT_CONTRACTION
             if torch.cpu._is_avx512_supported() and hasattr(inductor_config.cpp, "march"):
                 options["cpp.march"] = _WIDE_VECTORS
             with inductor_config.patch(options):
