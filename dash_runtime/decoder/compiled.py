@@ -16,10 +16,13 @@ from dash_runtime.decoder.layer import DecoderLayer, mlp, scatter_rows
 from dash_runtime.decoder.norm import RmsNorm
 from dash_runtime.decoder.one_row import ModelShape
 from dash_runtime.decoder.programs import Program, ProgramKind, ProgramSpec
-from dash_runtime.decoder.rows import MAX_PENDING, RowBatch, group_rows
+from dash_runtime.decoder.projection import MAX_PENDING, group_rows
+from dash_runtime.decoder.rows import RowBatch
 from dash_runtime.decoder.weight_loader import LayerWeights
 from dash_runtime.model_config import ModelConfig
 
+MAX_ROWS_APART = 2
+"""So many rows in FULL, or in a quantised head, take less time one by one than with products for all of them."""
 _STRIDES = (8, 4, 1)
 """Rows of one sequence that one call takes in FULL; more are several calls."""
 
@@ -60,7 +63,7 @@ class CompiledLayers:
 
     Args:
         query_size: features of all queries of a row.
-        shares_products: whether rows in FULL share their products where there are several: faster, and a row's
+        shares_products: whether more than `MAX_ROWS_APART` rows in FULL share their products: faster, and a row's
             rounding then depends on whether it has neighbours. Otherwise each row runs alone.
     """
 
@@ -114,13 +117,13 @@ class CompiledLayers:
         parts: list[tuple[list[int] | None, Tensor]] = []
         for action, group in group_rows(actions):
             rows, inputs = (range(len(actions)), hidden) if group is None else (group, hidden[group])
-            if not self.shares_products or len(rows) == 1 or action not in (Action.SKIP, Action.FULL):
+            if action is Action.SKIP and self.shares_products:
+                outputs = self._skip_rows(layer, inputs, batch, rows)
+            elif action is Action.FULL and self.shares_products and len(rows) > MAX_ROWS_APART:
+                outputs = self._run_full_rows(layer, weights, inputs, batch, rows)
+            else:
                 each = zip(inputs.split(1), rows, strict=True)
                 outputs = torch.cat([self._run_row(layer, action, row_input, batch, row) for row_input, row in each])
-            elif action is Action.SKIP:
-                outputs = self._skip_rows(layer, inputs, batch, rows)
-            else:
-                outputs = self._run_full_rows(layer, weights, inputs, batch, rows)
             parts.append((group, outputs))
         return scatter_rows(parts, len(actions))
 

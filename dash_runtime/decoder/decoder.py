@@ -5,6 +5,7 @@ a tensor that it returned before, so that a policy may still be reading a layer'
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,19 +13,21 @@ from torch.nn import functional
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.compensation import Compensation
-from dash_runtime.decoder.compiled import CompiledLayers
+from dash_runtime.decoder.compiled import MAX_ROWS_APART, CompiledLayers
+from dash_runtime.decoder.graphs import Graphs, Tensors
 from dash_runtime.decoder.kv_cache import CachePool, SequenceCache
 from dash_runtime.decoder.layer import DecoderLayer, make_layer, mlp, scatter_rows
+from dash_runtime.decoder.projection import Projection, group_rows
 from dash_runtime.decoder.quantization import MAX_ALIKE_ROWS, FullLinear, PackedFullLinear, make_linear
 from dash_runtime.decoder.rotary import RotaryTable, rotate
-from dash_runtime.decoder.rows import Projection, RowBatch, group_rows
+from dash_runtime.decoder.rows import RowBatch
 from dash_runtime.decoder.weight_loader import WeightLoader
 from dash_runtime.model_config import ModelConfig
 
+Groups = Sequence[tuple[Action, list[int] | None]]
+Part = Callable[..., Tensors]
 Head = Callable[[Tensor], Tensor]
 """float32 `[rows, vocab_size]` from the last layer's output, its final norm included."""
-_MAX_ROWS_APART = 2
-"""Rows whose quantised heads are run one by one where products may be shared."""
 _ROW_BLOCK_ON_CPU, _ROW_BLOCK_ELSEWHERE = 64, 256
 """Smaller ones let more of a prompt be reused, and cost more: on a CPU attention takes one at a time, which makes a
 prefill a few per cent slower (`benchmarks/prefix.py`); elsewhere a pass does, and a short one takes as long as a long
@@ -40,6 +43,7 @@ class Decoder:
         context_length: positions to make rotary tables for.
         compiled: the layers' programs, which this fills; decoding then runs them, and quantised actions have no
             other kernels. None: everything runs eagerly.
+        graphs: what eager decoding runs its layers with, where there are CUDA graphs.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Decoder:
         device: torch.device,
         context_length: int,
         compiled: CompiledLayers | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         self.config = config
         self.num_layers = config.num_layers
@@ -65,6 +70,7 @@ class Decoder:
         # The matrices are packed anew: a mapped file that stays for the sake of the rest would stay whole.
         loader = WeightLoader(config, weights, dtype, device, copies=compiled is not None)
         self._compiled = compiled
+        self._graphs = graphs
         self.layers: list[DecoderLayer] = []
         for index in range(config.num_layers):
             layer_weights = loader.layer(index)
@@ -122,7 +128,7 @@ class Decoder:
         projection = batch.projection(layer, actions, hidden)
         queries = hidden
         if projection is not None:
-            queries, keys, values = self._project(weights, projection)
+            queries, keys, values = self._project(layer, projection, batch.is_decoding)
             batch.write(layer, projection, keys, values)
         parts: list[tuple[list[int] | None, Tensor]] = []
         for action, rows in groups:
@@ -130,15 +136,14 @@ class Decoder:
             if action is Action.SKIP:
                 outputs = batch.compensate(layer, inputs, rows)
             else:
-                linears = weights.linears[action]
-                attended = inputs + linears.output(batch.attend(layer, queries, rows))
-                outputs = attended + mlp(linears, weights.mlp_norm(attended))
+                attended = batch.attend(layer, queries, rows)
+                (outputs,) = self._run_part(self._after_attention, layer, action, batch.is_decoding, inputs, attended)
             parts.append((rows, outputs))
         return scatter_rows(parts, batch.num_rows)
 
     def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
         """float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""
-        if len(precisions) > _MAX_ROWS_APART and self._compiled is not None and self._compiled.shares_products:
+        if len(precisions) > MAX_ROWS_APART and self._compiled is not None and self._compiled.shares_products:
             precisions = (Action.FULL,) * len(precisions)  # one product for all is the fastest there
         parts = [
             (rows, self.heads[precision](hidden if rows is None else hidden[rows]))
@@ -152,33 +157,61 @@ class Decoder:
         linear, norm = make_linear(precision, FullLinear(weight)), self._final_norm
         return lambda hidden: linear(norm(hidden)).float()
 
-    def _project(self, weights: DecoderLayer, projection: Projection) -> tuple[Tensor, Tensor, Tensor]:
+    def _run_part(self, part: Part, layer: int, action: Action, is_decoding: bool, *inputs: Tensor) -> Tensors:
+        """A part of a layer whose rows all take one action; in decoding as a graph, where there are graphs."""
+        function = partial(part, self.layers[layer], action)
+        if self._graphs is None or not is_decoding:
+            return function(*inputs)
+        return self._graphs.run((part.__name__, layer, action), function, inputs)
+
+    def _project(self, layer: int, projection: Projection, is_decoding: bool) -> Tensors:
         """Rotated queries `[rows of the pass, num_heads, head_dim]`, rotated keys and values `[projected rows,
         num_kv_heads, head_dim]`. Skipped rows have no query: theirs is any, or missing where all skip."""
         groups = group_rows(projection.actions)
-        normed = weights.input_norm(projection.hidden)
-        config = self.config
-        num_query_heads = config.num_heads
-        if len(groups) == 1 and groups[0][0] is Action.SKIP:
-            num_query_heads = 0
-            fused = weights.key_value(normed)
-        elif len(groups) == 1:
-            fused = weights.linears[groups[0][0]].query_key_value(normed)
+        inputs = (projection.hidden, projection.cosines, projection.sines)
+        if len(groups) == 1:
+            queries, keys, values = self._run_part(self._before_attention, layer, groups[0][0], is_decoding, *inputs)
         else:
-            fused = normed.new_zeros((len(normed), self._query_size + 2 * config.num_kv_heads * config.head_dim))
-            for action, rows in groups:
-                if action is Action.SKIP:
-                    fused[rows, self._query_size :] = weights.key_value(normed[rows])
-                else:
-                    fused[rows] = weights.linears[action].query_key_value(normed[rows])
+            queries, keys, values = self._before_attention_mixed(self.layers[layer], groups, *inputs)
+        return queries if projection.own_rows is None else queries[projection.own_rows], keys, values
+
+    def _before_attention(
+        self, weights: DecoderLayer, action: Action, hidden: Tensor, cosines: Tensor, sines: Tensor
+    ) -> Tensors:
+        normed = weights.input_norm(hidden)
+        if action is Action.SKIP:
+            return self._heads(weights, weights.key_value(normed), 0, cosines, sines)
+        fused = weights.linears[action].query_key_value(normed)
+        return self._heads(weights, fused, self.config.num_heads, cosines, sines)
+
+    def _before_attention_mixed(
+        self, weights: DecoderLayer, groups: Groups, hidden: Tensor, cosines: Tensor, sines: Tensor
+    ) -> Tensors:
+        normed = weights.input_norm(hidden)
+        key_value_size = 2 * self.config.num_kv_heads * self.config.head_dim
+        fused = normed.new_zeros((len(normed), self._query_size + key_value_size))
+        for action, rows in groups:
+            if action is Action.SKIP:
+                fused[rows, self._query_size :] = weights.key_value(normed[rows])
+            else:
+                fused[rows] = weights.linears[action].query_key_value(normed[rows])
+        return self._heads(weights, fused, self.config.num_heads, cosines, sines)
+
+    def _heads(
+        self, weights: DecoderLayer, fused: Tensor, num_query_heads: int, cosines: Tensor, sines: Tensor
+    ) -> Tensors:
+        """A product's queries, keys and values, `[rows, heads, head_dim]` each, the first two normed and rotated."""
+        config = self.config
         num_rotated = num_query_heads + config.num_kv_heads
         heads = fused.view(len(fused), -1, config.head_dim)
         rotated = heads[:, :num_rotated]
         if weights.head_norm is not None:
             head_norm = weights.head_norm[-num_rotated:]
             rotated = functional.rms_norm(rotated, (config.head_dim,), None, self._eps) * head_norm
-        rotated = rotate(rotated, projection.cosines, projection.sines)
-        queries = rotated[:, :num_query_heads]
-        if projection.own_rows is not None:
-            queries = queries[projection.own_rows]
-        return queries, rotated[:, num_query_heads:], heads[:, num_rotated:]
+        rotated = rotate(rotated, cosines, sines)
+        return rotated[:, :num_query_heads], rotated[:, num_query_heads:], heads[:, num_rotated:]
+
+    def _after_attention(self, weights: DecoderLayer, action: Action, inputs: Tensor, attended: Tensor) -> Tensors:
+        linears = weights.linears[action]
+        residual = inputs + linears.output(attended)
+        return (residual + mlp(linears, weights.mlp_norm(residual)),)

@@ -1,5 +1,5 @@
-"""What is compiled of a decoder: a layer for one row or for a few of one sequence, late keys and values of skipped
-rows, the head.
+"""What is compiled of a decoder: a layer for one row or for a few of one sequence, norm and attention for rows that
+share products, late keys and values of skipped rows, the head.
 
 The same as `decoder.py` and `rows.py` compute eagerly, written for Inductor: it makes one parallel region of a
 layer, so that its threads are woken once. Everything between the layer's input and output stays float32. To be

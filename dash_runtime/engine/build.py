@@ -22,6 +22,7 @@ from dash_runtime.config import (
 )
 from dash_runtime.decoder.compiled import CompiledLayers, can_compile, program_specs
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.graphs import Graphs, cuda_capture
 from dash_runtime.decoder.programs import Program, ProgramKind, ProgramSpec, load_programs, programs_digest
 from dash_runtime.decoder.quantization import supported_actions
 from dash_runtime.decoder.strides import unequal_strides
@@ -90,7 +91,14 @@ def build_engine(
         compiled = CompiledLayers(programs, model.num_heads * model.head_dim, shares_products=config.group_planner)
         learned = [replace(p, program=programs[policy_spec(p)]) for p in learned]
     decoder = Decoder(
-        model, weights, actions, dtype=dtype, device=device, context_length=context_length, compiled=compiled
+        model,
+        weights,
+        actions,
+        dtype=dtype,
+        device=device,
+        context_length=context_length,
+        compiled=compiled,
+        graphs=Graphs(cuda_capture(device)) if device.type == "cuda" else None,
     )
     if compiled is not None:
         compiled.drop_strides(unequal_strides(decoder, compiled.strides))

@@ -23,7 +23,7 @@ from dash_runtime.decoder.compiled import CompiledLayers, program_specs
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.decoder.programs import Program, ProgramKind, ProgramSpec, load_programs
-from dash_runtime.decoder.rows import MAX_PENDING
+from dash_runtime.decoder.projection import MAX_PENDING
 from dash_runtime.model_config import ModelConfig
 from tests.runtime.support import ALL_ACTIONS, CPU, full_plan, load_decoder, new_cache, run_rows, some_affine
 from tests.tiny_models import save_tiny_model
