@@ -19,11 +19,12 @@ demo: $(INSTALLED)  ## Start a server with the embedded model and stream one ans
 serve: $(INSTALLED)  ## Run the server in the foreground; settings are DASH_… variables
 	@exec $(BIN)/python -m dash_server.main
 
-# Threads that wait for each other stall where tests run side by side, so those have one each.
+# Threads that wait for each other stall where tests run side by side, so those have one each; much of
+# a test is waiting, so four runs of them keep two cores busy.
 # `.venv/bin/python -m pytest` alone runs everything in turn.
 test: $(INSTALLED)  ## Run the tests
 	$(BIN)/python -m pytest -m alone
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" -n 4 --dist loadfile
 
 soak: $(INSTALLED)  ## Prove the service under load and faults; takes half an hour and ends by itself
 	$(BIN)/python -m tests.soak

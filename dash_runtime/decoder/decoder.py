@@ -14,11 +14,12 @@ from torch.nn import functional
 from dash_runtime.actions import Action
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.compiled import MAX_ROWS_APART, CompiledLayers
+from dash_runtime.decoder.full_linear import MAX_ALIKE_ROWS, AlikeLinear, FullLinear
 from dash_runtime.decoder.graphs import Graphs, Tensors
 from dash_runtime.decoder.kv_cache import CachePool, SequenceCache
 from dash_runtime.decoder.layer import DecoderLayer, make_layer, mlp, scatter_rows
 from dash_runtime.decoder.projection import Projection, group_rows
-from dash_runtime.decoder.quantization import MAX_ALIKE_ROWS, FullLinear, PackedFullLinear, make_linear
+from dash_runtime.decoder.quantization import make_linear
 from dash_runtime.decoder.rotary import RotaryTable, rotate
 from dash_runtime.decoder.rows import RowBatch
 from dash_runtime.decoder.weight_loader import WeightLoader
@@ -78,10 +79,11 @@ class Decoder:
                 compiled.add_layer(layer_weights)
             eager_actions = actions if compiled is None else (Action.FULL,)
             self.layers.append(make_layer(layer_weights, self._query_size, eager_actions))
+        self._wide_layers = [layer.for_many_rows() for layer in self.layers]
         self.row_block = _ROW_BLOCK_ON_CPU if device.type == "cpu" else _ROW_BLOCK_ELSEWHERE
         """Where a prompt may be cut: a row's numbers are the same whatever rows are in its pass, if every pass begins
         at a multiple of this and has `max_prompt_rows` at most."""
-        has_alike_rows = isinstance(self.layers[0].linears[Action.FULL].down, PackedFullLinear)
+        has_alike_rows = isinstance(self._wide_layers[0].key_value, AlikeLinear)
         self.max_prompt_rows = MAX_ALIKE_ROWS if has_alike_rows else self.row_block
         self._embedding = loader.tensor("model.embed_tokens.weight")
         self._final_norm = loader.norm("model.norm.weight")
@@ -119,16 +121,15 @@ class Decoder:
         Every row's keys and values are written, a skipped one's from the layer's input and no later than a row attends
         to them (the KV rule).
         """
-        weights = self.layers[layer]
         if self._compiled is not None and batch.is_decoding:
-            return self._compiled.run(layer, weights, actions, hidden, batch)
+            return self._compiled.run(layer, self._wide_layers[layer], actions, hidden, batch)
         if self._compiled is not None and batch.is_as_decoding:
             return self._compiled.run_as_decoding(layer, hidden, batch)
         groups = group_rows(actions)
         projection = batch.projection(layer, actions, hidden)
         queries = hidden
         if projection is not None:
-            queries, keys, values = self._project(layer, projection, batch.is_decoding)
+            queries, keys, values = self._project(layer, projection, batch)
             batch.write(layer, projection, keys, values)
         parts: list[tuple[list[int] | None, Tensor]] = []
         for action, rows in groups:
@@ -137,7 +138,7 @@ class Decoder:
                 outputs = batch.compensate(layer, inputs, rows)
             else:
                 attended = batch.attend(layer, queries, rows)
-                (outputs,) = self._run_part(self._after_attention, layer, action, batch.is_decoding, inputs, attended)
+                (outputs,) = self._run_part(self._after_attention, layer, action, batch, inputs, attended)
             parts.append((rows, outputs))
         return scatter_rows(parts, batch.num_rows)
 
@@ -157,22 +158,25 @@ class Decoder:
         linear, norm = make_linear(precision, FullLinear(weight)), self._final_norm
         return lambda hidden: linear(norm(hidden)).float()
 
-    def _run_part(self, part: Part, layer: int, action: Action, is_decoding: bool, *inputs: Tensor) -> Tensors:
+    def _weights(self, layer: int, batch: RowBatch) -> DecoderLayer:
+        return (self.layers if batch.is_like_decoded else self._wide_layers)[layer]
+
+    def _run_part(self, part: Part, layer: int, action: Action, batch: RowBatch, *inputs: Tensor) -> Tensors:
         """A part of a layer whose rows all take one action; in decoding as a graph, where there are graphs."""
-        function = partial(part, self.layers[layer], action)
-        if self._graphs is None or not is_decoding:
+        function = partial(part, self._weights(layer, batch), action)
+        if self._graphs is None or not batch.is_decoding:
             return function(*inputs)
         return self._graphs.run((part.__name__, layer, action), function, inputs)
 
-    def _project(self, layer: int, projection: Projection, is_decoding: bool) -> Tensors:
+    def _project(self, layer: int, projection: Projection, batch: RowBatch) -> Tensors:
         """Rotated queries `[rows of the pass, num_heads, head_dim]`, rotated keys and values `[projected rows,
         num_kv_heads, head_dim]`. Skipped rows have no query: theirs is any, or missing where all skip."""
         groups = group_rows(projection.actions)
         inputs = (projection.hidden, projection.cosines, projection.sines)
         if len(groups) == 1:
-            queries, keys, values = self._run_part(self._before_attention, layer, groups[0][0], is_decoding, *inputs)
+            queries, keys, values = self._run_part(self._before_attention, layer, groups[0][0], batch, *inputs)
         else:
-            queries, keys, values = self._before_attention_mixed(self.layers[layer], groups, *inputs)
+            queries, keys, values = self._before_attention_mixed(self._weights(layer, batch), groups, *inputs)
         return queries if projection.own_rows is None else queries[projection.own_rows], keys, values
 
     def _before_attention(

@@ -1,15 +1,16 @@
 """The weights of one decoder layer, in every precision that is offered."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from dash_runtime.actions import Action
+from dash_runtime.decoder.full_linear import FullLinear, Linear, for_many_rows
 from dash_runtime.decoder.norm import RmsNorm
-from dash_runtime.decoder.quantization import FullLinear, Linear, make_linear
+from dash_runtime.decoder.quantization import make_linear
 from dash_runtime.decoder.weight_loader import LayerWeights
 
 
@@ -21,6 +22,11 @@ class LayerLinears:
     output: Linear
     gate_up: Linear
     down: Linear
+
+    def for_many_rows(self) -> "LayerLinears":
+        """The same matrices for passes over many rows."""
+        matrices = (self.query_key_value, self.output, self.gate_up, self.down)
+        return LayerLinears(*map(for_many_rows, matrices))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,11 @@ class DecoderLayer:
     head_norm: Tensor | None
     key_value: Linear
     linears: Mapping[Action, LayerLinears]
+
+    def for_many_rows(self) -> "DecoderLayer":
+        """The same layer for passes over many rows (full_linear.py)."""
+        linears = {action: own.for_many_rows() for action, own in self.linears.items()}
+        return replace(self, key_value=for_many_rows(self.key_value), linears=linears)
 
 
 def make_layer(weights: LayerWeights, query_size: int, actions: tuple[Action, ...]) -> DecoderLayer:

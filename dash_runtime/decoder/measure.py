@@ -2,8 +2,8 @@
 
 Knows the decoder; knows no policies. Interleaves the actions and walks through all layers, so that caches and
 a drifting clock treat them alike, and takes minima: what else runs on the machine only ever adds, and the table is
-kept. A skip is charged with all of what it leaves to a later row (projection.py), as if that row came next: what the row
-after it takes longer.
+kept. A skip is charged with all of what it leaves to a later row (projection.py), as if that row came next: what the
+row after it takes longer.
 """
 
 import time

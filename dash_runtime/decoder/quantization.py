@@ -1,18 +1,16 @@
-"""Linear layers in FULL, INT8 and INT4, on PyTorch's packed weight-only kernels.
+"""Linear layers in INT8 and INT4, on PyTorch's packed weight-only kernels.
 
 Knows matrices; knows no layers and no policies. What a device has no kernel for is not offered:
 `supported_actions` runs each kernel once and compares it with the matrix that it stands for.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dash_runtime.actions import Action
+from dash_runtime.decoder.full_linear import FullLinear, Linear, make_full_linear
 
 INT4_GROUP_SIZE = 32
 INT8_INPUT_MULTIPLE = 16
@@ -20,82 +18,6 @@ INT8_INPUT_MULTIPLE = 16
 _INT4_ZERO_POINT = 8
 _CUDA_K_TILE = 16
 _CUDA_INNER_K_TILES = (8, 4, 2)
-MAX_ALIKE_ROWS = 256
-"""A row of the packed bf16 product has the same numbers in a pass of up to so many rows."""
-_USUAL_ROWS = 64
-_TRIED_OUTPUTS = 1 << 15
-_ALIKE: dict[tuple[tuple[int, int], int, int], bool] = {}
-"""By the matrix's shape, the number of rows and that of threads: whether each row has its usual sums."""
-
-
-class Linear(Protocol):
-    """`[rows, in_features] -> [rows, out_features]`, bias included."""
-
-    def __call__(self, inputs: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True, slots=True)
-class FullLinear:
-    """The weights as loaded. `weight` is `[out_features, in_features]`."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        return functional.linear(inputs, self.weight, self.bias)
-
-
-@dataclass(frozen=True, slots=True)
-class PackedFullLinear:
-    """The bf16 weights in the blocked layout that oneDNN would otherwise make anew for every product.
-
-    A row's result never depends on its neighbours, up to `MAX_ALIKE_ROWS` in all. For some numbers of rows oneDNN sums
-    in another order than for others, as it does when it splits a long sum between threads. Which ones these are is
-    found by trying, when such a number first comes: they are given to it in parts, or with rows that nobody wants.
-    """
-
-    packed: Tensor
-    bias: Tensor | None
-    shape: tuple[int, int]
-
-    @classmethod
-    def from_full(cls, full: FullLinear) -> "PackedFullLinear":
-        out_features, in_features = full.weight.shape
-        packed = torch.ops.mkldnn._reorder_linear_weight(full.weight, 1)
-        return cls(packed, full.bias, (out_features, in_features))
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        num_rows = len(inputs)
-        if num_rows > MAX_ALIKE_ROWS or self._is_alike(num_rows):
-            return _packed_linear(inputs, self.packed, self.bias)
-        if num_rows > _USUAL_ROWS:
-            part = _USUAL_ROWS if num_rows <= 2 * _USUAL_ROWS else 2 * _USUAL_ROWS
-            return torch.cat([self(rows) for rows in inputs.split(part)])
-        if num_rows == 1:
-            return self(inputs.expand(2, -1))[:1]
-        return self(functional.pad(inputs, (0, 0, 0, _USUAL_ROWS - num_rows)))[:num_rows]
-
-    def _is_alike(self, num_rows: int) -> bool:
-        """Whether each of so many rows has the sums that it has among the usual number."""
-        if num_rows == _USUAL_ROWS:
-            return True
-        key = (self.shape, num_rows, torch.get_num_threads())
-        if key not in _ALIKE:
-            _ALIKE[key] = self._try(num_rows)
-        return _ALIKE[key]
-
-    def _try(self, num_rows: int) -> bool:
-        out_features, in_features = self.shape
-        inputs = _probed_rows(in_features)[: -(-num_rows // _USUAL_ROWS) * _USUAL_ROWS]
-        # Another order shows in a few outputs of a thousand, so a few rows are tried several times over.
-        num_tries = min(len(inputs) // num_rows, -(-_TRIED_OUTPUTS // (num_rows * out_features)))
-        tried = inputs[: num_tries * num_rows]
-        outputs = (
-            torch.cat([_packed_linear(part, self.packed, self.bias) for part in rows.split(together)])
-            for rows, together in ((inputs, _USUAL_ROWS), (tried, num_rows))
-        )
-        usual, own = outputs
-        return torch.equal(usual[: len(own)], own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,37 +74,7 @@ _QUANTIZED: dict[Action, type[Int8Linear] | type[Int4Linear]] = {
 
 def make_linear(action: Action, full: FullLinear) -> Linear:
     """The linear layer that `action` runs for the matrix `full`, with the kernel that this device is fastest with."""
-    if action is not Action.FULL:
-        return _QUANTIZED[action].from_full(full)
-    is_bf16_on_cpu = full.weight.device.type == "cpu" and full.weight.dtype is torch.bfloat16
-    return PackedFullLinear.from_full(full) if is_bf16_on_cpu and _has_packed_linear() else full
-
-
-def _packed_linear(inputs: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(inputs, packed, bias, "none", [], "")
-
-
-@lru_cache
-def _has_packed_linear() -> bool:
-    """Whether this build of torch has oneDNN with bf16, which is checked against the plain product."""
-    inputs, weight = _probe(16, 64, 32)
-    try:
-        outputs = _packed_linear(inputs, torch.ops.mkldnn._reorder_linear_weight(weight, 1), None)
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return False
-    return torch.allclose(outputs.float(), functional.linear(inputs.float(), weight.float()), atol=0.5)
-
-
-@lru_cache
-def _probed_rows(in_features: int) -> Tensor:
-    return _probe(MAX_ALIKE_ROWS, 1, in_features)[0]
-
-
-def _probe(num_rows: int, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-    """Some bf16 inputs and a weight, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(out_features, in_features, generator=generator)
-    return torch.randn(num_rows, in_features, generator=generator).bfloat16(), weight.bfloat16()
+    return make_full_linear(full) if action is Action.FULL else _QUANTIZED[action].from_full(full)
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:

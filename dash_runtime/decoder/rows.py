@@ -72,6 +72,8 @@ class RowBatch:
         self.is_decoding = is_one_each and not is_prompt
         """Whether every row is the only one of its sequence, has others before it and is not of a prompt."""
         self.is_as_decoding = as_decoding and len(self.spans) == 1 and self.spans[0].start > 0
+        self.is_like_decoded = self.is_decoding or as_decoding
+        """Whether each row is to have the numbers that it has where it is decoded alone."""
         self._row_block = row_block
         self._rotary = rotary
         self._sliding_window = sliding_window

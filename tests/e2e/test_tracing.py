@@ -71,7 +71,7 @@ def test_full_depth_has_layers_and_no_decisions(service: Service, collector: Otl
 def test_in_exact_every_output_token_has_a_span_and_rejected_drafts_are_below_their_draft(
     service: Service, collector: OtlpReceiver
 ) -> None:
-    answer, trace = traced(service, collector, mode="exact", compute_budget=0.7)
+    answer, trace = traced(service, collector, mode="exact", policy_name="random", compute_budget=0.7)
     trace.check()
     assert len(trace.children(trace.generation, "token")) == 12
     usage = answer.usage.speculation

@@ -40,9 +40,12 @@ def folder(embedded_cache: Path) -> Path:
 
 
 def test_a_warm_start_takes_no_time(folder: Path, embedded_cache: Path) -> None:
-    start = time.perf_counter()
-    assert resolve_checkpoint("embedded", None, embedded_cache) == folder
-    assert time.perf_counter() - start < 0.5
+    seconds = []
+    for _ in range(5):  # what else runs on the machine only ever adds
+        start = time.perf_counter()
+        assert resolve_checkpoint("embedded", None, embedded_cache) == folder
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.5
 
 
 def test_its_shape_and_name(folder: Path) -> None:

@@ -42,7 +42,10 @@ def test_an_incomplete_folder_is_refused(tiny_folder: Path, tmp_path: Path, name
 
 
 @pytest.mark.parametrize("model", ["gpt2", "./no/folder", "/no/folder", "a/b/c", "../x"])
-def test_a_name_that_is_nothing_is_refused_with_what_a_model_can_be(model: str, tmp_path: Path) -> None:
+def test_a_name_that_is_nothing_is_refused_with_what_a_model_can_be(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointNotFound, match=r"embedded.*hub id") as caught:
         resolve_checkpoint(model, None, tmp_path)
     assert model in str(caught.value)

@@ -18,6 +18,7 @@ PROMPTS = [
     "12 + 7 = 19. 25 + 8 =",
     "Once upon a time, in a village by the sea,",
 ]
+NUM_TOKENS = 32
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -45,12 +46,12 @@ def test_greedy_tokens_of_the_embedded_model_equal_those_of_transformers(embedde
     for prompt in PROMPTS:
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
         generated = reference.generate(
-            torch.tensor([prompt_ids]), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+            torch.tensor([prompt_ids]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         expected = generated[0, len(prompt_ids) :].tolist()
         cache = new_cache(decoder)
         output = [int(run_rows(decoder, [cache], [prompt_ids], [plan])[-1].argmax())]
-        while len(output) < 64:
+        while len(output) < NUM_TOKENS:
             output.append(int(run_rows(decoder, [cache], [output[-1:]], [plan])[0].argmax()))
         assert output == expected, prompt
 

@@ -12,7 +12,14 @@ from torch.nn import functional
 from dash_runtime.actions import Action
 from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.quantization import MAX_ALIKE_ROWS, FullLinear, PackedFullLinear, make_linear
+from dash_runtime.decoder.full_linear import (
+    MAX_ALIKE_ROWS,
+    AlikeLinear,
+    FullLinear,
+    WidenedLinear,
+    for_many_rows,
+    make_full_linear,
+)
 from tests.runtime.support import full_plan, load_decoder, new_cache
 from tests.tiny_models import FAMILIES, save_tiny_model
 
@@ -85,34 +92,39 @@ def test_a_prompts_last_row_alone_is_not_taken_for_a_decoded_one(tiny_folder: Pa
 
 
 @pytest.mark.parametrize("shape", MATRICES)
-def test_a_row_of_a_full_product_is_bit_equal_among_any_number_of_others(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("is_widened", [False, True], ids=["usual", "widened"])
+def test_a_row_of_a_full_product_is_bit_equal_among_any_number_of_others(
+    shape: tuple[int, int], is_widened: bool
+) -> None:
     generator = torch.Generator().manual_seed(1)
-    linear = make_linear(Action.FULL, FullLinear(torch.randn(shape, generator=generator).bfloat16()))
-    assert isinstance(linear, PackedFullLinear)
+    weight, bias = torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator)
+    full = FullLinear(weight.bfloat16(), bias.bfloat16())
+    linear = AlikeLinear(WidenedLinear(full), shape) if is_widened else for_many_rows(make_full_linear(full))
     inputs = torch.randn(MAX_ALIKE_ROWS, shape[1], generator=generator).bfloat16()
     expected = linear(inputs)
+    torch.testing.assert_close(expected, full(inputs), rtol=0.02, atol=0.01)
     for num_rows in range(1, MAX_ALIKE_ROWS):
         assert torch.equal(linear(inputs[:num_rows]), expected[:num_rows]), num_rows
 
 
-@pytest.mark.parametrize("alike", [set(), {1, 64}, {2, 64, 128}, {64, 100}])
+@pytest.mark.parametrize("alike", [set(), {1, 64}, {2, 64, 128}, {16, 64}, {4, 64, 100}])
 def test_rows_that_would_be_summed_apart_are_given_in_numbers_that_are_not(
     alike: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[int] = []
+    full = FullLinear(torch.randn(16, 32, generator=torch.Generator().manual_seed(0)).bfloat16())
 
-    def product(inputs: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-        given.append(len(inputs))
-        return functional.linear(inputs, weight, bias)
+    class CountedProduct(WidenedLinear):
+        def sums(self, inputs: Tensor) -> Tensor:
+            given.append(len(inputs))
+            return full(inputs)
 
-    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
-    linear = PackedFullLinear.from_full(FullLinear(weight))
-    monkeypatch.setattr("dash_runtime.decoder.quantization._packed_linear", product)
-    monkeypatch.setattr(PackedFullLinear, "_try", lambda self, num_rows: num_rows in alike)
-    monkeypatch.setattr("dash_runtime.decoder.quantization._ALIKE", {})
+    linear = AlikeLinear(CountedProduct(full), (16, 32))
+    monkeypatch.setattr(AlikeLinear, "_try", lambda self, num_rows: num_rows in alike)
+    monkeypatch.setattr("dash_runtime.decoder.full_linear._ALIKE", {})
     inputs = torch.arange(256 * 32).view(256, 32).remainder(7).bfloat16()
-    for num_rows in (1, 2, 3, 63, 64, 65, 100, 127, 128, 129, 192, 200, 256):
-        torch.testing.assert_close(linear(inputs[:num_rows]), functional.linear(inputs[:num_rows], weight))
+    for num_rows in (1, 2, 3, 7, 16, 63, 64, 65, 100, 127, 128, 129, 192, 200, 256):
+        torch.testing.assert_close(linear(inputs[:num_rows]), full(inputs[:num_rows]))
     assert set(given) <= alike | {64}
 
 

@@ -271,7 +271,8 @@ def test_the_shipped_prompts_are_many_short_and_different() -> None:
 @pytest.mark.embedded
 def test_the_embedded_model_answers_in_its_own_tokens(embedded_cache: Path, tmp_path: Path) -> None:
     folder = resolve_checkpoint("embedded", None, embedded_cache)
-    run = Run(load_decoder(folder, torch.bfloat16, actions=(Action.FULL,)), folder, tmp_path / "own.safetensors")
+    # Its two best first tokens are a tie in bf16, which falls differently on different machines.
+    run = Run(load_decoder(folder, torch.float32, actions=(Action.FULL,)), folder, tmp_path / "own.safetensors")
     run.eos_ids = run.decoder.config.eos_token_ids
     settings = SelfTextSettings(("What is the capital of France?",), temperature=0.0)
     (ids,) = run(1, 46, settings)

@@ -140,7 +140,8 @@ class _Session:
         prompt = self._conversation.prompt_with(message)
         pieces: list[str] = []
         sent = time.monotonic()
-        with self._client.stream(prompt, **self._options) as stream, self._interrupts.cancelling(stream):
+        with self._interrupts.cancelling() as set_answer, self._client.stream(prompt, **self._options) as stream:
+            set_answer(stream)
             try:
                 self._show(stream, self._noted(stream, pieces, sent))
                 answer = stream.final()

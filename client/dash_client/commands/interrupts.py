@@ -24,6 +24,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.was_pressed = False
         """Whether the latest answer was cancelled by it."""
+        self._is_answering = False
         self._answer: Cancellable | None = None
         self._is_reading = False
         self._previous: Any = None
@@ -50,20 +51,28 @@ class Interrupts:
             self._is_reading = False
 
     @contextmanager
-    def cancelling(self, answer: Cancellable) -> Iterator[None]:
-        """In the block, Ctrl-C cancels this answer."""
+    def cancelling(self) -> Iterator[Callable[[Cancellable], None]]:
+        """In the block, Ctrl-C cancels the answer that the function is told, also where it was asked for but is not
+        there yet."""
         self.was_pressed = False
-        self._answer = answer
+        self._is_answering = True
         try:
-            yield
+            yield self._set_answer
         finally:
+            self._is_answering = False
             self._answer = None
+
+    def _set_answer(self, answer: Cancellable) -> None:
+        self._answer = answer
+        if self.was_pressed:
+            answer.cancel()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._is_reading:
             self._is_reading = False
             raise KeyboardInterrupt
-        if self._answer is not None and not self.was_pressed:
+        if self._is_answering and not self.was_pressed:
             self.was_pressed = True
-            # The thread that is interrupted may hold the locks that this needs.
-            threading.Thread(target=self._answer.cancel, daemon=True).start()
+            if self._answer is not None:
+                # The thread that is interrupted may hold the locks that this needs.
+                threading.Thread(target=self._answer.cancel, daemon=True).start()
