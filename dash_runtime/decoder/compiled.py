@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
+from dash_runtime.decoder.full_linear import most_rows_apart
 from dash_runtime.decoder.kernels import RowMatrix, is_packable, pack_row_matrix
 from dash_runtime.decoder.layer import DecoderLayer, mlp, scatter_rows
 from dash_runtime.decoder.norm import RmsNorm
@@ -21,8 +22,6 @@ from dash_runtime.decoder.rows import RowBatch
 from dash_runtime.decoder.weight_loader import LayerWeights
 from dash_runtime.model_config import ModelConfig
 
-MAX_ROWS_APART = 2
-"""So many rows in FULL, or in a quantised head, take less time one by one than with products for all of them."""
 _STRIDES = (8, 4, 1)
 """Rows of one sequence that one call takes in FULL; more are several calls."""
 
@@ -63,7 +62,7 @@ class CompiledLayers:
 
     Args:
         query_size: features of all queries of a row.
-        shares_products: whether more than `MAX_ROWS_APART` rows in FULL share their products: faster, and a row's
+        shares_products: whether more than `most_rows_apart` rows in FULL share their products: faster, and a row's
             rounding then depends on whether it has neighbours. Otherwise each row runs alone.
     """
 
@@ -119,7 +118,7 @@ class CompiledLayers:
             rows, inputs = (range(len(actions)), hidden) if group is None else (group, hidden[group])
             if action is Action.SKIP and self.shares_products:
                 outputs = self._skip_rows(layer, inputs, batch, rows)
-            elif action is Action.FULL and self.shares_products and len(rows) > MAX_ROWS_APART:
+            elif action is Action.FULL and self.shares_products and len(rows) > most_rows_apart():
                 outputs = self._run_full_rows(layer, weights, inputs, batch, rows)
             else:
                 each = zip(inputs.split(1), rows, strict=True)

@@ -13,8 +13,15 @@ from torch.nn import functional
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.compensation import Compensation
-from dash_runtime.decoder.compiled import MAX_ROWS_APART, CompiledLayers
-from dash_runtime.decoder.full_linear import MAX_ALIKE_ROWS, AlikeLinear, FullLinear
+from dash_runtime.decoder.compiled import CompiledLayers
+from dash_runtime.decoder.full_linear import (
+    MAX_ALIKE_ROWS,
+    AlikeLinear,
+    FullLinear,
+    Linear,
+    for_many_rows,
+    most_rows_apart,
+)
 from dash_runtime.decoder.graphs import Graphs, Tensors
 from dash_runtime.decoder.kv_cache import CachePool, SequenceCache
 from dash_runtime.decoder.layer import DecoderLayer, make_layer, mlp, scatter_rows
@@ -92,7 +99,9 @@ class Decoder:
             head = loader.tensor("lm_head.weight")
         # An INT4 head changes the text (docs/architecture.md), so it is not offered.
         precisions = [action for action in actions if action in (Action.INT8, Action.FULL)]
-        self.heads: dict[Action, Head] = {precision: self._make_head(precision, head) for precision in precisions}
+        full = make_linear(Action.FULL, FullLinear(head))
+        self.heads: dict[Action, Head] = {precision: self._make_head(precision, head, full) for precision in precisions}
+        self._wide_head = self._eager_head(for_many_rows(full))
 
     def caches(self, sizes: Sequence[int]) -> list[SequenceCache]:
         """Caches for so many positions each, in a pool of their own."""
@@ -144,19 +153,21 @@ class Decoder:
 
     def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
         """float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""
-        if len(precisions) > MAX_ROWS_APART and self._compiled is not None and self._compiled.shares_products:
-            precisions = (Action.FULL,) * len(precisions)  # one product for all is the fastest there
+        if len(precisions) > most_rows_apart() and self._compiled is not None and self._compiled.shares_products:
+            return self._wide_head(hidden)  # one product for all is the fastest there
         parts = [
             (rows, self.heads[precision](hidden if rows is None else hidden[rows]))
             for precision, rows in group_rows(precisions)
         ]
         return scatter_rows(parts, len(precisions))
 
-    def _make_head(self, precision: Action, weight: Tensor) -> Head:
+    def _make_head(self, precision: Action, weight: Tensor, full: Linear) -> Head:
         if self._compiled is not None and (head := self._compiled.head(precision, weight, self._final_norm)):
             return head
-        linear, norm = make_linear(precision, FullLinear(weight)), self._final_norm
-        return lambda hidden: linear(norm(hidden)).float()
+        return self._eager_head(full if precision is Action.FULL else make_linear(precision, FullLinear(weight)))
+
+    def _eager_head(self, linear: Linear) -> Head:
+        return lambda hidden: linear(self._final_norm(hidden)).float()
 
     def _weights(self, layer: int, batch: RowBatch) -> DecoderLayer:
         return (self.layers if batch.is_like_decoded else self._wide_layers)[layer]

@@ -15,6 +15,9 @@ MAX_ALIKE_ROWS = 256
 """A row of an `AlikeLinear` has the same numbers in a pass of up to so many rows."""
 _USUAL_ROWS = 64
 _TRIED_OUTPUTS = 1 << 15
+_WIDENED_OUTPUTS = 1 << 10
+"""So many outputs are widened at a time: more would not stay in a near cache, and their memory would be asked of the
+system every time."""
 _ALIKE: dict[tuple[type, tuple[int, int], int, int], bool] = {}
 """By the product, the matrix's shape, the number of rows and that of threads: whether each row has its usual sums."""
 
@@ -79,7 +82,10 @@ class WidenedLinear:
 
     def sums(self, inputs: Tensor) -> Tensor:
         bias = None if self.full.bias is None else self.full.bias.float()
-        return functional.linear(inputs.float(), self.full.weight.float(), bias)
+        wide = inputs.float()
+        parts = [functional.linear(wide, part.float()) for part in self.full.weight.split(_WIDENED_OUTPUTS)]
+        sums = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return sums if bias is None else sums + bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +145,12 @@ def for_many_rows(linear: Linear) -> Linear:
     if isinstance(linear, FullLinear) and _is_bf16_on_cpu(linear.weight):
         return AlikeLinear(WidenedLinear(linear), _shape(linear))
     return linear
+
+
+@lru_cache
+def most_rows_apart() -> int:
+    """Up to so many rows, each with a product of its own (`kernels.py`) are faster than one for all of them."""
+    return 2 if _has_packed_linear() else 8
 
 
 def _shape(full: FullLinear) -> tuple[int, int]:

@@ -25,7 +25,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, embedded_cache: Path) -> I
         "DASH_CACHE_FOLDER": str(embedded_cache),
         "DASH_COMPILE": "false",
         # Enough to see that an example works.
-        "DASH_DEFAULT_MAX_NEW_TOKENS": "32",
+        "DASH_DEFAULT_MAX_NEW_TOKENS": "12",
     }
     service = PatientService(tmp_path_factory.mktemp("docs"), Path("embedded"), **variables)
     yield service
