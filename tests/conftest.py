@@ -1,12 +1,16 @@
 """Tiny models for all rooms: made here, randomly initialised, with a byte-level tokenizer; no download."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from dash_runtime.checkpoints import default_cache_folder, resolve_checkpoint
 from tests.tiny_models import save_tiny_model
+
+# A run in the background is started with it ignored, which what the tests start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
