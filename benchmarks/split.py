@@ -7,6 +7,7 @@ the names of operations; knows no modes' meaning.
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from benchmarks.setting import FULL_DEPTH, Setting
 from dash_runtime.actions import Action
 from dash_runtime.config import GenerationRequest, SkipOptions, StoppingParameters
 from dash_runtime.decoder.compensation import Identity
+from dash_runtime.decoder.measure import filled_caches, timed
 from dash_runtime.decoder.programs import Program
 from dash_runtime.decoder.rows import RowBatch
 from dash_runtime.engine.engine import Engine
@@ -117,17 +119,16 @@ def _measure_attention(report: Report, engine: Engine, rounds: int) -> None:
     hidden, actions = decoder.embed([0]), (Action.FULL,)
     batches: dict[int, RowBatch] = {}
     for length in (1, *_CONTEXTS):
-        (cache,) = decoder.caches([length + 1])
-        cache.append(torch.zeros_like(cache.pool.memory[:, :, :length]))
-        batches[length] = decoder.rows([cache], [1], [Identity()])
+        batches[length] = decoder.rows(filled_caches(decoder, num_tokens=length), [1], [Identity()])
 
-    def layers_seconds(batch: RowBatch) -> float:
-        started = time.perf_counter()
+    def run_layers(batch: RowBatch) -> None:
         for layer in range(decoder.num_layers):
             decoder.run_layer(layer, actions, hidden, batch)
-        return time.perf_counter() - started
 
-    seconds = [{length: layers_seconds(batch) for length, batch in batches.items()} for _ in range(10 * rounds + 1)][1:]
+    seconds = [
+        {length: timed(decoder.device, partial(run_layers, batch)) for length, batch in batches.items()}
+        for _ in range(10 * rounds + 1)
+    ][1:]
     for length in _CONTEXTS:
         report.add(f"split_attention_{length}_seconds", [own[length] - own[1] for own in seconds])
     report.note(

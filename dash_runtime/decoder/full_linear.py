@@ -28,10 +28,8 @@ class Linear(Protocol):
     def __call__(self, inputs: Tensor) -> Tensor: ...
 
 
-class Product(Protocol):
+class Product(Linear, Protocol):
     """A linear layer whose sums can be told apart where they were added up in another order."""
-
-    def __call__(self, inputs: Tensor) -> Tensor: ...
 
     def sums(self, inputs: Tensor) -> Tensor:
         """What is rounded to the result, if that can be had, or the result itself."""

@@ -85,9 +85,11 @@ def measure_verification(decoder: Decoder, lengths: Sequence[int], rounds: int =
     return {length: min(seconds[length]) / min(seconds[0]) for length in fitting}
 
 
-def filled_caches(decoder: Decoder, count: int = 1, num_more: int = 1) -> list[SequenceCache]:
-    """Contexts of 256 tokens each, or what the model's context holds, with room for `num_more`."""
-    context = min(_CONTEXT_TOKENS, decoder.context_length - num_more)
+def filled_caches(
+    decoder: Decoder, count: int = 1, num_more: int = 1, num_tokens: int = _CONTEXT_TOKENS
+) -> list[SequenceCache]:
+    """Contexts of `num_tokens` each, or what the model's context holds, with room for `num_more`."""
+    context = min(num_tokens, decoder.context_length - num_more)
     caches = decoder.caches([context + num_more] * count)
     for cache in caches:
         cache.append(torch.zeros_like(cache.pool.memory[:, :, :context]))  # written, so that it is in memory
