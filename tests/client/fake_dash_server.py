@@ -1,5 +1,6 @@
 """A dash server without a model: real sockets, scripted answers, and a record of what it was asked."""
 
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -95,6 +96,14 @@ def fail(code: grpc.StatusCode, message: str, *details: Any) -> Callable[[grpc.S
     return step
 
 
+def free_port() -> int:
+    """Of both addresses of localhost: gRPC is content with one of them, and the other's may be another server's."""
+    if not socket.has_dualstack_ipv6():
+        return 0
+    with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as probe:
+        return int(probe.getsockname()[1])
+
+
 class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.ModelServiceServicer):
     """A context manager; `target` is where it listens.
 
@@ -122,7 +131,7 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(self, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        address = f"localhost:{port}"
+        address = f"localhost:{port or free_port()}"
         if credentials is None:
             port = self._server.add_insecure_port(address)
         else:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
-from fake_dash_server import HELLO, FakeDashServer
+from fake_dash_server import HELLO, FakeDashServer, free_port
 
 from dash_client import AsyncDashClient, DashClient
 
@@ -114,7 +114,7 @@ async def test_a_thousand_streams_of_one_client_at_once() -> None:
     methods = {"StreamGenerate": grpc.unary_stream_rpc_method_handler(stream)}
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("dash_api.v1.GenerationService", methods),))
-    port = server.add_insecure_port("localhost:0")
+    port = server.add_insecure_port(f"localhost:{free_port()}")
     await server.start()
     try:
         async with AsyncDashClient(f"localhost:{port}", timeout=60) as client:

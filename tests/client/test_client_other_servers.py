@@ -16,7 +16,7 @@ import grpc
 import pytest
 import trustme
 from client_colours import COLOURS, drain, generate, with_client
-from fake_dash_server import HELLO, FakeDashServer, delta, finished, started
+from fake_dash_server import HELLO, FakeDashServer, delta, finished, free_port, started
 from test_client_connection import server_credentials
 
 from dash_client import DashError, ServerError, UnavailableError, UnimplementedError
@@ -60,7 +60,7 @@ def sending(*messages: bytes) -> Iterator[str]:
 
     pool = ThreadPoolExecutor(2)
     server = grpc.server(pool, handlers=[Everything()])
-    port = server.add_insecure_port("localhost:0")
+    port = server.add_insecure_port(f"localhost:{free_port()}")
     server.start()
     try:
         yield f"localhost:{port}"
