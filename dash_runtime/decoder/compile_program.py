@@ -1,7 +1,7 @@
-"""Compiles one program and exits: `python -m dash_runtime.decoder.compile_program FILE SPECIFICATION`.
+"""Compiles programs and exits: `python -m dash_runtime.decoder.compile_program FILE SPECIFICATION …`.
 
 In a process of its own, so that the compiler's memory and settings do not stay in the one that serves, and several can
-run at once.
+run at once. Each takes several programs: loading Inductor and trying out the C++ compiler takes as long as a program.
 """
 
 import os
@@ -60,10 +60,9 @@ def compile_program(spec: ProgramSpec, path: Path) -> None:
     module, inputs, dynamic_shapes = sample(spec)
     with torch.no_grad():
         exported = torch.export.export(module.eval(), inputs, dynamic_shapes=dynamic_shapes)
-        with replacing(path) as partial, tempfile.TemporaryDirectory() as scratch:
+        with replacing(path) as partial:
             # Inductor insists on the name's ending.
             package = partial.with_name(f"{partial.name}.pt2")
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch  # else all of what it compiles stays in the system's folder
             options: dict[str, Any] = dict(_INDUCTOR)
             if spec.kind is ProgramKind.LAYER and spec.action is Action.FULL:
                 options["cpp.enable_floating_point_contract_flag"] = _WITHOUT_CONTRACTION
@@ -74,6 +73,14 @@ def compile_program(spec: ProgramSpec, path: Path) -> None:
             package.replace(partial)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Compiles the command line's programs in turn, up to the first that cannot be."""
     die_with_parent()
-    compile_program(ProgramSpec.from_json(sys.argv[2]), Path(sys.argv[1]))
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch  # else all of what it compiles stays in the system's folder
+        for path, spec in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+            compile_program(ProgramSpec.from_json(spec), Path(path))
+
+
+if __name__ == "__main__":
+    main()

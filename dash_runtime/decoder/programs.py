@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -28,6 +28,7 @@ from dash_runtime.policy import one_row_policy
 from dash_runtime.policy.one_row_policy import PolicyShape
 
 _COMPILE_SECONDS = 600
+"""For one program."""
 
 
 class ProgramKind(StrEnum):
@@ -95,8 +96,9 @@ def load_programs(
     progress(f"compiling {len(missing)} programs (kept for later starts)")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-            list(pool.map(lambda spec: _compile(spec, paths[spec]), missing))
+        num_processes = min(len(missing), max(1, torch.get_num_threads()))
+        with ThreadPoolExecutor(num_processes) as pool:
+            list(pool.map(lambda own: _compile(own, paths), (missing[i::num_processes] for i in range(num_processes))))
         return programs | {spec: Program(paths[spec]) for spec in missing}
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         progress(f"layers run uncompiled: {_reason(error)}")
@@ -116,9 +118,12 @@ def _load(path: Path) -> Program | None:
         return None
 
 
-def _compile(spec: ProgramSpec, path: Path) -> None:
-    command = [sys.executable, "-m", "dash_runtime.decoder.compile_program", str(path), spec.to_json()]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+def _compile(specs: Sequence[ProgramSpec], paths: Mapping[ProgramSpec, Path]) -> None:
+    """In one process."""
+    command = [sys.executable, "-m", "dash_runtime.decoder.compile_program"]
+    for spec in specs:
+        command += str(paths[spec]), spec.to_json()
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS * len(specs))
 
 
 def _reason(error: Exception) -> str:

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dash_runtime.checkpoints import check_weights, load_model_config, open_weights, resolve_checkpoint
+from dash_runtime.checkpoints.manifest import sha256_of
 from tests.runtime.gguf_files import load_tokenizer
 
 pytestmark = pytest.mark.embedded
@@ -39,13 +40,17 @@ def folder(embedded_cache: Path) -> Path:
     return resolve_checkpoint("embedded", None, embedded_cache)
 
 
-def test_a_warm_start_takes_no_time(folder: Path, embedded_cache: Path) -> None:
-    seconds = []
+def test_a_warm_start_takes_little_longer_than_reading_what_is_kept(folder: Path, embedded_cache: Path) -> None:
+    starting, reading = [], []
     for _ in range(5):  # what else runs on the machine only ever adds
-        start = time.perf_counter()
+        first = time.perf_counter()
         assert resolve_checkpoint("embedded", None, embedded_cache) == folder
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.5
+        second = time.perf_counter()
+        for path in folder.iterdir():
+            sha256_of(path)
+        starting.append(second - first)
+        reading.append(time.perf_counter() - second)
+    assert min(starting) < 1.5 * min(reading)
 
 
 def test_its_shape_and_name(folder: Path) -> None:

@@ -8,6 +8,7 @@ import transformers
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import resolve_checkpoint
+from dash_runtime.decoder.decoder import Decoder
 from tests.runtime.support import full_plan, load_decoder, new_cache, run_rows
 from tests.tiny_models import FAMILIES, VOCAB_SIZE, save_tiny_model
 
@@ -18,7 +19,7 @@ PROMPTS = [
     "12 + 7 = 19. 25 + 8 =",
     "Once upon a time, in a village by the sea,",
 ]
-NUM_TOKENS = 32
+NUM_TOKENS = 64
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,18 +43,31 @@ def test_greedy_tokens_of_the_embedded_model_equal_those_of_transformers(embedde
     reference = transformers.AutoModelForCausalLM.from_pretrained(embedded_folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(embedded_folder)
     decoder = load_decoder(embedded_folder, actions=(Action.FULL,))
-    plan = full_plan(decoder)
-    for prompt in PROMPTS:
-        prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        generated = reference.generate(
-            torch.tensor([prompt_ids]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
-        )
-        expected = generated[0, len(prompt_ids) :].tolist()
-        cache = new_cache(decoder)
-        output = [int(run_rows(decoder, [cache], [prompt_ids], [plan])[-1].argmax())]
-        while len(output) < NUM_TOKENS:
-            output.append(int(run_rows(decoder, [cache], [output[-1:]], [plan])[0].argmax()))
-        assert output == expected, prompt
+    prompts = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in PROMPTS]
+    outputs = decode_greedily(decoder, prompts)
+    for prompt, prompt_ids, output in zip(PROMPTS, prompts, outputs, strict=True):
+        # What is the most probable after each beginning is what greedy generation writes.
+        most_probable = reference(torch.tensor([prompt_ids + output])).logits[0].argmax(-1).tolist()
+        assert most_probable[len(prompt_ids) - 1 : -1] == output, prompt
+    generated = reference.generate(
+        torch.tensor(prompts[:1]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert generated[0, len(prompts[0]) :].tolist() == outputs[0]
+
+
+def decode_greedily(decoder: Decoder, prompts: list[list[int]]) -> list[list[int]]:
+    """`NUM_TOKENS` after each prompt, at full depth, all of them in one batch."""
+    plans = [full_plan(decoder)] * len(prompts)
+    caches = [new_cache(decoder) for _ in prompts]
+    outputs = [
+        [int(run_rows(decoder, [cache], [prompt], [plan])[-1].argmax())]
+        for cache, prompt, plan in zip(caches, prompts, plans, strict=True)
+    ]
+    while len(outputs[0]) < NUM_TOKENS:
+        logits = run_rows(decoder, caches, [output[-1:] for output in outputs], plans)
+        for output, token_id in zip(outputs, logits.argmax(-1).tolist(), strict=True):
+            output.append(token_id)
+    return outputs
 
 
 @pytest.fixture(scope="session")
