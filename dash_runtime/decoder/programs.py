@@ -6,10 +6,12 @@ Knows tensors and files; knows no sequences.
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -97,8 +99,9 @@ def load_programs(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         num_processes = min(len(missing), max(1, torch.get_num_threads()))
-        with ThreadPoolExecutor(num_processes) as pool:
-            list(pool.map(lambda own: _compile(own, paths), (missing[i::num_processes] for i in range(num_processes))))
+        shares = [missing[first::num_processes] for first in range(num_processes)]
+        with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(num_processes) as pool:
+            list(pool.map(lambda share: _compile(share, paths, scratch), shares))
         return programs | {spec: Program(paths[spec]) for spec in missing}
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         progress(f"layers run uncompiled: {_reason(error)}")
@@ -118,12 +121,15 @@ def _load(path: Path) -> Program | None:
         return None
 
 
-def _compile(specs: Sequence[ProgramSpec], paths: Mapping[ProgramSpec, Path]) -> None:
-    """In one process."""
+def _compile(specs: Sequence[ProgramSpec], paths: Mapping[ProgramSpec, Path], scratch: str) -> None:
+    """In one process, which shares with its neighbours what is compiled once for all programs: in `scratch`, or it
+    would stay in the system's folder, a gigabyte of it."""
     command = [sys.executable, "-m", "dash_runtime.decoder.compile_program"]
     for spec in specs:
         command += str(paths[spec]), spec.to_json()
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS * len(specs))
+    environment = {**os.environ, "TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": scratch}
+    seconds = _COMPILE_SECONDS * len(specs)
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds, env=environment)
 
 
 def _reason(error: Exception) -> str:

@@ -4,10 +4,9 @@ One network serves every budget, since the price of compute λ is one of its inp
 knows no files (policy_file.py) and no training.
 """
 
-import itertools
 import math
-from array import array
-from collections.abc import Callable, Iterable
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,11 +17,14 @@ from torch.nn import functional
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.policy.one_row_policy import PolicyShape
-from dash_runtime.policy.policy import Actions, Decision, Pending, State, Token, decision_blocks
+from dash_runtime.policy.policy import Actions, Decision, Pending, State, decision_blocks
 
 NUM_SCALAR_FEATURES = 3
 """Cost spent, log λ, (log λ)²."""
 _NUM_FACTS = len(Action) + NUM_SCALAR_FEATURES
+_FACTS = struct.Struct(f"{_NUM_FACTS}f")
+_LAST_ACTION = {last: tuple(float(action is last) for action in Action) for last in Action}
+"""One-hot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +187,7 @@ class LearnedPolicy:
         return {block[0]: (index, len(block)) for index, block in enumerate(blocks)}
 
     @cached_property
-    def _fact_buffers(self) -> dict[int, tuple[memoryview, Tensor]]:
+    def _fact_buffers(self) -> dict[int, tuple[bytearray, Tensor]]:
         return {}
 
     @cached_property
@@ -198,11 +200,10 @@ class LearnedPolicy:
 
     def start(self, layer: int, state: State) -> Pending:
         block, num_layers = self._blocks[layer]
-        facts = itertools.chain.from_iterable(map(_row_facts, state.tokens, state.actions, state.cost_spent))
         if self.program is not None:
-            best, scores = self.program([state.hidden, self._facts_in_place(facts), *self._weights[block]])
+            best, scores = self.program([state.hidden, self._facts_in_place(state), *self._weights[block]])
         else:
-            scores = self._folded.scores(block, state.hidden, _facts_on(state.hidden.device, facts))
+            scores = self._folded.scores(block, state.hidden, _facts_on(state))
             best = scores.argmax(dim=-1)
         if num_layers < self.block_size:
             best, scores = best[:, :num_layers], scores[:, :num_layers]
@@ -210,20 +211,21 @@ class LearnedPolicy:
             best = torch.empty(best.shape, dtype=best.dtype, pin_memory=True).copy_(best, non_blocking=True)
 
         def decide() -> Decision:
-            action_of = self.actions.__getitem__
-            return Decision(tuple(zip(*[map(action_of, row) for row in best.tolist()], strict=True)), scores)
+            actions = self.actions
+            by_layer = zip(*best.tolist(), strict=True)
+            return Decision(tuple([tuple([actions[index] for index in own]) for own in by_layer]), scores)
 
         return decide
 
-    def _facts_in_place(self, facts: Iterable[float]) -> Tensor:
-        """The rows' facts in the tensor that an evaluation before had them in: a program is done with it once it
-        returns, and with cold caches writing seven numbers takes a fifth of making a tensor."""
-        row = array("f", facts)
-        if len(row) not in self._fact_buffers:
-            kept = memoryview(array("f", row))
-            self._fact_buffers[len(row)] = kept, torch.frombuffer(kept, dtype=torch.float32).view(-1, _NUM_FACTS)
-        numbers, tensor = self._fact_buffers[len(row)]
-        numbers[:] = row
+    def _facts_in_place(self, state: State) -> Tensor:
+        """`[rows, 7]` in the tensor that an evaluation before had them in: a program is done with it once it returns,
+        and with cold caches writing seven numbers takes a fifth of making a tensor."""
+        num_rows = len(state.tokens)
+        if num_rows not in self._fact_buffers:
+            kept = bytearray(num_rows * _FACTS.size)
+            self._fact_buffers[num_rows] = kept, torch.frombuffer(kept, dtype=torch.float32).view(-1, _NUM_FACTS)
+        numbers, tensor = self._fact_buffers[num_rows]
+        _write_facts(numbers, state)
         return tensor
 
     def without(self, unsupported: set[Action]) -> "LearnedPolicy":
@@ -239,16 +241,19 @@ class LearnedPolicy:
         return replace(self, network=network, actions=actions, pinned_action=pinned_action)
 
 
-def _facts_on(device: torch.device, facts: Iterable[float]) -> Tensor:
-    """`[rows, 7]`."""
-    rows = torch.tensor([*facts]).view(-1, _NUM_FACTS)
+def _facts_on(state: State) -> Tensor:
+    """`[rows, 7]` on the state's device."""
+    numbers = bytearray(len(state.tokens) * _FACTS.size)
+    _write_facts(numbers, state)
+    rows = torch.frombuffer(numbers, dtype=torch.float32).view(-1, _NUM_FACTS)
     # A pageable copy would make the host wait for the decoder's stream.
-    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
+    return rows.pin_memory().to(state.hidden.device, non_blocking=True) if state.hidden.is_cuda else rows
 
 
-def _row_facts(token: Token, action: Action, cost_spent: float) -> list[float]:
-    """`_facts` of one row, without tensors."""
-    log_price = math.log(token.price)
-    last = [0.0] * len(Action)
-    last[action - 1] = 1.0
-    return [*last, cost_spent, log_price, log_price * log_price]
+def _write_facts(numbers: bytearray, state: State) -> None:
+    """`_facts` of each row, without tensors."""
+    place = 0
+    for token, action, cost_spent in zip(state.tokens, state.actions, state.cost_spent, strict=True):
+        log_price = math.log(token.price)
+        _FACTS.pack_into(numbers, place, *_LAST_ACTION[action], cost_spent, log_price, log_price * log_price)
+        place += _FACTS.size

@@ -54,8 +54,13 @@ def failing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the smallest program, really compiled."""
     folder = tmp_path_factory.mktemp("kept") / "programs"
+    temporary = folder.with_name("temporary")
+    temporary.mkdir()
     said: list[str] = []
-    assert load_programs([POLICY], folder, said.append) is not None, said
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(temporary))
+        patch.setattr("tempfile.tempdir", None)  # it is looked up once
+        assert load_programs([POLICY], folder, said.append) is not None, said
     assert len(said) == 1
     return folder
 
@@ -191,6 +196,7 @@ def test_nothing_but_the_program_is_left_behind_by_compiling(kept: Path) -> None
     (path,) = kept.iterdir()
     assert path.suffix == ".pt2"
     assert not path.name.startswith(".")
+    assert list(kept.with_name("temporary").iterdir()) == []
 
 
 @needs_compiler
