@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 
 from dash_runtime.errors import DashRuntimeError
@@ -23,13 +24,21 @@ logger = logging.getLogger(__name__)
 
 WORKER_COMMAND = (sys.executable, "-m", "dash_server.worker")
 
+_DESCRIPTION = """Serves a model over gRPC until it is told to stop. Settings are environment variables, such as
+DASH_MODEL and DASH_PORT; docs/settings.md has them all, and a start logs them."""
 _EXIT_OK = 0
 _EXIT_FAILURE = 1
 _EXIT_USER_ERROR = 2
 
 
 def main(worker_command: Sequence[str] = WORKER_COMMAND) -> int:
-    """Runs the server until a signal or a failure; returns the exit code."""
+    """Runs the server until a signal or a failure; returns the exit code.
+
+    Raises:
+        SystemExit: the command line asked for help, or for what is not there: with 0 and 2.
+    """
+    # There are no options, and one that is given in vain should not be ignored.
+    ArgumentParser("dash-server", description=_DESCRIPTION).parse_args()
     try:
         settings = load_settings()
     except SettingsError as error:

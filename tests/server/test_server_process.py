@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,6 +138,14 @@ def test_two_wrong_settings_are_two_lines(tmp_path: Path) -> None:
         "dash-server: DASH_LANE",
         "dash-server: DASH_SLOTS",
     ]
+
+
+@pytest.mark.parametrize(("argument", "code", "words"), [("--help", 0, "DASH_PORT"), ("--port=1", 2, "--port=1")])
+def test_an_argument_starts_no_server(argument: str, code: int, words: str) -> None:
+    command = [sys.executable, "-m", "dash_server.main", argument]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert result.returncode == code
+    assert words in result.stdout + result.stderr
 
 
 def test_an_address_in_use_is_one_line(tmp_path: Path, model_folder: Path) -> None:
