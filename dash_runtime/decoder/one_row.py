@@ -234,21 +234,23 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """`[rows, num_heads * head_dim]` of the last rows' queries `[rows, num_heads, head_dim]`, each over all keys up to
     its own.
 
-    As loops over keys, which is less work than the library's attention has in preparing for one query; query heads
-    that share a key head are written out one by one, so that they share a loop that reads the keys once.
+    As loops over keys, which is less work than the library's attention has in preparing for one query. The heads of a
+    group are written out one by one, so that they share a loop that reads the keys once, as they lie; scores are then
+    turned, as what follows reads them head by head.
     """
     num_rows, num_heads, head_dim = queries.shape
     num_keys, num_kv_heads, _ = keys.shape
     group = num_heads // num_kv_heads
-    heads = [(queries[:, head].unsqueeze(1), keys[:, head // group].float()) for head in range(num_heads)]
-    scores = torch.stack([(query * own_keys).sum(-1) for query, own_keys in heads], dim=1) * head_dim**-0.5
+    by_group = (queries * head_dim**-0.5).view(num_rows, 1, num_kv_heads, group, head_dim)
+    own_scores = [(by_group[:, :, :, own] * keys.float()).sum(-1) for own in range(group)]
+    scores = torch.stack([own.transpose(1, 2) for own in own_scores], dim=2)
     if num_rows > 1:  # what comes after a row's own key adds zeros to its sums, which does not change them
-        own = torch.arange(num_rows).unsqueeze(1) + (num_keys - num_rows)
-        scores = scores.masked_fill((torch.arange(num_keys) > own).unsqueeze(1), float("-inf"))
+        last = torch.arange(num_rows).unsqueeze(1) + (num_keys - num_rows)
+        scores = scores.masked_fill((torch.arange(num_keys) > last)[:, None, None], float("-inf"))
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
-    weights = (weights / weights.sum(-1, keepdim=True)).view(num_rows, num_kv_heads, group, -1, 1)
     by_head = values.float().transpose(0, 1)
-    return torch.stack([(weights[:, :, own] * by_head).sum(2) for own in range(group)], dim=2).view(num_rows, -1)
+    sums = torch.stack([(weights[:, :, own].unsqueeze(-1) * by_head).sum(2) for own in range(group)], dim=2)
+    return (sums / weights.sum(-1, keepdim=True)).view(num_rows, -1)
 
 
 def attention_over_blocks(

@@ -19,7 +19,9 @@ Sample = tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]
 """The module, its inputs, and the varying dimensions of each input."""
 
 _DTYPE = torch.bfloat16
-_SAMPLE_POSITIONS = 37
+_SAMPLE_BLOCKS = 37
+_SAMPLE_POSITIONS = 509
+"""Of one sequence: so many that Inductor gives every loop over them to all threads, as a long context wants it."""
 _SAMPLE_ROWS = 16
 _MIN_POSITIONS = 2  # a compiler's constant 1 would stand for all lengths
 _MAX_POSITIONS = 1 << 20
@@ -33,7 +35,7 @@ def layer_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
 
 
 def attention_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
-    positions = [BLOCK_TOKENS * _SAMPLE_POSITIONS - 1] * _SAMPLE_ROWS
+    positions = [BLOCK_TOKENS * _SAMPLE_BLOCKS - 1] * _SAMPLE_ROWS
     fused = _zeros(_SAMPLE_ROWS, shape.query_size + shape.key_value_size)
     attended = attended_blocks([0] * _SAMPLE_ROWS, positions, None).tensors()
     inputs = (fused, *_pool(shape), *attended, *_tables(shape, _SAMPLE_ROWS), _vectors(shape))
@@ -80,7 +82,7 @@ def _rows(shape: ModelShape, num_rows: int) -> tuple[list[Tensor], list[Any]]:
 
 def _pool(shape: ModelShape) -> list[Tensor]:
     """A pool's keys and values."""
-    return [_zeros(_SAMPLE_POSITIONS, BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
+    return [_zeros(_SAMPLE_BLOCKS, BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
 
 
 def _tables(shape: ModelShape, num_rows: int) -> list[Tensor]:
