@@ -25,6 +25,8 @@ _INDUCTOR = {
     "realize_acc_reads_threshold": _NEVER,
     "realize_reads_threshold": 1,
     "cpp.enable_floating_point_contract_flag": "fast",
+    # Half a gigabyte for each set of flags, which takes as long to write as a dozen programs gain by it.
+    "aot_inductor.precompile_headers": False,
 }
 _WITHOUT_CONTRACTION = "off"
 """Contraction lets a compiler fuse an addition with either of two products, and it takes another one where there are

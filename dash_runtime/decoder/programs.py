@@ -122,8 +122,7 @@ def _load(path: Path) -> Program | None:
 
 
 def _compile(specs: Sequence[ProgramSpec], paths: Mapping[ProgramSpec, Path], scratch: str) -> None:
-    """In one process, which shares with its neighbours what is compiled once for all programs: in `scratch`, or it
-    would stay in the system's folder, a gigabyte of it."""
+    """In one process. What it leaves and shares with its neighbours goes into `scratch`, not the system's folder."""
     command = [sys.executable, "-m", "dash_runtime.decoder.compile_program"]
     for spec in specs:
         command += str(paths[spec]), spec.to_json()
