@@ -222,8 +222,7 @@ class LearnedPolicy:
         and with cold caches writing seven numbers takes a fifth of making a tensor."""
         num_rows = len(state.tokens)
         if num_rows not in self._fact_buffers:
-            kept = bytearray(num_rows * _FACTS.size)
-            self._fact_buffers[num_rows] = kept, torch.frombuffer(kept, dtype=torch.float32).view(-1, _NUM_FACTS)
+            self._fact_buffers[num_rows] = _fact_buffer(num_rows)
         numbers, tensor = self._fact_buffers[num_rows]
         _write_facts(numbers, state)
         return tensor
@@ -243,11 +242,16 @@ class LearnedPolicy:
 
 def _facts_on(state: State) -> Tensor:
     """`[rows, 7]` on the state's device."""
-    numbers = bytearray(len(state.tokens) * _FACTS.size)
+    numbers, rows = _fact_buffer(len(state.tokens))
     _write_facts(numbers, state)
-    rows = torch.frombuffer(numbers, dtype=torch.float32).view(-1, _NUM_FACTS)
     # A pageable copy would make the host wait for the decoder's stream.
     return rows.pin_memory().to(state.hidden.device, non_blocking=True) if state.hidden.is_cuda else rows
+
+
+def _fact_buffer(num_rows: int) -> tuple[bytearray, Tensor]:
+    """Room for so many rows' facts, and the same memory as `[rows, 7]`."""
+    numbers = bytearray(num_rows * _FACTS.size)
+    return numbers, torch.frombuffer(numbers, dtype=torch.float32).view(-1, _NUM_FACTS)
 
 
 def _write_facts(numbers: bytearray, state: State) -> None:
