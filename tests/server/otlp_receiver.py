@@ -68,7 +68,7 @@ class OtlpReceiver:
                 self._let_go.wait(5)
                 context.abort(grpc.StatusCode.UNAVAILABLE, "dying")
 
-    async def until(self, is_there: Callable[[], bool], seconds: float = 10) -> None:
+    async def until(self, is_there: Callable[[], bool], seconds: float = 30) -> None:
         async with asyncio.timeout(seconds):
             while not is_there():
                 await asyncio.sleep(0.01)

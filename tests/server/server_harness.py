@@ -75,7 +75,7 @@ class RunningServer:
         return response.status == health_pb2.HealthCheckResponse.SERVING
 
     async def wait_until_serving(self, is_serving: bool = True) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while await self.is_serving() != is_serving:
                 await asyncio.sleep(0.01)
 
@@ -98,7 +98,7 @@ class RunningServer:
 
     async def wait_until_inside(self, num_running: int, num_waiting: int) -> None:
         """Until so many requests are at the worker and in the queue, by the server's own count."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while self.counts != (num_running, num_waiting):
                 await asyncio.sleep(0.005)
 
@@ -108,7 +108,7 @@ class RunningServer:
         return self.server.dispatcher.num_running, self.server.dispatcher.num_waiting
 
     async def wait_for_live_requests(self, number: int) -> "WorkerState":
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while (state := await self.probe()).num_live != number:
                 await asyncio.sleep(0.01)
         return state
@@ -183,7 +183,7 @@ class ServerProcess:
     """What it says on stderr: a file, since a pipe that nobody reads would stop it."""
 
     def wait_for_port(self) -> int:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 30
         while not self.port_file.exists():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()

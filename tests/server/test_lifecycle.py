@@ -27,7 +27,7 @@ async def first_delta(call: grpc.aio.UnaryStreamCall) -> None:
 async def code_of(call: grpc.aio.UnaryStreamCall) -> grpc.StatusCode:
     """The status at the end, which comes only after all messages have been read."""
     with contextlib.suppress(grpc.aio.AioRpcError):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while await call.read() is not grpc.aio.EOF:
                 pass
     return await call.code()
@@ -102,7 +102,7 @@ async def test_a_reader_that_was_slow_gets_many_tokens_in_a_message(model_folder
 
 async def test_deadline_while_decoding_frees_the_slot(model_folder: Path) -> None:
     async with running_server(fake_model(model_folder, token_seconds=0.005)) as server:
-        call = server.stream(text="abc", max_new_tokens=4000, timeout=0.2)
+        call = server.stream(text="abc", max_new_tokens=4000, timeout=1)
         assert await code_of(call) is grpc.StatusCode.DEADLINE_EXCEEDED
         assert (await server.wait_for_live_requests(0)).num_cancels == 1
 
@@ -148,7 +148,7 @@ async def test_a_full_queue_says_when_to_come_back(model_folder: Path) -> None:
         assert dict(failure.value.trailing_metadata() or ())["grpc-retry-pushback-ms"] == "1000"
         for call in calls:
             call.cancel()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while True:
                 try:
                     await server.generate(text="ok", max_new_tokens=1)

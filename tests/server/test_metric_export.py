@@ -107,7 +107,7 @@ def test_a_collector_that_is_not_there_is_one_warning(
     monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "500")
     with server_process(tmp_path, model=fake_model(model_folder)) as server:
         serve_one(server)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while not complaints(server.log.read_text()):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -116,7 +116,7 @@ def test_a_collector_that_is_not_there_is_one_warning(
         began = time.monotonic()
         code, stderr = server.end(signal.SIGTERM)
     assert code == 0
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 8
     (line,) = complaints(stderr)
     assert "metrics cannot be exported for now; requests are served all the same: " in line
     assert "StatusCode.UNAVAILABLE" in line
@@ -161,7 +161,7 @@ def test_a_collector_that_comes_back_is_told_of(
         with server_process(tmp_path, model=fake_model(model_folder)) as server:
             serve_one(server)
             for word, refuse_with in (("cannot be exported", None), ("exported again", grpc.StatusCode.UNAVAILABLE)):
-                deadline = time.monotonic() + 10
+                deadline = time.monotonic() + 30
                 while word not in server.log.read_text():
                     assert time.monotonic() < deadline, server.log.read_text()
                     time.sleep(0.05)
@@ -184,7 +184,7 @@ def test_a_collector_that_never_answers_does_not_hold_up_the_end(
             code, stderr = server.end(signal.SIGTERM)
             seconds = time.monotonic() - began
     assert code == 0
-    assert seconds < 4
+    assert seconds < 8
     assert "Traceback" not in stderr
     assert "Fatal" not in stderr
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -15,6 +16,7 @@ from dash_runtime.errors import InvalidRequest
 from dash_server.convert import MODES
 from dash_server.messages import Finished, Granted, Logprobs, Refused, Tokens
 from dash_server.outbox import Outbox
+from dash_server.request_record import RequestRecord, observed
 from dash_server.settings import Settings, SettingsError, load_settings, settings_table, unknown_variables
 from dash_server.statuses import (
     CallerLimitReached,
@@ -149,3 +151,25 @@ def test_statuses_agree_with_their_details_and_fit_in_a_trailer(error: Exception
     assert "internals" not in failure.message
     assert len(details) * 4 / 3 + 3 * len(failure.message.encode()) < 8000
     assert ("grpc-retry-pushback-ms" in trailers) == isinstance(error, QueueFull | CallerLimitReached)
+
+
+class _UncutCall:
+    """The context of a call that nothing ends."""
+
+    def add_done_callback(self, callback: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("seconds_left", "code"),
+    [
+        (None, grpc.StatusCode.CANCELLED),
+        (60.0, grpc.StatusCode.CANCELLED),
+        (0.01, grpc.StatusCode.DEADLINE_EXCEEDED),  # the client's clock was ahead by the way
+        (-1.0, grpc.StatusCode.DEADLINE_EXCEEDED),
+    ],
+)
+def test_a_call_that_is_cut_off_at_its_deadline_passed_it(seconds_left: float | None, code: grpc.StatusCode) -> None:
+    record, told = RequestRecord("id", "Generate", seconds_left), []
+    with pytest.raises(asyncio.CancelledError), observed(record, cast(Any, _UncutCall()), [told.append]):
+        raise asyncio.CancelledError
+    assert (told, record.code) == ([record], code)

@@ -168,7 +168,7 @@ async def test_a_passed_deadline_is_an_error_and_traced_with_its_tokens(
 ) -> None:
     async with running_server(fake_model(model_folder, token_seconds=0.01)) as server:
         with pytest.raises(grpc.aio.AioRpcError):
-            await server.generate(timeout=0.2, text="hello", max_new_tokens=3000)
+            await server.generate(timeout=2, text="hello", max_new_tokens=3000)
         trace = await collector.trace()
     trace.check()
     for span in (trace.root, trace.generation):

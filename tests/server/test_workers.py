@@ -29,7 +29,7 @@ def worker_pids() -> list[int]:
 
 
 async def wait_for_workers(number: int) -> list[int]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while len(pids := worker_pids()) != number:
             await asyncio.sleep(0.02)
     return pids
@@ -58,7 +58,7 @@ async def test_a_worker_that_hangs_is_replaced(model_folder: Path, caplog: pytes
         call = server.stream(text="abc", max_new_tokens=900)
         started = time.monotonic()
         assert await code_of(call) is grpc.StatusCode.UNAVAILABLE
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 8
         await server.wait_until_serving()
         assert "DASH_WORKER_TIMEOUT_SECONDS" in caplog.text
         assert len(await wait_for_workers(1)) == 1
@@ -107,7 +107,7 @@ async def test_several_workers_share_the_load_and_one_dying_costs_only_its_own_r
     model = fake_model(model_folder, token_seconds=0.005)
     async with running_server(model, workers=3, slots=2) as server:
         await wait_for_workers(3)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while server.server.dispatcher.num_slots < 6:
                 await asyncio.sleep(0.01)
         calls = [server.stream(text="abc", max_new_tokens=100) for _ in range(8)]
@@ -149,7 +149,7 @@ async def test_a_worker_that_becomes_free_takes_the_next(model_folder: Path) -> 
 def test_what_a_worker_started_ends_with_it_and_with_a_killed_server(tmp_path: Path, model_folder: Path) -> None:
     with server_process(tmp_path, model=fake_model(model_folder, starts_child=1, never_ready=1)) as server:
         server.wait_for_port()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while len(processes := psutil.Process(server.process.pid).children(recursive=True)) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.02)
