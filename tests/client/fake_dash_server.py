@@ -169,9 +169,10 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
     def StreamGenerate(  # noqa: N802
         self, request: generation_pb2.StreamGenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[Event]:
-        self._record(request, context)
         played = threading.Event()
-        context.add_callback(lambda: None if played.is_set() else self.cancelled.set())
+        if not context.add_callback(lambda: None if played.is_set() else self.cancelled.set()):
+            self.cancelled.set()
+        self._record(request, context)
         try:
             for step in self.script:
                 if isinstance(step, Event):

@@ -45,7 +45,7 @@ def test_lines_come_as_the_tokens_do(server: FakeDashServer) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "               0\n"
         assert process.stdout.readline() == "Hel            FFFF\n"
-    assert server.cancelled.wait(5)
+    assert server.cancelled.wait(30)
 
 
 @pytest.mark.parametrize("no_color", ["", "1"])
@@ -208,4 +208,4 @@ def test_a_closed_output_cancels_on_the_server_and_exits_141(server: FakeDashSer
         process.stdout.close()
         assert process.wait(15) == 141
         assert process.stderr.read() == ""
-    assert server.cancelled.wait(5)
+    assert server.cancelled.wait(30)
