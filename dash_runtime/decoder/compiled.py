@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.full_linear import most_rows_apart
-from dash_runtime.decoder.kernels import RowMatrix, is_packable, pack_row_matrix
-from dash_runtime.decoder.layer import DecoderLayer, mlp, scatter_rows
+from dash_runtime.decoder.kernels import RowMatrix, full_row_matrix, is_packable, pack_row_matrix
+from dash_runtime.decoder.layer import DecoderLayer, LayerLinears, mlp, scatter_rows
 from dash_runtime.decoder.norm import RmsNorm
 from dash_runtime.decoder.one_row import ModelShape
 from dash_runtime.decoder.programs import Program, ProgramKind, ProgramSpec
@@ -89,8 +89,8 @@ class CompiledLayers:
         for stride in set(strides) - {1}:
             del self._full_programs[stride]
 
-    def add_layer(self, weights: LayerWeights) -> None:
-        """Packs the next layer's matrices."""
+    def add_layer(self, weights: LayerWeights, linears: LayerLinears) -> None:
+        """Packs the next layer's matrices; `linears` are those for many rows in FULL."""
         vectors = [weights.input_norm.weight, weights.mlp_norm.weight]
         if weights.head_norm is not None:
             vectors.append(weights.head_norm)
@@ -98,7 +98,12 @@ class CompiledLayers:
         if fused.bias is not None:
             vectors.append(fused.bias)
         matrices = (fused.weight, weights.output.weight, weights.gate_up.weight, weights.down.weight)
-        packed = {action: [pack_row_matrix(action, matrix) for matrix in matrices] for action in self._running}
+        packed: dict[Action, list[RowMatrix]] = {
+            action: [pack_row_matrix(action, matrix) for matrix in matrices]
+            for action in self._running
+            if action is not Action.FULL
+        }
+        packed[Action.FULL] = [full_row_matrix(*own) for own in zip(matrices, linears.matrices(), strict=True)]
         self._layers.append(
             _Tensors(
                 vectors,

@@ -82,10 +82,11 @@ class Decoder:
         self.layers: list[DecoderLayer] = []
         for index in range(config.num_layers):
             layer_weights = loader.layer(index)
-            if compiled is not None:
-                compiled.add_layer(layer_weights)
             eager_actions = actions if compiled is None else (Action.FULL,)
-            self.layers.append(make_layer(layer_weights, self._query_size, eager_actions))
+            layer = make_layer(layer_weights, self._query_size, eager_actions)
+            if compiled is not None:
+                compiled.add_layer(layer_weights, layer.linears[Action.FULL])
+            self.layers.append(layer)
         self._wide_layers = [layer.for_many_rows() for layer in self.layers]
         self.row_block = _ROW_BLOCK_ON_CPU if device.type == "cpu" else _ROW_BLOCK_ELSEWHERE
         """Where a prompt may be cut: a row's numbers are the same whatever rows are in its pass, if every pass begins

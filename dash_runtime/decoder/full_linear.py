@@ -3,9 +3,10 @@
 Knows matrices; knows no layers.
 """
 
+import ctypes
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch.nn import functional
 
 MAX_ALIKE_ROWS = 256
 """A row of an `AlikeLinear` has the same numbers in a pass of up to so many rows."""
+PACKED_BLOCK = 64
+"""Outputs that oneDNN lays out together for the CPUs that multiply bf16: word by word of two inputs."""
 _USUAL_ROWS = 64
 _TRIED_OUTPUTS = 1 << 15
 _WIDENED_OUTPUTS = 1 << 10
@@ -63,6 +66,16 @@ class PackedLinear:
 
     def sums(self, inputs: Tensor) -> Tensor:
         return self(inputs)
+
+    def memory(self) -> Tensor:
+        """The packed weights, flat and as they lie; shares their memory.
+
+        Raises AttributeError or RuntimeError where this build of torch does not tell where that is.
+        """
+        address, size = torch.ops.mkldnn.data_ptr(self.packed), torch.ops.mkldnn._nbytes(self.packed)
+        memory: Any = (ctypes.c_ubyte * size).from_address(address)
+        memory.owner = self.packed  # a tensor keeps what it is made from
+        return torch.frombuffer(memory, dtype=torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +158,16 @@ def for_many_rows(linear: Linear) -> Linear:
     return linear
 
 
+def packed_words(linear: Linear) -> Tensor | None:
+    """The very memory of a packed linear layer, int32 `[blocks, in_features / 2, PACKED_BLOCK]`, where each word has
+    two weights of one output; None where it is not laid out so."""
+    if not isinstance(linear, AlikeLinear) or not isinstance(linear.product, PackedLinear):
+        return None
+    if not _is_packed_in_words(linear.shape):
+        return None
+    return _in_words(linear.product.memory(), linear.shape)
+
+
 @lru_cache
 def most_rows_apart() -> int:
     """Up to so many rows, each with a product of its own (`kernels.py`) are faster than one for all of them."""
@@ -169,6 +192,24 @@ def _has_packed_linear() -> bool:
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
     return torch.allclose(outputs.float(), functional.linear(inputs.float(), weight.float()), atol=0.5)
+
+
+@lru_cache
+def _is_packed_in_words(shape: tuple[int, int]) -> bool:
+    out_features, in_features = shape
+    if out_features % PACKED_BLOCK or in_features % 2:
+        return False
+    weight = _probe(1, out_features, in_features)[1]
+    pairs = weight.view(torch.int32).view(-1, PACKED_BLOCK, in_features // 2)
+    try:
+        memory = PackedLinear.from_full(FullLinear(weight)).memory()
+    except (AttributeError, RuntimeError):
+        return False
+    return len(memory) == weight.numel() and torch.equal(_in_words(memory, shape), pairs.transpose(1, 2))
+
+
+def _in_words(memory: Tensor, shape: tuple[int, int]) -> Tensor:
+    return memory.view(torch.int32).view(shape[0] // PACKED_BLOCK, shape[1] // 2, PACKED_BLOCK)
 
 
 @lru_cache

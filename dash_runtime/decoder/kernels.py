@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
+from dash_runtime.decoder.full_linear import PACKED_BLOCK, Linear, packed_words
 from dash_runtime.decoder.quantization import INT4_GROUP_SIZE, quantize_int4, quantize_int8
 
 TILE = 16
@@ -26,6 +27,10 @@ _MANTISSA_BITS = 23
 _INT4_BITS, _INT8_BITS = 4, 8
 _INT8_OFFSET = 128
 _FULL_UNROLL = 8
+_PACKED_UNROLL = 4
+_HIGH_HALF = -1 << 16
+_MOST_ROWS_UNROLLED = 4
+"""Of more rows, the sums of a whole block's outputs do not fit into the registers."""
 
 
 class RowMatrix(Protocol):
@@ -55,6 +60,23 @@ class FullRowMatrix:
 
     def outputs_from(self, first: int) -> "FullRowMatrix":
         return FullRowMatrix(self.tiles[first // TILE :])
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRowMatrix:
+    """The memory of a `PackedLinear`: two bf16 weights of one output in each word, int32 `[blocks, in_features / 2,
+    64]`."""
+
+    words: Tensor
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.words,)
+
+    def outputs_from(self, first: int) -> RowMatrix:
+        if first % PACKED_BLOCK == 0:
+            return PackedRowMatrix(self.words[first // PACKED_BLOCK :])
+        weight = self.words.transpose(1, 2).flatten(0, 1).contiguous().view(torch.bfloat16)
+        return FullRowMatrix.pack(weight[first:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +130,13 @@ def pack_row_matrix(action: Action, weight: Tensor) -> RowMatrix:
     return _MATRICES[action].pack(weight)
 
 
+def full_row_matrix(weight: Tensor, linear: Linear) -> RowMatrix:
+    """Lays out `[out_features, in_features]` for `row_product` in FULL, or takes the memory of `linear`, which is the
+    same matrix for many rows, where it is laid out so that one row is as fast with it."""
+    words = packed_words(linear)
+    return FullRowMatrix.pack(weight) if words is None else PackedRowMatrix(words)
+
+
 def is_packable(out_features: int, in_features: int) -> bool:
     """Whether these kernels are made for such a matrix."""
     return out_features % TILE == 0 and in_features % INT4_GROUP_SIZE == 0
@@ -116,25 +145,39 @@ def is_packable(out_features: int, in_features: int) -> bool:
 def row_product(action: Action, inputs: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
     """float32 `[rows, out_features]` from float32 `inputs` `[rows, in_features]`. To be traced, not run eagerly."""
     if action is Action.FULL:
-        return _full_product(inputs, *tensors)
+        return _full_product(inputs, tensors[0])
     return _int8_product(inputs, *tensors) if action is Action.INT8 else _int4_product(inputs, *tensors)
 
 
-def full_products(inputs: Tensor, tiles: Tensor) -> Tensor:
+def full_products(inputs: Tensor, matrix: Tensor) -> Tensor:
     """`row_product` in FULL for a fixed number of rows: the same sums, bit for bit, in one loop that reads the weights
     once."""
-    return torch.cat([_full_sums(row, tiles) for row in inputs.split(1)]).view(inputs.shape[0], -1)
+    is_unrolled = inputs.shape[0] <= _MOST_ROWS_UNROLLED
+    return torch.cat([_full_product(row, matrix, is_unrolled) for row in inputs.split(1)])
 
 
-def _full_product(inputs: Tensor, tiles: Tensor) -> Tensor:
-    return _full_sums(inputs, tiles).view(inputs.shape[0], -1)
-
-
-def _full_sums(inputs: Tensor, tiles: Tensor) -> Tensor:
-    """`[rows, tiles, 16]`."""
+def _full_product(inputs: Tensor, matrix: Tensor, is_unrolled: bool = True) -> Tensor:
+    if matrix.dtype is torch.int32:
+        return _packed_product(inputs, matrix, TILE if is_unrolled else PACKED_BLOCK)
     shares = inputs.view(inputs.shape[0], 1, -1, _FULL_UNROLL, 1)
-    products = [tiles[:, :, place].float() * shares[:, :, :, place] for place in range(_FULL_UNROLL)]
-    return _add_up(products).sum(2)
+    products = [matrix[:, :, place].float() * shares[:, :, :, place] for place in range(_FULL_UNROLL)]
+    return _add_up(products).sum(2).view(inputs.shape[0], -1)
+
+
+def _packed_product(inputs: Tensor, words: Tensor, width: int) -> Tensor:
+    """Each loop is over so many outputs of a block, and those of one block are one loop: it reads the block as it lies
+    if there are several, and has fewer sums at a time if there is one."""
+    shares = inputs.view(inputs.shape[0], 1, -1, _PACKED_UNROLL, 1)
+    steps = words.unflatten(1, (-1, _PACKED_UNROLL // 2))
+    sums: list[Tensor] = []
+    for first in range(0, PACKED_BLOCK, width):
+        products: list[Tensor] = []
+        for place in range(_PACKED_UNROLL):
+            word = steps[:, :, place // 2, first : first + width]
+            bits = word & _HIGH_HALF if place % 2 else word << 16
+            products.append(bits.view(torch.float32) * shares[:, :, :, place])
+        sums.append(_add_up(products).sum(2))
+    return torch.cat(sums, dim=-1).view(inputs.shape[0], -1)
 
 
 def _int8_product(inputs: Tensor, words: Tensor, scales: Tensor) -> Tensor:

@@ -23,10 +23,13 @@ class LayerLinears:
     gate_up: Linear
     down: Linear
 
+    def matrices(self) -> tuple[Linear, ...]:
+        """All four, in this order."""
+        return self.query_key_value, self.output, self.gate_up, self.down
+
     def for_many_rows(self) -> "LayerLinears":
         """The same matrices for passes over many rows."""
-        matrices = (self.query_key_value, self.output, self.gate_up, self.down)
-        return LayerLinears(*map(for_many_rows, matrices))
+        return LayerLinears(*map(for_many_rows, self.matrices()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_map
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.blocks import BLOCK_TOKENS, attended_blocks
-from dash_runtime.decoder.kernels import pack_row_matrix
+from dash_runtime.decoder.full_linear import FullLinear, make_full_linear
+from dash_runtime.decoder.kernels import RowMatrix, full_row_matrix, pack_row_matrix
 from dash_runtime.decoder.one_row import FewRowsLayer, Head, LateKeysValues, ModelShape, RowsAttention, RowsNorm
 from dash_runtime.policy.one_row_policy import FewRowsPolicy, PolicyShape
 
@@ -29,7 +30,7 @@ _MAX_POSITIONS = 1 << 20
 
 def layer_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
     rows, varying = _rows(shape, num_rows)
-    matrices = tuple(_matrix(action, size) for size in shape.matrices())
+    matrices = tuple(_matrix(action, size).tensors() for size in shape.matrices())
     inputs = (_zeros(num_rows, shape.hidden_size), *rows, _vectors(shape), matrices)
     return FewRowsLayer(shape, action, num_rows), inputs, (None, *varying, *_fixed(inputs[-2:]))
 
@@ -50,7 +51,7 @@ def norm_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
 
 
 def late_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
-    matrix = _matrix(action, (shape.key_value_size, shape.hidden_size))
+    matrix = _matrix(action, shape.matrices()[0]).outputs_from(shape.query_size).tensors()
     hidden, slots = _zeros(_SAMPLE_ROWS, shape.hidden_size), torch.arange(_SAMPLE_ROWS)
     inputs = (hidden, *_pool(shape), slots, *_tables(shape, _SAMPLE_ROWS), _vectors(shape), matrix)
     pool, rows = ({0: _varying(name)} for name in ("pool", "rows"))
@@ -58,7 +59,7 @@ def late_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
 
 
 def head_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
-    matrix = _matrix(action, (shape.vocab_size, shape.hidden_size))
+    matrix = _matrix(action, (shape.vocab_size, shape.hidden_size)).tensors()
     inputs = (_zeros(1, shape.hidden_size), _zeros(shape.hidden_size), matrix)
     return Head(shape, action), inputs, _fixed(inputs)
 
@@ -103,8 +104,11 @@ def _vectors(shape: ModelShape) -> tuple[Tensor, ...]:
     return tuple(vectors)
 
 
-def _matrix(action: Action, size: tuple[int, int]) -> tuple[Tensor, ...]:
-    return pack_row_matrix(action, _zeros(*size)).tensors()
+def _matrix(action: Action, size: tuple[int, int]) -> RowMatrix:
+    weight = _zeros(*size)
+    if action is not Action.FULL:
+        return pack_row_matrix(action, weight)
+    return full_row_matrix(weight, make_full_linear(FullLinear(weight)))
 
 
 def _zeros(*size: int) -> Tensor:

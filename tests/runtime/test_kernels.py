@@ -5,7 +5,16 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.kernels import TILE, is_packable, pack_row_matrix, row_product
+from dash_runtime.decoder.full_linear import AlikeLinear, FullLinear, PackedLinear, make_full_linear, packed_words
+from dash_runtime.decoder.kernels import (
+    TILE,
+    RowMatrix,
+    full_products,
+    full_row_matrix,
+    is_packable,
+    pack_row_matrix,
+    row_product,
+)
 from dash_runtime.decoder.quantization import dequantize_int4, quantize_int4, quantize_int8
 
 pytestmark = pytest.mark.alone
@@ -107,3 +116,48 @@ def test_a_weight_takes_no_more_bits_than_its_action_says(action: Action, bits: 
 )
 def test_only_multiples_of_a_tile_and_a_group_are_packable(shape: tuple[int, int], expected: bool) -> None:
     assert is_packable(*shape) is expected
+
+
+def shared(weight: Tensor) -> RowMatrix:
+    return full_row_matrix(weight, make_full_linear(FullLinear(weight)))
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (192, 96), (80, 96)])
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_matrix_in_full_is_the_same_in_whatever_memory(shape: tuple[int, int], num_rows: int) -> None:
+    weight, inputs = some_weight(*shape), some_inputs(num_rows, shape[1])
+    outputs = row_product(Action.FULL, inputs, shared(weight).tensors())
+    assert error(outputs, inputs, weight.float()) < 1e-4
+
+
+@pytest.mark.parametrize("first", [0, 16, 64, 80, 128])
+def test_the_part_for_later_outputs_is_had_from_whatever_memory(first: int) -> None:
+    weight, inputs = some_weight(192, 96), some_inputs(2, 96)
+    part = row_product(Action.FULL, inputs, shared(weight).outputs_from(first).tensors())
+    torch.testing.assert_close(part, inputs @ weight[first:].float().T, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_rows", [4, 8])
+@pytest.mark.parametrize("out_features", [80, 192])
+def test_a_product_for_a_fixed_number_of_rows_equals_rows_one_by_one(num_rows: int, out_features: int) -> None:
+    # Bit by bit only once compiled: test_compiled.py.
+    (matrix,) = shared(some_weight(out_features, 96)).tensors()
+    inputs = some_inputs(num_rows, 96)
+    alone = torch.cat([row_product(Action.FULL, row, (matrix,)) for row in inputs.split(1)])
+    torch.testing.assert_close(full_products(inputs, matrix), alone, rtol=1e-4, atol=1e-3)
+
+
+def test_weights_for_many_rows_and_for_one_are_in_memory_once_and_outlive_their_layer() -> None:
+    weight = some_weight(192, 96)
+    linear = make_full_linear(FullLinear(weight))
+    words = packed_words(linear)
+    if words is None:
+        pytest.skip("this CPU has no such product for many rows")
+    assert isinstance(linear, AlikeLinear)
+    assert isinstance(linear.product, PackedLinear)
+    assert words.data_ptr() == torch.ops.mkldnn.data_ptr(linear.product.packed)
+    assert full_row_matrix(weight, linear).tensors()[0].data_ptr() == words.data_ptr()
+    del linear
+    churn = [some_weight(192, 96) for _ in range(50)]
+    assert torch.equal(words.transpose(1, 2).flatten(0, 1).contiguous().view(torch.bfloat16), weight)
+    del churn
