@@ -14,6 +14,7 @@ from torch.nn import functional
 from dash_runtime.actions import Action
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.compiled import CompiledLayers
+from dash_runtime.decoder.embedding import make_embedding
 from dash_runtime.decoder.full_linear import (
     MAX_ALIKE_ROWS,
     AlikeLinear,
@@ -93,14 +94,14 @@ class Decoder:
         at a multiple of this and has `max_prompt_rows` at most."""
         has_alike_rows = isinstance(self._wide_layers[0].key_value, AlikeLinear)
         self.max_prompt_rows = MAX_ALIKE_ROWS if has_alike_rows else self.row_block
-        self._embedding = loader.tensor("model.embed_tokens.weight")
         self._final_norm = loader.norm("model.norm.weight")
-        head = self._embedding
-        if not config.has_tied_head:
-            head = loader.tensor("lm_head.weight")
+        embedding = loader.tensor("model.embed_tokens.weight")
+        head = embedding if config.has_tied_head else loader.tensor("lm_head.weight")
         # An INT4 head changes the text (docs/architecture.md), so it is not offered.
         precisions = [action for action in actions if action in (Action.INT8, Action.FULL)]
         full = make_linear(Action.FULL, FullLinear(head))
+        self.embed = make_embedding(embedding, full if config.has_tied_head else None)
+        """The input of layer 0, `[tokens, hidden_size]`, from token ids."""
         self.heads: dict[Action, Head] = {precision: self._make_head(precision, head, full) for precision in precisions}
         self._wide_head = self._eager_head(for_many_rows(full))
 
@@ -120,10 +121,6 @@ class Decoder:
         """The rows of one pass: `lengths[i]` more positions of `caches[i]`; the rest as in `RowBatch`."""
         windows = self.config.sliding_window
         return RowBatch(caches, lengths, self._rotary, compensations, windows, self.row_block, as_decoding, is_prompt)
-
-    def embed(self, token_ids: Sequence[int]) -> Tensor:
-        """`[rows, hidden_size]`, the input of layer 0."""
-        return functional.embedding(torch.tensor(token_ids, device=self.device), self._embedding)
 
     def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: RowBatch) -> Tensor:
         """Runs one layer with each row's own action and returns its output, `[rows, hidden_size]`.

@@ -1,0 +1,46 @@
+"""The input embedding: a row of a matrix for each token. Knows one matrix."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dash_runtime.decoder.full_linear import PACKED_BLOCK, Linear, packed_words
+
+Embedding = Callable[[Sequence[int]], Tensor]
+"""`[tokens, hidden_size]` of the token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlainEmbedding:
+    """`weight` is `[vocab_size, hidden_size]`."""
+
+    weight: Tensor
+
+    def __call__(self, token_ids: Sequence[int]) -> Tensor:
+        return functional.embedding(torch.tensor(token_ids, device=self.weight.device), self.weight)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsEmbedding:
+    """A tied embedding, read out of the packed head's memory (`full_linear.packed_words`). A token takes some
+    microseconds more than in a matrix of its own, which would be as large as ten layers in INT4."""
+
+    words: Tensor
+
+    def __call__(self, token_ids: Sequence[int]) -> Tensor:
+        if len(token_ids) == 1:  # decoding one sequence, without the general case's tensors of indices
+            block, place = divmod(token_ids[0], PACKED_BLOCK)
+            rows = self.words[block, :, place].unsqueeze(0).contiguous()
+        else:
+            ids = torch.tensor(token_ids)
+            rows = self.words.transpose(1, 2)[ids // PACKED_BLOCK, ids % PACKED_BLOCK]
+        return rows.view(torch.bfloat16)
+
+
+def make_embedding(weight: Tensor, tied_head: Linear | None) -> Embedding:
+    """The rows of `weight`, out of the memory of the head if that is the same matrix and lies as is known."""
+    words = None if tied_head is None else packed_words(tied_head)
+    return PlainEmbedding(weight) if words is None else HeadsEmbedding(words)
