@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dash_runtime.actions import Action
-from dash_runtime.checkpoints import check_weights, load_model_config, open_weights, tokenizer_file
+from dash_runtime.checkpoints import check_weights, kept_model_config, open_weights, tokenizer_file
 from dash_runtime.config import (
     EngineConfig,
     GenerationRequest,
@@ -72,7 +72,7 @@ def build_engine(
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     dtype = DTYPES[options.precision]
-    model = load_model_config(folder)
+    model = kept_model_config(folder, cache_folder)
     weights = open_weights(folder)
     check_weights(weights, model)
     context_length = min(model.context_length, config.context_length or model.context_length)
