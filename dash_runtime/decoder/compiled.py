@@ -14,6 +14,7 @@ from dash_runtime.actions import Action
 from dash_runtime.decoder.full_linear import most_rows_apart
 from dash_runtime.decoder.kernels import RowMatrix, full_row_matrix, is_packable, pack_row_matrix
 from dash_runtime.decoder.layer import DecoderLayer, LayerLinears, mlp, scatter_rows
+from dash_runtime.decoder.layer_inputs import LayerInputs
 from dash_runtime.decoder.norm import RmsNorm
 from dash_runtime.decoder.one_row import ModelShape
 from dash_runtime.decoder.programs import Program, ProgramKind, ProgramSpec
@@ -53,8 +54,7 @@ class _Tensors:
     """One layer's inputs of the programs, by action where they differ."""
 
     vectors: list[Tensor]
-    layer: Mapping[Action, list[Tensor]]
-    late: Mapping[Action, list[Tensor]]
+    weights: Mapping[Action, list[Tensor]]
 
 
 class CompiledLayers:
@@ -98,19 +98,15 @@ class CompiledLayers:
         if fused.bias is not None:
             vectors.append(fused.bias)
         matrices = (fused.weight, weights.output.weight, weights.gate_up.weight, weights.down.weight)
-        packed: dict[Action, list[RowMatrix]] = {
-            action: [pack_row_matrix(action, matrix) for matrix in matrices]
-            for action in self._running
-            if action is not Action.FULL
-        }
-        packed[Action.FULL] = [full_row_matrix(*own) for own in zip(matrices, linears.matrices(), strict=True)]
-        self._layers.append(
-            _Tensors(
-                vectors,
-                {a: [*vectors, *(t for matrix in own for t in matrix.tensors())] for a, own in packed.items()},
-                {a: [*vectors, *own[0].outputs_from(self._query_size).tensors()] for a, own in packed.items()},
-            )
-        )
+        packed = {action: self._pack(action, matrices, linears) for action in self._running}
+        inputs = {action: LayerInputs.of(vectors, own).join(vectors, own) for action, own in packed.items()}
+        self._layers.append(_Tensors(vectors, inputs))
+
+    @staticmethod
+    def _pack(action: Action, matrices: Sequence[Tensor], linears: LayerLinears) -> list[RowMatrix]:
+        if action is not Action.FULL:
+            return [pack_row_matrix(action, matrix) for matrix in matrices]
+        return [full_row_matrix(*own) for own in zip(matrices, linears.matrices(), strict=True)]
 
     def run(
         self, layer: int, weights: DecoderLayer, actions: Sequence[Action], hidden: Tensor, batch: RowBatch
@@ -139,7 +135,7 @@ class CompiledLayers:
             last = first + stride - 1
             program, inputs = self._full_programs[stride], hidden[first : last + 1]
             tables = (torch.cat(own) for own in zip(*batch.row_tables[first : last + 1], strict=True))
-            parts += program([inputs, *batch.seen(layer, last), *tables, *self._layers[layer].layer[Action.FULL]])
+            parts += program([inputs, *batch.seen(layer, last), *tables, *self._layers[layer].weights[Action.FULL]])
             first += stride
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -161,7 +157,9 @@ class CompiledLayers:
         if batch.spans[row].cache.pending[layer]:
             self._write_late(layer, action, batch, (row,))
         program = self._programs[ProgramKind.LAYER, action]
-        return program([hidden, *batch.seen(layer, row), *batch.row_tables[row], *self._layers[layer].layer[action]])[0]
+        return program([hidden, *batch.seen(layer, row), *batch.row_tables[row], *self._layers[layer].weights[action]])[
+            0
+        ]
 
     def _skip_rows(self, layer: int, inputs: Tensor, batch: RowBatch, rows: Sequence[int]) -> Tensor:
         own_pending = [batch.spans[row].cache.pending[layer] for row in rows]
@@ -188,7 +186,7 @@ class CompiledLayers:
         """Projects the pending keys and values of the rows' sequences, of which each one's last `num_own` are of this
         pass."""
         late = self._programs[ProgramKind.LATE, action]
-        late([*batch.take_pending(layer, rows, num_own), *self._layers[layer].late[action]])
+        late([*batch.take_pending(layer, rows, num_own), *self._layers[layer].weights[action]])
 
 
 class CompiledHead:

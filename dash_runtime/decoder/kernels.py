@@ -36,11 +36,16 @@ _MOST_ROWS_UNROLLED = 4
 class RowMatrix(Protocol):
     """A matrix `[out_features, in_features]`, laid out for products with one row."""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether its memory is also that of a product for many rows."""
+
     def tensors(self) -> tuple[Tensor, ...]:
         """What a compiled program is given."""
 
     def outputs_from(self, first: int) -> "RowMatrix":
-        """The part for the outputs from `first` on, a multiple of 16."""
+        """The part for the outputs from `first` on, a multiple of 16, and for less than a block before them where it
+        is made in blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,7 @@ class FullRowMatrix:
     """bf16 `[tiles, in_features / 8, 8, 16]`."""
 
     tiles: Tensor
+    is_shared = False
 
     @classmethod
     def pack(cls, weight: Tensor) -> "FullRowMatrix":
@@ -68,15 +74,13 @@ class PackedRowMatrix:
     64]`."""
 
     words: Tensor
+    is_shared = True
 
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.words,)
 
-    def outputs_from(self, first: int) -> RowMatrix:
-        if first % PACKED_BLOCK == 0:
-            return PackedRowMatrix(self.words[first // PACKED_BLOCK :])
-        weight = self.words.transpose(1, 2).flatten(0, 1).contiguous().view(torch.bfloat16)
-        return FullRowMatrix.pack(weight[first:])
+    def outputs_from(self, first: int) -> "PackedRowMatrix":
+        return PackedRowMatrix(self.words[first // PACKED_BLOCK :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,7 @@ class Int8RowMatrix:
 
     words: Tensor
     scales: Tensor
+    is_shared = False
 
     @classmethod
     def pack(cls, weight: Tensor) -> "Int8RowMatrix":
@@ -105,6 +110,7 @@ class Int4RowMatrix:
     words: Tensor
     scales: Tensor
     zeros: Tensor
+    is_shared = False
 
     @classmethod
     def pack(cls, weight: Tensor) -> "Int4RowMatrix":
@@ -135,6 +141,13 @@ def full_row_matrix(weight: Tensor, linear: Linear) -> RowMatrix:
     same matrix for many rows, where it is laid out so that one row is as fast with it."""
     words = packed_words(linear)
     return FullRowMatrix.pack(weight) if words is None else PackedRowMatrix(words)
+
+
+def as_row_matrix(action: Action, tensors: tuple[Tensor, ...]) -> RowMatrix:
+    """The matrix that these are the `tensors()` of."""
+    if action is Action.FULL and tensors[0].dtype is torch.int32:
+        return PackedRowMatrix(*tensors)
+    return _MATRICES[action](*tensors)
 
 
 def is_packable(out_features: int, in_features: int) -> bool:

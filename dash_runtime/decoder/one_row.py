@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.kernels import full_products, row_product
+from dash_runtime.decoder.kernels import as_row_matrix, full_products, row_product
+from dash_runtime.decoder.layer_inputs import LayerInputs
 from dash_runtime.model_config import ModelConfig
 
 
@@ -63,12 +64,25 @@ class _Traced(nn.Module):
         self._action = action
 
 
-class FewRowsLayer(_Traced):
+class _TracedLayer(_Traced):
+    """What is given the weights of a layer.
+
+    These are, joined, the vectors: the weights of the input's norm, the MLP's and, where the model has them, the heads'
+    `[num_heads + num_kv_heads, head_dim]` and the bias of query, key and value; and the matrices: query-key-value,
+    output, gate-up and down.
+    """
+
+    def __init__(self, shape: ModelShape, action: Action, inputs: LayerInputs) -> None:
+        super().__init__(shape, action)
+        self._inputs = inputs
+
+
+class FewRowsLayer(_TracedLayer):
     """One layer with one action for a few rows, in FULL if there are several, which are the last of one sequence's
     keys. Each row's numbers are the same, bit for bit, whether it comes alone or among others."""
 
-    def __init__(self, shape: ModelShape, action: Action, num_rows: int) -> None:
-        super().__init__(shape, action)
+    def __init__(self, shape: ModelShape, action: Action, inputs: LayerInputs, num_rows: int) -> None:
+        super().__init__(shape, action, inputs)
         self._num_rows = num_rows
 
     def _product(self, inputs: Tensor, matrix: tuple[Tensor, ...]) -> Tensor:
@@ -81,17 +95,12 @@ class FewRowsLayer(_Traced):
         values: Tensor,
         cosines: Tensor,
         sines: Tensor,
-        vectors: tuple[Tensor, ...],
-        matrices: tuple[tuple[Tensor, ...], ...],
+        weights: tuple[Tensor, ...],
     ) -> Tensor:
         """`[rows, hidden_size]` to the same; writes the last `rows` of `keys` and `values` `[positions, num_kv_heads,
-        head_dim]`.
-
-        `vectors` are the weights of the input's norm, the MLP's and, where the model has them, the heads' `[num_heads +
-        num_kv_heads, head_dim]` and the bias of query, key and value; `matrices` are query-key-value, output, gate-up
-        and down.
-        """
+        head_dim]`."""
         shape = self._shape
+        vectors, matrices = self._inputs.split(weights)
         query_key_value, output, gate_up, down = matrices
         residual = hidden.float()
         normed = rms_norm(residual, vectors[0], shape.rms_norm_eps)
@@ -146,7 +155,7 @@ class RowsNorm(_Traced):
         return rms_norm(hidden.float(), weight, self._shape.rms_norm_eps).to(hidden.dtype)
 
 
-class LateKeysValues(_Traced):
+class LateKeysValues(_TracedLayer):
     """Keys and values of rows that skipped a layer, from the layer's input (the KV rule)."""
 
     def forward(
@@ -157,16 +166,15 @@ class LateKeysValues(_Traced):
         slots: Tensor,
         cosines: Tensor,
         sines: Tensor,
-        vectors: tuple[Tensor, ...],
-        matrix: tuple[Tensor, ...],
+        weights: tuple[Tensor, ...],
     ) -> Tensor:
         """Writes the tokens `slots` `[rows]` of `keys` and `values` `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]`,
-        those of a whole pool, from `hidden` `[rows, hidden_size]`.
-
-        `cosines` and `sines` are `[rows, 1, head_dim]`, `matrix` is the key and value part of the fused one.
-        """
+        those of a whole pool, from `hidden` `[rows, hidden_size]`; `cosines` and `sines` are `[rows, 1, head_dim]`."""
         shape = self._shape
-        fused = row_product(self._action, rms_norm(hidden.float(), vectors[0], shape.rms_norm_eps), matrix)
+        vectors, matrices = self._inputs.split(weights)
+        matrix = as_row_matrix(self._action, matrices[0]).outputs_from(shape.query_size)
+        normed = rms_norm(hidden.float(), vectors[0], shape.rms_norm_eps)
+        fused = row_product(self._action, normed, matrix.tensors())[:, -shape.key_value_size :]
         if shape.has_qkv_bias:
             fused = fused + vectors[-1][shape.query_size :]
         rotated, others = rotate_first_heads(shape, fused, shape.num_kv_heads, cosines, sines, vectors)

@@ -13,6 +13,7 @@ from dash_runtime.actions import Action
 from dash_runtime.decoder.blocks import BLOCK_TOKENS, attended_blocks
 from dash_runtime.decoder.full_linear import FullLinear, make_full_linear
 from dash_runtime.decoder.kernels import RowMatrix, full_row_matrix, pack_row_matrix
+from dash_runtime.decoder.layer_inputs import LayerInputs
 from dash_runtime.decoder.one_row import FewRowsLayer, Head, LateKeysValues, ModelShape, RowsAttention, RowsNorm
 from dash_runtime.policy.one_row_policy import FewRowsPolicy, PolicyShape
 
@@ -30,9 +31,9 @@ _MAX_POSITIONS = 1 << 20
 
 def layer_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
     rows, varying = _rows(shape, num_rows)
-    matrices = tuple(_matrix(action, size).tensors() for size in shape.matrices())
-    inputs = (_zeros(num_rows, shape.hidden_size), *rows, _vectors(shape), matrices)
-    return FewRowsLayer(shape, action, num_rows), inputs, (None, *varying, *_fixed(inputs[-2:]))
+    layer_inputs, weights = _weights(shape, action)
+    inputs = (_zeros(num_rows, shape.hidden_size), *rows, weights)
+    return FewRowsLayer(shape, action, layer_inputs, num_rows), inputs, (None, *varying, *_fixed(inputs[-1:]))
 
 
 def attention_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
@@ -51,11 +52,12 @@ def norm_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
 
 
 def late_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
-    matrix = _matrix(action, shape.matrices()[0]).outputs_from(shape.query_size).tensors()
+    layer_inputs, weights = _weights(shape, action)
     hidden, slots = _zeros(_SAMPLE_ROWS, shape.hidden_size), torch.arange(_SAMPLE_ROWS)
-    inputs = (hidden, *_pool(shape), slots, *_tables(shape, _SAMPLE_ROWS), _vectors(shape), matrix)
+    inputs = (hidden, *_pool(shape), slots, *_tables(shape, _SAMPLE_ROWS), weights)
     pool, rows = ({0: _varying(name)} for name in ("pool", "rows"))
-    return LateKeysValues(shape, action), inputs, (rows, pool, pool, rows, rows, rows, *_fixed(inputs[-2:]))
+    varying = (rows, pool, pool, rows, rows, rows)
+    return LateKeysValues(shape, action, layer_inputs), inputs, (*varying, *_fixed(inputs[-1:]))
 
 
 def head_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
@@ -102,6 +104,13 @@ def _vectors(shape: ModelShape) -> tuple[Tensor, ...]:
     if shape.has_qkv_bias:
         vectors.append(_zeros(shape.query_size + shape.key_value_size))
     return tuple(vectors)
+
+
+def _weights(shape: ModelShape, action: Action) -> tuple[LayerInputs, tuple[Tensor, ...]]:
+    """Of one layer."""
+    vectors, matrices = _vectors(shape), [_matrix(action, size) for size in shape.matrices()]
+    layer_inputs = LayerInputs.of(vectors, matrices)
+    return layer_inputs, tuple(layer_inputs.join(vectors, matrices))
 
 
 def _matrix(action: Action, size: tuple[int, int]) -> RowMatrix:

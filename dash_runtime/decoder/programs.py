@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder import blocks, full_linear, kernels, one_row, program_samples
+from dash_runtime.decoder import blocks, full_linear, kernels, layer_inputs, one_row, program_samples
 from dash_runtime.decoder.one_row import ModelShape
 from dash_runtime.policy import one_row_policy
 from dash_runtime.policy.one_row_policy import PolicyShape
@@ -144,7 +144,7 @@ def _digest(spec: ProgramSpec) -> str:
 @lru_cache  # the same for all programs of a start
 def _surroundings() -> tuple[object, ...]:
     """All else that compiled code depends on: what is traced, the compiler's version, and the processor."""
-    modules = (blocks, full_linear, kernels, one_row, one_row_policy, program_samples)
+    modules = (blocks, full_linear, kernels, layer_inputs, one_row, one_row_policy, program_samples)
     sources = [Path(str(module.__file__)).read_text() for module in modules]
     sources.append(Path(__file__).with_name("compile_program.py").read_text())
     return sources, torch.__version__, sys.version_info[:2], _processor()
