@@ -4,7 +4,6 @@ What was fitted and measured is kept beside the converted models, so that every 
 a budget is then the same from one start to the next. Knows folders; knows no environment and no processes.
 """
 
-import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from dash_runtime.engine.calibration import Calibration, Progress
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
 from dash_runtime.engine.planner import GroupPlanner
+from dash_runtime.engine.process_memory import settle_memory
 from dash_runtime.errors import ConfigError
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
@@ -122,7 +122,7 @@ def build_engine(
         planner = GroupPlanner(calibration.row_costs(decoder, compensation, progress))
     engine = assemble_engine(decoder, catalog, config, context_length, planner=planner)
     _warm_up(engine)
-    _return_freed_memory()
+    settle_memory()
     return engine
 
 
@@ -219,10 +219,3 @@ def _warm_up(engine: Engine) -> None:
         engine.submit(GenerationRequest(f"warm-up-{number}", [0], stopping, skip=skip))
         while engine.has_work:
             engine.step()
-
-
-def _return_freed_memory() -> None:
-    """Has the C library return to the system what lies free between the packed matrices, where it is glibc."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)

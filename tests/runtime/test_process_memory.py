@@ -1,0 +1,74 @@
+"""Memory in huge pages: the same content, nothing filled that was empty, and nothing that is not the process's own."""
+
+import mmap
+import platform
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from dash_runtime.engine.process_memory import HUGE_PAGE, private_ranges, settle_memory
+
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
+NUM_PAGES = 4
+
+MAPS = """\
+55d0c0000000-55d0c0800000 rw-p 00000000 00:00 0                          [heap]
+7f0000001000-7f0000400000 rw-p 00000000 00:00 0
+7f0000800000-7f0000c00000 rw-p 00000000 00:00 0
+7f0001000000-7f0001400000 r--p 00000000 00:00 0
+7f0002000000-7f0002400000 rw-s 00000000 00:01 1024                       /dev/zero (deleted)
+7f0003000000-7f0003400000 rw-p 00000000 08:01 393449                     /usr/lib/a library.so
+7f0004000000-7f00041ff000 rw-p 00000000 00:00 0
+7ffd00000000-7ffd00400000 rw-p 00000000 00:00 0                          [stack]
+"""
+
+
+def own_memory() -> mmap.mmap:
+    """Room for so many huge pages wherever it begins."""
+    return mmap.mmap(-1, (NUM_PAGES + 1) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def kilobytes(field: str) -> int:
+    """Of the whole process."""
+    (number,) = re.findall(rf"^{field}: +(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
+    return int(number)
+
+
+def has_huge_pages_at_once() -> bool:
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    version = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
+    return version >= (6, 1) and enabled.exists() and "[never]" not in enabled.read_text()
+
+
+def test_only_whole_huge_pages_of_the_process_itself_are_named() -> None:
+    assert [(hex(first), hex(last)) for first, last in private_ranges(MAPS)] == [
+        ("0x55d0c0000000", "0x55d0c0800000"),
+        ("0x7f0000200000", "0x7f0000400000"),
+        ("0x7f0000800000", "0x7f0000c00000"),
+    ]
+
+
+@on_linux
+def test_what_is_full_is_moved_and_keeps_its_content() -> None:
+    memory = own_memory()
+    content = bytes(range(256)) * (len(memory) // 256)
+    memory[:] = content
+    before = kilobytes("AnonHugePages")
+    settle_memory()
+    assert memory[:] == content
+    if has_huge_pages_at_once():
+        assert kilobytes("AnonHugePages") - before >= HUGE_PAGE // 1024  # as many as there is room for
+    memory.close()
+
+
+@on_linux
+def test_what_is_mostly_empty_stays_so() -> None:
+    settle_memory()
+    memory = own_memory()
+    memory[:: HUGE_PAGE // 4] = b"x" * (4 * (NUM_PAGES + 1))
+    before = kilobytes("Rss")
+    settle_memory()
+    assert kilobytes("Rss") - before < HUGE_PAGE // 1024
+    memory.close()
