@@ -17,7 +17,7 @@ from dash_runtime.decoder.kv_cache import CachePool
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.engine.prefix_cache import PrefixCache
-from dash_runtime.engine.sampling import token_logprobs
+from dash_runtime.engine.sampling import likeliest, token_logprobs
 from dash_runtime.engine.sequence import EndReason, EngineEvent, Sequence, SlotGranted, TokenProduced
 from dash_runtime.engine.step import Decider, decode_step
 from dash_runtime.policy.catalog import Assignment, PolicyCatalog
@@ -186,7 +186,7 @@ class Engine:
         planner = self._planner if len(sequences) > 1 else None  # a row alone has none to agree with
         token_ids = [sequence.last_token_id for sequence in sequences]
         output = decode_step(self._decoder, self._lane, batch, token_ids, deciders, planner)
-        greedy = output.logits.argmax(dim=-1).tolist()
+        greedy = likeliest(output.logits)
         exposed_ns, elapsed_ns = self._lane.exposed_ns - exposed_before, time.perf_counter_ns() - started_ns
         decider_of = {row: decider for decider in deciders for row in decider.rows}
         for row, (sequence, assignment) in enumerate(zip(sequences, assignments, strict=True)):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dash_runtime.engine.sampling import Sampler
+from dash_runtime.engine.sampling import Sampler, likeliest
 from dash_runtime.policy.draft_length import DraftLength
 
 
@@ -81,7 +81,7 @@ class Speculation:
 
     def _greedy(self, drafted: Sequence[int], logits: Tensor) -> list[int]:
         sampler = self._sampler
-        plain = logits.argmax(dim=-1).tolist() if sampler.is_plain_greedy else None
+        plain = likeliest(logits) if sampler.is_plain_greedy else None
         chosen: list[int] = []
         for place in range(len(drafted) + 1):
             token_id = sampler.best(logits[place]) if plain is None else plain[place]
