@@ -201,8 +201,7 @@ class RowBatch:
         pool = self.spans[rows[0]].cache.pool
         of_one = slice(positions[0], positions[-1] + 1) if len(rows) == 1 else torch.tensor(positions)
         stored = pool.key_blocks[layer], pool.value_blocks[layer], torch.tensor(slots)
-        late = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
-        return [late, *stored, *self.tables(of_one)]
+        return [torch.cat(inputs), *stored, *self.tables(of_one)]
 
     def sees_everything(self, layer: int) -> bool:
         """Whether the layer attends to all positions before a row."""

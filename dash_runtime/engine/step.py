@@ -90,8 +90,6 @@ class Decider:
         self._pinned_actions: Actions = (policy.pinned_action,) * len(self.rows)
         self._is_blind = len(self._pinned) == self._num_layers
         self._cost_spent = [0.0] * len(self.rows)
-        self._unpaid: list[Actions] = []
-        """Of layers whose costs are not counted as spent yet."""
         self._blocks = _blocks_by_observed_layer(self._num_layers, self._pinned, policy.block_size, policy.lookahead)
         self._tickets: dict[int, tuple[tuple[int, ...], Ticket]] = {}
         self.blocks: list[DecidedBlock] = []
@@ -113,14 +111,12 @@ class Decider:
         if self._is_blind:
             return
         taken = tuple(actions) if self._has_all_rows else tuple([actions[row] for row in self.rows])
-        self._unpaid.append(taken)
+        self._cost_spent = [
+            spent + self._layer_costs[action] for spent, action in zip(self._cost_spent, taken, strict=True)
+        ]
         block = self._blocks.get(layer)
         if block is None:
             return
-        for own_actions in self._unpaid:  # at once: it is known before it is asked for, but in a colder cache each time
-            costs = [self._layer_costs[action] for action in own_actions]
-            self._cost_spent = [spent + cost for spent, cost in zip(self._cost_spent, costs, strict=True)]
-        self._unpaid = []
         own = hidden if self._has_all_rows else hidden[self.rows]
         state = State(self._tokens, own, layer, taken, self._cost_spent)
         self._tickets[block[0]] = (block, lane.submit(self.policy, block[0], state))

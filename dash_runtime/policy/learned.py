@@ -187,6 +187,11 @@ class LearnedPolicy:
         return {block[0]: (index, len(block)) for index, block in enumerate(blocks)}
 
     @cached_property
+    def _alone(self) -> list[Actions]:
+        """What is decided for a layer and a single row, by the index of its action."""
+        return [(action,) for action in self.actions]
+
+    @cached_property
     def _fact_buffers(self) -> dict[int, tuple[bytearray, Tensor]]:
         return {}
 
@@ -211,8 +216,12 @@ class LearnedPolicy:
             best = torch.empty(best.shape, dtype=best.dtype, pin_memory=True).copy_(best, non_blocking=True)
 
         def decide() -> Decision:
+            rows = best.tolist()
+            if len(rows) == 1:
+                alone = self._alone
+                return Decision(tuple([alone[index] for index in rows[0]]), scores)
             actions = self.actions
-            by_layer = zip(*best.tolist(), strict=True)
+            by_layer = zip(*rows, strict=True)
             return Decision(tuple([tuple([actions[index] for index in own]) for own in by_layer]), scores)
 
         return decide
