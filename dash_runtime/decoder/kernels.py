@@ -3,9 +3,9 @@ speed of memory.
 
 The eager kernels (`quantization.py`) serve many rows; these serve one, as part of a compiled layer. A matrix
 is laid out in tiles of 16 outputs, one vector of them for each word, so that a loop reads it from end to end; rounded
-weights are bits of a float's mantissa, so that a shift and a mask make them numbers. In FULL it is read out of the memory
-that oneDNN packed for many rows, where that is laid out for it. Everything is summed in float32. Knows matrices; knows no
-layers.
+weights are bits of a float's mantissa, so that a shift and a mask make them numbers. In FULL it is read out of the
+memory that oneDNN packed for many rows, where that is laid out for it. Everything is summed in float32. Knows matrices;
+knows no layers.
 """
 
 from dataclasses import dataclass
