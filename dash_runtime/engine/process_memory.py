@@ -14,6 +14,7 @@ from typing import Any
 
 HUGE_PAGE = 1 << 21
 _MAPS = Path("/proc/self/maps")
+_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _COLLAPSE = 25
 """MADV_COLLAPSE, since Linux 6.1: at once. What is only advised is done by and by, in the background."""
 _LEAST_RESIDENT = 0.75
@@ -26,13 +27,22 @@ def settle_memory() -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") or not are_enabled(_ENABLED):
         return
     for first, last in private_ranges(_MAPS.read_text()):
         for page in range(first, last, HUGE_PAGE):
             if _resident_share(library, page) >= _LEAST_RESIDENT:
                 _advise(library, page, mmap.MADV_HUGEPAGE)
                 _advise(library, page, _COLLAPSE)
+
+
+def are_enabled(file: Path) -> bool:
+    """Whether the system gives huge pages to whoever asks; `file` names all choices and brackets its own. MADV_COLLAPSE
+    would take no notice of it."""
+    try:
+        return "[never]" not in file.read_text()
+    except OSError:
+        return False
 
 
 def private_ranges(maps: str) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dash_runtime.engine.process_memory import HUGE_PAGE, private_ranges, settle_memory
+from dash_runtime.engine.process_memory import HUGE_PAGE, are_enabled, private_ranges, settle_memory
 
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 NUM_PAGES = 4
@@ -37,9 +37,8 @@ def kilobytes(field: str) -> int:
 
 
 def has_huge_pages_at_once() -> bool:
-    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     version = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
-    return version >= (6, 1) and enabled.exists() and "[never]" not in enabled.read_text()
+    return version >= (6, 1) and are_enabled(Path("/sys/kernel/mm/transparent_hugepage/enabled"))
 
 
 def test_only_whole_huge_pages_of_the_process_itself_are_named() -> None:
@@ -48,6 +47,17 @@ def test_only_whole_huge_pages_of_the_process_itself_are_named() -> None:
         ("0x7f0000200000", "0x7f0000400000"),
         ("0x7f0000800000", "0x7f0000c00000"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("always [madvise] never", True), ("[always] madvise never", True), ("always madvise [never]", False)],
+)
+def test_a_system_without_huge_pages_is_left_alone(tmp_path: Path, text: str, expected: bool) -> None:
+    file = tmp_path / "enabled"
+    assert not are_enabled(file)
+    file.write_text(text + "\n")
+    assert are_enabled(file) is expected
 
 
 @on_linux
