@@ -101,6 +101,7 @@ def build_engine(
         compiled=compiled,
         graphs=Graphs(cuda_capture(device)) if device.type == "cuda" else None,
     )
+    settle_memory()  # before anything is measured
     if compiled is not None:
         compiled.drop_strides(unequal_strides(decoder, compiled.strides))
     kind = "eager" if compiled is None else f"compiled {programs_digest()}, strides {compiled.strides}"
@@ -122,7 +123,6 @@ def build_engine(
         planner = GroupPlanner(calibration.row_costs(decoder, compensation, progress))
     engine = assemble_engine(decoder, catalog, config, context_length, planner=planner)
     _warm_up(engine)
-    settle_memory()
     return engine
 
 

@@ -30,7 +30,7 @@ from dash_runtime.whole_file import replacing
 Progress = Callable[[str], None]
 _Table = TypeVar("_Table", CostTable, RowCosts)
 _Kept = TypeVar("_Kept")
-_VERSION = 4
+_VERSION = 5
 
 
 class Calibration:
