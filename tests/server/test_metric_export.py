@@ -116,7 +116,7 @@ def test_a_collector_that_is_not_there_is_one_warning(
         began = time.monotonic()
         code, stderr = server.end(signal.SIGTERM)
     assert code == 0
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 3
     (line,) = complaints(stderr)
     assert "metrics cannot be exported for now; requests are served all the same: " in line
     assert "StatusCode.UNAVAILABLE" in line
@@ -184,7 +184,7 @@ def test_a_collector_that_never_answers_does_not_hold_up_the_end(
             code, stderr = server.end(signal.SIGTERM)
             seconds = time.monotonic() - began
     assert code == 0
-    assert seconds < 8
+    assert seconds < 4
     assert "Traceback" not in stderr
     assert "Fatal" not in stderr
 

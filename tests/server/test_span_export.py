@@ -41,7 +41,7 @@ async def serve_some(server: RunningServer, number: int = 8) -> None:
         *(server.generate(text="hello", max_new_tokens=9, output=TRACED) for _ in range(number))
     )
     assert [len(answer.output.token_ids) for answer in answers] == [9] * number
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 2
 
 
 def export_of(server: RunningServer) -> SpanExport:
@@ -72,7 +72,7 @@ async def test_an_absent_collector_costs_one_line_and_counted_spans(
         await accounted(server, 16 * SPANS_OF_A_REQUEST)
         assert export_of(server).exported_spans == 0
         ended = time.monotonic()
-    assert time.monotonic() - ended < 8
+    assert time.monotonic() - ended < 3
     (line,) = warnings(caplog)
     assert line.startswith("traces cannot be exported for now; requests are served all the same: ")
 
@@ -130,7 +130,7 @@ async def test_a_slow_collector_slows_nothing_and_ends_with_the_server(
                 await serve_some(server)
             export = export_of(server)
             ended = time.monotonic()
-        assert time.monotonic() - ended < 8
+        assert time.monotonic() - ended < 4
         await receiver.until(lambda: export.dropped_spans == 24 * SPANS_OF_A_REQUEST)
 
 

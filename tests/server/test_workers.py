@@ -58,7 +58,7 @@ async def test_a_worker_that_hangs_is_replaced(model_folder: Path, caplog: pytes
         call = server.stream(text="abc", max_new_tokens=900)
         started = time.monotonic()
         assert await code_of(call) is grpc.StatusCode.UNAVAILABLE
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < 2
         await server.wait_until_serving()
         assert "DASH_WORKER_TIMEOUT_SECONDS" in caplog.text
         assert len(await wait_for_workers(1)) == 1
