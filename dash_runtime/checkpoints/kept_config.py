@@ -4,8 +4,6 @@ It is read with transformers, which takes seconds to import and 80 MB for as lon
 a checkpoint and of the cache; knows no keys.
 """
 
-import contextlib
-import hashlib
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +15,8 @@ from dash_runtime.checkpoints import hf_config
 from dash_runtime.checkpoints.hf_config import CONFIG_FILE, GENERATION_CONFIG_FILE, load_model_config, model_name
 from dash_runtime.checkpoints.json_file import read_text
 from dash_runtime.errors import DashRuntimeError
+from dash_runtime.kept_file import digest, keep
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.whole_file import replacing
 
 
 def kept_model_config(folder: Path, cache_folder: Path) -> ModelConfig:
@@ -35,10 +33,7 @@ def kept_model_config(folder: Path, cache_folder: Path) -> ModelConfig:
         return msgspec.json.decode(kept.read_bytes(), type=ModelConfig)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         config = load_model_config(folder)
-    with contextlib.suppress(OSError):  # a folder that cannot be written to only costs the next start its time
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(kept) as partial:
-            partial.write_bytes(msgspec.json.encode(config))
+    keep(kept, lambda partial: partial.write_bytes(msgspec.json.encode(config)))
     return config
 
 
@@ -46,7 +41,7 @@ def _digest(folder: Path) -> str:
     """Of all that a configuration depends on."""
     code = [Path(str(module.__file__)).read_text() for module in (hf_config, model_config)]
     key = (model_name(folder), read_text(folder / CONFIG_FILE), _generation_config(folder), code)
-    return hashlib.sha256(repr((*key, version("transformers"))).encode()).hexdigest()[:16]
+    return digest((*key, version("transformers")))
 
 
 def _generation_config(folder: Path) -> str | None:

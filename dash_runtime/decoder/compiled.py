@@ -61,13 +61,11 @@ class CompiledLayers:
     """The layers of one decoder as programs.
 
     Args:
-        query_size: features of all queries of a row.
         shares_products: whether more than `most_rows_apart` rows in FULL share their products: faster, and a row's
             rounding then depends on whether it has neighbours. Otherwise each row runs alone.
     """
 
-    def __init__(self, programs: Mapping[ProgramSpec, Program], query_size: int, shares_products: bool) -> None:
-        self._query_size = query_size
+    def __init__(self, programs: Mapping[ProgramSpec, Program], shares_products: bool) -> None:
         self._programs = {(spec.kind, spec.action): program for spec, program in programs.items() if spec.num_rows == 1}
         self._full_programs = {
             spec.num_rows: program
@@ -157,9 +155,8 @@ class CompiledLayers:
         if batch.spans[row].cache.pending[layer]:
             self._write_late(layer, action, batch, (row,))
         program = self._programs[ProgramKind.LAYER, action]
-        return program([hidden, *batch.seen(layer, row), *batch.row_tables[row], *self._layers[layer].weights[action]])[
-            0
-        ]
+        weights = self._layers[layer].weights[action]
+        return program([hidden, *batch.seen(layer, row), *batch.row_tables[row], *weights])[0]
 
     def _skip_rows(self, layer: int, inputs: Tensor, batch: RowBatch, rows: Sequence[int]) -> Tensor:
         own_pending = [batch.spans[row].cache.pending[layer] for row in rows]

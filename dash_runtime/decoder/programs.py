@@ -4,7 +4,6 @@ A program is one AOTInductor package, made once for a shape, an action and this 
 Knows tensors and files; knows no sequences.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -26,6 +25,7 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.decoder import blocks, full_linear, kernels, layer_inputs, one_row, program_samples
 from dash_runtime.decoder.one_row import ModelShape
+from dash_runtime.kept_file import digest
 from dash_runtime.policy import one_row_policy
 from dash_runtime.policy.one_row_policy import PolicyShape
 
@@ -110,7 +110,7 @@ def load_programs(
 
 def programs_digest() -> str:
     """Differs where programs are made otherwise: what was measured of them then holds no longer."""
-    return hashlib.sha256(repr(_surroundings()).encode()).hexdigest()[:16]
+    return digest(_surroundings())
 
 
 def _load(path: Path) -> Program | None:
@@ -138,7 +138,7 @@ def _reason(error: Exception) -> str:
 
 
 def _digest(spec: ProgramSpec) -> str:
-    return hashlib.sha256(repr((spec.to_json(), _surroundings())).encode()).hexdigest()[:16]
+    return digest((spec.to_json(), _surroundings()))
 
 
 @lru_cache  # the same for all programs of a start

@@ -89,7 +89,7 @@ def build_engine(
         programs = _load_programs(model, learned, actions, dtype, device, cache_folder / "programs", progress)
     compiled = None
     if programs is not None:
-        compiled = CompiledLayers(programs, model.num_heads * model.head_dim, shares_products=config.group_planner)
+        compiled = CompiledLayers(programs, shares_products=config.group_planner)
         learned = [replace(p, program=programs[policy_spec(p)]) for p in learned]
     decoder = Decoder(
         model,

@@ -4,8 +4,6 @@ So every later start reads it, and a plan drawn for a budget is the same from on
 folders; knows no requests.
 """
 
-import contextlib
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -22,10 +20,10 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.measure import measure_costs, measure_verification
 from dash_runtime.decoder.row_costs import measure_row_costs
 from dash_runtime.errors import ConfigError, DashRuntimeError
+from dash_runtime.kept_file import digest, keep
 from dash_runtime.policy.draft_length import DRAFT_LENGTHS
 from dash_runtime.training.data import default_token_sequences
 from dash_runtime.training.fit_compensation import NUM_SEQUENCES, SEQUENCE_LENGTH, fit_compensation
-from dash_runtime.whole_file import replacing
 
 Progress = Callable[[str], None]
 _Table = TypeVar("_Table", CostTable, RowCosts)
@@ -43,11 +41,10 @@ class Calibration:
 
     def __init__(self, folder: Path, model: tuple[str, ...], device: tuple[str, ...]) -> None:
         key = (_VERSION, *model, torch.__version__)
-        self._folder = folder
-        self._compensation_file = folder / f"compensation-{_digest(key)}.safetensors"
-        self._costs_file = folder / f"costs-{_digest((*key, *device))}.json"
-        self._verification_file = folder / f"verification-{_digest((*key, *device))}.json"
-        self._row_costs_file = folder / f"row-costs-{_digest((*key, *device))}.json"
+        self._compensation_file = folder / f"compensation-{digest(key)}.safetensors"
+        self._costs_file = folder / f"costs-{digest((*key, *device))}.json"
+        self._verification_file = folder / f"verification-{digest((*key, *device))}.json"
+        self._row_costs_file = folder / f"row-costs-{digest((*key, *device))}.json"
 
     def compensation(self, decoder: Decoder, tokenizer: Path, progress: Progress) -> Compensation:
         shape = (decoder.num_layers, decoder.config.hidden_size)
@@ -60,7 +57,7 @@ class Calibration:
         length = min(SEQUENCE_LENGTH, decoder.config.context_length)
         affine = fit_compensation(decoder, default_token_sequences(tokenizer, NUM_SEQUENCES, length)).affine
         tensors = {name: tensor.cpu().contiguous() for name, tensor in affine.tensors().items()}
-        self._write(self._compensation_file, lambda path: save_file(tensors, path))
+        keep(self._compensation_file, lambda path: save_file(tensors, path))
         return affine
 
     def costs(self, decoder: Decoder, compensation: Compensation, progress: Progress) -> CostTable:
@@ -94,14 +91,7 @@ class Calibration:
         return table
 
     def _write_json(self, path: Path, facts: dict[str, Any]) -> None:
-        self._write(path, lambda partial: partial.write_text(json.dumps(facts, indent=1)))
-
-    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
-        """In one rename; a folder that cannot be written to only costs the next start its time."""
-        with contextlib.suppress(OSError):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as partial:
-                write(partial)
+        keep(path, lambda partial: partial.write_text(json.dumps(facts, indent=1)))
 
 
 def _verification_from_json(facts: dict[str, Any]) -> dict[int, float]:
@@ -117,7 +107,3 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], _Kept]) -> _Kept | None:
         return parse(json.loads(path.read_text()))
     except (OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RecursionError, ConfigError):
         return None
-
-
-def _digest(key: object) -> str:
-    return hashlib.sha256(repr(key).encode()).hexdigest()[:16]

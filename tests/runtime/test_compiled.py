@@ -66,7 +66,6 @@ class Decoders:
 
 
 def decoder_of(folder: Path, config: ModelConfig, programs: dict[ProgramSpec, Program], shares: bool) -> Decoder:
-    query_size = config.num_heads * config.head_dim
     return Decoder(
         config,
         open_weights(folder),
@@ -74,7 +73,7 @@ def decoder_of(folder: Path, config: ModelConfig, programs: dict[ProgramSpec, Pr
         dtype=torch.bfloat16,
         device=CPU,
         context_length=config.context_length,
-        compiled=CompiledLayers(programs, query_size, shares_products=shares),
+        compiled=CompiledLayers(programs, shares_products=shares),
     )
 
 
