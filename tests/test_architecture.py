@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.rooms import ROOMS
+
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 350
 
@@ -47,6 +49,36 @@ def imported_roots(path: Path) -> Iterator[str]:
             yield node.module.partition(".")[0]
 
 
+def imported_modules(path: Path, package: str) -> set[str]:
+    """The modules of its own package that a file imports, those inside functions included."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names if alias.name.startswith(f"{package}.")}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] == package:
+            inner = PACKAGES[package].joinpath(*node.module.split(".")[1:])
+            names = [alias.name for alias in node.names]
+            # `from package.folder import module` names modules; anything else is in the folder's own __init__.
+            found = [name for name in names if inner.is_dir() and (inner / f"{name}.py").exists()]
+            modules |= {f"{node.module}.{name}" for name in found}
+            modules |= {node.module} if len(found) < len(names) else set()
+    return modules
+
+
+def room_of(package: str, module: str) -> int | None:
+    """The number of a module's room from the top, by the most specific name in the list."""
+    place = "/".join(module.split(".")[1:])
+    is_folder = PACKAGES[package].joinpath(place).is_dir()
+    rooms = {name: number for number, line in enumerate(ROOMS[package].split("\n")) for name in line.split()}
+    parents = [f"{place[:end]}/" for end in range(len(place), 0, -1) if place[end:] == "" or place[end] == "/"]
+    return next((rooms[name] for name in ([] if is_folder else [place]) + parents if name in rooms), None)
+
+
+def module_of(path: Path, package: str) -> str:
+    parts = path.relative_to(PACKAGES[package]).with_suffix("").parts
+    return ".".join((package, *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
 def roots_at_import_time(path: Path) -> set[str]:
     """The top-level names imported when the module is, without functions and `if TYPE_CHECKING`."""
     roots: set[str] = set()
@@ -65,6 +97,23 @@ def test_a_package_imports_only_its_allowed_neighbours(package: str) -> None:
     assert files, f"{PACKAGES[package]} has no Python files"
     found = {str(path.relative_to(ROOT)): sorted(forbidden & set(imported_roots(path))) for path in files}
     assert {path: names for path, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize("package", [package for package, rooms in ROOMS.items() if rooms.strip()])
+def test_every_file_imports_from_its_own_room_or_one_below(package: str) -> None:
+    up: list[str] = []
+    for path in python_files(PACKAGES[package]):
+        module = module_of(path, package)
+        if module == package:
+            continue  # the package's own face may show anything
+        own = room_of(package, module)
+        assert own is not None, f"{module} has no room"
+        for other in imported_modules(path, package) - {package}:
+            below = room_of(package, other)
+            assert below is not None, f"{other} has no room"
+            if below < own:
+                up.append(f"{module} -> {other}")
+    assert up == []
 
 
 def test_nothing_imports_a_folder_as_a_namespace_package() -> None:
