@@ -16,8 +16,8 @@ from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.compiled import CompiledLayers
 from dash_runtime.decoder.embedding import make_embedding
 from dash_runtime.decoder.full_linear import (
-    MAX_ALIKE_ROWS,
-    AlikeLinear,
+    MAX_INVARIANT_ROWS,
+    BatchInvariantLinear,
     FullLinear,
     Linear,
     for_many_rows,
@@ -92,8 +92,8 @@ class Decoder:
         self.row_block = _ROW_BLOCK_ON_CPU if device.type == "cpu" else _ROW_BLOCK_ELSEWHERE
         """Where a prompt may be cut: a row's numbers are the same whatever rows are in its pass, if every pass begins
         at a multiple of this and has `max_prompt_rows` at most."""
-        has_alike_rows = isinstance(self._wide_layers[0].key_value, AlikeLinear)
-        self.max_prompt_rows = MAX_ALIKE_ROWS if has_alike_rows else self.row_block
+        is_invariant = isinstance(self._wide_layers[0].key_value, BatchInvariantLinear)
+        self.max_prompt_rows = MAX_INVARIANT_ROWS if is_invariant else self.row_block
         self._final_norm = loader.norm("model.norm.weight")
         embedding = loader.tensor("model.embed_tokens.weight")
         head = embedding if config.has_tied_head else loader.tensor("lm_head.weight")

@@ -4,39 +4,37 @@ Knows matrices; knows no layers.
 """
 
 import ctypes
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-MAX_ALIKE_ROWS = 256
-"""A row of an `AlikeLinear` has the same numbers in a pass of up to so many rows."""
+MAX_INVARIANT_ROWS = 256
+"""A row of a `BatchInvariantLinear` has the same bits in every pass of up to so many rows."""
 PACKED_BLOCK = 64
 """Outputs that oneDNN lays out together for the CPUs that multiply bf16: word by word of two inputs."""
+_PACKED_ROWS = 16
+"""The rows that oneDNN is told of when it packs. From 2 on the number makes no difference. Packed for 1, torch 2.15
+takes time in proportion to the rows, and rounds a lone row differently from two."""
 _USUAL_ROWS = 64
+_TRIED_COUNTS = (*range(1, 33), *range(48, MAX_INVARIANT_ROWS + 1, 16))
 _TRIED_OUTPUTS = 1 << 15
+"""A larger matrix is tried with about so many of its outputs: its packed copy would take seconds and a gigabyte."""
+_CALL_ROWS = 16
+"""A product takes about as long as so many of its rows before the first one."""
 _WIDENED_OUTPUTS = 1 << 10
 """So many outputs are widened at a time: more would not stay in a near cache, and their memory would be asked of the
 system every time."""
-_ALIKE: dict[tuple[type, tuple[int, int], int, int], bool] = {}
-"""By the product, the matrix's shape, the number of rows and that of threads: whether each row has its usual sums."""
 
 
 class Linear(Protocol):
     """`[rows, in_features] -> [rows, out_features]`, bias included."""
 
     def __call__(self, inputs: Tensor) -> Tensor: ...
-
-
-class Product(Linear, Protocol):
-    """A linear layer whose sums can be told apart where they were added up in another order."""
-
-    def sums(self, inputs: Tensor) -> Tensor:
-        """What is rounded to the result, if that can be had, or the result itself."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +57,10 @@ class PackedLinear:
 
     @classmethod
     def from_full(cls, full: FullLinear) -> "PackedLinear":
-        return cls(torch.ops.mkldnn._reorder_linear_weight(full.weight, 1), full.bias)
+        return cls(torch.ops.mkldnn._reorder_linear_weight(full.weight, _PACKED_ROWS), full.bias)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
-
-    def sums(self, inputs: Tensor) -> Tensor:
-        return self(inputs)
 
     def memory(self) -> Tensor:
         """The packed weights, flat and as they lie; shares their memory.
@@ -89,79 +84,113 @@ class WidenedLinear:
     full: FullLinear
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        return self.sums(inputs).to(inputs.dtype)
-
-    def sums(self, inputs: Tensor) -> Tensor:
-        bias = None if self.full.bias is None else self.full.bias.float()
         wide = inputs.float()
         parts = [functional.linear(wide, part.float()) for part in self.full.weight.split(_WIDENED_OUTPUTS)]
         sums = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return sums if bias is None else sums + bias
+        return (sums if self.full.bias is None else sums + self.full.bias.float()).to(inputs.dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class AlikeLinear:
-    """A product in which a row's result never depends on its neighbours, up to `MAX_ALIKE_ROWS` in all.
+class BatchInvariantLinear:
+    """A product in which a row's bits never depend on its neighbours, up to `MAX_INVARIANT_ROWS` rows in all.
 
-    For some numbers of rows a library sums in another order than for others, as it does when it splits a long sum
-    between threads. Which ones these are is found by trying, when such a number first comes: they are given to it in
-    parts, or with rows that nobody wants.
+    For some numbers of rows a library adds in another order than for others: a lone row mostly, and wherever it splits
+    a long sum between threads. Which numbers agree is tried here, for this very shape, when the layer is made. All
+    others are padded to one that agrees, or split into several.
+
+    Args:
+        make_product: packs the matrix for the library's product.
+        full: the matrix.
     """
 
-    product: Product
-    shape: tuple[int, int]
-    """`(out_features, in_features)`"""
+    def __init__(self, make_product: Callable[[FullLinear], Linear], full: FullLinear) -> None:
+        out_features, in_features = full.weight.shape
+        self.product = make_product(full)
+        self.shape = (out_features, in_features)
+        self._first_parts = partial(_tried_first_parts, make_product, self.shape, full.bias is not None)
+        self._first_parts(torch.get_num_threads())
 
     def __call__(self, inputs: Tensor) -> Tensor:
         num_rows = len(inputs)
-        if num_rows > MAX_ALIKE_ROWS or self._is_alike(num_rows):
+        if num_rows > MAX_INVARIANT_ROWS:
             return self.product(inputs)
-        if num_rows > _USUAL_ROWS:
-            part = _USUAL_ROWS if num_rows <= 2 * _USUAL_ROWS else 2 * _USUAL_ROWS
-            return torch.cat([self(rows) for rows in inputs.split(part)])
-        given = next(count for step in (4, 16, _USUAL_ROWS) if self._is_alike(count := -(-num_rows // step) * step))
-        return self.product(functional.pad(inputs, (0, 0, 0, given - num_rows)))[:num_rows]
+        first = self._first_parts(torch.get_num_threads())[num_rows]
+        if first == num_rows:
+            return self.product(inputs)
+        if first > num_rows:
+            return self.product(functional.pad(inputs, (0, 0, 0, first - num_rows)))[:num_rows]
+        return torch.cat([self.product(inputs[:first]), self(inputs[first:])])
 
-    def _is_alike(self, num_rows: int) -> bool:
-        """Whether each of so many rows has the sums that it has among the usual number."""
-        if num_rows == _USUAL_ROWS:
-            return True
-        key = (type(self.product), self.shape, num_rows, torch.get_num_threads())
-        if key not in _ALIKE:
-            _ALIKE[key] = self._try(num_rows)
-        return _ALIKE[key]
 
-    def _try(self, num_rows: int) -> bool:
-        out_features, in_features = self.shape
-        inputs = _probed_rows(in_features)[: -(-num_rows // _USUAL_ROWS) * _USUAL_ROWS]
-        # Another order shows in a few outputs of a thousand, so a few rows are tried several times over.
-        num_tries = min(len(inputs) // num_rows, -(-_TRIED_OUTPUTS // (num_rows * out_features)))
-        tried = inputs[: num_tries * num_rows]
-        usual, own = (
-            torch.cat([self.product.sums(part) for part in rows.split(together)])
-            for rows, together in ((inputs, _USUAL_ROWS), (tried, num_rows))
-        )
-        return torch.equal(usual[: len(own)], own)
+@cache
+def _tried_first_parts(
+    make_product: Callable[[FullLinear], Linear], shape: tuple[int, int], has_bias: bool, num_threads: int
+) -> Sequence[int]:
+    """Returns, by number of rows, how many rows the first call is given; the rest follow in further ones."""
+    return first_parts(_agreeing_counts(make_product, shape, has_bias))
+
+
+def first_parts(counts: Collection[int]) -> Sequence[int]:
+    """Cuts every number of rows up to `MAX_INVARIANT_ROWS` into calls of `counts` rows, the cheapest way.
+
+    Returns, by number of rows, the size of the first call; more than are left where the call is padded.
+    """
+    seconds, first = [0.0], [0]
+    for num_rows in range(1, MAX_INVARIANT_ROWS + 1):
+        ways = ((_CALL_ROWS + count + seconds[max(0, num_rows - count)], count) for count in counts)
+        shortest, part = min(ways)
+        seconds.append(shortest)
+        first.append(part)
+    return first
+
+
+def _agreeing_counts(
+    make_product: Callable[[FullLinear], Linear], shape: tuple[int, int], has_bias: bool
+) -> Collection[int]:
+    """Returns the numbers of rows for which every row gets the bits that it gets among the usual number.
+
+    Each sum's terms cancel in pairs, so only rounding errors are left of it, and these differ wherever the order
+    differs. Sums of other numbers would mostly round to the same bf16.
+    """
+    out_features, in_features = shape
+    num_outputs = min(out_features, _TRIED_OUTPUTS + out_features % PACKED_BLOCK)
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(PACKED_BLOCK, in_features // 2, generator=generator)
+    shares = torch.randn(in_features // 2, generator=generator)
+    order = torch.randperm(in_features // 2, generator=generator)
+    rest = torch.zeros(PACKED_BLOCK, in_features % 2)
+    some = torch.cat((half, half[:, order], rest), dim=1).bfloat16()
+    weight = some.repeat(-(-num_outputs // PACKED_BLOCK), 1)[:num_outputs]
+    row = torch.cat((shares, -shares[order], rest[0])).bfloat16()
+    bias = torch.zeros(num_outputs, dtype=torch.bfloat16) if has_bias else None
+    product = make_product(FullLinear(weight, bias))
+    rows = row.expand(MAX_INVARIANT_ROWS, -1).contiguous()
+    usual = product(rows[:_USUAL_ROWS])[0]
+    agreeing = [count for count in _TRIED_COUNTS if bool((product(rows[:count]) == usual).all())]
+    return agreeing if _USUAL_ROWS in agreeing else (1,)
 
 
 def make_full_linear(full: FullLinear) -> Linear:
-    """What is fastest for few rows, and where it exists also for many."""
-    if not _is_bf16_on_cpu(full.weight) or not _has_packed_linear():
+    """The product that is fastest for few rows, and where it exists also for many."""
+    if not _is_bf16_on_cpu(full.weight):
         return full
-    return AlikeLinear(PackedLinear.from_full(full), _shape(full))
+    return BatchInvariantLinear(PackedLinear.from_full if _has_packed_linear() else _as_loaded, full)
 
 
 def for_many_rows(linear: Linear) -> Linear:
     """The same matrix for passes over many rows, in which each may have other sums than where it is decoded."""
-    if isinstance(linear, FullLinear) and _is_bf16_on_cpu(linear.weight):
-        return AlikeLinear(WidenedLinear(linear), _shape(linear))
+    if isinstance(linear, BatchInvariantLinear) and isinstance(linear.product, FullLinear):
+        return BatchInvariantLinear(WidenedLinear, linear.product)
     return linear
+
+
+def _as_loaded(full: FullLinear) -> FullLinear:
+    return full
 
 
 def packed_words(linear: Linear) -> Tensor | None:
     """The very memory of a packed linear layer, int32 `[blocks, in_features / 2, PACKED_BLOCK]`, where each word has
     two weights of one output; None where it is not laid out so."""
-    if not isinstance(linear, AlikeLinear) or not isinstance(linear.product, PackedLinear):
+    if not isinstance(linear, BatchInvariantLinear) or not isinstance(linear.product, PackedLinear):
         return None
     if not _is_packed_in_words(linear.shape):
         return None
@@ -172,11 +201,6 @@ def packed_words(linear: Linear) -> Tensor | None:
 def most_rows_apart() -> int:
     """Up to so many rows, each with a product of its own (`kernels.py`) are faster than one for all of them."""
     return 2 if _has_packed_linear() else 8
-
-
-def _shape(full: FullLinear) -> tuple[int, int]:
-    out_features, in_features = full.weight.shape
-    return out_features, in_features
 
 
 def _is_bf16_on_cpu(weight: Tensor) -> bool:
@@ -210,11 +234,6 @@ def _is_packed_in_words(shape: tuple[int, int]) -> bool:
 
 def _in_words(memory: Tensor, shape: tuple[int, int]) -> Tensor:
     return memory.view(torch.int32).view(shape[0] // PACKED_BLOCK, shape[1] // 2, PACKED_BLOCK)
-
-
-@lru_cache
-def _probed_rows(in_features: int) -> Tensor:
-    return _probe(MAX_ALIKE_ROWS, 1, in_features)[0]
 
 
 def _probe(num_rows: int, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,13 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.full_linear import AlikeLinear, FullLinear, PackedLinear, make_full_linear, packed_words
+from dash_runtime.decoder.full_linear import (
+    BatchInvariantLinear,
+    FullLinear,
+    PackedLinear,
+    make_full_linear,
+    packed_words,
+)
 from dash_runtime.decoder.kernels import (
     TILE,
     RowMatrix,
@@ -154,7 +160,7 @@ def test_weights_for_many_rows_and_for_one_are_in_memory_once_and_outlive_their_
     words = packed_words(linear)
     if words is None:
         pytest.skip("this CPU has no such product for many rows")
-    assert isinstance(linear, AlikeLinear)
+    assert isinstance(linear, BatchInvariantLinear)
     assert isinstance(linear.product, PackedLinear)
     assert words.data_ptr() == torch.ops.mkldnn.data_ptr(linear.product.packed)
     assert full_row_matrix(weight, linear).tensors()[0].data_ptr() == words.data_ptr()

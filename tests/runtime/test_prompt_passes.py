@@ -1,7 +1,8 @@
 """A prompt's numbers are the same, bit for bit, wherever its passes begin: what reusing a part of it rests on."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,15 @@ from dash_runtime.actions import Action
 from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.full_linear import (
-    MAX_ALIKE_ROWS,
-    AlikeLinear,
+    MAX_INVARIANT_ROWS,
+    BatchInvariantLinear,
     FullLinear,
+    Linear,
     WidenedLinear,
-    for_many_rows,
+    first_parts,
     make_full_linear,
 )
+from dash_runtime.decoder.quantization import make_linear
 from tests.runtime.support import full_plan, load_decoder, new_cache
 from tests.tiny_models import FAMILIES, save_tiny_model
 
@@ -27,6 +30,15 @@ pytestmark = pytest.mark.alone
 
 MATRICES = [(960, 576), (576, 576), (3072, 576), (576, 1536), (1000, 96)]
 """`(out_features, in_features)`: those of the embedded model, and one that fits no tile."""
+SERVED_MATRICES = [
+    *((960, 576), (384, 576), (576, 576), (3072, 576), (576, 1536)),
+    *((1152, 896), (256, 896), (896, 896), (9728, 896), (896, 4864)),
+    *((2048, 1536), (512, 1536), (1536, 1536), (17920, 1536), (1536, 8960)),
+]
+"""Those of the embedded model, of Qwen2.5 0.5B and of Qwen2.5 1.5B."""
+SERVED_HEADS = [(49152, 576), (151936, 896), (151936, 1536)]
+PRODUCTS = (make_full_linear, partial(BatchInvariantLinear, WidenedLinear))
+_TOGETHER = 64
 
 
 @torch.inference_mode()
@@ -67,7 +79,7 @@ def assert_cuts_make_no_difference(decoder: Decoder, chance: random.Random, num_
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cuts_of_a_prompt_make_no_difference(family: str, tmp_path: Path) -> None:
     decoder = load_decoder(save_tiny_model(tmp_path / family, family), torch.bfloat16, (Action.FULL,))
-    assert decoder.max_prompt_rows == MAX_ALIKE_ROWS
+    assert decoder.max_prompt_rows == MAX_INVARIANT_ROWS
     chance = random.Random(2)
     for num_tokens in (2, 65, 192, 257, 383):
         assert_cuts_make_no_difference(decoder, chance, num_tokens)
@@ -91,45 +103,92 @@ def test_a_prompts_last_row_alone_is_not_taken_for_a_decoded_one(tiny_folder: Pa
     assert not of_prompt.is_decoding
 
 
-@pytest.mark.parametrize("shape", MATRICES)
-@pytest.mark.parametrize("is_widened", [False, True], ids=["usual", "widened"])
-def test_a_row_of_a_full_product_is_bit_equal_among_any_number_of_others(
-    shape: tuple[int, int], is_widened: bool
-) -> None:
-    generator = torch.Generator().manual_seed(1)
-    weight, bias = torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator)
-    full = FullLinear(weight.bfloat16(), bias.bfloat16())
-    usual = make_full_linear(full)
-    if not is_widened and usual is full:
-        pytest.skip("the same product here")
-    linear = for_many_rows(full if is_widened else usual)
-    assert isinstance(linear, AlikeLinear)
-    inputs = torch.randn(MAX_ALIKE_ROWS, shape[1], generator=generator).bfloat16()
-    expected = linear(inputs)
-    torch.testing.assert_close(expected, full(inputs), rtol=0.02, atol=0.01)
-    for num_rows in range(1, MAX_ALIKE_ROWS):
-        assert torch.equal(linear(inputs[:num_rows]), expected[:num_rows]), num_rows
+def test_a_row_of_a_full_product_is_bit_equal_among_any_number_of_others() -> None:
+    for shape in MATRICES:
+        for make_product in PRODUCTS:
+            assert_rows_are_invariant(make_product, shape, has_bias=True, counts=range(1, MAX_INVARIANT_ROWS))
 
 
-@pytest.mark.parametrize("alike", [set(), {1, 64}, {2, 64, 128}, {16, 64}, {4, 64, 100}])
-def test_rows_that_would_be_summed_apart_are_given_in_numbers_that_are_not(
-    alike: set[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("shape", SERVED_MATRICES, ids=str)
+def test_a_row_of_a_served_models_product_is_bit_equal_among_any_number_of_others(
+    shape: tuple[int, int], has_bias: bool
 ) -> None:
+    for make_product in PRODUCTS:
+        assert_rows_are_invariant(make_product, shape, has_bias, counts=range(1, 18))
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("shape", SERVED_HEADS, ids=str)
+def test_a_row_of_a_served_models_head_is_bit_equal_among_any_number_of_others(
+    shape: tuple[int, int], has_bias: bool
+) -> None:
+    """Heads are decoded with only: no prompt has all its rows there."""
+    assert_rows_are_invariant(make_full_linear, shape, has_bias, counts=range(1, 18))
+
+
+@pytest.mark.parametrize("action", [Action.INT4, Action.INT8])
+@pytest.mark.parametrize("shape", SERVED_MATRICES, ids=str)
+def test_a_row_of_a_quantised_product_is_bit_equal_among_any_number_of_others(
+    shape: tuple[int, int], action: Action
+) -> None:
+    assert_rows_are_invariant(partial(make_linear, action), shape, has_bias=True, counts=range(1, 18))
+
+
+def assert_rows_are_invariant(
+    make_product: Callable[[FullLinear], Linear], shape: tuple[int, int], has_bias: bool, counts: Iterable[int]
+) -> None:
+    """With sums whose terms cancel, so that another order shows in nearly every one, and with usual ones."""
+    product = make_product(FullLinear(cancelling_weight(shape), torch.zeros(shape[0]).bfloat16() if has_bias else None))
+    for inputs in (cancelling_inputs(shape[1]), some_inputs(shape[1])):
+        expected = torch.cat([product(rows) for rows in inputs.split(_TOGETHER)])
+        for count in counts:
+            own = torch.cat([product(rows) for rows in inputs[: 2 * count].split(count)])
+            assert torch.equal(own, expected[: len(own)]), (count, shape)
+
+
+def cancelling_weight(shape: tuple[int, int]) -> Tensor:
+    """`[out_features, in_features]`: the later half of each row is the earlier half again."""
+    half = torch.randn(64, shape[1] // 2, generator=torch.Generator().manual_seed(1))
+    return torch.cat((half, half.flip(1)), dim=1).bfloat16().repeat(-(-shape[0] // 64), 1)[: shape[0]]
+
+
+def cancelling_inputs(in_features: int) -> Tensor:
+    """The later half of each row takes away what the earlier half adds to a sum of `cancelling_weight`."""
+    half = torch.randn(MAX_INVARIANT_ROWS, in_features // 2, generator=torch.Generator().manual_seed(2))
+    return torch.cat((half, -half.flip(1)), dim=1).bfloat16()
+
+
+def some_inputs(in_features: int) -> Tensor:
+    return torch.randn(MAX_INVARIANT_ROWS, in_features, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+
+@pytest.mark.parametrize("agreeing", [set(), {1, 64}, {2, 64, 128}, {16, 64}, {4, 64, 112}])
+def test_rows_are_given_to_a_product_only_in_numbers_that_agree(agreeing: set[int]) -> None:
     given: list[int] = []
-    full = FullLinear(torch.randn(16, 32, generator=torch.Generator().manual_seed(0)).bfloat16())
 
-    class CountedProduct(WidenedLinear):
-        def sums(self, inputs: Tensor) -> Tensor:
+    def make_product(full: FullLinear) -> Linear:
+        def product(inputs: Tensor) -> Tensor:
             given.append(len(inputs))
-            return full(inputs)
+            wrong = 0 if len(inputs) in agreeing else len(inputs) + torch.arange(len(inputs)).unsqueeze(1)
+            return full(inputs) + wrong
 
-    linear = AlikeLinear(CountedProduct(full), (16, 32))
-    monkeypatch.setattr(AlikeLinear, "_try", lambda self, num_rows: num_rows in alike)
-    monkeypatch.setattr("dash_runtime.decoder.full_linear._ALIKE", {})
+        return product
+
+    full = FullLinear(some_inputs(32)[:16])
+    linear = BatchInvariantLinear(make_product, full)
     inputs = torch.arange(256 * 32).view(256, 32).remainder(7).bfloat16()
+    given.clear()
     for num_rows in (1, 2, 3, 7, 16, 63, 64, 65, 100, 127, 128, 129, 192, 200, 256):
-        torch.testing.assert_close(linear(inputs[:num_rows]), full(inputs[:num_rows]))
-    assert set(given) <= alike | {64}
+        outputs = linear(inputs[:num_rows])
+        torch.testing.assert_close(outputs, full(inputs[:num_rows]) + (0 if agreeing else 1))
+    assert set(given) <= (agreeing or {1})
+
+
+def test_rows_are_cut_into_the_cheapest_calls_that_there_are() -> None:
+    assert list(first_parts(range(1, 257))) == list(range(257))
+    parts = first_parts([2, 16, 64])
+    assert [parts[count] for count in (1, 2, 3, 16, 17, 60, 80)] == [2, 2, 16, 16, 2, 64, 16]
 
 
 def test_the_activation_rounds_the_same_wherever_a_number_stands() -> None:
