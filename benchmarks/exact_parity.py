@@ -14,9 +14,9 @@ from benchmarks.rounds import progress
 from benchmarks.setting import FULL_DEPTH
 from dash_runtime.checkpoints import default_cache_folder, resolve_checkpoint, tokenizer_file
 from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
-from dash_runtime.engine.build import BuildOptions, build_engine
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.sequence import TokenProduced
+from dash_runtime.startup.build import BuildOptions, build_engine
 
 _NUM_PROMPTS = 60
 _CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

@@ -22,9 +22,9 @@ from benchmarks.figures import Figure, machine
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import EMBEDDED, default_cache_folder, resolve_checkpoint
 from dash_runtime.config import EngineConfig, GenerationRequest, LaneKind, Mode, SkipOptions, StoppingParameters
-from dash_runtime.engine.build import DTYPES, BuildOptions, build_engine
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.sequence import SequenceFinished, TokenProduced
+from dash_runtime.startup.build import DTYPES, BuildOptions, build_engine
 
 RESULTS_FILE = Path(__file__).parent / "results" / "gpu.json"
 PARITY_TOKENS = 64

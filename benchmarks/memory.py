@@ -5,7 +5,7 @@ import time
 import torch
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.quantization import INT4_GROUP_SIZE
+from dash_runtime.linears.quantization import INT4_GROUP_SIZE
 from dash_runtime.model_config import ModelConfig
 
 _MEGABYTES = 256

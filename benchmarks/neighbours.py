@@ -23,7 +23,7 @@ from benchmarks.rounds import Work, interleaved
 from benchmarks.setting import FULL_DEPTH, INT4
 from dash_runtime.checkpoints import EMBEDDED, default_cache_folder, resolve_checkpoint, tokenizer_file
 from dash_runtime.config import EngineConfig
-from dash_runtime.engine.build import BuildOptions, build_engine
+from dash_runtime.startup.build import BuildOptions, build_engine
 
 RESULTS_FILE = RESULTS_FOLDER / "neighbours.json"
 MODES = {"int4": INT4, "full_depth": FULL_DEPTH}

@@ -18,9 +18,9 @@ from dash_runtime.checkpoints import default_cache_folder, resolve_checkpoint, t
 from dash_runtime.config import EngineConfig, GenerationRequest, StoppingParameters
 from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.engine.build import BuildOptions, build_engine
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.sequence import SequenceFinished, TokenProduced
+from dash_runtime.startup.build import BuildOptions, build_engine
 
 _PREFIX_TOKENS, _ENDING_TOKENS = 500, 20
 _CUTS = {

@@ -15,9 +15,9 @@ from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, resolve_checkpoint, tokenizer_file
 from dash_runtime.checkpoints.embedded import embedded_gguf
 from dash_runtime.config import EngineConfig, LaneKind, Mode, SkipOptions
-from dash_runtime.engine.build import BuildOptions, build_engine
 from dash_runtime.engine.engine import Engine
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.startup.build import BuildOptions, build_engine
 
 FULL_DEPTH = SkipOptions(Mode.FULL_DEPTH)
 INT8 = SkipOptions(Mode.FIXED, fixed_action=Action.INT8)

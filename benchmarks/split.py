@@ -18,13 +18,13 @@ from benchmarks.rounds import Effort, progress
 from benchmarks.setting import FULL_DEPTH, Setting
 from dash_runtime.actions import Action
 from dash_runtime.config import GenerationRequest, SkipOptions, StoppingParameters
+from dash_runtime.decoder.batch import Batch
 from dash_runtime.decoder.compensation import Identity
-from dash_runtime.decoder.measure import filled_caches, timed
-from dash_runtime.decoder.programs import Program
-from dash_runtime.decoder.rows import RowBatch
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import Lane, Ticket
 from dash_runtime.policy.policy import Decision, Policy, State
+from dash_runtime.programs.program_cache import Program
+from dash_runtime.startup.measure import filled_caches, timed
 
 _STEP, _POLICY, _PROGRAM = "bench::step", "bench::policy", "bench::program"
 _PREFIXES = {
@@ -117,11 +117,11 @@ def _measure_attention(report: Report, engine: Engine, rounds: int) -> None:
     """What attending to a context takes a token, of all layers in FULL: what they take longer than behind one token."""
     decoder = engine._decoder
     hidden, actions = decoder.embed([0]), (Action.FULL,)
-    batches: dict[int, RowBatch] = {}
+    batches: dict[int, Batch] = {}
     for length in (1, *_CONTEXTS):
         batches[length] = decoder.rows(filled_caches(decoder, num_tokens=length), [1], [Identity()])
 
-    def run_layers(batch: RowBatch) -> None:
+    def run_layers(batch: Batch) -> None:
         for layer in range(decoder.num_layers):
             decoder.run_layer(layer, actions, hidden, batch)
 

@@ -21,8 +21,8 @@ from benchmarks.server_process import running_server
 from dash_client import DashClient
 from dash_runtime.checkpoints import default_cache_folder, resolve_checkpoint, tokenizer_file
 from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
-from dash_runtime.engine.build import BuildOptions, build_engine
 from dash_runtime.engine.engine import Engine
+from dash_runtime.startup.build import BuildOptions, build_engine
 
 _REQUESTS, _TOKENS, _STEPS = 10, 128, 32
 _PROMPT_TOKENS = 32

@@ -90,7 +90,7 @@ class CostTable:
 
 
 @dataclass(frozen=True, slots=True)
-class RowCosts:
+class LatencyTable:
     """Measured seconds of one layer, for a group of rows with one action.
 
     `seconds[action][i]` is that of `rows[i]` rows; `rows` ascends from 1.
@@ -121,7 +121,7 @@ class RowCosts:
         }
 
     @classmethod
-    def from_json(cls, facts: Mapping[str, Any]) -> "RowCosts":
+    def from_json(cls, facts: Mapping[str, Any]) -> "LatencyTable":
         """The table that `to_json` described.
 
         Raises:

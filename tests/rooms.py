@@ -8,5 +8,23 @@ ROOMS = {
     "dash_server": """
     """,
     "dash_runtime": """
+        commands/
+        evaluation/
+        training/
+        startup/
+        engine/
+        policy/
+        decoder/
+        decoder/backends/
+        decoder/batch
+        decoder/pending_kv decoder/kv_cache decoder/attention decoder/compensation decoder/layer decoder/rotary
+        decoder/weight_loader decoder/norm
+        programs/
+        linears/
+        checkpoints/
+        decision_trace config
+        model_config actions child_process
+        files/
+        errors
     """,
 }

@@ -6,10 +6,10 @@ transformers, a tokenizer tokenizers, converting a GGUF file numpy, gguf and tok
 """
 
 from dash_runtime.checkpoints.cache_folder import default_cache_folder
+from dash_runtime.checkpoints.cached_config import cached_model_config
 from dash_runtime.checkpoints.conversion_cache import Progress
 from dash_runtime.checkpoints.hf_config import load_model_config
 from dash_runtime.checkpoints.hf_folder import tokenizer_file
-from dash_runtime.checkpoints.kept_config import kept_model_config
 from dash_runtime.checkpoints.parameters import parameter_shapes
 from dash_runtime.checkpoints.resolve import EMBEDDED, resolve_checkpoint
 from dash_runtime.checkpoints.tokenizer_file import load_tokenizer
@@ -19,9 +19,9 @@ __all__ = [
     "EMBEDDED",
     "Progress",
     "Weights",
+    "cached_model_config",
     "check_weights",
     "default_cache_folder",
-    "kept_model_config",
     "load_model_config",
     "load_tokenizer",
     "open_weights",

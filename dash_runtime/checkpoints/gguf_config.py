@@ -9,8 +9,8 @@ import struct
 from typing import Any
 
 from dash_runtime.checkpoints.gguf_file import GgufFile
-from dash_runtime.checkpoints.wording import quoted
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
+from dash_runtime.files.wording import quoted
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 """GGUF's name -> Hugging Face's. Mistral's files say `llama`, and compute the same."""

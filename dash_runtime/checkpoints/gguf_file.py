@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from dash_runtime.checkpoints.wording import one_line, quoted
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
-from dash_runtime.whole_file import require_regular_file
+from dash_runtime.files.atomic_file import require_regular_file
+from dash_runtime.files.wording import one_line, quoted
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,10 +14,10 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from dash_runtime.chat_template import ChatTemplate
+from dash_runtime.checkpoints.chat_template import ChatTemplate
 from dash_runtime.checkpoints.gguf_file import GgufFile
-from dash_runtime.checkpoints.wording import one_line, quoted
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
+from dash_runtime.files.wording import one_line, quoted
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS_AND_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from dash_runtime.checkpoints.gguf_config import ROPE_FACTORS
 from dash_runtime.checkpoints.gguf_file import GgufFile
 from dash_runtime.checkpoints.parameters import EMBEDDING, FINAL_NORM, HEAD, parameter_shapes
-from dash_runtime.checkpoints.wording import quoted
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
+from dash_runtime.files.wording import quoted
 from dash_runtime.model_config import ModelConfig
 
 if TYPE_CHECKING:

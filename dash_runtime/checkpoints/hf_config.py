@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from dash_runtime.checkpoints.json_file import read_json_object
 from dash_runtime.checkpoints.manifest import read_manifest
-from dash_runtime.checkpoints.wording import one_line, quoted
 from dash_runtime.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedArchitecture
+from dash_runtime.files.json_file import read_json_object
+from dash_runtime.files.wording import one_line, quoted
 from dash_runtime.model_config import ModelConfig, RopeConfig, RopeKind
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ def check_folder(folder: Path) -> None:
         CorruptCheckpoint: the tokenizer or the chat template cannot be used.
     """
     # It imports this package's readers itself.
-    from dash_runtime.chat_template import ChatTemplate
+    from dash_runtime.checkpoints.chat_template import ChatTemplate
 
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointNotFound(f"{folder} is no model: it has no {CONFIG_FILE}.")

@@ -10,11 +10,11 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dash_runtime.checkpoints.json_file import read_json_object
 from dash_runtime.checkpoints.weights import check_safetensors
-from dash_runtime.checkpoints.wording import one_line, quoted
 from dash_runtime.errors import CorruptCheckpoint
-from dash_runtime.whole_file import require_regular_file
+from dash_runtime.files.atomic_file import require_regular_file
+from dash_runtime.files.json_file import read_json_object
+from dash_runtime.files.wording import one_line, quoted
 
 MANIFEST_FILE = "dash_manifest.json"
 DIGEST_LIMIT_BYTES = 512 * 2**20

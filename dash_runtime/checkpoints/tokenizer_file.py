@@ -7,9 +7,9 @@ read. Imports no torch.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dash_runtime.checkpoints.wording import one_line
 from dash_runtime.errors import CheckpointNotFound, CorruptCheckpoint
-from dash_runtime.whole_file import require_regular_file
+from dash_runtime.files.atomic_file import require_regular_file
+from dash_runtime.files.wording import one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -9,17 +9,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dash_runtime.checkpoints.json_file import read_json_object
 from dash_runtime.checkpoints.parameters import parameter_shapes, unused_parameter
-from dash_runtime.checkpoints.wording import one_line, quoted
 from dash_runtime.errors import (
     CheckpointError,
     CheckpointNotFound,
     CorruptCheckpoint,
     UnsupportedArchitecture,
 )
+from dash_runtime.files.atomic_file import require_regular_file
+from dash_runtime.files.json_file import read_json_object
+from dash_runtime.files.wording import one_line, quoted
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.whole_file import require_regular_file
 
 if TYPE_CHECKING:
     import torch

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.quantization import INT8_INPUT_MULTIPLE, supported_actions
 from dash_runtime.errors import PolicyFileError
+from dash_runtime.linears.quantization import INT8_INPUT_MULTIPLE, supported_actions
 
 _MAX_ROWS_APART = 32
 """A float32 product of one row rounds differently from one of several. Up to so many rows, as decoding has them, are

@@ -12,10 +12,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from dash_runtime.actions import Action
+from dash_runtime.decoder.backends.cuda_graphs import Graphs, Tensors
+from dash_runtime.decoder.backends.inductor import CompiledLayers
+from dash_runtime.decoder.batch import Batch
 from dash_runtime.decoder.compensation import Compensation
-from dash_runtime.decoder.compiled import CompiledLayers
 from dash_runtime.decoder.embedding import make_embedding
-from dash_runtime.decoder.full_linear import (
+from dash_runtime.decoder.kv_cache import CachePool, SequenceCache
+from dash_runtime.decoder.layer import DecoderLayer, make_layer, mlp, scatter_rows
+from dash_runtime.decoder.pending_kv import Projection, group_rows
+from dash_runtime.decoder.rotary import RotaryTable, rotate
+from dash_runtime.decoder.weight_loader import WeightLoader
+from dash_runtime.linears.dense_linear import (
     MAX_INVARIANT_ROWS,
     BatchInvariantLinear,
     FullLinear,
@@ -23,14 +30,7 @@ from dash_runtime.decoder.full_linear import (
     for_many_rows,
     most_rows_apart,
 )
-from dash_runtime.decoder.graphs import Graphs, Tensors
-from dash_runtime.decoder.kv_cache import CachePool, SequenceCache
-from dash_runtime.decoder.layer import DecoderLayer, make_layer, mlp, scatter_rows
-from dash_runtime.decoder.projection import Projection, group_rows
-from dash_runtime.decoder.quantization import make_linear
-from dash_runtime.decoder.rotary import RotaryTable, rotate
-from dash_runtime.decoder.rows import RowBatch
-from dash_runtime.decoder.weight_loader import WeightLoader
+from dash_runtime.linears.quantization import make_linear
 from dash_runtime.model_config import ModelConfig
 
 Groups = Sequence[tuple[Action, list[int] | None]]
@@ -117,12 +117,12 @@ class Decoder:
         compensations: Sequence[Compensation],
         as_decoding: bool = False,
         is_prompt: bool = False,
-    ) -> RowBatch:
-        """The rows of one pass: `lengths[i]` more positions of `caches[i]`; the rest as in `RowBatch`."""
+    ) -> Batch:
+        """The rows of one pass: `lengths[i]` more positions of `caches[i]`; the rest as in `Batch`."""
         windows = self.config.sliding_window
-        return RowBatch(caches, lengths, self._rotary, compensations, windows, self.row_block, as_decoding, is_prompt)
+        return Batch(caches, lengths, self._rotary, compensations, windows, self.row_block, as_decoding, is_prompt)
 
-    def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: RowBatch) -> Tensor:
+    def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
         """Runs one layer with each row's own action and returns its output, `[rows, hidden_size]`.
 
         Every row's keys and values are written, a skipped one's from the layer's input and no later than a row attends
@@ -167,17 +167,17 @@ class Decoder:
     def _eager_head(self, linear: Linear) -> Head:
         return lambda hidden: linear(self._final_norm(hidden)).float()
 
-    def _weights(self, layer: int, batch: RowBatch) -> DecoderLayer:
+    def _weights(self, layer: int, batch: Batch) -> DecoderLayer:
         return (self.layers if batch.is_like_decoded else self._wide_layers)[layer]
 
-    def _run_part(self, part: Part, layer: int, action: Action, batch: RowBatch, *inputs: Tensor) -> Tensors:
+    def _run_part(self, part: Part, layer: int, action: Action, batch: Batch, *inputs: Tensor) -> Tensors:
         """A part of a layer whose rows all take one action; in decoding as a graph, where there are graphs."""
         function = partial(part, self._weights(layer, batch), action)
         if self._graphs is None or not batch.is_decoding:
             return function(*inputs)
         return self._graphs.run((part.__name__, layer, action), function, inputs)
 
-    def _project(self, layer: int, projection: Projection, batch: RowBatch) -> Tensors:
+    def _project(self, layer: int, projection: Projection, batch: Batch) -> Tensors:
         """Rotated queries `[rows of the pass, num_heads, head_dim]`, rotated keys and values `[projected rows,
         num_kv_heads, head_dim]`. Skipped rows have no query: theirs is any, or missing where all skip."""
         groups = group_rows(projection.actions)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dash_runtime.decoder.full_linear import PACKED_BLOCK, Linear, packed_words
+from dash_runtime.linears.dense_linear import PACKED_BLOCK, Linear, packed_words
 
 Embedding = Callable[[Sequence[int]], Tensor]
 """`[tokens, hidden_size]` of the token ids."""

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dash_runtime.decoder.blocks import BLOCK_TOKENS
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.programs.kv_blocks import BLOCK_TOKENS
 
 
 class SequenceCache:
@@ -28,7 +28,7 @@ class SequenceCache:
         """Positions that every layer has seen, and written or kept pending."""
         self.pending: list[list[Tensor]] = [[] for _ in range(len(pool.memory))]
         """Per layer, the inputs `[1, hidden_size]` of the latest positions where it was skipped, whose keys and values
-        are still to be projected (`projection.py`); they end at `length`."""
+        are still to be projected (`pending_kv.py`); they end at `length`."""
         self._longest = 0
         self.place_at(start)
 

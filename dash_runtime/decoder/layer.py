@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.full_linear import FullLinear, Linear, for_many_rows
 from dash_runtime.decoder.norm import RmsNorm
-from dash_runtime.decoder.quantization import make_linear
 from dash_runtime.decoder.weight_loader import LayerWeights
+from dash_runtime.linears.dense_linear import FullLinear, Linear, for_many_rows
+from dash_runtime.linears.quantization import make_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class DecoderLayer:
     linears: Mapping[Action, LayerLinears]
 
     def for_many_rows(self) -> "DecoderLayer":
-        """The same layer for passes over many rows (full_linear.py)."""
+        """The same layer for passes over many rows (dense_linear.py)."""
         linears = {action: own.for_many_rows() for action, own in self.linears.items()}
         return replace(self, key_value=for_many_rows(self.key_value), linears=linears)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts
+from dash_runtime.decision_trace import StepKind
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.kv_cache import CachePool
 from dash_runtime.engine.lanes import Lane
@@ -21,7 +22,6 @@ from dash_runtime.engine.sampling import likeliest, token_logprobs
 from dash_runtime.engine.sequence import EndReason, EngineEvent, Sequence, SlotGranted, TokenProduced
 from dash_runtime.engine.step import Decider, decode_step
 from dash_runtime.policy.catalog import Assignment, PolicyCatalog
-from dash_runtime.recorded import StepKind
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import product
 
-from dash_runtime.actions import Action, RowCosts
+from dash_runtime.actions import Action, LatencyTable
 
 _MAX_REMEMBERED = 8192
 """More than all ways to spread 16 rows over four actions, and bounded where there are more rows."""
@@ -25,7 +25,7 @@ class GroupPlanner:
         costs: this device's own table, with every action that a row may have.
     """
 
-    def __init__(self, costs: RowCosts) -> None:
+    def __init__(self, costs: LatencyTable) -> None:
         self._costs = costs
         self._actions = sorted(costs.seconds)
         self._cheapest_levels = lru_cache(_MAX_REMEMBERED)(self._find_cheapest_levels)

@@ -7,15 +7,15 @@ from enum import StrEnum
 from torch import Tensor
 
 from dash_runtime.config import GenerationRequest
+from dash_runtime.decision_trace import DecisionTrace
 from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.engine.decision_log import DecisionLog
-from dash_runtime.engine.recording import Recording
 from dash_runtime.engine.sampling import Sampler, TokenLogprobs
 from dash_runtime.engine.speculative import Speculation
+from dash_runtime.engine.trace_recorder import TraceRecorder
 from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.draft_length import DraftLength
 from dash_runtime.policy.policy import Token
-from dash_runtime.recorded import RecordedRequest
 
 
 class EndReason(StrEnum):
@@ -61,7 +61,7 @@ class SequenceFinished:
     """In mode EXACT."""
     num_cached_prompt_tokens: int
     """Prompt tokens whose keys and values were those of an earlier request."""
-    recorded: RecordedRequest | None
+    recorded: DecisionTrace | None
     """Where the engine records."""
 
 
@@ -70,7 +70,7 @@ class SequenceCancelled:
     """The request was cancelled while it had a slot, which is free."""
 
     request_id: str
-    recorded: RecordedRequest | None
+    recorded: DecisionTrace | None
     """Where the engine records."""
 
 
@@ -105,7 +105,7 @@ class Sequence:
         if drafting is not None:
             lengths = DraftLength(drafting.draft_cost, drafting.verification_costs, drafting.least_gain)
             self.speculation = Speculation(self.sampler, lengths)
-        self.recording = Recording(assignment, record_steps)
+        self.recording = TraceRecorder(assignment, record_steps)
         self.granted_at = time.monotonic()
         self.queue_seconds = self.granted_at - waiting_since
         self._first_token_at = self.granted_at

@@ -12,8 +12,8 @@ from time import perf_counter_ns
 from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
+from dash_runtime.decoder.batch import Batch
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.rows import RowBatch
 from dash_runtime.engine.lanes import Lane, Ticket
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.policy.policy import Actions, Policy, State, Token, decision_blocks
@@ -44,7 +44,7 @@ class DecidedBlock:
 def decode_step(
     decoder: Decoder,
     lane: Lane,
-    batch: RowBatch,
+    batch: Batch,
     token_ids: Sequence[int],
     deciders: Sequence["Decider"],
     planner: GroupPlanner | None = None,

@@ -15,10 +15,10 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.full_path import full_path
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.training.choices import action_rates, random_choice, skip_choice
 from dash_runtime.training.ppo import Outcome, Task
-from dash_runtime.training.rollout import full_path
 from dash_runtime.training.train import greedy_outcome, path_outcome
 
 

@@ -17,8 +17,8 @@ from lm_eval.utils import (  # type: ignore[import-not-found,import-untyped,unus
 
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import ConfigError
-from dash_runtime.evaluation.answers import Decode, generate, skip_options
 from dash_runtime.evaluation.likelihood import Encode, Passage, Run, passage_of
+from dash_runtime.evaluation.open_answers import Decode, generate, skip_options
 
 _MAX_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _DEFAULT_MAX_TOKENS = 256

@@ -13,8 +13,8 @@ import torch
 
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import ConfigError
-from dash_runtime.evaluation.answers import Decode, generate, is_match, skip_options
 from dash_runtime.evaluation.likelihood import Encode, Passage, Run, passage_of
+from dash_runtime.evaluation.open_answers import Decode, generate, is_match, skip_options
 from dash_runtime.evaluation.task_files import ChoiceQuestion, OpenQuestion
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dash_runtime.engine.engine import Engine
-from dash_runtime.evaluation.answers import Generated, generate, skip_options
+from dash_runtime.evaluation.open_answers import Generated, generate, skip_options
 
 _ROUNDS = 5
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dash_runtime.checkpoints.wording import quoted
 from dash_runtime.decoder.compensation import (
     Compensation,
     CompensationKind,
@@ -20,8 +19,9 @@ from dash_runtime.decoder.compensation import (
     packed,
 )
 from dash_runtime.errors import PolicyFileError
+from dash_runtime.files.tensor_file import load_tensors, naming, save_tensors
+from dash_runtime.files.wording import quoted
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.policy.tensor_file import load_tensors, naming, save_tensors
 
 _FORMAT = "dash-compensation-1"
 _WHAT = "compensation file"

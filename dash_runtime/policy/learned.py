@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.compensation import Compensation
-from dash_runtime.policy.one_row_policy import PolicyShape
 from dash_runtime.policy.policy import Actions, Decision, Pending, State, decision_blocks
+from dash_runtime.programs.traced_policy import PolicyShape
 
 NUM_SCALAR_FEATURES = 3
 """Cost spent, log λ, (log λ)²."""

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.checkpoints.json_file import parse_json
-from dash_runtime.checkpoints.wording import quoted
 from dash_runtime.errors import PolicyFileError
+from dash_runtime.files.json_file import parse_json
+from dash_runtime.files.tensor_file import load_tensors, naming, save_tensors
+from dash_runtime.files.wording import quoted
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.compensation_file import restored, stored
 from dash_runtime.policy.learned import NUM_SCALAR_FEATURES, LearnedPolicy, PolicyNetwork
 from dash_runtime.policy.policy import decision_blocks
 from dash_runtime.policy.policy_metadata import PolicyMetadata
-from dash_runtime.policy.tensor_file import load_tensors, naming, save_tensors
 
 _KEY = "dash_policy"
 _WHAT = "policy file"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.checkpoints.json_file import parse_json
-from dash_runtime.checkpoints.wording import quoted
 from dash_runtime.errors import PolicyFileError
+from dash_runtime.files.json_file import parse_json
+from dash_runtime.files.wording import quoted
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.learned import Calibration
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from dash_runtime.errors import ConfigError
-from dash_runtime.whole_file import replacing
+from dash_runtime.files.atomic_file import replacing
 
 Opener = Callable[[Path, str], IO[bytes]]
 """Opens a file, unbuffered, in a binary mode. Unbuffered, so that a full disk shows where the row is written."""

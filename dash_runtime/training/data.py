@@ -6,16 +6,14 @@ Knows files, a tokenizer file and a chat template; knows no decoder.
 import json
 import random
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from dash_runtime.chat_template import ChatTemplate
 from dash_runtime.checkpoints import load_tokenizer
+from dash_runtime.checkpoints.chat_template import ChatTemplate
 from dash_runtime.errors import ConfigError, InvalidRequest
+from dash_runtime.startup.default_text import encode
 
 _SUFFIXES = (".txt", ".jsonl")
 _PAIRS = (("question", "answer"), ("prompt", "completion"), ("prompt", "response"))
@@ -24,19 +22,6 @@ _KNOWN = "messages, question and answer, prompt and completion, prompt and respo
 
 Message = tuple[str, str]
 """Role and content."""
-
-
-def default_token_sequences(tokenizer_file: Path, num_sequences: int, sequence_length: int) -> list[list[int]]:
-    """Sequences of token ids from the texts of Python's own help, in a fixed order; fewer where a
-    tokenizer makes less of them.
-
-    Raises:
-        CorruptCheckpoint: the tokenizer file cannot be used.
-    """
-    text = "\n\n".join(topics[name] for name in sorted(topics))
-    # Six characters make at least one token in any vocabulary worth calibrating.
-    (ids,) = encode(load_tokenizer(tokenizer_file), [text[: 6 * num_sequences * sequence_length]])
-    return cut(ids, sequence_length)[:num_sequences]
 
 
 def file_token_sequences(
@@ -83,17 +68,6 @@ def interleave(groups: Sequence[Sequence[list[int]]], seed: int = 0) -> list[lis
         shuffled = generator.sample(group, len(group))
         placed += [((place + first) / len(group), number, sequence) for place, sequence in enumerate(shuffled)]
     return [sequence for _, _, sequence in sorted(placed, key=lambda entry: entry[:2])]
-
-
-def cut(ids: Sequence[int], length: int) -> list[list[int]]:
-    """Sequences of `length` token ids, one after another; what is left at the end is dropped."""
-    return [list(ids[start : start + length]) for start in range(0, len(ids) - length + 1, length)]
-
-
-def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> list[list[int]]:
-    """Token ids of each text, none added: a chat template writes its special tokens itself, and their text becomes
-    those tokens."""
-    return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def _files(path: Path) -> list[Path]:

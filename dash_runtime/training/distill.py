@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dash_runtime.decoder.compensation import LowRank
 from dash_runtime.errors import ConfigError
-from dash_runtime.training.gradient_path import (
+from dash_runtime.training.differentiable_decoder import (
     Compensate,
-    GradientDecoder,
+    DifferentiableDecoder,
     all_full,
     fixed_gates,
     keep_prompts,
@@ -71,7 +71,7 @@ class DistillSettings:
 
 
 def distill_compensation(
-    decoder: GradientDecoder,
+    decoder: DifferentiableDecoder,
     start: LowRank,
     sequences: Sequence[Sequence[int]],
     actions_for: ActionsFor,
@@ -125,7 +125,7 @@ def distill_compensation(
 
 
 def gated_divergence(
-    decoder: GradientDecoder, token_ids: Tensor, skipped: Tensor, compensate: Compensate, num_prompt_tokens: int
+    decoder: DifferentiableDecoder, token_ids: Tensor, skipped: Tensor, compensate: Compensate, num_prompt_tokens: int
 ) -> Tensor:
     """KL(full depth ‖ the path that skips) in nats for each decided token, float32 `[batch, length − prompt]`.
 
@@ -146,7 +146,7 @@ class _Trained(nn.Module):
     learning rate suits all of them only once the sizes are taken out.
     """
 
-    def __init__(self, decoder: GradientDecoder, start: LowRank, token_ids: Tensor) -> None:
+    def __init__(self, decoder: DifferentiableDecoder, start: LowRank, token_ids: Tensor) -> None:
         super().__init__()
         inputs, deltas, codes = _usual_sizes(decoder, start, token_ids)
         self.down_scale = codes.unsqueeze(2) / inputs.unsqueeze(1)  # [num_layers, rank, hidden_size]
@@ -166,7 +166,7 @@ class _Trained(nn.Module):
 
 
 @torch.no_grad()
-def _usual_sizes(decoder: GradientDecoder, start: LowRank, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _usual_sizes(decoder: DifferentiableDecoder, start: LowRank, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Root mean squares along the full path, per layer: of each input channel and each channel of the layer's delta,
     `[num_layers, hidden_size]`, and of what each row of `start.down` makes, `[num_layers, rank]`."""
     states: list[Tensor] = []
@@ -194,7 +194,7 @@ class _Judge:
 
     def __init__(
         self,
-        decoder: GradientDecoder,
+        decoder: DifferentiableDecoder,
         held_out: Sequence[Sequence[int]],
         actions_for: ActionsFor,
         settings: DistillSettings,

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.compensation import Compensation, Identity, LowRank, packed
-from dash_runtime.decoder.measure import measure_costs
+from dash_runtime.decoder.full_path import full_path
+from dash_runtime.startup.fit_compensation import fit_compensation
+from dash_runtime.startup.measure import measure_costs
 from dash_runtime.training.choices import random_choice
+from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
 from dash_runtime.training.distill import DistillSettings, distill_compensation
-from dash_runtime.training.fit_compensation import fit_compensation
-from dash_runtime.training.gradient_path import GradientDecoder
 from dash_runtime.training.linear_compensation import LinearFit
 from dash_runtime.training.ppo import Task
-from dash_runtime.training.rollout import full_path
 from dash_runtime.training.train import path_outcome
 
 SKIPS_PER_TOKEN = 3.5
@@ -54,7 +54,7 @@ def fit_linear(task: Task, sequences: Sequence[Sequence[int]]) -> LinearFit:
 
 def climb(
     task: Task,
-    decoder: GradientDecoder,
+    decoder: DifferentiableDecoder,
     fitting: Sequence[Sequence[int]],
     held_out: Sequence[Sequence[int]],
     ranks: Sequence[int],
@@ -97,7 +97,7 @@ def _judge(name: str, task: Task, compensation: Compensation, held_out: Sequence
 
 def _distil(
     task: Task,
-    decoder: GradientDecoder,
+    decoder: DifferentiableDecoder,
     start: LowRank,
     sequences: Sequence[Sequence[int]],
     settings: DistillSettings,

@@ -9,7 +9,6 @@ import torch
 from tokenizers import Tokenizer
 
 from dash_runtime.actions import Action
-from dash_runtime.chat_template import ChatTemplate
 from dash_runtime.checkpoints import (
     check_weights,
     load_model_config,
@@ -18,13 +17,14 @@ from dash_runtime.checkpoints import (
     resolve_checkpoint,
     tokenizer_file,
 )
+from dash_runtime.checkpoints.chat_template import ChatTemplate
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.quantization import supported_actions
-from dash_runtime.engine.build import find_device, matrix_shapes
 from dash_runtime.errors import ConfigError
+from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.policy.policy_file import model_fingerprint
+from dash_runtime.startup.build import find_device, matrix_shapes
 from dash_runtime.training.data import file_token_sequences
-from dash_runtime.training.gradient_path import GradientDecoder
+from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
 from dash_runtime.training.self_text import default_training_sequences
 
 SEQUENCE_LENGTH = 128
@@ -80,9 +80,9 @@ class LoadedModel:
         self.fingerprint = model_fingerprint(self.config, self._weights)
 
     @cached_property
-    def gradient_decoder(self) -> GradientDecoder:
+    def gradient_decoder(self) -> DifferentiableDecoder:
         """The same model for passes with a gradient."""
-        return GradientDecoder(self.config, self._weights, device=self.device)
+        return DifferentiableDecoder(self.config, self._weights, device=self.device)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

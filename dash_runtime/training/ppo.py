@@ -14,10 +14,11 @@ from torch.nn import functional
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.full_path import full_path
 from dash_runtime.errors import DashRuntimeError
 from dash_runtime.policy.policy import decision_blocks
 from dash_runtime.training.actor_critic import ActorCritic
-from dash_runtime.training.rollout import Choose, Judged, Rollout, costs_by_action, divergences, full_path, roll_out
+from dash_runtime.training.rollout import Choose, Judged, Rollout, costs_by_action, divergences, roll_out
 
 
 class TrainingDiverged(DashRuntimeError):

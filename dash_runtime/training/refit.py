@@ -13,8 +13,8 @@ from dash_runtime.actions import Action
 from dash_runtime.decoder.compensation import LowRank
 from dash_runtime.policy.learned import PolicyNetwork
 from dash_runtime.training.choices import greedy_choice
+from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
 from dash_runtime.training.distill import ActionsFor, DistillSettings, Progress, distill_compensation
-from dash_runtime.training.gradient_path import GradientDecoder
 from dash_runtime.training.ppo import Task
 
 _DEAREST_SHARE = 0.5
@@ -25,7 +25,7 @@ def refit_compensation(
     task: Task,
     start: LowRank,
     network: PolicyNetwork,
-    decoder: GradientDecoder,
+    decoder: DifferentiableDecoder,
     sequences: Sequence[Sequence[int]],
     price_range: tuple[float, float],
     settings: DistillSettings,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.decoder.compensation import Compensation, Identity
+from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.rows import RowBatch
+from dash_runtime.decoder.full_path import sequence_rows
 
 Choose = Callable[[tuple[int, ...], Tensor, Tensor, Tensor], Tensor]
 """`(layers of a block, hidden, last actions, cost spent)`, the tensors with a row per token, to the actions of those
@@ -34,25 +34,9 @@ class Rollout:
     """float32 `[num_layers, rows]`: up to and with each layer."""
 
 
-def _rows(decoder: Decoder, sequences: Sequence[Sequence[int]], compensation: Compensation) -> RowBatch:
-    lengths = [len(ids) for ids in sequences]
-    return decoder.rows(decoder.caches(lengths), lengths, [compensation] * len(lengths))
-
-
 def costs_by_action(costs: CostTable) -> Tensor:
     """The cost of one layer, float32, indexed by Action's number."""
     return torch.tensor([0.0, *(costs.layer.get(action, 0.0) for action in Action)])
-
-
-@torch.no_grad()
-def full_path(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Runs every layer in full; returns each layer's input and the last one's output, `[rows, hidden_size]` each."""
-    batch = _rows(decoder, sequences, Identity())
-    actions = (Action.FULL,) * batch.num_rows
-    states = [decoder.embed([token_id for ids in sequences for token_id in ids])]
-    for layer in range(decoder.num_layers):
-        states.append(decoder.run_layer(layer, actions, states[-1], batch))
-    return states
 
 
 @torch.no_grad()
@@ -73,7 +57,7 @@ def roll_out(
     The other rows (prompts and first tokens) run in full. A block is chosen from the input of the layer `lookahead`
     before its first.
     """
-    batch = _rows(decoder, sequences, compensation)
+    batch = sequence_rows(decoder, sequences, compensation)
     full = torch.full((batch.num_rows,), int(Action.FULL))
     pinned = torch.where(decided_rows, int(pinned_action), full)
     layer_costs = costs_by_action(costs)

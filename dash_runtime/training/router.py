@@ -11,7 +11,7 @@ from dash_runtime.actions import Action
 from dash_runtime.decoder.compensation import LowRank
 from dash_runtime.errors import ConfigError
 from dash_runtime.training.actor_critic import ActorCritic
-from dash_runtime.training.gradient_path import GradientDecoder
+from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
 from dash_runtime.training.ppo import PpoSettings, Task
 from dash_runtime.training.progress import ProgressDisplay
 from dash_runtime.training.straight_through import StraightThroughSettings, train_router
@@ -37,7 +37,7 @@ class ActorRouter:
 def train_straight_through(
     task: Task,
     compensation: LowRank,
-    decoder: GradientDecoder,
+    decoder: DifferentiableDecoder,
     sequences: Sequence[Sequence[int]],
     iterations: int,
     seed: int,

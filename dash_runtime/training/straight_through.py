@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.errors import ConfigError
-from dash_runtime.training.gradient_path import (
+from dash_runtime.training.differentiable_decoder import (
     Compensate,
-    GradientDecoder,
+    DifferentiableDecoder,
     all_full,
     pass_on,
     row_divergences,
@@ -85,7 +85,7 @@ Progress = Callable[[int, float, float, float], None]
 
 
 def train_router(
-    decoder: GradientDecoder,
+    decoder: DifferentiableDecoder,
     router: Router,
     sequences: Sequence[Sequence[int]],
     compensate: Compensate,

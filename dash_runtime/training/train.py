@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dash_runtime.decoder.compensation import LowRank, packed
+from dash_runtime.decoder.full_path import full_path
 from dash_runtime.errors import ConfigError
 from dash_runtime.policy.draft_length import USUAL_LENGTHS, USUAL_VERIFICATION_COST, drafting_gain
 from dash_runtime.policy.learned import Calibration, PolicyNetwork
@@ -30,7 +31,7 @@ from dash_runtime.training.ppo import (
     scheduled,
     update,
 )
-from dash_runtime.training.rollout import Choose, divergences, full_path
+from dash_runtime.training.rollout import Choose, divergences
 
 CALIBRATION_PRICES = tuple(0.02 * 2 ** (step / 3) for step in range(30))
 """λ from 0.02 to 16, in steps of ∛2."""

@@ -6,7 +6,7 @@ Checks nothing: what is answered was made here.
 from dash_api.v1 import generation_pb2, model_pb2
 from dash_runtime.actions import Action
 from dash_runtime.config import Mode, ModelFacts, PolicyFacts
-from dash_runtime.recorded import RecordedStep, StepKind, unpack_float32, unpack_uint32
+from dash_runtime.decision_trace import StepKind, TraceStep, unpack_float32, unpack_uint32
 from dash_server.convert import MODES, PreparedRequest
 from dash_server.messages import Finished, Granted, Logprobs, Speculation
 from dash_server.outbox import Batch
@@ -160,8 +160,8 @@ def decisions_to_pb(kept: KeptDecisions) -> model_pb2.GetDecisionsResponse:
     )
 
 
-def _step_to_pb(step: RecordedStep) -> model_pb2.RecordedStep:
-    return model_pb2.RecordedStep(
+def _step_to_pb(step: TraceStep) -> model_pb2.TraceStep:
+    return model_pb2.TraceStep(
         kind=_STEP_KINDS[step.kind],
         token_ids=step.token_ids,
         start_unix_nanos=step.start_unix_ns,

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 
 from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts
-from dash_runtime.recorded import RecordedRequest
+from dash_runtime.decision_trace import DecisionTrace
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 _LENGTH = struct.Struct(">I")
@@ -142,7 +142,7 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
 class Recorded(msgspec.Struct, frozen=True, tag=True):
     """What was recorded of a request: just before Finished, or after Cancel."""
 
-    recorded: RecordedRequest
+    recorded: DecisionTrace
 
     @property
     def request_id(self) -> str:

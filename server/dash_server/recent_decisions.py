@@ -6,7 +6,7 @@ Knows no messages of gRPC, and keeps nothing but what the worker recorded: no pr
 from dataclasses import dataclass
 
 from dash_runtime.config import Mode
-from dash_runtime.recorded import RecordedRequest
+from dash_runtime.decision_trace import DecisionTrace
 from dash_server.request_record import RequestRecord
 from dash_server.statuses import DecisionsNotFound
 
@@ -18,7 +18,7 @@ class KeptDecisions:
     owner: str
     model: str
     mode: Mode
-    recorded: RecordedRequest
+    recorded: DecisionTrace
 
 
 class RecentDecisions:
@@ -29,7 +29,7 @@ class RecentDecisions:
         self._kept: dict[str, KeptDecisions] = {}
         """By request id, oldest first."""
 
-    def keep(self, record: RequestRecord, recorded: RecordedRequest) -> None:
+    def keep(self, record: RequestRecord, recorded: DecisionTrace) -> None:
         """Takes in what was recorded of a request, and lets the oldest go where there are too many."""
         if record.caller is None or record.prepared is None:
             return

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dash_runtime.recorded import RecordedRequest
+from dash_runtime.decision_trace import DecisionTrace
 from dash_server.request_record import RequestRecord
 
 WAIT_SECONDS = 2.0
@@ -17,7 +17,7 @@ WAIT_SECONDS = 2.0
 @dataclass(slots=True)
 class _Open:
     record: RequestRecord
-    recorded: RecordedRequest | None = None
+    recorded: DecisionTrace | None = None
 
 
 class RecordedCalls:
@@ -25,8 +25,8 @@ class RecordedCalls:
 
     def __init__(
         self,
-        on_recorded: Callable[[RequestRecord, RecordedRequest], None],
-        on_complete: Callable[[RequestRecord, RecordedRequest | None], None],
+        on_recorded: Callable[[RequestRecord, DecisionTrace], None],
+        on_complete: Callable[[RequestRecord, DecisionTrace | None], None],
         wait_seconds: float = WAIT_SECONDS,
     ) -> None:
         """Tells of a recording as soon as it is there, and of each call once it is over, with its recording if it has
@@ -40,7 +40,7 @@ class RecordedCalls:
         """A call begins."""
         self._open[record.request_id] = _Open(record)
 
-    def add(self, recorded: RecordedRequest) -> None:
+    def add(self, recorded: DecisionTrace) -> None:
         """The worker says what it recorded of a request."""
         call = self._open.get(recorded.request_id)
         if call is None or call.recorded is not None:

@@ -14,7 +14,7 @@ from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
-from dash_runtime.recorded import RecordedRequest
+from dash_runtime.decision_trace import DecisionTrace
 from dash_server.admission import Admission
 from dash_server.callers import CallerLimits, Callers
 from dash_server.dispatcher import Dispatcher
@@ -222,11 +222,11 @@ class DashServer:
         model = self._state.model
         return None if model is None else model.facts.name
 
-    def _on_recorded(self, record: RequestRecord, recorded: RecordedRequest) -> None:
+    def _on_recorded(self, record: RequestRecord, recorded: DecisionTrace) -> None:
         if self._settings.recent_requests:
             self._state.recent_decisions.keep(record, recorded)
 
-    def _on_complete(self, record: RequestRecord, recorded: RecordedRequest | None) -> None:
+    def _on_complete(self, record: RequestRecord, recorded: DecisionTrace | None) -> None:
         if self.tracing is not None:
             self.tracing.finish(record, recorded)
 

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import SpanKind
 from opentelemetry.trace.status import Status, StatusCode
 
-from dash_runtime.recorded import RecordedRequest
+from dash_runtime.decision_trace import DecisionTrace
 from dash_server.convert import PreparedRequest
 from dash_server.request_record import PROVIDER_NAME, RequestRecord
 from dash_server.sampling import SERVER_FAULTS
@@ -32,7 +32,7 @@ class CallSpans:
     """The spans of one call, made when they are iterated over."""
 
     def __init__(
-        self, record: RequestRecord, recorded: RecordedRequest | None, options: SpanOptions, resource: Resource
+        self, record: RequestRecord, recorded: DecisionTrace | None, options: SpanOptions, resource: Resource
     ) -> None:
         """`recorded` is None where the worker said nothing; the record is over, and has a trace id."""
         self._record = record

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from opentelemetry.sdk.trace import ReadableSpan
 
 from dash_runtime.actions import Action
-from dash_runtime.recorded import RecordedRequest, RecordedStep, StepKind, unpack_float32, unpack_uint32
+from dash_runtime.decision_trace import DecisionTrace, StepKind, TraceStep, unpack_float32, unpack_uint32
 from dash_server.span_tree import Attributes, SpanTree, Trunk
 
 _ACTION_NAMES = {action.value: action.name.lower() for action in Action}
@@ -34,12 +34,12 @@ class SpanOptions:
 class _Group:
     """Steps that stand or fall together: one that decodes, or a draft and its verification."""
 
-    drafted: list[RecordedStep] = field(default_factory=list)
-    last: RecordedStep | None = None
+    drafted: list[TraceStep] = field(default_factory=list)
+    last: TraceStep | None = None
     """The decode step or the verification; None: the draft was never verified."""
 
     @property
-    def steps(self) -> list[RecordedStep]:
+    def steps(self) -> list[TraceStep]:
         return self.drafted if self.last is None else [*self.drafted, self.last]
 
     @property
@@ -56,7 +56,7 @@ class _Group:
         return 0 if self.last is None else min(self.num_accepted, len(self.last.token_ids))
 
 
-def _groups(steps: Sequence[RecordedStep]) -> Iterator[_Group]:
+def _groups(steps: Sequence[TraceStep]) -> Iterator[_Group]:
     group = _Group()
     for step in steps:
         if step.kind is StepKind.DRAFT:
@@ -75,7 +75,7 @@ def _groups(steps: Sequence[RecordedStep]) -> Iterator[_Group]:
 class StepSpans:
     """The spans of one request's steps, as many whole tokens and drafts as fit."""
 
-    def __init__(self, recorded: RecordedRequest, options: SpanOptions) -> None:
+    def __init__(self, recorded: DecisionTrace, options: SpanOptions) -> None:
         self._recorded = recorded
         self._options = options
         self._score_names = [f"dash.scores.{action.name.lower()}" for action in recorded.score_actions]
@@ -150,7 +150,7 @@ class StepSpans:
             yield tree.span("token", generation, start, end, attributes)[0]
 
     def _token(
-        self, tree: SpanTree, name: str, parent: Trunk, step: RecordedStep, index: int | None = None
+        self, tree: SpanTree, name: str, parent: Trunk, step: TraceStep, index: int | None = None
     ) -> Iterator[ReadableSpan]:
         (token_id,) = step.token_ids
         attributes = self._token_attributes(token_id, index)
@@ -161,7 +161,7 @@ class StepSpans:
         if self._options.has_layers and step.layer_ends:
             yield from self._layers(tree, token, step)
 
-    def _decisions(self, tree: SpanTree, token: Trunk, step: RecordedStep) -> Iterator[ReadableSpan]:
+    def _decisions(self, tree: SpanTree, token: Trunk, step: TraceStep) -> Iterator[ReadableSpan]:
         starts, ends = unpack_uint32(step.decision_starts), unpack_uint32(step.decision_ends)
         exposed, cost_spent = unpack_uint32(step.exposed), unpack_float32(step.cost_spent)
         scores, num_scores = unpack_float32(step.scores), len(self._score_names)
@@ -188,7 +188,7 @@ class StepSpans:
         if action > best:
             attributes["dash.raised_from"] = best.name.lower()
 
-    def _layers(self, tree: SpanTree, token: Trunk, step: RecordedStep) -> Iterator[ReadableSpan]:
+    def _layers(self, tree: SpanTree, token: Trunk, step: TraceStep) -> Iterator[ReadableSpan]:
         starts, ends = unpack_uint32(step.layer_starts), unpack_uint32(step.layer_ends)
         begin = step.start_unix_ns
         for layer, action in enumerate(step.actions):
@@ -204,5 +204,5 @@ class StepSpans:
         return attributes
 
 
-def _end(step: RecordedStep) -> int:
+def _end(step: TraceStep) -> int:
     return step.start_unix_ns + step.duration_ns

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
 
-from dash_runtime.recorded import RecordedRequest
+from dash_runtime.decision_trace import DecisionTrace
 from dash_server.request_record import RequestRecord
 from dash_server.sampling import SamplingRule, caller_span, new_trace_id
 from dash_server.settings import Settings
@@ -40,7 +40,7 @@ class Tracing:
         span = record.caller_span
         record.trace_id = new_trace_id() if span is None else f"{span.trace_id:032x}"
 
-    def finish(self, record: RequestRecord, recorded: RecordedRequest | None) -> None:
+    def finish(self, record: RequestRecord, recorded: DecisionTrace | None) -> None:
         """Traces a call that is over, if the rule says so."""
         if self._rule.is_sampled(record):
             self.export.put(CallSpans(record, recorded, self._options, self._resource))

@@ -19,10 +19,10 @@ import torch
 
 from dash_runtime.checkpoints import resolve_checkpoint
 from dash_runtime.child_process import die_with_parent
-from dash_runtime.engine.build import BuildOptions, build_engine
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.sequence import EngineEvent, SequenceCancelled, SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.errors import DashRuntimeError, InvalidRequest
+from dash_runtime.startup.build import BuildOptions, build_engine
 from dash_server import messages
 from dash_server.logs import configure_worker_logging
 

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from dash_runtime.config import GenerationRequest
-from dash_runtime.recorded import RecordedRequest
+from dash_runtime.decision_trace import DecisionTrace
 from dash_server.messages import (
     Cancel,
     Finished,
@@ -64,7 +64,7 @@ class LinkEvents:
     """The worker takes requests from now on, or no longer."""
     on_over: Callable[[GenerationRequest, Finished | None], None]
     """A request has left the worker by itself (with what it said), or with it."""
-    on_recorded: Callable[[RecordedRequest], None]
+    on_recorded: Callable[[DecisionTrace], None]
     """What was recorded of a request: before it is over, or after it was cancelled."""
 
 

@@ -8,12 +8,12 @@ import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.config import EngineConfig
-from dash_runtime.engine.build import BuildOptions, build_engine
+from dash_runtime.decoder.full_path import full_path
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import ConfigError, CorruptCheckpoint, PolicyFileError
-from dash_runtime.training.data import default_token_sequences
-from dash_runtime.training.fit_compensation import fit_compensation
-from dash_runtime.training.rollout import full_path
+from dash_runtime.startup.build import BuildOptions, build_engine
+from dash_runtime.startup.default_text import default_token_sequences
+from dash_runtime.startup.fit_compensation import fit_compensation
 from tests.runtime.support import load_decoder
 from tests.tiny_models import save_tiny_model
 

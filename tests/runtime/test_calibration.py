@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dash_runtime.actions import Action, CostTable, RowCosts
+from dash_runtime.actions import Action, CostTable, LatencyTable
 from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.engine.calibration import Calibration
 from dash_runtime.policy.draft_length import DRAFT_LENGTHS
+from dash_runtime.startup.calibration import Calibration
 from tests.runtime.support import load_decoder
 from tests.tiny_models import save_tiny_model
 
@@ -25,7 +25,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 
 def measured(
     folder: Path, decoder: Decoder, model: tuple[str, ...] = MODEL, device: tuple[str, ...] = DEVICE
-) -> tuple[CostTable, RowCosts, int]:
+) -> tuple[CostTable, LatencyTable, int]:
     """Both tables, and how many of them were not read."""
     said: list[str] = []
     calibration = Calibration(folder, model, device)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dash_runtime.chat_template import ChatTemplate
 from dash_runtime.checkpoints import resolve_checkpoint
+from dash_runtime.checkpoints.chat_template import ChatTemplate
 from dash_runtime.errors import CorruptCheckpoint, InvalidRequest
 from tests.runtime.gguf_files import load_tokenizer
 from tests.tiny_models import byte_tokenizer
@@ -112,7 +112,7 @@ def test_a_conversation_goes_on_from_its_prompt_to_the_end_of_the_answer() -> No
 
 def test_a_template_is_rendered_without_torch() -> None:
     program = (
-        "import sys; from dash_runtime.chat_template import ChatTemplate;"
+        "import sys; from dash_runtime.checkpoints.chat_template import ChatTemplate;"
         "ChatTemplate('{{ messages[0].content }}', {}).render([('user', 'hi')]);"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )

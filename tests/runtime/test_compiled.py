@@ -17,14 +17,14 @@ from torch.utils import _pytree as pytree
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
+from dash_runtime.decoder.backends.inductor import CompiledLayers, program_specs
 from dash_runtime.decoder.compensation import Affine, Identity
-from dash_runtime.decoder.compile_program import sample
-from dash_runtime.decoder.compiled import CompiledLayers, program_specs
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.kv_cache import SequenceCache
-from dash_runtime.decoder.programs import Program, ProgramKind, ProgramSpec, load_programs
-from dash_runtime.decoder.projection import MAX_PENDING
+from dash_runtime.decoder.pending_kv import MAX_PENDING
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.programs.compile_program import sample
+from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec, load_programs
 from tests.runtime.support import ALL_ACTIONS, CPU, full_plan, load_decoder, new_cache, run_rows, some_affine
 from tests.tiny_models import save_tiny_model
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from dash_runtime.checkpoints import check_weights, load_model_config, open_weights, resolve_checkpoint
 from dash_runtime.checkpoints.manifest import MANIFEST_FILE
-from dash_runtime.checkpoints.wording import one_line, quoted
 from dash_runtime.errors import CheckpointError, CorruptCheckpoint, PolicyFileError
+from dash_runtime.files.tensor_file import CHECKSUM, load_tensors, save_tensors
+from dash_runtime.files.wording import one_line, quoted
 from dash_runtime.policy.policy_file import find_policies
-from dash_runtime.policy.tensor_file import CHECKSUM, load_tensors, save_tensors
 from tests.soak import loaders
 from tests.soak.corrupt_files import report
 from tests.soak.corruptible_files import KINDS, make_originals

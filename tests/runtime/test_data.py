@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from dash_runtime.chat_template import ChatTemplate
 from dash_runtime.checkpoints import resolve_checkpoint
+from dash_runtime.checkpoints.chat_template import ChatTemplate
 from dash_runtime.errors import ConfigError, CorruptCheckpoint
-from dash_runtime.training.data import default_token_sequences, encode, file_token_sequences, interleave, load_tokenizer
+from dash_runtime.startup.default_text import default_token_sequences, encode
+from dash_runtime.training.data import file_token_sequences, interleave, load_tokenizer
 from tests.runtime.gguf_files import load_tokenizer as plain_tokenizer
 from tests.tiny_models import byte_tokenizer, save_byte_tokenizer
 

@@ -8,12 +8,12 @@ import torch
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import tokenizer_file
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.full_path import full_path
 from dash_runtime.evaluation.controls import Evaluation, greedy_skip_order
 from dash_runtime.policy.learned import Calibration, LearnedPolicy
+from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.training.actor_critic import ActorCritic
-from dash_runtime.training.data import default_token_sequences
 from dash_runtime.training.ppo import Task
-from dash_runtime.training.rollout import full_path
 from dash_runtime.training.train import path_outcome
 from tests.runtime.support import load_decoder, some_affine, some_costs
 from tests.tiny_models import NUM_LAYERS

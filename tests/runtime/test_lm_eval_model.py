@@ -8,7 +8,7 @@ import torch
 
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.errors import ConfigError
-from dash_runtime.evaluation.answers import generate, skip_options
+from dash_runtime.evaluation.open_answers import generate, skip_options
 from tests.runtime.evaluation_support import CONTEXT, Reference, encode, full_depth, load_reference, make_engine
 from tests.runtime.support import load_decoder
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dash_runtime.actions import Action, RowCosts
+from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.errors import ConfigError
 
@@ -17,30 +17,30 @@ SKIP, INT4, INT8, FULL = Action
 ROWS = (1, 2, 4, 8)
 
 # Quantised layers read fewer bytes and compute longer: the shape that CPUs have.
-COSTS = RowCosts(
+COSTS = LatencyTable(
     ROWS,
     {SKIP: (1, 2, 3, 5), INT4: (40, 56, 86, 161), INT8: (65, 90, 119, 211), FULL: (80, 95, 105, 157)},
 )
 
 
-def some_table(rng: random.Random) -> RowCosts:
+def some_table(rng: random.Random) -> LatencyTable:
     """Any costs, whole numbers so that ties happen."""
     actions = sorted({FULL, *rng.sample(list(Action), rng.randint(1, 4))})
-    return RowCosts(ROWS, {action: tuple(rng.randint(0, 12) for _ in ROWS) for action in actions})
+    return LatencyTable(ROWS, {action: tuple(rng.randint(0, 12) for _ in ROWS) for action in actions})
 
 
-def table_of_diminishing_costs(rng: random.Random) -> RowCosts:
+def table_of_diminishing_costs(rng: random.Random) -> LatencyTable:
     """A further row never costs more than the one before it."""
     rows = tuple(range(1, 7))
     slopes = {action: sorted((rng.random() for _ in rows), reverse=True) for action in Action}
-    return RowCosts(rows, {action: tuple(sum(slopes[action][:count]) for count in rows) for action in Action})
+    return LatencyTable(rows, {action: tuple(sum(slopes[action][:count]) for count in rows) for action in Action})
 
 
-def some_actions(rng: random.Random, costs: RowCosts, max_rows: int) -> list[Action]:
+def some_actions(rng: random.Random, costs: LatencyTable, max_rows: int) -> list[Action]:
     return rng.choices(list(costs.seconds), k=rng.randint(1, max_rows))
 
 
-def total(costs: RowCosts, actions: Sequence[Action]) -> float:
+def total(costs: LatencyTable, actions: Sequence[Action]) -> float:
     return sum(costs.cost(action, count) for action, count in Counter(actions).items())
 
 
@@ -49,26 +49,26 @@ def raised(before: Sequence[Action], after: Sequence[Action]) -> int:
 
 
 def test_costs_lie_on_lines_between_the_measured_row_counts_and_beyond() -> None:
-    measured = RowCosts((1, 2, 4), {FULL: (10, 12, 20)})
+    measured = LatencyTable((1, 2, 4), {FULL: (10, 12, 20)})
     assert [measured.cost(FULL, count) for count in (0, 1, 2, 3, 4, 5, 8)] == [0, 10, 12, 16, 20, 24, 36]
 
 
 def test_a_table_of_one_row_count_goes_on_in_proportion() -> None:
-    assert RowCosts((1,), {FULL: (3,)}).cost(FULL, 4) == 12
+    assert LatencyTable((1,), {FULL: (3,)}).cost(FULL, 4) == 12
 
 
 def test_no_further_row_makes_a_group_cheaper_than_the_largest_measured() -> None:
-    assert RowCosts((1, 2), {FULL: (3, 2)}).cost(FULL, 100) == 2
+    assert LatencyTable((1, 2), {FULL: (3, 2)}).cost(FULL, 100) == 2
 
 
 def test_a_table_survives_json() -> None:
-    assert RowCosts.from_json(json.loads(json.dumps(COSTS.to_json()))) == COSTS
+    assert LatencyTable.from_json(json.loads(json.dumps(COSTS.to_json()))) == COSTS
 
 
 @pytest.mark.parametrize("rows", [(), (0, 1), (2, 4), (1, 1), (1, 4, 2)])
 def test_row_counts_that_do_not_ascend_from_one_are_refused(rows: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError) as error:
-        RowCosts(rows, {FULL: (1.0,) * len(rows)})
+        LatencyTable(rows, {FULL: (1.0,) * len(rows)})
     assert error.value.field == "row_costs.rows"
 
 
@@ -86,7 +86,7 @@ def test_row_counts_that_do_not_ascend_from_one_are_refused(rows: tuple[int, ...
 )
 def test_seconds_that_make_no_table_are_refused(seconds: dict[Action, tuple[float, ...]]) -> None:
     with pytest.raises(ConfigError) as error:
-        RowCosts((1, 2), seconds)
+        LatencyTable((1, 2), seconds)
     assert error.value.field == "row_costs.seconds"
 
 
@@ -105,7 +105,7 @@ def test_seconds_that_make_no_table_are_refused(seconds: dict[Action, tuple[floa
 )
 def test_json_that_describes_no_table_raises_one_of_the_documented_errors(facts: Any) -> None:
     with pytest.raises((ConfigError, AttributeError, KeyError, TypeError, ValueError)):
-        RowCosts.from_json(facts)
+        LatencyTable.from_json(facts)
 
 
 def test_the_plan_is_the_cheapest_of_all_and_raises_least_among_those() -> None:
@@ -160,7 +160,7 @@ def test_a_single_row_keeps_its_action_where_more_work_costs_more(action: Action
 
 
 def test_a_single_row_is_raised_where_more_work_is_cheaper() -> None:
-    planner = GroupPlanner(RowCosts((1,), {SKIP: (1,), INT4: (9,), INT8: (8,), FULL: (10,)}))
+    planner = GroupPlanner(LatencyTable((1,), {SKIP: (1,), INT4: (9,), INT8: (8,), FULL: (10,)}))
     assert planner.agree((INT4,)) == [INT8]
     assert planner.agree((SKIP,)) == (SKIP,)
 
@@ -177,6 +177,6 @@ def test_a_row_joins_a_group_that_runs_anyway() -> None:
 
 
 def test_actions_that_cost_the_same_are_left_alone() -> None:
-    planner = GroupPlanner(RowCosts(ROWS, dict.fromkeys(Action, (1, 2, 4, 8))))
+    planner = GroupPlanner(LatencyTable(ROWS, dict.fromkeys(Action, (1, 2, 4, 8))))
     actions = [FULL, SKIP, INT8, INT4, SKIP]
     assert planner.agree(actions) is actions

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from dash_runtime.policy.tensor_file import CHECKSUM
-from dash_runtime.training.cli import main
+from dash_runtime.commands.cli import main
+from dash_runtime.files.tensor_file import CHECKSUM
 
 
 @pytest.fixture(scope="module")

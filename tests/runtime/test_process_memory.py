@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dash_runtime.engine.process_memory import HUGE_PAGE, are_enabled, private_ranges, settle_memory
+from dash_runtime.startup.process_memory import HUGE_PAGE, are_enabled, private_ranges, settle_memory
 
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 NUM_PAGES = 4

@@ -10,11 +10,11 @@ from torch.utils import _pytree as pytree
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config
-from dash_runtime.decoder.compile_program import sample
-from dash_runtime.decoder.compiled import can_compile, program_specs
-from dash_runtime.decoder.one_row import ModelShape
-from dash_runtime.decoder.programs import Program, ProgramKind, ProgramSpec, load_programs
-from dash_runtime.policy.one_row_policy import PolicyShape
+from dash_runtime.decoder.backends.inductor import can_compile, program_specs
+from dash_runtime.programs.compile_program import sample
+from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec, load_programs
+from dash_runtime.programs.traced_layer import ModelShape
+from dash_runtime.programs.traced_policy import PolicyShape
 
 MODEL_SHAPE = ModelShape(
     hidden_size=64,

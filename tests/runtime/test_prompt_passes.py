@@ -13,7 +13,7 @@ from torch.nn import functional
 from dash_runtime.actions import Action
 from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.full_linear import (
+from dash_runtime.linears.dense_linear import (
     MAX_INVARIANT_ROWS,
     BatchInvariantLinear,
     FullLinear,
@@ -22,7 +22,7 @@ from dash_runtime.decoder.full_linear import (
     first_parts,
     make_full_linear,
 )
-from dash_runtime.decoder.quantization import make_linear
+from dash_runtime.linears.quantization import make_linear
 from tests.runtime.support import full_plan, load_decoder, new_cache
 from tests.tiny_models import FAMILIES, save_tiny_model
 

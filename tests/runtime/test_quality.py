@@ -12,8 +12,8 @@ from dash_runtime.actions import Action
 from dash_runtime.checkpoints import tokenizer_file
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.errors import ConfigError, InvalidRequest
-from dash_runtime.evaluation.answers import generate, skip_options
 from dash_runtime.evaluation.likelihood import Passage, PassageScore, Run
+from dash_runtime.evaluation.open_answers import generate, skip_options
 from dash_runtime.evaluation.quality import Accuracy, question_and_answer, score_answers, score_choices
 from dash_runtime.evaluation.task_files import ChoiceQuestion, OpenQuestion
 from tests.runtime.evaluation_support import decode, encode, full_depth, make_engine, runner_of

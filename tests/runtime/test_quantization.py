@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.full_linear import FullLinear
-from dash_runtime.decoder.quantization import (
+from dash_runtime.linears.dense_linear import FullLinear
+from dash_runtime.linears.quantization import (
     Int4Linear,
     Int8Linear,
     cuda_inner_k_tiles,

@@ -10,11 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dash_runtime.actions import Action
-from dash_runtime.chat_template import ChatTemplate
 from dash_runtime.checkpoints import resolve_checkpoint, tokenizer_file
+from dash_runtime.checkpoints.chat_template import ChatTemplate
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.errors import ConfigError, InvalidRequest
-from dash_runtime.training.data import default_token_sequences, load_tokenizer
+from dash_runtime.startup.default_text import default_token_sequences
+from dash_runtime.training.data import load_tokenizer
 from dash_runtime.training.self_text import (
     SelfTextSettings,
     default_training_sequences,

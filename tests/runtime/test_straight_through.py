@@ -13,7 +13,7 @@ from torch.nn import functional
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.errors import ConfigError
-from dash_runtime.training.gradient_path import GradientDecoder, pass_on
+from dash_runtime.training.differentiable_decoder import DifferentiableDecoder, pass_on
 from dash_runtime.training.ppo import TrainingDiverged
 from dash_runtime.training.straight_through import Draw, RouterGates, StraightThroughSettings, train_router
 from tests.runtime.support import some_costs
@@ -55,8 +55,8 @@ class TinyRouter(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def decoder(tiny_folder: Path) -> GradientDecoder:
-    return GradientDecoder(load_model_config(tiny_folder), open_weights(tiny_folder), dtype=torch.float32)
+def decoder(tiny_folder: Path) -> DifferentiableDecoder:
+    return DifferentiableDecoder(load_model_config(tiny_folder), open_weights(tiny_folder), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +64,12 @@ def sequences() -> list[list[int]]:
     return torch.randint(VOCAB_SIZE, (12, LENGTH), generator=torch.Generator().manual_seed(8)).tolist()
 
 
-def make_router(decoder: GradientDecoder, seed: int = 0) -> TinyRouter:
+def make_router(decoder: DifferentiableDecoder, seed: int = 0) -> TinyRouter:
     return TinyRouter(decoder.config.hidden_size, seed=seed)
 
 
 def make_gates(
-    decoder: GradientDecoder, router: TinyRouter, log_price: Tensor, lookahead: int = 1, seed: int | None = 1
+    decoder: DifferentiableDecoder, router: TinyRouter, log_price: Tensor, lookahead: int = 1, seed: int | None = 1
 ) -> RouterGates:
     draw = Draw(1.0, None if seed is None else torch.Generator().manual_seed(seed))
     return RouterGates(router, COSTS, log_price, PROMPT, lookahead, decoder.num_layers, draw)
@@ -97,7 +97,7 @@ def test_draws_are_full_as_often_as_a_categorical_actor_would_be() -> None:
 @pytest.mark.parametrize("lookahead", [1, 2])
 @torch.no_grad()
 def test_a_block_sees_the_lookahead_layers_input_last_action_and_cost(
-    decoder: GradientDecoder, sequences: list[list[int]], lookahead: int
+    decoder: DifferentiableDecoder, sequences: list[list[int]], lookahead: int
 ) -> None:
     blocks = ((2, 3), (4,))
     router = TinyRouter(decoder.config.hidden_size, blocks)
@@ -130,7 +130,7 @@ def test_a_block_sees_the_lookahead_layers_input_last_action_and_cost(
 
 
 def test_prompt_rows_run_in_full_and_gates_are_exactly_hard(
-    decoder: GradientDecoder, sequences: list[list[int]]
+    decoder: DifferentiableDecoder, sequences: list[list[int]]
 ) -> None:
     gates = make_gates(decoder, make_router(decoder), torch.zeros(2))
     returned: list[Tensor | None] = []
@@ -150,7 +150,7 @@ def test_prompt_rows_run_in_full_and_gates_are_exactly_hard(
 
 @pytest.mark.parametrize("is_state_detached", [True, False])
 def test_one_step_reaches_every_parameter_of_the_router(
-    decoder: GradientDecoder, sequences: list[list[int]], is_state_detached: bool
+    decoder: DifferentiableDecoder, sequences: list[list[int]], is_state_detached: bool
 ) -> None:
     router = make_router(decoder)
     before = [parameter.detach().clone() for parameter in router.parameters()]
@@ -161,7 +161,7 @@ def test_one_step_reaches_every_parameter_of_the_router(
         assert (old != parameter).float().mean() > 0.9
 
 
-def test_detaching_the_state_changes_the_gradient(decoder: GradientDecoder, sequences: list[list[int]]) -> None:
+def test_detaching_the_state_changes_the_gradient(decoder: DifferentiableDecoder, sequences: list[list[int]]) -> None:
     slopes = []
     for is_state_detached in (True, False):
         router = make_router(decoder)
@@ -173,7 +173,7 @@ def test_detaching_the_state_changes_the_gradient(decoder: GradientDecoder, sequ
 
 
 def test_a_trained_router_skips_everything_at_a_huge_price_and_less_at_a_tiny_one(
-    decoder: GradientDecoder, sequences: list[list[int]]
+    decoder: DifferentiableDecoder, sequences: list[list[int]]
 ) -> None:
     router = make_router(decoder)
     train_router(decoder, router, sequences, pass_on, COSTS, SETTINGS, ignore)
@@ -187,7 +187,9 @@ def test_a_trained_router_skips_everything_at_a_huge_price_and_less_at_a_tiny_on
     assert shares[0.02] > 0.6
 
 
-def test_the_same_seed_gives_the_same_router_and_progress(decoder: GradientDecoder, sequences: list[list[int]]) -> None:
+def test_the_same_seed_gives_the_same_router_and_progress(
+    decoder: DifferentiableDecoder, sequences: list[list[int]]
+) -> None:
     runs = []
     for seed in (0, 0, 1):
         router, told = make_router(decoder), []
@@ -202,7 +204,7 @@ def test_the_same_seed_gives_the_same_router_and_progress(decoder: GradientDecod
 
 
 def test_what_is_not_a_number_stops_the_training_before_it_reaches_the_router(
-    decoder: GradientDecoder, sequences: list[list[int]]
+    decoder: DifferentiableDecoder, sequences: list[list[int]]
 ) -> None:
     router = make_router(decoder)
     before = router.inner.detach().clone()
@@ -213,14 +215,14 @@ def test_what_is_not_a_number_stops_the_training_before_it_reaches_the_router(
 
 @pytest.mark.parametrize("blocks", [(), ((),), ((0, 1),), ((2, 1),), ((1, 2), (2, 3)), ((5, 6),)])
 def test_blocks_that_cannot_be_decided_are_refused(
-    decoder: GradientDecoder, sequences: list[list[int]], blocks: Sequence[tuple[int, ...]]
+    decoder: DifferentiableDecoder, sequences: list[list[int]], blocks: Sequence[tuple[int, ...]]
 ) -> None:
     router = TinyRouter(decoder.config.hidden_size, blocks)
     with pytest.raises(ConfigError, match="blocks"):
         train_router(decoder, router, sequences, pass_on, COSTS, SETTINGS, ignore)
 
 
-def test_unusable_settings_and_costs_are_refused(decoder: GradientDecoder, sequences: list[list[int]]) -> None:
+def test_unusable_settings_and_costs_are_refused(decoder: DifferentiableDecoder, sequences: list[list[int]]) -> None:
     wrong: Iterable[tuple[str, object]] = (
         ("iterations", 0),
         ("lookahead", 0),

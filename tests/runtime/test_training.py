@@ -11,19 +11,20 @@ from dash_runtime.actions import Action
 from dash_runtime.checkpoints import tokenizer_file
 from dash_runtime.decoder.compensation import Identity, LowRank
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.full_path import full_path
 from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.engine.step import Decider, decode_step
 from dash_runtime.errors import PolicyFileError
 from dash_runtime.policy.draft_length import USUAL_LENGTHS, USUAL_VERIFICATION_COST, drafting_gain
 from dash_runtime.policy.learned import Calibration, LearnedPolicy, PolicyNetwork
 from dash_runtime.policy.policy import Token
+from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.training.actor_critic import ActorCritic
 from dash_runtime.training.checkpoint import num_iterations_done
 from dash_runtime.training.choices import greedy_choice
-from dash_runtime.training.data import default_token_sequences
 from dash_runtime.training.linear_compensation import LinearFit, fit_low_rank
 from dash_runtime.training.ppo import Objective, PpoSettings, Task, TrainingDiverged, collect, update
-from dash_runtime.training.rollout import divergences, full_path, roll_out
+from dash_runtime.training.rollout import divergences, roll_out
 from dash_runtime.training.train import TrainSettings, calibrate, greedy_outcome, train
 from tests.runtime.support import full_plan, load_decoder, new_cache, run_rows, some_costs, some_low_rank
 

@@ -35,7 +35,7 @@ from urllib.parse import parse_qsl, urlsplit
 from dash_runtime.actions import Action
 from dash_runtime.child_process import die_with_parent
 from dash_runtime.config import GenerationRequest, Mode, ModelFacts, PolicyFacts
-from dash_runtime.recorded import RecordedRequest, RecordedStep, StepKind, pack_float32, pack_uint32
+from dash_runtime.decision_trace import DecisionTrace, StepKind, TraceStep, pack_float32, pack_uint32
 from dash_server import messages
 
 END_TOKEN_ID = 257
@@ -55,7 +55,7 @@ class Running:
         self.record_steps = record_steps
         self.granted_unix_ns = self.last_token_unix_ns = time.time_ns()
         self.first_token: tuple[int, int] | None = None
-        self.steps: list[RecordedStep] = []
+        self.steps: list[TraceStep] = []
         self.tokens: Iterator[int] = cycle(request.prompt_token_ids)
         self.num_tokens = 0
 
@@ -89,7 +89,7 @@ class Running:
             nanos = (now - start) // (num_layers + 1)
             is_decided = [self.request.skip.mode.has_policy and n not in PINNED_LAYERS for n in range(num_layers)]
             scores = [[1.0, 0.5, -1.0] if decided else [0.0] * 3 for decided in is_decided]
-            step = RecordedStep(
+            step = TraceStep(
                 kind=StepKind.DECODE,
                 token_ids=[token_id],
                 start_unix_ns=start,
@@ -109,7 +109,7 @@ class Running:
         is_asked = self.request.skip.mode.has_policy
         first_token_id, first_token_unix_ns = self.first_token or (None, None)
         return messages.Recorded(
-            RecordedRequest(
+            DecisionTrace(
                 request_id=self.request.request_id,
                 policy=self.request.skip.policy_name or "toy",
                 compute_budget=self.request.skip.compute_budget,

@@ -12,7 +12,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from dash_runtime.actions import Action
 from dash_runtime.config import GenerationRequest, Mode, SamplingParameters, SkipOptions, StoppingParameters
-from dash_runtime.recorded import RecordedRequest, RecordedStep, StepKind, pack_float32, pack_uint32
+from dash_runtime.decision_trace import DecisionTrace, StepKind, TraceStep, pack_float32, pack_uint32
 from dash_server.callers import Caller
 from dash_server.convert import PreparedRequest
 from dash_server.recorded_calls import RecordedCalls
@@ -26,7 +26,7 @@ START = 1_764_000_000_000 * MILLISECOND
 NUM_LAYERS, PINNED = 4, [0, 3]
 
 
-def step(kind: StepKind, place: int, **changes: Any) -> RecordedStep:
+def step(kind: StepKind, place: int, **changes: Any) -> TraceStep:
     """The `place`-th one, of a millisecond, whose two free layers were decided."""
     fields: dict[str, Any] = {
         "kind": kind,
@@ -42,11 +42,11 @@ def step(kind: StepKind, place: int, **changes: Any) -> RecordedStep:
         "scores": pack_float32([0, 0, 1, 0, 1, 0, 0, 0]),
         "cost_spent": pack_float32([0, 0.25, 0.375, 0.5]),
     }
-    return RecordedStep(**(fields | changes))
+    return TraceStep(**(fields | changes))
 
 
-def verification(place: int, token_ids: list[int], num_accepted: int) -> RecordedStep:
-    return RecordedStep(
+def verification(place: int, token_ids: list[int], num_accepted: int) -> TraceStep:
+    return TraceStep(
         StepKind.VERIFICATION,
         token_ids,
         START + (place + 2) * MILLISECOND,
@@ -55,11 +55,11 @@ def verification(place: int, token_ids: list[int], num_accepted: int) -> Recorde
     )
 
 
-def drafts(first: int, number: int) -> list[RecordedStep]:
+def drafts(first: int, number: int) -> list[TraceStep]:
     return [step(StepKind.DRAFT, place) for place in range(first, first + number)]
 
 
-def recorded(steps: list[RecordedStep], **changes: Any) -> RecordedRequest:
+def recorded(steps: list[TraceStep], **changes: Any) -> DecisionTrace:
     fields: dict[str, Any] = {
         "request_id": "r",
         "policy": "p",
@@ -74,7 +74,7 @@ def recorded(steps: list[RecordedStep], **changes: Any) -> RecordedRequest:
         "first_token_unix_ns": START + 2 * MILLISECOND,
         "steps": steps,
     }
-    return RecordedRequest(**(fields | changes))
+    return DecisionTrace(**(fields | changes))
 
 
 def record(mode: Mode = Mode.ADAPTIVE, **changes: Any) -> RequestRecord:
@@ -99,7 +99,7 @@ def record(mode: Mode = Mode.ADAPTIVE, **changes: Any) -> RequestRecord:
     return RequestRecord(**(fields | changes))
 
 
-def spans_of(said: RecordedRequest | None, call: RequestRecord | None = None, **options: Any) -> list[ReadableSpan]:
+def spans_of(said: DecisionTrace | None, call: RequestRecord | None = None, **options: Any) -> list[ReadableSpan]:
     source = CallSpans(call or record(), said, SpanOptions(**options), Resource.get_empty())
     spans = list(source)
     assert len(spans) <= source.num_spans

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.chat_template import ChatTemplate
 from dash_runtime.checkpoints import check_weights, load_model_config, open_weights, resolve_checkpoint
+from dash_runtime.checkpoints.chat_template import ChatTemplate
 from dash_runtime.checkpoints.conversion_cache import ConversionSource, cached_conversion
 from dash_runtime.checkpoints.gguf_conversion import convert_gguf
 from dash_runtime.decoder.decoder import Decoder

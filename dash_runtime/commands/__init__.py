@@ -1,0 +1,1 @@
+"""The `dash-policy` command: what a person types."""

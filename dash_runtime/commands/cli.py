@@ -1,0 +1,181 @@
+"""The `dash-policy` command: fits, trains, evaluates, calibrates and describes policies.
+
+Exit codes: 0 done, 2 something that the user can mend, 130 interrupted (training goes on from its last checkpoint).
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dash_runtime.actions import Action
+from dash_runtime.checkpoints import default_cache_folder
+from dash_runtime.commands.evaluate import run_calibrate, run_evaluate, run_inspect
+from dash_runtime.commands.train import run_fit, run_train
+from dash_runtime.errors import ConfigError, DashRuntimeError
+from dash_runtime.training.loaded_model import ModelOptions
+from dash_runtime.training.ppo import Objective
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.model_options = ModelOptions(
+            options.model, options.revision, options.device, options.cache_folder, options.data
+        )
+        options.run(options)
+    except DashRuntimeError as error:
+        print(f"dash-policy: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dash-policy: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_actions(text: str) -> tuple[Action, ...]:
+    """The actions of a list like `skip,full`, in ascending order.
+
+    Raises:
+        ConfigError: one is unknown, or FULL is missing.
+    """
+    try:
+        actions = tuple(sorted({Action[name.strip().upper()] for name in text.split(",")}))
+    except KeyError as error:
+        raise ConfigError("actions", f"{error.args[0]!r} is not one of {', '.join(a.name for a in Action)}") from None
+    if Action.FULL not in actions or len(actions) < 2:
+        raise ConfigError("actions", "must hold FULL and one more")
+    return actions
+
+
+def parse_budgets(text: str) -> list[float]:
+    """The budgets of a list like `0.9,0.8`.
+
+    Raises:
+        ConfigError: one is no number in (0, 1].
+    """
+    try:
+        budgets = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError("budgets", f"must be numbers, got {text!r}") from None
+    if not all(0 < budget <= 1 for budget in budgets):
+        raise ConfigError("budgets", f"must lie in (0, 1], got {text!r}")
+    return budgets
+
+
+class _Parsed(argparse.Action):
+    """Stores what a function makes of the text, and says what is wrong in that function's words."""
+
+    def __init__(self, *names: object, reads: object, **rest: object) -> None:
+        super().__init__(*names, **rest)  # type: ignore[arg-type]
+        self._reads = reads
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, *_: object
+    ) -> None:
+        try:
+            setattr(namespace, self.dest, self._reads(values))  # type: ignore[operator]
+        except ConfigError as error:
+            parser.error(str(error))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dash-policy", description=__doc__)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--model", default="embedded", help="embedded, a folder, a GGUF file or a hub id")
+    common.add_argument("--revision", help="of a hub model")
+    common.add_argument("--device", default="auto")
+    common.add_argument("--cache-folder", type=Path, default=default_cache_folder(os.environ))
+    common.add_argument(
+        "--data",
+        type=Path,
+        help=".txt or .jsonl file, or a folder of them; default: Python's own help and answers that the model writes",
+    )
+    common.add_argument(
+        "--prompt-tokens", type=_positive, default=16, help="tokens of each sequence that run in full (default 16)"
+    )
+    chosen = argparse.ArgumentParser(add_help=False)
+    chosen.add_argument("--policy", type=Path, action="append", help="may be repeated; default: the shipped ones")
+    chosen.add_argument(
+        "--actions", action=_Parsed, reads=parse_actions, help="only the shipped one with these actions"
+    )
+    heads = [action.name for action in (Action.INT8, Action.FULL)]
+    commands = parser.add_subparsers(required=True)
+
+    fit = commands.add_parser("fit", parents=[common], help="fit compensation and show what each kind costs and buys")
+    fit.add_argument("--out", type=Path, required=True, help="folder for the compensation and the table")
+    fit.add_argument("--ranks", type=_positive, nargs="+", default=[16, 48, 96], metavar="RANK")
+    fit.add_argument("--distill-steps", type=_positive, default=100)
+    fit.add_argument("--block-size", type=_positive, default=1, help=argparse.SUPPRESS)
+    fit.add_argument("--seed", type=int, default=0)
+    fit.set_defaults(run=run_fit)
+
+    training = commands.add_parser("train", parents=[common], help="train a policy, or go on with a stopped run")
+    training.add_argument("--out", type=Path, required=True, help="folder for checkpoint, curve and policy")
+    training.add_argument("--name", default="learned")
+    training.add_argument(
+        "--actions", action=_Parsed, reads=parse_actions, default=tuple(Action), help="default: skip,int4,int8,full"
+    )
+    training.add_argument("--iterations", type=_positive, default=240)
+    training.add_argument("--block-size", type=_positive, default=4, help="layers decided together (default 4)")
+    training.add_argument("--rank", type=_positive, default=96, help="of the compensation (default 96)")
+    training.add_argument("--compensation", type=Path, help="file to start from, as fit leaves it")
+    training.add_argument(
+        "--refit-steps", type=_not_negative, default=120, help="of each of the two refits; 0: none (default 120)"
+    )
+    training.add_argument(
+        "--objective",
+        choices=[objective.value for objective in Objective],
+        default=Objective.DIVERGENCE.value,
+        help="acceptance: a policy that drafts, for mode EXACT (default divergence)",
+    )
+    training.add_argument(
+        "--pinned-action", choices=("int4", "int8", "full"), default="full", help="of pinned layers (default full)"
+    )
+    training.add_argument("--head", choices=heads, default=Action.FULL.name, help="the head's precision (default FULL)")
+    training.add_argument("--costs", type=Path, help="a cost table as .json; default: measured here, uncompiled")
+    training.add_argument("--learner", choices=("ppo", "straight-through"), default="ppo")
+    training.add_argument("--seed", type=int, default=0)
+    training.set_defaults(run=run_train)
+
+    evaluation = commands.add_parser("evaluate", parents=[common, chosen], help="compare policies with their controls")
+    evaluation.add_argument("--budgets", action=_Parsed, reads=parse_budgets, default=[0.9, 0.8, 0.7])
+    evaluation.add_argument("--sequences", type=_positive, default=24)
+    evaluation.add_argument("--tasks", type=Path, help="questions as .jsonl, to show accuracy at each budget")
+    evaluation.add_argument(
+        "--refit-controls", type=_not_negative, default=0, metavar="STEPS", help="refit the static control too"
+    )
+    evaluation.add_argument("--no-serving", action="store_true", help="leave out own text and speed")
+    evaluation.add_argument("--json", type=Path, help="write the rows there")
+    evaluation.add_argument("--plots", type=Path, help="folder for plots")
+    evaluation.set_defaults(run=run_evaluate)
+
+    calibration = commands.add_parser("calibrate", parents=[common, chosen], help="fit budgets anew to your text")
+    calibration.add_argument("--out", type=Path, required=True, help="the file to write")
+    calibration.add_argument("--sequences", type=_positive, default=24)
+    calibration.add_argument("--head", choices=heads, help="the head's precision from now on; default: as it was")
+    calibration.set_defaults(run=run_calibrate)
+
+    inspection = commands.add_parser("inspect", parents=[common, chosen], help="show what policy files hold")
+    inspection.set_defaults(run=run_inspect)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

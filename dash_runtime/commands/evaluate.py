@@ -1,0 +1,281 @@
+"""`dash-policy evaluate`, `calibrate` and `inspect`: policies beside their controls, and what their files hold.
+
+Knows options, files and tables; the figures are made in the modules beside it.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dash_runtime.actions import Action
+from dash_runtime.config import EngineConfig
+from dash_runtime.decoder.compensation import Compensation, LowRank, PackedLowRank, packed
+from dash_runtime.engine.engine import Engine
+from dash_runtime.errors import ConfigError
+from dash_runtime.evaluation.controls import Evaluation, RefitStatic, Row, policy_task
+from dash_runtime.evaluation.likelihood import full_depth_runner, rollout_runner
+from dash_runtime.evaluation.plots import ParetoPoint, has_matplotlib, plot_action_rates, plot_pareto
+from dash_runtime.evaluation.quality import Accuracy, question_and_answer, score_answers, score_choices
+from dash_runtime.evaluation.serving import measure_serving, own_text
+from dash_runtime.evaluation.task_files import ChoiceQuestion, OpenQuestion, read_tasks
+from dash_runtime.model_config import ModelConfig
+from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.policy.policy_file import find_policies, load_policy, save_policy
+from dash_runtime.startup.build import SHIPPED_POLICIES, assemble_engine
+from dash_runtime.training.choices import action_rates, greedy_choice
+from dash_runtime.training.curve import write_whole
+from dash_runtime.training.distill import DistillSettings, distill_compensation
+from dash_runtime.training.loaded_model import SEQUENCE_LENGTH, LoadedModel
+from dash_runtime.training.ppo import Objective, Task
+from dash_runtime.training.train import calibrate, describe_budgets, greedy_outcome
+
+_SEARCH_SEQUENCES = 4
+_NUM_SLOTS = 16
+_SPEED_TOKENS = 64
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    """Prints the table of policies, controls and tasks; writes it as JSON and as plots where it is asked to."""
+    if options.plots is not None and not has_matplotlib():
+        raise ConfigError("plots", "needs matplotlib: pip install 'dash-llm[train]'")
+    model = LoadedModel(options.model_options, print)
+    policies = _policies(options, model)
+    rows: list[Row] = []
+    everything = model.sequences()
+    needed = options.sequences + _SEARCH_SEQUENCES
+    if len(everything) < needed:
+        raise ConfigError(
+            "data", f"has {len(everything)} sequences; {needed} are needed, {_SEARCH_SEQUENCES} to search on"
+        )
+    sequences, search = everything[: options.sequences], everything[options.sequences : needed]
+    # On the text that the static set was searched on, and all that is left of its kind.
+    refit = _refit_static(options, model, everything[options.sequences :])
+    _print_heading()
+    for policy in policies:
+        evaluation = Evaluation(model.decoder, policy, sequences, search, options.prompt_tokens, refit)
+        engine = _engine(model, policy)
+        for budget in options.budgets:
+            row, actions = evaluation.learned(budget)
+            if not options.no_serving:
+                row = _with_serving(row, evaluation.task, engine, policy, budget, sequences)
+            for line in (row, *evaluation.controls(budget, row.cost_share, actions)):
+                _print_row(line)
+                rows.append(line)
+            if options.plots is not None:
+                options.plots.mkdir(parents=True, exist_ok=True)
+                names = [action.name for action in Action]
+                path = options.plots / f"actions-{policy.name}-{budget:.2f}.png"
+                plot_action_rates(action_rates(actions).tolist(), names, path)
+    accuracies = [] if options.tasks is None else _accuracies(options, model, policies)
+    _write(options, policies, rows, accuracies)
+
+
+def run_calibrate(options: argparse.Namespace) -> None:
+    """Calibrates a policy's budgets anew on the given text and writes it as another file."""
+    model = LoadedModel(options.model_options, print)
+    (policy,) = _policies(options, model)
+    if options.head is not None:
+        policy = replace(policy, head=Action[options.head])
+        if policy.head not in policy.costs.head or policy.head not in model.decoder.heads:
+            raise ConfigError("head", f"{options.head} is not in the policy's costs, or has no kernel here")
+    task = policy_task(model.decoder, policy, options.prompt_tokens)
+    objective = Objective.ACCEPTANCE if policy.is_drafter else Objective.DIVERGENCE
+    calibration = calibrate(task, policy.network, model.sequences()[: options.sequences], objective)
+    save_policy(options.out, replace(policy, calibration=calibration), model.fingerprint)
+    print(f"{options.out}: {describe_budgets(calibration)}")
+
+
+def run_inspect(options: argparse.Namespace) -> None:
+    """Prints what the policy files hold."""
+    model = LoadedModel(options.model_options, print, (Action.SKIP, Action.FULL))
+    for policy in _policies(options, model):
+        layer = policy.costs.layer
+        facts = {
+            "name": policy.name,
+            "actions": [action.name for action in policy.actions],
+            "pinned": sorted(policy.pinned),
+            "lookahead": policy.lookahead,
+            "block_size": policy.block_size,
+            "head": policy.head.name,
+            "pinned_action": policy.pinned_action.name,
+            "is_drafter": policy.is_drafter,
+            "compensation": policy.compensation.kind.value,
+            "layer_costs": {action.name: round(cost / layer[Action.FULL], 4) for action, cost in layer.items()},
+            "multiply_adds_share": round(multiply_adds_share(policy, model.config), 5),
+            "recommended_budget": round(policy.calibration.recommended_budget, 4),
+            "calibration": [
+                {"budget": round(budget, 4), "price": round(math.exp(log_price), 4), "divergence": round(divergence, 4)}
+                for (budget, log_price), divergence in zip(
+                    policy.calibration.points, policy.calibration.divergences, strict=True
+                )
+            ],
+        }
+        print(json.dumps(facts, indent=1))
+
+
+def _policies(options: argparse.Namespace, model: LoadedModel) -> list[LearnedPolicy]:
+    """Those that were named, or the shipped ones, with the wanted set of actions where one was given."""
+    files: Sequence[Path] = options.policy or find_policies(SHIPPED_POLICIES, model.fingerprint)
+    policies = [
+        load_policy(file, model.config, model.fingerprint, dtype=torch.bfloat16, device=model.device) for file in files
+    ]
+    if options.actions is not None and not options.policy:
+        policies = [policy for policy in policies if set(policy.actions) == set(options.actions)]
+    if not policies:
+        raise ConfigError("policy", "none is shipped for this model and these actions; name a file with --policy")
+    return policies
+
+
+def multiply_adds_share(policy: LearnedPolicy, config: ModelConfig) -> float:
+    """Multiply-adds of the policy for one layer's decision over those of a full layer's matrices."""
+    network = policy.network
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    layer = config.hidden_size * (2 * query + 2 * key + 3 * config.intermediate_size)
+    width, block_size = network.input_bias.shape[0], policy.block_size
+    return width * (network.input_weight.shape[1] / block_size + len(policy.actions)) / layer
+
+
+def _refit_static(
+    options: argparse.Namespace, model: LoadedModel, sequences: Sequence[Sequence[int]]
+) -> RefitStatic | None:
+    """Distils for one static set on these sequences; None where no refit was asked for."""
+    if not options.refit_controls:
+        return None
+
+    def refit(task: Task, skipped: frozenset[int]) -> Compensation:
+        if not skipped:
+            return task.compensation
+        start = task.compensation.to_low_rank() if isinstance(task.compensation, PackedLowRank) else task.compensation
+        if not isinstance(start, LowRank):
+            raise ConfigError("refit-controls", f"needs a policy with low_rank compensation, not {start.kind.value}")
+        rows = torch.zeros(task.decoder.num_layers, 1, dtype=torch.bool)
+        rows[sorted(skipped)] = True
+        settings = DistillSettings(
+            options.refit_controls, sequences_per_step=4, num_prompt_tokens=task.num_prompt_tokens
+        )
+        refitted = distill_compensation(
+            model.gradient_decoder,
+            start,
+            sequences,
+            lambda batch: rows.expand(-1, sum(map(len, batch))),
+            settings,
+            lambda step, divergence: None,
+        )
+        return packed(refitted, model.decoder.dtype)
+
+    return refit
+
+
+def _engine(model: LoadedModel, policy: LearnedPolicy) -> Engine:
+    catalog = PolicyCatalog(policy.costs, policy.actions, policy.compensation, [policy])
+    config = EngineConfig(_NUM_SLOTS, _NUM_SLOTS * model.context_length, model.context_length)
+    return assemble_engine(model.decoder, catalog, config, model.context_length)
+
+
+def _with_serving(
+    row: Row, task: Task, engine: Engine, policy: LearnedPolicy, budget: float, sequences: Sequence[list[int]]
+) -> Row:
+    """The row with what an engine does within that budget; left as it is where the budget cannot be asked for."""
+    if budget < policy.calibration.lowest_budget:
+        return row
+    num_tokens = SEQUENCE_LENGTH - task.num_prompt_tokens
+    prompts = [ids[: task.num_prompt_tokens] for ids in sequences]
+    written = own_text(engine, prompts, budget, policy.name, num_tokens)
+    outcome, _ = greedy_outcome(task, policy.network, written, policy.calibration.price(budget))
+    served = measure_serving(engine, prompts[0], budget, policy.name, _SPEED_TOKENS)
+    return replace(
+        row,
+        free_running_divergence=outcome.divergence,
+        speedup=served.speedup,
+        policy_share=served.policy_share,
+    )
+
+
+def _accuracies(options: argparse.Namespace, model: LoadedModel, policies: list[LearnedPolicy]) -> list[Accuracy]:
+    """Full depth once, and each policy at each budget, on the user's questions."""
+    tasks = read_tasks(options.tasks)
+    choices = [task for task in tasks if isinstance(task, ChoiceQuestion)]
+    answers = [task for task in tasks if isinstance(task, OpenQuestion)]
+
+    def encode(text: str) -> list[int]:
+        return list(model.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(token_ids: Sequence[int]) -> str:
+        return str(model.tokenizer.decode(list(token_ids)))
+
+    def chat(question: str) -> str:
+        return model.chat_template.render([("user", question)])
+
+    results: list[Accuracy] = []
+    for policy in [None, *policies]:
+        for budget in [None] if policy is None else options.budgets:
+            name = "full depth" if policy is None else policy.name
+            if choices:
+                runner = full_depth_runner(model.decoder, policies[0].costs, context_length=model.context_length)
+                if policy is not None and budget is not None:
+                    task = policy_task(model.decoder, policy, options.prompt_tokens)
+                    log_price = torch.tensor(math.log(policy.calibration.price(budget)))
+                    runner = rollout_runner(
+                        model.decoder,
+                        blocks=task.blocks,
+                        lookahead=task.lookahead,
+                        compensation=task.compensation,
+                        costs=task.costs,
+                        head=task.head,
+                        choose=greedy_choice(task, policy.network, log_price),
+                        context_length=model.context_length,
+                        pinned_action=task.pinned_action,
+                    )
+                results += score_choices(runner, encode, choices, name, budget)
+            if answers:
+                engine = _engine(model, policies[0] if policy is None else policy)
+                prompt = question_and_answer if model.chat_template.source is None else chat
+                results.append(score_answers(engine, encode, decode, answers, name, budget, prompt=prompt))
+    print(f"\n{'name':24} {'metric':18} {'budget':>6} {'accuracy':>8} {'± s.e.':>7} {'cost':>6} {'count':>6}")
+    for own in results:
+        asked = "" if own.budget is None else f"{own.budget:.2f}"
+        print(
+            f"{own.name:24} {own.metric:18} {asked:>6} {own.accuracy:8.3f} {own.standard_error:7.3f} "
+            f"{own.cost_share:6.3f} {own.count:6}"
+        )
+    return results
+
+
+def _write(
+    options: argparse.Namespace, policies: list[LearnedPolicy], rows: list[Row], accuracies: list[Accuracy]
+) -> None:
+    if options.json is not None:
+        table = [row.to_json() for row in rows] + [accuracy.to_json() for accuracy in accuracies]
+        write_whole(options.json, f"{json.dumps(table, indent=1)}\n".encode())
+    if options.plots is None:
+        return
+    names = {policy.name for policy in policies}
+    points = [ParetoPoint(row.name, row.cost_share, row.divergence, row.name in names) for row in rows]
+    plot_pareto(points, options.plots / "pareto.png", "Divergence against cost")
+    if accuracies:
+        points = [ParetoPoint(own.name, own.cost_share, own.accuracy, own.name in names) for own in accuracies]
+        plot_pareto(points, options.plots / "accuracy.png", "Accuracy against cost", "accuracy", log=False)
+
+
+def _print_heading() -> None:
+    print(
+        f"{'name':38} {'budget':>6} {'cost':>6} {'divergence':>10} {'agreement':>9} {'tokens':>6} "
+        f"{'own text':>8} {'speedup':>7} {'policy':>6}"
+    )
+
+
+def _print_row(row: Row) -> None:
+    served = ""
+    if row.free_running_divergence is not None:
+        served = f"{row.free_running_divergence:8.4f} {row.speedup:7.2f} {row.policy_share:6.1%}"
+    print(
+        f"{row.name:38} {row.budget:6.2f} {row.cost_share:6.3f} {row.divergence:10.4f} {row.agreement:9.3f} "
+        f"{row.tokens:6} {served}",
+        flush=True,
+    )

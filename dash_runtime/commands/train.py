@@ -1,0 +1,205 @@
+"""`dash-policy fit` and `dash-policy train`: from options to files in a folder.
+
+Knows options, files and the display; the science is in the modules beside it.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dash_runtime.actions import Action, CostTable
+from dash_runtime.decoder.compensation import Compensation, Identity, LowRank, PackedLowRank, packed
+from dash_runtime.errors import ConfigError
+from dash_runtime.evaluation.plots import has_matplotlib, plot_curve
+from dash_runtime.policy.compensation_file import load_compensation, save_compensation
+from dash_runtime.policy.learned import LearnedPolicy, PolicyNetwork
+from dash_runtime.policy.policy_file import save_policy
+from dash_runtime.startup.measure import measure_costs
+from dash_runtime.training.checkpoint import num_iterations_done
+from dash_runtime.training.curve import CurveRow, TrainingCurve, write_curve_json, write_whole
+from dash_runtime.training.distill import DistillSettings
+from dash_runtime.training.ladder import climb, fit_linear
+from dash_runtime.training.loaded_model import LoadedModel
+from dash_runtime.training.ppo import Objective, Outcome, PpoSettings, Task, UpdateLosses
+from dash_runtime.training.progress import ProgressDisplay
+from dash_runtime.training.refit import refit_compensation
+from dash_runtime.training.router import train_straight_through
+from dash_runtime.training.train import Trained, TrainSettings, calibrate, describe_budgets, train
+
+CALIBRATION_SEQUENCES = 24
+FIT_SEQUENCES = 128
+LOOKAHEAD = 1
+_REFIT_SHARES = (0.35, 0.7)
+"""How far into training the compensation is refitted."""
+
+
+def run_fit(options: argparse.Namespace) -> None:
+    """Prints the ladder of compensations, and keeps the distilled low-rank one and the table in a folder."""
+    model = LoadedModel(options.model_options, print, (Action.SKIP, Action.FULL))
+    held_out, fitting = _split(model.sequences())
+    options.out.mkdir(parents=True, exist_ok=True)
+    task = _task(model, (Action.SKIP, Action.FULL), Identity(), options)
+    distillation = DistillSettings(
+        options.distill_steps, sequences_per_step=4, seed=options.seed, num_prompt_tokens=options.prompt_tokens
+    )
+    ladder = climb(task, model.gradient_decoder, fitting[:FIT_SEQUENCES], held_out, options.ranks, distillation, print)
+    rungs, compensations = zip(*ladder, strict=True)
+    save_compensation(options.out / "compensation.safetensors", compensations[-1], model.fingerprint)
+    print(f"{'compensation':24} {'cost':>6} {'divergence':>10} {'kilobytes':>9}")
+    for rung in rungs:
+        print(f"{rung.name:24} {rung.cost:6.3f} {rung.divergence:10.4f} {rung.kilobytes:9.0f}")
+    table = json.dumps([rung.to_json() for rung in rungs], indent=1)
+    write_whole(options.out / "ladder.json", f"{table}\n".encode())
+
+
+def run_train(options: argparse.Namespace) -> None:
+    """Trains a policy in a folder, or goes on with a run that was stopped there."""
+    head, pinned_action = Action[options.head], Action[options.pinned_action.upper()]
+    actions = tuple(sorted({Action.SKIP, Action.FULL, *options.actions, head, pinned_action}))
+    model = LoadedModel(options.model_options, print, actions)
+    held_out, training = _split(model.sequences())
+    options.out.mkdir(parents=True, exist_ok=True)
+    task = replace(_task(model, options.actions, Identity(), options), head=head, pinned_action=pinned_action)
+    print(
+        f"{len(training)} sequences to train on, {len(held_out)} to calibrate on; compensation of rank {options.rank}"
+    )
+    if options.compensation is not None:
+        start = load_compensation(
+            options.compensation, model.config, model.fingerprint, dtype=torch.bfloat16, device=model.device
+        )
+        if isinstance(start, PackedLowRank):
+            start = start.to_low_rank()
+        if not isinstance(start, LowRank):
+            raise ConfigError("compensation", f"{options.compensation} is {start.kind.value}; training needs low_rank")
+    else:
+        start = fit_linear(task, training[:FIT_SEQUENCES]).low_rank(options.rank)
+    served = packed(start, model.decoder.dtype)
+    if options.costs is None:
+        costs = _kept_costs(options.out / "costs.json", model, served)
+    else:
+        costs = _read_costs(options.costs, "costs", f"{options.costs} is no cost table")
+    for what, action, table in (("pinned-action", task.pinned_action, costs.layer), ("head", task.head, costs.head)):
+        if action not in table:
+            raise ConfigError(what, f"{action.name} has no cost on this device")
+    relative = {action.name: cost / costs.layer[Action.FULL] for action, cost in costs.layer.items()}
+    print("costs over a full layer: " + ", ".join(f"{name} {cost:.3f}" for name, cost in relative.items()))
+    task = replace(task, compensation=served, costs=costs)
+    if options.learner == "ppo":
+        trained = _train_ppo(task, start, model, training, options)
+    else:
+        trained = train_straight_through(
+            task, start, model.gradient_decoder, training, options.iterations, options.seed
+        )
+    task = replace(task, compensation=packed(trained.compensation, model.decoder.dtype))
+    path = options.out / "policy.safetensors"
+    policy = _policy(task, trained.network, held_out, options.name, Objective(options.objective))
+    save_policy(path, policy, model.fingerprint)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def _train_ppo(
+    task: Task, start: LowRank, model: LoadedModel, training: list[list[int]], options: argparse.Namespace
+) -> Trained:
+    iterations = options.iterations
+    refits = tuple(round(share * iterations) for share in _REFIT_SHARES) if options.refit_steps else ()
+    ppo = PpoSettings(objective=Objective(options.objective))
+    settings = TrainSettings(iterations=iterations, refits=refits, seed=options.seed, ppo=ppo)
+    checkpoint = options.out / "checkpoint.safetensors"
+    done = num_iterations_done(checkpoint)
+    curve = TrainingCurve(options.out / "training.jsonl", done)
+    before, started = curve.seconds, time.monotonic()
+    with ProgressDisplay(iterations, done) as display:
+
+        def refit(current: Task, latest: LowRank, network: PolicyNetwork, seed: int) -> LowRank:
+            display.note(f"refitting the compensation along the policy's own paths, {options.refit_steps} steps")
+            distillation = DistillSettings(
+                options.refit_steps, sequences_per_step=4, seed=seed, num_prompt_tokens=task.num_prompt_tokens
+            )
+
+            def report(step: int, divergence: float) -> None:
+                if step % 20 == 0:
+                    display.note(f"  step {step}: divergence {divergence:.3f}")
+
+            price_range = settings.ppo.price_range
+            return refit_compensation(
+                current, latest, network, model.gradient_decoder, training, price_range, distillation, report
+            )
+
+        def progress(iteration: int, price: float, outcome: Outcome, losses: UpdateLosses) -> None:
+            seconds = before + time.monotonic() - started
+            figures = (outcome.cost, outcome.divergence, outcome.agreement, losses.entropy, losses.value_loss)
+            curve.append(CurveRow(iteration, price, *figures, seconds))
+            display.update(iteration, price, outcome.cost, outcome.divergence, losses.entropy)
+
+        trained = train(task, start, training, settings, checkpoint, progress, refit)
+    write_curve_json(curve.rows(), options.out / "curve.json")
+    if has_matplotlib():
+        plot_curve(curve.rows(), options.out / "curve.png")
+    return trained
+
+
+def _policy(
+    task: Task, network: PolicyNetwork, held_out: list[list[int]], name: str, objective: Objective
+) -> LearnedPolicy:
+    calibration = calibrate(task, network, held_out, objective)
+    print(f"{describe_budgets(calibration)}")
+    compensation = task.compensation
+    return LearnedPolicy(
+        name,
+        network,
+        task.actions,
+        task.pinned,
+        task.lookahead,
+        task.block_size,
+        task.head,
+        compensation,
+        task.costs,
+        calibration,
+        task.pinned_action,
+        is_drafter=objective is Objective.ACCEPTANCE,
+    )
+
+
+def _task(model: LoadedModel, actions: tuple[Action, ...], compensation: Identity, options: argparse.Namespace) -> Task:
+    """The task with costs that are still to be measured."""
+    num_layers = model.config.num_layers
+    pinned = frozenset((*range(LOOKAHEAD), 1, num_layers - 1)) if num_layers > 8 else frozenset((0, num_layers - 1))
+    costs = CostTable(num_layers, dict.fromkeys(Action, 1 / num_layers), {Action.FULL: 0.0})
+    return Task(
+        model.decoder,
+        actions,
+        pinned,
+        LOOKAHEAD,
+        min(options.block_size, num_layers),
+        Action.FULL,
+        compensation,
+        costs,
+        options.prompt_tokens,
+    )
+
+
+def _kept_costs(path: Path, model: LoadedModel, compensation: Compensation) -> CostTable:
+    """Measured once per run: a resumed one must go on with the table that it began with."""
+    if path.exists():
+        return _read_costs(path, "out", f"{path} is damaged; remove the folder to start again")
+    costs = measure_costs(model.decoder, compensation)
+    write_whole(path, json.dumps(costs.to_json(), indent=1).encode())
+    return costs
+
+
+def _read_costs(path: Path, option: str, complaint: str) -> CostTable:
+    try:
+        return CostTable.from_json(json.loads(path.read_text()))
+    except (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        raise ConfigError(option, complaint) from None
+
+
+def _split(sequences: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Those to calibrate and judge on, and those to learn from."""
+    if len(sequences) <= CALIBRATION_SEQUENCES:
+        raise ConfigError("data", f"has {len(sequences)} sequences; more than {CALIBRATION_SEQUENCES} are needed")
+    return sequences[:CALIBRATION_SEQUENCES], sequences[CALIBRATION_SEQUENCES:]

@@ -1,0 +1,27 @@
+"""Whole sequences through the layers, under teacher forcing. Knows the decoder; knows no policies."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.decoder.batch import Batch
+from dash_runtime.decoder.compensation import Compensation, Identity
+from dash_runtime.decoder.decoder import Decoder
+
+
+def sequence_rows(decoder: Decoder, sequences: Sequence[Sequence[int]], compensation: Compensation) -> Batch:
+    lengths = [len(ids) for ids in sequences]
+    return decoder.rows(decoder.caches(lengths), lengths, [compensation] * len(lengths))
+
+
+@torch.no_grad()
+def full_path(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Runs every layer in full; returns each layer's input and the last one's output, `[rows, hidden_size]` each."""
+    batch = sequence_rows(decoder, sequences, Identity())
+    actions = (Action.FULL,) * batch.num_rows
+    states = [decoder.embed([token_id for ids in sequences for token_id in ids])]
+    for layer in range(decoder.num_layers):
+        states.append(decoder.run_layer(layer, actions, states[-1], batch))
+    return states

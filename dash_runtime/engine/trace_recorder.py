@@ -1,0 +1,187 @@
+"""Records a sequence's first steps while it is decoded, and packs them once it is over.
+
+While tokens are made it only keeps what they leave behind anyway, the times and the tickets; numbers are taken apart
+afterwards. Knows steps and deciders; knows no sink.
+"""
+
+import time
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy
+import torch
+
+from dash_runtime.actions import Action
+from dash_runtime.decision_trace import MAX_UINT32, DecisionTrace, StepKind, TraceStep
+from dash_runtime.engine.step import DecidedBlock, Decider, StepOutput
+from dash_runtime.policy.catalog import Assignment
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One token's way through the layers."""
+
+    kind: StepKind
+    token_id: int
+    plan: bytes
+    layer_times: array
+    blocks: Sequence[DecidedBlock]
+    place: int
+    """Of the row among its decider's."""
+    started_ns: int
+    ended_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Verification:
+    token_ids: list[int]
+    num_accepted: int
+    started_ns: int
+    ended_ns: int
+
+
+class TraceRecorder:
+    """Of one sequence; of up to 0 steps there is none. Times are `perf_counter_ns`'s until they are packed."""
+
+    def __init__(self, assignment: Assignment, max_steps: int) -> None:
+        self._assignment = assignment
+        self._layer_costs = numpy.zeros(max(Action) + 1)
+        """By Action's number."""
+        for action, cost in assignment.costs.layer.items():
+            self._layer_costs[action] = cost
+        self._max_steps = max_steps
+        self._steps: list[_Pass | _Verification] = []
+        self._num_unrecorded = 0
+        self._unix_offset_ns = time.time_ns() - time.perf_counter_ns()
+        self._granted_ns = time.perf_counter_ns()
+        self._first_token: tuple[int, int] | None = None
+
+    def add_first_token(self, token_id: int) -> None:
+        """The one that the prefill made, just now."""
+        self._first_token = token_id, time.perf_counter_ns() + self._unix_offset_ns
+
+    def add_pass(
+        self, kind: StepKind, token_id: int, output: StepOutput, row: int, decider: Decider, started_ns: int
+    ) -> None:
+        """What `row` of the batch went through, until just now, to make this token."""
+        if self._has_room():
+            place = decider.rows.index(row)
+            plan, times, ended_ns = output.plans[row], output.layer_times, time.perf_counter_ns()
+            self._steps.append(_Pass(kind, token_id, plan, times, decider.blocks, place, started_ns, ended_ns))
+
+    def add_verification(self, token_ids: list[int], num_accepted: int, started_ns: int) -> None:
+        """A draft was verified until just now, and these tokens put out after it."""
+        if self._has_room():
+            self._steps.append(_Verification(token_ids, num_accepted, started_ns, time.perf_counter_ns()))
+
+    def packed(self, request_id: str) -> DecisionTrace | None:
+        """All of it, for a sequence that has just ended."""
+        if not self._max_steps:
+            return None
+        policy, costs = self._assignment.policy, self._assignment.costs
+        is_asked = len(policy.pinned) < costs.num_layers
+        return DecisionTrace(
+            request_id=request_id,
+            policy=policy.name,
+            compute_budget=self._assignment.compute_budget,
+            price=self._assignment.price if is_asked and policy.score_actions else None,
+            num_layers=costs.num_layers,
+            pinned_layers=sorted(policy.pinned),
+            score_actions=list(policy.score_actions),
+            granted_unix_ns=self._granted_ns + self._unix_offset_ns,
+            ended_unix_ns=time.perf_counter_ns() + self._unix_offset_ns,
+            first_token_id=None if self._first_token is None else self._first_token[0],
+            first_token_unix_ns=None if self._first_token is None else self._first_token[1],
+            steps=self._packed_steps(),
+            num_unrecorded_steps=self._num_unrecorded,
+        )
+
+    def _has_room(self) -> bool:
+        if len(self._steps) < self._max_steps:
+            return True
+        self._num_unrecorded += 1
+        return False
+
+    def _packed_steps(self) -> list[TraceStep]:
+        steps: dict[int, TraceStep] = {}
+        for has_blocks in (True, False):  # in mode EXACT full depth decodes, too, without any
+            some = {i: s for i, s in enumerate(self._steps) if isinstance(s, _Pass) and bool(s.blocks) is has_blocks}
+            if some:
+                steps |= zip(some, self._packed_passes(list(some.values())), strict=True)
+        return [
+            self._packed_verification(step) if isinstance(step, _Verification) else steps[index]
+            for index, step in enumerate(self._steps)
+        ]
+
+    def _packed_passes(self, passes: list[_Pass]) -> list[TraceStep]:
+        """All of them at once, which have the same blocks: an operation on all layers of all steps costs as much as one
+        on a few numbers."""
+        num_layers, blocks = self._assignment.costs.num_layers, passes[0].blocks
+        begun = numpy.array([step.started_ns for step in passes])[:, None, None]
+        times = numpy.frombuffer(b"".join(step.layer_times for step in passes), numpy.int64)
+        layers = times.reshape(len(passes), num_layers, 2).swapaxes(1, 2) - begun
+        decisions = numpy.zeros((len(passes), 3, num_layers), numpy.int64)
+        if blocks:
+            tickets = numpy.array([[_ticket_times(block) for block in step.blocks] for step in passes])
+            decided = [layer for block in blocks for layer in block.layers]
+            block_of = [index for index, block in enumerate(blocks) for _ in block.layers]
+            evaluations = numpy.maximum(tickets[:, block_of, :2] - begun, 1)  # 0 is for layers without one
+            decisions[:, :2, decided] = evaluations.swapaxes(1, 2)
+            decisions[:, 2, [block.layers[0] for block in blocks]] = tickets[:, :, 2]
+        numbers = numpy.concatenate((layers, decisions), axis=1).clip(0, MAX_UINT32).astype("<u4")
+        plans = numpy.frombuffer(b"".join(step.plan for step in passes), numpy.uint8).reshape(len(passes), num_layers)
+        spent = numpy.zeros((len(passes), num_layers), "<f4")
+        spent[:, 1:] = self._layer_costs[plans[:, :-1]].cumsum(axis=1)
+        scores = self._all_scores(passes)
+        steps = []
+        for step, own_numbers, own_scores, own_spent in zip(passes, numbers, scores, spent, strict=True):
+            layer_starts, layer_ends, decision_starts, decision_ends, exposed = map(numpy.ndarray.tobytes, own_numbers)
+            steps.append(
+                TraceStep(
+                    kind=step.kind,
+                    token_ids=[step.token_id],
+                    start_unix_ns=step.started_ns + self._unix_offset_ns,
+                    duration_ns=step.ended_ns - step.started_ns,
+                    actions=step.plan,
+                    layer_starts=layer_starts,
+                    layer_ends=layer_ends,
+                    decision_starts=decision_starts,
+                    decision_ends=decision_ends,
+                    exposed=exposed,
+                    scores=own_scores,
+                    cost_spent=own_spent.tobytes(),
+                )
+            )
+        return steps
+
+    def _all_scores(self, passes: list[_Pass]) -> list[bytes]:
+        """Of each step, from the layers' scores in order. From an accelerator they come in one piece."""
+        blocks = passes[0].blocks
+        if not blocks or blocks[0].scores is None:
+            return [b""] * len(passes)
+        by_step = [[block.scores for block in step.blocks if block.scores is not None] for step in passes]
+        if len({(step.place, len(own[0])) for step, own in zip(passes, by_step, strict=True)}) == 1:
+            decided = torch.cat([part for own in by_step for part in own], dim=1)[passes[0].place]
+        else:  # the batch was not always the same
+            rows = (torch.cat(own, dim=1)[step.place] for step, own in zip(passes, by_step, strict=True))
+            decided = torch.cat(tuple(rows))
+        policy, costs = self._assignment.policy, self._assignment.costs
+        scores = numpy.zeros((len(passes), costs.num_layers, len(policy.score_actions)), "<f4")
+        where = [layer for block in blocks for layer in block.layers]
+        scores[:, where] = decided.view(len(passes), len(where), -1).cpu().numpy()
+        return [own.tobytes() for own in scores]
+
+    def _packed_verification(self, step: _Verification) -> TraceStep:
+        return TraceStep(
+            kind=StepKind.VERIFICATION,
+            token_ids=step.token_ids,
+            start_unix_ns=step.started_ns + self._unix_offset_ns,
+            duration_ns=step.ended_ns - step.started_ns,
+            accepted_token_count=step.num_accepted,
+        )
+
+
+def _ticket_times(block: DecidedBlock) -> tuple[int, int, int]:
+    ticket = block.ticket
+    return ticket.started_ns, ticket.ended_ns, ticket.exposed_ns

@@ -1,0 +1,1 @@
+"""Matrices by precision: as loaded, in INT8 and in INT4."""

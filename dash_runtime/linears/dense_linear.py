@@ -1,0 +1,243 @@
+"""Linear layers with the weights as loaded, in the products that a CPU is fastest with for one row and for many.
+
+Knows matrices; knows no layers.
+"""
+
+import ctypes
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+MAX_INVARIANT_ROWS = 256
+"""A row of a `BatchInvariantLinear` has the same bits in every pass of up to so many rows."""
+PACKED_BLOCK = 64
+"""Outputs that oneDNN lays out together for the CPUs that multiply bf16: word by word of two inputs."""
+_PACKED_ROWS = 16
+"""The rows that oneDNN is told of when it packs. From 2 on the number makes no difference. Packed for 1, torch 2.15
+takes time in proportion to the rows, and rounds a lone row differently from two."""
+_USUAL_ROWS = 64
+_TRIED_COUNTS = (*range(1, 33), *range(48, MAX_INVARIANT_ROWS + 1, 16))
+_TRIED_OUTPUTS = 1 << 15
+"""A larger matrix is tried with about so many of its outputs: its packed copy would take seconds and a gigabyte."""
+_CALL_ROWS = 16
+"""A product takes about as long as so many of its rows before the first one."""
+_WIDENED_OUTPUTS = 1 << 10
+"""So many outputs are widened at a time: more would not stay in a near cache, and their memory would be asked of the
+system every time."""
+
+
+class Linear(Protocol):
+    """`[rows, in_features] -> [rows, out_features]`, bias included."""
+
+    def __call__(self, inputs: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FullLinear:
+    """The weights as loaded. `weight` is `[out_features, in_features]`."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return functional.linear(inputs, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """The bf16 weights in the blocked layout that oneDNN would otherwise make anew for every product."""
+
+    packed: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def from_full(cls, full: FullLinear) -> "PackedLinear":
+        return cls(torch.ops.mkldnn._reorder_linear_weight(full.weight, _PACKED_ROWS), full.bias)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
+
+    def memory(self) -> Tensor:
+        """The packed weights, flat and as they lie; shares their memory.
+
+        Raises AttributeError or RuntimeError where this build of torch does not tell where that is.
+        """
+        address, size = torch.ops.mkldnn.data_ptr(self.packed), torch.ops.mkldnn._nbytes(self.packed)
+        memory: Any = (ctypes.c_ubyte * size).from_address(address)
+        memory.owner = self.packed  # a tensor keeps what it is made from
+        return torch.frombuffer(memory, dtype=torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class WidenedLinear:
+    """The bf16 weights, widened to float32 for every product.
+
+    Where a CPU multiplies no bf16, PyTorch's own product takes a row as long as the first, however many there are;
+    widening takes about as long as one, and the rows then cost a fifth to a tenth each.
+    """
+
+    full: FullLinear
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        wide = inputs.float()
+        parts = [functional.linear(wide, part.float()) for part in self.full.weight.split(_WIDENED_OUTPUTS)]
+        sums = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return (sums if self.full.bias is None else sums + self.full.bias.float()).to(inputs.dtype)
+
+
+class BatchInvariantLinear:
+    """A product in which a row's bits never depend on its neighbours, up to `MAX_INVARIANT_ROWS` rows in all.
+
+    For some numbers of rows a library adds in another order than for others: a lone row mostly, and wherever it splits
+    a long sum between threads. Which numbers agree is tried here, for this very shape, when the layer is made. All
+    others are padded to one that agrees, or split into several.
+
+    Args:
+        make_product: packs the matrix for the library's product.
+        full: the matrix.
+    """
+
+    def __init__(self, make_product: Callable[[FullLinear], Linear], full: FullLinear) -> None:
+        out_features, in_features = full.weight.shape
+        self.product = make_product(full)
+        self.shape = (out_features, in_features)
+        self._first_parts = partial(_tried_first_parts, make_product, self.shape, full.bias is not None)
+        self._first_parts(torch.get_num_threads())
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        num_rows = len(inputs)
+        if num_rows > MAX_INVARIANT_ROWS:
+            return self.product(inputs)
+        first = self._first_parts(torch.get_num_threads())[num_rows]
+        if first == num_rows:
+            return self.product(inputs)
+        if first > num_rows:
+            return self.product(functional.pad(inputs, (0, 0, 0, first - num_rows)))[:num_rows]
+        return torch.cat([self.product(inputs[:first]), self(inputs[first:])])
+
+
+@cache
+def _tried_first_parts(
+    make_product: Callable[[FullLinear], Linear], shape: tuple[int, int], has_bias: bool, num_threads: int
+) -> Sequence[int]:
+    """Returns, by number of rows, how many rows the first call is given; the rest follow in further ones."""
+    return first_parts(_agreeing_counts(make_product, shape, has_bias))
+
+
+def first_parts(counts: Collection[int]) -> Sequence[int]:
+    """Cuts every number of rows up to `MAX_INVARIANT_ROWS` into calls of `counts` rows, the cheapest way.
+
+    Returns, by number of rows, the size of the first call; more than are left where the call is padded.
+    """
+    seconds, first = [0.0], [0]
+    for num_rows in range(1, MAX_INVARIANT_ROWS + 1):
+        ways = ((_CALL_ROWS + count + seconds[max(0, num_rows - count)], count) for count in counts)
+        shortest, part = min(ways)
+        seconds.append(shortest)
+        first.append(part)
+    return first
+
+
+def _agreeing_counts(
+    make_product: Callable[[FullLinear], Linear], shape: tuple[int, int], has_bias: bool
+) -> Collection[int]:
+    """Returns the numbers of rows for which every row gets the bits that it gets among the usual number.
+
+    Each sum's terms cancel in pairs, so only rounding errors are left of it, and these differ wherever the order
+    differs. Sums of other numbers would mostly round to the same bf16.
+    """
+    out_features, in_features = shape
+    num_outputs = min(out_features, _TRIED_OUTPUTS + out_features % PACKED_BLOCK)
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(PACKED_BLOCK, in_features // 2, generator=generator)
+    shares = torch.randn(in_features // 2, generator=generator)
+    order = torch.randperm(in_features // 2, generator=generator)
+    rest = torch.zeros(PACKED_BLOCK, in_features % 2)
+    some = torch.cat((half, half[:, order], rest), dim=1).bfloat16()
+    weight = some.repeat(-(-num_outputs // PACKED_BLOCK), 1)[:num_outputs]
+    row = torch.cat((shares, -shares[order], rest[0])).bfloat16()
+    bias = torch.zeros(num_outputs, dtype=torch.bfloat16) if has_bias else None
+    product = make_product(FullLinear(weight, bias))
+    rows = row.expand(MAX_INVARIANT_ROWS, -1).contiguous()
+    usual = product(rows[:_USUAL_ROWS])[0]
+    agreeing = [count for count in _TRIED_COUNTS if bool((product(rows[:count]) == usual).all())]
+    return agreeing if _USUAL_ROWS in agreeing else (1,)
+
+
+def make_full_linear(full: FullLinear) -> Linear:
+    """The product that is fastest for few rows, and where it exists also for many."""
+    if not _is_bf16_on_cpu(full.weight):
+        return full
+    return BatchInvariantLinear(PackedLinear.from_full if _has_packed_linear() else _as_loaded, full)
+
+
+def for_many_rows(linear: Linear) -> Linear:
+    """The same matrix for passes over many rows, in which each may have other sums than where it is decoded."""
+    if isinstance(linear, BatchInvariantLinear) and isinstance(linear.product, FullLinear):
+        return BatchInvariantLinear(WidenedLinear, linear.product)
+    return linear
+
+
+def _as_loaded(full: FullLinear) -> FullLinear:
+    return full
+
+
+def packed_words(linear: Linear) -> Tensor | None:
+    """The very memory of a packed linear layer, int32 `[blocks, in_features / 2, PACKED_BLOCK]`, where each word has
+    two weights of one output; None where it is not laid out so."""
+    if not isinstance(linear, BatchInvariantLinear) or not isinstance(linear.product, PackedLinear):
+        return None
+    if not _is_packed_in_words(linear.shape):
+        return None
+    return _in_words(linear.product.memory(), linear.shape)
+
+
+@lru_cache
+def most_rows_apart() -> int:
+    """Up to so many rows, each with a product of its own (`row_kernels.py`) are faster than one for all of them."""
+    return 2 if _has_packed_linear() else 8
+
+
+def _is_bf16_on_cpu(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and weight.dtype is torch.bfloat16
+
+
+@lru_cache
+def _has_packed_linear() -> bool:
+    """Whether this CPU and this build of torch have oneDNN with bf16, which is checked against the plain product."""
+    inputs, weight = _probe(16, 64, 32)
+    try:
+        outputs = PackedLinear.from_full(FullLinear(weight))(inputs)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return torch.allclose(outputs.float(), functional.linear(inputs.float(), weight.float()), atol=0.5)
+
+
+@lru_cache
+def _is_packed_in_words(shape: tuple[int, int]) -> bool:
+    out_features, in_features = shape
+    if out_features % PACKED_BLOCK or in_features % 2:
+        return False
+    weight = _probe(1, out_features, in_features)[1]
+    pairs = weight.view(torch.int32).view(-1, PACKED_BLOCK, in_features // 2)
+    try:
+        memory = PackedLinear.from_full(FullLinear(weight)).memory()
+    except (AttributeError, RuntimeError):
+        return False
+    return len(memory) == weight.numel() and torch.equal(_in_words(memory, shape), pairs.transpose(1, 2))
+
+
+def _in_words(memory: Tensor, shape: tuple[int, int]) -> Tensor:
+    return memory.view(torch.int32).view(shape[0] // PACKED_BLOCK, shape[1] // 2, PACKED_BLOCK)
+
+
+def _probe(num_rows: int, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """Some bf16 inputs and a weight, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    return torch.randn(num_rows, in_features, generator=generator).bfloat16(), weight.bfloat16()

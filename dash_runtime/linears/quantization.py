@@ -1,0 +1,151 @@
+"""Linear layers in INT8 and INT4, on PyTorch's packed weight-only kernels.
+
+Knows matrices; knows no layers and no policies. What a device has no kernel for is not offered:
+`supported_actions` runs each kernel once and compares it with the matrix that it stands for.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.linears.dense_linear import FullLinear, Linear, make_full_linear
+
+INT4_GROUP_SIZE = 32
+INT8_INPUT_MULTIPLE = 16
+"""The CPU's INT8 kernel reads past the end of a row whose length is not a multiple of this."""
+_INT4_ZERO_POINT = 8
+_CUDA_K_TILE = 16
+_CUDA_INNER_K_TILES = (8, 4, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Linear:
+    """Symmetric INT8 weights, one scale per output channel; activations stay as they are."""
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor | None = None
+
+    @classmethod
+    def from_full(cls, full: FullLinear) -> "Int8Linear":
+        quantized, scales = quantize_int8(full.weight)
+        return cls(quantized, scales, full.bias)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        outputs = torch.ops.aten._weight_int8pack_mm(inputs, self.weight, self.scales)
+        return outputs if self.bias is None else outputs + self.bias
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Linear:
+    """Asymmetric INT4 weights in groups of 32 inputs, packed for the device's kernel.
+
+    Raises NotImplementedError or RuntimeError where the device or the shape has no kernel.
+    """
+
+    packed: Tensor
+    scales_and_zeros: Tensor
+    bias: Tensor | None = None
+
+    @classmethod
+    def from_full(cls, full: FullLinear) -> "Int4Linear":
+        quantized, scales, zeros = quantize_int4(full.weight)
+        scales_and_zeros = torch.stack((scales, zeros), dim=-1).transpose(0, 1).contiguous()
+        if full.weight.is_cuda:
+            pairs = (quantized[:, ::2] << 4 | quantized[:, 1::2]).to(torch.uint8)
+            packed = torch._convert_weight_to_int4pack(pairs.contiguous(), cuda_inner_k_tiles(full.weight.shape[1]))
+        else:
+            packed = torch._convert_weight_to_int4pack_for_cpu(quantized, 1)
+        return cls(packed, scales_and_zeros, full.bias)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        matmul = torch.ops.aten._weight_int4pack_mm if inputs.is_cuda else torch.ops.aten._weight_int4pack_mm_for_cpu
+        outputs = matmul(inputs, self.packed, INT4_GROUP_SIZE, self.scales_and_zeros)
+        return outputs if self.bias is None else outputs + self.bias
+
+
+_QUANTIZED: dict[Action, type[Int8Linear] | type[Int4Linear]] = {
+    Action.INT8: Int8Linear,
+    Action.INT4: Int4Linear,
+}
+
+
+def make_linear(action: Action, full: FullLinear) -> Linear:
+    """The linear layer that `action` runs for the matrix `full`, with the kernel that this device is fastest with."""
+    return make_full_linear(full) if action is Action.FULL else _QUANTIZED[action].from_full(full)
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds `[out, in]` to int8; returns it with its scales `[out]` in the weight's dtype."""
+    scales = weight.float().abs().amax(dim=1).clamp_min(1e-8) / 127
+    scales = scales.to(weight.dtype)
+    quantized = torch.round(weight.float() / scales.float().unsqueeze(1)).clamp(-127, 127)
+    return quantized.to(torch.int8).contiguous(), scales
+
+
+def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rounds `[out, in]` to 0…15 in groups of 32 inputs.
+
+    Returns the int32 values `[out, in]`, scales and zeros `[out, in / 32]` in the weight's dtype, with
+    `weight ≈ (value − 8) · scale + zero`.
+    """
+    out_features, in_features = weight.shape
+    groups = weight.float().view(out_features, in_features // INT4_GROUP_SIZE, INT4_GROUP_SIZE)
+    low = groups.amin(dim=-1)
+    scales = ((groups.amax(dim=-1) - low) / 15).clamp_min(1e-8).to(weight.dtype)
+    zeros = (low + _INT4_ZERO_POINT * scales.float()).to(weight.dtype)
+    offsets = (groups - zeros.float().unsqueeze(-1)) / scales.float().unsqueeze(-1)
+    quantized = torch.round(offsets + _INT4_ZERO_POINT).clamp(0, 15)
+    return quantized.to(torch.int32).view(out_features, in_features).contiguous(), scales, zeros
+
+
+def cuda_inner_k_tiles(in_features: int) -> int:
+    """How many tiles of 16 inputs CUDA's INT4 kernel packs together: the most that the row is a multiple of.
+
+    Raises:
+        NotImplementedError: it is a multiple of none.
+    """
+    for tiles in _CUDA_INNER_K_TILES:
+        if in_features % (tiles * _CUDA_K_TILE) == 0:
+            return tiles
+    raise NotImplementedError(f"CUDA's INT4 kernel takes no rows of {in_features} inputs")
+
+
+def dequantize_int4(quantized: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """The float32 matrix `[out, in]` that `quantize_int4` rounded to."""
+    groups = quantized.view(*scales.shape, INT4_GROUP_SIZE).float() - _INT4_ZERO_POINT
+    return (groups * scales.float().unsqueeze(-1) + zeros.float().unsqueeze(-1)).view(quantized.shape)
+
+
+def supported_actions(device: torch.device, dtype: torch.dtype, shapes: "set[tuple[int, int]]") -> tuple[Action, ...]:
+    """The actions with a real kernel for these `(out_features, in_features)`, cheapest first.
+
+    SKIP and FULL need none. Each other one runs once per shape on this device and must agree with its own
+    dequantised matrix; a kernel that is missing, refuses, or answers something else is not offered.
+    """
+    kernels = [action for action in _QUANTIZED if all(_kernel_works(action, shape, device, dtype) for shape in shapes)]
+    return tuple(sorted((Action.SKIP, *kernels, Action.FULL)))
+
+
+def _kernel_works(action: Action, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> bool:
+    out_features, in_features = shape
+    if action is Action.INT4 and (in_features % INT4_GROUP_SIZE or out_features % 16):
+        return False
+    if action is Action.INT8 and in_features % INT8_INPUT_MULTIPLE:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(min(out_features, 1024), in_features, generator=generator).to(device, dtype)
+    inputs = torch.randn(3, in_features, generator=generator).to(device, dtype)
+    try:
+        outputs = make_linear(action, FullLinear(weight))(inputs)
+    except (NotImplementedError, RuntimeError):
+        return False
+    if action is Action.INT8:
+        quantized, scales = quantize_int8(weight)
+        rounded = quantized.float() * scales.float().unsqueeze(1)
+    else:
+        rounded = dequantize_int4(*quantize_int4(weight))
+    expected = inputs.float() @ rounded.T
+    return bool((outputs.float() - expected).abs().max() < 0.02 * expected.abs().max())

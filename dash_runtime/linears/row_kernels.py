@@ -1,0 +1,247 @@
+"""Products of one row with a matrix in FULL, INT8 and INT4, in PyTorch operations that Inductor turns into loops at the
+speed of memory.
+
+The eager kernels (`quantization.py`) serve many rows; these serve one, as part of a compiled layer. A matrix
+is laid out in tiles of 16 outputs, one vector of them for each word, so that a loop reads it from end to end; rounded
+weights are bits of a float's mantissa, so that a shift and a mask make them numbers. In FULL it is read out of the
+memory that oneDNN packed for many rows, where that is laid out for it. Everything is summed in float32. Knows matrices;
+knows no layers.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.linears.dense_linear import PACKED_BLOCK, Linear, packed_words
+from dash_runtime.linears.quantization import INT4_GROUP_SIZE, quantize_int4, quantize_int8
+
+TILE = 16
+"""Outputs of one tile: the float32 lanes of an AVX-512 register."""
+_NUM_SUMS = 4
+"""Independent sums, so that an addition need not wait for the one before it."""
+_ONE = 0x3F80_0000
+"""The bits of 1.0: those of a rounded weight, put below them, make a number between 1 and 2."""
+_MANTISSA_BITS = 23
+_INT4_BITS, _INT8_BITS = 4, 8
+_INT8_OFFSET = 128
+_FULL_UNROLL = 8
+_PACKED_UNROLL = 4
+_HIGH_HALF = -1 << 16
+_MOST_ROWS_UNROLLED = 4
+"""Of more rows, the sums of a whole block's outputs do not fit into the registers."""
+
+
+class RowMatrix(Protocol):
+    """A matrix `[out_features, in_features]`, laid out for products with one row."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether its memory is also that of a product for many rows."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What a compiled program is given."""
+
+    def outputs_from(self, first: int) -> "RowMatrix":
+        """The part for the outputs from `first` on, a multiple of 16, and for less than a block before them where it
+        is made in blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class FullRowMatrix:
+    """bf16 `[tiles, in_features / 8, 8, 16]`."""
+
+    tiles: Tensor
+    is_shared = False
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> "FullRowMatrix":
+        out_features, in_features = weight.shape
+        tiles = weight.view(out_features // TILE, TILE, in_features // _FULL_UNROLL, _FULL_UNROLL)
+        return cls(tiles.permute(0, 2, 3, 1).contiguous())
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.tiles,)
+
+    def outputs_from(self, first: int) -> "FullRowMatrix":
+        return FullRowMatrix(self.tiles[first // TILE :])
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRowMatrix:
+    """The memory of a `PackedLinear`: two bf16 weights of one output in each word, int32 `[blocks, in_features / 2,
+    64]`."""
+
+    words: Tensor
+    is_shared = True
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.words,)
+
+    def outputs_from(self, first: int) -> "PackedRowMatrix":
+        return PackedRowMatrix(self.words[first // PACKED_BLOCK :])
+
+
+@dataclass(frozen=True, slots=True)
+class Int8RowMatrix:
+    """Four weights plus 128 in each word, int32 `[tiles, in_features / 32, 8, 16]`; scales `[out_features]`."""
+
+    words: Tensor
+    scales: Tensor
+    is_shared = False
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> "Int8RowMatrix":
+        quantized, scales = quantize_int8(weight)
+        return cls(_pack_words(quantized.to(torch.int32) + _INT8_OFFSET, _INT8_BITS), scales)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.words, self.scales)
+
+    def outputs_from(self, first: int) -> "Int8RowMatrix":
+        return Int8RowMatrix(self.words[first // TILE :], self.scales[first:])
+
+
+@dataclass(frozen=True, slots=True)
+class Int4RowMatrix:
+    """Eight weights in each word, int32 `[tiles, groups, 4, 16]`; scales and zeros `[tiles, groups, 16]`."""
+
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor
+    is_shared = False
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> "Int4RowMatrix":
+        quantized, scales, zeros = quantize_int4(weight)
+        return cls(_pack_words(quantized, _INT4_BITS), _tile(scales), _tile(zeros))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.words, self.scales, self.zeros)
+
+    def outputs_from(self, first: int) -> "Int4RowMatrix":
+        return Int4RowMatrix(*(tensor[first // TILE :] for tensor in self.tensors()))
+
+
+_MATRICES: dict[Action, type[FullRowMatrix] | type[Int8RowMatrix] | type[Int4RowMatrix]] = {
+    Action.FULL: FullRowMatrix,
+    Action.INT8: Int8RowMatrix,
+    Action.INT4: Int4RowMatrix,
+}
+
+
+def pack_row_matrix(action: Action, weight: Tensor) -> RowMatrix:
+    """Lays out `[out_features, in_features]` for `row_product`."""
+    return _MATRICES[action].pack(weight)
+
+
+def full_row_matrix(weight: Tensor, linear: Linear) -> RowMatrix:
+    """Lays out `[out_features, in_features]` for `row_product` in FULL, or takes the memory of `linear`, which is the
+    same matrix for many rows, where it is laid out so that one row is as fast with it."""
+    words = packed_words(linear)
+    return FullRowMatrix.pack(weight) if words is None else PackedRowMatrix(words)
+
+
+def as_row_matrix(action: Action, tensors: tuple[Tensor, ...]) -> RowMatrix:
+    """The matrix that these are the `tensors()` of."""
+    if action is Action.FULL and tensors[0].dtype is torch.int32:
+        return PackedRowMatrix(*tensors)
+    return _MATRICES[action](*tensors)
+
+
+def is_packable(out_features: int, in_features: int) -> bool:
+    """Whether these kernels are made for such a matrix."""
+    return out_features % TILE == 0 and in_features % INT4_GROUP_SIZE == 0
+
+
+def row_product(action: Action, inputs: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+    """float32 `[rows, out_features]` from float32 `inputs` `[rows, in_features]`. To be traced, not run eagerly."""
+    if action is Action.FULL:
+        return _full_product(inputs, tensors[0])
+    return _int8_product(inputs, *tensors) if action is Action.INT8 else _int4_product(inputs, *tensors)
+
+
+def full_products(inputs: Tensor, matrix: Tensor) -> Tensor:
+    """`row_product` in FULL for a fixed number of rows: the same sums, bit for bit, in one loop that reads the weights
+    once."""
+    is_unrolled = inputs.shape[0] <= _MOST_ROWS_UNROLLED
+    return torch.cat([_full_product(row, matrix, is_unrolled) for row in inputs.split(1)])
+
+
+def _full_product(inputs: Tensor, matrix: Tensor, is_unrolled: bool = True) -> Tensor:
+    if matrix.dtype is torch.int32:
+        return _packed_product(inputs, matrix, TILE if is_unrolled else PACKED_BLOCK)
+    shares = inputs.view(inputs.shape[0], 1, -1, _FULL_UNROLL, 1)
+    products = [matrix[:, :, place].float() * shares[:, :, :, place] for place in range(_FULL_UNROLL)]
+    return _add_up(products).sum(2).view(inputs.shape[0], -1)
+
+
+def _packed_product(inputs: Tensor, words: Tensor, width: int) -> Tensor:
+    """Each loop is over so many outputs of a block, and those of one block are one loop: it reads the block as it lies
+    if there are several, and has fewer sums at a time if there is one."""
+    shares = inputs.view(inputs.shape[0], 1, -1, _PACKED_UNROLL, 1)
+    steps = words.unflatten(1, (-1, _PACKED_UNROLL // 2))
+    sums: list[Tensor] = []
+    for first in range(0, PACKED_BLOCK, width):
+        products: list[Tensor] = []
+        for place in range(_PACKED_UNROLL):
+            word = steps[:, :, place // 2, first : first + width]
+            bits = word & _HIGH_HALF if place % 2 else word << 16
+            products.append(bits.view(torch.float32) * shares[:, :, :, place])
+        sums.append(_add_up(products).sum(2))
+    return torch.cat(sums, dim=-1).view(inputs.shape[0], -1)
+
+
+def _int8_product(inputs: Tensor, words: Tensor, scales: Tensor) -> Tensor:
+    sums = _word_products(inputs, words, _INT8_BITS).sum(2).view(inputs.shape[0], -1)
+    # A weight is (value − 128) · scale, and what was summed is value / 256 + 1.
+    input_sums = inputs.sum(-1, keepdim=True)
+    return scales.float() * (sums * 2.0**_INT8_BITS - input_sums * (2.0**_INT8_BITS + _INT8_OFFSET))
+
+
+def _int4_product(inputs: Tensor, words: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    sums = _word_products(inputs, words, _INT4_BITS) * 2.0**_INT4_BITS
+    # A weight is (value − 8) · scale + zero, and what was summed is value + 16.
+    offsets = zeros.float() - scales.float() * (8 + 2.0**_INT4_BITS)
+    input_sums = inputs.view(inputs.shape[0], 1, -1, INT4_GROUP_SIZE).sum(-1, keepdim=True)
+    return (sums * scales.float() + offsets * input_sums).sum(2).view(inputs.shape[0], -1)
+
+
+def _word_products(inputs: Tensor, words: Tensor, num_bits: int) -> Tensor:
+    """Each group's sum of `1 + value / 2^num_bits` times its input, `[rows, tiles, groups, 16]`."""
+    values_of_word = 32 // num_bits
+    shares = inputs.view(inputs.shape[0], 1, -1, INT4_GROUP_SIZE, 1)
+    mask = ((1 << num_bits) - 1) << _MANTISSA_BITS - num_bits
+    products: list[Tensor] = []
+    for place in range(INT4_GROUP_SIZE):
+        word = words[:, :, place // values_of_word]
+        shift = _MANTISSA_BITS - num_bits * (place % values_of_word + 1)
+        shifted = word << shift if shift >= 0 else word >> -shift
+        products.append((shifted & mask | _ONE).view(torch.float32) * shares[:, :, :, place])
+    return _add_up(products)
+
+
+def _add_up(terms: list[Tensor]) -> Tensor:
+    sums = terms[:_NUM_SUMS]
+    for place, term in enumerate(terms[_NUM_SUMS:]):
+        sums[place % _NUM_SUMS] = sums[place % _NUM_SUMS] + term
+    return (sums[0] + sums[1]) + (sums[2] + sums[3])
+
+
+def _pack_words(values: Tensor, num_bits: int) -> Tensor:
+    """Values `[out, in]` below 2^num_bits in int32 words, `[tiles, groups, words of a group, 16]`."""
+    out_features, in_features = values.shape
+    values_of_word = 32 // num_bits
+    shape = (out_features // TILE, TILE, in_features // INT4_GROUP_SIZE, -1, values_of_word)
+    ordered = values.view(shape).permute(0, 2, 3, 1, 4)
+    words = torch.zeros(ordered.shape[:-1], dtype=torch.int32)
+    for place in range(values_of_word):
+        words |= ordered[..., place] << num_bits * place
+    return words
+
+
+def _tile(groups: Tensor) -> Tensor:
+    """`[out, groups]` in the order of the words, `[tiles, groups, 16]`."""
+    return groups.view(-1, TILE, groups.shape[1]).transpose(1, 2).contiguous()

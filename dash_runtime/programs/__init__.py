@@ -1,0 +1,1 @@
+"""Compiled programs: what Inductor traces, and the cache of what it makes."""

@@ -1,0 +1,84 @@
+"""Compiles programs and exits: `python -m dash_runtime.programs.compile_program FILE SPECIFICATION …`.
+
+In a process of its own, so that the compiler's memory and settings do not stay in the one that serves, and several can
+run at once. Each takes several programs: loading Inductor and trying out the C++ compiler takes as long as a program.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dash_runtime.actions import Action
+from dash_runtime.child_process import die_with_parent
+from dash_runtime.files.atomic_file import replacing
+from dash_runtime.programs import example_inputs
+from dash_runtime.programs.example_inputs import Sample
+from dash_runtime.programs.program_cache import ProgramKind, ProgramSpec
+from dash_runtime.programs.traced_layer import ModelShape
+
+_NEVER = 1_000_000
+_INDUCTOR = {
+    # A product's unrolled terms stay in one loop; what they share is computed once before it.
+    "realize_opcount_threshold": _NEVER,
+    "realize_acc_reads_threshold": _NEVER,
+    "realize_reads_threshold": 1,
+    "cpp.enable_floating_point_contract_flag": "fast",
+    # Half a gigabyte for each set of flags, which takes as long to write as a dozen programs gain by it.
+    "aot_inductor.precompile_headers": False,
+}
+_WITHOUT_CONTRACTION = "off"
+"""Contraction lets a compiler fuse an addition with either of two products, and it takes another one where there are
+more rows. Layers in FULL are to have the same numbers in calls for one row and for several, and wait for memory."""
+_WIDE_VECTORS = "native -mprefer-vector-width=512"
+"""A reinterpretation of bits goes through an array, which compilers only see through at one width for all of it; those
+tuned for Intel prefer half of AVX-512's, and INT4 and INT8 then take five times as long."""
+
+
+_MODEL_SAMPLES = {
+    ProgramKind.LAYER: example_inputs.layer_sample,
+    ProgramKind.ATTENTION: example_inputs.attention_sample,
+    ProgramKind.NORM: example_inputs.norm_sample,
+    ProgramKind.LATE: example_inputs.late_sample,
+    ProgramKind.HEAD: example_inputs.head_sample,
+}
+
+
+def sample(spec: ProgramSpec) -> Sample:
+    """What the program is traced with."""
+    if isinstance(spec.shape, ModelShape):
+        return _MODEL_SAMPLES[spec.kind](spec.shape, spec.action, spec.num_rows)
+    return example_inputs.policy_sample(spec.shape)
+
+
+def compile_program(spec: ProgramSpec, path: Path) -> None:
+    """Writes the compiled program, whole or not at all."""
+    import torch._inductor.config as inductor_config
+
+    torch.set_num_threads(spec.num_threads)
+    module, inputs, dynamic_shapes = sample(spec)
+    with torch.no_grad():
+        exported = torch.export.export(module.eval(), inputs, dynamic_shapes=dynamic_shapes)
+        with replacing(path) as partial:
+            # Inductor insists on the name's ending.
+            package = partial.with_name(f"{partial.name}.pt2")
+            options: dict[str, Any] = dict(_INDUCTOR)
+            if spec.kind is ProgramKind.LAYER and spec.action is Action.FULL:
+                options["cpp.enable_floating_point_contract_flag"] = _WITHOUT_CONTRACTION
+            if torch.cpu._is_avx512_supported() and hasattr(inductor_config.cpp, "march"):
+                options["cpp.march"] = _WIDE_VECTORS
+            with inductor_config.patch(options):
+                torch._inductor.aoti_compile_and_package(exported, package_path=str(package))
+            package.replace(partial)
+
+
+def main() -> None:
+    """Compiles the command line's programs in turn, up to the first that cannot be."""
+    die_with_parent()
+    for path, spec in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        compile_program(ProgramSpec.from_json(spec), Path(path))
+
+
+if __name__ == "__main__":
+    main()

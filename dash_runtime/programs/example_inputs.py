@@ -1,0 +1,130 @@
+"""What a program is traced with: the module, inputs of the right shapes, and which of their dimensions vary.
+
+Imported where programs are compiled. Knows shapes only.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from dash_runtime.actions import Action
+from dash_runtime.linears.dense_linear import FullLinear, make_full_linear
+from dash_runtime.linears.row_kernels import RowMatrix, full_row_matrix, pack_row_matrix
+from dash_runtime.programs.kv_blocks import BLOCK_TOKENS, attended_blocks
+from dash_runtime.programs.packing import WeightPacking
+from dash_runtime.programs.traced_layer import FewRowsLayer, Head, LateKeysValues, ModelShape, RowsAttention, RowsNorm
+from dash_runtime.programs.traced_policy import FewRowsPolicy, PolicyShape
+
+Sample = tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]
+"""The module, its inputs, and the varying dimensions of each input."""
+
+_DTYPE = torch.bfloat16
+_SAMPLE_BLOCKS = 37
+_SAMPLE_POSITIONS = 509
+"""Of one sequence: so many that Inductor gives every loop over them to all threads, as a long context wants it."""
+_SAMPLE_ROWS = 16
+_MIN_POSITIONS = 2  # a compiler's constant 1 would stand for all lengths
+_MAX_POSITIONS = 1 << 20
+
+
+def layer_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
+    rows, varying = _rows(shape, num_rows)
+    layer_inputs, weights = _weights(shape, action)
+    inputs = (_zeros(num_rows, shape.hidden_size), *rows, weights)
+    return FewRowsLayer(shape, action, layer_inputs, num_rows), inputs, (None, *varying, *_fixed(inputs[-1:]))
+
+
+def attention_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
+    positions = [BLOCK_TOKENS * _SAMPLE_BLOCKS - 1] * _SAMPLE_ROWS
+    fused = _zeros(_SAMPLE_ROWS, shape.query_size + shape.key_value_size)
+    attended = attended_blocks([0] * _SAMPLE_ROWS, positions, None).tensors()
+    inputs = (fused, *_pool(shape), *attended, *_tables(shape, _SAMPLE_ROWS), _vectors(shape))
+    pool, rows, blocks = ({0: _varying(name)} for name in ("pool", "rows", "blocks"))
+    by_block = (blocks, blocks, blocks, rows | {1: _varying("most")})
+    return RowsAttention(shape, action), inputs, (rows, pool, pool, rows, *by_block, rows, rows, *_fixed(inputs[-1:]))
+
+
+def norm_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
+    inputs = (_zeros(_SAMPLE_ROWS, shape.hidden_size), _zeros(shape.hidden_size))
+    return RowsNorm(shape, action), inputs, ({0: _varying("rows")}, None)
+
+
+def late_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
+    layer_inputs, weights = _weights(shape, action)
+    hidden, slots = _zeros(_SAMPLE_ROWS, shape.hidden_size), torch.arange(_SAMPLE_ROWS)
+    inputs = (hidden, *_pool(shape), slots, *_tables(shape, _SAMPLE_ROWS), weights)
+    pool, rows = ({0: _varying(name)} for name in ("pool", "rows"))
+    varying = (rows, pool, pool, rows, rows, rows)
+    return LateKeysValues(shape, action, layer_inputs), inputs, (*varying, *_fixed(inputs[-1:]))
+
+
+def head_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
+    matrix = _matrix(action, (shape.vocab_size, shape.hidden_size)).tensors()
+    inputs = (_zeros(1, shape.hidden_size), _zeros(shape.hidden_size), matrix)
+    return Head(shape, action), inputs, _fixed(inputs)
+
+
+def policy_sample(shape: PolicyShape) -> Sample:
+    num_outputs = shape.block_size * shape.num_actions
+    sizes: list[tuple[int, ...]] = [(shape.width, shape.hidden_size), (shape.width,), (shape.num_facts, shape.width)]
+    sizes += [(num_outputs, shape.width), (num_outputs,)]
+    facts = torch.zeros(_SAMPLE_ROWS, shape.num_facts)
+    inputs = (_zeros(_SAMPLE_ROWS, shape.hidden_size), facts, *(torch.zeros(size) for size in sizes))
+    rows = {0: _varying("rows")}
+    return FewRowsPolicy(shape), inputs, (rows, rows, *_fixed(inputs[2:]))
+
+
+def _rows(shape: ModelShape, num_rows: int) -> tuple[list[Tensor], list[Any]]:
+    """Keys, values, cosines and sines, of which the number of positions varies."""
+    kept = [_zeros(_SAMPLE_POSITIONS, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
+    positions = {0: _varying("positions", num_rows + 1)}
+    return [*kept, *_tables(shape, num_rows)], [positions, positions, None, None]
+
+
+def _pool(shape: ModelShape) -> list[Tensor]:
+    """A pool's keys and values."""
+    return [_zeros(_SAMPLE_BLOCKS, BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
+
+
+def _tables(shape: ModelShape, num_rows: int) -> list[Tensor]:
+    """Cosines and sines."""
+    return [_zeros(num_rows, 1, shape.head_dim) for _ in range(2)]
+
+
+def _varying(name: str, fewest: int = _MIN_POSITIONS) -> Any:
+    return torch.export.Dim(name, min=fewest, max=_MAX_POSITIONS)
+
+
+def _vectors(shape: ModelShape) -> tuple[Tensor, ...]:
+    vectors = [_zeros(shape.hidden_size), _zeros(shape.hidden_size)]
+    if shape.has_qk_norm:
+        vectors.append(_zeros(shape.num_heads + shape.num_kv_heads, shape.head_dim))
+    if shape.has_qkv_bias:
+        vectors.append(_zeros(shape.query_size + shape.key_value_size))
+    return tuple(vectors)
+
+
+def _weights(shape: ModelShape, action: Action) -> tuple[WeightPacking, tuple[Tensor, ...]]:
+    """Of one layer."""
+    vectors, matrices = _vectors(shape), [_matrix(action, size) for size in shape.matrices()]
+    layer_inputs = WeightPacking.of(vectors, matrices)
+    return layer_inputs, tuple(layer_inputs.join(vectors, matrices))
+
+
+def _matrix(action: Action, size: tuple[int, int]) -> RowMatrix:
+    weight = _zeros(*size)
+    if action is not Action.FULL:
+        return pack_row_matrix(action, weight)
+    return full_row_matrix(weight, make_full_linear(FullLinear(weight)))
+
+
+def _zeros(*size: int) -> Tensor:
+    return torch.zeros(size, dtype=_DTYPE)
+
+
+def _fixed(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """For each of these, that nothing varies."""
+    nothing: tuple[Any, ...] = tree_map(lambda _: None, inputs)
+    return nothing

@@ -1,0 +1,156 @@
+"""Compiled programs: which there are, where they are kept, and how they are loaded.
+
+A program is one AOTInductor package, made once for a shape, an action and this machine, and read by every later start.
+Knows tensors and files; knows no sequences.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dash_runtime
+from dash_runtime.actions import Action
+from dash_runtime.files.disk_cache import digest
+from dash_runtime.programs.traced_code import traced_code
+from dash_runtime.programs.traced_layer import ModelShape
+from dash_runtime.programs.traced_policy import PolicyShape
+
+_COMPILE_SECONDS = 600
+"""For one program."""
+
+
+class ProgramKind(StrEnum):
+    """What is compiled (`traced_layer.py`, `programs/traced_policy.py`)."""
+
+    LAYER = "layer"
+    ATTENTION = "attention"
+    NORM = "norm"
+    LATE = "late"
+    HEAD = "head"
+    POLICY = "policy"
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramSpec:
+    """Which program, for the matrices of which action, made for how many threads and, where it is a layer, rows."""
+
+    kind: ProgramKind
+    action: Action
+    shape: ModelShape | PolicyShape
+    num_threads: int
+    num_rows: int = 1
+
+    @property
+    def name(self) -> str:
+        """A file's, without its digest."""
+        rows = "" if self.num_rows == 1 else f"-{self.num_rows}-rows"
+        return f"{self.kind}-{self.action.name.lower()}{rows}"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "ProgramSpec":
+        facts = json.loads(text)
+        kind = ProgramKind(facts["kind"])
+        shape = PolicyShape if kind is ProgramKind.POLICY else ModelShape
+        return cls(kind, Action(facts["action"]), shape(**facts["shape"]), facts["num_threads"], facts["num_rows"])
+
+
+class Program:
+    """A loaded program. Calls take its inputs flat and in order; they may write into them."""
+
+    def __init__(self, path: Path) -> None:
+        # One caller, one thread, so the loader needs no pool of runners.
+        self._loader: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        outputs: list[Tensor] = self._loader.boxed_run(inputs)
+        return outputs
+
+
+def load_programs(
+    specs: Sequence[ProgramSpec], folder: Path, progress: Callable[[str], None]
+) -> dict[ProgramSpec, Program] | None:
+    """The programs, compiled into `folder` where they are not there yet; None where this machine cannot compile."""
+    paths = {spec: folder / f"{spec.name}-{_digest(spec)}.pt2" for spec in specs}
+    programs = {spec: program for spec, path in paths.items() if (program := _load(path)) is not None}
+    missing = [spec for spec in paths if spec not in programs]
+    if not missing:
+        return programs
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        progress("layers run uncompiled: no C++ compiler here")
+        return None
+    progress(f"compiling {len(missing)} programs (kept for later starts)")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        num_processes = min(len(missing), max(1, torch.get_num_threads()))
+        shares = [missing[first::num_processes] for first in range(num_processes)]
+        with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(num_processes) as pool:
+            list(pool.map(lambda share: _compile(share, paths, scratch), shares))
+        return programs | {spec: Program(paths[spec]) for spec in missing}
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        progress(f"layers run uncompiled: {_reason(error)}")
+        return None
+
+
+def programs_digest() -> str:
+    """Differs where programs are made otherwise: what was measured of them then holds no longer."""
+    return digest(_surroundings())
+
+
+def _load(path: Path) -> Program | None:
+    """None where it is not there, or damaged: then it is compiled again."""
+    try:
+        return Program(path) if path.exists() else None
+    except RuntimeError:
+        return None
+
+
+def _compile(specs: Sequence[ProgramSpec], paths: Mapping[ProgramSpec, Path], scratch: str) -> None:
+    """In one process. What it leaves and shares with its neighbours goes into `scratch`, not the system's folder."""
+    command = [sys.executable, "-m", "dash_runtime.programs.compile_program"]
+    for spec in specs:
+        command += str(paths[spec]), spec.to_json()
+    environment = {**os.environ, "TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": scratch}
+    seconds = _COMPILE_SECONDS * len(specs)
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=seconds, env=environment)
+
+
+def _reason(error: Exception) -> str:
+    output = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+    lines = [line for line in str(output).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _digest(spec: ProgramSpec) -> str:
+    return digest((spec.to_json(), _surroundings()))
+
+
+@lru_cache  # the same for all programs of a start
+def _surroundings() -> tuple[object, ...]:
+    """Returns all else that compiled code depends on: what is traced, the compiler's version, and the processor."""
+    return traced_code(Path(dash_runtime.__file__).parent), torch.__version__, sys.version_info[:2], _processor()
+
+
+def _processor() -> str:
+    """What the compiler's `-march=native` looks at."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,45 @@
+"""The code that compiled programs depend on, as text to be hashed.
+
+Found by following imports, so that nothing can be left out. Docstrings and comments are no part of it: to edit one must
+not make every user compile again for minutes. Knows sources; imports none of them.
+"""
+
+import ast
+from pathlib import Path
+
+_ROOTS = ("programs.compile_program", "programs.example_inputs")
+_ROOMS = ("linears", "programs")
+"""What is imported from elsewhere does not reach the compiler, or is part of a program's specification."""
+
+
+def traced_code(package: Path) -> dict[str, str]:
+    """Returns the syntax trees of the modules below `package` that are traced, by module name."""
+    trees: dict[str, str] = {}
+    waiting = list(_ROOTS)
+    while waiting:
+        module = waiting.pop()
+        if module in trees:
+            continue
+        tree = ast.parse(package.joinpath(*module.split(".")).with_suffix(".py").read_text())
+        waiting += _imported(tree, package)
+        trees[module] = ast.dump(_WithoutTexts().visit(tree))
+    return dict(sorted(trees.items()))
+
+
+def _imported(tree: ast.AST, package: Path) -> list[str]:
+    """Returns the modules of `_ROOMS` that are imported anywhere in the tree."""
+    names: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    inner = [name.removeprefix(f"{package.name}.") for name in names if name.startswith(f"{package.name}.")]
+    files = {name: package.joinpath(*name.split(".")).with_suffix(".py") for name in inner}
+    return [name for name, file in files.items() if name.split(".")[0] in _ROOMS and file.is_file()]
+
+
+class _WithoutTexts(ast.NodeTransformer):
+    """Takes out every expression that is a text and nothing else."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.Expr | ast.Pass:
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return ast.Pass() if is_text else node

@@ -1,0 +1,289 @@
+"""What is compiled of a decoder: a layer for one row or for a few of one sequence, norm and attention for rows that
+share products, late keys and values of skipped rows, the head.
+
+The same as `decoder.py` and `batch.py` compute eagerly, written for Inductor: it makes one parallel region of a
+layer, so that its threads are woken once. Everything between the layer's input and output stays float32. To be
+traced, not run eagerly. Knows tensors; knows no sequences.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dash_runtime.actions import Action
+from dash_runtime.linears.row_kernels import as_row_matrix, full_products, row_product
+from dash_runtime.model_config import ModelConfig
+from dash_runtime.programs.packing import WeightPacking
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the programs of a decoder depend on: all that two models must share to share them."""
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    has_qkv_bias: bool
+    has_qk_norm: bool
+    vocab_size: int
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "ModelShape":
+        return cls(**{field.name: getattr(model, field.name) for field in fields(cls)})
+
+    @property
+    def query_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """Keys and values of one row together."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """`(out_features, in_features)` of query-key-value, output, gate-up and down."""
+        return (
+            (self.query_size + self.key_value_size, self.hidden_size),
+            (self.hidden_size, self.query_size),
+            (2 * self.intermediate_size, self.hidden_size),
+            (self.hidden_size, self.intermediate_size),
+        )
+
+
+class _Traced(nn.Module):
+    """What is compiled for a shape, with the matrices of an action."""
+
+    def __init__(self, shape: ModelShape, action: Action) -> None:
+        super().__init__()
+        self._shape = shape
+        self._action = action
+
+
+class _TracedLayer(_Traced):
+    """What is given the weights of a layer.
+
+    These are, joined, the vectors: the weights of the input's norm, the MLP's and, where the model has them, the heads'
+    `[num_heads + num_kv_heads, head_dim]` and the bias of query, key and value; and the matrices: query-key-value,
+    output, gate-up and down.
+    """
+
+    def __init__(self, shape: ModelShape, action: Action, inputs: WeightPacking) -> None:
+        super().__init__(shape, action)
+        self._inputs = inputs
+
+
+class FewRowsLayer(_TracedLayer):
+    """One layer with one action for a few rows, in FULL if there are several, which are the last of one sequence's
+    keys. Each row's numbers are the same, bit for bit, whether it comes alone or among others."""
+
+    def __init__(self, shape: ModelShape, action: Action, inputs: WeightPacking, num_rows: int) -> None:
+        super().__init__(shape, action, inputs)
+        self._num_rows = num_rows
+
+    def _product(self, inputs: Tensor, matrix: tuple[Tensor, ...]) -> Tensor:
+        return row_product(self._action, inputs, matrix) if self._num_rows == 1 else full_products(inputs, *matrix)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        weights: tuple[Tensor, ...],
+    ) -> Tensor:
+        """`[rows, hidden_size]` to the same; writes the last `rows` of `keys` and `values` `[positions, num_kv_heads,
+        head_dim]`."""
+        shape = self._shape
+        vectors, matrices = self._inputs.split(weights)
+        query_key_value, output, gate_up, down = matrices
+        residual = hidden.float()
+        normed = rms_norm(residual, vectors[0], shape.rms_norm_eps)
+        fused = self._product(normed, query_key_value)
+        if shape.has_qkv_bias:
+            fused = fused + vectors[-1]
+        attended = write_and_attend(shape, fused, keys, values, cosines, sines, vectors)
+        residual = residual + self._product(attended, output)
+        normed = rms_norm(residual, vectors[1], shape.rms_norm_eps)
+        gate, up = self._product(normed, gate_up).chunk(2, dim=-1)
+        residual = residual + self._product(functional.silu(gate) * up, down)
+        return residual.to(hidden.dtype)
+
+
+class RowsAttention(_Traced):
+    """The part of a layer between the query-key-value product and the output product, for rows of different sequences
+    whose products are shared (`inductor.py`)."""
+
+    def forward(
+        self,
+        fused: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        blocks: Tensor,
+        block_rows: Tensor,
+        biases: Tensor,
+        parts: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        vectors: tuple[Tensor, ...],
+    ) -> Tensor:
+        """`[rows, num_heads * head_dim]` from `fused` `[rows, query and key and value]`, bias included.
+
+        Writes into `keys` and `values` `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]`, those of a whole pool; the
+        rest of where is in `blocks.AttendedBlocks`.
+        """
+        shape = self._shape
+        num_rotated = shape.num_heads + shape.num_kv_heads
+        rotated, others = rotate_first_heads(shape, fused.float(), num_rotated, cosines, sines, vectors)
+        write_tokens(keys, values, slots, rotated[:, shape.num_heads :], others)
+        queries = rotated[:, : shape.num_heads]
+        attended = attention_over_blocks(queries, keys, values, blocks, block_rows, biases, parts)
+        return attended.to(fused.dtype)
+
+
+class RowsNorm(_Traced):
+    """The norm before a product that rows share."""
+
+    def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """`[rows, hidden_size]` to the same."""
+        return rms_norm(hidden.float(), weight, self._shape.rms_norm_eps).to(hidden.dtype)
+
+
+class LateKeysValues(_TracedLayer):
+    """Keys and values of rows that skipped a layer, from the layer's input (the KV rule)."""
+
+    def forward(
+        self,
+        hidden: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        weights: tuple[Tensor, ...],
+    ) -> Tensor:
+        """Writes the tokens `slots` `[rows]` of `keys` and `values` `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]`,
+        those of a whole pool, from `hidden` `[rows, hidden_size]`; `cosines` and `sines` are `[rows, 1, head_dim]`."""
+        shape = self._shape
+        vectors, matrices = self._inputs.split(weights)
+        matrix = as_row_matrix(self._action, matrices[0]).outputs_from(shape.query_size)
+        normed = rms_norm(hidden.float(), vectors[0], shape.rms_norm_eps)
+        fused = row_product(self._action, normed, matrix.tensors())[:, -shape.key_value_size :]
+        if shape.has_qkv_bias:
+            fused = fused + vectors[-1][shape.query_size :]
+        rotated, others = rotate_first_heads(shape, fused, shape.num_kv_heads, cosines, sines, vectors)
+        write_tokens(keys, values, slots, rotated, others)
+        return hidden[:0]
+
+
+class Head(_Traced):
+    """The final norm and the language-model head of one row."""
+
+    def forward(self, hidden: Tensor, norm: Tensor, matrix: tuple[Tensor, ...]) -> Tensor:
+        """float32 logits `[1, vocab_size]` of the last layer's output `[1, hidden_size]`."""
+        return row_product(self._action, rms_norm(hidden.float(), norm, self._shape.rms_norm_eps), matrix)
+
+
+def write_and_attend(
+    shape: ModelShape,
+    fused: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    vectors: tuple[Tensor, ...],
+) -> Tensor:
+    """Writes the rows' keys and values at the end of `keys` and `values`; each attends to all up to its own."""
+    num_rotated = shape.num_heads + shape.num_kv_heads
+    rotated, others = rotate_first_heads(shape, fused, num_rotated, cosines, sines, vectors)
+    num_rows = fused.shape[0]
+    first = keys.shape[0] - num_rows
+    keys[first:] = rotated[:, shape.num_heads :].to(keys.dtype)
+    values[first:] = others.to(values.dtype)
+    return attention(rotated[:, : shape.num_heads], keys, values)
+
+
+def write_tokens(keys: Tensor, values: Tensor, slots: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
+    """Writes `[rows, num_kv_heads, head_dim]` each at the tokens `slots` of a pool's blocks."""
+    keys.flatten(0, 1)[slots] = new_keys.to(keys.dtype)
+    values.flatten(0, 1)[slots] = new_values.to(values.dtype)
+
+
+def rotate_first_heads(
+    shape: ModelShape, fused: Tensor, num_rotated: int, cosines: Tensor, sines: Tensor, vectors: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """A product taken apart, `[rows, heads, head_dim]` twice: queries, if any, and keys, normed and rotated; then the
+    values as they are."""
+    heads = fused.view(-1, num_rotated + shape.num_kv_heads, shape.head_dim)
+    rotated = heads[:, :num_rotated]
+    if shape.has_qk_norm:
+        rotated = rms_norm(rotated, vectors[2][-num_rotated:], shape.rms_norm_eps)
+    return rotate_heads(rotated, cosines, sines), heads[:, num_rotated:]
+
+
+def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Over the last dimension, in float32."""
+    return inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def rotate_heads(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """`rotary.rotate` for float32 `[..., heads, head_dim]`."""
+    swapped = heads.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return heads * cosines.float() + swapped * sines.float()
+
+
+def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """`[rows, num_heads * head_dim]` of the last rows' queries `[rows, num_heads, head_dim]`, each over all keys up to
+    its own.
+
+    As loops over keys, which is less work than the library's attention has in preparing for one query. The heads of a
+    group are written out one by one, so that they share a loop that reads the keys once, as they lie; scores are then
+    turned, as what follows reads them head by head.
+    """
+    num_rows, num_heads, head_dim = queries.shape
+    num_keys, num_kv_heads, _ = keys.shape
+    group = num_heads // num_kv_heads
+    by_group = (queries * head_dim**-0.5).view(num_rows, 1, num_kv_heads, group, head_dim)
+    own_scores = [(by_group[:, :, :, own] * keys.float()).sum(-1) for own in range(group)]
+    scores = torch.stack([own.transpose(1, 2) for own in own_scores], dim=2)
+    if num_rows > 1:  # what comes after a row's own key adds zeros to its sums, which does not change them
+        last = torch.arange(num_rows).unsqueeze(1) + (num_keys - num_rows)
+        scores = scores.masked_fill((torch.arange(num_keys) > last)[:, None, None], float("-inf"))
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    by_head = values.float().transpose(0, 1)
+    sums = torch.stack([(weights[:, :, own].unsqueeze(-1) * by_head).sum(2) for own in range(group)], dim=2)
+    return (sums / weights.sum(-1, keepdim=True)).view(num_rows, -1)
+
+
+def attention_over_blocks(
+    queries: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, block_rows: Tensor, biases: Tensor, parts: Tensor
+) -> Tensor:
+    """`attention` of rows of different sequences, each over its own blocks: every block by itself, then each row's
+    together. What a loop reads is written out anew for every head: what is shared would be copied first."""
+    num_rows, num_heads, head_dim = queries.shape
+    num_kv_heads = keys.shape[2]
+    group = num_heads // num_kv_heads
+    scores = torch.stack(
+        [
+            (queries[block_rows, head].unsqueeze(1) * keys[blocks, :, head // group].float()).sum(-1)
+            for head in range(num_heads)
+        ],
+        dim=1,
+    )
+    scores = scores * head_dim**-0.5 + biases.unsqueeze(1)
+    largest = scores.amax(-1)
+    weights = torch.exp(scores - largest.unsqueeze(-1))
+    by_group = weights.view(-1, num_kv_heads, group, keys.shape[1], 1)
+    sums = [(by_group[:, :, own] * values[blocks].float().transpose(1, 2)).sum(2) for own in range(group)]
+    is_missing, places = (parts < 0).unsqueeze(-1), parts.clamp(min=0)
+    levels = largest[places].masked_fill(is_missing, float("-inf"))
+    factors = torch.exp(levels - levels.amax(1, keepdim=True))
+    total = (factors * weights.sum(-1)[places]).sum(1)
+    attended = (factors.unsqueeze(-1) * torch.stack(sums, dim=2).view(-1, num_heads, head_dim)[places]).sum(1)
+    return (attended / total.unsqueeze(-1)).view(num_rows, -1)

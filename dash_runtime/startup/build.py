@@ -1,0 +1,221 @@
+"""From a checkpoint folder to an engine that is ready to serve: load, calibrate, measure, warm up.
+
+What was fitted and measured is kept beside the converted models, so that every later start reads it: a plan drawn for
+a budget is then the same from one start to the next. Knows folders; knows no environment and no processes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dash_runtime.actions import Action
+from dash_runtime.checkpoints import cached_model_config, check_weights, open_weights, tokenizer_file
+from dash_runtime.config import (
+    EngineConfig,
+    GenerationRequest,
+    Mode,
+    ModelFacts,
+    SkipOptions,
+    StoppingParameters,
+)
+from dash_runtime.decoder.backends.cuda_graphs import Graphs, cuda_capture
+from dash_runtime.decoder.backends.inductor import CompiledLayers, can_compile, program_specs
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.engine.engine import Engine
+from dash_runtime.engine.lanes import make_lane
+from dash_runtime.engine.planner import GroupPlanner
+from dash_runtime.errors import ConfigError
+from dash_runtime.linears.quantization import supported_actions
+from dash_runtime.model_config import ModelConfig
+from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.policy.draft_length import LEAST_GAIN
+from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
+from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec, load_programs, programs_digest
+from dash_runtime.startup.calibration import Calibration, Progress
+from dash_runtime.startup.process_memory import settle_memory
+from dash_runtime.startup.row_parity import unequal_strides
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SHIPPED_POLICIES = Path(__file__).parent.parent / "policies"
+"""Policy files that come with the package, each for one model."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """Where and how to run. `device` is `auto` or torch's name for one."""
+
+    device: str = "auto"
+    precision: str = "bfloat16"
+    num_threads: int | None = None
+    policy_file: Path | None = None
+    """None: the shipped ones, where there are some for this model."""
+    compile_layers: bool = True
+    """Whether decoding runs compiled programs, where this machine can make them."""
+    least_drafting_gain: float = LEAST_GAIN
+    """The expected speed over full depth's below which EXACT does not draft; 0: it always does."""
+
+
+def build_engine(
+    folder: Path, cache_folder: Path, options: BuildOptions, config: EngineConfig, progress: Progress
+) -> Engine:
+    """Builds an engine for the checkpoint in `folder`, keeping calibrations in `cache_folder`.
+
+    Raises:
+        DashRuntimeError: the model, the policy file or an option cannot be used; the message says why.
+    """
+    device = find_device(options.device)
+    if options.precision not in DTYPES:
+        raise ConfigError("precision", f"must be one of {', '.join(DTYPES)}, got {options.precision!r}")
+    if options.num_threads is not None:
+        torch.set_num_threads(options.num_threads)
+    dtype = DTYPES[options.precision]
+    model = cached_model_config(folder, cache_folder)
+    weights = open_weights(folder)
+    check_weights(weights, model)
+    context_length = min(model.context_length, config.context_length or model.context_length)
+    actions = supported_actions(device, dtype, matrix_shapes(model))
+    progress(f"packing kernels for {', '.join(action.name for action in actions)} on {describe(device)}")
+    fingerprint = model_fingerprint(model, weights)
+    shipped = find_policies(SHIPPED_POLICIES, fingerprint)
+    learned: list[LearnedPolicy] = []
+    for policy_file in shipped if options.policy_file is None else [options.policy_file]:
+        policy = load_policy(policy_file, model, fingerprint, dtype=dtype, device=device)
+        learned.append(policy.without(set(Action) - set(actions)))
+    programs = None
+    if options.compile_layers:
+        programs = _load_programs(model, learned, actions, dtype, device, cache_folder / "programs", progress)
+    compiled = None
+    if programs is not None:
+        compiled = CompiledLayers(programs, shares_products=config.group_planner)
+        learned = [replace(p, program=programs[policy_spec(p)]) for p in learned]
+    decoder = Decoder(
+        model,
+        weights,
+        actions,
+        dtype=dtype,
+        device=device,
+        context_length=context_length,
+        compiled=compiled,
+        graphs=Graphs(cuda_capture(device)) if device.type == "cuda" else None,
+    )
+    settle_memory()  # before anything is measured
+    if compiled is not None:
+        compiled.drop_strides(unequal_strides(decoder, compiled.strides))
+    kind = "eager" if compiled is None else f"compiled {programs_digest()}, strides {compiled.strides}"
+    calibration = Calibration(cache_folder / "calibration", (fingerprint, options.precision), (describe(device), kind))
+    compensation = calibration.compensation(decoder, tokenizer_file(folder), progress)
+    costs = calibration.costs(decoder, compensation, progress)
+    verification_costs = calibration.verification_costs(decoder, progress)
+    catalog = PolicyCatalog(
+        costs,
+        actions,
+        compensation,
+        learned,
+        config.default_compute_budget,
+        verification_costs,
+        options.least_drafting_gain,
+    )
+    planner = None
+    if config.group_planner and config.num_slots > 1:
+        planner = GroupPlanner(calibration.row_costs(decoder, compensation, progress))
+    engine = assemble_engine(decoder, catalog, config, context_length, planner=planner)
+    _warm_up(engine)
+    return engine
+
+
+def assemble_engine(
+    decoder: Decoder,
+    catalog: PolicyCatalog,
+    config: EngineConfig,
+    context_length: int,
+    eos_token_ids: frozenset[int] | None = None,
+    planner: GroupPlanner | None = None,
+) -> Engine:
+    """An engine over a decoder that was made for `context_length` positions. Sequences end at `eos_token_ids`, the
+    model's own where there are none."""
+    model = decoder.config
+    facts = ModelFacts(
+        name=model.name,
+        architecture=model.architecture,
+        num_layers=model.num_layers,
+        vocab_size=model.vocab_size,
+        context_length=context_length,
+        cache_tokens=config.cache_tokens,
+        num_slots=config.num_slots,
+        eos_token_ids=model.eos_token_ids if eos_token_ids is None else eos_token_ids,
+        actions=decoder.actions,
+        policies=catalog.facts(),
+        device=describe(decoder.device),
+    )
+    return Engine(decoder, catalog, make_lane(config.lane, decoder.device), facts, config, planner)
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is CUDA where there is one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError("device", f"{name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def describe(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    return f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
+
+
+def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:
+    """`(out_features, in_features)` of the matrices that a quantised action needs kernels for."""
+    query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    return {
+        (query + 2 * key, model.hidden_size),
+        (model.hidden_size, query),
+        (2 * model.intermediate_size, model.hidden_size),
+        (model.hidden_size, model.intermediate_size),
+    }
+
+
+def policy_spec(policy: LearnedPolicy) -> ProgramSpec:
+    """The program that evaluates the policy: in one thread, since waking another takes longer than a row."""
+    return ProgramSpec(ProgramKind.POLICY, Action.FULL, policy.shape, 1)
+
+
+def _load_programs(
+    model: ModelConfig,
+    learned: Sequence[LearnedPolicy],
+    actions: tuple[Action, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    folder: Path,
+    progress: Progress,
+) -> Mapping[ProgramSpec, Program] | None:
+    """The programs for this model and its policies; None where everything is to run eagerly."""
+    if device.type != "cpu" or dtype is not torch.bfloat16 or not can_compile(model):
+        return None
+    num_threads = torch.get_num_threads()
+    specs = program_specs(model, actions, num_threads)
+    return load_programs([*specs, *(policy_spec(policy) for policy in learned)], folder, progress)
+
+
+def _warm_up(engine: Engine) -> None:
+    """Runs every mode once, so that the first request pays for no lazy initialisation."""
+    room = min(engine.facts.context_length, engine.facts.cache_tokens)
+    stopping = StoppingParameters(max(1, min(4, room - 1)), ignore_eos=True)
+    options = [SkipOptions(Mode.FULL_DEPTH), SkipOptions(Mode.ADAPTIVE), SkipOptions(Mode.EXACT)]
+    options += [SkipOptions(Mode.FIXED, fixed_action=action) for action in engine.facts.actions]
+    for number, skip in enumerate(options):
+        engine.submit(GenerationRequest(f"warm-up-{number}", [0], stopping, skip=skip))
+        while engine.has_work:
+            engine.step()

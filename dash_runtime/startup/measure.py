@@ -1,0 +1,105 @@
+"""Measures what each action costs on this device: the cost table.
+
+Knows the decoder; knows no policies. Interleaves the actions and walks through all layers, so that caches and
+a drifting clock treat them alike, and takes minima: what else runs on the machine only ever adds, and the table is
+kept. A skip is charged with all of what it leaves to a later row (pending_kv.py), as if that row came next: what the
+row after it takes longer.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from dash_runtime.actions import Action, CostTable
+from dash_runtime.decoder.compensation import Compensation, Identity
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.kv_cache import SequenceCache
+
+_CONTEXT_TOKENS = 256
+_ROUNDS = 12
+
+
+@torch.inference_mode()
+def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _ROUNDS) -> CostTable:
+    """The cost table at one row over a context of 256 tokens, or what the model's context holds."""
+    batch = decoder.rows(filled_caches(decoder), [1], [compensation])
+    hidden = decoder.embed([0])
+    layer_seconds: dict[Action, list[float]] = {action: [] for action in decoder.actions}
+    head_seconds: dict[Action, list[float]] = {precision: [] for precision in decoder.heads}
+    late_seconds: list[float] = []  # of a FULL row that projects a skipped one's keys and values with its own
+    fixed_seconds: list[float] = []
+
+    def run_layers(action: Action) -> None:
+        for layer in range(decoder.num_layers):
+            decoder.run_layer(layer, (action,), hidden, batch)
+
+    logits = torch.zeros(1, decoder.config.vocab_size, device=decoder.device)
+    for round_number in range(rounds + 1):
+        others = [action for action in decoder.actions if action is not Action.SKIP]
+        measured: list[tuple[list[float], Callable[[], object]]] = [
+            *((layer_seconds[action], partial(run_layers, action)) for action in others[:-1]),
+            ([], partial(run_layers, Action.FULL)),  # both FULL passes follow one, for what that leaves in the caches
+            (layer_seconds[Action.FULL], partial(run_layers, Action.FULL)),
+            (layer_seconds[Action.SKIP], partial(run_layers, Action.SKIP)),
+            (late_seconds, partial(run_layers, Action.FULL)),
+            *((head_seconds[head], partial(decoder.logits, hidden, (head,))) for head in decoder.heads),
+            (fixed_seconds, lambda: (decoder.embed([0]), logits.argmax(-1).tolist())),
+        ]
+        for seconds, work in measured:
+            elapsed = timed(decoder.device, work)
+            if round_number > 0:  # the first round warms up
+                seconds.append(elapsed)
+    shortest = {action: min(seconds) for action, seconds in layer_seconds.items()}
+    shortest[Action.SKIP] += max(0.0, min(late_seconds) - shortest[Action.FULL])
+    return CostTable.from_seconds(
+        decoder.num_layers,
+        {action: seconds / decoder.num_layers for action, seconds in shortest.items()},
+        {precision: min(seconds) for precision, seconds in head_seconds.items()},
+        min(fixed_seconds),
+    )
+
+
+@torch.inference_mode()
+def measure_verification(decoder: Decoder, lengths: Sequence[int], rounds: int = _ROUNDS) -> dict[int, float]:
+    """What verifying a draft takes, a full-depth pass over its tokens and the one before, head included, over what one
+    token takes; by the length of the draft. Lengths that the model's context cannot hold are left out."""
+    fitting = [length for length in lengths if length + 1 < decoder.context_length]
+    (cache,) = filled_caches(decoder, num_more=1 + max(fitting, default=0))
+    seconds: dict[int, list[float]] = {length: [] for length in (0, *fitting)}
+
+    def run_pass(length: int) -> None:
+        count = length + 1
+        batch = decoder.rows([cache], [count], [Identity()], as_decoding=True)
+        hidden = decoder.embed([0] * count)
+        for layer in range(decoder.num_layers):
+            hidden = decoder.run_layer(layer, (Action.FULL,) * count, hidden, batch)
+        decoder.logits(hidden, (Action.FULL,) * count).argmax(-1).tolist()
+
+    for round_number in range(rounds + 1):
+        for length, own in seconds.items():
+            elapsed = timed(decoder.device, partial(run_pass, length))
+            if round_number > 0:  # the first round warms up
+                own.append(elapsed)
+    return {length: min(seconds[length]) / min(seconds[0]) for length in fitting}
+
+
+def filled_caches(
+    decoder: Decoder, count: int = 1, num_more: int = 1, num_tokens: int = _CONTEXT_TOKENS
+) -> list[SequenceCache]:
+    """Contexts of `num_tokens` each, or what the model's context holds, with room for `num_more`."""
+    context = min(num_tokens, decoder.context_length - num_more)
+    caches = decoder.caches([context + num_more] * count)
+    for cache in caches:
+        cache.append(torch.zeros_like(cache.pool.memory[:, :, :context]))  # written, so that it is in memory
+    return caches
+
+
+def timed(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds until the device is done with it."""
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

@@ -1,0 +1,68 @@
+"""Measures what a layer takes on this device by action and number of rows: the planner's table.
+
+Knows the decoder; knows no policies. Like `measure.py` it interleaves what it compares and takes minima; unlike it,
+several sequences decode together, each over its own context.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+
+from dash_runtime.actions import Action, LatencyTable
+from dash_runtime.decoder.compensation import Compensation
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.startup.measure import filled_caches, timed
+
+_ROWS = (1, 2, 4, 8, 16)
+_ROUNDS = 12
+_MAX_LAYERS = 8
+"""Layers of a pass, spread over the model: enough that one finds none of its weights in a near cache, few enough that
+a start need not wait for all of them."""
+
+
+@torch.inference_mode()
+def measure_latencies(
+    decoder: Decoder, compensation: Compensation, rows: tuple[int, ...] = _ROWS, rounds: int = _ROUNDS
+) -> LatencyTable:
+    """The table for groups of `rows` rows, over contexts of 256 tokens, or what the model's context holds.
+
+    A skip is charged with its own pass and, as in the cost table, with the keys and values that it leaves to a later
+    one, as if all rows that skipped ran next: what that pass takes longer.
+
+    Args:
+        rows: ascending from 1; a batch of other sizes goes by what lies between, and beyond.
+    """
+    layers = _spread(decoder.num_layers)
+    caches = filled_caches(decoder, max(rows))
+    batches = [decoder.rows(caches[:count], [1] * count, [compensation] * count) for count in rows]
+    inputs = [decoder.embed([0] * count) for count in rows]
+
+    def run_layers(place: int, action: Action) -> None:
+        for layer in layers:
+            decoder.run_layer(layer, (action,) * rows[place], inputs[place], batches[place])
+
+    running = [action for action in decoder.actions if action is not Action.SKIP]
+    seconds: dict[Action, list[list[float]]] = {action: [[] for _ in rows] for action in decoder.actions}
+    late_seconds: list[list[float]] = [[] for _ in rows]  # of FULL rows that all skipped before
+    for round_number in range(rounds + 1):
+        for place in range(len(rows)):
+            measured = [*((action, seconds[action]) for action in (*running, Action.SKIP)), (Action.FULL, late_seconds)]
+            for action, own in measured:
+                elapsed = timed(decoder.device, partial(run_layers, place, action))
+                if round_number > 0:  # the first round warms up
+                    own[place].append(elapsed / len(layers))
+    shortest = {action: list(map(min, by_rows)) for action, by_rows in seconds.items()}
+    late = zip(map(min, late_seconds), shortest[Action.FULL], strict=True)
+    shortest[Action.SKIP] = [
+        own + max(0.0, with_late - without)
+        for own, (with_late, without) in zip(shortest[Action.SKIP], late, strict=True)
+    ]
+    return LatencyTable(rows, {action: tuple(by_rows) for action, by_rows in shortest.items()})
+
+
+def _spread(num_layers: int) -> Sequence[int]:
+    """At most `_MAX_LAYERS` layers, the first and the last among them."""
+    if num_layers <= _MAX_LAYERS:
+        return range(num_layers)
+    return [place * (num_layers - 1) // (_MAX_LAYERS - 1) for place in range(_MAX_LAYERS)]

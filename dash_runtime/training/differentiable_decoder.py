@@ -1,0 +1,211 @@
+"""A pass through the frozen model that gradients flow through: each layer's output is blended with its compensation.
+
+It computes what the serving decoder computes with FULL and SKIP (a test holds the two together), in plain
+differentiable operations instead of packed kernels and caches. Knows weights, gates and compensation; knows no policy,
+no prices and no optimiser.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from dash_runtime.decoder.rotary import RotaryTable, rotate
+from dash_runtime.decoder.weight_loader import WeightLoader
+from dash_runtime.errors import ConfigError
+from dash_runtime.model_config import ModelConfig
+
+Gates = Callable[[int, Tensor], Tensor | None]
+"""`(layer, its input [batch, length, hidden_size])` to the share of the layer's own output in what goes on,
+`[batch, length, 1]` in 0…1, or None where it runs in full for all."""
+
+Compensate = Callable[[int, Tensor], Tensor]
+"""`(layer, its input [rows, hidden_size])` to what replaces its output; every `Compensation` is one."""
+
+_LOGIT_ROWS = 128
+
+
+class DifferentiableDecoder:
+    """The model's layers, embedding and head, frozen. Gradients reach hidden states, gates and compensation only.
+
+    Args:
+        weights: tensors by their Hugging Face names, in the shapes that `config` asks for.
+        recomputes_layers: keep only each layer's input for the backward pass and run the layer again there: a third
+            more time for a small part of the memory.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | None = None,
+        recomputes_layers: bool = False,
+    ) -> None:
+        self.config = config
+        self.num_layers = config.num_layers
+        self.dtype = dtype
+        self.device = torch.device("cpu") if device is None else device
+        self._recomputes_layers = recomputes_layers
+        loader = WeightLoader(config, weights, dtype, self.device)
+        self._layers = [loader.layer(index) for index in range(config.num_layers)]
+        self._embedding = loader.tensor("model.embed_tokens.weight")
+        self._final_norm = loader.norm("model.norm.weight")
+        self._head = self._embedding if config.has_tied_head else loader.tensor("lm_head.weight")
+        self._rotary = RotaryTable(config.rope, config.head_dim, 0, dtype, self.device)
+
+    def run(self, token_ids: Tensor, gates: Gates, compensate: Compensate) -> Tensor:
+        """The last layer's output, `[batch, length, hidden_size]`, of int64 `[batch, length]`, teacher-forced.
+
+        What leaves a layer is `g · layer(hidden) + (1 − g) · compensate(layer, hidden)`. Keys and values come from the
+        layer's input in every row, whatever its gate (the KV rule). `gates` is called once per layer, in order.
+        """
+        length = token_ids.shape[1]
+        if length > len(self._rotary.cosines):
+            self._rotary = RotaryTable(self.config.rope, self.config.head_dim, length, self.dtype, self.device)
+        hidden = functional.embedding(token_ids.to(self.device), self._embedding)
+        for layer in range(self.num_layers):
+            gate = gates(layer, hidden)
+            if self._recomputes_layers and torch.is_grad_enabled():
+                hidden = checkpoint(
+                    self._blend, layer, hidden, gate, compensate, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden = self._blend(layer, hidden, gate, compensate)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 `[..., vocab_size]` from the last layer's output `[..., hidden_size]`."""
+        return functional.linear(self._final_norm(hidden), self._head).float()
+
+    def _blend(self, layer: int, hidden: Tensor, gate: Tensor | None, compensate: Compensate) -> Tensor:
+        outputs = self._run_layer(layer, hidden)
+        if gate is None:
+            return outputs
+        compensated = compensate(layer, hidden.flatten(0, 1)).view_as(hidden)
+        # lerp is exact at 0 and 1, and its slope is the difference taken before it is multiplied: the two outputs are
+        # large and alike, so their separate products would cancel badly in bf16.
+        return torch.lerp(compensated, outputs, gate.to(hidden.dtype))
+
+    def _run_layer(self, layer: int, hidden: Tensor) -> Tensor:
+        weights = self._layers[layer]
+        attended = hidden + weights.output(self._attend(layer, weights.input_norm(hidden)))
+        gate, up = weights.gate_up(weights.mlp_norm(attended)).chunk(2, dim=-1)
+        return attended + weights.down(functional.silu(gate) * up)
+
+    def _attend(self, layer: int, normed: Tensor) -> Tensor:
+        """Causal attention, `[batch, length, num_heads * head_dim]`."""
+        config, weights = self.config, self._layers[layer]
+        batch, length, _ = normed.shape
+        heads = weights.query_key_value(normed).view(batch, length, -1, config.head_dim)
+        num_rotated = config.num_heads + config.num_kv_heads
+        rotated, values = heads[:, :, :num_rotated], heads[:, :, num_rotated:]
+        if weights.head_norm is not None:
+            rotated = functional.rms_norm(rotated, (config.head_dim,), None, config.rms_norm_eps) * weights.head_norm
+        rotated = rotate(rotated, self._rotary.cosines[:length], self._rotary.sines[:length])
+        queries, keys = rotated.transpose(1, 2).split((config.num_heads, config.num_kv_heads), dim=1)
+        # Repeated keys, since enable_gqa takes a slow path in bf16 on CPUs.
+        group = config.num_heads // config.num_kv_heads
+        keys = keys.repeat_interleave(group, dim=1)
+        values = values.transpose(1, 2).repeat_interleave(group, dim=1)
+        window = config.sliding_window[layer]
+        if window is None or window >= length:
+            attended = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        else:
+            mask = _window_mask(length, window, queries)
+            attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return attended.transpose(1, 2).flatten(2)
+
+
+def all_full(layer: int, hidden: Tensor) -> None:
+    """The gates of full depth."""
+
+
+def pass_on(layer: int, hidden: Tensor) -> Tensor:
+    """The compensation of full depth, which has no use for any."""
+    return hidden
+
+
+def fixed_gates(skipped: Tensor) -> Gates:
+    """Gates of 0 where bool `[num_layers, batch, length]` says skipped, 1 elsewhere."""
+    is_whole = [not bool(layer.any()) for layer in skipped]
+
+    def gates(layer: int, hidden: Tensor) -> Tensor | None:
+        if is_whole[layer]:
+            return None
+        return (~skipped[layer]).unsqueeze(-1).to(hidden.device, hidden.dtype)
+
+    return gates
+
+
+def keep_prompts(gates: Gates, num_prompt_tokens: int) -> Gates:
+    """The same gates, but each sequence's first `num_prompt_tokens` positions run in full."""
+
+    def kept(layer: int, hidden: Tensor) -> Tensor | None:
+        gate = gates(layer, hidden)
+        if gate is None:
+            return None
+        return torch.cat((torch.ones_like(gate[:, :num_prompt_tokens]), gate[:, num_prompt_tokens:]), dim=1)
+
+    return kept
+
+
+def token_batch(sequences: Sequence[Sequence[int]], num_prompt_tokens: int) -> Tensor:
+    """The sequences as int64 `[batch, length]`.
+
+    Raises:
+        ConfigError: there are none, they differ in length, or they are all prompt.
+    """
+    lengths = {len(ids) for ids in sequences}
+    if len(lengths) != 1:
+        raise ConfigError("sequences", f"must be of one length, found {sorted(lengths) or 'none'}")
+    if num_prompt_tokens >= min(lengths):
+        raise ConfigError("num_prompt_tokens", f"must be less than the sequences' {min(lengths)} tokens")
+    return torch.tensor([list(ids) for ids in sequences])
+
+
+def row_divergences(decoder: DifferentiableDecoder, full: Tensor, ours: Tensor) -> Tensor:
+    """KL(full-depth distribution ‖ ours) in nats for each row, float32 `[rows]`, differentiable in `ours`.
+
+    Both are last-layer outputs, `[rows, hidden_size]`. The logits of only a few rows exist at a time, in the backward
+    pass too.
+    """
+    divergence: Tensor = _RowDivergences.apply(ours, full, decoder)
+    return divergence
+
+
+class _RowDivergences(torch.autograd.Function):
+    """A row's divergence depends on that row's state alone, so its slope is known as soon as its logits are."""
+
+    @staticmethod
+    def forward(ctx: Any, ours: Tensor, full: Tensor, decoder: DifferentiableDecoder) -> Tensor:
+        divergences, slopes = [], []
+        for reference_rows, rows in zip(full.split(_LOGIT_ROWS), ours.split(_LOGIT_ROWS), strict=True):
+            reference = torch.log_softmax(decoder.logits(reference_rows), dim=-1)
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                leaf = rows.detach().requires_grad_(ctx.needs_input_grad[0])
+                adaptive = torch.log_softmax(decoder.logits(leaf), dim=-1)
+                own = (reference.exp() * (reference - adaptive)).sum(dim=-1)
+                if ctx.needs_input_grad[0]:
+                    slopes.append(torch.autograd.grad(own.sum(), leaf)[0])
+            divergences.append(own.detach())
+        if slopes:
+            ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(divergences)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return slopes * gradients[0].unsqueeze(-1).to(slopes.dtype), None, None
+
+
+def _window_mask(length: int, window: int, like: Tensor) -> Tensor:
+    """What is added to attention scores `[length, length]`: 0 for the latest `window` positions, −∞ elsewhere."""
+    positions = torch.arange(length, device=like.device)
+    distance = positions.unsqueeze(1) - positions
+    hidden = (distance < 0) | (distance >= window)
+    return torch.zeros((length, length), dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))

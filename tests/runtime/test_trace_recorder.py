@@ -1,0 +1,221 @@
+"""What the engine records of a request: every decision of its first steps, with times that fit together."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dash_runtime.actions import Action
+from dash_runtime.config import (
+    EngineConfig,
+    GenerationRequest,
+    LaneKind,
+    Mode,
+    ModelFacts,
+    SkipOptions,
+    StoppingParameters,
+)
+from dash_runtime.decision_trace import (
+    DecisionTrace,
+    StepKind,
+    TraceStep,
+    pack_uint32,
+    unpack_float32,
+    unpack_uint32,
+)
+from dash_runtime.decoder.compensation import Identity
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.engine.engine import Engine
+from dash_runtime.engine.lanes import make_lane
+from dash_runtime.engine.sequence import SequenceCancelled, SequenceFinished, TokenProduced
+from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.policy.learned import Calibration, LearnedPolicy, PolicyNetwork
+from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, some_costs, tokens
+
+PINNED = frozenset((0, 5))
+ADAPTIVE = SkipOptions(Mode.ADAPTIVE, compute_budget=0.7)
+EXACT = SkipOptions(Mode.EXACT, compute_budget=0.7)
+NEARLY_FREE = {1: 0.1, 3: 0.1, 7: 0.1}
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_folder: Path) -> Decoder:
+    return load_decoder(tiny_folder, torch.bfloat16)
+
+
+def some_policy(decoder: Decoder) -> LearnedPolicy:
+    """Blocks of three and one layers."""
+    torch.manual_seed(0)
+    hidden = decoder.config.hidden_size
+    network = PolicyNetwork(
+        torch.randn(2, 4), torch.randn(4, 4), torch.randn(8, hidden + 11) / 4, torch.randn(8),
+        torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4),
+    )  # fmt: skip
+    calibration = Calibration(((0.5, 1.0), (1.0, 0.0)), (0.1, 0.0), 0.7)
+    return LearnedPolicy("mine", network, ALL_ACTIONS, PINNED, 1, 3, Action.FULL, Identity(), some_costs(), calibration)
+
+
+def make_engine(decoder: Decoder, lane: LaneKind = LaneKind.INLINE, record_steps: int = 64) -> Engine:
+    config = EngineConfig(record_steps=record_steps, group_planner=False)
+    catalog = PolicyCatalog(
+        some_costs(), ALL_ACTIONS, Identity(), (some_policy(decoder),), 0.7, NEARLY_FREE, least_drafting_gain=0.1
+    )
+    facts = ModelFacts(
+        "tiny", "LlamaForCausalLM", 6, 260, 512, config.cache_tokens, config.num_slots, frozenset(), ALL_ACTIONS,
+        catalog.facts(), "CPU",
+    )  # fmt: skip
+    return Engine(decoder, catalog, make_lane(lane, decoder.device), facts, config)
+
+
+def request(name: str, skip: SkipOptions, max_new_tokens: int = 8) -> GenerationRequest:
+    return GenerationRequest(name, [1, 2, 3], StoppingParameters(max_new_tokens), skip=skip, return_decisions=True)
+
+
+def recorded_of(event: SequenceFinished | SequenceCancelled) -> DecisionTrace:
+    assert event.recorded is not None
+    return event.recorded
+
+
+def check_times(recorded: DecisionTrace, step: TraceStep) -> None:
+    starts, ends = unpack_uint32(step.layer_starts), unpack_uint32(step.layer_ends)
+    assert recorded.first_token_unix_ns is not None
+    assert recorded.granted_unix_ns <= recorded.first_token_unix_ns <= step.start_unix_ns
+    assert step.start_unix_ns + step.duration_ns <= recorded.ended_unix_ns
+    assert all(start <= end for start, end in zip(starts, ends, strict=True))
+    assert all(end <= start for end, start in zip(ends, starts[1:], strict=False))
+    assert ends[-1] <= step.duration_ns
+
+
+@pytest.mark.parametrize("lane", [LaneKind.INLINE, LaneKind.THREAD])
+def test_every_layer_that_is_not_pinned_has_a_decision_with_its_scores_and_times(
+    decoder: Decoder, lane: LaneKind
+) -> None:
+    engine = make_engine(decoder, lane)
+    engine.submit(request("a", ADAPTIVE))
+    events = drain(engine)["a"]
+    engine.close()
+    recorded = recorded_of(finished(events))
+    assert (recorded.policy, recorded.compute_budget, recorded.pinned_layers) == ("mine", 0.7, [0, 5])
+    assert recorded.score_actions == list(ALL_ACTIONS)
+    assert recorded.first_token_id == tokens(events)[0]
+    assert [step.token_ids for step in recorded.steps] == [[token_id] for token_id in tokens(events)[1:]]
+    plans = [event.plan for event in events if isinstance(event, TokenProduced)]
+    assert [step.actions for step in recorded.steps] == plans[1:]
+    exposed_ns = 0
+    for step in recorded.steps:
+        check_times(recorded, step)
+        layer_starts = unpack_uint32(step.layer_starts)
+        starts, ends = unpack_uint32(step.decision_starts), unpack_uint32(step.decision_ends)
+        assert [layer for layer in range(6) if ends[layer]] == [1, 2, 3, 4]
+        assert all(starts[layer] <= ends[layer] <= layer_starts[layer] for layer in (1, 2, 3, 4))
+        assert starts[1] == starts[2] == starts[3] < starts[4]  # a block is one evaluation
+        scores = unpack_float32(step.scores)
+        for layer in (1, 2, 3, 4):
+            own = scores[layer * 4 : layer * 4 + 4]
+            assert ALL_ACTIONS[max(range(4), key=own.__getitem__)] == step.actions[layer]
+        exposed = unpack_uint32(step.exposed)
+        assert not exposed[2]
+        assert not exposed[3]
+        exposed_ns += sum(exposed)
+        costs = some_costs().layer
+        spent = [sum(costs[Action(action)] for action in step.actions[:layer]) for layer in range(6)]
+        assert list(unpack_float32(step.cost_spent)) == pytest.approx(spent)
+    assert exposed_ns == finished(events).log.exposed_ns
+
+
+def test_rows_of_a_batch_keep_their_own_scores(decoder: Decoder) -> None:
+    skips = {"first": ADAPTIVE, "full": SkipOptions(), "second": replace(ADAPTIVE, compute_budget=0.9)}
+
+    def scores(*names: str) -> dict[str, list[float]]:
+        engine = make_engine(decoder)
+        for name in names:
+            engine.submit(replace(request(name, skips[name]), prompt_token_ids=[len(name), 8]))
+        steps = {name: recorded_of(finished(events)).steps for name, events in drain(engine).items()}
+        return {name: [score for step in own for score in unpack_float32(step.scores)] for name, own in steps.items()}
+
+    together = scores(*skips)
+    assert together["full"] == []
+    for name in ("first", "second"):  # but for the rounding of a product of several rows
+        assert together[name] == pytest.approx(scores(name)[name], abs=1e-3)
+
+
+def test_full_depth_has_layers_and_no_decisions(decoder: Decoder) -> None:
+    engine = make_engine(decoder)
+    engine.submit(request("a", SkipOptions()))
+    recorded = recorded_of(finished(drain(engine)["a"]))
+    assert recorded.price is None
+    for step in recorded.steps:
+        check_times(recorded, step)
+        assert not any(unpack_uint32(step.decision_ends))
+        assert step.actions == bytes([Action.FULL] * 6)
+
+
+def test_exact_records_drafts_and_what_their_verifications_accepted(decoder: Decoder) -> None:
+    engine = make_engine(decoder)
+    engine.submit(request("a", EXACT, 40))
+    events = drain(engine)["a"]
+    recorded = recorded_of(finished(events))
+    output = [recorded.first_token_id]
+    drafted: list[int] = []
+    for step in recorded.steps:
+        if step.kind is StepKind.DRAFT:
+            drafted += step.token_ids
+            assert len(step.actions) == 6
+            continue
+        if step.kind is StepKind.VERIFICATION:
+            assert drafted
+            assert step.accepted_token_count is not None
+            accepted = drafted[: step.accepted_token_count]
+            assert step.token_ids[: step.accepted_token_count] == accepted
+            drafted = []
+        output += step.token_ids
+    assert output == tokens(events)
+    speculation = finished(events).speculation
+    assert speculation is not None
+    kinds = [step.kind for step in recorded.steps]
+    assert kinds.count(StepKind.DRAFT) == speculation.num_drafted > 0
+    assert kinds.count(StepKind.VERIFICATION) == speculation.num_verifications
+    assert sum(step.accepted_token_count or 0 for step in recorded.steps) == speculation.num_accepted
+
+
+def test_only_the_first_steps_are_recorded_and_the_others_counted(decoder: Decoder) -> None:
+    engine = make_engine(decoder, record_steps=3)
+    engine.submit(request("a", ADAPTIVE, 10))
+    recorded = recorded_of(finished(drain(engine)["a"]))
+    assert (len(recorded.steps), recorded.num_unrecorded_steps) == (3, 6)
+
+
+def test_nothing_is_recorded_unless_asked_for(decoder: Decoder) -> None:
+    engine = make_engine(decoder, record_steps=0)
+    engine.submit(request("a", ADAPTIVE))
+    assert finished(drain(engine)["a"]).recorded is None
+
+
+def test_a_cancelled_request_leaves_what_was_recorded(decoder: Decoder) -> None:
+    engine = make_engine(decoder)
+    engine.submit(request("a", ADAPTIVE, 50))
+    assert engine.cancel("unknown") == []
+    for _ in range(4):
+        engine.step()
+    (event,) = engine.cancel("a")
+    assert isinstance(event, SequenceCancelled)
+    assert len(recorded_of(event).steps) == 3
+    assert engine.num_reserved_cache_tokens == 0
+
+
+def test_counts_by_layer_add_up_to_those_by_action(decoder: Decoder) -> None:
+    engine = make_engine(decoder)
+    engine.submit(request("a", ADAPTIVE))
+    log = finished(drain(engine)["a"]).log
+    counts = log.layer_action_counts()
+    assert [sum(layer) for layer in counts] == [7] * 6
+    assert {action: sum(column) for action, column in zip(Action, zip(*counts, strict=True), strict=True)} == (
+        log.action_counts
+    )
+
+
+def test_numbers_that_do_not_fit_are_packed_as_the_nearest_that_do() -> None:
+    assert list(unpack_uint32(pack_uint32([-5, 7, 1 << 40]))) == [0, 7, 0xFFFF_FFFF]
+    with pytest.raises(ValueError, match="bytes"):
+        unpack_uint32(b"abc")
