@@ -24,12 +24,57 @@ class RopeConfig:
     original_context_length: int = 8192
 
 
+class NormPlacement(StrEnum):
+    """Which side of attention and MLP is normed."""
+
+    BEFORE = "before"
+    """Their inputs, as in Llama."""
+    AFTER = "after"
+    """Their outputs, before these are added to the residual, as in OLMo 2."""
+    BOTH = "both"
+    """As in Gemma 2."""
+
+
+class QkNorm(StrEnum):
+    """Over what queries and keys are normed."""
+
+    HEAD = "head"
+    """Each head by itself, as in Qwen3."""
+    WIDTH = "width"
+    """All heads together, as in OLMo 2."""
+
+
+class Activation(StrEnum):
+    """The gate's function in the MLP."""
+
+    SILU = "silu"
+    GELU_TANH = "gelu_tanh"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockConfig:
+    """What a layer computes, beside its sizes: where the families of models differ. The defaults are Llama's."""
+
+    norm_placement: NormPlacement = NormPlacement.BEFORE
+    norm_offset: float = 0.0
+    """Added to the weights of norms as they are stored."""
+    activation: Activation = Activation.SILU
+    qk_norm: QkNorm | None = None
+    has_qkv_bias: bool = False
+    has_output_bias: bool = False
+    has_mlp_bias: bool = False
+    attention_scale: float | None = None
+    """Of the products of queries and keys; None: `head_dim ** -0.5`."""
+    residual_multiplier: float = 1.0
+    """Of what attention and MLP add to the residual."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """One member of the Llama family.
+    """The shape of one model.
 
-    `sliding_window[layer]` is the number of latest positions that the layer attends to, its own
-    included, or None for all.
+    `ropes[layer]` is the layer's rotary embedding, None for none. `sliding_window[layer]` is the number of latest
+    positions that the layer attends to, its own included, or None for all.
     """
 
     name: str
@@ -43,11 +88,10 @@ class ModelConfig:
     vocab_size: int
     rms_norm_eps: float
     context_length: int
-    rope: RopeConfig
-    has_qkv_bias: bool
-    has_output_bias: bool
-    has_mlp_bias: bool
-    has_qk_norm: bool
-    has_tied_head: bool
+    block: BlockConfig
+    ropes: tuple[RopeConfig | None, ...]
     sliding_window: tuple[int | None, ...]
+    has_tied_head: bool
     eos_token_ids: frozenset[int]
+    embedding_multiplier: float = 1.0
+    logits_multiplier: float = 1.0

@@ -14,7 +14,7 @@ from dash_runtime.checkpoints.manifest import read_manifest
 from dash_runtime.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.files.json_file import read_json_object
 from dash_runtime.files.wording import one_line, quoted
-from dash_runtime.model_config import ModelConfig, RopeConfig, RopeKind
+from dash_runtime.model_config import BlockConfig, ModelConfig, QkNorm, RopeConfig, RopeKind
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -123,11 +123,13 @@ def parse_model_config(raw: Mapping[str, Any], name: str, source: Path) -> Model
         vocab_size=vocab_size,
         rms_norm_eps=eps,
         context_length=context_length,
-        rope=_rope(config, source),
-        has_qkv_bias=architecture == "Qwen2ForCausalLM" or has_attention_bias,
-        has_output_bias=architecture != "Qwen2ForCausalLM" and has_attention_bias,
-        has_mlp_bias=_flag(config, "mlp_bias", source),
-        has_qk_norm=architecture == "Qwen3ForCausalLM",
+        block=BlockConfig(
+            qk_norm=QkNorm.HEAD if architecture == "Qwen3ForCausalLM" else None,
+            has_qkv_bias=architecture == "Qwen2ForCausalLM" or has_attention_bias,
+            has_output_bias=architecture != "Qwen2ForCausalLM" and has_attention_bias,
+            has_mlp_bias=_flag(config, "mlp_bias", source),
+        ),
+        ropes=(_rope(config, source),) * _size(config, "num_hidden_layers", source),
         has_tied_head=_flag(config, "tie_word_embeddings", source),
         sliding_window=_sliding_window(config, architecture, source),
         eos_token_ids=_token_ids(config.eos_token_id, vocab_size, source),

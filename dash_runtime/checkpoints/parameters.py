@@ -6,7 +6,7 @@ Knows no files and no tensors: the decoder, the weight reader and the GGUF conve
 from collections.abc import Iterable
 from dataclasses import replace
 
-from dash_runtime.model_config import ModelConfig
+from dash_runtime.model_config import ModelConfig, QkNorm
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -33,7 +33,10 @@ def unused_parameter(names: Iterable[str], config: ModelConfig) -> str | None:
 
     Other tensors that `config` does not need, such as tables that old checkpoints hold, mean nothing.
     """
-    everything = replace(config, has_qkv_bias=True, has_output_bias=True, has_mlp_bias=True, has_qk_norm=True)
+    everything = replace(
+        config,
+        block=replace(config.block, has_qkv_bias=True, has_output_bias=True, has_mlp_bias=True, qk_norm=QkNorm.HEAD),
+    )
     left_out = _layer_shapes(everything).keys() - _layer_shapes(config).keys()
     for name in names:
         if not name.startswith(_LAYERS):
@@ -49,19 +52,19 @@ def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     query = config.num_heads * config.head_dim
     key = config.num_kv_heads * config.head_dim
     linears = {
-        "self_attn.q_proj": (query, hidden, config.has_qkv_bias),
-        "self_attn.k_proj": (key, hidden, config.has_qkv_bias),
-        "self_attn.v_proj": (key, hidden, config.has_qkv_bias),
-        "self_attn.o_proj": (hidden, query, config.has_output_bias),
-        "mlp.gate_proj": (mlp, hidden, config.has_mlp_bias),
-        "mlp.up_proj": (mlp, hidden, config.has_mlp_bias),
-        "mlp.down_proj": (hidden, mlp, config.has_mlp_bias),
+        "self_attn.q_proj": (query, hidden, config.block.has_qkv_bias),
+        "self_attn.k_proj": (key, hidden, config.block.has_qkv_bias),
+        "self_attn.v_proj": (key, hidden, config.block.has_qkv_bias),
+        "self_attn.o_proj": (hidden, query, config.block.has_output_bias),
+        "mlp.gate_proj": (mlp, hidden, config.block.has_mlp_bias),
+        "mlp.up_proj": (mlp, hidden, config.block.has_mlp_bias),
+        "mlp.down_proj": (hidden, mlp, config.block.has_mlp_bias),
     }
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
     }
-    if config.has_qk_norm:
+    if config.block.qk_norm is not None:
         shapes["self_attn.q_norm.weight"] = (config.head_dim,)
         shapes["self_attn.k_norm.weight"] = (config.head_dim,)
     for name, (rows, columns, has_bias) in linears.items():

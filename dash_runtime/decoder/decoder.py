@@ -73,7 +73,7 @@ class Decoder:
         self.dtype = dtype
         self.device = device
         self.context_length = context_length
-        self._rotary = RotaryTable(config.rope, config.head_dim, context_length, dtype, device)
+        self._rotary = RotaryTable(config.ropes[0], config.head_dim, context_length, dtype, device)
         self._eps = config.rms_norm_eps
         self._query_size = config.num_heads * config.head_dim
         # The matrices are packed anew: a mapped file that stays for the sake of the rest would stay whole.

@@ -74,7 +74,7 @@ class WeightLoader:
         prefix = f"model.layers.{index}"
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
         head_norm = None
-        if config.has_qk_norm:
+        if config.block.qk_norm is not None:
             query_norm = self.tensor(f"{attention}.q_norm.weight").expand(config.num_heads, -1)
             key_norm = self.tensor(f"{attention}.k_norm.weight").expand(config.num_kv_heads, -1)
             head_norm = torch.cat((query_norm, key_norm))
@@ -82,8 +82,8 @@ class WeightLoader:
             self.norm(f"{prefix}.input_layernorm.weight"),
             self.norm(f"{prefix}.post_attention_layernorm.weight"),
             head_norm,
-            self.linear([f"{attention}.{name}_proj" for name in "qkv"], config.has_qkv_bias),
-            self.linear([f"{attention}.o_proj"], config.has_output_bias),
-            self.linear([f"{mlp}.gate_proj", f"{mlp}.up_proj"], config.has_mlp_bias),
-            self.linear([f"{mlp}.down_proj"], config.has_mlp_bias),
+            self.linear([f"{attention}.{name}_proj" for name in "qkv"], config.block.has_qkv_bias),
+            self.linear([f"{attention}.o_proj"], config.block.has_output_bias),
+            self.linear([f"{mlp}.gate_proj", f"{mlp}.up_proj"], config.block.has_mlp_bias),
+            self.linear([f"{mlp}.down_proj"], config.block.has_mlp_bias),
         )

@@ -34,7 +34,8 @@ class ModelShape:
 
     @classmethod
     def of(cls, model: ModelConfig) -> "ModelShape":
-        return cls(**{field.name: getattr(model, field.name) for field in fields(cls)})
+        own = {field.name: getattr(model, field.name) for field in fields(cls) if hasattr(model, field.name)}
+        return cls(**own, has_qkv_bias=model.block.has_qkv_bias, has_qk_norm=model.block.qk_norm is not None)
 
     @property
     def query_size(self) -> int:

@@ -56,7 +56,7 @@ class DifferentiableDecoder:
         self._embedding = loader.tensor("model.embed_tokens.weight")
         self._final_norm = loader.norm("model.norm.weight")
         self._head = self._embedding if config.has_tied_head else loader.tensor("lm_head.weight")
-        self._rotary = RotaryTable(config.rope, config.head_dim, 0, dtype, self.device)
+        self._rotary = RotaryTable(config.ropes[0], config.head_dim, 0, dtype, self.device)
 
     def run(self, token_ids: Tensor, gates: Gates, compensate: Compensate) -> Tensor:
         """The last layer's output, `[batch, length, hidden_size]`, of int64 `[batch, length]`, teacher-forced.
@@ -66,7 +66,7 @@ class DifferentiableDecoder:
         """
         length = token_ids.shape[1]
         if length > len(self._rotary.cosines):
-            self._rotary = RotaryTable(self.config.rope, self.config.head_dim, length, self.dtype, self.device)
+            self._rotary = RotaryTable(self.config.ropes[0], self.config.head_dim, length, self.dtype, self.device)
         hidden = functional.embedding(token_ids.to(self.device), self._embedding)
         for layer in range(self.num_layers):
             gate = gates(layer, hidden)

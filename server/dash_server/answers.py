@@ -160,8 +160,8 @@ def decisions_to_pb(kept: KeptDecisions) -> model_pb2.GetDecisionsResponse:
     )
 
 
-def _step_to_pb(step: TraceStep) -> model_pb2.TraceStep:
-    return model_pb2.TraceStep(
+def _step_to_pb(step: TraceStep) -> model_pb2.RecordedStep:
+    return model_pb2.RecordedStep(
         kind=_STEP_KINDS[step.kind],
         token_ids=step.token_ids,
         start_unix_nanos=step.start_unix_ns,

@@ -73,7 +73,7 @@ def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
         f"{architecture}.attention.key_length": config.head_dim,
         f"{architecture}.attention.value_length": config.head_dim,
         f"{architecture}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        f"{architecture}.rope.freq_base": config.rope.theta,
+        f"{architecture}.rope.freq_base": config.ropes[0].theta,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": tiny_tokens(),

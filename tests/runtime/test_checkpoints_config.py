@@ -42,7 +42,7 @@ def test_the_shape_is_read(tmp_path: Path) -> None:
     assert (config.num_layers, config.hidden_size, config.intermediate_size) == (4, 64, 96)
     assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 16)
     assert (config.context_length, config.vocab_size) == (512, 260)
-    assert config.rope == RopeConfig(10000.0)
+    assert set(config.ropes) == {RopeConfig(10000.0)}
     assert config.sliding_window == (None,) * 4
 
 
@@ -61,7 +61,10 @@ def test_biases_and_norms_follow_the_architecture(
     tmp_path: Path, keys: dict[str, Any], biases_and_norm: tuple[bool, ...]
 ) -> None:
     config = load_model_config(write_config(tmp_path, keys))
-    found = (config.has_qkv_bias, config.has_output_bias, config.has_mlp_bias, config.has_qk_norm)
+    found = (
+        *(config.block.has_qkv_bias, config.block.has_output_bias, config.block.has_mlp_bias),
+        config.block.qk_norm is not None,
+    )
     assert found == biases_and_norm
 
 
@@ -103,7 +106,7 @@ LLAMA3_SCALING = {
 def test_rotary_parameters_are_read_in_the_old_and_the_new_spelling(
     tmp_path: Path, keys: dict[str, Any], rope: RopeConfig
 ) -> None:
-    assert load_model_config(write_config(tmp_path, LLAMA | keys)).rope == rope
+    assert load_model_config(write_config(tmp_path, LLAMA | keys)).ropes == (rope,) * LLAMA["num_hidden_layers"]
 
 
 @pytest.mark.parametrize(

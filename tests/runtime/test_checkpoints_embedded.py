@@ -57,7 +57,7 @@ def test_its_shape_and_name(folder: Path) -> None:
     config = load_model_config(folder)
     assert config.name == "SmolLM2-135M-Instruct"
     assert (config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads) == (30, 576, 9, 3)
-    assert (config.vocab_size, config.context_length, config.rope.theta) == (49152, 8192, 100000.0)
+    assert (config.vocab_size, config.context_length, config.ropes[0].theta) == (49152, 8192, 100000.0)
     assert config.has_tied_head
     assert config.eos_token_ids == {2}
     check_weights(open_weights(folder), config)

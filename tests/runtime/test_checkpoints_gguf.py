@@ -102,7 +102,7 @@ def test_llama3_rotary_factors_become_llama3_parameters(llama: Path, tmp_path: P
 
     config = load_model_config(converted(gguf, tmp_path / "converted"))
 
-    assert config.rope == RopeConfig(500000.0, RopeKind.LLAMA3, 32.0, 1.0, 4.0, 8192)
+    assert set(config.ropes) == {RopeConfig(500000.0, RopeKind.LLAMA3, 32.0, 1.0, 4.0, 8192)}
 
 
 def llama3_factors_of_transformers(rope: dict[str, Any], head_dim: int) -> np.ndarray:
@@ -122,7 +122,7 @@ def test_linear_scaling_is_kept(llama: Path, tmp_path: Path) -> None:
 
     config = load_model_config(converted(gguf, tmp_path / "converted"))
 
-    assert config.rope == RopeConfig(10000.0, RopeKind.LINEAR, 4.0)
+    assert set(config.ropes) == {RopeConfig(10000.0, RopeKind.LINEAR, 4.0)}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config
 from dash_runtime.decoder.backends.inductor import can_compile, program_specs
+from dash_runtime.model_config import BlockConfig, QkNorm
 from dash_runtime.programs.compile_program import sample
 from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec, load_programs
 from dash_runtime.programs.traced_layer import ModelShape
@@ -87,9 +88,15 @@ def test_a_specification_survives_its_json(spec: ProgramSpec) -> None:
     ("changes", "expected"),
     [
         ({}, True),
-        ({"has_qkv_bias": True, "has_qk_norm": True, "sliding_window": (None, 2, 7, None, None, None)}, True),
-        ({"has_output_bias": True}, False),
-        ({"has_mlp_bias": True}, False),
+        (
+            {
+                "block": BlockConfig(has_qkv_bias=True, qk_norm=QkNorm.HEAD),
+                "sliding_window": (None, 2, 7, None, None, None),
+            },
+            True,
+        ),
+        ({"block": BlockConfig(has_output_bias=True)}, False),
+        ({"block": BlockConfig(has_mlp_bias=True)}, False),
         ({"sliding_window": (None,) * 5 + (1,)}, False),
         ({"intermediate_size": 168}, False),
         ({"hidden_size": 80}, False),

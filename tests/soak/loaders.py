@@ -15,7 +15,7 @@ from dash_runtime.checkpoints.conversion_cache import ConversionSource, cached_c
 from dash_runtime.checkpoints.gguf_conversion import convert_gguf
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.errors import InvalidRequest
-from dash_runtime.model_config import ModelConfig, RopeConfig
+from dash_runtime.model_config import BlockConfig, ModelConfig, RopeConfig
 from dash_runtime.policy.compensation_file import load_compensation
 from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
 from dash_server.text import TextTokenizer
@@ -42,11 +42,8 @@ _POLICY_MODEL = ModelConfig(
     vocab_size=VOCAB_SIZE,
     rms_norm_eps=1e-6,
     context_length=512,
-    rope=RopeConfig(10000.0),
-    has_qkv_bias=False,
-    has_output_bias=False,
-    has_mlp_bias=False,
-    has_qk_norm=False,
+    block=BlockConfig(),
+    ropes=(RopeConfig(10000.0),) * _NUM_LAYERS,
     has_tied_head=True,
     sliding_window=(None,) * _NUM_LAYERS,
     eos_token_ids=frozenset((256,)),

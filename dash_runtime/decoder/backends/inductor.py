@@ -43,7 +43,7 @@ def program_specs(model: ModelConfig, actions: Sequence[Action], num_threads: in
 
 def can_compile(model: ModelConfig) -> bool:
     """Whether the programs can stand for this model's layers."""
-    has_only_known_biases = not (model.has_output_bias or model.has_mlp_bias)
+    has_only_known_biases = not (model.block.has_output_bias or model.block.has_mlp_bias)
     has_long_windows = all(window is None or window > 1 for window in model.sliding_window)
     sizes = [*ModelShape.of(model).matrices(), (model.vocab_size, model.hidden_size)]
     return has_only_known_biases and has_long_windows and all(is_packable(*size) for size in sizes)
