@@ -16,6 +16,7 @@ from benchmarks.rounds import interleaved, progress
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import default_cache_folder, resolve_checkpoint, tokenizer_file
 from dash_runtime.config import EngineConfig, GenerationRequest, StoppingParameters
+from dash_runtime.decoder.batch import PassKind
 from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
@@ -126,7 +127,7 @@ def _prefill_seconds(decoder: Decoder, token_ids: Sequence[int], pass_tokens: in
     started = time.perf_counter()
     for start in range(0, len(token_ids), pass_tokens):
         chunk = token_ids[start : start + pass_tokens]
-        batch = decoder.rows([cache], [len(chunk)], [Identity()], is_prompt=True)
+        batch = decoder.batch(PassKind.PREFILL, [cache], [len(chunk)], [Identity()])
         hidden = decoder.embed(chunk)
         for layer in range(decoder.num_layers):
             hidden = decoder.run_layer(layer, (Action.FULL,) * len(chunk), hidden, batch)

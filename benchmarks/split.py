@@ -18,7 +18,7 @@ from benchmarks.rounds import Effort, progress
 from benchmarks.setting import FULL_DEPTH, Setting
 from dash_runtime.actions import Action
 from dash_runtime.config import GenerationRequest, SkipOptions, StoppingParameters
-from dash_runtime.decoder.batch import Batch
+from dash_runtime.decoder.batch import Batch, PassKind
 from dash_runtime.decoder.compensation import Identity
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import Lane, Ticket
@@ -119,7 +119,7 @@ def _measure_attention(report: Report, engine: Engine, rounds: int) -> None:
     hidden, actions = decoder.embed([0]), (Action.FULL,)
     batches: dict[int, Batch] = {}
     for length in (1, *_CONTEXTS):
-        batches[length] = decoder.rows(filled_caches(decoder, num_tokens=length), [1], [Identity()])
+        batches[length] = decoder.batch(PassKind.DECODE, filled_caches(decoder, num_tokens=length), [1], [Identity()])
 
     def run_layers(batch: Batch) -> None:
         for layer in range(decoder.num_layers):

@@ -14,15 +14,16 @@ ROOMS = {
         startup/
         engine/
         policy/
-        decoder/
+        decoder/loading decoder/full_path
+        decoder/decoder
         decoder/backends/
-        decoder/batch
-        decoder/pending_kv decoder/kv_cache decoder/attention decoder/compensation decoder/layer decoder/rotary
-        decoder/weight_loader decoder/norm
+        decoder/
         programs/
         linears/
         checkpoints/
-        decision_trace config
+        decision_trace
+        devices/
+        config
         model_config actions child_process
         files/
         errors

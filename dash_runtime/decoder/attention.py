@@ -8,19 +8,25 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """`[rows, num_heads * head_dim]` from queries `[rows, num_heads, head_dim]`, and keys and values `[positions,
-    num_kv_heads, head_dim]`; `mask` as `causal_mask` makes it, None for a single row that sees everything."""
+def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
+    """Returns `[rows, num_heads * head_dim]`.
+
+    Args:
+        queries: `[rows, num_heads, head_dim]`.
+        keys: `[positions, num_kv_heads, head_dim]`, as `values`.
+        mask: as `causal_mask` makes it; None for a single row that sees everything.
+        scale: of the products of queries and keys; None for `head_dim ** -0.5`.
+    """
     num_rows, num_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[1]
     group = num_heads // num_kv_heads
     keys, values = keys.transpose(0, 1).unsqueeze(0), values.transpose(0, 1).unsqueeze(0)
     if num_rows == 1:
         folded = queries.view(1, num_kv_heads, group, head_dim)
-        return functional.scaled_dot_product_attention(folded, keys, values).view(1, -1)
+        return functional.scaled_dot_product_attention(folded, keys, values, scale=scale).view(1, -1)
     folded = queries.view(num_rows, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     folded = folded.reshape(1, num_kv_heads, group * num_rows, head_dim)
-    attended = functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
+    attended = functional.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
     attended = attended.view(num_kv_heads, group, num_rows, head_dim).permute(2, 0, 1, 3)
     return attended.reshape(num_rows, num_heads * head_dim)
 

@@ -1,12 +1,10 @@
 """The rows of one pass: which sequence each belongs to, where it stands, and what it may attend to.
 
-A row is one token of one sequence. Decoding has one row per sequence; a prefill has many rows of one.
-Knows caches and positions; knows no weights.
+A row is one token of one sequence. Knows caches and positions; knows no weights.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -15,23 +13,21 @@ from dash_runtime.actions import Action
 from dash_runtime.decoder.attention import attention, causal_mask
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.kv_cache import SequenceCache
-from dash_runtime.decoder.pending_kv import MAX_PENDING, Projection, Stretch, late_actions
+from dash_runtime.decoder.projection import Projection, Span, project_row, project_rows
 from dash_runtime.decoder.rotary import RotaryTable
 from dash_runtime.programs.kv_blocks import attended_blocks
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Consecutive positions of one sequence: `num_rows` rows of the pass, starting at `first_row`."""
+class PassKind(Enum):
+    """What a pass is for, and so what its rows' bits may depend on."""
 
-    cache: SequenceCache
-    start: int
-    num_rows: int
-    first_row: int
-
-    @property
-    def end(self) -> int:
-        return self.start + self.num_rows
+    PREFILL = "prefill"
+    """Rows of prompts, or of whole texts under teacher forcing. A row has the same bits in every pass that begins at a
+    multiple of the row block, however long the pass is."""
+    DECODE = "decode"
+    """One row per sequence, each with positions before it."""
+    VERIFY = "verify"
+    """Rows in FULL, several per sequence. In a pass of one sequence each has the bits that it has if it is decoded."""
 
 
 class Batch:
@@ -40,27 +36,26 @@ class Batch:
     Args:
         caches: one sequence cache per span.
         lengths: rows of each span; they follow what is cached already.
+        rotary: one table per layer.
         compensations: one per span: what replaces a skipped layer in its rows.
         sliding_window: per layer, the latest positions it attends to, or None for all.
-        row_block: attention takes so many rows of a span at once, from its first on. A row's sums depend on how many
-            rows and positions are given with it, so that those of a block do not depend on what follows it.
-        as_decoding: whether rows of one sequence, all in FULL, are to have the very numbers that they have where they
-            are decoded one by one; only compiled layers tell these apart.
-        is_prompt: whether these are rows of a prompt, of which one alone is to have the numbers that it has among
-            others.
+        row_block: attention takes so many rows of a span at once, from its first on. A row's sums depend on the rows
+            and positions that are given with it, so those of a block do not depend on what follows it.
+        attention_scale: of the products of queries and keys; None: the usual one.
     """
 
     def __init__(
         self,
+        kind: PassKind,
         caches: Sequence[SequenceCache],
         lengths: Sequence[int],
-        rotary: RotaryTable,
+        rotary: Sequence[RotaryTable],
         compensations: Sequence[Compensation],
         sliding_window: Sequence[int | None],
         row_block: int,
-        as_decoding: bool = False,
-        is_prompt: bool = False,
+        attention_scale: float | None = None,
     ) -> None:
+        self.kind = kind
         self.spans: list[Span] = []
         first_row = 0
         for cache, length in zip(caches, lengths, strict=True):
@@ -68,13 +63,10 @@ class Batch:
             self.spans.append(Span(cache, cache.length, length, first_row))
             first_row += length
         self.num_rows = first_row
-        is_one_each = self.num_rows == len(self.spans) and all(span.start > 0 for span in self.spans)
-        self.is_decoding = is_one_each and not is_prompt
-        """Whether every row is the only one of its sequence, has others before it and is not of a prompt."""
-        self.is_as_decoding = as_decoding and len(self.spans) == 1 and self.spans[0].start > 0
-        self.is_like_decoded = self.is_decoding or as_decoding
-        """Whether each row is to have the numbers that it has where it is decoded alone."""
+        assert kind is PassKind.PREFILL or all(span.start > 0 for span in self.spans)
+        assert kind is not PassKind.DECODE or self.num_rows == len(self.spans)
         self._row_block = row_block
+        self._attention_scale = attention_scale
         self._rotary = rotary
         self._sliding_window = sliding_window
         self._compensations = [
@@ -83,83 +75,44 @@ class Batch:
             for _ in range(span.num_rows)
         ]
         self._shares_compensation = all(own is self._compensations[0] for own in self._compensations)
-        self._stretches = [Stretch(span.cache, span.start, span.num_rows, span.first_row) for span in self.spans]
-        self._cosines, self._sines = self._tables(self._stretches)
+        self._tables: dict[RotaryTable, tuple[Tensor, Tensor]] = {}
+        self._row_tables: dict[RotaryTable, list[tuple[Tensor, Tensor]]] = {}
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._seen: dict[int, tuple[Sequence[Tensor], Sequence[Tensor]]] = {}
-        self._blocks: dict[tuple[tuple[int, ...], int | None], list[Tensor]] = {}
+        self._blocks: dict[tuple[tuple[int, ...], int | None], tuple[Tensor, ...]] = {}
 
     def projection(self, layer: int, actions: Sequence[Action], hidden: Tensor) -> Projection | None:
-        """What the layer has to project now; None where every row skips and may wait. Rows that wait are kept."""
+        """Returns what the layer has to project now; None if every row skips and may wait. Rows that wait are kept."""
+        tables = self._rotary[layer].at
         if len(actions) == 1:
-            return self._single_row_projection(layer, actions[0], hidden)
-        waiting = [span.cache.pending[layer] for span in self.spans]
-        if Action.SKIP not in actions and not any(waiting):
-            return Projection(hidden, actions, self._cosines, self._sines, self._stretches, None)
-        inputs: list[Tensor] = []
-        labels: list[Action] = []
-        stretches: list[Stretch] = []
-        own_rows = [0] * self.num_rows
-        for span, pending in zip(self.spans, waiting, strict=True):
-            own_actions = actions[span.first_row : span.first_row + span.num_rows]
-            projected = late_actions(len(pending), own_actions)
-            rows = [*pending, *hidden[span.first_row : span.first_row + span.num_rows].split(1)]
-            span.cache.pending[layer] = rows[len(projected) :]
-            if projected:
-                stretches.append(Stretch(span.cache, span.start - len(pending), len(projected), len(labels)))
-            for place in range(len(pending), len(projected)):
-                own_rows[span.first_row + place - len(pending)] = len(labels) + place
-            labels += projected
-            inputs += rows[: len(projected)]
-        if not labels:
-            return None
-        places = torch.tensor(own_rows, device=hidden.device)
-        return Projection(torch.cat(inputs), labels, *self._tables(stretches), stretches, places)
+            return project_row(self.spans[0], layer, actions[0], hidden, tables)
+        if Action.SKIP not in actions and not any(span.cache.pending[layer] for span in self.spans):
+            return Projection(hidden, actions, *self.tables(layer), self.spans, None)
+        return project_rows(self.spans, layer, actions, hidden, tables)
 
-    def _single_row_projection(self, layer: int, action: Action, hidden: Tensor) -> Projection | None:
-        """`projection` for one row, without its general case's lists: decoding one sequence is the common case."""
-        span = self.spans[0]
-        pending = span.cache.pending[layer]
-        count = len(pending)
-        if action is Action.SKIP:
-            pending.append(hidden)
-            if count + 1 < MAX_PENDING:
-                return None
-        elif not count:
-            return Projection(hidden, (action,), self._cosines, self._sines, self._stretches, None)
-        else:
-            pending.append(hidden)
-        span.cache.pending[layer] = []
-        start = span.start - count
-        return Projection(
-            torch.cat(pending),
-            (action,) * (count + 1),
-            *self.tables(slice(start, span.end)),
-            (Stretch(span.cache, start, count + 1, 0),),
-            slice(count, None),
-        )
+    def tables(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Returns cosines and sines of all rows, `[rows, 1, head_dim]`."""
+        table = self._rotary[layer]
+        if table not in self._tables:
+            if len(self.spans) == 1:
+                positions: slice | Tensor = slice(self.spans[0].start, self.spans[0].end)
+            else:
+                ranges = [torch.arange(span.start, span.end) for span in self.spans]
+                positions = torch.cat(ranges).to(table.cosines.device)
+            self._tables[table] = table.at(positions)
+        return self._tables[table]
 
-    def _tables(self, stretches: Sequence[Stretch]) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of these positions, `[rows, 1, head_dim]`."""
-        if len(stretches) == 1:
-            positions: slice | Tensor = slice(stretches[0].start, stretches[0].start + stretches[0].num_rows)
-        else:
-            device = self._rotary.cosines.device
-            positions = torch.cat([torch.arange(s.start, s.start + s.num_rows) for s in stretches]).to(device)
-        return self.tables(positions)
-
-    @cached_property
-    def row_tables(self) -> list[tuple[Tensor, Tensor]]:
-        """Cosines and sines of each row, `[1, 1, head_dim]`."""
-        return list(zip(self._cosines.split(1), self._sines.split(1), strict=True))
-
-    def tables(self, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of these positions, `[rows, 1, head_dim]`."""
-        return self._rotary.cosines[positions], self._rotary.sines[positions]
+    def row_tables(self, layer: int) -> list[tuple[Tensor, Tensor]]:
+        """Returns cosines and sines of each row, `[1, 1, head_dim]`."""
+        table = self._rotary[layer]
+        if table not in self._row_tables:
+            cosines, sines = self.tables(layer)
+            self._row_tables[table] = list(zip(cosines.split(1), sines.split(1), strict=True))
+        return self._row_tables[table]
 
     def seen(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
-        """Keys and values `[positions, num_kv_heads, head_dim]` that a row attends to, its own last; for passes of one
-        sequence or of one row each."""
+        """Returns keys and values `[positions, num_kv_heads, head_dim]` that a row attends to, its own last; for passes
+        of one sequence or of one row each."""
         window = self._sliding_window[layer]
         if row not in self._seen:  # sliced for all layers at once, which is a tenth of slicing for each
             span = self.spans[0 if len(self.spans) == 1 else row]
@@ -170,50 +123,46 @@ class Batch:
         return keys[layer][-window:], values[layer][-window:]
 
     def seen_blocks(self, layer: int, rows: Sequence[int]) -> list[Tensor]:
-        """What the program for several sequences' rows takes: keys and values of the layer in the sequences' pool
-        (`kv_cache.CachePool`), the blocks that the rows attend to (`blocks.AttendedBlocks`), cosines and sines; for
-        passes of one row each."""
+        """Returns the inputs of the program that attends for several sequences' rows: keys and values of the layer in
+        the sequences' pool (`kv_cache.CachePool`), the blocks that the rows attend to (`kv_blocks.AttendedBlocks`),
+        cosines and sines; for passes of one row each."""
         window = self._sliding_window[layer]
         key = (tuple(rows), window)
         if key not in self._blocks:
             spans = [self.spans[row] for row in rows]
             attended = attended_blocks([span.cache.start for span in spans], [span.start for span in spans], window)
-            everyone = len(rows) == self.num_rows
-            tables = (self._cosines, self._sines) if everyone else self.tables(torch.tensor([s.start for s in spans]))
-            self._blocks[key] = [*attended.tensors(), *tables]
+            self._blocks[key] = attended.tensors()
+        if len(rows) == self.num_rows:
+            tables = self.tables(layer)
+        else:
+            tables = self._rotary[layer].at(torch.tensor([self.spans[row].start for row in rows]))
         pool = self.spans[rows[0]].cache.pool
-        return [pool.key_blocks[layer], pool.value_blocks[layer], *self._blocks[key]]
+        return [pool.key_blocks[layer], pool.value_blocks[layer], *self._blocks[key], *tables]
 
     def take_pending(self, layer: int, rows: Sequence[int], num_own: int) -> list[Tensor]:
-        """What the program for late keys and values takes: the layer's pending inputs of the rows' sequences, `[late
-        rows, hidden_size]`, keys and values of the layer in the sequences' pool, which of its tokens these are, cosines
-        and sines. The last `num_own` of each sequence are of this pass; none are pending any more."""
+        """Takes the layer's pending inputs of the rows' sequences; the last `num_own` of each are of this pass.
+
+        Returns the inputs of the program for late keys and values: `[late rows, hidden_size]`, keys and values of the
+        layer in the sequences' pool, the places of the late rows among its tokens, cosines and sines.
+        """
         inputs: list[Tensor] = []
         slots: list[int] = []
         positions: list[int] = []
         for row in rows:
             cache, end = self.spans[row].cache, self.spans[row].start + num_own
-            own = range(end - len(cache.pending[layer]), end)
-            inputs += cache.pending[layer]
+            pending = cache.pending.take(layer)
+            own = range(end - len(pending), end)
+            inputs += pending
             positions += own
             slots += range(cache.start + own.start, cache.start + end)
-            cache.pending[layer] = []
         pool = self.spans[rows[0]].cache.pool
         of_one = slice(positions[0], positions[-1] + 1) if len(rows) == 1 else torch.tensor(positions)
         stored = pool.key_blocks[layer], pool.value_blocks[layer], torch.tensor(slots)
-        return [torch.cat(inputs), *stored, *self.tables(of_one)]
+        return [torch.cat(inputs), *stored, *self._rotary[layer].at(of_one)]
 
     def sees_everything(self, layer: int) -> bool:
-        """Whether the layer attends to all positions before a row."""
+        """Returns True if the layer attends to all positions before a row."""
         return self._sliding_window[layer] is None
-
-    def write(self, layer: int, projection: Projection, keys: Tensor, values: Tensor) -> None:
-        """Stores the projected rows' keys and values, each `[projected rows, num_kv_heads, head_dim]`."""
-        for stretch in projection.stretches:
-            rows = slice(stretch.first_row, stretch.first_row + stretch.num_rows)
-            positions = slice(stretch.start, stretch.start + stretch.num_rows)
-            stretch.cache.keys[layer][positions].copy_(keys[rows])
-            stretch.cache.values[layer][positions].copy_(values[rows])
 
     def commit(self) -> None:
         """Counts the rows as cached, once every layer has written them."""
@@ -221,8 +170,8 @@ class Batch:
             span.cache.length = span.end
 
     def attend(self, layer: int, queries: Tensor, rows: list[int] | None) -> Tensor:
-        """Attention of the given rows over their own sequences, each over its own length only, so that a
-        row's sum never depends on its neighbours.
+        """Attends with the given rows over their own sequences, each over its own length only. So a row's sum never
+        depends on its neighbours.
 
         `queries` is `[all rows, num_heads, head_dim]`; returns `[given rows, num_heads * head_dim]`.
         """
@@ -240,7 +189,8 @@ class Batch:
         return torch.cat(parts)
 
     def compensate(self, layer: int, hidden: Tensor, rows: Sequence[int] | None) -> Tensor:
-        """What replaces the layer's output for the given rows; `hidden` is theirs, `[given rows, hidden_size]`."""
+        """Returns the replacement of the layer's output for the given rows, from their `hidden`, `[given rows,
+        hidden_size]`."""
         if self._shares_compensation:
             return self._compensations[0](layer, hidden)
         wanted = range(self.num_rows) if rows is None else rows
@@ -270,4 +220,4 @@ class Batch:
                 positions, seen = range(span.start, span.end), range(first_key, span.end)
                 mask = causal_mask(positions, seen, window, queries.shape[1] // keys.shape[1], queries)
                 self._masks[span.first_row, window] = mask
-        return attention(queries, keys, values, mask)
+        return attention(queries, keys, values, mask, self._attention_scale)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
+from dash_runtime.devices import device_of
 from dash_runtime.errors import PolicyFileError
 from dash_runtime.linears.quantization import INT8_INPUT_MULTIPLE, supported_actions
 
@@ -178,7 +179,9 @@ def packed(low_rank: LowRank, dtype: torch.dtype) -> "LowRank | PackedLowRank":
     otherwise."""
     rank, hidden_size = low_rank.down.shape[1:]
     fits = rank % INT8_INPUT_MULTIPLE == 0 and hidden_size % INT8_INPUT_MULTIPLE == 0
-    is_packable = fits and low_rank.down.device.type == "cpu" and dtype is torch.bfloat16 and _has_int8_kernel()
+    is_packable = (
+        fits and device_of(low_rank.down.device).has_int8_rows and dtype is torch.bfloat16 and _has_int8_kernel()
+    )
     return PackedLowRank.from_low_rank(low_rank, dtype) if is_packable else low_rank
 
 

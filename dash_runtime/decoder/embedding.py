@@ -40,7 +40,8 @@ class HeadsEmbedding:
         return rows.view(torch.bfloat16)
 
 
-def make_embedding(weight: Tensor, tied_head: Linear | None) -> Embedding:
-    """The rows of `weight`, out of the memory of the head if that is the same matrix and lies as is known."""
+def make_embedding(weight: Tensor, tied_head: Linear | None, multiplier: float) -> Embedding:
+    """Returns the rows of `weight`, read from the head's memory if that is the same matrix in a known layout."""
     words = None if tied_head is None else packed_words(tied_head)
-    return PlainEmbedding(weight) if words is None else HeadsEmbedding(words)
+    embedding = PlainEmbedding(weight) if words is None else HeadsEmbedding(words)
+    return embedding if multiplier == 1 else lambda token_ids: embedding(token_ids) * multiplier

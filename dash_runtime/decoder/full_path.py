@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.batch import Batch
+from dash_runtime.decoder.batch import Batch, PassKind
 from dash_runtime.decoder.compensation import Compensation, Identity
 from dash_runtime.decoder.decoder import Decoder
 
 
 def sequence_rows(decoder: Decoder, sequences: Sequence[Sequence[int]], compensation: Compensation) -> Batch:
     lengths = [len(ids) for ids in sequences]
-    return decoder.rows(decoder.caches(lengths), lengths, [compensation] * len(lengths))
+    return decoder.batch(PassKind.PREFILL, decoder.caches(lengths), lengths, [compensation] * len(lengths))
 
 
 @torch.no_grad()

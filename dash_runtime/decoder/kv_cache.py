@@ -7,12 +7,13 @@ numbers of their blocks. Where the room is there but not in one piece, the other
 Knows no attention and no requests.
 """
 
-import mmap
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from dash_runtime.decoder.pending_kv import PendingKv
+from dash_runtime.devices import device_of
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.programs.kv_blocks import BLOCK_TOKENS
 
@@ -26,9 +27,8 @@ class SequenceCache:
         self.capacity = _whole_blocks(reserved_tokens)
         self.length = 0
         """Positions that every layer has seen, and written or kept pending."""
-        self.pending: list[list[Tensor]] = [[] for _ in range(len(pool.memory))]
-        """Per layer, the inputs `[1, hidden_size]` of the latest positions where it was skipped, whose keys and values
-        are still to be projected (`pending_kv.py`); they end at `length`."""
+        self.pending = PendingKv(len(pool.memory))
+        """Ends at `length`."""
         self._longest = 0
         self.place_at(start)
 
@@ -70,9 +70,7 @@ class SequenceCache:
     def truncate(self, length: int) -> None:
         """Forgets the positions from `length` on."""
         assert 0 <= length <= self.length
-        for layer, rows in enumerate(self.pending):
-            if rows:
-                self.pending[layer] = rows[: max(0, len(rows) - (self.length - length))]
+        self.pending.forget(self.length - length)
         self._longest = self.num_written
         self.length = length
 
@@ -99,7 +97,7 @@ class CachePool:
         self.reserved_tokens = 0
         room = _whole_blocks(total_tokens) + max_sequences * BLOCK_TOKENS
         shape = (config.num_layers, 2, room, config.num_kv_heads, config.head_dim)
-        self.memory = _zeros(shape, dtype, device)
+        self.memory = device_of(device).zeros(shape, dtype)
         """`[num_layers, 2, tokens, num_kv_heads, head_dim]`: keys and values."""
         blocks = self.memory.view(*shape[:2], -1, BLOCK_TOKENS, *shape[3:])
         self.key_blocks: Sequence[Tensor] = blocks[:, 0].unbind()
@@ -154,11 +152,3 @@ class CachePool:
 
 def _whole_blocks(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_TOKENS) * BLOCK_TOKENS
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # torch writes its zeros; a map without a file has pages that are zeros once they are touched.
-    pages = mmap.mmap(-1, torch.Size(shape).numel() * dtype.itemsize)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)

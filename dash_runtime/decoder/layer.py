@@ -3,9 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.norm import RmsNorm
@@ -24,30 +22,31 @@ class LayerLinears:
     down: Linear
 
     def matrices(self) -> tuple[Linear, ...]:
-        """All four, in this order."""
+        """Returns all four, in this order."""
         return self.query_key_value, self.output, self.gate_up, self.down
 
     def for_many_rows(self) -> "LayerLinears":
-        """The same matrices for passes over many rows."""
+        """Returns the same matrices for passes over many rows."""
         return LayerLinears(*map(for_many_rows, self.matrices()))
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """One layer.
+    """One layer. The norms are those of `layer_body.Norms`; `key_value` is what a skipped layer still runs (the KV
+    rule)."""
 
-    `key_value` is what a skipped layer still runs (the KV rule). `head_norm` is the query and key norm,
-    `[num_heads + num_kv_heads, head_dim]`.
-    """
-
-    input_norm: RmsNorm
-    mlp_norm: RmsNorm
+    input_norm: RmsNorm | None
+    attention_output_norm: RmsNorm | None
+    mlp_norm: RmsNorm | None
+    mlp_output_norm: RmsNorm | None
     head_norm: Tensor | None
+    query_norm: RmsNorm | None
+    key_norm: RmsNorm | None
     key_value: Linear
     linears: Mapping[Action, LayerLinears]
 
     def for_many_rows(self) -> "DecoderLayer":
-        """The same layer for passes over many rows (dense_linear.py)."""
+        """Returns the same layer for passes over many rows (dense_linear.py)."""
         linears = {action: own.for_many_rows() for action, own in self.linears.items()}
         return replace(self, key_value=for_many_rows(self.key_value), linears=linears)
 
@@ -62,21 +61,14 @@ def make_layer(weights: LayerWeights, query_size: int, actions: tuple[Action, ..
         for action in actions
         if action is not Action.SKIP
     }
-    packed_key_value = make_linear(Action.FULL, key_value)
-    return DecoderLayer(weights.input_norm, weights.mlp_norm, weights.head_norm, packed_key_value, linears)
-
-
-def mlp(linears: LayerLinears, inputs: Tensor) -> Tensor:
-    """SwiGLU (Shazeer 2020), `[rows, hidden_size]` to the same."""
-    gate, up = linears.gate_up(inputs).chunk(2, dim=-1)
-    return linears.down(functional.silu(gate).mul_(up))
-
-
-def scatter_rows(parts: list[tuple[list[int] | None, Tensor]], num_rows: int) -> Tensor:
-    """Puts the groups' rows back in order: the inverse of taking them apart by action."""
-    if len(parts) == 1:
-        return parts[0][1]
-    whole = parts[0][1].new_empty((num_rows, *parts[0][1].shape[1:]))
-    for rows, part in parts:
-        whole[torch.tensor(rows, device=part.device)] = part
-    return whole
+    return DecoderLayer(
+        input_norm=weights.input_norm,
+        attention_output_norm=weights.attention_output_norm,
+        mlp_norm=weights.mlp_norm,
+        mlp_output_norm=weights.mlp_output_norm,
+        head_norm=weights.head_norm,
+        query_norm=weights.query_norm,
+        key_norm=weights.key_norm,
+        key_value=make_linear(Action.FULL, key_value),
+        linears=linears,
+    )

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dash_runtime.devices import device_of
+
 
 class RmsNorm:
     """Norm over the last dimension of `[rows, size]`, with a weight per channel."""
@@ -15,11 +17,11 @@ class RmsNorm:
         self.weight = weight
         self._eps = eps
         self._shape = (len(weight),)
-        self._is_on_cpu = weight.device.type == "cpu"
-        self._mirrored_weight = torch.cat((weight, weight)) if self._is_on_cpu else weight
+        self._as_layer_norm = device_of(weight.device).norms_as_layer_norm
+        self._mirrored_weight = torch.cat((weight, weight)) if self._as_layer_norm else weight
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        if not self._is_on_cpu:
+        if not self._as_layer_norm:
             return functional.rms_norm(hidden, self._shape, self.weight, self._eps)
         # A layer norm of (x, −x) has mean 0, and so is the RMS norm of x. It is one fused kernel on CPUs, where
         # rms_norm is made of eight that take twice as long in all.

@@ -1,60 +1,68 @@
-"""What one layer projects in one pass: the rows that run it, and rows of now and before that skipped it.
+"""Keys and values that one sequence still has to project: the inputs of the layers that it skipped.
 
-The keys and values of a skipped row are projected late: together with those of the next row of its sequence that runs
-the layer, in one product that costs little more than that row's alone, or once `MAX_PENDING` of them wait. Nothing
-attends to them before. Knows actions and tensors; knows no weights.
+A skipped row's keys and values are projected late: with those of the sequence's next row that runs the layer, in one
+product that costs little more than that row's alone, or once `MAX_PENDING` of them wait. Nothing attends to them
+before. Knows tensors; knows no positions and no weights.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.kv_cache import SequenceCache
 
 MAX_PENDING = 8
-"""So many skipped rows of one sequence and layer are projected without waiting for a row that runs: few enough to be
-cheap beside that row, many enough to be cheap alone."""
+"""So many skipped rows of one sequence and layer are projected without a row that runs: few enough to be cheap beside
+that row, many enough to be cheap alone."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Consecutive positions of one sequence whose keys and values are projected: from `start` on, in the projection's
-    rows from `first_row` on."""
+class PendingKv(Sequence[list[Tensor]]):
+    """By layer, the inputs `[1, hidden_size]` of the latest positions that skipped it, oldest first.
 
-    cache: SequenceCache
-    start: int
-    num_rows: int
-    first_row: int
+    Whoever reads them must not change them: `add`, `take` and the like do.
+    """
 
+    def __init__(self, num_layers: int) -> None:
+        self._rows: list[list[Tensor]] = [[] for _ in range(num_layers)]
 
-@dataclass(frozen=True, slots=True)
-class Projection:
-    """What one layer projects in one pass: rows that run, and rows of now and before that were skipped."""
+    def __len__(self) -> int:
+        return len(self._rows)
 
-    hidden: Tensor
-    """`[projected rows, hidden_size]`, the layer's inputs."""
-    actions: Sequence[Action]
-    """Each row's; SKIP where only keys and values are wanted. A skipped row takes that of the row that it went with."""
-    cosines: Tensor
-    sines: Tensor
-    stretches: Sequence[Stretch]
-    own_rows: slice | Tensor | None
-    """Where the pass's own rows are among the projected ones (a row that skips has no place, and gets any); None: they
-    are the same."""
+    def __getitem__(self, layer: int) -> list[Tensor]:  # type: ignore[override]  # never asked for a slice
+        return self._rows[layer]
 
+    def add(self, layer: int, row: Tensor) -> int:
+        """Lets one more row wait; returns how many do."""
+        waiting = self._rows[layer]
+        waiting.append(row)
+        return len(waiting)
 
-def group_rows(actions: Sequence[Action]) -> list[tuple[Action, list[int] | None]]:
-    """The rows by action, in ascending order of action; None where one action has all rows."""
-    first = actions[0]
-    if all(action is first for action in actions):
-        return [(first, None)]
-    return [(action, [row for row, own in enumerate(actions) if own is action]) for action in sorted(set(actions))]
+    def take(self, layer: int) -> list[Tensor]:
+        """Returns the rows that wait, and lets none wait any more."""
+        rows, self._rows[layer] = self._rows[layer], []
+        return rows
+
+    def take_with(
+        self, layer: int, rows: Sequence[Tensor], actions: Sequence[Action]
+    ) -> tuple[list[Tensor], list[Action]]:
+        """Lets further rows follow, one per action; returns those to project now and the action to project each with.
+
+        A row that runs takes all before it along. The rest waits.
+        """
+        projected = late_actions(len(self._rows[layer]), actions)
+        together = [*self._rows[layer], *rows]
+        self._rows[layer] = together[len(projected) :]
+        return together[: len(projected)], projected
+
+    def forget(self, num_positions: int) -> None:
+        """Drops the latest positions."""
+        for layer, rows in enumerate(self._rows):
+            if rows:
+                self._rows[layer] = rows[: max(0, len(rows) - num_positions)]
 
 
 def late_actions(num_pending: int, actions: Sequence[Action]) -> list[Action]:
-    """With which action each row of one sequence is projected, the pending ones first; the rows left over wait."""
+    """Returns the action that each row of a sequence is projected with, pending ones first; the rows left over wait."""
     projected: list[Action] = []
     num_waiting = num_pending
     for action in actions:

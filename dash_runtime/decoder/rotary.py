@@ -4,6 +4,7 @@ Knows positions and head dimensions; knows no layers.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,23 +15,36 @@ from dash_runtime.model_config import RopeConfig, RopeKind
 class RotaryTable:
     """Cosines and signed sines for every position of the context, `[context_length, 1, head_dim]`.
 
-    The first half of a head is paired with its second half, as in Hugging Face checkpoints. The sine of
-    the first half is negated here, so that rotating is one swap of the halves and two products.
+    The first half of a head is paired with its second half, as in Hugging Face checkpoints. The sine of the first half
+    is negated here, so that rotating is one swap of the halves and two products. Without `rope` nothing is turned.
     """
 
     def __init__(
         self,
-        rope: RopeConfig,
+        rope: RopeConfig | None,
         head_dim: int,
         context_length: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         positions = torch.arange(context_length, dtype=torch.float32)
-        angles = torch.outer(positions, inverse_frequencies(rope, head_dim))
+        frequencies = torch.zeros(head_dim // 2) if rope is None else inverse_frequencies(rope, head_dim)
+        angles = torch.outer(positions, frequencies)
         cosines, sines = angles.cos(), angles.sin()
         self.cosines = torch.cat((cosines, cosines), dim=-1).unsqueeze(1).to(device, dtype)
         self.sines = torch.cat((-sines, sines), dim=-1).unsqueeze(1).to(device, dtype)
+
+    def at(self, positions: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """Returns cosines and sines of these positions, `[positions, 1, head_dim]`."""
+        return self.cosines[positions], self.sines[positions]
+
+
+def rotary_tables(
+    ropes: Sequence[RopeConfig | None], head_dim: int, context_length: int, dtype: torch.dtype, device: torch.device
+) -> list[RotaryTable]:
+    """Returns each layer's table; equal ones are there once."""
+    tables = {rope: RotaryTable(rope, head_dim, context_length, dtype, device) for rope in dict.fromkeys(ropes)}
+    return [tables[rope] for rope in ropes]
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:

@@ -21,13 +21,17 @@ class LayerWeights:
     `head_norm` is the query and key norm, `[num_heads + num_kv_heads, head_dim]`.
     """
 
-    input_norm: RmsNorm
-    mlp_norm: RmsNorm
+    input_norm: RmsNorm | None
+    mlp_norm: RmsNorm | None
     head_norm: Tensor | None
     query_key_value: FullLinear
     output: FullLinear
     gate_up: FullLinear
     down: FullLinear
+    attention_output_norm: RmsNorm | None = None
+    mlp_output_norm: RmsNorm | None = None
+    query_norm: RmsNorm | None = None
+    key_norm: RmsNorm | None = None
 
 
 class WeightLoader:

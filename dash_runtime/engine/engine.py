@@ -13,6 +13,7 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts
 from dash_runtime.decision_trace import StepKind
+from dash_runtime.decoder.batch import PassKind
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.kv_cache import CachePool
 from dash_runtime.engine.lanes import Lane
@@ -153,7 +154,7 @@ class Engine:
                 if len(chunk) > num_left:
                     return
                 num_left -= len(chunk)
-                hidden = self._run_full_depth([sequence], [chunk], is_prompt=True)
+                hidden = self._run_full_depth(PassKind.PREFILL, [sequence], [chunk])
                 if not sequence.num_prompt_tokens_left:
                     self._prefix_cache.store(*prompt)
                     logits = self._decoder.logits(hidden[-1:], (Action.FULL,))
@@ -162,12 +163,12 @@ class Engine:
                     sequence.recording.add_first_token(token_id)
                     self._take(sequence, token_id, logits[0], plan, events)
 
-    def _run_full_depth(self, sequences: list[Sequence], token_ids: list[list[int]], *, is_prompt: bool) -> Tensor:
+    def _run_full_depth(self, kind: PassKind, sequences: list[Sequence], token_ids: list[list[int]]) -> Tensor:
         """Runs several tokens of each sequence, of prompts or of drafts; returns the last layer's output, `[all rows,
         hidden_size]`."""
         compensations = [sequence.assignment.policy.compensation for sequence in sequences]
         caches, lengths = [sequence.cache for sequence in sequences], [len(ids) for ids in token_ids]
-        batch = self._decoder.rows(caches, lengths, compensations, as_decoding=not is_prompt, is_prompt=is_prompt)
+        batch = self._decoder.batch(kind, caches, lengths, compensations)
         actions = (Action.FULL,) * batch.num_rows
         hidden = self._decoder.embed([token_id for ids in token_ids for token_id in ids])
         for layer in range(self._decoder.num_layers):
@@ -181,7 +182,7 @@ class Engine:
         compensations = [sequence.assignment.policy.compensation for sequence in sequences]
         assignments = [sequence.decider_assignment(self._catalog.full_depth) for sequence in sequences]
         deciders = _deciders(sequences, assignments)
-        batch = self._decoder.rows([s.cache for s in sequences], [1] * len(sequences), compensations)
+        batch = self._decoder.batch(PassKind.DECODE, [s.cache for s in sequences], [1] * len(sequences), compensations)
         exposed_before, started_ns = self._lane.exposed_ns, time.perf_counter_ns()
         planner = self._planner if len(sequences) > 1 else None  # a row alone has none to agree with
         token_ids = [sequence.last_token_id for sequence in sequences]
@@ -216,7 +217,7 @@ class Engine:
             started_ns = time.perf_counter_ns()
             token_ids = [sequence.take_back_draft() for sequence in together]
             lengths = [len(ids) for ids in token_ids]
-            hidden = self._run_full_depth(together, token_ids, is_prompt=False)
+            hidden = self._run_full_depth(PassKind.VERIFY, together, token_ids)
             all_logits = self._decoder.logits(hidden, (Action.FULL,) * len(hidden)).split(lengths)
             chosen = [sequence.verify(logits) for sequence, logits in zip(together, all_logits, strict=True)]
             elapsed_ns = time.perf_counter_ns() - started_ns

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dash_runtime.devices import device_of
+
 MAX_INVARIANT_ROWS = 256
 """A row of a `BatchInvariantLinear` has the same bits in every pass of up to so many rows."""
 PACKED_BLOCK = 64
@@ -171,7 +173,7 @@ def _agreeing_counts(
 
 def make_full_linear(full: FullLinear) -> Linear:
     """The product that is fastest for few rows, and where it exists also for many."""
-    if not _is_bf16_on_cpu(full.weight):
+    if not _may_be_packed(full.weight):
         return full
     return BatchInvariantLinear(PackedLinear.from_full if _has_packed_linear() else _as_loaded, full)
 
@@ -203,8 +205,8 @@ def most_rows_apart() -> int:
     return 2 if _has_packed_linear() else 8
 
 
-def _is_bf16_on_cpu(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype is torch.bfloat16
+def _may_be_packed(weight: Tensor) -> bool:
+    return device_of(weight.device).has_packed_products and weight.dtype is torch.bfloat16
 
 
 @lru_cache

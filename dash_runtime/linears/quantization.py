@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
+from dash_runtime.devices import device_of
 from dash_runtime.linears.dense_linear import FullLinear, Linear, make_full_linear
 
 INT4_GROUP_SIZE = 32
 INT8_INPUT_MULTIPLE = 16
 """The CPU's INT8 kernel reads past the end of a row whose length is not a multiple of this."""
 _INT4_ZERO_POINT = 8
-_CUDA_K_TILE = 16
-_CUDA_INNER_K_TILES = (8, 4, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +52,12 @@ class Int4Linear:
     def from_full(cls, full: FullLinear) -> "Int4Linear":
         quantized, scales, zeros = quantize_int4(full.weight)
         scales_and_zeros = torch.stack((scales, zeros), dim=-1).transpose(0, 1).contiguous()
-        if full.weight.is_cuda:
-            pairs = (quantized[:, ::2] << 4 | quantized[:, 1::2]).to(torch.uint8)
-            packed = torch._convert_weight_to_int4pack(pairs.contiguous(), cuda_inner_k_tiles(full.weight.shape[1]))
-        else:
-            packed = torch._convert_weight_to_int4pack_for_cpu(quantized, 1)
+        packed = device_of(full.weight.device).pack_int4(quantized)
         return cls(packed, scales_and_zeros, full.bias)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        matmul = torch.ops.aten._weight_int4pack_mm if inputs.is_cuda else torch.ops.aten._weight_int4pack_mm_for_cpu
-        outputs = matmul(inputs, self.packed, INT4_GROUP_SIZE, self.scales_and_zeros)
+        product = device_of(inputs.device).int4_product
+        outputs = product(inputs, self.packed, INT4_GROUP_SIZE, self.scales_and_zeros)
         return outputs if self.bias is None else outputs + self.bias
 
 
@@ -99,18 +94,6 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offsets = (groups - zeros.float().unsqueeze(-1)) / scales.float().unsqueeze(-1)
     quantized = torch.round(offsets + _INT4_ZERO_POINT).clamp(0, 15)
     return quantized.to(torch.int32).view(out_features, in_features).contiguous(), scales, zeros
-
-
-def cuda_inner_k_tiles(in_features: int) -> int:
-    """How many tiles of 16 inputs CUDA's INT4 kernel packs together: the most that the row is a multiple of.
-
-    Raises:
-        NotImplementedError: it is a multiple of none.
-    """
-    for tiles in _CUDA_INNER_K_TILES:
-        if in_features % (tiles * _CUDA_K_TILE) == 0:
-            return tiles
-    raise NotImplementedError(f"CUDA's INT4 kernel takes no rows of {in_features} inputs")
 
 
 def dequantize_int4(quantized: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

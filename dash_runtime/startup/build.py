@@ -21,8 +21,10 @@ from dash_runtime.config import (
     StoppingParameters,
 )
 from dash_runtime.decoder.backends.cuda_graphs import Graphs, cuda_capture
-from dash_runtime.decoder.backends.inductor import CompiledLayers, can_compile, program_specs
+from dash_runtime.decoder.backends.inductor import InductorBackend, can_compile, program_specs
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.loading import make_decoder
+from dash_runtime.devices import device_of, find_device
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
 from dash_runtime.engine.planner import GroupPlanner
@@ -36,7 +38,7 @@ from dash_runtime.policy.policy_file import find_policies, load_policy, model_fi
 from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec, load_programs, programs_digest
 from dash_runtime.startup.calibration import Calibration, Progress
 from dash_runtime.startup.process_memory import settle_memory
-from dash_runtime.startup.row_parity import unequal_strides
+from dash_runtime.startup.row_parity import unequal_counts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHIPPED_POLICIES = Path(__file__).parent.parent / "policies"
@@ -77,7 +79,7 @@ def build_engine(
     check_weights(weights, model)
     context_length = min(model.context_length, config.context_length or model.context_length)
     actions = supported_actions(device, dtype, matrix_shapes(model))
-    progress(f"packing kernels for {', '.join(action.name for action in actions)} on {describe(device)}")
+    progress(f"packing kernels for {', '.join(action.name for action in actions)} on {device_of(device).describe()}")
     fingerprint = model_fingerprint(model, weights)
     shipped = find_policies(SHIPPED_POLICIES, fingerprint)
     learned: list[LearnedPolicy] = []
@@ -87,25 +89,27 @@ def build_engine(
     programs = None
     if options.compile_layers:
         programs = _load_programs(model, learned, actions, dtype, device, cache_folder / "programs", progress)
-    compiled = None
+    inductor = None
     if programs is not None:
-        compiled = CompiledLayers(programs, shares_products=config.group_planner)
+        inductor = InductorBackend(model.block, programs, shares_products=config.group_planner)
         learned = [replace(p, program=programs[policy_spec(p)]) for p in learned]
-    decoder = Decoder(
+    decoder = make_decoder(
         model,
         weights,
         actions,
         dtype=dtype,
         device=device,
         context_length=context_length,
-        compiled=compiled,
-        graphs=Graphs(cuda_capture(device)) if device.type == "cuda" else None,
+        inductor=inductor,
+        graphs=Graphs(cuda_capture(device)) if device_of(device).has_graphs else None,
     )
     settle_memory()  # before anything is measured
-    if compiled is not None:
-        compiled.drop_strides(unequal_strides(decoder, compiled.strides))
-    kind = "eager" if compiled is None else f"compiled {programs_digest()}, strides {compiled.strides}"
-    calibration = Calibration(cache_folder / "calibration", (fingerprint, options.precision), (describe(device), kind))
+    if inductor is not None:
+        inductor.drop_verified_rows(unequal_counts(decoder, inductor.verified_rows))
+    kind = "eager" if inductor is None else f"compiled {programs_digest()}, verified rows {inductor.verified_rows}"
+    calibration = Calibration(
+        cache_folder / "calibration", (fingerprint, options.precision), (device_of(device).describe(), kind)
+    )
     compensation = calibration.compensation(decoder, tokenizer_file(folder), progress)
     costs = calibration.costs(decoder, compensation, progress)
     verification_costs = calibration.verification_costs(decoder, progress)
@@ -148,32 +152,9 @@ def assemble_engine(
         eos_token_ids=model.eos_token_ids if eos_token_ids is None else eos_token_ids,
         actions=decoder.actions,
         policies=catalog.facts(),
-        device=describe(decoder.device),
+        device=device_of(decoder.device).describe(),
     )
     return Engine(decoder, catalog, make_lane(config.lane, decoder.device), facts, config, planner)
-
-
-def find_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is CUDA where there is one.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError("device", f"{name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def describe(device: torch.device) -> str:
-    """The device in words."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} ({device})"
-    return f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
 
 
 def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:
@@ -202,7 +183,7 @@ def _load_programs(
     progress: Progress,
 ) -> Mapping[ProgramSpec, Program] | None:
     """The programs for this model and its policies; None where everything is to run eagerly."""
-    if device.type != "cpu" or dtype is not torch.bfloat16 or not can_compile(model):
+    if not device_of(device).compiles_layers or dtype is not torch.bfloat16 or not can_compile(model):
         return None
     num_threads = torch.get_num_threads()
     specs = program_specs(model, actions, num_threads)

@@ -13,9 +13,11 @@ from functools import partial
 import torch
 
 from dash_runtime.actions import Action, CostTable
+from dash_runtime.decoder.batch import PassKind
 from dash_runtime.decoder.compensation import Compensation, Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.kv_cache import SequenceCache
+from dash_runtime.devices import device_of
 
 _CONTEXT_TOKENS = 256
 _ROUNDS = 12
@@ -24,7 +26,7 @@ _ROUNDS = 12
 @torch.inference_mode()
 def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _ROUNDS) -> CostTable:
     """The cost table at one row over a context of 256 tokens, or what the model's context holds."""
-    batch = decoder.rows(filled_caches(decoder), [1], [compensation])
+    batch = decoder.batch(PassKind.DECODE, filled_caches(decoder), [1], [compensation])
     hidden = decoder.embed([0])
     layer_seconds: dict[Action, list[float]] = {action: [] for action in decoder.actions}
     head_seconds: dict[Action, list[float]] = {precision: [] for precision in decoder.heads}
@@ -71,7 +73,7 @@ def measure_verification(decoder: Decoder, lengths: Sequence[int], rounds: int =
 
     def run_pass(length: int) -> None:
         count = length + 1
-        batch = decoder.rows([cache], [count], [Identity()], as_decoding=True)
+        batch = decoder.batch(PassKind.VERIFY, [cache], [count], [Identity()])
         hidden = decoder.embed([0] * count)
         for layer in range(decoder.num_layers):
             hidden = decoder.run_layer(layer, (Action.FULL,) * count, hidden, batch)
@@ -100,6 +102,5 @@ def timed(device: torch.device, work: Callable[[], object]) -> float:
     """Seconds until the device is done with it."""
     started = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    device_of(device).synchronise()
     return time.perf_counter() - started

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 from dash_runtime.actions import Action, LatencyTable
+from dash_runtime.decoder.batch import PassKind
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.startup.measure import filled_caches, timed
@@ -35,7 +36,7 @@ def measure_latencies(
     """
     layers = _spread(decoder.num_layers)
     caches = filled_caches(decoder, max(rows))
-    batches = [decoder.rows(caches[:count], [1] * count, [compensation] * count) for count in rows]
+    batches = [decoder.batch(PassKind.DECODE, caches[:count], [1] * count, [compensation] * count) for count in rows]
     inputs = [decoder.embed([0] * count) for count in rows]
 
     def run_layers(place: int, action: Action) -> None:

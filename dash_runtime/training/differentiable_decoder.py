@@ -6,6 +6,7 @@ no prices and no optimiser.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from dash_runtime.decoder.rotary import RotaryTable, rotate
+from dash_runtime.decoder.attention import causal_mask
+from dash_runtime.decoder.layer_body import run_layer_body, split_heads
+from dash_runtime.decoder.rotary import RotaryTable, rotary_tables
 from dash_runtime.decoder.weight_loader import WeightLoader
 from dash_runtime.errors import ConfigError
 from dash_runtime.model_config import ModelConfig
@@ -56,7 +59,10 @@ class DifferentiableDecoder:
         self._embedding = loader.tensor("model.embed_tokens.weight")
         self._final_norm = loader.norm("model.norm.weight")
         self._head = self._embedding if config.has_tied_head else loader.tensor("lm_head.weight")
-        self._rotary = RotaryTable(config.ropes[0], config.head_dim, 0, dtype, self.device)
+        self._rotary = self._tables(0)
+
+    def _tables(self, length: int) -> list[RotaryTable]:
+        return rotary_tables(self.config.ropes, self.config.head_dim, length, self.dtype, self.device)
 
     def run(self, token_ids: Tensor, gates: Gates, compensate: Compensate) -> Tensor:
         """The last layer's output, `[batch, length, hidden_size]`, of int64 `[batch, length]`, teacher-forced.
@@ -65,9 +71,11 @@ class DifferentiableDecoder:
         layer's input in every row, whatever its gate (the KV rule). `gates` is called once per layer, in order.
         """
         length = token_ids.shape[1]
-        if length > len(self._rotary.cosines):
-            self._rotary = RotaryTable(self.config.ropes[0], self.config.head_dim, length, self.dtype, self.device)
+        if length > len(self._rotary[0].cosines):
+            self._rotary = self._tables(length)
         hidden = functional.embedding(token_ids.to(self.device), self._embedding)
+        if self.config.embedding_multiplier != 1:
+            hidden = hidden * self.config.embedding_multiplier
         for layer in range(self.num_layers):
             gate = gates(layer, hidden)
             if self._recomputes_layers and torch.is_grad_enabled():
@@ -80,7 +88,8 @@ class DifferentiableDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 `[..., vocab_size]` from the last layer's output `[..., hidden_size]`."""
-        return functional.linear(self._final_norm(hidden), self._head).float()
+        logits = functional.linear(self._final_norm(hidden), self._head).float()
+        return logits if self.config.logits_multiplier == 1 else logits * self.config.logits_multiplier
 
     def _blend(self, layer: int, hidden: Tensor, gate: Tensor | None, compensate: Compensate) -> Tensor:
         outputs = self._run_layer(layer, hidden)
@@ -93,31 +102,27 @@ class DifferentiableDecoder:
 
     def _run_layer(self, layer: int, hidden: Tensor) -> Tensor:
         weights = self._layers[layer]
-        attended = hidden + weights.output(self._attend(layer, weights.input_norm(hidden)))
-        gate, up = weights.gate_up(weights.mlp_norm(attended)).chunk(2, dim=-1)
-        return attended + weights.down(functional.silu(gate) * up)
+        return run_layer_body(self.config.block, weights, weights, hidden, partial(self._attend, layer))
 
     def _attend(self, layer: int, normed: Tensor) -> Tensor:
         """Causal attention, `[batch, length, num_heads * head_dim]`."""
         config, weights = self.config, self._layers[layer]
-        batch, length, _ = normed.shape
-        heads = weights.query_key_value(normed).view(batch, length, -1, config.head_dim)
-        num_rotated = config.num_heads + config.num_kv_heads
-        rotated, values = heads[:, :, :num_rotated], heads[:, :, num_rotated:]
-        if weights.head_norm is not None:
-            rotated = functional.rms_norm(rotated, (config.head_dim,), None, config.rms_norm_eps) * weights.head_norm
-        rotated = rotate(rotated, self._rotary.cosines[:length], self._rotary.sines[:length])
-        queries, keys = rotated.transpose(1, 2).split((config.num_heads, config.num_kv_heads), dim=1)
+        length = normed.shape[1]
+        counts, table = (config.num_heads, config.num_kv_heads), self._rotary[layer]
+        parts = split_heads(
+            config.block, weights, weights.query_key_value(normed), counts, config.head_dim, config.rms_norm_eps,
+            *table.at(slice(length)),
+        )  # fmt: skip
+        queries, keys, values = (part.transpose(1, 2) for part in parts)
         # Repeated keys, since enable_gqa takes a slow path in bf16 on CPUs.
         group = config.num_heads // config.num_kv_heads
-        keys = keys.repeat_interleave(group, dim=1)
-        values = values.transpose(1, 2).repeat_interleave(group, dim=1)
-        window = config.sliding_window[layer]
+        keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+        window, scale = config.sliding_window[layer], config.block.attention_scale
         if window is None or window >= length:
-            attended = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+            attended = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scale)
         else:
-            mask = _window_mask(length, window, queries)
-            attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+            mask = causal_mask(range(length), range(length), window, 1, queries)
+            attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
         return attended.transpose(1, 2).flatten(2)
 
 
@@ -201,11 +206,3 @@ class _RowDivergences(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (slopes,) = ctx.saved_tensors
         return slopes * gradients[0].unsqueeze(-1).to(slopes.dtype), None, None
-
-
-def _window_mask(length: int, window: int, like: Tensor) -> Tensor:
-    """What is added to attention scores `[length, length]`: 0 for the latest `window` positions, −∞ elsewhere."""
-    positions = torch.arange(length, device=like.device)
-    distance = positions.unsqueeze(1) - positions
-    hidden = (distance < 0) | (distance >= window)
-    return torch.zeros((length, length), dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))

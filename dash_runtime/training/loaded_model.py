@@ -18,11 +18,12 @@ from dash_runtime.checkpoints import (
     tokenizer_file,
 )
 from dash_runtime.checkpoints.chat_template import ChatTemplate
-from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.loading import make_decoder
+from dash_runtime.devices import find_device
 from dash_runtime.errors import ConfigError
 from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.policy.policy_file import model_fingerprint
-from dash_runtime.startup.build import find_device, matrix_shapes
+from dash_runtime.startup.build import matrix_shapes
 from dash_runtime.training.data import file_token_sequences
 from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
 from dash_runtime.training.self_text import default_training_sequences
@@ -69,7 +70,7 @@ class LoadedModel:
         if not set(wanted) <= set(supported):
             raise ConfigError("actions", f"must be among {', '.join(action.name for action in supported)}")
         self.context_length = min(_CONTEXT_LENGTH, self.config.context_length)
-        self.decoder = Decoder(
+        self.decoder = make_decoder(
             self.config,
             self._weights,
             wanted,

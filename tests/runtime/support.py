@@ -8,9 +8,11 @@ from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.checkpoints import load_model_config, open_weights
+from dash_runtime.decoder.batch import PassKind
 from dash_runtime.decoder.compensation import Affine, Compensation, Identity, LowRank
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.kv_cache import SequenceCache
+from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.sequence import EngineEvent, SequenceFinished, TokenProduced
 
@@ -20,7 +22,7 @@ ALL_ACTIONS = tuple(Action)
 
 def load_decoder(folder: Path, dtype: torch.dtype = torch.float32, actions: Sequence[Action] = ALL_ACTIONS) -> Decoder:
     config = load_model_config(folder)
-    return Decoder(
+    return make_decoder(
         config,
         open_weights(folder),
         tuple(actions),
@@ -44,7 +46,9 @@ def run_rows(
 ) -> Tensor:
     """Logits of all rows, with one plan per sequence (its rows share it)."""
     lengths = [len(ids) for ids in token_ids]
-    batch = decoder.rows(caches, lengths, [compensation or Identity()] * len(caches))
+    is_decoding = all(length == 1 and cache.length for cache, length in zip(caches, lengths, strict=True))
+    kind = PassKind.DECODE if is_decoding else PassKind.PREFILL
+    batch = decoder.batch(kind, caches, lengths, [compensation or Identity()] * len(caches))
     hidden = decoder.embed([token_id for ids in token_ids for token_id in ids])
     for layer in range(decoder.num_layers):
         actions = [plan[layer] for plan, length in zip(plans, lengths, strict=True) for _ in range(length)]

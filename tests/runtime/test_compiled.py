@@ -17,10 +17,12 @@ from torch.utils import _pytree as pytree
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.decoder.backends.inductor import CompiledLayers, program_specs
+from dash_runtime.decoder.backends.inductor import InductorBackend, program_specs
+from dash_runtime.decoder.batch import PassKind
 from dash_runtime.decoder.compensation import Affine, Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.kv_cache import SequenceCache
+from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.decoder.pending_kv import MAX_PENDING
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.programs.compile_program import sample
@@ -66,14 +68,14 @@ class Decoders:
 
 
 def decoder_of(folder: Path, config: ModelConfig, programs: dict[ProgramSpec, Program], shares: bool) -> Decoder:
-    return Decoder(
+    return make_decoder(
         config,
         open_weights(folder),
         ALL_ACTIONS,
         dtype=torch.bfloat16,
         device=CPU,
         context_length=config.context_length,
-        compiled=CompiledLayers(programs, shares_products=shares),
+        inductor=InductorBackend(config.block, programs, shares_products=shares),
     )
 
 
@@ -205,7 +207,7 @@ def test_keys_and_values_of_skipped_rows_are_written_by_the_time_a_row_attends(
         for number in range(num_skipped + 1):
             hidden = decoders.alone.embed([5 + number])
             for cache, own in ((skipping, action if number == num_skipped else Action.SKIP), (running, action)):
-                batch = decoders.alone.rows([cache], [1], [Identity()])
+                batch = decoders.alone.batch(PassKind.DECODE, [cache], [1], [Identity()])
                 decoders.alone.run_layer(1, [own], hidden, batch)
                 batch.commit()
             assert len(skipping.pending[1]) < MAX_PENDING
@@ -226,7 +228,7 @@ def test_a_layer_attends_to_its_window_and_to_nothing_before(decoders: Decoders)
             cache = prefilled(decoders.alone, range(12))
             cache.keys[layer][:num_changed] += 1
             cache.values[layer][:num_changed] += 1
-            batch = decoders.alone.rows([cache], [1], [Identity()])
+            batch = decoders.alone.batch(PassKind.DECODE, [cache], [1], [Identity()])
             outputs.append(decoders.alone.run_layer(layer, [Action.FULL], hidden, batch))
         assert torch.equal(outputs[0], outputs[1]) is (window is not None)
         assert not torch.equal(outputs[0], outputs[2])
@@ -294,9 +296,10 @@ def test_a_layer_writes_neither_into_its_input_nor_into_an_earlier_output(decode
         cache = prefilled(decoders.alone, [1, 2])
         hidden = decoders.alone.embed([3])
         before = hidden.clone()
-        output = decoders.alone.run_layer(0, [action], hidden, decoders.alone.rows([cache], [1], [Identity()]))
+        batches = [decoders.alone.batch(PassKind.DECODE, [cache], [1], [Identity()]) for _ in range(2)]
+        output = decoders.alone.run_layer(0, [action], hidden, batches[0])
         kept = output.clone()
-        decoders.alone.run_layer(0, [action], hidden + 1, decoders.alone.rows([cache], [1], [Identity()]))
+        decoders.alone.run_layer(0, [action], hidden + 1, batches[1])
         assert torch.equal(hidden, before), action
         assert torch.equal(output, kept), action
 
@@ -309,7 +312,7 @@ def test_several_rows_of_a_sequence_have_the_numbers_that_each_has_decoded_alone
     decoder = decoders.alone
     tokens = [(41 * step + 7) % 250 for step in range(num_rows)]
     together, one_by_one = (prefilled(decoder, range(30)) for _ in range(2))
-    batch = decoder.rows([together], [num_rows], [Identity()], as_decoding=True)
+    batch = decoder.batch(PassKind.VERIFY, [together], [num_rows], [Identity()])
     hidden = decoder.embed(tokens)
     for layer in range(decoder.num_layers):
         hidden = decoder.run_layer(layer, (Action.FULL,) * num_rows, hidden, batch)

@@ -16,6 +16,7 @@ from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.decoder.backends.cuda_graphs import Graphs, Tensors, cuda_capture
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.loading import make_decoder
 from tests.runtime.support import ALL_ACTIONS, CPU, full_plan, load_decoder, run_rows
 
 Plan = list[Action]
@@ -44,7 +45,7 @@ class ImitatedGraphs:
 def decoder_with(graphs: Graphs, folder: Path, device: torch.device = CPU) -> Decoder:
     config = load_model_config(folder)
     options = {"dtype": torch.float32, "device": device, "context_length": config.context_length}
-    return Decoder(config, open_weights(folder), ALL_ACTIONS, graphs=graphs, **options)  # type: ignore[arg-type]
+    return make_decoder(config, open_weights(folder), ALL_ACTIONS, graphs=graphs, **options)  # type: ignore[arg-type]
 
 
 def plans_of(num_layers: int, num_rows: int, step: int) -> list[Plan]:

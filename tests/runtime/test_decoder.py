@@ -1,11 +1,13 @@
 """One layer at a time: actions, the KV rule, and rows that do not touch each other."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from dash_runtime.actions import Action
+from dash_runtime.decoder.batch import Batch, PassKind
 from dash_runtime.decoder.compensation import Identity, Scale
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.pending_kv import MAX_PENDING
@@ -49,7 +51,7 @@ def test_batched_decode_is_bit_equal_to_one_by_one_for_mixed_plans_and_lengths(d
 @torch.inference_mode()
 def test_a_skipped_layer_passes_on_the_compensated_input_and_nothing_else(decoder: Decoder) -> None:
     scale = Scale(torch.full((decoder.num_layers,), 0.5, dtype=decoder.dtype))
-    batch = decoder.rows([new_cache(decoder)], [1], [scale])
+    batch = decoder.batch(PassKind.PREFILL, [new_cache(decoder)], [1], [scale])
     hidden = decoder.embed([7])
     assert torch.equal(decoder.run_layer(2, (Action.SKIP,), hidden, batch), hidden * 0.5)
 
@@ -63,11 +65,16 @@ def test_keys_and_values_of_skipped_rows_are_those_of_the_full_layer_by_the_time
     token_ids = list(range(5, 6 + num_skipped))
     hidden = decoder.embed(token_ids)
     full, skipping = new_cache(decoder), new_cache(decoder)
-    decoder.run_layer(1, [Action.FULL] * len(token_ids), hidden, decoder.rows([full], [len(token_ids)], [Identity()]))
+    decoder.run_layer(
+        1,
+        [Action.FULL] * len(token_ids),
+        hidden,
+        decoder.batch(PassKind.PREFILL, [full], [len(token_ids)], [Identity()]),
+    )
     actions = [Action.SKIP] * num_skipped + [Action.FULL]
     lengths = [len(token_ids)] if at_once else [1] * len(token_ids)
     for start in range(0, len(token_ids), lengths[0]):
-        batch = decoder.rows([skipping], lengths[:1], [Identity()])
+        batch = decoder.batch(PassKind.PREFILL, [skipping], lengths[:1], [Identity()])
         rows = slice(start, start + lengths[0])
         decoder.run_layer(1, actions[rows], hidden[rows], batch)
         assert len(skipping.pending[1]) < MAX_PENDING
@@ -81,7 +88,7 @@ def test_keys_and_values_of_skipped_rows_are_those_of_the_full_layer_by_the_time
 def test_a_truncated_cache_forgets_the_skipped_rows_beyond_and_keeps_those_before(decoder: Decoder) -> None:
     cache = new_cache(decoder)
     for token_id in (5, 6, 7):
-        batch = decoder.rows([cache], [1], [Identity()])
+        batch = decoder.batch(PassKind.PREFILL, [cache], [1], [Identity()])
         decoder.run_layer(1, [Action.SKIP], decoder.embed([token_id]), batch)
         batch.commit()
     cache.truncate(1)
@@ -93,7 +100,9 @@ def test_a_layer_never_writes_into_its_input(decoder: Decoder) -> None:
     for action in ALL_ACTIONS:
         hidden = decoder.embed([3])
         before = hidden.clone()
-        decoder.run_layer(0, (action,), hidden, decoder.rows([new_cache(decoder)], [1], [Identity()]))
+        decoder.run_layer(
+            0, (action,), hidden, decoder.batch(PassKind.PREFILL, [new_cache(decoder)], [1], [Identity()])
+        )
         assert torch.equal(hidden, before), action
 
 
@@ -104,7 +113,7 @@ def test_rows_of_one_sequence_with_different_actions_equal_token_by_token(tiny_f
     plans = mixed_plans(decoder, len(token_ids))
     cache = new_cache(decoder)
     one_by_one = [run_rows(decoder, [cache], [[t]], [plan]) for t, plan in zip(token_ids, plans, strict=True)]
-    batch = decoder.rows([new_cache(decoder)], [len(token_ids)], [Identity()])
+    batch = decoder.batch(PassKind.PREFILL, [new_cache(decoder)], [len(token_ids)], [Identity()])
     hidden = decoder.embed(token_ids)
     for layer in range(decoder.num_layers):
         hidden = decoder.run_layer(layer, [plan[layer] for plan in plans], hidden, batch)
@@ -115,7 +124,47 @@ def test_rows_of_one_sequence_with_different_actions_equal_token_by_token(tiny_f
 @torch.inference_mode()
 def test_each_row_is_compensated_by_its_own_policy(decoder: Decoder) -> None:
     halves = Scale(torch.full((decoder.num_layers,), 0.5, dtype=decoder.dtype))
-    batch = decoder.rows([new_cache(decoder), new_cache(decoder)], [1, 1], [halves, Identity()])
+    batch = decoder.batch(PassKind.PREFILL, [new_cache(decoder), new_cache(decoder)], [1, 1], [halves, Identity()])
     hidden = decoder.embed([7, 9])
     outputs = decoder.run_layer(2, (Action.SKIP, Action.SKIP), hidden, batch)
     assert torch.equal(outputs, torch.stack((hidden[0] * 0.5, hidden[1])))
+
+
+class NamedBackend:
+    """Notes its name, and takes passes of one sequence only, or all."""
+
+    def __init__(self, name: str, journal: list[str], takes_all: bool = True) -> None:
+        self._name, self._journal, self._takes_all = name, journal, takes_all
+
+    def takes(self, batch: Batch) -> bool:
+        return self._takes_all or len(batch.spans) == 1
+
+    def run_layer(self, layer: int, actions: Sequence[Action], hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+        self._journal.append(self._name)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor, precisions: Sequence[Action]) -> torch.Tensor:
+        self._journal.append(f"{self._name} logits")
+        return hidden
+
+
+def test_a_pass_is_run_by_the_first_backend_of_its_kind_that_takes_it(decoder: Decoder) -> None:
+    """A prompt's lone last row, above all, is not run as a decoded one: its bits are those that it has among others."""
+    journal: list[str] = []
+    single, every = NamedBackend("single", journal, takes_all=False), NamedBackend("every", journal)
+    other = NamedBackend("prefill", journal)
+    backends = {PassKind.PREFILL: [other], PassKind.DECODE: [single, every], PassKind.VERIFY: [single, every]}
+    named = Decoder(
+        decoder.config, ALL_ACTIONS, backends, decoder.embed, decoder.heads,
+        dtype=decoder.dtype, device=decoder.device, context_length=64, max_prompt_rows=64,
+    )  # fmt: skip
+    caches = named.caches([8, 8])
+    for cache in caches:
+        named.batch(PassKind.PREFILL, [cache], [2], [Identity()]).commit()
+    hidden = named.embed([1])
+    for kind in PassKind:
+        for some in (caches[:1], caches):
+            batch = named.batch(kind, some, [1] * len(some), [Identity()] * len(some))
+            named.run_layer(0, [Action.FULL], hidden, batch)
+    named.logits(hidden, [Action.FULL])
+    assert journal == ["prefill", "prefill", "single", "every", "single", "every", "single logits"]

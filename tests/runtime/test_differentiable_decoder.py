@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
+from dash_runtime.decoder.batch import PassKind
 from dash_runtime.decoder.compensation import Affine, Compensation, Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.errors import ConfigError
@@ -50,7 +51,7 @@ def some_skips(decoder: DifferentiableDecoder, batch: int = BATCH, length: int =
 def serve(decoder: Decoder, token_ids: Tensor, skips: Tensor, compensation: Compensation) -> Tensor:
     """The serving decoder's last hidden states for the same tokens, `[batch, length, hidden_size]`."""
     caches = [new_cache(decoder) for _ in token_ids]
-    rows = decoder.rows(caches, [token_ids.shape[1]] * len(caches), [compensation] * len(caches))
+    rows = decoder.batch(PassKind.PREFILL, caches, [token_ids.shape[1]] * len(caches), [compensation] * len(caches))
     hidden = decoder.embed(token_ids.flatten().tolist())
     for layer in range(decoder.num_layers):
         actions = [Action.SKIP if skip else Action.FULL for skip in skips[layer].flatten().tolist()]

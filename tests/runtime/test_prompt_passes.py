@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dash_runtime.actions import Action
+from dash_runtime.decoder.batch import PassKind
 from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.linears.dense_linear import (
@@ -48,7 +49,7 @@ def prefilled(decoder: Decoder, prompt: Sequence[int], passes: Sequence[int]) ->
     start = 0
     for length in passes:
         chunk = prompt[start : start + length]
-        batch = decoder.rows([cache], [len(chunk)], [Identity()], is_prompt=True)
+        batch = decoder.batch(PassKind.PREFILL, [cache], [len(chunk)], [Identity()])
         hidden = decoder.embed(chunk)
         for layer, action in enumerate(full_plan(decoder)):
             hidden = decoder.run_layer(layer, (action,) * len(chunk), hidden, batch)
@@ -91,16 +92,6 @@ def test_the_cuts_of_a_prompt_make_no_difference_to_the_embedded_model(embedded_
     chance = random.Random(4)
     for num_tokens in (65, 449):
         assert_cuts_make_no_difference(decoder, chance, num_tokens)
-
-
-def test_a_prompts_last_row_alone_is_not_taken_for_a_decoded_one(tiny_folder: Path) -> None:
-    """Which may run other programs, with other sums, than the row among others of its prompt."""
-    decoder = load_decoder(tiny_folder, torch.bfloat16, (Action.FULL,))
-    cache = new_cache(decoder)
-    decoder.rows([cache], [64], [Identity()], is_prompt=True).commit()
-    of_prompt, decoded = (decoder.rows([cache], [1], [Identity()], is_prompt=own) for own in (True, False))
-    assert decoded.is_decoding
-    assert not of_prompt.is_decoding
 
 
 def test_a_row_of_a_full_product_is_bit_equal_among_any_number_of_others() -> None:

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from dash_runtime.actions import Action
+from dash_runtime.devices.cuda import inner_k_tiles
 from dash_runtime.linears.dense_linear import FullLinear
 from dash_runtime.linears.quantization import (
     Int4Linear,
     Int8Linear,
-    cuda_inner_k_tiles,
     dequantize_int4,
     make_linear,
     quantize_int4,
@@ -63,13 +63,13 @@ def test_int4_is_not_offered_for_a_shape_that_its_kernel_cannot_take() -> None:
 
 @pytest.mark.parametrize(("in_features", "tiles"), [(1536, 8), (128, 8), (576, 4), (960, 4), (96, 2), (32, 2)])
 def test_cuda_packs_as_many_tiles_together_as_the_row_is_a_multiple_of(in_features: int, tiles: int) -> None:
-    assert cuda_inner_k_tiles(in_features) == tiles
+    assert inner_k_tiles(in_features) == tiles
 
 
 @pytest.mark.parametrize("in_features", [16, 40, 48, 80])
 def test_a_row_that_cuda_has_no_packing_for_is_refused_as_a_missing_kernel(in_features: int) -> None:
     with pytest.raises(NotImplementedError, match=f"{in_features} inputs"):
-        cuda_inner_k_tiles(in_features)
+        inner_k_tiles(in_features)
     assert Action.INT4 not in supported_actions(CPU, torch.bfloat16, {(64, in_features)})
 
 

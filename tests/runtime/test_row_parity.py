@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.backends.inductor import CompiledLayers
+from dash_runtime.decoder.backends.inductor import InductorBackend
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.programs.program_cache import ProgramKind, ProgramSpec
 from dash_runtime.programs.traced_layer import ModelShape
-from dash_runtime.startup.row_parity import unequal_strides
+from dash_runtime.startup.row_parity import unequal_counts
 from tests.runtime.support import load_decoder
 
 
@@ -25,7 +25,7 @@ class RoundingDecoder:
         self.config = real.config
         self.caches = real.caches
 
-    def rows(self, *arguments: Any, **options: Any) -> "RoundingDecoder":
+    def batch(self, *arguments: Any, **options: Any) -> "RoundingDecoder":
         return self
 
     def commit(self) -> None:
@@ -44,15 +44,15 @@ def decoder(tiny_folder: Path) -> Decoder:
 
 
 def test_a_call_that_rounds_otherwise_now_and_then_is_noticed(decoder: Decoder) -> None:
-    assert unequal_strides(RoundingDecoder(decoder), (8, 4, 1)) == {4}  # type: ignore[arg-type]
+    assert unequal_counts(RoundingDecoder(decoder), (8, 4, 1)) == {4}  # type: ignore[arg-type]
 
 
 def test_calls_that_were_dropped_are_not_made(decoder: Decoder) -> None:
     shape = ModelShape.of(decoder.config)
     programs = {ProgramSpec(ProgramKind.LAYER, Action.FULL, shape, 1, rows): lambda _: [] for rows in (1, 4, 8)}
-    layers = CompiledLayers(programs, shares_products=False)  # type: ignore[arg-type]
+    layers = InductorBackend(decoder.config.block, programs, shares_products=False)  # type: ignore[arg-type]
     assert layers._calls(13, takes_several=True) == [8, 4, 1]
-    layers.drop_strides({8})
+    layers.drop_verified_rows({8})
     assert layers._calls(13, takes_several=True) == [4, 4, 4, 1]
-    layers.drop_strides({1, 4})
-    assert layers.strides == (1,)
+    layers.drop_verified_rows({1, 4})
+    assert layers.verified_rows == (1,)

@@ -9,6 +9,7 @@ import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.config import LaneKind
+from dash_runtime.decoder.batch import PassKind
 from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.lanes import CudaStreamLane, InlineLane, Lane, ThreadLane, make_lane
@@ -79,7 +80,9 @@ def step(decoder: Any, lane: Lane, policies: dict[int, Any], token_ids: list[int
         )
         for rows in rows_of.values()
     ]
-    batch = decoder.rows(caches, [1] * len(caches), [policies[row].compensation for row in range(len(caches))])
+    batch = decoder.batch(
+        PassKind.DECODE, caches, [1] * len(caches), [policies[row].compensation for row in range(len(caches))]
+    )
     return decode_step(decoder, lane, batch, token_ids, deciders)
 
 
@@ -92,7 +95,7 @@ def test_a_layer_is_decided_from_the_input_of_the_layer_lookahead_before_while_t
     policy = RecordingPolicy(lookahead, frozenset(range(lookahead)) | EDGES, journal)
     recorded = JournalDecoder(decoder, journal)
     caches = [new_cache(decoder)]
-    batch = decoder.rows(caches, [1], [Identity()])
+    batch = decoder.batch(PassKind.PREFILL, caches, [1], [Identity()])
     decider = Decider(policy, [0], [Token(0, 0, 1.0)], some_costs(), 1)
     decode_step(recorded, InlineLane(), batch, [9], [decider])  # type: ignore[arg-type]
     runs = {entry[1]: entry for entry in journal if entry[0] == "run"}

@@ -13,7 +13,7 @@ from dash_runtime.checkpoints import check_weights, load_model_config, open_weig
 from dash_runtime.checkpoints.chat_template import ChatTemplate
 from dash_runtime.checkpoints.conversion_cache import ConversionSource, cached_conversion
 from dash_runtime.checkpoints.gguf_conversion import convert_gguf
-from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.model_config import BlockConfig, ModelConfig, RopeConfig
 from dash_runtime.policy.compensation_file import load_compensation
@@ -111,7 +111,7 @@ def _model_parts(folder: Path) -> Parts:
     parts = {f"config.{field.name}": repr(getattr(config, field.name)) for field in fields(config)}
     parts["weights"] = _digest(weights) + model_fingerprint(config, weights)
     context_length = min(config.context_length, _CONTEXT_TOKENS)
-    Decoder(config, weights, (Action.FULL,), dtype=torch.float32, device=CPU, context_length=context_length)
+    make_decoder(config, weights, (Action.FULL,), dtype=torch.float32, device=CPU, context_length=context_length)
     tokenizer, template = TextTokenizer.load(folder), ChatTemplate.load(folder)
     ids = tokenizer.encode(_TEXT)
     parts["token ids"] = f"{ids} {tokenizer.decode(ids)!r}"

@@ -1,0 +1,27 @@
+"""What a backend is. Knows batches; knows no models."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.decoder.batch import Batch
+
+
+class Backend(Protocol):
+    """Runs a decoder's layers and head for passes of some kinds."""
+
+    def takes(self, batch: Batch) -> bool:
+        """Returns True if it can run this pass."""
+
+    def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
+        """Runs one layer with each row's own action, `[rows, hidden_size]` to the same.
+
+        Every row's keys and values are written, a skipped one's from the layer's input and no later than a row attends
+        to them (the KV rule). Nothing is written into `hidden`, nor later into what is returned: a policy may still be
+        reading it.
+        """
+
+    def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
+        """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""

@@ -1,0 +1,44 @@
+"""The language-model head in each precision, with the final norm before it. Knows matrices; knows no layers."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.decoder.norm import RmsNorm
+from dash_runtime.decoder.row_groups import group_rows, scatter_rows
+from dash_runtime.linears.dense_linear import Linear
+
+Head = Callable[[Tensor], Tensor]
+"""float32 `[rows, vocab_size]` from the last layer's output `[rows, hidden_size]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The heads by precision.
+
+    `shared`, if any, serves all rows of a pass of more than `most_apart`, whatever their precisions: there one product
+    for all is the fastest.
+    """
+
+    by_precision: Mapping[Action, Head]
+    shared: Head | None = None
+    most_apart: int = 0
+
+    def __call__(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
+        """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's precision."""
+        if self.shared is not None and len(precisions) > self.most_apart:
+            return self.shared(hidden)
+        parts = [
+            (rows, self.by_precision[precision](hidden if rows is None else hidden[rows]))
+            for precision, rows in group_rows(precisions)
+        ]
+        return scatter_rows(parts, len(precisions))
+
+
+def eager_head(linear: Linear, final_norm: RmsNorm, multiplier: float) -> Head:
+    """Returns the head that runs `linear`; its logits are multiplied by `multiplier`."""
+    if multiplier == 1:
+        return lambda hidden: linear(final_norm(hidden)).float()
+    return lambda hidden: linear(final_norm(hidden)).float() * multiplier

@@ -1,0 +1,139 @@
+"""A layer's arithmetic, stated once over its family's `BlockConfig`.
+
+Eager layers, shared products and passes with a gradient all run it; `programs/traced_layer.py` states it once more for
+Inductor, and a test holds the two together. Knows tensors; knows no caches, no actions and no kernels.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dash_runtime.decoder.rotary import rotate
+from dash_runtime.model_config import Activation, BlockConfig, QkNorm
+
+Norm = Callable[[Tensor], Tensor]
+Linear = Callable[[Tensor], Tensor]
+
+
+class Norms(Protocol):
+    """The norms of one layer; None for those that its block does not have."""
+
+    @property
+    def input_norm(self) -> Norm | None: ...
+
+    @property
+    def attention_output_norm(self) -> Norm | None: ...
+
+    @property
+    def mlp_norm(self) -> Norm | None: ...
+
+    @property
+    def mlp_output_norm(self) -> Norm | None: ...
+
+    @property
+    def head_norm(self) -> Tensor | None:
+        """Weights of `QkNorm.HEAD`, `[num_heads + num_kv_heads, head_dim]`."""
+
+    @property
+    def query_norm(self) -> Norm | None:
+        """Of `QkNorm.WIDTH`, over all query heads together."""
+
+    @property
+    def key_norm(self) -> Norm | None: ...
+
+
+class Linears(Protocol):
+    """The matrices of one layer in one precision, with query, key and value fused, and gate and up."""
+
+    @property
+    def query_key_value(self) -> Linear: ...
+
+    @property
+    def output(self) -> Linear: ...
+
+    @property
+    def gate_up(self) -> Linear: ...
+
+    @property
+    def down(self) -> Linear: ...
+
+
+def run_layer_body(
+    block: BlockConfig, norms: Norms, linears: Linears, hidden: Tensor, attend: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Runs one layer, `[..., hidden_size]` to the same.
+
+    Args:
+        attend: from the input of the query-key-value product, `[..., hidden_size]`, to what the heads attended to,
+            `[..., num_heads * head_dim]`.
+    """
+    return after_attention(block, norms, linears, hidden, attend(before_attention(norms, hidden)))
+
+
+def before_attention(norms: Norms, hidden: Tensor) -> Tensor:
+    """Returns the input of the query-key-value product, `[..., hidden_size]`."""
+    return _normed(norms.input_norm, hidden)
+
+
+def after_attention(block: BlockConfig, norms: Norms, linears: Linears, hidden: Tensor, attended: Tensor) -> Tensor:
+    """Returns the layer's output from its input and what its heads attended to, `[..., num_heads * head_dim]`."""
+    residual = _added(block, hidden, _normed(norms.attention_output_norm, linears.output(attended)))
+    inner = _mlp(block, linears, _normed(norms.mlp_norm, residual))
+    return _added(block, residual, _normed(norms.mlp_output_norm, inner))
+
+
+def split_heads(
+    block: BlockConfig,
+    norms: Norms,
+    fused: Tensor,
+    counts: tuple[int, int],
+    head_dim: int,
+    eps: float,
+    cosines: Tensor,
+    sines: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Takes a query-key-value product apart.
+
+    Args:
+        fused: `[..., (queries + 2 * keys) * head_dim]`, bias included.
+        counts: query heads, 0 for a product of keys and values alone, and key heads.
+        cosines: `[..., 1, head_dim]`, as `sines`.
+
+    Returns:
+        Queries and keys, normed and rotated, and values, `[..., heads, head_dim]` each.
+    """
+    num_queries, num_keys = counts
+    num_rotated = num_queries + num_keys
+    if block.qk_norm is QkNorm.WIDTH:
+        fused = _normed_over_width(norms, fused, num_queries * head_dim, num_rotated * head_dim)
+    heads = fused.unflatten(-1, (-1, head_dim))
+    rotated = heads[..., :num_rotated, :]
+    if norms.head_norm is not None:
+        rotated = functional.rms_norm(rotated, (head_dim,), None, eps) * norms.head_norm[-num_rotated:]
+    rotated = rotate(rotated, cosines, sines)
+    return rotated[..., :num_queries, :], rotated[..., num_queries:, :], heads[..., num_rotated:, :]
+
+
+def _normed_over_width(norms: Norms, fused: Tensor, query_size: int, rotated_size: int) -> Tensor:
+    queries, keys, values = fused.tensor_split((query_size, rotated_size), dim=-1)
+    normed_queries = _normed(norms.query_norm, queries) if query_size else queries
+    return torch.cat((normed_queries, _normed(norms.key_norm, keys), values), dim=-1)
+
+
+def _normed(norm: Norm | None, inputs: Tensor) -> Tensor:
+    return inputs if norm is None else norm(inputs)
+
+
+def _added(block: BlockConfig, residual: Tensor, branch: Tensor) -> Tensor:
+    return residual + (branch if block.residual_multiplier == 1 else branch * block.residual_multiplier)
+
+
+def _mlp(block: BlockConfig, linears: Linears, inputs: Tensor) -> Tensor:
+    """A gated linear unit (Shazeer 2020), `[..., hidden_size]` to the same."""
+    gate, up = linears.gate_up(inputs).chunk(2, dim=-1)
+    gate = functional.silu(gate) if block.activation is Activation.SILU else functional.gelu(gate, approximate="tanh")
+    # In place where no gradient needs the factors: a prompt's are megabytes.
+    return linears.down(gate * up if gate.requires_grad or up.requires_grad else gate.mul_(up))

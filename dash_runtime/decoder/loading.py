@@ -1,0 +1,94 @@
+"""From a checkpoint's tensors to a decoder with its backends. Knows weights and devices; knows no files."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.decoder.backends.cuda import CudaBackend
+from dash_runtime.decoder.backends.cuda_graphs import Graphs
+from dash_runtime.decoder.backends.eager import EagerBackend
+from dash_runtime.decoder.backends.inductor import InductorBackend
+from dash_runtime.decoder.batch import PassKind
+from dash_runtime.decoder.decoder import Backends, Decoder
+from dash_runtime.decoder.embedding import make_embedding
+from dash_runtime.decoder.heads import Head, Heads, eager_head
+from dash_runtime.decoder.layer import DecoderLayer, make_layer
+from dash_runtime.decoder.weight_loader import WeightLoader
+from dash_runtime.devices import device_of
+from dash_runtime.linears.dense_linear import MAX_INVARIANT_ROWS, BatchInvariantLinear, FullLinear, for_many_rows
+from dash_runtime.linears.quantization import make_linear
+from dash_runtime.model_config import ModelConfig
+
+
+def make_decoder(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor],
+    actions: tuple[Action, ...],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    context_length: int,
+    inductor: InductorBackend | None = None,
+    graphs: Graphs | None = None,
+) -> Decoder:
+    """Packs a model for a device.
+
+    Args:
+        weights: tensors by their Hugging Face names, in the shapes that `config` asks for.
+        actions: those to pack kernels for, FULL among them.
+        context_length: positions to make rotary tables for.
+        inductor: the layers' programs, which this fills. Decoding then runs them, and quantised actions have no other
+            kernels. None: everything runs eagerly.
+        graphs: replays the layers of eager decoding, where there are CUDA graphs.
+    """
+    # The matrices are packed anew: a mapped file that stays for the sake of the rest would stay whole.
+    loader = WeightLoader(config, weights, dtype, device, copies=inductor is not None)
+    layers: list[DecoderLayer] = []
+    for index in range(config.num_layers):
+        layer_weights = loader.layer(index)
+        eager_actions = actions if inductor is None else (Action.FULL,)
+        layer = make_layer(layer_weights, config.num_heads * config.head_dim, eager_actions)
+        if inductor is not None:
+            inductor.add_layer(layer_weights, layer)
+        layers.append(layer)
+    wide_layers = [layer.for_many_rows() for layer in layers]
+
+    final_norm = loader.norm("model.norm.weight")
+    embedding = loader.tensor("model.embed_tokens.weight")
+    head = embedding if config.has_tied_head else loader.tensor("lm_head.weight")
+    full = make_linear(Action.FULL, FullLinear(head))
+    embed = make_embedding(embedding, full if config.has_tied_head else None, config.embedding_multiplier)
+    multiplier = config.logits_multiplier
+    by_precision: dict[Action, Head] = {}
+    for precision in actions:
+        if precision not in (Action.INT8, Action.FULL):
+            continue  # an INT4 head changes the text (docs/architecture.md), so it is not offered
+        compiled = None if inductor is None else inductor.head(precision, head, final_norm, multiplier)
+        linear = full if precision is Action.FULL else None
+        if compiled is None:
+            linear = linear or make_linear(precision, FullLinear(head))
+            compiled = eager_head(linear, final_norm, multiplier)
+        by_precision[precision] = compiled
+
+    heads = Heads(by_precision)
+    wide, narrow = EagerBackend(config, wide_layers, heads), EagerBackend(config, layers, heads)
+    backends: Backends = {PassKind.PREFILL: [wide], PassKind.DECODE: [narrow], PassKind.VERIFY: [narrow]}
+    if graphs is not None:
+        backends = {**backends, PassKind.DECODE: [CudaBackend(config, layers, heads, graphs)]}
+    if inductor is not None:
+        inductor.set_heads(by_precision, eager_head(for_many_rows(full), final_norm, multiplier))
+        backends = {**backends, PassKind.DECODE: [inductor], PassKind.VERIFY: [inductor, narrow]}
+    is_invariant = isinstance(wide_layers[0].key_value, BatchInvariantLinear)
+    return Decoder(
+        config,
+        actions,
+        backends,
+        embed,
+        by_precision,
+        dtype=dtype,
+        device=device,
+        context_length=context_length,
+        max_prompt_rows=MAX_INVARIANT_ROWS if is_invariant else device_of(device).row_block,
+    )

@@ -1,0 +1,42 @@
+"""What differs between devices. A new one is a file here and a line in `_DEVICES`."""
+
+from functools import cache
+
+import torch
+
+from dash_runtime.devices.cpu import CpuDevice
+from dash_runtime.devices.cuda import CudaDevice
+from dash_runtime.devices.device import Device
+from dash_runtime.errors import ConfigError
+
+__all__ = ["CpuDevice", "CudaDevice", "Device", "device_of", "find_device", "num_devices"]
+
+_DEVICES: dict[str, type[Device]] = {"cpu": CpuDevice, "cuda": CudaDevice}
+"""By torch's name. One that is not named here runs as the base class does: eagerly, with what torch has for it."""
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """Returns what we know of torch's device."""
+    return _DEVICES.get(device.type, Device)(device)
+
+
+def find_device(name: str) -> torch.device:
+    """Returns the device called `name`; `auto` is CUDA if there is one, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError("device", f"{name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def num_devices(name: str) -> int:
+    """Returns how many devices of a kind workers can share out; 0 for a kind that all of them use together."""
+    return torch.cuda.device_count() if name in ("auto", "cuda") else 0
