@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from dash_runtime.actions import Action
 from dash_runtime.linears.row_kernels import as_row_matrix, full_products, row_product
-from dash_runtime.model_config import ModelConfig
+from dash_runtime.model_config import Activation, ModelConfig
 from dash_runtime.programs.packing import WeightPacking
 
 
@@ -31,15 +31,25 @@ class ModelShape:
     has_qkv_bias: bool
     has_qk_norm: bool
     vocab_size: int
+    activation: Activation = Activation.SILU
+    attention_scale: float | None = None
+    residual_multiplier: float = 1.0
 
     @classmethod
     def of(cls, model: ModelConfig) -> "ModelShape":
-        own = {field.name: getattr(model, field.name) for field in fields(cls) if hasattr(model, field.name)}
-        return cls(**own, has_qkv_bias=model.block.has_qkv_bias, has_qk_norm=model.block.qk_norm is not None)
+        sources = {field.name: model if hasattr(model, field.name) else model.block for field in fields(cls)}
+        sources.pop("has_qk_norm")
+        own = {name: getattr(source, name) for name, source in sources.items()}
+        return cls(**own, has_qk_norm=model.block.qk_norm is not None)
 
     @property
     def query_size(self) -> int:
         return self.num_heads * self.head_dim
+
+    @property
+    def product_scale(self) -> float:
+        """Of the products of queries and keys."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     @property
     def key_value_size(self) -> int:
@@ -89,6 +99,9 @@ class FewRowsLayer(_TracedLayer):
     def _product(self, inputs: Tensor, matrix: tuple[Tensor, ...]) -> Tensor:
         return row_product(self._action, inputs, matrix) if self._num_rows == 1 else full_products(inputs, *matrix)
 
+    def _scaled(self, branch: Tensor) -> Tensor:
+        return branch if self._shape.residual_multiplier == 1 else branch * self._shape.residual_multiplier
+
     def forward(
         self,
         hidden: Tensor,
@@ -109,10 +122,11 @@ class FewRowsLayer(_TracedLayer):
         if shape.has_qkv_bias:
             fused = fused + vectors[-1]
         attended = write_and_attend(shape, fused, keys, values, cosines, sines, vectors)
-        residual = residual + self._product(attended, output)
+        residual = residual + self._scaled(self._product(attended, output))
         normed = rms_norm(residual, vectors[1], shape.rms_norm_eps)
         gate, up = self._product(normed, gate_up).chunk(2, dim=-1)
-        residual = residual + self._product(functional.silu(gate) * up, down)
+        gate = _activated(shape, gate)
+        residual = residual + self._scaled(self._product(gate * up, down))
         return residual.to(hidden.dtype)
 
 
@@ -144,7 +158,8 @@ class RowsAttention(_Traced):
         rotated, others = rotate_first_heads(shape, fused.float(), num_rotated, cosines, sines, vectors)
         write_tokens(keys, values, slots, rotated[:, shape.num_heads :], others)
         queries = rotated[:, : shape.num_heads]
-        attended = attention_over_blocks(queries, keys, values, blocks, block_rows, biases, parts)
+        scale = shape.product_scale
+        attended = attention_over_blocks(queries, keys, values, blocks, block_rows, biases, parts, scale)
         return attended.to(fused.dtype)
 
 
@@ -207,7 +222,7 @@ def write_and_attend(
     first = keys.shape[0] - num_rows
     keys[first:] = rotated[:, shape.num_heads :].to(keys.dtype)
     values[first:] = others.to(values.dtype)
-    return attention(rotated[:, : shape.num_heads], keys, values)
+    return attention(rotated[:, : shape.num_heads], keys, values, shape.product_scale)
 
 
 def write_tokens(keys: Tensor, values: Tensor, slots: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
@@ -228,6 +243,10 @@ def rotate_first_heads(
     return rotate_heads(rotated, cosines, sines), heads[:, num_rotated:]
 
 
+def _activated(shape: ModelShape, gate: Tensor) -> Tensor:
+    return functional.silu(gate) if shape.activation == Activation.SILU else functional.gelu(gate, approximate="tanh")
+
+
 def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Over the last dimension, in float32."""
     return inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + eps) * weight
@@ -239,7 +258,7 @@ def rotate_heads(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return heads * cosines.float() + swapped * sines.float()
 
 
-def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """`[rows, num_heads * head_dim]` of the last rows' queries `[rows, num_heads, head_dim]`, each over all keys up to
     its own.
 
@@ -250,7 +269,7 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     num_rows, num_heads, head_dim = queries.shape
     num_keys, num_kv_heads, _ = keys.shape
     group = num_heads // num_kv_heads
-    by_group = (queries * head_dim**-0.5).view(num_rows, 1, num_kv_heads, group, head_dim)
+    by_group = (queries * scale).view(num_rows, 1, num_kv_heads, group, head_dim)
     own_scores = [(by_group[:, :, :, own] * keys.float()).sum(-1) for own in range(group)]
     scores = torch.stack([own.transpose(1, 2) for own in own_scores], dim=2)
     if num_rows > 1:  # what comes after a row's own key adds zeros to its sums, which does not change them
@@ -263,7 +282,14 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def attention_over_blocks(
-    queries: Tensor, keys: Tensor, values: Tensor, blocks: Tensor, block_rows: Tensor, biases: Tensor, parts: Tensor
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    blocks: Tensor,
+    block_rows: Tensor,
+    biases: Tensor,
+    parts: Tensor,
+    scale: float,
 ) -> Tensor:
     """`attention` of rows of different sequences, each over its own blocks: every block by itself, then each row's
     together. What a loop reads is written out anew for every head: what is shared would be copied first."""
@@ -277,7 +303,7 @@ def attention_over_blocks(
         ],
         dim=1,
     )
-    scores = scores * head_dim**-0.5 + biases.unsqueeze(1)
+    scores = scores * scale + biases.unsqueeze(1)
     largest = scores.amax(-1)
     weights = torch.exp(scores - largest.unsqueeze(-1))
     by_group = weights.view(-1, num_kv_heads, group, keys.shape[1], 1)

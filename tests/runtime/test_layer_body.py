@@ -1,0 +1,98 @@
+"""A layer's arithmetic stands twice, for eager passes and for Inductor, and is the same."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.checkpoints import load_model_config, open_weights
+from dash_runtime.decoder.attention import attention
+from dash_runtime.decoder.backends.inductor import can_compile
+from dash_runtime.decoder.layer_body import run_layer_body, split_heads
+from dash_runtime.decoder.rotary import RotaryTable
+from dash_runtime.decoder.weight_loader import WeightLoader
+from dash_runtime.linears.row_kernels import full_row_matrix
+from dash_runtime.model_config import Activation, BlockConfig, ModelConfig
+from dash_runtime.programs.packing import WeightPacking
+from dash_runtime.programs.traced_layer import FewRowsLayer, ModelShape
+from tests.runtime.support import CPU
+from tests.tiny_models import FAMILIES, save_tiny_model
+
+NUM_SEEN = 9
+VARIANTS = {
+    "as it is": {},
+    "gelu": {"activation": Activation.GELU_TANH},
+    "attention scale": {"attention_scale": 0.3},
+    "residual multiplier": {"residual_multiplier": 0.22},
+}
+
+
+def model_of(family: str, folder: Path, variant: str) -> tuple[ModelConfig, WeightLoader]:
+    folder = save_tiny_model(folder / family, family, vocab_size=272)
+    config = load_model_config(folder)
+    config = replace(config, block=replace(config.block, **VARIANTS[variant]))
+    weights = {name: tensor.bfloat16() for name, tensor in open_weights(folder).items()}
+    for name, tensor in weights.items():  # norms and biases that are all alike would hide a mistake
+        if tensor.dim() == 1:
+            generator = torch.Generator().manual_seed(sum(map(ord, name)))
+            weights[name] = (tensor + 0.3 * torch.randn(tensor.shape, generator=generator)).bfloat16()
+    return config, WeightLoader(config, weights, torch.float32, CPU)
+
+
+def some(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_the_traced_layer_computes_what_the_layer_body_does(family: str, variant: str, tmp_path: Path) -> None:
+    config, loader = model_of(family, tmp_path, variant)
+    if not can_compile(config):
+        pytest.skip("runs eagerly only")
+    weights, shape = loader.layer(1), ModelShape.of(config)
+    rope = RotaryTable(config.ropes[1], config.head_dim, NUM_SEEN, torch.float32, CPU)
+    cosines, sines = rope.at(slice(NUM_SEEN - 1, NUM_SEEN))
+    hidden = some(1, config.hidden_size, seed=1)
+    kept = (NUM_SEEN, config.num_kv_heads, config.head_dim)
+    keys, values = some(*kept, seed=2), some(*kept, seed=3)
+
+    matrices = [weights.query_key_value, weights.output, weights.gate_up, weights.down]
+    vectors = [weights.input_norm.weight, weights.mlp_norm.weight]  # type: ignore[union-attr]
+    vectors += [own for own in (weights.head_norm, weights.query_key_value.bias) if own is not None]
+    packed = [full_row_matrix(own.weight.bfloat16(), own) for own in matrices]
+    packing = WeightPacking.of(vectors, packed)
+    traced = FewRowsLayer(shape, Action.FULL, packing, 1)
+    own_keys, own_values = keys.clone(), values.clone()
+    joined = tuple(packing.join(vectors, packed))
+    outputs = traced(hidden, own_keys, own_values, cosines, sines, joined)
+
+    def body(block: BlockConfig) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's output, and the keys and values that it adds."""
+        added: list[Tensor] = []
+
+        def attend(normed: Tensor) -> Tensor:
+            counts = (config.num_heads, config.num_kv_heads)
+            fused = weights.query_key_value(normed)
+            queries, *new = split_heads(
+                block, weights, fused, counts, config.head_dim, config.rms_norm_eps, cosines, sines
+            )
+            added.extend(new)
+            seen = (
+                torch.cat((old[:-1].float(), own.bfloat16().float()))
+                for old, own in zip((keys, values), new, strict=True)
+            )
+            return attention(queries, *seen, None, block.attention_scale)
+
+        return run_layer_body(block, weights, weights, hidden.float(), attend), *added  # type: ignore[return-value]
+
+    expected, new_keys, new_values = body(config.block)
+    torch.testing.assert_close(outputs.float(), expected, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(own_keys[-1:].float(), new_keys, rtol=0.01, atol=1e-3)
+    torch.testing.assert_close(own_values[-1:].float(), new_values, rtol=0.01, atol=1e-3)
+    if variant != "as it is":  # or the comparison would show nothing
+        usual = replace(config.block, **{name: getattr(BlockConfig(), name) for name in VARIANTS[variant]})
+        assert not torch.allclose(body(usual)[0], expected, rtol=0.01, atol=0.01)
