@@ -13,10 +13,10 @@ import grpc
 from dash_api.v1 import generation_pb2
 from dash_client.calls import Call, Calls, closed_error
 from dash_client.connection import ConnectionOptions, connection
+from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import DashError, DeadlineExceededError, UnavailableError
-from dash_client.mapping import Mapping
+from dash_client.prompt_map import PromptMap
 from dash_client.readiness import Readiness
-from dash_client.recorded import RecordedDecisions
 from dash_client.stream_state import StreamState
 from dash_client.streams import AsyncGenerationStream, is_task_cancelled
 from dash_client.types import (
@@ -158,17 +158,17 @@ class AsyncDashClient:
             options: see `GenerationOptions`; the same for all.
         """
         generate = self._calls.generate_each(timeout, options)
-        mapping = Mapping(
+        prompt_map = PromptMap(
             prompts, generate, max_concurrency=max_concurrency, progress=progress, raise_errors=raise_errors
         )
         running: dict[asyncio.Task[Generation], int] = {}
         try:
             while True:
-                while len(running) < mapping.max_concurrency and (job := mapping.next()) is not None:
+                while len(running) < prompt_map.max_concurrency and (job := prompt_map.next()) is not None:
                     place, call = job
                     running[asyncio.create_task(self._run(call))] = place
                 if not running:
-                    return mapping.results()
+                    return prompt_map.results()
                 over, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in over:
                     place = running.pop(task)
@@ -176,13 +176,13 @@ class AsyncDashClient:
                         result: Generation | DashError = task.result()
                     except DashError as error:
                         result = error
-                    mapping.done(place, result)
+                    prompt_map.done(place, result)
         finally:
             for task in running:
                 task.cancel()
             if running:
                 await asyncio.wait(running)
-            mapping.close()
+            prompt_map.close()
 
     async def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> tuple[int, ...]:
         """The token ids of text or of a conversation, exactly as a generation would see them."""

@@ -16,9 +16,9 @@ from dash_api.v1 import generation_pb2, model_pb2
 from dash_client import checks, requests, responses
 from dash_client.channel import Target
 from dash_client.connection import Connection, Metadata
+from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import CancelledError, DashError
-from dash_client.recorded import RecordedDecisions
-from dash_client.status import error_from_rpc
+from dash_client.rpc_errors import error_from_rpc
 from dash_client.types import Generation, GenerationOptions, HealthStatus, Messages, ModelInfo, PolicyInfo, Prompt
 
 FACTS_TIMEOUT_SECONDS = 10.0
@@ -101,7 +101,7 @@ class Calls:
 
     def decisions(self, request_id: str, timeout: float | None) -> Call[RecordedDecisions]:
         # Few programs ask; the others should not wait for its import.
-        from dash_client.recorded_messages import recorded_decisions
+        from dash_client.trace.decision_trace_messages import recorded_decisions
 
         request = requests.decisions_request(request_id)
         kind = model_pb2.GetDecisionsResponse

@@ -11,10 +11,10 @@ import grpc
 from dash_api.v1 import generation_pb2
 from dash_client.calls import Call, Calls, closed_error
 from dash_client.connection import ConnectionOptions, connection
+from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import DashError, DeadlineExceededError, UnavailableError
-from dash_client.mapping import Mapping
+from dash_client.prompt_map import PromptMap
 from dash_client.readiness import Readiness
-from dash_client.recorded import RecordedDecisions
 from dash_client.stream_state import StreamState
 from dash_client.streams import GenerationStream
 from dash_client.types import (
@@ -152,31 +152,31 @@ class DashClient:
             options: see `GenerationOptions`; the same for all.
         """
         generate = self._calls.generate_each(timeout, options)
-        mapping = Mapping(
+        prompt_map = PromptMap(
             prompts, generate, max_concurrency=max_concurrency, progress=progress, raise_errors=raise_errors
         )
         running: dict[int, tuple[Call[Generation], Any]] = {}
         over: queue.SimpleQueue[int] = queue.SimpleQueue()
         try:
             while True:
-                while len(running) < mapping.max_concurrency and (job := mapping.next()) is not None:
+                while len(running) < prompt_map.max_concurrency and (job := prompt_map.next()) is not None:
                     place, call = job
                     future = self._method(call).future(call.request, timeout=call.timeout, metadata=call.metadata)
                     running[place] = call, future
                     future.add_done_callback(lambda _, place=place: over.put(place))
                 if not running:
-                    return mapping.results()
+                    return prompt_map.results()
                 place = over.get()
                 call, future = running.pop(place)
                 try:
                     result: Generation | DashError = self._answer(call, future.result)
                 except DashError as error:
                     result = error
-                mapping.done(place, result)
+                prompt_map.done(place, result)
         finally:
             for _, future in running.values():
                 future.cancel()
-            mapping.close()
+            prompt_map.close()
 
     def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> tuple[int, ...]:
         """The token ids of text or of a conversation, exactly as a generation would see them."""

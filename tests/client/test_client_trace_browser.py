@@ -13,8 +13,8 @@ import pytest
 import trace_samples as samples
 
 from dash_api.v1 import model_pb2
-from dash_client.recorded_messages import recorded_decisions
-from dash_client.trace_page import trace_page
+from dash_client.trace.decision_trace_messages import recorded_decisions
+from dash_client.trace.trace_page import trace_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (

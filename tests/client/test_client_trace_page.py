@@ -11,9 +11,9 @@ import pytest
 import trace_samples as samples
 
 from dash_api.v1 import common_pb2, model_pb2
-from dash_client.recorded_messages import recorded_decisions
-from dash_client.trace_page import trace_page
-from dash_client.trace_summary import (
+from dash_client.trace.decision_trace_messages import recorded_decisions
+from dash_client.trace.trace_page import trace_page
+from dash_client.trace.trace_summary import (
     action_shares,
     evaluations,
     exposed_ns_per_token,

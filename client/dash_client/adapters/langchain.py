@@ -19,10 +19,10 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.tools import BaseTool
 from pydantic import ConfigDict, Field, SecretStr
 
-from dash_client.adapters.answers import answer_facts
-from dash_client.adapters.connections import shared_async_client, shared_client
+from dash_client.adapters.answer_facts import answer_facts
 from dash_client.adapters.langchain_messages import conversation, usage_metadata
 from dash_client.adapters.option_fields import ConnectionFields, OptionFields, client_options
+from dash_client.adapters.shared_clients import shared_async_client, shared_client
 from dash_client.aio import AsyncDashClient
 from dash_client.client import DashClient
 from dash_client.types import Generation, StreamDelta

@@ -11,7 +11,7 @@ from typing import Any
 import llm
 from llm.parts import ReasoningPart, TextPart
 
-from dash_client.adapters.answers import answer_facts
+from dash_client.adapters.answer_facts import answer_facts
 from dash_client.adapters.option_fields import ConnectionFields, OptionFields, client_options
 from dash_client.aio import AsyncDashClient
 from dash_client.client import DashClient

@@ -21,11 +21,10 @@ from dash_client.commands.bench_figures import (
     histogram,
     inter_token_times,
 )
-from dash_client.commands.connection import connection_options
+from dash_client.commands.client_arguments import connection_options, generation_options
 from dash_client.commands.exit_codes import ExitCode, exit_code_of
 from dash_client.commands.output import as_json, can_show, print_json, printable, say
 from dash_client.commands.prompts import prompt_of
-from dash_client.commands.streaming import generation_options
 from dash_client.errors import DashError
 from dash_client.types import GenerationOptions, Prompt
 

@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterable, Iterator
 
 from dash_client.client import DashClient
-from dash_client.commands.connection import connect
+from dash_client.commands.answer_printer import AnswerPrinter, say_note
+from dash_client.commands.client_arguments import connect, generation_options
 from dash_client.commands.conversation import Conversation
 from dash_client.commands.exit_codes import ExitCode
 from dash_client.commands.interrupts import Interrupts
 from dash_client.commands.output import print_json, report_error, say
 from dash_client.commands.prompts import read_lines
-from dash_client.commands.streaming import AnswerPrinter, generation_options, say_note
 from dash_client.errors import DashError, invalid_argument
 from dash_client.streams import GenerationStream
 from dash_client.types import StreamDelta

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from dash_client.commands.connection import connect
+from dash_client.commands.client_arguments import connect
 from dash_client.commands.exit_codes import ExitCode
 from dash_client.commands.output import as_json, print_json, printable
 from dash_client.commands.prompts import prompt_of

@@ -4,13 +4,13 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 
-from dash_client.commands.connection import connect
+from dash_client.commands.answer_printer import say_note, summary
+from dash_client.commands.client_arguments import connect, generation_options
 from dash_client.commands.exit_codes import ExitCode
 from dash_client.commands.heatmap_file import SavedHeatmap, load_heatmap
 from dash_client.commands.heatmap_rows import Row, RowPainter, rows_of_delta
 from dash_client.commands.output import as_json, color_depth, print_json, say
 from dash_client.commands.prompts import prompt_of
-from dash_client.commands.streaming import generation_options, say_note, summary
 from dash_client.errors import ServerError, invalid_argument
 from dash_client.types import StreamDelta
 

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dash_client.heatmap import RESET, ColorDepth, background, without_control_characters
+from dash_client.terminal import RESET, ColorDepth, background, without_control_characters
 from dash_client.types import Action, StreamDelta
 
 # The trace page's colours: work is blue, the more the darker, a skip is orange; their order in lightness stays for the

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any, TextIO
 
 from dash_client.errors import DashError
-from dash_client.heatmap import ColorDepth, without_control_characters
+from dash_client.terminal import ColorDepth, without_control_characters
 from dash_client.types import Action, Decisions
 
 # JSON may hold these as they are, and a terminal would obey them. The others are escaped by `json` itself.

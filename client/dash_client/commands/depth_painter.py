@@ -1,66 +1,16 @@
-"""Shows how many layers ran for each piece of text: as background colours, or as numbers.
+"""Marks each piece of text by the number of layers that ran for it: as background colours, or as numbers.
 
-Knows strings and numbers only; whether the terminal can show colours is decided in `ColorDepth.of`.
+Knows strings and numbers only; `ColorDepth` decides whether the terminal can show colours.
 """
 
-import re
-from collections.abc import Mapping
-from enum import Enum
-from typing import TextIO
-
+from dash_client.terminal import RESET, ColorDepth, background
 from dash_client.types import StreamDelta
 
-RESET = "\x1b[0m"
 _LEGEND_STEPS = 6
 
-# Few layers are dark violet, all layers yellow (after matplotlib's viridis, which keeps its order for
-# the colour-blind and in grey).
+# Few layers are dark violet, all layers yellow. The scale follows matplotlib's viridis: its order survives colour
+# blindness and greyscale.
 _SCALE = ((68, 1, 84), (65, 68, 135), (42, 120, 142), (34, 168, 132), (122, 209, 81), (253, 231, 37))
-
-# A model's output must not be able to steer the terminal.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-class ColorDepth(Enum):
-    """What a terminal can show."""
-
-    NONE = "none"
-    INDEXED = "indexed"
-    TRUE = "true"
-
-    @classmethod
-    def of(cls, stream: TextIO, environment: Mapping[str, str]) -> "ColorDepth":
-        """What `stream` can show: nothing if it is no terminal, NO_COLOR is set, or TERM is dumb."""
-        if not stream.isatty() or environment.get("NO_COLOR") or environment.get("TERM", "dumb") == "dumb":
-            return cls.NONE
-        return cls.for_terminal(environment)
-
-    @classmethod
-    def for_terminal(cls, environment: Mapping[str, str]) -> "ColorDepth":
-        """What a terminal with this environment can show, if it shows colours."""
-        return cls.TRUE if environment.get("COLORTERM") in ("truecolor", "24bit") else cls.INDEXED
-
-
-def without_control_characters(text: str) -> str:
-    """The text with control characters other than tab and line feed replaced."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
-
-
-def background(color: tuple[int, int, int], depth: ColorDepth) -> str:
-    """What begins text on a background of this colour, in ink that can be read; nothing where there are no colours."""
-    if depth is ColorDepth.NONE:
-        return ""
-    red, green, blue = color
-    ink = 30 if is_light(color) else 97
-    if depth is ColorDepth.TRUE:
-        return f"\x1b[48;2;{red};{green};{blue};{ink}m"
-    return f"\x1b[48;5;{16 + 36 * _cube(red) + 6 * _cube(green) + _cube(blue)};{ink}m"
-
-
-def is_light(color: tuple[int, int, int]) -> bool:
-    """Whether black is easier to read on it than white (ITU-R BT.601 luma)."""
-    red, green, blue = color
-    return 0.299 * red + 0.587 * green + 0.114 * blue > 128
 
 
 class DepthPainter:
@@ -113,8 +63,3 @@ class DepthPainter:
             for below, above in zip(_SCALE[index], _SCALE[index + 1], strict=True)
         )
         return red, green, blue
-
-
-def _cube(channel: int) -> int:
-    """The nearest of the six steps of the 256-colour cube: 0, 95, 135, …, 255."""
-    return 0 if channel < 48 else min(5, max(1, round((channel - 55) / 40)))

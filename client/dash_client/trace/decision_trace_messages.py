@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from dash_api.v1 import common_pb2, model_pb2
+from dash_client.decision_trace import RecordedDecision, RecordedDecisions, RecordedLayer, RecordedStep, StepKind
 from dash_client.errors import ServerError
-from dash_client.recorded import RecordedDecision, RecordedDecisions, RecordedLayer, RecordedStep, StepKind
 from dash_client.types import Action, Mode
 
 _MAX_LAYERS = 1_000

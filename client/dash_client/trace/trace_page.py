@@ -16,8 +16,8 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from dash_client.recorded import RecordedDecisions, RecordedLayer, RecordedStep, StepKind
-from dash_client.trace_summary import (
+from dash_client.decision_trace import RecordedDecisions, RecordedLayer, RecordedStep, StepKind
+from dash_client.trace.trace_summary import (
     StepGroup,
     action_shares,
     evaluations,
@@ -68,7 +68,7 @@ def _bounded(decisions: RecordedDecisions) -> RecordedDecisions:
 
 @cache
 def _template(name: str) -> str:
-    return (resources.files("dash_client") / "templates" / name).read_text(encoding="utf-8")
+    return (resources.files("dash_client.trace") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _digest(inline: str) -> str:

@@ -6,7 +6,7 @@ Knows recorded decisions; knows no HTML.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dash_client.recorded import RecordedDecisions, RecordedLayer, RecordedStep, StepKind
+from dash_client.decision_trace import RecordedDecisions, RecordedLayer, RecordedStep, StepKind
 from dash_client.types import Action
 
 

@@ -5,32 +5,10 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 
+from dash_client.commands.depth_painter import DepthPainter
 from dash_client.commands.output import color_depth, printable, say
 from dash_client.errors import DashError
-from dash_client.heatmap import DepthPainter
-from dash_client.types import Generation, GenerationOptions, GenerationStarted, Mode, StreamDelta
-
-
-def generation_options(arguments: argparse.Namespace) -> GenerationOptions:
-    """What was given of the options that all generating commands have."""
-    # `--fixed-action` means nothing in any other mode.
-    mode = arguments.mode or (Mode.FIXED if arguments.fixed_action else None)
-    return GenerationOptions(
-        mode=mode,
-        compute_budget=arguments.budget,
-        policy_name=arguments.policy,
-        fixed_action=arguments.fixed_action,
-        draft_length=arguments.draft_length,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty,
-        seed=arguments.seed,
-        max_new_tokens=arguments.max_new_tokens,
-        stop=arguments.stop,
-        ignore_eos=True if arguments.ignore_eos else None,
-    )
+from dash_client.types import Generation, GenerationStarted, StreamDelta
 
 
 def say_note(started: GenerationStarted) -> None:

@@ -12,7 +12,7 @@ from dash_client.errors import DashError, invalid_argument
 from dash_client.types import Generation, Prompt
 
 
-class Mapping:
+class PromptMap:
     """One `map`. Results are in the order of the prompts, and so are errors, unless they are to be raised."""
 
     def __init__(

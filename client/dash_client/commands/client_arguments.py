@@ -6,6 +6,7 @@ from typing import Any
 
 from dash_client.client import DashClient
 from dash_client.errors import invalid_argument
+from dash_client.types import GenerationOptions, Mode
 
 _MAX_TOKEN_BYTES = 16 << 10
 """Far more than a header may hold; keeps a wrong file from being read as a token."""
@@ -38,6 +39,28 @@ def connection_options(arguments: argparse.Namespace) -> dict[str, Any]:
         "token": None if arguments.token_file is None else _read_token(arguments.token_file),
     }
     return {name: value for name, value in given.items() if value is not None}
+
+
+def generation_options(arguments: argparse.Namespace) -> GenerationOptions:
+    """What was given of the options that all generating commands have."""
+    # `--fixed-action` means nothing in any other mode.
+    mode = arguments.mode or (Mode.FIXED if arguments.fixed_action else None)
+    return GenerationOptions(
+        mode=mode,
+        compute_budget=arguments.budget,
+        policy_name=arguments.policy,
+        fixed_action=arguments.fixed_action,
+        draft_length=arguments.draft_length,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+        seed=arguments.seed,
+        max_new_tokens=arguments.max_new_tokens,
+        stop=arguments.stop,
+        ignore_eos=True if arguments.ignore_eos else None,
+    )
 
 
 def _read_token(path: Path) -> str:

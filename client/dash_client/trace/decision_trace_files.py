@@ -6,10 +6,10 @@ from pathlib import Path
 from google.protobuf import json_format
 
 from dash_api.v1 import model_pb2
+from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import invalid_argument
-from dash_client.heatmap import without_control_characters
-from dash_client.recorded import RecordedDecisions
-from dash_client.recorded_messages import decisions_from_message, message_from_decisions
+from dash_client.terminal import without_control_characters
+from dash_client.trace.decision_trace_messages import decisions_from_message, message_from_decisions
 
 _MAX_BYTES = 64 << 20
 """About ten thousand steps of 30 layers: far more than a server records."""
@@ -17,8 +17,8 @@ _MAX_BYTES = 64 << 20
 _MAX_ERROR_CHARS = 200
 
 
-def save_recorded(decisions: RecordedDecisions, path: Path) -> None:
-    """Writes a file that `load_recorded` reads.
+def save_decisions(decisions: RecordedDecisions, path: Path) -> None:
+    """Writes a file that `load_decisions` reads.
 
     Raises:
         InvalidArgumentError: it cannot be written.
@@ -26,8 +26,8 @@ def save_recorded(decisions: RecordedDecisions, path: Path) -> None:
     write_text(path, json_format.MessageToJson(message_from_decisions(decisions)))
 
 
-def load_recorded(path: Path) -> RecordedDecisions:
-    """What `save_recorded` wrote.
+def load_decisions(path: Path) -> RecordedDecisions:
+    """What `save_decisions` wrote.
 
     Raises:
         InvalidArgumentError: the file cannot be read, or holds something else; the message names it.
