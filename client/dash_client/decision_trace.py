@@ -1,4 +1,4 @@
-"""What was decided and when, step by step, for one request: plain frozen dataclasses.
+"""The recorded decisions of one request, step by step, with their times: plain frozen dataclasses.
 
 Knows nothing of gRPC or protobuf. All times are the worker's, in nanoseconds.
 """
@@ -11,26 +11,26 @@ from dash_client.types import Action, Mode
 
 
 class StepKind(StrEnum):
-    """What a recorded step did."""
+    """The kinds of a recorded step."""
 
     DECODE = "decode"
-    """One token at the depth that was decided, put out at once."""
+    """One output token, at the depth that was decided."""
     DRAFT = "draft"
-    """One token in mode "exact", to be verified."""
+    """One drafted token in mode "exact", before its verification."""
     VERIFICATION = "verification"
-    """A draft's tokens, verified at full depth."""
+    """The verification of a draft's tokens at full depth."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedDecision:
-    """What decided a layer: one evaluation of the policy. Layers that were decided at once share its times."""
+    """One evaluation of the policy, for one layer. Layers that were decided together share its times."""
 
     start_ns: int
-    """When it began, from the step's start."""
+    """Its start, from the step's start."""
     end_ns: int
-    """When it was done, from the step's start."""
+    """Its end, from the step's start."""
     scores: Mapping[Action, float] | None
-    """The policy's score of each action for this layer. None where the policy gives none."""
+    """The policy's score of each action for this layer. None if the policy gives no scores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,52 +39,52 @@ class RecordedLayer:
 
     action: Action
     start_ns: int
-    """When it began, from the step's start."""
+    """Its start, from the step's start."""
     end_ns: int
-    """When its work was done or, on an accelerator, queued; from the step's start."""
+    """The end of its work or, on an accelerator, of queueing it; from the step's start."""
     decision: RecordedDecision | None
-    """None for a layer without one: it is pinned, or the step ran at full depth."""
+    """None if the layer is pinned or the step ran at full depth."""
     exposed_ns: int
-    """How long the decoder waited for the decision, or spent on it inline; counted at a block's first layer."""
+    """Time that the decoder waited for the decision, or spent on it inline; counted at a block's first layer."""
     cost_spent: float | None
-    """Share of a full-depth token's cost spent before this layer. None where it was not recorded."""
+    """Share of a full-depth token's cost spent before this layer. None if it was not recorded."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedStep:
-    """One way through the layers."""
+    """One pass through the layers."""
 
     kind: StepKind
     token_ids: tuple[int, ...]
-    """The tokens that it put out, drafted, or, in a verification, put out after it."""
+    """The tokens that it put out or drafted; for a verification, those put out after it."""
     start_unix_ns: int
-    """When it began, since 1970."""
+    """Its start, in nanoseconds since 1970."""
     duration_ns: int
-    """How long it took, the head and the choice of the token included."""
+    """Its duration, including the head and the choice of the token."""
     layers: tuple[RecordedLayer, ...]
-    """First layer first. Empty for a verification, which runs all of them in full."""
+    """First layer first. Empty for a verification, which runs all layers in full."""
     accepted_token_count: int | None
-    """Of a verification: how many of the tokens drafted since the last one it accepted."""
+    """For a verification: the number of tokens drafted since the last one that it accepted."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedDecisions:
-    """The recorded steps of one request. The first token, which comes from the prefill, is in none of them."""
+    """The recorded steps of one request. The first token is in none of them: it comes from the prefill."""
 
     request_id: str
     model: str
     policy: str
     mode: Mode
     compute_budget: float | None
-    """Modes "adaptive" and "exact": the compute budget in use, a share of the full-depth token."""
+    """In modes "adaptive" and "exact": the compute budget in use, as a share of the full-depth token."""
     price_of_compute: float | None
-    """The price of compute that the policy was given for the budget. None where it knows none."""
+    """The price of compute that the policy was given for the budget. None if the policy takes none."""
     layer_count: int
     pinned_layers: tuple[int, ...]
-    """Layers that the policy does not decide."""
+    """The layers that the policy does not decide."""
     score_actions: tuple[Action, ...]
-    """The actions that have scores. Empty where the policy gives none."""
+    """The actions that have scores. Empty if the policy gives no scores."""
     steps: tuple[RecordedStep, ...]
     """The request's first steps, in order."""
     unrecorded_step_count: int
-    """Steps after those, which were not recorded."""
+    """Number of later steps, which were not recorded."""

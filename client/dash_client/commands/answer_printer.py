@@ -1,4 +1,4 @@
-"""Prints an answer as it comes, and options and summaries of one. Reads from any iterable of deltas."""
+"""Prints an answer as it comes, and summarises it. Knows no client: it takes any iterable of deltas."""
 
 import argparse
 import sys
@@ -12,22 +12,22 @@ from dash_client.types import Generation, GenerationStarted, StreamDelta
 
 
 def say_note(started: GenerationStarted) -> None:
-    """What a caller should know of the policy, if there is something."""
+    """Prints the policy's note for callers, if there is one."""
     if started.policy_note:
         say(f"note: {started.policy_note}")
 
 
 class AnswerPrinter:
-    """Prints answers on standard output, marked by depth where `--show-depth` asks for it."""
+    """Prints answers on standard output, marked by depth with `--show-depth`."""
 
     def __init__(self, arguments: argparse.Namespace, layer_count: int) -> None:
         self._painter = DepthPainter(layer_count, color_depth(arguments, sys.stdout)) if arguments.show_depth else None
         if self._painter is not None:
-            # The marks are its own, no model's text.
+            # Not through `say`: its colours are escape sequences, and it contains no text of the model.
             print(self._painter.legend(), file=sys.stderr, flush=True)
 
     def print(self, deltas: Iterable[StreamDelta]) -> None:
-        """Prints the pieces as they come, and ends the line; what went wrong is then said on a line of its own."""
+        """Prints the pieces as they come. Ends the last line, so that an error message starts on a new one."""
         ends_line = True
         try:
             for delta in deltas:
@@ -44,7 +44,7 @@ class AnswerPrinter:
 
 
 def summary(generation: Generation) -> str:
-    """One line on an answer: its length, speed and depth."""
+    """Returns one line about an answer: its length, speed and depth."""
     usage, depth = generation.usage, generation.depth
     speed = usage.decode_tokens_per_second
     parts = [

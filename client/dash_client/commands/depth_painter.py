@@ -25,7 +25,7 @@ class DepthPainter:
         self._pending: list[int] = []
 
     def paint(self, delta: StreamDelta) -> str:
-        """The delta's text, marked. Tokens without text of their own count towards the text that follows."""
+        """Returns the delta's text, marked. Tokens without text count towards the text that follows."""
         if delta.decisions is not None:
             self._pending += [delta.decisions.layers_run(token) for token in range(len(delta.decisions))]
         if not delta.text or not self._pending:
@@ -36,12 +36,12 @@ class DepthPainter:
             visible = delta.text.rstrip()
             return f"{visible}[{layers:.3g}]{delta.text[len(visible) :]}"
         start = self._start(layers)
-        # Closed at every line's end, or the background would run to the edge of the screen.
+        # Reset at the end of each line, or the background would extend to the edge of the screen.
         lines = (f"{start}{line}{RESET}" if line else "" for line in delta.text.split("\n"))
         return "\n".join(lines)
 
     def legend(self) -> str:
-        """One line that explains the marks."""
+        """Returns one line that explains the marks."""
         if self._depth is ColorDepth.NONE:
             return f"[n]: layers run for the text before it, of {self._layer_count}"
         low = self._layer_count / 2
