@@ -1,4 +1,4 @@
-"""Which copies of a model object share a client; no server is needed, as nothing is called."""
+"""Copies of a model object share clients. No server is needed, since nothing is called."""
 
 import asyncio
 import gc

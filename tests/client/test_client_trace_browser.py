@@ -1,4 +1,4 @@
-"""The trace page in a real browser: headless Chromium opens the file and prints what became of it."""
+"""The trace page in a real browser: headless Chromium opens the file and prints the resulting document."""
 
 import base64
 import hashlib
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Dom(HTMLParser):
-    """Elements of a page as the browser has it, and the text in each that has an id."""
+    """The elements of a page in the browser, and the text of each that has an id."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
