@@ -4,6 +4,24 @@ a room. `docs/architecture.md` says what each room is for."""
 
 ROOMS = {
     "dash_client": """
+        cli
+        commands/
+        commands/arguments commands/answer_printer commands/bench_figures commands/client_arguments
+        commands/conversation commands/heatmap_file commands/heatmap_picture commands/interrupts
+        commands/depth_painter commands/heatmap_rows commands/output commands/prompts
+        commands/exit_codes commands/extras
+        adapters/
+        adapters/answer_facts adapters/langchain_messages adapters/option_fields adapters/shared_clients
+        aio client
+        prompt_map readiness streams
+        stream_state
+        calls
+        requests responses rpc_errors connection
+        channel checks
+        trace/
+        trace/decision_trace_messages trace/trace_summary
+        decision_trace terminal
+        errors types
     """,
     "dash_server": """
     """,

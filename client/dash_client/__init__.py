@@ -11,6 +11,7 @@ Needs neither torch nor numpy.
 from dash_client.aio import AsyncDashClient
 from dash_client.client import DashClient
 from dash_client.connection import ConnectionOptions
+from dash_client.decision_trace import RecordedDecision, RecordedDecisions, RecordedLayer, RecordedStep, StepKind
 from dash_client.errors import (
     CancelledError,
     DashError,
@@ -24,7 +25,6 @@ from dash_client.errors import (
     UnavailableError,
     UnimplementedError,
 )
-from dash_client.recorded import RecordedDecision, RecordedDecisions, RecordedLayer, RecordedStep, StepKind
 from dash_client.streams import AsyncGenerationStream, GenerationStream
 from dash_client.types import (
     Action,

@@ -1,6 +1,6 @@
-"""The asynchronous client: sends calls and awaits them. What a call is, and what came of it, is said elsewhere.
+"""The asynchronous client: sends calls and awaits them. `calls` describes a call, `stream_state` its outcome.
 
-The same surface as `client`, and the same parts; only what waits is of its own.
+Has the same methods as `client`, on the same parts; only the waiting differs.
 """
 
 import asyncio
@@ -13,10 +13,10 @@ import grpc
 from dash_api.v1 import generation_pb2
 from dash_client.calls import Call, Calls, closed_error
 from dash_client.connection import ConnectionOptions, connection
+from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import DashError, DeadlineExceededError, UnavailableError
-from dash_client.mapping import Mapping
+from dash_client.prompt_map import PromptMap
 from dash_client.readiness import Readiness
-from dash_client.recorded import RecordedDecisions
 from dash_client.stream_state import StreamState
 from dash_client.streams import AsyncGenerationStream, is_task_cancelled
 from dash_client.types import (
@@ -44,8 +44,8 @@ class AsyncDashClient:
         timeout: deadline of each call in seconds. Unset: none for generation, 10 s for the rest.
         options: token, TLS and retries; see `ConnectionOptions`.
 
-    Every method raises a `DashError`, never gRPC's own exceptions. A task that is cancelled gets asyncio's
-    CancelledError, as everywhere, and the request is cancelled on the server.
+    Every method raises a `DashError`, never gRPC's own exceptions. Cancelling a task cancels its request on the
+    server, and raises asyncio's CancelledError as usual.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class AsyncDashClient:
         self.target: str = self._connection.target.name
         self._calls = Calls(self._connection, timeout)
         self._is_closed = False
-        # A channel belongs to a loop, and there may be none yet.
+        # A channel belongs to a running event loop, so it is opened by the first call.
         self._channel: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._methods: dict[str, Any] = {}
@@ -72,7 +72,7 @@ class AsyncDashClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection; calls that are running are cancelled."""
+        """Closes the connection, and cancels the running calls."""
         self._is_closed = True
         if self._channel is not None:
             await self._channel.close()
@@ -80,11 +80,11 @@ class AsyncDashClient:
     async def generate(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerationOptions]
     ) -> Generation:
-        """Generates, and returns when the text is complete.
+        """Generates text, and returns the complete answer.
 
         Args:
             prompt: text, token ids, or a list of `{"role": …, "content": …}` messages.
-            timeout: deadline in seconds instead of the client's; infinity for none.
+            timeout: deadline in seconds, instead of the client's; infinity for none.
             options: see `GenerationOptions`.
         """
         return await self._run(self._calls.generate(prompt, timeout, options))
@@ -101,8 +101,8 @@ class AsyncDashClient:
         """Generates the next message of a conversation.
 
         Args:
-            messages: a list of `{"role": …, "content": …}`, oldest first, or text, which is one message of the user's.
-            timeout: deadline in seconds instead of the client's; infinity for none.
+            messages: a list of `{"role": …, "content": …}`, oldest first, or a string as one user message.
+            timeout: deadline in seconds, instead of the client's; infinity for none.
             options: see `GenerationOptions`.
         """
         return await self._run(self._calls.chat(messages, timeout, options))
@@ -147,28 +147,28 @@ class AsyncDashClient:
     ) -> Any:
         """Generates for each prompt, several at a time; returns the results in the order of the prompts.
 
-        A prompt that fails has its `DashError` as its result, and the others go on. Wrong options raise at once.
+        The result of a prompt that fails is its `DashError`, and the others go on. Wrong options raise at once.
 
         Args:
-            prompts: as for `generate`; each is taken only when there is room for it.
-            raise_errors: raise the first error instead, and cancel the others.
-            max_concurrency: how many are with the server at a time.
+            prompts: as for `generate`; each is taken only when it can be sent.
+            raise_errors: raise the first error, and cancel the other requests.
+            max_concurrency: the maximum number of requests at a time.
             progress: show a progress bar (needs tqdm: `pip install 'dash-llm[cli]'`).
-            timeout: deadline of each in seconds instead of the client's; infinity for none.
+            timeout: deadline of each request in seconds, instead of the client's; infinity for none.
             options: see `GenerationOptions`; the same for all.
         """
         generate = self._calls.generate_each(timeout, options)
-        mapping = Mapping(
+        prompt_map = PromptMap(
             prompts, generate, max_concurrency=max_concurrency, progress=progress, raise_errors=raise_errors
         )
         running: dict[asyncio.Task[Generation], int] = {}
         try:
             while True:
-                while len(running) < mapping.max_concurrency and (job := mapping.next()) is not None:
+                while len(running) < prompt_map.max_concurrency and (job := prompt_map.next()) is not None:
                     place, call = job
                     running[asyncio.create_task(self._run(call))] = place
                 if not running:
-                    return mapping.results()
+                    return prompt_map.results()
                 over, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in over:
                     place = running.pop(task)
@@ -176,32 +176,32 @@ class AsyncDashClient:
                         result: Generation | DashError = task.result()
                     except DashError as error:
                         result = error
-                    mapping.done(place, result)
+                    prompt_map.done(place, result)
         finally:
             for task in running:
                 task.cancel()
             if running:
                 await asyncio.wait(running)
-            mapping.close()
+            prompt_map.close()
 
     async def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> tuple[int, ...]:
-        """The token ids of text or of a conversation, exactly as a generation would see them."""
+        """Returns the token ids of text or of a conversation, exactly as a generation would see them."""
         return await self._run(self._calls.tokenize(prompt, timeout))
 
     async def model_info(self, *, timeout: float | None = None) -> ModelInfo:
-        """What model is served, and within which limits."""
+        """Returns the facts and limits of the served model."""
         return await self._run(self._calls.model_info(timeout))
 
     async def policy_info(self, name: str | None = None, *, timeout: float | None = None) -> PolicyInfo:
-        """One policy, the default one unless named."""
+        """Returns the facts of a policy, by default the server's default one."""
         return await self._run(self._calls.policy_info(name, timeout))
 
     async def decisions(self, request_id: str, *, timeout: float | None = None) -> RecordedDecisions:
-        """What was decided and when for one of this caller's own latest requests, which is over.
+        """Returns the recorded decisions of one of this caller's latest requests, once it is over.
 
         Args:
-            request_id: as in `GenerationStarted`.
-            timeout: deadline in seconds instead of the client's; infinity for none.
+            request_id: the id in `GenerationStarted`.
+            timeout: deadline in seconds, instead of the client's; infinity for none.
 
         Raises:
             NotFoundError: the server does not hold it, or it is another caller's.
@@ -209,7 +209,7 @@ class AsyncDashClient:
         return await self._run(self._calls.decisions(request_id, timeout))
 
     async def health(self, *, timeout: float | None = None) -> HealthStatus:
-        """What the server says of itself now; this call is never tried again.
+        """Returns the server's present state. This call is never retried.
 
         Raises:
             UnavailableError: there is no server.
@@ -217,10 +217,10 @@ class AsyncDashClient:
         return await self._run(self._calls.health(timeout))
 
     async def wait_until_ready(self, timeout: float = 60.0) -> None:
-        """Returns when the server serves; it may be started after this call.
+        """Waits until the server is serving; the server may be started after this call.
 
         Raises:
-            UnavailableError: it does not within `timeout` seconds; says what it did instead.
+            UnavailableError: it is not serving after `timeout` seconds; the message names its last state.
         """
         wait = Readiness(self.target, timeout)
         while True:
@@ -233,7 +233,7 @@ class AsyncDashClient:
             await asyncio.sleep(wait.pause())
 
     def _opened(self) -> Any:
-        """The channel of the loop that runs now."""
+        """Returns the channel of the running event loop."""
         if self._is_closed:
             raise closed_error()
         loop = asyncio.get_running_loop()
@@ -256,7 +256,7 @@ class AsyncDashClient:
         except asyncio.CancelledError:
             if is_task_cancelled():
                 raise
-            # The client was closed meanwhile, which is not this task's end.
+            # Somebody closed the client, which does not cancel this task.
             raise call.cancelled() from None
 
     def _start(self, call: Call[generation_pb2.StreamGenerateResponse]) -> AsyncGenerationStream:

@@ -1,7 +1,7 @@
-"""What each call is: its path, its request, its deadline, and how its answer is read. Shared by both clients.
+"""Describes each call: its path, its request, its deadline, and how to read its answer. Shared by both clients.
 
-Knows neither threads nor event loops, and opens no connection: a client sends a call's bytes and hands back what
-comes, and only the waiting in between is its own.
+Opens no connection, and knows neither threads nor event loops: a client sends a call's bytes, waits in its own way,
+and hands the answer's bytes back.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from dash_api.v1 import generation_pb2, model_pb2
 from dash_client import checks, requests, responses
 from dash_client.channel import Target
 from dash_client.connection import Connection, Metadata
+from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import CancelledError, DashError
-from dash_client.recorded import RecordedDecisions
-from dash_client.status import error_from_rpc
+from dash_client.rpc_errors import error_from_rpc
 from dash_client.types import Generation, GenerationOptions, HealthStatus, Messages, ModelInfo, PolicyInfo, Prompt
 
 FACTS_TIMEOUT_SECONDS = 10.0
-"""Deadline of calls that generate nothing, where neither the client nor the call sets one."""
+"""Deadline of calls that generate nothing, if neither the client nor the call sets one."""
 
 Answer = TypeVar("Answer")
 M = TypeVar("M", bound=Message)
@@ -33,7 +33,7 @@ _MODEL = "/dash_api.v1.ModelService"
 
 @dataclass(frozen=True, slots=True)
 class Call(Generic[Answer]):
-    """One call, ready to be sent."""
+    """One call, ready to send."""
 
     path: str
     request: bytes = field(repr=False)
@@ -41,19 +41,19 @@ class Call(Generic[Answer]):
     metadata: Metadata = field(repr=False)
     target: Target
     read: Callable[[bytes], Answer]
-    """Turns the answer, or each message of a stream, into what the caller gets; raises ServerError."""
+    """Turns the answer's bytes, or those of each message of a stream, into the result; raises ServerError."""
 
     def failed(self, error: grpc.RpcError, request_id: str | None = None) -> DashError:
-        """The exception for a call that ended with this."""
+        """Returns the exception for a call that failed with gRPC's `error`."""
         return error_from_rpc(error, target=self.target, timeout=self.timeout, request_id=request_id)
 
     def cancelled(self, request_id: str | None = None) -> DashError:
-        """The exception for a call that this side ended."""
+        """Returns the exception for a call that the client cancelled."""
         return CancelledError("the call was cancelled", code="CANCELLED", request_id=request_id)
 
 
 class Calls:
-    """Makes the calls of one client. Raises InvalidArgumentError for what cannot be sent."""
+    """Makes the calls of one client. Raises InvalidArgumentError for arguments that cannot be sent."""
 
     def __init__(self, connection: Connection, timeout: float | None) -> None:
         self._connection = connection
@@ -76,7 +76,7 @@ class Calls:
         return self._stream(self._chat_parameters(messages, options), timeout)
 
     def generate_each(self, timeout: float | None, options: GenerationOptions) -> Callable[[Prompt], Call[Generation]]:
-        """For many prompts with the same options, which are checked once."""
+        """Returns a function that makes the call for a prompt. Checks the options, which all prompts share, once."""
         common = requests.option_parameters(**options)
         checks.timeout(timeout, self._timeout)
 
@@ -100,8 +100,8 @@ class Calls:
         return self._facts(f"{_MODEL}/GetPolicy", request, timeout, model_pb2.GetPolicyResponse, responses.policy_info)
 
     def decisions(self, request_id: str, timeout: float | None) -> Call[RecordedDecisions]:
-        # Few programs ask; the others should not wait for its import.
-        from dash_client.recorded_messages import recorded_decisions
+        # Imported here, since few programs need it and the import takes time.
+        from dash_client.trace.decision_trace_messages import recorded_decisions
 
         request = requests.decisions_request(request_id)
         kind = model_pb2.GetDecisionsResponse
@@ -144,7 +144,7 @@ class Calls:
 
 
 def closed_error() -> DashError:
-    """For a call of a client that is closed."""
+    """Returns the error for a call on a closed client."""
     return CancelledError("this client is closed", code="CANCELLED")
 
 
@@ -153,7 +153,7 @@ def _reader(kind: type[M], read: Callable[[M], Answer]) -> Callable[[bytes], Ans
 
 
 def _read_event(data: bytes) -> generation_pb2.StreamGenerateResponse:
-    # As `parse`, without its calls: this is done for every message.
+    # Does the same as `parse` with fewer function calls, since it runs for every message.
     try:
         message: generation_pb2.StreamGenerateResponse = generation_pb2.StreamGenerateResponse.FromString(data)
     except DecodeError:

@@ -1,6 +1,6 @@
-"""Where the server is, and the options of a connection to it. Shared by the sync and the async client.
+"""Resolves a server's address, and makes the gRPC options of a channel to it. Shared by both clients.
 
-Knows gRPC's options by name; knows no secrets, no calls and no messages.
+Knows no secrets, no calls and no messages.
 """
 
 import ipaddress
@@ -16,23 +16,23 @@ from dash_client.errors import invalid_argument
 DEFAULT_TARGET = "localhost:50051"
 DEFAULT_RETRIES = 3
 MAX_RETRIES = 4
-"""gRPC makes five attempts at most."""
+"""gRPC makes at most five attempts."""
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
-    # Returned decisions and log probabilities grow with the answer; the server bounds both.
+    # Returned decisions and log probabilities grow with the answer; the server limits both.
     ("grpc.max_receive_message_length", -1),
-    # Find a dead peer while a request waits in a queue and nothing else is sent. The server takes a ping every 10 s;
-    # many that are not ours end a connection that pings without a call.
+    # Detect a dead peer while a request waits in a queue and nothing else is sent. Our server allows a ping every 10 s;
+    # many others close a connection that pings without a call.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 0),
-    # A server that is being started is found within a second of being there.
+    # Connect within a second of the server's start.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 
-# Health is asked for what is now, so it is not among them.
+# Not the health service: a health check asks for the present state.
 _RETRIED_SERVICES = ("dash_api.v1.GenerationService", "dash_api.v1.ModelService")
 
 _SCHEME = re.compile(r"(dns|unix|unix-abstract|ipv4|ipv6|vsock|xds|passthrough):")
@@ -44,16 +44,16 @@ class Target:
     """A server's address."""
 
     name: str
-    """As the user gave it, for messages."""
+    """The target as the user wrote it, for messages."""
     address: str
-    """As gRPC wants it."""
+    """The target in gRPC's form."""
     is_on_this_machine: bool
-    """What is sent there cannot be read on the way."""
+    """True if data on the way there cannot be read by others."""
 
     def is_listening(self) -> bool:
-        """Whether something of this machine listens there; False of other machines, which would be waited for.
+        """Returns True if something on this machine listens there. Always False for other machines: a probe may hang.
 
-        `localhost` is two addresses, and gRPC tells of only one what is wrong: often of that where there is nothing.
+        `localhost` has two addresses, and gRPC reports the error of only one, often of the one nothing listens on.
         """
         match = _HOST_AND_PORT.fullmatch(self.name)
         if match is None or not self.is_on_this_machine:
@@ -67,7 +67,7 @@ class Target:
 
 
 def resolve_target(target: str | None) -> Target:
-    """The target in use: the argument, else DASH_TARGET, else localhost:50051.
+    """Returns the target to use: the argument, else DASH_TARGET, else localhost:50051.
 
     Raises:
         InvalidArgumentError: it is neither `host:port` nor another gRPC target.
@@ -82,13 +82,13 @@ def resolve_target(target: str | None) -> Target:
     match = _HOST_AND_PORT.fullmatch(name)
     if match is None or not 0 < int(match[2]) < 65_536:
         raise invalid_argument("target", f"{name!r} is not host:port, such as {DEFAULT_TARGET}")
-    # A name may stand for several servers, among which calls take turns.
+    # A name may resolve to several servers; calls go to them in turn.
     address = name if _ip_address(match[1]) is not None else f"dns:///{name}"
     return Target(name, address, _is_local_host(match[1]))
 
 
 def resolve_retries(retries: Any) -> int:
-    """How often a call is tried again.
+    """Returns the number of retries of a call.
 
     Raises:
         InvalidArgumentError: it is neither True, False nor a number that gRPC takes.
@@ -101,10 +101,10 @@ def resolve_retries(retries: Any) -> int:
 
 
 def channel_options(target: Target, retries: int, server_name: str | None = None) -> list[tuple[str, int | str]]:
-    """gRPC channel options for this target."""
+    """Returns the gRPC channel options for this target."""
     options: list[tuple[str, int | str]] = [*_OPTIONS, ("grpc.service_config", _service_config(retries))]
     if target.is_on_this_machine:
-        # gRPC would send even these through http_proxy.
+        # gRPC would send even local calls through http_proxy.
         options.append(("grpc.enable_http_proxy", 0))
     if server_name is not None:
         options.append(("grpc.ssl_target_name_override", server_name))
@@ -112,15 +112,15 @@ def channel_options(target: Target, retries: int, server_name: str | None = None
 
 
 def _service_config(retries: int) -> str:
-    """Load balancing and retries, which gRPC does by itself.
+    """Returns the configuration of load balancing and retries, both done by gRPC itself.
 
-    It retries until the server's first headers, which come with the request's slot: nothing was generated until then.
+    gRPC retries until the server's first headers. They come with the request's slot, so nothing was generated yet.
     """
     config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
     if retries:
         policy = {
             "maxAttempts": retries + 1,
-            # Where the server does not say when to come back.
+            # Used if the server does not say when to retry.
             "initialBackoff": "0.2s",
             "maxBackoff": "2s",
             "backoffMultiplier": 2,

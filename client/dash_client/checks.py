@@ -1,6 +1,6 @@
-"""What each option may be: its kind and its range. Knows no protobuf and no server.
+"""Checks each option's type and range. Knows no protobuf and no server.
 
-The server checks the same, and besides what depends on its model and its settings.
+The server repeats these checks, and adds those that depend on its model and settings.
 """
 
 import math
@@ -21,7 +21,7 @@ class _Range:
     is_integer: bool = False
 
     def __contains__(self, value: float) -> bool:
-        # Not a number is in no range.
+        # NaN is in no range.
         return (self.low < value if self.is_low_open else self.low <= value) and value <= self.high
 
     def __str__(self) -> str:
@@ -50,10 +50,10 @@ _FLAGS = frozenset({"ignore_eos", "return_decisions", "trace"})
 
 
 def option(name: str, value: Any) -> Any:
-    """The value as it can be sent; `name` is an option with a single value.
+    """Returns the value to send; `name` is an option with a single value.
 
     Raises:
-        InvalidArgumentError: it is of another kind, or out of range.
+        InvalidArgumentError: the type is wrong, or the value is out of range.
     """
     if name in _RANGES:
         return number(name, value)
@@ -61,10 +61,10 @@ def option(name: str, value: Any) -> Any:
 
 
 def number(name: str, value: Any, argument: str | None = None) -> float:
-    """A number in the range of the option `name`; integers of numpy and the like are some, True is none.
+    """Returns the number, checked against the range of the option `name`. Takes numpy integers, but not True.
 
     Raises:
-        InvalidArgumentError: names `argument`, by default the option.
+        InvalidArgumentError: it names `argument`, by default the option.
     """
     allowed = _RANGES[name]
     is_number = not isinstance(value, (bool, str, bytes))
@@ -78,10 +78,10 @@ def number(name: str, value: Any, argument: str | None = None) -> float:
 
 
 def token_id(argument: str, value: Any) -> int:
-    """A token id; whether the model has it is the server's to say.
+    """Returns a token id; only the server can check it against the vocabulary.
 
     Raises:
-        InvalidArgumentError: it is no integer of 0 or more.
+        InvalidArgumentError: it is not an integer of 0 or more.
     """
     try:
         converted = operator.index(value)
@@ -93,10 +93,10 @@ def token_id(argument: str, value: Any) -> int:
 
 
 def flag(argument: str, value: Any) -> bool:
-    """True or False.
+    """Returns a bool.
 
     Raises:
-        InvalidArgumentError: it is neither.
+        InvalidArgumentError: it is not a bool.
     """
     if not isinstance(value, bool):
         raise invalid_argument(argument, f"must be True or False, not {_shown(value)}")
@@ -104,10 +104,10 @@ def flag(argument: str, value: Any) -> bool:
 
 
 def text(argument: str, value: Any) -> str:
-    """Text that can be sent.
+    """Returns text that can be sent.
 
     Raises:
-        InvalidArgumentError: it is no text, or half a character.
+        InvalidArgumentError: it is not a string, or has half a character (a lone surrogate).
     """
     if not isinstance(value, str):
         raise invalid_argument(argument, f"must be text, not {_shown(value)}")
@@ -119,7 +119,7 @@ def text(argument: str, value: Any) -> str:
 
 
 def timeout(value: Any, default: float | None) -> float | None:
-    """Seconds for one call, or None for no deadline; infinity overrides a default with none.
+    """Returns the seconds for one call, or None for no deadline. Infinity means no deadline, whatever the default.
 
     Raises:
         InvalidArgumentError: it is not a positive number.

@@ -1,4 +1,4 @@
-"""The `dash-client` command: runs the command that is named, and turns what ends it into an exit code.
+"""The `dash-client` command: runs a command by name, and turns its end into an exit code.
 
 Knows no command itself; see `dash_client.commands`.
 """
@@ -16,7 +16,7 @@ from dash_client.errors import DashError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit code (argparse's own exits are `SystemExit`)."""
+    """Runs the command; returns the exit code (argparse itself exits by `SystemExit`)."""
     arguments = parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -30,12 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        # Where the output is a closed pipe, too, the interrupt is what ends the program.
+        # If the output is a closed pipe as well, the interrupt still decides the exit code.
         with contextlib.suppress(BrokenPipeError):
             print("\ncancelled", file=sys.stderr)
         return ExitCode.INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more on its way out, and would complain then.
+        # Python flushes stdout once more at exit, which would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.OUTPUT_CLOSED
 

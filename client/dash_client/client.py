@@ -1,4 +1,4 @@
-"""The synchronous client: sends calls and waits for them. What a call is, and what came of it, is said elsewhere."""
+"""The synchronous client: sends calls and waits for them. `calls` describes a call, `stream_state` its outcome."""
 
 import queue
 import time
@@ -11,10 +11,10 @@ import grpc
 from dash_api.v1 import generation_pb2
 from dash_client.calls import Call, Calls, closed_error
 from dash_client.connection import ConnectionOptions, connection
+from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import DashError, DeadlineExceededError, UnavailableError
-from dash_client.mapping import Mapping
+from dash_client.prompt_map import PromptMap
 from dash_client.readiness import Readiness
-from dash_client.recorded import RecordedDecisions
 from dash_client.stream_state import StreamState
 from dash_client.streams import GenerationStream
 from dash_client.types import (
@@ -67,18 +67,18 @@ class DashClient:
         self.close()
 
     def close(self) -> None:
-        """Closes the connection; calls that are running are cancelled."""
+        """Closes the connection, and cancels the running calls."""
         self._is_closed = True
         self._channel.close()
 
     def generate(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerationOptions]
     ) -> Generation:
-        """Generates, and returns when the text is complete.
+        """Generates text, and returns the complete answer.
 
         Args:
             prompt: text, token ids, or a list of `{"role": …, "content": …}` messages.
-            timeout: deadline in seconds instead of the client's; infinity for none.
+            timeout: deadline in seconds, instead of the client's; infinity for none.
             options: see `GenerationOptions`.
         """
         return self._run(self._calls.generate(prompt, timeout, options))
@@ -95,8 +95,8 @@ class DashClient:
         """Generates the next message of a conversation.
 
         Args:
-            messages: a list of `{"role": …, "content": …}`, oldest first, or text, which is one message of the user's.
-            timeout: deadline in seconds instead of the client's; infinity for none.
+            messages: a list of `{"role": …, "content": …}`, oldest first, or a string as one user message.
+            timeout: deadline in seconds, instead of the client's; infinity for none.
             options: see `GenerationOptions`.
         """
         return self._run(self._calls.chat(messages, timeout, options))
@@ -141,61 +141,61 @@ class DashClient:
     ) -> Any:
         """Generates for each prompt, several at a time; returns the results in the order of the prompts.
 
-        A prompt that fails has its `DashError` as its result, and the others go on. Wrong options raise at once.
+        The result of a prompt that fails is its `DashError`, and the others go on. Wrong options raise at once.
 
         Args:
-            prompts: as for `generate`; each is taken only when there is room for it.
-            raise_errors: raise the first error instead, and cancel the others.
-            max_concurrency: how many are with the server at a time.
+            prompts: as for `generate`; each is taken only when it can be sent.
+            raise_errors: raise the first error, and cancel the other requests.
+            max_concurrency: the maximum number of requests at a time.
             progress: show a progress bar (needs tqdm: `pip install 'dash-llm[cli]'`).
-            timeout: deadline of each in seconds instead of the client's; infinity for none.
+            timeout: deadline of each request in seconds, instead of the client's; infinity for none.
             options: see `GenerationOptions`; the same for all.
         """
         generate = self._calls.generate_each(timeout, options)
-        mapping = Mapping(
+        prompt_map = PromptMap(
             prompts, generate, max_concurrency=max_concurrency, progress=progress, raise_errors=raise_errors
         )
         running: dict[int, tuple[Call[Generation], Any]] = {}
         over: queue.SimpleQueue[int] = queue.SimpleQueue()
         try:
             while True:
-                while len(running) < mapping.max_concurrency and (job := mapping.next()) is not None:
+                while len(running) < prompt_map.max_concurrency and (job := prompt_map.next()) is not None:
                     place, call = job
                     future = self._method(call).future(call.request, timeout=call.timeout, metadata=call.metadata)
                     running[place] = call, future
                     future.add_done_callback(lambda _, place=place: over.put(place))
                 if not running:
-                    return mapping.results()
+                    return prompt_map.results()
                 place = over.get()
                 call, future = running.pop(place)
                 try:
                     result: Generation | DashError = self._answer(call, future.result)
                 except DashError as error:
                     result = error
-                mapping.done(place, result)
+                prompt_map.done(place, result)
         finally:
             for _, future in running.values():
                 future.cancel()
-            mapping.close()
+            prompt_map.close()
 
     def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> tuple[int, ...]:
-        """The token ids of text or of a conversation, exactly as a generation would see them."""
+        """Returns the token ids of text or of a conversation, exactly as a generation would see them."""
         return self._run(self._calls.tokenize(prompt, timeout))
 
     def model_info(self, *, timeout: float | None = None) -> ModelInfo:
-        """What model is served, and within which limits."""
+        """Returns the facts and limits of the served model."""
         return self._run(self._calls.model_info(timeout))
 
     def policy_info(self, name: str | None = None, *, timeout: float | None = None) -> PolicyInfo:
-        """One policy, the default one unless named."""
+        """Returns the facts of a policy, by default the server's default one."""
         return self._run(self._calls.policy_info(name, timeout))
 
     def decisions(self, request_id: str, *, timeout: float | None = None) -> RecordedDecisions:
-        """What was decided and when for one of this caller's own latest requests, which is over.
+        """Returns the recorded decisions of one of this caller's latest requests, once it is over.
 
         Args:
-            request_id: as in `GenerationStarted`.
-            timeout: deadline in seconds instead of the client's; infinity for none.
+            request_id: the id in `GenerationStarted`.
+            timeout: deadline in seconds, instead of the client's; infinity for none.
 
         Raises:
             NotFoundError: the server does not hold it, or it is another caller's.
@@ -203,7 +203,7 @@ class DashClient:
         return self._run(self._calls.decisions(request_id, timeout))
 
     def health(self, *, timeout: float | None = None) -> HealthStatus:
-        """What the server says of itself now; this call is never tried again.
+        """Returns the server's present state. This call is never retried.
 
         Raises:
             UnavailableError: there is no server.
@@ -211,10 +211,10 @@ class DashClient:
         return self._run(self._calls.health(timeout))
 
     def wait_until_ready(self, timeout: float = 60.0) -> None:
-        """Returns when the server serves; it may be started after this call.
+        """Waits until the server is serving; the server may be started after this call.
 
         Raises:
-            UnavailableError: it does not within `timeout` seconds; says what it did instead.
+            UnavailableError: it is not serving after `timeout` seconds; the message names its last state.
         """
         wait = Readiness(self.target, timeout)
         while True:
@@ -227,7 +227,7 @@ class DashClient:
             time.sleep(wait.pause())
 
     def _method(self, call: Call[Any]) -> Any:
-        """Sends and receives bytes; what they mean is the call's to say."""
+        """Returns gRPC's method for a call. It takes and returns bytes; the call interprets them."""
         if self._is_closed:
             raise closed_error()
         if call.path not in self._methods:
@@ -246,7 +246,7 @@ class DashClient:
         except grpc.FutureCancelledError:
             raise call.cancelled() from None
         except ValueError:
-            # Another thread closed the channel between the check and the call, as gRPC words it.
+            # gRPC raises ValueError if another thread closed the channel between the check and the call.
             if self._is_closed:
                 raise closed_error() from None
             raise

@@ -1,7 +1,6 @@
-"""All that a connection needs: target, TLS, token, and the metadata of each call.
+"""The settings of a connection: target, TLS, token, and the metadata of each call. Shared by both clients.
 
-Shared by the sync and the async client, which differ in what opens the channel. Knows no calls and no messages.
-Secrets are in no representation and in no error.
+Knows no calls and no messages. No representation and no error contains a secret.
 """
 
 import os
@@ -25,30 +24,30 @@ _TOKEN = re.compile(r"[\x21-\x7e]+")
 
 
 class ConnectionOptions(TypedDict, total=False):
-    """The keyword arguments of `DashClient` and `AsyncDashClient` beside `target` and `timeout`."""
+    """The keyword arguments of `DashClient` and `AsyncDashClient`, besides `target` and `timeout`."""
 
     token: str | Callable[[], str] | None
-    """Bearer token, or a function that gives it, called for each call (it must not block the async client).
+    """Bearer token, or a function that returns it, called for each call (it must not block the async client).
     Unset: DASH_TOKEN."""
     allow_insecure_token: bool
-    """Send a token without TLS to another machine, where something else protects the way. Unset: refused."""
+    """Send a token without TLS to another machine, if something else protects the connection. Unset: refused."""
     tls: bool | None
-    """Whether the connection is encrypted. Unset: where one of the files below is given."""
+    """Encrypt the connection. Unset: only if one of `ca_file`, `certificate_file` and `server_name` is given."""
     ca_file: str | os.PathLike[str] | bytes | None
-    """Authorities in PEM that may sign the server's certificate: a path, or the contents. Unset: gRPC's own list."""
+    """Authorities that may sign the server's certificate, in PEM: a path, or the contents. Unset: gRPC's own list."""
     certificate_file: str | os.PathLike[str] | bytes | None
-    """For mutual TLS, this client's certificate chain in PEM: a path, or the contents."""
+    """This client's certificate chain for mutual TLS, in PEM: a path, or the contents."""
     key_file: str | os.PathLike[str] | bytes | None
-    """The certificate's private key in PEM: a path, or the contents."""
+    """The certificate's private key, in PEM: a path, or the contents."""
     server_name: str | None
-    """The name in the server's certificate, where it is not the target's."""
+    """The name in the server's certificate, if it is not the target's."""
     retries: bool | int
-    """How often a call is tried again while the server has not begun it, 0 to 4; 3 unless set, and False is 0."""
+    """Number of retries of a call that the server has not begun, 0 to 4. Unset or True: 3; False: 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """How to reach a server."""
+    """The checked settings of a connection."""
 
     target: Target
     is_encrypted: bool
@@ -57,16 +56,16 @@ class Connection:
     _token: str | Callable[[], str] | None = field(repr=False)
 
     def open(self, channels: Any) -> Any:
-        """A channel; `channels` is `grpc` or `grpc.aio`."""
+        """Opens a channel; `channels` is `grpc` or `grpc.aio`."""
         if self._credentials is None:
             return channels.insecure_channel(self.target.address, options=self.options)
         return channels.secure_channel(self.target.address, self._credentials, options=self.options)
 
     def metadata(self) -> Metadata:
-        """What goes with one call: who calls, and the trace that it is part of.
+        """Returns the metadata of one call: the token, and the trace that the call is part of.
 
         Raises:
-            InvalidArgumentError: the function for the token gave none. What it raises itself is passed on.
+            InvalidArgumentError: the token function returned no token. Its own exceptions are passed on.
         """
         token = self._token() if callable(self._token) else self._token
         if token is None and self._token is None:
@@ -75,10 +74,10 @@ class Connection:
 
 
 def connection(target: str | None, **options: Unpack[ConnectionOptions]) -> Connection:
-    """Checks everything that can be checked without the network.
+    """Checks the options as far as possible without the network.
 
     Raises:
-        InvalidArgumentError: names the argument that cannot be used.
+        InvalidArgumentError: an argument cannot be used; the message names it.
         TypeError: there is no such option.
     """
     unknown = sorted(options.keys() - ConnectionOptions.__annotations__.keys())
@@ -107,7 +106,7 @@ def connection(target: str | None, **options: Unpack[ConnectionOptions]) -> Conn
 
 
 def _credentials(options: ConnectionOptions) -> Any:
-    """gRPC's credentials, or None without TLS."""
+    """Returns gRPC's credentials, or None without TLS."""
     certificate_authorities = _pem("ca_file", options.get("ca_file"))
     certificate = _pem("certificate_file", options.get("certificate_file"))
     key = _pem("key_file", options.get("key_file"))
@@ -126,7 +125,7 @@ def _credentials(options: ConnectionOptions) -> Any:
 
 
 def _pem(argument: str, given: PemFile | None) -> bytes | None:
-    """The contents. gRPC would take any bytes, and fail each handshake later."""
+    """Returns the contents. Checked here, since gRPC takes any bytes and then fails each handshake."""
     if given is None:
         return None
     if isinstance(given, bytes):
@@ -153,16 +152,16 @@ def _resolve_token(token: str | Callable[[], str] | None) -> str | Callable[[], 
 
 
 def _checked_token(token: Any, source: str = "token") -> str:
-    # gRPC would quote what it cannot send.
+    # gRPC would quote an invalid token in its error.
     if not isinstance(token, str) or _TOKEN.fullmatch(token) is None:
         raise invalid_argument("token", f"{source} must be printable ASCII without spaces")
     return token
 
 
 def _trace_context() -> Metadata:
-    """The caller's span, for the server's to be below it.
+    """Returns the caller's span as metadata, so that the server's spans are below it.
 
-    Only where the program itself uses OpenTelemetry: without it in use there is no span, and importing costs time.
+    Only if the program already imported OpenTelemetry: else there is no span, and the import costs time.
     """
     if "opentelemetry.trace" not in sys.modules:
         return ()

@@ -1,15 +1,15 @@
-"""The exceptions of the client. Each message says what went wrong and, where it can, what to do.
+"""The exceptions of the client. Each message says what went wrong and, if possible, what to do.
 
 DashError
 ├── InvalidArgumentError     the request is wrong (also a ValueError); see `field_violations`
-├── UnauthenticatedError     the server wants a token, or does not know this one
+├── UnauthenticatedError     the server requires a token, or rejects this one
 ├── NotFoundError            nothing has that name
 ├── ResourceExhaustedError   the server is full; see `retry_after_seconds`
-├── UnavailableError         no server there, or it is not ready
+├── UnavailableError         no server at the target, or it is not ready
 ├── DeadlineExceededError    the timeout passed first
 ├── CancelledError           the call was cancelled
 ├── UnimplementedError       the server does not know this method
-└── ServerError              the server failed, or answered with what this client cannot read
+└── ServerError              the server failed, or sent an unreadable answer
 """
 
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """What is wrong with one field of a request; `field` is a dotted path."""
+    """One invalid field of a request; `field` is a dotted path."""
 
     field: str
     description: str
 
 
 class DashError(Exception):
-    """Anything that a call can fail with.
+    """The base class of all errors of this client.
 
     Attributes:
-        message: what went wrong, in words.
+        message: a description for a person.
         code: the name of the gRPC status, such as "INVALID_ARGUMENT".
-        reason: the server's constant for the cause, if it gave one.
-        request_id: the server's name for the request, if it got that far.
-        field_violations: what is wrong with which field of the request.
-        retry_after_seconds: how long to wait before trying again, if the server said.
+        reason: the server's constant for the cause, if it sent one.
+        request_id: the server's id of the request, if it got one.
+        field_violations: the invalid fields of the request.
+        retry_after_seconds: the delay before a retry that the server asks for, if any.
     """
 
     def __init__(
@@ -56,17 +56,17 @@ class DashError(Exception):
         self.retry_after_seconds = retry_after_seconds
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # An exception is remade from its message alone, which would not do when one comes from another process.
+        # By default pickle rebuilds an exception from its message alone, which loses the other attributes.
         keywords = {name: value for name, value in self.__dict__.items() if name != "message"}
         return partial(type(self), self.message, **keywords), ()
 
 
 class InvalidArgumentError(DashError, ValueError):
-    """The request is wrong; sending it again will not help."""
+    """The request is wrong; a retry will not help."""
 
 
 class UnauthenticatedError(DashError):
-    """The server wants to know who calls, and no token was sent or nobody has that one."""
+    """The server requires a token, and none or an unknown one was sent."""
 
 
 class NotFoundError(DashError):
@@ -86,7 +86,7 @@ class DeadlineExceededError(DashError):
 
 
 class CancelledError(DashError):
-    """The call was cancelled, by this side or the other."""
+    """The call was cancelled, by the client or the server."""
 
 
 class UnimplementedError(DashError):
@@ -94,11 +94,11 @@ class UnimplementedError(DashError):
 
 
 class ServerError(DashError):
-    """The server failed, or answered with what this client cannot read."""
+    """The server failed, or sent an answer that this client cannot read."""
 
 
 def invalid_argument(field: str, description: str) -> InvalidArgumentError:
-    """For a value that cannot even be sent; `field` is the name of the argument."""
+    """Returns the error for a value that cannot be sent; `field` is the name of the argument."""
     return InvalidArgumentError(
         f"{field}: {description}",
         code="INVALID_ARGUMENT",

@@ -1,4 +1,4 @@
-"""Waiting for a server: how long to go on, and what to say at the end. Shared by both clients; waits for nothing."""
+"""Decides how long to wait for a server, and the error in the end. Shared by both clients, which do the waiting."""
 
 import time
 
@@ -11,7 +11,7 @@ _PAUSE_SECONDS = 0.2
 
 
 class Readiness:
-    """One wait, told of each look at the server's health."""
+    """One wait for a server; takes the result of each health check."""
 
     def __init__(self, target: str, timeout: float | None) -> None:
         self._target = target
@@ -20,10 +20,10 @@ class Readiness:
         self._state = f"no server at {target}"
 
     def next_timeout(self) -> float:
-        """For the next look.
+        """Returns the timeout in seconds for the next health check.
 
         Raises:
-            UnavailableError: the time is over; says what the server did instead.
+            UnavailableError: the time is over; the message names the server's last state.
         """
         left = self._left()
         if left <= 0:
@@ -31,16 +31,16 @@ class Readiness:
         return min(left, FACTS_TIMEOUT_SECONDS)
 
     def saw(self, status: HealthStatus) -> bool:
-        """Whether this is the end of the wait."""
+        """Takes a status; returns True if the wait is over."""
         self._state = f"the server at {self._target} says {status.name}"
         return status is HealthStatus.SERVING
 
     def failed(self, error: DashError) -> None:
-        """A look that found no server."""
+        """Takes the error of a health check."""
         self._state = error.message
 
     def pause(self) -> float:
-        """Seconds until the next look."""
+        """Returns the seconds until the next health check."""
         return min(_PAUSE_SECONDS, max(0.0, self._left()))
 
     def _left(self) -> float:

@@ -1,6 +1,6 @@
-"""Builds protobuf requests from a caller's arguments. Shared by the sync and the async client.
+"""Builds protobuf requests from a caller's arguments. Shared by both clients.
 
-Knows which option is sent where; `checks` knows what each may be. Sends nothing.
+Knows the field of each option; `checks` knows its type and range. Sends nothing.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ _MODES = {mode: getattr(common_pb2, f"MODE_{mode.name}") for mode in Mode}
 
 
 def generation_parameters(prompt: Prompt, **options: Unpack[GenerationOptions]) -> generation_pb2.GenerationParameters:
-    """The message for a prompt and options.
+    """Returns the message for a prompt and options.
 
     Raises:
         InvalidArgumentError: a value is of the wrong type or out of range; its `field_violations` name the argument.
@@ -42,7 +42,7 @@ def generation_parameters(prompt: Prompt, **options: Unpack[GenerationOptions]) 
 
 
 def option_parameters(**options: Unpack[GenerationOptions]) -> generation_pb2.GenerationParameters:
-    """The message for options alone; for what is raised see `generation_parameters`."""
+    """Returns the message for options alone. Raises the same as `generation_parameters`."""
     unknown = sorted(options.keys() - GenerationOptions.__annotations__.keys())
     if unknown:
         raise TypeError(f"no such option: {', '.join(unknown)}")
@@ -61,7 +61,7 @@ def option_parameters(**options: Unpack[GenerationOptions]) -> generation_pb2.Ge
     if "mode" in given:
         parameters.skip.mode = _MODES[_member(Mode, "mode", given["mode"])]
     if "fixed_action" in given:
-        # Action numbers are the protocol's own, which mypy cannot know.
+        # An Action's number is the protocol's own, which mypy cannot know.
         number: Any = int(_member(Action, "fixed_action", given["fixed_action"]))
         parameters.skip.fixed_action = number
     return parameters
@@ -70,10 +70,10 @@ def option_parameters(**options: Unpack[GenerationOptions]) -> generation_pb2.Ge
 def with_prompt(
     parameters: generation_pb2.GenerationParameters, prompt: Prompt, *, argument: str = "prompt"
 ) -> generation_pb2.GenerationParameters:
-    """The same message with this prompt in it; `argument` is what the caller calls it.
+    """Sets the message's prompt, and returns the message. `argument` is the caller's name for the prompt.
 
     Raises:
-        InvalidArgumentError: it is no prompt.
+        InvalidArgumentError: it is not a prompt.
     """
     if isinstance(prompt, str):
         parameters.text = checks.text(argument, prompt)
@@ -92,10 +92,10 @@ def with_prompt(
 
 
 def chat_prompt(messages: str | Sequence[ChatMessage] | Sequence[Mapping[str, str]]) -> Sequence[Mapping[str, Any]]:
-    """A conversation as a prompt; text is one message of the user's.
+    """Returns a conversation as a prompt; a string is one user message.
 
     Raises:
-        InvalidArgumentError: it is neither.
+        InvalidArgumentError: it is neither a string nor a list of messages.
     """
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
@@ -109,7 +109,7 @@ def chat_prompt(messages: str | Sequence[ChatMessage] | Sequence[Mapping[str, st
 
 
 def tokenize_request(prompt: Prompt) -> model_pb2.TokenizeRequest:
-    """The message that asks for a prompt's token ids.
+    """Returns the request for a prompt's token ids.
 
     Raises:
         InvalidArgumentError: the prompt is neither text nor a conversation.
@@ -123,19 +123,19 @@ def tokenize_request(prompt: Prompt) -> model_pb2.TokenizeRequest:
 
 
 def policy_request(name: str | None) -> model_pb2.GetPolicyRequest:
-    """The message that asks for a policy, None for the default one.
+    """Returns the request for a policy, by default the server's default one.
 
     Raises:
-        InvalidArgumentError: the name is no text.
+        InvalidArgumentError: the name is not a string.
     """
     return model_pb2.GetPolicyRequest(name=None if name is None else checks.text("name", name))
 
 
 def decisions_request(request_id: str) -> model_pb2.GetDecisionsRequest:
-    """The message that asks for a request's decisions.
+    """Returns the request for the recorded decisions of an earlier request.
 
     Raises:
-        InvalidArgumentError: the id is no text.
+        InvalidArgumentError: the id is not a string.
     """
     return model_pb2.GetDecisionsRequest(request_id=checks.text("request_id", request_id))
 

@@ -1,4 +1,4 @@
-"""Turns protobuf messages into the client's types. Shared by the sync and the async client."""
+"""Turns protobuf messages into the client's types. Shared by both clients."""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -37,10 +37,10 @@ M = TypeVar("M", bound=Message)
 
 
 def parse(kind: type[M], data: bytes) -> M:
-    """A message of this kind from its bytes.
+    """Parses a message of this kind.
 
     Raises:
-        ServerError: they are none.
+        ServerError: the bytes are not such a message.
     """
     try:
         message: M = kind.FromString(data)
@@ -50,10 +50,10 @@ def parse(kind: type[M], data: bytes) -> M:
 
 
 def generation_from_response(response: generation_pb2.GenerateResponse) -> Generation:
-    """A complete answer from a unary call.
+    """Returns the complete answer of a unary call.
 
     Raises:
-        ServerError: it holds what this client cannot read.
+        ServerError: this client cannot read it.
     """
     assembly = StreamAssembly()
     assembly.add_started(response.started)
@@ -70,10 +70,10 @@ class StreamAssembly:
         self._deltas: list[StreamDelta] = []
 
     def add(self, message: generation_pb2.StreamGenerateResponse) -> StreamDelta | None:
-        """Takes the next message; gives back what it adds to the output, if anything.
+        """Adds the next message; returns its piece of the output, if it has one.
 
         Raises:
-            ServerError: it is out of order, or holds what this client cannot read.
+            ServerError: the message is out of order, or this client cannot read it.
         """
         event = message.WhichOneof("event")
         if event == "delta":
@@ -85,7 +85,7 @@ class StreamAssembly:
         return None
 
     def add_started(self, started: generation_pb2.GenerationStarted) -> None:
-        """Takes the facts known when the slot was granted."""
+        """Adds the facts that are known once the request has its slot."""
         mode = _MODES.get(started.mode)
         if mode is None:
             raise _unreadable(f"mode {started.mode}")
@@ -102,10 +102,10 @@ class StreamAssembly:
         )
 
     def add_delta(self, delta: generation_pb2.GenerationDelta) -> StreamDelta:
-        """Takes a piece of output."""
+        """Adds a piece of output."""
         if self.started is None:
             raise _unreadable("output before its start")
-        # This is done for every message: by position, and nothing for what was not asked for.
+        # Runs for every message, so it passes arguments by position and skips what was not asked for.
         actions, logprobs = delta.actions, delta.logprobs
         piece = StreamDelta(
             delta.text,
@@ -117,7 +117,7 @@ class StreamAssembly:
         return piece
 
     def finish(self, finished: generation_pb2.GenerationFinished) -> Generation:
-        """Takes the end, and puts everything together."""
+        """Adds the last message, and assembles the answer."""
         if self.started is None:
             raise _unreadable("an end before its start")
         actions = b"".join(delta.decisions.data for delta in self._deltas if delta.decisions is not None)
@@ -146,10 +146,10 @@ class StreamAssembly:
 
 
 def model_info(response: model_pb2.GetModelResponse) -> ModelInfo:
-    """The model's facts.
+    """Returns the facts of a model.
 
     Raises:
-        ServerError: the default mode is one that this client does not know.
+        ServerError: this client does not know the default mode.
     """
     default_mode = _MODES.get(response.default_mode)
     if default_mode is None:
@@ -175,7 +175,7 @@ def model_info(response: model_pb2.GetModelResponse) -> ModelInfo:
 
 
 def policy_info(response: model_pb2.GetPolicyResponse) -> PolicyInfo:
-    """A policy's facts."""
+    """Returns the facts of a policy."""
     return PolicyInfo(
         name=response.name,
         note=response.note,
@@ -191,7 +191,7 @@ def policy_info(response: model_pb2.GetPolicyResponse) -> PolicyInfo:
 
 
 def health_status(number: int) -> HealthStatus:
-    """A status of the standard health protocol (grpc.health.v1)."""
+    """Converts a status of the standard health protocol (grpc.health.v1)."""
     return {1: HealthStatus.SERVING, 2: HealthStatus.NOT_SERVING}.get(number, HealthStatus.UNKNOWN)
 
 

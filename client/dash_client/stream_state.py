@@ -1,6 +1,6 @@
-"""What is known of one stream: what came so far, whether it is over, and why. Shared by both clients' streams.
+"""The state of one stream: the messages so far, and how it ended. Shared by both clients' streams.
 
-Takes bytes and the way a call ended; knows neither threads nor event loops, and reads nothing by itself.
+Reads nothing by itself: a stream hands it bytes and the end of the call. Knows neither threads nor event loops.
 """
 
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from dash_client.types import Generation, GenerationStarted, StreamDelta
 
 
 class StreamState:
-    """Fed by a stream with what its call gives. Once it has failed, everything raises the same error."""
+    """The state of one stream. Once the stream has failed, every method raises the same error."""
 
     def __init__(self, call: Call[generation_pb2.StreamGenerateResponse]) -> None:
         self.is_over: bool = False
-        """Nothing more will come, and there is nothing to cancel."""
+        """True if nothing more will come and there is nothing to cancel."""
         self._call = call
         self._read: Callable[[bytes], generation_pb2.StreamGenerateResponse] = call.read
         self._assembly = StreamAssembly()
@@ -31,10 +31,10 @@ class StreamState:
         return self._assembly.started is not None
 
     def take(self, data: bytes) -> StreamDelta | None:
-        """The next message; gives back what it adds to the output, if anything.
+        """Takes the next message; returns its piece of the output, if it has one.
 
         Raises:
-            ServerError: it makes no sense. The call is to be cancelled then.
+            ServerError: the message is invalid. The caller must then cancel the call.
         """
         try:
             return self._add(self._read(data))
@@ -43,10 +43,10 @@ class StreamState:
             raise
 
     def end(self) -> None:
-        """The call ended well.
+        """Takes the regular end of the call.
 
         Raises:
-            ServerError: but without the last message.
+            ServerError: the last message is missing.
         """
         self.is_over = True
         if self._assembly.generation is None:
@@ -55,32 +55,32 @@ class StreamState:
             ) from None
 
     def fail(self, error: grpc.RpcError) -> None:
-        """The call ended with an error.
+        """Takes the error that ended the call. Ignores it if the answer is already complete.
 
         Raises:
-            DashError: which says so, unless the answer is whole: then it does not matter what becomes of the call.
+            DashError: the answer is incomplete.
         """
         self.is_over = True
         if self._assembly.generation is None:
             raise self._end_with(self._call.failed(error, self._request_id)) from None
 
     def cancel(self) -> DashError:
-        """This side ended the call; gives back the error for it."""
+        """Ends the stream because the client cancelled it; returns the error for that."""
         return self._end_with(self._call.cancelled(self._request_id))
 
     def check(self) -> None:
-        """Raises what ended the stream, if it failed."""
+        """Raises the error of a failed stream."""
         if self._error is not None:
             raise self._error
 
     def started(self) -> GenerationStarted:
-        """The start of a stream that has one, or is over."""
+        """Returns the start of a stream that has started or is over."""
         self.check()
         assert self._assembly.started is not None  # a complete stream has a start
         return self._assembly.started
 
     def final(self) -> Generation:
-        """The answer of a stream that is over."""
+        """Returns the answer of a stream that is over."""
         self.check()
         assert self._assembly.generation is not None
         return self._assembly.generation

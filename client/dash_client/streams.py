@@ -1,4 +1,4 @@
-"""The streams of both clients, as users see them: each reads in its own colour and feeds the same `StreamState`."""
+"""The streams of both clients. Each reads its call in its own way, sync or async, and feeds a `StreamState`."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ _ASYNC_ENDS = (StopAsyncIteration, grpc.RpcError, DashError, asyncio.CancelledEr
 class GenerationStream:
     """The output of one request, as it comes: an iterator of `StreamDelta`.
 
-    Also a context manager; leaving it before the end cancels the request on the server, and so does forgetting it.
+    Also a context manager. Leaving it before the end cancels the request on the server; so does dropping the stream.
 
     Example:
         with client.stream("Once upon a time") as stream:
@@ -41,7 +41,7 @@ class GenerationStream:
         self.cancel()
 
     def __del__(self) -> None:
-        # Where the interpreter is on its way out, gRPC may be gone already.
+        # At interpreter shutdown, gRPC may be gone already.
         with contextlib.suppress(Exception):
             self.cancel()
 
@@ -63,10 +63,10 @@ class GenerationStream:
 
     @property
     def started(self) -> GenerationStarted:
-        """What is known since the request has its slot; waits for it.
+        """The facts that are known once the request has its slot; waits for the slot.
 
         Raises:
-            DashError: the request failed before that.
+            DashError: the request failed before it got its slot.
         """
         state = self._state
         while not (state.has_started or state.is_over):
@@ -77,7 +77,7 @@ class GenerationStream:
         return self._state.started()
 
     def final(self) -> Generation:
-        """The complete answer; waits for the end, and takes the deltas not yet iterated over.
+        """Returns the complete answer. Waits for the end, and consumes the remaining deltas.
 
         Raises:
             DashError: the request failed.
@@ -87,12 +87,12 @@ class GenerationStream:
         return self._state.final()
 
     def cancel(self) -> None:
-        """Cancels the request on the server. Does nothing when it is over."""
+        """Cancels the request on the server. Does nothing if it is over."""
         if not self._state.is_over:
             self._call.cancel()
 
     def _end(self, error: BaseException) -> None:
-        """What ended the call; raises it, unless it is the end of a whole answer."""
+        """Handles the exception that ended the call: raises it, unless the answer is complete."""
         if isinstance(error, StopIteration):
             self._state.end()
         elif isinstance(error, grpc.RpcError):
@@ -105,8 +105,8 @@ class GenerationStream:
 class AsyncGenerationStream:
     """The output of one request, as it comes: an async iterator of `StreamDelta`.
 
-    Also an async context manager; leaving it before the end cancels the request on the server, and so does forgetting
-    it.
+    Also an async context manager. Leaving it before the end cancels the request on the server; so does dropping the
+    stream.
 
     Example:
         async with client.stream("Once upon a time") as stream:
@@ -130,7 +130,7 @@ class AsyncGenerationStream:
         self.cancel()
 
     def __del__(self) -> None:
-        # The collector may run in any thread, and after the loop's end.
+        # The garbage collector may run in any thread, and after the loop has closed.
         with contextlib.suppress(Exception):
             if not self._state.is_over:
                 self._loop.call_soon_threadsafe(self._call.cancel)
@@ -152,10 +152,10 @@ class AsyncGenerationStream:
         raise StopAsyncIteration
 
     async def started(self) -> GenerationStarted:
-        """What is known since the request has its slot; waits for it.
+        """The facts that are known once the request has its slot; waits for the slot.
 
         Raises:
-            DashError: the request failed before that.
+            DashError: the request failed before it got its slot.
         """
         state = self._state
         while not (state.has_started or state.is_over):
@@ -166,7 +166,7 @@ class AsyncGenerationStream:
         return self._state.started()
 
     async def final(self) -> Generation:
-        """The complete answer; waits for the end, and takes the deltas not yet iterated over.
+        """Returns the complete answer. Waits for the end, and consumes the remaining deltas.
 
         Raises:
             DashError: the request failed.
@@ -176,12 +176,12 @@ class AsyncGenerationStream:
         return self._state.final()
 
     def cancel(self) -> None:
-        """Cancels the request on the server. Does nothing when it is over. Not awaited."""
+        """Cancels the request on the server. Does nothing if it is over. Not awaited."""
         if not self._state.is_over:
             self._call.cancel()
 
     def _end(self, error: BaseException) -> None:
-        """What ended the call; raises it, unless it is the end of a whole answer."""
+        """Handles the exception that ended the call: raises it, unless the answer is complete."""
         if isinstance(error, StopAsyncIteration):
             self._state.end()
         elif isinstance(error, grpc.RpcError):
@@ -190,7 +190,7 @@ class AsyncGenerationStream:
             cancelled = self._state.cancel()
             if is_task_cancelled():
                 raise error
-            # The stream was cancelled, which is not this task's end.
+            # Somebody cancelled the stream, not this task.
             raise cancelled from None
         else:
             self._call.cancel()
@@ -198,6 +198,6 @@ class AsyncGenerationStream:
 
 
 def is_task_cancelled() -> bool:
-    """Whether somebody wants the running task to end; gRPC raises the same exception for a call that was cancelled."""
+    """Returns True if the running task is being cancelled; gRPC raises the same exception for a cancelled call."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0

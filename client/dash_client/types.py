@@ -1,6 +1,6 @@
-"""What the client takes and gives back: plain frozen dataclasses and enums.
+"""The arguments and results of the client: plain frozen dataclasses and enums.
 
-Knows nothing of gRPC or protobuf, so that nothing of them shows in a user's code.
+Knows nothing of gRPC or protobuf, so that neither appears in a user's code.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Action(IntEnum):
-    """What is done with one layer for one token, in ascending order of work."""
+    """An action for one layer and one token, in ascending order of work."""
 
     SKIP = 1
     INT4 = 2
@@ -22,7 +22,7 @@ class Action(IntEnum):
 
 
 class Mode(StrEnum):
-    """How the actions of a request are chosen."""
+    """The ways to choose the actions of a request."""
 
     FULL_DEPTH = "full_depth"
     ADAPTIVE = "adaptive"
@@ -31,18 +31,18 @@ class Mode(StrEnum):
 
 
 class FinishReason(StrEnum):
-    """Why a generation ended."""
+    """The reason why a generation ended."""
 
     END_OF_SEQUENCE = "end_of_sequence"
     STOP_TOKEN = "stop_token"
     STOP_STRING = "stop_string"
     LENGTH = "length"
     UNKNOWN = "unknown"
-    """A reason that is newer than this client."""
+    """A reason that this client does not know."""
 
 
 class HealthStatus(StrEnum):
-    """What a server says of itself."""
+    """The state that a server reports."""
 
     SERVING = "serving"
     NOT_SERVING = "not_serving"
@@ -61,14 +61,14 @@ Prompt = str | Sequence[int] | Sequence[ChatMessage] | Sequence[Mapping[str, str
 
 
 Messages = str | Sequence[ChatMessage] | Sequence[Mapping[str, str]]
-"""A conversation, oldest message first; text is one message of the user's."""
+"""A conversation, oldest message first; a string is one user message."""
 
 
 class GenerationOptions(TypedDict, total=False):
     """The keyword arguments of `generate`, `stream`, `chat`, `chat_stream` and `map`.
 
-    An option that is left out, or None, is not sent and the server decides; 0 and False are values.
-    A value of another type or outside its range raises `InvalidArgumentError` before anything is sent.
+    An option that is left out or None is not sent, and the server's default holds; 0 and False are sent.
+    A value of the wrong type or out of range raises `InvalidArgumentError` before anything is sent.
     """
 
     temperature: float | None
@@ -78,7 +78,7 @@ class GenerationOptions(TypedDict, total=False):
     top_p: float | None
     """Keep the smallest set of tokens whose probability reaches this, in (0, 1]."""
     min_p: float | None
-    """Keep tokens at least this probable relative to the most probable, in [0, 1]."""
+    """Keep tokens with at least this share of the highest probability, in [0, 1]."""
     repetition_penalty: float | None
     """Divides positive and multiplies negative logits of tokens seen so far, in (0, 100]."""
     presence_penalty: float | None
@@ -89,32 +89,32 @@ class GenerationOptions(TypedDict, total=False):
     """Added to the logits of these token ids, each in [-100, 100]."""
     seed: int | None
     """Seed of this request's own generator, 64 bits; drawn by the server if left out. It repeats a text in the same
-    mode only: "exact" draws from full depth's distribution, but another text than "full_depth"."""
+    mode only: "exact" and "full_depth" draw different texts from the same distribution."""
     max_new_tokens: int | None
-    """Most tokens to generate, at least 1."""
+    """The maximum number of tokens to generate, at least 1."""
     stop: str | Sequence[str] | None
-    """Stop before the first of these strings; it is not part of the text."""
+    """Stop before the first of these strings; the text does not contain it."""
     stop_token_ids: Sequence[int] | None
-    """Stop at the first of these token ids; it is not part of the text."""
+    """Stop at the first of these token ids; the text does not contain it."""
     ignore_eos: bool | None
-    """Go on past the model's own end-of-sequence tokens."""
+    """Continue past the model's own end-of-sequence tokens."""
     mode: Mode | str | None
-    """How layers are chosen: "adaptive", "full_depth", "fixed" or "exact"."""
+    """The way to choose actions: "adaptive", "full_depth", "fixed" or "exact"."""
     compute_budget: float | None
-    """Upper bound on the mean decode cost, in mode "exact" of the drafted tokens, as a share of the full-depth token,
-    in (0, 1]."""
+    """Upper bound on the mean decode cost, as a share of the full-depth token's, in (0, 1]. In mode "exact" it applies
+    to drafted tokens."""
     policy_name: str | None
-    """Which policy decides."""
+    """The policy that decides."""
     fixed_action: Action | str | None
     """In mode "fixed": the action of all layers that are not pinned ("skip", "int4", "int8", "full")."""
     draft_length: int | None
-    """In mode "exact": most tokens per draft, at least 1; fewer are drafted where few are accepted."""
+    """In mode "exact": the maximum number of tokens per draft, at least 1; drafts get shorter when few are accepted."""
     logprobs: int | None
-    """Return the log probability of each token and of this many most probable ones, in [0, 20]."""
+    """Return the log probability of each token, and of this many most probable tokens, in [0, 20]."""
     return_decisions: bool | None
     """Return the action of every layer for every token."""
     trace: bool | None
-    """Trace this request's decisions, whatever the server's sampling ratio is."""
+    """Trace this request's decisions, whatever the server's sampling ratio."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -162,11 +162,11 @@ class Decisions(Sequence[tuple[Action, ...]]):
         return self.data[token * self.layer_count : (token + 1) * self.layer_count]
 
     def layers_run(self, token: int) -> int:
-        """How many layers ran for this token, in whatever precision."""
+        """Returns the number of layers that ran for this token, in any precision."""
         return sum(action is not Action.SKIP for action in self[token])
 
     def to_numpy(self) -> "numpy.ndarray[Any, numpy.dtype[numpy.uint8]]":
-        """The numbers as a read-only uint8 array of shape (tokens, layers).
+        """Returns the actions' numbers as a read-only uint8 array of shape (tokens, layers).
 
         Raises:
             ImportError: numpy is not installed; the client does not depend on it.
@@ -178,7 +178,7 @@ class Decisions(Sequence[tuple[Action, ...]]):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log probabilities at one position in nats, of the path that ran."""
+    """Log probabilities at one position, in nats, of the path that ran."""
 
     chosen: float
     top: tuple[tuple[int, float], ...]
@@ -187,7 +187,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class GenerationStarted:
-    """What is known when a request is given its slot."""
+    """The facts that are known once a request has its slot."""
 
     request_id: str
     prompt_token_count: int
@@ -196,7 +196,7 @@ class GenerationStarted:
     mode: Mode
     policy: str
     policy_note: str
-    """What a caller should know of the policy, such as that it is not a learned one. May be empty."""
+    """A note on the policy for callers, such as that it is not a learned one. May be empty."""
     compute_budget: float | None
     layer_count: int
 
@@ -205,7 +205,7 @@ class GenerationStarted:
 class StreamDelta:
     """A piece of output: the text that these tokens complete.
 
-    The text may be empty while a character is incomplete, and may include text of earlier tokens.
+    The text may be empty while a character is incomplete. It may include text of earlier tokens.
     """
 
     text: str
@@ -216,21 +216,21 @@ class StreamDelta:
 
 @dataclass(frozen=True, slots=True)
 class SpeculationUsage:
-    """What was drafted in mode "exact", and what became of it."""
+    """Counts and times of drafting and verifying in mode "exact"."""
 
     drafted_token_count: int
     accepted_token_count: int
-    """Drafted tokens that full depth accepted and that are part of the output."""
+    """Drafted tokens that full depth accepted and that are in the output."""
     wasted_token_count: int
-    """The other drafted ones."""
+    """The other drafted tokens."""
     verification_count: int
     draft_seconds: float
-    """Spent on drafting, beside other requests' tokens where there were some."""
+    """Time spent on drafting, shared with other requests' tokens if there were any."""
     verification_seconds: float
 
     @property
     def acceptance_rate(self) -> float | None:
-        """Accepted tokens over drafted ones. None where nothing was drafted."""
+        """Accepted tokens divided by drafted ones. None if nothing was drafted."""
         return self.accepted_token_count / self.drafted_token_count if self.drafted_token_count else None
 
 
@@ -248,11 +248,11 @@ class Usage:
     speculation: SpeculationUsage | None = None
     """In mode "exact"."""
     cached_prompt_token_count: int = 0
-    """Prompt tokens that an earlier request had in common with this one, and that were not computed again."""
+    """Prompt tokens shared with an earlier request, so that they were not computed again."""
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """Speed after the first token. None where there was no second."""
+        """Speed after the first token. None if there was only one."""
         if self.output_token_count < 2 or self.decode_seconds <= 0:
             return None
         return (self.output_token_count - 1) / self.decode_seconds
@@ -260,19 +260,19 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class DepthStatistics:
-    """How deep the decode tokens of one request went; the first token is not counted."""
+    """Statistics of the actions and costs of one request's decode tokens; the first token is not counted."""
 
     decode_token_count: int
     action_counts: Mapping[Action, int]
-    """Layer runs by action, over all counted tokens."""
+    """Number of layers by action, over all counted tokens."""
     mean_cost: float | None
-    """Mean cost of a token as a share of the full-depth token. None where no token was counted."""
+    """Mean cost of a token as a share of the full-depth token's. None if no token was counted."""
     exposed_policy_seconds: float
     """Mean time per token that the decoder waited for decisions or spent on them."""
 
     @property
     def mean_layers(self) -> dict[Action, float]:
-        """Mean layers per token by action. Empty where no token was counted."""
+        """Mean layers per token by action. Empty if no token was counted."""
         if not self.decode_token_count:
             return {}
         return {action: count / self.decode_token_count for action, count in self.action_counts.items()}
@@ -286,20 +286,19 @@ class Generation:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     stop_string: str | None
-    """The stop string that was met, if one was."""
+    """The stop string that ended the text, if one did."""
     usage: Usage
     depth: DepthStatistics
     decisions: Decisions | None
-    """With `return_decisions`."""
+    """None without `return_decisions`."""
     logprobs: tuple[TokenLogprobs, ...] | None
-    """With `logprobs`: one entry per token."""
+    """One entry per token. None without `logprobs`."""
     started: GenerationStarted
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The model that a server serves, and its limits. Actions and modes newer than this client are
-    left out."""
+    """The model that a server serves, and its limits. Actions and modes that this client does not know are left out."""
 
     name: str
     architecture: str
@@ -316,7 +315,7 @@ class ModelInfo:
     policy_names: tuple[str, ...]
     default_policy_name: str
     default_draft_policy_name: str
-    """What drafts in mode "exact"."""
+    """The policy that drafts in mode "exact"."""
     device: str
 
 
@@ -332,9 +331,9 @@ class PolicyInfo:
     action_costs: Mapping[Action, float]
     """Measured cost of each action as a share of a full layer."""
     lowest_budget: float
-    """The lowest compute budget that it can keep."""
+    """The lowest compute budget that the policy can keep."""
     recommended_budget: float
-    """The compute budget that it runs at where neither a request nor the server sets one."""
+    """The compute budget in use if neither the request nor the server sets one."""
     compensation: str
     is_drafter: bool
-    """Whether it was made to draft for mode "exact"."""
+    """True if the policy was made to draft for mode "exact"."""

@@ -1,4 +1,4 @@
-"""Both clients behind one set of functions, so that a property is shown of each."""
+"""Both clients behind one set of functions, to test a property of both."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -16,7 +16,7 @@ def with_client(
     async_use: Callable[[AsyncDashClient], Coroutine[Any, Any, Any]],
     **options: Any,
 ) -> Any:
-    """What the use of this colour returns."""
+    """Runs a function with a client of this colour; returns its result."""
     if colour == "sync":
         with DashClient(target, **options) as client:
             return sync_use(client)
@@ -29,7 +29,7 @@ def with_client(
 
 
 def generate(colour: str, target: str, prompt: str = "x", timeout: float | None = None, **options: Any) -> Generation:
-    """One unary call of a new client."""
+    """Makes one unary call with a new client."""
     return with_client(
         colour,
         target,
@@ -40,7 +40,7 @@ def generate(colour: str, target: str, prompt: str = "x", timeout: float | None 
 
 
 def drain(colour: str, target: str, timeout: float | None = None, **options: Any) -> Generation:
-    """One stream of a new client, read to its end."""
+    """Reads one stream of a new client to its end."""
     return with_client(
         colour,
         target,

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-# A session leader that takes its standard input for its terminal gets that terminal's Ctrl-C as a signal.
+# A session leader gets Ctrl-C as a signal only after it makes standard input its controlling terminal.
 _AT_TERMINAL = """
 import fcntl, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -21,7 +21,7 @@ sys.exit(main())
 """
 
 _ESCAPES = re.compile(r"\x1b\[\?[0-9]+[hl]")
-"""What line editing says to a terminal, and not the command."""
+"""Removes the escape sequences of line editing."""
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ def run_command(*arguments: str, **options: Any) -> Iterator[subprocess.Popen[st
 
 
 class Terminal:
-    """A command at a terminal of its own; `text` is all that it has shown."""
+    """A command at a terminal of its own; `text` is all its output so far."""
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         self._master, slave = os.openpty()
@@ -67,9 +67,9 @@ class Terminal:
         os.write(self._master, keys.encode())
 
     def press_ctrl_c(self) -> None:
-        """Presses it once the command waits for something.
+        """Presses Ctrl-C once the command is waiting.
 
-        In the moment between the prompt and the wait for keys, readline takes a signal and acts on it at the next key.
+        Between its prompt and its wait for keys, readline takes a signal and acts on it only at the next key.
         """
         waiting_checks = 0
         end = time.monotonic() + 15
@@ -81,7 +81,7 @@ class Terminal:
         self.type("\x03")
 
     def read_until(self, expected: str, seconds: float = 15) -> None:
-        """Reads until it has shown this, behind what was waited for before."""
+        """Reads until this text appears after the text of the previous wait."""
         end = time.monotonic() + seconds
         while (found := self.text.find(expected, self._position)) < 0:
             left = end - time.monotonic()
@@ -100,7 +100,7 @@ class Terminal:
     def _read(self, seconds: float) -> bool:
         if not select.select([self._master], [], [], seconds)[0]:
             return False
-        # A Linux terminal whose other end is closed reads as an error.
+        # On Linux, reading a terminal whose other end is closed raises an error.
         with contextlib.suppress(OSError):
             if chunk := os.read(self._master, 4096):
                 self.text = _ESCAPES.sub("", self.text + chunk.decode(errors="replace"))

@@ -1,4 +1,4 @@
-"""A dash server without a model: real sockets, scripted answers, and a record of what it was asked."""
+"""A dash server without a model: real sockets, scripted answers, and a record of the requests."""
 
 import socket
 import threading
@@ -81,7 +81,7 @@ HELLO: Script = [
 
 
 def fail(code: grpc.StatusCode, message: str, *details: Any) -> Callable[[grpc.ServicerContext], None]:
-    """A step of a script that ends the call with this status and google.rpc details."""
+    """Returns a step of a script that ends the call with this status and google.rpc details."""
 
     def step(context: grpc.ServicerContext) -> None:
         if details:
@@ -97,7 +97,7 @@ def fail(code: grpc.StatusCode, message: str, *details: Any) -> Callable[[grpc.S
 
 
 def free_port() -> int:
-    """Of both addresses of localhost: gRPC is content with one of them, and the other's may be another server's."""
+    """Finds a port that is free on both addresses of localhost. gRPC binds even if only one is free."""
     if not socket.has_dualstack_ipv6():
         return 0
     with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as probe:
@@ -107,8 +107,8 @@ def free_port() -> int:
 class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.ModelServiceServicer):
     """A context manager; `target` is where it listens.
 
-    `script` is played for every generation: events are sent, functions are called with the context. `decisions` are
-    those that it holds, by request id. `metadata` is that of each request of `requests`.
+    Every generation plays `script`: events are sent, functions are called with the context. `decisions` holds recorded
+    decisions by request id. `metadata` has the metadata of each request in `requests`.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
         self._health.set("", statuses.SERVING if serving else statuses.NOT_SERVING)
 
     def wait(self, context: grpc.ServicerContext) -> None:
-        """A step of a script that waits until the call or the server ends."""
+        """Waits until the call or the server ends; a step of a script."""
         over = threading.Event()
         if context.add_callback(over.set):
             over.wait()

@@ -1,4 +1,4 @@
-"""Streams that nobody ends: each is cancelled on the server within a second of being forgotten."""
+"""Dropped streams are cancelled on the server within a second."""
 
 import asyncio
 import gc
@@ -21,7 +21,7 @@ def server() -> Iterator[FakeDashServer]:
 
 
 def endless(server: FakeDashServer, *, has_slot: bool) -> None:
-    """Streams of two messages and then nothing, or of nothing at all, as in the queue."""
+    """Makes streams send two messages and then nothing, or nothing at all, like a queued request."""
     server.script = [*HELLO[:2], server.wait] if has_slot else [server.wait]
 
 

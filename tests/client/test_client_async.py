@@ -1,4 +1,4 @@
-"""The async client against a real server in a thread, and that it is the sync client but for the awaiting."""
+"""The async client, against a real server in a thread. It equals the sync client except for the awaiting."""
 
 import asyncio
 import inspect

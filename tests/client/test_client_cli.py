@@ -1,4 +1,4 @@
-"""The dash-client command: what it prints where, and what it exits with."""
+"""The dash-client command: its output, its error output and its exit codes."""
 
 import contextlib
 import json
@@ -123,7 +123,7 @@ def _terminal_output(*arguments: str, environment: dict[str, str]) -> str:
     with run_command(*arguments, stdout=slave, env=environment) as process:
         os.close(slave)
         chunks = []
-        # A Linux terminal whose other end is closed reads as an error.
+        # On Linux, reading a terminal whose other end is closed raises an error.
         with contextlib.suppress(OSError):
             while chunk := os.read(terminal, 4096):
                 chunks.append(chunk)

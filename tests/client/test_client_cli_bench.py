@@ -1,4 +1,4 @@
-"""dash-client bench: the load that it puts on a server, and the figures that it makes of it."""
+"""dash-client bench: the load that it puts on a server, and the figures that it computes."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def test_figures_count_only_complete_answers_and_name_the_errors() -> None:
     assert result.tokens_per_second == 5 / 4
     assert result.stream_tokens_per_second == percentiles([2.0])
     assert result.time_to_first_token_seconds == percentiles([0.5, 0.5])
-    # Two tokens in one message, a second after the one before: two intervals of half a second.
+    # Two tokens in one message, one second after the previous: two intervals of half a second.
     assert result.inter_token_seconds == percentiles([0.5, 0.5, 0.5])
 
 
@@ -115,7 +115,7 @@ def test_errors_are_counted_by_kind_and_are_an_exit_code(
     line = "bench --requests 6 --concurrency 1 --warm-up 0"
     assert main(line.split()) == 1
     assert "failed               3 with RESOURCE_EXHAUSTED" in capsys.readouterr().out
-    # Refusals are measured, so that they are not tried again.
+    # Refusals are measured, so they are not retried.
     assert next(turn) == 6
 
 

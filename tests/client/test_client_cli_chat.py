@@ -20,7 +20,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDashServer]:
 
 
 def chat(typed: str, *arguments: str, code: int = 0) -> tuple[str, str]:
-    """Standard output and error of a session with this from a pipe."""
+    """Runs a session with this text from a pipe; returns its standard output and error."""
     with run_command("chat", *arguments, stdin=subprocess.PIPE) as process:
         out, err = process.communicate(typed, timeout=20)
     assert process.returncode == code, err
@@ -29,7 +29,7 @@ def chat(typed: str, *arguments: str, code: int = 0) -> tuple[str, str]:
 
 
 def conversations(server: FakeDashServer) -> list[list[tuple[str, str]]]:
-    """The messages of each generation that the server was asked for."""
+    """Returns the messages of each requested generation."""
     chats = [request.parameters.chat.messages for request in server.requests if hasattr(request, "parameters")]
     return [[(message.role, message.content) for message in messages] for messages in chats]
 
@@ -150,7 +150,7 @@ def test_ctrl_c_cancels_the_answer_and_not_the_session(server: FakeDashServer) -
         terminal.read_until("> ")
         terminal.type("\x04")
         assert terminal.wait() == 0
-    # What the user has read of the answer is part of the conversation.
+    # The part of the answer that the user has read is in the conversation.
     assert conversations(server)[1] == [("user", "first"), ("assistant", "Hel"), ("user", "second")]
 
 
@@ -195,7 +195,7 @@ def test_a_second_ctrl_c_at_the_prompt_ends_the_session(server: FakeDashServer) 
         terminal.type("hello\n")
         terminal.read_until("Hello")
         terminal.read_until("> ")
-        # A message in between: it counts from one again.
+        # After a message in between, counting starts from one again.
         terminal.press_ctrl_c()
         terminal.read_until("Ctrl-C again")
         terminal.read_until("> ")
@@ -224,7 +224,7 @@ def test_line_editing_recalls_earlier_messages(server: FakeDashServer) -> None:
         terminal.type("remember me\n")
         terminal.read_until("Hello")
         terminal.read_until("> ")
-        terminal.type("\x10\n")  # Ctrl-P: the message before
+        terminal.type("\x10\n")  # Ctrl-P: the previous message
         terminal.read_until("Hello")
         terminal.read_until("> ")
         terminal.type("\x04")

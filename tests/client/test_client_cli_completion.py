@@ -1,4 +1,4 @@
-"""dash-client completion: scripts that the shells accept, and what they complete."""
+"""dash-client completion: the shells accept the scripts, which complete commands, options and files."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
         (["generate", "hello", "--mode", "ad"], {"adaptive"}),
         (["chat", "--ca-file", "certificate"], {"certificate.pem"}),
         (["completion", ""], {"bash", "zsh", "fish"}),
-        (["bench", "--token"], {"--token-file"}),  # what is always refused is not offered
+        (["bench", "--token"], {"--token-file"}),  # an option that is always refused is not offered
     ],
     ids=["command", "option", "choice", "file", "argument", "hidden"],
 )

@@ -1,4 +1,4 @@
-"""The command's connection options: where a token comes from, and whom TLS trusts."""
+"""The command's connection options: the sources of a token, and TLS."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Targets, TLS, tokens and keepalive: what a client connects with, and what it refuses to."""
+"""Targets, TLS, tokens and keepalive of a client, and the settings that it refuses."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A Ctrl-C is neither lost nor takes a session with it, whenever it comes."""
+"""A Ctrl-C at any moment is neither lost nor ends the session."""
 
 import signal
 import threading

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.parametrize("colour", COLOURS)
 
 
 class Echo(FakeDashServer):
-    """Answers with the prompt, the slower the earlier; refuses "bad"; counts how many are inside."""
+    """Answers with the prompt, later prompts faster; refuses "bad"; counts concurrent calls."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What is not the server that a client expects: each is a clear `DashError` in both clients, never gRPC's own."""
+"""Unexpected servers: each causes a clear `DashError` in both clients, never gRPC's own exception."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.parametrize("colour", COLOURS)
 
 @contextlib.contextmanager
 def answering(reply: bytes) -> Iterator[str]:
-    """A server that says the same to everybody and hangs up, on one of `localhost`'s addresses."""
+    """A server that sends everybody the same bytes and hangs up, on one of `localhost`'s addresses."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -48,7 +48,7 @@ def answering(reply: bytes) -> Iterator[str]:
 
 @contextlib.contextmanager
 def sending(*messages: bytes) -> Iterator[str]:
-    """A gRPC server that answers every call with these bytes; without any, one that knows no method of ours."""
+    """A gRPC server that answers every call with these bytes; without bytes, it knows none of our methods."""
 
     class Everything(grpc.GenericRpcHandler):
         def service(self, details: Any) -> Any:
@@ -70,7 +70,7 @@ def sending(*messages: bytes) -> Iterator[str]:
 
 
 def error_of(colour: str, target: str, **options: Any) -> DashError:
-    """The same from a unary call and from a stream."""
+    """Returns the error of a unary call, checked to equal that of a stream."""
     errors = []
     for call in (generate, drain):
         with pytest.raises(DashError) as caught:

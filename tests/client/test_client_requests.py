@@ -1,4 +1,4 @@
-"""What goes over the wire for a caller's arguments."""
+"""The messages that go over the wire for a caller's arguments."""
 
 import math
 from typing import Any

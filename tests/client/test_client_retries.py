@@ -1,4 +1,4 @@
-"""What is tried again and what is not: before the first headers only, when the server says, as often as the caller."""
+"""Retries: only before the first headers, at the time that the server asks for, as often as the caller allows."""
 
 import time
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def refuse(code: grpc.StatusCode, pushback_ms: str | None = None) -> Callable[[g
 
 
 class Attempts(FakeDashServer):
-    """Plays one script for each attempt, the last one for all that follow; knows when each came."""
+    """Plays one script for each attempt, and the last one for all later attempts; records their times."""
 
     def __init__(self, *scripts: Script) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def test_the_server_says_when_to_come_back(colour: str) -> None:
         assert drain(colour, server.target).text == "Hello"
     first, second, third = server.times
     assert second - first == pytest.approx(0.7, abs=0.3)
-    # Its own pause would be a third of a second here.
+    # gRPC's own pause would be a third of a second here.
     assert third - second < 0.25
 
 
@@ -88,7 +88,7 @@ def test_a_slot_that_was_granted_is_the_end_of_it_even_before_a_message(colour: 
         context.send_initial_metadata(())
 
     def wait(_: grpc.ServicerContext) -> None:
-        time.sleep(0.3)  # headers that come together with the status count as none, which loses nothing either
+        time.sleep(0.3)  # gRPC ignores headers that come together with the status
 
     script: Script = [grant, wait, refuse(grpc.StatusCode.UNAVAILABLE, "1")]
     with Attempts(script, HELLO) as server, pytest.raises(UnavailableError):

@@ -14,8 +14,8 @@ from google.protobuf import json_format
 from dash_api.v1 import model_pb2
 from dash_client import Action, DashClient, InvalidArgumentError, Mode, NotFoundError, ServerError, StepKind
 from dash_client.cli import main
-from dash_client.recorded_files import load_recorded, save_recorded
-from dash_client.recorded_messages import recorded_decisions
+from dash_client.trace.decision_trace_files import load_decisions, save_decisions
+from dash_client.trace.decision_trace_messages import recorded_decisions
 
 
 @pytest.fixture
@@ -128,8 +128,8 @@ def test_what_does_not_fit_together_is_unreadable(change: Callable[[Any], None],
 def test_a_file_gives_back_what_was_saved(message: model_pb2.GetDecisionsResponse, tmp_path: Path) -> None:
     decisions = recorded_decisions(message)
     path = tmp_path / "decisions.json"
-    save_recorded(decisions, path)
-    assert load_recorded(path) == decisions
+    save_decisions(decisions, path)
+    assert load_decisions(path) == decisions
     assert json_format.Parse(path.read_text(), model_pb2.GetDecisionsResponse()) == message
 
 
@@ -203,7 +203,7 @@ def test_a_file_too_large_is_refused_unread(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(1 << 30)  # takes no room
     with pytest.raises(InvalidArgumentError, match="larger than 64 MiB"):
-        load_recorded(path)
+        load_decisions(path)
 
 
 @pytest.mark.parametrize("name", ["no-such.json", "folder/r-1", ".", "", "x/" + "a" * 5_000])

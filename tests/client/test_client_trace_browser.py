@@ -1,4 +1,4 @@
-"""The trace page in a real browser: headless Chromium opens the file and prints what became of it."""
+"""The trace page in a real browser: headless Chromium opens the file and prints the resulting document."""
 
 import base64
 import hashlib
@@ -13,8 +13,8 @@ import pytest
 import trace_samples as samples
 
 from dash_api.v1 import model_pb2
-from dash_client.recorded_messages import recorded_decisions
-from dash_client.trace_page import trace_page
+from dash_client.trace.decision_trace_messages import recorded_decisions
+from dash_client.trace.trace_page import trace_page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Dom(HTMLParser):
-    """Elements of a page as the browser has it, and the text in each that has an id."""
+    """The elements of a page in the browser, and the text of each that has an id."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a trace page holds, and what it is derived from; how it behaves is in test_client_trace_browser."""
+"""The content of a trace page, and its derived figures; test_client_trace_browser tests its behaviour."""
 
 import base64
 import hashlib
@@ -11,9 +11,9 @@ import pytest
 import trace_samples as samples
 
 from dash_api.v1 import common_pb2, model_pb2
-from dash_client.recorded_messages import recorded_decisions
-from dash_client.trace_page import trace_page
-from dash_client.trace_summary import (
+from dash_client.trace.decision_trace_messages import recorded_decisions
+from dash_client.trace.trace_page import trace_page
+from dash_client.trace.trace_summary import (
     action_shares,
     evaluations,
     exposed_ns_per_token,
@@ -91,7 +91,7 @@ def test_a_page_needs_nothing_from_elsewhere(message: model_pb2.GetDecisionsResp
     style, script = page.texts["style"][0], page.texts["script"][1]
     assert "url(" not in style
     assert "@import" not in style
-    # The name of a namespace is the only address.
+    # The only address is the name of an XML namespace.
     assert set(re.findall(r"https?://[^\s\"']+", style + script)) <= {"http://www.w3.org/2000/svg"}
 
 
@@ -192,7 +192,7 @@ def test_drafts_stand_with_their_verification() -> None:
         [None],
         [None, None],
     ]
-    # 4 tokens, then 2, then 1, are put out.
+    # The groups put out 4, 2 and 1 tokens.
     assert first_positions(groups) == [1, 2, 3, 1, 5, 6, 7, 5, 7, 8, 9]
 
 
@@ -226,7 +226,7 @@ def test_a_blocks_layers_share_one_evaluation_beside_a_layer() -> None:
     for run in runs:
         layer = step.layers[run.first_layer]
         assert 0 < run.hidden_ns <= run.end_ns - run.start_ns
-        # The decoder stands still just before the layer that it waits for.
+        # The decoder waits just before the layer whose decision it needs.
         assert (run.wait_start_ns, run.wait_end_ns) == (layer.start_ns - layer.exposed_ns, layer.start_ns)
 
 

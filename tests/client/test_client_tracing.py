@@ -1,4 +1,4 @@
-"""The caller's trace goes on at the server where the program uses OpenTelemetry, and costs nothing elsewhere."""
+"""The caller's trace continues at the server if the program uses OpenTelemetry, and costs nothing otherwise."""
 
 import os
 import subprocess

@@ -1,7 +1,7 @@
-"""Recorded decisions in the shape that a server records them, with made-up numbers.
+"""Recorded decisions as a server records them, with made-up numbers.
 
-`python tests/client/trace_samples.py FILE` writes a request in the shape of the embedded model, as
-`dash-client trace --save` would, for a look at the page without a server.
+`python tests/client/trace_samples.py FILE` writes a request in the shape of the embedded model, in the format of
+`dash-client trace --save`, to look at the page without a server.
 """
 
 import random
@@ -42,11 +42,11 @@ def recorded(steps: Sequence[Step], **changes: Any) -> model_pb2.GetDecisionsRes
 
 
 class StepMaker:
-    """Makes one step after another, the way the engine would run them.
+    """Makes one step after another, as the engine would run them.
 
     Args:
-        is_inline: the policy runs in the decoder's thread, between layers; else beside it.
-        block_size: layers that are decided at once, from the input of the layer before them.
+        is_inline: the policy runs in the decoder's thread, between layers, instead of beside it.
+        block_size: number of layers decided together, from the input of the layer before them.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class StepMaker:
         self._now = START_UNIX_NANOS
 
     def decode(self, kind: int = model_pb2.STEP_KIND_DECODE) -> Step:
-        """A token whose layers the policy decides."""
+        """Makes a token whose layers the policy decides."""
         actions, scores = self._choices()
         step = self._begin(kind, [self._random.randrange(49_152)])
         step.actions = bytes(actions)
@@ -76,7 +76,7 @@ class StepMaker:
         return step
 
     def full_depth(self) -> Step:
-        """A token in mode EXACT that nothing drafted."""
+        """Makes a token in mode EXACT that nothing drafted."""
         step = self._begin(model_pb2.STEP_KIND_DECODE, [self._random.randrange(49_152)])
         actions = [FULL] * self._layer_count
         step.actions = bytes(actions)
@@ -84,7 +84,7 @@ class StepMaker:
         return step
 
     def draft(self, length: int, accepted: int) -> list[Step]:
-        """Drafts, and their verification."""
+        """Makes drafts and their verification."""
         drafts = [self.decode(model_pb2.STEP_KIND_DRAFT) for _ in range(length)]
         tokens = [token for step in drafts[:accepted] for token in step.token_ids]
         verification = self._begin(model_pb2.STEP_KIND_VERIFICATION, [*tokens, self._random.randrange(49_152)])
@@ -98,7 +98,7 @@ class StepMaker:
         need = self._random.gauss(0, 0.9)
         for layer in (layer for block in self._blocks for layer in block):
             depth = layer / self._layer_count
-            # The middle of a model is what is skipped; some tokens need more than others.
+            # Skips layers in the middle of the model; some tokens need more than others.
             importance = 5 * abs(depth - 0.6) - 1.3 + need + self._random.gauss(0, 0.8)
             row = [-importance - 0.6, 0.9, 0.2 + 0.3 * importance, importance - 0.4]
             scores[layer] = [score + self._random.gauss(0, 0.25) for score in row]
@@ -147,14 +147,14 @@ def adaptive(count: int = 24, **options: Any) -> model_pb2.GetDecisionsResponse:
 
 
 def exact() -> model_pb2.GetDecisionsResponse:
-    """A request in mode EXACT: 3 of 3, 1 of 3 accepted, a token that nothing drafted, and drafts not verified yet."""
+    """A request in mode EXACT: 3 of 3 and 1 of 3 accepted, a token that nothing drafted, and unverified drafts."""
     maker = StepMaker()
     steps = [*maker.draft(3, 3), *maker.draft(3, 1), maker.full_depth(), *maker.draft(2, 2)[:2]]
     return recorded(steps, mode=common_pb2.MODE_EXACT, unrecorded_step_count=9)
 
 
 def small(**changes: Any) -> model_pb2.GetDecisionsResponse:
-    """Two steps of four layers, of which the policy decides the two in the middle, one by one."""
+    """Two steps of four layers; the policy decides the middle two, one by one."""
     maker = StepMaker(layer_count=4, pinned=(0, 3), block_size=1)
     fields = {"steps": [maker.decode(), maker.decode()], "layer_count": 4, "pinned_layers": [0, 3]}
     return recorded(**(fields | changes))

@@ -1,4 +1,4 @@
-"""Dash where its users already are: a LangChain chat model and a plugin for the `llm` command.
+"""Adapters to other libraries: a LangChain chat model, and a plugin for the `llm` command.
 
-Each module needs the extra of its name; importing this package needs none.
+Each needs its own extra; importing this package needs none.
 """

@@ -5,7 +5,7 @@
     model = ChatDash(mode="adaptive", max_tokens=64)
     print(model.invoke("What is the capital of France?").text)
 
-Knows LangChain's core only, and leaves what is in range to the server.
+Knows LangChain's core only; the client and the server check the ranges of options.
 """
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -19,24 +19,24 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.tools import BaseTool
 from pydantic import ConfigDict, Field, SecretStr
 
-from dash_client.adapters.answers import answer_facts
-from dash_client.adapters.connections import shared_async_client, shared_client
+from dash_client.adapters.answer_facts import answer_facts
 from dash_client.adapters.langchain_messages import conversation, usage_metadata
 from dash_client.adapters.option_fields import ConnectionFields, OptionFields, client_options
+from dash_client.adapters.shared_clients import shared_async_client, shared_client
 from dash_client.aio import AsyncDashClient
 from dash_client.client import DashClient
 from dash_client.types import Generation, StreamDelta
 
 PROVIDER = "dash"
-"""Of LangChain's names for providers, ours."""
+"""Our name among LangChain's providers."""
 
 
 class ChatDash(ConnectionFields, OptionFields, BaseChatModel):
     """A chat model that a dash server serves.
 
-    Options are set here for every request, or by `bind` and at a call for some: `model.bind(mode="exact")`. What a
-    call sets goes before what the model sets. `usage_metadata` of an answer counts its tokens; `response_metadata`
-    holds its finish reason, policy, mean cost and request id. Every call raises a `DashError`.
+    Options set here apply to every request; those of `bind` or of a call override them: `model.bind(mode="exact")`.
+    An answer's `usage_metadata` counts its tokens; its `response_metadata` holds the finish reason, policy, mean cost
+    and request id. A call that fails raises a `DashError`.
 
     Example:
         model = ChatDash(mode="adaptive", compute_budget=0.8)
@@ -60,7 +60,7 @@ class ChatDash(ConnectionFields, OptionFields, BaseChatModel):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        """What an answer depends on; also the key of LangChain's cache."""
+        """The parameters that an answer depends on; also the key of LangChain's cache."""
         return {"target": self.target, **self._options()}
 
     @property
@@ -72,7 +72,7 @@ class ChatDash(ConnectionFields, OptionFields, BaseChatModel):
         return True
 
     def get_token_ids(self, text: str) -> list[int]:
-        """The token ids of a text, by the server's tokenizer."""
+        """Returns the token ids of a text, by the server's tokenizer."""
         return list(self._client().tokenize(text))
 
     def get_num_tokens_from_messages(
@@ -80,7 +80,7 @@ class ChatDash(ConnectionFields, OptionFields, BaseChatModel):
         messages: list[BaseMessage],
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool] | None = None,
     ) -> int:
-        """How many tokens the conversation is, with all that the chat template adds."""
+        """Returns the number of tokens in the conversation, including those of the chat template."""
         return len(self._client().tokenize(conversation(messages)))
 
     def _generate(
@@ -130,15 +130,15 @@ class ChatDash(ConnectionFields, OptionFields, BaseChatModel):
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         own = [self.stop] if isinstance(self.stop, str) else self.stop
         params = super()._get_ls_params(stop=own if stop is None else stop, **kwargs)
-        # Which model a server serves is known once it has answered.
+        # The name of the served model is known only after an answer.
         params.setdefault("ls_model_name", PROVIDER)
         return params
 
     def _options(self, stop: list[str] | None = None, call: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Keyword arguments of the client's `generate`."""
+        """Returns the keyword arguments of the client's `chat`."""
         declared = [*OptionFields.model_fields, "stop_token_ids", "logit_bias", "logprobs", "return_decisions"]
         options = {name: getattr(self, name) for name in declared}
-        # `stream` is LangChain's own.
+        # `stream` is an argument of LangChain's own.
         options |= {name: value for name, value in (call or {}).items() if name != "stream"}
         if stop is not None:
             options["stop"] = stop

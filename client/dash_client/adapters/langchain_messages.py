@@ -1,4 +1,4 @@
-"""LangChain's messages as the server's, and an answer as LangChain's. Knows nothing of calls."""
+"""Converts LangChain's messages to the server's, and usage to LangChain's. Knows nothing of calls."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,10 @@ _ROLES: dict[type[BaseMessage], str] = {SystemMessage: "system", HumanMessage: "
 
 
 def conversation(messages: Sequence[BaseMessage]) -> list[types.ChatMessage]:
-    """The conversation for the model's chat template.
+    """Returns the conversation for the model's chat template.
 
     Raises:
-        InvalidArgumentError: one of them is neither a system, human nor AI message, or holds more than text.
+        InvalidArgumentError: a message is not a system, human or AI message, or holds more than text.
     """
     return [
         types.ChatMessage(role=_role(message, f"messages[{place}]"), content=_text(message, f"messages[{place}]"))
@@ -51,7 +51,7 @@ def _text(message: BaseMessage, place: str) -> str:
 
 
 def usage_metadata(usage: types.Usage) -> UsageMetadata:
-    """Token counts as LangChain's callbacks add them up."""
+    """Returns the token counts in LangChain's form."""
     counts = UsageMetadata(
         input_tokens=usage.prompt_token_count,
         output_tokens=usage.output_token_count,

@@ -11,7 +11,7 @@ from typing import Any
 import llm
 from llm.parts import ReasoningPart, TextPart
 
-from dash_client.adapters.answers import answer_facts
+from dash_client.adapters.answer_facts import answer_facts
 from dash_client.adapters.option_fields import ConnectionFields, OptionFields, client_options
 from dash_client.aio import AsyncDashClient
 from dash_client.client import DashClient
@@ -22,11 +22,11 @@ MODEL_ID = "dash"
 
 
 class DashOptions(ConnectionFields, OptionFields, llm.KeyModel.Options):
-    """What `-o` sets."""
+    """The options that `-o` sets."""
 
 
 class DashModel(llm.KeyModel):
-    """A dash server's model. The key is the server's token, for servers that want one."""
+    """A dash server's model. The key is the server's token, if the server requires one."""
 
     model_id = MODEL_ID
     needs_key = MODEL_ID
@@ -53,7 +53,7 @@ class DashModel(llm.KeyModel):
 
 
 class AsyncDashModel(llm.AsyncKeyModel):
-    """The same, awaited."""
+    """The asynchronous `DashModel`."""
 
     model_id = MODEL_ID
     needs_key = MODEL_ID
@@ -81,17 +81,17 @@ class AsyncDashModel(llm.AsyncKeyModel):
 
 @llm.hookimpl
 def register_models(register: Callable[..., None]) -> None:
-    """Called by `llm` when it looks for models."""
+    """Registers the models; called by `llm`."""
     register(DashModel(), AsyncDashModel())
 
 
 def _token(own: str | None, explicit: str | None) -> str | None:
-    # Unlike `llm`'s own lookup, no error where there is none: most servers want no token.
+    # Unlike `llm`'s own lookup, a missing key is no error: most servers require no token.
     return own or llm.get_key(input=explicit, alias=MODEL_ID, env="DASH_TOKEN")
 
 
 def _call(prompt: llm.Prompt, key: str | None) -> tuple[list[ChatMessage], dict[str, Any], dict[str, Any]]:
-    """The conversation, how to connect, and the options of the call."""
+    """Returns the conversation, the client's arguments, and the options of the call."""
     options = client_options(dict(prompt.options))
     connection = {name: options.pop(name) for name in ConnectionFields.model_fields if name in options}
     if key is not None:
@@ -102,7 +102,7 @@ def _call(prompt: llm.Prompt, key: str | None) -> tuple[list[ChatMessage], dict[
 def _messages(prompt: llm.Prompt) -> list[ChatMessage]:
     messages = [ChatMessage(role=message.role, content=_text(message)) for message in prompt.messages]
     if prompt.system:
-        # In a later turn, `llm` puts a new system prompt here and leaves the old one in the conversation.
+        # In a later turn, `llm` sets a new system prompt here and keeps the old one in the conversation.
         messages = [message for message in messages if message["role"] != "system"]
         messages.insert(0, ChatMessage(role="system", content=prompt.system))
     return messages
@@ -110,14 +110,14 @@ def _messages(prompt: llm.Prompt) -> list[ChatMessage]:
 
 def _text(message: llm.Message) -> str:
     for part in message.parts:
-        # What another model thought is no part of what it said.
+        # Another model's reasoning is not part of its answer, so it is left out.
         if not isinstance(part, (TextPart, ReasoningPart)):
             raise invalid_argument("messages", f"holds a {type(part).__name__}; the server takes text only")
     return "".join(part.text for part in message.parts if isinstance(part, TextPart))
 
 
 def _note(response: llm.Response | llm.AsyncResponse, generation: Generation) -> None:
-    """Leaves with the response what `llm` logs and shows with `--usage`."""
+    """Stores usage and facts in the response, for the logs and `--usage` of `llm`."""
     usage = generation.usage
     cached = usage.cached_prompt_token_count
     response.set_usage(

@@ -1,4 +1,4 @@
-"""The client's options as pydantic fields, for frameworks that want them declared. Knows no framework."""
+"""The client's options as pydantic fields, for frameworks that need declared options. Knows no framework."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from dash_client.types import Action
 
 
 class ConnectionFields(BaseModel):
-    """How to reach the server, less what is secret."""
+    """The connection options, without secrets."""
 
     target: str | None = Field(default=None, description="host:port; unset: DASH_TARGET, else localhost:50051")
     tls: bool | None = Field(default=None, description="Whether the connection is encrypted; unset: with a file below")
@@ -20,7 +20,7 @@ class ConnectionFields(BaseModel):
 
 
 class OptionFields(BaseModel):
-    """What may be set for every request; None leaves it to the server, which also checks the ranges."""
+    """The options of every request. None leaves the server's default; the client and the server check the ranges."""
 
     temperature: float | None = Field(default=None, description="Divides the logits, in [0, 100]; 0 is greedy")
     max_tokens: int | None = Field(default=None, description="Most tokens to generate")
@@ -49,7 +49,7 @@ class OptionFields(BaseModel):
 
 
 def client_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of the client's `generate`: without those that are None, and under the client's names."""
+    """Returns the client's keyword arguments: without those that are None, and under the client's names."""
     given = {name: value for name, value in options.items() if value is not None}
     if "max_tokens" in given:
         given["max_new_tokens"] = given.pop("max_tokens")

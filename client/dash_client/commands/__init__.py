@@ -1,4 +1,4 @@
-"""The commands of `dash-client`, one module each, with what they share. Users import nothing from here.
+"""The commands of `dash-client`, one module each, and their shared parts. Users import nothing from here.
 
-A command's module has `run(arguments)`, which prints and returns an exit code; it is imported when the command is run.
+A command's module has `run(arguments)`, which prints and returns an exit code. It is imported only to run the command.
 """

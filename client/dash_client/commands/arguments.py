@@ -1,4 +1,4 @@
-"""The arguments of `dash-client`: its commands, their options and their help. Imports no command."""
+"""Defines the command line of `dash-client`: commands, options and help. Imports no command."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
     """Explains the exit codes under every command, and takes no abbreviated options."""
 
     def __init__(self, **kwargs: Any) -> None:
-        # An abbreviation would change its meaning, or stop working, with the next option that begins like it.
+        # A new option could change the meaning of an abbreviation, or make it ambiguous.
         super().__init__(allow_abbrev=False, **kwargs)
         self.epilog = EXPLANATION
         self.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -48,7 +48,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _RefuseToken(argparse.Action):
-    """Says where a token belongs, and does not repeat it."""
+    """Refuses a token on the command line, without repeating it."""
 
     def __call__(
         self,
@@ -61,7 +61,7 @@ class _RefuseToken(argparse.Action):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser. What it returns has `load()`, which imports the command and gives its function."""
+    """Returns the parser. The parsed arguments have `load()`, which imports the command and returns its function."""
     root = _Parser(prog="dash-client", description="Talks to a dash server.")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
 

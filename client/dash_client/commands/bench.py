@@ -1,6 +1,6 @@
-"""`dash-client bench`: puts load on a server and says how fast it answered. The figures are made elsewhere.
+"""`dash-client bench`: puts load on a server and prints how fast it answered. `bench_figures` computes the figures.
 
-All streams run in one event loop, on one connection: a thread for each would measure this process and not the server.
+All streams run in one event loop on one connection: with a thread each, this process would be the bottleneck.
 """
 
 import argparse
@@ -21,18 +21,17 @@ from dash_client.commands.bench_figures import (
     histogram,
     inter_token_times,
 )
-from dash_client.commands.connection import connection_options
+from dash_client.commands.client_arguments import connection_options, generation_options
 from dash_client.commands.exit_codes import ExitCode, exit_code_of
 from dash_client.commands.output import as_json, can_show, print_json, printable, say
 from dash_client.commands.prompts import prompt_of
-from dash_client.commands.streaming import generation_options
 from dash_client.errors import DashError
 from dash_client.types import GenerationOptions, Prompt
 
 
 @dataclass(slots=True)
 class _Load:
-    """One run: what to send, and what came of it so far."""
+    """One run: the requests to send, and their results so far."""
 
     prompt: Prompt
     options: GenerationOptions
@@ -71,12 +70,12 @@ def run(arguments: argparse.Namespace) -> ExitCode:
 
 async def _run(load: _Load, arguments: argparse.Namespace) -> None:
     options = connection_options(arguments)
-    # What a server refuses under load is part of what is measured.
+    # Refusals under load are part of the measurement.
     async with AsyncDashClient(**options, retries=False) as client:
         load.target = client.target
         load.model = (await client.model_info()).name
         for _ in range(arguments.warm_up):
-            # An error here, such as a wrong option, would be every request's.
+            # An error here, such as a wrong option, ends the command: every request would fail with it.
             async with client.stream(load.prompt, **load.options) as stream:
                 await stream.final()
         async with asyncio.TaskGroup() as group:

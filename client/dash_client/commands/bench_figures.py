@@ -1,4 +1,4 @@
-"""What a load came to: rates, percentiles and a histogram in text. Knows numbers only, no server and no terminal."""
+"""Computes rates, percentiles and text histograms of a load. Knows numbers only, no server and no terminal."""
 
 import math
 from collections import Counter
@@ -18,9 +18,9 @@ class Sample:
     sent: float
     ended: float
     arrivals: tuple[tuple[float, int], ...]
-    """When a message with tokens came, and how many it brought."""
+    """For each message with tokens: its time, and its number of tokens."""
     error: str | None
-    """The kind of error it ended in, or None for a complete answer."""
+    """The kind of error that ended it, or None for a complete answer."""
 
     @property
     def token_count(self) -> int:
@@ -29,7 +29,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Of some measurements."""
+    """Three percentiles of some measurements."""
 
     p50: float
     p90: float
@@ -38,26 +38,26 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What a load came to. Rates and times are those of the complete answers; None where there are none."""
+    """The results of a load. Rates and times are of complete answers only, and None if there are none."""
 
     completed: int
     errors: dict[str, int]
-    """How many requests ended in an error, by its kind."""
+    """Number of failed requests by kind of error."""
     wall_seconds: float
-    """From the first request's sending to the last one's end."""
+    """From sending the first request to the end of the last."""
     output_token_count: int
     tokens_per_second: float | None
-    """Of all streams together, over the wall time."""
+    """All streams together, over the wall time."""
     stream_tokens_per_second: Percentiles | None
-    """Of each stream alone, from its first token on."""
+    """Each stream alone, from its first token on."""
     time_to_first_token_seconds: Percentiles | None
-    """From sending on; waiting in the server's queue is part of it."""
+    """From sending the request; includes the wait in the server's queue."""
     inter_token_seconds: Percentiles | None
-    """Between two tokens of a stream. A message that brings several counts as so many equal intervals."""
+    """Between two tokens of a stream. A message with n tokens counts as n equal intervals."""
 
 
 def figures(samples: Sequence[Sample]) -> Figures:
-    """The figures of these requests."""
+    """Computes the figures of these requests."""
     complete = [sample for sample in samples if sample.error is None]
     wall = max(sample.ended for sample in samples) - min(sample.sent for sample in samples) if samples else 0.0
     tokens = sum(sample.token_count for sample in complete)
@@ -74,12 +74,12 @@ def figures(samples: Sequence[Sample]) -> Figures:
 
 
 def first_token_times(samples: Iterable[Sample]) -> list[float]:
-    """Seconds from sending to the first token, of each request that has one."""
+    """Returns the seconds from sending to the first token, for each request that has one."""
     return [sample.arrivals[0][0] - sample.sent for sample in samples if sample.arrivals]
 
 
 def inter_token_times(samples: Iterable[Sample]) -> list[float]:
-    """Seconds between tokens, of all requests."""
+    """Returns the seconds between tokens, over all requests."""
     times: list[float] = []
     for sample in samples:
         for (before, _), (at, count) in zip(sample.arrivals, sample.arrivals[1:], strict=False):
@@ -88,7 +88,7 @@ def inter_token_times(samples: Iterable[Sample]) -> list[float]:
 
 
 def stream_rates(samples: Iterable[Sample]) -> list[float]:
-    """Tokens per second of each request after its first message."""
+    """Returns the tokens per second of each request, after its first message."""
     rates = []
     for sample in samples:
         if len(sample.arrivals) > 1 and (seconds := sample.arrivals[-1][0] - sample.arrivals[0][0]) > 0:
@@ -97,7 +97,7 @@ def stream_rates(samples: Iterable[Sample]) -> list[float]:
 
 
 def percentiles(values: Iterable[float]) -> Percentiles | None:
-    """Interpolated between neighbours; None of nothing."""
+    """Returns percentiles, interpolated between neighbours; None without values."""
     ordered = sorted(values)
     if not ordered:
         return None
@@ -112,11 +112,11 @@ def _percentile(ordered: Sequence[float], share: float) -> float:
 
 
 def histogram(values: Sequence[float], *, unicode: bool) -> list[str]:
-    """Lines with a bar for each range of the values, which are seconds. Outliers share the last line.
+    """Returns lines with a bar for each range of values. Values above the 99th percentile share the last line.
 
     Args:
-        values: at least one.
-        unicode: whether bars may use block characters.
+        values: seconds, at least one.
+        unicode: True if bars may use block characters.
     """
     ordered = sorted(values)
     low, high = ordered[0], _percentile(ordered, 0.99)

@@ -1,4 +1,4 @@
-"""`dash-client chat`: a conversation, at a terminal or from a pipe. What is remembered is `Conversation`'s matter."""
+"""`dash-client chat`: a conversation, at a terminal or from a pipe. `Conversation` holds its history."""
 
 import argparse
 import contextlib
@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterable, Iterator
 
 from dash_client.client import DashClient
-from dash_client.commands.connection import connect
+from dash_client.commands.answer_printer import AnswerPrinter, say_note
+from dash_client.commands.client_arguments import connect, generation_options
 from dash_client.commands.conversation import Conversation
 from dash_client.commands.exit_codes import ExitCode
 from dash_client.commands.interrupts import Interrupts
 from dash_client.commands.output import print_json, report_error, say
 from dash_client.commands.prompts import read_lines
-from dash_client.commands.streaming import AnswerPrinter, generation_options, say_note
 from dash_client.errors import DashError, invalid_argument
 from dash_client.streams import GenerationStream
 from dash_client.types import StreamDelta
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> ExitCode:
         session = _Session(client, arguments, interrupts)
         if sys.stdin is not None and sys.stdin.isatty():
             return _at_terminal(session, interrupts, client, arguments)
-        # Nobody is there to go on after a Ctrl-C, so that it ends the program as it does in other commands.
+        # Without a terminal, Ctrl-C ends the program, as in other commands.
         for line in read_lines():
             if not session.take(line):
                 break
@@ -48,12 +48,12 @@ def run(arguments: argparse.Namespace) -> ExitCode:
 def _at_terminal(
     session: "_Session", interrupts: Interrupts, client: DashClient, arguments: argparse.Namespace
 ) -> ExitCode:
-    # Before the first prompt: nobody should type a message to a server that is not there.
+    # Checks the server before the first prompt, so that nobody types a message in vain.
     model = client.model_info().name
     if not arguments.quiet:
         say(f"{model} at {client.target}; /help for help, Ctrl-D to end")
     with contextlib.suppress(ImportError):
-        # Its import is what gives `input` a history and line editing.
+        # The import gives `input` a history and line editing.
         import readline  # noqa: F401
     presses = 0
     with interrupts:
@@ -72,7 +72,7 @@ def _at_terminal(
                 if presses == 1:
                     say("(Ctrl-C again, or Ctrl-D, ends the session)")
             except DashError as error:
-                # The session outlives what went wrong with one message.
+                # An error with one message does not end the session.
                 report_error(error, json=arguments.json)
     return ExitCode.INTERRUPTED
 
@@ -83,7 +83,7 @@ def _read_line() -> str:
             return input(_PROMPT)
         except UnicodeDecodeError:
             raise invalid_argument("the message", "is no text in the terminal's encoding") from None
-    # `input` would write its prompt among the answers.
+    # `input` would write its prompt to stdout, among the answers.
     print(_PROMPT, end="", file=sys.stderr, flush=True)
     for line in read_lines():
         return line
@@ -91,7 +91,7 @@ def _read_line() -> str:
 
 
 class _Session:
-    """Answers messages and obeys commands, one line at a time."""
+    """Answers messages and runs slash commands, one line at a time."""
 
     def __init__(self, client: DashClient, arguments: argparse.Namespace, interrupts: Interrupts) -> None:
         self._interrupts = interrupts
@@ -103,21 +103,21 @@ class _Session:
         self._printer: AnswerPrinter | None = None
 
     def take(self, line: str) -> bool:
-        """Handles one line; False means that it ends the session.
+        """Handles one line; returns False if it ends the session.
 
         Raises:
-            DashError: the answer failed, or there is no such command.
+            DashError: the answer failed, or the command does not exist.
         """
         message = line.strip()
         if message.startswith("//"):
             self._answer(message[1:])
         elif message.startswith("/"):
-            return self._obey(message)
+            return self._run_command(message)
         elif message:
             self._answer(message)
         return True
 
-    def _obey(self, message: str) -> bool:
+    def _run_command(self, message: str) -> bool:
         name, _, text = message.partition(" ")
         match name:
             case "/quit":

@@ -1,4 +1,4 @@
-"""`dash-client completion`: a script that completes the command in a shell, made from its parser by `shtab`."""
+"""`dash-client completion`: prints a shell completion script, which `shtab` makes from the parser."""
 
 import argparse
 from pathlib import Path
@@ -27,5 +27,5 @@ def _complete_files(command: argparse.ArgumentParser, completer: object) -> None
             for name in action.choices:
                 _complete_files(action.choices[name], completer)
         elif action.type is Path:
-            # Where shtab looks for it.
+            # shtab reads this attribute.
             action.complete = completer  # type: ignore[attr-defined]

@@ -1,36 +1,36 @@
-"""What a chat session remembers: the messages so far, and figures of its answers. Knows no terminal and no server.
+"""The history of a chat session: the messages so far, and statistics of its answers. Knows no terminal and no server.
 
-An answer that was cancelled stays in the history as far as it came, since the user has read it and the next message
-may be about it. One that failed, or was cancelled before its first word, leaves nothing, nor does its message: sending
-the message again repeats it.
+A cancelled answer stays in the history as far as it came, since the user has read it and the next message may be about
+it. An answer that failed, or was cancelled before its first word, leaves neither itself nor its message behind, so
+sending the message again does not repeat it in the history.
 """
 
 from dash_client.types import ChatMessage, Generation
 
 
 class Conversation:
-    """The messages, in order, and what the complete answers came to."""
+    """The messages, in order, and statistics of the complete answers."""
 
     def __init__(self, system: str | None = None) -> None:
         self.system = system
         self.seconds_to_first_token: float | None = None
-        """Of the latest answer, from this side of the connection."""
+        """Time to the latest answer's first text, measured by the client."""
         self._turns: list[ChatMessage] = []
         self._answers: list[Generation] = []
         self._cut_count = 0
 
     def prompt_with(self, message: str) -> list[ChatMessage]:
-        """What to send for the next answer. Remembers nothing yet."""
+        """Returns the prompt for the next answer. Does not add the message yet."""
         system = [ChatMessage(role="system", content=self.system)] if self.system else []
         return [*system, *self._turns, ChatMessage(role="user", content=message)]
 
     def add(self, message: str, answer: Generation) -> None:
-        """Remembers a complete answer."""
+        """Adds a message and its complete answer."""
         self._remember(message, answer.text)
         self._answers.append(answer)
 
     def add_cut(self, message: str, text: str) -> None:
-        """Remembers what came of a cancelled answer, if anything did."""
+        """Adds a message and its cancelled answer, unless that is empty."""
         if text:
             self._remember(message, text)
             self._cut_count += 1
@@ -39,11 +39,11 @@ class Conversation:
         self._turns += [ChatMessage(role="user", content=message), ChatMessage(role="assistant", content=text)]
 
     def reset(self) -> None:
-        """Forgets the messages; the system message and the figures stay."""
+        """Forgets the messages; keeps the system message and the statistics."""
         self._turns = []
 
     def describe(self) -> str:
-        """The figures, a line each."""
+        """Returns the statistics, one per line."""
         held = len(self._turns) // 2
         lines = [
             f"history           {held} messages with their answers{', and a system message' if self.system else ''}"

@@ -1,4 +1,4 @@
-"""What the process returns, and for which error. Knows no command."""
+"""The exit codes of the process, and the errors that they stand for. Knows no command."""
 
 from enum import IntEnum
 
@@ -6,7 +6,7 @@ from dash_client.errors import DashError, InvalidArgumentError, UnauthenticatedE
 
 
 class ExitCode(IntEnum):
-    """What the process returns; explained in `EXPLANATION`."""
+    """The exit codes; `EXPLANATION` explains them."""
 
     OK = 0
     SERVER_ERROR = 1
@@ -30,7 +30,7 @@ exit codes:
 
 
 def exit_code_of(error: DashError) -> ExitCode:
-    """What the process returns after this error."""
+    """Returns the exit code for this error."""
     if isinstance(error, InvalidArgumentError):
         return ExitCode.USAGE
     if isinstance(error, UnavailableError):

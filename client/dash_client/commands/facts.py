@@ -1,10 +1,10 @@
-"""`dash-client info`, `health` and `tokenize`: what a server says of itself, its model and a prompt."""
+"""`dash-client info`, `health` and `tokenize`: print facts about a server, its model and a prompt."""
 
 import argparse
 import sys
 from typing import Any
 
-from dash_client.commands.connection import connect
+from dash_client.commands.client_arguments import connect
 from dash_client.commands.exit_codes import ExitCode
 from dash_client.commands.output import as_json, print_json, printable
 from dash_client.commands.prompts import prompt_of
@@ -12,7 +12,7 @@ from dash_client.types import HealthStatus
 
 
 def run_info(arguments: argparse.Namespace) -> ExitCode:
-    """The model, its limits, and a policy."""
+    """Prints the model, its limits, and a policy."""
     with connect(arguments) as client:
         facts = {"model": as_json(client.model_info()), "policy": as_json(client.policy_info(arguments.policy))}
     if arguments.json:
@@ -36,7 +36,7 @@ def _in_words(value: Any) -> str:
 
 
 def run_health(arguments: argparse.Namespace) -> ExitCode:
-    """Whether the server is serving."""
+    """Prints the server's state."""
     with connect(arguments) as client:
         if arguments.wait is not None:
             client.wait_until_ready(arguments.wait)
@@ -49,7 +49,7 @@ def run_health(arguments: argparse.Namespace) -> ExitCode:
 
 
 def run_tokenize(arguments: argparse.Namespace) -> ExitCode:
-    """The token ids of a prompt."""
+    """Prints the token ids of a prompt."""
     with connect(arguments) as client:
         token_ids = client.tokenize(prompt_of(arguments))
     if arguments.json:

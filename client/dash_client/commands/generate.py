@@ -2,11 +2,11 @@
 
 import argparse
 
-from dash_client.commands.connection import connect
+from dash_client.commands.answer_printer import AnswerPrinter, say_note, summary
+from dash_client.commands.client_arguments import connect, generation_options
 from dash_client.commands.exit_codes import ExitCode
 from dash_client.commands.output import print_json, say
 from dash_client.commands.prompts import prompt_of
-from dash_client.commands.streaming import AnswerPrinter, generation_options, say_note, summary
 
 
 def run(arguments: argparse.Namespace) -> ExitCode:

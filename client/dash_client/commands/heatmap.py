@@ -1,16 +1,16 @@
-"""`dash-client heatmap`: what was done with each layer for each token, in the terminal, as a picture and as JSON."""
+"""`dash-client heatmap`: shows the action of each layer for each token, in the terminal, as a picture and as JSON."""
 
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
 
-from dash_client.commands.connection import connect
+from dash_client.commands.answer_printer import say_note, summary
+from dash_client.commands.client_arguments import connect, generation_options
 from dash_client.commands.exit_codes import ExitCode
 from dash_client.commands.heatmap_file import SavedHeatmap, load_heatmap
 from dash_client.commands.heatmap_rows import Row, RowPainter, rows_of_delta
 from dash_client.commands.output import as_json, color_depth, print_json, say
 from dash_client.commands.prompts import prompt_of
-from dash_client.commands.streaming import generation_options, say_note, summary
 from dash_client.errors import ServerError, invalid_argument
 from dash_client.types import StreamDelta
 
@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace) -> ExitCode:
     if (arguments.prompt is None) == (arguments.file is None):
         raise invalid_argument("heatmap", "give either a prompt or --from FILE")
     if arguments.png is not None:
-        # Before an answer is made that could then not be drawn.
+        # Fails before an answer is generated that could not be drawn.
         from dash_client.commands.heatmap_picture import require_pillow
 
         require_pillow()
@@ -75,7 +75,7 @@ def _noted(deltas: Iterable[StreamDelta], rows: list[Row], pieces: list[tuple[st
 def _print_lines(rows: Iterable[Row], layer_count: int, arguments: argparse.Namespace) -> None:
     painter = RowPainter(layer_count, color_depth(arguments, sys.stdout))
     if not arguments.quiet:
-        # Painted by itself, and of no text but its own.
+        # Not through `say`: its colours are escape sequences, and it contains no text of the model.
         print(painter.legend(), file=sys.stderr, flush=True)
     print(painter.ruler(), flush=True)
     for row in rows:

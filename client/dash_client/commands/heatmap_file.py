@@ -1,4 +1,4 @@
-"""Reads what `heatmap --json` printed, or `generate --json --show-depth`. Trusts nothing in it. Knows no server."""
+"""Reads the output of `heatmap --json` or `generate --json --show-depth`. Trusts nothing in it. Knows no server."""
 
 import json
 import sys
@@ -22,20 +22,20 @@ class SavedHeatmap:
     layer_count: int
     title: str
     content: dict[str, Any]
-    """All that was in the file."""
+    """The whole content of the file."""
 
     @staticmethod
     def title_of(model: str, mode: str, mean_cost: float | None) -> str:
-        """What to write above a picture."""
+        """Returns the title of a picture."""
         cost = "" if mean_cost is None else f", mean cost {mean_cost:.3f} of full depth"
         return f"{model}, {mode.replace('_', ' ')}{cost}"
 
 
 def load_heatmap(path: Path) -> SavedHeatmap:
-    """The rows in a file; `-` is standard input.
+    """Reads the rows in a file; `-` is standard input.
 
     Raises:
-        InvalidArgumentError: it cannot be read, or is no such file.
+        InvalidArgumentError: the file cannot be read, or is of another kind.
     """
     try:
         return _saved(json.loads(_read(path)))
@@ -48,7 +48,7 @@ def load_heatmap(path: Path) -> SavedHeatmap:
 
 
 class _Damaged(Exception):
-    """What is wrong with the file, in words."""
+    """The file is damaged; the message says how."""
 
 
 def _read(path: Path) -> bytes:
@@ -89,7 +89,7 @@ def _rows(content: dict[str, Any], actions: list[tuple[Action, ...]]) -> list[Ro
             raise _Damaged("holds pieces of other tokens than those with decisions")
         rest = iter(actions)
         return [row for text, count in pieces for row in rows_of_piece(text, [next(rest) for _ in range(count)])]
-    # `generate` keeps the whole text only: which token stands for which part of it is not known.
+    # `generate` prints only the whole text, so the text of each token is unknown.
     token_ids = _list(content.get("token_ids"))
     if len(token_ids) != len(actions) or not all(type(token_id) is int for token_id in token_ids):
         raise _Damaged("holds other tokens than those with decisions")

@@ -1,4 +1,4 @@
-"""A heatmap as a PNG: tokens across, layers down, in bands below each other. Needs Pillow; knows no server."""
+"""Draws a heatmap as a PNG: tokens across, layers down, in bands below each other. Needs Pillow; knows no server."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,19 +20,21 @@ _LABEL_HEIGHT = 110
 _TITLE_HEIGHT = 62
 _TOKENS_PER_BAND = 64
 _MAX_TOKENS = 1024
-"""What a picture can show and be looked at; it says how many it left out."""
+"""The most tokens in a picture; `write_picture` reports how many there were."""
 
 _MAX_LAYERS = 512
 
 _FONT_SIZE = 13
-# With more scripts than the font inside Pillow has; where they are not installed, that one is used.
+# These cover more scripts than the font inside Pillow, which is the fallback.
 _FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")
 _INK, _MUTED, _PAPER = (27, 31, 36), (92, 102, 112), (255, 255, 255)
 
 
 def require_pillow() -> None:
-    """Raises:
-    InvalidArgumentError: it is not installed.
+    """Checks that Pillow is installed.
+
+    Raises:
+        InvalidArgumentError: it is not.
     """
     try:
         import PIL.Image  # noqa: F401
@@ -41,7 +43,7 @@ def require_pillow() -> None:
 
 
 def write_picture(rows: Sequence[Row], path: Path, title: str) -> str:
-    """Writes the picture, over a file that is there; returns a sentence on what was written.
+    """Writes the picture, or overwrites it; returns a sentence about the file.
 
     Raises:
         InvalidArgumentError: Pillow is not installed, the file cannot be written, or there is nothing to draw.
@@ -68,7 +70,7 @@ def _picture(rows: Sequence[Row], title: str) -> Any:
     layer_count = len(rows[0].actions)
     bands = [rows[start : start + _TOKENS_PER_BAND] for start in range(0, len(rows), _TOKENS_PER_BAND)]
     band_height = _LABEL_HEIGHT + layer_count * _CELL + _MARGIN
-    # Wide enough for the legend, however short the answer.
+    # At least as wide as the legend.
     columns = max(len(bands[0]), 26)
     size = (2 * _MARGIN + _AXIS_WIDTH + columns * _CELL, _TITLE_HEIGHT + _MARGIN + len(bands) * band_height)
     picture = Image.new("RGB", size, _PAPER)
@@ -119,7 +121,7 @@ def _draw_cells(draw: "ImageDraw", left: int, top: int, actions: Sequence[Action
 
 
 def _paste_label(picture: Any, font: Any, left: int, top: int, label: str) -> None:
-    """The token's text above its column, read upwards."""
+    """Draws the token's text above its column, from bottom to top."""
     from PIL import Image, ImageDraw
 
     text = label.strip()

@@ -1,18 +1,17 @@
-"""A heatmap's contents, and its lines in a terminal: a token each, a cell for each layer. Knows no server and no file.
+"""The rows of a heatmap, and its lines in a terminal: one per token, with a cell per layer. Knows no server or file.
 
-A server sends text by pieces and not by tokens: a piece may complete several tokens. Its text stands at the last of
-them.
+A server sends text in pieces, and a piece may complete several tokens. Its text then labels the last of them.
 """
 
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dash_client.heatmap import RESET, ColorDepth, background, without_control_characters
+from dash_client.terminal import RESET, ColorDepth, background, without_control_characters
 from dash_client.types import Action, StreamDelta
 
-# The trace page's colours: work is blue, the more the darker, a skip is orange; their order in lightness stays for the
-# colour-blind.
+# The trace page's colours: a skip is orange; work is blue, and darker the more it is. The order in lightness survives
+# colour blindness.
 COLORS = {
     Action.SKIP: (240, 148, 58),
     Action.INT4: (185, 214, 240),
@@ -30,51 +29,51 @@ class Row:
     """One token."""
 
     label: str
-    """Its text as far as one is known, on one line; empty where a later token completes it."""
+    """Its text on one line, or its id if the text is unknown; empty if a later token completes the text."""
     actions: tuple[Action, ...]
 
 
 def rows_of_delta(delta: StreamDelta) -> list[Row]:
-    """The tokens of a piece of output."""
+    """Returns the rows of the tokens in a piece of output."""
     return rows_of_piece(delta.text, list(delta.decisions or ()))
 
 
 def rows_of_piece(text: str, decisions: Sequence[tuple[Action, ...]]) -> list[Row]:
-    """The tokens that complete this text."""
+    """Returns the rows of the tokens that complete this text."""
     last = len(decisions) - 1
     return [Row(label_of(text) if token == last else "", actions) for token, actions in enumerate(decisions)]
 
 
 def label_of(text: str) -> str:
-    """The text on one line, without anything that would steer a terminal."""
-    # A file may hold halves of characters, which nothing can print.
+    """Returns the text on one line, without control characters."""
+    # A file may hold lone surrogates, which cannot be printed.
     whole = text.encode("utf-8", "replace").decode()
     return without_control_characters(whole.replace("\n", "\\n").replace("\t", "\\t"))
 
 
 class RowPainter:
-    """Makes the lines."""
+    """Formats the lines of a heatmap."""
 
     def __init__(self, layer_count: int, depth: ColorDepth) -> None:
         self._layer_count = layer_count
         self._depth = depth
 
     def legend(self) -> str:
-        """One line that explains the cells."""
+        """Returns one line that explains the cells."""
         cells = (f"{self._cells((action,))} {action.name.lower()}" for action in Action)
         return f"a line for each token, a column for each of {self._layer_count} layers: {', '.join(cells)}"
 
     def ruler(self) -> str:
-        """The numbers of the layers, from 0, above their columns."""
+        """Returns a line of layer numbers, from 0, above their columns."""
         marks = "".join(f"{layer:<{_RULER_STEP}}" for layer in range(0, self._layer_count, _RULER_STEP))
         return f"{'':{LABEL_WIDTH}} {marks[: self._layer_count].rstrip()}"
 
     def line(self, row: Row) -> str:
-        """The line of one token."""
+        """Returns the line of one token."""
         return f"{_fitted(row.label, LABEL_WIDTH)} {self._cells(row.actions)}"
 
     def _cells(self, actions: Iterable[Action]) -> str:
-        # Letters with the colours, too: not everybody tells them apart.
+        # Letters in addition to colours, which not everybody can tell apart.
         cells = []
         before = None
         for action in actions:
@@ -85,7 +84,7 @@ class RowPainter:
 
 
 def _fitted(text: str, width: int) -> str:
-    """The text, cut or filled to so many columns of a terminal."""
+    """Returns the text, cut or padded to this number of terminal columns."""
     columns = 0
     kept = ""
     for character in text:

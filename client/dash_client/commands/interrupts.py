@@ -1,4 +1,4 @@
-"""What Ctrl-C does during a session at a terminal. Knows streams by their `cancel` only."""
+"""Handles Ctrl-C during a session at a terminal. Knows only the `cancel` of a stream."""
 
 import signal
 import threading
@@ -9,21 +9,21 @@ from typing import Any, Protocol, Self
 
 
 class Cancellable(Protocol):
-    """An answer that is on its way."""
+    """An answer that is still coming."""
 
     def cancel(self) -> None:
-        """Ends it; allowed from any thread."""
+        """Ends it; safe from any thread."""
 
 
 class Interrupts:
-    """While entered, Ctrl-C ends the reading of a line, or cancels an answer, and does nothing in between.
+    """While entered, Ctrl-C ends the reading of a line or cancels an answer. In between it does nothing.
 
-    An exception at any moment would be simpler, and would leave a client that is to go on in whatever state it was.
+    Raising KeyboardInterrupt at any moment would be simpler, but could leave the client in a broken state.
     """
 
     def __init__(self) -> None:
         self.was_pressed = False
-        """Whether the latest answer was cancelled by it."""
+        """True if Ctrl-C cancelled the latest answer."""
         self._is_answering = False
         self._answer: Cancellable | None = None
         self._is_reading = False
@@ -39,10 +39,10 @@ class Interrupts:
         signal.signal(signal.SIGINT, self._previous)
 
     def while_reading(self, read: Callable[[], str]) -> str:
-        """What `read` returns.
+        """Calls `read`, and returns its result.
 
         Raises:
-            KeyboardInterrupt: it was interrupted.
+            KeyboardInterrupt: Ctrl-C was pressed meanwhile.
         """
         self._is_reading = True
         try:
@@ -52,8 +52,10 @@ class Interrupts:
 
     @contextmanager
     def cancelling(self) -> Iterator[Callable[[Cancellable], None]]:
-        """In the block, Ctrl-C cancels the answer that the function is told, also where it was asked for but is not
-        there yet."""
+        """Makes Ctrl-C cancel an answer while in the block; yields the function that takes the answer.
+
+        An earlier Ctrl-C cancels the answer as soon as the function gets it.
+        """
         self.was_pressed = False
         self._is_answering = True
         try:
@@ -74,5 +76,5 @@ class Interrupts:
         if self._is_answering and not self.was_pressed:
             self.was_pressed = True
             if self._answer is not None:
-                # The thread that is interrupted may hold the locks that this needs.
+                # In its own thread, since the interrupted one may hold locks that `cancel` needs.
                 threading.Thread(target=self._answer.cancel, daemon=True).start()

@@ -1,4 +1,4 @@
-"""What all commands print in the same way: values as JSON, errors, text for a terminal. Knows no command."""
+"""Prints values as JSON, errors, and text for a terminal, the same way for all commands. Knows no command."""
 
 import argparse
 import os
@@ -8,15 +8,15 @@ from dataclasses import fields, is_dataclass
 from typing import Any, TextIO
 
 from dash_client.errors import DashError
-from dash_client.heatmap import ColorDepth, without_control_characters
+from dash_client.terminal import ColorDepth, without_control_characters
 from dash_client.types import Action, Decisions
 
-# JSON may hold these as they are, and a terminal would obey them. The others are escaped by `json` itself.
+# `json` escapes the other control characters itself; a terminal would obey these.
 _RAW_CONTROL = re.compile("[\x7f-\x9f]")
 
 
 def print_json(value: Any) -> None:
-    """Prints one line that is one JSON value."""
+    """Prints a value as one line of JSON."""
     import json
 
     line = json.dumps(as_json(value), ensure_ascii=False)
@@ -24,7 +24,7 @@ def print_json(value: Any) -> None:
 
 
 def as_json(value: Any) -> Any:
-    """Dataclasses as objects, enums by name, decisions as one list of action names per token."""
+    """Converts dataclasses to objects, actions to names, and decisions to one list of action names per token."""
     if isinstance(value, Decisions):
         return [[action.name for action in row] for row in value]
     if is_dataclass(value):
@@ -39,7 +39,7 @@ def as_json(value: Any) -> Any:
 
 
 def report_error(error: DashError, *, json: bool) -> None:
-    """Says on standard error what went wrong; with `json`, as an object on standard output, too."""
+    """Prints an error on standard error and, with `json`, also as an object on standard output."""
     if json:
         print_json({"error": error_as_json(error)})
     sys.stdout.flush()
@@ -51,7 +51,7 @@ def report_error(error: DashError, *, json: bool) -> None:
 
 
 def error_as_json(error: DashError) -> dict[str, Any]:
-    """An error's facts, for a program."""
+    """Returns an error's attributes, for programs."""
     return {
         "code": error.code,
         "reason": error.reason,
@@ -63,17 +63,17 @@ def error_as_json(error: DashError) -> dict[str, Any]:
 
 
 def say(text: str) -> None:
-    """A line for a person, on standard error: never part of a command's result."""
+    """Prints a line for a person on standard error; never part of a command's result."""
     print(without_control_characters(text), file=sys.stderr, flush=True)
 
 
 def printable(text: str, stream: TextIO) -> str:
-    """Text of a model or server as `stream` may get it: on a terminal, it cannot steer it. Elsewhere unchanged."""
+    """Returns a model's or server's text for `stream`: without control characters on a terminal, else unchanged."""
     return without_control_characters(text) if stream.isatty() else text
 
 
 def can_show(characters: str, stream: TextIO) -> bool:
-    """Whether the stream's encoding has these characters."""
+    """Returns True if the stream's encoding has these characters."""
     try:
         characters.encode(stream.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
@@ -82,7 +82,7 @@ def can_show(characters: str, stream: TextIO) -> bool:
 
 
 def color_depth(arguments: argparse.Namespace, stream: TextIO) -> ColorDepth:
-    """The colours to use on `stream`, by `--color`, the environment and what the stream is."""
+    """Returns the colours to use on `stream`, by `--color`, the environment and the kind of stream."""
     if arguments.color == "always":
         return ColorDepth.for_terminal(os.environ)
     return ColorDepth.NONE if arguments.color == "never" else ColorDepth.of(stream, os.environ)

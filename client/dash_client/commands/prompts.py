@@ -1,4 +1,4 @@
-"""Reads prompts: from the command line, and from standard input. Knows no server."""
+"""Reads prompts from the command line and from standard input. Knows no server."""
 
 import argparse
 import sys
@@ -9,31 +9,31 @@ from dash_client.types import ChatMessage, Prompt
 
 
 def prompt_of(arguments: argparse.Namespace) -> Prompt:
-    """The prompt as it is to be sent: one user message, or plain text with `--raw`.
+    """Returns the prompt to send: one user message, or plain text with `--raw`.
 
     Raises:
-        InvalidArgumentError: standard input was to be read, and is no text.
+        InvalidArgumentError: the prompt is `-`, and standard input is closed or not text.
     """
     text = read_text() if arguments.prompt == "-" else arguments.prompt
     return text if arguments.raw else [ChatMessage(role="user", content=text)]
 
 
 def read_text() -> str:
-    """All of standard input.
+    """Reads all of standard input.
 
     Raises:
-        InvalidArgumentError: it is closed, or no text in the terminal's encoding.
+        InvalidArgumentError: it is closed, or not text in the terminal's encoding.
     """
     return "".join(read_lines())
 
 
 def read_lines() -> Iterator[str]:
-    """Standard input, line by line as they come, with their ends.
+    """Yields the lines of standard input as they come, with their line ends.
 
     Raises:
-        InvalidArgumentError: it is closed, or no text in the terminal's encoding.
+        InvalidArgumentError: it is closed, or not text in the terminal's encoding.
     """
-    # Python leaves it out when the process was started with it closed.
+    # Python sets it to None if it was closed at the start.
     if sys.stdin is None:
         raise invalid_argument("standard input", "is closed")
     try:

@@ -1,55 +1,33 @@
-"""Prints an answer as it comes, and options and summaries of one. Reads from any iterable of deltas."""
+"""Prints an answer as it comes, and summarises it. Knows no client: it takes any iterable of deltas."""
 
 import argparse
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
 
+from dash_client.commands.depth_painter import DepthPainter
 from dash_client.commands.output import color_depth, printable, say
 from dash_client.errors import DashError
-from dash_client.heatmap import DepthPainter
-from dash_client.types import Generation, GenerationOptions, GenerationStarted, Mode, StreamDelta
-
-
-def generation_options(arguments: argparse.Namespace) -> GenerationOptions:
-    """What was given of the options that all generating commands have."""
-    # `--fixed-action` means nothing in any other mode.
-    mode = arguments.mode or (Mode.FIXED if arguments.fixed_action else None)
-    return GenerationOptions(
-        mode=mode,
-        compute_budget=arguments.budget,
-        policy_name=arguments.policy,
-        fixed_action=arguments.fixed_action,
-        draft_length=arguments.draft_length,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty,
-        seed=arguments.seed,
-        max_new_tokens=arguments.max_new_tokens,
-        stop=arguments.stop,
-        ignore_eos=True if arguments.ignore_eos else None,
-    )
+from dash_client.types import Generation, GenerationStarted, StreamDelta
 
 
 def say_note(started: GenerationStarted) -> None:
-    """What a caller should know of the policy, if there is something."""
+    """Prints the policy's note for callers, if there is one."""
     if started.policy_note:
         say(f"note: {started.policy_note}")
 
 
 class AnswerPrinter:
-    """Prints answers on standard output, marked by depth where `--show-depth` asks for it."""
+    """Prints answers on standard output, marked by depth with `--show-depth`."""
 
     def __init__(self, arguments: argparse.Namespace, layer_count: int) -> None:
         self._painter = DepthPainter(layer_count, color_depth(arguments, sys.stdout)) if arguments.show_depth else None
         if self._painter is not None:
-            # The marks are its own, no model's text.
+            # Not through `say`: its colours are escape sequences, and it contains no text of the model.
             print(self._painter.legend(), file=sys.stderr, flush=True)
 
     def print(self, deltas: Iterable[StreamDelta]) -> None:
-        """Prints the pieces as they come, and ends the line; what went wrong is then said on a line of its own."""
+        """Prints the pieces as they come. Ends the last line, so that an error message starts on a new one."""
         ends_line = True
         try:
             for delta in deltas:
@@ -66,7 +44,7 @@ class AnswerPrinter:
 
 
 def summary(generation: Generation) -> str:
-    """One line on an answer: its length, speed and depth."""
+    """Returns one line about an answer: its length, speed and depth."""
     usage, depth = generation.usage, generation.depth
     speed = usage.decode_tokens_per_second
     parts = [

@@ -1,6 +1,6 @@
 "use strict";
-// The grid is in the page already; this adds what moves: the selected step's timeline, details of a decision, and the
-// keyboard. The fragment says what is shown, so that an address can be passed on: #step=3&layer=12&zoom=4.
+// Adds to the page's grid what changes: the selected step's timeline, the details of a decision, and the keyboard.
+// The fragment holds the selection, so that an address can be passed on: #step=3&layer=12&zoom=4.
 (() => {
   const { layerCount, pinned, steps } = JSON.parse(document.getElementById("data").textContent);
   const grid = document.getElementById("grid");
@@ -160,7 +160,7 @@
     try {
       history.replaceState(null, "", `#step=${step}${layer === null ? "" : `&layer=${layer}`}${zoom}`);
     } catch {
-      // A browser may refuse where an arrow key is held down; the next step sets the address again.
+      // A browser may refuse while an arrow key is held down; the next step sets the address again.
     }
   }
 

@@ -1,7 +1,7 @@
-"""Clients that the copies of one model object share. Knows no framework.
+"""Keeps clients that the copies of one model object share. Knows no framework.
 
-Frameworks copy their model objects at will, pickle them, and call them from many threads and event loops; a connection
-can be neither copied nor pickled, and an async one belongs to its loop.
+Frameworks copy and pickle their model objects, and call them from many threads and event loops. A connection can be
+neither copied nor pickled, and an async one belongs to its loop.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from dash_client.aio import AsyncDashClient
 from dash_client.client import DashClient
 
 _MOST_CLIENTS = 32
-"""The one that was used longest ago goes first; calls that are running keep theirs alive."""
+"""The least recently used client is dropped first; running calls keep theirs alive."""
 
 _lock = Lock()
 _clients: OrderedDict[Any, DashClient] = OrderedDict()
@@ -22,7 +22,7 @@ _async_clients: OrderedDict[Any, AsyncDashClient] = OrderedDict()
 
 
 def shared_client(**arguments: Any) -> DashClient:
-    """The client with these arguments of its constructor; made at the first call.
+    """Returns the client with these constructor arguments; makes it at the first call.
 
     Raises:
         InvalidArgumentError: an argument is wrong.
@@ -35,11 +35,11 @@ def shared_client(**arguments: Any) -> DashClient:
 
 
 def shared_async_client(**arguments: Any) -> AsyncDashClient:
-    """The same for the event loop that is running."""
+    """Returns the same for the running event loop, as an async client."""
     loop = asyncio.get_running_loop()
     key = (loop, _key(arguments))
     with _lock:
-        # A loop that is closed can be used no more, nor can its clients.
+        # The clients of a closed loop can no longer be used.
         for other in [other for other in _async_clients if other[0].is_closed()]:
             del _async_clients[other]
         client = _async_clients.pop(key, None) or AsyncDashClient(**arguments)
@@ -48,7 +48,7 @@ def shared_async_client(**arguments: Any) -> AsyncDashClient:
 
 
 def _key(arguments: dict[str, Any]) -> tuple[Any, ...]:
-    # What the client reads from the environment when it is made.
+    # The client reads these variables when it is made.
     environment = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("DASH_")))
     return tuple(sorted(arguments.items())), environment
 

@@ -1,12 +1,12 @@
-"""What a trace page tells beyond what was recorded: drafts and their fate, shares, and what overlapped.
+"""Derives from recorded decisions what a trace page adds: drafts and their verdicts, shares, overlapping times.
 
-Knows recorded decisions; knows no HTML.
+Knows no HTML.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from dash_client.recorded import RecordedDecisions, RecordedLayer, RecordedStep, StepKind
+from dash_client.decision_trace import RecordedDecisions, RecordedLayer, RecordedStep, StepKind
 from dash_client.types import Action
 
 
@@ -15,31 +15,31 @@ class StepGroup:
     """Steps that belong together: a draft with its verification, or tokens that were not drafted."""
 
     first: int
-    """Its first step, counted from 0."""
+    """The index of its first step, from 0."""
     steps: tuple[RecordedStep, ...]
 
     @property
     def drafted(self) -> int:
-        """How many of its steps are drafts."""
+        """The number of its steps that are drafts."""
         return sum(step.kind is StepKind.DRAFT for step in self.steps)
 
     @property
     def accepted(self) -> int | None:
-        """How many of them were accepted. None where no verification of theirs was recorded."""
+        """The number of accepted drafts. None if their verification was not recorded."""
         count = self.steps[-1].accepted_token_count
         if self.steps[-1].kind is not StepKind.VERIFICATION or count is None:
             return None
         return min(count, self.drafted)
 
     def verdicts(self) -> Iterator[bool | None]:
-        """For each step, whether it is a draft that was accepted. None for other steps, and where it is unknown."""
+        """Yields for each step True if it is an accepted draft, False if a rejected one, else None."""
         for place, step in enumerate(self.steps):
             is_known = step.kind is StepKind.DRAFT and self.accepted is not None
             yield place < (self.accepted or 0) if is_known else None
 
 
 def step_groups(steps: Sequence[RecordedStep]) -> list[StepGroup]:
-    """All steps, in order, in groups."""
+    """Returns all steps, in order, in groups."""
     groups: list[StepGroup] = []
     first = 0
     for place, step in enumerate(steps):
@@ -56,13 +56,16 @@ def step_groups(steps: Sequence[RecordedStep]) -> list[StepGroup]:
 
 
 def first_positions(groups: Sequence[StepGroup]) -> list[int]:
-    """For each step, the place of its first token in the output, a draft's if it were accepted. The prefill's is 0."""
+    """Returns for each step the position of its first token in the output; the prefill's token has position 0.
+
+    A draft has the position that its token gets if it is accepted.
+    """
     positions: list[int] = []
     begin = 1
     for group in groups:
         put_out = 0
         for place, step in enumerate(group.steps):
-            # A verification puts out again what the drafts before it proposed.
+            # A verification puts out the accepted drafts again, so it starts at the same position.
             is_verification = step.kind is StepKind.VERIFICATION
             positions.append(begin if is_verification else begin + place)
             put_out += 0 if step.kind is StepKind.DRAFT else len(step.token_ids)
@@ -71,24 +74,24 @@ def first_positions(groups: Sequence[StepGroup]) -> list[int]:
 
 
 def output_token_count(steps: Sequence[RecordedStep]) -> int:
-    """Tokens that the steps put out; rejected drafts are none."""
+    """Returns the number of tokens that the steps put out, without rejected drafts."""
     return sum(len(step.token_ids) for step in steps if step.kind is not StepKind.DRAFT)
 
 
 def action_shares(steps: Sequence[RecordedStep]) -> dict[Action, float]:
-    """The share of each action in all layers that have one; verifications do not count. Empty where there are none."""
+    """Returns the share of each action in all layers, without verifications. Empty if there are no such layers."""
     actions = [layer.action for step in steps for layer in step.layers]
     return {action: actions.count(action) / len(actions) for action in Action} if actions else {}
 
 
 def mean_cost_spent(steps: Sequence[RecordedStep]) -> float | None:
-    """Mean share of a full-depth token's cost that was spent before the last layer; verifications do not count."""
+    """Returns the mean share of a full-depth token's cost spent before the last layer, without verifications."""
     spent = [cost for step in steps if step.layers and (cost := step.layers[-1].cost_spent) is not None]
     return sum(spent) / len(spent) if spent else None
 
 
 def exposed_ns_per_token(decisions: RecordedDecisions) -> float | None:
-    """Mean exposed policy time of a token that was put out, in nanoseconds. None where there was none."""
+    """Returns the mean exposed policy time per output token, in nanoseconds. None if there are no tokens."""
     tokens = output_token_count(decisions.steps)
     exposed = sum(layer.exposed_ns for step in decisions.steps for layer in step.layers)
     return exposed / tokens if tokens else None
@@ -96,26 +99,26 @@ def exposed_ns_per_token(decisions: RecordedDecisions) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One run of the policy: the layers that it decided, and when, in nanoseconds from the step's start."""
+    """One evaluation of the policy: its layers and its times, in nanoseconds from the step's start."""
 
     first_layer: int
     last_layer: int
     start_ns: int
     end_ns: int
     hidden_ns: int
-    """How much of it passed while a layer was running."""
+    """The part of it that passed while a layer was running."""
     wait_start_ns: int
     wait_end_ns: int
-    """The exposed time, when the decoder stood still for it."""
+    """The exposed time, from `wait_start_ns` to here: the decoder was waiting for it."""
 
 
 def evaluations(step: RecordedStep) -> list[Evaluation]:
-    """The policy's evaluations in one step, by the layers that they decided."""
+    """Returns the policy's evaluations in one step, by layer."""
     return [_evaluation(step, *block) for block in _blocks(step.layers)]
 
 
 def _blocks(layers: Sequence[RecordedLayer]) -> Iterator[tuple[int, int]]:
-    """First and last layer of each block that was decided at once; a pinned one may lie between."""
+    """Returns the first and last layer of each block that was decided together; pinned layers may lie between."""
     blocks: dict[tuple[int, int], list[int]] = {}
     for place, layer in enumerate(layers):
         if layer.decision is not None:
@@ -130,7 +133,7 @@ def _evaluation(step: RecordedStep, first: int, last: int) -> Evaluation:
     hidden = sum(
         max(0, min(other.end_ns, decision.end_ns) - max(other.start_ns, decision.start_ns)) for other in step.layers
     )
-    # What overlaps no layer stopped the decoder itself; else the decoder stood before the layer that it decides.
+    # Without overlap the evaluation itself stopped the decoder. Else the decoder waited just before the decided layer.
     wait_end = layer.start_ns if hidden else decision.end_ns
     return Evaluation(
         first_layer=first,

@@ -27,7 +27,7 @@ _ERRORS: dict[grpc.StatusCode, type[DashError]] = {
 _NO_SERVER = "no server at {target}: start one with `make serve`, or name another with DASH_TARGET or `target`"
 _NO_TLS = "the server at {target} does not speak TLS: connect without `tls` and without certificate files"
 
-# gRPC core's own words, in this order; there are no codes for them. They are those of a connection that was never made.
+# gRPC core has no codes for the causes of a failed connection, so match its words. The first match wins.
 _CONNECTION_TROUBLE = (
     ("certificate_verify_failed", "no known authority signed the certificate of {target}: give its own as `ca_file`"),
     ("hostname verification", "the certificate of {target} is for another name: give that as `server_name`"),
@@ -50,13 +50,13 @@ _HUNG_UP = (
 def error_from_rpc(
     error: grpc.RpcError, *, target: Target, timeout: float | None, request_id: str | None = None
 ) -> DashError:
-    """The exception for a failed call.
+    """Returns the exception for a failed call.
 
     Args:
-        error: what gRPC raised; also a call (`grpc.Call`), in grpcio and grpc.aio alike.
-        target: where the call went, for the message.
+        error: gRPC's exception, which is also a `grpc.Call`, in grpcio and in grpc.aio.
+        target: the server that was called, for the message.
         timeout: the call's deadline in seconds, for the message.
-        request_id: the server's name for the request, where the call got that far.
+        request_id: the server's id of the request, if the call got one.
     """
     call: Any = error
     code: grpc.StatusCode = call.code()
@@ -93,7 +93,7 @@ def error_from_rpc(
 
 
 def _rich_details(metadata: Any) -> dict[str, Any]:
-    """The google.rpc details in a call's trailing metadata, by the name of their type."""
+    """Returns the google.rpc details in a call's trailing metadata, by type name."""
     found: dict[str, Any] = {}
     for key, value in metadata or ():
         if key != _DETAILS_KEY:
@@ -111,7 +111,7 @@ def _rich_details(metadata: Any) -> dict[str, Any]:
 
 
 def _message(code: grpc.StatusCode, text: str, *, has_begun: bool, target: Target, timeout: float | None) -> str:
-    """For a status without details: it is gRPC's own, or of a server that is none of ours."""
+    """Returns the message for a status without details: gRPC's own, or one of another kind of server."""
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         within = f" within {timeout:g} s" if timeout is not None else " in time"
         return f"{target.name} did not complete its answer{within}: raise the timeout or ask for fewer tokens"

@@ -1,4 +1,4 @@
-"""Which copies of a model object share a client; no server is needed, as nothing is called."""
+"""Copies of a model object share clients. No server is needed, since nothing is called."""
 
 import asyncio
 import gc
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dash_client import InvalidArgumentError
-from dash_client.adapters.connections import shared_async_client, shared_client
+from dash_client.adapters.shared_clients import shared_async_client, shared_client
 
 
 def test_equal_arguments_share_a_client_and_others_have_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
-"""Draws recorded decisions as one HTML page that needs nothing else: no network, no other file.
+"""Draws recorded decisions as one HTML page that needs no network and no other file.
 
-The page's own script and style are allowed by their digests, and nothing else is, so that nothing in what a server
-sent can run. Knows recorded decisions; knows no server and no files but its templates.
+The page's security policy allows only its own script and style, by their digests, so nothing that a server sent can
+run. Knows no server, and no files except its templates.
 """
 
 import base64
@@ -16,8 +16,8 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-from dash_client.recorded import RecordedDecisions, RecordedLayer, RecordedStep, StepKind
-from dash_client.trace_summary import (
+from dash_client.decision_trace import RecordedDecisions, RecordedLayer, RecordedStep, StepKind
+from dash_client.trace.trace_summary import (
     StepGroup,
     action_shares,
     evaluations,
@@ -32,16 +32,16 @@ from dash_client.types import Action
 _LETTERS = {Action.SKIP: "S", Action.INT4: "4", Action.INT8: "8", Action.FULL: "F"}
 _MAX_WIDE_STEPS = 32
 _MAX_CELLS = 30_000
-"""A browser is slow with many more."""
+"""Browsers are slow with many more."""
 _MAX_TOKENS = 16
-"""Of one step; a decode has one, and a verification no more than a draft's length and one."""
+"""The most token ids shown for one step. A decode has one; a verification has at most a draft's length plus one."""
 _BAR_WIDTH = 240
 
 
 def trace_page(decisions: RecordedDecisions) -> str:
-    """The page, as HTML in UTF-8. It follows `#step=3&layer=12&zoom=4`: a step from 1, and a layer from 0.
+    """Returns the page as HTML, to be written as UTF-8. Shows only the first of very many steps.
 
-    Of very many steps it shows the first.
+    The page follows a fragment such as `#step=3&layer=12&zoom=4`; steps count from 1, layers from 0.
     """
     decisions = _bounded(decisions)
     style, script = _template("trace.css"), _template("trace.js")
@@ -60,7 +60,7 @@ def trace_page(decisions: RecordedDecisions) -> str:
 
 
 def _bounded(decisions: RecordedDecisions) -> RecordedDecisions:
-    """Those steps that fit."""
+    """Keeps as many of the first steps as a page can show."""
     kept = decisions.steps[: max(1, _MAX_CELLS // decisions.layer_count)]
     missing = decisions.unrecorded_step_count + len(decisions.steps) - len(kept)
     return replace(decisions, steps=kept, unrecorded_step_count=missing)
@@ -68,11 +68,11 @@ def _bounded(decisions: RecordedDecisions) -> RecordedDecisions:
 
 @cache
 def _template(name: str) -> str:
-    return (resources.files("dash_client") / "templates" / name).read_text(encoding="utf-8")
+    return (resources.files("dash_client.trace") / "templates" / name).read_text(encoding="utf-8")
 
 
 def _digest(inline: str) -> str:
-    """What a content security policy calls an inline script or style."""
+    """Returns the content security policy's source expression for an inline script or style."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()}'"
 
 
@@ -113,7 +113,7 @@ def _body(decisions: RecordedDecisions) -> str:
 
 
 def _shares(shares: dict[Action, float]) -> str:
-    """A bar of the actions' shares, and what each colour means."""
+    """Returns a bar of the actions' shares, with a legend of the colours."""
     bar, position = "", 0.0
     for action, share in shares.items():
         width = share * _BAR_WIDTH
@@ -172,7 +172,7 @@ def _tokens(step: RecordedStep) -> list[str]:
 def _cells(
     steps: Iterable[RecordedStep], verdicts: Iterable[bool | None], layer: int, layer_count: int
 ) -> Iterator[str]:
-    """One row of the grid."""
+    """Yields the cells of one row of the grid."""
     for number, (step, verdict) in enumerate(zip(steps, verdicts, strict=True), start=1):
         if step.layers:
             yield _cell(number, layer, step.layers[layer], verdict)
@@ -202,7 +202,7 @@ def _data(decisions: RecordedDecisions) -> str:
         "steps": [_step_data(step, verdict, position, decisions) for step, verdict, position in steps],
     }
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
-    # Nothing inside may end the block or begin a comment.
+    # The data must not end the script block or begin a comment.
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -246,5 +246,5 @@ def _layer_data(layer: RecordedLayer) -> dict[str, Any]:
 
 
 def _finite(value: float) -> float | str:
-    """JSON has no other numbers; the page shows a string as it is. Six digits are what float32 holds and needs."""
+    """Returns a number that JSON can hold, else a string, which the page shows as it is. A float32 has six digits."""
     return float(f"{value:.6g}") if math.isfinite(value) else str(value)

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from dash_api.v1 import common_pb2, model_pb2
+from dash_client.decision_trace import RecordedDecision, RecordedDecisions, RecordedLayer, RecordedStep, StepKind
 from dash_client.errors import ServerError
-from dash_client.recorded import RecordedDecision, RecordedDecisions, RecordedLayer, RecordedStep, StepKind
 from dash_client.types import Action, Mode
 
 _MAX_LAYERS = 1_000
-"""No model comes near; a damaged file may."""
+"""Far more than any model has; guards against damaged files."""
 
 _MODES = {getattr(common_pb2, f"MODE_{mode.name}"): mode for mode in Mode}
 _KINDS = {getattr(model_pb2, f"STEP_KIND_{kind.name}"): kind for kind in StepKind}
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 def recorded_decisions(response: model_pb2.GetDecisionsResponse) -> RecordedDecisions:
-    """The recorded steps of a request.
+    """Returns the recorded decisions in a server's answer.
 
     Raises:
-        ServerError: it holds what this client cannot read.
+        ServerError: this client cannot read it.
     """
     try:
         return decisions_from_message(response)
@@ -31,10 +31,10 @@ def recorded_decisions(response: model_pb2.GetDecisionsResponse) -> RecordedDeci
 
 
 def decisions_from_message(response: model_pb2.GetDecisionsResponse) -> RecordedDecisions:
-    """The same of a message that may not come from a server.
+    """Returns the recorded decisions in a message from any source.
 
     Raises:
-        ValueError: something is missing, or does not fit the rest.
+        ValueError: a part is missing, or does not fit the rest.
     """
     if not response.request_id:
         raise ValueError("no request id")
@@ -90,7 +90,7 @@ def _layers(
             action=_known(_ACTIONS, "action", actions[layer]),
             start_ns=starts[layer],
             end_ns=ends[layer],
-            # A decision cannot be over when the step begins.
+            # A real decision ends after the step's start, so 0 means that there is none.
             decision=RecordedDecision(
                 start_ns=decision_starts[layer],
                 end_ns=decision_ends[layer],
@@ -120,7 +120,7 @@ def _known(names: dict[int, T], what: str, number: int) -> T:
 
 
 def message_from_decisions(decisions: RecordedDecisions) -> model_pb2.GetDecisionsResponse:
-    """What `decisions_from_message` reads."""
+    """Returns a message that `decisions_from_message` reads."""
     return model_pb2.GetDecisionsResponse(
         request_id=decisions.request_id,
         model=decisions.model,

@@ -1,6 +1,6 @@
-"""Many prompts, some at a time: which is next, what became of each, and the progress. Shared by both clients.
+"""The state of a `map` over many prompts: hands out calls, keeps results, shows progress. Shared by both clients.
 
-Takes a prompt only when there is room for it, so a generator of millions is never held. Sends nothing.
+Takes a prompt only when it can be sent, so a generator of millions is never held in memory. Sends nothing.
 """
 
 import warnings
@@ -12,8 +12,8 @@ from dash_client.errors import DashError, invalid_argument
 from dash_client.types import Generation, Prompt
 
 
-class Mapping:
-    """One `map`. Results are in the order of the prompts, and so are errors, unless they are to be raised."""
+class PromptMap:
+    """One `map`. Results and errors are in the order of the prompts, unless errors are raised."""
 
     def __init__(
         self,
@@ -36,10 +36,10 @@ class Mapping:
         self._bar = _progress_bar(len(prompts) if isinstance(prompts, Sized) else None) if progress else None
 
     def next(self) -> tuple[int, Call[Generation]] | None:
-        """The next call and its place, None after the last.
+        """Returns the next call and its place, or None after the last.
 
         Raises:
-            DashError: a prompt cannot be sent, and errors are to be raised.
+            DashError: a prompt cannot be sent, and `raise_errors` is set.
         """
         for prompt in self._prompts:
             place = len(self._results)
@@ -51,10 +51,10 @@ class Mapping:
         return None
 
     def done(self, place: int, result: Generation | DashError) -> None:
-        """What became of the call with this place.
+        """Takes the result of the call with this place.
 
         Raises:
-            DashError: that, where errors are to be raised.
+            DashError: the result is an error, and `raise_errors` is set.
         """
         if self._raises and isinstance(result, DashError):
             raise result
@@ -63,11 +63,11 @@ class Mapping:
             self._bar.update()
 
     def results(self) -> list[Any]:
-        """All of them, when all are done."""
+        """Returns all results, once all calls are done."""
         return self._results
 
     def close(self) -> None:
-        """Leaves the progress bar as it is."""
+        """Ends the progress bar."""
         if self._bar is not None:
             self._bar.close()
 

@@ -1,4 +1,4 @@
-"""Keeps recorded decisions in files, as protobuf JSON. Knows no server."""
+"""Reads and writes files of recorded decisions, as protobuf JSON. Knows no server."""
 
 import os
 from pathlib import Path
@@ -6,33 +6,33 @@ from pathlib import Path
 from google.protobuf import json_format
 
 from dash_api.v1 import model_pb2
+from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import invalid_argument
-from dash_client.heatmap import without_control_characters
-from dash_client.recorded import RecordedDecisions
-from dash_client.recorded_messages import decisions_from_message, message_from_decisions
+from dash_client.terminal import without_control_characters
+from dash_client.trace.decision_trace_messages import decisions_from_message, message_from_decisions
 
 _MAX_BYTES = 64 << 20
-"""About ten thousand steps of 30 layers: far more than a server records."""
+"""About ten thousand steps of 30 layers, far more than a server records."""
 
 _MAX_ERROR_CHARS = 200
 
 
-def save_recorded(decisions: RecordedDecisions, path: Path) -> None:
-    """Writes a file that `load_recorded` reads.
+def save_decisions(decisions: RecordedDecisions, path: Path) -> None:
+    """Writes a file that `load_decisions` reads.
 
     Raises:
-        InvalidArgumentError: it cannot be written.
+        InvalidArgumentError: the file cannot be written.
     """
     write_text(path, json_format.MessageToJson(message_from_decisions(decisions)))
 
 
-def load_recorded(path: Path) -> RecordedDecisions:
-    """What `save_recorded` wrote.
+def load_decisions(path: Path) -> RecordedDecisions:
+    """Reads a file that `save_decisions` wrote.
 
     Raises:
         InvalidArgumentError: the file cannot be read, or holds something else; the message names it.
     """
-    if not os.path.isfile(path):  # unlike pathlib's, it takes names that no file can have
+    if not os.path.isfile(path):  # unlike pathlib, os.path accepts names that no file can have
         raise invalid_argument(str(path), "is no file" if os.path.exists(path) else "there is no such file")
     try:
         if path.stat().st_size > _MAX_BYTES:
@@ -47,10 +47,10 @@ def load_recorded(path: Path) -> RecordedDecisions:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file, over the one that is there.
+    """Writes a file, or overwrites it.
 
     Raises:
-        InvalidArgumentError: it cannot be written; the message names it.
+        InvalidArgumentError: the file cannot be written; the message names it.
     """
     try:
         path.write_text(text, encoding="utf-8")

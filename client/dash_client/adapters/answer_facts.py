@@ -1,4 +1,4 @@
-"""What an answer says of itself beside its text, as plain values that can be logged as JSON. Knows no framework."""
+"""The facts about an answer besides its text, as plain values that JSON can hold. Knows no framework."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from dash_client.types import Generation
 
 
 def answer_facts(generation: Generation) -> dict[str, Any]:
-    """How it ended, what decided its depth and what that cost; leaves out what there is none of."""
+    """Returns the finish reason, mode, policy, cost and other facts; leaves out those that are None."""
     started, depth = generation.started, generation.depth
     facts: dict[str, Any] = {
         "model_name": started.model,
