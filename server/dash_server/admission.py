@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from dash_server.callers import Caller
+from dash_server.auth import Caller
 from dash_server.statuses import CallerLimitReached, QueueFull, ShuttingDown
 
 

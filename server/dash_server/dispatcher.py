@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from dash_runtime.config import GenerationRequest
 from dash_server.admission import Place
 from dash_server.fair_queue import FairQueue
-from dash_server.messages import Finished
-from dash_server.outbox import Outbox
 from dash_server.pace import Pace
 from dash_server.statuses import DeadlineTooShort, QueueFull, ServiceError, WorkerUnavailable
-from dash_server.worker_link import WorkerLink
+from dash_server.worker.link import WorkerLink
+from dash_server.worker.messages import Finished
+from dash_server.worker.outbox import Outbox
 
 
 @dataclass(slots=True)

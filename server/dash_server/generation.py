@@ -8,13 +8,13 @@ import time
 
 from dash_api.v1 import generation_pb2
 from dash_server.admission import Place
-from dash_server.answers import delta_to_pb, finished_to_pb, started_to_pb
-from dash_server.convert import PreparedRequest
 from dash_server.dispatcher import Dispatcher
-from dash_server.messages import Finished
+from dash_server.from_pb import PreparedRequest
 from dash_server.request_record import RequestRecord
 from dash_server.served_model import ServedModel
 from dash_server.text import OutputText
+from dash_server.to_pb import delta_to_pb, finished_to_pb, started_to_pb
+from dash_server.worker.messages import Finished
 
 logger = logging.getLogger(__name__)
 
@@ -61,22 +61,22 @@ class Generation:
     async def next_delta(self) -> generation_pb2.GenerationDelta | None:
         """Waits for more output, all that is there by then in one message; None after the last."""
         while self._finished is None:
-            batch = await self._outbox.take(MAX_TOKENS_PER_MESSAGE)
-            self._finished = batch.finished
+            output = await self._outbox.take(MAX_TOKENS_PER_MESSAGE)
+            self._finished = output.finished
             if self._text.stop_string is not None:
                 continue  # made between the stop string and the worker's hearing of it
-            piece = self._text.push(batch.token_ids)
+            piece = self._text.push(output.token_ids)
             if self._text.stop_string is not None:
-                batch = batch.first(piece.num_tokens)
+                output = output.first(piece.num_tokens)
                 self._dispatcher.stop(self._prepared.request.request_id)
             tail = self._text.finish() if self._finished is not None else ""
             # Those given out: a worker may make some more before it hears of a stop string.
-            self._record.count_tokens(len(batch.token_ids))
+            self._record.count_tokens(len(output.token_ids))
             text = piece.text + tail
             if self._record.output is not None:
                 self._record.output += text
-            if batch.token_ids or tail:
-                return delta_to_pb(text, batch)
+            if output.token_ids or tail:
+                return delta_to_pb(text, output)
         return None
 
     def finish(self) -> generation_pb2.GenerationFinished:

@@ -13,12 +13,12 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 
 from dash_runtime.errors import DashRuntimeError
-from dash_server.callers import TokenFileError
+from dash_server.auth import TokenFileError
 from dash_server.listening import ListenError
 from dash_server.logs import configure_logging
 from dash_server.server import DashServer
 from dash_server.settings import Settings, SettingsError, load_settings, unknown_variables
-from dash_server.worker_link import WorkerStartError
+from dash_server.worker.link import WorkerStartError
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ class KeptDecisions:
     owner: str
     model: str
     mode: Mode
-    recorded: RecordedRequest
+    decision_trace: RecordedRequest
 
 
 class RecentDecisions:
@@ -29,12 +29,12 @@ class RecentDecisions:
         self._kept: dict[str, KeptDecisions] = {}
         """By request id, oldest first."""
 
-    def keep(self, record: RequestRecord, recorded: RecordedRequest) -> None:
+    def keep(self, record: RequestRecord, decision_trace: RecordedRequest) -> None:
         """Takes in what was recorded of a request, and lets the oldest go where there are too many."""
         if record.caller is None or record.prepared is None:
             return
         mode = record.prepared.request.skip.mode
-        self._kept[record.request_id] = KeptDecisions(record.caller.name, record.model, mode, recorded)
+        self._kept[record.request_id] = KeptDecisions(record.caller.name, record.model, mode, decision_trace)
         while len(self._kept) > self._max_requests:
             del self._kept[next(iter(self._kept))]
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import grpc
 from opentelemetry.trace import SpanContext
 
-from dash_server.callers import Caller
-from dash_server.convert import PreparedRequest
-from dash_server.messages import Finished, Granted
+from dash_server.auth import Caller
+from dash_server.from_pb import PreparedRequest
 from dash_server.statuses import failure_of
+from dash_server.worker.messages import Finished, Granted
 
 PROVIDER_NAME = "dash"
 """`gen_ai.provider.name` of spans and metrics."""

@@ -10,8 +10,8 @@ from dash_api.v1 import common_pb2, generation_pb2, model_pb2
 from dash_runtime.chat_template import ChatTemplate
 from dash_runtime.config import ModelFacts
 from dash_runtime.errors import InvalidRequest
-from dash_server.messages import Ready
 from dash_server.text import TextTokenizer
+from dash_server.worker.messages import Ready
 
 
 @dataclass(frozen=True, slots=True)

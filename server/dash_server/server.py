@@ -16,26 +16,26 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 
 from dash_runtime.recorded import RecordedRequest
 from dash_server.admission import Admission
-from dash_server.callers import CallerLimits, Callers
+from dash_server.auth import Authenticator, CallerLimits
+from dash_server.auth_interceptor import AuthInterceptor
 from dash_server.dispatcher import Dispatcher
-from dash_server.guard import Guard
 from dash_server.health import HealthServicer
 from dash_server.listening import channel_options, listen, write_port_file
-from dash_server.messages import Ready
-from dash_server.metrics import Sources
 from dash_server.pace import Pace
-from dash_server.recorded_calls import RecordedCalls
 from dash_server.request_record import RequestRecord
 from dash_server.served_model import ServedModel
 from dash_server.service import GENERATION_SERVICE, MODEL_SERVICE, ServiceState, add_to_server
 from dash_server.settings import Settings
 from dash_server.statuses import ShuttingDown
-from dash_server.telemetry import is_disabled, is_exported
-from dash_server.worker_link import LinkEvents, WorkerLink, WorkerStartError
+from dash_server.telemetry.exporting import is_disabled, is_exported
+from dash_server.telemetry.metrics import Sources
+from dash_server.telemetry.pending_traces import PendingTraces
+from dash_server.worker.link import LinkEvents, WorkerLink, WorkerStartError
+from dash_server.worker.messages import Ready
 
 if TYPE_CHECKING:
-    from dash_server.metric_export import MetricExport
-    from dash_server.tracing import Tracing
+    from dash_server.telemetry.metric_export import MetricExport
+    from dash_server.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +74,10 @@ class DashServer:
             waiting_room=self.dispatcher,
             retry_seconds=self.dispatcher.retry_seconds,
         )
-        callers = Callers(settings.token_file, CallerLimits(max_requests=settings.max_requests_per_caller))
-        self._recorded_calls = RecordedCalls(self._on_recorded, self._on_complete)
-        events = LinkEvents(self._on_ready, self._on_change, self.dispatcher.on_over, self._recorded_calls.add)
+        limits = CallerLimits(max_requests=settings.max_requests_per_caller)
+        authenticator = Authenticator(settings.token_file, limits)
+        self._pending_traces = PendingTraces(self._on_decision_trace, self._on_complete)
+        events = LinkEvents(self._on_ready, self._on_change, self.dispatcher.on_over, self._pending_traces.add)
         self._links = [
             WorkerLink(
                 worker_command,
@@ -88,10 +89,10 @@ class DashServer:
             for number in range(settings.workers)
         ]
         self.dispatcher.attach(self._links)
-        self._state = ServiceState(settings, self.admission, self.dispatcher, callers)
+        self._state = ServiceState(settings, self.admission, self.dispatcher, authenticator)
         self._server = grpc.aio.server(
             options=channel_options(settings),
-            interceptors=[Guard(callers, open_services={_HEALTH_SERVICE, GENERATION_SERVICE, MODEL_SERVICE})],
+            interceptors=[AuthInterceptor(authenticator, {_HEALTH_SERVICE, GENERATION_SERVICE, MODEL_SERVICE})],
         )
         self.tracing: Tracing | None = None
         self.metrics: MetricExport | None = None
@@ -169,7 +170,7 @@ class DashServer:
         await self._server.stop(_LAST_CALLS_SECONDS)
         self._state.close()
         if self.tracing is not None:
-            self._recorded_calls.close()
+            self._pending_traces.close()
             await asyncio.to_thread(self.tracing.close)
         if self.metrics is not None:
             await asyncio.to_thread(self.metrics.close)
@@ -182,14 +183,14 @@ class DashServer:
     def _start_tracing(self) -> None:
         state = self._state
         if is_exported("traces", os.environ):
-            from dash_server.tracing import start_tracing  # the SDK, which takes a while to import
+            from dash_server.telemetry.tracing import start_tracing  # the SDK, which takes a while to import
 
             self.tracing = start_tracing(self._settings, os.environ)
         if self.tracing is not None:
             state.start_observers.append(self.tracing.begin)
         if self.tracing is not None or self._settings.recent_requests:
-            state.start_observers.append(self._recorded_calls.begin)
-            state.observers.append(self._recorded_calls.end)
+            state.start_observers.append(self._pending_traces.begin)
+            state.observers.append(self._pending_traces.end)
 
     def _start_metrics(self) -> None:
         has_endpoint = self._settings.metrics_port is not None
@@ -198,7 +199,7 @@ class DashServer:
             return
         has_collector = is_exported("metrics", os.environ)
         if has_endpoint or has_collector:
-            from dash_server.metric_export import start_metrics  # the SDK, which takes a while to import
+            from dash_server.telemetry.metric_export import start_metrics  # the SDK, which takes a while to import
 
             sources = Sources(
                 self.admission,
@@ -222,13 +223,13 @@ class DashServer:
         model = self._state.model
         return None if model is None else model.facts.name
 
-    def _on_recorded(self, record: RequestRecord, recorded: RecordedRequest) -> None:
+    def _on_decision_trace(self, record: RequestRecord, decision_trace: RecordedRequest) -> None:
         if self._settings.recent_requests:
-            self._state.recent_decisions.keep(record, recorded)
+            self._state.recent_decisions.keep(record, decision_trace)
 
-    def _on_complete(self, record: RequestRecord, recorded: RecordedRequest | None) -> None:
+    def _on_complete(self, record: RequestRecord, decision_trace: RecordedRequest | None) -> None:
         if self.tracing is not None:
-            self.tracing.finish(record, recorded)
+            self.tracing.finish(record, decision_trace)
 
     async def _on_ready(self, ready: Ready) -> None:
         self._state.model = await asyncio.to_thread(ServedModel.load, ready)

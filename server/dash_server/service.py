@@ -6,6 +6,7 @@ Knows neither how it is hosted nor where the worker runs; no tensors.
 import asyncio
 import functools
 import logging
+import re
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,16 +14,16 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
 import grpc
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 
 from dash_api.v1 import generation_pb2, model_pb2
 from dash_runtime.errors import InvalidRequest
 from dash_server import wire
 from dash_server.admission import Admission
-from dash_server.answers import decisions_to_pb, model_to_pb, policy_to_pb
-from dash_server.callers import Caller, Callers
-from dash_server.convert import PreparedRequest, prepare_request
+from dash_server.auth import Authenticator, Caller
 from dash_server.dispatcher import Dispatcher
+from dash_server.from_pb import PreparedRequest, prepare_request
 from dash_server.generation import Generation, collect
 from dash_server.logs import request_id_of_task, trace_id_of_task
 from dash_server.recent_decisions import RecentDecisions
@@ -30,11 +31,14 @@ from dash_server.request_record import Observer, RequestRecord, observed, record
 from dash_server.served_model import ServedModel
 from dash_server.settings import Settings
 from dash_server.statuses import InvalidFields, WorkerUnavailable, failure_of
+from dash_server.to_pb import decisions_to_pb, model_to_pb, policy_to_pb
 
 logger = logging.getLogger(__name__)
 
-GENERATION_SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
-MODEL_SERVICE = model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
+_GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
+_MODEL = model_pb2.DESCRIPTOR.services_by_name["ModelService"]
+GENERATION_SERVICE = _GENERATION.full_name
+MODEL_SERVICE = _MODEL.full_name
 
 # Reading a longer request may take milliseconds, which the event loop has not; a shorter one takes less
 # than a thread costs.
@@ -48,11 +52,13 @@ M = TypeVar("M", bound=Message)
 class ServiceState:
     """What both servicers share. `model` is None until a worker has been ready once."""
 
-    def __init__(self, settings: Settings, admission: Admission, dispatcher: Dispatcher, callers: Callers) -> None:
+    def __init__(
+        self, settings: Settings, admission: Admission, dispatcher: Dispatcher, authenticator: Authenticator
+    ) -> None:
         self.settings = settings
         self.admission = admission
         self.dispatcher = dispatcher
-        self.callers = callers
+        self.authenticator = authenticator
         self.recent_decisions = RecentDecisions(settings.recent_requests)
         self.start_observers: list[Observer] = []
         """Told of every generation call that begins."""
@@ -64,7 +70,7 @@ class ServiceState:
     def caller(self, context: grpc.aio.ServicerContext) -> Caller:
         """Raises Unauthenticated."""
         names = (context.auth_context() or {}).get("x509_common_name", ())
-        return self.callers.identify(context.invocation_metadata() or (), context.peer(), names)
+        return self.authenticator.identify(context.invocation_metadata() or (), context.peer(), names)
 
     def require_model(self) -> ServedModel:
         if self.model is None:
@@ -105,7 +111,7 @@ class GenerationServicer:
     ) -> AsyncIterator[Generation]:
         state = self._state
         method = f"{GENERATION_SERVICE}/{message_class.__name__.removesuffix('Request')}"
-        async with _answering(context) as request_id:
+        async with _errors_to_status(context) as request_id:
             record = record_of_call(request_id, method, context)
             for observer in state.start_observers:
                 observer(record)
@@ -159,13 +165,13 @@ class ModelServicer:
         self._tokenize_calls = Admission(state.settings.max_tokenize_calls)
 
     async def get_model(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetModelResponse:
-        async with _answering(context):
+        async with _errors_to_status(context):
             self._state.caller(context)
             wire.parse(model_pb2.GetModelRequest, data)
             return model_to_pb(self._state.require_model().facts, self._state.settings)
 
     async def get_policy(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetPolicyResponse:
-        async with _answering(context):
+        async with _errors_to_status(context):
             self._state.caller(context)
             request = wire.parse(model_pb2.GetPolicyRequest, data)
             facts = self._state.require_model().facts
@@ -176,14 +182,14 @@ class ModelServicer:
             return policy_to_pb(policy)
 
     async def tokenize(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.TokenizeResponse:
-        async with _answering(context):
+        async with _errors_to_status(context):
             caller = self._state.caller(context)
             model = self._state.require_model()
             with self._tokenize_calls.admit(caller):
                 return await self._state.read(data, functools.partial(self._tokenize, data, model))
 
     async def get_decisions(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetDecisionsResponse:
-        async with _answering(context):
+        async with _errors_to_status(context):
             caller = self._state.caller(context)
             request = wire.parse(model_pb2.GetDecisionsRequest, data)
             if not request.request_id:
@@ -199,40 +205,39 @@ class ModelServicer:
 
 
 def add_to_server(state: ServiceState, server: grpc.aio.Server) -> None:
-    """Registers both services on `server`, without deserialisers: see `wire`."""
-    generation, model = GenerationServicer(state), ModelServicer(state)
-    for service, handlers in (
-        (
-            GENERATION_SERVICE,
-            {
-                "Generate": _unary(generation.generate),
-                "StreamGenerate": grpc.unary_stream_rpc_method_handler(
-                    generation.stream_generate,
-                    response_serializer=generation_pb2.StreamGenerateResponse.SerializeToString,
-                ),
-            },
-        ),
-        (
-            MODEL_SERVICE,
-            {
-                "GetModel": _unary(model.get_model),
-                "GetPolicy": _unary(model.get_policy),
-                "Tokenize": _unary(model.tokenize),
-                "GetDecisions": _unary(model.get_decisions),
-            },
-        ),
-    ):
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    """Registers both services on `server`."""
+    for service, servicer in ((_GENERATION, GenerationServicer(state)), (_MODEL, ModelServicer(state))):
+        handlers = rpc_handlers(service, servicer)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
 
 
-def _unary(handler: Callable) -> grpc.RpcMethodHandler:
-    return grpc.unary_unary_rpc_method_handler(
-        handler, response_serializer=lambda response: response.SerializeToString()
-    )
+def rpc_handlers(service: ServiceDescriptor, servicer: object) -> dict[str, grpc.RpcMethodHandler]:
+    """Returns the handler of each method of `service`, without deserialisers: see `wire`.
+
+    Raises:
+        TypeError: `servicer` lacks a method of the service, or has a public one that is none of the service's.
+    """
+    methods = {_snake_case(method.name): method for method in service.methods}
+    public = {name for name in dir(servicer) if not name.startswith("_")}
+    for problem, names in (("lacks", methods.keys() - public), ("has no use for", public - methods.keys())):
+        if names:
+            raise TypeError(f"{service.full_name} {problem} {type(servicer).__name__}.{min(names)}")
+    return {method.name: _rpc_handler(method, getattr(servicer, name)) for name, method in methods.items()}
+
+
+def _rpc_handler(method: MethodDescriptor, handler: Callable) -> grpc.RpcMethodHandler:
+    assert not method.client_streaming
+    is_stream = method.server_streaming
+    make = grpc.unary_stream_rpc_method_handler if is_stream else grpc.unary_unary_rpc_method_handler
+    return make(handler, response_serializer=lambda response: response.SerializeToString())
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 @asynccontextmanager
-async def _answering(context: grpc.aio.ServicerContext) -> AsyncIterator[str]:
+async def _errors_to_status(context: grpc.aio.ServicerContext) -> AsyncIterator[str]:
     """Gives the call its request id, and turns exceptions into its status."""
     request_id = uuid.uuid4().hex
     request_id_of_task.set(request_id)

@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dash_runtime.checkpoints import default_cache_folder
 from dash_runtime.config import EngineConfig, LaneKind
-from dash_server.messages import WorkerConfig
+from dash_server.worker.messages import WorkerConfig
 
 ENV_PREFIX = "DASH_"
 _VARIABLES_OF_THE_CLIENT = ("DASH_TARGET", "DASH_TOKEN")

@@ -1,4 +1,4 @@
-"""A worker without a model: speaks messages.py over the descriptor, and echoes the prompt for ever.
+"""A worker without a model: speaks worker/messages.py over the descriptor, and echoes the prompt for ever.
 
 Its behaviour is in WorkerConfig.model, as `fake?folder=/path&token_seconds=0.01&…`:
 
@@ -36,7 +36,7 @@ from dash_runtime.actions import Action
 from dash_runtime.child_process import die_with_parent
 from dash_runtime.config import GenerationRequest, Mode, ModelFacts, PolicyFacts
 from dash_runtime.recorded import RecordedRequest, RecordedStep, StepKind, pack_float32, pack_uint32
-from dash_server import messages
+from dash_server.worker import messages
 
 END_TOKEN_ID = 257
 PROBE_TOKEN_ID = 258
@@ -105,10 +105,10 @@ class Running:
             )
             self.steps.append(step)
 
-    def recorded(self, num_layers: int) -> messages.Recorded:
+    def recorded(self, num_layers: int) -> messages.Traced:
         is_asked = self.request.skip.mode.has_policy
         first_token_id, first_token_unix_ns = self.first_token or (None, None)
-        return messages.Recorded(
+        return messages.Traced(
             RecordedRequest(
                 request_id=self.request.request_id,
                 policy=self.request.skip.policy_name or "toy",

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import pytest
 
 from dash_server.admission import Admission, Place
-from dash_server.callers import Caller, CallerLimits
+from dash_server.auth import Caller, CallerLimits
 from dash_server.statuses import CallerLimitReached, QueueFull, ShuttingDown
 
 ANN, BOB = Caller("ann"), Caller("bob")

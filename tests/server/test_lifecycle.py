@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from dash_api.v1 import common_pb2, generation_pb2, model_pb2
-from dash_server.worker_link import WorkerStartError
+from dash_server.worker.link import WorkerStartError
 from tests.server.server_harness import RunningServer, error_details, fake_model, running_server
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

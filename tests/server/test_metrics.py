@@ -11,12 +11,12 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from dash_api.v1 import generation_pb2
 from dash_runtime.config import GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_server.admission import Admission
-from dash_server.convert import PreparedRequest
 from dash_server.dispatcher import Dispatcher
-from dash_server.messages import Finished, Granted, Speculation
-from dash_server.metrics import Metrics, Sources
+from dash_server.from_pb import PreparedRequest
 from dash_server.pace import Pace
 from dash_server.request_record import RequestRecord
+from dash_server.telemetry.metrics import Metrics, Sources
+from dash_server.worker.messages import Finished, Granted, Speculation
 from tests.server.scraping import REQUESTS, scrape
 from tests.server.server_harness import fake_model, running_server
 

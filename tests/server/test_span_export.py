@@ -13,9 +13,9 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from dash_api.v1 import generation_pb2
-from dash_server.span_export import MAX_BATCH_SPANS, SpanExport
-from dash_server.span_tree import SpanTree
-from dash_server.telemetry import ExportState
+from dash_server.telemetry.exporting import ExportState
+from dash_server.telemetry.span_export import MAX_BATCH_SPANS, SpanExport
+from dash_server.telemetry.span_tree import SpanTree
 from tests.server.otlp_receiver import OtlpReceiver, otlp_receiver
 from tests.server.server_harness import RunningServer, fake_model, running_server
 

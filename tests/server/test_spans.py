@@ -13,13 +13,13 @@ from opentelemetry.sdk.trace import ReadableSpan
 from dash_runtime.actions import Action
 from dash_runtime.config import GenerationRequest, Mode, SamplingParameters, SkipOptions, StoppingParameters
 from dash_runtime.recorded import RecordedRequest, RecordedStep, StepKind, pack_float32, pack_uint32
-from dash_server.callers import Caller
-from dash_server.convert import PreparedRequest
-from dash_server.recorded_calls import RecordedCalls
+from dash_server.auth import Caller
+from dash_server.from_pb import PreparedRequest
 from dash_server.request_record import RequestRecord
-from dash_server.sampling import SamplingRule, caller_span, new_trace_id
-from dash_server.spans import CallSpans
-from dash_server.step_spans import SpanOptions
+from dash_server.telemetry.call_spans import CallSpans
+from dash_server.telemetry.pending_traces import PendingTraces
+from dash_server.telemetry.token_spans import SpanOptions
+from dash_server.telemetry.trace_sampling import SamplingRule, caller_span, new_trace_id
 
 MILLISECOND = 1_000_000
 START = 1_764_000_000_000 * MILLISECOND
@@ -285,7 +285,7 @@ def test_no_header_is_too_strange_to_be_read(traceparent: str, tracestate: str) 
 
 async def test_a_recording_is_joined_with_its_call_whichever_comes_first() -> None:
     complete: list[tuple[str, bool]] = []
-    calls = RecordedCalls(
+    calls = PendingTraces(
         lambda *_: None, lambda record, recorded: complete.append((record.request_id, bool(recorded)))
     )
     before, after, never = (record(request_id=name, granted=object()) for name in ("before", "after", "never"))

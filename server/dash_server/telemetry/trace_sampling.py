@@ -4,17 +4,15 @@ Reads W3C trace context. Knows no spans and no exporter; decides when a call is 
 it went.
 """
 
-import logging
 import random
-import re
 from collections.abc import Mapping
 
 import grpc
-from opentelemetry.trace import SpanContext, TraceFlags, TraceState
+from opentelemetry.context import Context
+from opentelemetry.trace import SpanContext, get_current_span
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from dash_server.request_record import RequestRecord
-
-logger = logging.getLogger(__name__)
 
 SERVER_FAULTS = frozenset(
     {
@@ -28,28 +26,17 @@ SERVER_FAULTS = frozenset(
 )
 """Those that the gRPC conventions call errors of a server. The others are the caller's: wrong, too many, or gone."""
 
-_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
-_MAX_TRACESTATE_CHARS = 512
+# The library warns of longer ones, so callers could fill the log.
+_MAX_HEADER_CHARS = 512
 _LOW_64_BITS = 2**64 - 1
 
 
 def caller_span(metadata: Mapping[str, str]) -> SpanContext | None:
-    """The span that the caller names as its own; None where it names none, or nothing that can be read."""
-    traceparent = metadata.get("traceparent")
-    if traceparent is None:
-        return None
-    match = _TRACEPARENT.fullmatch(traceparent.strip())
-    if match is None:
-        logger.debug("a traceparent that cannot be read is ignored")
-        return None
-    version, trace_id, span_id, flags, rest = match.groups()
-    is_valid = version != "ff" and int(trace_id, 16) and int(span_id, 16) and not (version == "00" and rest)
-    if not is_valid:
-        logger.debug("a traceparent that is not valid is ignored")
-        return None
-    tracestate = metadata.get("tracestate", "")
-    state = TraceState.from_header([tracestate]) if len(tracestate) <= _MAX_TRACESTATE_CHARS else TraceState()
-    return SpanContext(int(trace_id, 16), int(span_id, 16), True, TraceFlags(int(flags, 16) & 1), state)
+    """Returns the span that the caller names in W3C trace context; None if it names none, or an unreadable one."""
+    headers = {key: value for key, value in metadata.items() if len(value) <= _MAX_HEADER_CHARS}
+    # In a context of its own: what is current here is not the caller's.
+    span = get_current_span(TraceContextTextMapPropagator().extract(headers, Context())).get_span_context()
+    return span if span.is_valid else None
 
 
 def new_trace_id() -> str:

@@ -17,11 +17,11 @@ from opentelemetry.trace import SpanKind
 from opentelemetry.trace.status import Status, StatusCode
 
 from dash_runtime.recorded import RecordedRequest
-from dash_server.convert import PreparedRequest
+from dash_server.from_pb import PreparedRequest
 from dash_server.request_record import PROVIDER_NAME, RequestRecord
-from dash_server.sampling import SERVER_FAULTS
-from dash_server.span_tree import Attributes, SpanTree
-from dash_server.step_spans import SpanOptions, StepSpans
+from dash_server.telemetry.span_tree import Attributes, SpanTree
+from dash_server.telemetry.token_spans import SpanOptions, TokenSpans
+from dash_server.telemetry.trace_sampling import SERVER_FAULTS
 
 _MAX_INT64 = 2**63 - 1
 # A collector refuses a batch of more than 4 MiB as a whole.
@@ -32,12 +32,12 @@ class CallSpans:
     """The spans of one call, made when they are iterated over."""
 
     def __init__(
-        self, record: RequestRecord, recorded: RecordedRequest | None, options: SpanOptions, resource: Resource
+        self, record: RequestRecord, decision_trace: RecordedRequest | None, options: SpanOptions, resource: Resource
     ) -> None:
         """`recorded` is None where the worker said nothing; the record is over, and has a trace id."""
         self._record = record
-        self._steps = None if recorded is None else StepSpans(recorded, options)
-        self._recorded = recorded
+        self._steps = None if decision_trace is None else TokenSpans(decision_trace, options)
+        self._decision_trace = decision_trace
         self._options = options
         self._resource = resource
         self.num_spans = 1 + (record.prepared is not None) + (0 if self._steps is None else self._steps.num_spans)
@@ -60,8 +60,8 @@ class CallSpans:
         attributes = _generation_attributes(record, record.prepared, self._options)
         if is_error:
             attributes["error.type"] = record.code.name
-        if self._recorded is not None and self._recorded.price is not None:
-            attributes["dash.price_of_compute"] = self._recorded.price
+        if self._decision_trace is not None and self._decision_trace.price is not None:
+            attributes["dash.price_of_compute"] = self._decision_trace.price
         if self._steps is not None:
             attributes["dash.untraced_steps"] = self._steps.num_untraced_steps
         name = f"{record.operation} {record.model}"

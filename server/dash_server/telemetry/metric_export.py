@@ -21,10 +21,10 @@ from opentelemetry.sdk.metrics.export import (
 from prometheus_client import CollectorRegistry, start_http_server
 
 from dash_server.listening import ListenError, is_loopback, try_to_bind
-from dash_server.metrics import Metrics, Sources
 from dash_server.request_record import RequestRecord
 from dash_server.settings import Settings
-from dash_server.telemetry import ExportState, service_resource
+from dash_server.telemetry.exporting import ExportState, service_resource
+from dash_server.telemetry.metrics import Metrics, Sources
 
 logger = logging.getLogger(__name__)
 

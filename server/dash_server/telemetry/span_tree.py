@@ -48,7 +48,7 @@ class Times:
 
 
 @dataclass(frozen=True, slots=True)
-class Trunk:
+class ParentSpan:
     """What a span's children need of it."""
 
     context: SpanContext
@@ -68,7 +68,7 @@ class SpanTree:
     def span(
         self,
         name: str,
-        parent: Trunk | None,
+        parent: ParentSpan | None,
         start: int,
         end: int,
         attributes: Attributes,
@@ -76,7 +76,7 @@ class SpanTree:
         events: Sequence[Event] = (),
         kind: SpanKind = SpanKind.INTERNAL,
         status: Status = _UNSET,
-    ) -> tuple[ReadableSpan, Trunk]:
+    ) -> tuple[ReadableSpan, ParentSpan]:
         """A span from `start` to `end`, cut to its parent's times."""
         times = Times(start, max(start, end)) if parent is None else parent.times.around(start, end)
         context = SpanContext(self._trace_id, _new_span_id(), False, _SAMPLED, self._trace_state)
@@ -93,7 +93,7 @@ class SpanTree:
             end_time=times.end,
             instrumentation_scope=_SCOPE,
         )
-        return span, Trunk(context, times)
+        return span, ParentSpan(context, times)
 
 
 def _new_span_id() -> int:

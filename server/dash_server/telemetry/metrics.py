@@ -14,7 +14,7 @@ from dash_runtime.actions import Action
 from dash_server.admission import Admission
 from dash_server.dispatcher import Dispatcher
 from dash_server.request_record import PROVIDER_NAME, RequestRecord
-from dash_server.worker_link import WorkerLink
+from dash_server.worker.link import WorkerLink
 
 # Those of the GenAI conventions.
 _DURATION_BOUNDARIES = [0.01 * 2**exponent for exponent in range(14)]

@@ -139,14 +139,14 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     """For each layer, how many of the decode tokens ran SKIP, INT4, INT8 and FULL there; without those only drafted."""
 
 
-class Recorded(msgspec.Struct, frozen=True, tag=True):
+class Traced(msgspec.Struct, frozen=True, tag=True):
     """What was recorded of a request: just before Finished, or after Cancel."""
 
-    recorded: RecordedRequest
+    decision_trace: RecordedRequest
 
     @property
     def request_id(self) -> str:
-        return self.recorded.request_id
+        return self.decision_trace.request_id
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -157,7 +157,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     description: str
 
 
-Event = Granted | Tokens | Recorded | Finished | Refused
+Event = Granted | Tokens | Traced | Finished | Refused
 
 
 class StepEvents(msgspec.Struct, frozen=True, tag=True):

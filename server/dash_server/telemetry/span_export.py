@@ -14,7 +14,7 @@ from typing import Protocol
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from dash_server.telemetry import ExportState
+from dash_server.telemetry.exporting import ExportState
 
 logger = logging.getLogger(__name__)
 

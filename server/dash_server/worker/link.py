@@ -12,25 +12,25 @@ from dataclasses import dataclass
 
 from dash_runtime.config import GenerationRequest
 from dash_runtime.recorded import RecordedRequest
-from dash_server.messages import (
+from dash_server.statuses import ServiceError, WorkerUnavailable
+from dash_server.worker.messages import (
     Cancel,
     Finished,
     FromWorker,
     Ping,
     Pong,
     Ready,
-    Recorded,
     Refused,
     StartupFailed,
     StepEvents,
     Stop,
     Submit,
     Tokens,
+    Traced,
     WorkerConfig,
 )
-from dash_server.outbox import Outbox
-from dash_server.statuses import ServiceError, WorkerUnavailable
-from dash_server.worker_process import WorkerProcess
+from dash_server.worker.outbox import Outbox
+from dash_server.worker.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class LinkEvents:
     """The worker takes requests from now on, or no longer."""
     on_over: Callable[[GenerationRequest, Finished | None], None]
     """A request has left the worker by itself (with what it said), or with it."""
-    on_recorded: Callable[[RecordedRequest], None]
+    on_decision_trace: Callable[[RecordedRequest], None]
     """What was recorded of a request: before it is over, or after it was cancelled."""
 
 
@@ -271,8 +271,8 @@ class WorkerLink:
             logger.error("a ready worker sent %s", type(message).__name__)
             return
         for event in message.events:
-            if isinstance(event, Recorded):
-                self._events.on_recorded(event.recorded)
+            if isinstance(event, Traced):
+                self._events.on_decision_trace(event.decision_trace)
                 continue
             entry = self._requests.get(event.request_id)
             if entry is None:

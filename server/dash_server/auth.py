@@ -140,7 +140,7 @@ def _entry(path: Path, name: str, table: object) -> _Entry:
         raise TokenFileError(f"{path}: {name}{place}: {details['msg'].removeprefix('Value error, ')}") from None
 
 
-class Callers:
+class Authenticator:
     """Tells callers apart, by what a call brings along."""
 
     def __init__(

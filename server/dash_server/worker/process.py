@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
 
-from dash_server.messages import (
+from dash_server.worker.messages import (
     FrameReader,
     FromWorker,
     Shutdown,

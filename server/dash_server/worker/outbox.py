@@ -8,23 +8,23 @@ import asyncio
 from dataclasses import dataclass, field
 
 from dash_runtime.errors import InvalidRequest
-from dash_server.messages import Event, Finished, Granted, Logprobs, Refused, Tokens
+from dash_server.worker.messages import Event, Finished, Granted, Logprobs, Refused, Tokens
 
 
 @dataclass(slots=True)
-class Batch:
+class MergedOutput:
     """Tokens in order, with one row of `actions` and one entry of `logprobs` each where asked for."""
 
     token_ids: list[int] = field(default_factory=list)
     actions: bytearray = field(default_factory=bytearray)
     logprobs: list[Logprobs] = field(default_factory=list)
     finished: Finished | None = None
-    """Set on the last batch."""
+    """Set on the last output."""
 
-    def first(self, num_tokens: int) -> "Batch":
+    def first(self, num_tokens: int) -> "MergedOutput":
         """The first tokens alone."""
         row_length = len(self.actions) // len(self.token_ids) if self.token_ids else 0
-        return Batch(
+        return MergedOutput(
             self.token_ids[:num_tokens],
             self.actions[: num_tokens * row_length],
             self.logprobs[:num_tokens],
@@ -45,7 +45,7 @@ class Outbox:
         self.queue_seconds = 0.0
         """Before the worker had it."""
         self._granted: Granted | None = None
-        self._pending = Batch()
+        self._pending = MergedOutput()
         self._error: Exception | None = None
         self._changed = asyncio.Event()
 
@@ -79,16 +79,16 @@ class Outbox:
             await self._next_change()
         return self._granted
 
-    async def take(self, max_tokens: int) -> Batch:
+    async def take(self, max_tokens: int) -> MergedOutput:
         """Waits until there are tokens or the end, and takes up to `max_tokens`. Raises like `granted`."""
         while not self._pending.token_ids and self._pending.finished is None:
             await self._next_change()
         if len(self._pending.token_ids) <= max_tokens:
-            batch, self._pending = self._pending, Batch()
-            return batch
-        batch = self._pending.first(max_tokens)
+            output, self._pending = self._pending, MergedOutput()
+            return output
+        output = self._pending.first(max_tokens)
         self._pending.drop_first(max_tokens)
-        return batch
+        return output
 
     async def _next_change(self) -> None:
         if self._error is not None:

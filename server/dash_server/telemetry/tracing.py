@@ -11,13 +11,13 @@ from opentelemetry.sdk.resources import Resource
 
 from dash_runtime.recorded import RecordedRequest
 from dash_server.request_record import RequestRecord
-from dash_server.sampling import SamplingRule, caller_span, new_trace_id
 from dash_server.settings import Settings
-from dash_server.span_export import SpanExport
-from dash_server.span_tree import SharedResource
-from dash_server.spans import CallSpans
-from dash_server.step_spans import SpanOptions
-from dash_server.telemetry import ExportState, service_resource
+from dash_server.telemetry.call_spans import CallSpans
+from dash_server.telemetry.exporting import ExportState, service_resource
+from dash_server.telemetry.span_export import SpanExport
+from dash_server.telemetry.span_tree import SharedResource
+from dash_server.telemetry.token_spans import SpanOptions
+from dash_server.telemetry.trace_sampling import SamplingRule, caller_span, new_trace_id
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +40,10 @@ class Tracing:
         span = record.caller_span
         record.trace_id = new_trace_id() if span is None else f"{span.trace_id:032x}"
 
-    def finish(self, record: RequestRecord, recorded: RecordedRequest | None) -> None:
+    def finish(self, record: RequestRecord, decision_trace: RecordedRequest | None) -> None:
         """Traces a call that is over, if the rule says so."""
         if self._rule.is_sampled(record):
-            self.export.put(CallSpans(record, recorded, self._options, self._resource))
+            self.export.put(CallSpans(record, decision_trace, self._options, self._resource))
 
     def close(self) -> None:
         """Exports what is left, in bounded time; blocks meanwhile."""
