@@ -1,6 +1,6 @@
-"""The gRPC server put together: services, health, reflection and the workers, from settings.
+"""Builds the gRPC server from settings: services, health, reflection and the workers.
 
-Knows nothing of processes' signals and exit codes (that is `main`), so it also runs inside a test.
+Knows no signals and no exit codes (`main` does), so it also runs inside a test.
 """
 
 import asyncio
@@ -42,12 +42,12 @@ logger = logging.getLogger(__name__)
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _CHANNELZ_SERVICE = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
 _REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
-# How long calls may take to end once nothing keeps them.
+# Time for the last calls to end.
 _LAST_CALLS_SECONDS = 2.0
 
 
 def _add_reflection(server: grpc.aio.Server, names: Sequence[str]) -> None:
-    """Under both of its names: newer clients ask for v1 alone, whose messages are those of v1alpha."""
+    """Adds reflection under both of its names: newer clients ask for v1 only, whose messages are v1alpha's."""
     servicer = reflection.aio.ReflectionServicer(names)
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
     handler = grpc.stream_stream_rpc_method_handler(
@@ -61,10 +61,10 @@ def _add_reflection(server: grpc.aio.Server, names: Sequence[str]) -> None:
 
 
 class DashServer:
-    """Call `start`, then `run_workers` as a task, then `drain` if there is time, then `close`."""
+    """A server. Call `start`, then `run_workers` as a task, then `drain` if there is time, then `close`."""
 
     def __init__(self, settings: Settings, worker_command: Sequence[str]) -> None:
-        """Raises TokenFileError where the token file cannot be used."""
+        """Raises TokenFileError if the token file cannot be used."""
         self._settings = settings
         self._health = HealthServicer([GENERATION_SERVICE, MODEL_SERVICE])
         self.dispatcher = Dispatcher(Pace())
@@ -96,7 +96,7 @@ class DashServer:
         )
         self.tracing: Tracing | None = None
         self.metrics: MetricExport | None = None
-        """Both from `start` on, where somebody wants them."""
+        """Both are set by `start`, if anything is exported."""
         add_to_server(self._state, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [GENERATION_SERVICE, MODEL_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME]
@@ -106,10 +106,10 @@ class DashServer:
         _add_reflection(self._server, [*names, _REFLECTION_V1])
 
     async def start(self) -> int:
-        """Listens, and returns the port. Health is NOT_SERVING until a worker is ready.
+        """Listens and returns the port. Health is NOT_SERVING until a worker is ready.
 
         Raises:
-            ListenError: an address may not or cannot be listened on, or the port file not be written.
+            ListenError: the server may not or cannot listen on an address, or cannot write the port file.
         """
         port_file = self._settings.port_file
         if port_file is not None:
@@ -124,12 +124,12 @@ class DashServer:
         return port
 
     async def run_workers(self) -> None:
-        """Keeps the workers running, each by itself. One that is given up leaves its work to the others.
+        """Keeps the workers running. If one is given up, the others go on.
 
-        The first one starts alone: what it compiles and measures, the others find done.
+        The first one starts alone, so that the others find its compiled programs and measurements.
 
         Raises:
-            WorkerStartError: of the last worker; see `WorkerLink.run`.
+            WorkerStartError: the last worker was given up; see `WorkerLink.run`.
             DashRuntimeError: the model folder cannot be read.
         """
         first, *others = self._links
@@ -154,7 +154,7 @@ class DashServer:
                 await asyncio.wait(tasks)
 
     async def drain(self, grace_seconds: float) -> None:
-        """Refuses new requests, and waits for those inside; after the grace they fail as UNAVAILABLE."""
+        """Refuses new requests and waits for those inside. After the grace, those left fail with UNAVAILABLE."""
         self.admission.drain()
         self._health.set_serving(False)
         logger.info("draining: %d requests inside", self.admission.num_inside)
@@ -165,7 +165,7 @@ class DashServer:
             self.dispatcher.fail_all(ShuttingDown())
 
     async def close(self) -> None:
-        """Ends what is left of the calls. The workers end with `run_workers`."""
+        """Ends the calls that are left, and exports the last telemetry. The workers end with `run_workers`."""
         self._health.close()
         await self._server.stop(_LAST_CALLS_SECONDS)
         self._state.close()
@@ -176,14 +176,14 @@ class DashServer:
             await asyncio.to_thread(self.metrics.close)
 
     def kill_workers(self) -> None:
-        """Ends the workers at once, for a process that exits at once."""
+        """Kills the workers without waiting, for a process that exits at once."""
         for link in self._links:
             link.kill()
 
     def _start_tracing(self) -> None:
         state = self._state
         if is_exported("traces", os.environ):
-            from dash_server.telemetry.tracing import start_tracing  # the SDK, which takes a while to import
+            from dash_server.telemetry.tracing import start_tracing  # imports the SDK, which is slow
 
             self.tracing = start_tracing(self._settings, os.environ)
         if self.tracing is not None:
@@ -199,7 +199,7 @@ class DashServer:
             return
         has_collector = is_exported("metrics", os.environ)
         if has_endpoint or has_collector:
-            from dash_server.telemetry.metric_export import start_metrics  # the SDK, which takes a while to import
+            from dash_server.telemetry.metric_export import start_metrics  # imports the SDK, which is slow
 
             sources = Sources(
                 self.admission,

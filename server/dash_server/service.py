@@ -1,6 +1,6 @@
-"""The gRPC servicers: thin handlers between bytes on the wire and the generation, and their errors.
+"""The gRPC servicers: thin handlers that turn request bytes into a generation, and exceptions into statuses.
 
-Knows neither how it is hosted nor where the worker runs; no tensors.
+Knows neither the host process nor the worker's place, and no tensors.
 """
 
 import asyncio
@@ -40,8 +40,7 @@ _MODEL = model_pb2.DESCRIPTOR.services_by_name["ModelService"]
 GENERATION_SERVICE = _GENERATION.full_name
 MODEL_SERVICE = _MODEL.full_name
 
-# Reading a longer request may take milliseconds, which the event loop has not; a shorter one takes less
-# than a thread costs.
+# Reading a longer request takes milliseconds, too long for the event loop; a shorter one costs less than a thread.
 _MAX_INLINE_BYTES = 4096
 _NUM_READER_THREADS = 2
 
@@ -50,7 +49,7 @@ M = TypeVar("M", bound=Message)
 
 
 class ServiceState:
-    """What both servicers share. `model` is None until a worker has been ready once."""
+    """State that both servicers share. `model` is None until the first worker is ready."""
 
     def __init__(
         self, settings: Settings, admission: Admission, dispatcher: Dispatcher, authenticator: Authenticator
@@ -61,14 +60,14 @@ class ServiceState:
         self.authenticator = authenticator
         self.recent_decisions = RecentDecisions(settings.recent_requests)
         self.start_observers: list[Observer] = []
-        """Told of every generation call that begins."""
+        """Called with each generation call that begins."""
         self.observers: list[Observer] = []
-        """Told of every generation call that is over."""
+        """Called with each generation call that is over."""
         self.model: ServedModel | None = None
         self._readers = ThreadPoolExecutor(_NUM_READER_THREADS, thread_name_prefix="request-reader")
 
     def caller(self, context: grpc.aio.ServicerContext) -> Caller:
-        """Raises Unauthenticated."""
+        """Returns the caller; raises Unauthenticated."""
         names = (context.auth_context() or {}).get("x509_common_name", ())
         return self.authenticator.identify(context.invocation_metadata() or (), context.peer(), names)
 
@@ -78,7 +77,7 @@ class ServiceState:
         return self.model
 
     async def read(self, data: bytes, function: Callable[[], T]) -> T:
-        """Runs `function`, which reads the request `data`, where it does not hold up the event loop."""
+        """Runs `function`, which reads the request `data`: a long one in a thread, off the event loop."""
         if len(data) <= _MAX_INLINE_BYTES:
             return function()
         return await asyncio.get_running_loop().run_in_executor(self._readers, function)
@@ -88,7 +87,7 @@ class ServiceState:
 
 
 class GenerationServicer:
-    """dash_api.v1.GenerationService. Its handlers are given bytes."""
+    """dash_api.v1.GenerationService. Its handlers take the request's bytes."""
 
     def __init__(self, state: ServiceState) -> None:
         self._state = state
@@ -129,7 +128,7 @@ class GenerationServicer:
                     state.admission.claim(place, prepared.request.num_cache_tokens)
                     seconds_left = context.time_remaining()
                     generation = Generation(state.dispatcher, model, prepared, place, seconds_left, record)
-                    # A handler that is not resumed after a cancellation must not keep its slot.
+                    # gRPC may never resume a cancelled handler: free its slot all the same.
                     context.add_done_callback(lambda _: generation.close())
                     try:
                         with _below_parameters():
@@ -158,7 +157,7 @@ class GenerationServicer:
 
 
 class ModelServicer:
-    """dash_api.v1.ModelService. Its handlers are given bytes."""
+    """dash_api.v1.ModelService. Its handlers take the request's bytes."""
 
     def __init__(self, state: ServiceState) -> None:
         self._state = state
@@ -238,7 +237,7 @@ def _snake_case(name: str) -> str:
 
 @asynccontextmanager
 async def _errors_to_status(context: grpc.aio.ServicerContext) -> AsyncIterator[str]:
-    """Gives the call its request id, and turns exceptions into its status."""
+    """Gives the call its request id and turns exceptions into the call's status."""
     request_id = uuid.uuid4().hex
     request_id_of_task.set(request_id)
     try:
@@ -256,7 +255,7 @@ async def _errors_to_status(context: grpc.aio.ServicerContext) -> AsyncIterator[
 
 @contextmanager
 def _below_parameters() -> Iterator[None]:
-    """Paths of wrong fields inside are relative to GenerationParameters; callers get them from the top."""
+    """Prefixes the paths of wrong fields, which are relative to GenerationParameters inside the block."""
     try:
         yield
     except InvalidRequest as error:

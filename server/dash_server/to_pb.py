@@ -1,6 +1,6 @@
-"""From the runtime's dataclasses to the protobuf messages of an answer; `convert` is the way in.
+"""Converts the runtime's dataclasses to protobuf responses; `from_pb` is the way in.
 
-Checks nothing: what is answered was made here.
+Checks nothing: all values come from the server itself.
 """
 
 from dash_api.v1 import generation_pb2, model_pb2

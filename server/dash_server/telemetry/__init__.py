@@ -1,1 +1,1 @@
-"""Metrics and traces of calls that are over. The service tells its observers of calls and knows nothing in here."""
+"""Metrics and traces of calls. The service reports calls to its observers, and does not know this folder."""

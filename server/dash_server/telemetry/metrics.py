@@ -1,7 +1,7 @@
-"""What is counted and measured: the instruments, filled from calls that are over and read from the server's own counts.
+"""The server's metrics: instruments that are filled from calls that are over or read the server's own counts.
 
-Knows nothing of where metrics go (that is `metric_export`). Attributes come from small fixed sets: never from what a
-caller chose, so that nobody can make more series than there is room for.
+Does not know where metrics go; `metric_export` does. Attributes come from small fixed sets, so that no caller can create
+series.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +16,7 @@ from dash_server.dispatcher import Dispatcher
 from dash_server.request_record import PROVIDER_NAME, RequestRecord
 from dash_server.worker.link import WorkerLink
 
-# Those of the GenAI conventions.
+# Boundaries of the GenAI conventions.
 _DURATION_BOUNDARIES = [0.01 * 2**exponent for exponent in range(14)]
 _FIRST_TOKEN_BOUNDARIES = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10]
 _OUTPUT_TOKEN_BOUNDARIES = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5]
@@ -32,13 +32,13 @@ def _zero() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where the server's own counts are read, in other threads than the event loop's: only what is a plain number."""
+    """Owners of the server's own counts. Other threads than the event loop's read them, so only plain numbers."""
 
     admission: Admission
     dispatcher: Dispatcher
     links: Sequence[WorkerLink]
     model_name: Callable[[], str | None]
-    """None until a worker has been ready once."""
+    """Returns None until the first worker is ready."""
     dropped_spans: Callable[[], int] = field(default=_zero)
     exported_spans: Callable[[], int] = field(default=_zero)
 
@@ -49,7 +49,7 @@ class Metrics:
     def __init__(self, meter: Meter, sources: Sources) -> None:
         self._model_name = sources.model_name
         self._actions: list[list[int]] = []
-        """By layer and action: a counter for each would be 120 calls after each request, where this is 120 sums."""
+        """Counts by layer and action: 120 sums after each request instead of 120 counter calls."""
         self._action_attributes: list[list[Attributes]] = []
         self._duration = meter.create_histogram(
             "gen_ai.server.request.duration",
@@ -87,7 +87,7 @@ class Metrics:
             "Tokens of requests that had a slot; cached_input is the part of input whose keys and values were there",
         )
         self._drafts = meter.create_counter("dash.drafts", "{token}", "Tokens drafted and accepted in mode EXACT")
-        self._add_drafts(0, 0)  # so that they are there, and zero, from the beginning
+        self._add_drafts(0, 0)  # so that the series start at zero
         meter.create_observable_counter(
             "dash.actions", [self._observe_actions], "{layer}", "Layers run for decode tokens, by layer and action"
         )
@@ -111,7 +111,7 @@ class Metrics:
         if not is_failed and record.first_token_unix_ns is not None:
             self._first_token.record((record.first_token_unix_ns - record.started_unix_ns) / 1e9, attributes)
         if not is_failed and finished.output_token_count > 1:
-            # The worker's own time: the server may take many tokens at once, if the event loop had other things to do.
+            # The worker's own time: a busy event loop may take many tokens at once.
             self._output_token.record(finished.decode_seconds / (finished.output_token_count - 1), attributes)
         if finished.decode_token_count:
             self._cost.record(finished.mean_cost, mode)
@@ -143,7 +143,7 @@ class Metrics:
                 sums[action] += count
 
     def _grow(self, num_layers: int) -> None:
-        """Attributes first: a reader in another thread takes as many layers as both have."""
+        """Adds layers, attributes first: a reader in another thread takes as many layers as both lists have."""
         for layer in range(len(self._actions), num_layers):
             self._action_attributes.append(
                 [{"dash.layer": layer, "dash.action": action.name.lower()} for action in Action]
@@ -158,7 +158,7 @@ class Metrics:
 
 
 def _read_counts(meter: Meter, sources: Sources) -> None:
-    """Instruments that are read when somebody looks, and cost nothing until then."""
+    """Creates the instruments that are read at each export and cost nothing until then."""
     links = sources.links
 
     def reading(number: Callable[[], int]) -> list[Callable[[CallbackOptions], Iterable[Observation]]]:

@@ -1,7 +1,7 @@
-"""Brings together what the server learned of a call and what its worker recorded of it, which come at two times.
+"""Joins a call's record from the server with its decision trace from the worker.
 
-The worker's part comes just before a request's end, or some milliseconds after it was cancelled. Knows neither spans
-nor callers.
+The decision trace comes just before a request's end, or milliseconds after its cancellation. Knows no spans and no
+callers.
 """
 
 import asyncio
@@ -21,7 +21,7 @@ class _Open:
 
 
 class PendingTraces:
-    """Told of calls and of recordings, in the event loop."""
+    """The calls whose record or decision trace is still to come. Used in the event loop only."""
 
     def __init__(
         self,
@@ -29,19 +29,22 @@ class PendingTraces:
         on_complete: Callable[[RequestRecord, RecordedRequest | None], None],
         wait_seconds: float = WAIT_SECONDS,
     ) -> None:
-        """Tells of a recording as soon as it is there, and of each call once it is over, with its recording if it has
-        come within `wait_seconds` of the call's end."""
+        """Sets the callbacks.
+
+        `on_decision_trace` gets each decision trace at once. `on_complete` gets each call that is over, with its
+        decision trace, or None if none came within `wait_seconds` of the call's end.
+        """
         self._on_decision_trace = on_decision_trace
         self._on_complete = on_complete
         self._wait_seconds = wait_seconds
         self._open: dict[str, _Open] = {}
 
     def begin(self, record: RequestRecord) -> None:
-        """A call begins."""
+        """Adds a call that begins."""
         self._open[record.request_id] = _Open(record)
 
     def add(self, decision_trace: RecordedRequest) -> None:
-        """The worker says what it recorded of a request."""
+        """Takes a worker's decision trace."""
         call = self._open.get(decision_trace.request_id)
         if call is None or call.decision_trace is not None:
             return
@@ -51,11 +54,11 @@ class PendingTraces:
             self._complete(decision_trace.request_id)
 
     def end(self, record: RequestRecord) -> None:
-        """A call is over."""
+        """Takes a call that is over."""
         call = self._open.get(record.request_id)
         if call is None:
             return
-        # One without a slot was not with a worker, or not for long enough to have anything recorded.
+        # A call without a slot has no decision trace.
         if call.decision_trace is not None or record.granted is None:
             self._complete(record.request_id)
         else:
@@ -67,7 +70,7 @@ class PendingTraces:
             self._on_complete(call.record, call.decision_trace)
 
     def close(self) -> None:
-        """Waits no longer for recordings of calls that are over."""
+        """Completes the calls that are over, without waiting for their decision traces."""
         for request_id, call in list(self._open.items()):
             if call.record.ended_unix_ns is not None:
                 self._complete(request_id)

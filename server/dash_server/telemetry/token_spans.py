@@ -1,10 +1,10 @@
-"""Spans of what a worker recorded: tokens with their decisions, and drafts. Knows no server and no caller.
+"""Makes the spans of a decision trace: tokens with their decisions, and drafts. Knows no server and no caller.
 
 token                a decode step, or a drafted token that was accepted
-  decision, layer    one per layer, those decided and (where asked for) all
+  decision, layer    one per decided layer, and one per layer if asked for
 draft                in mode EXACT: from the first drafted token to the end of the verification
   verification
-  rejected token     with its decisions; `drafted token` where it was neither rejected nor put out
+  rejected token     with its decisions; `drafted token` if it was neither rejected nor put out
 """
 
 from array import array
@@ -22,17 +22,17 @@ _ACTION_NAMES = {action.value: action.name.lower() for action in Action}
 
 @dataclass(frozen=True, slots=True)
 class SpanOptions:
-    """What of a request is put into spans."""
+    """The optional parts of a request's spans."""
 
     has_layers: bool = False
     has_content: bool = False
-    """Prompts, outputs, token ids and stop strings."""
+    """True if spans hold prompts, outputs, token ids and stop strings."""
     max_spans: int = 9_000
 
 
 @dataclass(slots=True)
 class _Group:
-    """Steps that stand or fall together: one that decodes, or a draft and its verification."""
+    """Steps that are traced together or not at all: a decode step, or a draft and its verification."""
 
     drafted: list[RecordedStep] = field(default_factory=list)
     last: RecordedStep | None = None
@@ -52,7 +52,7 @@ class _Group:
 
     @property
     def num_drafted_put_out(self) -> int:
-        """Fewer than were accepted where the output ended within them."""
+        """Drafted tokens in the output: fewer than accepted if the output ended within them."""
         return 0 if self.last is None else min(self.num_accepted, len(self.last.token_ids))
 
 
@@ -73,7 +73,7 @@ def _groups(steps: Sequence[RecordedStep]) -> Iterator[_Group]:
 
 
 class TokenSpans:
-    """The spans of one request's steps, as many whole tokens and drafts as fit."""
+    """The spans of one request's steps: as many whole tokens and drafts as fit in `max_spans`."""
 
     def __init__(self, decision_trace: RecordedRequest, options: SpanOptions) -> None:
         self._decision_trace = decision_trace
@@ -81,7 +81,7 @@ class TokenSpans:
         self._score_names = [f"dash.scores.{action.name.lower()}" for action in decision_trace.score_actions]
         self._groups: list[_Group] = []
         self.num_spans = 0
-        """At most: what `make` gives."""
+        """An upper bound of the spans that `make` yields."""
         room = options.max_spans - (decision_trace.first_token_id is not None)
         for group in _groups(decision_trace.steps):
             num_spans = self._most_spans(group)
@@ -108,7 +108,7 @@ class TokenSpans:
         return num_spans
 
     def make(self, tree: SpanTree, generation: ParentSpan) -> Iterator[ReadableSpan]:
-        """The spans, parents first."""
+        """Yields the spans, parents first."""
         decision_trace, index = self._decision_trace, 0
         if decision_trace.first_token_id is not None and decision_trace.first_token_unix_ns is not None:
             start, end = decision_trace.granted_unix_ns, decision_trace.first_token_unix_ns
@@ -124,7 +124,7 @@ class TokenSpans:
                 index += 0 if group.last is None else len(group.last.token_ids)
 
     def _draft(self, tree: SpanTree, generation: ParentSpan, group: _Group, index: int) -> Iterator[ReadableSpan]:
-        """A draft, its verification, and the tokens that came of them, the first with this index."""
+        """Yields a draft, its verification and their tokens. `index` is the first token's place in the output."""
         verification = group.last
         attributes: Attributes = {
             "dash.draft.verified": verification is not None,
@@ -186,7 +186,7 @@ class TokenSpans:
     def _add_scores(self, attributes: Attributes, action: int, scores: array) -> None:
         attributes.update(zip(self._score_names, scores, strict=True))
         best = self._decision_trace.score_actions[max(range(len(scores)), key=scores.__getitem__)]
-        # A batch may agree on a dearer action than one of its rows would have taken.
+        # A batch may agree on a dearer action than a row of it would have taken.
         if action > best:
             attributes["dash.raised_from"] = best.name.lower()
 

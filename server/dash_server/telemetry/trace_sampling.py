@@ -1,7 +1,7 @@
-"""Which calls are traced: at the caller's word, by chance, or because they were slow or failed.
+"""Decides which calls are traced: at the caller's wish, by chance, or because they were slow or failed.
 
-Reads W3C trace context. Knows no spans and no exporter; decides when a call is over, since only then it is known how
-it went.
+Reads W3C trace context. Decides when a call is over, as only then its status and duration are known. Knows no spans and
+no exporter.
 """
 
 import random
@@ -24,7 +24,7 @@ SERVER_FAULTS = frozenset(
         grpc.StatusCode.DATA_LOSS,
     }
 )
-"""Those that the gRPC conventions call errors of a server. The others are the caller's: wrong, too many, or gone."""
+"""The statuses that OpenTelemetry's gRPC conventions call server errors. The others are the caller's fault."""
 
 # The library warns of longer ones, so callers could fill the log.
 _MAX_HEADER_CHARS = 512
@@ -40,27 +40,27 @@ def caller_span(metadata: Mapping[str, str]) -> SpanContext | None:
 
 
 def new_trace_id() -> str:
-    """In hexadecimal."""
+    """Returns a random trace id in hexadecimal."""
     return f"{random.getrandbits(128) or 1:032x}"
 
 
 class SamplingRule:
-    """Whether a call that is over is traced."""
+    """Chooses the calls to trace."""
 
     def __init__(self, ratio: float, slow_seconds: float | None) -> None:
-        """`ratio` is the share of calls whose callers say neither yes nor no; slower ones are traced in any case."""
+        """Traces a share `ratio` of the calls whose callers do not decide, and all slower than `slow_seconds`."""
         self._bound = round(ratio * (_LOW_64_BITS + 1))
         self._slow_seconds = slow_seconds
 
     def is_sampled(self, record: RequestRecord) -> bool:
-        """Whether `record`, which is over, becomes a trace."""
+        """True if the call, which must be over, becomes a trace."""
         if record.code in SERVER_FAULTS or (self._slow_seconds is not None and record.seconds > self._slow_seconds):
             return True
-        if record.caller is None:  # whoever may not call may not fill a collector either
+        if record.caller is None:  # unknown callers may not fill the collector
             return False
         if record.wants_trace:
             return True
         if record.caller_span is not None:
             return record.caller_span.trace_flags.sampled
-        # By the id's lower half, as OpenTelemetry's own samplers do: all services choose the same ones.
+        # By the id's lower half, like OpenTelemetry's own samplers: all services choose the same traces.
         return int(record.trace_id, 16) & _LOW_64_BITS < self._bound

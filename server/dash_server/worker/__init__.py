@@ -1,1 +1,1 @@
-"""The worker process, and the server's end of it: importing the folder itself imports no torch."""
+"""The worker process and the server's link to it. Only `__main__` and `engine_loop` import torch."""

@@ -1,4 +1,4 @@
-"""The worker process, started by exec as `python -m dash_server.worker --fd N`. Knows not who started it."""
+"""The worker process, started by exec as `python -m dash_server.worker --fd N`. Does not know its starter."""
 
 import argparse
 import signal
@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     fd = parser.parse_args(arguments).fd
     die_with_parent()
     configure_worker_logging()
-    # A terminal sends Ctrl-C to the whole group; the server decides when its worker ends.
+    # A terminal sends Ctrl-C to the whole process group, but the server decides when its worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return EngineLoop(socket.socket(fileno=fd)).run()
 

@@ -37,7 +37,7 @@ class EngineLoop:
         self._frames = messages.FrameReader()
 
     def run(self) -> int:
-        """Serves until the other end closes; returns the exit code."""
+        """Serves until the other end closes. Returns the exit code."""
         try:
             engine, remaining = self._start()
             if engine is None:

@@ -1,7 +1,7 @@
-"""What the worker said about one request and the caller has not been told yet.
+"""Holds the worker's output of one request until the caller takes it.
 
-However slow the caller is, there is one merged batch in here, bounded by the request's own length, and
-never a queue of messages. Knows no gRPC and no text.
+A slow caller finds one merged output, bounded by the request's own length, never a queue of messages. Knows no gRPC and
+no text.
 """
 
 import asyncio
@@ -13,16 +13,16 @@ from dash_server.worker.messages import Event, Finished, Granted, Logprobs, Refu
 
 @dataclass(slots=True)
 class MergedOutput:
-    """Tokens in order, with one row of `actions` and one entry of `logprobs` each where asked for."""
+    """Tokens in order. Each has a row of `actions` and an entry of `logprobs`, if asked for."""
 
     token_ids: list[int] = field(default_factory=list)
     actions: bytearray = field(default_factory=bytearray)
     logprobs: list[Logprobs] = field(default_factory=list)
     finished: Finished | None = None
-    """Set on the last output."""
+    """Set on a request's last output."""
 
     def first(self, num_tokens: int) -> "MergedOutput":
-        """The first tokens alone."""
+        """Returns only the first tokens."""
         row_length = len(self.actions) // len(self.token_ids) if self.token_ids else 0
         return MergedOutput(
             self.token_ids[:num_tokens],
@@ -43,7 +43,7 @@ class Outbox:
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.queue_seconds = 0.0
-        """Before the worker had it."""
+        """Time before the request went to the worker."""
         self._granted: Granted | None = None
         self._pending = MergedOutput()
         self._error: Exception | None = None
@@ -64,12 +64,12 @@ class Outbox:
         self._changed.set()
 
     def fail(self, error: Exception) -> None:
-        """The request cannot go on: whoever waits, or asks next, gets `error`."""
+        """Raises `error` in the current and every later wait."""
         self._error = error
         self._changed.set()
 
     async def granted(self) -> Granted:
-        """Waits for the slot.
+        """Waits for the slot and returns the worker's message.
 
         Raises:
             InvalidRequest: the worker refused the request.
@@ -80,7 +80,7 @@ class Outbox:
         return self._granted
 
     async def take(self, max_tokens: int) -> MergedOutput:
-        """Waits until there are tokens or the end, and takes up to `max_tokens`. Raises like `granted`."""
+        """Waits for tokens or the end, and takes up to `max_tokens`. Raises like `granted`."""
         while not self._pending.token_ids and self._pending.finished is None:
             await self._next_change()
         if len(self._pending.token_ids) <= max_tokens:
