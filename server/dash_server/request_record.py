@@ -89,8 +89,8 @@ Observer = Callable[[RequestRecord], None]
 """Takes a call that begins or is over. Runs in the event loop: must be quick and must not raise."""
 
 _SECONDS_ON_THE_WAY = 0.05
-"""A client's deadline clock starts before the call arrives here. Its cancellation at the deadline may come before our own
-clock has reached it."""
+"""A client's deadline clock starts before the call arrives here. So it may cancel at the deadline a moment before
+our own clock is there."""
 
 _CONTEXT_KEYS = ("traceparent", "tracestate")
 

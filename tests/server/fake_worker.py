@@ -2,19 +2,19 @@
 
 Its behaviour is in WorkerConfig.model, as `fake?folder=/path&token_seconds=0.01&…`:
 
-folder           where tokenizer.json is
+folder           the folder with tokenizer.json
 token_seconds    time between two steps; each step gives every running request one token
 num_layers       length of a row of actions
-die_after        exits, without a word, after this many tokens
-die_when_ready   exits, without a word, as soon as it is ready
-hang_after       says nothing any more, and reads nothing, after this many tokens
+die_after        exits silently after this many tokens
+die_when_ready   exits silently as soon as it is ready
+hang_after       sends and reads nothing after this many tokens
 die_at_start     exits before it is ready
 never_ready      waits for ever instead of becoming ready
-starts_child     starts a process of its own first, that sleeps
+starts_child     first starts a child process that sleeps
 startup_failed   refuses to start, with this text
 finish_reason    ends every request with this reason, whatever the true one is
 refuse           answers every request with Refused for this field
-keeps_records    never says what it recorded of a request
+keeps_records    never sends decision traces
 
 A request whose prompt is [PROBE_TOKEN_ID] gets, as token ids: requests running or queued beside it, and
 the numbers of Submit, Cancel and Stop received so far.
@@ -79,8 +79,8 @@ class Running:
         return events
 
     def record(self, token_id: int, num_layers: int) -> None:
-        """Made up: a decode step takes as long as the time between two tokens, each layer its share of it, and a
-        decision the second half of the layer before."""
+        """Records a made-up step, as long as the time between two tokens: each layer takes its share, each decision the
+        second half of the layer before."""
         start, now = self.last_token_unix_ns, time.time_ns()
         self.last_token_unix_ns = now
         if self.first_token is None:

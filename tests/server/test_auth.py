@@ -1,4 +1,4 @@
-"""Tokens, certificates and addresses to callers; token files that change or are wrong."""
+"""Callers from tokens, certificates and addresses; token files that change or are wrong."""
 
 import hashlib
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_a_changed_file_counts_and_a_broken_one_does_not(token_file: Path, caplo
     now = 0.0
     callers = Authenticator(token_file, clock=lambda: now)
     token_file.write_text(FILE.replace("ann", "zoe"))
-    assert callers.identify(bearer(ANN), "").name == "ann"  # it was looked at a moment ago
+    assert callers.identify(bearer(ANN), "").name == "ann"  # the file was looked at a moment ago
     now = 2.0
     with pytest.raises(Unauthenticated):
         callers.identify(bearer(ANN), "")

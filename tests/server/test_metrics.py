@@ -1,4 +1,4 @@
-"""What is counted of requests to a real server with the fake worker, as Prometheus scrapes it."""
+"""The metrics of a real server with the fake worker, as Prometheus scrapes them."""
 
 import asyncio
 from pathlib import Path
@@ -67,7 +67,7 @@ async def test_requests_that_failed_have_their_status_as_error_type(model_folder
     for status in ("CANCELLED", "DEADLINE_EXCEEDED", "INVALID_ARGUMENT"):
         assert seen.value(f"{REQUESTS}_count", error_type=status) == 1, status
     assert seen.value(f"{REQUESTS}_count", error_type="INVALID_ARGUMENT", dash_mode="") == 1
-    # What was generated for callers that left counts; that they were served fast or slowly does not.
+    # Tokens of callers that left count; their times do not.
     assert seen.value("dash_tokens_total", dash_token_type="output") > 1
     assert "gen_ai_server_time_to_first_token_seconds_count" not in seen.series
 

@@ -1,4 +1,4 @@
-"""Settings, outboxes and statuses, without a server."""
+"""Settings, handlers, outboxes and statuses, without a server."""
 
 import asyncio
 import re
@@ -104,7 +104,7 @@ def test_the_documented_settings_are_the_settings() -> None:
 
 
 def test_the_documented_errors_are_the_errors() -> None:
-    """One row for each reason, with its code, and whether it is retryable: all that tell when to come back are."""
+    """Each reason has a row with its code."""
     rows = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text().splitlines()
     reasons = {error.reason: error.code.name for error in ServiceError.__subclasses__()}
     for reason, code in {**reasons, "INVALID_REQUEST": "INVALID_ARGUMENT", "INTERNAL": "INTERNAL"}.items():
@@ -193,7 +193,7 @@ def test_statuses_agree_with_their_details_and_fit_in_a_trailer(error: Exception
 
 
 class _UncutCall:
-    """The context of a call that nothing ends."""
+    """The context of a call that does not end."""
 
     def add_done_callback(self, callback: object) -> None: ...
 

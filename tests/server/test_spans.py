@@ -1,4 +1,4 @@
-"""Spans of made-up recordings, without a server."""
+"""Spans of made-up decision traces, without a server."""
 
 import random
 from typing import Any
@@ -27,7 +27,7 @@ NUM_LAYERS, PINNED = 4, [0, 3]
 
 
 def step(kind: StepKind, place: int, **changes: Any) -> RecordedStep:
-    """The `place`-th one, of a millisecond, whose two free layers were decided."""
+    """Returns a step of one millisecond, number `place`, with decisions for its two free layers."""
     fields: dict[str, Any] = {
         "kind": kind,
         "token_ids": [place],
@@ -108,7 +108,7 @@ def spans_of(said: RecordedRequest | None, call: RequestRecord | None = None, **
 
 
 def check(spans: list[ReadableSpan]) -> None:
-    """One root, parents before their children and around them."""
+    """Checks for one root, and parents that come before their children and surround them."""
     known: dict[int, ReadableSpan] = {}
     for span in spans:
         assert span.context is not None
@@ -125,7 +125,7 @@ def check(spans: list[ReadableSpan]) -> None:
 
 
 def tree(spans: list[ReadableSpan]) -> list[str]:
-    """Each span's parent and name, below the generation; decisions only counted."""
+    """Returns each span's parent and name, below the generation; decisions are only counted."""
     names = {span.context.span_id: span.name for span in spans if span.context is not None}
     lines: list[str] = []
     for span in spans[2:]:

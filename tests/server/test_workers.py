@@ -1,4 +1,4 @@
-"""Workers that die, hang or never work, several of them, and what becomes of their requests."""
+"""One or several workers that die, hang or never work, and the fate of their requests."""
 
 import asyncio
 import contextlib
@@ -19,10 +19,10 @@ from tests.server.test_server_process import assert_gone, complaints
 
 
 def worker_pids() -> list[int]:
-    """Of the server in this process, those that live."""
+    """Returns the live workers of the server in this process."""
     pids = []
     for process in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):  # it may end, or have ended, while it is looked at
+        with contextlib.suppress(psutil.Error):  # the process may end meanwhile
             if "fake_worker" in " ".join(process.cmdline()):
                 pids.append(process.pid)
     return pids

@@ -1,7 +1,6 @@
 """The server's metrics: instruments that are filled from calls that are over or read the server's own counts.
 
-Does not know where metrics go; `metric_export` does. Attributes come from small fixed sets, so that no caller can create
-series.
+Knows no exporters; `metric_export` does. Attributes come from small fixed sets, so that no caller can create series.
 """
 
 from collections.abc import Callable, Iterable, Sequence

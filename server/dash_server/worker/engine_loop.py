@@ -124,7 +124,7 @@ class EngineLoop:
 
 
 def device_of_worker(device: str, number: int) -> str:
-    """Returns the device of worker `number`, from 0. Without a particular CUDA device, workers take turns at all."""
+    """Returns the device of worker `number`, from 0. Unless one CUDA device is named, they take turns."""
     num_devices = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     return f"cuda:{number % num_devices}" if num_devices else device
 
