@@ -277,6 +277,15 @@ def test_the_callers_flag_is_the_lowest_bit(traceparent: str, is_sampled: bool) 
     assert span.trace_state.get("a") == "b"
 
 
+def test_headers_that_are_too_long_are_left_out_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    traceparent = f"00-{'1' * 32}-{'2' * 16}-01"
+    span = caller_span({"traceparent": traceparent, "tracestate": f"a={'b' * 511}"})
+    assert span is not None
+    assert not span.trace_state
+    assert caller_span({"traceparent": f"cc{traceparent[2:]}-{'x' * 500}"}) is None
+    assert not caplog.records
+
+
 @given(st.text(max_size=80), st.text(max_size=600))
 def test_no_header_is_too_strange_to_be_read(traceparent: str, tracestate: str) -> None:
     assert caller_span({"traceparent": traceparent, "tracestate": tracestate}) is None

@@ -53,19 +53,19 @@ class Metrics:
         self._duration = meter.create_histogram(
             "gen_ai.server.request.duration",
             "s",
-            "From the request to the end of its answer",
+            "Time from the request to the end of its response",
             explicit_bucket_boundaries_advisory=_DURATION_BOUNDARIES,
         )
         self._first_token = meter.create_histogram(
             "gen_ai.server.time_to_first_token",
             "s",
-            "From the request to its first output token, waiting for a slot included",
+            "Time from the request to its first output token, the wait for a slot included",
             explicit_bucket_boundaries_advisory=_FIRST_TOKEN_BOUNDARIES,
         )
         self._output_token = meter.create_histogram(
             "gen_ai.server.time_per_output_token",
             "s",
-            "Of each output token after the first, as the worker measured it",
+            "Time of each output token after the first, by the worker's clock",
             explicit_bucket_boundaries_advisory=_OUTPUT_TOKEN_BOUNDARIES,
         )
         self._cost = meter.create_histogram(
@@ -77,13 +77,13 @@ class Metrics:
         self._exposed = meter.create_histogram(
             "dash.exposed_policy_time",
             "s",
-            "Wait of the decoder for the policy, mean of a request's decode tokens",
+            "The decoder's wait for the policy, mean of a request's decode tokens",
             explicit_bucket_boundaries_advisory=_EXPOSED_BOUNDARIES,
         )
         self._tokens = meter.create_counter(
             "dash.tokens",
             "{token}",
-            "Tokens of requests that had a slot; cached_input is the part of input whose keys and values were there",
+            "Tokens of requests that had a slot; cached_input is the part of input found in the prefix cache",
         )
         self._drafts = meter.create_counter("dash.drafts", "{token}", "Tokens drafted and accepted in mode EXACT")
         self._add_drafts(0, 0)  # so that the series start at zero
@@ -167,25 +167,25 @@ def _read_counts(meter: Meter, sources: Sources) -> None:
         return lambda: sum(map(of_link, links))
 
     gauges: list[tuple[str, str, str, Callable[[], int]]] = [
-        ("dash.requests.inside", "{request}", "Waiting or running", lambda: sources.admission.num_inside),
-        ("dash.queue.requests", "{request}", "Waiting for a slot", lambda: sources.dispatcher.num_waiting),
-        ("dash.slots", "{slot}", "Of the workers that are ready", total(lambda link: link.num_slots)),
+        ("dash.requests.inside", "{request}", "Requests waiting or running", lambda: sources.admission.num_inside),
+        ("dash.queue.requests", "{request}", "Requests waiting for a slot", lambda: sources.dispatcher.num_waiting),
+        ("dash.slots", "{slot}", "Slots of the workers that are ready", total(lambda link: link.num_slots)),
         ("dash.slots.used", "{slot}", "Requests at the workers", lambda: sources.dispatcher.num_running),
         (
             "dash.cache.tokens",
             "{token}",
-            "Reserved in the key-value caches by requests at the workers",
+            "KV cache tokens reserved by requests at the workers",
             total(lambda link: link.num_reserved_tokens),
         ),
-        ("dash.cache.limit", "{token}", "Room in them", total(lambda link: link.num_cache_tokens)),
+        ("dash.cache.limit", "{token}", "Size of the KV caches", total(lambda link: link.num_cache_tokens)),
         ("dash.workers.ready", "{worker}", "Workers that take requests", total(lambda link: int(link.is_ready))),
     ]
     for name, unit, description, number in gauges:
         meter.create_observable_gauge(name, reading(number), unit, description)
     counters: list[tuple[str, str, str, Callable[[], int]]] = [
-        ("dash.worker.restarts", "{restart}", "Workers started in place of one", total(lambda link: link.num_restarts)),
-        ("dash.spans.exported", "{span}", "Spans that a collector took", sources.exported_spans),
-        ("dash.spans.dropped", "{span}", "Spans that were lost on the way to it", sources.dropped_spans),
+        ("dash.worker.restarts", "{restart}", "Workers started to replace one", total(lambda link: link.num_restarts)),
+        ("dash.spans.exported", "{span}", "Spans that a collector accepted", sources.exported_spans),
+        ("dash.spans.dropped", "{span}", "Spans lost on the way to a collector", sources.dropped_spans),
     ]
     for name, unit, description, number in counters:
         meter.create_observable_counter(name, reading(number), unit, description)
