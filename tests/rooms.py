@@ -24,6 +24,26 @@ ROOMS = {
         errors types
     """,
     "dash_server": """
+        main
+        server
+        telemetry/tracing telemetry/metric_export telemetry/pending_traces
+        telemetry/call_spans telemetry/metrics
+        telemetry/token_spans telemetry/trace_sampling telemetry/span_export
+        telemetry/
+        service health auth_interceptor
+        generation
+        to_pb
+        recent_decisions
+        request_record
+        dispatcher
+        admission from_pb listening
+        settings auth served_model fair_queue pace
+        worker/__main__
+        worker/engine_loop
+        worker/link
+        worker/process worker/outbox
+        worker/
+        text wire statuses watched_files logs
     """,
     "dash_runtime": """
         commands/

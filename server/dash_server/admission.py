@@ -1,5 +1,4 @@
-"""Who may come in: bounds on the requests and tokens inside, for all and for each caller, and a closed door while it
-drains.
+"""Admits requests: bounds the requests and tokens inside, in total and per caller, and refuses all while draining.
 
 Pure Python: knows no network, no device and no clock.
 """
@@ -10,24 +9,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from dash_server.callers import Caller
+from dash_server.auth import Caller
 from dash_server.statuses import CallerLimitReached, QueueFull, ShuttingDown
 
 
 class WaitingRoom(Protocol):
-    """Those inside that have not begun, and may be asked to leave again."""
+    """The requests inside that have not begun and can be evicted."""
 
     def longest_line(self, but: str) -> int:
-        """How many requests the caller with most waiting has there, `but` one not counted."""
+        """Returns the number of waiting requests of the caller with the most, other than `but`."""
         ...
 
     def evict_newest(self, but: str) -> None:
-        """Ends the newest request of that caller, as one that found the door closed; its place is free at once."""
+        """Fails the newest request of that caller with QueueFull, and frees its place at once."""
         ...
 
 
 class Place:
-    """One request's place inside. `release` may be called again."""
+    """One request's place inside. `release` may be called more than once."""
 
     def __init__(self, caller: Caller, release: Callable[["Place"], None]) -> None:
         self.caller = caller
@@ -42,10 +41,10 @@ class Place:
 
 
 class Admission:
-    """Counts what is inside, decoding or waiting.
+    """Counts the requests inside, decoding or waiting.
 
-    When it is full, a caller with fewer requests inside than another has waiting takes the place of that one's newest:
-    so nobody is kept out by somebody else's backlog.
+    When the server is full, a caller with fewer requests inside than another has waiting takes the place of that
+    caller's newest request. So no caller's backlog keeps the others out.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class Admission:
         waiting_room: WaitingRoom | None = None,
         retry_seconds: Callable[[], float] = lambda: 1.0,
     ) -> None:
-        """`max_tokens` bounds prompts and output limits together; None: nothing does."""
+        """`max_tokens` bounds prompts and output limits together; None: no bound."""
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._waiting_room = waiting_room
@@ -75,12 +74,12 @@ class Admission:
 
     @contextmanager
     def admit(self, caller: Caller) -> Iterator[Place]:
-        """A place for one request, for as long as the context lasts.
+        """Gives one request a place until the context ends.
 
         Raises:
-            ShuttingDown: after `drain`.
+            ShuttingDown: `drain` was called.
             QueueFull: all places are taken.
-            CallerLimitReached: this caller has as many as it may.
+            CallerLimitReached: this caller has as many requests inside as it may.
         """
         if self._is_draining:
             raise ShuttingDown
@@ -99,7 +98,7 @@ class Admission:
             place.release()
 
     def claim(self, place: Place, num_tokens: int) -> None:
-        """Counts the request's tokens, once they are known and nothing is wrong with it; others may have to leave.
+        """Counts the tokens of a valid request. May evict requests of other callers to make room.
 
         Raises:
             QueueFull: there is no room.
@@ -121,15 +120,15 @@ class Admission:
         self.num_tokens_inside += num_tokens
 
     def drain(self) -> None:
-        """Lets nobody in any more; those inside may finish."""
+        """Refuses new requests from now on; those inside may finish."""
         self._is_draining = True
 
     async def wait_idle(self) -> None:
-        """Returns once nobody is inside."""
+        """Waits until no request is inside."""
         await self._idle.wait()
 
     def _can_displace(self, caller: Caller, num_others: int) -> bool:
-        """Whether somebody has more waiting than this caller has inside, the new request included."""
+        """True if another caller has more waiting than this one has inside, its new request included."""
         room = self._waiting_room
         return room is not None and room.longest_line(but=caller.name) > num_others + 1
 
@@ -140,7 +139,7 @@ class Admission:
         name = place.caller.name
         self._requests[name] -= 1
         self._tokens[name] -= place.num_tokens
-        if not self._requests[name]:  # callers may be addresses: as many as there are
+        if not self._requests[name]:  # callers may be addresses, of which there is no end
             del self._requests[name], self._tokens[name]
         self.num_inside -= 1
         self.num_tokens_inside -= place.num_tokens

@@ -1,8 +1,8 @@
-"""Which waiting request goes to which worker, and when.
+"""Hands waiting requests to workers.
 
-Requests wait here, in a queue that is fair between callers, and go to a worker only when it has a slot and room in its
-cache for them: so any worker that becomes free serves the next, and what has not begun can be taken back. Knows
-requests and workers; knows no gRPC and no text.
+Requests wait here, in a queue that is fair between callers. A request goes to a worker only when the worker has a slot
+and cache room for it. So the first free worker serves the next request, and one that has not begun can still be taken
+back. Knows requests and workers; knows no gRPC and no text.
 """
 
 import time
@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from dash_runtime.config import GenerationRequest
 from dash_server.admission import Place
 from dash_server.fair_queue import FairQueue
-from dash_server.messages import Finished
-from dash_server.outbox import Outbox
 from dash_server.pace import Pace
 from dash_server.statuses import DeadlineTooShort, QueueFull, ServiceError, WorkerUnavailable
-from dash_server.worker_link import WorkerLink
+from dash_server.worker.link import WorkerLink
+from dash_server.worker.messages import Finished
+from dash_server.worker.outbox import Outbox
 
 
 @dataclass(slots=True)
@@ -39,12 +39,12 @@ class Dispatcher:
         self._running: dict[str, WorkerLink] = {}
 
     def attach(self, links: Sequence[WorkerLink]) -> None:
-        """Names the workers, which report back here."""
+        """Sets the workers, which report back here."""
         self._links = links
 
     @property
     def is_ready(self) -> bool:
-        """Whether any worker takes requests."""
+        """True if any worker takes requests."""
         return any(link.is_ready for link in self._links)
 
     @property
@@ -57,7 +57,7 @@ class Dispatcher:
 
     @property
     def num_slots(self) -> int:
-        """Of the workers that are ready; at least 1."""
+        """Slots of all ready workers; at least 1."""
         return max(1, sum(link.num_slots for link in self._links if link.is_ready))
 
     def submit(
@@ -68,15 +68,15 @@ class Dispatcher:
         least_tokens: int = 1,
         seconds_left: float | None = None,
     ) -> Outbox:
-        """Takes a request for the next worker that has room.
+        """Queues a request for the next worker that has room.
 
         Args:
-            least_tokens: how many output tokens it is of no use without.
-            seconds_left: until its deadline.
+            least_tokens: output tokens without which the request is of no use.
+            seconds_left: time until its deadline.
 
         Raises:
             WorkerUnavailable: no worker is ready.
-            DeadlineTooShort: it could not be served in time.
+            DeadlineTooShort: the request could not be served in time.
         """
         if not self.is_ready:
             raise WorkerUnavailable("no worker is ready at the moment; try again later")
@@ -94,7 +94,7 @@ class Dispatcher:
         return waiting.outbox
 
     def dispatch(self) -> None:
-        """Hands out what there is room for. The next in line waits for room rather than being overtaken for ever."""
+        """Hands out requests while there is room. A large request in front is not overtaken, so it never starves."""
         while (waiting := self._queue.head()) is not None:
             request = waiting.request
             able = [link for link in self._links if link.has_room_for(request)]
@@ -108,7 +108,7 @@ class Dispatcher:
             link.submit(request, waiting.outbox)
 
     def cancel(self, request_id: str) -> bool:
-        """Forgets the request here and at its worker; False if it was over already."""
+        """Removes the request here and at its worker. Returns False if it was over already."""
         waiting = self._waiting.pop(request_id, None)
         if waiting is not None:
             self._queue.remove(waiting, waiting.place.caller.name)
@@ -121,7 +121,7 @@ class Dispatcher:
         return True
 
     def stop(self, request_id: str) -> None:
-        """Has the request finished now, as by a stop string, unless it is over."""
+        """Finishes a running request now, because a stop string was met."""
         if (link := self._running.get(request_id)) is not None:
             link.stop(request_id)
 
@@ -146,11 +146,11 @@ class Dispatcher:
         waiting.outbox.fail(QueueFull(len(self._waiting), self.retry_seconds()))
 
     def retry_seconds(self) -> float:
-        """When a caller that was turned away should come back."""
+        """Estimates the time after which a refused caller should retry."""
         return self._pace.retry_seconds(self.num_slots)
 
     def on_over(self, request: GenerationRequest, finished: Finished | None) -> None:
-        """A link reports that a request has left its worker, by itself if `finished`."""
+        """Takes a link's report that a request left its worker; `finished` is None if it did not finish by itself."""
         self._running.pop(request.request_id, None)
         if finished is not None:
             self._pace.observe(
@@ -162,8 +162,10 @@ class Dispatcher:
         self.dispatch()
 
     def on_change(self) -> None:
-        """A worker has begun or ceased to take requests. Where none is left, nothing waits for one to come back: the
-        caller may know another server."""
+        """Takes a report that a worker takes requests or no longer does.
+
+        With no worker left, all waiting requests fail at once: their callers may know another server.
+        """
         if self.is_ready:
             self.dispatch()
         else:

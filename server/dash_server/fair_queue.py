@@ -1,7 +1,8 @@
-"""Who is next: requests of several callers, in turns by what they cost.
+"""A queue that serves several callers in turns, weighted by the cost of their requests.
 
-Start-time fair queuing (Goyal, Vin and Cheng, 1996), with tags made when a request comes to the head of its caller's
-line. A caller with hundreds waiting delays another's first by one of its own at most. Knows no network and no worker.
+Start-time fair queuing (Goyal, Vin and Cheng, 1996). A request gets its tag when it reaches the head of its caller's
+line. A caller with hundreds waiting delays another's first request by one of its own at most. Knows no network and no
+worker.
 """
 
 from collections import deque
@@ -14,15 +15,15 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _Line(Generic[T]):
-    """One caller's requests, first come, first served; `tag` is the virtual time at which the first is due."""
+    """One caller's items, first come, first served. `tag` is the virtual start time of the first."""
 
     tag: float
     items: deque[tuple[T, float]] = field(default_factory=deque)
-    """With the virtual time that each takes: its cost over the caller's weight."""
+    """Each item with its virtual duration: its cost over the caller's weight."""
 
 
 class FairQueue(Generic[T]):
-    """Items of each caller in their order, callers in turns."""
+    """Keeps each caller's items in order and takes callers in turns."""
 
     def __init__(self) -> None:
         self._lines: dict[str, _Line[T]] = {}
@@ -36,7 +37,7 @@ class FairQueue(Generic[T]):
         return (item for line in self._lines.values() for item, _ in line.items)
 
     def push(self, item: T, caller: str, cost: float, weight: float = 1.0) -> None:
-        """Appends to the caller's line. A caller of twice the weight is served twice the cost in the same time."""
+        """Appends to the caller's line. Twice the weight gets twice the cost served in the same time."""
         line = self._lines.get(caller)
         if line is None:
             line = self._lines[caller] = _Line(self._now)
@@ -46,15 +47,15 @@ class FairQueue(Generic[T]):
         self._num_items += 1
 
     def head(self) -> T | None:
-        """The item that is next."""
+        """Returns the next item; None if there is none."""
         line = self._next_line()
         return None if line is None else line.items[0][0]
 
     def pop(self) -> T:
-        """Takes the item that is next.
+        """Removes and returns the next item.
 
         Raises:
-            IndexError: there is none.
+            IndexError: the queue is empty.
         """
         line = self._next_line()
         if line is None:
@@ -67,28 +68,28 @@ class FairQueue(Generic[T]):
         return item
 
     def remove(self, item: T, caller: str) -> None:
-        """Takes out one that is not to be served; its caller is not charged for it."""
+        """Removes an item without charging its caller."""
         line = self._lines[caller]
         line.items.remove(next(entry for entry in line.items if entry[0] is item))
         self._num_items -= 1
         self._forget_idle_lines()
 
     def num_waiting(self, caller: str) -> int:
-        """Items in this caller's line."""
+        """Returns the number of items in the caller's line."""
         line = self._lines.get(caller)
         return 0 if line is None else len(line.items)
 
     def longest_line(self) -> tuple[str, int]:
-        """The caller with most items, and how many; an empty name where nothing waits."""
+        """Returns the caller with the most items, and their number; ("", 0) if the queue is empty."""
         lengths = ((caller, len(line.items)) for caller, line in self._lines.items())
         return max(lengths, key=lambda pair: pair[1], default=("", 0))
 
     def newest(self, caller: str) -> T:
-        """The last in this caller's line, which is not empty."""
+        """Returns the last item in the caller's line, which must not be empty."""
         return self._lines[caller].items[-1][0]
 
     def num_ahead(self, caller: str) -> int:
-        """Items that would be served before a new one of this caller."""
+        """Returns the number of items that would be served before a new one of this caller."""
         own = self._lines.get(caller)
         due = self._now if own is None else max(own.tag, self._now) + sum(duration for _, duration in own.items)
         ahead = 0 if own is None else len(own.items)
@@ -105,7 +106,7 @@ class FairQueue(Generic[T]):
         return min((line for line in self._lines.values() if line.items), key=lambda line: line.tag, default=None)
 
     def _forget_idle_lines(self) -> None:
-        """Callers are remembered only as long as what they were served still counts against them."""
+        """Forgets callers whose past service no longer counts against them."""
         if not self._num_items:
             self._lines.clear()
             self._now = 0.0

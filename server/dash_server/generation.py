@@ -1,6 +1,6 @@
-"""One request on its way through the server: from its slot to its last piece of text.
+"""Carries one request from its slot to its last piece of text.
 
-Joins the dispatcher (token ids) and the text module; knows no gRPC context and no admission.
+Joins the dispatcher's token ids and the text module. Knows no gRPC context and no admission.
 """
 
 import logging
@@ -8,22 +8,22 @@ import time
 
 from dash_api.v1 import generation_pb2
 from dash_server.admission import Place
-from dash_server.answers import delta_to_pb, finished_to_pb, started_to_pb
-from dash_server.convert import PreparedRequest
 from dash_server.dispatcher import Dispatcher
-from dash_server.messages import Finished
+from dash_server.from_pb import PreparedRequest
 from dash_server.request_record import RequestRecord
 from dash_server.served_model import ServedModel
 from dash_server.text import OutputText
+from dash_server.to_pb import delta_to_pb, finished_to_pb, started_to_pb
+from dash_server.worker.messages import Finished
 
 logger = logging.getLogger(__name__)
 
-# Bounds the size of one message to a caller that has fallen behind.
+# Bounds a message to a caller that reads slowly.
 MAX_TOKENS_PER_MESSAGE = 256
 
 
 class Generation:
-    """Call `start`, then `next_delta` until it returns None, then `finish`; and `close` in any case."""
+    """A running request. Call `start`, then `next_delta` until it returns None, then `finish`; always `close`."""
 
     def __init__(
         self,
@@ -34,11 +34,11 @@ class Generation:
         seconds_left: float | None,
         record: RequestRecord,
     ) -> None:
-        """Submits the request, whose deadline is `seconds_left` away, and keeps `record`.
+        """Submits the request, whose deadline is `seconds_left` away. Fills in `record` on the way.
 
         Raises:
             WorkerUnavailable: no worker is ready.
-            DeadlineTooShort: it could not be served in time.
+            DeadlineTooShort: the request could not be served in time.
         """
         self._dispatcher = dispatcher
         self._facts = model.facts
@@ -51,7 +51,7 @@ class Generation:
         )
 
     async def start(self) -> generation_pb2.GenerationStarted:
-        """Waits for the slot."""
+        """Waits for the slot and returns the facts known by then."""
         granted = await self._outbox.granted()
         record = self._record
         record.granted, record.granted_unix_ns = granted, time.time_ns()
@@ -59,28 +59,28 @@ class Generation:
         return started_to_pb(self._prepared, granted, self._facts)
 
     async def next_delta(self) -> generation_pb2.GenerationDelta | None:
-        """Waits for more output, all that is there by then in one message; None after the last."""
+        """Waits for output and returns all that has arrived in one message; None after the last."""
         while self._finished is None:
-            batch = await self._outbox.take(MAX_TOKENS_PER_MESSAGE)
-            self._finished = batch.finished
+            output = await self._outbox.take(MAX_TOKENS_PER_MESSAGE)
+            self._finished = output.finished
             if self._text.stop_string is not None:
-                continue  # made between the stop string and the worker's hearing of it
-            piece = self._text.push(batch.token_ids)
+                continue  # the worker made these before it heard of the stop string
+            piece = self._text.push(output.token_ids)
             if self._text.stop_string is not None:
-                batch = batch.first(piece.num_tokens)
+                output = output.first(piece.num_tokens)
                 self._dispatcher.stop(self._prepared.request.request_id)
             tail = self._text.finish() if self._finished is not None else ""
-            # Those given out: a worker may make some more before it hears of a stop string.
-            self._record.count_tokens(len(batch.token_ids))
+            # Counts what the caller gets: the worker may make more before it hears of a stop string.
+            self._record.count_tokens(len(output.token_ids))
             text = piece.text + tail
             if self._record.output is not None:
                 self._record.output += text
-            if batch.token_ids or tail:
-                return delta_to_pb(text, batch)
+            if output.token_ids or tail:
+                return delta_to_pb(text, output)
         return None
 
     def finish(self) -> generation_pb2.GenerationFinished:
-        """Why it ended and what it took."""
+        """Returns the reason for the end, the usage and the depth statistics."""
         record, finished = self._record, self._finished
         assert record.granted is not None, "finish() before start()"
         assert finished is not None, "finish() before the last delta"
@@ -98,13 +98,13 @@ class Generation:
         return finished_to_pb(finished, record.queue_seconds, num_prompt_tokens, record.num_output_tokens, stop_string)
 
     def close(self) -> None:
-        """Frees the slot if the request is not over. May be called again."""
+        """Frees the slot if the request is not over. May be called more than once."""
         if self._dispatcher.cancel(self._prepared.request.request_id):
             logger.info("cancelled: the caller is gone, or its deadline has passed")
 
 
 async def collect(generation: Generation) -> generation_pb2.GenerateResponse:
-    """The whole answer."""
+    """Runs the generation to its end and returns the complete response."""
     started = await generation.start()
     output = generation_pb2.GenerationDelta()
     texts, actions = [], []

@@ -1,7 +1,7 @@
-"""The standard health service, for the server as a whole and for each of its services.
+"""The standard health service, for the whole server and for each of its services.
 
-Own, because grpc_health's asynchronous servicer forgets all watchers of a service when one of them
-leaves, and because its watchers outlast a shutdown. Knows no model and no worker.
+Replaces grpc_health's asynchronous servicer, which forgets all watchers of a service when one of them leaves, and whose
+watchers outlive a shutdown. Knows no model and no worker.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ _Status = health_pb2.HealthCheckResponse
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
-    """NOT_SERVING until told otherwise."""
+    """The health service; NOT_SERVING until `set_serving`."""
 
     def __init__(self, services: Iterable[str]) -> None:
         self._services = frozenset({"", *services})
@@ -27,7 +27,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self._wake()
 
     def close(self) -> None:
-        """Ends the watches; NOT_SERVING from now on."""
+        """Ends the watches. The status stays NOT_SERVING."""
         self._is_serving = False
         self._is_closed = True
         self._wake()

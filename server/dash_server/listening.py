@@ -1,4 +1,4 @@
-"""How the server can be reached: address, TLS and the limits of a connection.
+"""Opens the server's port: address, TLS and connection limits.
 
 Knows sockets, certificates and gRPC's options; knows no services and no requests.
 """
@@ -20,20 +20,20 @@ logger = logging.getLogger(__name__)
 
 
 class ListenError(Exception):
-    """The server may not or cannot listen as it is set up; one sentence for the user."""
+    """The settings do not let the server listen. The message is one sentence for the user."""
 
 
 def channel_options(settings: Settings) -> list[tuple[str, int]]:
-    """Options of the gRPC server."""
+    """Returns the gRPC server's options."""
     return [
-        # Without this, a second server on the same port would silently share it.
+        # Otherwise a second server on the same port would silently share it.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_metadata_size", settings.max_metadata_bytes),
         ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
         ("grpc.max_concurrent_streams", settings.max_calls_per_connection),
         ("grpc.enable_channelz", int(settings.channelz)),
-        # Clients may ping every 10 s to keep a connection alive through a long wait, calls or not.
+        # Lets clients ping every 10 s, also without calls, to keep a connection alive through a long wait.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.http2.max_ping_strikes", 3),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -45,11 +45,11 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
 
 
 def listen(server: grpc.aio.Server, settings: Settings) -> int:
-    """Binds the server to its address; returns the port.
+    """Binds the server to its address and returns the port.
 
     Raises:
-        ListenError: the address is in use or not this machine's, other machines reach it and there is no TLS, or the
-            certificate cannot be used.
+        ListenError: the address is in use or not this machine's; or other machines reach it and there is no TLS; or
+            the certificate cannot be used.
     """
     host, port = settings.host, settings.port
     credentials = None
@@ -75,10 +75,10 @@ def listen(server: grpc.aio.Server, settings: Settings) -> int:
 
 
 def write_port_file(path: Path, port: int) -> None:
-    """Writes the port, whole or not at all.
+    """Writes the port atomically.
 
     Raises:
-        ListenError: it cannot be written.
+        ListenError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -92,10 +92,12 @@ def write_port_file(path: Path, port: int) -> None:
 
 
 def try_to_bind(host: str, port: int) -> list[str]:
-    """The addresses of the host, each tried, since gRPC would log lines of its own and raise a RuntimeError.
+    """Binds a socket to each address of the host, closes it, and returns the addresses.
+
+    gRPC's own attempt would log lines of its own and raise a RuntimeError without the reason.
 
     Raises:
-        OSError: as the system words it.
+        OSError: an address cannot be bound.
     """
     addresses = []
     for family, kind, protocol, _, address in socket.getaddrinfo(
@@ -113,10 +115,9 @@ def is_loopback(address: str) -> bool:
 
 
 class _Certificates:
-    """The certificate files, read again for a new connection when they have changed.
+    """The certificate files. A new connection reads them again if they have changed.
 
-    A new pair that does not fit together (one file of the two was replaced, say) is reported once, and the one in use
-    stays.
+    A new pair that does not match (say one file of the two was replaced) is reported once, and the old pair stays.
     """
 
     def __init__(self, certificate_file: Path, key_file: Path, client_ca_file: Path | None) -> None:
@@ -127,13 +128,13 @@ class _Certificates:
         self._in_use = self._load()
 
     def credentials(self) -> grpc.ServerCredentials:
-        """For gRPC's secure port; with a client CA, only clients with a certificate of it get in."""
+        """Returns credentials for gRPC's secure port. A client CA must have signed each client's certificate."""
         return grpc.dynamic_ssl_server_credentials(
             self._in_use, self._current, require_client_authentication=self._client_ca_file is not None
         )
 
     def _current(self) -> grpc.ServerCertificateConfiguration:
-        """Called by gRPC for each new connection, in a thread of its own; it must not raise."""
+        """Returns the certificates in use. gRPC calls it in a thread for each new connection; it must not raise."""
         if self._files.have_changed():
             try:
                 self._in_use = self._load()
@@ -144,7 +145,7 @@ class _Certificates:
 
     def _load(self) -> grpc.ServerCertificateConfiguration:
         try:
-            # gRPC would take any bytes and fail each handshake later.
+            # gRPC would accept any bytes and fail each handshake later.
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(self._certificate_file, self._key_file, password=_no_password)
             if self._client_ca_file is not None:
@@ -162,5 +163,5 @@ class _Certificates:
 
 
 def _no_password() -> str:
-    """Instead of a prompt on the terminal for an encrypted key."""
+    """Raises an error instead of asking on the terminal for an encrypted key's password."""
     raise ValueError("the key is encrypted, and nobody is there to type a password")

@@ -1,6 +1,6 @@
-"""Logging to stderr, as lines for people or as JSON, each with the request and the trace it belongs to.
+"""Logs to stderr, as lines for people or as JSON, with the ids of the current request and trace.
 
-Records never carry prompts, outputs or what else a caller sent. Knows neither who sets the two ids nor who reads.
+Records never carry prompts, outputs or anything else that a caller sent. Knows neither services nor spans.
 """
 
 import json
@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 request_id_of_task: ContextVar[str] = ContextVar("request_id_of_task", default="-")
 trace_id_of_task: ContextVar[str] = ContextVar("trace_id_of_task", default="-")
-"""In hexadecimal; "-" where nothing is traced."""
+"""In hexadecimal; "-" if nothing is traced."""
 
 LOG_FORMAT_VARIABLE = "DASH_LOG_FORMAT"
 JSON = "json"
@@ -30,7 +30,7 @@ class _IdsOfTask(logging.Filter):
 
 
 class _LibraryLines(logging.Filter):
-    """OpenTelemetry's own records, made fit for one line each: no traceback, and no header, which may be a secret."""
+    """Cuts OpenTelemetry's own records to one line: no traceback, and no header, which may be a secret."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name.startswith("opentelemetry."):
@@ -50,7 +50,7 @@ class _ConsoleFormatter(logging.Formatter):
 
 
 class _JsonFormatter(logging.Formatter):
-    """One object in one line, whatever the record holds; ids that there are none of are left out."""
+    """Writes one JSON object a line. Leaves out ids that are not set."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, str] = {
@@ -74,7 +74,7 @@ def configure_logging(level: str, log_format: str = CONSOLE) -> None:
 
 
 def configure_worker_logging() -> None:
-    """The same for a worker process, which reads the format from its environment: it is told its settings later."""
+    """Configures a worker process likewise. It reads the format from its environment, as its settings come later."""
     log_format = os.environ.get(LOG_FORMAT_VARIABLE, CONSOLE).lower()
     _configure("INFO", log_format, _CONSOLE_LINE_OF_A_WORKER)
 

@@ -1,7 +1,7 @@
-"""The `dash-server` command: settings in, signals handled, one exit code out.
+"""The `dash-server` command: reads the settings, handles signals and returns an exit code.
 
-SIGTERM or SIGINT drains the server, a second one ends it at once. Exit codes: 0 after a drain, 2 for
-what a changed setting can mend, 1 for the rest. Imports no torch: that is the worker's.
+SIGTERM or SIGINT drains the server; a second one ends it at once. Exit codes: 0 after a drain, 2 if a changed setting
+can help, 1 otherwise. Imports no torch: only the worker does.
 """
 
 import asyncio
@@ -13,12 +13,12 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 
 from dash_runtime.errors import DashRuntimeError
-from dash_server.callers import TokenFileError
+from dash_server.auth import TokenFileError
 from dash_server.listening import ListenError
 from dash_server.logs import configure_logging
 from dash_server.server import DashServer
 from dash_server.settings import Settings, SettingsError, load_settings, unknown_variables
-from dash_server.worker_link import WorkerStartError
+from dash_server.worker.link import WorkerStartError
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +35,9 @@ def main(worker_command: Sequence[str] = WORKER_COMMAND) -> int:
     """Runs the server until a signal or a failure; returns the exit code.
 
     Raises:
-        SystemExit: the command line asked for help, or for what is not there: with 0 and 2.
+        SystemExit: the command line asked for help (0), or had an argument that does not exist (2).
     """
-    # There are no options, and one that is given in vain should not be ignored.
+    # There are no options: refuse arguments instead of ignoring them.
     ArgumentParser("dash-server", description=_DESCRIPTION).parse_args()
     try:
         settings = load_settings()
@@ -77,7 +77,7 @@ async def _serve(settings: Settings, worker_command: Sequence[str]) -> int:
 
 
 def _stop_requested(server: DashServer) -> asyncio.Task[bool]:
-    """Completes at the first SIGTERM or SIGINT; the second one does not return."""
+    """Returns a task that ends at the first SIGTERM or SIGINT; the second one exits the process."""
     requested = asyncio.Event()
 
     def on_signal(number: signal.Signals) -> None:

@@ -1,4 +1,4 @@
-"""How fast requests have been served lately: for telling callers when to come back, and what cannot be done in time.
+"""Measures how fast requests were served lately, to estimate retry delays and hopeless deadlines.
 
 Knows durations; knows no clock, no queue and no network.
 """
@@ -13,7 +13,7 @@ _MAX_RETRY_SECONDS = 60.0
 
 
 class Pace:
-    """Means and bests of the latest requests."""
+    """Mean and best times of the latest requests."""
 
     def __init__(self) -> None:
         self._mean_slot_seconds: float | None = None
@@ -23,7 +23,7 @@ class Pace:
     def observe(
         self, prefill_seconds: float, num_prefilled_tokens: int, decode_seconds: float, num_decoded_tokens: int
     ) -> None:
-        """Takes one request's times, without those in the queue."""
+        """Adds one request's times, without its time in the queue."""
         slot_seconds = prefill_seconds + decode_seconds
         mean = self._mean_slot_seconds
         self._mean_slot_seconds = slot_seconds if mean is None else mean + _NEWEST_SHARE * (slot_seconds - mean)
@@ -33,16 +33,16 @@ class Pace:
             self._token_seconds.append(decode_seconds / num_decoded_tokens)
 
     def retry_seconds(self, num_slots: int) -> float:
-        """When the next place should be free, as far as can be told."""
+        """Estimates the time until the next place is free."""
         if self._mean_slot_seconds is None:
             return _UNMEASURED_RETRY_SECONDS
         return min(max(self._mean_slot_seconds / num_slots, _MIN_RETRY_SECONDS), _MAX_RETRY_SECONDS)
 
     def least_seconds(self, num_ahead: int, num_slots: int, num_prompt_tokens: int, num_tokens: int) -> float:
-        """How long a new request takes at least, to its `num_tokens`-th token: every slot turns over as often as those
-        ahead need, then at the best speeds of late. 0 while nothing has been measured.
+        """Returns a lower bound on the time to a new request's `num_tokens`-th token; 0 before any measurement.
 
-        Deliberately low: what is refused for its deadline must be hopeless, since a load that is high now may end.
+        First every slot turns over as often as those ahead need; then the request runs at the best recent speeds. Low
+        on purpose: only a hopeless deadline may be refused, as a high load may end soon.
         """
         rounds = num_ahead // num_slots
         waiting = rounds * (self._mean_slot_seconds or 0.0)

@@ -1,6 +1,6 @@
-"""What was recorded of the latest requests, for the callers that made them.
+"""Keeps the decision traces of the latest requests, for the callers that made them.
 
-Knows no messages of gRPC, and keeps nothing but what the worker recorded: no prompts and no texts.
+Knows no gRPC messages, and keeps no prompts and no texts.
 """
 
 from dataclasses import dataclass
@@ -13,36 +13,36 @@ from dash_server.statuses import DecisionsNotFound
 
 @dataclass(frozen=True, slots=True)
 class KeptDecisions:
-    """What was recorded of one request, with what else its caller may know of it."""
+    """The decision trace of one request, with its owner, model and mode."""
 
     owner: str
     model: str
     mode: Mode
-    recorded: DecisionTrace
+    decision_trace: DecisionTrace
 
 
 class RecentDecisions:
-    """Holds those of the last requests, up to a number of them."""
+    """Holds the decisions of the last `max_requests` requests."""
 
     def __init__(self, max_requests: int) -> None:
         self._max_requests = max_requests
         self._kept: dict[str, KeptDecisions] = {}
         """By request id, oldest first."""
 
-    def keep(self, record: RequestRecord, recorded: DecisionTrace) -> None:
-        """Takes in what was recorded of a request, and lets the oldest go where there are too many."""
+    def keep(self, record: RequestRecord, decision_trace: DecisionTrace) -> None:
+        """Keeps a request's decision trace, and drops the oldest if there are too many."""
         if record.caller is None or record.prepared is None:
             return
         mode = record.prepared.request.skip.mode
-        self._kept[record.request_id] = KeptDecisions(record.caller.name, record.model, mode, recorded)
+        self._kept[record.request_id] = KeptDecisions(record.caller.name, record.model, mode, decision_trace)
         while len(self._kept) > self._max_requests:
             del self._kept[next(iter(self._kept))]
 
     def get(self, request_id: str, caller_name: str) -> KeptDecisions:
-        """Those of a request that the caller made itself.
+        """Returns the decisions of one of the caller's own requests.
 
         Raises:
-            DecisionsNotFound: they are not held, or somebody else's; nobody can tell which.
+            DecisionsNotFound: they are not kept, or belong to another caller; the error does not tell which.
         """
         kept = self._kept.get(request_id)
         if kept is None or kept.owner != caller_name:

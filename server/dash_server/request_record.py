@@ -1,7 +1,7 @@
-"""What the server learns of one generation call, from its beginning to its end, for whoever observes calls.
+"""Records the facts of one generation call, from its beginning to its end, for observers of calls.
 
-Filled in by the service and the generation on the call's way; spans, metrics and kept decisions are made of it once
-it is over. Never holds a prompt or an output unless a setting asks for them.
+The service and the generation fill in the record; spans, metrics and kept decisions are made from it at the end. It
+never holds a prompt or an output unless a setting asks for them. Knows no observer.
 """
 
 import asyncio
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import grpc
 from opentelemetry.trace import SpanContext
 
-from dash_server.callers import Caller
-from dash_server.convert import PreparedRequest
-from dash_server.messages import Finished, Granted
+from dash_server.auth import Caller
+from dash_server.from_pb import PreparedRequest
 from dash_server.statuses import failure_of
+from dash_server.worker.messages import Finished, Granted
 
 PROVIDER_NAME = "dash"
 """`gen_ai.provider.name` of spans and metrics."""
@@ -28,44 +28,44 @@ class RequestRecord:
 
     request_id: str
     method: str
-    """In full: `dash_api.v1.GenerationService/Generate`."""
+    """The full name, such as `dash_api.v1.GenerationService/Generate`."""
     seconds_left: float | None
-    """Until its deadline, when it began."""
+    """Time from its beginning to its deadline."""
     metadata: dict[str, str] = field(default_factory=dict)
-    """Of W3C trace context: `traceparent`, `tracestate`."""
+    """The headers of W3C trace context: `traceparent`, `tracestate`."""
     trace_id: str = ""
-    """In hexadecimal, from its beginning on; empty where nothing is traced."""
+    """In hexadecimal, set at the beginning; empty if tracing is off."""
     caller_span: SpanContext | None = None
-    """The caller's, read from `metadata` where anything is traced; None: it named none."""
+    """The caller's span, read from `metadata` if tracing is on; None: it named none."""
     started_unix_ns: int = field(default_factory=time.time_ns)
     caller: Caller | None = None
-    """None: it was refused before anybody knew who called."""
+    """None: the call was refused before its caller was known."""
     is_chat: bool = False
     wants_trace: bool = False
     model: str = ""
-    """The model's name, once there is one."""
+    """The model's name, once a model is loaded."""
     prepared: PreparedRequest | None = None
-    """None: it was refused before, or is not a request at all."""
+    """None: the call was refused before its request was read."""
     granted: Granted | None = None
-    """None: it never had a slot."""
+    """None: the call never had a slot."""
     granted_unix_ns: int | None = None
     queue_seconds: float = 0.0
-    """Until it had its slot, here and at the worker."""
+    """Time until the slot, in the server and at the worker."""
     first_token_unix_ns: int | None = None
-    """When its first token was there to be sent."""
+    """Time at which the first token was ready to be sent."""
     num_output_tokens: int = 0
-    """Given to the caller, as far as one can know."""
+    """Tokens handed to gRPC for the caller."""
     finished: Finished | None = None
     finish_reason: str | None = None
-    """`end_of_sequence`, `stop_token`, `stop_string` or `length`; None: it did not end by itself."""
+    """`end_of_sequence`, `stop_token`, `stop_string` or `length`; None: the call did not end by itself."""
     prompt: list[tuple[str, str]] | None = None
-    """Role and text of each message; a prompt that is no conversation is the user's only one."""
+    """Role and text of each message. A prompt that is no chat counts as one user message."""
     output: str | None = None
-    """Both only where DASH_TRACE_CONTENT asks for them."""
+    """Prompt and output are set only if DASH_TRACE_CONTENT is on."""
     ended_unix_ns: int | None = None
     code: grpc.StatusCode = grpc.StatusCode.OK
     reason: str | None = None
-    """The ErrorInfo's, where the call failed for one."""
+    """The ErrorInfo's reason; None: the call did not fail with one."""
 
     @property
     def operation(self) -> str:
@@ -74,29 +74,29 @@ class RequestRecord:
 
     @property
     def seconds(self) -> float:
-        """From its beginning to its end, which is past."""
+        """The call's duration. The call must be over."""
         assert self.ended_unix_ns is not None
         return (self.ended_unix_ns - self.started_unix_ns) / 1e9
 
     def count_tokens(self, num_tokens: int) -> None:
-        """So many more tokens are about to be sent."""
+        """Adds tokens that are about to be sent."""
         if num_tokens and self.first_token_unix_ns is None:
             self.first_token_unix_ns = time.time_ns()
         self.num_output_tokens += num_tokens
 
 
 Observer = Callable[[RequestRecord], None]
-"""Told of a call that begins or is over, in the event loop: must be quick and must not raise."""
+"""Takes a call that begins or is over. Runs in the event loop: must be quick and must not raise."""
 
 _SECONDS_ON_THE_WAY = 0.05
-"""A client's clock runs from before its call is on its way. At its deadline it cancels the call, and on a busy machine
-that is known here before our own clock is at the deadline."""
+"""A client's deadline clock starts before the call arrives here. So it may cancel at the deadline a moment before
+our own clock is there."""
 
 _CONTEXT_KEYS = ("traceparent", "tracestate")
 
 
 def record_of_call(request_id: str, method: str, context: grpc.aio.ServicerContext) -> RequestRecord:
-    """The record of a call that begins."""
+    """Returns the record of a call that begins."""
     pairs: Sequence[tuple[str, str | bytes]] = context.invocation_metadata() or ()
     metadata = {key: value for key, value in pairs if key in _CONTEXT_KEYS and isinstance(value, str)}
     return RequestRecord(request_id, method, context.time_remaining(), metadata)
@@ -104,8 +104,10 @@ def record_of_call(request_id: str, method: str, context: grpc.aio.ServicerConte
 
 @contextmanager
 def observed(record: RequestRecord, context: grpc.aio.ServicerContext, observers: Sequence[Observer]) -> Iterator[None]:
-    """Tells `observers` once, when the call is over: at the end of the block, or with the call where a handler is not
-    resumed after a cancellation."""
+    """Calls `observers` once, when the call is over.
+
+    That is at the end of the block; or at the end of the call, if gRPC does not resume a cancelled handler.
+    """
     context.add_done_callback(lambda _: _end(record, _cut_off(record), None, observers))
     try:
         yield
@@ -128,7 +130,7 @@ def _end(record: RequestRecord, code: grpc.StatusCode, reason: str | None, obser
 
 
 def _cut_off(record: RequestRecord) -> grpc.StatusCode:
-    """Why a call ended that did not end by itself."""
+    """Returns the status of a call that did not end by itself."""
     seconds = (time.time_ns() - record.started_unix_ns) / 1e9
     if record.seconds_left is not None and seconds >= record.seconds_left - _SECONDS_ON_THE_WAY:
         return grpc.StatusCode.DEADLINE_EXCEEDED

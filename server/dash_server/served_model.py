@@ -1,7 +1,4 @@
-"""The model as the server knows it: facts, tokenizer and chat template, from a ready worker.
-
-Knows no weights and no networks.
-"""
+"""The served model without its weights: facts, tokenizer and chat template, from a ready worker. Knows no network."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +7,13 @@ from dash_api.v1 import common_pb2, generation_pb2, model_pb2
 from dash_runtime.checkpoints.chat_template import ChatTemplate
 from dash_runtime.config import ModelFacts
 from dash_runtime.errors import InvalidRequest
-from dash_server.messages import Ready
 from dash_server.text import TextTokenizer
+from dash_server.worker.messages import Ready
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What is needed to read requests and to write their output."""
+    """All that the server needs of a model to read requests and write their output."""
 
     facts: ModelFacts
     tokenizer: TextTokenizer
@@ -27,13 +24,13 @@ class ServedModel:
         """Reads the worker's model folder.
 
         Raises:
-            CheckpointError: a file in it is missing or damaged.
+            CheckpointError: a file is missing or damaged.
         """
         folder = Path(ready.model_folder)
         return cls(ready.facts, TextTokenizer.load(folder), ChatTemplate.load(folder))
 
     def tokenize(self, prompt: generation_pb2.GenerationParameters | model_pb2.TokenizeRequest) -> list[int]:
-        """Token ids of the prompt in either message; blocks for as long as a long text takes.
+        """Returns the prompt's token ids. Blocks: a long text takes milliseconds.
 
         Raises:
             InvalidRequest: there is no prompt, or the conversation cannot be rendered.
@@ -49,7 +46,7 @@ class ServedModel:
                 raise InvalidRequest("prompt", "is required")
 
     def prompt_messages(self, prompt: generation_pb2.GenerationParameters) -> list[tuple[str, str]]:
-        """Role and text of each message; a prompt that is no conversation is the user's only one."""
+        """Returns role and text of each message. A prompt that is no chat counts as one user message."""
         match prompt.WhichOneof("prompt"):
             case "chat":
                 return [(message.role, message.content) for message in prompt.chat.messages]

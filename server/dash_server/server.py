@@ -1,6 +1,6 @@
-"""The gRPC server put together: services, health, reflection and the workers, from settings.
+"""Builds the gRPC server from settings: services, health, reflection and the workers.
 
-Knows nothing of processes' signals and exit codes (that is `main`), so it also runs inside a test.
+Knows no signals and no exit codes (`main` does), so it also runs inside a test.
 """
 
 import asyncio
@@ -16,38 +16,38 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_g
 
 from dash_runtime.decision_trace import DecisionTrace
 from dash_server.admission import Admission
-from dash_server.callers import CallerLimits, Callers
+from dash_server.auth import Authenticator, CallerLimits
+from dash_server.auth_interceptor import AuthInterceptor
 from dash_server.dispatcher import Dispatcher
-from dash_server.guard import Guard
 from dash_server.health import HealthServicer
 from dash_server.listening import channel_options, listen, write_port_file
-from dash_server.messages import Ready
-from dash_server.metrics import Sources
 from dash_server.pace import Pace
-from dash_server.recorded_calls import RecordedCalls
 from dash_server.request_record import RequestRecord
 from dash_server.served_model import ServedModel
 from dash_server.service import GENERATION_SERVICE, MODEL_SERVICE, ServiceState, add_to_server
 from dash_server.settings import Settings
 from dash_server.statuses import ShuttingDown
-from dash_server.telemetry import is_disabled, is_exported
-from dash_server.worker_link import LinkEvents, WorkerLink, WorkerStartError
+from dash_server.telemetry.exporting import is_disabled, is_exported
+from dash_server.telemetry.metrics import Sources
+from dash_server.telemetry.pending_traces import PendingTraces
+from dash_server.worker.link import LinkEvents, WorkerLink, WorkerStartError
+from dash_server.worker.messages import Ready
 
 if TYPE_CHECKING:
-    from dash_server.metric_export import MetricExport
-    from dash_server.tracing import Tracing
+    from dash_server.telemetry.metric_export import MetricExport
+    from dash_server.telemetry.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 _CHANNELZ_SERVICE = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
 _REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
-# How long calls may take to end once nothing keeps them.
+# Time for the last calls to end.
 _LAST_CALLS_SECONDS = 2.0
 
 
 def _add_reflection(server: grpc.aio.Server, names: Sequence[str]) -> None:
-    """Under both of its names: newer clients ask for v1 alone, whose messages are those of v1alpha."""
+    """Adds reflection under both of its names: newer clients ask for v1 only, whose messages are v1alpha's."""
     servicer = reflection.aio.ReflectionServicer(names)
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
     handler = grpc.stream_stream_rpc_method_handler(
@@ -61,10 +61,10 @@ def _add_reflection(server: grpc.aio.Server, names: Sequence[str]) -> None:
 
 
 class DashServer:
-    """Call `start`, then `run_workers` as a task, then `drain` if there is time, then `close`."""
+    """A server. Call `start`, then `run_workers` as a task, then `drain` if there is time, then `close`."""
 
     def __init__(self, settings: Settings, worker_command: Sequence[str]) -> None:
-        """Raises TokenFileError where the token file cannot be used."""
+        """Raises TokenFileError if the token file cannot be used."""
         self._settings = settings
         self._health = HealthServicer([GENERATION_SERVICE, MODEL_SERVICE])
         self.dispatcher = Dispatcher(Pace())
@@ -74,9 +74,10 @@ class DashServer:
             waiting_room=self.dispatcher,
             retry_seconds=self.dispatcher.retry_seconds,
         )
-        callers = Callers(settings.token_file, CallerLimits(max_requests=settings.max_requests_per_caller))
-        self._recorded_calls = RecordedCalls(self._on_recorded, self._on_complete)
-        events = LinkEvents(self._on_ready, self._on_change, self.dispatcher.on_over, self._recorded_calls.add)
+        limits = CallerLimits(max_requests=settings.max_requests_per_caller)
+        authenticator = Authenticator(settings.token_file, limits)
+        self._pending_traces = PendingTraces(self._on_decision_trace, self._on_complete)
+        events = LinkEvents(self._on_ready, self._on_change, self.dispatcher.on_over, self._pending_traces.add)
         self._links = [
             WorkerLink(
                 worker_command,
@@ -88,14 +89,14 @@ class DashServer:
             for number in range(settings.workers)
         ]
         self.dispatcher.attach(self._links)
-        self._state = ServiceState(settings, self.admission, self.dispatcher, callers)
+        self._state = ServiceState(settings, self.admission, self.dispatcher, authenticator)
         self._server = grpc.aio.server(
             options=channel_options(settings),
-            interceptors=[Guard(callers, open_services={_HEALTH_SERVICE, GENERATION_SERVICE, MODEL_SERVICE})],
+            interceptors=[AuthInterceptor(authenticator, {_HEALTH_SERVICE, GENERATION_SERVICE, MODEL_SERVICE})],
         )
         self.tracing: Tracing | None = None
         self.metrics: MetricExport | None = None
-        """Both from `start` on, where somebody wants them."""
+        """Both are set by `start`, if anything is exported."""
         add_to_server(self._state, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [GENERATION_SERVICE, MODEL_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME]
@@ -105,10 +106,10 @@ class DashServer:
         _add_reflection(self._server, [*names, _REFLECTION_V1])
 
     async def start(self) -> int:
-        """Listens, and returns the port. Health is NOT_SERVING until a worker is ready.
+        """Listens and returns the port. Health is NOT_SERVING until a worker is ready.
 
         Raises:
-            ListenError: an address may not or cannot be listened on, or the port file not be written.
+            ListenError: the server may not or cannot listen on an address, or cannot write the port file.
         """
         port_file = self._settings.port_file
         if port_file is not None:
@@ -123,12 +124,12 @@ class DashServer:
         return port
 
     async def run_workers(self) -> None:
-        """Keeps the workers running, each by itself. One that is given up leaves its work to the others.
+        """Keeps the workers running. If one is given up, the others go on.
 
-        The first one starts alone: what it compiles and measures, the others find done.
+        The first one starts alone, so that the others find its compiled programs and measurements.
 
         Raises:
-            WorkerStartError: of the last worker; see `WorkerLink.run`.
+            WorkerStartError: the last worker was given up; see `WorkerLink.run`.
             DashRuntimeError: the model folder cannot be read.
         """
         first, *others = self._links
@@ -153,7 +154,7 @@ class DashServer:
                 await asyncio.wait(tasks)
 
     async def drain(self, grace_seconds: float) -> None:
-        """Refuses new requests, and waits for those inside; after the grace they fail as UNAVAILABLE."""
+        """Refuses new requests and waits for those inside. After the grace, those left fail with UNAVAILABLE."""
         self.admission.drain()
         self._health.set_serving(False)
         logger.info("draining: %d requests inside", self.admission.num_inside)
@@ -164,32 +165,32 @@ class DashServer:
             self.dispatcher.fail_all(ShuttingDown())
 
     async def close(self) -> None:
-        """Ends what is left of the calls. The workers end with `run_workers`."""
+        """Ends the calls that are left, and exports the last telemetry. The workers end with `run_workers`."""
         self._health.close()
         await self._server.stop(_LAST_CALLS_SECONDS)
         self._state.close()
         if self.tracing is not None:
-            self._recorded_calls.close()
+            self._pending_traces.close()
             await asyncio.to_thread(self.tracing.close)
         if self.metrics is not None:
             await asyncio.to_thread(self.metrics.close)
 
     def kill_workers(self) -> None:
-        """Ends the workers at once, for a process that exits at once."""
+        """Kills the workers without waiting, for a process that exits at once."""
         for link in self._links:
             link.kill()
 
     def _start_tracing(self) -> None:
         state = self._state
         if is_exported("traces", os.environ):
-            from dash_server.tracing import start_tracing  # the SDK, which takes a while to import
+            from dash_server.telemetry.tracing import start_tracing  # imports the SDK, which is slow
 
             self.tracing = start_tracing(self._settings, os.environ)
         if self.tracing is not None:
             state.start_observers.append(self.tracing.begin)
         if self.tracing is not None or self._settings.recent_requests:
-            state.start_observers.append(self._recorded_calls.begin)
-            state.observers.append(self._recorded_calls.end)
+            state.start_observers.append(self._pending_traces.begin)
+            state.observers.append(self._pending_traces.end)
 
     def _start_metrics(self) -> None:
         has_endpoint = self._settings.metrics_port is not None
@@ -198,7 +199,7 @@ class DashServer:
             return
         has_collector = is_exported("metrics", os.environ)
         if has_endpoint or has_collector:
-            from dash_server.metric_export import start_metrics  # the SDK, which takes a while to import
+            from dash_server.telemetry.metric_export import start_metrics  # imports the SDK, which is slow
 
             sources = Sources(
                 self.admission,
@@ -222,13 +223,13 @@ class DashServer:
         model = self._state.model
         return None if model is None else model.facts.name
 
-    def _on_recorded(self, record: RequestRecord, recorded: DecisionTrace) -> None:
+    def _on_decision_trace(self, record: RequestRecord, decision_trace: DecisionTrace) -> None:
         if self._settings.recent_requests:
-            self._state.recent_decisions.keep(record, recorded)
+            self._state.recent_decisions.keep(record, decision_trace)
 
-    def _on_complete(self, record: RequestRecord, recorded: DecisionTrace | None) -> None:
+    def _on_complete(self, record: RequestRecord, decision_trace: DecisionTrace | None) -> None:
         if self.tracing is not None:
-            self.tracing.finish(record, recorded)
+            self.tracing.finish(record, decision_trace)
 
     async def _on_ready(self, ready: Ready) -> None:
         self._state.model = await asyncio.to_thread(ServedModel.load, ready)

@@ -1,11 +1,12 @@
-"""The gRPC servicers: thin handlers between bytes on the wire and the generation, and their errors.
+"""The gRPC servicers: thin handlers that turn request bytes into a generation, and exceptions into statuses.
 
-Knows neither how it is hosted nor where the worker runs; no tensors.
+Knows neither the host process nor the worker's place, and no tensors.
 """
 
 import asyncio
 import functools
 import logging
+import re
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,16 +14,16 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
 import grpc
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 
 from dash_api.v1 import generation_pb2, model_pb2
 from dash_runtime.errors import InvalidRequest
 from dash_server import wire
 from dash_server.admission import Admission
-from dash_server.answers import decisions_to_pb, model_to_pb, policy_to_pb
-from dash_server.callers import Caller, Callers
-from dash_server.convert import PreparedRequest, prepare_request
+from dash_server.auth import Authenticator, Caller
 from dash_server.dispatcher import Dispatcher
+from dash_server.from_pb import PreparedRequest, prepare_request
 from dash_server.generation import Generation, collect
 from dash_server.logs import request_id_of_task, trace_id_of_task
 from dash_server.recent_decisions import RecentDecisions
@@ -30,14 +31,16 @@ from dash_server.request_record import Observer, RequestRecord, observed, record
 from dash_server.served_model import ServedModel
 from dash_server.settings import Settings
 from dash_server.statuses import InvalidFields, WorkerUnavailable, failure_of
+from dash_server.to_pb import decisions_to_pb, model_to_pb, policy_to_pb
 
 logger = logging.getLogger(__name__)
 
-GENERATION_SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
-MODEL_SERVICE = model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
+_GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
+_MODEL = model_pb2.DESCRIPTOR.services_by_name["ModelService"]
+GENERATION_SERVICE = _GENERATION.full_name
+MODEL_SERVICE = _MODEL.full_name
 
-# Reading a longer request may take milliseconds, which the event loop has not; a shorter one takes less
-# than a thread costs.
+# Reading a longer request takes milliseconds, too long for the event loop; a shorter one costs less than a thread.
 _MAX_INLINE_BYTES = 4096
 _NUM_READER_THREADS = 2
 
@@ -46,25 +49,27 @@ M = TypeVar("M", bound=Message)
 
 
 class ServiceState:
-    """What both servicers share. `model` is None until a worker has been ready once."""
+    """State that both servicers share. `model` is None until the first worker is ready."""
 
-    def __init__(self, settings: Settings, admission: Admission, dispatcher: Dispatcher, callers: Callers) -> None:
+    def __init__(
+        self, settings: Settings, admission: Admission, dispatcher: Dispatcher, authenticator: Authenticator
+    ) -> None:
         self.settings = settings
         self.admission = admission
         self.dispatcher = dispatcher
-        self.callers = callers
+        self.authenticator = authenticator
         self.recent_decisions = RecentDecisions(settings.recent_requests)
         self.start_observers: list[Observer] = []
-        """Told of every generation call that begins."""
+        """Called with each generation call that begins."""
         self.observers: list[Observer] = []
-        """Told of every generation call that is over."""
+        """Called with each generation call that is over."""
         self.model: ServedModel | None = None
         self._readers = ThreadPoolExecutor(_NUM_READER_THREADS, thread_name_prefix="request-reader")
 
     def caller(self, context: grpc.aio.ServicerContext) -> Caller:
-        """Raises Unauthenticated."""
+        """Returns the caller; raises Unauthenticated."""
         names = (context.auth_context() or {}).get("x509_common_name", ())
-        return self.callers.identify(context.invocation_metadata() or (), context.peer(), names)
+        return self.authenticator.identify(context.invocation_metadata() or (), context.peer(), names)
 
     def require_model(self) -> ServedModel:
         if self.model is None:
@@ -72,7 +77,7 @@ class ServiceState:
         return self.model
 
     async def read(self, data: bytes, function: Callable[[], T]) -> T:
-        """Runs `function`, which reads the request `data`, where it does not hold up the event loop."""
+        """Runs `function`, which reads the request `data`: a long one in a thread, off the event loop."""
         if len(data) <= _MAX_INLINE_BYTES:
             return function()
         return await asyncio.get_running_loop().run_in_executor(self._readers, function)
@@ -82,7 +87,7 @@ class ServiceState:
 
 
 class GenerationServicer:
-    """dash_api.v1.GenerationService. Its handlers are given bytes."""
+    """dash_api.v1.GenerationService. Its handlers take the request's bytes."""
 
     def __init__(self, state: ServiceState) -> None:
         self._state = state
@@ -105,7 +110,7 @@ class GenerationServicer:
     ) -> AsyncIterator[Generation]:
         state = self._state
         method = f"{GENERATION_SERVICE}/{message_class.__name__.removesuffix('Request')}"
-        async with _answering(context) as request_id:
+        async with _errors_to_status(context) as request_id:
             record = record_of_call(request_id, method, context)
             for observer in state.start_observers:
                 observer(record)
@@ -123,7 +128,7 @@ class GenerationServicer:
                     state.admission.claim(place, prepared.request.num_cache_tokens)
                     seconds_left = context.time_remaining()
                     generation = Generation(state.dispatcher, model, prepared, place, seconds_left, record)
-                    # A handler that is not resumed after a cancellation must not keep its slot.
+                    # gRPC may never resume a cancelled handler: free its slot all the same.
                     context.add_done_callback(lambda _: generation.close())
                     try:
                         with _below_parameters():
@@ -152,20 +157,20 @@ class GenerationServicer:
 
 
 class ModelServicer:
-    """dash_api.v1.ModelService. Its handlers are given bytes."""
+    """dash_api.v1.ModelService. Its handlers take the request's bytes."""
 
     def __init__(self, state: ServiceState) -> None:
         self._state = state
         self._tokenize_calls = Admission(state.settings.max_tokenize_calls)
 
     async def get_model(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetModelResponse:
-        async with _answering(context):
+        async with _errors_to_status(context):
             self._state.caller(context)
             wire.parse(model_pb2.GetModelRequest, data)
             return model_to_pb(self._state.require_model().facts, self._state.settings)
 
     async def get_policy(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetPolicyResponse:
-        async with _answering(context):
+        async with _errors_to_status(context):
             self._state.caller(context)
             request = wire.parse(model_pb2.GetPolicyRequest, data)
             facts = self._state.require_model().facts
@@ -176,14 +181,14 @@ class ModelServicer:
             return policy_to_pb(policy)
 
     async def tokenize(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.TokenizeResponse:
-        async with _answering(context):
+        async with _errors_to_status(context):
             caller = self._state.caller(context)
             model = self._state.require_model()
             with self._tokenize_calls.admit(caller):
                 return await self._state.read(data, functools.partial(self._tokenize, data, model))
 
     async def get_decisions(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetDecisionsResponse:
-        async with _answering(context):
+        async with _errors_to_status(context):
             caller = self._state.caller(context)
             request = wire.parse(model_pb2.GetDecisionsRequest, data)
             if not request.request_id:
@@ -199,41 +204,40 @@ class ModelServicer:
 
 
 def add_to_server(state: ServiceState, server: grpc.aio.Server) -> None:
-    """Registers both services on `server`, without deserialisers: see `wire`."""
-    generation, model = GenerationServicer(state), ModelServicer(state)
-    for service, handlers in (
-        (
-            GENERATION_SERVICE,
-            {
-                "Generate": _unary(generation.generate),
-                "StreamGenerate": grpc.unary_stream_rpc_method_handler(
-                    generation.stream_generate,
-                    response_serializer=generation_pb2.StreamGenerateResponse.SerializeToString,
-                ),
-            },
-        ),
-        (
-            MODEL_SERVICE,
-            {
-                "GetModel": _unary(model.get_model),
-                "GetPolicy": _unary(model.get_policy),
-                "Tokenize": _unary(model.tokenize),
-                "GetDecisions": _unary(model.get_decisions),
-            },
-        ),
-    ):
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    """Registers both services on `server`."""
+    for service, servicer in ((_GENERATION, GenerationServicer(state)), (_MODEL, ModelServicer(state))):
+        handlers = rpc_handlers(service, servicer)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
 
 
-def _unary(handler: Callable) -> grpc.RpcMethodHandler:
-    return grpc.unary_unary_rpc_method_handler(
-        handler, response_serializer=lambda response: response.SerializeToString()
-    )
+def rpc_handlers(service: ServiceDescriptor, servicer: object) -> dict[str, grpc.RpcMethodHandler]:
+    """Returns the handler of each method of `service`, without deserialisers: see `wire`.
+
+    Raises:
+        TypeError: `servicer` lacks a method of the service, or has a public one that is none of the service's.
+    """
+    methods = {_snake_case(method.name): method for method in service.methods}
+    public = {name for name in dir(servicer) if not name.startswith("_")}
+    for problem, names in (("lacks", methods.keys() - public), ("has no use for", public - methods.keys())):
+        if names:
+            raise TypeError(f"{service.full_name} {problem} {type(servicer).__name__}.{min(names)}")
+    return {method.name: _rpc_handler(method, getattr(servicer, name)) for name, method in methods.items()}
+
+
+def _rpc_handler(method: MethodDescriptor, handler: Callable) -> grpc.RpcMethodHandler:
+    assert not method.client_streaming
+    is_stream = method.server_streaming
+    make = grpc.unary_stream_rpc_method_handler if is_stream else grpc.unary_unary_rpc_method_handler
+    return make(handler, response_serializer=lambda response: response.SerializeToString())
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
 
 
 @asynccontextmanager
-async def _answering(context: grpc.aio.ServicerContext) -> AsyncIterator[str]:
-    """Gives the call its request id, and turns exceptions into its status."""
+async def _errors_to_status(context: grpc.aio.ServicerContext) -> AsyncIterator[str]:
+    """Gives the call its request id and turns exceptions into the call's status."""
     request_id = uuid.uuid4().hex
     request_id_of_task.set(request_id)
     try:
@@ -251,7 +255,7 @@ async def _answering(context: grpc.aio.ServicerContext) -> AsyncIterator[str]:
 
 @contextmanager
 def _below_parameters() -> Iterator[None]:
-    """Paths of wrong fields inside are relative to GenerationParameters; callers get them from the top."""
+    """Prefixes the paths of wrong fields, which are relative to GenerationParameters inside the block."""
     try:
         yield
     except InvalidRequest as error:

@@ -1,4 +1,4 @@
-"""The server's settings: environment variables with the prefix DASH_, checked once at start.
+"""The server's settings, read from DASH_ environment variables and checked once at start.
 
 Knows no gRPC and starts nothing.
 """
@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dash_runtime.checkpoints import default_cache_folder
 from dash_runtime.config import EngineConfig, LaneKind
-from dash_server.messages import WorkerConfig
+from dash_server.worker.messages import WorkerConfig
 
 ENV_PREFIX = "DASH_"
 _VARIABLES_OF_THE_CLIENT = ("DASH_TARGET", "DASH_TOKEN")
@@ -22,7 +22,7 @@ _MEBIBYTE = 1024 * 1024
 
 
 class SettingsError(ValueError):
-    """One or more settings are wrong; `lines` has one sentence for each, naming the variable."""
+    """One or more settings are wrong. `lines` has a sentence for each that names the variable."""
 
     def __init__(self, lines: list[str]) -> None:
         super().__init__("\n".join(lines))
@@ -30,7 +30,7 @@ class SettingsError(ValueError):
 
 
 class Settings(BaseSettings):
-    """Each field is read from DASH_ and its name in capitals; an empty variable counts as unset."""
+    """One field for each DASH_ variable, named in capitals. An empty variable counts as unset."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
@@ -65,30 +65,28 @@ class Settings(BaseSettings):
     )
     tls_key_file: FilePath | None = Field(default=None, description="The certificate's private key in PEM")
     tls_client_ca_file: FilePath | None = Field(
-        default=None, description="Authorities in PEM of which every client must show a certificate (mutual TLS)"
+        default=None, description="Authorities in PEM; one must have signed each client's certificate (mutual TLS)"
     )
     token_file: FilePath | None = Field(
         default=None,
-        description="Bearer tokens and their limits in TOML; read again when it changes. Unset: anybody may call",
+        description="Bearer tokens and their limits in TOML; read again when it changes. Unset: anyone may call",
     )
 
     compile: bool = Field(
-        default=True, description="Decode with compiled programs where there is a C++ compiler; made once, then kept"
+        default=True, description="Decode with compiled programs if there is a C++ compiler; compiled once, then kept"
     )
     group_planner: bool = Field(
         default=True,
-        description="Let rows of a batch agree on an action and share products where that is faster; off: a request's "
+        description="Let rows of a batch agree on an action and share products if that is faster; off: a request's "
         "tokens never depend on its neighbours",
     )
     workers: int = Field(default=1, ge=1, le=64, description="Worker processes, one for each device")
     slots: int = Field(default=16, ge=1, le=1024, description="Sequences that a worker decodes together")
-    cache_tokens: int = Field(
-        default=8192, ge=2, description="Tokens in a worker's key-value cache, over all sequences"
-    )
+    cache_tokens: int = Field(default=8192, ge=2, description="Tokens in a worker's KV cache, over all sequences")
     prefix_cache_tokens: int = Field(
         default=4096,
         ge=0,
-        description="Prompt tokens that a worker keeps for later prompts that begin alike; 0: none",
+        description="Prompt tokens that a worker keeps for later prompts with the same beginning; 0: none",
     )
     context_length: int | None = Field(
         default=None, ge=2, description="Tokens of one prompt and output; unset: the model's"
@@ -98,24 +96,24 @@ class Settings(BaseSettings):
     max_queue_tokens: int = Field(
         default=262_144,
         ge=1,
-        description="Prompt and output tokens that requests may ask for, over all that wait or run",
+        description="Prompt and output tokens of all requests that wait or run",
     )
     max_requests_per_caller: int | None = Field(
-        default=None, ge=1, description="Requests of one caller, waiting or running; unset: all places but fairly"
+        default=None, ge=1, description="Requests of one caller, waiting or running; unset: no limit but the fair queue"
     )
 
     default_mode: Literal["full_depth", "adaptive", "exact"] = Field(
-        default="adaptive", description="How actions are chosen where a request does not say"
+        default="adaptive", description="Mode of requests that set none"
     )
     default_compute_budget: float | None = Field(
         default=None,
         gt=0,
         le=1,
-        description="Share of the full-depth cost where a request sets no budget; unset: what the policy recommends",
+        description="Compute budget of requests that set none, a share of full depth's cost; unset: the policy's own",
     )
-    default_max_new_tokens: int = Field(default=256, ge=1, description="max_new_tokens where a request sets none")
+    default_max_new_tokens: int = Field(default=256, ge=1, description="max_new_tokens of requests that set none")
     max_prompt_tokens: int | None = Field(
-        default=None, ge=1, description="Longest prompt that is accepted; unset: what the context holds"
+        default=None, ge=1, description="Longest prompt that is accepted; unset: the context's length"
     )
     max_new_tokens: int = Field(default=4096, ge=1, description="Largest max_new_tokens that is accepted")
     max_stop_strings: int = Field(default=16, ge=0, description="Stop strings in one request")
@@ -129,16 +127,16 @@ class Settings(BaseSettings):
         default=8192, ge=1024, le=_MEBIBYTE, description="Largest metadata of one call, a token included"
     )
     max_calls_per_connection: int = Field(default=1024, ge=1, description="Calls at once over one connection")
-    channelz: bool = Field(default=False, description="Answer channelz, gRPC's own view of connections and calls")
+    channelz: bool = Field(default=False, description="Serve channelz, gRPC's own view of connections and calls")
 
     trace_ratio: float | None = Field(
         default=None,
         ge=0,
         le=1,
-        description="Share of requests traced where the caller does not say; unset: by OTEL_TRACES_SAMPLER, else 0",
+        description="Share of requests traced if the caller does not decide; unset: by OTEL_TRACES_SAMPLER, else 0",
     )
     trace_slow_seconds: float | None = Field(
-        default=None, gt=0, description="Requests that took longer are traced in any case; unset: none for that"
+        default=None, gt=0, description="Requests that take longer are always traced; unset: none are"
     )
     trace_steps: int = Field(
         default=32, ge=0, le=4096, description="Steps of each request whose decisions are recorded and traced"
@@ -148,7 +146,7 @@ class Settings(BaseSettings):
         default=False, description="Put prompts, outputs, token ids and stop strings into traces"
     )
     recent_requests: int = Field(
-        default=64, ge=0, description="Requests whose decisions are kept for `GetDecisions`; 0: none"
+        default=64, ge=0, description="Latest requests whose decisions are kept for `GetDecisions`; 0: none"
     )
 
     metrics_port: int | None = Field(
@@ -158,16 +156,16 @@ class Settings(BaseSettings):
         default="127.0.0.1", min_length=1, description="Address of the Prometheus endpoint, which has no TLS"
     )
 
-    start_timeout_seconds: float = Field(default=600, gt=0, description="How long the worker may take to load")
+    start_timeout_seconds: float = Field(default=600, gt=0, description="Time for the worker to load")
     worker_timeout_seconds: float = Field(
-        default=60, gt=0, description="How long a worker may answer nothing before it is replaced"
+        default=60, gt=0, description="Silence of a worker after which it is replaced"
     )
-    shutdown_grace_seconds: float = Field(default=30, ge=0, description="How long running requests may go on")
+    shutdown_grace_seconds: float = Field(default=30, ge=0, description="Time for requests to finish after SIGTERM")
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)] = Field(
         default="INFO", description="Least severe log level"
     )
     log_format: Annotated[Literal["console", "json"], BeforeValidator(str.lower)] = Field(
-        default="console", description="Log lines for people, or a JSON object in each"
+        default="console", description="Log lines for people, or one JSON object a line"
     )
 
     @model_validator(mode="after")
@@ -182,7 +180,7 @@ class Settings(BaseSettings):
         return self
 
     def worker_config(self, worker_number: int = 0) -> WorkerConfig:
-        """What the `worker_number`-th worker is told, from 0."""
+        """Returns the configuration that is sent to worker `worker_number`, from 0."""
         return WorkerConfig(
             model=self.model,
             revision=self.model_revision,
@@ -208,15 +206,15 @@ class Settings(BaseSettings):
         )
 
     def loggable(self) -> str:
-        """All settings in one line; pydantic masks those that are SecretStr."""
+        """Returns all settings in one line; pydantic masks those that are SecretStr."""
         return " ".join(f"{name}={value}" for name, value in self.model_dump(mode="json").items())
 
 
 def load_settings(cls: type[Settings] = Settings) -> Settings:
-    """The settings from the environment.
+    """Reads the settings from the environment.
 
     Raises:
-        SettingsError: with a line for each variable that is wrong.
+        SettingsError: a variable is wrong; has a line for each.
     """
     try:
         return cls()
@@ -226,7 +224,7 @@ def load_settings(cls: type[Settings] = Settings) -> Settings:
 
 def _line(cls: type[Settings], details: Mapping) -> str:
     sentence = str(details["msg"]).replace("Input should be", "must be").replace("Value error, ", "")
-    if not details["loc"]:  # several settings do not go together, and the sentence names them
+    if not details["loc"]:  # several settings contradict each other; the sentence names them
         return sentence
     name = str(details["loc"][0])
     if not sentence.startswith("must"):
@@ -237,7 +235,7 @@ def _line(cls: type[Settings], details: Mapping) -> str:
 
 
 def settings_table() -> str:
-    """All settings in Markdown: `python -m dash_server.settings` prints what docs/settings.md holds."""
+    """Returns the table of docs/settings.md; `python -m dash_server.settings` prints it."""
     rows = ["| variable | default | what it is |", "| --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
         default = field.get_default(call_default_factory=False)
@@ -251,7 +249,7 @@ def _variable(name: str) -> str:
 
 
 def unknown_variables(environment: Mapping[str, str], cls: type[Settings] = Settings) -> list[str]:
-    """A warning for each DASH_ variable that no setting reads, with the closest one that exists."""
+    """Returns a warning for each DASH_ variable that no setting reads; it suggests the closest name."""
     known = [_variable(name) for name in cls.model_fields]
     warnings = []
     for name in sorted(environment):

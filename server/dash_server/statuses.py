@@ -1,7 +1,7 @@
-"""From an exception to the gRPC status that a caller gets, with google.rpc details.
+"""Turns exceptions into the gRPC statuses that callers get, with google.rpc details.
 
-Knows no request and no servicer. What is not meant for callers stays here: an unexpected exception
-becomes INTERNAL with the request's id and nothing else.
+Knows no request and no servicer. An unexpected exception becomes INTERNAL with the request's id, and callers learn no
+more of it.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ ERROR_DOMAIN = "dash-llm"
 RETRY_PUSHBACK_KEY = "grpc-retry-pushback-ms"
 _DETAILS_KEY = "grpc-status-details-bin"
 
-# gRPC peers refuse trailers of more than about 8 KiB, so what callers sent is quoted only in part.
+# gRPC peers refuse trailers over about 8 KiB, so long values from callers are cut.
 _MAX_VIOLATIONS = 8
 _MAX_TEXT_BYTES = 240
 
@@ -32,7 +32,7 @@ class InvalidFields(Exception):
 
 
 class ServiceError(Exception):
-    """A refusal that is not the request's fault. `reason` is the ErrorInfo's, in capitals."""
+    """A refusal of a valid request. `reason` is the ErrorInfo's, in capitals."""
 
     code: grpc.StatusCode
     reason: str
@@ -40,7 +40,7 @@ class ServiceError(Exception):
 
 
 class QueueFull(ServiceError):
-    """As many requests or tokens as the server takes are in it already."""
+    """The server holds as many requests or tokens as it may."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "QUEUE_FULL"
@@ -51,7 +51,7 @@ class QueueFull(ServiceError):
 
 
 class CallerLimitReached(ServiceError):
-    """This caller has as much inside as it may, whatever the others have."""
+    """This caller has as many requests or tokens inside as it may."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "CALLER_LIMIT"
@@ -62,7 +62,7 @@ class CallerLimitReached(ServiceError):
 
 
 class DeadlineTooShort(ServiceError):
-    """The request could not be served before its deadline, so it was not begun."""
+    """The request could not be served before its deadline, so it was not started."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
     reason = "DEADLINE_TOO_SHORT"
@@ -75,7 +75,7 @@ class DeadlineTooShort(ServiceError):
 
 
 class DecisionsNotFound(ServiceError):
-    """Nothing recorded is held of this request, or it is another caller's: the answer does not say which."""
+    """The request's decisions are not kept, or belong to another caller. The message does not say which."""
 
     code = grpc.StatusCode.NOT_FOUND
     reason = "DECISIONS_NOT_FOUND"
@@ -85,14 +85,14 @@ class DecisionsNotFound(ServiceError):
 
 
 class Unauthenticated(ServiceError):
-    """The server wants to know who calls."""
+    """The call needs a valid bearer token."""
 
     code = grpc.StatusCode.UNAUTHENTICATED
     reason = "UNAUTHENTICATED"
 
 
 class ShuttingDown(ServiceError):
-    """The server is going away."""
+    """The server is shutting down."""
 
     code = grpc.StatusCode.UNAVAILABLE
     reason = "SHUTTING_DOWN"
@@ -110,11 +110,11 @@ class WorkerUnavailable(ServiceError):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A status, ready to be sent."""
+    """A status that is ready to be sent."""
 
     code: grpc.StatusCode
     reason: str
-    """The ErrorInfo's."""
+    """The ErrorInfo's reason."""
     message: str
     trailing_metadata: tuple[tuple[str, str | bytes], ...]
 
@@ -124,7 +124,7 @@ class Failure:
 
 
 def failure_of(error: Exception, request_id: str) -> Failure:
-    """The status that tells a caller of `error`."""
+    """Returns the status that tells a caller of `error`."""
     if isinstance(error, InvalidRequest):
         return _invalid_argument((error,), request_id)
     if isinstance(error, InvalidFields):

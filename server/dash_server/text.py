@@ -1,7 +1,7 @@
-"""Between text and token ids: encoding, incremental decoding, and stop strings.
+"""Encodes text to token ids, decodes them incrementally, and finds stop strings.
 
-Knows nothing of requests, networks or the worker. Uses the `tokenizers` library on the model folder's
-tokenizer.json, never transformers (whose tokenizers import torch).
+Knows no requests, no network and no worker. Reads tokenizer.json in the model folder with the `tokenizers` library,
+never with transformers, whose tokenizers import torch.
 """
 
 from collections.abc import Iterable, Sequence, Set
@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from dash_runtime.checkpoints import load_tokenizer
 
 _REPLACEMENT = "\ufffd"
-# A UTF-8 character has at most four bytes and a token at least one, so an incomplete character at the
-# end lies within the last three tokens; a replacement character before those is there to stay.
+# A UTF-8 character has at most four bytes and a token at least one. So an incomplete character lies within the last
+# three tokens, and a replacement character before those is final.
 _MAX_HELD_TOKENS = 3
 _MAX_WINDOW_TOKENS = 12
 
@@ -30,48 +30,47 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> "TextTokenizer":
-        """The tokenizer in `folder`.
+        """Reads the tokenizer in `folder`.
 
         Raises:
             CheckpointNotFound: there is no tokenizer.json.
-            CorruptCheckpoint: it cannot be read.
+            CorruptCheckpoint: tokenizer.json cannot be read.
         """
         return cls(load_tokenizer(folder / "tokenizer.json"))
 
     def is_text(self, token_id: int) -> bool:
-        """Whether the token can be part of a text: a special one, or one beyond the vocabulary, cannot."""
+        """True if the token can be part of a text. Special tokens and ids beyond the vocabulary cannot."""
         return token_id not in self.special_token_ids and self._tokenizer.id_to_token(token_id) is not None
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, none added; the text of a special token becomes that token."""
+        """Returns the token ids of `text`, with none added. The text of a special token becomes that token."""
         # Unlike `encode`, this one releases the interpreter lock.
         (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return encoding.ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the tokens, without special ones."""
+        """Returns the tokens' text, without special tokens."""
         return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
 
 class Detokenizer:
-    """Text of a growing list of tokens, at a cost per token that does not grow with it.
+    """Decodes a growing list of tokens at a constant cost per token.
 
-    A token's text can depend on those before it (a leading space that the first token loses, a
-    character whose bytes are spread over several tokens), so a short window is decoded again for every
-    token and what is new in it is given out. The concatenation is the text of all tokens decoded at
-    once, wherever that text is valid UTF-8.
+    A token's text can depend on the tokens before it: the first token loses its leading space, and a character's bytes
+    may be spread over several tokens. So each token decodes a short window again and gives out the new text. The pieces
+    add up to the text of all tokens decoded at once, if that text is valid UTF-8.
     """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._is_text = tokenizer.is_text
         self._decode = tokenizer.decode
         self._window: list[int] = []
-        """The tokens that last completed some text, for context, and those after them."""
+        """The tokens that last completed some text, for context, and all tokens after them."""
         self._num_given_tokens = 0
         self._num_given_chars = 0
 
     def push(self, token_id: int) -> str:
-        """The text that is certain now and was not before. Ends in no incomplete character."""
+        """Returns the text that this token makes certain. Holds back an incomplete character."""
         if not self._is_text(token_id):
             return ""
         self._window.append(token_id)
@@ -92,21 +91,21 @@ class Detokenizer:
         return new
 
     def flush(self) -> str:
-        """What was held back, once no token can follow."""
+        """Returns the text held back, at the end of the output."""
         rest = self._decode(self._window)[self._num_given_chars :]
         self._num_given_chars += len(rest)
         return rest
 
     def _shorten_window(self, num_dropped_tokens: int, num_held_chars: int) -> None:
-        # Counted from the end: without what stood before it, the front of the window may read otherwise.
+        # Count from the end: the front of the window may decode to another text without the dropped tokens.
         del self._window[:num_dropped_tokens]
         self._num_given_chars = len(self._decode(self._window)) - num_held_chars
 
 
 class StopStrings:
-    """Finds the stop string that is completed first, however the text is cut into pieces.
+    """Finds the stop string that is completed first, in text that comes in pieces.
 
-    Of several completed by the same character, the longest counts.
+    If one character completes several, the longest counts.
     """
 
     def __init__(self, stop_strings: Iterable[str]) -> None:
@@ -117,7 +116,7 @@ class StopStrings:
         self.matched: str | None = None
 
     def push(self, text: str) -> str:
-        """The text that no stop string can take back any more; nothing after a match."""
+        """Returns the text that cannot be part of a stop string any more; "" after a match."""
         if self.matched is not None:
             return ""
         text = self._held + text
@@ -133,21 +132,21 @@ class StopStrings:
         return text[: len(text) - num_held]
 
     def flush(self) -> str:
-        """What was held back, once no text can follow."""
+        """Returns the text held back, at the end of the output."""
         held, self._held = self._held, ""
         return held
 
 
 @dataclass(frozen=True, slots=True)
 class TextPiece:
-    """Text, and how many of the pushed tokens belong to the output (fewer after a stop string)."""
+    """Text, and the number of pushed tokens that belong to the output (fewer after a stop string)."""
 
     text: str
     num_tokens: int
 
 
 class OutputText:
-    """The text of one output: detokenised, without stop tokens, cut at a stop string."""
+    """Makes the text of one output: decodes it, leaves out stop tokens and cuts it at a stop string."""
 
     def __init__(self, tokenizer: TextTokenizer, stop_strings: Iterable[str], stop_token_ids: Set[int]) -> None:
         self._detokenizer = Detokenizer(tokenizer)
@@ -156,11 +155,11 @@ class OutputText:
 
     @property
     def stop_string(self) -> str | None:
-        """The stop string that was met."""
+        """The stop string that was found."""
         return self._stop_strings.matched
 
     def push(self, token_ids: Sequence[int]) -> TextPiece:
-        """The text that these tokens complete; the tokens after a stop string don't count."""
+        """Returns the text that these tokens complete. Tokens after a stop string do not count."""
         pieces = []
         for position, token_id in enumerate(token_ids):
             if token_id not in self._stop_token_ids:
@@ -170,5 +169,5 @@ class OutputText:
         return TextPiece("".join(pieces), len(token_ids))
 
     def finish(self) -> str:
-        """What was held back, once no token can follow; itself cut at a stop string."""
+        """Returns the text held back, at the end of the output. Cuts it at a stop string too."""
         return self._stop_strings.push(self._detokenizer.flush()) + self._stop_strings.flush()

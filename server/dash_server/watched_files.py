@@ -1,4 +1,4 @@
-"""Files that are read again when they change. Knows no contents."""
+"""Tells when files have changed. Knows no contents."""
 
 import time
 from collections.abc import Callable
@@ -8,17 +8,17 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class WatchedFiles:
-    """Looks at most once a second, and when asked: a change is told once, whatever is made of it."""
+    """Checks files when asked, at most once a second. Reports each change once."""
 
     def __init__(self, *paths: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
-        """None is a file that is not in use."""
+        """Ignores paths that are None."""
         self._paths = [path for path in paths if path is not None]
         self._clock = clock
         self._looked_at = clock()
         self._stamps = self._look()
 
     def have_changed(self) -> bool:
-        """Whether any is another than at the last look, or gone."""
+        """True if a file was changed, replaced or removed since the last look."""
         now = self._clock()
         if now - self._looked_at < _SECONDS_BETWEEN_LOOKS:
             return False

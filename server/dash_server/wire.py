@@ -1,7 +1,7 @@
-"""Request bytes to messages, with an answer that names the field where they don't parse.
+"""Parses request bytes. Errors name the field that does not parse.
 
-grpc.aio answers bytes that its deserialiser refuses with UNKNOWN, so the handlers are given the bytes
-and parse here. Knows the protobuf wire format; knows nothing of what the fields mean.
+grpc.aio fails a call with UNKNOWN if its deserialiser raises. So handlers take the bytes and parse them here. Knows the
+protobuf wire format, and no field's meaning.
 """
 
 from collections.abc import Iterator
@@ -21,11 +21,11 @@ M = TypeVar("M", bound=Message)
 
 
 def parse(message_class: type[M], data: bytes) -> M:
-    """The message in `data`.
+    """Parses the message in `data`.
 
     Raises:
-        InvalidRequest: the bytes are not such a message, a string is not UTF-8, or two members of one
-            oneof are set (protobuf itself would keep the last and say nothing).
+        InvalidRequest: the bytes are not such a message, a string is not UTF-8, or two members of one oneof are set
+            (protobuf itself would silently keep the last).
     """
     descriptor = message_class.DESCRIPTOR
     try:
@@ -49,7 +49,7 @@ def _parse_error(descriptor: Descriptor, data: bytes) -> InvalidRequest:
 
 
 def _known_fields(descriptor: Descriptor, data: bytes) -> Iterator[tuple[FieldDescriptor, object]]:
-    """The fields of `data` that `descriptor` knows, in the order of the wire, with their raw values."""
+    """Yields the fields of `data` that `descriptor` knows, in the order of the wire, with their raw values."""
     for unknown in UnknownFieldSet(Empty.FromString(data)):
         field = descriptor.fields_by_number.get(unknown.field_number)
         if field is not None:
@@ -79,7 +79,7 @@ def _is_utf8(value: bytes) -> bool:
 
 
 def _doubly_set_oneofs(descriptor: Descriptor, parts: list[bytes], prefix: str) -> Iterator[str]:
-    """Paths of the oneofs with two members. `parts` are the occurrences that protobuf merges into one."""
+    """Yields the paths of oneofs with two members set. Protobuf would merge `parts` into one message."""
     members: dict[str, set[str]] = {}
     messages: dict[FieldDescriptor, list[bytes]] = {}
     for data in parts:
@@ -95,7 +95,7 @@ def _doubly_set_oneofs(descriptor: Descriptor, parts: list[bytes], prefix: str) 
 
 @lru_cache
 def _has_oneof(descriptor: Descriptor) -> bool:
-    """Whether the message, or one inside it, has a oneof of several members (`optional` makes one of one)."""
+    """True if the message, or one inside it, has a oneof of several members. `optional` makes a oneof of one."""
     return any(len(oneof.fields) > 1 for oneof in descriptor.oneofs) or any(
         field.message_type is not None and _has_oneof(field.message_type) for field in descriptor.fields
     )

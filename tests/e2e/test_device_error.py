@@ -14,7 +14,7 @@ from tests.server.test_lifecycle import code_of, first_delta
 FAILING_WORKER = """
 import sys
 from dash_runtime.engine.engine import Engine
-from dash_server import worker
+from dash_server.worker.__main__ import main
 
 step = Engine.step
 num_steps = 0
@@ -27,7 +27,7 @@ def failing_step(engine):
     return step(engine)
 
 Engine.step = failing_step
-sys.exit(worker.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))
 """
 
 

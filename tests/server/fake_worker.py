@@ -1,20 +1,20 @@
-"""A worker without a model: speaks messages.py over the descriptor, and echoes the prompt for ever.
+"""A worker without a model: speaks worker/messages.py over the descriptor, and echoes the prompt for ever.
 
 Its behaviour is in WorkerConfig.model, as `fake?folder=/path&token_seconds=0.01&…`:
 
-folder           where tokenizer.json is
+folder           the folder with tokenizer.json
 token_seconds    time between two steps; each step gives every running request one token
 num_layers       length of a row of actions
-die_after        exits, without a word, after this many tokens
-die_when_ready   exits, without a word, as soon as it is ready
-hang_after       says nothing any more, and reads nothing, after this many tokens
+die_after        exits silently after this many tokens
+die_when_ready   exits silently as soon as it is ready
+hang_after       sends and reads nothing after this many tokens
 die_at_start     exits before it is ready
 never_ready      waits for ever instead of becoming ready
-starts_child     starts a process of its own first, that sleeps
+starts_child     first starts a child process that sleeps
 startup_failed   refuses to start, with this text
 finish_reason    ends every request with this reason, whatever the true one is
 refuse           answers every request with Refused for this field
-keeps_records    never says what it recorded of a request
+keeps_records    never sends decision traces
 
 A request whose prompt is [PROBE_TOKEN_ID] gets, as token ids: requests running or queued beside it, and
 the numbers of Submit, Cancel and Stop received so far.
@@ -36,7 +36,7 @@ from dash_runtime.actions import Action
 from dash_runtime.child_process import die_with_parent
 from dash_runtime.config import GenerationRequest, Mode, ModelFacts, PolicyFacts
 from dash_runtime.decision_trace import DecisionTrace, StepKind, TraceStep, pack_float32, pack_uint32
-from dash_server import messages
+from dash_server.worker import messages
 
 END_TOKEN_ID = 257
 PROBE_TOKEN_ID = 258
@@ -79,8 +79,8 @@ class Running:
         return events
 
     def record(self, token_id: int, num_layers: int) -> None:
-        """Made up: a decode step takes as long as the time between two tokens, each layer its share of it, and a
-        decision the second half of the layer before."""
+        """Records a made-up step, as long as the time between two tokens: each layer takes its share, each decision the
+        second half of the layer before."""
         start, now = self.last_token_unix_ns, time.time_ns()
         self.last_token_unix_ns = now
         if self.first_token is None:
@@ -105,10 +105,10 @@ class Running:
             )
             self.steps.append(step)
 
-    def recorded(self, num_layers: int) -> messages.Recorded:
+    def recorded(self, num_layers: int) -> messages.Traced:
         is_asked = self.request.skip.mode.has_policy
         first_token_id, first_token_unix_ns = self.first_token or (None, None)
-        return messages.Recorded(
+        return messages.Traced(
             DecisionTrace(
                 request_id=self.request.request_id,
                 policy=self.request.skip.policy_name or "toy",

@@ -1,4 +1,4 @@
-"""A collector on a real socket: takes spans and metrics by OTLP over gRPC, and can be as bad as collectors get."""
+"""A collector on a real socket: takes spans and metrics by OTLP over gRPC, and fails in many ways on demand."""
 
 import asyncio
 import threading
@@ -20,25 +20,25 @@ SERVER_SPAN = "dash_api.v1.GenerationService/"
 
 @dataclass
 class OtlpReceiver:
-    """What came in, and how it behaves; both may be changed while it runs."""
+    """The received messages, and the collector's behaviour. A test may change both while it runs."""
 
     port: int = 0
     spans: list[Span] = field(default_factory=list)
     resource: dict[str, Any] = field(default_factory=dict)
     metrics: list[Any] = field(default_factory=list)
     received: list[bytes] = field(default_factory=list)
-    """Every message as it was."""
+    """Every message, unchanged."""
     delay_seconds: float = 0.0
     refuse_with: grpc.StatusCode | None = None
     die_after: int | None = None
-    """Stops listening, without an answer, at its so-many-th batch of spans."""
+    """The batch of spans at which it stops listening, without an answer."""
 
     def __post_init__(self) -> None:
         self._server: grpc.Server | None = None
         self._let_go = threading.Event()
 
     def start(self) -> None:
-        """Listens; on the port it had before, if it did."""
+        """Listens, on the same port as before if there was one."""
         server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.so_reuseport", 0)])
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(_Traces(self), server)
         metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(_Metrics(self), server)
@@ -57,7 +57,7 @@ class OtlpReceiver:
         return f"http://127.0.0.1:{self.port}"
 
     def behave(self, context: grpc.ServicerContext) -> None:
-        """In a handler, before it answers."""
+        """Does what the test asked for, in a handler, before it answers."""
         self._let_go.wait(self.delay_seconds)
         if self.refuse_with is not None:
             context.abort(self.refuse_with, "refused")
@@ -74,12 +74,12 @@ class OtlpReceiver:
                 await asyncio.sleep(0.01)
 
     async def trace(self) -> "Trace":
-        """The only trace that is here, once it is whole."""
+        """Returns the only trace, once it is complete."""
         await self.traces(1)
         return Trace(list(self.spans))
 
     async def traces(self, number: int) -> None:
-        """Waits until so many traces have a root and nothing more has come for a moment."""
+        """Waits until this many traces have a root and nothing more has come for a moment."""
         await self.until(lambda: sum(span.name.startswith(SERVER_SPAN) for span in self.spans) >= number)
         num_spans = 0
         while num_spans < len(self.spans):
@@ -118,7 +118,7 @@ class _Metrics(metrics_service_pb2_grpc.MetricsServiceServicer):
 
 @contextmanager
 def otlp_receiver() -> Iterator[OtlpReceiver]:
-    """One that listens on a free port."""
+    """A collector that listens on a free port."""
     receiver = OtlpReceiver()
     receiver.start()
     try:
@@ -140,7 +140,7 @@ def _value(pair: KeyValue) -> Any:
 
 
 class Trace:
-    """Spans of one trace, and what must hold for every one."""
+    """The spans of one trace, and checks that hold for every trace."""
 
     def __init__(self, spans: list[Span]) -> None:
         self.spans = spans
@@ -149,7 +149,7 @@ class Trace:
         assert len(self._by_id) == len(spans), "two spans have one id"
 
     def named(self, name: str) -> list[Span]:
-        """In order of their starts."""
+        """Returns the spans of this name, in order of their starts."""
         found = [span for span in self.spans if span.name == name]
         return sorted(
             found, key=lambda span: (span.start_time_unix_nano, attributes_of(span.attributes).get("dash.layer"))
@@ -169,7 +169,7 @@ class Trace:
         return [span for span in self.spans if span.parent_span_id == parent.span_id and name in (None, span.name)]
 
     def check(self) -> None:
-        """One root and no orphan, and every span within its parent."""
+        """Checks that there is one root and no orphan, and that every span lies within its parent."""
         assert self.root.name.startswith(SERVER_SPAN)
         for span in self.spans:
             assert 0 < span.start_time_unix_nano <= span.end_time_unix_nano <= time.time_ns()

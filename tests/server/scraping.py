@@ -1,4 +1,4 @@
-"""What the Prometheus endpoint of a server says, as numbers."""
+"""Reads the numbers of a server's Prometheus endpoint."""
 
 import asyncio
 import urllib.request
@@ -13,7 +13,7 @@ OURS = ("dash_mode", "error_type", "dash_token_type", "dash_layer", "dash_action
 
 
 class Scrape:
-    """What the endpoint said: sums over the series that have the labels asked for, "" being none."""
+    """One scrape: sums over the series that have the labels asked for; "" matches a missing label."""
 
     def __init__(self, text: str) -> None:
         self.series = defaultdict[str, list[tuple[dict[str, str], float]]](list)
@@ -30,7 +30,7 @@ class Scrape:
         )
 
     def kinds(self, name: str) -> set[tuple[tuple[str, str], ...]]:
-        """The label sets of a metric, those of the library left out."""
+        """Returns the label sets of a metric, without the library's labels."""
         return {tuple((label, given[label]) for label in OURS if given.get(label)) for given, _ in self.series[name]}
 
 

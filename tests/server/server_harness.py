@@ -43,7 +43,7 @@ def toy_tokenizer() -> Tokenizer:
 
 
 def write_model_folder(folder: Path) -> Path:
-    """A folder with all that the server reads of a model."""
+    """Writes a folder with all that the server reads of a model."""
     folder.mkdir(parents=True, exist_ok=True)
     toy_tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
@@ -52,7 +52,7 @@ def write_model_folder(folder: Path) -> Path:
 
 
 def fake_model(folder: Path, **options: object) -> str:
-    """The model setting for a fake worker with these options."""
+    """Returns the model setting for a fake worker with these options."""
     return "fake?" + urlencode({"folder": str(folder), **options})
 
 
@@ -92,12 +92,12 @@ class RunningServer:
         return self.generation.StreamGenerate(request, timeout=timeout, metadata=bearer(token))
 
     async def probe(self) -> "WorkerState":
-        """What the fake worker has seen, before this very request."""
+        """Returns the counts of the fake worker, this request not included."""
         response = await self.generate(token_ids=common_pb2.TokenIds(ids=[fake_worker.PROBE_TOKEN_ID]))
         return WorkerState(*response.output.token_ids)
 
     async def wait_until_inside(self, num_running: int, num_waiting: int) -> None:
-        """Until so many requests are at the worker and in the queue, by the server's own count."""
+        """Waits until this many requests are at the worker and in the queue, by the server's own count."""
         async with asyncio.timeout(30):
             while self.counts != (num_running, num_waiting):
                 await asyncio.sleep(0.005)
@@ -116,7 +116,7 @@ class RunningServer:
 
 @dataclass(frozen=True)
 class WorkerState:
-    """Requests that the worker has, and what it was sent."""
+    """The worker's running requests, and counts of the messages that it got."""
 
     num_live: int
     num_submits: int
@@ -125,7 +125,7 @@ class WorkerState:
 
 
 def bearer(token: str | None) -> tuple[tuple[str, str], ...] | None:
-    """Metadata that brings a token along."""
+    """Returns metadata with a token."""
     return None if token is None else (("authorization", f"Bearer {token}"),)
 
 
@@ -156,7 +156,7 @@ async def running_server(
     worker_command: Sequence[str] = FAKE_WORKER,
     **settings: Any,
 ) -> AsyncIterator[RunningServer]:
-    """A server in this process, on a free port, serving already unless `wait` is off."""
+    """Runs a server in this process, on a free port. Waits until it serves, unless `wait` is off."""
     server = DashServer(Settings(model=model, **{"port": 0, "shutdown_grace_seconds": 5, **settings}), worker_command)
     port = await server.start()
     worker = asyncio.create_task(server.run_workers())
@@ -180,7 +180,7 @@ class ServerProcess:
     process: subprocess.Popen[bytes]
     port_file: Path
     log: Path
-    """What it says on stderr: a file, since a pipe that nobody reads would stop it."""
+    """The file with its stderr. A pipe that nobody reads would stop the process."""
 
     def wait_for_port(self) -> int:
         deadline = time.monotonic() + 30
@@ -196,11 +196,11 @@ class ServerProcess:
         return self.outcome()
 
     def outcome(self, seconds: float = 20) -> tuple[int, str]:
-        """The exit code and stderr, once it has ended."""
+        """Waits for the end, and returns the exit code and stderr."""
         return self.process.wait(seconds), self.log.read_text()
 
     def workers(self) -> list[psutil.Process]:
-        """Its worker processes."""
+        """Returns its worker processes."""
         return psutil.Process(self.process.pid).children()
 
 
@@ -212,7 +212,7 @@ def server_process(
     before_exit: str = "pass",
     **variables: object,
 ) -> Iterator[ServerProcess]:
-    """`dash-server` with the fake worker and these DASH_ variables; `before_exit` is Python run at its end."""
+    """Starts `dash-server` with the fake worker and these variables. `before_exit` is Python to run at its end."""
     command = tuple(worker_command)
     program = f"import sys; from dash_server.main import main; code = main({command}); {before_exit}; sys.exit(code)"
     port_file = tmp_path / "port"
@@ -230,7 +230,7 @@ def server_process(
 
 
 def error_details(error: grpc.aio.AioRpcError) -> tuple[status_pb2.Status, dict[str, Any]]:
-    """The google.rpc status of an error, and its details by their type's name."""
+    """Returns the google.rpc status of an error, and its details by type name."""
     trailer = dict(error.trailing_metadata() or ())["grpc-status-details-bin"]
     status = status_pb2.Status.FromString(trailer)
     details = {}

@@ -1,4 +1,4 @@
-"""Places and tokens inside, for all and for each caller, and who makes room for whom."""
+"""Bounds on requests and tokens, in total and per caller, and evictions between callers."""
 
 import asyncio
 from contextlib import ExitStack
@@ -6,14 +6,14 @@ from contextlib import ExitStack
 import pytest
 
 from dash_server.admission import Admission, Place
-from dash_server.callers import Caller, CallerLimits
+from dash_server.auth import Caller, CallerLimits
 from dash_server.statuses import CallerLimitReached, QueueFull, ShuttingDown
 
 ANN, BOB = Caller("ann"), Caller("bob")
 
 
 class Waiting:
-    """A waiting room in which everybody who came in still waits."""
+    """A waiting room in which all admitted requests still wait."""
 
     def __init__(self) -> None:
         self.places: list[Place] = []

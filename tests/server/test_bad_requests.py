@@ -96,7 +96,7 @@ BAD_PARAMETERS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def in_field_1(*parts: bytes) -> bytes:
-    """The wire format of a request whose `parameters` are the parts, one after the other."""
+    """Returns the bytes of a request whose `parameters` are the concatenated parts."""
     content = b"".join(parts)
     assert len(content) < 128
     return b"\x0a" + bytes([len(content)]) + content

@@ -1,4 +1,4 @@
-"""Whose turn it is."""
+"""The order in which callers are served."""
 
 from hypothesis import given
 from hypothesis import strategies as st

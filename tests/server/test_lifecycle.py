@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from dash_api.v1 import common_pb2, generation_pb2, model_pb2
-from dash_server.worker_link import WorkerStartError
+from dash_server.worker.link import WorkerStartError
 from tests.server.server_harness import RunningServer, error_details, fake_model, running_server
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -25,7 +25,7 @@ async def first_delta(call: grpc.aio.UnaryStreamCall) -> None:
 
 
 async def code_of(call: grpc.aio.UnaryStreamCall) -> grpc.StatusCode:
-    """The status at the end, which comes only after all messages have been read."""
+    """Reads all messages, and returns the status at the end."""
     with contextlib.suppress(grpc.aio.AioRpcError):
         async with asyncio.timeout(30):
             while await call.read() is not grpc.aio.EOF:
@@ -70,7 +70,7 @@ async def test_headers_and_started_wait_for_the_slot_and_a_queued_request_can_be
 
 @asynccontextmanager
 async def slow_reader(folder: Path) -> AsyncIterator[tuple[RunningServer, grpc.aio.UnaryStreamCall]]:
-    """A call whose reader has slept, at 32 MB/s, for long enough to fill any window."""
+    """Starts a call whose reader sleeps long enough, at 32 MB/s, to fill any window."""
     model = fake_model(folder, token_seconds=0.001, num_layers=32_768)
     limits = {"context_length": 9000, "cache_tokens": 9000, "max_new_tokens": 4000}
     async with running_server(model, **limits, trace_steps=0) as server:
@@ -95,7 +95,7 @@ async def test_a_reader_that_was_slow_gets_many_tokens_in_a_message(model_folder
             token_ids += delta.token_ids
             assert len(delta.actions) == len(delta.token_ids) * 32_768
         call.cancel()
-        # A first message was read before, of however many tokens.
+        # A first message was read before, with any number of tokens.
         output = b"abc" * 3000
         assert bytes(token_ids) in {output[first : first + len(token_ids)] for first in range(3)}
 

@@ -20,7 +20,7 @@ def token_file(tmp_path: Path) -> Path:
 
 
 async def refusal_of(call: grpc.aio.Call) -> tuple[grpc.StatusCode, str]:
-    """The code and the reason."""
+    """Returns the code and the reason."""
     with pytest.raises(grpc.aio.AioRpcError) as failure:
         await call
     return failure.value.code(), error_details(failure.value)[1]["ErrorInfo"].reason
@@ -70,7 +70,7 @@ async def test_the_tokens_inside_are_bounded(model_folder: Path) -> None:
 
 
 async def measured(server: RunningServer) -> None:
-    """The fake worker always tells of a quarter second for the prompt and half a second for the rest."""
+    """The fake worker always reports 0.25 s for the prompt and 0.5 s for the rest."""
     await server.generate(text="abcde", max_new_tokens=6)  # 0.05 s a prompt token, 0.1 s an output token
 
 
@@ -129,7 +129,7 @@ async def test_a_deadline_behind_a_long_queue_is_refused_at_once(model_folder: P
 
 
 async def test_small_requests_use_room_only_in_their_turn(model_folder: Path) -> None:
-    """The next in line waits for room in the cache; who is behind it does not overtake it for ever."""
+    """The next in line waits for cache room, and later requests do not overtake it for ever."""
     async with running_server(fake_model(model_folder, token_seconds=0.002), cache_tokens=1000) as server:
         first = server.stream(text="abc", max_new_tokens=700)
         await first_delta(first)

@@ -29,7 +29,7 @@ def _root_logger_as_it_was() -> Iterator[None]:
 
 
 def log_in_a_request(capsys: pytest.CaptureFixture[str], log_format: str) -> str:
-    """What is on stderr after one record with an exception, in a task with both ids."""
+    """Returns stderr after one record with an exception, in a task with both ids."""
     configure_logging("INFO", log_format)
     request, trace = request_id_of_task.set("r1"), trace_id_of_task.set(TRACE_ID)
     try:

@@ -1,4 +1,4 @@
-"""Where metrics go: collectors that are there, not there or slow, OTEL_ variables that are nonsense, busy ports."""
+"""Export of metrics: collectors that work, are missing or slow; nonsense in OTEL_ variables; busy ports."""
 
 import re
 import signal
@@ -29,7 +29,7 @@ def free_port() -> int:
 
 
 def complaints(stderr: str) -> list[str]:
-    """Warnings and errors, without what is before the logger's name."""
+    """Returns warnings and errors, from the logger's name on."""
     return [
         re.split(" (?:WARNING|ERROR) ", line)[1] for line in stderr.splitlines() if re.search(" (WARNING|ERROR) ", line)
     ]
@@ -129,7 +129,7 @@ async def test_a_collector_is_sent_what_the_endpoint_shows(model_folder: Path, m
         async with running_server(fake_model(model_folder), metrics_port=0) as server:
             await server.generate(text="hello", max_new_tokens=4)
             seen = await scrape(server)
-    # The last export is at the end: nobody waits for the next minute.
+    # The last export is at shutdown, not a minute later.
     points = {metric.name: metric for metric in collector.metrics}
     duration = points["gen_ai.server.request.duration"]
     assert duration.unit == "s"

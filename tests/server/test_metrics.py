@@ -1,4 +1,4 @@
-"""What is counted of requests to a real server with the fake worker, as Prometheus scrapes it."""
+"""The metrics of a real server with the fake worker, as Prometheus scrapes them."""
 
 import asyncio
 from pathlib import Path
@@ -11,12 +11,12 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from dash_api.v1 import generation_pb2
 from dash_runtime.config import GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_server.admission import Admission
-from dash_server.convert import PreparedRequest
 from dash_server.dispatcher import Dispatcher
-from dash_server.messages import Finished, Granted, Speculation
-from dash_server.metrics import Metrics, Sources
+from dash_server.from_pb import PreparedRequest
 from dash_server.pace import Pace
 from dash_server.request_record import RequestRecord
+from dash_server.telemetry.metrics import Metrics, Sources
+from dash_server.worker.messages import Finished, Granted, Speculation
 from tests.server.scraping import REQUESTS, scrape
 from tests.server.server_harness import fake_model, running_server
 
@@ -67,7 +67,7 @@ async def test_requests_that_failed_have_their_status_as_error_type(model_folder
     for status in ("CANCELLED", "DEADLINE_EXCEEDED", "INVALID_ARGUMENT"):
         assert seen.value(f"{REQUESTS}_count", error_type=status) == 1, status
     assert seen.value(f"{REQUESTS}_count", error_type="INVALID_ARGUMENT", dash_mode="") == 1
-    # What was generated for callers that left counts; that they were served fast or slowly does not.
+    # Tokens of callers that left count; their times do not.
     assert seen.value("dash_tokens_total", dash_token_type="output") > 1
     assert "gen_ai_server_time_to_first_token_seconds_count" not in seen.series
 

@@ -49,7 +49,7 @@ class Authority:
         return {"tls_certificate_file": self.certificate, "tls_key_file": self.key}
 
     def credentials(self, client: str | None = None, issuer: trustme.CA | None = None) -> grpc.ChannelCredentials:
-        """Of a client that trusts this authority; with a certificate for the name `client`."""
+        """Returns a client's credentials: they trust this authority, and have its certificate for the name `client`."""
         roots = self.ca.cert_pem.bytes()
         if client is None:
             return grpc.ssl_channel_credentials(roots)
@@ -96,7 +96,7 @@ async def test_only_clients_with_a_certificate_get_in_where_one_is_asked_for(
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await server.generate(text="abc", max_new_tokens=1)
         assert error_details(failure.value)[1]["ErrorInfo"].reason == "CALLER_LIMIT"
-        # Another certificate is another caller; none, or one of another authority, is nobody.
+        # Another certificate is another caller. Without one, or with another authority's, there is no connection.
         async with open_channel(server.port, authority.credentials("bob")) as channel:
             other = RunningServer(server.server, server.worker, server.port, channel)
             assert (await other.generate(text="abc", max_new_tokens=1)).output.text == "a"

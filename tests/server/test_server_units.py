@@ -1,6 +1,7 @@
-"""Settings, outboxes and statuses, without a server."""
+"""Settings, handlers, outboxes and statuses, without a server."""
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,14 +10,13 @@ import pytest
 from google.rpc import status_pb2
 from pydantic import Field, SecretStr
 
-from dash_api.v1 import common_pb2
+from dash_api.v1 import common_pb2, generation_pb2
 from dash_runtime.actions import Action
 from dash_runtime.config import Mode
 from dash_runtime.errors import InvalidRequest
-from dash_server.convert import MODES
-from dash_server.messages import Finished, Granted, Logprobs, Refused, Tokens
-from dash_server.outbox import Outbox
+from dash_server.from_pb import MODES
 from dash_server.request_record import RequestRecord, observed
+from dash_server.service import rpc_handlers
 from dash_server.settings import Settings, SettingsError, load_settings, settings_table, unknown_variables
 from dash_server.statuses import (
     CallerLimitReached,
@@ -29,6 +29,8 @@ from dash_server.statuses import (
     WorkerUnavailable,
     failure_of,
 )
+from dash_server.worker.messages import Finished, Granted, Logprobs, Refused, Tokens
+from dash_server.worker.outbox import Outbox
 
 FINISHED = Finished("r", "length", 0, 0, 3, 2, {}, 1.0, 0.0)
 
@@ -41,6 +43,43 @@ def test_action_and_mode_numbers_are_those_of_the_contract() -> None:
         number: name for name, number in common_pb2.Mode.items() if number
     }
     assert set(MODES.values()) == set(Mode)
+
+
+GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
+
+
+class _Servicer:
+    async def generate(self) -> None: ...
+
+
+class _FullServicer(_Servicer):
+    async def stream_generate(self) -> None: ...
+
+
+class _OverfullServicer(_FullServicer):
+    async def generate_all(self) -> None: ...
+
+
+def test_every_method_of_a_service_gets_its_handler() -> None:
+    handlers = rpc_handlers(GENERATION, _FullServicer())
+    assert {name: handler.response_streaming for name, handler in handlers.items()} == {
+        "Generate": False,
+        "StreamGenerate": True,
+    }
+    assert handlers["Generate"].unary_unary.__name__ == "generate"
+    assert all(handler.request_deserializer is None for handler in handlers.values())
+
+
+@pytest.mark.parametrize(
+    ("servicer", "message"),
+    [
+        (_Servicer(), "dash_api.v1.GenerationService lacks _Servicer.stream_generate"),
+        (_OverfullServicer(), "dash_api.v1.GenerationService has no use for _OverfullServicer.generate_all"),
+    ],
+)
+def test_a_forgotten_or_superfluous_handler_is_named(servicer: object, message: str) -> None:
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        rpc_handlers(GENERATION, servicer)
 
 
 def test_settings_come_from_variables_and_empty_ones_are_unset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +104,7 @@ def test_the_documented_settings_are_the_settings() -> None:
 
 
 def test_the_documented_errors_are_the_errors() -> None:
-    """One row for each reason, with its code, and whether it is retryable: all that tell when to come back are."""
+    """Each reason has a row with its code."""
     rows = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text().splitlines()
     reasons = {error.reason: error.code.name for error in ServiceError.__subclasses__()}
     for reason, code in {**reasons, "INVALID_REQUEST": "INVALID_ARGUMENT", "INTERNAL": "INTERNAL"}.items():
@@ -154,7 +193,7 @@ def test_statuses_agree_with_their_details_and_fit_in_a_trailer(error: Exception
 
 
 class _UncutCall:
-    """The context of a call that nothing ends."""
+    """The context of a call that does not end."""
 
     def add_done_callback(self, callback: object) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Collectors that are absent, slow, refusing or dying, and variables that make no sense: serving does not notice."""
+"""Serving goes on with collectors that are absent, slow, refusing or dying, and with nonsense in variables."""
 
 import asyncio
 import logging
@@ -13,9 +13,9 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from dash_api.v1 import generation_pb2
-from dash_server.span_export import MAX_BATCH_SPANS, SpanExport
-from dash_server.span_tree import SpanTree
-from dash_server.telemetry import ExportState
+from dash_server.telemetry.exporting import ExportState
+from dash_server.telemetry.span_export import MAX_BATCH_SPANS, SpanExport
+from dash_server.telemetry.span_tree import SpanTree
 from tests.server.otlp_receiver import OtlpReceiver, otlp_receiver
 from tests.server.server_harness import RunningServer, fake_model, running_server
 
@@ -25,7 +25,7 @@ SPANS_OF_A_REQUEST = 2 + 9 + 8  # one decision for each token but the first
 
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Attempts of half a second, so that each batch is tried once."""
+    """Limits attempts to half a second, so that each batch is tried once."""
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_TIMEOUT", "0.5")
     return monkeypatch
 
@@ -35,7 +35,7 @@ def name_collector(endpoint: pytest.MonkeyPatch, receiver: OtlpReceiver) -> None
 
 
 async def serve_some(server: RunningServer, number: int = 8) -> None:
-    """Requests, all to be traced, that must be answered as if there were no tracing."""
+    """Sends requests that are all traced, and checks that each is answered as without tracing."""
     started = time.monotonic()
     answers = await asyncio.gather(
         *(server.generate(text="hello", max_new_tokens=9, output=TRACED) for _ in range(number))
@@ -65,7 +65,7 @@ async def test_an_absent_collector_costs_one_line_and_counted_spans(
     model_folder: Path, endpoint: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with otlp_receiver() as receiver:
-        name_collector(endpoint, receiver)  # which is gone by the time that it is needed
+        name_collector(endpoint, receiver)  # gone before it is needed
     async with running_server(fake_model(model_folder)) as server:
         for _ in range(2):
             await serve_some(server)
@@ -178,7 +178,7 @@ async def test_tracing_can_be_switched_off(
 
 
 class Spans:
-    """So many spans, made when they are asked for."""
+    """A source of this many spans, made by iterating."""
 
     def __init__(self, num_spans: int, fails_after: int | None = None) -> None:
         self.num_spans = num_spans

@@ -1,4 +1,4 @@
-"""Spans of made-up recordings, without a server."""
+"""Spans of made-up decision traces, without a server."""
 
 import random
 from typing import Any
@@ -13,13 +13,13 @@ from opentelemetry.sdk.trace import ReadableSpan
 from dash_runtime.actions import Action
 from dash_runtime.config import GenerationRequest, Mode, SamplingParameters, SkipOptions, StoppingParameters
 from dash_runtime.decision_trace import DecisionTrace, StepKind, TraceStep, pack_float32, pack_uint32
-from dash_server.callers import Caller
-from dash_server.convert import PreparedRequest
-from dash_server.recorded_calls import RecordedCalls
+from dash_server.auth import Caller
+from dash_server.from_pb import PreparedRequest
 from dash_server.request_record import RequestRecord
-from dash_server.sampling import SamplingRule, caller_span, new_trace_id
-from dash_server.spans import CallSpans
-from dash_server.step_spans import SpanOptions
+from dash_server.telemetry.call_spans import CallSpans
+from dash_server.telemetry.pending_traces import PendingTraces
+from dash_server.telemetry.token_spans import SpanOptions
+from dash_server.telemetry.trace_sampling import SamplingRule, caller_span, new_trace_id
 
 MILLISECOND = 1_000_000
 START = 1_764_000_000_000 * MILLISECOND
@@ -27,7 +27,7 @@ NUM_LAYERS, PINNED = 4, [0, 3]
 
 
 def step(kind: StepKind, place: int, **changes: Any) -> TraceStep:
-    """The `place`-th one, of a millisecond, whose two free layers were decided."""
+    """Returns a step of one millisecond, number `place`, with decisions for its two free layers."""
     fields: dict[str, Any] = {
         "kind": kind,
         "token_ids": [place],
@@ -108,7 +108,7 @@ def spans_of(said: DecisionTrace | None, call: RequestRecord | None = None, **op
 
 
 def check(spans: list[ReadableSpan]) -> None:
-    """One root, parents before their children and around them."""
+    """Checks for one root, and parents that come before their children and surround them."""
     known: dict[int, ReadableSpan] = {}
     for span in spans:
         assert span.context is not None
@@ -125,7 +125,7 @@ def check(spans: list[ReadableSpan]) -> None:
 
 
 def tree(spans: list[ReadableSpan]) -> list[str]:
-    """Each span's parent and name, below the generation; decisions only counted."""
+    """Returns each span's parent and name, below the generation; decisions are only counted."""
     names = {span.context.span_id: span.name for span in spans if span.context is not None}
     lines: list[str] = []
     for span in spans[2:]:
@@ -277,6 +277,15 @@ def test_the_callers_flag_is_the_lowest_bit(traceparent: str, is_sampled: bool) 
     assert span.trace_state.get("a") == "b"
 
 
+def test_headers_that_are_too_long_are_left_out_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    traceparent = f"00-{'1' * 32}-{'2' * 16}-01"
+    span = caller_span({"traceparent": traceparent, "tracestate": f"a={'b' * 511}"})
+    assert span is not None
+    assert not span.trace_state
+    assert caller_span({"traceparent": f"cc{traceparent[2:]}-{'x' * 500}"}) is None
+    assert not caplog.records
+
+
 @given(st.text(max_size=80), st.text(max_size=600))
 def test_no_header_is_too_strange_to_be_read(traceparent: str, tracestate: str) -> None:
     assert caller_span({"traceparent": traceparent, "tracestate": tracestate}) is None
@@ -285,7 +294,7 @@ def test_no_header_is_too_strange_to_be_read(traceparent: str, tracestate: str) 
 
 async def test_a_recording_is_joined_with_its_call_whichever_comes_first() -> None:
     complete: list[tuple[str, bool]] = []
-    calls = RecordedCalls(
+    calls = PendingTraces(
         lambda *_: None, lambda record, recorded: complete.append((record.request_id, bool(recorded)))
     )
     before, after, never = (record(request_id=name, granted=object()) for name in ("before", "after", "never"))

@@ -1,4 +1,4 @@
-"""Detokenisation and stop strings: the pieces add up to the whole, however they are cut."""
+"""Detokenisation and stop strings: the pieces add up to the whole, wherever they are cut."""
 
 import random
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ def tokenizer() -> TextTokenizer:
 
 
 def byte_pair_tokenizer(seed: int) -> TextTokenizer:
-    """Byte level, with random merges that pay no heed to where characters begin."""
+    """A byte-level tokenizer with random merges that ignore character boundaries."""
     chance = random.Random(seed)
     plain = toy_tokenizer()
     vocab = dict(plain.get_vocab(with_added_tokens=False))
@@ -49,7 +49,7 @@ def byte_pair_tokenizer(seed: int) -> TextTokenizer:
 
 
 def sentencepiece_tokenizer() -> TextTokenizer:
-    """As Llama 2's: words with a leading ▁, bytes for what is not in the vocabulary."""
+    """A tokenizer like Llama 2's: words with a leading ▁, and bytes for unknown text."""
     words = ["▁plain", "▁words", ",", "▁and", "▁more", "▁", "of", "▁them", "a", "s"]
     vocab = {token: id_ for id_, token in enumerate([*(f"<0x{byte:02X}>" for byte in range(256)), *words])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True))
@@ -118,7 +118,7 @@ def test_text_after_invalid_bytes_is_right(tokenizer: TextTokenizer) -> None:
 
 
 class CountingTokenizer(TextTokenizer):
-    """Remembers how many tokens it decoded at once."""
+    """Counts the tokens that it decodes at once."""
 
     longest = 0
 

@@ -21,14 +21,14 @@ CANARY = "kumquat"
 
 @pytest.fixture
 def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[OtlpReceiver]:
-    """One that servers find by the standard variable."""
+    """A collector that servers find by the standard variable."""
     with otlp_receiver() as receiver:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", receiver.endpoint)
         yield receiver
 
 
 async def stream(server: RunningServer, traceparent: str | None = None, **parameters: object) -> list[int]:
-    """Token ids of a whole stream."""
+    """Returns the token ids of a whole stream."""
     request = generation_pb2.StreamGenerateRequest(parameters=generation_request(**parameters).parameters)
     metadata = () if traceparent is None else (("traceparent", traceparent),)
     messages = [message async for message in server.generation.StreamGenerate(request, metadata=metadata)]
@@ -140,7 +140,7 @@ async def test_a_malformed_traceparent_counts_as_none(
 
 
 async def test_who_is_traced_without_failing(model_folder: Path, collector: OtlpReceiver) -> None:
-    """By the ratio only where the caller does not say; the trace option counts in any case."""
+    """The ratio counts only if the caller does not decide; the trace option always counts."""
     async with running_server(fake_model(model_folder), trace_ratio=1) as server:
         await stream(server, NOT_SAMPLED, text="hello", max_new_tokens=1)
         await stream(server, text="hello", max_new_tokens=2)

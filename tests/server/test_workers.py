@@ -1,4 +1,4 @@
-"""Workers that die, hang or never work, several of them, and what becomes of their requests."""
+"""One or several workers that die, hang or never work, and the fate of their requests."""
 
 import asyncio
 import contextlib
@@ -11,18 +11,18 @@ import grpc
 import psutil
 import pytest
 
-from dash_server.worker_link import WorkerStartError
-from dash_server.worker_process import WorkerProcess
+from dash_server.worker.link import WorkerStartError
+from dash_server.worker.process import WorkerProcess
 from tests.server.server_harness import FAKE_WORKER, RunningServer, fake_model, running_server, server_process
 from tests.server.test_lifecycle import code_of, first_delta
 from tests.server.test_server_process import assert_gone, complaints
 
 
 def worker_pids() -> list[int]:
-    """Of the server in this process, those that live."""
+    """Returns the live workers of the server in this process."""
     pids = []
     for process in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):  # it may end, or have ended, while it is looked at
+        with contextlib.suppress(psutil.Error):  # the process may end meanwhile
             if "fake_worker" in " ".join(process.cmdline()):
                 pids.append(process.pid)
     return pids
@@ -75,7 +75,7 @@ async def test_an_idle_worker_is_not_taken_for_one_that_hangs(model_folder: Path
 async def test_workers_that_die_before_a_first_token_end_the_server(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dash_server.worker_link._FIRST_RESTART_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr("dash_server.worker.link._FIRST_RESTART_DELAY_SECONDS", 0.01)
     async with running_server(fake_model(model_folder, die_when_ready=1), wait=False) as server:
         with pytest.raises(WorkerStartError, match="died 5 times in a row before it gave a token"):
             await asyncio.wait_for(server.worker, 20)

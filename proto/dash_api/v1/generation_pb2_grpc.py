@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class GenerationServiceStub(object):
-    """Generates text with a decoder whose depth is decided token by token.
+    """Generates text with a decoder that chooses its depth for each token.
 
     Errors are gRPC statuses with google.rpc details: INVALID_ARGUMENT carries BadRequest with the
     path of each wrong field, RESOURCE_EXHAUSTED carries RetryInfo, all carry ErrorInfo.
@@ -51,7 +51,7 @@ class GenerationServiceStub(object):
 
 
 class GenerationServiceServicer(object):
-    """Generates text with a decoder whose depth is decided token by token.
+    """Generates text with a decoder that chooses its depth for each token.
 
     Errors are gRPC statuses with google.rpc details: INVALID_ARGUMENT carries BadRequest with the
     path of each wrong field, RESOURCE_EXHAUSTED carries RetryInfo, all carry ErrorInfo.
@@ -65,7 +65,7 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StreamGenerate(self, request, context):
-        """Generates and sends the text while it is being made: one `started`, any number of `delta`s,
+        """Generates and sends the text as it is made: one `started`, any number of `delta`s,
         one `finished`. A stream that ends without `finished` ends with an error status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -94,7 +94,7 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService(object):
-    """Generates text with a decoder whose depth is decided token by token.
+    """Generates text with a decoder that chooses its depth for each token.
 
     Errors are gRPC statuses with google.rpc details: INVALID_ARGUMENT carries BadRequest with the
     path of each wrong field, RESOURCE_EXHAUSTED carries RetryInfo, all carry ErrorInfo.

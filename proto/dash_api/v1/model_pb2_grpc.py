@@ -62,14 +62,14 @@ class ModelServiceServicer(object):
     """
 
     def GetModel(self, request, context):
-        """What model is served, and within which limits.
+        """Returns the served model and its limits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetPolicy(self, request, context):
-        """One policy: the default one unless named.
+        """Returns one policy: the default one unless named.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,8 +83,8 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetDecisions(self, request, context):
-        """What was decided and when, step by step, for one of the caller's own latest requests. NOT_FOUND where the server
-        does not hold it, or it is another caller's.
+        """Returns the decisions and their times, step by step, of one of the caller's own latest requests. NOT_FOUND if the
+        server no longer has them, or the request is another caller's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

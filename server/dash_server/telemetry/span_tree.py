@@ -1,6 +1,6 @@
-"""Finished spans with explicit times, each inside its parent. Knows nothing of requests.
+"""Makes finished spans with explicit times, each inside its parent. Knows no requests.
 
-OpenTelemetry's own tracer would stamp, lock and copy each of thousands of spans; these are made when all is over.
+OpenTelemetry's own tracer would stamp, lock and copy each of thousands of spans. These are made when the call is over.
 """
 
 import random
@@ -21,7 +21,7 @@ _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 
 
 class SharedResource(Resource):
-    """A resource that many spans have. The exporter hashes it once for each of them, and it does not change."""
+    """A resource with a cached hash: the exporter hashes it for each span, and it never changes."""
 
     def __init__(self, resource: Resource) -> None:
         super().__init__(dict(resource.attributes), resource.schema_url)
@@ -36,20 +36,20 @@ class SharedResource(Resource):
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Of one span, in nanoseconds since 1970."""
+    """A span's start and end, in nanoseconds since 1970."""
 
     start: int
     end: int
 
     def around(self, start: int, end: int) -> "Times":
-        """`start` to `end` as far as they lie within these times: clocks may differ, and work may outlast a call."""
+        """Cuts `start` to `end` to these times: clocks may differ, and work may outlast its call."""
         start = min(max(start, self.start), self.end)
         return Times(start, min(max(end, start), self.end))
 
 
 @dataclass(frozen=True, slots=True)
-class Trunk:
-    """What a span's children need of it."""
+class ParentSpan:
+    """The part of a span that its children need."""
 
     context: SpanContext
     times: Times
@@ -59,7 +59,7 @@ class SpanTree:
     """Makes the spans of one trace."""
 
     def __init__(self, trace_id: int, caller_span: SpanContext | None, resource: Resource) -> None:
-        """`caller_span` is the parent of spans without one here."""
+        """`caller_span` is the parent of spans that have none in the tree."""
         self._trace_id = trace_id
         self._caller_span = caller_span
         self._resource = resource
@@ -68,7 +68,7 @@ class SpanTree:
     def span(
         self,
         name: str,
-        parent: Trunk | None,
+        parent: ParentSpan | None,
         start: int,
         end: int,
         attributes: Attributes,
@@ -76,8 +76,8 @@ class SpanTree:
         events: Sequence[Event] = (),
         kind: SpanKind = SpanKind.INTERNAL,
         status: Status = _UNSET,
-    ) -> tuple[ReadableSpan, Trunk]:
-        """A span from `start` to `end`, cut to its parent's times."""
+    ) -> tuple[ReadableSpan, ParentSpan]:
+        """Makes a span from `start` to `end`, cut to its parent's times."""
         times = Times(start, max(start, end)) if parent is None else parent.times.around(start, end)
         context = SpanContext(self._trace_id, _new_span_id(), False, _SAMPLED, self._trace_state)
         span = ReadableSpan(
@@ -93,7 +93,7 @@ class SpanTree:
             end_time=times.end,
             instrumentation_scope=_SCOPE,
         )
-        return span, Trunk(context, times)
+        return span, ParentSpan(context, times)
 
 
 def _new_span_id() -> int:

@@ -1,7 +1,7 @@
-"""Where metrics go: to an OTLP collector, to whoever scrapes the Prometheus endpoint, or to both.
+"""Exports metrics to an OTLP collector, through a Prometheus endpoint, or both.
 
-Imported only where one of them is set up. Both have threads of their own: the event loop never waits for them.
-Knows no instruments (that is `metrics`).
+Imported only if one of them is set up. Both have their own threads: the event loop never waits for them. Knows no
+instruments; `metrics` does.
 """
 
 import logging
@@ -21,20 +21,20 @@ from opentelemetry.sdk.metrics.export import (
 from prometheus_client import CollectorRegistry, start_http_server
 
 from dash_server.listening import ListenError, is_loopback, try_to_bind
-from dash_server.metrics import Metrics, Sources
 from dash_server.request_record import RequestRecord
 from dash_server.settings import Settings
-from dash_server.telemetry import ExportState, service_resource
+from dash_server.telemetry.exporting import ExportState, service_resource
+from dash_server.telemetry.metrics import Metrics, Sources
 
 logger = logging.getLogger(__name__)
 
-# What is new since the last export gets this long at the end; less where the collector has not answered anyway.
+# Time limit of the last export at shutdown; shorter if the collector did not respond before.
 _LAST_EXPORT_SECONDS = 2.0
 _LAST_ATTEMPT_SECONDS = 0.5
 
 
 class MetricExport:
-    """Metrics that are being collected. `close` at the end."""
+    """A running export of metrics. Call `close` at the end."""
 
     def __init__(self, metrics: Metrics, provider: MeterProvider, state: ExportState | None) -> None:
         self._metrics = metrics
@@ -42,40 +42,40 @@ class MetricExport:
         self._state = state
         self._endpoint: WSGIServer | None = None
         self.port: int | None = None
-        """Of the Prometheus endpoint."""
+        """Port of the Prometheus endpoint, if there is one."""
 
     def observe(self, record: RequestRecord) -> None:
-        """See `metrics.Metrics.observe`."""
+        """Adds a call that is over."""
         self._metrics.observe(record)
 
     def serve(self, host: str, port: int, registry: CollectorRegistry) -> None:
-        """Starts the Prometheus endpoint, whose address can be had."""
+        """Starts the Prometheus endpoint. The address must be free."""
         self._endpoint, _ = start_http_server(port, host, registry)
         self.port = self._endpoint.server_port
         logger.info("metrics are served on %s, port %d", host, self.port)
 
     def close(self) -> None:
-        """Exports what is left, in bounded time; blocks meanwhile."""
+        """Exports the last metrics. Blocks, for a bounded time."""
         if self._endpoint is not None:
             self._endpoint.shutdown()
             self._endpoint.server_close()
         is_failing = self._state is not None and self._state.is_failing
         try:
             self._provider.shutdown((_LAST_ATTEMPT_SECONDS if is_failing else _LAST_EXPORT_SECONDS) * 1000)
-        except Exception as error:  # the library raises bare ones, for what no longer matters
+        except Exception as error:  # the library raises bare exceptions, which no longer matter
             logger.warning("the last metrics were not exported: %s", error)
 
 
 def start_metrics(settings: Settings, sources: Sources, has_collector: bool) -> MetricExport | None:
-    """Begins to collect, for the Prometheus endpoint if its port is set, for an OTLP collector if there is one.
+    """Starts the Prometheus endpoint if its port is set, and the export to a collector if there is one.
 
-    None: neither, which can be where the collector's variables cannot be used.
+    Returns None if there is neither, or only a collector with unusable variables.
 
     Raises:
-        ListenError: the Prometheus endpoint's address may not or cannot be listened on.
+        ListenError: the Prometheus endpoint may not or cannot listen on its address.
     """
     readers: list[MetricReader] = []
-    registry = CollectorRegistry()  # the library's own would be shared by all servers of a process
+    registry = CollectorRegistry()  # the library's default registry is shared by all servers in a process
     if settings.metrics_port is not None:
         _check_address(settings)
         readers.append(PrometheusMetricReader(registry=registry))
@@ -91,7 +91,7 @@ def start_metrics(settings: Settings, sources: Sources, has_collector: bool) -> 
     if settings.metrics_port is not None:
         export.serve(settings.metrics_host, settings.metrics_port, registry)
     if reader is not None:
-        # The first export at once: a collector that is not there is found out now, and not after a minute.
+        # Exports once now: a missing collector is reported at start instead of after a minute.
         threading.Thread(target=reader.collect, name="first-metrics", daemon=True).start()
     return export
 
@@ -115,13 +115,13 @@ def _check_address(settings: Settings) -> None:
 def _otlp_reader(state: ExportState) -> PeriodicExportingMetricReader | None:
     try:
         return PeriodicExportingMetricReader(_AnnouncingExporter(state))
-    except Exception as error:  # of many kinds, by what the OTEL_ variables hold
+    except Exception as error:  # of many types, depending on the OTEL_ variables
         logger.warning("metrics are not exported, since an OTEL_ variable cannot be used: %s", error)
         return None
 
 
 class _AnnouncingExporter(OTLPMetricExporter):
-    """Says when it begins to fail, and when no longer."""
+    """Reports the first failure, and the first success after it."""
 
     def __init__(self, state: ExportState) -> None:
         super().__init__()

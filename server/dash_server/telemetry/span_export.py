@@ -1,7 +1,7 @@
-"""Takes finished spans to a collector, in a thread of its own. Nothing waits for it, and its memory is bounded.
+"""Exports finished spans to a collector in a thread of its own. Nothing waits for it, and its memory is bounded.
 
-Spans come as iterables, and are only made here, some at a time, so that the event loop gets its turns of the
-interpreter. Knows no requests and no OTLP.
+Spans come as iterables. The thread makes them in small slices, so that the event loop gets the interpreter in between.
+Knows no requests and no OTLP.
 """
 
 import logging
@@ -14,14 +14,14 @@ from typing import Protocol
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from dash_server.telemetry import ExportState
+from dash_server.telemetry.exporting import ExportState
 
 logger = logging.getLogger(__name__)
 
 MAX_PENDING_SPANS = 50_000
-# Each holds on to its request's record, prompt tokens included.
+# Each keeps its request's record, prompt tokens included.
 MAX_PENDING_TREES = 256
-# An exporter encodes a batch in one go: so many take about as long as a thread may keep the interpreter anyway.
+# An exporter encodes a batch in one go: this many take about one of the interpreter's thread slices.
 MAX_BATCH_SPANS = 128
 _SLICE_SPANS = 16
 _PAUSE_SECONDS = 0.0002
@@ -30,16 +30,16 @@ _LAST_SECONDS = 0.5
 
 
 class SpanSource(Protocol):
-    """Spans that are yet to be made."""
+    """Spans that are not made yet."""
 
     num_spans: int
-    """At most."""
+    """An upper bound."""
 
     def __iter__(self) -> Iterator[ReadableSpan]: ...
 
 
 class SpanExport:
-    """Call `put` from anywhere, and `close` once."""
+    """The export thread and its queue. Call `put` from any thread, and `close` once."""
 
     def __init__(
         self,
@@ -64,16 +64,16 @@ class SpanExport:
 
     @property
     def dropped_spans(self) -> int:
-        """How many never reached the collector. Those never made are counted at their most."""
+        """Spans that never reached the collector. Those never made count by their upper bound."""
         return self._num_dropped
 
     @property
     def exported_spans(self) -> int:
-        """How many the collector took."""
+        """Spans that the collector took."""
         return self._num_exported
 
     def put(self, spans: SpanSource) -> None:
-        """Takes in spans to be made and exported, or drops them where too many wait already."""
+        """Queues spans to be made and exported, or drops them if too many wait."""
         with self._changed:
             if (
                 self._is_closing
@@ -92,7 +92,7 @@ class SpanExport:
             logger.warning("more is traced than the collector takes: spans are dropped until it has caught up")
 
     def close(self, seconds: float = _FLUSH_SECONDS) -> None:
-        """Exports what waits, for at most about `seconds`, and drops the rest. Blocks for as long."""
+        """Exports waiting spans for at most about `seconds`, and drops the rest. Blocks."""
         with self._changed:
             self._is_closing = True
             if self._state.is_failing:
@@ -104,7 +104,7 @@ class SpanExport:
             thread.join(seconds)
         with self._changed:
             self._drop_pending()
-        self._exporter.shutdown()  # also ends an export that waits to try again
+        self._exporter.shutdown()  # also ends an export that waits for a retry
         if thread is not None:
             thread.join(_LAST_SECONDS)
 
@@ -138,7 +138,7 @@ class SpanExport:
                     self._changed.wait()
 
     def _make(self, spans: SpanSource, batch: list[ReadableSpan]) -> list[ReadableSpan]:
-        """Makes spans, exports whole batches, and returns what is left over for the next one."""
+        """Makes spans, exports full batches, and returns the rest for the next batch."""
         num_made = 0
         try:
             for span in spans:
@@ -150,7 +150,7 @@ class SpanExport:
                     self._export(batch)
                     batch = []
         except Exception:
-            # What is wrong with one call's spans must not end those of all others.
+            # An error in one call's spans must not end the thread.
             logger.exception("spans of a call could not be made")
             self._add_dropped(spans.num_spans - num_made)
         return batch

@@ -1,7 +1,7 @@
-"""What the server and its worker say to each other, and how it is framed.
+"""The messages between the server and its worker, and their frames.
 
-A frame is a 4-byte big-endian length and a msgpack body. Both ends are ours and of one version, so
-the messages are free to change; nothing is ever pickled. Knows no gRPC and no torch.
+A frame is a 4-byte big-endian length and a msgpack body. Both ends have the same version, so the messages may change
+freely. Nothing is ever pickled. Knows no gRPC and no torch.
 """
 
 import struct
@@ -17,7 +17,7 @@ _LENGTH = struct.Struct(">I")
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, tag=True):
-    """First message to a worker: what to load. Sent over the socket, so that it is not in `/proc`."""
+    """The first message to a worker: what to load. Goes over the socket, so that `/proc` does not show it."""
 
     model: str
     """`embedded`, a folder, a GGUF file or a hub id."""
@@ -25,7 +25,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, tag=True):
     device: str
     """`auto`, `cpu`, `cuda`, `cuda:1`, …"""
     precision: str
-    """Of the FULL action: `bfloat16` or `float32`."""
+    """The FULL action's weights: `bfloat16` or `float32`."""
     num_threads: int | None
     compile_layers: bool
     policy_file: str | None
@@ -36,29 +36,29 @@ class WorkerConfig(msgspec.Struct, frozen=True, tag=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """Queue this request."""
+    """Submits a request."""
 
     request: GenerationRequest
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
-    """Forget this request wherever it is; at most what was recorded is said about it. Unknown ids are ignored."""
+    """Drops a request in any state. At most Traced follows. Unknown ids are ignored."""
 
     request_id: str
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """A stop string was met: send Finished with the reason `stop_string` now. Unknown ids are ignored."""
+    """Ends a request at a stop string: Finished with the reason `stop_string` follows. Unknown ids are ignored."""
 
     request_id: str
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
-    """Say Pong, between two steps at the latest."""
+    """Asks for Pong, which comes before the next engine step."""
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
-    """Exit now."""
+    """Tells the worker to exit at once."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -66,12 +66,12 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
     facts: ModelFacts
     model_folder: str
-    """Where tokenizer.json and the chat template are."""
+    """The folder with tokenizer.json and the chat template."""
     load_seconds: float
 
 
 class StartupFailed(msgspec.Struct, frozen=True, tag=True):
-    """The worker cannot serve, for a reason the user can act on; it exits after this."""
+    """The worker cannot serve, for a reason that the user can remove. It then exits."""
 
     description: str
 
@@ -94,7 +94,7 @@ class Granted(msgspec.Struct, frozen=True, tag=True):
     policy: str
     compute_budget: float | None
     queue_seconds: float
-    """At the worker."""
+    """Time in the worker's queue."""
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
@@ -108,7 +108,7 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
 
 
 class Speculation(msgspec.Struct, frozen=True, array_like=True):
-    """What became of the drafts of one request in mode EXACT."""
+    """The drafts of one request in mode EXACT."""
 
     drafted_token_count: int
     accepted_token_count: int
@@ -134,34 +134,34 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     """Mean per decode token."""
     speculation: Speculation | None = None
     cached_prompt_token_count: int = 0
-    """Of the prompt, whose keys and values were there already."""
+    """Prompt tokens whose keys and values were in the prefix cache."""
     layer_action_counts: list[list[int]] = msgspec.field(default_factory=list)
-    """For each layer, how many of the decode tokens ran SKIP, INT4, INT8 and FULL there; without those only drafted."""
+    """For each layer, the decode tokens that ran it as SKIP, INT4, INT8 and FULL. Leaves out rejected drafts."""
 
 
-class Recorded(msgspec.Struct, frozen=True, tag=True):
-    """What was recorded of a request: just before Finished, or after Cancel."""
+class Traced(msgspec.Struct, frozen=True, tag=True):
+    """A request's decision trace. Comes just before Finished, or after Cancel."""
 
-    recorded: DecisionTrace
+    decision_trace: DecisionTrace
 
     @property
     def request_id(self) -> str:
-        return self.recorded.request_id
+        return self.decision_trace.request_id
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """The request is wrong; the server should have seen it, and says so to the caller now."""
+    """The request is wrong. The server should have seen it, and now tells the caller."""
 
     request_id: str
     field: str
     description: str
 
 
-Event = Granted | Tokens | Recorded | Finished | Refused
+Event = Granted | Tokens | Traced | Finished | Refused
 
 
 class StepEvents(msgspec.Struct, frozen=True, tag=True):
-    """All that one engine step has to say, in one message."""
+    """All events of one engine step."""
 
     events: list[Event]
 
@@ -175,19 +175,19 @@ _from_worker = msgspec.msgpack.Decoder(FromWorker)
 
 
 def encode_frame(message: Annotated[object, "ToWorker or FromWorker"]) -> bytes:
-    """The message with its length in front."""
+    """Returns the message's frame."""
     body = _encoder.encode(message)
     return _LENGTH.pack(len(body)) + body
 
 
 class FrameReader:
-    """Cuts a byte stream into frames. Raises ValueError for a frame over MAX_FRAME_BYTES."""
+    """Splits a byte stream into frames. Raises ValueError for a frame over MAX_FRAME_BYTES."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The bodies completed by `data`, in order."""
+        """Returns the bodies that `data` completes, in order."""
         self._buffer += data
         bodies: list[bytes] = []
         start = 0
@@ -205,7 +205,7 @@ class FrameReader:
 
 
 def decode_to_worker(body: bytes) -> ToWorker:
-    """Raises msgspec.ValidationError, or what the message's own validation raises."""
+    """Raises msgspec.ValidationError, or the error of the message's own validation."""
     return _to_worker.decode(body)
 
 

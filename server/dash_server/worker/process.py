@@ -1,8 +1,7 @@
-"""One worker process and the socket to it: started by exec, framed messages, never left behind.
+"""Starts one worker process by exec, talks to it in framed messages, and never leaves it behind.
 
-Knows nothing of requests or restarts. The kernel ends the worker with the server, on Linux; elsewhere it exits by
-itself when its end of the socket closes. What it started in turn (compilers, at a first start) is in its process group,
-and ends with it.
+Knows no requests and no restarts. On Linux the kernel ends the worker with the server; elsewhere the worker exits when
+its end of the socket closes. The compilers that it starts are in its process group and end with it.
 """
 
 import asyncio
@@ -15,7 +14,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
 
-from dash_server.messages import (
+from dash_server.worker.messages import (
     FrameReader,
     FromWorker,
     Shutdown,
@@ -28,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _READ_BYTES = 256 * 1024
 _SECONDS_PER_STAGE = 2.0
-# What a dead worker wrote last is read for this long; a grandchild may hold its socket open for ever.
+# Time to read a dead worker's last messages; a grandchild may hold its socket open for ever.
 _LAST_WORDS_SECONDS = 0.5
 
 
@@ -48,10 +47,10 @@ class WorkerProcess:
 
     @classmethod
     async def spawn(cls, command: Sequence[str]) -> "WorkerProcess":
-        """Runs `command` with `--fd N` appended, N being the worker's end of the socket."""
+        """Runs `command` with `--fd N` appended; N is the worker's end of the socket."""
         ours, theirs = socket.socketpair()
         with theirs:
-            # Nothing is awaited once the process is there: whoever is cancelled meanwhile would leave it behind.
+            # No await after the process starts: a cancellation there would leave the process behind.
             reader, writer = await asyncio.open_unix_connection(sock=ours)
             try:
                 process = await asyncio.create_subprocess_exec(
@@ -60,8 +59,8 @@ class WorkerProcess:
                     str(theirs.fileno()),
                     pass_fds=(theirs.fileno(),),
                     stdin=asyncio.subprocess.DEVNULL,
-                    # A group of its own: a Ctrl-C in a terminal goes to a whole group, but the worker must outlive the
-                    # drain; and its compilers can be ended with it.
+                    # A process group of its own. A terminal's Ctrl-C goes to a whole group, but the worker must survive
+                    # it for the drain. And the group's compilers can be ended with the worker.
                     start_new_session=True,
                 )
             except BaseException:
@@ -74,12 +73,12 @@ class WorkerProcess:
         return self._process.pid
 
     def send(self, message: ToWorker) -> None:
-        """Sends, in order and without waiting. To a dead worker, sends nothing."""
+        """Sends in order, without waiting. Does nothing if the worker is dead."""
         if not self._writer.is_closing():
             self._writer.write(encode_frame(message))
 
     async def messages(self) -> AsyncGenerator[FromWorker, None]:
-        """All that the worker says, until it is gone or says what cannot be understood."""
+        """Yields the worker's messages until it dies or sends one that cannot be decoded."""
         frames = FrameReader()
         while True:
             try:
@@ -97,8 +96,10 @@ class WorkerProcess:
                 yield message
 
     async def stop(self) -> int:
-        """Ends the process, by asking, then by SIGTERM, then by SIGKILL. Returns its exit status. Whoever is cancelled
-        meanwhile still waits for it: no process is left behind."""
+        """Asks the process to exit, then sends SIGTERM, then SIGKILL. Returns the exit status.
+
+        A cancellation meanwhile still waits for the end: no process is left behind.
+        """
         ending = asyncio.create_task(self._end())
         try:
             return await asyncio.shield(ending)
@@ -123,11 +124,11 @@ class WorkerProcess:
         return status
 
     def kill(self) -> None:
-        """Ends the process at once, without waiting."""
+        """Kills the process without waiting."""
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
-        """To the worker and all that it started."""
+        """Signals the worker and all processes that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 

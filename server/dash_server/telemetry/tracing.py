@@ -1,6 +1,6 @@
-"""Tracing put together: trace ids at a call's beginning, the sampling rule at its end, spans and their export.
+"""Traces calls: gives each a trace id at its beginning, and samples it and exports its spans at its end.
 
-Imported only where spans go to a collector. The event loop does no more for a call than to decide; see `span_export`.
+Imported only if spans go to a collector. The event loop only samples; the thread of `span_export` makes the spans.
 """
 
 import logging
@@ -11,13 +11,13 @@ from opentelemetry.sdk.resources import Resource
 
 from dash_runtime.decision_trace import DecisionTrace
 from dash_server.request_record import RequestRecord
-from dash_server.sampling import SamplingRule, caller_span, new_trace_id
 from dash_server.settings import Settings
-from dash_server.span_export import SpanExport
-from dash_server.span_tree import SharedResource
-from dash_server.spans import CallSpans
-from dash_server.step_spans import SpanOptions
-from dash_server.telemetry import ExportState, service_resource
+from dash_server.telemetry.call_spans import CallSpans
+from dash_server.telemetry.exporting import ExportState, service_resource
+from dash_server.telemetry.span_export import SpanExport
+from dash_server.telemetry.span_tree import SharedResource
+from dash_server.telemetry.token_spans import SpanOptions
+from dash_server.telemetry.trace_sampling import SamplingRule, caller_span, new_trace_id
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _SAMPLER_ARGUMENT = "OTEL_TRACES_SAMPLER_ARG"
 
 
 class Tracing:
-    """Traces the calls of one server. `begin` and `finish` are called in the event loop."""
+    """Traces the calls of one server. Call `begin` and `finish` in the event loop."""
 
     def __init__(self, rule: SamplingRule, options: SpanOptions, resource: Resource, export: SpanExport) -> None:
         self._rule = rule
@@ -35,28 +35,28 @@ class Tracing:
         self.export = export
 
     def begin(self, record: RequestRecord) -> None:
-        """Gives a call that begins its trace id: its caller's, if that sent one."""
+        """Gives a call its trace id: the caller's, if it sent one."""
         record.caller_span = caller_span(record.metadata)
         span = record.caller_span
         record.trace_id = new_trace_id() if span is None else f"{span.trace_id:032x}"
 
-    def finish(self, record: RequestRecord, recorded: DecisionTrace | None) -> None:
-        """Traces a call that is over, if the rule says so."""
+    def finish(self, record: RequestRecord, decision_trace: DecisionTrace | None) -> None:
+        """Traces a call that is over, if the sampling rule chooses it."""
         if self._rule.is_sampled(record):
-            self.export.put(CallSpans(record, recorded, self._options, self._resource))
+            self.export.put(CallSpans(record, decision_trace, self._options, self._resource))
 
     def close(self) -> None:
-        """Exports what is left, in bounded time; blocks meanwhile."""
+        """Exports the last spans. Blocks, for a bounded time."""
         self.export.close()
 
 
 def start_tracing(settings: Settings, environment: Mapping[str, str]) -> Tracing | None:
-    """Begins to trace, for the collector that the OTEL_ variables name. None: they cannot be used."""
+    """Starts tracing to the collector in the OTEL_ variables. Returns None if they cannot be used."""
     state = ExportState("traces")
     try:
-        with state.attempt():  # it logs whole tracebacks, of certificates that are not there
+        with state.attempt():  # the library logs whole tracebacks, say of missing certificates
             exporter = OTLPSpanExporter()
-    except Exception as error:  # of many kinds, by what the OTEL_ variables hold
+    except Exception as error:  # of many types, depending on the OTEL_ variables
         logger.warning("traces are not exported, since an OTEL_ variable cannot be used: %s", error)
         return None
     rule = SamplingRule(trace_ratio(settings, environment), settings.trace_slow_seconds)
@@ -65,7 +65,7 @@ def start_tracing(settings: Settings, environment: Mapping[str, str]) -> Tracing
 
 
 def trace_ratio(settings: Settings, environment: Mapping[str, str]) -> float:
-    """The share of calls that are traced by chance: the setting's, else the standard variables', else 0."""
+    """Returns the share of calls traced by chance: from the setting, else the OTEL_ variables, else 0."""
     if settings.trace_ratio is not None:
         return settings.trace_ratio
     sampler = environment.get(_SAMPLER, "").strip().lower().removeprefix("parentbased_")

@@ -1,7 +1,6 @@
-"""What is counted and measured: the instruments, filled from calls that are over and read from the server's own counts.
+"""The server's metrics: instruments that are filled from calls that are over or read the server's own counts.
 
-Knows nothing of where metrics go (that is `metric_export`). Attributes come from small fixed sets: never from what a
-caller chose, so that nobody can make more series than there is room for.
+Knows no exporters; `metric_export` does. Attributes come from small fixed sets, so that no caller can create series.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,9 +13,9 @@ from dash_runtime.actions import Action
 from dash_server.admission import Admission
 from dash_server.dispatcher import Dispatcher
 from dash_server.request_record import PROVIDER_NAME, RequestRecord
-from dash_server.worker_link import WorkerLink
+from dash_server.worker.link import WorkerLink
 
-# Those of the GenAI conventions.
+# Boundaries of the GenAI conventions.
 _DURATION_BOUNDARIES = [0.01 * 2**exponent for exponent in range(14)]
 _FIRST_TOKEN_BOUNDARIES = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10]
 _OUTPUT_TOKEN_BOUNDARIES = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5]
@@ -32,13 +31,13 @@ def _zero() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where the server's own counts are read, in other threads than the event loop's: only what is a plain number."""
+    """Owners of the server's own counts. Other threads than the event loop's read them, so only plain numbers."""
 
     admission: Admission
     dispatcher: Dispatcher
     links: Sequence[WorkerLink]
     model_name: Callable[[], str | None]
-    """None until a worker has been ready once."""
+    """Returns None until the first worker is ready."""
     dropped_spans: Callable[[], int] = field(default=_zero)
     exported_spans: Callable[[], int] = field(default=_zero)
 
@@ -49,24 +48,24 @@ class Metrics:
     def __init__(self, meter: Meter, sources: Sources) -> None:
         self._model_name = sources.model_name
         self._actions: list[list[int]] = []
-        """By layer and action: a counter for each would be 120 calls after each request, where this is 120 sums."""
+        """Counts by layer and action: 120 sums after each request instead of 120 counter calls."""
         self._action_attributes: list[list[Attributes]] = []
         self._duration = meter.create_histogram(
             "gen_ai.server.request.duration",
             "s",
-            "From the request to the end of its answer",
+            "Time from the request to the end of its response",
             explicit_bucket_boundaries_advisory=_DURATION_BOUNDARIES,
         )
         self._first_token = meter.create_histogram(
             "gen_ai.server.time_to_first_token",
             "s",
-            "From the request to its first output token, waiting for a slot included",
+            "Time from the request to its first output token, the wait for a slot included",
             explicit_bucket_boundaries_advisory=_FIRST_TOKEN_BOUNDARIES,
         )
         self._output_token = meter.create_histogram(
             "gen_ai.server.time_per_output_token",
             "s",
-            "Of each output token after the first, as the worker measured it",
+            "Time of each output token after the first, by the worker's clock",
             explicit_bucket_boundaries_advisory=_OUTPUT_TOKEN_BOUNDARIES,
         )
         self._cost = meter.create_histogram(
@@ -78,16 +77,16 @@ class Metrics:
         self._exposed = meter.create_histogram(
             "dash.exposed_policy_time",
             "s",
-            "Wait of the decoder for the policy, mean of a request's decode tokens",
+            "The decoder's wait for the policy, mean of a request's decode tokens",
             explicit_bucket_boundaries_advisory=_EXPOSED_BOUNDARIES,
         )
         self._tokens = meter.create_counter(
             "dash.tokens",
             "{token}",
-            "Tokens of requests that had a slot; cached_input is the part of input whose keys and values were there",
+            "Tokens of requests that had a slot; cached_input is the part of input found in the prefix cache",
         )
         self._drafts = meter.create_counter("dash.drafts", "{token}", "Tokens drafted and accepted in mode EXACT")
-        self._add_drafts(0, 0)  # so that they are there, and zero, from the beginning
+        self._add_drafts(0, 0)  # so that the series start at zero
         meter.create_observable_counter(
             "dash.actions", [self._observe_actions], "{layer}", "Layers run for decode tokens, by layer and action"
         )
@@ -111,7 +110,7 @@ class Metrics:
         if not is_failed and record.first_token_unix_ns is not None:
             self._first_token.record((record.first_token_unix_ns - record.started_unix_ns) / 1e9, attributes)
         if not is_failed and finished.output_token_count > 1:
-            # The worker's own time: the server may take many tokens at once, if the event loop had other things to do.
+            # The worker's own time: a busy event loop may take many tokens at once.
             self._output_token.record(finished.decode_seconds / (finished.output_token_count - 1), attributes)
         if finished.decode_token_count:
             self._cost.record(finished.mean_cost, mode)
@@ -143,7 +142,7 @@ class Metrics:
                 sums[action] += count
 
     def _grow(self, num_layers: int) -> None:
-        """Attributes first: a reader in another thread takes as many layers as both have."""
+        """Adds layers, attributes first: a reader in another thread takes as many layers as both lists have."""
         for layer in range(len(self._actions), num_layers):
             self._action_attributes.append(
                 [{"dash.layer": layer, "dash.action": action.name.lower()} for action in Action]
@@ -158,7 +157,7 @@ class Metrics:
 
 
 def _read_counts(meter: Meter, sources: Sources) -> None:
-    """Instruments that are read when somebody looks, and cost nothing until then."""
+    """Creates the instruments that are read at each export and cost nothing until then."""
     links = sources.links
 
     def reading(number: Callable[[], int]) -> list[Callable[[CallbackOptions], Iterable[Observation]]]:
@@ -168,25 +167,25 @@ def _read_counts(meter: Meter, sources: Sources) -> None:
         return lambda: sum(map(of_link, links))
 
     gauges: list[tuple[str, str, str, Callable[[], int]]] = [
-        ("dash.requests.inside", "{request}", "Waiting or running", lambda: sources.admission.num_inside),
-        ("dash.queue.requests", "{request}", "Waiting for a slot", lambda: sources.dispatcher.num_waiting),
-        ("dash.slots", "{slot}", "Of the workers that are ready", total(lambda link: link.num_slots)),
+        ("dash.requests.inside", "{request}", "Requests waiting or running", lambda: sources.admission.num_inside),
+        ("dash.queue.requests", "{request}", "Requests waiting for a slot", lambda: sources.dispatcher.num_waiting),
+        ("dash.slots", "{slot}", "Slots of the workers that are ready", total(lambda link: link.num_slots)),
         ("dash.slots.used", "{slot}", "Requests at the workers", lambda: sources.dispatcher.num_running),
         (
             "dash.cache.tokens",
             "{token}",
-            "Reserved in the key-value caches by requests at the workers",
+            "KV cache tokens reserved by requests at the workers",
             total(lambda link: link.num_reserved_tokens),
         ),
-        ("dash.cache.limit", "{token}", "Room in them", total(lambda link: link.num_cache_tokens)),
+        ("dash.cache.limit", "{token}", "Size of the KV caches", total(lambda link: link.num_cache_tokens)),
         ("dash.workers.ready", "{worker}", "Workers that take requests", total(lambda link: int(link.is_ready))),
     ]
     for name, unit, description, number in gauges:
         meter.create_observable_gauge(name, reading(number), unit, description)
     counters: list[tuple[str, str, str, Callable[[], int]]] = [
-        ("dash.worker.restarts", "{restart}", "Workers started in place of one", total(lambda link: link.num_restarts)),
-        ("dash.spans.exported", "{span}", "Spans that a collector took", sources.exported_spans),
-        ("dash.spans.dropped", "{span}", "Spans that were lost on the way to it", sources.dropped_spans),
+        ("dash.worker.restarts", "{restart}", "Workers started to replace one", total(lambda link: link.num_restarts)),
+        ("dash.spans.exported", "{span}", "Spans that a collector accepted", sources.exported_spans),
+        ("dash.spans.dropped", "{span}", "Spans lost on the way to a collector", sources.dropped_spans),
     ]
     for name, unit, description, number in counters:
         meter.create_observable_counter(name, reading(number), unit, description)

@@ -1,10 +1,10 @@
-"""Spans of what a worker recorded: tokens with their decisions, and drafts. Knows no server and no caller.
+"""Makes the spans of a decision trace: tokens with their decisions, and drafts. Knows no server and no caller.
 
 token                a decode step, or a drafted token that was accepted
-  decision, layer    one per layer, those decided and (where asked for) all
+  decision, layer    one per decided layer, and one per layer if asked for
 draft                in mode EXACT: from the first drafted token to the end of the verification
   verification
-  rejected token     with its decisions; `drafted token` where it was neither rejected nor put out
+  rejected token     with its decisions; `drafted token` if it was neither rejected nor put out
 """
 
 from array import array
@@ -15,24 +15,24 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from dash_runtime.actions import Action
 from dash_runtime.decision_trace import DecisionTrace, StepKind, TraceStep, unpack_float32, unpack_uint32
-from dash_server.span_tree import Attributes, SpanTree, Trunk
+from dash_server.telemetry.span_tree import Attributes, ParentSpan, SpanTree
 
 _ACTION_NAMES = {action.value: action.name.lower() for action in Action}
 
 
 @dataclass(frozen=True, slots=True)
 class SpanOptions:
-    """What of a request is put into spans."""
+    """The optional parts of a request's spans."""
 
     has_layers: bool = False
     has_content: bool = False
-    """Prompts, outputs, token ids and stop strings."""
+    """True if spans hold prompts, outputs, token ids and stop strings."""
     max_spans: int = 9_000
 
 
 @dataclass(slots=True)
 class _Group:
-    """Steps that stand or fall together: one that decodes, or a draft and its verification."""
+    """Steps that are traced together or not at all: a decode step, or a draft and its verification."""
 
     drafted: list[TraceStep] = field(default_factory=list)
     last: TraceStep | None = None
@@ -52,7 +52,7 @@ class _Group:
 
     @property
     def num_drafted_put_out(self) -> int:
-        """Fewer than were accepted where the output ended within them."""
+        """Drafted tokens in the output: fewer than accepted if the output ended within them."""
         return 0 if self.last is None else min(self.num_accepted, len(self.last.token_ids))
 
 
@@ -72,30 +72,32 @@ def _groups(steps: Sequence[TraceStep]) -> Iterator[_Group]:
         yield group
 
 
-class StepSpans:
-    """The spans of one request's steps, as many whole tokens and drafts as fit."""
+class TokenSpans:
+    """The spans of one request's steps: as many whole tokens and drafts as fit in `max_spans`."""
 
-    def __init__(self, recorded: DecisionTrace, options: SpanOptions) -> None:
-        self._recorded = recorded
+    def __init__(self, decision_trace: DecisionTrace, options: SpanOptions) -> None:
+        self._decision_trace = decision_trace
         self._options = options
-        self._score_names = [f"dash.scores.{action.name.lower()}" for action in recorded.score_actions]
+        self._score_names = [f"dash.scores.{action.name.lower()}" for action in decision_trace.score_actions]
         self._groups: list[_Group] = []
         self.num_spans = 0
-        """At most: what `make` gives."""
-        room = options.max_spans - (recorded.first_token_id is not None)
-        for group in _groups(recorded.steps):
+        """An upper bound of the spans that `make` yields."""
+        room = options.max_spans - (decision_trace.first_token_id is not None)
+        for group in _groups(decision_trace.steps):
             num_spans = self._most_spans(group)
             if self.num_spans + num_spans > room:
                 break
             self._groups.append(group)
             self.num_spans += num_spans
-        self.num_spans += recorded.first_token_id is not None
+        self.num_spans += decision_trace.first_token_id is not None
         num_traced = sum(len(group.steps) for group in self._groups)
-        self.num_untraced_steps = recorded.num_unrecorded_steps + len(recorded.steps) - num_traced
+        self.num_untraced_steps = decision_trace.num_unrecorded_steps + len(decision_trace.steps) - num_traced
 
     def _most_spans(self, group: _Group) -> int:
-        num_layers = self._recorded.num_layers
-        num_spans = sum(num_layers - len(self._recorded.pinned_layers) for step in group.steps if step.decision_ends)
+        num_layers = self._decision_trace.num_layers
+        num_spans = sum(
+            num_layers - len(self._decision_trace.pinned_layers) for step in group.steps if step.decision_ends
+        )
         if self._options.has_layers:
             num_spans += sum(num_layers for step in group.steps if step.layer_ends)
         if group.is_decode:
@@ -105,12 +107,12 @@ class StepSpans:
             num_spans += 1 + len(group.last.token_ids) - group.num_drafted_put_out
         return num_spans
 
-    def make(self, tree: SpanTree, generation: Trunk) -> Iterator[ReadableSpan]:
-        """The spans, parents first."""
-        recorded, index = self._recorded, 0
-        if recorded.first_token_id is not None and recorded.first_token_unix_ns is not None:
-            start, end = recorded.granted_unix_ns, recorded.first_token_unix_ns
-            attributes = self._token_attributes(recorded.first_token_id, index)
+    def make(self, tree: SpanTree, generation: ParentSpan) -> Iterator[ReadableSpan]:
+        """Yields the spans, parents first."""
+        decision_trace, index = self._decision_trace, 0
+        if decision_trace.first_token_id is not None and decision_trace.first_token_unix_ns is not None:
+            start, end = decision_trace.granted_unix_ns, decision_trace.first_token_unix_ns
+            attributes = self._token_attributes(decision_trace.first_token_id, index)
             yield tree.span("token", generation, start, end, attributes)[0]
             index += 1
         for group in self._groups:
@@ -121,8 +123,8 @@ class StepSpans:
                 yield from self._draft(tree, generation, group, index)
                 index += 0 if group.last is None else len(group.last.token_ids)
 
-    def _draft(self, tree: SpanTree, generation: Trunk, group: _Group, index: int) -> Iterator[ReadableSpan]:
-        """A draft, its verification, and the tokens that came of them, the first with this index."""
+    def _draft(self, tree: SpanTree, generation: ParentSpan, group: _Group, index: int) -> Iterator[ReadableSpan]:
+        """Yields a draft, its verification and their tokens. `index` is the first token's place in the output."""
         verification = group.last
         attributes: Attributes = {
             "dash.draft.verified": verification is not None,
@@ -150,7 +152,7 @@ class StepSpans:
             yield tree.span("token", generation, start, end, attributes)[0]
 
     def _token(
-        self, tree: SpanTree, name: str, parent: Trunk, step: TraceStep, index: int | None = None
+        self, tree: SpanTree, name: str, parent: ParentSpan, step: TraceStep, index: int | None = None
     ) -> Iterator[ReadableSpan]:
         (token_id,) = step.token_ids
         attributes = self._token_attributes(token_id, index)
@@ -161,7 +163,7 @@ class StepSpans:
         if self._options.has_layers and step.layer_ends:
             yield from self._layers(tree, token, step)
 
-    def _decisions(self, tree: SpanTree, token: Trunk, step: TraceStep) -> Iterator[ReadableSpan]:
+    def _decisions(self, tree: SpanTree, token: ParentSpan, step: TraceStep) -> Iterator[ReadableSpan]:
         starts, ends = unpack_uint32(step.decision_starts), unpack_uint32(step.decision_ends)
         exposed, cost_spent = unpack_uint32(step.exposed), unpack_float32(step.cost_spent)
         scores, num_scores = unpack_float32(step.scores), len(self._score_names)
@@ -174,8 +176,8 @@ class StepSpans:
                 attributes["dash.exposed_ns"] = exposed[layer]
             if cost_spent:
                 attributes["dash.cost_spent"] = cost_spent[layer]
-            if self._recorded.price is not None:
-                attributes["dash.price_of_compute"] = self._recorded.price
+            if self._decision_trace.price is not None:
+                attributes["dash.price_of_compute"] = self._decision_trace.price
             if scores:
                 self._add_scores(attributes, action, scores[layer * num_scores : (layer + 1) * num_scores])
             begin = step.start_unix_ns
@@ -183,12 +185,12 @@ class StepSpans:
 
     def _add_scores(self, attributes: Attributes, action: int, scores: array) -> None:
         attributes.update(zip(self._score_names, scores, strict=True))
-        best = self._recorded.score_actions[max(range(len(scores)), key=scores.__getitem__)]
-        # A batch may agree on a dearer action than one of its rows would have taken.
+        best = self._decision_trace.score_actions[max(range(len(scores)), key=scores.__getitem__)]
+        # A batch may agree on a dearer action than a row of it would have taken.
         if action > best:
             attributes["dash.raised_from"] = best.name.lower()
 
-    def _layers(self, tree: SpanTree, token: Trunk, step: TraceStep) -> Iterator[ReadableSpan]:
+    def _layers(self, tree: SpanTree, token: ParentSpan, step: TraceStep) -> Iterator[ReadableSpan]:
         starts, ends = unpack_uint32(step.layer_starts), unpack_uint32(step.layer_ends)
         begin = step.start_unix_ns
         for layer, action in enumerate(step.actions):

@@ -1,8 +1,7 @@
-"""From a request's protobuf message to the runtime's dataclasses; `answers` is the way back.
+"""Converts a request's protobuf message to the runtime's dataclasses; `to_pb` is the way back.
 
-What a request says is checked by the dataclasses and by ModelFacts; here are only the checks that need
-the protobuf side (unknown enum values) or the server's settings (limits, defaults). Paths of wrong fields
-are relative to GenerationParameters.
+The dataclasses and ModelFacts check most values. This module checks only what they cannot: unknown enum values, and the
+limits in the settings. Paths of wrong fields are relative to GenerationParameters.
 """
 
 import secrets
@@ -35,23 +34,23 @@ _ACTIONS = {action.value: action for action in Action}
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A request that has passed every check, and what of it stays in the server."""
+    """A request that has passed every check, with the parts that the worker does not get."""
 
     request: GenerationRequest
     stop_strings: tuple[str, ...]
     stop_token_ids: frozenset[int]
-    """All tokens that end the output and are not part of its text."""
+    """All tokens that end the output. They are not part of its text."""
 
     @property
     def least_tokens(self) -> int:
-        """How many tokens the output has at least, as far as the request tells."""
+        """The least number of output tokens, as far as the request tells."""
         stopping = self.request.stopping
         may_end_early = bool(self.stop_strings or self.stop_token_ids) or not stopping.ignore_eos
         return 1 if may_end_early else stopping.max_new_tokens
 
 
 class _Violations:
-    """Collects what is wrong, so that a caller learns of several mistakes at once."""
+    """Collects wrong fields, so that a caller learns of all its mistakes at once."""
 
     def __init__(self) -> None:
         self._violations: list[InvalidRequest] = []
@@ -79,12 +78,12 @@ def prepare_request(
     cache_namespace: str,
     tokenize: Callable[[generation_pb2.GenerationParameters], list[int]],
 ) -> PreparedRequest:
-    """What the worker is to be asked, with every default filled in.
+    """Returns the worker's request, with every default filled in.
 
     `tokenize` turns the prompt into token ids.
 
     Raises:
-        InvalidRequest, InvalidFields: naming every wrong field that could be found at once.
+        InvalidRequest, InvalidFields: fields are wrong; names all that could be found at once.
     """
     violations = _Violations()
     sampling, skip = SamplingParameters(), SkipOptions()
@@ -165,7 +164,7 @@ def _stopping(
     stopping: generation_pb2.StoppingParameters, prompt_length: int, facts: ModelFacts, settings: Settings
 ) -> StoppingParameters:
     room = min(facts.context_length, facts.cache_tokens) - prompt_length
-    # A prompt that leaves no room is refused as such, not for the length that it leaves.
+    # At least 1: a prompt that leaves no room is refused later, as too long a prompt.
     default = max(1, min(settings.default_max_new_tokens, settings.max_new_tokens, room))
     return StoppingParameters(
         max_new_tokens=stopping.max_new_tokens if stopping.HasField("max_new_tokens") else default,

@@ -1,15 +1,15 @@
-"""Who calls: by bearer token, by client certificate, or by address; and what each may do.
+"""Identifies callers by bearer token, client certificate or address, with the limits of each.
 
 Tokens come from a TOML file with a table for each caller, read again when it changes:
 
     [team-a]
     token = "…"               # or token_sha256 = "…", so that the file holds no secret
     max_requests = 8          # inside at once; unset: DASH_MAX_REQUESTS_PER_CALLER
-    max_tokens = 20000        # prompt and output limit, of all its requests inside
+    max_tokens = 20000        # prompts and output limits, over all its requests inside
     weight = 2                # its share of a busy server, against others' 1
 
-Knows metadata and files; knows no requests. Tokens are compared by their digests, in a time that tells nothing, and
-are in no message, log or representation.
+Knows metadata and files; knows no requests. Tokens are compared by digest in constant time, and appear in no message,
+log or representation.
 """
 
 import hashlib
@@ -34,12 +34,12 @@ _BEARER = "bearer "
 
 
 class TokenFileError(ValueError):
-    """The token file cannot be used; the message names the file and the entry, never a token."""
+    """The token file cannot be used. The message names the file and the entry, never a token."""
 
 
 @dataclass(frozen=True, slots=True)
 class CallerLimits:
-    """What one caller may have inside at once (None: no limit of its own), and its weight against others."""
+    """Requests and tokens that one caller may have inside at once (None: no limit), and its weight in the queue."""
 
     max_requests: int | None = None
     max_tokens: int | None = None
@@ -48,12 +48,12 @@ class CallerLimits:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Somebody who is told apart from others."""
+    """One caller: a name with its limits."""
 
     name: str
     limits: CallerLimits = CallerLimits()
     cache_namespace: str = ""
-    """Callers of one namespace may reuse each other's prompts: one each for those with a secret of their own."""
+    """Callers in one namespace may reuse each other's prompts. A caller with a secret has its own."""
 
 
 class _Entry(BaseModel):
@@ -79,18 +79,18 @@ class _Entry(BaseModel):
 
 
 class TokenTable:
-    """The callers of one token file."""
+    """The callers in one token file."""
 
     def __init__(self, callers: Mapping[bytes, Caller]) -> None:
-        """`callers` by the SHA-256 of their tokens."""
+        """`callers` are keyed by the SHA-256 digests of their tokens."""
         self._callers = tuple(callers.items())
 
     @classmethod
     def load(cls, path: Path, limits: CallerLimits = CallerLimits()) -> "TokenTable":
-        """Reads the file; `limits` are those of a caller that has none of its own.
+        """Reads the file; `limits` apply to callers without limits of their own.
 
         Raises:
-            TokenFileError: it cannot be read, or an entry is wrong.
+            TokenFileError: the file cannot be read, or an entry is wrong.
         """
         try:
             data = path.read_bytes()
@@ -102,7 +102,7 @@ class TokenTable:
         except UnicodeDecodeError:
             raise TokenFileError(f"{path} is not UTF-8") from None
         except (tomllib.TOMLDecodeError, RecursionError):
-            # What the parser says may quote the file, secrets and all.
+            # The parser's message may quote the file, secrets included.
             raise TokenFileError(f"{path} is not a TOML file") from None
         callers: dict[bytes, Caller] = {}
         for name, table in tables.items():
@@ -120,7 +120,7 @@ class TokenTable:
         return cls(callers)
 
     def caller(self, token: str) -> Caller | None:
-        """Whose token this is. Takes the same time for every token."""
+        """Returns the token's owner. Takes the same time for every token."""
         digest = hashlib.sha256(token.encode(errors="surrogateescape")).digest()
         found = None
         for known, caller in self._callers:
@@ -140,8 +140,8 @@ def _entry(path: Path, name: str, table: object) -> _Entry:
         raise TokenFileError(f"{path}: {name}{place}: {details['msg'].removeprefix('Value error, ')}") from None
 
 
-class Callers:
-    """Tells callers apart, by what a call brings along."""
+class Authenticator:
+    """Identifies the caller of each call."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class Callers:
         limits: CallerLimits = CallerLimits(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Without a token file everybody may call, within `limits`.
+        """Without a token file everyone may call, within `limits`.
 
         Raises:
             TokenFileError: the file cannot be used.
@@ -165,10 +165,10 @@ class Callers:
         peer: str,
         common_names: Sequence[bytes] = (),
     ) -> Caller:
-        """The caller with this metadata, from this gRPC peer, with these names in its certificate.
+        """Returns the caller with this metadata, this gRPC peer address and these common names in its certificate.
 
         Raises:
-            Unauthenticated: a token is required and there is none, or one that nobody has.
+            Unauthenticated: a token is required, and there is none or an unknown one.
         """
         self._reload_if_changed()
         if self._table is not None:
@@ -191,7 +191,7 @@ class Callers:
         return caller
 
     def _reload_if_changed(self) -> None:
-        """A changed file that cannot be used is reported, and the callers stay as they are."""
+        """Reads a changed file. Reports one that cannot be used and keeps the old callers."""
         if self._path is None or not self._files.have_changed():
             return
         try:

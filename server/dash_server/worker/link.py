@@ -1,4 +1,4 @@
-"""The server's end of one worker: passes requests on, hands out what comes back, restarts what dies or hangs.
+"""The server's link to one worker: sends requests, delivers events, and restarts a worker that dies or hangs.
 
 Knows request ids and messages; knows no gRPC handlers, no text and no other worker.
 """
@@ -12,38 +12,38 @@ from dataclasses import dataclass
 
 from dash_runtime.config import GenerationRequest
 from dash_runtime.decision_trace import DecisionTrace
-from dash_server.messages import (
+from dash_server.statuses import ServiceError, WorkerUnavailable
+from dash_server.worker.messages import (
     Cancel,
     Finished,
     FromWorker,
     Ping,
     Pong,
     Ready,
-    Recorded,
     Refused,
     StartupFailed,
     StepEvents,
     Stop,
     Submit,
     Tokens,
+    Traced,
     WorkerConfig,
 )
-from dash_server.outbox import Outbox
-from dash_server.statuses import ServiceError, WorkerUnavailable
-from dash_server.worker_process import WorkerProcess
+from dash_server.worker.outbox import Outbox
+from dash_server.worker.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 5
 _FIRST_RESTART_DELAY_SECONDS = 0.1
 _MAX_RESTART_DELAY_SECONDS = 10.0
-# A worker that was ready for so long did not die of its start, even if nobody asked it for anything.
+# A worker that was ready for so long had started well, even if it served no request.
 _SOUND_AFTER_SECONDS = 60.0
 _MAX_PING_SECONDS = 1.0
 
 
 class WorkerStartError(Exception):
-    """No worker can be had. `is_for_user` says whether changing a setting can help."""
+    """The worker cannot be started. `is_for_user` is True if a changed setting can help."""
 
     def __init__(self, description: str, *, is_for_user: bool) -> None:
         super().__init__(description)
@@ -51,25 +51,25 @@ class WorkerStartError(Exception):
 
 
 class _WorkerDeath(Exception):
-    """The worker is gone, and had not shown that it works."""
+    """The worker died before it had proved that it works."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinkEvents:
-    """Whom a link tells what."""
+    """A link's callbacks."""
 
     on_ready: Callable[[Ready], Awaitable[None]]
-    """Awaited before requests are taken."""
+    """Awaited before the link takes requests."""
     on_change: Callable[[], None]
-    """The worker takes requests from now on, or no longer."""
+    """The link takes requests from now on, or no longer does."""
     on_over: Callable[[GenerationRequest, Finished | None], None]
-    """A request has left the worker by itself (with what it said), or with it."""
-    on_recorded: Callable[[DecisionTrace], None]
-    """What was recorded of a request: before it is over, or after it was cancelled."""
+    """A request has left the worker: with Finished, or None if it was refused, failed or lost with the worker."""
+    on_decision_trace: Callable[[DecisionTrace], None]
+    """A request's decision trace has come: before the request is over, or after it was cancelled."""
 
 
 class WorkerLink:
-    """Keeps one worker running while `run` does, and carries requests to it."""
+    """Keeps one worker running while `run` runs, and carries requests to it."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class WorkerLink:
         start_timeout_seconds: float,
         silence_timeout_seconds: float,
     ) -> None:
-        """A worker that says nothing for `silence_timeout_seconds`, when asked, hangs and is replaced."""
+        """Replaces a worker that does not respond for `silence_timeout_seconds`."""
         self._command = command
         self._config = config
         self._events = events
@@ -97,34 +97,34 @@ class WorkerLink:
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests are taken."""
+        """True if the link takes requests."""
         return self._ready is not None
 
     @property
     def num_slots(self) -> int:
-        """Of a ready worker."""
+        """Slots of a ready worker, else 0."""
         ready = self._ready  # once: metrics are read in another thread
         return 0 if ready is None else ready.facts.num_slots
 
     @property
     def num_reserved_tokens(self) -> int:
-        """Cache tokens that the worker's requests may fill."""
+        """KV cache tokens that are reserved for the worker's requests."""
         return self._num_reserved_tokens
 
     @property
     def num_cache_tokens(self) -> int:
-        """Room in the cache of a ready worker."""
+        """KV cache tokens of a ready worker, else 0."""
         ready = self._ready
         return 0 if ready is None else ready.facts.cache_tokens
 
     def has_room_for(self, request: GenerationRequest) -> bool:
-        """Whether the worker would give the request a slot at once."""
+        """True if the worker would give the request a slot at once."""
         if self._ready is None or len(self._requests) >= self._ready.facts.num_slots:
             return False
         return self._num_reserved_tokens + request.num_cache_tokens <= self._ready.facts.cache_tokens
 
     def submit(self, request: GenerationRequest, outbox: Outbox) -> None:
-        """Gives the request to the worker, which has room for it."""
+        """Sends the request to the worker, which must have room for it."""
         assert self._worker is not None
         assert self.is_ready
         self._requests[request.request_id] = request, outbox
@@ -132,13 +132,13 @@ class WorkerLink:
         self._worker.send(Submit(request))
 
     def cancel(self, request_id: str) -> None:
-        """Forgets the request here and at the worker, whose next step has its room."""
+        """Drops the request here and at the worker. Its room is free at the worker's next step."""
         self._forget(request_id)
         if self._worker is not None:
             self._worker.send(Cancel(request_id))
 
     def stop(self, request_id: str) -> None:
-        """Has the request finished now, as by a stop string."""
+        """Finishes the request now, because a stop string was met."""
         if self._worker is not None:
             self._worker.send(Stop(request_id))
 
@@ -150,20 +150,20 @@ class WorkerLink:
             self._events.on_over(request, None)
 
     async def wait_ready(self) -> None:
-        """Returns once a first worker has been ready."""
+        """Waits until a worker is ready for the first time."""
         await self._first_ready.wait()
 
     def kill(self) -> None:
-        """Ends the worker at once, for a server that exits at once."""
+        """Kills the worker without waiting, for a server that exits at once."""
         if self._worker is not None:
             self._worker.kill()
 
     async def run(self) -> None:
-        """Starts the worker, and again whenever it dies. Ends, the worker with it, when cancelled.
+        """Starts the worker, and starts it again whenever it dies. When cancelled, ends the worker too.
 
         Raises:
-            WorkerStartError: the first worker refuses to start or takes too long, or too many in a row
-                died before one gave a token.
+            WorkerStartError: the first worker refused to start or took too long; or too many in a row died before one
+                produced a token.
             DashRuntimeError: raised by `on_ready`.
         """
         num_failures = 0
@@ -180,7 +180,7 @@ class WorkerLink:
                         is_for_user=False,
                     ) from None
             except WorkerStartError as error:
-                # What refused once after it worked before may work again, as when memory is still held.
+                # A restart may work later, say once the dead worker's memory is free.
                 if not self._first_ready.is_set():
                     raise
                 num_failures += 1
@@ -192,7 +192,7 @@ class WorkerLink:
             self.num_restarts += 1
 
     async def _run_one(self) -> None:
-        """One worker, from its start to its death. Returns if it had shown that it works."""
+        """Runs one worker from start to death. Returns if the worker had proved that it works."""
         self._has_given_tokens = False
         self._worker = worker = await WorkerProcess.spawn(self._command)
         watch: asyncio.Task[None] | None = None
@@ -247,7 +247,7 @@ class WorkerLink:
                 raise _WorkerDeath("it ended before it was ready, see the log above")
 
     async def _watch(self, worker: WorkerProcess) -> None:
-        """Kills a worker that answers nothing any more; its death is then handled as any other."""
+        """Kills a worker that does not respond any more. Its death is then handled like any other."""
         timeout = self._silence_timeout_seconds
         interval = min(_MAX_PING_SECONDS, timeout / 4)
         while True:
@@ -271,8 +271,8 @@ class WorkerLink:
             logger.error("a ready worker sent %s", type(message).__name__)
             return
         for event in message.events:
-            if isinstance(event, Recorded):
-                self._events.on_recorded(event.recorded)
+            if isinstance(event, Traced):
+                self._events.on_decision_trace(event.decision_trace)
                 continue
             entry = self._requests.get(event.request_id)
             if entry is None:

@@ -1,11 +1,11 @@
-"""Tokens, certificates and addresses to callers; token files that change or are wrong."""
+"""Callers from tokens, certificates and addresses; token files that change or are wrong."""
 
 import hashlib
 from pathlib import Path
 
 import pytest
 
-from dash_server.callers import CallerLimits, Callers, TokenFileError, TokenTable
+from dash_server.auth import Authenticator, CallerLimits, TokenFileError, TokenTable
 from dash_server.statuses import Unauthenticated
 
 ANN, BOB = "ann's token, quite long", "bob's token, quite long"
@@ -33,7 +33,7 @@ def bearer(token: str) -> list[tuple[str, str | bytes]]:
 
 
 def test_a_token_is_its_callers_with_its_limits_and_a_namespace_of_its_own(token_file: Path) -> None:
-    callers = Callers(token_file, CallerLimits(max_requests=9))
+    callers = Authenticator(token_file, CallerLimits(max_requests=9))
     ann, bob = callers.identify(bearer(ANN), "ipv4:1.2.3.4:5"), callers.identify(bearer(BOB), "ipv4:1.2.3.4:5")
     assert (ann.name, ann.limits) == ("ann", CallerLimits(3, None, 2))
     assert (bob.name, bob.limits) == ("bob", CallerLimits(9, 500, 1))
@@ -55,16 +55,16 @@ def test_a_token_is_its_callers_with_its_limits_and_a_namespace_of_its_own(token
 )
 def test_who_has_no_token_is_nobody(token_file: Path, metadata: list[tuple[str, str | bytes]]) -> None:
     with pytest.raises(Unauthenticated) as refusal:
-        Callers(token_file).identify(metadata, "ipv4:1.2.3.4:5")
+        Authenticator(token_file).identify(metadata, "ipv4:1.2.3.4:5")
     assert "token, quite long" not in str(refusal.value)
 
 
 def test_the_scheme_is_not_case_sensitive(token_file: Path) -> None:
-    assert Callers(token_file).identify([("authorization", f"bearer  {ANN} ")], "").name == "ann"
+    assert Authenticator(token_file).identify([("authorization", f"bearer  {ANN} ")], "").name == "ann"
 
 
 def test_without_tokens_callers_are_addresses_or_certificates_and_share_prompts_as_addresses() -> None:
-    callers = Callers()
+    callers = Authenticator()
     one = callers.identify([], "ipv6:%5B::1%5D:50476")
     assert one == callers.identify([], "ipv6:%5B::1%5D:50478")
     assert one.cache_namespace == ""
@@ -75,9 +75,9 @@ def test_without_tokens_callers_are_addresses_or_certificates_and_share_prompts_
 
 def test_a_changed_file_counts_and_a_broken_one_does_not(token_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
-    callers = Callers(token_file, clock=lambda: now)
+    callers = Authenticator(token_file, clock=lambda: now)
     token_file.write_text(FILE.replace("ann", "zoe"))
-    assert callers.identify(bearer(ANN), "").name == "ann"  # it was looked at a moment ago
+    assert callers.identify(bearer(ANN), "").name == "ann"  # the file was looked at a moment ago
     now = 2.0
     with pytest.raises(Unauthenticated):
         callers.identify(bearer(ANN), "")

@@ -1,30 +1,30 @@
-"""What the worker said about one request and the caller has not been told yet.
+"""Holds the worker's output of one request until the caller takes it.
 
-However slow the caller is, there is one merged batch in here, bounded by the request's own length, and
-never a queue of messages. Knows no gRPC and no text.
+A slow caller finds one merged output, bounded by the request's own length, never a queue of messages. Knows no gRPC and
+no text.
 """
 
 import asyncio
 from dataclasses import dataclass, field
 
 from dash_runtime.errors import InvalidRequest
-from dash_server.messages import Event, Finished, Granted, Logprobs, Refused, Tokens
+from dash_server.worker.messages import Event, Finished, Granted, Logprobs, Refused, Tokens
 
 
 @dataclass(slots=True)
-class Batch:
-    """Tokens in order, with one row of `actions` and one entry of `logprobs` each where asked for."""
+class MergedOutput:
+    """Tokens in order. Each has a row of `actions` and an entry of `logprobs`, if asked for."""
 
     token_ids: list[int] = field(default_factory=list)
     actions: bytearray = field(default_factory=bytearray)
     logprobs: list[Logprobs] = field(default_factory=list)
     finished: Finished | None = None
-    """Set on the last batch."""
+    """Set on a request's last output."""
 
-    def first(self, num_tokens: int) -> "Batch":
-        """The first tokens alone."""
+    def first(self, num_tokens: int) -> "MergedOutput":
+        """Returns only the first tokens."""
         row_length = len(self.actions) // len(self.token_ids) if self.token_ids else 0
-        return Batch(
+        return MergedOutput(
             self.token_ids[:num_tokens],
             self.actions[: num_tokens * row_length],
             self.logprobs[:num_tokens],
@@ -43,9 +43,9 @@ class Outbox:
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.queue_seconds = 0.0
-        """Before the worker had it."""
+        """Time before the request went to the worker."""
         self._granted: Granted | None = None
-        self._pending = Batch()
+        self._pending = MergedOutput()
         self._error: Exception | None = None
         self._changed = asyncio.Event()
 
@@ -64,12 +64,12 @@ class Outbox:
         self._changed.set()
 
     def fail(self, error: Exception) -> None:
-        """The request cannot go on: whoever waits, or asks next, gets `error`."""
+        """Raises `error` in the current and every later wait."""
         self._error = error
         self._changed.set()
 
     async def granted(self) -> Granted:
-        """Waits for the slot.
+        """Waits for the slot and returns the worker's message.
 
         Raises:
             InvalidRequest: the worker refused the request.
@@ -79,16 +79,16 @@ class Outbox:
             await self._next_change()
         return self._granted
 
-    async def take(self, max_tokens: int) -> Batch:
-        """Waits until there are tokens or the end, and takes up to `max_tokens`. Raises like `granted`."""
+    async def take(self, max_tokens: int) -> MergedOutput:
+        """Waits for tokens or the end, and takes up to `max_tokens`. Raises like `granted`."""
         while not self._pending.token_ids and self._pending.finished is None:
             await self._next_change()
         if len(self._pending.token_ids) <= max_tokens:
-            batch, self._pending = self._pending, Batch()
-            return batch
-        batch = self._pending.first(max_tokens)
+            output, self._pending = self._pending, MergedOutput()
+            return output
+        output = self._pending.first(max_tokens)
         self._pending.drop_first(max_tokens)
-        return batch
+        return output
 
     async def _next_change(self) -> None:
         if self._error is not None:

@@ -1,6 +1,6 @@
-"""Lets only known callers at services that are not ours, such as reflection and channelz.
+"""Guards the services that are not ours, such as reflection and channelz: only known callers may use them.
 
-Ours ask by themselves, since they need to know who calls (`service.py`). Knows gRPC; knows no requests.
+Our own services authenticate their callers themselves (`service.py`). Knows gRPC; knows no requests.
 """
 
 from collections.abc import Awaitable, Callable, Set
@@ -8,16 +8,16 @@ from typing import Any
 
 import grpc
 
-from dash_server.callers import Callers
+from dash_server.auth import Authenticator
 from dash_server.statuses import Unauthenticated, failure_of
 
 
-class Guard(grpc.aio.ServerInterceptor):
+class AuthInterceptor(grpc.aio.ServerInterceptor):
     """Refuses calls without a token, where one is required."""
 
-    def __init__(self, callers: Callers, open_services: Set[str]) -> None:
-        """`open_services` are not guarded: those that ask by themselves, and health, which load balancers call."""
-        self._callers = callers
+    def __init__(self, authenticator: Authenticator, open_services: Set[str]) -> None:
+        """Leaves out `open_services`: those that authenticate by themselves, and health, which load balancers call."""
+        self._authenticator = authenticator
         self._open_services = open_services
 
     async def intercept_service(
@@ -30,14 +30,14 @@ class Guard(grpc.aio.ServerInterceptor):
         if handler is None or service in self._open_services:
             return handler
         try:
-            self._callers.identify(handler_call_details.invocation_metadata or (), "")
+            self._authenticator.identify(handler_call_details.invocation_metadata or (), "")
         except Unauthenticated as error:
             return _refusing(handler, error)
         return handler
 
 
 def _refusing(handler: grpc.RpcMethodHandler, error: Unauthenticated) -> grpc.RpcMethodHandler:
-    """A handler of the same kind that only says no."""
+    """Returns a handler of the same kind that refuses every call."""
     failure = failure_of(error, "")
 
     async def refuse(_: Any, context: grpc.aio.ServicerContext) -> None:

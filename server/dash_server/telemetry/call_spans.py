@@ -1,11 +1,11 @@
-"""The tree of spans of one call that is over: the server's, the generation's, and below it what the worker recorded.
+"""Makes the span tree of a call that is over: the server's span, the generation's, and the worker's tokens below it.
 
     dash_api.v1.GenerationService/StreamGenerate    RPC conventions
       text_completion {model}                       GenAI conventions
-        token, draft, …                             see `step_spans`
+        token, draft, …                             see `token_spans`
 
-Knows neither whether the call is to be traced nor where spans go. Times are those of one machine's clock; where two
-processes' readings of it disagree, a child is cut to its parent.
+Knows neither the sampling rule nor where spans go. All times come from one machine's clock. If two processes' readings
+differ, a child is cut to its parent.
 """
 
 import json
@@ -17,34 +17,34 @@ from opentelemetry.trace import SpanKind
 from opentelemetry.trace.status import Status, StatusCode
 
 from dash_runtime.decision_trace import DecisionTrace
-from dash_server.convert import PreparedRequest
+from dash_server.from_pb import PreparedRequest
 from dash_server.request_record import PROVIDER_NAME, RequestRecord
-from dash_server.sampling import SERVER_FAULTS
-from dash_server.span_tree import Attributes, SpanTree
-from dash_server.step_spans import SpanOptions, StepSpans
+from dash_server.telemetry.span_tree import Attributes, SpanTree
+from dash_server.telemetry.token_spans import SpanOptions, TokenSpans
+from dash_server.telemetry.trace_sampling import SERVER_FAULTS
 
 _MAX_INT64 = 2**63 - 1
-# A collector refuses a batch of more than 4 MiB as a whole.
+# A collector refuses a whole batch over 4 MiB.
 _MAX_CONTENT_CHARS = 32_768
 
 
 class CallSpans:
-    """The spans of one call, made when they are iterated over."""
+    """The spans of one call. Iterating makes them."""
 
     def __init__(
-        self, record: RequestRecord, recorded: DecisionTrace | None, options: SpanOptions, resource: Resource
+        self, record: RequestRecord, decision_trace: DecisionTrace | None, options: SpanOptions, resource: Resource
     ) -> None:
-        """`recorded` is None where the worker said nothing; the record is over, and has a trace id."""
+        """`record` must be over and have a trace id. `decision_trace` is None if the worker sent none."""
         self._record = record
-        self._steps = None if recorded is None else StepSpans(recorded, options)
-        self._recorded = recorded
+        self._steps = None if decision_trace is None else TokenSpans(decision_trace, options)
+        self._decision_trace = decision_trace
         self._options = options
         self._resource = resource
         self.num_spans = 1 + (record.prepared is not None) + (0 if self._steps is None else self._steps.num_spans)
-        """At most."""
+        """An upper bound."""
 
     def __iter__(self) -> Iterator[ReadableSpan]:
-        """Parents first."""
+        """Yields the spans, parents first."""
         record = self._record
         assert record.ended_unix_ns is not None
         tree = SpanTree(int(record.trace_id, 16), record.caller_span, self._resource)
@@ -60,8 +60,8 @@ class CallSpans:
         attributes = _generation_attributes(record, record.prepared, self._options)
         if is_error:
             attributes["error.type"] = record.code.name
-        if self._recorded is not None and self._recorded.price is not None:
-            attributes["dash.price_of_compute"] = self._recorded.price
+        if self._decision_trace is not None and self._decision_trace.price is not None:
+            attributes["dash.price_of_compute"] = self._decision_trace.price
         if self._steps is not None:
             attributes["dash.untraced_steps"] = self._steps.num_untraced_steps
         name = f"{record.operation} {record.model}"
@@ -105,7 +105,7 @@ def _generation_attributes(record: RequestRecord, prepared: PreparedRequest, opt
         "dash.request_id": record.request_id,
         "dash.mode": skip.mode.value,
     }
-    # Seeds have 64 bits without a sign, and OTLP's integers have one.
+    # Seeds have 64 unsigned bits, OTLP's integers have a sign.
     if sampling.seed <= _MAX_INT64:
         attributes["gen_ai.request.seed"] = sampling.seed
     if record.finish_reason is not None:
@@ -119,7 +119,7 @@ def _generation_attributes(record: RequestRecord, prepared: PreparedRequest, opt
 
 
 def _outcome(record: RequestRecord) -> Attributes:
-    """What the worker said of it."""
+    """Returns the attributes that the worker's messages give."""
     attributes: Attributes = {}
     if (granted := record.granted) is not None:
         attributes |= {"dash.policy": granted.policy, "dash.queue_seconds": record.queue_seconds}
@@ -152,7 +152,7 @@ def _content(record: RequestRecord, stop_strings: Sequence[str]) -> Attributes:
 
 
 def _messages(messages: Sequence[tuple[str, str]]) -> str:
-    """In the JSON of the GenAI conventions, the beginning of them where they are long."""
+    """Returns the messages in the JSON of the GenAI conventions. Cuts long ones."""
     shown, room = [], _MAX_CONTENT_CHARS
     for role, text in messages:
         if room <= 0:

@@ -1,7 +1,6 @@
-"""What spans and metrics have in common: whether they are wanted, whose they are, and how exporting them is spoken of.
+"""Common parts of the export of spans and metrics: reads the OTEL_ variables, names the service, logs failures.
 
-The standard OTEL_ variables decide. Knows no spans and no instruments, and imports the SDK only where something is
-exported: it takes a tenth of a second to import.
+Knows no spans and no instruments. Imports the SDK only if something is exported, as the import takes 0.1 s.
 """
 
 import logging
@@ -23,17 +22,17 @@ Signal = Literal["traces", "metrics"]
 
 _EXPORTER_LOGGER = "opentelemetry.exporter.otlp.proto.grpc.exporter"
 _MAX_WORDS = 300
-# Spans and metrics are of one instance.
+# Spans and metrics name the same instance.
 _INSTANCE_ID = str(uuid.uuid4())
 
 
 def is_disabled(environment: Mapping[str, str]) -> bool:
-    """Whether OpenTelemetry as a whole is switched off."""
+    """True if OpenTelemetry is switched off."""
     return environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
 
 
 def is_exported(signal: Signal, environment: Mapping[str, str]) -> bool:
-    """Whether the signal goes to a collector: one is named, and nothing says that it should not."""
+    """True if the signal goes to a collector: one is named, and the signal is not switched off."""
     upper = signal.upper()
     endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", f"OTEL_EXPORTER_OTLP_{upper}_ENDPOINT")
     if is_disabled(environment) or not any(environment.get(name, "").strip() for name in endpoints):
@@ -52,7 +51,7 @@ def is_exported(signal: Signal, environment: Mapping[str, str]) -> bool:
 
 
 def service_resource() -> "Resource":
-    """Who the telemetry is from; OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES come first."""
+    """Returns the resource that names this server. OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win."""
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 
     own = {
@@ -63,12 +62,12 @@ def service_resource() -> "Resource":
         "telemetry.sdk.name": "opentelemetry",
         "telemetry.sdk.version": version("opentelemetry-sdk"),
     }
-    # Not `Resource.create`, which would read, and complain of, the variables once more.
+    # `Resource.create` would read the variables, and warn of them, once more.
     return Resource(own).merge(OTELResourceDetector().detect())
 
 
 class _Words(threading.local):
-    """What the library's exporter has to say about the attempt that this thread is making."""
+    """The library's first log message about the attempt that this thread is making."""
 
     is_attempting = False
     first = ""
@@ -78,9 +77,9 @@ _words = _Words()
 
 
 class ExportState:
-    """Says in one line that exporting has begun to fail, and in one that it works again.
+    """Logs one line when exports begin to fail, and one when they work again.
 
-    The library's exporter says so several times at each attempt; not inside `attempt`.
+    Inside `attempt`, it silences the library's exporter, which would log several lines at each attempt.
     """
 
     def __init__(self, signal: Signal) -> None:
@@ -92,7 +91,7 @@ class ExportState:
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Around an attempt; `tell` then says how it went."""
+        """Surrounds an attempt. Call `tell` with its result afterwards."""
         _words.is_attempting, _words.first = True, ""
         try:
             yield
@@ -100,7 +99,7 @@ class ExportState:
             _words.is_attempting = False
 
     def tell(self, is_exported: bool) -> None:
-        """After an attempt, in the thread that made it."""
+        """Takes the result of an attempt, in the thread that made it."""
         if is_exported is not self.is_failing:
             return
         self.is_failing = not is_exported

@@ -1,17 +1,17 @@
-"""From the runtime's dataclasses to the protobuf messages of an answer; `convert` is the way in.
+"""Converts the runtime's dataclasses to protobuf responses; `from_pb` is the way in.
 
-Checks nothing: what is answered was made here.
+Checks nothing: all values come from the server itself.
 """
 
 from dash_api.v1 import generation_pb2, model_pb2
 from dash_runtime.actions import Action
 from dash_runtime.config import Mode, ModelFacts, PolicyFacts
 from dash_runtime.decision_trace import StepKind, TraceStep, unpack_float32, unpack_uint32
-from dash_server.convert import MODES, PreparedRequest
-from dash_server.messages import Finished, Granted, Logprobs, Speculation
-from dash_server.outbox import Batch
+from dash_server.from_pb import MODES, PreparedRequest
 from dash_server.recent_decisions import KeptDecisions
 from dash_server.settings import Settings
+from dash_server.worker.messages import Finished, Granted, Logprobs, Speculation
+from dash_server.worker.outbox import MergedOutput
 
 _MODE_NUMBERS = {mode: number for number, mode in MODES.items()}
 
@@ -45,12 +45,12 @@ def started_to_pb(prepared: PreparedRequest, granted: Granted, facts: ModelFacts
     )
 
 
-def delta_to_pb(text: str, batch: Batch) -> generation_pb2.GenerationDelta:
+def delta_to_pb(text: str, output: MergedOutput) -> generation_pb2.GenerationDelta:
     return generation_pb2.GenerationDelta(
         text=text,
-        token_ids=batch.token_ids,
-        actions=bytes(batch.actions),
-        logprobs=map(_logprobs_to_pb, batch.logprobs),
+        token_ids=output.token_ids,
+        actions=bytes(output.actions),
+        logprobs=map(_logprobs_to_pb, output.logprobs),
     )
 
 
@@ -144,19 +144,19 @@ def policy_to_pb(policy: PolicyFacts) -> model_pb2.GetPolicyResponse:
 
 
 def decisions_to_pb(kept: KeptDecisions) -> model_pb2.GetDecisionsResponse:
-    recorded = kept.recorded
+    trace = kept.decision_trace
     return model_pb2.GetDecisionsResponse(
-        request_id=recorded.request_id,
+        request_id=trace.request_id,
         model=kept.model,
-        policy=recorded.policy,
+        policy=trace.policy,
         mode=_MODE_NUMBERS[kept.mode],
-        compute_budget=recorded.compute_budget,
-        price_of_compute=recorded.price,
-        layer_count=recorded.num_layers,
-        pinned_layers=recorded.pinned_layers,
-        score_actions=map(_action_to_pb, recorded.score_actions),
-        steps=map(_step_to_pb, recorded.steps),
-        unrecorded_step_count=recorded.num_unrecorded_steps,
+        compute_budget=trace.compute_budget,
+        price_of_compute=trace.price,
+        layer_count=trace.num_layers,
+        pinned_layers=trace.pinned_layers,
+        score_actions=map(_action_to_pb, trace.score_actions),
+        steps=map(_step_to_pb, trace.steps),
+        unrecorded_step_count=trace.num_unrecorded_steps,
     )
 
 

@@ -1,16 +1,12 @@
-"""The worker process: owns the device, runs the engine, speaks token ids over a socket.
+"""Runs the engine in the worker process, which owns the device and speaks token ids over a socket.
 
-Started by exec as `python -m dash_server.worker --fd N`; knows no gRPC, no text, and not who started it.
-The first message says what to load. When the other end closes, the worker exits.
+The first message says what to load. The loop ends when the other end of the socket closes. Knows no gRPC and no text.
 """
 
-import argparse
 import gc
 import logging
 import select
-import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +14,11 @@ from pathlib import Path
 import torch
 
 from dash_runtime.checkpoints import resolve_checkpoint
-from dash_runtime.child_process import die_with_parent
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.sequence import EngineEvent, SequenceCancelled, SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.errors import DashRuntimeError, InvalidRequest
 from dash_runtime.startup.build import BuildOptions, build_engine
-from dash_server import messages
-from dash_server.logs import configure_worker_logging
+from dash_server.worker import messages
 
 logger = logging.getLogger("dash_server.worker")
 
@@ -32,18 +26,18 @@ _READ_BYTES = 1 << 20
 
 
 class _Closed(Exception):
-    """The other end is gone, or asked for the end."""
+    """The other end is gone, or told the worker to exit."""
 
 
-class Worker:
+class EngineLoop:
     """Moves messages between the socket and the engine, one engine step at a time."""
 
-    def __init__(self, link: socket.socket) -> None:
-        self._link = link
+    def __init__(self, server: socket.socket) -> None:
+        self._server = server
         self._frames = messages.FrameReader()
 
     def run(self) -> int:
-        """Serves until the other end closes; returns the exit code."""
+        """Serves until the other end closes. Returns the exit code."""
         try:
             engine, remaining = self._start()
             if engine is None:
@@ -55,7 +49,7 @@ class Worker:
         except (_Closed, BrokenPipeError, ConnectionResetError):
             pass
         except Exception:
-            # After an error of the device nothing it holds can be trusted: the server starts another worker.
+            # After a device error nothing on the device can be trusted: the server starts another worker.
             logger.exception("the engine failed, and this worker ends")
             return 3
         return 0
@@ -82,7 +76,7 @@ class Worker:
         except DashRuntimeError as error:
             self._send(messages.StartupFailed(str(error)))
             return None, []
-        # Weights and programs live as long as the process: the collector need not look at them again.
+        # Weights and programs live as long as the process: spare the garbage collector the walk over them.
         gc.collect()
         gc.freeze()
         self._send(messages.Ready(engine.facts, str(folder), time.monotonic() - started))
@@ -116,27 +110,27 @@ class Worker:
         return []
 
     def _receive(self, timeout: float | None) -> list[bytes]:
-        """Whole frames that have come, waiting up to `timeout` seconds (None: until some do)."""
-        readable, _, _ = select.select([self._link], [], [], timeout)
+        """Returns the frames that have arrived, after at most `timeout` seconds; None waits for data."""
+        readable, _, _ = select.select([self._server], [], [], timeout)
         if not readable:
             return []
-        data = self._link.recv(_READ_BYTES)
+        data = self._server.recv(_READ_BYTES)
         if not data:
             raise _Closed
         return self._frames.feed(data)
 
     def _send(self, message: messages.FromWorker) -> None:
-        self._link.sendall(messages.encode_frame(message))
+        self._server.sendall(messages.encode_frame(message))
 
 
 def device_of_worker(device: str, number: int) -> str:
-    """The device for the `number`-th worker, from 0: one CUDA device each, where no particular one is asked for."""
+    """Returns the device of worker `number`, from 0. Unless one CUDA device is named, they take turns."""
     num_devices = torch.cuda.device_count() if device in ("auto", "cuda") else 0
     return f"cuda:{number % num_devices}" if num_devices else device
 
 
 def threads_of_worker(num_threads: int | None, num_workers: int) -> int | None:
-    """CPU threads of each worker: as told, or its share of the machine's; None is torch's choice."""
+    """Returns the CPU threads of each worker: the setting, or its share of the machine; None is torch's choice."""
     if num_threads is not None or num_workers == 1:
         return num_threads
     return max(1, torch.get_num_threads() // num_workers)
@@ -157,7 +151,7 @@ def _messages_of(event: EngineEvent) -> Iterator[messages.Event]:
             yield messages.Tokens(event.request_id, [event.token_id], event.plan, logprobs)
         case SequenceFinished() | SequenceCancelled():
             if event.recorded is not None:
-                yield messages.Recorded(event.recorded)
+                yield messages.Traced(event.recorded)
             if isinstance(event, SequenceFinished):
                 yield _finished(event)
 
@@ -187,19 +181,3 @@ def _finished(event: SequenceFinished) -> messages.Finished:
         event.num_cached_prompt_tokens,
         log.layer_action_counts(),
     )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The process's entry point."""
-    parser = argparse.ArgumentParser(description="A worker of dash-server; not for use by hand.")
-    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the server")
-    fd = parser.parse_args(arguments).fd
-    die_with_parent()
-    configure_worker_logging()
-    # A terminal sends Ctrl-C to the whole group; the server decides when its worker ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return Worker(socket.socket(fileno=fd)).run()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
