@@ -22,6 +22,7 @@ ROOMS = {
         programs/
         linears/
         checkpoints/
+        events
         decision_trace config
         model_config actions child_process
         files/

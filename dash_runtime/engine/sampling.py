@@ -5,7 +5,6 @@ only.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from dash_runtime.config import SamplingParameters
 from dash_runtime.engine.logits_processors import LogitsProcessor, make_processors
+from dash_runtime.events import TokenLogprobs
 
 _TOP_P_CANDIDATES = 1024
 """Sorting the whole vocabulary costs more than a layer; most nuclei lie within the first thousand."""
@@ -22,14 +22,6 @@ def likeliest(logits: Tensor) -> Any:
     """Returns the token of the largest logit, the first of equal ones: a number for `[vocab_size]`, a list for `[rows,
     vocab_size]`. On a CPU numpy takes a third of torch's time, or less."""
     return (logits.argmax(dim=-1) if logits.is_cuda else logits.numpy().argmax(axis=-1)).tolist()
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """In nats, of the raw logits of the path that ran: before bias, penalties, temperature and truncation."""
-
-    chosen: float
-    top: list[tuple[int, float]]
 
 
 class Sampler:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dash_runtime.engine.sampling import Sampler, likeliest
+from dash_runtime.events import SpeculationStatistics
 from dash_runtime.policy.draft_length import DraftLength
 
 
@@ -81,6 +82,12 @@ class Speculation:
         self.num_verifications += bool(drafted)
         self._lengths.verified(num_accepted, was_rejected=num_accepted < len(drafted))
         return token_ids
+
+    def statistics(self) -> SpeculationStatistics:
+        """Returns the counts and times so far."""
+        return SpeculationStatistics(
+            self.num_drafted, self.num_accepted, self.num_verifications, self.draft_ns, self.verification_ns
+        )
 
     def _greedy(self, drafted: Sequence[int], logits: Tensor) -> list[int]:
         sampler = self._sampler
