@@ -24,7 +24,7 @@ ROOMS = {
         checkpoints/
         events
         decision_trace config
-        model_config actions child_process
+        model_config actions child_process progress
         files/
         errors
     """,
