@@ -15,7 +15,7 @@ import torch
 from benchmarks.runs import Run, run_from_arrivals
 from dash_runtime.config import GenerationRequest, SkipOptions, StoppingParameters
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.sequence import SequenceFinished, TokenProduced
+from dash_runtime.events import SequenceFinished, TokenProduced
 
 
 class Contender(Protocol):
@@ -47,7 +47,7 @@ class EngineContender:
                     if isinstance(event, TokenProduced):
                         arrivals[event.request_id].append((now, 1))
                     elif isinstance(event, SequenceFinished) and event.decode_seconds:
-                        shares.append(event.log.exposed_ns / 1e9 / event.decode_seconds)
+                        shares.append(event.depth.exposed_ns / 1e9 / event.decode_seconds)
         finally:
             for request_id in arrivals:
                 engine.cancel(request_id)

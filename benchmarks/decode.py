@@ -12,7 +12,7 @@ from benchmarks.setting import FULL_DEPTH, INT4, INT8, Setting
 from dash_runtime.actions import Action
 from dash_runtime.config import GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.sequence import TokenProduced
+from dash_runtime.events import TokenProduced
 
 _PREFILL_TOKENS = 512
 _RATIOS = {

@@ -13,8 +13,7 @@ from benchmarks.rounds import Effort, progress
 from benchmarks.setting import FULL_DEPTH, Setting
 from dash_runtime.config import GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.sequence import SequenceFinished, TokenProduced
-from dash_runtime.engine.speculative import Speculation
+from dash_runtime.events import SequenceFinished, SpeculationStatistics, TokenProduced
 
 SKIP_ONLY = SkipOptions(Mode.EXACT, policy_name="smollm2-135m-skip")
 DIVERGENCE_POLICY = SkipOptions(Mode.EXACT, policy_name="smollm2-135m-four-actions")
@@ -28,7 +27,7 @@ class Output:
 
     token_ids: list[int]
     tokens_per_second: float
-    speculation: Speculation | None
+    speculation: SpeculationStatistics | None
 
 
 def generate(engine: Engine, prompt: list[int], skip: SkipOptions, num_tokens: int) -> Output:
@@ -100,7 +99,7 @@ _ASSISTANCE: Mapping[str, dict[str, int]] = {
 }
 
 
-def _add_drafts(report: Report, name: str, drafts: list[Speculation]) -> None:
+def _add_drafts(report: Report, name: str, drafts: list[SpeculationStatistics]) -> None:
     """Rates by prompt where something was drafted, and where the time went."""
     drafting = [own for own in drafts if own.num_drafted]
     report.add(f"{name}_prompts_drafted", [len(drafting) / len(drafts)])

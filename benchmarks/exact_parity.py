@@ -15,7 +15,7 @@ from benchmarks.setting import FULL_DEPTH
 from dash_runtime.checkpoints import default_cache_folder, resolve_checkpoint, tokenizer_file
 from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.sequence import TokenProduced
+from dash_runtime.events import TokenProduced
 from dash_runtime.startup.build import BuildOptions, build_engine
 
 _NUM_PROMPTS = 60

@@ -23,7 +23,7 @@ from dash_runtime.actions import Action
 from dash_runtime.checkpoints import EMBEDDED, default_cache_folder, resolve_checkpoint
 from dash_runtime.config import EngineConfig, GenerationRequest, LaneKind, Mode, SkipOptions, StoppingParameters
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.sequence import SequenceFinished, TokenProduced
+from dash_runtime.events import SequenceFinished, TokenProduced
 from dash_runtime.startup.build import DTYPES, BuildOptions, build_engine
 
 RESULTS_FILE = Path(__file__).parent / "results" / "gpu.json"
@@ -73,7 +73,7 @@ def generate(engine: Engine, prompts: Tokens, num_tokens: int, skip: SkipOptions
             if isinstance(event, TokenProduced):
                 outputs[event.request_id].append(event.token_id)
             elif isinstance(event, SequenceFinished):
-                exposed = event.log.mean_exposed_seconds  # that of their common steps, the same for all
+                exposed = event.depth.mean_exposed_seconds  # that of their common steps, the same for all
         times.append(time.perf_counter())  # the tokens are on the host: the device has nothing left to do
     if len(times) != num_tokens:
         raise RuntimeError(f"the sequences did not decode together: {len(times)} steps for {num_tokens} tokens each")

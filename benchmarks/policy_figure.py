@@ -26,7 +26,7 @@ from dash_runtime.checkpoints import (
     tokenizer_file,
 )
 from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
-from dash_runtime.engine.sequence import TokenProduced
+from dash_runtime.events import TokenProduced
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
 from dash_runtime.startup.build import DTYPES, SHIPPED_POLICIES, BuildOptions, build_engine

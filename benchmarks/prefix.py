@@ -20,7 +20,7 @@ from dash_runtime.decoder.batch import PassKind
 from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.sequence import SequenceFinished, TokenProduced
+from dash_runtime.events import SequenceFinished, TokenProduced
 from dash_runtime.startup.build import BuildOptions, build_engine
 
 _PREFIX_TOKENS, _ENDING_TOKENS = 500, 20

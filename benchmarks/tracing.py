@@ -58,9 +58,9 @@ def measure_recording(report: Report, engine: Engine, prompt: list[int]) -> None
         engine.submit(request)
         for _ in range(_STEPS):  # one short of the last, so that the sequence is still there
             engine.step()
-        recording = engine._running[request.request_id].recording
+        recorder = engine._running[request.request_id].recorder
         started_ns = time.perf_counter_ns()
-        packed = recording.packed(request.request_id)
+        packed = recorder.packed(request.request_id)
         assert packed is not None
         for _ in range(len(packed.steps) * packed.num_layers * 2):  # the clock readings of the layer loop
             time.perf_counter_ns()

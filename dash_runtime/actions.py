@@ -101,17 +101,17 @@ class LatencyTable:
 
     def __post_init__(self) -> None:
         if not self.rows or self.rows[0] != 1 or any(more <= fewer for fewer, more in pairwise(self.rows)):
-            raise ConfigError("row_costs.rows", f"{self.rows} does not ascend from 1")
+            raise ConfigError("latency_table.rows", f"{self.rows} does not ascend from 1")
         if Action.FULL not in self.seconds:
-            raise ConfigError("row_costs.seconds", "has none for FULL")
+            raise ConfigError("latency_table.seconds", "has none for FULL")
         for action, seconds in self.seconds.items():
             if len(seconds) != len(self.rows):
                 raise ConfigError(
-                    "row_costs.seconds",
+                    "latency_table.seconds",
                     f"has {len(seconds)} for {action.name}, not one per row count ({len(self.rows)})",
                 )
             if any(not 0 <= cost < math.inf for cost in seconds):
-                raise ConfigError("row_costs.seconds", f"has one for {action.name} that is negative or not finite")
+                raise ConfigError("latency_table.seconds", f"has one for {action.name} that is negative or not finite")
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads."""

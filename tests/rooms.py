@@ -59,10 +59,11 @@ ROOMS = {
         programs/
         linears/
         checkpoints/
+        events
         decision_trace
         devices/
         config
-        model_config actions child_process
+        model_config actions child_process progress
         files/
         errors
     """,

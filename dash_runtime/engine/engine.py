@@ -1,6 +1,6 @@
-"""Continuous batching: sequences take slots, are prefilled in chunks and decoded together, token by token.
+"""Continuous batching: sequences take slots, are prefilled in chunks, and decode together token by token.
 
-Knows sequences, slots and events; knows no text, no transport and no clock but for its statistics.
+Knows sequences, slots and events; knows no text and no transport. It reads clocks for statistics only.
 """
 
 import time
@@ -20,8 +20,9 @@ from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.engine.prefix_cache import PrefixCache
 from dash_runtime.engine.sampling import likeliest, token_logprobs
-from dash_runtime.engine.sequence import EndReason, EngineEvent, Sequence, SlotGranted, TokenProduced
+from dash_runtime.engine.sequence import Sequence
 from dash_runtime.engine.step import Decider, decode_step
+from dash_runtime.events import EndReason, EngineEvent, SlotGranted, TokenProduced
 from dash_runtime.policy.catalog import Assignment, PolicyCatalog
 
 
@@ -60,7 +61,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` would do anything."""
+        """True if `step` would do anything."""
         return bool(self._waiting or self._running)
 
     @property
@@ -69,16 +70,16 @@ class Engine:
         return self._pool.reserved_tokens
 
     def submit(self, request: GenerationRequest) -> None:
-        """Queues a request; it gets a slot in one of the next steps, first come, first served.
+        """Queues a request. It gets a slot in one of the next steps, first come, first served.
 
         Raises:
-            InvalidRequest: the request does not fit this model; nothing is queued.
+            InvalidRequest: the request does not fit this model. Nothing is queued.
         """
         self.facts.validate(request)
         self._waiting.append(_Waiting(request, time.monotonic()))
 
     def cancel(self, request_id: str) -> list[EngineEvent]:
-        """Forgets a request wherever it is; unknown ids are ignored. One that had a slot leaves a last event."""
+        """Forgets a request wherever it is; unknown ids are ignored. A request that had a slot leaves a last event."""
         self._waiting = deque(w for w in self._waiting if w.request.request_id != request_id)
         sequence = self._running.pop(request_id, None)
         if sequence is None:
@@ -87,14 +88,17 @@ class Engine:
         return [sequence.cancelled()]
 
     def stop(self, request_id: str) -> list[EngineEvent]:
-        """Ends a running request now, because its caller met a stop string; unknown ids are ignored."""
+        """Ends a running request now because its output has a stop string; unknown ids are ignored."""
         sequence = self._running.get(request_id)
         return [] if sequence is None else [self._finish(sequence, EndReason.STOP_STRING)]
 
     @torch.inference_mode()
     def step(self) -> list[EngineEvent]:
-        """Grants free slots, prefills one chunk of prompts, decodes or drafts one token of every sequence that is past
-        its prompt, verifies the drafts that are complete, and returns what happened."""
+        """Runs one step and returns its events.
+
+        Grants free slots, prefills one chunk of prompts, decodes or drafts one token of every sequence whose prompt is
+        done, and verifies complete drafts.
+        """
         events: list[EngineEvent] = []
         self._grant_slots(events)
         decoding = [sequence for sequence in self._running.values() if not sequence.num_prompt_tokens_left]
@@ -114,7 +118,7 @@ class Engine:
             request = waiting.request
             cache = self._pool.reserve(len(request.prompt_token_ids) + request.stopping.max_new_tokens)
             if cache is None:
-                return  # the oldest waits for room rather than being overtaken by smaller ones for ever
+                return  # or smaller requests might overtake the oldest for ever
             self._waiting.popleft()
             assignment = self._catalog.assign(request.skip)
             sequence = Sequence(
@@ -137,11 +141,11 @@ class Engine:
             )
 
     def _prefill(self, events: list[EngineEvent]) -> None:
-        """Prefills a chunk of prompt tokens at full depth, so that a long prompt does not hold up the others.
+        """Prefills a chunk of prompt tokens at full depth. A long prompt takes several steps and holds nobody up.
 
-        What an earlier prompt has in common with one that begins is copied instead. One sequence at a time, each cut
-        at the same places whatever runs beside it, and at multiples of the decoder's row block: a sequence's numbers
-        depend neither on its neighbours nor on how much of its prompt was copied.
+        A beginning that an earlier prompt had too is copied instead. Sequences run one at a time, and each is cut at
+        multiples of the decoder's row block whatever runs beside it. So a sequence's numbers depend neither on its
+        neighbours nor on how much of its prompt was copied.
         """
         num_left = self._config.prefill_chunk_tokens
         for sequence in list(self._running.values()):
@@ -160,11 +164,11 @@ class Engine:
                     logits = self._decoder.logits(hidden[-1:], (Action.FULL,))
                     plan = sequence.log.append_prefill_token()
                     token_id = sequence.sampler.sample(logits[0])
-                    sequence.recording.add_first_token(token_id)
+                    sequence.recorder.add_first_token(token_id)
                     self._take(sequence, token_id, logits[0], plan, events)
 
     def _run_full_depth(self, kind: PassKind, sequences: list[Sequence], token_ids: list[list[int]]) -> Tensor:
-        """Runs several tokens of each sequence, of prompts or of drafts; returns the last layer's output, `[all rows,
+        """Runs several prompt or drafted tokens of each sequence; returns the last layer's output, `[all rows,
         hidden_size]`."""
         compensations = [sequence.assignment.policy.compensation for sequence in sequences]
         caches, lengths = [sequence.cache for sequence in sequences], [len(ids) for ids in token_ids]
@@ -184,7 +188,7 @@ class Engine:
         deciders = _deciders(sequences, assignments)
         batch = self._decoder.batch(PassKind.DECODE, [s.cache for s in sequences], [1] * len(sequences), compensations)
         exposed_before, started_ns = self._lane.exposed_ns, time.perf_counter_ns()
-        planner = self._planner if len(sequences) > 1 else None  # a row alone has none to agree with
+        planner = self._planner if len(sequences) > 1 else None  # a single row has none to agree with
         token_ids = [sequence.last_token_id for sequence in sequences]
         output = decode_step(self._decoder, self._lane, batch, token_ids, deciders, planner)
         greedy = likeliest(output.logits)
@@ -197,7 +201,7 @@ class Engine:
             if sequence.is_drafting:
                 cost = sequence.log.add_draft_token(plan, policy.head, own_exposed_ns)
                 token_id = sequence.draft(logits, cost, elapsed_ns)
-                sequence.recording.add_pass(StepKind.DRAFT, token_id, *recorded)
+                sequence.recorder.add_pass(StepKind.DRAFT, token_id, *recorded)
                 continue
             sampler = sequence.sampler
             if sequence.speculation is not None:
@@ -205,13 +209,13 @@ class Engine:
             else:
                 token_id = greedy[row] if sampler.is_plain_greedy else sampler.sample(logits)
             sequence.log.append_decode_token(plan, policy.head, own_exposed_ns)
-            sequence.recording.add_pass(StepKind.DECODE, token_id, *recorded)
+            sequence.recorder.add_pass(StepKind.DECODE, token_id, *recorded)
             self._take(sequence, token_id, logits, plan, events)
 
     def _verify(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
-        """Runs complete drafts at full depth and puts out what it accepts. The drafts' keys and values are dropped
-        first, so that those of accepted tokens are full depth's."""
-        # Alone, a sequence's numbers do not depend on its neighbours.
+        """Runs complete drafts at full depth and outputs the accepted tokens. The drafts' keys and values are dropped
+        first, so that accepted tokens keep full depth's."""
+        # A sequence that runs alone does not depend on its neighbours.
         shares_products = self._config.group_planner and len(sequences) > 1
         for together in [sequences] if shares_products else [[sequence] for sequence in sequences]:
             started_ns = time.perf_counter_ns()
@@ -224,8 +228,8 @@ class Engine:
             for sequence, logits, (ids, num_accepted) in zip(together, all_logits, chosen, strict=True):
                 assert sequence.speculation is not None
                 sequence.speculation.verification_ns += elapsed_ns
-                sequence.recording.add_verification(ids, num_accepted, started_ns)
-                for token_id, own_logits in zip(ids, logits, strict=False):  # of those not accepted there is no token
+                sequence.recorder.add_verification(ids, num_accepted, started_ns)
+                for token_id, own_logits in zip(ids, logits, strict=False):  # rejected tokens have logits, but no id
                     self._take(sequence, token_id, own_logits, sequence.log.append_verified_token(), events)
 
     def _take(self, sequence: Sequence, token_id: int, logits: Tensor, plan: bytes, events: list[EngineEvent]) -> None:

@@ -1,108 +1,95 @@
-"""From logits to a token: penalties, temperature, truncation, and a seeded draw per sequence.
+"""Chooses a token from logits: logits processors, temperature, truncation, and a seeded draw per sequence.
 
 Knows one row of logits; knows no batch and no text. A sequence's draws depend on its seed and its own logits
 only.
 """
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dash_runtime.config import SamplingParameters
+from dash_runtime.engine.logits_processors import LogitsProcessor, make_processors
+from dash_runtime.events import TokenLogprobs
 
 _TOP_P_CANDIDATES = 1024
 """Sorting the whole vocabulary costs more than a layer; most nuclei lie within the first thousand."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """In nats, of the raw logits of the path that ran: before bias, penalties, temperature and truncation."""
-
-    chosen: float
-    top: list[tuple[int, float]]
-
-
 def likeliest(logits: Tensor) -> Any:
-    """The token of the largest logit, the first of equal ones: a number for `[vocab_size]`, a list for `[rows,
-    vocab_size]`. On a CPU numpy takes a third of the time that torch does, or less."""
+    """Returns the token of the largest logit, the first of equal ones: a number for `[vocab_size]`, a list for `[rows,
+    vocab_size]`. On a CPU numpy takes a third of torch's time, or less."""
     return (logits.argmax(dim=-1) if logits.is_cuda else logits.numpy().argmax(axis=-1)).tolist()
 
 
 class Sampler:
-    """Draws the tokens of one sequence."""
+    """Draws the tokens of one sequence.
 
-    def __init__(self, parameters: SamplingParameters, prompt_token_ids: Sequence[int]) -> None:
+    Args:
+        more_processors: applied after those that `parameters` ask for.
+    """
+
+    def __init__(
+        self,
+        parameters: SamplingParameters,
+        prompt_token_ids: Iterable[int],
+        more_processors: Iterable[LogitsProcessor] = (),
+    ) -> None:
         self._parameters = parameters
         self._generator = torch.Generator().manual_seed(parameters.seed)
-        self._prompt_ids = frozenset(prompt_token_ids) if parameters.repetition_penalty != 1 else frozenset()
-        self._output_counts: Counter[int] = Counter()
-        p = parameters
-        self._has_penalties = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0)
-        self.is_plain_greedy = p.temperature == 0 and not p.logit_bias and not self._has_penalties
-        """Whether the token is simply the largest logit."""
+        self._processors = [*make_processors(parameters, prompt_token_ids), *more_processors]
+        self.is_greedy = parameters.temperature == 0
+        """True if nothing is left to chance."""
+        self.is_plain_greedy = self.is_greedy and not self._processors
+        """True if the token is simply the one of the largest logit."""
 
     def sample(self, logits: Tensor) -> int:
-        """The next token from float32 `[vocab_size]` logits, which are left as they are."""
-        if self.is_greedy:
-            token_id = self.best(logits)
-        else:
-            token_id = self._draw(self._adjust(logits.cpu()) / self._parameters.temperature)
-        self.record(token_id)
+        """Returns the next token, and accepts it. The float32 `[vocab_size]` logits stay as they are."""
+        token_id = self.best(logits) if self.is_greedy else self._draw(self._scaled(logits))
+        self.accept(token_id)
         return token_id
 
-    @property
-    def is_greedy(self) -> bool:
-        """Whether nothing is left to chance."""
-        return self._parameters.temperature == 0
-
     def best(self, logits: Tensor) -> int:
-        """The token that a greedy sequence takes; `logits` as in `sample`."""
-        return likeliest(logits if self.is_plain_greedy else self._adjust(logits.cpu()))
+        """Returns the token that a greedy sequence takes; `logits` as in `sample`."""
+        return likeliest(logits if self.is_plain_greedy else self._processed(logits))
 
     def distribution(self, logits: Tensor) -> Tensor:
-        """What `sample` draws from, float32 probabilities `[vocab_size]` on the host; `logits` as there."""
-        candidates, ids = self._truncate(self._adjust(logits.cpu()) / self._parameters.temperature)
+        """Returns the probabilities that `sample` draws from, float32 `[vocab_size]` on the host."""
+        candidates, ids = self._truncate(self._scaled(logits))
         probabilities = torch.softmax(candidates, dim=-1)
         return probabilities if ids is None else torch.zeros(len(logits)).scatter_(0, ids, probabilities)
 
     def draw(self, weights: Tensor) -> int:
-        """A token from weights `[vocab_size]` that need not add up to 1."""
+        """Draws a token from weights `[vocab_size]` that need not add up to 1."""
         return int(torch.multinomial(weights, 1, generator=self._generator))
 
     def chance(self, probability: float) -> bool:
-        """True with this probability."""
+        """Returns True with this probability."""
         return float(torch.rand((), generator=self._generator)) < probability
 
-    def record(self, token_id: int) -> None:
-        """Counts an output token, for the penalties of later ones."""
-        if self._has_penalties:
-            self._output_counts[token_id] += 1
+    def accept(self, token_id: int) -> None:
+        """Tells the processors the next output token."""
+        for processor in self._processors:
+            processor.accept(token_id)
 
-    def forget(self, token_ids: Sequence[int]) -> None:
-        """Takes back what `record` counted."""
-        if self._has_penalties:
-            self._output_counts -= Counter(token_ids)
+    def rollback(self, token_ids: Sequence[int]) -> None:
+        """Takes back the tokens that were accepted last, given in that order."""
+        for processor in self._processors:
+            processor.rollback(token_ids)
 
-    def _adjust(self, logits: Tensor) -> Tensor:
-        p = self._parameters
-        adjusted = logits.clone()
-        for token_id, bias in p.logit_bias.items():
-            adjusted[token_id] += bias
-        if p.repetition_penalty != 1:
-            # Keskar et al. 2019 (CTRL): makes a seen token less likely whatever its logit's sign.
-            seen = torch.tensor(sorted(self._prompt_ids | self._output_counts.keys()))
-            values = adjusted[seen]
-            factor = p.repetition_penalty
-            adjusted[seen] = torch.where(values > 0, values / factor, values * factor)
-        if self._output_counts and (p.presence_penalty or p.frequency_penalty):
-            ids = torch.tensor(list(self._output_counts.keys()))
-            counts = torch.tensor(list(self._output_counts.values()), dtype=adjusted.dtype)
-            adjusted[ids] -= p.presence_penalty + p.frequency_penalty * counts
-        return adjusted
+    def _processed(self, logits: Tensor) -> Tensor:
+        """The processors' result on the host; without processors it may be `logits`."""
+        if not self._processors:
+            return logits.cpu()
+        processed = logits.to("cpu", copy=True)
+        for processor in self._processors:
+            processed = processor.process(processed)
+        return processed
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        return self._processed(logits) / self._parameters.temperature
 
     def _draw(self, logits: Tensor) -> int:
         candidates, ids = self._truncate(logits)
@@ -139,7 +126,7 @@ class Sampler:
 
 
 def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
-    """Log probabilities of one token and of the `num_top` best, from raw `[vocab_size]` logits."""
+    """Returns the log probabilities of one token and of the `num_top` best, from raw `[vocab_size]` logits."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     values, ids = logprobs.topk(num_top)
     return TokenLogprobs(float(logprobs[token_id]), list(zip(ids.tolist(), values.tolist(), strict=True)))

@@ -1,84 +1,23 @@
 """One request on its way through the engine. Knows its own tokens and times; knows no other sequence."""
 
 import time
-from dataclasses import dataclass
-from enum import StrEnum
 
 from torch import Tensor
 
 from dash_runtime.config import GenerationRequest
-from dash_runtime.decision_trace import DecisionTrace
 from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.engine.decision_log import DecisionLog
-from dash_runtime.engine.sampling import Sampler, TokenLogprobs
+from dash_runtime.engine.sampling import Sampler
 from dash_runtime.engine.speculative import Speculation
 from dash_runtime.engine.trace_recorder import TraceRecorder
+from dash_runtime.events import EndReason, SequenceCancelled, SequenceFinished
 from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.draft_length import DraftLength
 from dash_runtime.policy.policy import Token
 
 
-class EndReason(StrEnum):
-    """Why a sequence ended."""
-
-    END_OF_SEQUENCE = "end_of_sequence"
-    STOP_TOKEN = "stop_token"
-    STOP_STRING = "stop_string"
-    LENGTH = "length"
-
-
-@dataclass(frozen=True, slots=True)
-class SlotGranted:
-    """The request has its slot."""
-
-    request_id: str
-    policy: str
-    compute_budget: float | None
-    queue_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class TokenProduced:
-    """One more token; `plan` has one byte per layer, where it was asked for."""
-
-    request_id: str
-    token_id: int
-    plan: bytes
-    logprobs: TokenLogprobs | None
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceFinished:
-    """The request is over and its slot is free."""
-
-    request_id: str
-    reason: EndReason
-    num_output_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-    log: DecisionLog
-    speculation: Speculation | None
-    """In mode EXACT."""
-    num_cached_prompt_tokens: int
-    """Prompt tokens whose keys and values were those of an earlier request."""
-    recorded: DecisionTrace | None
-    """Where the engine records."""
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceCancelled:
-    """The request was cancelled while it had a slot, which is free."""
-
-    request_id: str
-    recorded: DecisionTrace | None
-    """Where the engine records."""
-
-
-EngineEvent = SlotGranted | TokenProduced | SequenceFinished | SequenceCancelled
-
-
 class Sequence:
-    """A request with its slot: prompt, cache, output so far."""
+    """A request in its slot: prompt, KV cache, output so far."""
 
     def __init__(
         self,
@@ -105,24 +44,24 @@ class Sequence:
         if drafting is not None:
             lengths = DraftLength(drafting.draft_cost, drafting.verification_costs, drafting.least_gain)
             self.speculation = Speculation(self.sampler, lengths)
-        self.recording = TraceRecorder(assignment, record_steps)
+        self.recorder = TraceRecorder(assignment, record_steps)
         self.granted_at = time.monotonic()
         self.queue_seconds = self.granted_at - waiting_since
         self._first_token_at = self.granted_at
 
     @property
     def num_prompt_tokens_left(self) -> int:
-        """Prompt tokens that are not in the cache yet. 0 while decoding."""
+        """Prompt tokens that are not in the KV cache yet; 0 while decoding."""
         return max(0, len(self.request.prompt_token_ids) - self.cache.length)
 
     def next_prompt_chunk(self, max_tokens: int) -> list[int]:
-        """The next prompt tokens to prefill."""
+        """Returns the next prompt tokens to prefill."""
         start = self.cache.length
         return self.request.prompt_token_ids[start : start + max_tokens]
 
     @property
     def is_drafting(self) -> bool:
-        """Whether the next decode step is to draft."""
+        """True if the next decode step drafts."""
         return self.speculation is not None and self.speculation.is_drafting
 
     @property
@@ -133,21 +72,21 @@ class Sequence:
 
     @property
     def num_tokens_left(self) -> int:
-        """Output tokens up to the limit."""
+        """Output tokens that the limit still allows."""
         return self.request.stopping.max_new_tokens - len(self.output_ids)
 
     @property
     def has_draft_to_verify(self) -> bool:
-        """Whether a draft is complete."""
+        """True if a draft is complete."""
         return self.speculation is not None and bool(self.speculation.token_ids) and not self.is_drafting
 
     def begin_draft_if_due(self) -> None:
-        """In mode EXACT, chooses whether and how far to draft, where no draft is under way."""
+        """In mode EXACT, chooses the length of the next draft unless one is under way."""
         if self.speculation is not None and not self.speculation.token_ids:
             self.speculation.begin(self.num_tokens_left)
 
     def draft(self, logits: Tensor, cost: float, elapsed_ns: int) -> int:
-        """Takes and returns the next drafted token, from the drafting path's `[vocab_size]` logits."""
+        """Adds and returns the next drafted token, from the drafting path's `[vocab_size]` logits."""
         assert self.speculation is not None
         token_id = self.speculation.draft(logits, cost)
         self.speculation.draft_ns += elapsed_ns
@@ -156,14 +95,17 @@ class Sequence:
         return token_id
 
     def take_back_draft(self) -> list[int]:
-        """Drops the draft's keys and values; returns the tokens to verify, the last of the output first."""
+        """Drops the draft's keys and values; returns the tokens to verify: the last output token, then the draft."""
         assert self.speculation is not None
         self.cache.truncate(self._num_settled_positions)
         return [self.output_ids[-1], *self.speculation.token_ids]
 
     def verify(self, logits: Tensor) -> tuple[list[int], int]:
-        """The next output tokens, by full depth's logits `[verified tokens, vocab_size]`, and how many of them were
-        drafted; keys and values of the others are dropped."""
+        """Ends the draft by full depth's logits `[verified tokens, vocab_size]`.
+
+        Returns the next output tokens and how many of them were drafted. Keys and values of rejected tokens are
+        dropped.
+        """
         assert self.speculation is not None
         assert self.assignment.drafting is not None
         cost = self.assignment.drafting.verification_cost(len(logits) - 1)
@@ -177,26 +119,26 @@ class Sequence:
 
     @property
     def _num_settled_positions(self) -> int:
-        """Positions before the last token of the output."""
+        """Positions before the last output token."""
         return len(self.request.prompt_token_ids) + len(self.output_ids) - 1
 
     def decider_assignment(self, full_depth: Assignment) -> Assignment:
-        """Who decides in the next decode step: full depth where an EXACT sequence does not draft."""
+        """Returns what decides in the next decode step: `full_depth` for an EXACT sequence that does not draft."""
         return self.assignment if self.speculation is None or self.is_drafting else full_depth
 
     def next_token(self) -> Token:
-        """What policies know of the token that is decoded next."""
+        """Returns what policies may know about the token that is decoded next."""
         return Token(self.request.sampling.seed, self.cache.length, self.assignment.price)
 
     def append(self, token_id: int) -> EndReason | None:
-        """Takes the next output token; returns the reason if it is the last."""
+        """Adds an output token; returns the reason if it is the last."""
         if not self.output_ids:
             self._first_token_at = time.monotonic()
         self.output_ids.append(token_id)
         return self._end_with(token_id) or (None if self.num_tokens_left else EndReason.LENGTH)
 
     def _end_with(self, token_id: int) -> EndReason | None:
-        """The reason if no token may follow this one, whatever the limit."""
+        """Returns the reason if no token may follow this one, whatever the limit."""
         stopping = self.request.stopping
         if token_id in stopping.stop_token_ids:
             return EndReason.STOP_TOKEN
@@ -205,19 +147,20 @@ class Sequence:
         return None
 
     def finished(self, reason: EndReason) -> SequenceFinished:
-        """The closing event. Seconds are from the slot to the first token, and from there to now."""
+        """Returns the closing event."""
+        drafts = self.speculation
         return SequenceFinished(
             self.request.request_id,
             reason,
             len(self.output_ids),
             self._first_token_at - self.granted_at,
             time.monotonic() - self._first_token_at,
-            self.log,
-            self.speculation,
+            self.log.statistics(),
+            None if drafts is None else drafts.statistics(),
             self.num_cached_prompt_tokens,
-            self.recording.packed(self.request.request_id),
+            self.recorder.packed(self.request.request_id),
         )
 
     def cancelled(self) -> SequenceCancelled:
-        """The last event of a sequence that was cancelled."""
-        return SequenceCancelled(self.request.request_id, self.recording.packed(self.request.request_id))
+        """Returns the last event of a sequence that was cancelled."""
+        return SequenceCancelled(self.request.request_id, self.recorder.packed(self.request.request_id))

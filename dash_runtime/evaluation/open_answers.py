@@ -11,8 +11,8 @@ from decimal import Decimal
 
 from dash_runtime.config import GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.sequence import EndReason, EngineEvent, SequenceFinished, TokenProduced
 from dash_runtime.errors import InvalidRequest
+from dash_runtime.events import EndReason, EngineEvent, SequenceFinished, TokenProduced
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text, without special tokens."""
@@ -87,14 +87,14 @@ def generate(
                     # The token that ended it is not text.
                     ended = event.reason in (EndReason.END_OF_SEQUENCE, EndReason.STOP_TOKEN)
                     text = _cut(decode(output[:-1] if ended else output), stop)
-                    log = event.log
+                    depth = event.depth
                     results[places[event.request_id]] = Generated(
                         text,
                         tuple(output),
-                        log.num_decode_tokens,
-                        log.total_cost,
+                        depth.num_decode_tokens,
+                        depth.total_cost,
                         event.decode_seconds,
-                        log.exposed_ns / 1e9,
+                        depth.exposed_ns / 1e9,
                     )
     finally:
         for request in requests:

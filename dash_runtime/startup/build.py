@@ -36,7 +36,8 @@ from dash_runtime.policy.draft_length import LEAST_GAIN
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
 from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec, load_programs, programs_digest
-from dash_runtime.startup.calibration import Calibration, Progress
+from dash_runtime.progress import Progress
+from dash_runtime.startup.calibration import DeviceCalibration
 from dash_runtime.startup.process_memory import settle_memory
 from dash_runtime.startup.row_parity import unequal_counts
 
@@ -107,7 +108,7 @@ def build_engine(
     if inductor is not None:
         inductor.drop_verified_rows(unequal_counts(decoder, inductor.verified_rows))
     kind = "eager" if inductor is None else f"compiled {programs_digest()}, verified rows {inductor.verified_rows}"
-    calibration = Calibration(
+    calibration = DeviceCalibration(
         cache_folder / "calibration", (fingerprint, options.precision), (device_of(device).describe(), kind)
     )
     compensation = calibration.compensation(decoder, tokenizer_file(folder), progress)
@@ -124,7 +125,7 @@ def build_engine(
     )
     planner = None
     if config.group_planner and config.num_slots > 1:
-        planner = GroupPlanner(calibration.row_costs(decoder, compensation, progress))
+        planner = GroupPlanner(calibration.latencies(decoder, compensation, progress))
     engine = assemble_engine(decoder, catalog, config, context_length, planner=planner)
     _warm_up(engine)
     return engine

@@ -1,12 +1,14 @@
-"""What is fitted and measured once for a model on a device, and kept beside the converted models.
+"""Fits and measures a model on a device once, and keeps the results beside the converted models.
 
-So every later start reads it, and a plan drawn for a budget is the same from one start to the next. Knows
-folders; knows no requests.
+Later starts read them, so a plan drawn for a budget is the same from one start to the next. Each start compares the
+kept tables with a quick measurement, so a table that a disturbed start measured is not kept for ever. Knows folders;
+knows no requests.
 """
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,39 +16,58 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dash_runtime.actions import CostTable, LatencyTable
+from dash_runtime.actions import Action, CostTable, LatencyTable
 from dash_runtime.decoder.compensation import Compensation, make_compensation
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.errors import ConfigError, DashRuntimeError
 from dash_runtime.files.disk_cache import digest, keep
 from dash_runtime.policy.draft_length import DRAFT_LENGTHS
+from dash_runtime.progress import Progress
 from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.startup.fit_compensation import NUM_SEQUENCES, SEQUENCE_LENGTH, fit_compensation
 from dash_runtime.startup.measure import measure_costs, measure_verification
 from dash_runtime.startup.measure_latency import measure_latencies
 
-Progress = Callable[[str], None]
 _Table = TypeVar("_Table", CostTable, LatencyTable)
 _Kept = TypeVar("_Kept")
+_Ratios = Mapping[Hashable, float]
 _VERSION = 5
+_QUICK_ROUNDS = 2
+_QUICK_ROWS = (1, 8)
+_MARGIN = 1.25
+"""Kept and measured ratios that differ by more than this factor contradict each other."""
+_LEAST_DIFFERENCE = 0.02
+"""Smaller differences, as a share of all FULL layers, change no plan. Very short work is measured less exactly."""
 
 
-class Calibration:
-    """Compensation and costs of one model on one device, read where they were kept, made otherwise.
+class DeviceCalibration:
+    """Compensation, costs and latencies of one model on one device: read if they were kept, else made.
 
     Args:
-        model: what identifies the model and its precision.
-        device: what identifies the device, and how layers run on it.
+        model: identifies the model and its precision.
+        device: identifies the device, and how layers run on it.
+        measure_costs, measure_latencies: as in `measure.py` and `measure_latency.py`.
     """
 
-    def __init__(self, folder: Path, model: tuple[str, ...], device: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: tuple[str, ...],
+        device: tuple[str, ...],
+        *,
+        measure_costs: Callable[..., CostTable] = measure_costs,
+        measure_latencies: Callable[..., LatencyTable] = measure_latencies,
+    ) -> None:
         key = (_VERSION, *model, torch.__version__)
         self._compensation_file = folder / f"compensation-{digest(key)}.safetensors"
         self._costs_file = folder / f"costs-{digest((*key, *device))}.json"
         self._verification_file = folder / f"verification-{digest((*key, *device))}.json"
-        self._row_costs_file = folder / f"row-costs-{digest((*key, *device))}.json"
+        self._latencies_file = folder / f"latencies-{digest((*key, *device))}.json"
+        self._measure_costs = measure_costs
+        self._measure_latencies = measure_latencies
 
     def compensation(self, decoder: Decoder, tokenizer: Path, progress: Progress) -> Compensation:
+        """Returns what a skipped layer adds to the hidden state instead of its output."""
         shape = (decoder.num_layers, decoder.config.hidden_size)
         try:
             kept = load_file(self._compensation_file)
@@ -61,37 +82,92 @@ class Calibration:
         return affine
 
     def costs(self, decoder: Decoder, compensation: Compensation, progress: Progress) -> CostTable:
-        """Costs at one row, as shares of a full-depth token."""
+        """Returns the costs at one row, as shares of a full-depth token."""
         kept = _read(self._costs_file, CostTable.from_json)
-        if kept is not None and set(kept.layer) == set(decoder.actions) and set(kept.head) == set(decoder.heads):
-            return kept
-        progress("measuring what each action costs here (kept for later starts)")
-        return self._keep(self._costs_file, measure_costs(decoder, compensation))
+        if kept is not None and (set(kept.layer) != set(decoder.actions) or set(kept.head) != set(decoder.heads)):
+            kept = None
+        measure = partial(self._measure_costs, decoder, compensation)
+        quick = partial(measure, rounds=_QUICK_ROUNDS)
+        return _checked(self._costs_file, kept, measure, quick, _cost_ratios, "what each action costs here", progress)
 
-    def row_costs(self, decoder: Decoder, compensation: Compensation, progress: Progress) -> LatencyTable:
-        """Seconds by action and number of rows."""
-        kept = _read(self._row_costs_file, LatencyTable.from_json)
-        if kept is not None and set(kept.seconds) == set(decoder.actions):
-            return kept
-        progress("measuring what each action takes here by number of rows (kept for later starts)")
-        return self._keep(self._row_costs_file, measure_latencies(decoder, compensation))
+    def latencies(self, decoder: Decoder, compensation: Compensation, progress: Progress) -> LatencyTable:
+        """Returns the seconds of a layer by action and number of rows."""
+        kept = _read(self._latencies_file, LatencyTable.from_json)
+        if kept is not None and set(kept.seconds) != set(decoder.actions):
+            kept = None
+        measure = partial(self._measure_latencies, decoder, compensation)
+        quick = partial(measure, rows=_QUICK_ROWS, rounds=_QUICK_ROUNDS)
+        what = "what each action takes here by number of rows"
+        return _checked(self._latencies_file, kept, measure, quick, _latency_ratios, what, progress)
 
     def verification_costs(self, decoder: Decoder, progress: Progress) -> dict[int, float]:
-        """Of verifying a draft, by its length, as shares of a full-depth token."""
+        """Returns the cost of verifying a draft by its length, as a share of a full-depth token."""
         kept = _read(self._verification_file, _verification_from_json)
         if kept is not None:
             return kept
         progress("measuring what verifying a draft takes here (kept for later starts)")
         costs = measure_verification(decoder, DRAFT_LENGTHS)
-        self._write_json(self._verification_file, {str(length): cost for length, cost in costs.items()})
+        _write_json(self._verification_file, {str(length): cost for length, cost in costs.items()})
         return costs
 
-    def _keep(self, path: Path, table: _Table) -> _Table:
-        self._write_json(path, table.to_json())
-        return table
 
-    def _write_json(self, path: Path, facts: dict[str, Any]) -> None:
-        keep(path, lambda partial: partial.write_text(json.dumps(facts, indent=1)))
+def _checked(
+    path: Path,
+    kept: _Table | None,
+    measure: Callable[[], _Table],
+    measure_quickly: Callable[[], _Table],
+    ratios_of: Callable[[_Table], _Ratios],
+    what: str,
+    progress: Progress,
+) -> _Table:
+    """Returns the kept table unless there is none or two measurements contradict it; then measures and keeps another.
+
+    Other work on the machine only ever adds time, but not to everything alike: a ratio errs upwards with its own time,
+    downwards with FULL's. So a quick measurement alone proves nothing. It has to be confirmed by a whole one that finds
+    the same entry wrong in the same direction.
+    """
+    if kept is None:
+        progress(f"measuring {what} (kept for later starts)")
+        return _keep_table(path, measure())
+    doubts = _contradictions(ratios_of(kept), ratios_of(measure_quickly()))
+    if not doubts:
+        return kept
+    progress(f"{what} no longer fits what was kept: measuring it again")
+    measured = measure()
+    is_wrong = bool(doubts & _contradictions(ratios_of(kept), ratios_of(measured)))
+    return _keep_table(path, measured) if is_wrong else kept
+
+
+def _contradictions(kept: _Ratios, measured: _Ratios) -> set[tuple[Hashable, bool]]:
+    """Returns the entries that differ too much, each with True if the measured ratio is the larger one."""
+    return {
+        (entry, ratio > kept[entry])
+        for entry, ratio in measured.items()
+        if abs(ratio - kept[entry]) > _LEAST_DIFFERENCE and max(ratio, kept[entry]) > _MARGIN * min(ratio, kept[entry])
+    }
+
+
+def _cost_ratios(table: CostTable) -> _Ratios:
+    """Returns each cost of a whole token as a share of all its layers in FULL."""
+    layer = table.layer[Action.FULL] or math.inf
+    ratios: dict[Hashable, float] = {("layer", action): cost / layer for action, cost in table.layer.items()}
+    others = {("head", precision): cost for precision, cost in table.head.items()} | {("fixed", None): table.fixed}
+    return ratios | {entry: cost / (layer * table.num_layers) for entry, cost in others.items()}
+
+
+def _latency_ratios(table: LatencyTable) -> _Ratios:
+    """Returns the seconds at each quickly measured number of rows as a share of one FULL row's."""
+    layer = table.cost(Action.FULL, 1) or math.inf
+    return {(action, rows): table.cost(action, rows) / layer for action in table.seconds for rows in _QUICK_ROWS}
+
+
+def _keep_table(path: Path, table: _Table) -> _Table:
+    _write_json(path, table.to_json())
+    return table
+
+
+def _write_json(path: Path, facts: dict[str, Any]) -> None:
+    keep(path, lambda unfinished: unfinished.write_text(json.dumps(facts, indent=1)))
 
 
 def _verification_from_json(facts: dict[str, Any]) -> dict[int, float]:
@@ -102,7 +178,7 @@ def _verification_from_json(facts: dict[str, Any]) -> dict[int, float]:
 
 
 def _read(path: Path, parse: Callable[[dict[str, Any]], _Kept]) -> _Kept | None:
-    """None where the file is not there, or damaged: then it is made again."""
+    """Returns the kept table; None if the file is missing or damaged, so that it is made again."""
     try:
         return parse(json.loads(path.read_text()))
     except (OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RecursionError, ConfigError):

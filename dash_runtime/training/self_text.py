@@ -24,8 +24,8 @@ from dash_runtime.config import EngineConfig, GenerationRequest, SamplingParamet
 from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.sequence import SequenceFinished, TokenProduced
 from dash_runtime.errors import ConfigError, PolicyFileError
+from dash_runtime.events import SequenceFinished, TokenProduced
 from dash_runtime.files.tensor_file import save_tensors
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.startup.build import assemble_engine

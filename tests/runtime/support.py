@@ -14,7 +14,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.sequence import EngineEvent, SequenceFinished, TokenProduced
+from dash_runtime.events import EngineEvent, SequenceFinished, TokenProduced
 
 CPU = torch.device("cpu")
 ALL_ACTIONS = tuple(Action)

@@ -1,15 +1,16 @@
-"""What is measured once and kept: read where it is there, made again where it is damaged, for one model and device."""
+"""Tables that are measured once and kept: for one model and device, made again if damaged or found to be wrong."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
 from dash_runtime.actions import Action, CostTable, LatencyTable
-from dash_runtime.decoder.compensation import Identity
+from dash_runtime.decoder.compensation import Compensation, Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.policy.draft_length import DRAFT_LENGTHS
-from dash_runtime.startup.calibration import Calibration
+from dash_runtime.startup.calibration import DeviceCalibration
 from tests.runtime.support import load_decoder
 from tests.tiny_models import save_tiny_model
 
@@ -23,16 +24,73 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
     return load_decoder(folder, torch.bfloat16, (Action.SKIP, Action.FULL))
 
 
+class Machine:
+    """Measures made-up times: those of a quiet machine, each longer by the factors of its disturbances.
+
+    `FULL`, `SKIP` and `HEAD` name what a factor applies to.
+    """
+
+    def __init__(self, quick: Mapping[str, float] | None = None, whole: Mapping[str, float] | None = None) -> None:
+        self.num_whole = 0
+        self._quick, self._whole = quick or {}, whole or {}
+
+    def measure_costs(self, decoder: Decoder, compensation: Compensation, rounds: int = 12) -> CostTable:
+        factors = self._factors(rounds)
+        layer = {action: seconds * factors.get(action.name, 1) for action, seconds in QUIET.items()}
+        heads = {precision: 1.5 * factors.get("HEAD", 1) for precision in decoder.heads}
+        return CostTable.from_seconds(decoder.num_layers, layer, heads, 0.2 * factors.get("FIXED", 1))
+
+    def measure_latencies(
+        self, decoder: Decoder, compensation: Compensation, rows: tuple[int, ...] = (1, 2, 4, 8, 16), rounds: int = 12
+    ) -> LatencyTable:
+        factors = self._factors(rounds)
+        return LatencyTable(
+            rows,
+            {
+                action: tuple(seconds * (3 + count) / 4 * factors.get(action.name, 1) for count in rows)
+                for action, seconds in QUIET.items()
+            },
+        )
+
+    def _factors(self, rounds: int) -> Mapping[str, float]:
+        if rounds < 12:
+            return self._quick
+        self.num_whole += 1
+        return self._whole
+
+
+QUIET = {Action.SKIP: 0.1, Action.FULL: 1.0}
+
+
+def calibration(
+    folder: Path, machine: Machine, model: tuple[str, ...] = MODEL, device: tuple[str, ...] = DEVICE
+) -> DeviceCalibration:
+    return DeviceCalibration(
+        folder, model, device, measure_costs=machine.measure_costs, measure_latencies=machine.measure_latencies
+    )
+
+
+def costs_of(calibration: DeviceCalibration, decoder: Decoder, said: list[str]) -> CostTable:
+    return calibration.costs(decoder, Identity(), said.append)
+
+
+def latencies_of(calibration: DeviceCalibration, decoder: Decoder, said: list[str]) -> LatencyTable:
+    return calibration.latencies(decoder, Identity(), said.append)
+
+
+TABLES = pytest.mark.parametrize("table_of", [costs_of, latencies_of])
+TableOf = Callable[[DeviceCalibration, Decoder, list[str]], CostTable | LatencyTable]
+
+
 def measured(
     folder: Path, decoder: Decoder, model: tuple[str, ...] = MODEL, device: tuple[str, ...] = DEVICE
 ) -> tuple[CostTable, LatencyTable, int]:
-    """Both tables, and how many of them were not read."""
+    """Returns both tables, and how many of them were not read."""
     said: list[str] = []
-    calibration = Calibration(folder, model, device)
-    costs = calibration.costs(decoder, Identity(), said.append)
-    row_costs = calibration.row_costs(decoder, Identity(), said.append)
+    calibrated = calibration(folder, Machine(), model, device)
+    costs, latencies = costs_of(calibrated, decoder, said), latencies_of(calibrated, decoder, said)
     assert all("measuring" in words and "\n" not in words for words in said)
-    return costs, row_costs, len(said)
+    return costs, latencies, len(said)
 
 
 def test_costs_are_measured_once_and_read_by_later_starts(decoder: Decoder, tmp_path: Path) -> None:
@@ -73,13 +131,13 @@ def test_a_damaged_table_is_measured_again_and_whole_afterwards(
 
 
 def test_a_table_of_other_actions_is_measured_again(decoder: Decoder, tmp_path: Path) -> None:
-    costs, row_costs, _ = measured(tmp_path, decoder)
-    assert set(costs.layer) == set(row_costs.seconds) == {Action.SKIP, Action.FULL}
+    costs, latencies, _ = measured(tmp_path, decoder)
+    assert set(costs.layer) == set(latencies.seconds) == {Action.SKIP, Action.FULL}
     for path in tmp_path.iterdir():
         path.write_text(path.read_text().replace('"SKIP"', '"INT4"'))
-    costs, row_costs, num_measured = measured(tmp_path, decoder)
+    costs, latencies, num_measured = measured(tmp_path, decoder)
     assert num_measured == 2
-    assert set(costs.layer) == set(row_costs.seconds) == {Action.SKIP, Action.FULL}
+    assert set(costs.layer) == set(latencies.seconds) == {Action.SKIP, Action.FULL}
 
 
 @pytest.mark.parametrize(
@@ -104,20 +162,86 @@ def test_a_folder_that_cannot_be_written_still_gives_costs(decoder: Decoder, tmp
     blocked.write_text("in the way")
     for folder in (blocked, blocked / "calibration"):
         for _ in range(2):
-            costs, row_costs, num_measured = measured(folder, decoder)
+            costs, latencies, num_measured = measured(folder, decoder)
             assert num_measured == 2
-            assert set(costs.layer) == set(row_costs.seconds) == {Action.SKIP, Action.FULL}
+            assert set(costs.layer) == set(latencies.seconds) == {Action.SKIP, Action.FULL}
     assert blocked.read_text() == "in the way"
+
+
+@TABLES
+def test_a_table_that_a_quick_measurement_agrees_with_is_kept_to_the_bit(
+    decoder: Decoder, tmp_path: Path, table_of: TableOf
+) -> None:
+    first = table_of(calibration(tmp_path, Machine()), decoder, [])
+    (file,) = tmp_path.iterdir()
+    before = file.read_bytes()
+    said: list[str] = []
+    machine = Machine(quick={"FULL": 1.2, "FIXED": 1.2})
+    assert table_of(calibration(tmp_path, machine), decoder, said) == first
+    assert (said, machine.num_whole, file.read_bytes()) == ([], 0, before)
+
+
+@TABLES
+@pytest.mark.parametrize("disturbed", ["FULL", "SKIP"])
+def test_a_table_that_a_disturbed_start_measured_is_replaced(
+    decoder: Decoder, tmp_path: Path, table_of: TableOf, disturbed: str
+) -> None:
+    wrong = table_of(calibration(tmp_path, Machine(whole={disturbed: 1.8})), decoder, [])
+    said: list[str] = []
+    right = table_of(calibration(tmp_path, Machine()), decoder, said)
+    assert right == table_of(calibration(tmp_path / "elsewhere", Machine()), decoder, []) != wrong
+    (words,) = said
+    assert "no longer fits what was kept" in words
+    machine = Machine()
+    assert table_of(calibration(tmp_path, machine), decoder, said) == right
+    assert (machine.num_whole, len(said)) == (0, 1)
+
+
+def test_a_head_whose_cost_is_wrong_replaces_the_table(decoder: Decoder, tmp_path: Path) -> None:
+    costs_of(calibration(tmp_path, Machine(whole={"HEAD": 1.8})), decoder, [])
+    assert costs_of(calibration(tmp_path, Machine()), decoder, []).head[Action.FULL] == 1.5 / 3.7
+
+
+@TABLES
+def test_a_machine_that_is_slower_alike_keeps_its_table(decoder: Decoder, tmp_path: Path, table_of: TableOf) -> None:
+    first = table_of(calibration(tmp_path, Machine()), decoder, [])
+    machine = Machine(quick=dict.fromkeys(("FULL", "SKIP", "HEAD", "FIXED"), 3.0))
+    said: list[str] = []
+    assert table_of(calibration(tmp_path, machine), decoder, said) == first
+    assert (said, machine.num_whole) == ([], 0)
+
+
+@TABLES
+@pytest.mark.parametrize("whole", [{}, {"SKIP": 1.2}, {"FULL": 1.8}])
+def test_a_doubt_that_a_whole_measurement_does_not_share_changes_nothing(
+    decoder: Decoder, tmp_path: Path, table_of: TableOf, whole: Mapping[str, float]
+) -> None:
+    first = table_of(calibration(tmp_path, Machine()), decoder, [])
+    machine = Machine(quick={"SKIP": 1.8}, whole=whole)
+    assert table_of(calibration(tmp_path, machine), decoder, []) == first
+    assert machine.num_whole == 1
+    assert table_of(calibration(tmp_path, Machine()), decoder, []) == first
+
+
+def test_differences_too_small_for_any_plan_are_ignored(decoder: Decoder, tmp_path: Path) -> None:
+    first = costs_of(calibration(tmp_path, Machine(whole={"FIXED": 0.1})), decoder, [])
+    machine = Machine(quick={"FIXED": 0.2})
+    assert costs_of(calibration(tmp_path, machine), decoder, []) == first
+    assert machine.num_whole == 0
 
 
 def test_verifications_are_measured_once_for_the_lengths_that_fit(decoder: Decoder, tmp_path: Path) -> None:
     said: list[str] = []
-    first, second = (Calibration(tmp_path, MODEL, DEVICE).verification_costs(decoder, said.append) for _ in range(2))
+    first, second = (
+        DeviceCalibration(tmp_path, MODEL, DEVICE).verification_costs(decoder, said.append) for _ in range(2)
+    )
     assert first == second
     assert len(said) == 1
     assert set(first) == set(DRAFT_LENGTHS)
     (file,) = tmp_path.glob("verification-*.json")
     for damage in ("", "[]", '{"7": -1}', '{"5": 1.0}', '{"7": "x"}'):
         file.write_text(damage)
-        assert set(Calibration(tmp_path, MODEL, DEVICE).verification_costs(decoder, said.append)) == set(DRAFT_LENGTHS)
+        assert set(DeviceCalibration(tmp_path, MODEL, DEVICE).verification_costs(decoder, said.append)) == set(
+            DRAFT_LENGTHS
+        )
     assert len(said) == 6

@@ -19,8 +19,8 @@ from dash_runtime.config import (
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import InlineLane
-from dash_runtime.engine.sequence import EngineEvent, SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.errors import InvalidRequest
+from dash_runtime.events import EngineEvent, SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.policy.catalog import PolicyCatalog
 from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, some_affine, some_costs, tokens
 from tests.tiny_models import EOS_TOKEN_ID
@@ -82,24 +82,28 @@ def test_a_requests_tokens_do_not_depend_on_its_neighbours(decoder: Decoder) -> 
 
 
 def test_events_come_in_order_and_count_every_token(decoder: Decoder) -> None:
-    events = run(make_engine(decoder), request("a", max_new_tokens=5, skip=ADAPTIVE, return_decisions=True))["a"]
+    engine = make_engine(decoder)
+    engine.submit(request("a", max_new_tokens=5, skip=ADAPTIVE, return_decisions=True))
+    events = engine.step()
+    log = engine._running["a"].log
+    events += drain(engine)["a"]
     assert [type(event) for event in events] == [SlotGranted, *[TokenProduced] * 5, SequenceFinished]
-    log = finished(events).log
-    assert log.num_decode_tokens == 4
-    assert sum(log.action_counts.values()) == 4 * 6
+    depth = finished(events).depth
+    assert depth.num_decode_tokens == 4
+    assert sum(depth.action_counts.values()) == 4 * 6
     plans = b"".join(event.plan for event in events if isinstance(event, TokenProduced))
     assert plans[:6] == bytes([Action.FULL] * 6)
     assert bytes(log.plans) == plans
     for action in Action:
-        assert log.action_counts[action] == plans[6:].count(action)
+        assert depth.action_counts[action] == plans[6:].count(action)
 
 
 def test_full_depth_costs_one_and_an_adaptive_request_about_its_budget(decoder: Decoder) -> None:
     events = run(
         make_engine(decoder), request("full", max_new_tokens=50), request("a", max_new_tokens=100, skip=ADAPTIVE)
     )
-    assert finished(events["full"]).log.mean_cost == pytest.approx(1)
-    assert 0.5 < finished(events["a"]).log.mean_cost < 0.64
+    assert finished(events["full"]).depth.mean_cost == pytest.approx(1)
+    assert 0.5 < finished(events["a"]).depth.mean_cost < 0.64
 
 
 def test_decisions_are_returned_only_when_asked_for(decoder: Decoder) -> None:
@@ -126,7 +130,7 @@ def test_a_sequence_ends_at_an_end_of_sequence_token_unless_told_to_go_on(decode
 def test_one_token_is_made_by_the_prefill_alone(decoder: Decoder) -> None:
     events = run(make_engine(decoder), request("a", max_new_tokens=1, skip=ADAPTIVE))["a"]
     assert len(tokens(events)) == 1
-    assert finished(events).log.num_decode_tokens == 0
+    assert finished(events).depth.num_decode_tokens == 0
     assert finished(events).reason == "length"
 
 

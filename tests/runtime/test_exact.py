@@ -20,9 +20,8 @@ from dash_runtime.config import (
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import InlineLane
-from dash_runtime.engine.sequence import EngineEvent, SequenceFinished, TokenProduced
-from dash_runtime.engine.speculative import Speculation
 from dash_runtime.errors import InvalidRequest
+from dash_runtime.events import EngineEvent, SequenceFinished, SpeculationStatistics, TokenProduced
 from dash_runtime.policy.catalog import USUAL_VERIFICATION_COSTS, PolicyCatalog
 from tests.runtime.support import drain, finished, load_decoder, some_affine, tokens
 
@@ -73,7 +72,7 @@ def run(engine: Engine, *requests: GenerationRequest) -> dict[str, list[EngineEv
     return events
 
 
-def drafts(events: list[EngineEvent]) -> Speculation:
+def drafts(events: list[EngineEvent]) -> SpeculationStatistics:
     speculation = finished(events).speculation
     assert speculation is not None
     return speculation
@@ -133,13 +132,13 @@ def test_every_token_is_counted_once_and_a_run_repeats(decoder: Decoder) -> None
     counts = [(d.num_drafted, d.num_accepted, d.num_verifications) for d in (drafts(first), drafts(second))]
     assert counts[0] == counts[1]
     num_drafted, num_accepted, num_verifications = counts[0]
-    log = finished(first).log
-    assert len(tokens(first)) == finished(first).num_output_tokens == log.num_decode_tokens + 1 == 50
+    depth = finished(first).depth
+    assert len(tokens(first)) == finished(first).num_output_tokens == depth.num_decode_tokens + 1 == 50
     assert 0 < num_accepted < num_drafted
     assert num_accepted + num_verifications <= 49
     # Every drafted token ran once, and again with the token before it when it was verified.
     num_plain = 49 - num_accepted - num_verifications
-    assert sum(log.action_counts.values()) == 6 * (2 * num_drafted + num_verifications + num_plain)
+    assert sum(depth.action_counts.values()) == 6 * (2 * num_drafted + num_verifications + num_plain)
 
 
 def test_actions_and_logprobs_are_full_depths(decoder: Decoder) -> None:
@@ -211,7 +210,7 @@ def test_a_policy_whose_draft_is_full_depth_drafts_nothing(decoder: Decoder) -> 
     events = run(engine, request("a", skip=skip))["a"]
     assert tokens(events) == tokens(run(make_engine(decoder), request("a", skip=FULL))["a"])
     assert drafts(events).num_drafted == 0
-    assert finished(events).log.mean_cost == pytest.approx(1)
+    assert finished(events).depth.mean_cost == pytest.approx(1)
 
 
 def test_drafts_are_no_longer_than_asked(decoder: Decoder) -> None:

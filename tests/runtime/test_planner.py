@@ -69,7 +69,7 @@ def test_a_table_survives_json() -> None:
 def test_row_counts_that_do_not_ascend_from_one_are_refused(rows: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError) as error:
         LatencyTable(rows, {FULL: (1.0,) * len(rows)})
-    assert error.value.field == "row_costs.rows"
+    assert error.value.field == "latency_table.rows"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_row_counts_that_do_not_ascend_from_one_are_refused(rows: tuple[int, ...
 def test_seconds_that_make_no_table_are_refused(seconds: dict[Action, tuple[float, ...]]) -> None:
     with pytest.raises(ConfigError) as error:
         LatencyTable((1, 2), seconds)
-    assert error.value.field == "row_costs.seconds"
+    assert error.value.field == "latency_table.seconds"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Speculative sampling on a real model's logits: the distribution is full depth's, and a mistake would be seen."""
+"""Speculative sampling on a real model's logits: the distribution is full depth's, and a mistake would be noticed."""
 
 import math
 from collections import Counter
@@ -25,7 +25,7 @@ Logits = Callable[[tuple[int, ...]], Tensor]
 
 
 class Careless(Speculation):
-    """Replaces a rejected token by any that full depth likes: wrong, since those proposed too often come again."""
+    """Replaces a rejected token by any that full depth likes: wrong, since tokens proposed too often come again."""
 
     @staticmethod
     def _left_over(wanted: Tensor, proposed: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class Careless(Speculation):
 
 @pytest.fixture(scope="module")
 def paths(tiny_folder: Path) -> tuple[Logits, Logits]:
-    """Full depth's logits after some tokens, and those of a path that skips two layers."""
+    """Returns the logits after some tokens, as a function: full depth's, and those of a path that skips two layers."""
     decoder = load_decoder(tiny_folder, torch.float32, (Action.SKIP, Action.FULL))
     skipping = list(full_plan(decoder))
     skipping[2] = skipping[4] = Action.SKIP
@@ -54,8 +54,8 @@ def chi_square(
     paths: tuple[Logits, Logits],
     num_samples: int = NUM_SAMPLES,
 ) -> float:
-    """Of the first two tokens of many sequences against what direct sampling would give, over its degrees of freedom's
-    99.99 % quantile."""
+    """Returns chi-square of the first two tokens of many sequences against direct sampling, divided by the 99.99 %
+    quantile for its degrees of freedom."""
     full, drafting = paths
     sampler = Sampler(parameters, PROMPT)
     counts: Counter[tuple[int, ...]] = Counter()
@@ -69,7 +69,7 @@ def chi_square(
                 drafted += (speculation.draft(drafting(PROMPT + output + drafted), 0.1),)
             rows = [full(PROMPT + output + drafted[:place]) for place in range(DRAFT_LENGTH + 1)]
             output += tuple(speculation.verify(torch.stack(rows)))
-        sampler.forget(output)
+        sampler.rollback(output)
         counts[output[:2]] += 1
     expected = direct_distribution(parameters, full)
     assert set(counts) <= set(expected)
@@ -85,9 +85,9 @@ def direct_distribution(parameters: SamplingParameters, full: Logits) -> dict[tu
     first = sampler.distribution(full(PROMPT))
     expected: dict[tuple[int, ...], float] = {}
     for token_id in first.nonzero().flatten().tolist():
-        sampler.record(token_id)
+        sampler.accept(token_id)
         second = sampler.distribution(full((*PROMPT, token_id)))
-        sampler.forget([token_id])
+        sampler.rollback([token_id])
         for other in second.nonzero().flatten().tolist():
             expected[token_id, other] = float(first[token_id] * second[other])
     return expected
@@ -125,7 +125,7 @@ def test_the_distribution_is_what_is_drawn_from(parameters: SamplingParameters) 
     counts = torch.zeros(40)
     for _ in range(4000):
         token_id = sampler.sample(logits)
-        sampler.forget([token_id])
+        sampler.rollback([token_id])
         counts[token_id] += 1
     assert not counts[expected == 0].any()
     assert (counts / 4000 - expected).abs().max() < 0.03

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -28,7 +29,7 @@ from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
-from dash_runtime.engine.sequence import SequenceCancelled, SequenceFinished, TokenProduced
+from dash_runtime.events import EngineEvent, SequenceCancelled, SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import Calibration, LearnedPolicy, PolicyNetwork
 from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, some_costs, tokens
@@ -73,8 +74,8 @@ def request(name: str, skip: SkipOptions, max_new_tokens: int = 8) -> Generation
 
 
 def recorded_of(event: SequenceFinished | SequenceCancelled) -> DecisionTrace:
-    assert event.recorded is not None
-    return event.recorded
+    assert event.trace is not None
+    return event.trace
 
 
 def check_times(recorded: DecisionTrace, step: TraceStep) -> None:
@@ -121,7 +122,7 @@ def test_every_layer_that_is_not_pinned_has_a_decision_with_its_scores_and_times
         costs = some_costs().layer
         spent = [sum(costs[Action(action)] for action in step.actions[:layer]) for layer in range(6)]
         assert list(unpack_float32(step.cost_spent)) == pytest.approx(spent)
-    assert exposed_ns == finished(events).log.exposed_ns
+    assert exposed_ns == finished(events).depth.exposed_ns
 
 
 def test_rows_of_a_batch_keep_their_own_scores(decoder: Decoder) -> None:
@@ -189,7 +190,7 @@ def test_only_the_first_steps_are_recorded_and_the_others_counted(decoder: Decod
 def test_nothing_is_recorded_unless_asked_for(decoder: Decoder) -> None:
     engine = make_engine(decoder, record_steps=0)
     engine.submit(request("a", ADAPTIVE))
-    assert finished(drain(engine)["a"]).recorded is None
+    assert finished(drain(engine)["a"]).trace is None
 
 
 def test_a_cancelled_request_leaves_what_was_recorded(decoder: Decoder) -> None:
@@ -207,12 +208,25 @@ def test_a_cancelled_request_leaves_what_was_recorded(decoder: Decoder) -> None:
 def test_counts_by_layer_add_up_to_those_by_action(decoder: Decoder) -> None:
     engine = make_engine(decoder)
     engine.submit(request("a", ADAPTIVE))
-    log = finished(drain(engine)["a"]).log
-    counts = log.layer_action_counts()
+    depth = finished(drain(engine)["a"]).depth
+    counts = depth.layer_action_counts
     assert [sum(layer) for layer in counts] == [7] * 6
     assert {action: sum(column) for action, column in zip(Action, zip(*counts, strict=True), strict=True)} == (
-        log.action_counts
+        depth.action_counts
     )
+
+
+def test_events_of_every_mode_survive_the_socket(decoder: Decoder) -> None:
+    engine = make_engine(decoder)
+    for name, skip in {"adaptive": ADAPTIVE, "exact": EXACT, "full": SkipOptions()}.items():
+        engine.submit(replace(request(name, skip, 20), logprobs=2))
+    events = engine.cancel("exact") + engine.step()
+    engine.submit(request("again", EXACT, 20))
+    events += engine.step() + engine.cancel("adaptive")
+    while engine.has_work:
+        events += engine.step()
+    assert {type(event) for event in events} == {SlotGranted, TokenProduced, SequenceFinished, SequenceCancelled}
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(events), type=list[EngineEvent]) == events
 
 
 def test_numbers_that_do_not_fit_are_packed_as_the_nearest_that_do() -> None:

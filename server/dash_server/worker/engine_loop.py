@@ -15,8 +15,8 @@ import torch
 
 from dash_runtime.checkpoints import resolve_checkpoint
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.sequence import EngineEvent, SequenceCancelled, SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.errors import DashRuntimeError, InvalidRequest
+from dash_runtime.events import EngineEvent, SequenceCancelled, SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.startup.build import BuildOptions, build_engine
 from dash_server.worker import messages
 
@@ -150,14 +150,14 @@ def _messages_of(event: EngineEvent) -> Iterator[messages.Event]:
                 logprobs = [messages.Logprobs(event.logprobs.chosen, event.logprobs.top)]
             yield messages.Tokens(event.request_id, [event.token_id], event.plan, logprobs)
         case SequenceFinished() | SequenceCancelled():
-            if event.recorded is not None:
-                yield messages.Traced(event.recorded)
+            if event.trace is not None:
+                yield messages.Traced(event.trace)
             if isinstance(event, SequenceFinished):
                 yield _finished(event)
 
 
 def _finished(event: SequenceFinished) -> messages.Finished:
-    log, drafts = event.log, event.speculation
+    depth, drafts = event.depth, event.speculation
     speculation = None
     if drafts is not None:
         speculation = messages.Speculation(
@@ -173,11 +173,11 @@ def _finished(event: SequenceFinished) -> messages.Finished:
         event.prefill_seconds,
         event.decode_seconds,
         event.num_output_tokens,
-        log.num_decode_tokens,
-        {int(action): count for action, count in log.action_counts.items()},
-        log.mean_cost,
-        log.mean_exposed_seconds,
+        depth.num_decode_tokens,
+        {int(action): count for action, count in depth.action_counts.items()},
+        depth.mean_cost,
+        depth.mean_exposed_seconds,
         speculation,
         event.num_cached_prompt_tokens,
-        log.layer_action_counts(),
+        depth.layer_action_counts,
     )

@@ -1,0 +1,124 @@
+"""Everything that the engine says about its requests, as messages that can go over a socket as they are.
+
+Imports no torch: the server reads the same types. They are tagged msgspec structs, since msgspec can decode a union of
+those, but not of dataclasses. Knows no engine and no transport.
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+from dash_runtime.actions import Action
+from dash_runtime.decision_trace import DecisionTrace
+
+
+class EndReason(StrEnum):
+    """Why a sequence ended."""
+
+    END_OF_SEQUENCE = "end_of_sequence"
+    STOP_TOKEN = "stop_token"
+    STOP_STRING = "stop_string"
+    LENGTH = "length"
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities at one position, in nats, by the raw logits of the path that ran: before any logits processor,
+    temperature or truncation."""
+
+    chosen: float
+    top: list[tuple[int, float]]
+    """Token ids and their log probabilities, best first."""
+
+
+class DepthStatistics(msgspec.Struct, frozen=True, array_like=True):
+    """Counts and costs of one request's decode tokens. The first token, which the prefill made, is not one."""
+
+    num_decode_tokens: int
+    action_counts: dict[Action, int]
+    """Layers that ran each action, for drafts and verifications too."""
+    layer_action_counts: list[list[int]]
+    """For each layer, the number of decode tokens that ran each action, in Action's order. Drafts do not count."""
+    total_cost: float
+    """In full-depth tokens, drafts and verifications included."""
+    exposed_ns: int
+    """Time that the decoder lost to the policy."""
+
+    @property
+    def mean_cost(self) -> float:
+        """Cost per decode token, as a share of a full-depth token; 1 without decode tokens."""
+        return self.total_cost / self.num_decode_tokens if self.num_decode_tokens else 1.0
+
+    @property
+    def mean_exposed_seconds(self) -> float:
+        """Seconds per decode token that the decoder lost to the policy; 0 without decode tokens."""
+        return self.exposed_ns / 1e9 / self.num_decode_tokens if self.num_decode_tokens else 0.0
+
+
+class SpeculationStatistics(msgspec.Struct, frozen=True, array_like=True):
+    """Counts and times of one request's drafts in mode EXACT."""
+
+    num_drafted: int
+    num_accepted: int
+    num_verifications: int
+    draft_ns: int
+    """Time of the steps that drafted, shared with the rows that ran beside it."""
+    verification_ns: int
+
+
+class SlotGranted(msgspec.Struct, frozen=True, tag=True):
+    """The request has its slot."""
+
+    request_id: str
+    policy: str
+    compute_budget: float | None
+    queue_seconds: float
+    """Time in the engine's own queue."""
+
+
+class TokenProduced(msgspec.Struct, frozen=True, tag=True):
+    """The request has one more output token."""
+
+    request_id: str
+    token_id: int
+    plan: bytes = b""
+    """One byte per layer: the action that ran. Empty unless the request asked for decisions."""
+    logprobs: TokenLogprobs | None = None
+    """None unless the request asked for them."""
+
+
+class SequenceFinished(msgspec.Struct, frozen=True, tag=True):
+    """The request is over and its slot is free."""
+
+    request_id: str
+    reason: EndReason
+    num_output_tokens: int
+    prefill_seconds: float
+    """From the slot to the first token."""
+    decode_seconds: float
+    """From the first token to the end."""
+    depth: DepthStatistics
+    speculation: SpeculationStatistics | None = None
+    """None outside mode EXACT."""
+    num_cached_prompt_tokens: int = 0
+    """Prompt tokens whose keys and values came from an earlier request."""
+    trace: DecisionTrace | None = None
+    """None unless the engine records."""
+
+
+class SequenceCancelled(msgspec.Struct, frozen=True, tag=True):
+    """The request was cancelled while it had a slot. The slot is free."""
+
+    request_id: str
+    trace: DecisionTrace | None = None
+    """None unless the engine records."""
+
+
+class RequestRefused(msgspec.Struct, frozen=True, tag=True):
+    """The request is wrong and was not queued: an `InvalidRequest`, for an engine behind a socket."""
+
+    request_id: str
+    field: str
+    description: str
+
+
+EngineEvent = SlotGranted | TokenProduced | SequenceFinished | SequenceCancelled | RequestRefused
