@@ -22,8 +22,9 @@ ROOMS = {
         programs/
         linears/
         checkpoints/
+        families/
         decision_trace config
-        model_config actions child_process
+        model_config actions child_process progress
         files/
         errors
     """,

@@ -10,7 +10,8 @@ from gguf.quants import quantize
 from tokenizers import Tokenizer
 
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.checkpoints.gguf_weights import gguf_name
+from dash_runtime.checkpoints.gguf_weights import gguf_names
+from dash_runtime.families import FAMILIES
 from dash_runtime.model_config import ModelConfig
 
 BOS_TOKEN_ID = 257
@@ -96,6 +97,7 @@ def tiny_tokens() -> list[str]:
 
 def _tensors(folder: Path, config: ModelConfig, architecture: str) -> dict[str, np.ndarray]:
     arrays = {}
+    names = gguf_names(config, next(family for family in FAMILIES if family.gguf_architecture == architecture))
     for name, tensor in open_weights(folder).items():
         array = tensor.float().numpy()
         if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
@@ -103,7 +105,7 @@ def _tensors(folder: Path, config: ModelConfig, architecture: str) -> dict[str, 
             # LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py
             halves = array.reshape(num_heads, 2, array.shape[0] // num_heads // 2, *array.shape[1:])
             array = halves.swapaxes(1, 2).reshape(array.shape)
-        arrays[gguf_name(name)] = array
+        arrays[names[name]] = array
     return arrays
 
 

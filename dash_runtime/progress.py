@@ -1,0 +1,5 @@
+"""The function that slow work tells what it is doing, one sentence at a time."""
+
+from collections.abc import Callable
+
+Progress = Callable[[str], None]
