@@ -48,7 +48,7 @@ def config_keys(gguf: GgufFile, family: Family) -> dict[str, Any]:
         CorruptCheckpoint: the metadata is incomplete or contradicts itself.
         UnsupportedArchitecture: there is no decoder for a feature of the model.
     """
-    name, tensors = family.gguf_architecture, family.gguf_tensor_names
+    name, tensors = gguf.require("general.architecture", str), family.gguf_tensor_names
     hidden_size = gguf.require(f"{name}.embedding_length", int)
     num_heads = gguf.require(f"{name}.attention.head_count", int)
     num_layers = gguf.require(f"{name}.block_count", int)

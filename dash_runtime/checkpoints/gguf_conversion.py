@@ -1,6 +1,6 @@
 """Converts one GGUF file into the files of a Hugging Face folder.
 
-Knows the order of the steps; nothing of caches, locks or manifests.
+Knows the order of the steps; knows no caches, locks or manifests.
 """
 
 import json
@@ -14,11 +14,11 @@ from dash_runtime.checkpoints.weights import WEIGHTS_FILE
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Writes config, tokenizer, chat template and bfloat16 weights of the model in `path` into `folder`.
+    """Writes configuration, tokenizer, chat template and bfloat16 weights of the model in `path` into `folder`.
 
     Raises:
         CorruptCheckpoint: the file is damaged, naming it.
-        UnsupportedArchitecture: the model or its tokenizer is of a kind that is not supported, naming it.
+        UnsupportedArchitecture: the model or its tokenizer is not supported, naming it.
     """
     from dash_runtime.checkpoints.gguf_tokenizer import write_tokenizer
 

@@ -26,8 +26,8 @@ class LayerWeights:
         mlp_norm: the norm of the MLP's input.
         mlp_output_norm: the norm of the MLP's output, before that is added to the residual.
         head_norm: the norm of each head of queries and keys, `[num_heads + num_kv_heads, head_dim]`.
-        query_norm: the norm over the width of all queries, `[num_heads * head_dim]`.
-        key_norm: the norm over the width of all keys, `[num_kv_heads * head_dim]`.
+        query_norm: the norm over the width of all queries, `num_heads * head_dim` channels.
+        key_norm: the norm over the width of all keys, `num_kv_heads * head_dim` channels.
     """
 
     input_norm: RmsNorm | None
@@ -35,8 +35,8 @@ class LayerWeights:
     mlp_norm: RmsNorm | None
     mlp_output_norm: RmsNorm | None
     head_norm: Tensor | None
-    query_norm: Tensor | None
-    key_norm: Tensor | None
+    query_norm: RmsNorm | None
+    key_norm: RmsNorm | None
     query_key_value: FullLinear
     output: FullLinear
     gate_up: FullLinear
@@ -107,32 +107,26 @@ class WeightLoader:
         def linear(modules: Sequence[str], has_bias: bool) -> FullLinear:
             return self.linear([f"{prefix}.{module}" for module in modules], has_bias)
 
-        head_norm, query_norm, key_norm = self._qk_norms(prefix)
+        has_width_norms = block.qk_norm is QkNorm.WIDTH
         return LayerWeights(
             input_norm=norm(names.input_norm, block.has_input_norms),
             attention_output_norm=norm(names.attention_output_norm, block.has_output_norms),
             mlp_norm=norm(names.mlp_norm, block.has_input_norms),
             mlp_output_norm=norm(names.mlp_output_norm, block.has_output_norms),
-            head_norm=head_norm,
-            query_norm=query_norm,
-            key_norm=key_norm,
+            head_norm=self._head_norm(prefix) if block.qk_norm is QkNorm.HEAD else None,
+            query_norm=norm(names.query_norm, has_width_norms),
+            key_norm=norm(names.key_norm, has_width_norms),
             query_key_value=linear(names.query_key_value, block.has_qkv_bias),
             output=linear([names.output], block.has_output_bias),
             gate_up=linear(names.gate_up, block.has_mlp_bias),
             down=linear([names.down], block.has_mlp_bias),
         )
 
-    def _qk_norms(self, prefix: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Returns `head_norm`, `query_norm` and `key_norm` of a layer."""
-        config = self._config
-        if config.block.qk_norm is None:
-            return None, None, None
-        query_norm = self._norm_weight(f"{prefix}.{config.tensor_names.query_norm}.weight")
-        key_norm = self._norm_weight(f"{prefix}.{config.tensor_names.key_norm}.weight")
-        if config.block.qk_norm is QkNorm.WIDTH:
-            return None, query_norm, key_norm
-        heads = query_norm.expand(config.num_heads, -1), key_norm.expand(config.num_kv_heads, -1)
-        return torch.cat(heads), None, None
+    def _head_norm(self, prefix: str) -> Tensor:
+        config, names = self._config, self._config.tensor_names
+        query_norm = self._norm_weight(f"{prefix}.{names.query_norm}.weight").expand(config.num_heads, -1)
+        key_norm = self._norm_weight(f"{prefix}.{names.key_norm}.weight").expand(config.num_kv_heads, -1)
+        return torch.cat((query_norm, key_norm))
 
     def _norm_weight(self, name: str) -> Tensor:
         """Returns a norm's weight with the offset added, in float32: bfloat16 would round small weights away."""
