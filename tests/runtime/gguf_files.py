@@ -29,10 +29,12 @@ def write_gguf(
     tensors: Mapping[str, np.ndarray] | None = None,
     without: str = "",
 ) -> Path:
-    """The model of `folder` as GGUF.
+    """Writes the model of `folder` as GGUF.
 
-    `metadata` (int, float, bool or text) and `tensors` replace or are added to what the converter would
-    write; the tensor or value called `without` is left out.
+    Args:
+        metadata: values (int, float, bool or text) to add to the converter's, or to replace them with.
+        tensors: the same for tensors.
+        without: the name of a tensor or value to leave out.
     """
     config = load_model_config(folder)
     values = _metadata(config, architecture) | dict(metadata or {})
@@ -87,7 +89,7 @@ def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
 
 
 def tiny_tokens() -> list[str]:
-    """256 bytes, of which three give way to the results of the merges; then the special tokens."""
+    """Returns the 256 bytes, three of them replaced by the results of the merges, and the special tokens."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     never = set("ÀÁõ")  # 0xC0, 0xC1 and 0xF5 are in no UTF-8 text
