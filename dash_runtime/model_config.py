@@ -1,4 +1,7 @@
-"""The shape of a decoder-only model, independent of where it came from. Imports no torch."""
+"""The configuration of a decoder-only model: its sizes, its arithmetic and the names of its tensors.
+
+Independent of the format that the model was read from. Imports no torch.
+"""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,7 +17,7 @@ class RopeKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary position embedding. The fields after `factor` are llama3's (Llama 3.1 model card)."""
+    """A rotary position embedding. The fields after `factor` are llama3's (Llama 3.1 model card)."""
 
     theta: float
     kind: RopeKind = RopeKind.DEFAULT
@@ -25,7 +28,7 @@ class RopeConfig:
 
 
 class NormPlacement(StrEnum):
-    """Which side of attention and MLP is normed."""
+    """Which side of attention and of the MLP is normed."""
 
     BEFORE = "before"
     """Their inputs, as in Llama."""
@@ -36,7 +39,7 @@ class NormPlacement(StrEnum):
 
 
 class QkNorm(StrEnum):
-    """Over what queries and keys are normed."""
+    """The channels over which queries and keys are normed."""
 
     HEAD = "head"
     """Each head by itself, as in Qwen3."""
@@ -53,7 +56,7 @@ class Activation(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class BlockConfig:
-    """What a layer computes, beside its sizes: where the families of models differ. The defaults are Llama's."""
+    """A layer's arithmetic, without its sizes: where model families differ. The defaults are Llama's."""
 
     norm_placement: NormPlacement = NormPlacement.BEFORE
     norm_offset: float = 0.0
@@ -64,14 +67,50 @@ class BlockConfig:
     has_output_bias: bool = False
     has_mlp_bias: bool = False
     attention_scale: float | None = None
-    """Of the products of queries and keys; None: `head_dim ** -0.5`."""
+    """Multiplies the products of queries and keys; None: `head_dim ** -0.5`."""
     residual_multiplier: float = 1.0
-    """Of what attention and MLP add to the residual."""
+    """Multiplies the outputs of attention and of the MLP before they are added to the residual."""
+
+    @property
+    def has_input_norms(self) -> bool:
+        """True if the inputs of attention and of the MLP are normed."""
+        return self.norm_placement is not NormPlacement.AFTER
+
+    @property
+    def has_output_norms(self) -> bool:
+        """True if the outputs of attention and of the MLP are normed."""
+        return self.norm_placement is not NormPlacement.BEFORE
+
+
+@dataclass(frozen=True, slots=True)
+class TensorNames:
+    """The names of a checkpoint's modules by role. The defaults are Llama's; OLMo 2's where Llama has no such module.
+
+    A module's tensors are called `<module>.weight` and `<module>.bias`. From `input_norm` on, names are relative to
+    `<layers>.<index>`. Names of modules that the layer's `BlockConfig` leaves out mean nothing.
+    """
+
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    layers: str = "model.layers"
+    input_norm: str = "input_layernorm"
+    attention_output_norm: str = "post_attention_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    mlp_output_norm: str = "post_feedforward_layernorm"
+    query_norm: str = "self_attn.q_norm"
+    key_norm: str = "self_attn.k_norm"
+    query_key_value: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    """Three matrices, or one that holds their rows in this order."""
+    output: str = "self_attn.o_proj"
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    """Two matrices, or one that holds their rows in this order."""
+    down: str = "mlp.down_proj"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of one model.
+    """The configuration of one model.
 
     `ropes[layer]` is the layer's rotary embedding, None for none. `sliding_window[layer]` is the number of latest
     positions that the layer attends to, its own included, or None for all.
@@ -95,3 +134,4 @@ class ModelConfig:
     eos_token_ids: frozenset[int]
     embedding_multiplier: float = 1.0
     logits_multiplier: float = 1.0
+    tensor_names: TensorNames = TensorNames()

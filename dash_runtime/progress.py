@@ -1,4 +1,4 @@
-"""How long work tells a person what it is doing. Imports nothing of ours."""
+"""The function that slow work tells what it is doing, one sentence at a time."""
 
 from collections.abc import Callable
 

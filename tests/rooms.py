@@ -59,6 +59,7 @@ ROOMS = {
         programs/
         linears/
         checkpoints/
+        families/
         events
         decision_trace
         devices/

@@ -1,4 +1,4 @@
-"""Randomly initialised models of each supported family, small enough for tests, in Hugging Face layout."""
+"""Makes small, randomly initialised models of each supported family in Hugging Face layout."""
 
 import json
 from pathlib import Path
@@ -83,7 +83,7 @@ def save_tiny_model(folder: Path, family: str, **overrides: Any) -> Path:
 
 
 def save_byte_tokenizer(folder: Path) -> None:
-    """A byte tokenizer with a few special tokens after the bytes, and a chat template."""
+    """Writes a byte tokenizer with a few special tokens after the bytes, and a chat template."""
     byte_tokenizer("<|end|>", "<|user|>", "<|assistant|>", "<|system|>").save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -91,7 +91,7 @@ def save_byte_tokenizer(folder: Path) -> None:
 
 
 def byte_tokenizer(*special_tokens: str) -> "Tokenizer":
-    """One token for each byte, its id the byte itself; special tokens follow from 256 on."""
+    """Returns a tokenizer with one token per byte, whose id is the byte; special tokens follow from 256 on."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     # The byte-level alphabet in the order of the bytes it stands for (GPT-2's table).

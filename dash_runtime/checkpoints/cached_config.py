@@ -1,7 +1,7 @@
-"""A model's configuration as it was read by an earlier start.
+"""Caches a model's configuration on disk for later starts.
 
-It is read with transformers, which takes seconds to import and 80 MB for as long as the process lives. Knows files of
-a checkpoint and of the cache; knows no keys.
+Reading it anew needs transformers, which takes seconds to import and 80 MB while the process lives. Knows a
+checkpoint's files and the cache's; knows no keys.
 """
 
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from dash_runtime import model_config
+from dash_runtime import families, model_config
 from dash_runtime.checkpoints import hf_config
 from dash_runtime.checkpoints.hf_config import CONFIG_FILE, GENERATION_CONFIG_FILE, load_model_config, model_name
 from dash_runtime.errors import DashRuntimeError
@@ -20,26 +20,28 @@ from dash_runtime.model_config import ModelConfig
 
 
 def cached_model_config(folder: Path, cache_folder: Path) -> ModelConfig:
-    """`load_model_config`, from `cache_folder` where the same code has read the same files before.
+    """Returns `load_model_config(folder)`, from `cache_folder` if the same code has read the same files before.
 
     Raises:
         DashRuntimeError: as `load_model_config`.
     """
     try:
-        kept = cache_folder / "configurations" / f"{_digest(folder)}.json"
+        cached = cache_folder / "configurations" / f"{_digest(folder)}.json"
     except DashRuntimeError:
-        return load_model_config(folder)  # which says what is wrong
+        return load_model_config(folder)  # says what is wrong
     try:
-        return msgspec.json.decode(kept.read_bytes(), type=ModelConfig)
+        return msgspec.json.decode(cached.read_bytes(), type=ModelConfig)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         config = load_model_config(folder)
-    keep(kept, lambda partial: partial.write_bytes(msgspec.json.encode(config)))
+    keep(cached, lambda partial: partial.write_bytes(msgspec.json.encode(config)))
     return config
 
 
 def _digest(folder: Path) -> str:
-    """Of all that a configuration depends on."""
-    code = [Path(str(module.__file__)).read_text() for module in (hf_config, model_config)]
+    """Returns a digest of everything that a configuration depends on."""
+    sources = [Path(str(module.__file__)) for module in (hf_config, model_config)]
+    sources += sorted(Path(str(families.__file__)).parent.glob("*.py"))
+    code = [source.read_text() for source in sources]
     key = (model_name(folder), read_text(folder / CONFIG_FILE), _generation_config(folder), code)
     return digest((*key, version("transformers")))
 

@@ -1,7 +1,7 @@
-"""A conversation to the text that the model was trained on, by the chat template in its folder.
+"""Renders a conversation as the text that the model was trained on, by the chat template in its folder.
 
-The result equals that of transformers' `apply_chat_template`. The template is code from a model's author,
-so it runs in Jinja's sandbox. Knows no tokenizer. Imports no torch: the server process uses this module too.
+The result equals that of transformers' `apply_chat_template`. The template is code from a model's author, so it runs in
+Jinja's sandbox. Knows no tokenizer. Imports no torch, because the server process uses this module too.
 """
 
 import json
@@ -26,25 +26,25 @@ _TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", 
 
 
 class ChatTemplate:
-    """The template of one model, or the fact that there is none."""
+    """The chat template of one model, which may have none."""
 
     def __init__(self, source: str | None, special_tokens: Mapping[str, str]) -> None:
         """Raises:
         ValueError: `source` is not a template; says why in one line.
         """
         self.source = source
-        """None: the model has no template."""
+        """The template's text; None: the model has no template."""
         self._special_tokens = special_tokens
         try:
             self._template = None if source is None else _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"{one_line(error.message)} in line {error.lineno}") from None
-        except Exception as error:  # Jinja writes Python and compiles that, which has errors of its own
+        except Exception as error:  # Jinja generates Python, and compiling that has errors of its own
             raise ValueError(f"{type(error).__name__} {one_line(error)}") from None
 
     @classmethod
     def load(cls, folder: Path) -> "ChatTemplate":
-        """The template in `folder`: chat_template.jinja, or else tokenizer_config.json's.
+        """Reads the template in `folder`: chat_template.jinja, or else tokenizer_config.json's.
 
         Raises:
             CheckpointNotFound: a file is a link to nothing.
@@ -62,7 +62,7 @@ class ChatTemplate:
             raise CorruptCheckpoint(f"{file}: the chat template cannot be used: {error}") from None
 
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The prompt for these (role, content) pairs, ready for the assistant's answer.
+        """Returns the prompt for these (role, content) pairs, ready for the assistant's answer.
 
         Raises:
             InvalidRequest: there is no template, there are no messages, a role is empty, or the template
@@ -71,7 +71,7 @@ class ChatTemplate:
         return self._render(messages, add_generation_prompt=True)
 
     def render_conversation(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The whole conversation of these (role, content) pairs, answers included: what training reads.
+        """Returns the text of these (role, content) pairs, answers included, as training reads it.
 
         Raises:
             InvalidRequest: as for `render`.
@@ -96,12 +96,12 @@ class ChatTemplate:
             )
         except jinja2.TemplateError as error:
             raise InvalidRequest(_FIELD, f"the model's chat template refuses it: {error}") from error
-        except Exception as error:  # a template is code: whatever it raises is about this conversation
+        except Exception as error:  # a template is code: anything it raises is about this conversation
             raise InvalidRequest(_FIELD, f"the model's chat template fails on it: {type(error).__name__}") from error
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's part for training; here its body is just rendered."""
+    """Renders the body of `{% generation %}`, which marks the assistant's part for training."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own attribute)
 
@@ -144,7 +144,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _special_tokens(config: Mapping[str, Any], file: Path) -> dict[str, str]:
-    """`bos_token`, `eos_token` and the like, which some files write as objects."""
+    """Returns `bos_token`, `eos_token` and the like, which some files write as objects."""
     tokens = {}
     for name, value in config.items():
         content = value.get("content") if isinstance(value, dict) else value
@@ -156,7 +156,7 @@ def _special_tokens(config: Mapping[str, Any], file: Path) -> dict[str, str]:
 
 
 def _default_template(config: Mapping[str, Any]) -> str | None:
-    """A single template, or that called `default` in a list of named ones.
+    """Returns a single template, or the one called `default` in a list of named templates.
 
     Raises:
         ValueError: it is neither.

@@ -1,8 +1,8 @@
-"""Keeps converted models: each is made once, completely or not at all, by one process at a time.
+"""Caches converted models: each is made once, completely or not at all, by one process at a time.
 
-A conversion is written into a folder beside its target, which is renamed when everything is on disk. A lock
-file, which the kernel releases when its holder dies, keeps a second process waiting; whoever holds it may
-delete what an interrupted conversion left. Knows nothing of GGUF.
+A conversion is written into a folder beside its target. When everything is on disk, the folder is renamed. A lock file
+makes a second process wait; the kernel releases it when its holder dies. The holder may delete the leftovers of an
+interrupted conversion. Knows nothing of GGUF.
 """
 
 import fcntl
@@ -16,17 +16,16 @@ from pathlib import Path
 
 from dash_runtime.checkpoints.manifest import MANIFEST_FILE, find_damage, read_manifest, write_manifest
 from dash_runtime.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint
-
-Progress = Callable[[str], None]
+from dash_runtime.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)
 class ConversionSource:
-    """What is to be converted. `locate` finds the file, and may raise; it is not called on a warm start."""
+    """A model to convert. `locate` finds its file, and may raise; it is not called if the conversion is cached."""
 
     name: str
     identity: str
-    """Differs whenever the file's contents do."""
+    """A text that differs whenever the file's contents do."""
     folder_name: str
     locate: Callable[[], Path]
 
@@ -34,11 +33,11 @@ class ConversionSource:
 def cached_conversion(
     source: ConversionSource, cache_folder: Path, convert: Callable[[Path, Path], None], progress: Progress
 ) -> Path:
-    """The folder with `source` converted, made by `convert(file, folder)` if it is not there or damaged.
+    """Returns the folder of the converted `source`. If it is missing or damaged, `convert(file, folder)` makes it.
 
     Raises:
         CheckpointNotFound: there is nothing to convert.
-        CorruptCheckpoint: the converted folder is damaged and there is nothing to convert it from.
+        CorruptCheckpoint: the converted folder is damaged and its source is gone.
         CheckpointError: the cache folder cannot be written, or `convert` raised it.
     """
     target = cache_folder / source.folder_name
@@ -74,7 +73,7 @@ def _cached_or_converted(
 
 
 def _damage(target: Path, source: ConversionSource) -> str | None:
-    """Why `target` cannot be used as it is, or None."""
+    """Returns the reason why `target` cannot be used as it is, or None."""
     try:
         manifest = read_manifest(target)
     except (CheckpointNotFound, CorruptCheckpoint) as error:
@@ -95,7 +94,7 @@ def _locked(target: Path) -> Iterator[None]:
 
 
 def _replace(target: Path, source: ConversionSource, fill: Callable[[Path], None]) -> None:
-    """Makes `target` anew. The caller holds its lock."""
+    """Makes `target` anew. The caller must hold its lock."""
     prefix = f".{target.name}.partial-"
     _delete_leftovers(target.parent, prefix)
     partial = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))

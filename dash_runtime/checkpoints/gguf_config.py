@@ -1,54 +1,54 @@
 """Writes a GGUF file's architecture as the keys of a Hugging Face config.json.
 
-Knows the metadata keys of llama.cpp's converter; nothing of tensors' contents but the rotary factors, which
-that converter stores as a tensor.
+Knows the metadata keys of llama.cpp's converter. Reads no tensors but the rotary factors, which that converter stores
+as one.
 """
 
 import math
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 from dash_runtime.checkpoints.gguf_file import GgufFile
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
+from dash_runtime.families import FAMILIES, Family
 from dash_runtime.files.wording import quoted
-
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-"""GGUF's name -> Hugging Face's. Mistral's files say `llama`, and compute the same."""
 
 ROPE_FACTORS = "rope_freqs.weight"
 
-# Llama 3.1's and 3.2's; a GGUF file has the resulting factors, not these.
+# Llama 3.1's and 3.2's values; a GGUF file has the resulting factors instead.
 _LLAMA3_LOW_FREQ_FACTOR = 1.0
 _LLAMA3_HIGH_FREQ_FACTOR = 4.0
 _LLAMA3_ORIGINAL_CONTEXT = 8192
 
 
-def gguf_architecture(gguf: GgufFile) -> str:
-    """The file's `general.architecture`.
+def gguf_family(gguf: GgufFile, families: Sequence[Family] = FAMILIES) -> Family:
+    """Returns the family that the file's `general.architecture` names.
 
     Raises:
-        UnsupportedArchitecture: it is none of `ARCHITECTURES`, a mixture of experts, or split.
+        UnsupportedArchitecture: no family has this name, or the file is a mixture of experts or split.
     """
     name = gguf.require("general.architecture", str)
-    if name not in ARCHITECTURES:
+    by_name = {family.gguf_architecture: family for family in families if family.gguf_architecture is not None}
+    if name not in by_name:
         raise UnsupportedArchitecture(
-            f"{gguf.path}: GGUF architecture {quoted(name)} is not supported; supported: {', '.join(ARCHITECTURES)}."
+            f"{gguf.path}: GGUF architecture {quoted(name)} is not supported; supported: {', '.join(by_name)}."
         )
     if gguf.get(f"{name}.expert_count", int):
         raise UnsupportedArchitecture(f"{gguf.path}: mixtures of experts are not supported.")
     if (gguf.get("split.count", int) or 1) > 1:
         raise UnsupportedArchitecture(f"{gguf.path} is one part of several; join them with llama-gguf-split.")
-    return name
+    return by_name[name]
 
 
-def hf_config(gguf: GgufFile) -> dict[str, Any]:
-    """The keys of config.json for the model in `gguf`.
+def config_keys(gguf: GgufFile, family: Family) -> dict[str, Any]:
+    """Returns the keys of config.json for the model in `gguf`.
 
     Raises:
         CorruptCheckpoint: the metadata is incomplete or contradicts itself.
-        UnsupportedArchitecture: there is no decoder for the architecture, or for a feature of it.
+        UnsupportedArchitecture: there is no decoder for a feature of the model.
     """
-    name = gguf_architecture(gguf)
+    name, tensors = gguf.require("general.architecture", str), family.gguf_tensor_names
     hidden_size = gguf.require(f"{name}.embedding_length", int)
     num_heads = gguf.require(f"{name}.attention.head_count", int)
     num_layers = gguf.require(f"{name}.block_count", int)
@@ -58,24 +58,23 @@ def hf_config(gguf: GgufFile) -> dict[str, Any]:
     context_length = gguf.require(f"{name}.context_length", int)
     _refuse_features(gguf, name, head_dim, context_length)
     config: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[name]],
-        "model_type": name,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "hidden_size": hidden_size,
         "intermediate_size": gguf.require(f"{name}.feed_forward_length", int),
         "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
         "num_key_value_heads": gguf.get(f"{name}.attention.head_count_kv", int) or num_heads,
         "head_dim": head_dim,
-        "hidden_act": "silu",
+        "hidden_act": next(iter(family.activations)),
         "max_position_embeddings": context_length,
         "rms_norm_eps": _decimal(gguf.require(f"{name}.attention.layer_norm_rms_epsilon", float)),
-        "vocab_size": _vocab_size(gguf),
-        "tie_word_embeddings": "output.weight" not in gguf.tensors,
+        "vocab_size": _vocab_size(gguf, f"{tensors.embedding}.weight"),
+        "tie_word_embeddings": f"{tensors.head}.weight" not in gguf.tensors,
         "use_cache": True,
         "dtype": "bfloat16",
     }
-    if name != "qwen2":
-        config["attention_bias"] = "blk.0.attn_q.bias" in gguf.tensors
+    config |= family.keys_from_gguf(gguf.tensors)
     config |= _rope(gguf, name, head_dim)
     for key in ("bos", "eos"):
         token_id = gguf.get(f"tokenizer.ggml.{key}_token_id", int)
@@ -85,7 +84,7 @@ def hf_config(gguf: GgufFile) -> dict[str, Any]:
 
 
 def eos_token_ids(gguf: GgufFile, vocab_size: int) -> list[int]:
-    """All tokens that end a generation: of the text, of the turn and of the message.
+    """Returns all tokens that end a generation: the ends of a text, a turn and a message.
 
     Raises:
         CorruptCheckpoint: one of them is outside the vocabulary.
@@ -97,10 +96,10 @@ def eos_token_ids(gguf: GgufFile, vocab_size: int) -> list[int]:
     return known
 
 
-def _vocab_size(gguf: GgufFile) -> int:
-    embedding = gguf.tensors.get("token_embd.weight")
+def _vocab_size(gguf: GgufFile, embedding_name: str) -> int:
+    embedding = gguf.tensors.get(embedding_name)
     if embedding is None:
-        raise CorruptCheckpoint(f"{gguf.path} is incomplete: it has no tensor token_embd.weight.")
+        raise CorruptCheckpoint(f"{gguf.path} is incomplete: it has no tensor {embedding_name}.")
     return embedding.shape[0]
 
 
@@ -130,19 +129,19 @@ def _rope(gguf: GgufFile, name: str, head_dim: int) -> dict[str, Any]:
         scaling = {"rope_type": "linear", "factor": factor}
     elif ROPE_FACTORS in gguf.tensors:
         scaling = _llama3_scaling(gguf, theta, head_dim)
-    # The older pair of keys: every version of transformers, and the engines beside it, reads them.
+    # The older pair of keys is read by every version of transformers, and by other engines.
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def _llama3_scaling(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """The llama3 parameters whose factors are those of the file."""
+    """Returns the llama3 parameters that lead to the file's rotary factors, None if these are all one."""
     factors = [float(value) for value in gguf.dequantize(gguf.tensors[ROPE_FACTORS]).ravel()]
     if not 0 < theta < math.inf or min(factors) <= 0:
         raise CorruptCheckpoint(f"{gguf.path} is damaged: its rotary embedding has a base or a factor that cannot be.")
     if all(factor == 1.0 for factor in factors):
         return None
     factor = float(f"{max(factors):.6g}")  # a quotient of float32 numbers, so its last digit is noise
-    # Not of all channels at once: damage may ask for billions of them.
+    # A generator instead of a list: a damaged file may ask for billions of channels.
     expected = (_llama3_factor(theta ** (2 * i / head_dim), factor) for i in range(head_dim // 2))
     if 2 * len(factors) != head_dim or any(
         not math.isclose(found, wanted, rel_tol=1e-3) for found, wanted in zip(factors, expected, strict=True)
@@ -172,7 +171,7 @@ def _llama3_factor(inverse_frequency: float, factor: float) -> float:
 
 
 def _decimal(value: float) -> float:
-    """The short decimal that a float32 was written from: 1e-05, not 9.999999747378752e-06."""
+    """Returns the short decimal that a float32 was written from: 1e-05, not 9.999999747378752e-06."""
     short = float(f"{value:.7g}")
     if math.isinf(value) or math.isinf(short):
         return value

@@ -1,12 +1,12 @@
 """Converts one GGUF file into the files of a Hugging Face folder.
 
-Knows the order of the steps; nothing of caches, locks or manifests.
+Knows the order of the steps; knows no caches, locks or manifests.
 """
 
 import json
 from pathlib import Path
 
-from dash_runtime.checkpoints.gguf_config import eos_token_ids, gguf_architecture, hf_config
+from dash_runtime.checkpoints.gguf_config import config_keys, eos_token_ids, gguf_family
 from dash_runtime.checkpoints.gguf_file import GgufFile
 from dash_runtime.checkpoints.gguf_weights import write_weights
 from dash_runtime.checkpoints.hf_config import CONFIG_FILE, GENERATION_CONFIG_FILE, parse_model_config
@@ -14,24 +14,24 @@ from dash_runtime.checkpoints.weights import WEIGHTS_FILE
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Writes config, tokenizer, chat template and bfloat16 weights of the model in `path` into `folder`.
+    """Writes configuration, tokenizer, chat template and bfloat16 weights of the model in `path` into `folder`.
 
     Raises:
         CorruptCheckpoint: the file is damaged, naming it.
-        UnsupportedArchitecture: the model or its tokenizer is of a kind that is not supported, naming it.
+        UnsupportedArchitecture: the model or its tokenizer is not supported, naming it.
     """
     from dash_runtime.checkpoints.gguf_tokenizer import write_tokenizer
 
     gguf = GgufFile(path)
-    gguf_architecture(gguf)
-    raw = hf_config(gguf)
+    family = gguf_family(gguf)
+    raw = config_keys(gguf, family)
     config = parse_model_config(raw, path.stem, path)
     _write_json(folder / CONFIG_FILE, raw)
     ends = eos_token_ids(gguf, config.vocab_size)
     generation: dict[str, object] = {"eos_token_id": ends} | {key: raw[key] for key in ("bos_token_id",) if key in raw}
     _write_json(folder / GENERATION_CONFIG_FILE, generation)
     write_tokenizer(gguf, config.vocab_size, folder)
-    write_weights(gguf, config, folder / WEIGHTS_FILE)
+    write_weights(gguf, family, config, folder / WEIGHTS_FILE)
 
 
 def _write_json(file: Path, value: object) -> None:

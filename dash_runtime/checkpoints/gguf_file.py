@@ -1,9 +1,8 @@
 """Reads the header of a GGUF file and hands out its raw tensor bytes.
 
-Every count, length and offset is checked against the file's size before it is used, so a damaged file
-ends in one `CorruptCheckpoint` and never in a hang or a numpy error (the `gguf` package's own reader
-trusts them, and makes a numpy array for each of a vocabulary's strings). Knows the container only:
-nothing of architectures, tensor names or tokenizers.
+Every count, length and offset is checked against the file's size before it is used, so a damaged file ends in one
+`CorruptCheckpoint` and never in a hang or a numpy error. The `gguf` package's own reader trusts them, and makes a numpy
+array for each string of a vocabulary. Knows the container only: no architectures, tensor names or tokenizers.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -27,7 +26,7 @@ SUPPORTED_VERSIONS = (2, 3)
 MAX_DIMENSIONS = 4
 
 _MAX_VALUE = 3.38e38
-"""Just below the largest number of bfloat16, which is what becomes of every value."""
+"""Just below the largest number of bfloat16, to which every value is cast later."""
 
 _STRING = 8
 _ARRAY = 9
@@ -53,7 +52,7 @@ ScalarType = TypeVar("ScalarType", str, int, float, bool)
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where one tensor lies in the file. `shape` is in the order of torch: rows first."""
+    """The place of one tensor in the file. `shape` is in torch's order: rows first."""
 
     name: str
     type_number: int
@@ -63,11 +62,11 @@ class GgufTensor:
 
 
 class GgufFile:
-    """An open GGUF file: its metadata, and its tensors by name.
+    """An open GGUF file: its metadata, and its tensors' descriptions by name.
 
     Raises:
         CorruptCheckpoint: the file is not GGUF, is truncated or contradicts itself.
-        UnsupportedArchitecture: a version or byte order that is not read here.
+        UnsupportedArchitecture: a version or byte order that is not supported.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,7 +83,7 @@ class GgufFile:
         self.metadata, self.tensors = _read_header(cursor)
 
     def get(self, key: str, kind: type[ScalarType]) -> ScalarType | None:
-        """The scalar called `key`, or None where the file has none.
+        """Returns the scalar called `key`, or None if the file has none.
 
         Raises:
             CorruptCheckpoint: the value is of another type.
@@ -97,7 +96,7 @@ class GgufFile:
         return value
 
     def require(self, key: str, kind: type[ScalarType]) -> ScalarType:
-        """The scalar called `key`.
+        """Returns the scalar called `key`.
 
         Raises:
             CorruptCheckpoint: it is missing or of another type.
@@ -108,7 +107,7 @@ class GgufFile:
         return value
 
     def require_list(self, key: str, kind: type[ScalarType]) -> list[ScalarType]:
-        """The array called `key`.
+        """Returns the array called `key`.
 
         Raises:
             CorruptCheckpoint: it is missing or holds another type.
@@ -119,10 +118,10 @@ class GgufFile:
         return cast(list[ScalarType], value)
 
     def dequantize(self, tensor: GgufTensor) -> "np.ndarray":
-        """The tensor's values in float32, in the tensor's shape.
+        """Returns the tensor's values as float32, in the tensor's shape.
 
         Raises:
-            CorruptCheckpoint: a value is not finite, or would not be in bfloat16.
+            CorruptCheckpoint: a value is not finite, or would not be finite in bfloat16.
             UnsupportedArchitecture: the quantisation has no decoder in the `gguf` package.
         """
         import numpy as np
@@ -133,14 +132,14 @@ class GgufFile:
         raw = np.frombuffer(self._bytes, np.uint8, tensor.size_bytes, tensor.offset_bytes)
         rows = raw.reshape(math.prod(tensor.shape[:-1]), -1)  # [num_rows, row_bytes]
         try:
-            with np.errstate(all="ignore"):  # what damaged scales lead to is found below
+            with np.errstate(all="ignore"):  # the values that damaged scales give are refused below
                 values = dequantize(rows, kind)
         except NotImplementedError:
             raise UnsupportedArchitecture(
                 f"{self.path} stores {one_line(tensor.name)} as {kind.name}, which cannot be decoded; "
                 "use a file in F16, BF16, Q8_0, Q4_0, Q4_1 or a K-quant."
             ) from None
-        # Written so that NaN, which compares with nothing, does not pass.
+        # NaN compares as false, so this form refuses it too.
         if not (values.min() > -_MAX_VALUE and values.max() < _MAX_VALUE):
             raise CorruptCheckpoint(
                 f"{self.path} is damaged: its tensor {quoted(tensor.name)} holds a value that is not finite."
@@ -242,7 +241,7 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, MetadataValue], dict[str, G
     end = 0
     for name, type_number, shape, offset in entries:
         size = _size_bytes(cursor, name, type_number, shape)
-        # One after another, as the format demands: what is elsewhere overlaps with others, or has no owner.
+        # The format demands tensors without gaps. A tensor elsewhere would overlap another, or leave bytes unread.
         if offset != end:
             raise cursor.corrupt(f"its tensor {quoted(name)} is not where the one before it ends")
         if data_start + offset + size > len(cursor.data):

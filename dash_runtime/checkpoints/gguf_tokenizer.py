@@ -1,8 +1,7 @@
 """Builds tokenizer.json from a GGUF file's vocabulary, merges and pre-tokenizer name.
 
-Byte-level BPE only. A GGUF file does not hold the pre-tokenizer but its name; the patterns below are those
-of the models' own tokenizer.json files, and equal llama.cpp's (src/llama-vocab.cpp) for the same names.
-Knows no weights.
+Byte-level BPE only. A GGUF file holds only the pre-tokenizer's name. The patterns below come from the models' own
+tokenizer.json files, and equal llama.cpp's for the same names (src/llama-vocab.cpp). Knows no weights.
 """
 
 import json
@@ -38,7 +37,7 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class _PreTokenizer:
-    """How a text is cut before BPE, and what follows from the pre-tokenizer's name beside that."""
+    """The steps that cut a text before BPE, and the settings that the pre-tokenizer's name implies."""
 
     steps: Callable[[], list[Any]]
     normalizer: Callable[[], Any] | None = None
@@ -73,11 +72,11 @@ PRE_TOKENIZERS = {
 
 
 def write_tokenizer(gguf: GgufFile, vocab_size: int, folder: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and, where the file has one, chat_template.jinja.
+    """Writes tokenizer.json, tokenizer_config.json and, if the file has a template, chat_template.jinja.
 
     Raises:
-        UnsupportedArchitecture: a kind of tokenizer, or a pre-tokenizer, that is not built here.
-        CorruptCheckpoint: the vocabulary contradicts itself, or the chat template is none.
+        UnsupportedArchitecture: the kind of tokenizer or the pre-tokenizer is not supported.
+        CorruptCheckpoint: the vocabulary contradicts itself, or the chat template is not valid.
     """
     template = gguf.get("tokenizer.chat_template", str)
     try:
@@ -133,7 +132,7 @@ def _build(gguf: GgufFile, tokens: list[str], pre_tokenizer: _PreTokenizer) -> T
     if not set(types) <= set(TokenType):
         raise CorruptCheckpoint(f"{gguf.path} is damaged: its tokens have types that there are not.")
     typed = list(zip(tokens, types, strict=True))
-    # Special tokens are in the BPE vocabulary too: only so do they keep their ids when the file is loaded.
+    # Special tokens are in the BPE vocabulary too. Otherwise they would get other ids when the file is loaded.
     vocab = {token: i for i, (token, kind) in enumerate(typed) if kind != TokenType.UNUSED}
     merges = [_split_merge(merge) for merge in gguf.require_list("tokenizer.ggml.merges", str)]
     try:
@@ -161,7 +160,7 @@ def _split_merge(merge: str) -> tuple[str, str]:
 
 
 def _post_processor(gguf: GgufFile, tokens: list[str], pre_tokenizer: _PreTokenizer) -> Any:
-    """Puts the begin and end tokens around a text where the file asks for it."""
+    """Returns the step that puts begin and end tokens around a text if the file asks for them."""
     adds_bos = gguf.get("tokenizer.ggml.add_bos_token", bool)
     if adds_bos is None:
         adds_bos = pre_tokenizer.adds_bos_by_default

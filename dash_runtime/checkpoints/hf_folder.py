@@ -1,4 +1,4 @@
-"""Says whether a folder has what is read from a Hugging Face checkpoint, and whether its texts can be used.
+"""Checks that a folder has the files of a Hugging Face checkpoint, and that its texts can be used.
 
 Reads no configuration and no weights.
 """
@@ -14,16 +14,16 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 def check_folder(folder: Path) -> None:
-    """Checks that a Hugging Face folder has what is read from it.
+    """Checks that a Hugging Face folder has the files that are read from it.
 
-    Tokenizer and chat template are read: who needs them may come to that long after the weights were packed.
+    Reads the tokenizer and the chat template: their users may come to them long after the weights were packed.
 
     Raises:
         CheckpointNotFound: config.json or the weights are missing.
         CheckpointError: there is no tokenizer.json, or the weights are no safetensors.
         CorruptCheckpoint: the tokenizer or the chat template cannot be used.
     """
-    # It imports this package's readers itself.
+    # Imports Jinja, which importing this package must not.
     from dash_runtime.checkpoints.chat_template import ChatTemplate
 
     if not (folder / CONFIG_FILE).is_file():
@@ -35,7 +35,7 @@ def check_folder(folder: Path) -> None:
 
 
 def tokenizer_file(folder: Path) -> Path:
-    """The folder's tokenizer.json.
+    """Returns the folder's tokenizer.json.
 
     Raises:
         CheckpointError: there is none.

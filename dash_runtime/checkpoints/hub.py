@@ -10,21 +10,21 @@ from pathlib import Path
 from dash_runtime.errors import CheckpointError, CheckpointNotFound
 
 ALLOWED_FILES = ["model*.safetensors", "*.json", "*.jinja"]
-IGNORED_FILES = ["*/*"]  # the patterns match across folders; other formats' files lie in them
+IGNORED_FILES = ["*/*"]  # patterns match across folders, and folders hold other formats
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether `model` is spelled as `organisation/name`."""
+    """Returns True if `model` is spelled as `organisation/name`."""
     return _HUB_ID.fullmatch(model) is not None
 
 
 def download_snapshot(hub_id: str, revision: str | None, snapshot_download: Callable[..., str] | None = None) -> Path:
-    """The local folder of `hub_id` at `revision` (None: the default branch), downloaded where needed.
+    """Returns the local folder of `hub_id` at `revision` (None: the default branch), downloaded if needed.
 
     Raises:
-        CheckpointNotFound: the hub, or its cache when it cannot be reached, does not have it.
+        CheckpointNotFound: the hub does not have it, or the hub cannot be reached and its cache does not have it.
         CheckpointError: the download failed.
     """
     from huggingface_hub import snapshot_download as fetch_from_hub
@@ -51,7 +51,7 @@ def download_snapshot(hub_id: str, revision: str | None, snapshot_download: Call
     except LocalEntryNotFoundError:
         raise CheckpointNotFound(f"{hub_id} is not in the hub's local cache, and the hub cannot be reached.") from None
     except Exception as error:
-        # The hub library lets its HTTP client's own errors through.
+        # The hub library lets the errors of its HTTP client through.
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{hub_id} cannot be downloaded: {reason}") from None
     return Path(folder)

@@ -1,7 +1,8 @@
-"""The manifest of a converted folder: written last, it tells a complete folder from a damaged one.
+"""Reads and writes the manifest of a converted folder. It is written last, and tells a complete folder from a damaged
+one.
 
-It records where the folder came from, how large each file is, and each file's digest, which is compared where the file
-is small enough for opening a folder to stay cheap. Knows nothing of models.
+It records the folder's source and the size and digest of each file. Digests of large files are left out, so that
+opening a folder stays cheap. Knows no models.
 """
 
 import hashlib
@@ -18,14 +19,14 @@ from dash_runtime.files.wording import one_line, quoted
 
 MANIFEST_FILE = "dash_manifest.json"
 DIGEST_LIMIT_BYTES = 512 * 2**20
-"""What is larger is compared by size and header: hashing takes about a second for each gigabyte, at every start."""
+"""Larger files are compared by size and header: hashing would take about a second per gigabyte at every start."""
 
 _OWN_DIGEST = "sha256"
 
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """One file's size, and its SHA-256 if it was small enough to hash on every start."""
+    """The size of one file, and its SHA-256 if the file is small enough to hash at every start."""
 
     size_bytes: int
     sha256: str | None
@@ -33,7 +34,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a converted folder holds. `source` identifies the file it was made from."""
+    """The contents of a converted folder. `source` identifies the file that it was made from."""
 
     name: str
     source: str
@@ -41,7 +42,7 @@ class Manifest:
 
 
 def write_manifest(folder: Path, name: str, source: str) -> None:
-    """Records every file that is in `folder` now."""
+    """Writes a manifest of the files that are in `folder` now."""
     files = {file.name: FileRecord(file.stat().st_size, _digest(file)) for file in sorted(folder.iterdir())}
     facts = asdict(Manifest(name, source, files))
     text = json.dumps(facts | {_OWN_DIGEST: _digest_of(facts)}, indent=1)
@@ -49,7 +50,7 @@ def write_manifest(folder: Path, name: str, source: str) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of `folder`, or None where it is no converted folder.
+    """Returns the manifest of `folder`, or None if it is no converted folder.
 
     Raises:
         CorruptCheckpoint: the manifest itself is damaged.
@@ -59,7 +60,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     raw = read_json_object(file)
     try:
-        # Older ones have no digest of themselves.
+        # Older manifests have no digest of themselves.
         if _OWN_DIGEST in raw and raw.pop(_OWN_DIGEST) != _digest_of(raw):
             raise ValueError
         if not isinstance(raw["name"], str) or not isinstance(raw["source"], str):
@@ -71,7 +72,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def find_damage(folder: Path, manifest: Manifest) -> str | None:
-    """How the folder's files differ from the manifest, naming the first one, or None."""
+    """Returns how the first damaged file differs from the manifest, or None if there is none."""
     for name, record in manifest.files.items():
         file = folder / name
         try:
@@ -92,7 +93,7 @@ def find_damage(folder: Path, manifest: Manifest) -> str | None:
 
 
 def sha256_of(file: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
+    """Returns the file's SHA-256 in hexadecimal."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 

@@ -1,74 +1,83 @@
-"""Names and shapes of a Llama-family model's parameters, as Hugging Face checkpoints spell them.
+"""The names and shapes of a model's parameters.
 
-Knows no files and no tensors: the decoder, the weight reader and the GGUF conversion agree through it.
+Knows no files and no tensors: the weight reader and the GGUF conversion agree through it.
 """
 
 from collections.abc import Iterable
 from dataclasses import replace
 
-from dash_runtime.model_config import ModelConfig, QkNorm
-
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
-
-_LAYERS = "model.layers."
+from dash_runtime.model_config import ModelConfig, NormPlacement, QkNorm
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter that `config` needs, by name; a tied head has none of its own."""
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
+    """Returns the shape of each parameter that `config` needs, by name. A tied head has no parameter of its own."""
+    names = config.tensor_names
+    shapes: dict[str, tuple[int, ...]] = {f"{names.embedding}.weight": (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_layers):
         for name, shape in _layer_shapes(config).items():
-            shapes[f"{_LAYERS}{layer}.{name}"] = shape
-    shapes[FINAL_NORM] = (config.hidden_size,)
+            shapes[f"{names.layers}.{layer}.{name}"] = shape
+    shapes[f"{names.final_norm}.weight"] = (config.hidden_size,)
     if not config.has_tied_head:
-        shapes[HEAD] = (config.vocab_size, config.hidden_size)
+        shapes[f"{names.head}.weight"] = (config.vocab_size, config.hidden_size)
     return shapes
 
 
-def unused_parameter(names: Iterable[str], config: ModelConfig) -> str | None:
-    """One of `names` without which the model would be another: of a layer beyond the last, or a bias or norm that the
-    layers of `config` do not have. None where there is none.
+def layer_norms(config: ModelConfig) -> list[str]:
+    """Returns the names of the norms that each layer has, as it runs them, without those of queries and keys."""
+    names, block = config.tensor_names, config.block
+    norms = (
+        (names.input_norm, block.has_input_norms),
+        (names.attention_output_norm, block.has_output_norms),
+        (names.mlp_norm, block.has_input_norms),
+        (names.mlp_output_norm, block.has_output_norms),
+    )
+    return [name for name, is_present in norms if is_present]
 
-    Other tensors that `config` does not need, such as tables that old checkpoints hold, mean nothing.
+
+def unused_parameter(names: Iterable[str], config: ModelConfig) -> str | None:
+    """Returns one of `names` that would make another model of it, None if there is none.
+
+    It belongs to a layer beyond the last, or is a bias or norm that the layers of `config` do not have. Other tensors
+    that `config` does not need, such as tables in old checkpoints, mean nothing.
     """
     everything = replace(
-        config,
-        block=replace(config.block, has_qkv_bias=True, has_output_bias=True, has_mlp_bias=True, qk_norm=QkNorm.HEAD),
+        config.block,
+        norm_placement=NormPlacement.BOTH,
+        qk_norm=QkNorm.HEAD,
+        has_qkv_bias=True,
+        has_output_bias=True,
+        has_mlp_bias=True,
     )
-    left_out = _layer_shapes(everything).keys() - _layer_shapes(config).keys()
+    left_out = _layer_shapes(replace(config, block=everything)).keys() - _layer_shapes(config).keys()
+    layers = f"{config.tensor_names.layers}."
     for name in names:
-        if not name.startswith(_LAYERS):
+        if not name.startswith(layers):
             continue
-        layer, _, rest = name.removeprefix(_LAYERS).partition(".")
+        layer, _, rest = name.removeprefix(layers).partition(".")
         if rest in left_out or not layer.isdecimal() or int(layer[:9]) >= config.num_layers:
             return name
     return None
 
 
 def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    names, block = config.tensor_names, config.block
     hidden, mlp = config.hidden_size, config.intermediate_size
-    query = config.num_heads * config.head_dim
-    key = config.num_kv_heads * config.head_dim
-    linears = {
-        "self_attn.q_proj": (query, hidden, config.block.has_qkv_bias),
-        "self_attn.k_proj": (key, hidden, config.block.has_qkv_bias),
-        "self_attn.v_proj": (key, hidden, config.block.has_qkv_bias),
-        "self_attn.o_proj": (hidden, query, config.block.has_output_bias),
-        "mlp.gate_proj": (mlp, hidden, config.block.has_mlp_bias),
-        "mlp.up_proj": (mlp, hidden, config.block.has_mlp_bias),
-        "mlp.down_proj": (hidden, mlp, config.block.has_mlp_bias),
-    }
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    if config.block.qk_norm is not None:
-        shapes["self_attn.q_norm.weight"] = (config.head_dim,)
-        shapes["self_attn.k_norm.weight"] = (config.head_dim,)
-    for name, (rows, columns, has_bias) in linears.items():
-        shapes[f"{name}.weight"] = (rows, columns)
-        if has_bias:
-            shapes[f"{name}.bias"] = (rows,)
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linears = (
+        (names.query_key_value, (query, key, key), hidden, block.has_qkv_bias),
+        ((names.output,), (hidden,), query, block.has_output_bias),
+        (names.gate_up, (mlp, mlp), hidden, block.has_mlp_bias),
+        ((names.down,), (hidden,), mlp, block.has_mlp_bias),
+    )
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (hidden,) for name in layer_norms(config)}
+    if block.qk_norm is not None:
+        is_per_head = block.qk_norm is QkNorm.HEAD
+        shapes[f"{names.query_norm}.weight"] = (config.head_dim if is_per_head else query,)
+        shapes[f"{names.key_norm}.weight"] = (config.head_dim if is_per_head else key,)
+    for modules, part_rows, columns, has_bias in linears:
+        all_rows = part_rows if len(modules) == len(part_rows) else (sum(part_rows),)
+        for module, rows in zip(modules, all_rows, strict=True):
+            shapes[f"{module}.weight"] = (rows, columns)
+            if has_bias:
+                shapes[f"{module}.bias"] = (rows,)
     return shapes

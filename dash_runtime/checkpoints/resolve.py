@@ -1,23 +1,24 @@
-"""From what a user calls a model to a local Hugging Face folder.
+"""Finds the local Hugging Face folder of the model that a user names.
 
-Reads no environment variables and prints nothing: progress goes to the caller, one sentence at a time.
+Reads no environment variables and prints nothing: the caller is told of progress, one sentence at a time.
 """
 
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-from dash_runtime.checkpoints.conversion_cache import ConversionSource, Progress, cached_conversion
+from dash_runtime.checkpoints.conversion_cache import ConversionSource, cached_conversion
 from dash_runtime.checkpoints.embedded import EMBEDDED_NAME, EMBEDDED_SHA256, embedded_gguf
 from dash_runtime.checkpoints.gguf_conversion import convert_gguf
 from dash_runtime.checkpoints.hf_folder import check_folder
 from dash_runtime.checkpoints.hub import download_snapshot, is_hub_id
 from dash_runtime.checkpoints.manifest import find_damage, read_manifest
 from dash_runtime.errors import CheckpointError, CheckpointNotFound, ConfigError, CorruptCheckpoint
+from dash_runtime.progress import Progress
 
 EMBEDDED = "embedded"
 CONVERSION_VERSION = 1
-"""Raised whenever a conversion's result changes, so that older conversions are made again."""
+"""Increased whenever a conversion's result changes, so that older conversions are made again."""
 
 _KEY_DIGITS = 12
 
@@ -27,19 +28,19 @@ def _no_progress(message: str) -> None:
 
 
 def resolve_checkpoint(model: str, revision: str | None, cache_folder: Path, progress: Progress = _no_progress) -> Path:
-    """The Hugging Face folder of `model`, converted or downloaded where needed.
+    """Returns the Hugging Face folder of `model`, which is converted or downloaded if needed.
 
     Args:
         model: `embedded`, a Hugging Face folder, a `.gguf` file, or a hub id (`organisation/name`).
         revision: a branch, tag or commit of a hub id; None for the default.
-        cache_folder: where conversions are kept; made when it is needed.
-        progress: called with a sentence before anything that takes seconds.
+        cache_folder: the folder of conversions; made when it is needed.
+        progress: called with a sentence before every step that takes seconds.
 
     Raises:
-        CheckpointNotFound: nothing is there.
+        CheckpointNotFound: there is no such model.
         CorruptCheckpoint: a file is damaged.
         UnsupportedArchitecture: a GGUF file of a kind that is not supported.
-        CheckpointError: the folder lacks what is needed, or cannot be written or downloaded.
+        CheckpointError: the folder lacks a file, or cannot be written or downloaded.
         ConfigError: `model` is empty, or a revision was given for something that is not on the hub.
     """
     if not model:
@@ -78,7 +79,7 @@ def _embedded_source() -> ConversionSource:
 
 
 def _gguf_source(path: Path) -> ConversionSource:
-    """A user's file is known by its place, size and time: hashing gigabytes on every start is too slow."""
+    """Identifies a user's file by path, size and time: hashing gigabytes at every start is too slow."""
     if not path.is_file():
         raise CheckpointNotFound(f"There is no file {path}.")
     status = path.stat()

@@ -1,7 +1,6 @@
 """Reads tokenizer.json, with errors that name it.
 
-Knows the file only: how a text becomes tokens is the `tokenizers` library's business, which is imported when a file is
-read. Imports no torch.
+The `tokenizers` library turns text into tokens; it is imported when a file is read. Imports no torch.
 """
 
 from pathlib import Path
@@ -15,11 +14,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 MAX_TOKENIZER_BYTES = 256 * 2**20
-"""Several times the largest that are known (some 35 MB)."""
+"""Several times the largest known file (some 35 MB)."""
 
 
 def load_tokenizer(file: Path) -> "Tokenizer":
-    """The tokenizer in a tokenizer.json, without the truncation and padding that some of them ask for.
+    """Returns the tokenizer in a tokenizer.json, without the truncation and padding that some files ask for.
 
     Raises:
         CheckpointNotFound: there is no such file.

@@ -1,6 +1,6 @@
 """Reads the weights of a Hugging Face folder, one tensor at a time. Safetensors only, never pickle.
 
-Knows names, shapes and files; not what a parameter is for, nor which device or dtype it will have.
+Knows names, shapes and files; knows neither what a parameter is for nor the device and dtype it will have.
 """
 
 import math
@@ -30,14 +30,14 @@ SUPPORTED_DTYPES = ("BF16", "F16", "F32")
 
 
 class MissingTensor(CorruptCheckpoint, KeyError):
-    """A tensor that the model needs is in none of its files. A KeyError too, as a Mapping's must be."""
+    """A tensor that the model needs is in none of its files. Also a KeyError, which `Mapping` needs."""
 
     def __str__(self) -> str:
-        return str(self.args[0])  # KeyError's own would put the sentence in quotes
+        return str(self.args[0])  # KeyError.__str__ would put the sentence in quotes
 
 
 class Weights(Mapping[str, "torch.Tensor"]):
-    """Tensors by name, read from disk when asked for. What `open_weights` returns."""
+    """Tensors by name, read from disk when asked for."""
 
     def __init__(self, folder: Path, files: Mapping[str, Path]) -> None:
         self.folder = folder
@@ -52,7 +52,7 @@ class Weights(Mapping[str, "torch.Tensor"]):
         return len(self._files)
 
     def __getitem__(self, name: str) -> "torch.Tensor":
-        """The tensor called `name`.
+        """Returns the tensor called `name`.
 
         Raises:
             CorruptCheckpoint: no file has it, or it holds a value that is not finite.
@@ -63,23 +63,23 @@ class Weights(Mapping[str, "torch.Tensor"]):
         return tensor
 
     def file(self, name: str) -> Path:
-        """The file that holds the tensor called `name`."""
+        """Returns the file that holds the tensor called `name`."""
         return self._files[name]
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> "torch.Tensor":
-        """The tensor called `name`, which must have `shape`.
+        """Returns the tensor called `name`, which must have `shape`.
 
         Raises:
-            CorruptCheckpoint: no file has it, or its shape or dtype is another.
+            CorruptCheckpoint: no file has it, or it has another shape or dtype.
         """
         self.check(name, shape)
         return self[name]
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Compares what the file says of a tensor with what the model needs, without reading it.
+        """Compares a tensor's description in the file with what the model needs. Does not read the tensor.
 
         Raises:
-            CorruptCheckpoint: no file has it, or its shape is another.
+            CorruptCheckpoint: no file has it, or it has another shape.
             UnsupportedArchitecture: it is not stored as floating point of 16 or 32 bits.
         """
         try:
@@ -125,12 +125,13 @@ def open_weights(folder: Path) -> Weights:
 
 
 def check_weights(weights: Weights, config: ModelConfig) -> None:
-    """Checks that every parameter of `config` is there in its shape, and none that `config` leaves out, without reading
-    any.
+    """Checks that the weights have every parameter of `config` in its shape, and none that `config` leaves out.
+
+    Reads no parameter.
 
     Raises:
         CorruptCheckpoint: naming the file and the tensor.
-        UnsupportedArchitecture: a parameter is stored in a dtype that is not read here.
+        UnsupportedArchitecture: a parameter is stored in a dtype that is not supported.
     """
     for name, shape in parameter_shapes(config).items():
         weights.check(name, shape)
@@ -149,7 +150,7 @@ def check_safetensors(file: Path) -> None:
 
 
 def missing_weights(folder: Path) -> CheckpointError:
-    """What to tell about a folder without safetensors."""
+    """Returns the error that says what a folder has instead of safetensors."""
     if not folder.is_dir():
         return CheckpointNotFound(f"There is no folder {folder}.")
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
@@ -194,6 +195,6 @@ def _is_finite(tensor: "torch.Tensor") -> bool:
 
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
-    # The sum is many times faster than the test of every number, and not finite where one of them is not. It may also
+    # The sum is many times faster than testing every number, and is not finite if one of them is not. It may also
     # overflow by itself.
     return math.isfinite(tensor.sum(dtype=torch.float32)) or bool(tensor.isfinite().all())

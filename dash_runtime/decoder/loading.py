@@ -55,9 +55,9 @@ def make_decoder(
         layers.append(layer)
     wide_layers = [layer.for_many_rows() for layer in layers]
 
-    final_norm = loader.norm("model.norm.weight")
-    embedding = loader.tensor("model.embed_tokens.weight")
-    head = embedding if config.has_tied_head else loader.tensor("lm_head.weight")
+    final_norm = loader.final_norm()
+    embedding = loader.embedding()
+    head = embedding if config.has_tied_head else loader.head()
     full = make_linear(Action.FULL, FullLinear(head))
     embed = make_embedding(embedding, full if config.has_tied_head else None, config.embedding_multiplier)
     multiplier = config.logits_multiplier

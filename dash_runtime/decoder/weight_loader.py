@@ -1,6 +1,6 @@
-"""A checkpoint's tensors as the layers of a decoder: read, fused and cast by their Hugging Face names.
+"""Reads a checkpoint's tensors as the layers of a decoder: fused, cast and on their device.
 
-Their shapes are checked before. Knows names and one model's shape; knows no kernels.
+The tensors' shapes have been checked before. Knows one model's configuration; knows no families and no kernels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,35 +11,44 @@ from torch import Tensor
 
 from dash_runtime.decoder.norm import RmsNorm
 from dash_runtime.linears.dense_linear import FullLinear
-from dash_runtime.model_config import ModelConfig
+from dash_runtime.model_config import ModelConfig, QkNorm
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer's weights; query, key and value are one matrix, and gate and up.
+    """One layer's weights. Query, key and value are one matrix, and so are gate and up.
 
-    `head_norm` is the query and key norm, `[num_heads + num_kv_heads, head_dim]`.
+    Norms are None where the model has none; the offset of norm weights is added already.
+
+    Attributes:
+        input_norm: the norm of attention's input.
+        attention_output_norm: the norm of attention's output, before that is added to the residual.
+        mlp_norm: the norm of the MLP's input.
+        mlp_output_norm: the norm of the MLP's output, before that is added to the residual.
+        head_norm: the norm of each head of queries and keys, `[num_heads + num_kv_heads, head_dim]`.
+        query_norm: the norm over the width of all queries, `num_heads * head_dim` channels.
+        key_norm: the norm over the width of all keys, `num_kv_heads * head_dim` channels.
     """
 
     input_norm: RmsNorm | None
+    attention_output_norm: RmsNorm | None
     mlp_norm: RmsNorm | None
+    mlp_output_norm: RmsNorm | None
     head_norm: Tensor | None
+    query_norm: RmsNorm | None
+    key_norm: RmsNorm | None
     query_key_value: FullLinear
     output: FullLinear
     gate_up: FullLinear
     down: FullLinear
-    attention_output_norm: RmsNorm | None = None
-    mlp_output_norm: RmsNorm | None = None
-    query_norm: RmsNorm | None = None
-    key_norm: RmsNorm | None = None
 
 
 class WeightLoader:
     """Reads weights.
 
     Args:
-        copies: whether nothing may be shared with the mapping, so that it can be dropped. Otherwise what needs no cast
-            and no fusing is.
+        copies: copy every tensor, so that the mapping can be dropped. Otherwise tensors that need neither casting nor
+            fusing share its memory.
     """
 
     def __init__(
@@ -57,15 +66,17 @@ class WeightLoader:
         self._copies = copies
 
     def tensor(self, name: str) -> Tensor:
+        """Returns one tensor in the loader's dtype and on its device."""
         stored = self._weights[name].detach()
         tensor = stored.to(self._device, self._dtype).contiguous()
         return tensor.clone() if self._copies and tensor.data_ptr() == stored.data_ptr() else tensor
 
     def norm(self, name: str) -> RmsNorm:
-        return RmsNorm(self.tensor(name), self._config.rms_norm_eps)
+        """Returns the norm whose weight is called `name`."""
+        return RmsNorm(self._norm_weight(name), self._config.rms_norm_eps)
 
     def linear(self, names: Sequence[str], has_bias: bool) -> FullLinear:
-        """Several matrices of one input, fused along their outputs."""
+        """Returns several matrices of the same input, fused along their outputs."""
 
         def fused(kind: str) -> Tensor:
             parts = [self.tensor(f"{name}.{kind}") for name in names]
@@ -73,21 +84,53 @@ class WeightLoader:
 
         return FullLinear(fused("weight"), fused("bias") if has_bias else None)
 
+    def embedding(self) -> Tensor:
+        """Returns the embedding, `[vocab_size, hidden_size]`."""
+        return self.tensor(f"{self._config.tensor_names.embedding}.weight")
+
+    def final_norm(self) -> RmsNorm:
+        """Returns the norm before the head."""
+        return self.norm(f"{self._config.tensor_names.final_norm}.weight")
+
+    def head(self) -> Tensor:
+        """Returns the head of a model whose head is not tied, `[vocab_size, hidden_size]`."""
+        return self.tensor(f"{self._config.tensor_names.head}.weight")
+
     def layer(self, index: int) -> LayerWeights:
-        config = self._config
-        prefix = f"model.layers.{index}"
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        head_norm = None
-        if config.block.qk_norm is not None:
-            query_norm = self.tensor(f"{attention}.q_norm.weight").expand(config.num_heads, -1)
-            key_norm = self.tensor(f"{attention}.k_norm.weight").expand(config.num_kv_heads, -1)
-            head_norm = torch.cat((query_norm, key_norm))
+        """Returns the weights of one layer."""
+        names, block = self._config.tensor_names, self._config.block
+        prefix = f"{names.layers}.{index}"
+
+        def norm(name: str, is_present: bool) -> RmsNorm | None:
+            return self.norm(f"{prefix}.{name}.weight") if is_present else None
+
+        def linear(modules: Sequence[str], has_bias: bool) -> FullLinear:
+            return self.linear([f"{prefix}.{module}" for module in modules], has_bias)
+
+        has_width_norms = block.qk_norm is QkNorm.WIDTH
         return LayerWeights(
-            self.norm(f"{prefix}.input_layernorm.weight"),
-            self.norm(f"{prefix}.post_attention_layernorm.weight"),
-            head_norm,
-            self.linear([f"{attention}.{name}_proj" for name in "qkv"], config.block.has_qkv_bias),
-            self.linear([f"{attention}.o_proj"], config.block.has_output_bias),
-            self.linear([f"{mlp}.gate_proj", f"{mlp}.up_proj"], config.block.has_mlp_bias),
-            self.linear([f"{mlp}.down_proj"], config.block.has_mlp_bias),
+            input_norm=norm(names.input_norm, block.has_input_norms),
+            attention_output_norm=norm(names.attention_output_norm, block.has_output_norms),
+            mlp_norm=norm(names.mlp_norm, block.has_input_norms),
+            mlp_output_norm=norm(names.mlp_output_norm, block.has_output_norms),
+            head_norm=self._head_norm(prefix) if block.qk_norm is QkNorm.HEAD else None,
+            query_norm=norm(names.query_norm, has_width_norms),
+            key_norm=norm(names.key_norm, has_width_norms),
+            query_key_value=linear(names.query_key_value, block.has_qkv_bias),
+            output=linear([names.output], block.has_output_bias),
+            gate_up=linear(names.gate_up, block.has_mlp_bias),
+            down=linear([names.down], block.has_mlp_bias),
         )
+
+    def _head_norm(self, prefix: str) -> Tensor:
+        config, names = self._config, self._config.tensor_names
+        query_norm = self._norm_weight(f"{prefix}.{names.query_norm}.weight").expand(config.num_heads, -1)
+        key_norm = self._norm_weight(f"{prefix}.{names.key_norm}.weight").expand(config.num_kv_heads, -1)
+        return torch.cat((query_norm, key_norm))
+
+    def _norm_weight(self, name: str) -> Tensor:
+        """Returns a norm's weight with the offset added, in float32: bfloat16 would round small weights away."""
+        offset = self._config.block.norm_offset
+        if not offset:
+            return self.tensor(name)
+        return (self._weights[name].detach().float() + offset).to(self._device, self._dtype)

@@ -1,1 +1,1 @@
-"""Files on disk: whole or not there, kept for later starts, read with errors that name them."""
+"""Reads and writes files: atomically, as a cache for later starts, and with errors that name the file."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there. Imports no torch; knows nothing of what is written."""
+"""Writes files atomically. Imports no torch; knows nothing of what is written."""
 
 import contextlib
 import errno
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A partial file beside `path` to write to, which takes its place in one rename, or is removed where that fails.
+    """Yields a partial file to write to. Afterwards it replaces `path` in one rename, or is removed if that fails.
 
     Raises:
-        OSError: the file cannot take its place; what was there before is intact.
+        OSError: the file cannot be replaced; the old one is intact.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -25,7 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def require_regular_file(path: Path) -> int:
-    """The size of the file in bytes. Whoever opens a pipe or a device instead may wait for ever.
+    """Returns the size of a regular file in bytes. Opening a pipe or a device instead could wait for ever.
 
     Raises:
         FileNotFoundError: there is none.

@@ -9,11 +9,11 @@ from dash_runtime.files.atomic_file import require_regular_file
 from dash_runtime.files.wording import one_line, quoted
 
 MAX_TEXT_BYTES = 64 * 2**20
-"""Far more than any model's; a damaged file may claim to be of any size."""
+"""Far more than any model's texts have; a damaged file may be of any size."""
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text in `path`.
+    """Returns the UTF-8 text in `path`.
 
     Raises:
         CheckpointNotFound: there is no such file.
@@ -33,16 +33,16 @@ def read_text(path: Path) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in `path`.
+    """Returns the object in `path`.
 
     Raises:
         CheckpointNotFound: there is no such file.
-        CorruptCheckpoint: it is not JSON, not an object, or says two things of one key.
+        CorruptCheckpoint: it is not JSON, not an object, or has two values for one key.
     """
     text = read_text(path)
     try:
         value = parse_json(text)
-        if "\\ud" in text or "\\uD" in text:  # an escaped half of a surrogate pair is JSON, but no text
+        if "\\ud" in text or "\\uD" in text:  # half of a surrogate pair is JSON when it is escaped, but no text
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"{path} is not valid JSON ({one_line(error)}).") from None
@@ -52,16 +52,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """The value in `text`, of which no key says two things.
+    """Returns the value in `text`.
 
     Raises:
-        RecursionError, ValueError: it is no such JSON.
+        RecursionError, ValueError: it is not JSON, or has two values for one key.
     """
     return json.loads(text, object_pairs_hook=_unambiguous)
 
 
 def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Python itself takes the last value of a key; other readers take the first."""
+    """Refuses two values for one key: Python would take the last, other readers take the first."""
     value = dict(pairs)
     if len(value) < len(pairs):
         for key, other in pairs:

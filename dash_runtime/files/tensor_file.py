@@ -1,8 +1,8 @@
-"""Reading and writing safetensors files of one's own: whole or not at all, with a checksum, and with errors that name
-the file.
+"""Reads and writes the project's own safetensors files: atomically, with a checksum, and with errors that name the
+file.
 
-The checksum is metadata beside the caller's own, over everything else in the file. Files from before there was one have
-none, and are read as they are. Knows files; knows nothing of what is in them.
+The checksum covers everything else in the file and is stored in its metadata. Older files have none and are read as
+they are. Knows files; knows nothing of what is in them.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def save_tensors(path: Path, what: str, tensors: Mapping[str, Tensor], metadata:
     """Writes the file in one rename, so that a reader never sees half of it.
 
     Raises:
-        PolicyFileError: it cannot be written, naming `what` it is; what was there before is intact.
+        PolicyFileError: it cannot be written, naming `what` it is; the old file is intact.
     """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with_checksum = {**metadata, CHECKSUM: checksum(contiguous, metadata)}
@@ -43,16 +43,16 @@ def save_tensors(path: Path, what: str, tensors: Mapping[str, Tensor], metadata:
 
 
 def load_tensors(path: Path, what: str, keys: Collection[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The file's tensors, on the CPU, and its metadata without the checksum.
+    """Returns the file's tensors, on the CPU, and its metadata without the checksum.
 
     Args:
         path: the file.
-        what: what to call it in errors.
-        keys: what its metadata may have. Anything else is refused, or a flipped bit in the checksum's own name would
-            make a file without one.
+        what: the file's kind, for errors.
+        keys: the metadata that it may have. Anything else is refused: a flipped bit in the checksum's key would
+            otherwise make a file without a checksum.
 
     Raises:
-        PolicyFileError: it is missing, cannot be read or is not as it was written, naming `what` it is.
+        PolicyFileError: it is missing, cannot be read or has changed since it was written, naming `what` it is.
     """
     with _opened(path, what) as file:
         metadata: dict[str, str] = file.metadata() or {}
@@ -68,10 +68,10 @@ def load_tensors(path: Path, what: str, keys: Collection[str]) -> tuple[dict[str
 
 @contextlib.contextmanager
 def naming(path: Path, what: str) -> Iterator[None]:
-    """Gives the file's name to whatever error its contents lead to within.
+    """Adds the file's name to any error that its contents lead to within the context.
 
     Raises:
-        PolicyFileError: anything within was missing or of another type or shape, or such an error was raised.
+        PolicyFileError: instead of an error that says that something is missing or of another type or shape.
     """
     try:
         yield
@@ -82,9 +82,9 @@ def naming(path: Path, what: str) -> Iterator[None]:
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over the metadata and every tensor's name, dtype, shape and bytes; the order does not matter.
+    """Returns the SHA-256 of the metadata and of every tensor's name, dtype, shape and bytes, in any order.
 
-    The tensors are contiguous, and on the CPU.
+    The tensors must be contiguous and on the CPU.
     """
     names = sorted(tensors)
     described = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in names]

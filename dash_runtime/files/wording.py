@@ -1,4 +1,4 @@
-"""What an error's sentence may quote: the words of a library and the contents of a file, made short and printable.
+"""Makes the words of a library and the contents of a file short and printable, so that errors can quote them.
 
 Imports nothing heavy; knows no errors.
 """
@@ -14,12 +14,12 @@ _QUOTES.maxlevel = 2
 
 
 def quoted(value: object) -> str:
-    """`repr` of a value from a file, on one line and cut where it is long."""
+    """Returns the `repr` of a value from a file on one line, cut if it is long."""
     return one_line(_QUOTES.repr(value))
 
 
 def one_line(reason: object, max_chars: int = _MAX_REASON_CHARS) -> str:
-    """What a library says of a file, on one line and cut where it is long: it may quote all of the file."""
+    """Returns a library's message on one line, cut if it is long: it may quote the whole file."""
     words = " ".join(str(reason).split())
     words = words if len(words) <= max_chars else f"{words[: max_chars - 1]}…"
     return "".join(character if character.isprintable() else "?" for character in words)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
+from dash_runtime.checkpoints.parameters import layer_norms
 from dash_runtime.errors import PolicyFileError
 from dash_runtime.files.json_file import parse_json
 from dash_runtime.files.tensor_file import load_tensors, naming, save_tensors
@@ -28,14 +29,16 @@ _WHAT = "policy file"
 
 
 def model_fingerprint(config: ModelConfig, weights: Mapping[str, Tensor]) -> str:
-    """A name for a model by its shape and its norm weights: cheap to read, and different for each
-    training."""
+    """Returns a digest of a model's shape and of its layers' norm weights.
+
+    Cheap to read, and different for each training.
+    """
     digest = hashlib.sha256()
     shape = (config.num_layers, config.hidden_size, config.num_heads, config.vocab_size, config.head_dim)
     digest.update(repr(shape).encode())
     for index in range(config.num_layers):
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            weight = weights[f"model.layers.{index}.{name}.weight"]
+        for norm in layer_norms(config):
+            weight = weights[f"{config.tensor_names.layers}.{index}.{norm}.weight"]
             digest.update(weight.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()
 

@@ -56,9 +56,9 @@ class DifferentiableDecoder:
         self._recomputes_layers = recomputes_layers
         loader = WeightLoader(config, weights, dtype, self.device)
         self._layers = [loader.layer(index) for index in range(config.num_layers)]
-        self._embedding = loader.tensor("model.embed_tokens.weight")
-        self._final_norm = loader.norm("model.norm.weight")
-        self._head = self._embedding if config.has_tied_head else loader.tensor("lm_head.weight")
+        self._embedding = loader.embedding()
+        self._final_norm = loader.final_norm()
+        self._head = self._embedding if config.has_tied_head else loader.head()
         self._rotary = self._tables(0)
 
     def _tables(self, length: int) -> list[RotaryTable]:

@@ -10,7 +10,8 @@ from gguf.quants import quantize
 from tokenizers import Tokenizer
 
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.checkpoints.gguf_weights import gguf_name
+from dash_runtime.checkpoints.gguf_weights import gguf_names
+from dash_runtime.families import FAMILIES
 from dash_runtime.model_config import ModelConfig
 
 BOS_TOKEN_ID = 257
@@ -28,10 +29,12 @@ def write_gguf(
     tensors: Mapping[str, np.ndarray] | None = None,
     without: str = "",
 ) -> Path:
-    """The model of `folder` as GGUF.
+    """Writes the model of `folder` as GGUF.
 
-    `metadata` (int, float, bool or text) and `tensors` replace or are added to what the converter would
-    write; the tensor or value called `without` is left out.
+    Args:
+        metadata: values (int, float, bool or text) to add to the converter's, or to replace them with.
+        tensors: the same for tensors.
+        without: the name of a tensor or value to leave out.
     """
     config = load_model_config(folder)
     values = _metadata(config, architecture) | dict(metadata or {})
@@ -86,7 +89,7 @@ def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
 
 
 def tiny_tokens() -> list[str]:
-    """256 bytes, of which three give way to the results of the merges; then the special tokens."""
+    """Returns the 256 bytes, three of them replaced by the results of the merges, and the special tokens."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     never = set("ÀÁõ")  # 0xC0, 0xC1 and 0xF5 are in no UTF-8 text
@@ -96,6 +99,7 @@ def tiny_tokens() -> list[str]:
 
 def _tensors(folder: Path, config: ModelConfig, architecture: str) -> dict[str, np.ndarray]:
     arrays = {}
+    names = gguf_names(config, next(family for family in FAMILIES if family.gguf_architecture == architecture))
     for name, tensor in open_weights(folder).items():
         array = tensor.float().numpy()
         if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
@@ -103,7 +107,7 @@ def _tensors(folder: Path, config: ModelConfig, architecture: str) -> dict[str, 
             # LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py
             halves = array.reshape(num_heads, 2, array.shape[0] // num_heads // 2, *array.shape[1:])
             array = halves.swapaxes(1, 2).reshape(array.shape)
-        arrays[gguf_name(name)] = array
+        arrays[names[name]] = array
     return arrays
 
 

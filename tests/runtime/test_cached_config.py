@@ -1,4 +1,4 @@
-"""A configuration that was read before is that of the same files, and nothing else is taken for it."""
+"""A cached configuration is used only for the files that it was read from."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def kept_files(cache: Path) -> list[Path]:
+def cached_files(cache: Path) -> list[Path]:
     return sorted((cache / "configurations").iterdir())
 
 
@@ -45,7 +45,7 @@ def test_a_later_start_reads_the_same_without_transformers(folder: Path, cache: 
     command = [sys.executable, "-c", READ_AGAIN, str(folder), str(cache)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert printed.strip() == str(config)
-    assert len(kept_files(cache)) == 1
+    assert len(cached_files(cache)) == 1
 
 
 def test_a_change_to_any_file_or_the_name_is_seen(folder: Path, cache: Path) -> None:
@@ -63,12 +63,12 @@ def test_a_change_to_any_file_or_the_name_is_seen(folder: Path, cache: Path) -> 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"name": 3}', b"\xff\xfe", b'{"name": "model", "archi'])
 def test_a_damaged_file_is_read_anew_and_mended(folder: Path, cache: Path, content: bytes) -> None:
     config = cached_model_config(folder, cache)
-    (kept,) = kept_files(cache)
-    whole = kept.read_bytes()
-    kept.write_bytes(content)
+    (cached,) = cached_files(cache)
+    whole = cached.read_bytes()
+    cached.write_bytes(content)
     assert cached_model_config(folder, cache) == config
-    assert kept_files(cache) == [kept]
-    assert kept.read_bytes() == whole
+    assert cached_files(cache) == [cached]
+    assert cached.read_bytes() == whole
 
 
 def test_a_cache_that_cannot_be_written_to_costs_only_time(folder: Path, tmp_path: Path) -> None:
@@ -76,14 +76,14 @@ def test_a_cache_that_cannot_be_written_to_costs_only_time(folder: Path, tmp_pat
     assert cached_model_config(folder, tmp_path / "file") == load_model_config(folder)
 
 
-def test_what_cannot_be_read_is_refused_as_ever_and_not_kept(folder: Path, cache: Path) -> None:
+def test_what_cannot_be_read_is_refused_as_ever_and_not_cached(folder: Path, cache: Path) -> None:
     def refusal(kind: type[DashRuntimeError]) -> str:
         with pytest.raises(kind) as loaded:
             load_model_config(folder)
-        with pytest.raises(kind) as kept:
+        with pytest.raises(kind) as cached:
             cached_model_config(folder, cache)
-        assert str(kept.value) == str(loaded.value)
-        return str(kept.value)
+        assert str(cached.value) == str(loaded.value)
+        return str(cached.value)
 
     change(folder / "config.json", architectures=["NoSuchModel"])
     assert "NoSuchModel" in refusal(UnsupportedArchitecture)

@@ -1,4 +1,4 @@
-"""The chat template renders what transformers renders, and its failures are the caller's to know."""
+"""The chat template renders the same text as transformers, and the caller is told of its failures."""
 
 import json
 import subprocess
@@ -91,7 +91,7 @@ def test_rendering_and_token_ids_of_the_embedded_model_equal_those_of_transforme
 
 
 def assert_equal_to_transformers(folder: Path) -> None:
-    """Prompts and whole conversations, as text and as token ids."""
+    """Compares prompts and whole conversations, as text and as token ids."""
     from transformers import AutoTokenizer
 
     theirs = AutoTokenizer.from_pretrained(folder)

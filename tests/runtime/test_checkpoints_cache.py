@@ -1,4 +1,4 @@
-"""A conversion is complete or absent, whatever interrupts it and however many processes ask for it."""
+"""A conversion is complete or absent, even if it is interrupted or several processes ask for it at once."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ cached_conversion(source, Path(sys.argv[1]), convert, print)
 
 
 class Converter:
-    """Writes a small folder instead of converting, and counts how often."""
+    """Writes a small folder instead of converting, and counts its calls."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.num_calls = 0

@@ -42,7 +42,7 @@ def folder(embedded_cache: Path) -> Path:
 
 def test_a_warm_start_takes_little_longer_than_reading_what_is_kept(folder: Path, embedded_cache: Path) -> None:
     starting, reading = [], []
-    for _ in range(5):  # what else runs on the machine only ever adds
+    for _ in range(5):  # other work on the machine only ever adds time
         first = time.perf_counter()
         assert resolve_checkpoint("embedded", None, embedded_cache) == folder
         second = time.perf_counter()

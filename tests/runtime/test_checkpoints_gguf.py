@@ -55,7 +55,7 @@ def test_a_model_survives_the_way_to_gguf_and_back(
     tmp_path: Path, family: str, architecture: str, kind: GGMLQuantizationType
 ) -> None:
     original = save_tiny_model(tmp_path / "original", family, **SMALL)
-    with torch.no_grad():  # only what bfloat16 can hold may be compared exactly
+    with torch.no_grad():  # only values that bfloat16 can hold can be compared exactly
         model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).to(torch.bfloat16)
         model.save_pretrained(original)
     gguf = write_gguf(tmp_path / "model.gguf", original, architecture=architecture, kind=kind)
@@ -106,7 +106,7 @@ def test_llama3_rotary_factors_become_llama3_parameters(llama: Path, tmp_path: P
 
 
 def llama3_factors_of_transformers(rope: dict[str, Any], head_dim: int) -> np.ndarray:
-    """By how much transformers slows each rotary frequency down."""
+    """Returns the factors by which transformers slows rotary frequencies down."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -1,4 +1,4 @@
-"""Whatever a model is called, a complete local folder comes out, or one sentence that says what to do."""
+"""Any model name leads to a complete local folder, or to one sentence that says what to do."""
 
 import subprocess
 import sys

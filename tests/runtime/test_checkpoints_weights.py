@@ -1,4 +1,4 @@
-"""Weights are read lazily from safetensors, and what is wrong with a file is said with its name."""
+"""Weights are read lazily from safetensors, and errors name the file."""
 
 import json
 from collections.abc import Mapping

@@ -71,7 +71,7 @@ def test_flipped_bits_of_a_policy_files_tensors_are_refused(policy_folder: Path)
 
 
 def loads_with(folder: Path, data: bytes, place: int, bit: int) -> bool:
-    """Whether the policy file loads with one bit of `data` flipped."""
+    """Returns True if the policy file loads with one bit of `data` flipped."""
     changed = bytearray(data)
     changed[place] ^= 1 << bit
     (folder / "tiny.safetensors").write_bytes(changed)

@@ -1,4 +1,4 @@
-"""Nothing that we ship reads or writes pickle, which runs whatever code its file names: read from the sources."""
+"""No shipped source reads or writes pickle, which runs any code that its file names."""
 
 import ast
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ MODULES = {
     "copyreg",
 }
 MODULES |= {"multiprocessing"}
-"""Its queues and pipes pickle what goes through them."""
+"""Its queues and pipes pickle their contents."""
 FUNCTIONS = {
     "torch": {"load", "save", "hub", "package", "jit"},
     "torch.serialization": {"load", "save"},
@@ -33,7 +33,7 @@ METHODS = {"to_pickle", "read_pickle", "import_module", "__import__"}
 
 
 def uses_of_pickle(source: str) -> Iterator[str]:
-    """What in the source could read or write pickle, with its line."""
+    """Yields each expression that could read or write pickle, with its line."""
     for node in ast.walk(ast.parse(source)):
         line = getattr(node, "lineno", 0)
         match node:

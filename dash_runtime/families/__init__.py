@@ -1,0 +1,14 @@
+"""The model families that can be read: one file each, and one line below. Imports no torch and no transformers."""
+
+from dash_runtime.families.family import Family
+from dash_runtime.families.llama import Llama
+from dash_runtime.families.mistral import Mistral
+from dash_runtime.families.qwen2 import Qwen2
+from dash_runtime.families.qwen3 import Qwen3
+
+FAMILIES: tuple[Family, ...] = (
+    Llama(),
+    Mistral(),
+    Qwen2(),
+    Qwen3(),
+)
