@@ -17,7 +17,7 @@ cheap beside such a row, many enough to be cheap alone."""
 
 
 class PendingKv(Sequence[list[Tensor]]):
-    """By layer, the inputs `[1, hidden_size]` of the latest positions that skipped it, oldest first.
+    """Each layer's inputs `[1, hidden_size]` of the latest positions that skipped it, oldest first.
 
     Readers must not change the lists; only the methods do.
     """
