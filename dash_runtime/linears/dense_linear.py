@@ -25,7 +25,7 @@ proportion to the rows, and rounds a lone row differently from two."""
 _USUAL_ROWS = 64
 _TRIED_COUNTS = (*range(1, 33), *range(48, MAX_INVARIANT_ROWS + 1, 16))
 _TRIED_OUTPUTS = 1 << 15
-"""The approximate number of outputs that are tried of a larger matrix, since packing it takes seconds and a gigabyte."""
+"""The approximate number of outputs tried of a larger matrix, since packing it takes seconds and a gigabyte."""
 _CALL_ROWS = 16
 """The fixed time of a product, counted in rows that take as long."""
 _WIDENED_OUTPUTS = 1 << 10

@@ -1,8 +1,8 @@
 """Measures what each action costs on this device: the cost table.
 
 Interleaves the actions and walks through all layers, so that caches and a drifting clock treat them alike. Takes
-minima, since other work on the machine only adds time, and the table is kept. A skip is charged with everything that it
-leaves to a later row (`pending_kv.py`), as if that row came next: with the extra time of the row after it.
+minima, since other work on the machine only adds time, and the table is kept. A skip is charged with all the work that
+it leaves to a later row (`pending_kv.py`): with the extra time of that row, as if it came next.
 Knows the decoder; knows no policies.
 """
 
