@@ -1,4 +1,4 @@
-"""Tiny models for all rooms: made here, randomly initialised, with a byte-level tokenizer; no download."""
+"""Fixtures of all tests: a tiny model, randomly initialised, with a byte-level tokenizer; and the embedded model."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import pytest
 from dash_runtime.checkpoints import default_cache_folder, resolve_checkpoint
 from tests.tiny_models import save_tiny_model
 
-# A run in the background is started with it ignored, which what the tests start would inherit.
+# A background run starts with SIGINT ignored, and processes that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -21,7 +21,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def embedded_cache() -> Path:
-    """The user's own cache folder, so that the embedded model is converted once and not per run."""
+    """The user's own cache folder, so that the embedded model is converted once, not in every run."""
     return default_cache_folder(os.environ)
 
 

@@ -1,6 +1,8 @@
-"""The rooms of each package, from the top of the house to the bottom: what a file may import lies in its own room or
-further down. A name with a slash is a folder with all below it that is not listed on its own; names on one line share
-a room. `docs/architecture.md` says what each room is for."""
+"""The rooms of each package, from the top of the house to the bottom. A file may import from its own room and below.
+
+A name with a slash is a folder with everything in it that is not listed by itself. Names on one line share a room.
+`docs/architecture.md` says what each room is for.
+"""
 
 ROOMS = {
     "dash_client": """

@@ -1,4 +1,4 @@
-"""Who may import whom, and how long a file may be: read from the sources, nothing is imported."""
+"""The limits on imports and on the length of files, checked in the sources without importing them."""
 
 import ast
 import sys
@@ -41,7 +41,7 @@ def our_folders() -> list[Path]:
 
 
 def imported_roots(path: Path) -> Iterator[str]:
-    """The top-level names of all absolute imports, those inside functions included."""
+    """Yields the top-level names of all absolute imports, including those inside functions."""
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
@@ -50,7 +50,7 @@ def imported_roots(path: Path) -> Iterator[str]:
 
 
 def imported_modules(path: Path, package: str) -> set[str]:
-    """The modules of its own package that a file imports, those inside functions included."""
+    """Returns the modules of its own package that a file imports, including those imported inside functions."""
     modules: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(), str(path))):
         if isinstance(node, ast.Import):
@@ -66,7 +66,7 @@ def imported_modules(path: Path, package: str) -> set[str]:
 
 
 def room_of(package: str, module: str) -> int | None:
-    """The number of a module's room from the top, by the most specific name in the list."""
+    """Returns the number of a module's room from the top, by the most specific name in the list."""
     place = "/".join(module.split(".")[1:])
     is_folder = PACKAGES[package].joinpath(place).is_dir()
     rooms = {name: number for number, line in enumerate(ROOMS[package].split("\n")) for name in line.split()}
@@ -80,7 +80,7 @@ def module_of(path: Path, package: str) -> str:
 
 
 def roots_at_import_time(path: Path) -> set[str]:
-    """The top-level names imported when the module is, without functions and `if TYPE_CHECKING`."""
+    """Returns the top-level names that importing the module imports, without functions and `if TYPE_CHECKING`."""
     roots: set[str] = set()
     for statement in ast.parse(path.read_text(), str(path)).body:
         if isinstance(statement, ast.Import):
@@ -105,7 +105,7 @@ def test_every_file_imports_from_its_own_room_or_one_below(package: str) -> None
     for path in python_files(PACKAGES[package]):
         module = module_of(path, package)
         if module == package:
-            continue  # the package's own face may show anything
+            continue  # the package's `__init__` may export anything
         own = room_of(package, module)
         assert own is not None, f"{module} has no room"
         for other in imported_modules(path, package) - {package}:
@@ -136,7 +136,7 @@ def test_the_client_needs_its_base_dependencies_only() -> None:
         found[path.name] = sorted(
             roots_at_import_time(path) - allowed - (ADAPTER_THIRD_PARTIES if is_adapter else set())
         )
-        # What only an adapter may need must not be needed by whoever imports something else.
+        # Importing anything else must not need an adapter's third parties.
         assert is_adapter or "dash_client.adapters" not in path.read_text(), path
     assert {name: names for name, names in found.items() if names} == {}
 

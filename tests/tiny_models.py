@@ -1,4 +1,4 @@
-"""Makes small, randomly initialised models of each supported family in Hugging Face layout."""
+"""Randomly initialised models of each supported family, small enough for tests, in Hugging Face layout."""
 
 import json
 from pathlib import Path
@@ -49,7 +49,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def save_tiny_model(folder: Path, family: str, **overrides: Any) -> Path:
-    """Makes the model called `family` in `folder`, with `overrides` in its configuration."""
+    """Saves a model of this family in `folder`, with `overrides` in its configuration."""
     import torch
     import transformers
 
@@ -83,7 +83,7 @@ def save_tiny_model(folder: Path, family: str, **overrides: Any) -> Path:
 
 
 def save_byte_tokenizer(folder: Path) -> None:
-    """Writes a byte tokenizer with a few special tokens after the bytes, and a chat template."""
+    """Saves a byte tokenizer with a few special tokens after the bytes, and a chat template."""
     byte_tokenizer("<|end|>", "<|user|>", "<|assistant|>", "<|system|>").save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -91,10 +91,10 @@ def save_byte_tokenizer(folder: Path) -> None:
 
 
 def byte_tokenizer(*special_tokens: str) -> "Tokenizer":
-    """Returns a tokenizer with one token per byte, whose id is the byte; special tokens follow from 256 on."""
+    """Returns a tokenizer with one token per byte, whose id is the byte. Special tokens follow from 256 on."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    # The byte-level alphabet in the order of the bytes it stands for (GPT-2's table).
+    # The byte-level alphabet in the order of its bytes (GPT-2's table).
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (byte for byte in range(256) if byte not in printable)
     names = {byte: chr(byte) for byte in printable} | {byte: chr(256 + place) for place, byte in enumerate(others)}

@@ -14,8 +14,8 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
     Args:
         queries: `[rows, num_heads, head_dim]`.
         keys: `[positions, num_kv_heads, head_dim]`, as `values`.
-        mask: as `causal_mask` makes it; None for a single row that sees everything.
-        scale: of the products of queries and keys; None for `head_dim ** -0.5`.
+        mask: from `causal_mask`; None for a single row, which sees every key.
+        scale: factor of the scores; None means `head_dim ** -0.5`.
     """
     num_rows, num_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[1]
@@ -32,8 +32,11 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
 
 
 def causal_mask(rows: range, keys: range, window: int | None, group: int, like: Tensor) -> Tensor:
-    """What `attention` adds to the scores of rows at the positions `rows` over keys at the positions `keys`, `[group *
-    rows, keys]`: 0 where a row sees a key, minus infinity elsewhere. `window`: the latest positions that a row sees."""
+    """Returns what `attention` adds to the scores of rows at positions `rows` over keys at positions `keys`.
+
+    `[group * rows, keys]`: 0 where a row sees a key, minus infinity elsewhere. `window` is how many of the latest
+    positions a row sees, its own included; None for all.
+    """
     own = torch.arange(rows.start, rows.stop, device=like.device).unsqueeze(1)
     others = torch.arange(keys.start, keys.stop, device=like.device)
     visible = others <= own

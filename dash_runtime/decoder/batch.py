@@ -19,7 +19,7 @@ from dash_runtime.programs.kv_blocks import attended_blocks
 
 
 class PassKind(Enum):
-    """What a pass is for, and so what its rows' bits may depend on."""
+    """The purpose of a pass. It decides what a row's bits may depend on."""
 
     PREFILL = "prefill"
     """Rows of prompts, or of whole texts under teacher forcing. A row has the same bits in every pass that begins at a
@@ -27,7 +27,7 @@ class PassKind(Enum):
     DECODE = "decode"
     """One row per sequence, each with positions before it."""
     VERIFY = "verify"
-    """Rows in FULL, several per sequence. In a pass of one sequence each has the bits that it has if it is decoded."""
+    """Rows in FULL, several per sequence. In a pass of one sequence each row has the same bits as when decoded."""
 
 
 class Batch:
@@ -37,11 +37,11 @@ class Batch:
         caches: one sequence cache per span.
         lengths: rows of each span; they follow what is cached already.
         rotary: one table per layer.
-        compensations: one per span: what replaces a skipped layer in its rows.
-        sliding_window: per layer, the latest positions it attends to, or None for all.
-        row_block: attention takes so many rows of a span at once, from its first on. A row's sums depend on the rows
-            and positions that are given with it, so those of a block do not depend on what follows it.
-        attention_scale: of the products of queries and keys; None: the usual one.
+        compensations: one per span; it replaces a skipped layer in the span's rows.
+        sliding_window: per layer, how many of the latest positions it attends to; None for all.
+        row_block: attention takes at most this many rows of a span at once, counted from its first row. A row's sums
+            depend on the rows and positions passed with it, so a block's sums do not depend on what follows it.
+        attention_scale: factor of the attention scores; None for the usual one.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Batch:
         self._blocks: dict[tuple[tuple[int, ...], int | None], tuple[Tensor, ...]] = {}
 
     def projection(self, layer: int, actions: Sequence[Action], hidden: Tensor) -> Projection | None:
-        """Returns what the layer has to project now; None if every row skips and may wait. Rows that wait are kept."""
+        """Returns what the layer has to project now, or None if every row skips and may wait. Keeps waiting rows."""
         tables = self._rotary[layer].at
         if len(actions) == 1:
             return project_row(self.spans[0], layer, actions[0], hidden, tables)
@@ -111,10 +111,12 @@ class Batch:
         return self._row_tables[table]
 
     def seen(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
-        """Returns keys and values `[positions, num_kv_heads, head_dim]` that a row attends to, its own last; for passes
-        of one sequence or of one row each."""
+        """Returns the keys and values `[positions, num_kv_heads, head_dim]` that a row attends to, its own last.
+
+        Only for passes of one sequence, or of one row per sequence.
+        """
         window = self._sliding_window[layer]
-        if row not in self._seen:  # sliced for all layers at once, which is a tenth of slicing for each
+        if row not in self._seen:  # slicing all layers at once takes a tenth of slicing each
             span = self.spans[0 if len(self.spans) == 1 else row]
             self._seen[row] = span.cache.until(span.start + row - span.first_row + 1)
         keys, values = self._seen[row]
@@ -123,9 +125,11 @@ class Batch:
         return keys[layer][-window:], values[layer][-window:]
 
     def seen_blocks(self, layer: int, rows: Sequence[int]) -> list[Tensor]:
-        """Returns the inputs of the program that attends for several sequences' rows: keys and values of the layer in
-        the sequences' pool (`kv_cache.CachePool`), the blocks that the rows attend to (`kv_blocks.AttendedBlocks`),
-        cosines and sines; for passes of one row each."""
+        """Returns the inputs of the attention program for several sequences' rows. Only for one row per sequence.
+
+        They are the layer's keys and values in the sequences' pool (`kv_cache.CachePool`), the blocks that the rows
+        attend to (`kv_blocks.AttendedBlocks`), cosines and sines.
+        """
         window = self._sliding_window[layer]
         key = (tuple(rows), window)
         if key not in self._blocks:
@@ -140,10 +144,10 @@ class Batch:
         return [pool.key_blocks[layer], pool.value_blocks[layer], *self._blocks[key], *tables]
 
     def take_pending(self, layer: int, rows: Sequence[int], num_own: int) -> list[Tensor]:
-        """Takes the layer's pending inputs of the rows' sequences; the last `num_own` of each are of this pass.
+        """Takes the layer's pending inputs of the rows' sequences. The last `num_own` of each belong to this pass.
 
-        Returns the inputs of the program for late keys and values: `[late rows, hidden_size]`, keys and values of the
-        layer in the sequences' pool, the places of the late rows among its tokens, cosines and sines.
+        Returns the inputs of the program for late keys and values: `[late rows, hidden_size]`, the layer's keys and
+        values in the sequences' pool, each late row's token in that pool, cosines and sines.
         """
         inputs: list[Tensor] = []
         slots: list[int] = []
@@ -165,13 +169,12 @@ class Batch:
         return self._sliding_window[layer] is None
 
     def commit(self) -> None:
-        """Counts the rows as cached, once every layer has written them."""
+        """Counts the rows as cached. To be called once every layer has run."""
         for span in self.spans:
             span.cache.length = span.end
 
     def attend(self, layer: int, queries: Tensor, rows: list[int] | None) -> Tensor:
-        """Attends with the given rows over their own sequences, each over its own length only. So a row's sum never
-        depends on its neighbours.
+        """Attends with the given rows, each over its own sequence only, so that its sum never depends on neighbours.
 
         `queries` is `[all rows, num_heads, head_dim]`; returns `[given rows, num_heads * head_dim]`.
         """
@@ -210,7 +213,7 @@ class Batch:
 
     def _attend_block(self, layer: int, span: Span, queries: Tensor) -> Tensor:
         window = self._sliding_window[layer]
-        # What lies before the first row's window is sliced off, the rest is masked.
+        # Keys before the first row's window are sliced off. Those that only other rows see are masked.
         first_key = 0 if window is None else max(0, span.start + 1 - window)
         keys, values = (own[layer][first_key : span.end] for own in (span.cache.keys, span.cache.values))
         mask = None

@@ -1,8 +1,8 @@
-"""What stands in for a skipped layer: the rungs of a ladder from nothing to a linear map.
+"""Replacements of a skipped layer: the rungs of a ladder from nothing to a linear map.
 
-`identity` passes the hidden state on; `scale` multiplies it by one number per layer (DASH's
-compensation); `affine` by one number per channel, and adds one; `low_rank` and `dense` add a linear map of
-the hidden state, in the place of the layer's delta. Fitting is `dash_runtime.training`'s business.
+`identity` passes the hidden state on. `scale` multiplies it by one number per layer (DASH's compensation). `affine`
+has a factor and an offset per channel. `low_rank` and `dense` add a linear map of the hidden state instead of the
+layer's delta. Knows nothing of fitting, which is in `dash_runtime.training`.
 """
 
 from dataclasses import dataclass, field
@@ -19,8 +19,8 @@ from dash_runtime.errors import PolicyFileError
 from dash_runtime.linears.quantization import INT8_INPUT_MULTIPLE, supported_actions
 
 _MAX_ROWS_APART = 32
-"""A float32 product of one row rounds differently from one of several. Up to so many rows, as decoding has them, are
-computed one by one, so that a row never depends on its neighbours."""
+"""A float32 product rounds a lone row differently from several. Up to this many rows, enough for decoding, are computed
+one by one, so that a row never depends on its neighbours."""
 
 
 class CompensationKind(StrEnum):
@@ -34,22 +34,22 @@ class CompensationKind(StrEnum):
 
 
 class Compensation(Protocol):
-    """Maps the input of a skipped layer to what goes on in the place of its output."""
+    """Maps the input of a skipped layer to a replacement of its output."""
 
     @property
     def kind(self) -> CompensationKind:
-        """Which rung this is."""
+        """The rung."""
 
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
         """`[rows, hidden_size] -> [rows, hidden_size]`."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What to store, by name; every tensor's first dimension is the layer."""
+        """Returns the tensors to store, by name; the first dimension of each is the layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The hidden state goes on as it is."""
+    """Passes the hidden state on unchanged."""
 
     kind = CompensationKind.IDENTITY
 
@@ -91,9 +91,10 @@ class Affine:
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """`hidden + up · (down · hidden) + offset`: `[num_layers, hidden_size, rank]` and its like.
+    """`hidden + up · (down · hidden) + offset`, in float32.
 
-    In float32: what is fitted and trained, and what runs where `PackedLowRank` cannot.
+    `down` is `[num_layers, rank, hidden_size]`, `up` `[num_layers, hidden_size, rank]`, `offsets` `[num_layers,
+    hidden_size]`. This form is fitted and trained; it also runs where `PackedLowRank` cannot.
     """
 
     down: Tensor
@@ -117,7 +118,7 @@ class LowRank:
         return torch.addmm(wide + offset, narrow, up).to(hidden.dtype)
 
     def to(self, device: torch.device) -> "LowRank":
-        """The same on another device."""
+        """Returns the same map on another device."""
         return LowRank(self.down.to(device), self.up.to(device), self.offsets.to(device))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -126,9 +127,9 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class PackedLowRank:
-    """`LowRank` with INT8 matrices and a scale for each of their rows, on the kernel of INT8 layers.
+    """A `LowRank` with INT8 matrices and a scale for each of their rows, run by the kernel of INT8 layers.
 
-    A skip mostly waits for these matrices, and they are most of a policy's file: at a quarter of the bytes the map may
+    A skip mostly waits for these matrices, and they are most of a policy's file. At a quarter of the bytes the map can
     have twice the rank and still cost half. `down` is int8 `[num_layers, rank, hidden_size]`, `up` `[num_layers,
     hidden_size, rank]`; the rest is in the decoder's dtype.
     """
@@ -175,8 +176,7 @@ def _pack_rows(matrices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def packed(low_rank: LowRank, dtype: torch.dtype) -> "LowRank | PackedLowRank":
-    """What serving runs for `low_rank` in a decoder of that dtype: packed where there is a kernel, as it is
-    otherwise."""
+    """Returns the form of `low_rank` that a decoder of this dtype serves: packed if a kernel exists, else as it is."""
     rank, hidden_size = low_rank.down.shape[1:]
     fits = rank % INT8_INPUT_MULTIPLE == 0 and hidden_size % INT8_INPUT_MULTIPLE == 0
     is_packable = (
@@ -209,7 +209,7 @@ _CLASSES = {rung.kind: rung for rung in (Identity, Scale, Affine, LowRank, Dense
 
 
 def make_compensation(kind: str, tensors: dict[str, Tensor], num_layers: int, hidden_size: int) -> Compensation:
-    """The compensation that `tensors()` described.
+    """Returns the compensation whose `tensors()` these are.
 
     Raises:
         PolicyFileError: the kind is unknown, or a tensor is missing or has the wrong shape.

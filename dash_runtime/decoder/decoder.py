@@ -20,19 +20,19 @@ from dash_runtime.devices import device_of
 from dash_runtime.model_config import ModelConfig
 
 Backends = Mapping[PassKind, Sequence[Backend]]
-"""For each kind of pass, who may run it; the first that takes a pass does."""
+"""The backends for each kind of pass. The first that takes a pass runs it."""
 
 
 class Decoder:
     """The model's layers, embedding and heads.
 
     Args:
-        actions: those that layers can take.
-        backends: who runs the layers. The last one of each kind takes every pass.
-        embed: from token ids to the input of layer 0, `[tokens, hidden_size]`.
-        heads: by precision.
-        context_length: positions that the rotary tables are made for.
-        max_prompt_rows: a prompt's row has the same bits in passes of up to so many.
+        actions: the actions that layers can take.
+        backends: they run the layers. The last one for each kind takes every pass.
+        embed: maps token ids to the input of layer 0, `[tokens, hidden_size]`.
+        heads: one per precision.
+        context_length: number of positions in the rotary tables.
+        max_prompt_rows: a prompt's row has the same bits in all passes of up to this many rows.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class Decoder:
         self.device = device
         self.context_length = context_length
         self.row_block = device_of(device).row_block
-        """Where a prompt may be cut: a row has the same bits whatever rows are in its pass, if every pass begins at a
-        multiple of this and has `max_prompt_rows` at most."""
+        """A prompt may be cut at multiples of this. If every pass begins at one and has at most `max_prompt_rows` rows,
+        a row's bits do not depend on the cuts."""
         self.max_prompt_rows = max_prompt_rows
         self._backends = backends
         self._rotary = rotary_tables(config.ropes, config.head_dim, context_length, dtype, device)
 
     def caches(self, sizes: Sequence[int]) -> list[SequenceCache]:
-        """Returns caches for so many positions each, in a pool of their own."""
+        """Returns one cache per size, which is its number of positions, in a pool of their own."""
         pool = CachePool(self.config, sum(sizes), self.dtype, self.device, max_sequences=len(sizes))
         return [cache for size in sizes if (cache := pool.reserve(size)) is not None]
 
@@ -75,7 +75,7 @@ class Decoder:
         lengths: Sequence[int],
         compensations: Sequence[Compensation],
     ) -> Batch:
-        """Returns the rows of one pass: `lengths[i]` more positions of `caches[i]`; the rest as in `Batch`."""
+        """Returns the rows of one pass: the next `lengths[i]` positions of `caches[i]`. See `Batch` for the rest."""
         config = self.config
         scale, windows = config.block.attention_scale, config.sliding_window
         return Batch(kind, caches, lengths, self._rotary, compensations, windows, self.row_block, scale)

@@ -1,4 +1,4 @@
-"""The input embedding: a row of a matrix for each token. Knows one matrix."""
+"""The input embedding, which looks up a row of a matrix for each token. Knows one matrix."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from torch.nn import functional
 from dash_runtime.linears.dense_linear import PACKED_BLOCK, Linear, packed_words
 
 Embedding = Callable[[Sequence[int]], Tensor]
-"""`[tokens, hidden_size]` of the token ids."""
+"""Maps token ids to `[tokens, hidden_size]`."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlainEmbedding:
-    """`weight` is `[vocab_size, hidden_size]`."""
+    """Looks up rows of `weight`, `[vocab_size, hidden_size]`."""
 
     weight: Tensor
 
@@ -25,13 +25,15 @@ class PlainEmbedding:
 
 @dataclass(frozen=True, slots=True)
 class HeadsEmbedding:
-    """A tied embedding, read out of the packed head's memory (`full_linear.packed_words`). A token takes some
-    microseconds more than in a matrix of its own, which would be as large as ten layers in INT4."""
+    """Looks up rows in the memory of a tied, packed head (`dense_linear.packed_words`).
+
+    That takes some microseconds more per token than a separate matrix, which would be as large as ten INT4 layers.
+    """
 
     words: Tensor
 
     def __call__(self, token_ids: Sequence[int]) -> Tensor:
-        if len(token_ids) == 1:  # decoding one sequence, without the general case's tensors of indices
+        if len(token_ids) == 1:  # decoding one sequence needs no tensors of indices
             block, place = divmod(token_ids[0], PACKED_BLOCK)
             rows = self.words[block, :, place].unsqueeze(0).contiguous()
         else:
@@ -41,7 +43,10 @@ class HeadsEmbedding:
 
 
 def make_embedding(weight: Tensor, tied_head: Linear | None, multiplier: float) -> Embedding:
-    """Returns the rows of `weight`, read from the head's memory if that is the same matrix in a known layout."""
+    """Returns an embedding that gives the rows of `weight` times `multiplier`.
+
+    It reads them from the memory of `tied_head`, the same matrix, if that has a known layout.
+    """
     words = None if tied_head is None else packed_words(tied_head)
     embedding = PlainEmbedding(weight) if words is None else HeadsEmbedding(words)
     return embedding if multiplier == 1 else lambda token_ids: embedding(token_ids) * multiplier

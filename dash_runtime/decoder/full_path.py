@@ -1,4 +1,4 @@
-"""Whole sequences through the layers, under teacher forcing. Knows the decoder; knows no policies."""
+"""Runs whole sequences through the layers, under teacher forcing. Knows the decoder; knows no policies."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ def sequence_rows(decoder: Decoder, sequences: Sequence[Sequence[int]], compensa
 
 @torch.no_grad()
 def full_path(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Runs every layer in full; returns each layer's input and the last one's output, `[rows, hidden_size]` each."""
+    """Runs every layer in FULL. Returns each layer's input and the last one's output, `[rows, hidden_size]` each."""
     batch = sequence_rows(decoder, sequences, Identity())
     actions = (Action.FULL,) * batch.num_rows
     states = [decoder.embed([token_id for ids in sequences for token_id in ids])]

@@ -11,15 +11,15 @@ from dash_runtime.decoder.row_groups import group_rows, scatter_rows
 from dash_runtime.linears.dense_linear import Linear
 
 Head = Callable[[Tensor], Tensor]
-"""float32 `[rows, vocab_size]` from the last layer's output `[rows, hidden_size]`."""
+"""Maps the last layer's output `[rows, hidden_size]` to float32 logits `[rows, vocab_size]`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
     """The heads by precision.
 
-    `shared`, if any, serves all rows of a pass of more than `most_apart`, whatever their precisions: there one product
-    for all is the fastest.
+    `shared`, if any, serves passes of more than `most_apart` rows, whatever their precisions: one product for all rows
+    is then the fastest.
     """
 
     by_precision: Mapping[Action, Head]

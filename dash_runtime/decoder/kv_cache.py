@@ -1,9 +1,9 @@
-"""Keys and values of all sequences, in one stretch of memory for a number of tokens.
+"""Keys and values of all sequences, in one piece of memory for a fixed number of tokens.
 
-A sequence reserves what it may need at most (prompt and output limit) when it gets its slot, so that it can never run
-out half-way. What it reserves is contiguous by token, since gathering it for every layer and token costs more than it
-saves on a CPU, and begins at a multiple of `BLOCK_TOKENS`, so that one program can attend for many sequences by the
-numbers of their blocks. Where the room is there but not in one piece, the others are moved together first.
+When a sequence gets its slot it reserves the most that it may need (prompt and output limit), so it can never run out
+half-way. Its reservation is contiguous, since gathering pieces for every layer and token costs more than it saves on a
+CPU. It begins at a multiple of `BLOCK_TOKENS`, so that one program can attend for many sequences by the numbers of
+their blocks. If there is room, but not in one piece, the other sequences are moved together first.
 Knows no attention and no requests.
 """
 
@@ -26,14 +26,14 @@ class SequenceCache:
         self.reserved_tokens = reserved_tokens
         self.capacity = _whole_blocks(reserved_tokens)
         self.length = 0
-        """Positions that every layer has seen, and written or kept pending."""
+        """Positions that every layer has run for. Their keys and values are written or pending."""
         self.pending = PendingKv(len(pool.memory))
-        """Ends at `length`."""
+        """Rows whose keys and values are still to be projected, in each layer the latest positions before `length`."""
         self._longest = 0
         self.place_at(start)
 
     def place_at(self, start: int) -> None:
-        """Makes its memory that from the pool's token `start` on, a multiple of `BLOCK_TOKENS`."""
+        """Uses the pool's memory from token `start` on, a multiple of `BLOCK_TOKENS`. Copies nothing."""
         self.start = start
         self._memory = self.pool.memory[:, :, start : start + self.capacity]
         # Views made once: indexing a five-dimensional tensor for every layer and token would cost more
@@ -48,19 +48,21 @@ class SequenceCache:
         return max(self.length, self._longest)
 
     def until(self, end: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Keys and values of the positions before `end`, by layer: `[end, num_kv_heads, head_dim]` each."""
+        """Returns keys and values of the positions before `end`, by layer: `[end, num_kv_heads, head_dim]` each."""
         layers = self._memory[:, :, :end].flatten(0, 1).unbind()
         return layers[::2], layers[1::2]
 
     def copy_of(self, start: int, end: int) -> Tensor:
-        """Keys and values of these positions, `[num_layers, 2, end - start, num_kv_heads, head_dim]`, in memory of
-        their own; every layer must have written them."""
+        """Returns a copy of these positions' keys and values, which every layer must have written.
+
+        `[num_layers, 2, end - start, num_kv_heads, head_dim]`.
+        """
         assert 0 <= start <= end <= self.length
         assert not any(self.pending)
         return self._memory[:, :, start:end].clone(memory_format=torch.contiguous_format)
 
     def append(self, stretch: Tensor) -> None:
-        """Takes the keys and values of the next positions from what `copy_of` returned."""
+        """Appends keys and values that `copy_of` returned, as the next positions."""
         assert not any(self.pending)
         end = self.length + stretch.shape[2]
         self.check_room(end)
@@ -75,19 +77,19 @@ class SequenceCache:
         self.length = length
 
     def check_room(self, num_tokens: int) -> None:
-        """Fails where so many positions in all are more than were reserved."""
+        """Asserts that `num_tokens` positions in all are reserved."""
         assert num_tokens <= self.reserved_tokens, "a sequence outgrew its reservation"
 
 
 class CachePool:
     """Hands out sequence caches until `total_tokens` are reserved.
 
-    Memory is there for all of them from the start, as addresses: on a CPU a page takes room once it is written.
-    What no sequence holds is zeros, as is what a sequence has not written yet: blocks are read whole, with weight 0
-    where there is nothing to attend to, and 0 times what is not a number would be no number.
+    All memory is allocated at the start, but only as addresses: on a CPU a page takes room once it is written. Memory
+    that no sequence holds, or that its sequence has not written yet, is zeros. That matters, since blocks are read
+    whole: positions that a row does not attend to get weight 0, and 0 times NaN would be NaN.
 
     Args:
-        max_sequences: so many may be reserved at a time, each beginning with a block of its own.
+        max_sequences: the most that may be reserved at a time; each begins with a block of its own.
     """
 
     def __init__(
@@ -103,10 +105,10 @@ class CachePool:
         self.key_blocks: Sequence[Tensor] = blocks[:, 0].unbind()
         """Per layer, `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]`."""
         self.value_blocks: Sequence[Tensor] = blocks[:, 1].unbind()
-        self._caches: list[SequenceCache] = []  # in the order of their places
+        self._caches: list[SequenceCache] = []  # in ascending order of `start`
 
     def reserve(self, num_tokens: int) -> SequenceCache | None:
-        """A cache for up to `num_tokens` positions, or None while others hold the room."""
+        """Returns a cache for up to `num_tokens` positions, or None while others hold the room."""
         if self.reserved_tokens + num_tokens > self.total_tokens:
             return None
         place, start = self._find_gap(_whole_blocks(num_tokens))
@@ -116,14 +118,14 @@ class CachePool:
         return cache
 
     def release(self, cache: SequenceCache) -> None:
-        """Takes the reservation back, and the memory with it; one that is not held is left alone."""
+        """Takes the reservation and its memory back. Does nothing if the cache is not held."""
         if cache in self._caches:
             self._caches.remove(cache)
             self._clear(cache.start, cache.start + cache.num_written)
             self.reserved_tokens -= cache.reserved_tokens
 
     def _find_gap(self, num_tokens: int) -> tuple[int, int]:
-        """Where among the caches, and at which token, there is room for so many; makes it where it is in pieces."""
+        """Returns the index among the caches, and the first token, of a gap of `num_tokens`; makes one if need be."""
         end = 0
         for place, cache in enumerate(self._caches):
             if cache.start - end >= num_tokens:

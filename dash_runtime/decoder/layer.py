@@ -1,4 +1,4 @@
-"""The weights of one decoder layer, in every precision that is offered."""
+"""The weights of one decoder layer, in every precision that is offered. Knows matrices; knows no rows and no caches."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from dash_runtime.linears.quantization import make_linear
 
 @dataclass(frozen=True, slots=True)
 class LayerLinears:
-    """The four matrices of a layer in one precision, with query, key and value fused, and gate and up."""
+    """The four matrices of a layer in one precision. Query, key and value are fused, and so are gate and up."""
 
     query_key_value: Linear
     output: Linear
@@ -32,8 +32,7 @@ class LayerLinears:
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """One layer. The norms are those of `layer_body.Norms`; `key_value` is what a skipped layer still runs (the KV
-    rule)."""
+    """One layer. For its norms see `layer_body.Norms`. A skipped layer still runs `key_value` (the KV rule)."""
 
     input_norm: RmsNorm | None
     attention_output_norm: RmsNorm | None

@@ -1,7 +1,7 @@
 """A layer's arithmetic, stated once over its family's `BlockConfig`.
 
-Eager layers, shared products and passes with a gradient all run it; `programs/traced_layer.py` states it once more for
-Inductor, and a test holds the two together. Knows tensors; knows no caches, no actions and no kernels.
+Eager layers, shared products and passes with a gradient all run it. `programs/traced_layer.py` states it once more for
+Inductor; a test holds the two together. Knows tensors; knows no caches, no actions and no kernels.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Linear = Callable[[Tensor], Tensor]
 
 
 class Norms(Protocol):
-    """The norms of one layer; None for those that its block does not have."""
+    """The norms of one layer; None if its block has no such norm."""
 
     @property
     def input_norm(self) -> Norm | None: ...
@@ -39,14 +39,14 @@ class Norms(Protocol):
 
     @property
     def query_norm(self) -> Norm | None:
-        """Of `QkNorm.WIDTH`, over all query heads together."""
+        """The norm of `QkNorm.WIDTH`, over all query heads together."""
 
     @property
     def key_norm(self) -> Norm | None: ...
 
 
 class Linears(Protocol):
-    """The matrices of one layer in one precision, with query, key and value fused, and gate and up."""
+    """The matrices of one layer in one precision. Query, key and value are fused, and so are gate and up."""
 
     @property
     def query_key_value(self) -> Linear: ...
@@ -67,7 +67,7 @@ def run_layer_body(
     """Runs one layer, `[..., hidden_size]` to the same.
 
     Args:
-        attend: from the input of the query-key-value product, `[..., hidden_size]`, to what the heads attended to,
+        attend: maps the input of the query-key-value product, `[..., hidden_size]`, to the heads' outputs,
             `[..., num_heads * head_dim]`.
     """
     return after_attention(block, norms, linears, hidden, attend(before_attention(norms, hidden)))
@@ -79,7 +79,7 @@ def before_attention(norms: Norms, hidden: Tensor) -> Tensor:
 
 
 def after_attention(block: BlockConfig, norms: Norms, linears: Linears, hidden: Tensor, attended: Tensor) -> Tensor:
-    """Returns the layer's output from its input and what its heads attended to, `[..., num_heads * head_dim]`."""
+    """Returns the layer's output from its input and its heads' outputs, `[..., num_heads * head_dim]`."""
     residual = _added(block, hidden, _normed(norms.attention_output_norm, linears.output(attended)))
     inner = _mlp(block, linears, _normed(norms.mlp_norm, residual))
     return _added(block, residual, _normed(norms.mlp_output_norm, inner))
@@ -95,15 +95,15 @@ def split_heads(
     cosines: Tensor,
     sines: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Takes a query-key-value product apart.
+    """Splits a query-key-value product into heads.
 
     Args:
         fused: `[..., (queries + 2 * keys) * head_dim]`, bias included.
-        counts: query heads, 0 for a product of keys and values alone, and key heads.
-        cosines: `[..., 1, head_dim]`, as `sines`.
+        counts: the numbers of query heads (0 for a product of keys and values alone) and of key heads.
+        cosines: `[..., 1, head_dim]`, like `sines`.
 
     Returns:
-        Queries and keys, normed and rotated, and values, `[..., heads, head_dim]` each.
+        Queries and keys, normed and rotated, and values: `[..., heads, head_dim]` each.
     """
     num_queries, num_keys = counts
     num_rotated = num_queries + num_keys
@@ -135,5 +135,5 @@ def _mlp(block: BlockConfig, linears: Linears, inputs: Tensor) -> Tensor:
     """A gated linear unit (Shazeer 2020), `[..., hidden_size]` to the same."""
     gate, up = linears.gate_up(inputs).chunk(2, dim=-1)
     gate = functional.silu(gate) if block.activation is Activation.SILU else functional.gelu(gate, approximate="tanh")
-    # In place where no gradient needs the factors: a prompt's are megabytes.
+    # In place if no gradient needs the factors, since a prompt's are megabytes.
     return linears.down(gate * up if gate.requires_grad or up.requires_grad else gate.mul_(up))

@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to a decoder with its backends. Knows weights and devices; knows no files."""
+"""Makes a decoder and its backends from a checkpoint's tensors. Knows weights and devices; knows no files."""
 
 from collections.abc import Mapping
 
@@ -37,13 +37,13 @@ def make_decoder(
 
     Args:
         weights: tensors by their Hugging Face names, in the shapes that `config` asks for.
-        actions: those to pack kernels for, FULL among them.
-        context_length: positions to make rotary tables for.
-        inductor: the layers' programs, which this fills. Decoding then runs them, and quantised actions have no other
-            kernels. None: everything runs eagerly.
-        graphs: replays the layers of eager decoding, where there are CUDA graphs.
+        actions: the actions to pack kernels for, FULL among them.
+        context_length: number of positions in the rotary tables.
+        inductor: the layers' programs; this adds the weights. Decoding then runs them, and quantised actions have no
+            other kernels. None: everything runs eagerly.
+        graphs: replays the layers of eager decoding; None on a device without CUDA graphs.
     """
-    # The matrices are packed anew: a mapped file that stays for the sake of the rest would stay whole.
+    # Programs get repacked copies of the matrices. If other tensors still used the mapped file, all of it would stay.
     loader = WeightLoader(config, weights, dtype, device, copies=inductor is not None)
     layers: list[DecoderLayer] = []
     for index in range(config.num_layers):

@@ -1,4 +1,4 @@
-"""Root-mean-square norm (Zhang and Sennrich 2019), as the kernel that the device is fastest with.
+"""Root-mean-square norm (Zhang and Sennrich 2019), with the device's fastest kernel.
 
 Knows one vector of weights; knows no layers.
 """
@@ -23,8 +23,8 @@ class RmsNorm:
     def __call__(self, hidden: Tensor) -> Tensor:
         if not self._as_layer_norm:
             return functional.rms_norm(hidden, self._shape, self.weight, self._eps)
-        # A layer norm of (x, −x) has mean 0, and so is the RMS norm of x. It is one fused kernel on CPUs, where
-        # rms_norm is made of eight that take twice as long in all.
+        # (x, −x) has mean 0, so its layer norm is the RMS norm of x. On CPUs that is one fused kernel; rms_norm is
+        # eight, which together take twice as long.
         mirrored = torch.cat((hidden, -hidden), dim=-1)
         normed = functional.layer_norm(mirrored, mirrored.shape[-1:], self._mirrored_weight, None, self._eps)
         return normed[..., : self._shape[0]].contiguous()

@@ -1,8 +1,8 @@
 """Keys and values that one sequence still has to project: the inputs of the layers that it skipped.
 
-A skipped row's keys and values are projected late: with those of the sequence's next row that runs the layer, in one
-product that costs little more than that row's alone, or once `MAX_PENDING` of them wait. Nothing attends to them
-before. Knows tensors; knows no positions and no weights.
+A skipped row's keys and values are projected late, before anything attends to them. Either the sequence's next row that
+runs the layer takes them along, in one product that costs little more than that row's alone. Or `MAX_PENDING` rows
+wait, and are projected together. Knows tensors; knows no positions and no weights.
 """
 
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from torch import Tensor
 from dash_runtime.actions import Action
 
 MAX_PENDING = 8
-"""So many skipped rows of one sequence and layer are projected without a row that runs: few enough to be cheap beside
-that row, many enough to be cheap alone."""
+"""The number of waiting rows of one sequence and layer that are projected without a row that runs: few enough to be
+cheap beside such a row, many enough to be cheap alone."""
 
 
 class PendingKv(Sequence[list[Tensor]]):
-    """By layer, the inputs `[1, hidden_size]` of the latest positions that skipped it, oldest first.
+    """Each layer's inputs `[1, hidden_size]` of the latest positions that skipped it, oldest first.
 
-    Whoever reads them must not change them: `add`, `take` and the like do.
+    Readers must not change the lists; only the methods do.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -32,22 +32,22 @@ class PendingKv(Sequence[list[Tensor]]):
         return self._rows[layer]
 
     def add(self, layer: int, row: Tensor) -> int:
-        """Lets one more row wait; returns how many do."""
+        """Lets one more row wait; returns the number of waiting rows."""
         waiting = self._rows[layer]
         waiting.append(row)
         return len(waiting)
 
     def take(self, layer: int) -> list[Tensor]:
-        """Returns the rows that wait, and lets none wait any more."""
+        """Removes and returns the waiting rows."""
         rows, self._rows[layer] = self._rows[layer], []
         return rows
 
     def take_with(
         self, layer: int, rows: Sequence[Tensor], actions: Sequence[Action]
     ) -> tuple[list[Tensor], list[Action]]:
-        """Lets further rows follow, one per action; returns those to project now and the action to project each with.
+        """Adds further rows, one per action. Removes and returns the rows to project now, and each one's action.
 
-        A row that runs takes all before it along. The rest waits.
+        A row that runs takes all rows before it along. The others wait.
         """
         projected = late_actions(len(self._rows[layer]), actions)
         together = [*self._rows[layer], *rows]
@@ -62,7 +62,7 @@ class PendingKv(Sequence[list[Tensor]]):
 
 
 def late_actions(num_pending: int, actions: Sequence[Action]) -> list[Action]:
-    """Returns the action that each row of a sequence is projected with, pending ones first; the rows left over wait."""
+    """Returns the action that each row of a sequence is projected with, pending rows first. Rows left over wait."""
     projected: list[Action] = []
     num_waiting = num_pending
     for action in actions:

@@ -1,6 +1,6 @@
-"""The keys and values that one layer projects in one pass: of rows that run it, and of rows that skipped it.
+"""The rows whose keys and values one layer projects in one pass: those that run it, and those that skipped it.
 
-Knows sequences' positions and what is pending; knows no weights.
+Knows sequences' positions and pending rows; knows no weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.decoder.pending_kv import MAX_PENDING
 
 Tables = Callable[[slice | Tensor], tuple[Tensor, Tensor]]
-"""Cosines and sines `[positions, 1, head_dim]` of the layer's rotary embedding."""
+"""Maps positions to cosines and sines `[positions, 1, head_dim]` of the layer's rotary embedding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +33,19 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """What one layer projects in one pass."""
+    """The rows that one layer projects in one pass."""
 
     hidden: Tensor
-    """`[projected rows, hidden_size]`, the layer's inputs."""
+    """The layer's inputs, `[projected rows, hidden_size]`."""
     actions: Sequence[Action]
-    """One per row; SKIP if only keys and values are wanted. A skipped row takes the action of the row that it goes
-    with."""
+    """One per row; SKIP if only keys and values are needed. A skipped row has the action of the row that takes it
+    along."""
     cosines: Tensor
     sines: Tensor
     spans: Sequence[Span]
     own_rows: slice | Tensor | None
-    """The places of the pass's own rows among the projected ones; None if they are the same. Skipped rows have no
-    query; their place is arbitrary."""
+    """The indices of the pass's own rows among the projected ones; None if they are the same rows. Skipped rows have no
+    query; their index is arbitrary."""
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Stores the projected rows' keys and values, each `[projected rows, num_kv_heads, head_dim]`."""
@@ -56,7 +56,7 @@ class Projection:
 
 
 def project_row(span: Span, layer: int, action: Action, hidden: Tensor, tables: Tables) -> Projection | None:
-    """`project_rows` for a pass of one row. It makes no lists, as decoding one sequence is the common case."""
+    """Does the same as `project_rows` for one row. Makes no lists, since decoding one sequence is the common case."""
     pending = span.cache.pending
     count = len(pending[layer])
     if action is Action.SKIP:
@@ -77,7 +77,7 @@ def project_row(span: Span, layer: int, action: Action, hidden: Tensor, tables: 
 def project_rows(
     spans: Sequence[Span], layer: int, actions: Sequence[Action], hidden: Tensor, tables: Tables
 ) -> Projection | None:
-    """Returns what the layer has to project now; None if every row skips and may wait. Rows that wait are kept."""
+    """Returns what the layer has to project now, or None if every row skips and may wait. Keeps waiting rows."""
     inputs: list[Tensor] = []
     labels: list[Action] = []
     projected_spans: list[Span] = []

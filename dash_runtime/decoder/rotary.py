@@ -16,7 +16,7 @@ class RotaryTable:
     """Cosines and signed sines for every position of the context, `[context_length, 1, head_dim]`.
 
     The first half of a head is paired with its second half, as in Hugging Face checkpoints. The sine of the first half
-    is negated here, so that rotating is one swap of the halves and two products. Without `rope` nothing is turned.
+    is negated here, so that rotating is one swap of the halves and two products. Without `rope` nothing is rotated.
     """
 
     def __init__(
@@ -42,16 +42,16 @@ class RotaryTable:
 def rotary_tables(
     ropes: Sequence[RopeConfig | None], head_dim: int, context_length: int, dtype: torch.dtype, device: torch.device
 ) -> list[RotaryTable]:
-    """Returns each layer's table; equal ones are there once."""
+    """Returns each layer's table. Layers with equal ropes share one."""
     tables = {rope: RotaryTable(rope, head_dim, context_length, dtype, device) for rope in dict.fromkeys(ropes)}
     return [tables[rope] for rope in ropes]
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Radians per position for each pair of channels, float32 `[head_dim / 2]`.
+    """Returns the radians per position for each pair of channels, float32 `[head_dim / 2]`.
 
-    Source of the llama3 variant: Llama 3.1's released code, `apply_scaling`: wavelengths beyond the
-    original context are stretched by `factor`, short ones are kept, those between are blended.
+    Source of the llama3 variant: `apply_scaling` in Llama 3.1's released code. Wavelengths beyond the original context
+    are stretched by `factor`, short ones are kept, those between are blended.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     frequencies = 1.0 / rope.theta**exponents

@@ -1,4 +1,4 @@
-"""Rows taken apart by action, and put together again. Knows actions and tensors; knows no layers."""
+"""Groups rows by action, and puts them back in order. Knows actions and tensors; knows no layers."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ Groups = Sequence[tuple[Action, list[int] | None]]
 
 
 def group_rows(actions: Sequence[Action]) -> list[tuple[Action, list[int] | None]]:
-    """Returns the rows by action, in ascending order of action; None if one action has all rows."""
+    """Returns the rows by action, in ascending order of action; None for the rows if one action has them all."""
     first = actions[0]
     if all(action is first for action in actions):
         return [(first, None)]

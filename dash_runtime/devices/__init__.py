@@ -1,4 +1,4 @@
-"""What differs between devices. A new one is a file here and a line in `_DEVICES`."""
+"""The differences between devices. A new device is a file here and a line in `_DEVICES`."""
 
 from functools import cache
 
@@ -12,12 +12,12 @@ from dash_runtime.errors import ConfigError
 __all__ = ["CpuDevice", "CudaDevice", "Device", "device_of", "find_device", "num_devices"]
 
 _DEVICES: dict[str, type[Device]] = {"cpu": CpuDevice, "cuda": CudaDevice}
-"""By torch's name. One that is not named here runs as the base class does: eagerly, with what torch has for it."""
+"""Devices by torch's name. Others run as the base class does: eagerly, with torch's own kernels for them."""
 
 
 @cache
 def device_of(device: torch.device) -> Device:
-    """Returns what we know of torch's device."""
+    """Returns the runtime's description of a torch device."""
     return _DEVICES.get(device.type, Device)(device)
 
 
@@ -38,5 +38,5 @@ def find_device(name: str) -> torch.device:
 
 
 def num_devices(name: str) -> int:
-    """Returns how many devices of a kind workers can share out; 0 for a kind that all of them use together."""
+    """Returns how many devices of a kind there are to share out among workers; 0 if all workers use the same one."""
     return torch.cuda.device_count() if name in ("auto", "cuda") else 0

@@ -13,7 +13,7 @@ class CpuDevice(Device):
     """All cores that torch has threads for."""
 
     row_block = 64
-    """Smaller ones let more of a prompt be reused, and make a prefill some per cent slower (`benchmarks/prefix.py`)."""
+    """Smaller blocks let more of a prompt be reused, but make prefill some per cent slower (`benchmarks/prefix.py`)."""
     compiles_layers = True
     has_packed_products = True
     has_int8_rows = True
@@ -23,7 +23,7 @@ class CpuDevice(Device):
         return f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        # torch writes its zeros. The pages of an anonymous map are zeros once they are touched.
+        # torch would write its zeros. The pages of an anonymous map are zeros already, and take no room until touched.
         pages = mmap.mmap(-1, torch.Size(shape).numel() * dtype.itemsize)
         return torch.frombuffer(pages, dtype=dtype).view(shape)
 
@@ -34,7 +34,7 @@ class CpuDevice(Device):
         return tensor
 
     def likeliest(self, logits: Tensor) -> Any:
-        # numpy takes a third of the time that torch does, or less.
+        # numpy takes at most a third of torch's time.
         return logits.numpy().argmax(axis=-1).tolist()
 
     def pack_int4(self, quantized: Tensor) -> Tensor:

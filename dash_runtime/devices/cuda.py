@@ -28,7 +28,7 @@ class CudaDevice(Device):
         return rows.pin_memory().to(self.device, non_blocking=True)
 
     def download(self, tensor: Tensor) -> Tensor:
-        # Pinned, or the host would wait for the decoder's stream.
+        # Without pinned memory the host would wait for the decoder's stream.
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
     def pack_int4(self, quantized: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def inner_k_tiles(in_features: int) -> int:
     """Returns how many tiles of 16 inputs CUDA's INT4 kernel packs together: the most that divide the row.
 
     Raises:
-        NotImplementedError: no number of them does.
+        NotImplementedError: no such number divides it.
     """
     for tiles in _INNER_K_TILES:
         if in_features % (tiles * _K_TILE) == 0:

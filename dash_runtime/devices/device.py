@@ -1,4 +1,4 @@
-"""What the runtime asks of a device. Knows tensors; knows no layers, policies or requests."""
+"""The runtime's interface to a device. Knows tensors; knows no layers, policies or requests."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from dash_runtime.config import LaneKind
 
 
 class Device:
-    """A device of which only torch knows more. The others override what they do differently."""
+    """A device that needs nothing beyond torch. Subclasses override what they do differently."""
 
     row_block = 256
-    """Rows of a prompt that attention takes at a time. Each block is a whole pass, and short ones cost as much as long
-    ones."""
+    """Rows of a prompt that attention takes at a time. Each block is a whole pass, and short passes cost as much as
+    long ones."""
     default_lane = LaneKind.INLINE
     lanes = frozenset((LaneKind.INLINE, LaneKind.THREAD))
     has_graphs = False
@@ -50,8 +50,10 @@ class Device:
         return tensor.cpu()
 
     def likeliest(self, logits: Tensor) -> Any:
-        """Returns the place of the largest logit, the first of equal ones: a number for `[vocab_size]`, a list for
-        `[rows, vocab_size]`."""
+        """Returns the index of the largest logit, the first of equal ones.
+
+        A number for `[vocab_size]`, a list for `[rows, vocab_size]`.
+        """
         return logits.argmax(dim=-1).tolist()
 
     def pack_int4(self, quantized: Tensor) -> Tensor:

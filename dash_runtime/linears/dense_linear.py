@@ -1,4 +1,4 @@
-"""Linear layers with the weights as loaded, in the products that a CPU is fastest with for one row and for many.
+"""Linear layers with the weights as loaded, with the CPU's fastest products for one row and for many.
 
 Knows matrices; knows no layers.
 """
@@ -16,20 +16,20 @@ from torch.nn import functional
 from dash_runtime.devices import device_of
 
 MAX_INVARIANT_ROWS = 256
-"""A row of a `BatchInvariantLinear` has the same bits in every pass of up to so many rows."""
+"""A row of a `BatchInvariantLinear` has the same bits in every pass of up to this many rows."""
 PACKED_BLOCK = 64
-"""Outputs that oneDNN lays out together for the CPUs that multiply bf16: word by word of two inputs."""
+"""Outputs in a block of oneDNN's layout for CPUs that multiply bf16. A word has an output's weights of two inputs."""
 _PACKED_ROWS = 16
-"""The rows that oneDNN is told of when it packs. From 2 on the number makes no difference. Packed for 1, torch 2.15
-takes time in proportion to the rows, and rounds a lone row differently from two."""
+"""The number of rows that oneDNN packs for. From 2 on it makes no difference. Packed for 1, torch 2.15 takes time in
+proportion to the rows, and rounds a lone row differently from two."""
 _USUAL_ROWS = 64
 _TRIED_COUNTS = (*range(1, 33), *range(48, MAX_INVARIANT_ROWS + 1, 16))
 _TRIED_OUTPUTS = 1 << 15
-"""A larger matrix is tried with about so many of its outputs: its packed copy would take seconds and a gigabyte."""
+"""The approximate number of outputs tried of a larger matrix, since packing it takes seconds and a gigabyte."""
 _CALL_ROWS = 16
-"""A product takes about as long as so many of its rows before the first one."""
+"""The fixed time of a product, counted in rows that take as long."""
 _WIDENED_OUTPUTS = 1 << 10
-"""So many outputs are widened at a time: more would not stay in a near cache, and their memory would be asked of the
+"""Outputs that are widened at a time. More would not stay in a near cache, and their memory would be requested from the
 system every time."""
 
 
@@ -52,7 +52,7 @@ class FullLinear:
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """The bf16 weights in the blocked layout that oneDNN would otherwise make anew for every product."""
+    """The bf16 weights in oneDNN's blocked layout, which it would otherwise make anew for every product."""
 
     packed: Tensor
     bias: Tensor | None
@@ -65,13 +65,13 @@ class PackedLinear:
         return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
 
     def memory(self) -> Tensor:
-        """The packed weights, flat and as they lie; shares their memory.
+        """Returns the packed weights, flat, in their own memory and order.
 
-        Raises AttributeError or RuntimeError where this build of torch does not tell where that is.
+        Raises AttributeError or RuntimeError if this build of torch does not tell its address.
         """
         address, size = torch.ops.mkldnn.data_ptr(self.packed), torch.ops.mkldnn._nbytes(self.packed)
         memory: Any = (ctypes.c_ubyte * size).from_address(address)
-        memory.owner = self.packed  # a tensor keeps what it is made from
+        memory.owner = self.packed  # a tensor keeps its buffer alive, and so the weights
         return torch.frombuffer(memory, dtype=torch.bfloat16)
 
 
@@ -79,8 +79,8 @@ class PackedLinear:
 class WidenedLinear:
     """The bf16 weights, widened to float32 for every product.
 
-    Where a CPU multiplies no bf16, PyTorch's own product takes a row as long as the first, however many there are;
-    widening takes about as long as one, and the rows then cost a fifth to a tenth each.
+    On a CPU that multiplies no bf16, every row of PyTorch's own product takes as long as the first. Widening takes
+    about as long as one row, and each row then costs a fifth to a tenth.
     """
 
     full: FullLinear
@@ -95,9 +95,9 @@ class WidenedLinear:
 class BatchInvariantLinear:
     """A product in which a row's bits never depend on its neighbours, up to `MAX_INVARIANT_ROWS` rows in all.
 
-    For some numbers of rows a library adds in another order than for others: a lone row mostly, and wherever it splits
-    a long sum between threads. Which numbers agree is tried here, for this very shape, when the layer is made. All
-    others are padded to one that agrees, or split into several.
+    The library's order of addition depends on the number of rows: mostly a lone row differs, and every number at which
+    a long sum is split between threads. When the layer is made, it tries which numbers agree for its shape. All others
+    are padded to one that agrees, or split into several.
 
     Args:
         make_product: packs the matrix for the library's product.
@@ -127,14 +127,14 @@ class BatchInvariantLinear:
 def _tried_first_parts(
     make_product: Callable[[FullLinear], Linear], shape: tuple[int, int], has_bias: bool, num_threads: int
 ) -> Sequence[int]:
-    """Returns, by number of rows, how many rows the first call is given; the rest follow in further ones."""
+    """Returns, by number of rows, how many rows the first call takes. The rest follow in further calls."""
     return first_parts(_agreeing_counts(make_product, shape, has_bias))
 
 
 def first_parts(counts: Collection[int]) -> Sequence[int]:
-    """Cuts every number of rows up to `MAX_INVARIANT_ROWS` into calls of `counts` rows, the cheapest way.
+    """Splits every number of rows up to `MAX_INVARIANT_ROWS` into the cheapest calls of `counts` rows.
 
-    Returns, by number of rows, the size of the first call; more than are left where the call is padded.
+    Returns, by number of rows, the size of the first call. It exceeds the number of rows if the call is padded.
     """
     seconds, first = [0.0], [0]
     for num_rows in range(1, MAX_INVARIANT_ROWS + 1):
@@ -148,10 +148,10 @@ def first_parts(counts: Collection[int]) -> Sequence[int]:
 def _agreeing_counts(
     make_product: Callable[[FullLinear], Linear], shape: tuple[int, int], has_bias: bool
 ) -> Collection[int]:
-    """Returns the numbers of rows for which every row gets the bits that it gets among the usual number.
+    """Returns the numbers of rows at which every row has the same bits as among the usual number.
 
-    Each sum's terms cancel in pairs, so only rounding errors are left of it, and these differ wherever the order
-    differs. Sums of other numbers would mostly round to the same bf16.
+    Each sum's terms cancel in pairs, so only rounding errors are left, and these differ wherever the order differs.
+    Other sums would mostly round to the same bf16.
     """
     out_features, in_features = shape
     num_outputs = min(out_features, _TRIED_OUTPUTS + out_features % PACKED_BLOCK)
@@ -172,14 +172,14 @@ def _agreeing_counts(
 
 
 def make_full_linear(full: FullLinear) -> Linear:
-    """The product that is fastest for few rows, and where it exists also for many."""
+    """Returns the fastest product for few rows. A packed one is also the fastest for many."""
     if not _may_be_packed(full.weight):
         return full
     return BatchInvariantLinear(PackedLinear.from_full if _has_packed_linear() else _as_loaded, full)
 
 
 def for_many_rows(linear: Linear) -> Linear:
-    """The same matrix for passes over many rows, in which each may have other sums than where it is decoded."""
+    """Returns the same matrix for passes over many rows. A row's sums may differ from those in decoding."""
     if isinstance(linear, BatchInvariantLinear) and isinstance(linear.product, FullLinear):
         return BatchInvariantLinear(WidenedLinear, linear.product)
     return linear
@@ -190,8 +190,10 @@ def _as_loaded(full: FullLinear) -> FullLinear:
 
 
 def packed_words(linear: Linear) -> Tensor | None:
-    """The very memory of a packed linear layer, int32 `[blocks, in_features / 2, PACKED_BLOCK]`, where each word has
-    two weights of one output; None where it is not laid out so."""
+    """Returns a packed linear layer's own memory, int32 `[blocks, in_features / 2, PACKED_BLOCK]`, or None.
+
+    Each word has two weights of one output. None means that the layer has another layout.
+    """
     if not isinstance(linear, BatchInvariantLinear) or not isinstance(linear.product, PackedLinear):
         return None
     if not _is_packed_in_words(linear.shape):
@@ -201,7 +203,7 @@ def packed_words(linear: Linear) -> Tensor | None:
 
 @lru_cache
 def most_rows_apart() -> int:
-    """Up to so many rows, each with a product of its own (`row_kernels.py`) are faster than one for all of them."""
+    """Returns the most rows for which a product each (`row_kernels.py`) is faster than one for all of them."""
     return 2 if _has_packed_linear() else 8
 
 
@@ -211,7 +213,7 @@ def _may_be_packed(weight: Tensor) -> bool:
 
 @lru_cache
 def _has_packed_linear() -> bool:
-    """Whether this CPU and this build of torch have oneDNN with bf16, which is checked against the plain product."""
+    """Returns True if this CPU and build of torch have oneDNN with bf16; checks it against the plain product."""
     inputs, weight = _probe(16, 64, 32)
     try:
         outputs = PackedLinear.from_full(FullLinear(weight))(inputs)
@@ -239,7 +241,7 @@ def _in_words(memory: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def _probe(num_rows: int, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-    """Some bf16 inputs and a weight, always the same."""
+    """Returns some bf16 inputs and a weight, always the same."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=generator)
     return torch.randn(num_rows, in_features, generator=generator).bfloat16(), weight.bfloat16()

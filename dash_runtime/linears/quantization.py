@@ -1,7 +1,7 @@
 """Linear layers in INT8 and INT4, on PyTorch's packed weight-only kernels.
 
-Knows matrices; knows no layers and no policies. What a device has no kernel for is not offered:
-`supported_actions` runs each kernel once and compares it with the matrix that it stands for.
+Actions without a kernel on the device are not offered: `supported_actions` runs each kernel once and compares it with
+the dequantised matrix. Knows matrices; knows no layers and no policies.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Int8Linear:
 class Int4Linear:
     """Asymmetric INT4 weights in groups of 32 inputs, packed for the device's kernel.
 
-    Raises NotImplementedError or RuntimeError where the device or the shape has no kernel.
+    Raises NotImplementedError or RuntimeError if there is no kernel for the device or the shape.
     """
 
     packed: Tensor
@@ -68,7 +68,7 @@ _QUANTIZED: dict[Action, type[Int8Linear] | type[Int4Linear]] = {
 
 
 def make_linear(action: Action, full: FullLinear) -> Linear:
-    """The linear layer that `action` runs for the matrix `full`, with the kernel that this device is fastest with."""
+    """Returns the linear layer that `action` runs for the matrix `full`, with this device's fastest kernel."""
     return make_full_linear(full) if action is Action.FULL else _QUANTIZED[action].from_full(full)
 
 
@@ -97,16 +97,16 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dequantize_int4(quantized: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """The float32 matrix `[out, in]` that `quantize_int4` rounded to."""
+    """Returns the float32 matrix `[out, in]` that `quantize_int4` rounded to."""
     groups = quantized.view(*scales.shape, INT4_GROUP_SIZE).float() - _INT4_ZERO_POINT
     return (groups * scales.float().unsqueeze(-1) + zeros.float().unsqueeze(-1)).view(quantized.shape)
 
 
 def supported_actions(device: torch.device, dtype: torch.dtype, shapes: "set[tuple[int, int]]") -> tuple[Action, ...]:
-    """The actions with a real kernel for these `(out_features, in_features)`, cheapest first.
+    """Returns the actions with a real kernel for these `(out_features, in_features)`, cheapest first.
 
-    SKIP and FULL need none. Each other one runs once per shape on this device and must agree with its own
-    dequantised matrix; a kernel that is missing, refuses, or answers something else is not offered.
+    SKIP and FULL need none. Each other one runs once per shape on this device and must agree with its own dequantised
+    matrix. It is not offered if its kernel is missing, refuses, or disagrees.
     """
     kernels = [action for action in _QUANTIZED if all(_kernel_works(action, shape, device, dtype) for shape in shapes)]
     return tuple(sorted((Action.SKIP, *kernels, Action.FULL)))

@@ -1,11 +1,9 @@
-"""Products of one row with a matrix in FULL, INT8 and INT4, in PyTorch operations that Inductor turns into loops at the
-speed of memory.
+"""Products of one row with a matrix in FULL, INT8 and INT4, from which Inductor makes loops at the speed of memory.
 
-The eager kernels (`quantization.py`) serve many rows; these serve one, as part of a compiled layer. A matrix
-is laid out in tiles of 16 outputs, one vector of them for each word, so that a loop reads it from end to end; rounded
-weights are bits of a float's mantissa, so that a shift and a mask make them numbers. In FULL it is read out of the
-memory that oneDNN packed for many rows, where that is laid out for it. Everything is summed in float32. Knows matrices;
-knows no layers.
+The eager kernels (`quantization.py`) serve many rows; these serve one, as part of a compiled layer. A matrix is laid
+out in tiles of 16 outputs, as vectors with one word for each, so that a loop reads it from end to end. Rounded weights
+become bits of a float's mantissa, which takes a shift and a mask. In FULL the matrix is read from the memory that
+oneDNN packed for many rows, if the layout permits. All sums are float32. Knows matrices; knows no layers.
 """
 
 from dataclasses import dataclass
@@ -21,9 +19,9 @@ from dash_runtime.linears.quantization import INT4_GROUP_SIZE, quantize_int4, qu
 TILE = 16
 """Outputs of one tile: the float32 lanes of an AVX-512 register."""
 _NUM_SUMS = 4
-"""Independent sums, so that an addition need not wait for the one before it."""
+"""Independent partial sums, so that an addition need not wait for the one before it."""
 _ONE = 0x3F80_0000
-"""The bits of 1.0: those of a rounded weight, put below them, make a number between 1 and 2."""
+"""The bits of 1.0. With the bits of a rounded weight put below, they make a number between 1 and 2."""
 _MANTISSA_BITS = 23
 _INT4_BITS, _INT8_BITS = 4, 8
 _INT8_OFFSET = 128
@@ -31,7 +29,7 @@ _FULL_UNROLL = 8
 _PACKED_UNROLL = 4
 _HIGH_HALF = -1 << 16
 _MOST_ROWS_UNROLLED = 4
-"""Of more rows, the sums of a whole block's outputs do not fit into the registers."""
+"""The most rows for which the sums of a whole block's outputs fit into the registers."""
 
 
 class RowMatrix(Protocol):
@@ -39,19 +37,21 @@ class RowMatrix(Protocol):
 
     @property
     def is_shared(self) -> bool:
-        """Whether its memory is also that of a product for many rows."""
+        """True if a product for many rows uses the same memory."""
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What a compiled program is given."""
+        """Returns the inputs of a compiled program."""
 
     def outputs_from(self, first: int) -> "RowMatrix":
-        """The part for the outputs from `first` on, a multiple of 16, and for less than a block before them where it
-        is made in blocks."""
+        """Returns the part for the outputs from `first` on, a multiple of 16.
+
+        A block-packed matrix may include up to 63 earlier outputs.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class FullRowMatrix:
-    """bf16 `[tiles, in_features / 8, 8, 16]`."""
+    """A bf16 matrix, `[tiles, in_features / 8, 8, 16]`."""
 
     tiles: Tensor
     is_shared = False
@@ -71,8 +71,7 @@ class FullRowMatrix:
 
 @dataclass(frozen=True, slots=True)
 class PackedRowMatrix:
-    """The memory of a `PackedLinear`: two bf16 weights of one output in each word, int32 `[blocks, in_features / 2,
-    64]`."""
+    """The memory of a `PackedLinear`, int32 `[blocks, in_features / 2, 64]` with two weights of an output in a word."""
 
     words: Tensor
     is_shared = True
@@ -86,7 +85,10 @@ class PackedRowMatrix:
 
 @dataclass(frozen=True, slots=True)
 class Int8RowMatrix:
-    """Four weights plus 128 in each word, int32 `[tiles, in_features / 32, 8, 16]`; scales `[out_features]`."""
+    """An INT8 matrix, int32 `[tiles, in_features / 32, 8, 16]` with four weights plus 128 in a word.
+
+    Scales are `[out_features]`.
+    """
 
     words: Tensor
     scales: Tensor
@@ -106,7 +108,10 @@ class Int8RowMatrix:
 
 @dataclass(frozen=True, slots=True)
 class Int4RowMatrix:
-    """Eight weights in each word, int32 `[tiles, groups, 4, 16]`; scales and zeros `[tiles, groups, 16]`."""
+    """An INT4 matrix, int32 `[tiles, groups, 4, 16]` with eight weights in a word.
+
+    Scales and zeros are `[tiles, groups, 16]`.
+    """
 
     words: Tensor
     scales: Tensor
@@ -138,34 +143,38 @@ def pack_row_matrix(action: Action, weight: Tensor) -> RowMatrix:
 
 
 def full_row_matrix(weight: Tensor, linear: Linear) -> RowMatrix:
-    """Lays out `[out_features, in_features]` for `row_product` in FULL, or takes the memory of `linear`, which is the
-    same matrix for many rows, where it is laid out so that one row is as fast with it."""
+    """Lays out `[out_features, in_features]` for `row_product` in FULL, or shares the memory of `linear`.
+
+    `linear` is the same matrix for many rows. Its memory is used if one row is as fast with its layout.
+    """
     words = packed_words(linear)
     return FullRowMatrix.pack(weight) if words is None else PackedRowMatrix(words)
 
 
 def as_row_matrix(action: Action, tensors: tuple[Tensor, ...]) -> RowMatrix:
-    """The matrix that these are the `tensors()` of."""
+    """Returns the matrix whose `tensors()` these are."""
     if action is Action.FULL and tensors[0].dtype is torch.int32:
         return PackedRowMatrix(*tensors)
     return _MATRICES[action](*tensors)
 
 
 def is_packable(out_features: int, in_features: int) -> bool:
-    """Whether these kernels are made for such a matrix."""
+    """Returns True if these kernels can take a matrix of this shape."""
     return out_features % TILE == 0 and in_features % INT4_GROUP_SIZE == 0
 
 
 def row_product(action: Action, inputs: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
-    """float32 `[rows, out_features]` from float32 `inputs` `[rows, in_features]`. To be traced, not run eagerly."""
+    """Returns float32 `[rows, out_features]` from float32 `[rows, in_features]`. To be traced, not run eagerly."""
     if action is Action.FULL:
         return _full_product(inputs, tensors[0])
     return _int8_product(inputs, *tensors) if action is Action.INT8 else _int4_product(inputs, *tensors)
 
 
 def full_products(inputs: Tensor, matrix: Tensor) -> Tensor:
-    """`row_product` in FULL for a fixed number of rows: the same sums, bit for bit, in one loop that reads the weights
-    once."""
+    """Does `row_product` in FULL for a fixed number of rows, in one loop that reads the weights once.
+
+    The sums are the same, bit for bit.
+    """
     is_unrolled = inputs.shape[0] <= _MOST_ROWS_UNROLLED
     return torch.cat([_full_product(row, matrix, is_unrolled) for row in inputs.split(1)])
 
@@ -179,8 +188,10 @@ def _full_product(inputs: Tensor, matrix: Tensor, is_unrolled: bool = True) -> T
 
 
 def _packed_product(inputs: Tensor, words: Tensor, width: int) -> Tensor:
-    """Each loop is over so many outputs of a block, and those of one block are one loop: it reads the block as it lies
-    if there are several, and has fewer sums at a time if there is one."""
+    """Makes a part of each block for every `width` outputs; the compiler joins a block's parts into one loop.
+
+    Several parts read the block in the order of memory. A single part keeps fewer sums at a time.
+    """
     shares = inputs.view(inputs.shape[0], 1, -1, _PACKED_UNROLL, 1)
     steps = words.unflatten(1, (-1, _PACKED_UNROLL // 2))
     sums: list[Tensor] = []
@@ -196,21 +207,21 @@ def _packed_product(inputs: Tensor, words: Tensor, width: int) -> Tensor:
 
 def _int8_product(inputs: Tensor, words: Tensor, scales: Tensor) -> Tensor:
     sums = _word_products(inputs, words, _INT8_BITS).sum(2).view(inputs.shape[0], -1)
-    # A weight is (value − 128) · scale, and what was summed is value / 256 + 1.
+    # A weight is (value − 128) · scale, while the sums are over value / 256 + 1.
     input_sums = inputs.sum(-1, keepdim=True)
     return scales.float() * (sums * 2.0**_INT8_BITS - input_sums * (2.0**_INT8_BITS + _INT8_OFFSET))
 
 
 def _int4_product(inputs: Tensor, words: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     sums = _word_products(inputs, words, _INT4_BITS) * 2.0**_INT4_BITS
-    # A weight is (value − 8) · scale + zero, and what was summed is value + 16.
+    # A weight is (value − 8) · scale + zero, while the sums are over value + 16.
     offsets = zeros.float() - scales.float() * (8 + 2.0**_INT4_BITS)
     input_sums = inputs.view(inputs.shape[0], 1, -1, INT4_GROUP_SIZE).sum(-1, keepdim=True)
     return (sums * scales.float() + offsets * input_sums).sum(2).view(inputs.shape[0], -1)
 
 
 def _word_products(inputs: Tensor, words: Tensor, num_bits: int) -> Tensor:
-    """Each group's sum of `1 + value / 2^num_bits` times its input, `[rows, tiles, groups, 16]`."""
+    """Returns each group's sum of `1 + value / 2^num_bits` times its input, `[rows, tiles, groups, 16]`."""
     values_of_word = 32 // num_bits
     shares = inputs.view(inputs.shape[0], 1, -1, INT4_GROUP_SIZE, 1)
     mask = ((1 << num_bits) - 1) << _MANTISSA_BITS - num_bits
@@ -231,7 +242,7 @@ def _add_up(terms: list[Tensor]) -> Tensor:
 
 
 def _pack_words(values: Tensor, num_bits: int) -> Tensor:
-    """Values `[out, in]` below 2^num_bits in int32 words, `[tiles, groups, words of a group, 16]`."""
+    """Packs values `[out, in]` below 2^num_bits into int32 words, `[tiles, groups, words of a group, 16]`."""
     out_features, in_features = values.shape
     values_of_word = 32 // num_bits
     shape = (out_features // TILE, TILE, in_features // INT4_GROUP_SIZE, -1, values_of_word)
@@ -243,5 +254,5 @@ def _pack_words(values: Tensor, num_bits: int) -> Tensor:
 
 
 def _tile(groups: Tensor) -> Tensor:
-    """`[out, groups]` in the order of the words, `[tiles, groups, 16]`."""
+    """Puts `[out, groups]` in the order of the words, `[tiles, groups, 16]`."""
     return groups.view(-1, TILE, groups.shape[1]).transpose(1, 2).contiguous()

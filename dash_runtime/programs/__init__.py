@@ -1,1 +1,1 @@
-"""Compiled programs: what Inductor traces, and the cache of what it makes."""
+"""Compiled programs: the modules that Inductor traces, and the cache of the results."""

@@ -1,7 +1,8 @@
 """Compiles programs and exits: `python -m dash_runtime.programs.compile_program FILE SPECIFICATION …`.
 
-In a process of its own, so that the compiler's memory and settings do not stay in the one that serves, and several can
-run at once. Each takes several programs: loading Inductor and trying out the C++ compiler takes as long as a program.
+Runs in a process of its own, so that the compiler's memory and settings do not stay in the one that serves, and several
+can run at once. Each compiles several programs, since loading Inductor and trying out the C++ compiler takes as long as
+one program.
 """
 
 import sys
@@ -20,20 +21,20 @@ from dash_runtime.programs.traced_layer import ModelShape
 
 _NEVER = 1_000_000
 _INDUCTOR = {
-    # A product's unrolled terms stay in one loop; what they share is computed once before it.
+    # A product's unrolled terms stay in one loop; their common parts are computed once before it.
     "realize_opcount_threshold": _NEVER,
     "realize_acc_reads_threshold": _NEVER,
     "realize_reads_threshold": 1,
     "cpp.enable_floating_point_contract_flag": "fast",
-    # Half a gigabyte for each set of flags, which takes as long to write as a dozen programs gain by it.
+    # These are half a gigabyte for each set of flags. Writing them takes as long as a dozen programs gain by them.
     "aot_inductor.precompile_headers": False,
 }
 _WITHOUT_CONTRACTION = "off"
-"""Contraction lets a compiler fuse an addition with either of two products, and it takes another one where there are
-more rows. Layers in FULL are to have the same numbers in calls for one row and for several, and wait for memory."""
+"""Contraction lets a compiler fuse an addition with either of two products, and with more rows it picks the other.
+Layers in FULL must give the same numbers in calls for one row and for several. They wait for memory anyway."""
 _WIDE_VECTORS = "native -mprefer-vector-width=512"
-"""A reinterpretation of bits goes through an array, which compilers only see through at one width for all of it; those
-tuned for Intel prefer half of AVX-512's, and INT4 and INT8 then take five times as long."""
+"""Bits are reinterpreted through an array, which compilers only optimise away if all of it has one vector width. Tuned
+for Intel, they prefer half of AVX-512's width, and INT4 and INT8 then take five times as long."""
 
 
 _MODEL_SAMPLES = {
@@ -46,14 +47,14 @@ _MODEL_SAMPLES = {
 
 
 def sample(spec: ProgramSpec) -> Sample:
-    """What the program is traced with."""
+    """Returns the module and the example inputs that the program is traced with."""
     if isinstance(spec.shape, ModelShape):
         return _MODEL_SAMPLES[spec.kind](spec.shape, spec.action, spec.num_rows)
     return example_inputs.policy_sample(spec.shape)
 
 
 def compile_program(spec: ProgramSpec, path: Path) -> None:
-    """Writes the compiled program, whole or not at all."""
+    """Compiles a program into `path`, whole or not at all."""
     import torch._inductor.config as inductor_config
 
     torch.set_num_threads(spec.num_threads)
@@ -74,7 +75,7 @@ def compile_program(spec: ProgramSpec, path: Path) -> None:
 
 
 def main() -> None:
-    """Compiles the command line's programs in turn, up to the first that cannot be."""
+    """Compiles the command line's programs in turn. Stops at the first that fails."""
     die_with_parent()
     for path, spec in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         compile_program(ProgramSpec.from_json(spec), Path(path))

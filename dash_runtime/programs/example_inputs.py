@@ -1,6 +1,6 @@
-"""What a program is traced with: the module, inputs of the right shapes, and which of their dimensions vary.
+"""Samples that programs are traced with: the module, inputs of the right shapes, and their varying dimensions.
 
-Imported where programs are compiled. Knows shapes only.
+Imported only to compile programs. Knows shapes only.
 """
 
 from typing import Any
@@ -23,9 +23,10 @@ Sample = tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]
 _DTYPE = torch.bfloat16
 _SAMPLE_BLOCKS = 37
 _SAMPLE_POSITIONS = 509
-"""Of one sequence: so many that Inductor gives every loop over them to all threads, as a long context wants it."""
+"""Positions of one sequence. They are enough for Inductor to split every loop over them among all threads, which suits
+a long context."""
 _SAMPLE_ROWS = 16
-_MIN_POSITIONS = 2  # a compiler's constant 1 would stand for all lengths
+_MIN_POSITIONS = 2  # the compiler would take a length of 1 for a constant
 _MAX_POSITIONS = 1 << 20
 
 
@@ -77,19 +78,19 @@ def policy_sample(shape: PolicyShape) -> Sample:
 
 
 def _rows(shape: ModelShape, num_rows: int) -> tuple[list[Tensor], list[Any]]:
-    """Keys, values, cosines and sines, of which the number of positions varies."""
+    """Returns keys, values, cosines and sines, and their varying dimensions."""
     kept = [_zeros(_SAMPLE_POSITIONS, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
     positions = {0: _varying("positions", num_rows + 1)}
     return [*kept, *_tables(shape, num_rows)], [positions, positions, None, None]
 
 
 def _pool(shape: ModelShape) -> list[Tensor]:
-    """A pool's keys and values."""
+    """Returns a pool's keys and values."""
     return [_zeros(_SAMPLE_BLOCKS, BLOCK_TOKENS, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
 
 
 def _tables(shape: ModelShape, num_rows: int) -> list[Tensor]:
-    """Cosines and sines."""
+    """Returns cosines and sines."""
     return [_zeros(num_rows, 1, shape.head_dim) for _ in range(2)]
 
 
@@ -107,7 +108,7 @@ def _vectors(shape: ModelShape) -> tuple[Tensor, ...]:
 
 
 def _weights(shape: ModelShape, action: Action) -> tuple[WeightPacking, tuple[Tensor, ...]]:
-    """Of one layer."""
+    """Returns the joined weights of one layer, and their packing."""
     vectors, matrices = _vectors(shape), [_matrix(action, size) for size in shape.matrices()]
     layer_inputs = WeightPacking.of(vectors, matrices)
     return layer_inputs, tuple(layer_inputs.join(vectors, matrices))
@@ -125,6 +126,6 @@ def _zeros(*size: int) -> Tensor:
 
 
 def _fixed(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """For each of these, that nothing varies."""
+    """Returns the varying dimensions of inputs that do not vary."""
     nothing: tuple[Any, ...] = tree_map(lambda _: None, inputs)
     return nothing

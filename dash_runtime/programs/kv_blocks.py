@@ -1,8 +1,8 @@
-"""Which blocks of the pool the rows of a batch attend to, as the program for all of them takes it.
+"""The blocks of the pool that the rows of a batch attend to, as inputs of one program for all rows.
 
-Rows of different lengths share one loop over all their blocks; what its parts come to is then added up row by row
-(flash decoding, Dao et al. 2023, over paged keys and values, Kwon et al. 2023). In numpy, whose small operations take a
-third of torch's. Knows positions; knows no weights.
+Rows of different lengths share one loop over all their blocks; the partial results are then added up row by row (flash
+decoding, Dao et al. 2023, over paged keys and values, Kwon et al. 2023). Uses numpy, whose small operations take a
+third of torch's time. Knows positions; knows no weights.
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 
 BLOCK_TOKENS = 16
-_MIN_PARTS = 2  # a program is not made for a dimension of 1
+_MIN_PARTS = 2  # programs take no dimension of 1
 _PLACES = numpy.arange(BLOCK_TOKENS)
 _ADDED = numpy.array([0, -numpy.inf], numpy.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class AttendedBlocks:
-    """`blocks`, `rows` and `biases` have an entry for each block of each row: its number in the pool, whose it is, and
-    what is added to its scores, float32 `[blocks, BLOCK_TOKENS]`, 0 or minus infinity. `slots` are the pool's tokens
-    that the rows themselves are, `parts` `[rows, most]` each row's entries, −1 where it has fewer than others."""
+    """The blocks that a batch's rows attend to, with one entry for each block of each row.
+
+    An entry has a block's number in the pool (`blocks`), its row (`rows`), and what is added to its scores (`biases`,
+    float32 `[blocks, BLOCK_TOKENS]`, 0 or minus infinity). `slots` `[rows]` are the rows' own tokens in the pool.
+    `parts` `[rows, most]` lists each row's entries, then −1.
+    """
 
     slots: Tensor
     blocks: Tensor
@@ -31,20 +34,22 @@ class AttendedBlocks:
     parts: Tensor
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What a compiled program is given."""
+        """Returns the inputs of a compiled program."""
         return self.slots, self.blocks, self.rows, self.biases, self.parts
 
 
 def attended_blocks(starts: Sequence[int], positions: Sequence[int], window: int | None) -> AttendedBlocks:
-    """The blocks of rows at these positions of sequences that begin at the pool's tokens `starts`; `window`: the latest
-    positions that a row attends to, its own among them, or None for all."""
+    """Returns the blocks of rows at `positions` of sequences that begin at the pool's tokens `starts`.
+
+    `window` is how many of the latest positions a row attends to, its own included; None for all.
+    """
     own, first_tokens = numpy.array(positions), numpy.array(starts)
     first_seen = numpy.zeros_like(own) if window is None else numpy.maximum(own + 1 - window, 0)
     first_block = first_seen // BLOCK_TOKENS
     counts = own // BLOCK_TOKENS + 1 - first_block
     firsts = counts.cumsum() - counts  # each row's first entry
     rows = numpy.arange(len(own)).repeat(counts)
-    numbers = numpy.arange(len(rows)) - (firsts - first_block)[rows]  # in the sequence
+    numbers = numpy.arange(len(rows)) - (firsts - first_block)[rows]  # of each entry's block in its sequence
     tokens = numbers[:, None] * BLOCK_TOKENS + _PLACES
     is_hidden = (tokens > own[rows, None]) | (tokens < first_seen[rows, None])
     places = numpy.arange(max(_MIN_PARTS, counts.max()))

@@ -1,8 +1,8 @@
-"""The weights of one layer as its program takes them: few tensors, most of which are several in one.
+"""Packs the weights of one layer for its program: most of its tensors are joined into a few.
 
-A layer's turn comes after others have gone through the caches, and what a tensor is, beside its numbers, has to come
-from memory again: a layer in INT4 takes five to nine microseconds less with two inputs than with fourteen. Knows
-matrices; knows no programs.
+Before a layer runs again, the other layers have gone through the CPU's caches, so each tensor's metadata has to come
+from memory. A layer in INT4 takes five to nine microseconds less with two inputs than with fourteen. Knows matrices;
+knows no programs.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from dash_runtime.linears.row_kernels import RowMatrix
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One tensor; `is_apart` where its memory is somebody else's too, so that it cannot be joined with others."""
+    """One tensor. `is_apart` is true if its memory is shared with another owner, so that it cannot be joined."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -25,12 +25,12 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class WeightPacking:
-    """How the vectors and matrices of a layer lie in joined tensors: one for each dtype, then those that stay apart."""
+    """The layout of a layer's vectors and matrices in joined tensors: one per dtype, then those that stay apart."""
 
     parts: tuple[_Part, ...]
     num_vectors: int
     matrix_sizes: tuple[int, ...]
-    """Of how many tensors each matrix is."""
+    """The number of tensors of each matrix."""
 
     @classmethod
     def of(cls, vectors: Sequence[Tensor], matrices: Sequence[RowMatrix]) -> "WeightPacking":
@@ -39,7 +39,7 @@ class WeightPacking:
         return cls(tuple(parts), len(vectors), tuple(len(matrix.tensors()) for matrix in matrices))
 
     def join(self, vectors: Sequence[Tensor], matrices: Sequence[RowMatrix]) -> list[Tensor]:
-        """What a program is given, in memory of its own but for what stays apart."""
+        """Returns the inputs of a program: copies, except for the tensors that stay apart."""
         tensors = [*vectors, *(own for matrix in matrices for own in matrix.tensors())]
         paired = list(zip(self.parts, tensors, strict=True))
         joined = [
@@ -49,7 +49,7 @@ class WeightPacking:
         return joined + [own for part, own in paired if part.is_apart]
 
     def split(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[tuple[Tensor, ...], ...]]:
-        """The vectors, and each matrix's tensors, as views of what `join` returned."""
+        """Returns the vectors, and each matrix's tensors, as views of what `join` returned."""
         left = dict(zip(self._joined_dtypes, inputs, strict=False))
         apart = iter(inputs[len(left) :])
         tensors: list[Tensor] = []

@@ -1,7 +1,7 @@
-"""Compiled programs: which there are, where they are kept, and how they are loaded.
+"""Compiled programs: names them, compiles missing ones, and loads them.
 
-A program is one AOTInductor package, made once for a shape, an action and this machine, and read by every later start.
-Knows tensors and files; knows no sequences.
+A program is one AOTInductor package. It is compiled once for a shape, an action and this machine, and every later start
+reads it. Knows tensors and files; knows no sequences.
 """
 
 import json
@@ -30,11 +30,11 @@ from dash_runtime.programs.traced_layer import ModelShape
 from dash_runtime.programs.traced_policy import PolicyShape
 
 _COMPILE_SECONDS = 600
-"""For one program."""
+"""The time limit for one program."""
 
 
 class ProgramKind(StrEnum):
-    """What is compiled (`traced_layer.py`, `programs/traced_policy.py`)."""
+    """The kinds of programs (`traced_layer.py`, `traced_policy.py`)."""
 
     LAYER = "layer"
     ATTENTION = "attention"
@@ -46,7 +46,7 @@ class ProgramKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ProgramSpec:
-    """Which program, for the matrices of which action, made for how many threads and, where it is a layer, rows."""
+    """A program's kind, the action of its matrices, its shape, and its numbers of threads and, for a layer, of rows."""
 
     kind: ProgramKind
     action: Action
@@ -56,7 +56,7 @@ class ProgramSpec:
 
     @property
     def name(self) -> str:
-        """A file's, without its digest."""
+        """The file's name, without digest and ending."""
         rows = "" if self.num_rows == 1 else f"-{self.num_rows}-rows"
         return f"{self.kind}-{self.action.name.lower()}{rows}"
 
@@ -72,7 +72,7 @@ class ProgramSpec:
 
 
 class Program:
-    """A loaded program. Calls take its inputs flat and in order; they may write into them."""
+    """A loaded program. A call takes its inputs as a flat list, in order, and may write into them."""
 
     def __init__(self, path: Path) -> None:
         # One caller, one thread, so the loader needs no pool of runners.
@@ -86,7 +86,7 @@ class Program:
 def load_programs(
     specs: Sequence[ProgramSpec], folder: Path, progress: Callable[[str], None]
 ) -> dict[ProgramSpec, Program] | None:
-    """The programs, compiled into `folder` where they are not there yet; None where this machine cannot compile."""
+    """Returns the programs; compiles missing ones into `folder`. Returns None if this machine cannot compile."""
     paths = {spec: folder / f"{spec.name}-{_digest(spec)}.pt2" for spec in specs}
     programs = {spec: program for spec, path in paths.items() if (program := _load(path)) is not None}
     missing = [spec for spec in paths if spec not in programs]
@@ -109,12 +109,12 @@ def load_programs(
 
 
 def programs_digest() -> str:
-    """Differs where programs are made otherwise: what was measured of them then holds no longer."""
+    """Returns a digest that changes if programs are compiled differently, so that their measurements no longer hold."""
     return digest(_surroundings())
 
 
 def _load(path: Path) -> Program | None:
-    """None where it is not there, or damaged: then it is compiled again."""
+    """Returns None if the file is missing or damaged; the program is then compiled again."""
     try:
         return Program(path) if path.exists() else None
     except RuntimeError:
@@ -122,7 +122,7 @@ def _load(path: Path) -> Program | None:
 
 
 def _compile(specs: Sequence[ProgramSpec], paths: Mapping[ProgramSpec, Path], scratch: str) -> None:
-    """In one process. What it leaves and shares with its neighbours goes into `scratch`, not the system's folder."""
+    """Compiles in one process. Its temporary files go into `scratch`, shared with its neighbours, not the system's."""
     command = [sys.executable, "-m", "dash_runtime.programs.compile_program"]
     for spec in specs:
         command += str(paths[spec]), spec.to_json()
@@ -143,12 +143,12 @@ def _digest(spec: ProgramSpec) -> str:
 
 @lru_cache  # the same for all programs of a start
 def _surroundings() -> tuple[object, ...]:
-    """Returns all else that compiled code depends on: what is traced, the compiler's version, and the processor."""
+    """Returns all else that compiled code depends on: the traced code, torch's version, Python's and the processor."""
     return traced_code(Path(dash_runtime.__file__).parent), torch.__version__, sys.version_info[:2], _processor()
 
 
 def _processor() -> str:
-    """What the compiler's `-march=native` looks at."""
+    """Returns the processor's features, which the compiler's `-march=native` looks at."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features")))

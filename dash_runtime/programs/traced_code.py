@@ -1,7 +1,7 @@
 """The code that compiled programs depend on, as text to be hashed.
 
-Found by following imports, so that nothing can be left out. Docstrings and comments are no part of it: to edit one must
-not make every user compile again for minutes. Knows sources; imports none of them.
+Follows imports, so that nothing can be left out. Leaves out docstrings and comments: editing one must not make every
+user compile again for minutes. Knows sources; imports none of them.
 """
 
 import ast
@@ -9,11 +9,11 @@ from pathlib import Path
 
 _ROOTS = ("programs.compile_program", "programs.example_inputs")
 _ROOMS = ("linears", "programs")
-"""What is imported from elsewhere does not reach the compiler, or is part of a program's specification."""
+"""Imports from other rooms do not reach the compiler, or are part of a program's specification."""
 
 
 def traced_code(package: Path) -> dict[str, str]:
-    """Returns the syntax trees of the modules below `package` that are traced, by module name."""
+    """Returns the syntax trees of the traced modules below `package`, by module name."""
     trees: dict[str, str] = {}
     waiting = list(_ROOTS)
     while waiting:
@@ -38,7 +38,7 @@ def _imported(tree: ast.AST, package: Path) -> list[str]:
 
 
 class _WithoutTexts(ast.NodeTransformer):
-    """Takes out every expression that is a text and nothing else."""
+    """Removes every expression that is only a text."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | ast.Pass:
         is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

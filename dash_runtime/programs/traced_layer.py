@@ -1,9 +1,9 @@
-"""What is compiled of a decoder: a layer for one row or for a few of one sequence, norm and attention for rows that
-share products, late keys and values of skipped rows, the head.
+"""The parts of a decoder that are compiled, written for Inductor. To be traced, not run eagerly.
 
-The same as `decoder.py` and `batch.py` compute eagerly, written for Inductor: it makes one parallel region of a
-layer, so that its threads are woken once. Everything between the layer's input and output stays float32. To be
-traced, not run eagerly. Knows tensors; knows no sequences.
+They are a layer for one row or for a few of one sequence, norm and attention for rows that share products, late keys
+and values of skipped rows, and the head. They compute the same as `layer_body.py` (a test holds the two together).
+Inductor makes one parallel region of a layer, so that its threads are woken once. Everything between the layer's input
+and output stays float32. Knows tensors; knows no sequences.
 """
 
 from dataclasses import dataclass, fields
@@ -20,7 +20,7 @@ from dash_runtime.programs.packing import WeightPacking
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What the programs of a decoder depend on: all that two models must share to share them."""
+    """Everything that a decoder's programs depend on. Models with equal shapes share programs."""
 
     hidden_size: int
     num_heads: int
@@ -48,16 +48,16 @@ class ModelShape:
 
     @property
     def product_scale(self) -> float:
-        """Of the products of queries and keys."""
+        """The factor of the products of queries and keys."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     @property
     def key_value_size(self) -> int:
-        """Keys and values of one row together."""
+        """The size of one row's keys and values together."""
         return 2 * self.num_kv_heads * self.head_dim
 
     def matrices(self) -> tuple[tuple[int, int], ...]:
-        """`(out_features, in_features)` of query-key-value, output, gate-up and down."""
+        """Returns `(out_features, in_features)` of query-key-value, output, gate-up and down."""
         return (
             (self.query_size + self.key_value_size, self.hidden_size),
             (self.hidden_size, self.query_size),
@@ -67,7 +67,7 @@ class ModelShape:
 
 
 class _Traced(nn.Module):
-    """What is compiled for a shape, with the matrices of an action."""
+    """A module that is compiled for one shape, with the matrices of one action."""
 
     def __init__(self, shape: ModelShape, action: Action) -> None:
         super().__init__()
@@ -76,10 +76,10 @@ class _Traced(nn.Module):
 
 
 class _TracedLayer(_Traced):
-    """What is given the weights of a layer.
+    """A module that takes the weights of a layer, joined (`WeightPacking`).
 
-    These are, joined, the vectors: the weights of the input's norm, the MLP's and, where the model has them, the heads'
-    `[num_heads + num_kv_heads, head_dim]` and the bias of query, key and value; and the matrices: query-key-value,
+    The vectors are the weights of the input norm and the MLP norm and, if the model has them, of the head norm
+    `[num_heads + num_kv_heads, head_dim]` and the bias of query, key and value. The matrices are query-key-value,
     output, gate-up and down.
     """
 
@@ -89,8 +89,10 @@ class _TracedLayer(_Traced):
 
 
 class FewRowsLayer(_TracedLayer):
-    """One layer with one action for a few rows, in FULL if there are several, which are the last of one sequence's
-    keys. Each row's numbers are the same, bit for bit, whether it comes alone or among others."""
+    """One layer with one action, for the last one or few rows of a sequence; several rows run in FULL only.
+
+    Each row's numbers are the same, bit for bit, alone and among others.
+    """
 
     def __init__(self, shape: ModelShape, action: Action, inputs: WeightPacking, num_rows: int) -> None:
         super().__init__(shape, action, inputs)
@@ -111,8 +113,10 @@ class FewRowsLayer(_TracedLayer):
         sines: Tensor,
         weights: tuple[Tensor, ...],
     ) -> Tensor:
-        """`[rows, hidden_size]` to the same; writes the last `rows` of `keys` and `values` `[positions, num_kv_heads,
-        head_dim]`."""
+        """Maps `[rows, hidden_size]` to the same.
+
+        Writes the last `rows` of `keys` and `values`, `[positions, num_kv_heads, head_dim]` each.
+        """
         shape = self._shape
         vectors, matrices = self._inputs.split(weights)
         query_key_value, output, gate_up, down = matrices
@@ -131,8 +135,10 @@ class FewRowsLayer(_TracedLayer):
 
 
 class RowsAttention(_Traced):
-    """The part of a layer between the query-key-value product and the output product, for rows of different sequences
-    whose products are shared (`inductor.py`)."""
+    """The part of a layer between the query-key-value product and the output product.
+
+    For rows of different sequences that share these products (`inductor.py`).
+    """
 
     def forward(
         self,
@@ -148,10 +154,10 @@ class RowsAttention(_Traced):
         sines: Tensor,
         vectors: tuple[Tensor, ...],
     ) -> Tensor:
-        """`[rows, num_heads * head_dim]` from `fused` `[rows, query and key and value]`, bias included.
+        """Returns `[rows, num_heads * head_dim]` from `fused` `[rows, query and key and value]`, bias included.
 
-        Writes into `keys` and `values` `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]`, those of a whole pool; the
-        rest of where is in `blocks.AttendedBlocks`.
+        Writes into a whole pool's `keys` and `values`, `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]` each. For
+        `slots`, `blocks`, `block_rows`, `biases` and `parts` see `kv_blocks.AttendedBlocks`.
         """
         shape = self._shape
         num_rotated = shape.num_heads + shape.num_kv_heads
@@ -167,7 +173,7 @@ class RowsNorm(_Traced):
     """The norm before a product that rows share."""
 
     def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """`[rows, hidden_size]` to the same."""
+        """Maps `[rows, hidden_size]` to the same."""
         return rms_norm(hidden.float(), weight, self._shape.rms_norm_eps).to(hidden.dtype)
 
 
@@ -184,8 +190,10 @@ class LateKeysValues(_TracedLayer):
         sines: Tensor,
         weights: tuple[Tensor, ...],
     ) -> Tensor:
-        """Writes the tokens `slots` `[rows]` of `keys` and `values` `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]`,
-        those of a whole pool, from `hidden` `[rows, hidden_size]`; `cosines` and `sines` are `[rows, 1, head_dim]`."""
+        """Writes the tokens `slots` `[rows]` of a whole pool's `keys` and `values` from `hidden` `[rows, hidden_size]`.
+
+        The pool's are `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]`, `cosines` and `sines` `[rows, 1, head_dim]`.
+        """
         shape = self._shape
         vectors, matrices = self._inputs.split(weights)
         matrix = as_row_matrix(self._action, matrices[0]).outputs_from(shape.query_size)
@@ -202,7 +210,7 @@ class Head(_Traced):
     """The final norm and the language-model head of one row."""
 
     def forward(self, hidden: Tensor, norm: Tensor, matrix: tuple[Tensor, ...]) -> Tensor:
-        """float32 logits `[1, vocab_size]` of the last layer's output `[1, hidden_size]`."""
+        """Returns float32 logits `[1, vocab_size]` from the last layer's output `[1, hidden_size]`."""
         return row_product(self._action, rms_norm(hidden.float(), norm, self._shape.rms_norm_eps), matrix)
 
 
@@ -215,7 +223,7 @@ def write_and_attend(
     sines: Tensor,
     vectors: tuple[Tensor, ...],
 ) -> Tensor:
-    """Writes the rows' keys and values at the end of `keys` and `values`; each attends to all up to its own."""
+    """Writes the rows' keys and values at the end of `keys` and `values`. Each row attends to all up to its own."""
     num_rotated = shape.num_heads + shape.num_kv_heads
     rotated, others = rotate_first_heads(shape, fused, num_rotated, cosines, sines, vectors)
     num_rows = fused.shape[0]
@@ -226,7 +234,7 @@ def write_and_attend(
 
 
 def write_tokens(keys: Tensor, values: Tensor, slots: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
-    """Writes `[rows, num_kv_heads, head_dim]` each at the tokens `slots` of a pool's blocks."""
+    """Writes keys and values, `[rows, num_kv_heads, head_dim]` each, at the tokens `slots` of a pool's blocks."""
     keys.flatten(0, 1)[slots] = new_keys.to(keys.dtype)
     values.flatten(0, 1)[slots] = new_values.to(values.dtype)
 
@@ -234,8 +242,10 @@ def write_tokens(keys: Tensor, values: Tensor, slots: Tensor, new_keys: Tensor, 
 def rotate_first_heads(
     shape: ModelShape, fused: Tensor, num_rotated: int, cosines: Tensor, sines: Tensor, vectors: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
-    """A product taken apart, `[rows, heads, head_dim]` twice: queries, if any, and keys, normed and rotated; then the
-    values as they are."""
+    """Splits a product into queries, if any, and keys, both normed and rotated; and values, as they are.
+
+    Returns `[rows, heads, head_dim]` twice.
+    """
     heads = fused.view(-1, num_rotated + shape.num_kv_heads, shape.head_dim)
     rotated = heads[:, :num_rotated]
     if shape.has_qk_norm:
@@ -248,7 +258,7 @@ def _activated(shape: ModelShape, gate: Tensor) -> Tensor:
 
 
 def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Over the last dimension, in float32."""
+    """Root-mean-square norm over the last dimension, in float32."""
     return inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + eps) * weight
 
 
@@ -259,12 +269,11 @@ def rotate_heads(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """`[rows, num_heads * head_dim]` of the last rows' queries `[rows, num_heads, head_dim]`, each over all keys up to
-    its own.
+    """Attends with the last rows' queries `[rows, num_heads, head_dim]`, each over all keys up to its own.
 
-    As loops over keys, which is less work than the library's attention has in preparing for one query. The heads of a
-    group are written out one by one, so that they share a loop that reads the keys once, as they lie; scores are then
-    turned, as what follows reads them head by head.
+    Returns `[rows, num_heads * head_dim]`. Loops over keys take less time than the library's attention needs to prepare
+    for one query. The heads of a group are written out one by one, so that they share a loop that reads the keys once,
+    in the order of memory. Scores are then transposed, since the next loops read them head by head.
     """
     num_rows, num_heads, head_dim = queries.shape
     num_keys, num_kv_heads, _ = keys.shape
@@ -272,7 +281,7 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Te
     by_group = (queries * scale).view(num_rows, 1, num_kv_heads, group, head_dim)
     own_scores = [(by_group[:, :, :, own] * keys.float()).sum(-1) for own in range(group)]
     scores = torch.stack([own.transpose(1, 2) for own in own_scores], dim=2)
-    if num_rows > 1:  # what comes after a row's own key adds zeros to its sums, which does not change them
+    if num_rows > 1:  # keys after a row's own add zeros to its sums, which does not change them
         last = torch.arange(num_rows).unsqueeze(1) + (num_keys - num_rows)
         scores = scores.masked_fill((torch.arange(num_keys) > last)[:, None, None], float("-inf"))
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
@@ -291,8 +300,10 @@ def attention_over_blocks(
     parts: Tensor,
     scale: float,
 ) -> Tensor:
-    """`attention` of rows of different sequences, each over its own blocks: every block by itself, then each row's
-    together. What a loop reads is written out anew for every head: what is shared would be copied first."""
+    """Attends with rows of different sequences, each over its own blocks: every block alone, then each row's together.
+
+    What a loop reads is written out anew for every head, since a shared tensor would be copied first.
+    """
     num_rows, num_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[2]
     group = num_heads // num_kv_heads

@@ -1,4 +1,4 @@
-"""What is compiled of a learned policy: `FoldedNetwork.scores`, and the best action of each layer.
+"""The compiled part of a learned policy: `FoldedNetwork.scores`, and the best action of each layer.
 
 To be traced, not run eagerly. Knows tensors only.
 """
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True, slots=True)
 class PolicyShape:
-    """What the program depends on. `block_size` is the number of layers that are decided together."""
+    """Everything that the program depends on. `block_size` is the number of layers that are decided together."""
 
     hidden_size: int
     width: int
@@ -22,7 +22,7 @@ class PolicyShape:
 
 
 class FewRowsPolicy(nn.Module):
-    """Scores and choices of one block; those of a row are the same whatever rows are with it."""
+    """Scores and choices of one block. A row's are the same whatever other rows are with it."""
 
     def __init__(self, shape: PolicyShape) -> None:
         super().__init__()
@@ -38,11 +38,11 @@ class FewRowsPolicy(nn.Module):
         output_weight: Tensor,
         output_bias: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """`[rows, block_size]` indices of actions and float32 scores `[rows, block_size, num_actions]`.
+        """Returns indices of actions `[rows, block_size]` and float32 scores `[rows, block_size, num_actions]`.
 
-        Of one block: `terms` `[width]`, `output_weight` `[block_size * num_actions, width]` and `output_bias`
-        `[block_size * num_actions]`; of the network: `hidden_weight` `[width, hidden_size]`, `fact_weight` `[facts,
-        width]`. `hidden` is `[rows, hidden_size]`, `facts` `[rows, facts]`.
+        `hidden` is `[rows, hidden_size]`, `facts` `[rows, facts]`. The block has `terms` `[width]`, `output_weight`
+        `[block_size * num_actions, width]` and `output_bias` `[block_size * num_actions]`. The whole network has
+        `hidden_weight` `[width, hidden_size]` and `fact_weight` `[facts, width]`.
         """
         state = hidden.float()
         scale = state.shape[-1] ** 0.5 * torch.rsqrt(state.square().sum(-1, keepdim=True).clamp_min(1e-24))

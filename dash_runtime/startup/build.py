@@ -1,7 +1,7 @@
-"""From a checkpoint folder to an engine that is ready to serve: load, calibrate, measure, warm up.
+"""Builds an engine that is ready to serve from a checkpoint folder: loads, calibrates, measures, warms up.
 
-What was fitted and measured is kept beside the converted models, so that every later start reads it: a plan drawn for
-a budget is then the same from one start to the next. Knows folders; knows no environment and no processes.
+Fits and measurements are kept beside the converted models, and every later start reads them. So a plan drawn for a
+budget is the same from one start to the next. Knows folders; knows no environment and no processes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,17 +48,17 @@ SHIPPED_POLICIES = Path(__file__).parent.parent / "policies"
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """Where and how to run. `device` is `auto` or torch's name for one."""
+    """The options of an engine. `device` is `auto` or torch's name for one."""
 
     device: str = "auto"
     precision: str = "bfloat16"
     num_threads: int | None = None
     policy_file: Path | None = None
-    """None: the shipped ones, where there are some for this model."""
+    """None: the shipped policies for this model, if any."""
     compile_layers: bool = True
-    """Whether decoding runs compiled programs, where this machine can make them."""
+    """True if decoding runs compiled programs, provided that this machine can make them."""
     least_drafting_gain: float = LEAST_GAIN
-    """The expected speed over full depth's below which EXACT does not draft; 0: it always does."""
+    """The least expected speed, as a multiple of full depth's, at which EXACT drafts; 0: it always does."""
 
 
 def build_engine(
@@ -139,8 +139,10 @@ def assemble_engine(
     eos_token_ids: frozenset[int] | None = None,
     planner: GroupPlanner | None = None,
 ) -> Engine:
-    """An engine over a decoder that was made for `context_length` positions. Sequences end at `eos_token_ids`, the
-    model's own where there are none."""
+    """Returns an engine over a decoder that was made for `context_length` positions.
+
+    Sequences end at `eos_token_ids`; None means the model's own.
+    """
     model = decoder.config
     facts = ModelFacts(
         name=model.name,
@@ -159,7 +161,7 @@ def assemble_engine(
 
 
 def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:
-    """`(out_features, in_features)` of the matrices that a quantised action needs kernels for."""
+    """Returns `(out_features, in_features)` of the matrices that a quantised action needs kernels for."""
     query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     return {
         (query + 2 * key, model.hidden_size),
@@ -170,7 +172,7 @@ def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:
 
 
 def policy_spec(policy: LearnedPolicy) -> ProgramSpec:
-    """The program that evaluates the policy: in one thread, since waking another takes longer than a row."""
+    """Returns the program that evaluates the policy, in one thread, since waking another takes longer than a row."""
     return ProgramSpec(ProgramKind.POLICY, Action.FULL, policy.shape, 1)
 
 
@@ -183,7 +185,7 @@ def _load_programs(
     folder: Path,
     progress: Progress,
 ) -> Mapping[ProgramSpec, Program] | None:
-    """The programs for this model and its policies; None where everything is to run eagerly."""
+    """Returns the programs for this model and its policies; None if everything runs eagerly."""
     if not device_of(device).compiles_layers or dtype is not torch.bfloat16 or not can_compile(model):
         return None
     num_threads = torch.get_num_threads()

@@ -1,9 +1,9 @@
 """Measures what each action costs on this device: the cost table.
 
-Knows the decoder; knows no policies. Interleaves the actions and walks through all layers, so that caches and
-a drifting clock treat them alike, and takes minima: what else runs on the machine only ever adds, and the table is
-kept. A skip is charged with all of what it leaves to a later row (pending_kv.py), as if that row came next: what the
-row after it takes longer.
+Interleaves the actions and walks through all layers, so that caches and a drifting clock treat them alike. Takes
+minima, since other work on the machine only adds time, and the table is kept. A skip is charged with all the work that
+it leaves to a later row (`pending_kv.py`): with the extra time of that row, as if it came next.
+Knows the decoder; knows no policies.
 """
 
 import time
@@ -25,7 +25,7 @@ _ROUNDS = 12
 
 @torch.inference_mode()
 def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _ROUNDS) -> CostTable:
-    """The cost table at one row over a context of 256 tokens, or what the model's context holds."""
+    """Returns the cost table for one row over a context of 256 tokens, or as many as the model's context holds."""
     batch = decoder.batch(PassKind.DECODE, filled_caches(decoder), [1], [compensation])
     hidden = decoder.embed([0])
     layer_seconds: dict[Action, list[float]] = {action: [] for action in decoder.actions}
@@ -42,7 +42,7 @@ def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _R
         others = [action for action in decoder.actions if action is not Action.SKIP]
         measured: list[tuple[list[float], Callable[[], object]]] = [
             *((layer_seconds[action], partial(run_layers, action)) for action in others[:-1]),
-            ([], partial(run_layers, Action.FULL)),  # both FULL passes follow one, for what that leaves in the caches
+            ([], partial(run_layers, Action.FULL)),  # so both FULL passes follow one, with the same caches
             (layer_seconds[Action.FULL], partial(run_layers, Action.FULL)),
             (layer_seconds[Action.SKIP], partial(run_layers, Action.SKIP)),
             (late_seconds, partial(run_layers, Action.FULL)),
@@ -65,8 +65,11 @@ def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _R
 
 @torch.inference_mode()
 def measure_verification(decoder: Decoder, lengths: Sequence[int], rounds: int = _ROUNDS) -> dict[int, float]:
-    """What verifying a draft takes, a full-depth pass over its tokens and the one before, head included, over what one
-    token takes; by the length of the draft. Lengths that the model's context cannot hold are left out."""
+    """Measures the time to verify a draft, by its length, as a multiple of the time for one token.
+
+    A verification is a full-depth pass over the draft's tokens and the one before, head included. Lengths that the
+    model's context cannot hold are left out.
+    """
     fitting = [length for length in lengths if length + 1 < decoder.context_length]
     (cache,) = filled_caches(decoder, num_more=1 + max(fitting, default=0))
     seconds: dict[int, list[float]] = {length: [] for length in (0, *fitting)}
@@ -90,7 +93,7 @@ def measure_verification(decoder: Decoder, lengths: Sequence[int], rounds: int =
 def filled_caches(
     decoder: Decoder, count: int = 1, num_more: int = 1, num_tokens: int = _CONTEXT_TOKENS
 ) -> list[SequenceCache]:
-    """Contexts of `num_tokens` each, or what the model's context holds, with room for `num_more`."""
+    """Returns contexts of `num_tokens` each, or as many as the model's context holds, with room for `num_more`."""
     context = min(num_tokens, decoder.context_length - num_more)
     caches = decoder.caches([context + num_more] * count)
     for cache in caches:
@@ -99,7 +102,7 @@ def filled_caches(
 
 
 def timed(device: torch.device, work: Callable[[], object]) -> float:
-    """Seconds until the device is done with it."""
+    """Returns the seconds until the device has done the work."""
     started = time.perf_counter()
     work()
     device_of(device).synchronise()

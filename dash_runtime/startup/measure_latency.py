@@ -1,7 +1,7 @@
-"""Measures what a layer takes on this device by action and number of rows: the planner's table.
+"""Measures a layer's time on this device by action and number of rows: the planner's table.
 
-Knows the decoder; knows no policies. Like `measure.py` it interleaves what it compares and takes minima; unlike it,
-several sequences decode together, each over its own context.
+Interleaves its measurements and takes minima, like `measure.py`. But here several sequences decode together, each over
+its own context. Knows the decoder; knows no policies.
 """
 
 from collections.abc import Sequence
@@ -18,21 +18,21 @@ from dash_runtime.startup.measure import filled_caches, timed
 _ROWS = (1, 2, 4, 8, 16)
 _ROUNDS = 12
 _MAX_LAYERS = 8
-"""Layers of a pass, spread over the model: enough that one finds none of its weights in a near cache, few enough that
-a start need not wait for all of them."""
+"""Layers of a pass, spread over the model: enough that none finds its weights in a near cache, few enough that a start
+need not wait for all of them."""
 
 
 @torch.inference_mode()
 def measure_latencies(
     decoder: Decoder, compensation: Compensation, rows: tuple[int, ...] = _ROWS, rounds: int = _ROUNDS
 ) -> LatencyTable:
-    """The table for groups of `rows` rows, over contexts of 256 tokens, or what the model's context holds.
+    """Returns the table for groups of `rows` rows, over contexts of 256 tokens, or as many as the model's holds.
 
     A skip is charged with its own pass and, as in the cost table, with the keys and values that it leaves to a later
-    one, as if all rows that skipped ran next: what that pass takes longer.
+    pass. That is the extra time of a pass in which all rows run that skipped just before.
 
     Args:
-        rows: ascending from 1; a batch of other sizes goes by what lies between, and beyond.
+        rows: ascending from 1; other sizes are interpolated or extrapolated.
     """
     layers = _spread(decoder.num_layers)
     caches = filled_caches(decoder, max(rows))
@@ -63,7 +63,7 @@ def measure_latencies(
 
 
 def _spread(num_layers: int) -> Sequence[int]:
-    """At most `_MAX_LAYERS` layers, the first and the last among them."""
+    """Returns at most `_MAX_LAYERS` layers, the first and the last among them."""
     if num_layers <= _MAX_LAYERS:
         return range(num_layers)
     return [place * (num_layers - 1) // (_MAX_LAYERS - 1) for place in range(_MAX_LAYERS)]

@@ -1,7 +1,7 @@
-"""Tries which calls for several rows of a sequence give each row the bits that it has alone, on this machine.
+"""Tries which calls for several rows of a sequence give each row the same bits as alone, on this machine.
 
-A C++ compiler may add the same product in another order where there are more rows, and does on some processors. Knows
-the decoder; knows no sequences.
+With more rows, a C++ compiler may sum the same product in another order, and does so for some processors. Knows the
+decoder; knows no sequences.
 """
 
 from collections.abc import Collection, Sequence
@@ -14,13 +14,13 @@ from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.kv_cache import SequenceCache
 
-# Sums in another order mostly round to the same bf16, but hardly in so many calls.
+# Sums in another order mostly round to the same bf16, but hardly in all of this many calls.
 _NUM_CALLS = 150
 
 
 @torch.inference_mode()
 def unequal_counts(decoder: Decoder, counts: Collection[int]) -> set[int]:
-    """Returns those numbers of rows whose calls give other bits than calls for a row each, in the first layer."""
+    """Returns the numbers of rows whose calls give other bits than calls for one row each, in the first layer."""
     return {count for count in counts if count > 1 and not _is_equal(decoder, count)}
 
 

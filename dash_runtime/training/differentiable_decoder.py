@@ -22,11 +22,11 @@ from dash_runtime.errors import ConfigError
 from dash_runtime.model_config import ModelConfig
 
 Gates = Callable[[int, Tensor], Tensor | None]
-"""`(layer, its input [batch, length, hidden_size])` to the share of the layer's own output in what goes on,
-`[batch, length, 1]` in 0…1, or None where it runs in full for all."""
+"""Maps `(layer, its input [batch, length, hidden_size])` to the share of the layer's own output in the blend,
+`[batch, length, 1]` in 0…1; None if the layer runs in full for all."""
 
 Compensate = Callable[[int, Tensor], Tensor]
-"""`(layer, its input [rows, hidden_size])` to what replaces its output; every `Compensation` is one."""
+"""Maps `(layer, its input [rows, hidden_size])` to what replaces its output; every `Compensation` is one."""
 
 _LOGIT_ROWS = 128
 
@@ -36,8 +36,8 @@ class DifferentiableDecoder:
 
     Args:
         weights: tensors by their Hugging Face names, in the shapes that `config` asks for.
-        recomputes_layers: keep only each layer's input for the backward pass and run the layer again there: a third
-            more time for a small part of the memory.
+        recomputes_layers: if True, keep only each layer's input for the backward pass and run the layer again there.
+            That takes a third more time, and a small part of the memory.
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class DifferentiableDecoder:
         return rotary_tables(self.config.ropes, self.config.head_dim, length, self.dtype, self.device)
 
     def run(self, token_ids: Tensor, gates: Gates, compensate: Compensate) -> Tensor:
-        """The last layer's output, `[batch, length, hidden_size]`, of int64 `[batch, length]`, teacher-forced.
+        """Returns the last layer's output, `[batch, length, hidden_size]`, for int64 `[batch, length]`, teacher-forced.
 
-        What leaves a layer is `g · layer(hidden) + (1 − g) · compensate(layer, hidden)`. Keys and values come from the
+        A layer passes on `g · layer(hidden) + (1 − g) · compensate(layer, hidden)`. Keys and values come from the
         layer's input in every row, whatever its gate (the KV rule). `gates` is called once per layer, in order.
         """
         length = token_ids.shape[1]
@@ -87,7 +87,7 @@ class DifferentiableDecoder:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 `[..., vocab_size]` from the last layer's output `[..., hidden_size]`."""
+        """Returns float32 `[..., vocab_size]` from the last layer's output `[..., hidden_size]`."""
         logits = functional.linear(self._final_norm(hidden), self._head).float()
         return logits if self.config.logits_multiplier == 1 else logits * self.config.logits_multiplier
 
@@ -96,8 +96,8 @@ class DifferentiableDecoder:
         if gate is None:
             return outputs
         compensated = compensate(layer, hidden.flatten(0, 1)).view_as(hidden)
-        # lerp is exact at 0 and 1, and its slope is the difference taken before it is multiplied: the two outputs are
-        # large and alike, so their separate products would cancel badly in bf16.
+        # lerp is exact at 0 and 1, and its slope takes the difference before it multiplies. The two outputs are large
+        # and alike, so separate products would cancel badly in bf16.
         return torch.lerp(compensated, outputs, gate.to(hidden.dtype))
 
     def _run_layer(self, layer: int, hidden: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class DifferentiableDecoder:
         return run_layer_body(self.config.block, weights, weights, hidden, partial(self._attend, layer))
 
     def _attend(self, layer: int, normed: Tensor) -> Tensor:
-        """Causal attention, `[batch, length, num_heads * head_dim]`."""
+        """Returns causal attention, `[batch, length, num_heads * head_dim]`."""
         config, weights = self.config, self._layers[layer]
         length = normed.shape[1]
         counts, table = (config.num_heads, config.num_kv_heads), self._rotary[layer]
@@ -131,12 +131,12 @@ def all_full(layer: int, hidden: Tensor) -> None:
 
 
 def pass_on(layer: int, hidden: Tensor) -> Tensor:
-    """The compensation of full depth, which has no use for any."""
+    """The compensation of full depth, which never uses it."""
     return hidden
 
 
 def fixed_gates(skipped: Tensor) -> Gates:
-    """Gates of 0 where bool `[num_layers, batch, length]` says skipped, 1 elsewhere."""
+    """Returns gates of 0 where bool `skipped` `[num_layers, batch, length]` is true, and 1 elsewhere."""
     is_whole = [not bool(layer.any()) for layer in skipped]
 
     def gates(layer: int, hidden: Tensor) -> Tensor | None:
@@ -148,7 +148,7 @@ def fixed_gates(skipped: Tensor) -> Gates:
 
 
 def keep_prompts(gates: Gates, num_prompt_tokens: int) -> Gates:
-    """The same gates, but each sequence's first `num_prompt_tokens` positions run in full."""
+    """Returns the same gates, except that each sequence's first `num_prompt_tokens` positions run in full."""
 
     def kept(layer: int, hidden: Tensor) -> Tensor | None:
         gate = gates(layer, hidden)
@@ -160,7 +160,7 @@ def keep_prompts(gates: Gates, num_prompt_tokens: int) -> Gates:
 
 
 def token_batch(sequences: Sequence[Sequence[int]], num_prompt_tokens: int) -> Tensor:
-    """The sequences as int64 `[batch, length]`.
+    """Returns the sequences as int64 `[batch, length]`.
 
     Raises:
         ConfigError: there are none, they differ in length, or they are all prompt.
@@ -174,17 +174,17 @@ def token_batch(sequences: Sequence[Sequence[int]], num_prompt_tokens: int) -> T
 
 
 def row_divergences(decoder: DifferentiableDecoder, full: Tensor, ours: Tensor) -> Tensor:
-    """KL(full-depth distribution ‖ ours) in nats for each row, float32 `[rows]`, differentiable in `ours`.
+    """Returns KL(full-depth distribution ‖ ours) in nats for each row, float32 `[rows]`, differentiable in `ours`.
 
-    Both are last-layer outputs, `[rows, hidden_size]`. The logits of only a few rows exist at a time, in the backward
-    pass too.
+    Both inputs are last-layer outputs, `[rows, hidden_size]`. Logits exist for only a few rows at a time, in the
+    backward pass too.
     """
     divergence: Tensor = _RowDivergences.apply(ours, full, decoder)
     return divergence
 
 
 class _RowDivergences(torch.autograd.Function):
-    """A row's divergence depends on that row's state alone, so its slope is known as soon as its logits are."""
+    """Computes divergences and, in the same pass, their slopes: each depends on the state of its own row alone."""
 
     @staticmethod
     def forward(ctx: Any, ours: Tensor, full: Tensor, decoder: DifferentiableDecoder) -> Tensor:

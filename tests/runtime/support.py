@@ -1,4 +1,4 @@
-"""What several runtime tests need: decoders, sequences of rows, and a decoder that records instead."""
+"""Helpers of several runtime tests: decoders, passes over rows, costs, and an engine's events."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +44,7 @@ def run_rows(
     plans: Sequence[Sequence[Action]],
     compensation: Compensation | None = None,
 ) -> Tensor:
-    """Logits of all rows, with one plan per sequence (its rows share it)."""
+    """Runs one pass and returns the logits of all rows. The rows of a sequence share its plan."""
     lengths = [len(ids) for ids in token_ids]
     is_decoding = all(length == 1 and cache.length for cache, length in zip(caches, lengths, strict=True))
     kind = PassKind.DECODE if is_decoding else PassKind.PREFILL
@@ -78,13 +78,13 @@ def some_low_rank(decoder: Decoder, rank: int = 4) -> LowRank:
 
 
 def some_costs(num_layers: int = 6) -> CostTable:
-    """Layers cost 10, 20 and 30 % of FULL; the head as much as two layers."""
+    """Returns a table in which layers cost 10, 40 and 60 % of FULL, and the FULL head as much as two layers."""
     layer = {Action.SKIP: 0.1, Action.INT4: 0.4, Action.INT8: 0.6, Action.FULL: 1.0}
     return CostTable.from_seconds(num_layers, layer, {Action.INT8: 1.0, Action.FULL: 2.0}, 0.2)
 
 
 def drain(engine: Engine) -> dict[str, list[EngineEvent]]:
-    """Steps until nothing is left to do; the events by request."""
+    """Steps until nothing is left to do; returns the events by request."""
     events: dict[str, list[EngineEvent]] = {}
     while engine.has_work:
         for event in engine.step():

@@ -1,7 +1,6 @@
-"""Decoding with programs instead of eagerly: the same mathematics, the same caches, and rows that do not touch each
-other.
+"""Decoding with programs gives the same numbers and caches as eager decoding, and rows do not affect each other.
 
-Every property is tested with the programs' modules run as they are, for several families, and once with the programs
+Every property is tested with the programs' modules run uncompiled, for several families, and once with the programs
 that matter compiled.
 """
 
@@ -35,12 +34,12 @@ pytestmark = pytest.mark.alone
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 272}
 NUM_THREADS = 2
 MAX_DIVERGENCE = 0.01
-"""In nats. Rounding to bf16 at other places makes a tenth of it, plans in another order a hundred times as much."""
+"""Nats. Rounding to bf16 at other places makes a tenth of this, plans in another order a hundred times as much."""
 Plan = Sequence[Action]
 
 
 class UncompiledProgram(Program):
-    """What the compiled program was made from, run eagerly."""
+    """A program's module, run eagerly."""
 
     def __init__(self, spec: ProgramSpec) -> None:
         self._module, inputs, _ = sample(spec)
@@ -52,7 +51,7 @@ class UncompiledProgram(Program):
 
 @dataclass(frozen=True)
 class Decoders:
-    """One model three times: as programs that rows run alone or share products of, and eagerly."""
+    """One model three times: as programs with each row alone, as programs with shared products, and eagerly."""
 
     alone: Decoder
     shared: Decoder
@@ -60,7 +59,7 @@ class Decoders:
     running: Plan
     """Actions that all three have layers for."""
     is_compiled: bool
-    """Whether the programs are, and not run eagerly in their place."""
+    """True if the programs are compiled, False if their modules run eagerly."""
 
     @property
     def actions(self) -> Plan:
@@ -113,7 +112,7 @@ def decoders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def divergence(expected: Tensor, logits: Tensor) -> float:
-    """The largest of the rows' KL divergences, in nats."""
+    """Returns the largest of the rows' KL divergences, in nats."""
     targets, own = expected.log_softmax(-1), logits.log_softmax(-1)
     return float((targets.exp() * (targets - own)).sum(-1).max())
 
@@ -125,7 +124,7 @@ def prefilled(decoder: Decoder, prompt: Sequence[int]) -> SequenceCache:
 
 
 def prefilled_together(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> list[SequenceCache]:
-    """Caches of one pool, as an engine has them."""
+    """Returns prefilled caches of one pool, as in an engine."""
     caches = decoder.caches([64] * len(prompts))
     for cache, prompt in zip(caches, prompts, strict=True):
         run_rows(decoder, [cache], [prompt], [full_plan(decoder)])
@@ -133,7 +132,10 @@ def prefilled_together(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> li
 
 
 def mixed_plans(decoders: Decoders, count: int) -> list[Plan]:
-    """Any action in any layer, but the second layer, and the last with its window, skip until they run at the end."""
+    """Returns plans with any action in any layer; the last plan runs every layer in FULL.
+
+    The second layer, and the last with its window, skip until then.
+    """
     generator = torch.Generator().manual_seed(5)
     num_layers = decoders.eager.num_layers
     choices = torch.randint(len(decoders.actions), (count, num_layers), generator=generator).tolist()
@@ -145,14 +147,14 @@ def mixed_plans(decoders: Decoders, count: int) -> list[Plan]:
 
 
 def decode(decoder: Decoder, cache: SequenceCache, plans: Sequence[Plan], affine: Affine | None = None) -> Tensor:
-    """Logits of some tokens, decoded one after another with these plans."""
+    """Decodes some tokens one after another with these plans; returns their logits."""
     tokens = [(37 * step + 11) % 250 for step in range(len(plans))]
     steps = zip(tokens, plans, strict=True)
     return torch.cat([run_rows(decoder, [cache], [[token]], [plan], affine) for token, plan in steps])
 
 
 def assert_same_cache(own: SequenceCache, expected: SequenceCache) -> None:
-    """Keys and values within what bf16 rounds, and nothing left pending in one only."""
+    """Asserts that keys and values agree within bf16's rounding, and that both have the same rows pending."""
     assert own.length == expected.length
     assert list(map(len, own.pending)) == list(map(len, expected.pending))
     for layer, pending in enumerate(own.pending):
@@ -212,7 +214,7 @@ def test_keys_and_values_of_skipped_rows_are_written_by_the_time_a_row_attends(
                 batch.commit()
             assert len(skipping.pending[1]) < MAX_PENDING
         assert skipping.pending[1] == []
-        # Those that nobody attended to in time are the full layer's, whichever action runs after them.
+        # Keys and values that wait for a row that runs are projected with that row's action.
         late = slice(3 + num_skipped // MAX_PENDING * MAX_PENDING, skipping.length)
         for own_rows, expected in ((skipping.keys[1], running.keys[1]), (skipping.values[1], running.values[1])):
             torch.testing.assert_close(own_rows[late], expected[late], rtol=0.01, atol=0.01)

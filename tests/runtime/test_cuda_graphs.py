@@ -1,6 +1,6 @@
-"""Layers run as graphs compute what layers do, and a device that cannot make graphs runs without them.
+"""Layers run as graphs compute the same as without, and a device that cannot make graphs runs without them.
 
-Graphs are imitated where there is no CUDA: a replay runs the function again and writes into its first outputs.
+Without CUDA, graphs are imitated: a replay runs the function again and writes into its first outputs.
 """
 
 import logging
@@ -23,7 +23,7 @@ Plan = list[Action]
 
 
 class ImitatedGraphs:
-    """Captures, and counts."""
+    """Imitates capture and replay, and counts both."""
 
     def __init__(self, change: float = 0.0) -> None:
         self.num_captured = 0
@@ -53,7 +53,7 @@ def plans_of(num_layers: int, num_rows: int, step: int) -> list[Plan]:
 
 
 def decoded(decoder: Decoder, num_rows: int, num_steps: int = 12) -> torch.Tensor:
-    """Logits of some steps of several sequences, any action in any layer, then all in full."""
+    """Returns the logits of some steps of several sequences: with any action in any layer, and at last all in FULL."""
     caches = decoder.caches([64] * num_rows)
     for row, cache in enumerate(caches):
         run_rows(decoder, [cache], [range(1, 4 + row)], [full_plan(decoder)])
@@ -107,7 +107,7 @@ def test_a_device_that_cannot_says_so_once_and_runs_without(
 
 
 class JournalCuda:
-    """Notes in which order streams wait and a graph is captured."""
+    """Notes the order in which streams wait and a graph is captured."""
 
     def __init__(self) -> None:
         self.journal: list[str] = []

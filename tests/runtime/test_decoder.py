@@ -1,4 +1,4 @@
-"""One layer at a time: actions, the KV rule, and rows that do not touch each other."""
+"""Layers one at a time: actions, the KV rule, and rows that do not affect each other."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def decoder(tiny_folder: Path) -> Decoder:
 
 
 def mixed_plans(decoder: Decoder, num_rows: int) -> list[list[Action]]:
-    """A different plan for each row, with every action in every layer."""
+    """Returns a different plan for each row, with every action in every layer."""
     return [
         [ALL_ACTIONS[(row + layer) % len(ALL_ACTIONS)] for layer in range(decoder.num_layers)]
         for row in range(num_rows)
@@ -131,7 +131,7 @@ def test_each_row_is_compensated_by_its_own_policy(decoder: Decoder) -> None:
 
 
 class NamedBackend:
-    """Notes its name, and takes passes of one sequence only, or all."""
+    """Notes its name when it runs. Takes all passes, or only those of one sequence."""
 
     def __init__(self, name: str, journal: list[str], takes_all: bool = True) -> None:
         self._name, self._journal, self._takes_all = name, journal, takes_all
@@ -149,7 +149,7 @@ class NamedBackend:
 
 
 def test_a_pass_is_run_by_the_first_backend_of_its_kind_that_takes_it(decoder: Decoder) -> None:
-    """A prompt's lone last row, above all, is not run as a decoded one: its bits are those that it has among others."""
+    """Above all, a prompt's lone last row is not run as decoding: it must have the same bits as in a longer pass."""
     journal: list[str] = []
     single, every = NamedBackend("single", journal, takes_all=False), NamedBackend("every", journal)
     other = NamedBackend("prefill", journal)

@@ -1,4 +1,4 @@
-"""Mode EXACT in the engine: full depth's own tokens, whatever drafts, wherever a draft is cut short."""
+"""Mode EXACT in the engine gives full depth's tokens, whatever drafts them and wherever a draft is cut short."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Every row attends to its own positions, all of them or those of its window, and to nothing else."""
+"""Every row attends to its own positions, all or those in its window, and to nothing else."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""One number of tokens for all sequences, in one piece of memory that each has a piece of."""
+"""All sequences share one number of tokens, and each has one piece of the pool's memory."""
 
 from pathlib import Path
 

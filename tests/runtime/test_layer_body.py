@@ -1,4 +1,4 @@
-"""A layer's arithmetic stands twice, for eager passes and for Inductor, and is the same."""
+"""A layer's arithmetic is written twice, for eager passes and for Inductor, and both compute the same."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_the_traced_layer_computes_what_the_layer_body_does(family: str, variant
     outputs = traced(hidden, own_keys, own_values, cosines, sines, joined)
 
     def body(block: BlockConfig) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer's output, and the keys and values that it adds."""
+        """Returns the layer's output, and the keys and values that it adds."""
         added: list[Tensor] = []
 
         def attend(normed: Tensor) -> Tensor:

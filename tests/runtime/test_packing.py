@@ -1,4 +1,4 @@
-"""A layer's weights in few tensors: what comes out is what went in, and nothing is copied that must not be."""
+"""Packing a layer's weights into few tensors loses nothing, and copies no shared memory."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from dash_runtime.programs.packing import WeightPacking
 
 @dataclass(frozen=True)
 class Matrix:
-    """Of any tensors."""
+    """A matrix of any tensors."""
 
     own: tuple[Tensor, ...]
     is_shared: bool = False

@@ -1,4 +1,4 @@
-"""The decoder against transformers, which is the definition of right."""
+"""The decoder agrees with transformers, the reference."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def test_greedy_tokens_of_the_embedded_model_equal_those_of_transformers(embedde
     prompts = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in PROMPTS]
     outputs = decode_greedily(decoder, prompts)
     for prompt, prompt_ids, output in zip(PROMPTS, prompts, outputs, strict=True):
-        # What is the most probable after each beginning is what greedy generation writes.
+        # Greedy generation writes the most probable token after each beginning.
         most_probable = reference(torch.tensor([prompt_ids + output])).logits[0].argmax(-1).tolist()
         assert most_probable[len(prompt_ids) - 1 : -1] == output, prompt
     generated = reference.generate(
@@ -56,7 +56,7 @@ def test_greedy_tokens_of_the_embedded_model_equal_those_of_transformers(embedde
 
 
 def decode_greedily(decoder: Decoder, prompts: list[list[int]]) -> list[list[int]]:
-    """`NUM_TOKENS` after each prompt, at full depth, all of them in one batch."""
+    """Returns `NUM_TOKENS` tokens after each prompt, decoded at full depth in one batch."""
     plans = [full_plan(decoder)] * len(prompts)
     caches = [new_cache(decoder) for _ in prompts]
     outputs = [

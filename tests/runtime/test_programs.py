@@ -1,4 +1,4 @@
-"""Which programs a model needs, where they are kept, and what a start says where there are none."""
+"""The programs that a model needs, where they are kept, and what a start says if it has none."""
 
 import shutil
 from dataclasses import replace
@@ -42,7 +42,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def failing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Something is called g++, but does nothing."""
+    """A g++ that only fails."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "g++").write_text("#!/bin/sh\nexit 1\n")
@@ -67,7 +67,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(folder: Path, *specs: ProgramSpec) -> tuple[dict[ProgramSpec, Program] | None, list[str]]:
-    """The programs, and what was said."""
+    """Returns the programs, and the progress messages."""
     said: list[str] = []
     return load_programs(specs, folder, said.append), said
 

@@ -1,4 +1,4 @@
-"""A prompt's numbers are the same, bit for bit, wherever its passes begin: what reusing a part of it rests on."""
+"""A prompt's numbers are the same, bit for bit, wherever its passes begin. The prefix cache relies on this."""
 
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -30,13 +30,13 @@ from tests.tiny_models import FAMILIES, save_tiny_model
 pytestmark = pytest.mark.alone
 
 MATRICES = [(960, 576), (576, 576), (3072, 576), (576, 1536), (1000, 96)]
-"""`(out_features, in_features)`: those of the embedded model, and one that fits no tile."""
+"""`(out_features, in_features)` of the embedded model's matrices, and one that fits no tile."""
 SERVED_MATRICES = [
     *((960, 576), (384, 576), (576, 576), (3072, 576), (576, 1536)),
     *((1152, 896), (256, 896), (896, 896), (9728, 896), (896, 4864)),
     *((2048, 1536), (512, 1536), (1536, 1536), (17920, 1536), (1536, 8960)),
 ]
-"""Those of the embedded model, of Qwen2.5 0.5B and of Qwen2.5 1.5B."""
+"""The matrices of the embedded model, of Qwen2.5 0.5B and of Qwen2.5 1.5B."""
 SERVED_HEADS = [(49152, 576), (151936, 896), (151936, 1536)]
 PRODUCTS = (make_full_linear, partial(BatchInvariantLinear, WidenedLinear))
 _TOGETHER = 64
@@ -44,7 +44,7 @@ _TOGETHER = 64
 
 @torch.inference_mode()
 def prefilled(decoder: Decoder, prompt: Sequence[int], passes: Sequence[int]) -> list[Tensor]:
-    """Keys and values of all layers, and the last token's logits."""
+    """Returns the keys and values of all layers, and the last token's logits."""
     cache = new_cache(decoder, len(prompt))
     start = 0
     for length in passes:
@@ -60,7 +60,7 @@ def prefilled(decoder: Decoder, prompt: Sequence[int], passes: Sequence[int]) ->
 
 
 def passes_from(decoder: Decoder, num_tokens: int, starts: Sequence[int]) -> list[int]:
-    """Lengths of the passes that begin at `starts`, and go on from there as long as they may."""
+    """Returns the lengths of passes that begin at `starts`, each as long as it may be."""
     lengths = [end - start for start, end in zip((0, *starts), (*starts, num_tokens), strict=True)]
     most = decoder.max_prompt_rows
     return [min(most, length - first) for length in lengths for first in range(0, length, most)]
@@ -114,7 +114,7 @@ def test_a_row_of_a_served_models_product_is_bit_equal_among_any_number_of_other
 def test_a_row_of_a_served_models_head_is_bit_equal_among_any_number_of_others(
     shape: tuple[int, int], has_bias: bool
 ) -> None:
-    """Heads are decoded with only: no prompt has all its rows there."""
+    """Tests only the numbers of rows that decoding has, since a prompt never has all its rows in the head."""
     assert_rows_are_invariant(make_full_linear, shape, has_bias, counts=range(1, 18))
 
 
@@ -129,7 +129,7 @@ def test_a_row_of_a_quantised_product_is_bit_equal_among_any_number_of_others(
 def assert_rows_are_invariant(
     make_product: Callable[[FullLinear], Linear], shape: tuple[int, int], has_bias: bool, counts: Iterable[int]
 ) -> None:
-    """With sums whose terms cancel, so that another order shows in nearly every one, and with usual ones."""
+    """Tries sums whose terms cancel, where another order nearly always shows, and usual sums."""
     product = make_product(FullLinear(cancelling_weight(shape), torch.zeros(shape[0]).bfloat16() if has_bias else None))
     for inputs in (cancelling_inputs(shape[1]), some_inputs(shape[1])):
         expected = torch.cat([product(rows) for rows in inputs.split(_TOGETHER)])
@@ -139,13 +139,13 @@ def assert_rows_are_invariant(
 
 
 def cancelling_weight(shape: tuple[int, int]) -> Tensor:
-    """`[out_features, in_features]`: the later half of each row is the earlier half again."""
+    """Returns `[out_features, in_features]` in which the later half of each row mirrors the earlier half."""
     half = torch.randn(64, shape[1] // 2, generator=torch.Generator().manual_seed(1))
     return torch.cat((half, half.flip(1)), dim=1).bfloat16().repeat(-(-shape[0] // 64), 1)[: shape[0]]
 
 
 def cancelling_inputs(in_features: int) -> Tensor:
-    """The later half of each row takes away what the earlier half adds to a sum of `cancelling_weight`."""
+    """Returns rows whose later half subtracts what the earlier half adds to a sum with `cancelling_weight`."""
     half = torch.randn(MAX_INVARIANT_ROWS, in_features // 2, generator=torch.Generator().manual_seed(2))
     return torch.cat((half, -half.flip(1)), dim=1).bfloat16()
 
@@ -183,8 +183,8 @@ def test_rows_are_cut_into_the_cheapest_calls_that_there_are() -> None:
 
 
 def test_the_activation_rounds_the_same_wherever_a_number_stands() -> None:
-    """The ends of what a thread is given may run through other code than the rest, at places that depend on the number
-    of rows."""
+    """The ends of a thread's share may run through other code than the rest, and lie where the number of rows puts
+    them."""
     numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
     numbers = numbers[numbers.isfinite()]
     alone = torch.cat([functional.silu(number) for number in numbers.split(1)])

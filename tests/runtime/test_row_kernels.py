@@ -1,4 +1,4 @@
-"""Products of one row: what the packed matrices stand for, row by row and part by part."""
+"""Products of one row with packed matrices are right, row by row and part by part."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ SHAPES = [(16, 32), (48, 32), (16, 160), (80, 96)]
 
 
 def some_weight(out_features: int, in_features: int) -> Tensor:
-    """bf16, with outputs of very different sizes, a constant group and an output of zeros."""
+    """Returns bf16 with outputs of very different sizes, a constant group and an output of zeros."""
     generator = torch.Generator().manual_seed(out_features + in_features)
     weight = torch.randn(out_features, in_features, generator=generator)
     weight *= torch.logspace(-3, 2, out_features).unsqueeze(1)
@@ -40,12 +40,12 @@ def some_weight(out_features: int, in_features: int) -> Tensor:
 
 
 def some_inputs(num_rows: int, in_features: int) -> Tensor:
-    """float32 with a mean, which products that subtract an offset have to get right."""
+    """Returns float32 with a mean, which products that subtract an offset have to get right."""
     return torch.randn(num_rows, in_features, generator=torch.Generator().manual_seed(num_rows)) + 0.5
 
 
 def rounded(action: Action, weight: Tensor) -> Tensor:
-    """The float32 matrix that the action's kernel stands for."""
+    """Returns the action's rounded matrix in float32."""
     if action is Action.INT4:
         return dequantize_int4(*quantize_int4(weight))
     if action is Action.INT8:
@@ -55,7 +55,7 @@ def rounded(action: Action, weight: Tensor) -> Tensor:
 
 
 def error(outputs: Tensor, inputs: Tensor, matrix: Tensor) -> float:
-    """The largest error, as a share of the sum of its terms' sizes."""
+    """Returns the largest error, as a share of the sum of its terms' absolute values."""
     expected = inputs.double() @ matrix.double().T
     scale = inputs.double().abs() @ matrix.double().abs().T
     assert outputs.shape == expected.shape
@@ -147,7 +147,7 @@ def test_the_part_for_later_outputs_is_had_from_whatever_memory(first: int) -> N
 @pytest.mark.parametrize("num_rows", [4, 8])
 @pytest.mark.parametrize("out_features", [80, 192])
 def test_a_product_for_a_fixed_number_of_rows_equals_rows_one_by_one(num_rows: int, out_features: int) -> None:
-    # Bit by bit only once compiled: test_compiled.py.
+    # Bit-equal only when compiled, which test_compiled.py tests.
     (matrix,) = shared(some_weight(out_features, 96)).tensors()
     inputs = some_inputs(num_rows, 96)
     alone = torch.cat([row_product(Action.FULL, row, (matrix,)) for row in inputs.split(1)])

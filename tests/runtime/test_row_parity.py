@@ -1,4 +1,4 @@
-"""Calls for several rows are used only where each row has the numbers that it has alone, on the machine at hand."""
+"""Calls for several rows are used only if each row has the same numbers as alone, on the machine at hand."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.runtime.support import load_decoder
 
 
 class RoundingDecoder:
-    """A decoder whose first layer does nothing, but for one row in a hundred of the calls of four rows."""
+    """A decoder whose first layer changes nothing, except one row in a hundred in calls of four rows."""
 
     context_length = 512
 

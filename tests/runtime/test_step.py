@@ -1,4 +1,4 @@
-"""The heart: what is decided when, from what, and by whom."""
+"""One decode step: when each layer is decided, from which state, and by which policy."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ EDGES = frozenset((0, NUM_LAYERS - 1))
 
 
 class RecordingPolicy:
-    """Decides by what it sees, and keeps it: skips where the observed state's sum is positive."""
+    """Skips rows whose observed state has a positive sum, and records every state that it sees."""
 
     name = "recording"
     head = Action.FULL
@@ -43,7 +43,7 @@ class RecordingPolicy:
 
 
 class JournalDecoder:
-    """A real decoder whose layer runs are written into a journal."""
+    """A real decoder that writes its layer runs into a journal."""
 
     def __init__(self, decoder: Decoder, journal: list[Any]) -> None:
         self._decoder = decoder
@@ -63,7 +63,7 @@ def decoder(tiny_folder: Path) -> Decoder:
 
 
 def step(decoder: Any, lane: Lane, policies: dict[int, Any], token_ids: list[int]) -> StepOutput:
-    """One decode step after a prompt of three tokens, row i with `policies[i]`."""
+    """Runs one decode step after prompts of three tokens; row i has `policies[i]`."""
     caches = [new_cache(decoder) for _ in token_ids]
     for row, cache in enumerate(caches):
         run_rows(decoder, [cache], [[row, 2, 3]], [full_plan(decoder)])
@@ -178,7 +178,7 @@ def test_lanes_count_the_time_that_the_decoder_loses() -> None:
 
 
 class FakeCuda:
-    """Keeps the order of what a CUDA lane asks of streams and events."""
+    """Notes the order of a CUDA lane's calls to streams and events."""
 
     def __init__(self) -> None:
         self.journal: list[str] = []
@@ -230,7 +230,7 @@ class FakeCuda:
 
 
 class FakeHidden:
-    """Stands for a tensor on the device, and notes who is told to keep its memory."""
+    """Stands for a tensor on the device, and notes the streams that its memory is kept for."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         self._cuda = cuda

@@ -1,4 +1,4 @@
-"""Compiled programs are made anew where what they were made from changes, and nowhere else."""
+"""Programs are compiled anew when the code that they are made from changes, and only then."""
 
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ PACKAGE = Path(dash_runtime.__file__).parent
 
 
 def digest_after(folder: Path, file: str, old: str, new: str) -> str:
-    """That of a copy of the package in which one text is another."""
+    """Returns the digest of a copy of the package in which `old` is replaced by `new`."""
     copy = folder / "dash_runtime"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "policies"))
     source = (copy / file).read_text()

@@ -1,4 +1,4 @@
-"""What a backend is. Knows batches; knows no models."""
+"""The interface of a backend. Knows batches; knows no models."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -18,9 +18,9 @@ class Backend(Protocol):
     def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
         """Runs one layer with each row's own action, `[rows, hidden_size]` to the same.
 
-        Every row's keys and values are written, a skipped one's from the layer's input and no later than a row attends
-        to them (the KV rule). Nothing is written into `hidden`, nor later into what is returned: a policy may still be
-        reading it.
+        Every row's keys and values are written before a row attends to them; a skipped row's come from the layer's
+        input (the KV rule). `hidden` and the returned tensor are never written to afterwards, since a policy may still
+        be reading them.
         """
 
     def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:

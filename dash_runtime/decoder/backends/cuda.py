@@ -14,7 +14,7 @@ from dash_runtime.model_config import ModelConfig
 
 
 class CudaBackend(EagerBackend):
-    """What of a layer does not depend on positions, before and after attention, is a graph each."""
+    """Replays two graphs per layer: the parts before and after attention, which do not depend on positions."""
 
     def __init__(self, config: ModelConfig, layers: Sequence[DecoderLayer], heads: Heads, graphs: Graphs) -> None:
         super().__init__(config, layers, heads)

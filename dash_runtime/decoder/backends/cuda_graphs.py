@@ -1,8 +1,8 @@
-"""CUDA graphs of the parts of a layer that do not depend on positions: what comes before attention, and what follows.
+"""CUDA graphs of the parts of a layer that do not depend on positions: the part before attention and the part after it.
 
-A layer is some twenty kernels of a few microseconds, and launching each takes about as long; a graph launches them at
-once. There is one for each part, layer, action and number of rows, made when it is first wanted. What is given is
-copied to where its graph reads it, with rows that nobody looks at up to the next number that there are graphs for.
+A layer is some twenty kernels of a few microseconds, and launching each takes about as long; a graph launches them all
+at once. There is one graph for each part, layer, action and number of rows, captured when it is first needed. Inputs
+are copied to where the graph reads them, and padded to the next number of rows that has graphs.
 Knows functions of tensors; knows no layers.
 """
 
@@ -15,19 +15,19 @@ from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
 Capture = Callable[[Callable[[], Tensors]], tuple[Tensors, Callable[[], object]]]
-"""Runs a function once, on the tensors that it closes over; returns its outputs and what computes them anew, in
-place. Raises RuntimeError where that cannot be done."""
+"""Runs a function once, on the tensors that it closes over. Returns its outputs, and a function that recomputes them in
+place. Raises RuntimeError if the device cannot."""
 
 _BUCKETS = (1, 2, 4, 8, 16, 32)
-_TOLERANCE = 0.05  # of the largest number: other kernels may serve another number of rows
+_TOLERANCE = 0.05  # of the largest number, since another number of rows may get other kernels
 _logger = logging.getLogger(__name__)
 
 
 class Graphs:
-    """Runs functions as graphs, each of which is captured on its first call.
+    """Runs functions as graphs. Each is captured on its first call.
 
-    Where capturing fails, or a first replay comes to something else than the function itself, the reason is logged and
-    everything runs without graphs from then on.
+    If capturing fails, or a first replay differs from the function's own result, the reason is logged and everything
+    runs without graphs from then on.
     """
 
     def __init__(self, capture: Capture, buckets: Sequence[int] = _BUCKETS) -> None:
@@ -37,8 +37,10 @@ class Graphs:
         self.is_broken = False
 
     def run(self, key: Hashable, function: Callable[..., Tensors], inputs: Tensors) -> Tensors:
-        """`function(*inputs)`, a function of rows: every input and output is `[rows, …]`. `key` tells functions, and
-        the shapes and types of their inputs, apart. The outputs are copies, and the caller's to keep."""
+        """Returns `function(*inputs)`. Every input and output is `[rows, …]`; the outputs are copies that stay valid.
+
+        `key` must differ for another function, and for other shapes or types of inputs.
+        """
         num_rows = len(inputs[0])
         bucket = next((size for size in self._buckets if size >= num_rows), None)
         if self.is_broken or bucket is None:
@@ -60,7 +62,7 @@ class Graphs:
 
 class _Graph:
     def __init__(self, capture: Capture, function: Callable[..., Tensors], inputs: Tensors, bucket: int) -> None:
-        # Rows that nobody looks at are the first one again: any numbers will do that make no exceptions.
+        # Padding repeats the first row: any numbers would do that raise no exceptions.
         self._inputs = [given[:1].expand(bucket, *given.shape[1:]).clone() for given in inputs]
         self._outputs, self._replay = capture(lambda: function(*self._inputs))
 
@@ -77,10 +79,10 @@ def _is_close(own: Tensor, expected: Tensor) -> bool:
 
 
 def cuda_capture(device: torch.device, cuda: Any = torch.cuda) -> Capture:
-    """Captures on a stream of its own. All graphs share a pool of memory: they run one after another, and each one's
-    outputs are copied before the next.
+    """Returns a capture on a stream of its own.
 
-    `cuda` is `torch.cuda`, or anything with its `Stream`, `CUDAGraph`, `graph_pool_handle`, `stream` and
+    All graphs share a pool of memory, since they run one after another and each one's outputs are copied before the
+    next runs. `cuda` is `torch.cuda`, or anything with its `Stream`, `CUDAGraph`, `graph_pool_handle`, `stream` and
     `current_stream`.
     """
     stream, pool = cuda.Stream(device), cuda.graph_pool_handle()

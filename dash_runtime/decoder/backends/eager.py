@@ -21,7 +21,7 @@ class EagerBackend:
     """Groups rows by action and runs each group with that action's kernels.
 
     Args:
-        layers: packed for the rows that its passes have: few, or many.
+        layers: packed for few rows or for many, whichever this backend's passes have.
     """
 
     def __init__(self, config: ModelConfig, layers: Sequence[DecoderLayer], heads: Heads) -> None:
@@ -54,12 +54,15 @@ class EagerBackend:
         return scatter_rows(parts, batch.num_rows)
 
     def _run_part(self, part: Part, layer: int, action: Action, *inputs: Tensor) -> Tensors:
-        """Runs a part of a layer whose rows all take one action."""
+        """Runs a part of a layer for rows that all take one action."""
         return part(self._layers[layer], action, *inputs)
 
     def _project(self, layer: int, projection: Projection) -> Tensors:
-        """Returns rotated queries `[rows of the pass, num_heads, head_dim]`, rotated keys and values `[projected rows,
-        num_kv_heads, head_dim]`. Skipped rows have no query; theirs is arbitrary, or missing if all skip."""
+        """Returns rotated queries, rotated keys, and values.
+
+        Queries are `[rows of the pass, num_heads, head_dim]`, keys and values `[projected rows, num_kv_heads,
+        head_dim]` each. A skipped row's query is arbitrary, or missing if all rows skip.
+        """
         groups = group_rows(projection.actions)
         inputs = (projection.hidden, projection.cosines, projection.sines)
         if len(groups) == 1:

@@ -1,4 +1,4 @@
-"""Decoding with compiled programs: one call for one row and layer, or shared products for a group of rows in FULL.
+"""Decodes with compiled programs: one call per row and layer, or shared products for a group of rows in FULL.
 
 For passes of one row per sequence, and for verification. Knows layers and rows; knows no policies and no requests.
 """
@@ -26,12 +26,15 @@ from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpe
 from dash_runtime.programs.traced_layer import ModelShape
 
 _VERIFIED_ROWS = (8, 4, 1)
-"""Rows of one sequence that one call takes in FULL; more are several calls."""
+"""Rows of one sequence that one call can take in FULL. More rows take several calls."""
 
 
 def program_specs(model: ModelConfig, actions: Sequence[Action], num_threads: int) -> list[ProgramSpec]:
-    """Returns the programs that decoding needs: a layer and late keys and values for each action that runs, a layer in
-    FULL for a few rows of one sequence, attention, and the INT8 head."""
+    """Returns the programs that decoding needs.
+
+    They are a layer, and late keys and values, for each action that runs; a layer in FULL for a few rows of one
+    sequence; norm and attention for rows that share products; and the INT8 head.
+    """
     running = [action for action in actions if action is not Action.SKIP]
     wanted = [(kind, action) for kind in (ProgramKind.LAYER, ProgramKind.LATE) for action in running]
     if Action.INT8 in actions:
@@ -46,7 +49,7 @@ def program_specs(model: ModelConfig, actions: Sequence[Action], num_threads: in
 
 
 def can_compile(model: ModelConfig) -> bool:
-    """Returns True if the programs can stand for this model's layers."""
+    """Returns True if the programs can compute this model's layers."""
     block = model.block
     is_known = block.norm_placement is NormPlacement.BEFORE and block.qk_norm in (None, QkNorm.HEAD)
     has_only_known_biases = not (block.has_output_bias or block.has_mlp_bias)
@@ -57,7 +60,7 @@ def can_compile(model: ModelConfig) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _SharedNorms:
-    """The norms of a layer whose rows share products, as programs. See `layer_body.Norms`."""
+    """The norms, as programs, of a layer whose rows share products. See `layer_body.Norms`."""
 
     norm: Program
     input_weight: Tensor
@@ -73,7 +76,7 @@ class _SharedNorms:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One layer's inputs of the programs, by action if they differ, and its matrices for rows that share products."""
+    """One layer's inputs for the programs, by action if they differ, and its matrices for rows that share products."""
 
     vectors: list[Tensor]
     weights: Mapping[Action, list[Tensor]]
@@ -82,11 +85,11 @@ class _Layer:
 
 
 class InductorBackend:
-    """The layers of one decoder as programs.
+    """Runs the layers of one decoder as programs.
 
     Args:
-        programs: those of `program_specs`.
-        shares_products: if True, more than `most_rows_apart` rows in FULL share their products. That is faster, and a
+        programs: one for each of `program_specs`.
+        shares_products: if True, more than `most_rows_apart` rows in FULL share their products. That is faster, but a
             row's rounding then depends on whether it has neighbours. Otherwise each row runs alone.
     """
 
@@ -98,7 +101,7 @@ class InductorBackend:
             for spec, program in sorted(programs.items(), key=lambda item: -item[0].num_rows)
             if spec.kind is ProgramKind.LAYER and spec.action is Action.FULL
         }
-        """By the rows that a call takes, most first."""
+        """Programs by the number of rows that a call takes, largest first."""
         self._running = [action for kind, action in self._programs if kind is ProgramKind.LAYER]
         self.shares_products = shares_products
         self._layers: list[_Layer] = []
@@ -106,16 +109,16 @@ class InductorBackend:
 
     @property
     def verified_rows(self) -> tuple[int, ...]:
-        """Rows of one sequence that a call takes in FULL, most first."""
+        """Numbers of rows of one sequence that a call can take in FULL, largest first."""
         return tuple(self._full_programs)
 
     def drop_verified_rows(self, counts: Collection[int]) -> None:
-        """Makes no more calls for so many rows; calls for one remain."""
+        """Makes no more calls for these numbers of rows. Calls for one row remain."""
         for count in set(counts) - {1}:
             del self._full_programs[count]
 
     def add_layer(self, weights: LayerWeights, layer: DecoderLayer) -> None:
-        """Packs the next layer's matrices; `layer` has those for many rows in FULL."""
+        """Packs the next layer's matrices for the programs; `layer` has those for eager passes in FULL."""
         assert weights.input_norm is not None
         assert weights.mlp_norm is not None
         vectors = [weights.input_norm.weight, weights.mlp_norm.weight]
@@ -132,18 +135,18 @@ class InductorBackend:
         self._layers.append(_Layer(vectors, inputs, norms, linears.for_many_rows()))
 
     def set_heads(self, heads: Mapping[Action, Head], shared: Head) -> None:
-        """Takes the heads by precision, and one for many rows at once."""
+        """Sets the heads by precision, and the one for many rows at once."""
         self.logits = Heads(heads, shared if self.shares_products else None, most_rows_apart())
 
     def head(self, precision: Action, weight: Tensor, norm: RmsNorm, multiplier: float) -> Head | None:
-        """Returns the head of that precision as a program, if there is one."""
+        """Returns the head of that precision as a program, or None if there is none."""
         program = self._programs.get((ProgramKind.HEAD, precision))
         if program is None or multiplier != 1:
             return None
         return CompiledHead(program, norm.weight, pack_row_matrix(precision, weight))
 
     def takes(self, batch: Batch) -> bool:
-        """Of verifications it takes those of one sequence."""
+        """Returns True for decoding, and for the verification of one sequence."""
         return batch.kind is PassKind.DECODE or len(batch.spans) == 1
 
     def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
@@ -177,7 +180,7 @@ class InductorBackend:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _calls(self, num_rows: int, takes_several: bool) -> list[int]:
-        """Returns the rows of each call."""
+        """Splits `num_rows` into calls; returns the number of rows of each."""
         calls: list[int] = []
         while (left := num_rows - sum(calls)) > 0:
             calls.append(next(rows for rows in self._full_programs if rows <= left and (takes_several or rows == 1)))
@@ -213,7 +216,7 @@ class InductorBackend:
         return run_layer_body(self._block, own.norms, own.linears, inputs, attend)
 
     def _write_late(self, layer: int, action: Action, batch: Batch, rows: Sequence[int], num_own: int = 0) -> None:
-        """Projects the pending keys and values of the rows' sequences; the last `num_own` of each are of this pass."""
+        """Projects the pending keys and values of the rows' sequences. The last `num_own` of each are of this pass."""
         late = self._programs[ProgramKind.LATE, action]
         late([*batch.take_pending(layer, rows, num_own), *self._layers[layer].weights[action]])
 
@@ -225,7 +228,7 @@ def _pack(action: Action, matrices: Sequence[Tensor], linears: LayerLinears) -> 
 
 
 class CompiledHead:
-    """The final norm and the head as a program, row by row."""
+    """Runs the final norm and the head as a program, row by row."""
 
     def __init__(self, program: Program, norm: Tensor, matrix: RowMatrix) -> None:
         self._program = program
