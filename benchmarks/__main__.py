@@ -1,6 +1,6 @@
 """`make bench`: measures everything in one run, prints it, and keeps it in `benchmarks/results/`.
 
-Run it alone on the machine: two threads that meet at barriers stall on any busy neighbour.
+Run it alone on the machine: threads that wait for each other stall beside any busy process.
 """
 
 import argparse
@@ -56,15 +56,15 @@ def main() -> None:
 
 
 def measure(effort: Effort, cache_folder: Path | None = None, only: str | None = None) -> Report:
-    """Everything, or `only` one section, one after the other; a section that fails is left out with a note."""
+    """Measures all sections in turn, or `only` one. A section that fails is left out with a note."""
     report = Report()
-    # The service first: the models that the other sections load would stay in memory beside it.
+    # The service comes first: models that other sections load would stay in memory beside it.
     if only is None:
         with report.attempt("service"):
             measure_service(report, effort)
     with report.attempt("everything that decodes"):
         setting = load_setting(report, cache_folder or default_cache_folder(os.environ))
-        # As the worker does: what is loaded lives as long as the process, and the collector need not look at it.
+        # As in the worker: loaded objects live as long as the process, so the collector need not visit them.
         gc.collect()
         gc.freeze()
         for name, section in _SECTIONS.items():

@@ -10,7 +10,7 @@ _MOST = STREAMS[-1]
 
 
 def measure_batches(report: Report, setting: Setting, effort: Effort) -> None:
-    """Tokens per second of all streams together."""
+    """Adds tokens per second of all streams together."""
     ours = setting.ours(setting.adaptive)
     works: dict[str, Work] = {}
     for count in STREAMS:

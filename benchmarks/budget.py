@@ -1,4 +1,4 @@
-"""Which compute budget the adaptive figures are taken at: read from the shipped policy's own calibration.
+"""Finds the compute budget of the adaptive figures in the shipped policy's own calibration.
 
 Knows policy files; measures nothing.
 """
@@ -22,7 +22,7 @@ _DIGITS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """Of the default policy: the lowest budget within the limit, the divergence there, and what it recommends."""
+    """The default policy's lowest budget within the limit, the divergence there, and its recommended budget."""
 
     policy: str
     lowest: float
@@ -31,7 +31,7 @@ class Budgets:
 
 
 def shipped_budgets(folder: Path) -> Budgets:
-    """The budgets of the policy that serves the checkpoint in `folder` by default.
+    """Returns the budgets of the policy that serves the checkpoint in `folder` by default.
 
     Raises:
         RuntimeError: no policy is shipped for it, or none of its budgets is within the limit.
@@ -50,9 +50,9 @@ def shipped_budgets(folder: Path) -> Budgets:
 
 
 def lowest_budget(budgets: Sequence[float], divergences: Sequence[float], limit: float) -> tuple[float, float] | None:
-    """The lowest budget whose divergence is within the limit, and that divergence, linear between the points.
+    """Returns the lowest budget whose divergence is within the limit, and that divergence, linear between the points.
 
-    `budgets` ascend. Rounded up to four digits, which a caller can type and a policy can keep.
+    `budgets` ascend. The result is rounded up to four digits, which a caller can type and a policy can keep.
     """
     if divergences[0] <= limit:
         return _rounded_up(budgets[0]), divergences[0]

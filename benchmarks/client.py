@@ -1,6 +1,6 @@
-"""`python -m benchmarks.client`: what the Python client costs. Needs no model; takes minutes, and a network for pip.
+"""`python -m benchmarks.client`: measures what the Python client costs. Needs no model, but minutes, and pip a network.
 
-CPU times are those of this process, so that other work on the machine disturbs them little, but not at all is better.
+CPU times are of this process alone. Other work on the machine still disturbs them a little: leave it idle.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def _paced_server(messages_per_second: float, count: int) -> Iterator[str]:
 
 
 def measure_import(report: Report, runs: int) -> None:
-    """Of `import dash_client` in fresh processes; the first fills the caches and is not counted."""
+    """Times `import dash_client` in fresh processes. The first one fills the caches and is not counted."""
     progress("import")
     times = []
     for _ in range(runs + 1):
@@ -58,7 +58,7 @@ def measure_import(report: Report, runs: int) -> None:
 
 
 def measure_size(report: Report) -> None:
-    """Of all that `pip install dash-llm` brings, compiled bytecode included."""
+    """Adds up the files that `pip install dash-llm` installs, compiled bytecode included."""
     progress("installed size: pip install into a new environment")
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=False)
@@ -71,9 +71,9 @@ def measure_size(report: Report) -> None:
 
 
 def measure_overhead(report: Report, rounds: int, count: int) -> None:
-    """CPU time per message of the client and of bare stubs that read the same stream, in many short turns.
+    """Measures CPU time per message of the client and of bare stubs that read the same stream, in many short turns.
 
-    Most of it is waking up, whose cost swings by a tenth from one turn to the next: only many tell a few hundredths.
+    Most of it is waking up, whose cost varies by a tenth between turns. Only many turns can resolve a few per cent.
     """
     with _paced_server(_MESSAGES_PER_SECOND, count) as target:
 
@@ -112,7 +112,7 @@ def measure_overhead(report: Report, rounds: int, count: int) -> None:
 
 
 def _overheads(values: Mapping[str, list[float]], upper: str, lower: str) -> list[float]:
-    """Of the medians, in each third of the turns: two neighbouring turns differ by more than what is looked for."""
+    """Returns the overhead of the medians in each third of the turns: single turns differ by more than the overhead."""
     pairs = list(zip(values.get(upper, []), values.get(lower, []), strict=True))
     size = len(pairs) // 3
     thirds = [pairs[begin : begin + size] for begin in range(0, 3 * size, size)] if size else []
@@ -159,7 +159,7 @@ async def _drain_async_client(client: AsyncDashClient) -> int:
 
 
 def measure_abandoned(report: Report, runs: int) -> None:
-    """From leaving a loop over a stream, without closing it, until the server has cancelled the request."""
+    """Times how long the server takes to cancel a request whose stream was left in mid-loop, without closing it."""
     progress("abandoned streams")
     times: dict[str, list[float]] = {"abandoned_seconds": [], "async_abandoned_seconds": []}
     with _paced_server(_MESSAGES_PER_SECOND, 1) as target, DashClient(target) as client:
@@ -186,7 +186,7 @@ def measure_abandoned(report: Report, runs: int) -> None:
 
 
 def measure_many(report: Report) -> None:
-    """Streams of one async client at once, each of ten messages."""
+    """Times many simultaneous streams of one async client, each of ten messages."""
     progress(f"{_NUM_STREAMS} streams")
 
     async def run(target: str) -> float:

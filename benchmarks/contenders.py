@@ -1,6 +1,6 @@
-"""Who is measured: our engine, transformers and llama.cpp, each decoding greedily from token ids.
+"""The contenders: our engine, transformers and llama.cpp, each decoding greedily from token ids.
 
-All stand in one process and answer one call, so that they can take turns. Knows models; knows no figures.
+All run in one process behind one call, so that they can take turns. Knows models; knows no figures.
 """
 
 import time
@@ -19,7 +19,7 @@ from dash_runtime.events import SequenceFinished, TokenProduced
 
 
 class Contender(Protocol):
-    """Continues every prompt by `num_tokens`, all at once, whatever tokens they are."""
+    """Continues all prompts at once by `num_tokens`, past any end of sequence."""
 
     def run(self, prompts: Sequence[list[int]], num_tokens: int) -> Run: ...
 
@@ -55,18 +55,18 @@ class EngineContender:
 
 
 class Transformers:
-    """transformers' `generate` in bf16, with its scaled-dot-product attention and its dynamic cache."""
+    """transformers' `generate` in bf16, with scaled-dot-product attention and a dynamic cache."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
         self._model.eval()
-        # Without an end-of-sequence token: no processor has to forbid it, and nothing has to look for it.
+        # Without an end-of-sequence token, no processor forbids it and nothing looks for it.
         self._model.generation_config = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=0)
 
     def run(self, prompts: Sequence[list[int]], num_tokens: int, **assistance: object) -> Run:
-        """`assistance` is what `generate` takes for drafting."""
+        """`assistance` holds the arguments of `generate` for drafting."""
         inputs = torch.tensor(prompts)
         arrivals: list[tuple[float, int]] = []
 
@@ -91,7 +91,7 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python, on the GGUF file as it is; the largest logit is taken without a sampler."""
+    """llama.cpp through llama-cpp-python, on the unchanged GGUF file. Takes the largest logit, without a sampler."""
 
     def __init__(self, file: Path, num_threads: int) -> None:
         import llama_cpp

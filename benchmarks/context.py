@@ -1,4 +1,4 @@
-"""What a long context costs: decode speed behind 1,500 tokens beside that behind 50."""
+"""Compares decode speed behind 1,500 tokens of context with that behind 50."""
 
 from benchmarks.contenders import Contender
 from benchmarks.figures import Report
@@ -7,11 +7,11 @@ from benchmarks.setting import FULL_DEPTH, Setting
 
 _SHORT, _LONG = 50, 1500
 _MAX_NEW_TOKENS = 64
-"""The short context should stay short."""
+"""Few, so that the short context stays short."""
 
 
 def measure_long_context(report: Report, setting: Setting, effort: Effort) -> None:
-    """The ratio in both modes."""
+    """Adds the ratio in both modes."""
     num_tokens = min(effort.num_tokens, _MAX_NEW_TOKENS)
     modes = {"full": (FULL_DEPTH, "≥ 0.75"), "adaptive": (setting.adaptive, "≥ 0.55")}
     works: dict[str, Work] = {}

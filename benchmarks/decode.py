@@ -1,4 +1,4 @@
-"""One stream: decode and prefill speed of every contender, and what of the memory's bandwidth that uses."""
+"""One stream: decode and prefill speed of every contender, and the share of memory bandwidth that decoding uses."""
 
 from collections.abc import Mapping
 
@@ -29,7 +29,7 @@ _RATIOS = {
 
 
 def measure_decode(report: Report, setting: Setting, effort: Effort) -> None:
-    """Tokens per second of every contender, the ratios that are asked for, and the policy's exposed share."""
+    """Adds tokens per second of every contender, the ratios with targets, and the policy's exposed share."""
     contenders: dict[str, Contender] = {
         "full_depth": setting.ours(FULL_DEPTH),
         "int8": setting.ours(INT8),
@@ -62,7 +62,7 @@ def measure_decode(report: Report, setting: Setting, effort: Effort) -> None:
 
 
 def measure_prefill(report: Report, setting: Setting, effort: Effort) -> None:
-    """Prompt tokens per second until the first new token is there."""
+    """Adds prompt tokens per second, until the first new token is chosen."""
     contenders: dict[str, Contender | None] = {
         "prefill_tokens_per_second": setting.ours(FULL_DEPTH),
         "prefill_tokens_per_second_transformers": setting.transformers,
@@ -89,7 +89,7 @@ def _add_bandwidth(report: Report, setting: Setting, values: Mapping[str, list[f
 
 
 def _plan(engine: Engine, prompt: list[int], skip: SkipOptions) -> bytes:
-    """The actions of one decoded token."""
+    """Returns the actions of one decoded token."""
     request = GenerationRequest(
         "plan", prompt, StoppingParameters(2, ignore_eos=True), skip=skip, return_decisions=True
     )

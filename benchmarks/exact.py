@@ -1,6 +1,6 @@
-"""EXACT over many prompts: its speed beside full depth's and transformers', and what became of its drafts.
+"""EXACT over many prompts: its speed beside full depth's and transformers', and how its drafts fared.
 
-Every prompt is a round of its own, in which all contenders take turns: the figures' spread is that of the prompts.
+Each prompt is one round, in which all contenders take turns: the spread of a figure is over the prompts.
 """
 
 import statistics
@@ -23,7 +23,7 @@ _LOOKED_UP_TOKENS = 10
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Greedy tokens, tokens per second after the first one, and the drafts of mode EXACT."""
+    """Greedy tokens, tokens per second after the first one, and the draft statistics of mode EXACT."""
 
     token_ids: list[int]
     tokens_per_second: float
@@ -31,7 +31,7 @@ class Output:
 
 
 def generate(engine: Engine, prompt: list[int], skip: SkipOptions, num_tokens: int) -> Output:
-    """One greedy sequence alone."""
+    """Generates one greedy sequence alone."""
     stopping = StoppingParameters(num_tokens, ignore_eos=True)
     engine.submit(GenerationRequest("exact", prompt, stopping, skip=skip))
     token_ids: list[int] = []
@@ -49,7 +49,7 @@ def generate(engine: Engine, prompt: list[int], skip: SkipOptions, num_tokens: i
 
 
 def measure_exact(report: Report, setting: Setting, effort: Effort) -> None:
-    """The ratios, how often tokens equal full depth's, and the time that drafts and verifications took."""
+    """Adds the ratios, how often tokens equal full depth's, and the time of drafts and verifications."""
     drafters = {"exact": SkipOptions(Mode.EXACT), "exact_skip_only": SKIP_ONLY, "exact_policy": DIVERGENCE_POLICY}
     outputs: dict[str, list[Output]] = {name: [] for name in ("full_depth", *drafters)}
     speeds: dict[str, list[float]] = {name: [] for name in ("transformers", "early_exit", "prompt_lookup")}
@@ -100,7 +100,7 @@ _ASSISTANCE: Mapping[str, dict[str, int]] = {
 
 
 def _add_drafts(report: Report, name: str, drafts: list[SpeculationStatistics]) -> None:
-    """Rates by prompt where something was drafted, and where the time went."""
+    """Adds rates and times over the prompts that drafted."""
     drafting = [own for own in drafts if own.num_drafted]
     report.add(f"{name}_prompts_drafted", [len(drafting) / len(drafts)])
     report.add(f"{name}_acceptance_rate", [own.num_accepted / own.num_drafted for own in drafting])

@@ -1,6 +1,6 @@
-"""Whether EXACT's greedy tokens are full depth's, prompt by prompt: `python -m benchmarks.exact_parity`.
+"""`python -m benchmarks.exact_parity`: compares EXACT's greedy tokens with full depth's, prompt by prompt.
 
-It drafts whether it pays or not. Where tokens differ, it says by how much the two that it was about differ at full
+It drafts even where that does not pay. At the first difference it prints how far apart the two tokens are at full
 depth. Exits with 1 if any token differs in float32, where rounding is no excuse.
 """
 
@@ -58,14 +58,14 @@ def main() -> None:
 
 
 def _prompts(tokenizer: Path) -> list[list[int]]:
-    """The benchmark's own, and then those that the policies' training text was written for."""
+    """Returns the benchmark's own prompts, then those of the policies' training text."""
     own = Prompts(tokenizer)
     texts = (Path(__file__).parent.parent / "dash_runtime/training/prompts.txt").read_text().splitlines()
     return [*own.exact, *(own.encode(_CHAT.format(text)) for text in texts)]
 
 
 def _logprob_gap(engine: Engine, prompt: list[int], preferred: int, other: int) -> float:
-    """By how much full depth prefers one next token to another, in nats; at most what its 20 best tell."""
+    """Returns by how many nats full depth prefers one next token to another, as far as its 20 best tokens tell."""
     engine.submit(GenerationRequest("gap", prompt, StoppingParameters(1), logprobs=20))
     events = []
     while engine.has_work:

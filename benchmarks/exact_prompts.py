@@ -1,5 +1,5 @@
-"""What EXACT is measured on: conversations, arithmetic word problems and texts to go on with. None of them is among the
-prompts that the shipped policies' training text comes from (`dash_runtime/training/prompts.txt`)."""
+"""The prompts for EXACT: conversations, arithmetic word problems and texts to continue. None of them is among the
+prompts of the shipped policies' training text (`dash_runtime/training/prompts.txt`)."""
 
 CHATS = (
     "Why do leaves change their colour in autumn?",

@@ -1,4 +1,4 @@
-"""Figures with their spread and target, the machine they were taken on, and the file that keeps them.
+"""Figures with their spread and target, the machine's description, and the file that keeps them.
 
 Knows numbers and words; knows no models and no clocks.
 """
@@ -17,13 +17,13 @@ from typing import Any
 RESULTS_FOLDER = Path(__file__).parent / "results"
 
 Values = Mapping[str, Sequence[float]]
-"""By name, one value per round."""
+"""Values by name, one per round."""
 _BOUND = re.compile(r"([≥≤]) (\d+(?:\.\d+)?)")
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A median with the smallest and largest value seen. `target` says what was asked for: "≥ 2", "≤ 0.03", or any
+    """A median with the smallest and largest value seen. `target` is what was aimed for: "≥ 2", "≤ 0.03", or any
     other words."""
 
     name: str
@@ -38,20 +38,20 @@ class Figure:
 
     @property
     def bound(self) -> float | None:
-        """The number in the target; None where there is none."""
+        """The number in the target, or None."""
         match = _BOUND.fullmatch(self.target or "")
         return None if match is None else float(match[2])
 
     @property
     def is_met(self) -> bool | None:
-        """Whether the value is within the target's bound; None where it has none."""
+        """True if the value is within the target's bound; None if there is no bound."""
         bound = self.bound
         if self.target is None or bound is None:
             return None
         return self.value >= bound if self.target.startswith("≥") else self.value <= bound
 
     def line(self) -> str:
-        """One row for people."""
+        """Returns one row of the printed table."""
         verdict = {True: ": met", False: ": missed", None: ""}[self.is_met]
         target = f"   target {self.target}{verdict}" if self.target else ""
         return f"{self.name:46} {self.value:10.4g}   ({self.low:.4g} … {self.high:.4g}){target}"
@@ -61,19 +61,19 @@ class Figure:
 
 
 class Report:
-    """The figures and notes of one run, in the order in which they came."""
+    """The figures and notes of one run, in the order in which they were added."""
 
     def __init__(self) -> None:
         self.figures: list[Figure] = []
         self.notes: list[str] = []
 
     def add(self, name: str, values: Sequence[float], target: str | None = None) -> None:
-        """A figure from one value per round; none where nothing was measured (a note says why then)."""
+        """Adds a figure from one value per round. Adds none without values; a note says why then."""
         if values:
             self.figures.append(Figure.of(name, values, target))
 
     def add_ratio(self, name: str, values: Values, upper: str, lower: str, target: str | None = None) -> None:
-        """`upper` over `lower`, each round's own, so that a drifting clock cancels out."""
+        """Adds `upper` over `lower`, taken within each round, so that a drifting clock cancels out."""
         if upper in values and lower in values:
             self.add(name, [a / b for a, b in zip(values[upper], values[lower], strict=True)], target)
 
@@ -82,7 +82,7 @@ class Report:
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """Whatever fails inside is left out with a note; the rest goes on."""
+        """Turns an error inside the block into a note; the rest goes on."""
         try:
             yield
         except Exception as error:
@@ -94,14 +94,14 @@ class Report:
         return {"machine": machine(), "notes": self.notes, "figures": figures}
 
     def write(self, folder: Path) -> None:
-        """Keeps everything in `latest.json`."""
+        """Writes everything to `latest.json` in `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False)
         (folder / "latest.json").write_text(text + "\n", encoding="utf-8")
 
 
 def machine() -> str:
-    """The machine in one line."""
+    """Returns the machine's description in one line."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

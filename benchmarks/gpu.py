@@ -1,7 +1,7 @@
-"""`python -m benchmarks.gpu`: in one run, what only a CUDA device can answer: parity, speed, overlap, memory.
+"""`python -m benchmarks.gpu`: measures in one run what needs a CUDA device: parity, speed, overlap, memory.
 
-Prints it and keeps it in `benchmarks/results/gpu.json`. Exits with 0; with 1 unless all tokens are equal that must be;
-with 2 without a CUDA device. The same functions run on a CPU, with the lanes it has.
+Prints the figures and keeps them in `benchmarks/results/gpu.json`. Exits with 1 if tokens differ that must be equal,
+and with 2 without a CUDA device. The same functions run on a CPU, with its lanes.
 """
 
 import argparse
@@ -35,7 +35,7 @@ PROMPTS = (
     "def fibonacci(n):\n    ",
 )
 FULL_DEPTH = SkipOptions(Mode.FULL_DEPTH)
-ADAPTIVE = SkipOptions(Mode.ADAPTIVE)  # the default policy at the budget that it recommends
+ADAPTIVE = SkipOptions(Mode.ADAPTIVE)  # the default policy at its recommended budget
 NOTES = (
     "equal tokens in bf16 may end at a near-tie, as two implementations round differently",
     "exposed: inline all of the evaluation and the wait for what the device does before it; elsewhere the wait for the "
@@ -50,12 +50,12 @@ Tokens = list[list[int]]
 @dataclass(frozen=True, slots=True)
 class Run:
     tokens: Tokens
-    step_seconds: float  # of a mean step, which makes one token of every sequence
-    exposed_seconds: float  # what of it the decoder lost to the policy
+    step_seconds: float  # mean time of a step, which produces one token of every sequence
+    exposed_seconds: float  # the part of it that the decoder lost to the policy
 
 
 def build(folder: Path, cache_folder: Path, device: str, precision: str, lane: LaneKind) -> Engine:
-    """All prompts are prefilled in one step, so that all sequences decode in the same ones."""
+    """Builds an engine that prefills all prompts in one step, so that all sequences decode in the same steps."""
     config = EngineConfig(num_slots=max(BATCH_SIZES), prefill_chunk_tokens=4096, lane=lane)
     return build_engine(folder, cache_folder, BuildOptions(device=device, precision=precision), config, print)
 
@@ -73,20 +73,20 @@ def generate(engine: Engine, prompts: Tokens, num_tokens: int, skip: SkipOptions
             if isinstance(event, TokenProduced):
                 outputs[event.request_id].append(event.token_id)
             elif isinstance(event, SequenceFinished):
-                exposed = event.depth.mean_exposed_seconds  # that of their common steps, the same for all
-        times.append(time.perf_counter())  # the tokens are on the host: the device has nothing left to do
+                exposed = event.depth.mean_exposed_seconds  # the same for all sequences: their steps are common
+        times.append(time.perf_counter())  # the tokens are on the host, so the device is idle
     if len(times) != num_tokens:
         raise RuntimeError(f"the sequences did not decode together: {len(times)} steps for {num_tokens} tokens each")
     return Run(list(outputs.values()), (times[-1] - times[0]) / (num_tokens - 1), exposed)
 
 
 def tokens_alone(engine: Engine, prompts: Tokens, num_tokens: int, skip: SkipOptions) -> Tokens:
-    """The tokens of each prompt on its own: those of a batch may be rounded differently."""
+    """Returns the tokens of each prompt on its own; a batch may round differently."""
     return [generate(engine, [prompt], num_tokens, skip).tokens[0] for prompt in prompts]
 
 
 def tokens_of_transformers(folder: Path, device: str, precision: str, prompts: Tokens, num_tokens: int) -> Tokens:
-    """The same at full depth from transformers."""
+    """Returns the tokens that transformers generates for the same prompts."""
     from transformers import AutoModelForCausalLM
 
     model = cast(Any, AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision])).to(device)
@@ -100,28 +100,28 @@ def tokens_of_transformers(folder: Path, device: str, precision: str, prompts: T
 
 
 def equal_tokens(expected: Tokens, actual: Tokens) -> list[int]:
-    """For each prompt, how many tokens are the same before the first that is not."""
+    """Returns, for each prompt, the number of equal tokens before the first difference."""
     pairs = (zip(left, right, strict=True) for left, right in zip(expected, actual, strict=True))
     return [sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], own)) for own in pairs]
 
 
 def device_parity(folder: Path, cache_folder: Path, device: str, prompts: Tokens) -> Figure:
-    """FULL_DEPTH in float32 against the CPU, whose tokens the tests compare with transformers."""
+    """Compares FULL_DEPTH in float32 with the CPU, whose tokens the tests compare with transformers."""
     engines = [build(folder, cache_folder, place, "float32", LaneKind.INLINE) for place in ("cpu", device)]
     counts = equal_tokens(*(tokens_alone(engine, prompts, PARITY_TOKENS, FULL_DEPTH) for engine in engines))
     return Figure.of("fp32_cpu_vs_device_equal_tokens", [min(counts)], f"≥ {PARITY_TOKENS}")
 
 
 def lane_parity(engines: Engines, prompts: Tokens) -> Iterator[Figure]:
-    """ADAPTIVE on every other lane against the inline one."""
+    """Compares ADAPTIVE on every other lane with the inline lane."""
     inline, *others = (tokens_alone(engine, prompts, PARITY_TOKENS, ADAPTIVE) for engine in engines.values())
     for lane, own in zip(list(engines)[1:], others, strict=True):
         yield Figure.of(f"{lane}_vs_inline_equal_tokens", [min(equal_tokens(inline, own))], f"≥ {PARITY_TOKENS}")
 
 
 def speeds(engines: Engines, prompts: Tokens, num_tokens: int, rounds: int) -> Iterator[Figure]:
-    """Speed of every mode and lane, and what the policy costs on each lane; ratios are taken within a round."""
-    inline = engines[LaneKind.INLINE]  # which adds least where no network is evaluated
+    """Yields the speed of every mode and lane, and the policy's cost on each lane. Ratios are taken within a round."""
+    inline = engines[LaneKind.INLINE]  # it adds least where no network is evaluated
     fixed = [action for action in inline.facts.actions if action in (Action.INT8, Action.INT4)]
     contenders = {"full_depth": (inline, FULL_DEPTH)}
     contenders |= {action.name.lower(): (inline, SkipOptions(Mode.FIXED, fixed_action=action)) for action in fixed}
@@ -150,14 +150,14 @@ def speeds(engines: Engines, prompts: Tokens, num_tokens: int, rounds: int) -> I
 
 
 def measure_all(folder: Path, cache_folder: Path, device: str, num_tokens: int, rounds: int) -> Iterator[Figure]:
-    """Every figure as soon as it is there; without memory and the stream lane where `device` is no GPU."""
+    """Yields every figure as soon as it is measured. Memory and the stream lane need a CUDA `device`."""
     has_cuda = device == "cuda"
     encode = Tokenizer.from_file(str(folder / "tokenizer.json")).encode
     prompts = [encode(prompt, add_special_tokens=False).ids for prompt in PROMPTS]
     batches = [[prompts[place % len(prompts)] for place in range(size)] for size in BATCH_SIZES]
     inline = build(folder, cache_folder, device, "bfloat16", LaneKind.INLINE)
     print(f"actions {[action.name for action in inline.facts.actions]}, {inline.facts.policies[0]}")
-    if has_cuda:  # while there is one engine only
+    if has_cuda:  # while there is only one engine
         torch.cuda.reset_peak_memory_stats()
         generate(inline, batches[-1], num_tokens, ADAPTIVE)
         yield Figure.of("peak_gpu_memory_gb", [torch.cuda.max_memory_allocated() / 1e9])
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(machine(), *(f"- {note}" for note in notes), sep="\n")
     figures: list[Figure] = []
     for figure in measure_all(folder, cache_folder, "cuda", num_tokens, rounds):
-        print(figure.line(), flush=True)  # at once, so that a failure further on loses nothing
+        print(figure.line(), flush=True)  # at once, so that a later failure loses nothing
         figures.append(figure)
     content = {"machine": machine(), "notes": notes, "figures": {figure.name: asdict(figure) for figure in figures}}
     RESULTS_FILE.parent.mkdir(exist_ok=True)

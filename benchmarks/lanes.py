@@ -1,4 +1,4 @@
-"""Where the policy is evaluated on a CPU: in the decoder's own thread, or in one beside it."""
+"""Compares evaluating the policy on a CPU in the decoder's own thread and in one beside it."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from benchmarks.setting import Setting
 
 
 def measure_lanes(report: Report, setting: Setting, effort: Effort) -> None:
-    """Tokens per second and exposed policy time of both lanes, ADAPTIVE, one stream."""
+    """Adds tokens per second and exposed policy time of both lanes, ADAPTIVE, one stream."""
     engines = {"inline": setting.engine, "thread": setting.engine_with_thread_lane}
     contenders = {name: EngineContender(engine, setting.adaptive) for name, engine in engines.items() if engine}
 

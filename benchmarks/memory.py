@@ -1,4 +1,4 @@
-"""How fast memory can be read here, and how much of it a decoded token reads. Knows shapes; knows no speeds."""
+"""Measures memory bandwidth and counts the bytes that a decoded token reads. Knows shapes; knows no speeds."""
 
 import time
 
@@ -11,20 +11,20 @@ from dash_runtime.model_config import ModelConfig
 _MEGABYTES = 256
 _BYTES_PER_WEIGHT = {
     Action.SKIP: 0.0,
-    Action.INT4: 0.5 + 4 / INT4_GROUP_SIZE,  # scale and zero of a group, two bytes each
+    Action.INT4: 0.5 + 4 / INT4_GROUP_SIZE,  # a group's scale and zero, two bytes each
     Action.INT8: 1.0,
     Action.FULL: 2.0,
 }
 
 
 class Bandwidth:
-    """Reads a tensor that no cache holds, with torch's threads."""
+    """Reads a tensor larger than any cache, with torch's threads."""
 
     def __init__(self) -> None:
         self._numbers = torch.ones(_MEGABYTES * 1024 * 1024 // 4, dtype=torch.float32)
 
     def bytes_per_second(self) -> float:
-        """The better of two readings, as a disturbance only ever slows one down."""
+        """Returns the better of two readings: disturbances only slow them down."""
         return max(self._read() for _ in range(2))
 
     def _read(self) -> float:
@@ -34,9 +34,9 @@ class Bandwidth:
 
 
 def weight_bytes(model: ModelConfig, plan: bytes, head: Action) -> float:
-    """Bytes of matrices that a token with this plan (one action per layer) reads, the head's included.
+    """Returns the bytes of matrices that a token with this plan (one action per layer) reads, the head's included.
 
-    Without norms, cache and what a skipped layer projects.
+    Leaves out norms, the cache, and the keys and values of skipped layers.
     """
     query = model.num_heads * model.head_dim
     key_value = 2 * model.num_kv_heads * model.head_dim

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.neighbours`: how the engine's threads should wait for each other, alone and beside others.
+"""`python -m benchmarks.neighbours`: compares ways for the engine's threads to wait, alone and beside busy processes.
 
-torch's threads come from libgomp. One that is done spins before it sleeps: GOMP_SPINCOUNT times, or by
-OMP_WAIT_POLICY. Spinning meets the next barrier soonest; but on a processor that others want, it takes the time that
-the awaited thread needs. libgomp reads both once, when it is loaded: so every run is a process of its own.
+torch's threads come from libgomp. A thread that is done spins before it sleeps: GOMP_SPINCOUNT times, or as
+OMP_WAIT_POLICY says. A spinning thread reaches the next barrier soonest, but on a busy processor it takes time from
+the thread that it waits for. libgomp reads both variables once, when it is loaded, so every run is a new process.
 Knows processes and speeds; knows nothing of the server.
 """
 
@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "active": {"OMP_WAIT_POLICY": "active"},
     **{f"spin_{count}": {"GOMP_SPINCOUNT": str(count)} for count in (100, 1000, 10_000, 100_000)},
 }
-# They say when they are busy, and end when whoever started them has.
+# They print a line when they are busy, and end with the process that started them.
 _NEIGHBOURS: dict[str, str | None] = {
     "alone": None,
     "beside_loop": """
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(settings: Sequence[str], rounds: int, num_tokens: int) -> Report:
-    """All settings, interleaved."""
+    """Measures all settings, interleaved."""
     report = Report()
     works: dict[str, Work] = {setting: partial(speeds, setting, num_tokens) for setting in settings}
     values = interleaved(report, "neighbours", works, rounds)
@@ -105,7 +105,7 @@ def measure(settings: Sequence[str], rounds: int, num_tokens: int) -> Report:
 
 
 def speeds(setting: str, num_tokens: int) -> Mapping[str, float]:
-    """Tokens per second of every mode beside every neighbour, in a fresh process with that setting."""
+    """Returns tokens per second of every mode beside every neighbour, in a fresh process with that setting."""
     found: dict[str, float] = {}
     command = [sys.executable, "-m", "benchmarks.neighbours", "--decode", "--tokens", str(num_tokens)]
     with _running(command, SETTINGS[setting]) as decoder:
@@ -124,7 +124,7 @@ def speeds(setting: str, num_tokens: int) -> Mapping[str, float]:
 
 @contextmanager
 def _running(command: Sequence[str], wait: Mapping[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
-    """A process that has written its first line, which says that it is ready; it is gone afterwards."""
+    """Starts a process and waits for its first line, which says that it is ready. Ends it afterwards."""
     environment = {name: value for name, value in os.environ.items() if name not in WAIT_VARIABLES}
     process = subprocess.Popen(
         command,
@@ -132,7 +132,7 @@ def _running(command: Sequence[str], wait: Mapping[str, str] | None = None) -> I
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        # As the server's worker and its neighbours are: Linux may share its processors between sessions first.
+        # As the server's worker is: Linux may divide its processors between sessions first.
         start_new_session=True,
     )
     with process:
@@ -146,14 +146,14 @@ def _running(command: Sequence[str], wait: Mapping[str, str] | None = None) -> I
 
 
 def decode_when_asked(num_tokens: int) -> None:
-    """The engine's process: for every line that comes in, a line with the speed of every mode goes out."""
+    """Runs the engine's process: answers every input line with a line that has the speed of every mode."""
     cache_folder = default_cache_folder(os.environ)
     log = partial(print, file=sys.stderr, flush=True)
     folder = resolve_checkpoint(EMBEDDED, None, cache_folder, log)
     engine = build_engine(folder, cache_folder, BuildOptions(device="cpu"), EngineConfig(), log)
     prompt = Prompts(tokenizer_file(folder)).single
     contenders = {mode: EngineContender(engine, skip) for mode, skip in MODES.items()}
-    # As the worker does: what is loaded lives as long as the process, and the collector need not look at it.
+    # As in the worker: loaded objects live as long as the process, so the collector need not visit them.
     gc.collect()
     gc.freeze()
     for contender in contenders.values():

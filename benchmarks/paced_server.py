@@ -1,9 +1,9 @@
-"""A process that streams made-up messages at a steady pace: what a client is measured against. Knows no model.
+"""A process that streams made-up messages at a steady pace, to measure clients against. Knows no model.
 
     python -m benchmarks.paced_server 1000 2000     # messages a second, messages in a stream
 
-Prints its port. A request whose prompt is "wait" gets two messages and then nothing; cancelled ones are counted, and
-the count is the answer to Tokenize.
+Prints its port. A request whose prompt is "wait" gets two messages and then nothing. Cancelled requests are counted;
+Tokenize answers with the count.
 """
 
 import asyncio

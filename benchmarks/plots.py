@@ -1,4 +1,4 @@
-"""Pictures of a report, as PNG files. Knows figures and matplotlib, which only a picture needs; measures nothing."""
+"""Draws a report as PNG files. Knows figures, and matplotlib, which nothing else needs; measures nothing."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ _INK = "#333333"
 _OURS, _OTHERS, _MISSED = "#0072B2", "#999999", "#D55E00"
 _CONTENDERS = ("transformers", "llama_cpp", "full_depth", "int8", "int4", "adaptive_recommended", "adaptive")
 _STREAMS = (1, 4, 8, 16)
-# Okabe and Ito's palette: told apart with any colour vision.
+# Okabe and Ito's palette, which any colour vision can tell apart.
 _CLASSES = {
     "gemm": "#0072B2",
     "attention": "#56B4E9",
@@ -28,7 +28,7 @@ _CLASSES = {
 
 
 def write_plots(report: Report, folder: Path) -> None:
-    """Draws what the report has figures for; says so where matplotlib is missing."""
+    """Draws every picture that the report has figures for. Adds a note if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure as Canvas
     except ImportError:
@@ -65,7 +65,7 @@ def _draw_speed(axis: "Axes", figures: Mapping[str, Figure]) -> bool:
 
 
 def _draw_targets(axis: "Axes", figures: Mapping[str, Figure]) -> bool:
-    """Every figure that has a target, as a multiple of it, so that all fit one axis."""
+    """Draws every figure that has a target, as a multiple of it, so that all fit one axis."""
     aimed = [(figure, figure.bound) for figure in figures.values() if figure.bound is not None]
     if not aimed:
         return False

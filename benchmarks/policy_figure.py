@@ -1,6 +1,6 @@
-"""`python -m benchmarks.policy_figure`: draws what the shipped policy decided for one answer, as docs/policy.png.
+"""`python -m benchmarks.policy_figure`: draws the shipped policy's decisions for one answer, as docs/policy.png.
 
-It measures no time: what a step costs is told by the policy file's own table.
+It measures no time: the cost of a step comes from the policy file's own table.
 """
 
 import argparse
@@ -33,13 +33,13 @@ from dash_runtime.startup.build import DTYPES, SHIPPED_POLICIES, BuildOptions, b
 
 _QUESTION = "Why is the sky blue?"
 _INK, _GRID = "#333333", "#dddddd"
-# Skipping stands out; the others darken with their work. Lightness alone tells them apart.
+# Skipping stands out; the others darken with their work. They differ in lightness alone.
 _COLOURS = {Action.SKIP: "#E69F00", Action.INT4: "#A6CFE8", Action.INT8: "#3F8FC4", Action.FULL: "#0B3C6B"}
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One decode step: the text of the token that it put out, and the action of every layer."""
+    """One decode step: the text of its token, and the action of every layer."""
 
     text: str
     plan: tuple[Action, ...]
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def shipped_policy(folder: Path) -> LearnedPolicy:
-    """The default one of the model in `folder`."""
+    """Returns the default policy of the model in `folder`."""
     model, weights = load_model_config(folder), open_weights(folder)
     fingerprint = model_fingerprint(model, weights)
     first = find_policies(SHIPPED_POLICIES, fingerprint)[0]
@@ -71,7 +71,7 @@ def shipped_policy(folder: Path) -> LearnedPolicy:
 
 
 def answer(folder: Path, cache_folder: Path, question: str, budget: float, num_tokens: int) -> list[Column]:
-    """The decode steps of a greedy answer; the first token, which comes from the prefill, has none."""
+    """Returns the decode steps of a greedy answer. The first token comes from the prefill and has none."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file(folder)))
     prompt = tokenizer.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n").ids
     engine = build_engine(folder, cache_folder, BuildOptions(device="cpu"), EngineConfig(), progress)
@@ -86,7 +86,7 @@ def answer(folder: Path, cache_folder: Path, question: str, budget: float, num_t
 
 
 def draw(columns: Sequence[Column], policy: LearnedPolicy, question: str, budget: float, path: Path) -> None:
-    """Layers by tokens above, the cost of each token below."""
+    """Draws layers by tokens above, and the cost of each token below."""
     canvas = Figure(figsize=(11, 6.6), dpi=110, layout="constrained", facecolor="white")
     above, below = canvas.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3.2, 1]})
     title = f"“{_plain(question)}”, answered by {policy.name} at a compute budget of {budget:.3f}"
@@ -130,7 +130,7 @@ def _draw_costs(axis: Axes, columns: Sequence[Column], policy: LearnedPolicy, bu
 
 
 def _plain(text: str) -> str:
-    """What matplotlib does not read as mathematics."""
+    """Escapes what matplotlib would read as mathematics."""
     return text.replace("$", r"\$")
 
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.prefix`: what reusing a prompt's prefix saves, and what cutting prompts for its sake costs.
+"""`python -m benchmarks.prefix`: measures what reusing a prompt's prefix saves and what cutting prompts for it costs.
 
 Run it alone on the machine, like every benchmark.
 """
@@ -54,11 +54,11 @@ def main() -> None:
 
 
 def measure_reuse(report: Report, reusing: Engine, plain: Engine, prompts: Prompts, rounds: int) -> None:
-    """Seconds to the first token behind a cached prefix, behind one that is not cached yet, and with no cache at all.
+    """Measures seconds to the first token behind a cached prefix, behind one not cached yet, and without a cache.
 
-    Each round has an ending of its own, so that never more than the prefix is found.
+    Each round has a different ending, so that only the prefix is ever found.
     """
-    num_endings = rounds + 2  # one to have the prefix stored, one to warm up
+    num_endings = rounds + 2  # one to store the prefix, one to warm up
     text = prompts.text(_PREFIX_TOKENS + num_endings * _ENDING_TOKENS)
     prefix, endings = text[:_PREFIX_TOKENS], text[_PREFIX_TOKENS:]
     first, *others = (
@@ -89,7 +89,7 @@ def measure_reuse(report: Report, reusing: Engine, plain: Engine, prompts: Promp
 
 
 def measure_cuts(report: Report, decoder: Decoder, token_ids: Sequence[int], rounds: int) -> None:
-    """Seconds to prefill these tokens in passes of several lengths, with attention in blocks of several."""
+    """Measures the prefill of these tokens in passes and attention blocks of several lengths."""
 
     def work(name: str) -> Mapping[str, float]:
         return {name: _prefill_seconds(decoder, token_ids, *_CUTS[name])}
@@ -107,7 +107,7 @@ def measure_cuts(report: Report, decoder: Decoder, token_ids: Sequence[int], rou
 
 
 def _seconds_to_first(engine: Engine, prompt: list[int], namespace: str) -> tuple[float, int]:
-    """From the request to its first token, and how many prompt tokens were reused."""
+    """Returns seconds from the request to its first token, and how many prompt tokens were reused."""
     stopping = StoppingParameters(1, ignore_eos=True)
     started = time.perf_counter()
     engine.submit(GenerationRequest("prefix", prompt, stopping, cache_namespace=namespace))

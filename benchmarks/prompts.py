@@ -1,4 +1,4 @@
-"""The prompts that every contender gets, in token ids. Knows a tokenizer; knows no contenders."""
+"""The prompts for all contenders, in token ids. Knows a tokenizer; knows no contenders."""
 
 import argparse
 import pydoc
@@ -19,7 +19,7 @@ _TOPICS = (
 
 
 class Prompts:
-    """Token ids from one tokenizer."""
+    """Prompts in the token ids of one tokenizer."""
 
     def __init__(self, tokenizer_file: Path) -> None:
         self._tokenizer = tokenizer = Tokenizer.from_file(str(tokenizer_file))
@@ -30,7 +30,7 @@ class Prompts:
         asked = [*exact_prompts.CHATS, *exact_prompts.WORD_PROBLEMS]
         chats = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in asked]
         self.exact: list[list[int]] = [tokenizer.encode(text).ids for text in (*chats, *exact_prompts.TEXTS)]
-        """Those that EXACT is measured on: conversations, word problems, texts to go on with."""
+        """The prompts for EXACT: conversations, word problems, texts to continue."""
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text).ids
@@ -38,16 +38,16 @@ class Prompts:
 
     @property
     def single(self) -> list[int]:
-        """The prompt of everything that has one stream."""
+        """The prompt of all measurements with one stream."""
         return self._chats[0]
 
     def streams(self, count: int) -> list[list[int]]:
-        """Up to 16 different prompts, cut at the front to one length, so that no contender has to pad."""
+        """Returns up to 16 different prompts, cut at the front to one length, so that no contender has to pad."""
         length = min(map(len, self._chats))
         return [ids[-length:] for ids in self._chats[:count]]
 
     def text(self, num_tokens: int) -> list[int]:
-        """So many tokens of plain text; a shorter one is the end of a longer one."""
+        """Returns `num_tokens` tokens of plain text. A shorter text is the end of a longer one."""
         start = len(self._text) // 2
         if num_tokens > start:
             raise ValueError(f"the text has no {num_tokens} tokens")

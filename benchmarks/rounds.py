@@ -1,6 +1,6 @@
-"""Rounds: everything that is compared runs once in each, in turn, the order reversed from one round to the next.
+"""Runs comparisons in rounds: each contender once per round, in turn, in reversed order every other round.
 
-Knows work that returns values by name; knows nothing of what it does.
+Knows work that returns values by name; does not know what the work does.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ Work = Callable[[], Mapping[str, float]]
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much is run. `stream_tokens` are the new tokens of each stream where several run at once."""
+    """The amount of work. `stream_tokens` is the number of new tokens per stream when several run at once."""
 
     rounds: int
     num_tokens: int
@@ -27,9 +27,9 @@ QUICK = Effort(rounds=3, num_tokens=32, stream_tokens=16, profiled_tokens=8, sta
 
 
 def interleaved(report: Report, what: str, works: Mapping[str, Work], rounds: int) -> dict[str, list[float]]:
-    """All values by their own names, one per round; the first round warms up and is not counted.
+    """Returns all values by name, one per round. The first round warms up and is not counted.
 
-    A work that fails is left out as a whole, with a note: ratios need a value of every round.
+    A work that fails once is left out, with a note: ratios need a value of every round.
     """
     taken: dict[str, list[Mapping[str, float]]] = {name: [] for name in works}
     for round_number in range(rounds + 1):

@@ -1,4 +1,4 @@
-"""What the service adds to the engine: the same streams in the engine alone and through gRPC, in turn."""
+"""Measures what the service adds to the engine: the same streams in the engine alone and through gRPC, in turn."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,7 @@ class _ServedContender:
 
 
 def measure_rpc(report: Report, setting: Setting, effort: Effort) -> None:
-    """Seconds per token through the server over those of the engine, less one, and the time to the first token."""
+    """Adds the overhead in seconds per token of the server over the engine, and the time to the first token."""
     progress("service: starting for the streams")
     with running_server() as server:
         contenders: dict[str, Contender] = {

@@ -1,25 +1,25 @@
-"""One run of a contender, from when its tokens came. Knows times; knows no models."""
+"""One run of a contender, from the arrival times of its tokens. Knows times; knows no models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 Arrivals = Sequence[tuple[float, int]]
-"""Of one stream, in order: the time, and how many tokens came then."""
+"""One stream's arrivals in order: the time, and the number of tokens that came then."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`num_tokens` and `seconds` are those after `seconds_to_first`, when every stream had its first token."""
+    """One run. `num_tokens` and `seconds` count from `seconds_to_first` on, when every stream had its first token."""
 
     seconds_to_first: float
     seconds: float
     num_tokens: int
     exposed_share: float = 0.0
-    """Of the decode time: what the decoder lost to a policy."""
+    """The share of the decode time that the decoder lost to a policy."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all streams together."""
+        """Tokens per second of all streams together."""
         return self.num_tokens / self.seconds
 
     @property
@@ -28,7 +28,7 @@ class Run:
 
 
 def run_from_arrivals(started: float, streams: Sequence[Arrivals], exposed_share: float = 0.0) -> Run:
-    """The run that began at `started`.
+    """Returns the run that began at `started`.
 
     Raises:
         RuntimeError: a stream has no token.

@@ -1,4 +1,4 @@
-"""A server as a process of its own, from start to end. Knows how to start it; knows no figures."""
+"""Runs a server as a process of its own. Knows how to start and stop it; knows no figures."""
 
 import os
 import signal
@@ -22,21 +22,21 @@ DEADLINE_SECONDS = 600
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A server that serves. `start_seconds` are from exec to health SERVING."""
+    """A serving server. `start_seconds` is the time from exec to health SERVING."""
 
     client: DashClient
     start_seconds: float
     pid: int
 
     def resident_gb(self) -> float:
-        """Of the server and its worker."""
+        """Returns the resident memory of the server and its worker."""
         process = psutil.Process(self.pid)
         return sum(own.memory_info().rss for own in (process, *process.children(recursive=True))) / 1e9
 
 
 @contextmanager
 def running_server(**variables: str) -> Iterator[RunningServer]:
-    """Starts a server with as many threads as torch has here, and these variables beside, and ends it."""
+    """Starts a server with torch's number of threads here and these variables, and stops it afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         port_file = Path(folder) / "port"
         environment = os.environ | {

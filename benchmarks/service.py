@@ -1,4 +1,4 @@
-"""The service as a whole: how soon a warm start serves, and what it holds in memory with a full cache."""
+"""Measures the whole service: the time of a warm start, and its memory with a full cache."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +12,7 @@ _NEW_TOKENS = 8
 
 
 def measure_service(report: Report, effort: Effort) -> None:
-    """Starts the server some times; the model is converted, compiled and calibrated before."""
+    """Starts the server several times, after a first start has converted, compiled and calibrated the model."""
     progress("service: first start")
     with running_server():
         pass

@@ -1,4 +1,4 @@
-"""What the sections share: the models that are loaded, the prompts, and the modes that are compared."""
+"""Loads what all sections share: the models, the prompts, and the modes to compare."""
 
 import importlib.metadata
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ INT4 = SkipOptions(Mode.FIXED, fixed_action=Action.INT4)
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Everything that was loaded; what could not be is None, and a note says why."""
+    """All loaded contenders. One that could not be loaded is None, and a note says why."""
 
     model: ModelConfig
     prompts: Prompts
@@ -39,7 +39,7 @@ class Setting:
 
     @property
     def adaptive(self) -> SkipOptions:
-        """At the lowest budget within the limit; at the policy's own where that is not known."""
+        """ADAPTIVE at the lowest budget within the divergence limit, or at the policy's own if that is unknown."""
         return SkipOptions(Mode.ADAPTIVE, compute_budget=self.budgets.lowest if self.budgets else None)
 
     def ours(self, skip: SkipOptions) -> EngineContender:
@@ -47,7 +47,7 @@ class Setting:
 
 
 def load_setting(report: Report, cache_folder: Path) -> Setting:
-    """Loads all contenders, with as many threads each as torch has."""
+    """Loads all contenders, each with torch's number of threads."""
     folder = resolve_checkpoint("embedded", None, cache_folder)
     config = EngineConfig()
     engine = _build(folder, cache_folder, config)

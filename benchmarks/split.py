@@ -1,7 +1,7 @@
-"""Where a token's time goes, by torch's profiler: products, attention, pointwise work, policy, sampling, dispatch.
+"""Splits a token's time by torch's profiler: products, attention, pointwise work, policy, sampling, dispatch.
 
-What is counted is each operation's own time in the engine's thread; what lies between operations is dispatch. Knows
-the names of operations; knows no modes' meaning.
+Counts each operation's own time in the engine's thread; time between operations is dispatch. Knows the names of
+operations; does not know what a mode means.
 """
 
 import time
@@ -48,7 +48,7 @@ CLASSES = ("gemm", "attention", "pointwise", "compiled_layers", "policy", "sampl
 
 
 def measure_split(report: Report, setting: Setting, effort: Effort) -> None:
-    """Seconds per token of each class, ADAPTIVE and at full depth."""
+    """Adds seconds per token of each class, ADAPTIVE and at full depth."""
     for prefix, name, skip in (("", "ADAPTIVE", setting.adaptive), ("full_depth_", "FULL_DEPTH", FULL_DEPTH)):
         progress(f"split: {name}")
         with report.attempt(f"split, {name}"):
@@ -67,14 +67,14 @@ def measure_split(report: Report, setting: Setting, effort: Effort) -> None:
 
 
 def _profiled_tokens(engine: Engine, prompt: list[int], skip: SkipOptions, num_tokens: int) -> list[dict[str, float]]:
-    """Seconds by class, of each token."""
+    """Returns seconds by class, for each token."""
     stopping = StoppingParameters(num_tokens + 3, ignore_eos=True)
     engine.submit(GenerationRequest("split", prompt, stopping, skip=skip))
     try:
         with _marked(engine):
-            for _ in range(2):  # the prefill, and a token that warms up
+            for _ in range(2):  # the prefill, and one token to warm up
                 engine.step()
-            # Its start lasts; the first step would be charged with it.
+            # Starting the profiler takes time, which must not count for the first step.
             with profile(activities=[ProfilerActivity.CPU]) as profiler:
                 time.sleep(0.05)
                 for _ in range(num_tokens):
@@ -94,7 +94,7 @@ def _profiled_tokens(engine: Engine, prompt: list[int], skip: SkipOptions, num_t
 
 
 def _path(event: Any) -> list[Any]:
-    """The event and those it lies in, outermost first."""
+    """Returns the event and those that contain it, outermost first."""
     path = [event]
     while path[-1].cpu_parent is not None:
         path.append(path[-1].cpu_parent)
@@ -102,7 +102,7 @@ def _path(event: Any) -> list[Any]:
 
 
 def _kind(names: list[str]) -> str:
-    """The class of an operation by its own name and the names that it lies in, outermost first."""
+    """Returns the class of an operation, by the names that contain it, outermost first, and its own name."""
     for name in names:
         for kind, prefixes in _PREFIXES.items():
             if name.startswith(prefixes):
@@ -114,7 +114,7 @@ def _kind(names: list[str]) -> str:
 
 @torch.inference_mode()
 def _measure_attention(report: Report, engine: Engine, rounds: int) -> None:
-    """What attending to a context takes a token, of all layers in FULL: what they take longer than behind one token."""
+    """Adds the seconds that a context costs a token: all layers in FULL behind it, less those behind a single token."""
     decoder = engine._decoder
     hidden, actions = decoder.embed([0]), (Action.FULL,)
     batches: dict[int, Batch] = {}
@@ -138,7 +138,7 @@ def _measure_attention(report: Report, engine: Engine, rounds: int) -> None:
 
 
 class _MarkedLane:
-    """A lane whose policies the profiler can tell from the layers."""
+    """A lane that marks policy evaluation for the profiler."""
 
     def __init__(self, lane: Lane) -> None:
         self._lane = lane
@@ -165,7 +165,7 @@ class _MarkedLane:
 
 @contextmanager
 def _marked(engine: Engine) -> Iterator[None]:
-    """Names what the profiler would not see, or not tell apart: policies, and compiled programs."""
+    """Marks policies and compiled programs, which the profiler would not tell apart or not see."""
     lane, call = engine._lane, Program.__call__
 
     def marked_call(program: Program, inputs: list[torch.Tensor]) -> list[torch.Tensor]:

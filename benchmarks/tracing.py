@@ -1,8 +1,8 @@
-"""`python -m benchmarks.tracing`: what recording and exporting decisions costs.
+"""`python -m benchmarks.tracing`: measures what recording and exporting decisions costs.
 
-Servers of the same model answer the same requests in turn: one that records nothing, one that records and exports
-nothing, and one that exports a tenth of the requests or all of them. The collector takes everything and reads nothing,
-so that its own work is not measured. Run it alone on the machine, like every benchmark.
+Servers of the same model answer the same requests in turn: one records nothing, the other records and exports none, a
+tenth or all of the requests. The collector accepts everything and reads nothing, so that its own work is not measured.
+Run it alone on the machine, like every benchmark.
 """
 
 import argparse
@@ -50,13 +50,13 @@ def main() -> None:
 
 
 def measure_recording(report: Report, engine: Engine, prompt: list[int]) -> None:
-    """Microseconds per decision of keeping and packing what a request leaves behind."""
+    """Measures microseconds per decision for recording and packing a request's decisions."""
     stopping = StoppingParameters(_STEPS + 1, ignore_eos=True)
     values = []
     for number in range(20):
         request = GenerationRequest(str(number), prompt, stopping, skip=SkipOptions(Mode.ADAPTIVE))
         engine.submit(request)
-        for _ in range(_STEPS):  # one short of the last, so that the sequence is still there
+        for _ in range(_STEPS):  # stops before the last step, so that the sequence still exists
             engine.step()
         recorder = engine._running[request.request_id].recorder
         started_ns = time.perf_counter_ns()
@@ -73,7 +73,7 @@ def measure_recording(report: Report, engine: Engine, prompt: list[int]) -> None
 
 
 def measure_serving(report: Report, prompt: list[int], rounds: int) -> None:
-    """Tokens per second of one stream after another."""
+    """Adds tokens per second of one stream after another."""
     with ExitStack() as stack:
         endpoint = stack.enter_context(_collector())
         traced = {
@@ -109,7 +109,7 @@ def _tokens_per_second(client: DashClient, prompt: list[int], name: str) -> floa
 
 @contextmanager
 def _collector() -> Iterator[str]:
-    """An OTLP endpoint that answers every export with success, which an empty message says."""
+    """Runs an OTLP endpoint that answers every export with an empty message, which means success."""
     handler = grpc.unary_unary_rpc_method_handler(lambda request, context: b"")
 
     class TakesAnything(grpc.GenericRpcHandler):

@@ -1,1 +1,1 @@
-"""Whether the documentation is true."""
+"""Tests that the documentation is true."""

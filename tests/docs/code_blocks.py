@@ -2,8 +2,8 @@
 
 A comment on the line before a block says what is special about it:
 
-    <!-- not run: a reason -->       it is only shown
-    <!-- first: client = … -->       these lines go before it, such as what the text above it has said
+    <!-- not run: a reason -->       the block is only shown
+    <!-- first: client = … -->       this line runs before the block, for names that the text above it introduced
 """
 
 import json
@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LANGUAGES = ("python", "sh", "toml", "json", "text")
-"""Of blocks; `text` is no code."""
+"""The languages of blocks; `text` is no code."""
 
 _FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\S*)\n(?P<code>.*?)^(?P=indent)```\s*$", re.DOTALL | re.MULTILINE)
 _COMMENT = re.compile(r"<!-- (?P<kind>not run|first): (?P<text>[^\n]*?) -->\s*\Z")
 _SECONDS = 240
 
-# Blocks of one file go on where the last one was, as in a session, which may await as `python -m asyncio` does.
+# The blocks of one file share a namespace, as in a session, and may await, as in `python -m asyncio`.
 _RUNNER = """
 import ast, asyncio, inspect, json, sys
 namespace = {"__name__": "__main__"}
@@ -50,7 +50,7 @@ class CodeBlock:
 
 
 def code_blocks(path: Path) -> list[CodeBlock]:
-    """The file's blocks, in order."""
+    """Returns the file's blocks, in order."""
     text = path.read_text()
     blocks = []
     for match in _FENCE.finditer(text):
@@ -72,10 +72,10 @@ def code_blocks(path: Path) -> list[CodeBlock]:
 
 
 def run_blocks(blocks: list[CodeBlock], folder: Path, target: str) -> None:
-    """Runs them in `folder`, against the server at `target`.
+    """Runs the blocks in `folder`, against the server at `target`.
 
     Raises:
-        AssertionError: one failed; says which, and what it wrote.
+        AssertionError: a block failed; names it, with its output.
     """
     scripts = Path(sys.executable).parent
     environment = {

@@ -1,4 +1,4 @@
-"""Every code block of the documentation runs as it stands, against a real server with the embedded model."""
+"""Runs every code block of the documentation as it stands, against a real server with the embedded model."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 class PatientService(Service):
-    """Waits for what a first start measures, on a busy machine too."""
+    """A service with time for the measurements of a first start on a busy machine."""
 
     ready_seconds = 240.0
 
@@ -21,10 +21,10 @@ class PatientService(Service):
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, embedded_cache: Path) -> Iterator[Service]:
     variables = {
-        # The user's, as a reader's server has it.
+        # The user's cache, as a reader's server has it.
         "DASH_CACHE_FOLDER": str(embedded_cache),
         "DASH_COMPILE": "false",
-        # Enough to see that an example works.
+        # Enough to show that an example works.
         "DASH_DEFAULT_MAX_NEW_TOKENS": "12",
     }
     service = PatientService(tmp_path_factory.mktemp("docs"), Path("embedded"), **variables)

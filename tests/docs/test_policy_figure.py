@@ -1,4 +1,4 @@
-"""The figure of docs/policies.md: what can be drawn without waiting for an answer."""
+"""Tests the figure of docs/policies.md, as far as it can be drawn without a server's answer."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The reference is what the client's docstrings say."""
+"""Tests that the reference says what the client's docstrings say."""
 
 import dash_client
 from docs.make_reference import PAGE, reference

@@ -1,6 +1,6 @@
-"""`make soak`: proves the service under load and faults, on loopback, and ends by itself; see docs/reliability.md.
+"""`make soak`: proves the service under load and faults, on loopback; see docs/reliability.md.
 
-`python -m tests.soak --only streams deaths` runs parts of it. Exit code 1 where anything did not hold.
+`python -m tests.soak --only streams deaths` runs parts of it. Exits with 1 if anything did not hold.
 """
 
 import argparse
@@ -25,7 +25,7 @@ PARTS: dict[str, tuple[str, Callable[[], Awaitable[list[Finding]]]]] = {
 
 
 def main() -> int:
-    """Runs the parts that were asked for; returns the exit code."""
+    """Runs the chosen parts; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts")
     failed = []
@@ -34,7 +34,7 @@ def main() -> int:
         started = time.monotonic()
         try:
             findings = asyncio.run(run())  # type: ignore[arg-type]
-        except Exception as error:  # the other parts are worth running all the same
+        except Exception as error:  # the other parts are still worth running
             findings = [finding("the part itself", "runs to its end", f"{type(error).__name__}: {error}", False)]
         if not print_findings(title, findings):
             failed.append(name)

@@ -1,4 +1,4 @@
-"""Connections opened and dropped by the thousand, and keepalive pings as often as the server allows."""
+"""Opens and drops connections by the thousand, and pings as often as the server allows."""
 
 import asyncio
 import tempfile
@@ -14,17 +14,17 @@ from tests.soak.service import Service, running_service
 
 _AT_ONCE = 50
 _PING_SECONDS = 10.0
-"""As in the server's `grpc.http2.min_ping_interval_without_data_ms`."""
+"""The server's `grpc.http2.min_ping_interval_without_data_ms`."""
 
 
 async def run(num_connections: int = 10_000, num_pings: int = 6) -> list[Finding]:
-    """The server with the fake worker."""
+    """Runs the part against a server with the fake worker."""
     with tempfile.TemporaryDirectory() as folder:
         model = fake_model(write_model_folder(Path(folder) / "model"), token_seconds=0.002)
         async with running_service(Path(folder), worker_command=FAKE_WORKER, model=model) as service:
             pings = asyncio.create_task(_ping(service.port, num_pings))
             await service.generate(generation_request(text="abc", max_new_tokens=3).parameters)
-            await _open_and_drop(service, 4 * _AT_ONCE)  # what the first ones allocate stays
+            await _open_and_drop(service, 4 * _AT_ONCE)  # the first ones allocate what stays
             files_before, memory_before = service.num_files(), service.rss_bytes()
             await _open_and_drop(service, num_connections)
             num_answered, num_goaways = await pings
@@ -65,7 +65,7 @@ async def _open_and_drop(service: Service, number: int) -> None:
 
 
 async def _drop_in_a_call(port: int) -> None:
-    """A channel closed while a stream of it runs."""
+    """Closes a channel while its stream runs."""
     async with open_channel(port) as channel:
         call = channel.unary_stream("/dash_api.v1.GenerationService/StreamGenerate")(
             generation_request(text="abc", max_new_tokens=2000).SerializeToString()
@@ -80,7 +80,7 @@ def _client_preface() -> bytes:
 
 
 async def _ping(port: int, number: int) -> tuple[int, int]:
-    """Acknowledged pings and GOAWAY frames of one idle connection."""
+    """Returns the number of acknowledged pings and of GOAWAY frames on one idle connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     connection = H2Connection(H2Configuration(client_side=True))
     connection.initiate_connection()

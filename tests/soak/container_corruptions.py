@@ -1,4 +1,4 @@
-"""Ways to damage the headers of safetensors and GGUF files, and a policy's facts in one: as corruptions.py.
+"""Damages the headers of safetensors and GGUF files, and the facts of a policy file, as corruptions.py does.
 
 Knows where the fields of the two containers lie; knows no loader.
 """
@@ -27,7 +27,7 @@ _METADATA = "__metadata__"
 
 
 def flip_header_bit(path: Path, rng: random.Random) -> str:
-    """In a safetensors file."""
+    """Flips a bit in the header of a safetensors file."""
     (length,) = struct.unpack("<Q", path.read_bytes()[:_LENGTH_BYTES])
     return flip_bit_between(path, rng, 0, _LENGTH_BYTES + length)
 
@@ -41,7 +41,7 @@ def wrong_header_length(path: Path, rng: random.Random) -> str:
 
 
 def wrong_tensor_entry(path: Path, rng: random.Random) -> str:
-    """One field of one tensor's entry in a safetensors header."""
+    """Damages one field of one tensor's entry in a safetensors header."""
     header, data = _split(path)
     names = [name for name in header if name != _METADATA]
     name, other = rng.choice(names), rng.choice(names)
@@ -77,7 +77,7 @@ def wrong_tensor_entry(path: Path, rng: random.Random) -> str:
 
 
 def wrong_set_of_tensors(path: Path, rng: random.Random) -> str:
-    """A tensor of a safetensors file renamed, left out, there twice or too many."""
+    """Renames, removes, doubles or adds a tensor of a safetensors file."""
     header, data = _split(path)
     name = rng.choice([name for name in header if name != _METADATA])
     start, stop = header[name]["data_offsets"]
@@ -103,7 +103,7 @@ def wrong_set_of_tensors(path: Path, rng: random.Random) -> str:
 
 
 def wrong_safetensors_header(path: Path, rng: random.Random) -> str:
-    """Anything in the header's JSON."""
+    """Damages anything in the header's JSON."""
     header, data = _split(path)
     header, what = damage_json(header, rng)
     _join(path, header, data)
@@ -111,7 +111,7 @@ def wrong_safetensors_header(path: Path, rng: random.Random) -> str:
 
 
 def not_finite(path: Path, rng: random.Random) -> str:
-    """NaN or infinity as one number of a safetensors file."""
+    """Replaces one number of a safetensors file by NaN or infinity."""
     header, data = _split(path)
     floats = [entry for name, entry in header.items() if name != _METADATA and entry["dtype"] in _SAFETENSORS_FLOATS]
     entry = rng.choice(floats)
@@ -131,7 +131,7 @@ SAFETENSORS: Sequence[Corruption] = (
 
 
 def wrong_facts(path: Path, rng: random.Random) -> str:
-    """Anything in the JSON that a policy file has as metadata."""
+    """Damages anything in a policy file's JSON metadata."""
     header, data = _split(path)
     facts, what = damage_json(json.loads(header[_METADATA]["dash_policy"]), rng)
     header[_METADATA]["dash_policy"] = json_text(facts)
@@ -140,7 +140,7 @@ def wrong_facts(path: Path, rng: random.Random) -> str:
 
 
 def _split(path: Path) -> tuple[dict[str, Any], bytes]:
-    """The header and the data of a safetensors file."""
+    """Returns the header and the data of a safetensors file."""
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:_LENGTH_BYTES])
     stop = _LENGTH_BYTES + length
@@ -153,13 +153,13 @@ def _join(path: Path, header: Any, data: bytes, text: str | None = None) -> None
 
 
 Field = tuple[str, int, int]
-"""What it is, where it begins, and its size in bytes."""
+"""A field's meaning, offset and size in bytes."""
 
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def gguf_fields(data: bytes) -> Iterator[Field]:
-    """Every field of a valid GGUF file's header, in order."""
+    """Returns every field of a valid GGUF file's header, in order."""
 
     def number(offset: int, size: int) -> int:
         return int.from_bytes(data[offset : offset + size], "little")
@@ -201,7 +201,7 @@ def gguf_fields(data: bytes) -> Iterator[Field]:
 
 
 def wrong_gguf_field(path: Path, rng: random.Random) -> str:
-    """A number of the header, or a text of it, replaced by another of the same size."""
+    """Replaces a number or a text of the header by another of the same size."""
     data = bytearray(path.read_bytes())
     by_name: dict[str, list[Field]] = {}
     for field in gguf_fields(bytes(data)):
@@ -228,7 +228,7 @@ def _other_number(rng: random.Random, old: bytes) -> bytes:
 
 
 def _other_text(rng: random.Random, old: bytes, alike: Sequence[Field], data: bytearray) -> bytes:
-    """Noise, bad UTF-8, or what another such field says, where that is as long."""
+    """Returns noise, bad UTF-8, or the text of another field of the same length."""
     fitting = [bytes(data[start : start + size]) for _, start, size in alike if size == len(old)]
     return rng.choice((rng.randbytes(len(old)), b"\xff" * len(old), rng.choice(fitting), old.swapcase()))
 
@@ -239,5 +239,5 @@ def flip_gguf_header_bit(path: Path, rng: random.Random) -> str:
 
 
 def gguf_corruptions(wrong_metadata: Callable[[Path, random.Random], str]) -> Sequence[Corruption]:
-    """`wrong_metadata` writes the whole file anew with one value wrong."""
+    """The damages to a GGUF file. `wrong_metadata` writes the whole file anew with one wrong value."""
     return (*ANY_FILE, *(wrong_gguf_field,) * 16, *(flip_gguf_header_bit,) * 4, *(wrong_metadata,) * 8)

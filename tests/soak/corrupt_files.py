@@ -1,9 +1,10 @@
-"""Damages policy, GGUF, configuration, tokenizer and weight files in many ways and counts what comes of it.
+"""Damages policy, GGUF, configuration, tokenizer and weight files in many ways, and counts the outcomes.
 
     python -m tests.soak.corrupt_files [--number 1000] [--seed 1] [--kind KIND] [--case KIND/NUMBER]
 
-The cases run in a child process that is watched, so that a crash or a hang counts as one broken case and the rest goes
-on. Prints a table by kind of file, what was accepted and why, and every broken case; exits with 1 if there is one.
+The cases run in a watched child process, so that a crash or a hang counts as one broken case and the rest goes on.
+Prints a table by kind of file, the accepted damages with their reasons, and every broken case. Exits with 1 if there is
+one.
 """
 
 import argparse
@@ -29,11 +30,11 @@ _ROOT = Path(__file__).resolve().parent.parent.parent
 _START_SECONDS = 120.0
 _GRACE_SECONDS = 2.0
 _MAX_ADDRESS_BYTES = 6 * 2**30
-"""Beyond what the child has at its start: an allocation of more fails, instead of taking the machine with it."""
+"""More than the child has at its start. A larger allocation fails instead of exhausting the machine."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command's entry point; returns the exit code."""
+    """Runs the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="tests.soak.corrupt_files", description=__doc__.splitlines()[0])
     parser.add_argument("--number", type=int, default=1000, help="of corruptions (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="which ones (%(default)s)")
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def run(number: int = 1000, seed: int = 1) -> list[Finding]:
-    """The same as a part of `make soak`; prints the table too."""
+    """Runs the cases as a part of `make soak`, and prints the table too."""
     results = await asyncio.to_thread(_results, cases(number, seed))
     print(report(results))
     num_broken = sum(result.outcome is Outcome.BROKEN for result in results)
@@ -66,7 +67,7 @@ async def run(number: int = 1000, seed: int = 1) -> list[Finding]:
 
 
 def _results(chosen: Sequence[Case], is_verbose: bool = False) -> list[Result]:
-    """What came of the cases; prints the broken ones as they come, or all."""
+    """Runs the cases and returns their results. Prints the broken ones as they come, or all."""
     results = []
     with tempfile.TemporaryDirectory(prefix="dash-corrupt-") as folder:
         make_originals(Path(folder) / "originals")
@@ -74,12 +75,12 @@ def _results(chosen: Sequence[Case], is_verbose: bool = False) -> list[Result]:
             results.append(result)
             if is_verbose or result.outcome is Outcome.BROKEN:
                 line = f"{result.outcome:10} {result.case.label}: {result.damage}: {result.detail}"
-                print(ascii(line)[1:-1], flush=True)  # some of it is no text that could be printed
+                print(ascii(line)[1:-1], flush=True)  # some of it is not printable text
     return results
 
 
 def report(results: Sequence[Result]) -> str:
-    """The table by kind of file, and what was accepted."""
+    """Prints the table by kind of file, and the accepted damages."""
     counts = Counter((result.case.kind, result.outcome) for result in results)
     lines = [f"{'kind of file':28}{'corruptions':>12}" + "".join(f"{outcome:>12}" for outcome in Outcome)]
     for kind in (kind.name for kind in KINDS):
@@ -103,7 +104,7 @@ def report(results: Sequence[Result]) -> str:
 
 
 def _run_watched(chosen: Sequence[Case], folder: Path) -> Iterator[Result]:
-    """The results in order, whatever becomes of the processes that run the cases."""
+    """Yields the results in order, whatever happens to the processes that run the cases."""
     waiting = list(chosen)
     while waiting:
         batch = folder / "batch.json"
@@ -116,7 +117,7 @@ def _run_watched(chosen: Sequence[Case], folder: Path) -> Iterator[Result]:
 
 
 def _run_child(waiting: Sequence[Case], batch: Path) -> Iterator[Result]:
-    """Results until the child ends; where that is before its time, the last one says so."""
+    """Yields results until the child ends. If it ends too early, the last result says so."""
     command = [sys.executable, "-m", "tests.soak.corrupt_files", "--batch", str(batch)]
     with (
         (batch.parent / "stderr").open("wb+") as errors,
@@ -140,7 +141,7 @@ def _run_child(waiting: Sequence[Case], batch: Path) -> Iterator[Result]:
                 yield Result(case, "?", Outcome.BROKEN, f"the process ended with {child.wait()}: {said}")
                 return
             yield Result.from_json(json.loads(line))
-            seconds = 2 * HANG_SECONDS + _GRACE_SECONDS  # the damage itself takes some time too
+            seconds = 2 * HANG_SECONDS + _GRACE_SECONDS  # the damage itself takes time too
 
 
 def _read_lines(child: "subprocess.Popen[str]", lines: "queue.Queue[str | None]") -> None:
@@ -152,7 +153,7 @@ def _read_lines(child: "subprocess.Popen[str]", lines: "queue.Queue[str | None]"
 
 
 def _run_batch(batch: Path) -> int:
-    """What the child does: every case of the batch, one line each."""
+    """Runs in the child: every case of the batch, one line each."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
-"""The valid files that are damaged, kind by kind, and how each is loaded: as the server's worker, and the server, do.
+"""The valid files to damage, kind by kind, and their loaders: those of the server and its worker.
 
-What is loaded is described part by part, so that an accepted damage can be told from one that changed nothing, and
-what it changed can be named. Knows no classification.
+A loader describes its result part by part. So a damage that changed nothing can be told from one that was accepted,
+and the changed part can be named. Knows no classification.
 """
 
 import json
@@ -40,8 +40,8 @@ _OLD_POLICY = "a policy file from before there were checksums"
 class FileKind:
     """A kind of file: a case gets a copy of the folder `original` and damages one of `files` in it.
 
-    `unknowable` says which parts of what is loaded may differ after an accepted damage, and why nobody could tell it
-    from the file; a name that ends in `*` stands for all that begin like it.
+    `unknowable` names the loaded parts that may differ after an accepted damage, and says why the file cannot show it.
+    A name that ends in `*` stands for all names that begin like it.
     """
 
     name: str
@@ -51,10 +51,10 @@ class FileKind:
     unknowable: Mapping[str, str]
     share: int = 1
     more: Sequence[Corruption] = ()
-    """Of its own, beside those that any file of such a name gets."""
+    """Damages of this kind alone, beside those that any file of such a name gets."""
 
     def corruptions(self, file: str) -> Sequence[Corruption]:
-        """Those for `file`."""
+        """Returns the damages for `file`."""
         if file.endswith(".gguf"):
             return gguf_corruptions(_wrong_gguf_metadata)
         usual = {".json": ANY_JSON, ".safetensors": SAFETENSORS}.get(Path(file).suffix, ANY_FILE)
@@ -62,7 +62,7 @@ class FileKind:
 
 
 def make_originals(folder: Path) -> None:
-    """Writes the valid files below `folder`, a folder for each kind."""
+    """Writes the valid files below `folder`, one folder per kind."""
     model = save_tiny_model(folder / "model", "llama", num_hidden_layers=NUM_LAYERS, dtype="bfloat16")
     (model / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<|user|>"}}))
     _make_sharded(model, folder / "sharded")
@@ -131,14 +131,14 @@ _GGUF_VALUES = (
 
 
 def _wrong_gguf_metadata(path: Path, rng: random.Random) -> str:
-    """The file written anew with one value wrong, or left out."""
+    """Writes the file anew with one value wrong or left out."""
     key, value = rng.choice(_GGUF_KEYS), rng.choice(_GGUF_VALUES)
     model = path.parent / "model"
     if rng.random() < 0.2:
         write_gguf(path, model, without=key)
         return f"without {key}"
     if key == "general.alignment" and type(value) is int:
-        value = 3  # the writer itself aligns by it
+        value = 3  # the writer itself uses it for alignment
     if key == "general.architecture" and not isinstance(value, str):
         value = "l" * 5_000
     write_gguf(path, model, metadata={key: value})

@@ -1,7 +1,7 @@
-"""Damages one file, loads it, and judges what came of it.
+"""Damages one file, loads it, and judges the outcome.
 
-Refused is an error of the runtime's own in one short line that names the file; made again, a cached conversion that
-was found to be damaged; accepted, anything that loads; broken, everything else.
+REFUSED is one of the runtime's own errors, in one short line that names the file. MADE AGAIN is a cached conversion
+that was found to be damaged. ACCEPTED is anything that loads. BROKEN is everything else.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from tests.soak.loaders import Loaded
 HANG_SECONDS = 5.0
 MAX_EXTRA_BYTES = 500 * 10**6
 MAX_MESSAGE_CHARS = 500
-"""Without the path, which is as long as it is."""
+"""Without the path, whose length is not ours to choose."""
 
 
 class Outcome(StrEnum):
-    """What came of a damaged file."""
+    """The outcome for a damaged file."""
 
     REFUSED = "refused"
     MADE_AGAIN = "made again"
@@ -36,7 +36,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One damage, which `kind`, `number` and `seed` determine."""
+    """One damage, determined by `kind`, `number` and `seed`."""
 
     kind: str
     number: int
@@ -49,7 +49,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How it went. `differences` are the parts that an accepted file changed, none where it changed nothing."""
+    """The result of a case. `differences` are the parts that an accepted file changed."""
 
     case: Case
     damage: str
@@ -72,14 +72,14 @@ class Result:
 
 
 def cases(number: int, seed: int, kinds: Sequence[FileKind] = KINDS) -> list[Case]:
-    """So many cases, dealt to the kinds by their shares."""
+    """Returns `number` cases, dealt to the kinds by their shares."""
     turns = [kind.name for kind in kinds for _ in range(kind.share)]
     dealt = [turns[place % len(turns)] for place in range(number)]
     return [Case(kind, dealt[:place].count(kind), seed) for place, kind in enumerate(dealt)]
 
 
 class CorruptionRun:
-    """Runs cases in `scratch`, from the originals that `make_originals` wrote."""
+    """Runs cases in `scratch`, from the originals of `make_originals`."""
 
     def __init__(self, originals: Path, scratch: Path) -> None:
         self._originals = originals
@@ -88,7 +88,7 @@ class CorruptionRun:
         self._expected: dict[str, Loaded] = {}
 
     def run(self, case: Case) -> Result:
-        """Damages, loads and judges."""
+        """Damages, loads and judges one case."""
         kind = self._kinds[case.kind]
         expected = self._loaded_undamaged(kind)
         folder = self._copy(kind)
@@ -130,7 +130,7 @@ def _judge(kind: FileKind, folder: Path, file: Path, expected: Loaded) -> tuple[
         complaint = _complaint(str(error), file, folder)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the panics of Rust libraries are no Exceptions
+    except BaseException as error:  # panics of Rust libraries are not Exceptions
         return Outcome.BROKEN, f"{type(error).__module__}.{type(error).__name__}: {str(error)[:500]}", ()
     else:
         outcome, detail, differences = _compared(kind, loaded, expected)
@@ -160,7 +160,7 @@ def _compared(kind: FileKind, loaded: Loaded, expected: Loaded) -> tuple[Outcome
 
 
 def reason_to_accept(kind: FileKind, part: str) -> str | None:
-    """Why nobody could tell from such a file that this part of what it led to is wrong, or None."""
+    """Returns why the file cannot show that this loaded part is wrong, or None."""
     for name, reason in kind.unknowable.items():
         if part == name or (name.endswith("*") and part.startswith(name[:-1])):
             return reason
@@ -168,7 +168,7 @@ def reason_to_accept(kind: FileKind, part: str) -> str | None:
 
 
 def _complaint(message: str, file: Path, folder: Path) -> str | None:
-    """What is wrong with an error's message, or None."""
+    """Returns what is wrong with an error's message, or None."""
     if not message.isprintable():
         return f"its message is not one printable line ({message[:300]!r})"
     length = len(message.replace(str(file), "").replace(str(folder), ""))
@@ -184,7 +184,7 @@ def _digest(file: Path) -> str:
 
 
 def _reset_peak_bytes() -> int:
-    """Starts a new peak of this process's memory, where that is allowed, and returns it."""
+    """Resets the peak of this process's memory, where that is allowed, and returns it."""
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     return _peak_bytes()

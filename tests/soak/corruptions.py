@@ -1,7 +1,7 @@
-"""Ways to damage any file, and any JSON file: each rewrites the file at a path and says in a few words what it did.
+"""Damages any file, and any JSON file: each function rewrites the file at a path and says in a few words what it did.
 
-All chance comes from the generator given, so that a damage can be done again. Knows bytes and JSON; knows no format of
-ours and no loader.
+All chance comes from the given generator, so that a damage can be repeated. Knows bytes and JSON; knows no loader and
+no format of ours.
 """
 
 import json
@@ -58,7 +58,7 @@ def flip_one_bit(path: Path, rng: random.Random) -> str:
 
 
 def flip_bit_between(path: Path, rng: random.Random, start: int, stop: int) -> str:
-    """One bit of one byte in `[start, stop)`."""
+    """Flips one bit of one byte in `[start, stop)`."""
     data = bytearray(path.read_bytes())
     place, bit = rng.randrange(start, stop), rng.randrange(8)
     data[place] ^= 1 << bit
@@ -125,7 +125,7 @@ def other_format(path: Path, rng: random.Random) -> str:
 
 
 def no_file(path: Path, rng: random.Random) -> str:
-    """A folder, a link or a pipe where the file was, or nothing."""
+    """Replaces the file by a folder, a link, a pipe or nothing."""
     path.unlink()
     kind = rng.choice(("folder", "link to itself", "link to nothing", "missing", "pipe"))
     if kind == "folder":
@@ -140,7 +140,7 @@ def no_file(path: Path, rng: random.Random) -> str:
 
 
 def extend_sparsely(path: Path, rng: random.Random) -> str:
-    """Zeros without end, as a file system may leave them after a power cut; they take no room on the disk."""
+    """Fills the file with many zeros, as a file system may leave after a power cut. They take no room on the disk."""
     if rng.random() < 0.5:
         path.write_bytes(b"")
     os.truncate(path, SPARSE_BYTES)
@@ -163,7 +163,7 @@ ANY_FILE: Sequence[Corruption] = (
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value`, its placeholders replaced by what Python's own JSON cannot write."""
+    """Writes `value`, with its placeholders replaced by text that Python's own JSON cannot write."""
     path.write_text(json_text(value), encoding="utf-8")
 
 
@@ -174,7 +174,7 @@ def json_text(value: Any) -> str:
 
 
 def damage_json(value: Any, rng: random.Random) -> tuple[Any, str]:
-    """`value` with one thing wrong in it, and what. The value itself is changed where it is a container."""
+    """Returns `value` with one thing wrong in it, and says what. Changes a container in place."""
     if not isinstance(value, (dict, list)) or not value or rng.random() < 0.04:
         wrong = rng.choice(WRONG_VALUES)
         return wrong, f"all of it is {_short(wrong)}"
@@ -210,7 +210,7 @@ ANY_JSON: Sequence[Corruption] = (*ANY_FILE, *(damage_json_file,) * (2 * len(ANY
 
 
 def _somewhere(value: Any, rng: random.Random) -> tuple[Any, Any, str]:
-    """A container within `value`, one of its keys, and the way there in words."""
+    """Returns a container within `value`, one of its keys, and the path to it in words."""
     way: list[str] = []
     while True:
         key: Any = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))

@@ -1,4 +1,4 @@
-"""The worker is killed again and again, each time a while after it began to serve, under load."""
+"""Kills the worker again and again under load, each time a while after it began to serve."""
 
 import asyncio
 import os
@@ -18,7 +18,7 @@ from tests.soak.service import STUCK_SECONDS, Outcomes, model_variables, running
 async def run(
     num_kills: int = 10, seconds_between: float = 20, num_callers: int = 16, tiny_model: Path | None = None
 ) -> list[Finding]:
-    """Kills, and looks at every request's end; with the embedded model or a tiny one."""
+    """Kills workers and checks every request's end, with the embedded model or a tiny one."""
     outcomes = Outcomes.begin()
     slowest_end = 0.0
     restarts: list[float] = []

@@ -1,4 +1,4 @@
-"""SIGTERM while many streams run, and readers that take one message a second."""
+"""Sends SIGTERM while many streams run, and reads one message a second."""
 
 import asyncio
 import signal
@@ -22,7 +22,7 @@ def _stream(service: Service, **parameters: object) -> grpc.aio.UnaryStreamCall:
 
 
 async def run_drain(num_streams: int = 32) -> list[Finding]:
-    """The embedded model; half of the streams wait for a slot when the signal comes."""
+    """Runs the embedded model. Half of the streams wait for a slot when the signal comes."""
     with tempfile.TemporaryDirectory() as folder:
         async with running_service(Path(folder), shutdown_grace_seconds=120) as service:
             stopping = generation_pb2.StoppingParameters(max_new_tokens=_TOKENS, ignore_eos=True)
@@ -47,8 +47,8 @@ async def _last_message(call: grpc.aio.UnaryStreamCall) -> generation_pb2.Stream
 
 
 async def run_slow_reader(seconds: float = 60) -> list[Finding]:
-    """A worker that makes 200 tokens a second, each with 30 layers' decisions, and a client that takes one message a
-    second."""
+    """Runs a worker that produces 200 tokens a second, each with 30 layers' decisions, and a client that reads one
+    message a second."""
     with tempfile.TemporaryDirectory() as folder:
         model = fake_model(write_model_folder(Path(folder) / "model"), token_seconds=0.005, num_layers=30)
         variables = {"model": model, "context_length": 40_000, "cache_tokens": 40_000, "max_new_tokens": 40_000}

@@ -1,7 +1,7 @@
-"""Requests that nobody would send, by the ten thousand, against a real server with the fake worker.
+"""Sends absurd requests, by the ten thousand, to a real server with the fake worker.
 
-Hypothesis makes messages of any shape that the contract allows and any values that the wire can carry; others are
-random bytes, or good requests with bytes changed, cut off or doubled. Beside them come peers that speak no gRPC at all.
+Hypothesis generates messages of any shape that the contract allows, with any values that the wire can carry. Others are
+random bytes, or good requests with bytes changed, cut off or doubled. Some peers speak no gRPC at all.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ _values: dict[int, st.SearchStrategy[Any]] = {
 
 
 def messages(message_class: type[Message]) -> st.SearchStrategy[Message]:
-    """Any message of the class: every field may be there or not, with any value of its type."""
+    """Returns a strategy for any message of the class: every field set or not, to any value of its type."""
     descriptor = message_class.DESCRIPTOR
     fields = {field.name: _field(field) for field in descriptor.fields}
     return st.fixed_dictionaries({}, optional=fields).map(
@@ -74,7 +74,7 @@ def _field(field: FieldDescriptor) -> st.SearchStrategy[Any]:
 
 
 def _one_of_each(descriptor: Descriptor, values: dict[str, Any]) -> dict[str, Any]:
-    """Without the later members of a oneof: a message object holds one."""
+    """Drops the later members of a oneof: a message object holds one."""
     seen: set[str] = set()
     kept = {}
     for name, value in values.items():
@@ -88,7 +88,7 @@ def _one_of_each(descriptor: Descriptor, values: dict[str, Any]) -> dict[str, An
 
 
 def generated_requests(number: int, first_seed: int) -> list[tuple[str, bytes]]:
-    """Requests of every method, from Hypothesis."""
+    """Generates requests of every method with Hypothesis."""
     made: list[tuple[str, bytes]] = []
     anything = st.sampled_from(sorted(METHODS)).flatmap(
         lambda method: messages(METHODS[method]).map(lambda message: (method, _bounded(message)))
@@ -105,7 +105,7 @@ def generated_requests(number: int, first_seed: int) -> list[tuple[str, bytes]]:
 
 
 def _bounded(message: Message) -> bytes:
-    """The fake worker speaks for as long as it may: what would take for ever is made short."""
+    """Shortens requests that would take for ever: the fake worker always generates as much as it may."""
     if isinstance(message, generation_pb2.GenerateRequest | generation_pb2.StreamGenerateRequest):
         stopping = message.parameters.stopping
         if stopping.max_new_tokens > 0 or not stopping.HasField("max_new_tokens"):
@@ -114,7 +114,7 @@ def _bounded(message: Message) -> bytes:
 
 
 def mangled_request(rng: random.Random) -> tuple[str, bytes]:
-    """Random bytes, or a good request that was damaged."""
+    """Returns random bytes, or a damaged good request."""
     method = rng.choice(sorted(METHODS))
     if rng.random() < 0.3:
         return method, rng.randbytes(rng.choice((1, 2, 5, 20, 200, 3000)))
@@ -134,7 +134,7 @@ def mangled_request(rng: random.Random) -> tuple[str, bytes]:
 
 
 async def run(number: int = 100_000, first_seed: int = 1) -> list[Finding]:
-    """Sends them all; half are generated, half mangled."""
+    """Sends all requests: half are generated, half are mangled."""
     with tempfile.TemporaryDirectory() as folder:
         model = fake_model(write_model_folder(Path(folder) / "model"))
         variables = {"model": model, "log_level": "ERROR", "max_new_tokens": 64, "default_max_new_tokens": 16}
@@ -205,7 +205,7 @@ def _is_decodable(message_class: type[Message], data: bytes) -> bool:
 
 
 async def _strangers(service: Service, num_rounds: int) -> tuple[str, bool]:
-    """What other protocols and broken frames get: the connection's end, and no descriptor kept."""
+    """Checks that other protocols and broken frames end their connection and leave no descriptor open."""
     talks: list[Callable[[int, int], None]] = [_http_1, _tls, _noise, _truncated_frame, _truncated_message]
     before = service.num_files()
     for number in range(num_rounds):
@@ -217,7 +217,7 @@ async def _strangers(service: Service, num_rounds: int) -> tuple[str, bool]:
 
 
 def _exchange(port: int, data: bytes) -> bytes:
-    """Sends, closes its half and reads a little, as long as the other side allows it."""
+    """Sends, closes its half and reads a little, as far as the other side allows."""
     with socket.create_connection(("127.0.0.1", port), timeout=5) as peer:
         try:
             peer.sendall(data)
@@ -249,12 +249,12 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 
 
 def _truncated_frame(port: int, number: int) -> None:
-    """A HEADERS frame that promises more bytes than come."""
+    """Returns a HEADERS frame that promises more bytes than follow."""
     _exchange(port, _PREFACE + struct.pack(">I", 5000)[1:] + b"\1\4\0\0\0\1" + os.urandom(number % 100))
 
 
 def _truncated_message(port: int, number: int) -> None:
-    """A call whose only message is shorter than its prefix says."""
+    """Returns a call whose only message is shorter than its prefix says."""
     connection = H2Connection(H2Configuration(client_side=True))
     connection.initiate_connection()
     headers = {":method": "POST", ":scheme": "http", ":authority": "localhost", "te": "trailers",

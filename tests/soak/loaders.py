@@ -1,4 +1,4 @@
-"""Loads the damaged files as the server's worker, and the server, do, and describes what came of it part by part."""
+"""Loads the damaged files as the server and its worker do, and describes the result part by part."""
 
 import hashlib
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ CONVERSION = "tiny-conversion"
 FINGERPRINT = "a model"
 
 _CONTEXT_TOKENS = 64
-"""A setting of the worker's bounds the context too, and with it what the decoder's tables take."""
+"""The worker has a setting that bounds the context too, and with it the size of the decoder's tables."""
 _TEXT = "Hello <|user|> wörld"
 _MESSAGES = [("user", "Hello"), ("assistant", "Yes?")]
 _NUM_LAYERS = 4
@@ -54,24 +54,24 @@ Parts = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Loaded:
-    """What files led to, part by part; `message` is what was said where they were mended."""
+    """The loaded result, part by part; `message` is the log's message if a file was mended."""
 
     parts: Parts
     message: str | None = None
 
 
 def load_folder(folder: Path) -> Loaded:
-    """A model folder."""
+    """Loads a model folder."""
     return Loaded(_model_parts(resolve_checkpoint(str(folder), None, folder / "no-cache")))
 
 
 def load_gguf(folder: Path) -> Loaded:
-    """A GGUF file that was never converted."""
+    """Loads a GGUF file that was never converted."""
     return Loaded(_model_parts(resolve_checkpoint(str(folder / "tiny.gguf"), None, folder / "converted")))
 
 
 def load_conversion(folder: Path) -> Loaded:
-    """A conversion, kept from before, whose GGUF file is still there."""
+    """Loads a kept conversion whose GGUF file still exists."""
     messages: list[str] = []
     source = ConversionSource("tiny", "the source", CONVERSION, lambda: folder / "tiny.gguf")
     converted = cached_conversion(source, folder / "kept", convert_gguf, messages.append)
@@ -79,12 +79,12 @@ def load_conversion(folder: Path) -> Loaded:
 
 
 def load_converted_folder(folder: Path) -> Loaded:
-    """A kept conversion that is named by its own path."""
+    """Loads a kept conversion by its own path."""
     return load_folder(folder / "kept" / CONVERSION)
 
 
 def load_policies(folder: Path) -> Loaded:
-    """The one policy file in `folder`, by its name and as one of those that ship."""
+    """Loads the one policy file in `folder`, by its name and as a shipped one."""
     find_policies(folder, FINGERPRINT)
     policy = load_policy(folder / "tiny.safetensors", _POLICY_MODEL, FINGERPRINT, dtype=torch.float32, device=CPU)
     parts = {
@@ -98,7 +98,7 @@ def load_policies(folder: Path) -> Loaded:
 
 
 def load_fit(folder: Path) -> Loaded:
-    """A compensation file."""
+    """Loads a compensation file."""
     file = folder / "tiny.safetensors"
     compensation = load_compensation(file, _POLICY_MODEL, FINGERPRINT, dtype=torch.float32, device=CPU)
     return Loaded({"compensation": f"{compensation.kind} {_digest(compensation.tensors())}"})

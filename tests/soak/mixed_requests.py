@@ -1,4 +1,4 @@
-"""Requests as a busy server sees them: all modes, short and long, sampled and greedy, from a seed."""
+"""Generates a busy server's requests from a seed: all modes, short and long, sampled and greedy."""
 
 import random
 
@@ -22,7 +22,7 @@ _SYSTEM = "You are a helpful assistant. Answer in plain words, and briefly, unle
 
 
 def mixed_request(rng: random.Random, *, is_tiny: bool = False) -> generation_pb2.GenerationParameters:
-    """One request that every server of the embedded model takes, or one for a tiny model with little context."""
+    """Returns a request for the embedded model, or for a tiny model with little context."""
     parameters = generation_pb2.GenerationParameters()
     question = rng.choice(_QUESTIONS)
     if rng.random() < 0.7:

@@ -1,8 +1,8 @@
-"""gRPC clients in other languages against a real `dash-server` process with the fake worker.
+"""Runs gRPC clients in other languages against a real `dash-server` process with the fake worker.
 
 `python -m tests.soak --only other-clients` runs node/client.mjs (@grpc/grpc-js) and node/buf_curl.mjs (`buf curl`),
 each once with the .proto files and once with the server's reflection, and prints which checks passed. It needs
-node and npm. npm's packages are kept in ~/.cache/dash-llm/soak-node; delete that folder to get newer ones.
+node and npm. It keeps npm's packages in ~/.cache/dash-llm/soak-node; delete that folder to get newer ones.
 """
 
 import asyncio
@@ -25,22 +25,22 @@ SOURCES = Path(__file__).parent / "node"
 PROTO_FOLDER = Path(__file__).parents[2] / "proto"
 PROGRAMS = ("client.mjs", "buf_curl.mjs")
 PACKAGES = ("@grpc/grpc-js", "@grpc/proto-loader", "grpc-js-reflection-client", "google-proto-files", "@bufbuild/buf")
-# Slow enough that only a cancellation frees the slot of a long request in time.
+# So slow that only a cancellation frees a long request's slot in time.
 TOKEN_SECONDS = 0.02
 
 INSTALL_SECONDS = 300.0
 PROGRAM_SECONDS = 150.0
-# What a program may take to end what it has started itself.
+# Time for a program to end its own children.
 END_SECONDS = 5.0
 
 
 class SoakError(Exception):
-    """The checks could not be run to their end."""
+    """The checks could not be completed."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that one client was asked to do. `detail` says what came of it."""
+    """One task for one client. `detail` says how it went."""
 
     client: str
     name: str
@@ -52,7 +52,7 @@ class Check:
 
 
 async def run(cache_folder: Path | None = None) -> list[Finding]:
-    """Runs every check, and prints those of each program when it is done.
+    """Runs every check, and prints those of a program when it has ended.
 
     Raises:
         SoakError: the packages cannot be installed, or the server neither starts nor ends.
@@ -66,7 +66,7 @@ async def run(cache_folder: Path | None = None) -> list[Finding]:
     checks: list[Check] = []
     with tempfile.TemporaryDirectory() as temporary:
         model = fake_model(write_model_folder(Path(temporary) / "model"), token_seconds=TOKEN_SECONDS)
-        # With one slot, a stream that is cancelled and keeps it is seen by the next call.
+        # With one slot, the next call notices a cancelled stream that keeps it.
         with server_process(Path(temporary), model=model, slots=1) as server:
             try:
                 target = f"127.0.0.1:{await asyncio.to_thread(server.wait_for_port)}"
@@ -83,7 +83,7 @@ async def run(cache_folder: Path | None = None) -> list[Finding]:
 
 
 def _findings(checks: Sequence[Check], versions: dict[str, str]) -> list[Finding]:
-    """One for each client, with what it was asked to do."""
+    """Returns one finding per client, with its tasks."""
     findings = []
     for client in dict.fromkeys(check.client for check in checks):
         own = [check for check in checks if check.client == client]
@@ -94,7 +94,7 @@ def _findings(checks: Sequence[Check], versions: dict[str, str]) -> list[Finding
 
 
 async def install(folder: Path) -> None:
-    """Brings the programs and their packages into the folder; packages that are there already are kept."""
+    """Copies the programs into the folder and installs their packages, unless they are already there."""
     folder.mkdir(parents=True, exist_ok=True)
     for source in SOURCES.glob("*.mjs"):
         shutil.copy(source, folder)
@@ -102,7 +102,7 @@ async def install(folder: Path) -> None:
     if installed.exists() and installed.read_text() == wanted:
         return
     (folder / "package.json").write_text(wanted)
-    # No package here needs its install script; buf's would download a program where npm left it out.
+    # No package needs its install script; buf's would download a program that npm left out.
     flags = ("--ignore-scripts", "--no-audit", "--no-fund", "--no-package-lock", "--loglevel=error")
     code, output = await outcome(("npm", "install", *flags), folder, INSTALL_SECONDS)
     if code != 0:
@@ -111,14 +111,14 @@ async def install(folder: Path) -> None:
 
 
 async def package_versions(folder: Path) -> dict[str, str]:
-    """The versions of node and of the packages that take part."""
+    """Returns the versions of node and of the packages in use."""
     _, node = await outcome(("node", "--version"), folder, INSTALL_SECONDS)
     packages = {name: folder / "node_modules" / name / "package.json" for name in PACKAGES}
     return {"node": node.strip()} | {name: json.loads(path.read_text())["version"] for name, path in packages.items()}
 
 
 async def run_program(folder: Path, program: str, target: str) -> list[Check]:
-    """The checks of one program, up to the first that failed."""
+    """Runs one program and returns its checks, up to the first that failed."""
     code, output = await outcome(("node", program, target, str(PROTO_FOLDER)), folder, PROGRAM_SECONDS)
     checks = []
     for line in output.splitlines():
@@ -132,9 +132,9 @@ async def run_program(folder: Path, program: str, target: str) -> list[Check]:
 
 
 async def outcome(arguments: Sequence[str], folder: Path, seconds: float) -> tuple[int, str]:
-    """Runs a command to its end: its exit code and all its output. It is ended, and fails, after `seconds`."""
+    """Runs a command; returns its exit code and all its output. Ends it after `seconds`, as a failure."""
     environment = os.environ | {"BUF_CACHE_DIR": str(folder / "buf-cache")}
-    # A proxy must not stand between a client and a server on this machine.
+    # No proxy may stand between a client and a server on this machine.
     environment |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"} if arguments[0] == "node" else {}
     process = await asyncio.create_subprocess_exec(
         *arguments,
@@ -158,7 +158,7 @@ async def outcome(arguments: Sequence[str], folder: Path, seconds: float) -> tup
 
 
 async def end_group(process: asyncio.subprocess.Process) -> None:
-    """Ends what still runs of a command: politely first, since buf_curl.mjs must end what it has started."""
+    """Ends what still runs of a command: with SIGTERM first, because buf_curl.mjs must end its own children."""
     with contextlib.suppress(ProcessLookupError):
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGTERM)

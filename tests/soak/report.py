@@ -1,4 +1,4 @@
-"""What a part of the soak found: figures with what each must be, printed as a table."""
+"""The findings of a part of the soak: figures with their bounds, printed as a table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line: what was looked at, what must hold, what was seen, and whether it held."""
+    """One line: what was checked, what must hold, what was seen, and if it held."""
 
     what: str
     must: str
@@ -19,7 +19,7 @@ def finding(what: str, must: str, seen: object, held: bool) -> Finding:
 
 
 def print_findings(title: str, findings: Sequence[Finding]) -> bool:
-    """Prints them; returns whether all held."""
+    """Prints the findings; returns True if all held."""
     print(f"\n{title}")
     for line in findings:
         mark = "ok    " if line.held else "FAILED"

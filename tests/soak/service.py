@@ -1,4 +1,4 @@
-"""A `dash-server` process of its own for the soak, with what is watched from outside: memory, files, status codes."""
+"""Runs a `dash-server` process for the soak, and watches it from outside: memory, files, status codes."""
 
 import asyncio
 import contextlib
@@ -20,12 +20,12 @@ from tests.server.server_harness import ServerProcess, open_channel, server_proc
 
 START_SECONDS = 600.0
 STUCK_SECONDS = 120.0
-"""A call that has not ended by then is stuck, whatever it does."""
+"""A call that has not ended by then is stuck."""
 
 
 @dataclass
 class Service:
-    """A running server and a channel to it."""
+    """A running server, with a channel to it."""
 
     server: ServerProcess
     port: int
@@ -52,7 +52,7 @@ class Service:
         return [server, *server.children(recursive=True)]
 
     def rss_bytes(self) -> int:
-        """Of server and workers together."""
+        """Returns the resident memory of server and workers together."""
         total = 0
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
@@ -60,18 +60,18 @@ class Service:
         return total
 
     def num_files(self) -> int:
-        """Descriptors that the server has open."""
+        """Returns the number of the server's open descriptors."""
         return psutil.Process(self.server.process.pid).num_fds()
 
     async def generate(self, parameters: generation_pb2.GenerationParameters) -> generation_pb2.GenerateResponse:
-        """One unary call, given up when it is stuck."""
+        """Makes one unary call, with a timeout if it is stuck."""
         return await self.generation.Generate(
             generation_pb2.GenerateRequest(parameters=parameters), timeout=STUCK_SECONDS
         )
 
 
 def model_variables(tiny_model: Path | None, folder: str) -> dict[str, object]:
-    """The embedded model as it is usually served; or a tiny one, eagerly and with a cache of its own."""
+    """Returns settings for the embedded model as usually served, or for a tiny one, eager and with its own cache."""
     if tiny_model is None:
         return {"model": "embedded"}
     return {"model": tiny_model, "compile": False, "num_threads": 1, "cache_folder": f"{folder}/cache"}
@@ -81,7 +81,7 @@ def model_variables(tiny_model: Path | None, folder: str) -> dict[str, object]:
 async def running_service(
     folder: Path, *, worker_command: Sequence[str] = WORKER_COMMAND, **variables: Any
 ) -> AsyncIterator[Service]:
-    """A server on a free port of loopback, SERVING; its log is `stderr` in `folder`."""
+    """Runs a SERVING server on a free loopback port. Its log is `stderr` in `folder`."""
     with server_process(folder, worker_command=worker_command, **variables) as server:
         port = await asyncio.to_thread(server.wait_for_port)
         async with open_channel(port) as channel:
@@ -92,7 +92,7 @@ async def running_service(
 
 @dataclass
 class Outcomes:
-    """How calls ended: by status, and stuck ones apart."""
+    """Counts how calls ended, by status; stuck ones apart."""
 
     codes: Counter[str]
     started: float
@@ -102,7 +102,7 @@ class Outcomes:
         return cls(Counter(), time.monotonic())
 
     def add(self, error: BaseException | None) -> None:
-        """Counts one call by its error; None is a good end."""
+        """Counts one call by its error; None means success."""
         if error is None:
             self.codes["OK"] += 1
         elif isinstance(error, TimeoutError):

@@ -1,6 +1,6 @@
-"""Many streams at once for minutes, some cancelled, slow or with hopeless deadlines; then some of them again, alone.
+"""Runs many streams at once for minutes, some cancelled, slow or with hopeless deadlines; then some of them alone.
 
-The embedded model, a real worker, planner off: every sampled stream's tokens must be those of the same request alone.
+The embedded model, a real worker, planner off: each chosen stream must have the tokens of the same request alone.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ class _Load:
     is_tiny: bool = False
     samples: list[tuple[generation_pb2.GenerationParameters, list[int], str]] = field(default_factory=list)
     rss: list[tuple[float, int]] = field(default_factory=list)
-    """Seconds since the start, and bytes."""
+    """Pairs of seconds since the start, and bytes."""
 
 
 async def run(
@@ -73,7 +73,7 @@ async def _caller(load: _Load, rng: random.Random) -> None:
             await _one(load, rng)
         except (grpc.aio.AioRpcError, TimeoutError) as caught:
             error = caught
-        except asyncio.CancelledError:  # the call's own: it was cancelled here
+        except asyncio.CancelledError:  # of the call itself, which was cancelled here
             load.outcomes.codes["CANCELLED"] += 1
             continue
         load.outcomes.add(error)
@@ -90,7 +90,7 @@ async def _one(load: _Load, rng: random.Random) -> None:
     request = generation_pb2.StreamGenerateRequest(parameters=parameters)
     call = load.service.generation.StreamGenerate(request, timeout=rng.uniform(0.001, 0.3) if is_hurried else None)
     if cancel_after == 0:
-        await asyncio.sleep(rng.uniform(0, 0.5))  # anywhere: on its way, in the queue, in its prompt
+        await asyncio.sleep(rng.uniform(0, 0.5))  # anywhere: under way, in the queue, in its prompt
         call.cancel()
     token_ids: list[int] = []
     text = ""
@@ -109,7 +109,7 @@ async def _one(load: _Load, rng: random.Random) -> None:
 
 
 async def _next(call: grpc.aio.UnaryStreamCall) -> generation_pb2.StreamGenerateResponse:
-    """The next message. A stream is stuck when none comes for so long; a slow reader's may take longer as a whole."""
+    """Returns the next message. A stream without one for so long is stuck, however long a slow reader takes in all."""
     async with asyncio.timeout(STUCK_SECONDS):
         return await call.read()
 
@@ -124,7 +124,7 @@ async def _watch_memory(load: _Load) -> None:
 def _memory(rss: list[tuple[float, int]], seconds: float) -> list[Finding]:
     if seconds < 180:
         return []
-    # What is in memory moves with what is being served, so whole minutes are compared, by their medians.
+    # Memory varies with the requests being served, so the medians of whole minutes are compared.
     minutes = [
         median(size for moment, size in rss if first <= moment < first + 60) / 1e6
         for first in range(60, int(seconds) - 59, 60)

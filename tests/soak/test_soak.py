@@ -1,4 +1,4 @@
-"""Short versions of what `make soak` runs for half an hour."""
+"""Runs short versions of what `make soak` runs for half an hour."""
 
 from pathlib import Path
 
