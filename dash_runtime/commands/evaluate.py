@@ -81,7 +81,7 @@ def run_calibrate(options: argparse.Namespace) -> None:
     model = LoadedModel(options.model_options, print)
     (policy,) = _policies(options, model)
     if options.head is not None:
-        policy = replace(policy, head=Action[options.head])
+        policy = replace(policy, spec=replace(policy.spec, head=Action[options.head]))
         if policy.head not in policy.costs.head or policy.head not in model.decoder.heads:
             raise ConfigError("head", f"{options.head} is not in the policy's costs, or has no kernel here")
     task = policy_task(model.decoder, policy, options.prompt_tokens)
@@ -98,7 +98,7 @@ def run_inspect(options: argparse.Namespace) -> None:
         layer = policy.costs.layer
         facts = {
             "name": policy.name,
-            "actions": [action.name for action in policy.actions],
+            "actions": [action.name for action in policy.spec.actions],
             "pinned": sorted(policy.pinned),
             "lookahead": policy.lookahead,
             "block_size": policy.block_size,
@@ -126,7 +126,7 @@ def _policies(options: argparse.Namespace, model: LoadedModel) -> list[LearnedPo
         load_policy(file, model.config, model.fingerprint, dtype=torch.bfloat16, device=model.device) for file in files
     ]
     if options.actions is not None and not options.policy:
-        policies = [policy for policy in policies if set(policy.actions) == set(options.actions)]
+        policies = [policy for policy in policies if set(policy.spec.actions) == set(options.actions)]
     if not policies:
         raise ConfigError("policy", "none is shipped for this model and these actions; name a file with --policy")
     return policies
@@ -138,7 +138,7 @@ def multiply_adds_share(policy: LearnedPolicy, config: ModelConfig) -> float:
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     layer = config.hidden_size * (2 * query + 2 * key + 3 * config.intermediate_size)
     width, block_size = network.input_bias.shape[0], policy.block_size
-    return width * (network.input_weight.shape[1] / block_size + len(policy.actions)) / layer
+    return width * (network.input_weight.shape[1] / block_size + len(policy.spec.actions)) / layer
 
 
 def _refit_static(
@@ -173,7 +173,7 @@ def _refit_static(
 
 
 def _engine(model: LoadedModel, policy: LearnedPolicy) -> Engine:
-    catalog = PolicyCatalog(policy.costs, policy.actions, policy.compensation, [policy])
+    catalog = PolicyCatalog(policy.costs, policy.spec.actions, policy.compensation, [policy])
     config = EngineConfig(_NUM_SLOTS, _NUM_SLOTS * model.context_length, model.context_length)
     return assemble_engine(model.decoder, catalog, config, model.context_length)
 
@@ -221,16 +221,9 @@ def _accuracies(options: argparse.Namespace, model: LoadedModel, policies: list[
                 if policy is not None and budget is not None:
                     task = policy_task(model.decoder, policy, options.prompt_tokens)
                     log_price = torch.tensor(math.log(policy.calibration.price(budget)))
+                    choose = greedy_choice(task, policy.network, log_price)
                     runner = rollout_runner(
-                        model.decoder,
-                        blocks=task.blocks,
-                        lookahead=task.lookahead,
-                        compensation=task.compensation,
-                        costs=task.costs,
-                        head=task.head,
-                        choose=greedy_choice(task, policy.network, log_price),
-                        context_length=model.context_length,
-                        pinned_action=task.pinned_action,
+                        model.decoder, policy.spec, policy.compensation, choose, context_length=model.context_length
                     )
                 results += score_choices(runner, encode, choices, name, budget)
             if answers:

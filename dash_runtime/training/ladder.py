@@ -79,7 +79,7 @@ def climb(
 
 def _rates(task: Task) -> Tensor:
     """`[num_layers, 4]`: every free layer is skipped equally often, and runs in full otherwise."""
-    free = [layer for block in task.blocks for layer in block]
+    free = list(task.spec.free_layers)
     rates = torch.zeros(task.decoder.num_layers, len(Action))
     rates[:, Action.FULL - 1] = 1
     rates[free, Action.SKIP - 1] = SKIPS_PER_TOKEN / len(free)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.compensation import LowRank
-from dash_runtime.policy.learned import PolicyNetwork
+from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.training.choices import greedy_choice
 from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
 from dash_runtime.training.distill import ActionsFor, DistillSettings, Progress, distill_compensation

@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.errors import PolicyFileError
-from dash_runtime.policy.learned import Calibration, LearnedPolicy, PolicyNetwork
+from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy
+from dash_runtime.policy.network import PolicyNetwork
+from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import State, Token
 from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint, save_policy
 from tests.runtime.support import CPU, load_decoder, some_affine, some_costs
@@ -37,17 +39,20 @@ def policy(tiny_folder: Path) -> LearnedPolicy:
         random(2, 3, 3, 16),
         random(2, 3, 3),
     )
+    spec = PlanSpec(
+        actions=(Action.SKIP, Action.INT4, Action.FULL),
+        pinned=frozenset((0, 5)),
+        lookahead=1,
+        block_size=3,
+        head=Action.INT8,
+        costs=some_costs(),
+    )
     return LearnedPolicy(
-        "tiny",
-        network,
-        (Action.SKIP, Action.INT4, Action.FULL),
-        frozenset((0, 5)),
-        1,
-        3,
-        Action.INT8,
-        some_affine(load_decoder(tiny_folder)),
-        some_costs(),
-        Calibration(((0.5, 1.0), (0.8, 0.0), (0.9, -1.0)), (0.4, 0.1, 0.02), 0.9),
+        name="tiny",
+        network=network,
+        spec=spec,
+        compensation=some_affine(load_decoder(tiny_folder)),
+        calibration=BudgetCalibration(((0.5, 1.0), (0.8, 0.0), (0.9, -1.0)), (0.4, 0.1, 0.02), 0.9),
     )
 
 
@@ -91,7 +96,7 @@ def test_a_saved_policy_decides_as_it_did_before(policy: LearnedPolicy, file: Pa
     assert torch.equal(
         loaded.compensation(3, torch.ones(1, HIDDEN_SIZE)), policy.compensation(3, torch.ones(1, HIDDEN_SIZE))
     )
-    plain = ("name", "actions", "pinned", "lookahead", "block_size", "head", "costs", "calibration")
+    plain = ("name", "spec", "calibration")
     assert [getattr(loaded, name) for name in plain] == [getattr(policy, name) for name in plain]
 
 
@@ -186,7 +191,7 @@ def test_tampered_tensors_are_refused_by_name(tensors: dict[str, Any], file: Pat
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(policy: LearnedPolicy, file: Path) -> None:
     before = file.read_bytes()
-    broken = replace(policy, calibration=Calibration(((object(), 0.0),), (0.1,), 0.5))  # type: ignore[arg-type]
+    broken = replace(policy, calibration=BudgetCalibration(((object(), 0.0),), (0.1,), 0.5))  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         save_policy(file, broken, FINGERPRINT)
     assert file.read_bytes() == before
@@ -204,7 +209,7 @@ def test_a_budgets_price_lies_between_those_of_the_calibrated_budgets_around_it(
 
 def test_an_action_without_a_kernel_here_is_never_chosen(policy: LearnedPolicy) -> None:
     fewer = policy.without({Action.INT4})
-    assert fewer.actions == (Action.SKIP, Action.FULL)
+    assert fewer.spec.actions == (Action.SKIP, Action.FULL)
     kept, scores = fewer.start(1, some_state())().scores, policy.start(1, some_state())().scores
     assert kept is not None
     assert scores is not None
@@ -219,7 +224,8 @@ def test_policies_are_found_by_the_model_they_were_made_for(file: Path) -> None:
 
 def test_a_drafter_keeps_what_its_pinned_layers_run(policy: LearnedPolicy, tiny_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "drafter.safetensors"
-    save_policy(path, replace(policy, pinned_action=Action.INT4, is_drafter=True), FINGERPRINT)
+    drafter = replace(policy, spec=replace(policy.spec, pinned_action=Action.INT4), is_drafter=True)
+    save_policy(path, drafter, FINGERPRINT)
     loaded = load(path, tiny_folder)
     assert (loaded.pinned_action, loaded.is_drafter) == (Action.INT4, True)
     assert loaded.without({Action.INT4}).pinned_action is Action.FULL
