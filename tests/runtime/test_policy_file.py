@@ -1,7 +1,9 @@
 """A learned policy is saved, loaded, refused for another model, and run."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +65,10 @@ def file(policy: LearnedPolicy, tmp_path: Path) -> Path:
     return path
 
 
-def load(path: Path, tiny_folder: Path, fingerprint: str = FINGERPRINT) -> LearnedPolicy:
-    return load_policy(path, load_model_config(tiny_folder), fingerprint, dtype=torch.float32, device=CPU)
+def load(
+    path: Path, tiny_folder: Path, fingerprint: str = FINGERPRINT, known: Mapping[str, Action] = Action.__members__
+) -> LearnedPolicy:
+    return load_policy(path, load_model_config(tiny_folder), fingerprint, dtype=torch.float32, device=CPU, known=known)
 
 
 def rewrite(path: Path, facts: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None) -> None:
@@ -243,3 +247,44 @@ def test_a_file_of_before_there_were_drafters_is_none(file: Path, tiny_folder: P
     save_file(tensors, file, metadata={"dash_policy": json.dumps(facts)})
     loaded = load(file, tiny_folder)
     assert (loaded.pinned_action, loaded.is_drafter) == (Action.FULL, False)
+
+
+FiveActions = IntEnum("FiveActions", ["SKIP", "INT4", "INT8", "FULL", "INT2"])
+FIVE: dict[str, Any] = dict(FiveActions.__members__)
+"""The actions of a runtime with one more, by name."""
+
+
+def test_a_runtime_with_one_more_action_runs_the_files_of_today(
+    policy: LearnedPolicy, file: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    newer = load(file, tiny_folder, known=FIVE)
+    assert newer.spec == policy.spec
+    assert newer.network.action_embedding.shape[0] == 5
+    assert not newer.network.action_embedding[FiveActions.INT2 - 1].any()
+    state = some_state()
+    expected, decision = (own.start(1, state)() for own in (policy, newer))
+    assert decision.plan == expected.plan
+    torch.testing.assert_close(decision.scores, expected.scores)
+    state.actions = (FIVE["INT2"],) * 3  # has no row of its own
+    assert newer.start(1, state)().scores is not None
+
+    again = tmp_path / "newer.safetensors"
+    save_policy(again, newer, FINGERPRINT, FIVE)
+    assert torch.equal(load(again, tiny_folder, known=FIVE).network.action_embedding, newer.network.action_embedding)
+    assert torch.equal(load(again, tiny_folder).network.action_embedding, policy.network.action_embedding)
+
+
+def test_rows_are_read_by_name_and_need_no_name_in_the_first_order(
+    policy: LearnedPolicy, file: Path, tiny_folder: Path
+) -> None:
+    with safe_open(file, framework="pt") as opened:
+        assert "embedded_actions" not in json.loads(opened.metadata()["dash_policy"])
+    rows = policy.network.action_embedding
+    names = ["FULL", "INT8", "SKIP", "INT4"]
+    shuffled = torch.stack([rows[Action[name] - 1] for name in names])
+    rewrite(file, {"embedded_actions": names}, {"network.action_embedding": shuffled})
+    assert torch.equal(load(file, tiny_folder).network.action_embedding, rows)
+    for damaged in ([], names[:3], [*names[:3], "FULL"], [*names, "INT2"], "SKIP", [1, 2, 3, 4]):
+        rewrite(file, {"embedded_actions": damaged})
+        with pytest.raises(PolicyFileError, match=r"tiny\.safetensors"):
+            load(file, tiny_folder)
