@@ -1,6 +1,6 @@
 """`dash-policy fit` and `dash-policy train`: from options to files in a folder.
 
-Knows options, files and the display; the science is in the modules beside it.
+Knows options, files and the display; knows no learning, which is in training/.
 """
 
 import argparse
@@ -36,11 +36,11 @@ CALIBRATION_SEQUENCES = 24
 FIT_SEQUENCES = 128
 LOOKAHEAD = 1
 _REFIT_SHARES = (0.35, 0.7)
-"""How far into training the compensation is refitted."""
+"""Shares of the iterations after which the compensation is refitted."""
 
 
 def run_fit(options: argparse.Namespace) -> None:
-    """Prints the ladder of compensations, and keeps the distilled low-rank one and the table in a folder."""
+    """Prints the ladder of compensations. Writes the table and the distilled low-rank one to a folder."""
     model = LoadedModel(options.model_options, print, (Action.SKIP, Action.FULL))
     held_out, fitting = _split(model.sequences())
     options.out.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def run_fit(options: argparse.Namespace) -> None:
 
 
 def run_train(options: argparse.Namespace) -> None:
-    """Trains a policy in a folder, or goes on with a run that was stopped there."""
+    """Trains a policy in a folder, or resumes a run that was stopped there."""
     head, pinned_action = Action[options.head], Action[options.pinned_action.upper()]
     actions = tuple(sorted({Action.SKIP, Action.FULL, *options.actions, head, pinned_action}))
     model = LoadedModel(options.model_options, print, actions)
@@ -161,7 +161,7 @@ def _policy(
 
 
 def _task(model: LoadedModel, actions: tuple[Action, ...], options: argparse.Namespace) -> Task:
-    """Returns a task with the full head, no compensation and, until costs are measured, the same cost for all actions."""
+    """Returns a task with the full head and no compensation; all actions cost the same until they are measured."""
     num_layers = model.config.num_layers
     pinned = frozenset((*range(LOOKAHEAD), 1, num_layers - 1)) if num_layers > 8 else frozenset((0, num_layers - 1))
     spec = PlanSpec(
@@ -176,7 +176,7 @@ def _task(model: LoadedModel, actions: tuple[Action, ...], options: argparse.Nam
 
 
 def _kept_costs(path: Path, model: LoadedModel, compensation: Compensation) -> CostTable:
-    """Measured once per run: a resumed one must go on with the table that it began with."""
+    """Returns the run's cost table, measured once: a resumed run must keep the table that it began with."""
     if path.exists():
         return _read_costs(path, "out", f"{path} is damaged; remove the folder to start again")
     costs = measure_costs(model.decoder, compensation)
@@ -192,7 +192,7 @@ def _read_costs(path: Path, option: str, complaint: str) -> CostTable:
 
 
 def _split(sequences: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
-    """Those to calibrate and judge on, and those to learn from."""
+    """Returns the sequences to calibrate and judge on, and those to learn from."""
     if len(sequences) <= CALIBRATION_SEQUENCES:
         raise ConfigError("data", f"has {len(sequences)} sequences; more than {CALIBRATION_SEQUENCES} are needed")
     return sequences[:CALIBRATION_SEQUENCES], sequences[CALIBRATION_SEQUENCES:]

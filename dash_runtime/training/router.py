@@ -22,13 +22,13 @@ class ActorRouter:
     """PPO's actor as a `Router`."""
 
     def __init__(self, model: ActorCritic, blocks: Sequence[tuple[int, ...]]) -> None:
-        self.blocks = blocks
+        self.decision_blocks = blocks
         self._model = model
 
     def scores(self, block: int, hidden: Tensor, last_actions: Tensor, cost_spent: Tensor, log_price: Tensor) -> Tensor:
         network = self._model.actor.view()
         scores = network.scores(block, hidden, last_actions, cost_spent, log_price)
-        return scores[:, : len(self.blocks[block])]
+        return scores[:, : len(self.decision_blocks[block])]
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self._model.actor.parameters()

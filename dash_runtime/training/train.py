@@ -63,8 +63,8 @@ class TrainSettings:
                 raise ConfigError(name, f"must be at least 1, got {getattr(self, name)}")
 
 
-Progress = Callable[[int, float, Outcome, UpdateLosses], None]
-"""`(iteration, mean λ, outcome of the sampled paths, losses)`."""
+TrainProgress = Callable[[int, float, Outcome, UpdateLosses], None]
+"""Called with the iteration, mean λ, outcome of the sampled paths and losses."""
 
 Refit = Callable[[Task, LowRank, PolicyNetwork, int], LowRank]
 """The compensation refitted along the paths of a policy on a task; the number is a seed."""
@@ -84,7 +84,7 @@ def train(
     sequences: Sequence[Sequence[int]],
     settings: TrainSettings,
     checkpoint: Path,
-    progress: Progress,
+    progress: TrainProgress,
     refit: Refit | None = None,
 ) -> Trained:
     """Trains on `sequences`, all of one length, starting with `compensation` in the place of the task's.
