@@ -13,7 +13,7 @@ from dash_runtime.actions import Action
 from dash_runtime.checkpoints import default_cache_folder
 from dash_runtime.commands.evaluate import run_calibrate, run_evaluate, run_inspect
 from dash_runtime.commands.train import run_fit, run_train
-from dash_runtime.errors import ConfigError, DashRuntimeError
+from dash_runtime.errors import DashRuntimeError
 from dash_runtime.training.loaded_model import ModelOptions
 from dash_runtime.training.ppo import Objective
 
@@ -36,49 +36,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_actions(text: str) -> tuple[Action, ...]:
-    """The actions of a list like `skip,full`, in ascending order.
+    """Returns the actions of a list like `skip,full`, in ascending order.
 
     Raises:
-        ConfigError: one is unknown, or FULL is missing.
+        ArgumentTypeError: one is unknown, or FULL is missing.
     """
     try:
         actions = tuple(sorted({Action[name.strip().upper()] for name in text.split(",")}))
     except KeyError as error:
-        raise ConfigError("actions", f"{error.args[0]!r} is not one of {', '.join(a.name for a in Action)}") from None
+        known = ", ".join(action.name for action in Action)
+        raise argparse.ArgumentTypeError(f"{error.args[0]!r} is not one of {known}") from None
     if Action.FULL not in actions or len(actions) < 2:
-        raise ConfigError("actions", "must hold FULL and one more")
+        raise argparse.ArgumentTypeError("must hold FULL and one more")
     return actions
 
 
 def parse_budgets(text: str) -> list[float]:
-    """The budgets of a list like `0.9,0.8`.
+    """Returns the budgets of a list like `0.9,0.8`.
 
     Raises:
-        ConfigError: one is no number in (0, 1].
+        ArgumentTypeError: one is not a number in (0, 1].
     """
     try:
         budgets = [float(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError("budgets", f"must be numbers, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be numbers, got {text!r}") from None
     if not all(0 < budget <= 1 for budget in budgets):
-        raise ConfigError("budgets", f"must lie in (0, 1], got {text!r}")
+        raise argparse.ArgumentTypeError(f"must lie in (0, 1], got {text!r}")
     return budgets
-
-
-class _Parsed(argparse.Action):
-    """Stores what a function makes of the text, and says what is wrong in that function's words."""
-
-    def __init__(self, *names: object, reads: object, **rest: object) -> None:
-        super().__init__(*names, **rest)  # type: ignore[arg-type]
-        self._reads = reads
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, *_: object
-    ) -> None:
-        try:
-            setattr(namespace, self.dest, self._reads(values))  # type: ignore[operator]
-        except ConfigError as error:
-            parser.error(str(error))
 
 
 def _positive(text: str) -> int:
@@ -112,13 +97,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     chosen = argparse.ArgumentParser(add_help=False)
     chosen.add_argument("--policy", type=Path, action="append", help="may be repeated; default: the shipped ones")
-    chosen.add_argument(
-        "--actions", action=_Parsed, reads=parse_actions, help="only the shipped one with these actions"
-    )
+    chosen.add_argument("--actions", type=parse_actions, help="only the shipped one with these actions")
     heads = [action.name for action in (Action.INT8, Action.FULL)]
-    commands = parser.add_subparsers(required=True)
+    subparsers = parser.add_subparsers(required=True)
 
-    fit = commands.add_parser("fit", parents=[common], help="fit compensation and show what each kind costs and buys")
+    fit = subparsers.add_parser("fit", parents=[common], help="fit compensation and show what each kind costs and buys")
     fit.add_argument("--out", type=Path, required=True, help="folder for the compensation and the table")
     fit.add_argument("--ranks", type=_positive, nargs="+", default=[16, 48, 96], metavar="RANK")
     fit.add_argument("--distill-steps", type=_positive, default=100)
@@ -126,12 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--seed", type=int, default=0)
     fit.set_defaults(run=run_fit)
 
-    training = commands.add_parser("train", parents=[common], help="train a policy, or go on with a stopped run")
+    training = subparsers.add_parser("train", parents=[common], help="train a policy, or go on with a stopped run")
     training.add_argument("--out", type=Path, required=True, help="folder for checkpoint, curve and policy")
     training.add_argument("--name", default="learned")
-    training.add_argument(
-        "--actions", action=_Parsed, reads=parse_actions, default=tuple(Action), help="default: skip,int4,int8,full"
-    )
+    training.add_argument("--actions", type=parse_actions, default=tuple(Action), help="default: skip,int4,int8,full")
     training.add_argument("--iterations", type=_positive, default=240)
     training.add_argument("--block-size", type=_positive, default=4, help="layers decided together (default 4)")
     training.add_argument("--rank", type=_positive, default=96, help="of the compensation (default 96)")
@@ -154,8 +135,10 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--seed", type=int, default=0)
     training.set_defaults(run=run_train)
 
-    evaluation = commands.add_parser("evaluate", parents=[common, chosen], help="compare policies with their controls")
-    evaluation.add_argument("--budgets", action=_Parsed, reads=parse_budgets, default=[0.9, 0.8, 0.7])
+    evaluation = subparsers.add_parser(
+        "evaluate", parents=[common, chosen], help="compare policies with their controls"
+    )
+    evaluation.add_argument("--budgets", type=parse_budgets, default=[0.9, 0.8, 0.7])
     evaluation.add_argument("--sequences", type=_positive, default=24)
     evaluation.add_argument("--tasks", type=Path, help="questions as .jsonl, to show accuracy at each budget")
     evaluation.add_argument(
@@ -166,13 +149,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--plots", type=Path, help="folder for plots")
     evaluation.set_defaults(run=run_evaluate)
 
-    calibration = commands.add_parser("calibrate", parents=[common, chosen], help="fit budgets anew to your text")
+    calibration = subparsers.add_parser("calibrate", parents=[common, chosen], help="fit budgets anew to your text")
     calibration.add_argument("--out", type=Path, required=True, help="the file to write")
     calibration.add_argument("--sequences", type=_positive, default=24)
     calibration.add_argument("--head", choices=heads, help="the head's precision from now on; default: as it was")
     calibration.set_defaults(run=run_calibrate)
 
-    inspection = commands.add_parser("inspect", parents=[common, chosen], help="show what policy files hold")
+    inspection = subparsers.add_parser("inspect", parents=[common, chosen], help="show what policy files hold")
     inspection.set_defaults(run=run_inspect)
     return parser
 

@@ -1,6 +1,6 @@
-"""`dash-policy evaluate`, `calibrate` and `inspect`: policies beside their controls, and what their files hold.
+"""`dash-policy evaluate`, `calibrate` and `inspect`: compares policies with their controls and shows their files.
 
-Knows options, files and tables; the figures are made in the modules beside it.
+Knows options, files and tables; the figures come from evaluation/ and training/.
 """
 
 import argparse
@@ -41,7 +41,7 @@ _SPEED_TOKENS = 64
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    """Prints the table of policies, controls and tasks; writes it as JSON and as plots where it is asked to."""
+    """Prints the table of policies, controls and tasks; writes it as JSON and as plots if options ask for them."""
     if options.plots is not None and not has_matplotlib():
         raise ConfigError("plots", "needs matplotlib: pip install 'dash-llm[train]'")
     model = LoadedModel(options.model_options, print)
@@ -54,7 +54,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
             "data", f"has {len(everything)} sequences; {needed} are needed, {_SEARCH_SEQUENCES} to search on"
         )
     sequences, search = everything[: options.sequences], everything[options.sequences : needed]
-    # On the text that the static set was searched on, and all that is left of its kind.
+    # The controls are refitted on all text that they are not judged on.
     refit = _refit_static(options, model, everything[options.sequences :])
     _print_heading()
     for policy in policies:
@@ -77,11 +77,11 @@ def run_evaluate(options: argparse.Namespace) -> None:
 
 
 def run_calibrate(options: argparse.Namespace) -> None:
-    """Calibrates a policy's budgets anew on the given text and writes it as another file."""
+    """Calibrates a policy's budgets anew on the given text and writes the result to another file."""
     model = LoadedModel(options.model_options, print)
     (policy,) = _policies(options, model)
     if options.head is not None:
-        policy = replace(policy, head=Action[options.head])
+        policy = replace(policy, spec=replace(policy.spec, head=Action[options.head]))
         if policy.head not in policy.costs.head or policy.head not in model.decoder.heads:
             raise ConfigError("head", f"{options.head} is not in the policy's costs, or has no kernel here")
     task = policy_task(model.decoder, policy, options.prompt_tokens)
@@ -92,13 +92,13 @@ def run_calibrate(options: argparse.Namespace) -> None:
 
 
 def run_inspect(options: argparse.Namespace) -> None:
-    """Prints what the policy files hold."""
+    """Prints the metadata of the policy files."""
     model = LoadedModel(options.model_options, print, (Action.SKIP, Action.FULL))
     for policy in _policies(options, model):
         layer = policy.costs.layer
         facts = {
             "name": policy.name,
-            "actions": [action.name for action in policy.actions],
+            "actions": [action.name for action in policy.spec.actions],
             "pinned": sorted(policy.pinned),
             "lookahead": policy.lookahead,
             "block_size": policy.block_size,
@@ -120,31 +120,31 @@ def run_inspect(options: argparse.Namespace) -> None:
 
 
 def _policies(options: argparse.Namespace, model: LoadedModel) -> list[LearnedPolicy]:
-    """Those that were named, or the shipped ones, with the wanted set of actions where one was given."""
+    """Returns the policies named in the options, or else the shipped ones; `--actions` filters the latter."""
     files: Sequence[Path] = options.policy or find_policies(SHIPPED_POLICIES, model.fingerprint)
     policies = [
         load_policy(file, model.config, model.fingerprint, dtype=torch.bfloat16, device=model.device) for file in files
     ]
     if options.actions is not None and not options.policy:
-        policies = [policy for policy in policies if set(policy.actions) == set(options.actions)]
+        policies = [policy for policy in policies if set(policy.spec.actions) == set(options.actions)]
     if not policies:
         raise ConfigError("policy", "none is shipped for this model and these actions; name a file with --policy")
     return policies
 
 
 def multiply_adds_share(policy: LearnedPolicy, config: ModelConfig) -> float:
-    """Multiply-adds of the policy for one layer's decision over those of a full layer's matrices."""
+    """Returns the multiply-adds of deciding one layer, as a share of those of a full layer's matrices."""
     network = policy.network
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     layer = config.hidden_size * (2 * query + 2 * key + 3 * config.intermediate_size)
     width, block_size = network.input_bias.shape[0], policy.block_size
-    return width * (network.input_weight.shape[1] / block_size + len(policy.actions)) / layer
+    return width * (network.input_weight.shape[1] / block_size + len(policy.spec.actions)) / layer
 
 
 def _refit_static(
     options: argparse.Namespace, model: LoadedModel, sequences: Sequence[Sequence[int]]
 ) -> RefitStatic | None:
-    """Distils for one static set on these sequences; None where no refit was asked for."""
+    """Returns a function that distils for one static set on these sequences; None without `--refit-controls`."""
     if not options.refit_controls:
         return None
 
@@ -173,7 +173,7 @@ def _refit_static(
 
 
 def _engine(model: LoadedModel, policy: LearnedPolicy) -> Engine:
-    catalog = PolicyCatalog(policy.costs, policy.actions, policy.compensation, [policy])
+    catalog = PolicyCatalog(policy.costs, policy.spec.actions, policy.compensation, [policy])
     config = EngineConfig(_NUM_SLOTS, _NUM_SLOTS * model.context_length, model.context_length)
     return assemble_engine(model.decoder, catalog, config, model.context_length)
 
@@ -181,7 +181,7 @@ def _engine(model: LoadedModel, policy: LearnedPolicy) -> Engine:
 def _with_serving(
     row: Row, task: Task, engine: Engine, policy: LearnedPolicy, budget: float, sequences: Sequence[list[int]]
 ) -> Row:
-    """The row with what an engine does within that budget; left as it is where the budget cannot be asked for."""
+    """Returns the row with an engine's figures at that budget, or unchanged if the policy cannot keep it."""
     if budget < policy.calibration.lowest_budget:
         return row
     num_tokens = SEQUENCE_LENGTH - task.num_prompt_tokens
@@ -198,10 +198,10 @@ def _with_serving(
 
 
 def _accuracies(options: argparse.Namespace, model: LoadedModel, policies: list[LearnedPolicy]) -> list[Accuracy]:
-    """Full depth once, and each policy at each budget, on the user's questions."""
-    tasks = read_tasks(options.tasks)
-    choices = [task for task in tasks if isinstance(task, ChoiceQuestion)]
-    answers = [task for task in tasks if isinstance(task, OpenQuestion)]
+    """Scores full depth once, and each policy at each budget, on the user's questions."""
+    questions = read_tasks(options.tasks)
+    choice_questions = [question for question in questions if isinstance(question, ChoiceQuestion)]
+    open_questions = [question for question in questions if isinstance(question, OpenQuestion)]
 
     def encode(text: str) -> list[int]:
         return list(model.tokenizer.encode(text, add_special_tokens=False).ids)
@@ -216,27 +216,20 @@ def _accuracies(options: argparse.Namespace, model: LoadedModel, policies: list[
     for policy in [None, *policies]:
         for budget in [None] if policy is None else options.budgets:
             name = "full depth" if policy is None else policy.name
-            if choices:
+            if choice_questions:
                 runner = full_depth_runner(model.decoder, policies[0].costs, context_length=model.context_length)
                 if policy is not None and budget is not None:
                     task = policy_task(model.decoder, policy, options.prompt_tokens)
                     log_price = torch.tensor(math.log(policy.calibration.price(budget)))
+                    choose = greedy_choice(task, policy.network, log_price)
                     runner = rollout_runner(
-                        model.decoder,
-                        blocks=task.blocks,
-                        lookahead=task.lookahead,
-                        compensation=task.compensation,
-                        costs=task.costs,
-                        head=task.head,
-                        choose=greedy_choice(task, policy.network, log_price),
-                        context_length=model.context_length,
-                        pinned_action=task.pinned_action,
+                        model.decoder, policy.spec, policy.compensation, choose, context_length=model.context_length
                     )
-                results += score_choices(runner, encode, choices, name, budget)
-            if answers:
+                results += score_choices(runner, encode, choice_questions, name, budget)
+            if open_questions:
                 engine = _engine(model, policies[0] if policy is None else policy)
                 prompt = question_and_answer if model.chat_template.source is None else chat
-                results.append(score_answers(engine, encode, decode, answers, name, budget, prompt=prompt))
+                results.append(score_answers(engine, encode, decode, open_questions, name, budget, prompt=prompt))
     print(f"\n{'name':24} {'metric':18} {'budget':>6} {'accuracy':>8} {'± s.e.':>7} {'cost':>6} {'count':>6}")
     for own in results:
         asked = "" if own.budget is None else f"{own.budget:.2f}"

@@ -1,6 +1,6 @@
 """`dash-policy fit` and `dash-policy train`: from options to files in a folder.
 
-Knows options, files and the display; the science is in the modules beside it.
+Knows options, files and the display; knows no learning, which is in training/.
 """
 
 import argparse
@@ -16,7 +16,9 @@ from dash_runtime.decoder.compensation import Compensation, Identity, LowRank, P
 from dash_runtime.errors import ConfigError
 from dash_runtime.evaluation.plots import has_matplotlib, plot_curve
 from dash_runtime.policy.compensation_file import load_compensation, save_compensation
-from dash_runtime.policy.learned import LearnedPolicy, PolicyNetwork
+from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.policy.network import PolicyNetwork
+from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy_file import save_policy
 from dash_runtime.startup.measure import measure_costs
 from dash_runtime.training.checkpoint import num_iterations_done
@@ -34,15 +36,15 @@ CALIBRATION_SEQUENCES = 24
 FIT_SEQUENCES = 128
 LOOKAHEAD = 1
 _REFIT_SHARES = (0.35, 0.7)
-"""How far into training the compensation is refitted."""
+"""Shares of the iterations after which the compensation is refitted."""
 
 
 def run_fit(options: argparse.Namespace) -> None:
-    """Prints the ladder of compensations, and keeps the distilled low-rank one and the table in a folder."""
+    """Prints the ladder of compensations. Writes the table and the distilled low-rank one to a folder."""
     model = LoadedModel(options.model_options, print, (Action.SKIP, Action.FULL))
     held_out, fitting = _split(model.sequences())
     options.out.mkdir(parents=True, exist_ok=True)
-    task = _task(model, (Action.SKIP, Action.FULL), Identity(), options)
+    task = _task(model, (Action.SKIP, Action.FULL), options)
     distillation = DistillSettings(
         options.distill_steps, sequences_per_step=4, seed=options.seed, num_prompt_tokens=options.prompt_tokens
     )
@@ -57,13 +59,14 @@ def run_fit(options: argparse.Namespace) -> None:
 
 
 def run_train(options: argparse.Namespace) -> None:
-    """Trains a policy in a folder, or goes on with a run that was stopped there."""
+    """Trains a policy in a folder, or resumes a run that was stopped there."""
     head, pinned_action = Action[options.head], Action[options.pinned_action.upper()]
     actions = tuple(sorted({Action.SKIP, Action.FULL, *options.actions, head, pinned_action}))
     model = LoadedModel(options.model_options, print, actions)
     held_out, training = _split(model.sequences())
     options.out.mkdir(parents=True, exist_ok=True)
-    task = replace(_task(model, options.actions, Identity(), options), head=head, pinned_action=pinned_action)
+    task = _task(model, options.actions, options)
+    task = replace(task, spec=replace(task.spec, head=head, pinned_action=pinned_action))
     print(
         f"{len(training)} sequences to train on, {len(held_out)} to calibrate on; compensation of rank {options.rank}"
     )
@@ -82,12 +85,12 @@ def run_train(options: argparse.Namespace) -> None:
         costs = _kept_costs(options.out / "costs.json", model, served)
     else:
         costs = _read_costs(options.costs, "costs", f"{options.costs} is no cost table")
-    for what, action, table in (("pinned-action", task.pinned_action, costs.layer), ("head", task.head, costs.head)):
+    for what, action, table in (("pinned-action", pinned_action, costs.layer), ("head", head, costs.head)):
         if action not in table:
             raise ConfigError(what, f"{action.name} has no cost on this device")
     relative = {action.name: cost / costs.layer[Action.FULL] for action, cost in costs.layer.items()}
     print("costs over a full layer: " + ", ".join(f"{name} {cost:.3f}" for name, cost in relative.items()))
-    task = replace(task, compensation=served, costs=costs)
+    task = replace(task, spec=replace(task.spec, costs=costs), compensation=served)
     if options.learner == "ppo":
         trained = _train_ppo(task, start, model, training, options)
     else:
@@ -147,43 +150,33 @@ def _policy(
 ) -> LearnedPolicy:
     calibration = calibrate(task, network, held_out, objective)
     print(f"{describe_budgets(calibration)}")
-    compensation = task.compensation
     return LearnedPolicy(
-        name,
-        network,
-        task.actions,
-        task.pinned,
-        task.lookahead,
-        task.block_size,
-        task.head,
-        compensation,
-        task.costs,
-        calibration,
-        task.pinned_action,
+        name=name,
+        network=network,
+        spec=task.spec,
+        compensation=task.compensation,
+        calibration=calibration,
         is_drafter=objective is Objective.ACCEPTANCE,
     )
 
 
-def _task(model: LoadedModel, actions: tuple[Action, ...], compensation: Identity, options: argparse.Namespace) -> Task:
-    """The task with costs that are still to be measured."""
+def _task(model: LoadedModel, actions: tuple[Action, ...], options: argparse.Namespace) -> Task:
+    """Returns a task with the full head and no compensation; all actions cost the same until they are measured."""
     num_layers = model.config.num_layers
     pinned = frozenset((*range(LOOKAHEAD), 1, num_layers - 1)) if num_layers > 8 else frozenset((0, num_layers - 1))
-    costs = CostTable(num_layers, dict.fromkeys(Action, 1 / num_layers), {Action.FULL: 0.0})
-    return Task(
-        model.decoder,
-        actions,
-        pinned,
-        LOOKAHEAD,
-        min(options.block_size, num_layers),
-        Action.FULL,
-        compensation,
-        costs,
-        options.prompt_tokens,
+    spec = PlanSpec(
+        actions=actions,
+        pinned=pinned,
+        lookahead=LOOKAHEAD,
+        block_size=min(options.block_size, num_layers),
+        head=Action.FULL,
+        costs=CostTable(num_layers, dict.fromkeys(Action, 1 / num_layers), {Action.FULL: 0.0}),
     )
+    return Task(decoder=model.decoder, spec=spec, compensation=Identity(), num_prompt_tokens=options.prompt_tokens)
 
 
 def _kept_costs(path: Path, model: LoadedModel, compensation: Compensation) -> CostTable:
-    """Measured once per run: a resumed one must go on with the table that it began with."""
+    """Returns the run's cost table, measured once: a resumed run must keep the table that it began with."""
     if path.exists():
         return _read_costs(path, "out", f"{path} is damaged; remove the folder to start again")
     costs = measure_costs(model.decoder, compensation)
@@ -199,7 +192,7 @@ def _read_costs(path: Path, option: str, complaint: str) -> CostTable:
 
 
 def _split(sequences: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
-    """Those to calibrate and judge on, and those to learn from."""
+    """Returns the sequences to calibrate and judge on, and those to learn from."""
     if len(sequences) <= CALIBRATION_SEQUENCES:
         raise ConfigError("data", f"has {len(sequences)} sequences; more than {CALIBRATION_SEQUENCES} are needed")
     return sequences[:CALIBRATION_SEQUENCES], sequences[CALIBRATION_SEQUENCES:]

@@ -17,6 +17,7 @@ from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.full_path import full_path
 from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.training.choices import action_rates, random_choice, skip_choice
 from dash_runtime.training.ppo import Outcome, Task
 from dash_runtime.training.train import greedy_outcome, path_outcome
@@ -53,18 +54,9 @@ RefitStatic = Callable[[Task, frozenset[int]], Compensation]
 
 
 def policy_task(decoder: Decoder, policy: LearnedPolicy, num_prompt_tokens: int) -> Task:
-    """What the policy was trained for, as a task."""
+    """Returns the task that the policy was trained for."""
     return Task(
-        decoder,
-        policy.actions,
-        policy.pinned,
-        policy.lookahead,
-        policy.block_size,
-        policy.head,
-        policy.compensation,
-        policy.costs,
-        num_prompt_tokens,
-        policy.pinned_action,
+        decoder=decoder, spec=policy.spec, compensation=policy.compensation, num_prompt_tokens=num_prompt_tokens
     )
 
 
@@ -87,7 +79,7 @@ class Evaluation:
         self._policy = policy
         self._sequences = sequences
         self._full = full_path(decoder, sequences)
-        self._base = Action.INT4 if Action.INT4 in policy.actions else Action.FULL
+        self._base = Action.INT4 if Action.INT4 in policy.spec.actions else Action.FULL
         self._search = greedy_skip_order(self.task, search_sequences, self._base)
         self._refit_static = refit_static
         self._num_tokens = int(self.task.decided_rows(sequences).sum())
@@ -102,9 +94,9 @@ class Evaluation:
         """The controls nearest to the cost that the policy reached with these actions."""
         base = self._base.name
         rows = [self._row("random, same rates", budget, self._path(self.task, random_choice(action_rates(actions))))]
-        count = _num_skips_for(self.task, cost, self._base)
+        count = _num_skips_for(self.task.spec, cost, self._base)
         searched = frozenset(self._search(count))
-        for name, layers in (("greedy static", searched), ("even static", _even(self.task, count))):
+        for name, layers in (("greedy static", searched), ("even static", _even(self.task.spec, count))):
             outcome = self._path(self.task, skip_choice(layers, self._base))
             rows.append(self._row(f"{name} skips on {base}", budget, outcome))
         if self._refit_static is not None:
@@ -112,16 +104,15 @@ class Evaluation:
             outcome = self._path(refitted, skip_choice(searched, self._base))
             rows.append(self._row(f"greedy static skips on {base}, refitted", budget, outcome))
         exiting = _early_exit(self.task, cost)
-        rows.append(
-            self._row("early exit", budget, self._path(exiting, skip_choice(_free_layers(exiting), self._base)))
-        )
+        skips_rest = skip_choice(frozenset(exiting.spec.free_layers), self._base)
+        rows.append(self._row("early exit", budget, self._path(exiting, skips_rest)))
         return rows
 
     def _path(self, task: Task, choose: Callable[..., Tensor]) -> Outcome:
         return path_outcome(task, self._sequences, choose, self._full)[0]
 
     def _row(self, name: str, budget: float, outcome: Outcome) -> Row:
-        names = tuple(action.name for action in self._policy.actions)
+        names = tuple(action.name for action in self._policy.spec.actions)
         return Row(name, names, budget, outcome.cost, outcome.divergence, outcome.agreement, self._num_tokens)
 
 
@@ -135,38 +126,34 @@ def greedy_skip_order(task: Task, sequences: Sequence[Sequence[int]], base: Acti
 
     def first(count: int) -> list[int]:
         while len(order) < count:
-            order.append(min(_free_layers(task) - set(order), key=divergence))
+            order.append(min(set(task.spec.free_layers) - set(order), key=divergence))
         return order[:count]
 
     return first
 
 
-def _free_layers(task: Task) -> frozenset[int]:
-    return frozenset(layer for block in task.blocks for layer in block)
-
-
-def _even(task: Task, count: int) -> frozenset[int]:
-    free = sorted(_free_layers(task))
+def _even(spec: PlanSpec, count: int) -> frozenset[int]:
+    free = spec.free_layers
     return frozenset(free[int((place + 0.5) * len(free) / count)] for place in range(count))
 
 
 def _early_exit(task: Task, cost: float) -> Task:
     """The task in which all layers from one on are free, and skipping them all comes nearest to `cost`."""
-    layer, num_layers = task.costs.layer, task.decoder.num_layers
-    rest = task.costs.head[task.head] + task.costs.fixed
+    spec, layer, num_layers = task.spec, task.spec.costs.layer, task.spec.num_layers
+    rest = spec.costs.head[spec.head] + spec.costs.fixed
 
     def distance(exit_layer: int) -> float:
-        left = exit_layer * layer[task.pinned_action] + (num_layers - exit_layer) * layer[Action.SKIP]
+        left = exit_layer * layer[spec.pinned_action] + (num_layers - exit_layer) * layer[Action.SKIP]
         return abs(left + rest - cost)
 
-    exit_layer = min(range(task.lookahead, num_layers + 1), key=distance)
-    return replace(task, pinned=frozenset(range(exit_layer)), block_size=num_layers)
+    exit_layer = min(range(spec.lookahead, num_layers + 1), key=distance)
+    return replace(task, spec=replace(spec, pinned=frozenset(range(exit_layer)), block_size=num_layers))
 
 
-def _num_skips_for(task: Task, cost: float, base: Action) -> int:
+def _num_skips_for(spec: PlanSpec, cost: float, base: Action) -> int:
     """How many skipped layers, with `base` in the others, come nearest to `cost`."""
-    layer, free = task.costs.layer, len(_free_layers(task))
-    pinned = task.decoder.num_layers - free
-    unskipped = pinned * layer[task.pinned_action] + free * layer[base] + task.costs.head[task.head] + task.costs.fixed
+    layer, free = spec.costs.layer, len(spec.free_layers)
+    pinned = spec.num_layers - free
+    unskipped = pinned * layer[spec.pinned_action] + free * layer[base] + spec.costs.head[spec.head] + spec.costs.fixed
     count = round((unskipped - cost) / (layer[base] - layer[Action.SKIP]))
     return max(0, min(count, free))

@@ -15,6 +15,7 @@ from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.compensation import Compensation, Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.errors import ConfigError
+from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.training.rollout import Choose, roll_out
 
 Encode = Callable[[str], Sequence[int]]
@@ -52,38 +53,24 @@ def full_depth_runner(decoder: Decoder, costs: CostTable, *, context_length: int
     def choose(block: tuple[int, ...], hidden: Tensor, last_actions: Tensor, cost_spent: Tensor) -> Tensor:
         raise AssertionError("there is no block to decide")
 
-    return rollout_runner(
-        decoder,
-        blocks=(),
-        lookahead=1,
-        compensation=Identity(),
-        costs=costs,
-        head=Action.FULL,
-        choose=choose,
-        context_length=context_length,
-        max_rows=max_rows,
-    )
+    spec = PlanSpec.full_depth(costs)
+    return rollout_runner(decoder, spec, Identity(), choose, context_length=context_length, max_rows=max_rows)
 
 
 def rollout_runner(
     decoder: Decoder,
-    *,
-    blocks: Sequence[tuple[int, ...]],
-    lookahead: int,
+    spec: PlanSpec,
     compensation: Compensation,
-    costs: CostTable,
-    head: Action,
     choose: Choose,
+    *,
     context_length: int,
     decides_first: bool = False,
     max_rows: int = 1024,
-    pinned_action: Action = Action.FULL,
 ) -> Run:
     """A path whose tokens go through the layers as `choose` decides, several passages in one rollout.
 
     Args:
-        blocks: layers that are decided together, as `roll_out` has them; the others run in `pinned_action`.
-        head: precision of the head for the decided tokens; the others have the full one.
+        spec: its head is that of the decided tokens; the others have the full one.
         context_length: positions that the decoder was made for.
         decides_first: let the policy decide the last given token too, from which the first scored one follows.
             Serving never does.
@@ -99,15 +86,13 @@ def rollout_runner(
         firsts = [passage.num_given - 1 for passage in passages]
         decided_from = [first if decides_first else first + 1 for first in firsts]
         decided = [place >= start for ids, start in zip(inputs, decided_from, strict=True) for place in range(len(ids))]
-        rollout = roll_out(
-            decoder, inputs, torch.tensor(decided), blocks, lookahead, compensation, costs, choose, pinned_action
-        )
+        rollout = roll_out(decoder, inputs, torch.tensor(decided), spec, compensation, choose)
         spans = list(pairwise(accumulate((len(ids) for ids in inputs), initial=0)))
         rows = [row for first, (start, end) in zip(firsts, spans, strict=True) for row in range(start + first, end)]
         targets = [token_id for passage in passages for token_id in passage.token_ids[passage.num_given :]]
-        heads = [head if decided[row] else Action.FULL for row in rows]
+        heads = [spec.head if decided[row] else Action.FULL for row in rows]
         log_probs, is_best = _score_rows(decoder, rollout.states[-1], rows, targets, heads)
-        token_costs = rollout.cost_spent[-1].cpu() + costs.head[head] + costs.fixed
+        token_costs = rollout.cost_spent[-1].cpu() + spec.costs.head[spec.head] + spec.costs.fixed
         lengths = [len(passage.token_ids) - passage.num_given for passage in passages]
         parts = zip(log_probs.split(lengths), is_best.split(lengths), strict=True)
         for (own, best), (start, end), first in zip(parts, spans, decided_from, strict=True):

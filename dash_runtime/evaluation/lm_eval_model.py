@@ -1,4 +1,4 @@
-"""Our decoder and a policy as a model of lm-evaluation-harness (the extra `eval`), for its tasks and its metrics:
+"""A model of lm-evaluation-harness (the extra `eval`) that runs our decoder with a policy:
 
     lm_eval.simple_evaluate(model=DashModel(...), tasks=["arc_easy"])
 
@@ -30,8 +30,8 @@ class DashModel(LM):
     Args:
         run: scores the log-likelihood requests (`rollout_runner`, `full_depth_runner`).
         engine: serves the generation requests, at `budget` (None: full depth) with the policy called `policy_name`.
-        prefix_token_id: stands before a text that has nothing before it: the model's BOS or end-of-text token.
-        context_length: tokens that `run` and `engine` take; of a longer context the beginning is cut off.
+        prefix_token_id: the token before a text without a context: the model's BOS or end-of-text token.
+        context_length: tokens that `run` and `engine` take; a longer context loses its beginning.
     """
 
     def __init__(
@@ -56,16 +56,16 @@ class DashModel(LM):
         self._context_length = context_length
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Each continuation's log-likelihood in nats, and whether greedy decoding would have given it."""
+        """Returns each continuation's log-likelihood in nats, and True if greedy decoding would have given it."""
         scores = self._run([self._passage(*request.args) for request in requests])
-        answers = [(float(score.log_probs.double().sum()), score.is_greedy) for score in scores]
-        for request, answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request.args, answer)
-        return answers
+        likelihoods = [(float(score.log_probs.double().sum()), score.is_greedy) for score in scores]
+        for request, own in zip(requests, likelihoods, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, own)
+        return likelihoods
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Each text's log-likelihood in nats, in windows as long as the context; each token counts once."""
-        answers = []
+        """Returns each text's log-likelihood in nats, in windows as long as the context; each token counts once."""
+        likelihoods = []
         for request in requests:
             (text,) = request.args
             windows = map(
@@ -73,12 +73,12 @@ class DashModel(LM):
                 get_rolling_token_windows(list(self._encode(text)), self._prefix_token_id, self._context_length, 1),
             )
             scores = self._run([Passage([*given, *scored], len(given)) for given, scored in windows])
-            answers.append(sum(float(score.log_probs.double().sum()) for score in scores))
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, answers[-1])
-        return answers
+            likelihoods.append(sum(float(score.log_probs.double().sum()) for score in scores))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, likelihoods[-1])
+        return likelihoods
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Greedy continuations up to the request's stop strings.
+        """Returns greedy continuations up to the request's stop strings.
 
         Raises:
             ConfigError: a request asks for sampling.
@@ -86,7 +86,7 @@ class DashModel(LM):
         groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
         for place, request in enumerate(requests):
             groups.setdefault(_stopping(request.args[1]), []).append(place)
-        answers: dict[int, str] = {}
+        texts: dict[int, str] = {}
         for (stop, max_new_tokens), places in groups.items():
             room = self._context_length - max_new_tokens
             if room < 1:
@@ -94,17 +94,17 @@ class DashModel(LM):
             prompts = [list(self._encode(requests[place].args[0]))[-room:] for place in places]
             prompts = [prompt or [self._prefix_token_id] for prompt in prompts]
             outputs = generate(self._engine, self._decode, prompts, self._skip, max_new_tokens, stop)
-            answers |= {place: output.text for place, output in zip(places, outputs, strict=True)}
+            texts |= {place: output.text for place, output in zip(places, outputs, strict=True)}
         for place, request in enumerate(requests):
-            self.cache_hook.add_partial("generate_until", request.args, answers[place])
-        return [answers[place] for place in range(len(requests))]
+            self.cache_hook.add_partial("generate_until", request.args, texts[place])
+        return [texts[place] for place in range(len(requests))]
 
     def _passage(self, context: str, continuation: str) -> Passage:
         if context:
             passage = passage_of(self._encode, context, continuation)
         else:
             passage = Passage([self._prefix_token_id, *self._encode(continuation)], 1)
-        # At least one given token stays, or the runner refuses the passage as too long.
+        # At least one given token must stay; the runner refuses a passage that is still too long.
         surplus = min(len(passage.token_ids) - 1 - self._context_length, passage.num_given - 1)
         if surplus <= 0:
             return passage
@@ -112,7 +112,7 @@ class DashModel(LM):
 
 
 def _stopping(options: Mapping[str, Any]) -> tuple[tuple[str, ...], int]:
-    """Stop strings and the number of tokens that a generation request asks for."""
+    """Returns the stop strings and the number of tokens that a generation request asks for."""
     if options.get("do_sample") or (options.get("temperature") and options.get("do_sample") is None):
         raise ConfigError("generation_kwargs", "ask for sampling; only greedy generation is compared here")
     until: str | Sequence[str] = options.get("until") or ()

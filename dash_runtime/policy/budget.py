@@ -39,7 +39,9 @@ def random_plan_for_budget(
     always_paid = costs.fixed + costs.head[head] + len(pinned) * costs.layer[Action.FULL]
     mean_cost = (budget - BUDGET_MARGIN - always_paid) / max(free, 1)
     rates = {Action.FULL: 1.0} if budget >= 1 else _max_entropy_rates(mean_cost, costs, actions)
-    return RandomPlan([rates] * costs.num_layers, "random", head, compensation, pinned)
+    return RandomPlan(
+        rates=[rates] * costs.num_layers, name="random", head=head, compensation=compensation, pinned=pinned
+    )
 
 
 def _max_entropy_rates(mean_cost: float, costs: CostTable, actions: tuple[Action, ...]) -> dict[Action, float]:

@@ -93,7 +93,9 @@ class PolicyCatalog:
         }
         self._head = min(costs.head, key=lambda precision: costs.head[precision])
         # Full depth has the last word on a draft, so that the cheapest head will do.
-        self._drafters = {name: replace(policy, head=self._head) for name, policy in self._learned.items()}
+        self._drafters = {
+            name: replace(policy, spec=replace(policy.spec, head=self._head)) for name, policy in self._learned.items()
+        }
         self._random = lru_cache(maxsize=256)(self._make_random)
         self._static = self._make_static()
         self._facts = self._describe()
@@ -137,7 +139,12 @@ class PolicyCatalog:
         layers = range(self._costs.num_layers)
         name = f"static-{cheapest.name.lower()}"
         return FixedPlan(
-            (cheapest,) * len(layers), name, self._head, self._compensation, frozenset(layers), pinned_action=cheapest
+            plan=(cheapest,) * len(layers),
+            name=name,
+            head=self._head,
+            compensation=self._compensation,
+            pinned=frozenset(layers),
+            pinned_action=cheapest,
         )
 
     def facts(self) -> tuple[PolicyFacts, ...]:
@@ -164,7 +171,7 @@ class PolicyCatalog:
                 learned=True,
                 lookahead=policy.lookahead,
                 pinned_layers=tuple(sorted(policy.pinned)),
-                action_costs=_relative_costs(policy.costs, policy.actions),
+                action_costs=_relative_costs(policy.costs, policy.spec.actions),
                 lowest_budget=policy.calibration.lowest_budget,
                 recommended_budget=policy.calibration.recommended_budget,
                 compensation=policy.compensation.kind.value,

@@ -197,7 +197,8 @@ def fixed_action_plan(
     plan = tuple(Action.FULL if layer in pinned else action for layer in range(costs.num_layers))
     is_quantized = action in (Action.INT4, Action.INT8)
     head = Action.INT8 if is_quantized and Action.INT8 in heads else Action.FULL
-    return FixedPlan(plan, f"fixed-{action.name.lower()}", head, compensation, pinned)
+    name = f"fixed-{action.name.lower()}"
+    return FixedPlan(plan=plan, name=name, head=head, compensation=compensation, pinned=pinned)
 
 
 def _uniform(seed: int, position: int, layer: int) -> float:

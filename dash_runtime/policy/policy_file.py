@@ -1,12 +1,12 @@
-"""Policy files: a learned policy as safetensors, with what it was made for as metadata.
+"""Policy files: a learned policy's tensors as safetensors, and the rest as metadata (policy_metadata.py).
 
-A file names the model it belongs to by fingerprint and is refused for another one. Everything read is
-checked against its bounds before use (policy_metadata.py reads the metadata). Knows files; knows no training and no
-serving.
+A file names its model by fingerprint and its actions by name. It is refused for another model, and everything read is
+checked against its bounds before use. Knows files; knows no training and no serving.
 """
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,8 +20,8 @@ from dash_runtime.files.tensor_file import load_tensors, naming, save_tensors
 from dash_runtime.files.wording import quoted
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.compensation_file import restored, stored
-from dash_runtime.policy.learned import NUM_SCALAR_FEATURES, LearnedPolicy, PolicyNetwork
-from dash_runtime.policy.policy import decision_blocks
+from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.policy.network import NUM_SCALAR_FEATURES, PolicyNetwork
 from dash_runtime.policy.policy_metadata import PolicyMetadata
 
 _KEY = "dash_policy"
@@ -44,10 +44,10 @@ def model_fingerprint(config: ModelConfig, weights: Mapping[str, Tensor]) -> str
 
 
 def find_policies(folder: Path, fingerprint: str) -> list[Path]:
-    """The policy files in `folder` that were made for the model with this fingerprint, by name.
+    """Returns the policy files in `folder` for the model with this fingerprint, in the order of their names.
 
     Raises:
-        PolicyFileError: naming a file that is none, or is not as it was written.
+        PolicyFileError: a file, which is named, is no policy file or has changed since it was written.
     """
     found: list[Path] = []
     for path in sorted(folder.glob("*.safetensors")):
@@ -58,8 +58,12 @@ def find_policies(folder: Path, fingerprint: str) -> list[Path]:
     return found
 
 
-def save_policy(path: Path, policy: LearnedPolicy, fingerprint: str) -> None:
+def save_policy(
+    path: Path, policy: LearnedPolicy, fingerprint: str, known: Mapping[str, Action] = Action.__members__
+) -> None:
     """Writes the file in one rename, so that a reader never sees half of it.
+
+    `known` are the actions that the network has a row for, by name.
 
     Raises:
         PolicyFileError: it cannot be written.
@@ -67,18 +71,13 @@ def save_policy(path: Path, policy: LearnedPolicy, fingerprint: str) -> None:
     tensors = {f"network.{name}": getattr(policy.network, name) for name in PolicyNetwork.__slots__}
     tensors |= {f"compensation.{name}": tensor for name, tensor in stored(policy.compensation).items()}
     metadata = PolicyMetadata(
-        policy.name,
-        fingerprint,
-        policy.actions,
-        policy.pinned,
-        policy.lookahead,
-        policy.block_size,
-        policy.head,
-        policy.pinned_action,
-        policy.is_drafter,
-        policy.compensation.kind.value,
-        policy.costs,
-        policy.calibration,
+        name=policy.name,
+        model_fingerprint=fingerprint,
+        spec=policy.spec,
+        is_drafter=policy.is_drafter,
+        compensation=policy.compensation.kind.value,
+        calibration=policy.calibration,
+        embedded_actions=tuple(_by_number(known)),
     )
     save_tensors(path, _WHAT, tensors, {_KEY: metadata.to_json()})
 
@@ -90,62 +89,46 @@ def load_policy(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    known: Mapping[str, Action] = Action.__members__,
 ) -> LearnedPolicy:
-    """Reads a policy for the model with this fingerprint. `dtype` is the decoder's, for the compensation.
+    """Reads a policy for the model with this fingerprint.
+
+    Args:
+        dtype: the decoder's, for the compensation.
+        known: the actions of this runtime, by name. An action that the file does not have is never chosen.
 
     Raises:
-        PolicyFileError: naming the file, and what is wrong with it.
+        PolicyFileError: the message names the file and the fault.
     """
     tensors, metadata = load_tensors(path, _WHAT, (_KEY,))
     with naming(path, _WHAT):
-        facts = PolicyMetadata.parse(metadata[_KEY])
+        facts = PolicyMetadata.parse(metadata[_KEY], known)
         facts.check_for(config, fingerprint)
-        return _policy_from(facts, tensors, config, dtype, device)
+        network = _checked_network(tensors, facts, config)
+        network = replace(network, action_embedding=_embedding_for(known, network.action_embedding, facts))
+        prefix = "compensation."
+        compensation = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        unknown = tensors.keys() - {f"network.{name}" for name in PolicyNetwork.__slots__}
+        unknown -= {f"compensation.{name}" for name in compensation}
+        if unknown:
+            raise PolicyFileError(f"has an unknown tensor {quoted(min(unknown))}")
+        return LearnedPolicy(
+            name=facts.name,
+            network=PolicyNetwork(*(getattr(network, name).to(device) for name in PolicyNetwork.__slots__)),
+            spec=facts.spec,
+            compensation=restored(facts.compensation, compensation, config, dtype, device),
+            calibration=facts.calibration,
+            is_drafter=facts.is_drafter,
+        )
 
 
-def _policy_from(
-    facts: PolicyMetadata,
-    tensors: dict[str, Tensor],
-    config: ModelConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> LearnedPolicy:
-    num_blocks = len(decision_blocks(config.num_layers, facts.pinned, facts.block_size))
-    network = _network_from(tensors, config, (num_blocks, facts.block_size, len(facts.actions)))
-    rung = {
-        name.removeprefix("compensation."): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("compensation.")
-    }
-    unknown = tensors.keys() - {f"network.{name}" for name in PolicyNetwork.__slots__}
-    unknown -= {f"compensation.{name}" for name in rung}
-    if unknown:
-        raise PolicyFileError(f"has an unknown tensor {quoted(min(unknown))}")
-    compensation = restored(facts.compensation, rung, config, dtype, device)
-    on_device = PolicyNetwork(*(getattr(network, name).to(device) for name in PolicyNetwork.__slots__))
-    return LearnedPolicy(
-        facts.name,
-        on_device,
-        facts.actions,
-        facts.pinned,
-        facts.lookahead,
-        facts.block_size,
-        facts.head,
-        compensation,
-        facts.costs,
-        facts.calibration,
-        facts.pinned_action,
-        is_drafter=facts.is_drafter,
-    )
-
-
-def _network_from(tensors: dict[str, Tensor], config: ModelConfig, outputs: tuple[int, int, int]) -> PolicyNetwork:
+def _checked_network(tensors: Mapping[str, Tensor], facts: PolicyMetadata, config: ModelConfig) -> PolicyNetwork:
     network = PolicyNetwork(*(tensors[f"network.{name}"] for name in PolicyNetwork.__slots__))
-    width = network.input_bias.shape[0]
-    embedding = network.block_embedding.shape[1]
+    width, embedding = network.input_bias.shape[0], network.block_embedding.shape[1]
+    outputs = (len(facts.spec.decision_blocks), facts.spec.block_size, len(facts.spec.actions))
     expected: dict[str, tuple[int, ...]] = {
         "block_embedding": (outputs[0], embedding),
-        "action_embedding": (len(Action), embedding),
+        "action_embedding": (len(facts.embedded_actions), embedding),
         "input_weight": (width, config.hidden_size + 2 * embedding + NUM_SCALAR_FEATURES),
         "input_bias": (width,),
         "output_weight": (*outputs, width),
@@ -156,3 +139,14 @@ def _network_from(tensors: dict[str, Tensor], config: ModelConfig, outputs: tupl
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not tensor.isfinite().all():
             raise PolicyFileError(f"tensor network.{name} must be finite float32 of shape {shape}")
     return network
+
+
+def _embedding_for(known: Mapping[str, Action], embedding: Tensor, facts: PolicyMetadata) -> Tensor:
+    """Returns a row for each known action; zeros where the file has none."""
+    rows = dict(zip(facts.embedded_actions, embedding, strict=True))
+    return torch.stack([rows.get(name, torch.zeros_like(embedding[0])) for name in _by_number(known)])
+
+
+def _by_number(known: Mapping[str, Action]) -> list[str]:
+    """Returns the names of the actions in the order of a network's rows."""
+    return sorted(known, key=known.__getitem__)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dash_runtime.actions import Action
-from dash_runtime.policy.learned import NUM_SCALAR_FEATURES, PolicyNetwork
+from dash_runtime.policy.network import NUM_SCALAR_FEATURES, PolicyNetwork
+from dash_runtime.policy.plan_spec import PlanSpec
 
 WIDTH = 96
 EMBEDDING_SIZE = 16
@@ -43,15 +44,14 @@ class ActorCritic(nn.Module):
     to a token is not drowned in the noise of all others being random.
     """
 
-    def __init__(
-        self, num_blocks: int, block_size: int, hidden_size: int, actions: tuple[Action, ...], seed: int
-    ) -> None:
+    def __init__(self, spec: PlanSpec, hidden_size: int, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.actor = _Network(hidden_size, (num_blocks, block_size, len(actions)), generator)
+        num_blocks = len(spec.decision_blocks)
+        self.actor = _Network(hidden_size, (num_blocks, spec.block_size, len(spec.actions)), generator)
         self.critic = _Network(hidden_size, (num_blocks, 1, 1), generator)
         with torch.no_grad():
-            self.actor.output_bias[..., actions.index(Action.FULL)] = FULL_BIAS
+            self.actor.output_bias[..., spec.actions.index(Action.FULL)] = FULL_BIAS
 
     def forward(
         self, hidden: Tensor, last_actions: Tensor, cost_spent: Tensor, log_price: Tensor

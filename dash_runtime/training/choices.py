@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.policy.learned import PolicyNetwork
+from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.training.ppo import Task
 from dash_runtime.training.rollout import Choose
 
 
 def greedy_choice(task: Task, network: PolicyNetwork, log_price: Tensor) -> Choose:
     """The network's best actions at `log_price`, a number or one per row."""
-    numbers = torch.tensor([int(action) for action in task.actions])
-    places = {block: index for index, block in enumerate(task.blocks)}
+    numbers = torch.tensor([int(action) for action in task.spec.actions])
+    places = {block: index for index, block in enumerate(task.spec.decision_blocks)}
 
     def choose(block: tuple[int, ...], hidden: Tensor, last_actions: Tensor, spent: Tensor) -> Tensor:
         prices = log_price.expand(len(hidden))

@@ -29,8 +29,8 @@ from dash_runtime.training.ppo import TrainingDiverged
 ActionsFor = Callable[[list[list[int]]], Tensor]
 """Which layers these sequences skip: bool `[num_layers, rows]`, rows sequence by sequence. Prompt rows are ignored."""
 
-Progress = Callable[[int, float], None]
-"""`(step, mean divergence of its tokens before it, in nats)`."""
+DistillProgress = Callable[[int, float], None]
+"""Called with the step and the mean divergence of its tokens before it, in nats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def distill_compensation(
     sequences: Sequence[Sequence[int]],
     actions_for: ActionsFor,
     settings: DistillSettings,
-    progress: Progress,
+    progress: DistillProgress,
     held_out: Sequence[Sequence[int]] = (),
 ) -> LowRank:
     """Trains `start` on `sequences`, all of one length, to a lower divergence of the paths that `actions_for` takes.

@@ -4,7 +4,7 @@ Every rung is fitted on the same text and judged on the same other text, under t
 costs; knows no learned policy and no files.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
 from dash_runtime.training.distill import DistillSettings, distill_compensation
 from dash_runtime.training.linear_compensation import LinearFit
 from dash_runtime.training.ppo import Task
+from dash_runtime.training.self_text import Progress
 from dash_runtime.training.train import path_outcome
 
 SKIPS_PER_TOKEN = 3.5
@@ -59,7 +60,7 @@ def climb(
     held_out: Sequence[Sequence[int]],
     ranks: Sequence[int],
     distillation: DistillSettings,
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> Iterator[tuple[Rung, Compensation]]:
     """Each rung of the ladder, the distilled one last: it starts from the largest of `ranks`."""
     closed_form = fit_compensation(task.decoder, fitting[:_FIT_BATCH])
@@ -79,7 +80,7 @@ def climb(
 
 def _rates(task: Task) -> Tensor:
     """`[num_layers, 4]`: every free layer is skipped equally often, and runs in full otherwise."""
-    free = [layer for block in task.blocks for layer in block]
+    free = list(task.spec.free_layers)
     rates = torch.zeros(task.decoder.num_layers, len(Action))
     rates[:, Action.FULL - 1] = 1
     rates[free, Action.SKIP - 1] = SKIPS_PER_TOKEN / len(free)
@@ -101,7 +102,7 @@ def _distil(
     start: LowRank,
     sequences: Sequence[Sequence[int]],
     settings: DistillSettings,
-    progress: Callable[[str], None],
+    progress: Progress,
 ) -> LowRank:
     choose = random_choice(_rates(task), settings.seed)
 

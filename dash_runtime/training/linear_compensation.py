@@ -4,8 +4,6 @@ The low-rank map is the reduced-rank regression (Izenman 1975): the dense soluti
 what it predicts, which loses least of it at that rank. Knows states; knows no policy.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -59,12 +57,3 @@ class LinearFit:
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.contiguous().to(self._decoder.device, self._decoder.dtype)
-
-
-def fit_low_rank(decoder: Decoder, states: Sequence[tuple[Sequence[Tensor], Tensor]], rank: int) -> LowRank:
-    """Fits on `(states of a path, rows that count)` pairs: `num_layers + 1` states `[rows, hidden_size]` each."""
-    fit = LinearFit(decoder)
-    for path, rows in states:
-        for layer in range(decoder.num_layers):
-            fit.add(layer, path[layer][rows], path[layer + 1][rows])
-    return fit.low_rank(rank)

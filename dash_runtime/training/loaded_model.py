@@ -1,6 +1,6 @@
 """A checkpoint opened for training and evaluation, with its text. Knows files and decoders; knows no policies."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from dash_runtime.policy.policy_file import model_fingerprint
 from dash_runtime.startup.build import matrix_shapes
 from dash_runtime.training.data import file_token_sequences
 from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
-from dash_runtime.training.self_text import default_training_sequences
+from dash_runtime.training.self_text import Progress, default_training_sequences
 
 SEQUENCE_LENGTH = 128
 MAX_SEQUENCES = 1200
@@ -55,9 +55,7 @@ class LoadedModel:
         DashRuntimeError: the checkpoint cannot be used.
     """
 
-    def __init__(
-        self, options: ModelOptions, progress: Callable[[str], None], actions: Sequence[Action] | None = None
-    ) -> None:
+    def __init__(self, options: ModelOptions, progress: Progress, actions: Sequence[Action] | None = None) -> None:
         self._options = options
         self._progress = progress
         self.folder = resolve_checkpoint(options.model, options.revision, options.cache_folder, progress)

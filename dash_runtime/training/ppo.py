@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.full_path import full_path
 from dash_runtime.errors import DashRuntimeError
-from dash_runtime.policy.policy import decision_blocks
+from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.training.actor_critic import ActorCritic
 from dash_runtime.training.rollout import Choose, Judged, Rollout, costs_by_action, divergences, roll_out
 
@@ -27,45 +26,26 @@ class TrainingDiverged(DashRuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What does not change while a policy is trained. Layers below `lookahead` must be pinned."""
+    """The model and the terms that a policy is trained or judged on."""
 
     decoder: Decoder
-    actions: tuple[Action, ...]
-    pinned: frozenset[int]
-    lookahead: int
-    block_size: int
-    head: Action
+    spec: PlanSpec
     compensation: Compensation
-    costs: CostTable
     num_prompt_tokens: int
-    pinned_action: Action = Action.FULL
-
-    @property
-    def blocks(self) -> tuple[tuple[int, ...], ...]:
-        return decision_blocks(self.decoder.num_layers, self.pinned, self.block_size)
 
     def decided_rows(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """bool `[rows]`: all but the prompts."""
+        """Returns bool `[rows]`: False for the prompts."""
         return torch.tensor([place >= self.num_prompt_tokens for ids in sequences for place in range(len(ids))])
 
     def roll_out(self, sequences: Sequence[Sequence[int]], choose: Choose) -> Rollout:
-        """The path of every row, decided by `choose` where the task says so."""
+        """Runs all rows; `choose` decides those after the prompts."""
         rows = self.decided_rows(sequences)
-        return roll_out(
-            self.decoder,
-            sequences,
-            rows,
-            self.blocks,
-            self.lookahead,
-            self.compensation,
-            self.costs,
-            choose,
-            self.pinned_action,
-        )
+        return roll_out(self.decoder, sequences, rows, self.spec, self.compensation, choose)
 
     def token_costs(self, rollout: Rollout) -> Tensor:
-        """The cost of each token, head and the rest included, `[rows]`."""
-        return rollout.cost_spent[-1] + self.costs.head[self.head] + self.costs.fixed
+        """Returns the cost of each token, head and the rest included, `[rows]`."""
+        costs = self.spec.costs
+        return rollout.cost_spent[-1] + costs.head[self.spec.head] + costs.fixed
 
 
 class Objective(StrEnum):
@@ -147,8 +127,8 @@ def collect(
     decided = rows.repeat(num_paths)
     network = model.actor.view()
     observed: list[tuple[Tensor, ...]] = []
-    numbers = torch.tensor([int(action) for action in task.actions])
-    places = {block: index for index, block in enumerate(task.blocks)}
+    numbers = torch.tensor([int(action) for action in task.spec.actions])
+    places = {block: index for index, block in enumerate(task.spec.decision_blocks)}
 
     def choose(block: tuple[int, ...], hidden: Tensor, last_actions: Tensor, spent: Tensor) -> Tensor:
         scores = network.scores(places[block], hidden, last_actions, spent, log_price)
@@ -158,7 +138,7 @@ def collect(
 
     rollout = task.roll_out(copies, choose)
     hidden, last_actions, spent, chosen = (torch.stack(tensors) for tensors in zip(*observed, strict=True))
-    judged = divergences(task.decoder, full[-1][rows], rollout.states[-1][decided], task.head)
+    judged = divergences(task.decoder, full[-1][rows], rollout.states[-1][decided], task.spec.head)
     prices = log_price[decided].expand(len(hidden), -1)
     valid = _valid_layers(task)
     chosen = chosen * valid.long().unsqueeze(1)
@@ -187,8 +167,8 @@ def scheduled(start: float, end: float, share: float) -> float:
 
 def _valid_layers(task: Task) -> Tensor:
     """bool `[num_blocks, block_size]`: False beyond the layers of a smaller last block."""
-    sizes = torch.tensor([len(block) for block in task.blocks])
-    return torch.arange(task.block_size) < sizes.unsqueeze(1)
+    sizes = torch.tensor([len(block) for block in task.spec.decision_blocks])
+    return torch.arange(task.spec.block_size) < sizes.unsqueeze(1)
 
 
 def _joint_log_probs(log_probs: Tensor, chosen: Tensor, valid: Tensor) -> Tensor:
@@ -214,9 +194,9 @@ def _rewards(
     takes out how hard the token is, which no decision changes. Divided by 0.3 + λ, so that prices weigh alike in the
     loss.
     """
-    blocks = task.blocks
+    blocks = task.spec.decision_blocks
     decided = rows.repeat(num_paths)
-    layer_costs = costs_by_action(task.costs)[rollout.actions[:, decided]]
+    layer_costs = costs_by_action(task.spec.costs)[rollout.actions[:, decided]]
     distances: list[Tensor] = []
     for block in blocks:
         ours = rollout.states[block[0]][decided].view(num_paths, -1, full[0].shape[-1])
@@ -272,7 +252,7 @@ def update(
             entropy = entropies.sum() / (valid.sum() * len(rows))
             value_loss = functional.mse_loss(values, experience.returns[:, rows])
             # The entropy of a block is the sum of its layers': weighed by its size, as the gain is a block's.
-            loss = settings.value_weight * value_loss - gain - entropy_weight * task.block_size * entropy
+            loss = settings.value_weight * value_loss - gain - entropy_weight * task.spec.block_size * entropy
             if not loss.isfinite():
                 raise TrainingDiverged("the loss is not a number; the last checkpoint is kept")
             optimizer.zero_grad(set_to_none=True)

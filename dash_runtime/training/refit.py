@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.compensation import LowRank
-from dash_runtime.policy.learned import PolicyNetwork
+from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.training.choices import greedy_choice
 from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
-from dash_runtime.training.distill import ActionsFor, DistillSettings, Progress, distill_compensation
+from dash_runtime.training.distill import ActionsFor, DistillProgress, DistillSettings, distill_compensation
 from dash_runtime.training.ppo import Task
 
 _DEAREST_SHARE = 0.5
@@ -29,7 +29,7 @@ def refit_compensation(
     sequences: Sequence[Sequence[int]],
     price_range: tuple[float, float],
     settings: DistillSettings,
-    progress: Progress,
+    progress: DistillProgress,
 ) -> LowRank:
     """`start`, distilled under the greedy policy at prices drawn for each sequence; the task runs it as serving does.
 

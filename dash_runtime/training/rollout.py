@@ -14,6 +14,7 @@ from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.full_path import sequence_rows
+from dash_runtime.policy.plan_spec import PlanSpec
 
 Choose = Callable[[tuple[int, ...], Tensor, Tensor, Tensor], Tensor]
 """`(layers of a block, hidden, last actions, cost spent)`, the tensors with a row per token, to the actions of those
@@ -44,24 +45,19 @@ def roll_out(
     decoder: Decoder,
     sequences: Sequence[Sequence[int]],
     decided_rows: Tensor,
-    blocks: Sequence[tuple[int, ...]],
-    lookahead: int,
+    spec: PlanSpec,
     compensation: Compensation,
-    costs: CostTable,
     choose: Choose,
-    pinned_action: Action = Action.FULL,
 ) -> Rollout:
-    """Runs the tokens with the actions that `choose` takes for the rows of `decided_rows` (bool `[rows]`), and with
-    `pinned_action` in a layer that is in no block.
+    """Runs the tokens with the actions that `choose` takes for the rows of `decided_rows` (bool `[rows]`).
 
-    The other rows (prompts and first tokens) run in full. A block is chosen from the input of the layer `lookahead`
-    before its first.
+    The other rows (prompts and first tokens) run in full.
     """
     batch = sequence_rows(decoder, sequences, compensation)
     full = torch.full((batch.num_rows,), int(Action.FULL))
-    pinned = torch.where(decided_rows, int(pinned_action), full)
-    layer_costs = costs_by_action(costs)
-    observed = {block[0] - lookahead: block for block in blocks}
+    pinned = torch.where(decided_rows, int(spec.pinned_action), full)
+    layer_costs = costs_by_action(spec.costs)
+    observed = {block[0] - spec.lookahead: block for block in spec.decision_blocks}
     decided: dict[int, Tensor] = {}
     states = [decoder.embed([token_id for ids in sequences for token_id in ids])]
     spent = torch.zeros(batch.num_rows)

@@ -22,13 +22,13 @@ class ActorRouter:
     """PPO's actor as a `Router`."""
 
     def __init__(self, model: ActorCritic, blocks: Sequence[tuple[int, ...]]) -> None:
-        self.blocks = blocks
+        self.decision_blocks = blocks
         self._model = model
 
     def scores(self, block: int, hidden: Tensor, last_actions: Tensor, cost_spent: Tensor, log_price: Tensor) -> Tensor:
         network = self._model.actor.view()
         scores = network.scores(block, hidden, last_actions, cost_spent, log_price)
-        return scores[:, : len(self.blocks[block])]
+        return scores[:, : len(self.decision_blocks[block])]
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self._model.actor.parameters()
@@ -48,15 +48,16 @@ def train_straight_through(
         ConfigError: the task has other actions than SKIP and FULL.
         TrainingDiverged: the loss is not a number.
     """
-    if task.actions != (Action.SKIP, Action.FULL):
+    spec = task.spec
+    if spec.actions != (Action.SKIP, Action.FULL):
         raise ConfigError("actions", "must be skip,full for the straight-through learner")
     hidden_size = task.decoder.config.hidden_size
-    model = ActorCritic(len(task.blocks), task.block_size, hidden_size, task.actions, seed)
+    model = ActorCritic(spec, hidden_size, seed)
     settings = StraightThroughSettings(
         iterations,
         seed=seed,
         num_prompt_tokens=task.num_prompt_tokens,
-        lookahead=task.lookahead,
+        lookahead=spec.lookahead,
         price_range=PpoSettings().price_range,
     )
     with ProgressDisplay(iterations) as display:
@@ -64,5 +65,6 @@ def train_straight_through(
         def progress(iteration: int, price: float, cost: float, divergence: float) -> None:
             display.update(iteration, price, cost, divergence, float("nan"))
 
-        train_router(decoder, ActorRouter(model, task.blocks), sequences, compensation, task.costs, settings, progress)
+        router = ActorRouter(model, spec.decision_blocks)
+        train_router(decoder, router, sequences, compensation, spec.costs, settings, progress)
     return Trained(model.network(), compensation)

@@ -33,6 +33,7 @@ from dash_runtime.startup.default_text import cut, default_token_sequences, enco
 from dash_runtime.training.data import interleave
 
 Progress = Callable[[str], None]
+"""Called with a sentence on how far a long task is."""
 
 PROMPTS_FILE = Path(__file__).with_name("prompts.txt")
 _VERSION = 1

@@ -1,6 +1,6 @@
 """Trains a router by straight-through gates (Bengio et al. 2013; Maddison et al. 2017): the control for PPO.
 
-The gate of a layer is drawn and runs hard, 0 or 1, and passes its gradient as if it were soft; the loss is the price
+The gate of a layer is drawn and runs hard, 0 or 1, and passes its gradient as if it were soft. The loss is the price
 of the cost plus the divergence, differentiated through the frozen model. Knows SKIP and FULL, blocks and costs; knows
 no network (a Protocol stands for it) and no files.
 """
@@ -29,26 +29,26 @@ from dash_runtime.training.ppo import TrainingDiverged, scheduled
 class Router(Protocol):
     """Scores SKIP and FULL for blocks of layers that are decided together."""
 
-    blocks: Sequence[tuple[int, ...]]
-    """Consecutive free layers, ascending; the layers in none of them run in full."""
+    decision_blocks: Sequence[tuple[int, ...]]
+    """Free layers, ascending; the layers in no block run in full."""
 
     def scores(self, block: int, hidden: Tensor, last_actions: Tensor, cost_spent: Tensor, log_price: Tensor) -> Tensor:
-        """float32 `[rows, len(blocks[block]), 2]`, SKIP first.
+        """Returns float32 `[rows, len(decision_blocks[block]), 2]`, SKIP first.
 
-        `hidden` `[rows, hidden_size]` is the input of the observed layer, `lookahead` before the block's first one; the
-        rest is `[rows]`: the observed layer's Action numbers (int64), what was spent up to and with that layer, log λ.
+        `hidden` `[rows, hidden_size]` is the input of the observed layer, `lookahead` before the block's first one. The
+        rest is `[rows]`: the observed layer's Action numbers (int64), the cost up to and including it, log λ.
         """
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """What is trained."""
+        """Returns the parameters to train."""
 
 
 @dataclass(frozen=True, slots=True)
 class StraightThroughSettings:
     """`price_range` bounds λ, the price of a whole token's cost, drawn log-uniformly for each sequence.
 
-    The soft gate's temperature goes from `temperature_start` to `temperature_end`. `is_state_detached` keeps gradients
-    from flowing from a block's scores into the layers before it: the state is then an observation, as in PPO.
+    The soft gate's temperature goes from `temperature_start` to `temperature_end`. `is_state_detached` stops gradients
+    from a block's scores into the layers before it: the state is then an observation, as in PPO.
     """
 
     iterations: int = 240
@@ -80,8 +80,8 @@ class StraightThroughSettings:
             raise ConfigError("num_prompt_tokens", f"must not be negative, got {self.num_prompt_tokens}")
 
 
-Progress = Callable[[int, float, float, float], None]
-"""`(iteration, mean λ, mean cost, mean divergence in nats)`, over the decided tokens of the drawn paths."""
+RouterProgress = Callable[[int, float, float, float], None]
+"""Called with the iteration and the means over its decided tokens: λ, cost, divergence in nats."""
 
 
 def train_router(
@@ -91,13 +91,13 @@ def train_router(
     compensate: Compensate,
     costs: CostTable,
     settings: StraightThroughSettings,
-    progress: Progress,
+    progress: RouterProgress,
 ) -> None:
     """Trains the router's parameters in place, on sequences that are all of one length.
 
     The loss of a sequence is the mean of `λ · cost + divergence` over its decided tokens, divided by 0.3 + λ, so that
-    prices weigh alike. A token's cost is that of its layers, the full head and the rest, as a share of full depth. The
-    same router, sequences and seed give the same result.
+    prices weigh alike. A token's cost covers its layers, the full head and the rest, as a share of full depth. The same
+    router, sequences and seed give the same result.
 
     Raises:
         ConfigError: the sequences or the router's blocks are unusable, or the costs have none for SKIP.
@@ -142,20 +142,20 @@ def train_router(
 class Draw:
     """Draws hard gates from margins: FULL with the probability `sigmoid(margin)`, as a categorical actor does.
 
-    Without a generator there is no noise, and the better score is taken.
+    Without a generator there is no noise, and the better score wins.
     """
 
     temperature: float
     generator: torch.Generator | None = None
 
     def __call__(self, margins: Tensor) -> Tensor:
-        """Exact zeros and ones in `margins`' shape, with the slope of `sigmoid((margin + noise) / temperature)`."""
+        """Returns zeros and ones in `margins`' shape, with the slope of `sigmoid((margin + noise) / temperature)`."""
         noisy = margins
         if self.generator is not None:
             uniform = torch.rand(margins.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6)
             noisy = margins + torch.logit(uniform).to(margins.device)
         soft = torch.sigmoid(noisy / self.temperature)
-        # The bracket is an exact 0, so that the gate is exactly what serving would run.
+        # The bracket is an exact 0: the gate is 0 or 1, as in serving.
         return (noisy > 0).to(soft.dtype) + (soft - soft.detach())
 
 
@@ -163,7 +163,7 @@ class RouterGates:
     """The gates of one pass: each block is decided from an earlier layer's input, as in `rollout.roll_out`.
 
     Prompt tokens and the layers outside the blocks run in full. After the pass `spent` is the cost of all layers,
-    float32 `[batch, decided tokens]`, differentiable, and `gates` has each free layer's 0s and 1s in that shape.
+    float32 `[batch, decided tokens]`, differentiable; `gates` holds each free layer's 0s and 1s in that shape.
 
     Args:
         log_price: log λ of each sequence, `[batch]`.
@@ -181,7 +181,7 @@ class RouterGates:
         *,
         is_state_detached: bool = True,
     ) -> None:
-        _check_blocks(router.blocks, lookahead, num_layers)
+        _check_blocks(router.decision_blocks, lookahead, num_layers)
         if Action.SKIP not in costs.layer:
             raise ConfigError("cost_table.layer", "has no cost for SKIP")
         self._router = router
@@ -190,7 +190,7 @@ class RouterGates:
         self._num_prompt_tokens = num_prompt_tokens
         self._draw = draw
         self._is_state_detached = is_state_detached
-        self._block_seen_at = {block[0] - lookahead: number for number, block in enumerate(router.blocks)}
+        self._block_seen_at = {block[0] - lookahead: number for number, block in enumerate(router.decision_blocks)}
         self.gates: dict[int, Tensor] = {}
         self.spent = torch.zeros(0)
 
@@ -211,7 +211,7 @@ class RouterGates:
             actions = torch.where(share.flatten() > 0.5, int(Action.FULL), int(Action.SKIP))
             scores = self._router.scores(number, state, actions, spent, self._log_price.repeat_interleave(decided))
             drawn = self._draw(scores[..., 1] - scores[..., 0]).view(batch, decided, -1)
-            self.gates |= {own: drawn[..., place] for place, own in enumerate(self._router.blocks[number])}
+            self.gates |= {own: drawn[..., place] for place, own in enumerate(self._router.decision_blocks[number])}
         if gate is None:
             return None
         prompts = torch.ones((batch, self._num_prompt_tokens), dtype=gate.dtype, device=gate.device)

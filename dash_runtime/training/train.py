@@ -16,7 +16,8 @@ from dash_runtime.decoder.compensation import LowRank, packed
 from dash_runtime.decoder.full_path import full_path
 from dash_runtime.errors import ConfigError
 from dash_runtime.policy.draft_length import USUAL_LENGTHS, USUAL_VERIFICATION_COST, drafting_gain
-from dash_runtime.policy.learned import Calibration, PolicyNetwork
+from dash_runtime.policy.learned import BudgetCalibration
+from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.training.actor_critic import ActorCritic
 from dash_runtime.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dash_runtime.training.choices import greedy_choice
@@ -62,8 +63,8 @@ class TrainSettings:
                 raise ConfigError(name, f"must be at least 1, got {getattr(self, name)}")
 
 
-Progress = Callable[[int, float, Outcome, UpdateLosses], None]
-"""`(iteration, mean λ, outcome of the sampled paths, losses)`."""
+TrainProgress = Callable[[int, float, Outcome, UpdateLosses], None]
+"""Called with the iteration, mean λ, outcome of the sampled paths and losses."""
 
 Refit = Callable[[Task, LowRank, PolicyNetwork, int], LowRank]
 """The compensation refitted along the paths of a policy on a task; the number is a seed."""
@@ -83,7 +84,7 @@ def train(
     sequences: Sequence[Sequence[int]],
     settings: TrainSettings,
     checkpoint: Path,
-    progress: Progress,
+    progress: TrainProgress,
     refit: Refit | None = None,
 ) -> Trained:
     """Trains on `sequences`, all of one length, starting with `compensation` in the place of the task's.
@@ -96,7 +97,7 @@ def train(
         PolicyFileError: the checkpoint is damaged or of another run, or cannot be written.
     """
     hidden_size = task.decoder.config.hidden_size
-    model = ActorCritic(len(task.blocks), task.block_size, hidden_size, task.actions, settings.seed)
+    model = ActorCritic(task.spec, hidden_size, settings.seed)
     optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate)
     signature = _signature(task, sequences, settings)
     start = 0
@@ -130,9 +131,10 @@ def train(
 
 def _signature(task: Task, sequences: Sequence[Sequence[int]], settings: TrainSettings) -> str:
     """Differs between runs that must not go on from each other's checkpoints."""
-    names = [action.name for action in task.actions]
+    spec = task.spec
+    names = [action.name for action in spec.actions]
     text = [len(sequences), sum(map(sum, sequences))]
-    layers = [sorted(task.pinned), task.pinned_action.name, task.head.name, task.lookahead, task.block_size]
+    layers = [sorted(spec.pinned), spec.pinned_action.name, spec.head.name, spec.lookahead, spec.block_size]
     return json.dumps([asdict(settings), names, *layers, text])
 
 
@@ -150,7 +152,7 @@ def path_outcome(
     rows = task.decided_rows(sequences)
     full = full or full_path(task.decoder, sequences)
     rollout = task.roll_out(sequences, choose)
-    judged = divergences(task.decoder, full[-1][rows], rollout.states[-1][rows], task.head)
+    judged = divergences(task.decoder, full[-1][rows], rollout.states[-1][rows], task.spec.head)
     return outcome_of(judged, task.token_costs(rollout)[rows]), rollout.actions[:, rows]
 
 
@@ -166,7 +168,7 @@ def greedy_outcome(
     return path_outcome(task, sequences, choose, full)
 
 
-def describe_budgets(calibration: Calibration) -> str:
+def describe_budgets(calibration: BudgetCalibration) -> str:
     """In words."""
     highest = calibration.points[-1][0]
     return f"budgets {calibration.lowest_budget:.3f} to {highest:.3f}, recommended {calibration.recommended_budget:.3f}"
@@ -177,7 +179,7 @@ def calibrate(
     network: PolicyNetwork,
     sequences: Sequence[Sequence[int]],
     objective: Objective = Objective.DIVERGENCE,
-) -> Calibration:
+) -> BudgetCalibration:
     """Finds, for a ladder of prices, the mean cost and divergence that the policy comes to on `sequences`.
 
     Recommended is the lowest budget that is harmless or, for a drafter, the one at which drafting greedily gains most.
@@ -197,7 +199,11 @@ def calibrate(
     else:
         harmless = [cost for (cost, _), own in zip(points, reached, strict=True) if own.divergence <= HARMLESS]
         recommended = min(harmless, default=points[-1][0])
-    return Calibration(tuple(points), tuple(own.divergence for own in reached), recommended)
+    return BudgetCalibration(
+        points=tuple(points),
+        divergences=tuple(own.divergence for own in reached),
+        recommended_budget=recommended,
+    )
 
 
 def _drafting_gain(outcome: Outcome) -> float:

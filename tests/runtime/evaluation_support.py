@@ -14,11 +14,11 @@ from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.evaluation.likelihood import Run, full_depth_runner, rollout_runner
 from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.policy.plan_spec import PlanSpec
 from tests.runtime.support import ALL_ACTIONS, some_affine, some_costs
 from tests.tiny_models import NUM_LAYERS
 
 CONTEXT = 128
-FREE_LAYERS = tuple((layer,) for layer in range(1, NUM_LAYERS - 1))
 
 Reference = Callable[[Sequence[int]], torch.Tensor]
 """Token ids to log-probabilities, `[tokens, vocab_size]`."""
@@ -48,21 +48,21 @@ def full_depth(decoder: Decoder, **options: int) -> Run:
     return full_depth_runner(decoder, some_costs(), **{"context_length": CONTEXT, **options})
 
 
-def runner_of(decoder: Decoder, action: Action, **options: Any) -> Run:
+def runner_of(decoder: Decoder, action: Action, head: Action = Action.FULL, **options: Any) -> Run:
     """Takes one action wherever there is a choice."""
 
     def choose(block: tuple[int, ...], hidden: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         return torch.full((len(block), len(hidden)), int(action))
 
-    rules: dict[str, Any] = {
-        "blocks": FREE_LAYERS,
-        "lookahead": 1,
-        "compensation": some_affine(decoder),
-        "costs": some_costs(),
-        "head": Action.FULL,
-        "context_length": CONTEXT,
-    }
-    return rollout_runner(decoder, choose=choose, **(rules | options))
+    spec = PlanSpec(
+        actions=ALL_ACTIONS,
+        pinned=frozenset((0, NUM_LAYERS - 1)),
+        lookahead=1,
+        block_size=1,
+        head=head,
+        costs=some_costs(),
+    )
+    return rollout_runner(decoder, spec, some_affine(decoder), choose, context_length=CONTEXT, **options)
 
 
 def make_engine(decoder: Decoder, eos: frozenset[int] = frozenset()) -> Engine:

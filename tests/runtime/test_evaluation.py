@@ -10,7 +10,8 @@ from dash_runtime.checkpoints import tokenizer_file
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.full_path import full_path
 from dash_runtime.evaluation.controls import Evaluation, greedy_skip_order
-from dash_runtime.policy.learned import Calibration, LearnedPolicy
+from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy
+from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.training.actor_critic import ActorCritic
 from dash_runtime.training.ppo import Task
@@ -32,13 +33,18 @@ def sequences(tiny_folder: Path) -> list[list[int]]:
 
 
 def policy_with(decoder: Decoder, actions: tuple[Action, ...]) -> LearnedPolicy:
-    model = ActorCritic(2, 2, decoder.config.hidden_size, actions, 0)
+    spec = PlanSpec(actions, pinned=EDGES, lookahead=1, block_size=2, head=Action.FULL, costs=some_costs())
+    model = ActorCritic(spec, decoder.config.hidden_size, seed=0)
     with torch.no_grad():
         model.actor.output_weight.copy_(torch.randn_like(model.actor.output_weight))
         model.actor.output_bias.zero_()
-    calibration = Calibration(((0.5, 0.0),), (0.1,), 0.5)
-    affine = some_affine(decoder)
-    return LearnedPolicy("mine", model.network(), actions, EDGES, 1, 2, Action.FULL, affine, some_costs(), calibration)
+    return LearnedPolicy(
+        name="mine",
+        network=model.network(),
+        spec=spec,
+        compensation=some_affine(decoder),
+        calibration=BudgetCalibration(((0.5, 0.0),), (0.1,), 0.5),
+    )
 
 
 @pytest.mark.parametrize("actions", [(Action.SKIP, Action.FULL), tuple(Action)])
@@ -64,7 +70,9 @@ def test_every_budget_has_the_policy_and_its_controls_at_about_its_cost(
 def test_the_greedy_search_starts_with_the_layer_that_costs_least_divergence(
     decoder: Decoder, sequences: list[list[int]]
 ) -> None:
-    task = Task(decoder, (Action.SKIP, Action.FULL), EDGES, 1, 1, Action.FULL, some_affine(decoder), some_costs(), 4)
+    actions = (Action.SKIP, Action.FULL)
+    spec = PlanSpec(actions, pinned=EDGES, lookahead=1, block_size=1, head=Action.FULL, costs=some_costs())
+    task = Task(decoder=decoder, spec=spec, compensation=some_affine(decoder), num_prompt_tokens=4)
     (best,) = greedy_skip_order(task, sequences, Action.FULL)(1)
     full = full_path(decoder, sequences)
 
@@ -74,5 +82,5 @@ def test_the_greedy_search_starts_with_the_layer_that_costs_least_divergence(
 
         return path_outcome(task, sequences, choose, full)[0].divergence
 
-    assert divergence(best) == min(divergence(layer) for (layer,) in task.blocks)
+    assert divergence(best) == min(divergence(layer) for (layer,) in spec.decision_blocks)
     assert len(greedy_skip_order(task, sequences, Action.FULL)(3)) == 3

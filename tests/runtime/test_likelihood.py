@@ -9,8 +9,9 @@ from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.errors import ConfigError
 from dash_runtime.evaluation.likelihood import Passage, passage_of
-from tests.runtime.evaluation_support import FREE_LAYERS, Reference, full_depth, load_reference, runner_of
+from tests.runtime.evaluation_support import Reference, full_depth, load_reference, runner_of
 from tests.runtime.support import load_decoder, some_costs
+from tests.tiny_models import NUM_LAYERS
 
 PASSAGES = [
     Passage(list(b"The capital of France is Paris."), 24),
@@ -62,7 +63,7 @@ def test_a_policy_of_full_layers_changes_nothing_and_one_that_skips_spares_the_f
         torch.testing.assert_close(equal.log_probs, reference.log_probs)
         torch.testing.assert_close(other.log_probs[:1], reference.log_probs[:1])
     assert not torch.allclose(full[0].log_probs[1:], skipped[0].log_probs[1:], atol=1e-2)
-    actions = [Action.FULL, *[Action.SKIP] * len(FREE_LAYERS), Action.FULL]
+    actions = [Action.FULL, *[Action.SKIP] * (NUM_LAYERS - 2), Action.FULL]
     cost = some_costs().token_cost(actions, Action.FULL)
     assert skipped[0].total_cost == pytest.approx(cost * skipped[0].num_decided)
 

@@ -12,7 +12,8 @@ from dash_runtime.decoder.compensation import Identity
 from dash_runtime.errors import ConfigError
 from dash_runtime.policy.budget import BUDGET_MARGIN, lowest_random_budget, random_plan_for_budget
 from dash_runtime.policy.catalog import PolicyCatalog
-from dash_runtime.policy.learned import Calibration, LearnedPolicy
+from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy
+from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import RandomPlan, State, Token, fixed_action_plan
 from dash_runtime.training.actor_critic import ActorCritic
 from tests.runtime.support import ALL_ACTIONS, some_costs
@@ -119,10 +120,15 @@ def test_a_default_budget_below_what_can_be_kept_is_raised_to_it() -> None:
 
 
 def trained(name: str, lowest_budget: float) -> LearnedPolicy:
-    network = ActorCritic(7, 4, 4, ALL_ACTIONS, 0).network()
-    calibration = Calibration(((lowest_budget, 1.0), (0.9, -1.0)), (0.2, 0.01), 0.9)
     pinned = frozenset((0, 29))
-    return LearnedPolicy(name, network, ALL_ACTIONS, pinned, 1, 4, Action.FULL, Identity(), COSTS, calibration)
+    spec = PlanSpec(ALL_ACTIONS, pinned=pinned, lookahead=1, block_size=4, head=Action.FULL, costs=COSTS)
+    return LearnedPolicy(
+        name=name,
+        network=ActorCritic(spec, hidden_size=4, seed=0).network(),
+        spec=spec,
+        compensation=Identity(),
+        calibration=BudgetCalibration(((lowest_budget, 1.0), (0.9, -1.0)), (0.2, 0.01), 0.9),
+    )
 
 
 def test_the_first_learned_policy_is_the_default_and_each_is_had_by_name_at_the_price_of_its_budget() -> None:

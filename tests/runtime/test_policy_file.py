@@ -1,7 +1,9 @@
 """A learned policy is saved, loaded, refused for another model, and run."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from safetensors.torch import save_file
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.errors import PolicyFileError
-from dash_runtime.policy.learned import Calibration, LearnedPolicy, PolicyNetwork
+from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy
+from dash_runtime.policy.network import PolicyNetwork
+from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import State, Token
 from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint, save_policy
 from tests.runtime.support import CPU, load_decoder, some_affine, some_costs
@@ -37,17 +41,20 @@ def policy(tiny_folder: Path) -> LearnedPolicy:
         random(2, 3, 3, 16),
         random(2, 3, 3),
     )
+    spec = PlanSpec(
+        actions=(Action.SKIP, Action.INT4, Action.FULL),
+        pinned=frozenset((0, 5)),
+        lookahead=1,
+        block_size=3,
+        head=Action.INT8,
+        costs=some_costs(),
+    )
     return LearnedPolicy(
-        "tiny",
-        network,
-        (Action.SKIP, Action.INT4, Action.FULL),
-        frozenset((0, 5)),
-        1,
-        3,
-        Action.INT8,
-        some_affine(load_decoder(tiny_folder)),
-        some_costs(),
-        Calibration(((0.5, 1.0), (0.8, 0.0), (0.9, -1.0)), (0.4, 0.1, 0.02), 0.9),
+        name="tiny",
+        network=network,
+        spec=spec,
+        compensation=some_affine(load_decoder(tiny_folder)),
+        calibration=BudgetCalibration(((0.5, 1.0), (0.8, 0.0), (0.9, -1.0)), (0.4, 0.1, 0.02), 0.9),
     )
 
 
@@ -58,8 +65,10 @@ def file(policy: LearnedPolicy, tmp_path: Path) -> Path:
     return path
 
 
-def load(path: Path, tiny_folder: Path, fingerprint: str = FINGERPRINT) -> LearnedPolicy:
-    return load_policy(path, load_model_config(tiny_folder), fingerprint, dtype=torch.float32, device=CPU)
+def load(
+    path: Path, tiny_folder: Path, fingerprint: str = FINGERPRINT, known: Mapping[str, Action] = Action.__members__
+) -> LearnedPolicy:
+    return load_policy(path, load_model_config(tiny_folder), fingerprint, dtype=torch.float32, device=CPU, known=known)
 
 
 def rewrite(path: Path, facts: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None) -> None:
@@ -91,7 +100,7 @@ def test_a_saved_policy_decides_as_it_did_before(policy: LearnedPolicy, file: Pa
     assert torch.equal(
         loaded.compensation(3, torch.ones(1, HIDDEN_SIZE)), policy.compensation(3, torch.ones(1, HIDDEN_SIZE))
     )
-    plain = ("name", "actions", "pinned", "lookahead", "block_size", "head", "costs", "calibration")
+    plain = ("name", "spec", "calibration")
     assert [getattr(loaded, name) for name in plain] == [getattr(policy, name) for name in plain]
 
 
@@ -186,7 +195,7 @@ def test_tampered_tensors_are_refused_by_name(tensors: dict[str, Any], file: Pat
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(policy: LearnedPolicy, file: Path) -> None:
     before = file.read_bytes()
-    broken = replace(policy, calibration=Calibration(((object(), 0.0),), (0.1,), 0.5))  # type: ignore[arg-type]
+    broken = replace(policy, calibration=BudgetCalibration(((object(), 0.0),), (0.1,), 0.5))  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         save_policy(file, broken, FINGERPRINT)
     assert file.read_bytes() == before
@@ -204,7 +213,7 @@ def test_a_budgets_price_lies_between_those_of_the_calibrated_budgets_around_it(
 
 def test_an_action_without_a_kernel_here_is_never_chosen(policy: LearnedPolicy) -> None:
     fewer = policy.without({Action.INT4})
-    assert fewer.actions == (Action.SKIP, Action.FULL)
+    assert fewer.spec.actions == (Action.SKIP, Action.FULL)
     kept, scores = fewer.start(1, some_state())().scores, policy.start(1, some_state())().scores
     assert kept is not None
     assert scores is not None
@@ -219,7 +228,8 @@ def test_policies_are_found_by_the_model_they_were_made_for(file: Path) -> None:
 
 def test_a_drafter_keeps_what_its_pinned_layers_run(policy: LearnedPolicy, tiny_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "drafter.safetensors"
-    save_policy(path, replace(policy, pinned_action=Action.INT4, is_drafter=True), FINGERPRINT)
+    drafter = replace(policy, spec=replace(policy.spec, pinned_action=Action.INT4), is_drafter=True)
+    save_policy(path, drafter, FINGERPRINT)
     loaded = load(path, tiny_folder)
     assert (loaded.pinned_action, loaded.is_drafter) == (Action.INT4, True)
     assert loaded.without({Action.INT4}).pinned_action is Action.FULL
@@ -237,3 +247,44 @@ def test_a_file_of_before_there_were_drafters_is_none(file: Path, tiny_folder: P
     save_file(tensors, file, metadata={"dash_policy": json.dumps(facts)})
     loaded = load(file, tiny_folder)
     assert (loaded.pinned_action, loaded.is_drafter) == (Action.FULL, False)
+
+
+FiveActions = IntEnum("FiveActions", ["SKIP", "INT4", "INT8", "FULL", "INT2"])
+FIVE: dict[str, Any] = dict(FiveActions.__members__)
+"""The actions of a runtime with one more, by name."""
+
+
+def test_a_runtime_with_one_more_action_runs_the_files_of_today(
+    policy: LearnedPolicy, file: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    newer = load(file, tiny_folder, known=FIVE)
+    assert newer.spec == policy.spec
+    assert newer.network.action_embedding.shape[0] == 5
+    assert not newer.network.action_embedding[FiveActions.INT2 - 1].any()
+    state = some_state()
+    expected, decision = (own.start(1, state)() for own in (policy, newer))
+    assert decision.plan == expected.plan
+    torch.testing.assert_close(decision.scores, expected.scores)
+    state.actions = (FIVE["INT2"],) * 3  # has no row of its own
+    assert newer.start(1, state)().scores is not None
+
+    again = tmp_path / "newer.safetensors"
+    save_policy(again, newer, FINGERPRINT, FIVE)
+    assert torch.equal(load(again, tiny_folder, known=FIVE).network.action_embedding, newer.network.action_embedding)
+    assert torch.equal(load(again, tiny_folder).network.action_embedding, policy.network.action_embedding)
+
+
+def test_rows_are_read_by_name_and_need_no_name_in_the_first_order(
+    policy: LearnedPolicy, file: Path, tiny_folder: Path
+) -> None:
+    with safe_open(file, framework="pt") as opened:
+        assert "embedded_actions" not in json.loads(opened.metadata()["dash_policy"])
+    rows = policy.network.action_embedding
+    names = ["FULL", "INT8", "SKIP", "INT4"]
+    shuffled = torch.stack([rows[Action[name] - 1] for name in names])
+    rewrite(file, {"embedded_actions": names}, {"network.action_embedding": shuffled})
+    assert torch.equal(load(file, tiny_folder).network.action_embedding, rows)
+    for damaged in ([], names[:3], [*names[:3], "FULL"], [*names, "INT2"], "SKIP", [1, 2, 3, 4]):
+        rewrite(file, {"embedded_actions": damaged})
+        with pytest.raises(PolicyFileError, match=r"tiny\.safetensors"):
+            load(file, tiny_folder)

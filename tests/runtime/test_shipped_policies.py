@@ -25,7 +25,7 @@ def shipped(embedded_folder: Path) -> list[tuple[Path, LearnedPolicy]]:
 
 
 def test_the_default_policy_has_all_actions_and_the_other_only_skips(shipped: list[tuple[Path, LearnedPolicy]]) -> None:
-    assert [policy.actions for _, policy in shipped] == [tuple(Action), (Action.SKIP, Action.FULL)]
+    assert [policy.spec.actions for _, policy in shipped] == [tuple(Action), (Action.SKIP, Action.FULL)]
 
 
 def test_each_is_small_is_cheap_to_evaluate_and_has_a_card_with_its_command(

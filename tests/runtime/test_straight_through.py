@@ -37,7 +37,7 @@ class TinyRouter(nn.Module):
 
     def __init__(self, hidden_size: int, blocks: Sequence[tuple[int, ...]] = BLOCKS, seed: int = 0) -> None:
         super().__init__()
-        self.blocks = blocks
+        self.decision_blocks = blocks
         generator = torch.Generator().manual_seed(seed)
         self.inner = nn.Parameter(torch.randn(16, hidden_size + 3, generator=generator) * hidden_size**-0.5)
         self.outer = nn.ParameterList(

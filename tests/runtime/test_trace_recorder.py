@@ -31,7 +31,9 @@ from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
 from dash_runtime.events import EngineEvent, SequenceCancelled, SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.policy.catalog import PolicyCatalog
-from dash_runtime.policy.learned import Calibration, LearnedPolicy, PolicyNetwork
+from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy
+from dash_runtime.policy.network import PolicyNetwork
+from dash_runtime.policy.plan_spec import PlanSpec
 from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, some_costs, tokens
 
 PINNED = frozenset((0, 5))
@@ -53,8 +55,14 @@ def some_policy(decoder: Decoder) -> LearnedPolicy:
         torch.randn(2, 4), torch.randn(4, 4), torch.randn(8, hidden + 11) / 4, torch.randn(8),
         torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4),
     )  # fmt: skip
-    calibration = Calibration(((0.5, 1.0), (1.0, 0.0)), (0.1, 0.0), 0.7)
-    return LearnedPolicy("mine", network, ALL_ACTIONS, PINNED, 1, 3, Action.FULL, Identity(), some_costs(), calibration)
+    spec = PlanSpec(ALL_ACTIONS, pinned=PINNED, lookahead=1, block_size=3, head=Action.FULL, costs=some_costs())
+    return LearnedPolicy(
+        name="mine",
+        network=network,
+        spec=spec,
+        compensation=Identity(),
+        calibration=BudgetCalibration(((0.5, 1.0), (1.0, 0.0)), (0.1, 0.0), 0.7),
+    )
 
 
 def make_engine(decoder: Decoder, lane: LaneKind = LaneKind.INLINE, record_steps: int = 64) -> Engine:

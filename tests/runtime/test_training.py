@@ -17,13 +17,15 @@ from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.engine.step import Decider, decode_step
 from dash_runtime.errors import PolicyFileError
 from dash_runtime.policy.draft_length import USUAL_LENGTHS, USUAL_VERIFICATION_COST, drafting_gain
-from dash_runtime.policy.learned import Calibration, LearnedPolicy, PolicyNetwork
+from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy
+from dash_runtime.policy.network import PolicyNetwork
+from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Token
 from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.training.actor_critic import ActorCritic
 from dash_runtime.training.checkpoint import num_iterations_done
 from dash_runtime.training.choices import greedy_choice
-from dash_runtime.training.linear_compensation import LinearFit, fit_low_rank
+from dash_runtime.training.linear_compensation import LinearFit
 from dash_runtime.training.ppo import Objective, PpoSettings, Task, TrainingDiverged, collect, update
 from dash_runtime.training.rollout import divergences, roll_out
 from dash_runtime.training.train import TrainSettings, calibrate, greedy_outcome, train
@@ -45,12 +47,20 @@ def sequences(tiny_folder: Path) -> list[list[int]]:
 
 def make_task(decoder: Decoder, lookahead: int = 1, block_size: int = 3) -> Task:
     pinned = PINNED | frozenset(range(lookahead))
-    return Task(decoder, ACTIONS, pinned, lookahead, block_size, Action.FULL, some_low_rank(decoder), some_costs(), 4)
+    spec = PlanSpec(
+        actions=ACTIONS,
+        pinned=pinned,
+        lookahead=lookahead,
+        block_size=block_size,
+        head=Action.FULL,
+        costs=some_costs(),
+    )
+    return Task(decoder=decoder, spec=spec, compensation=some_low_rank(decoder), num_prompt_tokens=4)
 
 
 def make_model(task: Task, seed: int = 0, spread: float = 1.0) -> ActorCritic:
     """With scores that differ enough from state to state for every action to be taken."""
-    model = ActorCritic(len(task.blocks), task.block_size, task.decoder.config.hidden_size, ACTIONS, seed)
+    model = ActorCritic(task.spec, task.decoder.config.hidden_size, seed)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
         model.actor.output_weight.copy_(torch.randn(model.actor.output_weight.shape, generator=generator) * spread)
@@ -66,12 +76,16 @@ def make_model(task: Task, seed: int = 0, spread: float = 1.0) -> ActorCritic:
 def test_a_rollouts_actions_and_states_are_those_of_serving_for_the_same_tokens(
     decoder: Decoder, sequences: list[list[int]], lookahead: int, block_size: int, pinned_action: Action
 ) -> None:
-    task = replace(make_task(decoder, lookahead, block_size), pinned_action=pinned_action)
+    task = make_task(decoder, lookahead, block_size)
+    task = replace(task, spec=replace(task.spec, pinned_action=pinned_action))
     network = make_model(task).network()
     policy = LearnedPolicy(
-        "p", network, ACTIONS, task.pinned, lookahead, block_size, Action.FULL, task.compensation, task.costs,
-        Calibration(((0.5, 0.0),), (0.1,), 0.5), pinned_action,
-    )  # fmt: skip
+        name="p",
+        network=network,
+        spec=task.spec,
+        compensation=task.compensation,
+        calibration=BudgetCalibration(((0.5, 0.0),), (0.1,), 0.5),
+    )
     batch = sequences[:2]
     rolled = task.roll_out(batch, greedy_choice(task, network, torch.tensor(0.0)))
     assert len(rolled.actions[1:5].unique()) >= 3
@@ -80,7 +94,7 @@ def test_a_rollouts_actions_and_states_are_those_of_serving_for_the_same_tokens(
         run_rows(decoder, [cache], [ids[:4]], [full_plan(decoder)])
         for place in range(4, len(ids)):
             row = number * len(ids) + place
-            decider = Decider(policy, [0], [Token(0, place, price=1.0)], task.costs, 1)
+            decider = Decider(policy, [0], [Token(0, place, price=1.0)], task.spec.costs, 1)
             rows = decoder.batch(PassKind.DECODE, [cache], [1], [task.compensation])
             served = decode_step(decoder, InlineLane(), rows, [ids[place]], [decider])
             assert served.plans[0] == bytes(rolled.actions[:, row].tolist())
@@ -94,14 +108,18 @@ def test_prompt_rows_and_pinned_layers_run_in_full_and_cost_adds_up(
     task = make_task(decoder)
     rows = task.decided_rows(sequences[:1])
     rolled = roll_out(
-        decoder, sequences[:1], rows, task.blocks, 1, Identity(), task.costs,
+        decoder,
+        sequences[:1],
+        rows,
+        task.spec,
+        Identity(),
         lambda block, hidden, *_: torch.full((len(block), len(hidden)), int(Action.SKIP)),
-    )  # fmt: skip
+    )
     full = int(Action.FULL)
     assert (rolled.actions[:, ~rows] == full).all()
     assert (rolled.actions[[0, 5]] == full).all()
     assert (rolled.actions[1:5][:, rows] == int(Action.SKIP)).all()
-    layer = task.costs.layer
+    layer = task.spec.costs.layer
     assert float(rolled.cost_spent[-1][-1]) == pytest.approx(2 * layer[Action.FULL] + 4 * layer[Action.SKIP])
 
 
@@ -150,7 +168,7 @@ def test_training_finds_the_cheap_action_when_compute_is_dear(decoder: Decoder, 
         experience, _ = collect(task, model, sequences[:4], 2, log_price, settings)
         update(task, model, optimizer, experience, 0.0, settings, torch.Generator().manual_seed(step))
     after = greedy_outcome(task, model.network(), sequences[:4], 7.0)[0].cost
-    lowest = task.costs.token_cost([Action.FULL, *[Action.SKIP] * 4, Action.FULL], Action.FULL)
+    lowest = task.spec.costs.token_cost([Action.FULL, *[Action.SKIP] * 4, Action.FULL], Action.FULL)
     assert after < before
     assert after == pytest.approx(lowest, abs=0.05)
 
@@ -270,6 +288,10 @@ def test_a_fitted_map_is_nearer_to_the_layer_than_passing_the_input_on(
 ) -> None:
     rows = torch.arange(1, 24)
     paths = [full_path(decoder, [ids]) for ids in sequences]
-    fitted = fit_low_rank(decoder, [(path, rows) for path in paths], 8)
+    fit = LinearFit(decoder)
+    for path in paths:
+        for layer in range(decoder.num_layers):
+            fit.add(layer, path[layer][rows], path[layer + 1][rows])
+    fitted = fit.low_rank(8)
     inputs, outputs = paths[0][2][rows], paths[0][3][rows]
     assert (fitted(2, inputs) - outputs).norm() < (inputs - outputs).norm()

@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from dash_runtime.actions import Action
 from dash_runtime.policy.compensation_file import save_compensation
-from dash_runtime.policy.learned import Calibration, LearnedPolicy, PolicyNetwork
+from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy
+from dash_runtime.policy.network import PolicyNetwork
+from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy_file import save_policy
 from tests.runtime.gguf_files import write_gguf
 from tests.runtime.support import load_decoder, some_affine, some_costs
@@ -96,16 +98,18 @@ def _make_policies(folder: Path, model: Path) -> None:
     shapes = ((1, 8), (4, 8), (16, HIDDEN_SIZE + 16 + 3), (16,), (1, 2, 3, 16), (1, 2, 3))
     compensation = some_affine(load_decoder(model))
     policy = LearnedPolicy(
-        "tiny",
-        PolicyNetwork(*(torch.randn(*shape, generator=generator) for shape in shapes)),
-        (Action.SKIP, Action.INT4, Action.FULL),
-        frozenset((0, NUM_LAYERS - 1)),
-        1,
-        2,
-        Action.INT8,
-        compensation,
-        some_costs(NUM_LAYERS),
-        Calibration(((0.5, 1.0), (0.8, 0.0), (0.9, -1.0)), (0.4, 0.1, 0.02), 0.9),
+        name="tiny",
+        network=PolicyNetwork(*(torch.randn(*shape, generator=generator) for shape in shapes)),
+        spec=PlanSpec(
+            actions=(Action.SKIP, Action.INT4, Action.FULL),
+            pinned=frozenset((0, NUM_LAYERS - 1)),
+            lookahead=1,
+            block_size=2,
+            head=Action.INT8,
+            costs=some_costs(NUM_LAYERS),
+        ),
+        compensation=compensation,
+        calibration=BudgetCalibration(((0.5, 1.0), (0.8, 0.0), (0.9, -1.0)), (0.4, 0.1, 0.02), 0.9),
     )
     file = folder / "policy" / "tiny.safetensors"
     save_policy(file, policy, FINGERPRINT)

@@ -87,11 +87,7 @@ def load_policies(folder: Path) -> Loaded:
     """Loads the one policy file in `folder`, by its name and as a shipped one."""
     find_policies(folder, FINGERPRINT)
     policy = load_policy(folder / "tiny.safetensors", _POLICY_MODEL, FINGERPRINT, dtype=torch.float32, device=CPU)
-    parts = {
-        name: repr(getattr(policy, name))
-        for name in ("name", "actions", "pinned", "lookahead", "block_size", "head", "costs", "calibration")
-    }
-    parts |= {name: repr(getattr(policy, name)) for name in ("pinned_action", "is_drafter")}
+    parts = {name: repr(getattr(policy, name)) for name in ("name", "spec", "calibration", "is_drafter")}
     parts["network"] = _digest({name: getattr(policy.network, name) for name in policy.network.__slots__})
     parts["compensation"] = f"{policy.compensation.kind} {_digest(policy.compensation.tensors())}"
     return Loaded(parts)
