@@ -16,11 +16,11 @@ from benchmarks.rounds import interleaved, progress
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import default_cache_folder, resolve_checkpoint, tokenizer_file
 from dash_runtime.config import EngineConfig, GenerationRequest, StoppingParameters
-from dash_runtime.decoder.batch import PassKind
-from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
 from dash_runtime.events import SequenceFinished, TokenProduced
+from dash_runtime.layers.batch import PassKind
+from dash_runtime.layers.compensation import Identity
 from dash_runtime.startup.build import BuildOptions, build_engine
 
 _PREFIX_TOKENS, _ENDING_TOKENS = 500, 20

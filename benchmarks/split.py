@@ -18,10 +18,10 @@ from benchmarks.rounds import Effort, progress
 from benchmarks.setting import FULL_DEPTH, Setting
 from dash_runtime.actions import Action
 from dash_runtime.config import GenerationRequest, SkipOptions, StoppingParameters
-from dash_runtime.decoder.batch import Batch, PassKind
-from dash_runtime.decoder.compensation import Identity
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import Lane, Ticket
+from dash_runtime.layers.batch import Batch, PassKind
+from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.policy import Decision, Policy, State
 from dash_runtime.programs.program_cache import Program
 from dash_runtime.startup.measure import filled_caches, timed

@@ -54,10 +54,9 @@ ROOMS = {
         startup/
         engine/
         policy/
-        decoder/loading decoder/full_path
-        decoder/decoder
-        decoder/backends/
         decoder/
+        decoder/backends/
+        layers/
         programs/
         linears/
         checkpoints/

@@ -14,7 +14,6 @@ import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.config import EngineConfig
-from dash_runtime.decoder.compensation import Compensation, LowRank, PackedLowRank, packed
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import ConfigError
 from dash_runtime.evaluation.controls import Evaluation, RefitStatic, Row, policy_task
@@ -23,6 +22,7 @@ from dash_runtime.evaluation.plots import ParetoPoint, has_matplotlib, plot_acti
 from dash_runtime.evaluation.quality import Accuracy, question_and_answer, score_answers, score_choices
 from dash_runtime.evaluation.serving import measure_serving, own_text
 from dash_runtime.evaluation.task_files import ChoiceQuestion, OpenQuestion, read_tasks
+from dash_runtime.layers.compensation import Compensation, LowRank, PackedLowRank, packed
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import LearnedPolicy

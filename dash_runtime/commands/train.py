@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.decoder.compensation import Compensation, Identity, LowRank, PackedLowRank, packed
 from dash_runtime.errors import ConfigError
 from dash_runtime.evaluation.plots import has_matplotlib, plot_curve
+from dash_runtime.layers.compensation import Compensation, Identity, LowRank, PackedLowRank, packed
 from dash_runtime.policy.compensation_file import load_compensation, save_compensation
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork

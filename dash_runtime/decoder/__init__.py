@@ -1,1 +1,1 @@
-"""The model itself: weights, kernels, cache, and one layer at a time."""
+"""The model itself, one layer at a time, and who runs its layers."""

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.backends.backend import Backend
-from dash_runtime.decoder.batch import Batch, PassKind
-from dash_runtime.decoder.compensation import Compensation
-from dash_runtime.decoder.embedding import Embedding
-from dash_runtime.decoder.heads import Head
-from dash_runtime.decoder.kv_cache import CachePool, SequenceCache
-from dash_runtime.decoder.rotary import rotary_tables
 from dash_runtime.devices import device_of
+from dash_runtime.layers.batch import Batch, PassKind
+from dash_runtime.layers.compensation import Compensation
+from dash_runtime.layers.embedding import Embedding
+from dash_runtime.layers.heads import Head
+from dash_runtime.layers.kv_cache import CachePool, SequenceCache
+from dash_runtime.layers.rotary import rotary_tables
 from dash_runtime.model_config import ModelConfig
 
 Backends = Mapping[PassKind, Sequence[Backend]]

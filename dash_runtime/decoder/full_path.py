@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.batch import Batch, PassKind
-from dash_runtime.decoder.compensation import Compensation, Identity
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.layers.batch import Batch, PassKind
+from dash_runtime.layers.compensation import Compensation, Identity
 
 
 def sequence_rows(decoder: Decoder, sequences: Sequence[Sequence[int]], compensation: Compensation) -> Batch:

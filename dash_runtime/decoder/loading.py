@@ -10,13 +10,13 @@ from dash_runtime.decoder.backends.cuda import CudaBackend
 from dash_runtime.decoder.backends.cuda_graphs import Graphs
 from dash_runtime.decoder.backends.eager import EagerBackend
 from dash_runtime.decoder.backends.inductor import InductorBackend
-from dash_runtime.decoder.batch import PassKind
 from dash_runtime.decoder.decoder import Backends, Decoder
-from dash_runtime.decoder.embedding import make_embedding
-from dash_runtime.decoder.heads import Head, Heads, eager_head
-from dash_runtime.decoder.layer import DecoderLayer, make_layer
-from dash_runtime.decoder.weight_loader import WeightLoader
 from dash_runtime.devices import device_of
+from dash_runtime.layers.batch import PassKind
+from dash_runtime.layers.embedding import make_embedding
+from dash_runtime.layers.heads import Head, Heads, eager_head
+from dash_runtime.layers.layer import DecoderLayer, make_layer
+from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.linears.dense_linear import MAX_INVARIANT_ROWS, BatchInvariantLinear, FullLinear, for_many_rows
 from dash_runtime.linears.quantization import make_linear
 from dash_runtime.model_config import ModelConfig

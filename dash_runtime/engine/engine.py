@@ -13,9 +13,7 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts
 from dash_runtime.decision_trace import StepKind
-from dash_runtime.decoder.batch import PassKind
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.kv_cache import CachePool
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.engine.prefix_cache import PrefixCache
@@ -23,6 +21,8 @@ from dash_runtime.engine.sampling import likeliest, token_logprobs
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.engine.step import Decider, decode_step
 from dash_runtime.events import EndReason, EngineEvent, SlotGranted, TokenProduced
+from dash_runtime.layers.batch import PassKind
+from dash_runtime.layers.kv_cache import CachePool
 from dash_runtime.policy.catalog import Assignment, PolicyCatalog
 
 

@@ -13,7 +13,7 @@ from itertools import takewhile
 
 from torch import Tensor
 
-from dash_runtime.decoder.kv_cache import SequenceCache
+from dash_runtime.layers.kv_cache import SequenceCache
 
 
 class PrefixCache:

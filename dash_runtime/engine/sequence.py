@@ -5,12 +5,12 @@ import time
 from torch import Tensor
 
 from dash_runtime.config import GenerationRequest
-from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.engine.decision_log import DecisionLog
 from dash_runtime.engine.sampling import Sampler
 from dash_runtime.engine.speculative import Speculation
 from dash_runtime.engine.trace_recorder import TraceRecorder
 from dash_runtime.events import EndReason, SequenceCancelled, SequenceFinished
+from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.draft_length import DraftLength
 from dash_runtime.policy.policy import Token

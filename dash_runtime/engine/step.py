@@ -12,10 +12,10 @@ from time import perf_counter_ns
 from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.decoder.batch import Batch
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.lanes import Lane, Ticket
 from dash_runtime.engine.planner import GroupPlanner
+from dash_runtime.layers.batch import Batch
 from dash_runtime.policy.policy import Actions, Policy, State, Token, decision_blocks
 
 

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.full_path import full_path
+from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.training.choices import action_rates, random_choice, skip_choice

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.decoder.compensation import Compensation, Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.errors import ConfigError
+from dash_runtime.layers.compensation import Compensation, Identity
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.training.rollout import Choose, roll_out
 

@@ -7,7 +7,7 @@ exp(−μ · cost); μ is found by bisection. Knows costs and rates; knows no te
 import math
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.decoder.compensation import Compensation
+from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.policy import RandomPlan, edges
 
 BUDGET_MARGIN = 0.01

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.config import Mode, PolicyFacts, SkipOptions, find_policy
-from dash_runtime.decoder.compensation import Compensation
+from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.budget import lowest_random_budget, random_plan_for_budget
 from dash_runtime.policy.draft_length import LEAST_GAIN
 from dash_runtime.policy.learned import LearnedPolicy

@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dash_runtime.decoder.compensation import (
+from dash_runtime.errors import PolicyFileError
+from dash_runtime.files.tensor_file import load_tensors, naming, save_tensors
+from dash_runtime.files.wording import quoted
+from dash_runtime.layers.compensation import (
     Compensation,
     CompensationKind,
     LowRank,
@@ -18,9 +21,6 @@ from dash_runtime.decoder.compensation import (
     make_compensation,
     packed,
 )
-from dash_runtime.errors import PolicyFileError
-from dash_runtime.files.tensor_file import load_tensors, naming, save_tensors
-from dash_runtime.files.wording import quoted
 from dash_runtime.model_config import ModelConfig
 
 _FORMAT = "dash-compensation-1"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.decoder.compensation import Compensation
+from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.network import NUM_SCALAR_FEATURES, FoldedNetwork, PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Actions, Decision, Pending, State

@@ -12,7 +12,7 @@ from typing import Protocol
 from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.decoder.compensation import Compensation, Identity
+from dash_runtime.layers.compensation import Compensation, Identity
 
 Actions = tuple[Action, ...]
 """One action per row."""

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dash_runtime.actions import Action, CostTable, LatencyTable
-from dash_runtime.decoder.compensation import Compensation, make_compensation
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.errors import ConfigError, DashRuntimeError
 from dash_runtime.files.disk_cache import digest, keep
+from dash_runtime.layers.compensation import Compensation, make_compensation
 from dash_runtime.policy.draft_length import DRAFT_LENGTHS
 from dash_runtime.progress import Progress
 from dash_runtime.startup.default_text import default_token_sequences

@@ -11,9 +11,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dash_runtime.decoder.compensation import Affine, Scale
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.full_path import full_path
+from dash_runtime.layers.compensation import Affine, Scale
 
 NUM_SEQUENCES = 8
 SEQUENCE_LENGTH = 256

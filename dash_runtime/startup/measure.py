@@ -13,11 +13,11 @@ from functools import partial
 import torch
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.decoder.batch import PassKind
-from dash_runtime.decoder.compensation import Compensation, Identity
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.devices import device_of
+from dash_runtime.layers.batch import PassKind
+from dash_runtime.layers.compensation import Compensation, Identity
+from dash_runtime.layers.kv_cache import SequenceCache
 
 _CONTEXT_TOKENS = 256
 _ROUNDS = 12

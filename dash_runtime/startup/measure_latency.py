@@ -10,9 +10,9 @@ from functools import partial
 import torch
 
 from dash_runtime.actions import Action, LatencyTable
-from dash_runtime.decoder.batch import PassKind
-from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.layers.batch import PassKind
+from dash_runtime.layers.compensation import Compensation
 from dash_runtime.startup.measure import filled_caches, timed
 
 _ROWS = (1, 2, 4, 8, 16)

@@ -9,10 +9,10 @@ from collections.abc import Collection, Sequence
 import torch
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.batch import PassKind
-from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.kv_cache import SequenceCache
+from dash_runtime.layers.batch import PassKind
+from dash_runtime.layers.compensation import Identity
+from dash_runtime.layers.kv_cache import SequenceCache
 
 # Sums in another order mostly round to the same bf16, but hardly in all of this many calls.
 _NUM_CALLS = 150

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dash_runtime.decoder.compensation import LowRank
 from dash_runtime.errors import PolicyFileError
 from dash_runtime.files.tensor_file import load_tensors, save_tensors
 from dash_runtime.files.wording import one_line
+from dash_runtime.layers.compensation import LowRank
 from dash_runtime.training.actor_critic import ActorCritic
 
 

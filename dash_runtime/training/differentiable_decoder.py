@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from dash_runtime.decoder.attention import causal_mask
-from dash_runtime.decoder.layer_body import run_layer_body, split_heads
-from dash_runtime.decoder.rotary import RotaryTable, rotary_tables
-from dash_runtime.decoder.weight_loader import WeightLoader
 from dash_runtime.errors import ConfigError
+from dash_runtime.layers.attention import causal_mask
+from dash_runtime.layers.layer_body import run_layer_body, split_heads
+from dash_runtime.layers.rotary import RotaryTable, rotary_tables
+from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.model_config import ModelConfig
 
 Gates = Callable[[int, Tensor], Tensor | None]

@@ -12,8 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from dash_runtime.decoder.compensation import LowRank
 from dash_runtime.errors import ConfigError
+from dash_runtime.layers.compensation import LowRank
 from dash_runtime.training.differentiable_decoder import (
     Compensate,
     DifferentiableDecoder,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.compensation import Compensation, Identity, LowRank, packed
 from dash_runtime.decoder.full_path import full_path
+from dash_runtime.layers.compensation import Compensation, Identity, LowRank, packed
 from dash_runtime.startup.fit_compensation import fit_compensation
 from dash_runtime.startup.measure import measure_costs
 from dash_runtime.training.choices import random_choice

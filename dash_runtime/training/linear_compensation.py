@@ -7,8 +7,8 @@ what it predicts, which loses least of it at that rank. Knows states; knows no p
 import torch
 from torch import Tensor
 
-from dash_runtime.decoder.compensation import Dense, LowRank
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.layers.compensation import Dense, LowRank
 
 _RIDGE = 1e-2
 """Share of the mean input power that is added to the diagonal."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.full_path import full_path
 from dash_runtime.errors import DashRuntimeError
+from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.training.actor_critic import ActorCritic
 from dash_runtime.training.rollout import Choose, Judged, Rollout, costs_by_action, divergences, roll_out

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.compensation import LowRank
+from dash_runtime.layers.compensation import LowRank
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.training.choices import greedy_choice
 from dash_runtime.training.differentiable_decoder import DifferentiableDecoder

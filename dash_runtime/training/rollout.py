@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.decoder.compensation import Compensation
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.full_path import sequence_rows
+from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.plan_spec import PlanSpec
 
 Choose = Callable[[tuple[int, ...], Tensor, Tensor, Tensor], Tensor]

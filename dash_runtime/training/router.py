@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.compensation import LowRank
 from dash_runtime.errors import ConfigError
+from dash_runtime.layers.compensation import LowRank
 from dash_runtime.training.actor_critic import ActorCritic
 from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
 from dash_runtime.training.ppo import PpoSettings, Task

@@ -21,12 +21,12 @@ from dash_runtime.actions import Action, CostTable
 from dash_runtime.checkpoints import load_tokenizer
 from dash_runtime.checkpoints.chat_template import ChatTemplate
 from dash_runtime.config import EngineConfig, GenerationRequest, SamplingParameters, StoppingParameters
-from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import ConfigError, PolicyFileError
 from dash_runtime.events import SequenceFinished, TokenProduced
 from dash_runtime.files.tensor_file import save_tensors
+from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.startup.build import assemble_engine
 from dash_runtime.startup.default_text import cut, default_token_sequences, encode

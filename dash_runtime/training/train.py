@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dash_runtime.decoder.compensation import LowRank, packed
 from dash_runtime.decoder.full_path import full_path
 from dash_runtime.errors import ConfigError
+from dash_runtime.layers.compensation import LowRank, packed
 from dash_runtime.policy.draft_length import USUAL_LENGTHS, USUAL_VERIFICATION_COST, drafting_gain
 from dash_runtime.policy.learned import BudgetCalibration
 from dash_runtime.policy.network import PolicyNetwork

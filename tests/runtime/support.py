@@ -8,13 +8,13 @@ from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.decoder.batch import PassKind
-from dash_runtime.decoder.compensation import Affine, Compensation, Identity, LowRank
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.engine.engine import Engine
 from dash_runtime.events import EngineEvent, SequenceFinished, TokenProduced
+from dash_runtime.layers.batch import PassKind
+from dash_runtime.layers.compensation import Affine, Compensation, Identity, LowRank
+from dash_runtime.layers.kv_cache import SequenceCache
 
 CPU = torch.device("cpu")
 ALL_ACTIONS = tuple(Action)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dash_runtime.actions import Action, CostTable, LatencyTable
-from dash_runtime.decoder.compensation import Compensation, Identity
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.layers.compensation import Compensation, Identity
 from dash_runtime.policy.draft_length import DRAFT_LENGTHS
 from dash_runtime.startup.calibration import DeviceCalibration
 from tests.runtime.support import load_decoder

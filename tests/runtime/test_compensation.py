@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dash_runtime.checkpoints import load_model_config
-from dash_runtime.decoder.compensation import LowRank, PackedLowRank, packed
 from dash_runtime.errors import PolicyFileError
+from dash_runtime.layers.compensation import LowRank, PackedLowRank, packed
 from dash_runtime.policy.compensation_file import load_compensation, restored, save_compensation, stored
 from tests.runtime.support import CPU
 from tests.tiny_models import HIDDEN_SIZE, NUM_LAYERS

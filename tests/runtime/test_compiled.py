@@ -17,12 +17,12 @@ from torch.utils import _pytree as pytree
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.decoder.backends.inductor import InductorBackend, program_specs
-from dash_runtime.decoder.batch import PassKind
-from dash_runtime.decoder.compensation import Affine, Identity
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.decoder.loading import make_decoder
-from dash_runtime.decoder.pending_kv import MAX_PENDING
+from dash_runtime.layers.batch import PassKind
+from dash_runtime.layers.compensation import Affine, Identity
+from dash_runtime.layers.kv_cache import SequenceCache
+from dash_runtime.layers.pending_kv import MAX_PENDING
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.programs.compile_program import sample
 from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec, load_programs

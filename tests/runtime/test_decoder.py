@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.batch import Batch, PassKind
-from dash_runtime.decoder.compensation import Identity, Scale
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.pending_kv import MAX_PENDING
+from dash_runtime.layers.batch import Batch, PassKind
+from dash_runtime.layers.compensation import Identity, Scale
+from dash_runtime.layers.pending_kv import MAX_PENDING
 from tests.runtime.support import ALL_ACTIONS, full_plan, load_decoder, new_cache, run_rows, some_affine
 
 pytestmark = pytest.mark.alone

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.decoder.batch import PassKind
-from dash_runtime.decoder.compensation import Affine, Compensation, Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.errors import ConfigError
+from dash_runtime.layers.batch import PassKind
+from dash_runtime.layers.compensation import Affine, Compensation, Identity
 from dash_runtime.training.differentiable_decoder import (
     DifferentiableDecoder,
     all_full,

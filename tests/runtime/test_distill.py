@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.decoder.compensation import LowRank
 from dash_runtime.errors import ConfigError
+from dash_runtime.layers.compensation import LowRank
 from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
 from dash_runtime.training.distill import DistillSettings, distill_compensation, gated_divergence
 from dash_runtime.training.ppo import TrainingDiverged

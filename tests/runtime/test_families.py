@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 from dash_runtime.checkpoints import check_weights, load_model_config, open_weights, parameter_shapes
 from dash_runtime.checkpoints.parameters import layer_norms
-from dash_runtime.decoder.weight_loader import LayerWeights, WeightLoader
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.families import FAMILIES, Family
 from dash_runtime.families.config_reader import ConfigReader
+from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
 from dash_runtime.model_config import Activation, BlockConfig, NormPlacement, QkNorm, RopeConfig, TensorNames
 from tests.runtime.support import CPU
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dash_runtime.checkpoints import load_model_config
-from dash_runtime.decoder.kv_cache import CachePool, SequenceCache
+from dash_runtime.layers.kv_cache import CachePool, SequenceCache
 from dash_runtime.programs.kv_blocks import BLOCK_TOKENS
 from tests.runtime.support import CPU
 

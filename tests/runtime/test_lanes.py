@@ -10,8 +10,8 @@ import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.config import LaneKind
-from dash_runtime.decoder.compensation import Identity
 from dash_runtime.engine.lanes import CudaStreamLane, InlineLane, Lane, ThreadLane, make_lane
+from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.policy import Decision, Pending, State
 
 GPU = torch.device("cuda", 1)

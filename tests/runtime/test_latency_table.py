@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dash_runtime.actions import Action, LatencyTable
-from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.layers.compensation import Identity
 from dash_runtime.startup.measure_latency import measure_latencies
 from tests.runtime.support import load_decoder, some_affine
 from tests.tiny_models import save_tiny_model

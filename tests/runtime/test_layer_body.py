@@ -9,11 +9,11 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.decoder.attention import attention
 from dash_runtime.decoder.backends.inductor import can_compile
-from dash_runtime.decoder.layer_body import run_layer_body, split_heads
-from dash_runtime.decoder.rotary import RotaryTable
-from dash_runtime.decoder.weight_loader import WeightLoader
+from dash_runtime.layers.attention import attention
+from dash_runtime.layers.layer_body import run_layer_body, split_heads
+from dash_runtime.layers.rotary import RotaryTable
+from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.linears.row_kernels import full_row_matrix
 from dash_runtime.model_config import Activation, BlockConfig, ModelConfig
 from dash_runtime.programs.packing import WeightPacking

@@ -8,8 +8,8 @@ import torch
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.config import Mode, SkipOptions
-from dash_runtime.decoder.compensation import Identity
 from dash_runtime.errors import ConfigError
+from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.budget import BUDGET_MARGIN, lowest_random_budget, random_plan_for_budget
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy

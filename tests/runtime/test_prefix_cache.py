@@ -19,11 +19,11 @@ from dash_runtime.config import (
     StoppingParameters,
 )
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.kv_cache import SequenceCache
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.engine.prefix_cache import PrefixCache
 from dash_runtime.events import EngineEvent, TokenProduced
+from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.policy.catalog import PolicyCatalog
 from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, new_cache, some_affine, some_costs
 

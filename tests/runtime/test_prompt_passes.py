@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.batch import PassKind
-from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.layers.batch import PassKind
+from dash_runtime.layers.compensation import Identity
 from dash_runtime.linears.dense_linear import (
     MAX_INVARIANT_ROWS,
     BatchInvariantLinear,

@@ -9,12 +9,12 @@ import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.config import LaneKind
-from dash_runtime.decoder.batch import PassKind
-from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.lanes import CudaStreamLane, InlineLane, Lane, ThreadLane, make_lane
 from dash_runtime.engine.step import Decider, StepOutput, decode_step
 from dash_runtime.errors import ConfigError
+from dash_runtime.layers.batch import PassKind
+from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.policy import Decision, FixedPlan, FullDepth, Pending, RandomPlan, State, Token
 from tests.runtime.support import CPU, full_plan, load_decoder, new_cache, run_rows, some_affine, some_costs
 

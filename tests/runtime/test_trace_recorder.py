@@ -25,11 +25,11 @@ from dash_runtime.decision_trace import (
     unpack_float32,
     unpack_uint32,
 )
-from dash_runtime.decoder.compensation import Identity
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
 from dash_runtime.events import EngineEvent, SequenceCancelled, SequenceFinished, SlotGranted, TokenProduced
+from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork

@@ -9,13 +9,13 @@ import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import tokenizer_file
-from dash_runtime.decoder.batch import PassKind
-from dash_runtime.decoder.compensation import Identity, LowRank
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.full_path import full_path
 from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.engine.step import Decider, decode_step
 from dash_runtime.errors import PolicyFileError
+from dash_runtime.layers.batch import PassKind
+from dash_runtime.layers.compensation import Identity, LowRank
 from dash_runtime.policy.draft_length import USUAL_LENGTHS, USUAL_VERIFICATION_COST, drafting_gain
 from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork

@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.batch import Batch
+from dash_runtime.layers.batch import Batch
 
 
 class Backend(Protocol):

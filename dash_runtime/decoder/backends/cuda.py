@@ -8,8 +8,8 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.decoder.backends.cuda_graphs import Graphs
 from dash_runtime.decoder.backends.eager import EagerBackend, Part, Tensors
-from dash_runtime.decoder.heads import Heads
-from dash_runtime.decoder.layer import DecoderLayer
+from dash_runtime.layers.heads import Heads
+from dash_runtime.layers.layer import DecoderLayer
 from dash_runtime.model_config import ModelConfig
 
 

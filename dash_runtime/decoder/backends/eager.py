@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.batch import Batch
-from dash_runtime.decoder.heads import Heads
-from dash_runtime.decoder.layer import DecoderLayer
-from dash_runtime.decoder.layer_body import after_attention, before_attention, split_heads
-from dash_runtime.decoder.projection import Projection
-from dash_runtime.decoder.row_groups import Groups, group_rows, scatter_rows
+from dash_runtime.layers.batch import Batch
+from dash_runtime.layers.heads import Heads
+from dash_runtime.layers.layer import DecoderLayer
+from dash_runtime.layers.layer_body import after_attention, before_attention, split_heads
+from dash_runtime.layers.projection import Projection
+from dash_runtime.layers.row_groups import Groups, group_rows, scatter_rows
 from dash_runtime.model_config import ModelConfig
 
 Tensors = tuple[Tensor, ...]

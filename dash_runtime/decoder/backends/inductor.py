@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.batch import Batch, PassKind
-from dash_runtime.decoder.heads import Head, Heads
-from dash_runtime.decoder.layer import DecoderLayer, LayerLinears
-from dash_runtime.decoder.layer_body import run_layer_body
-from dash_runtime.decoder.norm import RmsNorm
-from dash_runtime.decoder.pending_kv import MAX_PENDING
-from dash_runtime.decoder.row_groups import group_rows, scatter_rows
-from dash_runtime.decoder.weight_loader import LayerWeights
+from dash_runtime.layers.batch import Batch, PassKind
+from dash_runtime.layers.heads import Head, Heads
+from dash_runtime.layers.layer import DecoderLayer, LayerLinears
+from dash_runtime.layers.layer_body import run_layer_body
+from dash_runtime.layers.norm import RmsNorm
+from dash_runtime.layers.pending_kv import MAX_PENDING
+from dash_runtime.layers.row_groups import group_rows, scatter_rows
+from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import most_rows_apart
 from dash_runtime.linears.row_kernels import RowMatrix, full_row_matrix, is_packable, pack_row_matrix
 from dash_runtime.model_config import BlockConfig, ModelConfig, NormPlacement, QkNorm

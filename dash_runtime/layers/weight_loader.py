@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dash_runtime.decoder.norm import RmsNorm
+from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.linears.dense_linear import FullLinear
 from dash_runtime.model_config import ModelConfig, QkNorm
 

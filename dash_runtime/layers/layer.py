@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.norm import RmsNorm
-from dash_runtime.decoder.weight_loader import LayerWeights
+from dash_runtime.layers.norm import RmsNorm
+from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import FullLinear, Linear, for_many_rows
 from dash_runtime.linears.quantization import make_linear
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.norm import RmsNorm
-from dash_runtime.decoder.row_groups import group_rows, scatter_rows
+from dash_runtime.layers.norm import RmsNorm
+from dash_runtime.layers.row_groups import group_rows, scatter_rows
 from dash_runtime.linears.dense_linear import Linear
 
 Head = Callable[[Tensor], Tensor]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.attention import attention, causal_mask
-from dash_runtime.decoder.compensation import Compensation
-from dash_runtime.decoder.kv_cache import SequenceCache
-from dash_runtime.decoder.projection import Projection, Span, project_row, project_rows
-from dash_runtime.decoder.rotary import RotaryTable
+from dash_runtime.layers.attention import attention, causal_mask
+from dash_runtime.layers.compensation import Compensation
+from dash_runtime.layers.kv_cache import SequenceCache
+from dash_runtime.layers.projection import Projection, Span, project_row, project_rows
+from dash_runtime.layers.rotary import RotaryTable
 from dash_runtime.programs.kv_blocks import attended_blocks
 
 

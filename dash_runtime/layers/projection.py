@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.kv_cache import SequenceCache
-from dash_runtime.decoder.pending_kv import MAX_PENDING
+from dash_runtime.layers.kv_cache import SequenceCache
+from dash_runtime.layers.pending_kv import MAX_PENDING
 
 Tables = Callable[[slice | Tensor], tuple[Tensor, Tensor]]
 """Maps positions to cosines and sines `[positions, 1, head_dim]` of the layer's rotary embedding."""

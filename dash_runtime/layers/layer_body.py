@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dash_runtime.decoder.rotary import rotate
+from dash_runtime.layers.rotary import rotate
 from dash_runtime.model_config import Activation, BlockConfig, QkNorm
 
 Norm = Callable[[Tensor], Tensor]

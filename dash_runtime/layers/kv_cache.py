@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dash_runtime.decoder.pending_kv import PendingKv
 from dash_runtime.devices import device_of
+from dash_runtime.layers.pending_kv import PendingKv
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.programs.kv_blocks import BLOCK_TOKENS
 
