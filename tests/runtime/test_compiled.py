@@ -4,7 +4,6 @@ Every property is tested with the programs' modules run uncompiled, for several 
 that matter compiled.
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +24,14 @@ from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.layers.pending_kv import MAX_PENDING
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.programs.compile_program import sample
-from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec, load_programs
+from dash_runtime.programs.program_cache import Program, ProgramSpec
+from dash_runtime.startup.row_parity import unequal_counts
+from tests.runtime.compiled_model import NUM_THREADS, SIZES, CompiledModel
 from tests.runtime.support import ALL_ACTIONS, CPU, full_plan, load_decoder, new_cache, run_rows, some_affine
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.alone
 
-SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 272}
-NUM_THREADS = 2
 MAX_DIVERGENCE = 0.01
 """Nats. Rounding to bf16 at other places makes a tenth of this, plans in another order a hundred times as much."""
 Plan = Sequence[Action]
@@ -56,17 +55,11 @@ class Decoders:
     alone: Decoder
     shared: Decoder
     eager: Decoder
-    running: Plan
-    """Actions that all three have layers for."""
     is_compiled: bool
     """True if the programs are compiled, False if their modules run eagerly."""
 
-    @property
-    def actions(self) -> Plan:
-        return (Action.SKIP, *self.running)
 
-
-def decoder_of(folder: Path, config: ModelConfig, programs: dict[ProgramSpec, Program], shares: bool) -> Decoder:
+def decoder_of(folder: Path, config: ModelConfig, backend: InductorBackend) -> Decoder:
     return make_decoder(
         config,
         open_weights(folder),
@@ -74,41 +67,26 @@ def decoder_of(folder: Path, config: ModelConfig, programs: dict[ProgramSpec, Pr
         dtype=torch.bfloat16,
         device=CPU,
         context_length=config.context_length,
-        inductor=InductorBackend(config.block, programs, shares_products=shares),
+        inductor=backend,
     )
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        "llama",
-        "qwen2",
-        "qwen3",
-        "mistral-sliding-window",
-        pytest.param("compiled", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")),
-    ],
-)
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "mistral-sliding-window", "compiled"])
 def decoders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoders:
     is_compiled = request.param == "compiled"
-    # Full and sliding attention and biases in one model, whose programs are the same for every layer.
-    family = "qwen2-sliding-window" if is_compiled else request.param
-    folder = save_tiny_model(tmp_path_factory.mktemp("compiled") / family, family, **SIZES)
-    config = load_model_config(folder)
-    specs = program_specs(config, ALL_ACTIONS, NUM_THREADS)
-    running: Plan = ALL_ACTIONS[1:]
-    programs: dict[ProgramSpec, Program] = {spec: UncompiledProgram(spec) for spec in specs}
-    if is_compiled:  # each kind with positions, and each way to keep a matrix that a layer of this model runs
-        running = (Action.INT4, Action.FULL)
-        wanted = {(ProgramKind.LAYER, action) for action in running}
-        wanted |= {(kind, Action.FULL) for kind in (ProgramKind.LATE, ProgramKind.ATTENTION)}
-        said: list[str] = []
-        loaded = load_programs(
-            [s for s in specs if (s.kind, s.action) in wanted and s.num_rows < 8], folder / "programs", said.append
-        )
-        assert loaded is not None, said
-        programs |= loaded
-    alone, shared = (decoder_of(folder, config, programs, shares) for shares in (False, True))
-    return Decoders(alone, shared, load_decoder(folder, torch.bfloat16), running, is_compiled)
+    if is_compiled:
+        model: CompiledModel = request.getfixturevalue("compiled_model")
+        folder, programs = model.folder, model.programs
+        config = load_model_config(folder)
+    else:
+        folder = save_tiny_model(tmp_path_factory.mktemp("compiled") / request.param, request.param, **SIZES)
+        config = load_model_config(folder)
+        programs = {spec: UncompiledProgram(spec) for spec in program_specs(config, ALL_ACTIONS, NUM_THREADS)}
+    backends = [InductorBackend(config.block, programs, shares_products=shares) for shares in (False, True)]
+    alone, shared = (decoder_of(folder, config, backend) for backend in backends)
+    if is_compiled:  # as a start does on the machine at hand
+        backends[0].drop_verified_rows(unequal_counts(alone, backends[0].verified_rows))
+    return Decoders(alone, shared, load_decoder(folder, torch.bfloat16), is_compiled)
 
 
 def divergence(expected: Tensor, logits: Tensor) -> float:
@@ -138,8 +116,8 @@ def mixed_plans(decoders: Decoders, count: int) -> list[Plan]:
     """
     generator = torch.Generator().manual_seed(5)
     num_layers = decoders.eager.num_layers
-    choices = torch.randint(len(decoders.actions), (count, num_layers), generator=generator).tolist()
-    plans = [[decoders.actions[choice] for choice in row] for row in choices]
+    choices = torch.randint(len(ALL_ACTIONS), (count, num_layers), generator=generator).tolist()
+    plans = [[ALL_ACTIONS[choice] for choice in row] for row in choices]
     for plan in plans[:-1]:
         plan[1] = plan[-1] = Action.SKIP
     plans[-1] = [Action.FULL] * num_layers
@@ -177,7 +155,7 @@ def test_tokens_are_those_of_the_eager_decoder_for_mixed_plans_and_long_skips(de
 @torch.inference_mode()
 @pytest.mark.parametrize("first", range(3))
 def test_the_tokens_after_a_prompt_of_one_are_those_of_the_eager_decoder(decoders: Decoders, first: int) -> None:
-    plans = [(action,) * decoders.eager.num_layers for action in decoders.actions]
+    plans = [(action,) * decoders.eager.num_layers for action in ALL_ACTIONS]
     plans = [*plans[first:], *plans[:first], full_plan(decoders.eager)]
     own, expected = (prefilled(decoder, [7]) for decoder in (decoders.alone, decoders.eager))
     assert divergence(decode(decoders.eager, expected, plans), decode(decoders.alone, own, plans)) < MAX_DIVERGENCE
@@ -204,7 +182,7 @@ def test_passes_of_several_rows_and_of_one_take_turns_on_a_cache_that_is_cut_bet
 def test_keys_and_values_of_skipped_rows_are_written_by_the_time_a_row_attends(
     decoders: Decoders, num_skipped: int
 ) -> None:
-    for action in decoders.running:
+    for action in ALL_ACTIONS[1:]:
         skipping, running = (prefilled(decoders.alone, [1, 2, 3]) for _ in range(2))
         for number in range(num_skipped + 1):
             hidden = decoders.alone.embed([5 + number])
@@ -238,7 +216,7 @@ def test_a_layer_attends_to_its_window_and_to_nothing_before(decoders: Decoders)
 
 @torch.inference_mode()
 def test_rows_decoded_in_a_batch_are_bit_equal_to_the_same_rows_alone(decoders: Decoders) -> None:
-    decoder, actions = decoders.alone, decoders.actions
+    decoder, actions = decoders.alone, ALL_ACTIONS
     affine = some_affine(decoder)
     prompts = [range(1, 2 + 7 * row) for row in range(9)]
     alone, together = ([prefilled(decoder, prompt) for prompt in prompts] for _ in range(2))
@@ -265,7 +243,7 @@ def test_rows_that_share_products_are_those_of_the_eager_decoder(decoders: Decod
     )
     for step, spread in enumerate((0, 3, 1, 1, 2, 0)):  # actions in one layer, from FULL downwards, but for SKIP
         plans = [
-            [decoders.actions[-1 - (row + layer) % (spread + 1) % len(decoders.actions)] for layer in range(6)]
+            [ALL_ACTIONS[-1 - (row + layer) % (spread + 1) % len(ALL_ACTIONS)] for layer in range(6)]
             for row in range(num_rows)
         ]
         for row, plan in enumerate(plans):
@@ -294,7 +272,7 @@ def test_a_quantised_head_is_that_of_the_eager_decoder_row_by_row(decoders: Deco
 
 @torch.inference_mode()
 def test_a_layer_writes_neither_into_its_input_nor_into_an_earlier_output(decoders: Decoders) -> None:
-    for action in decoders.actions:
+    for action in ALL_ACTIONS:
         cache = prefilled(decoders.alone, [1, 2])
         hidden = decoders.alone.embed([3])
         before = hidden.clone()
@@ -321,7 +299,7 @@ def test_several_rows_of_a_sequence_have_the_numbers_that_each_has_decoded_alone
     batch.commit()
     logits = decoder.logits(hidden, (Action.FULL,) * num_rows)
     expected = torch.cat([run_rows(decoder, [one_by_one], [[token]], [full_plan(decoder)]) for token in tokens])
-    if decoders.is_compiled and num_rows < 8:  # the program for eight rows is not compiled here
+    if decoders.is_compiled:
         assert torch.equal(logits, expected)
         assert all(map(torch.equal, together.keys, one_by_one.keys))
         assert all(map(torch.equal, together.values, one_by_one.values))

@@ -1,0 +1,110 @@
+"""An engine built over compiled programs: every mode, alone and in a batch, and a policy that is a program too."""
+
+import pytest
+import torch
+
+from dash_runtime.actions import Action
+from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
+from dash_runtime.engine.engine import Engine
+from dash_runtime.startup.build import BuildOptions, build_engine
+from tests.runtime.compiled_model import BUDGETS, NUM_THREADS, CompiledModel
+from tests.runtime.support import drain, finished, tokens
+
+pytestmark = pytest.mark.alone
+
+NUM_TOKENS = 24
+MODES = {
+    "full depth": SkipOptions(Mode.FULL_DEPTH),
+    "adaptive": SkipOptions(Mode.ADAPTIVE, compute_budget=BUDGETS[0]),
+    "exact": SkipOptions(Mode.EXACT, draft_length=7),
+    **{action.name: SkipOptions(Mode.FIXED, fixed_action=action) for action in Action},
+}
+
+
+def engine_of(model: CompiledModel, group_planner: bool) -> Engine:
+    options = BuildOptions(
+        device="cpu", num_threads=NUM_THREADS, policy_file=model.policy_file, least_drafting_gain=0.0
+    )
+    config = EngineConfig(num_slots=8, cache_tokens=2048, group_planner=group_planner)
+    said: list[str] = []
+    engine = build_engine(model.folder, model.cache_folder, options, config, said.append)
+    assert not any("compil" in sentence for sentence in said), said
+    return engine
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["planner", "no planner"])
+def engine(request: pytest.FixtureRequest, compiled_model: CompiledModel) -> Engine:
+    return engine_of(compiled_model, request.param)
+
+
+def requests(count: int = 1) -> list[GenerationRequest]:
+    """Requests of every mode, `count` of each, with prompts of different lengths."""
+    stopping = StoppingParameters(NUM_TOKENS, ignore_eos=True)
+    return [
+        GenerationRequest(
+            f"{name} {number}", list(range(1, 20 + 3 * number)), stopping, skip=skip, return_decisions=True
+        )
+        for name, skip in MODES.items()
+        for number in range(count)
+    ]
+
+
+def alone(engine: Engine, request: GenerationRequest) -> list[int]:
+    engine.submit(request)
+    (events,) = drain(engine).values()
+    return tokens(events)
+
+
+def test_every_mode_ends_with_all_its_tokens_and_the_actions_that_it_asked_for(engine: Engine) -> None:
+    for request in requests():
+        engine.submit(request)
+        (events,) = drain(engine).values()
+        assert len(tokens(events)) == NUM_TOKENS
+        counts = finished(events).depth.action_counts
+        fixed = request.skip.fixed_action
+        if fixed is not None:
+            assert counts[fixed] >= 4 * (NUM_TOKENS - 1)
+        if request.skip.mode is Mode.ADAPTIVE:
+            assert sum(count > 0 for count in counts.values()) >= 3
+        if request.skip.mode is Mode.EXACT:
+            speculation = finished(events).speculation
+            assert speculation is not None
+            assert speculation.num_drafted > 0
+
+
+def test_the_policy_is_evaluated_by_its_program(engine: Engine) -> None:
+    facts = [policy for policy in engine.facts.policies if policy.learned]
+    assert [policy.name for policy in facts] == ["random-network"]
+    assert engine._catalog._learned["random-network"].program is not None
+
+
+def test_exact_puts_out_full_depths_own_tokens(engine: Engine) -> None:
+    own = {request.request_id: alone(engine, request) for request in requests(3)}
+    for number in range(3):
+        assert own[f"exact {number}"] == own[f"full depth {number}"]
+
+
+def test_a_batch_of_all_modes_equals_the_same_requests_alone_without_the_planner(compiled_model: CompiledModel) -> None:
+    engine = engine_of(compiled_model, group_planner=False)
+    expected = {request.request_id: alone(engine, request) for request in requests(2)}
+    for request in requests(2):
+        engine.submit(request)
+    together = {request_id: tokens(events) for request_id, events in drain(engine).items()}
+    assert together == expected
+
+
+def test_rows_at_full_depth_share_products_with_the_planner(compiled_model: CompiledModel) -> None:
+    """Bits may differ then, but what the model says must not: the logits are those of a row alone but for rounding."""
+    engine = engine_of(compiled_model, group_planner=True)
+    stopping = StoppingParameters(2, ignore_eos=True)
+    some = [GenerationRequest(f"{row}", list(range(1, 9 + row)), stopping, logprobs=5) for row in range(6)]
+    logprobs: list[list[float]] = []
+    for batch in ([[own] for own in some], [some]):
+        for own in batch:
+            for request in own:
+                engine.submit(request)
+            for events in drain(engine).values():
+                second = [event for event in events if hasattr(event, "logprobs")][1]
+                logprobs.append([second.logprobs.chosen])
+    apart, together = torch.tensor(logprobs[:6]), torch.tensor(logprobs[6:])
+    torch.testing.assert_close(together, apart, rtol=0.02, atol=0.02)
