@@ -1,5 +1,7 @@
 """NVIDIA's GPUs. Knows torch's CUDA kernels and copies. None of this has been run on one."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,11 +13,19 @@ _INNER_K_TILES = (8, 4, 2)
 
 
 class CudaDevice(Device):
-    """One GPU."""
+    """One GPU.
+
+    Args:
+        cuda: `torch.cuda`, or anything with its `Stream`, `Event`, `stream` and `current_stream`.
+    """
 
     default_lane = LaneKind.CUDA_STREAM
     lanes = frozenset(LaneKind)
     has_graphs = True
+
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        super().__init__(device)
+        self.cuda = cuda
 
     def describe(self) -> str:
         return f"{torch.cuda.get_device_name(self.device)} ({self.device})"
@@ -30,6 +40,12 @@ class CudaDevice(Device):
     def download(self, tensor: Tensor) -> Tensor:
         # Without pinned memory the host would wait for the decoder's stream.
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+    def wait_for_downloads(self) -> None:
+        # An event, unlike the whole stream, does not make a thread wait for what the decoder has queued since.
+        arrived = self.cuda.Event()
+        arrived.record(self.cuda.current_stream(self.device))
+        arrived.synchronize()
 
     def pack_int4(self, quantized: Tensor) -> Tensor:
         pairs = (quantized[:, ::2] << 4 | quantized[:, 1::2]).to(torch.uint8)

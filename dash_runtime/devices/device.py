@@ -49,6 +49,9 @@ class Device:
         """Copies to the host; the copy may be read once the work queued so far is done."""
         return tensor.cpu()
 
+    def wait_for_downloads(self) -> None:
+        """Waits until everything downloaded so far has arrived."""
+
     def likeliest(self, logits: Tensor) -> Any:
         """Returns the index of the largest logit, the first of equal ones.
 

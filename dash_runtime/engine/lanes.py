@@ -3,8 +3,6 @@
 Every lane answers the same two calls; what differs is who waits. `exposed_ns` is the time that the decoder
 lost to the policy: all of the evaluation inline, only the waiting elsewhere. On CUDA a policy only queues its work,
 and its decision is read once that work is done. Knows policies and states; knows no sequences.
-
-`cuda` is `torch.cuda` everywhere, or anything with its `Stream`, `Event`, `stream` and `current_stream`.
 """
 
 import queue
@@ -12,13 +10,16 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from dash_runtime.config import LaneKind
+from dash_runtime.devices import CpuDevice, CudaDevice, Device
 from dash_runtime.errors import ConfigError
 from dash_runtime.policy.policy import Decision, Policy, State
+
+_CPU = CpuDevice(torch.device("cpu"))
 
 
 class Ticket:
@@ -54,13 +55,13 @@ class Lane(Protocol):
 class InlineLane:
     """Evaluates in the caller's thread, at once."""
 
-    def __init__(self, cuda: Any = torch.cuda) -> None:
+    def __init__(self, device: Device = _CPU) -> None:
         self.exposed_ns = 0
-        self._cuda = cuda
+        self._device = device
 
     def submit(self, policy: Policy, layer: int, state: State) -> Ticket:
         started_ns = time.perf_counter_ns()
-        decision = _decide(policy, layer, state, self._cuda)
+        decision = _decide(policy, layer, state, self._device)
         ticket = Ticket(lambda: decision, started_ns, time.perf_counter_ns())
         ticket.exposed_ns = ticket.ended_ns - started_ns
         self.exposed_ns += ticket.exposed_ns
@@ -92,9 +93,9 @@ class _WaitingLane:
 class ThreadLane(_WaitingLane):
     """Evaluates in one thread of its own, in order. For CPUs."""
 
-    def __init__(self, cuda: Any = torch.cuda) -> None:
+    def __init__(self, device: Device = _CPU) -> None:
         super().__init__()
-        self._cuda = cuda
+        self._device = device
         self._jobs: queue.SimpleQueue[tuple[Future[Decision], Ticket, Policy, int, State] | None]
         self._jobs = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="policy-lane", daemon=True)
@@ -118,22 +119,17 @@ class ThreadLane(_WaitingLane):
                 future, ticket, policy, layer, state = job
                 try:
                     ticket.started_ns = time.perf_counter_ns()
-                    decision = _decide(policy, layer, state, self._cuda)
+                    decision = _decide(policy, layer, state, self._device)
                     ticket.ended_ns = time.perf_counter_ns()
                     future.set_result(decision)
                 except Exception as error:
                     future.set_exception(error)
 
 
-def _decide(policy: Policy, layer: int, state: State, cuda: Any) -> Decision:
-    """Evaluates on the current stream of the state's device, and reads the decision once it has arrived."""
+def _decide(policy: Policy, layer: int, state: State, device: Device) -> Decision:
+    """Evaluates on the device's current stream, and reads the decision once it has arrived."""
     pending = policy.start(layer, state)
-    if state.hidden.is_cuda:
-        # The actions are copied to the host without waiting. An event, unlike the whole stream, does not make a thread
-        # wait for what the decoder has queued since.
-        arrived = cuda.Event()
-        arrived.record(cuda.current_stream(state.hidden.device))
-        arrived.synchronize()
+    device.wait_for_downloads()
     return pending()
 
 
@@ -141,19 +137,19 @@ class CudaStreamLane(_WaitingLane):
     """Evaluates on a CUDA stream of its own, started by the event of the work that made the state.
 
     The chosen actions come back through pinned memory and an event, so that the host waits for the small policy
-    while a layer is still running. The stream is one of `device`, the current one where there is none.
+    while a layer is still running.
     """
 
-    def __init__(self, cuda: Any = torch.cuda, device: torch.device | None = None) -> None:
+    def __init__(self, device: CudaDevice) -> None:
         super().__init__()
-        self._cuda = cuda
-        self._place = () if device is None else (device,)
-        self._stream = cuda.Stream(*self._place)
+        self._cuda = device.cuda
+        self._device = device.device
+        self._stream = self._cuda.Stream(self._device)
 
     def submit(self, policy: Policy, layer: int, state: State) -> Ticket:
         started_ns = time.perf_counter_ns()
         made = self._cuda.Event()
-        made.record(self._cuda.current_stream(*self._place))
+        made.record(self._cuda.current_stream(self._device))
         arrived = self._cuda.Event()
         with self._cuda.stream(self._stream):
             self._stream.wait_event(made)
@@ -173,17 +169,17 @@ class CudaStreamLane(_WaitingLane):
         self._stream.synchronize()
 
 
-def make_lane(kind: LaneKind | None, device: torch.device, cuda: Any = torch.cuda) -> Lane:
-    """The lane of that kind, or the device's default: inline on CPUs, where handing a policy of ten
-    microseconds to a thread costs as much as it hides, a stream on CUDA.
+def make_lane(kind: LaneKind | None, device: Device) -> Lane:
+    """Returns the lane of that kind, or the device's default.
+
+    Inline is a CPU's: handing a policy of ten microseconds to a thread costs as much as it hides.
 
     Raises:
         ConfigError: the device cannot have such a lane.
     """
-    if kind is None:
-        kind = LaneKind.CUDA_STREAM if device.type == "cuda" else LaneKind.INLINE
-    if kind is LaneKind.CUDA_STREAM and device.type != "cuda":
-        raise ConfigError("lane", f"cuda_stream needs a CUDA device, and this one is {device}")
-    if kind is LaneKind.THREAD:
-        return ThreadLane(cuda)
-    return CudaStreamLane(cuda, device) if kind is LaneKind.CUDA_STREAM else InlineLane(cuda)
+    kind = kind or device.default_lane
+    if kind not in device.lanes:
+        raise ConfigError("lane", f"{kind} needs a CUDA device, and this one is {device.device}")
+    if isinstance(device, CudaDevice) and kind is LaneKind.CUDA_STREAM:
+        return CudaStreamLane(device)
+    return ThreadLane(device) if kind is LaneKind.THREAD else InlineLane(device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dash_runtime.config import SamplingParameters
+from dash_runtime.devices import device_of
 from dash_runtime.engine.logits_processors import LogitsProcessor, make_processors
 from dash_runtime.events import TokenLogprobs
 
@@ -21,7 +22,7 @@ _TOP_P_CANDIDATES = 1024
 def likeliest(logits: Tensor) -> Any:
     """Returns the token of the largest logit, the first of equal ones: a number for `[vocab_size]`, a list for `[rows,
     vocab_size]`. On a CPU numpy takes a third of torch's time, or less."""
-    return (logits.argmax(dim=-1) if logits.is_cuda else logits.numpy().argmax(axis=-1)).tolist()
+    return device_of(logits.device).likeliest(logits)
 
 
 class Sampler:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
+from dash_runtime.devices import device_of
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.network import NUM_SCALAR_FEATURES, FoldedNetwork, PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
@@ -74,8 +75,7 @@ class _Facts:
         """Returns `[rows, num_known + 3]` in a new tensor on the state's device."""
         numbers, rows = self._buffer(len(state.tokens))
         self._write(numbers, state)
-        # A pageable copy would make the host wait for the decoder's stream.
-        return rows.pin_memory().to(state.hidden.device, non_blocking=True) if state.hidden.is_cuda else rows
+        return device_of(state.hidden.device).upload(rows)
 
     def _buffer(self, num_rows: int) -> tuple[bytearray, Tensor]:
         """Returns zeros for so many rows, and a tensor over the same memory."""
@@ -174,8 +174,7 @@ class LearnedPolicy:
             best = scores.argmax(dim=-1)
         if num_layers < self.spec.block_size:
             best, scores = best[:, :num_layers], scores[:, :num_layers]
-        if best.is_cuda:  # pinned, or the host would wait for the decoder's stream
-            best = torch.empty(best.shape, dtype=best.dtype, pin_memory=True).copy_(best, non_blocking=True)
+        best = device_of(best.device).download(best)
 
         def decide() -> Decision:
             rows = best.tolist()

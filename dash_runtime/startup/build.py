@@ -157,7 +157,7 @@ def assemble_engine(
         policies=catalog.facts(),
         device=device_of(decoder.device).describe(),
     )
-    return Engine(decoder, catalog, make_lane(config.lane, decoder.device), facts, config, planner)
+    return Engine(decoder, catalog, make_lane(config.lane, device_of(decoder.device)), facts, config, planner)
 
 
 def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:

@@ -10,9 +10,11 @@ import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.config import LaneKind
+from dash_runtime.devices import CpuDevice, CudaDevice
 from dash_runtime.engine.lanes import CudaStreamLane, InlineLane, Lane, ThreadLane, make_lane
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.policy import Decision, Pending, State
+from tests.runtime.support import CPU
 
 GPU = torch.device("cuda", 1)
 
@@ -63,7 +65,6 @@ class FakeHidden:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.is_cuda = device.type == "cuda"
 
     def record_stream(self, stream: Any) -> None:
         pass
@@ -92,7 +93,7 @@ class JournalPolicy:
         return read
 
 
-def decide(lane: Lane, policy: JournalPolicy, device: torch.device) -> None:
+def decide(lane: Lane, policy: JournalPolicy, device: torch.device = GPU) -> None:
     """One decision, from a state on that device."""
     try:
         state = State([], FakeHidden(device), 0, (), [])  # type: ignore[arg-type]
@@ -104,27 +105,27 @@ def decide(lane: Lane, policy: JournalPolicy, device: torch.device) -> None:
 @pytest.mark.parametrize("kind", [InlineLane, ThreadLane])
 def test_a_decision_of_a_cuda_device_is_read_after_the_host_has_waited_for_it(kind: Callable[[Any], Lane]) -> None:
     cuda = FakeCuda()
-    decide(kind(cuda), JournalPolicy(cuda.journal), GPU)
+    decide(kind(CudaDevice(GPU, cuda)), JournalPolicy(cuda.journal))
     assert cuda.journal == ["start", "record on the current stream of cuda:1", "host waits", "read"]
 
 
 @pytest.mark.parametrize("kind", [InlineLane, ThreadLane])
 def test_a_decision_of_a_cpu_is_read_at_once(kind: Callable[[Any], Lane]) -> None:
     cuda = FakeCuda()
-    decide(kind(cuda), JournalPolicy(cuda.journal), torch.device("cpu"))
+    decide(kind(CpuDevice(CPU)), JournalPolicy(cuda.journal), CPU)
     assert cuda.journal == ["start", "read"]
 
 
 def test_a_thread_lane_waits_in_its_own_thread() -> None:
     cuda = FakeCuda()
-    decide(ThreadLane(cuda), JournalPolicy(cuda.journal), GPU)
+    decide(ThreadLane(CudaDevice(GPU, cuda)), JournalPolicy(cuda.journal))
     assert [thread.name for thread in cuda.record_threads] == ["policy-lane"]
 
 
 @pytest.mark.parametrize("kind", [None, LaneKind.CUDA_STREAM])
 def test_a_stream_lane_works_on_the_decoders_device(kind: LaneKind | None) -> None:
     cuda = FakeCuda()
-    lane = make_lane(kind, GPU, cuda)
+    lane = make_lane(kind, CudaDevice(GPU, cuda))
     state = State([], FakeHidden(GPU), 0, (), [])  # type: ignore[arg-type]
     lane.result(lane.submit(JournalPolicy(cuda.journal), 1, state))
     assert isinstance(lane, CudaStreamLane)

@@ -10,6 +10,7 @@ import torch
 from dash_runtime.actions import Action
 from dash_runtime.config import LaneKind
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.devices import CpuDevice, CudaDevice
 from dash_runtime.engine.lanes import CudaStreamLane, InlineLane, Lane, ThreadLane, make_lane
 from dash_runtime.engine.step import Decider, StepOutput, decode_step
 from dash_runtime.errors import ConfigError
@@ -207,13 +208,13 @@ class FakeCuda:
         def synchronize(self) -> None:
             self._cuda.journal.append("lane drained")
 
-    def Stream(self) -> Any:  # noqa: N802
+    def Stream(self, device: torch.device) -> Any:  # noqa: N802
         return self._Stream(self)
 
     def Event(self) -> Any:  # noqa: N802
         return self._Event(self)
 
-    def current_stream(self) -> str:
+    def current_stream(self, device: torch.device | None = None) -> str:
         return self._current
 
     def stream(self, stream: Any) -> Any:
@@ -252,7 +253,7 @@ def test_a_cuda_lane_waits_for_the_state_on_its_own_stream_and_the_host_waits_fo
 
             return read
 
-    lane = CudaStreamLane(cuda)
+    lane = CudaStreamLane(CudaDevice(torch.device("cuda"), cuda))
     ticket = lane.submit(Policy(), 1, State([], FakeHidden(cuda), 0, (), []))  # type: ignore[arg-type]
     assert "host waits" not in cuda.journal
     assert lane.result(ticket).plan == ((Action.SKIP,),)
@@ -270,9 +271,9 @@ def test_a_cuda_lane_waits_for_the_state_on_its_own_stream_and_the_host_waits_fo
 
 
 def test_the_default_lane_of_a_cpu_is_inline_and_a_stream_is_refused_there() -> None:
-    assert isinstance(make_lane(None, CPU), InlineLane)
+    assert isinstance(make_lane(None, CpuDevice(CPU)), InlineLane)
     with pytest.raises(ConfigError, match="lane"):
-        make_lane(LaneKind.CUDA_STREAM, CPU)
+        make_lane(LaneKind.CUDA_STREAM, CpuDevice(CPU))
 
 
 @pytest.mark.gpu
@@ -281,6 +282,6 @@ def test_the_default_lane_of_a_cpu_is_inline_and_a_stream_is_refused_there() -> 
 def test_a_cuda_stream_lane_decides_what_the_inline_lane_does() -> None:
     hidden = torch.randn(2, 8, device="cuda")
     state = State([Token(0, 0, 1.0)] * 2, hidden, 0, (Action.FULL,) * 2, [0.0, 0.0])
-    lane = CudaStreamLane()
+    lane = CudaStreamLane(CudaDevice(torch.device("cuda")))
     asynchronous = lane.result(lane.submit(RecordingPolicy(), 1, state))
     assert asynchronous.plan == RecordingPolicy().start(1, state)().plan

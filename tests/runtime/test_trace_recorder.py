@@ -26,6 +26,7 @@ from dash_runtime.decision_trace import (
     unpack_uint32,
 )
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.devices import device_of
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
 from dash_runtime.events import EngineEvent, SequenceCancelled, SequenceFinished, SlotGranted, TokenProduced
@@ -74,7 +75,7 @@ def make_engine(decoder: Decoder, lane: LaneKind = LaneKind.INLINE, record_steps
         "tiny", "LlamaForCausalLM", 6, 260, 512, config.cache_tokens, config.num_slots, frozenset(), ALL_ACTIONS,
         catalog.facts(), "CPU",
     )  # fmt: skip
-    return Engine(decoder, catalog, make_lane(lane, decoder.device), facts, config)
+    return Engine(decoder, catalog, make_lane(lane, device_of(decoder.device)), facts, config)
 
 
 def request(name: str, skip: SkipOptions, max_new_tokens: int = 8) -> GenerationRequest:
