@@ -57,7 +57,9 @@ class Run:
 def build(folder: Path, cache_folder: Path, device: str, precision: str, lane: LaneKind) -> Engine:
     """Builds an engine that prefills all prompts in one step, so that all sequences decode in the same steps."""
     config = EngineConfig(num_slots=max(BATCH_SIZES), prefill_chunk_tokens=4096, lane=lane)
-    return build_engine(folder, cache_folder, BuildOptions(device=device, precision=precision), config, print)
+    # Compared engines must plan alike.
+    options = BuildOptions(device=device, precision=precision, checks_kept_costs=False)
+    return build_engine(folder, cache_folder, options, config, print)
 
 
 def generate(engine: Engine, prompts: Tokens, num_tokens: int, skip: SkipOptions) -> Run:

@@ -57,6 +57,9 @@ class BuildOptions:
     """None: the shipped policies for this model, if any."""
     compile_layers: bool = True
     """True if decoding runs compiled programs, provided that this machine can make them."""
+    checks_kept_costs: bool = True
+    """True if kept cost tables are compared with a quick measurement. Otherwise engines that share a cache folder plan
+    alike, however busy the machine is."""
     least_drafting_gain: float = LEAST_GAIN
     """The least expected speed, as a multiple of full depth's, at which EXACT drafts; 0: it always does."""
 
@@ -109,7 +112,10 @@ def build_engine(
         inductor.drop_verified_rows(unequal_counts(decoder, inductor.verified_rows))
     kind = "eager" if inductor is None else f"compiled {programs_digest()}, verified rows {inductor.verified_rows}"
     calibration = DeviceCalibration(
-        cache_folder / "calibration", (fingerprint, options.precision), (device_of(device).describe(), kind)
+        cache_folder / "calibration",
+        (fingerprint, options.precision),
+        (device_of(device).describe(), kind),
+        checks_kept=options.checks_kept_costs,
     )
     compensation = calibration.compensation(decoder, tokenizer_file(folder), progress)
     costs = calibration.costs(decoder, compensation, progress)

@@ -46,6 +46,7 @@ class DeviceCalibration:
     Args:
         model: identifies the model and its precision.
         device: identifies the device, and how layers run on it.
+        checks_kept: compare kept tables with a quick measurement.
         measure_costs, measure_latencies: as in `measure.py` and `measure_latency.py`.
     """
 
@@ -55,6 +56,7 @@ class DeviceCalibration:
         model: tuple[str, ...],
         device: tuple[str, ...],
         *,
+        checks_kept: bool = True,
         measure_costs: Callable[..., CostTable] = measure_costs,
         measure_latencies: Callable[..., LatencyTable] = measure_latencies,
     ) -> None:
@@ -63,6 +65,7 @@ class DeviceCalibration:
         self._costs_file = folder / f"costs-{digest((*key, *device))}.json"
         self._verification_file = folder / f"verification-{digest((*key, *device))}.json"
         self._latencies_file = folder / f"latencies-{digest((*key, *device))}.json"
+        self._checks_kept = checks_kept
         self._measure_costs = measure_costs
         self._measure_latencies = measure_latencies
 
@@ -87,7 +90,7 @@ class DeviceCalibration:
         if kept is not None and (set(kept.layer) != set(decoder.actions) or set(kept.head) != set(decoder.heads)):
             kept = None
         measure = partial(self._measure_costs, decoder, compensation)
-        quick = partial(measure, rounds=_QUICK_ROUNDS)
+        quick = partial(measure, rounds=_QUICK_ROUNDS) if self._checks_kept else None
         return _checked(self._costs_file, kept, measure, quick, _cost_ratios, "what each action costs here", progress)
 
     def latencies(self, decoder: Decoder, compensation: Compensation, progress: Progress) -> LatencyTable:
@@ -96,7 +99,7 @@ class DeviceCalibration:
         if kept is not None and set(kept.seconds) != set(decoder.actions):
             kept = None
         measure = partial(self._measure_latencies, decoder, compensation)
-        quick = partial(measure, rows=_QUICK_ROWS, rounds=_QUICK_ROUNDS)
+        quick = partial(measure, rows=_QUICK_ROWS, rounds=_QUICK_ROUNDS) if self._checks_kept else None
         what = "what each action takes here by number of rows"
         return _checked(self._latencies_file, kept, measure, quick, _latency_ratios, what, progress)
 
@@ -115,7 +118,7 @@ def _checked(
     path: Path,
     kept: _Table | None,
     measure: Callable[[], _Table],
-    measure_quickly: Callable[[], _Table],
+    measure_quickly: Callable[[], _Table] | None,
     ratios_of: Callable[[_Table], _Ratios],
     what: str,
     progress: Progress,
@@ -129,7 +132,7 @@ def _checked(
     if kept is None:
         progress(f"measuring {what} (kept for later starts)")
         return _keep_table(path, measure())
-    doubts = _contradictions(ratios_of(kept), ratios_of(measure_quickly()))
+    doubts = _contradictions(ratios_of(kept), ratios_of(measure_quickly())) if measure_quickly else set()
     if not doubts:
         return kept
     progress(f"{what} no longer fits what was kept: measuring it again")
