@@ -1,6 +1,6 @@
 """`make reference`: writes docs/reference.md from the docstrings of everything in `dash_client.__all__`.
 
-Reads the sources and imports nothing of them. Knows no names of the client's: what is exported decides.
+Reads the sources without importing them. Knows none of the client's names: the exports decide.
 """
 
 import re
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def reference() -> str:
-    """The page's text."""
+    """Returns the page's text."""
     package = griffe.load(_PACKAGE, search_paths=[str(ROOT / "client")])
     groups: dict[str, list[str]] = {title: [] for title in _ORDER}
     names = [str(name) for name in package.exports or ()]
@@ -90,12 +90,12 @@ def _entry(name: str, subject: griffe.Object, exported: set[str]) -> Iterator[st
 
 
 def _is_made_by_the_client(subject: griffe.Object) -> bool:
-    """Streams are not constructed by users: their names say so, and their constructors take calls of gRPC's."""
+    """True for streams: users never construct them, and their constructors take gRPC calls."""
     return subject.name.endswith("Stream")
 
 
 def _public_members(subject: griffe.Class, exported: set[str]) -> dict[str, griffe.Object]:
-    """Its own and those of bases of ours that are not exported themselves, in the order in which they are written."""
+    """Returns its own members and those of our unexported base classes, in source order."""
     found: dict[str, griffe.Object] = {}
     for owner in [subject, *_bases_of_ours(subject)]:
         if owner is not subject and owner.name in exported:
@@ -160,7 +160,7 @@ def _documentation(subject: griffe.Object) -> Iterator[str]:
 
 
 def _example(code: str) -> str:
-    """Runs in tests/docs, after what any example takes as said."""
+    """Returns an example as a block that tests/docs runs, after the lines that all examples presuppose."""
     code = textwrap.dedent(code).strip()
     client = "AsyncDashClient" if re.search(r"\b(async|await)\b", code) else "DashClient"
     return f"<!-- first: from {_PACKAGE} import *; client = {client}() -->\n```python\n{code}\n```"
@@ -186,7 +186,7 @@ def _type(member: griffe.Attribute) -> str:
 
 
 def _summary(member: griffe.Object) -> str:
-    """All of its text, in one line; what it raises is told too."""
+    """Returns its whole text in one line, with the errors that it raises."""
     if member.docstring is None:
         return ""
     parts = []
@@ -199,7 +199,7 @@ def _summary(member: griffe.Object) -> str:
 
 
 def _plain(annotation: object) -> str:
-    """A type as it is read: forward references without their quotes."""
+    """Returns a type as people read it: forward references without their quotes."""
     return re.sub(r"^'(.*)'$", r"\1", str(annotation))
 
 

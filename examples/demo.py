@@ -23,19 +23,19 @@ LOG_TAIL_LINES = 20
 
 
 class DemoError(Exception):
-    """What ends the demo early; the message is for the terminal."""
+    """Ends the demo early; the message is for the terminal."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A running server process and where it says what."""
+    """A running server process, with the files of its port and its log."""
 
     process: subprocess.Popen[bytes]
     port_file: Path
     log_file: Path
 
     def require_running(self) -> None:
-        """Raises DemoError with the server's last words if it has exited."""
+        """Raises DemoError with the last lines of the log if the server has exited."""
         code = self.process.poll()
         if code is None:
             return
@@ -43,7 +43,7 @@ class Server:
         raise DemoError("\n".join([f"the server exited with {code}; its last lines:", *lines]))
 
     def stop(self) -> int | None:
-        """Asks the server to stop and waits for it. None if it had to be killed."""
+        """Asks the server to stop, and returns its exit code; None if it does not stop in time."""
         self.process.terminate()
         try:
             return self.process.wait(STOP_SECONDS)
@@ -53,7 +53,7 @@ class Server:
 
 @contextlib.contextmanager
 def running_server() -> Iterator[Server]:
-    """A server process on a free port. Nothing of it outlives the block."""
+    """Runs a server process on a free port. Nothing of it outlives the block."""
     folder = Path(tempfile.mkdtemp(prefix="dash-demo-"))
     port_file, log_file = folder / "port", folder / "server.log"
     environment = os.environ | {"DASH_HOST": "127.0.0.1", "DASH_PORT": "0", "DASH_PORT_FILE": str(port_file)}
@@ -83,7 +83,7 @@ def running_server() -> Iterator[Server]:
 
 
 def wait_for_port(server: Server, progress: "Progress") -> int:
-    """The port that the server has bound."""
+    """Waits for the server to bind a port, and returns it."""
     while True:
         server.require_running()
         with contextlib.suppress(FileNotFoundError, ValueError):
@@ -92,7 +92,7 @@ def wait_for_port(server: Server, progress: "Progress") -> int:
 
 
 def wait_until_serving(server: Server, client: DashClient, progress: "Progress") -> None:
-    """Returns when health says SERVING."""
+    """Waits until health says SERVING."""
     while True:
         server.require_running()
         with contextlib.suppress(UnavailableError):
@@ -102,14 +102,14 @@ def wait_until_serving(server: Server, client: DashClient, progress: "Progress")
 
 
 class Progress:
-    """Says how long the start has taken: in place on a terminal, else a line every five seconds."""
+    """Prints how long the start has taken: in place on a terminal, else a line every five seconds."""
 
     def __init__(self) -> None:
         self._begin = time.monotonic()
         self._next_line = 0.0
 
     def tick(self) -> None:
-        """Waits a moment. Raises DemoError when the start has taken too long."""
+        """Prints the time and waits a moment. Raises DemoError if the start has taken too long."""
         seconds = time.monotonic() - self._begin
         if seconds > START_SECONDS:
             raise DemoError(f"the server is not serving after {START_SECONDS:g} s")
@@ -122,20 +122,20 @@ class Progress:
         time.sleep(0.2)
 
     def finish(self) -> None:
-        """Says that the server is there."""
+        """Prints that the server is serving."""
         start = "\r\x1b[K" if sys.stdout.isatty() else ""
         print(f"{start}The server is serving after {time.monotonic() - self._begin:.1f} s", flush=True)
 
 
 def plans(client: DashClient) -> list[tuple[Mode, str | None]]:
-    """ADAPTIVE with each learned policy, or with the default one where none is learned; then EXACT, full depth last."""
+    """Returns ADAPTIVE with each learned policy (else with the default one), then EXACT and full depth."""
     names = client.model_info().policy_names
     learned = [name for name in names if client.policy_info(name).learned]
     return [*((Mode.ADAPTIVE, name) for name in learned or names[:1]), (Mode.EXACT, None), (Mode.FULL_DEPTH, None)]
 
 
 def stream_answer(client: DashClient, arguments: argparse.Namespace, mode: Mode, policy_name: str | None) -> Generation:
-    """Streams the answer to the terminal."""
+    """Streams the answer to the terminal, and returns it."""
     chat = [{"role": "user", "content": arguments.prompt}]
     budget = arguments.budget if mode is Mode.ADAPTIVE else None
     with client.stream(
@@ -159,7 +159,7 @@ def stream_answer(client: DashClient, arguments: argparse.Namespace, mode: Mode,
 
 
 def print_table(answers: list[Generation]) -> None:
-    """The answers side by side."""
+    """Prints the answers side by side."""
     rows = [["", *(answer.started.mode.name for answer in answers)]]
     rows.append(["policy", *(answer.started.policy for answer in answers)])
     rows.append(["output tokens", *(str(answer.usage.output_token_count) for answer in answers)])
@@ -182,7 +182,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Raises DemoError or DashError if anything is not as it should be."""
+    """Runs the demo. Raises DemoError or DashError if anything is not as it should be."""
     with running_server() as server:
         progress = Progress()
         target = f"127.0.0.1:{wait_for_port(server, progress)}"

@@ -4,7 +4,7 @@
  *
  *     npm install && node buf_curl.mjs HOST:PORT PROTO_FOLDER
  *
- * Asks of the server, and prints, what client.mjs does.
+ * Makes the same requests as client.mjs, and prints the same lines.
  */
 
 import assert from "node:assert/strict";
@@ -23,7 +23,7 @@ const running = new Set();
 process.on("exit", () => running.forEach((child) => signalGroup(child, "SIGKILL")));
 process.on("SIGTERM", () => process.exit(1));
 
-/** npm's `buf` is a program that runs the real one and passes no signal on, so both are meant. */
+/** Signals a whole group: npm's `buf` runs the real program and does not pass signals on. */
 function signalGroup(child, name) {
   try {
     process.kill(-child.pid, name);
@@ -32,7 +32,7 @@ function signalGroup(child, name) {
   }
 }
 
-/** Runs buf to its end. `onOutput` is given all output so far, and the child. */
+/** Runs buf to its end. Calls `onOutput` with all output so far, and the child. */
 function buf(flags, onOutput = () => {}) {
   return new Promise((resolve, reject) => {
     const child = spawn(BUF, ["curl", ...flags], { detached: true, stdio: ["ignore", "pipe", "pipe"] });
@@ -52,7 +52,7 @@ function buf(flags, onOutput = () => {}) {
   });
 }
 
-/** The messages that buf has printed, one JSON document after the other, without an unfinished one. */
+/** Returns the complete messages in buf's output, one JSON document after the other. */
 function messagesOf(text) {
   const parts = text.split(/(?<=^\{?\})\n/m);
   return parts.filter((part) => /^\{?\}$/m.test(part)).map((part) => JSON.parse(part));
@@ -73,7 +73,7 @@ class BufCurl {
     return [...this.flags(seconds), "--data", JSON.stringify(request), `${this.url}/${method}`];
   }
 
-  /** A call that ends with this code: its messages, and the error that buf prints, or null. */
+  /** Makes a call that ends with this code; returns its messages, and the error that buf prints, or null. */
   async call(method, request, code = "ok", seconds = CALL_SECONDS) {
     const result = await buf(this.callFlags(method, request, seconds));
     assert.equal(result.code, EXIT_CODES[code], `exit code ${result.code}, expected ${code}: ${result.stderr}`);
@@ -82,7 +82,7 @@ class BufCurl {
     return { messages: messagesOf(result.stdout), error };
   }
 
-  /** The messages of a stream that is interrupted, as with Ctrl-C, after this many. */
+  /** Interrupts a stream after this many messages, as with Ctrl-C, and returns them. */
   async interrupt(method, request, numMessages) {
     const { stdout, stderr } = await buf(this.callFlags(method, request, CALL_SECONDS), (result, child) => {
       if (messagesOf(result.stdout).length >= numMessages) signalGroup(child, "SIGINT");
@@ -166,7 +166,7 @@ const checks = {
     for (const method of ["Generate", "StreamGenerate"]) {
       const path = `${shared.GENERATION_SERVICE}/${method}`;
       const { error } = await client.call(path, shared.WRONG_REQUEST, "invalid_argument");
-      // buf prints the types of the details, and of each message its bytes.
+      // buf prints the types of the details, and the bytes of each message.
       const decode = ({ type, value }) => [type, shared.decodeErrorType(type, Buffer.from(value, "base64"))];
       shared.checkErrorDetails(Object.fromEntries(error.details.map(decode)));
     }
@@ -175,7 +175,7 @@ const checks = {
 };
 
 const { target, protoFolder } = shared.start("buf curl", 120);
-// The folder that health.proto's own package name starts from.
+// The folder above the path that health.proto's package name stands for.
 const healthFolder = path.resolve(healthCheck.protoPath, "../../..");
 const ways = {
   "buf curl, proto files": ["--schema", protoFolder, "--schema", healthFolder],

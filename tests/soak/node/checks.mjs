@@ -1,6 +1,6 @@
 /**
- * What the clients of this folder have in common: requests, what the server answers to them, and how
- * checks are run and reported.
+ * Shared by the clients of this folder: requests, their expected answers, and a way to run and report
+ * checks.
  */
 
 import assert from "node:assert/strict";
@@ -35,7 +35,7 @@ export const TEXT_REQUEST = {
 export const SHORT_REQUEST = { parameters: { text: "abc", stopping: { max_new_tokens: 6 } } };
 /** Holds the slot for longer than all checks take. */
 export const LONG_REQUEST = { parameters: { text: "abc", stopping: { max_new_tokens: 4000 } } };
-/** Gets its answer within SLOT_SECONDS only where the slot is free. */
+/** Is answered within SLOT_SECONDS only if the slot is free. */
 export const ONE_TOKEN_REQUEST = { parameters: { text: "a", stopping: { max_new_tokens: 1 } } };
 export const SLOT_SECONDS = 5;
 /** Has two wrong fields. */
@@ -52,7 +52,7 @@ const errorTypes = protoLoader.loadSync(["google/rpc/status.proto", "google/rpc/
   includeDirs: [googleProtoFiles.getProtoPath("..")],
 });
 
-/** A message of a type of google.rpc from its bytes. */
+/** Decodes a google.rpc message. */
 export function decodeErrorType(type, bytes) {
   return errorTypes[type].deserialize(bytes);
 }
@@ -66,7 +66,7 @@ export function checkErrorDetails(details) {
   assert.deepEqual(fields, ["parameters.sampling.temperature", "parameters.stopping.max_new_tokens"]);
 }
 
-/** Runs a check, which gives the line's detail, and prints the line. Ends the process where it fails. */
+/** Runs a check, which returns the line's detail, and prints the line. Ends the process if it fails. */
 export async function runCheck(client, name, check) {
   try {
     console.log(["ok", client, name, await check()].join(" | "));
@@ -77,7 +77,7 @@ export async function runCheck(client, name, check) {
   }
 }
 
-/** The command's arguments. Also ends the process after `seconds`, whatever it waits for. */
+/** Returns the command's arguments. Also ends the process after `seconds`, whatever it waits for. */
 export function start(client, seconds) {
   const [target, protoFolder] = process.argv.slice(2);
   if (!target || !protoFolder) {

@@ -4,7 +4,7 @@
  *
  *     npm install && node client.mjs HOST:PORT PROTO_FOLDER
  *
- * The server must have one slot (a slot that is not given back is then seen by the next call) and a
+ * The server must have one slot, so that the next call notices a slot that is not given back, and a
  * worker that echoes the prompt, at least 10 ms a token. Prints `ok | client | check | detail` for each
  * check; the first that fails is printed as FAILED, and the exit code is 1.
  */
@@ -18,7 +18,7 @@ import * as shared from "./checks.mjs";
 
 const CALL_SECONDS = 20;
 
-/** The schema from .proto files; the server's reflection is not used. */
+/** Reads the schema from .proto files, without the server's reflection. */
 async function definitionsFromProtoFiles(target, protoFolder) {
   return {
     ...protoLoader.loadSync(["dash_api/v1/generation.proto", "dash_api/v1/model.proto"], {
@@ -29,7 +29,7 @@ async function definitionsFromProtoFiles(target, protoFolder) {
   };
 }
 
-/** The schema as the server itself tells it; no file is read. */
+/** Reads the schema from the server's reflection, without any file. */
 async function definitionsFromReflection(target) {
   const reflection = new reflectionClient.GrpcReflection(target, grpc.credentials.createInsecure());
   try {
@@ -57,7 +57,7 @@ function answer(client, method, request, seconds) {
   });
 }
 
-/** The error with which a unary call ends. */
+/** Returns the error that ends a unary call. */
 async function failure(client, method, request) {
   try {
     await answer(client, method, request);
@@ -67,7 +67,7 @@ async function failure(client, method, request) {
   throw new Error(`${method} was expected to fail`);
 }
 
-/** Reads a stream to its end: its messages, and the error that ended it, or null. */
+/** Reads a stream to its end; returns its messages, and the error that ended it, or null. */
 async function readStream(call, onMessage = () => {}) {
   const messages = [];
   try {
@@ -81,7 +81,7 @@ async function readStream(call, onMessage = () => {}) {
   }
 }
 
-/** What the error's trailer says, which grpc-js leaves to its users: the details by their type's name. */
+/** Returns the details in the error's trailer, by their type's name; grpc-js leaves that to its users. */
 function errorDetails(error) {
   const [trailer] = error.metadata.get("grpc-status-details-bin");
   assert.ok(trailer, "there is no trailer grpc-status-details-bin");
@@ -92,8 +92,8 @@ function errorDetails(error) {
 }
 
 /**
- * TEXT_REQUEST as these definitions take it. Where they come from descriptors, the protobufjs 7 in
- * proto-loader takes the entries of a map as a list, which is the same on the wire.
+ * Returns TEXT_REQUEST in the form that these definitions take. If they come from descriptors, the
+ * protobufjs 7 in proto-loader takes a map's entries as a list, which is the same on the wire.
  */
 function textRequest(definitions) {
   const { sampling } = shared.TEXT_REQUEST.parameters;
@@ -113,7 +113,7 @@ function count(messages, event) {
 
 const checks = {
   async "health Watch"({ health }) {
-    // Also waits for a server that has just been started.
+    // Also waits for a server that has just started.
     const call = health.Watch({ service: "" }, callOptions());
     const { messages, error } = await readStream(call, ({ status }) => status === "SERVING" && call.cancel());
     assert.equal(error?.code, grpc.status.CANCELLED, `ended with ${error}`);
