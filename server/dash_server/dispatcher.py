@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dash_runtime.config import GenerationRequest
+from dash_runtime.events import SequenceFinished
 from dash_server.admission import Place
 from dash_server.fair_queue import FairQueue
 from dash_server.pace import Pace
 from dash_server.statuses import DeadlineTooShort, QueueFull, ServiceError, WorkerUnavailable
 from dash_server.worker.link import WorkerLink
-from dash_server.worker.messages import Finished
 from dash_server.worker.outbox import Outbox
 
 
@@ -149,15 +149,15 @@ class Dispatcher:
         """Estimates the time after which a refused caller should retry."""
         return self._pace.retry_seconds(self.num_slots)
 
-    def on_over(self, request: GenerationRequest, finished: Finished | None) -> None:
+    def on_over(self, request: GenerationRequest, finished: SequenceFinished | None) -> None:
         """Takes a link's report that a request left its worker; `finished` is None if it did not finish by itself."""
         self._running.pop(request.request_id, None)
         if finished is not None:
             self._pace.observe(
                 finished.prefill_seconds,
-                len(request.prompt_token_ids) - finished.cached_prompt_token_count,
+                len(request.prompt_token_ids) - finished.num_cached_prompt_tokens,
                 finished.decode_seconds,
-                finished.output_token_count - 1,
+                finished.num_output_tokens - 1,
             )
         self.dispatch()
 

@@ -7,6 +7,7 @@ import logging
 import time
 
 from dash_api.v1 import generation_pb2
+from dash_runtime.events import EndReason, SequenceFinished
 from dash_server.admission import Place
 from dash_server.dispatcher import Dispatcher
 from dash_server.from_pb import PreparedRequest
@@ -14,7 +15,6 @@ from dash_server.request_record import RequestRecord
 from dash_server.served_model import ServedModel
 from dash_server.text import OutputText
 from dash_server.to_pb import delta_to_pb, finished_to_pb, started_to_pb
-from dash_server.worker.messages import Finished
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Generation:
         self._prepared = prepared
         self._text = OutputText(model.tokenizer, prepared.stop_strings, prepared.stop_token_ids)
         self._record = record
-        self._finished: Finished | None = None
+        self._finished: SequenceFinished | None = None
         self._outbox = dispatcher.submit(
             prepared.request, place, least_tokens=prepared.least_tokens, seconds_left=seconds_left
         )
@@ -85,7 +85,8 @@ class Generation:
         assert record.granted is not None, "finish() before start()"
         assert finished is not None, "finish() before the last delta"
         stop_string = self._text.stop_string
-        record.finished, record.finish_reason = finished, "stop_string" if stop_string is not None else finished.reason
+        record.finished = finished
+        record.finish_reason = EndReason.STOP_STRING if stop_string is not None else finished.reason
         num_prompt_tokens = len(self._prepared.request.prompt_token_ids)
         logger.info(
             "finished: %d prompt tokens, %d output tokens, %.3f s queued, %.3f s prefill, %.3f s decode",

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import grpc
 from opentelemetry.trace import SpanContext
 
+from dash_runtime.events import EndReason, SequenceFinished, SlotGranted
 from dash_server.auth import Caller
 from dash_server.from_pb import PreparedRequest
 from dash_server.statuses import failure_of
-from dash_server.worker.messages import Finished, Granted
 
 PROVIDER_NAME = "dash"
 """`gen_ai.provider.name` of spans and metrics."""
@@ -46,7 +46,7 @@ class RequestRecord:
     """The model's name, once a model is loaded."""
     prepared: PreparedRequest | None = None
     """None: the call was refused before its request was read."""
-    granted: Granted | None = None
+    granted: SlotGranted | None = None
     """None: the call never had a slot."""
     granted_unix_ns: int | None = None
     queue_seconds: float = 0.0
@@ -55,9 +55,9 @@ class RequestRecord:
     """Time at which the first token was ready to be sent."""
     num_output_tokens: int = 0
     """Tokens handed to gRPC for the caller."""
-    finished: Finished | None = None
-    finish_reason: str | None = None
-    """`end_of_sequence`, `stop_token`, `stop_string` or `length`; None: the call did not end by itself."""
+    finished: SequenceFinished | None = None
+    finish_reason: EndReason | None = None
+    """None: the call did not end by itself."""
     prompt: list[tuple[str, str]] | None = None
     """Role and text of each message. A prompt that is no chat counts as one user message."""
     output: str | None = None

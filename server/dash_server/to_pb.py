@@ -7,19 +7,25 @@ from dash_api.v1 import generation_pb2, model_pb2
 from dash_runtime.actions import Action
 from dash_runtime.config import Mode, ModelFacts, PolicyFacts
 from dash_runtime.decision_trace import StepKind, TraceStep, unpack_float32, unpack_uint32
+from dash_runtime.events import (
+    EndReason,
+    SequenceFinished,
+    SlotGranted,
+    SpeculationStatistics,
+    TokenLogprobs,
+)
 from dash_server.from_pb import MODES, PreparedRequest
 from dash_server.recent_decisions import KeptDecisions
 from dash_server.settings import Settings
-from dash_server.worker.messages import Finished, Granted, Logprobs, Speculation
 from dash_server.worker.outbox import MergedOutput
 
 _MODE_NUMBERS = {mode: number for number, mode in MODES.items()}
 
 _FINISH_REASONS = {
-    "end_of_sequence": generation_pb2.FINISH_REASON_END_OF_SEQUENCE,
-    "stop_token": generation_pb2.FINISH_REASON_STOP_TOKEN,
-    "stop_string": generation_pb2.FINISH_REASON_STOP_STRING,
-    "length": generation_pb2.FINISH_REASON_LENGTH,
+    EndReason.END_OF_SEQUENCE: generation_pb2.FINISH_REASON_END_OF_SEQUENCE,
+    EndReason.STOP_TOKEN: generation_pb2.FINISH_REASON_STOP_TOKEN,
+    EndReason.STOP_STRING: generation_pb2.FINISH_REASON_STOP_STRING,
+    EndReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
 }
 
 _STEP_KINDS = {
@@ -29,7 +35,9 @@ _STEP_KINDS = {
 }
 
 
-def started_to_pb(prepared: PreparedRequest, granted: Granted, facts: ModelFacts) -> generation_pb2.GenerationStarted:
+def started_to_pb(
+    prepared: PreparedRequest, granted: SlotGranted, facts: ModelFacts
+) -> generation_pb2.GenerationStarted:
     request = prepared.request
     notes = {policy.name: policy.note for policy in facts.policies}
     return generation_pb2.GenerationStarted(
@@ -54,15 +62,20 @@ def delta_to_pb(text: str, output: MergedOutput) -> generation_pb2.GenerationDel
     )
 
 
-def _logprobs_to_pb(logprobs: Logprobs) -> generation_pb2.TokenLogprobs:
+def _logprobs_to_pb(logprobs: TokenLogprobs) -> generation_pb2.TokenLogprobs:
     top = [generation_pb2.TokenLogprob(token_id=id_, logprob=logprob) for id_, logprob in logprobs.top]
     return generation_pb2.TokenLogprobs(chosen=logprobs.chosen, top=top)
 
 
 def finished_to_pb(
-    finished: Finished, queue_seconds: float, prompt_token_count: int, output_token_count: int, stop_string: str | None
+    finished: SequenceFinished,
+    queue_seconds: float,
+    prompt_token_count: int,
+    output_token_count: int,
+    stop_string: str | None,
 ) -> generation_pb2.GenerationFinished:
-    reason = "stop_string" if stop_string is not None else finished.reason
+    reason = EndReason.STOP_STRING if stop_string is not None else finished.reason
+    depth = finished.depth
     return generation_pb2.GenerationFinished(
         reason=_FINISH_REASONS[reason],
         stop_string=stop_string,
@@ -73,35 +86,35 @@ def finished_to_pb(
             prefill_seconds=finished.prefill_seconds,
             decode_seconds=finished.decode_seconds,
             speculation=_speculation_to_pb(finished.speculation),
-            cached_prompt_token_count=finished.cached_prompt_token_count,
+            cached_prompt_token_count=finished.num_cached_prompt_tokens,
         ),
         depth=generation_pb2.DepthStatistics(
-            decode_token_count=finished.decode_token_count,
+            decode_token_count=depth.num_decode_tokens,
             action_counts=[
                 generation_pb2.ActionCount(action=_action_to_pb(action), count=count)
-                for action, count in sorted(finished.action_counts.items())
+                for action, count in sorted(depth.action_counts.items())
             ],
-            mean_cost=finished.mean_cost,
-            exposed_policy_seconds=finished.exposed_policy_seconds,
+            mean_cost=depth.mean_cost,
+            exposed_policy_seconds=depth.mean_exposed_seconds,
         ),
     )
 
 
-def _speculation_to_pb(speculation: Speculation | None) -> generation_pb2.SpeculationUsage | None:
+def _speculation_to_pb(speculation: SpeculationStatistics | None) -> generation_pb2.SpeculationUsage | None:
     if speculation is None:
         return None
     return generation_pb2.SpeculationUsage(
-        drafted_token_count=speculation.drafted_token_count,
-        accepted_token_count=speculation.accepted_token_count,
-        wasted_token_count=speculation.drafted_token_count - speculation.accepted_token_count,
-        verification_count=speculation.verification_count,
-        draft_seconds=speculation.draft_seconds,
-        verification_seconds=speculation.verification_seconds,
+        drafted_token_count=speculation.num_drafted,
+        accepted_token_count=speculation.num_accepted,
+        wasted_token_count=speculation.num_drafted - speculation.num_accepted,
+        verification_count=speculation.num_verifications,
+        draft_seconds=speculation.draft_ns / 1e9,
+        verification_seconds=speculation.verification_ns / 1e9,
     )
 
 
-def _action_to_pb(action: int) -> str:
-    return f"ACTION_{Action(action).name}"
+def _action_to_pb(action: Action) -> str:
+    return f"ACTION_{action.name}"
 
 
 def model_to_pb(facts: ModelFacts, settings: Settings) -> model_pb2.GetModelResponse:

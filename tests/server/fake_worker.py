@@ -12,8 +12,7 @@ die_at_start     exits before it is ready
 never_ready      waits for ever instead of becoming ready
 starts_child     first starts a child process that sleeps
 startup_failed   refuses to start, with this text
-finish_reason    ends every request with this reason, whatever the true one is
-refuse           answers every request with Refused for this field
+refuse           answers every request with RequestRefused for this field
 keeps_records    never sends decision traces
 
 A request whose prompt is [PROBE_TOKEN_ID] gets, as token ids: requests running or queued beside it, and
@@ -36,6 +35,17 @@ from dash_runtime.actions import Action
 from dash_runtime.child_process import die_with_parent
 from dash_runtime.config import GenerationRequest, Mode, ModelFacts, PolicyFacts
 from dash_runtime.decision_trace import DecisionTrace, StepKind, TraceStep, pack_float32, pack_uint32
+from dash_runtime.events import (
+    DepthStatistics,
+    EndReason,
+    EngineEvent,
+    RequestRefused,
+    SequenceCancelled,
+    SequenceFinished,
+    SlotGranted,
+    TokenLogprobs,
+    TokenProduced,
+)
 from dash_server.worker import messages
 
 END_TOKEN_ID = 257
@@ -49,9 +59,8 @@ SCORE_ACTIONS = [Action.SKIP, Action.INT8, Action.FULL]
 class Running:
     """One request in a slot."""
 
-    def __init__(self, request: GenerationRequest, finish_reason: str | None, record_steps: int = 0) -> None:
+    def __init__(self, request: GenerationRequest, record_steps: int = 0) -> None:
         self.request = request
-        self.finish_reason = finish_reason
         self.record_steps = record_steps
         self.granted_unix_ns = self.last_token_unix_ns = time.time_ns()
         self.first_token: tuple[int, int] | None = None
@@ -59,24 +68,24 @@ class Running:
         self.tokens: Iterator[int] = cycle(request.prompt_token_ids)
         self.num_tokens = 0
 
-    def step(self, num_layers: int) -> list[messages.Event]:
+    def step(self, num_layers: int) -> tuple[TokenProduced, EndReason | None]:
+        """Returns the next token, and the reason if it is the last."""
         token_id = next(self.tokens)
         self.num_tokens += 1
         self.record(token_id, num_layers)
         request = self.request
-        actions = bytes([Action.FULL] * num_layers) if request.return_decisions else b""
+        plan = bytes([Action.FULL] * num_layers) if request.return_decisions else b""
         logprobs = None
         if request.logprobs is not None:
-            top = [(rank, -float(rank)) for rank in range(request.logprobs)]
-            logprobs = [messages.Logprobs(-0.5, top)]
-        events: list[messages.Event] = [messages.Tokens(request.request_id, [token_id], actions, logprobs)]
+            logprobs = TokenLogprobs(-0.5, [(rank, -float(rank)) for rank in range(request.logprobs)])
+        reason = None
         if token_id in request.stopping.stop_token_ids:
-            events.append(self.finished("stop_token"))
+            reason = EndReason.STOP_TOKEN
         elif token_id == END_TOKEN_ID and not request.stopping.ignore_eos:
-            events.append(self.finished("end_of_sequence"))
+            reason = EndReason.END_OF_SEQUENCE
         elif self.num_tokens == request.stopping.max_new_tokens:
-            events.append(self.finished("length"))
-        return events
+            reason = EndReason.LENGTH
+        return TokenProduced(request.request_id, token_id, plan, logprobs), reason
 
     def record(self, token_id: int, num_layers: int) -> None:
         """Records a made-up step, as long as the time between two tokens: each layer takes its share, each decision the
@@ -105,39 +114,41 @@ class Running:
             )
             self.steps.append(step)
 
-    def recorded(self, num_layers: int) -> messages.Traced:
+    def trace(self, num_layers: int) -> DecisionTrace:
         is_asked = self.request.skip.mode.has_policy
         first_token_id, first_token_unix_ns = self.first_token or (None, None)
-        return messages.Traced(
-            DecisionTrace(
-                request_id=self.request.request_id,
-                policy=self.request.skip.policy_name or "toy",
-                compute_budget=self.request.skip.compute_budget,
-                price=PRICE if is_asked else None,
-                num_layers=num_layers,
-                pinned_layers=list(PINNED_LAYERS) if is_asked else list(range(num_layers)),
-                score_actions=SCORE_ACTIONS,
-                granted_unix_ns=self.granted_unix_ns,
-                ended_unix_ns=time.time_ns(),
-                first_token_id=first_token_id,
-                first_token_unix_ns=first_token_unix_ns,
-                steps=self.steps,
-                num_unrecorded_steps=max(0, self.num_tokens - 1 - len(self.steps)),
-            )
+        return DecisionTrace(
+            request_id=self.request.request_id,
+            policy=self.request.skip.policy_name or "toy",
+            compute_budget=self.request.skip.compute_budget,
+            price=PRICE if is_asked else None,
+            num_layers=num_layers,
+            pinned_layers=list(PINNED_LAYERS) if is_asked else list(range(num_layers)),
+            score_actions=SCORE_ACTIONS,
+            granted_unix_ns=self.granted_unix_ns,
+            ended_unix_ns=time.time_ns(),
+            first_token_id=first_token_id,
+            first_token_unix_ns=first_token_unix_ns,
+            steps=self.steps,
+            num_unrecorded_steps=max(0, self.num_tokens - 1 - len(self.steps)),
         )
 
-    def finished(self, reason: str) -> messages.Finished:
-        return messages.Finished(
+    def finished(self, reason: EndReason, trace: DecisionTrace | None = None) -> SequenceFinished:
+        num_decode_tokens = self.num_tokens - 1
+        return SequenceFinished(
             request_id=self.request.request_id,
-            reason=self.finish_reason or reason,
+            reason=reason,
+            num_output_tokens=self.num_tokens,
             prefill_seconds=0.25,
             decode_seconds=0.5,
-            output_token_count=self.num_tokens,
-            decode_token_count=self.num_tokens - 1,
-            action_counts={Action.SKIP: 1, Action.FULL: 2},
-            mean_cost=0.75,
-            exposed_policy_seconds=0.001,
-            layer_action_counts=[[0, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 1]],
+            depth=DepthStatistics(
+                num_decode_tokens,
+                {Action.SKIP: 1, Action.FULL: 2},
+                [[0, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 1]],
+                total_cost=0.75 * num_decode_tokens,
+                exposed_ns=1_000_000 * num_decode_tokens,
+            ),
+            trace=trace,
         )
 
 
@@ -185,7 +196,7 @@ class FakeWorker:
             os._exit(1)
         token_seconds = float(self.options.get("token_seconds", 0))
         while True:
-            events: list[messages.Event] = []
+            events: list[EngineEvent] = []
             for message in received:
                 self.handle(message, events)
             self.step(events)
@@ -195,56 +206,53 @@ class FakeWorker:
                 time.sleep(token_seconds)
             received = self.receive(0 if self.running or self.queued else None)
 
-    def handle(self, message: messages.ToWorker, events: list[messages.Event]) -> None:
+    def handle(self, message: messages.ToWorker, events: list[EngineEvent]) -> None:
         if type(message) in self.num_received:
             self.num_received[type(message)] += 1
         match message:
             case messages.Submit(request=request) if "refuse" in self.options:
-                events.append(messages.Refused(request.request_id, self.options["refuse"], "is refused"))
+                events.append(RequestRefused(request.request_id, self.options["refuse"], "is refused"))
             case messages.Submit(request=request) if request.prompt_token_ids == [PROBE_TOKEN_ID]:
-                self.answer_probe(Running(request, None), events)
+                self.answer_probe(Running(request), events)
             case messages.Submit(request=request):
                 self.queued.append(request)
             case messages.Cancel(request_id=request_id):
                 if (running := self.running.pop(request_id, None)) is not None:
-                    self.tell_recorded(running, events)
+                    events.append(SequenceCancelled(request_id, self.trace_of(running)))
                 self.queued = [request for request in self.queued if request.request_id != request_id]
             case messages.Stop(request_id=request_id) if request_id in self.running:
                 running = self.running.pop(request_id)
-                self.tell_recorded(running, events)
-                events.append(running.finished("stop_string"))
+                events.append(running.finished(EndReason.STOP_STRING, self.trace_of(running)))
             case messages.Ping():
                 self.send(messages.Pong())
             case messages.Shutdown():
                 sys.exit(0)
 
-    def tell_recorded(self, running: Running, events: list[messages.Event]) -> None:
-        if running.record_steps and "keeps_records" not in self.options:
-            events.append(running.recorded(self.num_layers))
+    def trace_of(self, running: Running) -> DecisionTrace | None:
+        is_told = running.record_steps and "keeps_records" not in self.options
+        return running.trace(self.num_layers) if is_told else None
 
-    def answer_probe(self, probe: Running, events: list[messages.Event]) -> None:
+    def answer_probe(self, probe: Running, events: list[EngineEvent]) -> None:
         request_id = probe.request.request_id
         numbers = [len(self.running) + len(self.queued), *self.num_received.values()]
         probe.num_tokens = len(numbers)
-        events.append(messages.Granted(request_id, "full-depth", None, 0.0))
-        events.append(messages.Tokens(request_id, numbers))
-        events.append(probe.finished("length"))
+        events.append(SlotGranted(request_id, "full-depth", None, 0.0))
+        events += [TokenProduced(request_id, number) for number in numbers]
+        events.append(probe.finished(EndReason.LENGTH))
 
-    def step(self, events: list[messages.Event]) -> None:
+    def step(self, events: list[EngineEvent]) -> None:
         while self.queued and len(self.running) < self.config.engine.num_slots:
             request = self.queued.pop(0)
-            record_steps = self.config.engine.record_steps
-            self.running[request.request_id] = Running(request, self.options.get("finish_reason"), record_steps)
+            self.running[request.request_id] = Running(request, self.config.engine.record_steps)
             policy = "full-depth" if request.skip.mode is Mode.FULL_DEPTH else request.skip.policy_name or "toy"
-            events.append(messages.Granted(request.request_id, policy, request.skip.compute_budget, 0.125))
+            events.append(SlotGranted(request.request_id, policy, request.skip.compute_budget, 0.125))
         for request_id, running in list(self.running.items()):
-            *new, last = running.step(self.num_layers)
-            events += new
+            token, reason = running.step(self.num_layers)
+            events.append(token)
             self.num_tokens += 1
-            if isinstance(last, messages.Finished):
-                self.tell_recorded(running, events)
+            if reason is not None:
                 del self.running[request_id]
-            events.append(last)
+                events.append(running.finished(reason, self.trace_of(running)))
         if self.num_tokens >= int(self.options.get("die_after", sys.maxsize)):
             os._exit(1)
         while self.num_tokens >= int(self.options.get("hang_after", sys.maxsize)):

@@ -11,6 +11,8 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from dash_api.v1 import common_pb2, generation_pb2, model_pb2
+from dash_runtime.events import EndReason
+from dash_server import to_pb
 from dash_server.worker.link import WorkerStartError
 from tests.server.server_harness import RunningServer, error_details, fake_model, running_server
 
@@ -263,9 +265,10 @@ async def test_tokenize_refuses_more_tokens_than_fit_in_a_message(model_folder: 
 
 
 async def test_an_unexpected_error_tells_the_caller_its_request_id_only(
-    model_folder: Path, caplog: pytest.LogCaptureFixture
+    model_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with running_server(fake_model(model_folder, finish_reason="a reason nobody knows")) as server:
+    monkeypatch.delitem(to_pb._FINISH_REASONS, EndReason.LENGTH)
+    async with running_server(fake_model(model_folder)) as server:
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await server.generate(text="secret prompt", max_new_tokens=2)
     assert failure.value.code() is grpc.StatusCode.INTERNAL

@@ -10,13 +10,13 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from dash_api.v1 import generation_pb2
 from dash_runtime.config import GenerationRequest, Mode, SkipOptions, StoppingParameters
+from dash_runtime.events import DepthStatistics, EndReason, SequenceFinished, SlotGranted, SpeculationStatistics
 from dash_server.admission import Admission
 from dash_server.dispatcher import Dispatcher
 from dash_server.from_pb import PreparedRequest
 from dash_server.pace import Pace
 from dash_server.request_record import RequestRecord
 from dash_server.telemetry.metrics import Metrics, Sources
-from dash_server.worker.messages import Finished, Granted, Speculation
 from tests.server.scraping import REQUESTS, scrape
 from tests.server.server_harness import fake_model, running_server
 
@@ -132,9 +132,10 @@ def test_drafts_are_counted_as_drafted_and_as_accepted() -> None:
         "id", [1, 2], stopping=StoppingParameters(max_new_tokens=20), skip=SkipOptions(Mode.EXACT)
     )
     record = RequestRecord("id", "Generate", None, prepared=PreparedRequest(request, (), frozenset()))
-    record.granted = Granted("id", "draft", None, 0.0)
-    speculation = Speculation(12, 9, 4, 0.1, 0.2)
-    record.finished = Finished("id", "length", 0, 1, 20, 19, {}, 0.6, 0.0, speculation)
+    record.granted = SlotGranted("id", "draft", None, 0.0)
+    depth = DepthStatistics(19, {}, [], total_cost=0.6 * 19, exposed_ns=0)
+    speculation = SpeculationStatistics(12, 9, 4, 100_000_000, 200_000_000)
+    record.finished = SequenceFinished("id", EndReason.LENGTH, 20, 0, 1, depth, speculation)
     record.ended_unix_ns = record.started_unix_ns + 10**9
     metrics.observe(record)
     points = {

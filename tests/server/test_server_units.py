@@ -14,6 +14,15 @@ from dash_api.v1 import common_pb2, generation_pb2
 from dash_runtime.actions import Action
 from dash_runtime.config import Mode
 from dash_runtime.errors import InvalidRequest
+from dash_runtime.events import (
+    DepthStatistics,
+    EndReason,
+    RequestRefused,
+    SequenceFinished,
+    SlotGranted,
+    TokenLogprobs,
+    TokenProduced,
+)
 from dash_server.from_pb import MODES
 from dash_server.request_record import RequestRecord, observed
 from dash_server.service import rpc_handlers
@@ -29,10 +38,9 @@ from dash_server.statuses import (
     WorkerUnavailable,
     failure_of,
 )
-from dash_server.worker.messages import Finished, Granted, Logprobs, Refused, Tokens
 from dash_server.worker.outbox import Outbox
 
-FINISHED = Finished("r", "length", 0, 0, 3, 2, {}, 1.0, 0.0)
+FINISHED = SequenceFinished("r", EndReason.LENGTH, 3, 0, 0, DepthStatistics(2, {}, [], 2.0, 0))
 
 
 def test_action_and_mode_numbers_are_those_of_the_contract() -> None:
@@ -133,9 +141,9 @@ def test_unknown_variables_are_told_with_the_closest_setting() -> None:
 
 async def test_an_outbox_merges_what_was_not_taken() -> None:
     outbox = Outbox("r")
-    outbox.put(Granted("r", "toy", None, 0.0))
+    outbox.put(SlotGranted("r", "toy", None, 0.0))
     for token_id in (1, 2, 3):
-        outbox.put(Tokens("r", [token_id], bytes([token_id] * 2), [Logprobs(-token_id, [])]))
+        outbox.put(TokenProduced("r", token_id, bytes([token_id] * 2), TokenLogprobs(-token_id, [])))
     outbox.put(FINISHED)
     assert (await outbox.granted()).policy == "toy"
     first, last = await outbox.take(2), await outbox.take(2)
@@ -148,7 +156,7 @@ async def test_an_outbox_wakes_its_reader_for_tokens_and_for_failures() -> None:
     outbox = Outbox("r")
     reader = asyncio.create_task(outbox.take(10))
     await asyncio.sleep(0)
-    outbox.put(Tokens("r", [1]))
+    outbox.put(TokenProduced("r", 1))
     assert (await reader).token_ids == [1]
     reader = asyncio.create_task(outbox.take(10))
     await asyncio.sleep(0)
@@ -159,7 +167,7 @@ async def test_an_outbox_wakes_its_reader_for_tokens_and_for_failures() -> None:
 
 async def test_an_outbox_tells_of_a_refusal() -> None:
     outbox = Outbox("r")
-    outbox.put(Refused("r", "prompt", "is too long"))
+    outbox.put(RequestRefused("r", "prompt", "is too long"))
     with pytest.raises(InvalidRequest, match="prompt: is too long"):
         await outbox.granted()
 

@@ -109,7 +109,7 @@ def _generation_attributes(record: RequestRecord, prepared: PreparedRequest, opt
     if sampling.seed <= _MAX_INT64:
         attributes["gen_ai.request.seed"] = sampling.seed
     if record.finish_reason is not None:
-        attributes["gen_ai.response.finish_reasons"] = [record.finish_reason]
+        attributes["gen_ai.response.finish_reasons"] = [record.finish_reason.value]
     if is_stream and record.first_token_unix_ns is not None:
         seconds = (record.first_token_unix_ns - record.started_unix_ns) / 1e9
         attributes["gen_ai.response.time_to_first_chunk"] = seconds
@@ -119,7 +119,7 @@ def _generation_attributes(record: RequestRecord, prepared: PreparedRequest, opt
 
 
 def _outcome(record: RequestRecord) -> Attributes:
-    """Returns the attributes that the worker's messages give."""
+    """Returns the attributes that the engine's events give."""
     attributes: Attributes = {}
     if (granted := record.granted) is not None:
         attributes |= {"dash.policy": granted.policy, "dash.queue_seconds": record.queue_seconds}
@@ -127,15 +127,15 @@ def _outcome(record: RequestRecord) -> Attributes:
             attributes["dash.compute_budget"] = granted.compute_budget
     if (finished := record.finished) is not None:
         attributes |= {
-            "gen_ai.usage.cache_read.input_tokens": finished.cached_prompt_token_count,
-            "dash.mean_cost": finished.mean_cost,
-            "dash.exposed_policy_seconds": finished.exposed_policy_seconds,
+            "gen_ai.usage.cache_read.input_tokens": finished.num_cached_prompt_tokens,
+            "dash.mean_cost": finished.depth.mean_cost,
+            "dash.exposed_policy_seconds": finished.depth.mean_exposed_seconds,
         }
         if (speculation := finished.speculation) is not None:
             attributes |= {
-                "dash.drafted_tokens": speculation.drafted_token_count,
-                "dash.accepted_tokens": speculation.accepted_token_count,
-                "dash.verifications": speculation.verification_count,
+                "dash.drafted_tokens": speculation.num_drafted,
+                "dash.accepted_tokens": speculation.num_accepted,
+                "dash.verifications": speculation.num_verifications,
             }
     return attributes
 

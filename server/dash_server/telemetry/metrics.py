@@ -106,18 +106,18 @@ class Metrics:
         finished = record.finished
         if finished is None:
             return
-        self._tokens.add(finished.cached_prompt_token_count, {**mode, "dash.token.type": "cached_input"})
+        self._tokens.add(finished.num_cached_prompt_tokens, {**mode, "dash.token.type": "cached_input"})
         if not is_failed and record.first_token_unix_ns is not None:
             self._first_token.record((record.first_token_unix_ns - record.started_unix_ns) / 1e9, attributes)
-        if not is_failed and finished.output_token_count > 1:
+        if not is_failed and finished.num_output_tokens > 1:
             # The worker's own time: a busy event loop may take many tokens at once.
-            self._output_token.record(finished.decode_seconds / (finished.output_token_count - 1), attributes)
-        if finished.decode_token_count:
-            self._cost.record(finished.mean_cost, mode)
-            self._exposed.record(finished.exposed_policy_seconds, mode)
-        self._add_actions(finished.layer_action_counts)
+            self._output_token.record(finished.decode_seconds / (finished.num_output_tokens - 1), attributes)
+        if finished.depth.num_decode_tokens:
+            self._cost.record(finished.depth.mean_cost, mode)
+            self._exposed.record(finished.depth.mean_exposed_seconds, mode)
+        self._add_actions(finished.depth.layer_action_counts)
         if finished.speculation is not None:
-            self._add_drafts(finished.speculation.drafted_token_count, finished.speculation.accepted_token_count)
+            self._add_drafts(finished.speculation.num_drafted, finished.speculation.num_accepted)
 
     def _attributes(self, record: RequestRecord) -> Attributes:
         attributes: Attributes = {

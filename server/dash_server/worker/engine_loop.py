@@ -8,15 +8,15 @@ import logging
 import select
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from dash_runtime.checkpoints import resolve_checkpoint
+from dash_runtime.devices import num_devices
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import DashRuntimeError, InvalidRequest
-from dash_runtime.events import EngineEvent, SequenceCancelled, SequenceFinished, SlotGranted, TokenProduced
+from dash_runtime.events import EngineEvent, RequestRefused
 from dash_runtime.startup.build import BuildOptions, build_engine
 from dash_server.worker import messages
 
@@ -84,25 +84,25 @@ class EngineLoop:
 
     def _serve(self, engine: Engine, bodies: list[bytes]) -> None:
         while True:
-            events: list[messages.Event] = []
+            events: list[EngineEvent] = []
             for body in bodies:
                 events += self._handle(engine, messages.decode_to_worker(body))
-            events += _to_messages(engine.step())
+            events += engine.step()
             if events:
                 self._send(messages.StepEvents(events))
             bodies = self._receive(timeout=0.0 if engine.has_work else None)
 
-    def _handle(self, engine: Engine, message: messages.ToWorker) -> list[messages.Event]:
+    def _handle(self, engine: Engine, message: messages.ToWorker) -> list[EngineEvent]:
         match message:
             case messages.Submit(request=request):
                 try:
                     engine.submit(request)
                 except InvalidRequest as error:
-                    return [messages.Refused(request.request_id, error.field, error.description)]
+                    return [RequestRefused(request.request_id, error.field, error.description)]
             case messages.Cancel(request_id=request_id):
-                return _to_messages(engine.cancel(request_id))
+                return engine.cancel(request_id)
             case messages.Stop(request_id=request_id):
-                return _to_messages(engine.stop(request_id))
+                return engine.stop(request_id)
             case messages.Ping():
                 self._send(messages.Pong())
             case messages.Shutdown():
@@ -125,8 +125,8 @@ class EngineLoop:
 
 def device_of_worker(device: str, number: int) -> str:
     """Returns the device of worker `number`, from 0. Unless one CUDA device is named, they take turns."""
-    num_devices = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-    return f"cuda:{number % num_devices}" if num_devices else device
+    count = num_devices(device)
+    return f"cuda:{number % count}" if count else device
 
 
 def threads_of_worker(num_threads: int | None, num_workers: int) -> int | None:
@@ -134,50 +134,3 @@ def threads_of_worker(num_threads: int | None, num_workers: int) -> int | None:
     if num_threads is not None or num_workers == 1:
         return num_threads
     return max(1, torch.get_num_threads() // num_workers)
-
-
-def _to_messages(events: list[EngineEvent]) -> list[messages.Event]:
-    return [message for event in events for message in _messages_of(event)]
-
-
-def _messages_of(event: EngineEvent) -> Iterator[messages.Event]:
-    match event:
-        case SlotGranted():
-            yield messages.Granted(event.request_id, event.policy, event.compute_budget, event.queue_seconds)
-        case TokenProduced():
-            logprobs = None
-            if event.logprobs is not None:
-                logprobs = [messages.Logprobs(event.logprobs.chosen, event.logprobs.top)]
-            yield messages.Tokens(event.request_id, [event.token_id], event.plan, logprobs)
-        case SequenceFinished() | SequenceCancelled():
-            if event.trace is not None:
-                yield messages.Traced(event.trace)
-            if isinstance(event, SequenceFinished):
-                yield _finished(event)
-
-
-def _finished(event: SequenceFinished) -> messages.Finished:
-    depth, drafts = event.depth, event.speculation
-    speculation = None
-    if drafts is not None:
-        speculation = messages.Speculation(
-            drafts.num_drafted,
-            drafts.num_accepted,
-            drafts.num_verifications,
-            drafts.draft_ns / 1e9,
-            drafts.verification_ns / 1e9,
-        )
-    return messages.Finished(
-        event.request_id,
-        event.reason.value,
-        event.prefill_seconds,
-        event.decode_seconds,
-        event.num_output_tokens,
-        depth.num_decode_tokens,
-        {int(action): count for action, count in depth.action_counts.items()},
-        depth.mean_cost,
-        depth.mean_exposed_seconds,
-        speculation,
-        event.num_cached_prompt_tokens,
-        depth.layer_action_counts,
-    )

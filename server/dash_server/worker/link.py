@@ -12,21 +12,18 @@ from dataclasses import dataclass
 
 from dash_runtime.config import GenerationRequest
 from dash_runtime.decision_trace import DecisionTrace
+from dash_runtime.events import RequestRefused, SequenceCancelled, SequenceFinished, TokenProduced
 from dash_server.statuses import ServiceError, WorkerUnavailable
 from dash_server.worker.messages import (
     Cancel,
-    Finished,
     FromWorker,
     Ping,
     Pong,
     Ready,
-    Refused,
     StartupFailed,
     StepEvents,
     Stop,
     Submit,
-    Tokens,
-    Traced,
     WorkerConfig,
 )
 from dash_server.worker.outbox import Outbox
@@ -62,8 +59,8 @@ class LinkEvents:
     """Awaited before the link takes requests."""
     on_change: Callable[[], None]
     """The link takes requests from now on, or no longer does."""
-    on_over: Callable[[GenerationRequest, Finished | None], None]
-    """A request has left the worker: with Finished, or None if it was refused, failed or lost with the worker."""
+    on_over: Callable[[GenerationRequest, SequenceFinished | None], None]
+    """A request has left the worker: with SequenceFinished, or None if it was refused, failed or lost."""
     on_decision_trace: Callable[[DecisionTrace], None]
     """A request's decision trace has come: before the request is over, or after it was cancelled."""
 
@@ -271,18 +268,18 @@ class WorkerLink:
             logger.error("a ready worker sent %s", type(message).__name__)
             return
         for event in message.events:
-            if isinstance(event, Traced):
-                self._events.on_decision_trace(event.decision_trace)
-                continue
+            if isinstance(event, (SequenceFinished, SequenceCancelled)) and event.trace is not None:
+                self._events.on_decision_trace(event.trace)
             entry = self._requests.get(event.request_id)
             if entry is None:
                 continue  # cancelled here while the event was on its way
             request, outbox = entry
-            self._has_given_tokens = self._has_given_tokens or isinstance(event, Tokens)
             outbox.put(event)
-            if isinstance(event, Finished | Refused):
+            if isinstance(event, TokenProduced):
+                self._has_given_tokens = True
+            elif isinstance(event, (SequenceFinished, RequestRefused)):
                 self._forget(event.request_id)
-                self._events.on_over(request, event if isinstance(event, Finished) else None)
+                self._events.on_over(request, event if isinstance(event, SequenceFinished) else None)
 
     def _forget(self, request_id: str) -> None:
         entry = self._requests.pop(request_id, None)

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 
 from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts
-from dash_runtime.decision_trace import DecisionTrace
+from dash_runtime.events import EngineEvent
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 _LENGTH = struct.Struct(">I")
@@ -42,13 +42,13 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
-    """Drops a request in any state. At most Traced follows. Unknown ids are ignored."""
+    """Drops a request in any state. At most SequenceCancelled follows. Unknown ids are ignored."""
 
     request_id: str
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """Ends a request at a stop string: Finished with the reason `stop_string` follows. Unknown ids are ignored."""
+    """Ends a request at a stop string: SequenceFinished follows. Unknown ids are ignored."""
 
     request_id: str
 
@@ -80,90 +80,10 @@ class Pong(msgspec.Struct, frozen=True, tag=True):
     """The answer to Ping."""
 
 
-class Logprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log probabilities at one position, in nats; `top` is best first."""
-
-    chosen: float
-    top: list[tuple[int, float]]
-
-
-class Granted(msgspec.Struct, frozen=True, tag=True):
-    """The request has its slot."""
-
-    request_id: str
-    policy: str
-    compute_budget: float | None
-    queue_seconds: float
-    """Time in the worker's queue."""
-
-
-class Tokens(msgspec.Struct, frozen=True, tag=True):
-    """New tokens of one request."""
-
-    request_id: str
-    token_ids: list[int]
-    actions: bytes = b""
-    """If asked for, one byte per layer and token."""
-    logprobs: list[Logprobs] | None = None
-
-
-class Speculation(msgspec.Struct, frozen=True, array_like=True):
-    """The drafts of one request in mode EXACT."""
-
-    drafted_token_count: int
-    accepted_token_count: int
-    verification_count: int
-    draft_seconds: float
-    verification_seconds: float
-
-
-class Finished(msgspec.Struct, frozen=True, tag=True):
-    """The request is over and its slot is free."""
-
-    request_id: str
-    reason: str
-    """`end_of_sequence`, `stop_token`, `length`, or `stop_string` in answer to Stop."""
-    prefill_seconds: float
-    decode_seconds: float
-    output_token_count: int
-    decode_token_count: int
-    action_counts: dict[int, int]
-    """By Action's number."""
-    mean_cost: float
-    exposed_policy_seconds: float
-    """Mean per decode token."""
-    speculation: Speculation | None = None
-    cached_prompt_token_count: int = 0
-    """Prompt tokens whose keys and values were in the prefix cache."""
-    layer_action_counts: list[list[int]] = msgspec.field(default_factory=list)
-    """For each layer, the decode tokens that ran it as SKIP, INT4, INT8 and FULL. Leaves out rejected drafts."""
-
-
-class Traced(msgspec.Struct, frozen=True, tag=True):
-    """A request's decision trace. Comes just before Finished, or after Cancel."""
-
-    decision_trace: DecisionTrace
-
-    @property
-    def request_id(self) -> str:
-        return self.decision_trace.request_id
-
-
-class Refused(msgspec.Struct, frozen=True, tag=True):
-    """The request is wrong. The server should have seen it, and now tells the caller."""
-
-    request_id: str
-    field: str
-    description: str
-
-
-Event = Granted | Tokens | Traced | Finished | Refused
-
-
 class StepEvents(msgspec.Struct, frozen=True, tag=True):
     """All events of one engine step."""
 
-    events: list[Event]
+    events: list[EngineEvent]
 
 
 ToWorker = WorkerConfig | Submit | Cancel | Stop | Ping | Shutdown

@@ -8,7 +8,14 @@ import asyncio
 from dataclasses import dataclass, field
 
 from dash_runtime.errors import InvalidRequest
-from dash_server.worker.messages import Event, Finished, Granted, Logprobs, Refused, Tokens
+from dash_runtime.events import (
+    EngineEvent,
+    RequestRefused,
+    SequenceFinished,
+    SlotGranted,
+    TokenLogprobs,
+    TokenProduced,
+)
 
 
 @dataclass(slots=True)
@@ -17,8 +24,8 @@ class MergedOutput:
 
     token_ids: list[int] = field(default_factory=list)
     actions: bytearray = field(default_factory=bytearray)
-    logprobs: list[Logprobs] = field(default_factory=list)
-    finished: Finished | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finished: SequenceFinished | None = None
     """Set on a request's last output."""
 
     def first(self, num_tokens: int) -> "MergedOutput":
@@ -44,22 +51,23 @@ class Outbox:
         self.request_id = request_id
         self.queue_seconds = 0.0
         """Time before the request went to the worker."""
-        self._granted: Granted | None = None
+        self._granted: SlotGranted | None = None
         self._pending = MergedOutput()
         self._error: Exception | None = None
         self._changed = asyncio.Event()
 
-    def put(self, event: Event) -> None:
+    def put(self, event: EngineEvent) -> None:
         match event:
-            case Granted():
+            case TokenProduced():
+                self._pending.token_ids.append(event.token_id)
+                self._pending.actions += event.plan
+                if event.logprobs is not None:
+                    self._pending.logprobs.append(event.logprobs)
+            case SlotGranted():
                 self._granted = event
-            case Tokens():
-                self._pending.token_ids += event.token_ids
-                self._pending.actions += event.actions
-                self._pending.logprobs += event.logprobs or []
-            case Finished():
+            case SequenceFinished():
                 self._pending.finished = event
-            case Refused():
+            case RequestRefused():
                 self._error = InvalidRequest(event.field, event.description)
         self._changed.set()
 
@@ -68,8 +76,8 @@ class Outbox:
         self._error = error
         self._changed.set()
 
-    async def granted(self) -> Granted:
-        """Waits for the slot and returns the worker's message.
+    async def granted(self) -> SlotGranted:
+        """Waits for the slot and returns the worker's event.
 
         Raises:
             InvalidRequest: the worker refused the request.
