@@ -44,7 +44,7 @@ def find_policies(folder: Path, fingerprint: str) -> list[Path]:
     """Returns the policy files in `folder` for the model with this fingerprint, in the order of their names.
 
     Raises:
-        PolicyFileError: a file, which is named, is no policy file or has changed since it was written.
+        PolicyFileError: a file is no policy file, or has changed since it was written; the message names it.
     """
     found: list[Path] = []
     for path in sorted(folder.glob("*.safetensors")):
