@@ -34,7 +34,7 @@ _CONTEXT_LENGTH = 1024
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """Which checkpoint, where, and on which text; `data` None is the default text."""
+    """A checkpoint, its device and its text; `data` is None for the default text."""
 
     model: str
     revision: str | None
@@ -47,7 +47,7 @@ class LoadedModel:
     """Config, tokenizer and decoder of one checkpoint, in bfloat16.
 
     Args:
-        actions: those to pack kernels for, FULL among them; None for all that the device has.
+        actions: the actions to pack kernels for, FULL among them; None for all that the device has.
 
     Raises:
         ConfigError: an action has no kernel here, or the device does not exist.
@@ -91,7 +91,7 @@ class LoadedModel:
         return ChatTemplate.load(self.folder)
 
     def sequences(self) -> list[list[int]]:
-        """Token ids of the chosen text, `SEQUENCE_LENGTH` each, `MAX_SEQUENCES` at most.
+        """Returns the chosen text as at most `MAX_SEQUENCES` sequences of `SEQUENCE_LENGTH` token ids.
 
         Raises:
             ConfigError: the text cannot be used.
