@@ -139,7 +139,7 @@ def _checked_network(tensors: Mapping[str, Tensor], facts: PolicyMetadata, confi
 
 
 def _embedding_for(known: Mapping[str, Action], embedding: Tensor, facts: PolicyMetadata) -> Tensor:
-    """Returns a row for each known action; zeros where the file has none."""
+    """Returns a row for each known action; zeros if the file has none."""
     rows = dict(zip(facts.embedded_actions, embedding, strict=True))
     return torch.stack([rows.get(name, torch.zeros_like(embedding[0])) for name in _by_number(known)])
 

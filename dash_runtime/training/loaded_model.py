@@ -79,7 +79,7 @@ class LoadedModel:
 
     @cached_property
     def gradient_decoder(self) -> DifferentiableDecoder:
-        """The same model for passes with a gradient."""
+        """The same model, for passes with gradients."""
         return DifferentiableDecoder(self.config, self._weights, device=self.device)
 
     @cached_property
