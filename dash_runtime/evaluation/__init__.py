@@ -1,1 +1,1 @@
-"""How good a policy is, beside the controls that it has to beat at the same measured cost."""
+"""Judges policies beside the controls that they must beat at the same measured cost."""

@@ -1,10 +1,14 @@
 """A policy and its controls on one text: cost, divergence and agreement, prompts at full depth.
 
-The controls get the policy's own compensation, head and pinned layers, and the cost that it reached. Random draws at
-the policy's own rates per layer. The static ones skip the same layers for every token, evenly spaced (Unified Layer
-Skipping) or chosen by greedy search on divergence (the ShortGPT kind), and run the others in INT4 where the policy may,
-as a static plan at that cost would; the searched one can have its compensation refitted, as the policy's was. Early
-exit leaves out all layers from one on. Knows rollouts; knows no files.
+The controls get the policy's own compensation, head and pinned layers, and the cost that it reached:
+
+- random: draws at the policy's own rates per layer
+- static: skips the same layers for every token, evenly spaced (Unified Layer Skipping) or chosen by greedy search on
+  divergence (the ShortGPT kind), and runs the others in INT4 if the policy may. The compensation of the searched one
+  can be refitted, as the policy's was.
+- early exit: leaves out all layers from one on
+
+Knows rollouts; knows no files.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,10 +29,10 @@ from dash_runtime.training.train import greedy_outcome, path_outcome
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. `cost_share` is of the full-depth token, head included.
+    """One line of the table. `cost_share` is a share of the full-depth token, head included.
 
-    The last three are known of a policy only: the divergence on text that it generated itself, its measured tokens per
-    second over full depth's in the same run, and the share of that time that went into evaluating it.
+    Only a policy has the last three: the divergence on text that it generated itself, its measured tokens per second
+    over full depth's in the same run, and the share of that time spent on evaluating it.
     """
 
     name: str
@@ -47,10 +51,10 @@ class Row:
 
 
 SkipOrder = Callable[[int], Sequence[int]]
-"""The layers to skip, given how many."""
+"""Returns the layers to skip, given their number."""
 
 RefitStatic = Callable[[Task, frozenset[int]], Compensation]
-"""The task's compensation refitted for tokens that all skip these layers."""
+"""Returns the task's compensation refitted for tokens that all skip these layers."""
 
 
 def policy_task(decoder: Decoder, policy: LearnedPolicy, num_prompt_tokens: int) -> Task:
@@ -63,7 +67,7 @@ def policy_task(decoder: Decoder, policy: LearnedPolicy, num_prompt_tokens: int)
 class Evaluation:
     """One policy on one text, with its controls.
 
-    The static plan is searched on `search_sequences`; all figures are of `sequences`, so keep the two apart.
+    The static plan is searched on `search_sequences`, and all figures are taken on `sequences`: keep the two apart.
     """
 
     def __init__(
@@ -85,13 +89,13 @@ class Evaluation:
         self._num_tokens = int(self.task.decided_rows(sequences).sum())
 
     def learned(self, budget: float) -> tuple[Row, Tensor]:
-        """The policy at a budget, and its actions `[num_layers, decided rows]`."""
+        """Returns the policy's row at a budget, and its actions `[num_layers, decided rows]`."""
         price = self._policy.calibration.price(budget)
         outcome, actions = greedy_outcome(self.task, self._policy.network, self._sequences, price, self._full)
         return self._row(self._policy.name, budget, outcome), actions
 
     def controls(self, budget: float, cost: float, actions: Tensor) -> list[Row]:
-        """The controls nearest to the cost that the policy reached with these actions."""
+        """Returns the controls nearest to the cost that the policy reached with these actions."""
         base = self._base.name
         rows = [self._row("random, same rates", budget, self._path(self.task, random_choice(action_rates(actions))))]
         count = _num_skips_for(self.task.spec, cost, self._base)
@@ -117,7 +121,7 @@ class Evaluation:
 
 
 def greedy_skip_order(task: Task, sequences: Sequence[Sequence[int]], base: Action) -> SkipOrder:
-    """Adds, one after another, the layer whose skipping raises the divergence least (the ShortGPT kind)."""
+    """Adds one layer after another: the one whose skipping raises the divergence least (the ShortGPT kind)."""
     order: list[int] = []
     full = full_path(task.decoder, sequences)
 
@@ -138,7 +142,7 @@ def _even(spec: PlanSpec, count: int) -> frozenset[int]:
 
 
 def _early_exit(task: Task, cost: float) -> Task:
-    """The task in which all layers from one on are free, and skipping them all comes nearest to `cost`."""
+    """Returns the task whose last layers are free, as many as bring the cost nearest to `cost` if all are skipped."""
     spec, layer, num_layers = task.spec, task.spec.costs.layer, task.spec.num_layers
     rest = spec.costs.head[spec.head] + spec.costs.fixed
 
@@ -151,7 +155,7 @@ def _early_exit(task: Task, cost: float) -> Task:
 
 
 def _num_skips_for(spec: PlanSpec, cost: float, base: Action) -> int:
-    """How many skipped layers, with `base` in the others, come nearest to `cost`."""
+    """Returns the number of skipped layers that comes nearest to `cost`, with `base` in the others."""
     layer, free = spec.costs.layer, len(spec.free_layers)
     pinned = spec.num_layers - free
     unskipped = pinned * layer[spec.pinned_action] + free * layer[base] + spec.costs.head[spec.head] + spec.costs.fixed

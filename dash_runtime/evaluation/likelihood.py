@@ -1,7 +1,7 @@
 """Log-likelihoods of given continuations under teacher forcing, along the path that a policy takes.
 
-As in serving, the given tokens run at full depth, so the first token after them is a full-depth one. Knows rollouts;
-knows no texts but through two functions, no questions and no network's internals.
+As in serving, the given tokens run at full depth, so the first token after them is a full-depth one. Knows rollouts and
+token ids; knows no questions and no networks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +19,15 @@ from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.training.rollout import Choose, roll_out
 
 Encode = Callable[[str], Sequence[int]]
-"""Text to token ids, with whatever the model wants in front of a text (a BOS token), and nothing after it."""
+"""Encodes text to token ids, with the model's prefix (a BOS token) before it and nothing after it."""
 
 _LOGIT_ROWS = 128
-"""Rows whose logits are held at a time."""
+"""Rows whose logits are in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Token ids of which the first `num_given` (at least one) are given and the others (at least one) are scored."""
+    """Token ids: the first `num_given` (at least one) are given, the others (at least one) are scored."""
 
     token_ids: Sequence[int]
     num_given: int
@@ -35,12 +35,15 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class PassageScore:
-    """`log_probs` is float32 `[scored tokens]`; `is_greedy`: each of them was the likeliest; costs are summed."""
+    """The score of one passage."""
 
     log_probs: Tensor
+    """float32 `[scored tokens]`."""
     is_greedy: bool
+    """True if each scored token was the likeliest."""
     num_decided: int
     total_cost: float
+    """Summed over the decided tokens."""
 
 
 Run = Callable[[Sequence[Passage]], list[PassageScore]]
@@ -48,7 +51,7 @@ Run = Callable[[Sequence[Passage]], list[PassageScore]]
 
 
 def full_depth_runner(decoder: Decoder, costs: CostTable, *, context_length: int, max_rows: int = 1024) -> Run:
-    """The path without a decision."""
+    """Returns a runner of the path without decisions."""
 
     def choose(block: tuple[int, ...], hidden: Tensor, last_actions: Tensor, cost_spent: Tensor) -> Tensor:
         raise AssertionError("there is no block to decide")
@@ -67,13 +70,13 @@ def rollout_runner(
     decides_first: bool = False,
     max_rows: int = 1024,
 ) -> Run:
-    """A path whose tokens go through the layers as `choose` decides, several passages in one rollout.
+    """Returns a runner of the path that `choose` decides. It runs several passages in one rollout.
 
     Args:
-        spec: its head is that of the decided tokens; the others have the full one.
+        spec: its head applies to the decided tokens; the others have the full head.
         context_length: positions that the decoder was made for.
-        decides_first: let the policy decide the last given token too, from which the first scored one follows.
-            Serving never does.
+        decides_first: let `choose` also decide the last given token, which predicts the first scored one. Serving
+            never does.
         max_rows: tokens in one rollout; a longer passage goes alone.
 
     Raises (the returned function):
@@ -127,7 +130,8 @@ def _batches(passages: Sequence[Passage], max_rows: int) -> Iterator[list[Passag
 def _score_rows(
     decoder: Decoder, hidden: Tensor, rows: list[int], targets: list[int], heads: list[Action]
 ) -> tuple[Tensor, Tensor]:
-    """The targets' log-probabilities, and whether each is the likeliest token, on the CPU; `[len(rows)]` each."""
+    """Returns the targets' log-probabilities, and True for those that are the likeliest token, on the CPU;
+    `[len(rows)]` each."""
     log_probs, is_best = [], []
     for start in range(0, len(rows), _LOGIT_ROWS):
         part = slice(start, start + _LOGIT_ROWS)
@@ -140,13 +144,13 @@ def _score_rows(
 
 
 def passage_of(encode: Encode, prompt: str, continuation: str) -> Passage:
-    """The tokens of both texts together; those scored begin where they first differ from the prompt's own.
+    """Returns the tokens of both texts together; those from the first difference to the prompt's own are scored.
 
     Raises:
         ConfigError: the prompt has no token of its own, or the continuation adds none.
     """
     given, together = encode(prompt), encode(prompt + continuation)
-    # A tokenizer may join the prompt's end and the continuation's beginning: that token is scored.
+    # A tokenizer may join the prompt's end and the continuation's start in one token: it is scored.
     num_given = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(given, together, strict=False)))
     if not 0 < num_given < len(together):
         missing = "has no token of its own before" if num_given == 0 else "is not made longer by"

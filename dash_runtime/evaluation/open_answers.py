@@ -1,4 +1,4 @@
-"""Answers that an engine generates greedily, and whether they are right.
+"""Generates answers greedily with an engine, and checks them against references.
 
 Knows an engine's requests and events, and numbers in texts; knows no questions.
 """
@@ -15,10 +15,10 @@ from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import EndReason, EngineEvent, SequenceFinished, TokenProduced
 
 Decode = Callable[[Sequence[int]], str]
-"""Token ids to text, without special tokens."""
+"""Decodes token ids to text, without special tokens."""
 
-# A minus belongs to a number where nothing is before it to subtract from. A comma belongs to it before three digits, a
-# full stop before any.
+# A minus belongs to a number unless something to subtract from is before it. A comma belongs to it before three digits,
+# a full stop before any digit.
 _NUMBER = re.compile(
     r"(?:(?<![\w)])(?P<minus>[-−])[$€£]?)?"
     r"(?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]*\.[0-9]+|[0-9]+)"
@@ -27,8 +27,8 @@ _NUMBER = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """What was generated for one prompt. Cost and seconds are summed over its decode tokens; the decoder lost
-    `exposed_seconds` of them to the policy."""
+    """The output for one prompt. Cost and seconds are summed over its decode tokens; `exposed_seconds` is the part of
+    them that the decoder lost to the policy."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -39,7 +39,7 @@ class Generated:
 
 
 def skip_options(budget: float | None, policy_name: str | None = None) -> SkipOptions:
-    """Full depth where `budget` is None, else ADAPTIVE by the policy of that name, or by the default one.
+    """Returns full depth if `budget` is None, else ADAPTIVE with the policy of that name, or with the default one.
 
     Raises:
         InvalidRequest: the budget is not in (0, 1].
@@ -59,8 +59,9 @@ def generate(
     *,
     ignores_end_of_sequence: bool = False,
 ) -> list[Generated]:
-    """Greedy continuations of the prompts, each up to its end of sequence, the first of the `stop` strings (which is
-    not part of it) or `max_new_tokens`. The engine must have no other work.
+    """Returns greedy continuations of the prompts. The engine must have no other work.
+
+    Each ends at its end of sequence, before the first of the `stop` strings, or after `max_new_tokens`.
 
     Raises:
         InvalidRequest: a prompt or an option does not fit the engine; nothing was generated.
@@ -84,7 +85,7 @@ def generate(
                     if any(string in text for string in stop):
                         events.extend(engine.stop(event.request_id))
                 elif isinstance(event, SequenceFinished):
-                    # The token that ended it is not text.
+                    # The token that ends the sequence is not text.
                     ended = event.reason in (EndReason.END_OF_SEQUENCE, EndReason.STOP_TOKEN)
                     text = _cut(decode(output[:-1] if ended else output), stop)
                     depth = event.depth
@@ -103,8 +104,10 @@ def generate(
 
 
 def is_match(text: str, reference: str) -> bool:
-    """Whether both have the same last number (GSM8K's `#### 1,072` is 1072); where the reference has none, whether they
-    are the same but for case, white space and a full stop at the end."""
+    """Returns True if both have the same last number (GSM8K's `#### 1,072` is 1072).
+
+    If the reference has no number, the texts must be the same except for case, white space and a full stop at the end.
+    """
     wanted = last_number(reference)
     if wanted is not None:
         return last_number(text) == wanted
@@ -112,7 +115,7 @@ def is_match(text: str, reference: str) -> bool:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number written in digits, None where there is none. `1,072.50.` is 1072.5; a minus before it counts."""
+    """Returns the last number written in digits, with its minus, or None. `1,072.50.` is 1072.5."""
     matches = list(_NUMBER.finditer(text))
     if not matches:
         return None

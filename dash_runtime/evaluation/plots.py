@@ -1,6 +1,6 @@
-"""Pictures of training and evaluation, as PNG files: the curve, cost against quality, actions by layer.
+"""Plots training and evaluation to PNG files: the curve, cost against quality, actions by layer.
 
-Knows matplotlib, which only a plot needs, and figures that were computed elsewhere; knows no models and no torch.
+Knows matplotlib, imported only to draw, and figures that were computed elsewhere; knows no models and no torch.
 """
 
 import importlib.util
@@ -26,21 +26,21 @@ _INK = "#333333"
 _GRID = "#dddddd"
 _TEXT_SIZE = 10.5
 _LEGEND_WIDTH = 24
-# Okabe and Ito's palette, without the yellow that is too pale on white: told apart with any colour vision.
+# Okabe and Ito's palette, which any colour vision can tell apart, without the yellow that is too pale on white.
 _LEARNED_COLOURS = ("#D55E00", "#0072B2")
 _OTHER_COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
 _MARKERS = ("s", "^", "D", "v", "<", ">", "p")
 _LINES = ("--", ":", "-.")
-# Skipping stands out; the others darken with their work. Lightness alone tells them apart.
+# Skipping stands out; the others darken with their work, so that lightness alone tells them apart.
 _ACTION_COLOURS = {"SKIP": "#E69F00", "INT4": "#A6CFE8", "INT8": "#3F8FC4", "FULL": "#0B3C6B"}
 
 
 @dataclass(frozen=True, slots=True)
 class ParetoPoint:
-    """One measurement of `name`: its cost as a share of the full-depth token, and what is plotted against it.
+    """One measurement of `name`: its cost as a share of the full-depth token, and the value plotted against it.
 
-    `value` is a divergence in nats per token, or whatever the plot's `y_label` says. `learned` marks the policy that
-    the plot is about.
+    `value` is a divergence in nats per token, unless the plot's `y_label` says otherwise. `learned` marks the policy
+    that the plot is about.
     """
 
     name: str
@@ -50,12 +50,12 @@ class ParetoPoint:
 
 
 def has_matplotlib() -> bool:
-    """Whether a plot can be drawn here. Does not import matplotlib."""
+    """Returns True if matplotlib is installed, without importing it."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def plot_curve(rows: Sequence[CurveRow], path: Path) -> None:
-    """Cost, divergence and agreement against iteration: each iteration faint, their moving mean strong.
+    """Plots cost, divergence and agreement against iteration: each iteration faint, their moving mean strong.
 
     Raises:
         ConfigError: matplotlib is missing, there are no rows, or the file cannot be written.
@@ -74,7 +74,7 @@ def plot_curve(rows: Sequence[CurveRow], path: Path) -> None:
     axes: list[Axes] = list(figure.subplots(len(panels), 1, sharex=True))
     for axis, (label, values, colour) in zip(axes, panels, strict=True):
         _plain(axis)
-        # A row or two make no line that could be seen.
+        # One or two rows make no visible line.
         look: dict[str, Any] = {"alpha": 0.3} if smooth else {"marker": "o"}
         axis.plot(iterations, values, color=colour, linewidth=1, **look)
         if smooth:
@@ -100,7 +100,7 @@ def plot_pareto(
     y_label: str = "divergence (nats per token)",
     log: bool = True,
 ) -> None:
-    """A value against the cost share, one line per name in the order in which they come, the learned ones on top.
+    """Plots a value against the cost share: one line per name in the given order, the learned ones on top.
 
     Points that are not finite are left out. On a log axis, values of 0 and below lie on a line marked 0.
 
@@ -133,7 +133,7 @@ def plot_pareto(
             }  # fmt: skip
         if len(points) == 1:
             look["linestyle"] = "none"
-        # White around the markers keeps those apart that lie on each other.
+        # A white edge keeps overlapping markers apart.
         handles += axis.plot(x, y, markeredgecolor="white", markeredgewidth=0.8, **look)
     if log:
         _log_scale(axis, [row.value for row in rows])
@@ -145,11 +145,11 @@ def plot_pareto(
 
 
 def plot_action_rates(rates: Sequence[Sequence[float]], action_names: Sequence[str], path: Path) -> None:
-    """The share of tokens of each action, as one stacked bar per layer. `rates` is `[num_layers][num_actions]`.
+    """Plots the share of tokens of each action, as one stacked bar per layer. `rates` is `[num_layers][num_actions]`.
 
     Raises:
         ConfigError: matplotlib is missing, there are no layers, or the file cannot be written.
-        ValueError: a layer's rates are not one per action, or do not add up to 1.
+        ValueError: a layer has not one rate per action, or its rates do not add up to 1.
     """
     if not rates:
         raise ConfigError("plot", "there are no layers to draw")
@@ -175,13 +175,13 @@ def plot_action_rates(rates: Sequence[Sequence[float]], action_names: Sequence[s
     _whole_numbers(axis)
     axis.set_xlabel("layer", color=_INK, fontsize=_TEXT_SIZE)
     axis.set_ylabel("tokens", color=_INK, fontsize=_TEXT_SIZE)
-    # The legend from top to bottom is the bar from top to bottom.
+    # The legend has the order of the bars, from top to bottom.
     _legend(figure, bars[::-1], list(action_names)[::-1])
     _save(figure, path)
 
 
 def _new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of that many inches. Raises ConfigError where matplotlib is missing."""
+    """Returns an empty figure of that many inches. Raises ConfigError if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -198,13 +198,13 @@ def _plain(axis: "Axes") -> None:
 
 
 def _log_scale(axis: "Axes", values: Sequence[float]) -> None:
-    """A log axis that can also show values of 0, which a divergence at full depth is."""
+    """Sets a log axis that can also show 0, such as the divergence of full depth."""
     positive = [value for value in values if value > 0 and math.isfinite(value)]
     if not positive:
         return
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, SymmetricalLogLocator
 
-    # Few decades need more labels than one each.
+    # With few decades, one label each is too few.
     steps = (1.0, 2.0, 5.0) if max(positive) < 100 * min(positive) else (1.0,)
     if all(value > 0 for value in values if math.isfinite(value)):
         axis.set_yscale("log")
@@ -235,12 +235,12 @@ def _legend(figure: "Figure", handles: Sequence[Any], names: Sequence[str]) -> N
 
 
 def _verbatim(text: "Text") -> None:
-    """A name is no formula, whatever dollar signs it has."""
+    """Shows the text as it is: dollar signs make no formula."""
     text.set_parse_math(False)
 
 
 def _smoothed(values: Sequence[float], half: int) -> list[float]:
-    """The mean over each value and `half` of them on either side; what is not finite is left out."""
+    """Returns the mean over each value and `half` of them on either side, without those that are not finite."""
     means = []
     for place in range(len(values)):
         near = [value for value in values[max(0, place - half) : place + half + 1] if math.isfinite(value)]
@@ -250,6 +250,6 @@ def _smoothed(values: Sequence[float], half: int) -> list[float]:
 
 def _save(figure: "Figure", path: Path) -> None:
     picture = BytesIO()
-    # Agg by the format, not by a backend that is set for the whole process. No version in it: same data, same bytes.
+    # PNG selects Agg for this call only, not for the process. Without the version, the same data gives the same bytes.
     figure.savefig(picture, format="png", dpi=_DPI, metadata={"Software": None})
     write_whole(path, picture.getvalue())

@@ -1,8 +1,8 @@
-"""How many questions a model gets right, at full depth and within each budget, by one and the same path.
+"""Counts the questions that a model gets right, at full depth or within a budget.
 
 Choices are scored by their log-likelihood, open answers by greedy generation. As in serving, prompts and the first
-token after them are always at full depth. So one-token choices come out the same at every budget, with a cost share of
-1; the runner's `decides_first` puts such tasks before the policy too. Knows questions; knows no files and no layers.
+token after them are always at full depth. One-token choices are therefore the same at every budget, with a cost share
+of 1, unless the runner has `decides_first`. Knows questions; knows no files and no layers.
 """
 
 import math
@@ -23,7 +23,7 @@ class Accuracy:
     """One figure of the table.
 
     `budget` is None at full depth. `standard_error` is the binomial one. `cost_share` is the mean cost of the tokens
-    that a policy could decide, as a share of the full-depth token, head included; 1 where there were none.
+    that a policy could decide, as a share of the full-depth token, head included; 1 if there were none.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Accuracy:
 
 
 def question_and_answer(question: str) -> str:
-    """The prompt of a question where the caller gives no other."""
+    """Returns the default prompt for a question."""
     return f"Question: {question}\nAnswer:"
 
 
@@ -52,10 +52,11 @@ def score_choices(
     *,
     prompt: Callable[[str], str] = question_and_answer,
 ) -> tuple[Accuracy, Accuracy]:
-    """How often the right choice is the likeliest: by the sum of its tokens' log-probabilities (`accuracy`), and by
-    the sum over the choice's UTF-8 bytes, which does not favour short ones (`accuracy_per_byte`).
+    """Returns how often the right choice is the likeliest.
 
-    `name` and `budget` say what `run` is. The first of equally likely choices is taken.
+    The first figure, `accuracy`, compares the sums of the tokens' log-probabilities. The second, `accuracy_per_byte`,
+    divides them by the choice's UTF-8 bytes, which does not favour short choices. `name` and `budget` describe `run`.
+    The first of equally likely choices is taken.
 
     Raises:
         ConfigError: a question does not fit the context, or a choice has no token.
@@ -95,7 +96,8 @@ def score_answers(
     max_new_tokens: int = 256,
     stop: Sequence[str] = (),
 ) -> Accuracy:
-    """How often greedy generation (at full depth where `budget` is None) ends in the reference's answer: `exact_match`.
+    """Returns how often greedy generation ends in the reference's answer (`exact_match`). `budget` is None for full
+    depth.
 
     Raises:
         InvalidRequest: the budget, or a question, does not fit this engine.

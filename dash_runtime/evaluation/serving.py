@@ -1,6 +1,6 @@
-"""What a policy does when it serves: the text that it generates itself, and how fast.
+"""Serves with a policy as the server does, greedily: generates its own text, and measures its speed.
 
-Runs an engine as the server does, greedily. Knows an engine's modes and clocks; knows no divergence.
+Knows an engine's modes and clocks; knows no divergence.
 """
 
 import statistics
@@ -15,7 +15,7 @@ _ROUNDS = 5
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Medians over some rounds. `speedup` is tokens per second over full depth's, `policy_share` of the decode time."""
+    """Medians over some rounds: `speedup` in tokens per second over full depth's, `policy_share` of the decode time."""
 
     speedup: float
     policy_share: float
@@ -24,14 +24,14 @@ class Served:
 def own_text(
     engine: Engine, prompts: Sequence[Sequence[int]], budget: float, policy_name: str, num_tokens: int
 ) -> list[list[int]]:
-    """The prompts, each with the `num_tokens` tokens that the policy continues it with; shorter ones are left out."""
+    """Returns each prompt with the policy's `num_tokens` tokens after it. Shorter continuations are left out."""
     outputs = _generate(engine, prompts, budget, policy_name, num_tokens)
     texts = [[*prompt, *output.token_ids] for prompt, output in zip(prompts, outputs, strict=True)]
     return [text for text, prompt in zip(texts, prompts, strict=True) if len(text) == len(prompt) + num_tokens]
 
 
 def measure_serving(engine: Engine, prompt: Sequence[int], budget: float, policy_name: str, num_tokens: int) -> Served:
-    """Decodes one sequence at full depth and within the budget in turn, so that a drifting clock treats both alike."""
+    """Decodes a sequence at full depth and within the budget by turns, so that a drifting clock affects both alike."""
     speedups, shares = [], []
     for round_number in range(_ROUNDS + 1):
         (full,) = _generate(engine, [prompt], None, None, num_tokens)

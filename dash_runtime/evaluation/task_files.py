@@ -1,4 +1,4 @@
-"""Questions with known answers, read from the user's JSONL files.
+"""Reads questions with known answers from the user's JSONL files.
 
 A file holds one kind of record: `{"question", "choices", "answer": place of the right one}` or
 `{"question", "answer": text}`. Other fields are ignored. Knows files; knows no tokenizer and no model.
@@ -14,28 +14,28 @@ from dash_runtime.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class ChoiceQuestion:
-    """A question with the right one among several answers."""
+    """A question with several answers, one of them right."""
 
     question: str
     choices: tuple[str, ...]
     answer: int
-    """The right choice's place, from 0."""
+    """Place of the right choice, from 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenQuestion:
-    """A question whose answer is to be written."""
+    """A question whose answer the model writes."""
 
     question: str
     answer: str
 
 
 def read_tasks(path: Path) -> list[ChoiceQuestion] | list[OpenQuestion]:
-    """The file's records in its order, all of one kind; empty lines are passed over.
+    """Returns the file's records in its order, all of one kind. Empty lines are ignored.
 
     Raises:
-        ConfigError: the file cannot be read, is empty, mixes the kinds, or has a record that is not as above; the
-            message names file and line.
+        ConfigError: the file cannot be read, is empty, mixes the kinds, or has a record of another form; the message
+            names file and line.
     """
     choice_questions: list[ChoiceQuestion] = []
     open_questions: list[OpenQuestion] = []
@@ -61,7 +61,7 @@ def _error(place: str, description: str) -> ConfigError:
 
 def _lines(path: Path) -> list[bytes]:
     try:
-        # Bytes, so that a line that is not UTF-8 has a number, and so that U+2028 in a text ends no line.
+        # Bytes, so that a line that is not UTF-8 can be numbered and U+2028 in a text ends no line.
         return path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise ConfigError("tasks", f"{path} cannot be read: {error.strerror or error}") from None

@@ -1,1 +1,1 @@
-"""Who decides what is done with a layer."""
+"""Policies: they decide the action of each layer for each token."""

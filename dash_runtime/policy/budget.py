@@ -1,4 +1,4 @@
-"""Random plans that keep a compute budget: what ADAPTIVE runs until a learned policy is loaded.
+"""Random plans that keep a compute budget: ADAPTIVE runs one if no learned policy is loaded.
 
 Among all mixtures of actions with a given mean cost, the one of maximum entropy has rates proportional to
 exp(−μ · cost); μ is found by bisection. Knows costs and rates; knows no tensors.
@@ -11,14 +11,14 @@ from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.policy import RandomPlan, edges
 
 BUDGET_MARGIN = 0.01
-"""The expected cost stays this far below the budget, which is an upper bound: about twice the standard
-error of the mean over 64 tokens on the embedded model."""
+"""The expected cost stays this far below the budget, which is an upper bound. It is about twice the standard error of
+the mean over 64 tokens on the embedded model."""
 _MAX_STEEPNESS = 1e4
 _BISECTIONS = 60
 
 
 def lowest_random_budget(costs: CostTable, actions: tuple[Action, ...], head: Action) -> float:
-    """The budget at which every layer but the edges takes the cheapest action every time."""
+    """Returns the budget at which every layer but the edges always takes the cheapest action."""
     free = costs.num_layers - len(edges(costs.num_layers))
     pinned_cost = (costs.num_layers - free) * costs.layer[Action.FULL]
     cheapest = min(costs.layer[action] for action in actions)
@@ -32,8 +32,10 @@ def random_plan_for_budget(
     head: Action,
     compensation: Compensation,
 ) -> RandomPlan:
-    """The random plan of maximum entropy whose expected cost is a margin below `budget`, or the
-    cheapest one for a budget that cannot be kept. With a budget of 1 it is full depth."""
+    """Returns the random plan of maximum entropy whose expected cost is a margin below `budget`.
+
+    A budget that cannot be kept gets the cheapest plan, a budget of 1 full depth.
+    """
     pinned = edges(costs.num_layers)
     free = costs.num_layers - len(pinned)
     always_paid = costs.fixed + costs.head[head] + len(pinned) * costs.layer[Action.FULL]

@@ -1,4 +1,4 @@
-"""Which policy serves a request: from its skip options to a policy, a price and a cost table.
+"""Chooses the policy, the price and the cost table that serve a request, by its skip options.
 
 Knows policies and budgets; knows no sequences and no device.
 """
@@ -23,50 +23,50 @@ RANDOM_NOTE = (
 
 
 USUAL_VERIFICATION_COSTS = {1: 1.2, 3: 1.3, 7: 1.4, 15: 1.6}
-"""For an engine whose device was not measured."""
+"""Verification costs by draft length, for an engine whose device was not measured."""
 RANDOM_BUDGET = 0.8
-"""Low enough to show what a policy saves; there is no budget at which random actions are good."""
+"""Low enough to show what a policy saves. Random actions are good at no budget."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drafting:
-    """What drafts and verifications cost on this device, as shares of one full-depth token."""
+    """The costs of drafts and verifications on this device, as shares of one full-depth token."""
 
     costs: CostTable
     draft_cost: float
-    """Expected of a token, until some were drafted."""
+    """Expected cost of a drafted token, until some were drafted."""
     verification_costs: Mapping[int, float]
-    """Of the pass that verifies a draft, for each length that it may be given, in ascending order."""
+    """Cost of the verifying pass by draft length, for each length that a draft may have, ascending."""
     least_gain: float
-    """Expected of a draft, or full depth goes on alone."""
+    """Expected speed over full depth's below which nothing is drafted."""
 
     def verification_cost(self, length: int) -> float:
-        """Of a draft of any length: that of the next longer one, as one that ended early is."""
+        """Returns the cost for any length: that of the next longer draft, since a draft may end early."""
         return next(cost for longer, cost in self.verification_costs.items() if longer >= length)
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Who decides for one sequence, at which price, and by which cost table it is accounted."""
+    """The policy of one sequence, its price, and the cost table that accounts for it."""
 
     policy: Policy
     costs: CostTable
     price: float = 1.0
     compute_budget: float | None = None
     drafting: Drafting | None = None
-    """In mode EXACT."""
+    """Set in mode EXACT only."""
 
 
 class PolicyCatalog:
     """The policies of one model on one device.
 
     Args:
-        costs: the device's own table, for the policies that have none in a file.
-        actions: those with a kernel here.
-        compensation: for the policies that have none in a file.
-        learned: the trained ones; the first is the default policy.
-        default_compute_budget: where a request sets none in mode ADAPTIVE; None: what its policy recommends.
-        verification_costs: of verifying a draft, by its length, as shares of a full-depth token.
+        costs: the device's own table, for policies without a file.
+        actions: the actions with a kernel here.
+        compensation: for policies without a file.
+        learned: the trained policies; the first is the default one.
+        default_compute_budget: for requests in mode ADAPTIVE that set none; None for the policy's recommendation.
+        verification_costs: cost of verifying a draft by its length, as shares of a full-depth token.
         least_drafting_gain: the speed over full depth's below which EXACT does not draft.
     """
 
@@ -92,7 +92,7 @@ class PolicyCatalog:
             action: fixed_action_plan(action, costs, compensation, tuple(costs.head)) for action in actions
         }
         self._head = min(costs.head, key=lambda precision: costs.head[precision])
-        # Full depth has the last word on a draft, so that the cheapest head will do.
+        # Full depth has the last word on a draft, so the cheapest head will do.
         self._drafters = {
             name: replace(policy, spec=replace(policy.spec, head=self._head)) for name, policy in self._learned.items()
         }
@@ -101,8 +101,8 @@ class PolicyCatalog:
         self._facts = self._describe()
 
     def assign(self, skip: SkipOptions) -> Assignment:
-        """The assignment for validated options; an unset budget is the default one, raised to what the
-        policy can keep."""
+        """Returns the assignment for validated options. An unset budget is the default one, raised to the policy's
+        lowest."""
         if skip.mode is Mode.FULL_DEPTH:
             return self.full_depth
         if skip.mode is Mode.FIXED:
@@ -126,12 +126,15 @@ class PolicyCatalog:
         return replace(assignment, drafting=drafting)
 
     def _unskipped_cost(self, policy: PolicyFacts) -> float:
-        """What a token of the policy costs on this device where it skips nothing."""
+        """Returns the cost on this device of a token for which the policy skips nothing."""
         cheapest = min((a for a in policy.action_costs if a is not Action.SKIP), key=lambda a: self._costs.layer[a])
         return self._costs.token_cost((cheapest,) * self._costs.num_layers, self._head)
 
     def _make_static(self) -> FixedPlan | None:
-        """The cheapest kernel for every layer, the edges too: a drafter that costs nothing to ask."""
+        """Returns the cheapest kernel for every layer, edges included: a drafter that needs no decisions.
+
+        None if FULL is the cheapest.
+        """
         kernels = [action for action in self._actions if action is not Action.SKIP]
         cheapest = min(kernels, key=lambda action: self._costs.layer[action])
         if cheapest is Action.FULL:
@@ -148,7 +151,7 @@ class PolicyCatalog:
         )
 
     def facts(self) -> tuple[PolicyFacts, ...]:
-        """What callers may ask for, the default first."""
+        """Returns the policies that callers may name, the default first."""
         return self._facts
 
     def _describe(self) -> tuple[PolicyFacts, ...]:

@@ -1,6 +1,6 @@
-"""How compensation is stored: within a policy file, and on its own as `dash-policy fit` leaves it for `train`.
+"""Stores compensation: within a policy file, or in a file of its own that `dash-policy fit` writes for `train`.
 
-Low-rank maps are stored packed. Knows one rung and the model that it belongs to; knows no policies.
+Low-rank maps are stored packed. Knows one rung of the ladder and its model; knows no policies.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ _WHAT = "compensation file"
 
 
 def stored(compensation: Compensation) -> dict[str, Tensor]:
-    """The tensors to write."""
+    """Returns the tensors to write."""
     if isinstance(compensation, LowRank):
         return PackedLowRank.from_low_rank(compensation, torch.bfloat16).tensors()
     return compensation.tensors()
@@ -37,7 +37,7 @@ def stored(compensation: Compensation) -> dict[str, Tensor]:
 def restored(
     kind: str, tensors: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> Compensation:
-    """The compensation that was stored, ready to run on `device` in a decoder of that dtype.
+    """Returns the compensation that was stored, ready to run on `device` in a decoder of that dtype.
 
     Raises:
         PolicyFileError: the kind is unknown, or a tensor is missing, of the wrong type or shape, or not finite.
@@ -81,7 +81,7 @@ def load_compensation(
     """Reads the compensation of the model with this fingerprint.
 
     Raises:
-        PolicyFileError: naming the file, and what is wrong with it.
+        PolicyFileError: the message names the file and the fault.
     """
     tensors, metadata = load_tensors(path, _WHAT, ("format", "kind", "model_fingerprint"))
     with naming(path, _WHAT):

@@ -1,7 +1,7 @@
-"""What a policy is, and the policies that look at nothing: full depth, a fixed plan, a random plan.
+"""The interface of a policy, and the policies that ignore the state: full depth, a fixed plan, a random plan.
 
-A policy decides, for each row of a batch, the actions of a block of layers at once: of one layer, or of several where
-evaluating it costs much beside a layer. Knows no lanes, no sequences and no decoder.
+A policy decides the actions of a block of layers at once, for each row of a batch. A block has several layers if an
+evaluation costs much beside a layer. Knows no lanes, no sequences and no decoder.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,19 +22,19 @@ _WORD = 0xFFFF_FFFF_FFFF_FFFF
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """What is known of a row before its first layer."""
+    """The facts of a row that are known before its first layer."""
 
     seed: int
-    """The sequence's own."""
+    """The sequence's seed."""
     position: int
-    """Of the token in its sequence."""
+    """Place of the token in its sequence."""
     price: float
     """The price of compute λ."""
 
 
-@dataclass(slots=True)  # freezing would double what making one takes, seven times a token
+@dataclass(slots=True)  # not frozen: that would double the time of making one, seven times a token
 class State:
-    """What a policy sees: the input of an earlier layer than those it decides.
+    """The view of a policy: the input of a layer before those that it decides.
 
     Shapes: `hidden` is `[rows, hidden_size]`; the sequences have one entry per row.
     """
@@ -47,31 +47,33 @@ class State:
     actions: Actions
     """Action of the observed layer: the last one known."""
     cost_spent: Sequence[float]
-    """Share of a full-depth token spent up to the observed layer, that layer included."""
+    """Share of a full-depth token spent up to and including the observed layer."""
 
 
 @dataclass(slots=True)
 class Decision:
-    """The actions of one block of layers, in order; `scores` is float32 `[rows, layers of the block, actions of the
-    policy]`, where there are any."""
+    """The actions of one block of layers, in order.
+
+    `scores` is float32 `[rows, layers of the block, actions of the policy]`, or None for a policy without scores.
+    """
 
     plan: Sequence[Actions]
     scores: Tensor | None = None
 
 
 Pending = Callable[[], Decision]
-"""Reads a decision whose work is done."""
+"""Returns a decision. To be called once its work is done."""
 
 
 class Policy(Protocol):
-    """Chooses what is done with each layer for each token."""
+    """Chooses the action of each layer for each token."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def lookahead(self) -> int:
-        """A block of layers is decided from the input of the layer so many before its first."""
+        """Layers between the first layer of a block and the earlier one whose input decides it."""
 
     @property
     def pinned(self) -> frozenset[int]:
@@ -79,7 +81,7 @@ class Policy(Protocol):
 
     @property
     def pinned_action(self) -> Action:
-        """What pinned layers run: FULL, but for a policy that only drafts."""
+        """Action of pinned layers: FULL, except in a policy that only drafts."""
 
     @property
     def block_size(self) -> int:
@@ -87,7 +89,7 @@ class Policy(Protocol):
 
     @property
     def score_actions(self) -> Actions:
-        """The action of each score that it gives, in order; empty where it gives none."""
+        """The action of each score, in order; empty if the policy gives no scores."""
 
     @property
     def head(self) -> Action:
@@ -95,13 +97,13 @@ class Policy(Protocol):
 
     @property
     def compensation(self) -> Compensation:
-        """What stands in for a skipped layer."""
+        """Replacement for the output of a skipped layer."""
 
     def start(self, layer: int, state: State) -> Pending:
         """Starts choosing each row's actions in the block that begins with `layer`, from that row's own state only.
 
-        On an accelerator the work is queued on the current stream without waiting; calling what is
-        returned, once that work is done, reads the decision.
+        On an accelerator the work is queued on the current stream without waiting. The returned function reads the
+        decision; call it once that work is done.
         """
 
 
@@ -146,10 +148,10 @@ class FixedPlan:
 
 @dataclass(frozen=True)
 class RandomPlan:
-    """Draws each action from the layer's own rates: the control that a learned policy must beat.
+    """Draws each action at the layer's own rates: the control that a learned policy must beat.
 
-    `rates[layer]` maps actions to probabilities. The draw depends on the sequence's seed, the token's position
-    and the layer only, so that a request gets the same plan whatever runs beside it.
+    `rates[layer]` maps actions to probabilities. A draw depends only on the sequence's seed, the token's position and
+    the layer, so that a request gets the same plan whatever runs beside it.
     """
 
     rates: Sequence[Mapping[Action, float]]
@@ -171,27 +173,28 @@ class RandomPlan:
             remaining -= rate
             if remaining < 0:
                 return action
-        return max(self.rates[layer])  # the rates' sum was rounded to just below 1
+        return max(self.rates[layer])  # rounding left the sum of the rates just below 1
 
 
 @lru_cache
 def decision_blocks(num_layers: int, pinned: frozenset[int], block_size: int) -> tuple[tuple[int, ...], ...]:
-    """The layers that are not pinned, in groups of `block_size` that are decided together; the last may be smaller."""
+    """Returns the layers that are not pinned in groups of `block_size` that are decided together; the last may be
+    smaller."""
     free = [layer for layer in range(num_layers) if layer not in pinned]
     return tuple(tuple(free[start : start + block_size]) for start in range(0, len(free), block_size))
 
 
 def edges(num_layers: int) -> frozenset[int]:
-    """The first and the last layer, which are always pinned: skipping them costs most."""
+    """Returns the first and the last layer. They are always pinned: skipping them hurts most."""
     return frozenset((0, num_layers - 1))
 
 
 def fixed_action_plan(
     action: Action, costs: CostTable, compensation: Compensation, heads: Sequence[Action]
 ) -> FixedPlan:
-    """Mode FIXED: one action for all layers but the edges.
+    """Returns the plan of mode FIXED: one action for all layers but the edges.
 
-    A quantised plan takes the INT8 head where there is one.
+    A quantised plan takes the INT8 head if there is one.
     """
     pinned = edges(costs.num_layers)
     plan = tuple(Action.FULL if layer in pinned else action for layer in range(costs.num_layers))
@@ -202,7 +205,7 @@ def fixed_action_plan(
 
 
 def _uniform(seed: int, position: int, layer: int) -> float:
-    """A number in [0, 1) from three integers, by SplitMix64 (Steele et al. 2014): stateless and portable."""
+    """Returns a number in [0, 1) from three integers, by SplitMix64 (Steele et al. 2014): stateless and portable."""
     word = 0
     for part in (seed, position, layer):
         word = (word + part + 0x9E37_79B9_7F4A_7C15) & _WORD

@@ -47,7 +47,7 @@ def find_policies(folder: Path, fingerprint: str) -> list[Path]:
     """Returns the policy files in `folder` for the model with this fingerprint, in the order of their names.
 
     Raises:
-        PolicyFileError: a file, which is named, is no policy file or has changed since it was written.
+        PolicyFileError: a file is no policy file, or has changed since it was written; the message names it.
     """
     found: list[Path] = []
     for path in sorted(folder.glob("*.safetensors")):
@@ -142,7 +142,7 @@ def _checked_network(tensors: Mapping[str, Tensor], facts: PolicyMetadata, confi
 
 
 def _embedding_for(known: Mapping[str, Action], embedding: Tensor, facts: PolicyMetadata) -> Tensor:
-    """Returns a row for each known action; zeros where the file has none."""
+    """Returns a row for each known action; zeros if the file has none."""
     rows = dict(zip(facts.embedded_actions, embedding, strict=True))
     return torch.stack([rows.get(name, torch.zeros_like(embedding[0])) for name in _by_number(known)])
 

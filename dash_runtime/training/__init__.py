@@ -1,1 +1,1 @@
-"""Fitting what serving needs: the compensation of skipped layers."""
+"""Fits compensation and trains policies, offline."""

@@ -1,4 +1,4 @@
-"""The network that learns: an actor in the very form that serving runs, and a critic beside it.
+"""The network that learns: an actor in the form that serving runs, and a critic beside it.
 
 Knows features and scores; knows no decoder and no rewards.
 """
@@ -33,15 +33,15 @@ class _Network(nn.Module):
         self.output_bias = nn.Parameter(torch.zeros(outputs))
 
     def view(self) -> PolicyNetwork:
-        """The same tensors as serving's network."""
+        """Returns the same tensors as serving's network."""
         return PolicyNetwork(*(getattr(self, name) for name in PolicyNetwork.__slots__))
 
 
 class ActorCritic(nn.Module):
     """Scores of the actions and the value of a state, from the same features.
 
-    The scores start in favour of FULL: from there the policy learns what it may leave out, and what one decision does
-    to a token is not drowned in the noise of all others being random.
+    The scores start in favour of FULL, and the policy learns what it may leave out. With random decisions at the start,
+    the effect of one of them on a token would drown in the noise of the others.
     """
 
     def __init__(self, spec: PlanSpec, hidden_size: int, seed: int) -> None:
@@ -56,11 +56,12 @@ class ActorCritic(nn.Module):
     def forward(
         self, hidden: Tensor, last_actions: Tensor, cost_spent: Tensor, log_price: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Scores `[num_blocks, rows, block_size, num_actions]` and values `[num_blocks, rows]`, as `all_scores`."""
+        """Returns scores `[num_blocks, rows, block_size, num_actions]`, as `all_scores`, and values `[num_blocks,
+        rows]`."""
         inputs = (hidden, last_actions, cost_spent, log_price)
         return self.actor.view().all_scores(*inputs), self.critic.view().all_scores(*inputs)[..., 0, 0]
 
     def network(self) -> PolicyNetwork:
-        """A copy of the actor for serving."""
+        """Returns a copy of the actor for serving."""
         view = self.actor.view()
         return PolicyNetwork(*(getattr(view, name).detach().clone() for name in PolicyNetwork.__slots__))

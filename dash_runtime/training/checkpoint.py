@@ -1,7 +1,7 @@
 """Checkpoints of a training run: network, optimiser and compensation in one safetensors file.
 
-Written in one rename, so that a stop or a full disk leaves the last one intact. Knows tensors and files; knows no text
-and no rewards.
+Each is written in one rename, so that a stop or a full disk leaves the last one intact. Knows tensors and files; knows
+no text and no rewards.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from dash_runtime.training.actor_critic import ActorCritic
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What is kept beside the network and the optimiser: the iterations done, and the compensation by then."""
+    """The state beside the network and the optimiser: the number of iterations done, and the latest compensation."""
 
     iteration: int
     compensation: LowRank
@@ -68,7 +68,7 @@ def load_checkpoint(path: Path, signature: str, model: ActorCritic, optimizer: t
 
 
 def num_iterations_done(path: Path) -> int:
-    """How far the run is whose checkpoint this is; 0 where there is none that can be read."""
+    """Returns the number of iterations done by the checkpoint's run; 0 if it does not exist or cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return int((file.metadata() or {}).get("iteration", 0))

@@ -13,7 +13,7 @@ from dash_runtime.training.rollout import Choose
 
 
 def greedy_choice(task: Task, network: PolicyNetwork, log_price: Tensor) -> Choose:
-    """The network's best actions at `log_price`, a number or one per row."""
+    """Chooses the network's best actions at `log_price`, a number or one per row."""
     numbers = torch.tensor([int(action) for action in task.spec.actions])
     places = {block: index for index, block in enumerate(task.spec.decision_blocks)}
 
@@ -46,5 +46,5 @@ def random_choice(rates: Tensor, seed: int = 0) -> Choose:
 
 
 def action_rates(actions: Tensor) -> Tensor:
-    """How often each layer took each action, float32 `[num_layers, 4]`, from actions of `[num_layers, rows]`."""
+    """Returns each layer's rate of each action, float32 `[num_layers, 4]`, from actions `[num_layers, rows]`."""
     return torch.stack([(actions == int(action)).float().mean(dim=1) for action in Action], dim=1)

@@ -17,7 +17,7 @@ from dash_runtime.errors import ConfigError
 from dash_runtime.files.atomic_file import replacing
 
 Opener = Callable[[Path, str], IO[bytes]]
-"""Opens a file, unbuffered, in a binary mode. Unbuffered, so that a full disk shows where the row is written."""
+"""Opens a file, unbuffered, in a binary mode. Unbuffered, so that a full disk fails the write of the row itself."""
 
 
 def open_unbuffered(path: Path, mode: str) -> IO[bytes]:
@@ -26,11 +26,11 @@ def open_unbuffered(path: Path, mode: str) -> IO[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class CurveRow:
-    """What one iteration came to; means over its decided tokens.
+    """The figures of one iteration: means over its decided tokens.
 
     `price` is the mean λ, `cost` a share of the full-depth token, `divergence` in nats per token, `agreement` the
     share of tokens with full depth's most likely token, `entropy` in nats per decision, `seconds` the training time
-    up to the end of this iteration, stops left out. A figure that is not finite is kept as null and read as NaN.
+    up to the end of this iteration, without stops. A figure that is not finite is written as null and read as NaN.
     """
 
     iteration: int
@@ -47,7 +47,7 @@ class CurveRow:
 
 
 class TrainingCurve:
-    """The curve of a run that is under way, kept in `path` and in memory."""
+    """The curve of a running training, in `path` and in memory."""
 
     def __init__(self, path: Path, start_iteration: int, opener: Opener = open_unbuffered) -> None:
         """Keeps the rows before `start_iteration`; a resumed run repeats those at and after it.
@@ -57,17 +57,17 @@ class TrainingCurve:
         """
         self._path = path
         self._opener = opener
-        # A run from the start keeps nothing, so that a damaged file of an earlier one does not stop it.
+        # A run from the start keeps no rows, so that a damaged file of an earlier run does not stop it.
         old = read_curve(path) if start_iteration > 0 and os.path.exists(path) else []
         self._rows = [row for row in old if row.iteration < start_iteration]
         write_whole(path, b"".join(map(_line, self._rows)), opener)
 
     def append(self, row: CurveRow) -> None:
-        """Adds a row, and its line to the file.
+        """Adds a row, and writes its line to the file.
 
         Raises:
             ConfigError: the disk is full, or the file cannot be written; no half line stays behind.
-            ValueError: there is a row of this iteration or of a later one.
+            ValueError: a row of this iteration or of a later one exists.
         """
         if self._rows and row.iteration <= self._rows[-1].iteration:
             raise ValueError(f"iteration {row.iteration} comes after {self._rows[-1].iteration}")
@@ -85,20 +85,20 @@ class TrainingCurve:
         self._rows.append(row)
 
     def rows(self) -> list[CurveRow]:
-        """The rows so far, of earlier runs too, by iteration."""
+        """Returns the rows so far by iteration, those from before a stop included."""
         return list(self._rows)
 
     @property
     def seconds(self) -> float:
-        """The training time up to the last row: what a resumed run adds its own to."""
+        """Training time up to the last row; a resumed run adds to it."""
         return self._rows[-1].seconds if self._rows else 0.0
 
 
 def read_curve(path: Path) -> list[CurveRow]:
-    """The rows of a curve file, by iteration. A last line that was cut off while it was written is left out.
+    """Returns the rows of a curve file by iteration, without a last line that was cut off.
 
     Raises:
-        ConfigError: the file cannot be read, or a line of it is no row, or its iterations do not ascend.
+        ConfigError: the file cannot be read, a line of it is no row, or its iterations do not ascend.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -146,7 +146,7 @@ def write_whole(path: Path, content: bytes, opener: Opener = open_unbuffered) ->
 
 
 def _write_all(file: IO[bytes], content: bytes) -> None:
-    # An unbuffered write may take only a part, on a disk that is about to be full.
+    # An unbuffered write may write only a part on a disk that is nearly full.
     while content:
         content = content[file.write(content) :]
 
@@ -162,7 +162,7 @@ def _line(row: CurveRow) -> bytes:
 
 
 def _row(line: bytes) -> CurveRow:
-    """Raises ValueError that says what is wrong with the line."""
+    """Parses a line; raises ValueError with the fault."""
     try:
         values = json.loads(line)
     except (ValueError, RecursionError):
@@ -179,7 +179,7 @@ def _row(line: bytes) -> CurveRow:
 def _figure(name: str, value: object) -> float:
     if value is None:
         return math.nan
-    # A bool is an int to Python, and no figure.
+    # A bool is an int in Python, but no figure.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} is {value!r}")
     try:

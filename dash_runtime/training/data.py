@@ -1,4 +1,4 @@
-"""Text for calibration and training: what comes with Python, or the user's own files, as sequences of token ids.
+"""The user's own text for calibration and training, as sequences of token ids.
 
 Knows files, a tokenizer file and a chat template; knows no decoder.
 """
@@ -27,12 +27,12 @@ Message = tuple[str, str]
 def file_token_sequences(
     path: Path, tokenizer_file: Path, sequence_length: int, chat_template: ChatTemplate | None = None
 ) -> list[list[int]]:
-    """Sequences of token ids from a `.txt` or `.jsonl` file, or from all of them below a folder.
+    """Reads sequences of token ids from a `.txt` or `.jsonl` file, or from all of them below a folder.
 
-    A record with `messages`, or with a question and its answer, becomes a conversation in the model's chat
-    template, where there is one. Texts are packed one after another, so that short ones count too, and cut; the
-    last sequence ends where the text ends, and may begin within the one before it. Any number of sequences from
-    the start holds about as large a share of each file as the whole, the same ones every time.
+    A record with `messages`, or with a question and its answer, becomes a conversation in the model's chat template,
+    if it has one. Texts are packed one after another, so that short ones count too, and cut. The last sequence ends
+    with the text, and may overlap the one before it. The order is always the same, and any number of sequences from
+    the start has about the same share of each file as the whole.
 
     Raises:
         ConfigError: the data is missing, unreadable, holds no text, or is shorter than one sequence.
@@ -57,13 +57,15 @@ def file_token_sequences(
 
 
 def interleave(groups: Sequence[Sequence[list[int]]], seed: int = 0) -> list[list[int]]:
-    """All sequences of all groups, so that any number of them from the start holds about as large a share of each
-    group as the whole does. The order within a group is drawn too; the same seed gives the same order."""
+    """Returns all sequences of all groups in an order that the seed determines.
+
+    Any number of them from the start has about the same share of each group as the whole.
+    """
     placed: list[tuple[float, int, list[int]]] = []
     for number, group in enumerate(groups):
-        # A generator for each group: one file more does not reorder the others.
+        # Each group has its own generator, so that another file does not reorder the others.
         generator = random.Random(f"{seed}/{number}")
-        # A drawn start, or all small groups would meet in the middle.
+        # A random start: without it all small groups would meet in the middle.
         first = generator.random()
         shuffled = generator.sample(group, len(group))
         placed += [((place + first) / len(group), number, sequence) for place, sequence in enumerate(shuffled)]
@@ -91,7 +93,7 @@ def _texts(file: Path, chat_template: ChatTemplate | None) -> Iterator[str]:
     if file.suffix.lower() != ".jsonl":
         yield _whole_lines(content)
         return
-    # Not splitlines(): the strings of JSON may hold Unicode's other line ends as they are.
+    # Not splitlines(): JSON strings may contain Unicode's other line ends.
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             yield _record_text(line, f"{file}, line {number}", chat_template)
@@ -122,7 +124,7 @@ def _record_text(line: str, place: str, chat_template: ChatTemplate | None) -> s
 
 
 def _conversation(record: Mapping[str, Any], place: str) -> list[Message] | None:
-    """The messages of a record; None where it is no conversation."""
+    """Returns the messages of a record; None if it is no conversation."""
     if "messages" in record:
         messages = record["messages"]
         if not isinstance(messages, list) or not messages:
@@ -158,5 +160,5 @@ def _text(record: Mapping[str, Any], key: str, place: str) -> str:
 
 
 def _whole_lines(text: str) -> str:
-    """The text with a line end, so that what is packed after it begins on a line of its own."""
+    """Returns the text with a line end, so that the text packed after it begins on a line of its own."""
     return text if not text or text.endswith("\n") else f"{text}\n"

@@ -1,5 +1,4 @@
-"""Distils low-rank compensation end to end: what skipped layers add is trained until the whole path answers as full
-depth does, not until each layer's own delta is met.
+"""Distils low-rank compensation end to end: it minimises the divergence of the whole path, not each layer's own error.
 
 Knows which layers are skipped and the divergence that results; knows no policy and no prices.
 """
@@ -27,7 +26,8 @@ from dash_runtime.training.differentiable_decoder import (
 from dash_runtime.training.ppo import TrainingDiverged
 
 ActionsFor = Callable[[list[list[int]]], Tensor]
-"""Which layers these sequences skip: bool `[num_layers, rows]`, rows sequence by sequence. Prompt rows are ignored."""
+"""Returns True where a sequence skips a layer: bool `[num_layers, rows]`, rows sequence by sequence. Prompt rows are
+ignored."""
 
 DistillProgress = Callable[[int, float], None]
 """Called with the step and the mean divergence of its tokens before it, in nats."""
@@ -38,7 +38,7 @@ class DistillSettings:
     """`learning_rate` is relative: every parameter is scaled so that its usual input and output have power 1.
 
     It rises over the first `warmup_share` of the steps and then falls to `final_rate_share` of itself. The held-out
-    sequences are looked at every `evaluate_every` steps.
+    sequences are evaluated every `evaluate_every` steps.
     """
 
     steps: int = 200
@@ -65,7 +65,7 @@ class DistillSettings:
             raise ConfigError("num_prompt_tokens", f"must not be negative, got {self.num_prompt_tokens}")
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """Returns the learning rate of a step, counted from 0."""
         warmth = min(1.0, (step + 1) / max(1.0, self.warmup_share * self.steps))
         return self.learning_rate * warmth * (1 - (1 - self.final_rate_share) * step / self.steps)
 
@@ -81,8 +81,8 @@ def distill_compensation(
 ) -> LowRank:
     """Trains `start` on `sequences`, all of one length, to a lower divergence of the paths that `actions_for` takes.
 
-    Returns those of the best evaluation on `held_out` (the start is one), or the last
-    ones where nothing is held out. `actions_for` is asked anew in every step, but only once for what is held out.
+    Returns the compensation with the best evaluation on `held_out`, which includes the start, or the last one if
+    nothing is held out. `actions_for` is called in every step, but only once for the held-out sequences.
 
     Raises:
         ConfigError: the sequences are unusable, or `actions_for` answers in another shape.
@@ -105,7 +105,7 @@ def distill_compensation(
         ).mean()
         if not loss.isfinite():
             raise TrainingDiverged(f"the divergence in step {step} of the distillation is not a number")
-        if loss.requires_grad:  # not where nothing of the batch is skipped
+        if loss.requires_grad:  # False if the batch skips nothing
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate(step)
             optimizer.zero_grad(set_to_none=True)
@@ -127,7 +127,7 @@ def distill_compensation(
 def gated_divergence(
     decoder: DifferentiableDecoder, token_ids: Tensor, skipped: Tensor, compensate: Compensate, num_prompt_tokens: int
 ) -> Tensor:
-    """KL(full depth ‖ the path that skips) in nats for each decided token, float32 `[batch, length − prompt]`.
+    """Returns KL(full depth ‖ the path that skips) in nats per decided token, float32 `[batch, length − prompt]`.
 
     `skipped` is bool `[num_layers, batch · length]`. Differentiable in the compensation.
     """
@@ -140,10 +140,10 @@ def gated_divergence(
 
 
 class _Trained(nn.Module):
-    """float32 parameters of a `LowRank`, divided by the usual size of what they meet and make.
+    """float32 parameters of a `LowRank`, scaled by the usual sizes of their inputs and outputs.
 
-    A model's channels differ in size by factors of a thousand, and Adam moves every parameter by the same amount: one
-    learning rate suits all of them only once the sizes are taken out.
+    A model's channels differ in size by factors of a thousand, and Adam moves every parameter by the same amount. With
+    the sizes taken out, one learning rate suits all parameters.
     """
 
     def __init__(self, decoder: DifferentiableDecoder, start: LowRank, token_ids: Tensor) -> None:
@@ -157,7 +157,7 @@ class _Trained(nn.Module):
         self.offsets = nn.Parameter(start.offsets.to(decoder.device).float() / self.offset_scale)
 
     def compensation(self) -> LowRank:
-        """What serving would run with the present parameters; gradients flow through it."""
+        """Returns the compensation with the present parameters; gradients flow through it."""
         return LowRank(self.down * self.down_scale, self.up * self.up_scale, self.offsets * self.offset_scale)
 
     @torch.no_grad()
@@ -167,8 +167,8 @@ class _Trained(nn.Module):
 
 @torch.no_grad()
 def _usual_sizes(decoder: DifferentiableDecoder, start: LowRank, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Root mean squares along the full path, per layer: of each input channel and each channel of the layer's delta,
-    `[num_layers, hidden_size]`, and of what each row of `start.down` makes, `[num_layers, rank]`."""
+    """Returns root mean squares along the full path: of each layer's input channels and delta channels, `[num_layers,
+    hidden_size]` each, and of the outputs of `start.down`, `[num_layers, rank]`."""
     states: list[Tensor] = []
 
     def record(layer: int, hidden: Tensor) -> None:
@@ -183,14 +183,14 @@ def _usual_sizes(decoder: DifferentiableDecoder, start: LowRank, token_ids: Tens
 
 
 def _size(rows: Tensor) -> Tensor:
-    """Per column; columns that are nearly or wholly zero count as small, but never as nothing."""
+    """Returns the root mean square of each column, with a floor above zero."""
     size = rows.square().mean(dim=0).sqrt()
     floor = 1e-3 * size.mean()
     return size.clamp_min(float(floor)) if floor > 0 else torch.ones_like(size)
 
 
 class _Judge:
-    """The mean divergence on sequences that are not trained on, with the plans of the start."""
+    """Computes the mean divergence on held-out sequences, whose skips stay the same."""
 
     def __init__(
         self,

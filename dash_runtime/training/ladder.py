@@ -1,4 +1,4 @@
-"""The compensation ladder on one model: what each rung costs, takes in a file, and buys.
+"""Climbs the compensation ladder on one model: each rung's cost, file size and divergence.
 
 Every rung is fitted on the same text and judged on the same other text, under the same random skips. Knows rungs and
 costs; knows no learned policy and no files.
@@ -24,13 +24,13 @@ from dash_runtime.training.self_text import Progress
 from dash_runtime.training.train import path_outcome
 
 SKIPS_PER_TOKEN = 3.5
-"""What a budget of about 0.9 leaves out of the embedded model."""
+"""The skips of a budget of about 0.9 on the embedded model."""
 _FIT_BATCH = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """`cost` is that of one skip over a full layer; `divergence` under random skips, `SKIPS_PER_TOKEN` on average."""
+    """The figures of one rung: `cost` of one skip over a full layer, `divergence` under random skips."""
 
     name: str
     cost: float
@@ -42,7 +42,7 @@ class Rung:
 
 
 def fit_linear(task: Task, sequences: Sequence[Sequence[int]]) -> LinearFit:
-    """The sums that the linear rungs are solved from, along the full path; each sequence's first token is left out."""
+    """Gathers the sums for the linear rungs along the full path, without each sequence's first token."""
     fit = LinearFit(task.decoder)
     for start in range(0, len(sequences), _FIT_BATCH):
         batch = sequences[start : start + _FIT_BATCH]
@@ -62,7 +62,7 @@ def climb(
     distillation: DistillSettings,
     progress: Progress,
 ) -> Iterator[tuple[Rung, Compensation]]:
-    """Each rung of the ladder, the distilled one last: it starts from the largest of `ranks`."""
+    """Yields each rung of the ladder. The distilled one, which starts from the largest of `ranks`, is the last."""
     closed_form = fit_compensation(task.decoder, fitting[:_FIT_BATCH])
     linear = fit_linear(task, fitting)
     low_rank = {rank: linear.low_rank(rank) for rank in ranks}
@@ -79,7 +79,7 @@ def climb(
 
 
 def _rates(task: Task) -> Tensor:
-    """`[num_layers, 4]`: every free layer is skipped equally often, and runs in full otherwise."""
+    """Returns rates `[num_layers, 4]` that skip each free layer equally often, `SKIPS_PER_TOKEN` in all."""
     free = list(task.spec.free_layers)
     rates = torch.zeros(task.decoder.num_layers, len(Action))
     rates[:, Action.FULL - 1] = 1

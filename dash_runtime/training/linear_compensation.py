@@ -1,7 +1,7 @@
 """Fits the linear rungs of the compensation ladder by ridge regression of each layer's delta on its input.
 
 The low-rank map is the reduced-rank regression (Izenman 1975): the dense solution projected on the main directions of
-what it predicts, which loses least of it at that rank. Knows states; knows no policy.
+its predictions, which loses least of them at that rank. Knows states; knows no policy.
 """
 
 import torch
@@ -24,7 +24,7 @@ class LinearFit:
         self._products = torch.zeros(decoder.num_layers, size, size - 1)
 
     def add(self, layer: int, inputs: Tensor, outputs: Tensor) -> None:
-        """Counts the layer's `[rows, hidden_size]` input and output."""
+        """Adds rows of a layer: its input and output, `[rows, hidden_size]` each."""
         x, delta = inputs.float().cpu(), (outputs - inputs).float().cpu()
         weight = x.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).rsqrt()
         x = torch.cat((x * weight, weight), dim=-1)
@@ -32,12 +32,12 @@ class LinearFit:
         self._products[layer] += x.T @ (delta * weight)
 
     def dense(self) -> Dense:
-        """One `[hidden_size, hidden_size]` map and an offset per layer."""
+        """Solves for a `[hidden_size, hidden_size]` map and an offset per layer."""
         solutions = torch.stack([self._solve(layer) for layer in range(self._decoder.num_layers)])
         return Dense(self._cast(solutions[:, :-1].transpose(1, 2)), self._cast(solutions[:, -1]))
 
     def low_rank(self, rank: int) -> LowRank:
-        """A map of the given rank, and an offset, per layer."""
+        """Solves for a map of the given rank and an offset per layer."""
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for layer in range(self._decoder.num_layers):
             solution = self._solve(layer)

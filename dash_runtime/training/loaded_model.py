@@ -35,7 +35,7 @@ _CONTEXT_LENGTH = 1024
 
 @dataclass(frozen=True, slots=True)
 class ModelOptions:
-    """Which checkpoint, where, and on which text; `data` None is the default text."""
+    """A checkpoint, its device and its text; `data` is None for the default text."""
 
     model: str
     revision: str | None
@@ -48,7 +48,7 @@ class LoadedModel:
     """Config, tokenizer and decoder of one checkpoint, in bfloat16.
 
     Args:
-        actions: those to pack kernels for, FULL among them; None for all that the device has.
+        actions: the actions to pack kernels for, FULL among them; None for all that the device has.
 
     Raises:
         ConfigError: an action has no kernel here, or the device does not exist.
@@ -80,7 +80,7 @@ class LoadedModel:
 
     @cached_property
     def gradient_decoder(self) -> DifferentiableDecoder:
-        """The same model for passes with a gradient."""
+        """The same model, for passes with gradients."""
         return DifferentiableDecoder(self.config, self._weights, device=self.device)
 
     @cached_property
@@ -92,7 +92,7 @@ class LoadedModel:
         return ChatTemplate.load(self.folder)
 
     def sequences(self) -> list[list[int]]:
-        """Token ids of the chosen text, `SEQUENCE_LENGTH` each, `MAX_SEQUENCES` at most.
+        """Returns the chosen text as at most `MAX_SEQUENCES` sequences of `SEQUENCE_LENGTH` token ids.
 
         Raises:
             ConfigError: the text cannot be used.

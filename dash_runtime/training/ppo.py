@@ -21,7 +21,7 @@ from dash_runtime.training.rollout import Choose, Judged, Rollout, costs_by_acti
 
 
 class TrainingDiverged(DashRuntimeError):
-    """A loss is not a number; the last checkpoint is the last good one."""
+    """A loss is not a number; the last checkpoint is intact."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +49,20 @@ class Task:
 
 
 class Objective(StrEnum):
-    """What a token loses by not running at full depth: its divergence, or, for a drafter, the probability that full
-    depth rejects it."""
+    """The loss of a token that leaves full depth: its divergence, or, for a drafter, the probability that full depth
+    rejects it."""
 
     DIVERGENCE = "divergence"
     ACCEPTANCE = "acceptance"
 
     def loss(self, judged: Judged) -> Tensor:
-        """By row."""
+        """Returns the loss of each row."""
         return judged.divergence if self is Objective.DIVERGENCE else 1 - judged.acceptance
 
 
 @dataclass(frozen=True, slots=True)
 class PpoSettings:
-    """`price_range` bounds λ, the price of a whole token's cost; `shaping` is the reward's w."""
+    """Settings of the update; `price_range` bounds λ, the price of a whole token's cost, and `shaping` is w."""
 
     objective: Objective = Objective.DIVERGENCE
     price_range: tuple[float, float] = (0.1, 4.0)
@@ -118,8 +118,10 @@ def collect(
     log_price: Tensor,
     settings: PpoSettings,
 ) -> tuple[Experience, Outcome]:
-    """Samples `num_paths` paths for every token at its row's price (`log_price` is `[rows]`, of one path) and scores
-    them. The sequences are all of one length."""
+    """Samples `num_paths` paths for every token at its row's price, and scores them.
+
+    The sequences are all of one length; `log_price` is `[rows]`, for one path.
+    """
     full = full_path(task.decoder, sequences)
     rows = task.decided_rows(sequences)
     copies = list(sequences) * num_paths
@@ -155,24 +157,24 @@ def collect(
 
 
 def outcome_of(judged: Judged, cost: Tensor) -> Outcome:
-    """The means; `cost` is by row, or their mean."""
+    """Returns the means; `cost` is by row, or already a mean."""
     means = (cost, judged.divergence, judged.agrees.float(), judged.acceptance)
     return Outcome(*(float(values.mean()) for values in means))
 
 
 def scheduled(start: float, end: float, share: float) -> float:
-    """What goes from `start` to `end` in a straight line, after that share of the way."""
+    """Interpolates linearly from `start` to `end`."""
     return start + share * (end - start)
 
 
 def _valid_layers(task: Task) -> Tensor:
-    """bool `[num_blocks, block_size]`: False beyond the layers of a smaller last block."""
+    """Returns bool `[num_blocks, block_size]`: False beyond the layers of a smaller last block."""
     sizes = torch.tensor([len(block) for block in task.spec.decision_blocks])
     return torch.arange(task.spec.block_size) < sizes.unsqueeze(1)
 
 
 def _joint_log_probs(log_probs: Tensor, chosen: Tensor, valid: Tensor) -> Tensor:
-    """Of each block's chosen actions together, `[num_blocks, rows]`."""
+    """Returns the log probability of each block's chosen actions together, `[num_blocks, rows]`."""
     taken = log_probs.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
     return (taken * valid.unsqueeze(1)).sum(-1)
 
@@ -187,12 +189,11 @@ def _rewards(
     loss: Tensor,
     settings: PpoSettings,
 ) -> Tensor:
-    """`[num_blocks, rows]`: −λ·c − w·(D after − D before) for each decision, and at the last one the objective's loss.
+    """Returns rewards `[num_blocks, rows]`: −λ·c − w·(D after − D before), and at the last block also −loss.
 
-    D is 1 − cosine to the full path's state; it enters as a potential that ends at 0 (Ng et al. 1999), so that it leads
-    the way without moving the optimum. That loss counts against the mean of the token's own paths: a baseline that
-    takes out how hard the token is, which no decision changes. Divided by 0.3 + λ, so that prices weigh alike in the
-    loss.
+    D is 1 − cosine to the full path's state. It is a potential that ends at 0 (Ng et al. 1999), so that it guides
+    without moving the optimum. The mean loss of the token's own paths is subtracted from the loss: a baseline for the
+    token's difficulty, which no decision changes. All is divided by 0.3 + λ, so that prices weigh alike.
     """
     blocks = task.spec.decision_blocks
     decided = rows.repeat(num_paths)
@@ -210,7 +211,7 @@ def _rewards(
 
 
 def _advantages(rewards: Tensor, values: Tensor, gae_lambda: float) -> Tensor:
-    """Generalised advantage estimation (Schulman et al. 2016) with γ = 1, over `[steps, rows]`."""
+    """Returns generalised advantage estimates (Schulman et al. 2016) with γ = 1, `[steps, rows]`."""
     advantages = torch.zeros_like(rewards)
     following_value, following_advantage = torch.zeros_like(rewards[0]), torch.zeros_like(rewards[0])
     for step in reversed(range(len(rewards))):
@@ -230,7 +231,7 @@ def update(
     settings: PpoSettings,
     generator: torch.Generator,
 ) -> UpdateLosses:
-    """A few epochs of clipped policy steps over the experience; a minibatch holds all blocks of some tokens.
+    """Runs a few epochs of clipped policy steps over the experience. A minibatch holds all blocks of some tokens.
 
     Raises:
         TrainingDiverged: the loss is not finite; the parameters are as before that step.
@@ -251,7 +252,7 @@ def update(
             entropies = -(log_probs.exp() * log_probs).sum(-1) * valid.unsqueeze(1)
             entropy = entropies.sum() / (valid.sum() * len(rows))
             value_loss = functional.mse_loss(values, experience.returns[:, rows])
-            # The entropy of a block is the sum of its layers': weighed by its size, as the gain is a block's.
+            # The gain is a block's, so the entropy is that of a block too: its layers' mean times its size.
             loss = settings.value_weight * value_loss - gain - entropy_weight * task.spec.block_size * entropy
             if not loss.isfinite():
                 raise TrainingDiverged("the loss is not a number; the last checkpoint is kept")

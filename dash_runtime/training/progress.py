@@ -1,4 +1,4 @@
-"""What a person sees while a policy is trained: a bar on a terminal, a line every so often elsewhere.
+"""Shows a person the progress of training: a bar on a terminal, occasional lines elsewhere.
 
 Knows the figures and the terminal; knows no training and no files.
 """
@@ -16,8 +16,8 @@ _LINE_EVERY = 10
 class ProgressDisplay:
     """Shows how far training is; a context manager. One iteration is one step of `total`.
 
-    On a terminal it is a bar with the time that is left, where tqdm is installed; on anything else a line every ten
-    iterations and at the last. A stream that takes no more text ends the display, never the training.
+    On a terminal with tqdm installed it is a bar with the time left, elsewhere a line every ten iterations and at the
+    last. A stream that fails ends the display, never the training.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class ProgressDisplay:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`start_iteration` is where a resumed run goes on, `stream` stderr unless told, `clock` in seconds."""
+        """`start_iteration` is the first of a resumed run, `stream` stderr by default, `clock` in seconds."""
         self._total = total
         self._start_iteration = start_iteration
         self._stream = sys.stderr if stream is None else stream
@@ -46,7 +46,7 @@ class ProgressDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After Ctrl-C too: the bar stays as a whole line, and what is written next begins on one of its own.
+        # Also after Ctrl-C: closing completes the bar's line, and later text begins on its own.
         if self._bar is not None:
             with contextlib.suppress(OSError):
                 self._bar.close()
@@ -72,7 +72,7 @@ class ProgressDisplay:
             )
 
     def note(self, text: str) -> None:
-        """Writes a line of its own, above the bar where there is one."""
+        """Writes a line, above the bar if there is one."""
         if self._bar is None:
             self._show(lambda: self._write(text))
         else:
@@ -104,7 +104,7 @@ def _bar(total: int, start_iteration: int, stream: TextIO) -> Any:
         initial=start_iteration,
         file=stream,
         dynamic_ncols=True,
-        # An iteration takes seconds: each is worth a new picture.
+        # An iteration takes seconds: redraw after each.
         miniters=1,
         bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}",
     )

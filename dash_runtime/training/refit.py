@@ -1,4 +1,4 @@
-"""Refits compensation on the states that a policy really visits: distilled along the policy's own paths.
+"""Refits compensation on the states that a policy visits: distils it along the policy's own paths.
 
 Knows a task and a policy's network; knows no files.
 """
@@ -18,7 +18,7 @@ from dash_runtime.training.distill import ActionsFor, DistillProgress, DistillSe
 from dash_runtime.training.ppo import Task
 
 _DEAREST_SHARE = 0.5
-"""The dearest half of the prices, on a log scale, is left out: there nearly everything is skipped."""
+"""Share of the prices, the dearest on a log scale, that is left out: there nearly everything is skipped."""
 
 
 def refit_compensation(
@@ -31,7 +31,7 @@ def refit_compensation(
     settings: DistillSettings,
     progress: DistillProgress,
 ) -> LowRank:
-    """`start`, distilled under the greedy policy at prices drawn for each sequence; the task runs it as serving does.
+    """Distils `start` under the greedy policy, at a price drawn for each sequence. The task is as in serving.
 
     Raises:
         TrainingDiverged: the divergence is not a number.
@@ -44,7 +44,7 @@ def refit_compensation(
 def policy_skips(
     task: Task, network: PolicyNetwork, price_range: tuple[float, float], generator: torch.Generator
 ) -> ActionsFor:
-    """What the greedy policy skips, at a price per sequence from the cheaper part of the range."""
+    """Returns the skips of the greedy policy, at a price per sequence from the cheaper part of the range."""
     low, high = (math.log(price) for price in price_range)
     high = low + (1 - _DEAREST_SHARE) * (high - low)
 

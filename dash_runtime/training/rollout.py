@@ -1,7 +1,7 @@
-"""Rollouts: many tokens at once through the layers, under teacher forcing, as serving would run them.
+"""Rollouts: run many tokens at once through the layers, under teacher forcing, as serving would.
 
-The same `run_layer`, the same key-value rule and the same lookahead state as in `engine/step.py` (a test holds the two
-together); an episode is one token's way through the layers. Knows the decoder and scores; knows no learning.
+They use the same `run_layer`, key-value rule and lookahead state as `engine/step.py`; a test holds the two together. An
+episode is one token's way through the layers. Knows the decoder and scores; knows no learning.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.plan_spec import PlanSpec
 
 Choose = Callable[[tuple[int, ...], Tensor, Tensor, Tensor], Tensor]
-"""`(layers of a block, hidden, last actions, cost spent)`, the tensors with a row per token, to the actions of those
+"""Maps `(layers of a block, hidden, last actions, cost spent)`, tensors with a row per token, to the actions of those
 layers as int64 numbers, `[layers, rows]`."""
 
 _LOGIT_ROWS = 128
@@ -32,11 +32,11 @@ class Rollout:
     actions: Tensor
     """int64 `[num_layers, rows]`, as Action's numbers."""
     cost_spent: Tensor
-    """float32 `[num_layers, rows]`: up to and with each layer."""
+    """float32 `[num_layers, rows]`: up to and including each layer."""
 
 
 def costs_by_action(costs: CostTable) -> Tensor:
-    """The cost of one layer, float32, indexed by Action's number."""
+    """Returns the cost of one layer, float32, indexed by Action's number."""
     return torch.tensor([0.0, *(costs.layer.get(action, 0.0) for action in Action)])
 
 
@@ -77,19 +77,23 @@ def roll_out(
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """How far paths end from full depth, for each of their rows: KL(full-depth distribution ‖ theirs) in nats, whether
-    both prefer the same token, and the probability that full depth accepts a token drawn from theirs."""
+    """The distance of paths from full depth, by row."""
 
     divergence: Tensor
+    """KL(full-depth distribution ‖ theirs) in nats."""
     agrees: Tensor
+    """True if both prefer the same token."""
     acceptance: Tensor
-    """Σ min(p, q) (Leviathan et al. 2023, theorem 3.5)."""
+    """Probability that full depth accepts a token drawn from theirs: Σ min(p, q) (Leviathan et al. 2023, theorem
+    3.5)."""
 
 
 @torch.no_grad()
 def divergences(decoder: Decoder, full: Tensor, ours: Tensor, head: Action) -> Judged:
-    """Judges last-layer outputs, `[rows, hidden_size]`, where `ours` may hold several paths of the same rows, one after
-    another; the full path uses the full head, ours `head`."""
+    """Judges last-layer outputs, `[rows, hidden_size]`. The full path uses the full head, ours `head`.
+
+    `ours` may hold several paths of the same rows, one after another.
+    """
     paths = ours.view(-1, *full.shape)
     parts: list[tuple[Tensor, ...]] = []
     for start in range(0, len(full), _LOGIT_ROWS):

@@ -42,7 +42,7 @@ def train_straight_through(
     iterations: int,
     seed: int,
 ) -> Trained:
-    """Trains the control on the task; the compensation stays as it is.
+    """Trains the control on the task; the compensation does not change.
 
     Raises:
         ConfigError: the task has other actions than SKIP and FULL.

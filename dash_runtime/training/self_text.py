@@ -1,8 +1,8 @@
 """Text that the model writes itself: its own answers to a list of prompts, at full depth.
 
-A policy serves the text that its model writes, so this is what it is trained on by default, beside Python's help.
-What was written is kept in a file, since it takes minutes on a CPU. Knows the engine, prompts and a chat template;
-knows no policies and no training.
+A policy serves the text that its model writes, so it is trained on such text by default, beside Python's help. The text
+is kept in a file, since writing it takes minutes on a CPU. Knows the engine, prompts and a chat template; knows no
+policies and no training.
 """
 
 import contextlib
@@ -44,16 +44,16 @@ _NUM_REPORTS = 20
 
 
 def shipped_prompts() -> tuple[str, ...]:
-    """The prompts that come with the package, one a line in their file."""
+    """Returns the prompts that come with the package, one per line of their file."""
     return tuple(line for line in PROMPTS_FILE.read_text("utf-8").splitlines() if line.strip())
 
 
 @dataclass(frozen=True, slots=True)
 class SelfTextSettings:
-    """What the model answers, and how its answers are drawn.
+    """The prompts that the model answers, and the sampling of its answers.
 
-    `num_slots` is how many it writes at once; the text does not depend on it. `context_length` bounds a prompt with
-    its answer: the decoder must have been made for that many positions.
+    `num_slots` is the number of answers written at once; the text does not depend on it. `context_length` bounds a
+    prompt with its answer: the decoder must be made for that many positions.
     """
 
     prompts: tuple[str, ...] = field(default_factory=shipped_prompts)
@@ -78,10 +78,10 @@ def default_training_sequences(
     fingerprint: str,
     settings: SelfTextSettings | None = None,
 ) -> list[list[int]]:
-    """The text to train on where the user has none: one sequence from Python's help to two that the model wrote
-    itself, interleaved, so that any number from the start is the same mixture.
+    """Returns the text to train on if the user gives none: one sequence from Python's help to two that the model wrote.
 
-    The arguments are those of `self_generated_sequences`.
+    They are interleaved, so that any number from the start is the same mixture. The arguments are those of
+    `self_generated_sequences`.
 
     Raises:
         DashRuntimeError: as for `self_generated_sequences`.
@@ -115,15 +115,15 @@ def self_generated_sequences(
     fingerprint: str,
     settings: SelfTextSettings | None = None,
 ) -> list[list[int]]:
-    """Sequences of token ids from the model's own answers, each behind its prompt in the model's chat template.
+    """Returns sequences of token ids from the model's own answers, each after its prompt in the model's chat template.
 
-    The conversations are packed one after another and cut. The same model and settings give the same sequences, and
-    fewer of them are the first of more. They are read from `cache_file` where it holds enough of the same; otherwise
-    it is written, and a file that cannot be written only costs the next run its time.
+    The conversations are packed one after another and cut. The same model and settings give the same sequences; asking
+    for fewer gives the first of them. They are read from `cache_file` if it holds enough of the same. Otherwise it is
+    written; if that fails, the next run writes the text again.
 
     Args:
         eos_ids: the tokens that end an answer.
-        progress: is told how far it is, in sentences.
+        progress: called with sentences.
         fingerprint: names the model (`policy_file.model_fingerprint`).
 
     Raises:
@@ -145,7 +145,7 @@ def self_generated_sequences(
 
 
 class _Writer:
-    """Conversations of the model with the prompts, each a prompt's token ids and then the answer's."""
+    """Writes conversations: each is a prompt's token ids and then the answer's."""
 
     def __init__(
         self, decoder: Decoder, eos_ids: frozenset[int], prompts: Sequence[list[int]], settings: SelfTextSettings
@@ -158,10 +158,10 @@ class _Writer:
         self._num_unfinished = 0
 
     def write(self, num_sequences: int, length: int, progress: Progress) -> list[list[int]]:
-        """Exactly `num_sequences` of `length` token ids.
+        """Returns exactly `num_sequences` of `length` token ids.
 
-        Every conversation that was begun is written to its end and they are packed in the order in which they were
-        begun: which ones finish first must not choose the text, or short answers would be preferred.
+        Every conversation is written to its end, and they are packed in the order in which they began. In the order in
+        which they end, short answers would be preferred.
         """
         wanted = num_sequences * length
         reported = 0
@@ -197,21 +197,21 @@ class _Writer:
 
 
 def _schedule(prompts: Sequence[list[int]], seed: int) -> Iterator[list[int]]:
-    """All prompts again and again, each time in another order."""
+    """Yields all prompts again and again, each time in another order."""
     for turn in count():
         yield from random.Random(f"{seed}/{turn}").sample(prompts, len(prompts))
 
 
 def _full_depth_engine(decoder: Decoder, eos_ids: frozenset[int], settings: SelfTextSettings) -> Engine:
     config = EngineConfig(settings.num_slots, settings.num_slots * settings.context_length, settings.context_length)
-    # Nothing is decided at full depth, so that the costs are never looked at.
+    # Nothing is decided at full depth, so the costs are never read.
     costs = CostTable(decoder.num_layers, {Action.FULL: 1 / decoder.num_layers}, {Action.FULL: 0.0})
     catalog = PolicyCatalog(costs, (Action.FULL,), Identity(), ())
     return assemble_engine(decoder, catalog, config, settings.context_length, eos_ids)
 
 
 def _prompt_ids(tokenizer_file: Path, chat_template: ChatTemplate, settings: SelfTextSettings) -> list[list[int]]:
-    """Token ids of the rendered prompts that leave room for an answer."""
+    """Returns the token ids of the rendered prompts that leave room for an answer."""
     if not settings.prompts:
         raise ConfigError("prompts", "are none")
     if chat_template.source is None:
@@ -233,8 +233,8 @@ def _key(
     sequence_length: int,
     settings: SelfTextSettings,
 ) -> str:
-    """Differs wherever the text would. The device and its precision are left out: what the model wrote on another
-    one is its text too."""
+    """Returns a key that differs if the text would. The device and its precision are left out: text that the model
+    wrote on another device is its text too."""
     facts = asdict(settings)
     del facts["num_slots"]
     tokenizer = hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
@@ -243,7 +243,7 @@ def _key(
 
 
 def _read(file: Path, key: str, num_sequences: int, length: int, vocab_size: int) -> list[list[int]] | None:
-    """The first `num_sequences` in the file; None where it has not enough of them, or is another's, or damaged."""
+    """Returns the first `num_sequences` in the file; None if it has too few, has another key or is damaged."""
     try:
         with safe_open(file, framework="pt") as kept:
             metadata = json.loads((kept.metadata() or {}).get(_METADATA, "{}"))
@@ -259,10 +259,10 @@ def _read(file: Path, key: str, num_sequences: int, length: int, vocab_size: int
 
 
 def _write(file: Path, key: str, sequences: list[list[int]]) -> None:
-    """In one rename."""
+    """Writes the file in one rename."""
     ids = torch.tensor(sequences, dtype=torch.int32)
     metadata = {_METADATA: json.dumps({"key": key, "sha256": _digest(ids)})}
-    # A folder that cannot be written to only costs the next run its time.
+    # If the folder cannot be written to, the next run writes the text again.
     with contextlib.suppress(OSError, PolicyFileError):
         file.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(file, "self-written text", {"token_ids": ids}, metadata)

@@ -1,6 +1,6 @@
 """Trains a budget-conditioned policy with its compensation, and calibrates its budgets.
 
-Resumes where it was stopped, to the same result. Knows the task and the loop; knows no command line.
+A stopped run resumes to the same result. Knows the task and the loop; knows no command line.
 """
 
 import json
@@ -37,14 +37,14 @@ from dash_runtime.training.rollout import Choose, divergences
 CALIBRATION_PRICES = tuple(0.02 * 2 ** (step / 3) for step in range(30))
 """λ from 0.02 to 16, in steps of ∛2."""
 HARMLESS = 0.05
-"""Nats per token: the lowest budget within it is recommended."""
+"""Divergence in nats per token; the lowest budget within it is recommended."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
-    """`sequences_per_iteration` sequences are rolled out along `paths_per_sequence` paths and learned from at a time.
+    """An iteration learns from `sequences_per_iteration` sequences along `paths_per_sequence` paths each.
 
-    Before the iterations in `refits` the compensation is refitted on the states that the policy visits by then.
+    Before the iterations in `refits` the compensation is refitted on the states that the policy then visits.
     """
 
     iterations: int = 240
@@ -67,12 +67,12 @@ TrainProgress = Callable[[int, float, Outcome, UpdateLosses], None]
 """Called with the iteration, mean λ, outcome of the sampled paths and losses."""
 
 Refit = Callable[[Task, LowRank, PolicyNetwork, int], LowRank]
-"""The compensation refitted along the paths of a policy on a task; the number is a seed."""
+"""Refits compensation along the paths of a policy on a task; the number is a seed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What training gives: a network, and the compensation that it was trained with last."""
+    """The result of training: a network, and the compensation that it was last trained with."""
 
     network: PolicyNetwork
     compensation: LowRank
@@ -87,10 +87,10 @@ def train(
     progress: TrainProgress,
     refit: Refit | None = None,
 ) -> Trained:
-    """Trains on `sequences`, all of one length, starting with `compensation` in the place of the task's.
+    """Trains on `sequences`, all of one length, starting with `compensation` instead of the task's.
 
-    Every `checkpoint_every` iterations the state is kept in `checkpoint`, in one rename; a run that finds it goes on
-    from there and ends as it would have without the stop, since each iteration draws from a seed of its own.
+    Every `checkpoint_every` iterations the state is written to `checkpoint`, in one rename. A run that finds it resumes
+    there and ends as without the stop, since each iteration draws from its own seed.
 
     Raises:
         TrainingDiverged: the loss is not a number; the last checkpoint is intact.
@@ -130,7 +130,7 @@ def train(
 
 
 def _signature(task: Task, sequences: Sequence[Sequence[int]], settings: TrainSettings) -> str:
-    """Differs between runs that must not go on from each other's checkpoints."""
+    """Returns a text that differs between runs that must not resume from each other's checkpoints."""
     spec = task.spec
     names = [action.name for action in spec.actions]
     text = [len(sequences), sum(map(sum, sequences))]
@@ -145,9 +145,9 @@ def path_outcome(
     choose: Choose,
     full: list[Tensor] | None = None,
 ) -> tuple[Outcome, Tensor]:
-    """Cost, divergence and agreement of the paths that `choose` takes, and its actions `[num_layers, decided rows]`.
+    """Returns the outcome of the paths that `choose` takes, and its actions `[num_layers, decided rows]`.
 
-    `full` is the full path of the same sequences, where the caller has it already.
+    `full` is the full path of the same sequences; None to compute it.
     """
     rows = task.decided_rows(sequences)
     full = full or full_path(task.decoder, sequences)
@@ -163,13 +163,13 @@ def greedy_outcome(
     price: float,
     full: list[Tensor] | None = None,
 ) -> tuple[Outcome, Tensor]:
-    """`path_outcome` of the policy that always takes its best action."""
+    """Returns `path_outcome` of the policy that always takes its best action."""
     choose = greedy_choice(task, network, torch.tensor(math.log(price)))
     return path_outcome(task, sequences, choose, full)
 
 
 def describe_budgets(calibration: BudgetCalibration) -> str:
-    """In words."""
+    """Returns the budgets in words."""
     highest = calibration.points[-1][0]
     return f"budgets {calibration.lowest_budget:.3f} to {highest:.3f}, recommended {calibration.recommended_budget:.3f}"
 
@@ -180,9 +180,9 @@ def calibrate(
     sequences: Sequence[Sequence[int]],
     objective: Objective = Objective.DIVERGENCE,
 ) -> BudgetCalibration:
-    """Finds, for a ladder of prices, the mean cost and divergence that the policy comes to on `sequences`.
+    """Finds the policy's mean cost and divergence on `sequences` for a ladder of prices.
 
-    Recommended is the lowest budget that is harmless or, for a drafter, the one at which drafting greedily gains most.
+    It recommends the lowest harmless budget or, for a drafter, the one at which greedy drafting gains most.
     """
     full = full_path(task.decoder, sequences)
     points: list[tuple[float, float]] = []
@@ -190,7 +190,7 @@ def calibrate(
     for price in sorted(CALIBRATION_PRICES, reverse=True):
         outcome, _ = greedy_outcome(task, network, sequences, price, full)
         cost = min(outcome.cost, 1.0)
-        # A dearer price never costs more, or it is left out: the cheaper of the two serves that budget.
+        # Budgets ascend: a lower price that costs no more than a dearer one is left out.
         if not points or cost > points[-1][0]:
             points.append((cost, math.log(price)))
             reached.append(outcome)
@@ -207,7 +207,7 @@ def calibrate(
 
 
 def _drafting_gain(outcome: Outcome) -> float:
-    """What greedy drafts of a usual length at this cost and agreement make of full depth's speed."""
+    """Returns the speed over full depth's of greedy drafts of a usual length at this cost and agreement."""
     return max(
         drafting_gain(outcome.agreement, outcome.cost, length, USUAL_VERIFICATION_COST) for length in USUAL_LENGTHS
     )

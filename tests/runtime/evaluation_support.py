@@ -1,4 +1,4 @@
-"""What the evaluation's tests need: both ways to run, an engine, and transformers to compare with."""
+"""Fixtures for the evaluation's tests: both runners, an engine, and transformers to compare with."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,11 +21,11 @@ from tests.tiny_models import NUM_LAYERS
 CONTEXT = 128
 
 Reference = Callable[[Sequence[int]], torch.Tensor]
-"""Token ids to log-probabilities, `[tokens, vocab_size]`."""
+"""Maps token ids to log-probabilities, `[tokens, vocab_size]`."""
 
 
 def load_reference(folder: Path) -> Reference:
-    """The model by transformers."""
+    """Loads the model with transformers."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     @torch.inference_mode()
@@ -36,7 +36,7 @@ def load_reference(folder: Path) -> Reference:
 
 
 def encode(text: str) -> list[int]:
-    """The tiny models' tokenizer: a token is a byte."""
+    """Encodes as the tiny models' tokenizer does: a token is a byte."""
     return list(text.encode())
 
 

@@ -1,4 +1,4 @@
-"""The rungs of the ladder: what they compute, packed and stored."""
+"""The rungs of the ladder: computed, packed and stored."""
 
 from pathlib import Path
 

@@ -30,7 +30,7 @@ def grow(path: Path, count: int, start: int = 0) -> TrainingCurve:
 
 
 class SmallDisk:
-    """An opener of files that takes `room` more bytes, and then refuses as a full disk does."""
+    """An opener whose files take `room` more bytes and then fail as on a full disk."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -98,7 +98,7 @@ def test_a_last_line_that_was_cut_off_is_left_out_and_mended(path: Path, cut: in
     grow(path, 4)
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut])
-    # Without its line end only, a row is still whole.
+    # A row without its line end is still whole.
     kept = 4 if cut == 1 else 3
     assert read_curve(path) == rows(kept)
     grow(path, 6, start=kept)

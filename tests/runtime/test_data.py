@@ -1,4 +1,4 @@
-"""From files to sequences of token ids: every text counts, conversations look as served, files are mixed."""
+"""From files to sequences of token ids: every text counts, conversations look as in serving, files are mixed."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Distilled compensation: a lower divergence under the skips that it is trained for, and runs that repeat."""
+"""Distillation lowers the divergence under the skips that it is trained for, and runs repeat."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ def sequences() -> list[list[int]]:
 
 
 def fresh(decoder: DifferentiableDecoder, size: float = 0.0) -> LowRank:
-    """Down at random, up and offsets of the given size: at 0 it is the identity."""
+    """Returns a map with a random `down`, and `up` and offsets of the given size; with size 0 it is the identity."""
     generator = torch.Generator().manual_seed(3)
     num_layers, hidden_size = decoder.num_layers, decoder.config.hidden_size
     down = torch.randn(num_layers, RANK, hidden_size, generator=generator) * hidden_size**-0.5
@@ -40,14 +40,14 @@ def fresh(decoder: DifferentiableDecoder, size: float = 0.0) -> LowRank:
 
 
 def always(batch: list[list[int]]) -> Tensor:
-    """The same layers for every token."""
+    """Skips the same layers for every token."""
     skipped = torch.zeros(6, len(batch) * LENGTH, dtype=torch.bool)
     skipped[SKIPPED_LAYERS] = True
     return skipped
 
 
 def ignore(*_: object) -> None:
-    """No progress wanted."""
+    """Ignores progress."""
 
 
 @torch.no_grad()

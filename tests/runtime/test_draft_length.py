@@ -1,4 +1,4 @@
-"""How many tokens are drafted next: from counts and costs, and never where it does not pay."""
+"""Draft lengths follow counts and costs, and nothing is drafted if it does not pay."""
 
 import pytest
 
@@ -8,7 +8,7 @@ CHEAP = {1: 1.2, 3: 1.25, 7: 1.4}
 
 
 def test_the_gain_is_what_drafting_by_hand_comes_to() -> None:
-    # One drafted token, accepted half the time: 1.5 tokens for half a token's time and one of verification.
+    # One drafted token, accepted half the time: 1.5 tokens in the time of half a token and one verification.
     assert drafting_gain(0.5, 0.5, 1, 1.0) == pytest.approx(1.5 / 1.5)
     assert drafting_gain(1.0, 0.25, 4, 1.0) == pytest.approx(5 / 2)
     assert drafting_gain(0.0, 0.25, 4, 1.0) == pytest.approx(1 / 2)

@@ -1,4 +1,4 @@
-"""The table that a policy is judged by: its controls, at its own cost."""
+"""The table that judges a policy: its controls, at its own cost."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Log-likelihoods under teacher forcing: transformers' own at full depth, and what a policy changes in them."""
+"""Log-likelihoods under teacher forcing: those of transformers at full depth, and others under a policy."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The model that lm-evaluation-harness sees, against transformers; skipped where the harness is not installed."""
+"""lm-evaluation-harness's model against transformers; skipped if the harness is not installed."""
 
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def test_the_harness_gets_the_likelihoods_of_transformers(decoder: Decoder, refe
     ]
     assert [value for value, _ in results] == pytest.approx(expected, abs=1e-3)
     (rolling,) = model.loglikelihood_rolling(instances("loglikelihood_rolling", ("0123456789ab",)))
-    # The second window is as long as the context allows; only what the first did not score counts.
+    # The second window fills the context; only the tokens that the first did not score count.
     windows = likelihood([256, *b"01234567"], 8) + likelihood(list(b"3456789ab"), 4)
     assert rolling == pytest.approx(windows, abs=1e-3)
     with pytest.raises(ConfigError, match="context_length"):

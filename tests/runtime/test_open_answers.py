@@ -1,4 +1,4 @@
-"""Generated answers: greedy, ended where they should be, and compared by their last number."""
+"""Generated answers are greedy, end in the right place, and are compared by their last number."""
 
 import json
 from decimal import Decimal

@@ -26,7 +26,7 @@ ACTIONS = ["SKIP", "INT4", "FULL"]
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Pixels across and down of a whole PNG file."""
+    """Returns the width and height in pixels of a whole PNG file."""
     content = path.read_bytes()
     assert content.startswith(b"\x89PNG\r\n\x1a\n")
     assert content.endswith(b"IEND\xaeB`\x82")

@@ -1,4 +1,4 @@
-"""Policies that look at nothing, the budgets they keep, and the catalog that hands them out."""
+"""Policies that ignore the state, the budgets they keep, and the catalog that hands them out."""
 
 from collections import Counter
 from dataclasses import replace

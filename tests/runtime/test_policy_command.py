@@ -1,4 +1,4 @@
-"""The `dash-policy` command from text to table, on a tiny model; and what it says to what it cannot use."""
+"""The `dash-policy` command from text to table, on a tiny model, and its messages for bad input."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def common(model: Path, text: Path) -> list[str]:
 
 
 def contents(path: Path) -> str:
-    """The checksum over all that the file holds; the order in which it holds it is not always the same."""
+    """Returns the checksum of the file's contents, which does not depend on their order."""
     with safe_open(path, "pt") as file:
         return str(file.metadata()[CHECKSUM])
 
@@ -121,7 +121,7 @@ def test_calibrating_writes_another_file_with_its_own_budgets(trained: Path, tin
         (["train", "--out", "{tmp}/x", "--compensation", "{tmp}/broken.safetensors"], "broken.safetensors"),
     ],
 )
-def test_what_cannot_be_used_is_named_in_one_line(
+def test_unusable_input_is_named_in_one_line(
     command: list[str], words: str, tiny_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "short.txt").write_text("short")

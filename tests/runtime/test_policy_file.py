@@ -72,7 +72,7 @@ def load(
 
 
 def rewrite(path: Path, facts: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None) -> None:
-    """The same file with some metadata or tensors changed."""
+    """Writes the file again with some metadata or tensors changed."""
     with safe_open(path, framework="pt") as opened:
         old_facts = json.loads(opened.metadata()["dash_policy"])
         old_tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

@@ -80,7 +80,7 @@ def test_an_interrupted_bar_leaves_the_terminal_at_a_line_of_its_own(error: type
     with pytest.raises(error):
         train()
     assert stream.getvalue().endswith("\n")
-    # Nothing hides the cursor or changes colours or modes, so there is nothing else to put back.
+    # Nothing hides the cursor or changes colours or modes, so nothing else must be restored.
     assert "\x1b[?" not in stream.getvalue()
 
 

@@ -31,7 +31,7 @@ def tokenizer(tiny_folder: Path) -> Tokenizer:
 
 
 def fake_run(likelihoods: dict[str, float]) -> tuple[Run, list[str]]:
-    """Gives each continuation's likelihood by its text, all of it in its first token."""
+    """Returns a runner that scores each continuation by its text, all of it in the first token."""
     seen: list[str] = []
 
     def run(passages: Sequence[Passage]) -> list[PassageScore]:

@@ -1,4 +1,4 @@
-"""The model's own text: its answers in order, the same every time, made once and kept."""
+"""The model's own text: its answers in order, the same every time, written once and kept."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -36,7 +36,7 @@ def decoder(tiny_folder: Path) -> Decoder:
 
 
 class Run:
-    """Calls with the tiny model, and what they reported."""
+    """Calls with the tiny model, and the progress that they reported."""
 
     def __init__(self, decoder: Decoder, folder: Path, cache_file: Path) -> None:
         self.decoder = decoder
@@ -82,7 +82,7 @@ def rendered(prompt: str) -> list[int]:
 
 
 def conversations(sequences: list[list[int]], prompts: tuple[str, ...] = SETTINGS.prompts) -> list[list[int]]:
-    """The whole ones: from one prompt to the next."""
+    """Returns the whole conversations: from one prompt to the next."""
     flat = [token for ids in sequences for token in ids]
     starts = [
         place for place in range(len(flat)) for ids in map(rendered, prompts) if flat[place : place + len(ids)] == ids
@@ -272,7 +272,7 @@ def test_the_shipped_prompts_are_many_short_and_different() -> None:
 @pytest.mark.embedded
 def test_the_embedded_model_answers_in_its_own_tokens(embedded_cache: Path, tmp_path: Path) -> None:
     folder = resolve_checkpoint("embedded", None, embedded_cache)
-    # Its two best first tokens are a tie in bf16, which falls differently on different machines.
+    # Its two best first tokens tie in bf16, and machines break the tie differently.
     run = Run(load_decoder(folder, torch.float32, actions=(Action.FULL,)), folder, tmp_path / "own.safetensors")
     run.eos_ids = run.decoder.config.eos_token_ids
     settings = SelfTextSettings(("What is the capital of France?",), temperature=0.0)

@@ -33,7 +33,7 @@ SETTINGS = StraightThroughSettings(
 
 
 class TinyRouter(nn.Module):
-    """A normalised state and the facts, through one hidden layer, for each block its own output."""
+    """A router with one hidden layer over the normalised state and the facts, and an output for each block."""
 
     def __init__(self, hidden_size: int, blocks: Sequence[tuple[int, ...]] = BLOCKS, seed: int = 0) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ def make_gates(
 
 
 def ignore(*_: object) -> None:
-    """No progress wanted."""
+    """Ignores progress."""
 
 
 def test_draws_are_hard_with_the_slope_of_the_soft_gate() -> None:

@@ -1,4 +1,4 @@
-"""The user's task files: what is read, and a sentence with file and line for whatever is wrong."""
+"""The user's task files: the records read, and a sentence with file and line for each fault."""
 
 import json
 from pathlib import Path

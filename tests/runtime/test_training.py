@@ -1,4 +1,4 @@
-"""Rollouts that are serving's own steps, and a training run that can be stopped."""
+"""Rollouts equal serving's steps, and a training run can be stopped."""
 
 import math
 from dataclasses import replace
@@ -59,7 +59,7 @@ def make_task(decoder: Decoder, lookahead: int = 1, block_size: int = 3) -> Task
 
 
 def make_model(task: Task, seed: int = 0, spread: float = 1.0) -> ActorCritic:
-    """With scores that differ enough from state to state for every action to be taken."""
+    """Makes a model whose scores differ enough between states that every action is taken."""
     model = ActorCritic(task.spec, task.decoder.config.hidden_size, seed)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
@@ -187,7 +187,7 @@ def test_a_stopped_run_ends_as_one_that_was_not_stopped(
             raise Stop
 
     def refit(current: Task, latest: LowRank, network: PolicyNetwork, seed: int) -> LowRank:
-        """Another compensation, which depends on all that a real refit does."""
+        """Returns a compensation that depends on everything that a real refit depends on."""
         torch.manual_seed(seed)
         down = latest.down + network.output_bias.sum() * torch.randn(()) * 1e-3
         return replace(latest, down=down)
