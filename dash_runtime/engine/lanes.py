@@ -1,10 +1,10 @@
 """Lanes: where a policy is evaluated while the decoder runs.
 
-Every lane answers the same two calls; what differs is who waits. `exposed_ns` is the time that the decoder
-lost to the policy: all of the evaluation inline, only the waiting elsewhere. On CUDA a policy only queues its work,
-and its decision is read once that work is done. Knows policies and states; knows no sequences.
+Every lane has the same two calls; they differ in who waits. `exposed_ns` is the time that the decoder lost to the
+policy: the whole evaluation inline, only the waiting elsewhere. On CUDA a policy only queues its work, and its decision
+is read once that work is done. Knows policies and states; knows no sequences.
 
-`cuda` is `torch.cuda` everywhere, or anything with its `Stream`, `Event`, `stream` and `current_stream`.
+Every `cuda` argument is `torch.cuda`, or anything with its `Stream`, `Event`, `stream` and `current_stream`.
 """
 
 import queue
@@ -22,9 +22,9 @@ from dash_runtime.policy.policy import Decision, Policy, State
 
 
 class Ticket:
-    """A decision under way, and when it was evaluated, by `perf_counter_ns`.
+    """A pending decision, and the times of its evaluation by `perf_counter_ns`.
 
-    On a CUDA stream the times are those of the host, which queued the work and waited for it.
+    With a CUDA stream they are the host's times: when it queued the work, and when it had waited for it.
     """
 
     __slots__ = ("ended_ns", "exposed_ns", "started_ns", "wait")
@@ -35,14 +35,14 @@ class Ticket:
         self.started_ns = started_ns
         self.ended_ns = ended_ns
         self.exposed_ns = 0
-        """What the decoder lost to it."""
+        """Time that the decoder lost to this decision."""
 
 
 class Lane(Protocol):
     """Evaluates policies, one after another."""
 
     exposed_ns: int
-    """Nanoseconds the decoder has lost to policies so far."""
+    """Time that the decoder has lost to policies so far."""
 
     def submit(self, policy: Policy, layer: int, state: State) -> Ticket: ...
 
@@ -74,7 +74,7 @@ class InlineLane:
 
 
 class _WaitingLane:
-    """What the concurrent lanes share: the decoder's waiting is what is exposed."""
+    """The base of the concurrent lanes: only the decoder's waiting is exposed."""
 
     def __init__(self) -> None:
         self.exposed_ns = 0
@@ -90,7 +90,7 @@ class _WaitingLane:
 
 
 class ThreadLane(_WaitingLane):
-    """Evaluates in one thread of its own, in order. For CPUs."""
+    """Evaluates in order in a thread of its own. For CPUs."""
 
     def __init__(self, cuda: Any = torch.cuda) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class ThreadLane(_WaitingLane):
         self._thread.join()
 
     def _run(self) -> None:
-        # The decoder's thread owns the intra-op pool; a second pool would only contend with it.
+        # The decoder's thread owns the intra-op pool. A second pool would only contend with it.
         torch.set_num_threads(1)
         with torch.inference_mode():
             while (job := self._jobs.get()) is not None:
@@ -126,11 +126,11 @@ class ThreadLane(_WaitingLane):
 
 
 def _decide(policy: Policy, layer: int, state: State, cuda: Any) -> Decision:
-    """Evaluates on the current stream of the state's device, and reads the decision once it has arrived."""
+    """Evaluates on the current stream of the state's device, and returns the decision once it has arrived."""
     pending = policy.start(layer, state)
     if state.hidden.is_cuda:
-        # The actions are copied to the host without waiting. An event, unlike the whole stream, does not make a thread
-        # wait for what the decoder has queued since.
+        # The actions are copied to the host without waiting. Synchronising the whole stream would also wait for work
+        # that the decoder has queued since; an event does not.
         arrived = cuda.Event()
         arrived.record(cuda.current_stream(state.hidden.device))
         arrived.synchronize()
@@ -140,8 +140,8 @@ def _decide(policy: Policy, layer: int, state: State, cuda: Any) -> Decision:
 class CudaStreamLane(_WaitingLane):
     """Evaluates on a CUDA stream of its own, started by the event of the work that made the state.
 
-    The chosen actions come back through pinned memory and an event, so that the host waits for the small policy
-    while a layer is still running. The stream is one of `device`, the current one where there is none.
+    The chosen actions come back through pinned memory and an event, so the host waits for the small policy only, while
+    a layer is still running. `device` is the current one if None.
     """
 
     def __init__(self, cuda: Any = torch.cuda, device: torch.device | None = None) -> None:
@@ -157,8 +157,8 @@ class CudaStreamLane(_WaitingLane):
         arrived = self._cuda.Event()
         with self._cuda.stream(self._stream):
             self._stream.wait_event(made)
-            # The decoder's stream may drop its reference first; the allocator must not reuse the memory
-            # before this stream is done with it.
+            # The decoder's stream may drop its reference first. The allocator must not reuse the memory before this
+            # stream is done with it.
             state.hidden.record_stream(self._stream)
             pending = policy.start(layer, state)
             arrived.record(self._stream)
@@ -174,8 +174,8 @@ class CudaStreamLane(_WaitingLane):
 
 
 def make_lane(kind: LaneKind | None, device: torch.device, cuda: Any = torch.cuda) -> Lane:
-    """The lane of that kind, or the device's default: inline on CPUs, where handing a policy of ten
-    microseconds to a thread costs as much as it hides, a stream on CUDA.
+    """Returns a lane of that kind, or the device's default: a stream on CUDA, inline on CPUs. There, handing a policy
+    of ten microseconds to a thread costs as much as it hides.
 
     Raises:
         ConfigError: the device cannot have such a lane.
