@@ -19,7 +19,7 @@ MODEL, DEVICE = ("fingerprint", "bfloat16"), ("a CPU, 2 threads", "eager")
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
-    """Two layers with two actions: little to measure."""
+    """Returns a decoder that is quick to measure: two layers and two actions."""
     folder = save_tiny_model(tmp_path_factory.mktemp("models") / "two-layers", "llama", num_hidden_layers=2)
     return load_decoder(folder, torch.bfloat16, (Action.SKIP, Action.FULL))
 
