@@ -1,4 +1,4 @@
-"""Actions, and what they cost. Imports no torch: the server process uses this module too."""
+"""Actions and their costs. Imports no torch: the server process uses this module too."""
 
 import math
 from bisect import bisect_right
@@ -14,7 +14,7 @@ from dash_runtime.errors import ConfigError
 class Action(IntEnum):
     """What is done with one layer for one token, in ascending order of work.
 
-    The numbers are those of `dash_api.v1.Action`, and the byte values of returned decisions.
+    The numbers are those of `dash_api.v1.Action`, and the bytes of returned decisions.
     """
 
     SKIP = 1
@@ -27,9 +27,8 @@ class Action(IntEnum):
 class CostTable:
     """Measured costs at one row, as shares of one full-depth (FULL everywhere) decode token.
 
-    `layer[action]` is the cost of one layer, `head[precision]` that of the language-model head, `fixed`
-    of whatever every token pays (embedding, sampling). `num_layers * layer[FULL] + head[FULL] + fixed`
-    is 1.
+    `layer[action]` is the cost of one layer, `head[precision]` the cost of the language-model head, and `fixed` the
+    cost of the rest of a token (embedding, sampling). `num_layers * layer[FULL] + head[FULL] + fixed` is 1.
     """
 
     num_layers: int
@@ -55,7 +54,7 @@ class CostTable:
         head: Mapping[Action, float],
         fixed: float = 0.0,
     ) -> "CostTable":
-        """The table for measured seconds of one layer, of the head, and of the rest of a token."""
+        """Makes the table from measured seconds of one layer, of the head, and of the rest of a token."""
         total = num_layers * layer[Action.FULL] + head[Action.FULL] + fixed
         return cls(
             num_layers,
@@ -65,7 +64,7 @@ class CostTable:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """Returns what `from_json` reads."""
         return {
             "num_layers": self.num_layers,
             "layer": {action.name: cost for action, cost in self.layer.items()},
@@ -75,17 +74,17 @@ class CostTable:
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> "CostTable":
-        """The table that `to_json` described.
+        """Returns the table that `to_json` described.
 
         Raises:
             ConfigError: the costs do not make a table.
-            AttributeError, KeyError, TypeError, ValueError: it is no such description.
+            AttributeError, KeyError, TypeError, ValueError: `facts` is no such description.
         """
         layer, head = ({Action[name]: float(cost) for name, cost in facts[part].items()} for part in ("layer", "head"))
         return cls(int(facts["num_layers"]), layer, head, float(facts["fixed"]))
 
     def token_cost(self, actions: "list[Action] | tuple[Action, ...]", head: Action) -> float:
-        """The cost of one token whose layers ran with `actions` and whose head ran in `head`."""
+        """Returns the cost of one token whose layers ran with `actions` and whose head ran in precision `head`."""
         return sum(self.layer[action] for action in actions) + self.head[head] + self.fixed
 
 
@@ -93,7 +92,7 @@ class CostTable:
 class LatencyTable:
     """Measured seconds of one layer, for a group of rows with one action.
 
-    `seconds[action][i]` is that of `rows[i]` rows; `rows` ascends from 1.
+    `seconds[action][i]` is the time for `rows[i]` rows; `rows` ascends from 1.
     """
 
     rows: tuple[int, ...]
@@ -114,7 +113,7 @@ class LatencyTable:
                 raise ConfigError("latency_table.seconds", f"has one for {action.name} that is negative or not finite")
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """Returns what `from_json` reads."""
         return {
             "rows": list(self.rows),
             "seconds": {action.name: list(seconds) for action, seconds in self.seconds.items()},
@@ -122,19 +121,20 @@ class LatencyTable:
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> "LatencyTable":
-        """The table that `to_json` described.
+        """Returns the table that `to_json` described.
 
         Raises:
             ConfigError: the seconds do not make a table.
-            AttributeError, KeyError, TypeError, ValueError: it is no such description.
+            AttributeError, KeyError, TypeError, ValueError: `facts` is no such description.
         """
         seconds = {Action[name]: tuple(float(cost) for cost in costs) for name, costs in facts["seconds"].items()}
         return cls(tuple(int(count) for count in facts["rows"]), seconds)
 
     def cost(self, action: Action, num_rows: int) -> float:
-        """Seconds of one layer for `num_rows` rows with `action`, on straight lines between the row counts measured.
+        """Returns the seconds of one layer for `num_rows` rows with `action`, interpolated between measured row counts.
 
-        Beyond the last of them the last line goes on, if it rises: noise may tilt it, but no row makes a group cheaper.
+        Beyond the largest, the last line goes on if it rises. If noise made it fall, it is taken as level: no further
+        row makes a group cheaper.
         """
         if num_rows == 0:
             return 0.0

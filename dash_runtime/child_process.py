@@ -1,4 +1,4 @@
-"""For processes that have no business without the one that started them. Knows nothing of what they do."""
+"""Ends a process together with the one that started it. Knows nothing of what either does."""
 
 import ctypes
 import os
@@ -9,9 +9,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Has the kernel end this process when its parent ends, however that ends, and whatever this one is busy with.
+    """Has the kernel kill this process when its parent ends, for whatever reason.
 
-    On Linux only; elsewhere the process must find out by itself. Exits at once where the parent is gone already.
+    On Linux only; elsewhere the process has to find out by itself. Exits at once if the parent is already gone.
     """
     if not sys.platform.startswith("linux"):
         return

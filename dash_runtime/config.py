@@ -1,7 +1,7 @@
 """Frozen descriptions of a request and of the engine, validated when they are made.
 
-Imports no torch: the server process builds these from protobuf messages, and msgspec carries them to
-the worker, which validates again by constructing them.
+Imports no torch: the server process builds these from protobuf messages. msgspec carries them to the worker, which
+validates again by constructing them.
 """
 
 import math
@@ -25,7 +25,7 @@ class Mode(StrEnum):
 
     @property
     def has_policy(self) -> bool:
-        """Whether a policy decides."""
+        """True if a policy decides."""
         return self in (Mode.ADAPTIVE, Mode.EXACT)
 
 
@@ -46,7 +46,7 @@ def _require_range(field_name: str, value: float, low: float, high: float, *, lo
 
 @dataclass(frozen=True, slots=True)
 class SamplingParameters:
-    """How a token is drawn from the logits. The defaults are greedy.
+    """Parameters of drawing a token from the logits. The defaults are greedy.
 
     Raises:
         InvalidRequest: a value is out of range or not finite.
@@ -77,7 +77,7 @@ class SamplingParameters:
 
 @dataclass(frozen=True, slots=True)
 class StoppingParameters:
-    """When to stop, in token ids; stop strings are the server's business.
+    """Parameters of stopping, in token ids. Stop strings are the server's business.
 
     Raises:
         InvalidRequest: max_new_tokens is below 1.
@@ -94,7 +94,7 @@ class StoppingParameters:
 
 @dataclass(frozen=True, slots=True)
 class SkipOptions:
-    """Which layers to skip, and by whose decision.
+    """Choice of what decides the layers' actions, and its options.
 
     Raises:
         InvalidRequest: a value is out of range, or an option does not belong to the mode.
@@ -139,7 +139,7 @@ class GenerationRequest:
     logprobs: int | None = None
     return_decisions: bool = False
     cache_namespace: str = ""
-    """Requests of one namespace may reuse each other's prompts; nothing else is ever shared."""
+    """Requests of one namespace may reuse each other's prompts. Nothing else is ever shared."""
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
@@ -149,13 +149,13 @@ class GenerationRequest:
 
     @property
     def num_cache_tokens(self) -> int:
-        """Positions that it may need at most: what a slot reserves."""
+        """Positions that the request may need at most, which its slot reserves."""
         return len(self.prompt_token_ids) + self.stopping.max_new_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What requests are validated against: the same facts in the server and in the engine."""
+    """Facts that requests are validated against, the same in the server and in the engine."""
 
     name: str
     architecture: str
@@ -173,7 +173,7 @@ class ModelFacts:
         """Checks what depends on the model.
 
         Raises:
-            InvalidRequest: naming the field.
+            InvalidRequest: a field does not fit the model; it is named.
         """
         self._validate_length(len(request.prompt_token_ids), request.stopping.max_new_tokens)
         for position, token_id in enumerate(request.prompt_token_ids):
@@ -218,17 +218,17 @@ class ModelFacts:
             )
 
     def policy(self, name: str | None, mode: Mode = Mode.ADAPTIVE) -> "PolicyFacts":
-        """The policy called `name`, or the mode's default one.
+        """Returns the policy called `name`, or the mode's default if None.
 
         Raises:
-            InvalidRequest: no policy is called that.
+            InvalidRequest: no policy has that name.
         """
         return find_policy(self.policies, name, mode)
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyFacts:
-    """What a caller may know of a policy."""
+    """Facts about a policy that callers may see."""
 
     name: str
     note: str
@@ -239,22 +239,22 @@ class PolicyFacts:
     """Cost of each action as a share of one full layer."""
     lowest_budget: float
     recommended_budget: float
-    """What it runs at where nobody asks for a budget."""
+    """The budget of requests that set none."""
     compensation: str
     is_drafter: bool = False
-    """Whether it was trained to draft for mode EXACT, whose default it then is; it is no other mode's."""
+    """True if it was trained to draft for mode EXACT. It is that mode's default then, and no other mode's."""
 
     def default_budget(self, mode: Mode, configured: float | None) -> float:
-        """The budget of a request that sets none; `configured` is the server's own for ADAPTIVE."""
+        """Returns the budget of a request that sets none. `configured` is the server's own default for ADAPTIVE."""
         default = configured if mode is Mode.ADAPTIVE and configured is not None else self.recommended_budget
         return max(default, self.lowest_budget)
 
 
 def find_policy(policies: Sequence[PolicyFacts], name: str | None, mode: Mode = Mode.ADAPTIVE) -> PolicyFacts:
-    """The policy called `name`, or the mode's default: the first that was trained for it, or just the first.
+    """Returns the policy called `name`, or the mode's default: the first that was trained for it, else the first.
 
     Raises:
-        InvalidRequest: no policy is called that.
+        InvalidRequest: no policy has that name.
     """
     if name is None:
         suited = (policy for policy in policies if policy.is_drafter == (mode is Mode.EXACT))
@@ -270,13 +270,12 @@ def find_policy(policies: Sequence[PolicyFacts], name: str | None, mode: Mode = 
 class EngineConfig:
     """Sizes and choices of one engine.
 
-    `cache_tokens` is shared by all sequences; `context_length` bounds each one (None: the model's own
-    limit); `prefill_chunk_tokens` bounds how long a prompt may hold up the others' next token;
-    `prefix_cache_tokens` bounds what is kept of prompts for later ones that begin alike (0: nothing), and comes on top
-    of `cache_tokens`.
+    `cache_tokens` is shared by all sequences. `context_length` bounds each of them (None: the model's own limit).
+    `prefill_chunk_tokens` bounds how long a prompt may delay the others' next token. `prefix_cache_tokens` bounds the
+    prompt tokens that are kept for later prompts (0: none), in addition to `cache_tokens`.
 
     Raises:
-        ConfigError: naming the value.
+        ConfigError: a value is out of range; it is named.
     """
 
     num_slots: int = 16
@@ -285,14 +284,14 @@ class EngineConfig:
     prefill_chunk_tokens: int = 256
     prefix_cache_tokens: int = 4096
     default_compute_budget: float | None = None
-    """None: what the policy recommends."""
+    """None: the policy's recommended budget."""
     lane: LaneKind | None = None
     """None: the device's default."""
     group_planner: bool = True
-    """Whether rows of a batch may be raised to a common action, and share products, where that is faster. Otherwise a
+    """True if rows of a batch may be raised to a common action, and share products, where that is faster. If False, a
     request's tokens do not depend on its neighbours."""
     record_steps: int = 0
-    """Decode steps of each request, from its first, whose decisions and times are recorded."""
+    """Number of decode steps, from the first of each request, whose decisions and times are recorded."""
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "cache_tokens", "prefill_chunk_tokens"):

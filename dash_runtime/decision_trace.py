@@ -1,7 +1,7 @@
-"""What was recorded of one request: its first steps through the layers, with the decisions and all times.
+"""The record of one request: its first steps through the layers, with decisions and times.
 
-Imports no torch: msgspec carries it from the worker to the server. Numbers that there are one of per layer are packed,
-so that a request's record is a few buffers and not thousands of objects. All clocks are the worker's.
+Imports no torch: msgspec carries it from the worker to the server. Numbers per layer are packed, so a request's record
+is a few buffers instead of thousands of objects. All clocks are the worker's.
 """
 
 import sys
@@ -16,75 +16,75 @@ MAX_UINT32 = 0xFFFF_FFFF
 
 
 class StepKind(StrEnum):
-    """What a step did."""
+    """The kind of a step."""
 
     DECODE = "decode"
-    """One token at the depth that was decided, put out at once."""
+    """One token at the decided depth, output at once."""
     DRAFT = "draft"
-    """One token in mode EXACT, to be verified."""
+    """One token in mode EXACT, to be verified later."""
     VERIFICATION = "verification"
     """A draft's tokens, verified at full depth."""
 
 
 @dataclass(frozen=True, slots=True)
 class TraceStep:
-    """One way through the layers.
+    """One pass through the layers.
 
-    The packed fields have one number per layer, `pack_uint32`'s nanoseconds from the step's start unless said
-    otherwise, and are empty for a verification, which runs every layer in full.
+    The packed fields have one number per layer. Unless their docs differ, they are nanoseconds from the step's start,
+    by `pack_uint32`. They are empty for a verification, which runs every layer in full.
     """
 
     kind: StepKind
     token_ids: list[int]
-    """The tokens that it put out, drafted, or, in a verification, put out after it."""
+    """The token that was output or drafted; for a verification, the tokens that it output."""
     start_unix_ns: int
     duration_ns: int
-    """The head and the choice of the token included."""
+    """Includes the head and the choice of the token."""
     actions: bytes = b""
-    """One byte per layer: what ran."""
+    """One byte per layer: the action that ran."""
     layer_starts: bytes = b""
     layer_ends: bytes = b""
-    """When the layer's work was done or, on an accelerator, queued."""
+    """When the layer's work was done, or queued on an accelerator."""
     decision_starts: bytes = b""
     """When the evaluation that decided the layer began; 0 for layers without a decision."""
     decision_ends: bytes = b""
-    """When it was done; 0 for layers without a decision, and for no others."""
+    """When that evaluation was done; 0 for layers without a decision, and for no others."""
     exposed: bytes = b""
-    """How long the decoder waited for the decision, or spent on it inline; counted at the first layer of a block."""
+    """Time that the decoder waited for the decision or spent on it inline, at the first layer of a decision block."""
     scores: bytes = b""
-    """`pack_float32`, `[layers, score_actions]`; 0 for layers without a decision. Empty where there are none."""
+    """`pack_float32`, `[layers, score_actions]`; 0 for layers without a decision. Empty without any scores."""
     cost_spent: bytes = b""
     """`pack_float32`: share of a full-depth token's cost spent before the layer, by the policy's own table."""
     accepted_token_count: int | None = None
-    """Of a verification: how many drafted tokens it accepted."""
+    """Number of drafted tokens that a verification accepted; None for other kinds."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecisionTrace:
-    """A request that is over, or was cancelled. The first token comes from the prefill and is in no step."""
+    """The record of a finished or cancelled request. The first token comes from the prefill and is in no step."""
 
     request_id: str
     policy: str
     compute_budget: float | None
     price: float | None
-    """The price of compute λ; None where no policy is asked, or it knows none."""
+    """The price of compute λ; None if no policy is asked, or the policy has no price."""
     num_layers: int
     pinned_layers: list[int]
     score_actions: list[Action]
     """The action of each score, in order."""
     granted_unix_ns: int
-    """When it got its slot."""
+    """When the request got its slot."""
     ended_unix_ns: int
     first_token_id: int | None = None
-    """None: it was cancelled before."""
+    """None if the request was cancelled before it."""
     first_token_unix_ns: int | None = None
     steps: list[TraceStep] = field(default_factory=list)
     num_unrecorded_steps: int = 0
-    """After those that are recorded."""
+    """Number of further steps, which were not recorded."""
 
 
 def pack_uint32(values: Sequence[int]) -> bytes:
-    """Little-endian, 4 bytes each; what does not fit becomes the nearest number that does."""
+    """Packs little-endian, 4 bytes each. A value out of range becomes the nearest one in range."""
     try:
         packed = array("I", values)
     except OverflowError:
@@ -93,17 +93,17 @@ def pack_uint32(values: Sequence[int]) -> bytes:
 
 
 def unpack_uint32(data: bytes) -> array:
-    """An array of ints. Raises ValueError where `data` is cut off."""
+    """Returns an array of ints. Raises ValueError if `data` is cut off."""
     return _unpack("I", data)
 
 
 def pack_float32(values: Iterable[float]) -> bytes:
-    """Little-endian, 4 bytes each."""
+    """Packs little-endian, 4 bytes each."""
     return _little_endian(array("f", values)).tobytes()
 
 
 def unpack_float32(data: bytes) -> array:
-    """An array of floats. Raises ValueError where `data` is cut off."""
+    """Returns an array of floats. Raises ValueError if `data` is cut off."""
     return _unpack("f", data)
 
 

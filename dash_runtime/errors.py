@@ -12,11 +12,11 @@ DashRuntimeError
 
 
 class DashRuntimeError(Exception):
-    """Anything that the runtime refuses."""
+    """The base of everything that the runtime refuses."""
 
 
 class InvalidRequest(DashRuntimeError, ValueError):
-    """A request that cannot be served as it stands.
+    """A request that cannot be served.
 
     `field` is a dotted path below the request, such as `sampling.temperature`.
     """
@@ -41,16 +41,16 @@ class CheckpointError(DashRuntimeError):
 
 
 class CheckpointNotFound(CheckpointError):
-    """Nothing is at the place that was named."""
+    """A model or file that is not there."""
 
 
 class CorruptCheckpoint(CheckpointError):
-    """A file of the model is truncated, inconsistent or not what its name says."""
+    """A file of the model that is truncated, inconsistent or of another kind than its name says."""
 
 
 class UnsupportedArchitecture(CheckpointError):
-    """The model's architecture, or a feature of it, has no decoder here."""
+    """An architecture, or a feature of one, that has no decoder here."""
 
 
 class PolicyFileError(DashRuntimeError):
-    """A policy file that is damaged, or made for another model."""
+    """A policy file that is damaged or belongs to another model."""

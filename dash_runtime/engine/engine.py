@@ -53,9 +53,9 @@ class Engine:
         self._pool = CachePool(
             decoder.config, config.cache_tokens, decoder.dtype, decoder.device, max_sequences=config.num_slots
         )
-        block = min(decoder.row_block, config.prefill_chunk_tokens)
-        self._pass_tokens = min(decoder.max_prompt_rows, config.prefill_chunk_tokens) // block * block
-        self._prefix_cache = PrefixCache(config.prefix_cache_tokens, block)
+        row_block = min(decoder.row_block, config.prefill_chunk_tokens)
+        self._pass_tokens = min(decoder.max_prompt_rows, config.prefill_chunk_tokens) // row_block * row_block
+        self._prefix_cache = PrefixCache(config.prefix_cache_tokens, row_block)
         self._waiting: deque[_Waiting] = deque()
         self._running: dict[str, Sequence] = {}
 
@@ -66,7 +66,7 @@ class Engine:
 
     @property
     def num_reserved_cache_tokens(self) -> int:
-        """Tokens that running sequences may still fill."""
+        """KV cache positions that running sequences have reserved."""
         return self._pool.reserved_tokens
 
     def submit(self, request: GenerationRequest) -> None:
@@ -116,9 +116,9 @@ class Engine:
         while self._waiting and len(self._running) < self._config.num_slots:
             waiting = self._waiting[0]
             request = waiting.request
-            cache = self._pool.reserve(len(request.prompt_token_ids) + request.stopping.max_new_tokens)
+            cache = self._pool.reserve(request.num_cache_tokens)
             if cache is None:
-                return  # or smaller requests might overtake the oldest for ever
+                return  # else smaller requests might overtake the oldest for ever
             self._waiting.popleft()
             assignment = self._catalog.assign(request.skip)
             sequence = Sequence(
@@ -131,17 +131,11 @@ class Engine:
                 self._config.record_steps,
             )
             self._running[request.request_id] = sequence
-            events.append(
-                SlotGranted(
-                    request.request_id,
-                    assignment.policy.name,
-                    assignment.compute_budget,
-                    sequence.queue_seconds,
-                )
-            )
+            policy, budget = assignment.policy.name, assignment.compute_budget
+            events.append(SlotGranted(request.request_id, policy, budget, sequence.queue_seconds))
 
     def _prefill(self, events: list[EngineEvent]) -> None:
-        """Prefills a chunk of prompt tokens at full depth. A long prompt takes several steps and holds nobody up.
+        """Prefills a chunk of prompt tokens at full depth. A long prompt takes several steps, so that others go on.
 
         A beginning that an earlier prompt had too is copied instead. Sequences run one at a time, and each is cut at
         multiples of the decoder's row block whatever runs beside it. So a sequence's numbers depend neither on its
@@ -247,7 +241,7 @@ class Engine:
 
 
 def _deciders(sequences: list[Sequence], assignments: list[Assignment]) -> list[Decider]:
-    """One decider per policy in the batch."""
+    """Returns one decider per policy in the batch."""
     rows_by_policy: dict[int, list[int]] = {}
     for row, assignment in enumerate(assignments):
         rows_by_policy.setdefault(id(assignment.policy), []).append(row)

@@ -1,8 +1,8 @@
 """Lanes: where a policy is evaluated while the decoder runs.
 
-Every lane answers the same two calls; what differs is who waits. `exposed_ns` is the time that the decoder
-lost to the policy: all of the evaluation inline, only the waiting elsewhere. On CUDA a policy only queues its work,
-and its decision is read once that work is done. Knows policies and states; knows no sequences.
+Every lane has the same two calls; they differ in who waits. `exposed_ns` is the time that the decoder lost to the
+policy: the whole evaluation inline, only the waiting elsewhere. On CUDA a policy only queues its work, and its decision
+is read once that work is done. Knows policies and states; knows no sequences.
 """
 
 import queue
@@ -23,9 +23,9 @@ _CPU = CpuDevice(torch.device("cpu"))
 
 
 class Ticket:
-    """A decision under way, and when it was evaluated, by `perf_counter_ns`.
+    """A pending decision, and the times of its evaluation by `perf_counter_ns`.
 
-    On a CUDA stream the times are those of the host, which queued the work and waited for it.
+    With a CUDA stream they are the host's times: when it queued the work, and when it had waited for it.
     """
 
     __slots__ = ("ended_ns", "exposed_ns", "started_ns", "wait")
@@ -36,14 +36,14 @@ class Ticket:
         self.started_ns = started_ns
         self.ended_ns = ended_ns
         self.exposed_ns = 0
-        """What the decoder lost to it."""
+        """Time that the decoder lost to this decision."""
 
 
 class Lane(Protocol):
     """Evaluates policies, one after another."""
 
     exposed_ns: int
-    """Nanoseconds the decoder has lost to policies so far."""
+    """Time that the decoder has lost to policies so far."""
 
     def submit(self, policy: Policy, layer: int, state: State) -> Ticket: ...
 
@@ -75,7 +75,7 @@ class InlineLane:
 
 
 class _WaitingLane:
-    """What the concurrent lanes share: the decoder's waiting is what is exposed."""
+    """The base of the concurrent lanes: only the decoder's waiting is exposed."""
 
     def __init__(self) -> None:
         self.exposed_ns = 0
@@ -91,7 +91,7 @@ class _WaitingLane:
 
 
 class ThreadLane(_WaitingLane):
-    """Evaluates in one thread of its own, in order. For CPUs."""
+    """Evaluates in order in a thread of its own. For CPUs."""
 
     def __init__(self, device: Device = _CPU) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class ThreadLane(_WaitingLane):
         self._thread.join()
 
     def _run(self) -> None:
-        # The decoder's thread owns the intra-op pool; a second pool would only contend with it.
+        # The decoder's thread owns the intra-op pool. A second pool would only contend with it.
         torch.set_num_threads(1)
         with torch.inference_mode():
             while (job := self._jobs.get()) is not None:
@@ -136,8 +136,8 @@ def _decide(policy: Policy, layer: int, state: State, device: Device) -> Decisio
 class CudaStreamLane(_WaitingLane):
     """Evaluates on a CUDA stream of its own, started by the event of the work that made the state.
 
-    The chosen actions come back through pinned memory and an event, so that the host waits for the small policy
-    while a layer is still running.
+    The chosen actions come back through pinned memory and an event, so the host waits for the small policy only, while
+    a layer is still running.
     """
 
     def __init__(self, device: CudaDevice) -> None:
@@ -153,8 +153,8 @@ class CudaStreamLane(_WaitingLane):
         arrived = self._cuda.Event()
         with self._cuda.stream(self._stream):
             self._stream.wait_event(made)
-            # The decoder's stream may drop its reference first; the allocator must not reuse the memory
-            # before this stream is done with it.
+            # The decoder's stream may drop its reference first. The allocator must not reuse the memory before this
+            # stream is done with it.
             state.hidden.record_stream(self._stream)
             pending = policy.start(layer, state)
             arrived.record(self._stream)

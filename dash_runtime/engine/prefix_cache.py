@@ -1,8 +1,8 @@
-"""Keys and values of prompts, kept for later prompts that begin with the same tokens.
+"""Keeps keys and values of prompts for later prompts that begin with the same tokens.
 
-A prompt is kept in blocks of a fixed number of tokens, each under a digest of its own tokens, of all that come before
-them, and of the namespace: so a beginning that many prompts share is there once, and only a prompt that has the same
-tokens from the first on, in the same namespace, finds it. Knows token ids and sequence caches; knows no requests.
+A prompt is kept in KV blocks of a fixed number of tokens. Each is filed under a digest of its own tokens, all tokens
+before them, and the namespace. So a beginning that many prompts share is kept once, and is found only by prompts of the
+same namespace that have the same tokens from the first on. Knows token ids and sequence caches; knows no requests.
 """
 
 from array import array
@@ -17,16 +17,16 @@ from dash_runtime.layers.kv_cache import SequenceCache
 
 
 class PrefixCache:
-    """Up to `max_tokens` prompt tokens' keys and values, in blocks of `block_tokens`; those unused longest go first.
+    """Keys and values of up to `max_tokens` prompt tokens, in KV blocks of `block_tokens`. The longest unused go first.
 
-    What is in here are copies: it neither keeps a sequence's memory alive nor takes from what sequences may reserve.
+    It holds copies: it neither keeps a sequence's memory alive nor takes from the tokens that sequences may reserve.
     """
 
     def __init__(self, max_tokens: int, block_tokens: int) -> None:
         self._block_tokens = block_tokens
         self._max_blocks = max_tokens // block_tokens
-        # The one used last comes last, and a block before the one that it follows: without the earlier one it could
-        # not be found, so it has to go first.
+        # In the order of last use. A block stands before the one that precedes it in the prompt, so that it is dropped
+        # first: without its predecessor it cannot be found.
         self._blocks: OrderedDict[bytes, Tensor] = OrderedDict()
 
     @property
@@ -35,9 +35,9 @@ class PrefixCache:
         return len(self._blocks) * self._block_tokens
 
     def copy_into(self, namespace: str, prompt_token_ids: Sequence[int], cache: SequenceCache) -> int:
-        """Fills an empty cache with the longest beginning of the prompt that is kept; returns its number of tokens.
+        """Fills an empty cache with the longest kept beginning of the prompt; returns its number of tokens.
 
-        The prompt's last token is never among them: somebody has to compute the logits that follow it.
+        The prompt's last token is never copied: it has to run, to give the first logits.
         """
         assert cache.length == 0
         digests = self._digests(namespace, prompt_token_ids[:-1])
@@ -48,7 +48,7 @@ class PrefixCache:
         return cache.length
 
     def store(self, namespace: str, prompt_token_ids: Sequence[int], cache: SequenceCache) -> None:
-        """Keeps a copy of the prompt's whole blocks, as far as there is room, once `cache` has all of the prompt."""
+        """Keeps a copy of the prompt's whole KV blocks, as many as fit. `cache` has to hold all of the prompt."""
         digests = self._digests(namespace, prompt_token_ids)
         num_kept = sum(1 for _ in takewhile(self._blocks.__contains__, digests))
         self._touch(digests[:num_kept])
@@ -60,7 +60,7 @@ class PrefixCache:
         self._touch(digests)
 
     def _digests(self, namespace: str, token_ids: Sequence[int]) -> list[bytes]:
-        """One for each whole block of these tokens, from the first on; no more than there is room for."""
+        """Returns one digest per whole KV block of these tokens, from the first on; no more than fit."""
         digests: list[bytes] = []
         digest = sha256(namespace.encode()).digest()
         for place in range(min(len(token_ids) // self._block_tokens, self._max_blocks)):

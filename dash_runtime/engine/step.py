@@ -1,4 +1,4 @@
-"""The heart: one token of every row through the layers, each decided while an earlier one is running.
+"""The heart: runs one token of every row through the layers, and decides each layer while an earlier one is running.
 
 Knows the decoder, policies and a lane; knows no slots and no requests.
 """
@@ -21,9 +21,9 @@ from dash_runtime.policy.policy import Actions, Policy, State, Token, decision_b
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """float32 `[rows, vocab_size]` logits, and the plan of each row, one byte per layer.
+    """The rows' float32 `[rows, vocab_size]` logits and plans, one byte per layer.
 
-    `layer_times` has two entries for each layer, when it began and when it was done or queued, by `perf_counter_ns`.
+    `layer_times` has two entries per layer, by `perf_counter_ns`: when it began, and when it was done or queued.
     """
 
     logits: Tensor
@@ -33,12 +33,12 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True)
 class DecidedBlock:
-    """Layers that one evaluation decided, for all rows of a decider."""
+    """A decision block: the layers that one evaluation of the policy decided, for all rows of a decider."""
 
     layers: tuple[int, ...]
     ticket: Ticket
     scores: Tensor | None
-    """`[rows, layers, score actions]`."""
+    """`[rows, layers, score actions]`; None without scores."""
 
 
 def decode_step(
@@ -51,28 +51,29 @@ def decode_step(
 ) -> StepOutput:
     """Runs one token of every row through all layers. Each row belongs to one decider."""
     hidden = decoder.embed(token_ids)
-    plan: list[Sequence[Action]] = []
+    actions_by_layer: list[Sequence[Action]] = []
     times = array("q", bytes(16 * decoder.num_layers))
     for layer in range(decoder.num_layers):
         actions = _by_row([decider.actions(layer, lane) for decider in deciders], deciders)
         if planner is not None:
             actions = planner.agree(actions)
-        for decider in deciders:  # what comes after is decided from this layer's input while it runs
+        for decider in deciders:  # later layers are decided from this layer's input while it runs
             decider.observe(layer, hidden, actions, lane)
         times[2 * layer] = perf_counter_ns()
         hidden = decoder.run_layer(layer, actions, hidden, batch)
         times[2 * layer + 1] = perf_counter_ns()
-        plan.append(actions)
+        actions_by_layer.append(actions)
     batch.commit()
     heads = _by_row([(decider.policy.head,) * len(decider.rows) for decider in deciders], deciders)
-    return StepOutput(decoder.logits(hidden, heads), [bytes(row) for row in zip(*plan, strict=True)], times)
+    plans = [bytes(plan) for plan in zip(*actions_by_layer, strict=True)]
+    return StepOutput(decoder.logits(hidden, heads), plans, times)
 
 
 class Decider:
-    """One policy's rows in one step: what it has seen of them, and what it has been asked.
+    """Asks one policy about its rows during one step, and keeps its decisions until their layers run.
 
     Args:
-        rows: their places in the batch, ascending; None of them with another decider.
+        rows: indices in the batch, ascending; no other decider has them.
         tokens: one per row.
         costs: the policy's own table, for the share of cost already spent.
     """
@@ -90,14 +91,14 @@ class Decider:
         self._pinned_actions: Actions = (policy.pinned_action,) * len(self.rows)
         self._is_blind = len(self._pinned) == self._num_layers
         self._cost_spent = [0.0] * len(self.rows)
-        self._blocks = _blocks_by_observed_layer(self._num_layers, self._pinned, policy.block_size, policy.lookahead)
+        self._asks_for = _blocks_by_observed_layer(self._num_layers, self._pinned, policy.block_size, policy.lookahead)
         self._tickets: dict[int, tuple[tuple[int, ...], Ticket]] = {}
         self.blocks: list[DecidedBlock] = []
-        """Those decided so far, in order."""
+        """Decision blocks that were decided so far, in order."""
         self._decided: dict[int, Actions] = {}
 
     def actions(self, layer: int, lane: Lane) -> Actions:
-        """Each row's action at `layer`; waits for the decision where there is one."""
+        """Returns each row's action at `layer`; waits for its decision unless the layer is pinned."""
         if layer in self._tickets:
             block, ticket = self._tickets.pop(layer)
             decision = lane.result(ticket)
@@ -106,15 +107,18 @@ class Decider:
         return self._pinned_actions if layer in self._pinned else self._decided.pop(layer)
 
     def observe(self, layer: int, hidden: Tensor, actions: Sequence[Action], lane: Lane) -> None:
-        """Shows the policy the layer's input and all rows' actions, and asks for the block that begins `lookahead`
-        further on."""
+        """Shows the policy the layer's input and actions, and asks it for the decision block that begins `lookahead`
+        layers later, if one does.
+
+        `hidden` is `[batch rows, hidden_size]`; `actions` has one action per row of the batch.
+        """
         if self._is_blind:
             return
         taken = tuple(actions) if self._has_all_rows else tuple([actions[row] for row in self.rows])
         self._cost_spent = [
             spent + self._layer_costs[action] for spent, action in zip(self._cost_spent, taken, strict=True)
         ]
-        block = self._blocks.get(layer)
+        block = self._asks_for.get(layer)
         if block is None:
             return
         own = hidden if self._has_all_rows else hidden[self.rows]
@@ -122,16 +126,16 @@ class Decider:
         self._tickets[block[0]] = (block, lane.submit(self.policy, block[0], state))
 
 
-@lru_cache  # it is asked for in every step
+@lru_cache  # every step asks for it
 def _blocks_by_observed_layer(
     num_layers: int, pinned: frozenset[int], block_size: int, lookahead: int
 ) -> Mapping[int, tuple[int, ...]]:
-    """The blocks to decide, by the layer whose input the decision sees."""
+    """Returns the decision blocks, each under the layer whose input its decision sees."""
     return {block[0] - lookahead: block for block in decision_blocks(num_layers, pinned, block_size)}
 
 
 def _by_row(per_decider: list[Actions], deciders: Sequence[Decider]) -> Sequence[Action]:
-    """One action per row of the batch, from one tuple per decider."""
+    """Returns one action per row of the batch, from one tuple per decider."""
     if len(per_decider) == 1:
         return per_decider[0]
     placed = {

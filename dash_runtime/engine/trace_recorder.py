@@ -1,6 +1,6 @@
-"""Records a sequence's first steps while it is decoded, and packs them once it is over.
+"""Records a sequence's first steps while it decodes, and packs them once it is over.
 
-While tokens are made it only keeps what they leave behind anyway, the times and the tickets; numbers are taken apart
+While tokens are made it only keeps references to times and tickets, which exist anyway. Numbers are computed
 afterwards. Knows steps and deciders; knows no sink.
 """
 
@@ -20,7 +20,7 @@ from dash_runtime.policy.catalog import Assignment
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """One token's way through the layers."""
+    """One token's pass through the layers."""
 
     kind: StepKind
     token_id: int
@@ -28,7 +28,7 @@ class _Pass:
     layer_times: array
     blocks: Sequence[DecidedBlock]
     place: int
-    """Of the row among its decider's."""
+    """The row's index among its decider's rows."""
     started_ns: int
     ended_ns: int
 
@@ -42,12 +42,12 @@ class _Verification:
 
 
 class TraceRecorder:
-    """Of one sequence; of up to 0 steps there is none. Times are `perf_counter_ns`'s until they are packed."""
+    """Records one sequence, or nothing if `max_steps` is 0. Times are `perf_counter_ns`'s until they are packed."""
 
     def __init__(self, assignment: Assignment, max_steps: int) -> None:
         self._assignment = assignment
         self._layer_costs = numpy.zeros(max(Action) + 1)
-        """By Action's number."""
+        """Indexed by Action's number."""
         for action, cost in assignment.costs.layer.items():
             self._layer_costs[action] = cost
         self._max_steps = max_steps
@@ -58,25 +58,25 @@ class TraceRecorder:
         self._first_token: tuple[int, int] | None = None
 
     def add_first_token(self, token_id: int) -> None:
-        """The one that the prefill made, just now."""
+        """Records the token that the prefill has just made."""
         self._first_token = token_id, time.perf_counter_ns() + self._unix_offset_ns
 
     def add_pass(
         self, kind: StepKind, token_id: int, output: StepOutput, row: int, decider: Decider, started_ns: int
     ) -> None:
-        """What `row` of the batch went through, until just now, to make this token."""
+        """Records the pass of one row of the batch, which has just ended with this token."""
         if self._has_room():
             place = decider.rows.index(row)
             plan, times, ended_ns = output.plans[row], output.layer_times, time.perf_counter_ns()
             self._steps.append(_Pass(kind, token_id, plan, times, decider.blocks, place, started_ns, ended_ns))
 
     def add_verification(self, token_ids: list[int], num_accepted: int, started_ns: int) -> None:
-        """A draft was verified until just now, and these tokens put out after it."""
+        """Records a verification that has just ended, and its output tokens."""
         if self._has_room():
             self._steps.append(_Verification(token_ids, num_accepted, started_ns, time.perf_counter_ns()))
 
     def packed(self, request_id: str) -> DecisionTrace | None:
-        """All of it, for a sequence that has just ended."""
+        """Returns the whole trace of a sequence that has just ended; None if nothing was to be recorded."""
         if not self._max_steps:
             return None
         policy, costs = self._assignment.policy, self._assignment.costs
@@ -105,7 +105,7 @@ class TraceRecorder:
 
     def _packed_steps(self) -> list[TraceStep]:
         steps: dict[int, TraceStep] = {}
-        for has_blocks in (True, False):  # in mode EXACT full depth decodes, too, without any
+        for has_blocks in (True, False):  # in mode EXACT, full depth decodes too, without decision blocks
             some = {i: s for i, s in enumerate(self._steps) if isinstance(s, _Pass) and bool(s.blocks) is has_blocks}
             if some:
                 steps |= zip(some, self._packed_passes(list(some.values())), strict=True)
@@ -115,8 +115,10 @@ class TraceRecorder:
         ]
 
     def _packed_passes(self, passes: list[_Pass]) -> list[TraceStep]:
-        """All of them at once, which have the same blocks: an operation on all layers of all steps costs as much as one
-        on a few numbers."""
+        """Packs passes with the same decision blocks.
+
+        All at once: an operation on all layers of all steps costs as much as one on a few numbers.
+        """
         num_layers, blocks = self._assignment.costs.num_layers, passes[0].blocks
         begun = numpy.array([step.started_ns for step in passes])[:, None, None]
         times = numpy.frombuffer(b"".join(step.layer_times for step in passes), numpy.int64)
@@ -126,7 +128,7 @@ class TraceRecorder:
             tickets = numpy.array([[_ticket_times(block) for block in step.blocks] for step in passes])
             decided = [layer for block in blocks for layer in block.layers]
             block_of = [index for index, block in enumerate(blocks) for _ in block.layers]
-            evaluations = numpy.maximum(tickets[:, block_of, :2] - begun, 1)  # 0 is for layers without one
+            evaluations = numpy.maximum(tickets[:, block_of, :2] - begun, 1)  # 0 means no decision
             decisions[:, :2, decided] = evaluations.swapaxes(1, 2)
             decisions[:, 2, [block.layers[0] for block in blocks]] = tickets[:, :, 2]
         numbers = numpy.concatenate((layers, decisions), axis=1).clip(0, MAX_UINT32).astype("<u4")
@@ -156,14 +158,14 @@ class TraceRecorder:
         return steps
 
     def _all_scores(self, passes: list[_Pass]) -> list[bytes]:
-        """Of each step, from the layers' scores in order. From an accelerator they come in one piece."""
+        """Returns each step's packed scores, in the order of layers. They leave an accelerator in one copy."""
         blocks = passes[0].blocks
         if not blocks or blocks[0].scores is None:
             return [b""] * len(passes)
         by_step = [[block.scores for block in step.blocks if block.scores is not None] for step in passes]
         if len({(step.place, len(own[0])) for step, own in zip(passes, by_step, strict=True)}) == 1:
             decided = torch.cat([part for own in by_step for part in own], dim=1)[passes[0].place]
-        else:  # the batch was not always the same
+        else:  # the batch changed in between
             rows = (torch.cat(own, dim=1)[step.place] for step, own in zip(passes, by_step, strict=True))
             decided = torch.cat(tuple(rows))
         policy, costs = self._assignment.policy, self._assignment.costs

@@ -7,7 +7,7 @@ knows no requests.
 
 import json
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,14 +30,16 @@ from dash_runtime.startup.measure_latency import measure_latencies
 
 _Table = TypeVar("_Table", CostTable, LatencyTable)
 _Kept = TypeVar("_Kept")
-_Ratios = Mapping[Hashable, float]
+_Entry = tuple[object, object]
+_Ratios = Mapping[_Entry, float]
 _VERSION = 5
 _QUICK_ROUNDS = 2
 _QUICK_ROWS = (1, 8)
 _MARGIN = 1.25
 """Kept and measured ratios that differ by more than this factor contradict each other."""
-_LEAST_DIFFERENCE = 0.02
-"""Smaller differences, as a share of all FULL layers, change no plan. Very short work is measured less exactly."""
+_LEAST_DIFFERENCE = 0.1
+"""Smaller differences, as a share of FULL, hardly change a plan. They are also common: the time of a skip is
+short, and part of it is a difference of two long ones."""
 
 
 class DeviceCalibration:
@@ -141,7 +143,7 @@ def _checked(
     return _keep_table(path, measured) if is_wrong else kept
 
 
-def _contradictions(kept: _Ratios, measured: _Ratios) -> set[tuple[Hashable, bool]]:
+def _contradictions(kept: _Ratios, measured: _Ratios) -> set[tuple[_Entry, bool]]:
     """Returns the entries that differ too much, each with True if the measured ratio is the larger one."""
     return {
         (entry, ratio > kept[entry])
@@ -153,15 +155,17 @@ def _contradictions(kept: _Ratios, measured: _Ratios) -> set[tuple[Hashable, boo
 def _cost_ratios(table: CostTable) -> _Ratios:
     """Returns each cost of a whole token as a share of all its layers in FULL."""
     layer = table.layer[Action.FULL] or math.inf
-    ratios: dict[Hashable, float] = {("layer", action): cost / layer for action, cost in table.layer.items()}
+    ratios: dict[_Entry, float] = {("layer", action): cost / layer for action, cost in table.layer.items()}
     others = {("head", precision): cost for precision, cost in table.head.items()} | {("fixed", None): table.fixed}
     return ratios | {entry: cost / (layer * table.num_layers) for entry, cost in others.items()}
 
 
 def _latency_ratios(table: LatencyTable) -> _Ratios:
-    """Returns the seconds at each quickly measured number of rows as a share of one FULL row's."""
-    layer = table.cost(Action.FULL, 1) or math.inf
-    return {(action, rows): table.cost(action, rows) / layer for action in table.seconds for rows in _QUICK_ROWS}
+    """Returns each action's seconds at the quickly measured numbers of rows as a share of FULL's, and FULL's of those
+    of the fewest rows."""
+    full = {rows: table.cost(Action.FULL, rows) or math.inf for rows in _QUICK_ROWS}
+    ratios = {(action, rows): table.cost(action, rows) / full[rows] for action in table.seconds for rows in full}
+    return ratios | {(Action.FULL, rows): seconds / full[_QUICK_ROWS[0]] for rows, seconds in full.items()}
 
 
 def _keep_table(path: Path, table: _Table) -> _Table:

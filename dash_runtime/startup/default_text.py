@@ -1,4 +1,4 @@
-"""The text that every installation has, Python's own help, as sequences of token ids.
+"""Turns a text that every installation has, Python's own help, into sequences of token ids.
 
 Knows a tokenizer file; knows no decoder.
 """
@@ -13,8 +13,8 @@ from dash_runtime.checkpoints import load_tokenizer
 
 
 def default_token_sequences(tokenizer_file: Path, num_sequences: int, sequence_length: int) -> list[list[int]]:
-    """Sequences of token ids from the texts of Python's own help, in a fixed order; fewer where a
-    tokenizer makes less of them.
+    """Returns sequences of token ids from Python's own help, in a fixed order; fewer if a tokenizer makes too few
+    tokens of it.
 
     Raises:
         CorruptCheckpoint: the tokenizer file cannot be used.
@@ -26,11 +26,11 @@ def default_token_sequences(tokenizer_file: Path, num_sequences: int, sequence_l
 
 
 def cut(ids: Sequence[int], length: int) -> list[list[int]]:
-    """Sequences of `length` token ids, one after another; what is left at the end is dropped."""
+    """Cuts `ids` into sequences of `length` token ids; drops the rest."""
     return [list(ids[start : start + length]) for start in range(0, len(ids) - length + 1, length)]
 
 
 def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> list[list[int]]:
-    """Token ids of each text, none added: a chat template writes its special tokens itself, and their text becomes
-    those tokens."""
+    """Returns the token ids of each text, without added special tokens: a chat template writes them as text, which
+    becomes those tokens."""
     return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]

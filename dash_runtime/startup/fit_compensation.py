@@ -1,7 +1,7 @@
 """Fits the lower rungs of the compensation ladder in closed form, from one full-depth pass over some text.
 
-Weighted least squares per layer: each token counts by the inverse of its own power, since a few tokens (the first of
-a sequence above all) have states hundreds of times larger, and would decide the fit alone.
+Weighted least squares per layer: each token counts by the inverse of its own power. A few tokens, above all the first
+of a sequence, have states hundreds of times larger and would decide the fit alone.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from dash_runtime.layers.compensation import Affine, Scale
 NUM_SEQUENCES = 8
 SEQUENCE_LENGTH = 256
 _NUM_SINK_TOKENS = 1
-"""Positions left out at the start of each sequence: they are never decoded, and unlike all others."""
+"""Positions left out at the start of each sequence: they are never decoded, and are unlike all others."""
 
 
 @dataclass(frozen=True, slots=True)
 class FittedCompensation:
-    """The rungs that were fitted, in the decoder's dtype and on its device."""
+    """The fitted rungs, in the decoder's dtype and on its device."""
 
     scale: Scale
     affine: Affine
@@ -31,7 +31,7 @@ class FittedCompensation:
 
 @torch.inference_mode()
 def fit_compensation(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> FittedCompensation:
-    """Fits `scale` and `affine` for every layer on the states that full depth visits."""
+    """Fits `scale` and `affine` of every layer to the states that full depth visits."""
     shape = (decoder.num_layers, decoder.config.hidden_size)
     sums = {name: torch.zeros(shape, dtype=torch.float64) for name in ("x", "y", "xx", "xy")}
     total_weight = torch.zeros(decoder.num_layers, 1, dtype=torch.float64)

@@ -1,8 +1,8 @@
-"""The memory of a process that has loaded its model, made as small as it is and as fast to read as it can be.
+"""Shrinks the memory of a process that has loaded its model, and moves it into huge pages.
 
-A token reads all weights once. In pages of 4 KB each page costs a walk of the page tables, which in a virtual machine
-are two; in pages of 2 MB decoding is about a tenth faster. Linux gives those to whoever asks. Knows pages; knows
-nothing of what is in them.
+A token reads all weights once. With pages of 4 KB each page costs a walk of the page tables, two in a virtual machine.
+With pages of 2 MB decoding is about a tenth faster. Linux gives them on request. Knows pages; knows nothing of their
+contents.
 """
 
 import ctypes
@@ -16,14 +16,14 @@ HUGE_PAGE = 1 << 21
 _MAPS = Path("/proc/self/maps")
 _ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _COLLAPSE = 25
-"""MADV_COLLAPSE, since Linux 6.1: at once. What is only advised is done by and by, in the background."""
+"""MADV_COLLAPSE, since Linux 6.1, acts at once. MADV_HUGEPAGE alone is acted on in the background, gradually."""
 _LEAST_RESIDENT = 0.75
-"""A huge page is resident as a whole: of one that is mostly empty, as a thread's stack is, nothing would be gained."""
+"""A huge page is resident as a whole, so a mostly empty one, such as a thread's stack, would only cost memory."""
 
 
 def settle_memory() -> None:
-    """Returns to the system what is free, where the C library is glibc, and moves all else that is the process's own
-    into huge pages, on Linux where these are enabled. What cannot be done stays as it was."""
+    """Returns free memory to the system (with glibc), and moves the rest of the process's own memory into huge pages
+    (on Linux, if enabled). Does nothing where it can do nothing."""
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)
@@ -37,8 +37,8 @@ def settle_memory() -> None:
 
 
 def are_enabled(file: Path) -> bool:
-    """Whether the system gives huge pages to whoever asks; `file` names all choices and brackets its own. MADV_COLLAPSE
-    would take no notice of it."""
+    """Returns True if the system gives huge pages on request. `file` names all choices, with the current one in
+    brackets. MADV_COLLAPSE itself would ignore the choice."""
     try:
         return "[never]" not in file.read_text()
     except OSError:
@@ -46,7 +46,7 @@ def are_enabled(file: Path) -> bool:
 
 
 def private_ranges(maps: str) -> Iterator[tuple[int, int]]:
-    """First and last address of the whole huge pages in each writable piece of memory without a file, from the text of
+    """Yields the start and end of the whole huge pages in each writable range without a file, from the text of
     `/proc/PID/maps`."""
     for line in maps.splitlines():
         addresses, permissions, _, _, _, *path = line.split(maxsplit=5)

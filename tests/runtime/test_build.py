@@ -1,4 +1,4 @@
-"""From a folder to an engine: what is calibrated once, kept, and made again when it is damaged."""
+"""Building an engine from a folder: calibrations are made once, kept, and made again if damaged."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_facts_name_what_is_served(tiny_folder: Path, tmp_path: Path) -> None:
     assert facts.name == "tiny-llama"
     assert facts.num_layers == 6
     assert facts.actions == tuple(Action)
-    # Which kernel is the cheapest here, if any is cheaper than FULL, only measuring tells.
+    # Only measuring tells which kernel is the cheapest here, and if any is cheaper than FULL.
     assert [policy.name for policy in facts.policies if not policy.is_drafter] == ["random"]
     assert facts.policies[0].compensation == "affine"
     costs = facts.policies[0].action_costs

@@ -1,4 +1,4 @@
-"""What a request or an engine may ask for; whatever else is refused by the name of its field."""
+"""Requests and engines may ask for valid values only; anything else is refused by the name of its field."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Continuous batching: slots, chunks, endings, and a request's tokens whatever runs beside it."""
+"""Continuous batching: slots, chunks, endings, and tokens that do not depend on what runs beside them."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""When the lanes read a decision that a CUDA device is still working on, and on which device they work."""
+"""Lanes read a CUDA device's decision only once it is there, and work on the right device."""
 
 import threading
 from collections.abc import Callable
@@ -20,7 +20,7 @@ GPU = torch.device("cuda", 1)
 
 
 class FakeCuda:
-    """Stands for `torch.cuda`, and writes into a journal what is recorded on which stream and who waits."""
+    """A fake `torch.cuda` that keeps a journal of recorded events and of waits."""
 
     def __init__(self) -> None:
         self.journal: list[str] = []
@@ -61,7 +61,7 @@ class FakeCuda:
 
 
 class FakeHidden:
-    """Stands for a tensor on a device."""
+    """A fake tensor on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -94,7 +94,7 @@ class JournalPolicy:
 
 
 def decide(lane: Lane, policy: JournalPolicy, device: torch.device = GPU) -> None:
-    """One decision, from a state on that device."""
+    """Makes one decision from a state on that device."""
     try:
         state = State([], FakeHidden(device), 0, (), [])  # type: ignore[arg-type]
         assert lane.result(lane.submit(policy, 1, state)).plan == ((Action.SKIP,),)

@@ -1,4 +1,4 @@
-"""The planner's table, and when rows agree on one action: against all the ways that there are."""
+"""The planner's table, and its plans against all possible ones."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from dash_runtime.errors import ConfigError
 SKIP, INT4, INT8, FULL = Action
 ROWS = (1, 2, 4, 8)
 
-# Quantised layers read fewer bytes and compute longer: the shape that CPUs have.
+# Quantised layers read fewer bytes and compute longer, as on CPUs.
 COSTS = LatencyTable(
     ROWS,
     {SKIP: (1, 2, 3, 5), INT4: (40, 56, 86, 161), INT8: (65, 90, 119, 211), FULL: (80, 95, 105, 157)},
@@ -24,13 +24,13 @@ COSTS = LatencyTable(
 
 
 def some_table(rng: random.Random) -> LatencyTable:
-    """Any costs, whole numbers so that ties happen."""
+    """Returns random whole numbers, so that ties happen."""
     actions = sorted({FULL, *rng.sample(list(Action), rng.randint(1, 4))})
     return LatencyTable(ROWS, {action: tuple(rng.randint(0, 12) for _ in ROWS) for action in actions})
 
 
 def table_of_diminishing_costs(rng: random.Random) -> LatencyTable:
-    """A further row never costs more than the one before it."""
+    """Returns costs where a further row never costs more than the one before it."""
     rows = tuple(range(1, 7))
     slopes = {action: sorted((rng.random() for _ in rows), reverse=True) for action in Action}
     return LatencyTable(rows, {action: tuple(sum(slopes[action][:count]) for count in rows) for action in Action})

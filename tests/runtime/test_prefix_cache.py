@@ -1,4 +1,4 @@
-"""What prompts share is computed once: copied bit for bit, within a bound, and never from another namespace."""
+"""A beginning that prompts share is computed once: copied bit for bit, within a bound, never across namespaces."""
 
 import random
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ MODES = {
     "skip": SkipOptions(Mode.FIXED, fixed_action=Action.SKIP),
 }
 LONG = [place * 7 % 250 for place in range(340)]
-"""More than one pass, and more than one block of attention."""
+"""Longer than one pass, and than one KV block of attention."""
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def decoder(tiny_folder: Path) -> Decoder:
 
 
 def filled(decoder: Decoder, num_tokens: int) -> SequenceCache:
-    """A sequence whose keys and values are random numbers."""
+    """Returns a sequence cache of random keys and values."""
     cache = new_cache(decoder)
     generator = torch.Generator().manual_seed(num_tokens)
     for tensor in (*cache.keys, *cache.values):
@@ -84,7 +84,7 @@ def run(engine: Engine, *requests: GenerationRequest) -> dict[str, list[EngineEv
 
 
 def produced(events: Sequence[EngineEvent]) -> list[TokenProduced]:
-    """Tokens with their plans and logprobs."""
+    """Returns tokens with their plans and logprobs."""
     return [event for event in events if isinstance(event, TokenProduced)]
 
 
@@ -182,7 +182,7 @@ def test_never_more_is_kept_than_allowed_and_every_block_can_be_found(decoder: D
 
 
 def _num_reachable(decoder: Decoder, cache: PrefixCache) -> int:
-    """Tokens in blocks whose earlier blocks are all there, looked for as far as tokens 0 and 1 go."""
+    """Counts the tokens in KV blocks that a prompt of 0s and 1s can find, by trying all of them."""
 
     def below(namespace: str, prompt: list[int]) -> int:
         total = 0

@@ -1,4 +1,4 @@
-"""Memory in huge pages: the same content, nothing filled that was empty, and nothing that is not the process's own."""
+"""Huge pages keep the content, fill nothing that was empty, and take only memory that is the process's own."""
 
 import ctypes
 import mmap
@@ -27,12 +27,12 @@ MAPS = """\
 
 
 def own_memory() -> mmap.mmap:
-    """Room for so many huge pages wherever it begins."""
+    """Maps memory with room for `NUM_PAGES` huge pages wherever it begins."""
     return mmap.mmap(-1, (NUM_PAGES + 1) * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def num_resident(memory: mmap.mmap) -> int:
-    """Small pages of it that are there."""
+    """Returns the number of its small pages that are resident."""
     states = (ctypes.c_ubyte * (len(memory) // mmap.PAGESIZE))()
     first = ctypes.addressof(ctypes.c_ubyte.from_buffer(memory))
     assert ctypes.CDLL(None).mincore(ctypes.c_void_p(first), ctypes.c_size_t(len(memory)), states) == 0
@@ -40,7 +40,7 @@ def num_resident(memory: mmap.mmap) -> int:
 
 
 def kilobytes(field: str) -> int:
-    """Of the whole process."""
+    """Returns a figure of the whole process from the kernel."""
     (number,) = re.findall(rf"^{field}: +(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
     return int(number)
 
@@ -78,7 +78,7 @@ def test_what_is_full_is_moved_and_keeps_its_content() -> None:
     settle_memory()
     assert memory[:] == content
     if has_huge_pages_at_once():
-        assert kilobytes("AnonHugePages") - before >= HUGE_PAGE // 1024  # as many as there is room for
+        assert kilobytes("AnonHugePages") - before >= HUGE_PAGE // 1024  # as many as fit
     memory.close()
 
 
@@ -88,4 +88,4 @@ def test_what_is_mostly_empty_stays_so() -> None:
     memory[:: HUGE_PAGE // 4] = b"x" * (4 * (NUM_PAGES + 1))
     before = num_resident(memory)
     settle_memory()
-    assert num_resident(memory) == before  # all of it, where huge pages are always given
+    assert num_resident(memory) == before  # all of it if huge pages are always given

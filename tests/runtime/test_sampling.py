@@ -1,4 +1,4 @@
-"""From logits to a token: what may be drawn, how often, and with which seed."""
+"""Sampling: only allowed tokens are drawn, as often as they should be, and a seed repeats its draws."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""What the engine records of a request: every decision of its first steps, with times that fit together."""
+"""The engine's record of a request: every decision of its first steps, with times that fit together."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ def decoder(tiny_folder: Path) -> Decoder:
 
 
 def some_policy(decoder: Decoder) -> LearnedPolicy:
-    """Blocks of three and one layers."""
+    """Returns a policy with decision blocks of three layers and of one."""
     torch.manual_seed(0)
     hidden = decoder.config.hidden_size
     network = PolicyNetwork(
@@ -119,7 +119,7 @@ def test_every_layer_that_is_not_pinned_has_a_decision_with_its_scores_and_times
         starts, ends = unpack_uint32(step.decision_starts), unpack_uint32(step.decision_ends)
         assert [layer for layer in range(6) if ends[layer]] == [1, 2, 3, 4]
         assert all(starts[layer] <= ends[layer] <= layer_starts[layer] for layer in (1, 2, 3, 4))
-        assert starts[1] == starts[2] == starts[3] < starts[4]  # a block is one evaluation
+        assert starts[1] == starts[2] == starts[3] < starts[4]  # a decision block is one evaluation
         scores = unpack_float32(step.scores)
         for layer in (1, 2, 3, 4):
             own = scores[layer * 4 : layer * 4 + 4]
@@ -146,7 +146,7 @@ def test_rows_of_a_batch_keep_their_own_scores(decoder: Decoder) -> None:
 
     together = scores(*skips)
     assert together["full"] == []
-    for name in ("first", "second"):  # but for the rounding of a product of several rows
+    for name in ("first", "second"):  # up to the rounding of a product of several rows
         assert together[name] == pytest.approx(scores(name)[name], abs=1e-3)
 
 
