@@ -27,7 +27,7 @@ from dash_runtime.training.distill import DistillSettings
 from dash_runtime.training.ladder import climb, fit_linear
 from dash_runtime.training.loaded_model import LoadedModel
 from dash_runtime.training.ppo import Objective, Outcome, PpoSettings, Task, UpdateLosses
-from dash_runtime.training.progress import ProgressDisplay
+from dash_runtime.training.progress_display import ProgressDisplay
 from dash_runtime.training.refit import refit_compensation
 from dash_runtime.training.router import train_straight_through
 from dash_runtime.training.train import Trained, TrainSettings, calibrate, describe_budgets, train

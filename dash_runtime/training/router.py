@@ -13,7 +13,7 @@ from dash_runtime.layers.compensation import LowRank
 from dash_runtime.training.actor_critic import ActorCritic
 from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
 from dash_runtime.training.ppo import PpoSettings, Task
-from dash_runtime.training.progress import ProgressDisplay
+from dash_runtime.training.progress_display import ProgressDisplay
 from dash_runtime.training.straight_through import StraightThroughSettings, train_router
 from dash_runtime.training.train import Trained
 

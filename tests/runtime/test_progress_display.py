@@ -6,7 +6,7 @@ from itertools import count
 
 import pytest
 
-from dash_runtime.training.progress import ProgressDisplay
+from dash_runtime.training.progress_display import ProgressDisplay
 
 
 class Terminal(io.StringIO):
