@@ -42,34 +42,28 @@ def cached_conversion(
     """
     target = cache_folder / source.folder_name
     try:
-        return _cached_or_converted(source, target, convert, progress)
+        damage = _damage(target, source)
+        if damage is None:
+            return target
+        try:
+            file = source.locate()
+        except CheckpointNotFound as error:
+            if not os.path.lexists(target):
+                raise
+            raise CorruptCheckpoint(f"{damage}; delete the folder {target} ({error})") from None
+        with _locked(target):
+            damage = _damage(target, source)
+            if damage is None:  # another process was faster
+                return target
+            if os.path.lexists(target):
+                progress(f"{damage}; converting {file.name} again.")
+            else:
+                progress(f"Converting {file.name} into {target}, once.")
+            _replace(target, source, lambda folder: convert(file, folder))
+        return target
     except OSError as error:
         reason = error.strerror or str(error)
         raise CheckpointError(f"{source.name} cannot be converted into {target}: {reason}.") from None
-
-
-def _cached_or_converted(
-    source: ConversionSource, target: Path, convert: Callable[[Path, Path], None], progress: Progress
-) -> Path:
-    damage = _damage(target, source)
-    if damage is None:
-        return target
-    try:
-        file = source.locate()
-    except CheckpointNotFound as error:
-        if not os.path.lexists(target):
-            raise
-        raise CorruptCheckpoint(f"{damage}; delete the folder {target} ({error})") from None
-    with _locked(target):
-        damage = _damage(target, source)
-        if damage is None:  # another process was faster
-            return target
-        if os.path.lexists(target):
-            progress(f"{damage}; converting {file.name} again.")
-        else:
-            progress(f"Converting {file.name} into {target}, once.")
-        _replace(target, source, lambda folder: convert(file, folder))
-    return target
 
 
 def _damage(target: Path, source: ConversionSource) -> str | None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dash_runtime.checkpoints.manifest import read_manifest
 from dash_runtime.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedArchitecture
@@ -17,9 +17,6 @@ from dash_runtime.families.config_reader import ConfigReader
 from dash_runtime.files.json_file import read_json_object
 from dash_runtime.files.wording import one_line, quoted
 from dash_runtime.model_config import ModelConfig
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -143,7 +140,8 @@ def _family(raw: Mapping[str, Any], source: Path, families: Sequence[Family]) ->
     return family
 
 
-def _transformers_config(raw: Mapping[str, Any], model_type: str, source: Path) -> "PretrainedConfig":
+def _transformers_config(raw: Mapping[str, Any], model_type: str, source: Path) -> Any:
+    """Returns a `PretrainedConfig`."""
     from transformers import AutoConfig
 
     num_layers = raw.get("num_hidden_layers")
