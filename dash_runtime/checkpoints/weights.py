@@ -10,12 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_runtime.checkpoints.parameters import parameter_shapes, unused_parameter
-from dash_runtime.errors import (
-    CheckpointError,
-    CheckpointNotFound,
-    CorruptCheckpoint,
-    UnsupportedArchitecture,
-)
+from dash_runtime.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.files.atomic_file import require_regular_file
 from dash_runtime.files.json_file import read_json_object
 from dash_runtime.files.wording import one_line, quoted
@@ -65,15 +60,6 @@ class Weights(Mapping[str, "torch.Tensor"]):
     def file(self, name: str) -> Path:
         """Returns the file that holds the tensor called `name`."""
         return self._files[name]
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> "torch.Tensor":
-        """Returns the tensor called `name`, which must have `shape`.
-
-        Raises:
-            CorruptCheckpoint: no file has it, or it has another shape or dtype.
-        """
-        self.check(name, shape)
-        return self[name]
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Compares a tensor's description in the file with what the model needs. Does not read the tensor.
