@@ -134,8 +134,8 @@ class Batch:
         key = (tuple(rows), window)
         if key not in self._blocks:
             spans = [self.spans[row] for row in rows]
-            attended = attended_blocks([span.cache.start for span in spans], [span.start for span in spans], window)
-            self._blocks[key] = attended.tensors()
+            starts, positions = [span.cache.start for span in spans], [span.start for span in spans]
+            self._blocks[key] = attended_blocks(starts, positions, window)
         if len(rows) == self.num_rows:
             tables = self.tables(layer)
         else:

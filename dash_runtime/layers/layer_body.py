@@ -5,6 +5,7 @@ Inductor; a test holds the two together. Knows tensors; knows no caches, no acti
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,31 +19,21 @@ Norm = Callable[[Tensor], Tensor]
 Linear = Callable[[Tensor], Tensor]
 
 
-class Norms(Protocol):
-    """The norms of one layer; None if its block has no such norm."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norms:
+    """The norms of one layer; None if its block has no such norm.
 
-    @property
-    def input_norm(self) -> Norm | None: ...
+    Output norms are applied before the output is added to the residual. `head_norm` has the weights of `QkNorm.HEAD`,
+    `[num_heads + num_kv_heads, head_dim]`; `query_norm` and `key_norm` are `QkNorm.WIDTH`'s, over all heads together.
+    """
 
-    @property
-    def attention_output_norm(self) -> Norm | None: ...
-
-    @property
-    def mlp_norm(self) -> Norm | None: ...
-
-    @property
-    def mlp_output_norm(self) -> Norm | None: ...
-
-    @property
-    def head_norm(self) -> Tensor | None:
-        """Weights of `QkNorm.HEAD`, `[num_heads + num_kv_heads, head_dim]`."""
-
-    @property
-    def query_norm(self) -> Norm | None:
-        """The norm of `QkNorm.WIDTH`, over all query heads together."""
-
-    @property
-    def key_norm(self) -> Norm | None: ...
+    input_norm: Norm | None = None
+    attention_output_norm: Norm | None = None
+    mlp_norm: Norm | None = None
+    mlp_output_norm: Norm | None = None
+    head_norm: Tensor | None = None
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
 
 
 class Linears(Protocol):

@@ -9,34 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dash_runtime.layers.layer_body import Norms
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.linears.dense_linear import FullLinear
 from dash_runtime.model_config import ModelConfig, QkNorm
 
 
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights(Norms):
     """One layer's weights. Query, key and value are one matrix, and so are gate and up.
 
-    Norms are None where the model has none; the offset of norm weights is added already.
-
-    Attributes:
-        input_norm: the norm of attention's input.
-        attention_output_norm: the norm of attention's output, before that is added to the residual.
-        mlp_norm: the norm of the MLP's input.
-        mlp_output_norm: the norm of the MLP's output, before that is added to the residual.
-        head_norm: the norm of each head of queries and keys, `[num_heads + num_kv_heads, head_dim]`.
-        query_norm: the norm over the width of all queries, `num_heads * head_dim` channels.
-        key_norm: the norm over the width of all keys, `num_kv_heads * head_dim` channels.
+    The offset of norm weights is added already.
     """
 
-    input_norm: RmsNorm | None
-    attention_output_norm: RmsNorm | None
-    mlp_norm: RmsNorm | None
-    mlp_output_norm: RmsNorm | None
-    head_norm: Tensor | None
-    query_norm: RmsNorm | None
-    key_norm: RmsNorm | None
     query_key_value: FullLinear
     output: FullLinear
     gate_up: FullLinear

@@ -31,16 +31,18 @@ _MAX_POSITIONS = 1 << 20
 
 
 def layer_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
-    rows, varying = _rows(shape, num_rows)
     layer_inputs, weights = _weights(shape, action)
-    inputs = (_zeros(num_rows, shape.hidden_size), *rows, weights)
-    return FewRowsLayer(shape, action, layer_inputs, num_rows), inputs, (None, *varying, *_fixed(inputs[-1:]))
+    seen = [_zeros(_SAMPLE_POSITIONS, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
+    inputs = (_zeros(num_rows, shape.hidden_size), *seen, *_tables(shape, num_rows), weights)
+    positions = {0: _varying("positions", num_rows + 1)}
+    varying = (None, positions, positions, None, None)
+    return FewRowsLayer(shape, action, layer_inputs), inputs, (*varying, *_fixed(inputs[-1:]))
 
 
 def attention_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
     positions = [BLOCK_TOKENS * _SAMPLE_BLOCKS - 1] * _SAMPLE_ROWS
     fused = _zeros(_SAMPLE_ROWS, shape.query_size + shape.key_value_size)
-    attended = attended_blocks([0] * _SAMPLE_ROWS, positions, None).tensors()
+    attended = attended_blocks([0] * _SAMPLE_ROWS, positions, None)
     inputs = (fused, *_pool(shape), *attended, *_tables(shape, _SAMPLE_ROWS), _vectors(shape))
     pool, rows, blocks = ({0: _varying(name)} for name in ("pool", "rows", "blocks"))
     by_block = (blocks, blocks, blocks, rows | {1: _varying("most")})
@@ -75,13 +77,6 @@ def policy_sample(shape: PolicyShape) -> Sample:
     inputs = (_zeros(_SAMPLE_ROWS, shape.hidden_size), facts, *(torch.zeros(size) for size in sizes))
     rows = {0: _varying("rows")}
     return FewRowsPolicy(shape), inputs, (rows, rows, *_fixed(inputs[2:]))
-
-
-def _rows(shape: ModelShape, num_rows: int) -> tuple[list[Tensor], list[Any]]:
-    """Returns keys, values, cosines and sines, and their varying dimensions."""
-    kept = [_zeros(_SAMPLE_POSITIONS, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
-    positions = {0: _varying("positions", num_rows + 1)}
-    return [*kept, *_tables(shape, num_rows)], [positions, positions, None, None]
 
 
 def _pool(shape: ModelShape) -> list[Tensor]:

@@ -94,12 +94,8 @@ class FewRowsLayer(_TracedLayer):
     Each row's numbers are the same, bit for bit, alone and among others.
     """
 
-    def __init__(self, shape: ModelShape, action: Action, inputs: WeightPacking, num_rows: int) -> None:
-        super().__init__(shape, action, inputs)
-        self._num_rows = num_rows
-
     def _product(self, inputs: Tensor, matrix: tuple[Tensor, ...]) -> Tensor:
-        return row_product(self._action, inputs, matrix) if self._num_rows == 1 else full_products(inputs, *matrix)
+        return row_product(self._action, inputs, matrix) if len(inputs) == 1 else full_products(inputs, *matrix)
 
     def _scaled(self, branch: Tensor) -> Tensor:
         return branch if self._shape.residual_multiplier == 1 else branch * self._shape.residual_multiplier
@@ -115,7 +111,8 @@ class FewRowsLayer(_TracedLayer):
     ) -> Tensor:
         """Maps `[rows, hidden_size]` to the same.
 
-        Writes the last `rows` of `keys` and `values`, `[positions, num_kv_heads, head_dim]` each.
+        Writes the last `rows` of `keys` and `values`, `[positions, num_kv_heads, head_dim]` each. Each row attends to
+        all up to its own.
         """
         shape = self._shape
         vectors, matrices = self._inputs.split(weights)
@@ -125,11 +122,17 @@ class FewRowsLayer(_TracedLayer):
         fused = self._product(normed, query_key_value)
         if shape.has_qkv_bias:
             fused = fused + vectors[-1]
-        attended = write_and_attend(shape, fused, keys, values, cosines, sines, vectors)
+        num_rotated = shape.num_heads + shape.num_kv_heads
+        rotated, others = rotate_first_heads(shape, fused, num_rotated, cosines, sines, vectors)
+        first = keys.shape[0] - hidden.shape[0]
+        keys[first:] = rotated[:, shape.num_heads :].to(keys.dtype)
+        values[first:] = others.to(values.dtype)
+        attended = attention(rotated[:, : shape.num_heads], keys, values, shape.product_scale)
         residual = residual + self._scaled(self._product(attended, output))
         normed = rms_norm(residual, vectors[1], shape.rms_norm_eps)
         gate, up = self._product(normed, gate_up).chunk(2, dim=-1)
-        gate = _activated(shape, gate)
+        is_silu = shape.activation == Activation.SILU
+        gate = functional.silu(gate) if is_silu else functional.gelu(gate, approximate="tanh")
         residual = residual + self._scaled(self._product(gate * up, down))
         return residual.to(hidden.dtype)
 
@@ -214,25 +217,6 @@ class Head(_Traced):
         return row_product(self._action, rms_norm(hidden.float(), norm, self._shape.rms_norm_eps), matrix)
 
 
-def write_and_attend(
-    shape: ModelShape,
-    fused: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    cosines: Tensor,
-    sines: Tensor,
-    vectors: tuple[Tensor, ...],
-) -> Tensor:
-    """Writes the rows' keys and values at the end of `keys` and `values`. Each row attends to all up to its own."""
-    num_rotated = shape.num_heads + shape.num_kv_heads
-    rotated, others = rotate_first_heads(shape, fused, num_rotated, cosines, sines, vectors)
-    num_rows = fused.shape[0]
-    first = keys.shape[0] - num_rows
-    keys[first:] = rotated[:, shape.num_heads :].to(keys.dtype)
-    values[first:] = others.to(values.dtype)
-    return attention(rotated[:, : shape.num_heads], keys, values, shape.product_scale)
-
-
 def write_tokens(keys: Tensor, values: Tensor, slots: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
     """Writes keys and values, `[rows, num_kv_heads, head_dim]` each, at the tokens `slots` of a pool's blocks."""
     keys.flatten(0, 1)[slots] = new_keys.to(keys.dtype)
@@ -251,10 +235,6 @@ def rotate_first_heads(
     if shape.has_qk_norm:
         rotated = rms_norm(rotated, vectors[2][-num_rotated:], shape.rms_norm_eps)
     return rotate_heads(rotated, cosines, sines), heads[:, num_rotated:]
-
-
-def _activated(shape: ModelShape, gate: Tensor) -> Tensor:
-    return functional.silu(gate) if shape.activation == Activation.SILU else functional.gelu(gate, approximate="tanh")
 
 
 def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:

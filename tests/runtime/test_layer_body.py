@@ -65,7 +65,7 @@ def test_the_traced_layer_computes_what_the_layer_body_does(family: str, variant
     vectors += [own for own in (weights.head_norm, weights.query_key_value.bias) if own is not None]
     packed = [full_row_matrix(own.weight.bfloat16(), own) for own in matrices]
     packing = WeightPacking.of(vectors, packed)
-    traced = FewRowsLayer(shape, Action.FULL, packing, 1)
+    traced = FewRowsLayer(shape, Action.FULL, packing)
     own_keys, own_values = keys.clone(), values.clone()
     joined = tuple(packing.join(vectors, packed))
     outputs = traced(hidden, own_keys, own_values, cosines, sines, joined)
