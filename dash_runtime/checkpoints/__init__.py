@@ -13,11 +13,9 @@ from dash_runtime.checkpoints.resolve import EMBEDDED, resolve_checkpoint
 from dash_runtime.checkpoints.tokenizer_file import load_tokenizer
 from dash_runtime.checkpoints.weights import Weights, check_weights, open_weights
 from dash_runtime.files.disk_cache import default_cache_folder
-from dash_runtime.progress import Progress
 
 __all__ = [
     "EMBEDDED",
-    "Progress",
     "Weights",
     "cached_model_config",
     "check_weights",

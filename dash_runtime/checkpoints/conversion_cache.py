@@ -9,8 +9,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +50,9 @@ def cached_conversion(
             if not os.path.lexists(target):
                 raise
             raise CorruptCheckpoint(f"{damage}; delete the folder {target} ({error})") from None
-        with _locked(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (target.parent / f".{target.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             damage = _damage(target, source)
             if damage is None:  # another process was faster
                 return target
@@ -77,14 +78,6 @@ def _damage(target: Path, source: ConversionSource) -> str | None:
     if (manifest.name, manifest.source) != (source.name, source.identity):
         return f"{target} is no conversion of {source.name}: its {MANIFEST_FILE} names another"
     return find_damage(target, manifest)
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _replace(target: Path, source: ConversionSource, fill: Callable[[Path], None]) -> None:

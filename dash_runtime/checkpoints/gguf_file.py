@@ -134,13 +134,13 @@ class GgufFile:
         return cast("np.ndarray", values.reshape(tensor.shape))
 
 
+@dataclass(slots=True)
 class _Cursor:
     """A position in the file that refuses to pass its end."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path = path
-        self.data = data
-        self.offset = 0
+    path: Path
+    data: mmap.mmap
+    offset: int = 0
 
     def corrupt(self, reason: str) -> CorruptCheckpoint:
         return CorruptCheckpoint(f"{self.path} is damaged or incomplete: {reason}.")

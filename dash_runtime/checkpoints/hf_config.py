@@ -47,12 +47,8 @@ def load_model_config(folder: Path, name: str | None = None, families: Sequence[
     file = folder / CONFIG_FILE
     config = parse_model_config(read_json_object(file), name or model_name(folder), file, families)
     generation = folder / GENERATION_CONFIG_FILE
-    if not os.path.lexists(generation):
-        return config
-    eos = read_json_object(generation).get("eos_token_id")
-    if eos is None:
-        return config
-    return replace(config, eos_token_ids=_token_ids(eos, config.vocab_size, generation))
+    eos = read_json_object(generation).get("eos_token_id") if os.path.lexists(generation) else None
+    return config if eos is None else replace(config, eos_token_ids=_token_ids(eos, config.vocab_size, generation))
 
 
 def model_name(folder: Path) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from dash_runtime.checkpoints.weights import check_safetensors
+from dash_runtime.checkpoints.weights import open_safetensors
 from dash_runtime.errors import CorruptCheckpoint
 from dash_runtime.files.atomic_file import require_regular_file
 from dash_runtime.files.json_file import read_json_object
@@ -85,7 +85,7 @@ def find_damage(folder: Path, manifest: Manifest) -> str | None:
             return f"{file} has changed since it was written"
         if file.suffix == ".safetensors":
             try:
-                check_safetensors(file)
+                open_safetensors(file, "np")
             except CorruptCheckpoint as error:
                 return str(error).rstrip(".")
     return None

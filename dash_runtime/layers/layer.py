@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 from dash_runtime.actions import Action
 from dash_runtime.layers.layer_body import Norms
@@ -10,8 +11,7 @@ from dash_runtime.linears.dense_linear import FullLinear, Linear, for_many_rows
 from dash_runtime.linears.quantization import make_linear
 
 
-@dataclass(frozen=True, slots=True)
-class LayerLinears:
+class LayerLinears(NamedTuple):
     """The four matrices of a layer in one precision. Query, key and value are fused, and so are gate and up."""
 
     query_key_value: Linear
@@ -19,13 +19,9 @@ class LayerLinears:
     gate_up: Linear
     down: Linear
 
-    def matrices(self) -> tuple[Linear, ...]:
-        """Returns all four, in this order."""
-        return self.query_key_value, self.output, self.gate_up, self.down
-
     def for_many_rows(self) -> "LayerLinears":
         """Returns the same matrices for passes over many rows."""
-        return LayerLinears(*map(for_many_rows, self.matrices()))
+        return LayerLinears(*map(for_many_rows, self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

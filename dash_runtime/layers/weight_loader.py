@@ -28,37 +28,27 @@ class LayerWeights(Norms):
     down: FullLinear
 
 
+@dataclass(frozen=True, slots=True)
 class WeightLoader:
-    """Reads weights.
+    """Reads weights."""
 
-    Args:
-        copies: copy every tensor, so that the mapping can be dropped. Otherwise tensors that need neither casting nor
-            fusing share its memory.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        weights: Mapping[str, Tensor],
-        dtype: torch.dtype,
-        device: torch.device,
-        copies: bool = False,
-    ) -> None:
-        self._config = config
-        self._weights = weights
-        self._dtype = dtype
-        self._device = device
-        self._copies = copies
+    config: ModelConfig
+    weights: Mapping[str, Tensor]
+    dtype: torch.dtype
+    device: torch.device
+    copies: bool = False
+    """True to copy every tensor, so that the mapping can be dropped. Otherwise tensors that need neither casting nor
+    fusing share its memory."""
 
     def tensor(self, name: str) -> Tensor:
         """Returns one tensor in the loader's dtype and on its device."""
-        stored = self._weights[name].detach()
-        tensor = stored.to(self._device, self._dtype).contiguous()
-        return tensor.clone() if self._copies and tensor.data_ptr() == stored.data_ptr() else tensor
+        stored = self.weights[name].detach()
+        tensor = stored.to(self.device, self.dtype).contiguous()
+        return tensor.clone() if self.copies and tensor.data_ptr() == stored.data_ptr() else tensor
 
     def norm(self, name: str) -> RmsNorm:
         """Returns the norm whose weight is called `name`."""
-        return RmsNorm(self._norm_weight(name), self._config.rms_norm_eps)
+        return RmsNorm(self._norm_weight(name), self.config.rms_norm_eps)
 
     def linear(self, names: Sequence[str], has_bias: bool) -> FullLinear:
         """Returns several matrices of the same input, fused along their outputs."""
@@ -71,19 +61,19 @@ class WeightLoader:
 
     def embedding(self) -> Tensor:
         """Returns the embedding, `[vocab_size, hidden_size]`."""
-        return self.tensor(f"{self._config.tensor_names.embedding}.weight")
+        return self.tensor(f"{self.config.tensor_names.embedding}.weight")
 
     def final_norm(self) -> RmsNorm:
         """Returns the norm before the head."""
-        return self.norm(f"{self._config.tensor_names.final_norm}.weight")
+        return self.norm(f"{self.config.tensor_names.final_norm}.weight")
 
     def head(self) -> Tensor:
         """Returns the head of a model whose head is not tied, `[vocab_size, hidden_size]`."""
-        return self.tensor(f"{self._config.tensor_names.head}.weight")
+        return self.tensor(f"{self.config.tensor_names.head}.weight")
 
     def layer(self, index: int) -> LayerWeights:
         """Returns the weights of one layer."""
-        names, block = self._config.tensor_names, self._config.block
+        names, block = self.config.tensor_names, self.config.block
         prefix = f"{names.layers}.{index}"
 
         def norm(name: str, is_present: bool) -> RmsNorm | None:
@@ -108,14 +98,14 @@ class WeightLoader:
         )
 
     def _head_norm(self, prefix: str) -> Tensor:
-        config, names = self._config, self._config.tensor_names
+        config, names = self.config, self.config.tensor_names
         query_norm = self._norm_weight(f"{prefix}.{names.query_norm}.weight").expand(config.num_heads, -1)
         key_norm = self._norm_weight(f"{prefix}.{names.key_norm}.weight").expand(config.num_kv_heads, -1)
         return torch.cat((query_norm, key_norm))
 
     def _norm_weight(self, name: str) -> Tensor:
         """Returns a norm's weight with the offset added, in float32: bfloat16 would round small weights away."""
-        offset = self._config.block.norm_offset
+        offset = self.config.block.norm_offset
         if not offset:
             return self.tensor(name)
-        return (self._weights[name].detach().float() + offset).to(self._device, self._dtype)
+        return (self.weights[name].detach().float() + offset).to(self.device, self.dtype)

@@ -101,13 +101,7 @@ class FewRowsLayer(_TracedLayer):
         return branch if self._shape.residual_multiplier == 1 else branch * self._shape.residual_multiplier
 
     def forward(
-        self,
-        hidden: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        cosines: Tensor,
-        sines: Tensor,
-        weights: tuple[Tensor, ...],
+        self, hidden: Tensor, keys: Tensor, values: Tensor, cosines: Tensor, sines: Tensor, weights: tuple[Tensor, ...]
     ) -> Tensor:
         """Maps `[rows, hidden_size]` to the same.
 
@@ -234,18 +228,13 @@ def rotate_first_heads(
     rotated = heads[:, :num_rotated]
     if shape.has_qk_norm:
         rotated = rms_norm(rotated, vectors[2][-num_rotated:], shape.rms_norm_eps)
-    return rotate_heads(rotated, cosines, sines), heads[:, num_rotated:]
+    swapped = rotated.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return rotated * cosines.float() + swapped * sines.float(), heads[:, num_rotated:]
 
 
 def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension, in float32."""
     return inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + eps) * weight
-
-
-def rotate_heads(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """`rotary.rotate` for float32 `[..., heads, head_dim]`."""
-    swapped = heads.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return heads * cosines.float() + swapped * sines.float()
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:

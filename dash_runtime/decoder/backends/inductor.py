@@ -217,7 +217,7 @@ class InductorBackend:
 def _pack(action: Action, matrices: Sequence[Tensor], linears: LayerLinears) -> list[RowMatrix]:
     if action is not Action.FULL:
         return [pack_row_matrix(action, matrix) for matrix in matrices]
-    return [full_row_matrix(*own) for own in zip(matrices, linears.matrices(), strict=True)]
+    return [full_row_matrix(*own) for own in zip(matrices, linears, strict=True)]
 
 
 def _norm(program: Program, weight: Tensor, hidden: Tensor) -> Tensor:
