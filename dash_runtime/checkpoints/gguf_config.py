@@ -5,8 +5,8 @@ as one.
 """
 
 import math
-import struct
 from collections.abc import Sequence
+from ctypes import c_float
 from typing import Any
 
 from dash_runtime.checkpoints.gguf_file import GgufFile
@@ -161,6 +161,4 @@ def _llama3_scaling(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, An
 def _decimal(value: float) -> float:
     """Returns the short decimal that a float32 was written from: 1e-05, not 9.999999747378752e-06."""
     short = float(f"{value:.7g}")
-    if math.isinf(value) or math.isinf(short):
-        return value
-    return short if struct.pack("<f", short) == struct.pack("<f", value) else value
+    return short if c_float(short).value == c_float(value).value else value

@@ -82,12 +82,8 @@ def plot_curve(rows: Sequence[CurveRow], path: Path) -> None:
     _log_scale(axes[1], panels[1][1])
     _whole_numbers(axes[-1])
     axes[-1].set_xlabel("iteration", color=_INK, fontsize=_TEXT_SIZE)
-    axes[0].set_title(
-        f"Training: each iteration (faint) and the mean of the {2 * half + 1} around it" if smooth else "Training",
-        loc="left",
-        color=_INK,
-        fontsize=_TEXT_SIZE + 1.5,
-    )
+    title = f"Training: each iteration (faint) and the mean of the {2 * half + 1} around it" if smooth else "Training"
+    axes[0].set_title(title, loc="left", color=_INK, fontsize=_TEXT_SIZE + 1.5)
     figure.align_ylabels(axes)
     _save(figure, path)
 

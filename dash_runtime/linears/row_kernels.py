@@ -118,18 +118,13 @@ _MATRICES: dict[Action, type[FullRowMatrix] | type[Int8RowMatrix] | type[Int4Row
 }
 
 
-def pack_row_matrix(action: Action, weight: Tensor) -> RowMatrix:
-    """Lays out `[out_features, in_features]` for `row_product`."""
-    return _MATRICES[action].pack(weight)
-
-
-def full_row_matrix(weight: Tensor, linear: Linear) -> RowMatrix:
-    """Lays out `[out_features, in_features]` for `row_product` in FULL, or shares the memory of `linear`.
+def pack_row_matrix(action: Action, weight: Tensor, linear: Linear | None = None) -> RowMatrix:
+    """Lays out `[out_features, in_features]` for `row_product`, or shares the memory of `linear` in FULL.
 
     `linear` is the same matrix for many rows. Its memory is used if one row is as fast with its layout.
     """
-    words = packed_words(linear)
-    return FullRowMatrix.pack(weight) if words is None else PackedRowMatrix(words)
+    words = packed_words(linear) if action is Action.FULL and linear is not None else None
+    return _MATRICES[action].pack(weight) if words is None else PackedRowMatrix(words)
 
 
 def as_row_matrix(action: Action, tensors: tuple[Tensor, ...]) -> RowMatrix:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from dash_runtime.actions import Action
 from dash_runtime.linears.dense_linear import FullLinear, make_full_linear
-from dash_runtime.linears.row_kernels import RowMatrix, full_row_matrix, pack_row_matrix
+from dash_runtime.linears.row_kernels import RowMatrix, pack_row_matrix
 from dash_runtime.programs.kv_blocks import BLOCK_TOKENS, attended_blocks
 from dash_runtime.programs.packing import WeightPacking
 from dash_runtime.programs.traced_layer import FewRowsLayer, Head, LateKeysValues, ModelShape, RowsAttention, RowsNorm
@@ -111,9 +111,8 @@ def _weights(shape: ModelShape, action: Action) -> tuple[WeightPacking, tuple[Te
 
 def _matrix(action: Action, size: tuple[int, int]) -> RowMatrix:
     weight = _zeros(*size)
-    if action is not Action.FULL:
-        return pack_row_matrix(action, weight)
-    return full_row_matrix(weight, make_full_linear(FullLinear(weight)))
+    linear = make_full_linear(FullLinear(weight)) if action is Action.FULL else None
+    return pack_row_matrix(action, weight, linear)
 
 
 def _zeros(*size: int) -> Tensor:

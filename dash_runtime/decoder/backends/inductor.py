@@ -20,7 +20,7 @@ from dash_runtime.layers.pending_kv import MAX_PENDING
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
 from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import most_rows_apart
-from dash_runtime.linears.row_kernels import RowMatrix, full_row_matrix, is_packable, pack_row_matrix
+from dash_runtime.linears.row_kernels import is_packable, pack_row_matrix
 from dash_runtime.model_config import BlockConfig, ModelConfig, NormPlacement, QkNorm
 from dash_runtime.programs.packing import WeightPacking
 from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec
@@ -114,7 +114,8 @@ class InductorBackend:
             vectors.append(fused.bias)
         matrices = (fused.weight, weights.output.weight, weights.gate_up.weight, weights.down.weight)
         linears = layer.linears[Action.FULL]
-        packed = {action: _pack(action, matrices, linears) for action in self._running}
+        pairs = list(zip(matrices, linears, strict=True))
+        packed = {action: [pack_row_matrix(action, *pair) for pair in pairs] for action in self._running}
         inputs = {action: WeightPacking.of(vectors, own).join(vectors, own) for action, own in packed.items()}
         program = self._programs[ProgramKind.NORM, Action.FULL]
         input_norm, mlp_norm = (partial(_norm, program, weight) for weight in vectors[:2])
@@ -163,11 +164,11 @@ class InductorBackend:
     def _verify(self, layer: int, hidden: Tensor, batch: Batch) -> Tensor:
         parts: list[Tensor] = []
         first = 0
-        tables = batch.row_tables(layer)
+        tables = batch.tables(layer)
         for count in self._calls(batch.num_rows, batch.sees_everything(layer)):
             last = first + count - 1
             program, inputs = self._full_programs[count], hidden[first : last + 1]
-            own_tables = (torch.cat(own) for own in zip(*tables[first : last + 1], strict=True))
+            own_tables = (own[first : last + 1] for own in tables)
             parts += program([inputs, *batch.seen(layer, last), *own_tables, *self._layers[layer].weights[Action.FULL]])
             first += count
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -212,12 +213,6 @@ class InductorBackend:
         """Projects the pending keys and values of the rows' sequences. The last `num_own` of each are of this pass."""
         late = self._programs[ProgramKind.LATE, action]
         late([*batch.take_pending(layer, rows, num_own), *self._layers[layer].weights[action]])
-
-
-def _pack(action: Action, matrices: Sequence[Tensor], linears: LayerLinears) -> list[RowMatrix]:
-    if action is not Action.FULL:
-        return [pack_row_matrix(action, matrix) for matrix in matrices]
-    return [full_row_matrix(*own) for own in zip(matrices, linears, strict=True)]
 
 
 def _norm(program: Program, weight: Tensor, hidden: Tensor) -> Tensor:
