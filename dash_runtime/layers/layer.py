@@ -42,7 +42,7 @@ def make_layer(weights: LayerWeights, query_size: int, actions: tuple[Action, ..
     fused = weights.query_key_value
     full = (fused, weights.output, weights.gate_up, weights.down)
     key_value = FullLinear(fused.weight[query_size:], None if fused.bias is None else fused.bias[query_size:])
-    running = (action for action in actions if action is not Action.SKIP)
+    running: list[Action] = [action for action in actions if action is not Action.SKIP]
     linears = {action: LayerLinears(*(make_linear(action, linear) for linear in full)) for action in running}
     norms = {field.name: getattr(weights, field.name) for field in fields(Norms)}
     return DecoderLayer(**norms, key_value=make_linear(Action.FULL, key_value), linears=linears)
