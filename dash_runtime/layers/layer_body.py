@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dash_runtime.layers.rotary import rotate
-from dash_runtime.model_config import Activation, BlockConfig, QkNorm
+from dash_runtime.model_config import Activation, BlockConfig, ModelConfig, QkNorm
 
 Norm = Callable[[Tensor], Tensor]
 Linear = Callable[[Tensor], Tensor]
@@ -77,33 +77,25 @@ def after_attention(block: BlockConfig, norms: Norms, linears: Linears, hidden: 
 
 
 def split_heads(
-    block: BlockConfig,
-    norms: Norms,
-    fused: Tensor,
-    counts: tuple[int, int],
-    head_dim: int,
-    eps: float,
-    cosines: Tensor,
-    sines: Tensor,
+    config: ModelConfig, norms: Norms, fused: Tensor, num_queries: int, cosines: Tensor, sines: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Splits a query-key-value product into heads.
 
     Args:
-        fused: `[..., (queries + 2 * keys) * head_dim]`, bias included.
-        counts: the numbers of query heads (0 for a product of keys and values alone) and of key heads.
+        fused: `[..., (num_queries + 2 * num_kv_heads) * head_dim]`, bias included.
+        num_queries: the number of query heads; 0 for a product of keys and values alone.
         cosines: `[..., 1, head_dim]`, like `sines`.
 
     Returns:
         Queries and keys, normed and rotated, and values: `[..., heads, head_dim]` each.
     """
-    num_queries, num_keys = counts
-    num_rotated = num_queries + num_keys
-    if block.qk_norm is QkNorm.WIDTH:
+    head_dim, num_rotated = config.head_dim, num_queries + config.num_kv_heads
+    if config.block.qk_norm is QkNorm.WIDTH:
         fused = _normed_over_width(norms, fused, num_queries * head_dim, num_rotated * head_dim)
     heads = fused.unflatten(-1, (-1, head_dim))
     rotated = heads[..., :num_rotated, :]
     if norms.head_norm is not None:
-        rotated = functional.rms_norm(rotated, (head_dim,), None, eps) * norms.head_norm[-num_rotated:]
+        rotated = functional.rms_norm(rotated, (head_dim,), None, config.rms_norm_eps) * norms.head_norm[-num_rotated:]
     rotated = rotate(rotated, cosines, sines)
     return rotated[..., :num_queries, :], rotated[..., num_queries:, :], heads[..., num_rotated:, :]
 

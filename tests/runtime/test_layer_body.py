@@ -75,11 +75,8 @@ def test_the_traced_layer_computes_what_the_layer_body_does(family: str, variant
         added: list[Tensor] = []
 
         def attend(normed: Tensor) -> Tensor:
-            counts = (config.num_heads, config.num_kv_heads)
             fused = weights.query_key_value(normed)
-            queries, *new = split_heads(
-                block, weights, fused, counts, config.head_dim, config.rms_norm_eps, cosines, sines
-            )
+            queries, *new = split_heads(replace(config, block=block), weights, fused, config.num_heads, cosines, sines)
             added.extend(new)
             seen = (
                 torch.cat((old[:-1].float(), own.bfloat16().float()))
