@@ -43,10 +43,10 @@ def attention_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample
     positions = [BLOCK_TOKENS * _SAMPLE_BLOCKS - 1] * _SAMPLE_ROWS
     fused = _zeros(_SAMPLE_ROWS, shape.query_size + shape.key_value_size)
     attended = attended_blocks([0] * _SAMPLE_ROWS, positions, None)
-    inputs = (fused, *_pool(shape), *attended, *_tables(shape, _SAMPLE_ROWS), _vectors(shape))
+    inputs = (fused, *_pool(shape), tuple(attended), *_tables(shape, _SAMPLE_ROWS), _vectors(shape))
     pool, rows, blocks = ({0: _varying(name)} for name in ("pool", "rows", "blocks"))
     by_block = (blocks, blocks, blocks, rows | {1: _varying("most")})
-    return RowsAttention(shape, action), inputs, (rows, pool, pool, rows, *by_block, rows, rows, *_fixed(inputs[-1:]))
+    return RowsAttention(shape, action), inputs, (rows, pool, pool, (rows, *by_block), rows, rows, *_fixed(inputs[-1:]))
 
 
 def norm_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:

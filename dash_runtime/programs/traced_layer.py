@@ -142,28 +142,22 @@ class RowsAttention(_Traced):
         fused: Tensor,
         keys: Tensor,
         values: Tensor,
-        slots: Tensor,
-        blocks: Tensor,
-        block_rows: Tensor,
-        biases: Tensor,
-        parts: Tensor,
+        attended: tuple[Tensor, ...],
         cosines: Tensor,
         sines: Tensor,
         vectors: tuple[Tensor, ...],
     ) -> Tensor:
         """Returns `[rows, num_heads * head_dim]` from `fused` `[rows, query and key and value]`, bias included.
 
-        Writes into a whole pool's `keys` and `values`, `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]` each. For
-        `slots`, `blocks`, `block_rows`, `biases` and `parts` see `kv_blocks.AttendedBlocks`.
+        Writes into a whole pool's `keys` and `values`, `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]` each.
+        `attended` has the fields of `kv_blocks.AttendedBlocks`.
         """
         shape = self._shape
         num_rotated = shape.num_heads + shape.num_kv_heads
         rotated, others = rotate_first_heads(shape, fused.float(), num_rotated, cosines, sines, vectors)
-        write_tokens(keys, values, slots, rotated[:, shape.num_heads :], others)
+        write_tokens(keys, values, attended[0], rotated[:, shape.num_heads :], others)
         queries = rotated[:, : shape.num_heads]
-        scale = shape.product_scale
-        attended = attention_over_blocks(queries, keys, values, blocks, block_rows, biases, parts, scale)
-        return attended.to(fused.dtype)
+        return attention_over_blocks(queries, keys, values, attended, shape.product_scale).to(fused.dtype)
 
 
 class RowsNorm(_Traced):
@@ -260,19 +254,13 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Te
 
 
 def attention_over_blocks(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    blocks: Tensor,
-    block_rows: Tensor,
-    biases: Tensor,
-    parts: Tensor,
-    scale: float,
+    queries: Tensor, keys: Tensor, values: Tensor, attended: tuple[Tensor, ...], scale: float
 ) -> Tensor:
     """Attends with rows of different sequences, each over its own blocks: every block alone, then each row's together.
 
     What a loop reads is written out anew for every head, since a shared tensor would be copied first.
     """
+    _, blocks, block_rows, biases, parts = attended
     num_rows, num_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[2]
     group = num_heads // num_kv_heads
@@ -292,5 +280,5 @@ def attention_over_blocks(
     levels = largest[places].masked_fill(is_missing, float("-inf"))
     factors = torch.exp(levels - levels.amax(1, keepdim=True))
     total = (factors * weights.sum(-1)[places]).sum(1)
-    attended = (factors.unsqueeze(-1) * torch.stack(sums, dim=2).view(-1, num_heads, head_dim)[places]).sum(1)
-    return (attended / total.unsqueeze(-1)).view(num_rows, -1)
+    outputs = (factors.unsqueeze(-1) * torch.stack(sums, dim=2).view(-1, num_heads, head_dim)[places]).sum(1)
+    return (outputs / total.unsqueeze(-1)).view(num_rows, -1)
