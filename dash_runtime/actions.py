@@ -48,11 +48,7 @@ class CostTable:
 
     @classmethod
     def from_seconds(
-        cls,
-        num_layers: int,
-        layer: Mapping[Action, float],
-        head: Mapping[Action, float],
-        fixed: float = 0.0,
+        cls, num_layers: int, layer: Mapping[Action, float], head: Mapping[Action, float], fixed: float = 0.0
     ) -> "CostTable":
         """Makes the table from measured seconds of one layer, of the head, and of the rest of a token."""
         total = num_layers * layer[Action.FULL] + head[Action.FULL] + fixed

@@ -5,7 +5,6 @@ imports no library of models. Opening weights imports torch, reading a configura
 tokenizers, and converting a GGUF file numpy, gguf and tokenizers.
 """
 
-from dash_runtime.checkpoints.cache_folder import default_cache_folder
 from dash_runtime.checkpoints.cached_config import cached_model_config
 from dash_runtime.checkpoints.hf_config import load_model_config
 from dash_runtime.checkpoints.hf_folder import tokenizer_file
@@ -13,11 +12,10 @@ from dash_runtime.checkpoints.parameters import parameter_shapes
 from dash_runtime.checkpoints.resolve import EMBEDDED, resolve_checkpoint
 from dash_runtime.checkpoints.tokenizer_file import load_tokenizer
 from dash_runtime.checkpoints.weights import Weights, check_weights, open_weights
-from dash_runtime.progress import Progress
+from dash_runtime.files.disk_cache import default_cache_folder
 
 __all__ = [
     "EMBEDDED",
-    "Progress",
     "Weights",
     "cached_model_config",
     "check_weights",

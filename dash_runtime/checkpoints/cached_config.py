@@ -42,10 +42,6 @@ def _digest(folder: Path) -> str:
     sources = [Path(str(module.__file__)) for module in (hf_config, model_config)]
     sources += sorted(Path(str(families.__file__)).parent.glob("*.py"))
     code = [source.read_text() for source in sources]
-    key = (model_name(folder), read_text(folder / CONFIG_FILE), _generation_config(folder), code)
-    return digest((*key, version("transformers")))
-
-
-def _generation_config(folder: Path) -> str | None:
     path = folder / GENERATION_CONFIG_FILE
-    return read_text(path) if os.path.lexists(path) else None
+    generation = read_text(path) if os.path.lexists(path) else None
+    return digest((model_name(folder), read_text(folder / CONFIG_FILE), generation, code, version("transformers")))

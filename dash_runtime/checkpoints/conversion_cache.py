@@ -9,8 +9,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,34 +41,30 @@ def cached_conversion(
     """
     target = cache_folder / source.folder_name
     try:
-        return _cached_or_converted(source, target, convert, progress)
+        damage = _damage(target, source)
+        if damage is None:
+            return target
+        try:
+            file = source.locate()
+        except CheckpointNotFound as error:
+            if not os.path.lexists(target):
+                raise
+            raise CorruptCheckpoint(f"{damage}; delete the folder {target} ({error})") from None
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (target.parent / f".{target.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            damage = _damage(target, source)
+            if damage is None:  # another process was faster
+                return target
+            if os.path.lexists(target):
+                progress(f"{damage}; converting {file.name} again.")
+            else:
+                progress(f"Converting {file.name} into {target}, once.")
+            _replace(target, source, lambda folder: convert(file, folder))
+        return target
     except OSError as error:
         reason = error.strerror or str(error)
         raise CheckpointError(f"{source.name} cannot be converted into {target}: {reason}.") from None
-
-
-def _cached_or_converted(
-    source: ConversionSource, target: Path, convert: Callable[[Path, Path], None], progress: Progress
-) -> Path:
-    damage = _damage(target, source)
-    if damage is None:
-        return target
-    try:
-        file = source.locate()
-    except CheckpointNotFound as error:
-        if not os.path.lexists(target):
-            raise
-        raise CorruptCheckpoint(f"{damage}; delete the folder {target} ({error})") from None
-    with _locked(target):
-        damage = _damage(target, source)
-        if damage is None:  # another process was faster
-            return target
-        if os.path.lexists(target):
-            progress(f"{damage}; converting {file.name} again.")
-        else:
-            progress(f"Converting {file.name} into {target}, once.")
-        _replace(target, source, lambda folder: convert(file, folder))
-    return target
 
 
 def _damage(target: Path, source: ConversionSource) -> str | None:
@@ -83,14 +78,6 @@ def _damage(target: Path, source: ConversionSource) -> str | None:
     if (manifest.name, manifest.source) != (source.name, source.identity):
         return f"{target} is no conversion of {source.name}: its {MANIFEST_FILE} names another"
     return find_damage(target, manifest)
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _replace(target: Path, source: ConversionSource, fill: Callable[[Path], None]) -> None:

@@ -5,8 +5,8 @@ as one.
 """
 
 import math
-import struct
 from collections.abc import Sequence
+from ctypes import c_float
 from typing import Any
 
 from dash_runtime.checkpoints.gguf_file import GgufFile
@@ -57,6 +57,9 @@ def config_keys(gguf: GgufFile, family: Family) -> dict[str, Any]:
     head_dim = gguf.get(f"{name}.attention.key_length", int) or hidden_size // num_heads
     context_length = gguf.require(f"{name}.context_length", int)
     _refuse_features(gguf, name, head_dim, context_length)
+    embedding = f"{tensors.embedding}.weight"
+    if embedding not in gguf.tensors:
+        raise CorruptCheckpoint(f"{gguf.path} is incomplete: it has no tensor {embedding}.")
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
@@ -69,7 +72,7 @@ def config_keys(gguf: GgufFile, family: Family) -> dict[str, Any]:
         "hidden_act": next(iter(family.activations)),
         "max_position_embeddings": context_length,
         "rms_norm_eps": _decimal(gguf.require(f"{name}.attention.layer_norm_rms_epsilon", float)),
-        "vocab_size": _vocab_size(gguf, f"{tensors.embedding}.weight"),
+        "vocab_size": gguf.tensors[embedding].shape[0],
         "tie_word_embeddings": f"{tensors.head}.weight" not in gguf.tensors,
         "use_cache": True,
         "dtype": "bfloat16",
@@ -94,13 +97,6 @@ def eos_token_ids(gguf: GgufFile, vocab_size: int) -> list[int]:
     if known and not 0 <= known[0] <= known[-1] < vocab_size:
         raise CorruptCheckpoint(f"{gguf.path} is damaged: an end token of {quoted(known)} is outside its vocabulary.")
     return known
-
-
-def _vocab_size(gguf: GgufFile, embedding_name: str) -> int:
-    embedding = gguf.tensors.get(embedding_name)
-    if embedding is None:
-        raise CorruptCheckpoint(f"{gguf.path} is incomplete: it has no tensor {embedding_name}.")
-    return embedding.shape[0]
 
 
 def _refuse_features(gguf: GgufFile, name: str, head_dim: int, context_length: int) -> None:
@@ -135,17 +131,20 @@ def _rope(gguf: GgufFile, name: str, head_dim: int) -> dict[str, Any]:
 
 def _llama3_scaling(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, Any] | None:
     """Returns the llama3 parameters that lead to the file's rotary factors, None if these are all one."""
-    factors = [float(value) for value in gguf.dequantize(gguf.tensors[ROPE_FACTORS]).ravel()]
-    if not 0 < theta < math.inf or min(factors) <= 0:
+    import numpy as np
+
+    factors = gguf.dequantize(gguf.tensors[ROPE_FACTORS]).ravel()
+    if not 0 < theta < math.inf or factors.min() <= 0:
         raise CorruptCheckpoint(f"{gguf.path} is damaged: its rotary embedding has a base or a factor that cannot be.")
-    if all(factor == 1.0 for factor in factors):
+    if (factors == 1).all():
         return None
-    factor = float(f"{max(factors):.6g}")  # a quotient of float32 numbers, so its last digit is noise
-    # A generator instead of a list: a damaged file may ask for billions of channels.
-    expected = (_llama3_factor(theta ** (2 * i / head_dim), factor) for i in range(head_dim // 2))
-    if 2 * len(factors) != head_dim or any(
-        not math.isclose(found, wanted, rel_tol=1e-3) for found, wanted in zip(factors, expected, strict=True)
-    ):
+    factor = float(f"{factors.max():.6g}")  # a quotient of float32 numbers, so its last digit is noise
+    wavelengths = 2 * math.pi * theta ** (np.arange(len(factors)) / len(factors))
+    turns = _LLAMA3_ORIGINAL_CONTEXT / wavelengths
+    smooth = (turns - _LLAMA3_LOW_FREQ_FACTOR) / (_LLAMA3_HIGH_FREQ_FACTOR - _LLAMA3_LOW_FREQ_FACTOR)
+    smooth = smooth.clip(0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if 2 * len(factors) != head_dim or not np.allclose(factors, expected, rtol=1e-3, atol=0):
         raise UnsupportedArchitecture(
             f"{gguf.path}: its rotary factors ({ROPE_FACTORS}) are not those of Llama 3; "
             "use the model's Hugging Face folder."
@@ -159,20 +158,7 @@ def _llama3_scaling(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, An
     }
 
 
-def _llama3_factor(inverse_frequency: float, factor: float) -> float:
-    wavelength = 2 * math.pi * inverse_frequency
-    turns = _LLAMA3_ORIGINAL_CONTEXT / wavelength
-    if turns > _LLAMA3_HIGH_FREQ_FACTOR:
-        return 1.0
-    if turns < _LLAMA3_LOW_FREQ_FACTOR:
-        return factor
-    smooth = (turns - _LLAMA3_LOW_FREQ_FACTOR) / (_LLAMA3_HIGH_FREQ_FACTOR - _LLAMA3_LOW_FREQ_FACTOR)
-    return 1 / ((1 - smooth) / factor + smooth)
-
-
 def _decimal(value: float) -> float:
     """Returns the short decimal that a float32 was written from: 1e-05, not 9.999999747378752e-06."""
     short = float(f"{value:.7g}")
-    if math.isinf(value) or math.isinf(short):
-        return value
-    return short if struct.pack("<f", short) == struct.pack("<f", value) else value
+    return short if c_float(short).value == c_float(value).value else value

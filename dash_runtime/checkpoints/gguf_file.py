@@ -31,19 +31,7 @@ _MAX_VALUE = 3.38e38
 _STRING = 8
 _ARRAY = 9
 _BOOL = 7
-_SCALAR_FORMATS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "B",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+_SCALAR_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 
 Scalar = str | int | float | bool
 MetadataValue = Scalar | list[Scalar]
@@ -79,8 +67,7 @@ class GgufFile:
             raise CorruptCheckpoint(f"{path} is empty.") from None
         except OSError as error:
             raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}.") from None
-        cursor = _Cursor(path, self._bytes)
-        self.metadata, self.tensors = _read_header(cursor)
+        self.metadata, self.tensors = _read_header(_Cursor(path, self._bytes))
 
     def get(self, key: str, kind: type[ScalarType]) -> ScalarType | None:
         """Returns the scalar called `key`, or None if the file has none.
@@ -147,13 +134,13 @@ class GgufFile:
         return cast("np.ndarray", values.reshape(tensor.shape))
 
 
+@dataclass(slots=True)
 class _Cursor:
     """A position in the file that refuses to pass its end."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path = path
-        self.data = data
-        self.offset = 0
+    path: Path
+    data: mmap.mmap
+    offset: int = 0
 
     def corrupt(self, reason: str) -> CorruptCheckpoint:
         return CorruptCheckpoint(f"{self.path} is damaged or incomplete: {reason}.")
@@ -162,11 +149,8 @@ class _Cursor:
         if num_bytes > len(self.data) - self.offset:
             raise self.corrupt("it ends inside its header")
 
-    def scalar(self, code: str) -> Scalar:
-        return self.scalars(code, 1)[0]
-
     def unsigned(self, code: str) -> int:
-        return cast(int, self.scalar(code))
+        return cast(int, self.scalars(code, 1)[0])
 
     def scalars(self, code: str, count: int) -> list[Scalar]:
         size = struct.calcsize("<" + code)
@@ -188,24 +172,18 @@ class _Cursor:
     def value(self) -> MetadataValue:
         kind = self.unsigned("I")
         if kind != _ARRAY:
-            return self.single(kind)
+            return self.values(kind, 1, "a value")[0]
         kind = self.unsigned("I")
-        count = self.unsigned("Q")
-        if kind == _STRING:
-            self.require(8 * count)
-            return [self.string() for _ in range(count)]
-        if kind in _SCALAR_FORMATS:
-            values = self.scalars(_SCALAR_FORMATS[kind], count)
-            return [self.boolean(value) for value in values] if kind == _BOOL else values
-        raise self.corrupt(f"an array in its header is of the unknown type {kind}")
+        return self.values(kind, self.unsigned("Q"), "an array")
 
-    def single(self, kind: int) -> Scalar:
+    def values(self, kind: int, count: int, what: str) -> list[Scalar]:
         if kind == _STRING:
-            return self.string()
-        if kind in _SCALAR_FORMATS:
-            value = self.scalar(_SCALAR_FORMATS[kind])
-            return self.boolean(value) if kind == _BOOL else value
-        raise self.corrupt(f"a value in its header is of the unknown type {kind}")
+            self.require(8 * count)  # each has a length at least
+            return [self.string() for _ in range(count)]
+        if kind not in _SCALAR_FORMATS:
+            raise self.corrupt(f"{what} in its header is of the unknown type {kind}")
+        values = self.scalars(_SCALAR_FORMATS[kind], count)
+        return [self.boolean(value) for value in values] if kind == _BOOL else values
 
     def boolean(self, value: Scalar) -> bool:
         if value not in (0, 1):

@@ -5,12 +5,11 @@ tokenizer.json files, and equal llama.cpp's for the same names (src/llama-vocab.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from gguf.constants import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from dash_runtime.checkpoints.chat_template import ChatTemplate
@@ -24,50 +23,30 @@ _LLAMA3_PATTERN = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _WOR
 _QWEN2_PATTERN = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _WORDS_AND_SPACES
 
 
-class TokenType(IntEnum):
-    """llama.cpp's token types (`llama_token_type`)."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
 @dataclass(frozen=True, slots=True)
 class _PreTokenizer:
     """The steps that cut a text before BPE, and the settings that the pre-tokenizer's name implies."""
 
-    steps: Callable[[], list[Any]]
-    normalizer: Callable[[], Any] | None = None
+    steps: list[Any]
+    normalizer: Any = None
     ignores_merges: bool = False
     adds_bos_by_default: bool = False
 
 
-def _byte_level() -> list[Any]:
-    return [pre_tokenizers.ByteLevel(add_prefix_space=False)]
+def _split_by(pattern: str) -> list[Any]:
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return [pre_tokenizers.Split(Regex(pattern), behavior="isolated"), by_bytes]
 
 
-def _single_digits() -> list[Any]:
-    return [pre_tokenizers.Digits(individual_digits=True), *_byte_level()]
-
-
-def _split_by(pattern: str) -> Callable[[], list[Any]]:
-    return lambda: [
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-
-
+_BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
 _LLAMA3 = _PreTokenizer(_split_by(_LLAMA3_PATTERN), ignores_merges=True, adds_bos_by_default=True)
 PRE_TOKENIZERS = {
-    "gpt-2": _PreTokenizer(_byte_level),
-    "smollm": _PreTokenizer(_single_digits),
+    "gpt-2": _PreTokenizer([_BYTE_LEVEL]),
+    "smollm": _PreTokenizer([pre_tokenizers.Digits(individual_digits=True), _BYTE_LEVEL]),
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
-    "qwen2": _PreTokenizer(_split_by(_QWEN2_PATTERN), normalizer=normalizers.NFC),
+    "qwen2": _PreTokenizer(_split_by(_QWEN2_PATTERN), normalizer=normalizers.NFC()),
 }
 
 
@@ -87,9 +66,9 @@ def write_tokenizer(gguf: GgufFile, vocab_size: int, folder: Path) -> None:
     tokens = _tokens(gguf, vocab_size)
     tokenizer = _build(gguf, tokens, pre_tokenizer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    special = {key: _special_token(gguf, key, tokens) for key in ("bos", "eos", "unknown", "padding")}
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-    config: dict[str, object] = {names[key]: token for key, token in special.items() if token is not None}
+    special = {name: _special_token(gguf, key, tokens) for key, name in names.items()}
+    config: dict[str, object] = {name: token for name, token in special.items() if token is not None}
     config |= {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -143,8 +122,8 @@ def _build(gguf: GgufFile, tokens: list[str], pre_tokenizer: _PreTokenizer) -> T
         raise CorruptCheckpoint(f"{gguf.path} is damaged: its merges do not fit its tokens ({reason}).") from None
     tokenizer = Tokenizer(model)
     if pre_tokenizer.normalizer is not None:
-        tokenizer.normalizer = pre_tokenizer.normalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pre_tokenizer.steps())
+        tokenizer.normalizer = pre_tokenizer.normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pre_tokenizer.steps)
     tokenizer.decoder = decoders.ByteLevel()
     special = [token for token, kind in typed if kind in (TokenType.CONTROL, TokenType.UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])

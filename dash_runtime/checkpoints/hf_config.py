@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dash_runtime.checkpoints.manifest import read_manifest
 from dash_runtime.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedArchitecture
@@ -17,9 +17,6 @@ from dash_runtime.families.config_reader import ConfigReader
 from dash_runtime.files.json_file import read_json_object
 from dash_runtime.files.wording import one_line, quoted
 from dash_runtime.model_config import ModelConfig
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -50,12 +47,8 @@ def load_model_config(folder: Path, name: str | None = None, families: Sequence[
     file = folder / CONFIG_FILE
     config = parse_model_config(read_json_object(file), name or model_name(folder), file, families)
     generation = folder / GENERATION_CONFIG_FILE
-    if not os.path.lexists(generation):
-        return config
-    eos = read_json_object(generation).get("eos_token_id")
-    if eos is None:
-        return config
-    return replace(config, eos_token_ids=_token_ids(eos, config.vocab_size, generation))
+    eos = read_json_object(generation).get("eos_token_id") if os.path.lexists(generation) else None
+    return config if eos is None else replace(config, eos_token_ids=_token_ids(eos, config.vocab_size, generation))
 
 
 def model_name(folder: Path) -> str:
@@ -143,7 +136,8 @@ def _family(raw: Mapping[str, Any], source: Path, families: Sequence[Family]) ->
     return family
 
 
-def _transformers_config(raw: Mapping[str, Any], model_type: str, source: Path) -> "PretrainedConfig":
+def _transformers_config(raw: Mapping[str, Any], model_type: str, source: Path) -> Any:
+    """Returns a `PretrainedConfig`."""
     from transformers import AutoConfig
 
     num_layers = raw.get("num_hidden_layers")

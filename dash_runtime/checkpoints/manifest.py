@@ -11,11 +11,13 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dash_runtime.checkpoints.weights import check_safetensors
+import msgspec
+
+from dash_runtime.checkpoints.weights import open_safetensors
 from dash_runtime.errors import CorruptCheckpoint
 from dash_runtime.files.atomic_file import require_regular_file
 from dash_runtime.files.json_file import read_json_object
-from dash_runtime.files.wording import one_line, quoted
+from dash_runtime.files.wording import one_line
 
 MANIFEST_FILE = "dash_manifest.json"
 DIGEST_LIMIT_BYTES = 512 * 2**20
@@ -63,11 +65,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         # Older manifests have no digest of themselves.
         if _OWN_DIGEST in raw and raw.pop(_OWN_DIGEST) != _digest_of(raw):
             raise ValueError
-        if not isinstance(raw["name"], str) or not isinstance(raw["source"], str):
-            raise TypeError
-        files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
-        return Manifest(files=files, **raw)
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return msgspec.convert(raw, Manifest)
+    except (ValueError, RecursionError):
         raise CorruptCheckpoint(f"{file} is damaged; delete the folder {folder}.") from None
 
 
@@ -81,12 +80,12 @@ def find_damage(folder: Path, manifest: Manifest) -> str | None:
             return f"{folder / one_line(name)} is missing, or no file"
         size_bytes = file.stat().st_size
         if size_bytes != record.size_bytes:
-            return f"{file} has {size_bytes} bytes instead of {quoted(record.size_bytes)}"
+            return f"{file} has {size_bytes} bytes instead of {record.size_bytes}"
         if record.sha256 is not None and sha256_of(file) != record.sha256:
             return f"{file} has changed since it was written"
         if file.suffix == ".safetensors":
             try:
-                check_safetensors(file)
+                open_safetensors(file, "np")
             except CorruptCheckpoint as error:
                 return str(error).rstrip(".")
     return None

@@ -23,11 +23,9 @@ CONVERSION_VERSION = 1
 _KEY_DIGITS = 12
 
 
-def _no_progress(message: str) -> None:
-    del message
-
-
-def resolve_checkpoint(model: str, revision: str | None, cache_folder: Path, progress: Progress = _no_progress) -> Path:
+def resolve_checkpoint(
+    model: str, revision: str | None, cache_folder: Path, progress: Progress = lambda message: None
+) -> Path:
     """Returns the Hugging Face folder of `model`, which is converted or downloaded if needed.
 
     Args:
@@ -50,7 +48,8 @@ def resolve_checkpoint(model: str, revision: str | None, cache_folder: Path, pro
     if is_local and revision is not None:
         raise ConfigError("revision", f"applies to hub ids only, and {model!r} is local")
     if model == EMBEDDED:
-        return cached_conversion(_embedded_source(), cache_folder, convert_gguf, progress)
+        source = _source(EMBEDDED_NAME, f"sha256:{EMBEDDED_SHA256}", embedded_gguf)
+        return cached_conversion(source, cache_folder, convert_gguf, progress)
     if path.is_dir():
         return _checked_folder(path)
     if path.suffix == ".gguf":
@@ -72,10 +71,6 @@ def _checked_folder(folder: Path) -> Path:
         raise CorruptCheckpoint(f"{damage}; delete the folder {folder}.")
     check_folder(folder)
     return folder
-
-
-def _embedded_source() -> ConversionSource:
-    return _source(EMBEDDED_NAME, f"sha256:{EMBEDDED_SHA256}", embedded_gguf)
 
 
 def _gguf_source(path: Path) -> ConversionSource:

@@ -10,12 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dash_runtime.checkpoints.parameters import parameter_shapes, unused_parameter
-from dash_runtime.errors import (
-    CheckpointError,
-    CheckpointNotFound,
-    CorruptCheckpoint,
-    UnsupportedArchitecture,
-)
+from dash_runtime.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.files.atomic_file import require_regular_file
 from dash_runtime.files.json_file import read_json_object
 from dash_runtime.files.wording import one_line, quoted
@@ -42,7 +37,7 @@ class Weights(Mapping[str, "torch.Tensor"]):
     def __init__(self, folder: Path, files: Mapping[str, Path]) -> None:
         self.folder = folder
         self._files = files
-        self._handles = {file: _open_safetensors(file, "pt") for file in set(files.values())}
+        self._handles = {file: open_safetensors(file, "pt") for file in set(files.values())}
         self._names_in = {file: frozenset(handle.keys()) for file, handle in self._handles.items()}
 
     def __iter__(self) -> Iterator[str]:
@@ -65,15 +60,6 @@ class Weights(Mapping[str, "torch.Tensor"]):
     def file(self, name: str) -> Path:
         """Returns the file that holds the tensor called `name`."""
         return self._files[name]
-
-    def tensor(self, name: str, shape: tuple[int, ...]) -> "torch.Tensor":
-        """Returns the tensor called `name`, which must have `shape`.
-
-        Raises:
-            CorruptCheckpoint: no file has it, or it has another shape or dtype.
-        """
-        self.check(name, shape)
-        return self[name]
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Compares a tensor's description in the file with what the model needs. Does not read the tensor.
@@ -117,7 +103,7 @@ def open_weights(folder: Path) -> Weights:
     """
     single = folder / WEIGHTS_FILE
     if single.exists():
-        return Weights(folder, dict.fromkeys(_open_safetensors(single, "pt").keys(), single))
+        return Weights(folder, dict.fromkeys(open_safetensors(single, "pt").keys(), single))
     index = folder / INDEX_FILE
     if not index.exists():
         raise missing_weights(folder)
@@ -138,15 +124,6 @@ def check_weights(weights: Weights, config: ModelConfig) -> None:
     unused = unused_parameter(weights, config)
     if unused is not None:
         raise CorruptCheckpoint(f"{weights.file(unused)}: config.json asks for no tensor {quoted(unused)}.")
-
-
-def check_safetensors(file: Path) -> None:
-    """Checks a file's header against its size. Imports no torch and reads no tensor.
-
-    Raises:
-        CorruptCheckpoint: naming the file.
-    """
-    _open_safetensors(file, "np")
 
 
 def missing_weights(folder: Path) -> CheckpointError:
@@ -176,7 +153,12 @@ def _read_index(index: Path) -> dict[str, Path]:
     return files
 
 
-def _open_safetensors(file: Path, framework: str) -> Any:
+def open_safetensors(file: Path, framework: str) -> Any:
+    """Opens a file and checks its header against its size. Imports torch only for the framework `pt`.
+
+    Raises:
+        CorruptCheckpoint: naming the file.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:

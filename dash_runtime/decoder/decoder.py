@@ -4,6 +4,7 @@ Knows weights, actions and rows; knows no policy, no sampling and no requests.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -23,45 +24,33 @@ Backends = Mapping[PassKind, Sequence[Backend]]
 """The backends for each kind of pass. The first that takes a pass runs it."""
 
 
+@dataclass(eq=False, repr=False)
 class Decoder:
-    """The model's layers, embedding and heads.
+    """The model's layers, embedding and heads."""
 
-    Args:
-        actions: the actions that layers can take.
-        backends: they run the layers. The last one for each kind takes every pass.
-        embed: maps token ids to the input of layer 0, `[tokens, hidden_size]`.
-        heads: one per precision.
-        context_length: number of positions in the rotary tables.
-        max_prompt_rows: a prompt's row has the same bits in all passes of up to this many rows.
-    """
+    config: ModelConfig
+    actions: tuple[Action, ...]
+    """The actions that layers can take."""
+    backends: Backends
+    """They run the layers. The last one for each kind takes every pass."""
+    embed: Embedding
+    """Maps token ids to the input of layer 0, `[tokens, hidden_size]`."""
+    heads: Mapping[Action, Head]
+    _: KW_ONLY
+    dtype: torch.dtype
+    device: torch.device
+    context_length: int
+    """Number of positions in the rotary tables."""
+    max_prompt_rows: int
+    """A prompt's row has the same bits in all passes of up to this many rows."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        actions: tuple[Action, ...],
-        backends: Backends,
-        embed: Embedding,
-        heads: Mapping[Action, Head],
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        context_length: int,
-        max_prompt_rows: int,
-    ) -> None:
-        self.config = config
+    def __post_init__(self) -> None:
+        config = self.config
         self.num_layers = config.num_layers
-        self.actions = actions
-        self.embed = embed
-        self.heads = heads
-        self.dtype = dtype
-        self.device = device
-        self.context_length = context_length
-        self.row_block = device_of(device).row_block
+        self.row_block = device_of(self.device).row_block
         """A prompt may be cut at multiples of this. If every pass begins at one and has at most `max_prompt_rows` rows,
         a row's bits do not depend on the cuts."""
-        self.max_prompt_rows = max_prompt_rows
-        self._backends = backends
-        self._rotary = rotary_tables(config.ropes, config.head_dim, context_length, dtype, device)
+        self._rotary = rotary_tables(config.ropes, config.head_dim, self.context_length, self.dtype, self.device)
 
     def caches(self, sizes: Sequence[int]) -> list[SequenceCache]:
         """Returns one cache per size, which is its number of positions, in a pool of their own."""
@@ -76,17 +65,15 @@ class Decoder:
         compensations: Sequence[Compensation],
     ) -> Batch:
         """Returns the rows of one pass: the next `lengths[i]` positions of `caches[i]`. See `Batch` for the rest."""
-        config = self.config
-        scale, windows = config.block.attention_scale, config.sliding_window
-        return Batch(kind, caches, lengths, self._rotary, compensations, windows, self.row_block, scale)
+        return Batch(kind, caches, lengths, compensations, self.config, self._rotary, self.row_block)
 
     def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
         """Runs one layer with each row's own action; see `Backend`."""
-        for backend in self._backends[batch.kind]:
+        for backend in self.backends[batch.kind]:
             if backend.takes(batch):
                 return backend.run_layer(layer, actions, hidden, batch)
         raise AssertionError("no backend takes this pass")
 
     def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
         """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""
-        return self._backends[PassKind.DECODE][0].logits(hidden, precisions)
+        return self.backends[PassKind.DECODE][0].logits(hidden, precisions)

@@ -66,9 +66,8 @@ def make_decoder(
         if precision not in (Action.INT8, Action.FULL):
             continue  # an INT4 head changes the text (docs/architecture.md), so it is not offered
         compiled = None if inductor is None else inductor.head(precision, head, final_norm, multiplier)
-        linear = full if precision is Action.FULL else None
         if compiled is None:
-            linear = linear or make_linear(precision, FullLinear(head))
+            linear = full if precision is Action.FULL else make_linear(precision, FullLinear(head))
             compiled = eager_head(linear, final_norm, multiplier)
         by_precision[precision] = compiled
 

@@ -19,7 +19,6 @@ from dash_runtime.training.curve import CurveRow, write_whole
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
 
 _DPI = 150
 _INK = "#333333"
@@ -83,22 +82,14 @@ def plot_curve(rows: Sequence[CurveRow], path: Path) -> None:
     _log_scale(axes[1], panels[1][1])
     _whole_numbers(axes[-1])
     axes[-1].set_xlabel("iteration", color=_INK, fontsize=_TEXT_SIZE)
-    axes[0].set_title(
-        f"Training: each iteration (faint) and the mean of the {2 * half + 1} around it" if smooth else "Training",
-        loc="left",
-        color=_INK,
-        fontsize=_TEXT_SIZE + 1.5,
-    )
+    title = f"Training: each iteration (faint) and the mean of the {2 * half + 1} around it" if smooth else "Training"
+    axes[0].set_title(title, loc="left", color=_INK, fontsize=_TEXT_SIZE + 1.5)
     figure.align_ylabels(axes)
     _save(figure, path)
 
 
 def plot_pareto(
-    rows: Sequence[ParetoPoint],
-    path: Path,
-    title: str,
-    y_label: str = "divergence (nats per token)",
-    log: bool = True,
+    rows: Sequence[ParetoPoint], path: Path, title: str, y_label: str = "divergence (nats per token)", log: bool = True
 ) -> None:
     """Plots a value against the cost share: one line per name in the given order, the learned ones on top.
 
@@ -139,7 +130,8 @@ def plot_pareto(
         _log_scale(axis, [row.value for row in rows])
     axis.set_xlabel("cost (share of the full-depth token)", color=_INK, fontsize=_TEXT_SIZE)
     axis.set_ylabel(y_label, color=_INK, fontsize=_TEXT_SIZE)
-    _verbatim(axis.set_title(title, loc="left", color=_INK, fontsize=_TEXT_SIZE + 1.5))
+    # A name is no formula, whatever dollar signs it has.
+    axis.set_title(title, loc="left", color=_INK, fontsize=_TEXT_SIZE + 1.5).set_parse_math(False)
     _legend(figure, handles, names)
     _save(figure, path)
 
@@ -231,12 +223,7 @@ def _legend(figure: "Figure", handles: Sequence[Any], names: Sequence[str]) -> N
     )
     for text in legend.get_texts():
         text.set_color(_INK)
-        _verbatim(text)
-
-
-def _verbatim(text: "Text") -> None:
-    """Shows the text as it is: dollar signs make no formula."""
-    text.set_parse_math(False)
+        text.set_parse_math(False)
 
 
 def _smoothed(values: Sequence[float], half: int) -> list[float]:

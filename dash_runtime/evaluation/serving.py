@@ -45,13 +45,8 @@ def measure_serving(engine: Engine, prompt: Sequence[int], budget: float, policy
 def _generate(
     engine: Engine, prompts: Sequence[Sequence[int]], budget: float | None, policy_name: str | None, num_tokens: int
 ) -> list[Generated]:
-    return generate(
-        engine, _no_text, prompts, skip_options(budget, policy_name), num_tokens, ignores_end_of_sequence=True
-    )
-
-
-def _no_text(token_ids: Sequence[int]) -> str:
-    return ""
+    skip = skip_options(budget, policy_name)
+    return generate(engine, lambda token_ids: "", prompts, skip, num_tokens, ignores_end_of_sequence=True)
 
 
 def _seconds_per_token(output: Generated) -> float:

@@ -47,7 +47,7 @@ def read_tasks(path: Path) -> list[ChoiceQuestion] | list[OpenQuestion]:
         if "choices" in record:
             choice_questions.append(_choice_question(place, record))
         else:
-            open_questions.append(_open_question(place, record))
+            open_questions.append(OpenQuestion(_text(place, record, "question"), _text(place, record, "answer")))
         if choice_questions and open_questions:
             raise _error(place, "is of another kind than the lines before: with or without choices, not both")
     if not choice_questions and not open_questions:
@@ -99,10 +99,6 @@ def _choice_question(place: str, record: dict[str, Any]) -> ChoiceQuestion:
     if not 0 <= answer < len(texts):
         raise _error(place, f"has answer {answer!r:.20}, but its choices are 0 to {len(texts) - 1}")
     return ChoiceQuestion(question, texts, answer)
-
-
-def _open_question(place: str, record: dict[str, Any]) -> OpenQuestion:
-    return OpenQuestion(_text(place, record, "question"), _text(place, record, "answer"))
 
 
 def _text(place: str, record: dict[str, Any], name: str) -> str:

@@ -4,6 +4,7 @@ Knows the keys that families share and transformers' spelling of them; knows no 
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,20 +15,18 @@ from dash_runtime.model_config import Activation, RopeConfig, RopeKind
 _MAX_NUMBER = 1e30
 
 
+@dataclass(frozen=True, slots=True)
 class ConfigReader:
     """The values of one configuration.
-
-    Args:
-        config: a transformers `PretrainedConfig`. It holds the file's keys, and transformers' defaults for the others.
-        source: the file to name in errors.
 
     Every method raises `CorruptCheckpoint` if a value makes no sense, and `UnsupportedArchitecture` if it asks for a
     feature that no decoder here has.
     """
 
-    def __init__(self, config: Any, source: Path) -> None:
-        self.config = config
-        self.source = source
+    config: Any
+    """A transformers `PretrainedConfig`. It holds the file's keys, and transformers' defaults for the others."""
+    source: Path
+    """The file to name in errors."""
 
     def get(self, key: str) -> Any:
         """Returns an unchecked value, None if the architecture has no such key."""

@@ -63,12 +63,10 @@ class Family:
 
     def embedding_multiplier(self, config: ConfigReader) -> float:
         """Returns the factor of the embedding's output."""
-        del config
         return 1.0
 
     def logits_multiplier(self, config: ConfigReader) -> float:
         """Returns the factor of the logits."""
-        del config
         return 1.0
 
     def keys_from_gguf(self, tensors: Container[str]) -> dict[str, object]:
@@ -78,5 +76,4 @@ class Family:
 
     def gguf_permuted_heads(self, config: ModelConfig) -> Mapping[str, int]:
         """Returns the modules whose rows llama.cpp reorders for its rotary embedding, with their numbers of heads."""
-        del config
         return {}

@@ -1,14 +1,19 @@
 """Writes files that later starts read: their names tell what they depend on.
 
-Imports no torch; knows nothing of what is written.
+Imports no torch and reads no environment of its own; knows nothing of what is written.
 """
 
 import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dash_runtime.files.atomic_file import replacing
+
+
+def default_cache_folder(environment: Mapping[str, str]) -> Path:
+    """Returns `dash-llm` in the user's cache folder, which is $XDG_CACHE_HOME or ~/.cache."""
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dash-llm"
 
 
 def digest(key: object) -> str:

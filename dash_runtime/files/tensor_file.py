@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -54,9 +53,17 @@ def load_tensors(path: Path, what: str, keys: Collection[str]) -> tuple[dict[str
     Raises:
         PolicyFileError: it is missing, cannot be read or has changed since it was written, naming `what` it is.
     """
-    with _opened(path, what) as file:
-        metadata: dict[str, str] = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        require_regular_file(path)
+        with safe_open(path, framework="pt", device="cpu") as file, naming(path, what):
+            metadata: dict[str, str] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise PolicyFileError(f"{what} {path} does not exist") from None
+    except OSError as error:
+        raise PolicyFileError(f"{what} {path} cannot be read: {error.strerror or one_line(error)}") from None
+    except SafetensorError as error:
+        raise PolicyFileError(f"{what} {path} cannot be read: {one_line(error)}") from None
     expected = metadata.pop(CHECKSUM, None)
     unknown = metadata.keys() - set(keys)
     if unknown:
@@ -92,17 +99,3 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     for name in names:
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _opened(path: Path, what: str) -> Iterator[Any]:
-    try:
-        require_regular_file(path)
-        with safe_open(path, framework="pt", device="cpu") as file, naming(path, what):
-            yield file
-    except FileNotFoundError:
-        raise PolicyFileError(f"{what} {path} does not exist") from None
-    except OSError as error:
-        raise PolicyFileError(f"{what} {path} cannot be read: {error.strerror or one_line(error)}") from None
-    except SafetensorError as error:
-        raise PolicyFileError(f"{what} {path} cannot be read: {one_line(error)}") from None

@@ -15,6 +15,7 @@ from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.layers.projection import Projection, Span, project_row, project_rows
 from dash_runtime.layers.rotary import RotaryTable
+from dash_runtime.model_config import ModelConfig
 from dash_runtime.programs.kv_blocks import attended_blocks
 
 
@@ -36,12 +37,10 @@ class Batch:
     Args:
         caches: one sequence cache per span.
         lengths: rows of each span; they follow what is cached already.
-        rotary: one table per layer.
         compensations: one per span; it replaces a skipped layer in the span's rows.
-        sliding_window: per layer, how many of the latest positions it attends to; None for all.
+        rotary: one table per layer.
         row_block: attention takes at most this many rows of a span at once, counted from its first row. A row's sums
             depend on the rows and positions passed with it, so a block's sums do not depend on what follows it.
-        attention_scale: factor of the attention scores; None for the usual one.
     """
 
     def __init__(
@@ -49,11 +48,10 @@ class Batch:
         kind: PassKind,
         caches: Sequence[SequenceCache],
         lengths: Sequence[int],
-        rotary: Sequence[RotaryTable],
         compensations: Sequence[Compensation],
-        sliding_window: Sequence[int | None],
+        config: ModelConfig,
+        rotary: Sequence[RotaryTable],
         row_block: int,
-        attention_scale: float | None = None,
     ) -> None:
         self.kind = kind
         self.spans: list[Span] = []
@@ -66,9 +64,9 @@ class Batch:
         assert kind is PassKind.PREFILL or all(span.start > 0 for span in self.spans)
         assert kind is not PassKind.DECODE or self.num_rows == len(self.spans)
         self._row_block = row_block
-        self._attention_scale = attention_scale
+        self._attention_scale = config.block.attention_scale
         self._rotary = rotary
-        self._sliding_window = sliding_window
+        self._sliding_window = config.sliding_window
         self._compensations = [
             compensation
             for compensation, span in zip(compensations, self.spans, strict=True)
@@ -134,8 +132,8 @@ class Batch:
         key = (tuple(rows), window)
         if key not in self._blocks:
             spans = [self.spans[row] for row in rows]
-            attended = attended_blocks([span.cache.start for span in spans], [span.start for span in spans], window)
-            self._blocks[key] = attended.tensors()
+            starts, positions = [span.cache.start for span in spans], [span.start for span in spans]
+            self._blocks[key] = attended_blocks(starts, positions, window)
         if len(rows) == self.num_rows:
             tables = self.tables(layer)
         else:

@@ -5,10 +5,11 @@ has a factor and an offset per channel. `low_rank` and `dense` add a linear map 
 layer's delta. Knows nothing of fitting, which is in `dash_runtime.training`.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import lru_cache
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,22 +34,23 @@ class CompensationKind(StrEnum):
     DENSE = "dense"
 
 
-class Compensation(Protocol):
-    """Maps the input of a skipped layer to a replacement of its output."""
+@dataclass(frozen=True, slots=True)
+class Compensation:
+    """Maps the input of a skipped layer to a replacement of its output. Its fields are tensors."""
 
-    @property
-    def kind(self) -> CompensationKind:
-        """The rung."""
+    kind: ClassVar[CompensationKind]
 
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
         """`[rows, hidden_size] -> [rows, hidden_size]`."""
+        raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors to store, by name; the first dimension of each is the layer."""
+        return {own.name: getattr(self, own.name) for own in fields(self) if own.init}
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(Compensation):
     """Passes the hidden state on unchanged."""
 
     kind = CompensationKind.IDENTITY
@@ -56,12 +58,9 @@ class Identity:
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
         return hidden
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
-
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class Scale(Compensation):
     """One factor per layer, `[num_layers]`."""
 
     factors: Tensor
@@ -70,12 +69,9 @@ class Scale:
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
         return hidden * self.factors[layer]
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"factors": self.factors}
-
 
 @dataclass(frozen=True, slots=True)
-class Affine:
+class Affine(Compensation):
     """A factor and an offset per channel, each `[num_layers, hidden_size]`."""
 
     factors: Tensor
@@ -85,12 +81,9 @@ class Affine:
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
         return torch.addcmul(self.offsets[layer], hidden, self.factors[layer])
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"factors": self.factors, "offsets": self.offsets}
-
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
+class LowRank(Compensation):
     """`hidden + up · (down · hidden) + offset`, in float32.
 
     `down` is `[num_layers, rank, hidden_size]`, `up` `[num_layers, hidden_size, rank]`, `offsets` `[num_layers,
@@ -121,12 +114,9 @@ class LowRank:
         """Returns the same map on another device."""
         return LowRank(self.down.to(device), self.up.to(device), self.offsets.to(device))
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"down": self.down, "up": self.up, "offsets": self.offsets}
-
 
 @dataclass(frozen=True, slots=True)
-class PackedLowRank:
+class PackedLowRank(Compensation):
     """A `LowRank` with INT8 matrices and a scale for each of their rows, run by the kernel of INT8 layers.
 
     A skip mostly waits for these matrices, and they are most of a policy's file. At a quarter of the bytes the map can
@@ -143,8 +133,7 @@ class PackedLowRank:
     _layers: tuple[tuple[Tensor, ...], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        tensors = (self.down, self.down_scales, self.up, self.up_scales, self.offsets)
-        object.__setattr__(self, "_layers", tuple(zip(*tensors, strict=True)))
+        object.__setattr__(self, "_layers", tuple(zip(*self.tensors().values(), strict=True)))
 
     @classmethod
     def from_low_rank(cls, low_rank: LowRank, dtype: torch.dtype) -> "PackedLowRank":
@@ -163,10 +152,6 @@ class PackedLowRank:
         down, down_scales, up, up_scales, offset = self._layers[layer]
         narrow = torch.ops.aten._weight_int8pack_mm(hidden, down, down_scales)
         return (hidden + offset).add_(torch.ops.aten._weight_int8pack_mm(narrow, up, up_scales))
-
-    def tensors(self) -> dict[str, Tensor]:
-        names = ("down", "down_scales", "up", "up_scales", "offsets")
-        return {name: getattr(self, name) for name in names}
 
 
 def _pack_rows(matrices: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -191,7 +176,7 @@ def _has_int8_kernel() -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Dense:
+class Dense(Compensation):
     """`hidden + map · hidden + offset`, with a `[num_layers, hidden_size, hidden_size]` map."""
 
     maps: Tensor
@@ -201,11 +186,10 @@ class Dense:
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
         return hidden + torch.nn.functional.linear(hidden, self.maps[layer], self.offsets[layer])
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"maps": self.maps, "offsets": self.offsets}
 
-
-_CLASSES = {rung.kind: rung for rung in (Identity, Scale, Affine, LowRank, Dense)}
+_CLASSES: dict[CompensationKind, Callable[..., Compensation]] = {
+    rung.kind: rung for rung in (Identity, Scale, Affine, LowRank, Dense)
+}
 
 
 def make_compensation(kind: str, tensors: dict[str, Tensor], num_layers: int, hidden_size: int) -> Compensation:
@@ -220,21 +204,18 @@ def make_compensation(kind: str, tensors: dict[str, Tensor], num_layers: int, hi
         known = ", ".join(CompensationKind)
         raise PolicyFileError(f"compensation {kind!r} is unknown; known: {known}") from None
     try:
-        compensation: Compensation = rung(**tensors)
+        compensation = rung(**tensors)
     except TypeError:
         raise PolicyFileError(f"compensation {kind!r} does not take {sorted(tensors)}") from None
+    rank = tensors["down"].shape[:2][-1] if "down" in tensors else 0
+    shapes = {
+        (CompensationKind.SCALE, "factors"): (num_layers,),
+        (CompensationKind.LOW_RANK, "down"): (num_layers, rank, hidden_size),
+        (CompensationKind.LOW_RANK, "up"): (num_layers, hidden_size, rank),
+        (CompensationKind.DENSE, "maps"): (num_layers, hidden_size, hidden_size),
+    }
     for name, tensor in tensors.items():
-        rank = tensors["down"].shape[1] if name == "up" else None
-        expected = {
-            (CompensationKind.SCALE, "factors"): (num_layers,),
-            (CompensationKind.LOW_RANK, "down"): (
-                num_layers,
-                tensor.shape[min(1, tensor.dim() - 1)],
-                hidden_size,
-            ),
-            (CompensationKind.LOW_RANK, "up"): (num_layers, hidden_size, rank),
-            (CompensationKind.DENSE, "maps"): (num_layers, hidden_size, hidden_size),
-        }.get((compensation.kind, name), (num_layers, hidden_size))
+        expected = shapes.get((compensation.kind, name), (num_layers, hidden_size))
         if tuple(tensor.shape) != expected:
             raise PolicyFileError(f"compensation tensor {name!r} has shape {tuple(tensor.shape)}, not {expected}")
     return compensation

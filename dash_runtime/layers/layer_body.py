@@ -5,6 +5,7 @@ Inductor; a test holds the two together. Knows tensors; knows no caches, no acti
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -12,37 +13,27 @@ from torch import Tensor
 from torch.nn import functional
 
 from dash_runtime.layers.rotary import rotate
-from dash_runtime.model_config import Activation, BlockConfig, QkNorm
+from dash_runtime.model_config import Activation, BlockConfig, ModelConfig, QkNorm
 
 Norm = Callable[[Tensor], Tensor]
 Linear = Callable[[Tensor], Tensor]
 
 
-class Norms(Protocol):
-    """The norms of one layer; None if its block has no such norm."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norms:
+    """The norms of one layer; None if its block has no such norm.
 
-    @property
-    def input_norm(self) -> Norm | None: ...
+    Output norms are applied before the output is added to the residual. `head_norm` has the weights of `QkNorm.HEAD`,
+    `[num_heads + num_kv_heads, head_dim]`; `query_norm` and `key_norm` are `QkNorm.WIDTH`'s, over all heads together.
+    """
 
-    @property
-    def attention_output_norm(self) -> Norm | None: ...
-
-    @property
-    def mlp_norm(self) -> Norm | None: ...
-
-    @property
-    def mlp_output_norm(self) -> Norm | None: ...
-
-    @property
-    def head_norm(self) -> Tensor | None:
-        """Weights of `QkNorm.HEAD`, `[num_heads + num_kv_heads, head_dim]`."""
-
-    @property
-    def query_norm(self) -> Norm | None:
-        """The norm of `QkNorm.WIDTH`, over all query heads together."""
-
-    @property
-    def key_norm(self) -> Norm | None: ...
+    input_norm: Norm | None = None
+    attention_output_norm: Norm | None = None
+    mlp_norm: Norm | None = None
+    mlp_output_norm: Norm | None = None
+    head_norm: Tensor | None = None
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
 
 
 class Linears(Protocol):
@@ -86,33 +77,25 @@ def after_attention(block: BlockConfig, norms: Norms, linears: Linears, hidden: 
 
 
 def split_heads(
-    block: BlockConfig,
-    norms: Norms,
-    fused: Tensor,
-    counts: tuple[int, int],
-    head_dim: int,
-    eps: float,
-    cosines: Tensor,
-    sines: Tensor,
+    config: ModelConfig, norms: Norms, fused: Tensor, num_queries: int, cosines: Tensor, sines: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Splits a query-key-value product into heads.
 
     Args:
-        fused: `[..., (queries + 2 * keys) * head_dim]`, bias included.
-        counts: the numbers of query heads (0 for a product of keys and values alone) and of key heads.
+        fused: `[..., (num_queries + 2 * num_kv_heads) * head_dim]`, bias included.
+        num_queries: the number of query heads; 0 for a product of keys and values alone.
         cosines: `[..., 1, head_dim]`, like `sines`.
 
     Returns:
         Queries and keys, normed and rotated, and values: `[..., heads, head_dim]` each.
     """
-    num_queries, num_keys = counts
-    num_rotated = num_queries + num_keys
-    if block.qk_norm is QkNorm.WIDTH:
+    head_dim, num_rotated = config.head_dim, num_queries + config.num_kv_heads
+    if config.block.qk_norm is QkNorm.WIDTH:
         fused = _normed_over_width(norms, fused, num_queries * head_dim, num_rotated * head_dim)
     heads = fused.unflatten(-1, (-1, head_dim))
     rotated = heads[..., :num_rotated, :]
     if norms.head_norm is not None:
-        rotated = functional.rms_norm(rotated, (head_dim,), None, eps) * norms.head_norm[-num_rotated:]
+        rotated = functional.rms_norm(rotated, (head_dim,), None, config.rms_norm_eps) * norms.head_norm[-num_rotated:]
     rotated = rotate(rotated, cosines, sines)
     return rotated[..., :num_queries, :], rotated[..., num_queries:, :], heads[..., num_rotated:, :]
 

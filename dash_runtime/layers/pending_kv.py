@@ -47,10 +47,14 @@ class PendingKv(Sequence[list[Tensor]]):
     ) -> tuple[list[Tensor], list[Action]]:
         """Adds further rows, one per action. Removes and returns the rows to project now, and each one's action.
 
-        A row that runs takes all rows before it along. The others wait.
+        A row that runs takes all rows before it along, and so does the last of `MAX_PENDING`. The others wait.
         """
-        projected = late_actions(len(self._rows[layer]), actions)
         together = [*self._rows[layer], *rows]
+        projected: list[Action] = []
+        for end, action in enumerate(actions, len(self._rows[layer]) + 1):
+            num_waiting = end - len(projected)
+            if action is not Action.SKIP or num_waiting == MAX_PENDING:
+                projected += [action] * num_waiting
         self._rows[layer] = together[len(projected) :]
         return together[: len(projected)], projected
 
@@ -59,15 +63,3 @@ class PendingKv(Sequence[list[Tensor]]):
         for layer, rows in enumerate(self._rows):
             if rows:
                 self._rows[layer] = rows[: max(0, len(rows) - num_positions)]
-
-
-def late_actions(num_pending: int, actions: Sequence[Action]) -> list[Action]:
-    """Returns the action that each row of a sequence is projected with, pending rows first. Rows left over wait."""
-    projected: list[Action] = []
-    num_waiting = num_pending
-    for action in actions:
-        num_waiting += 1
-        if action is not Action.SKIP or num_waiting == MAX_PENDING:
-            projected += [action] * num_waiting
-            num_waiting = 0
-    return projected

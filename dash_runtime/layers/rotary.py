@@ -20,12 +20,7 @@ class RotaryTable:
     """
 
     def __init__(
-        self,
-        rope: RopeConfig | None,
-        head_dim: int,
-        context_length: int,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, rope: RopeConfig | None, head_dim: int, context_length: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         positions = torch.arange(context_length, dtype=torch.float32)
         frequencies = torch.zeros(head_dim // 2) if rope is None else inverse_frequencies(rope, head_dim)

@@ -9,71 +9,46 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dash_runtime.layers.layer_body import Norms
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.linears.dense_linear import FullLinear
 from dash_runtime.model_config import ModelConfig, QkNorm
 
 
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights(Norms):
     """One layer's weights. Query, key and value are one matrix, and so are gate and up.
 
-    Norms are None where the model has none; the offset of norm weights is added already.
-
-    Attributes:
-        input_norm: the norm of attention's input.
-        attention_output_norm: the norm of attention's output, before that is added to the residual.
-        mlp_norm: the norm of the MLP's input.
-        mlp_output_norm: the norm of the MLP's output, before that is added to the residual.
-        head_norm: the norm of each head of queries and keys, `[num_heads + num_kv_heads, head_dim]`.
-        query_norm: the norm over the width of all queries, `num_heads * head_dim` channels.
-        key_norm: the norm over the width of all keys, `num_kv_heads * head_dim` channels.
+    The offset of norm weights is added already.
     """
 
-    input_norm: RmsNorm | None
-    attention_output_norm: RmsNorm | None
-    mlp_norm: RmsNorm | None
-    mlp_output_norm: RmsNorm | None
-    head_norm: Tensor | None
-    query_norm: RmsNorm | None
-    key_norm: RmsNorm | None
     query_key_value: FullLinear
     output: FullLinear
     gate_up: FullLinear
     down: FullLinear
 
 
+@dataclass(frozen=True, slots=True)
 class WeightLoader:
-    """Reads weights.
+    """Reads weights."""
 
-    Args:
-        copies: copy every tensor, so that the mapping can be dropped. Otherwise tensors that need neither casting nor
-            fusing share its memory.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        weights: Mapping[str, Tensor],
-        dtype: torch.dtype,
-        device: torch.device,
-        copies: bool = False,
-    ) -> None:
-        self._config = config
-        self._weights = weights
-        self._dtype = dtype
-        self._device = device
-        self._copies = copies
+    config: ModelConfig
+    weights: Mapping[str, Tensor]
+    dtype: torch.dtype
+    device: torch.device
+    copies: bool = False
+    """True to copy every tensor, so that the mapping can be dropped. Otherwise tensors that need neither casting nor
+    fusing share its memory."""
 
     def tensor(self, name: str) -> Tensor:
         """Returns one tensor in the loader's dtype and on its device."""
-        stored = self._weights[name].detach()
-        tensor = stored.to(self._device, self._dtype).contiguous()
-        return tensor.clone() if self._copies and tensor.data_ptr() == stored.data_ptr() else tensor
+        stored = self.weights[name].detach()
+        tensor = stored.to(self.device, self.dtype).contiguous()
+        return tensor.clone() if self.copies and tensor.data_ptr() == stored.data_ptr() else tensor
 
     def norm(self, name: str) -> RmsNorm:
         """Returns the norm whose weight is called `name`."""
-        return RmsNorm(self._norm_weight(name), self._config.rms_norm_eps)
+        return RmsNorm(self._norm_weight(name), self.config.rms_norm_eps)
 
     def linear(self, names: Sequence[str], has_bias: bool) -> FullLinear:
         """Returns several matrices of the same input, fused along their outputs."""
@@ -86,19 +61,19 @@ class WeightLoader:
 
     def embedding(self) -> Tensor:
         """Returns the embedding, `[vocab_size, hidden_size]`."""
-        return self.tensor(f"{self._config.tensor_names.embedding}.weight")
+        return self.tensor(f"{self.config.tensor_names.embedding}.weight")
 
     def final_norm(self) -> RmsNorm:
         """Returns the norm before the head."""
-        return self.norm(f"{self._config.tensor_names.final_norm}.weight")
+        return self.norm(f"{self.config.tensor_names.final_norm}.weight")
 
     def head(self) -> Tensor:
         """Returns the head of a model whose head is not tied, `[vocab_size, hidden_size]`."""
-        return self.tensor(f"{self._config.tensor_names.head}.weight")
+        return self.tensor(f"{self.config.tensor_names.head}.weight")
 
     def layer(self, index: int) -> LayerWeights:
         """Returns the weights of one layer."""
-        names, block = self._config.tensor_names, self._config.block
+        names, block = self.config.tensor_names, self.config.block
         prefix = f"{names.layers}.{index}"
 
         def norm(name: str, is_present: bool) -> RmsNorm | None:
@@ -123,14 +98,14 @@ class WeightLoader:
         )
 
     def _head_norm(self, prefix: str) -> Tensor:
-        config, names = self._config, self._config.tensor_names
+        config, names = self.config, self.config.tensor_names
         query_norm = self._norm_weight(f"{prefix}.{names.query_norm}.weight").expand(config.num_heads, -1)
         key_norm = self._norm_weight(f"{prefix}.{names.key_norm}.weight").expand(config.num_kv_heads, -1)
         return torch.cat((query_norm, key_norm))
 
     def _norm_weight(self, name: str) -> Tensor:
         """Returns a norm's weight with the offset added, in float32: bfloat16 would round small weights away."""
-        offset = self._config.block.norm_offset
+        offset = self.config.block.norm_offset
         if not offset:
             return self.tensor(name)
-        return (self._weights[name].detach().float() + offset).to(self._device, self._dtype)
+        return (self.weights[name].detach().float() + offset).to(self.device, self.dtype)

@@ -7,7 +7,7 @@ import ctypes
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +33,8 @@ _WIDENED_OUTPUTS = 1 << 10
 system every time."""
 
 
-class Linear(Protocol):
-    """`[rows, in_features] -> [rows, out_features]`, bias included."""
-
-    def __call__(self, inputs: Tensor) -> Tensor: ...
+Linear = Callable[[Tensor], Tensor]
+"""Maps `[rows, in_features]` to `[rows, out_features]`, bias included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +103,8 @@ class BatchInvariantLinear:
     """
 
     def __init__(self, make_product: Callable[[FullLinear], Linear], full: FullLinear) -> None:
-        out_features, in_features = full.weight.shape
         self.product = make_product(full)
-        self.shape = (out_features, in_features)
+        self.shape = (full.weight.shape[0], full.weight.shape[1])
         self._first_parts = partial(_tried_first_parts, make_product, self.shape, full.bias is not None)
         self._first_parts(torch.get_num_threads())
 
@@ -121,14 +118,6 @@ class BatchInvariantLinear:
         if first > num_rows:
             return self.product(functional.pad(inputs, (0, 0, 0, first - num_rows)))[:num_rows]
         return torch.cat([self.product(inputs[:first]), self(inputs[first:])])
-
-
-@cache
-def _tried_first_parts(
-    make_product: Callable[[FullLinear], Linear], shape: tuple[int, int], has_bias: bool, num_threads: int
-) -> Sequence[int]:
-    """Returns, by number of rows, how many rows the first call takes. The rest follow in further calls."""
-    return first_parts(_agreeing_counts(make_product, shape, has_bias))
 
 
 def first_parts(counts: Collection[int]) -> Sequence[int]:
@@ -145,10 +134,11 @@ def first_parts(counts: Collection[int]) -> Sequence[int]:
     return first
 
 
-def _agreeing_counts(
-    make_product: Callable[[FullLinear], Linear], shape: tuple[int, int], has_bias: bool
-) -> Collection[int]:
-    """Returns the numbers of rows at which every row has the same bits as among the usual number.
+@cache
+def _tried_first_parts(
+    make_product: Callable[[FullLinear], Linear], shape: tuple[int, int], has_bias: bool, num_threads: int
+) -> Sequence[int]:
+    """Returns `first_parts` of the numbers of rows at which every row has the same bits as among the usual number.
 
     Each sum's terms cancel in pairs, so only rounding errors are left, and these differ wherever the order differs.
     Other sums would mostly round to the same bf16.
@@ -168,12 +158,12 @@ def _agreeing_counts(
     rows = row.expand(MAX_INVARIANT_ROWS, -1).contiguous()
     usual = product(rows[:_USUAL_ROWS])[0]
     agreeing = [count for count in _TRIED_COUNTS if bool((product(rows[:count]) == usual).all())]
-    return agreeing if _USUAL_ROWS in agreeing else (1,)
+    return first_parts(agreeing if _USUAL_ROWS in agreeing else (1,))
 
 
 def make_full_linear(full: FullLinear) -> Linear:
     """Returns the fastest product for few rows. A packed one is also the fastest for many."""
-    if not _may_be_packed(full.weight):
+    if not device_of(full.weight.device).has_packed_products or full.weight.dtype is not torch.bfloat16:
         return full
     return BatchInvariantLinear(PackedLinear.from_full if _has_packed_linear() else _as_loaded, full)
 
@@ -205,10 +195,6 @@ def packed_words(linear: Linear) -> Tensor | None:
 def most_rows_apart() -> int:
     """Returns the most rows for which a product each (`row_kernels.py`) is faster than one for all of them."""
     return 2 if _has_packed_linear() else 8
-
-
-def _may_be_packed(weight: Tensor) -> bool:
-    return device_of(weight.device).has_packed_products and weight.dtype is torch.bfloat16
 
 
 @lru_cache

@@ -61,10 +61,7 @@ class Int4Linear:
         return outputs if self.bias is None else outputs + self.bias
 
 
-_QUANTIZED: dict[Action, type[Int8Linear] | type[Int4Linear]] = {
-    Action.INT8: Int8Linear,
-    Action.INT4: Int4Linear,
-}
+_QUANTIZED: dict[Action, type[Int8Linear] | type[Int4Linear]] = {Action.INT8: Int8Linear, Action.INT4: Int4Linear}
 
 
 def make_linear(action: Action, full: FullLinear) -> Linear:

@@ -6,8 +6,8 @@ become bits of a float's mantissa, which takes a shift and a mask. In FULL the m
 oneDNN packed for many rows, if the layout permits. All sums are float32. Knows matrices; knows no layers.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,29 +32,32 @@ _MOST_ROWS_UNROLLED = 4
 """The most rows for which the sums of a whole block's outputs fit into the registers."""
 
 
-class RowMatrix(Protocol):
-    """A matrix `[out_features, in_features]`, laid out for products with one row."""
+@dataclass(frozen=True, slots=True)
+class RowMatrix:
+    """A matrix `[out_features, in_features]`, laid out for products with one row. Its fields are tensors."""
 
-    @property
-    def is_shared(self) -> bool:
-        """True if a product for many rows uses the same memory."""
+    is_shared: ClassVar[bool] = False
+    """True if a product for many rows uses the same memory."""
+    tile: ClassVar[int] = TILE
+    """Outputs of one entry in the tensors' first dimension."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Returns the inputs of a compiled program."""
+        return tuple(getattr(self, own.name) for own in fields(self))
 
     def outputs_from(self, first: int) -> "RowMatrix":
         """Returns the part for the outputs from `first` on, a multiple of 16.
 
         A block-packed matrix may include up to 63 earlier outputs.
         """
+        return replace(self, **{own.name: getattr(self, own.name)[first // self.tile :] for own in fields(self)})
 
 
 @dataclass(frozen=True, slots=True)
-class FullRowMatrix:
+class FullRowMatrix(RowMatrix):
     """A bf16 matrix, `[tiles, in_features / 8, 8, 16]`."""
 
     tiles: Tensor
-    is_shared = False
 
     @classmethod
     def pack(cls, weight: Tensor) -> "FullRowMatrix":
@@ -62,29 +65,18 @@ class FullRowMatrix:
         tiles = weight.view(out_features // TILE, TILE, in_features // _FULL_UNROLL, _FULL_UNROLL)
         return cls(tiles.permute(0, 2, 3, 1).contiguous())
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.tiles,)
-
-    def outputs_from(self, first: int) -> "FullRowMatrix":
-        return FullRowMatrix(self.tiles[first // TILE :])
-
 
 @dataclass(frozen=True, slots=True)
-class PackedRowMatrix:
+class PackedRowMatrix(RowMatrix):
     """The memory of a `PackedLinear`, int32 `[blocks, in_features / 2, 64]` with two weights of an output in a word."""
 
     words: Tensor
     is_shared = True
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.words,)
-
-    def outputs_from(self, first: int) -> "PackedRowMatrix":
-        return PackedRowMatrix(self.words[first // PACKED_BLOCK :])
+    tile = PACKED_BLOCK
 
 
 @dataclass(frozen=True, slots=True)
-class Int8RowMatrix:
+class Int8RowMatrix(RowMatrix):
     """An INT8 matrix, int32 `[tiles, in_features / 32, 8, 16]` with four weights plus 128 in a word.
 
     Scales are `[out_features]`.
@@ -92,22 +84,18 @@ class Int8RowMatrix:
 
     words: Tensor
     scales: Tensor
-    is_shared = False
 
     @classmethod
     def pack(cls, weight: Tensor) -> "Int8RowMatrix":
         quantized, scales = quantize_int8(weight)
         return cls(_pack_words(quantized.to(torch.int32) + _INT8_OFFSET, _INT8_BITS), scales)
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.words, self.scales)
-
     def outputs_from(self, first: int) -> "Int8RowMatrix":
         return Int8RowMatrix(self.words[first // TILE :], self.scales[first:])
 
 
 @dataclass(frozen=True, slots=True)
-class Int4RowMatrix:
+class Int4RowMatrix(RowMatrix):
     """An INT4 matrix, int32 `[tiles, groups, 4, 16]` with eight weights in a word.
 
     Scales and zeros are `[tiles, groups, 16]`.
@@ -116,18 +104,11 @@ class Int4RowMatrix:
     words: Tensor
     scales: Tensor
     zeros: Tensor
-    is_shared = False
 
     @classmethod
     def pack(cls, weight: Tensor) -> "Int4RowMatrix":
         quantized, scales, zeros = quantize_int4(weight)
         return cls(_pack_words(quantized, _INT4_BITS), _tile(scales), _tile(zeros))
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.words, self.scales, self.zeros)
-
-    def outputs_from(self, first: int) -> "Int4RowMatrix":
-        return Int4RowMatrix(*(tensor[first // TILE :] for tensor in self.tensors()))
 
 
 _MATRICES: dict[Action, type[FullRowMatrix] | type[Int8RowMatrix] | type[Int4RowMatrix]] = {
@@ -137,18 +118,13 @@ _MATRICES: dict[Action, type[FullRowMatrix] | type[Int8RowMatrix] | type[Int4Row
 }
 
 
-def pack_row_matrix(action: Action, weight: Tensor) -> RowMatrix:
-    """Lays out `[out_features, in_features]` for `row_product`."""
-    return _MATRICES[action].pack(weight)
-
-
-def full_row_matrix(weight: Tensor, linear: Linear) -> RowMatrix:
-    """Lays out `[out_features, in_features]` for `row_product` in FULL, or shares the memory of `linear`.
+def pack_row_matrix(action: Action, weight: Tensor, linear: Linear | None = None) -> RowMatrix:
+    """Lays out `[out_features, in_features]` for `row_product`, or shares the memory of `linear` in FULL.
 
     `linear` is the same matrix for many rows. Its memory is used if one row is as fast with its layout.
     """
-    words = packed_words(linear)
-    return FullRowMatrix.pack(weight) if words is None else PackedRowMatrix(words)
+    words = packed_words(linear) if action is Action.FULL and linear is not None else None
+    return _MATRICES[action].pack(weight) if words is None else PackedRowMatrix(words)
 
 
 def as_row_matrix(action: Action, tensors: tuple[Tensor, ...]) -> RowMatrix:

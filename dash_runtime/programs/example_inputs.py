@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from dash_runtime.actions import Action
 from dash_runtime.linears.dense_linear import FullLinear, make_full_linear
-from dash_runtime.linears.row_kernels import RowMatrix, full_row_matrix, pack_row_matrix
+from dash_runtime.linears.row_kernels import RowMatrix, pack_row_matrix
 from dash_runtime.programs.kv_blocks import BLOCK_TOKENS, attended_blocks
 from dash_runtime.programs.packing import WeightPacking
 from dash_runtime.programs.traced_layer import FewRowsLayer, Head, LateKeysValues, ModelShape, RowsAttention, RowsNorm
@@ -31,20 +31,22 @@ _MAX_POSITIONS = 1 << 20
 
 
 def layer_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
-    rows, varying = _rows(shape, num_rows)
     layer_inputs, weights = _weights(shape, action)
-    inputs = (_zeros(num_rows, shape.hidden_size), *rows, weights)
-    return FewRowsLayer(shape, action, layer_inputs, num_rows), inputs, (None, *varying, *_fixed(inputs[-1:]))
+    seen = [_zeros(_SAMPLE_POSITIONS, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
+    inputs = (_zeros(num_rows, shape.hidden_size), *seen, *_tables(shape, num_rows), weights)
+    positions = {0: _varying("positions", num_rows + 1)}
+    varying = (None, positions, positions, None, None)
+    return FewRowsLayer(shape, action, layer_inputs), inputs, (*varying, *_fixed(inputs[-1:]))
 
 
 def attention_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
     positions = [BLOCK_TOKENS * _SAMPLE_BLOCKS - 1] * _SAMPLE_ROWS
     fused = _zeros(_SAMPLE_ROWS, shape.query_size + shape.key_value_size)
-    attended = attended_blocks([0] * _SAMPLE_ROWS, positions, None).tensors()
-    inputs = (fused, *_pool(shape), *attended, *_tables(shape, _SAMPLE_ROWS), _vectors(shape))
+    attended = attended_blocks([0] * _SAMPLE_ROWS, positions, None)
+    inputs = (fused, *_pool(shape), tuple(attended), *_tables(shape, _SAMPLE_ROWS), _vectors(shape))
     pool, rows, blocks = ({0: _varying(name)} for name in ("pool", "rows", "blocks"))
     by_block = (blocks, blocks, blocks, rows | {1: _varying("most")})
-    return RowsAttention(shape, action), inputs, (rows, pool, pool, rows, *by_block, rows, rows, *_fixed(inputs[-1:]))
+    return RowsAttention(shape, action), inputs, (rows, pool, pool, (rows, *by_block), rows, rows, *_fixed(inputs[-1:]))
 
 
 def norm_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
@@ -75,13 +77,6 @@ def policy_sample(shape: PolicyShape) -> Sample:
     inputs = (_zeros(_SAMPLE_ROWS, shape.hidden_size), facts, *(torch.zeros(size) for size in sizes))
     rows = {0: _varying("rows")}
     return FewRowsPolicy(shape), inputs, (rows, rows, *_fixed(inputs[2:]))
-
-
-def _rows(shape: ModelShape, num_rows: int) -> tuple[list[Tensor], list[Any]]:
-    """Returns keys, values, cosines and sines, and their varying dimensions."""
-    kept = [_zeros(_SAMPLE_POSITIONS, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
-    positions = {0: _varying("positions", num_rows + 1)}
-    return [*kept, *_tables(shape, num_rows)], [positions, positions, None, None]
 
 
 def _pool(shape: ModelShape) -> list[Tensor]:
@@ -116,9 +111,8 @@ def _weights(shape: ModelShape, action: Action) -> tuple[WeightPacking, tuple[Te
 
 def _matrix(action: Action, size: tuple[int, int]) -> RowMatrix:
     weight = _zeros(*size)
-    if action is not Action.FULL:
-        return pack_row_matrix(action, weight)
-    return full_row_matrix(weight, make_full_linear(FullLinear(weight)))
+    linear = make_full_linear(FullLinear(weight)) if action is Action.FULL else None
+    return pack_row_matrix(action, weight, linear)
 
 
 def _zeros(*size: int) -> Tensor:

@@ -6,7 +6,7 @@ third of torch's time. Knows positions; knows no weights.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -18,9 +18,8 @@ _PLACES = numpy.arange(BLOCK_TOKENS)
 _ADDED = numpy.array([0, -numpy.inf], numpy.float32)
 
 
-@dataclass(frozen=True, slots=True)
-class AttendedBlocks:
-    """The blocks that a batch's rows attend to, with one entry for each block of each row.
+class AttendedBlocks(NamedTuple):
+    """The blocks that a batch's rows attend to, with one entry for each block of each row: inputs of a program.
 
     An entry has a block's number in the pool (`blocks`), its row (`rows`), and what is added to its scores (`biases`,
     float32 `[blocks, BLOCK_TOKENS]`, 0 or minus infinity). `slots` `[rows]` are the rows' own tokens in the pool.
@@ -32,10 +31,6 @@ class AttendedBlocks:
     rows: Tensor
     biases: Tensor
     parts: Tensor
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Returns the inputs of a compiled program."""
-        return self.slots, self.blocks, self.rows, self.biases, self.parts
 
 
 def attended_blocks(starts: Sequence[int], positions: Sequence[int], window: int | None) -> AttendedBlocks:

@@ -7,6 +7,7 @@ knows no programs.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -60,12 +61,9 @@ class WeightPacking:
             size = part.shape.numel()
             tensors.append(left[part.dtype][:size].view(part.shape))
             left[part.dtype] = left[part.dtype][size:]
-        matrices: list[tuple[Tensor, ...]] = []
-        first = self.num_vectors
-        for size in self.matrix_sizes:
-            matrices.append(tuple(tensors[first : first + size]))
-            first += size
-        return tuple(tensors[: self.num_vectors]), tuple(matrices)
+        each = iter(tensors)
+        vectors = tuple(islice(each, self.num_vectors))
+        return vectors, tuple(tuple(islice(each, size)) for size in self.matrix_sizes)
 
     @property
     def _joined_dtypes(self) -> list[torch.dtype]:

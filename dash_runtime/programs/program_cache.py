@@ -87,7 +87,7 @@ def load_programs(
     specs: Sequence[ProgramSpec], folder: Path, progress: Callable[[str], None]
 ) -> dict[ProgramSpec, Program] | None:
     """Returns the programs; compiles missing ones into `folder`. Returns None if this machine cannot compile."""
-    paths = {spec: folder / f"{spec.name}-{_digest(spec)}.pt2" for spec in specs}
+    paths = {spec: folder / f"{spec.name}-{digest((spec.to_json(), _surroundings()))}.pt2" for spec in specs}
     programs = {spec: program for spec, path in paths.items() if (program := _load(path)) is not None}
     missing = [spec for spec in paths if spec not in programs]
     if not missing:
@@ -135,10 +135,6 @@ def _reason(error: Exception) -> str:
     output = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
     lines = [line for line in str(output).strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__
-
-
-def _digest(spec: ProgramSpec) -> str:
-    return digest((spec.to_json(), _surroundings()))
 
 
 @lru_cache  # the same for all programs of a start

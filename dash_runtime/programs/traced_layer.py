@@ -94,28 +94,19 @@ class FewRowsLayer(_TracedLayer):
     Each row's numbers are the same, bit for bit, alone and among others.
     """
 
-    def __init__(self, shape: ModelShape, action: Action, inputs: WeightPacking, num_rows: int) -> None:
-        super().__init__(shape, action, inputs)
-        self._num_rows = num_rows
-
     def _product(self, inputs: Tensor, matrix: tuple[Tensor, ...]) -> Tensor:
-        return row_product(self._action, inputs, matrix) if self._num_rows == 1 else full_products(inputs, *matrix)
+        return row_product(self._action, inputs, matrix) if len(inputs) == 1 else full_products(inputs, *matrix)
 
     def _scaled(self, branch: Tensor) -> Tensor:
         return branch if self._shape.residual_multiplier == 1 else branch * self._shape.residual_multiplier
 
     def forward(
-        self,
-        hidden: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        cosines: Tensor,
-        sines: Tensor,
-        weights: tuple[Tensor, ...],
+        self, hidden: Tensor, keys: Tensor, values: Tensor, cosines: Tensor, sines: Tensor, weights: tuple[Tensor, ...]
     ) -> Tensor:
         """Maps `[rows, hidden_size]` to the same.
 
-        Writes the last `rows` of `keys` and `values`, `[positions, num_kv_heads, head_dim]` each.
+        Writes the last `rows` of `keys` and `values`, `[positions, num_kv_heads, head_dim]` each. Each row attends to
+        all up to its own.
         """
         shape = self._shape
         vectors, matrices = self._inputs.split(weights)
@@ -125,11 +116,17 @@ class FewRowsLayer(_TracedLayer):
         fused = self._product(normed, query_key_value)
         if shape.has_qkv_bias:
             fused = fused + vectors[-1]
-        attended = write_and_attend(shape, fused, keys, values, cosines, sines, vectors)
+        num_rotated = shape.num_heads + shape.num_kv_heads
+        rotated, others = rotate_first_heads(shape, fused, num_rotated, cosines, sines, vectors)
+        first = keys.shape[0] - hidden.shape[0]
+        keys[first:] = rotated[:, shape.num_heads :].to(keys.dtype)
+        values[first:] = others.to(values.dtype)
+        attended = attention(rotated[:, : shape.num_heads], keys, values, shape.product_scale)
         residual = residual + self._scaled(self._product(attended, output))
         normed = rms_norm(residual, vectors[1], shape.rms_norm_eps)
         gate, up = self._product(normed, gate_up).chunk(2, dim=-1)
-        gate = _activated(shape, gate)
+        is_silu = shape.activation == Activation.SILU
+        gate = functional.silu(gate) if is_silu else functional.gelu(gate, approximate="tanh")
         residual = residual + self._scaled(self._product(gate * up, down))
         return residual.to(hidden.dtype)
 
@@ -145,28 +142,22 @@ class RowsAttention(_Traced):
         fused: Tensor,
         keys: Tensor,
         values: Tensor,
-        slots: Tensor,
-        blocks: Tensor,
-        block_rows: Tensor,
-        biases: Tensor,
-        parts: Tensor,
+        attended: tuple[Tensor, ...],
         cosines: Tensor,
         sines: Tensor,
         vectors: tuple[Tensor, ...],
     ) -> Tensor:
         """Returns `[rows, num_heads * head_dim]` from `fused` `[rows, query and key and value]`, bias included.
 
-        Writes into a whole pool's `keys` and `values`, `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]` each. For
-        `slots`, `blocks`, `block_rows`, `biases` and `parts` see `kv_blocks.AttendedBlocks`.
+        Writes into a whole pool's `keys` and `values`, `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]` each.
+        `attended` has the fields of `kv_blocks.AttendedBlocks`.
         """
         shape = self._shape
         num_rotated = shape.num_heads + shape.num_kv_heads
         rotated, others = rotate_first_heads(shape, fused.float(), num_rotated, cosines, sines, vectors)
-        write_tokens(keys, values, slots, rotated[:, shape.num_heads :], others)
+        write_tokens(keys, values, attended[0], rotated[:, shape.num_heads :], others)
         queries = rotated[:, : shape.num_heads]
-        scale = shape.product_scale
-        attended = attention_over_blocks(queries, keys, values, blocks, block_rows, biases, parts, scale)
-        return attended.to(fused.dtype)
+        return attention_over_blocks(queries, keys, values, attended, shape.product_scale).to(fused.dtype)
 
 
 class RowsNorm(_Traced):
@@ -214,25 +205,6 @@ class Head(_Traced):
         return row_product(self._action, rms_norm(hidden.float(), norm, self._shape.rms_norm_eps), matrix)
 
 
-def write_and_attend(
-    shape: ModelShape,
-    fused: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    cosines: Tensor,
-    sines: Tensor,
-    vectors: tuple[Tensor, ...],
-) -> Tensor:
-    """Writes the rows' keys and values at the end of `keys` and `values`. Each row attends to all up to its own."""
-    num_rotated = shape.num_heads + shape.num_kv_heads
-    rotated, others = rotate_first_heads(shape, fused, num_rotated, cosines, sines, vectors)
-    num_rows = fused.shape[0]
-    first = keys.shape[0] - num_rows
-    keys[first:] = rotated[:, shape.num_heads :].to(keys.dtype)
-    values[first:] = others.to(values.dtype)
-    return attention(rotated[:, : shape.num_heads], keys, values, shape.product_scale)
-
-
 def write_tokens(keys: Tensor, values: Tensor, slots: Tensor, new_keys: Tensor, new_values: Tensor) -> None:
     """Writes keys and values, `[rows, num_kv_heads, head_dim]` each, at the tokens `slots` of a pool's blocks."""
     keys.flatten(0, 1)[slots] = new_keys.to(keys.dtype)
@@ -250,22 +222,13 @@ def rotate_first_heads(
     rotated = heads[:, :num_rotated]
     if shape.has_qk_norm:
         rotated = rms_norm(rotated, vectors[2][-num_rotated:], shape.rms_norm_eps)
-    return rotate_heads(rotated, cosines, sines), heads[:, num_rotated:]
-
-
-def _activated(shape: ModelShape, gate: Tensor) -> Tensor:
-    return functional.silu(gate) if shape.activation == Activation.SILU else functional.gelu(gate, approximate="tanh")
+    swapped = rotated.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return rotated * cosines.float() + swapped * sines.float(), heads[:, num_rotated:]
 
 
 def rms_norm(inputs: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension, in float32."""
     return inputs * torch.rsqrt(inputs.square().mean(-1, keepdim=True) + eps) * weight
-
-
-def rotate_heads(heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """`rotary.rotate` for float32 `[..., heads, head_dim]`."""
-    swapped = heads.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
-    return heads * cosines.float() + swapped * sines.float()
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
@@ -291,19 +254,13 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Te
 
 
 def attention_over_blocks(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    blocks: Tensor,
-    block_rows: Tensor,
-    biases: Tensor,
-    parts: Tensor,
-    scale: float,
+    queries: Tensor, keys: Tensor, values: Tensor, attended: tuple[Tensor, ...], scale: float
 ) -> Tensor:
     """Attends with rows of different sequences, each over its own blocks: every block alone, then each row's together.
 
     What a loop reads is written out anew for every head, since a shared tensor would be copied first.
     """
+    _, blocks, block_rows, biases, parts = attended
     num_rows, num_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[2]
     group = num_heads // num_kv_heads
@@ -323,5 +280,5 @@ def attention_over_blocks(
     levels = largest[places].masked_fill(is_missing, float("-inf"))
     factors = torch.exp(levels - levels.amax(1, keepdim=True))
     total = (factors * weights.sum(-1)[places]).sum(1)
-    attended = (factors.unsqueeze(-1) * torch.stack(sums, dim=2).view(-1, num_heads, head_dim)[places]).sum(1)
-    return (attended / total.unsqueeze(-1)).view(num_rows, -1)
+    outputs = (factors.unsqueeze(-1) * torch.stack(sums, dim=2).view(-1, num_heads, head_dim)[places]).sum(1)
+    return (outputs / total.unsqueeze(-1)).view(num_rows, -1)

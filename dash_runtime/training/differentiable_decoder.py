@@ -108,11 +108,8 @@ class DifferentiableDecoder:
         """Returns causal attention, `[batch, length, num_heads * head_dim]`."""
         config, weights = self.config, self._layers[layer]
         length = normed.shape[1]
-        counts, table = (config.num_heads, config.num_kv_heads), self._rotary[layer]
-        parts = split_heads(
-            config.block, weights, weights.query_key_value(normed), counts, config.head_dim, config.rms_norm_eps,
-            *table.at(slice(length)),
-        )  # fmt: skip
+        fused, tables = weights.query_key_value(normed), self._rotary[layer].at(slice(length))
+        parts = split_heads(config, weights, fused, config.num_heads, *tables)
         queries, keys, values = (part.transpose(1, 2) for part in parts)
         # Repeated keys, since enable_gqa takes a slow path in bf16 on CPUs.
         group = config.num_heads // config.num_kv_heads

@@ -14,7 +14,7 @@ from dash_runtime.layers.attention import attention
 from dash_runtime.layers.layer_body import run_layer_body, split_heads
 from dash_runtime.layers.rotary import RotaryTable
 from dash_runtime.layers.weight_loader import WeightLoader
-from dash_runtime.linears.row_kernels import full_row_matrix
+from dash_runtime.linears.row_kernels import pack_row_matrix
 from dash_runtime.model_config import Activation, BlockConfig, ModelConfig
 from dash_runtime.programs.packing import WeightPacking
 from dash_runtime.programs.traced_layer import FewRowsLayer, ModelShape
@@ -63,9 +63,9 @@ def test_the_traced_layer_computes_what_the_layer_body_does(family: str, variant
     matrices = [weights.query_key_value, weights.output, weights.gate_up, weights.down]
     vectors = [weights.input_norm.weight, weights.mlp_norm.weight]  # type: ignore[union-attr]
     vectors += [own for own in (weights.head_norm, weights.query_key_value.bias) if own is not None]
-    packed = [full_row_matrix(own.weight.bfloat16(), own) for own in matrices]
+    packed = [pack_row_matrix(Action.FULL, own.weight.bfloat16(), own) for own in matrices]
     packing = WeightPacking.of(vectors, packed)
-    traced = FewRowsLayer(shape, Action.FULL, packing, 1)
+    traced = FewRowsLayer(shape, Action.FULL, packing)
     own_keys, own_values = keys.clone(), values.clone()
     joined = tuple(packing.join(vectors, packed))
     outputs = traced(hidden, own_keys, own_values, cosines, sines, joined)
@@ -75,11 +75,8 @@ def test_the_traced_layer_computes_what_the_layer_body_does(family: str, variant
         added: list[Tensor] = []
 
         def attend(normed: Tensor) -> Tensor:
-            counts = (config.num_heads, config.num_kv_heads)
             fused = weights.query_key_value(normed)
-            queries, *new = split_heads(
-                block, weights, fused, counts, config.head_dim, config.rms_norm_eps, cosines, sines
-            )
+            queries, *new = split_heads(replace(config, block=block), weights, fused, config.num_heads, cosines, sines)
             added.extend(new)
             seen = (
                 torch.cat((old[:-1].float(), own.bfloat16().float()))

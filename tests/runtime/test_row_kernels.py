@@ -17,7 +17,6 @@ from dash_runtime.linears.row_kernels import (
     TILE,
     RowMatrix,
     full_products,
-    full_row_matrix,
     is_packable,
     pack_row_matrix,
     row_product,
@@ -125,7 +124,7 @@ def test_only_multiples_of_a_tile_and_a_group_are_packable(shape: tuple[int, int
 
 
 def shared(weight: Tensor) -> RowMatrix:
-    return full_row_matrix(weight, make_full_linear(FullLinear(weight)))
+    return pack_row_matrix(Action.FULL, weight, make_full_linear(FullLinear(weight)))
 
 
 @pytest.mark.parametrize("shape", [(64, 32), (192, 96), (80, 96)])
@@ -163,7 +162,7 @@ def test_weights_for_many_rows_and_for_one_are_in_memory_once_and_outlive_their_
     assert isinstance(linear, BatchInvariantLinear)
     assert isinstance(linear.product, PackedLinear)
     assert words.data_ptr() == torch.ops.mkldnn.data_ptr(linear.product.packed)
-    assert full_row_matrix(weight, linear).tensors()[0].data_ptr() == words.data_ptr()
+    assert pack_row_matrix(Action.FULL, weight, linear).tensors()[0].data_ptr() == words.data_ptr()
     del linear
     churn = [some_weight(192, 96) for _ in range(50)]
     assert torch.equal(words.transpose(1, 2).flatten(0, 1).contiguous().view(torch.bfloat16), weight)

@@ -25,10 +25,7 @@ class EagerBackend:
     """
 
     def __init__(self, config: ModelConfig, layers: Sequence[DecoderLayer], heads: Heads) -> None:
-        self._block = config.block
-        self._counts = (config.num_heads, config.num_kv_heads)
-        self._head_dim = config.head_dim
-        self._eps = config.rms_norm_eps
+        self._config = config
         self._layers = layers
         self.logits = heads
 
@@ -76,28 +73,22 @@ class EagerBackend:
     ) -> Tensors:
         normed = before_attention(weights, hidden)
         if action is Action.SKIP:
-            return self._heads(weights, weights.key_value(normed), 0, cosines, sines)
+            return split_heads(self._config, weights, weights.key_value(normed), 0, cosines, sines)
         fused = weights.linears[action].query_key_value(normed)
-        return self._heads(weights, fused, self._counts[0], cosines, sines)
+        return split_heads(self._config, weights, fused, self._config.num_heads, cosines, sines)
 
     def _before_attention_mixed(
         self, weights: DecoderLayer, groups: Groups, hidden: Tensor, cosines: Tensor, sines: Tensor
     ) -> Tensors:
-        normed = before_attention(weights, hidden)
-        query_size, key_value_size = (count * self._head_dim for count in (self._counts[0], 2 * self._counts[1]))
-        fused = normed.new_zeros((len(normed), query_size + key_value_size))
+        normed, config = before_attention(weights, hidden), self._config
+        query_size = config.num_heads * config.head_dim
+        fused = normed.new_zeros((len(normed), query_size + 2 * config.num_kv_heads * config.head_dim))
         for action, rows in groups:
             if action is Action.SKIP:
                 fused[rows, query_size:] = weights.key_value(normed[rows])
             else:
                 fused[rows] = weights.linears[action].query_key_value(normed[rows])
-        return self._heads(weights, fused, self._counts[0], cosines, sines)
-
-    def _heads(
-        self, weights: DecoderLayer, fused: Tensor, num_query_heads: int, cosines: Tensor, sines: Tensor
-    ) -> Tensors:
-        counts = (num_query_heads, self._counts[1])
-        return split_heads(self._block, weights, fused, counts, self._head_dim, self._eps, cosines, sines)
+        return split_heads(config, weights, fused, config.num_heads, cosines, sines)
 
     def _after_attention(self, weights: DecoderLayer, action: Action, inputs: Tensor, attended: Tensor) -> Tensors:
-        return (after_attention(self._block, weights, weights.linears[action], inputs, attended),)
+        return (after_attention(self._config.block, weights, weights.linears[action], inputs, attended),)

@@ -5,6 +5,7 @@ For passes of one row per sequence, and for verification. Knows layers and rows;
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,13 +14,13 @@ from dash_runtime.actions import Action
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.layer import DecoderLayer, LayerLinears
-from dash_runtime.layers.layer_body import run_layer_body
+from dash_runtime.layers.layer_body import Norms, run_layer_body
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.layers.pending_kv import MAX_PENDING
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
 from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import most_rows_apart
-from dash_runtime.linears.row_kernels import RowMatrix, full_row_matrix, is_packable, pack_row_matrix
+from dash_runtime.linears.row_kernels import is_packable, pack_row_matrix
 from dash_runtime.model_config import BlockConfig, ModelConfig, NormPlacement, QkNorm
 from dash_runtime.programs.packing import WeightPacking
 from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec
@@ -59,28 +60,12 @@ def can_compile(model: ModelConfig) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _SharedNorms:
-    """The norms, as programs, of a layer whose rows share products. See `layer_body.Norms`."""
-
-    norm: Program
-    input_weight: Tensor
-    mlp_weight: Tensor
-    attention_output_norm = mlp_output_norm = head_norm = query_norm = key_norm = None
-
-    def input_norm(self, hidden: Tensor) -> Tensor:
-        return self.norm([hidden, self.input_weight])[0]
-
-    def mlp_norm(self, hidden: Tensor) -> Tensor:
-        return self.norm([hidden, self.mlp_weight])[0]
-
-
-@dataclass(frozen=True, slots=True)
 class _Layer:
     """One layer's inputs for the programs, by action if they differ, and its matrices for rows that share products."""
 
     vectors: list[Tensor]
     weights: Mapping[Action, list[Tensor]]
-    norms: _SharedNorms
+    norms: Norms
     linears: LayerLinears
 
 
@@ -119,8 +104,8 @@ class InductorBackend:
 
     def add_layer(self, weights: LayerWeights, layer: DecoderLayer) -> None:
         """Packs the next layer's matrices for the programs; `layer` has those for eager passes in FULL."""
-        assert weights.input_norm is not None
-        assert weights.mlp_norm is not None
+        assert isinstance(weights.input_norm, RmsNorm)
+        assert isinstance(weights.mlp_norm, RmsNorm)
         vectors = [weights.input_norm.weight, weights.mlp_norm.weight]
         if weights.head_norm is not None:
             vectors.append(weights.head_norm)
@@ -129,9 +114,12 @@ class InductorBackend:
             vectors.append(fused.bias)
         matrices = (fused.weight, weights.output.weight, weights.gate_up.weight, weights.down.weight)
         linears = layer.linears[Action.FULL]
-        packed = {action: _pack(action, matrices, linears) for action in self._running}
+        pairs = list(zip(matrices, linears, strict=True))
+        packed = {action: [pack_row_matrix(action, *pair) for pair in pairs] for action in self._running}
         inputs = {action: WeightPacking.of(vectors, own).join(vectors, own) for action, own in packed.items()}
-        norms = _SharedNorms(self._programs[ProgramKind.NORM, Action.FULL], *vectors[:2])
+        program = self._programs[ProgramKind.NORM, Action.FULL]
+        input_norm, mlp_norm = (partial(_norm, program, weight) for weight in vectors[:2])
+        norms = Norms(input_norm=input_norm, mlp_norm=mlp_norm)
         self._layers.append(_Layer(vectors, inputs, norms, linears.for_many_rows()))
 
     def set_heads(self, heads: Mapping[Action, Head], shared: Head) -> None:
@@ -139,11 +127,17 @@ class InductorBackend:
         self.logits = Heads(heads, shared if self.shares_products else None, most_rows_apart())
 
     def head(self, precision: Action, weight: Tensor, norm: RmsNorm, multiplier: float) -> Head | None:
-        """Returns the head of that precision as a program, or None if there is none."""
+        """Returns norm and head of that precision as a program, run row by row; None if there is none."""
         program = self._programs.get((ProgramKind.HEAD, precision))
         if program is None or multiplier != 1:
             return None
-        return CompiledHead(program, norm.weight, pack_row_matrix(precision, weight))
+        weights = [norm.weight, *pack_row_matrix(precision, weight).tensors()]
+
+        def head(hidden: Tensor) -> Tensor:
+            rows = [program([row, *weights])[0] for row in hidden.split(1)]
+            return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+        return head
 
     def takes(self, batch: Batch) -> bool:
         """Returns True for decoding, and for the verification of one sequence."""
@@ -170,11 +164,11 @@ class InductorBackend:
     def _verify(self, layer: int, hidden: Tensor, batch: Batch) -> Tensor:
         parts: list[Tensor] = []
         first = 0
-        tables = batch.row_tables(layer)
+        tables = batch.tables(layer)
         for count in self._calls(batch.num_rows, batch.sees_everything(layer)):
             last = first + count - 1
             program, inputs = self._full_programs[count], hidden[first : last + 1]
-            own_tables = (torch.cat(own) for own in zip(*tables[first : last + 1], strict=True))
+            own_tables = (own[first : last + 1] for own in tables)
             parts += program([inputs, *batch.seen(layer, last), *own_tables, *self._layers[layer].weights[Action.FULL]])
             first += count
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -221,19 +215,5 @@ class InductorBackend:
         late([*batch.take_pending(layer, rows, num_own), *self._layers[layer].weights[action]])
 
 
-def _pack(action: Action, matrices: Sequence[Tensor], linears: LayerLinears) -> list[RowMatrix]:
-    if action is not Action.FULL:
-        return [pack_row_matrix(action, matrix) for matrix in matrices]
-    return [full_row_matrix(*own) for own in zip(matrices, linears.matrices(), strict=True)]
-
-
-class CompiledHead:
-    """Runs the final norm and the head as a program, row by row."""
-
-    def __init__(self, program: Program, norm: Tensor, matrix: RowMatrix) -> None:
-        self._program = program
-        self._weights = [norm, *matrix.tensors()]
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        rows = [self._program([row, *self._weights])[0] for row in hidden.split(1)]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+def _norm(program: Program, weight: Tensor, hidden: Tensor) -> Tensor:
+    return program([hidden, weight])[0]
