@@ -26,8 +26,8 @@ def own_text(
 ) -> list[list[int]]:
     """Returns each prompt with the policy's `num_tokens` tokens after it. Shorter continuations are left out."""
     outputs = _generate(engine, prompts, budget, policy_name, num_tokens)
-    texts = [[*prompt, *output.token_ids] for prompt, output in zip(prompts, outputs, strict=True)]
-    return [text for text, prompt in zip(texts, prompts, strict=True) if len(text) == len(prompt) + num_tokens]
+    each = ((prompt, output.token_ids) for prompt, output in zip(prompts, outputs, strict=True))
+    return [[*prompt, *own] for prompt, own in each if len(own) == num_tokens]
 
 
 def measure_serving(engine: Engine, prompt: Sequence[int], budget: float, policy_name: str, num_tokens: int) -> Served:

@@ -121,7 +121,7 @@ class CachePool:
         """Takes the reservation and its memory back. Does nothing if the cache is not held."""
         if cache in self._caches:
             self._caches.remove(cache)
-            self._clear(cache.start, cache.start + cache.num_written)
+            self.memory[:, :, cache.start : cache.start + cache.num_written].zero_()
             self.reserved_tokens -= cache.reserved_tokens
 
     def _find_gap(self, num_tokens: int) -> tuple[int, int]:
@@ -143,13 +143,10 @@ class CachePool:
             start, num_written = cache.start, cache.num_written
             if start > end:
                 self.memory[:, :, end : end + num_written] = self.memory[:, :, start : start + num_written].clone()
-                self._clear(max(start, end + num_written), start + num_written)
+                self.memory[:, :, max(start, end + num_written) : start + num_written].zero_()
                 cache.place_at(end)
             end += cache.capacity
         return end
-
-    def _clear(self, start: int, end: int) -> None:
-        self.memory[:, :, start:end].zero_()
 
 
 def _whole_blocks(num_tokens: int) -> int:

@@ -16,30 +16,23 @@ MAX_PENDING = 8
 cheap beside such a row, many enough to be cheap alone."""
 
 
-class PendingKv(Sequence[list[Tensor]]):
+class PendingKv(list[list[Tensor]]):
     """Each layer's inputs `[1, hidden_size]` of the latest positions that skipped it, oldest first.
 
     Readers must not change the lists; only the methods do.
     """
 
     def __init__(self, num_layers: int) -> None:
-        self._rows: list[list[Tensor]] = [[] for _ in range(num_layers)]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, layer: int) -> list[Tensor]:  # type: ignore[override]  # never asked for a slice
-        return self._rows[layer]
+        super().__init__([] for _ in range(num_layers))
 
     def add(self, layer: int, row: Tensor) -> int:
         """Lets one more row wait; returns the number of waiting rows."""
-        waiting = self._rows[layer]
-        waiting.append(row)
-        return len(waiting)
+        self[layer].append(row)
+        return len(self[layer])
 
     def take(self, layer: int) -> list[Tensor]:
         """Removes and returns the waiting rows."""
-        rows, self._rows[layer] = self._rows[layer], []
+        rows, self[layer] = self[layer], []
         return rows
 
     def take_with(
@@ -49,17 +42,16 @@ class PendingKv(Sequence[list[Tensor]]):
 
         A row that runs takes all rows before it along, and so does the last of `MAX_PENDING`. The others wait.
         """
-        together = [*self._rows[layer], *rows]
+        together = [*self[layer], *rows]
         projected: list[Action] = []
-        for end, action in enumerate(actions, len(self._rows[layer]) + 1):
+        for end, action in enumerate(actions, len(self[layer]) + 1):
             num_waiting = end - len(projected)
             if action is not Action.SKIP or num_waiting == MAX_PENDING:
                 projected += [action] * num_waiting
-        self._rows[layer] = together[len(projected) :]
+        self[layer] = together[len(projected) :]
         return together[: len(projected)], projected
 
     def forget(self, num_positions: int) -> None:
         """Drops the latest positions."""
-        for layer, rows in enumerate(self._rows):
-            if rows:
-                self._rows[layer] = rows[: max(0, len(rows) - num_positions)]
+        for layer, rows in enumerate(self):
+            self[layer] = rows[: max(0, len(rows) - num_positions)]

@@ -55,10 +55,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
     if rope.kind is RopeKind.LINEAR:
         return frequencies / rope.factor
     wavelengths = 2 * math.pi / frequencies
-    blend = (rope.original_context_length / wavelengths - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
-    blend = blend.clamp(0, 1)
+    turns = rope.original_context_length / wavelengths
+    blend = ((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)).clamp(0, 1)
     return (1 - blend) * frequencies / rope.factor + blend * frequencies
 
 

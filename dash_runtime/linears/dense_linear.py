@@ -191,7 +191,6 @@ def packed_words(linear: Linear) -> Tensor | None:
     return _in_words(linear.product.memory(), linear.shape)
 
 
-@lru_cache
 def most_rows_apart() -> int:
     """Returns the most rows for which a product each (`row_kernels.py`) is faster than one for all of them."""
     return 2 if _has_packed_linear() else 8

@@ -36,17 +36,14 @@ def program_specs(model: ModelConfig, actions: Sequence[Action], num_threads: in
     They are a layer, and late keys and values, for each action that runs; a layer in FULL for a few rows of one
     sequence; norm and attention for rows that share products; and the INT8 head.
     """
-    running = [action for action in actions if action is not Action.SKIP]
-    wanted = [(kind, action) for kind in (ProgramKind.LAYER, ProgramKind.LATE) for action in running]
+    running: list[Action] = [action for action in actions if action is not Action.SKIP]
+    wanted = [(kind, action, 1) for kind in (ProgramKind.LAYER, ProgramKind.LATE) for action in running]
     if Action.INT8 in actions:
-        wanted.append((ProgramKind.HEAD, Action.INT8))
+        wanted.append((ProgramKind.HEAD, Action.INT8, 1))
+    wanted += [(ProgramKind.LAYER, Action.FULL, rows) for rows in _VERIFIED_ROWS if rows > 1]
+    wanted += [(kind, Action.FULL, 1) for kind in (ProgramKind.ATTENTION, ProgramKind.NORM)]
     shape = ModelShape.of(model)
-    specs = [ProgramSpec(kind, action, shape, num_threads) for kind, action in wanted]
-    specs += [
-        ProgramSpec(ProgramKind.LAYER, Action.FULL, shape, num_threads, rows) for rows in _VERIFIED_ROWS if rows > 1
-    ]
-    shared = (ProgramKind.ATTENTION, ProgramKind.NORM)
-    return [*specs, *(ProgramSpec(kind, Action.FULL, shape, num_threads) for kind in shared)]
+    return [ProgramSpec(kind, action, shape, num_threads, rows) for kind, action, rows in wanted]
 
 
 def can_compile(model: ModelConfig) -> bool:
