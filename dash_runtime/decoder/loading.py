@@ -36,7 +36,7 @@ def make_decoder(
     """Packs a model for a device.
 
     Args:
-        weights: tensors by their Hugging Face names, in the shapes that `config` asks for.
+        weights: tensors by the names in `config.tensor_names`, in the shapes that `config` asks for.
         actions: the actions to pack kernels for, FULL among them.
         context_length: number of positions in the rotary tables.
         inductor: the layers' programs; this adds the weights. Decoding then runs them, and quantised actions have no

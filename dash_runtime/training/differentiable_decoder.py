@@ -35,7 +35,7 @@ class DifferentiableDecoder:
     """The model's layers, embedding and head, frozen. Gradients reach hidden states, gates and compensation only.
 
     Args:
-        weights: tensors by their Hugging Face names, in the shapes that `config` asks for.
+        weights: tensors by the names in `config.tensor_names`, in the shapes that `config` asks for.
         recomputes_layers: if True, keep only each layer's input for the backward pass and run the layer again there.
             That takes a third more time, and a small part of the memory.
     """
