@@ -30,7 +30,7 @@ class Mode(StrEnum):
 
 
 class LaneKind(StrEnum):
-    """Where the policy runs."""
+    """The place where the policy runs."""
 
     INLINE = "inline"
     THREAD = "thread"

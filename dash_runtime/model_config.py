@@ -8,7 +8,7 @@ from enum import StrEnum
 
 
 class RopeKind(StrEnum):
-    """How rotary frequencies are scaled beyond the trained context."""
+    """The scaling of rotary frequencies beyond the trained context."""
 
     DEFAULT = "default"
     LINEAR = "linear"
@@ -28,14 +28,14 @@ class RopeConfig:
 
 
 class NormPlacement(StrEnum):
-    """Which side of attention and of the MLP is normed."""
+    """The normed side of attention and of the MLP."""
 
     BEFORE = "before"
     """Their inputs, as in Llama."""
     AFTER = "after"
     """Their outputs, before these are added to the residual, as in OLMo 2."""
     BOTH = "both"
-    """As in Gemma 2."""
+    """Inputs and outputs, as in Gemma 2."""
 
 
 class QkNorm(StrEnum):

@@ -12,7 +12,7 @@ from dash_runtime.policy.policy import decision_blocks
 
 @dataclass(frozen=True)
 class PlanSpec:
-    """Which layers a policy decides, among which actions, from which layer's input, and what each action costs."""
+    """The terms of a policy: the layers that it decides, the actions, the layers that it sees, and the costs."""
 
     actions: tuple[Action, ...]
     """The actions to choose from, in the order of the network's scores."""

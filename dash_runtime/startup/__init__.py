@@ -1,1 +1,1 @@
-"""From a folder of files to an engine: what is loaded, fitted and measured before the first request."""
+"""Turns a folder of files into an engine: loads, fits and measures before the first request."""

@@ -37,7 +37,7 @@ class TestWithoutAServer(ChatModelUnitTests):
 
     @pytest.fixture
     def snapshot(self) -> Callable[..., dict[str, Any]]:
-        """What a stored model is."""
+        """The stored form of a model."""
         options = {"temperature": 0.0, "max_tokens": 100, "timeout": 60.0, "stop": [], "max_retries": 2}
         return lambda name: {
             "lc": 1,

@@ -41,7 +41,7 @@ def client(service: Service) -> Iterator[DashClient]:
 
 @pytest.fixture(autouse=True)
 def user_folder(tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where `llm` keeps keys and logs, and what it finds in the environment."""
+    """The environment of `llm`, with the folder of its keys and logs."""
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
     monkeypatch.setenv("DASH_TARGET", service.client.target)
     monkeypatch.setenv("DASH_TOKEN", TOKEN)
@@ -66,7 +66,7 @@ def expected_text(client: DashClient, *messages: tuple[str, str]) -> str:
 
 
 def printable(text: str) -> str:
-    """What arrives of the tiny model's output at the end of a pipe."""
+    """The part of the tiny model's output that arrives at the end of a pipe."""
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 

@@ -1,4 +1,4 @@
-"""What the GPU benchmark does is right wherever it runs; only the device's name is another here."""
+"""The GPU benchmark is right wherever it runs; only the device's name differs here."""
 
 from pathlib import Path
 
