@@ -13,6 +13,7 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.decoder.full_path import full_path
 from dash_runtime.layers.compensation import Compensation, Identity, LowRank, packed
+from dash_runtime.progress import Progress
 from dash_runtime.startup.fit_compensation import fit_compensation
 from dash_runtime.startup.measure import measure_costs
 from dash_runtime.training.choices import random_choice
@@ -20,7 +21,6 @@ from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
 from dash_runtime.training.distill import DistillSettings, distill_compensation
 from dash_runtime.training.linear_compensation import LinearFit
 from dash_runtime.training.ppo import Task
-from dash_runtime.training.self_text import Progress
 from dash_runtime.training.train import path_outcome
 
 SKIPS_PER_TOKEN = 3.5

@@ -23,10 +23,11 @@ from dash_runtime.devices import find_device
 from dash_runtime.errors import ConfigError
 from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.policy.policy_file import model_fingerprint
+from dash_runtime.progress import Progress
 from dash_runtime.startup.build import matrix_shapes
 from dash_runtime.training.data import file_token_sequences
 from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
-from dash_runtime.training.self_text import Progress, default_training_sequences
+from dash_runtime.training.self_text import default_training_sequences
 
 SEQUENCE_LENGTH = 128
 MAX_SEQUENCES = 1200

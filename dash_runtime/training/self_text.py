@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
@@ -28,12 +28,10 @@ from dash_runtime.events import SequenceFinished, TokenProduced
 from dash_runtime.files.tensor_file import save_tensors
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.progress import Progress
 from dash_runtime.startup.build import assemble_engine
 from dash_runtime.startup.default_text import cut, default_token_sequences, encode
 from dash_runtime.training.data import interleave
-
-Progress = Callable[[str], None]
-"""Called with a sentence on how far a long task is."""
 
 PROMPTS_FILE = Path(__file__).with_name("prompts.txt")
 _VERSION = 1
