@@ -1,4 +1,4 @@
-"""How long work tells a person what it is doing. Imports nothing of ours."""
+"""The one type through which long work reports what it is doing. Imports nothing of ours."""
 
 from collections.abc import Callable
 

@@ -161,7 +161,9 @@ def _latency_ratios(table: LatencyTable) -> _Ratios:
     """Returns each action's seconds at the quickly measured numbers of rows as a share of FULL's, and FULL's of those
     of the fewest rows."""
     full = {rows: table.cost(Action.FULL, rows) or math.inf for rows in _QUICK_ROWS}
-    ratios = {(action, rows): table.cost(action, rows) / full[rows] for action in table.seconds for rows in full}
+    ratios: dict[_Entry, float] = {
+        (action, rows): table.cost(action, rows) / full[rows] for action in table.seconds for rows in full
+    }
     return ratios | {(Action.FULL, rows): seconds / full[_QUICK_ROWS[0]] for rows, seconds in full.items()}
 
 
