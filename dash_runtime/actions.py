@@ -12,7 +12,7 @@ from dash_runtime.errors import ConfigError
 
 
 class Action(IntEnum):
-    """What is done with one layer for one token, in ascending order of work.
+    """One way to run a layer for a token, in ascending order of work.
 
     The numbers are those of `dash_api.v1.Action`, and the bytes of returned decisions.
     """

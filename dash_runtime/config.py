@@ -16,7 +16,7 @@ MAX_LOGPROBS = 20
 
 
 class Mode(StrEnum):
-    """How the actions of a request are chosen."""
+    """The way in which a request's actions are chosen."""
 
     FULL_DEPTH = "full_depth"
     ADAPTIVE = "adaptive"

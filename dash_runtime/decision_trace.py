@@ -44,11 +44,11 @@ class TraceStep:
     """One byte per layer: the action that ran."""
     layer_starts: bytes = b""
     layer_ends: bytes = b""
-    """When the layer's work was done, or queued on an accelerator."""
+    """The times at which the layer's work was done, or queued on an accelerator."""
     decision_starts: bytes = b""
-    """When the evaluation that decided the layer began; 0 for layers without a decision."""
+    """The start of the evaluation that decided the layer; 0 for layers without a decision."""
     decision_ends: bytes = b""
-    """When that evaluation was done; 0 for layers without a decision, and for no others."""
+    """The end of that evaluation; 0 for layers without a decision, and for no others."""
     exposed: bytes = b""
     """Time that the decoder waited for the decision or spent on it inline, at the first layer of a decision block."""
     scores: bytes = b""
@@ -73,7 +73,7 @@ class DecisionTrace:
     score_actions: list[Action]
     """The action of each score, in order."""
     granted_unix_ns: int
-    """When the request got its slot."""
+    """The time at which the request got its slot."""
     ended_unix_ns: int
     first_token_id: int | None = None
     """None if the request was cancelled before it."""

@@ -1,4 +1,4 @@
-"""The function that slow work tells what it is doing, one sentence at a time."""
+"""The one type through which long work reports what it is doing. Imports nothing of ours."""
 
 from collections.abc import Callable
 
