@@ -3,13 +3,11 @@
 import queue
 import time
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import grpc
 
-from dash_api.v1 import generation_pb2
-from dash_client.calls import Call, Calls, closed_error
+from dash_client.calls import Call, Calls, StreamCall, closed_error
 from dash_client.connection import ConnectionOptions, connection
 from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import DashError, DeadlineExceededError, UnavailableError
@@ -17,15 +15,7 @@ from dash_client.prompt_map import PromptMap
 from dash_client.readiness import Readiness
 from dash_client.stream_state import StreamState
 from dash_client.streams import GenerationStream
-from dash_client.types import (
-    Generation,
-    GenerationOptions,
-    HealthStatus,
-    Messages,
-    ModelInfo,
-    PolicyInfo,
-    Prompt,
-)
+from dash_client.types import Generation, GenerationOptions, HealthStatus, Messages, ModelInfo, PolicyInfo, Prompt
 
 Answer = TypeVar("Answer")
 
@@ -61,9 +51,7 @@ class DashClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -251,7 +239,7 @@ class DashClient:
                 raise closed_error() from None
             raise
 
-    def _start(self, call: Call[generation_pb2.StreamGenerateResponse]) -> GenerationStream:
+    def _start(self, call: StreamCall) -> GenerationStream:
         if self._is_closed:
             raise closed_error()
         method = self._channel.unary_stream(call.path)
