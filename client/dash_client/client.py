@@ -149,7 +149,7 @@ class DashClient:
             while True:
                 while len(running) < prompt_map.max_concurrency and (job := prompt_map.next()) is not None:
                     place, call = job
-                    future = self._method(call).future(call.request, timeout=call.timeout, metadata=call.metadata)
+                    future = self._send(self._method(call).future, call)
                     running[place] = call, future
                     future.add_done_callback(lambda _, place=place: over.put(place))
                 if not running:
@@ -214,17 +214,31 @@ class DashClient:
                 wait.failed(error)
             time.sleep(wait.pause())
 
-    def _method(self, call: Call[Any]) -> Any:
-        """Returns gRPC's method for a call. It takes and returns bytes; the call interprets them."""
+    def _opened(self) -> Any:
+        """Returns the channel."""
         if self._is_closed:
             raise closed_error()
+        return self._channel
+
+    def _method(self, call: Call[Any]) -> Any:
+        """Returns gRPC's method for a call. It takes and returns bytes; the call interprets them."""
+        channel = self._opened()
         if call.path not in self._methods:
-            self._methods[call.path] = self._channel.unary_unary(call.path)
+            self._methods[call.path] = channel.unary_unary(call.path)
         return self._methods[call.path]
+
+    def _send(self, method: Any, call: Call[Any]) -> Any:
+        try:
+            return method(call.request, timeout=call.timeout, metadata=call.metadata)
+        except ValueError:
+            # gRPC raises ValueError if another thread closed the channel since the check.
+            if self._is_closed:
+                raise closed_error() from None
+            raise
 
     def _run(self, call: Call[Answer]) -> Answer:
         method = self._method(call)
-        return self._answer(call, lambda: method(call.request, timeout=call.timeout, metadata=call.metadata))
+        return self._answer(call, lambda: self._send(method, call))
 
     def _answer(self, call: Call[Answer], wait: Any) -> Answer:
         try:
@@ -233,20 +247,6 @@ class DashClient:
             raise call.failed(error) from None
         except grpc.FutureCancelledError:
             raise call.cancelled() from None
-        except ValueError:
-            # gRPC raises ValueError if another thread closed the channel between the check and the call.
-            if self._is_closed:
-                raise closed_error() from None
-            raise
 
     def _start(self, call: StreamCall) -> GenerationStream:
-        if self._is_closed:
-            raise closed_error()
-        method = self._channel.unary_stream(call.path)
-        try:
-            running = method(call.request, timeout=call.timeout, metadata=call.metadata)
-        except ValueError:
-            if self._is_closed:
-                raise closed_error() from None
-            raise
-        return GenerationStream(running, StreamState(call))
+        return GenerationStream(self._send(self._opened().unary_stream(call.path), call), StreamState(call))
