@@ -5,13 +5,11 @@ Has the same methods as `client`, on the same parts; only the waiting differs.
 
 import asyncio
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import grpc
 
-from dash_api.v1 import generation_pb2
-from dash_client.calls import Call, Calls, closed_error
+from dash_client.calls import Call, Calls, StreamCall, closed_error
 from dash_client.connection import ConnectionOptions, connection
 from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import DashError, DeadlineExceededError, UnavailableError
@@ -19,15 +17,7 @@ from dash_client.prompt_map import PromptMap
 from dash_client.readiness import Readiness
 from dash_client.stream_state import StreamState
 from dash_client.streams import AsyncGenerationStream, is_task_cancelled
-from dash_client.types import (
-    Generation,
-    GenerationOptions,
-    HealthStatus,
-    Messages,
-    ModelInfo,
-    PolicyInfo,
-    Prompt,
-)
+from dash_client.types import Generation, GenerationOptions, HealthStatus, Messages, ModelInfo, PolicyInfo, Prompt
 
 Answer = TypeVar("Answer")
 
@@ -66,9 +56,7 @@ class AsyncDashClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -259,7 +247,7 @@ class AsyncDashClient:
             # Somebody closed the client, which does not cancel this task.
             raise call.cancelled() from None
 
-    def _start(self, call: Call[generation_pb2.StreamGenerateResponse]) -> AsyncGenerationStream:
+    def _start(self, call: StreamCall) -> AsyncGenerationStream:
         method = self._opened().unary_stream(call.path)
         running = method(call.request, timeout=call.timeout, metadata=call.metadata)
         return AsyncGenerationStream(running, StreamState(call))

@@ -6,7 +6,7 @@ and hands the answer's bytes back.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -52,6 +52,9 @@ class Call(Generic[Answer]):
         return CancelledError("the call was cancelled", code="CANCELLED", request_id=request_id)
 
 
+StreamCall = Call[generation_pb2.StreamGenerateResponse]
+
+
 class Calls:
     """Makes the calls of one client. Raises InvalidArgumentError for arguments that cannot be sent."""
 
@@ -63,17 +66,13 @@ class Calls:
         return self._generate(requests.generation_parameters(prompt, **options), timeout)
 
     def chat(self, messages: Messages, timeout: float | None, options: GenerationOptions) -> Call[Generation]:
-        return self._generate(self._chat_parameters(messages, options), timeout)
+        return self._generate(requests.chat_parameters(messages, **options), timeout)
 
-    def stream(
-        self, prompt: Prompt, timeout: float | None, options: GenerationOptions
-    ) -> Call[generation_pb2.StreamGenerateResponse]:
+    def stream(self, prompt: Prompt, timeout: float | None, options: GenerationOptions) -> StreamCall:
         return self._stream(requests.generation_parameters(prompt, **options), timeout)
 
-    def chat_stream(
-        self, messages: Messages, timeout: float | None, options: GenerationOptions
-    ) -> Call[generation_pb2.StreamGenerateResponse]:
-        return self._stream(self._chat_parameters(messages, options), timeout)
+    def chat_stream(self, messages: Messages, timeout: float | None, options: GenerationOptions) -> StreamCall:
+        return self._stream(requests.chat_parameters(messages, **options), timeout)
 
     def generate_each(self, timeout: float | None, options: GenerationOptions) -> Callable[[Prompt], Call[Generation]]:
         """Returns a function that makes the call for a prompt. Checks the options, which all prompts share, once."""
@@ -89,46 +88,36 @@ class Calls:
 
     def tokenize(self, prompt: Prompt, timeout: float | None) -> Call[tuple[int, ...]]:
         request = requests.tokenize_request(prompt)
-        return self._facts(f"{_MODEL}/Tokenize", request, timeout, model_pb2.TokenizeResponse, _token_ids)
+        return self._facts(f"{_MODEL}/Tokenize", request, timeout, model_pb2.TokenizeResponse, responses.token_ids)
 
     def model_info(self, timeout: float | None) -> Call[ModelInfo]:
         request = model_pb2.GetModelRequest()
         return self._facts(f"{_MODEL}/GetModel", request, timeout, model_pb2.GetModelResponse, responses.model_info)
 
     def policy_info(self, name: str | None, timeout: float | None) -> Call[PolicyInfo]:
-        request = requests.policy_request(name)
+        request = model_pb2.GetPolicyRequest(name=None if name is None else checks.text("name", name))
         return self._facts(f"{_MODEL}/GetPolicy", request, timeout, model_pb2.GetPolicyResponse, responses.policy_info)
 
     def decisions(self, request_id: str, timeout: float | None) -> Call[RecordedDecisions]:
         # Imported here, since few programs need it and the import takes time.
         from dash_client.trace.decision_trace_messages import recorded_decisions
 
-        request = requests.decisions_request(request_id)
+        request = model_pb2.GetDecisionsRequest(request_id=checks.text("request_id", request_id))
         kind = model_pb2.GetDecisionsResponse
         return self._facts(f"{_MODEL}/GetDecisions", request, timeout, kind, recorded_decisions)
 
     def health(self, timeout: float | None) -> Call[HealthStatus]:
-        request = health_pb2.HealthCheckRequest()
-        return self._facts("/grpc.health.v1.Health/Check", request, timeout, health_pb2.HealthCheckResponse, _status)
+        request, kind = health_pb2.HealthCheckRequest(), health_pb2.HealthCheckResponse
+        return self._facts("/grpc.health.v1.Health/Check", request, timeout, kind, responses.health_status)
 
     def _generate(self, parameters: generation_pb2.GenerationParameters, timeout: float | None) -> Call[Generation]:
-        kind = generation_pb2.GenerateResponse
         request = generation_pb2.GenerateRequest(parameters=parameters)
-        seconds = checks.timeout(timeout, self._timeout)
-        return self._call(
-            f"{_GENERATION}/Generate", request, seconds, _reader(kind, responses.generation_from_response)
-        )
+        read = _reader(generation_pb2.GenerateResponse, responses.generation_from_response)
+        return self._call(f"{_GENERATION}/Generate", request, checks.timeout(timeout, self._timeout), read)
 
-    def _stream(
-        self, parameters: generation_pb2.GenerationParameters, timeout: float | None
-    ) -> Call[generation_pb2.StreamGenerateResponse]:
+    def _stream(self, parameters: generation_pb2.GenerationParameters, timeout: float | None) -> StreamCall:
         request = generation_pb2.StreamGenerateRequest(parameters=parameters)
-        seconds = checks.timeout(timeout, self._timeout)
-        return self._call(f"{_GENERATION}/StreamGenerate", request, seconds, _read_event)
-
-    def _chat_parameters(self, messages: Messages, options: GenerationOptions) -> generation_pb2.GenerationParameters:
-        parameters = requests.option_parameters(**options)
-        return requests.with_prompt(parameters, requests.chat_prompt(messages), argument="messages")
+        return self._call(f"{_GENERATION}/StreamGenerate", request, checks.timeout(timeout, self._timeout), _read_event)
 
     def _facts(
         self, path: str, request: Message, timeout: float | None, kind: type[M], read: Callable[[M], Answer]
@@ -159,11 +148,3 @@ def _read_event(data: bytes) -> generation_pb2.StreamGenerateResponse:
     except DecodeError:
         return responses.parse(generation_pb2.StreamGenerateResponse, data)
     return message
-
-
-def _token_ids(response: model_pb2.TokenizeResponse) -> tuple[int, ...]:
-    return tuple(response.token_ids)
-
-
-def _status(response: Any) -> HealthStatus:
-    return responses.health_status(response.status)

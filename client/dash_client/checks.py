@@ -1,5 +1,6 @@
 """Checks each option's type and range. Knows no protobuf and no server.
 
+Each function raises InvalidArgumentError, which names the argument, for a value that it does not return.
 The server repeats these checks, and adds those that depend on its model and settings.
 """
 
@@ -50,11 +51,7 @@ _FLAGS = frozenset({"ignore_eos", "return_decisions", "trace"})
 
 
 def option(name: str, value: Any) -> Any:
-    """Returns the value to send; `name` is an option with a single value.
-
-    Raises:
-        InvalidArgumentError: the type is wrong, or the value is out of range.
-    """
+    """Returns the value to send; `name` is an option with a single value."""
     if name in _RANGES:
         return number(name, value)
     return flag(name, value) if name in _FLAGS else text(name, value)
@@ -63,8 +60,7 @@ def option(name: str, value: Any) -> Any:
 def number(name: str, value: Any, argument: str | None = None) -> float:
     """Returns the number, checked against the range of the option `name`. Takes numpy integers, but not True.
 
-    Raises:
-        InvalidArgumentError: it names `argument`, by default the option.
+    The error names `argument`, by default the option.
     """
     allowed = _RANGES[name]
     is_number = not isinstance(value, (bool, str, bytes))
@@ -78,11 +74,7 @@ def number(name: str, value: Any, argument: str | None = None) -> float:
 
 
 def token_id(argument: str, value: Any) -> int:
-    """Returns a token id; only the server can check it against the vocabulary.
-
-    Raises:
-        InvalidArgumentError: it is not an integer of 0 or more.
-    """
+    """Returns a token id, an integer of 0 or more; only the server can check it against the vocabulary."""
     try:
         converted = operator.index(value)
     except TypeError:
@@ -93,22 +85,14 @@ def token_id(argument: str, value: Any) -> int:
 
 
 def flag(argument: str, value: Any) -> bool:
-    """Returns a bool.
-
-    Raises:
-        InvalidArgumentError: it is not a bool.
-    """
+    """Returns a bool."""
     if not isinstance(value, bool):
         raise invalid_argument(argument, f"must be True or False, not {_shown(value)}")
     return value
 
 
 def text(argument: str, value: Any) -> str:
-    """Returns text that can be sent.
-
-    Raises:
-        InvalidArgumentError: it is not a string, or has half a character (a lone surrogate).
-    """
+    """Returns text that can be sent: a string without half a character (a lone surrogate)."""
     if not isinstance(value, str):
         raise invalid_argument(argument, f"must be text, not {_shown(value)}")
     try:
@@ -119,10 +103,9 @@ def text(argument: str, value: Any) -> str:
 
 
 def timeout(value: Any, default: float | None) -> float | None:
-    """Returns the seconds for one call, or None for no deadline. Infinity means no deadline, whatever the default.
+    """Returns the seconds for one call, more than 0, or None for no deadline.
 
-    Raises:
-        InvalidArgumentError: it is not a positive number.
+    Infinity means no deadline, whatever the default.
     """
     chosen = default if value is None else value
     if chosen is None or chosen == math.inf:

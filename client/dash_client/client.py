@@ -3,13 +3,11 @@
 import queue
 import time
 from collections.abc import Iterable
-from types import TracebackType
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import grpc
 
-from dash_api.v1 import generation_pb2
-from dash_client.calls import Call, Calls, closed_error
+from dash_client.calls import Call, Calls, StreamCall, closed_error
 from dash_client.connection import ConnectionOptions, connection
 from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import DashError, DeadlineExceededError, UnavailableError
@@ -17,15 +15,7 @@ from dash_client.prompt_map import PromptMap
 from dash_client.readiness import Readiness
 from dash_client.stream_state import StreamState
 from dash_client.streams import GenerationStream
-from dash_client.types import (
-    Generation,
-    GenerationOptions,
-    HealthStatus,
-    Messages,
-    ModelInfo,
-    PolicyInfo,
-    Prompt,
-)
+from dash_client.types import Generation, GenerationOptions, HealthStatus, Messages, ModelInfo, PolicyInfo, Prompt
 
 Answer = TypeVar("Answer")
 
@@ -61,9 +51,7 @@ class DashClient:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -161,7 +149,7 @@ class DashClient:
             while True:
                 while len(running) < prompt_map.max_concurrency and (job := prompt_map.next()) is not None:
                     place, call = job
-                    future = self._method(call).future(call.request, timeout=call.timeout, metadata=call.metadata)
+                    future = self._send(self._method(call).future, call)
                     running[place] = call, future
                     future.add_done_callback(lambda _, place=place: over.put(place))
                 if not running:
@@ -226,17 +214,31 @@ class DashClient:
                 wait.failed(error)
             time.sleep(wait.pause())
 
-    def _method(self, call: Call[Any]) -> Any:
-        """Returns gRPC's method for a call. It takes and returns bytes; the call interprets them."""
+    def _opened(self) -> Any:
+        """Returns the channel."""
         if self._is_closed:
             raise closed_error()
+        return self._channel
+
+    def _method(self, call: Call[Any]) -> Any:
+        """Returns gRPC's method for a call. It takes and returns bytes; the call interprets them."""
+        channel = self._opened()
         if call.path not in self._methods:
-            self._methods[call.path] = self._channel.unary_unary(call.path)
+            self._methods[call.path] = channel.unary_unary(call.path)
         return self._methods[call.path]
+
+    def _send(self, method: Any, call: Call[Any]) -> Any:
+        try:
+            return method(call.request, timeout=call.timeout, metadata=call.metadata)
+        except ValueError:
+            # gRPC raises ValueError if another thread closed the channel since the check.
+            if self._is_closed:
+                raise closed_error() from None
+            raise
 
     def _run(self, call: Call[Answer]) -> Answer:
         method = self._method(call)
-        return self._answer(call, lambda: method(call.request, timeout=call.timeout, metadata=call.metadata))
+        return self._answer(call, lambda: self._send(method, call))
 
     def _answer(self, call: Call[Answer], wait: Any) -> Answer:
         try:
@@ -245,20 +247,6 @@ class DashClient:
             raise call.failed(error) from None
         except grpc.FutureCancelledError:
             raise call.cancelled() from None
-        except ValueError:
-            # gRPC raises ValueError if another thread closed the channel between the check and the call.
-            if self._is_closed:
-                raise closed_error() from None
-            raise
 
-    def _start(self, call: Call[generation_pb2.StreamGenerateResponse]) -> GenerationStream:
-        if self._is_closed:
-            raise closed_error()
-        method = self._channel.unary_stream(call.path)
-        try:
-            running = method(call.request, timeout=call.timeout, metadata=call.metadata)
-        except ValueError:
-            if self._is_closed:
-                raise closed_error() from None
-            raise
-        return GenerationStream(running, StreamState(call))
+    def _start(self, call: StreamCall) -> GenerationStream:
+        return GenerationStream(self._send(self._opened().unary_stream(call.path), call), StreamState(call))

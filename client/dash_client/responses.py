@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
+from grpc_health.v1 import health_pb2
 
 from dash_api.v1 import common_pb2, generation_pb2, model_pb2
 from dash_client.errors import ServerError
@@ -34,6 +35,7 @@ _ACTIONS = {int(action): action for action in Action}
 _ACTION_BYTES = bytes(_ACTIONS)
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 
 
 def parse(kind: type[M], data: bytes) -> M:
@@ -47,6 +49,20 @@ def parse(kind: type[M], data: bytes) -> M:
     except DecodeError:
         raise _unreadable(f"no {kind.DESCRIPTOR.name}") from None
     return message
+
+
+def from_message(kind: type[T], message: Message, **others: Any) -> T:
+    """Makes a dataclass from the message's fields of the same names; None for an optional one that is not set.
+
+    Args:
+        kind: the dataclass.
+        message: holds all of its fields except `others`.
+        others: the fields whose values are not the message's own.
+    """
+    for name in kind.__annotations__.keys() - others.keys():
+        is_missing = message.DESCRIPTOR.fields_by_name[name].has_presence and not message.HasField(name)
+        others[name] = None if is_missing else getattr(message, name)
+    return kind(**others)
 
 
 def generation_from_response(response: generation_pb2.GenerateResponse) -> Generation:
@@ -89,17 +105,7 @@ class StreamAssembly:
         mode = _MODES.get(started.mode)
         if mode is None:
             raise _unreadable(f"mode {started.mode}")
-        self.started = GenerationStarted(
-            request_id=started.request_id,
-            prompt_token_count=started.prompt_token_count,
-            seed=started.seed,
-            model=started.model,
-            mode=mode,
-            policy=started.policy,
-            policy_note=started.policy_note,
-            compute_budget=started.compute_budget if started.HasField("compute_budget") else None,
-            layer_count=started.layer_count,
-        )
+        self.started = from_message(GenerationStarted, started, mode=mode)
 
     def add_delta(self, delta: generation_pb2.GenerationDelta) -> StreamDelta:
         """Adds a piece of output."""
@@ -122,13 +128,20 @@ class StreamAssembly:
             raise _unreadable("an end before its start")
         actions = b"".join(delta.decisions.data for delta in self._deltas if delta.decisions is not None)
         logprobs = tuple(entry for delta in self._deltas for entry in delta.logprobs or ())
+        usage, depth = finished.usage, finished.depth
+        speculation = from_message(SpeculationUsage, usage.speculation) if usage.HasField("speculation") else None
         self.generation = Generation(
             text="".join(delta.text for delta in self._deltas),
             token_ids=tuple(token_id for delta in self._deltas for token_id in delta.token_ids),
             finish_reason=_REASONS.get(finished.reason, FinishReason.UNKNOWN),
             stop_string=finished.stop_string if finished.HasField("stop_string") else None,
-            usage=_usage(finished.usage),
-            depth=_depth(finished.depth),
+            usage=from_message(Usage, usage, speculation=speculation),
+            depth=from_message(
+                DepthStatistics,
+                depth,
+                action_counts=_by_action((entry.action, entry.count) for entry in depth.action_counts),
+                mean_cost=depth.mean_cost if depth.decode_token_count else None,
+            ),
             decisions=Decisions(actions, self.started.layer_count) if actions else None,
             logprobs=logprobs or None,
             started=self.started,
@@ -154,81 +167,34 @@ def model_info(response: model_pb2.GetModelResponse) -> ModelInfo:
     default_mode = _MODES.get(response.default_mode)
     if default_mode is None:
         raise _unreadable(f"mode {response.default_mode}")
-    return ModelInfo(
-        name=response.name,
-        architecture=response.architecture,
-        layer_count=response.layer_count,
-        vocabulary_size=response.vocabulary_size,
-        context_length=response.context_length,
-        max_new_tokens_limit=response.max_new_tokens_limit,
-        default_max_new_tokens=response.default_max_new_tokens,
-        cache_tokens=response.cache_tokens,
-        slot_count=response.slot_count,
+    return from_message(
+        ModelInfo,
+        response,
         actions=tuple(_ACTIONS[number] for number in response.actions if number in _ACTIONS),
         modes=tuple(_MODES[number] for number in response.modes if number in _MODES),
         default_mode=default_mode,
         policy_names=tuple(response.policy_names),
-        default_policy_name=response.default_policy_name,
-        default_draft_policy_name=response.default_draft_policy_name,
-        device=response.device,
     )
 
 
 def policy_info(response: model_pb2.GetPolicyResponse) -> PolicyInfo:
     """Returns the facts of a policy."""
-    return PolicyInfo(
-        name=response.name,
-        note=response.note,
-        learned=response.learned,
-        lookahead=response.lookahead,
-        pinned_layers=tuple(response.pinned_layers),
-        action_costs=_by_action((entry.action, entry.cost) for entry in response.action_costs),
-        lowest_budget=response.lowest_budget,
-        recommended_budget=response.recommended_budget,
-        compensation=response.compensation,
-        is_drafter=response.is_drafter,
-    )
+    costs = _by_action((entry.action, entry.cost) for entry in response.action_costs)
+    return from_message(PolicyInfo, response, pinned_layers=tuple(response.pinned_layers), action_costs=costs)
 
 
-def health_status(number: int) -> HealthStatus:
+def token_ids(response: model_pb2.TokenizeResponse) -> tuple[int, ...]:
+    """Returns the token ids of a prompt."""
+    return tuple(response.token_ids)
+
+
+def health_status(response: health_pb2.HealthCheckResponse) -> HealthStatus:
     """Converts a status of the standard health protocol (grpc.health.v1)."""
-    return {1: HealthStatus.SERVING, 2: HealthStatus.NOT_SERVING}.get(number, HealthStatus.UNKNOWN)
+    return {1: HealthStatus.SERVING, 2: HealthStatus.NOT_SERVING}.get(response.status, HealthStatus.UNKNOWN)
 
 
 def _token_logprobs(entry: generation_pb2.TokenLogprobs) -> TokenLogprobs:
     return TokenLogprobs(entry.chosen, tuple((top.token_id, top.logprob) for top in entry.top))
-
-
-def _usage(usage: generation_pb2.Usage) -> Usage:
-    return Usage(
-        prompt_token_count=usage.prompt_token_count,
-        output_token_count=usage.output_token_count,
-        queue_seconds=usage.queue_seconds,
-        prefill_seconds=usage.prefill_seconds,
-        decode_seconds=usage.decode_seconds,
-        speculation=_speculation(usage.speculation) if usage.HasField("speculation") else None,
-        cached_prompt_token_count=usage.cached_prompt_token_count,
-    )
-
-
-def _speculation(speculation: generation_pb2.SpeculationUsage) -> SpeculationUsage:
-    return SpeculationUsage(
-        drafted_token_count=speculation.drafted_token_count,
-        accepted_token_count=speculation.accepted_token_count,
-        wasted_token_count=speculation.wasted_token_count,
-        verification_count=speculation.verification_count,
-        draft_seconds=speculation.draft_seconds,
-        verification_seconds=speculation.verification_seconds,
-    )
-
-
-def _depth(depth: generation_pb2.DepthStatistics) -> DepthStatistics:
-    return DepthStatistics(
-        decode_token_count=depth.decode_token_count,
-        action_counts=_by_action((entry.action, entry.count) for entry in depth.action_counts),
-        mean_cost=depth.mean_cost if depth.decode_token_count else None,
-        exposed_policy_seconds=depth.exposed_policy_seconds,
-    )
 
 
 def _by_action(entries: Iterable[tuple[int, Any]]) -> dict[Action, Any]:

@@ -1,5 +1,6 @@
 """Turns a failed RPC into an exception of `errors`. Shared by the sync and the async client."""
 
+import contextlib
 from typing import Any
 
 import grpc
@@ -62,19 +63,13 @@ def error_from_rpc(
     code: grpc.StatusCode = call.code()
     text: str = call.details() or ""
     details = _rich_details(call.trailing_metadata())
-    info = details.get("ErrorInfo")
-    bad_request = details.get("BadRequest")
+    info = details.get("ErrorInfo") or error_details_pb2.ErrorInfo()
+    bad_request = details.get("BadRequest") or error_details_pb2.BadRequest()
+    request_info = details.get("RequestInfo") or error_details_pb2.RequestInfo()
     retry = details.get("RetryInfo")
-    request_info = details.get("RequestInfo")
-    violations = tuple(
-        FieldViolation(violation.field, violation.description)
-        for violation in (bad_request.field_violations if bad_request else ())
-    )
+    violations = tuple(FieldViolation(wrong.field, wrong.description) for wrong in bad_request.field_violations)
     has_begun = request_id is not None
-    if request_info is not None:
-        request_id = request_info.request_id or request_id
-    elif info is not None:
-        request_id = info.metadata.get("request_id") or request_id
+    request_id = request_info.request_id or info.metadata.get("request_id") or request_id
     if details:
         missing = [f"{v.field}: {v.description}" for v in violations if v.description not in text]
         message = "; ".join([text or code.name, *missing])
@@ -85,7 +80,7 @@ def error_from_rpc(
     return _ERRORS.get(code, errors.ServerError)(
         message,
         code=code.name,
-        reason=info.reason if info else None,
+        reason=info.reason or None,
         request_id=request_id,
         field_violations=violations,
         retry_after_seconds=retry.retry_delay.ToTimedelta().total_seconds() if retry else None,
@@ -96,17 +91,12 @@ def _rich_details(metadata: Any) -> dict[str, Any]:
     """Returns the google.rpc details in a call's trailing metadata, by type name."""
     found: dict[str, Any] = {}
     for key, value in metadata or ():
-        if key != _DETAILS_KEY:
-            continue
-        try:
-            status = status_pb2.Status.FromString(value)
-            for packed in status.details:
-                name = packed.TypeName().removeprefix("google.rpc.")
-                kind = getattr(error_details_pb2, name, None)
-                if kind is not None and packed.TypeName().startswith("google.rpc."):
-                    found[name] = kind.FromString(packed.value)
-        except DecodeError:
-            continue
+        if key == _DETAILS_KEY:
+            with contextlib.suppress(DecodeError):
+                for packed in status_pb2.Status.FromString(value).details:
+                    package, _, name = packed.TypeName().rpartition(".")
+                    if package == "google.rpc" and hasattr(error_details_pb2, name):
+                        found[name] = getattr(error_details_pb2, name).FromString(packed.value)
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import grpc
 
 from dash_api.v1 import generation_pb2
-from dash_client.calls import Call
+from dash_client.calls import StreamCall
 from dash_client.errors import DashError, ServerError
 from dash_client.responses import StreamAssembly
 from dash_client.types import Generation, GenerationStarted, StreamDelta
@@ -17,7 +17,7 @@ from dash_client.types import Generation, GenerationStarted, StreamDelta
 class StreamState:
     """The state of one stream. Once the stream has failed, every method raises the same error."""
 
-    def __init__(self, call: Call[generation_pb2.StreamGenerateResponse]) -> None:
+    def __init__(self, call: StreamCall) -> None:
         self.is_over: bool = False
         """True if nothing more will come and there is nothing to cancel."""
         self._call = call

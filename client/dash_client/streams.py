@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
-from types import TracebackType
 from typing import Any, Self
 
 import grpc
@@ -11,9 +10,6 @@ import grpc
 from dash_client.errors import DashError
 from dash_client.stream_state import StreamState
 from dash_client.types import Generation, GenerationStarted, StreamDelta
-
-_ENDS = (StopIteration, grpc.RpcError, DashError)
-_ASYNC_ENDS = (StopAsyncIteration, grpc.RpcError, DashError, asyncio.CancelledError)
 
 
 class GenerationStream:
@@ -35,9 +31,7 @@ class GenerationStream:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.cancel()
 
     def __del__(self) -> None:
@@ -49,16 +43,10 @@ class GenerationStream:
         return self
 
     def __next__(self) -> StreamDelta:
-        state, messages = self._state, self._call
-        while not state.is_over:
-            try:
-                delta = state.take(next(messages))
-            except _ENDS as error:
-                self._end(error)
-            else:
-                if delta is not None:
-                    return delta
-        state.check()
+        while not self._state.is_over:
+            if (delta := self._read()) is not None:
+                return delta
+        self._state.check()
         raise StopIteration
 
     @property
@@ -68,12 +56,8 @@ class GenerationStream:
         Raises:
             DashError: the request failed before it got its slot.
         """
-        state = self._state
-        while not (state.has_started or state.is_over):
-            try:
-                state.take(next(self._call))
-            except _ENDS as error:
-                self._end(error)
+        while not (self._state.has_started or self._state.is_over):
+            self._read()
         return self._state.started()
 
     def final(self) -> Generation:
@@ -91,15 +75,18 @@ class GenerationStream:
         if not self._state.is_over:
             self._call.cancel()
 
-    def _end(self, error: BaseException) -> None:
-        """Handles the exception that ended the call: raises it, unless the answer is complete."""
-        if isinstance(error, StopIteration):
+    def _read(self) -> StreamDelta | None:
+        """Reads one message or the end; returns the message's piece of the output, if it has one."""
+        try:
+            return self._state.take(next(self._call))
+        except StopIteration:
             self._state.end()
-        elif isinstance(error, grpc.RpcError):
+        except grpc.RpcError as error:
             self._state.fail(error)
-        else:
+        except DashError:
             self._call.cancel()
-            raise error
+            raise
+        return None
 
 
 class AsyncGenerationStream:
@@ -124,9 +111,7 @@ class AsyncGenerationStream:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.cancel()
 
     def __del__(self) -> None:
@@ -139,16 +124,10 @@ class AsyncGenerationStream:
         return self
 
     async def __anext__(self) -> StreamDelta:
-        state, messages = self._state, self._messages
-        while not state.is_over:
-            try:
-                delta = state.take(await messages.__anext__())
-            except _ASYNC_ENDS as error:
-                self._end(error)
-            else:
-                if delta is not None:
-                    return delta
-        state.check()
+        while not self._state.is_over:
+            if (delta := await self._read()) is not None:
+                return delta
+        self._state.check()
         raise StopAsyncIteration
 
     async def started(self) -> GenerationStarted:
@@ -157,12 +136,8 @@ class AsyncGenerationStream:
         Raises:
             DashError: the request failed before it got its slot.
         """
-        state = self._state
-        while not (state.has_started or state.is_over):
-            try:
-                state.take(await self._messages.__anext__())
-            except _ASYNC_ENDS as error:
-                self._end(error)
+        while not (self._state.has_started or self._state.is_over):
+            await self._read()
         return self._state.started()
 
     async def final(self) -> Generation:
@@ -180,21 +155,24 @@ class AsyncGenerationStream:
         if not self._state.is_over:
             self._call.cancel()
 
-    def _end(self, error: BaseException) -> None:
-        """Handles the exception that ended the call: raises it, unless the answer is complete."""
-        if isinstance(error, StopAsyncIteration):
+    async def _read(self) -> StreamDelta | None:
+        """Reads one message or the end; returns the message's piece of the output, if it has one."""
+        try:
+            return self._state.take(await anext(self._messages))
+        except StopAsyncIteration:
             self._state.end()
-        elif isinstance(error, grpc.RpcError):
+        except grpc.RpcError as error:
             self._state.fail(error)
-        elif isinstance(error, asyncio.CancelledError):
+        except asyncio.CancelledError:
             cancelled = self._state.cancel()
             if is_task_cancelled():
-                raise error
+                raise
             # Somebody cancelled the stream, not this task.
             raise cancelled from None
-        else:
+        except DashError:
             self._call.cancel()
-            raise error
+            raise
+        return None
 
 
 def is_task_cancelled() -> bool:

@@ -3,7 +3,7 @@
 Knows nothing of gRPC or protobuf, so that neither appears in a user's code.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, TypedDict, overload
@@ -154,9 +154,6 @@ class Decisions(Sequence[tuple[Action, ...]]):
         if not 0 <= index < len(self):
             raise IndexError(f"token {token} of {len(self)}")
         return tuple(Action(number) for number in self._row(index))
-
-    def __iter__(self) -> Iterator[tuple[Action, ...]]:
-        return (self[token] for token in range(len(self)))
 
     def _row(self, token: int) -> bytes:
         return self.data[token * self.layer_count : (token + 1) * self.layer_count]

@@ -25,7 +25,7 @@ from dash_client.adapters.option_fields import ConnectionFields, OptionFields, c
 from dash_client.adapters.shared_clients import shared_async_client, shared_client
 from dash_client.aio import AsyncDashClient
 from dash_client.client import DashClient
-from dash_client.types import Generation, StreamDelta
+from dash_client.types import Generation
 
 PROVIDER = "dash"
 """Our name among LangChain's providers."""
@@ -111,7 +111,7 @@ class ChatDash(ConnectionFields, OptionFields, BaseChatModel):
         with self._client().chat_stream(conversation(messages), **self._options(stop, kwargs)) as stream:
             for delta in stream:
                 if delta.text:
-                    yield _chunk(delta)
+                    yield ChatGenerationChunk(message=AIMessageChunk(content=delta.text))
             yield _last_chunk(stream.final())
 
     async def _astream(
@@ -124,7 +124,7 @@ class ChatDash(ConnectionFields, OptionFields, BaseChatModel):
         async with self._async_client().chat_stream(conversation(messages), **self._options(stop, kwargs)) as stream:
             async for delta in stream:
                 if delta.text:
-                    yield _chunk(delta)
+                    yield ChatGenerationChunk(message=AIMessageChunk(content=delta.text))
             yield _last_chunk(await stream.final())
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
@@ -158,27 +158,15 @@ class ChatDash(ConnectionFields, OptionFields, BaseChatModel):
 
 
 def _result(generation: Generation) -> ChatResult:
-    message = AIMessage(
-        generation.text,
-        usage_metadata=usage_metadata(generation.usage),
-        response_metadata=_response_metadata(generation),
-    )
+    message = AIMessage(generation.text, **_metadata(generation))
     return ChatResult(generations=[ChatGeneration(message=message)])
 
 
-def _chunk(delta: StreamDelta) -> ChatGenerationChunk:
-    return ChatGenerationChunk(message=AIMessageChunk(content=delta.text))
-
-
 def _last_chunk(generation: Generation) -> ChatGenerationChunk:
-    message = AIMessageChunk(
-        content="",
-        usage_metadata=usage_metadata(generation.usage),
-        response_metadata=_response_metadata(generation),
-        chunk_position="last",
-    )
+    message = AIMessageChunk(content="", chunk_position="last", **_metadata(generation))
     return ChatGenerationChunk(message=message)
 
 
-def _response_metadata(generation: Generation) -> dict[str, Any]:
-    return {"model_provider": PROVIDER, **answer_facts(generation)}
+def _metadata(generation: Generation) -> dict[str, Any]:
+    facts = {"model_provider": PROVIDER, **answer_facts(generation)}
+    return {"usage_metadata": usage_metadata(generation.usage), "response_metadata": facts}

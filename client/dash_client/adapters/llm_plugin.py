@@ -25,17 +25,23 @@ class DashOptions(ConnectionFields, OptionFields, llm.KeyModel.Options):
     """The options that `-o` sets."""
 
 
-class DashModel(llm.KeyModel):
-    """A dash server's model. The key is the server's token, if the server requires one."""
+class _Dash:
+    """The parts that both models share."""
 
     model_id = MODEL_ID
     needs_key = MODEL_ID
     key_env_var = "DASH_TOKEN"
     can_stream = True
+    key: str | None
     Options = DashOptions
 
     def get_key(self, explicit_key: str | None = None) -> str | None:
-        return _token(self.key, explicit_key)
+        # Unlike `llm`'s own lookup, a missing key is no error: most servers require no token.
+        return self.key or llm.get_key(input=explicit_key, alias=MODEL_ID, env="DASH_TOKEN")
+
+
+class DashModel(_Dash, llm.KeyModel):
+    """A dash server's model. The key is the server's token, if the server requires one."""
 
     def execute(
         self,
@@ -52,17 +58,8 @@ class DashModel(llm.KeyModel):
             _note(response, answer.final())
 
 
-class AsyncDashModel(llm.AsyncKeyModel):
+class AsyncDashModel(_Dash, llm.AsyncKeyModel):
     """The asynchronous `DashModel`."""
-
-    model_id = MODEL_ID
-    needs_key = MODEL_ID
-    key_env_var = "DASH_TOKEN"
-    can_stream = True
-    Options = DashOptions
-
-    def get_key(self, explicit_key: str | None = None) -> str | None:
-        return _token(self.key, explicit_key)
 
     async def execute(
         self,
@@ -83,11 +80,6 @@ class AsyncDashModel(llm.AsyncKeyModel):
 def register_models(register: Callable[..., None]) -> None:
     """Registers the models; called by `llm`."""
     register(DashModel(), AsyncDashModel())
-
-
-def _token(own: str | None, explicit: str | None) -> str | None:
-    # Unlike `llm`'s own lookup, a missing key is no error: most servers require no token.
-    return own or llm.get_key(input=explicit, alias=MODEL_ID, env="DASH_TOKEN")
 
 
 def _call(prompt: llm.Prompt, key: str | None) -> tuple[list[ChatMessage], dict[str, Any], dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Defines the command line of `dash-client`: commands, options and help. Imports no command."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +34,10 @@ a token on the command line can be read by every user of this machine while the 
 or in a file and name that with --token-file"""
 
 
+# An option of the library's own: None unless it is given, so that the library's default holds.
+_FLAG: dict[str, Any] = {"action": "store_const", "const": True}
+
+
 class _Parser(argparse.ArgumentParser):
     """Explains the exit codes under every command, and takes no abbreviated options."""
 
@@ -50,13 +54,7 @@ class _Parser(argparse.ArgumentParser):
 class _RefuseToken(argparse.Action):
     """Refuses a token on the command line, without repeating it."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> NoReturn:
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> NoReturn:
         parser.error(_NO_TOKEN)
 
 
@@ -77,16 +75,13 @@ def parser() -> argparse.ArgumentParser:
     _add_bench(add("bench", "bench.run", "measure speed and latency under load"))
     info = add("info", "facts.run_info", "the model, its limits, and a policy")
     info.add_argument("--policy", metavar="NAME", help="which policy (default: the server's default)")
-    _add_connection(info)
-    _add_output(info)
+    _add_connection_and_output(info)
     health = add("health", "facts.run_health", "whether the server is serving")
     health.add_argument("--wait", type=float, metavar="SECONDS", help="wait this long for it to serve")
-    _add_connection(health)
-    _add_output(health)
+    _add_connection_and_output(health)
     tokenize = add("tokenize", "facts.run_tokenize", "the token ids of a prompt, as generate would send it")
     _add_prompt(tokenize)
-    _add_connection(tokenize)
-    _add_output(tokenize)
+    _add_connection_and_output(tokenize)
     completion = add("completion", "completion.run", "a completion script for a shell", _COMPLETION)
     completion.add_argument("shell", choices=["bash", "zsh", "fish"])
     completion.set_defaults(json=False)
@@ -103,22 +98,18 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
     _add_prompt(command)
     depth = _add_depth(command)
     _add_show_depth(depth)
-    depth.add_argument("--trace", action="store_true", help="trace the decisions of this request")
+    depth.add_argument("--trace", **_FLAG, help="trace the decisions of this request")
     _add_sampling(command)
-    _add_connection(command)
-    _add_output(command, "print one JSON object when it is complete").add_argument(
-        "--quiet", action="store_true", help="no note and no summary on standard error"
-    )
+    quiet = "no note and no summary on standard error"
+    _add_connection_and_output(command, "print one JSON object when it is complete", quiet)
 
 
 def _add_chat(command: argparse.ArgumentParser) -> None:
     command.add_argument("--system", metavar="TEXT", help="the system message that the conversation begins with")
     _add_show_depth(_add_depth(command))
     _add_sampling(command)
-    _add_connection(command)
-    _add_output(command, "print one JSON object per answer, each on a line").add_argument(
-        "--quiet", action="store_true", help="no greeting and no notes on standard error"
-    )
+    quiet = "no greeting and no notes on standard error"
+    _add_connection_and_output(command, "print one JSON object per answer, each on a line", quiet)
 
 
 def _add_heatmap(command: argparse.ArgumentParser) -> None:
@@ -129,18 +120,15 @@ def _add_heatmap(command: argparse.ArgumentParser) -> None:
     command.add_argument("--png", type=Path, metavar="FILE", help="also write a picture; needs Pillow (dash-llm[cli])")
     _add_color(_add_depth(command))
     _add_sampling(command)
-    _add_connection(command)
-    _add_output(command, "print one JSON object when it is complete, for --from").add_argument(
-        "--quiet", action="store_true", help="no note, legend and summary on standard error"
-    )
+    quiet = "no note, legend and summary on standard error"
+    _add_connection_and_output(command, "print one JSON object when it is complete, for --from", quiet)
 
 
 def _add_trace(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", metavar="REQUEST_ID_OR_FILE", help="which request, or a file that --save wrote")
     command.add_argument("--output", type=Path, metavar="PAGE", help="the page (default: trace-REQUEST_ID.html)")
     command.add_argument("--save", type=Path, metavar="FILE", help="also keep what was recorded, as JSON")
-    _add_connection(command)
-    _add_output(command, "print where the files are as one JSON object")
+    _add_connection_and_output(command, "print where the files are as one JSON object")
 
 
 def _add_bench(command: argparse.ArgumentParser) -> None:
@@ -151,8 +139,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("--raw", action="store_true", help="send it as plain text, without the chat template")
     _add_depth(command)
     _add_sampling(command)
-    _add_connection(command)
-    _add_output(command)
+    _add_connection_and_output(command)
 
 
 def _add_prompt(command: argparse.ArgumentParser, nargs: str | None = None) -> None:
@@ -165,8 +152,9 @@ def _add_prompt(command: argparse.ArgumentParser, nargs: str | None = None) -> N
 def _add_depth(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = command.add_argument_group("depth")
     group.add_argument("--mode", choices=[mode.value for mode in Mode], help="how layers are chosen")
-    group.add_argument("--budget", type=float, help="upper bound on the mean cost, in (0, 1]")
-    group.add_argument("--policy", metavar="NAME", help="which policy decides")
+    budget = "upper bound on the mean cost, in (0, 1]"
+    group.add_argument("--budget", type=float, dest="compute_budget", metavar="BUDGET", help=budget)
+    group.add_argument("--policy", dest="policy_name", metavar="NAME", help="which policy decides")
     group.add_argument(
         "--fixed-action", choices=[action.name.lower() for action in Action], help="implies --mode fixed"
     )
@@ -198,38 +186,36 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int)
     group.add_argument("--max-new-tokens", type=int, metavar="N")
     group.add_argument("--stop", action="append", metavar="TEXT", help="may be given several times")
-    group.add_argument("--ignore-eos", action="store_true", help="go on past the end of sequence")
+    group.add_argument("--ignore-eos", **_FLAG, help="go on past the end of sequence")
 
 
-def _add_connection(command: argparse.ArgumentParser) -> None:
+def _add_connection_and_output(
+    command: argparse.ArgumentParser, json: str = "print one JSON object", quiet: str | None = None
+) -> None:
+    """Adds what every command has that asks a server; `json` and `quiet` are the help of these options."""
     group = command.add_argument_group("connection")
     group.add_argument("--target", help="host:port (default: DASH_TARGET, else localhost:50051)")
     group.add_argument("--timeout", type=float, metavar="SECONDS", help="deadline of each call")
-    group.add_argument("--tls", action="store_true", help="encrypt, and check the server's certificate")
+    group.add_argument("--tls", **_FLAG, help="encrypt, and check the server's certificate")
     group.add_argument("--ca-file", type=Path, metavar="FILE", help="who signs the server's certificate; implies --tls")
     group.add_argument("--certificate-file", type=Path, metavar="FILE", help="this client's own certificate")
     group.add_argument("--key-file", type=Path, metavar="FILE", help="the key of that certificate")
     group.add_argument("--server-name", metavar="NAME", help="the name in the server's certificate")
     group.add_argument("--token-file", type=Path, metavar="FILE", help="holds the token (default: DASH_TOKEN)")
-    group.add_argument("--allow-insecure-token", action="store_true", help="send it to another machine without TLS")
+    group.add_argument("--allow-insecure-token", **_FLAG, help="send it to another machine without TLS")
     group.add_argument("--token", nargs="?", action=_RefuseToken, help=argparse.SUPPRESS)
-
-
-def _add_output(command: argparse.ArgumentParser, json_help: str = "print one JSON object") -> argparse._ArgumentGroup:
     group = command.add_argument_group("output")
-    group.add_argument("--json", action="store_true", help=json_help)
-    return group
+    group.add_argument("--json", action="store_true", help=json)
+    if quiet is not None:
+        group.add_argument("--quiet", action="store_true", help=quiet)
 
 
-def _count(text: str) -> int:
+def _count(text: str, least: int = 1) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
+    if number < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}")
     return number
 
 
 def _count_or_none(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError("must be at least 0")
-    return number
+    return _count(text, least=0)

@@ -1,10 +1,12 @@
 """Turns command-line options into a client and the options of its calls. Knows no command."""
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from dash_client.client import DashClient
+from dash_client.connection import ConnectionOptions
 from dash_client.errors import invalid_argument
 from dash_client.types import GenerationOptions, Mode
 
@@ -27,40 +29,24 @@ def connection_options(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InvalidArgumentError: the token file cannot be read, or holds no token.
     """
-    given = {
-        "target": arguments.target,
-        "timeout": arguments.timeout,
-        "tls": True if arguments.tls else None,
-        "ca_file": arguments.ca_file,
-        "certificate_file": arguments.certificate_file,
-        "key_file": arguments.key_file,
-        "server_name": arguments.server_name,
-        "allow_insecure_token": True if arguments.allow_insecure_token else None,
-        "token": None if arguments.token_file is None else _read_token(arguments.token_file),
-    }
-    return {name: value for name, value in given.items() if value is not None}
+    given: dict[str, Any] = _given(arguments, ("target", "timeout", *ConnectionOptions.__annotations__))
+    if arguments.token_file is not None:
+        given["token"] = _read_token(arguments.token_file)
+    return given
 
 
 def generation_options(arguments: argparse.Namespace) -> GenerationOptions:
     """Returns the generation options that were given."""
-    # `--fixed-action` has no meaning in any other mode.
-    mode = arguments.mode or (Mode.FIXED if arguments.fixed_action else None)
-    return GenerationOptions(
-        mode=mode,
-        compute_budget=arguments.budget,
-        policy_name=arguments.policy,
-        fixed_action=arguments.fixed_action,
-        draft_length=arguments.draft_length,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty,
-        seed=arguments.seed,
-        max_new_tokens=arguments.max_new_tokens,
-        stop=arguments.stop,
-        ignore_eos=True if arguments.ignore_eos else None,
-    )
+    options: GenerationOptions = _given(arguments, GenerationOptions.__annotations__)
+    if "fixed_action" in options:
+        # It has no meaning in any other mode.
+        options.setdefault("mode", Mode.FIXED)
+    return options
+
+
+def _given(arguments: argparse.Namespace, names: Iterable[str]) -> Any:
+    """Returns the arguments with these names, without those that were not given or that the command does not have."""
+    return {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
 
 
 def _read_token(path: Path) -> str:

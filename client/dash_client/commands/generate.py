@@ -13,7 +13,6 @@ def run(arguments: argparse.Namespace) -> ExitCode:
     """Runs the command."""
     options = generation_options(arguments)
     options["return_decisions"] = True if arguments.show_depth else None
-    options["trace"] = True if arguments.trace else None
     with connect(arguments) as client, client.stream(prompt_of(arguments), **options) as stream:
         if arguments.json:
             print_json(stream.final())

@@ -8,7 +8,7 @@ from dash_client.commands.answer_printer import say_note, summary
 from dash_client.commands.client_arguments import connect, generation_options
 from dash_client.commands.exit_codes import ExitCode
 from dash_client.commands.heatmap_file import SavedHeatmap, load_heatmap
-from dash_client.commands.heatmap_rows import Row, RowPainter, rows_of_delta
+from dash_client.commands.heatmap_rows import Row, RowPainter, rows_of_piece
 from dash_client.commands.output import as_json, color_depth, print_json, say
 from dash_client.commands.prompts import prompt_of
 from dash_client.errors import ServerError, invalid_argument
@@ -66,7 +66,7 @@ def _show_answer(arguments: argparse.Namespace) -> ExitCode:
 
 def _noted(deltas: Iterable[StreamDelta], rows: list[Row], pieces: list[tuple[str, int]]) -> Iterator[Row]:
     for delta in deltas:
-        new = rows_of_delta(delta)
+        new = rows_of_piece(delta.text, delta.decisions or ())
         rows += new
         pieces.append((delta.text, len(delta.token_ids)))
         yield from new

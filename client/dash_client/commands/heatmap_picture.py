@@ -46,9 +46,8 @@ def write_picture(rows: Sequence[Row], path: Path, title: str) -> str:
     """Writes the picture, or overwrites it; returns a sentence about the file.
 
     Raises:
-        InvalidArgumentError: Pillow is not installed, the file cannot be written, or there is nothing to draw.
+        InvalidArgumentError: the file cannot be written, or there is nothing to draw.
     """
-    require_pillow()
     if not rows:
         raise invalid_argument("--png", "there are no tokens to draw")
     if len(rows[0].actions) > _MAX_LAYERS:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dash_client.terminal import RESET, ColorDepth, background, without_control_characters
-from dash_client.types import Action, StreamDelta
+from dash_client.types import Action
 
 # The trace page's colours: a skip is orange; work is blue, and darker the more it is. The order in lightness survives
 # colour blindness.
@@ -31,11 +31,6 @@ class Row:
     label: str
     """Its text on one line, or its id if the text is unknown; empty if a later token completes the text."""
     actions: tuple[Action, ...]
-
-
-def rows_of_delta(delta: StreamDelta) -> list[Row]:
-    """Returns the rows of the tokens in a piece of output."""
-    return rows_of_piece(delta.text, list(delta.decisions or ()))
 
 
 def rows_of_piece(text: str, decisions: Sequence[tuple[Action, ...]]) -> list[Row]:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from dash_client.errors import InvalidArgumentError, invalid_argument
+from dash_client.errors import invalid_argument
 from dash_client.types import ChatMessage, Prompt
 
 
@@ -40,8 +40,5 @@ def read_lines() -> Iterator[str]:
         while line := sys.stdin.readline():
             yield line
     except UnicodeDecodeError as error:
-        raise _no_text(error) from None
-
-
-def _no_text(error: UnicodeDecodeError) -> InvalidArgumentError:
-    return invalid_argument("standard input", f"is not {error.encoding} text: {error.reason} at byte {error.start}")
+        reason = f"is not {error.encoding} text: {error.reason} at byte {error.start}"
+        raise invalid_argument("standard input", reason) from None

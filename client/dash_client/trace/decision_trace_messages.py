@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from dash_api.v1 import common_pb2, model_pb2
 from dash_client.decision_trace import RecordedDecision, RecordedDecisions, RecordedLayer, RecordedStep, StepKind
 from dash_client.errors import ServerError
+from dash_client.responses import from_message
 from dash_client.types import Action, Mode
 
 _MAX_LAYERS = 1_000
@@ -44,18 +45,13 @@ def decisions_from_message(response: model_pb2.GetDecisionsResponse) -> Recorded
     if any(layer >= count for layer in response.pinned_layers):
         raise ValueError(f"a pinned layer that is none of the {count}")
     score_actions = tuple(_known(_ACTIONS, "action", number) for number in response.score_actions)
-    return RecordedDecisions(
-        request_id=response.request_id,
-        model=response.model,
-        policy=response.policy,
+    return from_message(
+        RecordedDecisions,
+        response,
         mode=_known(_MODES, "mode", response.mode),
-        compute_budget=response.compute_budget if response.HasField("compute_budget") else None,
-        price_of_compute=response.price_of_compute if response.HasField("price_of_compute") else None,
-        layer_count=count,
         pinned_layers=tuple(response.pinned_layers),
         score_actions=score_actions,
         steps=tuple(_step(step, count, score_actions) for step in response.steps),
-        unrecorded_step_count=response.unrecorded_step_count,
     )
 
 
@@ -82,29 +78,17 @@ def _layers(
     exposed = _per_layer(step.exposed_nanos, layer_count, 0)
     cost_spent = _per_layer(step.cost_spent, layer_count, None)
     width = len(score_actions)
-    scores = tuple(step.scores)
-    if len(scores) not in (0, layer_count * width):
-        raise ValueError(f"{len(scores)} scores of {width} actions and {layer_count} layers")
-    return tuple(
-        RecordedLayer(
-            action=_known(_ACTIONS, "action", actions[layer]),
-            start_ns=starts[layer],
-            end_ns=ends[layer],
-            # A real decision ends after the step's start, so 0 means that there is none.
-            decision=RecordedDecision(
-                start_ns=decision_starts[layer],
-                end_ns=decision_ends[layer],
-                scores=dict(zip(score_actions, scores[layer * width : (layer + 1) * width], strict=True))
-                if scores
-                else None,
-            )
-            if decision_ends[layer]
-            else None,
-            exposed_ns=exposed[layer],
-            cost_spent=cost_spent[layer],
-        )
-        for layer in range(layer_count)
-    )
+    if len(step.scores) not in (0, layer_count * width):
+        raise ValueError(f"{len(step.scores)} scores of {width} actions and {layer_count} layers")
+    scores = iter(step.scores)
+    decisions = []
+    for start, end in zip(decision_starts, decision_ends, strict=True):
+        # Takes this layer's scores from the iterator, one for each action.
+        by_action = dict(zip(score_actions, scores, strict=False)) or None
+        # A real decision ends after the step's start, so 0 means that there is none.
+        decisions.append(RecordedDecision(start, end, by_action) if end else None)
+    known_actions = [_known(_ACTIONS, "action", number) for number in actions]
+    return tuple(map(RecordedLayer, known_actions, starts, ends, decisions, exposed, cost_spent))
 
 
 def _per_layer(values: Sequence[T], layer_count: int, missing: Any) -> Sequence[T]:
