@@ -29,8 +29,8 @@ class _Dash:
     """The parts that both models share."""
 
     model_id = MODEL_ID
-    needs_key = MODEL_ID
-    key_env_var = "DASH_TOKEN"
+    needs_key: str | None = MODEL_ID
+    key_env_var: str | None = "DASH_TOKEN"
     can_stream = True
     key: str | None
     Options = DashOptions
