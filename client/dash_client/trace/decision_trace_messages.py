@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 from dash_api.v1 import common_pb2, model_pb2
 from dash_client.decision_trace import RecordedDecision, RecordedDecisions, RecordedLayer, RecordedStep, StepKind
 from dash_client.errors import ServerError
-from dash_client.responses import from_message
 from dash_client.types import Action, Mode
 
 _MAX_LAYERS = 1_000
@@ -45,13 +44,18 @@ def decisions_from_message(response: model_pb2.GetDecisionsResponse) -> Recorded
     if any(layer >= count for layer in response.pinned_layers):
         raise ValueError(f"a pinned layer that is none of the {count}")
     score_actions = tuple(_known(_ACTIONS, "action", number) for number in response.score_actions)
-    return from_message(
-        RecordedDecisions,
-        response,
+    return RecordedDecisions(
+        request_id=response.request_id,
+        model=response.model,
+        policy=response.policy,
         mode=_known(_MODES, "mode", response.mode),
+        compute_budget=response.compute_budget if response.HasField("compute_budget") else None,
+        price_of_compute=response.price_of_compute if response.HasField("price_of_compute") else None,
+        layer_count=count,
         pinned_layers=tuple(response.pinned_layers),
         score_actions=score_actions,
         steps=tuple(_step(step, count, score_actions) for step in response.steps),
+        unrecorded_step_count=response.unrecorded_step_count,
     )
 
 
