@@ -15,11 +15,11 @@ from typing import Protocol
 import torch
 
 from dash_runtime.config import LaneKind
-from dash_runtime.devices import CpuDevice, CudaDevice, Device
+from dash_runtime.devices import CudaDevice, Device, device_of
 from dash_runtime.errors import ConfigError
 from dash_runtime.policy.policy import Decision, Policy, State
 
-_CPU = CpuDevice(torch.device("cpu"))
+_CPU = device_of(torch.device("cpu"))
 
 
 class Ticket:

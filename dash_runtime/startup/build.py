@@ -36,6 +36,7 @@ from dash_runtime.policy.draft_length import LEAST_GAIN
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
 from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec, load_programs, programs_digest
+from dash_runtime.programs.traced_layer import ModelShape
 from dash_runtime.progress import Progress
 from dash_runtime.startup.calibration import DeviceCalibration
 from dash_runtime.startup.process_memory import settle_memory
@@ -168,13 +169,7 @@ def assemble_engine(
 
 def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:
     """Returns `(out_features, in_features)` of the matrices that a quantised action needs kernels for."""
-    query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    return {
-        (query + 2 * key, model.hidden_size),
-        (model.hidden_size, query),
-        (2 * model.intermediate_size, model.hidden_size),
-        (model.hidden_size, model.intermediate_size),
-    }
+    return set(ModelShape.of(model).matrices())
 
 
 def policy_spec(policy: LearnedPolicy) -> ProgramSpec:
