@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
@@ -29,12 +29,14 @@ class CostTable:
 
     `layer[action]` is the cost of one layer, `head[precision]` the cost of the language-model head, and `fixed` the
     cost of the rest of a token (embedding, sampling). `num_layers * layer[FULL] + head[FULL] + fixed` is 1.
+    `evaluation` is the cost of evaluating a learned policy once, which full depth never does.
     """
 
     num_layers: int
     layer: Mapping[Action, float]
     head: Mapping[Action, float]
     fixed: float = 0.0
+    evaluation: float = 0.0
 
     def __post_init__(self) -> None:
         for name, costs in (("layer", self.layer), ("head", self.head)):
@@ -42,21 +44,30 @@ class CostTable:
                 raise ConfigError(f"cost_table.{name}", "has no cost for FULL")
             if any(not 0 <= cost < float("inf") for cost in costs.values()):
                 raise ConfigError(f"cost_table.{name}", "has a cost that is negative or not finite")
+        if not 0 <= self.evaluation < float("inf"):
+            raise ConfigError("cost_table.evaluation", "is negative or not finite")
         total = self.num_layers * self.layer[Action.FULL] + self.head[Action.FULL] + self.fixed
         if not 0.999 < total < 1.001:
             raise ConfigError("cost_table", f"adds up to {total:.4f} for the full-depth token, not to 1")
 
     @classmethod
     def from_seconds(
-        cls, num_layers: int, layer: Mapping[Action, float], head: Mapping[Action, float], fixed: float = 0.0
+        cls,
+        num_layers: int,
+        layer: Mapping[Action, float],
+        head: Mapping[Action, float],
+        fixed: float = 0.0,
+        evaluation: float = 0.0,
     ) -> "CostTable":
-        """Makes the table from measured seconds of one layer, of the head, and of the rest of a token."""
+        """Makes the table from measured seconds of one layer, of the head, of the rest of a token, and of one
+        evaluation."""
         total = num_layers * layer[Action.FULL] + head[Action.FULL] + fixed
         return cls(
             num_layers,
             {action: seconds / total for action, seconds in layer.items()},
             {action: seconds / total for action, seconds in head.items()},
             fixed / total,
+            evaluation / total,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -66,6 +77,7 @@ class CostTable:
             "layer": {action.name: cost for action, cost in self.layer.items()},
             "head": {precision.name: cost for precision, cost in self.head.items()},
             "fixed": self.fixed,
+            "evaluation": self.evaluation,
         }
 
     @classmethod
@@ -77,11 +89,14 @@ class CostTable:
             AttributeError, KeyError, TypeError, ValueError: `facts` is no such description.
         """
         layer, head = ({Action[name]: float(cost) for name, cost in facts[part].items()} for part in ("layer", "head"))
-        return cls(int(facts["num_layers"]), layer, head, float(facts["fixed"]))
+        evaluation = float(facts.get("evaluation", 0.0))
+        return cls(int(facts["num_layers"]), layer, head, float(facts["fixed"]), evaluation)
 
-    def token_cost(self, actions: "list[Action] | tuple[Action, ...]", head: Action) -> float:
-        """Returns the cost of one token whose layers ran with `actions` and whose head ran in precision `head`."""
-        return sum(self.layer[action] for action in actions) + self.head[head] + self.fixed
+    def token_cost(self, actions: Iterable[Action], head: Action, num_evaluations: int = 0) -> float:
+        """Returns the cost of one token whose layers ran with `actions` and whose head ran in precision `head`, after
+        so many evaluations of a policy."""
+        layers = sum(self.layer[action] for action in actions)
+        return layers + self.head[head] + self.fixed + num_evaluations * self.evaluation
 
 
 @dataclass(frozen=True, slots=True)
