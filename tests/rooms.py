@@ -53,6 +53,7 @@ ROOMS = {
         training/
         startup/
         engine/
+        rollout/
         policy/
         decoder/
         decoder/backends/

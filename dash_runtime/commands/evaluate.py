@@ -27,13 +27,14 @@ from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy_file import find_policies, load_policy, save_policy
+from dash_runtime.rollout.choices import action_rates, greedy_choice
+from dash_runtime.rollout.task import Task, greedy_outcome
 from dash_runtime.startup.build import SHIPPED_POLICIES, assemble_engine
-from dash_runtime.training.choices import action_rates, greedy_choice
 from dash_runtime.training.curve import write_whole
 from dash_runtime.training.distill import DistillSettings, distill_compensation
 from dash_runtime.training.loaded_model import SEQUENCE_LENGTH, LoadedModel
-from dash_runtime.training.ppo import Objective, Task
-from dash_runtime.training.train import calibrate, describe_budgets, greedy_outcome
+from dash_runtime.training.ppo import Objective
+from dash_runtime.training.train import calibrate, describe_budgets
 
 _SEARCH_SEQUENCES = 4
 _NUM_SLOTS = 16
@@ -221,7 +222,7 @@ def _accuracies(options: argparse.Namespace, model: LoadedModel, policies: list[
                 if policy is not None and budget is not None:
                     task = policy_task(model.decoder, policy, options.prompt_tokens)
                     log_price = torch.tensor(math.log(policy.calibration.price(budget)))
-                    choose = greedy_choice(task, policy.network, log_price)
+                    choose = greedy_choice(task.spec, policy.network, log_price)
                     runner = rollout_runner(
                         model.decoder, policy.spec, policy.compensation, choose, context_length=model.context_length
                     )

@@ -20,13 +20,14 @@ from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy_file import save_policy
+from dash_runtime.rollout.task import Outcome, Task
 from dash_runtime.startup.measure import measure_costs
 from dash_runtime.training.checkpoint import num_iterations_done
 from dash_runtime.training.curve import CurveRow, TrainingCurve, write_curve_json, write_whole
 from dash_runtime.training.distill import DistillSettings
 from dash_runtime.training.ladder import climb, fit_linear
 from dash_runtime.training.loaded_model import LoadedModel
-from dash_runtime.training.ppo import Objective, Outcome, PpoSettings, Task, UpdateLosses
+from dash_runtime.training.ppo import Objective, PpoSettings, UpdateLosses
 from dash_runtime.training.progress_display import ProgressDisplay
 from dash_runtime.training.refit import refit_compensation
 from dash_runtime.training.router import train_straight_through

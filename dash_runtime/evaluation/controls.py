@@ -22,9 +22,8 @@ from dash_runtime.decoder.full_path import full_path
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
-from dash_runtime.training.choices import action_rates, random_choice, skip_choice
-from dash_runtime.training.ppo import Outcome, Task
-from dash_runtime.training.train import greedy_outcome, path_outcome
+from dash_runtime.rollout.choices import action_rates, random_choice, skip_choice
+from dash_runtime.rollout.task import Outcome, Task, greedy_outcome, path_outcome
 
 
 @dataclass(frozen=True, slots=True)

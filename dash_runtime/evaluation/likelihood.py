@@ -16,7 +16,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.compensation import Compensation, Identity
 from dash_runtime.policy.plan_spec import PlanSpec
-from dash_runtime.training.rollout import Choose, roll_out
+from dash_runtime.rollout.rollout import Choose, roll_out
 
 Encode = Callable[[str], Sequence[int]]
 """Encodes text to token ids, with the model's prefix (a BOS token) before it and nothing after it."""

@@ -14,14 +14,13 @@ from dash_runtime.actions import Action
 from dash_runtime.decoder.full_path import full_path
 from dash_runtime.layers.compensation import Compensation, Identity, LowRank, packed
 from dash_runtime.progress import Progress
+from dash_runtime.rollout.choices import random_choice
+from dash_runtime.rollout.task import Task, path_outcome
 from dash_runtime.startup.fit_compensation import fit_compensation
 from dash_runtime.startup.measure import measure_costs
-from dash_runtime.training.choices import random_choice
 from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
 from dash_runtime.training.distill import DistillSettings, distill_compensation
 from dash_runtime.training.linear_compensation import LinearFit
-from dash_runtime.training.ppo import Task
-from dash_runtime.training.train import path_outcome
 
 SKIPS_PER_TOKEN = 3.5
 """The skips of a budget of about 0.9 on the embedded model."""

@@ -11,41 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.full_path import full_path
 from dash_runtime.errors import DashRuntimeError
-from dash_runtime.layers.compensation import Compensation
-from dash_runtime.policy.plan_spec import PlanSpec
+from dash_runtime.rollout.rollout import Judged, Rollout, costs_by_action, divergences
+from dash_runtime.rollout.task import Outcome, Task, outcome_of
 from dash_runtime.training.actor_critic import ActorCritic
-from dash_runtime.training.rollout import Choose, Judged, Rollout, costs_by_action, divergences, roll_out
 
 
 class TrainingDiverged(DashRuntimeError):
     """A loss is not a number; the last checkpoint is intact."""
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """The model and the terms that a policy is trained or judged on."""
-
-    decoder: Decoder
-    spec: PlanSpec
-    compensation: Compensation
-    num_prompt_tokens: int
-
-    def decided_rows(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Returns bool `[rows]`: False for the prompts."""
-        return torch.tensor([place >= self.num_prompt_tokens for ids in sequences for place in range(len(ids))])
-
-    def roll_out(self, sequences: Sequence[Sequence[int]], choose: Choose) -> Rollout:
-        """Runs all rows; `choose` decides those after the prompts."""
-        rows = self.decided_rows(sequences)
-        return roll_out(self.decoder, sequences, rows, self.spec, self.compensation, choose)
-
-    def token_costs(self, rollout: Rollout) -> Tensor:
-        """Returns the cost of each token, head and the rest included, `[rows]`."""
-        costs = self.spec.costs
-        return rollout.cost_spent[-1] + costs.head[self.spec.head] + costs.fixed
 
 
 class Objective(StrEnum):
@@ -90,16 +64,6 @@ class Experience:
     log_probs: Tensor
     advantages: Tensor
     returns: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Means over the decided tokens of one rollout."""
-
-    cost: float
-    divergence: float
-    agreement: float
-    acceptance: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,12 +118,6 @@ def collect(
     )
     cost = task.token_costs(rollout)[decided].mean()
     return experience, outcome_of(judged, cost)
-
-
-def outcome_of(judged: Judged, cost: Tensor) -> Outcome:
-    """Returns the means; `cost` is by row, or already a mean."""
-    means = (cost, judged.divergence, judged.agrees.float(), judged.acceptance)
-    return Outcome(*(float(values.mean()) for values in means))
 
 
 def scheduled(start: float, end: float, share: float) -> float:

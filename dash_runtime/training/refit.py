@@ -12,10 +12,10 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.layers.compensation import LowRank
 from dash_runtime.policy.network import PolicyNetwork
-from dash_runtime.training.choices import greedy_choice
+from dash_runtime.rollout.choices import greedy_choice
+from dash_runtime.rollout.task import Task
 from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
 from dash_runtime.training.distill import ActionsFor, DistillProgress, DistillSettings, distill_compensation
-from dash_runtime.training.ppo import Task
 
 _DEAREST_SHARE = 0.5
 """Share of the prices, the dearest on a log scale, that is left out: there nearly everything is skipped."""
@@ -51,7 +51,7 @@ def policy_skips(
     def skipped(batch: list[list[int]]) -> Tensor:
         per_sequence = torch.empty(len(batch)).uniform_(low, high, generator=generator)
         log_price = per_sequence.repeat_interleave(torch.tensor([len(ids) for ids in batch]))
-        rollout = task.roll_out(batch, greedy_choice(task, network, log_price))
+        rollout = task.roll_out(batch, greedy_choice(task.spec, network, log_price))
         return rollout.actions == int(Action.SKIP)
 
     return skipped

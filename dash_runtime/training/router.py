@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from dash_runtime.actions import Action
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.compensation import LowRank
+from dash_runtime.rollout.task import Task
 from dash_runtime.training.actor_critic import ActorCritic
 from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
-from dash_runtime.training.ppo import PpoSettings, Task
+from dash_runtime.training.ppo import PpoSettings
 from dash_runtime.training.progress_display import ProgressDisplay
 from dash_runtime.training.straight_through import StraightThroughSettings, train_router
 from dash_runtime.training.train import Trained

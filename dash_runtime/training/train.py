@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dash_runtime.decoder.full_path import full_path
 from dash_runtime.errors import ConfigError
@@ -18,21 +17,10 @@ from dash_runtime.layers.compensation import LowRank, packed
 from dash_runtime.policy.draft_length import USUAL_LENGTHS, USUAL_VERIFICATION_COST, drafting_gain
 from dash_runtime.policy.learned import BudgetCalibration
 from dash_runtime.policy.network import PolicyNetwork
+from dash_runtime.rollout.task import Outcome, Task, greedy_outcome
 from dash_runtime.training.actor_critic import ActorCritic
 from dash_runtime.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from dash_runtime.training.choices import greedy_choice
-from dash_runtime.training.ppo import (
-    Objective,
-    Outcome,
-    PpoSettings,
-    Task,
-    UpdateLosses,
-    collect,
-    outcome_of,
-    scheduled,
-    update,
-)
-from dash_runtime.training.rollout import Choose, divergences
+from dash_runtime.training.ppo import Objective, PpoSettings, UpdateLosses, collect, scheduled, update
 
 CALIBRATION_PRICES = tuple(0.02 * 2 ** (step / 3) for step in range(30))
 """λ from 0.02 to 16, in steps of ∛2."""
@@ -136,36 +124,6 @@ def _signature(task: Task, sequences: Sequence[Sequence[int]], settings: TrainSe
     text = [len(sequences), sum(map(sum, sequences))]
     layers = [sorted(spec.pinned), spec.pinned_action.name, spec.head.name, spec.lookahead, spec.block_size]
     return json.dumps([asdict(settings), names, *layers, text])
-
-
-@torch.no_grad()
-def path_outcome(
-    task: Task,
-    sequences: Sequence[Sequence[int]],
-    choose: Choose,
-    full: list[Tensor] | None = None,
-) -> tuple[Outcome, Tensor]:
-    """Returns the outcome of the paths that `choose` takes, and its actions `[num_layers, decided rows]`.
-
-    `full` is the full path of the same sequences; None to compute it.
-    """
-    rows = task.decided_rows(sequences)
-    full = full or full_path(task.decoder, sequences)
-    rollout = task.roll_out(sequences, choose)
-    judged = divergences(task.decoder, full[-1][rows], rollout.states[-1][rows], task.spec.head)
-    return outcome_of(judged, task.token_costs(rollout)[rows]), rollout.actions[:, rows]
-
-
-def greedy_outcome(
-    task: Task,
-    network: PolicyNetwork,
-    sequences: Sequence[Sequence[int]],
-    price: float,
-    full: list[Tensor] | None = None,
-) -> tuple[Outcome, Tensor]:
-    """Returns `path_outcome` of the policy that always takes its best action."""
-    choose = greedy_choice(task, network, torch.tensor(math.log(price)))
-    return path_outcome(task, sequences, choose, full)
 
 
 def describe_budgets(calibration: BudgetCalibration) -> str:

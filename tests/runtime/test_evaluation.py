@@ -12,10 +12,9 @@ from dash_runtime.decoder.full_path import full_path
 from dash_runtime.evaluation.controls import Evaluation, greedy_skip_order
 from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
+from dash_runtime.rollout.task import Task, path_outcome
 from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.training.actor_critic import ActorCritic
-from dash_runtime.training.ppo import Task
-from dash_runtime.training.train import path_outcome
 from tests.runtime.support import load_decoder, some_affine, some_costs
 from tests.tiny_models import NUM_LAYERS
 

@@ -21,14 +21,15 @@ from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Token
+from dash_runtime.rollout.choices import greedy_choice
+from dash_runtime.rollout.rollout import divergences, roll_out
+from dash_runtime.rollout.task import Task, greedy_outcome
 from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.training.actor_critic import ActorCritic
 from dash_runtime.training.checkpoint import num_iterations_done
-from dash_runtime.training.choices import greedy_choice
 from dash_runtime.training.linear_compensation import LinearFit
-from dash_runtime.training.ppo import Objective, PpoSettings, Task, TrainingDiverged, collect, update
-from dash_runtime.training.rollout import divergences, roll_out
-from dash_runtime.training.train import TrainSettings, calibrate, greedy_outcome, train
+from dash_runtime.training.ppo import Objective, PpoSettings, TrainingDiverged, collect, update
+from dash_runtime.training.train import TrainSettings, calibrate, train
 from tests.runtime.support import full_plan, load_decoder, new_cache, run_rows, some_costs, some_low_rank
 
 ACTIONS = tuple(Action)
@@ -87,7 +88,7 @@ def test_a_rollouts_actions_and_states_are_those_of_serving_for_the_same_tokens(
         calibration=BudgetCalibration(((0.5, 0.0),), (0.1,), 0.5),
     )
     batch = sequences[:2]
-    rolled = task.roll_out(batch, greedy_choice(task, network, torch.tensor(0.0)))
+    rolled = task.roll_out(batch, greedy_choice(task.spec, network, torch.tensor(0.0)))
     assert len(rolled.actions[1:5].unique()) >= 3
     for number, ids in enumerate(batch):
         cache = new_cache(decoder)

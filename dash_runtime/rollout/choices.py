@@ -8,14 +8,14 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.policy.network import PolicyNetwork
-from dash_runtime.training.ppo import Task
-from dash_runtime.training.rollout import Choose
+from dash_runtime.policy.plan_spec import PlanSpec
+from dash_runtime.rollout.rollout import Choose
 
 
-def greedy_choice(task: Task, network: PolicyNetwork, log_price: Tensor) -> Choose:
+def greedy_choice(spec: PlanSpec, network: PolicyNetwork, log_price: Tensor) -> Choose:
     """Chooses the network's best actions at `log_price`, a number or one per row."""
-    numbers = torch.tensor([int(action) for action in task.spec.actions])
-    places = {block: index for index, block in enumerate(task.spec.decision_blocks)}
+    numbers = torch.tensor([int(action) for action in spec.actions])
+    places = {block: index for index, block in enumerate(spec.decision_blocks)}
 
     def choose(block: tuple[int, ...], hidden: Tensor, last_actions: Tensor, spent: Tensor) -> Tensor:
         prices = log_price.expand(len(hidden))

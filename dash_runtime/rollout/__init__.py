@@ -1,0 +1,1 @@
+"""Many tokens at once through the layers, along the paths that policies and plans take."""

@@ -1,0 +1,89 @@
+"""What paths are judged on: a model, the terms of a policy, and the outcome over some text.
+
+Knows rollouts; knows no learning and no tables of results.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.full_path import full_path
+from dash_runtime.layers.compensation import Compensation
+from dash_runtime.policy.network import PolicyNetwork
+from dash_runtime.policy.plan_spec import PlanSpec
+from dash_runtime.rollout.choices import greedy_choice
+from dash_runtime.rollout.rollout import Choose, Judged, Rollout, divergences, roll_out
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """The model and the terms that a policy is trained or judged on."""
+
+    decoder: Decoder
+    spec: PlanSpec
+    compensation: Compensation
+    num_prompt_tokens: int
+
+    def decided_rows(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Returns bool `[rows]`: False for the prompts."""
+        return torch.tensor([place >= self.num_prompt_tokens for ids in sequences for place in range(len(ids))])
+
+    def roll_out(self, sequences: Sequence[Sequence[int]], choose: Choose) -> Rollout:
+        """Runs all rows; `choose` decides those after the prompts."""
+        rows = self.decided_rows(sequences)
+        return roll_out(self.decoder, sequences, rows, self.spec, self.compensation, choose)
+
+    def token_costs(self, rollout: Rollout) -> Tensor:
+        """Returns the cost of each token, head and the rest included, `[rows]`."""
+        costs = self.spec.costs
+        return rollout.cost_spent[-1] + costs.head[self.spec.head] + costs.fixed
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Means over the decided tokens of one rollout."""
+
+    cost: float
+    divergence: float
+    agreement: float
+    acceptance: float
+
+
+def outcome_of(judged: Judged, cost: Tensor) -> Outcome:
+    """Returns the means; `cost` is by row, or already a mean."""
+    means = (cost, judged.divergence, judged.agrees.float(), judged.acceptance)
+    return Outcome(*(float(values.mean()) for values in means))
+
+
+@torch.no_grad()
+def path_outcome(
+    task: Task,
+    sequences: Sequence[Sequence[int]],
+    choose: Choose,
+    full: list[Tensor] | None = None,
+) -> tuple[Outcome, Tensor]:
+    """Returns the outcome of the paths that `choose` takes, and its actions `[num_layers, decided rows]`.
+
+    `full` is the full path of the same sequences; None to compute it.
+    """
+    rows = task.decided_rows(sequences)
+    full = full or full_path(task.decoder, sequences)
+    rollout = task.roll_out(sequences, choose)
+    judged = divergences(task.decoder, full[-1][rows], rollout.states[-1][rows], task.spec.head)
+    return outcome_of(judged, task.token_costs(rollout)[rows]), rollout.actions[:, rows]
+
+
+def greedy_outcome(
+    task: Task,
+    network: PolicyNetwork,
+    sequences: Sequence[Sequence[int]],
+    price: float,
+    full: list[Tensor] | None = None,
+) -> tuple[Outcome, Tensor]:
+    """Returns `path_outcome` of the policy that always takes its best action."""
+    choose = greedy_choice(task.spec, network, torch.tensor(math.log(price)))
+    return path_outcome(task, sequences, choose, full)
