@@ -55,7 +55,7 @@ def main() -> None:
     cache_folder = default_cache_folder(os.environ)
     folder = resolve_checkpoint("embedded", None, cache_folder)
     policy = shipped_policy(folder)
-    budget = options.budget or policy.calibration.recommended_budget
+    budget = options.budget or policy.recommended_budget(policy.costs)
     columns = answer(folder, cache_folder, options.question, budget, options.tokens)
     draw(columns, policy, options.question, budget, options.out)
     costs = [policy.costs.token_cost(column.plan, policy.head) for column in columns]
