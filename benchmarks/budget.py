@@ -42,11 +42,11 @@ def shipped_budgets(folder: Path) -> Budgets:
     if not files:
         raise RuntimeError("no policy is shipped for this model")
     policy = load_policy(files[0], model, fingerprint, dtype=torch.bfloat16, device=torch.device("cpu"))
-    calibration = policy.calibration
-    found = lowest_budget([budget for budget, _ in calibration.points], calibration.divergences, DIVERGENCE_LIMIT)
+    points = policy.budgets(policy.costs).points
+    found = lowest_budget([point.cost for point in points], [point.divergence for point in points], DIVERGENCE_LIMIT)
     if found is None:
         raise RuntimeError(f"{policy.name} keeps {DIVERGENCE_LIMIT:g} nats per token at no budget")
-    return Budgets(policy.name, *found, calibration.recommended_budget)
+    return Budgets(policy.name, *found, policy.recommended_budget(policy.costs))
 
 
 def lowest_budget(budgets: Sequence[float], divergences: Sequence[float], limit: float) -> tuple[float, float] | None:

@@ -39,8 +39,12 @@ class Setting:
 
     @property
     def adaptive(self) -> SkipOptions:
-        """ADAPTIVE at the lowest budget within the divergence limit, or at the policy's own if that is unknown."""
-        return SkipOptions(Mode.ADAPTIVE, compute_budget=self.budgets.lowest if self.budgets else None)
+        """The policy in ADAPTIVE at the lowest budget within the divergence limit; what is recommended if that is
+        unknown."""
+        if self.budgets is None:
+            return SkipOptions(Mode.ADAPTIVE)
+        lowest_here = self.engine.facts.policy(self.budgets.policy).lowest_budget
+        return SkipOptions(Mode.ADAPTIVE, max(self.budgets.lowest, lowest_here), self.budgets.policy)
 
     def ours(self, skip: SkipOptions) -> EngineContender:
         return EngineContender(self.engine, skip)

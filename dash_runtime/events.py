@@ -73,6 +73,8 @@ class SlotGranted(msgspec.Struct, frozen=True, tag=True):
     compute_budget: float | None
     queue_seconds: float
     """Time in the engine's own queue."""
+    policy_note: str = ""
+    """What a caller should know about the policy."""
 
 
 class TokenProduced(msgspec.Struct, frozen=True, tag=True):

@@ -5,12 +5,12 @@ Knows sequences, slots and events; knows no text and no transport. It reads cloc
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dash_runtime.actions import Action
+from dash_runtime.actions import Action, CostTable
 from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts
 from dash_runtime.decision_trace import StepKind
 from dash_runtime.decoder.decoder import Decoder
@@ -108,6 +108,11 @@ class Engine:
             self._verify([sequence for sequence in decoding if sequence.has_draft_to_verify], events)
         return events
 
+    def replace_costs(self, costs: CostTable) -> None:
+        """Takes another cost table of this device for requests that get their slot from now on."""
+        self._catalog.replace_costs(costs)
+        self.facts = replace(self.facts, policies=self._catalog.facts())
+
     def close(self) -> None:
         """Stops the lane."""
         self._lane.close()
@@ -132,7 +137,7 @@ class Engine:
             )
             self._running[request.request_id] = sequence
             policy, budget = assignment.policy.name, assignment.compute_budget
-            events.append(SlotGranted(request.request_id, policy, budget, sequence.queue_seconds))
+            events.append(SlotGranted(request.request_id, policy, budget, sequence.queue_seconds, assignment.note))
 
     def _prefill(self, events: list[EngineEvent]) -> None:
         """Prefills a chunk of prompt tokens at full depth. A long prompt takes several steps, so that others go on.
@@ -193,7 +198,7 @@ class Engine:
             recorded = output, row, decider_of[row], started_ns
             own_exposed_ns = exposed_ns if len(policy.pinned) < self._decoder.num_layers else 0
             if sequence.is_drafting:
-                cost = sequence.log.add_draft_token(plan, policy.head, own_exposed_ns)
+                cost = sequence.log.add_draft_token(plan, policy.head, policy.num_evaluations, own_exposed_ns)
                 token_id = sequence.draft(logits, cost, elapsed_ns)
                 sequence.recorder.add_pass(StepKind.DRAFT, token_id, *recorded)
                 continue
@@ -202,7 +207,7 @@ class Engine:
                 (token_id,) = sequence.speculation.verify(output.logits[row : row + 1])
             else:
                 token_id = greedy[row] if sampler.is_plain_greedy else sampler.sample(logits)
-            sequence.log.append_decode_token(plan, policy.head, own_exposed_ns)
+            sequence.log.append_decode_token(plan, policy.head, policy.num_evaluations, own_exposed_ns)
             sequence.recorder.add_pass(StepKind.DECODE, token_id, *recorded)
             self._take(sequence, token_id, logits, plan, events)
 
@@ -249,5 +254,5 @@ def _deciders(sequences: list[Sequence], assignments: list[Assignment]) -> list[
     for rows in rows_by_policy.values():
         assignment = assignments[rows[0]]
         tokens = [sequences[row].next_token() for row in rows]
-        deciders.append(Decider(assignment.policy, rows, tokens, assignment.costs, len(sequences)))
+        deciders.append(Decider(assignment.policy, rows, tokens, assignment.state_costs, len(sequences)))
     return deciders

@@ -37,9 +37,7 @@ class Sequence:
         self.output_ids: list[int] = []
         self.num_cached_prompt_tokens = 0
         drafting = assignment.drafting
-        self.log = DecisionLog(
-            num_layers, request.stopping.max_new_tokens, assignment.costs if drafting is None else drafting.costs
-        )
+        self.log = DecisionLog(num_layers, request.stopping.max_new_tokens, assignment.costs)
         self.speculation: Speculation | None = None
         if drafting is not None:
             lengths = DraftLength(drafting.draft_cost, drafting.verification_costs, drafting.least_gain)

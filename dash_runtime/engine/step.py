@@ -87,11 +87,12 @@ class Decider:
         self._layer_costs = costs.layer
         self._num_layers = costs.num_layers
         self._has_all_rows = len(self.rows) == num_rows
-        self._pinned = policy.pinned
-        self._pinned_actions: Actions = (policy.pinned_action,) * len(self.rows)
+        self._pinned = {layer: (action,) * len(self.rows) for layer, action in policy.pinned.items()}
         self._is_blind = len(self._pinned) == self._num_layers
         self._cost_spent = [0.0] * len(self.rows)
-        self._asks_for = _blocks_by_observed_layer(self._num_layers, self._pinned, policy.block_size, policy.lookahead)
+        self._asks_for = _blocks_by_observed_layer(
+            self._num_layers, frozenset(self._pinned), policy.block_size, policy.lookahead
+        )
         self._tickets: dict[int, tuple[tuple[int, ...], Ticket]] = {}
         self.blocks: list[DecidedBlock] = []
         """Decision blocks that were decided so far, in order."""
@@ -104,7 +105,7 @@ class Decider:
             decision = lane.result(ticket)
             self._decided.update(zip(block, decision.plan, strict=True))
             self.blocks.append(DecidedBlock(block, ticket, decision.scores))
-        return self._pinned_actions if layer in self._pinned else self._decided.pop(layer)
+        return self._pinned[layer] if layer in self._pinned else self._decided.pop(layer)
 
     def observe(self, layer: int, hidden: Tensor, actions: Sequence[Action], lane: Lane) -> None:
         """Shows the policy the layer's input and actions, and asks it for the decision block that begins `lookahead`

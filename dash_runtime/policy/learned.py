@@ -5,7 +5,7 @@ Knows states and scores; knows no files (policy_file.py) and no training.
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,35 +15,12 @@ from torch import Tensor
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.devices import device_of
 from dash_runtime.layers.compensation import Compensation
+from dash_runtime.policy.budgets import BudgetCalibration, Budgets
+from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.network import NUM_SCALAR_FEATURES, FoldedNetwork, PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Actions, Decision, Pending, State
 from dash_runtime.programs.traced_policy import PolicyShape
-
-
-@dataclass(frozen=True, slots=True)
-class BudgetCalibration:
-    """The price that keeps each budget: `points` are `(budget, log λ)` in ascending order of budget.
-
-    `divergences` are the policy's at each point, in nats per token, on the text of the calibration.
-    `recommended_budget` is the one to run at unless a request sets another.
-    """
-
-    points: tuple[tuple[float, float], ...]
-    divergences: tuple[float, ...]
-    recommended_budget: float
-
-    @property
-    def lowest_budget(self) -> float:
-        return self.points[0][0]
-
-    def price(self, budget: float) -> float:
-        """Returns λ for a budget. Between two calibrated budgets log λ is interpolated linearly."""
-        above = next((place for place, (point, _) in enumerate(self.points) if point >= budget), len(self.points))
-        if above in (0, len(self.points)):
-            return math.exp(self.points[min(above, len(self.points) - 1)][1])
-        (low, log_low), (high, log_high) = self.points[above - 1 : above + 1]
-        return math.exp(log_low + (budget - low) / (high - low) * (log_high - log_low))
 
 
 class _Facts:
@@ -99,6 +76,8 @@ class LearnedPolicy:
     spec: PlanSpec
     compensation: Compensation
     calibration: BudgetCalibration
+    plans: tuple[MeasuredPlan, ...] = ()
+    """Fixed plans that were searched and measured on the text of the calibration, with the same compensation."""
     is_drafter: bool = False
     """True if it was trained to have its drafts accepted (mode EXACT) instead of to stay close to full depth."""
     program: Callable[[list[Tensor]], list[Tensor]] | None = None
@@ -109,12 +88,12 @@ class LearnedPolicy:
         return self.spec.actions
 
     @property
-    def pinned(self) -> frozenset[int]:
+    def pinned(self) -> Mapping[int, Action]:
         return self.spec.pinned
 
     @property
-    def pinned_action(self) -> Action:
-        return self.spec.pinned_action
+    def num_evaluations(self) -> int:
+        return self.spec.num_evaluations
 
     @property
     def lookahead(self) -> int:
@@ -130,7 +109,17 @@ class LearnedPolicy:
 
     @property
     def costs(self) -> CostTable:
+        """The table that it was trained with: what it is told about the cost spent is in its unit."""
         return self.spec.costs
+
+    def budgets(self, costs: CostTable) -> Budgets:
+        """Returns the budgets that it can keep at a device's costs."""
+        return self.calibration.budgets(self.spec, costs)
+
+    def recommended_budget(self, costs: CostTable) -> float:
+        """Returns the budget of requests that name the policy, and so want no fixed plan, and set no budget."""
+        budgets = self.budgets(costs)
+        return budgets.best_for_drafting if self.is_drafter else budgets.recommended
 
     @property
     def shape(self) -> PolicyShape:
@@ -190,8 +179,12 @@ class LearnedPolicy:
     def without(self, unsupported: set[Action]) -> "LearnedPolicy":
         """Returns the policy for a device that has no kernel for some actions.
 
-        Their scores are dropped, and pinned layers run FULL if their action is one of them.
+        Their scores are dropped; pinned layers and the head run FULL if their action is one of them.
         """
+
+        def supported_or_full(action: Action) -> Action:
+            return Action.FULL if action in unsupported else action
+
         kept = [index for index, action in enumerate(self.spec.actions) if action not in unsupported]
         network = replace(
             self.network,
@@ -201,6 +194,7 @@ class LearnedPolicy:
         spec = replace(
             self.spec,
             actions=tuple(self.spec.actions[index] for index in kept),
-            pinned_action=Action.FULL if self.pinned_action in unsupported else self.pinned_action,
+            pinned={layer: supported_or_full(action) for layer, action in self.pinned.items()},
+            head=supported_or_full(self.head),
         )
-        return replace(self, network=network, spec=spec)
+        return replace(self, network=network, spec=spec, calibration=self.calibration.without(unsupported))

@@ -77,6 +77,7 @@ def save_policy(
         is_drafter=policy.is_drafter,
         compensation=policy.compensation.kind.value,
         calibration=policy.calibration,
+        plans=policy.plans,
         embedded_actions=tuple(_by_number(known)),
     )
     save_tensors(path, _WHAT, tensors, {_KEY: metadata.to_json()})
@@ -118,6 +119,7 @@ def load_policy(
             spec=facts.spec,
             compensation=restored(facts.compensation, compensation, config, dtype, device),
             calibration=facts.calibration,
+            plans=facts.plans,
             is_drafter=facts.is_drafter,
         )
 

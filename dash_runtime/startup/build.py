@@ -33,6 +33,7 @@ from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.draft_length import LEAST_GAIN
+from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
 from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec, load_programs, programs_digest
@@ -120,6 +121,9 @@ def build_engine(
     )
     compensation = calibration.compensation(decoder, tokenizer_file(folder), progress)
     costs = calibration.costs(decoder, compensation, progress)
+    plans: Sequence[MeasuredPlan] = ()
+    if not any(policy.plans for policy in learned if not policy.is_drafter):
+        plans = calibration.plans(decoder, tokenizer_file(folder), costs, compensation, progress)
     verification_costs = calibration.verification_costs(decoder, progress)
     catalog = PolicyCatalog(
         costs,
@@ -129,6 +133,7 @@ def build_engine(
         config.default_compute_budget,
         verification_costs,
         options.least_drafting_gain,
+        plans,
     )
     planner = None
     if config.group_planner and config.num_slots > 1:

@@ -22,17 +22,23 @@ from dash_runtime.errors import ConfigError, DashRuntimeError
 from dash_runtime.files.disk_cache import digest, keep
 from dash_runtime.layers.compensation import Compensation, make_compensation
 from dash_runtime.policy.draft_length import DRAFT_LENGTHS
+from dash_runtime.policy.fixed_plans import MeasuredPlan
+from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.progress import Progress
+from dash_runtime.rollout.task import Task
 from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.startup.fit_compensation import NUM_SEQUENCES, SEQUENCE_LENGTH, fit_compensation
 from dash_runtime.startup.measure import measure_costs, measure_verification
 from dash_runtime.startup.measure_latency import measure_latencies
+from dash_runtime.startup.plan_search import search_plans
 
 _Table = TypeVar("_Table", CostTable, LatencyTable)
 _Kept = TypeVar("_Kept")
 _Entry = tuple[object, object]
 _Ratios = Mapping[_Entry, float]
 _VERSION = 5
+_SEARCH_SEQUENCES = 3
+_SEARCH_LENGTH = 128
 _QUICK_ROUNDS = 2
 _QUICK_ROWS = (1, 8)
 _MARGIN = 1.5
@@ -66,6 +72,7 @@ class DeviceCalibration:
         key = (_VERSION, *model, torch.__version__)
         self._compensation_file = folder / f"compensation-{digest(key)}.safetensors"
         self._costs_file = folder / f"costs-{digest((*key, *device))}.json"
+        self._plans_file = folder / f"plans-{digest((*key, *device))}.json"
         self._verification_file = folder / f"verification-{digest((*key, *device))}.json"
         self._latencies_file = folder / f"latencies-{digest((*key, *device))}.json"
         self._checks_kept = checks_kept
@@ -95,6 +102,24 @@ class DeviceCalibration:
         measure = partial(self._measure_costs, decoder, compensation)
         quick = partial(measure, rounds=_QUICK_ROUNDS) if self._checks_kept else None
         return _checked(self._costs_file, kept, measure, quick, _cost_ratios, "what each action costs here", progress)
+
+    def plans(
+        self, decoder: Decoder, tokenizer: Path, costs: CostTable, compensation: Compensation, progress: Progress
+    ) -> tuple[MeasuredPlan, ...]:
+        """Returns the best fixed plans by ascending cost, searched on a little text."""
+        actions = [action.name for action in decoder.actions]
+        kept = _read(self._plans_file, partial(_plans_from_json, actions=actions))
+        if kept is not None:
+            return kept
+        length = min(_SEARCH_LENGTH, decoder.config.context_length)
+        sequences = default_token_sequences(tokenizer, _SEARCH_SEQUENCES, length)
+        if not sequences:
+            return ()
+        progress("searching the best fixed plans (kept for later starts)")
+        spec = PlanSpec.fixed((Action.FULL,) * decoder.num_layers, Action.FULL, costs)
+        plans = search_plans(Task(decoder, spec, compensation, num_prompt_tokens=length // 8), sequences)
+        _write_json(self._plans_file, {"actions": actions, "plans": [plan.to_json() for plan in plans]})
+        return plans
 
     def latencies(self, decoder: Decoder, compensation: Compensation, progress: Progress) -> LatencyTable:
         """Returns the seconds of a layer by action and number of rows."""
@@ -178,6 +203,13 @@ def _keep_table(path: Path, table: _Table) -> _Table:
 
 def _write_json(path: Path, facts: dict[str, Any]) -> None:
     keep(path, lambda unfinished: unfinished.write_text(json.dumps(facts, indent=1)))
+
+
+def _plans_from_json(facts: dict[str, Any], actions: list[str]) -> tuple[MeasuredPlan, ...]:
+    plans = tuple(MeasuredPlan.from_json(plan) for plan in facts["plans"])
+    if not plans or facts["actions"] != actions:
+        raise ValueError
+    return plans
 
 
 def _verification_from_json(facts: dict[str, Any]) -> dict[int, float]:

@@ -116,7 +116,7 @@ def collect(
     experience = Experience(
         hidden, last_actions, spent, prices, chosen, log_probs, advantages, returns=advantages + values
     )
-    cost = task.token_costs(rollout)[decided].mean()
+    cost = task.token_costs(rollout, task.spec.num_evaluations)[decided].mean()
     return experience, outcome_of(judged, cost)
 
 

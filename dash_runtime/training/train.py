@@ -1,4 +1,4 @@
-"""Trains a budget-conditioned policy with its compensation, and calibrates its budgets.
+"""Trains a budget-conditioned policy with its compensation.
 
 A stopped run resumes to the same result. Knows the task and the loop; knows no command line.
 """
@@ -11,21 +11,13 @@ from pathlib import Path
 
 import torch
 
-from dash_runtime.decoder.full_path import full_path
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.compensation import LowRank, packed
-from dash_runtime.policy.draft_length import USUAL_LENGTHS, USUAL_VERIFICATION_COST, drafting_gain
-from dash_runtime.policy.learned import BudgetCalibration
 from dash_runtime.policy.network import PolicyNetwork
-from dash_runtime.rollout.task import Outcome, Task, greedy_outcome
+from dash_runtime.rollout.task import Outcome, Task
 from dash_runtime.training.actor_critic import ActorCritic
 from dash_runtime.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from dash_runtime.training.ppo import Objective, PpoSettings, UpdateLosses, collect, scheduled, update
-
-CALIBRATION_PRICES = tuple(0.02 * 2 ** (step / 3) for step in range(30))
-"""λ from 0.02 to 16, in steps of ∛2."""
-HARMLESS = 0.05
-"""Divergence in nats per token; the lowest budget within it is recommended."""
+from dash_runtime.training.ppo import PpoSettings, UpdateLosses, collect, scheduled, update
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,50 +114,5 @@ def _signature(task: Task, sequences: Sequence[Sequence[int]], settings: TrainSe
     spec = task.spec
     names = [action.name for action in spec.actions]
     text = [len(sequences), sum(map(sum, sequences))]
-    layers = [sorted(spec.pinned), spec.pinned_action.name, spec.head.name, spec.lookahead, spec.block_size]
+    layers = [sorted(spec.pinned.items()), spec.head.name, spec.lookahead, spec.block_size]
     return json.dumps([asdict(settings), names, *layers, text])
-
-
-def describe_budgets(calibration: BudgetCalibration) -> str:
-    """Returns the budgets in words."""
-    highest = calibration.points[-1][0]
-    return f"budgets {calibration.lowest_budget:.3f} to {highest:.3f}, recommended {calibration.recommended_budget:.3f}"
-
-
-def calibrate(
-    task: Task,
-    network: PolicyNetwork,
-    sequences: Sequence[Sequence[int]],
-    objective: Objective = Objective.DIVERGENCE,
-) -> BudgetCalibration:
-    """Finds the policy's mean cost and divergence on `sequences` for a ladder of prices.
-
-    It recommends the lowest harmless budget or, for a drafter, the one at which greedy drafting gains most.
-    """
-    full = full_path(task.decoder, sequences)
-    points: list[tuple[float, float]] = []
-    reached: list[Outcome] = []
-    for price in sorted(CALIBRATION_PRICES, reverse=True):
-        outcome, _ = greedy_outcome(task, network, sequences, price, full)
-        cost = min(outcome.cost, 1.0)
-        # Budgets ascend: a lower price that costs no more than a dearer one is left out.
-        if not points or cost > points[-1][0]:
-            points.append((cost, math.log(price)))
-            reached.append(outcome)
-    if objective is Objective.ACCEPTANCE:
-        recommended, _ = max(zip(points, reached, strict=True), key=lambda own: _drafting_gain(own[1]))[0]
-    else:
-        harmless = [cost for (cost, _), own in zip(points, reached, strict=True) if own.divergence <= HARMLESS]
-        recommended = min(harmless, default=points[-1][0])
-    return BudgetCalibration(
-        points=tuple(points),
-        divergences=tuple(own.divergence for own in reached),
-        recommended_budget=recommended,
-    )
-
-
-def _drafting_gain(outcome: Outcome) -> float:
-    """Returns the speed over full depth's of greedy drafts of a usual length at this cost and agreement."""
-    return max(
-        drafting_gain(outcome.agreement, outcome.cost, length, USUAL_VERIFICATION_COST) for length in USUAL_LENGTHS
-    )

@@ -245,7 +245,8 @@ class FakeWorker:
             request = self.queued.pop(0)
             self.running[request.request_id] = Running(request, self.config.engine.record_steps)
             policy = "full-depth" if request.skip.mode is Mode.FULL_DEPTH else request.skip.policy_name or "toy"
-            events.append(SlotGranted(request.request_id, policy, request.skip.compute_budget, 0.125))
+            note = "not a learned policy" if policy == "toy" else ""
+            events.append(SlotGranted(request.request_id, policy, request.skip.compute_budget, 0.125, note))
         for request_id, running in list(self.running.items()):
             token, reason = running.step(self.num_layers)
             events.append(token)
