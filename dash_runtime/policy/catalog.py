@@ -80,16 +80,20 @@ class PolicyCatalog:
         verification_costs: Mapping[int, float] = USUAL_VERIFICATION_COSTS,
         least_drafting_gain: float = LEAST_GAIN,
     ) -> None:
-        self._costs = costs
         self._actions = actions
         self._compensation = compensation
         self._learned = {policy.name: policy for policy in learned}
         self._default_compute_budget = default_compute_budget
         self._verification_costs = verification_costs
         self._least_drafting_gain = least_drafting_gain
+        self.replace_costs(costs)
+
+    def replace_costs(self, costs: CostTable) -> None:
+        """Takes another table of this device for requests that begin from now on; running ones keep theirs."""
+        self._costs = costs
         self.full_depth = Assignment(FullDepth(costs.num_layers), costs)
         self._fixed: dict[Action, FixedPlan] = {
-            action: fixed_action_plan(action, costs, compensation, tuple(costs.head)) for action in actions
+            action: fixed_action_plan(action, costs, self._compensation, tuple(costs.head)) for action in self._actions
         }
         self._head = min(costs.head, key=lambda precision: costs.head[precision])
         # Full depth has the last word on a draft, so the cheapest head will do.

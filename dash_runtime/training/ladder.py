@@ -15,7 +15,7 @@ from dash_runtime.decoder.full_path import full_path
 from dash_runtime.layers.compensation import Compensation, Identity, LowRank, packed
 from dash_runtime.progress import Progress
 from dash_runtime.startup.fit_compensation import fit_compensation
-from dash_runtime.startup.measure import measure_costs
+from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.training.choices import random_choice
 from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
 from dash_runtime.training.distill import DistillSettings, distill_compensation
@@ -91,7 +91,7 @@ def _rates(task: Task) -> Tensor:
 def _judge(name: str, task: Task, compensation: Compensation, held_out: Sequence[Sequence[int]]) -> Rung:
     own = replace(task, compensation=compensation)
     outcome, _ = path_outcome(own, held_out, random_choice(_rates(task)))
-    layer = measure_costs(task.decoder, compensation).layer
+    layer = measure_costs(StepMeasurement(task.decoder, compensation)).table.layer
     size = sum(tensor.nbytes for tensor in compensation.tensors().values())
     return Rung(name, layer[Action.SKIP] / layer[Action.FULL], outcome.divergence, size / 1000)
 
