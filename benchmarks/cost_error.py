@@ -57,7 +57,7 @@ def measure_cost_error(report: Report, effort: Effort, server: RunningServer) ->
     """Adds the mean error over all modes, and what each said and took."""
     taken = {mode: Taken() for mode in MODES}
     for number in range(effort.rounds + 1):
-        progress(f"cost error: round {number} of {effort.rounds}")
+        progress(f"cost error: {f'round {number} of {effort.rounds}' if number else 'warming up'}")
         for mode, (said, seconds) in _round(server.client, effort.num_tokens).items():
             if number:  # the first round warms up
                 taken[mode].said.append(said)
