@@ -1,4 +1,5 @@
-"""The `dash-policy` command: fits, trains, evaluates, calibrates and describes policies, and searches fixed plans.
+"""The `dash-policy` command: fits, trains, evaluates, calibrates and describes policies, searches fixed plans, and says
+what actions cost.
 
 Exit codes: 0 done, 2 something that the user can mend, 130 interrupted (training goes on from its last checkpoint).
 """
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import default_cache_folder
+from dash_runtime.commands.costs import run_costs
 from dash_runtime.commands.evaluate import run_calibrate, run_evaluate, run_inspect
 from dash_runtime.commands.search import run_search
 from dash_runtime.commands.train import run_fit, run_train
@@ -166,6 +168,10 @@ def _parser() -> argparse.ArgumentParser:
 
     inspection = subparsers.add_parser("inspect", parents=[common, chosen], help="show what policy files hold")
     inspection.set_defaults(run=run_inspect)
+
+    costs = subparsers.add_parser("costs", parents=[common], help="show what each action costs on this device")
+    costs.add_argument("--measure", action="store_true", help="measure again first, and keep that for later starts")
+    costs.set_defaults(run=run_costs)
     return parser
 
 

@@ -23,7 +23,7 @@ from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy_file import save_policy
 from dash_runtime.rollout.task import Outcome, Task
-from dash_runtime.startup.measure import measure_costs
+from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.training.calibrate import calibrated, describe_budgets
 from dash_runtime.training.checkpoint import num_iterations_done
 from dash_runtime.training.curve import CurveRow, TrainingCurve, write_curve_json, write_whole
@@ -182,7 +182,7 @@ def _kept_costs(path: Path, model: LoadedModel, compensation: Compensation) -> C
     """Returns the run's cost table, measured once: a resumed run must keep the table that it began with."""
     if path.exists():
         return read_costs(path, "out", f"{path} is damaged; remove the folder to start again")
-    costs = measure_costs(model.decoder, compensation)
+    costs = measure_costs(StepMeasurement(model.decoder, compensation)).table
     write_whole(path, json.dumps(costs.to_json(), indent=1).encode())
     return costs
 

@@ -6,12 +6,13 @@ Knows sequences, slots and events; knows no text and no transport. It reads cloc
 import time
 from collections import deque
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts
+from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts, SkipOptions
 from dash_runtime.decision_trace import StepKind
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.lanes import Lane
@@ -20,10 +21,11 @@ from dash_runtime.engine.prefix_cache import PrefixCache
 from dash_runtime.engine.sampling import likeliest, token_logprobs
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.engine.step import Decider, decode_step
+from dash_runtime.engine.step_times import CostWatch, StepClock
 from dash_runtime.events import EndReason, EngineEvent, SlotGranted, TokenProduced
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.kv_cache import CachePool
-from dash_runtime.policy.catalog import Assignment, PolicyCatalog
+from dash_runtime.policy.catalog import Assignment
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +34,30 @@ class _Waiting:
     since: float
 
 
+class Catalog(Protocol):
+    """Says what decides a request's actions; `policy.catalog.PolicyCatalog` does for an engine that serves."""
+
+    full_depth: Assignment
+
+    def assign(self, skip: SkipOptions) -> Assignment: ...
+
+
 class Engine:
     """Serves generation requests step by step. Not thread-safe: one caller owns it."""
 
     def __init__(
         self,
         decoder: Decoder,
-        catalog: PolicyCatalog,
+        catalog: Catalog,
         lane: Lane,
         facts: ModelFacts,
         config: EngineConfig,
         planner: GroupPlanner | None = None,
+        cost_watch: CostWatch | None = None,
     ) -> None:
         self.facts = facts
+        self.cost_watch = cost_watch
+        self._step_clock = None if cost_watch is None else StepClock(cost_watch.observe)
         self._decoder = decoder
         self._catalog = catalog
         self._lane = lane
@@ -102,6 +115,11 @@ class Engine:
         events: list[EngineEvent] = []
         self._grant_slots(events)
         decoding = [sequence for sequence in self._running.values() if not sequence.num_prompt_tokens_left]
+        if self._step_clock is not None:
+            if len(self._running) == 1 and decoding and decoding[0].is_plain:
+                self._step_clock.begin(decoding[0].request.request_id)
+            else:
+                self._step_clock.interrupt()
         self._prefill(events)
         if decoding:
             self._decode(decoding, events)
@@ -196,9 +214,10 @@ class Engine:
         for row, (sequence, assignment) in enumerate(zip(sequences, assignments, strict=True)):
             policy, plan, logits = assignment.policy, output.plans[row], output.logits[row]
             recorded = output, row, decider_of[row], started_ns
+            num_evaluations = decider_of[row].num_evaluations
             own_exposed_ns = exposed_ns if len(policy.pinned) < self._decoder.num_layers else 0
             if sequence.is_drafting:
-                cost = sequence.log.add_draft_token(plan, policy.head, policy.num_evaluations, own_exposed_ns)
+                cost = sequence.log.add_draft_token(plan, policy.head, num_evaluations, own_exposed_ns)
                 token_id = sequence.draft(logits, cost, elapsed_ns)
                 sequence.recorder.add_pass(StepKind.DRAFT, token_id, *recorded)
                 continue
@@ -207,8 +226,10 @@ class Engine:
                 (token_id,) = sequence.speculation.verify(output.logits[row : row + 1])
             else:
                 token_id = greedy[row] if sampler.is_plain_greedy else sampler.sample(logits)
-            sequence.log.append_decode_token(plan, policy.head, policy.num_evaluations, own_exposed_ns)
+            sequence.log.append_decode_token(plan, policy.head, num_evaluations, own_exposed_ns)
             sequence.recorder.add_pass(StepKind.DECODE, token_id, *recorded)
+            if self._step_clock is not None:
+                self._step_clock.ran(policy.name, plan, policy.head, num_evaluations, sequence.cache.length)
             self._take(sequence, token_id, logits, plan, events)
 
     def _verify(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:

@@ -58,6 +58,11 @@ class Sequence:
         return self.request.prompt_token_ids[start : start + max_tokens]
 
     @property
+    def is_plain(self) -> bool:
+        """True if a step does no more than decode a token: neither drafts, nor samples, nor takes logarithms."""
+        return self.speculation is None and self.sampler.is_plain_greedy and self.request.logprobs is None
+
+    @property
     def is_drafting(self) -> bool:
         """True if the next decode step drafts."""
         return self.speculation is not None and self.speculation.is_drafting

@@ -98,6 +98,11 @@ class Decider:
         """Decision blocks that were decided so far, in order."""
         self._decided: dict[int, Actions] = {}
 
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations of a learned policy so far; other policies take no time worth counting."""
+        return len(self.blocks) if self.policy.score_actions else 0
+
     def actions(self, layer: int, lane: Lane) -> Actions:
         """Returns each row's action at `layer`; waits for its decision unless the layer is pinned."""
         if layer in self._tickets:

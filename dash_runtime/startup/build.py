@@ -6,6 +6,7 @@ budget is the same from one start to the next. Knows folders; knows no environme
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +26,11 @@ from dash_runtime.decoder.backends.inductor import InductorBackend, can_compile,
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import device_of, find_device
+from dash_runtime.engine.cost_fit import MeasuredCosts
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
 from dash_runtime.engine.planner import GroupPlanner
+from dash_runtime.engine.step_times import CostWatch
 from dash_runtime.errors import ConfigError
 from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.model_config import ModelConfig
@@ -40,6 +43,8 @@ from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpe
 from dash_runtime.programs.traced_layer import ModelShape
 from dash_runtime.progress import Progress
 from dash_runtime.startup.calibration import DeviceCalibration
+from dash_runtime.startup.cost_keeper import CostKeeper
+from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.startup.process_memory import settle_memory
 from dash_runtime.startup.row_parity import unequal_counts
 
@@ -60,8 +65,10 @@ class BuildOptions:
     compile_layers: bool = True
     """True if decoding runs compiled programs, provided that this machine can make them."""
     checks_kept_costs: bool = True
-    """True if kept cost tables are compared with a quick measurement. Otherwise engines that share a cache folder plan
-    alike, however busy the machine is."""
+    """True if kept tables are compared with what is measured, at the start and while the engine serves. Otherwise
+    engines that share a cache folder plan alike, however busy the machine is."""
+    measures_costs: bool = False
+    """True if the cost table is measured even if one was kept."""
     least_drafting_gain: float = LEAST_GAIN
     """The least expected speed, as a multiple of full depth's, at which EXACT drafts; 0: it always does."""
 
@@ -120,13 +127,21 @@ def build_engine(
         checks_kept=options.checks_kept_costs,
     )
     compensation = calibration.compensation(decoder, tokenizer_file(folder), progress)
-    costs = calibration.costs(decoder, compensation, progress)
+    measurement = StepMeasurement(decoder, compensation, learned)
+    costs = calibration.costs(
+        decoder.actions,
+        tuple(decoder.heads),
+        partial(measure_costs, measurement),
+        progress,
+        has_policy=bool(learned),
+        measures_again=options.measures_costs,
+    )
     plans: Sequence[MeasuredPlan] = ()
     if not any(policy.plans for policy in learned if not policy.is_drafter):
-        plans = calibration.plans(decoder, tokenizer_file(folder), costs, compensation, progress)
+        plans = calibration.plans(decoder, tokenizer_file(folder), costs.table, compensation, progress)
     verification_costs = calibration.verification_costs(decoder, progress)
     catalog = PolicyCatalog(
-        costs,
+        costs.table,
         actions,
         compensation,
         learned,
@@ -138,7 +153,13 @@ def build_engine(
     planner = None
     if config.group_planner and config.num_slots > 1:
         planner = GroupPlanner(calibration.latencies(decoder, compensation, progress))
-    engine = assemble_engine(decoder, catalog, config, context_length, planner=planner)
+
+    def replace_costs(replaced: MeasuredCosts) -> None:
+        engine.replace_costs(replaced.table)
+        calibration.keep_costs(replaced)
+
+    keeper = CostKeeper(costs, measurement, replace_costs, progress) if options.checks_kept_costs else None
+    engine = assemble_engine(decoder, catalog, config, context_length, planner=planner, cost_watch=keeper)
     _warm_up(engine)
     return engine
 
@@ -150,6 +171,7 @@ def assemble_engine(
     context_length: int,
     eos_token_ids: frozenset[int] | None = None,
     planner: GroupPlanner | None = None,
+    cost_watch: CostWatch | None = None,
 ) -> Engine:
     """Returns an engine over a decoder that was made for `context_length` positions.
 
@@ -169,7 +191,8 @@ def assemble_engine(
         policies=catalog.facts(),
         device=device_of(decoder.device).describe(),
     )
-    return Engine(decoder, catalog, make_lane(config.lane, device_of(decoder.device)), facts, config, planner)
+    lane = make_lane(config.lane, device_of(decoder.device))
+    return Engine(decoder, catalog, lane, facts, config, planner, cost_watch)
 
 
 def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:

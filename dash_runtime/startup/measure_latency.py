@@ -1,6 +1,6 @@
 """Measures a layer's time on this device by action and number of rows: the planner's table.
 
-Interleaves its measurements and takes minima, like `measure.py`. But here several sequences decode together, each over
+Interleaves its measurements and takes minima, like `measure.py`. Here several sequences decode together, each over
 its own context. Knows the decoder; knows no policies.
 """
 
@@ -13,7 +13,7 @@ from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation
-from dash_runtime.startup.measure import filled_caches, timed
+from dash_runtime.startup.measure import SECONDS, filled_caches, rounds_within, timed
 
 _ROWS = (1, 2, 4, 8, 16)
 _ROUNDS = 12
@@ -46,7 +46,7 @@ def measure_latencies(
     running = [action for action in decoder.actions if action is not Action.SKIP]
     seconds: dict[Action, list[list[float]]] = {action: [[] for _ in rows] for action in decoder.actions}
     late_seconds: list[list[float]] = [[] for _ in rows]  # of FULL rows that all skipped before
-    for round_number in range(rounds + 1):
+    for round_number in rounds_within(SECONDS, rounds):
         for place in range(len(rows)):
             measured = [*((action, seconds[action]) for action in (*running, Action.SKIP)), (Action.FULL, late_seconds)]
             for action, own in measured:
