@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
+from dash_runtime.policy.model_sketch import model_fingerprint
+from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.startup.build import SHIPPED_POLICIES
 
 DIVERGENCE_LIMIT = 0.10

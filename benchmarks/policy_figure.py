@@ -28,7 +28,8 @@ from dash_runtime.checkpoints import (
 from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_runtime.events import TokenProduced
 from dash_runtime.policy.learned import LearnedPolicy
-from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
+from dash_runtime.policy.model_sketch import model_fingerprint
+from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.startup.build import DTYPES, SHIPPED_POLICIES, BuildOptions, build_engine
 
 _QUESTION = "Why is the sky blue?"

@@ -16,6 +16,7 @@ from dash_runtime.files.wording import quoted
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.budgets import BudgetCalibration, PricePoint
 from dash_runtime.policy.fixed_plans import MeasuredPlan
+from dash_runtime.policy.model_sketch import is_same_model
 from dash_runtime.policy.plan_spec import PlanSpec
 
 FORMAT = "dash-policy-3"
@@ -40,6 +41,7 @@ class PolicyMetadata:
 
     name: str
     model_fingerprint: str
+    """The sketch of its model (`model_sketch.py`)."""
     spec: PlanSpec
     is_drafter: bool
     compensation: str
@@ -121,7 +123,7 @@ class PolicyMetadata:
             PolicyFileError: it is for another, or one of its layers does not exist there.
         """
         spec, num_layers = self.spec, config.num_layers
-        if self.model_fingerprint != fingerprint:
+        if not is_same_model(self.model_fingerprint, fingerprint):
             raise PolicyFileError(f"was made for another model than {config.name}")
         if spec.num_layers != num_layers:
             raise PolicyFileError("has a cost table for another number of layers than its model's")

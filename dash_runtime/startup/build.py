@@ -38,7 +38,8 @@ from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.draft_length import LEAST_GAIN
 from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.learned import LearnedPolicy
-from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
+from dash_runtime.policy.model_sketch import model_fingerprint
+from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec, load_programs, programs_digest
 from dash_runtime.programs.traced_layer import ModelShape
 from dash_runtime.progress import Progress

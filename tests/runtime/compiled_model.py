@@ -5,7 +5,8 @@ from pathlib import Path
 
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.decoder.backends.inductor import program_specs
-from dash_runtime.policy.policy_file import model_fingerprint, save_policy
+from dash_runtime.policy.model_sketch import model_fingerprint
+from dash_runtime.policy.policy_file import save_policy
 from dash_runtime.programs.program_cache import Program, ProgramSpec, load_programs
 from dash_runtime.startup.build import policy_spec
 from tests.runtime.random_policy import random_policy

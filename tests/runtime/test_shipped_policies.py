@@ -10,7 +10,8 @@ from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.commands.evaluate import multiply_adds_share
 from dash_runtime.policy.frontier import Frontier
 from dash_runtime.policy.learned import LearnedPolicy
-from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
+from dash_runtime.policy.model_sketch import model_fingerprint
+from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.startup.build import SHIPPED_POLICIES
 from tests.runtime.support import CPU
 
