@@ -63,9 +63,14 @@ class Decoder:
         caches: Sequence[SequenceCache],
         lengths: Sequence[int],
         compensations: Sequence[Compensation],
+        kv_actions: Sequence[Action] | None = None,
     ) -> Batch:
-        """Returns the rows of one pass: the next `lengths[i]` positions of `caches[i]`. See `Batch` for the rest."""
-        return Batch(kind, caches, lengths, compensations, self.config, self._rotary, self.row_block)
+        """Returns the rows of one pass: the next `lengths[i]` positions of `caches[i]`.
+
+        See `Batch` for the rest. Without `kv_actions`, skipped rows have keys and values in FULL.
+        """
+        kv_actions = (Action.FULL,) * len(caches) if kv_actions is None else kv_actions
+        return Batch(kind, caches, lengths, compensations, kv_actions, self.config, self._rotary, self.row_block)
 
     def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
         """Runs one layer with each row's own action; see `Backend`."""

@@ -177,10 +177,16 @@ class Engine:
     def _decode(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
         for sequence in sequences:
             sequence.begin_draft_if_due()
-        compensations = [sequence.assignment.policy.compensation for sequence in sequences]
+        policies = [sequence.assignment.policy for sequence in sequences]
         assignments = [sequence.decider_assignment(self._catalog.full_depth) for sequence in sequences]
         deciders = _deciders(sequences, assignments)
-        batch = self._decoder.batch(PassKind.DECODE, [s.cache for s in sequences], [1] * len(sequences), compensations)
+        batch = self._decoder.batch(
+            PassKind.DECODE,
+            [sequence.cache for sequence in sequences],
+            [1] * len(sequences),
+            [policy.compensation for policy in policies],
+            [policy.kv_action for policy in policies],
+        )
         exposed_before, started_ns = self._lane.exposed_ns, time.perf_counter_ns()
         planner = self._planner if len(sequences) > 1 else None  # a single row has none to agree with
         token_ids = [sequence.last_token_id for sequence in sequences]

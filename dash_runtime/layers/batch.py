@@ -4,7 +4,9 @@ A row is one token of one sequence. Knows caches and positions; knows no weights
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,10 +15,11 @@ from dash_runtime.actions import Action
 from dash_runtime.layers.attention import attention, causal_mask
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.kv_cache import SequenceCache
-from dash_runtime.layers.projection import Projection, Span, project_row, project_rows
 from dash_runtime.layers.rotary import RotaryTable
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.programs.kv_blocks import attended_blocks
+
+_T = TypeVar("_T")
 
 
 class PassKind(Enum):
@@ -31,6 +34,20 @@ class PassKind(Enum):
     """Rows in FULL, several per sequence. In a pass of one sequence each row has the same bits as when decoded."""
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive positions of one sequence: `num_rows` rows of a pass, from `first_row` on."""
+
+    cache: SequenceCache
+    start: int
+    num_rows: int
+    first_row: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_rows
+
+
 class Batch:
     """The rows of one pass through the decoder.
 
@@ -38,6 +55,7 @@ class Batch:
         caches: one sequence cache per span.
         lengths: rows of each span; they follow what is cached already.
         compensations: one per span; it replaces a skipped layer in the span's rows.
+        kv_actions: one per span: the action whose kernel projects keys and values of the span's skipped rows.
         rotary: one table per layer.
         row_block: attention takes at most this many rows of a span at once, counted from its first row. A row's sums
             depend on the rows and positions passed with it, so a block's sums do not depend on what follows it.
@@ -49,6 +67,7 @@ class Batch:
         caches: Sequence[SequenceCache],
         lengths: Sequence[int],
         compensations: Sequence[Compensation],
+        kv_actions: Sequence[Action],
         config: ModelConfig,
         rotary: Sequence[RotaryTable],
         row_block: int,
@@ -67,26 +86,17 @@ class Batch:
         self._attention_scale = config.block.attention_scale
         self._rotary = rotary
         self._sliding_window = config.sliding_window
-        self._compensations = [
-            compensation
-            for compensation, span in zip(compensations, self.spans, strict=True)
-            for _ in range(span.num_rows)
-        ]
-        self._shares_compensation = all(own is self._compensations[0] for own in self._compensations)
+        self.compensations = self._by_row(compensations)
+        self.kv_actions = self._by_row(kv_actions)
+        self._shares_compensation = all(own is self.compensations[0] for own in self.compensations)
         self._tables: dict[RotaryTable, tuple[Tensor, Tensor]] = {}
         self._row_tables: dict[RotaryTable, list[tuple[Tensor, Tensor]]] = {}
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._seen: dict[int, tuple[Sequence[Tensor], Sequence[Tensor]]] = {}
         self._blocks: dict[tuple[tuple[int, ...], int | None], tuple[Tensor, ...]] = {}
 
-    def projection(self, layer: int, actions: Sequence[Action], hidden: Tensor) -> Projection | None:
-        """Returns what the layer has to project now, or None if every row skips and may wait. Keeps waiting rows."""
-        tables = self._rotary[layer].at
-        if len(actions) == 1:
-            return project_row(self.spans[0], layer, actions[0], hidden, tables)
-        if Action.SKIP not in actions and not any(span.cache.pending[layer] for span in self.spans):
-            return Projection(hidden, actions, *self.tables(layer), self.spans, None)
-        return project_rows(self.spans, layer, actions, hidden, tables)
+    def _by_row(self, by_span: Sequence[_T]) -> list[_T]:
+        return [own for own, span in zip(by_span, self.spans, strict=True) for _ in range(span.num_rows)]
 
     def tables(self, layer: int) -> tuple[Tensor, Tensor]:
         """Returns cosines and sines of all rows, `[rows, 1, head_dim]`."""
@@ -141,26 +151,12 @@ class Batch:
         pool = self.spans[rows[0]].cache.pool
         return [pool.key_blocks[layer], pool.value_blocks[layer], *self._blocks[key], *tables]
 
-    def take_pending(self, layer: int, rows: Sequence[int], num_own: int) -> list[Tensor]:
-        """Takes the layer's pending inputs of the rows' sequences. The last `num_own` of each belong to this pass.
-
-        Returns the inputs of the program for late keys and values: `[late rows, hidden_size]`, the layer's keys and
-        values in the sequences' pool, each late row's token in that pool, cosines and sines.
-        """
-        inputs: list[Tensor] = []
-        slots: list[int] = []
-        positions: list[int] = []
-        for row in rows:
-            cache, end = self.spans[row].cache, self.spans[row].start + num_own
-            pending = cache.pending.take(layer)
-            own = range(end - len(pending), end)
-            inputs += pending
-            positions += own
-            slots += range(cache.start + own.start, cache.start + end)
-        pool = self.spans[rows[0]].cache.pool
-        of_one = slice(positions[0], positions[-1] + 1) if len(rows) == 1 else torch.tensor(positions)
-        stored = pool.key_blocks[layer], pool.value_blocks[layer], torch.tensor(slots)
-        return [torch.cat(inputs), *stored, *self._rotary[layer].at(of_one)]
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Stores all rows' keys and values, each `[rows, num_kv_heads, head_dim]`."""
+        for span in self.spans:
+            rows, positions = slice(span.first_row, span.first_row + span.num_rows), slice(span.start, span.end)
+            span.cache.keys[layer][positions].copy_(keys[rows])
+            span.cache.values[layer][positions].copy_(values[rows])
 
     def sees_everything(self, layer: int) -> bool:
         """Returns True if the layer attends to all positions before a row."""
@@ -193,9 +189,9 @@ class Batch:
         """Returns the replacement of the layer's output for the given rows, from their `hidden`, `[given rows,
         hidden_size]`."""
         if self._shares_compensation:
-            return self._compensations[0](layer, hidden)
+            return self.compensations[0](layer, hidden)
         wanted = range(self.num_rows) if rows is None else rows
-        parts = [self._compensations[row](layer, hidden[place : place + 1]) for place, row in enumerate(wanted)]
+        parts = [self.compensations[row](layer, hidden[place : place + 1]) for place, row in enumerate(wanted)]
         return torch.cat(parts)
 
     def _attend_span(self, layer: int, span: Span, queries: Tensor) -> Tensor:

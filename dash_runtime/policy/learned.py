@@ -125,6 +125,10 @@ class LearnedPolicy:
         return self.spec.block_size
 
     @property
+    def kv_action(self) -> Action:
+        return self.spec.kv_action
+
+    @property
     def head(self) -> Action:
         return self.spec.head
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.policy.policy import decision_blocks
+from dash_runtime.policy.policy import cheapest_kernel, decision_blocks
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class PlanSpec:
             head=Action.FULL,
             costs=costs,
         )
+
+    @property
+    def kv_action(self) -> Action:
+        """See `policy.Policy`."""
+        return cheapest_kernel((*self.actions, self.pinned_action))
 
     @property
     def num_layers(self) -> int:

@@ -41,16 +41,17 @@ _MODEL_SAMPLES = {
     ProgramKind.LAYER: example_inputs.layer_sample,
     ProgramKind.ATTENTION: example_inputs.attention_sample,
     ProgramKind.NORM: example_inputs.norm_sample,
-    ProgramKind.LATE: example_inputs.late_sample,
     ProgramKind.HEAD: example_inputs.head_sample,
 }
 
 
 def sample(spec: ProgramSpec) -> Sample:
     """Returns the module and the example inputs that the program is traced with."""
-    if isinstance(spec.shape, ModelShape):
-        return _MODEL_SAMPLES[spec.kind](spec.shape, spec.action, spec.num_rows)
-    return example_inputs.policy_sample(spec.shape)
+    if not isinstance(spec.shape, ModelShape):
+        return example_inputs.policy_sample(spec.shape)
+    if spec.kind is ProgramKind.SKIP:
+        return example_inputs.skip_sample(spec.shape, spec.action, spec.rank)
+    return _MODEL_SAMPLES[spec.kind](spec.shape, spec.action, spec.num_rows)
 
 
 def compile_program(spec: ProgramSpec, path: Path) -> None:

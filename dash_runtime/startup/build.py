@@ -21,7 +21,7 @@ from dash_runtime.config import (
     StoppingParameters,
 )
 from dash_runtime.decoder.backends.cuda_graphs import Graphs, cuda_capture
-from dash_runtime.decoder.backends.inductor import InductorBackend, can_compile, program_specs
+from dash_runtime.decoder.backends.inductor import InductorBackend, can_compile, program_specs, skip_spec
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import device_of, find_device
@@ -29,6 +29,7 @@ from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.errors import ConfigError
+from dash_runtime.layers.row_compensation import program_rank
 from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
@@ -169,7 +170,8 @@ def assemble_engine(
 
 def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:
     """Returns `(out_features, in_features)` of the matrices that a quantised action needs kernels for."""
-    return set(ModelShape.of(model).matrices())
+    shape = ModelShape.of(model)
+    return {*shape.matrices(), (shape.key_value_size, shape.hidden_size)}
 
 
 def policy_spec(policy: LearnedPolicy) -> ProgramSpec:
@@ -191,7 +193,9 @@ def _load_programs(
         return None
     num_threads = torch.get_num_threads()
     specs = program_specs(model, actions, num_threads)
-    return load_programs([*specs, *(policy_spec(policy) for policy in learned)], folder, progress)
+    for policy in learned:
+        specs += policy_spec(policy), skip_spec(model, policy.kv_action, program_rank(policy.compensation), num_threads)
+    return load_programs(list(dict.fromkeys(specs)), folder, progress)
 
 
 def _warm_up(engine: Engine) -> None:

@@ -1,9 +1,8 @@
 """Measures what each action costs on this device: the cost table.
 
 Interleaves the actions and walks through all layers, so that caches and a drifting clock treat them alike. Takes
-minima, since other work on the machine only adds time, and the table is kept. A skip is charged with all the work that
-it leaves to a later row (`pending_kv.py`): with the extra time of that row, as if it came next.
-Knows the decoder; knows no policies.
+minima, since other work on the machine only adds time, and the table is kept. A skip projects its keys and values with
+the cheapest kernel. Knows the decoder; knows no policies.
 """
 
 import time
@@ -18,6 +17,7 @@ from dash_runtime.devices import device_of
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation, Identity
 from dash_runtime.layers.kv_cache import SequenceCache
+from dash_runtime.policy.policy import cheapest_kernel
 
 _CONTEXT_TOKENS = 256
 _ROUNDS = 12
@@ -26,11 +26,12 @@ _ROUNDS = 12
 @torch.inference_mode()
 def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _ROUNDS) -> CostTable:
     """Returns the cost table for one row over a context of 256 tokens, or as many as the model's context holds."""
-    batch = decoder.batch(PassKind.DECODE, filled_caches(decoder), [1], [compensation])
+    batch = decoder.batch(
+        PassKind.DECODE, filled_caches(decoder), [1], [compensation], [cheapest_kernel(decoder.actions)]
+    )
     hidden = decoder.embed([0])
     layer_seconds: dict[Action, list[float]] = {action: [] for action in decoder.actions}
     head_seconds: dict[Action, list[float]] = {precision: [] for precision in decoder.heads}
-    late_seconds: list[float] = []  # of a FULL row that projects a skipped one's keys and values with its own
     fixed_seconds: list[float] = []
 
     def run_layers(action: Action) -> None:
@@ -39,13 +40,8 @@ def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _R
 
     logits = torch.zeros(1, decoder.config.vocab_size, device=decoder.device)
     for round_number in range(rounds + 1):
-        others = [action for action in decoder.actions if action is not Action.SKIP]
         measured: list[tuple[list[float], Callable[[], object]]] = [
-            *((layer_seconds[action], partial(run_layers, action)) for action in others[:-1]),
-            ([], partial(run_layers, Action.FULL)),  # so both FULL passes follow one, with the same caches
-            (layer_seconds[Action.FULL], partial(run_layers, Action.FULL)),
-            (layer_seconds[Action.SKIP], partial(run_layers, Action.SKIP)),
-            (late_seconds, partial(run_layers, Action.FULL)),
+            *((seconds, partial(run_layers, action)) for action, seconds in layer_seconds.items()),
             *((head_seconds[head], partial(decoder.logits, hidden, (head,))) for head in decoder.heads),
             (fixed_seconds, lambda: (decoder.embed([0]), logits.argmax(-1).tolist())),
         ]
@@ -54,7 +50,6 @@ def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _R
             if round_number > 0:  # the first round warms up
                 seconds.append(elapsed)
     shortest = {action: min(seconds) for action, seconds in layer_seconds.items()}
-    shortest[Action.SKIP] += max(0.0, min(late_seconds) - shortest[Action.FULL])
     return CostTable.from_seconds(
         decoder.num_layers,
         {action: seconds / decoder.num_layers for action, seconds in shortest.items()},

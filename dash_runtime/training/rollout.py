@@ -53,7 +53,7 @@ def roll_out(
 
     The other rows (prompts and first tokens) run in full.
     """
-    batch = sequence_rows(decoder, sequences, compensation)
+    batch = sequence_rows(decoder, sequences, compensation, spec.kv_action)
     full = torch.full((batch.num_rows,), int(Action.FULL))
     pinned = torch.where(decided_rows, int(spec.pinned_action), full)
     layer_costs = costs_by_action(spec.costs)

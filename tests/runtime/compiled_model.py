@@ -7,7 +7,7 @@ import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.decoder.backends.inductor import program_specs
+from dash_runtime.decoder.backends.inductor import program_specs, skip_spec
 from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy, PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy_file import model_fingerprint, save_policy
@@ -40,6 +40,7 @@ def compile_model(folder: Path) -> CompiledModel:
     policy_file = folder / "policy.safetensors"
     save_policy(policy_file, policy, model_fingerprint(config, open_weights(model)))
     specs = [*program_specs(config, ALL_ACTIONS, NUM_THREADS), policy_spec(policy)]
+    specs.append(skip_spec(config, Action.INT8, 16, NUM_THREADS))
     said: list[str] = []
     programs = load_programs(specs, folder / "cache" / "programs", said.append)
     assert programs is not None, said

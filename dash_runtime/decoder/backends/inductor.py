@@ -12,11 +12,12 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.layers.batch import Batch, PassKind
+from dash_runtime.layers.compensation import Compensation, Identity
 from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.layer import DecoderLayer, LayerLinears
 from dash_runtime.layers.layer_body import Norms, run_layer_body
 from dash_runtime.layers.norm import RmsNorm
-from dash_runtime.layers.pending_kv import MAX_PENDING
+from dash_runtime.layers.row_compensation import pack_for_rows
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
 from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import most_rows_apart
@@ -33,17 +34,22 @@ _VERIFIED_ROWS = (8, 4, 1)
 def program_specs(model: ModelConfig, actions: Sequence[Action], num_threads: int) -> list[ProgramSpec]:
     """Returns the programs that decoding needs.
 
-    They are a layer, and late keys and values, for each action that runs; a layer in FULL for a few rows of one
-    sequence; norm and attention for rows that share products; and the INT8 head.
+    They are a layer, and a skipped layer with factors and offsets, for each action that runs; a layer in FULL for a few
+    rows of one sequence; norm and attention for rows that share products; and the INT8 head.
     """
     running: list[Action] = [action for action in actions if action is not Action.SKIP]
-    wanted = [(kind, action, 1) for kind in (ProgramKind.LAYER, ProgramKind.LATE) for action in running]
+    wanted = [(kind, action, 1) for kind in (ProgramKind.LAYER, ProgramKind.SKIP) for action in running]
     if Action.INT8 in actions:
         wanted.append((ProgramKind.HEAD, Action.INT8, 1))
     wanted += [(ProgramKind.LAYER, Action.FULL, rows) for rows in _VERIFIED_ROWS if rows > 1]
     wanted += [(kind, Action.FULL, 1) for kind in (ProgramKind.ATTENTION, ProgramKind.NORM)]
     shape = ModelShape.of(model)
     return [ProgramSpec(kind, action, shape, num_threads, rows) for kind, action, rows in wanted]
+
+
+def skip_spec(model: ModelConfig, kv_action: Action, rank: int, num_threads: int) -> ProgramSpec:
+    """Returns the program for rows that skip a layer with a compensation of this rank."""
+    return ProgramSpec(ProgramKind.SKIP, kv_action, ModelShape.of(model), num_threads, rank=rank)
 
 
 def can_compile(model: ModelConfig) -> bool:
@@ -66,6 +72,19 @@ class _Layer:
     linears: LayerLinears
 
 
+@dataclass(frozen=True, slots=True)
+class _Skips:
+    """How rows with one compensation skip layers."""
+
+    compensation: Compensation
+    """Kept, since its id is the key under which this is found."""
+    program: Program
+    inputs: list[list[Tensor]]
+    """By layer: the program's last inputs."""
+    compensates: bool
+    """False if the program only writes keys and values, since there is none for this compensation."""
+
+
 class InductorBackend:
     """Runs the layers of one decoder as programs.
 
@@ -77,16 +96,19 @@ class InductorBackend:
 
     def __init__(self, block: BlockConfig, programs: Mapping[ProgramSpec, Program], shares_products: bool) -> None:
         self._block = block
-        self._programs = {(spec.kind, spec.action): program for spec, program in programs.items() if spec.num_rows == 1}
+        self._programs = {
+            (spec.kind, spec.action, spec.rank): program for spec, program in programs.items() if spec.num_rows == 1
+        }
         self._full_programs = {
             spec.num_rows: program
             for spec, program in sorted(programs.items(), key=lambda item: -item[0].num_rows)
             if spec.kind is ProgramKind.LAYER and spec.action is Action.FULL
         }
         """Programs by the number of rows that a call takes, largest first."""
-        self._running = [action for kind, action in self._programs if kind is ProgramKind.LAYER]
+        self._running = [action for kind, action, _ in self._programs if kind is ProgramKind.LAYER]
         self.shares_products = shares_products
         self._layers: list[_Layer] = []
+        self._skips: dict[tuple[int, Action], _Skips] = {}
         self.logits = Heads({})
 
     @property
@@ -114,7 +136,7 @@ class InductorBackend:
         pairs = list(zip(matrices, linears, strict=True))
         packed = {action: [pack_row_matrix(action, *pair) for pair in pairs] for action in self._running}
         inputs = {action: WeightPacking.of(vectors, own).join(vectors, own) for action, own in packed.items()}
-        program = self._programs[ProgramKind.NORM, Action.FULL]
+        program = self._programs[ProgramKind.NORM, Action.FULL, 0]
         input_norm, mlp_norm = (partial(_norm, program, weight) for weight in vectors[:2])
         norms = Norms(input_norm=input_norm, mlp_norm=mlp_norm)
         self._layers.append(_Layer(vectors, inputs, norms, linears.for_many_rows()))
@@ -125,7 +147,7 @@ class InductorBackend:
 
     def head(self, precision: Action, weight: Tensor, norm: RmsNorm, multiplier: float) -> Head | None:
         """Returns norm and head of that precision as a program, run row by row; None if there is none."""
-        program = self._programs.get((ProgramKind.HEAD, precision))
+        program = self._programs.get((ProgramKind.HEAD, precision, 0))
         if program is None or multiplier != 1:
             return None
         weights = [norm.weight, *pack_row_matrix(precision, weight).tensors()]
@@ -148,9 +170,7 @@ class InductorBackend:
         parts: list[tuple[list[int] | None, Tensor]] = []
         for action, group in group_rows(actions):
             rows, inputs = (range(len(actions)), hidden) if group is None else (group, hidden[group])
-            if action is Action.SKIP and self.shares_products:
-                outputs = self._skip_rows(layer, inputs, batch, rows)
-            elif action is Action.FULL and self.shares_products and len(rows) > most_rows_apart():
+            if action is Action.FULL and self.shares_products and len(rows) > most_rows_apart():
                 outputs = self._run_full_rows(layer, inputs, batch, rows)
             else:
                 each = zip(inputs.split(1), rows, strict=True)
@@ -178,38 +198,44 @@ class InductorBackend:
         return calls
 
     def _run_row(self, layer: int, action: Action, hidden: Tensor, batch: Batch, row: int) -> Tensor:
-        if action is Action.SKIP:
-            return self._skip_rows(layer, hidden, batch, (row,))
-        if batch.spans[row].cache.pending[layer]:
-            self._write_late(layer, action, batch, (row,))
-        program = self._programs[ProgramKind.LAYER, action]
-        weights = self._layers[layer].weights[action]
-        return program([hidden, *batch.seen(layer, row), *batch.row_tables(layer)[row], *weights])[0]
+        seen, tables = batch.seen(layer, row), batch.row_tables(layer)[row]
+        if action is not Action.SKIP:
+            weights = self._layers[layer].weights[action]
+            return self._programs[ProgramKind.LAYER, action, 0]([hidden, *seen, *tables, *weights])[0]
+        compensation = batch.compensations[row]
+        skips = self._skips_of(compensation, batch.kv_actions[row])
+        (output,) = skips.program([hidden, *seen, *tables, *skips.inputs[layer]])
+        return output if skips.compensates else compensation(layer, hidden)
 
-    def _skip_rows(self, layer: int, inputs: Tensor, batch: Batch, rows: Sequence[int]) -> Tensor:
-        each = zip(rows, inputs.split(1), strict=True)
-        counts = [(row, batch.spans[row].cache.pending.add(layer, row_input)) for row, row_input in each]
-        if full := [row for row, count in counts if count == MAX_PENDING]:
-            self._write_late(layer, Action.FULL, batch, full, num_own=1)
-        return batch.compensate(layer, inputs, rows)
+    def _skips_of(self, compensation: Compensation, kv_action: Action) -> "_Skips":
+        skips = self._skips.get((id(compensation), kv_action))
+        if skips is None:
+            skips = self._skips[id(compensation), kv_action] = self._make_skips(compensation, kv_action)
+        return skips
+
+    def _make_skips(self, compensation: Compensation, kv_action: Action) -> "_Skips":
+        sizes = len(self._layers), len(self._layers[0].vectors[0])
+        packed = pack_for_rows(compensation, *sizes)
+        program = None if packed is None else self._programs.get((ProgramKind.SKIP, kv_action, packed.rank))
+        compensates = program is not None
+        if packed is None or program is None:
+            packed = pack_for_rows(Identity(), *sizes)
+            program = self._programs[ProgramKind.SKIP, kv_action, 0]
+            assert packed is not None
+        each = zip(self._layers, packed.layers, strict=True)
+        inputs = [[*own.weights[kv_action], *tensors] for own, tensors in each]
+        return _Skips(compensation, program, inputs, compensates)
 
     def _run_full_rows(self, layer: int, inputs: Tensor, batch: Batch, rows: Sequence[int]) -> Tensor:
         """Runs rows in FULL, with one product and one attention for all of them."""
-        if late := [row for row in rows if batch.spans[row].cache.pending[layer]]:
-            self._write_late(layer, Action.FULL, batch, late)
         own = self._layers[layer]
 
         def attend(normed: Tensor) -> Tensor:
             fused = own.linears.query_key_value(normed)
-            program = self._programs[ProgramKind.ATTENTION, Action.FULL]
+            program = self._programs[ProgramKind.ATTENTION, Action.FULL, 0]
             return program([fused, *batch.seen_blocks(layer, rows), *own.vectors])[0]
 
         return run_layer_body(self._block, own.norms, own.linears, inputs, attend)
-
-    def _write_late(self, layer: int, action: Action, batch: Batch, rows: Sequence[int], num_own: int = 0) -> None:
-        """Projects the pending keys and values of the rows' sequences. The last `num_own` of each are of this pass."""
-        late = self._programs[ProgramKind.LATE, action]
-        late([*batch.take_pending(layer, rows, num_own), *self._layers[layer].weights[action]])
 
 
 def _norm(program: Program, weight: Tensor, hidden: Tensor) -> Tensor:
