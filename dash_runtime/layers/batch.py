@@ -5,7 +5,7 @@ A row is one token of one sequence. Knows caches and positions; knows no weights
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import TypeVar
 
 import torch
@@ -22,7 +22,7 @@ from dash_runtime.programs.kv_blocks import attended_blocks
 _T = TypeVar("_T")
 
 
-class PassKind(Enum):
+class PassKind(StrEnum):
     """The purpose of a pass. It decides what a row's bits may depend on."""
 
     PREFILL = "prefill"
@@ -90,7 +90,7 @@ class Batch:
         self.kv_actions = self._by_row(kv_actions)
         self._shares_compensation = all(own is self.compensations[0] for own in self.compensations)
         self._tables: dict[RotaryTable, tuple[Tensor, Tensor]] = {}
-        self._row_tables: dict[RotaryTable, list[tuple[Tensor, Tensor]]] = {}
+        self._row_inputs: dict[int, Sequence[Sequence[Tensor]]] = {}
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._seen: dict[int, tuple[Sequence[Tensor], Sequence[Tensor]]] = {}
         self._blocks: dict[tuple[tuple[int, ...], int | None], tuple[Tensor, ...]] = {}
@@ -110,13 +110,24 @@ class Batch:
             self._tables[table] = table.at(positions)
         return self._tables[table]
 
-    def row_tables(self, layer: int) -> list[tuple[Tensor, Tensor]]:
-        """Returns cosines and sines of each row, `[1, 1, head_dim]`."""
-        table = self._rotary[layer]
-        if table not in self._row_tables:
-            cosines, sines = self.tables(layer)
-            self._row_tables[table] = list(zip(cosines.split(1), sines.split(1), strict=True))
-        return self._row_tables[table]
+    def row_inputs(self, row: int) -> Sequence[Sequence[Tensor]]:
+        """Returns what a layer's program needs of a row beside its input, by layer. Only for one row per sequence.
+
+        It is the keys and values that the row attends to (`seen`), cosines and sines `[1, 1, head_dim]`. All layers'
+        are made at once, which takes a fraction of making each.
+        """
+        made = self._row_inputs.get(row)
+        if made is None:
+            tables: dict[RotaryTable, Sequence[Tensor]] = {}
+            for layer, table in enumerate(self._rotary):
+                if table not in tables:
+                    tables[table] = [own[row : row + 1] for own in self.tables(layer)]
+            layers = zip(*self._seen_until(row), self._rotary, self._sliding_window, strict=True)
+            made = self._row_inputs[row] = [
+                [keys, values, *tables[table]] if window is None else [keys[-window:], values[-window:], *tables[table]]
+                for keys, values, table, window in layers
+            ]
+        return made
 
     def seen(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
         """Returns the keys and values `[positions, num_kv_heads, head_dim]` that a row attends to, its own last.
@@ -124,13 +135,16 @@ class Batch:
         Only for passes of one sequence, or of one row per sequence.
         """
         window = self._sliding_window[layer]
-        if row not in self._seen:  # slicing all layers at once takes a tenth of slicing each
-            span = self.spans[0 if len(self.spans) == 1 else row]
-            self._seen[row] = span.cache.until(span.start + row - span.first_row + 1)
-        keys, values = self._seen[row]
+        keys, values = self._seen_until(row)
         if window is None:
             return keys[layer], values[layer]
         return keys[layer][-window:], values[layer][-window:]
+
+    def _seen_until(self, row: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        if row not in self._seen:  # slicing all layers at once takes a tenth of slicing each
+            span = self.spans[0 if len(self.spans) == 1 else row]
+            self._seen[row] = span.cache.until(span.start + row - span.first_row + 1)
+        return self._seen[row]
 
     def seen_blocks(self, layer: int, rows: Sequence[int]) -> list[Tensor]:
         """Returns the inputs of the attention program for several sequences' rows. Only for one row per sequence.
@@ -144,12 +158,22 @@ class Batch:
             spans = [self.spans[row] for row in rows]
             starts, positions = [span.cache.start for span in spans], [span.start for span in spans]
             self._blocks[key] = attended_blocks(starts, positions, window)
-        if len(rows) == self.num_rows:
-            tables = self.tables(layer)
-        else:
-            tables = self._rotary[layer].at(torch.tensor([self.spans[row].start for row in rows]))
         pool = self.spans[rows[0]].cache.pool
-        return [pool.key_blocks[layer], pool.value_blocks[layer], *self._blocks[key], *tables]
+        return [pool.key_blocks[layer], pool.value_blocks[layer], *self._blocks[key], *self._tables_of(layer, rows)]
+
+    def _tables_of(self, layer: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        if len(rows) == self.num_rows:
+            return self.tables(layer)
+        return self._rotary[layer].at(torch.tensor([self.spans[row].start for row in rows]))
+
+    def skipped_inputs(self, layer: int, rows: Sequence[int]) -> list[Tensor]:
+        """Returns the inputs of the program for several rows that skip. Only for one row per sequence.
+
+        They are the layer's keys and values in the sequences' pool, the rows' tokens there, cosines and sines.
+        """
+        slots = torch.tensor([self.spans[row].cache.start + self.spans[row].start for row in rows])
+        pool = self.spans[rows[0]].cache.pool
+        return [pool.key_blocks[layer], pool.value_blocks[layer], slots, *self._tables_of(layer, rows)]
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Stores all rows' keys and values, each `[rows, num_kv_heads, head_dim]`."""

@@ -30,6 +30,11 @@ def program_rank(compensation: Compensation) -> int:
     return compensation.down.shape[1]
 
 
+def has_program(compensation: Compensation) -> bool:
+    """Returns True if a program can compensate so."""
+    return isinstance(compensation, Identity | Scale | Affine | PackedLowRank)
+
+
 def pack_for_rows(compensation: Compensation, num_layers: int, hidden_size: int) -> RowCompensation | None:
     """Returns the packed form, or None if there is no program for this kind."""
     if isinstance(compensation, PackedLowRank):

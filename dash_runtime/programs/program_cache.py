@@ -40,6 +40,7 @@ class ProgramKind(StrEnum):
     ATTENTION = "attention"
     NORM = "norm"
     SKIP = "skip"
+    SKIP_ROWS = "skip-rows"
     HEAD = "head"
     POLICY = "policy"
 
@@ -48,7 +49,8 @@ class ProgramKind(StrEnum):
 class ProgramSpec:
     """A program's kind, the action of its matrices, its shape, and its number of threads.
 
-    A layer also has a number of rows, a skipped one its compensation's rank (`row_compensation.py`).
+    A layer also has a number of rows, a skipped one its compensation's rank (`row_compensation.py`). Either may also
+    decide the next layer, by a policy of some shape.
     """
 
     kind: ProgramKind
@@ -57,13 +59,15 @@ class ProgramSpec:
     num_threads: int
     num_rows: int = 1
     rank: int = 0
+    policy: PolicyShape | None = None
 
     @property
     def name(self) -> str:
         """The file's name, without digest and ending."""
         rows = "" if self.num_rows == 1 else f"-{self.num_rows}-rows"
         rank = f"-rank-{self.rank}" if self.rank else ""
-        return f"{self.kind}-{self.action.name.lower()}{rows}{rank}"
+        decides = "" if self.policy is None else "-deciding"
+        return f"{self.kind}-{self.action.name.lower()}{rows}{rank}{decides}"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -73,7 +77,9 @@ class ProgramSpec:
         facts = json.loads(text)
         kind = ProgramKind(facts["kind"])
         shape = PolicyShape if kind is ProgramKind.POLICY else ModelShape
-        return cls(**facts | {"kind": kind, "action": Action(facts["action"]), "shape": shape(**facts["shape"])})
+        policy = None if facts["policy"] is None else PolicyShape(**facts["policy"])
+        own = {"kind": kind, "action": Action(facts["action"]), "shape": shape(**facts["shape"]), "policy": policy}
+        return cls(**facts | own)
 
 
 class Program:

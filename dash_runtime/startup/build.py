@@ -5,7 +5,7 @@ budget is the same from one start to the next. Knows folders; knows no environme
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from dash_runtime.config import (
     StoppingParameters,
 )
 from dash_runtime.decoder.backends.cuda_graphs import Graphs, cuda_capture
-from dash_runtime.decoder.backends.inductor import InductorBackend, can_compile, program_specs, skip_spec
+from dash_runtime.decoder.backends.inductor import InductorBackend, can_compile, program_specs
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import device_of, find_device
@@ -29,17 +29,17 @@ from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.errors import ConfigError
-from dash_runtime.layers.row_compensation import program_rank
 from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.draft_length import LEAST_GAIN
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
-from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec, load_programs, programs_digest
+from dash_runtime.programs.program_cache import Program, ProgramSpec, load_programs, programs_digest
 from dash_runtime.programs.traced_layer import ModelShape
 from dash_runtime.progress import Progress
 from dash_runtime.startup.calibration import DeviceCalibration
+from dash_runtime.startup.policy_programs import PolicyPrograms
 from dash_runtime.startup.process_memory import settle_memory
 from dash_runtime.startup.row_parity import unequal_counts
 
@@ -92,13 +92,16 @@ def build_engine(
     for policy_file in shipped if options.policy_file is None else [options.policy_file]:
         policy = load_policy(policy_file, model, fingerprint, dtype=dtype, device=device)
         learned.append(policy.without(set(Action) - set(actions)))
+    num_threads = torch.get_num_threads()
+    policy_programs = [PolicyPrograms(model, policy, num_threads, config.lane) for policy in learned]
     programs = None
     if options.compile_layers:
-        programs = _load_programs(model, learned, actions, dtype, device, cache_folder / "programs", progress)
+        specs = [spec for own in policy_programs for spec in own.specs]
+        programs = _load_programs(model, specs, actions, dtype, device, cache_folder / "programs", progress)
     inductor = None
     if programs is not None:
         inductor = InductorBackend(model.block, programs, shares_products=config.group_planner)
-        learned = [replace(p, program=programs[policy_spec(p)]) for p in learned]
+        learned = [own.attached(programs) for own in policy_programs]
     decoder = make_decoder(
         model,
         weights,
@@ -174,14 +177,9 @@ def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:
     return {*shape.matrices(), (shape.key_value_size, shape.hidden_size)}
 
 
-def policy_spec(policy: LearnedPolicy) -> ProgramSpec:
-    """Returns the program that evaluates the policy, in one thread, since waking another takes longer than a row."""
-    return ProgramSpec(ProgramKind.POLICY, Action.FULL, policy.shape, 1)
-
-
 def _load_programs(
     model: ModelConfig,
-    learned: Sequence[LearnedPolicy],
+    policy_specs: Sequence[ProgramSpec],
     actions: tuple[Action, ...],
     dtype: torch.dtype,
     device: torch.device,
@@ -191,10 +189,7 @@ def _load_programs(
     """Returns the programs for this model and its policies; None if everything runs eagerly."""
     if not device_of(device).compiles_layers or dtype is not torch.bfloat16 or not can_compile(model):
         return None
-    num_threads = torch.get_num_threads()
-    specs = program_specs(model, actions, num_threads)
-    for policy in learned:
-        specs += policy_spec(policy), skip_spec(model, policy.kv_action, program_rank(policy.compensation), num_threads)
+    specs = [*program_specs(model, actions, torch.get_num_threads()), *policy_specs]
     return load_programs(list(dict.fromkeys(specs)), folder, progress)
 
 

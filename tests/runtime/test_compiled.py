@@ -11,21 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.decoder.backends.inductor import InductorBackend, program_specs, skip_spec
+from dash_runtime.decoder.backends.inductor import InductorBackend, program_specs, skip_specs
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Affine, Compensation, Identity, LowRank, PackedLowRank, Scale
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.programs.compile_program import sample
-from dash_runtime.programs.program_cache import Program, ProgramSpec
 from dash_runtime.startup.row_parity import unequal_counts
-from tests.runtime.compiled_model import NUM_THREADS, SIZES, CompiledModel
+from tests.runtime.compiled_model import NUM_THREADS, SIZES, CompiledModel, UncompiledProgram
 from tests.runtime.support import (
     ALL_ACTIONS,
     CPU,
@@ -43,17 +40,6 @@ pytestmark = pytest.mark.alone
 MAX_DIVERGENCE = 0.01
 """Nats. Rounding to bf16 at other places makes a tenth of this, plans in another order a hundred times as much."""
 Plan = Sequence[Action]
-
-
-class UncompiledProgram(Program):
-    """A program's module, run eagerly."""
-
-    def __init__(self, spec: ProgramSpec) -> None:
-        self._module, inputs, _ = sample(spec)
-        self._structure = pytree.tree_structure(inputs)
-
-    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
-        return pytree.tree_leaves(self._module(*pytree.tree_unflatten(inputs, self._structure)))
 
 
 @dataclass(frozen=True)
@@ -89,7 +75,7 @@ def decoders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     else:
         folder = save_tiny_model(tmp_path_factory.mktemp("compiled") / request.param, request.param, **SIZES)
         config = load_model_config(folder)
-        specs = [*program_specs(config, ALL_ACTIONS, NUM_THREADS), skip_spec(config, Action.INT8, 16, NUM_THREADS)]
+        specs = [*program_specs(config, ALL_ACTIONS, NUM_THREADS), *skip_specs(config, Action.INT8, 16, NUM_THREADS)]
         programs = {spec: UncompiledProgram(spec) for spec in specs}
     backends = [InductorBackend(config.block, programs, shares_products=shares) for shares in (False, True)]
     alone, shared = (decoder_of(folder, config, backend) for backend in backends)
@@ -257,8 +243,14 @@ def test_rows_decoded_in_a_batch_are_bit_equal_to_the_same_rows_alone(decoders: 
 
 
 @torch.inference_mode()
-def test_rows_that_share_products_are_those_of_the_eager_decoder(decoders: Decoders) -> None:
+@pytest.mark.parametrize(("rank", "kv_action"), [(0, Action.INT4), (16, Action.INT8), (0, Action.FULL)])
+def test_rows_that_share_products_are_those_of_the_eager_decoder(
+    decoders: Decoders, rank: int, kv_action: Action
+) -> None:
+    """Rows that skip share a call too: there is a program for the first two compensations, and none for the last."""
     num_rows = 5
+    low_rank = PackedLowRank.from_low_rank(some_low_rank(decoders.shared, max(rank, 16)), torch.bfloat16)
+    compensation = low_rank if rank else some_affine(decoders.shared)
     own, expected = (
         prefilled_together(decoder, [range(1, 2 + 5 * row) for row in range(num_rows)])
         for decoder in (decoders.shared, decoders.eager)
@@ -270,9 +262,10 @@ def test_rows_that_share_products_are_those_of_the_eager_decoder(decoders: Decod
         ]
         for row, plan in enumerate(plans):
             plan[row] = Action.SKIP
+            plan[5] = Action.SKIP if row <= step else plan[5]  # from one row to all
         token_ids = [[10 * row + step] for row in range(num_rows)]
         logits, others = (
-            run_rows(decoder, caches, token_ids, plans)
+            run_rows(decoder, caches, token_ids, plans, compensation, kv_action)
             for decoder, caches in ((decoders.shared, own), (decoders.eager, expected))
         )
         assert divergence(others, logits) < MAX_DIVERGENCE

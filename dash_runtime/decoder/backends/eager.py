@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.layers.batch import Batch
+from dash_runtime.layers.evaluation import Evaluation
 from dash_runtime.layers.heads import Heads
 from dash_runtime.layers.layer import DecoderLayer
 from dash_runtime.layers.layer_body import after_attention, before_attention, split_heads
@@ -33,7 +34,17 @@ class EagerBackend:
     def takes(self, batch: Batch) -> bool:
         return True
 
-    def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
+    def takes_evaluations(self, num_rows: int) -> bool:
+        return False
+
+    def run_layer(
+        self,
+        layer: int,
+        actions: Sequence[Action],
+        hidden: Tensor,
+        batch: Batch,
+        evaluations: Sequence[Evaluation | None] = (),
+    ) -> Tensor:
         queries, keys, values = self._project(layer, actions, hidden, batch)
         batch.write(layer, keys, values)
         parts: list[tuple[list[int] | None, Tensor]] = []
