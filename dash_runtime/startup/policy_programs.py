@@ -30,7 +30,7 @@ class PolicyPrograms:
         self._layers: dict[Action, ProgramSpec] = {}
         decides_next = policy.block_size == 1 and policy.lookahead == 1
         if decides_next and lane in (None, LaneKind.INLINE) and has_program(policy.compensation):
-            for action in {*policy.spec.actions, policy.pinned_action}:
+            for action in sorted({*policy.spec.actions, policy.pinned_action}):
                 spec = self._skips[0] if action is Action.SKIP else layer_spec(model, action, num_threads)
                 self._layers[action] = replace(spec, policy=policy.shape)
 
