@@ -22,6 +22,7 @@ from benchmarks.rpc import measure_rpc
 from benchmarks.server_process import running_server
 from benchmarks.service import measure_service
 from benchmarks.setting import Setting, load_setting
+from benchmarks.skips import measure_skips
 from benchmarks.split import measure_split
 from dash_runtime.checkpoints import default_cache_folder
 
@@ -30,6 +31,7 @@ _SECTIONS: dict[str, Callable[[Report, Setting, Effort], None]] = {
     "prefill": measure_prefill,
     "exact": measure_exact,
     "lanes": measure_lanes,
+    "skips": measure_skips,
     "streams": measure_batches,
     "long context": measure_long_context,
     "engine and server": measure_rpc,

@@ -36,6 +36,7 @@ class Setting:
     transformers: Transformers | None
     llama_cpp: LlamaCpp | None
     budgets: Budgets | None
+    cache_folder: Path
 
     @property
     def adaptive(self) -> SkipOptions:
@@ -91,6 +92,7 @@ def load_setting(report: Report, cache_folder: Path) -> Setting:
         transformers,
         llama_cpp,
         budgets,
+        cache_folder,
     )
 
 

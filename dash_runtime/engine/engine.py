@@ -15,6 +15,7 @@ from dash_runtime.actions import Action, CostTable
 from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts, SkipOptions
 from dash_runtime.decision_trace import StepKind
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.engine.fused_decider import FusedDecider
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.engine.prefix_cache import PrefixCache
@@ -26,6 +27,7 @@ from dash_runtime.events import EndReason, EngineEvent, SlotGranted, TokenProduc
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.kv_cache import CachePool
 from dash_runtime.policy.catalog import Assignment
+from dash_runtime.policy.learned import LearnedPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +202,16 @@ class Engine:
     def _decode(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
         for sequence in sequences:
             sequence.begin_draft_if_due()
-        compensations = [sequence.assignment.policy.compensation for sequence in sequences]
+        policies = [sequence.assignment.policy for sequence in sequences]
         assignments = [sequence.decider_assignment(self._catalog.full_depth) for sequence in sequences]
-        deciders = _deciders(sequences, assignments)
-        batch = self._decoder.batch(PassKind.DECODE, [s.cache for s in sequences], [1] * len(sequences), compensations)
+        deciders = _deciders(sequences, assignments, self._decoder.takes_evaluations(len(sequences)))
+        batch = self._decoder.batch(
+            PassKind.DECODE,
+            [sequence.cache for sequence in sequences],
+            [1] * len(sequences),
+            [policy.compensation for policy in policies],
+            [policy.kv_action for policy in policies],
+        )
         exposed_before, started_ns = self._lane.exposed_ns, time.perf_counter_ns()
         planner = self._planner if len(sequences) > 1 else None  # a single row has none to agree with
         token_ids = [sequence.last_token_id for sequence in sequences]
@@ -266,8 +274,8 @@ class Engine:
         return sequence.finished(reason)
 
 
-def _deciders(sequences: list[Sequence], assignments: list[Assignment]) -> list[Decider]:
-    """Returns one decider per policy in the batch."""
+def _deciders(sequences: list[Sequence], assignments: list[Assignment], takes_evaluations: bool) -> list[Decider]:
+    """Returns one decider per policy in the batch. The layers' programs evaluate it if they can."""
     rows_by_policy: dict[int, list[int]] = {}
     for row, assignment in enumerate(assignments):
         rows_by_policy.setdefault(id(assignment.policy), []).append(row)
@@ -275,5 +283,9 @@ def _deciders(sequences: list[Sequence], assignments: list[Assignment]) -> list[
     for rows in rows_by_policy.values():
         assignment = assignments[rows[0]]
         tokens = [sequences[row].next_token() for row in rows]
-        deciders.append(Decider(assignment.policy, rows, tokens, assignment.state_costs, len(sequences)))
+        policy, arguments = assignment.policy, (rows, tokens, assignment.state_costs, len(sequences))
+        if takes_evaluations and isinstance(policy, LearnedPolicy) and policy.layer_programs is not None:
+            deciders.append(FusedDecider(policy, *arguments))
+        else:
+            deciders.append(Decider(policy, *arguments))
     return deciders

@@ -3,68 +3,24 @@
 Knows states and scores; knows no files (policy_file.py) and no training.
 """
 
-import math
-import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.devices import device_of
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.budgets import BudgetCalibration, Budgets
+from dash_runtime.policy.facts import Facts
 from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.network import NUM_SCALAR_FEATURES, FoldedNetwork, PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Actions, Decision, Pending, State
+from dash_runtime.policy.row_evaluation import NetworkInputs, RowEvaluation
+from dash_runtime.programs.program_cache import Program
 from dash_runtime.programs.traced_policy import PolicyShape
-
-
-class _Facts:
-    """Packs what a network is told beside the hidden state, without making tensors.
-
-    A row is `[num_known + 3]`: the last action, one-hot, then cost spent, log λ and its square.
-    """
-
-    def __init__(self, num_known: int) -> None:
-        self._row = struct.Struct(f"{num_known + NUM_SCALAR_FEATURES}f")
-        known = range(1, num_known + 1)
-        self._one_hot = {last: tuple(float(row == last) for row in known) for last in known}
-        self._buffers: dict[int, tuple[bytearray, Tensor]] = {}
-
-    def in_place(self, state: State) -> Tensor:
-        """Returns `[rows, num_known + 3]` in the tensor of the last call with as many rows.
-
-        A program has read it once it returns. With cold caches, writing the numbers takes a fifth of the time of making
-        a tensor.
-        """
-        num_rows = len(state.tokens)
-        if num_rows not in self._buffers:
-            self._buffers[num_rows] = self._buffer(num_rows)
-        numbers, tensor = self._buffers[num_rows]
-        self._write(numbers, state)
-        return tensor
-
-    def on_device(self, state: State) -> Tensor:
-        """Returns `[rows, num_known + 3]` in a new tensor on the state's device."""
-        numbers, rows = self._buffer(len(state.tokens))
-        self._write(numbers, state)
-        return device_of(state.hidden.device).upload(rows)
-
-    def _buffer(self, num_rows: int) -> tuple[bytearray, Tensor]:
-        """Returns zeros for so many rows, and a tensor over the same memory."""
-        numbers = bytearray(num_rows * self._row.size)
-        return numbers, torch.frombuffer(numbers, dtype=torch.float32).view(num_rows, -1)
-
-    def _write(self, numbers: bytearray, state: State) -> None:
-        place = 0
-        for token, action, cost_spent in zip(state.tokens, state.actions, state.cost_spent, strict=True):
-            log_price = math.log(token.price)
-            self._row.pack_into(numbers, place, *self._one_hot[action], cost_spent, log_price, log_price * log_price)
-            place += self._row.size
 
 
 @dataclass(frozen=True)
@@ -82,6 +38,9 @@ class LearnedPolicy:
     """True if it was trained to have its drafts accepted (mode EXACT) instead of to stay close to full depth."""
     program: Callable[[list[Tensor]], list[Tensor]] | None = None
     """`FewRowsPolicy`, compiled for `shape`; None to evaluate eagerly."""
+    layer_programs: Mapping[Action, Program] | None = None
+    """The programs of layers that evaluate this policy as well (`row_evaluation.py`), by action; None if there are
+    none."""
 
     @property
     def score_actions(self) -> Actions:
@@ -102,6 +61,10 @@ class LearnedPolicy:
     @property
     def block_size(self) -> int:
         return self.spec.block_size
+
+    @property
+    def kv_action(self) -> Action:
+        return self.spec.kv_action
 
     @property
     def head(self) -> Action:
@@ -143,8 +106,8 @@ class LearnedPolicy:
         return [(action,) for action in self.spec.actions]
 
     @cached_property
-    def _facts(self) -> _Facts:
-        return _Facts(self.network.num_known)
+    def _facts(self) -> Facts:
+        return Facts(self.network.num_known)
 
     @cached_property
     def _weights(self) -> list[list[Tensor]]:
@@ -154,12 +117,29 @@ class LearnedPolicy:
         blocks = zip(folded.block_terms, folded.output_weight, folded.output_bias, strict=True)
         return [[hidden, terms, facts, weight, bias] for terms, weight, bias in blocks]
 
+    @cached_property
+    def _row_evaluations(self) -> list[RowEvaluation]:
+        return []
+
+    @cached_property
+    def _network_inputs(self) -> NetworkInputs:
+        return NetworkInputs(self._folded, self.spec)
+
+    def row_evaluations(self, num_rows: int) -> Sequence[RowEvaluation]:
+        """Returns an evaluation for each of so many rows; the same ones every time."""
+        assert self.layer_programs is not None
+        made = self._row_evaluations
+        while len(made) < num_rows:
+            made.append(RowEvaluation(self._network_inputs, self.spec, self.layer_programs))
+        return made[:num_rows]
+
     def start(self, layer: int, state: State) -> Pending:
         block, num_layers = self._blocks[layer]
         if self.program is not None:
             best, scores = self.program([state.hidden, self._facts.in_place(state), *self._weights[block]])
         else:
-            scores = self._folded.scores(block, state.hidden, self._facts.on_device(state))
+            facts = device_of(state.hidden.device).upload(self._facts.apart(state))
+            scores = self._folded.scores(block, state.hidden, facts)
             best = scores.argmax(dim=-1)
         if num_layers < self.spec.block_size:
             best, scores = best[:, :num_layers], scores[:, :num_layers]

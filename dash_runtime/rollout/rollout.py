@@ -58,7 +58,7 @@ def roll_out(
         known: the first layers' inputs, if an earlier path with the same actions before them has them. Only the layers
             from the last of them on are run.
     """
-    batch = sequence_rows(decoder, sequences, compensation)
+    batch = sequence_rows(decoder, sequences, compensation, spec.kv_action)
     full = torch.full((batch.num_rows,), int(Action.FULL))
     layer_costs = costs_by_action(spec.costs)
     observed = {block[0] - spec.lookahead: block for block in spec.decision_blocks}

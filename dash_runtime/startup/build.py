@@ -5,7 +5,7 @@ budget is the same from one start to the next. Knows folders; knows no environme
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -40,12 +40,13 @@ from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import find_policies, load_policy
-from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec, load_programs, programs_digest
+from dash_runtime.programs.program_cache import Program, ProgramSpec, load_programs, programs_digest
 from dash_runtime.programs.traced_layer import ModelShape
 from dash_runtime.progress import Progress
 from dash_runtime.startup.calibration import DeviceCalibration
 from dash_runtime.startup.cost_keeper import CostKeeper
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
+from dash_runtime.startup.policy_programs import PolicyPrograms
 from dash_runtime.startup.process_memory import settle_memory
 from dash_runtime.startup.row_parity import unequal_counts
 
@@ -100,13 +101,16 @@ def build_engine(
     for policy_file in shipped if options.policy_file is None else [options.policy_file]:
         policy = load_policy(policy_file, model, fingerprint, dtype=dtype, device=device)
         learned.append(policy.without(set(Action) - set(actions)))
+    num_threads = torch.get_num_threads()
+    policy_programs = [PolicyPrograms(model, policy, num_threads, config.lane) for policy in learned]
     programs = None
     if options.compile_layers:
-        programs = _load_programs(model, learned, actions, dtype, device, cache_folder / "programs", progress)
+        specs = [spec for own in policy_programs for spec in own.specs]
+        programs = _load_programs(model, specs, actions, dtype, device, cache_folder / "programs", progress)
     inductor = None
     if programs is not None:
         inductor = InductorBackend(model.block, programs, shares_products=config.group_planner)
-        learned = [replace(p, program=programs[policy_spec(p)]) for p in learned]
+        learned = [own.attached(programs) for own in policy_programs]
     decoder = make_decoder(
         model,
         weights,
@@ -198,17 +202,13 @@ def assemble_engine(
 
 def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:
     """Returns `(out_features, in_features)` of the matrices that a quantised action needs kernels for."""
-    return set(ModelShape.of(model).matrices())
-
-
-def policy_spec(policy: LearnedPolicy) -> ProgramSpec:
-    """Returns the program that evaluates the policy, in one thread, since waking another takes longer than a row."""
-    return ProgramSpec(ProgramKind.POLICY, Action.FULL, policy.shape, 1)
+    shape = ModelShape.of(model)
+    return {*shape.matrices(), (shape.key_value_size, shape.hidden_size)}
 
 
 def _load_programs(
     model: ModelConfig,
-    learned: Sequence[LearnedPolicy],
+    policy_specs: Sequence[ProgramSpec],
     actions: tuple[Action, ...],
     dtype: torch.dtype,
     device: torch.device,
@@ -218,9 +218,8 @@ def _load_programs(
     """Returns the programs for this model and its policies; None if everything runs eagerly."""
     if not device_of(device).compiles_layers or dtype is not torch.bfloat16 or not can_compile(model):
         return None
-    num_threads = torch.get_num_threads()
-    specs = program_specs(model, actions, num_threads)
-    return load_programs([*specs, *(policy_spec(policy) for policy in learned)], folder, progress)
+    specs = [*program_specs(model, actions, torch.get_num_threads()), *policy_specs]
+    return load_programs(list(dict.fromkeys(specs)), folder, progress)
 
 
 def _warm_up(engine: Engine) -> None:

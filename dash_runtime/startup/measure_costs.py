@@ -27,7 +27,7 @@ from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.learned import LearnedPolicy
-from dash_runtime.policy.policy import Decision, FixedPlan, FullDepth, Pending, State
+from dash_runtime.policy.policy import FixedPlan, cheapest_kernel, full_depth
 from dash_runtime.startup.measure import filled_caches, timed
 
 ROUNDS = 8
@@ -37,15 +37,6 @@ with what it has, whose spread says how little that is."""
 _MIXTURES = 4
 _POLICY_RUNS = 2
 _GUESS_ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class _WholePlan(FixedPlan):
-    """A plan with one decision for a token, so that it costs its layers and nothing else."""
-
-    def start(self, layer: int, state: State) -> Pending:
-        decision = Decision([(action,) for action in self.plan[1:]])
-        return lambda: decision
 
 
 @dataclass
@@ -95,7 +86,7 @@ class StepMeasurement:
         self._request_tokens = (num_prompt, num_new)
         num_layers = decoder.num_layers  # costs that nobody reads
         self._costs = CostTable(num_layers, dict.fromkeys(Action, 1 / num_layers), dict.fromkeys(Action, 0.0))
-        self._catalog = _DealtPlans(Assignment(FullDepth(num_layers), self._costs))
+        self._catalog = _DealtPlans(Assignment(full_depth(num_layers), self._costs))
         self._steps = _Steps()
         self._engine = self._make_engine()
         self._plans: list[Assignment] = []
@@ -164,15 +155,8 @@ class StepMeasurement:
         return assignments
 
     def _assignment(self, plan: tuple[Action, ...], head: Action) -> Assignment:
-        policy = _WholePlan(
-            plan,
-            name=f"measured {plan[0].name}" if len(set(plan)) == 1 else "measured mixture",
-            head=head,
-            compensation=self._compensation,
-            pinned=frozenset((0,)),
-            pinned_action=plan[0],
-            block_size=len(plan),
-        )
+        name = f"measured {plan[0].name}" if len(set(plan)) == 1 else "measured mixture"
+        policy = FixedPlan(plan, name, head, self._compensation)
         return Assignment(policy, self._costs)
 
     def _make_engine(self) -> Engine:
@@ -218,7 +202,8 @@ def _guess(decoder: Decoder, compensation: Compensation, has_policy: bool) -> Co
     That also says how the part of a token that is the same for every plan divides into layers, head and the rest. Whole
     steps do not show that.
     """
-    batch = decoder.batch(PassKind.DECODE, filled_caches(decoder), [1], [compensation])
+    kernels = [cheapest_kernel(decoder.actions)]
+    batch = decoder.batch(PassKind.DECODE, filled_caches(decoder), [1], [compensation], kernels)
     hidden = decoder.embed([0])
     logits = decoder.logits(hidden, (Action.FULL,))
 

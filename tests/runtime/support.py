@@ -46,12 +46,14 @@ def run_rows(
     token_ids: Sequence[Sequence[int]],
     plans: Sequence[Sequence[Action]],
     compensation: Compensation | None = None,
+    kv_action: Action = Action.FULL,
 ) -> Tensor:
     """Runs one pass and returns the logits of all rows. The rows of a sequence share its plan."""
     lengths = [len(ids) for ids in token_ids]
     is_decoding = all(length == 1 and cache.length for cache, length in zip(caches, lengths, strict=True))
     kind = PassKind.DECODE if is_decoding else PassKind.PREFILL
-    batch = decoder.batch(kind, caches, lengths, [compensation or Identity()] * len(caches))
+    some = [compensation or Identity()] * len(caches)
+    batch = decoder.batch(kind, caches, lengths, some, [kv_action] * len(caches))
     hidden = decoder.embed([token_id for ids in token_ids for token_id in ids])
     for layer in range(decoder.num_layers):
         actions = [plan[layer] for plan, length in zip(plans, lengths, strict=True) for _ in range(length)]

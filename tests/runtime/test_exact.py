@@ -122,7 +122,6 @@ def test_keys_and_values_of_accepted_tokens_are_full_depths(decoder: Decoder) ->
             engine.step()
             sequence = engine._running["a"]
         caches.append(sequence.cache)
-    assert not any(caches[0].pending)
     for exact, full in zip((*caches[0].keys, *caches[0].values), (*caches[1].keys, *caches[1].values), strict=True):
         torch.testing.assert_close(exact[:42], full[:42], atol=1e-4, rtol=1e-4)
 

@@ -104,7 +104,7 @@ def test_a_rollouts_actions_and_states_are_those_of_serving_for_the_same_tokens(
         for place in range(4, len(ids)):
             row = number * len(ids) + place
             decider = Decider(policy, [0], [Token(0, place, price=1.0)], task.spec.costs, 1)
-            rows = decoder.batch(PassKind.DECODE, [cache], [1], [task.compensation])
+            rows = decoder.batch(PassKind.DECODE, [cache], [1], [task.compensation], [policy.kv_action])
             served = decode_step(decoder, InlineLane(), rows, [ids[place]], [decider])
             assert served.plans[0] == bytes(rolled.actions[:, row].tolist())
             expected = decoder.logits(rolled.states[-1][row : row + 1], (Action.FULL,))
