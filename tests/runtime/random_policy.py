@@ -7,9 +7,10 @@ import torch
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.policy.learned import LearnedPolicy, PolicyNetwork
+from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import full_edges
-from dash_runtime.policy.policy_file import model_fingerprint, save_policy
+from dash_runtime.policy.policy_file import save_policy
 from tests.runtime.support import ALL_ACTIONS, load_decoder, some_affine, some_calibration, some_costs
 
 NAME = "random-network"
