@@ -23,12 +23,21 @@ from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import EngineEvent, SequenceFinished, SpeculationStatistics, TokenProduced
 from dash_runtime.policy.catalog import USUAL_VERIFICATION_COSTS, PolicyCatalog
-from tests.runtime.support import drain, finished, load_decoder, some_affine, some_plans, tokens
+from dash_runtime.policy.fixed_plans import MeasuredPlan, named
+from tests.runtime.support import drain, finished, load_decoder, some_affine, tokens
 
 pytestmark = pytest.mark.alone
 
 ACTIONS = (Action.SKIP, Action.FULL)
 COSTS = CostTable.from_seconds(6, {Action.SKIP: 0.1, Action.FULL: 1.0}, {Action.FULL: 2.0}, 0.2)
+PLANS = named(
+    [
+        MeasuredPlan("", (Action.FULL, *[Action.SKIP] * count, *[Action.FULL] * (5 - count)), Action.FULL, 0.1 * count)
+        for count in range(1, 5)
+    ],
+    COSTS,
+)
+"""They skip one to four layers."""
 NEARLY_FREE = {1: 0.5, 3: 0.5, 7: 0.5}
 """Verifications so cheap that the engine drafts whatever is accepted."""
 EXACT = SkipOptions(Mode.EXACT, compute_budget=0.8)
@@ -49,7 +58,7 @@ def make_engine(
     **options: int,
 ) -> Engine:
     config = EngineConfig(**options)  # type: ignore[arg-type]
-    catalog = PolicyCatalog(COSTS, ACTIONS, some_affine(decoder), (), 0.8, verification_costs, plans=some_plans())
+    catalog = PolicyCatalog(COSTS, ACTIONS, some_affine(decoder), (), 0.8, verification_costs, plans=PLANS)
     facts = ModelFacts(
         "tiny", "LlamaForCausalLM", 6, 260, 512, config.cache_tokens, config.num_slots, eos, ACTIONS,
         catalog.facts(), "CPU",
