@@ -4,7 +4,7 @@ A policy decides the actions of a block of layers at once, for each row of a bat
 evaluation costs much beside a layer. Knows no lanes, no sequences and no decoder.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
@@ -189,6 +189,22 @@ def edges(num_layers: int) -> frozenset[int]:
     return frozenset((0, num_layers - 1))
 
 
+def uniform_plan(
+    action: Action, num_layers: int, heads: Collection[Action], compensation: Compensation | None = None
+) -> FixedPlan:
+    """Returns the plan that runs every layer with `action`, the edges too.
+
+    A quantised plan takes the INT8 head if there is one.
+    """
+    return FixedPlan(
+        plan=(action,) * num_layers,
+        name=f"{action.name} everywhere",
+        head=_head_of(action, heads),
+        compensation=compensation or Identity(),
+        pinned=frozenset(),
+    )
+
+
 def fixed_action_plan(
     action: Action, costs: CostTable, compensation: Compensation, heads: Sequence[Action]
 ) -> FixedPlan:
@@ -198,10 +214,13 @@ def fixed_action_plan(
     """
     pinned = edges(costs.num_layers)
     plan = tuple(Action.FULL if layer in pinned else action for layer in range(costs.num_layers))
-    is_quantized = action in (Action.INT4, Action.INT8)
-    head = Action.INT8 if is_quantized and Action.INT8 in heads else Action.FULL
     name = f"fixed-{action.name.lower()}"
-    return FixedPlan(plan=plan, name=name, head=head, compensation=compensation, pinned=pinned)
+    return FixedPlan(plan=plan, name=name, head=_head_of(action, heads), compensation=compensation, pinned=pinned)
+
+
+def _head_of(action: Action, heads: Collection[Action]) -> Action:
+    is_quantized = action in (Action.INT4, Action.INT8)
+    return Action.INT8 if is_quantized and Action.INT8 in heads else Action.FULL
 
 
 def _uniform(seed: int, position: int, layer: int) -> float:
