@@ -26,7 +26,8 @@ from dash_runtime.engine.step import Decider, decode_step
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.kv_cache import SequenceCache
-from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy
+from dash_runtime.policy.budgets import BudgetCalibration, PricePoint
+from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import NUM_SCALAR_FEATURES, PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Actions, Decision, Pending, State, Token
@@ -144,12 +145,11 @@ def _int4_policy(engine: Engine) -> LearnedPolicy:
     num_layers, hidden_size = decoder.num_layers, decoder.config.hidden_size
     spec = PlanSpec(
         actions=(Action.SKIP, Action.INT4, Action.FULL),
-        pinned=frozenset((0, 1, num_layers - 1)),
+        pinned=dict.fromkeys((0, 1, num_layers - 1), Action.INT4),
         lookahead=1,
         block_size=1,
         head=_HEAD,
         costs=catalog._costs,
-        pinned_action=Action.INT4,
     )
     num_blocks, num_actions, generator = len(spec.decision_blocks), len(spec.actions), torch.Generator().manual_seed(1)
     network = PolicyNetwork(
@@ -160,5 +160,5 @@ def _int4_policy(engine: Engine) -> LearnedPolicy:
         output_weight=torch.zeros(num_blocks, 1, num_actions, _WIDTH),
         output_bias=torch.tensor([0.0, 1.0, 0.0]).expand(num_blocks, 1, num_actions).contiguous(),
     )
-    calibration = BudgetCalibration(((0.5, 0.0),), (0.0,), 0.5)
+    calibration = BudgetCalibration((PricePoint(0.0, {Action.INT4: float(num_layers)}, 0.0, 1.0),))
     return LearnedPolicy("always INT4", network, spec, catalog._compensation, calibration)

@@ -153,8 +153,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--sequences", type=_positive, default=24)
     evaluation.add_argument("--tasks", type=Path, help="questions as .jsonl, to show accuracy at each budget")
     evaluation.add_argument(
+        "--last-words", type=Path, help="text with a paragraph a line, to show how often its last words are predicted"
+    )
+    evaluation.add_argument(
         "--refit-controls", type=_not_negative, default=0, metavar="STEPS", help="refit fixed plans with skips too"
     )
+    evaluation.add_argument("--no-table", action="store_true", help="only --tasks and --last-words")
     evaluation.add_argument("--no-serving", action="store_true", help="leave out own text and speed")
     evaluation.add_argument("--json", type=Path, help="write the rows there")
     evaluation.add_argument("--plots", type=Path, help="folder for plots")

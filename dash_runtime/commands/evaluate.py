@@ -8,27 +8,27 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from dash_runtime.actions import Action
+from dash_runtime.actions import Action, CostTable
+from dash_runtime.commands.task_quality import evaluate_tasks
 from dash_runtime.config import EngineConfig
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import ConfigError
+from dash_runtime.evaluation.accuracy import Accuracy
 from dash_runtime.evaluation.controls import Evaluation, RefitStatic, Row, policy_task, with_dominated
-from dash_runtime.evaluation.likelihood import full_depth_runner, rollout_runner
 from dash_runtime.evaluation.plots import ParetoPoint, has_matplotlib, plot_action_rates, plot_pareto
-from dash_runtime.evaluation.quality import Accuracy, question_and_answer, score_answers, score_choices
 from dash_runtime.evaluation.serving import measure_serving, own_text
-from dash_runtime.evaluation.task_files import ChoiceQuestion, OpenQuestion, read_tasks
 from dash_runtime.layers.compensation import Compensation, LowRank, PackedLowRank, packed
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.fixed_plans import usable
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy_file import find_policies, load_policy, save_policy
-from dash_runtime.rollout.choices import action_rates, greedy_choice
+from dash_runtime.rollout.choices import action_rates
 from dash_runtime.rollout.task import Task, greedy_outcome
 from dash_runtime.startup.build import SHIPPED_POLICIES, assemble_engine
 from dash_runtime.training.calibrate import calibrated, describe_budgets
@@ -42,11 +42,23 @@ _SPEED_TOKENS = 64
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    """Prints the table of policies, controls and tasks; writes it as JSON and as plots if options ask for them."""
+    """Prints the tables of policies and of tasks; writes them as JSON and as plots if options ask for it."""
     if options.plots is not None and not has_matplotlib():
         raise ConfigError("plots", "needs matplotlib: pip install 'dash-llm[train]'")
+    has_tasks = options.tasks is not None or options.last_words is not None
+    if options.no_table and not has_tasks:
+        raise ConfigError("no-table", "leaves nothing to evaluate without --tasks or --last-words")
     model = LoadedModel(options.model_options, print)
     policies = _policies(options, model)
+    rows = [] if options.no_table else _table(options, model, policies)
+    accuracies: list[Accuracy] = []
+    if has_tasks:
+        accuracies = evaluate_tasks(options, model, policies, partial(_engine, model))
+    _write(options, policies, rows, accuracies)
+
+
+def _table(options: argparse.Namespace, model: LoadedModel, policies: list[LearnedPolicy]) -> list[Row]:
+    """Prints and returns the rows of policies and controls, and plots the policies' actions if options ask for it."""
     rows: list[Row] = []
     everything = model.sequences()
     needed = options.sequences + _SEARCH_SEQUENCES
@@ -60,7 +72,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     for policy in policies:
         print(f"searching fixed plans to compare {policy.name} with")
         evaluation = Evaluation(model.decoder, policy, sequences, search, options.prompt_tokens, refit)
-        engine = _engine(model, policy)
+        engine = _engine(model, policy, policy.costs)
         own = evaluation.uniform()
         for budget in options.budgets:
             row, actions = evaluation.learned(budget)
@@ -75,8 +87,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         own = with_dominated(own)
         _print_table(own)
         rows += own
-    accuracies = [] if options.tasks is None else _accuracies(options, model, policies)
-    _write(options, policies, rows, accuracies)
+    return rows
 
 
 def run_calibrate(options: argparse.Namespace) -> None:
@@ -183,8 +194,10 @@ def _refit_static(
     return refit
 
 
-def _engine(model: LoadedModel, policy: LearnedPolicy) -> Engine:
-    catalog = PolicyCatalog(policy.costs, policy.spec.actions, policy.compensation, [policy])
+def _engine(model: LoadedModel, policy: LearnedPolicy, costs: CostTable) -> Engine:
+    """Returns an engine with this policy, and with fixed plans of the actions that `costs` price."""
+    actions = tuple(action for action in model.decoder.actions if action in costs.layer)
+    catalog = PolicyCatalog(costs, actions, policy.compensation, [policy])
     config = EngineConfig(_NUM_SLOTS, _NUM_SLOTS * model.context_length, model.context_length)
     return assemble_engine(model.decoder, catalog, config, model.context_length)
 
@@ -209,54 +222,6 @@ def _with_serving(
     )
 
 
-def _accuracies(options: argparse.Namespace, model: LoadedModel, policies: list[LearnedPolicy]) -> list[Accuracy]:
-    """Scores full depth once, and each policy at each budget, on the user's questions."""
-    questions = read_tasks(options.tasks)
-    choice_questions = [question for question in questions if isinstance(question, ChoiceQuestion)]
-    open_questions = [question for question in questions if isinstance(question, OpenQuestion)]
-
-    def encode(text: str) -> list[int]:
-        return list(model.tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def decode(token_ids: Sequence[int]) -> str:
-        return str(model.tokenizer.decode(list(token_ids)))
-
-    def chat(question: str) -> str:
-        return model.chat_template.render([("user", question)])
-
-    results: list[Accuracy] = []
-    for policy in [None, *policies]:
-        for budget in [None] if policy is None else options.budgets:
-            name = "full depth" if policy is None else policy.name
-            if choice_questions:
-                runner = full_depth_runner(model.decoder, policies[0].costs, context_length=model.context_length)
-                if policy is not None and budget is not None:
-                    task = policy_task(model.decoder, policy, options.prompt_tokens)
-                    log_price = torch.tensor(math.log(policy.budgets(policy.costs).price(budget)))
-                    choose = greedy_choice(task.spec, policy.network, log_price)
-                    runner = rollout_runner(
-                        model.decoder,
-                        policy.spec,
-                        policy.compensation,
-                        choose,
-                        context_length=model.context_length,
-                        num_evaluations=policy.num_evaluations,
-                    )
-                results += score_choices(runner, encode, choice_questions, name, budget)
-            if open_questions:
-                engine = _engine(model, policies[0] if policy is None else policy)
-                prompt = question_and_answer if model.chat_template.source is None else chat
-                results.append(score_answers(engine, encode, decode, open_questions, name, budget, prompt=prompt))
-    print(f"\n{'name':24} {'metric':18} {'budget':>6} {'accuracy':>8} {'± s.e.':>7} {'cost':>6} {'count':>6}")
-    for own in results:
-        asked = "" if own.budget is None else f"{own.budget:.2f}"
-        print(
-            f"{own.name:24} {own.metric:18} {asked:>6} {own.accuracy:8.3f} {own.standard_error:7.3f} "
-            f"{own.cost_share:6.3f} {own.count:6}"
-        )
-    return results
-
-
 def _write(
     options: argparse.Namespace, policies: list[LearnedPolicy], rows: list[Row], accuracies: list[Accuracy]
 ) -> None:
@@ -269,7 +234,7 @@ def _write(
     points = [ParetoPoint(_line_of(row), row.cost_share, row.divergence, row.name in names) for row in rows]
     plot_pareto(points, options.plots / "pareto.png", "Divergence against cost")
     if accuracies:
-        points = [ParetoPoint(own.name, own.cost_share, own.accuracy, own.name in names) for own in accuracies]
+        points = [ParetoPoint(own.name, own.cost_share, own.accuracy.mean, own.name in names) for own in accuracies]
         plot_pareto(points, options.plots / "accuracy.png", "Accuracy against cost", "accuracy", log=False)
 
 

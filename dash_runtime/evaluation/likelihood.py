@@ -1,7 +1,7 @@
-"""Log-likelihoods of given continuations under teacher forcing, along the path that a policy takes.
+"""Log-likelihoods of given continuations under teacher forcing, along the path of a policy or a fixed plan.
 
-As in serving, the given tokens run at full depth, so the first token after them is a full-depth one. Knows rollouts and
-token ids; knows no questions and no networks.
+As in serving, the given tokens run at full depth, so the first token after them is a full-depth one, unless a passage
+or a runner says otherwise. Knows rollouts and token ids; knows no questions and no networks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.full_path import sequence_rows
 from dash_runtime.errors import ConfigError
-from dash_runtime.layers.compensation import Compensation, Identity
+from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.plan_spec import PlanSpec
-from dash_runtime.rollout.choices import no_choice
+from dash_runtime.policy.policy import FixedPlan, full_depth
 from dash_runtime.rollout.rollout import Choose, roll_out
 
 Encode = Callable[[str], Sequence[int]]
@@ -28,10 +29,15 @@ _LOGIT_ROWS = 128
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Token ids: the first `num_given` (at least one) are given, the others (at least one) are scored."""
+    """Token ids: the first `num_given` (at least one) are given, the others (at least one) are scored.
+
+    The first `num_prompt` run at full depth; None: all that are given, as in serving. With fewer, the rest of the given
+    ones runs as if the model had written them.
+    """
 
     token_ids: Sequence[int]
     num_given: int
+    num_prompt: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +57,39 @@ Run = Callable[[Sequence[Passage]], list[PassageScore]]
 """Scores passages under teacher forcing, in their order."""
 
 
+TokenPath = Callable[[Sequence[Sequence[int]], Tensor], tuple[Tensor, Tensor]]
+"""Runs sequences of token ids in which the rows of a bool `[rows]` are decided, and the others run in full. Returns the
+last layer's outputs, `[rows, hidden_size]`, and the costs of the tokens, `[rows]`."""
+
+
 def full_depth_runner(decoder: Decoder, costs: CostTable, *, context_length: int, max_rows: int = 1024) -> Run:
-    """Returns a runner of the path without decisions."""
-    spec = PlanSpec.fixed((Action.FULL,) * costs.num_layers, Action.FULL, costs)
-    return rollout_runner(decoder, spec, Identity(), no_choice, context_length=context_length, max_rows=max_rows)
+    """Returns a runner of full depth."""
+    plan = full_depth(costs.num_layers)
+    return plan_runner(decoder, plan, costs, context_length=context_length, max_rows=max_rows)
+
+
+def plan_runner(
+    decoder: Decoder,
+    plan: FixedPlan,
+    costs: CostTable,
+    *,
+    context_length: int,
+    decides_first: bool = False,
+    max_rows: int = 1024,
+) -> Run:
+    """Returns a runner of a fixed plan. Arguments and errors are those of `rollout_runner`."""
+    cost = costs.token_cost(plan.plan, plan.head)
+
+    def path(sequences: Sequence[Sequence[int]], decided: Tensor) -> tuple[Tensor, Tensor]:
+        batch = sequence_rows(decoder, sequences, plan.compensation, plan.kv_action)
+        hidden = decoder.embed([token_id for ids in sequences for token_id in ids])
+        is_decided = decided.tolist()
+        for layer, action in enumerate(plan.plan):
+            actions = [action if own else Action.FULL for own in is_decided]
+            hidden = decoder.run_layer(layer, actions, hidden, batch)
+        return hidden, torch.full((batch.num_rows,), cost)
+
+    return _runner(decoder, path, plan.head, context_length, decides_first, max_rows)
 
 
 def rollout_runner(
@@ -81,20 +116,30 @@ def rollout_runner(
     Raises (the returned function):
         ConfigError: a passage does not fit the context.
     """
+    rest = spec.costs.token_cost((), spec.head, num_evaluations)
 
+    def path(sequences: Sequence[Sequence[int]], decided: Tensor) -> tuple[Tensor, Tensor]:
+        rollout = roll_out(decoder, sequences, decided, spec, compensation, choose)
+        return rollout.states[-1], rollout.cost_spent[-1].cpu() + rest
+
+    return _runner(decoder, path, spec.head, context_length, decides_first, max_rows)
+
+
+def _runner(
+    decoder: Decoder, path: TokenPath, head: Action, context_length: int, decides_first: bool, max_rows: int
+) -> Run:
     @torch.no_grad()
     def run_together(passages: Sequence[Passage]) -> Iterator[PassageScore]:
         inputs = [passage.token_ids[:-1] for passage in passages]  # nothing follows the last token
         firsts = [passage.num_given - 1 for passage in passages]
-        decided_from = [first if decides_first else first + 1 for first in firsts]
+        decided_from = [_first_decided(passage, decides_first) for passage in passages]
         decided = [place >= start for ids, start in zip(inputs, decided_from, strict=True) for place in range(len(ids))]
-        rollout = roll_out(decoder, inputs, torch.tensor(decided), spec, compensation, choose)
+        outputs, token_costs = path(inputs, torch.tensor(decided))
         spans = list(pairwise(accumulate((len(ids) for ids in inputs), initial=0)))
         rows = [row for first, (start, end) in zip(firsts, spans, strict=True) for row in range(start + first, end)]
         targets = [token_id for passage in passages for token_id in passage.token_ids[passage.num_given :]]
-        heads = [spec.head if decided[row] else Action.FULL for row in rows]
-        log_probs, is_best = _score_rows(decoder, rollout.states[-1], rows, targets, heads)
-        token_costs = rollout.cost_spent[-1].cpu() + spec.costs.token_cost((), spec.head, num_evaluations)
+        heads = [head if decided[row] else Action.FULL for row in rows]
+        log_probs, is_best = _score_rows(decoder, outputs, rows, targets, heads)
         lengths = [len(passage.token_ids) - passage.num_given for passage in passages]
         parts = zip(log_probs.split(lengths), is_best.split(lengths), strict=True)
         for (own, best), (start, end), first in zip(parts, spans, decided_from, strict=True):
@@ -111,6 +156,12 @@ def rollout_runner(
         return [score for together in _batches(passages, max_rows) for score in run_together(together)]
 
     return run
+
+
+def _first_decided(passage: Passage, decides_first: bool) -> int:
+    if passage.num_prompt is not None:
+        return passage.num_prompt
+    return passage.num_given - 1 if decides_first else passage.num_given
 
 
 def _batches(passages: Sequence[Passage], max_rows: int) -> Iterator[list[Passage]]:

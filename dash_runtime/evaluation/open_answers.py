@@ -103,15 +103,13 @@ def generate(
     return [results[place] for place in range(len(requests))]
 
 
-def is_match(text: str, reference: str) -> bool:
-    """Returns True if both have the same last number (GSM8K's `#### 1,072` is 1072).
+def answer_in(text: str, reference: str) -> Decimal | str | None:
+    """Returns the answer that a text gives to a question with this reference; equal answers are equal values.
 
-    If the reference has no number, the texts must be the same except for case, white space and a full stop at the end.
+    It is the last number if the reference has one (GSM8K's `#### 1,072` is 1072), None if the text then has none.
+    Otherwise it is the text, without case, repeated white space and a full stop at the end.
     """
-    wanted = last_number(reference)
-    if wanted is not None:
-        return last_number(text) == wanted
-    return _normalised(text) == _normalised(reference)
+    return _normalised(text) if last_number(reference) is None else last_number(text)
 
 
 def last_number(text: str) -> Decimal | None:

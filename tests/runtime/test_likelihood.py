@@ -8,8 +8,10 @@ import torch
 from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.errors import ConfigError
-from dash_runtime.evaluation.likelihood import Passage, passage_of
-from tests.runtime.evaluation_support import Reference, full_depth, load_reference, runner_of
+from dash_runtime.evaluation.likelihood import Passage, passage_of, plan_runner
+from dash_runtime.layers.compensation import Identity
+from dash_runtime.policy.policy import fixed_action_plan
+from tests.runtime.evaluation_support import CONTEXT, Reference, full_depth, load_reference, runner_of
 from tests.runtime.support import load_decoder, some_costs
 from tests.tiny_models import NUM_LAYERS
 
@@ -76,6 +78,27 @@ def test_the_first_token_can_be_put_before_the_policy_too(decoder: Decoder) -> N
     assert decided.num_decided == 1
     assert decided.total_cost < 1
     assert not torch.allclose(served.log_probs, decided.log_probs, atol=1e-3)
+
+
+def test_a_passage_can_say_what_runs_in_full(decoder: Decoder) -> None:
+    ids = list(b"The first words are given, and all of these too")
+    run = runner_of(decoder, Action.SKIP)
+    (served,), (spoilt,) = run([Passage(ids, 40)]), run([Passage(ids, 40, num_prompt=10)])
+    assert spoilt.num_decided == len(ids) - 1 - 10
+    assert not torch.allclose(served.log_probs[:1], spoilt.log_probs[:1], atol=1e-3)
+    (same,) = run([Passage(ids, 40, num_prompt=40)])
+    assert torch.equal(same.log_probs, served.log_probs)
+
+
+def test_a_fixed_plan_runs_every_layer_of_decided_tokens(decoder: Decoder) -> None:
+    full = full_depth(decoder)(PASSAGES)
+    plan = fixed_action_plan(Action.INT4, NUM_LAYERS, Identity(), tuple(decoder.heads))
+    scores = plan_runner(decoder, plan, some_costs(), context_length=CONTEXT)(PASSAGES)
+    cost = some_costs().token_cost([Action.INT4] * NUM_LAYERS, Action.INT8)
+    for reference, other in zip(full, scores, strict=True):
+        torch.testing.assert_close(other.log_probs[:1], reference.log_probs[:1])
+        assert other.total_cost == pytest.approx(cost * other.num_decided)
+    assert not torch.allclose(full[0].log_probs[1:], scores[0].log_probs[1:], atol=1e-3)
 
 
 def test_decided_tokens_have_the_policy_s_head_and_its_cost(decoder: Decoder) -> None:

@@ -80,9 +80,31 @@ def test_evaluation_shows_policy_and_controls_in_the_table_and_in_json(
         assert [row["kind"] for row in table if row["name"] == name] == [kind] * 2
     assert not by_name["full-depth"]["dominated"]
     accuracies = [row for row in rows if "metric" in row]
-    assert [row["budget"] for row in accuracies] == [None, None, 1.0, 1.0, 0.99, 0.99]
+    assert [row["budget"] for row in accuracies[::2]] == [None, None, None, 1.0, 0.99]
+    kinds = ["full_depth", "fixed", "fixed", "policy", "policy"]
+    assert [row["kind"] for row in accuracies[::2]] == [row["kind"] for row in accuracies[1::2]] == kinds
+    assert [row["changed"] for row in accuracies[:2]] == [None, None]
+    assert all(0 <= row["changed"] <= 1 for row in accuracies[2:])
     for row in table:
         assert row["name"] in printed
+
+
+def test_tasks_can_be_all_that_is_evaluated(
+    trained: Path, tiny_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, questions = tmp_path / "words.txt", tmp_path / "questions.jsonl"
+    words.write_text("".join(f"{'It says this of line ' * 5}{number}, and it is a line.\n" for number in range(3)))
+    questions.write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    arguments = ["evaluate", *common(tiny_folder, text), "--policy", str(trained / "policy.safetensors"), "--no-table"]
+    more = ["--budgets", "1.0", "--json", str(tmp_path / "rows.json")]
+    assert main([*arguments, *more, "--last-words", str(words), "--tasks", str(questions)]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["metric"] for row in rows] == ["last_word", "exact_match"] * 4
+    assert [row["count"] for row in rows] == [3, 1] * 4
+    assert all((row["log_likelihood"] is None) == (row["metric"] == "exact_match") for row in rows)
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "no-table" in capsys.readouterr().err
 
 
 def test_the_ladder_has_every_rung_and_its_last_one_can_be_trained_from(
