@@ -60,11 +60,13 @@ def adaptive(engine: Engine) -> SkipOptions:
     return SkipOptions(Mode.ADAPTIVE, policy_name=next(learned, None))
 
 
-def build(folder: Path, cache_folder: Path, device: str, precision: str, lane: LaneKind) -> Engine:
+def build(
+    folder: Path, cache_folder: Path, device: str, precision: str, lane: LaneKind, policy_file: Path | None = None
+) -> Engine:
     """Builds an engine that prefills all prompts in one step, so that all sequences decode in the same steps."""
     config = EngineConfig(num_slots=max(BATCH_SIZES), prefill_chunk_tokens=4096, lane=lane)
     # Compared engines must plan alike.
-    options = BuildOptions(device=device, precision=precision, checks_kept_costs=False)
+    options = BuildOptions(device=device, precision=precision, checks_kept_costs=False, policy_file=policy_file)
     return build_engine(folder, cache_folder, options, config, print)
 
 

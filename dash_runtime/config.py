@@ -44,6 +44,11 @@ def _require_range(field_name: str, value: float, low: float, high: float, *, lo
         raise InvalidRequest(field_name, f"must be in {bracket}{low:g}, {high:g}], got {value:g}")
 
 
+BUDGET_SLACK = 0.05
+"""A budget this little below the lowest is raised to it. Costs are corrected while serving, so the lowest budget that a
+caller has read may have risen since."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParameters:
     """Parameters of drawing a token from the logits. The defaults are greedy.
@@ -210,7 +215,7 @@ class ModelFacts:
         if not skip.mode.has_policy:
             return
         policy = self.policy(skip.policy_name, skip.mode)
-        if skip.compute_budget is not None and skip.compute_budget < policy.lowest_budget:
+        if skip.compute_budget is not None and skip.compute_budget < policy.lowest_budget - BUDGET_SLACK:
             raise InvalidRequest(
                 "skip.compute_budget",
                 f"{skip.compute_budget:g} is below {policy.lowest_budget:.3f}, "

@@ -119,15 +119,16 @@ class PolicyCatalog:
         self._facts = self._describe()
 
     def assign(self, skip: SkipOptions) -> Assignment:
-        """Returns the assignment for validated options. An unset budget is the default one, raised to the policy's
-        lowest."""
+        """Returns the assignment for validated options. An unset budget is the default one; the policy's lowest is
+        the least."""
         if skip.mode is Mode.FULL_DEPTH:
             return self.full_depth
         if skip.mode is Mode.FIXED:
             assert skip.fixed_action is not None
             return Assignment(self._fixed[skip.fixed_action], self._costs)
         chosen = find_policy(self._facts, skip.policy_name, skip.mode)
-        budget = skip.compute_budget or chosen.default_budget(skip.mode, self._default_compute_budget)
+        asked = skip.compute_budget or chosen.default_budget(skip.mode, self._default_compute_budget)
+        budget = max(asked, chosen.lowest_budget)
         if policy := self._learned.get(chosen.name):
             assignment = self._assign_learned(policy, budget)
         elif self._static is not None and chosen.name == self._static.name:

@@ -34,7 +34,7 @@ def server_environment(folder: Path, model: Path, **variables: str) -> dict[str,
 class Service:
     """A running server and a client for it."""
 
-    ready_seconds = 60.0
+    ready_seconds = 240.0
 
     def __init__(self, folder: Path, model: Path, **variables: str) -> None:
         self.log = folder / "log"

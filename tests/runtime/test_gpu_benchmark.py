@@ -22,6 +22,7 @@ from benchmarks.gpu import (
     tokens_of_transformers,
 )
 from dash_runtime.config import LaneKind
+from tests.runtime.random_policy import save_random_policy
 
 PROMPTS = [[1, 2, 3], [40, 50, 60, 70], [7]]
 
@@ -30,7 +31,8 @@ PROMPTS = [[1, 2, 3], [40, 50, 60, 70], [7]]
 def engines(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Engines:
     cache_folder = tmp_path_factory.mktemp("cache")
     lanes = (LaneKind.INLINE, LaneKind.THREAD)
-    return {lane: build(tiny_folder, cache_folder, "cpu", "float32", lane) for lane in lanes}
+    policy = save_random_policy(cache_folder / "policy.safetensors", tiny_folder)
+    return {lane: build(tiny_folder, cache_folder, "cpu", "float32", lane, policy) for lane in lanes}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
