@@ -47,7 +47,7 @@ def traced(service: Service, collector: OtlpReceiver, **options: object) -> tupl
 
 
 def test_one_adaptive_request_is_one_tree_with_every_decision(service: Service, collector: OtlpReceiver) -> None:
-    answer, trace = traced(service, collector, mode="adaptive", compute_budget=0.7, policy_name=NAME)
+    answer, trace = traced(service, collector, mode="adaptive", compute_budget=1.0, policy_name=NAME)
     trace.check()
     assert trace.children(trace.root) == [trace.generation]
     tokens = trace.children(trace.generation)
@@ -74,7 +74,7 @@ def test_full_depth_has_layers_and_no_decisions(service: Service, collector: Otl
 def test_in_exact_every_output_token_has_a_span_and_rejected_drafts_are_below_their_draft(
     service: Service, collector: OtlpReceiver
 ) -> None:
-    answer, trace = traced(service, collector, mode="exact", policy_name=NAME, compute_budget=0.7)
+    answer, trace = traced(service, collector, mode="exact", policy_name=NAME, compute_budget=1.0)
     trace.check()
     assert len(trace.children(trace.generation, "token")) == 12
     usage = answer.usage.speculation
@@ -90,7 +90,7 @@ def test_the_client_gets_the_same_decisions(service: Service) -> None:
     answer = service.client.generate(
         "and this",
         mode="adaptive",
-        compute_budget=0.7,
+        compute_budget=1.0,
         policy_name=NAME,
         return_decisions=True,
         ignore_eos=True,
