@@ -6,8 +6,10 @@ import torch
 from dash_runtime.actions import Action
 from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_runtime.engine.engine import Engine
+from dash_runtime.policy.catalog import FRONTIER
 from dash_runtime.startup.build import BuildOptions, build_engine
-from tests.runtime.compiled_model import BUDGETS, NUM_THREADS, CompiledModel
+from tests.runtime.compiled_model import NUM_THREADS, CompiledModel
+from tests.runtime.random_policy import NAME
 from tests.runtime.support import drain, finished, tokens
 
 pytestmark = pytest.mark.alone
@@ -15,7 +17,7 @@ pytestmark = pytest.mark.alone
 NUM_TOKENS = 24
 MODES = {
     "full depth": SkipOptions(Mode.FULL_DEPTH),
-    "adaptive": SkipOptions(Mode.ADAPTIVE, compute_budget=BUDGETS[0]),
+    "adaptive": SkipOptions(Mode.ADAPTIVE, policy_name=NAME),
     "exact": SkipOptions(Mode.EXACT, draft_length=7),
     **{action.name: SkipOptions(Mode.FIXED, fixed_action=action) for action in Action},
 }
@@ -73,9 +75,9 @@ def test_every_mode_ends_with_all_its_tokens_and_the_actions_that_it_asked_for(e
 
 
 def test_the_policy_is_evaluated_by_its_program(engine: Engine) -> None:
-    facts = [policy for policy in engine.facts.policies if policy.learned]
-    assert [policy.name for policy in facts] == ["random-network"]
-    policy = engine._catalog._learned["random-network"]
+    facts = [policy.name for policy in engine.facts.policies if policy.learned and policy.name != FRONTIER]
+    assert facts == [NAME]
+    policy = engine._catalog._learned[NAME]
     assert policy.program is not None
     assert set(policy.layer_programs or ()) == set(Action)
 
