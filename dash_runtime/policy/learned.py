@@ -5,9 +5,9 @@ Knows states and scores; knows no files (policy_file.py) and no training.
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.devices import device_of
 from dash_runtime.layers.compensation import Compensation
-from dash_runtime.policy.network import NUM_SCALAR_FEATURES, FoldedNetwork, PolicyNetwork
+from dash_runtime.policy.network import NUM_SCALAR_FACTS, PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Actions, Decision, Pending, State
 from dash_runtime.programs.traced_policy import PolicyShape
@@ -49,17 +49,19 @@ class BudgetCalibration:
 class _Facts:
     """Packs what a network is told beside the hidden state, without making tensors.
 
-    A row is `[num_known + 3]`: the last action, one-hot, then cost spent, log λ and its square.
+    A row is `[num_known + 3 + num_actions]`: the last action, one-hot; cost spent, log λ and its square; then λ times
+    the cost of each action.
     """
 
-    def __init__(self, num_known: int) -> None:
-        self._row = struct.Struct(f"{num_known + NUM_SCALAR_FEATURES}f")
+    def __init__(self, num_known: int, action_costs: Sequence[float]) -> None:
+        self._row = struct.Struct(f"{num_known + NUM_SCALAR_FACTS + len(action_costs)}f")
         known = range(1, num_known + 1)
         self._one_hot = {last: tuple(float(row == last) for row in known) for last in known}
+        self._priced = lru_cache(lambda price: tuple(price * cost for cost in action_costs))
         self._buffers: dict[int, tuple[bytearray, Tensor]] = {}
 
     def in_place(self, state: State) -> Tensor:
-        """Returns `[rows, num_known + 3]` in the tensor of the last call with as many rows.
+        """Returns the rows in the tensor of the last call with as many rows.
 
         A program has read it once it returns. With cold caches, writing the numbers takes a fifth of the time of making
         a tensor.
@@ -72,7 +74,7 @@ class _Facts:
         return tensor
 
     def on_device(self, state: State) -> Tensor:
-        """Returns `[rows, num_known + 3]` in a new tensor on the state's device."""
+        """Returns the rows in a new tensor on the state's device."""
         numbers, rows = self._buffer(len(state.tokens))
         self._write(numbers, state)
         return device_of(state.hidden.device).upload(rows)
@@ -86,7 +88,8 @@ class _Facts:
         place = 0
         for token, action, cost_spent in zip(state.tokens, state.actions, state.cost_spent, strict=True):
             log_price = math.log(token.price)
-            self._row.pack_into(numbers, place, *self._one_hot[action], cost_spent, log_price, log_price * log_price)
+            scalars = (cost_spent, log_price, log_price * log_price)
+            self._row.pack_into(numbers, place, *self._one_hot[action], *scalars, *self._priced(token.price))
             place += self._row.size
 
 
@@ -136,12 +139,10 @@ class LearnedPolicy:
     def shape(self) -> PolicyShape:
         """The shapes that a program for it depends on."""
         network = self.network
-        _, block_size, num_actions, width = network.output_weight.shape
-        return PolicyShape(network.hidden_size, width, block_size, num_actions, network.num_known + NUM_SCALAR_FEATURES)
-
-    @cached_property
-    def _folded(self) -> FoldedNetwork:
-        return self.network.fold()
+        _, block_size, num_actions, inner_width = network.output_weight.shape
+        num_facts = network.num_known + NUM_SCALAR_FACTS
+        width = network.hidden_weight.shape[0]
+        return PolicyShape(network.hidden_size, width, inner_width, block_size, num_actions, num_facts)
 
     @cached_property
     def _blocks(self) -> dict[int, tuple[int, int]]:
@@ -155,22 +156,25 @@ class LearnedPolicy:
 
     @cached_property
     def _facts(self) -> _Facts:
-        return _Facts(self.network.num_known)
+        return _Facts(self.network.num_known, [self.spec.costs.layer[action] for action in self.spec.actions])
 
     @cached_property
     def _weights(self) -> list[list[Tensor]]:
         """By block, the program's arguments after the state and its facts."""
-        folded = self._folded
-        hidden, facts = folded.hidden_weight.contiguous(), folded.fact_weight.contiguous()
-        blocks = zip(folded.block_terms, folded.output_weight, folded.output_bias, strict=True)
-        return [[hidden, terms, facts, weight, bias] for terms, weight, bias in blocks]
+        network = self.network
+        outputs = (network.output_weight.flatten(1, 2), network.output_bias.flatten(1, 2))
+        blocks = zip(network.hidden_bias, network.fact_weight, network.inner_bias, *outputs, strict=True)
+        return [
+            [network.hidden_weight, bias, facts, network.inner_weight, *others] for bias, facts, *others in blocks
+        ]
 
     def start(self, layer: int, state: State) -> Pending:
         block, num_layers = self._blocks[layer]
         if self.program is not None:
             best, scores = self.program([state.hidden, self._facts.in_place(state), *self._weights[block]])
         else:
-            scores = self._folded.scores(block, state.hidden, self._facts.on_device(state))
+            facts, priced = self._facts.on_device(state).tensor_split((-len(self.spec.actions),), dim=1)
+            scores = self.network.scores(block, state.hidden, facts, priced.unsqueeze(1))
             best = scores.argmax(dim=-1)
         if num_layers < self.spec.block_size:
             best, scores = best[:, :num_layers], scores[:, :num_layers]

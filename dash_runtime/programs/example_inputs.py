@@ -72,8 +72,8 @@ def head_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
 def policy_sample(shape: PolicyShape) -> Sample:
     num_outputs = shape.block_size * shape.num_actions
     sizes: list[tuple[int, ...]] = [(shape.width, shape.hidden_size), (shape.width,), (shape.num_facts, shape.width)]
-    sizes += [(num_outputs, shape.width), (num_outputs,)]
-    facts = torch.zeros(_SAMPLE_ROWS, shape.num_facts)
+    sizes += [(shape.inner_width, shape.width), (shape.inner_width,), (num_outputs, shape.inner_width), (num_outputs,)]
+    facts = torch.zeros(_SAMPLE_ROWS, shape.num_facts + shape.num_actions)
     inputs = (_zeros(_SAMPLE_ROWS, shape.hidden_size), facts, *(torch.zeros(size) for size in sizes))
     rows = {0: _varying("rows")}
     return FewRowsPolicy(shape), inputs, (rows, rows, *_fixed(inputs[2:]))

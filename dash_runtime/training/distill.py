@@ -11,23 +11,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from dash_runtime.actions import Action
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.compensation import LowRank
-from dash_runtime.training.differentiable_decoder import (
-    Compensate,
-    DifferentiableDecoder,
-    all_full,
-    fixed_gates,
-    keep_prompts,
-    pass_on,
-    row_divergences,
-    token_batch,
-)
-from dash_runtime.training.ppo import TrainingDiverged
+from dash_runtime.training.dense_decoder import Compensate, DenseDecoder, Text, token_batch
+from dash_runtime.training.loss import TrainingDiverged, row_divergences
 
-ActionsFor = Callable[[list[list[int]]], Tensor]
-"""Returns True where a sequence skips a layer: bool `[num_layers, rows]`, rows sequence by sequence. Prompt rows are
-ignored."""
+ActionsFor = Callable[[Text, Compensate], Tensor]
+"""Returns the actions of a path, as Action's numbers `[num_layers, batch, decided]`, with the present compensation."""
 
 DistillProgress = Callable[[int, float], None]
 """Called with the step and the mean divergence of its tokens before it, in nats."""
@@ -71,13 +62,14 @@ class DistillSettings:
 
 
 def distill_compensation(
-    decoder: DifferentiableDecoder,
+    decoder: DenseDecoder,
     start: LowRank,
     sequences: Sequence[Sequence[int]],
     actions_for: ActionsFor,
     settings: DistillSettings,
     progress: DistillProgress,
     held_out: Sequence[Sequence[int]] = (),
+    skip_kernel: Action = Action.FULL,
 ) -> LowRank:
     """Trains `start` on `sequences`, all of one length, to a lower divergence of the paths that `actions_for` takes.
 
@@ -88,21 +80,18 @@ def distill_compensation(
         ConfigError: the sequences are unusable, or `actions_for` answers in another shape.
         TrainingDiverged: the loss or its gradient is not a number.
     """
-    length = token_batch(sequences, settings.num_prompt_tokens).shape[1]
+    token_ids = token_batch(sequences, settings.num_prompt_tokens)
     generator = torch.Generator().manual_seed(settings.seed)
-    usual = token_batch(sequences[: settings.sequences_per_step], settings.num_prompt_tokens)
-    trained = _Trained(decoder, start, usual)
+    trained = _Trained(decoder, start, token_ids[: settings.sequences_per_step])
     optimizer = torch.optim.Adam(trained.parameters(), settings.learning_rate)
-    judge = _Judge(decoder, held_out, actions_for, settings) if held_out else None
+    judge = _Judge(decoder, start, held_out, actions_for, settings, skip_kernel) if held_out else None
     best = trained.copy()
     lowest = math.inf if judge is None else judge(best)
     for step in range(settings.steps):
-        picked = torch.randperm(len(sequences), generator=generator)[: settings.sequences_per_step].tolist()
-        batch = [list(sequences[index]) for index in picked]
-        skipped = _skipped(actions_for, batch, decoder.num_layers, length)
-        loss = gated_divergence(
-            decoder, torch.tensor(batch), skipped, trained.compensation(), settings.num_prompt_tokens
-        ).mean()
+        picked = torch.randperm(len(token_ids), generator=generator)[: settings.sequences_per_step]
+        text = decoder.text(token_ids[picked], settings.num_prompt_tokens)
+        actions = _actions(actions_for, text, trained.copy(), decoder.num_layers)
+        loss = path_divergence(decoder, text, actions, trained.compensation(), skip_kernel).mean()
         if not loss.isfinite():
             raise TrainingDiverged(f"the divergence in step {step} of the distillation is not a number")
         if loss.requires_grad:  # False if the batch skips nothing
@@ -124,19 +113,18 @@ def distill_compensation(
     return trained.copy() if judge is None else best
 
 
-def gated_divergence(
-    decoder: DifferentiableDecoder, token_ids: Tensor, skipped: Tensor, compensate: Compensate, num_prompt_tokens: int
+def path_divergence(
+    decoder: DenseDecoder, text: Text, actions: Tensor, compensate: Compensate, skip_kernel: Action = Action.FULL
 ) -> Tensor:
-    """Returns KL(full depth ‖ the path that skips) in nats per decided token, float32 `[batch, length − prompt]`.
+    """Returns KL(full depth ‖ the path with these actions) in nats, float32 `[batch, decided]`.
 
-    `skipped` is bool `[num_layers, batch · length]`. Differentiable in the compensation.
+    `actions` are Action's numbers, `[num_layers, batch, decided]`. Differentiable in the compensation.
     """
-    with torch.no_grad():
-        full = decoder.run(token_ids, all_full, pass_on)
-    gates = keep_prompts(fixed_gates(skipped.view(decoder.num_layers, *token_ids.shape)), num_prompt_tokens)
-    ours = decoder.run(token_ids, gates, compensate)
-    full, ours = full[:, num_prompt_tokens:], ours[:, num_prompt_tokens:]
-    return row_divergences(decoder, full.flatten(0, 1), ours.flatten(0, 1)).view(ours.shape[:2])
+    hidden = decoder.embed(text.token_ids)
+    for layer, own in enumerate(actions):
+        hidden, _, _ = decoder.run_layer(layer, own, hidden, text, compensate, skip_kernel)
+    divergences = row_divergences(decoder, text.full.flatten(0, 1), hidden.flatten(0, 1))
+    return divergences.view(text.token_ids.shape)
 
 
 class _Trained(nn.Module):
@@ -146,7 +134,7 @@ class _Trained(nn.Module):
     the sizes taken out, one learning rate suits all parameters.
     """
 
-    def __init__(self, decoder: DifferentiableDecoder, start: LowRank, token_ids: Tensor) -> None:
+    def __init__(self, decoder: DenseDecoder, start: LowRank, token_ids: Tensor) -> None:
         super().__init__()
         inputs, deltas, codes = _usual_sizes(decoder, start, token_ids)
         self.down_scale = codes.unsqueeze(2) / inputs.unsqueeze(1)  # [num_layers, rank, hidden_size]
@@ -166,15 +154,10 @@ class _Trained(nn.Module):
 
 
 @torch.no_grad()
-def _usual_sizes(decoder: DifferentiableDecoder, start: LowRank, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _usual_sizes(decoder: DenseDecoder, start: LowRank, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns root mean squares along the full path: of each layer's input channels and delta channels, `[num_layers,
     hidden_size]` each, and of the outputs of `start.down`, `[num_layers, rank]`."""
-    states: list[Tensor] = []
-
-    def record(layer: int, hidden: Tensor) -> None:
-        states.append(hidden.flatten(0, 1).float())
-
-    states.append(decoder.run(token_ids, record, pass_on).flatten(0, 1).float())
+    states = [state.flatten(0, 1).float() for state in decoder.full_states(token_ids)]
     inputs = torch.stack([_size(state) for state in states[:-1]])
     deltas = torch.stack([_size(after - before) for before, after in pairwise(states)])
     down = start.down.to(decoder.device).float()
@@ -190,35 +173,36 @@ def _size(rows: Tensor) -> Tensor:
 
 
 class _Judge:
-    """Computes the mean divergence on held-out sequences, whose skips stay the same."""
+    """Computes the mean divergence on held-out sequences, whose actions stay the same."""
 
     def __init__(
         self,
-        decoder: DifferentiableDecoder,
+        decoder: DenseDecoder,
+        start: LowRank,
         held_out: Sequence[Sequence[int]],
         actions_for: ActionsFor,
         settings: DistillSettings,
+        skip_kernel: Action,
     ) -> None:
         self._decoder = decoder
-        self._num_prompt_tokens = settings.num_prompt_tokens
-        self._parts: list[tuple[Tensor, Tensor]] = []
-        for first in range(0, len(held_out), settings.sequences_per_step):
-            batch = [list(ids) for ids in held_out[first : first + settings.sequences_per_step]]
-            token_ids = token_batch(batch, settings.num_prompt_tokens)
-            self._parts.append((token_ids, _skipped(actions_for, batch, decoder.num_layers, token_ids.shape[1])))
+        self._skip_kernel = skip_kernel
+        token_ids = token_batch(held_out, settings.num_prompt_tokens)
+        texts = [decoder.text(part, settings.num_prompt_tokens) for part in token_ids.split(settings.sequences_per_step)]
+        self._parts = [(text, _actions(actions_for, text, start, decoder.num_layers)) for text in texts]
 
     @torch.no_grad()
     def __call__(self, compensation: LowRank) -> float:
         parts = [
-            gated_divergence(self._decoder, token_ids, skipped, compensation, self._num_prompt_tokens).flatten()
-            for token_ids, skipped in self._parts
+            path_divergence(self._decoder, text, actions, compensation, self._skip_kernel).flatten()
+            for text, actions in self._parts
         ]
         return float(torch.cat(parts).mean())
 
 
-def _skipped(actions_for: ActionsFor, batch: list[list[int]], num_layers: int, length: int) -> Tensor:
-    skipped = actions_for(batch)
-    expected = (num_layers, len(batch) * length)
-    if skipped.dtype is not torch.bool or tuple(skipped.shape) != expected:
-        raise ConfigError("actions_for", f"must answer bool {expected}, got {skipped.dtype} {tuple(skipped.shape)}")
-    return skipped
+@torch.no_grad()
+def _actions(actions_for: ActionsFor, text: Text, compensate: Compensate, num_layers: int) -> Tensor:
+    actions = actions_for(text, compensate)
+    expected = (num_layers, *text.token_ids.shape)
+    if actions.dtype is not torch.int64 or tuple(actions.shape) != expected:
+        raise ConfigError("actions_for", f"must answer int64 {expected}, got {actions.dtype} {tuple(actions.shape)}")
+    return actions

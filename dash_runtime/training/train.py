@@ -1,171 +1,258 @@
-"""Trains a budget-conditioned policy with its compensation, and calibrates its budgets.
+"""Trains a budget-conditioned policy with its compensation: fitted cost-to-go, in rounds.
 
-A stopped run resumes to the same result. Knows the task and the loop; knows no command line.
+Each round measures what other actions would have cost along the present policy's paths (labels.py), fits a network to
+all labels so far (damage_model.py), and distils the compensation along the new policy's paths (distill.py). A stopped
+run resumes to the same result. Knows the loop; knows no command line.
 """
 
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from dash_runtime.decoder.full_path import full_path
+from dash_runtime.actions import Action
 from dash_runtime.errors import ConfigError
-from dash_runtime.layers.compensation import LowRank, packed
-from dash_runtime.policy.draft_length import USUAL_LENGTHS, USUAL_VERIFICATION_COST, drafting_gain
-from dash_runtime.policy.learned import BudgetCalibration
-from dash_runtime.policy.network import PolicyNetwork
-from dash_runtime.rollout.task import Outcome, Task, greedy_outcome
-from dash_runtime.training.actor_critic import ActorCritic
+from dash_runtime.layers.compensation import LowRank, PackedLowRank, packed
+from dash_runtime.policy.network import PolicyNetwork, facts_of
+from dash_runtime.policy.plan_spec import PlanSpec
+from dash_runtime.rollout.choices import greedy_choice, skip_choice
+from dash_runtime.rollout.rollout import Choose, costs_by_action
 from dash_runtime.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from dash_runtime.training.ppo import Objective, PpoSettings, UpdateLosses, collect, scheduled, update
+from dash_runtime.training.damage_model import FitSettings, fit_damages
+from dash_runtime.training.dense_decoder import Compensate, DenseDecoder, Text, token_batch
+from dash_runtime.training.distill import DistillSettings, distill_compensation
+from dash_runtime.training.labels import Labeller, Labels, SpoiltContext
+from dash_runtime.training.loss import Loss, Objective
+from dash_runtime.training.paths import run_path, skip_kernel
 
-CALIBRATION_PRICES = tuple(0.02 * 2 ** (step / 3) for step in range(30))
-"""λ from 0.02 to 16, in steps of ∛2."""
-HARMLESS = 0.05
-"""Divergence in nats per token; the lowest budget within it is recommended."""
+_JUDGED = (0.25, 0.5, 0.75)
+"""The prices by which progress is shown, as places in the logarithmic range."""
+_DISTILLED = (0.1, 0.7)
+"""Compensation is distilled at prices from this part of the range: at the dearest nearly everything is skipped."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainSettings:
-    """An iteration learns from `sequences_per_iteration` sequences along `paths_per_sequence` paths each.
+    """A round labels `batches` batches of `sequences` sequences, each at `changes` pairs of a layer and an action.
 
-    Before the iterations in `refits` the compensation is refitted on the states that the policy then visits.
+    `price_range` bounds λ, the price of a whole token's cost, which is drawn for each sequence.
     """
 
-    iterations: int = 240
-    sequences_per_iteration: int = 4
-    paths_per_sequence: int = 4
-    refits: tuple[int, ...] = ()
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 1e-4
+    rounds: int = 6
+    batches: int = 8
+    sequences: int = 16
+    changes: int = 6
+    distill_steps: int = 40
+    distill_sequences: int = 8
+    num_prompt_tokens: int = 16
+    price_range: tuple[float, float] = (0.1, 6.0)
+    objective: Objective = Objective.DIVERGENCE
     seed: int = 0
-    checkpoint_every: int = 10
-    ppo: PpoSettings = field(default_factory=PpoSettings)
+    fit: FitSettings = field(default_factory=FitSettings)
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "sequences_per_iteration", "paths_per_sequence", "checkpoint_every"):
+        for name in ("rounds", "batches", "sequences", "changes"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"must be at least 1, got {getattr(self, name)}")
 
+    def log_price(self, place: float) -> float:
+        """Returns log λ at a place of the range, 0 to 1."""
+        low, high = (math.log(price) for price in self.price_range)
+        return low + place * (high - low)
 
-TrainProgress = Callable[[int, float, Outcome, UpdateLosses], None]
-"""Called with the iteration, mean λ, outcome of the sampled paths and losses."""
 
-Refit = Callable[[Task, LowRank, PolicyNetwork, int], LowRank]
-"""Refits compensation along the paths of a policy on a task; the number is a seed."""
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """The means of the policy at one price: `cost` without the head's saving, as a share of full depth."""
+
+    cost: float
+    loss: float
+
+
+class TrainProgress(Protocol):
+    """Is told how far training is."""
+
+    def note(self, text: str) -> None: ...
+
+    def batch(self, done: int, num_labels: int) -> None:
+        """Receives the number of labelled batches so far, in all rounds."""
+
+    def round(self, number: int, num_labels: int, reached: Sequence[Reached]) -> None:
+        """Receives a finished round, and the policy's outcome at three prices."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """The result of training: a network, and the compensation that it was last trained with."""
+    """The result of training: a network, and the compensation that it runs with."""
 
     network: PolicyNetwork
     compensation: LowRank
 
 
-def train(
-    task: Task,
-    compensation: LowRank,
-    sequences: Sequence[Sequence[int]],
-    settings: TrainSettings,
-    checkpoint: Path,
-    progress: TrainProgress,
-    refit: Refit | None = None,
-) -> Trained:
-    """Trains on `sequences`, all of one length, starting with `compensation` instead of the task's.
+class Trainer:
+    """One run of training.
 
-    Every `checkpoint_every` iterations the state is written to `checkpoint`, in one rename. A run that finds it resumes
-    there and ends as without the stop, since each iteration draws from its own seed.
-
-    Raises:
-        TrainingDiverged: the loss is not a number; the last checkpoint is intact.
-        PolicyFileError: the checkpoint is damaged or of another run, or cannot be written.
+    Args:
+        spec: the terms of the policy.
+        decoder: the model, with the spec's kernels.
+        sequences: the text, all of one length.
+        held_out: text by which the compensation is chosen and progress is shown.
     """
-    hidden_size = task.decoder.config.hidden_size
-    model = ActorCritic(task.spec, hidden_size, settings.seed)
-    optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate)
-    signature = _signature(task, sequences, settings)
-    start = 0
-    if checkpoint.exists():
-        kept = load_checkpoint(checkpoint, signature, model, optimizer)
-        start, compensation = kept.iteration, kept.compensation.to(task.decoder.device)
-    for iteration in range(start, settings.iterations):
-        seed = settings.seed * 1_000_003 + iteration
-        if iteration in settings.refits and refit is not None:
-            served = replace(task, compensation=packed(compensation, task.decoder.dtype))
-            compensation = refit(served, compensation, model.network(), seed)
-        torch.manual_seed(seed)
-        share = iteration / settings.iterations
-        for group in optimizer.param_groups:
-            group["lr"] = scheduled(settings.learning_rate, settings.final_learning_rate, share)
-        picked = torch.randperm(len(sequences))[: settings.sequences_per_iteration].tolist()
-        batch = [sequences[index] for index in picked]
-        low, high = (math.log(price) for price in settings.ppo.price_range)
-        per_sequence = torch.empty(len(batch)).uniform_(low, high)
-        log_price = per_sequence.repeat_interleave(torch.tensor([len(ids) for ids in batch]))
-        current = replace(task, compensation=packed(compensation, task.decoder.dtype))
-        experience, outcome = collect(current, model, batch, settings.paths_per_sequence, log_price, settings.ppo)
-        entropy_weight = scheduled(settings.ppo.entropy_start, settings.ppo.entropy_floor, share)
+
+    def __init__(
+        self,
+        spec: PlanSpec,
+        decoder: DenseDecoder,
+        sequences: Sequence[Sequence[int]],
+        held_out: Sequence[Sequence[int]],
+        settings: TrainSettings,
+        progress: TrainProgress,
+    ) -> None:
+        self._spec = spec
+        self._decoder = decoder
+        self._sequences = sequences
+        self._held_out = held_out
+        self._token_ids = token_batch(sequences, settings.num_prompt_tokens)
+        self._settings = settings
+        self._progress = progress
+        self._kernel = skip_kernel(spec.actions)
+
+    def run(self, compensation: LowRank, checkpoint_file: Path) -> Trained:
+        """Trains, starting with `compensation`. The state is written after each round. A run that finds it goes on
+        there and ends as without the stop, since each round draws from its own seed.
+
+        Raises:
+            TrainingDiverged: a loss is not a number; the last checkpoint is intact.
+            PolicyFileError: the checkpoint is damaged or of another run, or cannot be written.
+        """
+        state = Checkpoint(0, None, compensation, SpoiltContext.nothing(self._spec.num_layers), None)
+        signature = self._signature()
+        if checkpoint_file.exists():
+            state = load_checkpoint(checkpoint_file, signature)
+        while state.rounds < self._settings.rounds:
+            state = self._round(state)
+            save_checkpoint(checkpoint_file, signature, state)
+        assert state.network is not None
+        return Trained(state.network, state.compensation)
+
+    def _round(self, before: Checkpoint) -> Checkpoint:
+        settings, number = self._settings, before.rounds
+        seed = settings.seed * 1_000_003 + number
         generator = torch.Generator().manual_seed(seed)
-        losses = update(task, model, optimizer, experience, entropy_weight, settings.ppo, generator)
-        progress(iteration, float(per_sequence.exp().mean()), outcome, losses)
-        if (iteration + 1) % settings.checkpoint_every == 0 or iteration + 1 == settings.iterations:
-            save_checkpoint(checkpoint, signature, model, optimizer, Checkpoint(iteration + 1, compensation))
-    return Trained(model.network(), compensation)
+        served, spoilt = _as_served(before.compensation, self._decoder), before.spoilt.copy()
+        parts = [] if before.labels is None else [before.labels]
+        for batch in range(settings.batches):
+            parts += self._label(before.network, served, spoilt, generator)
+            done = number * settings.batches + batch + 1
+            self._progress.batch(done, sum(len(part.damage) for part in parts))
+        labels = Labels.joined(parts)
+        del parts
+        network = fit_damages(self._spec, labels, settings.fit, seed).network(self._by_block(spoilt.factors()))
+        compensation = self._distilled(network, before.compensation, seed)
+        self._progress.round(number, len(labels.damage), self._reached(network, compensation))
+        return Checkpoint(number + 1, network, compensation, spoilt, labels)
+
+    def _label(
+        self, network: PolicyNetwork | None, compensate: Compensate, spoilt: SpoiltContext, generator: torch.Generator
+    ) -> list[Labels]:
+        """Labels one batch along the network's paths; without one, along full depth's."""
+        settings, spec = self._settings, self._spec
+        picked = torch.randint(len(self._token_ids), (settings.sequences,), generator=generator)
+        text = self._decoder.text(self._token_ids[picked], settings.num_prompt_tokens)
+        places = torch.rand(settings.sequences, generator=generator)
+        log_price = self._by_token(torch.tensor([settings.log_price(place) for place in places.tolist()]), text)
+        path = run_path(self._decoder, text, spec, compensate, self._choice(network, log_price))
+        facts = [facts_of(own.last_actions, own.cost_spent, log_price, len(Action)) for own in path.observations]
+        loss = Loss(self._decoder, text.full, settings.objective)
+        labeller = Labeller(self._decoder, text, spec, compensate, path, facts, loss)
+        labels: list[Labels] = []
+        order = torch.randperm(len(spec.free_layers), generator=generator)[: settings.changes].tolist()
+        for layer in (spec.free_layers[place] for place in order):
+            # Half of the changes are skips: most of the damage is theirs, and most of what there is to learn.
+            kernels = [action for action in spec.actions[:-1] if action is not Action.SKIP]
+            draw = int(torch.randint(2 * max(1, len(kernels)), (1,), generator=generator))
+            action = kernels[draw] if draw < len(kernels) else Action.SKIP
+            others = labeller.others(layer, action)
+            own, change = labeller.measure(layer, others)
+            labels.append(own)
+            if action is Action.SKIP and layer == spec.free_layers[order[-1]]:
+                labeller.add_spoilt(spoilt, layer, others, change, generator)
+        return labels
+
+    def _choice(self, network: PolicyNetwork | None, log_price: Tensor) -> Choose:
+        if network is None:
+            return skip_choice(frozenset(), max(self._spec.actions))
+        return greedy_choice(self._spec, network, log_price)
+
+    def _by_token(self, log_prices: Tensor, text: Text) -> Tensor:
+        return log_prices.repeat_interleave(text.token_ids.shape[1])
+
+    def _by_block(self, factors: Tensor) -> Tensor:
+        """Returns a factor of each layer, `[num_layers]`, as `[num_blocks, block_size]`."""
+        blocks = torch.ones(len(self._spec.decision_blocks), self._spec.block_size)
+        for number, block in enumerate(self._spec.decision_blocks):
+            blocks[number, : len(block)] = factors[list(block)]
+        return blocks
+
+    def _distilled(self, network: PolicyNetwork, start: LowRank, seed: int) -> LowRank:
+        """Distils the compensation along the policy's paths, at a price drawn for each sequence."""
+        settings = self._settings
+        if settings.distill_steps == 0:
+            return start
+        generator = torch.Generator().manual_seed(seed)
+
+        def actions_for(text: Text, compensate: Compensate) -> Tensor:
+            low, high = (settings.log_price(place) for place in _DISTILLED)
+            prices = torch.empty(len(text.token_ids)).uniform_(low, high, generator=generator)
+            choose = self._choice(network, self._by_token(prices, text))
+            return run_path(self._decoder, text, self._spec, compensate, choose).actions
+
+        def report(step: int, divergence: float) -> None:
+            if step % 20 == 0:
+                self._progress.note(f"distilling the compensation, step {step}: divergence {divergence:.3f}")
+
+        distillation = DistillSettings(
+            settings.distill_steps,
+            settings.distill_sequences,
+            seed=seed,
+            num_prompt_tokens=settings.num_prompt_tokens,
+        )
+        return distill_compensation(
+            self._decoder, start, self._sequences, actions_for, distillation, report, self._held_out, self._kernel
+        )
+
+    @torch.no_grad()
+    def _reached(self, network: PolicyNetwork, compensation: LowRank) -> list[Reached]:
+        """Returns the outcome on the held-out text at three prices."""
+        settings, spec = self._settings, self._spec
+        text = self._decoder.text(token_batch(self._held_out, settings.num_prompt_tokens), settings.num_prompt_tokens)
+        loss = Loss(self._decoder, text.full, settings.objective)
+        served, costs = _as_served(compensation, self._decoder), costs_by_action(spec.costs)
+        reached: list[Reached] = []
+        for place in _JUDGED:
+            log_price = self._by_token(torch.full((len(text.token_ids),), settings.log_price(place)), text)
+            path = run_path(self._decoder, text, spec, served, self._choice(network, log_price))
+            layers = costs[path.actions].sum(0).mean()
+            evaluations = len(spec.decision_blocks) * spec.costs.evaluation
+            cost = float(layers) + spec.costs.head[spec.head] + spec.costs.fixed + evaluations
+            reached.append(Reached(cost, float(loss(path.states[-1]).mean())))
+        return reached
+
+    def _signature(self) -> str:
+        """Returns a text that differs between runs that must not resume from each other's checkpoints."""
+        spec = self._spec
+        settings = asdict(self._settings) | {"rounds": None}  # more rounds go on with what is there
+        layers = [sorted(spec.pinned.items()), spec.head.name, spec.lookahead, spec.block_size]
+        text = [len(self._token_ids), int(self._token_ids.sum())]
+        return json.dumps([settings, [action.name for action in spec.actions], *layers, text])
 
 
-def _signature(task: Task, sequences: Sequence[Sequence[int]], settings: TrainSettings) -> str:
-    """Returns a text that differs between runs that must not resume from each other's checkpoints."""
-    spec = task.spec
-    names = [action.name for action in spec.actions]
-    text = [len(sequences), sum(map(sum, sequences))]
-    layers = [sorted(spec.pinned), spec.pinned_action.name, spec.head.name, spec.lookahead, spec.block_size]
-    return json.dumps([asdict(settings), names, *layers, text])
-
-
-def describe_budgets(calibration: BudgetCalibration) -> str:
-    """Returns the budgets in words."""
-    highest = calibration.points[-1][0]
-    return f"budgets {calibration.lowest_budget:.3f} to {highest:.3f}, recommended {calibration.recommended_budget:.3f}"
-
-
-def calibrate(
-    task: Task,
-    network: PolicyNetwork,
-    sequences: Sequence[Sequence[int]],
-    objective: Objective = Objective.DIVERGENCE,
-) -> BudgetCalibration:
-    """Finds the policy's mean cost and divergence on `sequences` for a ladder of prices.
-
-    It recommends the lowest harmless budget or, for a drafter, the one at which greedy drafting gains most.
-    """
-    full = full_path(task.decoder, sequences)
-    points: list[tuple[float, float]] = []
-    reached: list[Outcome] = []
-    for price in sorted(CALIBRATION_PRICES, reverse=True):
-        outcome, _ = greedy_outcome(task, network, sequences, price, full)
-        cost = min(outcome.cost, 1.0)
-        # Budgets ascend: a lower price that costs no more than a dearer one is left out.
-        if not points or cost > points[-1][0]:
-            points.append((cost, math.log(price)))
-            reached.append(outcome)
-    if objective is Objective.ACCEPTANCE:
-        recommended, _ = max(zip(points, reached, strict=True), key=lambda own: _drafting_gain(own[1]))[0]
-    else:
-        harmless = [cost for (cost, _), own in zip(points, reached, strict=True) if own.divergence <= HARMLESS]
-        recommended = min(harmless, default=points[-1][0])
-    return BudgetCalibration(
-        points=tuple(points),
-        divergences=tuple(own.divergence for own in reached),
-        recommended_budget=recommended,
-    )
-
-
-def _drafting_gain(outcome: Outcome) -> float:
-    """Returns the speed over full depth's of greedy drafts of a usual length at this cost and agreement."""
-    return max(
-        drafting_gain(outcome.agreement, outcome.cost, length, USUAL_VERIFICATION_COST) for length in USUAL_LENGTHS
-    )
+def _as_served(compensation: LowRank, decoder: DenseDecoder) -> LowRank:
+    """Returns the compensation, rounded as it is served: the packed form itself is slow for many rows."""
+    served = packed(compensation, decoder.dtype)
+    return served.to_low_rank() if isinstance(served, PackedLowRank) else served
