@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.batches import measure_batches
 from benchmarks.context import measure_long_context
+from benchmarks.cost_error import measure_cost_error
 from benchmarks.decode import measure_decode, measure_prefill
 from benchmarks.exact import measure_exact
 from benchmarks.figures import RESULTS_FOLDER, Report, machine
@@ -18,8 +19,10 @@ from benchmarks.lanes import measure_lanes
 from benchmarks.plots import write_plots
 from benchmarks.rounds import FULL, QUICK, Effort, progress
 from benchmarks.rpc import measure_rpc
+from benchmarks.server_process import running_server
 from benchmarks.service import measure_service
 from benchmarks.setting import Setting, load_setting
+from benchmarks.skips import measure_skips
 from benchmarks.split import measure_split
 from dash_runtime.checkpoints import default_cache_folder
 
@@ -28,6 +31,7 @@ _SECTIONS: dict[str, Callable[[Report, Setting, Effort], None]] = {
     "prefill": measure_prefill,
     "exact": measure_exact,
     "lanes": measure_lanes,
+    "skips": measure_skips,
     "streams": measure_batches,
     "long context": measure_long_context,
     "engine and server": measure_rpc,
@@ -62,6 +66,8 @@ def measure(effort: Effort, cache_folder: Path | None = None, only: str | None =
     if only is None:
         with report.attempt("service"):
             measure_service(report, effort)
+        with report.attempt("cost error"), running_server() as server:
+            measure_cost_error(report, effort, server)
     with report.attempt("everything that decodes"):
         setting = load_setting(report, cache_folder or default_cache_folder(os.environ))
         # As in the worker: loaded objects live as long as the process, so the collector need not visit them.

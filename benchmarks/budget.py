@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
+from dash_runtime.policy.model_sketch import model_fingerprint
+from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.startup.build import SHIPPED_POLICIES
 
 DIVERGENCE_LIMIT = 0.10
@@ -42,11 +43,11 @@ def shipped_budgets(folder: Path) -> Budgets:
     if not files:
         raise RuntimeError("no policy is shipped for this model")
     policy = load_policy(files[0], model, fingerprint, dtype=torch.bfloat16, device=torch.device("cpu"))
-    calibration = policy.calibration
-    found = lowest_budget([budget for budget, _ in calibration.points], calibration.divergences, DIVERGENCE_LIMIT)
+    points = policy.budgets(policy.costs).points
+    found = lowest_budget([point.cost for point in points], [point.divergence for point in points], DIVERGENCE_LIMIT)
     if found is None:
         raise RuntimeError(f"{policy.name} keeps {DIVERGENCE_LIMIT:g} nats per token at no budget")
-    return Budgets(policy.name, *found, calibration.recommended_budget)
+    return Budgets(policy.name, *found, policy.recommended_budget(policy.costs))
 
 
 def lowest_budget(budgets: Sequence[float], divergences: Sequence[float], limit: float) -> tuple[float, float] | None:

@@ -52,7 +52,7 @@ def measure_decode(report: Report, setting: Setting, effort: Effort) -> None:
     report.note(
         f"decoding: one stream, greedy, {len(prompt)} prompt tokens, {effort.num_tokens} new tokens, from the first to "
         f"the last, {effort.rounds} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}; INT8 and "
-        "INT4 with INT8 head, first and last layers FULL"
+        "INT4 in all layers, with INT8 head"
     )
     report.note(
         "the embedded model's own weights are 4-bit, so INT4 is nearly free of error on it: its speed carries over to "

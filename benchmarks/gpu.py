@@ -24,6 +24,7 @@ from dash_runtime.checkpoints import EMBEDDED, default_cache_folder, resolve_che
 from dash_runtime.config import EngineConfig, GenerationRequest, LaneKind, Mode, SkipOptions, StoppingParameters
 from dash_runtime.engine.engine import Engine
 from dash_runtime.events import SequenceFinished, TokenProduced
+from dash_runtime.policy.catalog import FRONTIER
 from dash_runtime.startup.build import DTYPES, BuildOptions, build_engine
 
 RESULTS_FILE = Path(__file__).parent / "results" / "gpu.json"
@@ -35,7 +36,6 @@ PROMPTS = (
     "def fibonacci(n):\n    ",
 )
 FULL_DEPTH = SkipOptions(Mode.FULL_DEPTH)
-ADAPTIVE = SkipOptions(Mode.ADAPTIVE)  # the default policy at its recommended budget
 NOTES = (
     "equal tokens in bf16 may end at a near-tie, as two implementations round differently",
     "exposed: inline all of the evaluation and the wait for what the device does before it; elsewhere the wait for the "
@@ -52,6 +52,12 @@ class Run:
     tokens: Tokens
     step_seconds: float  # mean time of a step, which produces one token of every sequence
     exposed_seconds: float  # the part of it that the decoder lost to the policy
+
+
+def adaptive(engine: Engine) -> SkipOptions:
+    """Returns the first policy at its recommended budget, by name: else a fixed plan may run, which decides nothing."""
+    learned = (policy.name for policy in engine.facts.policies if policy.learned and policy.name != FRONTIER)
+    return SkipOptions(Mode.ADAPTIVE, policy_name=next(learned, None))
 
 
 def build(folder: Path, cache_folder: Path, device: str, precision: str, lane: LaneKind) -> Engine:
@@ -116,7 +122,7 @@ def device_parity(folder: Path, cache_folder: Path, device: str, prompts: Tokens
 
 def lane_parity(engines: Engines, prompts: Tokens) -> Iterator[Figure]:
     """Compares ADAPTIVE on every other lane with the inline lane."""
-    inline, *others = (tokens_alone(engine, prompts, PARITY_TOKENS, ADAPTIVE) for engine in engines.values())
+    inline, *others = (tokens_alone(engine, prompts, PARITY_TOKENS, adaptive(engine)) for engine in engines.values())
     for lane, own in zip(list(engines)[1:], others, strict=True):
         yield Figure.of(f"{lane}_vs_inline_equal_tokens", [min(equal_tokens(inline, own))], f"≥ {PARITY_TOKENS}")
 
@@ -127,7 +133,7 @@ def speeds(engines: Engines, prompts: Tokens, num_tokens: int, rounds: int) -> I
     fixed = [action for action in inline.facts.actions if action in (Action.INT8, Action.INT4)]
     contenders = {"full_depth": (inline, FULL_DEPTH)}
     contenders |= {action.name.lower(): (inline, SkipOptions(Mode.FIXED, fixed_action=action)) for action in fixed}
-    contenders |= {f"adaptive_{lane}": (engine, ADAPTIVE) for lane, engine in engines.items()}
+    contenders |= {f"adaptive_{lane}": (engine, adaptive(engine)) for lane, engine in engines.items()}
     runs: dict[str, list[Run]] = {name: [] for name in contenders}
     for _ in range(rounds + 1):
         for name, (engine, skip) in contenders.items():
@@ -161,7 +167,7 @@ def measure_all(folder: Path, cache_folder: Path, device: str, num_tokens: int, 
     print(f"actions {[action.name for action in inline.facts.actions]}, {inline.facts.policies[0]}")
     if has_cuda:  # while there is only one engine
         torch.cuda.reset_peak_memory_stats()
-        generate(inline, batches[-1], num_tokens, ADAPTIVE)
+        generate(inline, batches[-1], num_tokens, adaptive(inline))
         yield Figure.of("peak_gpu_memory_gb", [torch.cuda.max_memory_allocated() / 1e9])
     expected = tokens_of_transformers(folder, device, "bfloat16", prompts, PARITY_TOKENS)
     own = tokens_alone(inline, prompts, PARITY_TOKENS, FULL_DEPTH)

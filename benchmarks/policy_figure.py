@@ -28,7 +28,8 @@ from dash_runtime.checkpoints import (
 from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_runtime.events import TokenProduced
 from dash_runtime.policy.learned import LearnedPolicy
-from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
+from dash_runtime.policy.model_sketch import model_fingerprint
+from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.startup.build import DTYPES, SHIPPED_POLICIES, BuildOptions, build_engine
 
 _QUESTION = "Why is the sky blue?"
@@ -55,8 +56,9 @@ def main() -> None:
     cache_folder = default_cache_folder(os.environ)
     folder = resolve_checkpoint("embedded", None, cache_folder)
     policy = shipped_policy(folder)
-    budget = options.budget or policy.calibration.recommended_budget
-    columns = answer(folder, cache_folder, options.question, budget, options.tokens)
+    budget = options.budget or policy.recommended_budget(policy.costs)
+    skip = SkipOptions(Mode.ADAPTIVE, budget, policy.name)
+    columns = answer(folder, cache_folder, options.question, skip, options.tokens)
     draw(columns, policy, options.question, budget, options.out)
     costs = [policy.costs.token_cost(column.plan, policy.head) for column in columns]
     print(f"{len(columns)} steps; mean cost {sum(costs) / len(costs):.3f}, {min(costs):.3f} to {max(costs):.3f}")
@@ -70,12 +72,11 @@ def shipped_policy(folder: Path) -> LearnedPolicy:
     return load_policy(first, model, fingerprint, dtype=DTYPES["bfloat16"], device=torch.device("cpu"))
 
 
-def answer(folder: Path, cache_folder: Path, question: str, budget: float, num_tokens: int) -> list[Column]:
+def answer(folder: Path, cache_folder: Path, question: str, skip: SkipOptions, num_tokens: int) -> list[Column]:
     """Returns the decode steps of a greedy answer. The first token comes from the prefill and has none."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file(folder)))
     prompt = tokenizer.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n").ids
     engine = build_engine(folder, cache_folder, BuildOptions(device="cpu"), EngineConfig(), progress)
-    skip = SkipOptions(Mode.ADAPTIVE, compute_budget=budget)
     engine.submit(GenerationRequest("figure", prompt, StoppingParameters(num_tokens), skip=skip, return_decisions=True))
     tokens: list[TokenProduced] = []
     while engine.has_work:

@@ -36,11 +36,16 @@ class Setting:
     transformers: Transformers | None
     llama_cpp: LlamaCpp | None
     budgets: Budgets | None
+    cache_folder: Path
 
     @property
     def adaptive(self) -> SkipOptions:
-        """ADAPTIVE at the lowest budget within the divergence limit, or at the policy's own if that is unknown."""
-        return SkipOptions(Mode.ADAPTIVE, compute_budget=self.budgets.lowest if self.budgets else None)
+        """The policy in ADAPTIVE at the lowest budget within the divergence limit; what is recommended if that is
+        unknown."""
+        if self.budgets is None:
+            return SkipOptions(Mode.ADAPTIVE)
+        lowest_here = self.engine.facts.policy(self.budgets.policy).lowest_budget
+        return SkipOptions(Mode.ADAPTIVE, max(self.budgets.lowest, lowest_here), self.budgets.policy)
 
     def ours(self, skip: SkipOptions) -> EngineContender:
         return EngineContender(self.engine, skip)
@@ -87,6 +92,7 @@ def load_setting(report: Report, cache_folder: Path) -> Setting:
         transformers,
         llama_cpp,
         budgets,
+        cache_folder,
     )
 
 

@@ -98,6 +98,11 @@ class CostTable:
         layers = sum(self.layer[action] for action in actions)
         return layers + self.head[head] + self.fixed + num_evaluations * self.evaluation
 
+    def mean_cost(self, counts: Mapping[Action, float], head: Action, num_evaluations: int = 0) -> float:
+        """Returns the mean `token_cost` of tokens of which so many layers ran with each action in the mean."""
+        layers = sum(count * self.layer[action] for action, count in counts.items() if count)
+        return layers + self.token_cost((), head, num_evaluations)
+
 
 @dataclass(frozen=True, slots=True)
 class LatencyTable:

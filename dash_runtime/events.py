@@ -65,6 +65,16 @@ class SpeculationStatistics(msgspec.Struct, frozen=True, array_like=True):
     verification_ns: int
 
 
+class CostStatus(msgspec.Struct, frozen=True, array_like=True):
+    """How well the cost table in force fits what steps take."""
+
+    num_replacements: int = 0
+    """Times that the table was replaced since the start."""
+    error: float = 0.0
+    """The largest difference between what a plan that ran is said to cost and what it takes, as a share of a
+    full-depth token. 0 if nothing is known against the table."""
+
+
 class SlotGranted(msgspec.Struct, frozen=True, tag=True):
     """The request has its slot."""
 
@@ -73,6 +83,8 @@ class SlotGranted(msgspec.Struct, frozen=True, tag=True):
     compute_budget: float | None
     queue_seconds: float
     """Time in the engine's own queue."""
+    policy_note: str = ""
+    """What a caller should know about the policy."""
 
 
 class TokenProduced(msgspec.Struct, frozen=True, tag=True):

@@ -5,7 +5,7 @@ Knows names, shapes and files; knows neither what a parameter is for nor the dev
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +52,18 @@ class Weights(Mapping[str, "torch.Tensor"]):
         Raises:
             CorruptCheckpoint: no file has it, or it holds a value that is not finite.
         """
-        tensor = self._handle(name).get_tensor(name)
-        if not _is_finite(tensor):
-            raise CorruptCheckpoint(f"{self._files[name]}: tensor {name} holds a value that is not finite.")
-        return tensor
+        return self._checked(name, self._handle(name).get_tensor(name))
+
+    def rows(self, name: str, rows: Sequence[int]) -> "torch.Tensor":
+        """Returns some rows of a matrix. Reads no others.
+
+        Raises:
+            CorruptCheckpoint: no file has it, or they hold a value that is not finite.
+        """
+        import torch
+
+        described = self._handle(name).get_slice(name)
+        return self._checked(name, torch.cat([described[row : row + 1] for row in rows]))
 
     def file(self, name: str) -> Path:
         """Returns the file that holds the tensor called `name`."""
@@ -83,6 +91,11 @@ class Weights(Mapping[str, "torch.Tensor"]):
             raise UnsupportedArchitecture(
                 f"{self._files[name]} stores {name} as {dtype}; supported: {', '.join(SUPPORTED_DTYPES)}."
             )
+
+    def _checked(self, name: str, tensor: "torch.Tensor") -> "torch.Tensor":
+        if not _is_finite(tensor):
+            raise CorruptCheckpoint(f"{self._files[name]}: tensor {name} holds a value that is not finite.")
+        return tensor
 
     def _handle(self, name: str) -> Any:
         file = self._files.get(name)

@@ -1,4 +1,5 @@
-"""The `dash-policy` command: fits, trains, evaluates, calibrates and describes policies.
+"""The `dash-policy` command: fits, trains, evaluates, calibrates and describes policies, searches fixed plans, and says
+what actions cost.
 
 Exit codes: 0 done, 2 something that the user can mend, 130 interrupted (training goes on from its last checkpoint).
 """
@@ -11,7 +12,9 @@ from pathlib import Path
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import default_cache_folder
+from dash_runtime.commands.costs import run_costs
 from dash_runtime.commands.evaluate import run_calibrate, run_evaluate, run_inspect
+from dash_runtime.commands.search import run_search
 from dash_runtime.commands.train import run_fit, run_train
 from dash_runtime.errors import DashRuntimeError
 from dash_runtime.training.loaded_model import ModelOptions
@@ -135,6 +138,14 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--seed", type=int, default=0)
     training.set_defaults(run=run_train)
 
+    search = subparsers.add_parser("search", parents=[common], help="find the best fixed plans at each cost")
+    search.add_argument("--sequences", type=_positive, default=16, help="text to search on (default 16)")
+    search.add_argument("--head", choices=heads, help="only plans with this precision of the head")
+    search.add_argument("--compensation", type=Path, help="of skipped layers, as fit leaves it; default: affine")
+    search.add_argument("--costs", type=Path, help="a cost table as .json; default: measured here, uncompiled")
+    search.add_argument("--json", type=Path, help="write the plans and the cost table there")
+    search.set_defaults(run=run_search)
+
     evaluation = subparsers.add_parser(
         "evaluate", parents=[common, chosen], help="compare policies with their controls"
     )
@@ -142,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--sequences", type=_positive, default=24)
     evaluation.add_argument("--tasks", type=Path, help="questions as .jsonl, to show accuracy at each budget")
     evaluation.add_argument(
-        "--refit-controls", type=_not_negative, default=0, metavar="STEPS", help="refit the static control too"
+        "--refit-controls", type=_not_negative, default=0, metavar="STEPS", help="refit fixed plans with skips too"
     )
     evaluation.add_argument("--no-serving", action="store_true", help="leave out own text and speed")
     evaluation.add_argument("--json", type=Path, help="write the rows there")
@@ -157,6 +168,10 @@ def _parser() -> argparse.ArgumentParser:
 
     inspection = subparsers.add_parser("inspect", parents=[common, chosen], help="show what policy files hold")
     inspection.set_defaults(run=run_inspect)
+
+    costs = subparsers.add_parser("costs", parents=[common], help="show what each action costs on this device")
+    costs.add_argument("--measure", action="store_true", help="measure again first, and keep that for later starts")
+    costs.set_defaults(run=run_costs)
     return parser
 
 

@@ -16,7 +16,7 @@ from dash_runtime.actions import Action
 from dash_runtime.config import EngineConfig
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import ConfigError
-from dash_runtime.evaluation.controls import Evaluation, RefitStatic, Row, policy_task
+from dash_runtime.evaluation.controls import Evaluation, RefitStatic, Row, policy_task, with_dominated
 from dash_runtime.evaluation.likelihood import full_depth_runner, rollout_runner
 from dash_runtime.evaluation.plots import ParetoPoint, has_matplotlib, plot_action_rates, plot_pareto
 from dash_runtime.evaluation.quality import Accuracy, question_and_answer, score_answers, score_choices
@@ -25,16 +25,16 @@ from dash_runtime.evaluation.task_files import ChoiceQuestion, OpenQuestion, rea
 from dash_runtime.layers.compensation import Compensation, LowRank, PackedLowRank, packed
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.policy.fixed_plans import usable
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy_file import find_policies, load_policy, save_policy
 from dash_runtime.rollout.choices import action_rates, greedy_choice
 from dash_runtime.rollout.task import Task, greedy_outcome
 from dash_runtime.startup.build import SHIPPED_POLICIES, assemble_engine
+from dash_runtime.training.calibrate import calibrated, describe_budgets
 from dash_runtime.training.curve import write_whole
 from dash_runtime.training.distill import DistillSettings, distill_compensation
 from dash_runtime.training.loaded_model import SEQUENCE_LENGTH, LoadedModel
-from dash_runtime.training.ppo import Objective
-from dash_runtime.training.train import calibrate, describe_budgets
 
 _SEARCH_SEQUENCES = 4
 _NUM_SLOTS = 16
@@ -57,22 +57,24 @@ def run_evaluate(options: argparse.Namespace) -> None:
     sequences, search = everything[: options.sequences], everything[options.sequences : needed]
     # The controls are refitted on all text that they are not judged on.
     refit = _refit_static(options, model, everything[options.sequences :])
-    _print_heading()
     for policy in policies:
+        print(f"searching fixed plans to compare {policy.name} with")
         evaluation = Evaluation(model.decoder, policy, sequences, search, options.prompt_tokens, refit)
         engine = _engine(model, policy)
+        own = evaluation.uniform()
         for budget in options.budgets:
             row, actions = evaluation.learned(budget)
             if not options.no_serving:
                 row = _with_serving(row, evaluation.task, engine, policy, budget, sequences)
-            for line in (row, *evaluation.controls(budget, row.cost_share, actions)):
-                _print_row(line)
-                rows.append(line)
+            own += [row, *evaluation.controls(budget, row.cost_share, actions)]
             if options.plots is not None:
                 options.plots.mkdir(parents=True, exist_ok=True)
                 names = [action.name for action in Action]
                 path = options.plots / f"actions-{policy.name}-{budget:.2f}.png"
                 plot_action_rates(action_rates(actions).tolist(), names, path)
+        own = with_dominated(own)
+        _print_table(own)
+        rows += own
     accuracies = [] if options.tasks is None else _accuracies(options, model, policies)
     _write(options, policies, rows, accuracies)
 
@@ -86,35 +88,43 @@ def run_calibrate(options: argparse.Namespace) -> None:
         if policy.head not in policy.costs.head or policy.head not in model.decoder.heads:
             raise ConfigError("head", f"{options.head} is not in the policy's costs, or has no kernel here")
     task = policy_task(model.decoder, policy, options.prompt_tokens)
-    objective = Objective.ACCEPTANCE if policy.is_drafter else Objective.DIVERGENCE
-    calibration = calibrate(task, policy.network, model.sequences()[: options.sequences], objective)
-    save_policy(options.out, replace(policy, calibration=calibration), model.fingerprint)
-    print(f"{options.out}: {describe_budgets(calibration)}")
+    policy = calibrated(policy, task, model.sequences()[: options.sequences])
+    save_policy(options.out, policy, model.fingerprint)
+    print(f"{options.out}: {describe_budgets(policy)}")
 
 
 def run_inspect(options: argparse.Namespace) -> None:
     """Prints the metadata of the policy files."""
     model = LoadedModel(options.model_options, print, (Action.SKIP, Action.FULL))
     for policy in _policies(options, model):
-        layer = policy.costs.layer
+        layer, budgets = policy.costs.layer, policy.budgets(policy.costs)
         facts = {
             "name": policy.name,
             "actions": [action.name for action in policy.spec.actions],
-            "pinned": sorted(policy.pinned),
+            "pinned": {str(layer): action.name for layer, action in sorted(policy.pinned.items())},
             "lookahead": policy.lookahead,
             "block_size": policy.block_size,
             "head": policy.head.name,
-            "pinned_action": policy.pinned_action.name,
             "is_drafter": policy.is_drafter,
             "compensation": policy.compensation.kind.value,
             "layer_costs": {action.name: round(cost / layer[Action.FULL], 4) for action, cost in layer.items()},
             "multiply_adds_share": round(multiply_adds_share(policy, model.config), 5),
-            "recommended_budget": round(policy.calibration.recommended_budget, 4),
+            "recommended_budget": round(policy.recommended_budget(policy.costs), 4),
             "calibration": [
-                {"budget": round(budget, 4), "price": round(math.exp(log_price), 4), "divergence": round(divergence, 4)}
-                for (budget, log_price), divergence in zip(
-                    policy.calibration.points, policy.calibration.divergences, strict=True
-                )
+                {
+                    "budget": round(point.cost, 4),
+                    "price": round(math.exp(point.log_price), 4),
+                    "divergence": round(point.divergence, 4),
+                }
+                for point in budgets.points
+            ],
+            "plans": [
+                {
+                    "name": plan.name,
+                    "budget": round(plan.cost(policy.costs), 4),
+                    "divergence": round(plan.divergence, 4),
+                }
+                for plan in usable(policy.plans, policy.costs)
             ],
         }
         print(json.dumps(facts, indent=1))
@@ -183,12 +193,13 @@ def _with_serving(
     row: Row, task: Task, engine: Engine, policy: LearnedPolicy, budget: float, sequences: Sequence[list[int]]
 ) -> Row:
     """Returns the row with an engine's figures at that budget, or unchanged if the policy cannot keep it."""
-    if budget < policy.calibration.lowest_budget:
+    budgets = policy.budgets(policy.costs)
+    if budget < budgets.lowest:
         return row
     num_tokens = SEQUENCE_LENGTH - task.num_prompt_tokens
     prompts = [ids[: task.num_prompt_tokens] for ids in sequences]
     written = own_text(engine, prompts, budget, policy.name, num_tokens)
-    outcome, _ = greedy_outcome(task, policy.network, written, policy.calibration.price(budget))
+    outcome, _ = greedy_outcome(task, policy.network, written, budgets.price(budget))
     served = measure_serving(engine, prompts[0], budget, policy.name, _SPEED_TOKENS)
     return replace(
         row,
@@ -221,10 +232,15 @@ def _accuracies(options: argparse.Namespace, model: LoadedModel, policies: list[
                 runner = full_depth_runner(model.decoder, policies[0].costs, context_length=model.context_length)
                 if policy is not None and budget is not None:
                     task = policy_task(model.decoder, policy, options.prompt_tokens)
-                    log_price = torch.tensor(math.log(policy.calibration.price(budget)))
+                    log_price = torch.tensor(math.log(policy.budgets(policy.costs).price(budget)))
                     choose = greedy_choice(task.spec, policy.network, log_price)
                     runner = rollout_runner(
-                        model.decoder, policy.spec, policy.compensation, choose, context_length=model.context_length
+                        model.decoder,
+                        policy.spec,
+                        policy.compensation,
+                        choose,
+                        context_length=model.context_length,
+                        num_evaluations=policy.num_evaluations,
                     )
                 results += score_choices(runner, encode, choice_questions, name, budget)
             if open_questions:
@@ -250,26 +266,30 @@ def _write(
     if options.plots is None:
         return
     names = {policy.name for policy in policies}
-    points = [ParetoPoint(row.name, row.cost_share, row.divergence, row.name in names) for row in rows]
+    points = [ParetoPoint(_line_of(row), row.cost_share, row.divergence, row.name in names) for row in rows]
     plot_pareto(points, options.plots / "pareto.png", "Divergence against cost")
     if accuracies:
         points = [ParetoPoint(own.name, own.cost_share, own.accuracy, own.name in names) for own in accuracies]
         plot_pareto(points, options.plots / "accuracy.png", "Accuracy against cost", "accuracy", log=False)
 
 
-def _print_heading() -> None:
+def _line_of(row: Row) -> str:
+    """Returns the line of the plot that a row belongs to: mixed plans, each of one cost, make one together."""
+    name, comma, rest = row.name.partition(",")
+    return f"best mixed plan{comma}{rest}" if name.startswith("plan-") else row.name
+
+
+def _print_table(rows: list[Row]) -> None:
     print(
-        f"{'name':38} {'budget':>6} {'cost':>6} {'divergence':>10} {'agreement':>9} {'tokens':>6} "
+        f"{'':1} {'name':32} {'budget':>6} {'cost':>6} {'divergence':>10} {'agreement':>9} {'tokens':>6} "
         f"{'own text':>8} {'speedup':>7} {'policy':>6}"
     )
-
-
-def _print_row(row: Row) -> None:
-    served = ""
-    if row.free_running_divergence is not None:
-        served = f"{row.free_running_divergence:8.4f} {row.speedup:7.2f} {row.policy_share:6.1%}"
-    print(
-        f"{row.name:38} {row.budget:6.2f} {row.cost_share:6.3f} {row.divergence:10.4f} {row.agreement:9.3f} "
-        f"{row.tokens:6} {served}",
-        flush=True,
-    )
+    for row in rows:
+        served = ""
+        if row.free_running_divergence is not None:
+            served = f"{row.free_running_divergence:8.4f} {row.speedup:7.2f} {row.policy_share:6.1%}"
+        print(
+            f"{'×' if row.dominated else ' '} {row.name:32} {row.budget:6.3f} {row.cost_share:6.3f} "
+            f"{row.divergence:10.4f} {row.agreement:9.3f} {row.tokens:6} {served}"
+        )
+    print("×: dominated; a fixed plan of this table costs no more and diverges no more", flush=True)

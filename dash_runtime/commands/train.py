@@ -12,16 +12,19 @@ from pathlib import Path
 import torch
 
 from dash_runtime.actions import Action, CostTable
+from dash_runtime.commands.cost_files import read_costs
 from dash_runtime.errors import ConfigError
 from dash_runtime.evaluation.plots import has_matplotlib, plot_curve
 from dash_runtime.layers.compensation import Compensation, Identity, LowRank, PackedLowRank, packed
+from dash_runtime.policy.budgets import BudgetCalibration
 from dash_runtime.policy.compensation_file import load_compensation, save_compensation
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy_file import save_policy
 from dash_runtime.rollout.task import Outcome, Task
-from dash_runtime.startup.measure import measure_costs
+from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
+from dash_runtime.training.calibrate import calibrated, describe_budgets
 from dash_runtime.training.checkpoint import num_iterations_done
 from dash_runtime.training.curve import CurveRow, TrainingCurve, write_curve_json, write_whole
 from dash_runtime.training.distill import DistillSettings
@@ -31,7 +34,7 @@ from dash_runtime.training.ppo import Objective, PpoSettings, UpdateLosses
 from dash_runtime.training.progress_display import ProgressDisplay
 from dash_runtime.training.refit import refit_compensation
 from dash_runtime.training.router import train_straight_through
-from dash_runtime.training.train import Trained, TrainSettings, calibrate, describe_budgets, train
+from dash_runtime.training.train import Trained, TrainSettings, train
 
 CALIBRATION_SEQUENCES = 24
 FIT_SEQUENCES = 128
@@ -62,12 +65,13 @@ def run_fit(options: argparse.Namespace) -> None:
 def run_train(options: argparse.Namespace) -> None:
     """Trains a policy in a folder, or resumes a run that was stopped there."""
     head, pinned_action = Action[options.head], Action[options.pinned_action.upper()]
-    actions = tuple(sorted({Action.SKIP, Action.FULL, *options.actions, head, pinned_action}))
-    model = LoadedModel(options.model_options, print, actions)
+    model = LoadedModel(options.model_options, print)
+    if not {*options.actions, head, pinned_action} <= set(model.decoder.actions):
+        raise ConfigError("actions", f"must be among {', '.join(action.name for action in model.decoder.actions)}")
     held_out, training = _split(model.sequences())
     options.out.mkdir(parents=True, exist_ok=True)
     task = _task(model, options.actions, options)
-    task = replace(task, spec=replace(task.spec, head=head, pinned_action=pinned_action))
+    task = replace(task, spec=replace(task.spec, head=head, pinned=dict.fromkeys(task.spec.pinned, pinned_action)))
     print(
         f"{len(training)} sequences to train on, {len(held_out)} to calibrate on; compensation of rank {options.rank}"
     )
@@ -85,7 +89,7 @@ def run_train(options: argparse.Namespace) -> None:
     if options.costs is None:
         costs = _kept_costs(options.out / "costs.json", model, served)
     else:
-        costs = _read_costs(options.costs, "costs", f"{options.costs} is no cost table")
+        costs = read_costs(options.costs)
     for what, action, table in (("pinned-action", pinned_action, costs.layer), ("head", head, costs.head)):
         if action not in table:
             raise ConfigError(what, f"{action.name} has no cost on this device")
@@ -100,7 +104,9 @@ def run_train(options: argparse.Namespace) -> None:
         )
     task = replace(task, compensation=packed(trained.compensation, model.decoder.dtype))
     path = options.out / "policy.safetensors"
-    policy = _policy(task, trained.network, held_out, options.name, Objective(options.objective))
+    print("calibrating, and searching the best fixed plans on the same text")
+    policy = calibrated(_policy(task, trained.network, options.name, Objective(options.objective)), task, held_out)
+    print(describe_budgets(policy))
     save_policy(path, policy, model.fingerprint)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
@@ -146,17 +152,13 @@ def _train_ppo(
     return trained
 
 
-def _policy(
-    task: Task, network: PolicyNetwork, held_out: list[list[int]], name: str, objective: Objective
-) -> LearnedPolicy:
-    calibration = calibrate(task, network, held_out, objective)
-    print(f"{describe_budgets(calibration)}")
+def _policy(task: Task, network: PolicyNetwork, name: str, objective: Objective) -> LearnedPolicy:
     return LearnedPolicy(
         name=name,
         network=network,
         spec=task.spec,
         compensation=task.compensation,
-        calibration=calibration,
+        calibration=BudgetCalibration(()),
         is_drafter=objective is Objective.ACCEPTANCE,
     )
 
@@ -164,10 +166,10 @@ def _policy(
 def _task(model: LoadedModel, actions: tuple[Action, ...], options: argparse.Namespace) -> Task:
     """Returns a task with the full head and no compensation; all actions cost the same until they are measured."""
     num_layers = model.config.num_layers
-    pinned = frozenset((*range(LOOKAHEAD), 1, num_layers - 1)) if num_layers > 8 else frozenset((0, num_layers - 1))
+    pinned = {*range(LOOKAHEAD), 1, num_layers - 1} if num_layers > 8 else {0, num_layers - 1}
     spec = PlanSpec(
         actions=actions,
-        pinned=pinned,
+        pinned=dict.fromkeys(sorted(pinned), Action.FULL),
         lookahead=LOOKAHEAD,
         block_size=min(options.block_size, num_layers),
         head=Action.FULL,
@@ -179,17 +181,10 @@ def _task(model: LoadedModel, actions: tuple[Action, ...], options: argparse.Nam
 def _kept_costs(path: Path, model: LoadedModel, compensation: Compensation) -> CostTable:
     """Returns the run's cost table, measured once: a resumed run must keep the table that it began with."""
     if path.exists():
-        return _read_costs(path, "out", f"{path} is damaged; remove the folder to start again")
-    costs = measure_costs(model.decoder, compensation)
+        return read_costs(path, "out", f"{path} is damaged; remove the folder to start again")
+    costs = measure_costs(StepMeasurement(model.decoder, compensation)).table
     write_whole(path, json.dumps(costs.to_json(), indent=1).encode())
     return costs
-
-
-def _read_costs(path: Path, option: str, complaint: str) -> CostTable:
-    try:
-        return CostTable.from_json(json.loads(path.read_text()))
-    except (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        raise ConfigError(option, complaint) from None
 
 
 def _split(sequences: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:

@@ -15,6 +15,7 @@ from dash_runtime.devices import device_of
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.embedding import Embedding
+from dash_runtime.layers.evaluation import Evaluation
 from dash_runtime.layers.heads import Head
 from dash_runtime.layers.kv_cache import CachePool, SequenceCache
 from dash_runtime.layers.rotary import rotary_tables
@@ -63,16 +64,32 @@ class Decoder:
         caches: Sequence[SequenceCache],
         lengths: Sequence[int],
         compensations: Sequence[Compensation],
+        kv_actions: Sequence[Action] | None = None,
     ) -> Batch:
-        """Returns the rows of one pass: the next `lengths[i]` positions of `caches[i]`. See `Batch` for the rest."""
-        return Batch(kind, caches, lengths, compensations, self.config, self._rotary, self.row_block)
+        """Returns the rows of one pass: the next `lengths[i]` positions of `caches[i]`.
 
-    def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
+        See `Batch` for the rest. Without `kv_actions`, skipped rows have keys and values in FULL.
+        """
+        kv_actions = (Action.FULL,) * len(caches) if kv_actions is None else kv_actions
+        return Batch(kind, caches, lengths, compensations, kv_actions, self.config, self._rotary, self.row_block)
+
+    def run_layer(
+        self,
+        layer: int,
+        actions: Sequence[Action],
+        hidden: Tensor,
+        batch: Batch,
+        evaluations: Sequence[Evaluation | None] = (),
+    ) -> Tensor:
         """Runs one layer with each row's own action; see `Backend`."""
         for backend in self.backends[batch.kind]:
             if backend.takes(batch):
-                return backend.run_layer(layer, actions, hidden, batch)
+                return backend.run_layer(layer, actions, hidden, batch, evaluations)
         raise AssertionError("no backend takes this pass")
+
+    def takes_evaluations(self, num_rows: int) -> bool:
+        """Returns True if decoding so many rows takes evaluations along; see `Backend`."""
+        return self.backends[PassKind.DECODE][0].takes_evaluations(num_rows)
 
     def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
         """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""

@@ -11,9 +11,14 @@ from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Compensation, Identity
 
 
-def sequence_rows(decoder: Decoder, sequences: Sequence[Sequence[int]], compensation: Compensation) -> Batch:
+def sequence_rows(
+    decoder: Decoder, sequences: Sequence[Sequence[int]], compensation: Compensation, kv_action: Action = Action.FULL
+) -> Batch:
     lengths = [len(ids) for ids in sequences]
-    return decoder.batch(PassKind.PREFILL, decoder.caches(lengths), lengths, [compensation] * len(lengths))
+    count = len(lengths)
+    return decoder.batch(
+        PassKind.PREFILL, decoder.caches(lengths), lengths, [compensation] * count, [kv_action] * count
+    )
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ def make_decoder(
     if inductor is not None:
         inductor.set_heads(by_precision, eager_head(for_many_rows(full), final_norm, multiplier))
         backends = {**backends, PassKind.DECODE: [inductor], PassKind.VERIFY: [inductor, narrow]}
-    is_invariant = isinstance(wide_layers[0].key_value, BatchInvariantLinear)
+    is_invariant = isinstance(wide_layers[0].key_values[Action.FULL], BatchInvariantLinear)
     return Decoder(
         config,
         actions,

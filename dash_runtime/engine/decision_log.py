@@ -24,11 +24,12 @@ class DecisionLog:
         """Records the first output token, which the prefill made at full depth; returns its plan."""
         return self._append(bytes((Action.FULL,)) * self._num_layers)
 
-    def append_decode_token(self, plan: bytes, head: Action, exposed_ns: int) -> None:
-        """Records a decode token: its plan, the head's precision, and the time that the decoder lost to the policy."""
+    def append_decode_token(self, plan: bytes, head: Action, num_evaluations: int, exposed_ns: int) -> None:
+        """Records a decode token: its plan, the head's precision, the evaluations of a policy, and the time that the
+        decoder lost to them."""
         self._append(plan)
         self._num_decode_tokens += 1
-        self.add_draft_token(plan, head, exposed_ns)
+        self.add_draft_token(plan, head, num_evaluations, exposed_ns)
 
     def append_verified_token(self) -> bytes:
         """Records a decode token that came out of a verification; returns its plan, full depth's."""
@@ -40,14 +41,13 @@ class DecisionLog:
         self._action_counts[Action.FULL] += num_rows * self._num_layers
         self._total_cost += cost
 
-    def add_draft_token(self, plan: bytes, head: Action, exposed_ns: int) -> float:
-        """Counts the layers and the head of a token that may never be output; returns its cost."""
+    def add_draft_token(self, plan: bytes, head: Action, num_evaluations: int, exposed_ns: int) -> float:
+        """Counts what ran for a token that may never be output; returns its cost."""
         self._exposed_ns += exposed_ns
-        cost = self._costs.fixed + self._costs.head[head]
-        for action in Action:
-            if count := plan.count(action):
-                self._action_counts[action] += count
-                cost += count * self._costs.layer[action]
+        counts = {action: count for action in Action if (count := plan.count(action))}
+        for action, count in counts.items():
+            self._action_counts[action] += count
+        cost = self._costs.mean_cost(counts, head, num_evaluations)
         self._total_cost += cost
         return cost
 

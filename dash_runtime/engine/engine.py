@@ -5,25 +5,29 @@ Knows sequences, slots and events; knows no text and no transport. It reads cloc
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dash_runtime.actions import Action
-from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts
+from dash_runtime.actions import Action, CostTable
+from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts, SkipOptions
 from dash_runtime.decision_trace import StepKind
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.engine.fused_decider import FusedDecider
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.engine.prefix_cache import PrefixCache
 from dash_runtime.engine.sampling import likeliest, token_logprobs
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.engine.step import Decider, decode_step
+from dash_runtime.engine.step_times import CostWatch, StepClock
 from dash_runtime.events import EndReason, EngineEvent, SlotGranted, TokenProduced
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.kv_cache import CachePool
-from dash_runtime.policy.catalog import Assignment, PolicyCatalog
+from dash_runtime.policy.catalog import Assignment
+from dash_runtime.policy.learned import LearnedPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +36,30 @@ class _Waiting:
     since: float
 
 
+class Catalog(Protocol):
+    """Says what decides a request's actions; `policy.catalog.PolicyCatalog` does for an engine that serves."""
+
+    full_depth: Assignment
+
+    def assign(self, skip: SkipOptions) -> Assignment: ...
+
+
 class Engine:
     """Serves generation requests step by step. Not thread-safe: one caller owns it."""
 
     def __init__(
         self,
         decoder: Decoder,
-        catalog: PolicyCatalog,
+        catalog: Catalog,
         lane: Lane,
         facts: ModelFacts,
         config: EngineConfig,
         planner: GroupPlanner | None = None,
+        cost_watch: CostWatch | None = None,
     ) -> None:
         self.facts = facts
+        self.cost_watch = cost_watch
+        self._step_clock = None if cost_watch is None else StepClock(cost_watch.observe)
         self._decoder = decoder
         self._catalog = catalog
         self._lane = lane
@@ -102,11 +117,21 @@ class Engine:
         events: list[EngineEvent] = []
         self._grant_slots(events)
         decoding = [sequence for sequence in self._running.values() if not sequence.num_prompt_tokens_left]
+        if self._step_clock is not None:
+            if len(self._running) == 1 and decoding and decoding[0].is_plain:
+                self._step_clock.begin(decoding[0].request.request_id)
+            else:
+                self._step_clock.interrupt()
         self._prefill(events)
         if decoding:
             self._decode(decoding, events)
             self._verify([sequence for sequence in decoding if sequence.has_draft_to_verify], events)
         return events
+
+    def replace_costs(self, costs: CostTable) -> None:
+        """Takes another cost table of this device for requests that get their slot from now on."""
+        self._catalog.replace_costs(costs)
+        self.facts = replace(self.facts, policies=self._catalog.facts())
 
     def close(self) -> None:
         """Stops the lane."""
@@ -132,7 +157,7 @@ class Engine:
             )
             self._running[request.request_id] = sequence
             policy, budget = assignment.policy.name, assignment.compute_budget
-            events.append(SlotGranted(request.request_id, policy, budget, sequence.queue_seconds))
+            events.append(SlotGranted(request.request_id, policy, budget, sequence.queue_seconds, assignment.note))
 
     def _prefill(self, events: list[EngineEvent]) -> None:
         """Prefills a chunk of prompt tokens at full depth. A long prompt takes several steps, so that others go on.
@@ -177,10 +202,16 @@ class Engine:
     def _decode(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
         for sequence in sequences:
             sequence.begin_draft_if_due()
-        compensations = [sequence.assignment.policy.compensation for sequence in sequences]
+        policies = [sequence.assignment.policy for sequence in sequences]
         assignments = [sequence.decider_assignment(self._catalog.full_depth) for sequence in sequences]
-        deciders = _deciders(sequences, assignments)
-        batch = self._decoder.batch(PassKind.DECODE, [s.cache for s in sequences], [1] * len(sequences), compensations)
+        deciders = _deciders(sequences, assignments, self._decoder.takes_evaluations(len(sequences)))
+        batch = self._decoder.batch(
+            PassKind.DECODE,
+            [sequence.cache for sequence in sequences],
+            [1] * len(sequences),
+            [policy.compensation for policy in policies],
+            [policy.kv_action for policy in policies],
+        )
         exposed_before, started_ns = self._lane.exposed_ns, time.perf_counter_ns()
         planner = self._planner if len(sequences) > 1 else None  # a single row has none to agree with
         token_ids = [sequence.last_token_id for sequence in sequences]
@@ -191,9 +222,10 @@ class Engine:
         for row, (sequence, assignment) in enumerate(zip(sequences, assignments, strict=True)):
             policy, plan, logits = assignment.policy, output.plans[row], output.logits[row]
             recorded = output, row, decider_of[row], started_ns
+            num_evaluations = decider_of[row].num_evaluations
             own_exposed_ns = exposed_ns if len(policy.pinned) < self._decoder.num_layers else 0
             if sequence.is_drafting:
-                cost = sequence.log.add_draft_token(plan, policy.head, own_exposed_ns)
+                cost = sequence.log.add_draft_token(plan, policy.head, num_evaluations, own_exposed_ns)
                 token_id = sequence.draft(logits, cost, elapsed_ns)
                 sequence.recorder.add_pass(StepKind.DRAFT, token_id, *recorded)
                 continue
@@ -202,8 +234,10 @@ class Engine:
                 (token_id,) = sequence.speculation.verify(output.logits[row : row + 1])
             else:
                 token_id = greedy[row] if sampler.is_plain_greedy else sampler.sample(logits)
-            sequence.log.append_decode_token(plan, policy.head, own_exposed_ns)
+            sequence.log.append_decode_token(plan, policy.head, num_evaluations, own_exposed_ns)
             sequence.recorder.add_pass(StepKind.DECODE, token_id, *recorded)
+            if self._step_clock is not None:
+                self._step_clock.ran(policy.name, plan, policy.head, num_evaluations, sequence.cache.length)
             self._take(sequence, token_id, logits, plan, events)
 
     def _verify(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
@@ -240,8 +274,8 @@ class Engine:
         return sequence.finished(reason)
 
 
-def _deciders(sequences: list[Sequence], assignments: list[Assignment]) -> list[Decider]:
-    """Returns one decider per policy in the batch."""
+def _deciders(sequences: list[Sequence], assignments: list[Assignment], takes_evaluations: bool) -> list[Decider]:
+    """Returns one decider per policy in the batch. The layers' programs evaluate it if they can."""
     rows_by_policy: dict[int, list[int]] = {}
     for row, assignment in enumerate(assignments):
         rows_by_policy.setdefault(id(assignment.policy), []).append(row)
@@ -249,5 +283,9 @@ def _deciders(sequences: list[Sequence], assignments: list[Assignment]) -> list[
     for rows in rows_by_policy.values():
         assignment = assignments[rows[0]]
         tokens = [sequences[row].next_token() for row in rows]
-        deciders.append(Decider(assignment.policy, rows, tokens, assignment.costs, len(sequences)))
+        policy, arguments = assignment.policy, (rows, tokens, assignment.state_costs, len(sequences))
+        if takes_evaluations and isinstance(policy, LearnedPolicy) and policy.layer_programs is not None:
+            deciders.append(FusedDecider(policy, *arguments))
+        else:
+            deciders.append(Decider(policy, *arguments))
     return deciders

@@ -37,9 +37,7 @@ class Sequence:
         self.output_ids: list[int] = []
         self.num_cached_prompt_tokens = 0
         drafting = assignment.drafting
-        self.log = DecisionLog(
-            num_layers, request.stopping.max_new_tokens, assignment.costs if drafting is None else drafting.costs
-        )
+        self.log = DecisionLog(num_layers, request.stopping.max_new_tokens, assignment.costs)
         self.speculation: Speculation | None = None
         if drafting is not None:
             lengths = DraftLength(drafting.draft_cost, drafting.verification_costs, drafting.least_gain)
@@ -58,6 +56,11 @@ class Sequence:
         """Returns the next prompt tokens to prefill."""
         start = self.cache.length
         return self.request.prompt_token_ids[start : start + max_tokens]
+
+    @property
+    def is_plain(self) -> bool:
+        """True if a step does no more than decode a token: neither drafts, nor samples, nor takes logarithms."""
+        return self.speculation is None and self.sampler.is_plain_greedy and self.request.logprobs is None
 
     @property
     def is_drafting(self) -> bool:

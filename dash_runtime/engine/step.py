@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from time import perf_counter_ns
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -16,7 +17,10 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.lanes import Lane, Ticket
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.layers.batch import Batch
+from dash_runtime.layers.evaluation import Evaluation
 from dash_runtime.policy.policy import Actions, Policy, State, Token, decision_blocks
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,8 @@ class DecidedBlock:
     """A decision block: the layers that one evaluation of the policy decided, for all rows of a decider."""
 
     layers: tuple[int, ...]
-    ticket: Ticket
+    ticket: Ticket | None
+    """None if the program of the layer before decided it."""
     scores: Tensor | None
     """`[rows, layers, score actions]`; None without scores."""
 
@@ -50,23 +55,23 @@ def decode_step(
     planner: GroupPlanner | None = None,
 ) -> StepOutput:
     """Runs one token of every row through all layers. Each row belongs to one decider."""
+    decider = deciders[0] if len(deciders) == 1 else _SeveralDeciders(deciders)
     hidden = decoder.embed(token_ids)
     actions_by_layer: list[Sequence[Action]] = []
     times = array("q", bytes(16 * decoder.num_layers))
     for layer in range(decoder.num_layers):
-        actions = _by_row([decider.actions(layer, lane) for decider in deciders], deciders)
+        actions = decider.actions(layer, lane)
         if planner is not None:
             actions = planner.agree(actions)
-        for decider in deciders:  # later layers are decided from this layer's input while it runs
-            decider.observe(layer, hidden, actions, lane)
+        # Later layers are decided from this layer's input while it runs, or by its program.
+        evaluations = decider.observe(layer, hidden, actions, lane)
         times[2 * layer] = perf_counter_ns()
-        hidden = decoder.run_layer(layer, actions, hidden, batch)
+        hidden = decoder.run_layer(layer, actions, hidden, batch, evaluations)
         times[2 * layer + 1] = perf_counter_ns()
         actions_by_layer.append(actions)
     batch.commit()
-    heads = _by_row([(decider.policy.head,) * len(decider.rows) for decider in deciders], deciders)
     plans = [bytes(plan) for plan in zip(*actions_by_layer, strict=True)]
-    return StepOutput(decoder.logits(hidden, heads), plans, times)
+    return StepOutput(decoder.logits(hidden, decider.heads), plans, times)
 
 
 class Decider:
@@ -87,43 +92,61 @@ class Decider:
         self._layer_costs = costs.layer
         self._num_layers = costs.num_layers
         self._has_all_rows = len(self.rows) == num_rows
-        self._pinned = policy.pinned
-        self._pinned_actions: Actions = (policy.pinned_action,) * len(self.rows)
+        self._pinned = {layer: (action,) * len(self.rows) for layer, action in policy.pinned.items()}
         self._is_blind = len(self._pinned) == self._num_layers
         self._cost_spent = [0.0] * len(self.rows)
-        self._asks_for = _blocks_by_observed_layer(self._num_layers, self._pinned, policy.block_size, policy.lookahead)
+        self._asks_for = _blocks_by_observed_layer(
+            self._num_layers, frozenset(self._pinned), policy.block_size, policy.lookahead
+        )
         self._tickets: dict[int, tuple[tuple[int, ...], Ticket]] = {}
-        self.blocks: list[DecidedBlock] = []
-        """Decision blocks that were decided so far, in order."""
+        self._blocks: list[DecidedBlock] = []
         self._decided: dict[int, Actions] = {}
+        self._nothing = (None,) * len(self.rows)
 
-    def actions(self, layer: int, lane: Lane) -> Actions:
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations of a learned policy so far; other policies take no time worth counting."""
+        return len(self.blocks) if self.policy.score_actions else 0
+
+    @property
+    def heads(self) -> Sequence[Action]:
+        """Each row's precision of the head."""
+        return (self.policy.head,) * len(self.rows)
+
+    def actions(self, layer: int, lane: Lane) -> Sequence[Action]:
         """Returns each row's action at `layer`; waits for its decision unless the layer is pinned."""
         if layer in self._tickets:
             block, ticket = self._tickets.pop(layer)
             decision = lane.result(ticket)
             self._decided.update(zip(block, decision.plan, strict=True))
-            self.blocks.append(DecidedBlock(block, ticket, decision.scores))
-        return self._pinned_actions if layer in self._pinned else self._decided.pop(layer)
+            self._blocks.append(DecidedBlock(block, ticket, decision.scores))
+        return self._pinned[layer] if layer in self._pinned else self._decided.pop(layer)
 
-    def observe(self, layer: int, hidden: Tensor, actions: Sequence[Action], lane: Lane) -> None:
+    def observe(self, layer: int, hidden: Tensor, actions: Sequence[Action], lane: Lane) -> Sequence[Evaluation | None]:
         """Shows the policy the layer's input and actions, and asks it for the decision block that begins `lookahead`
         layers later, if one does.
 
-        `hidden` is `[batch rows, hidden_size]`; `actions` has one action per row of the batch.
+        `hidden` is `[batch rows, hidden_size]`; `actions` has one action per row of the batch. Returns the evaluation
+        that the layer's program has to take along for each row, if any.
         """
         if self._is_blind:
-            return
+            return self._nothing
         taken = tuple(actions) if self._has_all_rows else tuple([actions[row] for row in self.rows])
         self._cost_spent = [
             spent + self._layer_costs[action] for spent, action in zip(self._cost_spent, taken, strict=True)
         ]
         block = self._asks_for.get(layer)
         if block is None:
-            return
+            return self._nothing
         own = hidden if self._has_all_rows else hidden[self.rows]
         state = State(self._tokens, own, layer, taken, self._cost_spent)
         self._tickets[block[0]] = (block, lane.submit(self.policy, block[0], state))
+        return self._nothing
+
+    @property
+    def blocks(self) -> Sequence[DecidedBlock]:
+        """Decision blocks that were decided so far, in order."""
+        return self._blocks
 
 
 @lru_cache  # every step asks for it
@@ -134,13 +157,27 @@ def _blocks_by_observed_layer(
     return {block[0] - lookahead: block for block in decision_blocks(num_layers, pinned, block_size)}
 
 
-def _by_row(per_decider: list[Actions], deciders: Sequence[Decider]) -> Sequence[Action]:
-    """Returns one action per row of the batch, from one tuple per decider."""
-    if len(per_decider) == 1:
-        return per_decider[0]
-    placed = {
-        row: action
-        for decider, actions in zip(deciders, per_decider, strict=True)
-        for row, action in zip(decider.rows, actions, strict=True)
-    }
-    return [placed[row] for row in range(len(placed))]
+class _SeveralDeciders:
+    """The deciders of a batch, asked as one."""
+
+    def __init__(self, deciders: Sequence[Decider]) -> None:
+        self._deciders = deciders
+
+    @property
+    def heads(self) -> Sequence[Action]:
+        return self._by_row([decider.heads for decider in self._deciders])
+
+    def actions(self, layer: int, lane: Lane) -> Sequence[Action]:
+        return self._by_row([decider.actions(layer, lane) for decider in self._deciders])
+
+    def observe(self, layer: int, hidden: Tensor, actions: Sequence[Action], lane: Lane) -> Sequence[Evaluation | None]:
+        return self._by_row([decider.observe(layer, hidden, actions, lane) for decider in self._deciders])
+
+    def _by_row(self, by_decider: Sequence[Sequence[_T]]) -> list[_T]:
+        """Returns one entry per row of the batch."""
+        placed = {
+            row: entry
+            for decider, entries in zip(self._deciders, by_decider, strict=True)
+            for row, entry in zip(decider.rows, entries, strict=True)
+        }
+        return [placed[row] for row in range(len(placed))]

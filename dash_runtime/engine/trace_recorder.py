@@ -125,7 +125,9 @@ class TraceRecorder:
         layers = times.reshape(len(passes), num_layers, 2).swapaxes(1, 2) - begun
         decisions = numpy.zeros((len(passes), 3, num_layers), numpy.int64)
         if blocks:
-            tickets = numpy.array([[_ticket_times(block) for block in step.blocks] for step in passes])
+            tickets = numpy.array(
+                [[_evaluation_times(block, own.layer_times) for block in own.blocks] for own in passes]
+            )
             decided = [layer for block in blocks for layer in block.layers]
             block_of = [index for index, block in enumerate(blocks) for _ in block.layers]
             evaluations = numpy.maximum(tickets[:, block_of, :2] - begun, 1)  # 0 means no decision
@@ -184,6 +186,10 @@ class TraceRecorder:
         )
 
 
-def _ticket_times(block: DecidedBlock) -> tuple[int, int, int]:
+def _evaluation_times(block: DecidedBlock, layer_times: array) -> tuple[int, int, int]:
+    """Returns when an evaluation started and ended, and the time that the decoder lost."""
     ticket = block.ticket
+    if ticket is None:
+        before = 2 * (block.layers[0] - 1)
+        return layer_times[before], layer_times[before + 1], 0
     return ticket.started_ns, ticket.ended_ns, ticket.exposed_ns

@@ -16,6 +16,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.compensation import Compensation, Identity
 from dash_runtime.policy.plan_spec import PlanSpec
+from dash_runtime.rollout.choices import no_choice
 from dash_runtime.rollout.rollout import Choose, roll_out
 
 Encode = Callable[[str], Sequence[int]]
@@ -52,12 +53,8 @@ Run = Callable[[Sequence[Passage]], list[PassageScore]]
 
 def full_depth_runner(decoder: Decoder, costs: CostTable, *, context_length: int, max_rows: int = 1024) -> Run:
     """Returns a runner of the path without decisions."""
-
-    def choose(block: tuple[int, ...], hidden: Tensor, last_actions: Tensor, cost_spent: Tensor) -> Tensor:
-        raise AssertionError("there is no block to decide")
-
-    spec = PlanSpec.full_depth(costs)
-    return rollout_runner(decoder, spec, Identity(), choose, context_length=context_length, max_rows=max_rows)
+    spec = PlanSpec.fixed((Action.FULL,) * costs.num_layers, Action.FULL, costs)
+    return rollout_runner(decoder, spec, Identity(), no_choice, context_length=context_length, max_rows=max_rows)
 
 
 def rollout_runner(
@@ -69,6 +66,7 @@ def rollout_runner(
     context_length: int,
     decides_first: bool = False,
     max_rows: int = 1024,
+    num_evaluations: int = 0,
 ) -> Run:
     """Returns a runner of the path that `choose` decides. It runs several passages in one rollout.
 
@@ -78,6 +76,7 @@ def rollout_runner(
         decides_first: let `choose` also decide the last given token, which predicts the first scored one. Serving
             never does.
         max_rows: tokens in one rollout; a longer passage goes alone.
+        num_evaluations: evaluations of a network by `choose` for one token, which count in its cost.
 
     Raises (the returned function):
         ConfigError: a passage does not fit the context.
@@ -95,7 +94,7 @@ def rollout_runner(
         targets = [token_id for passage in passages for token_id in passage.token_ids[passage.num_given :]]
         heads = [spec.head if decided[row] else Action.FULL for row in rows]
         log_probs, is_best = _score_rows(decoder, rollout.states[-1], rows, targets, heads)
-        token_costs = rollout.cost_spent[-1].cpu() + spec.costs.head[spec.head] + spec.costs.fixed
+        token_costs = rollout.cost_spent[-1].cpu() + spec.costs.token_cost((), spec.head, num_evaluations)
         lengths = [len(passage.token_ids) - passage.num_given for passage in passages]
         parts = zip(log_probs.split(lengths), is_best.split(lengths), strict=True)
         for (own, best), (start, end), first in zip(parts, spans, decided_from, strict=True):

@@ -4,7 +4,9 @@ A row is one token of one sequence. Knows caches and positions; knows no weights
 """
 
 from collections.abc import Sequence
-from enum import Enum
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,13 +15,14 @@ from dash_runtime.actions import Action
 from dash_runtime.layers.attention import attention, causal_mask
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.kv_cache import SequenceCache
-from dash_runtime.layers.projection import Projection, Span, project_row, project_rows
 from dash_runtime.layers.rotary import RotaryTable
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.programs.kv_blocks import attended_blocks
 
+_T = TypeVar("_T")
 
-class PassKind(Enum):
+
+class PassKind(StrEnum):
     """The purpose of a pass. It decides what a row's bits may depend on."""
 
     PREFILL = "prefill"
@@ -31,6 +34,20 @@ class PassKind(Enum):
     """Rows in FULL, several per sequence. In a pass of one sequence each row has the same bits as when decoded."""
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive positions of one sequence: `num_rows` rows of a pass, from `first_row` on."""
+
+    cache: SequenceCache
+    start: int
+    num_rows: int
+    first_row: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_rows
+
+
 class Batch:
     """The rows of one pass through the decoder.
 
@@ -38,6 +55,7 @@ class Batch:
         caches: one sequence cache per span.
         lengths: rows of each span; they follow what is cached already.
         compensations: one per span; it replaces a skipped layer in the span's rows.
+        kv_actions: one per span: the action whose kernel projects keys and values of the span's skipped rows.
         rotary: one table per layer.
         row_block: attention takes at most this many rows of a span at once, counted from its first row. A row's sums
             depend on the rows and positions passed with it, so a block's sums do not depend on what follows it.
@@ -49,6 +67,7 @@ class Batch:
         caches: Sequence[SequenceCache],
         lengths: Sequence[int],
         compensations: Sequence[Compensation],
+        kv_actions: Sequence[Action],
         config: ModelConfig,
         rotary: Sequence[RotaryTable],
         row_block: int,
@@ -67,26 +86,17 @@ class Batch:
         self._attention_scale = config.block.attention_scale
         self._rotary = rotary
         self._sliding_window = config.sliding_window
-        self._compensations = [
-            compensation
-            for compensation, span in zip(compensations, self.spans, strict=True)
-            for _ in range(span.num_rows)
-        ]
-        self._shares_compensation = all(own is self._compensations[0] for own in self._compensations)
+        self.compensations = self._by_row(compensations)
+        self.kv_actions = self._by_row(kv_actions)
+        self._shares_compensation = all(own is self.compensations[0] for own in self.compensations)
         self._tables: dict[RotaryTable, tuple[Tensor, Tensor]] = {}
-        self._row_tables: dict[RotaryTable, list[tuple[Tensor, Tensor]]] = {}
+        self._row_inputs: dict[int, Sequence[Sequence[Tensor]]] = {}
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         self._seen: dict[int, tuple[Sequence[Tensor], Sequence[Tensor]]] = {}
         self._blocks: dict[tuple[tuple[int, ...], int | None], tuple[Tensor, ...]] = {}
 
-    def projection(self, layer: int, actions: Sequence[Action], hidden: Tensor) -> Projection | None:
-        """Returns what the layer has to project now, or None if every row skips and may wait. Keeps waiting rows."""
-        tables = self._rotary[layer].at
-        if len(actions) == 1:
-            return project_row(self.spans[0], layer, actions[0], hidden, tables)
-        if Action.SKIP not in actions and not any(span.cache.pending[layer] for span in self.spans):
-            return Projection(hidden, actions, *self.tables(layer), self.spans, None)
-        return project_rows(self.spans, layer, actions, hidden, tables)
+    def _by_row(self, by_span: Sequence[_T]) -> list[_T]:
+        return [own for own, span in zip(by_span, self.spans, strict=True) for _ in range(span.num_rows)]
 
     def tables(self, layer: int) -> tuple[Tensor, Tensor]:
         """Returns cosines and sines of all rows, `[rows, 1, head_dim]`."""
@@ -100,13 +110,24 @@ class Batch:
             self._tables[table] = table.at(positions)
         return self._tables[table]
 
-    def row_tables(self, layer: int) -> list[tuple[Tensor, Tensor]]:
-        """Returns cosines and sines of each row, `[1, 1, head_dim]`."""
-        table = self._rotary[layer]
-        if table not in self._row_tables:
-            cosines, sines = self.tables(layer)
-            self._row_tables[table] = list(zip(cosines.split(1), sines.split(1), strict=True))
-        return self._row_tables[table]
+    def row_inputs(self, row: int) -> Sequence[Sequence[Tensor]]:
+        """Returns what a layer's program needs of a row beside its input, by layer. Only for one row per sequence.
+
+        It is the keys and values that the row attends to (`seen`), cosines and sines `[1, 1, head_dim]`. All layers'
+        are made at once, which takes a fraction of making each.
+        """
+        made = self._row_inputs.get(row)
+        if made is None:
+            tables: dict[RotaryTable, Sequence[Tensor]] = {}
+            for layer, table in enumerate(self._rotary):
+                if table not in tables:
+                    tables[table] = [own[row : row + 1] for own in self.tables(layer)]
+            layers = zip(*self._seen_until(row), self._rotary, self._sliding_window, strict=True)
+            made = self._row_inputs[row] = [
+                [keys, values, *tables[table]] if window is None else [keys[-window:], values[-window:], *tables[table]]
+                for keys, values, table, window in layers
+            ]
+        return made
 
     def seen(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
         """Returns the keys and values `[positions, num_kv_heads, head_dim]` that a row attends to, its own last.
@@ -114,13 +135,16 @@ class Batch:
         Only for passes of one sequence, or of one row per sequence.
         """
         window = self._sliding_window[layer]
-        if row not in self._seen:  # slicing all layers at once takes a tenth of slicing each
-            span = self.spans[0 if len(self.spans) == 1 else row]
-            self._seen[row] = span.cache.until(span.start + row - span.first_row + 1)
-        keys, values = self._seen[row]
+        keys, values = self._seen_until(row)
         if window is None:
             return keys[layer], values[layer]
         return keys[layer][-window:], values[layer][-window:]
+
+    def _seen_until(self, row: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        if row not in self._seen:  # slicing all layers at once takes a tenth of slicing each
+            span = self.spans[0 if len(self.spans) == 1 else row]
+            self._seen[row] = span.cache.until(span.start + row - span.first_row + 1)
+        return self._seen[row]
 
     def seen_blocks(self, layer: int, rows: Sequence[int]) -> list[Tensor]:
         """Returns the inputs of the attention program for several sequences' rows. Only for one row per sequence.
@@ -134,33 +158,29 @@ class Batch:
             spans = [self.spans[row] for row in rows]
             starts, positions = [span.cache.start for span in spans], [span.start for span in spans]
             self._blocks[key] = attended_blocks(starts, positions, window)
+        pool = self.spans[rows[0]].cache.pool
+        return [pool.key_blocks[layer], pool.value_blocks[layer], *self._blocks[key], *self._tables_of(layer, rows)]
+
+    def _tables_of(self, layer: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         if len(rows) == self.num_rows:
-            tables = self.tables(layer)
-        else:
-            tables = self._rotary[layer].at(torch.tensor([self.spans[row].start for row in rows]))
-        pool = self.spans[rows[0]].cache.pool
-        return [pool.key_blocks[layer], pool.value_blocks[layer], *self._blocks[key], *tables]
+            return self.tables(layer)
+        return self._rotary[layer].at(torch.tensor([self.spans[row].start for row in rows]))
 
-    def take_pending(self, layer: int, rows: Sequence[int], num_own: int) -> list[Tensor]:
-        """Takes the layer's pending inputs of the rows' sequences. The last `num_own` of each belong to this pass.
+    def skipped_inputs(self, layer: int, rows: Sequence[int]) -> list[Tensor]:
+        """Returns the inputs of the program for several rows that skip. Only for one row per sequence.
 
-        Returns the inputs of the program for late keys and values: `[late rows, hidden_size]`, the layer's keys and
-        values in the sequences' pool, each late row's token in that pool, cosines and sines.
+        They are the layer's keys and values in the sequences' pool, the rows' tokens there, cosines and sines.
         """
-        inputs: list[Tensor] = []
-        slots: list[int] = []
-        positions: list[int] = []
-        for row in rows:
-            cache, end = self.spans[row].cache, self.spans[row].start + num_own
-            pending = cache.pending.take(layer)
-            own = range(end - len(pending), end)
-            inputs += pending
-            positions += own
-            slots += range(cache.start + own.start, cache.start + end)
+        slots = torch.tensor([self.spans[row].cache.start + self.spans[row].start for row in rows])
         pool = self.spans[rows[0]].cache.pool
-        of_one = slice(positions[0], positions[-1] + 1) if len(rows) == 1 else torch.tensor(positions)
-        stored = pool.key_blocks[layer], pool.value_blocks[layer], torch.tensor(slots)
-        return [torch.cat(inputs), *stored, *self._rotary[layer].at(of_one)]
+        return [pool.key_blocks[layer], pool.value_blocks[layer], slots, *self._tables_of(layer, rows)]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Stores all rows' keys and values, each `[rows, num_kv_heads, head_dim]`."""
+        for span in self.spans:
+            rows, positions = slice(span.first_row, span.first_row + span.num_rows), slice(span.start, span.end)
+            span.cache.keys[layer][positions].copy_(keys[rows])
+            span.cache.values[layer][positions].copy_(values[rows])
 
     def sees_everything(self, layer: int) -> bool:
         """Returns True if the layer attends to all positions before a row."""
@@ -193,9 +213,9 @@ class Batch:
         """Returns the replacement of the layer's output for the given rows, from their `hidden`, `[given rows,
         hidden_size]`."""
         if self._shares_compensation:
-            return self._compensations[0](layer, hidden)
+            return self.compensations[0](layer, hidden)
         wanted = range(self.num_rows) if rows is None else rows
-        parts = [self._compensations[row](layer, hidden[place : place + 1]) for place, row in enumerate(wanted)]
+        parts = [self.compensations[row](layer, hidden[place : place + 1]) for place, row in enumerate(wanted)]
         return torch.cat(parts)
 
     def _attend_span(self, layer: int, span: Span, queries: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dash_runtime.devices import device_of
-from dash_runtime.layers.pending_kv import PendingKv
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.programs.kv_blocks import BLOCK_TOKENS
 
@@ -26,9 +25,7 @@ class SequenceCache:
         self.reserved_tokens = reserved_tokens
         self.capacity = _whole_blocks(reserved_tokens)
         self.length = 0
-        """Positions that every layer has run for. Their keys and values are written or pending."""
-        self.pending = PendingKv(len(pool.memory))
-        """Rows whose keys and values are still to be projected, in each layer the latest positions before `length`."""
+        """Positions that every layer has run or skipped. Their keys and values are written."""
         self._longest = 0
         self.place_at(start)
 
@@ -53,17 +50,12 @@ class SequenceCache:
         return layers[::2], layers[1::2]
 
     def copy_of(self, start: int, end: int) -> Tensor:
-        """Returns a copy of these positions' keys and values, which every layer must have written.
-
-        `[num_layers, 2, end - start, num_kv_heads, head_dim]`.
-        """
+        """Returns a copy of these keys and values, `[num_layers, 2, end - start, num_kv_heads, head_dim]`."""
         assert 0 <= start <= end <= self.length
-        assert not any(self.pending)
         return self._memory[:, :, start:end].clone(memory_format=torch.contiguous_format)
 
     def append(self, stretch: Tensor) -> None:
         """Appends keys and values that `copy_of` returned, as the next positions."""
-        assert not any(self.pending)
         end = self.length + stretch.shape[2]
         self.check_room(end)
         self._memory[:, :, self.length : end] = stretch
@@ -72,7 +64,6 @@ class SequenceCache:
     def truncate(self, length: int) -> None:
         """Forgets the positions from `length` on."""
         assert 0 <= length <= self.length
-        self.pending.forget(self.length - length)
         self._longest = self.num_written
         self.length = length
 

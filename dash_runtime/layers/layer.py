@@ -26,15 +26,16 @@ class LayerLinears(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderLayer(Norms):
-    """One layer. A skipped layer still runs `key_value` (the KV rule)."""
+    """One layer. A skipped layer still runs one of `key_values` (the KV rule)."""
 
-    key_value: Linear
+    key_values: Mapping[Action, Linear]
     linears: Mapping[Action, LayerLinears]
 
     def for_many_rows(self) -> "DecoderLayer":
         """Returns the same layer for passes over many rows (dense_linear.py)."""
         linears = {action: own.for_many_rows() for action, own in self.linears.items()}
-        return replace(self, key_value=for_many_rows(self.key_value), linears=linears)
+        key_values = {action: for_many_rows(own) for action, own in self.key_values.items()}
+        return replace(self, key_values=key_values, linears=linears)
 
 
 def make_layer(weights: LayerWeights, query_size: int, actions: tuple[Action, ...]) -> DecoderLayer:
@@ -45,4 +46,5 @@ def make_layer(weights: LayerWeights, query_size: int, actions: tuple[Action, ..
     running: list[Action] = [action for action in actions if action is not Action.SKIP]
     linears = {action: LayerLinears(*(make_linear(action, linear) for linear in full)) for action in running}
     norms = {field.name: getattr(weights, field.name) for field in fields(Norms)}
-    return DecoderLayer(**norms, key_value=make_linear(Action.FULL, key_value), linears=linears)
+    key_values = {action: make_linear(action, key_value) for action in running}
+    return DecoderLayer(**norms, key_values=key_values, linears=linears)

@@ -1,21 +1,22 @@
 """Groups rows by action, and puts them back in order. Knows actions and tensors; knows no layers."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from dash_runtime.actions import Action
+_Kernel = TypeVar("_Kernel", bound=int | tuple[int, ...])
+"""An action, or an action with more that decides how a row runs."""
+Groups = Sequence[tuple[_Kernel, list[int] | None]]
 
-Groups = Sequence[tuple[Action, list[int] | None]]
 
-
-def group_rows(actions: Sequence[Action]) -> list[tuple[Action, list[int] | None]]:
-    """Returns the rows by action, in ascending order of action; None for the rows if one action has them all."""
-    first = actions[0]
-    if all(action is first for action in actions):
+def group_rows(kernels: Sequence[_Kernel]) -> list[tuple[_Kernel, list[int] | None]]:
+    """Returns the rows by kernel, in ascending order; None for the rows if one kernel has them all."""
+    first = kernels[0]
+    if all(kernel == first for kernel in kernels):
         return [(first, None)]
-    return [(action, [row for row, own in enumerate(actions) if own is action]) for action in sorted(set(actions))]
+    return [(kernel, [row for row, own in enumerate(kernels) if own == kernel]) for kernel in sorted(set(kernels))]
 
 
 def scatter_rows(parts: list[tuple[list[int] | None, Tensor]], num_rows: int) -> Tensor:

@@ -5,34 +5,30 @@ Knows policies and budgets; knows no sequences and no device.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.config import Mode, PolicyFacts, SkipOptions, find_policy
 from dash_runtime.layers.compensation import Compensation
-from dash_runtime.policy.budget import lowest_random_budget, random_plan_for_budget
 from dash_runtime.policy.draft_length import LEAST_GAIN
+from dash_runtime.policy.fixed_plans import MeasuredPlan
+from dash_runtime.policy.frontier import Frontier
 from dash_runtime.policy.learned import LearnedPolicy
-from dash_runtime.policy.policy import FixedPlan, FullDepth, Policy, edges, fixed_action_plan
+from dash_runtime.policy.policy import FixedPlan, Policy, fixed_action_plan, full_depth
 
+FRONTIER = "frontier"
+"""The name under which callers find what ADAPTIVE runs if they name no policy."""
+FRONTIER_NOTE = "{}fixed plans: what diverges least from full depth within the budget; every answer names what ran"
 STATIC_NOTE = "not a learned policy: every layer runs in {action}, for every token"
-RANDOM_NOTE = (
-    "not a learned policy: actions are drawn at random, at rates that keep the compute budget; "
-    "expect worse text than from a learned policy at the same budget"
-)
-
+PLAN_NOTE = "not a learned policy: a fixed plan, the same for every token, and the best one known within this budget"
 
 USUAL_VERIFICATION_COSTS = {1: 1.2, 3: 1.3, 7: 1.4, 15: 1.6}
 """Verification costs by draft length, for an engine whose device was not measured."""
-RANDOM_BUDGET = 0.8
-"""Low enough to show what a policy saves. Random actions are good at no budget."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drafting:
     """The costs of drafts and verifications on this device, as shares of one full-depth token."""
 
-    costs: CostTable
     draft_cost: float
     """Expected cost of a drafted token, until some were drafted."""
     verification_costs: Mapping[int, float]
@@ -47,7 +43,8 @@ class Drafting:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """The policy of one sequence, its price, and the cost table that accounts for it."""
+    """The policy of one sequence, its price, and the device's cost table when the sequence began, which accounts for
+    it."""
 
     policy: Policy
     costs: CostTable
@@ -55,19 +52,28 @@ class Assignment:
     compute_budget: float | None = None
     drafting: Drafting | None = None
     """Set in mode EXACT only."""
+    note: str = ""
+    """What a caller should know about the policy."""
+
+    @property
+    def state_costs(self) -> CostTable:
+        """The table by which the policy is told the cost spent: a learned one's own."""
+        return self.policy.costs if isinstance(self.policy, LearnedPolicy) else self.costs
 
 
 class PolicyCatalog:
     """The policies of one model on one device.
 
     Args:
-        costs: the device's own table, for policies without a file.
+        costs: the device's own table.
         actions: the actions with a kernel here.
         compensation: for policies without a file.
         learned: the trained policies; the first is the default one.
         default_compute_budget: for requests in mode ADAPTIVE that set none; None for the policy's recommendation.
         verification_costs: cost of verifying a draft by its length, as shares of a full-depth token.
         least_drafting_gain: the speed over full depth's below which EXACT does not draft.
+        plans: fixed plans searched on this device with `compensation`; not used if the default policy brings its own,
+            whose divergences are of the same text as its own.
     """
 
     def __init__(
@@ -79,24 +85,36 @@ class PolicyCatalog:
         default_compute_budget: float | None = None,
         verification_costs: Mapping[int, float] = USUAL_VERIFICATION_COSTS,
         least_drafting_gain: float = LEAST_GAIN,
+        plans: Sequence[MeasuredPlan] = (),
     ) -> None:
-        self._costs = costs
         self._actions = actions
         self._compensation = compensation
         self._learned = {policy.name: policy for policy in learned}
+        self._best = next((policy for policy in learned if not policy.is_drafter), None)
+        self._plans = tuple(plans)
+        self._plan_compensation = compensation
+        if self._best is not None and self._best.plans:
+            self._plans, self._plan_compensation = self._best.plans, self._best.compensation
         self._default_compute_budget = default_compute_budget
         self._verification_costs = verification_costs
         self._least_drafting_gain = least_drafting_gain
-        self.full_depth = Assignment(FullDepth(costs.num_layers), costs)
         self._fixed: dict[Action, FixedPlan] = {
-            action: fixed_action_plan(action, costs, compensation, tuple(costs.head)) for action in actions
+            action: fixed_action_plan(action, costs.num_layers, compensation, tuple(costs.head)) for action in actions
         }
+        self.replace_costs(costs)
+
+    def replace_costs(self, costs: CostTable) -> None:
+        """Takes another table of the same device. Assignments that were made before keep theirs."""
+        self._costs = costs
+        self.full_depth = Assignment(full_depth(costs.num_layers), costs)
         self._head = min(costs.head, key=lambda precision: costs.head[precision])
+        budgets = None if self._best is None else self._best.budgets(costs)
+        self._frontier = Frontier(costs, self._plans, budgets)
+        self._made_plans: dict[str, FixedPlan] = {}
         # Full depth has the last word on a draft, so the cheapest head will do.
         self._drafters = {
             name: replace(policy, spec=replace(policy.spec, head=self._head)) for name, policy in self._learned.items()
         }
-        self._random = lru_cache(maxsize=256)(self._make_random)
         self._static = self._make_static()
         self._facts = self._describe()
 
@@ -110,62 +128,77 @@ class PolicyCatalog:
             return Assignment(self._fixed[skip.fixed_action], self._costs)
         chosen = find_policy(self._facts, skip.policy_name, skip.mode)
         budget = skip.compute_budget or chosen.default_budget(skip.mode, self._default_compute_budget)
-        policies = self._learned if skip.mode is Mode.ADAPTIVE else self._drafters
-        if learned := policies.get(chosen.name):
-            assignment = Assignment(learned, learned.costs, learned.calibration.price(budget), budget)
+        if policy := self._learned.get(chosen.name):
+            assignment = self._assign_learned(policy, budget)
         elif self._static is not None and chosen.name == self._static.name:
-            assignment = Assignment(self._static, self._costs, compute_budget=budget)
+            assignment = Assignment(self._static, self._costs, compute_budget=budget, note=chosen.note)
         else:
-            assignment = self._random(budget)
-        if skip.mode is Mode.ADAPTIVE:
-            return assignment
+            assignment = self._assign_best(budget)
+        return assignment if skip.mode is Mode.ADAPTIVE else self._drafting(assignment, skip, budget)
+
+    def _assign_learned(self, policy: LearnedPolicy, budget: float) -> Assignment:
+        return Assignment(policy, self._costs, policy.budgets(self._costs).price(budget), budget)
+
+    def _assign_best(self, budget: float) -> Assignment:
+        choice = self._frontier.within(budget)
+        if choice.plan is None:
+            assert self._best is not None
+            return Assignment(self._best, self._costs, choice.price, budget)
+        plan = choice.plan
+        # One object for one plan: rows of a batch with the same policy are decided together.
+        made = self._made_plans.setdefault(
+            plan.name, FixedPlan(plan.actions, plan.name, plan.head, self._plan_compensation)
+        )
+        return Assignment(made, self._costs, compute_budget=budget, note=PLAN_NOTE)
+
+    def _drafting(self, assignment: Assignment, skip: SkipOptions, budget: float) -> Assignment:
+        """Returns the assignment of a drafter: with the cheapest head and the costs of verifying."""
+        policy = assignment.policy
+        if isinstance(policy, LearnedPolicy):
+            policy = self._drafters[policy.name]
+        elif isinstance(policy, FixedPlan) and policy.head is not self._head:
+            policy = self._made_plans.setdefault(
+                f"{policy.name} with the cheapest head", replace(policy, head=self._head)
+            )
         longest = skip.draft_length or max(self._verification_costs, default=0)
         lengths = {length: cost for length, cost in self._verification_costs.items() if length <= longest}
-        draft_cost = min(budget, self._unskipped_cost(chosen))
-        drafting = Drafting(self._costs, draft_cost, lengths, self._least_drafting_gain)
-        return replace(assignment, drafting=drafting)
+        draft_cost = min(budget, self._unskipped_cost(policy))
+        drafting = Drafting(draft_cost, lengths, self._least_drafting_gain)
+        return replace(assignment, policy=policy, drafting=drafting)
 
-    def _unskipped_cost(self, policy: PolicyFacts) -> float:
+    def _unskipped_cost(self, policy: Policy) -> float:
         """Returns the cost on this device of a token for which the policy skips nothing."""
-        cheapest = min((a for a in policy.action_costs if a is not Action.SKIP), key=lambda a: self._costs.layer[a])
-        return self._costs.token_cost((cheapest,) * self._costs.num_layers, self._head)
+        actions = {*policy.score_actions, *policy.pinned.values()} - {Action.SKIP} or {Action.FULL}
+        cheapest = min(actions, key=lambda action: self._costs.layer[action])
+        return self._costs.token_cost((cheapest,) * self._costs.num_layers, self._head, policy.num_evaluations)
 
     def _make_static(self) -> FixedPlan | None:
-        """Returns the cheapest kernel for every layer, edges included: a drafter that needs no decisions.
-
-        None if FULL is the cheapest.
-        """
+        """Returns the cheapest kernel for every layer: a drafter that needs no decisions. None if FULL is the
+        cheapest."""
         kernels = [action for action in self._actions if action is not Action.SKIP]
         cheapest = min(kernels, key=lambda action: self._costs.layer[action])
         if cheapest is Action.FULL:
             return None
-        layers = range(self._costs.num_layers)
         name = f"static-{cheapest.name.lower()}"
-        return FixedPlan(
-            plan=(cheapest,) * len(layers),
-            name=name,
-            head=self._head,
-            compensation=self._compensation,
-            pinned=frozenset(layers),
-            pinned_action=cheapest,
-        )
+        return FixedPlan((cheapest,) * self._costs.num_layers, name, self._head, self._compensation)
 
     def facts(self) -> tuple[PolicyFacts, ...]:
         """Returns the policies that callers may name, the default first."""
         return self._facts
 
     def _describe(self) -> tuple[PolicyFacts, ...]:
-        costs = self._costs
-        random = PolicyFacts(
-            name="random",
-            note=RANDOM_NOTE,
-            learned=False,
-            lookahead=1,
-            pinned_layers=tuple(sorted(edges(costs.num_layers))),
+        costs, best = self._costs, self._best
+        layers = tuple(range(costs.num_layers))
+        frontier = PolicyFacts(
+            name=FRONTIER,
+            note=FRONTIER_NOTE.format("" if best is None else f"the learned policy {best.name} and "),
+            learned=best is not None,
+            lookahead=1 if best is None else best.lookahead,
+            pinned_layers=layers if best is None else tuple(sorted(best.pinned)),
             action_costs=_relative_costs(costs, self._actions),
-            lowest_budget=lowest_random_budget(costs, self._actions, self._head),
-            recommended_budget=RANDOM_BUDGET,
-            compensation=self._compensation.kind.value,
+            lowest_budget=self._frontier.lowest_budget,
+            recommended_budget=self._frontier.recommended_budget,
+            compensation=self._plan_compensation.kind.value,
         )
         learned = (
             PolicyFacts(
@@ -174,9 +207,9 @@ class PolicyCatalog:
                 learned=True,
                 lookahead=policy.lookahead,
                 pinned_layers=tuple(sorted(policy.pinned)),
-                action_costs=_relative_costs(policy.costs, policy.spec.actions),
-                lowest_budget=policy.calibration.lowest_budget,
-                recommended_budget=policy.calibration.recommended_budget,
+                action_costs=_relative_costs(costs, policy.spec.actions),
+                lowest_budget=policy.budgets(costs).lowest,
+                recommended_budget=policy.recommended_budget(costs),
                 compensation=policy.compensation.kind.value,
                 is_drafter=policy.is_drafter,
             )
@@ -184,27 +217,23 @@ class PolicyCatalog:
         )
         static = []
         if (plan := self._static) is not None:
-            action = plan.pinned_action
-            cost = costs.token_cost(plan.plan, plan.head)
+            action = plan.plan[0]
+            cost = min(1.0, costs.token_cost(plan.plan, plan.head))
             static.append(
                 PolicyFacts(
                     name=plan.name,
                     note=STATIC_NOTE.format(action=action.name),
                     learned=False,
                     lookahead=1,
-                    pinned_layers=tuple(range(costs.num_layers)),
+                    pinned_layers=layers,
                     action_costs=_relative_costs(costs, (action,)),
-                    lowest_budget=min(cost, 1.0),
-                    recommended_budget=min(cost, 1.0),
+                    lowest_budget=cost,
+                    recommended_budget=cost,
                     compensation=self._compensation.kind.value,
                     is_drafter=True,
                 )
             )
-        return (*learned, random, *static)
-
-    def _make_random(self, budget: float) -> Assignment:
-        plan = random_plan_for_budget(budget, self._costs, self._actions, self._head, self._compensation)
-        return Assignment(plan, self._costs, compute_budget=budget)
+        return (frontier, *learned, *static)
 
 
 def _relative_costs(costs: CostTable, actions: tuple[Action, ...]) -> dict[Action, float]:

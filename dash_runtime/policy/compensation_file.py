@@ -22,6 +22,7 @@ from dash_runtime.layers.compensation import (
     packed,
 )
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.policy.model_sketch import is_same_model
 
 _FORMAT = "dash-compensation-1"
 _WHAT = "compensation file"
@@ -87,6 +88,6 @@ def load_compensation(
     with naming(path, _WHAT):
         if metadata.get("format") != _FORMAT:
             raise PolicyFileError(f"is not of format {_FORMAT}")
-        if metadata.get("model_fingerprint") != fingerprint:
+        if not is_same_model(metadata.get("model_fingerprint", ""), fingerprint):
             raise PolicyFileError(f"was made for another model than {config.name}")
         return restored(metadata.get("kind", ""), tensors, config, dtype, device)

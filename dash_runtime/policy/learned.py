@@ -3,94 +3,24 @@
 Knows states and scores; knows no files (policy_file.py) and no training.
 """
 
-import math
-import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.devices import device_of
 from dash_runtime.layers.compensation import Compensation
+from dash_runtime.policy.budgets import BudgetCalibration, Budgets
+from dash_runtime.policy.facts import Facts
+from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.network import NUM_SCALAR_FACTS, PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Actions, Decision, Pending, State
+from dash_runtime.policy.row_evaluation import NetworkInputs, RowEvaluation
+from dash_runtime.programs.program_cache import Program
 from dash_runtime.programs.traced_policy import PolicyShape
-
-
-@dataclass(frozen=True, slots=True)
-class BudgetCalibration:
-    """The price that keeps each budget: `points` are `(budget, log λ)` in ascending order of budget.
-
-    `divergences` are the policy's at each point, in nats per token, on the text of the calibration.
-    `recommended_budget` is the one to run at unless a request sets another.
-    """
-
-    points: tuple[tuple[float, float], ...]
-    divergences: tuple[float, ...]
-    recommended_budget: float
-
-    @property
-    def lowest_budget(self) -> float:
-        return self.points[0][0]
-
-    def price(self, budget: float) -> float:
-        """Returns λ for a budget. Between two calibrated budgets log λ is interpolated linearly."""
-        above = next((place for place, (point, _) in enumerate(self.points) if point >= budget), len(self.points))
-        if above in (0, len(self.points)):
-            return math.exp(self.points[min(above, len(self.points) - 1)][1])
-        (low, log_low), (high, log_high) = self.points[above - 1 : above + 1]
-        return math.exp(log_low + (budget - low) / (high - low) * (log_high - log_low))
-
-
-class _Facts:
-    """Packs what a network is told beside the hidden state, without making tensors.
-
-    A row is `[num_known + 3 + num_actions]`: the last action, one-hot; cost spent, log λ and its square; then λ times
-    the cost of each action.
-    """
-
-    def __init__(self, num_known: int, action_costs: Sequence[float]) -> None:
-        self._row = struct.Struct(f"{num_known + NUM_SCALAR_FACTS + len(action_costs)}f")
-        known = range(1, num_known + 1)
-        self._one_hot = {last: tuple(float(row == last) for row in known) for last in known}
-        self._priced = lru_cache(lambda price: tuple(price * cost for cost in action_costs))
-        self._buffers: dict[int, tuple[bytearray, Tensor]] = {}
-
-    def in_place(self, state: State) -> Tensor:
-        """Returns the rows in the tensor of the last call with as many rows.
-
-        A program has read it once it returns. With cold caches, writing the numbers takes a fifth of the time of making
-        a tensor.
-        """
-        num_rows = len(state.tokens)
-        if num_rows not in self._buffers:
-            self._buffers[num_rows] = self._buffer(num_rows)
-        numbers, tensor = self._buffers[num_rows]
-        self._write(numbers, state)
-        return tensor
-
-    def on_device(self, state: State) -> Tensor:
-        """Returns the rows in a new tensor on the state's device."""
-        numbers, rows = self._buffer(len(state.tokens))
-        self._write(numbers, state)
-        return device_of(state.hidden.device).upload(rows)
-
-    def _buffer(self, num_rows: int) -> tuple[bytearray, Tensor]:
-        """Returns zeros for so many rows, and a tensor over the same memory."""
-        numbers = bytearray(num_rows * self._row.size)
-        return numbers, torch.frombuffer(numbers, dtype=torch.float32).view(num_rows, -1)
-
-    def _write(self, numbers: bytearray, state: State) -> None:
-        place = 0
-        for token, action, cost_spent in zip(state.tokens, state.actions, state.cost_spent, strict=True):
-            log_price = math.log(token.price)
-            scalars = (cost_spent, log_price, log_price * log_price)
-            self._row.pack_into(numbers, place, *self._one_hot[action], *scalars, *self._priced(token.price))
-            place += self._row.size
 
 
 @dataclass(frozen=True)
@@ -102,22 +32,27 @@ class LearnedPolicy:
     spec: PlanSpec
     compensation: Compensation
     calibration: BudgetCalibration
+    plans: tuple[MeasuredPlan, ...] = ()
+    """Fixed plans that were searched and measured on the text of the calibration, with the same compensation."""
     is_drafter: bool = False
     """True if it was trained to have its drafts accepted (mode EXACT) instead of to stay close to full depth."""
     program: Callable[[list[Tensor]], list[Tensor]] | None = None
     """`FewRowsPolicy`, compiled for `shape`; None to evaluate eagerly."""
+    layer_programs: Mapping[Action, Program] | None = None
+    """The programs of layers that evaluate this policy as well (`row_evaluation.py`), by action; None if there are
+    none."""
 
     @property
     def score_actions(self) -> Actions:
         return self.spec.actions
 
     @property
-    def pinned(self) -> frozenset[int]:
+    def pinned(self) -> Mapping[int, Action]:
         return self.spec.pinned
 
     @property
-    def pinned_action(self) -> Action:
-        return self.spec.pinned_action
+    def num_evaluations(self) -> int:
+        return self.spec.num_evaluations
 
     @property
     def lookahead(self) -> int:
@@ -128,12 +63,26 @@ class LearnedPolicy:
         return self.spec.block_size
 
     @property
+    def kv_action(self) -> Action:
+        return self.spec.kv_action
+
+    @property
     def head(self) -> Action:
         return self.spec.head
 
     @property
     def costs(self) -> CostTable:
+        """The table that it was trained with: what it is told about the cost spent is in its unit."""
         return self.spec.costs
+
+    def budgets(self, costs: CostTable) -> Budgets:
+        """Returns the budgets that it can keep at a device's costs."""
+        return self.calibration.budgets(self.spec, costs)
+
+    def recommended_budget(self, costs: CostTable) -> float:
+        """Returns the budget of requests that name the policy, and so want no fixed plan, and set no budget."""
+        budgets = self.budgets(costs)
+        return budgets.best_for_drafting if self.is_drafter else budgets.recommended
 
     @property
     def shape(self) -> PolicyShape:
@@ -155,8 +104,8 @@ class LearnedPolicy:
         return [(action,) for action in self.spec.actions]
 
     @cached_property
-    def _facts(self) -> _Facts:
-        return _Facts(self.network.num_known, [self.spec.costs.layer[action] for action in self.spec.actions])
+    def _facts(self) -> Facts:
+        return Facts(self.network.num_known, [self.spec.costs.layer[action] for action in self.spec.actions])
 
     @cached_property
     def _weights(self) -> list[list[Tensor]]:
@@ -164,16 +113,31 @@ class LearnedPolicy:
         network = self.network
         outputs = (network.output_weight.flatten(1, 2), network.output_bias.flatten(1, 2))
         blocks = zip(network.hidden_bias, network.fact_weight, network.inner_bias, *outputs, strict=True)
-        return [
-            [network.hidden_weight, bias, facts, network.inner_weight, *others] for bias, facts, *others in blocks
-        ]
+        return [[network.hidden_weight, bias, facts, network.inner_weight, *others] for bias, facts, *others in blocks]
+
+    @cached_property
+    def _row_evaluations(self) -> list[RowEvaluation]:
+        return []
+
+    @cached_property
+    def _network_inputs(self) -> NetworkInputs:
+        return NetworkInputs(self.network, self.spec)
+
+    def row_evaluations(self, num_rows: int) -> Sequence[RowEvaluation]:
+        """Returns an evaluation for each of so many rows; the same ones every time."""
+        assert self.layer_programs is not None
+        made = self._row_evaluations
+        while len(made) < num_rows:
+            made.append(RowEvaluation(self._network_inputs, self.spec, self.layer_programs))
+        return made[:num_rows]
 
     def start(self, layer: int, state: State) -> Pending:
         block, num_layers = self._blocks[layer]
         if self.program is not None:
             best, scores = self.program([state.hidden, self._facts.in_place(state), *self._weights[block]])
         else:
-            facts, priced = self._facts.on_device(state).tensor_split((-len(self.spec.actions),), dim=1)
+            facts = device_of(state.hidden.device).upload(self._facts.apart(state))
+            facts, priced = facts.tensor_split((-len(self.spec.actions),), dim=1)
             scores = self.network.scores(block, state.hidden, facts, priced.unsqueeze(1))
             best = scores.argmax(dim=-1)
         if num_layers < self.spec.block_size:
@@ -194,8 +158,12 @@ class LearnedPolicy:
     def without(self, unsupported: set[Action]) -> "LearnedPolicy":
         """Returns the policy for a device that has no kernel for some actions.
 
-        Their scores are dropped, and pinned layers run FULL if their action is one of them.
+        Their scores are dropped; pinned layers and the head run FULL if their action is one of them.
         """
+
+        def supported_or_full(action: Action) -> Action:
+            return Action.FULL if action in unsupported else action
+
         kept = [index for index, action in enumerate(self.spec.actions) if action not in unsupported]
         network = replace(
             self.network,
@@ -205,6 +173,7 @@ class LearnedPolicy:
         spec = replace(
             self.spec,
             actions=tuple(self.spec.actions[index] for index in kept),
-            pinned_action=Action.FULL if self.pinned_action in unsupported else self.pinned_action,
+            pinned={layer: supported_or_full(action) for layer, action in self.pinned.items()},
+            head=supported_or_full(self.head),
         )
-        return replace(self, network=network, spec=spec)
+        return replace(self, network=network, spec=spec, calibration=self.calibration.without(unsupported))

@@ -3,11 +3,12 @@
 Knows layers, actions and costs; knows no networks, no compensation and no files.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.policy.policy import decision_blocks
+from dash_runtime.policy.policy import cheapest_kernel, decision_blocks
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class PlanSpec:
 
     actions: tuple[Action, ...]
     """The actions to choose from, in the order of the network's scores."""
-    pinned: frozenset[int]
-    """Layers that are never decided, all below `lookahead` among them; they run `pinned_action`."""
+    pinned: Mapping[int, Action]
+    """The action of each layer that is never decided; all layers below `lookahead` are among them."""
     lookahead: int
     """Layers between the first layer of a block and the earlier one whose input decides it."""
     block_size: int
@@ -25,19 +26,17 @@ class PlanSpec:
     head: Action
     """Precision of the language-model head."""
     costs: CostTable
-    pinned_action: Action = Action.FULL
 
     @classmethod
-    def full_depth(cls, costs: CostTable) -> "PlanSpec":
-        """The terms of full depth: every layer is pinned."""
-        return cls(
-            actions=(Action.FULL,),
-            pinned=frozenset(range(costs.num_layers)),
-            lookahead=1,
-            block_size=1,
-            head=Action.FULL,
-            costs=costs,
-        )
+    def fixed(cls, plan: Sequence[Action], head: Action, costs: CostTable) -> "PlanSpec":
+        """The terms of a fixed plan: every layer is pinned."""
+        actions = tuple(sorted(set(plan)))
+        return cls(actions, dict(enumerate(plan)), lookahead=1, block_size=1, head=head, costs=costs)
+
+    @property
+    def kv_action(self) -> Action:
+        """See `policy.Policy`."""
+        return cheapest_kernel((*self.actions, *self.pinned.values()))
 
     @property
     def num_layers(self) -> int:
@@ -46,7 +45,12 @@ class PlanSpec:
     @cached_property
     def decision_blocks(self) -> tuple[tuple[int, ...], ...]:
         """The layers of each block, ascending. The last block may be smaller than `block_size`."""
-        return decision_blocks(self.num_layers, self.pinned, self.block_size)
+        return decision_blocks(self.num_layers, frozenset(self.pinned), self.block_size)
+
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations of a network that decides on these terms, for one token."""
+        return len(self.decision_blocks)
 
     @cached_property
     def free_layers(self) -> tuple[int, ...]:

@@ -1,22 +1,23 @@
-"""The interface of a policy, and the policies that ignore the state: full depth, a fixed plan, a random plan.
+"""The interface of a policy, and the policies that ignore the state: fixed plans and random draws.
 
 A policy decides the actions of a block of layers at once, for each row of a batch. A block has several layers if an
 evaluation costs much beside a layer. Knows no lanes, no sequences and no decoder.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 from torch import Tensor
 
-from dash_runtime.actions import Action, CostTable
+from dash_runtime.actions import Action
 from dash_runtime.layers.compensation import Compensation, Identity
 
 Actions = tuple[Action, ...]
 """One action per row."""
 
+FULL_DEPTH_NAME = "full-depth"
 _WORD = 0xFFFF_FFFF_FFFF_FFFF
 
 
@@ -76,16 +77,16 @@ class Policy(Protocol):
         """Layers between the first layer of a block and the earlier one whose input decides it."""
 
     @property
-    def pinned(self) -> frozenset[int]:
-        """Layers that it never decides; all below `lookahead` are among them."""
-
-    @property
-    def pinned_action(self) -> Action:
-        """Action of pinned layers: FULL, except in a policy that only drafts."""
+    def pinned(self) -> Mapping[int, Action]:
+        """The action of each layer that it never decides; all layers below `lookahead` are among them."""
 
     @property
     def block_size(self) -> int:
         """Layers that are decided together (`decision_blocks`)."""
+
+    @property
+    def num_evaluations(self) -> int:
+        """Evaluations of a network for one token; 0 if it has none."""
 
     @property
     def score_actions(self) -> Actions:
@@ -99,6 +100,10 @@ class Policy(Protocol):
     def compensation(self) -> Compensation:
         """Replacement for the output of a skipped layer."""
 
+    @property
+    def kv_action(self) -> Action:
+        """Projects a skipped layer's keys and values: the cheapest kernel that the policy may use."""
+
     def start(self, layer: int, state: State) -> Pending:
         """Starts choosing each row's actions in the block that begins with `layer`, from that row's own state only.
 
@@ -108,42 +113,28 @@ class Policy(Protocol):
 
 
 @dataclass(frozen=True)
-class FullDepth:
-    """Every layer in full: all of them are pinned."""
-
-    num_layers: int
-    name: str = "full-depth"
-    lookahead: int = 1
-    block_size: int = 1
-    head: Action = Action.FULL
-    compensation: Compensation = field(default_factory=Identity)
-    pinned_action: Action = Action.FULL
-    score_actions: Actions = ()
-
-    @property
-    def pinned(self) -> frozenset[int]:
-        return frozenset(range(self.num_layers))
-
-    def start(self, layer: int, state: State) -> Pending:
-        return lambda: Decision(((Action.FULL,) * len(state.tokens),))
-
-
-@dataclass(frozen=True)
 class FixedPlan:
-    """The same plan for every token: one action per layer."""
+    """The same plan for every token: one action per layer, all of them pinned."""
 
     plan: Actions
     name: str
     head: Action
     compensation: Compensation
-    pinned: frozenset[int]
     lookahead: int = 1
     block_size: int = 1
-    pinned_action: Action = Action.FULL
+    num_evaluations: int = 0
     score_actions: Actions = ()
 
+    @cached_property
+    def pinned(self) -> Mapping[int, Action]:
+        return dict(enumerate(self.plan))
+
+    @cached_property
+    def kv_action(self) -> Action:
+        return cheapest_kernel(self.plan)
+
     def start(self, layer: int, state: State) -> Pending:
-        return lambda: Decision(((self.plan[layer],) * len(state.tokens),))
+        raise AssertionError("a fixed plan decides nothing")
 
 
 @dataclass(frozen=True)
@@ -158,11 +149,15 @@ class RandomPlan:
     name: str
     head: Action
     compensation: Compensation
-    pinned: frozenset[int]
+    pinned: Mapping[int, Action]
     lookahead: int = 1
     block_size: int = 1
-    pinned_action: Action = Action.FULL
+    num_evaluations: int = 0
     score_actions: Actions = ()
+
+    @cached_property
+    def kv_action(self) -> Action:
+        return cheapest_kernel([*self.pinned.values(), *(action for rates in self.rates for action in rates)])
 
     def start(self, layer: int, state: State) -> Pending:
         return lambda: Decision((tuple(self._draw(layer, token) for token in state.tokens),))
@@ -184,24 +179,35 @@ def decision_blocks(num_layers: int, pinned: frozenset[int], block_size: int) ->
     return tuple(tuple(free[start : start + block_size]) for start in range(0, len(free), block_size))
 
 
-def edges(num_layers: int) -> frozenset[int]:
-    """Returns the first and the last layer. They are always pinned: skipping them hurts most."""
-    return frozenset((0, num_layers - 1))
+def cheapest_kernel(actions: Iterable[Action]) -> Action:
+    """Returns the cheapest of these actions that runs a kernel; FULL if there is none."""
+    return min((action for action in actions if action is not Action.SKIP), default=Action.FULL)
+
+
+def full_edges(num_layers: int) -> dict[int, Action]:
+    """Returns the first and the last layer, pinned to FULL: skipping them hurts most."""
+    return {0: Action.FULL, num_layers - 1: Action.FULL}
+
+
+def full_depth(num_layers: int) -> FixedPlan:
+    """Returns the plan of mode FULL_DEPTH: every layer in full."""
+    return FixedPlan((Action.FULL,) * num_layers, FULL_DEPTH_NAME, Action.FULL, Identity())
 
 
 def fixed_action_plan(
-    action: Action, costs: CostTable, compensation: Compensation, heads: Sequence[Action]
+    action: Action, num_layers: int, compensation: Compensation, heads: Sequence[Action]
 ) -> FixedPlan:
-    """Returns the plan of mode FIXED: one action for all layers but the edges.
+    """Returns the plan of mode FIXED: one action for all layers. SKIP leaves the first and the last in FULL."""
+    kept = full_edges(num_layers) if action is Action.SKIP else {}
+    plan = tuple(kept.get(layer, action) for layer in range(num_layers))
+    return FixedPlan(plan, f"fixed-{action.name.lower()}", fixed_head(action, heads), compensation)
 
-    A quantised plan takes the INT8 head if there is one.
-    """
-    pinned = edges(costs.num_layers)
-    plan = tuple(Action.FULL if layer in pinned else action for layer in range(costs.num_layers))
+
+def fixed_head(action: Action, heads: Sequence[Action]) -> Action:
+    """Returns the head's precision beside one action in all layers: a quantised plan takes the INT8 head if there is
+    one."""
     is_quantized = action in (Action.INT4, Action.INT8)
-    head = Action.INT8 if is_quantized and Action.INT8 in heads else Action.FULL
-    name = f"fixed-{action.name.lower()}"
-    return FixedPlan(plan=plan, name=name, head=head, compensation=compensation, pinned=pinned)
+    return Action.INT8 if is_quantized and Action.INT8 in heads else Action.FULL
 
 
 def _uniform(seed: int, position: int, layer: int) -> float:

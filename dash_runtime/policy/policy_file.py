@@ -1,10 +1,9 @@
 """Policy files: a learned policy's tensors as safetensors, and the rest as metadata (policy_metadata.py).
 
-A file names its model by fingerprint and its actions by name. It is refused for another model, and everything read is
-checked against its bounds before use. Knows files; knows no training and no serving.
+A file knows its model by a sketch (model_sketch.py) and its actions by name. It is refused for another model, and
+everything read is checked against its bounds before use. Knows files; knows no training and no serving.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.checkpoints.parameters import layer_norms
 from dash_runtime.errors import PolicyFileError
 from dash_runtime.files.json_file import parse_json
 from dash_runtime.files.tensor_file import load_tensors, naming, save_tensors
@@ -21,26 +19,12 @@ from dash_runtime.files.wording import quoted
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.compensation_file import restored, stored
 from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.policy.model_sketch import is_same_model
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.policy_metadata import PolicyMetadata
 
 _KEY = "dash_policy"
 _WHAT = "policy file"
-
-
-def model_fingerprint(config: ModelConfig, weights: Mapping[str, Tensor]) -> str:
-    """Returns a digest of a model's shape and of its layers' norm weights.
-
-    Cheap to read, and different for each training.
-    """
-    digest = hashlib.sha256()
-    shape = (config.num_layers, config.hidden_size, config.num_heads, config.vocab_size, config.head_dim)
-    digest.update(repr(shape).encode())
-    for index in range(config.num_layers):
-        for norm in layer_norms(config):
-            weight = weights[f"{config.tensor_names.layers}.{index}.{norm}.weight"]
-            digest.update(weight.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def find_policies(folder: Path, fingerprint: str) -> list[Path]:
@@ -53,7 +37,7 @@ def find_policies(folder: Path, fingerprint: str) -> list[Path]:
     for path in sorted(folder.glob("*.safetensors")):
         _, metadata = load_tensors(path, _WHAT, (_KEY,))
         with naming(path, _WHAT):
-            if parse_json(metadata[_KEY])["model_fingerprint"] == fingerprint:
+            if is_same_model(parse_json(metadata[_KEY])["model_fingerprint"], fingerprint):
                 found.append(path)
     return found
 
@@ -77,6 +61,7 @@ def save_policy(
         is_drafter=policy.is_drafter,
         compensation=policy.compensation.kind.value,
         calibration=policy.calibration,
+        plans=policy.plans,
         embedded_actions=tuple(_by_number(known)),
     )
     save_tensors(path, _WHAT, tensors, {_KEY: metadata.to_json()})
@@ -118,6 +103,7 @@ def load_policy(
             spec=facts.spec,
             compensation=restored(facts.compensation, compensation, config, dtype, device),
             calibration=facts.calibration,
+            plans=facts.plans,
             is_drafter=facts.is_drafter,
         )
 

@@ -10,19 +10,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.errors import PolicyFileError
+from dash_runtime.errors import ConfigError, PolicyFileError
 from dash_runtime.files.json_file import parse_json
 from dash_runtime.files.wording import quoted
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.policy.learned import BudgetCalibration
+from dash_runtime.policy.budgets import BudgetCalibration, PricePoint
+from dash_runtime.policy.fixed_plans import MeasuredPlan
+from dash_runtime.policy.model_sketch import is_same_model
 from dash_runtime.policy.plan_spec import PlanSpec
 
-FORMAT = "dash-policy-2"
+FORMAT = "dash-policy-3"
 FEATURES = "rms-normalised-hidden|block|last-action|cost-spent,log-price,log-price-squared"
 
 _FIRST_ACTIONS = ["SKIP", "INT4", "INT8", "FULL"]
 """The rows of `action_embedding` in files that do not name them."""
-_OPTIONAL = {"pinned_action": Action.FULL.name, "is_drafter": False, "embedded_actions": _FIRST_ACTIONS}
+_OPTIONAL = {"is_drafter": False, "embedded_actions": _FIRST_ACTIONS}
 """Keys that a file may lack, as older files do."""
 _MAX_LOG_PRICE = 100.0
 """Calibration tries prices of about e^±10; e^±700 overflows."""
@@ -39,10 +41,12 @@ class PolicyMetadata:
 
     name: str
     model_fingerprint: str
+    """The sketch of its model (`model_sketch.py`)."""
     spec: PlanSpec
     is_drafter: bool
     compensation: str
     calibration: BudgetCalibration
+    plans: tuple[MeasuredPlan, ...]
     embedded_actions: tuple[str, ...]
     """The action of each row of the network's `action_embedding`, by name: not every reader knows them all."""
 
@@ -55,17 +59,15 @@ class PolicyMetadata:
             "model_fingerprint": self.model_fingerprint,
             "features": FEATURES,
             "actions": [action.name for action in spec.actions],
-            "pinned": sorted(spec.pinned),
+            "pinned": {str(layer): action.name for layer, action in sorted(spec.pinned.items())},
             "lookahead": spec.lookahead,
             "block_size": spec.block_size,
             "head": spec.head.name,
-            "pinned_action": spec.pinned_action.name,
             "is_drafter": self.is_drafter,
             "compensation": self.compensation,
             "costs": spec.costs.to_json(),
-            "calibration": [list(point) for point in calibration.points],
-            "divergences": list(calibration.divergences),
-            "recommended_budget": calibration.recommended_budget,
+            "calibration": [_point_to_json(point) for point in calibration.points],
+            "plans": [plan.to_json() for plan in self.plans],
         }
         # Older versions refuse a key that they do not know, and need none for these rows.
         if list(self.embedded_actions) != _FIRST_ACTIONS:
@@ -85,7 +87,10 @@ class PolicyMetadata:
         facts = _OPTIONAL | parse_json(text)
         for key, expected in (("format", FORMAT), ("features", FEATURES)):
             if facts.pop(key) != expected:
-                raise PolicyFileError(f"has another {key} than this version reads, which is {expected!r}")
+                raise PolicyFileError(
+                    f"has another {key} than this version reads, which is {expected!r}: "
+                    "train it anew with `dash-policy train`"
+                )
         actions = tuple(known[name] for name in _list(facts.pop("actions"), "actions"))
         if not actions or len(set(actions)) < len(actions):
             raise PolicyFileError("has no actions, or one of them twice")
@@ -94,18 +99,16 @@ class PolicyMetadata:
             model_fingerprint=_text(facts.pop("model_fingerprint"), "model_fingerprint"),
             spec=PlanSpec(
                 actions=actions,
-                pinned=frozenset(_int(layer, "pinned layer") for layer in _list(facts.pop("pinned"), "pinned")),
+                pinned={int(layer): known[action] for layer, action in facts.pop("pinned").items()},
                 lookahead=_int(facts.pop("lookahead"), "lookahead"),
                 block_size=_int(facts.pop("block_size"), "block_size"),
                 head=known[facts.pop("head")],
                 costs=_costs(facts.pop("costs")),
-                pinned_action=known[facts.pop("pinned_action")],
             ),
             is_drafter=_bool(facts.pop("is_drafter"), "is_drafter"),
             compensation=_text(facts.pop("compensation"), "compensation"),
-            calibration=_calibration(
-                facts.pop("calibration"), facts.pop("divergences"), facts.pop("recommended_budget")
-            ),
+            calibration=_calibration(facts.pop("calibration"), known),
+            plans=tuple(_plan(plan) for plan in _list(facts.pop("plans"), "plans")),
             embedded_actions=_embedded_actions(facts.pop("embedded_actions")),
         )
         if facts:
@@ -120,7 +123,7 @@ class PolicyMetadata:
             PolicyFileError: it is for another, or one of its layers does not exist there.
         """
         spec, num_layers = self.spec, config.num_layers
-        if self.model_fingerprint != fingerprint:
+        if not is_same_model(self.model_fingerprint, fingerprint):
             raise PolicyFileError(f"was made for another model than {config.name}")
         if spec.num_layers != num_layers:
             raise PolicyFileError("has a cost table for another number of layers than its model's")
@@ -128,11 +131,15 @@ class PolicyMetadata:
             raise PolicyFileError(f"has block_size {quoted(spec.block_size)}; it must be 1 to {num_layers}")
         if spec.lookahead < 1:
             raise PolicyFileError(f"has lookahead {quoted(spec.lookahead)}; it must be at least 1")
-        if not spec.pinned <= set(range(num_layers)):
+        if not set(spec.pinned) <= set(range(num_layers)):
             raise PolicyFileError(f"pins layers that a model of {num_layers} layers does not have")
         undecided = set(range(min(spec.lookahead, num_layers))) | {num_layers - 1}
-        if not undecided <= spec.pinned:
+        if not undecided <= set(spec.pinned):
             raise PolicyFileError(f"must pin layers {sorted(undecided)}, which it cannot decide with its lookahead")
+        if any(abs(sum(point.counts.values()) - num_layers) > _ROUNDING for point in self.calibration.points):
+            raise PolicyFileError(f"has a calibration for another number of layers than its model's {num_layers}")
+        if any(len(plan.actions) != num_layers for plan in self.plans):
+            raise PolicyFileError(f"has a plan for another number of layers than its model's {num_layers}")
 
     def _check_costs(self) -> None:
         spec = self.spec
@@ -140,8 +147,12 @@ class PolicyMetadata:
             raise PolicyFileError("has a cost table for other actions than its own")
         if spec.head not in spec.costs.head:
             raise PolicyFileError(f"has no cost for its head precision {spec.head.name}")
-        if spec.pinned_action == Action.SKIP or spec.pinned_action not in spec.costs.layer:
-            raise PolicyFileError(f"runs pinned layers in {spec.pinned_action.name}, which is no kernel or has no cost")
+        for action in set(spec.pinned.values()):
+            if action == Action.SKIP or action not in spec.costs.layer:
+                raise PolicyFileError(f"runs pinned layers in {action.name}, which is no kernel or has no cost")
+        counted = {action for point in self.calibration.points for action in point.counts}
+        if not counted <= {*spec.actions, *spec.pinned.values()}:
+            raise PolicyFileError("has a calibration of other actions than its own")
 
 
 def _embedded_actions(names: Any) -> tuple[str, ...]:
@@ -162,25 +173,45 @@ def _costs(facts: Any) -> CostTable:
     return CostTable.from_json(facts)
 
 
-def _calibration(points: Any, divergences: Any, recommended_budget: Any) -> BudgetCalibration:
-    pairs = [_list(point, "calibration") for point in _list(points, "calibration")]
-    calibrated = tuple((_number(budget, "budget"), _number(log_price, "price")) for budget, log_price in pairs)
-    if not calibrated or list(calibrated) != sorted(calibrated) or not 0 < calibrated[0][0] <= calibrated[-1][0] <= 1:
-        raise PolicyFileError("has a calibration that is empty, not ascending or outside (0, 1]")
-    if any(abs(log_price) > _MAX_LOG_PRICE for _, log_price in calibrated):
-        raise PolicyFileError("has a calibration with a price that cannot be")
-    calibration = BudgetCalibration(
-        calibrated,
-        tuple(_number(value, "divergence") for value in _list(divergences, "divergences")),
-        _number(recommended_budget, "recommended_budget"),
+def _point_to_json(point: PricePoint) -> dict[str, Any]:
+    return {
+        "log_price": point.log_price,
+        "counts": {action.name: count for action, count in point.counts.items()},
+        "divergence": point.divergence,
+        "agreement": point.agreement,
+    }
+
+
+def _calibration(points: Any, known: Mapping[str, Action]) -> BudgetCalibration:
+    read = tuple(_point(point, known) for point in _list(points, "calibration"))
+    prices = [point.log_price for point in read]
+    if not prices or prices != sorted(set(prices)) or max(map(abs, prices)) > _MAX_LOG_PRICE:
+        raise PolicyFileError("has a calibration that is empty, not ascending, or with a price that cannot be")
+    return BudgetCalibration(read)
+
+
+def _point(facts: dict[str, Any], known: Mapping[str, Action]) -> PricePoint:
+    counts = {known[name]: _number(count, f"count of {quoted(name)}") for name, count in facts["counts"].items()}
+    point = PricePoint(
+        _number(facts["log_price"], "price"),
+        counts,
+        _number(facts["divergence"], "divergence"),
+        _number(facts["agreement"], "agreement"),
     )
-    if len(calibration.divergences) != len(calibrated) or not all(
-        -_ROUNDING < divergence < _MAX_DIVERGENCE for divergence in calibration.divergences
-    ):
-        raise PolicyFileError("has divergences that do not fit its calibration")
-    if not calibrated[0][0] <= calibration.recommended_budget <= 1:
-        raise PolicyFileError("has a recommended budget that does not fit its calibration")
-    return calibration
+    if set(facts) != set(_point_to_json(point)):
+        raise PolicyFileError("says something unknown about a price")
+    if not -_ROUNDING < point.divergence < _MAX_DIVERGENCE or not 0 <= point.agreement <= 1:
+        raise PolicyFileError("has a divergence or an agreement that cannot be")
+    if any(count < 0 for count in counts.values()):
+        raise PolicyFileError("runs fewer than 0 layers with an action at a price")
+    return point
+
+
+def _plan(facts: Any) -> MeasuredPlan:
+    try:
+        return MeasuredPlan.from_json(facts)
+    except ConfigError as error:
+        raise PolicyFileError(f"has a fixed plan that cannot be: {error}") from None
 
 
 def _list(value: Any, name: str) -> list[Any]:

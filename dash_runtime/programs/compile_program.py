@@ -6,6 +6,7 @@ one program.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +42,24 @@ _MODEL_SAMPLES = {
     ProgramKind.LAYER: example_inputs.layer_sample,
     ProgramKind.ATTENTION: example_inputs.attention_sample,
     ProgramKind.NORM: example_inputs.norm_sample,
-    ProgramKind.LATE: example_inputs.late_sample,
     ProgramKind.HEAD: example_inputs.head_sample,
+}
+
+_SKIP_SAMPLES = {
+    ProgramKind.SKIP: example_inputs.skip_sample,
+    ProgramKind.SKIP_ROWS: example_inputs.skip_rows_sample,
 }
 
 
 def sample(spec: ProgramSpec) -> Sample:
     """Returns the module and the example inputs that the program is traced with."""
-    if isinstance(spec.shape, ModelShape):
-        return _MODEL_SAMPLES[spec.kind](spec.shape, spec.action, spec.num_rows)
-    return example_inputs.policy_sample(spec.shape)
+    if not isinstance(spec.shape, ModelShape):
+        return example_inputs.policy_sample(spec.shape)
+    if spec.policy is not None:
+        return example_inputs.deciding_sample(sample(replace(spec, policy=None)), spec.policy)
+    if spec.kind in _SKIP_SAMPLES:
+        return _SKIP_SAMPLES[spec.kind](spec.shape, spec.action, spec.rank)
+    return _MODEL_SAMPLES[spec.kind](spec.shape, spec.action, spec.num_rows)
 
 
 def compile_program(spec: ProgramSpec, path: Path) -> None:

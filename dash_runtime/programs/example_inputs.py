@@ -14,8 +14,10 @@ from dash_runtime.linears.dense_linear import FullLinear, make_full_linear
 from dash_runtime.linears.row_kernels import RowMatrix, pack_row_matrix
 from dash_runtime.programs.kv_blocks import BLOCK_TOKENS, attended_blocks
 from dash_runtime.programs.packing import WeightPacking
-from dash_runtime.programs.traced_layer import FewRowsLayer, Head, LateKeysValues, ModelShape, RowsAttention, RowsNorm
+from dash_runtime.programs.traced_deciding import DecidingLayer, packed_network
+from dash_runtime.programs.traced_layer import FewRowsLayer, Head, ModelShape, RowsAttention, RowsNorm
 from dash_runtime.programs.traced_policy import FewRowsPolicy, PolicyShape
+from dash_runtime.programs.traced_skip import SkippedLayer, SkippedRows
 
 Sample = tuple[nn.Module, tuple[Any, ...], tuple[Any, ...]]
 """The module, its inputs, and the varying dimensions of each input."""
@@ -54,13 +56,32 @@ def norm_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
     return RowsNorm(shape, action), inputs, ({0: _varying("rows")}, None)
 
 
-def late_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
+def skip_sample(shape: ModelShape, action: Action, rank: int) -> Sample:
+    layer_inputs, weights = _weights(shape, action)
+    seen = [_zeros(_SAMPLE_POSITIONS, shape.num_kv_heads, shape.head_dim) for _ in range(2)]
+    inputs = (_zeros(1, shape.hidden_size), *seen, *_tables(shape, 1), weights, _compensation(shape, rank))
+    positions = {0: _varying("positions")}
+    varying = (None, positions, positions, None, None)
+    return SkippedLayer(shape, action, layer_inputs, rank), inputs, (*varying, *_fixed(inputs[-2:]))
+
+
+def skip_rows_sample(shape: ModelShape, action: Action, rank: int) -> Sample:
     layer_inputs, weights = _weights(shape, action)
     hidden, slots = _zeros(_SAMPLE_ROWS, shape.hidden_size), torch.arange(_SAMPLE_ROWS)
-    inputs = (hidden, *_pool(shape), slots, *_tables(shape, _SAMPLE_ROWS), weights)
+    inputs = (hidden, *_pool(shape), slots, *_tables(shape, _SAMPLE_ROWS), weights, _compensation(shape, rank))
     pool, rows = ({0: _varying(name)} for name in ("pool", "rows"))
     varying = (rows, pool, pool, rows, rows, rows)
-    return LateKeysValues(shape, action, layer_inputs), inputs, (*varying, *_fixed(inputs[-1:]))
+    return SkippedRows(shape, action, layer_inputs, rank), inputs, (*varying, *_fixed(inputs[-2:]))
+
+
+def deciding_sample(layer: Sample, policy: PolicyShape) -> Sample:
+    """Returns the sample of a layer that also evaluates a policy."""
+    module, inputs, varying = layer
+    sizes = [(policy.width, policy.hidden_size), (policy.width,), (policy.num_facts, policy.width)]
+    sizes += [(policy.num_actions, policy.width), (policy.num_actions,)]
+    exchanged = torch.zeros(policy.num_facts + 2 * policy.num_actions + 1)
+    evaluation = (exchanged, *packed_network(*map(torch.zeros, sizes)))
+    return DecidingLayer(module, policy), (inputs, evaluation), (varying, _fixed(evaluation))
 
 
 def head_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
@@ -107,6 +128,13 @@ def _weights(shape: ModelShape, action: Action) -> tuple[WeightPacking, tuple[Te
     vectors, matrices = _vectors(shape), [_matrix(action, size) for size in shape.matrices()]
     layer_inputs = WeightPacking.of(vectors, matrices)
     return layer_inputs, tuple(layer_inputs.join(vectors, matrices))
+
+
+def _compensation(shape: ModelShape, rank: int) -> tuple[Tensor, ...]:
+    """Returns the inputs of one layer's compensation (`traced_skip.py`)."""
+    if not rank:
+        return (_zeros(2 * shape.hidden_size),)
+    return torch.zeros(2, rank, shape.hidden_size, dtype=torch.int8), _zeros(rank + 2 * shape.hidden_size)
 
 
 def _matrix(action: Action, size: tuple[int, int]) -> RowMatrix:

@@ -34,31 +34,40 @@ _COMPILE_SECONDS = 600
 
 
 class ProgramKind(StrEnum):
-    """The kinds of programs (`traced_layer.py`, `traced_policy.py`)."""
+    """The kinds of programs (`traced_layer.py`, `traced_skip.py`, `traced_policy.py`)."""
 
     LAYER = "layer"
     ATTENTION = "attention"
     NORM = "norm"
-    LATE = "late"
+    SKIP = "skip"
+    SKIP_ROWS = "skip-rows"
     HEAD = "head"
     POLICY = "policy"
 
 
 @dataclass(frozen=True, slots=True)
 class ProgramSpec:
-    """A program's kind, the action of its matrices, its shape, and its numbers of threads and, for a layer, of rows."""
+    """A program's kind, the action of its matrices, its shape, and its number of threads.
+
+    A layer also has a number of rows, a skipped one its compensation's rank (`row_compensation.py`). Either may also
+    decide the next layer, by a policy of some shape.
+    """
 
     kind: ProgramKind
     action: Action
     shape: ModelShape | PolicyShape
     num_threads: int
     num_rows: int = 1
+    rank: int = 0
+    policy: PolicyShape | None = None
 
     @property
     def name(self) -> str:
         """The file's name, without digest and ending."""
         rows = "" if self.num_rows == 1 else f"-{self.num_rows}-rows"
-        return f"{self.kind}-{self.action.name.lower()}{rows}"
+        rank = f"-rank-{self.rank}" if self.rank else ""
+        decides = "" if self.policy is None else "-deciding"
+        return f"{self.kind}-{self.action.name.lower()}{rows}{rank}{decides}"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -68,7 +77,9 @@ class ProgramSpec:
         facts = json.loads(text)
         kind = ProgramKind(facts["kind"])
         shape = PolicyShape if kind is ProgramKind.POLICY else ModelShape
-        return cls(kind, Action(facts["action"]), shape(**facts["shape"]), facts["num_threads"], facts["num_rows"])
+        policy = None if facts["policy"] is None else PolicyShape(**facts["policy"])
+        own = {"kind": kind, "action": Action(facts["action"]), "shape": shape(**facts["shape"]), "policy": policy}
+        return cls(**facts | own)
 
 
 class Program:

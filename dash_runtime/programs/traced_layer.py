@@ -1,7 +1,7 @@
 """The parts of a decoder that are compiled, written for Inductor. To be traced, not run eagerly.
 
-They are a layer for one row or for a few of one sequence, norm and attention for rows that share products, late keys
-and values of skipped rows, and the head. They compute the same as `layer_body.py` (a test holds the two together).
+They are a layer for one row or for a few of one sequence, norm and attention for rows that share products, and the
+head; `traced_skip.py` has skipped layers. They compute the same as `layer_body.py` (a test holds the two together).
 Inductor makes one parallel region of a layer, so that its threads are woken once. Everything between the layer's input
 and output stays float32. Knows tensors; knows no sequences.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dash_runtime.actions import Action
-from dash_runtime.linears.row_kernels import as_row_matrix, full_products, row_product
+from dash_runtime.linears.row_kernels import full_products, row_product
 from dash_runtime.model_config import Activation, ModelConfig
 from dash_runtime.programs.packing import WeightPacking
 
@@ -75,7 +75,7 @@ class _Traced(nn.Module):
         self._action = action
 
 
-class _TracedLayer(_Traced):
+class TracedLayer(_Traced):
     """A module that takes the weights of a layer, joined (`WeightPacking`).
 
     The vectors are the weights of the input norm and the MLP norm and, if the model has them, of the head norm
@@ -88,7 +88,7 @@ class _TracedLayer(_Traced):
         self._inputs = inputs
 
 
-class FewRowsLayer(_TracedLayer):
+class FewRowsLayer(TracedLayer):
     """One layer with one action, for the last one or few rows of a sequence; several rows run in FULL only.
 
     Each row's numbers are the same, bit for bit, alone and among others.
@@ -166,35 +166,6 @@ class RowsNorm(_Traced):
     def forward(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Maps `[rows, hidden_size]` to the same."""
         return rms_norm(hidden.float(), weight, self._shape.rms_norm_eps).to(hidden.dtype)
-
-
-class LateKeysValues(_TracedLayer):
-    """Keys and values of rows that skipped a layer, from the layer's input (the KV rule)."""
-
-    def forward(
-        self,
-        hidden: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        slots: Tensor,
-        cosines: Tensor,
-        sines: Tensor,
-        weights: tuple[Tensor, ...],
-    ) -> Tensor:
-        """Writes the tokens `slots` `[rows]` of a whole pool's `keys` and `values` from `hidden` `[rows, hidden_size]`.
-
-        The pool's are `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]`, `cosines` and `sines` `[rows, 1, head_dim]`.
-        """
-        shape = self._shape
-        vectors, matrices = self._inputs.split(weights)
-        matrix = as_row_matrix(self._action, matrices[0]).outputs_from(shape.query_size)
-        normed = rms_norm(hidden.float(), vectors[0], shape.rms_norm_eps)
-        fused = row_product(self._action, normed, matrix.tensors())[:, -shape.key_value_size :]
-        if shape.has_qkv_bias:
-            fused = fused + vectors[-1][shape.query_size :]
-        rotated, others = rotate_first_heads(shape, fused, shape.num_kv_heads, cosines, sines, vectors)
-        write_tokens(keys, values, slots, rotated, others)
-        return hidden[:0]
 
 
 class Head(_Traced):

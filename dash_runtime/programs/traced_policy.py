@@ -58,7 +58,11 @@ class FewRowsPolicy(nn.Module):
         known = terms + (facts.unsqueeze(-1) * fact_weight).sum(1)
         features = functional.silu(known + (hidden_weight * state.unsqueeze(1)).sum(-1) * scale)
         inner = functional.silu(inner_terms + (inner_weight * features.unsqueeze(1)).sum(-1))
-        outputs = ((output_weight * inner.unsqueeze(1)).sum(-1) + output_bias).clamp(max=MAX_LOG_DAMAGE)
-        damages = outputs.view(-1, self._shape.block_size, self._shape.num_actions).exp()
-        scores = -(damages + priced.unsqueeze(1))
+        outputs = (output_weight * inner.unsqueeze(1)).sum(-1) + output_bias
+        scores = action_scores(outputs.view(-1, self._shape.block_size, self._shape.num_actions), priced.unsqueeze(1))
         return scores.argmax(dim=-1), scores
+
+
+def action_scores(outputs: Tensor, priced_costs: Tensor) -> Tensor:
+    """Returns the scores of actions from their predicted log damages, and their costs times the price of compute."""
+    return -(outputs.clamp(max=MAX_LOG_DAMAGE).exp() + priced_costs)

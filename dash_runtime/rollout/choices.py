@@ -29,14 +29,9 @@ def greedy_choice(spec: PlanSpec, network: PolicyNetwork, log_price: Tensor) -> 
     return choose
 
 
-def skip_choice(skipped: frozenset[int], base: Action) -> Choose:
-    """Skips the same layers for every token and runs the others with `base`."""
-
-    def choose(block: tuple[int, ...], hidden: Tensor, last_actions: Tensor, spent: Tensor) -> Tensor:
-        actions = torch.tensor([int(Action.SKIP if layer in skipped else base) for layer in block])
-        return actions.unsqueeze(1).expand(-1, len(hidden))
-
-    return choose
+def no_choice(block: tuple[int, ...], hidden: Tensor, last_actions: Tensor, spent: Tensor) -> Tensor:
+    """The choice on terms that pin every layer: a fixed plan's."""
+    raise AssertionError("there is no block to decide")
 
 
 def random_choice(rates: Tensor, seed: int = 0) -> Choose:

@@ -48,28 +48,34 @@ def roll_out(
     spec: PlanSpec,
     compensation: Compensation,
     choose: Choose,
+    known: Sequence[Tensor] = (),
 ) -> Rollout:
     """Runs the tokens with the actions that `choose` takes for the rows of `decided_rows` (bool `[rows]`).
 
     The other rows (prompts and first tokens) run in full.
+
+    Args:
+        known: the first layers' inputs, if an earlier path with the same actions before them has them. Only the layers
+            from the last of them on are run.
     """
-    batch = sequence_rows(decoder, sequences, compensation)
+    batch = sequence_rows(decoder, sequences, compensation, spec.kv_action)
     full = torch.full((batch.num_rows,), int(Action.FULL))
-    pinned = torch.where(decided_rows, int(spec.pinned_action), full)
     layer_costs = costs_by_action(spec.costs)
     observed = {block[0] - spec.lookahead: block for block in spec.decision_blocks}
     decided: dict[int, Tensor] = {}
-    states = [decoder.embed([token_id for ids in sequences for token_id in ids])]
+    states = list(known) or [decoder.embed([token_id for ids in sequences for token_id in ids])]
     spent = torch.zeros(batch.num_rows)
     all_actions, all_spent = [], []
     for layer in range(decoder.num_layers):
-        actions = decided.pop(layer, pinned)
+        pinned = spec.pinned.get(layer)
+        actions = decided.pop(layer) if pinned is None else torch.where(decided_rows, int(pinned), full)
         spent = spent + layer_costs[actions]
         if layer in observed:
             block = observed[layer]
-            chosen = torch.where(decided_rows, choose(block, states[-1], actions, spent), full)
+            chosen = torch.where(decided_rows, choose(block, states[layer], actions, spent), full)
             decided.update(zip(block, chosen, strict=True))
-        states.append(decoder.run_layer(layer, [Action(number) for number in actions.tolist()], states[-1], batch))
+        if layer == len(states) - 1:
+            states.append(decoder.run_layer(layer, [Action(number) for number in actions.tolist()], states[-1], batch))
         all_actions.append(actions)
         all_spent.append(spent)
     return Rollout(states, torch.stack(all_actions), torch.stack(all_spent))
@@ -102,9 +108,12 @@ def divergences(decoder: Decoder, full: Tensor, ours: Tensor, head: Action) -> J
         reference = torch.log_softmax(decoder.logits(full[rows], (Action.FULL,) * count), dim=-1)
         probabilities, best = reference.exp(), reference.argmax(-1)
         entropy = -torch.linalg.vecdot(probabilities, reference)
-        logits = [decoder.logits(path[rows], (head,) * count) for path in paths]
-        # Σ p · (log p − log q), without a table of log q: Σ p · log q = Σ p · logits − logsumexp(logits).
-        cross = torch.stack([x.logsumexp(-1) - torch.linalg.vecdot(probabilities, x) for x in logits])
-        acceptance = torch.stack([torch.minimum(probabilities, x.softmax(-1)).sum(-1) for x in logits])
-        parts.append((cross - entropy, torch.stack([x.argmax(-1) == best for x in logits]), acceptance))
+        by_path: list[tuple[Tensor, ...]] = []
+        for path in paths:
+            logits = decoder.logits(path[rows], (head,) * count)
+            # Σ p · (log p − log q), without a table of log q: Σ p · log q = Σ p · logits − logsumexp(logits).
+            cross = logits.logsumexp(-1) - torch.linalg.vecdot(probabilities, logits)
+            acceptance = torch.minimum(probabilities, logits.softmax(-1)).sum(-1)
+            by_path.append((cross - entropy, logits.argmax(-1) == best, acceptance))
+        parts.append(tuple(torch.stack(values) for values in zip(*by_path, strict=True)))
     return Judged(*(torch.cat(tensors, dim=-1).flatten() for tensors in zip(*parts, strict=True)))

@@ -5,17 +5,18 @@ Knows rollouts; knows no learning and no tables of results.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.full_path import full_path
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
-from dash_runtime.rollout.choices import greedy_choice
+from dash_runtime.rollout.choices import greedy_choice, no_choice
 from dash_runtime.rollout.rollout import Choose, Judged, Rollout, divergences, roll_out
 
 
@@ -32,15 +33,20 @@ class Task:
         """Returns bool `[rows]`: False for the prompts."""
         return torch.tensor([place >= self.num_prompt_tokens for ids in sequences for place in range(len(ids))])
 
-    def roll_out(self, sequences: Sequence[Sequence[int]], choose: Choose) -> Rollout:
-        """Runs all rows; `choose` decides those after the prompts."""
-        rows = self.decided_rows(sequences)
-        return roll_out(self.decoder, sequences, rows, self.spec, self.compensation, choose)
+    def fixed(self, plan: Sequence[Action], head: Action) -> "Task":
+        """Returns the task of a fixed plan at the same costs; `no_choice` rolls it out."""
+        return replace(self, spec=PlanSpec.fixed(plan, head, self.spec.costs))
 
-    def token_costs(self, rollout: Rollout) -> Tensor:
-        """Returns the cost of each token, head and the rest included, `[rows]`."""
-        costs = self.spec.costs
-        return rollout.cost_spent[-1] + costs.head[self.spec.head] + costs.fixed
+    def roll_out(
+        self, sequences: Sequence[Sequence[int]], choose: Choose = no_choice, known: Sequence[Tensor] = ()
+    ) -> Rollout:
+        """Runs all rows; `choose` decides those after the prompts. `known` is as in `roll_out`."""
+        rows = self.decided_rows(sequences)
+        return roll_out(self.decoder, sequences, rows, self.spec, self.compensation, choose, known)
+
+    def token_costs(self, rollout: Rollout, num_evaluations: int = 0) -> Tensor:
+        """Returns the cost of each token `[rows]`, with the head, the rest and so many evaluations of a network."""
+        return rollout.cost_spent[-1] + self.spec.costs.token_cost((), self.spec.head, num_evaluations)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +69,21 @@ def outcome_of(judged: Judged, cost: Tensor) -> Outcome:
 def path_outcome(
     task: Task,
     sequences: Sequence[Sequence[int]],
-    choose: Choose,
+    choose: Choose = no_choice,
     full: list[Tensor] | None = None,
+    num_evaluations: int = 0,
 ) -> tuple[Outcome, Tensor]:
     """Returns the outcome of the paths that `choose` takes, and its actions `[num_layers, decided rows]`.
 
-    `full` is the full path of the same sequences; None to compute it.
+    Args:
+        full: the full path of the same sequences; None to compute it.
+        num_evaluations: evaluations of a network by `choose` for one token.
     """
     rows = task.decided_rows(sequences)
     full = full or full_path(task.decoder, sequences)
     rollout = task.roll_out(sequences, choose)
     judged = divergences(task.decoder, full[-1][rows], rollout.states[-1][rows], task.spec.head)
-    return outcome_of(judged, task.token_costs(rollout)[rows]), rollout.actions[:, rows]
+    return outcome_of(judged, task.token_costs(rollout, num_evaluations)[rows]), rollout.actions[:, rows]
 
 
 def greedy_outcome(
@@ -86,4 +95,4 @@ def greedy_outcome(
 ) -> tuple[Outcome, Tensor]:
     """Returns `path_outcome` of the policy that always takes its best action."""
     choose = greedy_choice(task.spec, network, torch.tensor(math.log(price)))
-    return path_outcome(task, sequences, choose, full)
+    return path_outcome(task, sequences, choose, full, task.spec.num_evaluations)

@@ -5,7 +5,8 @@ budget is the same from one start to the next. Knows folders; knows no environme
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,20 +26,27 @@ from dash_runtime.decoder.backends.inductor import InductorBackend, can_compile,
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import device_of, find_device
+from dash_runtime.engine.cost_fit import MeasuredCosts
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
 from dash_runtime.engine.planner import GroupPlanner
+from dash_runtime.engine.step_times import CostWatch
 from dash_runtime.errors import ConfigError
 from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.draft_length import LEAST_GAIN
+from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.learned import LearnedPolicy
-from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
-from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec, load_programs, programs_digest
+from dash_runtime.policy.model_sketch import model_fingerprint
+from dash_runtime.policy.policy_file import find_policies, load_policy
+from dash_runtime.programs.program_cache import Program, ProgramSpec, load_programs, programs_digest
 from dash_runtime.programs.traced_layer import ModelShape
 from dash_runtime.progress import Progress
 from dash_runtime.startup.calibration import DeviceCalibration
+from dash_runtime.startup.cost_keeper import CostKeeper
+from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
+from dash_runtime.startup.policy_programs import PolicyPrograms
 from dash_runtime.startup.process_memory import settle_memory
 from dash_runtime.startup.row_parity import unequal_counts
 
@@ -59,8 +67,10 @@ class BuildOptions:
     compile_layers: bool = True
     """True if decoding runs compiled programs, provided that this machine can make them."""
     checks_kept_costs: bool = True
-    """True if kept cost tables are compared with a quick measurement. Otherwise engines that share a cache folder plan
-    alike, however busy the machine is."""
+    """True if kept tables are compared with what is measured, at the start and while the engine serves. Otherwise
+    engines that share a cache folder plan alike, however busy the machine is."""
+    measures_costs: bool = False
+    """True if the cost table is measured even if one was kept."""
     least_drafting_gain: float = LEAST_GAIN
     """The least expected speed, as a multiple of full depth's, at which EXACT drafts; 0: it always does."""
 
@@ -91,13 +101,16 @@ def build_engine(
     for policy_file in shipped if options.policy_file is None else [options.policy_file]:
         policy = load_policy(policy_file, model, fingerprint, dtype=dtype, device=device)
         learned.append(policy.without(set(Action) - set(actions)))
+    num_threads = torch.get_num_threads()
+    policy_programs = [PolicyPrograms(model, policy, num_threads, config.lane) for policy in learned]
     programs = None
     if options.compile_layers:
-        programs = _load_programs(model, learned, actions, dtype, device, cache_folder / "programs", progress)
+        specs = [spec for own in policy_programs for spec in own.specs]
+        programs = _load_programs(model, specs, actions, dtype, device, cache_folder / "programs", progress)
     inductor = None
     if programs is not None:
         inductor = InductorBackend(model.block, programs, shares_products=config.group_planner)
-        learned = [replace(p, program=programs[policy_spec(p)]) for p in learned]
+        learned = [own.attached(programs) for own in policy_programs]
     decoder = make_decoder(
         model,
         weights,
@@ -119,21 +132,39 @@ def build_engine(
         checks_kept=options.checks_kept_costs,
     )
     compensation = calibration.compensation(decoder, tokenizer_file(folder), progress)
-    costs = calibration.costs(decoder, compensation, progress)
+    measurement = StepMeasurement(decoder, compensation, learned)
+    costs = calibration.costs(
+        decoder.actions,
+        tuple(decoder.heads),
+        partial(measure_costs, measurement),
+        progress,
+        has_policy=bool(learned),
+        measures_again=options.measures_costs,
+    )
+    plans: Sequence[MeasuredPlan] = ()
+    if not any(policy.plans for policy in learned if not policy.is_drafter):
+        plans = calibration.plans(decoder, tokenizer_file(folder), costs.table, compensation, progress)
     verification_costs = calibration.verification_costs(decoder, progress)
     catalog = PolicyCatalog(
-        costs,
+        costs.table,
         actions,
         compensation,
         learned,
         config.default_compute_budget,
         verification_costs,
         options.least_drafting_gain,
+        plans,
     )
     planner = None
     if config.group_planner and config.num_slots > 1:
         planner = GroupPlanner(calibration.latencies(decoder, compensation, progress))
-    engine = assemble_engine(decoder, catalog, config, context_length, planner=planner)
+
+    def replace_costs(replaced: MeasuredCosts) -> None:
+        engine.replace_costs(replaced.table)
+        calibration.keep_costs(replaced)
+
+    keeper = CostKeeper(costs, measurement, replace_costs, progress) if options.checks_kept_costs else None
+    engine = assemble_engine(decoder, catalog, config, context_length, planner=planner, cost_watch=keeper)
     _warm_up(engine)
     return engine
 
@@ -145,6 +176,7 @@ def assemble_engine(
     context_length: int,
     eos_token_ids: frozenset[int] | None = None,
     planner: GroupPlanner | None = None,
+    cost_watch: CostWatch | None = None,
 ) -> Engine:
     """Returns an engine over a decoder that was made for `context_length` positions.
 
@@ -164,22 +196,19 @@ def assemble_engine(
         policies=catalog.facts(),
         device=device_of(decoder.device).describe(),
     )
-    return Engine(decoder, catalog, make_lane(config.lane, device_of(decoder.device)), facts, config, planner)
+    lane = make_lane(config.lane, device_of(decoder.device))
+    return Engine(decoder, catalog, lane, facts, config, planner, cost_watch)
 
 
 def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:
     """Returns `(out_features, in_features)` of the matrices that a quantised action needs kernels for."""
-    return set(ModelShape.of(model).matrices())
-
-
-def policy_spec(policy: LearnedPolicy) -> ProgramSpec:
-    """Returns the program that evaluates the policy, in one thread, since waking another takes longer than a row."""
-    return ProgramSpec(ProgramKind.POLICY, Action.FULL, policy.shape, 1)
+    shape = ModelShape.of(model)
+    return {*shape.matrices(), (shape.key_value_size, shape.hidden_size)}
 
 
 def _load_programs(
     model: ModelConfig,
-    learned: Sequence[LearnedPolicy],
+    policy_specs: Sequence[ProgramSpec],
     actions: tuple[Action, ...],
     dtype: torch.dtype,
     device: torch.device,
@@ -189,9 +218,8 @@ def _load_programs(
     """Returns the programs for this model and its policies; None if everything runs eagerly."""
     if not device_of(device).compiles_layers or dtype is not torch.bfloat16 or not can_compile(model):
         return None
-    num_threads = torch.get_num_threads()
-    specs = program_specs(model, actions, num_threads)
-    return load_programs([*specs, *(policy_spec(policy) for policy in learned)], folder, progress)
+    specs = [*program_specs(model, actions, torch.get_num_threads()), *policy_specs]
+    return load_programs(list(dict.fromkeys(specs)), folder, progress)
 
 
 def _warm_up(engine: Engine) -> None:

@@ -1,70 +1,33 @@
-"""Measures what each action costs on this device: the cost table.
+"""Measures what verifying a draft takes on this device, and has what other measurements share: contexts, rounds, times.
 
-Interleaves the actions and walks through all layers, so that caches and a drifting clock treat them alike. Takes
-minima, since other work on the machine only adds time, and the table is kept. A skip is charged with all the work that
-it leaves to a later row (`pending_kv.py`): with the extra time of that row, as if it came next.
-Knows the decoder; knows no policies.
+Takes minima of interleaved rounds, since other work on the machine only adds time. Knows the decoder; knows no
+policies.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 
-from dash_runtime.actions import Action, CostTable
+from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.devices import device_of
 from dash_runtime.layers.batch import PassKind
-from dash_runtime.layers.compensation import Compensation, Identity
+from dash_runtime.layers.compensation import Identity
 from dash_runtime.layers.kv_cache import SequenceCache
 
 _CONTEXT_TOKENS = 256
 _ROUNDS = 12
+SECONDS = 15.0
+"""Time that one measurement may take. Beside a busy process a pass takes thirty times as long, since threads wait for
+each other; a few rounds must do then."""
 
 
 @torch.inference_mode()
-def measure_costs(decoder: Decoder, compensation: Compensation, rounds: int = _ROUNDS) -> CostTable:
-    """Returns the cost table for one row over a context of 256 tokens, or as many as the model's context holds."""
-    batch = decoder.batch(PassKind.DECODE, filled_caches(decoder), [1], [compensation])
-    hidden = decoder.embed([0])
-    layer_seconds: dict[Action, list[float]] = {action: [] for action in decoder.actions}
-    head_seconds: dict[Action, list[float]] = {precision: [] for precision in decoder.heads}
-    late_seconds: list[float] = []  # of a FULL row that projects a skipped one's keys and values with its own
-    fixed_seconds: list[float] = []
-
-    def run_layers(action: Action) -> None:
-        for layer in range(decoder.num_layers):
-            decoder.run_layer(layer, (action,), hidden, batch)
-
-    logits = torch.zeros(1, decoder.config.vocab_size, device=decoder.device)
-    for round_number in range(rounds + 1):
-        others = [action for action in decoder.actions if action is not Action.SKIP]
-        measured: list[tuple[list[float], Callable[[], object]]] = [
-            *((layer_seconds[action], partial(run_layers, action)) for action in others[:-1]),
-            ([], partial(run_layers, Action.FULL)),  # so both FULL passes follow one, with the same caches
-            (layer_seconds[Action.FULL], partial(run_layers, Action.FULL)),
-            (layer_seconds[Action.SKIP], partial(run_layers, Action.SKIP)),
-            (late_seconds, partial(run_layers, Action.FULL)),
-            *((head_seconds[head], partial(decoder.logits, hidden, (head,))) for head in decoder.heads),
-            (fixed_seconds, lambda: (decoder.embed([0]), logits.argmax(-1).tolist())),
-        ]
-        for seconds, work in measured:
-            elapsed = timed(decoder.device, work)
-            if round_number > 0:  # the first round warms up
-                seconds.append(elapsed)
-    shortest = {action: min(seconds) for action, seconds in layer_seconds.items()}
-    shortest[Action.SKIP] += max(0.0, min(late_seconds) - shortest[Action.FULL])
-    return CostTable.from_seconds(
-        decoder.num_layers,
-        {action: seconds / decoder.num_layers for action, seconds in shortest.items()},
-        {precision: min(seconds) for precision, seconds in head_seconds.items()},
-        min(fixed_seconds),
-    )
-
-
-@torch.inference_mode()
-def measure_verification(decoder: Decoder, lengths: Sequence[int], rounds: int = _ROUNDS) -> dict[int, float]:
+def measure_verification(
+    decoder: Decoder, lengths: Sequence[int], rounds: int = _ROUNDS, now: Callable[[], float] = time.monotonic
+) -> dict[int, float]:
     """Measures the time to verify a draft, by its length, as a multiple of the time for one token.
 
     A verification is a full-depth pass over the draft's tokens and the one before, head included. Lengths that the
@@ -82,12 +45,21 @@ def measure_verification(decoder: Decoder, lengths: Sequence[int], rounds: int =
             hidden = decoder.run_layer(layer, (Action.FULL,) * count, hidden, batch)
         decoder.logits(hidden, (Action.FULL,) * count).argmax(-1).tolist()
 
-    for round_number in range(rounds + 1):
+    for round_number in rounds_within(SECONDS, rounds, now):
         for length, own in seconds.items():
             elapsed = timed(decoder.device, partial(run_pass, length))
             if round_number > 0:  # the first round warms up
                 own.append(elapsed)
     return {length: min(seconds[length]) / min(seconds[0]) for length in fitting}
+
+
+def rounds_within(seconds: float, most: int, now: Callable[[], float] = time.monotonic) -> Iterator[int]:
+    """Yields 0, for a round that warms up, then up to `most` rounds: at least one, and none once the time is over."""
+    ends_at = now() + seconds
+    for number in range(most + 1):
+        if number > 1 and now() >= ends_at:
+            return
+        yield number
 
 
 def filled_caches(

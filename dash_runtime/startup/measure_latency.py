@@ -1,6 +1,6 @@
 """Measures a layer's time on this device by action and number of rows: the planner's table.
 
-Interleaves its measurements and takes minima, like `measure.py`. But here several sequences decode together, each over
+Interleaves its measurements and takes minima, like `measure.py`. Here several sequences decode together, each over
 its own context. Knows the decoder; knows no policies.
 """
 
@@ -13,7 +13,8 @@ from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation
-from dash_runtime.startup.measure import filled_caches, timed
+from dash_runtime.policy.policy import cheapest_kernel
+from dash_runtime.startup.measure import SECONDS, filled_caches, rounds_within, timed
 
 _ROWS = (1, 2, 4, 8, 16)
 _ROUNDS = 12
@@ -28,38 +29,30 @@ def measure_latencies(
 ) -> LatencyTable:
     """Returns the table for groups of `rows` rows, over contexts of 256 tokens, or as many as the model's holds.
 
-    A skip is charged with its own pass and, as in the cost table, with the keys and values that it leaves to a later
-    pass. That is the extra time of a pass in which all rows run that skipped just before.
-
     Args:
         rows: ascending from 1; other sizes are interpolated or extrapolated.
     """
     layers = _spread(decoder.num_layers)
     caches = filled_caches(decoder, max(rows))
-    batches = [decoder.batch(PassKind.DECODE, caches[:count], [1] * count, [compensation] * count) for count in rows]
+    kv_action = cheapest_kernel(decoder.actions)
+    batches = [
+        decoder.batch(PassKind.DECODE, caches[:count], [1] * count, [compensation] * count, [kv_action] * count)
+        for count in rows
+    ]
     inputs = [decoder.embed([0] * count) for count in rows]
 
     def run_layers(place: int, action: Action) -> None:
         for layer in layers:
             decoder.run_layer(layer, (action,) * rows[place], inputs[place], batches[place])
 
-    running = [action for action in decoder.actions if action is not Action.SKIP]
     seconds: dict[Action, list[list[float]]] = {action: [[] for _ in rows] for action in decoder.actions}
-    late_seconds: list[list[float]] = [[] for _ in rows]  # of FULL rows that all skipped before
-    for round_number in range(rounds + 1):
+    for round_number in rounds_within(SECONDS, rounds):
         for place in range(len(rows)):
-            measured = [*((action, seconds[action]) for action in (*running, Action.SKIP)), (Action.FULL, late_seconds)]
-            for action, own in measured:
+            for action, own in seconds.items():
                 elapsed = timed(decoder.device, partial(run_layers, place, action))
                 if round_number > 0:  # the first round warms up
                     own[place].append(elapsed / len(layers))
-    shortest = {action: list(map(min, by_rows)) for action, by_rows in seconds.items()}
-    late = zip(map(min, late_seconds), shortest[Action.FULL], strict=True)
-    shortest[Action.SKIP] = [
-        own + max(0.0, with_late - without)
-        for own, (with_late, without) in zip(shortest[Action.SKIP], late, strict=True)
-    ]
-    return LatencyTable(rows, {action: tuple(by_rows) for action, by_rows in shortest.items()})
+    return LatencyTable(rows, {action: tuple(map(min, by_rows)) for action, by_rows in seconds.items()})
 
 
 def _spread(num_layers: int) -> Sequence[int]:

@@ -45,9 +45,7 @@ class DamageModel(nn.Module):
         self._settings = settings
         blocks, actions = len(spec.decision_blocks), len(spec.actions)
         width, inner_width = settings.width, settings.inner_width
-        shapes = PolicyNetwork.shapes(
-            blocks, spec.block_size, actions, hidden_size, len(Action), width, inner_width
-        )
+        shapes = PolicyNetwork.shapes(blocks, spec.block_size, actions, hidden_size, len(Action), width, inner_width)
         self.hidden_weight = nn.Parameter(torch.randn(shapes["hidden_weight"]) * 0.5 * hidden_size**-0.5)
         self.hidden_bias = nn.Parameter(torch.zeros(shapes["hidden_bias"]))
         self.fact_weight = nn.Parameter(torch.randn(shapes["fact_weight"]) * 0.05)
@@ -92,9 +90,7 @@ def deviance(outputs: Tensor, labels: Labels) -> Tensor:
     return (predicted.exp() - target * predicted).mean()
 
 
-def fit_damages(
-    spec: PlanSpec, labels: Labels, settings: FitSettings, seed: int
-) -> DamageModel:
+def fit_damages(spec: PlanSpec, labels: Labels, settings: FitSettings, seed: int) -> DamageModel:
     """Fits a new model to all labels. The same seed and labels give the same model.
 
     Raises:

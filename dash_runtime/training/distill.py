@@ -187,7 +187,9 @@ class _Judge:
         self._decoder = decoder
         self._skip_kernel = skip_kernel
         token_ids = token_batch(held_out, settings.num_prompt_tokens)
-        texts = [decoder.text(part, settings.num_prompt_tokens) for part in token_ids.split(settings.sequences_per_step)]
+        texts = [
+            decoder.text(part, settings.num_prompt_tokens) for part in token_ids.split(settings.sequences_per_step)
+        ]
         self._parts = [(text, _actions(actions_for, text, start, decoder.num_layers)) for text in texts]
 
     @torch.no_grad()

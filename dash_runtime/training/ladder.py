@@ -17,7 +17,7 @@ from dash_runtime.progress import Progress
 from dash_runtime.rollout.choices import random_choice
 from dash_runtime.rollout.task import Task, path_outcome
 from dash_runtime.startup.fit_compensation import fit_compensation
-from dash_runtime.startup.measure import measure_costs
+from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
 from dash_runtime.training.distill import DistillSettings, distill_compensation
 from dash_runtime.training.linear_compensation import LinearFit
@@ -90,7 +90,7 @@ def _rates(task: Task) -> Tensor:
 def _judge(name: str, task: Task, compensation: Compensation, held_out: Sequence[Sequence[int]]) -> Rung:
     own = replace(task, compensation=compensation)
     outcome, _ = path_outcome(own, held_out, random_choice(_rates(task)))
-    layer = measure_costs(task.decoder, compensation).layer
+    layer = measure_costs(StepMeasurement(task.decoder, compensation)).table.layer
     size = sum(tensor.nbytes for tensor in compensation.tensors().values())
     return Rung(name, layer[Action.SKIP] / layer[Action.FULL], outcome.divergence, size / 1000)
 

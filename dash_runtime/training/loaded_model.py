@@ -21,8 +21,9 @@ from dash_runtime.checkpoints.chat_template import ChatTemplate
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import find_device
 from dash_runtime.errors import ConfigError
+from dash_runtime.files.disk_cache import digest
 from dash_runtime.linears.quantization import supported_actions
-from dash_runtime.policy.policy_file import model_fingerprint
+from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.progress import Progress
 from dash_runtime.startup.build import matrix_shapes
 from dash_runtime.training.data import file_token_sequences
@@ -108,7 +109,7 @@ class LoadedModel:
             self.config.eos_token_ids,
             MAX_SEQUENCES,
             SEQUENCE_LENGTH,
-            self._options.cache_folder / "training" / f"self-text-{self.fingerprint[:16]}.safetensors",
+            self._options.cache_folder / "training" / f"self-text-{digest(self.fingerprint)}.safetensors",
             self._progress,
             fingerprint=self.fingerprint,
         )

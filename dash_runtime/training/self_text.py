@@ -122,7 +122,7 @@ def self_generated_sequences(
     Args:
         eos_ids: the tokens that end an answer.
         progress: called with sentences.
-        fingerprint: names the model (`policy_file.model_fingerprint`).
+        fingerprint: names the model (`model_sketch.model_fingerprint`).
 
     Raises:
         ConfigError: there are no prompts, or none fits in the context.

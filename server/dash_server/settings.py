@@ -72,6 +72,10 @@ class Settings(BaseSettings):
         description="Bearer tokens and their limits in TOML; read again when it changes. Unset: anyone may call",
     )
 
+    check_costs: bool = Field(
+        default=True,
+        description="Correct the cost table by what steps take; false: plans for a budget repeat",
+    )
     compile: bool = Field(
         default=True, description="Decode with compiled programs if there is a C++ compiler; compiled once, then kept"
     )
@@ -188,6 +192,7 @@ class Settings(BaseSettings):
             precision=self.precision,
             num_threads=self.num_threads,
             compile_layers=self.compile,
+            checks_costs=self.check_costs,
             policy_file=str(self.policy_file) if self.policy_file else None,
             cache_folder=str(self.cache_folder),
             engine=EngineConfig(

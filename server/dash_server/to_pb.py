@@ -39,7 +39,6 @@ def started_to_pb(
     prepared: PreparedRequest, granted: SlotGranted, facts: ModelFacts
 ) -> generation_pb2.GenerationStarted:
     request = prepared.request
-    notes = {policy.name: policy.note for policy in facts.policies}
     return generation_pb2.GenerationStarted(
         request_id=request.request_id,
         prompt_token_count=len(request.prompt_token_ids),
@@ -47,7 +46,7 @@ def started_to_pb(
         model=facts.name,
         mode=_MODE_NUMBERS[request.skip.mode],
         policy=granted.policy,
-        policy_note=notes.get(granted.policy, ""),
+        policy_note=granted.policy_note,
         compute_budget=granted.compute_budget,
         layer_count=facts.num_layers,
     )

@@ -83,7 +83,8 @@ def test_the_command_answers_as_the_client_goes_on_and_logs_the_facts(command: C
     prompt_tokens = len(client.tokenize([{"role": role, "content": content} for role, content in turns]))
     assert (logged[-1]["input_tokens"], logged[-1]["output_tokens"]) == (prompt_tokens, 16)
     for facts in (entry["response_json"] for entry in logged):
-        assert (facts["finish_reason"], facts["policy"]) == ("length", "random")
+        assert facts["finish_reason"] == "length"
+        assert facts["policy"].startswith(("plan-", "fixed-", "full-depth"))
         assert client.decisions(facts["request_id"]).steps
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from dash_client import Action, Generation, StepKind
 from tests.e2e.test_service import Service
+from tests.runtime.random_policy import NAME, save_random_policy
 from tests.server.otlp_receiver import OtlpReceiver, Trace, attributes_of, otlp_receiver
 
 LAYERS, UNPINNED = 6, [1, 2, 3, 4]
@@ -21,9 +22,11 @@ def collector() -> Iterator[OtlpReceiver]:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, collector: OtlpReceiver) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("traced")
     service = Service(
-        tmp_path_factory.mktemp("traced"),
+        folder,
         tiny_folder,
+        DASH_POLICY_FILE=str(save_random_policy(folder / "policy.safetensors", tiny_folder)),
         OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint,
         DASH_TRACE_LAYERS="true",
         DASH_LANE="thread",
@@ -44,7 +47,7 @@ def traced(service: Service, collector: OtlpReceiver, **options: object) -> tupl
 
 
 def test_one_adaptive_request_is_one_tree_with_every_decision(service: Service, collector: OtlpReceiver) -> None:
-    answer, trace = traced(service, collector, mode="adaptive", compute_budget=0.7)
+    answer, trace = traced(service, collector, mode="adaptive", compute_budget=0.7, policy_name=NAME)
     trace.check()
     assert trace.children(trace.root) == [trace.generation]
     tokens = trace.children(trace.generation)
@@ -71,7 +74,7 @@ def test_full_depth_has_layers_and_no_decisions(service: Service, collector: Otl
 def test_in_exact_every_output_token_has_a_span_and_rejected_drafts_are_below_their_draft(
     service: Service, collector: OtlpReceiver
 ) -> None:
-    answer, trace = traced(service, collector, mode="exact", policy_name="random", compute_budget=0.7)
+    answer, trace = traced(service, collector, mode="exact", policy_name=NAME, compute_budget=0.7)
     trace.check()
     assert len(trace.children(trace.generation, "token")) == 12
     usage = answer.usage.speculation
@@ -85,7 +88,13 @@ def test_in_exact_every_output_token_has_a_span_and_rejected_drafts_are_below_th
 
 def test_the_client_gets_the_same_decisions(service: Service) -> None:
     answer = service.client.generate(
-        "and this", mode="adaptive", compute_budget=0.7, return_decisions=True, ignore_eos=True, max_new_tokens=9
+        "and this",
+        mode="adaptive",
+        compute_budget=0.7,
+        policy_name=NAME,
+        return_decisions=True,
+        ignore_eos=True,
+        max_new_tokens=9,
     )
     recorded = service.client.decisions(answer.started.request_id)
     assert [step.kind for step in recorded.steps] == [StepKind.DECODE] * 8

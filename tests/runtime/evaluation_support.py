@@ -15,7 +15,7 @@ from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.evaluation.likelihood import Run, full_depth_runner, rollout_runner
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.plan_spec import PlanSpec
-from tests.runtime.support import ALL_ACTIONS, some_affine, some_costs
+from tests.runtime.support import ALL_ACTIONS, some_affine, some_costs, some_plans
 from tests.tiny_models import NUM_LAYERS
 
 CONTEXT = 128
@@ -56,7 +56,7 @@ def runner_of(decoder: Decoder, action: Action, head: Action = Action.FULL, **op
 
     spec = PlanSpec(
         actions=ALL_ACTIONS,
-        pinned=frozenset((0, NUM_LAYERS - 1)),
+        pinned=dict.fromkeys((0, NUM_LAYERS - 1), Action.FULL),
         lookahead=1,
         block_size=1,
         head=head,
@@ -67,7 +67,7 @@ def runner_of(decoder: Decoder, action: Action, head: Action = Action.FULL, **op
 
 def make_engine(decoder: Decoder, eos: frozenset[int] = frozenset()) -> Engine:
     config = EngineConfig(num_slots=2)
-    catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, some_affine(decoder), (), 0.8)
+    catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, some_affine(decoder), (), 0.8, plans=some_plans())
     facts = ModelFacts(
         "tiny", "LlamaForCausalLM", NUM_LAYERS, 260, CONTEXT, config.cache_tokens, config.num_slots, eos, ALL_ACTIONS,
         catalog.facts(), "CPU",

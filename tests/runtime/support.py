@@ -15,6 +15,9 @@ from dash_runtime.events import EngineEvent, SequenceFinished, TokenProduced
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Affine, Compensation, Identity, LowRank
 from dash_runtime.layers.kv_cache import SequenceCache
+from dash_runtime.policy.budgets import BudgetCalibration, PricePoint
+from dash_runtime.policy.fixed_plans import MeasuredPlan, named
+from dash_runtime.policy.plan_spec import PlanSpec
 
 CPU = torch.device("cpu")
 ALL_ACTIONS = tuple(Action)
@@ -43,12 +46,14 @@ def run_rows(
     token_ids: Sequence[Sequence[int]],
     plans: Sequence[Sequence[Action]],
     compensation: Compensation | None = None,
+    kv_action: Action = Action.FULL,
 ) -> Tensor:
     """Runs one pass and returns the logits of all rows. The rows of a sequence share its plan."""
     lengths = [len(ids) for ids in token_ids]
     is_decoding = all(length == 1 and cache.length for cache, length in zip(caches, lengths, strict=True))
     kind = PassKind.DECODE if is_decoding else PassKind.PREFILL
-    batch = decoder.batch(kind, caches, lengths, [compensation or Identity()] * len(caches))
+    some = [compensation or Identity()] * len(caches)
+    batch = decoder.batch(kind, caches, lengths, some, [kv_action] * len(caches))
     hidden = decoder.embed([token_id for ids in token_ids for token_id in ids])
     for layer in range(decoder.num_layers):
         actions = [plan[layer] for plan, length in zip(plans, lengths, strict=True) for _ in range(length)]
@@ -81,6 +86,28 @@ def some_costs(num_layers: int = 6) -> CostTable:
     """Returns a table in which layers cost 10, 40 and 60 % of FULL, and the FULL head as much as two layers."""
     layer = {Action.SKIP: 0.1, Action.INT4: 0.4, Action.INT8: 0.6, Action.FULL: 1.0}
     return CostTable.from_seconds(num_layers, layer, {Action.INT8: 1.0, Action.FULL: 2.0}, 0.2)
+
+
+def some_calibration(spec: PlanSpec, *points: tuple[float, float, float]) -> BudgetCalibration:
+    """Returns a calibration of `(budget, log λ, divergence)` at the spec's own costs, all layers in SKIP or FULL."""
+    layer, count = spec.costs.layer, spec.num_layers
+    rest = spec.costs.token_cost((), spec.head, spec.num_evaluations)
+
+    def point(budget: float, log_price: float, divergence: float) -> PricePoint:
+        full = (budget - rest - count * layer[Action.SKIP]) / (layer[Action.FULL] - layer[Action.SKIP])
+        return PricePoint(log_price, {Action.SKIP: count - full, Action.FULL: full}, divergence, 0.9)
+
+    return BudgetCalibration(tuple(point(*own) for own in sorted(points, key=lambda own: own[1])))
+
+
+def some_plans(num_layers: int = 6) -> tuple[MeasuredPlan, ...]:
+    """Returns plans down to skipping all but the edges, which diverge the more the cheaper they are."""
+    skips = (Action.FULL, *[Action.SKIP] * (num_layers - 2), Action.FULL)
+    half = tuple(Action.SKIP if layer % 2 else Action.INT4 for layer in range(num_layers))
+    kernels = ((Action.INT4, 0.03), (Action.INT8, 0.02))
+    uniform = [MeasuredPlan("", (action,) * num_layers, Action.INT8, divergence) for action, divergence in kernels]
+    worse = [MeasuredPlan("", skips, Action.INT8, 0.9), MeasuredPlan("", half, Action.INT8, 0.5)]
+    return named([*worse, *uniform], some_costs(num_layers))
 
 
 def drain(engine: Engine) -> dict[str, list[EngineEvent]]:

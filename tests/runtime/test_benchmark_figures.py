@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.budget import lowest_budget
+from benchmarks.cost_error import Taken, cost_errors
 from benchmarks.figures import Figure, Report
 from benchmarks.rounds import interleaved
 from benchmarks.runs import run_from_arrivals
@@ -123,3 +124,8 @@ def test_the_lowest_budget_is_the_first_point_where_that_is_within_the_limit() -
 
 def test_there_may_be_no_budget_within_the_limit() -> None:
     assert lowest_budget([0.5, 0.6], [0.4, 0.2], limit=0.1) is None
+
+
+def test_what_a_mode_took_is_in_full_depths_tokens_of_the_same_rounds() -> None:
+    taken = {"full": Taken([1.0, 1.0, 1.0], [2.0, 4.0, 2.0]), "int4": Taken([0.4, 0.4, 0.4], [1.0, 2.0, 1.5])}
+    assert cost_errors(taken) == {"full": (1.0, 1.0), "int4": (0.4, 0.5)}

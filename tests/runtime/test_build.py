@@ -39,7 +39,7 @@ def test_calibrations_are_made_once_and_read_by_later_starts(tiny_folder: Path, 
 
 def test_damaged_calibrations_are_made_again(tiny_folder: Path, tmp_path: Path) -> None:
     build(tiny_folder, tmp_path)
-    damages = [b"", b"{", b'{"layer": {"FULL": "x"}}', b"[]"]
+    damages = [b"", b"{", b'{"layer": {"FULL": "x"}}', b"[]", b'{"plans": [{}]}']
     for others in range(2):
         for number, path in enumerate(sorted((tmp_path / "calibration").iterdir()), 2 * others):
             path.write_bytes(damages[number % len(damages)])
@@ -64,7 +64,7 @@ def test_facts_name_what_is_served(tiny_folder: Path, tmp_path: Path) -> None:
     assert facts.num_layers == 6
     assert facts.actions == tuple(Action)
     # Only measuring tells which kernel is the cheapest here, and if any is cheaper than FULL.
-    assert [policy.name for policy in facts.policies if not policy.is_drafter] == ["random"]
+    assert [policy.name for policy in facts.policies if not policy.is_drafter] == ["frontier"]
     assert facts.policies[0].compensation == "affine"
     costs = facts.policies[0].action_costs
     assert costs[Action.FULL] == 1

@@ -1,6 +1,8 @@
 """Tables that are measured once and kept: for one model and device, made again if damaged or found to be wrong."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from dash_runtime.actions import Action, CostTable, LatencyTable
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.engine.cost_fit import CostSpread, MeasuredCosts
 from dash_runtime.layers.compensation import Compensation, Identity
 from dash_runtime.policy.draft_length import DRAFT_LENGTHS
 from dash_runtime.startup.calibration import DeviceCalibration
@@ -27,18 +30,17 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Decoder:
 class Machine:
     """Measures made-up times: those of a quiet machine, each longer by the factors of its disturbances.
 
-    `FULL`, `SKIP` and `HEAD` name what a factor applies to.
+    `FULL` and `SKIP` name what a factor applies to.
     """
 
     def __init__(self, quick: Mapping[str, float] | None = None, whole: Mapping[str, float] | None = None) -> None:
         self.num_whole = 0
         self._quick, self._whole = quick or {}, whole or {}
 
-    def measure_costs(self, decoder: Decoder, compensation: Compensation, rounds: int = 12) -> CostTable:
-        factors = self._factors(rounds)
-        layer = {action: seconds * factors.get(action.name, 1) for action, seconds in QUIET.items()}
-        heads = {precision: 1.5 * factors.get("HEAD", 1) for precision in decoder.heads}
-        return CostTable.from_seconds(decoder.num_layers, layer, heads, 0.2 * factors.get("FIXED", 1))
+    def measure_costs(self, decoder: Decoder) -> MeasuredCosts:
+        self.num_whole += 1
+        costs = CostTable.from_seconds(decoder.num_layers, QUIET, dict.fromkeys(decoder.heads, 1.5), 0.2)
+        return MeasuredCosts(costs, CostSpread.around(costs, 0.1), 8, 1.5e9)
 
     def measure_latencies(
         self, decoder: Decoder, compensation: Compensation, rows: tuple[int, ...] = (1, 2, 4, 8, 16), rounds: int = 12
@@ -65,26 +67,21 @@ QUIET = {Action.SKIP: 0.3, Action.FULL: 1.0}
 def calibration(
     folder: Path, machine: Machine, model: tuple[str, ...] = MODEL, device: tuple[str, ...] = DEVICE
 ) -> DeviceCalibration:
-    return DeviceCalibration(
-        folder, model, device, measure_costs=machine.measure_costs, measure_latencies=machine.measure_latencies
-    )
+    return DeviceCalibration(folder, model, device, measure_latencies=machine.measure_latencies)
 
 
-def costs_of(calibration: DeviceCalibration, decoder: Decoder, said: list[str]) -> CostTable:
-    return calibration.costs(decoder, Identity(), said.append)
+def costs_of(calibration: DeviceCalibration, decoder: Decoder, said: list[str], **options: bool) -> MeasuredCosts:
+    measure = partial(Machine().measure_costs, decoder)
+    return calibration.costs(decoder.actions, tuple(decoder.heads), measure, said.append, **options)
 
 
 def latencies_of(calibration: DeviceCalibration, decoder: Decoder, said: list[str]) -> LatencyTable:
     return calibration.latencies(decoder, Identity(), said.append)
 
 
-TABLES = pytest.mark.parametrize("table_of", [costs_of, latencies_of])
-TableOf = Callable[[DeviceCalibration, Decoder, list[str]], CostTable | LatencyTable]
-
-
 def measured(
     folder: Path, decoder: Decoder, model: tuple[str, ...] = MODEL, device: tuple[str, ...] = DEVICE
-) -> tuple[CostTable, LatencyTable, int]:
+) -> tuple[MeasuredCosts, LatencyTable, int]:
     """Returns both tables, and how many of them were not read."""
     said: list[str] = []
     calibrated = calibration(folder, Machine(), model, device)
@@ -132,12 +129,12 @@ def test_a_damaged_table_is_measured_again_and_whole_afterwards(
 
 def test_a_table_of_other_actions_is_measured_again(decoder: Decoder, tmp_path: Path) -> None:
     costs, latencies, _ = measured(tmp_path, decoder)
-    assert set(costs.layer) == set(latencies.seconds) == {Action.SKIP, Action.FULL}
+    assert set(costs.table.layer) == set(latencies.seconds) == {Action.SKIP, Action.FULL}
     for path in tmp_path.iterdir():
         path.write_text(path.read_text().replace('"SKIP"', '"INT4"'))
     costs, latencies, num_measured = measured(tmp_path, decoder)
     assert num_measured == 2
-    assert set(costs.layer) == set(latencies.seconds) == {Action.SKIP, Action.FULL}
+    assert set(costs.table.layer) == set(latencies.seconds) == {Action.SKIP, Action.FULL}
 
 
 @pytest.mark.parametrize(
@@ -164,70 +161,85 @@ def test_a_folder_that_cannot_be_written_still_gives_costs(decoder: Decoder, tmp
         for _ in range(2):
             costs, latencies, num_measured = measured(folder, decoder)
             assert num_measured == 2
-            assert set(costs.layer) == set(latencies.seconds) == {Action.SKIP, Action.FULL}
+            assert set(costs.table.layer) == set(latencies.seconds) == {Action.SKIP, Action.FULL}
     assert blocked.read_text() == "in the way"
 
 
-@TABLES
-def test_a_table_that_a_quick_measurement_agrees_with_is_kept_to_the_bit(
-    decoder: Decoder, tmp_path: Path, table_of: TableOf
-) -> None:
-    first = table_of(calibration(tmp_path, Machine()), decoder, [])
+def test_a_table_that_a_quick_measurement_agrees_with_is_kept_to_the_bit(decoder: Decoder, tmp_path: Path) -> None:
+    first = latencies_of(calibration(tmp_path, Machine()), decoder, [])
     (file,) = tmp_path.iterdir()
     before = file.read_bytes()
     said: list[str] = []
-    machine = Machine(quick={"FULL": 1.2, "FIXED": 1.2})
-    assert table_of(calibration(tmp_path, machine), decoder, said) == first
+    machine = Machine(quick={"FULL": 1.2})
+    assert latencies_of(calibration(tmp_path, machine), decoder, said) == first
     assert (said, machine.num_whole, file.read_bytes()) == ([], 0, before)
 
 
-@TABLES
 @pytest.mark.parametrize("disturbed", ["FULL", "SKIP"])
-def test_a_table_that_a_disturbed_start_measured_is_replaced(
-    decoder: Decoder, tmp_path: Path, table_of: TableOf, disturbed: str
-) -> None:
-    wrong = table_of(calibration(tmp_path, Machine(whole={disturbed: 1.8})), decoder, [])
+def test_a_table_that_a_disturbed_start_measured_is_replaced(decoder: Decoder, tmp_path: Path, disturbed: str) -> None:
+    wrong = latencies_of(calibration(tmp_path, Machine(whole={disturbed: 1.8})), decoder, [])
     said: list[str] = []
-    right = table_of(calibration(tmp_path, Machine()), decoder, said)
-    assert right == table_of(calibration(tmp_path / "elsewhere", Machine()), decoder, []) != wrong
+    right = latencies_of(calibration(tmp_path, Machine()), decoder, said)
+    assert right == latencies_of(calibration(tmp_path / "elsewhere", Machine()), decoder, []) != wrong
     (words,) = said
     assert "no longer fits what was kept" in words
     machine = Machine()
-    assert table_of(calibration(tmp_path, machine), decoder, said) == right
+    assert latencies_of(calibration(tmp_path, machine), decoder, said) == right
     assert (machine.num_whole, len(said)) == (0, 1)
 
 
-def test_a_head_whose_cost_is_wrong_replaces_the_table(decoder: Decoder, tmp_path: Path) -> None:
-    costs_of(calibration(tmp_path, Machine(whole={"HEAD": 1.8})), decoder, [])
-    assert costs_of(calibration(tmp_path, Machine()), decoder, []).head[Action.FULL] == 1.5 / 3.7
-
-
-@TABLES
-def test_a_machine_that_is_slower_alike_keeps_its_table(decoder: Decoder, tmp_path: Path, table_of: TableOf) -> None:
-    first = table_of(calibration(tmp_path, Machine()), decoder, [])
-    machine = Machine(quick=dict.fromkeys(("FULL", "SKIP", "HEAD", "FIXED"), 3.0))
+def test_a_machine_that_is_slower_alike_keeps_its_table(decoder: Decoder, tmp_path: Path) -> None:
+    first = latencies_of(calibration(tmp_path, Machine()), decoder, [])
+    machine = Machine(quick=dict.fromkeys(("FULL", "SKIP"), 3.0))
     said: list[str] = []
-    assert table_of(calibration(tmp_path, machine), decoder, said) == first
+    assert latencies_of(calibration(tmp_path, machine), decoder, said) == first
     assert (said, machine.num_whole) == ([], 0)
 
 
-@TABLES
 @pytest.mark.parametrize("whole", [{}, {"SKIP": 1.2}, {"FULL": 1.8}])
 def test_a_doubt_that_a_whole_measurement_does_not_share_changes_nothing(
-    decoder: Decoder, tmp_path: Path, table_of: TableOf, whole: Mapping[str, float]
+    decoder: Decoder, tmp_path: Path, whole: Mapping[str, float]
 ) -> None:
-    first = table_of(calibration(tmp_path, Machine()), decoder, [])
+    first = latencies_of(calibration(tmp_path, Machine()), decoder, [])
     machine = Machine(quick={"SKIP": 1.8}, whole=whole)
-    assert table_of(calibration(tmp_path, machine), decoder, []) == first
+    assert latencies_of(calibration(tmp_path, machine), decoder, []) == first
     assert machine.num_whole == 1
-    assert table_of(calibration(tmp_path, Machine()), decoder, []) == first
+    assert latencies_of(calibration(tmp_path, Machine()), decoder, []) == first
 
 
-def test_differences_too_small_for_any_plan_are_ignored(decoder: Decoder, tmp_path: Path) -> None:
-    first = costs_of(calibration(tmp_path, Machine(whole={"SKIP": 0.2})), decoder, [])
-    machine = Machine(quick={"SKIP": 0.4})
-    assert costs_of(calibration(tmp_path, machine), decoder, []) == first
-    assert machine.num_whole == 0
+@pytest.mark.parametrize(
+    "damage",
+    [
+        ('"spread"', '"other"'),
+        ('"measured_at": 1500000000.0', '"measured_at": null'),
+        ('"num_rounds": 8', '"num_rounds": "x"'),
+        ('"fixed": ', '"fixed": -'),
+    ],
+)
+def test_costs_without_a_sound_spread_are_measured_again(
+    decoder: Decoder, tmp_path: Path, damage: tuple[str, str]
+) -> None:
+    first = costs_of(calibration(tmp_path, Machine()), decoder, [])
+    (file,) = tmp_path.iterdir()
+    assert damage[0] in file.read_text()
+    file.write_text(file.read_text().replace(*damage))
+    said: list[str] = []
+    assert costs_of(calibration(tmp_path, Machine()), decoder, said) == first
+    assert len(said) == 1
+
+
+def test_costs_are_measured_again_for_a_policy_without_one_and_on_demand(decoder: Decoder, tmp_path: Path) -> None:
+    said: list[str] = []
+    for options in ({}, {"has_policy": True}, {"measures_again": True}, {}):
+        costs_of(calibration(tmp_path, Machine()), decoder, said, **options)
+    assert len(said) == 3
+
+
+def test_costs_that_serving_corrected_are_those_of_later_starts(decoder: Decoder, tmp_path: Path) -> None:
+    first = costs_of(calibration(tmp_path, Machine()), decoder, [])
+    other = replace(first, num_rounds=0, measured_at=2e9)
+    calibration(tmp_path, Machine()).keep_costs(other)
+    assert costs_of(calibration(tmp_path, Machine()), decoder, []) == other
 
 
 def test_verifications_are_measured_once_for_the_lengths_that_fit(decoder: Decoder, tmp_path: Path) -> None:

@@ -11,23 +11,28 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.decoder.backends.inductor import InductorBackend, program_specs
+from dash_runtime.decoder.backends.inductor import InductorBackend, program_specs, skip_specs
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.layers.batch import PassKind
-from dash_runtime.layers.compensation import Affine, Identity
+from dash_runtime.layers.compensation import Affine, Compensation, Identity, LowRank, PackedLowRank, Scale
 from dash_runtime.layers.kv_cache import SequenceCache
-from dash_runtime.layers.pending_kv import MAX_PENDING
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.programs.compile_program import sample
-from dash_runtime.programs.program_cache import Program, ProgramSpec
 from dash_runtime.startup.row_parity import unequal_counts
-from tests.runtime.compiled_model import NUM_THREADS, SIZES, CompiledModel
-from tests.runtime.support import ALL_ACTIONS, CPU, full_plan, load_decoder, new_cache, run_rows, some_affine
+from tests.runtime.compiled_model import NUM_THREADS, SIZES, CompiledModel, UncompiledProgram
+from tests.runtime.support import (
+    ALL_ACTIONS,
+    CPU,
+    full_plan,
+    load_decoder,
+    new_cache,
+    run_rows,
+    some_affine,
+    some_low_rank,
+)
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.alone
@@ -35,17 +40,6 @@ pytestmark = pytest.mark.alone
 MAX_DIVERGENCE = 0.01
 """Nats. Rounding to bf16 at other places makes a tenth of this, plans in another order a hundred times as much."""
 Plan = Sequence[Action]
-
-
-class UncompiledProgram(Program):
-    """A program's module, run eagerly."""
-
-    def __init__(self, spec: ProgramSpec) -> None:
-        self._module, inputs, _ = sample(spec)
-        self._structure = pytree.tree_structure(inputs)
-
-    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
-        return pytree.tree_leaves(self._module(*pytree.tree_unflatten(inputs, self._structure)))
 
 
 @dataclass(frozen=True)
@@ -81,7 +75,8 @@ def decoders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     else:
         folder = save_tiny_model(tmp_path_factory.mktemp("compiled") / request.param, request.param, **SIZES)
         config = load_model_config(folder)
-        programs = {spec: UncompiledProgram(spec) for spec in program_specs(config, ALL_ACTIONS, NUM_THREADS)}
+        specs = [*program_specs(config, ALL_ACTIONS, NUM_THREADS), *skip_specs(config, Action.INT8, 16, NUM_THREADS)]
+        programs = {spec: UncompiledProgram(spec) for spec in specs}
     backends = [InductorBackend(config.block, programs, shares_products=shares) for shares in (False, True)]
     alone, shared = (decoder_of(folder, config, backend) for backend in backends)
     if is_compiled:  # as a start does on the machine at hand
@@ -132,19 +127,17 @@ def decode(decoder: Decoder, cache: SequenceCache, plans: Sequence[Plan], affine
 
 
 def assert_same_cache(own: SequenceCache, expected: SequenceCache) -> None:
-    """Asserts that keys and values agree within bf16's rounding, and that both have the same rows pending."""
+    """Asserts that keys and values agree within bf16's rounding."""
     assert own.length == expected.length
-    assert list(map(len, own.pending)) == list(map(len, expected.pending))
-    for layer, pending in enumerate(own.pending):
-        written = slice(own.length - len(pending))
-        for mine, theirs in ((own.keys, expected.keys), (own.values, expected.values)):
-            scale = float(theirs[layer][written].abs().amax())
-            torch.testing.assert_close(mine[layer][written], theirs[layer][written], rtol=0.05, atol=0.05 * scale)
+    for mine, theirs in ((own.keys, expected.keys), (own.values, expected.values)):
+        for my_layer, their_layer in zip(mine, theirs, strict=True):
+            written, others = my_layer[: own.length], their_layer[: own.length]
+            torch.testing.assert_close(written, others, rtol=0.05, atol=0.05 * float(others.abs().amax()))
 
 
 @torch.inference_mode()
 def test_tokens_are_those_of_the_eager_decoder_for_mixed_plans_and_long_skips(decoders: Decoders) -> None:
-    plans = mixed_plans(decoders, 2 * MAX_PENDING + 5)
+    plans = mixed_plans(decoders, 21)
     affine = some_affine(decoders.eager)
     own, expected = (prefilled(decoder, range(1, 12)) for decoder in (decoders.alone, decoders.eager))
     logits = decode(decoders.alone, own, plans, affine)
@@ -178,25 +171,40 @@ def test_passes_of_several_rows_and_of_one_take_turns_on_a_cache_that_is_cut_bet
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("num_skipped", [1, 3, MAX_PENDING - 1, MAX_PENDING, 2 * MAX_PENDING + 3])
-def test_keys_and_values_of_skipped_rows_are_written_by_the_time_a_row_attends(
-    decoders: Decoders, num_skipped: int
+@pytest.mark.parametrize("kv_action", ALL_ACTIONS[1:])
+def test_keys_and_values_of_skipped_rows_are_those_of_the_layer_that_runs_in_their_precision(
+    decoders: Decoders, kv_action: Action
 ) -> None:
-    for action in ALL_ACTIONS[1:]:
-        skipping, running = (prefilled(decoders.alone, [1, 2, 3]) for _ in range(2))
-        for number in range(num_skipped + 1):
-            hidden = decoders.alone.embed([5 + number])
-            for cache, own in ((skipping, action if number == num_skipped else Action.SKIP), (running, action)):
-                batch = decoders.alone.batch(PassKind.DECODE, [cache], [1], [Identity()])
-                decoders.alone.run_layer(1, [own], hidden, batch)
-                batch.commit()
-            assert len(skipping.pending[1]) < MAX_PENDING
-        assert skipping.pending[1] == []
-        # Keys and values that wait for a row that runs are projected with that row's action.
-        late = slice(3 + num_skipped // MAX_PENDING * MAX_PENDING, skipping.length)
-        for own_rows, expected in ((skipping.keys[1], running.keys[1]), (skipping.values[1], running.values[1])):
-            torch.testing.assert_close(own_rows[late], expected[late], rtol=0.01, atol=0.01)
-            assert all(float(row.abs().max()) > 0 for row in own_rows[: skipping.length])
+    skipping, running = (prefilled(decoders.alone, [1, 2, 3]) for _ in range(2))
+    for number in range(3):
+        hidden = decoders.alone.embed([5 + number])
+        for cache, action in ((skipping, Action.SKIP), (running, kv_action)):
+            batch = decoders.alone.batch(PassKind.DECODE, [cache], [1], [Identity()], [kv_action])
+            decoders.alone.run_layer(1, [action], hidden, batch)
+            batch.commit()
+    for own_rows, expected in ((skipping.keys[1], running.keys[1]), (skipping.values[1], running.values[1])):
+        torch.testing.assert_close(own_rows, expected, rtol=0.01, atol=0.01)
+        assert all(float(row.abs().max()) > 0 for row in own_rows[: skipping.length])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", [Identity, Scale, Affine, PackedLowRank, LowRank])
+def test_a_skipped_row_passes_on_what_its_compensation_makes_of_the_layers_input(
+    decoders: Decoders, kind: type[Compensation]
+) -> None:
+    """The low-rank map in INT8 has a program here; the float one runs eagerly beside the program that has none."""
+    affine, low_rank = some_affine(decoders.alone), some_low_rank(decoders.alone, rank=16)
+    packed = PackedLowRank.from_low_rank(low_rank, torch.bfloat16)
+    some = [Identity(), Scale(affine.factors[:, 0]), affine, packed, low_rank]
+    (compensation,) = (own for own in some if type(own) is kind)
+    hidden = decoders.alone.embed([9])
+    for layer in (0, 3):
+        cache = prefilled(decoders.alone, [1, 2, 3])
+        batch = decoders.alone.batch(PassKind.DECODE, [cache], [1], [compensation], [Action.INT8])
+        own = decoders.alone.run_layer(layer, [Action.SKIP], hidden, batch)
+        expected = compensation(layer, hidden)
+        torch.testing.assert_close(own, expected, rtol=0.02, atol=0.02 * float(expected.abs().amax()))
+        assert not torch.equal(own, hidden) or kind is Identity
 
 
 @torch.inference_mode()
@@ -220,7 +228,7 @@ def test_rows_decoded_in_a_batch_are_bit_equal_to_the_same_rows_alone(decoders: 
     affine = some_affine(decoder)
     prompts = [range(1, 2 + 7 * row) for row in range(9)]
     alone, together = ([prefilled(decoder, prompt) for prompt in prompts] for _ in range(2))
-    for step in range(MAX_PENDING + 2):
+    for step in range(6):
         token_ids = [[10 * row + step] for row in range(len(prompts))]
         plans = [
             [Action.SKIP if layer == row else actions[(row + layer + step) % len(actions)] for layer in range(6)]
@@ -235,8 +243,14 @@ def test_rows_decoded_in_a_batch_are_bit_equal_to_the_same_rows_alone(decoders: 
 
 
 @torch.inference_mode()
-def test_rows_that_share_products_are_those_of_the_eager_decoder(decoders: Decoders) -> None:
+@pytest.mark.parametrize(("rank", "kv_action"), [(0, Action.INT4), (16, Action.INT8), (0, Action.FULL)])
+def test_rows_that_share_products_are_those_of_the_eager_decoder(
+    decoders: Decoders, rank: int, kv_action: Action
+) -> None:
+    """Rows that skip share a call too: there is a program for the first two compensations, and none for the last."""
     num_rows = 5
+    low_rank = PackedLowRank.from_low_rank(some_low_rank(decoders.shared, max(rank, 16)), torch.bfloat16)
+    compensation = low_rank if rank else some_affine(decoders.shared)
     own, expected = (
         prefilled_together(decoder, [range(1, 2 + 5 * row) for row in range(num_rows)])
         for decoder in (decoders.shared, decoders.eager)
@@ -247,11 +261,11 @@ def test_rows_that_share_products_are_those_of_the_eager_decoder(decoders: Decod
             for row in range(num_rows)
         ]
         for row, plan in enumerate(plans):
-            if step < 5:  # each row leaves a layer of its own to the last step
-                plan[row] = Action.SKIP
+            plan[row] = Action.SKIP
+            plan[5] = Action.SKIP if row <= step else plan[5]  # from one row to all
         token_ids = [[10 * row + step] for row in range(num_rows)]
         logits, others = (
-            run_rows(decoder, caches, token_ids, plans)
+            run_rows(decoder, caches, token_ids, plans, compensation, kv_action)
             for decoder, caches in ((decoders.shared, own), (decoders.eager, expected))
         )
         assert divergence(others, logits) < MAX_DIVERGENCE

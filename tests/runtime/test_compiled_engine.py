@@ -75,7 +75,9 @@ def test_every_mode_ends_with_all_its_tokens_and_the_actions_that_it_asked_for(e
 def test_the_policy_is_evaluated_by_its_program(engine: Engine) -> None:
     facts = [policy for policy in engine.facts.policies if policy.learned]
     assert [policy.name for policy in facts] == ["random-network"]
-    assert engine._catalog._learned["random-network"].program is not None
+    policy = engine._catalog._learned["random-network"]
+    assert policy.program is not None
+    assert set(policy.layer_programs or ()) == set(Action)
 
 
 def test_exact_puts_out_full_depths_own_tokens(engine: Engine) -> None:

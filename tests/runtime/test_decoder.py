@@ -10,7 +10,7 @@ from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Identity, Scale
-from dash_runtime.layers.pending_kv import MAX_PENDING
+from dash_runtime.layers.evaluation import Evaluation
 from tests.runtime.support import ALL_ACTIONS, full_plan, load_decoder, new_cache, run_rows, some_affine
 
 pytestmark = pytest.mark.alone
@@ -57,42 +57,46 @@ def test_a_skipped_layer_passes_on_the_compensated_input_and_nothing_else(decode
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("num_skipped", [1, 3, MAX_PENDING - 1, MAX_PENDING, 2 * MAX_PENDING + 3])
+@pytest.mark.parametrize("num_skipped", [1, 3])
+@pytest.mark.parametrize("kv_action", ALL_ACTIONS[1:])
 @pytest.mark.parametrize("at_once", [True, False])
-def test_keys_and_values_of_skipped_rows_are_those_of_the_full_layer_by_the_time_a_row_attends(
-    decoder: Decoder, num_skipped: int, at_once: bool
+def test_keys_and_values_of_skipped_rows_are_those_of_the_layer_that_runs_in_their_precision(
+    decoder: Decoder, num_skipped: int, kv_action: Action, at_once: bool
 ) -> None:
     token_ids = list(range(5, 6 + num_skipped))
     hidden = decoder.embed(token_ids)
-    full, skipping = new_cache(decoder), new_cache(decoder)
+    running, skipping = new_cache(decoder), new_cache(decoder)
     decoder.run_layer(
         1,
-        [Action.FULL] * len(token_ids),
+        [kv_action] * len(token_ids),
         hidden,
-        decoder.batch(PassKind.PREFILL, [full], [len(token_ids)], [Identity()]),
+        decoder.batch(PassKind.PREFILL, [running], [len(token_ids)], [Identity()]),
     )
-    actions = [Action.SKIP] * num_skipped + [Action.FULL]
+    actions = [Action.SKIP] * num_skipped + [kv_action]
     lengths = [len(token_ids)] if at_once else [1] * len(token_ids)
     for start in range(0, len(token_ids), lengths[0]):
-        batch = decoder.batch(PassKind.PREFILL, [skipping], lengths[:1], [Identity()])
+        batch = decoder.batch(PassKind.PREFILL, [skipping], lengths[:1], [Identity()], [kv_action])
         rows = slice(start, start + lengths[0])
         decoder.run_layer(1, actions[rows], hidden[rows], batch)
-        assert len(skipping.pending[1]) < MAX_PENDING
         batch.commit()
-    assert skipping.pending[1] == []
-    for own, expected in ((skipping.keys[1], full.keys[1]), (skipping.values[1], full.values[1])):
+    for own, expected in ((skipping.keys[1], running.keys[1]), (skipping.values[1], running.values[1])):
         assert torch.equal(own[: len(token_ids)], expected[: len(token_ids)])
 
 
 @torch.inference_mode()
-def test_a_truncated_cache_forgets_the_skipped_rows_beyond_and_keeps_those_before(decoder: Decoder) -> None:
-    cache = new_cache(decoder)
-    for token_id in (5, 6, 7):
-        batch = decoder.batch(PassKind.PREFILL, [cache], [1], [Identity()])
-        decoder.run_layer(1, [Action.SKIP], decoder.embed([token_id]), batch)
-        batch.commit()
-    cache.truncate(1)
-    assert [int(row.sum() == decoder.embed([5]).sum()) for row in cache.pending[1]] == [1]
+def test_each_row_of_a_pass_has_keys_and_values_in_its_own_precision(decoder: Decoder) -> None:
+    kinds = list(ALL_ACTIONS[1:])
+    together, alone = ([new_cache(decoder) for _ in kinds] for _ in range(2))
+    hidden = decoder.embed([4, 5, 6])
+    batch = decoder.batch(PassKind.PREFILL, together, [1, 1, 1], [Identity()] * 3, kinds)
+    decoder.run_layer(1, [Action.SKIP] * 3, hidden, batch)
+    for row, kv_action in enumerate(kinds):
+        batch = decoder.batch(PassKind.PREFILL, [alone[row]], [1], [Identity()], [kv_action])
+        decoder.run_layer(1, [Action.SKIP], hidden[row : row + 1], batch)
+    for own, expected in zip(together, alone, strict=True):
+        assert torch.equal(own.keys[1], expected.keys[1])
+        assert torch.equal(own.values[1], expected.values[1])
+    assert len({tuple(cache.keys[1][0].flatten().tolist()) for cache in alone}) == 3
 
 
 @torch.inference_mode()
@@ -139,7 +143,17 @@ class NamedBackend:
     def takes(self, batch: Batch) -> bool:
         return self._takes_all or len(batch.spans) == 1
 
-    def run_layer(self, layer: int, actions: Sequence[Action], hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def takes_evaluations(self, num_rows: int) -> bool:
+        return False
+
+    def run_layer(
+        self,
+        layer: int,
+        actions: Sequence[Action],
+        hidden: torch.Tensor,
+        batch: Batch,
+        evaluations: Sequence[Evaluation | None] = (),
+    ) -> torch.Tensor:
         self._journal.append(self._name)
         return hidden
 

@@ -21,7 +21,9 @@ from tests.tiny_models import FAMILIES, VOCAB_SIZE, save_tiny_model
 BATCH, LENGTH, PROMPT = 2, 20, 4
 
 
-def load_dense_decoder(folder: Path, dtype: torch.dtype = torch.float32, actions: tuple[Action, ...] = ()) -> DenseDecoder:
+def load_dense_decoder(
+    folder: Path, dtype: torch.dtype = torch.float32, actions: tuple[Action, ...] = ()
+) -> DenseDecoder:
     return DenseDecoder(load_model_config(folder), open_weights(folder), actions, dtype=dtype)
 
 

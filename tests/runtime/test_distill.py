@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
+from dash_runtime.training.ppo import TrainingDiverged
 from torch import Tensor
 
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.compensation import LowRank
-from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
 from dash_runtime.training.distill import DistillSettings, distill_compensation, gated_divergence
-from dash_runtime.training.ppo import TrainingDiverged
 from tests.tiny_models import VOCAB_SIZE
 
 LENGTH, PROMPT, RANK = 24, 4, 8

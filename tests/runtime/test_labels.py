@@ -223,7 +223,9 @@ def test_training_skips_a_layer_that_does_nothing_before_any_other(
     idle = ("model.layers.3.self_attn.o_proj.weight", "model.layers.3.mlp.down_proj.weight")
     weights = {name: torch.zeros_like(stored[name]) if name in idle else stored[name] for name in stored}
     decoder = DenseDecoder(config, weights, dtype=torch.float32)
-    nothing = replace(compensation, up=torch.zeros_like(compensation.up), offsets=torch.zeros_like(compensation.offsets))
+    nothing = replace(
+        compensation, up=torch.zeros_like(compensation.up), offsets=torch.zeros_like(compensation.offsets)
+    )
     settings = replace(QUICK, rounds=2, changes=4, distill_steps=0, fit=FitSettings(16, 8, epochs=60))
     actions = (Action.SKIP, Action.FULL)
     trained = trainer(decoder, sequences, settings=settings, actions=actions).run(nothing, tmp_path / "c.safetensors")

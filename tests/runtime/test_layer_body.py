@@ -11,13 +11,14 @@ from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.decoder.backends.inductor import can_compile
 from dash_runtime.layers.attention import attention
-from dash_runtime.layers.layer_body import run_layer_body, split_heads
+from dash_runtime.layers.layer_body import before_attention, run_layer_body, split_heads
 from dash_runtime.layers.rotary import RotaryTable
-from dash_runtime.layers.weight_loader import WeightLoader
+from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
 from dash_runtime.linears.row_kernels import pack_row_matrix
 from dash_runtime.model_config import Activation, BlockConfig, ModelConfig
 from dash_runtime.programs.packing import WeightPacking
 from dash_runtime.programs.traced_layer import FewRowsLayer, ModelShape
+from dash_runtime.programs.traced_skip import SkippedLayer, SkippedRows
 from tests.runtime.support import CPU
 from tests.tiny_models import FAMILIES, save_tiny_model
 
@@ -46,6 +47,15 @@ def some(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
+def packed_for_programs(weights: LayerWeights) -> tuple[WeightPacking, tuple[Tensor, ...]]:
+    matrices = [weights.query_key_value, weights.output, weights.gate_up, weights.down]
+    vectors = [weights.input_norm.weight, weights.mlp_norm.weight]  # type: ignore[union-attr]
+    vectors += [own for own in (weights.head_norm, weights.query_key_value.bias) if own is not None]
+    packed = [pack_row_matrix(Action.FULL, own.weight.bfloat16(), own) for own in matrices]
+    packing = WeightPacking.of(vectors, packed)
+    return packing, tuple(packing.join(vectors, packed))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
@@ -60,14 +70,9 @@ def test_the_traced_layer_computes_what_the_layer_body_does(family: str, variant
     kept = (NUM_SEEN, config.num_kv_heads, config.head_dim)
     keys, values = some(*kept, seed=2), some(*kept, seed=3)
 
-    matrices = [weights.query_key_value, weights.output, weights.gate_up, weights.down]
-    vectors = [weights.input_norm.weight, weights.mlp_norm.weight]  # type: ignore[union-attr]
-    vectors += [own for own in (weights.head_norm, weights.query_key_value.bias) if own is not None]
-    packed = [pack_row_matrix(Action.FULL, own.weight.bfloat16(), own) for own in matrices]
-    packing = WeightPacking.of(vectors, packed)
+    packing, joined = packed_for_programs(weights)
     traced = FewRowsLayer(shape, Action.FULL, packing)
     own_keys, own_values = keys.clone(), values.clone()
-    joined = tuple(packing.join(vectors, packed))
     outputs = traced(hidden, own_keys, own_values, cosines, sines, joined)
 
     def body(block: BlockConfig) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,3 +98,38 @@ def test_the_traced_layer_computes_what_the_layer_body_does(family: str, variant
     if variant != "as it is":  # or the comparison would show nothing
         usual = replace(config.block, **{name: getattr(BlockConfig(), name) for name in VARIANTS[variant]})
         assert not torch.allclose(body(usual)[0], expected, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_a_traced_skip_writes_the_keys_and_values_of_the_layer_body(family: str, tmp_path: Path) -> None:
+    config, loader = model_of(family, tmp_path, "as it is")
+    if not can_compile(config):
+        pytest.skip("runs eagerly only")
+    num_rows = 3
+    weights, shape = loader.layer(1), ModelShape.of(config)
+    rope = RotaryTable(config.ropes[1], config.head_dim, NUM_SEEN, torch.float32, CPU)
+    cosines, sines = rope.at(slice(NUM_SEEN - num_rows, NUM_SEEN))
+    hidden = some(num_rows, config.hidden_size, seed=1)
+    fused = weights.query_key_value(before_attention(weights, hidden.float()))
+    _, *expected = split_heads(config, weights, fused, config.num_heads, cosines, sines)
+    packing, joined = packed_for_programs(weights)
+    compensation = (torch.cat((torch.full((config.hidden_size,), 0.5), torch.ones(config.hidden_size))).bfloat16(),)
+
+    def assert_written(written: list[Tensor], outputs: Tensor, rows: slice) -> None:
+        for own, others in zip(written, expected, strict=True):
+            torch.testing.assert_close(own.float(), others[rows], rtol=0.01, atol=1e-3)
+        torch.testing.assert_close(outputs.float(), hidden[rows].float() * 0.5 + 1, rtol=0.01, atol=0.01)
+
+    for row in range(num_rows):
+        kept = [torch.zeros(NUM_SEEN, config.num_kv_heads, config.head_dim).bfloat16() for _ in range(2)]
+        own = slice(row, row + 1)
+        skipped = SkippedLayer(shape, Action.FULL, packing, rank=0)
+        outputs = skipped(hidden[own], *kept, cosines[own], sines[own], joined, compensation)
+        assert_written([tensor[-1:] for tensor in kept], outputs, own)
+        assert not any(tensor[:-1].any() for tensor in kept)
+    blocks = [torch.zeros(4, 16, config.num_kv_heads, config.head_dim).bfloat16() for _ in range(2)]
+    slots = torch.tensor([5, 40, 17])
+    skipped_rows = SkippedRows(shape, Action.FULL, packing, rank=0)
+    outputs = skipped_rows(hidden, *blocks, slots, cosines, sines, joined, compensation)
+    assert_written([tensor.flatten(0, 1)[slots] for tensor in blocks], outputs, slice(None))

@@ -1,24 +1,24 @@
-"""Policies that ignore the state, the budgets they keep, and the catalog that hands them out."""
+"""Policies that ignore the state, the frontier of budgets, and the catalog that hands them out."""
 
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from dash_runtime.training.actor_critic import ActorCritic
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.config import Mode, SkipOptions
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.compensation import Identity
-from dash_runtime.policy.budget import BUDGET_MARGIN, lowest_random_budget, random_plan_for_budget
-from dash_runtime.policy.catalog import PolicyCatalog
-from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy
+from dash_runtime.policy.catalog import Assignment, PolicyCatalog
+from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
-from dash_runtime.policy.policy import RandomPlan, State, Token, fixed_action_plan
-from dash_runtime.training.actor_critic import ActorCritic
-from tests.runtime.support import ALL_ACTIONS, some_costs
+from dash_runtime.policy.policy import RandomPlan, State, Token, fixed_action_plan, full_edges
+from tests.runtime.support import ALL_ACTIONS, some_calibration, some_costs, some_plans
 
 COSTS = some_costs(30)
+PLANS = some_plans(30)
 HIDDEN = torch.zeros(1, 4)
 
 
@@ -33,19 +33,24 @@ def token_plan(plan: RandomPlan, token: Token) -> list[Action]:
 
 
 def catalog(default_compute_budget: float | None = None) -> PolicyCatalog:
-    return PolicyCatalog(COSTS, ALL_ACTIONS, Identity(), (), default_compute_budget)
+    return PolicyCatalog(COSTS, ALL_ACTIONS, Identity(), (), default_compute_budget, plans=PLANS)
+
+
+def adaptive(policies: PolicyCatalog, budget: float | None = None, name: str | None = None) -> Assignment:
+    return policies.assign(SkipOptions(Mode.ADAPTIVE, budget, name))
 
 
 def test_a_random_plan_draws_at_its_rates() -> None:
     rates = {Action.SKIP: 0.1, Action.INT4: 0.2, Action.INT8: 0.3, Action.FULL: 0.4}
-    plan = RandomPlan([rates] * 30, "random", Action.FULL, Identity(), frozenset())
+    plan = RandomPlan([rates] * 30, "random", Action.FULL, Identity(), {})
     drawn = Counter(action for position in range(400) for action in token_plan(plan, Token(7, position, 1.0)))
     for action, rate in rates.items():
         assert drawn[action] / drawn.total() == pytest.approx(rate, abs=0.02)
 
 
 def test_a_random_draw_depends_on_seed_position_and_layer_and_on_nothing_else() -> None:
-    plan = random_plan_for_budget(0.5, COSTS, ALL_ACTIONS, Action.FULL, Identity())
+    rates = dict.fromkeys(Action, 0.25)
+    plan = RandomPlan([rates] * 30, "random", Action.FULL, Identity(), full_edges(30))
     token, other = Token(1, 9, 1.0), Token(2, 9, 1.0)
     assert token_plan(plan, token) == token_plan(plan, token)
     assert token_plan(plan, token) != token_plan(plan, other)
@@ -54,34 +59,10 @@ def test_a_random_draw_depends_on_seed_position_and_layer_and_on_nothing_else() 
     assert together[1] == plan.start(4, state_of(token))().plan[0][0]
 
 
-@pytest.mark.parametrize("budget", [0.35, 0.5, 0.7, 0.8, 0.95])
-def test_the_mean_cost_of_a_random_plan_stays_within_its_budget_and_near_it(budget: float) -> None:
-    plan = random_plan_for_budget(budget, COSTS, ALL_ACTIONS, Action.INT8, Identity())
-    for seed in range(5):
-        tokens = [token_plan(plan, Token(seed, position, 1.0)) for position in range(100)]
-        mean = sum(COSTS.token_cost(actions, plan.head) for actions in tokens) / len(tokens)
-        assert budget - 3 * BUDGET_MARGIN < mean <= budget
-
-
-def test_a_budget_of_one_runs_every_layer_in_full() -> None:
-    plan = random_plan_for_budget(1.0, COSTS, ALL_ACTIONS, Action.FULL, Identity())
-    assert set(token_plan(plan, Token(0, 0, 1.0))) == {Action.FULL}
-
-
-def test_the_lowest_budget_takes_the_cheapest_action_everywhere_but_at_the_edges() -> None:
-    lowest = lowest_random_budget(COSTS, ALL_ACTIONS, Action.INT8)
-    plan = random_plan_for_budget(lowest, COSTS, ALL_ACTIONS, Action.INT8, Identity())
-    actions = token_plan(plan, Token(0, 0, 1.0))
-    assert actions == [Action.FULL, *[Action.SKIP] * 28, Action.FULL]
-    assert COSTS.token_cost(actions, Action.INT8) <= lowest
-
-
-def test_the_edges_are_never_decided() -> None:
-    for plan in (
-        fixed_action_plan(Action.SKIP, COSTS, Identity(), ()),
-        random_plan_for_budget(0.5, COSTS, ALL_ACTIONS, Action.FULL, Identity()),
-    ):
-        assert plan.pinned == {0, 29}
+def test_one_action_everywhere_runs_in_the_edges_too_unless_it_is_skip() -> None:
+    int4, skip = (fixed_action_plan(action, 30, Identity(), ()) for action in (Action.INT4, Action.SKIP))
+    assert set(int4.plan) == {Action.INT4}
+    assert skip.plan == (Action.FULL, *[Action.SKIP] * 28, Action.FULL)
 
 
 @pytest.mark.parametrize(
@@ -96,51 +77,86 @@ def test_the_edges_are_never_decided() -> None:
 def test_quantised_plans_take_the_int8_head_where_there_is_one(
     action: Action, heads: tuple[Action, ...], head: Action
 ) -> None:
-    assert fixed_action_plan(action, COSTS, Identity(), heads).head is head
+    assert fixed_action_plan(action, 30, Identity(), heads).head is head
 
 
-def test_adaptive_requests_share_a_policy_only_at_the_same_budget() -> None:
+def test_adaptive_requests_share_a_plan_within_whose_cost_their_budgets_are() -> None:
     policies = catalog()
-    first, same, other = (policies.assign(SkipOptions(Mode.ADAPTIVE, budget)) for budget in (0.7, 0.7, 0.6))
+    first, same, other = (adaptive(policies, budget) for budget in (0.7, 0.65, 0.5))
     assert first.policy is same.policy
     assert first.policy is not other.policy
-    assert first.compute_budget == 0.7
+    assert (first.compute_budget, same.compute_budget) == (0.7, 0.65)
 
 
-def test_without_a_learned_policy_adaptive_says_that_it_draws_at_random() -> None:
-    facts = catalog().facts()
-    assert [policy.name for policy in facts] == ["random", "static-int4"]
-    assert not facts[0].learned
-    assert "not a learned policy" in facts[0].note
+def test_without_a_learned_policy_adaptive_runs_the_best_fixed_plan_within_the_budget_and_says_so() -> None:
+    policies = catalog()
+    assert [policy.name for policy in policies.facts()] == ["frontier", "static-int4"]
+    assert not policies.facts()[0].learned
+    for budget, name in ((1.0, "full-depth"), (0.99, "fixed-int8"), (0.5, "fixed-int4"), (0.4, "plan-0.27")):
+        assignment = adaptive(policies, budget)
+        assert assignment.policy.name == name
+        assert COSTS.token_cost(assignment.policy.pinned.values(), assignment.policy.head) <= budget + 1e-9
+        assert "not a learned policy" in assignment.note
+    assert adaptive(policies).policy.name == "fixed-int4"
 
 
 def test_a_default_budget_below_what_can_be_kept_is_raised_to_it() -> None:
-    assignment = catalog(default_compute_budget=0.01).assign(SkipOptions(Mode.ADAPTIVE))
+    assignment = adaptive(catalog(default_compute_budget=0.01))
     assert assignment.compute_budget == catalog().facts()[0].lowest_budget
 
 
-def trained(name: str, lowest_budget: float) -> LearnedPolicy:
-    pinned = frozenset((0, 29))
-    spec = PlanSpec(ALL_ACTIONS, pinned=pinned, lookahead=1, block_size=4, head=Action.FULL, costs=COSTS)
+def test_a_plan_that_names_what_this_device_lacks_is_left_out() -> None:
+    costs = CostTable.from_seconds(30, {Action.FULL: 1.0, Action.SKIP: 0.1}, {Action.FULL: 2.0}, 0.2)
+    policies = PolicyCatalog(costs, (Action.SKIP, Action.FULL), Identity(), (), plans=PLANS)
+    assert adaptive(policies, 1.0).policy.name == "full-depth"
+    assert policies.facts()[0].lowest_budget == pytest.approx(1)
+
+
+def trained(name: str, lowest_budget: float, divergence: float = 0.2) -> LearnedPolicy:
+    spec = PlanSpec(ALL_ACTIONS, pinned=full_edges(30), lookahead=1, block_size=4, head=Action.FULL, costs=COSTS)
     return LearnedPolicy(
         name=name,
         network=ActorCritic(spec, hidden_size=4, seed=0).network(),
         spec=spec,
         compensation=Identity(),
-        calibration=BudgetCalibration(((lowest_budget, 1.0), (0.9, -1.0)), (0.2, 0.01), 0.9),
+        calibration=some_calibration(spec, (lowest_budget, 1.0, divergence), (0.9, -1.0, 0.001)),
     )
 
 
-def test_the_first_learned_policy_is_the_default_and_each_is_had_by_name_at_the_price_of_its_budget() -> None:
+def test_a_learned_policy_runs_by_name_at_the_price_of_its_budget() -> None:
     policies = PolicyCatalog(COSTS, ALL_ACTIONS, Identity(), (trained("a", 0.5), trained("b", 0.4)), 0.8)
-    assert [facts.name for facts in policies.facts()] == ["a", "b", "random", "static-int4"]
-    assert [facts.learned for facts in policies.facts()] == [True, True, False, False]
-    default = policies.assign(SkipOptions(Mode.ADAPTIVE))
+    assert [facts.name for facts in policies.facts()] == ["frontier", "a", "b", "static-int4"]
+    assert [facts.learned for facts in policies.facts()] == [True, True, True, False]
+    default = adaptive(policies)
     assert default.policy.name == "a"
     assert default.price == pytest.approx(0.6065, abs=1e-3)
-    assert policies.assign(SkipOptions(Mode.ADAPTIVE, 0.95)).price == pytest.approx(0.368, abs=1e-3)
-    assert policies.assign(SkipOptions(Mode.ADAPTIVE, policy_name="b")).policy.name == "b"
-    assert policies.assign(SkipOptions(Mode.ADAPTIVE, policy_name="random")).policy.name == "random"
+    assert adaptive(policies, 0.95, "a").price == pytest.approx(0.368, abs=1e-3)
+    assert adaptive(policies, name="b").policy.name == "b"
+
+
+def test_adaptive_runs_the_learned_policy_only_where_no_fixed_plan_is_better() -> None:
+    own = (replace(trained("a", 0.3, divergence=0.1), plans=PLANS),)
+    policies = PolicyCatalog(COSTS, ALL_ACTIONS, Identity(), own)
+    assert adaptive(policies, 0.31).policy.name == "a"
+    assert adaptive(policies, 0.42).policy.name == "fixed-int4"
+    assert adaptive(policies, 0.42, "a").policy.name == "a"  # who names it gets it
+    assert adaptive(policies, 0.85).policy.name == "a"
+    facts = {facts.name: facts for facts in policies.facts()}
+    recommended = facts["frontier"].recommended_budget
+    assert adaptive(policies).policy.name == "fixed-int4"
+    assert COSTS.token_cost([Action.INT4] * 30, Action.INT8) == pytest.approx(recommended)
+
+
+def test_a_policys_evaluations_count_in_its_budgets_and_in_a_replaced_table() -> None:
+    policies = PolicyCatalog(COSTS, ALL_ACTIONS, Identity(), (trained("a", 0.5),))
+    before = adaptive(policies, 0.8)
+    policies.replace_costs(replace(COSTS, evaluation=0.01))
+    after = adaptive(policies, 0.8)
+    assert (before.costs.evaluation, after.costs.evaluation) == (0.0, 0.01)
+    assert after.price > before.price  # seven evaluations leave less for the layers
+    lowest = next(facts.lowest_budget for facts in policies.facts() if facts.name == "a")
+    assert lowest == pytest.approx(0.5 + 7 * 0.01)
+    assert after.state_costs is COSTS
 
 
 def test_in_exact_the_cheapest_kernel_drafts_unless_a_policy_was_made_to_or_is_named() -> None:
@@ -150,10 +166,10 @@ def test_in_exact_the_cheapest_kernel_drafts_unless_a_policy_was_made_to_or_is_n
     )
     static = without.assign(SkipOptions(Mode.EXACT))
     assert static.policy.name == "static-int4"
-    assert static.policy.pinned_action is Action.INT4
+    assert set(static.policy.pinned.values()) == {Action.INT4}
     assert static.drafting is not None
     assert with_drafter.assign(SkipOptions(Mode.EXACT)).policy.name == "b"
-    assert with_drafter.assign(SkipOptions(Mode.ADAPTIVE)).policy.name == "a"
+    assert adaptive(with_drafter, 0.7).policy.name == "a"
     named = without.assign(SkipOptions(Mode.EXACT, 0.6, "a", draft_length=3))
     assert named.policy.name == "a"
     assert named.policy.head is Action.INT8  # the cheapest, whatever the policy's own is

@@ -1,6 +1,7 @@
 """The `dash-policy` command from text to table, on a tiny model, and its messages for bad input."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -64,16 +65,20 @@ def test_evaluation_shows_policy_and_controls_in_the_table_and_in_json(
     printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "rows.json").read_text())
     table = [row for row in rows if "divergence" in row]
-    assert {"name", "actions", "budget", "cost_share", "divergence", "agreement", "tokens"} <= set(table[0])
-    assert [row["name"] for row in table[:6]] == [
-        "learned",
-        "random, same rates",
-        "greedy static skips on FULL",
-        "even static skips on FULL",
-        "greedy static skips on FULL, refitted",
-        "early exit",
-    ]
-    assert len(table) == 12
+    keys = {"name", "kind", "actions", "budget", "cost_share", "divergence", "agreement", "tokens", "dominated"}
+    assert keys <= set(table[0])
+    by_name = {row["name"]: row for row in table}
+    for name in ("fixed-int4", "fixed-int8", "full-depth"):
+        assert by_name[name]["kind"] == "fixed"
+    for name, kind in (
+        ("learned", "policy"),
+        ("random, same rates", "random"),
+        ("best plan of its actions", "static"),
+        ("evenly spaced skips", "static"),
+        ("early exit", "early_exit"),
+    ):
+        assert [row["kind"] for row in table if row["name"] == name] == [kind] * 2
+    assert not by_name["full-depth"]["dominated"]
     accuracies = [row for row in rows if "metric" in row]
     assert [row["budget"] for row in accuracies] == [None, None, 1.0, 1.0, 0.99, 0.99]
     for row in table:
@@ -110,6 +115,23 @@ def test_calibrating_writes_another_file_with_its_own_budgets(trained: Path, tin
     assert out.stat().st_size == pytest.approx((trained / "policy.safetensors").stat().st_size, rel=0.05)
 
 
+def test_a_search_shows_the_frontier_of_fixed_plans(
+    tiny_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plans.json"
+    assert main(["search", *common(tiny_folder, text), "--sequences", "2", "--json", str(out)]) == 0
+    printed, found = capsys.readouterr().out, json.loads(out.read_text())
+    assert {"fixed-int4", "fixed-int8", "full-depth"} <= {plan["name"] for plan in found["plans"]}
+    best = [plan for plan in found["plans"] if not plan["dominated"]]
+    assert all(b["cost_share"] > a["cost_share"] and b["divergence"] < a["divergence"] for a, b in pairwise(best))
+    assert all(plan["name"] in printed for plan in found["plans"])
+    costs = tmp_path / "costs.json"
+    costs.write_text(json.dumps(found["costs"]))
+    again = ["--costs", str(costs), "--head", "FULL", "--sequences", "1"]
+    assert main(["search", *common(tiny_folder, text), *again]) == 0
+    assert "INT8  " not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [
@@ -118,6 +140,8 @@ def test_calibrating_writes_another_file_with_its_own_budgets(trained: Path, tin
         (["evaluate", "--policy", "{tmp}/nowhere.safetensors"], "nowhere.safetensors"),
         (["evaluate", "--policy", "{tmp}/broken.safetensors"], "broken.safetensors"),
         (["evaluate"], "none is shipped"),
+        (["search", "--costs", "{tmp}/short.txt"], "no cost table"),
+        (["search", "--prompt-tokens", "500"], "no sequence longer"),
         (["train", "--out", "{tmp}/x", "--compensation", "{tmp}/broken.safetensors"], "broken.safetensors"),
     ],
 )

@@ -13,15 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dash_runtime.actions import Action
-from dash_runtime.checkpoints import load_model_config, open_weights
+from dash_runtime.checkpoints import load_model_config
 from dash_runtime.errors import PolicyFileError
-from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy
+from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import State, Token
-from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint, save_policy
-from tests.runtime.support import CPU, load_decoder, some_affine, some_costs
-from tests.tiny_models import HIDDEN_SIZE, NUM_LAYERS, save_tiny_model
+from dash_runtime.policy.policy_file import find_policies, load_policy, save_policy
+from tests.runtime.support import CPU, load_decoder, some_affine, some_calibration, some_costs, some_plans
+from tests.tiny_models import HIDDEN_SIZE, NUM_LAYERS
 
 FINGERPRINT = "a model"
 
@@ -43,7 +43,7 @@ def policy(tiny_folder: Path) -> LearnedPolicy:
     )
     spec = PlanSpec(
         actions=(Action.SKIP, Action.INT4, Action.FULL),
-        pinned=frozenset((0, 5)),
+        pinned={0: Action.FULL, 5: Action.FULL},
         lookahead=1,
         block_size=3,
         head=Action.INT8,
@@ -54,7 +54,8 @@ def policy(tiny_folder: Path) -> LearnedPolicy:
         network=network,
         spec=spec,
         compensation=some_affine(load_decoder(tiny_folder)),
-        calibration=BudgetCalibration(((0.5, 1.0), (0.8, 0.0), (0.9, -1.0)), (0.4, 0.1, 0.02), 0.9),
+        calibration=some_calibration(spec, (0.5, 1.0, 0.4), (0.8, 0.0, 0.1), (0.85, -1.0, 0.02)),
+        plans=some_plans(),
     )
 
 
@@ -77,6 +78,10 @@ def rewrite(path: Path, facts: dict[str, Any] | None = None, tensors: dict[str, 
         old_facts = json.loads(opened.metadata()["dash_policy"])
         old_tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     save_file(old_tensors | (tensors or {}), path, metadata={"dash_policy": json.dumps(old_facts | (facts or {}))})
+
+
+POINT = {"log_price": 0.0, "counts": {"FULL": 6.0}, "divergence": 0.1, "agreement": 0.9}
+PLAN = {"name": "p", "actions": ["FULL"] * 6, "head": "FULL", "divergence": 0.1}
 
 
 def some_state(rows: int = 3) -> State:
@@ -124,16 +129,6 @@ def test_a_policy_of_another_model_is_refused(file: Path, tiny_folder: Path) -> 
         load(file, tiny_folder, "another model's fingerprint")
 
 
-def test_fingerprints_differ_between_trainings_and_not_between_readings(tiny_folder: Path, tmp_path: Path) -> None:
-    other = save_tiny_model(tmp_path / "other", "llama", initializer_range=0.2, rms_norm_eps=1e-4)
-    config, weights = load_model_config(tiny_folder), open_weights(tiny_folder)
-    own = model_fingerprint(config, weights)
-    assert own == model_fingerprint(config, open_weights(tiny_folder))
-    changed = dict(open_weights(other))
-    changed["model.layers.3.input_layernorm.weight"] = changed["model.layers.3.input_layernorm.weight"] * 1.1
-    assert own != model_fingerprint(config, changed)
-
-
 def test_a_missing_truncated_or_foreign_file_is_refused_by_name(file: Path, tiny_folder: Path, tmp_path: Path) -> None:
     truncated = tmp_path / "truncated.safetensors"
     truncated.write_bytes(file.read_bytes()[:-100])
@@ -152,11 +147,11 @@ def test_a_missing_truncated_or_foreign_file_is_refused_by_name(file: Path, tiny
         {"actions": ["SKIP", "FULL"]},
         {"actions": ["SKIP", "INT2", "FULL"]},
         {"actions": 7},
-        {"pinned": [0]},
-        {"divergences": [0.1]},
-        {"recommended_budget": 0.1},
-        {"pinned": [5]},
-        {"pinned": [0, 5, 99]},
+        {"pinned": [0, 5]},
+        {"pinned": {"0": "FULL"}},
+        {"pinned": {"5": "FULL"}},
+        {"pinned": {"0": "FULL", "5": "FULL", "99": "FULL"}},
+        {"pinned": {"x": "FULL", "0": "FULL", "5": "FULL"}},
         {"lookahead": 2},
         {"lookahead": 0},
         {"block_size": 0},
@@ -166,7 +161,21 @@ def test_a_missing_truncated_or_foreign_file_is_refused_by_name(file: Path, tiny
         {"costs": {"num_layers": 6, "layer": {"FULL": 1}, "head": {"FULL": 1}, "fixed": 0}},
         {"calibration": []},
         {"calibration": [[0.9, 1.0], [0.5, 0.0]]},
-        {"calibration": [[0.5, 1.0], [1.5, 0.0]]},
+        {"calibration": [POINT | {"log_price": 1}, POINT]},
+        {"calibration": [POINT | {"log_price": 1e3}]},
+        {"calibration": [POINT | {"counts": {"FULL": 5}}]},
+        {"calibration": [POINT | {"counts": {"FULL": 7, "SKIP": -1}}]},
+        {"calibration": [POINT | {"counts": {"INT8": 6}}]},
+        {"calibration": [POINT | {"divergence": float("nan")}]},
+        {"calibration": [POINT | {"agreement": 2}]},
+        {"calibration": [POINT | {"surprise": 2}]},
+        {"plans": 7},
+        {"plans": [{}]},
+        {"plans": [PLAN | {"actions": ["FULL"]}]},
+        {"plans": [PLAN | {"actions": ["INT2"] * 6}]},
+        {"plans": [PLAN | {"head": "SKIP"}]},
+        {"plans": [PLAN | {"divergence": -1}]},
+        {"plans": [PLAN | {"name": ""}]},
         {"head": "INT4"},
     ],
 )
@@ -195,7 +204,7 @@ def test_tampered_tensors_are_refused_by_name(tensors: dict[str, Any], file: Pat
 
 def test_a_failed_save_leaves_the_old_file_and_no_other(policy: LearnedPolicy, file: Path) -> None:
     before = file.read_bytes()
-    broken = replace(policy, calibration=BudgetCalibration(((object(), 0.0),), (0.1,), 0.5))  # type: ignore[arg-type]
+    broken = replace(policy, name=object())  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         save_policy(file, broken, FINGERPRINT)
     assert file.read_bytes() == before
@@ -203,12 +212,13 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(policy: LearnedPolicy, f
 
 
 def test_a_budgets_price_lies_between_those_of_the_calibrated_budgets_around_it(policy: LearnedPolicy) -> None:
-    calibration = policy.calibration
-    assert calibration.lowest_budget == 0.5
-    assert calibration.price(0.8) == pytest.approx(1.0)
-    assert calibration.price(0.85) == pytest.approx(0.6065, abs=1e-3)
-    assert calibration.price(0.5) == pytest.approx(2.718, abs=1e-3)
-    assert calibration.price(1.0) == pytest.approx(0.368, abs=1e-3)
+    budgets = policy.budgets(policy.costs)
+    assert (budgets.lowest, budgets.highest) == pytest.approx((0.5, 0.85))
+    assert budgets.price(0.8) == pytest.approx(1.0)
+    assert budgets.price(0.825) == pytest.approx(0.6065, abs=1e-3)
+    assert budgets.price(0.5) == pytest.approx(2.718, abs=1e-3)
+    assert budgets.price(1.0) == pytest.approx(0.368, abs=1e-3)
+    assert budgets.divergence(0.65) == pytest.approx(0.25)
 
 
 def test_an_action_without_a_kernel_here_is_never_chosen(policy: LearnedPolicy) -> None:
@@ -228,25 +238,34 @@ def test_policies_are_found_by_the_model_they_were_made_for(file: Path) -> None:
 
 def test_a_drafter_keeps_what_its_pinned_layers_run(policy: LearnedPolicy, tiny_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "drafter.safetensors"
-    drafter = replace(policy, spec=replace(policy.spec, pinned_action=Action.INT4), is_drafter=True)
+    drafter = replace(policy, spec=replace(policy.spec, pinned={0: Action.INT4, 5: Action.FULL}), is_drafter=True)
     save_policy(path, drafter, FINGERPRINT)
     loaded = load(path, tiny_folder)
-    assert (loaded.pinned_action, loaded.is_drafter) == (Action.INT4, True)
-    assert loaded.without({Action.INT4}).pinned_action is Action.FULL
+    assert (loaded.pinned, loaded.is_drafter) == ({0: Action.INT4, 5: Action.FULL}, True)
+    assert set(loaded.without({Action.INT4}).pinned.values()) == {Action.FULL}
     for refused in ("SKIP", "INT2"):
-        rewrite(path, {"pinned_action": refused})
+        rewrite(path, {"pinned": {"0": refused, "5": "FULL"}})
         with pytest.raises(PolicyFileError, match=str(path)):
             load(path, tiny_folder)
 
 
-def test_a_file_of_before_there_were_drafters_is_none(file: Path, tiny_folder: Path) -> None:
-    with safe_open(file, framework="pt") as opened:
-        facts = json.loads(opened.metadata()["dash_policy"])
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    del facts["pinned_action"], facts["is_drafter"]
-    save_file(tensors, file, metadata={"dash_policy": json.dumps(facts)})
-    loaded = load(file, tiny_folder)
-    assert (loaded.pinned_action, loaded.is_drafter) == (Action.FULL, False)
+def test_a_file_of_the_format_before_is_refused_in_a_line_that_says_how_to_make_another(
+    file: Path, tiny_folder: Path
+) -> None:
+    rewrite(file, {"format": "dash-policy-2"})
+    with pytest.raises(PolicyFileError, match="dash-policy train") as refused:
+        load(file, tiny_folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_policy_keeps_its_fixed_plans(policy: LearnedPolicy, file: Path, tiny_folder: Path) -> None:
+    assert load(file, tiny_folder).plans == policy.plans
+
+
+def test_the_layers_of_an_action_without_a_kernel_count_as_the_next_dearer_ones(policy: LearnedPolicy) -> None:
+    points = policy.without({Action.SKIP}).calibration.points
+    assert all(Action.SKIP not in point.counts for point in points)
+    assert [sum(point.counts.values()) for point in points] == pytest.approx([NUM_LAYERS] * 3)
 
 
 FiveActions = IntEnum("FiveActions", ["SKIP", "INT4", "INT8", "FULL", "INT2"])

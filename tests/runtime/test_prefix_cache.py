@@ -25,7 +25,16 @@ from dash_runtime.engine.prefix_cache import PrefixCache
 from dash_runtime.events import EngineEvent, TokenProduced
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.policy.catalog import PolicyCatalog
-from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, new_cache, some_affine, some_costs
+from tests.runtime.support import (
+    ALL_ACTIONS,
+    drain,
+    finished,
+    load_decoder,
+    new_cache,
+    some_affine,
+    some_costs,
+    some_plans,
+)
 
 pytestmark = pytest.mark.alone
 
@@ -64,7 +73,7 @@ def num_found(decoder: Decoder, cache: PrefixCache, prompt: Sequence[int], names
 def make_engine(decoder: Decoder, **options: int) -> Engine:
     config = EngineConfig(group_planner=False, **options)  # type: ignore[arg-type]
     nearly_free = {1: 0.5, 3: 0.5, 7: 0.5}
-    catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, some_affine(decoder), (), 0.8, nearly_free)
+    catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, some_affine(decoder), (), 0.8, nearly_free, plans=some_plans())
     facts = ModelFacts(
         "tiny", "LlamaForCausalLM", 6, 260, 512, config.cache_tokens, config.num_slots, frozenset(), ALL_ACTIONS,
         catalog.facts(), "CPU",

@@ -79,7 +79,7 @@ def assert_one_line_of_reason(said: list[str]) -> None:
     assert said[-1].partition(": ")[2]
 
 
-@pytest.mark.parametrize("spec", [LAYER, POLICY, replace(LAYER, kind=ProgramKind.LATE, action=Action.FULL)])
+@pytest.mark.parametrize("spec", [LAYER, POLICY, replace(LAYER, kind=ProgramKind.SKIP, action=Action.FULL, rank=32)])
 def test_a_specification_survives_its_json(spec: ProgramSpec) -> None:
     assert ProgramSpec.from_json(spec.to_json()) == spec
 
@@ -114,10 +114,10 @@ def test_there_are_programs_for_the_actions_that_run_and_no_others(tiny_folder: 
     specs = program_specs(model, (Action.SKIP, Action.INT4, Action.FULL), 3)
     assert {spec.action for spec in specs} == {Action.INT4, Action.FULL}
     shared = {ProgramKind.ATTENTION, ProgramKind.NORM}
-    assert {spec.kind for spec in specs} == {ProgramKind.LAYER, ProgramKind.LATE, *shared}
+    assert {spec.kind for spec in specs} == {ProgramKind.LAYER, ProgramKind.SKIP, ProgramKind.SKIP_ROWS, *shared}
     assert {spec.shape for spec in specs} == {ModelShape.of(model)}
     assert {spec.num_threads for spec in specs} == {3}
-    assert len(set(specs)) == len(specs) == 8
+    assert len(set(specs)) == len(specs) == 9
 
 
 @pytest.mark.usefixtures("no_compiler")

@@ -8,8 +8,10 @@ import torch
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.commands.evaluate import multiply_adds_share
+from dash_runtime.policy.frontier import Frontier
 from dash_runtime.policy.learned import LearnedPolicy
-from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
+from dash_runtime.policy.model_sketch import model_fingerprint
+from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.startup.build import SHIPPED_POLICIES
 from tests.runtime.support import CPU
 
@@ -37,13 +39,23 @@ def test_each_is_small_is_cheap_to_evaluate_and_has_a_card_with_its_command(
         assert multiply_adds_share(policy, config) < 0.02
         card = file.with_suffix(".md").read_text("utf-8")
         assert f"--name {policy.name}" in card
-        assert f"ecommended budget {policy.calibration.recommended_budget:.3f}" in card
+        assert f"ecommended budget {policy.recommended_budget(policy.costs):.3f}" in card
 
 
 def test_a_recommended_budget_is_harmless_on_the_text_of_its_calibration(
     shipped: list[tuple[Path, LearnedPolicy]],
 ) -> None:
     for _, policy in shipped:
-        calibration = policy.calibration
-        places = [budget for budget, _ in calibration.points]
-        assert calibration.divergences[places.index(calibration.recommended_budget)] <= 0.05
+        budgets = policy.budgets(policy.costs)
+        assert budgets.divergence(policy.recommended_budget(policy.costs)) <= 0.05
+
+
+def test_each_has_fixed_plans_and_what_they_beat_is_never_recommended(
+    shipped: list[tuple[Path, LearnedPolicy]],
+) -> None:
+    for _, policy in shipped:
+        assert {"fixed-int4", "fixed-int8"} <= {plan.name for plan in policy.plans}
+        frontier = Frontier(policy.costs, policy.plans, policy.budgets(policy.costs))
+        best = frontier.within(frontier.recommended_budget)
+        assert best.divergence <= 0.05
+        assert best.plan is not None or not frontier.is_beaten(best.cost, best.divergence)

@@ -16,11 +16,11 @@ from dash_runtime.engine.step import Decider, StepOutput, decode_step
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Identity
-from dash_runtime.policy.policy import Decision, FixedPlan, FullDepth, Pending, RandomPlan, State, Token
+from dash_runtime.policy.policy import Decision, FixedPlan, Pending, RandomPlan, State, Token, full_depth
 from tests.runtime.support import CPU, full_plan, load_decoder, new_cache, run_rows, some_affine, some_costs
 
 NUM_LAYERS = 6
-EDGES = frozenset((0, NUM_LAYERS - 1))
+EDGES = dict.fromkeys((0, NUM_LAYERS - 1), Action.FULL)
 
 
 class RecordingPolicy:
@@ -30,11 +30,13 @@ class RecordingPolicy:
     head = Action.FULL
     compensation = Identity()
     block_size = 1
-    pinned_action = Action.FULL
+    num_evaluations = 0
 
-    def __init__(self, lookahead: int = 1, pinned: frozenset[int] = EDGES, journal: list[Any] | None = None) -> None:
+    def __init__(
+        self, lookahead: int = 1, pinned: frozenset[int] = frozenset(EDGES), journal: list[Any] | None = None
+    ) -> None:
         self.lookahead = lookahead
-        self.pinned = pinned
+        self.pinned = dict.fromkeys(pinned, Action.FULL)
         self.journal: list[Any] = [] if journal is None else journal
 
     def start(self, layer: int, state: State) -> Pending:
@@ -53,9 +55,11 @@ class JournalDecoder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name)
 
-    def run_layer(self, layer: int, actions: Sequence[Action], hidden: torch.Tensor, batch: Any) -> torch.Tensor:
+    def run_layer(
+        self, layer: int, actions: Sequence[Action], hidden: torch.Tensor, batch: Any, evaluations: Any
+    ) -> torch.Tensor:
         self._journal.append(("run", layer, tuple(actions), hidden))
-        return self._decoder.run_layer(layer, actions, hidden, batch)
+        return self._decoder.run_layer(layer, actions, hidden, batch, evaluations)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +97,7 @@ def test_a_layer_is_decided_from_the_input_of_the_layer_lookahead_before_while_t
     decoder: Decoder, lookahead: int
 ) -> None:
     journal: list[Any] = []
-    policy = RecordingPolicy(lookahead, frozenset(range(lookahead)) | EDGES, journal)
+    policy = RecordingPolicy(lookahead, frozenset((*range(lookahead), *EDGES)), journal)
     recorded = JournalDecoder(decoder, journal)
     caches = [new_cache(decoder)]
     batch = decoder.batch(PassKind.PREFILL, caches, [1], [Identity()])
@@ -125,9 +129,9 @@ def test_the_cost_spent_counts_every_layer_up_to_the_observed_one(decoder: Decod
 def test_each_row_follows_its_own_policy_and_gets_the_numbers_it_gets_alone(decoder: Decoder) -> None:
     affine = some_affine(decoder)
     rates = dict.fromkeys(Action, 0.25)
-    fixed = FixedPlan((Action.FULL, *[Action.INT4] * 4, Action.FULL), "fixed", Action.INT8, affine, EDGES)
+    fixed = FixedPlan((Action.FULL, *[Action.INT4] * 4, Action.FULL), "fixed", Action.INT8, affine)
     random = RandomPlan([rates] * NUM_LAYERS, "random", Action.INT8, affine, EDGES)
-    full, closed_loop = FullDepth(NUM_LAYERS), RecordingPolicy()
+    full, closed_loop = full_depth(NUM_LAYERS), RecordingPolicy()
     policies = dict(enumerate([random, full, closed_loop, fixed, random, closed_loop]))
     token_ids = [11, 22, 33, 44, 55, 66]
     together = step(decoder, InlineLane(), policies, token_ids)
@@ -135,7 +139,7 @@ def test_each_row_follows_its_own_policy_and_gets_the_numbers_it_gets_alone(deco
     assert together.plans[3] == bytes(fixed.plan)
     for row, policy in policies.items():
         # Alone, but in the same place, so that seeds and prompts are the same.
-        others = {other: FullDepth(NUM_LAYERS) for other in policies if other != row}
+        others = {other: full_depth(NUM_LAYERS) for other in policies if other != row}
         alone = step(decoder, InlineLane(), others | {row: policy}, token_ids)
         assert alone.plans[row] == together.plans[row]
         assert torch.equal(alone.logits[row], together.logits[row])

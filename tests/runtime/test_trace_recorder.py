@@ -32,12 +32,12 @@ from dash_runtime.engine.lanes import make_lane
 from dash_runtime.events import EngineEvent, SequenceCancelled, SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.catalog import PolicyCatalog
-from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy
+from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
-from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, some_costs, tokens
+from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, some_calibration, some_costs, tokens
 
-PINNED = frozenset((0, 5))
+PINNED = {0: Action.FULL, 5: Action.FULL}
 ADAPTIVE = SkipOptions(Mode.ADAPTIVE, compute_budget=0.7)
 EXACT = SkipOptions(Mode.EXACT, compute_budget=0.7)
 NEARLY_FREE = {1: 0.1, 3: 0.1, 7: 0.1}
@@ -62,7 +62,7 @@ def some_policy(decoder: Decoder) -> LearnedPolicy:
         network=network,
         spec=spec,
         compensation=Identity(),
-        calibration=BudgetCalibration(((0.5, 1.0), (1.0, 0.0)), (0.1, 0.0), 0.7),
+        calibration=some_calibration(spec, (0.5, 1.0, 0.1), (1.0, 0.0, 0.01)),
     )
 
 

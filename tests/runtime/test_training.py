@@ -1,11 +1,12 @@
 """Rollouts equal serving's steps, and a training run can be stopped."""
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from dash_runtime.training.actor_critic import ActorCritic
+from dash_runtime.training.ppo import Objective, PpoSettings, TrainingDiverged, collect, update
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import tokenizer_file
@@ -17,7 +18,7 @@ from dash_runtime.errors import PolicyFileError
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Identity, LowRank
 from dash_runtime.policy.draft_length import USUAL_LENGTHS, USUAL_VERIFICATION_COST, drafting_gain
-from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy
+from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Token
@@ -25,15 +26,22 @@ from dash_runtime.rollout.choices import greedy_choice
 from dash_runtime.rollout.rollout import divergences, roll_out
 from dash_runtime.rollout.task import Task, greedy_outcome
 from dash_runtime.startup.default_text import default_token_sequences
-from dash_runtime.training.actor_critic import ActorCritic
+from dash_runtime.training.calibrate import calibrate
 from dash_runtime.training.checkpoint import num_iterations_done
-from dash_runtime.training.linear_compensation import LinearFit
-from dash_runtime.training.ppo import Objective, PpoSettings, TrainingDiverged, collect, update
-from dash_runtime.training.train import TrainSettings, calibrate, train
-from tests.runtime.support import full_plan, load_decoder, new_cache, run_rows, some_costs, some_low_rank
+from dash_runtime.training.train import TrainSettings, train
+from tests.runtime.support import (
+    full_plan,
+    load_decoder,
+    new_cache,
+    run_rows,
+    some_calibration,
+    some_costs,
+    some_low_rank,
+)
+from tests.tiny_models import NUM_LAYERS
 
 ACTIONS = tuple(Action)
-PINNED = frozenset((0, 5))
+PINNED = (0, 5)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,7 @@ def sequences(tiny_folder: Path) -> list[list[int]]:
 
 
 def make_task(decoder: Decoder, lookahead: int = 1, block_size: int = 3) -> Task:
-    pinned = PINNED | frozenset(range(lookahead))
+    pinned = dict.fromkeys((*PINNED, *range(lookahead)), Action.FULL)
     spec = PlanSpec(
         actions=ACTIONS,
         pinned=pinned,
@@ -78,14 +86,14 @@ def test_a_rollouts_actions_and_states_are_those_of_serving_for_the_same_tokens(
     decoder: Decoder, sequences: list[list[int]], lookahead: int, block_size: int, pinned_action: Action
 ) -> None:
     task = make_task(decoder, lookahead, block_size)
-    task = replace(task, spec=replace(task.spec, pinned_action=pinned_action))
+    task = replace(task, spec=replace(task.spec, pinned=dict.fromkeys(task.spec.pinned, pinned_action)))
     network = make_model(task).network()
     policy = LearnedPolicy(
         name="p",
         network=network,
         spec=task.spec,
         compensation=task.compensation,
-        calibration=BudgetCalibration(((0.5, 0.0),), (0.1,), 0.5),
+        calibration=some_calibration(task.spec, (0.5, 0.0, 0.1)),
     )
     batch = sequences[:2]
     rolled = task.roll_out(batch, greedy_choice(task.spec, network, torch.tensor(0.0)))
@@ -96,7 +104,7 @@ def test_a_rollouts_actions_and_states_are_those_of_serving_for_the_same_tokens(
         for place in range(4, len(ids)):
             row = number * len(ids) + place
             decider = Decider(policy, [0], [Token(0, place, price=1.0)], task.spec.costs, 1)
-            rows = decoder.batch(PassKind.DECODE, [cache], [1], [task.compensation])
+            rows = decoder.batch(PassKind.DECODE, [cache], [1], [task.compensation], [policy.kv_action])
             served = decode_step(decoder, InlineLane(), rows, [ids[place]], [decider])
             assert served.plans[0] == bytes(rolled.actions[:, row].tolist())
             expected = decoder.logits(rolled.states[-1][row : row + 1], (Action.FULL,))
@@ -137,14 +145,12 @@ def test_acceptance_is_what_two_distributions_share(decoder: Decoder, sequences:
 
 def test_a_drafter_is_recommended_where_drafting_gains_most(decoder: Decoder, sequences: list[list[int]]) -> None:
     task = make_task(decoder)
-    network = make_model(task).network()
-    own = calibrate(task, network, sequences[:2], Objective.ACCEPTANCE)
+    own = calibrate(task, make_model(task).network(), sequences[:2]).budgets(task.spec, task.spec.costs)
     gains = []
-    for budget, log_price in own.points:
-        outcome, _ = greedy_outcome(task, network, sequences[:2], math.exp(log_price))
-        lengths = (drafting_gain(outcome.agreement, outcome.cost, k, USUAL_VERIFICATION_COST) for k in USUAL_LENGTHS)
-        gains.append((max(lengths), budget))
-    assert own.recommended_budget == max(gains)[1]
+    for point in own.points:
+        lengths = (drafting_gain(point.agreement, point.cost, k, USUAL_VERIFICATION_COST) for k in USUAL_LENGTHS)
+        gains.append((max(lengths), point.cost))
+    assert own.best_for_drafting == max(gains)[1]
 
 
 def test_full_depth_has_no_divergence_from_itself(decoder: Decoder, sequences: list[list[int]]) -> None:
@@ -260,39 +266,14 @@ def test_calibrated_budgets_ascend_and_are_kept_on_the_same_text(decoder: Decode
     task = make_task(decoder)
     network = make_model(task).network()
     calibration = calibrate(task, network, sequences[:3])
-    budgets = [budget for budget, _ in calibration.points]
-    assert budgets == sorted(budgets)
-    for budget in budgets:
-        outcome, _ = greedy_outcome(task, network, sequences[:3], calibration.price(budget))
-        assert outcome.cost <= budget + 1e-5
-
-
-def test_a_linear_layer_is_recovered_and_a_full_rank_is_the_dense_map(decoder: Decoder) -> None:
-    generator = torch.Generator().manual_seed(0)
-    size = decoder.config.hidden_size
-    inputs = torch.randn(4000, size, generator=generator)
-    maps = torch.randn(size, size, generator=generator) / size**0.5
-    outputs = inputs + inputs @ maps.T + 0.5
-    fit = LinearFit(decoder)
-    for layer in range(decoder.num_layers):
-        fit.add(layer, inputs, outputs)
-    scale = (outputs - inputs).norm()
-    dense, whole, half = fit.dense(), fit.low_rank(size), fit.low_rank(size // 2)
-    errors = [float((rung(1, inputs) - outputs).norm() / scale) for rung in (dense, whole, half)]
-    assert errors[0] < 0.03
-    assert errors[1] == pytest.approx(errors[0], abs=1e-3)
-    assert errors[0] < errors[2] < 1
-
-
-def test_a_fitted_map_is_nearer_to_the_layer_than_passing_the_input_on(
-    decoder: Decoder, sequences: list[list[int]]
-) -> None:
-    rows = torch.arange(1, 24)
-    paths = [full_path(decoder, [ids]) for ids in sequences]
-    fit = LinearFit(decoder)
-    for path in paths:
-        for layer in range(decoder.num_layers):
-            fit.add(layer, path[layer][rows], path[layer + 1][rows])
-    fitted = fit.low_rank(8)
-    inputs, outputs = paths[0][2][rows], paths[0][3][rows]
-    assert (fitted(2, inputs) - outputs).norm() < (inputs - outputs).norm()
+    assert [sum(point.counts.values()) for point in calibration.points] == pytest.approx(
+        [NUM_LAYERS] * len(calibration.points), abs=1e-4
+    )
+    dearer = replace(task.spec.costs, evaluation=0.01)
+    budgets, with_evaluations = (calibration.budgets(task.spec, costs) for costs in (task.spec.costs, dearer))
+    costs = [point.cost for point in budgets.points]
+    assert costs == sorted(costs)
+    for budget in costs:
+        outcome, _ = greedy_outcome(task, network, sequences[:3], budgets.price(budget))
+        assert outcome.cost == pytest.approx(budget, abs=1e-5)
+    assert with_evaluations.lowest == pytest.approx(budgets.lowest + 0.01 * task.spec.num_evaluations)

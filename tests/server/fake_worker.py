@@ -13,6 +13,7 @@ never_ready      waits for ever instead of becoming ready
 starts_child     first starts a child process that sleeps
 startup_failed   refuses to start, with this text
 refuse           answers every request with RequestRefused for this field
+replaces_costs   says that it has replaced its cost table so often
 keeps_records    never sends decision traces
 
 A request whose prompt is [PROBE_TOKEN_ID] gets, as token ids: requests running or queued beside it, and
@@ -36,6 +37,7 @@ from dash_runtime.child_process import die_with_parent
 from dash_runtime.config import GenerationRequest, Mode, ModelFacts, PolicyFacts
 from dash_runtime.decision_trace import DecisionTrace, StepKind, TraceStep, pack_float32, pack_uint32
 from dash_runtime.events import (
+    CostStatus,
     DepthStatistics,
     EndReason,
     EngineEvent,
@@ -194,6 +196,8 @@ class FakeWorker:
         self.send(messages.Ready(self.facts(), self.options["folder"], 0.1))
         if "die_when_ready" in self.options:
             os._exit(1)
+        if replacements := int(self.options.get("replaces_costs", 0)):
+            self.send(messages.CostsJudged(CostStatus(replacements, 0.015)))
         token_seconds = float(self.options.get("token_seconds", 0))
         while True:
             events: list[EngineEvent] = []
@@ -245,7 +249,8 @@ class FakeWorker:
             request = self.queued.pop(0)
             self.running[request.request_id] = Running(request, self.config.engine.record_steps)
             policy = "full-depth" if request.skip.mode is Mode.FULL_DEPTH else request.skip.policy_name or "toy"
-            events.append(SlotGranted(request.request_id, policy, request.skip.compute_budget, 0.125))
+            note = "not a learned policy" if policy == "toy" else ""
+            events.append(SlotGranted(request.request_id, policy, request.skip.compute_budget, 0.125, note))
         for request_id, running in list(self.running.items()):
             token, reason = running.step(self.num_layers)
             events.append(token)

@@ -102,6 +102,19 @@ async def test_a_worker_started_in_place_of_a_dead_one_is_counted(model_folder: 
     assert seen.value(f"{REQUESTS}_count", error_type="UNAVAILABLE") == 1
 
 
+async def test_replaced_cost_tables_are_counted_over_a_workers_death(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder, die_after=3, replaces_costs=2), metrics_port=0) as server:
+        await server.generate(text="abc", max_new_tokens=1)
+        before = await scrape(server)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await server.generate(text="abc", max_new_tokens=20)
+        await server.wait_until_serving()
+        await server.generate(text="abc", max_new_tokens=1)
+        after = await scrape(server)
+    assert [seen.value("dash_cost_table_replacements_total") for seen in (before, after)] == [2, 4]
+    assert before.value("dash_cost_table_error") == 0.015
+
+
 async def test_nothing_that_callers_choose_makes_a_series(model_folder: Path) -> None:
     async with running_server(fake_model(model_folder), metrics_port=0) as server:
         await server.generate(text="abc", max_new_tokens=2)

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from dash_runtime.actions import Action
 from dash_runtime.policy.compensation_file import save_compensation
-from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy
+from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy_file import save_policy
 from tests.runtime.gguf_files import write_gguf
-from tests.runtime.support import load_decoder, some_affine, some_costs
+from tests.runtime.support import load_decoder, some_affine, some_calibration, some_costs, some_plans
 from tests.soak import loaders
 from tests.soak.container_corruptions import SAFETENSORS, gguf_corruptions, wrong_facts
 from tests.soak.corruptions import ANY_FILE, ANY_JSON, HUGE_NUMBERS, Corruption
@@ -97,19 +97,21 @@ def _make_policies(folder: Path, model: Path) -> None:
     generator = torch.Generator().manual_seed(5)
     shapes = ((1, 8), (4, 8), (16, HIDDEN_SIZE + 16 + 3), (16,), (1, 2, 3, 16), (1, 2, 3))
     compensation = some_affine(load_decoder(model))
+    spec = PlanSpec(
+        actions=(Action.SKIP, Action.INT4, Action.FULL),
+        pinned=dict.fromkeys((0, NUM_LAYERS - 1), Action.FULL),
+        lookahead=1,
+        block_size=2,
+        head=Action.INT8,
+        costs=some_costs(NUM_LAYERS),
+    )
     policy = LearnedPolicy(
         name="tiny",
         network=PolicyNetwork(*(torch.randn(*shape, generator=generator) for shape in shapes)),
-        spec=PlanSpec(
-            actions=(Action.SKIP, Action.INT4, Action.FULL),
-            pinned=frozenset((0, NUM_LAYERS - 1)),
-            lookahead=1,
-            block_size=2,
-            head=Action.INT8,
-            costs=some_costs(NUM_LAYERS),
-        ),
+        spec=spec,
         compensation=compensation,
-        calibration=BudgetCalibration(((0.5, 1.0), (0.8, 0.0), (0.9, -1.0)), (0.4, 0.1, 0.02), 0.9),
+        calibration=some_calibration(spec, (0.5, 1.0, 0.4), (0.6, 0.0, 0.1), (0.7, -1.0, 0.02)),
+        plans=some_plans(NUM_LAYERS),
     )
     file = folder / "policy" / "tiny.safetensors"
     save_policy(file, policy, FINGERPRINT)

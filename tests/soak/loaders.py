@@ -17,7 +17,8 @@ from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.model_config import BlockConfig, ModelConfig, RopeConfig
 from dash_runtime.policy.compensation_file import load_compensation
-from dash_runtime.policy.policy_file import find_policies, load_policy, model_fingerprint
+from dash_runtime.policy.model_sketch import model_fingerprint
+from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_server.text import TextTokenizer
 from tests.runtime.support import CPU
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE

@@ -74,7 +74,8 @@ def model_variables(tiny_model: Path | None, folder: str) -> dict[str, object]:
     """Returns settings for the embedded model as usually served, or for a tiny one, eager and with its own cache."""
     if tiny_model is None:
         return {"model": "embedded"}
-    return {"model": tiny_model, "compile": False, "num_threads": 1, "cache_folder": f"{folder}/cache"}
+    tiny = {"model": tiny_model, "compile": False, "num_threads": 1, "cache_folder": f"{folder}/cache"}
+    return tiny | {"check_costs": False}  # plans for a budget are compared with those of another start
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.layers.batch import Batch
+from dash_runtime.layers.evaluation import Evaluation
 
 
 class Backend(Protocol):
@@ -15,12 +16,22 @@ class Backend(Protocol):
     def takes(self, batch: Batch) -> bool:
         """Returns True if it can run this pass."""
 
-    def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
+    def takes_evaluations(self, num_rows: int) -> bool:
+        """Returns True if a layer for so many decoded rows also makes policies' evaluations of its input."""
+
+    def run_layer(
+        self,
+        layer: int,
+        actions: Sequence[Action],
+        hidden: Tensor,
+        batch: Batch,
+        evaluations: Sequence[Evaluation | None] = (),
+    ) -> Tensor:
         """Runs one layer with each row's own action, `[rows, hidden_size]` to the same.
 
         Every row's keys and values are written before a row attends to them; a skipped row's come from the layer's
         input (the KV rule). `hidden` and the returned tensor are never written to afterwards, since a policy may still
-        be reading them.
+        be reading them. `evaluations` has one entry per row, or none at all.
         """
 
     def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:

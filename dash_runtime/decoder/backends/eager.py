@@ -6,15 +6,17 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.layers.batch import Batch
+from dash_runtime.layers.evaluation import Evaluation
 from dash_runtime.layers.heads import Heads
 from dash_runtime.layers.layer import DecoderLayer
 from dash_runtime.layers.layer_body import after_attention, before_attention, split_heads
-from dash_runtime.layers.projection import Projection
 from dash_runtime.layers.row_groups import Groups, group_rows, scatter_rows
 from dash_runtime.model_config import ModelConfig
 
 Tensors = tuple[Tensor, ...]
 Part = Callable[..., Tensors]
+Kernel = tuple[Action, bool]
+"""The action whose matrix projects a row, and whether for keys and values alone, since the row skips the layer."""
 
 
 class EagerBackend:
@@ -32,15 +34,21 @@ class EagerBackend:
     def takes(self, batch: Batch) -> bool:
         return True
 
-    def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
-        groups = group_rows(actions)
-        projection = batch.projection(layer, actions, hidden)
-        queries = hidden
-        if projection is not None:
-            queries, keys, values = self._project(layer, projection)
-            projection.write(layer, keys, values)
+    def takes_evaluations(self, num_rows: int) -> bool:
+        return False
+
+    def run_layer(
+        self,
+        layer: int,
+        actions: Sequence[Action],
+        hidden: Tensor,
+        batch: Batch,
+        evaluations: Sequence[Evaluation | None] = (),
+    ) -> Tensor:
+        queries, keys, values = self._project(layer, actions, hidden, batch)
+        batch.write(layer, keys, values)
         parts: list[tuple[list[int] | None, Tensor]] = []
-        for action, rows in groups:
+        for action, rows in group_rows(actions):
             inputs = hidden if rows is None else hidden[rows]
             if action is Action.SKIP:
                 outputs = batch.compensate(layer, inputs, rows)
@@ -54,41 +62,44 @@ class EagerBackend:
         """Runs a part of a layer for rows that all take one action."""
         return part(self._layers[layer], action, *inputs)
 
-    def _project(self, layer: int, projection: Projection) -> Tensors:
-        """Returns rotated queries, rotated keys, and values.
-
-        Queries are `[rows of the pass, num_heads, head_dim]`, keys and values `[projected rows, num_kv_heads,
-        head_dim]` each. A skipped row's query is arbitrary, or missing if all rows skip.
-        """
-        groups = group_rows(projection.actions)
-        inputs = (projection.hidden, projection.cosines, projection.sines)
-        if len(groups) == 1:
-            queries, keys, values = self._run_part(self._before_attention, layer, groups[0][0], *inputs)
-        else:
-            queries, keys, values = self._before_attention_mixed(self._layers[layer], groups, *inputs)
-        return queries if projection.own_rows is None else queries[projection.own_rows], keys, values
+    def _project(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensors:
+        """Returns rotated queries `[rows, num_heads, head_dim]`, rotated keys and values `[rows, num_kv_heads,
+        head_dim]`. A skipped row's query is arbitrary, or missing if all rows skip."""
+        inputs = (hidden, *batch.tables(layer))
+        groups = group_rows([_kernel(*own) for own in zip(actions, batch.kv_actions, strict=True)])
+        if len(groups) > 1:
+            return self._project_mixed(self._layers[layer], groups, *inputs)
+        ((action, is_skipped), _), *_ = groups
+        return self._run_part(self._keys_values if is_skipped else self._before_attention, layer, action, *inputs)
 
     def _before_attention(
         self, weights: DecoderLayer, action: Action, hidden: Tensor, cosines: Tensor, sines: Tensor
     ) -> Tensors:
-        normed = before_attention(weights, hidden)
-        if action is Action.SKIP:
-            return split_heads(self._config, weights, weights.key_value(normed), 0, cosines, sines)
-        fused = weights.linears[action].query_key_value(normed)
+        fused = weights.linears[action].query_key_value(before_attention(weights, hidden))
         return split_heads(self._config, weights, fused, self._config.num_heads, cosines, sines)
 
-    def _before_attention_mixed(
-        self, weights: DecoderLayer, groups: Groups, hidden: Tensor, cosines: Tensor, sines: Tensor
+    def _keys_values(
+        self, weights: DecoderLayer, action: Action, hidden: Tensor, cosines: Tensor, sines: Tensor
+    ) -> Tensors:
+        fused = weights.key_values[action](before_attention(weights, hidden))
+        return split_heads(self._config, weights, fused, 0, cosines, sines)
+
+    def _project_mixed(
+        self, weights: DecoderLayer, groups: Groups[Kernel], hidden: Tensor, cosines: Tensor, sines: Tensor
     ) -> Tensors:
         normed, config = before_attention(weights, hidden), self._config
         query_size = config.num_heads * config.head_dim
         fused = normed.new_zeros((len(normed), query_size + 2 * config.num_kv_heads * config.head_dim))
-        for action, rows in groups:
-            if action is Action.SKIP:
-                fused[rows, query_size:] = weights.key_value(normed[rows])
+        for (action, is_skipped), rows in groups:
+            if is_skipped:
+                fused[rows, query_size:] = weights.key_values[action](normed[rows])
             else:
                 fused[rows] = weights.linears[action].query_key_value(normed[rows])
         return split_heads(config, weights, fused, config.num_heads, cosines, sines)
 
     def _after_attention(self, weights: DecoderLayer, action: Action, inputs: Tensor, attended: Tensor) -> Tensors:
         return (after_attention(self._config.block, weights, weights.linears[action], inputs, attended),)
+
+
+def _kernel(action: Action, kv_action: Action) -> Kernel:
+    return (kv_action, True) if action is Action.SKIP else (action, False)

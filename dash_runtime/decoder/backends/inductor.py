@@ -12,11 +12,13 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.layers.batch import Batch, PassKind
+from dash_runtime.layers.compensation import Compensation, Identity
+from dash_runtime.layers.evaluation import Evaluation
 from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.layer import DecoderLayer, LayerLinears
 from dash_runtime.layers.layer_body import Norms, run_layer_body
 from dash_runtime.layers.norm import RmsNorm
-from dash_runtime.layers.pending_kv import MAX_PENDING
+from dash_runtime.layers.row_compensation import pack_for_rows
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
 from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import most_rows_apart
@@ -33,17 +35,30 @@ _VERIFIED_ROWS = (8, 4, 1)
 def program_specs(model: ModelConfig, actions: Sequence[Action], num_threads: int) -> list[ProgramSpec]:
     """Returns the programs that decoding needs.
 
-    They are a layer, and late keys and values, for each action that runs; a layer in FULL for a few rows of one
-    sequence; norm and attention for rows that share products; and the INT8 head.
+    They are a layer, and a skipped layer with factors and offsets, for each action that runs; a skipped layer for
+    several rows with the cheapest of these; a layer in FULL for a few rows of one sequence; norm and attention for rows
+    that share products; and the INT8 head.
     """
     running: list[Action] = [action for action in actions if action is not Action.SKIP]
-    wanted = [(kind, action, 1) for kind in (ProgramKind.LAYER, ProgramKind.LATE) for action in running]
+    wanted = [(kind, action, 1) for kind in (ProgramKind.LAYER, ProgramKind.SKIP) for action in running]
     if Action.INT8 in actions:
         wanted.append((ProgramKind.HEAD, Action.INT8, 1))
     wanted += [(ProgramKind.LAYER, Action.FULL, rows) for rows in _VERIFIED_ROWS if rows > 1]
+    wanted.append((ProgramKind.SKIP_ROWS, min(running), 1))
     wanted += [(kind, Action.FULL, 1) for kind in (ProgramKind.ATTENTION, ProgramKind.NORM)]
     shape = ModelShape.of(model)
     return [ProgramSpec(kind, action, shape, num_threads, rows) for kind, action, rows in wanted]
+
+
+def layer_spec(model: ModelConfig, action: Action, num_threads: int) -> ProgramSpec:
+    """Returns the program of a layer for one row."""
+    return ProgramSpec(ProgramKind.LAYER, action, ModelShape.of(model), num_threads)
+
+
+def skip_specs(model: ModelConfig, kv_action: Action, rank: int, num_threads: int) -> list[ProgramSpec]:
+    """Returns the programs with which one row, and several rows, skip a layer with a compensation of this rank."""
+    kinds, shape = (ProgramKind.SKIP, ProgramKind.SKIP_ROWS), ModelShape.of(model)
+    return [ProgramSpec(kind, kv_action, shape, num_threads, rank=rank) for kind in kinds]
 
 
 def can_compile(model: ModelConfig) -> bool:
@@ -66,6 +81,21 @@ class _Layer:
     linears: LayerLinears
 
 
+@dataclass(frozen=True, slots=True)
+class _Skips:
+    """How rows with one compensation skip layers."""
+
+    compensation: Compensation
+    """Kept, since its id is the key under which this is found."""
+    program: Program
+    rows_program: Program | None
+    """For several rows; None if they skip one by one."""
+    inputs: list[list[Tensor]]
+    """By layer: the program's last inputs."""
+    compensates: bool
+    """False if the program only writes keys and values, since there is none for this compensation."""
+
+
 class InductorBackend:
     """Runs the layers of one decoder as programs.
 
@@ -77,16 +107,23 @@ class InductorBackend:
 
     def __init__(self, block: BlockConfig, programs: Mapping[ProgramSpec, Program], shares_products: bool) -> None:
         self._block = block
-        self._programs = {(spec.kind, spec.action): program for spec, program in programs.items() if spec.num_rows == 1}
+        self._programs = {
+            (spec.kind, spec.action, spec.rank): program
+            for spec, program in programs.items()
+            if spec.num_rows == 1 and spec.policy is None
+        }
         self._full_programs = {
             spec.num_rows: program
             for spec, program in sorted(programs.items(), key=lambda item: -item[0].num_rows)
-            if spec.kind is ProgramKind.LAYER and spec.action is Action.FULL
+            if spec.kind is ProgramKind.LAYER and spec.action is Action.FULL and spec.policy is None
         }
         """Programs by the number of rows that a call takes, largest first."""
-        self._running = [action for kind, action in self._programs if kind is ProgramKind.LAYER]
+        self._row_programs = {
+            action: program for (kind, action, _), program in self._programs.items() if kind is ProgramKind.LAYER
+        }
         self.shares_products = shares_products
         self._layers: list[_Layer] = []
+        self._skips: dict[tuple[int, Action], _Skips] = {}
         self.logits = Heads({})
 
     @property
@@ -112,9 +149,9 @@ class InductorBackend:
         matrices = (fused.weight, weights.output.weight, weights.gate_up.weight, weights.down.weight)
         linears = layer.linears[Action.FULL]
         pairs = list(zip(matrices, linears, strict=True))
-        packed = {action: [pack_row_matrix(action, *pair) for pair in pairs] for action in self._running}
+        packed = {action: [pack_row_matrix(action, *pair) for pair in pairs] for action in self._row_programs}
         inputs = {action: WeightPacking.of(vectors, own).join(vectors, own) for action, own in packed.items()}
-        program = self._programs[ProgramKind.NORM, Action.FULL]
+        program = self._programs[ProgramKind.NORM, Action.FULL, 0]
         input_norm, mlp_norm = (partial(_norm, program, weight) for weight in vectors[:2])
         norms = Norms(input_norm=input_norm, mlp_norm=mlp_norm)
         self._layers.append(_Layer(vectors, inputs, norms, linears.for_many_rows()))
@@ -125,7 +162,7 @@ class InductorBackend:
 
     def head(self, precision: Action, weight: Tensor, norm: RmsNorm, multiplier: float) -> Head | None:
         """Returns norm and head of that precision as a program, run row by row; None if there is none."""
-        program = self._programs.get((ProgramKind.HEAD, precision))
+        program = self._programs.get((ProgramKind.HEAD, precision, 0))
         if program is None or multiplier != 1:
             return None
         weights = [norm.weight, *pack_row_matrix(precision, weight).tensors()]
@@ -140,21 +177,37 @@ class InductorBackend:
         """Returns True for decoding, and for the verification of one sequence."""
         return batch.kind is PassKind.DECODE or len(batch.spans) == 1
 
-    def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
+    def takes_evaluations(self, num_rows: int) -> bool:
+        """Returns True if each row runs its own programs. A row's decisions then do not depend on its neighbours."""
+        return num_rows == 1 or not self.shares_products
+
+    def run_layer(
+        self,
+        layer: int,
+        actions: Sequence[Action],
+        hidden: Tensor,
+        batch: Batch,
+        evaluations: Sequence[Evaluation | None] = (),
+    ) -> Tensor:
         if batch.kind is PassKind.VERIFY:
             return self._verify(layer, hidden, batch)
+        evaluations = evaluations or (None,) * len(actions)
         if len(actions) == 1:
-            return self._run_row(layer, actions[0], hidden, batch, 0)
+            return self._run_row(layer, actions[0], hidden, batch, 0, evaluations[0])
         parts: list[tuple[list[int] | None, Tensor]] = []
         for action, group in group_rows(actions):
             rows, inputs = (range(len(actions)), hidden) if group is None else (group, hidden[group])
-            if action is Action.SKIP and self.shares_products:
-                outputs = self._skip_rows(layer, inputs, batch, rows)
+            together = self._skips_together(batch, rows) if action is Action.SKIP else None
+            if together is not None:
+                program, last_inputs = together
+                outputs = program([inputs, *batch.skipped_inputs(layer, rows), *last_inputs[layer]])[0]
             elif action is Action.FULL and self.shares_products and len(rows) > most_rows_apart():
                 outputs = self._run_full_rows(layer, inputs, batch, rows)
             else:
                 each = zip(inputs.split(1), rows, strict=True)
-                outputs = torch.cat([self._run_row(layer, action, row_input, batch, row) for row_input, row in each])
+                outputs = torch.cat(
+                    [self._run_row(layer, action, own, batch, row, evaluations[row]) for own, row in each]
+                )
             parts.append((group, outputs))
         return scatter_rows(parts, len(actions))
 
@@ -177,39 +230,60 @@ class InductorBackend:
             calls.append(next(rows for rows in self._full_programs if rows <= left and (takes_several or rows == 1)))
         return calls
 
-    def _run_row(self, layer: int, action: Action, hidden: Tensor, batch: Batch, row: int) -> Tensor:
+    def _run_row(
+        self, layer: int, action: Action, hidden: Tensor, batch: Batch, row: int, evaluation: Evaluation | None
+    ) -> Tensor:
+        own_inputs = batch.row_inputs(row)[layer]
         if action is Action.SKIP:
-            return self._skip_rows(layer, hidden, batch, (row,))
-        if batch.spans[row].cache.pending[layer]:
-            self._write_late(layer, action, batch, (row,))
-        program = self._programs[ProgramKind.LAYER, action]
-        weights = self._layers[layer].weights[action]
-        return program([hidden, *batch.seen(layer, row), *batch.row_tables(layer)[row], *weights])[0]
+            skips = self._skips_of(batch.compensations[row], batch.kv_actions[row])
+            program, inputs = skips.program, [hidden, *own_inputs, *skips.inputs[layer]]
+        else:
+            program, inputs = self._row_programs[action], [hidden, *own_inputs, *self._layers[layer].weights[action]]
+        if evaluation is not None:
+            program = evaluation.programs[action]
+            inputs += evaluation.inputs
+        output = program(inputs)[0]
+        return skips.compensation(layer, hidden) if action is Action.SKIP and not skips.compensates else output
 
-    def _skip_rows(self, layer: int, inputs: Tensor, batch: Batch, rows: Sequence[int]) -> Tensor:
-        each = zip(rows, inputs.split(1), strict=True)
-        counts = [(row, batch.spans[row].cache.pending.add(layer, row_input)) for row, row_input in each]
-        if full := [row for row, count in counts if count == MAX_PENDING]:
-            self._write_late(layer, Action.FULL, batch, full, num_own=1)
-        return batch.compensate(layer, inputs, rows)
+    def _skips_together(self, batch: Batch, rows: Sequence[int]) -> tuple[Program, Sequence[Sequence[Tensor]]] | None:
+        """Returns the program with which the rows skip a layer in one call, and its last inputs by layer; None if they
+        do so one by one."""
+        first = self._skips_of(batch.compensations[rows[0]], batch.kv_actions[rows[0]])
+        if not self.shares_products or len(rows) == 1 or first.rows_program is None:
+            return None
+        is_same = all(self._skips_of(batch.compensations[row], batch.kv_actions[row]) is first for row in rows)
+        return (first.rows_program, first.inputs) if is_same else None
+
+    def _skips_of(self, compensation: Compensation, kv_action: Action) -> "_Skips":
+        skips = self._skips.get((id(compensation), kv_action))
+        if skips is None:
+            skips = self._skips[id(compensation), kv_action] = self._make_skips(compensation, kv_action)
+        return skips
+
+    def _make_skips(self, compensation: Compensation, kv_action: Action) -> "_Skips":
+        sizes = len(self._layers), len(self._layers[0].vectors[0])
+        packed = pack_for_rows(compensation, *sizes)
+        program = None if packed is None else self._programs.get((ProgramKind.SKIP, kv_action, packed.rank))
+        compensates = program is not None
+        if packed is None or program is None:
+            packed = pack_for_rows(Identity(), *sizes)
+            program = self._programs[ProgramKind.SKIP, kv_action, 0]
+            assert packed is not None
+        rows_program = self._programs.get((ProgramKind.SKIP_ROWS, kv_action, packed.rank)) if compensates else None
+        each = zip(self._layers, packed.layers, strict=True)
+        inputs = [[*own.weights[kv_action], *tensors] for own, tensors in each]
+        return _Skips(compensation, program, rows_program, inputs, compensates)
 
     def _run_full_rows(self, layer: int, inputs: Tensor, batch: Batch, rows: Sequence[int]) -> Tensor:
         """Runs rows in FULL, with one product and one attention for all of them."""
-        if late := [row for row in rows if batch.spans[row].cache.pending[layer]]:
-            self._write_late(layer, Action.FULL, batch, late)
         own = self._layers[layer]
 
         def attend(normed: Tensor) -> Tensor:
             fused = own.linears.query_key_value(normed)
-            program = self._programs[ProgramKind.ATTENTION, Action.FULL]
+            program = self._programs[ProgramKind.ATTENTION, Action.FULL, 0]
             return program([fused, *batch.seen_blocks(layer, rows), *own.vectors])[0]
 
         return run_layer_body(self._block, own.norms, own.linears, inputs, attend)
-
-    def _write_late(self, layer: int, action: Action, batch: Batch, rows: Sequence[int], num_own: int = 0) -> None:
-        """Projects the pending keys and values of the rows' sequences. The last `num_own` of each are of this pass."""
-        late = self._programs[ProgramKind.LATE, action]
-        late([*batch.take_pending(layer, rows, num_own), *self._layers[layer].weights[action]])
 
 
 def _norm(program: Program, weight: Tensor, hidden: Tensor) -> Tensor:

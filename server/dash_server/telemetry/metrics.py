@@ -160,13 +160,13 @@ def _read_counts(meter: Meter, sources: Sources) -> None:
     """Creates the instruments that are read at each export and cost nothing until then."""
     links = sources.links
 
-    def reading(number: Callable[[], int]) -> list[Callable[[CallbackOptions], Iterable[Observation]]]:
+    def reading(number: Callable[[], float]) -> list[Callable[[CallbackOptions], Iterable[Observation]]]:
         return [lambda _: [Observation(number())]]
 
     def total(of_link: Callable[[WorkerLink], int]) -> Callable[[], int]:
         return lambda: sum(map(of_link, links))
 
-    gauges: list[tuple[str, str, str, Callable[[], int]]] = [
+    gauges: list[tuple[str, str, str, Callable[[], float]]] = [
         ("dash.requests.inside", "{request}", "Requests waiting or running", lambda: sources.admission.num_inside),
         ("dash.queue.requests", "{request}", "Requests waiting for a slot", lambda: sources.dispatcher.num_waiting),
         ("dash.slots", "{slot}", "Slots of the workers that are ready", total(lambda link: link.num_slots)),
@@ -178,12 +178,24 @@ def _read_counts(meter: Meter, sources: Sources) -> None:
             total(lambda link: link.num_reserved_tokens),
         ),
         ("dash.cache.limit", "{token}", "Size of the KV caches", total(lambda link: link.num_cache_tokens)),
+        (
+            "dash.cost_table.error",
+            "1",
+            "Most that a plan's tokens take beyond, or below, what they are said to cost, in full-depth tokens",
+            lambda: max((link.cost_status.error for link in links), default=0.0),
+        ),
         ("dash.workers.ready", "{worker}", "Workers that take requests", total(lambda link: int(link.is_ready))),
     ]
     for name, unit, description, number in gauges:
         meter.create_observable_gauge(name, reading(number), unit, description)
     counters: list[tuple[str, str, str, Callable[[], int]]] = [
         ("dash.worker.restarts", "{restart}", "Workers started to replace one", total(lambda link: link.num_restarts)),
+        (
+            "dash.cost_table.replacements",
+            "{replacement}",
+            "Cost tables replaced because served tokens took something else",
+            total(lambda link: link.num_cost_table_replacements),
+        ),
         ("dash.spans.exported", "{span}", "Spans that a collector accepted", sources.exported_spans),
         ("dash.spans.dropped", "{span}", "Spans lost on the way to a collector", sources.dropped_spans),
     ]

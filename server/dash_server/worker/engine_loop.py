@@ -5,6 +5,7 @@ The first message says what to load. The loop ends when the other end of the soc
 
 import gc
 import logging
+import math
 import select
 import socket
 import time
@@ -16,7 +17,7 @@ from dash_runtime.checkpoints import resolve_checkpoint
 from dash_runtime.devices import num_devices
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import DashRuntimeError, InvalidRequest
-from dash_runtime.events import EngineEvent, RequestRefused
+from dash_runtime.events import CostStatus, EngineEvent, RequestRefused
 from dash_runtime.startup.build import BuildOptions, build_engine
 from dash_server.worker import messages
 
@@ -71,6 +72,7 @@ class EngineLoop:
                 threads_of_worker(config.num_threads, config.num_workers),
                 policy_file,
                 config.compile_layers,
+                config.checks_costs,
             )
             engine = build_engine(folder, cache_folder, options, config.engine, logger.info)
         except DashRuntimeError as error:
@@ -83,6 +85,7 @@ class EngineLoop:
         return engine, bodies[1:]
 
     def _serve(self, engine: Engine, bodies: list[bytes]) -> None:
+        watch, judged = engine.cost_watch, CostStatus()
         while True:
             events: list[EngineEvent] = []
             for body in bodies:
@@ -90,7 +93,20 @@ class EngineLoop:
             events += engine.step()
             if events:
                 self._send(messages.StepEvents(events))
-            bodies = self._receive(timeout=0.0 if engine.has_work else None)
+            bodies = self._receive(self._patience(engine))
+            if watch is not None:
+                if not bodies and not engine.has_work:
+                    watch.work_idly()
+                if watch.status != judged:
+                    judged = watch.status
+                    self._send(messages.CostsJudged(judged))
+
+    def _patience(self, engine: Engine) -> float | None:
+        """Returns the seconds to wait for a message; None for as long as it takes."""
+        if engine.has_work:
+            return 0.0
+        seconds = math.inf if engine.cost_watch is None else engine.cost_watch.seconds_until_idle_work()
+        return None if seconds == math.inf else seconds
 
     def _handle(self, engine: Engine, message: messages.ToWorker) -> list[EngineEvent]:
         match message:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from dash_runtime.config import GenerationRequest
 from dash_runtime.decision_trace import DecisionTrace
-from dash_runtime.events import RequestRefused, SequenceCancelled, SequenceFinished, TokenProduced
+from dash_runtime.events import CostStatus, RequestRefused, SequenceCancelled, SequenceFinished, TokenProduced
 from dash_server.statuses import ServiceError, WorkerUnavailable
 from dash_server.worker.messages import (
     Cancel,
+    CostsJudged,
     FromWorker,
     Ping,
     Pong,
@@ -88,6 +89,8 @@ class WorkerLink:
         self._requests: dict[str, tuple[GenerationRequest, Outbox]] = {}
         self._num_reserved_tokens = 0
         self.num_restarts = 0
+        self.cost_status = CostStatus()
+        self._num_former_replacements = 0  # of cost tables, by workers that ended
         self._first_ready = asyncio.Event()
         self._has_given_tokens = False
         self._heard_at = 0.0
@@ -113,6 +116,11 @@ class WorkerLink:
         """KV cache tokens of a ready worker, else 0."""
         ready = self._ready
         return 0 if ready is None else ready.facts.cache_tokens
+
+    @property
+    def num_cost_table_replacements(self) -> int:
+        """Times that this link's workers replaced their cost table."""
+        return self._num_former_replacements + self.cost_status.num_replacements
 
     def has_room_for(self, request: GenerationRequest) -> bool:
         """True if the worker would give the request a slot at once."""
@@ -219,6 +227,8 @@ class WorkerLink:
             if watch is not None:
                 watch.cancel()
             was_ready, self._ready = self._ready is not None, None
+            self._num_former_replacements = self.num_cost_table_replacements
+            self.cost_status = CostStatus()
             self._worker = None
             self.fail_all(WorkerUnavailable("the worker was lost while it had the request; try again"))
             if was_ready:
@@ -263,6 +273,9 @@ class WorkerLink:
 
     def _deliver(self, message: FromWorker) -> None:
         if isinstance(message, Pong):
+            return
+        if isinstance(message, CostsJudged):
+            self.cost_status = message.status
             return
         if not isinstance(message, StepEvents):
             logger.error("a ready worker sent %s", type(message).__name__)

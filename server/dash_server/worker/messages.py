@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 
 from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts
-from dash_runtime.events import EngineEvent
+from dash_runtime.events import CostStatus, EngineEvent
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 _LENGTH = struct.Struct(">I")
@@ -28,6 +28,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, tag=True):
     """The FULL action's weights: `bfloat16` or `float32`."""
     num_threads: int | None
     compile_layers: bool
+    checks_costs: bool
     policy_file: str | None
     cache_folder: str
     engine: EngineConfig
@@ -86,8 +87,14 @@ class StepEvents(msgspec.Struct, frozen=True, tag=True):
     events: list[EngineEvent]
 
 
+class CostsJudged(msgspec.Struct, frozen=True, tag=True):
+    """The cost table has been compared with what steps take, and something is new."""
+
+    status: CostStatus
+
+
 ToWorker = WorkerConfig | Submit | Cancel | Stop | Ping | Shutdown
-FromWorker = Ready | StartupFailed | StepEvents | Pong
+FromWorker = Ready | StartupFailed | StepEvents | CostsJudged | Pong
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker = msgspec.msgpack.Decoder(ToWorker)

@@ -1,0 +1,164 @@
+"""Measures what a skipped layer and a policy's evaluation cost within whole decode steps.
+
+A layer alone would be measured with warm caches and without what surrounds it. So steps with more and fewer skipped
+layers take turns, and so do steps with a policy in them and the same steps without. Knows plans; knows no requests.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+from types import MappingProxyType
+
+import torch
+
+from benchmarks.figures import Report
+from benchmarks.rounds import Effort, progress
+from benchmarks.setting import Setting
+from dash_runtime.actions import Action
+from dash_runtime.engine.engine import Engine
+from dash_runtime.engine.fused_decider import FusedDecider
+from dash_runtime.engine.lanes import InlineLane
+from dash_runtime.engine.sampling import likeliest
+from dash_runtime.engine.step import Decider, decode_step
+from dash_runtime.layers.batch import PassKind
+from dash_runtime.layers.compensation import Compensation
+from dash_runtime.layers.kv_cache import SequenceCache
+from dash_runtime.policy.learned import BudgetCalibration, LearnedPolicy
+from dash_runtime.policy.network import NUM_SCALAR_FEATURES, PolicyNetwork
+from dash_runtime.policy.plan_spec import PlanSpec
+from dash_runtime.policy.policy import Actions, Decision, Pending, State, Token
+from dash_runtime.programs.program_cache import load_programs
+from dash_runtime.startup.measure import filled_caches
+from dash_runtime.startup.policy_programs import PolicyPrograms
+
+_CONTEXT_TOKENS = 64
+_STEPS_PER_ROUND = 12
+_NUM_SKIPPED = (0, 4, 8, 12, 16)
+_WIDTH = 32
+_HEAD = Action.INT8
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Any plan; asked once a token, so that all plans cost the same to ask."""
+
+    plan: Actions
+    compensation: Compensation
+    name: str = "plan"
+    lookahead: int = 1
+    pinned: Mapping[int, Action] = MappingProxyType({0: Action.INT4})
+    head: Action = _HEAD
+    kv_action: Action = Action.INT4
+    score_actions: Actions = ()
+
+    @property
+    def block_size(self) -> int:
+        return len(self.plan) - 1
+
+    def start(self, layer: int, state: State) -> Pending:
+        decision = Decision(tuple((action,) for action in self.plan[1:]))
+        return lambda: decision
+
+
+def measure_skips(report: Report, setting: Setting, effort: Effort) -> None:
+    """Adds `skip_vs_int4` for each compensation at hand, and the share of a token that evaluations take."""
+    engine = setting.engine
+    learned = [policy.compensation for policy in engine._catalog._learned.values()]
+    for compensation in {own.kind: own for own in (*learned, engine._catalog._compensation)}.values():
+        progress(f"skipped layers: {compensation.kind}")
+        with report.attempt(f"skipped layers, {compensation.kind}"):
+            _measure_skipped_layers(report, engine, compensation, effort.rounds)
+    progress("evaluations of a policy")
+    with report.attempt("evaluations"):
+        _measure_evaluations(report, setting, effort.rounds)
+    report.note(
+        "skip_vs_int4: what each further skipped layer saves of a step in INT4, taken from a layer's share of that "
+        "step; by the kind of compensation. evaluations_share: what deciding every layer but the edges adds to a step "
+        f"in INT4, by a network of width {_WIDTH}, as a share of the step"
+    )
+
+
+def _measure_skipped_layers(report: Report, engine: Engine, compensation: Compensation, rounds: int) -> None:
+    decoder, rng = engine._decoder, Random(1)
+    (cache,) = filled_caches(decoder, num_tokens=_CONTEXT_TOKENS)
+    ratios: list[float] = []
+    for _ in range(rounds):
+        seconds: dict[int, list[float]] = {count: [] for count in _NUM_SKIPPED}
+        layers_seconds: list[float] = []
+        for _ in range(_STEPS_PER_ROUND):
+            for count in rng.sample(_NUM_SKIPPED, len(_NUM_SKIPPED)):
+                skipped = rng.sample(range(1, decoder.num_layers), count)
+                plan = (Action.SKIP if layer in skipped else Action.INT4 for layer in range(decoder.num_layers))
+                elapsed, in_layers = _step(engine, cache, partial(Decider, _Plan(tuple(plan), compensation)))
+                seconds[count].append(elapsed)
+                if not count:
+                    layers_seconds.append(in_layers)
+        saved = statistics.linear_regression(_NUM_SKIPPED, [statistics.median(own) for own in seconds.values()]).slope
+        int4 = statistics.median(layers_seconds) / decoder.num_layers
+        ratios.append((int4 + saved) / int4)
+    report.add(f"skip_vs_int4_{compensation.kind}", ratios, "≤ 0.12")
+
+
+def _measure_evaluations(report: Report, setting: Setting, rounds: int) -> None:
+    engine = setting.engine
+    decoder, (cache,) = engine._decoder, filled_caches(engine._decoder, num_tokens=_CONTEXT_TOKENS)
+    policy = _int4_policy(engine)
+    programs = PolicyPrograms(setting.model, policy, torch.get_num_threads(), None)
+    loaded = load_programs(programs.specs, setting.cache_folder / "programs", progress)
+    if loaded is None:
+        return
+    policy = programs.attached(loaded)
+    plan = _Plan((Action.INT4,) * decoder.num_layers, policy.compensation)
+    makers: list[Callable[..., Decider]] = [partial(FusedDecider, policy), partial(Decider, plan)]
+    shares: list[float] = []
+    for _ in range(rounds):
+        seconds: list[list[float]] = [[], []]
+        for number in range(4 * _STEPS_PER_ROUND):
+            for place in (0, 1) if number % 2 else (1, 0):
+                seconds[place].append(_step(engine, cache, makers[place])[0])
+        with_policy, without = map(statistics.median, seconds)
+        shares.append((with_policy - without) / with_policy)
+    report.add("evaluations_share", shares, "≤ 0.01")
+
+
+@torch.inference_mode()
+def _step(engine: Engine, cache: SequenceCache, make_decider: Callable[..., Decider]) -> tuple[float, float]:
+    """Decodes a token and takes it back. Returns the seconds of the step, and of its layers."""
+    decoder, started, length = engine._decoder, time.perf_counter_ns(), cache.length
+    decider = make_decider([0], [Token(0, length, 1.0)], engine._catalog._costs, 1)
+    policy = decider.policy
+    batch = decoder.batch(PassKind.DECODE, [cache], [1], [policy.compensation], [policy.kv_action])
+    output = decode_step(decoder, InlineLane(), batch, [5], [decider])
+    likeliest(output.logits)
+    elapsed = time.perf_counter_ns() - started
+    cache.truncate(length)
+    return elapsed / 1e9, (output.layer_times[-1] - output.layer_times[0]) / 1e9
+
+
+def _int4_policy(engine: Engine) -> LearnedPolicy:
+    """A policy that reads everything and always chooses INT4, so that its steps differ in nothing but deciding."""
+    decoder, catalog = engine._decoder, engine._catalog
+    num_layers, hidden_size = decoder.num_layers, decoder.config.hidden_size
+    spec = PlanSpec(
+        actions=(Action.SKIP, Action.INT4, Action.FULL),
+        pinned=frozenset((0, 1, num_layers - 1)),
+        lookahead=1,
+        block_size=1,
+        head=_HEAD,
+        costs=catalog._costs,
+        pinned_action=Action.INT4,
+    )
+    num_blocks, num_actions, generator = len(spec.decision_blocks), len(spec.actions), torch.Generator().manual_seed(1)
+    network = PolicyNetwork(
+        block_embedding=torch.zeros(num_blocks, 1),
+        action_embedding=torch.zeros(len(Action), 1),
+        input_weight=torch.randn(_WIDTH, hidden_size + 2 + NUM_SCALAR_FEATURES, generator=generator),
+        input_bias=torch.zeros(_WIDTH),
+        output_weight=torch.zeros(num_blocks, 1, num_actions, _WIDTH),
+        output_bias=torch.tensor([0.0, 1.0, 0.0]).expand(num_blocks, 1, num_actions).contiguous(),
+    )
+    calibration = BudgetCalibration(((0.5, 0.0),), (0.0,), 0.5)
+    return LearnedPolicy("always INT4", network, spec, catalog._compensation, calibration)

@@ -1,0 +1,271 @@
+"""Fits a cost table to what steps took: a ridge regression of log times on each step's work, towards a given table.
+
+A machine's speed drifts with its neighbours, and an absolute time says little. So time is cut into *epochs*, each with
+an unknown speed of its own, and only differences within an epoch count: plans that ran shortly after one another.
+With u = work ÷ its cost by the table, log(seconds ÷ cost) = log speed + u·δ in first order, where δ is the correction
+of the table; taking an epoch's mean from both sides removes the speed. Old epochs fade, since shares move as well:
+those of the actions that read most go with the memory speed that the neighbours leave.
+
+Knows steps and tables; knows no decoder, no clock and no files.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dash_runtime.actions import Action, CostTable
+from dash_runtime.engine.step_times import StepTime
+from dash_runtime.errors import ConfigError
+
+Vector = NDArray[np.floating]
+Matrix = NDArray[np.floating]
+
+GROUP = 8
+"""Consecutive steps of one source that count as one observation: the mean evens out work that only some steps do."""
+STANDARD_POSITIONS = 256
+"""The context at which a table holds. What attention takes beyond it is fitted apart."""
+_LONGEST_OVER_MEDIAN = 1.5
+"""Steps of a group that took longer than this times the group's median, by their cost, were disturbed."""
+_NOISE = 0.03
+"""Standard deviation of the log time of a group in a quiet epoch."""
+_MOST_GROUPS = 20
+"""Evidence of an epoch that counts: what disturbs it disturbs more than one group."""
+_FIRST_SPREAD = 1.0
+_LEAST = 1e-9
+"""Anything smaller would be a mistake of a clock or of a table, and has no logarithm."""
+_KEPT_SHARE = 0.9
+"""What is left of the evidence after each further epoch: about ten epochs count."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostSpread:
+    """Standard deviations of a table's entries, in the same unit."""
+
+    layer: dict[Action, float]
+    head: dict[Action, float]
+    fixed: float
+    evaluation: float
+
+    @classmethod
+    def around(cls, costs: CostTable, share: float) -> "CostSpread":
+        """Returns spreads of that share of each entry, and a little more, since a small entry may be all wrong.
+
+        Heads and the rest are held faster: how a constant part of every token divides among them is nothing that whole
+        steps could tell.
+        """
+        layer = 0.2 * costs.layer[Action.FULL]
+        return cls(
+            {action: share * (cost + layer) for action, cost in costs.layer.items()},
+            {precision: 0.3 * share * cost for precision, cost in costs.head.items()},
+            share * (0.3 * costs.fixed + 0.01),
+            share * (costs.evaluation + layer),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what `from_json` reads: the table's own layout."""
+        return {
+            "layer": {action.name: sd for action, sd in self.layer.items()},
+            "head": {precision.name: sd for precision, sd in self.head.items()},
+            "fixed": self.fixed,
+            "evaluation": self.evaluation,
+        }
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> "CostSpread":
+        """Returns what `to_json` described. Raises as `CostTable.from_json` does."""
+        layer, head = ({Action[name]: float(sd) for name, sd in facts[part].items()} for part in ("layer", "head"))
+        spread = cls(layer, head, float(facts["fixed"]), float(facts["evaluation"]))
+        if not all(0 <= sd < math.inf for sd in (*layer.values(), *head.values(), spread.fixed, spread.evaluation)):
+            raise ValueError("a spread that is negative or not finite")
+        return spread
+
+    def at_least(self, other: "CostSpread") -> "CostSpread":
+        """Returns the larger of both, entry by entry."""
+        return CostSpread(
+            {action: max(sd, other.layer[action]) for action, sd in self.layer.items()},
+            {precision: max(sd, other.head[precision]) for precision, sd in self.head.items()},
+            max(self.fixed, other.fixed),
+            max(self.evaluation, other.evaluation),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredCosts:
+    """A cost table with the spread of its entries, and how and when it was measured."""
+
+    table: CostTable
+    spread: CostSpread
+    num_rounds: int
+    """0 for a table that came from served steps."""
+    measured_at: float
+    """Seconds since 1970."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what `from_json` reads: the table's own description, and the rest beside it."""
+        rest = {"spread": self.spread.to_json(), "num_rounds": self.num_rounds, "measured_at": self.measured_at}
+        return self.table.to_json() | rest
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> "MeasuredCosts":
+        """Returns what `to_json` described. Raises as `CostTable.from_json` does."""
+        table, spread = CostTable.from_json(facts), CostSpread.from_json(facts["spread"])
+        if set(spread.layer) != set(table.layer) or set(spread.head) != set(table.head):
+            raise ConfigError("cost_table.spread", "has other entries than the table")
+        return cls(table, spread, int(facts["num_rounds"]), float(facts["measured_at"]))
+
+
+class CostFit:
+    """A running fit around one table. Its memory is a few matrices, whatever it has seen."""
+
+    def __init__(self, costs: CostTable, spread: CostSpread, kept_share: float = _KEPT_SHARE) -> None:
+        self.costs = costs
+        self._kept_share = kept_share
+        self._actions = list(costs.layer)
+        self._heads = list(costs.head)
+        self._table = np.array([*costs.layer.values(), *costs.head.values(), costs.fixed, costs.evaluation, 0.0])
+        full = costs.layer[Action.FULL]
+        # The last entry is attention: per layer that runs and thousand positions beyond the standard context.
+        spreads = [*spread.layer.values(), *spread.head.values(), spread.fixed, spread.evaluation, 0.3 * full]
+        self._prior = np.diag(np.maximum(spreads, 1e-6) ** -2.0)
+        self._full_token = self._work((costs.num_layers, Action.FULL, 0, STANDARD_POSITIONS), {Action.FULL: 1.0})
+        size = len(self._table)
+        self._evidence, self._answers = np.zeros((size, size)), np.zeros(size)
+        self._group: list[tuple[float, float, StepTime]] = []
+        self._work_by_source: dict[str, Vector] = {}
+        self._begin_epoch()
+
+    def add(self, step: StepTime) -> bool:
+        """Adds a step. Returns True if a group is complete, so that the estimate has changed."""
+        if self._group and self._group[0][2].source != step.source:
+            self._group = []
+        cost = self._cost(step)
+        self._group.append((step.seconds / cost, cost, step))
+        if len(self._group) < GROUP:
+            return False
+        self._add_group()
+        self._group = []
+        return True
+
+    def end_epoch(self) -> None:
+        """Ends an epoch: what comes may run at another speed."""
+        self._group = []
+        if self._num_groups > 1:
+            evidence, answers = self._epoch()
+            self._evidence = self._kept_share * self._evidence + evidence
+            self._answers = self._kept_share * self._answers + answers
+        self._begin_epoch()
+
+    def estimate(self) -> tuple[CostTable, CostSpread]:
+        """Returns the table that fits best, and how well it is known."""
+        delta, covariance = self._solve()
+        table = np.maximum(self._table + delta, 0.0)
+        table /= self._full_token @ table
+        # A scale of its own is none: spreads are those of the shares.
+        to_shares = np.eye(len(table)) - np.outer(table, self._full_token)
+        spreads = np.sqrt(np.maximum(np.diag(to_shares @ covariance @ to_shares.T), 0.0))
+        layers = len(self._actions)
+        costs = CostTable(
+            self.costs.num_layers,
+            dict(zip(self._actions, map(float, table), strict=False)),
+            dict(zip(self._heads, map(float, table[layers:]), strict=False)),
+            float(table[-3]),
+            float(table[-2]),
+        )
+        spread = CostSpread(
+            dict(zip(self._actions, map(float, spreads), strict=False)),
+            dict(zip(self._heads, map(float, spreads[layers:]), strict=False)),
+            float(spreads[-3]),
+            float(spreads[-2]),
+        )
+        return costs, spread
+
+    def errors(self) -> dict[str, tuple[float, float]]:
+        """Returns by source what its tokens take beyond what the table says, and how surely: the standard deviation.
+
+        Both as shares of a full-depth token, for plans that ran in this or recent epochs.
+        """
+        delta, covariance = self._solve()
+        found: dict[str, tuple[float, float]] = {}
+        for source, work in self._work_by_source.items():
+            gradient = work - (work @ self._table) * self._full_token
+            gradient[-1] = 0.0  # a table holds at the standard context
+            found[source] = float(gradient @ delta), math.sqrt(max(0.0, float(gradient @ covariance @ gradient)))
+        return found
+
+    def _cost(self, step: StepTime) -> float:
+        costs, plan = self.costs, step.plan
+        layers = sum(plan.count(action) * costs.layer[action] for action in self._actions)
+        cost = layers + costs.head[step.head] + costs.fixed + step.num_evaluations * costs.evaluation
+        return max(cost, _LEAST)
+
+    def _work(self, of: tuple[int, Action, float, int], shares: dict[Action, float]) -> Vector:
+        """Returns the work of a step: layers, head, evaluations and positions, its layers shared out so."""
+        num_layers, head, num_evaluations, num_positions = of
+        num_running = num_layers * (1 - shares.get(Action.SKIP, 0.0))
+        return np.array(
+            [
+                *(num_layers * shares.get(action, 0.0) for action in self._actions),
+                *(float(precision is head) for precision in self._heads),
+                1.0,
+                num_evaluations,
+                num_running * (num_positions - STANDARD_POSITIONS) / 1000,
+            ]
+        )
+
+    def _add_group(self) -> None:
+        longest = _LONGEST_OVER_MEDIAN * statistics.median(ratio for ratio, _, _ in self._group)
+        kept = [step for ratio, _, step in self._group if ratio <= longest]
+        plans = b"".join(step.plan for step in kept)
+        shares = {action: plans.count(action) / len(plans) for action in self._actions}
+        head, num_evaluations = kept[0].head, sum(step.num_evaluations for step in kept) / len(kept)
+        num_positions = sum(step.num_positions for step in kept) // len(kept)
+        facts = (self.costs.num_layers, head, num_evaluations, num_positions)
+        work = self._work(facts, shares)
+        self._work_by_source[kept[0].source] = work
+        cost = max(float(work @ self._table), _LEAST)
+        log_time = math.log(max(sum(step.seconds for step in kept) / len(kept), _LEAST) / cost)
+        unit = np.append(work / cost, log_time)
+        self._num_groups += 1
+        self._sums += unit
+        self._products += np.outer(unit, unit)
+
+    def _begin_epoch(self) -> None:
+        size = len(self._table) + 1
+        self._num_groups = 0
+        self._sums, self._products = np.zeros(size), np.zeros((size, size))
+
+    def _epoch(self) -> tuple[Matrix, Vector]:
+        """Returns what this epoch says so far: its differences, weighted by how quiet it was."""
+        size = len(self._table)
+        if self._num_groups < 2:
+            return np.zeros((size, size)), np.zeros(size)
+        scatter = self._products - np.outer(self._sums, self._sums) / self._num_groups
+        squares, products, total = scatter[:-1, :-1], scatter[:-1, -1], scatter[-1, -1]
+        fitted = np.linalg.solve(squares / _NOISE**2 + self._prior, products / _NOISE**2)
+        left = max(0.0, total - 2 * fitted @ products + fitted @ squares @ fitted) / self._num_groups
+        weight = min(1.0, _MOST_GROUPS / self._num_groups) / max(_NOISE**2, left)
+        return weight * squares, weight * products
+
+    def _solve(self) -> tuple[Vector, Matrix]:
+        evidence, answers = self._epoch()
+        covariance = np.linalg.inv(self._evidence + evidence + self._prior)
+        return covariance @ (self._answers + answers), covariance
+
+
+def fit_costs(guess: CostTable, epochs: Sequence[Sequence[StepTime]]) -> tuple[CostTable, CostSpread]:
+    """Returns the table that fits all epochs alike, and its spread: from any guess, since it fits again around each
+    result."""
+    costs = guess
+    for _ in range(5):
+        fit = CostFit(costs, CostSpread.around(costs, _FIRST_SPREAD), kept_share=1.0)
+        for epoch in epochs:
+            for step in epoch:
+                fit.add(step)
+            fit.end_epoch()
+        costs, spread = fit.estimate()
+    return costs, spread

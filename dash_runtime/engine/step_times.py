@@ -1,0 +1,71 @@
+"""Times the decode steps of a single row, with what ran in each: the evidence for what an answer's tokens cost.
+
+Knows a clock; knows no costs, no files and no tensors.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from dash_runtime.actions import Action
+from dash_runtime.events import CostStatus
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """A decode step of one row, and the seconds from its start to the next one's: all that its token took."""
+
+    source: str
+    """The policy's name. Steps of one source cost about the same."""
+    plan: bytes
+    """One byte per layer: the action that ran."""
+    head: Action
+    num_evaluations: int
+    """Evaluations of a learned policy."""
+    num_positions: int
+    """Positions that the row attended to."""
+    seconds: float
+
+
+class StepClock:
+    """Tells `observe` about every step that the same request's next step follows at once."""
+
+    def __init__(self, observe: Callable[[StepTime], None], now: Callable[[], float] = time.perf_counter) -> None:
+        self._observe = observe
+        self._now = now
+        self._request_id: str | None = None
+        self._started = 0.0
+        self._work: tuple[str, bytes, Action, int, int] | None = None
+
+    def begin(self, request_id: str) -> None:
+        """Begins a step of this request alone; completes the one before, if it was the same request's."""
+        now = self._now()
+        if self._work is not None and request_id == self._request_id:
+            self._observe(StepTime(*self._work, now - self._started))
+        self._request_id, self._started, self._work = request_id, now, None
+
+    def ran(self, source: str, plan: bytes, head: Action, num_evaluations: int, num_positions: int) -> None:
+        """Says what the step that began last has run. Says nothing of a step that was no request's alone."""
+        if self._request_id is not None:
+            self._work = (source, plan, head, num_evaluations, num_positions)
+
+    def interrupt(self) -> None:
+        """Forgets the last step: something else runs before the next one."""
+        self._request_id = self._work = None
+
+
+class CostWatch(Protocol):
+    """Keeps the cost table true while an engine serves."""
+
+    @property
+    def status(self) -> CostStatus: ...
+
+    def observe(self, step: StepTime) -> None:
+        """Adds a served step. It may replace the table."""
+
+    def seconds_until_idle_work(self) -> float:
+        """Returns how long an idle engine need not call `work_idly`."""
+
+    def work_idly(self) -> None:
+        """Measures one step, which takes no longer than a served one. To be called while no request is running."""

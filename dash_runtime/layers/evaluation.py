@@ -1,0 +1,18 @@
+"""The interface of a policy's evaluation that a layer's program takes along. Knows tensors; knows no policies."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.programs.program_cache import Program
+
+
+class Evaluation(Protocol):
+    """One row's evaluation of a policy on the input of the layer that runs next."""
+
+    programs: Mapping[Action, Program]
+    """By the row's action: the layer's program with the evaluation in it. SKIP's has the policy's own compensation."""
+    inputs: Sequence[Tensor]
+    """The program's last inputs. The evaluation's result is written into one of them."""

@@ -1,0 +1,129 @@
+"""What a learned policy does at each price of compute, and so which price keeps a budget on a device.
+
+A calibration holds how many layers run with each action, not what they cost: with the cost table in force the mean cost
+at a price is exact on every device. Knows counts and costs; knows no network and no files.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from dash_runtime.actions import Action, CostTable
+from dash_runtime.policy.draft_length import USUAL_LENGTHS, USUAL_VERIFICATION_COST, drafting_gain
+from dash_runtime.policy.plan_spec import PlanSpec
+
+HARMLESS = 0.05
+"""Divergence in nats per token; the lowest budget within it is recommended."""
+
+
+@dataclass(frozen=True, slots=True)
+class PricePoint:
+    """What a policy does at one price λ: means over the tokens of the calibration's text."""
+
+    log_price: float
+    counts: Mapping[Action, float]
+    """Layers of a token that run with each action, pinned ones included."""
+    divergence: float
+    """From full depth, in nats per token."""
+    agreement: float
+    """Share of tokens with full depth's most likely token."""
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetPoint:
+    """What a policy does at one price on one device."""
+
+    cost: float
+    log_price: float
+    divergence: float
+    agreement: float
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetCalibration:
+    """What a policy does over its range of prices."""
+
+    points: tuple[PricePoint, ...]
+    """Ascending in price."""
+
+    def budgets(self, spec: PlanSpec, costs: CostTable) -> "Budgets":
+        """Returns the budgets that can be kept at these costs."""
+
+        def at(point: PricePoint) -> BudgetPoint:
+            cost = costs.mean_cost(point.counts, spec.head, spec.num_evaluations)
+            return BudgetPoint(cost, point.log_price, point.divergence, point.agreement)
+
+        return Budgets.of([at(point) for point in self.points])
+
+    def without(self, unsupported: set[Action]) -> "BudgetCalibration":
+        """Returns it for a device without kernels for some actions: their layers count as the next dearer one's."""
+
+        def moved(counts: Mapping[Action, float]) -> dict[Action, float]:
+            supported = [action for action in Action if action not in unsupported]
+            result = dict.fromkeys(supported, 0.0)
+            for action, count in counts.items():
+                result[next(other for other in supported if other >= action)] += count
+            return result
+
+        return BudgetCalibration(
+            tuple(
+                PricePoint(point.log_price, moved(point.counts), point.divergence, point.agreement)
+                for point in self.points
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """The budgets that a policy can keep on a device."""
+
+    points: tuple[BudgetPoint, ...]
+    """Ascending in cost, from the lowest budget to the highest; each diverges less than the one before."""
+
+    @classmethod
+    def of(cls, points: list[BudgetPoint]) -> "Budgets":
+        """Leaves out points that another beats in cost and divergence, and those that cost more than full depth."""
+        kept: list[BudgetPoint] = []
+        for point in sorted(points, key=lambda point: (point.cost, point.divergence)):
+            if not kept or (point.cost <= 1 and kept[-1].cost < point.cost and point.divergence < kept[-1].divergence):
+                kept.append(point)
+        return cls(tuple(kept))
+
+    @property
+    def lowest(self) -> float:
+        return min(1.0, self.points[0].cost)
+
+    @property
+    def highest(self) -> float:
+        return min(1.0, self.points[-1].cost)
+
+    @property
+    def recommended(self) -> float:
+        """The lowest harmless budget, or the highest if none is harmless."""
+        return next((min(1.0, point.cost) for point in self.points if point.divergence <= HARMLESS), self.highest)
+
+    @property
+    def best_for_drafting(self) -> float:
+        """The budget at which greedy drafts of a usual length gain most."""
+
+        def gain(point: BudgetPoint) -> float:
+            return max(
+                drafting_gain(point.agreement, point.cost, length, USUAL_VERIFICATION_COST) for length in USUAL_LENGTHS
+            )
+
+        return min(1.0, max(self.points, key=gain).cost)
+
+    def price(self, budget: float) -> float:
+        """Returns λ for a budget. Between two points log λ is interpolated linearly."""
+        return math.exp(self._interpolated(budget, lambda point: point.log_price))
+
+    def divergence(self, budget: float) -> float:
+        """Returns the expected divergence at a budget, interpolated likewise."""
+        return self._interpolated(budget, lambda point: point.divergence)
+
+    def _interpolated(self, budget: float, value: Callable[[BudgetPoint], float]) -> float:
+        for low, high in pairwise(self.points):
+            if low.cost <= budget < high.cost:
+                return value(low) + (budget - low.cost) / (high.cost - low.cost) * (value(high) - value(low))
+        return value(self.points[0] if budget < self.points[0].cost else self.points[-1])

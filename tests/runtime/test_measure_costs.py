@@ -1,0 +1,152 @@
+"""Costs measured by whole steps, within the time allowed; and a table that is replaced while requests run."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dash_runtime.actions import Action, CostTable
+from dash_runtime.config import (
+    EngineConfig,
+    GenerationRequest,
+    Mode,
+    ModelFacts,
+    SamplingParameters,
+    SkipOptions,
+    StoppingParameters,
+)
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.engine.cost_fit import GROUP
+from dash_runtime.engine.engine import Engine
+from dash_runtime.engine.lanes import InlineLane
+from dash_runtime.engine.step_times import StepTime
+from dash_runtime.events import CostStatus
+from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.startup.measure import rounds_within
+from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
+from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, some_affine, some_costs
+
+INT4 = SkipOptions(Mode.FIXED, fixed_action=Action.INT4)
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_folder: Path) -> Decoder:
+    return load_decoder(tiny_folder, torch.bfloat16)
+
+
+def ticking(seconds: float) -> Callable[[], float]:
+    """Returns a clock that moves on by so much whenever it is read."""
+    time = -seconds
+
+    def now() -> float:
+        nonlocal time
+        time += seconds
+        return time
+
+    return now
+
+
+def test_a_round_runs_every_action_and_head_in_groups(decoder: Decoder) -> None:
+    (steps,) = StepMeasurement(decoder, some_affine(decoder)).rounds(1, math.inf)
+    assert len(steps) % GROUP == 0
+    assert all(
+        len({step.source for step in steps[place : place + GROUP]}) == 1 for place in range(0, len(steps), GROUP)
+    )
+    assert {action for step in steps for action in step.plan} == set(ALL_ACTIONS)
+    assert {step.head for step in steps} == set(decoder.heads)
+    assert all(0 < step.seconds < 1 and not step.num_evaluations for step in steps)
+
+
+def test_rounds_are_shuffled(decoder: Decoder) -> None:
+    first, second = StepMeasurement(decoder, some_affine(decoder)).rounds(2, math.inf)
+    uniform = [[step.source for step in own[::GROUP] if "mixture" not in step.source] for own in (first, second)]
+    assert Counter(uniform[0]) == Counter(uniform[1])
+    assert uniform[0] != uniform[1]
+
+
+def test_a_measured_table_has_every_entry_and_its_spread(decoder: Decoder) -> None:
+    measured = measure_costs(StepMeasurement(decoder, some_affine(decoder)), rounds=2)
+    assert (set(measured.table.layer), set(measured.table.head)) == (set(ALL_ACTIONS), set(decoder.heads))
+    assert measured.table.evaluation == 0
+    assert all(0 < sd < 1 for sd in (*measured.spread.layer.values(), *measured.spread.head.values()))
+    assert measured.num_rounds == 2
+
+
+def test_a_disturbed_start_ends_by_its_deadline_with_what_it_has(decoder: Decoder) -> None:
+    """Each step takes a second by this clock, thirty times a quiet machine's."""
+    measurement = StepMeasurement(decoder, some_affine(decoder))
+    now = ticking(1.0)
+    few = measure_costs(measurement, seconds=30.0, now=now)
+    assert now() < 50
+    assert few.num_rounds < 2
+    assert set(few.table.layer) == set(ALL_ACTIONS)
+    many = measure_costs(measurement, rounds=3)
+    assert few.spread.layer[Action.INT4] > many.spread.layer[Action.INT4]
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, [0, 1]), (1.0, list(range(13))), (0.04, [0, 1, 2, 3, 4])])
+def test_rounds_end_with_the_time_but_one_counts(seconds: float, rounds: list[int]) -> None:
+    assert list(rounds_within(seconds, 12, ticking(0.01))) == rounds
+
+
+class Replacing:
+    """A watch that replaces the catalog's table at its first step."""
+
+    status = CostStatus()
+
+    def __init__(self, catalog: PolicyCatalog, costs: CostTable) -> None:
+        self.steps: list[StepTime] = []
+        self._catalog = catalog
+        self._costs = costs
+
+    def observe(self, step: StepTime) -> None:
+        self.steps.append(step)
+        self._catalog.replace_costs(self._costs)
+
+    def seconds_until_idle_work(self) -> float:
+        return math.inf
+
+    def work_idly(self) -> None:
+        pass
+
+
+def watched_engine(decoder: Decoder, costs: CostTable) -> tuple[Engine, Replacing]:
+    config = EngineConfig(num_slots=2, cache_tokens=256)
+    catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, some_affine(decoder), ())
+    facts = ModelFacts(
+        "tiny", "LlamaForCausalLM", 6, 260, 512, 256, 2, frozenset(), ALL_ACTIONS, catalog.facts(), "CPU"
+    )
+    watch = Replacing(catalog, costs)
+    return Engine(decoder, catalog, InlineLane(), facts, config, cost_watch=watch), watch
+
+
+def cheap_int4() -> CostTable:
+    layer = {Action.SKIP: 0.1, Action.INT4: 0.2, Action.INT8: 0.6, Action.FULL: 1.0}
+    return CostTable.from_seconds(6, layer, {Action.INT8: 1.0, Action.FULL: 2.0}, 0.2)
+
+
+def test_a_running_request_keeps_the_table_that_it_began_with(decoder: Decoder) -> None:
+    engine, watch = watched_engine(decoder, cheap_int4())
+    plan = [Action.FULL, *[Action.INT4] * 4, Action.FULL]
+    for costs in (some_costs(), cheap_int4()):
+        engine.submit(GenerationRequest("own", [1, 2, 3], StoppingParameters(12), skip=INT4))
+        depth = finished(drain(engine)["own"]).depth
+        assert depth.mean_cost == pytest.approx(costs.token_cost(plan, Action.INT8))
+    assert {step.source for step in watch.steps} == {"fixed-int4"}
+    assert len(watch.steps) == 2 * 10  # of 12 tokens the prompt made one, and the last has no next step
+
+
+def test_only_steps_of_a_single_plain_row_are_timed(decoder: Decoder) -> None:
+    engine, watch = watched_engine(decoder, some_costs())
+    drawn = SamplingParameters(temperature=1.0)
+    engine.submit(GenerationRequest("sampled", [1, 2], StoppingParameters(6), drawn))
+    drain(engine)
+    engine.submit(GenerationRequest("logprobs", [1, 2], StoppingParameters(6), logprobs=1))
+    drain(engine)
+    for name in ("one", "other"):
+        engine.submit(GenerationRequest(name, [1, 2], StoppingParameters(6)))
+    drain(engine)
+    assert watch.steps == []

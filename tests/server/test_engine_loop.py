@@ -1,0 +1,41 @@
+"""The worker's loop: what it does while no request is running."""
+
+import socket
+from types import SimpleNamespace
+from typing import Any
+
+from dash_runtime.events import CostStatus
+from dash_server.worker import messages
+from dash_server.worker.engine_loop import EngineLoop
+
+
+class IdleWork:
+    """A watch that measures three steps, the second of which shows something new, and has the server end the worker."""
+
+    def __init__(self, server: socket.socket) -> None:
+        self.num_steps = 0
+        self.status = CostStatus()
+        self._server = server
+
+    def seconds_until_idle_work(self) -> float:
+        return 0.0
+
+    def work_idly(self) -> None:
+        self.num_steps += 1
+        if self.num_steps == 2:
+            self.status = CostStatus(1, 0.0)
+        if self.num_steps == 3:
+            self._server.sendall(messages.encode_frame(messages.Shutdown()))
+
+
+def test_an_idle_worker_measures_until_a_message_comes_and_says_what_is_new() -> None:
+    server, worker = socket.socketpair()
+    with server, worker:
+        watch = IdleWork(server)
+        loop = EngineLoop(worker)
+        engine: Any = SimpleNamespace(has_work=False, cost_watch=watch, step=list, close=lambda: None)
+        loop._start = lambda: (engine, [])  # type: ignore[method-assign]
+        assert loop.run() == 0
+        bodies = messages.FrameReader().feed(server.recv(1 << 16))
+    assert watch.num_steps == 3
+    assert [messages.decode_from_worker(body) for body in bodies] == [messages.CostsJudged(CostStatus(1, 0.0))]
