@@ -18,7 +18,7 @@ from dash_runtime.commands.search import run_search
 from dash_runtime.commands.train import run_fit, run_train
 from dash_runtime.errors import DashRuntimeError
 from dash_runtime.training.loaded_model import ModelOptions
-from dash_runtime.training.ppo import Objective
+from dash_runtime.training.loss import Objective
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--ranks", type=_positive, nargs="+", default=[16, 48, 96], metavar="RANK")
     fit.add_argument("--distill-steps", type=_positive, default=100)
     fit.add_argument("--block-size", type=_positive, default=1, help=argparse.SUPPRESS)
+    fit.add_argument("--lookahead", type=_positive, default=1, help=argparse.SUPPRESS)
     fit.add_argument("--seed", type=int, default=0)
     fit.set_defaults(run=run_fit)
 
@@ -116,12 +117,16 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--out", type=Path, required=True, help="folder for checkpoint, curve and policy")
     training.add_argument("--name", default="learned")
     training.add_argument("--actions", type=parse_actions, default=tuple(Action), help="default: skip,int4,int8,full")
-    training.add_argument("--iterations", type=_positive, default=240)
-    training.add_argument("--block-size", type=_positive, default=4, help="layers decided together (default 4)")
+    training.add_argument("--rounds", type=_positive, default=6, help="of labels, fit and distillation (default 6)")
+    training.add_argument("--batches", type=_positive, default=8, help="of text labelled in a round (default 8)")
+    training.add_argument("--block-size", type=_positive, default=1, help="layers decided together (default 1)")
+    training.add_argument(
+        "--lookahead", type=_positive, default=1, help="layers between a decision and the state it sees (default 1)"
+    )
     training.add_argument("--rank", type=_positive, default=96, help="of the compensation (default 96)")
     training.add_argument("--compensation", type=Path, help="file to start from, as fit leaves it")
     training.add_argument(
-        "--refit-steps", type=_not_negative, default=120, help="of each of the two refits; 0: none (default 120)"
+        "--distill-steps", type=_not_negative, default=40, help="of the compensation in each round (default 40)"
     )
     training.add_argument(
         "--objective",
@@ -134,7 +139,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     training.add_argument("--head", choices=heads, default=Action.FULL.name, help="the head's precision (default FULL)")
     training.add_argument("--costs", type=Path, help="a cost table as .json; default: measured here, uncompiled")
-    training.add_argument("--learner", choices=("ppo", "straight-through"), default="ppo")
     training.add_argument("--seed", type=int, default=0)
     training.set_defaults(run=run_train)
 

@@ -33,6 +33,7 @@ from dash_runtime.rollout.task import Task, greedy_outcome
 from dash_runtime.startup.build import SHIPPED_POLICIES, assemble_engine
 from dash_runtime.training.calibrate import calibrated, describe_budgets
 from dash_runtime.training.curve import write_whole
+from dash_runtime.training.dense_decoder import Compensate, Text
 from dash_runtime.training.distill import DistillSettings, distill_compensation
 from dash_runtime.training.loaded_model import SEQUENCE_LENGTH, LoadedModel
 
@@ -148,8 +149,8 @@ def multiply_adds_share(policy: LearnedPolicy, config: ModelConfig) -> float:
     network = policy.network
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     layer = config.hidden_size * (2 * query + 2 * key + 3 * config.intermediate_size)
-    width, block_size = network.input_bias.shape[0], policy.block_size
-    return width * (network.input_weight.shape[1] / block_size + len(policy.spec.actions)) / layer
+    matrices = (network.hidden_weight, network.fact_weight[0], network.inner_weight, network.output_weight[0])
+    return sum(matrix.numel() for matrix in matrices) / policy.block_size / layer
 
 
 def _refit_static(
@@ -165,16 +166,20 @@ def _refit_static(
         start = task.compensation.to_low_rank() if isinstance(task.compensation, PackedLowRank) else task.compensation
         if not isinstance(start, LowRank):
             raise ConfigError("refit-controls", f"needs a policy with low_rank compensation, not {start.kind.value}")
-        rows = torch.zeros(task.decoder.num_layers, 1, dtype=torch.bool)
-        rows[sorted(skipped)] = True
+        plan = torch.full((task.decoder.num_layers, 1, 1), int(Action.FULL))
+        plan[sorted(skipped)] = int(Action.SKIP)
+
+        def actions_for(text: Text, compensate: Compensate) -> torch.Tensor:
+            return plan.expand(-1, *text.token_ids.shape)
+
         settings = DistillSettings(
             options.refit_controls, sequences_per_step=4, num_prompt_tokens=task.num_prompt_tokens
         )
         refitted = distill_compensation(
-            model.gradient_decoder,
+            model.dense_decoder(),
             start,
             sequences,
-            lambda batch: rows.expand(-1, sum(map(len, batch))),
+            actions_for,
             settings,
             lambda step, divergence: None,
         )

@@ -19,7 +19,7 @@ from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.rollout.task import Task
 from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.startup.fit_compensation import NUM_SEQUENCES, fit_compensation
-from dash_runtime.startup.measure import measure_costs
+from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.startup.plan_search import search_plans
 from dash_runtime.training.curve import write_whole
 from dash_runtime.training.loaded_model import SEQUENCE_LENGTH, LoadedModel
@@ -41,7 +41,10 @@ def run_search(options: argparse.Namespace) -> None:
         )
         if isinstance(compensation, LowRank):
             compensation = packed(compensation, decoder.dtype)
-    costs = measure_costs(decoder, compensation) if options.costs is None else read_costs(options.costs)
+    if options.costs is None:
+        costs = measure_costs(StepMeasurement(decoder, compensation)).table
+    else:
+        costs = read_costs(options.costs)
     if costs.num_layers != decoder.num_layers or not set(decoder.actions) <= set(costs.layer):
         raise ConfigError("costs", f"{options.costs} is of another model or another device")
     spec = PlanSpec.fixed((Action.FULL,) * decoder.num_layers, Action.FULL, costs)

@@ -5,13 +5,13 @@ Knows sequences, slots and events; knows no text and no transport. It reads cloc
 
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dash_runtime.actions import Action, CostTable
+from dash_runtime.actions import Action
 from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts, SkipOptions
 from dash_runtime.decision_trace import StepKind
 from dash_runtime.decoder.decoder import Decoder
@@ -127,11 +127,6 @@ class Engine:
             self._decode(decoding, events)
             self._verify([sequence for sequence in decoding if sequence.has_draft_to_verify], events)
         return events
-
-    def replace_costs(self, costs: CostTable) -> None:
-        """Takes another cost table of this device for requests that get their slot from now on."""
-        self._catalog.replace_costs(costs)
-        self.facts = replace(self.facts, policies=self._catalog.facts())
 
     def close(self) -> None:
         """Stops the lane."""

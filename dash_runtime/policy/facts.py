@@ -1,7 +1,7 @@
 """What a network is told beside the hidden state, written into memory that tensors share.
 
-A row has the last action, one-hot over `num_known`, then cost spent, log λ and its square, then λ times the cost of each
-action. With cold caches, writing numbers takes a fifth of the time of making a tensor. Knows tokens and actions; knows
+A row has the last action, one-hot over `num_known`; cost spent, log λ and its square; and λ times each action's cost.
+With cold caches, writing numbers takes a fifth of the time of making a tensor. Knows tokens and actions; knows
 no networks.
 """
 

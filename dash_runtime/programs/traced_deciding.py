@@ -66,9 +66,10 @@ def padded_width(width: int) -> int:
 
 
 def packed_matrix(weight: Tensor) -> Tensor:
-    """Returns one of the matrices that all layers share, in tiles; both its sides are padded, if they are widths."""
+    """Returns a hidden layer's weight, which all layers of the decoder share, in tiles."""
     out_features, in_features = weight.shape
-    padded = functional.pad(weight, (0, 0, 0, padded_width(out_features) - out_features))
+    added = padded_width(in_features) - in_features, padded_width(out_features) - out_features
+    padded = functional.pad(weight, (0, added[0], 0, added[1]))
     return FullRowMatrix.pack(padded).tiles
 
 

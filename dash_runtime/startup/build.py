@@ -5,7 +5,7 @@ budget is the same from one start to the next. Knows folders; knows no environme
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -160,7 +160,8 @@ def build_engine(
         planner = GroupPlanner(calibration.latencies(decoder, compensation, progress))
 
     def replace_costs(replaced: MeasuredCosts) -> None:
-        engine.replace_costs(replaced.table)
+        catalog.replace_costs(replaced.table)
+        engine.facts = replace(engine.facts, policies=catalog.facts())
         calibration.keep_costs(replaced)
 
     keeper = CostKeeper(costs, measurement, replace_costs, progress) if options.checks_kept_costs else None

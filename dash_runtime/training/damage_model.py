@@ -78,8 +78,15 @@ class DamageModel(nn.Module):
         """Returns the network, each layer's damages multiplied by its factor, `[num_blocks, block_size]`."""
         weight, bias = self.output_weight.clone(), self.output_bias + factors.log().unsqueeze(-1)
         weight[:, :, self._precise], bias[:, :, self._precise] = 0.0, _NOTHING
-        names = ("hidden_weight", "hidden_bias", "fact_weight", "inner_weight", "inner_bias")
-        return PolicyNetwork(*(getattr(self, name).detach().clone() for name in names), weight, bias)
+        return PolicyNetwork(
+            hidden_weight=self.hidden_weight.detach().clone(),
+            hidden_bias=self.hidden_bias.detach().clone(),
+            fact_weight=self.fact_weight.detach().clone(),
+            inner_weight=self.inner_weight.detach().clone(),
+            inner_bias=self.inner_bias.detach().clone(),
+            output_weight=weight,
+            output_bias=bias,
+        )
 
 
 def deviance(outputs: Tensor, labels: Labels) -> Tensor:

@@ -29,8 +29,6 @@ Compensate = Callable[[int, Tensor], Tensor]
 KeysValues = tuple[Tensor, Tensor]
 """Keys and values, `[batch, num_kv_heads, positions, head_dim]` each."""
 
-_MATRICES = ("query_key_value", "output", "gate_up", "down")
-
 
 @dataclass(frozen=True, slots=True)
 class Text:
@@ -235,11 +233,16 @@ class _Permuted(torch.autograd.Function):
 
 
 def _rounded(layer: LayerWeights, action: Action) -> LayerWeights:
-    matrices: dict[str, FullLinear] = {name: getattr(layer, name) for name in _MATRICES}
-    rounded = {
-        name: FullLinear(rounded_matrix(action, matrix.weight), matrix.bias) for name, matrix in matrices.items()
-    }
-    return replace(layer, **rounded)
+    def rounded(linear: FullLinear) -> FullLinear:
+        return FullLinear(rounded_matrix(action, linear.weight), linear.bias)
+
+    return replace(
+        layer,
+        query_key_value=rounded(layer.query_key_value),
+        output=rounded(layer.output),
+        gate_up=rounded(layer.gate_up),
+        down=rounded(layer.down),
+    )
 
 
 def token_batch(sequences: Sequence[Sequence[int]], num_prompt_tokens: int) -> Tensor:

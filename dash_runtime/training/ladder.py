@@ -18,9 +18,10 @@ from dash_runtime.rollout.choices import random_choice
 from dash_runtime.rollout.task import Task, path_outcome
 from dash_runtime.startup.fit_compensation import fit_compensation
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
-from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
+from dash_runtime.training.dense_decoder import Compensate, DenseDecoder, Text
 from dash_runtime.training.distill import DistillSettings, distill_compensation
 from dash_runtime.training.linear_compensation import LinearFit
+from dash_runtime.training.paths import run_path
 
 SKIPS_PER_TOKEN = 3.5
 """The skips of a budget of about 0.9 on the embedded model."""
@@ -54,7 +55,7 @@ def fit_linear(task: Task, sequences: Sequence[Sequence[int]]) -> LinearFit:
 
 def climb(
     task: Task,
-    decoder: DifferentiableDecoder,
+    decoder: DenseDecoder,
     fitting: Sequence[Sequence[int]],
     held_out: Sequence[Sequence[int]],
     ranks: Sequence[int],
@@ -97,7 +98,7 @@ def _judge(name: str, task: Task, compensation: Compensation, held_out: Sequence
 
 def _distil(
     task: Task,
-    decoder: DifferentiableDecoder,
+    decoder: DenseDecoder,
     start: LowRank,
     sequences: Sequence[Sequence[int]],
     settings: DistillSettings,
@@ -105,12 +106,11 @@ def _distil(
 ) -> LowRank:
     choose = random_choice(_rates(task), settings.seed)
 
-    def skipped(batch: list[list[int]]) -> Tensor:
-        served = replace(task, compensation=packed(start, task.decoder.dtype))
-        return served.roll_out(batch, choose).actions == int(Action.SKIP)
+    def skips(text: Text, compensate: Compensate) -> Tensor:
+        return run_path(decoder, text, task.spec, compensate, choose).actions
 
     def report(step: int, divergence: float) -> None:
         if step % 20 == 0:
             progress(f"distilling, step {step} of {settings.steps}: divergence {divergence:.3f}")
 
-    return distill_compensation(decoder, start, sequences, skipped, settings, report)
+    return distill_compensation(decoder, start, sequences, skips, settings, report)

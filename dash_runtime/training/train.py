@@ -20,7 +20,7 @@ from dash_runtime.errors import ConfigError
 from dash_runtime.layers.compensation import LowRank, PackedLowRank, packed
 from dash_runtime.policy.network import PolicyNetwork, facts_of
 from dash_runtime.policy.plan_spec import PlanSpec
-from dash_runtime.rollout.choices import greedy_choice, skip_choice
+from dash_runtime.rollout.choices import greedy_choice
 from dash_runtime.rollout.rollout import Choose, costs_by_action
 from dash_runtime.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from dash_runtime.training.damage_model import FitSettings, fit_damages
@@ -173,9 +173,9 @@ class Trainer:
         labels: list[Labels] = []
         order = torch.randperm(len(spec.free_layers), generator=generator)[: settings.changes].tolist()
         for layer in (spec.free_layers[place] for place in order):
-            # Half of the changes are skips: most of the damage is theirs, and most of what there is to learn.
+            # Most changes are skips: most of the damage is theirs, and most of what there is to learn.
             kernels = [action for action in spec.actions[:-1] if action is not Action.SKIP]
-            draw = int(torch.randint(2 * max(1, len(kernels)), (1,), generator=generator))
+            draw = int(torch.randint(4 * max(1, len(kernels)), (1,), generator=generator))
             action = kernels[draw] if draw < len(kernels) else Action.SKIP
             others = labeller.others(layer, action)
             own, change = labeller.measure(layer, others)
@@ -186,7 +186,8 @@ class Trainer:
 
     def _choice(self, network: PolicyNetwork | None, log_price: Tensor) -> Choose:
         if network is None:
-            return skip_choice(frozenset(), max(self._spec.actions))
+            precise = int(max(self._spec.actions))
+            return lambda block, hidden, *_: torch.full((len(block), len(hidden)), precise)
         return greedy_choice(self._spec, network, log_price)
 
     def _by_token(self, log_prices: Tensor, text: Text) -> Tensor:

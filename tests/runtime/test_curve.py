@@ -15,7 +15,7 @@ from dash_runtime.training.curve import CurveRow, TrainingCurve, read_curve, wri
 
 
 def row(iteration: int) -> CurveRow:
-    return CurveRow(iteration, 0.85, 0.9125, 0.104, 0.81, 0.6, 0.02, 2.5 * (iteration + 1))
+    return CurveRow(iteration, 1000.0, 0.95, 0.02, 0.9125, 0.104, 0.81, 0.6, 2.5 * (iteration + 1))
 
 
 def rows(count: int) -> list[CurveRow]:

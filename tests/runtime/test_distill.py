@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
-from dash_runtime.training.ppo import TrainingDiverged
 from torch import Tensor
 
+from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.compensation import LowRank
-from dash_runtime.training.distill import DistillSettings, distill_compensation, gated_divergence
+from dash_runtime.training.dense_decoder import Compensate, DenseDecoder, Text
+from dash_runtime.training.distill import DistillSettings, distill_compensation, path_divergence
+from dash_runtime.training.loss import TrainingDiverged
 from tests.tiny_models import VOCAB_SIZE
 
 LENGTH, PROMPT, RANK = 24, 4, 8
@@ -21,8 +22,8 @@ SETTINGS = DistillSettings(steps=100, sequences_per_step=8, learning_rate=1e-2, 
 
 
 @pytest.fixture(scope="module")
-def decoder(tiny_folder: Path) -> DifferentiableDecoder:
-    return DifferentiableDecoder(load_model_config(tiny_folder), open_weights(tiny_folder), dtype=torch.float32)
+def decoder(tiny_folder: Path) -> DenseDecoder:
+    return DenseDecoder(load_model_config(tiny_folder), open_weights(tiny_folder), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def sequences() -> list[list[int]]:
     return torch.randint(VOCAB_SIZE, (200, LENGTH), generator=torch.Generator().manual_seed(8)).tolist()
 
 
-def fresh(decoder: DifferentiableDecoder, size: float = 0.0) -> LowRank:
+def fresh(decoder: DenseDecoder, size: float = 0.0) -> LowRank:
     """Returns a map with a random `down`, and `up` and offsets of the given size; with size 0 it is the identity."""
     generator = torch.Generator().manual_seed(3)
     num_layers, hidden_size = decoder.num_layers, decoder.config.hidden_size
@@ -39,11 +40,11 @@ def fresh(decoder: DifferentiableDecoder, size: float = 0.0) -> LowRank:
     return LowRank(down, up, torch.zeros(num_layers, hidden_size))
 
 
-def always(batch: list[list[int]]) -> Tensor:
+def always(text: Text, compensate: Compensate) -> Tensor:
     """Skips the same layers for every token."""
-    skipped = torch.zeros(6, len(batch) * LENGTH, dtype=torch.bool)
-    skipped[SKIPPED_LAYERS] = True
-    return skipped
+    actions = torch.full((6, *text.token_ids.shape), int(Action.FULL))
+    actions[SKIPPED_LAYERS] = int(Action.SKIP)
+    return actions
 
 
 def ignore(*_: object) -> None:
@@ -51,12 +52,13 @@ def ignore(*_: object) -> None:
 
 
 @torch.no_grad()
-def mean_divergence(decoder: DifferentiableDecoder, compensation: LowRank, batch: list[list[int]]) -> float:
-    return float(gated_divergence(decoder, torch.tensor(batch), always(batch), compensation, PROMPT).mean())
+def mean_divergence(decoder: DenseDecoder, compensation: LowRank, batch: list[list[int]]) -> float:
+    text = decoder.text(torch.tensor(batch), PROMPT)
+    return float(path_divergence(decoder, text, always(text, compensation), compensation).mean())
 
 
 def test_distillation_lowers_the_divergence_of_fixed_skips_on_other_text_too(
-    decoder: DifferentiableDecoder, sequences: list[list[int]]
+    decoder: DenseDecoder, sequences: list[list[int]]
 ) -> None:
     start, told = fresh(decoder), []
     trained = distill_compensation(
@@ -71,16 +73,14 @@ def test_distillation_lowers_the_divergence_of_fixed_skips_on_other_text_too(
     torch.testing.assert_close(trained.down[untouched], start.down[untouched])
 
 
-def test_a_few_sequences_are_learned_nearly_by_heart(
-    decoder: DifferentiableDecoder, sequences: list[list[int]]
-) -> None:
+def test_a_few_sequences_are_learned_nearly_by_heart(decoder: DenseDecoder, sequences: list[list[int]]) -> None:
     few = sequences[:4]
     trained = distill_compensation(decoder, fresh(decoder), few, always, SETTINGS, ignore)
     assert mean_divergence(decoder, trained, few) < 0.4 * mean_divergence(decoder, fresh(decoder), few)
 
 
 def test_the_same_seed_gives_the_same_compensation_and_another_seed_another(
-    decoder: DifferentiableDecoder, sequences: list[list[int]]
+    decoder: DenseDecoder, sequences: list[list[int]]
 ) -> None:
     short = replace(SETTINGS, steps=4)
     first, again, other = (
@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_compensation_and_another_seed_another(
 
 
 def test_the_best_on_held_out_text_is_kept_so_that_it_never_gets_worse(
-    decoder: DifferentiableDecoder, sequences: list[list[int]]
+    decoder: DenseDecoder, sequences: list[list[int]]
 ) -> None:
     start = fresh(decoder)
     wild = replace(SETTINGS, steps=6, learning_rate=30.0, evaluate_every=2)
@@ -105,28 +105,29 @@ def test_the_best_on_held_out_text_is_kept_so_that_it_never_gets_worse(
 def test_the_plan_of_each_batch_is_asked_for_and_the_result_is_in_float32(
     tiny_folder: Path, sequences: list[list[int]]
 ) -> None:
-    decoder = DifferentiableDecoder(load_model_config(tiny_folder), open_weights(tiny_folder), dtype=torch.bfloat16)
+    decoder = DenseDecoder(load_model_config(tiny_folder), open_weights(tiny_folder), dtype=torch.bfloat16)
     asked: list[list[list[int]]] = []
 
-    def nothing(batch: list[list[int]]) -> Tensor:
-        asked.append(batch)
-        return torch.zeros(6, len(batch) * LENGTH, dtype=torch.bool)
+    def nothing(text: Text, compensate: Compensate) -> Tensor:
+        asked.append(text.token_ids.tolist())
+        return torch.full((6, *text.token_ids.shape), int(Action.FULL))
 
     start = fresh(decoder, 0.1)
     trained = distill_compensation(decoder, start, sequences, nothing, replace(SETTINGS, steps=3), ignore)
     assert [len(batch) for batch in asked] == [8, 8, 8]
-    assert all(ids in sequences for batch in asked for ids in batch)
+    decided = [ids[PROMPT:] for ids in sequences]
+    assert all(ids in decided for batch in asked for ids in batch)
     assert {tensor.dtype for tensor in trained.tensors().values()} == {torch.float32}
     torch.testing.assert_close(trained.up.float(), start.up, atol=0, rtol=2**-7)  # nothing was skipped or learned
 
 
-def test_what_is_not_a_number_stops_the_training(decoder: DifferentiableDecoder, sequences: list[list[int]]) -> None:
+def test_what_is_not_a_number_stops_the_training(decoder: DenseDecoder, sequences: list[list[int]]) -> None:
     broken = replace(fresh(decoder), offsets=torch.full((6, decoder.config.hidden_size), torch.nan))
     with pytest.raises(TrainingDiverged, match="not a number"):
         distill_compensation(decoder, broken, sequences, always, SETTINGS, ignore)
 
 
-def test_unusable_settings_and_answers_are_refused(decoder: DifferentiableDecoder, sequences: list[list[int]]) -> None:
+def test_unusable_settings_and_answers_are_refused(decoder: DenseDecoder, sequences: list[list[int]]) -> None:
     for field, value in (("steps", 0), ("learning_rate", 0.0), ("warmup_share", 2.0), ("num_prompt_tokens", -1)):
         with pytest.raises(ConfigError, match=field):
             DistillSettings(**{field: value})
@@ -134,8 +135,12 @@ def test_unusable_settings_and_answers_are_refused(decoder: DifferentiableDecode
         distill_compensation(
             decoder, fresh(decoder), sequences, always, replace(SETTINGS, num_prompt_tokens=LENGTH), ignore
         )
+
+    def too_few_layers(text: Text, compensate: Compensate) -> Tensor:
+        return always(text, compensate)[1:]
+
     with pytest.raises(ConfigError, match="actions_for"):
-        distill_compensation(decoder, fresh(decoder), sequences, lambda batch: always(batch)[:, 1:], SETTINGS, ignore)
+        distill_compensation(decoder, fresh(decoder), sequences, too_few_layers, SETTINGS, ignore)
 
 
 def test_the_learning_rate_rises_and_then_falls() -> None:

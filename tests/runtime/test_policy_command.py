@@ -26,7 +26,7 @@ def trained(tiny_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def train_arguments(model: Path, text: Path, out: Path, *more: str) -> list[str]:
-    small = ["--iterations", "3", "--rank", "4", "--refit-steps", "2", "--block-size", "2", "--actions", "skip,full"]
+    small = ["--rounds", "3", "--batches", "1", "--rank", "4", "--distill-steps", "1", "--actions", "skip,full"]
     return ["train", *common(model, text), "--out", str(out), *small, *more]
 
 
@@ -95,17 +95,6 @@ def test_the_ladder_has_every_rung_and_its_last_one_can_be_trained_from(
     assert [rung["name"] for rung in rungs] == names
     start = ["--compensation", str(tmp_path / "fit" / "compensation.safetensors")]
     assert main(train_arguments(tiny_folder, text, tmp_path / "run", *start)) == 0
-
-
-def test_the_straight_through_control_is_a_policy_file_too(
-    tiny_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(train_arguments(tiny_folder, text, tmp_path, "--learner", "straight-through")) == 0
-    capsys.readouterr()
-    assert main(["inspect", *common(tiny_folder, text), "--policy", str(tmp_path / "policy.safetensors")]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["actions"] == ["SKIP", "FULL"]
-    assert facts["block_size"] == 2
 
 
 def test_calibrating_writes_another_file_with_its_own_budgets(trained: Path, tiny_folder: Path, text: Path) -> None:
