@@ -86,4 +86,5 @@ def _named(part: PolicyNetwork | SpoiltContext) -> dict[str, Tensor]:
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    # Copies: products round differently by where a tensor lies in memory, and a file's tensors lie anywhere.
+    return {name.removeprefix(prefix): tensor.clone() for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -49,7 +49,7 @@ def compile_model(folder: Path) -> CompiledModel:
     """Makes the model below `folder`: full and sliding attention and biases in one, as all layers share programs."""
     model = save_tiny_model(folder / "model", "qwen2-sliding-window", **SIZES)
     config = load_model_config(model)
-    policy = random_policy(model, BUDGETS)
+    policy = random_policy(model, BUDGETS, block_size=1)
     policy_file = folder / "policy.safetensors"
     save_policy(policy_file, policy, model_fingerprint(config, open_weights(model)))
     specs = [*program_specs(config, ALL_ACTIONS, NUM_THREADS), *PolicyPrograms(config, policy, NUM_THREADS, None).specs]

@@ -40,7 +40,7 @@ class Setting:
 def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
     folder = save_tiny_model(tmp_path_factory.mktemp("fused") / "llama", "llama", **SIZES)
     config = load_model_config(folder)
-    policy = random_policy(folder)
+    policy = random_policy(folder, block_size=1)
     specs = program_specs(config, ALL_ACTIONS, 1)
     decoder = decoder_of(folder, config, InductorBackend(config.block, _uncompiled(specs), shares_products=False))
     if request.param == "low rank":
