@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from benchmarks.gpu import (
-    ADAPTIVE,
     BATCH_SIZES,
     FULL_DEPTH,
     PARITY_TOKENS,
     Engines,
+    adaptive,
     build,
     device_parity,
     equal_tokens,
@@ -46,7 +46,7 @@ def test_only_the_tokens_before_the_first_difference_count_as_equal() -> None:
 def test_a_batch_of_any_measured_size_decodes_in_the_same_steps(engines: Engines) -> None:
     for size in BATCH_SIZES:
         prompts = [PROMPTS[place % len(PROMPTS)] for place in range(size)]
-        run = generate(engines[LaneKind.INLINE], prompts, 5, ADAPTIVE)
+        run = generate(engines[LaneKind.INLINE], prompts, 5, adaptive(engines[LaneKind.INLINE]))
         assert [len(tokens) for tokens in run.tokens] == [5] * size
         assert 0 < run.exposed_seconds < run.step_seconds
 
