@@ -15,7 +15,7 @@ from tests.tiny_models import save_tiny_model
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 272}
 """Small sizes that the programs can stand for."""
 NUM_THREADS = 2
-BUDGETS = (0.5, 0.9)
+BUDGETS = (0.5, 0.85)
 
 
 @dataclass(frozen=True)
