@@ -16,7 +16,7 @@ from tests.runtime.support import ALL_ACTIONS, load_decoder, some_affine, some_c
 NAME = "random-network"
 
 
-def random_policy(folder: Path, budgets: tuple[float, float] = (0.5, 0.85), block_size: int = 2) -> LearnedPolicy:
+def random_policy(folder: Path, budgets: tuple[float, float] = (0.25, 0.85), block_size: int = 2) -> LearnedPolicy:
     """Returns a policy for the model in `folder`."""
     generator = torch.Generator().manual_seed(5)
     width, embedding_size = 16, 4
