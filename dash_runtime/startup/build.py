@@ -143,7 +143,14 @@ def build_engine(
     )
     plans: Sequence[MeasuredPlan] = ()
     if not any(policy.plans for policy in learned if not policy.is_drafter):
-        plans = calibration.plans(decoder, tokenizer_file(folder), costs.table, compensation, progress)
+
+        def eager_decoder() -> Decoder:
+            if inductor is None:
+                return decoder
+            return make_decoder(model, weights, actions, dtype=dtype, device=device, context_length=context_length)
+
+        plans = calibration.plans(actions, eager_decoder, tokenizer_file(folder), costs.table, compensation, progress)
+        settle_memory()
     verification_costs = calibration.verification_costs(decoder, progress)
     catalog = PolicyCatalog(
         costs.table,

@@ -127,13 +127,24 @@ class DeviceCalibration:
         _write_json(self._costs_file, costs.to_json())
 
     def plans(
-        self, decoder: Decoder, tokenizer: Path, costs: CostTable, compensation: Compensation, progress: Progress
+        self,
+        supported: Sequence[Action],
+        eager_decoder: Callable[[], Decoder],
+        tokenizer: Path,
+        costs: CostTable,
+        compensation: Compensation,
+        progress: Progress,
     ) -> tuple[MeasuredPlan, ...]:
-        """Returns the best fixed plans by ascending cost, searched on a little text."""
-        actions = [action.name for action in decoder.actions]
+        """Returns the best fixed plans by ascending cost, searched on a little text.
+
+        The search runs many rows at once, which takes a decoder whose kernels for them are packed: `eager_decoder`
+        makes one, if nothing was kept.
+        """
+        actions = [action.name for action in supported]
         kept = _read(self._plans_file, partial(_plans_from_json, actions=actions))
         if kept is not None:
             return kept
+        decoder = eager_decoder()
         length = min(_SEARCH_LENGTH, decoder.config.context_length)
         sequences = default_token_sequences(tokenizer, _SEARCH_SEQUENCES, length)
         if not sequences:
