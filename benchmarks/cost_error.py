@@ -1,4 +1,4 @@
-"""How far what answers say they cost is from what they took, served, mode by mode.
+"""Measures how far what answers say they cost is from what they took, served, mode by mode.
 
 As a program it does the same after a first start beside a busy process: `python -m benchmarks.cost_error --busy`.
 Knows a server and its clients; knows no engine.

@@ -39,7 +39,7 @@ _FIRST_SPREAD = 1.0
 _LEAST = 1e-9
 """Anything smaller would be a mistake of a clock or of a table, and has no logarithm."""
 _KEPT_SHARE = 0.9
-"""What is left of the evidence after each further epoch: about ten epochs count."""
+"""Share of the evidence that is left after each further epoch: about ten epochs count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,10 +198,8 @@ class CostFit:
         return found
 
     def _cost(self, step: StepTime) -> float:
-        costs, plan = self.costs, step.plan
-        layers = sum(plan.count(action) * costs.layer[action] for action in self._actions)
-        cost = layers + costs.head[step.head] + costs.fixed + step.num_evaluations * costs.evaluation
-        return max(cost, _LEAST)
+        counts = {action: step.plan.count(action) for action in self._actions}
+        return max(self.costs.mean_cost(counts, step.head, step.num_evaluations), _LEAST)
 
     def _work(self, of: tuple[int, Action, float, int], shares: dict[Action, float]) -> Vector:
         """Returns the work of a step: layers, head, evaluations and positions, its layers shared out so."""

@@ -1,4 +1,4 @@
-"""How often answers are right, and how many of them differ from full depth's, with bootstrap intervals.
+"""Counts how often answers are right, and how many of them differ from full depth's, with bootstrap intervals.
 
 Knows answers, question by question; knows no models.
 """
@@ -21,14 +21,14 @@ class Answers:
 
     metric: str
     given: tuple[Hashable, ...]
-    """What was answered; equal if the answers are the same."""
+    """The answers, in a form that is equal if they are the same."""
     is_right: tuple[bool, ...]
     num_decided: int
     """Tokens that a policy or plan could decide."""
     total_cost: float
     """Summed over these tokens."""
     log_likelihoods: tuple[float, ...] | None = None
-    """Of the right answers, in nats; None if they were not measured."""
+    """Log-likelihoods of the right answers, in nats; None if they were not measured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from dash_runtime.startup.plan_search import search_plans
 
 
 class RowKind(StrEnum):
-    """What decides the actions of a row of the table."""
+    """The source of the actions of a row of the table."""
 
     POLICY = "policy"
     FIXED = "fixed"

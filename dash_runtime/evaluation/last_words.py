@@ -15,7 +15,7 @@ _SENTENCE_END = re.compile(r"(?<=\s)([^\W\d_]{3,})[.!?](?=\s|$)")
 _MIN_WORDS = 20
 """Words of context before the last one."""
 _MAX_TOKENS = 128
-"""Of a passage; a longer one loses its beginning."""
+"""Limit of a passage; a longer one loses its beginning."""
 
 
 def last_word_passages(path: Path, encode: Encode, num_prompt: int, count: int) -> list[Passage]:

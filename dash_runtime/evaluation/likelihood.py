@@ -13,11 +13,11 @@ from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.full_path import sequence_rows
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import FixedPlan, full_depth
+from dash_runtime.rollout.choices import no_choice
 from dash_runtime.rollout.rollout import Choose, roll_out
 
 Encode = Callable[[str], Sequence[int]]
@@ -78,18 +78,15 @@ def plan_runner(
     max_rows: int = 1024,
 ) -> Run:
     """Returns a runner of a fixed plan. Arguments and errors are those of `rollout_runner`."""
-    cost = costs.token_cost(plan.plan, plan.head)
-
-    def path(sequences: Sequence[Sequence[int]], decided: Tensor) -> tuple[Tensor, Tensor]:
-        batch = sequence_rows(decoder, sequences, plan.compensation, plan.kv_action)
-        hidden = decoder.embed([token_id for ids in sequences for token_id in ids])
-        is_decided = decided.tolist()
-        for layer, action in enumerate(plan.plan):
-            actions = [action if own else Action.FULL for own in is_decided]
-            hidden = decoder.run_layer(layer, actions, hidden, batch)
-        return hidden, torch.full((batch.num_rows,), cost)
-
-    return _runner(decoder, path, plan.head, context_length, decides_first, max_rows)
+    return rollout_runner(
+        decoder,
+        PlanSpec.fixed(plan.plan, plan.head, costs),
+        plan.compensation,
+        no_choice,
+        context_length=context_length,
+        decides_first=decides_first,
+        max_rows=max_rows,
+    )
 
 
 def rollout_runner(

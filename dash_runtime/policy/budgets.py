@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.policy.draft_length import USUAL_LENGTHS, USUAL_VERIFICATION_COST, drafting_gain
+from dash_runtime.policy.pareto import undominated
 from dash_runtime.policy.plan_spec import PlanSpec
 
 HARMLESS = 0.05
@@ -84,11 +85,8 @@ class Budgets:
     @classmethod
     def of(cls, points: list[BudgetPoint]) -> "Budgets":
         """Leaves out points that another beats in cost and divergence, and those that cost more than full depth."""
-        kept: list[BudgetPoint] = []
-        for point in sorted(points, key=lambda point: (point.cost, point.divergence)):
-            if not kept or (point.cost <= 1 and kept[-1].cost < point.cost and point.divergence < kept[-1].divergence):
-                kept.append(point)
-        return cls(tuple(kept))
+        affordable = [point for point in points if point.cost <= 1] or sorted(points, key=_rank)[:1]
+        return cls(tuple(undominated(affordable, _rank)))
 
     @property
     def lowest(self) -> float:
@@ -127,3 +125,7 @@ class Budgets:
             if low.cost <= budget < high.cost:
                 return value(low) + (budget - low.cost) / (high.cost - low.cost) * (value(high) - value(low))
         return value(self.points[0] if budget < self.points[0].cost else self.points[-1])
+
+
+def _rank(point: BudgetPoint) -> tuple[float, float]:
+    return point.cost, point.divergence

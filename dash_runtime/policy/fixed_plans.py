@@ -9,6 +9,7 @@ from typing import Any
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.errors import ConfigError
+from dash_runtime.policy.pareto import undominated
 from dash_runtime.policy.policy import FULL_DEPTH_NAME, Actions, fixed_head
 
 _MAX_DIVERGENCE = 1e3
@@ -102,8 +103,4 @@ def _is_same(plan: MeasuredPlan, other: MeasuredPlan) -> bool:
 
 def not_dominated(plans: Iterable[MeasuredPlan], costs: CostTable) -> list[MeasuredPlan]:
     """Returns the plans that no other beats in cost and divergence, by ascending cost."""
-    kept: list[MeasuredPlan] = []
-    for plan in sorted(plans, key=lambda plan: (plan.cost(costs), plan.divergence)):
-        if not kept or plan.divergence < kept[-1].divergence:
-            kept.append(plan)
-    return kept
+    return undominated(plans, lambda plan: (plan.cost(costs), plan.divergence))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dash_runtime.actions import CostTable
 from dash_runtime.policy.budgets import HARMLESS, Budgets
 from dash_runtime.policy.fixed_plans import MeasuredPlan, not_dominated, usable
+from dash_runtime.policy.pareto import undominated
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,8 @@ class Frontier:
         self._plans = [Choice(plan.cost(costs), plan.divergence, plan) for plan in best]
         self._budgets = budgets
         learned = [] if budgets is None else [self._learned(point.cost) for point in budgets.points if point.cost <= 1]
-        points: list[Choice] = []
         # A plan comes before a policy that is as good: it is evaluated for nothing.
-        for choice in sorted([*self._plans, *learned], key=lambda own: (own.cost, own.divergence, own.plan is None)):
-            if not points or choice.divergence < points[-1].divergence:
-                points.append(choice)
+        points = undominated([*self._plans, *learned], lambda own: (own.cost, own.divergence, own.plan is None))
         self.points: tuple[Choice, ...] = tuple(points)
         """What no other point beats in cost and divergence, by ascending cost."""
 

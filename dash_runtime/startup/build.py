@@ -17,7 +17,6 @@ from dash_runtime.config import (
     EngineConfig,
     GenerationRequest,
     Mode,
-    ModelFacts,
     SkipOptions,
     StoppingParameters,
 )
@@ -46,6 +45,7 @@ from dash_runtime.progress import Progress
 from dash_runtime.startup.calibration import DeviceCalibration
 from dash_runtime.startup.cost_keeper import CostKeeper
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
+from dash_runtime.startup.model_facts import model_facts
 from dash_runtime.startup.policy_programs import PolicyPrograms
 from dash_runtime.startup.process_memory import settle_memory
 from dash_runtime.startup.row_parity import unequal_counts
@@ -150,7 +150,6 @@ def build_engine(
             return make_decoder(model, weights, actions, dtype=dtype, device=device, context_length=context_length)
 
         plans = calibration.plans(actions, eager_decoder, tokenizer_file(folder), costs.table, compensation, progress)
-        settle_memory()
     verification_costs = calibration.verification_costs(decoder, progress)
     catalog = PolicyCatalog(
         costs.table,
@@ -190,20 +189,7 @@ def assemble_engine(
 
     Sequences end at `eos_token_ids`; None means the model's own.
     """
-    model = decoder.config
-    facts = ModelFacts(
-        name=model.name,
-        architecture=model.architecture,
-        num_layers=model.num_layers,
-        vocab_size=model.vocab_size,
-        context_length=context_length,
-        cache_tokens=config.cache_tokens,
-        num_slots=config.num_slots,
-        eos_token_ids=model.eos_token_ids if eos_token_ids is None else eos_token_ids,
-        actions=decoder.actions,
-        policies=catalog.facts(),
-        device=device_of(decoder.device).describe(),
-    )
+    facts = model_facts(decoder, config, catalog.facts(), context_length, eos_token_ids)
     lane = make_lane(config.lane, device_of(decoder.device))
     return Engine(decoder, catalog, lane, facts, config, planner, cost_watch)
 

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts, SkipOptions, StoppingParameters
+from dash_runtime.config import EngineConfig, GenerationRequest, SkipOptions, StoppingParameters
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.devices import device_of
 from dash_runtime.engine.cost_fit import GROUP, STANDARD_POSITIONS, MeasuredCosts, fit_costs
@@ -29,6 +29,7 @@ from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy import FixedPlan, cheapest_kernel, full_depth
 from dash_runtime.startup.measure import filled_caches, timed
+from dash_runtime.startup.model_facts import model_facts
 
 ROUNDS = 8
 SECONDS = 20.0
@@ -161,24 +162,12 @@ class StepMeasurement:
 
     def _make_engine(self) -> Engine:
         decoder, (num_prompt, num_new) = self._decoder, self._request_tokens
-        model, device = decoder.config, device_of(decoder.device)
         config = EngineConfig(
             num_slots=1, cache_tokens=num_prompt + num_new, prefix_cache_tokens=num_prompt, group_planner=False
         )
-        facts = ModelFacts(
-            name=model.name,
-            architecture=model.architecture,
-            num_layers=model.num_layers,
-            vocab_size=model.vocab_size,
-            context_length=decoder.context_length,
-            cache_tokens=config.cache_tokens,
-            num_slots=config.num_slots,
-            eos_token_ids=frozenset(),
-            actions=decoder.actions,
-            policies=(),
-            device=device.describe(),
-        )
-        return Engine(decoder, self._catalog, make_lane(None, device), facts, config, cost_watch=self._steps)
+        facts = model_facts(decoder, config, (), decoder.context_length, frozenset())
+        lane = make_lane(None, device_of(decoder.device))
+        return Engine(decoder, self._catalog, lane, facts, config, cost_watch=self._steps)
 
 
 def measure_costs(

@@ -83,7 +83,7 @@ class _Layer:
 
 @dataclass(frozen=True, slots=True)
 class _Skips:
-    """How rows with one compensation skip layers."""
+    """The programs and inputs with which rows of one compensation skip layers."""
 
     compensation: Compensation
     """Kept, since its id is the key under which this is found."""
