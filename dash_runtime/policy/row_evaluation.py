@@ -14,7 +14,7 @@ from dash_runtime.policy.network import NUM_SCALAR_FEATURES, FoldedNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Actions, Token
 from dash_runtime.programs.program_cache import Program
-from dash_runtime.programs.traced_deciding import packed_network
+from dash_runtime.programs.traced_deciding import packed_matrix, packed_terms
 
 
 class NetworkInputs:
@@ -22,13 +22,12 @@ class NetworkInputs:
 
     def __init__(self, network: FoldedNetwork, spec: PlanSpec) -> None:
         self.num_known = network.fact_weight.shape[0] - NUM_SCALAR_FEATURES
-        self.by_layer: dict[int, Sequence[Tensor]] = {}
-        hidden_weight: Tensor | None = None
+        matrix = packed_matrix(network.hidden_weight)  # all layers read the same memory
         blocks = zip(spec.decision_blocks, network.block_terms, network.output_weight, network.output_bias, strict=True)
-        for (layer, *_), terms, weight, bias in blocks:
-            tiles, others = packed_network(network.hidden_weight, terms, network.fact_weight, weight, bias)
-            hidden_weight = tiles if hidden_weight is None else hidden_weight  # all layers read the same memory
-            self.by_layer[layer] = hidden_weight, others
+        self.by_layer = {
+            layer: (matrix, packed_terms(terms, network.fact_weight, weight, bias))
+            for (layer, *_), terms, weight, bias in blocks
+        }
 
 
 class RowEvaluation:
@@ -37,10 +36,8 @@ class RowEvaluation:
     def __init__(self, network: NetworkInputs, spec: PlanSpec, programs: Mapping[Action, Program]) -> None:
         self.programs = programs
         self.inputs: Sequence[Tensor] = ()
-        num_actions = len(spec.actions)
-        self._first_price = network.num_known + NUM_SCALAR_FEATURES
-        self._first_result = self._first_price + num_actions
-        self._numbers, exchanged = shared_floats(self._first_result + 1 + num_actions)
+        self._first_result = network.num_known + NUM_SCALAR_FEATURES
+        self._numbers, exchanged = shared_floats(self._first_result + 1 + len(spec.actions))
         self._scores = self._numbers[self._first_result + 1 :]
         self._facts = RowFacts(self._numbers, network.num_known)
         layers = range(spec.num_layers + 1)
@@ -49,15 +46,12 @@ class RowEvaluation:
         ]
         self._layer_costs: Mapping[Action, float] = {}
         self._cost_spent = 0.0
-        self._actions = spec.actions
         self._alone: list[Actions] = [(action,) for action in spec.actions]
 
     def begin(self, token: Token, costs: CostTable) -> None:
-        """Begins a token. The table is for the share of cost already spent, and for the price of each action."""
+        """Begins a token. The table is for the share of cost already spent."""
         self._layer_costs, self._cost_spent = costs.layer, 0.0
         self._facts.begin(token)
-        for place, action in enumerate(self._actions, self._first_price):
-            self._numbers[place] = token.price * costs.layer[action]
 
     def observe(self, layer: int, action: Action) -> None:
         """Takes in the action of a layer, in whose program the next `layer` is decided."""

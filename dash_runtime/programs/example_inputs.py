@@ -14,7 +14,7 @@ from dash_runtime.linears.dense_linear import FullLinear, make_full_linear
 from dash_runtime.linears.row_kernels import RowMatrix, pack_row_matrix
 from dash_runtime.programs.kv_blocks import BLOCK_TOKENS, attended_blocks
 from dash_runtime.programs.packing import WeightPacking
-from dash_runtime.programs.traced_deciding import DecidingLayer, packed_network
+from dash_runtime.programs.traced_deciding import DecidingLayer, packed_matrix, packed_terms
 from dash_runtime.programs.traced_layer import FewRowsLayer, Head, ModelShape, RowsAttention, RowsNorm
 from dash_runtime.programs.traced_policy import FewRowsPolicy, PolicyShape
 from dash_runtime.programs.traced_skip import SkippedLayer, SkippedRows
@@ -77,10 +77,11 @@ def skip_rows_sample(shape: ModelShape, action: Action, rank: int) -> Sample:
 def deciding_sample(layer: Sample, policy: PolicyShape) -> Sample:
     """Returns the sample of a layer that also evaluates a policy."""
     module, inputs, varying = layer
-    sizes = [(policy.width, policy.hidden_size), (policy.width,), (policy.num_facts, policy.width)]
+    sizes: list[tuple[int, ...]] = [(policy.width,), (policy.num_facts, policy.width)]
     sizes += [(policy.num_actions, policy.width), (policy.num_actions,)]
-    exchanged = torch.zeros(policy.num_facts + 2 * policy.num_actions + 1)
-    evaluation = (exchanged, *packed_network(*map(torch.zeros, sizes)))
+    matrix = packed_matrix(torch.zeros(policy.width, policy.hidden_size))
+    exchanged = torch.zeros(policy.num_facts + 1 + policy.num_actions)
+    evaluation = (exchanged, matrix, packed_terms(*map(torch.zeros, sizes)))
     return DecidingLayer(module, policy), (inputs, evaluation), (varying, _fixed(evaluation))
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from dash_runtime.actions import Action
 from dash_runtime.linears.row_kernels import TILE, FullRowMatrix, row_product
-from dash_runtime.programs.traced_policy import PolicyShape, action_scores
+from dash_runtime.programs.traced_policy import PolicyShape
 
 
 class DecidingLayer(nn.Module):
@@ -24,17 +24,18 @@ class DecidingLayer(nn.Module):
     def forward(self, layer_inputs: tuple[Tensor, ...], evaluation: tuple[Tensor, ...]) -> Tensor:
         """Returns the layer's output. `layer_inputs` begin with its input, `[1, hidden_size]`.
 
-        The evaluation's inputs are float32: `exchanged` with facts, priced costs and, to be written, the index of the
-        best action and the scores, `[num_facts + 2 * num_actions + 1]`; and the network (`packed_network`).
+        The evaluation's inputs are float32: `exchanged` with the facts and, to be written, the index of the best
+        action and the scores, `[num_facts + 1 + num_actions]`; and the network
+        (`packed_matrix` and `packed_terms`).
         """
         exchanged, hidden_weight, others = evaluation
         shape = self._policy
-        facts, priced, _ = exchanged.split((shape.num_facts, shape.num_actions, 1 + shape.num_actions))
-        exchanged[-1 - shape.num_actions :] = self._evaluate(layer_inputs[0], facts, priced, hidden_weight, others)
+        facts = exchanged[: shape.num_facts]
+        exchanged[-1 - shape.num_actions :] = self._evaluate(layer_inputs[0], facts, hidden_weight, others)
         output: Tensor = self._layer(*layer_inputs)
         return output
 
-    def _evaluate(self, hidden: Tensor, facts: Tensor, priced: Tensor, hidden_weight: Tensor, others: Tensor) -> Tensor:
+    def _evaluate(self, hidden: Tensor, facts: Tensor, hidden_weight: Tensor, others: Tensor) -> Tensor:
         shape = self._policy
         width = padded_width(shape.width)
         sizes = (width, shape.num_facts * width, shape.num_actions * width, shape.num_actions)
@@ -47,8 +48,7 @@ class DecidingLayer(nn.Module):
         inner = functional.silu(terms + known + products * scale)
         # One after another: the sums share a loop, and a handful of numbers needs none.
         rows = output_weight.view(-1, width).unbind()
-        outputs = [(inner * row).sum(-1) + bias for row, bias in zip(rows, output_bias.split(1), strict=True)]
-        scores = [action_scores(*own) for own in zip(outputs, priced.split(1), strict=True)]
+        scores = [(inner * row).sum(-1) + bias for row, bias in zip(rows, output_bias.split(1), strict=True)]
         best, chosen = scores[0], torch.zeros_like(scores[0])
         for index, score in enumerate(scores[1:], 1):
             chosen = torch.where(score > best, float(index), chosen)
@@ -61,12 +61,14 @@ def padded_width(width: int) -> int:
     return -(-width // TILE) * TILE
 
 
-def packed_network(
-    hidden_weight: Tensor, terms: Tensor, fact_weight: Tensor, output_weight: Tensor, output_bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Returns a folded network's tensors for one layer as inputs of programs: `hidden_weight` in tiles, the others."""
+def packed_matrix(hidden_weight: Tensor) -> Tensor:
+    """Returns the matrix that all layers share, in tiles."""
     width = hidden_weight.shape[0]
-    added = padded_width(width) - width
-    tiles = FullRowMatrix.pack(functional.pad(hidden_weight, (0, 0, 0, added))).tiles
-    others = [functional.pad(own, (0, added)) for own in (terms, fact_weight, output_weight)]
-    return tiles, torch.cat([own.flatten() for own in (*others, output_bias)])
+    return FullRowMatrix.pack(functional.pad(hidden_weight, (0, 0, 0, padded_width(width) - width))).tiles
+
+
+def packed_terms(terms: Tensor, fact_weight: Tensor, output_weight: Tensor, output_bias: Tensor) -> Tensor:
+    """Returns the tensors of a folded network that are one layer's own, joined."""
+    added = padded_width(len(terms)) - len(terms)
+    padded = [functional.pad(own, (0, added)) for own in (terms, fact_weight, output_weight)]
+    return torch.cat([own.flatten() for own in (*padded, output_bias)])

@@ -51,8 +51,3 @@ class FewRowsPolicy(nn.Module):
         outputs = (output_weight * inner.unsqueeze(1)).sum(-1) + output_bias
         scores = outputs.view(-1, self._shape.block_size, self._shape.num_actions)
         return scores.argmax(dim=-1), scores
-
-
-def action_scores(outputs: Tensor, priced_costs: Tensor) -> Tensor:
-    """Returns the scores of actions from the network's outputs and the actions' costs times the price of compute."""
-    return outputs
