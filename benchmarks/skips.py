@@ -28,7 +28,7 @@ from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.policy.budgets import BudgetCalibration, PricePoint
 from dash_runtime.policy.learned import LearnedPolicy
-from dash_runtime.policy.network import NUM_SCALAR_FEATURES, PolicyNetwork
+from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Actions, Decision, Pending, State, Token
 from dash_runtime.programs.program_cache import load_programs
@@ -38,7 +38,7 @@ from dash_runtime.startup.policy_programs import PolicyPrograms
 _CONTEXT_TOKENS = 64
 _STEPS_PER_ROUND = 12
 _NUM_SKIPPED = (0, 4, 8, 12, 16)
-_WIDTH = 32
+_WIDTHS = (64, 32)
 _HEAD = Action.INT8
 
 
@@ -78,7 +78,7 @@ def measure_skips(report: Report, setting: Setting, effort: Effort) -> None:
     report.note(
         "skip_vs_int4: what each further skipped layer saves of a step in INT4, taken from a layer's share of that "
         "step; by the kind of compensation. evaluations_share: what deciding every layer but the edges adds to a step "
-        f"in INT4, by a network of width {_WIDTH}, as a share of the step"
+        f"in INT4, by a network of {_WIDTHS[0]} and {_WIDTHS[1]} features, as a share of the step"
     )
 
 
@@ -145,20 +145,18 @@ def _int4_policy(engine: Engine) -> LearnedPolicy:
     num_layers, hidden_size = decoder.num_layers, decoder.config.hidden_size
     spec = PlanSpec(
         actions=(Action.SKIP, Action.INT4, Action.FULL),
-        pinned=dict.fromkeys((0, 1, num_layers - 1), Action.INT4),
+        pinned=dict.fromkeys((0, num_layers - 1), Action.INT4),
         lookahead=1,
         block_size=1,
         head=_HEAD,
         costs=catalog._costs,
     )
-    num_blocks, num_actions, generator = len(spec.decision_blocks), len(spec.actions), torch.Generator().manual_seed(1)
-    network = PolicyNetwork(
-        block_embedding=torch.zeros(num_blocks, 1),
-        action_embedding=torch.zeros(len(Action), 1),
-        input_weight=torch.randn(_WIDTH, hidden_size + 2 + NUM_SCALAR_FEATURES, generator=generator),
-        input_bias=torch.zeros(_WIDTH),
-        output_weight=torch.zeros(num_blocks, 1, num_actions, _WIDTH),
-        output_bias=torch.tensor([0.0, 1.0, 0.0]).expand(num_blocks, 1, num_actions).contiguous(),
-    )
+    sizes = (len(spec.decision_blocks), 1, len(spec.actions), hidden_size, len(Action), *_WIDTHS)
+    generator = torch.Generator().manual_seed(1)
+    shapes = PolicyNetwork.shapes(*sizes)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tensors["output_weight"] = torch.zeros(shapes["output_weight"])
+    tensors["output_bias"] = torch.tensor([5.0, -9.0, 5.0]).expand(shapes["output_bias"]).contiguous()
+    network = PolicyNetwork(**tensors)
     calibration = BudgetCalibration((PricePoint(0.0, {Action.INT4: float(num_layers)}, 0.0, 1.0),))
     return LearnedPolicy("always INT4", network, spec, catalog._compensation, calibration)

@@ -18,7 +18,6 @@ from dash_runtime.commands.search import run_search
 from dash_runtime.commands.train import run_fit, run_train
 from dash_runtime.errors import DashRuntimeError
 from dash_runtime.training.loaded_model import ModelOptions
-from dash_runtime.training.ppo import Objective
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,14 +100,15 @@ def _parser() -> argparse.ArgumentParser:
     chosen = argparse.ArgumentParser(add_help=False)
     chosen.add_argument("--policy", type=Path, action="append", help="may be repeated; default: the shipped ones")
     chosen.add_argument("--actions", type=parse_actions, help="only the shipped one with these actions")
+    chosen.add_argument("--costs", type=Path, help="a cost table as .json; default: each policy's own")
     heads = [action.name for action in (Action.INT8, Action.FULL)]
     subparsers = parser.add_subparsers(required=True)
 
     fit = subparsers.add_parser("fit", parents=[common], help="fit compensation and show what each kind costs and buys")
     fit.add_argument("--out", type=Path, required=True, help="folder for the compensation and the table")
     fit.add_argument("--ranks", type=_positive, nargs="+", default=[16, 48, 96], metavar="RANK")
-    fit.add_argument("--distill-steps", type=_positive, default=100)
     fit.add_argument("--block-size", type=_positive, default=1, help=argparse.SUPPRESS)
+    fit.add_argument("--lookahead", type=_positive, default=1, help=argparse.SUPPRESS)
     fit.add_argument("--seed", type=int, default=0)
     fit.set_defaults(run=run_fit)
 
@@ -116,25 +116,20 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--out", type=Path, required=True, help="folder for checkpoint, curve and policy")
     training.add_argument("--name", default="learned")
     training.add_argument("--actions", type=parse_actions, default=tuple(Action), help="default: skip,int4,int8,full")
-    training.add_argument("--iterations", type=_positive, default=240)
-    training.add_argument("--block-size", type=_positive, default=4, help="layers decided together (default 4)")
+    training.add_argument("--rounds", type=_positive, default=10, help="with a checkpoint after each (default 10)")
+    training.add_argument("--batches", type=_positive, default=40, help="of 8 sequences in a round (default 40)")
+    training.add_argument("--block-size", type=_positive, default=1, help="layers decided together (default 1)")
+    training.add_argument(
+        "--lookahead", type=_positive, default=1, help="layers between a decision and the state it sees (default 1)"
+    )
     training.add_argument("--rank", type=_positive, default=96, help="of the compensation (default 96)")
     training.add_argument("--compensation", type=Path, help="file to start from, as fit leaves it")
-    training.add_argument(
-        "--refit-steps", type=_not_negative, default=120, help="of each of the two refits; 0: none (default 120)"
-    )
-    training.add_argument(
-        "--objective",
-        choices=[objective.value for objective in Objective],
-        default=Objective.DIVERGENCE.value,
-        help="acceptance: a policy that drafts, for mode EXACT (default divergence)",
-    )
+    training.add_argument("--drafter", action="store_true", help="a policy that drafts, for mode EXACT")
     training.add_argument(
         "--pinned-action", choices=("int4", "int8", "full"), default="full", help="of pinned layers (default full)"
     )
     training.add_argument("--head", choices=heads, default=Action.FULL.name, help="the head's precision (default FULL)")
     training.add_argument("--costs", type=Path, help="a cost table as .json; default: measured here, uncompiled")
-    training.add_argument("--learner", choices=("ppo", "straight-through"), default="ppo")
     training.add_argument("--seed", type=int, default=0)
     training.set_defaults(run=run_train)
 

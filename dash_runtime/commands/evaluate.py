@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from dash_runtime.actions import Action, CostTable
+from dash_runtime.commands.cost_files import read_costs
 from dash_runtime.commands.task_quality import evaluate_tasks
 from dash_runtime.config import EngineConfig
 from dash_runtime.engine.engine import Engine
@@ -27,14 +28,15 @@ from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.fixed_plans import usable
 from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy_file import find_policies, load_policy, save_policy
 from dash_runtime.rollout.choices import action_rates
 from dash_runtime.rollout.task import Task, greedy_outcome
 from dash_runtime.startup.build import SHIPPED_POLICIES, assemble_engine
 from dash_runtime.training.calibrate import calibrated, describe_budgets
 from dash_runtime.training.curve import write_whole
-from dash_runtime.training.distill import DistillSettings, distill_compensation
 from dash_runtime.training.loaded_model import SEQUENCE_LENGTH, LoadedModel
+from dash_runtime.training.trained_compensation import refit_plan
 
 _SEARCH_SEQUENCES = 4
 _NUM_SLOTS = 16
@@ -151,7 +153,15 @@ def _policies(options: argparse.Namespace, model: LoadedModel) -> list[LearnedPo
         policies = [policy for policy in policies if set(policy.spec.actions) == set(options.actions)]
     if not policies:
         raise ConfigError("policy", "none is shipped for this model and these actions; name a file with --policy")
-    return policies
+    return policies if options.costs is None else [_at_costs(policy, read_costs(options.costs)) for policy in policies]
+
+
+def _at_costs(policy: LearnedPolicy, costs: CostTable) -> LearnedPolicy:
+    """Returns the policy on terms of another cost table."""
+    actions, spec = {*policy.spec.actions, *policy.pinned.values()}, policy.spec
+    if costs.num_layers != spec.num_layers or not actions <= set(costs.layer) or policy.head not in costs.head:
+        raise ConfigError("costs", f"do not fit {policy.name}: other layers, or an action or a head without a cost")
+    return replace(policy, spec=replace(spec, costs=costs))
 
 
 def multiply_adds_share(policy: LearnedPolicy, config: ModelConfig) -> float:
@@ -159,14 +169,15 @@ def multiply_adds_share(policy: LearnedPolicy, config: ModelConfig) -> float:
     network = policy.network
     query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     layer = config.hidden_size * (2 * query + 2 * key + 3 * config.intermediate_size)
-    width, block_size = network.input_bias.shape[0], policy.block_size
-    return width * (network.input_weight.shape[1] / block_size + len(policy.spec.actions)) / layer
+    matrices = (network.hidden_weight, network.fact_weight[0], network.inner_weight, network.output_weight[0])
+    return sum(matrix.numel() for matrix in matrices) / policy.block_size / layer
 
 
 def _refit_static(
     options: argparse.Namespace, model: LoadedModel, sequences: Sequence[Sequence[int]]
 ) -> RefitStatic | None:
-    """Returns a function that distils for one static set on these sequences; None without `--refit-controls`."""
+    """Returns a function that trains the compensation of a plan on these sequences; None without
+    `--refit-controls`."""
     if not options.refit_controls:
         return None
 
@@ -176,18 +187,10 @@ def _refit_static(
         start = task.compensation.to_low_rank() if isinstance(task.compensation, PackedLowRank) else task.compensation
         if not isinstance(start, LowRank):
             raise ConfigError("refit-controls", f"needs a policy with low_rank compensation, not {start.kind.value}")
-        rows = torch.zeros(task.decoder.num_layers, 1, dtype=torch.bool)
-        rows[sorted(skipped)] = True
-        settings = DistillSettings(
-            options.refit_controls, sequences_per_step=4, num_prompt_tokens=task.num_prompt_tokens
-        )
-        refitted = distill_compensation(
-            model.gradient_decoder,
-            start,
-            sequences,
-            lambda batch: rows.expand(-1, sum(map(len, batch))),
-            settings,
-            lambda step, divergence: None,
+        plan = [Action.SKIP if layer in skipped else Action.FULL for layer in range(task.decoder.num_layers)]
+        spec = PlanSpec.fixed(plan, Action.FULL, task.spec.costs)
+        refitted = refit_plan(
+            model.dense_decoder(), spec, start, sequences, options.refit_controls, task.num_prompt_tokens
         )
         return packed(refitted, model.decoder.dtype)
 

@@ -6,6 +6,7 @@ Knows options, files and the display; knows no learning, which is in training/.
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,46 +16,39 @@ from dash_runtime.actions import Action, CostTable
 from dash_runtime.commands.cost_files import read_costs
 from dash_runtime.errors import ConfigError
 from dash_runtime.evaluation.plots import has_matplotlib, plot_curve
-from dash_runtime.layers.compensation import Compensation, Identity, LowRank, PackedLowRank, packed
+from dash_runtime.layers.compensation import Compensation, CompensationKind, Identity, LowRank, PackedLowRank, packed
 from dash_runtime.policy.budgets import BudgetCalibration
 from dash_runtime.policy.compensation_file import load_compensation, save_compensation
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy_file import save_policy
-from dash_runtime.rollout.task import Outcome, Task
+from dash_runtime.rollout.task import Task
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
+from dash_runtime.startup.process_memory import keep_freed_memory
 from dash_runtime.training.calibrate import calibrated, describe_budgets
-from dash_runtime.training.checkpoint import num_iterations_done
+from dash_runtime.training.checkpoint import num_rounds_done
 from dash_runtime.training.curve import CurveRow, TrainingCurve, write_curve_json, write_whole
-from dash_runtime.training.distill import DistillSettings
 from dash_runtime.training.ladder import climb, fit_linear
 from dash_runtime.training.loaded_model import LoadedModel
-from dash_runtime.training.ppo import Objective, PpoSettings, UpdateLosses
 from dash_runtime.training.progress_display import ProgressDisplay
-from dash_runtime.training.refit import refit_compensation
-from dash_runtime.training.router import train_straight_through
-from dash_runtime.training.train import Trained, TrainSettings, train
+from dash_runtime.training.prune import pin_settled_layers
+from dash_runtime.training.train import Reached, Trained, Trainer, TrainSettings
 
 CALIBRATION_SEQUENCES = 24
 FIT_SEQUENCES = 128
-LOOKAHEAD = 1
-_REFIT_SHARES = (0.35, 0.7)
-"""Shares of the iterations after which the compensation is refitted."""
 
 
 def run_fit(options: argparse.Namespace) -> None:
-    """Prints the ladder of compensations. Writes the table and the distilled low-rank one to a folder."""
+    """Prints the ladder of compensations. Writes the table and the last low-rank one to a folder."""
     model = LoadedModel(options.model_options, print, (Action.SKIP, Action.FULL))
     held_out, fitting = _split(model.sequences())
     options.out.mkdir(parents=True, exist_ok=True)
     task = _task(model, (Action.SKIP, Action.FULL), options)
-    distillation = DistillSettings(
-        options.distill_steps, sequences_per_step=4, seed=options.seed, num_prompt_tokens=options.prompt_tokens
-    )
-    ladder = climb(task, model.gradient_decoder, fitting[:FIT_SEQUENCES], held_out, options.ranks, distillation, print)
+    ladder = climb(task, fitting[:FIT_SEQUENCES], held_out, options.ranks, print)
     rungs, compensations = zip(*ladder, strict=True)
-    save_compensation(options.out / "compensation.safetensors", compensations[-1], model.fingerprint)
+    low_rank = [own for own in compensations if own.kind is CompensationKind.LOW_RANK]
+    save_compensation(options.out / "compensation.safetensors", low_rank[-1], model.fingerprint)
     print(f"{'compensation':24} {'cost':>6} {'divergence':>10} {'kilobytes':>9}")
     for rung in rungs:
         print(f"{rung.name:24} {rung.cost:6.3f} {rung.divergence:10.4f} {rung.kilobytes:9.0f}")
@@ -64,6 +58,7 @@ def run_fit(options: argparse.Namespace) -> None:
 
 def run_train(options: argparse.Namespace) -> None:
     """Trains a policy in a folder, or resumes a run that was stopped there."""
+    keep_freed_memory()
     head, pinned_action = Action[options.head], Action[options.pinned_action.upper()]
     model = LoadedModel(options.model_options, print)
     if not {*options.actions, head, pinned_action} <= set(model.decoder.actions):
@@ -85,9 +80,8 @@ def run_train(options: argparse.Namespace) -> None:
             raise ConfigError("compensation", f"{options.compensation} is {start.kind.value}; training needs low_rank")
     else:
         start = fit_linear(task, training[:FIT_SEQUENCES]).low_rank(options.rank)
-    served = packed(start, model.decoder.dtype)
     if options.costs is None:
-        costs = _kept_costs(options.out / "costs.json", model, served)
+        costs = _kept_costs(options.out / "costs.json", model, packed(start, model.decoder.dtype))
     else:
         costs = read_costs(options.costs)
     for what, action, table in (("pinned-action", pinned_action, costs.layer), ("head", head, costs.head)):
@@ -95,82 +89,94 @@ def run_train(options: argparse.Namespace) -> None:
             raise ConfigError(what, f"{action.name} has no cost on this device")
     relative = {action.name: cost / costs.layer[Action.FULL] for action, cost in costs.layer.items()}
     print("costs over a full layer: " + ", ".join(f"{name} {cost:.3f}" for name, cost in relative.items()))
-    task = replace(task, spec=replace(task.spec, costs=costs), compensation=served)
-    if options.learner == "ppo":
-        trained = _train_ppo(task, start, model, training, options)
-    else:
-        trained = train_straight_through(
-            task, start, model.gradient_decoder, training, options.iterations, options.seed
-        )
-    task = replace(task, compensation=packed(trained.compensation, model.decoder.dtype))
+    spec = replace(task.spec, costs=costs)
+    trained = _train(spec, start, model, training, held_out, options)
+    spec, network = pin_settled_layers(spec, trained.network, trained.rates)
+    print(f"deciding {len(spec.free_layers)} layers; in the others an evaluation would cost more than it saves")
+    task = replace(task, spec=spec, compensation=packed(trained.compensation, model.decoder.dtype))
     path = options.out / "policy.safetensors"
     print("calibrating, and searching the best fixed plans on the same text")
-    policy = calibrated(_policy(task, trained.network, options.name, Objective(options.objective)), task, held_out)
+    policy = calibrated(_policy(task, network, options.name, options.drafter), task, held_out)
     print(describe_budgets(policy))
     save_policy(path, policy, model.fingerprint)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
-def _train_ppo(
-    task: Task, start: LowRank, model: LoadedModel, training: list[list[int]], options: argparse.Namespace
+def _train(
+    spec: PlanSpec,
+    start: LowRank,
+    model: LoadedModel,
+    training: list[list[int]],
+    held_out: list[list[int]],
+    options: argparse.Namespace,
 ) -> Trained:
-    iterations = options.iterations
-    refits = tuple(round(share * iterations) for share in _REFIT_SHARES) if options.refit_steps else ()
-    ppo = PpoSettings(objective=Objective(options.objective))
-    settings = TrainSettings(iterations=iterations, refits=refits, seed=options.seed, ppo=ppo)
+    settings = TrainSettings(
+        rounds=options.rounds,
+        batches=options.batches,
+        num_prompt_tokens=options.prompt_tokens,
+        price_range=_price_range(spec),
+        seed=options.seed,
+    )
     checkpoint = options.out / "checkpoint.safetensors"
-    done = num_iterations_done(checkpoint)
+    done = num_rounds_done(checkpoint)
     curve = TrainingCurve(options.out / "training.jsonl", done)
-    before, started = curve.seconds, time.monotonic()
-    with ProgressDisplay(iterations, done) as display:
-
-        def refit(current: Task, latest: LowRank, network: PolicyNetwork, seed: int) -> LowRank:
-            display.note(f"refitting the compensation along the policy's own paths, {options.refit_steps} steps")
-            distillation = DistillSettings(
-                options.refit_steps, sequences_per_step=4, seed=seed, num_prompt_tokens=task.num_prompt_tokens
-            )
-
-            def report(step: int, divergence: float) -> None:
-                if step % 20 == 0:
-                    display.note(f"  step {step}: divergence {divergence:.3f}")
-
-            price_range = settings.ppo.price_range
-            return refit_compensation(
-                current, latest, network, model.gradient_decoder, training, price_range, distillation, report
-            )
-
-        def progress(iteration: int, price: float, outcome: Outcome, losses: UpdateLosses) -> None:
-            seconds = before + time.monotonic() - started
-            figures = (outcome.cost, outcome.divergence, outcome.agreement, losses.entropy, losses.value_loss)
-            curve.append(CurveRow(iteration, price, *figures, seconds))
-            display.update(iteration, price, outcome.cost, outcome.divergence, losses.entropy)
-
-        trained = train(task, start, training, settings, checkpoint, progress, refit)
+    with ProgressDisplay(settings.rounds * settings.batches, done * settings.batches) as display:
+        progress = _Progress(display, curve)
+        decoder = model.dense_decoder(spec.actions)
+        trained = Trainer(spec, decoder, training, held_out, start, settings, progress).run(checkpoint)
     write_curve_json(curve.rows(), options.out / "curve.json")
     if has_matplotlib():
         plot_curve(curve.rows(), options.out / "curve.png")
     return trained
 
 
-def _policy(task: Task, network: PolicyNetwork, name: str, objective: Objective) -> LearnedPolicy:
+def _price_range(spec: PlanSpec) -> tuple[float, float]:
+    """Returns the prices to train at: those by which the usual range is as dear, where skipping saves less."""
+    low, high = TrainSettings().price_range
+    layer = spec.costs.layer
+    saved = layer[spec.kv_action] - layer[Action.SKIP] if Action.SKIP in spec.actions else 0.0
+    scale = max(1.0, (layer[Action.FULL] - layer[Action.SKIP]) / saved) if saved > 0 else 1.0
+    return low * scale, high * scale
+
+
+class _Progress:
+    """Shows training to a person, and writes its curve."""
+
+    def __init__(self, display: ProgressDisplay, curve: TrainingCurve) -> None:
+        self._display = display
+        self._curve = curve
+        self._before, self._started = curve.seconds, time.monotonic()
+
+    def batch(self, done: int, num_labels: int) -> None:
+        self._display.update(done, f"{num_labels:,} labels")
+
+    def round(self, number: int, num_labels: int, reached: Sequence[Reached]) -> None:
+        outcomes = ", ".join(f"{own.divergence:.3f} at a cost of {own.cost:.3f}" for own in reached)
+        self._display.note(f"round {number + 1}: {num_labels:,} labels; divergence {outcomes}")
+        low, middle, high = ((own.cost, own.divergence) for own in reached)
+        seconds = self._before + time.monotonic() - self._started
+        self._curve.append(CurveRow(number, num_labels, *low, *middle, *high, seconds))
+
+
+def _policy(task: Task, network: PolicyNetwork, name: str, is_drafter: bool) -> LearnedPolicy:
     return LearnedPolicy(
         name=name,
         network=network,
         spec=task.spec,
         compensation=task.compensation,
         calibration=BudgetCalibration(()),
-        is_drafter=objective is Objective.ACCEPTANCE,
+        is_drafter=is_drafter,
     )
 
 
 def _task(model: LoadedModel, actions: tuple[Action, ...], options: argparse.Namespace) -> Task:
     """Returns a task with the full head and no compensation; all actions cost the same until they are measured."""
     num_layers = model.config.num_layers
-    pinned = {*range(LOOKAHEAD), 1, num_layers - 1} if num_layers > 8 else {0, num_layers - 1}
+    pinned = {*range(options.lookahead), num_layers - 1}
     spec = PlanSpec(
         actions=actions,
         pinned=dict.fromkeys(sorted(pinned), Action.FULL),
-        lookahead=LOOKAHEAD,
+        lookahead=options.lookahead,
         block_size=min(options.block_size, num_layers),
         head=Action.FULL,
         costs=CostTable(num_layers, dict.fromkeys(Action, 1 / num_layers), {Action.FULL: 0.0}),

@@ -40,6 +40,8 @@ _LEAST = 1e-9
 """Anything smaller would be a mistake of a clock or of a table, and has no logarithm."""
 _KEPT_SHARE = 0.9
 """Share of the evidence that is left after each further epoch: about ten epochs count."""
+_LEAST_LAYER = 1e-6
+"""Share of a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,11 @@ class CostFit:
     def estimate(self) -> tuple[CostTable, CostSpread]:
         """Returns the table that fits best, and how well it is known."""
         delta, covariance = self._solve()
-        table = np.maximum(self._table + delta, 0.0)
+        lowest = np.zeros(len(self._table))
+        lowest[: len(self._actions)] = (
+            _LEAST_LAYER  # a tiny model's layers can vanish in noise, but others are told by them
+        )
+        table = np.maximum(self._table + delta, lowest)
         table /= self._full_token @ table
         # A scale of its own is none: spreads are those of the shares.
         to_shares = np.eye(len(table)) - np.outer(table, self._full_token)

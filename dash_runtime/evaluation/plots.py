@@ -54,36 +54,31 @@ def has_matplotlib() -> bool:
 
 
 def plot_curve(rows: Sequence[CurveRow], path: Path) -> None:
-    """Plots cost, divergence and agreement against iteration: each iteration faint, their moving mean strong.
+    """Plots cost and loss of each round at a low, a middle and a high price.
 
     Raises:
         ConfigError: matplotlib is missing, there are no rows, or the file cannot be written.
     """
     if not rows:
         raise ConfigError("plot", "the training curve has no rows yet")
-    figure = _new_figure(7.5, 7.5)
-    iterations = [row.iteration + 1 for row in rows]
-    panels = (
-        ("cost\n(share of full depth)", [row.cost for row in rows], _LEARNED_COLOURS[1]),
-        ("divergence\n(nats per token)", [row.divergence for row in rows], _LEARNED_COLOURS[0]),
-        ("agreement\n(share of tokens)", [row.agreement for row in rows], _OTHER_COLOURS[0]),
-    )
-    half = max(1, len(rows) // 24)
-    smooth = len(rows) > 2
-    axes: list[Axes] = list(figure.subplots(len(panels), 1, sharex=True))
-    for axis, (label, values, colour) in zip(axes, panels, strict=True):
+    figure = _new_figure(7.5, 5.5)
+    rounds = [row.iteration + 1 for row in rows]
+    losses = [[row.loss_low, row.loss_middle, row.loss_high] for row in rows]
+    costs = [[row.cost_low, row.cost_middle, row.cost_high] for row in rows]
+    axes: list[Axes] = list(figure.subplots(2, 1, sharex=True))
+    names = ("low price", "middle price", "high price")
+    panels = (("cost\n(share of full depth)", costs), ("loss\n(nats per token)", losses))
+    for axis, (label, values) in zip(axes, panels, strict=True):
         _plain(axis)
-        # One or two rows make no visible line.
-        look: dict[str, Any] = {"alpha": 0.3} if smooth else {"marker": "o"}
-        axis.plot(iterations, values, color=colour, linewidth=1, **look)
-        if smooth:
-            axis.plot(iterations, _smoothed(values, half), color=colour, linewidth=2.2)
+        lines = [
+            axis.plot(rounds, own, color=colour, linewidth=2, marker="o")[0]
+            for own, colour in zip(zip(*values, strict=True), (*_LEARNED_COLOURS, _OTHER_COLOURS[0]), strict=True)
+        ]
         axis.set_ylabel(label, color=_INK, fontsize=_TEXT_SIZE)
-    _log_scale(axes[1], panels[1][1])
+    _log_scale(axes[1], [value for own in losses for value in own])
     _whole_numbers(axes[-1])
-    axes[-1].set_xlabel("iteration", color=_INK, fontsize=_TEXT_SIZE)
-    title = f"Training: each iteration (faint) and the mean of the {2 * half + 1} around it" if smooth else "Training"
-    axes[0].set_title(title, loc="left", color=_INK, fontsize=_TEXT_SIZE + 1.5)
+    axes[-1].set_xlabel("round", color=_INK, fontsize=_TEXT_SIZE)
+    _legend(figure, lines, names)
     figure.align_ylabels(axes)
     _save(figure, path)
 
@@ -224,15 +219,6 @@ def _legend(figure: "Figure", handles: Sequence[Any], names: Sequence[str]) -> N
     for text in legend.get_texts():
         text.set_color(_INK)
         text.set_parse_math(False)
-
-
-def _smoothed(values: Sequence[float], half: int) -> list[float]:
-    """Returns the mean over each value and `half` of them on either side, without those that are not finite."""
-    means = []
-    for place in range(len(values)):
-        near = [value for value in values[max(0, place - half) : place + half + 1] if math.isfinite(value)]
-        means.append(math.fsum(near) / len(near) if near else math.nan)
-    return means
 
 
 def _save(figure: "Figure", path: Path) -> None:

@@ -99,6 +99,14 @@ def dequantize_int4(quantized: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     return (groups * scales.float().unsqueeze(-1) + zeros.float().unsqueeze(-1)).view(quantized.shape)
 
 
+def rounded_matrix(action: Action, weight: Tensor) -> Tensor:
+    """Returns the matrix that `action`, INT8 or INT4, computes with, in the weight's dtype."""
+    if action is Action.INT4:
+        return dequantize_int4(*quantize_int4(weight)).to(weight.dtype)
+    quantized, scales = quantize_int8(weight)
+    return (quantized.float() * scales.float().unsqueeze(1)).to(weight.dtype)
+
+
 def supported_actions(device: torch.device, dtype: torch.dtype, shapes: "set[tuple[int, int]]") -> tuple[Action, ...]:
     """Returns the actions with a real kernel for these `(out_features, in_features)`, cheapest first.
 
@@ -122,10 +130,5 @@ def _kernel_works(action: Action, shape: tuple[int, int], device: torch.device, 
         outputs = make_linear(action, FullLinear(weight))(inputs)
     except (NotImplementedError, RuntimeError):
         return False
-    if action is Action.INT8:
-        quantized, scales = quantize_int8(weight)
-        rounded = quantized.float() * scales.float().unsqueeze(1)
-    else:
-        rounded = dequantize_int4(*quantize_int4(weight))
-    expected = inputs.float() @ rounded.T
+    expected = inputs.float() @ rounded_matrix(action, weight).float().T
     return bool((outputs.float() - expected).abs().max() < 0.02 * expected.abs().max())

@@ -15,7 +15,7 @@ from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.budgets import BudgetCalibration, Budgets
 from dash_runtime.policy.facts import Facts
 from dash_runtime.policy.fixed_plans import MeasuredPlan
-from dash_runtime.policy.network import NUM_SCALAR_FEATURES, FoldedNetwork, PolicyNetwork
+from dash_runtime.policy.network import NUM_SCALAR_FACTS, PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Actions, Decision, Pending, State
 from dash_runtime.policy.row_evaluation import NetworkInputs, RowEvaluation
@@ -88,12 +88,10 @@ class LearnedPolicy:
     def shape(self) -> PolicyShape:
         """The shapes that a program for it depends on."""
         network = self.network
-        _, block_size, num_actions, width = network.output_weight.shape
-        return PolicyShape(network.hidden_size, width, block_size, num_actions, network.num_known + NUM_SCALAR_FEATURES)
-
-    @cached_property
-    def _folded(self) -> FoldedNetwork:
-        return self.network.fold()
+        _, block_size, num_actions, inner_width = network.output_weight.shape
+        num_facts = network.num_known + NUM_SCALAR_FACTS
+        width = network.hidden_weight.shape[0]
+        return PolicyShape(network.hidden_size, width, inner_width, block_size, num_actions, num_facts)
 
     @cached_property
     def _blocks(self) -> dict[int, tuple[int, int]]:
@@ -107,15 +105,15 @@ class LearnedPolicy:
 
     @cached_property
     def _facts(self) -> Facts:
-        return Facts(self.network.num_known)
+        return Facts(self.network.num_known, [self.spec.costs.layer[action] for action in self.spec.actions])
 
     @cached_property
     def _weights(self) -> list[list[Tensor]]:
         """By block, the program's arguments after the state and its facts."""
-        folded = self._folded
-        hidden, facts = folded.hidden_weight.contiguous(), folded.fact_weight.contiguous()
-        blocks = zip(folded.block_terms, folded.output_weight, folded.output_bias, strict=True)
-        return [[hidden, terms, facts, weight, bias] for terms, weight, bias in blocks]
+        network = self.network
+        outputs = (network.output_weight.flatten(1, 2), network.output_bias.flatten(1, 2))
+        blocks = zip(network.hidden_bias, network.fact_weight, network.inner_bias, *outputs, strict=True)
+        return [[network.hidden_weight, bias, facts, network.inner_weight, *others] for bias, facts, *others in blocks]
 
     @cached_property
     def _row_evaluations(self) -> list[RowEvaluation]:
@@ -123,7 +121,7 @@ class LearnedPolicy:
 
     @cached_property
     def _network_inputs(self) -> NetworkInputs:
-        return NetworkInputs(self._folded, self.spec)
+        return NetworkInputs(self.network, self.spec)
 
     def row_evaluations(self, num_rows: int) -> Sequence[RowEvaluation]:
         """Returns an evaluation for each of so many rows; the same ones every time."""
@@ -139,7 +137,8 @@ class LearnedPolicy:
             best, scores = self.program([state.hidden, self._facts.in_place(state), *self._weights[block]])
         else:
             facts = device_of(state.hidden.device).upload(self._facts.apart(state))
-            scores = self._folded.scores(block, state.hidden, facts)
+            facts, priced = facts.tensor_split((-len(self.spec.actions),), dim=1)
+            scores = self.network.scores(block, state.hidden, facts, priced.unsqueeze(1))
             best = scores.argmax(dim=-1)
         if num_layers < self.spec.block_size:
             best, scores = best[:, :num_layers], scores[:, :num_layers]

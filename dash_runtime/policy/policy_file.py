@@ -20,7 +20,7 @@ from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.compensation_file import restored, stored
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import is_same_model
-from dash_runtime.policy.network import NUM_SCALAR_FEATURES, PolicyNetwork
+from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.policy_metadata import PolicyMetadata
 
 _KEY = "dash_policy"
@@ -90,7 +90,7 @@ def load_policy(
         facts = PolicyMetadata.parse(metadata[_KEY], known)
         facts.check_for(config, fingerprint)
         network = _checked_network(tensors, facts, config)
-        network = replace(network, action_embedding=_embedding_for(known, network.action_embedding, facts))
+        network = _for_known(known, network, facts)
         prefix = "compensation."
         compensation = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         unknown = tensors.keys() - {f"network.{name}" for name in PolicyNetwork.__slots__}
@@ -99,7 +99,7 @@ def load_policy(
             raise PolicyFileError(f"has an unknown tensor {quoted(min(unknown))}")
         return LearnedPolicy(
             name=facts.name,
-            network=PolicyNetwork(*(getattr(network, name).to(device) for name in PolicyNetwork.__slots__)),
+            network=network.to(device),
             spec=facts.spec,
             compensation=restored(facts.compensation, compensation, config, dtype, device),
             calibration=facts.calibration,
@@ -110,27 +110,23 @@ def load_policy(
 
 def _checked_network(tensors: Mapping[str, Tensor], facts: PolicyMetadata, config: ModelConfig) -> PolicyNetwork:
     network = PolicyNetwork(*(tensors[f"network.{name}"] for name in PolicyNetwork.__slots__))
-    width, embedding = network.input_bias.shape[0], network.block_embedding.shape[1]
-    outputs = (len(facts.spec.decision_blocks), facts.spec.block_size, len(facts.spec.actions))
-    expected: dict[str, tuple[int, ...]] = {
-        "block_embedding": (outputs[0], embedding),
-        "action_embedding": (len(facts.embedded_actions), embedding),
-        "input_weight": (width, config.hidden_size + 2 * embedding + NUM_SCALAR_FEATURES),
-        "input_bias": (width,),
-        "output_weight": (*outputs, width),
-        "output_bias": outputs,
-    }
-    for name, shape in expected.items():
+    blocks, block_size, num_actions = len(facts.spec.decision_blocks), facts.spec.block_size, len(facts.spec.actions)
+    widths = (network.hidden_weight.shape[0], network.inner_weight.shape[0])
+    sizes = (blocks, block_size, num_actions, config.hidden_size, len(facts.embedded_actions), *widths)
+    for name, shape in PolicyNetwork.shapes(*sizes).items():
         tensor: Tensor = getattr(network, name)
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not tensor.isfinite().all():
             raise PolicyFileError(f"tensor network.{name} must be finite float32 of shape {shape}")
     return network
 
 
-def _embedding_for(known: Mapping[str, Action], embedding: Tensor, facts: PolicyMetadata) -> Tensor:
-    """Returns a row for each known action; zeros if the file has none."""
-    rows = dict(zip(facts.embedded_actions, embedding, strict=True))
-    return torch.stack([rows.get(name, torch.zeros_like(embedding[0])) for name in _by_number(known)])
+def _for_known(known: Mapping[str, Action], network: PolicyNetwork, facts: PolicyMetadata) -> PolicyNetwork:
+    """Returns the network with a row of facts for each known action; zeros if the file has none."""
+    num_own = len(facts.embedded_actions)
+    own, scalars = network.fact_weight.tensor_split((num_own,), dim=1)
+    rows = dict(zip(facts.embedded_actions, own.unbind(1), strict=True))
+    known_rows = [rows.get(name, torch.zeros_like(own[:, 0])) for name in _by_number(known)]
+    return replace(network, fact_weight=torch.cat((torch.stack(known_rows, dim=1), scalars), dim=1))
 
 
 def _by_number(known: Mapping[str, Action]) -> list[str]:

@@ -19,11 +19,11 @@ from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.model_sketch import is_same_model
 from dash_runtime.policy.plan_spec import PlanSpec
 
-FORMAT = "dash-policy-3"
+FORMAT = "dash-policy-4"
 FEATURES = "rms-normalised-hidden|block|last-action|cost-spent,log-price,log-price-squared"
 
 _FIRST_ACTIONS = ["SKIP", "INT4", "INT8", "FULL"]
-"""The rows of `action_embedding` in files that do not name them."""
+"""The actions of the first rows of `fact_weight` in files that do not name them."""
 _OPTIONAL = {"is_drafter": False, "embedded_actions": _FIRST_ACTIONS}
 """Keys that a file may lack, as older files do."""
 _MAX_LOG_PRICE = 100.0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.policy.facts import RowFacts, shared_floats
-from dash_runtime.policy.network import NUM_SCALAR_FEATURES, FoldedNetwork
+from dash_runtime.policy.network import NUM_SCALAR_FACTS, PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Actions, Token
 from dash_runtime.programs.program_cache import Program
@@ -18,16 +18,16 @@ from dash_runtime.programs.traced_deciding import packed_matrix, packed_terms
 
 
 class NetworkInputs:
-    """A folded network as inputs of programs (`traced_deciding.py`), for all rows."""
+    """A network as inputs of programs (`traced_deciding.py`), for all rows."""
 
-    def __init__(self, network: FoldedNetwork, spec: PlanSpec) -> None:
-        self.num_known = network.fact_weight.shape[0] - NUM_SCALAR_FEATURES
-        matrix = packed_matrix(network.hidden_weight)  # all layers read the same memory
-        blocks = zip(spec.decision_blocks, network.block_terms, network.output_weight, network.output_bias, strict=True)
-        self.by_layer = {
-            layer: (matrix, packed_terms(terms, network.fact_weight, weight, bias))
-            for (layer, *_), terms, weight, bias in blocks
-        }
+    def __init__(self, network: PolicyNetwork, spec: PlanSpec) -> None:
+        self.num_known = network.num_known
+        # All layers read the same memory.
+        shared = packed_matrix(network.hidden_weight), packed_matrix(network.inner_weight)
+        own = (network.hidden_bias, network.fact_weight, network.inner_bias)
+        outputs = (network.output_weight.flatten(1, 2), network.output_bias.flatten(1, 2))
+        layers = zip(spec.decision_blocks, *own, *outputs, strict=True)
+        self.by_layer = {layer: (*shared, packed_terms(*terms)) for (layer, *_), *terms in layers}
 
 
 class RowEvaluation:
@@ -36,10 +36,12 @@ class RowEvaluation:
     def __init__(self, network: NetworkInputs, spec: PlanSpec, programs: Mapping[Action, Program]) -> None:
         self.programs = programs
         self.inputs: Sequence[Tensor] = ()
-        self._first_result = network.num_known + NUM_SCALAR_FEATURES
-        self._numbers, exchanged = shared_floats(self._first_result + 1 + len(spec.actions))
+        num_actions = len(spec.actions)
+        self._first_result = network.num_known + NUM_SCALAR_FACTS + num_actions
+        self._numbers, exchanged = shared_floats(self._first_result + 1 + num_actions)
         self._scores = self._numbers[self._first_result + 1 :]
-        self._facts = RowFacts(self._numbers, network.num_known)
+        action_costs = [spec.costs.layer[action] for action in spec.actions]
+        self._facts = RowFacts(self._numbers, network.num_known, action_costs)
         layers = range(spec.num_layers + 1)
         self._by_layer = [
             [exchanged, *network.by_layer[layer]] if layer in network.by_layer else () for layer in layers

@@ -77,11 +77,12 @@ def skip_rows_sample(shape: ModelShape, action: Action, rank: int) -> Sample:
 def deciding_sample(layer: Sample, policy: PolicyShape) -> Sample:
     """Returns the sample of a layer that also evaluates a policy."""
     module, inputs, varying = layer
-    sizes: list[tuple[int, ...]] = [(policy.width,), (policy.num_facts, policy.width)]
-    sizes += [(policy.num_actions, policy.width), (policy.num_actions,)]
-    matrix = packed_matrix(torch.zeros(policy.width, policy.hidden_size))
-    exchanged = torch.zeros(policy.num_facts + 1 + policy.num_actions)
-    evaluation = (exchanged, matrix, packed_terms(*map(torch.zeros, sizes)))
+    matrices = [(policy.width, policy.hidden_size), (policy.inner_width, policy.width)]
+    own = [(policy.width,), (policy.num_facts, policy.width), (policy.inner_width,)]
+    own += [(policy.num_actions, policy.inner_width), (policy.num_actions,)]
+    exchanged = torch.zeros(policy.num_facts + 2 * policy.num_actions + 1)
+    shared = [packed_matrix(torch.zeros(size)) for size in matrices]
+    evaluation = (exchanged, *shared, packed_terms(*map(torch.zeros, own)))
     return DecidingLayer(module, policy), (inputs, evaluation), (varying, _fixed(evaluation))
 
 
@@ -94,8 +95,8 @@ def head_sample(shape: ModelShape, action: Action, num_rows: int) -> Sample:
 def policy_sample(shape: PolicyShape) -> Sample:
     num_outputs = shape.block_size * shape.num_actions
     sizes: list[tuple[int, ...]] = [(shape.width, shape.hidden_size), (shape.width,), (shape.num_facts, shape.width)]
-    sizes += [(num_outputs, shape.width), (num_outputs,)]
-    facts = torch.zeros(_SAMPLE_ROWS, shape.num_facts)
+    sizes += [(shape.inner_width, shape.width), (shape.inner_width,), (num_outputs, shape.inner_width), (num_outputs,)]
+    facts = torch.zeros(_SAMPLE_ROWS, shape.num_facts + shape.num_actions)
     inputs = (_zeros(_SAMPLE_ROWS, shape.hidden_size), facts, *(torch.zeros(size) for size in sizes))
     rows = {0: _varying("rows")}
     return FewRowsPolicy(shape), inputs, (rows, rows, *_fixed(inputs[2:]))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.policy.network import PolicyNetwork
+from dash_runtime.policy.network import PolicyNetwork, facts_of
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.rollout.rollout import Choose
 
@@ -15,11 +15,15 @@ from dash_runtime.rollout.rollout import Choose
 def greedy_choice(spec: PlanSpec, network: PolicyNetwork, log_price: Tensor) -> Choose:
     """Chooses the network's best actions at `log_price`, a number or one per row."""
     numbers = torch.tensor([int(action) for action in spec.actions])
+    costs = torch.tensor([spec.costs.layer[action] for action in spec.actions])
     places = {block: index for index, block in enumerate(spec.decision_blocks)}
 
     def choose(block: tuple[int, ...], hidden: Tensor, last_actions: Tensor, spent: Tensor) -> Tensor:
         prices = log_price.expand(len(hidden))
-        scores = network.scores(places[block], hidden, last_actions, spent, prices)[:, : len(block)]
+        facts = facts_of(last_actions, spent, prices, network.num_known)
+        priced = (prices.exp().unsqueeze(1) * costs).unsqueeze(1)
+        scores = network.scores(places[block], hidden, facts, priced)
+        scores = scores[:, : len(block)]
         return numbers[scores.argmax(dim=-1)].T
 
     return choose

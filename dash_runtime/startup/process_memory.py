@@ -17,6 +17,8 @@ _MAPS = Path("/proc/self/maps")
 _ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _COLLAPSE = 25
 """MADV_COLLAPSE, since Linux 6.1, acts at once. MADV_HUGEPAGE alone is acted on in the background, gradually."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_KEPT = (1 << 31) - 1
 _LEAST_RESIDENT = 0.75
 """A huge page is resident as a whole, so a mostly empty one, such as a thread's stack, would only cost memory."""
 
@@ -34,6 +36,15 @@ def settle_memory() -> None:
             if _resident_share(library, page) >= _LEAST_RESIDENT:
                 _advise(library, page, mmap.MADV_HUGEPAGE)
                 _advise(library, page, _COLLAPSE)
+
+
+def keep_freed_memory() -> None:
+    """Keeps freed memory in the process (with glibc). Batches allocate and free tensors of many megabytes, and having
+    their pages from the system anew each time takes as long as computing them."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        for threshold in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            library.mallopt(threshold, _LARGEST_KEPT)
 
 
 def are_enabled(file: Path) -> bool:

@@ -18,9 +18,9 @@ from dash_runtime.rollout.choices import action_rates
 from dash_runtime.rollout.task import Task, greedy_outcome
 from dash_runtime.startup.plan_search import measure_plans, search_plans
 
-CALIBRATION_PRICES = tuple(0.02 * 2 ** (step / 3) for step in range(30))
-"""λ from 0.02 to 16, in steps of ∛2."""
-_SEARCH_SEQUENCES = 6
+CALIBRATION_PRICES = tuple(0.05 * 2 ** (step / 2) for step in range(17))
+"""λ from 0.05 to 12.8, in steps of √2."""
+_SEARCH_SEQUENCES = 4
 """A plan is searched on so many of the sequences, and measured on all of them."""
 
 

@@ -26,20 +26,22 @@ def open_unbuffered(path: Path, mode: str) -> IO[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class CurveRow:
-    """The figures of one iteration: means over its decided tokens.
+    """The figures of one round, an iteration of the curve: means over held-out tokens at a low, a middle and a high
+    price.
 
-    `price` is the mean λ, `cost` a share of the full-depth token, `divergence` in nats per token, `agreement` the
-    share of tokens with full depth's most likely token, `entropy` in nats per decision, `seconds` the training time
-    up to the end of this iteration, without stops. A figure that is not finite is written as null and read as NaN.
+    A cost is a share of the full-depth token, a loss is in nats per token (for a drafter a probability), `num_labels`
+    counts the labels so far, `seconds` is the training time up to the end of this round, without stops. A figure that
+    is not finite is written as null and read as NaN.
     """
 
     iteration: int
-    price: float
-    cost: float
-    divergence: float
-    agreement: float
-    entropy: float
-    value_loss: float
+    num_labels: float
+    cost_low: float
+    loss_low: float
+    cost_middle: float
+    loss_middle: float
+    cost_high: float
+    loss_high: float
     seconds: float
 
     def to_json(self) -> dict[str, float | None]:

@@ -12,14 +12,12 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.full_path import full_path
-from dash_runtime.layers.compensation import Compensation, Identity, LowRank, packed
+from dash_runtime.layers.compensation import Compensation, Identity, packed
 from dash_runtime.progress import Progress
 from dash_runtime.rollout.choices import random_choice
 from dash_runtime.rollout.task import Task, path_outcome
 from dash_runtime.startup.fit_compensation import fit_compensation
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
-from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
-from dash_runtime.training.distill import DistillSettings, distill_compensation
 from dash_runtime.training.linear_compensation import LinearFit
 
 SKIPS_PER_TOKEN = 3.5
@@ -54,14 +52,12 @@ def fit_linear(task: Task, sequences: Sequence[Sequence[int]]) -> LinearFit:
 
 def climb(
     task: Task,
-    decoder: DifferentiableDecoder,
     fitting: Sequence[Sequence[int]],
     held_out: Sequence[Sequence[int]],
     ranks: Sequence[int],
-    distillation: DistillSettings,
     progress: Progress,
 ) -> Iterator[tuple[Rung, Compensation]]:
-    """Yields each rung of the ladder. The distilled one, which starts from the largest of `ranks`, is the last."""
+    """Yields each rung of the ladder."""
     closed_form = fit_compensation(task.decoder, fitting[:_FIT_BATCH])
     linear = fit_linear(task, fitting)
     low_rank = {rank: linear.low_rank(rank) for rank in ranks}
@@ -72,9 +68,6 @@ def climb(
     for name, compensation in rungs.items():
         progress(f"judging {name}")
         yield _judge(name, task, compensation, held_out), compensation
-    largest = max(ranks)
-    distilled = _distil(task, decoder, low_rank[largest], fitting, distillation, progress)
-    yield _judge(f"low rank {largest}, distilled", task, packed(distilled, dtype), held_out), distilled
 
 
 def _rates(task: Task) -> Tensor:
@@ -93,24 +86,3 @@ def _judge(name: str, task: Task, compensation: Compensation, held_out: Sequence
     layer = measure_costs(StepMeasurement(task.decoder, compensation)).table.layer
     size = sum(tensor.nbytes for tensor in compensation.tensors().values())
     return Rung(name, layer[Action.SKIP] / layer[Action.FULL], outcome.divergence, size / 1000)
-
-
-def _distil(
-    task: Task,
-    decoder: DifferentiableDecoder,
-    start: LowRank,
-    sequences: Sequence[Sequence[int]],
-    settings: DistillSettings,
-    progress: Progress,
-) -> LowRank:
-    choose = random_choice(_rates(task), settings.seed)
-
-    def skipped(batch: list[list[int]]) -> Tensor:
-        served = replace(task, compensation=packed(start, task.decoder.dtype))
-        return served.roll_out(batch, choose).actions == int(Action.SKIP)
-
-    def report(step: int, divergence: float) -> None:
-        if step % 20 == 0:
-            progress(f"distilling, step {step} of {settings.steps}: divergence {divergence:.3f}")
-
-    return distill_compensation(decoder, start, sequences, skipped, settings, report)

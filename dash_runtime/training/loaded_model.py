@@ -27,7 +27,7 @@ from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.progress import Progress
 from dash_runtime.startup.build import matrix_shapes
 from dash_runtime.training.data import file_token_sequences
-from dash_runtime.training.differentiable_decoder import DifferentiableDecoder
+from dash_runtime.training.dense_decoder import DenseDecoder
 from dash_runtime.training.self_text import default_training_sequences
 
 SEQUENCE_LENGTH = 128
@@ -80,10 +80,9 @@ class LoadedModel:
         )
         self.fingerprint = model_fingerprint(self.config, self._weights)
 
-    @cached_property
-    def gradient_decoder(self) -> DifferentiableDecoder:
-        """The same model, for passes with gradients."""
-        return DifferentiableDecoder(self.config, self._weights, device=self.device)
+    def dense_decoder(self, actions: Sequence[Action] = ()) -> DenseDecoder:
+        """Returns the same model for learning, with FULL and the kernels of these actions."""
+        return DenseDecoder(self.config, self._weights, actions, device=self.device)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -14,26 +14,25 @@ _LINE_EVERY = 10
 
 
 class ProgressDisplay:
-    """Shows how far training is; a context manager. One iteration is one step of `total`.
+    """Shows how far training is; a context manager. One batch of labels is one step of `total`.
 
-    On a terminal with tqdm installed it is a bar with the time left, elsewhere a line every ten iterations and at the
+    On a terminal with tqdm installed it is a bar with the time left, elsewhere a line every ten steps and at the
     last. A stream that fails ends the display, never the training.
     """
 
     def __init__(
         self,
         total: int,
-        start_iteration: int = 0,
+        start: int = 0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`start_iteration` is the first of a resumed run, `stream` stderr by default, `clock` in seconds."""
+        """A resumed run has done `start` steps. `stream` is stderr by default, `clock` counts seconds."""
         self._total = total
-        self._start_iteration = start_iteration
+        self._start = start
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
         self._started = clock()
-        self._price_sign = "λ" if _can_show("λ", self._stream) else "price"
         self._bar: Any = None
         self._broken = False
 
@@ -52,24 +51,14 @@ class ProgressDisplay:
                 self._bar.close()
             self._bar = None
 
-    def update(self, iteration: int, price: float, cost: float, divergence: float, entropy: float) -> None:
-        """Shows that `iteration` (from 0) is done. `price` is the mean λ, `cost` the share of the full-depth token,
-        `divergence` in nats per token, `entropy` in nats per decision."""
-        done = iteration + 1
+    def update(self, done: int, text: str) -> None:
+        """Shows that `done` steps of the total are done, and a few figures."""
         if self._bar is not None:
-            self._bar.set_postfix_str(
-                f"{self._price_sign} {price:.2f} cost {cost:.3f} divergence {divergence:.3f} entropy {entropy:.2f}",
-                refresh=False,
-            )
+            self._bar.set_postfix_str(text, refresh=False)
             self._show(lambda: self._bar.update(done - self._bar.n))
         elif done % _LINE_EVERY == 0 or done == self._total:
             seconds = self._clock() - self._started
-            self._show(
-                lambda: self._write(
-                    f"{done:5} of {self._total}  {self._price_sign} {price:.2f}  cost {cost:.3f}  "
-                    f"divergence {divergence:.3f}  {seconds:.0f} s"
-                )
-            )
+            self._show(lambda: self._write(f"{done:5} of {self._total}  {text}  {seconds:.0f} s"))
 
     def note(self, text: str) -> None:
         """Writes a line, above the bar if there is one."""
@@ -79,7 +68,7 @@ class ProgressDisplay:
             self._show(lambda: self._bar.write(text, file=self._stream))
 
     def _open_bar(self) -> None:
-        self._bar = _bar(self._total, self._start_iteration, self._stream)
+        self._bar = _bar(self._total, self._start, self._stream)
 
     def _write(self, line: str) -> None:
         self._stream.write(line + "\n")
@@ -94,25 +83,17 @@ class ProgressDisplay:
             self._broken = True
 
 
-def _bar(total: int, start_iteration: int, stream: TextIO) -> Any:
+def _bar(total: int, start: int, stream: TextIO) -> Any:
     try:
         from tqdm import tqdm  # type: ignore[import-untyped]
     except ImportError:
         return None
     return tqdm(
         total=total,
-        initial=start_iteration,
+        initial=start,
         file=stream,
         dynamic_ncols=True,
-        # An iteration takes seconds: redraw after each.
+        # A step takes seconds: redraw after each.
         miniters=1,
         bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}",
     )
-
-
-def _can_show(text: str, stream: TextIO) -> bool:
-    try:
-        text.encode(getattr(stream, "encoding", None) or "utf-8")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True

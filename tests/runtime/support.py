@@ -17,6 +17,7 @@ from dash_runtime.layers.compensation import Affine, Compensation, Identity, Low
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.policy.budgets import BudgetCalibration, PricePoint
 from dash_runtime.policy.fixed_plans import MeasuredPlan, named
+from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 
 CPU = torch.device("cpu")
@@ -86,6 +87,16 @@ def some_costs(num_layers: int = 6) -> CostTable:
     """Returns a table in which layers cost 10, 40 and 60 % of FULL, and the FULL head as much as two layers."""
     layer = {Action.SKIP: 0.1, Action.INT4: 0.4, Action.INT8: 0.6, Action.FULL: 1.0}
     return CostTable.from_seconds(num_layers, layer, {Action.INT8: 1.0, Action.FULL: 2.0}, 0.2)
+
+
+def some_network(spec: PlanSpec, hidden_size: int, seed: int = 0, spread: float = 1.0) -> PolicyNetwork:
+    """Returns a network that has learned nothing, whose damages differ so much that every action is taken."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (len(spec.decision_blocks), spec.block_size, len(spec.actions), hidden_size, len(Action), 16, 8)
+    tensors = {
+        name: torch.randn(shape, generator=generator) * spread for name, shape in PolicyNetwork.shapes(*sizes).items()
+    }
+    return PolicyNetwork(**tensors)
 
 
 def some_calibration(spec: PlanSpec, *points: tuple[float, float, float]) -> BudgetCalibration:

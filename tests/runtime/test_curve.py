@@ -15,7 +15,7 @@ from dash_runtime.training.curve import CurveRow, TrainingCurve, read_curve, wri
 
 
 def row(iteration: int) -> CurveRow:
-    return CurveRow(iteration, 0.85, 0.9125, 0.104, 0.81, 0.6, 0.02, 2.5 * (iteration + 1))
+    return CurveRow(iteration, 1000.0, 0.95, 0.02, 0.9125, 0.104, 0.81, 0.6, 2.5 * (iteration + 1))
 
 
 def rows(count: int) -> list[CurveRow]:
@@ -113,9 +113,9 @@ def test_a_last_line_that_was_cut_off_is_left_out_and_mended(path: Path, cut: in
         ("", "not JSON"),
         ("[1, 2]", "not an object"),
         (json.dumps({"iteration": 1}), "not an object"),
-        (json.dumps(row(1).to_json() | {"cost": "cheap"}), "cost is 'cheap'"),
-        (json.dumps(row(1).to_json() | {"cost": True}), "cost is True"),
-        (json.dumps(row(1).to_json() | {"cost": 10**400}), "cost is too large"),
+        (json.dumps(row(1).to_json() | {"cost_low": "cheap"}), "cost_low is 'cheap'"),
+        (json.dumps(row(1).to_json() | {"cost_low": True}), "cost_low is True"),
+        (json.dumps(row(1).to_json() | {"cost_low": 10**400}), "cost_low is too large"),
         (json.dumps(row(1).to_json() | {"iteration": 1.5}), "iteration is 1.5"),
         (json.dumps(row(1).to_json() | {"iteration": -1}), "iteration is -1"),
         (json.dumps(row(0).to_json()), "iteration 0 after 0"),
@@ -147,12 +147,12 @@ def test_an_iteration_is_never_there_twice(path: Path) -> None:
 
 
 def test_a_figure_that_is_not_finite_is_null_and_then_nan(path: Path) -> None:
-    TrainingCurve(path, 0).append(replace(row(0), divergence=math.nan, value_loss=math.inf))
-    assert json.loads(path.read_text())["divergence"] is None
+    TrainingCurve(path, 0).append(replace(row(0), loss_low=math.nan, loss_high=math.inf))
+    assert json.loads(path.read_text())["loss_low"] is None
     back = read_curve(path)[0]
-    assert math.isnan(back.divergence)
-    assert math.isnan(back.value_loss)
-    assert back.cost == row(0).cost
+    assert math.isnan(back.loss_low)
+    assert math.isnan(back.loss_high)
+    assert back.cost_low == row(0).cost_low
 
 
 def test_a_full_disk_is_said_plainly_and_leaves_no_half_line(path: Path) -> None:

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import tokenizer_file
@@ -13,8 +12,7 @@ from dash_runtime.evaluation.controls import Evaluation, Row, RowKind, with_domi
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.startup.default_text import default_token_sequences
-from dash_runtime.training.actor_critic import ActorCritic
-from tests.runtime.support import load_decoder, some_affine, some_calibration, some_costs
+from tests.runtime.support import load_decoder, some_affine, some_calibration, some_costs, some_network
 from tests.tiny_models import NUM_LAYERS
 
 EVALUATION = 0.01
@@ -34,13 +32,9 @@ def sequences(tiny_folder: Path) -> list[list[int]]:
 
 def policy_with(decoder: Decoder, actions: tuple[Action, ...]) -> LearnedPolicy:
     spec = PlanSpec(actions, pinned=EDGES, lookahead=1, block_size=2, head=Action.FULL, costs=COSTS)
-    model = ActorCritic(spec, decoder.config.hidden_size, seed=0)
-    with torch.no_grad():
-        model.actor.output_weight.copy_(torch.randn_like(model.actor.output_weight))
-        model.actor.output_bias.zero_()
     return LearnedPolicy(
         name="mine",
-        network=model.network(),
+        network=some_network(spec, decoder.config.hidden_size),
         spec=spec,
         compensation=some_affine(decoder),
         calibration=some_calibration(spec, (0.5, 0.0, 0.1)),

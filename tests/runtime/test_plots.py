@@ -15,7 +15,7 @@ from dash_runtime.training.curve import CurveRow
 
 needs_matplotlib = pytest.mark.skipif(not has_matplotlib(), reason="needs matplotlib")
 
-CURVE = [CurveRow(i, 1.0, 0.9 - 0.01 * i, 2.0 * 0.9**i, 0.5 + 0.01 * i, 0.6, 0.02, 2.5 * (i + 1)) for i in range(30)]
+CURVE = [CurveRow(i, 1.0, 0.9, 0.1 * 0.9**i, 0.8, 0.2 * 0.9**i, 0.7, 0.9**i, 2.5 * (i + 1)) for i in range(30)]
 POINTS = [
     ParetoPoint(name, cost, value * scale, name == "learned")
     for name, scale in (("learned", 1.0), ("random, same rates", 3.0), ("even skips on INT4", 7.0))
@@ -58,7 +58,7 @@ def test_the_same_data_give_the_same_bytes_and_other_data_others(tmp_path: Path)
     one, same, other = (tmp_path / f"{name}.png" for name in ("one", "same", "other"))
     plot_curve(CURVE, one)
     plot_curve(CURVE, same)
-    plot_curve([replace(row, cost=0.5) for row in CURVE], other)
+    plot_curve([replace(row, cost_low=0.5) for row in CURVE], other)
     assert one.read_bytes() == same.read_bytes() != other.read_bytes()
 
 
@@ -73,8 +73,8 @@ def test_a_curve_of_few_rows_is_drawn(tmp_path: Path, count: int) -> None:
 @pytest.mark.parametrize("divergence", [0.0, -1e-9, math.nan, math.inf])
 def test_a_divergence_that_a_log_axis_cannot_show_is_no_error(tmp_path: Path, divergence: float) -> None:
     path = tmp_path / "plot.png"
-    plot_curve([*CURVE[:5], replace(CURVE[5], divergence=divergence)], path)
-    plot_curve([replace(row, divergence=divergence) for row in CURVE], path)
+    plot_curve([*CURVE[:5], replace(CURVE[5], loss_low=divergence)], path)
+    plot_curve([replace(row, loss_low=divergence) for row in CURVE], path)
     plot_pareto([*POINTS, ParetoPoint("full depth", 1.0, divergence)], path, "with full depth")
     picture_size(path)
 

@@ -14,8 +14,7 @@ from dash_runtime.policy.catalog import Assignment, PolicyCatalog
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import RandomPlan, State, Token, fixed_action_plan, full_edges
-from dash_runtime.training.actor_critic import ActorCritic
-from tests.runtime.support import ALL_ACTIONS, some_calibration, some_costs, some_plans
+from tests.runtime.support import ALL_ACTIONS, some_calibration, some_costs, some_network, some_plans
 
 COSTS = some_costs(30)
 PLANS = some_plans(30)
@@ -116,7 +115,7 @@ def trained(name: str, lowest_budget: float, divergence: float = 0.2) -> Learned
     spec = PlanSpec(ALL_ACTIONS, pinned=full_edges(30), lookahead=1, block_size=4, head=Action.FULL, costs=COSTS)
     return LearnedPolicy(
         name=name,
-        network=ActorCritic(spec, hidden_size=4, seed=0).network(),
+        network=some_network(spec, hidden_size=4),
         spec=spec,
         compensation=Identity(),
         calibration=some_calibration(spec, (lowest_budget, 1.0, divergence), (0.9, -1.0, 0.001)),

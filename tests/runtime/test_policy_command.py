@@ -26,7 +26,7 @@ def trained(tiny_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def train_arguments(model: Path, text: Path, out: Path, *more: str) -> list[str]:
-    small = ["--iterations", "3", "--rank", "4", "--refit-steps", "2", "--block-size", "2", "--actions", "skip,full"]
+    small = ["--rounds", "3", "--batches", "1", "--rank", "4", "--actions", "skip,full"]
     return ["train", *common(model, text), "--out", str(out), *small, *more]
 
 
@@ -110,24 +110,30 @@ def test_tasks_can_be_all_that_is_evaluated(
 def test_the_ladder_has_every_rung_and_its_last_one_can_be_trained_from(
     tiny_folder: Path, text: Path, tmp_path: Path
 ) -> None:
-    small = ["--ranks", "2", "4", "--distill-steps", "2"]
+    small = ["--ranks", "2", "4"]
     assert main(["fit", *common(tiny_folder, text), "--out", str(tmp_path / "fit"), *small]) == 0
     rungs = json.loads((tmp_path / "fit" / "ladder.json").read_text())
-    names = ["identity", "scale", "affine", "low rank 2", "low rank 4", "dense", "low rank 4, distilled"]
+    names = ["identity", "scale", "affine", "low rank 2", "low rank 4", "dense"]
     assert [rung["name"] for rung in rungs] == names
     start = ["--compensation", str(tmp_path / "fit" / "compensation.safetensors")]
     assert main(train_arguments(tiny_folder, text, tmp_path / "run", *start)) == 0
 
 
-def test_the_straight_through_control_is_a_policy_file_too(
-    tiny_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_another_cost_table_is_used_if_it_fits_the_policy(
+    trained: Path, tiny_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(train_arguments(tiny_folder, text, tmp_path, "--learner", "straight-through")) == 0
-    capsys.readouterr()
-    assert main(["inspect", *common(tiny_folder, text), "--policy", str(tmp_path / "policy.safetensors")]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["actions"] == ["SKIP", "FULL"]
-    assert facts["block_size"] == 2
+    costs = json.loads((trained / "costs.json").read_text())
+    own, other = tmp_path / "own.json", tmp_path / "other.json"
+    own.write_text(json.dumps(costs | {"evaluation": 0.5}))
+    other.write_text(json.dumps(costs | {"layer": {"FULL": costs["layer"]["FULL"]}}))
+    out = tmp_path / "calibrated.safetensors"
+    chosen = ["--policy", str(trained / "policy.safetensors"), "--out", str(out), "--sequences", "4"]
+    arguments = ["calibrate", *common(tiny_folder, text), *chosen, "--costs"]
+    assert main([*arguments, str(own)]) == 0
+    with safe_open(out, "pt") as file:
+        assert "0.5" in json.dumps(file.metadata())
+    assert main([*arguments, str(other)]) == 2
+    assert "costs: do not fit learned" in capsys.readouterr().err
 
 
 def test_calibrating_writes_another_file_with_its_own_budgets(trained: Path, tiny_folder: Path, text: Path) -> None:

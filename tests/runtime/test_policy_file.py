@@ -16,11 +16,10 @@ from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config
 from dash_runtime.errors import PolicyFileError
 from dash_runtime.policy.learned import LearnedPolicy
-from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import State, Token
 from dash_runtime.policy.policy_file import find_policies, load_policy, save_policy
-from tests.runtime.support import CPU, load_decoder, some_affine, some_calibration, some_costs, some_plans
+from tests.runtime.support import CPU, load_decoder, some_affine, some_calibration, some_costs, some_network, some_plans
 from tests.tiny_models import HIDDEN_SIZE, NUM_LAYERS
 
 FINGERPRINT = "a model"
@@ -28,19 +27,6 @@ FINGERPRINT = "a model"
 
 @pytest.fixture(scope="module")
 def policy(tiny_folder: Path) -> LearnedPolicy:
-    generator = torch.Generator().manual_seed(5)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    network = PolicyNetwork(
-        random(2, 8),
-        random(4, 8),
-        random(16, HIDDEN_SIZE + 16 + 3),
-        random(16),
-        random(2, 3, 3, 16),
-        random(2, 3, 3),
-    )
     spec = PlanSpec(
         actions=(Action.SKIP, Action.INT4, Action.FULL),
         pinned={0: Action.FULL, 5: Action.FULL},
@@ -51,7 +37,7 @@ def policy(tiny_folder: Path) -> LearnedPolicy:
     )
     return LearnedPolicy(
         name="tiny",
-        network=network,
+        network=some_network(spec, HIDDEN_SIZE, seed=5),
         spec=spec,
         compensation=some_affine(load_decoder(tiny_folder)),
         calibration=some_calibration(spec, (0.5, 1.0, 0.4), (0.8, 0.0, 0.1), (0.85, -1.0, 0.02)),
@@ -188,10 +174,10 @@ def test_damaged_metadata_is_refused_by_name(facts: dict[str, Any], file: Path, 
 @pytest.mark.parametrize(
     "tensors",
     [
-        {"network.input_weight": torch.zeros(16, 7)},
-        {"network.input_bias": torch.full((16,), float("nan"))},
-        {"network.output_weight": torch.zeros(2, 3, 3, 16, dtype=torch.bfloat16)},
-        {"network.block_embedding": torch.zeros(4)},
+        {"network.hidden_weight": torch.zeros(16, 7)},
+        {"network.hidden_bias": torch.full((2, 16), float("nan"))},
+        {"network.output_weight": torch.zeros(2, 3, 3, 8, dtype=torch.bfloat16)},
+        {"network.inner_weight": torch.zeros(4)},
         {"compensation.factors": torch.zeros(NUM_LAYERS, 3)},
         {"compensation.surprise": torch.zeros(NUM_LAYERS, HIDDEN_SIZE)},
     ],
@@ -278,8 +264,8 @@ def test_a_runtime_with_one_more_action_runs_the_files_of_today(
 ) -> None:
     newer = load(file, tiny_folder, known=FIVE)
     assert newer.spec == policy.spec
-    assert newer.network.action_embedding.shape[0] == 5
-    assert not newer.network.action_embedding[FiveActions.INT2 - 1].any()
+    assert newer.network.num_known == 5
+    assert not newer.network.fact_weight[:, FiveActions.INT2 - 1].any()
     state = some_state()
     expected, decision = (own.start(1, state)() for own in (policy, newer))
     assert decision.plan == expected.plan
@@ -289,8 +275,8 @@ def test_a_runtime_with_one_more_action_runs_the_files_of_today(
 
     again = tmp_path / "newer.safetensors"
     save_policy(again, newer, FINGERPRINT, FIVE)
-    assert torch.equal(load(again, tiny_folder, known=FIVE).network.action_embedding, newer.network.action_embedding)
-    assert torch.equal(load(again, tiny_folder).network.action_embedding, policy.network.action_embedding)
+    assert torch.equal(load(again, tiny_folder, known=FIVE).network.fact_weight, newer.network.fact_weight)
+    assert torch.equal(load(again, tiny_folder).network.fact_weight, policy.network.fact_weight)
 
 
 def test_rows_are_read_by_name_and_need_no_name_in_the_first_order(
@@ -298,11 +284,11 @@ def test_rows_are_read_by_name_and_need_no_name_in_the_first_order(
 ) -> None:
     with safe_open(file, framework="pt") as opened:
         assert "embedded_actions" not in json.loads(opened.metadata()["dash_policy"])
-    rows = policy.network.action_embedding
+    rows = policy.network.fact_weight
     names = ["FULL", "INT8", "SKIP", "INT4"]
-    shuffled = torch.stack([rows[Action[name] - 1] for name in names])
-    rewrite(file, {"embedded_actions": names}, {"network.action_embedding": shuffled})
-    assert torch.equal(load(file, tiny_folder).network.action_embedding, rows)
+    shuffled = torch.cat((torch.stack([rows[:, Action[name] - 1] for name in names], dim=1), rows[:, 4:]), dim=1)
+    rewrite(file, {"embedded_actions": names}, {"network.fact_weight": shuffled})
+    assert torch.equal(load(file, tiny_folder).network.fact_weight, rows)
     for damaged in ([], names[:3], [*names[:3], "FULL"], [*names, "INT2"], "SKIP", [1, 2, 3, 4]):
         rewrite(file, {"embedded_actions": damaged})
         with pytest.raises(PolicyFileError, match=r"tiny\.safetensors"):

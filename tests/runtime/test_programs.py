@@ -28,7 +28,7 @@ MODEL_SHAPE = ModelShape(
     has_qk_norm=True,
     vocab_size=272,
 )
-POLICY_SHAPE = PolicyShape(hidden_size=64, width=32, block_size=2, num_actions=3, num_facts=5)
+POLICY_SHAPE = PolicyShape(hidden_size=64, width=32, inner_width=16, block_size=2, num_actions=3, num_facts=5)
 LAYER = ProgramSpec(ProgramKind.LAYER, Action.INT4, MODEL_SHAPE, 2)
 POLICY = ProgramSpec(ProgramKind.POLICY, Action.FULL, POLICY_SHAPE, 2)
 UNTRACEABLE = replace(LAYER, shape=replace(MODEL_SHAPE, hidden_size=65))

@@ -33,9 +33,17 @@ from dash_runtime.events import EngineEvent, SequenceCancelled, SequenceFinished
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import LearnedPolicy
-from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
-from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, some_calibration, some_costs, tokens
+from tests.runtime.support import (
+    ALL_ACTIONS,
+    drain,
+    finished,
+    load_decoder,
+    some_calibration,
+    some_costs,
+    some_network,
+    tokens,
+)
 
 PINNED = {0: Action.FULL, 5: Action.FULL}
 ADAPTIVE = SkipOptions(Mode.ADAPTIVE, compute_budget=0.7)
@@ -50,16 +58,10 @@ def decoder(tiny_folder: Path) -> Decoder:
 
 def some_policy(decoder: Decoder) -> LearnedPolicy:
     """Returns a policy with decision blocks of three layers and of one."""
-    torch.manual_seed(0)
-    hidden = decoder.config.hidden_size
-    network = PolicyNetwork(
-        torch.randn(2, 4), torch.randn(4, 4), torch.randn(8, hidden + 11) / 4, torch.randn(8),
-        torch.randn(2, 3, 4, 8), torch.randn(2, 3, 4),
-    )  # fmt: skip
     spec = PlanSpec(ALL_ACTIONS, pinned=PINNED, lookahead=1, block_size=3, head=Action.FULL, costs=some_costs())
     return LearnedPolicy(
         name="mine",
-        network=network,
+        network=some_network(spec, decoder.config.hidden_size),
         spec=spec,
         compensation=Identity(),
         calibration=some_calibration(spec, (0.5, 1.0, 0.1), (1.0, 0.0, 0.01)),

@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dash_runtime.actions import Action
 from dash_runtime.policy.compensation_file import save_compensation
 from dash_runtime.policy.learned import LearnedPolicy
-from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy_file import save_policy
 from tests.runtime.gguf_files import write_gguf
-from tests.runtime.support import load_decoder, some_affine, some_calibration, some_costs, some_plans
+from tests.runtime.support import load_decoder, some_affine, some_calibration, some_costs, some_network, some_plans
 from tests.soak import loaders
 from tests.soak.container_corruptions import SAFETENSORS, gguf_corruptions, wrong_facts
 from tests.soak.corruptions import ANY_FILE, ANY_JSON, HUGE_NUMBERS, Corruption
@@ -94,8 +92,6 @@ def _make_sharded(model: Path, folder: Path) -> None:
 
 
 def _make_policies(folder: Path, model: Path) -> None:
-    generator = torch.Generator().manual_seed(5)
-    shapes = ((1, 8), (4, 8), (16, HIDDEN_SIZE + 16 + 3), (16,), (1, 2, 3, 16), (1, 2, 3))
     compensation = some_affine(load_decoder(model))
     spec = PlanSpec(
         actions=(Action.SKIP, Action.INT4, Action.FULL),
@@ -107,7 +103,7 @@ def _make_policies(folder: Path, model: Path) -> None:
     )
     policy = LearnedPolicy(
         name="tiny",
-        network=PolicyNetwork(*(torch.randn(*shape, generator=generator) for shape in shapes)),
+        network=some_network(spec, HIDDEN_SIZE, seed=5),
         spec=spec,
         compensation=compensation,
         calibration=some_calibration(spec, (0.5, 1.0, 0.4), (0.6, 0.0, 0.1), (0.7, -1.0, 0.02)),

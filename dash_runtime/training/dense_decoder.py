@@ -1,0 +1,208 @@
+"""The frozen model for whole batches of text: plain differentiable operations, with rounded matrices as dense ones.
+
+It computes what the serving decoder computes (a test holds the two together), only much faster for many rows: the
+kernels of INT8 and INT4 unpack their weights for every row. Used to learn; whatever is reported ran in the serving
+decoder. Knows weights and actions; knows no policy, no prices and no optimiser.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dash_runtime.actions import Action
+from dash_runtime.errors import ConfigError
+from dash_runtime.layers.attention import causal_mask
+from dash_runtime.layers.layer_body import after_attention, before_attention, split_heads
+from dash_runtime.layers.rotary import RotaryTable, rotary_tables
+from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
+from dash_runtime.linears.dense_linear import FullLinear
+from dash_runtime.linears.quantization import rounded_matrix
+from dash_runtime.model_config import ModelConfig
+
+Compensate = Callable[[int, Tensor], Tensor]
+"""Maps `(layer, its input [rows, hidden_size])` to what replaces its output; every `Compensation` is one."""
+
+
+class DenseDecoder:
+    """The model's layers, embedding and head, frozen. Gradients reach hidden states and compensation only.
+
+    Args:
+        weights: tensors by the names in `config.tensor_names`, in the shapes that `config` asks for.
+        actions: the kernels to have; FULL is always among them.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        actions: Sequence[Action] = (),
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | None = None,
+    ) -> None:
+        self.config = config
+        self.num_layers = config.num_layers
+        self.dtype = dtype
+        self.device = torch.device("cpu") if device is None else device
+        loader = WeightLoader(config, weights, dtype, self.device)
+        full = [loader.layer(index) for index in range(config.num_layers)]
+        self._layers = {Action.FULL: full}
+        for action in set(actions) - {Action.SKIP, Action.FULL}:
+            self._layers[action] = [_rounded(layer, action) for layer in full]
+        self._embedding = loader.embedding()
+        self._final_norm = loader.final_norm()
+        self._head = self._embedding if config.has_tied_head else loader.head()
+        self._rotary = self._tables(0)
+
+    def _tables(self, length: int) -> list[RotaryTable]:
+        return rotary_tables(self.config.ropes, self.config.head_dim, length, self.dtype, self.device)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Returns `[..., hidden_size]`, the first layer's input."""
+        hidden = functional.embedding(token_ids.to(self.device), self._embedding)
+        return hidden if self.config.embedding_multiplier == 1 else hidden * self.config.embedding_multiplier
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Returns float32 `[..., vocab_size]` from the last layer's output `[..., hidden_size]`."""
+        logits = functional.linear(self._final_norm(hidden), self._head).float()
+        return logits if self.config.logits_multiplier == 1 else logits * self.config.logits_multiplier
+
+    @torch.no_grad()
+    def full_states(self, token_ids: Tensor) -> list[Tensor]:
+        """Returns each layer's input and the last layer's output at full depth, `[batch, length, hidden_size]`."""
+        states = [self.embed(token_ids)]
+        for layer in range(self.num_layers):
+            states.append(self.run_layer(layer, Action.FULL, states[-1]))
+        return states
+
+    def run_layer(
+        self,
+        layer: int,
+        actions: Tensor | Action,
+        hidden: Tensor,
+        compensate: Compensate | None = None,
+        skip_kernel: Action = Action.FULL,
+    ) -> Tensor:
+        """Returns one layer's output for whole sequences, `[batch, length, hidden_size]`.
+
+        Args:
+            actions: one for all, or Action's numbers, `[batch, length]`.
+            skip_kernel: projects the keys and values of tokens that skip.
+        """
+        by_kernel = {action: layers[layer] for action, layers in self._layers.items()}
+        norms = by_kernel[Action.FULL]
+        groups = _Groups(actions, hidden.shape[:2])
+        normed = groups.flat(before_attention(norms, hidden))
+        fused = groups.join(
+            [
+                by_kernel[skip_kernel if action is Action.SKIP else action].query_key_value(rows)
+                for action, rows in groups.split(normed)
+            ]
+        )
+        length = hidden.shape[1]
+        if length > len(self._rotary[0].cosines):
+            self._rotary = self._tables(length)
+        tables = self._rotary[layer].at(slice(length))
+        parts = split_heads(self.config, norms, fused, self.config.num_heads, *tables)
+        attended = groups.flat(self._attend(layer, *(part.transpose(1, 2) for part in parts)))
+        outputs = []
+        for (action, rows), (_, own) in zip(groups.split(groups.flat(hidden)), groups.split(attended), strict=True):
+            if action is Action.SKIP:
+                assert compensate is not None
+                outputs.append(compensate(layer, rows))
+            else:
+                outputs.append(after_attention(self.config.block, by_kernel[action], by_kernel[action], rows, own))
+        return groups.join(outputs)
+
+    def _attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Returns causal attention, `[batch, length, num_heads * head_dim]`.
+
+        Written out: the gradient of the fused kernel takes a third of a training step for sequences this short.
+        """
+        batch, num_heads, length, head_dim = queries.shape
+        mask = causal_mask(range(length), range(length), self.config.sliding_window[layer], 1, queries)
+        scale = self.config.block.attention_scale
+        grouped = queries * (head_dim**-0.5 if scale is None else scale)
+        grouped = grouped.reshape(batch, keys.shape[1], -1, head_dim)  # the heads of a group share their keys
+        scores = torch.matmul(grouped, keys.transpose(2, 3)).view(batch, num_heads, length, length) + mask
+        weights = torch.softmax(scores, dim=-1).view(batch, keys.shape[1], -1, length)
+        attended = torch.matmul(weights, values).view(batch, num_heads, length, head_dim)
+        return attended.transpose(1, 2).flatten(2)
+
+
+class _Groups:
+    """Rows of a batch by action: taken apart, so that each kernel runs its own rows only, and put together again."""
+
+    def __init__(self, actions: Tensor | Action, shape: torch.Size) -> None:
+        self._shape = shape
+        self._order: Tensor | None = None
+        if isinstance(actions, Action):
+            self._counts = {actions: shape.numel()}
+            return
+        flat = actions.flatten()
+        numbers, counts = flat.unique(return_counts=True)
+        self._counts = {Action(number): count for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)}
+        if len(self._counts) > 1:
+            self._order = flat.argsort(stable=True)
+            self._inverse = self._order.argsort()
+
+    def flat(self, rows: Tensor) -> Tensor:
+        """Returns `[batch, rows, …]` as `[all rows, …]`."""
+        return rows.flatten(0, 1)
+
+    def split(self, rows: Tensor) -> list[tuple[Action, Tensor]]:
+        """Returns each action's rows of `[all rows, …]`."""
+        ordered = rows if self._order is None else _Permuted.apply(rows, self._order, self._inverse)
+        return list(zip(self._counts, ordered.split(list(self._counts.values())), strict=True))
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Returns `[batch, rows, …]` from each action's rows, in the order of `split`."""
+        whole = parts[0]
+        if self._order is not None:
+            whole = _Permuted.apply(torch.cat(list(parts)), self._inverse, self._order)
+        return whole.unflatten(0, self._shape)
+
+
+class _Permuted(torch.autograd.Function):
+    """Rows in another order. The gradient of plain indexing adds rows up one by one, as if some occurred twice."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return gradients[0].index_select(0, inverse), None, None
+
+
+def _rounded(layer: LayerWeights, action: Action) -> LayerWeights:
+    def rounded(linear: FullLinear) -> FullLinear:
+        return FullLinear(rounded_matrix(action, linear.weight), linear.bias)
+
+    return replace(
+        layer,
+        query_key_value=rounded(layer.query_key_value),
+        output=rounded(layer.output),
+        gate_up=rounded(layer.gate_up),
+        down=rounded(layer.down),
+    )
+
+
+def token_batch(sequences: Sequence[Sequence[int]], num_prompt_tokens: int) -> Tensor:
+    """Returns the sequences as int64 `[batch, length]`.
+
+    Raises:
+        ConfigError: there are none, they differ in length, or they are all prompt.
+    """
+    lengths = {len(ids) for ids in sequences}
+    if len(lengths) != 1:
+        raise ConfigError("sequences", f"must be of one length, found {sorted(lengths) or 'none'}")
+    if num_prompt_tokens >= min(lengths):
+        raise ConfigError("num_prompt_tokens", f"must be less than the sequences' {min(lengths)} tokens")
+    return torch.tensor([list(ids) for ids in sequences])
