@@ -23,7 +23,7 @@ from dash_runtime.evaluation.accuracy import Accuracy
 from dash_runtime.evaluation.controls import Evaluation, RefitStatic, Row, policy_task, with_dominated
 from dash_runtime.evaluation.plots import ParetoPoint, has_matplotlib, plot_action_rates, plot_pareto
 from dash_runtime.evaluation.serving import measure_serving, own_text
-from dash_runtime.layers.compensation import Compensation, LowRank, PackedLowRank, packed
+from dash_runtime.layers.compensation import Compensation, LowRank, packed, unpacked
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.fixed_plans import usable
@@ -180,18 +180,17 @@ def _refit_static(
     `--refit-controls`."""
     if not options.refit_controls:
         return None
+    decoder = model.dense_decoder()  # one for all plans
 
     def refit(task: Task, skipped: frozenset[int]) -> Compensation:
         if not skipped:
             return task.compensation
-        start = task.compensation.to_low_rank() if isinstance(task.compensation, PackedLowRank) else task.compensation
+        start = unpacked(task.compensation)
         if not isinstance(start, LowRank):
             raise ConfigError("refit-controls", f"needs a policy with low_rank compensation, not {start.kind.value}")
         plan = [Action.SKIP if layer in skipped else Action.FULL for layer in range(task.decoder.num_layers)]
         spec = PlanSpec.fixed(plan, Action.FULL, task.spec.costs)
-        refitted = refit_plan(
-            model.dense_decoder(), spec, start, sequences, options.refit_controls, task.num_prompt_tokens
-        )
+        refitted = refit_plan(decoder, spec, start, sequences, options.refit_controls, task.num_prompt_tokens)
         return packed(refitted, model.decoder.dtype)
 
     return refit

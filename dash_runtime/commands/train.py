@@ -16,7 +16,7 @@ from dash_runtime.actions import Action, CostTable
 from dash_runtime.commands.cost_files import read_costs
 from dash_runtime.errors import ConfigError
 from dash_runtime.evaluation.plots import has_matplotlib, plot_curve
-from dash_runtime.layers.compensation import Compensation, CompensationKind, Identity, LowRank, PackedLowRank, packed
+from dash_runtime.layers.compensation import Compensation, CompensationKind, Identity, LowRank, packed, unpacked
 from dash_runtime.policy.budgets import BudgetCalibration
 from dash_runtime.policy.compensation_file import load_compensation, save_compensation
 from dash_runtime.policy.learned import LearnedPolicy
@@ -74,8 +74,7 @@ def run_train(options: argparse.Namespace) -> None:
         start = load_compensation(
             options.compensation, model.config, model.fingerprint, dtype=torch.bfloat16, device=model.device
         )
-        if isinstance(start, PackedLowRank):
-            start = start.to_low_rank()
+        start = unpacked(start)
         if not isinstance(start, LowRank):
             raise ConfigError("compensation", f"{options.compensation} is {start.kind.value}; training needs low_rank")
     else:

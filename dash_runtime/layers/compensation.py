@@ -170,6 +170,11 @@ def packed(low_rank: LowRank, dtype: torch.dtype) -> "LowRank | PackedLowRank":
     return PackedLowRank.from_low_rank(low_rank, dtype) if is_packable else low_rank
 
 
+def unpacked(compensation: Compensation) -> Compensation:
+    """Returns a packed map with the same values in float32, which is trained and runs many rows; others as they are."""
+    return compensation.to_low_rank() if isinstance(compensation, PackedLowRank) else compensation
+
+
 @lru_cache
 def _has_int8_kernel() -> bool:
     return Action.INT8 in supported_actions(torch.device("cpu"), torch.bfloat16, {(64, 64)})

@@ -25,7 +25,7 @@ from dash_runtime.training.paths import Path
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What an action costs against FULL, in nats, a row each.
+    """Measured costs of actions against FULL, in nats, a row each.
 
     `action` is a place in the spec's actions, `layer_place` one in `block`. `hidden` is `[rows, hidden_size]`, `facts`
     float32 `[rows, num_facts]`, the rest `[rows]`.

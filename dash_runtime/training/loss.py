@@ -1,4 +1,4 @@
-"""How far last-layer outputs are from full depth, and the divergence's first and second derivatives there.
+"""Measures how far last-layer outputs are from full depth, and the divergence's first and second derivatives there.
 
 Knows logits; knows no layers and no policies.
 """

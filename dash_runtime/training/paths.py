@@ -41,6 +41,11 @@ class Path:
         """Returns the rows of the decided tokens, `[rows, …]`, of `[batch, length, …]`."""
         return decided_rows(tensor, self.num_prompt_tokens)
 
+    @property
+    def decided_actions(self) -> Tensor:
+        """The actions of the decided tokens, `[num_layers, rows]`."""
+        return self.actions[:, :, self.num_prompt_tokens :].flatten(1)
+
 
 def decided_rows(tensor: Tensor, num_prompt_tokens: int) -> Tensor:
     """Returns the rows after the prompts, `[rows, …]`, of `[batch, length, …]`."""

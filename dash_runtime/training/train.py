@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.errors import ConfigError
-from dash_runtime.layers.compensation import LowRank, PackedLowRank, packed
+from dash_runtime.layers.compensation import LowRank, packed, unpacked
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.rollout.choices import action_rates, greedy_choice
@@ -238,11 +238,11 @@ class Trainer:
         paths = (self._held_out_path(place) for place in _PLACES)
         path = next((own for own in paths if self._outcome(own).divergence <= _USEFUL_DIVERGENCE), None)
         path = self._held_out_path(0.0) if path is None else path
-        return action_rates(path.actions[:, :, self._settings.num_prompt_tokens :].flatten(1))
+        return action_rates(path.decided_actions)
 
     def _outcome(self, path: TokenPath) -> Reached:
-        spec, prompt = self._spec, self._settings.num_prompt_tokens
-        layers = costs_by_action(spec.costs)[path.actions[:, :, prompt:]].sum(0).mean()
+        spec = self._spec
+        layers = costs_by_action(spec.costs)[path.decided_actions].sum(0).mean()
         cost = float(layers) + spec.costs.token_cost((), spec.head, spec.num_evaluations)
         divergence = divergences(self._decoder, self._full_held_out, path.decided(path.states[-1])).mean()
         return Reached(cost, float(divergence))
@@ -270,5 +270,6 @@ def _uniform(count: int, generator: torch.Generator) -> list[float]:
 def _as_served(compensation: LowRank, decoder: DenseDecoder) -> LowRank:
     """Returns the compensation, rounded as it is served: the packed form itself is slow for many rows."""
     with torch.no_grad():
-        served = packed(compensation, decoder.dtype)
-        return served.to_low_rank() if isinstance(served, PackedLowRank) else served
+        served = unpacked(packed(compensation, decoder.dtype))
+        assert isinstance(served, LowRank)
+        return served
