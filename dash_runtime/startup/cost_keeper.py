@@ -28,6 +28,8 @@ _FIRST_ROUNDS = 10
 _FIRST_PAUSE_SECONDS = 4.0
 _LATER_PAUSE_SECONDS = 300.0
 """Idle rounds come often at first, and now and then for good: shares move with what else the machine does."""
+_LEAST_PAUSE_PER_ROUND = 4.0
+"""A pause lasts this times as long as its round did, so that an idle server takes a fifth of a core's time at most."""
 _ABANDONED_AFTER_SECONDS = 1.0
 """A round is of use only if its plans run shortly after one another."""
 
@@ -71,6 +73,7 @@ class CostKeeper:
         self._num_groups = 0
         self._num_rounds = 0
         self._round: list[StepTime] = []
+        self._round_began_at = now()
         self._next_round_at = now() + _FIRST_PAUSE_SECONDS
         self._last_idle_at = now()
 
@@ -97,7 +100,7 @@ class CostKeeper:
         if not measurement.is_between_rounds and now - self._last_idle_at > _ABANDONED_AFTER_SECONDS:
             measurement.abandon()
         if measurement.is_between_rounds:
-            self._round = []
+            self._round, self._round_began_at = [], now
         self._round += measurement.step() or ()
         self._last_idle_at = self._now()
         if measurement.is_between_rounds:
@@ -107,7 +110,8 @@ class CostKeeper:
         """Counts a round as an epoch of its own."""
         self._num_rounds += 1
         pause = _FIRST_PAUSE_SECONDS if self._num_rounds < _FIRST_ROUNDS else _LATER_PAUSE_SECONDS
-        self._next_round_at = self._now() + pause
+        now = self._now()
+        self._next_round_at = now + max(pause, _LEAST_PAUSE_PER_ROUND * (now - self._round_began_at))
         self._end_epoch()
         for step in self._round:
             self._fit.add(step)

@@ -25,7 +25,11 @@ MODES = {
 
 def engine_of(model: CompiledModel, group_planner: bool) -> Engine:
     options = BuildOptions(
-        device="cpu", num_threads=NUM_THREADS, policy_file=model.policy_file, least_drafting_gain=0.0
+        device="cpu",
+        num_threads=NUM_THREADS,
+        policy_file=model.policy_file,
+        checks_kept_costs=False,  # a table that is replaced between two requests is another price for the second
+        least_drafting_gain=0.0,
     )
     config = EngineConfig(num_slots=8, cache_tokens=2048, group_planner=group_planner)
     said: list[str] = []

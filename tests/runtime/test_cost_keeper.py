@@ -23,10 +23,12 @@ class Clock:
 
 
 class FakeMeasurement:
-    """Gives the steps of made-up rounds, a group each fourth call, as if a step took 10 ms."""
+    """Gives the steps of made-up rounds, a group each fourth call."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, seconds_per_step: float) -> None:
         self.num_abandoned = 0
+        self.seconds = 0.0
+        self._seconds_per_step = seconds_per_step
         self._clock = clock
         self._random = random.Random(7)
         self._left: list[StepTime] = []
@@ -37,7 +39,8 @@ class FakeMeasurement:
         return not self._left
 
     def step(self) -> list[StepTime] | None:
-        self._clock.seconds += 0.01
+        self._clock.seconds += self._seconds_per_step
+        self.seconds += self._seconds_per_step
         if not self._left:
             self._left = mixed_round(self._random)
         self._num_calls += 1
@@ -54,11 +57,11 @@ class FakeMeasurement:
 class Watched:
     """A keeper with all that it says and does."""
 
-    def __init__(self, costs: CostTable, *, idles: bool = False) -> None:
+    def __init__(self, costs: CostTable, *, idles: bool = False, seconds_per_step: float = 0.01) -> None:
         self.clock = Clock()
         self.words: list[str] = []
         self.replaced: list[MeasuredCosts] = []
-        self.measurement = FakeMeasurement(self.clock)
+        self.measurement = FakeMeasurement(self.clock, seconds_per_step)
         measurement: Measurement | None = self.measurement if idles else None
         self.keeper = CostKeeper(measured(costs), measurement, self.replaced.append, self.words.append, self.clock)
 
@@ -115,6 +118,12 @@ def test_idle_rounds_become_rare() -> None:
     watched = Watched(TRUE, idles=True)
     watched.idle(60)
     assert watched.keeper.seconds_until_idle_work() > 60
+
+
+def test_slow_rounds_leave_an_idle_server_mostly_idle() -> None:
+    watched = Watched(TRUE, idles=True, seconds_per_step=0.5)
+    watched.idle(600)
+    assert 0 < watched.measurement.seconds < 0.25 * 600
 
 
 def test_a_round_that_a_request_interrupted_is_begun_again() -> None:
