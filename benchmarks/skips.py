@@ -7,10 +7,9 @@ layers take turns, and so do steps with a policy in them and the same steps with
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from random import Random
-from types import MappingProxyType
 
 import torch
 
@@ -50,7 +49,7 @@ class _Plan:
     compensation: Compensation
     name: str = "plan"
     lookahead: int = 1
-    pinned: Mapping[int, Action] = MappingProxyType({0: Action.INT4})
+    pinned: Mapping[int, Action] = field(default_factory=lambda: {0: Action.INT4})
     head: Action = _HEAD
     kv_action: Action = Action.INT4
     score_actions: Actions = ()
