@@ -47,6 +47,10 @@ class FusedDecider(Decider):
         return self._evaluations if self._is_decided[layer + 1] else self._nothing
 
     @property
+    def num_evaluations(self) -> int:
+        return len(self._scores)
+
+    @property
     def blocks(self) -> Sequence[DecidedBlock]:
         layers = [layer for layer, _ in self._scores]
         scores = torch.tensor([[memoryview(row).cast("f").tolist() for row in rows] for _, rows in self._scores])
