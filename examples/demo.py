@@ -20,6 +20,8 @@ from dash_client import Action, DashClient, DashError, Generation, HealthStatus,
 START_SECONDS = 600.0
 STOP_SECONDS = 45.0
 LOG_TAIL_LINES = 20
+_WORKER = "worker: "
+_CLEAR_LINE = "\x1b[K"
 
 
 class DemoError(Exception):
@@ -41,6 +43,12 @@ class Server:
             return
         lines = self.log_file.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         raise DemoError("\n".join([f"the server exited with {code}; its last lines:", *lines]))
+
+    def doing(self) -> str:
+        """Returns what the worker said last, in its log."""
+        lines = self.log_file.read_text(errors="replace").splitlines()
+        said = (line.removeprefix(_WORKER) for line in reversed(lines) if line.startswith(_WORKER))
+        return next(said, "opening the model")
 
     def stop(self) -> int | None:
         """Asks the server to stop, and returns its exit code; None if it does not stop in time."""
@@ -88,7 +96,7 @@ def wait_for_port(server: Server, progress: "Progress") -> int:
         server.require_running()
         with contextlib.suppress(FileNotFoundError, ValueError):
             return int(server.port_file.read_text())
-        progress.tick()
+        progress.tick(server.doing())
 
 
 def wait_until_serving(server: Server, client: DashClient, progress: "Progress") -> None:
@@ -98,32 +106,32 @@ def wait_until_serving(server: Server, client: DashClient, progress: "Progress")
         with contextlib.suppress(UnavailableError):
             if client.health() is HealthStatus.SERVING:
                 return
-        progress.tick()
+        progress.tick(server.doing())
 
 
 class Progress:
-    """Prints how long the start has taken: in place on a terminal, else a line every five seconds."""
+    """Prints how long the start has taken and what it is doing: in place on a terminal, else when that changes."""
 
     def __init__(self) -> None:
         self._begin = time.monotonic()
-        self._next_line = 0.0
+        self._doing = ""
 
-    def tick(self) -> None:
+    def tick(self, doing: str) -> None:
         """Prints the time and waits a moment. Raises DemoError if the start has taken too long."""
         seconds = time.monotonic() - self._begin
         if seconds > START_SECONDS:
             raise DemoError(f"the server is not serving after {START_SECONDS:g} s")
-        text = f"Starting the server: {seconds:.0f} s (the first start converts the model)"
+        text = f"Starting the server: {seconds:.0f} s, {doing}"
         if sys.stdout.isatty():
-            print(f"\r{text}", end="", flush=True)
-        elif seconds >= self._next_line:
+            print(f"\r{_CLEAR_LINE}{text}", end="", flush=True)
+        elif doing != self._doing:
             print(text, flush=True)
-            self._next_line = seconds + 5
+            self._doing = doing
         time.sleep(0.2)
 
     def finish(self) -> None:
         """Prints that the server is serving."""
-        start = "\r\x1b[K" if sys.stdout.isatty() else ""
+        start = f"\r{_CLEAR_LINE}" if sys.stdout.isatty() else ""
         print(f"{start}The server is serving after {time.monotonic() - self._begin:.1f} s", flush=True)
 
 
