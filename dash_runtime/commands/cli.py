@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--name", default="learned")
     training.add_argument("--actions", type=parse_actions, default=tuple(Action), help="default: skip,int4,int8,full")
     training.add_argument("--rounds", type=_positive, default=10, help="with a checkpoint after each (default 10)")
-    training.add_argument("--batches", type=_positive, default=40, help="of 8 sequences in a round (default 40)")
+    training.add_argument("--batches", type=_positive, default=24, help="of 8 sequences in a round (default 24)")
     training.add_argument("--block-size", type=_positive, default=1, help="layers decided together (default 1)")
     training.add_argument(
         "--lookahead", type=_positive, default=1, help="layers between a decision and the state it sees (default 1)"

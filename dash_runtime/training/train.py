@@ -54,7 +54,7 @@ class TrainSettings:
     """
 
     rounds: int = 10
-    batches: int = 40
+    batches: int = 24
     sequences: int = 8
     num_prompt_tokens: int = 16
     price_range: tuple[float, float] = (0.1, 6.0)
