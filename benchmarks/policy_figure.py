@@ -1,12 +1,12 @@
 """`python -m benchmarks.policy_figure`: draws the shipped policy's decisions for one answer, as docs/policy.png.
 
-It measures no time: the cost of a step comes from the policy file's own table.
+It measures no time: the cost of a step comes from the cost table of this machine, evaluations included.
 """
 
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,11 +26,13 @@ from dash_runtime.checkpoints import (
     tokenizer_file,
 )
 from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
+from dash_runtime.engine.engine import Engine
 from dash_runtime.events import TokenProduced
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.startup.build import DTYPES, SHIPPED_POLICIES, BuildOptions, build_engine
+from dash_runtime.startup.cost_keeper import CostKeeper
 
 _QUESTION = "Why is the sky blue?"
 _INK, _GRID = "#333333", "#dddddd"
@@ -55,13 +57,25 @@ def main() -> None:
     options = parser.parse_args()
     cache_folder = default_cache_folder(os.environ)
     folder = resolve_checkpoint("embedded", None, cache_folder)
-    policy = shipped_policy(folder)
+    engine = build_engine(folder, cache_folder, BuildOptions(device="cpu"), EngineConfig(), progress)
+    policy = at_costs_of(engine, shipped_policy(folder))
     budget = options.budget or policy.recommended_budget(policy.costs)
     skip = SkipOptions(Mode.ADAPTIVE, budget, policy.name)
-    columns = answer(folder, cache_folder, options.question, skip, options.tokens)
+    columns = answer(engine, folder, options.question, skip, options.tokens)
     draw(columns, policy, options.question, budget, options.out)
-    costs = [policy.costs.token_cost(column.plan, policy.head) for column in columns]
+    costs = [token_cost(policy, column) for column in columns]
     print(f"{len(columns)} steps; mean cost {sum(costs) / len(costs):.3f}, {min(costs):.3f} to {max(costs):.3f}")
+
+
+def at_costs_of(engine: Engine, policy: LearnedPolicy) -> LearnedPolicy:
+    """Returns the policy with the cost table by which the engine counts budgets."""
+    assert isinstance(engine.cost_watch, CostKeeper)
+    return replace(policy, spec=replace(policy.spec, costs=engine.cost_watch.costs.table))
+
+
+def token_cost(policy: LearnedPolicy, column: Column) -> float:
+    """Returns what a token cost, the policy's evaluations included."""
+    return policy.costs.token_cost(column.plan, policy.head, policy.num_evaluations)
 
 
 def shipped_policy(folder: Path) -> LearnedPolicy:
@@ -72,11 +86,10 @@ def shipped_policy(folder: Path) -> LearnedPolicy:
     return load_policy(first, model, fingerprint, dtype=DTYPES["bfloat16"], device=torch.device("cpu"))
 
 
-def answer(folder: Path, cache_folder: Path, question: str, skip: SkipOptions, num_tokens: int) -> list[Column]:
+def answer(engine: Engine, folder: Path, question: str, skip: SkipOptions, num_tokens: int) -> list[Column]:
     """Returns the decode steps of a greedy answer. The first token comes from the prefill and has none."""
     tokenizer = Tokenizer.from_file(str(tokenizer_file(folder)))
     prompt = tokenizer.encode(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n").ids
-    engine = build_engine(folder, cache_folder, BuildOptions(device="cpu"), EngineConfig(), progress)
     engine.submit(GenerationRequest("figure", prompt, StoppingParameters(num_tokens), skip=skip, return_decisions=True))
     tokens: list[TokenProduced] = []
     while engine.has_work:
@@ -113,7 +126,7 @@ def _draw_plans(axis: Axes, columns: Sequence[Column], policy: LearnedPolicy) ->
 
 
 def _draw_costs(axis: Axes, columns: Sequence[Column], policy: LearnedPolicy, budget: float) -> None:
-    costs = [policy.costs.token_cost(column.plan, policy.head) for column in columns]
+    costs = [token_cost(policy, column) for column in columns]
     places = [place + 0.5 for place in range(len(columns))]
     axis.bar(places, costs, width=0.8, color="#7A7A7A")
     axis.axhline(budget, color="#D55E00", lw=1.2)
