@@ -26,6 +26,13 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+_GRANITE = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.1,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 2.5,
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": True}),
     "llama-untied-biased": (
@@ -45,6 +52,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3},
     ),
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": False}),
+    "granite": ("Granite", {**_GRANITE, "tie_word_embeddings": True}),
+    "granite-untied-biased": ("Granite", {**_GRANITE, "attention_bias": True}),
 }
 
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dash_runtime.checkpoints.gguf_config import ROPE_FACTORS
 from dash_runtime.checkpoints.gguf_file import GgufFile
+from dash_runtime.checkpoints.gguf_rope import ROPE_FACTORS
 from dash_runtime.checkpoints.parameters import parameter_shapes
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.families import Family

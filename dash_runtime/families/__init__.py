@@ -1,6 +1,7 @@
 """The model families that can be read: one file each, and one line below. Imports no torch and no transformers."""
 
 from dash_runtime.families.family import Family
+from dash_runtime.families.granite import Granite
 from dash_runtime.families.llama import Llama
 from dash_runtime.families.mistral import Mistral
 from dash_runtime.families.qwen2 import Qwen2
@@ -11,4 +12,5 @@ FAMILIES: tuple[Family, ...] = (
     Mistral(),
     Qwen2(),
     Qwen3(),
+    Granite(),
 )

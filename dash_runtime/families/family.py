@@ -4,10 +4,11 @@ A new family is a file with a subclass, and one line in `families/__init__.py`. 
 names; knows no tensors, no kernels and no file formats.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 from dash_runtime.families.config_reader import ConfigReader
+from dash_runtime.families.gguf_header import GgufHeader
 from dash_runtime.model_config import Activation, BlockConfig, ModelConfig, RopeConfig, TensorNames
 
 GGUF_NAMES = TensorNames(
@@ -69,10 +70,21 @@ class Family:
         """Returns the factor of the logits."""
         return 1.0
 
-    def keys_from_gguf(self, tensors: Container[str]) -> dict[str, object]:
-        """Returns the keys of config.json that only the names of a GGUF file's tensors tell."""
+    def is_in_gguf(self, gguf: GgufHeader) -> bool:
+        """Returns True if a file of `gguf_architecture` is of this family. Families may share an architecture."""
+        return True
+
+    def keys_from_gguf(self, gguf: GgufHeader) -> dict[str, object]:
+        """Returns the keys of config.json that this family has beside those that all families share."""
         names = self.gguf_tensor_names
-        return {"attention_bias": f"{names.layers}.0.{names.query_key_value[0]}.bias" in tensors}
+        return {"attention_bias": f"{names.layers}.0.{names.query_key_value[0]}.bias" in gguf.tensors}
+
+    def rope_keys_from_gguf(
+        self, gguf: GgufHeader, theta: float, scaling: dict[str, object] | None
+    ) -> dict[str, object]:
+        """Returns the keys of config.json for a rotary embedding with this base and this `rope_scaling`."""
+        # The older pair of keys is read by every version of transformers, and by other engines.
+        return {"rope_theta": theta, "rope_scaling": scaling}
 
     def gguf_permuted_heads(self, config: ModelConfig) -> Mapping[str, int]:
         """Returns the modules whose rows llama.cpp reorders for its rotary embedding, with their numbers of heads."""

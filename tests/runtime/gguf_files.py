@@ -1,5 +1,6 @@
 """Writes tiny GGUF files as llama.cpp's converter would, from the tests' tiny Hugging Face models."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from dash_runtime.model_config import ModelConfig
 BOS_TOKEN_ID = 257
 CONTROL_TOKEN_IDS = (256, 257, 258)
 USER_DEFINED_TOKEN_ID = 259
+PERMUTED = ("llama", "granite")
+"""Architectures whose converter derives from llama.cpp's LlamaModel, which reorders queries and keys."""
 
 
 def write_gguf(
@@ -37,7 +40,7 @@ def write_gguf(
         without: the name of a tensor or value to leave out.
     """
     config = load_model_config(folder)
-    values = _metadata(config, architecture) | dict(metadata or {})
+    values = _metadata(config, architecture) | _own_metadata(folder, architecture) | dict(metadata or {})
     arrays = _tensors(folder, config, architecture) | dict(tensors or {})
     values.pop(without, None)
     arrays.pop(without, None)
@@ -88,6 +91,19 @@ def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
     }
 
 
+def _own_metadata(folder: Path, architecture: str) -> dict[str, Any]:
+    """Returns what the converter writes for one architecture only."""
+    raw = json.loads((folder / "config.json").read_text())
+    if architecture == "granite":
+        return {
+            "granite.embedding_scale": float(raw["embedding_multiplier"]),
+            "granite.attention.scale": float(raw["attention_multiplier"]),
+            "granite.residual_scale": float(raw["residual_multiplier"]),
+            "granite.logit_scale": float(raw["logits_scaling"]),
+        }
+    return {}
+
+
 def tiny_tokens() -> list[str]:
     """Returns the 256 bytes, three of them replaced by the results of the merges, and the special tokens."""
     from tokenizers.pre_tokenizers import ByteLevel
@@ -102,7 +118,7 @@ def _tensors(folder: Path, config: ModelConfig, architecture: str) -> dict[str, 
     names = gguf_names(config, next(family for family in FAMILIES if family.gguf_architecture == architecture))
     for name, tensor in open_weights(folder).items():
         array = tensor.float().numpy()
-        if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+        if architecture in PERMUTED and (".q_proj." in name or ".k_proj." in name):
             num_heads = config.num_heads if ".q_proj." in name else config.num_kv_heads
             # LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py
             halves = array.reshape(num_heads, 2, array.shape[0] // num_heads // 2, *array.shape[1:])

@@ -24,7 +24,14 @@ from tests.runtime.gguf_files import write_gguf
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
 
 SMALL = {"num_hidden_layers": 2, "dtype": "bfloat16"}
-FAMILIES = [("llama", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3"), ("mistral", "llama")]
+FAMILIES = [
+    ("llama", "llama"),
+    ("qwen2", "qwen2"),
+    ("qwen3", "qwen3"),
+    ("mistral", "llama"),
+    ("granite", "granite"),
+    ("granite-untied-biased", "granite"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +72,7 @@ def test_a_model_survives_the_way_to_gguf_and_back(
     before, after = load_model_config(original, "same"), load_model_config(folder, "same")
     assert before.architecture == after.architecture or (family, architecture) == ("mistral", "llama")
     assert after.eos_token_ids == before.eos_token_ids
+    assert (after.block, after.ropes, after.sliding_window) == (before.block, before.ropes, before.sliding_window)
     weights = open_weights(folder)
     check_weights(weights, after)
     for name, tensor in open_weights(original).items():
@@ -128,7 +136,7 @@ def test_linear_scaling_is_kept(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "named"),
     [
-        ({"general.architecture": "gemma3"}, "'gemma3' is not supported; supported: llama, qwen2, qwen3"),
+        ({"general.architecture": "gemma4"}, "'gemma4' is not supported; supported: llama, qwen2, qwen3, granite"),
         ({"llama.expert_count": 8}, "mixtures of experts"),
         ({"split.count": 2}, "one part of several"),
         ({"llama.rope.scaling.type": "yarn"}, "'yarn'"),
@@ -185,6 +193,13 @@ def test_a_file_that_contradicts_itself_is_corrupt(
     with pytest.raises(CorruptCheckpoint, match=named) as caught:
         converted(gguf, tmp_path / "converted")
     assert str(gguf) in str(caught.value)
+
+
+def test_metadata_that_a_family_needs_are_named_if_they_are_missing(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "granite", "granite", **SMALL)
+    gguf = write_gguf(tmp_path / "odd.gguf", folder, architecture="granite", without="granite.residual_scale")
+    with pytest.raises(CorruptCheckpoint, match=r"odd\.gguf is incomplete: its metadata lacks 'granite\.residual"):
+        converted(gguf, tmp_path / "converted")
 
 
 def test_a_file_truncated_anywhere_is_corrupt(llama_gguf: Path, tmp_path: Path) -> None:

@@ -37,6 +37,19 @@ def test_logits_agree_with_transformers_in_prefill_and_decode(family: str, tmp_p
     assert (logits.argmax(-1) == expected.argmax(-1)).all()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_greedy_tokens_decoded_in_a_batch_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / family, family)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    decoder = load_decoder(folder, actions=(Action.FULL,))
+    generator = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in (3, 20, 77)]
+    for prompt, output in zip(prompts, decode_greedily(decoder, prompts), strict=True):
+        most_probable = reference(torch.tensor([prompt + output])).logits[0].argmax(-1).tolist()
+        assert most_probable[len(prompt) - 1 : -1] == output
+
+
 @pytest.mark.embedded
 @torch.inference_mode()
 def test_greedy_tokens_of_the_embedded_model_equal_those_of_transformers(embedded_folder: Path) -> None:

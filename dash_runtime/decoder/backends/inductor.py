@@ -163,13 +163,14 @@ class InductorBackend:
     def head(self, precision: Action, weight: Tensor, norm: RmsNorm, multiplier: float) -> Head | None:
         """Returns norm and head of that precision as a program, run row by row; None if there is none."""
         program = self._programs.get((ProgramKind.HEAD, precision, 0))
-        if program is None or multiplier != 1:
+        if program is None:
             return None
         weights = [norm.weight, *pack_row_matrix(precision, weight).tensors()]
 
         def head(hidden: Tensor) -> Tensor:
             rows = [program([row, *weights])[0] for row in hidden.split(1)]
-            return rows[0] if len(rows) == 1 else torch.cat(rows)
+            logits = rows[0] if len(rows) == 1 else torch.cat(rows)
+            return logits if multiplier == 1 else logits * multiplier
 
         return head
 

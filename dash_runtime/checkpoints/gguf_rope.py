@@ -1,0 +1,71 @@
+"""Writes a GGUF file's rotary embedding as keys of a Hugging Face config.json.
+
+Reads the rotary factors, which llama.cpp's converter stores as tensors. Knows no families and no other tensors.
+"""
+
+import math
+from typing import Any
+
+from dash_runtime.checkpoints.gguf_file import GgufFile
+from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
+from dash_runtime.files.wording import quoted
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+# Llama 3.1's and 3.2's values; a GGUF file has the resulting factors instead.
+_LLAMA3_LOW_FREQ_FACTOR = 1.0
+_LLAMA3_HIGH_FREQ_FACTOR = 4.0
+_LLAMA3_ORIGINAL_CONTEXT = 8192
+
+
+def rope_theta(gguf: GgufFile, name: str) -> float:
+    """Returns the base of the rotary frequencies."""
+    return gguf.get(f"{name}.rope.freq_base", float) or 10000.0
+
+
+def rope_scaling(gguf: GgufFile, name: str, head_dim: int) -> dict[str, Any] | None:
+    """Returns the scaling of rotary frequencies as `rope_scaling` of config.json, None if there is none.
+
+    Raises:
+        CorruptCheckpoint: the metadata is incomplete or contradicts itself.
+        UnsupportedArchitecture: a scaling that is not supported.
+    """
+    kind = gguf.get(f"{name}.rope.scaling.type", str) or "none"
+    if kind not in ("none", "linear"):
+        raise UnsupportedArchitecture(
+            f"{gguf.path}: rotary scaling {quoted(kind)} is not supported; supported: none, linear, llama3."
+        )
+    if kind == "linear":
+        return {"rope_type": "linear", "factor": gguf.require(f"{name}.rope.scaling.factor", float)}
+    if ROPE_FACTORS in gguf.tensors:
+        return _llama3_scaling(gguf, rope_theta(gguf, name), head_dim)
+    return None
+
+
+def _llama3_scaling(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, Any] | None:
+    """Returns the llama3 parameters that lead to the file's rotary factors, None if these are all one."""
+    import numpy as np
+
+    factors = gguf.dequantize(gguf.tensors[ROPE_FACTORS]).ravel()
+    if not 0 < theta < math.inf or factors.min() <= 0:
+        raise CorruptCheckpoint(f"{gguf.path} is damaged: its rotary embedding has a base or a factor that cannot be.")
+    if (factors == 1).all():
+        return None
+    factor = float(f"{factors.max():.6g}")  # a quotient of float32 numbers, so its last digit is noise
+    wavelengths = 2 * math.pi * theta ** (np.arange(len(factors)) / len(factors))
+    turns = _LLAMA3_ORIGINAL_CONTEXT / wavelengths
+    smooth = (turns - _LLAMA3_LOW_FREQ_FACTOR) / (_LLAMA3_HIGH_FREQ_FACTOR - _LLAMA3_LOW_FREQ_FACTOR)
+    smooth = smooth.clip(0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if 2 * len(factors) != head_dim or not np.allclose(factors, expected, rtol=1e-3, atol=0):
+        raise UnsupportedArchitecture(
+            f"{gguf.path}: its rotary factors ({ROPE_FACTORS}) are not those of Llama 3; "
+            "use the model's Hugging Face folder."
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": _LLAMA3_LOW_FREQ_FACTOR,
+        "high_freq_factor": _LLAMA3_HIGH_FREQ_FACTOR,
+        "original_max_position_embeddings": _LLAMA3_ORIGINAL_CONTEXT,
+    }
