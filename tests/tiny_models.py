@@ -26,6 +26,8 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
+
 _GRANITE = {
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.1,
@@ -54,6 +56,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": False}),
     "granite": ("Granite", {**_GRANITE, "tie_word_embeddings": True}),
     "granite-untied-biased": ("Granite", {**_GRANITE, "attention_bias": True}),
+    "smollm3": ("SmolLM3", {"tie_word_embeddings": True}),
+    "smollm3-yarn": ("SmolLM3", {"rope_parameters": _YARN | {"beta_fast": 16.0, "attention_factor": 1.1}}),
+    "smollm3-yarn-sliding-window": (
+        "SmolLM3",
+        {"rope_parameters": _YARN, "use_sliding_window": True, "sliding_window": 5, "tie_word_embeddings": False},
+    ),
 }
 
 

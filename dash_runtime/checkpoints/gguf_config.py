@@ -65,6 +65,7 @@ def config_keys(gguf: GgufFile, family: Family) -> dict[str, Any]:
         "rms_norm_eps": gguf.require(f"{name}.attention.layer_norm_rms_epsilon", float),
         "vocab_size": gguf.tensors[embedding].shape[0],
         "tie_word_embeddings": f"{tensors.head}.weight" not in gguf.tensors,
+        "pad_token_id": gguf.get("tokenizer.ggml.padding_token_id", int),
         "use_cache": True,
         "dtype": "bfloat16",
     }

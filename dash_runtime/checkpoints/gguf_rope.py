@@ -30,16 +30,35 @@ def rope_scaling(gguf: GgufFile, name: str, head_dim: int) -> dict[str, Any] | N
         CorruptCheckpoint: the metadata is incomplete or contradicts itself.
         UnsupportedArchitecture: a scaling that is not supported.
     """
-    kind = gguf.get(f"{name}.rope.scaling.type", str) or "none"
-    if kind not in ("none", "linear"):
+    prefix = f"{name}.rope.scaling"
+    kind = gguf.get(f"{prefix}.type", str) or "none"
+    if kind not in ("none", "linear", "yarn"):
         raise UnsupportedArchitecture(
-            f"{gguf.path}: rotary scaling {quoted(kind)} is not supported; supported: none, linear, llama3."
+            f"{gguf.path}: rotary scaling {quoted(kind)} is not supported; supported: none, linear, yarn, llama3."
         )
     if kind == "linear":
-        return {"rope_type": "linear", "factor": gguf.require(f"{name}.rope.scaling.factor", float)}
+        return {"rope_type": "linear", "factor": gguf.require(f"{prefix}.factor", float)}
+    if kind == "yarn":
+        return _yarn_scaling(gguf, prefix)
     if ROPE_FACTORS in gguf.tensors:
         return _llama3_scaling(gguf, rope_theta(gguf, name), head_dim)
     return None
+
+
+def _yarn_scaling(gguf: GgufFile, prefix: str) -> dict[str, Any]:
+    # Where its value is that of config.json, the converter has written it under either of two names.
+    attention_factor = gguf.get(f"{prefix}.yarn_attn_factor", float) or gguf.get(f"{prefix}.attn_factor", float)
+    optional = {
+        "beta_fast": gguf.get(f"{prefix}.yarn_beta_fast", float),
+        "beta_slow": gguf.get(f"{prefix}.yarn_beta_slow", float),
+        "attention_factor": attention_factor,
+    }
+    return {
+        "rope_type": "yarn",
+        "factor": gguf.require(f"{prefix}.factor", float),
+        "original_max_position_embeddings": gguf.require(f"{prefix}.original_context_length", int),
+        **{key: value for key, value in optional.items() if value is not None},
+    }
 
 
 def _llama3_scaling(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ from dash_runtime.families.llama import Llama
 from dash_runtime.families.mistral import Mistral
 from dash_runtime.families.qwen2 import Qwen2
 from dash_runtime.families.qwen3 import Qwen3
+from dash_runtime.families.smollm3 import SmolLm3
 
 FAMILIES: tuple[Family, ...] = (
     Llama(),
@@ -13,4 +14,5 @@ FAMILIES: tuple[Family, ...] = (
     Qwen2(),
     Qwen3(),
     Granite(),
+    SmolLm3(),
 )

@@ -6,13 +6,12 @@ Knows the keys that families share and transformers' spelling of them; knows no 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
+from dash_runtime.families.rope_reader import RopeReader, positive_number
 from dash_runtime.files.wording import quoted
-from dash_runtime.model_config import Activation, RopeConfig, RopeKind
-
-_MAX_NUMBER = 1e30
+from dash_runtime.model_config import Activation, RopeConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class ConfigReader:
 
     def number(self, key: str) -> float:
         """Returns a positive number."""
-        return self._positive(self.get(key), key)
+        return positive_number(self.get(key), key, self.source)
 
     def activation(self, key: str, supported: Mapping[str, Activation]) -> Activation:
         """Returns the activation that `key` names, which must be one of `supported`."""
@@ -61,45 +60,29 @@ class ConfigReader:
             )
         return supported[name]
 
-    def rope(self) -> RopeConfig:
-        """Returns the rotary embedding that all layers share."""
+    def head_dim(self) -> int:
+        """Returns the number of channels of a head."""
+        if self.get("head_dim") is not None:
+            return self.size("head_dim")
+        return self.size("hidden_size") // self.size("num_attention_heads")
+
+    def rope(self, layer_type: str | None = None) -> RopeConfig:
+        """Returns the rotary embedding that all layers share, or that of the layers of one type."""
         parameters = self.get("rope_parameters")
+        if isinstance(parameters, dict) and layer_type is not None:
+            parameters = parameters.get(layer_type)
         if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
             raise UnsupportedArchitecture(
                 f"{self.source}: rotary embeddings that differ between layers are not supported."
             )
-        try:
-            kind = RopeKind(parameters["rope_type"])
-        except ValueError:
-            supported = ", ".join(RopeKind)
-            name = quoted(parameters["rope_type"])
-            raise UnsupportedArchitecture(
-                f"{self.source}: rotary scaling {name} is not supported; supported: {supported}."
-            ) from None
-        if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UnsupportedArchitecture(f"{self.source}: partial rotary embeddings are not supported.")
+        return RopeReader(parameters, self.source, self.size("max_position_embeddings"), self.head_dim()).read()
 
-        def number(key: str) -> float:
-            return self._positive(parameters.get(key), f"{key} of its rotary embedding")
-
-        theta = number("rope_theta")
-        if kind is RopeKind.DEFAULT:
-            return RopeConfig(theta)
-        if kind is RopeKind.LINEAR:
-            return RopeConfig(theta, kind, number("factor"))
-        rope = RopeConfig(
-            theta=theta,
-            kind=kind,
-            factor=number("factor"),
-            low_freq_factor=number("low_freq_factor"),
-            high_freq_factor=number("high_freq_factor"),
-            original_context_length=int(number("original_max_position_embeddings")),
-        )
-        if rope.low_freq_factor >= rope.high_freq_factor:
-            raise CorruptCheckpoint(
-                f"{self.source}: low_freq_factor of its rotary embedding is not below high_freq_factor."
-            )
-        return rope
+    def flag_of_every_layer(self, key: str) -> tuple[bool, ...]:
+        """Returns one boolean per layer, from a list of zeros and ones that may be longer."""
+        values, num_layers = self.get(key), self.size("num_hidden_layers")
+        if not isinstance(values, list) or len(values) < num_layers or any(value not in (0, 1) for value in values):
+            raise CorruptCheckpoint(f"{self.source}: {key} must have a 0 or 1 for each of {num_layers} layers.")
+        return tuple(value == 1 for value in values[:num_layers])
 
     def sliding_window_in_every_layer(self) -> tuple[int | None, ...]:
         """Returns the same window for each layer, None for each if the configuration has none."""
@@ -118,8 +101,3 @@ class ConfigReader:
                 f"{self.source}: layer_types other than {', '.join(windows)} are not supported."
             )
         return tuple(windows[kind] for kind in types)
-
-    def _positive(self, value: object, key: str) -> float:
-        if type(value) not in (int, float) or not 0 < cast(float, value) < _MAX_NUMBER:
-            raise CorruptCheckpoint(f"{self.source}: {key} must be a positive number, got {quoted(value)}.")
-        return float(cast(float, value))

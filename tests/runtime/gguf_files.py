@@ -18,7 +18,7 @@ from dash_runtime.model_config import ModelConfig
 BOS_TOKEN_ID = 257
 CONTROL_TOKEN_IDS = (256, 257, 258)
 USER_DEFINED_TOKEN_ID = 259
-PERMUTED = ("llama", "granite")
+PERMUTED = ("llama", "granite", "smollm3")
 """Architectures whose converter derives from llama.cpp's LlamaModel, which reorders queries and keys."""
 
 
@@ -92,15 +92,32 @@ def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
 
 
 def _own_metadata(folder: Path, architecture: str) -> dict[str, Any]:
-    """Returns what the converter writes for one architecture only."""
+    """Returns what the converter writes of scalings and for one architecture only."""
     raw = json.loads((folder / "config.json").read_text())
+    rope = raw["rope_parameters"]
+    scaling = _scaling_metadata(rope.get("full_attention", rope), f"{architecture}.rope.scaling")
     if architecture == "granite":
-        return {
+        scaling |= {
             "granite.embedding_scale": float(raw["embedding_multiplier"]),
             "granite.attention.scale": float(raw["attention_multiplier"]),
             "granite.residual_scale": float(raw["residual_multiplier"]),
             "granite.logit_scale": float(raw["logits_scaling"]),
         }
+    return scaling
+
+
+def _scaling_metadata(rope: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Returns what the converter writes of `rope_parameters` in config.json."""
+    if rope["rope_type"] == "yarn":
+        own = {
+            "type": "yarn",
+            "factor": float(rope["factor"]),
+            "original_context_length": rope["original_max_position_embeddings"],
+            "yarn_attn_factor": rope.get("attention_factor"),
+            "yarn_beta_fast": rope.get("beta_fast"),
+            "yarn_beta_slow": rope.get("beta_slow"),
+        }
+        return {f"{prefix}.{key}": value for key, value in own.items() if value is not None}
     return {}
 
 

@@ -26,6 +26,8 @@ MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistr
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 
+SMOLLM3 = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
+
 
 def write_config(folder: Path, keys: dict[str, Any], generation: dict[str, Any] | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +83,9 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+LONGROPE["original_max_position_embeddings"] = 128
 
 
 @pytest.mark.parametrize(
@@ -162,10 +167,7 @@ def test_end_tokens_come_from_the_generation_config_first(
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"architectures": None, "model_type": "mamba"}, "mamba"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'.*default, linear, llama3"),
-        (
-            {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
-            "'yarn'",
-        ),
+        ({"rope_scaling": YARN | {"truncate": False}}, "truncate of its rotary embedding must be true"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial rotary"),
         ({"hidden_act": "gelu"}, "'gelu'"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised already"),
@@ -185,9 +187,21 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, keys: dict[str
         ({"num_attention_heads": 3}, "not a multiple"),
         ({"num_key_value_heads": 3}, "3 key-value heads"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_scaling": YARN | {"factor": -1}}, "factor of its rotary embedding"),
+        ({"rope_scaling": YARN | {"beta_slow": 33}}, "beta_slow of its rotary embedding is above beta_fast"),
+        (
+            {"rope_scaling": LONGROPE | {"long_factor": [1.0] * 7}},
+            "long_factor of its rotary embedding is no list of 8",
+        ),
+        ({"rope_scaling": LONGROPE | {"short_factor": [0.0] * 8}}, "short_factor of its rotary embedding must be"),
         ({"model_type": "qwen2"}, "does not go with"),
         ({"architectures": "LlamaForCausalLM"}, "names no architecture"),
         ({"eos_token_id": [1, -5]}, "eos_token_id"),
+        (
+            SMOLLM3 | {"no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 4},
+            "no_rope_layers must have a 0 or 1 for each of 4 layers",
+        ),
+        (SMOLLM3 | {"no_rope_layers": [1, 0, 2, 1]}, "no_rope_layers"),
     ],
 )
 def test_values_that_make_no_sense_are_corrupt(tmp_path: Path, keys: dict[str, Any], named: str) -> None:

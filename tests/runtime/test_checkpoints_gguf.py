@@ -31,6 +31,8 @@ FAMILIES = [
     ("mistral", "llama"),
     ("granite", "granite"),
     ("granite-untied-biased", "granite"),
+    ("smollm3", "smollm3"),
+    ("smollm3-yarn", "smollm3"),
 ]
 
 
@@ -136,10 +138,13 @@ def test_linear_scaling_is_kept(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "named"),
     [
-        ({"general.architecture": "gemma4"}, "'gemma4' is not supported; supported: llama, qwen2, qwen3, granite"),
+        (
+            {"general.architecture": "gemma4"},
+            "'gemma4' is not supported; supported: llama, qwen2, qwen3, granite, s",
+        ),
         ({"llama.expert_count": 8}, "mixtures of experts"),
         ({"split.count": 2}, "one part of several"),
-        ({"llama.rope.scaling.type": "yarn"}, "'yarn'"),
+        ({"llama.rope.scaling.type": "other"}, "'other' is not supported; supported: none, linear, yarn, llama3"),
         ({"llama.rope.dimension_count": 8}, "partial rotary"),
         ({"llama.attention.value_length": 8}, "keys and values of different sizes"),
         ({"llama.attention.sliding_window": 64}, "sliding window"),
