@@ -28,6 +28,14 @@ _LLAMA3_ROPE = {
 
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
 
+_PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+_LONGROPE = _PARTIAL_ROPE | {
+    "rope_type": "longrope",
+    "short_factor": [round(1 + 0.1 * pair, 1) for pair in range(9)],
+    "long_factor": [1.5 + pair for pair in range(9)],
+}
+"""Of heads of 24 channels, of which 18 are rotated."""
+
 _GRANITE = {
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.1,
@@ -56,6 +64,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": False}),
     "granite": ("Granite", {**_GRANITE, "tie_word_embeddings": True}),
     "granite-untied-biased": ("Granite", {**_GRANITE, "attention_bias": True}),
+    "phi3": ("Phi3", {"rope_parameters": _PARTIAL_ROPE, "tie_word_embeddings": True}),
+    "phi3-longrope": ("Phi3", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 32}),
+    "phi3-longrope-sliding-window": (
+        "Phi3",
+        {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 32, "sliding_window": 7},
+    ),
     "smollm3": ("SmolLM3", {"tie_word_embeddings": True}),
     "smollm3-yarn": ("SmolLM3", {"rope_parameters": _YARN | {"beta_fast": 16.0, "attention_factor": 1.1}}),
     "smollm3-yarn-sliding-window": (

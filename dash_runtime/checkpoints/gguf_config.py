@@ -3,7 +3,7 @@
 Knows the metadata keys of llama.cpp's converter that families share; each family reads its own. Reads no tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dash_runtime.checkpoints.gguf_file import GgufFile
@@ -47,7 +47,8 @@ def config_keys(gguf: GgufFile, family: Family) -> dict[str, Any]:
         raise CorruptCheckpoint(f"{gguf.path} is damaged: {num_layers} layers of {num_heads} heads cannot be.")
     head_dim = gguf.get(f"{name}.attention.key_length", int) or hidden_size // num_heads
     context_length = gguf.require(f"{name}.context_length", int)
-    _refuse_features(gguf, name, head_dim, context_length)
+    own = family.keys_from_gguf(gguf)
+    _refuse_features(gguf, name, own, head_dim, context_length)
     embedding = f"{tensors.embedding}.weight"
     if embedding not in gguf.tensors:
         raise CorruptCheckpoint(f"{gguf.path} is incomplete: it has no tensor {embedding}.")
@@ -69,7 +70,7 @@ def config_keys(gguf: GgufFile, family: Family) -> dict[str, Any]:
         "use_cache": True,
         "dtype": "bfloat16",
     }
-    config |= family.keys_from_gguf(gguf)
+    config |= own
     config |= family.rope_keys_from_gguf(gguf, rope_theta(gguf, name), rope_scaling(gguf, name, head_dim))
     for key in ("bos", "eos"):
         token_id = gguf.get(f"tokenizer.ggml.{key}_token_id", int)
@@ -91,13 +92,17 @@ def eos_token_ids(gguf: GgufFile, vocab_size: int) -> list[int]:
     return known
 
 
-def _refuse_features(gguf: GgufFile, name: str, head_dim: int, context_length: int) -> None:
+def _refuse_features(
+    gguf: GgufFile, name: str, own_keys: Mapping[str, object], head_dim: int, context_length: int
+) -> None:
+    """Refuses what would be ignored: features that neither all families have nor are among the family's own keys."""
     if (gguf.get(f"{name}.attention.value_length", int) or head_dim) != head_dim:
         raise UnsupportedArchitecture(f"{gguf.path}: keys and values of different sizes are not supported.")
-    if (gguf.get(f"{name}.rope.dimension_count", int) or head_dim) != head_dim:
+    num_rotated = gguf.get(f"{name}.rope.dimension_count", int) or head_dim
+    if num_rotated != head_dim and "partial_rotary_factor" not in own_keys:
         raise UnsupportedArchitecture(f"{gguf.path}: partial rotary embeddings are not supported.")
     window = gguf.get(f"{name}.attention.sliding_window", int)
-    if window and window < context_length:
+    if window and window < context_length and "sliding_window" not in own_keys:
         raise UnsupportedArchitecture(
             f"{gguf.path}: a GGUF file does not say which layers its sliding window applies to; "
             "use the model's Hugging Face folder."

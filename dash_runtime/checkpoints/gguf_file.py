@@ -82,7 +82,7 @@ class GgufFile:
         if value is None:
             return None
         if isinstance(value, float):
-            value = _short_decimal(value)
+            value = short_decimal(value)
         if type(value) is not kind:
             raise CorruptCheckpoint(f"{self.path} is damaged: its metadata {key!r} is no {kind.__name__}.")
         return value
@@ -152,7 +152,8 @@ class GgufFile:
         return cast("np.ndarray", values.reshape(tensor.shape))
 
 
-def _short_decimal(value: float) -> float:
+def short_decimal(value: float) -> float:
+    """Returns the short decimal that a float32 was written from, or `value` if there is none."""
     short = float(f"{value:.7g}")
     return short if c_float(short).value == c_float(value).value else value
 

@@ -6,11 +6,15 @@ Reads the rotary factors, which llama.cpp's converter stores as tensors. Knows n
 import math
 from typing import Any
 
-from dash_runtime.checkpoints.gguf_file import GgufFile
+from dash_runtime.checkpoints.gguf_file import GgufFile, short_decimal
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.files.wording import quoted
+from dash_runtime.model_config import RopeKind
 
 ROPE_FACTORS = "rope_freqs.weight"
+_SHORT_FACTORS, _LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
+ROPE_TENSORS = frozenset((ROPE_FACTORS, _SHORT_FACTORS, _LONG_FACTORS))
+"""Tensors that belong to the rotary embedding."""
 
 # Llama 3.1's and 3.2's values; a GGUF file has the resulting factors instead.
 _LLAMA3_LOW_FREQ_FACTOR = 1.0
@@ -32,10 +36,12 @@ def rope_scaling(gguf: GgufFile, name: str, head_dim: int) -> dict[str, Any] | N
     """
     prefix = f"{name}.rope.scaling"
     kind = gguf.get(f"{prefix}.type", str) or "none"
-    if kind not in ("none", "linear", "yarn"):
+    if kind not in ("none", *RopeKind):
         raise UnsupportedArchitecture(
-            f"{gguf.path}: rotary scaling {quoted(kind)} is not supported; supported: none, linear, yarn, llama3."
+            f"{gguf.path}: rotary scaling {quoted(kind)} is not supported; supported: none, linear, yarn, longrope."
         )
+    if kind == "longrope" or _LONG_FACTORS in gguf.tensors:  # older files do not name it
+        return _longrope_scaling(gguf, prefix)
     if kind == "linear":
         return {"rope_type": "linear", "factor": gguf.require(f"{prefix}.factor", float)}
     if kind == "yarn":
@@ -59,6 +65,19 @@ def _yarn_scaling(gguf: GgufFile, prefix: str) -> dict[str, Any]:
         "original_max_position_embeddings": gguf.require(f"{prefix}.original_context_length", int),
         **{key: value for key, value in optional.items() if value is not None},
     }
+
+
+def _longrope_scaling(gguf: GgufFile, prefix: str) -> dict[str, Any]:
+    scaling: dict[str, Any] = {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": gguf.require(f"{prefix}.original_context_length", int),
+    }
+    for key, name in (("short_factor", _SHORT_FACTORS), ("long_factor", _LONG_FACTORS)):
+        if name not in gguf.tensors:
+            raise CorruptCheckpoint(f"{gguf.path} is incomplete: it has no tensor {name}.")
+        scaling[key] = [short_decimal(value) for value in gguf.dequantize(gguf.tensors[name]).ravel().tolist()]
+    attention_factor = gguf.get(f"{prefix}.attn_factor", float)
+    return scaling if attention_factor is None else scaling | {"attention_factor": attention_factor}
 
 
 def _llama3_scaling(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, Any] | None:

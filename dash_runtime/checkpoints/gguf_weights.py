@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dash_runtime.checkpoints.gguf_file import GgufFile
-from dash_runtime.checkpoints.gguf_rope import ROPE_FACTORS
+from dash_runtime.checkpoints.gguf_rope import ROPE_TENSORS
 from dash_runtime.checkpoints.parameters import parameter_shapes
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.families import Family
@@ -59,7 +59,7 @@ def _check_tensors(gguf: GgufFile, shapes: dict[str, tuple[int, ...]]) -> None:
                 f"{gguf.path} is damaged: its tensor {name} has the shape {list(tensor.shape)}, "
                 f"but its metadata ask for {list(shape)}."
             )
-    unused = gguf.tensors.keys() - shapes.keys() - {ROPE_FACTORS}
+    unused = gguf.tensors.keys() - shapes.keys() - ROPE_TENSORS
     if unused:
         raise UnsupportedArchitecture(f"{gguf.path} has a tensor that is not supported: {quoted(min(unused))}.")
 

@@ -109,7 +109,10 @@ def parse_model_config(
         context_length=context_length,
         block=block,
         ropes=family.ropes(config),
-        sliding_window=family.sliding_window(config),
+        # A window as long as the context hides nothing, and layers without one take larger steps.
+        sliding_window=tuple(
+            None if own is None or own >= context_length else own for own in family.sliding_window(config)
+        ),
         has_tied_head=config.flag("tie_word_embeddings"),
         eos_token_ids=_token_ids(config.get("eos_token_id"), vocab_size, source),
         embedding_multiplier=family.embedding_multiplier(config),

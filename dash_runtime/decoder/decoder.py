@@ -53,6 +53,10 @@ class Decoder:
         a row's bits do not depend on the cuts."""
         self._rotary = rotary_tables(config.ropes, config.head_dim, self.context_length, self.dtype, self.device)
 
+    def has_other_keys(self, num_tokens: int) -> bool:
+        """Returns True if a sequence of up to `num_tokens` has other keys than a short one with the same tokens."""
+        return any(table.first_row(num_tokens) > 0 for table in dict.fromkeys(self._rotary))
+
     def caches(self, sizes: Sequence[int]) -> list[SequenceCache]:
         """Returns one cache per size, which is its number of positions, in a pool of their own."""
         pool = CachePool(self.config, sum(sizes), self.dtype, self.device, max_sequences=len(sizes))

@@ -4,6 +4,7 @@ from dash_runtime.families.family import Family
 from dash_runtime.families.granite import Granite
 from dash_runtime.families.llama import Llama
 from dash_runtime.families.mistral import Mistral
+from dash_runtime.families.phi3 import Phi3
 from dash_runtime.families.qwen2 import Qwen2
 from dash_runtime.families.qwen3 import Qwen3
 from dash_runtime.families.smollm3 import SmolLm3
@@ -15,4 +16,5 @@ FAMILIES: tuple[Family, ...] = (
     Qwen3(),
     Granite(),
     SmolLm3(),
+    Phi3(),
 )

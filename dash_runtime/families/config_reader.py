@@ -66,8 +66,11 @@ class ConfigReader:
             return self.size("head_dim")
         return self.size("hidden_size") // self.size("num_attention_heads")
 
-    def rope(self, layer_type: str | None = None) -> RopeConfig:
-        """Returns the rotary embedding that all layers share, or that of the layers of one type."""
+    def rope(self, layer_type: str | None = None, may_be_partial: bool = False) -> RopeConfig:
+        """Returns the rotary embedding that all layers share, or that of the layers of one type.
+
+        Refuses one of a part of each head, unless it `may_be_partial`.
+        """
         parameters = self.get("rope_parameters")
         if isinstance(parameters, dict) and layer_type is not None:
             parameters = parameters.get(layer_type)
@@ -75,7 +78,8 @@ class ConfigReader:
             raise UnsupportedArchitecture(
                 f"{self.source}: rotary embeddings that differ between layers are not supported."
             )
-        return RopeReader(parameters, self.source, self.size("max_position_embeddings"), self.head_dim()).read()
+        context_length = self.size("max_position_embeddings")
+        return RopeReader(parameters, self.source, context_length, self.head_dim(), may_be_partial).read()
 
     def flag_of_every_layer(self, key: str) -> tuple[bool, ...]:
         """Returns one boolean per layer, from a list of zeros and ones that may be longer."""

@@ -5,7 +5,7 @@ What a missing value means is what transformers' modeling_rope_utils.py makes of
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,8 @@ class RopeReader:
     source: Path
     context_length: int
     head_dim: int
+    may_be_partial: bool = False
+    """True if the family can rotate a part of each head."""
 
     def read(self) -> RopeConfig:
         """Returns the rotary embedding.
@@ -40,9 +42,11 @@ class RopeReader:
             raise UnsupportedArchitecture(
                 f"{self.source}: rotary scaling {name} is not supported; supported: {supported}."
             ) from None
-        if self.parameters.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UnsupportedArchitecture(f"{self.source}: partial rotary embeddings are not supported.")
-        theta = self._number("rope_theta")
+        num_rotated = self._num_rotated()
+        rope = self._read(kind, self._number("rope_theta"))
+        return rope if num_rotated == self.head_dim else replace(rope, num_rotated=num_rotated)
+
+    def _read(self, kind: RopeKind, theta: float) -> RopeConfig:
         match kind:
             case RopeKind.DEFAULT:
                 return RopeConfig(theta)
@@ -54,6 +58,17 @@ class RopeReader:
                 return self._yarn(theta)
             case RopeKind.LONGROPE:
                 return self._longrope(theta)
+
+    def _num_rotated(self) -> int:
+        share = self._number("partial_rotary_factor", 1.0)
+        if share != 1 and not self.may_be_partial:
+            raise UnsupportedArchitecture(f"{self.source}: partial rotary embeddings are not supported.")
+        num_rotated = int(self.head_dim * share)
+        if not 0 < num_rotated <= self.head_dim or num_rotated % 2:
+            raise CorruptCheckpoint(
+                f"{self.source}: partial_rotary_factor {share:g} makes no pairs of {self.head_dim} channels."
+            )
+        return num_rotated
 
     def _llama3(self, theta: float) -> RopeConfig:
         rope = RopeConfig(
@@ -107,7 +122,7 @@ class RopeReader:
         )
 
     def _factors(self, key: str) -> tuple[float, ...]:
-        values, count = self.parameters.get(key), self.head_dim // 2
+        values, count = self.parameters.get(key), self._num_rotated() // 2
         if not isinstance(values, list) or len(values) != count:
             raise CorruptCheckpoint(f"{self.source}: {key} of its rotary embedding is no list of {count} numbers.")
         return tuple(positive_number(value, f"{key} of its rotary embedding", self.source) for value in values)

@@ -17,6 +17,7 @@ class RotaryTable:
 
     The first half of a head is paired with its second half, as in Hugging Face checkpoints. The sine of the first half
     is negated here, so that rotating is one swap of the halves and two products. Without `rope` nothing is rotated.
+    If only a part of each head is, the channels come in another order (`channel_order`).
 
     longrope rotates sequences that may outgrow the original context otherwise, from their first position on, since a
     sequence's keys are rotated once. So it has a second table behind the first, and `first_row` tells them apart.
@@ -34,7 +35,9 @@ class RotaryTable:
         angles = torch.cat([torch.outer(positions, own) for own in frequencies])
         cosines, sines = angles.cos(), angles.sin()
         if rope is not None and rope.attention_factor != 1:
-            cosines, sines = cosines * rope.attention_factor, sines * rope.attention_factor
+            factors = torch.ones(head_dim // 2)  # channels that are not rotated keep their size
+            factors[: _num_rotated(rope, head_dim) // 2] = rope.attention_factor
+            cosines, sines = cosines * factors, sines * factors
         self.cosines = torch.cat((cosines, cosines), dim=-1).unsqueeze(1).to(device, dtype)
         self.sines = torch.cat((-sines, sines), dim=-1).unsqueeze(1).to(device, dtype)
 
@@ -64,9 +67,34 @@ def has_other_keys(rope: RopeConfig, num_tokens: int) -> bool:
 def inverse_frequencies(rope: RopeConfig, head_dim: int, is_long: bool = False) -> Tensor:
     """Returns the radians per position for each pair of channels, float32 `[head_dim / 2]`.
 
-    `is_long` tells longrope which of its factors to take.
+    `is_long` tells longrope which of its factors to take. The last pairs have 0 if only a part of a head is rotated.
     """
-    powers = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    num_rotated = _num_rotated(rope, head_dim)
+    frequencies = _inverse_frequencies(rope, num_rotated, is_long)
+    if num_rotated == head_dim:
+        return frequencies
+    return torch.cat((frequencies, torch.zeros((head_dim - num_rotated) // 2)))
+
+
+def channel_order(rope: RopeConfig, head_dim: int) -> list[int] | None:
+    """Returns the order of a head's channels in which the two of a pair are half a head apart, None if they are.
+
+    Rotating a part of a head pairs channels that are half that part apart. Queries and keys that are both reordered
+    have the same products, and are then rotated as if all of the head were.
+    """
+    num_rotated = _num_rotated(rope, head_dim)
+    if num_rotated == head_dim:
+        return None
+    half, middle = num_rotated // 2, (num_rotated + head_dim) // 2
+    return [*range(half), *range(num_rotated, middle), *range(half, num_rotated), *range(middle, head_dim)]
+
+
+def _num_rotated(rope: RopeConfig, head_dim: int) -> int:
+    return head_dim if rope.num_rotated is None else rope.num_rotated
+
+
+def _inverse_frequencies(rope: RopeConfig, num_rotated: int, is_long: bool) -> Tensor:
+    powers = rope.theta ** (torch.arange(0, num_rotated, 2, dtype=torch.float32) / num_rotated)
     match rope.kind:
         case RopeKind.DEFAULT:
             return 1.0 / powers

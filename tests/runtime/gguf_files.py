@@ -1,6 +1,7 @@
 """Writes tiny GGUF files as llama.cpp's converter would, from the tests' tiny Hugging Face models."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.checkpoints.gguf_weights import gguf_names
 from dash_runtime.families import FAMILIES
-from dash_runtime.model_config import ModelConfig
+from dash_runtime.model_config import ModelConfig, RopeKind
 
 BOS_TOKEN_ID = 257
 CONTROL_TOKEN_IDS = (256, 257, 258)
@@ -40,7 +41,7 @@ def write_gguf(
         without: the name of a tensor or value to leave out.
     """
     config = load_model_config(folder)
-    values = _metadata(config, architecture) | _own_metadata(folder, architecture) | dict(metadata or {})
+    values = _metadata(config, architecture) | _own_metadata(folder, config, architecture) | dict(metadata or {})
     arrays = _tensors(folder, config, architecture) | dict(tensors or {})
     values.pop(without, None)
     arrays.pop(without, None)
@@ -91,7 +92,7 @@ def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
     }
 
 
-def _own_metadata(folder: Path, architecture: str) -> dict[str, Any]:
+def _own_metadata(folder: Path, config: ModelConfig, architecture: str) -> dict[str, Any]:
     """Returns what the converter writes of scalings and for one architecture only."""
     raw = json.loads((folder / "config.json").read_text())
     rope = raw["rope_parameters"]
@@ -103,11 +104,23 @@ def _own_metadata(folder: Path, architecture: str) -> dict[str, Any]:
             "granite.residual_scale": float(raw["residual_multiplier"]),
             "granite.logit_scale": float(raw["logits_scaling"]),
         }
+    if architecture == "phi3":
+        original = raw["original_max_position_embeddings"]
+        scaling |= {
+            "phi3.rope.scaling.original_context_length": original,
+            "phi3.rope.dimension_count": int(config.head_dim * rope["partial_rotary_factor"]),
+            "phi3.attention.sliding_window": raw["sliding_window"] or 0,
+        }
+        if "long_factor" in rope:
+            factor = math.log(raw["max_position_embeddings"] / original)
+            scaling["phi3.rope.scaling.attn_factor"] = math.sqrt(1 + factor / math.log(original))
     return scaling
 
 
 def _scaling_metadata(rope: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Returns what the converter writes of `rope_parameters` in config.json."""
+    if rope["rope_type"] == "longrope":
+        return {f"{prefix}.type": "longrope"}
     if rope["rope_type"] == "yarn":
         own = {
             "type": "yarn",
@@ -141,6 +154,10 @@ def _tensors(folder: Path, config: ModelConfig, architecture: str) -> dict[str, 
             halves = array.reshape(num_heads, 2, array.shape[0] // num_heads // 2, *array.shape[1:])
             array = halves.swapaxes(1, 2).reshape(array.shape)
         arrays[names[name]] = array
+    rope = config.ropes[0]
+    if rope is not None and rope.kind is RopeKind.LONGROPE:
+        arrays["rope_factors_short.weight"] = np.array(rope.short_factors)
+        arrays["rope_factors_long.weight"] = np.array(rope.long_factors)
     return arrays
 
 
