@@ -70,6 +70,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Phi3",
         {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 32, "sliding_window": 7},
     ),
+    "olmo2": ("Olmo2", {"num_key_value_heads": 4}),
+    "olmo2-tied-biased": ("Olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
     "smollm3": ("SmolLM3", {"tie_word_embeddings": True}),
     "smollm3-yarn": ("SmolLM3", {"rope_parameters": _YARN | {"beta_fast": 16.0, "attention_factor": 1.1}}),
     "smollm3-yarn-sliding-window": (

@@ -29,7 +29,10 @@ def gguf_family(gguf: GgufFile, families: Sequence[Family] = FAMILIES) -> Family
         raise UnsupportedArchitecture(f"{gguf.path}: mixtures of experts are not supported.")
     if (gguf.get("split.count", int) or 1) > 1:
         raise UnsupportedArchitecture(f"{gguf.path} is one part of several; join them with llama-gguf-split.")
-    return next(own for own in families if own.gguf_architecture == name and own.is_in_gguf(gguf))
+    family = next((own for own in families if own.gguf_architecture == name and own.is_in_gguf(gguf)), None)
+    if family is None:
+        raise UnsupportedArchitecture(f"{gguf.path}: a sliding window is not supported in {quoted(name)}.")
+    return family
 
 
 def config_keys(gguf: GgufFile, family: Family) -> dict[str, Any]:

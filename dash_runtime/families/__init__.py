@@ -4,6 +4,7 @@ from dash_runtime.families.family import Family
 from dash_runtime.families.granite import Granite
 from dash_runtime.families.llama import Llama
 from dash_runtime.families.mistral import Mistral
+from dash_runtime.families.olmo2 import Olmo2
 from dash_runtime.families.phi3 import Phi3
 from dash_runtime.families.qwen2 import Qwen2
 from dash_runtime.families.qwen3 import Qwen3
@@ -17,4 +18,5 @@ FAMILIES: tuple[Family, ...] = (
     Granite(),
     SmolLm3(),
     Phi3(),
+    Olmo2(),
 )

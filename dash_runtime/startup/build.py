@@ -21,7 +21,7 @@ from dash_runtime.config import (
     StoppingParameters,
 )
 from dash_runtime.decoder.backends.cuda_graphs import Graphs, cuda_capture
-from dash_runtime.decoder.backends.inductor import InductorBackend, can_compile, program_specs
+from dash_runtime.decoder.backends.inductor import InductorBackend, program_specs, why_eager
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import device_of, find_device
@@ -210,7 +210,11 @@ def _load_programs(
     progress: Progress,
 ) -> Mapping[ProgramSpec, Program] | None:
     """Returns the programs for this model and its policies; None if everything runs eagerly."""
-    if not device_of(device).compiles_layers or dtype is not torch.bfloat16 or not can_compile(model):
+    if not device_of(device).compiles_layers or dtype is not torch.bfloat16:
+        return None
+    reason = why_eager(model)
+    if reason is not None:
+        progress(f"layers run uncompiled: programs have no {reason}")
         return None
     specs = [*program_specs(model, actions, torch.get_num_threads()), *policy_specs]
     return load_programs(list(dict.fromkeys(specs)), folder, progress)

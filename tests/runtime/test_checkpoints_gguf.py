@@ -35,6 +35,7 @@ FAMILIES = [
     ("smollm3", "smollm3"),
     ("smollm3-yarn", "smollm3"),
     ("phi3", "phi3"),
+    ("olmo2", "olmo2"),
     ("phi3-longrope", "phi3"),
     ("phi3-longrope-sliding-window", "phi3"),
 ]

@@ -61,14 +61,17 @@ def skip_specs(model: ModelConfig, kv_action: Action, rank: int, num_threads: in
     return [ProgramSpec(kind, kv_action, shape, num_threads, rank=rank) for kind in kinds]
 
 
-def can_compile(model: ModelConfig) -> bool:
-    """Returns True if the programs can compute this model's layers."""
-    block = model.block
-    is_known = block.norm_placement is NormPlacement.BEFORE and block.qk_norm in (None, QkNorm.HEAD)
-    has_only_known_biases = not (block.has_output_bias or block.has_mlp_bias)
-    has_long_windows = all(window is None or window > 1 for window in model.sliding_window)
-    sizes = [*ModelShape.of(model).matrices(), (model.vocab_size, model.hidden_size)]
-    return is_known and has_only_known_biases and has_long_windows and all(is_packable(*size) for size in sizes)
+def why_eager(model: ModelConfig) -> str | None:
+    """Returns what the programs cannot compute of this model's layers, None if they can compute all of it."""
+    block, sizes = model.block, [*ModelShape.of(model).matrices(), (model.vocab_size, model.hidden_size)]
+    reasons = {
+        "norms of outputs": block.norm_placement is not NormPlacement.BEFORE,
+        "norms of queries and keys over all heads": block.qk_norm is QkNorm.WIDTH,
+        "biases of outputs": block.has_output_bias or block.has_mlp_bias,
+        "sliding windows of one position": 1 in model.sliding_window,
+        "matrices of these sizes": not all(is_packable(*size) for size in sizes),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
 
 
 @dataclass(frozen=True, slots=True)
