@@ -72,6 +72,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo2": ("Olmo2", {"num_key_value_heads": 4}),
     "olmo2-tied-biased": ("Olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
+    "olmo3": ("Olmo3", {"sliding_window": 7}),
+    "olmo3-yarn": (
+        "Olmo3",
+        {
+            "sliding_window": 7,
+            "rope_parameters": {
+                "full_attention": _YARN | {"attention_factor": 1.2},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
     "smollm3": ("SmolLM3", {"tie_word_embeddings": True}),
     "smollm3-yarn": ("SmolLM3", {"rope_parameters": _YARN | {"beta_fast": 16.0, "attention_factor": 1.1}}),
     "smollm3-yarn-sliding-window": (

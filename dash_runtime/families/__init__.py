@@ -5,6 +5,7 @@ from dash_runtime.families.granite import Granite
 from dash_runtime.families.llama import Llama
 from dash_runtime.families.mistral import Mistral
 from dash_runtime.families.olmo2 import Olmo2
+from dash_runtime.families.olmo3 import Olmo3
 from dash_runtime.families.phi3 import Phi3
 from dash_runtime.families.qwen2 import Qwen2
 from dash_runtime.families.qwen3 import Qwen3
@@ -19,4 +20,5 @@ FAMILIES: tuple[Family, ...] = (
     SmolLm3(),
     Phi3(),
     Olmo2(),
+    Olmo3(),
 )

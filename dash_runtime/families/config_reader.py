@@ -3,7 +3,7 @@
 Knows the keys that families share and transformers' spelling of them; knows no family.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.families.rope_reader import RopeReader, positive_number
 from dash_runtime.files.wording import quoted
 from dash_runtime.model_config import Activation, RopeConfig
+
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +97,21 @@ class ConfigReader:
 
     def sliding_windows_by_layer_type(self) -> tuple[int | None, ...]:
         """Returns the window of each layer, by its entry in `layer_types`."""
-        num_layers = self.size("num_hidden_layers")
         if self.get("sliding_window") is None:
-            return (None,) * num_layers
-        windows = {"sliding_attention": self.size("sliding_window"), "full_attention": None}
+            return (None,) * self.size("num_hidden_layers")
+        window = self.size("sliding_window")
+        return tuple(window if kind == _SLIDING else None for kind in self._layer_types())
+
+    def ropes_by_layer_type(self) -> tuple[RopeConfig, ...]:
+        """Returns the rotary embedding of each layer, by its entry in `layer_types`."""
+        types = self._layer_types()
+        ropes = {kind: self.rope(kind) for kind in dict.fromkeys(types)}
+        return tuple(ropes[kind] for kind in types)
+
+    def _layer_types(self) -> Sequence[str]:
         types = self.config.layer_types
-        if len(types) != num_layers or any(kind not in [*windows] for kind in types):
+        if len(types) != self.size("num_hidden_layers") or any(kind not in [_SLIDING, _FULL] for kind in types):
             raise UnsupportedArchitecture(
-                f"{self.source}: layer_types other than {', '.join(windows)} are not supported."
+                f"{self.source}: layer_types other than {_SLIDING}, {_FULL} are not supported."
             )
-        return tuple(windows[kind] for kind in types)
+        return types

@@ -104,6 +104,11 @@ def _own_metadata(folder: Path, config: ModelConfig, architecture: str) -> dict[
             "granite.residual_scale": float(raw["residual_multiplier"]),
             "granite.logit_scale": float(raw["logits_scaling"]),
         }
+    if "layer_types" in raw and architecture == "olmo2":
+        scaling |= {
+            "olmo2.attention.sliding_window": raw["sliding_window"],
+            "olmo2.attention.sliding_window_pattern": [kind == "sliding_attention" for kind in raw["layer_types"]],
+        }
     if architecture == "phi3":
         original = raw["original_max_position_embeddings"]
         scaling |= {

@@ -1,6 +1,7 @@
 """A config.json becomes a ModelConfig, or is refused by the name of what is not supported."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,17 @@ def test_rotary_parameters_are_read_in_the_old_and_the_new_spelling(
 )
 def test_sliding_windows_are_per_layer(tmp_path: Path, keys: dict[str, Any], windows: tuple[int | None, ...]) -> None:
     assert load_model_config(write_config(tmp_path, keys)).sliding_window == windows
+
+
+def test_a_scaling_in_the_old_spelling_is_that_of_olmo_3s_full_attention(tmp_path: Path) -> None:
+    keys = LLAMA | {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "rope_scaling": YARN}
+    full, sliding = RopeConfig(5e5, RopeKind.YARN, 4.0, original_context_length=128), RopeConfig(5e5)
+    config = load_model_config(
+        write_config(tmp_path, keys | {"rope_theta": 5e5, "sliding_window": 7, "eos_token_id": 2})
+    )
+    ropes = [replace(rope, attention_factor=1.0) for rope in config.ropes if rope is not None]
+    assert ropes == [sliding, sliding, sliding, full]
+    assert config.sliding_window == (7, 7, 7, None)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,8 @@ FAMILIES = [
     ("smollm3-yarn", "smollm3"),
     ("phi3", "phi3"),
     ("olmo2", "olmo2"),
+    ("olmo3", "olmo2"),
+    ("olmo3-yarn", "olmo2"),
     ("phi3-longrope", "phi3"),
     ("phi3-longrope-sliding-window", "phi3"),
 ]
