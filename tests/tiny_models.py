@@ -36,6 +36,13 @@ _LONGROPE = _PARTIAL_ROPE | {
 }
 """Of heads of 24 channels, of which 18 are rotated."""
 
+_GROWING_ROPE = _YARN | {
+    "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.3,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
 _GRANITE = {
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.1,
@@ -82,6 +89,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
             },
         },
+    ),
+    "ministral3": ("Ministral3", {"head_dim": 32, "rope_parameters": _GROWING_ROPE}),
+    "ministral3-sliding-window": (
+        "Ministral3",
+        {"head_dim": 24, "rope_parameters": _GROWING_ROPE, "sliding_window": 7, "tie_word_embeddings": True},
     ),
     "smollm3": ("SmolLM3", {"tie_word_embeddings": True}),
     "smollm3-yarn": ("SmolLM3", {"rope_parameters": _YARN | {"beta_fast": 16.0, "attention_factor": 1.1}}),

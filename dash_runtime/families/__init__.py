@@ -3,6 +3,7 @@
 from dash_runtime.families.family import Family
 from dash_runtime.families.granite import Granite
 from dash_runtime.families.llama import Llama
+from dash_runtime.families.ministral3 import Ministral3
 from dash_runtime.families.mistral import Mistral
 from dash_runtime.families.olmo2 import Olmo2
 from dash_runtime.families.olmo3 import Olmo3
@@ -21,4 +22,5 @@ FAMILIES: tuple[Family, ...] = (
     Phi3(),
     Olmo2(),
     Olmo3(),
+    Ministral3(),
 )

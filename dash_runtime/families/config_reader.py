@@ -4,14 +4,14 @@ Knows the keys that families share and transformers' spelling of them; knows no 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.families.rope_reader import RopeReader, positive_number
 from dash_runtime.files.wording import quoted
-from dash_runtime.model_config import Activation, RopeConfig
+from dash_runtime.model_config import Activation, RopeConfig, RopeKind
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
@@ -101,6 +101,14 @@ class ConfigReader:
             return (None,) * self.size("num_hidden_layers")
         window = self.size("sliding_window")
         return tuple(window if kind == _SLIDING else None for kind in self._layer_types())
+
+    def rope_of_growing_queries(self, growth_key: str) -> RopeConfig:
+        """Returns the rotary embedding that all layers share, whose queries grow by the value of `growth_key`."""
+        rope = self.rope()
+        if rope.kind is not RopeKind.YARN:
+            raise UnsupportedArchitecture(f"{self.source}: rope_type must be yarn, got {rope.kind}.")
+        growth = positive_number(self.config.rope_parameters.get(growth_key), growth_key, self.source)
+        return replace(rope, query_growth=growth)
 
     def ropes_by_layer_type(self) -> tuple[RopeConfig, ...]:
         """Returns the rotary embedding of each layer, by its entry in `layer_types`."""

@@ -223,6 +223,9 @@ class Batch:
         return torch.cat(parts)
 
     def _attend_span(self, layer: int, span: Span, queries: Tensor) -> Tensor:
+        factors = self._rotary[layer].query_factors
+        if factors is not None:
+            queries = queries * factors[span.start : span.end]
         if span.num_rows <= self._row_block:
             return self._attend_block(layer, span, queries)
         parts = queries.split(self._row_block)

@@ -41,6 +41,13 @@ class RotaryTable:
         self.cosines = torch.cat((cosines, cosines), dim=-1).unsqueeze(1).to(device, dtype)
         self.sines = torch.cat((-sines, sines), dim=-1).unsqueeze(1).to(device, dtype)
 
+        self.query_factors: Tensor | None = None
+        """Factors of the queries by position, `[context_length, 1, 1]`, None if all are 1."""
+        if rope is not None and queries_grow(rope, context_length):
+            periods = (positions / rope.original_context_length).floor()
+            factors = 1 + rope.query_growth * torch.log(1 + periods)
+            self.query_factors = factors.view(-1, 1, 1).to(device, dtype)
+
     def first_row(self, num_tokens: int) -> int:
         """Returns the row of position 0 for a sequence of up to `num_tokens`."""
         length = min(num_tokens, self._context_length)
@@ -62,6 +69,11 @@ def rotary_tables(
 def has_other_keys(rope: RopeConfig, num_tokens: int) -> bool:
     """Returns True if a sequence of up to `num_tokens` has other keys than a short one with the same tokens."""
     return rope.kind is RopeKind.LONGROPE and num_tokens > rope.original_context_length
+
+
+def queries_grow(rope: RopeConfig, context_length: int) -> bool:
+    """Returns True if queries in this context have factors other than 1."""
+    return rope.query_growth > 0 and context_length > rope.original_context_length
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int, is_long: bool = False) -> Tensor:

@@ -127,6 +127,9 @@ class DenseDecoder:
         batch, num_heads, length, head_dim = queries.shape
         mask = causal_mask(range(length), range(length), self.config.sliding_window[layer], 1, queries)
         scale = self.config.block.attention_scale
+        factors = self._rotary[layer].query_factors
+        if factors is not None:
+            queries = queries * factors[:length, 0]
         grouped = queries * (head_dim**-0.5 if scale is None else scale)
         grouped = grouped.reshape(batch, keys.shape[1], -1, head_dim)  # the heads of a group share their keys
         scores = torch.matmul(grouped, keys.transpose(2, 3)).view(batch, num_heads, length, length) + mask

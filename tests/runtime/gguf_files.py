@@ -19,7 +19,7 @@ from dash_runtime.model_config import ModelConfig, RopeKind
 BOS_TOKEN_ID = 257
 CONTROL_TOKEN_IDS = (256, 257, 258)
 USER_DEFINED_TOKEN_ID = 259
-PERMUTED = ("llama", "granite", "smollm3")
+PERMUTED = ("llama", "granite", "smollm3", "mistral3")
 """Architectures whose converter derives from llama.cpp's LlamaModel, which reorders queries and keys."""
 
 
@@ -108,6 +108,11 @@ def _own_metadata(folder: Path, config: ModelConfig, architecture: str) -> dict[
         scaling |= {
             "olmo2.attention.sliding_window": raw["sliding_window"],
             "olmo2.attention.sliding_window_pattern": [kind == "sliding_attention" for kind in raw["layer_types"]],
+        }
+    if architecture == "mistral3":
+        scaling |= {
+            "mistral3.rope.scaling.yarn_log_multiplier": float(rope["mscale_all_dim"]),
+            "mistral3.attention.temperature_scale": float(rope["llama_4_scaling_beta"]),
         }
     if architecture == "phi3":
         original = raw["original_max_position_embeddings"]

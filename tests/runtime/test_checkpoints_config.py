@@ -27,6 +27,7 @@ MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistr
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 
+MINISTRAL3 = LLAMA | {"architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3", "head_dim": 16}
 SMOLLM3 = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
 
 
@@ -182,6 +183,7 @@ def test_end_tokens_come_from_the_generation_config_first(
         ({"rope_scaling": YARN | {"truncate": False}}, "truncate of its rotary embedding must be true"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial rotary"),
         ({"hidden_act": "gelu"}, "'gelu'"),
+        (MINISTRAL3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_type must be yarn"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised already"),
     ],
 )
@@ -212,6 +214,10 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, keys: dict[str
         (
             SMOLLM3 | {"no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 4},
             "no_rope_layers must have a 0 or 1 for each of 4 layers",
+        ),
+        (
+            MINISTRAL3 | {"rope_parameters": YARN | {"rope_theta": 1e4}},
+            "llama_4_scaling_beta must be a positive number",
         ),
         (SMOLLM3 | {"no_rope_layers": [1, 0, 2, 1]}, "no_rope_layers"),
     ],

@@ -37,6 +37,7 @@ FAMILIES = [
     ("phi3", "phi3"),
     ("olmo2", "olmo2"),
     ("olmo3", "olmo2"),
+    ("ministral3", "mistral3"),
     ("olmo3-yarn", "olmo2"),
     ("phi3-longrope", "phi3"),
     ("phi3-longrope-sliding-window", "phi3"),

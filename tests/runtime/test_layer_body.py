@@ -61,7 +61,7 @@ def packed_for_programs(weights: LayerWeights) -> tuple[WeightPacking, tuple[Ten
 @torch.inference_mode()
 def test_the_traced_layer_computes_what_the_layer_body_does(family: str, variant: str, tmp_path: Path) -> None:
     config, loader = model_of(family, tmp_path, variant)
-    if why_eager(config) is not None:
+    if why_eager(config, NUM_SEEN) is not None:
         pytest.skip("runs eagerly only")
     weights, shape = loader.layer(1), ModelShape.of(config)
     rope = RotaryTable(config.ropes[1], config.head_dim, NUM_SEEN, torch.float32, CPU)
@@ -104,7 +104,7 @@ def test_the_traced_layer_computes_what_the_layer_body_does(family: str, variant
 @torch.inference_mode()
 def test_a_traced_skip_writes_the_keys_and_values_of_the_layer_body(family: str, tmp_path: Path) -> None:
     config, loader = model_of(family, tmp_path, "as it is")
-    if why_eager(config) is not None:
+    if why_eager(config, NUM_SEEN) is not None:
         pytest.skip("runs eagerly only")
     num_rows = 3
     weights, shape = loader.layer(1), ModelShape.of(config)

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config
 from dash_runtime.decoder.backends.inductor import program_specs, why_eager
-from dash_runtime.model_config import BlockConfig, NormPlacement, QkNorm
+from dash_runtime.model_config import BlockConfig, NormPlacement, QkNorm, RopeConfig, RopeKind
 from dash_runtime.programs.compile_program import sample
 from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec, load_programs
 from dash_runtime.programs.traced_layer import ModelShape
@@ -101,6 +101,11 @@ def test_a_specification_survives_its_json(spec: ProgramSpec) -> None:
         ({"block": BlockConfig(NormPlacement.AFTER)}, "norms of outputs"),
         ({"block": BlockConfig(NormPlacement.BOTH)}, "norms of outputs"),
         ({"sliding_window": (None,) * 5 + (1,)}, "sliding windows of one position"),
+        ({"ropes": (None, RopeConfig(1e4, RopeKind.YARN, original_context_length=64, query_growth=0.1))}, None),
+        (
+            {"ropes": (None, RopeConfig(1e4, RopeKind.YARN, original_context_length=63, query_growth=0.1))},
+            "queries that grow with their position",
+        ),
         ({"intermediate_size": 168}, "matrices of these sizes"),
         ({"hidden_size": 80}, "matrices of these sizes"),
     ],
@@ -109,7 +114,7 @@ def test_only_models_that_the_programs_can_stand_for_are_compiled(
     tiny_folder: Path, changes: dict[str, object], expected: str | None
 ) -> None:
     model = replace(load_model_config(tiny_folder), vocab_size=272)
-    assert why_eager(replace(model, **changes)) == expected  # type: ignore[arg-type]
+    assert why_eager(replace(model, **changes), 64) == expected  # type: ignore[arg-type]
 
 
 def test_there_are_programs_for_the_actions_that_run_and_no_others(tiny_folder: Path) -> None:

@@ -18,6 +18,7 @@ from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.layer import DecoderLayer, LayerLinears
 from dash_runtime.layers.layer_body import Norms, run_layer_body
 from dash_runtime.layers.norm import RmsNorm
+from dash_runtime.layers.rotary import queries_grow
 from dash_runtime.layers.row_compensation import pack_for_rows
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
 from dash_runtime.layers.weight_loader import LayerWeights
@@ -61,7 +62,7 @@ def skip_specs(model: ModelConfig, kv_action: Action, rank: int, num_threads: in
     return [ProgramSpec(kind, kv_action, shape, num_threads, rank=rank) for kind in kinds]
 
 
-def why_eager(model: ModelConfig) -> str | None:
+def why_eager(model: ModelConfig, context_length: int) -> str | None:
     """Returns what the programs cannot compute of this model's layers, None if they can compute all of it."""
     block, sizes = model.block, [*ModelShape.of(model).matrices(), (model.vocab_size, model.hidden_size)]
     reasons = {
@@ -69,6 +70,9 @@ def why_eager(model: ModelConfig) -> str | None:
         "norms of queries and keys over all heads": block.qk_norm is QkNorm.WIDTH,
         "biases of outputs": block.has_output_bias or block.has_mlp_bias,
         "sliding windows of one position": 1 in model.sliding_window,
+        "queries that grow with their position": any(
+            rope is not None and queries_grow(rope, context_length) for rope in model.ropes
+        ),
         "matrices of these sizes": not all(is_packable(*size) for size in sizes),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
