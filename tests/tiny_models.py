@@ -43,6 +43,8 @@ _GROWING_ROPE = _YARN | {
     "mscale_all_dim": 1.0,
 }
 
+_GEMMA3 = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 7, "initializer_range": 0.05}
+
 _GRANITE = {
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.1,
@@ -95,6 +97,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Ministral3",
         {"head_dim": 24, "rope_parameters": _GROWING_ROPE, "sliding_window": 7, "tie_word_embeddings": True},
     ),
+    "gemma3": ("Gemma3Text", _GEMMA3),
+    "gemma3-linear-rope-untied": (
+        "Gemma3Text",
+        _GEMMA3
+        | {
+            "tie_word_embeddings": False,
+            "query_pre_attn_scalar": 32,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
     "smollm3": ("SmolLM3", {"tie_word_embeddings": True}),
     "smollm3-yarn": ("SmolLM3", {"rope_parameters": _YARN | {"beta_fast": 16.0, "attention_factor": 1.1}}),
     "smollm3-yarn-sliding-window": (
@@ -128,7 +143,7 @@ def save_tiny_model(folder: Path, family: str, **overrides: Any) -> Path:
         }
     )
     torch.manual_seed(0)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    model = getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM")(config)
     with torch.no_grad():  # norms and biases start at ones and zeros, which would hide mistakes
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:

@@ -64,7 +64,7 @@ def config_keys(gguf: GgufFile, family: Family) -> dict[str, Any]:
         "num_attention_heads": num_heads,
         "num_key_value_heads": gguf.get(f"{name}.attention.head_count_kv", int) or num_heads,
         "head_dim": head_dim,
-        "hidden_act": next(iter(family.activations)),
+        family.activation_key: next(iter(family.activations)),
         "max_position_embeddings": context_length,
         "rms_norm_eps": gguf.require(f"{name}.attention.layer_norm_rms_epsilon", float),
         "vocab_size": gguf.tensors[embedding].shape[0],

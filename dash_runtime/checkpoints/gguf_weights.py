@@ -46,6 +46,8 @@ def write_weights(gguf: GgufFile, family: Family, config: ModelConfig, file: Pat
             heads = next((heads for module, heads in permuted_heads.items() if f".{module}." in parameter), None)
             if heads is not None:
                 values = _unpermute(values, heads)
+            if values.ndim == 1 and parameter.endswith(".weight"):  # a norm; llama.cpp has added the offset
+                values = values - config.block.norm_offset
             out.write(_bfloat16_bytes(values))
 
 

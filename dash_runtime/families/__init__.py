@@ -1,6 +1,7 @@
 """The model families that can be read: one file each, and one line below. Imports no torch and no transformers."""
 
 from dash_runtime.families.family import Family
+from dash_runtime.families.gemma3 import Gemma3
 from dash_runtime.families.granite import Granite
 from dash_runtime.families.llama import Llama
 from dash_runtime.families.ministral3 import Ministral3
@@ -23,4 +24,5 @@ FAMILIES: tuple[Family, ...] = (
     Olmo2(),
     Olmo3(),
     Ministral3(),
+    Gemma3(),
 )

@@ -62,6 +62,12 @@ class ConfigReader:
             )
         return supported[name]
 
+    def refuse(self, *keys: str) -> None:
+        """Refuses a configuration that sets one of these keys."""
+        for key in keys:
+            if self.get(key):
+                raise UnsupportedArchitecture(f"{self.source}: {key} is not supported.")
+
     def head_dim(self) -> int:
         """Returns the number of channels of a head."""
         if self.get("head_dim") is not None:

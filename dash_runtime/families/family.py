@@ -39,7 +39,8 @@ class Family:
     """The family's `model_type` in config.json. transformers has a configuration class for it."""
     tensor_names: ClassVar[TensorNames] = TensorNames()
     activations: ClassVar[Mapping[str, Activation]] = {"silu": Activation.SILU}
-    """The supported values of `hidden_act`."""
+    """The supported values of `activation_key`."""
+    activation_key: ClassVar[str] = "hidden_act"
     gguf_architecture: ClassVar[str | None] = None
     """The family's `general.architecture` in GGUF files. None: its GGUF files are not read."""
     gguf_tensor_names: ClassVar[TensorNames] = GGUF_NAMES
@@ -48,7 +49,7 @@ class Family:
         """Returns the arithmetic of the layers."""
         has_attention_bias = config.flag("attention_bias")
         return BlockConfig(
-            activation=config.activation("hidden_act", self.activations),
+            activation=config.activation(self.activation_key, self.activations),
             has_qkv_bias=has_attention_bias,
             has_output_bias=has_attention_bias,
             has_mlp_bias=config.flag("mlp_bias"),

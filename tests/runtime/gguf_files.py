@@ -80,7 +80,6 @@ def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
         f"{architecture}.attention.key_length": config.head_dim,
         f"{architecture}.attention.value_length": config.head_dim,
         f"{architecture}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        f"{architecture}.rope.freq_base": config.ropes[0].theta,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": tiny_tokens(),
@@ -96,7 +95,9 @@ def _own_metadata(folder: Path, config: ModelConfig, architecture: str) -> dict[
     """Returns what the converter writes of scalings and for one architecture only."""
     raw = json.loads((folder / "config.json").read_text())
     rope = raw["rope_parameters"]
-    scaling = _scaling_metadata(rope.get("full_attention", rope), f"{architecture}.rope.scaling")
+    full_rope = rope.get("full_attention", rope)
+    scaling = _scaling_metadata(full_rope, f"{architecture}.rope.scaling")
+    scaling[f"{architecture}.rope.freq_base"] = float(full_rope["rope_theta"])
     if architecture == "granite":
         scaling |= {
             "granite.embedding_scale": float(raw["embedding_multiplier"]),
@@ -109,6 +110,8 @@ def _own_metadata(folder: Path, config: ModelConfig, architecture: str) -> dict[
             "olmo2.attention.sliding_window": raw["sliding_window"],
             "olmo2.attention.sliding_window_pattern": [kind == "sliding_attention" for kind in raw["layer_types"]],
         }
+    if architecture == "gemma3":
+        scaling["gemma3.attention.sliding_window"] = raw["sliding_window"]
     if architecture == "mistral3":
         scaling |= {
             "mistral3.rope.scaling.yarn_log_multiplier": float(rope["mscale_all_dim"]),
@@ -129,6 +132,8 @@ def _own_metadata(folder: Path, config: ModelConfig, architecture: str) -> dict[
 
 def _scaling_metadata(rope: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Returns what the converter writes of `rope_parameters` in config.json."""
+    if rope["rope_type"] == "linear":
+        return {f"{prefix}.type": "linear", f"{prefix}.factor": rope["factor"]}
     if rope["rope_type"] == "longrope":
         return {f"{prefix}.type": "longrope"}
     if rope["rope_type"] == "yarn":
@@ -163,6 +168,8 @@ def _tensors(folder: Path, config: ModelConfig, architecture: str) -> dict[str, 
             # LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py
             halves = array.reshape(num_heads, 2, array.shape[0] // num_heads // 2, *array.shape[1:])
             array = halves.swapaxes(1, 2).reshape(array.shape)
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            array = array + 1
         arrays[names[name]] = array
     rope = config.ropes[0]
     if rope is not None and rope.kind is RopeKind.LONGROPE:

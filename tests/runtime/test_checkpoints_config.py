@@ -27,6 +27,7 @@ MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistr
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 
+GEMMA3 = LLAMA | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
 MINISTRAL3 = LLAMA | {"architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3", "head_dim": 16}
 SMOLLM3 = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
 
@@ -183,6 +184,9 @@ def test_end_tokens_come_from_the_generation_config_first(
         ({"rope_scaling": YARN | {"truncate": False}}, "truncate of its rotary embedding must be true"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial rotary"),
         ({"hidden_act": "gelu"}, "'gelu'"),
+        (GEMMA3 | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is not supported"),
+        (GEMMA3 | {"final_logit_softcapping": 30.0}, "final_logit_softcapping is not supported"),
+        (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
         (MINISTRAL3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_type must be yarn"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised already"),
     ],

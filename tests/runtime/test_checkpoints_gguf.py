@@ -38,6 +38,8 @@ FAMILIES = [
     ("olmo2", "olmo2"),
     ("olmo3", "olmo2"),
     ("ministral3", "mistral3"),
+    ("gemma3", "gemma3"),
+    ("gemma3-linear-rope-untied", "gemma3"),
     ("olmo3-yarn", "olmo2"),
     ("phi3-longrope", "phi3"),
     ("phi3-longrope-sliding-window", "phi3"),
@@ -71,7 +73,7 @@ def logits_of(folder: Path) -> torch.Tensor:
 def test_a_model_survives_the_way_to_gguf_and_back(
     tmp_path: Path, family: str, architecture: str, kind: GGMLQuantizationType
 ) -> None:
-    original = save_tiny_model(tmp_path / "original", family, **SMALL)
+    original = save_tiny_model(tmp_path / "original", family, dtype="bfloat16")
     with torch.no_grad():  # only values that bfloat16 can hold can be compared exactly
         model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).to(torch.bfloat16)
         model.save_pretrained(original)

@@ -35,7 +35,7 @@ from tests.runtime.support import (
 )
 from tests.tiny_models import save_tiny_model
 
-FAMILIES = ("granite", "smollm3", "phi3-longrope", "olmo2", "olmo3-yarn", "ministral3")
+FAMILIES = ("granite", "smollm3", "phi3-longrope", "olmo2", "olmo3-yarn", "ministral3", "gemma3")
 NEARLY_FREE = {1: 0.5, 3: 0.5, 7: 0.5}
 """Verifications so cheap that the engine drafts whatever is accepted."""
 PROMPTS = [list(range(1, 4 + 9 * row)) for row in range(5)]
@@ -74,7 +74,7 @@ def test_a_policy_is_trained_for_it_and_serves_adaptive_and_exact_requests(folde
     text = tmp_path / "text.txt"
     text.write_text("".join(f"Line {number} says something of its own.\n" for number in range(110)))
     common = ["--model", str(folder), "--data", str(text), "--device", "cpu", "--out", str(tmp_path / "run")]
-    small = ["--rounds", "1", "--batches", "1", "--rank", "4", "--actions", "skip,full"]
+    small = ["--rounds", "1", "--batches", "1", "--rank", "4", "--actions", "skip,full", "--block-size", "2"]
     assert main(["train", *common, *small]) == 0
     config, weights = load_model_config(folder), open_weights(folder)
     fingerprint, file = model_fingerprint(config, weights), tmp_path / "run" / "policy.safetensors"
