@@ -9,8 +9,9 @@ from typing import Any
 from dash_runtime.checkpoints.gguf_file import GgufFile, short_decimal
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.files.wording import quoted
-from dash_runtime.model_config import RopeKind
 
+_KINDS = ("none", "linear", "yarn", "longrope")
+"""Values of `rope.scaling.type`. Llama 3's scaling is a tensor of factors."""
 ROPE_FACTORS = "rope_freqs.weight"
 _SHORT_FACTORS, _LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
 ROPE_TENSORS = frozenset((ROPE_FACTORS, _SHORT_FACTORS, _LONG_FACTORS))
@@ -36,9 +37,9 @@ def rope_scaling(gguf: GgufFile, name: str, head_dim: int) -> dict[str, Any] | N
     """
     prefix = f"{name}.rope.scaling"
     kind = gguf.get(f"{prefix}.type", str) or "none"
-    if kind not in ("none", *RopeKind):
+    if kind not in _KINDS:
         raise UnsupportedArchitecture(
-            f"{gguf.path}: rotary scaling {quoted(kind)} is not supported; supported: none, linear, yarn, longrope."
+            f"{gguf.path}: rotary scaling {quoted(kind)} is not supported; supported: {', '.join(_KINDS)}."
         )
     if kind == "longrope" or _LONG_FACTORS in gguf.tensors:  # older files do not name it
         return _longrope_scaling(gguf, prefix)

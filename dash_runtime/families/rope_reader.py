@@ -1,4 +1,4 @@
-"""Reads a transformers `rope_parameters` as a `RopeConfig` and checks it. Every error names the file.
+"""Reads transformers' `rope_parameters` as a `RopeConfig` and checks it. Every error names the file.
 
 What a missing value means is what transformers' modeling_rope_utils.py makes of it. Knows no family and no layers.
 """
@@ -88,6 +88,8 @@ class RopeReader:
     def _yarn(self, theta: float) -> RopeConfig:
         if self.parameters.get("truncate", True) is not True:
             raise UnsupportedArchitecture(f"{self.source}: truncate of its rotary embedding must be true.")
+        if theta <= 1:
+            raise CorruptCheckpoint(f"{self.source}: rope_theta must be above 1, got {theta:g}.")
         factor = self._number("factor")
         rope = RopeConfig(
             theta,

@@ -206,6 +206,7 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, keys: dict[str
         ({"num_key_value_heads": 3}, "3 key-value heads"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         ({"rope_scaling": YARN | {"factor": -1}}, "factor of its rotary embedding"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta must be above 1"),
         ({"rope_scaling": YARN | {"beta_slow": 33}}, "beta_slow of its rotary embedding is above beta_fast"),
         (
             {"rope_scaling": LONGROPE | {"long_factor": [1.0] * 7}},
