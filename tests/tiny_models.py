@@ -77,7 +77,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-longrope": ("Phi3", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 32}),
     "phi3-longrope-sliding-window": (
         "Phi3",
-        {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 32, "sliding_window": 7},
+        {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 16, "sliding_window": 7},
     ),
     "olmo2": ("Olmo2", {"num_key_value_heads": 4}),
     "olmo2-tied-biased": ("Olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
