@@ -65,7 +65,7 @@ def decoder_of(folder: Path, config: ModelConfig, backend: InductorBackend) -> D
     )
 
 
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral-sliding-window", "granite", "smollm3", "phi3")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral-sliding-window", "granite", "smollm3", "phi3", "olmo2", "gemma3")
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, "compiled"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.decoder.backends.inductor import why_eager
+from dash_runtime.decoder.backends.inductor import layer_vectors, why_eager
 from dash_runtime.layers.attention import attention
 from dash_runtime.layers.layer_body import before_attention, run_layer_body, split_heads
 from dash_runtime.layers.rotary import RotaryTable
@@ -49,8 +49,7 @@ def some(*shape: int, seed: int) -> Tensor:
 
 def packed_for_programs(weights: LayerWeights) -> tuple[WeightPacking, tuple[Tensor, ...]]:
     matrices = [weights.query_key_value, weights.output, weights.gate_up, weights.down]
-    vectors = [weights.input_norm.weight, weights.mlp_norm.weight]  # type: ignore[union-attr]
-    vectors += [own for own in (weights.head_norm, weights.query_key_value.bias) if own is not None]
+    vectors = layer_vectors(weights)
     packed = [pack_row_matrix(Action.FULL, own.weight.bfloat16(), own) for own in matrices]
     packing = WeightPacking.of(vectors, packed)
     return packing, tuple(packing.join(vectors, packed))

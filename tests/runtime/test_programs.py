@@ -25,8 +25,8 @@ MODEL_SHAPE = ModelShape(
     intermediate_size=96,
     rms_norm_eps=1e-6,
     has_qkv_bias=False,
-    has_qk_norm=True,
     vocab_size=272,
+    qk_norm=QkNorm.HEAD,
 )
 POLICY_SHAPE = PolicyShape(hidden_size=64, width=32, inner_width=16, block_size=2, num_actions=3, num_facts=5)
 LAYER = ProgramSpec(ProgramKind.LAYER, Action.INT4, MODEL_SHAPE, 2)
@@ -97,9 +97,8 @@ def test_a_specification_survives_its_json(spec: ProgramSpec) -> None:
         ),
         ({"block": BlockConfig(has_output_bias=True)}, "biases of outputs"),
         ({"block": BlockConfig(has_mlp_bias=True)}, "biases of outputs"),
-        ({"block": BlockConfig(qk_norm=QkNorm.WIDTH)}, "norms of queries and keys over all heads"),
-        ({"block": BlockConfig(NormPlacement.AFTER)}, "norms of outputs"),
-        ({"block": BlockConfig(NormPlacement.BOTH)}, "norms of outputs"),
+        ({"block": BlockConfig(NormPlacement.AFTER, qk_norm=QkNorm.WIDTH)}, None),
+        ({"block": BlockConfig(NormPlacement.BOTH)}, None),
         ({"sliding_window": (None,) * 5 + (1,)}, "sliding windows of one position"),
         ({"ropes": (None, RopeConfig(1e4, RopeKind.YARN, original_context_length=64, query_growth=0.1))}, None),
         (
