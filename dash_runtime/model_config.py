@@ -13,18 +13,36 @@ class RopeKind(StrEnum):
     DEFAULT = "default"
     LINEAR = "linear"
     LLAMA3 = "llama3"
+    YARN = "yarn"
+    LONGROPE = "longrope"
 
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """A rotary position embedding. The fields after `factor` are llama3's (Llama 3.1 model card)."""
+    """A rotary position embedding. A field that its kind has no use for means nothing."""
 
     theta: float
     kind: RopeKind = RopeKind.DEFAULT
     factor: float = 1.0
     low_freq_factor: float = 1.0
+    """From here to `high_freq_factor`: llama3's (Llama 3.1 model card)."""
     high_freq_factor: float = 4.0
     original_context_length: int = 8192
+    """The context before the scaling: llama3's, yarn's and longrope's."""
+    beta_fast: float = 32.0
+    """yarn's (Peng et al. 2023): channels with more turns than this in the original context are not scaled."""
+    beta_slow: float = 1.0
+    """yarn's: channels with fewer turns than this are scaled by `factor`."""
+    attention_factor: float = 1.0
+    """Multiplies cosines and sines: yarn's and longrope's."""
+    short_factors: tuple[float, ...] = ()
+    """longrope's (Ding et al. 2024), for each pair of channels, in sequences of up to the original context."""
+    long_factors: tuple[float, ...] = ()
+    """longrope's, in sequences that may be longer."""
+    num_rotated: int | None = None
+    """The first so many channels of a head are rotated, the others left alone; None for all."""
+    query_growth: float = 0.0
+    """β of the queries' factor 1 + β · log(1 + ⌊position / original context⌋) (Llama 4, Ministral 3)."""
 
 
 class NormPlacement(StrEnum):

@@ -26,6 +26,32 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
+
+_PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+_LONGROPE = _PARTIAL_ROPE | {
+    "rope_type": "longrope",
+    "short_factor": [round(1 + 0.1 * pair, 1) for pair in range(9)],
+    "long_factor": [1.5 + pair for pair in range(9)],
+}
+"""Of heads of 24 channels, of which 18 are rotated."""
+
+_GROWING_ROPE = _YARN | {
+    "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.3,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+_GEMMA3 = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 7, "initializer_range": 0.05}
+
+_GRANITE = {
+    "embedding_multiplier": 3.0,
+    "attention_multiplier": 0.1,
+    "residual_multiplier": 0.6,
+    "logits_scaling": 2.5,
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": True}),
     "llama-untied-biased": (
@@ -45,6 +71,51 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3},
     ),
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": False}),
+    "granite": ("Granite", {**_GRANITE, "tie_word_embeddings": True}),
+    "granite-untied-biased": ("Granite", {**_GRANITE, "attention_bias": True}),
+    "phi3": ("Phi3", {"rope_parameters": _PARTIAL_ROPE, "tie_word_embeddings": True}),
+    "phi3-longrope": ("Phi3", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 32}),
+    "phi3-longrope-sliding-window": (
+        "Phi3",
+        {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 16, "sliding_window": 7},
+    ),
+    "olmo2": ("Olmo2", {"num_key_value_heads": 4}),
+    "olmo2-tied-biased": ("Olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
+    "olmo3": ("Olmo3", {"sliding_window": 7}),
+    "olmo3-yarn": (
+        "Olmo3",
+        {
+            "sliding_window": 7,
+            "rope_parameters": {
+                "full_attention": _YARN | {"attention_factor": 1.2},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "ministral3": ("Ministral3", {"head_dim": 32, "rope_parameters": _GROWING_ROPE}),
+    "ministral3-sliding-window": (
+        "Ministral3",
+        {"head_dim": 24, "rope_parameters": _GROWING_ROPE, "sliding_window": 7, "tie_word_embeddings": True},
+    ),
+    "gemma3": ("Gemma3Text", _GEMMA3),
+    "gemma3-linear-rope-untied": (
+        "Gemma3Text",
+        _GEMMA3
+        | {
+            "tie_word_embeddings": False,
+            "query_pre_attn_scalar": 32,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "smollm3": ("SmolLM3", {"tie_word_embeddings": True}),
+    "smollm3-yarn": ("SmolLM3", {"rope_parameters": _YARN | {"beta_fast": 16.0, "attention_factor": 1.1}}),
+    "smollm3-yarn-sliding-window": (
+        "SmolLM3",
+        {"rope_parameters": _YARN, "use_sliding_window": True, "sliding_window": 5, "tie_word_embeddings": False},
+    ),
 }
 
 
@@ -72,7 +143,7 @@ def save_tiny_model(folder: Path, family: str, **overrides: Any) -> Path:
         }
     )
     torch.manual_seed(0)
-    model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    model = getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM")(config)
     with torch.no_grad():  # norms and biases start at ones and zeros, which would hide mistakes
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:

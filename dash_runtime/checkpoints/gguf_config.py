@@ -1,25 +1,16 @@
 """Writes a GGUF file's architecture as the keys of a Hugging Face config.json.
 
-Knows the metadata keys of llama.cpp's converter. Reads no tensors but the rotary factors, which that converter stores
-as one.
+Knows the metadata keys of llama.cpp's converter that families share; each family reads its own. Reads no tensors.
 """
 
-import math
-from collections.abc import Sequence
-from ctypes import c_float
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dash_runtime.checkpoints.gguf_file import GgufFile
+from dash_runtime.checkpoints.gguf_rope import rope_scaling, rope_theta
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.families import FAMILIES, Family
 from dash_runtime.files.wording import quoted
-
-ROPE_FACTORS = "rope_freqs.weight"
-
-# Llama 3.1's and 3.2's values; a GGUF file has the resulting factors instead.
-_LLAMA3_LOW_FREQ_FACTOR = 1.0
-_LLAMA3_HIGH_FREQ_FACTOR = 4.0
-_LLAMA3_ORIGINAL_CONTEXT = 8192
 
 
 def gguf_family(gguf: GgufFile, families: Sequence[Family] = FAMILIES) -> Family:
@@ -29,16 +20,19 @@ def gguf_family(gguf: GgufFile, families: Sequence[Family] = FAMILIES) -> Family
         UnsupportedArchitecture: no family has this name, or the file is a mixture of experts or split.
     """
     name = gguf.require("general.architecture", str)
-    by_name = {family.gguf_architecture: family for family in families if family.gguf_architecture is not None}
-    if name not in by_name:
+    known = dict.fromkeys(family.gguf_architecture for family in families if family.gguf_architecture is not None)
+    if name not in known:
         raise UnsupportedArchitecture(
-            f"{gguf.path}: GGUF architecture {quoted(name)} is not supported; supported: {', '.join(by_name)}."
+            f"{gguf.path}: GGUF architecture {quoted(name)} is not supported; supported: {', '.join(known)}."
         )
     if gguf.get(f"{name}.expert_count", int):
         raise UnsupportedArchitecture(f"{gguf.path}: mixtures of experts are not supported.")
     if (gguf.get("split.count", int) or 1) > 1:
         raise UnsupportedArchitecture(f"{gguf.path} is one part of several; join them with llama-gguf-split.")
-    return by_name[name]
+    family = next((own for own in families if own.gguf_architecture == name and own.is_in_gguf(gguf)), None)
+    if family is None:
+        raise UnsupportedArchitecture(f"{gguf.path}: a sliding window is not supported in {quoted(name)}.")
+    return family
 
 
 def config_keys(gguf: GgufFile, family: Family) -> dict[str, Any]:
@@ -56,7 +50,8 @@ def config_keys(gguf: GgufFile, family: Family) -> dict[str, Any]:
         raise CorruptCheckpoint(f"{gguf.path} is damaged: {num_layers} layers of {num_heads} heads cannot be.")
     head_dim = gguf.get(f"{name}.attention.key_length", int) or hidden_size // num_heads
     context_length = gguf.require(f"{name}.context_length", int)
-    _refuse_features(gguf, name, head_dim, context_length)
+    own = family.keys_from_gguf(gguf)
+    _refuse_features(gguf, name, own, head_dim, context_length)
     embedding = f"{tensors.embedding}.weight"
     if embedding not in gguf.tensors:
         raise CorruptCheckpoint(f"{gguf.path} is incomplete: it has no tensor {embedding}.")
@@ -69,16 +64,17 @@ def config_keys(gguf: GgufFile, family: Family) -> dict[str, Any]:
         "num_attention_heads": num_heads,
         "num_key_value_heads": gguf.get(f"{name}.attention.head_count_kv", int) or num_heads,
         "head_dim": head_dim,
-        "hidden_act": next(iter(family.activations)),
+        family.activation_key: next(iter(family.activations)),
         "max_position_embeddings": context_length,
-        "rms_norm_eps": _decimal(gguf.require(f"{name}.attention.layer_norm_rms_epsilon", float)),
+        "rms_norm_eps": gguf.require(f"{name}.attention.layer_norm_rms_epsilon", float),
         "vocab_size": gguf.tensors[embedding].shape[0],
         "tie_word_embeddings": f"{tensors.head}.weight" not in gguf.tensors,
+        "pad_token_id": gguf.get("tokenizer.ggml.padding_token_id", int),
         "use_cache": True,
         "dtype": "bfloat16",
     }
-    config |= family.keys_from_gguf(gguf.tensors)
-    config |= _rope(gguf, name, head_dim)
+    config |= own
+    config |= family.rope_keys_from_gguf(gguf, rope_theta(gguf, name), rope_scaling(gguf, name, head_dim))
     for key in ("bos", "eos"):
         token_id = gguf.get(f"tokenizer.ggml.{key}_token_id", int)
         if token_id is not None:
@@ -99,66 +95,18 @@ def eos_token_ids(gguf: GgufFile, vocab_size: int) -> list[int]:
     return known
 
 
-def _refuse_features(gguf: GgufFile, name: str, head_dim: int, context_length: int) -> None:
+def _refuse_features(
+    gguf: GgufFile, name: str, own_keys: Mapping[str, object], head_dim: int, context_length: int
+) -> None:
+    """Refuses what would be ignored: features that neither all families have nor are among the family's own keys."""
     if (gguf.get(f"{name}.attention.value_length", int) or head_dim) != head_dim:
         raise UnsupportedArchitecture(f"{gguf.path}: keys and values of different sizes are not supported.")
-    if (gguf.get(f"{name}.rope.dimension_count", int) or head_dim) != head_dim:
+    num_rotated = gguf.get(f"{name}.rope.dimension_count", int) or head_dim
+    if num_rotated != head_dim and "partial_rotary_factor" not in own_keys:
         raise UnsupportedArchitecture(f"{gguf.path}: partial rotary embeddings are not supported.")
     window = gguf.get(f"{name}.attention.sliding_window", int)
-    if window and window < context_length:
+    if window and window < context_length and "sliding_window" not in own_keys:
         raise UnsupportedArchitecture(
             f"{gguf.path}: a GGUF file does not say which layers its sliding window applies to; "
             "use the model's Hugging Face folder."
         )
-
-
-def _rope(gguf: GgufFile, name: str, head_dim: int) -> dict[str, Any]:
-    theta = _decimal(gguf.get(f"{name}.rope.freq_base", float) or 10000.0)
-    kind = gguf.get(f"{name}.rope.scaling.type", str) or "none"
-    if kind not in ("none", "linear"):
-        raise UnsupportedArchitecture(
-            f"{gguf.path}: rotary scaling {quoted(kind)} is not supported; supported: none, linear, llama3."
-        )
-    scaling: dict[str, Any] | None = None
-    if kind == "linear":
-        factor = _decimal(gguf.require(f"{name}.rope.scaling.factor", float))
-        scaling = {"rope_type": "linear", "factor": factor}
-    elif ROPE_FACTORS in gguf.tensors:
-        scaling = _llama3_scaling(gguf, theta, head_dim)
-    # The older pair of keys is read by every version of transformers, and by other engines.
-    return {"rope_theta": theta, "rope_scaling": scaling}
-
-
-def _llama3_scaling(gguf: GgufFile, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """Returns the llama3 parameters that lead to the file's rotary factors, None if these are all one."""
-    import numpy as np
-
-    factors = gguf.dequantize(gguf.tensors[ROPE_FACTORS]).ravel()
-    if not 0 < theta < math.inf or factors.min() <= 0:
-        raise CorruptCheckpoint(f"{gguf.path} is damaged: its rotary embedding has a base or a factor that cannot be.")
-    if (factors == 1).all():
-        return None
-    factor = float(f"{factors.max():.6g}")  # a quotient of float32 numbers, so its last digit is noise
-    wavelengths = 2 * math.pi * theta ** (np.arange(len(factors)) / len(factors))
-    turns = _LLAMA3_ORIGINAL_CONTEXT / wavelengths
-    smooth = (turns - _LLAMA3_LOW_FREQ_FACTOR) / (_LLAMA3_HIGH_FREQ_FACTOR - _LLAMA3_LOW_FREQ_FACTOR)
-    smooth = smooth.clip(0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
-    if 2 * len(factors) != head_dim or not np.allclose(factors, expected, rtol=1e-3, atol=0):
-        raise UnsupportedArchitecture(
-            f"{gguf.path}: its rotary factors ({ROPE_FACTORS}) are not those of Llama 3; "
-            "use the model's Hugging Face folder."
-        )
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": _LLAMA3_LOW_FREQ_FACTOR,
-        "high_freq_factor": _LLAMA3_HIGH_FREQ_FACTOR,
-        "original_max_position_embeddings": _LLAMA3_ORIGINAL_CONTEXT,
-    }
-
-
-def _decimal(value: float) -> float:
-    """Returns the short decimal that a float32 was written from: 1e-05, not 9.999999747378752e-06."""
-    short = float(f"{value:.7g}")
-    return short if c_float(short).value == c_float(value).value else value

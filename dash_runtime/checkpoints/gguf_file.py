@@ -10,11 +10,13 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import math
 import mmap
 import struct
+from ctypes import c_float
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, cast
 
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
+from dash_runtime.families.gguf_header import ScalarType
 from dash_runtime.files.atomic_file import require_regular_file
 from dash_runtime.files.wording import one_line, quoted
 
@@ -35,7 +37,6 @@ _SCALAR_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B
 
 Scalar = str | int | float | bool
 MetadataValue = Scalar | list[Scalar]
-ScalarType = TypeVar("ScalarType", str, int, float, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +73,16 @@ class GgufFile:
     def get(self, key: str, kind: type[ScalarType]) -> ScalarType | None:
         """Returns the scalar called `key`, or None if the file has none.
 
+        A float is the short decimal that its float32 was written from: 1e-05, not 9.999999747378752e-06.
+
         Raises:
             CorruptCheckpoint: the value is of another type.
         """
         value = self.metadata.get(key)
         if value is None:
             return None
+        if isinstance(value, float):
+            value = short_decimal(value)
         if type(value) is not kind:
             raise CorruptCheckpoint(f"{self.path} is damaged: its metadata {key!r} is no {kind.__name__}.")
         return value
@@ -99,7 +104,20 @@ class GgufFile:
         Raises:
             CorruptCheckpoint: it is missing or holds another type.
         """
+        values = self.get_list(key, kind)
+        if values is None:
+            raise CorruptCheckpoint(f"{self.path} is incomplete: its metadata lacks {key!r}.")
+        return values
+
+    def get_list(self, key: str, kind: type[ScalarType]) -> list[ScalarType] | None:
+        """Returns the array called `key`, or None if the file has none.
+
+        Raises:
+            CorruptCheckpoint: it holds another type.
+        """
         value = self.metadata.get(key)
+        if value is None:
+            return None
         if not isinstance(value, list) or any(type(item) is not kind for item in value):
             raise CorruptCheckpoint(f"{self.path} is damaged: its metadata {key!r} is no list of {kind.__name__}.")
         return cast(list[ScalarType], value)
@@ -132,6 +150,12 @@ class GgufFile:
                 f"{self.path} is damaged: its tensor {quoted(tensor.name)} holds a value that is not finite."
             )
         return cast("np.ndarray", values.reshape(tensor.shape))
+
+
+def short_decimal(value: float) -> float:
+    """Returns the short decimal that a float32 was written from, or `value` if there is none."""
+    short = float(f"{value:.7g}")
+    return short if c_float(short).value == c_float(value).value else value
 
 
 @dataclass(slots=True)

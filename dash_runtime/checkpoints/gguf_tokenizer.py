@@ -22,6 +22,12 @@ _WORDS_AND_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3_PATTERN = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _WORDS_AND_SPACES
 _QWEN2_PATTERN = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _WORDS_AND_SPACES
 
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_WORDS_BY_CASE = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
+_SPACES_WITH_SLASHES = _WORDS_AND_SPACES.replace(r"[\r\n]*", r"[\r\n/]*", 1)
+_TEKKEN_PATTERN = "|".join((*_WORDS_BY_CASE, r"\p{N}")) + _SPACES_WITH_SLASHES
+_GPT4O_PATTERN = "|".join((*(f"{own}{_CONTRACTIONS}?" for own in _WORDS_BY_CASE), r"\p{N}{1,3}")) + _SPACES_WITH_SLASHES
+
 
 @dataclass(frozen=True, slots=True)
 class _PreTokenizer:
@@ -40,9 +46,14 @@ def _split_by(pattern: str) -> list[Any]:
 
 _BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
 _LLAMA3 = _PreTokenizer(_split_by(_LLAMA3_PATTERN), ignores_merges=True, adds_bos_by_default=True)
+_SMOLLM = _PreTokenizer([pre_tokenizers.Digits(individual_digits=True), _BYTE_LEVEL])
 PRE_TOKENIZERS = {
     "gpt-2": _PreTokenizer([_BYTE_LEVEL]),
-    "smollm": _PreTokenizer([pre_tokenizers.Digits(individual_digits=True), _BYTE_LEVEL]),
+    "smollm": _SMOLLM,
+    "refact": _SMOLLM,  # Granite
+    "dbrx": _PreTokenizer(_split_by(_LLAMA3_PATTERN)),  # OLMo 2
+    "gpt-4o": _PreTokenizer(_split_by(_GPT4O_PATTERN)),  # Phi-4-mini
+    "tekken": _PreTokenizer(_split_by(_TEKKEN_PATTERN), ignores_merges=True, adds_bos_by_default=True),  # Ministral 3
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dash_runtime.checkpoints.gguf_config import ROPE_FACTORS
 from dash_runtime.checkpoints.gguf_file import GgufFile
+from dash_runtime.checkpoints.gguf_rope import ROPE_TENSORS
 from dash_runtime.checkpoints.parameters import parameter_shapes
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.families import Family
@@ -46,6 +46,8 @@ def write_weights(gguf: GgufFile, family: Family, config: ModelConfig, file: Pat
             heads = next((heads for module, heads in permuted_heads.items() if f".{module}." in parameter), None)
             if heads is not None:
                 values = _unpermute(values, heads)
+            if values.ndim == 1 and parameter.endswith(".weight"):  # a norm; llama.cpp has added the offset
+                values = values - config.block.norm_offset
             out.write(_bfloat16_bytes(values))
 
 
@@ -59,7 +61,7 @@ def _check_tensors(gguf: GgufFile, shapes: dict[str, tuple[int, ...]]) -> None:
                 f"{gguf.path} is damaged: its tensor {name} has the shape {list(tensor.shape)}, "
                 f"but its metadata ask for {list(shape)}."
             )
-    unused = gguf.tensors.keys() - shapes.keys() - {ROPE_FACTORS}
+    unused = gguf.tensors.keys() - shapes.keys() - ROPE_TENSORS
     if unused:
         raise UnsupportedArchitecture(f"{gguf.path} has a tensor that is not supported: {quoted(min(unused))}.")
 

@@ -84,7 +84,7 @@ def parse_model_config(
     if num_heads % num_kv_heads:
         raise CorruptCheckpoint(f"{source}: {num_heads} heads cannot share {num_kv_heads} key-value heads.")
     hidden_size, vocab_size = config.size("hidden_size"), config.size("vocab_size")
-    head_dim = hidden_size // num_heads if config.get("head_dim") is None else config.size("head_dim")
+    head_dim = config.head_dim()
     if head_dim % 2 or not head_dim:
         raise CorruptCheckpoint(f"{source}: heads of {head_dim} channels cannot be rotated in pairs.")
     eps = config.number("rms_norm_eps")
@@ -109,7 +109,10 @@ def parse_model_config(
         context_length=context_length,
         block=block,
         ropes=family.ropes(config),
-        sliding_window=family.sliding_window(config),
+        # A window as long as the context hides nothing, and layers without one take larger steps.
+        sliding_window=tuple(
+            None if own is None or own >= context_length else own for own in family.sliding_window(config)
+        ),
         has_tied_head=config.flag("tie_word_embeddings"),
         eos_token_ids=_token_ids(config.get("eos_token_id"), vocab_size, source),
         embedding_multiplier=family.embedding_multiplier(config),

@@ -52,6 +52,11 @@ class Decoder:
         """A prompt may be cut at multiples of this. If every pass begins at one and has at most `max_prompt_rows` rows,
         a row's bits do not depend on the cuts."""
         self._rotary = rotary_tables(config.ropes, config.head_dim, self.context_length, self.dtype, self.device)
+        self._split_tables = [table for table in dict.fromkeys(self._rotary) if table.first_row(self.context_length)]
+
+    def has_other_keys(self, num_tokens: int) -> bool:
+        """Returns True if a sequence of up to `num_tokens` has other keys than a short one with the same tokens."""
+        return any(table.first_row(num_tokens) for table in self._split_tables)
 
     def caches(self, sizes: Sequence[int]) -> list[SequenceCache]:
         """Returns one cache per size, which is its number of positions, in a pool of their own."""

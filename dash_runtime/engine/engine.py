@@ -164,7 +164,7 @@ class Engine:
         num_left = self._config.prefill_chunk_tokens
         for sequence in list(self._running.values()):
             request = sequence.request
-            prompt = (request.cache_namespace, request.prompt_token_ids, sequence.cache)
+            prompt = (self._prefix_namespace(sequence), request.prompt_token_ids, sequence.cache)
             if not sequence.cache.length:
                 sequence.num_cached_prompt_tokens = self._prefix_cache.copy_into(*prompt)
             while sequence.num_prompt_tokens_left:
@@ -180,6 +180,11 @@ class Engine:
                     token_id = sequence.sampler.sample(logits[0])
                     sequence.recorder.add_first_token(token_id)
                     self._take(sequence, token_id, logits[0], plan, events)
+
+    def _prefix_namespace(self, sequence: Sequence) -> str:
+        """Returns its caller's namespace, or the one beside it for sequences whose keys are rotated otherwise."""
+        has_other_keys = self._decoder.has_other_keys(sequence.cache.reserved_tokens)
+        return f"{int(has_other_keys)}:{sequence.request.cache_namespace}"
 
     def _run_full_depth(self, kind: PassKind, sequences: list[Sequence], token_ids: list[list[int]]) -> Tensor:
         """Runs several prompt or drafted tokens of each sequence; returns the last layer's output, `[all rows,

@@ -3,16 +3,17 @@
 Knows the keys that families share and transformers' spelling of them; knows no family.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
+from dash_runtime.families.rope_reader import RopeReader, positive_number
 from dash_runtime.files.wording import quoted
 from dash_runtime.model_config import Activation, RopeConfig, RopeKind
 
-_MAX_NUMBER = 1e30
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class ConfigReader:
 
     def number(self, key: str) -> float:
         """Returns a positive number."""
-        return self._positive(self.get(key), key)
+        return positive_number(self.get(key), key, self.source)
 
     def activation(self, key: str, supported: Mapping[str, Activation]) -> Activation:
         """Returns the activation that `key` names, which must be one of `supported`."""
@@ -61,45 +62,39 @@ class ConfigReader:
             )
         return supported[name]
 
-    def rope(self) -> RopeConfig:
-        """Returns the rotary embedding that all layers share."""
+    def refuse(self, *keys: str) -> None:
+        """Refuses a configuration that sets one of these keys."""
+        for key in keys:
+            if self.get(key):
+                raise UnsupportedArchitecture(f"{self.source}: {key} is not supported.")
+
+    def head_dim(self) -> int:
+        """Returns the number of channels of a head."""
+        if self.get("head_dim") is not None:
+            return self.size("head_dim")
+        return self.size("hidden_size") // self.size("num_attention_heads")
+
+    def rope(self, layer_type: str | None = None, may_be_partial: bool = False) -> RopeConfig:
+        """Returns the rotary embedding that all layers share, or that of the layers of one type.
+
+        Refuses one of a part of each head, unless it `may_be_partial`.
+        """
         parameters = self.get("rope_parameters")
+        if isinstance(parameters, dict) and layer_type is not None:
+            parameters = parameters.get(layer_type)
         if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
             raise UnsupportedArchitecture(
                 f"{self.source}: rotary embeddings that differ between layers are not supported."
             )
-        try:
-            kind = RopeKind(parameters["rope_type"])
-        except ValueError:
-            supported = ", ".join(RopeKind)
-            name = quoted(parameters["rope_type"])
-            raise UnsupportedArchitecture(
-                f"{self.source}: rotary scaling {name} is not supported; supported: {supported}."
-            ) from None
-        if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UnsupportedArchitecture(f"{self.source}: partial rotary embeddings are not supported.")
+        context_length = self.size("max_position_embeddings")
+        return RopeReader(parameters, self.source, context_length, self.head_dim(), may_be_partial).read()
 
-        def number(key: str) -> float:
-            return self._positive(parameters.get(key), f"{key} of its rotary embedding")
-
-        theta = number("rope_theta")
-        if kind is RopeKind.DEFAULT:
-            return RopeConfig(theta)
-        if kind is RopeKind.LINEAR:
-            return RopeConfig(theta, kind, number("factor"))
-        rope = RopeConfig(
-            theta=theta,
-            kind=kind,
-            factor=number("factor"),
-            low_freq_factor=number("low_freq_factor"),
-            high_freq_factor=number("high_freq_factor"),
-            original_context_length=int(number("original_max_position_embeddings")),
-        )
-        if rope.low_freq_factor >= rope.high_freq_factor:
-            raise CorruptCheckpoint(
-                f"{self.source}: low_freq_factor of its rotary embedding is not below high_freq_factor."
-            )
-        return rope
+    def flag_of_every_layer(self, key: str) -> tuple[bool, ...]:
+        """Returns one boolean per layer, from a list of zeros and ones that may be longer."""
+        values, num_layers = self.get(key), self.size("num_hidden_layers")
+        if not isinstance(values, list) or len(values) < num_layers or any(value not in (0, 1) for value in values):
+            raise CorruptCheckpoint(f"{self.source}: {key} must have a 0 or 1 for each of {num_layers} layers.")
+        return tuple(value == 1 for value in values[:num_layers])
 
     def sliding_window_in_every_layer(self) -> tuple[int | None, ...]:
         """Returns the same window for each layer, None for each if the configuration has none."""
@@ -108,18 +103,29 @@ class ConfigReader:
 
     def sliding_windows_by_layer_type(self) -> tuple[int | None, ...]:
         """Returns the window of each layer, by its entry in `layer_types`."""
-        num_layers = self.size("num_hidden_layers")
         if self.get("sliding_window") is None:
-            return (None,) * num_layers
-        windows = {"sliding_attention": self.size("sliding_window"), "full_attention": None}
-        types = self.config.layer_types
-        if len(types) != num_layers or any(kind not in [*windows] for kind in types):
-            raise UnsupportedArchitecture(
-                f"{self.source}: layer_types other than {', '.join(windows)} are not supported."
-            )
-        return tuple(windows[kind] for kind in types)
+            return (None,) * self.size("num_hidden_layers")
+        window = self.size("sliding_window")
+        return tuple(window if kind == _SLIDING else None for kind in self._layer_types())
 
-    def _positive(self, value: object, key: str) -> float:
-        if type(value) not in (int, float) or not 0 < cast(float, value) < _MAX_NUMBER:
-            raise CorruptCheckpoint(f"{self.source}: {key} must be a positive number, got {quoted(value)}.")
-        return float(cast(float, value))
+    def rope_of_growing_queries(self, growth_key: str) -> RopeConfig:
+        """Returns the rotary embedding that all layers share, whose queries grow by the value of `growth_key`."""
+        rope = self.rope()
+        if rope.kind is not RopeKind.YARN:
+            raise UnsupportedArchitecture(f"{self.source}: rope_type must be yarn, got {rope.kind}.")
+        growth = positive_number(self.config.rope_parameters.get(growth_key), growth_key, self.source)
+        return replace(rope, query_growth=growth)
+
+    def ropes_by_layer_type(self) -> tuple[RopeConfig, ...]:
+        """Returns the rotary embedding of each layer, by its entry in `layer_types`."""
+        types = self._layer_types()
+        ropes = {kind: self.rope(kind) for kind in dict.fromkeys(types)}
+        return tuple(ropes[kind] for kind in types)
+
+    def _layer_types(self) -> Sequence[str]:
+        types = self.config.layer_types
+        if len(types) != self.size("num_hidden_layers") or any(kind not in [_SLIDING, _FULL] for kind in types):
+            raise UnsupportedArchitecture(
+                f"{self.source}: layer_types other than {_SLIDING}, {_FULL} are not supported."
+            )
+        return types

@@ -4,10 +4,11 @@ A new family is a file with a subclass, and one line in `families/__init__.py`. 
 names; knows no tensors, no kernels and no file formats.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from typing import ClassVar
 
 from dash_runtime.families.config_reader import ConfigReader
+from dash_runtime.families.gguf_header import GgufHeader
 from dash_runtime.model_config import Activation, BlockConfig, ModelConfig, RopeConfig, TensorNames
 
 GGUF_NAMES = TensorNames(
@@ -38,7 +39,8 @@ class Family:
     """The family's `model_type` in config.json. transformers has a configuration class for it."""
     tensor_names: ClassVar[TensorNames] = TensorNames()
     activations: ClassVar[Mapping[str, Activation]] = {"silu": Activation.SILU}
-    """The supported values of `hidden_act`."""
+    """The supported values of `activation_key`."""
+    activation_key: ClassVar[str] = "hidden_act"
     gguf_architecture: ClassVar[str | None] = None
     """The family's `general.architecture` in GGUF files. None: its GGUF files are not read."""
     gguf_tensor_names: ClassVar[TensorNames] = GGUF_NAMES
@@ -47,7 +49,7 @@ class Family:
         """Returns the arithmetic of the layers."""
         has_attention_bias = config.flag("attention_bias")
         return BlockConfig(
-            activation=config.activation("hidden_act", self.activations),
+            activation=config.activation(self.activation_key, self.activations),
             has_qkv_bias=has_attention_bias,
             has_output_bias=has_attention_bias,
             has_mlp_bias=config.flag("mlp_bias"),
@@ -69,10 +71,21 @@ class Family:
         """Returns the factor of the logits."""
         return 1.0
 
-    def keys_from_gguf(self, tensors: Container[str]) -> dict[str, object]:
-        """Returns the keys of config.json that only the names of a GGUF file's tensors tell."""
+    def is_in_gguf(self, gguf: GgufHeader) -> bool:
+        """Returns True if a file of `gguf_architecture` is of this family. Families may share an architecture."""
+        return True
+
+    def keys_from_gguf(self, gguf: GgufHeader) -> dict[str, object]:
+        """Returns the keys of config.json that this family has beside those that all families share."""
         names = self.gguf_tensor_names
-        return {"attention_bias": f"{names.layers}.0.{names.query_key_value[0]}.bias" in tensors}
+        return {"attention_bias": f"{names.layers}.0.{names.query_key_value[0]}.bias" in gguf.tensors}
+
+    def rope_keys_from_gguf(
+        self, gguf: GgufHeader, theta: float, scaling: dict[str, object] | None
+    ) -> dict[str, object]:
+        """Returns the keys of config.json for a rotary embedding with this base and this `rope_scaling`."""
+        # The older pair of keys is read by every version of transformers, and by other engines.
+        return {"rope_theta": theta, "rope_scaling": scaling}
 
     def gguf_permuted_heads(self, config: ModelConfig) -> Mapping[str, int]:
         """Returns the modules whose rows llama.cpp reorders for its rotary embedding, with their numbers of heads."""

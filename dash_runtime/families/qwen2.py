@@ -1,10 +1,10 @@
 """Qwen2 and Qwen2.5 (Yang et al. 2024): queries, keys and values always have a bias, outputs never."""
 
-from collections.abc import Container
 from dataclasses import replace
 
 from dash_runtime.families.config_reader import ConfigReader
 from dash_runtime.families.family import Family
+from dash_runtime.families.gguf_header import GgufHeader
 from dash_runtime.model_config import BlockConfig
 
 
@@ -19,5 +19,5 @@ class Qwen2(Family):
     def sliding_window(self, config: ConfigReader) -> tuple[int | None, ...]:
         return config.sliding_windows_by_layer_type()
 
-    def keys_from_gguf(self, tensors: Container[str]) -> dict[str, object]:
+    def keys_from_gguf(self, gguf: GgufHeader) -> dict[str, object]:
         return {}

@@ -102,12 +102,15 @@ class Batch:
         """Returns cosines and sines of all rows, `[rows, 1, head_dim]`."""
         table = self._rotary[layer]
         if table not in self._tables:
+            firsts = [table.first_row(span.cache.reserved_tokens) + span.start for span in self.spans]
             if len(self.spans) == 1:
-                positions: slice | Tensor = slice(self.spans[0].start, self.spans[0].end)
+                rows: slice | Tensor = slice(firsts[0], firsts[0] + self.num_rows)
             else:
-                ranges = [torch.arange(span.start, span.end) for span in self.spans]
-                positions = torch.cat(ranges).to(table.cosines.device)
-            self._tables[table] = table.at(positions)
+                ranges = [
+                    torch.arange(first, first + span.num_rows) for first, span in zip(firsts, self.spans, strict=True)
+                ]
+                rows = torch.cat(ranges).to(table.cosines.device)
+            self._tables[table] = table.at(rows)
         return self._tables[table]
 
     def row_inputs(self, row: int) -> Sequence[Sequence[Tensor]]:
@@ -164,7 +167,8 @@ class Batch:
     def _tables_of(self, layer: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         if len(rows) == self.num_rows:
             return self.tables(layer)
-        return self._rotary[layer].at(torch.tensor([self.spans[row].start for row in rows]))
+        table, spans = self._rotary[layer], [self.spans[row] for row in rows]
+        return table.at(torch.tensor([table.first_row(span.cache.reserved_tokens) + span.start for span in spans]))
 
     def skipped_inputs(self, layer: int, rows: Sequence[int]) -> list[Tensor]:
         """Returns the inputs of the program for several rows that skip. Only for one row per sequence.
@@ -219,6 +223,9 @@ class Batch:
         return torch.cat(parts)
 
     def _attend_span(self, layer: int, span: Span, queries: Tensor) -> Tensor:
+        factors = self._rotary[layer].query_factors
+        if factors is not None:
+            queries = queries * factors[span.start : span.end]
         if span.num_rows <= self._row_block:
             return self._attend_block(layer, span, queries)
         parts = queries.split(self._row_block)

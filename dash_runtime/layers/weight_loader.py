@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dash_runtime.layers.layer_body import Norms
 from dash_runtime.layers.norm import RmsNorm
+from dash_runtime.layers.rotary import channel_order
 from dash_runtime.linears.dense_linear import FullLinear
 from dash_runtime.model_config import ModelConfig, QkNorm
 
@@ -19,7 +20,7 @@ from dash_runtime.model_config import ModelConfig, QkNorm
 class LayerWeights(Norms):
     """One layer's weights. Query, key and value are one matrix, and so are gate and up.
 
-    The offset of norm weights is added already.
+    The offset of norm weights is added already, and the channels of queries and keys are as the rotary table has them.
     """
 
     query_key_value: FullLinear
@@ -91,11 +92,23 @@ class WeightLoader:
             head_norm=self._head_norm(prefix) if block.qk_norm is QkNorm.HEAD else None,
             query_norm=norm(names.query_norm, has_width_norms),
             key_norm=norm(names.key_norm, has_width_norms),
-            query_key_value=linear(names.query_key_value, block.has_qkv_bias),
+            query_key_value=self._with_pairs_apart(index, linear(names.query_key_value, block.has_qkv_bias)),
             output=linear([names.output], block.has_output_bias),
             gate_up=linear(names.gate_up, block.has_mlp_bias),
             down=linear([names.down], block.has_mlp_bias),
         )
+
+    def _with_pairs_apart(self, index: int, fused: FullLinear) -> FullLinear:
+        """Returns a layer's query-key-value matrix with the channels of queries and keys as `rotate` pairs them."""
+        config, rope = self.config, self.config.ropes[index]
+        order = None if rope is None else channel_order(rope, config.head_dim)
+        if order is None:
+            return fused
+        assert config.block.qk_norm is None, "norms of queries and keys are not reordered"
+        num_rotated = config.num_heads + config.num_kv_heads
+        rows = torch.arange(len(fused.weight), device=fused.weight.device).view(-1, config.head_dim)
+        rows = torch.cat((rows[:num_rotated, order], rows[num_rotated:])).flatten()
+        return FullLinear(fused.weight[rows], None if fused.bias is None else fused.bias[rows])
 
     def _head_norm(self, prefix: str) -> Tensor:
         config, names = self.config, self.config.tensor_names

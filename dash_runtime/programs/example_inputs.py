@@ -117,12 +117,7 @@ def _varying(name: str, fewest: int = _MIN_POSITIONS) -> Any:
 
 
 def _vectors(shape: ModelShape) -> tuple[Tensor, ...]:
-    vectors = [_zeros(shape.hidden_size), _zeros(shape.hidden_size)]
-    if shape.has_qk_norm:
-        vectors.append(_zeros(shape.num_heads + shape.num_kv_heads, shape.head_dim))
-    if shape.has_qkv_bias:
-        vectors.append(_zeros(shape.query_size + shape.key_value_size))
-    return tuple(vectors)
+    return tuple(_zeros(*size) for size in shape.vector_sizes())
 
 
 def _weights(shape: ModelShape, action: Action) -> tuple[WeightPacking, tuple[Tensor, ...]]:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from dash_runtime.actions import Action
 from dash_runtime.linears.row_kernels import full_products, row_product
-from dash_runtime.model_config import Activation, ModelConfig
+from dash_runtime.model_config import Activation, ModelConfig, NormPlacement, QkNorm
 from dash_runtime.programs.packing import WeightPacking
 
 
@@ -29,18 +29,37 @@ class ModelShape:
     intermediate_size: int
     rms_norm_eps: float
     has_qkv_bias: bool
-    has_qk_norm: bool
     vocab_size: int
     activation: Activation = Activation.SILU
     attention_scale: float | None = None
     residual_multiplier: float = 1.0
+    norm_placement: NormPlacement = NormPlacement.BEFORE
+    qk_norm: QkNorm | None = None
 
     @classmethod
     def of(cls, model: ModelConfig) -> "ModelShape":
         sources = {field.name: model if hasattr(model, field.name) else model.block for field in fields(cls)}
-        sources.pop("has_qk_norm")
-        own = {name: getattr(source, name) for name, source in sources.items()}
-        return cls(**own, has_qk_norm=model.block.qk_norm is not None)
+        return cls(**{name: getattr(source, name) for name, source in sources.items()})
+
+    @property
+    def has_norms(self) -> tuple[bool, bool, bool, bool]:
+        """Which norms a layer has, in the order in which it runs them: attention's input and output, the MLP's."""
+        before, after = self.norm_placement != NormPlacement.AFTER, self.norm_placement != NormPlacement.BEFORE
+        return before, after, before, after
+
+    def vector_sizes(self) -> list[tuple[int, ...]]:
+        """Returns the shapes of a layer's vectors: its norms, those of queries and keys, the bias of the first product.
+
+        `QkNorm.HEAD` has one of `[num_heads + num_kv_heads, head_dim]`.
+        """
+        sizes: list[tuple[int, ...]] = [(self.hidden_size,)] * sum(self.has_norms)
+        if self.qk_norm == QkNorm.HEAD:
+            sizes.append((self.num_heads + self.num_kv_heads, self.head_dim))
+        if self.qk_norm == QkNorm.WIDTH:
+            sizes += [(self.query_size,), (self.key_value_size // 2,)]
+        if self.has_qkv_bias:
+            sizes.append((self.query_size + self.key_value_size,))
+        return sizes
 
     @property
     def query_size(self) -> int:
@@ -78,14 +97,20 @@ class _Traced(nn.Module):
 class TracedLayer(_Traced):
     """A module that takes the weights of a layer, joined (`WeightPacking`).
 
-    The vectors are the weights of the input norm and the MLP norm and, if the model has them, of the head norm
-    `[num_heads + num_kv_heads, head_dim]` and the bias of query, key and value. The matrices are query-key-value,
-    output, gate-up and down.
+    The vectors are those of `ModelShape.vector_sizes`, the matrices query-key-value, output, gate-up and down.
     """
 
     def __init__(self, shape: ModelShape, action: Action, inputs: WeightPacking) -> None:
         super().__init__(shape, action)
         self._inputs = inputs
+
+    def _norms(self, vectors: tuple[Tensor, ...]) -> list[Tensor | None]:
+        """Returns the weights of the layer's four norms, None for each that it has not."""
+        each = iter(vectors)
+        return [next(each) if is_present else None for is_present in self._shape.has_norms]
+
+    def _normed(self, inputs: Tensor, weight: Tensor | None) -> Tensor:
+        return inputs if weight is None else rms_norm(inputs, weight, self._shape.rms_norm_eps)
 
 
 class FewRowsLayer(TracedLayer):
@@ -111,8 +136,9 @@ class FewRowsLayer(TracedLayer):
         shape = self._shape
         vectors, matrices = self._inputs.split(weights)
         query_key_value, output, gate_up, down = matrices
+        input_norm, attention_output_norm, mlp_norm, mlp_output_norm = self._norms(vectors)
         residual = hidden.float()
-        normed = rms_norm(residual, vectors[0], shape.rms_norm_eps)
+        normed = self._normed(residual, input_norm)
         fused = self._product(normed, query_key_value)
         if shape.has_qkv_bias:
             fused = fused + vectors[-1]
@@ -122,12 +148,12 @@ class FewRowsLayer(TracedLayer):
         keys[first:] = rotated[:, shape.num_heads :].to(keys.dtype)
         values[first:] = others.to(values.dtype)
         attended = attention(rotated[:, : shape.num_heads], keys, values, shape.product_scale)
-        residual = residual + self._scaled(self._product(attended, output))
-        normed = rms_norm(residual, vectors[1], shape.rms_norm_eps)
+        residual = residual + self._scaled(self._normed(self._product(attended, output), attention_output_norm))
+        normed = self._normed(residual, mlp_norm)
         gate, up = self._product(normed, gate_up).chunk(2, dim=-1)
         is_silu = shape.activation == Activation.SILU
         gate = functional.silu(gate) if is_silu else functional.gelu(gate, approximate="tanh")
-        residual = residual + self._scaled(self._product(gate * up, down))
+        residual = residual + self._scaled(self._normed(self._product(gate * up, down), mlp_output_norm))
         return residual.to(hidden.dtype)
 
 
@@ -189,10 +215,16 @@ def rotate_first_heads(
 
     Returns `[rows, heads, head_dim]` twice.
     """
+    own_norms = vectors[sum(shape.has_norms) :]
+    if shape.qk_norm == QkNorm.WIDTH:
+        sizes = [(num_rotated - shape.num_kv_heads) * shape.head_dim, *[shape.key_value_size // 2] * 2]
+        queries, keys, values = fused.split(sizes, dim=-1)
+        queries = rms_norm(queries, own_norms[0], shape.rms_norm_eps) if sizes[0] else queries
+        fused = torch.cat((queries, rms_norm(keys, own_norms[1], shape.rms_norm_eps), values), dim=-1)
     heads = fused.view(-1, num_rotated + shape.num_kv_heads, shape.head_dim)
     rotated = heads[:, :num_rotated]
-    if shape.has_qk_norm:
-        rotated = rms_norm(rotated, vectors[2][-num_rotated:], shape.rms_norm_eps)
+    if shape.qk_norm == QkNorm.HEAD:
+        rotated = rms_norm(rotated, own_norms[0][-num_rotated:], shape.rms_norm_eps)
     swapped = rotated.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return rotated * cosines.float() + swapped * sines.float(), heads[:, num_rotated:]
 

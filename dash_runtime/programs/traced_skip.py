@@ -9,7 +9,7 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.linears.row_kernels import as_row_matrix, row_product
 from dash_runtime.programs.packing import WeightPacking
-from dash_runtime.programs.traced_layer import ModelShape, TracedLayer, rms_norm, rotate_first_heads, write_tokens
+from dash_runtime.programs.traced_layer import ModelShape, TracedLayer, rotate_first_heads, write_tokens
 
 
 class _SkippedLayer(TracedLayer):
@@ -42,7 +42,7 @@ class _SkippedLayer(TracedLayer):
         shape = self._shape
         vectors, matrices = self._inputs.split(weights)
         matrix = as_row_matrix(self._action, matrices[0]).outputs_from(shape.query_size)
-        normed = rms_norm(state, vectors[0], shape.rms_norm_eps)
+        normed = self._normed(state, self._norms(vectors)[0])
         fused = row_product(self._action, normed, matrix.tensors())[:, -shape.key_value_size :]
         if shape.has_qkv_bias:
             fused = fused + vectors[-1][shape.query_size :]

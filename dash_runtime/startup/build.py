@@ -21,7 +21,7 @@ from dash_runtime.config import (
     StoppingParameters,
 )
 from dash_runtime.decoder.backends.cuda_graphs import Graphs, cuda_capture
-from dash_runtime.decoder.backends.inductor import InductorBackend, can_compile, program_specs
+from dash_runtime.decoder.backends.inductor import InductorBackend, program_specs, why_eager
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import device_of, find_device
@@ -106,7 +106,9 @@ def build_engine(
     programs = None
     if options.compile_layers:
         specs = [spec for own in policy_programs for spec in own.specs]
-        programs = _load_programs(model, specs, actions, dtype, device, cache_folder / "programs", progress)
+        programs = _load_programs(
+            model, context_length, specs, actions, dtype, device, cache_folder / "programs", progress
+        )
     inductor = None
     if programs is not None:
         inductor = InductorBackend(model.block, programs, shares_products=config.group_planner)
@@ -202,6 +204,7 @@ def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:
 
 def _load_programs(
     model: ModelConfig,
+    context_length: int,
     policy_specs: Sequence[ProgramSpec],
     actions: tuple[Action, ...],
     dtype: torch.dtype,
@@ -210,7 +213,11 @@ def _load_programs(
     progress: Progress,
 ) -> Mapping[ProgramSpec, Program] | None:
     """Returns the programs for this model and its policies; None if everything runs eagerly."""
-    if not device_of(device).compiles_layers or dtype is not torch.bfloat16 or not can_compile(model):
+    if not device_of(device).compiles_layers or dtype is not torch.bfloat16:
+        return None
+    reason = why_eager(model, context_length)
+    if reason is not None:
+        progress(f"layers run uncompiled: programs have no {reason}")
         return None
     specs = [*program_specs(model, actions, torch.get_num_threads()), *policy_specs]
     return load_programs(list(dict.fromkeys(specs)), folder, progress)

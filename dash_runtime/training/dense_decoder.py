@@ -56,7 +56,7 @@ class DenseDecoder:
         self._embedding = loader.embedding()
         self._final_norm = loader.final_norm()
         self._head = self._embedding if config.has_tied_head else loader.head()
-        self._rotary = self._tables(0)
+        self._rotary, self._table_length = self._tables(0), 0
 
     def _tables(self, length: int) -> list[RotaryTable]:
         return rotary_tables(self.config.ropes, self.config.head_dim, length, self.dtype, self.device)
@@ -104,9 +104,10 @@ class DenseDecoder:
             ]
         )
         length = hidden.shape[1]
-        if length > len(self._rotary[0].cosines):
-            self._rotary = self._tables(length)
-        tables = self._rotary[layer].at(slice(length))
+        if length > self._table_length:
+            self._rotary, self._table_length = self._tables(length), length
+        first = self._rotary[layer].first_row(length)
+        tables = self._rotary[layer].at(slice(first, first + length))
         parts = split_heads(self.config, norms, fused, self.config.num_heads, *tables)
         attended = groups.flat(self._attend(layer, *(part.transpose(1, 2) for part in parts)))
         outputs = []
@@ -126,6 +127,9 @@ class DenseDecoder:
         batch, num_heads, length, head_dim = queries.shape
         mask = causal_mask(range(length), range(length), self.config.sliding_window[layer], 1, queries)
         scale = self.config.block.attention_scale
+        factors = self._rotary[layer].query_factors
+        if factors is not None:
+            queries = queries * factors[:length, 0]
         grouped = queries * (head_dim**-0.5 if scale is None else scale)
         grouped = grouped.reshape(batch, keys.shape[1], -1, head_dim)  # the heads of a group share their keys
         scores = torch.matmul(grouped, keys.transpose(2, 3)).view(batch, num_heads, length, length) + mask

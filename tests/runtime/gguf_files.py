@@ -1,5 +1,7 @@
 """Writes tiny GGUF files as llama.cpp's converter would, from the tests' tiny Hugging Face models."""
 
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ from tokenizers import Tokenizer
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.checkpoints.gguf_weights import gguf_names
 from dash_runtime.families import FAMILIES
-from dash_runtime.model_config import ModelConfig
+from dash_runtime.model_config import ModelConfig, RopeKind
 
 BOS_TOKEN_ID = 257
 CONTROL_TOKEN_IDS = (256, 257, 258)
 USER_DEFINED_TOKEN_ID = 259
+PERMUTED = ("llama", "granite", "smollm3", "mistral3")
+"""Architectures whose converter derives from llama.cpp's LlamaModel, which reorders queries and keys."""
 
 
 def write_gguf(
@@ -37,7 +41,7 @@ def write_gguf(
         without: the name of a tensor or value to leave out.
     """
     config = load_model_config(folder)
-    values = _metadata(config, architecture) | dict(metadata or {})
+    values = _metadata(config, architecture) | _own_metadata(folder, config, architecture) | dict(metadata or {})
     arrays = _tensors(folder, config, architecture) | dict(tensors or {})
     values.pop(without, None)
     arrays.pop(without, None)
@@ -76,7 +80,6 @@ def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
         f"{architecture}.attention.key_length": config.head_dim,
         f"{architecture}.attention.value_length": config.head_dim,
         f"{architecture}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        f"{architecture}.rope.freq_base": config.ropes[0].theta,
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": tiny_tokens(),
@@ -86,6 +89,64 @@ def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:
         "tokenizer.ggml.bos_token_id": BOS_TOKEN_ID,
         "tokenizer.chat_template": "{% for m in messages %}{{ m.content }}!{% endfor %}",
     }
+
+
+def _own_metadata(folder: Path, config: ModelConfig, architecture: str) -> dict[str, Any]:
+    """Returns what the converter writes of scalings and for one architecture only."""
+    raw = json.loads((folder / "config.json").read_text())
+    rope = raw["rope_parameters"]
+    full_rope = rope.get("full_attention", rope)
+    scaling = _scaling_metadata(full_rope, f"{architecture}.rope.scaling")
+    scaling[f"{architecture}.rope.freq_base"] = float(full_rope["rope_theta"])
+    if architecture == "granite":
+        scaling |= {
+            "granite.embedding_scale": float(raw["embedding_multiplier"]),
+            "granite.attention.scale": float(raw["attention_multiplier"]),
+            "granite.residual_scale": float(raw["residual_multiplier"]),
+            "granite.logit_scale": float(raw["logits_scaling"]),
+        }
+    if "layer_types" in raw and architecture == "olmo2":
+        scaling |= {
+            "olmo2.attention.sliding_window": raw["sliding_window"],
+            "olmo2.attention.sliding_window_pattern": [kind == "sliding_attention" for kind in raw["layer_types"]],
+        }
+    if architecture == "gemma3":
+        scaling["gemma3.attention.sliding_window"] = raw["sliding_window"]
+    if architecture == "mistral3":
+        scaling |= {
+            "mistral3.rope.scaling.yarn_log_multiplier": float(rope["mscale_all_dim"]),
+            "mistral3.attention.temperature_scale": float(rope["llama_4_scaling_beta"]),
+        }
+    if architecture == "phi3":
+        original = raw["original_max_position_embeddings"]
+        scaling |= {
+            "phi3.rope.scaling.original_context_length": original,
+            "phi3.rope.dimension_count": int(config.head_dim * rope["partial_rotary_factor"]),
+            "phi3.attention.sliding_window": raw["sliding_window"] or 0,
+        }
+        if "long_factor" in rope:
+            factor = math.log(raw["max_position_embeddings"] / original)
+            scaling["phi3.rope.scaling.attn_factor"] = math.sqrt(1 + factor / math.log(original))
+    return scaling
+
+
+def _scaling_metadata(rope: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Returns what the converter writes of `rope_parameters` in config.json."""
+    if rope["rope_type"] == "linear":
+        return {f"{prefix}.type": "linear", f"{prefix}.factor": rope["factor"]}
+    if rope["rope_type"] == "longrope":
+        return {f"{prefix}.type": "longrope"}
+    if rope["rope_type"] == "yarn":
+        own = {
+            "type": "yarn",
+            "factor": float(rope["factor"]),
+            "original_context_length": rope["original_max_position_embeddings"],
+            "yarn_attn_factor": rope.get("attention_factor"),
+            "yarn_beta_fast": rope.get("beta_fast"),
+            "yarn_beta_slow": rope.get("beta_slow"),
+        }
+        return {f"{prefix}.{key}": value for key, value in own.items() if value is not None}
+    return {}
 
 
 def tiny_tokens() -> list[str]:
@@ -102,12 +163,18 @@ def _tensors(folder: Path, config: ModelConfig, architecture: str) -> dict[str, 
     names = gguf_names(config, next(family for family in FAMILIES if family.gguf_architecture == architecture))
     for name, tensor in open_weights(folder).items():
         array = tensor.float().numpy()
-        if architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+        if architecture in PERMUTED and (".q_proj." in name or ".k_proj." in name):
             num_heads = config.num_heads if ".q_proj." in name else config.num_kv_heads
             # LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py
             halves = array.reshape(num_heads, 2, array.shape[0] // num_heads // 2, *array.shape[1:])
             array = halves.swapaxes(1, 2).reshape(array.shape)
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            array = array + 1
         arrays[names[name]] = array
+    rope = config.ropes[0]
+    if rope is not None and rope.kind is RopeKind.LONGROPE:
+        arrays["rope_factors_short.weight"] = np.array(rope.short_factors)
+        arrays["rope_factors_long.weight"] = np.array(rope.long_factors)
     return arrays
 
 

@@ -1,6 +1,7 @@
 """A config.json becomes a ModelConfig, or is refused by the name of what is not supported."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ LLAMA = {
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+
+GEMMA3 = LLAMA | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+MINISTRAL3 = LLAMA | {"architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3", "head_dim": 16}
+SMOLLM3 = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3"}
 
 
 def write_config(folder: Path, keys: dict[str, Any], generation: dict[str, Any] | None = None) -> Path:
@@ -81,6 +86,9 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+LONGROPE["original_max_position_embeddings"] = 128
 
 
 @pytest.mark.parametrize(
@@ -134,6 +142,17 @@ def test_sliding_windows_are_per_layer(tmp_path: Path, keys: dict[str, Any], win
     assert load_model_config(write_config(tmp_path, keys)).sliding_window == windows
 
 
+def test_a_scaling_in_the_old_spelling_is_that_of_olmo_3s_full_attention(tmp_path: Path) -> None:
+    keys = LLAMA | {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "rope_scaling": YARN}
+    full, sliding = RopeConfig(5e5, RopeKind.YARN, 4.0, original_context_length=128), RopeConfig(5e5)
+    config = load_model_config(
+        write_config(tmp_path, keys | {"rope_theta": 5e5, "sliding_window": 7, "eos_token_id": 2})
+    )
+    ropes = [replace(rope, attention_factor=1.0) for rope in config.ropes if rope is not None]
+    assert ropes == [sliding, sliding, sliding, full]
+    assert config.sliding_window == (7, 7, 7, None)
+
+
 @pytest.mark.parametrize(
     ("in_config", "generation", "expected"),
     [
@@ -162,12 +181,13 @@ def test_end_tokens_come_from_the_generation_config_first(
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"architectures": None, "model_type": "mamba"}, "mamba"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'.*default, linear, llama3"),
-        (
-            {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
-            "'yarn'",
-        ),
+        ({"rope_scaling": YARN | {"truncate": False}}, "truncate of its rotary embedding must be true"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial rotary"),
         ({"hidden_act": "gelu"}, "'gelu'"),
+        (GEMMA3 | {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is not supported"),
+        (GEMMA3 | {"final_logit_softcapping": 30.0}, "final_logit_softcapping is not supported"),
+        (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+        (MINISTRAL3 | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_type must be yarn"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised already"),
     ],
 )
@@ -185,9 +205,26 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, keys: dict[str
         ({"num_attention_heads": 3}, "not a multiple"),
         ({"num_key_value_heads": 3}, "3 key-value heads"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_scaling": YARN | {"factor": -1}}, "factor of its rotary embedding"),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta must be above 1"),
+        ({"rope_scaling": YARN | {"beta_slow": 33}}, "beta_slow of its rotary embedding is above beta_fast"),
+        (
+            {"rope_scaling": LONGROPE | {"long_factor": [1.0] * 7}},
+            "long_factor of its rotary embedding is no list of 8",
+        ),
+        ({"rope_scaling": LONGROPE | {"short_factor": [0.0] * 8}}, "short_factor of its rotary embedding must be"),
         ({"model_type": "qwen2"}, "does not go with"),
         ({"architectures": "LlamaForCausalLM"}, "names no architecture"),
         ({"eos_token_id": [1, -5]}, "eos_token_id"),
+        (
+            SMOLLM3 | {"no_rope_layers": [1, 0], "layer_types": ["full_attention"] * 4},
+            "no_rope_layers must have a 0 or 1 for each of 4 layers",
+        ),
+        (
+            MINISTRAL3 | {"rope_parameters": YARN | {"rope_theta": 1e4}},
+            "llama_4_scaling_beta must be a positive number",
+        ),
+        (SMOLLM3 | {"no_rope_layers": [1, 0, 2, 1]}, "no_rope_layers"),
     ],
 )
 def test_values_that_make_no_sense_are_corrupt(tmp_path: Path, keys: dict[str, Any], named: str) -> None:

@@ -1,6 +1,7 @@
 """A GGUF file becomes the Hugging Face folder it was made from, or is refused in one sentence."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,25 @@ from tests.runtime.gguf_files import write_gguf
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
 
 SMALL = {"num_hidden_layers": 2, "dtype": "bfloat16"}
-FAMILIES = [("llama", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3"), ("mistral", "llama")]
+FAMILIES = [
+    ("llama", "llama"),
+    ("qwen2", "qwen2"),
+    ("qwen3", "qwen3"),
+    ("mistral", "llama"),
+    ("granite", "granite"),
+    ("granite-untied-biased", "granite"),
+    ("smollm3", "smollm3"),
+    ("smollm3-yarn", "smollm3"),
+    ("phi3", "phi3"),
+    ("olmo2", "olmo2"),
+    ("olmo3", "olmo2"),
+    ("ministral3", "mistral3"),
+    ("gemma3", "gemma3"),
+    ("gemma3-linear-rope-untied", "gemma3"),
+    ("olmo3-yarn", "olmo2"),
+    ("phi3-longrope", "phi3"),
+    ("phi3-longrope-sliding-window", "phi3"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +73,7 @@ def logits_of(folder: Path) -> torch.Tensor:
 def test_a_model_survives_the_way_to_gguf_and_back(
     tmp_path: Path, family: str, architecture: str, kind: GGMLQuantizationType
 ) -> None:
-    original = save_tiny_model(tmp_path / "original", family, **SMALL)
+    original = save_tiny_model(tmp_path / "original", family, dtype="bfloat16")
     with torch.no_grad():  # only values that bfloat16 can hold can be compared exactly
         model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).to(torch.bfloat16)
         model.save_pretrained(original)
@@ -65,11 +84,19 @@ def test_a_model_survives_the_way_to_gguf_and_back(
     before, after = load_model_config(original, "same"), load_model_config(folder, "same")
     assert before.architecture == after.architecture or (family, architecture) == ("mistral", "llama")
     assert after.eos_token_ids == before.eos_token_ids
+    assert (after.block, after.sliding_window) == (before.block, before.sliding_window)
+    assert rounded(after.ropes) == rounded(before.ropes)
     weights = open_weights(folder)
     check_weights(weights, after)
     for name, tensor in open_weights(original).items():
         assert torch.equal(weights[name], tensor.to(torch.bfloat16)), name
-    assert torch.equal(logits_of(folder), logits_of(original))
+    torch.testing.assert_close(logits_of(folder), logits_of(original), atol=1e-5, rtol=0)
+
+
+def rounded(ropes: tuple[RopeConfig | None, ...]) -> list[RopeConfig | None]:
+    """Returns them with attention factors that survive float32."""
+    factors = [None if rope is None else round(rope.attention_factor, 5) for rope in ropes]
+    return [rope and replace(rope, attention_factor=factor) for rope, factor in zip(ropes, factors, strict=True)]
 
 
 def test_quantised_tensors_are_dequantised(llama: Path, tmp_path: Path) -> None:
@@ -128,10 +155,13 @@ def test_linear_scaling_is_kept(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "named"),
     [
-        ({"general.architecture": "gemma3"}, "'gemma3' is not supported; supported: llama, qwen2, qwen3"),
+        (
+            {"general.architecture": "gemma4"},
+            "'gemma4' is not supported; supported: llama, qwen2, qwen3, granite, s",
+        ),
         ({"llama.expert_count": 8}, "mixtures of experts"),
         ({"split.count": 2}, "one part of several"),
-        ({"llama.rope.scaling.type": "yarn"}, "'yarn'"),
+        ({"llama.rope.scaling.type": "other"}, "'other' is not supported; supported: none, linear, yarn, longrope"),
         ({"llama.rope.dimension_count": 8}, "partial rotary"),
         ({"llama.attention.value_length": 8}, "keys and values of different sizes"),
         ({"llama.attention.sliding_window": 64}, "sliding window"),
@@ -185,6 +215,13 @@ def test_a_file_that_contradicts_itself_is_corrupt(
     with pytest.raises(CorruptCheckpoint, match=named) as caught:
         converted(gguf, tmp_path / "converted")
     assert str(gguf) in str(caught.value)
+
+
+def test_metadata_that_a_family_needs_are_named_if_they_are_missing(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "granite", "granite", **SMALL)
+    gguf = write_gguf(tmp_path / "odd.gguf", folder, architecture="granite", without="granite.residual_scale")
+    with pytest.raises(CorruptCheckpoint, match=r"odd\.gguf is incomplete: its metadata lacks 'granite\.residual"):
+        converted(gguf, tmp_path / "converted")
 
 
 def test_a_file_truncated_anywhere_is_corrupt(llama_gguf: Path, tmp_path: Path) -> None:

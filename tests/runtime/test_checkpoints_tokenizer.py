@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dash_runtime.checkpoints.gguf_conversion import convert_gguf
+from dash_runtime.checkpoints.gguf_tokenizer import PRE_TOKENIZERS
 from tests.runtime.gguf_files import BOS_TOKEN_ID, CONTROL_TOKEN_IDS, load_tokenizer, tiny_tokens, write_gguf
 from tests.tiny_models import save_tiny_model
 
@@ -37,7 +38,7 @@ def converted(llama: Path, tmp_path: Path, **metadata: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_text_survives_encoding_and_decoding(llama: Path, tmp_path: Path, pre: str) -> None:
     tokenizer = load_tokenizer(converted(llama, tmp_path, pre=pre, add_bos_token=False))
     for text in TEXTS:
@@ -65,10 +66,29 @@ def test_control_tokens_are_special_and_user_defined_ones_are_not(llama: Path, t
 @pytest.mark.parametrize(
     ("pre", "pieces"),
     [
+        ("llama-bpe", ["aNew", "ĠHTTPServer", "Ġdoesn", "'t", "ĠWE", "'VE", "Ġ//Ċ"]),
+        ("gpt-4o", ["a", "New", "ĠHTTPServer", "Ġdoesn't", "ĠWE'VE", "Ġ//Ċ"]),
+        ("tekken", ["a", "New", "ĠHTTPServer", "Ġdoesn", "'t", "ĠWE", "'VE", "Ġ//Ċ"]),
+    ],
+)
+def test_words_are_cut_as_the_pre_tokenizer_says(llama: Path, tmp_path: Path, pre: str, pieces: list[str]) -> None:
+    tokenizer = load_tokenizer(converted(llama, tmp_path, pre=pre))
+    assert tokenizer.pre_tokenizer is not None
+    text = "aNew HTTPServer doesn't WE'VE //\n"
+    assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)] == pieces
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
         ("smollm", ["1", "2", "3", "4", ":", "Ġ", "5"]),
         ("gpt-2", ["1234", ":", "Ġ5"]),
         ("llama-bpe", ["123", "4", ":", "Ġ", "5"]),
         ("qwen2", ["1", "2", "3", "4", ":", "Ġ", "5"]),
+        ("refact", ["1", "2", "3", "4", ":", "Ġ", "5"]),
+        ("dbrx", ["123", "4", ":", "Ġ", "5"]),
+        ("gpt-4o", ["123", "4", ":", "Ġ", "5"]),
+        ("tekken", ["1", "2", "3", "4", ":", "Ġ", "5"]),
     ],
 )
 def test_digits_are_cut_as_the_pre_tokenizer_says(llama: Path, tmp_path: Path, pre: str, pieces: list[str]) -> None:

@@ -65,7 +65,10 @@ def decoder_of(folder: Path, config: ModelConfig, backend: InductorBackend) -> D
     )
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "mistral-sliding-window", "compiled"])
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral-sliding-window", "granite", "smollm3", "phi3", "olmo2", "gemma3")
+
+
+@pytest.fixture(scope="module", params=[*FAMILIES, "compiled"])
 def decoders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoders:
     is_compiled = request.param == "compiled"
     if is_compiled:

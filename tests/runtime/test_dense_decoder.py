@@ -43,7 +43,7 @@ def some_actions(num_layers: int, choices: tuple[Action, ...]) -> Tensor:
 @torch.no_grad()
 def serve(decoder: Decoder, token_ids: Tensor, actions: Tensor, compensation: Compensation) -> Tensor:
     """The serving decoder's last hidden states after the prompts, `[batch, decided, hidden_size]`."""
-    caches = [new_cache(decoder) for _ in token_ids]
+    caches = [new_cache(decoder, token_ids.shape[1]) for _ in token_ids]
     rows = decoder.batch(PassKind.PREFILL, caches, [token_ids.shape[1]] * len(caches), [compensation] * len(caches))
     hidden = decoder.embed(token_ids.flatten().tolist())
     prompts = torch.full((BATCH, PROMPT), int(Action.FULL))

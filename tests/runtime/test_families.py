@@ -138,14 +138,6 @@ def test_a_norm_that_the_family_leaves_out_is_not_ignored(folder: Path) -> None:
         check_weights(open_weights(folder), load_model_config(folder, families=WITH_FUSED))
 
 
-class Olmo2(Family):
-    architecture = "Olmo2ForCausalLM"
-    model_type = "olmo2"
-
-    def block(self, config: ConfigReader) -> BlockConfig:
-        return replace(super().block(config), norm_placement=NormPlacement.AFTER, qk_norm=QkNorm.WIDTH)
-
-
 class Gemma2(Family):
     architecture = "Gemma2ForCausalLM"
     model_type = "gemma2"
@@ -155,16 +147,10 @@ class Gemma2(Family):
         return BlockConfig(NormPlacement.BOTH, norm_offset=1.0, activation=Activation.GELU_TANH)
 
 
-class Phi3(Family):
-    architecture = "Phi3ForCausalLM"
-    model_type = "phi3"
-    tensor_names = TensorNames(query_key_value=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",))
-
-
-@pytest.mark.parametrize("family", [Olmo2(), Gemma2(), Phi3()], ids=lambda family: family.model_type)
-def test_what_a_family_may_say_is_enough_for_others_that_transformers_has(tmp_path: Path, family: Family) -> None:
+def test_what_a_family_may_say_is_enough_for_others_that_transformers_has(tmp_path: Path) -> None:
     import transformers
 
+    family = Gemma2()
     keys = {key: value for key, value in CONFIG.items() if key not in ("architectures", "model_type", "hidden_act")}
     keys |= {"head_dim": 16, "pad_token_id": None, "eos_token_id": 1, "bos_token_id": None}
     kind = getattr(transformers, family.architecture)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.decoder.backends.inductor import can_compile
+from dash_runtime.decoder.backends.inductor import layer_vectors, why_eager
 from dash_runtime.layers.attention import attention
 from dash_runtime.layers.layer_body import before_attention, run_layer_body, split_heads
 from dash_runtime.layers.rotary import RotaryTable
@@ -49,8 +49,7 @@ def some(*shape: int, seed: int) -> Tensor:
 
 def packed_for_programs(weights: LayerWeights) -> tuple[WeightPacking, tuple[Tensor, ...]]:
     matrices = [weights.query_key_value, weights.output, weights.gate_up, weights.down]
-    vectors = [weights.input_norm.weight, weights.mlp_norm.weight]  # type: ignore[union-attr]
-    vectors += [own for own in (weights.head_norm, weights.query_key_value.bias) if own is not None]
+    vectors = layer_vectors(weights)
     packed = [pack_row_matrix(Action.FULL, own.weight.bfloat16(), own) for own in matrices]
     packing = WeightPacking.of(vectors, packed)
     return packing, tuple(packing.join(vectors, packed))
@@ -61,7 +60,7 @@ def packed_for_programs(weights: LayerWeights) -> tuple[WeightPacking, tuple[Ten
 @torch.inference_mode()
 def test_the_traced_layer_computes_what_the_layer_body_does(family: str, variant: str, tmp_path: Path) -> None:
     config, loader = model_of(family, tmp_path, variant)
-    if not can_compile(config):
+    if why_eager(config, NUM_SEEN) is not None:
         pytest.skip("runs eagerly only")
     weights, shape = loader.layer(1), ModelShape.of(config)
     rope = RotaryTable(config.ropes[1], config.head_dim, NUM_SEEN, torch.float32, CPU)
@@ -104,7 +103,7 @@ def test_the_traced_layer_computes_what_the_layer_body_does(family: str, variant
 @torch.inference_mode()
 def test_a_traced_skip_writes_the_keys_and_values_of_the_layer_body(family: str, tmp_path: Path) -> None:
     config, loader = model_of(family, tmp_path, "as it is")
-    if not can_compile(config):
+    if why_eager(config, NUM_SEEN) is not None:
         pytest.skip("runs eagerly only")
     num_rows = 3
     weights, shape = loader.layer(1), ModelShape.of(config)

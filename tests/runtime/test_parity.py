@@ -27,14 +27,29 @@ def test_logits_agree_with_transformers_in_prefill_and_decode(family: str, tmp_p
     folder = save_tiny_model(tmp_path / family, family)
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     decoder = load_decoder(folder, actions=(Action.SKIP, Action.FULL))
-    token_ids = torch.randint(VOCAB_SIZE, (40,), generator=torch.Generator().manual_seed(3)).tolist()
-    cache, plan = new_cache(decoder), full_plan(decoder)
-    with torch.inference_mode():
-        expected = reference(torch.tensor([token_ids])).logits[0]
-        pieces = [token_ids[:13], token_ids[13:30], *([token_id] for token_id in token_ids[30:])]
-        logits = torch.cat([run_rows(decoder, [cache], [piece], [plan]) for piece in pieces])
-    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
-    assert (logits.argmax(-1) == expected.argmax(-1)).all()
+    some_ids = torch.randint(VOCAB_SIZE, (40,), generator=torch.Generator().manual_seed(3)).tolist()
+    plan = full_plan(decoder)
+    for token_ids in (some_ids, some_ids[:32]):  # longer than the context that some ropes were made for, and not
+        cache = new_cache(decoder, len(token_ids))
+        with torch.inference_mode():
+            expected = reference(torch.tensor([token_ids])).logits[0]
+            pieces = [token_ids[:13], token_ids[13:30], *([token_id] for token_id in token_ids[30:])]
+            logits = torch.cat([run_rows(decoder, [cache], [piece], [plan]) for piece in pieces])
+        torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
+        assert (logits.argmax(-1) == expected.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_greedy_tokens_decoded_in_a_batch_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / family, family)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    decoder = load_decoder(folder, actions=(Action.FULL,))
+    generator = torch.Generator().manual_seed(4)
+    prompts = [torch.randint(VOCAB_SIZE, (length,), generator=generator).tolist() for length in (3, 20, 77)]
+    for prompt, output in zip(prompts, decode_greedily(decoder, prompts), strict=True):
+        most_probable = reference(torch.tensor([prompt + output])).logits[0].argmax(-1).tolist()
+        assert most_probable[len(prompt) - 1 : -1] == output
 
 
 @pytest.mark.embedded

@@ -35,6 +35,7 @@ from tests.runtime.support import (
     some_costs,
     some_plans,
 )
+from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.alone
 
@@ -283,6 +284,13 @@ def test_requests_of_other_namespaces_share_nothing(decoder: Decoder) -> None:
         for namespace in ("one", "two", "", "one")
     ]
     assert counts == [0, 0, 0, 320]
+
+
+def test_sequences_whose_keys_are_rotated_otherwise_share_nothing(tmp_path: Path) -> None:
+    decoder = load_decoder(save_tiny_model(tmp_path, "phi3-longrope", original_max_position_embeddings=100))
+    engine = make_engine(decoder)
+    counts = [num_cached(run(engine, request("a", LONG[:90], count))["a"]) for count in (4, 20, 10, 30)]
+    assert counts == [0, 0, 64, 64]
 
 
 def test_a_prompt_that_was_not_prefilled_to_its_end_leaves_nothing(decoder: Decoder) -> None:

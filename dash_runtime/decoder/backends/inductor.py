@@ -6,6 +6,7 @@ For passes of one row per sequence, and for verification. Knows layers and rows;
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,16 +19,19 @@ from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.layer import DecoderLayer, LayerLinears
 from dash_runtime.layers.layer_body import Norms, run_layer_body
 from dash_runtime.layers.norm import RmsNorm
+from dash_runtime.layers.rotary import queries_grow
 from dash_runtime.layers.row_compensation import pack_for_rows
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
 from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import most_rows_apart
 from dash_runtime.linears.row_kernels import is_packable, pack_row_matrix
-from dash_runtime.model_config import BlockConfig, ModelConfig, NormPlacement, QkNorm
+from dash_runtime.model_config import BlockConfig, ModelConfig
 from dash_runtime.programs.packing import WeightPacking
 from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec
 from dash_runtime.programs.traced_layer import ModelShape
 
+_NORMS = ("input_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm")
+"""A layer's norms, in the order in which it runs them."""
 _VERIFIED_ROWS = (8, 4, 1)
 """Rows of one sequence that one call can take in FULL. More rows take several calls."""
 
@@ -61,14 +65,18 @@ def skip_specs(model: ModelConfig, kv_action: Action, rank: int, num_threads: in
     return [ProgramSpec(kind, kv_action, shape, num_threads, rank=rank) for kind in kinds]
 
 
-def can_compile(model: ModelConfig) -> bool:
-    """Returns True if the programs can compute this model's layers."""
-    block = model.block
-    is_known = block.norm_placement is NormPlacement.BEFORE and block.qk_norm in (None, QkNorm.HEAD)
-    has_only_known_biases = not (block.has_output_bias or block.has_mlp_bias)
-    has_long_windows = all(window is None or window > 1 for window in model.sliding_window)
-    sizes = [*ModelShape.of(model).matrices(), (model.vocab_size, model.hidden_size)]
-    return is_known and has_only_known_biases and has_long_windows and all(is_packable(*size) for size in sizes)
+def why_eager(model: ModelConfig, context_length: int) -> str | None:
+    """Returns what the programs cannot compute of this model's layers, None if they can compute all of it."""
+    block, sizes = model.block, [*ModelShape.of(model).matrices(), (model.vocab_size, model.hidden_size)]
+    reasons = {
+        "biases of outputs": block.has_output_bias or block.has_mlp_bias,
+        "sliding windows of one position": 1 in model.sliding_window,
+        "queries that grow with their position": any(
+            rope is not None and queries_grow(rope, context_length) for rope in model.ropes
+        ),
+        "matrices of these sizes": not all(is_packable(*size) for size in sizes),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,23 +146,17 @@ class InductorBackend:
 
     def add_layer(self, weights: LayerWeights, layer: DecoderLayer) -> None:
         """Packs the next layer's matrices for the programs; `layer` has those for eager passes in FULL."""
-        assert isinstance(weights.input_norm, RmsNorm)
-        assert isinstance(weights.mlp_norm, RmsNorm)
-        vectors = [weights.input_norm.weight, weights.mlp_norm.weight]
-        if weights.head_norm is not None:
-            vectors.append(weights.head_norm)
-        fused = weights.query_key_value
-        if fused.bias is not None:
-            vectors.append(fused.bias)
-        matrices = (fused.weight, weights.output.weight, weights.gate_up.weight, weights.down.weight)
+        vectors = layer_vectors(weights)
+        matrices = (weights.query_key_value.weight, weights.output.weight, weights.gate_up.weight, weights.down.weight)
         linears = layer.linears[Action.FULL]
         pairs = list(zip(matrices, linears, strict=True))
         packed = {action: [pack_row_matrix(action, *pair) for pair in pairs] for action in self._row_programs}
         inputs = {action: WeightPacking.of(vectors, own).join(vectors, own) for action, own in packed.items()}
         program = self._programs[ProgramKind.NORM, Action.FULL, 0]
-        input_norm, mlp_norm = (partial(_norm, program, weight) for weight in vectors[:2])
-        norms = Norms(input_norm=input_norm, mlp_norm=mlp_norm)
-        self._layers.append(_Layer(vectors, inputs, norms, linears.for_many_rows()))
+        norms: dict[str, Any] = {
+            name: partial(_norm, program, norm.weight) for name, norm in _present(weights, *_NORMS).items()
+        }
+        self._layers.append(_Layer(vectors, inputs, Norms(**norms), linears.for_many_rows()))
 
     def set_heads(self, heads: Mapping[Action, Head], shared: Head) -> None:
         """Sets the heads by precision, and the one for many rows at once."""
@@ -163,13 +165,14 @@ class InductorBackend:
     def head(self, precision: Action, weight: Tensor, norm: RmsNorm, multiplier: float) -> Head | None:
         """Returns norm and head of that precision as a program, run row by row; None if there is none."""
         program = self._programs.get((ProgramKind.HEAD, precision, 0))
-        if program is None or multiplier != 1:
+        if program is None:
             return None
         weights = [norm.weight, *pack_row_matrix(precision, weight).tensors()]
 
         def head(hidden: Tensor) -> Tensor:
             rows = [program([row, *weights])[0] for row in hidden.split(1)]
-            return rows[0] if len(rows) == 1 else torch.cat(rows)
+            logits = rows[0] if len(rows) == 1 else torch.cat(rows)
+            return logits if multiplier == 1 else logits * multiplier
 
         return head
 
@@ -284,6 +287,18 @@ class InductorBackend:
             return program([fused, *batch.seen_blocks(layer, rows), *own.vectors])[0]
 
         return run_layer_body(self._block, own.norms, own.linears, inputs, attend)
+
+
+def layer_vectors(weights: LayerWeights) -> list[Tensor]:
+    """Returns a layer's vectors in the order of `ModelShape.vector_sizes`."""
+    norms = _present(weights, *_NORMS, "query_norm", "key_norm").values()
+    others = (weights.head_norm, weights.query_key_value.bias)
+    return [*(norm.weight for norm in norms), *(own for own in others if own is not None)]
+
+
+def _present(weights: LayerWeights, *names: str) -> dict[str, RmsNorm]:
+    """Returns those of the norms that the layer has."""
+    return {name: norm for name in names if (norm := getattr(weights, name)) is not None}
 
 
 def _norm(program: Program, weight: Tensor, hidden: Tensor) -> Tensor:
