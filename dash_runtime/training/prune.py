@@ -21,8 +21,9 @@ def pin_settled_layers(spec: PlanSpec, network: PolicyNetwork, rates: Tensor) ->
 
     Args:
         rates: how often each layer ran with each action, `[num_layers, 4]` (`choices.action_rates`). A layer stays free
-            if its other actions change a token's cost, against the usual one, by more than an evaluation costs. Blocks
-            of several layers stay free, and so does the layer where they change most.
+            if its other actions change a token's cost, against the usual one, by more than an evaluation costs, or if
+            it is mostly skipped: at a lower price it would run. So do the layer where actions change most, and blocks
+            of several layers.
     """
     if spec.block_size > 1:
         return spec, network
@@ -32,7 +33,7 @@ def pin_settled_layers(spec: PlanSpec, network: PolicyNetwork, rates: Tensor) ->
     kept = [
         number
         for number, (layer,) in enumerate(spec.decision_blocks)
-        if layer == best or changed[layer] > spec.costs.evaluation
+        if layer == best or usual[layer] is Action.SKIP or changed[layer] > spec.costs.evaluation
     ]
     pinned = {layer: usual[layer] for number, (layer,) in enumerate(spec.decision_blocks) if number not in kept}
     own = {field.name: getattr(network, field.name) for field in fields(network) if field.name not in _SHARED}

@@ -39,11 +39,11 @@ def test_a_layer_that_is_hardly_ever_skipped_is_pinned_to_what_it_runs() -> None
         assert torch.equal(network.log_damages(before, hidden, facts), smaller.log_damages(after, hidden, facts))
 
 
-def test_a_layer_that_is_nearly_always_skipped_is_pinned_to_that() -> None:
+def test_a_layer_that_is_always_skipped_at_the_dearest_price_stays_free_to_run_at_lower_ones() -> None:
     spec, network = some_policy()
     rates = some_rates()
     rates[3] = torch.tensor([1.0, 0, 0, 0])
-    assert pin_settled_layers(spec, network, rates)[0].pinned[3] is Action.SKIP
+    assert pin_settled_layers(spec, network, rates)[0].free_layers == (1, 3, 4)
 
 
 def test_the_layer_that_varies_most_stays_and_evaluations_for_nothing_all_stay() -> None:
