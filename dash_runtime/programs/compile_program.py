@@ -79,7 +79,7 @@ def compile_program(spec: ProgramSpec, path: Path) -> None:
             options: dict[str, Any] = dict(_INDUCTOR)
             if spec.kind is ProgramKind.LAYER and spec.action is Action.FULL:
                 options["cpp.enable_floating_point_contract_flag"] = _WITHOUT_CONTRACTION
-            if hasattr(inductor_config.aot_inductor, "allow_stack_allocation"):
+            if spec.keeps_results_on_stack and hasattr(inductor_config.aot_inductor, "allow_stack_allocation"):
                 options[_ON_STACK] = True
             if torch.cpu._is_avx512_supported() and hasattr(inductor_config.cpp, "march"):
                 options["cpp.march"] = _WIDE_VECTORS

@@ -69,6 +69,14 @@ class ProgramSpec:
         decides = "" if self.policy is None else "-deciding"
         return f"{self.kind}-{self.action.name.lower()}{rows}{rank}{decides}"
 
+    @property
+    def keeps_results_on_stack(self) -> bool:
+        """True if intermediate results lie on the stack, and the output where the program's last one lay.
+
+        It pays where a call is short, and so is its output, which has to be copied.
+        """
+        return self.kind in (ProgramKind.LAYER, ProgramKind.SKIP) and self.num_rows == 1
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
 
@@ -85,13 +93,14 @@ class ProgramSpec:
 class Program:
     """A loaded program. A call takes its inputs as a flat list, in order, and may write into them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, spec: ProgramSpec) -> None:
+        self._has_own_outputs = not spec.keeps_results_on_stack
         # One caller, one thread, so the loader needs no pool of runners.
         self._loader: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         outputs: list[Tensor] = self._loader.boxed_run(inputs)
-        return outputs
+        return outputs if self._has_own_outputs else [output.clone() for output in outputs]
 
 
 def load_programs(
@@ -99,7 +108,7 @@ def load_programs(
 ) -> dict[ProgramSpec, Program] | None:
     """Returns the programs; compiles missing ones into `folder`. Returns None if this machine cannot compile."""
     paths = {spec: folder / f"{spec.name}-{digest((spec.to_json(), _surroundings()))}.pt2" for spec in specs}
-    programs = {spec: program for spec, path in paths.items() if (program := _load(path)) is not None}
+    programs = {spec: program for spec, path in paths.items() if (program := _load(path, spec)) is not None}
     missing = [spec for spec in paths if spec not in programs]
     if not missing:
         return programs
@@ -113,7 +122,7 @@ def load_programs(
         shares = [missing[first::num_processes] for first in range(num_processes)]
         with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(num_processes) as pool:
             list(pool.map(lambda share: _compile(share, paths, scratch), shares))
-        return programs | {spec: Program(paths[spec]) for spec in missing}
+        return programs | {spec: Program(paths[spec], spec) for spec in missing}
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         progress(f"layers run uncompiled: {_reason(error)}")
         return None
@@ -124,10 +133,10 @@ def programs_digest() -> str:
     return digest(_surroundings())
 
 
-def _load(path: Path) -> Program | None:
+def _load(path: Path, spec: ProgramSpec) -> Program | None:
     """Returns None if the file is missing or damaged; the program is then compiled again."""
     try:
-        return Program(path) if path.exists() else None
+        return Program(path, spec) if path.exists() else None
     except RuntimeError:
         return None
 
