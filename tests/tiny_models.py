@@ -34,7 +34,7 @@ _LONGROPE = _PARTIAL_ROPE | {
     "short_factor": [round(1 + 0.1 * pair, 1) for pair in range(9)],
     "long_factor": [1.5 + pair for pair in range(9)],
 }
-"""Of heads of 24 channels, of which 18 are rotated."""
+"""A scaling for heads of 24 channels, of which 18 are rotated."""
 
 _GROWING_ROPE = _YARN | {
     "original_max_position_embeddings": 16,

@@ -6,21 +6,21 @@ from dataclasses import replace
 from typing import ClassVar
 
 from dash_runtime.families.config_reader import ConfigReader
-from dash_runtime.families.family import Family
 from dash_runtime.families.gguf_header import GgufHeader
-from dash_runtime.model_config import Activation, BlockConfig, NormPlacement, QkNorm, RopeConfig, TensorNames
+from dash_runtime.families.layer_types import LayerTypes
+from dash_runtime.model_config import Activation, BlockConfig, NormPlacement, QkNorm, TensorNames
 
 _LAYERS_OF_27B = 62
-_SLIDING_THETA = 10000.0
 
 
-class Gemma3(Family):
+class Gemma3(LayerTypes):
     architecture = "Gemma3ForCausalLM"
     model_type = "gemma3_text"
     tensor_names = TensorNames(mlp_norm="pre_feedforward_layernorm")
     activations: ClassVar[Mapping[str, Activation]] = {"gelu_pytorch_tanh": Activation.GELU_TANH}
     activation_key = "hidden_activation"
     gguf_architecture = "gemma3"
+    sliding_theta = 10000.0
 
     def block(self, config: ConfigReader) -> BlockConfig:
         config.refuse("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention")
@@ -32,12 +32,6 @@ class Gemma3(Family):
             attention_scale=config.number("query_pre_attn_scalar") ** -0.5,
             has_mlp_bias=False,
         )
-
-    def ropes(self, config: ConfigReader) -> tuple[RopeConfig | None, ...]:
-        return config.ropes_by_layer_type()
-
-    def sliding_window(self, config: ConfigReader) -> tuple[int | None, ...]:
-        return config.sliding_windows_by_layer_type()
 
     def embedding_multiplier(self, config: ConfigReader) -> float:
         return config.number("hidden_size") ** 0.5
@@ -53,11 +47,3 @@ class Gemma3(Family):
             "sliding_window": gguf.require("gemma3.attention.sliding_window", int),
             "final_logit_softcapping": gguf.get("gemma3.final_logit_softcapping", float),
         }
-
-    def rope_keys_from_gguf(
-        self, gguf: GgufHeader, theta: float, scaling: dict[str, object] | None
-    ) -> dict[str, object]:
-        full = {"rope_type": "default", "rope_theta": theta} | (scaling or {})
-        sliding_theta = gguf.get("gemma3.rope.freq_base_swa", float) or _SLIDING_THETA
-        sliding = {"rope_type": "default", "rope_theta": sliding_theta}
-        return {"rope_parameters": {"full_attention": full, "sliding_attention": sliding}}

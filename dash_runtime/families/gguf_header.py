@@ -1,4 +1,4 @@
-"""What a family is told of a GGUF file: its metadata, and the names of its tensors. Knows no file format."""
+"""The header of a GGUF file, as families read it: metadata and the names of tensors. Knows no file format."""
 
 from collections.abc import Mapping
 from typing import Protocol, TypeVar

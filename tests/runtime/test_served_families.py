@@ -1,4 +1,4 @@
-"""What is more than a decoder's numbers works for each family: rows of any action, EXACT, and a trained policy."""
+"""Tests each family beyond its decoder's numbers: rows of any action, EXACT, and a trained policy."""
 
 from collections.abc import Sequence
 from pathlib import Path
