@@ -187,10 +187,7 @@ class Trainer:
         """Returns the curvature at each layer's output, and takes a step of the compensation along the slope."""
         last = path.decided(path.states[-1])
         curvatures = torch.autograd.grad(last, path.states[1:], judged.curvature, retain_graph=True)
-        slope = judged.slope / len(last)
-        self._compensation.step(
-            torch.autograd.grad(last, self._compensation.parameters, slope, allow_unused=True), rate
-        )
+        self._compensation.step(last, judged.slope, rate)
         return curvatures
 
     def _path(self, token_ids: Tensor, compensation: LowRank, choose: Choose) -> TokenPath:

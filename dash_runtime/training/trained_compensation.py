@@ -60,12 +60,14 @@ class CompensationTraining:
         self.parameters = list(self.trained.parameters())
         self.optimizer = torch.optim.Adam(self.parameters, betas=(0.9, 0.98))
 
-    def step(self, gradients: Sequence[Tensor | None], rate: float) -> None:
-        """Takes a step against the gradients of `parameters`; None where nothing was skipped.
+    def step(self, outputs: Tensor, slope: Tensor, rate: float) -> None:
+        """Takes a step against the slope of the divergence by the path's outputs, both `[rows, hidden_size]`.
 
         Raises:
             TrainingDiverged: a gradient is not a number.
         """
+        # Where nothing was skipped there is no gradient.
+        gradients = torch.autograd.grad(outputs, self.parameters, slope / len(outputs), allow_unused=True)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         if not nn.utils.clip_grad_norm_(self.parameters, _GRADIENT_LIMIT).isfinite():
@@ -100,8 +102,7 @@ def refit_plan(
         path = run_path(decoder, own, num_prompt_tokens, spec, training.trained.compensation(), no_choice)
         last = path.decided(path.states[-1])
         judged = judge(decoder, full, last, generator)
-        gradients = torch.autograd.grad(last, training.parameters, judged.slope / len(last), allow_unused=True)
-        training.step(gradients, rate * (1 - step / steps))
+        training.step(last, judged.slope, rate * (1 - step / steps))
     return training.trained.copy()
 
 

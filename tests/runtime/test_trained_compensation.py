@@ -66,8 +66,9 @@ def test_layers_that_run_keep_their_compensation(decoder: DenseDecoder, sequence
 def test_a_gradient_that_is_not_a_number_stops_the_training(decoder: DenseDecoder, sequences: list[list[int]]) -> None:
     start = fresh(decoder)
     training = CompensationTraining(decoder, start, torch.tensor(sequences[:2]))
+    outputs = training.trained.compensation()(1, torch.ones(3, decoder.config.hidden_size))
     with pytest.raises(TrainingDiverged, match="compensation"):
-        training.step([torch.full_like(parameter, torch.nan) for parameter in training.parameters], 1.0)
+        training.step(outputs, torch.full_like(outputs, torch.nan), 1.0)
     broken = replace(start, offsets=torch.full_like(start.offsets, torch.nan))
     with pytest.raises(TrainingDiverged):
         refit_plan(decoder, SPEC, broken, sequences, 1, PROMPT)
