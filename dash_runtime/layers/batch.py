@@ -195,23 +195,17 @@ class Batch:
         for span in self.spans:
             span.cache.length = span.end
 
-    def attend(self, layer: int, queries: Tensor, rows: list[int] | None) -> Tensor:
-        """Attends with the given rows, each over its own sequence only, so that its sum never depends on neighbours.
+    def attend(self, layer: int, queries: Tensor, is_run: Sequence[bool]) -> Tensor:
+        """Attends with rows, each over its own sequence only, so that its sum never depends on neighbours.
 
-        `queries` is `[all rows, num_heads, head_dim]`; returns `[given rows, num_heads * head_dim]`.
+        `queries` is `[rows, num_heads, head_dim]`; returns `[rows, num_heads * head_dim]`. Rows that do not run the
+        layer (`is_run`) hold anything.
         """
-        if len(self.spans) == 1:
-            attended = self._attend_span(layer, self.spans[0], queries)
-            return attended if rows is None else attended[rows]
-        wanted = range(self.num_rows) if rows is None else rows
         parts: list[Tensor] = []
         for span in self.spans:
-            span_rows = range(span.first_row, span.first_row + span.num_rows)
-            offsets = [row - span.first_row for row in wanted if row in span_rows]
-            if offsets:
-                attended = self._attend_span(layer, span, queries[span_rows.start : span_rows.stop])
-                parts.append(attended if len(offsets) == span.num_rows else attended[offsets])
-        return torch.cat(parts)
+            own = slice(span.first_row, span.first_row + span.num_rows)
+            parts.append(self._attend_span(layer, span, queries[own]) if any(is_run[own]) else queries[own].flatten(1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def compensate(self, layer: int, hidden: Tensor, rows: Sequence[int] | None) -> Tensor:
         """Returns the replacement of the layer's output for the given rows, from their `hidden`, `[given rows,

@@ -47,14 +47,16 @@ class EagerBackend:
     ) -> Tensor:
         queries, keys, values = self._project(layer, actions, hidden, batch)
         batch.write(layer, keys, values)
+        runs = [action is not Action.SKIP for action in actions]
+        attended = batch.attend(layer, queries, runs) if any(runs) else queries
         parts: list[tuple[list[int] | None, Tensor]] = []
         for action, rows in group_rows(actions):
             inputs = hidden if rows is None else hidden[rows]
             if action is Action.SKIP:
                 outputs = batch.compensate(layer, inputs, rows)
             else:
-                attended = batch.attend(layer, queries, rows)
-                (outputs,) = self._run_part(self._after_attention, layer, action, inputs, attended)
+                heads = attended if rows is None else attended[rows]
+                (outputs,) = self._run_part(self._after_attention, layer, action, inputs, heads)
             parts.append((rows, outputs))
         return scatter_rows(parts, batch.num_rows)
 
