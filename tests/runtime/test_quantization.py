@@ -7,12 +7,14 @@ from dash_runtime.actions import Action
 from dash_runtime.devices.cuda import inner_k_tiles
 from dash_runtime.linears.dense_linear import FullLinear
 from dash_runtime.linears.quantization import (
+    INT4_GROUP_SIZE,
     Int4Linear,
     Int8Linear,
     dequantize_int4,
     make_linear,
     quantize_int4,
     quantize_int8,
+    rounded_matrix,
     supported_actions,
 )
 
@@ -44,6 +46,16 @@ def test_a_matrix_that_is_already_on_a_four_bit_grid_is_kept() -> None:
     levels = torch.arange(32).remainder(16).float().expand(64, 3, 32).reshape(64, 96)
     weight = levels * 0.25 - 1.5
     assert torch.equal(dequantize_int4(*quantize_int4(weight)), weight)
+
+
+def test_the_grid_of_a_group_errs_less_than_the_one_from_its_least_weight_to_its_greatest() -> None:
+    weight = some_weight(32, 128)
+    groups = weight.float().view(32, -1, INT4_GROUP_SIZE)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    scales = (high - low) / 15
+    widest = (low + torch.round((groups - low) / scales) * scales).view(weight.shape)
+    errors = [(own - weight.float()).square().mean() for own in (rounded_matrix(Action.INT4, weight).float(), widest)]
+    assert errors[0] < 0.95 * errors[1]
 
 
 def test_constant_and_zero_groups_are_kept() -> None:
