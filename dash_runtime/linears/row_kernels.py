@@ -1,12 +1,14 @@
 """Products of one row with a matrix in FULL, INT8 and INT4, from which Inductor makes loops at the speed of memory.
 
 The eager kernels (`quantization.py`) serve many rows; these serve one, as part of a compiled layer. A matrix is laid
-out in tiles of 16 outputs, as vectors with one word for each, so that a loop reads it from end to end. Rounded weights
-become bits of a float's mantissa, which takes a shift and a mask. In FULL the matrix is read from the memory that
+out in tiles of 16 outputs, as vectors with one word for each, so that a loop reads it from end to end. A rounded weight
+is masked where it lies in its word and converted, without a shift. In FULL the matrix is read from the memory that
 oneDNN packed for many rows, if the layout permits. All sums are float32. Knows matrices; knows no layers.
 """
 
 from dataclasses import dataclass, fields, replace
+from functools import reduce
+from operator import add
 from typing import ClassVar
 
 import torch
@@ -20,11 +22,7 @@ TILE = 16
 """Outputs of one tile: the float32 lanes of an AVX-512 register."""
 _NUM_SUMS = 4
 """Independent partial sums, so that an addition need not wait for the one before it."""
-_ONE = 0x3F80_0000
-"""The bits of 1.0. With the bits of a rounded weight put below, they make a number between 1 and 2."""
-_MANTISSA_BITS = 23
 _INT4_BITS, _INT8_BITS = 4, 8
-_INT8_OFFSET = 128
 _FULL_UNROLL = 8
 _PACKED_UNROLL = 4
 _HIGH_HALF = -1 << 16
@@ -77,7 +75,7 @@ class PackedRowMatrix(RowMatrix):
 
 @dataclass(frozen=True, slots=True)
 class Int8RowMatrix(RowMatrix):
-    """An INT8 matrix, int32 `[tiles, in_features / 32, 8, 16]` with four weights plus 128 in a word.
+    """An INT8 matrix, int32 `[tiles, in_features / 32, 8, 16]` with four weights in a word, the last one with a sign.
 
     Scales are `[out_features]`.
     """
@@ -88,7 +86,7 @@ class Int8RowMatrix(RowMatrix):
     @classmethod
     def pack(cls, weight: Tensor) -> "Int8RowMatrix":
         quantized, scales = quantize_int8(weight)
-        return cls(_pack_words(quantized.to(torch.int32) + _INT8_OFFSET, _INT8_BITS), scales)
+        return cls(_pack_words(quantized.to(torch.int32) + 128, _INT8_BITS), scales)
 
     def outputs_from(self, first: int) -> "Int8RowMatrix":
         return Int8RowMatrix(self.words[first // TILE :], self.scales[first:])
@@ -96,19 +94,20 @@ class Int8RowMatrix(RowMatrix):
 
 @dataclass(frozen=True, slots=True)
 class Int4RowMatrix(RowMatrix):
-    """An INT4 matrix, int32 `[tiles, groups, 4, 16]` with eight weights in a word.
+    """An INT4 matrix, int32 `[tiles, groups, 5, 16]`: eight weights in a word, and in a group's last word its scale and
+    its zero, as the high and the low half.
 
-    Scales and zeros are `[tiles, groups, 16]`.
+    All in one place, since the processor fetches one stream ahead better than three.
     """
 
     words: Tensor
-    scales: Tensor
-    zeros: Tensor
 
     @classmethod
     def pack(cls, weight: Tensor) -> "Int4RowMatrix":
         quantized, scales, zeros = quantize_int4(weight)
-        return cls(_pack_words(quantized, _INT4_BITS), _tile(scales), _tile(zeros))
+        scale_bits, zero_bits = (_tile(own).to(torch.bfloat16).view(torch.int16).int() for own in (scales, zeros))
+        grids = scale_bits << 16 | zero_bits & 0xFFFF
+        return cls(torch.cat((_pack_words(quantized, _INT4_BITS), grids.unsqueeze(2)), dim=2))
 
 
 _MATRICES: dict[Action, type[FullRowMatrix] | type[Int8RowMatrix] | type[Int4RowMatrix]] = {
@@ -183,31 +182,46 @@ def _packed_product(inputs: Tensor, words: Tensor, width: int) -> Tensor:
 
 def _int8_product(inputs: Tensor, words: Tensor, scales: Tensor) -> Tensor:
     sums = _word_products(inputs, words, _INT8_BITS).sum(2).view(inputs.shape[0], -1)
-    # A weight is (value − 128) · scale, while the sums are over value / 256 + 1.
-    input_sums = inputs.sum(-1, keepdim=True)
-    return scales.float() * (sums * 2.0**_INT8_BITS - input_sums * (2.0**_INT8_BITS + _INT8_OFFSET))
+    return scales.float() * (sums - _offset_sums(inputs, _INT8_BITS).sum((1, 2)))
 
 
-def _int4_product(inputs: Tensor, words: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    sums = _word_products(inputs, words, _INT4_BITS) * 2.0**_INT4_BITS
-    # A weight is (value − 8) · scale + zero, while the sums are over value + 16.
-    offsets = zeros.float() - scales.float() * (8 + 2.0**_INT4_BITS)
+def _int4_product(inputs: Tensor, words: Tensor) -> Tensor:
+    # A weight is (value − 8) · scale + zero.
+    sums = _word_products(inputs, words, _INT4_BITS) - _offset_sums(inputs, _INT4_BITS)
     input_sums = inputs.view(inputs.shape[0], 1, -1, INT4_GROUP_SIZE).sum(-1, keepdim=True)
-    return (sums * scales.float() + offsets * input_sums).sum(2).view(inputs.shape[0], -1)
+    grids = words[:, :, -1]
+    scales, zeros = (grids & _HIGH_HALF).view(torch.float32), (grids << 16).view(torch.float32)
+    return (sums * scales + zeros * input_sums).sum(2).view(inputs.shape[0], -1)
 
 
 def _word_products(inputs: Tensor, words: Tensor, num_bits: int) -> Tensor:
-    """Returns each group's sum of `1 + value / 2^num_bits` times its input, `[rows, tiles, groups, 16]`."""
-    values_of_word = 32 // num_bits
-    shares = inputs.view(inputs.shape[0], 1, -1, INT4_GROUP_SIZE, 1)
-    mask = ((1 << num_bits) - 1) << _MANTISSA_BITS - num_bits
-    products: list[Tensor] = []
-    for place in range(INT4_GROUP_SIZE):
-        word = words[:, :, place // values_of_word]
-        shift = _MANTISSA_BITS - num_bits * (place % values_of_word + 1)
-        shifted = word << shift if shift >= 0 else word >> -shift
-        products.append((shifted & mask | _ONE).view(torch.float32) * shares[:, :, :, place])
-    return _add_up(products)
+    """Returns each group's sum of its values times their inputs, `[rows, tiles, groups, 16]`.
+
+    A value is masked where it lies in its word; the sums of each place are divided by the power of two that this
+    multiplies them by.
+    """
+    num_places = 32 // num_bits
+    num_words = INT4_GROUP_SIZE // num_places
+    shares = inputs.view(inputs.shape[0], 1, -1, num_words, num_places, 1)
+    total: Tensor | None = None
+    for place in range(num_places):
+        mask = _signed_word(((1 << num_bits) - 1) << num_bits * place)
+        products = [(words[:, :, word] & mask).float() * shares[:, :, :, word, place] for word in range(num_words)]
+        sums = reduce(add, products) * 2.0 ** -(num_bits * place)
+        total = sums if total is None else total + sums
+    assert total is not None
+    return total
+
+
+def _offset_sums(inputs: Tensor, num_bits: int) -> Tensor:
+    """Returns what each group's sum is too high by, `[rows, 1, groups, 1]`: half a range for every value but a word's
+    last."""
+    places = inputs.view(inputs.shape[0], 1, -1, INT4_GROUP_SIZE * num_bits // 32, 32 // num_bits)
+    return 2.0 ** (num_bits - 1) * places[..., :-1].sum((-1, -2)).unsqueeze(-1)
+
+
+def _signed_word(bits: int) -> int:
+    return bits - (1 << 32) if bits >> 31 else bits
 
 
 def _add_up(terms: list[Tensor]) -> Tensor:
@@ -218,14 +232,18 @@ def _add_up(terms: list[Tensor]) -> Tensor:
 
 
 def _pack_words(values: Tensor, num_bits: int) -> Tensor:
-    """Packs values `[out, in]` below 2^num_bits into int32 words, `[tiles, groups, words of a group, 16]`."""
+    """Packs values `[out, in]` below 2^num_bits into int32 words, `[tiles, groups, words of a group, 16]`.
+
+    A word's last value lies where the sign is: it is stored as a number with a sign, half a range lower.
+    """
     out_features, in_features = values.shape
-    values_of_word = 32 // num_bits
-    shape = (out_features // TILE, TILE, in_features // INT4_GROUP_SIZE, -1, values_of_word)
+    num_places = 32 // num_bits
+    shape = (out_features // TILE, TILE, in_features // INT4_GROUP_SIZE, -1, num_places)
     ordered = values.view(shape).permute(0, 2, 3, 1, 4)
     words = torch.zeros(ordered.shape[:-1], dtype=torch.int32)
-    for place in range(values_of_word):
-        words |= ordered[..., place] << num_bits * place
+    for place in range(num_places):
+        offset = 1 << num_bits - 1 if place == num_places - 1 else 0
+        words |= (ordered[..., place] - offset) << num_bits * place
     return words
 
 

