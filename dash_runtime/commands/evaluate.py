@@ -33,6 +33,7 @@ from dash_runtime.policy.policy_file import find_policies, load_policy, save_pol
 from dash_runtime.rollout.choices import action_rates
 from dash_runtime.rollout.task import Task, greedy_outcome
 from dash_runtime.startup.build import SHIPPED_POLICIES, assemble_engine
+from dash_runtime.startup.plan_search import search_text
 from dash_runtime.training.calibrate import calibrated, describe_budgets
 from dash_runtime.training.curve import write_whole
 from dash_runtime.training.loaded_model import SEQUENCE_LENGTH, LoadedModel
@@ -69,6 +70,7 @@ def _table(options: argparse.Namespace, model: LoadedModel, policies: list[Learn
             "data", f"has {len(everything)} sequences; {needed} are needed, {_SEARCH_SEQUENCES} to search on"
         )
     sequences, search = everything[: options.sequences], everything[options.sequences : needed]
+    search = search_text(model.config, search)
     # The controls are refitted on all text that they are not judged on.
     refit = _refit_static(options, model, everything[options.sequences :])
     for policy in policies:

@@ -32,12 +32,12 @@ from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.startup.fit_compensation import NUM_SEQUENCES, SEQUENCE_LENGTH, fit_compensation
 from dash_runtime.startup.measure import measure_verification
 from dash_runtime.startup.measure_latency import measure_latencies
-from dash_runtime.startup.plan_search import search_plans
+from dash_runtime.startup.plan_search import search_plans, search_text
 
 _Kept = TypeVar("_Kept")
 _Entry = tuple[object, object]
 _Ratios = Mapping[_Entry, float]
-_VERSION = 6
+_VERSION = 7
 _SEARCH_SEQUENCES = 3
 _SEARCH_LENGTH = 128
 _QUICK_ROUNDS = 2
@@ -146,7 +146,7 @@ class DeviceCalibration:
             return kept
         decoder = eager_decoder()
         length = min(_SEARCH_LENGTH, decoder.config.context_length)
-        sequences = default_token_sequences(tokenizer, _SEARCH_SEQUENCES, length)
+        sequences = search_text(decoder.config, default_token_sequences(tokenizer, _SEARCH_SEQUENCES, length))
         if not sequences:
             return ()
         progress("searching the best fixed plans (kept for later starts)")

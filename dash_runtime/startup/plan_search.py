@@ -7,6 +7,7 @@ best few are measured together with all that was skipped before, one at a time. 
 Knows the decoder and costs; knows no policies and no files.
 """
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,8 +16,10 @@ from torch import Tensor
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.full_path import full_path
 from dash_runtime.errors import ConfigError
+from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.fixed_plans import MeasuredPlan, named, not_dominated
 from dash_runtime.policy.policy import Actions, fixed_head
+from dash_runtime.programs.traced_layer import ModelShape
 from dash_runtime.rollout.rollout import divergences
 from dash_runtime.rollout.task import Task
 
@@ -31,6 +34,9 @@ _NUM_TRIED = 3
 _STEPS_OF_PRECISION = 8
 """Steps in which all layers would change their precision."""
 _ROWS_TOGETHER = 1024
+_SEARCH_WORK = 7e10
+"""Tokens of a search's text times the model's parameters. A search runs them some hundred times."""
+_LEAST_TOKENS = 64
 
 _Move = tuple[int, Action]
 """A layer and its next action."""
@@ -61,6 +67,19 @@ class _Text:
         """Returns the mean divergence of a path's tokens after the prompts."""
         full, ours = (path[-1][self._rows] for path in (self.full, states))
         return max(0.0, float(divergences(self._task.decoder, full, ours, head).divergence.mean()))
+
+
+def search_text(model: ModelConfig, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Returns as much of the text as a search of this model's plans takes in a minute or two: less for a larger model.
+
+    The sequences are of one length.
+    """
+    if not sequences:
+        return []
+    length, shape = len(sequences[0]), ModelShape.of(model)
+    size = sum(math.prod(matrix) for matrix in shape.matrices()) * model.num_layers
+    num_tokens = max(_LEAST_TOKENS, int(_SEARCH_WORK / (size + model.vocab_size * model.hidden_size)))
+    return [list(ids[:num_tokens]) for ids in sequences[: max(1, num_tokens // length)]]
 
 
 def search_plans(

@@ -16,12 +16,12 @@ from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.rollout.choices import action_rates
 from dash_runtime.rollout.task import Task, greedy_outcome
-from dash_runtime.startup.plan_search import measure_plans, search_plans
+from dash_runtime.startup.plan_search import measure_plans, search_plans, search_text
 
 CALIBRATION_PRICES = tuple(0.05 * 2 ** (step / 2) for step in range(17))
 """λ from 0.05 to 12.8, in steps of √2."""
 _SEARCH_SEQUENCES = 4
-"""A plan is searched on so many of the sequences, and measured on all of them."""
+"""A plan is searched on so many of the sequences at most, and measured on all of them."""
 
 
 def calibrate(task: Task, network: PolicyNetwork, sequences: Sequence[Sequence[int]]) -> BudgetCalibration:
@@ -41,7 +41,8 @@ def calibrate(task: Task, network: PolicyNetwork, sequences: Sequence[Sequence[i
 
 def calibrate_plans(task: Task, sequences: Sequence[Sequence[int]]) -> tuple[MeasuredPlan, ...]:
     """Searches fixed plans with the task's compensation and costs, and measures them on `sequences`."""
-    return measure_plans(task, sequences, search_plans(task, sequences[:_SEARCH_SEQUENCES]))
+    text = search_text(task.decoder.config, sequences[:_SEARCH_SEQUENCES])
+    return measure_plans(task, sequences, search_plans(task, text))
 
 
 def calibrated(policy: LearnedPolicy, task: Task, sequences: Sequence[Sequence[int]]) -> LearnedPolicy:

@@ -15,7 +15,7 @@ from dash_runtime.policy.fixed_plans import MeasuredPlan, named, not_dominated
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.rollout.task import Task, path_outcome
 from dash_runtime.startup.default_text import default_token_sequences
-from dash_runtime.startup.plan_search import MAX_PLANS, measure_plans, search_plans
+from dash_runtime.startup.plan_search import MAX_PLANS, measure_plans, search_plans, search_text
 from tests.runtime.support import load_decoder, some_affine, some_costs
 from tests.tiny_models import NUM_LAYERS
 
@@ -51,6 +51,15 @@ def test_a_plan_diverges_as_far_as_it_says(
         assert outcome.divergence == pytest.approx(plan.divergence, abs=1e-6)
         assert outcome.cost == pytest.approx(plan.cost(COSTS), abs=1e-6)
         assert (actions == torch.tensor(plan.actions).unsqueeze(1)).all()
+
+
+def test_a_larger_model_is_searched_on_less_text(decoder: Decoder) -> None:
+    text = [[7] * 128] * 4
+    larger = replace(decoder.config, vocab_size=500_000, hidden_size=1024)
+    assert search_text(decoder.config, text) == text
+    assert [len(ids) for ids in search_text(larger, text)] == [128]
+    assert [len(ids) for ids in search_text(replace(larger, hidden_size=8192), text)] == [64]
+    assert search_text(decoder.config, []) == []
 
 
 def test_one_kernel_everywhere_is_always_there_and_the_others_are_the_frontier(plans: tuple[MeasuredPlan, ...]) -> None:
