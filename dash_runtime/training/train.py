@@ -37,8 +37,8 @@ _JUDGED = (0.25, 0.5, 0.75)
 """The prices by which progress is shown, as places in the logarithmic range."""
 _JUDGED_SEQUENCES = 8
 _PLACES = tuple(1 - step / 12 for step in range(12))
-_USEFUL_DIVERGENCE = 0.1
-"""Nats a token; a policy that diverges more is hardly asked for."""
+_USEFUL_DIVERGENCES = (0.1, 0.02)
+"""Nats a token; a policy that diverges more than the first is hardly asked for."""
 _FIRST_STEPS = 3
 """Steps along the most precise path, before the network knows anything."""
 _WARMUP_SHARE = 0.05
@@ -100,7 +100,7 @@ class TrainProgress(Protocol):
 @dataclass(frozen=True, slots=True)
 class Trained:
     """The result of training: a network, the compensation that it runs with, and how often each layer runs with each
-    action at the dearest price that is of use, `[num_layers, 4]`."""
+    action at prices that are of use, `[num_layers, 4]`."""
 
     network: PolicyNetwork
     compensation: LowRank
@@ -231,11 +231,16 @@ class Trainer:
         return [self._outcome(self._held_out_path(place)) for place in _JUDGED]
 
     def _rates(self) -> Tensor:
-        """Returns how often each layer runs with each action at the dearest price that is of use."""
-        paths = (self._held_out_path(place) for place in _PLACES)
-        path = next((own for own in paths if self._outcome(own).divergence <= _USEFUL_DIVERGENCE), None)
-        path = self._held_out_path(0.0) if path is None else path
-        return action_rates(path.decided_actions)
+        """Returns how often each layer runs with each action, in the mean over the dearest price of each usefulness."""
+        reached: list[tuple[float, Tensor]] = []
+        for place in _PLACES:
+            path = self._held_out_path(place)
+            reached.append((self._outcome(path).divergence, action_rates(path.decided_actions)))
+        useful = [
+            next((rates for divergence, rates in reached if divergence <= most), reached[-1][1])
+            for most in _USEFUL_DIVERGENCES
+        ]
+        return torch.stack(useful).mean(0)
 
     def _outcome(self, path: TokenPath) -> Reached:
         spec = self._spec
