@@ -93,7 +93,7 @@ def prepare_request(
     with violations.collected():
         _check_stopping(parameters.stopping, settings)
     with violations.collected():
-        skip = _skip(parameters.skip, facts, settings)
+        skip = _skip(parameters.skip, settings)
     with violations.collected():
         prompt_token_ids = tokenize(parameters)
         _check_prompt(prompt_token_ids, settings)
@@ -173,7 +173,7 @@ def _stopping(
     )
 
 
-def _skip(skip: generation_pb2.SkipOptions, facts: ModelFacts, settings: Settings) -> SkipOptions:
+def _skip(skip: generation_pb2.SkipOptions, settings: Settings) -> SkipOptions:
     mode = Mode(settings.default_mode)
     if skip.mode != common_pb2.MODE_UNSPECIFIED:
         if skip.mode not in MODES:
@@ -185,8 +185,6 @@ def _skip(skip: generation_pb2.SkipOptions, facts: ModelFacts, settings: Setting
         if fixed_action is None:
             raise InvalidRequest("skip.fixed_action", f"{skip.fixed_action} is not an Action that can run")
     policy_name = skip.policy_name if skip.HasField("policy_name") else None
+    # The worker knows the default budget: it follows the present costs.
     compute_budget = skip.compute_budget if skip.HasField("compute_budget") else None
-    if mode.has_policy and compute_budget is None:
-        policy = facts.policy(policy_name, mode)
-        compute_budget = policy.default_budget(mode, settings.default_compute_budget)
     return SkipOptions(mode, compute_budget, policy_name, fixed_action, _optional(skip, "draft_length"))

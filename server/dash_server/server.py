@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import grpc
@@ -14,6 +15,7 @@ from grpc_channelz.v1 import channelz, channelz_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
+from dash_runtime.config import ModelFacts
 from dash_runtime.decision_trace import DecisionTrace
 from dash_server.admission import Admission
 from dash_server.auth import Authenticator, CallerLimits
@@ -77,7 +79,9 @@ class DashServer:
         limits = CallerLimits(max_requests=settings.max_requests_per_caller)
         authenticator = Authenticator(settings.token_file, limits)
         self._pending_traces = PendingTraces(self._on_decision_trace, self._on_complete)
-        events = LinkEvents(self._on_ready, self._on_change, self.dispatcher.on_over, self._pending_traces.add)
+        events = LinkEvents(
+            self._on_ready, self._on_change, self.dispatcher.on_over, self._pending_traces.add, self._on_facts
+        )
         self._links = [
             WorkerLink(
                 worker_command,
@@ -233,6 +237,10 @@ class DashServer:
 
     async def _on_ready(self, ready: Ready) -> None:
         self._state.model = await asyncio.to_thread(ServedModel.load, ready)
+
+    def _on_facts(self, facts: ModelFacts) -> None:
+        if self._state.model is not None:
+            self._state.model = replace(self._state.model, facts=facts)
 
     def _on_change(self) -> None:
         self._health.set_serving(self.dispatcher.is_ready and not self.admission.is_draining)

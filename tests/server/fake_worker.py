@@ -13,7 +13,7 @@ never_ready      waits for ever instead of becoming ready
 starts_child     first starts a child process that sleeps
 startup_failed   refuses to start, with this text
 refuse           answers every request with RequestRefused for this field
-replaces_costs   says that it has replaced its cost table so often
+replaces_costs   says that it has replaced its cost table so often; the learned policy cannot go as low as before
 keeps_records    never sends decision traces
 
 A request whose prompt is [PROBE_TOKEN_ID] gets, as token ids: requests running or queued beside it, and
@@ -29,12 +29,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import cycle
 from urllib.parse import parse_qsl, urlsplit
 
 from dash_runtime.actions import Action
 from dash_runtime.child_process import die_with_parent
-from dash_runtime.config import GenerationRequest, Mode, ModelFacts, PolicyFacts
+from dash_runtime.config import GenerationRequest, Mode, ModelFacts, PolicyFacts, SkipOptions
 from dash_runtime.decision_trace import DecisionTrace, StepKind, TraceStep, pack_float32, pack_uint32
 from dash_runtime.events import (
     CostStatus,
@@ -162,6 +163,7 @@ class FakeWorker:
         self.running: dict[str, Running] = {}
         self.num_received = {messages.Submit: 0, messages.Cancel: 0, messages.Stop: 0}
         self.num_tokens = 0
+        self.least_budget = 0.5
 
     def receive(self, timeout: float | None) -> list[messages.ToWorker]:
         if not select.select([self.link], [], [], timeout)[0]:
@@ -197,7 +199,8 @@ class FakeWorker:
         if "die_when_ready" in self.options:
             os._exit(1)
         if replacements := int(self.options.get("replaces_costs", 0)):
-            self.send(messages.CostsJudged(CostStatus(replacements, 0.015)))
+            self.least_budget += 0.2
+            self.send(messages.CostsJudged(CostStatus(replacements, 0.015), self.facts()))
         token_seconds = float(self.options.get("token_seconds", 0))
         while True:
             events: list[EngineEvent] = []
@@ -219,7 +222,7 @@ class FakeWorker:
             case messages.Submit(request=request) if request.prompt_token_ids == [PROBE_TOKEN_ID]:
                 self.answer_probe(Running(request), events)
             case messages.Submit(request=request):
-                self.queued.append(request)
+                self.queued.append(replace(request, skip=self.with_budget(request.skip)))
             case messages.Cancel(request_id=request_id):
                 if (running := self.running.pop(request_id, None)) is not None:
                     events.append(SequenceCancelled(request_id, self.trace_of(running)))
@@ -231,6 +234,12 @@ class FakeWorker:
                 self.send(messages.Pong())
             case messages.Shutdown():
                 sys.exit(0)
+
+    def with_budget(self, skip: SkipOptions) -> SkipOptions:
+        if not skip.mode.has_policy or skip.compute_budget is not None:
+            return skip
+        policy = self.facts().policy(skip.policy_name, skip.mode)
+        return replace(skip, compute_budget=policy.default_budget(skip.mode, self.config.engine.default_compute_budget))
 
     def trace_of(self, running: Running) -> DecisionTrace | None:
         is_told = running.record_steps and "keeps_records" not in self.options
@@ -281,7 +290,7 @@ class FakeWorker:
             num_slots=engine.num_slots,
             eos_token_ids=frozenset({END_TOKEN_ID}),
             actions=(Action.SKIP, Action.INT8, Action.FULL),
-            policies=(policy("toy", "not a learned policy", 0.9), policy("learned", "", 0.5)),
+            policies=(policy("toy", "not a learned policy", 0.9), policy("learned", "", self.least_budget)),
             device="fake",
         )
 

@@ -255,6 +255,16 @@ async def test_a_request_without_a_budget_gets_what_its_policy_recommends(model_
         assert started.compute_budget == pytest.approx(0.55)
 
 
+async def test_budgets_follow_costs_that_are_replaced_while_serving(model_folder: Path) -> None:
+    learned = Skip(mode="MODE_ADAPTIVE", policy_name="learned")
+    async with running_server(fake_model(model_folder, replaces_costs=1)) as server:
+        started = (await server.generate(text="a", max_new_tokens=1, skip=learned)).started
+        assert started.compute_budget == pytest.approx(0.75)
+        learned.compute_budget = 0.6
+        with pytest.raises(grpc.aio.AioRpcError, match=r"below 0\.700"):
+            await server.generate(text="a", max_new_tokens=1, skip=learned)
+
+
 async def test_the_default_budget_is_raised_to_what_the_policy_can_keep(model_folder: Path) -> None:
     async with running_server(fake_model(model_folder), default_compute_budget=0.6) as server:
         assert (await server.generate(text="a", max_new_tokens=1)).started.compute_budget == 0.9

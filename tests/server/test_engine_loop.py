@@ -4,6 +4,8 @@ import socket
 from types import SimpleNamespace
 from typing import Any
 
+from dash_runtime.actions import Action
+from dash_runtime.config import ModelFacts
 from dash_runtime.events import CostStatus
 from dash_server.worker import messages
 from dash_server.worker.engine_loop import EngineLoop
@@ -28,14 +30,17 @@ class IdleWork:
             self._server.sendall(messages.encode_frame(messages.Shutdown()))
 
 
+FACTS = ModelFacts("toy", "ToyForCausalLM", 1, 8, 16, 16, 1, frozenset(), (Action.FULL,), (), "cpu")
+
+
 def test_an_idle_worker_measures_until_a_message_comes_and_says_what_is_new() -> None:
     server, worker = socket.socketpair()
     with server, worker:
         watch = IdleWork(server)
         loop = EngineLoop(worker)
-        engine: Any = SimpleNamespace(has_work=False, cost_watch=watch, step=list, close=lambda: None)
+        engine: Any = SimpleNamespace(has_work=False, cost_watch=watch, step=list, close=lambda: None, facts=FACTS)
         loop._start = lambda: (engine, [])  # type: ignore[method-assign]
         assert loop.run() == 0
         bodies = messages.FrameReader().feed(server.recv(1 << 16))
     assert watch.num_steps == 3
-    assert [messages.decode_from_worker(body) for body in bodies] == [messages.CostsJudged(CostStatus(1, 0.0))]
+    assert [messages.decode_from_worker(body) for body in bodies] == [messages.CostsJudged(CostStatus(1, 0.0), FACTS)]

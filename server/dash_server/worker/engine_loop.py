@@ -99,7 +99,7 @@ class EngineLoop:
                     watch.work_idly()
                 if watch.status != judged:
                     judged = watch.status
-                    self._send(messages.CostsJudged(judged))
+                    self._send(messages.CostsJudged(judged, engine.facts))
 
     def _patience(self, engine: Engine) -> float | None:
         """Returns the seconds to wait for a message; None for as long as it takes."""

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from dash_runtime.config import GenerationRequest
+from dash_runtime.config import GenerationRequest, ModelFacts
 from dash_runtime.decision_trace import DecisionTrace
 from dash_runtime.events import CostStatus, RequestRefused, SequenceCancelled, SequenceFinished, TokenProduced
 from dash_server.statuses import ServiceError, WorkerUnavailable
@@ -64,6 +64,8 @@ class LinkEvents:
     """A request has left the worker: with SequenceFinished, or None if it was refused, failed or lost."""
     on_decision_trace: Callable[[DecisionTrace], None]
     """A request's decision trace has come: before the request is over, or after it was cancelled."""
+    on_facts: Callable[[ModelFacts], None]
+    """The model's facts have changed: its budgets follow new costs."""
 
 
 class WorkerLink:
@@ -276,6 +278,7 @@ class WorkerLink:
             return
         if isinstance(message, CostsJudged):
             self.cost_status = message.status
+            self._events.on_facts(message.facts)
             return
         if not isinstance(message, StepEvents):
             logger.error("a ready worker sent %s", type(message).__name__)

@@ -88,9 +88,10 @@ class StepEvents(msgspec.Struct, frozen=True, tag=True):
 
 
 class CostsJudged(msgspec.Struct, frozen=True, tag=True):
-    """The cost table has been compared with what steps take, and something is new."""
+    """The cost table has been compared with what steps take, and something is new. Budgets in the facts follow it."""
 
     status: CostStatus
+    facts: ModelFacts
 
 
 ToWorker = WorkerConfig | Submit | Cancel | Stop | Ping | Shutdown
