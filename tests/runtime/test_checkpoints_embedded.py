@@ -42,14 +42,14 @@ def folder(embedded_cache: Path) -> Path:
 
 def test_a_warm_start_takes_little_longer_than_reading_what_is_kept(folder: Path, embedded_cache: Path) -> None:
     starting, reading = [], []
-    for _ in range(5):  # other work on the machine only ever adds time
-        first = time.perf_counter()
+    for _ in range(5):  # other work on the machine only ever adds time, most of it not this process's
+        first = time.process_time()
         assert resolve_checkpoint("embedded", None, embedded_cache) == folder
-        second = time.perf_counter()
+        second = time.process_time()
         for path in folder.iterdir():
             sha256_of(path)
         starting.append(second - first)
-        reading.append(time.perf_counter() - second)
+        reading.append(time.process_time() - second)
     assert min(starting) < 1.5 * min(reading)
 
 
