@@ -153,3 +153,9 @@ class ModelConfig:
     embedding_multiplier: float = 1.0
     logits_multiplier: float = 1.0
     tensor_names: TensorNames = TensorNames()
+
+    @property
+    def num_layer_weights(self) -> int:
+        """The number of weights in one layer's matrices."""
+        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return self.hidden_size * (2 * query + 2 * key + 3 * self.intermediate_size)

@@ -169,10 +169,8 @@ def _at_costs(policy: LearnedPolicy, costs: CostTable) -> LearnedPolicy:
 def multiply_adds_share(policy: LearnedPolicy, config: ModelConfig) -> float:
     """Returns the multiply-adds of deciding one layer, as a share of those of a full layer's matrices."""
     network = policy.network
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layer = config.hidden_size * (2 * query + 2 * key + 3 * config.intermediate_size)
     matrices = (network.hidden_weight, network.fact_weight[0], network.inner_weight, network.output_weight[0])
-    return sum(matrix.numel() for matrix in matrices) / policy.block_size / layer
+    return sum(matrix.numel() for matrix in matrices) / policy.block_size / config.num_layer_weights
 
 
 def _refit_static(

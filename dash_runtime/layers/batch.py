@@ -102,7 +102,7 @@ class Batch:
         """Returns cosines and sines of all rows, `[rows, 1, head_dim]`."""
         table = self._rotary[layer]
         if table not in self._tables:
-            firsts = [table.first_row(span.cache.reserved_tokens) + span.start for span in self.spans]
+            firsts = [_first_row(table, span) for span in self.spans]
             if len(self.spans) == 1:
                 rows: slice | Tensor = slice(firsts[0], firsts[0] + self.num_rows)
             else:
@@ -167,8 +167,8 @@ class Batch:
     def _tables_of(self, layer: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         if len(rows) == self.num_rows:
             return self.tables(layer)
-        table, spans = self._rotary[layer], [self.spans[row] for row in rows]
-        return table.at(torch.tensor([table.first_row(span.cache.reserved_tokens) + span.start for span in spans]))
+        table = self._rotary[layer]
+        return table.at(torch.tensor([_first_row(table, self.spans[row]) for row in rows]))
 
     def skipped_inputs(self, layer: int, rows: Sequence[int]) -> list[Tensor]:
         """Returns the inputs of the program for several rows that skip. Only for one row per sequence.
@@ -243,3 +243,8 @@ class Batch:
                 mask = causal_mask(positions, seen, window, queries.shape[1] // keys.shape[1], queries)
                 self._masks[span.first_row, window] = mask
         return attention(queries, keys, values, mask, self._attention_scale)
+
+
+def _first_row(table: RotaryTable, span: Span) -> int:
+    """Returns the table's row of a span's first position."""
+    return table.first_row(span.cache.reserved_tokens) + span.start

@@ -27,7 +27,7 @@ class RotaryTable:
         self, rope: RopeConfig | None, head_dim: int, context_length: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._rope = rope
-        self._context_length = context_length
+        self.context_length = context_length
         positions = torch.arange(context_length, dtype=torch.float32)
         frequencies = [torch.zeros(head_dim // 2) if rope is None else inverse_frequencies(rope, head_dim)]
         if rope is not None and has_other_keys(rope, context_length):
@@ -50,8 +50,8 @@ class RotaryTable:
 
     def first_row(self, num_tokens: int) -> int:
         """Returns the row of position 0 for a sequence of up to `num_tokens`."""
-        length = min(num_tokens, self._context_length)
-        return self._context_length if self._rope is not None and has_other_keys(self._rope, length) else 0
+        length = min(num_tokens, self.context_length)
+        return self.context_length if self._rope is not None and has_other_keys(self._rope, length) else 0
 
     def at(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Returns cosines and sines of these rows, `[rows, 1, head_dim]`."""

@@ -7,7 +7,6 @@ best few are measured together with all that was skipped before, one at a time. 
 Knows the decoder and costs; knows no policies and no files.
 """
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +18,6 @@ from dash_runtime.errors import ConfigError
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.fixed_plans import MeasuredPlan, named, not_dominated
 from dash_runtime.policy.policy import Actions, fixed_head
-from dash_runtime.programs.traced_layer import ModelShape
 from dash_runtime.rollout.rollout import divergences
 from dash_runtime.rollout.task import Task
 
@@ -76,10 +74,9 @@ def search_text(model: ModelConfig, sequences: Sequence[Sequence[int]]) -> list[
     """
     if not sequences:
         return []
-    length, shape = len(sequences[0]), ModelShape.of(model)
-    size = sum(math.prod(matrix) for matrix in shape.matrices()) * model.num_layers
-    num_tokens = max(_LEAST_TOKENS, int(_SEARCH_WORK / (size + model.vocab_size * model.hidden_size)))
-    return [list(ids[:num_tokens]) for ids in sequences[: max(1, num_tokens // length)]]
+    num_weights = model.num_layers * model.num_layer_weights + model.vocab_size * model.hidden_size
+    num_tokens = max(_LEAST_TOKENS, int(_SEARCH_WORK / num_weights))
+    return [list(ids[:num_tokens]) for ids in sequences[: max(1, num_tokens // len(sequences[0]))]]
 
 
 def search_plans(

@@ -56,7 +56,7 @@ class DenseDecoder:
         self._embedding = loader.embedding()
         self._final_norm = loader.final_norm()
         self._head = self._embedding if config.has_tied_head else loader.head()
-        self._rotary, self._table_length = self._tables(0), 0
+        self._rotary = self._tables(0)
 
     def _tables(self, length: int) -> list[RotaryTable]:
         return rotary_tables(self.config.ropes, self.config.head_dim, length, self.dtype, self.device)
@@ -104,8 +104,8 @@ class DenseDecoder:
             ]
         )
         length = hidden.shape[1]
-        if length > self._table_length:
-            self._rotary, self._table_length = self._tables(length), length
+        if length > self._rotary[0].context_length:
+            self._rotary = self._tables(length)
         first = self._rotary[layer].first_row(length)
         tables = self._rotary[layer].at(slice(first, first + length))
         parts = split_heads(self.config, norms, fused, self.config.num_heads, *tables)

@@ -236,6 +236,8 @@ class Trainer:
         for place in _PLACES:
             path = self._held_out_path(place)
             reached.append((self._outcome(path).divergence, action_rates(path.decided_actions)))
+            if reached[-1][0] <= min(_USEFUL_DIVERGENCES):
+                break
         useful = [
             next((rates for divergence, rates in reached if divergence <= most), reached[-1][1])
             for most in _USEFUL_DIVERGENCES
