@@ -96,6 +96,6 @@ class Decoder:
         """Returns True if decoding so many rows takes evaluations along; see `Backend`."""
         return self.backends[PassKind.DECODE][0].takes_evaluations(num_rows)
 
-    def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
+    def logits(self, hidden: Tensor, precisions: Sequence[Action], kind: PassKind = PassKind.DECODE) -> Tensor:
         """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""
-        return self.backends[PassKind.DECODE][0].logits(hidden, precisions)
+        return self.backends[kind][0].logits(hidden, precisions)

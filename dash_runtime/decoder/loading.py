@@ -17,8 +17,8 @@ from dash_runtime.layers.embedding import make_embedding
 from dash_runtime.layers.heads import Head, Heads, eager_head
 from dash_runtime.layers.layer import DecoderLayer, make_layer
 from dash_runtime.layers.weight_loader import WeightLoader
-from dash_runtime.linears.dense_linear import MAX_INVARIANT_ROWS, BatchInvariantLinear, FullLinear, for_many_rows
-from dash_runtime.linears.quantization import make_linear
+from dash_runtime.linears.dense_linear import MAX_INVARIANT_ROWS, BatchInvariantLinear, FullLinear
+from dash_runtime.linears.quantization import for_many_rows, make_linear
 from dash_runtime.model_config import ModelConfig
 
 
@@ -62,22 +62,25 @@ def make_decoder(
     embed = make_embedding(embedding, full if config.has_tied_head else None, config.embedding_multiplier)
     multiplier = config.logits_multiplier
     by_precision: dict[Action, Head] = {}
+    wide_heads: dict[Action, Head] = {}
     for precision in actions:
         if precision not in (Action.INT8, Action.FULL):
             continue  # an INT4 head changes the text (docs/architecture.md), so it is not offered
         compiled = None if inductor is None else inductor.head(precision, head, final_norm, multiplier)
-        if compiled is None:
-            linear = full if precision is Action.FULL else make_linear(precision, FullLinear(head))
-            compiled = eager_head(linear, final_norm, multiplier)
-        by_precision[precision] = compiled
+        if compiled is not None:
+            by_precision[precision] = wide_heads[precision] = compiled
+            continue
+        linear = full if precision is Action.FULL else make_linear(precision, FullLinear(head))
+        by_precision[precision] = eager_head(linear, final_norm, multiplier)
+        wide_heads[precision] = eager_head(for_many_rows(linear), final_norm, multiplier)
 
     heads = Heads(by_precision)
-    wide, narrow = EagerBackend(config, wide_layers, heads), EagerBackend(config, layers, heads)
+    wide, narrow = EagerBackend(config, wide_layers, Heads(wide_heads)), EagerBackend(config, layers, heads)
     backends: Backends = {PassKind.PREFILL: [wide], PassKind.DECODE: [narrow], PassKind.VERIFY: [narrow]}
     if graphs is not None:
         backends = {**backends, PassKind.DECODE: [CudaBackend(config, layers, heads, graphs)]}
     if inductor is not None:
-        inductor.set_heads(by_precision, eager_head(for_many_rows(full), final_norm, multiplier))
+        inductor.set_heads(by_precision, wide_heads[Action.FULL])
         backends = {**backends, PassKind.DECODE: [inductor], PassKind.VERIFY: [inductor, narrow]}
     is_invariant = isinstance(wide_layers[0].key_values[Action.FULL], BatchInvariantLinear)
     return Decoder(

@@ -17,6 +17,7 @@ class CpuDevice(Device):
     compiles_layers = True
     has_packed_products = True
     has_int8_rows = True
+    unpacks_for_many_rows = True
     norms_as_layer_norm = True
 
     def describe(self) -> str:

@@ -24,6 +24,8 @@ class Device:
     """True if the library may have bf16 products over weights in a layout of its own."""
     has_int8_rows = False
     """True if the library's INT8 product is fast for a few rows of a small matrix."""
+    unpacks_for_many_rows = False
+    """True if many rows take less time with unpacked weights than with the library's INT8 and INT4 products."""
     norms_as_layer_norm = False
     """True if RMS norm is fastest as the layer norm of (x, −x)."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.errors import ConfigError
+from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import FixedPlan, full_depth
@@ -182,7 +183,7 @@ def _score_rows(
     log_probs, is_best = [], []
     for start in range(0, len(rows), _LOGIT_ROWS):
         part = slice(start, start + _LOGIT_ROWS)
-        logits = decoder.logits(hidden[rows[part]], heads[part])
+        logits = decoder.logits(hidden[rows[part]], heads[part], PassKind.PREFILL)
         wanted = torch.tensor(targets[part], device=logits.device)
         own = logits.gather(1, wanted.unsqueeze(1)).squeeze(1)
         log_probs.append((own - logits.logsumexp(dim=-1)).cpu())

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from dash_runtime.actions import Action
 from dash_runtime.layers.layer_body import Norms
 from dash_runtime.layers.weight_loader import LayerWeights
-from dash_runtime.linears.dense_linear import FullLinear, Linear, for_many_rows
-from dash_runtime.linears.quantization import make_linear
+from dash_runtime.linears.dense_linear import FullLinear, Linear
+from dash_runtime.linears.quantization import for_many_rows, make_linear
 
 
 class LayerLinears(NamedTuple):
@@ -32,7 +32,7 @@ class DecoderLayer(Norms):
     linears: Mapping[Action, LayerLinears]
 
     def for_many_rows(self) -> "DecoderLayer":
-        """Returns the same layer for passes over many rows (dense_linear.py)."""
+        """Returns the same layer for passes over many rows."""
         linears = {action: own.for_many_rows() for action, own in self.linears.items()}
         key_values = {action: for_many_rows(own) for action, own in self.key_values.items()}
         return replace(self, key_values=key_values, linears=linears)

@@ -1,4 +1,4 @@
-"""Linear layers in INT8 and INT4, on PyTorch's packed weight-only kernels.
+"""Linear layers in INT8 and INT4, on PyTorch's packed weight-only kernels, and for many rows on its dense product.
 
 Actions without a kernel on the device are not offered: `supported_actions` runs each kernel once and compares it with
 the dequantised matrix. Knows matrices; knows no layers and no policies.
@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dash_runtime.actions import Action
 from dash_runtime.devices import device_of
+from dash_runtime.linears import dense_linear
 from dash_runtime.linears.dense_linear import FullLinear, Linear, make_full_linear
 
 INT4_GROUP_SIZE = 32
@@ -19,6 +21,11 @@ INT8_INPUT_MULTIPLE = 16
 _INT4_ZERO_POINT = 8
 _GRID_FITS = 3
 _ROWS_TOGETHER = 128
+_MANY_ROWS = 32
+"""From so many rows on, the CPU unpacks a whole matrix in less time than its kernels take, which do so for every few
+rows. With 128 rows a kernel takes three to ten times as long as a product in bf16."""
+_UNPACKED_OUTPUTS = 1 << 10
+"""Outputs that are unpacked at a time, so that they stay in a near cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +56,58 @@ class Int4Linear:
     packed: Tensor
     scales_and_zeros: Tensor
     bias: Tensor | None = None
+    values: Tensor | None = None
+    """The rounded weights less 8, int8 `[out, groups, 32]`, on a device where many rows are better unpacked."""
 
     @classmethod
     def from_full(cls, full: FullLinear) -> "Int4Linear":
         quantized, scales, zeros = quantize_int4(full.weight)
         scales_and_zeros = torch.stack((scales, zeros), dim=-1).transpose(0, 1).contiguous()
-        packed = device_of(full.weight.device).pack_int4(quantized)
-        return cls(packed, scales_and_zeros, full.bias)
+        device = device_of(full.weight.device)
+        values = None
+        if device.unpacks_for_many_rows:
+            values = (quantized - _INT4_ZERO_POINT).to(torch.int8).unflatten(1, (-1, INT4_GROUP_SIZE))
+        return cls(device.pack_int4(quantized), scales_and_zeros, full.bias, values)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         product = device_of(inputs.device).int4_product
         outputs = product(inputs, self.packed, INT4_GROUP_SIZE, self.scales_and_zeros)
         return outputs if self.bias is None else outputs + self.bias
+
+
+@dataclass(frozen=True, slots=True)
+class ManyRowsInt8Linear:
+    """`Int8Linear` for passes over many rows: the values as bf16, which holds them exactly, in the dense product."""
+
+    few_rows: Int8Linear
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        own = self.few_rows
+        if len(inputs) < _MANY_ROWS:
+            return own(inputs)
+        parts = own.weight.split(_UNPACKED_OUTPUTS)
+        outputs = torch.cat([functional.linear(inputs, part.to(inputs.dtype)) for part in parts], dim=-1)
+        outputs *= own.scales
+        return outputs if own.bias is None else outputs + own.bias
+
+
+@dataclass(frozen=True, slots=True)
+class ManyRowsInt4Linear:
+    """`Int4Linear` for passes over many rows: the weights as bf16, rounded once more, in the dense product."""
+
+    few_rows: Int4Linear
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        own = self.few_rows
+        if own.values is None or len(inputs) < _MANY_ROWS:
+            return own(inputs)
+        grids = own.scales_and_zeros.transpose(0, 1).unsqueeze(-1)  # [out, groups, 2, 1]
+        outputs: list[Tensor] = []
+        for values, grid in zip(own.values.split(_UNPACKED_OUTPUTS), grids.split(_UNPACKED_OUTPUTS), strict=True):
+            weight = values.to(inputs.dtype).mul_(grid[:, :, 0]).add_(grid[:, :, 1])
+            outputs.append(functional.linear(inputs, weight.flatten(1)))
+        joined = torch.cat(outputs, dim=-1)
+        return joined if own.bias is None else joined + own.bias
 
 
 _QUANTIZED: dict[Action, type[Int8Linear] | type[Int4Linear]] = {Action.INT8: Int8Linear, Action.INT4: Int4Linear}
@@ -69,6 +116,15 @@ _QUANTIZED: dict[Action, type[Int8Linear] | type[Int4Linear]] = {Action.INT8: In
 def make_linear(action: Action, full: FullLinear) -> Linear:
     """Returns the linear layer that `action` runs for the matrix `full`, with this device's fastest kernel."""
     return make_full_linear(full) if action is Action.FULL else _QUANTIZED[action].from_full(full)
+
+
+def for_many_rows(linear: Linear) -> Linear:
+    """Returns the same matrix for passes over many rows. A row's sums may differ from those in decoding."""
+    if isinstance(linear, Int8Linear) and device_of(linear.weight.device).unpacks_for_many_rows:
+        return ManyRowsInt8Linear(linear)
+    if isinstance(linear, Int4Linear) and linear.values is not None:
+        return ManyRowsInt4Linear(linear)
+    return dense_linear.for_many_rows(linear)
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.full_path import sequence_rows
+from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.plan_spec import PlanSpec
 
@@ -105,12 +106,12 @@ def divergences(decoder: Decoder, full: Tensor, ours: Tensor, head: Action) -> J
     for start in range(0, len(full), _LOGIT_ROWS):
         rows = slice(start, start + _LOGIT_ROWS)
         count = len(full[rows])
-        reference = torch.log_softmax(decoder.logits(full[rows], (Action.FULL,) * count), dim=-1)
+        reference = torch.log_softmax(decoder.logits(full[rows], (Action.FULL,) * count, PassKind.PREFILL), dim=-1)
         probabilities, best = reference.exp(), reference.argmax(-1)
         entropy = -torch.linalg.vecdot(probabilities, reference)
         by_path: list[tuple[Tensor, ...]] = []
         for path in paths:
-            logits = decoder.logits(path[rows], (head,) * count)
+            logits = decoder.logits(path[rows], (head,) * count, PassKind.PREFILL)
             # Σ p · (log p − log q), without a table of log q: Σ p · log q = Σ p · logits − logsumexp(logits).
             cross = logits.logsumexp(-1) - torch.linalg.vecdot(probabilities, logits)
             acceptance = torch.minimum(probabilities, logits.softmax(-1)).sum(-1)

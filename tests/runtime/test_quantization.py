@@ -11,6 +11,7 @@ from dash_runtime.linears.quantization import (
     Int4Linear,
     Int8Linear,
     dequantize_int4,
+    for_many_rows,
     make_linear,
     quantize_int4,
     quantize_int8,
@@ -33,6 +34,19 @@ def test_a_quantised_linear_is_close_to_the_full_one(kind: type, has_bias: bool)
     expected, outputs = full(inputs).float(), kind.from_full(full)(inputs).float()
     limit = {Int8Linear: 0.02, Int4Linear: 0.12}[kind]
     assert (outputs - expected).norm() < limit * expected.norm()
+
+
+@pytest.mark.parametrize("action", [Action.INT8, Action.INT4])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("out_features", [64, 1088])
+def test_many_rows_have_the_product_of_the_few_rows_kernel(action: Action, has_bias: bool, out_features: int) -> None:
+    weight, bias = some_weight(out_features), some_weight(out_features, 1)[:, 0] if has_bias else None
+    linear, inputs = make_linear(action, FullLinear(weight, bias)), some_weight(48, 96)
+    wide = for_many_rows(linear)
+    assert wide is not linear
+    expected = linear(inputs).float()
+    assert (wide(inputs).float() - expected).norm() < 0.005 * expected.norm()
+    assert torch.equal(wide(inputs[:3]), linear(inputs[:3]))
 
 
 def test_int8_rounds_to_half_a_step_at_most() -> None:
