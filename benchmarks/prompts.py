@@ -23,14 +23,14 @@ class Prompts:
 
     def __init__(self, tokenizer_file: Path) -> None:
         self._tokenizer = tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        chats = [f"<|im_start|>user\nTell me how {topic}.<|im_end|>\n<|im_start|>assistant\n" for topic in _TOPICS]
-        self._chats: list[list[int]] = [tokenizer.encode(chat).ids for chat in chats]
+        self._chats = [self.encode(_chat(f"Tell me how {topic}.")) for topic in _TOPICS]
         self._text: list[int] = tokenizer.encode(pydoc.plain(pydoc.TextDoc().document(argparse))).ids
 
-        asked = [*exact_prompts.CHATS, *exact_prompts.WORD_PROBLEMS]
-        chats = [f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n" for text in asked]
-        self.exact: list[list[int]] = [tokenizer.encode(text).ids for text in (*chats, *exact_prompts.TEXTS)]
+        chats = [_chat(text) for text in (*exact_prompts.CHATS, *exact_prompts.WORD_PROBLEMS)]
+        self.exact = [self.encode(text) for text in (*chats, *exact_prompts.TEXTS)]
         """The prompts for EXACT: conversations, word problems, texts to continue."""
+        self.copying = [self.encode(_chat(text)) for text in exact_prompts.COPYING]
+        """Those whose answers repeat much of the prompt."""
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text).ids
@@ -52,3 +52,7 @@ class Prompts:
         if num_tokens > start:
             raise ValueError(f"the text has no {num_tokens} tokens")
         return self._text[start - num_tokens : start]
+
+
+def _chat(text: str) -> str:
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"

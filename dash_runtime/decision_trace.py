@@ -57,6 +57,8 @@ class TraceStep:
     """`pack_float32`: share of a full-depth token's cost spent before the layer, by the policy's own table."""
     accepted_token_count: int | None = None
     """Number of drafted tokens that a verification accepted; None for other kinds."""
+    text_token_count: int | None = None
+    """Number of tokens of a verified draft that came from the text, in no step of their own; None for other kinds."""
 
 
 @dataclass(frozen=True, slots=True)

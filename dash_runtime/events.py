@@ -58,11 +58,22 @@ class SpeculationStatistics(msgspec.Struct, frozen=True, array_like=True):
     """Counts and times of one request's drafts in mode EXACT."""
 
     num_drafted: int
-    num_accepted: int
-    num_verifications: int
+    """By the model and from the text."""
+    num_drafted_from_text: int
+    num_accepted_from_text: int
+    accepted_lengths: list[int]
+    """For each number of accepted tokens, from 0 on, the number of drafts of which so many were accepted."""
     draft_ns: int
     """Time of the steps that drafted, shared with the rows that ran beside it."""
     verification_ns: int
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(length * count for length, count in enumerate(self.accepted_lengths))
+
+    @property
+    def num_verifications(self) -> int:
+        return sum(self.accepted_lengths)
 
 
 class CostStatus(msgspec.Struct, frozen=True, array_like=True):

@@ -65,6 +65,8 @@ class RecordedStep:
     """First layer first. Empty for a verification, which runs all layers in full."""
     accepted_token_count: int | None
     """For a verification: the number of tokens drafted since the last one that it accepted."""
+    text_token_count: int | None = None
+    """For a verification: the number of its draft's tokens that came from the text itself, and are in no other step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,10 @@ class StreamAssembly:
         actions = b"".join(delta.decisions.data for delta in self._deltas if delta.decisions is not None)
         logprobs = tuple(entry for delta in self._deltas for entry in delta.logprobs or ())
         usage, depth = finished.usage, finished.depth
-        speculation = from_message(SpeculationUsage, usage.speculation) if usage.HasField("speculation") else None
+        speculation = None
+        if usage.HasField("speculation"):
+            lengths = tuple(usage.speculation.accepted_length_counts)
+            speculation = from_message(SpeculationUsage, usage.speculation, accepted_length_counts=lengths)
         self.generation = Generation(
             text="".join(delta.text for delta in self._deltas),
             token_ids=tuple(token_id for delta in self._deltas for token_id in delta.token_ids),

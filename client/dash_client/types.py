@@ -224,6 +224,12 @@ class SpeculationUsage:
     draft_seconds: float
     """Time spent on drafting, shared with other requests' tokens if there were any."""
     verification_seconds: float
+    text_drafted_token_count: int = 0
+    """The part of the drafted tokens that came from the text itself: what followed the last tokens there before."""
+    text_accepted_token_count: int = 0
+    """The part of these that full depth accepted."""
+    accepted_length_counts: tuple[int, ...] = ()
+    """For each number of accepted tokens, from 0 on, the number of drafts of which so many were accepted."""
 
     @property
     def acceptance_rate(self) -> float | None:

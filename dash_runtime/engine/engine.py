@@ -123,9 +123,11 @@ class Engine:
             else:
                 self._step_clock.interrupt()
         self._prefill(events)
-        if decoding:
-            self._decode(decoding, events)
-            self._verify([sequence for sequence in decoding if sequence.has_draft_to_verify], events)
+        for sequence in decoding:
+            sequence.begin_draft_if_due()
+        if running := [sequence for sequence in decoding if not sequence.has_draft_to_verify]:
+            self._decode(running, events)
+        self._verify([sequence for sequence in decoding if sequence.has_draft_to_verify], events)
         return events
 
     def close(self) -> None:
@@ -200,8 +202,6 @@ class Engine:
         return hidden
 
     def _decode(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
-        for sequence in sequences:
-            sequence.begin_draft_if_due()
         policies = [sequence.assignment.policy for sequence in sequences]
         assignments = [sequence.decider_assignment(self._catalog.full_depth) for sequence in sequences]
         deciders = _deciders(sequences, assignments, self._decoder.takes_evaluations(len(sequences)))
@@ -256,7 +256,8 @@ class Engine:
             for sequence, logits, (ids, num_accepted) in zip(together, all_logits, chosen, strict=True):
                 assert sequence.speculation is not None
                 sequence.speculation.verification_ns += elapsed_ns
-                sequence.recorder.add_verification(ids, num_accepted, started_ns)
+                num_from_text = sequence.speculation.num_last_from_text
+                sequence.recorder.add_verification(ids, num_accepted, num_from_text, started_ns)
                 for token_id, own_logits in zip(ids, logits, strict=False):  # rejected tokens have logits, but no id
                     self._take(sequence, token_id, own_logits, sequence.log.append_verified_token(), events)
 

@@ -8,6 +8,7 @@ from dash_runtime.config import GenerationRequest
 from dash_runtime.engine.decision_log import DecisionLog
 from dash_runtime.engine.sampling import Sampler
 from dash_runtime.engine.speculative import Speculation
+from dash_runtime.engine.text_drafts import TextDrafts
 from dash_runtime.engine.trace_recorder import TraceRecorder
 from dash_runtime.events import EndReason, SequenceCancelled, SequenceFinished
 from dash_runtime.layers.kv_cache import SequenceCache
@@ -41,7 +42,8 @@ class Sequence:
         self.speculation: Speculation | None = None
         if drafting is not None:
             lengths = DraftLength(drafting.draft_cost, drafting.verification_costs, drafting.least_gain)
-            self.speculation = Speculation(self.sampler, lengths)
+            room = request.stopping.max_new_tokens + lengths.longest
+            self.speculation = Speculation(self.sampler, lengths, TextDrafts(request.prompt_token_ids, room))
         self.recorder = TraceRecorder(assignment, record_steps)
         self.granted_at = time.monotonic()
         self.queue_seconds = self.granted_at - waiting_since
@@ -84,7 +86,7 @@ class Sequence:
         return self.speculation is not None and bool(self.speculation.token_ids) and not self.is_drafting
 
     def begin_draft_if_due(self) -> None:
-        """In mode EXACT, chooses the length of the next draft unless one is under way."""
+        """In mode EXACT, chooses the next draft unless one is under way."""
         if self.speculation is not None and not self.speculation.token_ids:
             self.speculation.begin(self.num_tokens_left)
 
@@ -95,6 +97,8 @@ class Sequence:
         self.speculation.draft_ns += elapsed_ns
         if self._end_with(token_id):
             self.speculation.end_draft()
+        else:
+            self.speculation.go_on()
         return token_id
 
     def take_back_draft(self) -> list[int]:
@@ -138,6 +142,8 @@ class Sequence:
         if not self.output_ids:
             self._first_token_at = time.monotonic()
         self.output_ids.append(token_id)
+        if self.speculation is not None:
+            self.speculation.append(token_id)
         return self._end_with(token_id) or (None if self.num_tokens_left else EndReason.LENGTH)
 
     def _end_with(self, token_id: int) -> EndReason | None:

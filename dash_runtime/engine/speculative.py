@@ -1,4 +1,4 @@
-"""EXACT: a policy drafts tokens, one full-depth pass verifies them, and the output is full depth's own.
+"""EXACT: a policy or the text itself drafts tokens, one full-depth pass verifies them, and the output is full depth's.
 
 Greedy: a drafted token is accepted if full depth prefers it too. Sampled: speculative sampling (Leviathan et al. 2023,
 Chen et al. 2023), which leaves the distribution as it is. Logits processors, temperature and truncation apply to both
@@ -6,12 +6,31 @@ distributions. Knows one sequence's tokens and distributions; knows no decoder, 
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from dash_runtime.engine.sampling import Sampler, likeliest
 from dash_runtime.events import SpeculationStatistics
 from dash_runtime.policy.draft_length import DraftLength
+
+
+class Proposal(NamedTuple):
+    """Tokens that a source proposes, and how many tokens before them speak for it (`DraftLength`)."""
+
+    token_ids: list[int]
+    match: int
+
+
+class DraftSource(Protocol):
+    """Drafts without the model."""
+
+    def append(self, token_id: int) -> None:
+        """Takes in the next output token."""
+
+    def propose(self, drafted: Sequence[int], count: int) -> Proposal:
+        """Returns `count` tokens to follow the output and these drafted ones, or none."""
 
 
 class Speculation:
@@ -20,15 +39,23 @@ class Speculation:
     `token_ids` is the current draft. It is complete once it has `length` tokens. Counts are over all drafts.
     """
 
-    def __init__(self, sampler: Sampler, lengths: DraftLength) -> None:
+    def __init__(self, sampler: Sampler, lengths: DraftLength, text: DraftSource) -> None:
         self._sampler = sampler
         self._lengths = lengths
-        self._distributions: list[Tensor] = []
+        self._text = text
+        self._matches: list[int] = []
+        self._num_tokens_left = 0
+        self._distributions: list[Tensor | None] = []
+        """What each drafted token was drawn from; None if the text proposed it, or if the sampler is greedy."""
         self.token_ids: list[int] = []
         self.length = 0
         self.num_drafted = 0
-        self.num_accepted = 0
-        self.num_verifications = 0
+        self.num_drafted_from_text = 0
+        self.num_accepted_from_text = 0
+        self.accepted_lengths: list[int] = []
+        """For each number of accepted tokens, the number of verified drafts of which so many were."""
+        self.num_last_from_text = 0
+        """Tokens of the draft that was verified last that came from the text."""
         self.draft_ns = 0
         """Time of the steps that drafted, shared with the rows that ran beside it."""
         self.verification_ns = 0
@@ -38,26 +65,41 @@ class Speculation:
         """True if the current draft lacks tokens."""
         return len(self.token_ids) < self.length
 
+    def append(self, token_id: int) -> None:
+        """Takes in the next output token."""
+        proposed = self._text.propose((), 1)
+        if proposed.match:
+            self._lengths.followed(proposed.match, proposed.token_ids[0] == token_id)
+        self._text.append(token_id)
+
     def begin(self, num_tokens_left: int) -> None:
-        """Chooses the length of the next draft; 0 means none."""
+        """Chooses the next draft. One from the text is then complete; a `length` of 0 means none."""
         assert not self.token_ids
-        self.length = self._lengths.next(num_tokens_left)
+        self._num_tokens_left = num_tokens_left
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Chooses how the draft goes on: no further, by the model, or by the text, which completes it at once."""
+        proposed = self._text.propose(self.token_ids, self._lengths.longest - len(self.token_ids))
+        self.length, is_from_text = self._lengths.next(self._num_tokens_left, self._matches, proposed.match)
+        if not is_from_text:
+            return
+        for place, token_id in enumerate(proposed.token_ids[: self.length - len(self.token_ids)]):
+            self._add(token_id, proposed.match + place, None)
+            self.num_drafted_from_text += 1
 
     def draft(self, logits: Tensor, cost: float) -> int:
         """Adds and returns the next token of the draft, from the drafting path's float32 `[vocab_size]` logits.
 
         `cost` is the token's cost on this device, as a share of a full-depth token.
         """
-        sampler = self._sampler
+        sampler, distribution = self._sampler, None
         if sampler.is_greedy:
             token_id = sampler.best(logits)
         else:
             distribution = sampler.distribution(logits)
             token_id = sampler.draw(distribution)
-            self._distributions.append(distribution)
-        sampler.accept(token_id)
-        self.token_ids.append(token_id)
-        self.num_drafted += 1
+        self._add(token_id, 0, distribution)
         self._lengths.drafted(cost)
         return token_id
 
@@ -71,23 +113,39 @@ class Speculation:
         `logits` are full depth's, float32 `[drafted + 1, vocab_size]`: after the token before the draft, and after each
         drafted token.
         """
-        drafted, distributions = self.token_ids, self._distributions
-        self.token_ids, self._distributions, self.length = [], [], 0
+        drafted, distributions, matches = self.token_ids, self._distributions, self._matches
+        self.token_ids, self._distributions, self._matches, self.length = [], [], [], 0
         self._sampler.rollback(drafted)
         token_ids = (
             self._greedy(drafted, logits) if self._sampler.is_greedy else self._sampled(drafted, distributions, logits)
         )
         num_accepted = len(token_ids) - 1
-        self.num_accepted += num_accepted
-        self.num_verifications += bool(drafted)
-        self._lengths.verified(num_accepted, was_rejected=num_accepted < len(drafted))
+        self._lengths.verified(matches, num_accepted)
+        self.num_last_from_text = sum(map(bool, matches))
+        if drafted:
+            self.num_accepted_from_text += sum(map(bool, matches[:num_accepted]))
+            missing = num_accepted + 1 - len(self.accepted_lengths)
+            self.accepted_lengths += [0] * missing
+            self.accepted_lengths[num_accepted] += 1
         return token_ids
 
     def statistics(self) -> SpeculationStatistics:
         """Returns the counts and times so far."""
         return SpeculationStatistics(
-            self.num_drafted, self.num_accepted, self.num_verifications, self.draft_ns, self.verification_ns
+            num_drafted=self.num_drafted,
+            num_drafted_from_text=self.num_drafted_from_text,
+            num_accepted_from_text=self.num_accepted_from_text,
+            accepted_lengths=list(self.accepted_lengths),
+            draft_ns=self.draft_ns,
+            verification_ns=self.verification_ns,
         )
+
+    def _add(self, token_id: int, match: int, distribution: Tensor | None) -> None:
+        self._sampler.accept(token_id)
+        self.token_ids.append(token_id)
+        self._matches.append(match)
+        self._distributions.append(distribution)
+        self.num_drafted += 1
 
     def _greedy(self, drafted: Sequence[int], logits: Tensor) -> list[int]:
         sampler = self._sampler
@@ -101,11 +159,12 @@ class Speculation:
                 break
         return chosen
 
-    def _sampled(self, drafted: Sequence[int], distributions: Sequence[Tensor], logits: Tensor) -> list[int]:
+    def _sampled(self, drafted: Sequence[int], distributions: Sequence[Tensor | None], logits: Tensor) -> list[int]:
         sampler = self._sampler
         chosen: list[int] = []
-        for place, (token_id, proposed) in enumerate(zip(drafted, distributions, strict=True)):
+        for place, (token_id, distribution) in enumerate(zip(drafted, distributions, strict=True)):
             wanted = sampler.distribution(logits[place])
+            proposed = _certain(token_id, len(wanted)) if distribution is None else distribution
             is_accepted = sampler.chance(float(wanted[token_id] / proposed[token_id]))
             if not is_accepted:
                 token_id = sampler.draw(self._left_over(wanted, proposed))
@@ -122,3 +181,10 @@ class Speculation:
         """Returns the weights to replace a rejected token: how much more full depth wants than was proposed."""
         weights = (wanted - proposed).clamp_min(0)
         return weights if weights.any() else wanted  # rounding may leave only zeros
+
+
+def _certain(token_id: int, vocab_size: int) -> Tensor:
+    """Returns the distribution of a source that can only propose this token."""
+    distribution = torch.zeros(vocab_size)
+    distribution[token_id] = 1
+    return distribution

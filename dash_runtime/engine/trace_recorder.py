@@ -37,6 +37,7 @@ class _Pass:
 class _Verification:
     token_ids: list[int]
     num_accepted: int
+    num_from_text: int
     started_ns: int
     ended_ns: int
 
@@ -70,10 +71,12 @@ class TraceRecorder:
             plan, times, ended_ns = output.plans[row], output.layer_times, time.perf_counter_ns()
             self._steps.append(_Pass(kind, token_id, plan, times, decider.blocks, place, started_ns, ended_ns))
 
-    def add_verification(self, token_ids: list[int], num_accepted: int, started_ns: int) -> None:
-        """Records a verification that has just ended, and its output tokens."""
+    def add_verification(self, token_ids: list[int], num_accepted: int, num_from_text: int, started_ns: int) -> None:
+        """Records a verification that has just ended, and its output tokens. `num_from_text` of the draft's came from
+        the text, in no pass."""
         if self._has_room():
-            self._steps.append(_Verification(token_ids, num_accepted, started_ns, time.perf_counter_ns()))
+            ended_ns = time.perf_counter_ns()
+            self._steps.append(_Verification(token_ids, num_accepted, num_from_text, started_ns, ended_ns))
 
     def packed(self, request_id: str) -> DecisionTrace | None:
         """Returns the whole trace of a sequence that has just ended; None if nothing was to be recorded."""
@@ -183,6 +186,7 @@ class TraceRecorder:
             start_unix_ns=step.started_ns + self._unix_offset_ns,
             duration_ns=step.ended_ns - step.started_ns,
             accepted_token_count=step.num_accepted,
+            text_token_count=step.num_from_text,
         )
 
 

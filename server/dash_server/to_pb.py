@@ -109,6 +109,9 @@ def _speculation_to_pb(speculation: SpeculationStatistics | None) -> generation_
         verification_count=speculation.num_verifications,
         draft_seconds=speculation.draft_ns / 1e9,
         verification_seconds=speculation.verification_ns / 1e9,
+        text_drafted_token_count=speculation.num_drafted_from_text,
+        text_accepted_token_count=speculation.num_accepted_from_text,
+        accepted_length_counts=speculation.accepted_lengths,
     )
 
 
@@ -187,4 +190,5 @@ def _step_to_pb(step: TraceStep) -> model_pb2.RecordedStep:
         scores=unpack_float32(step.scores),
         cost_spent=unpack_float32(step.cost_spent),
         accepted_token_count=step.accepted_token_count,
+        text_token_count=step.text_token_count,
     )

@@ -1,8 +1,8 @@
-"""Draft lengths follow counts and costs, and nothing is drafted if it does not pay."""
+"""Drafts follow counts and costs, whoever drafts, and nothing is drafted if it does not pay."""
 
 import pytest
 
-from dash_runtime.policy.draft_length import DraftLength, drafting_gain
+from dash_runtime.policy.draft_length import DraftLength, NextDraft, drafting_gain
 
 CHEAP = {1: 1.2, 3: 1.25, 7: 1.4}
 
@@ -16,21 +16,21 @@ def test_the_gain_is_what_drafting_by_hand_comes_to() -> None:
 
 def test_drafts_grow_while_all_is_accepted_and_stop_when_nothing_is() -> None:
     lengths = DraftLength(0.45, CHEAP)
-    first = lengths.next(100)
+    first = lengths.next(100).length
     assert first in CHEAP
     for _ in range(10):
-        lengths.verified(first, was_rejected=False)
-    assert lengths.next(100) == 7
+        lengths.verified([0] * first, first)
+    assert lengths.next(100).length == 7
     for _ in range(40):
-        lengths.verified(0, was_rejected=True)
-    assert lengths.next(100) == 0
+        lengths.verified([0], 0)
+    assert lengths.next(100).length == 0
 
 
 def test_two_failed_drafts_at_the_start_are_enough_to_go_on_without() -> None:
     lengths = DraftLength(0.45, CHEAP)
     num_failed = 0
-    while lengths.next(100):
-        lengths.verified(0, was_rejected=True)
+    while lengths.next(100).length:
+        lengths.verified([0], 0)
         num_failed += 1
     assert num_failed <= 3
 
@@ -38,34 +38,77 @@ def test_two_failed_drafts_at_the_start_are_enough_to_go_on_without() -> None:
 def test_a_hopeless_sequence_loses_at_most_a_twentieth_of_its_time() -> None:
     lengths, seconds, num_tokens = DraftLength(0.45, CHEAP), 0.0, 0
     while num_tokens < 128:
-        length = lengths.next(128 - num_tokens)
+        length = lengths.next(128 - num_tokens).length
         seconds += length * 0.45 + CHEAP[length] if length else 1.0
-        lengths.verified(0, was_rejected=length > 0)
+        lengths.verified([0] * length, 0)
         num_tokens += 1
     assert seconds <= 128 * 1.05
 
 
 def test_a_sequence_that_was_hard_is_tried_again() -> None:
     lengths = DraftLength(0.45, CHEAP)
-    while lengths.next(1000):
-        lengths.verified(0, was_rejected=True)
+    while lengths.next(1000).length:
+        lengths.verified([0], 0)
     for _ in range(200):
-        lengths.verified(0, was_rejected=False)
-    assert lengths.next(1000) > 0
+        lengths.verified([], 0)
+    assert lengths.next(1000).length > 0
 
 
 def test_a_draft_leaves_room_for_the_token_that_full_depth_adds() -> None:
     lengths = DraftLength(0.1, CHEAP)
-    assert [lengths.next(left) for left in (1, 2, 3, 4, 7, 8)] == [0, 1, 1, 3, 3, 7]
+    assert [lengths.next(left).length for left in (1, 2, 3, 4, 7, 8)] == [0, 1, 1, 3, 3, 7]
 
 
 def test_nothing_is_drafted_where_a_draft_costs_what_full_depth_does() -> None:
-    assert DraftLength(1.0, CHEAP).next(100) == 0
+    assert DraftLength(1.0, CHEAP).next(100).length == 0
     lengths = DraftLength(0.3, CHEAP)
     for _ in range(50):  # it turned out dearer than expected
         lengths.drafted(1.0)
-    assert lengths.next(100) == 0
+    assert lengths.next(100).length == 0
 
 
 def test_nothing_is_drafted_where_no_length_is_allowed() -> None:
-    assert DraftLength(0.1, {}).next(100) == 0
+    assert DraftLength(0.1, {}).next(100, match=12).length == 0
+
+
+def test_the_text_drafts_what_the_model_would_pay_for_once_its_match_is_long() -> None:
+    lengths = DraftLength(0.45, CHEAP)
+    assert not lengths.next(100, match=1).is_from_text
+    assert lengths.next(100, match=12) == NextDraft(7, True)
+    assert not lengths.next(100, match=0).is_from_text
+    assert lengths.next(4, match=12) == NextDraft(3, True)
+
+
+def test_a_text_that_misleads_is_not_asked_again_and_one_that_repeats_itself_is_trusted() -> None:
+    misled, repeating = DraftLength(0.45, CHEAP), DraftLength(0.45, CHEAP)
+    for _ in range(10):
+        misled.followed(12, is_right=False)
+        for match in range(1, 13):
+            repeating.followed(match, is_right=True)
+    assert not misled.next(100, match=12).is_from_text
+    assert repeating.next(100, match=12) == NextDraft(7, True)
+    assert repeating.acceptance(1) > 2 * misled.acceptance(1)
+    assert misled.acceptance(1) == DraftLength(0.45, CHEAP).acceptance(1)  # other matches have counts of their own
+
+
+def test_the_models_first_rejected_token_is_counted_and_none_after_it() -> None:
+    lengths, once = DraftLength(0.45, CHEAP), DraftLength(0.45, CHEAP)
+    lengths.verified([0, 0, 12, 0], 1)
+    once.verified([0, 0], 1)
+    assert [lengths.acceptance(match) for match in (0, 12)] == [once.acceptance(match) for match in (0, 12)]
+    assert lengths.acceptance() < DraftLength(0.45, CHEAP).acceptance()
+
+
+def test_a_draft_goes_on_by_whoever_promises_more_output_for_its_cost() -> None:
+    lengths = DraftLength(0.2, CHEAP)
+    assert lengths.next(100, [0, 0, 0], match=12) == NextDraft(7, True)
+    assert lengths.next(100, [0, 0, 0], match=1) == NextDraft(7, False)
+    assert lengths.next(100, [0] * 7, match=12) == NextDraft(7, False)
+    assert lengths.next(5, [0, 0, 0], match=12) == NextDraft(3, False)  # no room for the next length
+
+
+def test_a_draft_whose_first_tokens_are_doubtful_is_verified_before_more_is_paid_for() -> None:
+    lengths = DraftLength(0.45, CHEAP)
+    for _ in range(40):
+        lengths.followed(3, is_right=False)
+    assert lengths.next(100, [3, 4, 5]) == NextDraft(3, False)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -137,16 +138,20 @@ def test_keys_and_values_of_accepted_tokens_are_full_depths(decoder: Decoder) ->
 
 def test_every_token_is_counted_once_and_a_run_repeats(decoder: Decoder) -> None:
     first, second = (run(make_engine(decoder), request("a", max_new_tokens=50))["a"] for _ in range(2))
-    counts = [(d.num_drafted, d.num_accepted, d.num_verifications) for d in (drafts(first), drafts(second))]
-    assert counts[0] == counts[1]
-    num_drafted, num_accepted, num_verifications = counts[0]
+    counts, again = (
+        msgspec.structs.replace(drafts(events), draft_ns=0, verification_ns=0) for events in (first, second)
+    )
+    assert counts == again
+    num_drafted, num_accepted, num_verifications = counts.num_drafted, counts.num_accepted, counts.num_verifications
+    num_from_text = counts.num_drafted_from_text
     depth = finished(first).depth
     assert len(tokens(first)) == finished(first).num_output_tokens == depth.num_decode_tokens + 1 == 50
     assert 0 < num_accepted < num_drafted
+    assert 0 < num_from_text < num_drafted
     assert num_accepted + num_verifications <= 49
-    # Every drafted token ran once, and again with the token before it when it was verified.
+    # Every token that the model drafted ran once, and every draft with the token before it when it was verified.
     num_plain = 49 - num_accepted - num_verifications
-    assert sum(depth.action_counts.values()) == 6 * (2 * num_drafted + num_verifications + num_plain)
+    assert sum(depth.action_counts.values()) == 6 * (2 * num_drafted - num_from_text + num_verifications + num_plain)
 
 
 def test_actions_and_logprobs_are_full_depths(decoder: Decoder) -> None:
@@ -196,12 +201,11 @@ def test_a_request_can_be_cancelled_or_stopped_inside_a_draft(decoder: Decoder) 
     for ends in ("cancel", "stop"):
         engine = make_engine(decoder, verification_costs={7: 0.1})
         engine.submit(request("a", max_new_tokens=60, skip=replace(EXACT, compute_budget=0.6)))
-        for _ in range(4):
-            engine.step()
+        engine.step()
         sequence = engine._running["a"]
         assert sequence.speculation is not None
-        assert sequence.is_drafting
-        assert sequence.speculation.token_ids
+        while not (sequence.is_drafting and sequence.speculation.token_ids):
+            engine.step()
         if ends == "cancel":
             engine.cancel("a")
         else:
@@ -212,13 +216,14 @@ def test_a_request_can_be_cancelled_or_stopped_inside_a_draft(decoder: Decoder) 
         assert engine.num_reserved_cache_tokens == 0
 
 
-def test_a_policy_whose_draft_is_full_depth_drafts_nothing(decoder: Decoder) -> None:
+def test_a_policy_whose_draft_is_full_depth_leaves_drafting_to_the_text(decoder: Decoder) -> None:
     skip = replace(EXACT, compute_budget=1.0)
     engine = make_engine(decoder, verification_costs=USUAL_VERIFICATION_COSTS)
     events = run(engine, request("a", skip=skip))["a"]
     assert tokens(events) == tokens(run(make_engine(decoder), request("a", skip=FULL))["a"])
-    assert drafts(events).num_drafted == 0
-    assert finished(events).depth.mean_cost == pytest.approx(1)
+    counts = drafts(events)
+    assert counts.num_drafted == counts.num_drafted_from_text
+    assert counts.draft_ns == 0
 
 
 def test_drafts_are_no_longer_than_asked(decoder: Decoder) -> None:

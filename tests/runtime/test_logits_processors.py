@@ -11,6 +11,7 @@ from dash_runtime.config import SamplingParameters
 from dash_runtime.engine.logits_processors import LogitBias, OccurrencePenalty, RepetitionPenalty, make_processors
 from dash_runtime.engine.sampling import Sampler
 from dash_runtime.engine.speculative import Speculation
+from dash_runtime.engine.text_drafts import TextDrafts
 from dash_runtime.policy.draft_length import DraftLength
 
 VOCAB_SIZE = 12
@@ -114,7 +115,9 @@ def test_a_token_mask_is_one_more_processor(parameters: SamplingParameters) -> N
 def test_a_token_mask_is_rolled_back_with_rejected_drafts(temperature: float, likeness: float) -> None:
     mask = Ascending()
     parameters = SamplingParameters(temperature=temperature, seed=3)
-    speculation = Speculation(Sampler(parameters, [], [mask]), DraftLength(0.1, {DRAFT_LENGTH: 0.1}))
+    speculation = Speculation(
+        Sampler(parameters, [], [mask]), DraftLength(0.1, {DRAFT_LENGTH: 0.1}), TextDrafts([], 200)
+    )
     output: list[int] = []
     while len(output) < 100:
         speculation.begin(1000)
@@ -126,10 +129,11 @@ def test_a_token_mask_is_rolled_back_with_rejected_drafts(temperature: float, li
         output += speculation.verify(full)
         assert mask.accepted == output
     assert ascends(output)
+    counts = speculation.statistics()
     if likeness == 1:
-        assert speculation.num_accepted == speculation.num_drafted
+        assert counts.num_accepted == counts.num_drafted
     else:
-        assert speculation.num_accepted < speculation.num_drafted
+        assert counts.num_accepted < counts.num_drafted
     if temperature == 0:
         direct = Sampler(parameters, [], [Ascending()])
         assert output == [direct.sample(some_logits(place)) for place in range(len(output))]

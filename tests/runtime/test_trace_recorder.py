@@ -170,23 +170,28 @@ def test_exact_records_drafts_and_what_their_verifications_accepted(decoder: Dec
     recorded = recorded_of(finished(events))
     output = [recorded.first_token_id]
     drafted: list[int] = []
+    num_from_text = 0
     for step in recorded.steps:
         if step.kind is StepKind.DRAFT:
             drafted += step.token_ids
             assert len(step.actions) == 6
             continue
         if step.kind is StepKind.VERIFICATION:
-            assert drafted
             assert step.accepted_token_count is not None
+            assert step.text_token_count is not None
+            assert step.text_token_count + len(drafted) > 0
+            assert step.accepted_token_count <= step.text_token_count + len(drafted)
             accepted = drafted[: step.accepted_token_count]
-            assert step.token_ids[: step.accepted_token_count] == accepted
+            assert step.token_ids[: len(accepted)] == accepted
+            num_from_text += step.text_token_count
             drafted = []
         output += step.token_ids
     assert output == tokens(events)
     speculation = finished(events).speculation
     assert speculation is not None
     kinds = [step.kind for step in recorded.steps]
-    assert kinds.count(StepKind.DRAFT) == speculation.num_drafted > 0
+    assert num_from_text == speculation.num_drafted_from_text > 0
+    assert kinds.count(StepKind.DRAFT) == speculation.num_drafted - num_from_text > 0
     assert kinds.count(StepKind.VERIFICATION) == speculation.num_verifications
     assert sum(step.accepted_token_count or 0 for step in recorded.steps) == speculation.num_accepted
 

@@ -147,18 +147,21 @@ def test_drafts_are_counted_as_drafted_and_as_accepted() -> None:
     record = RequestRecord("id", "Generate", None, prepared=PreparedRequest(request, (), frozenset()))
     record.granted = SlotGranted("id", "draft", None, 0.0)
     depth = DepthStatistics(19, {}, [], total_cost=0.6 * 19, exposed_ns=0)
-    speculation = SpeculationStatistics(12, 9, 4, 100_000_000, 200_000_000)
+    speculation = SpeculationStatistics(12, 5, 4, [0, 2, 0, 1, 1], 100_000_000, 200_000_000)
     record.finished = SequenceFinished("id", EndReason.LENGTH, 20, 0, 1, depth, speculation)
     record.ended_unix_ns = record.started_unix_ns + 10**9
     metrics.observe(record)
     points = {
-        (metric.name, *point.attributes.values()): point.value
+        (metric.name, *point.attributes.values()): getattr(point, "value", None) or point.sum
         for metric in reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics
-        if metric.name in ("dash.drafts", "dash.spans.dropped")
+        if metric.name in ("dash.drafts", "dash.draft.accepted_length", "dash.spans.dropped")
         for point in metric.data.data_points
     }
     assert points == {
-        ("dash.drafts", "drafted"): 12,
-        ("dash.drafts", "accepted"): 9,
+        ("dash.drafts", "model", "drafted"): 7,
+        ("dash.drafts", "model", "accepted"): 5,
+        ("dash.drafts", "text", "drafted"): 5,
+        ("dash.drafts", "text", "accepted"): 4,
+        ("dash.draft.accepted_length",): 9,
         ("dash.spans.dropped",): 7,
     }

@@ -45,13 +45,14 @@ def step(kind: StepKind, place: int, **changes: Any) -> TraceStep:
     return TraceStep(**(fields | changes))
 
 
-def verification(place: int, token_ids: list[int], num_accepted: int) -> TraceStep:
+def verification(place: int, token_ids: list[int], num_accepted: int, num_from_text: int = 0) -> TraceStep:
     return TraceStep(
         StepKind.VERIFICATION,
         token_ids,
         START + (place + 2) * MILLISECOND,
         MILLISECOND,
         accepted_token_count=num_accepted,
+        text_token_count=num_from_text,
     )
 
 
@@ -163,6 +164,14 @@ def test_a_draft_that_ends_the_output_early_is_put_out_only_so_far() -> None:
     spans = spans_of(recorded([*drafts(0, 3), verification(3, [0], 2)]))
     drafted = ["draft > drafted token", *["drafted token > decision"] * 2]
     assert tree(spans) == ["token", "draft", "token", *DECIDED, *drafted, *REJECTED, "draft > verification"]
+
+
+def test_a_draft_from_the_text_has_a_verification_and_no_steps() -> None:
+    spans = spans_of(recorded([verification(3, [0, 1, 2], 2, num_from_text=2)]))
+    assert tree(spans) == ["token", "draft", "draft > verification", "token", "token", "token"]
+    (draft,) = attributes(spans, "draft")
+    counts = {"dash.draft.drafted": 2, "dash.draft.from_text": 2, "dash.draft.accepted": 2}
+    assert draft == {"dash.draft.verified": True} | counts
 
 
 def test_a_draft_that_was_never_verified_says_so() -> None:

@@ -57,7 +57,8 @@ def summary(generation: Generation) -> str:
         parts.append(f"layers per token: {', '.join(layers)}")
     if drafts := usage.speculation:
         parts.append(
-            f"{drafts.drafted_token_count} drafted, {drafts.accepted_token_count} accepted "
+            f"{drafts.drafted_token_count} drafted ({drafts.text_drafted_token_count} from the text), "
+            f"{drafts.accepted_token_count} accepted "
             f"in {drafts.verification_count} verifications"
         )
     if depth.mean_cost is not None:

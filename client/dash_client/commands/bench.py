@@ -13,6 +13,7 @@ from typing import Any
 from dash_client.aio import AsyncDashClient
 from dash_client.commands.bench_figures import (
     BAR_CHARACTERS,
+    Drafts,
     Figures,
     Percentiles,
     Sample,
@@ -93,17 +94,20 @@ async def _send_one_after_another(client: AsyncDashClient, load: _Load) -> None:
 
 async def _measure(client: AsyncDashClient, load: _Load) -> Sample:
     arrivals: list[tuple[float, int]] = []
-    error = None
+    error, drafts = None, None
     sent = time.perf_counter()
     try:
         async with client.stream(load.prompt, **load.options) as stream:
             async for delta in stream:
                 if delta.token_ids:
                     arrivals.append((time.perf_counter(), len(delta.token_ids)))
+            ended = time.perf_counter()
+            drafts = (await stream.final()).usage.speculation
     except DashError as failure:
         load.last_error = failure
+        ended = time.perf_counter()
         error = failure.code if failure.reason in (None, failure.code) else f"{failure.code} ({failure.reason})"
-    return Sample(sent, time.perf_counter(), tuple(arrivals), error)
+    return Sample(sent, ended, tuple(arrivals), error, drafts)
 
 
 def _print(result: Figures, load: _Load, arguments: argparse.Namespace) -> None:
@@ -121,6 +125,8 @@ def _print(result: Figures, load: _Load, arguments: argparse.Namespace) -> None:
     _print_row("tokens/s per stream", result.stream_tokens_per_second, 1)
     _print_row("first token, ms", result.time_to_first_token_seconds, 1000)
     _print_row("between tokens, ms", result.inter_token_seconds, 1000)
+    if (drafts := result.drafts) is not None:
+        _print_drafts(drafts)
     complete = [sample for sample in load.samples if sample.error is None]
     unicode = can_show(BAR_CHARACTERS + "…", sys.stdout)
     for title, values in (
@@ -130,6 +136,15 @@ def _print(result: Figures, load: _Load, arguments: argparse.Namespace) -> None:
         if values:
             print(f"\n{title}, {len(values)} measured")
             print("\n".join(histogram(values, unicode=unicode)))
+
+
+def _print_drafts(drafts: Drafts) -> None:
+    print(
+        f"drafted              {drafts.drafted_token_count}, {drafts.accepted_token_count} accepted; of these from the "
+        f"text {drafts.text_drafted_token_count}, {drafts.text_accepted_token_count} accepted"
+    )
+    by_length = ", ".join(f"{length}: {count}" for length, count in enumerate(drafts.accepted_length_counts) if count)
+    print(f"accepted at a time   {by_length}")
 
 
 def _print_row(name: str, values: Percentiles | None, factor: float) -> None:

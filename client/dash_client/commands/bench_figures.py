@@ -4,6 +4,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+
+from dash_client.types import SpeculationUsage
 
 _ROWS = 8
 _BAR_WIDTH = 40
@@ -21,6 +24,8 @@ class Sample:
     """For each message with tokens: its time, and its number of tokens."""
     error: str | None
     """The kind of error that ended it, or None for a complete answer."""
+    drafts: SpeculationUsage | None = None
+    """Of a complete answer in mode "exact"."""
 
     @property
     def token_count(self) -> int:
@@ -34,6 +39,19 @@ class Percentiles:
     p50: float
     p90: float
     p99: float
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """The drafts of all complete answers in mode "exact"."""
+
+    drafted_token_count: int
+    accepted_token_count: int
+    text_drafted_token_count: int
+    """The part of the drafted tokens that came from the text itself."""
+    text_accepted_token_count: int
+    accepted_length_counts: tuple[int, ...]
+    """For each number of accepted tokens, from 0 on, the number of drafts of which so many were accepted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +72,8 @@ class Figures:
     """From sending the request; includes the wait in the server's queue."""
     inter_token_seconds: Percentiles | None
     """Between two tokens of a stream. A message with n tokens counts as n equal intervals."""
+    drafts: Drafts | None
+    """None if no answer drafted."""
 
 
 def figures(samples: Sequence[Sample]) -> Figures:
@@ -70,6 +90,20 @@ def figures(samples: Sequence[Sample]) -> Figures:
         stream_tokens_per_second=percentiles(stream_rates(complete)),
         time_to_first_token_seconds=percentiles(first_token_times(complete)),
         inter_token_seconds=percentiles(inter_token_times(complete)),
+        drafts=_drafts([sample.drafts for sample in complete if sample.drafts is not None]),
+    )
+
+
+def _drafts(drafts: Sequence[SpeculationUsage]) -> Drafts | None:
+    if not any(own.drafted_token_count for own in drafts):
+        return None
+    lengths = zip_longest(*(own.accepted_length_counts for own in drafts), fillvalue=0)
+    return Drafts(
+        sum(own.drafted_token_count for own in drafts),
+        sum(own.accepted_token_count for own in drafts),
+        sum(own.text_drafted_token_count for own in drafts),
+        sum(own.text_accepted_token_count for own in drafts),
+        tuple(map(sum, lengths)),
     )
 
 

@@ -68,6 +68,7 @@ def _step(step: model_pb2.RecordedStep, layer_count: int, score_actions: Sequenc
         duration_ns=step.duration_nanos,
         layers=() if kind is StepKind.VERIFICATION else _layers(step, layer_count, score_actions),
         accepted_token_count=step.accepted_token_count if step.HasField("accepted_token_count") else None,
+        text_token_count=step.text_token_count if step.HasField("text_token_count") else None,
     )
 
 
@@ -148,4 +149,5 @@ def _step_message(step: RecordedStep, score_actions: Sequence[Action]) -> model_
         else [],
         cost_spent=[layer.cost_spent for layer in layers if layer.cost_spent is not None],
         accepted_token_count=step.accepted_token_count,
+        text_token_count=step.text_token_count,
     )

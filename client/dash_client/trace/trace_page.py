@@ -149,8 +149,8 @@ def _grid(decisions: RecordedDecisions, groups: list[StepGroup], is_exact: bool)
 
 def _group_header(group: StepGroup) -> str:
     text = ""
-    if group.drafted:
-        accepted = "not verified" if group.accepted is None else f"{group.accepted}/{group.drafted}"
+    if drafted := group.drafted + group.from_text:
+        accepted = "not verified" if group.accepted is None else f"{group.accepted}/{drafted}"
         text = f'<span title="accepted of the drafted tokens">{accepted}</span>'
     return f'<th scope="colgroup" colspan="{len(group.steps)}">{text}</th>'
 
@@ -214,6 +214,7 @@ def _step_data(step: RecordedStep, verdict: bool | None, position: int, decision
         "offset": step.start_unix_ns - decisions.steps[0].start_unix_ns,
         "duration": step.duration_ns,
         "accepted": step.accepted_token_count,
+        "fromText": step.text_token_count,
         "verdict": {True: "accepted", False: "rejected", None: None}[verdict],
         "layers": [_layer_data(layer) for layer in step.layers],
         "evaluations": [

@@ -24,12 +24,17 @@ class StepGroup:
         return sum(step.kind is StepKind.DRAFT for step in self.steps)
 
     @property
+    def from_text(self) -> int:
+        """The number of drafted tokens that came from the text, in no step of their own."""
+        return self.steps[-1].text_token_count or 0
+
+    @property
     def accepted(self) -> int | None:
-        """The number of accepted drafts. None if their verification was not recorded."""
+        """The number of accepted tokens of the draft. None if their verification was not recorded."""
         count = self.steps[-1].accepted_token_count
         if self.steps[-1].kind is not StepKind.VERIFICATION or count is None:
             return None
-        return min(count, self.drafted)
+        return min(count, self.drafted + self.from_text)
 
     def verdicts(self) -> Iterator[bool | None]:
         """Yields for each step True if it is an accepted draft, False if a rejected one, else None."""

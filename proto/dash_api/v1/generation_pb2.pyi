@@ -217,20 +217,26 @@ class Usage(_message.Message):
     def __init__(self, prompt_token_count: _Optional[int] = ..., output_token_count: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., prefill_seconds: _Optional[float] = ..., decode_seconds: _Optional[float] = ..., speculation: _Optional[_Union[SpeculationUsage, _Mapping]] = ..., cached_prompt_token_count: _Optional[int] = ...) -> None: ...
 
 class SpeculationUsage(_message.Message):
-    __slots__ = ("drafted_token_count", "accepted_token_count", "wasted_token_count", "verification_count", "draft_seconds", "verification_seconds")
+    __slots__ = ("drafted_token_count", "accepted_token_count", "wasted_token_count", "verification_count", "draft_seconds", "verification_seconds", "text_drafted_token_count", "text_accepted_token_count", "accepted_length_counts")
     DRAFTED_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     WASTED_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     VERIFICATION_COUNT_FIELD_NUMBER: _ClassVar[int]
     DRAFT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     VERIFICATION_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_DRAFTED_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    TEXT_ACCEPTED_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_LENGTH_COUNTS_FIELD_NUMBER: _ClassVar[int]
     drafted_token_count: int
     accepted_token_count: int
     wasted_token_count: int
     verification_count: int
     draft_seconds: float
     verification_seconds: float
-    def __init__(self, drafted_token_count: _Optional[int] = ..., accepted_token_count: _Optional[int] = ..., wasted_token_count: _Optional[int] = ..., verification_count: _Optional[int] = ..., draft_seconds: _Optional[float] = ..., verification_seconds: _Optional[float] = ...) -> None: ...
+    text_drafted_token_count: int
+    text_accepted_token_count: int
+    accepted_length_counts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, drafted_token_count: _Optional[int] = ..., accepted_token_count: _Optional[int] = ..., wasted_token_count: _Optional[int] = ..., verification_count: _Optional[int] = ..., draft_seconds: _Optional[float] = ..., verification_seconds: _Optional[float] = ..., text_drafted_token_count: _Optional[int] = ..., text_accepted_token_count: _Optional[int] = ..., accepted_length_counts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DepthStatistics(_message.Message):
     __slots__ = ("decode_token_count", "action_counts", "mean_cost", "exposed_policy_seconds")

@@ -144,7 +144,7 @@ class GetDecisionsResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., policy: _Optional[str] = ..., mode: _Optional[_Union[_common_pb2.Mode, str]] = ..., compute_budget: _Optional[float] = ..., price_of_compute: _Optional[float] = ..., layer_count: _Optional[int] = ..., pinned_layers: _Optional[_Iterable[int]] = ..., score_actions: _Optional[_Iterable[_Union[_common_pb2.Action, str]]] = ..., steps: _Optional[_Iterable[_Union[RecordedStep, _Mapping]]] = ..., unrecorded_step_count: _Optional[int] = ...) -> None: ...
 
 class RecordedStep(_message.Message):
-    __slots__ = ("kind", "token_ids", "start_unix_nanos", "duration_nanos", "actions", "layer_start_nanos", "layer_end_nanos", "decision_start_nanos", "decision_end_nanos", "exposed_nanos", "scores", "cost_spent", "accepted_token_count")
+    __slots__ = ("kind", "token_ids", "start_unix_nanos", "duration_nanos", "actions", "layer_start_nanos", "layer_end_nanos", "decision_start_nanos", "decision_end_nanos", "exposed_nanos", "scores", "cost_spent", "accepted_token_count", "text_token_count")
     KIND_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     START_UNIX_NANOS_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +158,7 @@ class RecordedStep(_message.Message):
     SCORES_FIELD_NUMBER: _ClassVar[int]
     COST_SPENT_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    TEXT_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     kind: StepKind
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     start_unix_nanos: int
@@ -171,4 +172,5 @@ class RecordedStep(_message.Message):
     scores: _containers.RepeatedScalarFieldContainer[float]
     cost_spent: _containers.RepeatedScalarFieldContainer[float]
     accepted_token_count: int
-    def __init__(self, kind: _Optional[_Union[StepKind, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., start_unix_nanos: _Optional[int] = ..., duration_nanos: _Optional[int] = ..., actions: _Optional[bytes] = ..., layer_start_nanos: _Optional[_Iterable[int]] = ..., layer_end_nanos: _Optional[_Iterable[int]] = ..., decision_start_nanos: _Optional[_Iterable[int]] = ..., decision_end_nanos: _Optional[_Iterable[int]] = ..., exposed_nanos: _Optional[_Iterable[int]] = ..., scores: _Optional[_Iterable[float]] = ..., cost_spent: _Optional[_Iterable[float]] = ..., accepted_token_count: _Optional[int] = ...) -> None: ...
+    text_token_count: int
+    def __init__(self, kind: _Optional[_Union[StepKind, str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., start_unix_nanos: _Optional[int] = ..., duration_nanos: _Optional[int] = ..., actions: _Optional[bytes] = ..., layer_start_nanos: _Optional[_Iterable[int]] = ..., layer_end_nanos: _Optional[_Iterable[int]] = ..., decision_start_nanos: _Optional[_Iterable[int]] = ..., decision_end_nanos: _Optional[_Iterable[int]] = ..., exposed_nanos: _Optional[_Iterable[int]] = ..., scores: _Optional[_Iterable[float]] = ..., cost_spent: _Optional[_Iterable[float]] = ..., accepted_token_count: _Optional[int] = ..., text_token_count: _Optional[int] = ...) -> None: ...

@@ -135,6 +135,8 @@ def _outcome(record: RequestRecord) -> Attributes:
             attributes |= {
                 "dash.drafted_tokens": speculation.num_drafted,
                 "dash.accepted_tokens": speculation.num_accepted,
+                "dash.drafted_tokens.from_text": speculation.num_drafted_from_text,
+                "dash.accepted_tokens.from_text": speculation.num_accepted_from_text,
                 "dash.verifications": speculation.num_verifications,
             }
     return attributes

@@ -10,6 +10,7 @@ import grpc
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
 from dash_runtime.actions import Action
+from dash_runtime.events import SpeculationStatistics
 from dash_server.admission import Admission
 from dash_server.dispatcher import Dispatcher
 from dash_server.request_record import PROVIDER_NAME, RequestRecord
@@ -20,6 +21,7 @@ _DURATION_BOUNDARIES = [0.01 * 2**exponent for exponent in range(14)]
 _FIRST_TOKEN_BOUNDARIES = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10]
 _OUTPUT_TOKEN_BOUNDARIES = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5]
 _COST_BOUNDARIES = [0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1, 1.25]
+_ACCEPTED_LENGTH_BOUNDARIES = [0, 1, 2, 3, 4, 5, 6, 7, 11, 14]
 _EXPOSED_BOUNDARIES = [0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01]
 
 Attributes = dict[str, str | int]
@@ -86,7 +88,13 @@ class Metrics:
             "Tokens of requests that had a slot; cached_input is the part of input found in the prefix cache",
         )
         self._drafts = meter.create_counter("dash.drafts", "{token}", "Tokens drafted and accepted in mode EXACT")
-        self._add_drafts(0, 0)  # so that the series start at zero
+        self._accepted_length = meter.create_histogram(
+            "dash.draft.accepted_length",
+            "{token}",
+            "Accepted tokens of each draft in mode EXACT",
+            explicit_bucket_boundaries_advisory=_ACCEPTED_LENGTH_BOUNDARIES,
+        )
+        self._add_drafts(SpeculationStatistics(0, 0, 0, [], 0, 0))  # so that the series start at zero
         meter.create_observable_counter(
             "dash.actions", [self._observe_actions], "{layer}", "Layers run for decode tokens, by layer and action"
         )
@@ -117,7 +125,7 @@ class Metrics:
             self._exposed.record(finished.depth.mean_exposed_seconds, mode)
         self._add_actions(finished.depth.layer_action_counts)
         if finished.speculation is not None:
-            self._add_drafts(finished.speculation.num_drafted, finished.speculation.num_accepted)
+            self._add_drafts(finished.speculation)
 
     def _attributes(self, record: RequestRecord) -> Attributes:
         attributes: Attributes = {
@@ -130,9 +138,18 @@ class Metrics:
             attributes["dash.mode"] = record.prepared.request.skip.mode.value
         return attributes
 
-    def _add_drafts(self, num_drafted: int, num_accepted: int) -> None:
-        self._drafts.add(num_drafted, {"dash.draft.state": "drafted"})
-        self._drafts.add(num_accepted, {"dash.draft.state": "accepted"})
+    def _add_drafts(self, drafts: SpeculationStatistics) -> None:
+        drafted, accepted = drafts.num_drafted_from_text, drafts.num_accepted_from_text
+        by_source = {
+            "text": (drafted, accepted),
+            "model": (drafts.num_drafted - drafted, drafts.num_accepted - accepted),
+        }
+        for source, counts in by_source.items():
+            for state, count in zip(("drafted", "accepted"), counts, strict=True):
+                self._drafts.add(count, {"dash.draft.source": source, "dash.draft.state": state})
+        for length, count in enumerate(drafts.accepted_lengths):
+            for _ in range(count):
+                self._accepted_length.record(length)
 
     def _add_actions(self, counts_by_layer: list[list[int]]) -> None:
         if len(self._actions) < len(counts_by_layer):

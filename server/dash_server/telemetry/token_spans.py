@@ -47,7 +47,13 @@ class _Group:
         return self.last is not None and self.last.kind is StepKind.DECODE
 
     @property
+    def num_from_text(self) -> int:
+        """Tokens of the draft that no step made."""
+        return 0 if self.last is None else self.last.text_token_count or 0
+
+    @property
     def num_accepted(self) -> int:
+        """Accepted tokens that steps made."""
         return 0 if self.last is None else min(self.last.accepted_token_count or 0, len(self.drafted))
 
     @property
@@ -128,10 +134,11 @@ class TokenSpans:
         verification = group.last
         attributes: Attributes = {
             "dash.draft.verified": verification is not None,
-            "dash.draft.drafted": len(group.drafted),
+            "dash.draft.drafted": len(group.drafted) + group.num_from_text,
         }
         if verification is not None:
-            attributes["dash.draft.accepted"] = group.num_accepted
+            attributes["dash.draft.from_text"] = group.num_from_text
+            attributes["dash.draft.accepted"] = verification.accepted_token_count or 0
         start, end = group.steps[0].start_unix_ns, _end(group.steps[-1])
         span, draft = tree.span("draft", generation, start, end, attributes)
         yield span

@@ -31,6 +31,7 @@
         ["place in the output", step.position],
         ["tokens put out", step.tokens.join(", ")],
         ["drafts accepted", step.accepted ?? "unknown"],
+        ["drafted from the text", step.fromText ?? "unknown"],
         ["took", micros(step.duration)],
       ];
     }
