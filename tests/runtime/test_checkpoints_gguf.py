@@ -165,7 +165,7 @@ def test_linear_scaling_is_kept(llama: Path, tmp_path: Path) -> None:
         ({"llama.rope.dimension_count": 8}, "partial rotary"),
         ({"llama.attention.value_length": 8}, "keys and values of different sizes"),
         ({"llama.attention.sliding_window": 64}, "sliding window"),
-        ({"tokenizer.ggml.model": "llama"}, "'llama' tokenizer"),
+        ({"tokenizer.ggml.model": "t5"}, "'t5' tokenizer"),
         ({"tokenizer.ggml.pre": "deepseek-llm"}, "pre-tokenizer 'deepseek-llm'"),
     ],
 )
