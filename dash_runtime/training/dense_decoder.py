@@ -1,8 +1,7 @@
 """The frozen model for whole batches of text: plain differentiable operations, with rounded matrices as dense ones.
 
-It computes what the serving decoder computes (a test holds the two together), only much faster for many rows: the
-kernels of INT8 and INT4 unpack their weights for every row. Used to learn; whatever is reported ran in the serving
-decoder. Knows weights and actions; knows no policy, no prices and no optimiser.
+It computes what the serving decoder computes (a test holds the two together), with a gradient, and faster: its rounded
+matrices need no unpacking. Used to learn; whatever is reported ran in the serving decoder. Knows weights and actions; knows no policy, no prices and no optimiser.
 """
 
 from collections.abc import Callable, Mapping, Sequence
