@@ -1,7 +1,8 @@
 """The frozen model for whole batches of text: plain differentiable operations, with rounded matrices as dense ones.
 
 It computes what the serving decoder computes (a test holds the two together), with a gradient, and faster: its rounded
-matrices need no unpacking. Used to learn; whatever is reported ran in the serving decoder. Knows weights and actions; knows no policy, no prices and no optimiser.
+matrices need no unpacking. Used to learn; whatever is reported ran in the serving decoder. Knows weights and actions;
+knows no policy, no prices and no optimiser.
 """
 
 from collections.abc import Callable, Mapping, Sequence
