@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         "--lookahead", type=_positive, default=1, help="layers between a decision and the state it sees (default 1)"
     )
     training.add_argument("--rank", type=_positive, default=96, help="of the compensation (default 96)")
-    training.add_argument("--compensation", type=Path, help="file to start from, as fit leaves it")
+    training.add_argument("--compensation", type=Path, help="to start from: a file of fit, or a policy")
     training.add_argument("--drafter", action="store_true", help="a policy that drafts, for mode EXACT")
     training.add_argument(
         "--pinned-action", choices=("int4", "int8", "full"), default="full", help="of pinned layers (default full)"
@@ -136,7 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     search = subparsers.add_parser("search", parents=[common], help="find the best fixed plans at each cost")
     search.add_argument("--sequences", type=_positive, default=16, help="text to search on (default 16)")
     search.add_argument("--head", choices=heads, help="only plans with this precision of the head")
-    search.add_argument("--compensation", type=Path, help="of skipped layers, as fit leaves it; default: affine")
+    search.add_argument(
+        "--compensation", type=Path, help="of skipped layers: a file of fit, or a policy; default: affine"
+    )
     search.add_argument("--costs", type=Path, help="a cost table as .json; default: measured here, uncompiled")
     search.add_argument("--json", type=Path, help="write the plans and the cost table there")
     search.set_defaults(run=run_search)

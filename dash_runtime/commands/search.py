@@ -13,9 +13,9 @@ from dash_runtime.checkpoints import tokenizer_file
 from dash_runtime.commands.cost_files import read_costs
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.compensation import Compensation, LowRank, packed
-from dash_runtime.policy.compensation_file import load_compensation
 from dash_runtime.policy.fixed_plans import not_dominated
 from dash_runtime.policy.plan_spec import PlanSpec
+from dash_runtime.policy.policy_file import load_compensation_of
 from dash_runtime.rollout.task import Task
 from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.startup.fit_compensation import NUM_SEQUENCES, fit_compensation
@@ -36,7 +36,7 @@ def run_search(options: argparse.Namespace) -> None:
         # Text that the plans are not searched on, if there is enough.
         compensation: Compensation = fit_compensation(decoder, sequences[-NUM_SEQUENCES:]).affine
     else:
-        compensation = load_compensation(
+        compensation = load_compensation_of(
             options.compensation, model.config, model.fingerprint, dtype=torch.bfloat16, device=model.device
         )
         if isinstance(compensation, LowRank):

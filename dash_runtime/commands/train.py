@@ -18,11 +18,11 @@ from dash_runtime.errors import ConfigError
 from dash_runtime.evaluation.plots import has_matplotlib, plot_curve
 from dash_runtime.layers.compensation import Compensation, CompensationKind, Identity, LowRank, packed, unpacked
 from dash_runtime.policy.budgets import BudgetCalibration
-from dash_runtime.policy.compensation_file import load_compensation, save_compensation
+from dash_runtime.policy.compensation_file import save_compensation
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
-from dash_runtime.policy.policy_file import save_policy
+from dash_runtime.policy.policy_file import load_compensation_of, save_policy
 from dash_runtime.rollout.task import Task
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.startup.process_memory import keep_freed_memory
@@ -71,7 +71,7 @@ def run_train(options: argparse.Namespace) -> None:
         f"{len(training)} sequences to train on, {len(held_out)} to calibrate on; compensation of rank {options.rank}"
     )
     if options.compensation is not None:
-        start = load_compensation(
+        start = load_compensation_of(
             options.compensation, model.config, model.fingerprint, dtype=torch.bfloat16, device=model.device
         )
         start = unpacked(start)

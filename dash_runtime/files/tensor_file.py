@@ -73,6 +73,15 @@ def load_tensors(path: Path, what: str, keys: Collection[str]) -> tuple[dict[str
     return tensors, metadata
 
 
+def has_metadata(path: Path, key: str) -> bool:
+    """Returns True if the file has this metadata; False too if it cannot be read, which `load_tensors` will say."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return key in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
 @contextlib.contextmanager
 def naming(path: Path, what: str) -> Iterator[None]:
     """Adds the file's name to any error that its contents lead to within the context.

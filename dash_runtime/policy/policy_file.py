@@ -14,10 +14,11 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.errors import PolicyFileError
 from dash_runtime.files.json_file import parse_json
-from dash_runtime.files.tensor_file import load_tensors, naming, save_tensors
+from dash_runtime.files.tensor_file import has_metadata, load_tensors, naming, save_tensors
 from dash_runtime.files.wording import quoted
+from dash_runtime.layers.compensation import Compensation
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.policy.compensation_file import restored, stored
+from dash_runtime.policy.compensation_file import load_compensation, restored, stored
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import is_same_model
 from dash_runtime.policy.network import PolicyNetwork
@@ -106,6 +107,19 @@ def load_policy(
             plans=facts.plans,
             is_drafter=facts.is_drafter,
         )
+
+
+def load_compensation_of(
+    path: Path, config: ModelConfig, fingerprint: str, *, dtype: torch.dtype, device: torch.device
+) -> Compensation:
+    """Reads the compensation of a policy's file, or of one that holds nothing else (`compensation_file.py`).
+
+    Raises:
+        PolicyFileError: the message names the file and the fault.
+    """
+    if has_metadata(path, _KEY):
+        return load_policy(path, config, fingerprint, dtype=dtype, device=device).compensation
+    return load_compensation(path, config, fingerprint, dtype=dtype, device=device)
 
 
 def _checked_network(tensors: Mapping[str, Tensor], facts: PolicyMetadata, config: ModelConfig) -> PolicyNetwork:

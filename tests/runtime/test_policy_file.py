@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config
 from dash_runtime.errors import PolicyFileError
+from dash_runtime.policy.compensation_file import save_compensation
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import State, Token
-from dash_runtime.policy.policy_file import find_policies, load_policy, save_policy
+from dash_runtime.policy.policy_file import find_policies, load_compensation_of, load_policy, save_policy
 from tests.runtime.support import CPU, load_decoder, some_affine, some_calibration, some_costs, some_network, some_plans
 from tests.tiny_models import HIDDEN_SIZE, NUM_LAYERS
 
@@ -293,3 +294,17 @@ def test_rows_are_read_by_name_and_need_no_name_in_the_first_order(
         rewrite(file, {"embedded_actions": damaged})
         with pytest.raises(PolicyFileError, match=r"tiny\.safetensors"):
             load(file, tiny_folder)
+
+
+def test_compensation_is_read_from_a_policy_as_from_a_file_of_its_own(
+    policy: LearnedPolicy, file: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "compensation.safetensors"
+    save_compensation(own, policy.compensation, FINGERPRINT)
+    config, expected = load_model_config(tiny_folder), policy.compensation.tensors()
+    for path in (file, own):
+        read = load_compensation_of(path, config, FINGERPRINT, dtype=torch.float32, device=CPU)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in read.tensors().items())
+    (tmp_path / "broken").write_bytes(b"neither")
+    with pytest.raises(PolicyFileError, match="broken cannot be read"):
+        load_compensation_of(tmp_path / "broken", config, FINGERPRINT, dtype=torch.float32, device=CPU)
