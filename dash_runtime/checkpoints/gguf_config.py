@@ -17,7 +17,7 @@ def gguf_family(gguf: GgufFile, families: Sequence[Family] = FAMILIES) -> Family
     """Returns the family that the file's `general.architecture` names.
 
     Raises:
-        UnsupportedArchitecture: no family has this name, or the file is a mixture of experts or split.
+        UnsupportedArchitecture: no family has this name, or the model is a mixture of experts.
     """
     name = gguf.require("general.architecture", str)
     known = dict.fromkeys(family.gguf_architecture for family in families if family.gguf_architecture is not None)
@@ -27,8 +27,6 @@ def gguf_family(gguf: GgufFile, families: Sequence[Family] = FAMILIES) -> Family
         )
     if gguf.get(f"{name}.expert_count", int):
         raise UnsupportedArchitecture(f"{gguf.path}: mixtures of experts are not supported.")
-    if (gguf.get("split.count", int) or 1) > 1:
-        raise UnsupportedArchitecture(f"{gguf.path} is one part of several; join them with llama-gguf-split.")
     family = next((own for own in families if own.gguf_architecture == name and own.is_in_gguf(gguf)), None)
     if family is None:
         raise UnsupportedArchitecture(f"{gguf.path}: a sliding window is not supported in {quoted(name)}.")

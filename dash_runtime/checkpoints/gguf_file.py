@@ -1,4 +1,4 @@
-"""Reads the header of a GGUF file and hands out its raw tensor bytes.
+"""Reads the header of a GGUF file, or of all files of a split one, and hands out its tensors.
 
 Every count, length and offset is checked against the file's size before it is used, so a damaged file ends in one
 `CorruptCheckpoint` and never in a hang or a numpy error. The `gguf` package's own reader trusts them, and makes a numpy
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from dash_runtime.checkpoints.gguf_shards import shard_paths
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.families.gguf_header import ScalarType
 from dash_runtime.files.atomic_file import require_regular_file
@@ -41,8 +42,10 @@ MetadataValue = Scalar | list[Scalar]
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """The place of one tensor in the file. `shape` is in torch's order: rows first."""
+    """The place of one tensor. `shape` is in torch's order: rows first."""
 
+    part: int
+    """The number of its file, from 0."""
     name: str
     type_number: int
     shape: tuple[int, ...]
@@ -51,24 +54,34 @@ class GgufTensor:
 
 
 class GgufFile:
-    """An open GGUF file: its metadata, and its tensors' descriptions by name.
+    """An open GGUF model: its metadata, and its tensors' descriptions by name.
+
+    Args:
+        path: its file, or any of its files if it was split.
 
     Raises:
-        CorruptCheckpoint: the file is not GGUF, is truncated or contradicts itself.
+        CorruptCheckpoint: a file is missing, is not GGUF, is truncated or contradicts itself.
         UnsupportedArchitecture: a version or byte order that is not supported.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            require_regular_file(path)
-            with path.open("rb") as file:
-                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:
-            raise CorruptCheckpoint(f"{path} is empty.") from None
-        except OSError as error:
-            raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}.") from None
-        self.metadata, self.tensors = _read_header(_Cursor(path, self._bytes))
+        self._paths = shard_paths(path)
+        self.path = self._paths[0]
+        self._bytes = [_mapped(own) for own in self._paths]
+        self.metadata: dict[str, MetadataValue] = {}
+        self.tensors: dict[str, GgufTensor] = {}
+        for part, (own_path, data) in enumerate(zip(self._paths, self._bytes, strict=True)):
+            cursor = _Cursor(own_path, data, part)
+            metadata, tensors = _read_header(cursor)
+            number, count = metadata.get("split.no", 0), metadata.get("split.count", 1) or 1
+            if (number, count) != (part, len(self._paths)):
+                own = f"part {quoted(number)} of {quoted(count)}"
+                named = f"part {part} of {len(self._paths)}"
+                raise cursor.corrupt(f"it says that it is {own}, counted from 0, and by its name it is {named}")
+            if tensors.keys() & self.tensors.keys():
+                raise cursor.corrupt("one of its tensors is in an earlier part, too")
+            self.metadata = self.metadata or metadata
+            self.tensors |= tensors
 
     def get(self, key: str, kind: type[ScalarType]) -> ScalarType | None:
         """Returns the scalar called `key`, or None if the file has none.
@@ -134,20 +147,21 @@ class GgufFile:
         from gguf.quants import dequantize
 
         kind = GGMLQuantizationType(tensor.type_number)
-        raw = np.frombuffer(self._bytes, np.uint8, tensor.size_bytes, tensor.offset_bytes)
+        path = self._paths[tensor.part]
+        raw = np.frombuffer(self._bytes[tensor.part], np.uint8, tensor.size_bytes, tensor.offset_bytes)
         rows = raw.reshape(math.prod(tensor.shape[:-1]), -1)  # [num_rows, row_bytes]
         try:
             with np.errstate(all="ignore"):  # the values that damaged scales give are refused below
                 values = dequantize(rows, kind)
         except NotImplementedError:
             raise UnsupportedArchitecture(
-                f"{self.path} stores {one_line(tensor.name)} as {kind.name}, which cannot be decoded; "
+                f"{path} stores {one_line(tensor.name)} as {kind.name}, which cannot be decoded; "
                 "use a file in F16, BF16, Q8_0, Q4_0, Q4_1 or a K-quant."
             ) from None
         # NaN compares as false, so this form refuses it too.
         if not (values.min() > -_MAX_VALUE and values.max() < _MAX_VALUE):
             raise CorruptCheckpoint(
-                f"{self.path} is damaged: its tensor {quoted(tensor.name)} holds a value that is not finite."
+                f"{path} is damaged: its tensor {quoted(tensor.name)} holds a value that is not finite."
             )
         return cast("np.ndarray", values.reshape(tensor.shape))
 
@@ -158,12 +172,24 @@ def short_decimal(value: float) -> float:
     return short if c_float(short).value == c_float(value).value else value
 
 
+def _mapped(path: Path) -> mmap.mmap:
+    try:
+        require_regular_file(path)
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError:
+        raise CorruptCheckpoint(f"{path} is empty.") from None
+    except OSError as error:
+        raise CorruptCheckpoint(f"{path} cannot be read: {error.strerror}.") from None
+
+
 @dataclass(slots=True)
 class _Cursor:
-    """A position in the file that refuses to pass its end."""
+    """A position in a file that refuses to pass its end."""
 
     path: Path
     data: mmap.mmap
+    part: int
     offset: int = 0
 
     def corrupt(self, reason: str) -> CorruptCheckpoint:
@@ -248,7 +274,7 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, MetadataValue], dict[str, G
             raise cursor.corrupt(f"its tensor {quoted(name)} is not where the one before it ends")
         if data_start + offset + size > len(cursor.data):
             raise cursor.corrupt(f"it ends before its tensor {quoted(name)} does")
-        tensors[name] = GgufTensor(name, type_number, shape, data_start + offset, size)
+        tensors[name] = GgufTensor(cursor.part, name, type_number, shape, data_start + offset, size)
         end = -(-(offset + size) // alignment) * alignment
     if len(tensors) != num_tensors:
         raise cursor.corrupt("two of its tensors have one name")

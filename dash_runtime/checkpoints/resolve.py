@@ -10,6 +10,7 @@ from pathlib import Path
 from dash_runtime.checkpoints.conversion_cache import ConversionSource, cached_conversion
 from dash_runtime.checkpoints.embedded import EMBEDDED_NAME, EMBEDDED_SHA256, embedded_gguf
 from dash_runtime.checkpoints.gguf_conversion import convert_gguf
+from dash_runtime.checkpoints.gguf_shards import model_name, shard_paths
 from dash_runtime.checkpoints.hf_folder import check_folder
 from dash_runtime.checkpoints.hub import download_snapshot, is_hub_id
 from dash_runtime.checkpoints.manifest import find_damage, read_manifest
@@ -29,7 +30,8 @@ def resolve_checkpoint(
     """Returns the Hugging Face folder of `model`, which is converted or downloaded if needed.
 
     Args:
-        model: `embedded`, a Hugging Face folder, a `.gguf` file, or a hub id (`organisation/name`).
+        model: `embedded`, a Hugging Face folder, a `.gguf` file (of a split model, any of its files), or a hub id
+            (`organisation/name`).
         revision: a branch, tag or commit of a hub id; None for the default.
         cache_folder: the folder of conversions; made when it is needed.
         progress: called with a sentence before every step that takes seconds.
@@ -74,12 +76,15 @@ def _checked_folder(folder: Path) -> Path:
 
 
 def _gguf_source(path: Path) -> ConversionSource:
-    """Identifies a user's file by path, size and time: hashing gigabytes at every start is too slow."""
-    if not path.is_file():
-        raise CheckpointNotFound(f"There is no file {path}.")
-    status = path.stat()
-    identity = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
-    return _source(path.stem, identity, lambda: path)
+    """Identifies a user's files by path, size and time: hashing gigabytes at every start is too slow."""
+    paths = shard_paths(path)
+    missing = next((own for own in paths if not own.is_file()), None)
+    if missing is not None:
+        parts = "" if len(paths) == 1 else f" The model is in {len(paths)} files, and needs all."
+        raise CheckpointNotFound(f"There is no file {missing}.{parts}")
+    statuses = [(own.resolve(), own.stat()) for own in paths]
+    identity = ":".join(f"{own}:{status.st_size}:{status.st_mtime_ns}" for own, status in statuses)
+    return _source(model_name(path), identity, lambda: paths[0])
 
 
 def _source(name: str, identity: str, locate: Callable[[], Path]) -> ConversionSource:

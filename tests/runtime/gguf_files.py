@@ -32,6 +32,7 @@ def write_gguf(
     metadata: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
     without: str = "",
+    most_tensors: int = 0,
 ) -> Path:
     """Writes the model of `folder` as GGUF.
 
@@ -39,13 +40,16 @@ def write_gguf(
         metadata: values (int, float, bool or text) to add to the converter's, or to replace them with.
         tensors: the same for tensors.
         without: the name of a tensor or value to leave out.
+        most_tensors: in one file. If there are more, the model is split as llama.cpp does it, and the first file's path
+            returned.
     """
     config = load_model_config(folder)
     values = _metadata(config, architecture) | _own_metadata(folder, config, architecture) | dict(metadata or {})
     arrays = _tensors(folder, config, architecture) | dict(tensors or {})
     values.pop(without, None)
     arrays.pop(without, None)
-    writer = GGUFWriter(path, arch=values.pop("general.architecture", architecture))
+    arch = values.pop("general.architecture", architecture)
+    writer = GGUFWriter(path, arch=arch, split_max_tensors=most_tensors)
     adders = {
         int: writer.add_uint32,
         float: writer.add_float32,
@@ -62,7 +66,7 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return sorted(path.parent.glob(f"{path.stem}-00001-of-*"))[0] if most_tensors else path
 
 
 def _metadata(config: ModelConfig, architecture: str) -> dict[str, Any]:

@@ -160,7 +160,6 @@ def test_linear_scaling_is_kept(llama: Path, tmp_path: Path) -> None:
             "'gemma4' is not supported; supported: llama, qwen2, qwen3, granite, s",
         ),
         ({"llama.expert_count": 8}, "mixtures of experts"),
-        ({"split.count": 2}, "one part of several"),
         ({"llama.rope.scaling.type": "other"}, "'other' is not supported; supported: none, linear, yarn, longrope"),
         ({"llama.rope.dimension_count": 8}, "partial rotary"),
         ({"llama.attention.value_length": 8}, "keys and values of different sizes"),
@@ -299,3 +298,43 @@ def test_a_damaged_converted_folder_is_refused_when_opened_by_its_own_path(llama
 def test_a_missing_gguf_file_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFound, match=r"no/such\.gguf"):
         resolve_checkpoint("no/such.gguf", None, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shards(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    first = write_gguf(tmp_path_factory.mktemp("split") / "llama.gguf", llama, most_tensors=6)
+    found = sorted(first.parent.iterdir())
+    assert len(found) > 2
+    return found
+
+
+def test_a_split_model_is_converted_like_a_whole_one_whichever_part_is_named(
+    llama_gguf: Path, shards: list[Path], tmp_path: Path
+) -> None:
+    whole, folders = converted(llama_gguf, tmp_path / "whole"), set()
+    for part in (shards[0], shards[-1]):
+        folder = resolve_checkpoint(str(part), None, tmp_path / "cache")
+        folders.add(folder)
+        assert folder.name.startswith("llama-")
+        assert "-of-" not in folder.name
+    (folder,) = folders
+    for file in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (folder / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_split_model_with_a_missing_or_a_wrong_part_is_refused_by_its_name(
+    shards: list[Path], tmp_path: Path
+) -> None:
+    copies = [tmp_path / own.name for own in shards]
+    for own, copy in zip(shards, copies, strict=True):
+        copy.write_bytes(own.read_bytes())
+    copies[1].write_bytes(shards[2].read_bytes())
+    with pytest.raises(CorruptCheckpoint, match=rf"{copies[1].name} .*part 2 of {len(shards)}, .* part 1 of"):
+        converted(copies[0], tmp_path / "wrong")
+    copies[1].unlink()
+    with pytest.raises(CheckpointNotFound, match=rf"no file .*{copies[1].name}.* in {len(shards)} files"):
+        resolve_checkpoint(str(copies[2]), None, tmp_path / "cache")
+    alone = tmp_path / "alone.gguf"
+    alone.write_bytes(shards[0].read_bytes())
+    with pytest.raises(CorruptCheckpoint, match=f"part 0 of {len(shards)}"):
+        converted(alone, tmp_path / "part")
