@@ -24,6 +24,7 @@ from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import EngineEvent, SequenceFinished, SpeculationStatistics, TokenProduced
 from dash_runtime.policy.catalog import USUAL_VERIFICATION_COSTS, PolicyCatalog
+from dash_runtime.policy.draft_length import LEAST_GAIN
 from dash_runtime.policy.fixed_plans import MeasuredPlan, named
 from tests.runtime.support import drain, finished, load_decoder, some_affine, tokens
 
@@ -56,10 +57,11 @@ def make_engine(
     decoder: Decoder,
     eos: frozenset[int] = frozenset(),
     verification_costs: Mapping[int, float] = NEARLY_FREE,
+    least_gain: float = LEAST_GAIN,
     **options: int,
 ) -> Engine:
     config = EngineConfig(**options)  # type: ignore[arg-type]
-    catalog = PolicyCatalog(COSTS, ACTIONS, some_affine(decoder), (), 0.8, verification_costs, plans=PLANS)
+    catalog = PolicyCatalog(COSTS, ACTIONS, some_affine(decoder), (), 0.8, verification_costs, least_gain, plans=PLANS)
     facts = ModelFacts(
         "tiny", "LlamaForCausalLM", 6, 260, 512, config.cache_tokens, config.num_slots, eos, ACTIONS,
         catalog.facts(), "CPU",
@@ -199,13 +201,16 @@ def test_the_context_can_be_filled_to_its_last_position(decoder: Decoder) -> Non
 
 def test_a_request_can_be_cancelled_or_stopped_inside_a_draft(decoder: Decoder) -> None:
     for ends in ("cancel", "stop"):
-        engine = make_engine(decoder, verification_costs={7: 0.1})
+        # A verification so dear that a draft begun is worth its full length.
+        engine = make_engine(decoder, verification_costs={7: 5.0}, least_gain=0)
         engine.submit(request("a", max_new_tokens=60, skip=replace(EXACT, compute_budget=0.6)))
         engine.step()
         sequence = engine._running["a"]
         assert sequence.speculation is not None
-        while not (sequence.is_drafting and sequence.speculation.token_ids):
+        for _ in range(3):
             engine.step()
+        assert sequence.is_drafting
+        assert sequence.speculation.token_ids
         if ends == "cancel":
             engine.cancel("a")
         else:
