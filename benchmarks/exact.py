@@ -69,11 +69,11 @@ def measure_exact(report: Report, setting: Setting, effort: Effort) -> None:
         name = f"transformers_prompt_lookup_{kind}vs_transformers"
         report.add_ratio(name, turns.speeds, "prompt_lookup", "transformers")
         turns.add_drafts()
+    drafter = setting.engine.facts.policy(None, Mode.EXACT).name
     report.note(
         f"exact: {len(prompts.exact)} prompts, exact_copy: {len(prompts.copying)} whose answers repeat much of the "
         f"prompt (benchmarks/exact_prompts.py), greedy, {effort.num_tokens} new tokens, or as many as the answer that "
-        "copies has, bf16, one stream; drafts from "
-        f"the text and by {setting.engine.facts.policy(None, Mode.EXACT).name}; spreads are over the prompts. The "
+        f"copies has, bf16, one stream; drafts from the text and by {drafter}; spreads are over the prompts. The "
         "embedded model's file is 4-bit, which flatters a drafter in INT4: exact_skip_only drafts without"
     )
     report.note(

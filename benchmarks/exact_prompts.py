@@ -1,6 +1,7 @@
-"""The prompts for EXACT: conversations, arithmetic word problems and texts to continue, and requests to copy, whose
-answers repeat much of what they are given. None of them is among the
-prompts of the shipped policies' training text (`dash_runtime/training/prompts.txt`)."""
+"""The prompts for EXACT: conversations, arithmetic word problems, texts to continue, and requests to copy.
+
+None of them is among the prompts of the shipped policies' training text (`dash_runtime/training/prompts.txt`).
+"""
 
 CHATS = (
     "Why do leaves change their colour in autumn?",

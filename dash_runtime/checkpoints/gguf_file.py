@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from dash_runtime.checkpoints.gguf_shards import shard_paths
+from dash_runtime.checkpoints.gguf_shards import gguf_model
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.families.gguf_header import ScalarType
 from dash_runtime.files.atomic_file import require_regular_file
@@ -44,8 +44,7 @@ MetadataValue = Scalar | list[Scalar]
 class GgufTensor:
     """The place of one tensor. `shape` is in torch's order: rows first."""
 
-    part: int
-    """The number of its file, from 0."""
+    path: Path
     name: str
     type_number: int
     shape: tuple[int, ...]
@@ -65,18 +64,18 @@ class GgufFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._paths = shard_paths(path)
-        self.path = self._paths[0]
-        self._bytes = [_mapped(own) for own in self._paths]
+        paths = gguf_model(path).paths
+        self.path = paths[0]
+        self._bytes = {own: _mapped(own) for own in paths}
         self.metadata: dict[str, MetadataValue] = {}
         self.tensors: dict[str, GgufTensor] = {}
-        for part, (own_path, data) in enumerate(zip(self._paths, self._bytes, strict=True)):
-            cursor = _Cursor(own_path, data, part)
+        for part, (own_path, data) in enumerate(self._bytes.items()):
+            cursor = _Cursor(own_path, data)
             metadata, tensors = _read_header(cursor)
             number, count = metadata.get("split.no", 0), metadata.get("split.count", 1) or 1
-            if (number, count) != (part, len(self._paths)):
+            if (number, count) != (part, len(paths)):
                 own = f"part {quoted(number)} of {quoted(count)}"
-                named = f"part {part} of {len(self._paths)}"
+                named = f"part {part} of {len(paths)}"
                 raise cursor.corrupt(f"it says that it is {own}, counted from 0, and by its name it is {named}")
             if tensors.keys() & self.tensors.keys():
                 raise cursor.corrupt("one of its tensors is in an earlier part, too")
@@ -147,21 +146,20 @@ class GgufFile:
         from gguf.quants import dequantize
 
         kind = GGMLQuantizationType(tensor.type_number)
-        path = self._paths[tensor.part]
-        raw = np.frombuffer(self._bytes[tensor.part], np.uint8, tensor.size_bytes, tensor.offset_bytes)
+        raw = np.frombuffer(self._bytes[tensor.path], np.uint8, tensor.size_bytes, tensor.offset_bytes)
         rows = raw.reshape(math.prod(tensor.shape[:-1]), -1)  # [num_rows, row_bytes]
         try:
             with np.errstate(all="ignore"):  # the values that damaged scales give are refused below
                 values = dequantize(rows, kind)
         except NotImplementedError:
             raise UnsupportedArchitecture(
-                f"{path} stores {one_line(tensor.name)} as {kind.name}, which cannot be decoded; "
+                f"{tensor.path} stores {one_line(tensor.name)} as {kind.name}, which cannot be decoded; "
                 "use a file in F16, BF16, Q8_0, Q4_0, Q4_1 or a K-quant."
             ) from None
         # NaN compares as false, so this form refuses it too.
         if not (values.min() > -_MAX_VALUE and values.max() < _MAX_VALUE):
             raise CorruptCheckpoint(
-                f"{path} is damaged: its tensor {quoted(tensor.name)} holds a value that is not finite."
+                f"{tensor.path} is damaged: its tensor {quoted(tensor.name)} holds a value that is not finite."
             )
         return cast("np.ndarray", values.reshape(tensor.shape))
 
@@ -189,7 +187,6 @@ class _Cursor:
 
     path: Path
     data: mmap.mmap
-    part: int
     offset: int = 0
 
     def corrupt(self, reason: str) -> CorruptCheckpoint:
@@ -274,7 +271,7 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, MetadataValue], dict[str, G
             raise cursor.corrupt(f"its tensor {quoted(name)} is not where the one before it ends")
         if data_start + offset + size > len(cursor.data):
             raise cursor.corrupt(f"it ends before its tensor {quoted(name)} does")
-        tensors[name] = GgufTensor(cursor.part, name, type_number, shape, data_start + offset, size)
+        tensors[name] = GgufTensor(cursor.path, name, type_number, shape, data_start + offset, size)
         end = -(-(offset + size) // alignment) * alignment
     if len(tensors) != num_tensors:
         raise cursor.corrupt("two of its tensors have one name")

@@ -16,8 +16,8 @@ from dash_runtime.checkpoints.tokenizer_parts import TokenizerParts
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.files.wording import quoted
 
-MakeParts = Callable[[GgufFile, Mapping[str, int]], TokenizerParts]
-_KINDS: dict[str, MakeParts] = {"gpt2": byte_level_parts, "llama": sentencepiece_parts}
+_MakeParts = Callable[[GgufFile, Mapping[str, int]], TokenizerParts]
+_KINDS: dict[str, _MakeParts] = {"gpt2": byte_level_parts, "llama": sentencepiece_parts}
 """By the name in the file."""
 
 
@@ -64,7 +64,7 @@ def _tokens(gguf: GgufFile, vocab_size: int) -> list[str]:
     return tokens
 
 
-def _build(gguf: GgufFile, tokens: list[str], make_parts: MakeParts) -> Tokenizer:
+def _build(gguf: GgufFile, tokens: list[str], make_parts: _MakeParts) -> Tokenizer:
     types = gguf.require_list("tokenizer.ggml.token_type", int)
     if len(types) != len(tokens):
         raise CorruptCheckpoint(f"{gguf.path} is damaged: it has {len(types)} types for {len(tokens)} tokens.")

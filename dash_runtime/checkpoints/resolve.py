@@ -10,7 +10,7 @@ from pathlib import Path
 from dash_runtime.checkpoints.conversion_cache import ConversionSource, cached_conversion
 from dash_runtime.checkpoints.embedded import EMBEDDED_NAME, EMBEDDED_SHA256, embedded_gguf
 from dash_runtime.checkpoints.gguf_conversion import convert_gguf
-from dash_runtime.checkpoints.gguf_shards import model_name, shard_paths
+from dash_runtime.checkpoints.gguf_shards import gguf_model
 from dash_runtime.checkpoints.hf_folder import check_folder
 from dash_runtime.checkpoints.hub import download_snapshot, is_hub_id
 from dash_runtime.checkpoints.manifest import find_damage, read_manifest
@@ -77,14 +77,14 @@ def _checked_folder(folder: Path) -> Path:
 
 def _gguf_source(path: Path) -> ConversionSource:
     """Identifies a user's files by path, size and time: hashing gigabytes at every start is too slow."""
-    paths = shard_paths(path)
+    name, paths = gguf_model(path)
     missing = next((own for own in paths if not own.is_file()), None)
     if missing is not None:
         parts = "" if len(paths) == 1 else f" The model is in {len(paths)} files, and needs all."
         raise CheckpointNotFound(f"There is no file {missing}.{parts}")
     statuses = [(own.resolve(), own.stat()) for own in paths]
     identity = ":".join(f"{own}:{status.st_size}:{status.st_mtime_ns}" for own, status in statuses)
-    return _source(model_name(path), identity, lambda: paths[0])
+    return _source(name, identity, lambda: paths[0])
 
 
 def _source(name: str, identity: str, locate: Callable[[], Path]) -> ConversionSource:

@@ -1,4 +1,4 @@
-"""What differs between kinds of tokenizers. Knows the tokenizers package; knows no files."""
+"""The parts of a tokenizer that differ between its kinds. Knows the tokenizers package; knows no files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -253,10 +253,9 @@ class Engine:
             all_logits = self._decoder.logits(hidden, (Action.FULL,) * len(hidden)).split(lengths)
             chosen = [sequence.verify(logits) for sequence, logits in zip(together, all_logits, strict=True)]
             elapsed_ns = time.perf_counter_ns() - started_ns
-            for sequence, logits, (ids, num_accepted) in zip(together, all_logits, chosen, strict=True):
+            for sequence, logits, (ids, num_accepted, num_from_text) in zip(together, all_logits, chosen, strict=True):
                 assert sequence.speculation is not None
                 sequence.speculation.verification_ns += elapsed_ns
-                num_from_text = sequence.speculation.num_last_from_text
                 sequence.recorder.add_verification(ids, num_accepted, num_from_text, started_ns)
                 for token_id, own_logits in zip(ids, logits, strict=False):  # rejected tokens have logits, but no id
                     self._take(sequence, token_id, own_logits, sequence.log.append_verified_token(), events)

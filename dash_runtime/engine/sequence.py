@@ -107,22 +107,23 @@ class Sequence:
         self.cache.truncate(self._num_settled_positions)
         return [self.output_ids[-1], *self.speculation.token_ids]
 
-    def verify(self, logits: Tensor) -> tuple[list[int], int]:
+    def verify(self, logits: Tensor) -> tuple[list[int], int, int]:
         """Ends the draft by full depth's logits `[verified tokens, vocab_size]`.
 
-        Returns the next output tokens and how many of them were drafted. Keys and values of rejected tokens are
-        dropped.
+        Returns the next output tokens, how many of them were drafted, and how many of the draft's came from the text.
+        Keys and values of rejected tokens are dropped.
         """
         assert self.speculation is not None
         assert self.assignment.drafting is not None
         cost = self.assignment.drafting.verification_cost(len(logits) - 1)
         self.log.add_verification(len(logits), cost)
+        num_from_text = self.speculation.num_from_text
         token_ids = self.speculation.verify(logits)
         num_accepted = len(token_ids) - 1
         ends = (place for place, token_id in enumerate(token_ids, start=1) if self._end_with(token_id))
         token_ids = token_ids[: next(ends, None)]
         self.cache.truncate(self._num_settled_positions + len(token_ids))
-        return token_ids, min(num_accepted, len(token_ids))
+        return token_ids, min(num_accepted, len(token_ids)), num_from_text
 
     @property
     def _num_settled_positions(self) -> int:

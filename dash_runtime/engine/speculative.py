@@ -46,7 +46,7 @@ class Speculation:
         self._matches: list[int] = []
         self._num_tokens_left = 0
         self._distributions: list[Tensor | None] = []
-        """What each drafted token was drawn from; None if the text proposed it, or if the sampler is greedy."""
+        """The distribution of each drafted token; None if the text proposed it, or if the sampler is greedy."""
         self.token_ids: list[int] = []
         self.length = 0
         self.num_drafted = 0
@@ -54,8 +54,6 @@ class Speculation:
         self.num_accepted_from_text = 0
         self.accepted_lengths: list[int] = []
         """For each number of accepted tokens, the number of verified drafts of which so many were."""
-        self.num_last_from_text = 0
-        """Tokens of the draft that was verified last that came from the text."""
         self.draft_ns = 0
         """Time of the steps that drafted, shared with the rows that ran beside it."""
         self.verification_ns = 0
@@ -64,6 +62,11 @@ class Speculation:
     def is_drafting(self) -> bool:
         """True if the current draft lacks tokens."""
         return len(self.token_ids) < self.length
+
+    @property
+    def num_from_text(self) -> int:
+        """Tokens of the current draft that came from the text."""
+        return _num_from_text(self._matches)
 
     def append(self, token_id: int) -> None:
         """Takes in the next output token."""
@@ -121,9 +124,8 @@ class Speculation:
         )
         num_accepted = len(token_ids) - 1
         self._lengths.verified(matches, num_accepted)
-        self.num_last_from_text = sum(map(bool, matches))
         if drafted:
-            self.num_accepted_from_text += sum(map(bool, matches[:num_accepted]))
+            self.num_accepted_from_text += _num_from_text(matches[:num_accepted])
             missing = num_accepted + 1 - len(self.accepted_lengths)
             self.accepted_lengths += [0] * missing
             self.accepted_lengths[num_accepted] += 1
@@ -181,6 +183,10 @@ class Speculation:
         """Returns the weights to replace a rejected token: how much more full depth wants than was proposed."""
         weights = (wanted - proposed).clamp_min(0)
         return weights if weights.any() else wanted  # rounding may leave only zeros
+
+
+def _num_from_text(matches: Sequence[int]) -> int:
+    return len(matches) - matches.count(0)
 
 
 def _certain(token_id: int, vocab_size: int) -> Tensor:

@@ -28,9 +28,9 @@ _TRIED_OUTPUTS = 1 << 15
 """The approximate number of outputs tried of a larger matrix, since packing it takes seconds and a gigabyte."""
 _CALL_ROWS = 16
 """The fixed time of a product, counted in rows that take as long."""
-_WIDENED_OUTPUTS = 1 << 10
-"""Outputs that are widened at a time. More would not stay in a near cache, and their memory would be requested from the
-system every time."""
+_UNPACKED_OUTPUTS = 1 << 10
+"""Outputs that are unpacked at a time. More would not stay in a near cache, and their memory would be requested from
+the system every time."""
 
 
 Linear = Callable[[Tensor], Tensor]
@@ -85,9 +85,20 @@ class WidenedLinear:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         wide = inputs.float()
-        parts = [functional.linear(wide, part.float()) for part in self.full.weight.split(_WIDENED_OUTPUTS)]
-        sums = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        sums = unpacked_product(wide, Tensor.float, self.full.weight)
         return (sums if self.full.bias is None else sums + self.full.bias.float()).to(inputs.dtype)
+
+
+def unpacked_product(inputs: Tensor, unpack: Callable[..., Tensor], *stored: Tensor) -> Tensor:
+    """Returns `[rows, out_features]`: the dense product with a matrix that is stored in another form.
+
+    Args:
+        unpack: maps the same outputs of all `stored` tensors to their part of the matrix, in the dtype of `inputs`.
+        stored: tensors with a row for each output.
+    """
+    each = zip(*(own.split(_UNPACKED_OUTPUTS) for own in stored), strict=True)
+    parts = [functional.linear(inputs, unpack(*part)) for part in each]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 class BatchInvariantLinear:

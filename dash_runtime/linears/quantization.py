@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from dash_runtime.actions import Action
 from dash_runtime.devices import device_of
 from dash_runtime.linears import dense_linear
-from dash_runtime.linears.dense_linear import FullLinear, Linear, make_full_linear
+from dash_runtime.linears.dense_linear import FullLinear, Linear, make_full_linear, unpacked_product
 
 INT4_GROUP_SIZE = 32
 INT8_INPUT_MULTIPLE = 16
@@ -24,8 +23,6 @@ _ROWS_TOGETHER = 128
 _MANY_ROWS = 32
 """From so many rows on, the CPU unpacks a whole matrix in less time than its kernels take, which do so for every few
 rows. With 128 rows a kernel takes three to ten times as long as a product in bf16."""
-_UNPACKED_OUTPUTS = 1 << 10
-"""Outputs that are unpacked at a time, so that they stay in a near cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +39,12 @@ class Int8Linear:
         return cls(quantized, scales, full.bias)
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        outputs = torch.ops.aten._weight_int8pack_mm(inputs, self.weight, self.scales)
-        return outputs if self.bias is None else outputs + self.bias
+        return _biased(torch.ops.aten._weight_int8pack_mm(inputs, self.weight, self.scales), self.bias)
+
+    def many_rows(self, inputs: Tensor) -> Tensor:
+        """Returns the same by the dense product. bf16 holds the values exactly."""
+        sums = unpacked_product(inputs, lambda values: values.to(inputs.dtype), self.weight)
+        return _biased(sums.mul_(self.scales), self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,43 +72,31 @@ class Int4Linear:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         product = device_of(inputs.device).int4_product
-        outputs = product(inputs, self.packed, INT4_GROUP_SIZE, self.scales_and_zeros)
-        return outputs if self.bias is None else outputs + self.bias
+        return _biased(product(inputs, self.packed, INT4_GROUP_SIZE, self.scales_and_zeros), self.bias)
+
+    def many_rows(self, inputs: Tensor) -> Tensor:
+        """Returns the same by the dense product, from weights that are rounded once more to the dtype of `inputs`."""
+        assert self.values is not None
+        grids = self.scales_and_zeros.transpose(0, 1).unsqueeze(-1)  # [out, groups, 2, 1]
+
+        def unpack(values: Tensor, grid: Tensor) -> Tensor:
+            return values.to(inputs.dtype).mul_(grid[:, :, 0]).add_(grid[:, :, 1]).flatten(1)
+
+        return _biased(unpacked_product(inputs, unpack, self.values, grids), self.bias)
 
 
 @dataclass(frozen=True, slots=True)
-class ManyRowsInt8Linear:
-    """`Int8Linear` for passes over many rows: the values as bf16, which holds them exactly, in the dense product."""
+class ManyRowsLinear:
+    """A rounded matrix for passes over many rows. A few rows run its kernel."""
 
-    few_rows: Int8Linear
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        own = self.few_rows
-        if len(inputs) < _MANY_ROWS:
-            return own(inputs)
-        parts = own.weight.split(_UNPACKED_OUTPUTS)
-        outputs = torch.cat([functional.linear(inputs, part.to(inputs.dtype)) for part in parts], dim=-1)
-        outputs *= own.scales
-        return outputs if own.bias is None else outputs + own.bias
-
-
-@dataclass(frozen=True, slots=True)
-class ManyRowsInt4Linear:
-    """`Int4Linear` for passes over many rows: the weights as bf16, rounded once more, in the dense product."""
-
-    few_rows: Int4Linear
+    few_rows: Int8Linear | Int4Linear
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        own = self.few_rows
-        if own.values is None or len(inputs) < _MANY_ROWS:
-            return own(inputs)
-        grids = own.scales_and_zeros.transpose(0, 1).unsqueeze(-1)  # [out, groups, 2, 1]
-        outputs: list[Tensor] = []
-        for values, grid in zip(own.values.split(_UNPACKED_OUTPUTS), grids.split(_UNPACKED_OUTPUTS), strict=True):
-            weight = values.to(inputs.dtype).mul_(grid[:, :, 0]).add_(grid[:, :, 1])
-            outputs.append(functional.linear(inputs, weight.flatten(1)))
-        joined = torch.cat(outputs, dim=-1)
-        return joined if own.bias is None else joined + own.bias
+        return self.few_rows(inputs) if len(inputs) < _MANY_ROWS else self.few_rows.many_rows(inputs)
+
+
+def _biased(outputs: Tensor, bias: Tensor | None) -> Tensor:
+    return outputs if bias is None else outputs + bias
 
 
 _QUANTIZED: dict[Action, type[Int8Linear] | type[Int4Linear]] = {Action.INT8: Int8Linear, Action.INT4: Int4Linear}
@@ -121,9 +110,9 @@ def make_linear(action: Action, full: FullLinear) -> Linear:
 def for_many_rows(linear: Linear) -> Linear:
     """Returns the same matrix for passes over many rows. A row's sums may differ from those in decoding."""
     if isinstance(linear, Int8Linear) and device_of(linear.weight.device).unpacks_for_many_rows:
-        return ManyRowsInt8Linear(linear)
+        return ManyRowsLinear(linear)
     if isinstance(linear, Int4Linear) and linear.values is not None:
-        return ManyRowsInt4Linear(linear)
+        return ManyRowsLinear(linear)
     return dense_linear.for_many_rows(linear)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.config import Mode, PolicyFacts, SkipOptions, find_policy
 from dash_runtime.layers.compensation import Compensation
-from dash_runtime.policy.draft_length import LEAST_GAIN
+from dash_runtime.policy.draft_length import LEAST_GAIN, cost_of_verifying
 from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.frontier import Frontier
 from dash_runtime.policy.learned import LearnedPolicy
@@ -37,8 +37,8 @@ class Drafting:
     """Expected speed over full depth's below which nothing is drafted."""
 
     def verification_cost(self, length: int) -> float:
-        """Returns the cost for any length: that of the next longer draft, since a draft may end early."""
-        return next(cost for longer, cost in self.verification_costs.items() if longer >= length)
+        """Returns the cost for any length, since a draft may end early."""
+        return cost_of_verifying(self.verification_costs, length)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ tensors and no policies. Imports no torch.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from operator import mul
 from typing import NamedTuple
@@ -23,7 +23,7 @@ that."""
 _MATCHES = (1, 2, 3, 4, 5, 7, 10)
 """The least lengths of the matches that are counted together."""
 _TEXT_PRIORS = (0.2, 0.4, 0.45, 0.55, 0.65, 0.75, 0.88)
-"""How often a token that followed such a match came again, in 800 texts of the embedded model."""
+"""The share of tokens after such a match that came again, in 800 texts of the embedded model."""
 _TEXT_TRIALS = 5.0
 """Trials that these stand for in a new sequence."""
 _KEPT_PER_TOKEN = 0.99
@@ -38,8 +38,22 @@ def drafting_gain(acceptance: float, draft_cost: float, length: int, verificatio
         draft_cost: cost of one drafted token, as a share of a full-depth token.
         verification_cost: cost of the pass that verifies them, likewise.
     """
-    expected = length + 1.0 if acceptance >= 1 else (1 - acceptance ** (length + 1)) / (1 - acceptance)
-    return expected / (length * draft_cost + verification_cost)
+    return expected_output([acceptance] * length)[0] / (length * draft_cost + verification_cost)
+
+
+def expected_output(acceptances: Iterable[float]) -> tuple[float, float]:
+    """Returns the expected output of verifying a draft, and the probability that all of the draft is accepted.
+
+    Args:
+        acceptances: each drafted token's probability to be accepted if those before it were.
+    """
+    chances = list(accumulate(acceptances, mul, initial=1.0))
+    return sum(chances), chances[-1]
+
+
+def cost_of_verifying(costs: Mapping[int, float], length: int) -> float:
+    """Returns the cost for a draft of any length: that of the next longer one in `costs`, which ascend."""
+    return next(cost for longer, cost in costs.items() if longer >= length)
 
 
 class NextDraft(NamedTuple):
@@ -50,7 +64,7 @@ class NextDraft(NamedTuple):
 
 
 class _Acceptance:
-    """How often tokens were right, with what is known before."""
+    """The share of tokens that were right, on top of what is known beforehand."""
 
     def __init__(self, accepted: float, trials: float) -> None:
         self._prior = accepted, trials
@@ -112,7 +126,10 @@ class DraftLength:
         drafted = len(matches)
         expected, chance = self._expected(matches)
         cost = self._draft_cost * matches.count(0)
-        gains = {NextDraft(drafted, False): expected / (cost + self._cost_of(drafted)) if drafted else self._least_gain}
+        gains = {NextDraft(0, False): self._least_gain}
+        if drafted:
+            verification_cost = cost_of_verifying(self._verification_costs, drafted)
+            gains = {NextDraft(drafted, False): expected / (cost + verification_cost)}
         for length, verification_cost in self._verification_costs.items():
             if not drafted < length < num_tokens_left:
                 continue
@@ -142,14 +159,8 @@ class DraftLength:
         """Counts an output token for which the text had another token, or the same."""
         self._counts(match).add(is_right)
 
-    def _expected(self, matches: Sequence[int]) -> tuple[float, float]:
-        """Returns the expected output of a draft's verification, and the chance that all of the draft is accepted."""
-        chances = list(accumulate((self.acceptance(match) for match in matches), mul, initial=1.0))
-        return sum(chances), chances[-1]
-
-    def _cost_of(self, length: int) -> float:
-        """Returns the cost of verifying a draft of any length: that of the next longer one."""
-        return next(cost for longer, cost in self._verification_costs.items() if longer >= length)
+    def _expected(self, matches: Iterable[int]) -> tuple[float, float]:
+        return expected_output(self.acceptance(match) for match in matches)
 
     def _counts(self, match: int) -> _Acceptance:
         return self._text[bisect_right(_MATCHES, match) - 1] if match else self._model

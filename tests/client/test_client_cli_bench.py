@@ -9,10 +9,12 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from command_runs import run_command
-from fake_dash_server import HELLO, FakeDashServer, fail
+from fake_dash_server import HELLO, FakeDashServer, fail, finished
 
+from dash_api.v1 import generation_pb2
 from dash_client.cli import main
 from dash_client.commands.bench_figures import Sample, figures, histogram, percentiles
+from dash_client.types import SpeculationUsage
 
 
 @pytest.fixture
@@ -65,6 +67,32 @@ def test_a_histogram_counts_every_value_once() -> None:
         assert all(line.isascii() for line in lines) is not unicode
     assert "5000.0 ms" in histogram(values, unicode=True)[-1]
     assert len(histogram([0.25, 0.25], unicode=True)) == 1
+
+
+def test_the_drafts_of_all_complete_answers_are_added_up() -> None:
+    first = SpeculationUsage(8, 6, 2, 3, 0.5, 0.25, 4, 3, (0, 0, 3))
+    second = SpeculationUsage(4, 1, 3, 2, 0.25, 0.5, 1, 0, (1, 1))
+    nothing = SpeculationUsage(0, 0, 0, 0, 0.0, 0.0)
+    samples = [Sample(0.0, 1.0, (), None, own) for own in (first, second, nothing)]
+    samples.append(Sample(0.0, 1.0, (), "UNAVAILABLE", first))
+    assert figures(samples).drafts == SpeculationUsage(12, 7, 5, 5, 0.75, 0.75, 5, 3, (1, 1, 3))
+    assert figures([Sample(0.0, 1.0, (), None, nothing), Sample(0.0, 1.0, (), None)]).drafts is None
+
+
+def test_drafts_are_shown_by_source_and_length(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
+    speculation = generation_pb2.SpeculationUsage(
+        drafted_token_count=8,
+        accepted_token_count=6,
+        text_drafted_token_count=4,
+        text_accepted_token_count=3,
+        accepted_length_counts=[0, 0, 3],
+    )
+    usage = generation_pb2.Usage(output_token_count=3, speculation=speculation)
+    server.script = [*HELLO[:-1], finished(usage=usage)]
+    assert main(["bench", "--requests", "2", "--mode", "exact"]) == 0
+    out = capsys.readouterr().out
+    assert "16, 12 accepted; of these from the text 8, 6 accepted" in out
+    assert "accepted at a time   2: 6\n" in out
 
 
 def test_it_sends_so_many_requests_with_the_options(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:

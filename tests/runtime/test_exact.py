@@ -231,6 +231,13 @@ def test_a_policy_whose_draft_is_full_depth_leaves_drafting_to_the_text(decoder:
     assert counts.draft_ns == 0
 
 
+def test_every_token_costs_one_where_no_draft_pays(decoder: Decoder) -> None:
+    events = run(make_engine(decoder, verification_costs={7: 100.0}), request("a", skip=EXACT))["a"]
+    assert tokens(events) == tokens(run(make_engine(decoder), request("a", skip=FULL))["a"])
+    assert drafts(events).num_drafted == 0
+    assert finished(events).depth.mean_cost == pytest.approx(1)
+
+
 def test_drafts_are_no_longer_than_asked(decoder: Decoder) -> None:
     events = run(make_engine(decoder), request("a", max_new_tokens=60, skip=replace(EXACT, draft_length=2)))["a"]
     assert 0 < drafts(events).num_drafted <= drafts(events).num_verifications

@@ -13,7 +13,6 @@ from typing import Any
 from dash_client.aio import AsyncDashClient
 from dash_client.commands.bench_figures import (
     BAR_CHARACTERS,
-    Drafts,
     Figures,
     Percentiles,
     Sample,
@@ -27,7 +26,7 @@ from dash_client.commands.exit_codes import ExitCode, exit_code_of
 from dash_client.commands.output import as_json, can_show, print_json, printable, say
 from dash_client.commands.prompts import prompt_of
 from dash_client.errors import DashError
-from dash_client.types import GenerationOptions, Prompt
+from dash_client.types import GenerationOptions, Prompt, SpeculationUsage
 
 
 @dataclass(slots=True)
@@ -101,13 +100,11 @@ async def _measure(client: AsyncDashClient, load: _Load) -> Sample:
             async for delta in stream:
                 if delta.token_ids:
                     arrivals.append((time.perf_counter(), len(delta.token_ids)))
-            ended = time.perf_counter()
             drafts = (await stream.final()).usage.speculation
     except DashError as failure:
         load.last_error = failure
-        ended = time.perf_counter()
         error = failure.code if failure.reason in (None, failure.code) else f"{failure.code} ({failure.reason})"
-    return Sample(sent, ended, tuple(arrivals), error, drafts)
+    return Sample(sent, time.perf_counter(), tuple(arrivals), error, drafts)
 
 
 def _print(result: Figures, load: _Load, arguments: argparse.Namespace) -> None:
@@ -138,7 +135,7 @@ def _print(result: Figures, load: _Load, arguments: argparse.Namespace) -> None:
             print("\n".join(histogram(values, unicode=unicode)))
 
 
-def _print_drafts(drafts: Drafts) -> None:
+def _print_drafts(drafts: SpeculationUsage) -> None:
     print(
         f"drafted              {drafts.drafted_token_count}, {drafts.accepted_token_count} accepted; of these from the "
         f"text {drafts.text_drafted_token_count}, {drafts.text_accepted_token_count} accepted"

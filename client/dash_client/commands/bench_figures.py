@@ -3,8 +3,9 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import zip_longest
+from typing import Any
 
 from dash_client.types import SpeculationUsage
 
@@ -25,7 +26,7 @@ class Sample:
     error: str | None
     """The kind of error that ended it, or None for a complete answer."""
     drafts: SpeculationUsage | None = None
-    """Of a complete answer in mode "exact"."""
+    """The drafts of a complete answer in mode "exact"."""
 
     @property
     def token_count(self) -> int:
@@ -39,19 +40,6 @@ class Percentiles:
     p50: float
     p90: float
     p99: float
-
-
-@dataclass(frozen=True, slots=True)
-class Drafts:
-    """The drafts of all complete answers in mode "exact"."""
-
-    drafted_token_count: int
-    accepted_token_count: int
-    text_drafted_token_count: int
-    """The part of the drafted tokens that came from the text itself."""
-    text_accepted_token_count: int
-    accepted_length_counts: tuple[int, ...]
-    """For each number of accepted tokens, from 0 on, the number of drafts of which so many were accepted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +60,8 @@ class Figures:
     """From sending the request; includes the wait in the server's queue."""
     inter_token_seconds: Percentiles | None
     """Between two tokens of a stream. A message with n tokens counts as n equal intervals."""
-    drafts: Drafts | None
-    """None if no answer drafted."""
+    drafts: SpeculationUsage | None
+    """The drafts of all complete answers; None if none drafted."""
 
 
 def figures(samples: Sequence[Sample]) -> Figures:
@@ -90,21 +78,17 @@ def figures(samples: Sequence[Sample]) -> Figures:
         stream_tokens_per_second=percentiles(stream_rates(complete)),
         time_to_first_token_seconds=percentiles(first_token_times(complete)),
         inter_token_seconds=percentiles(inter_token_times(complete)),
-        drafts=_drafts([sample.drafts for sample in complete if sample.drafts is not None]),
+        drafts=_total([sample.drafts for sample in complete if sample.drafts is not None]),
     )
 
 
-def _drafts(drafts: Sequence[SpeculationUsage]) -> Drafts | None:
+def _total(drafts: Sequence[SpeculationUsage]) -> SpeculationUsage | None:
     if not any(own.drafted_token_count for own in drafts):
         return None
+    names = [field.name for field in fields(SpeculationUsage) if field.name != "accepted_length_counts"]
+    sums: dict[str, Any] = {name: sum(getattr(own, name) for own in drafts) for name in names}
     lengths = zip_longest(*(own.accepted_length_counts for own in drafts), fillvalue=0)
-    return Drafts(
-        sum(own.drafted_token_count for own in drafts),
-        sum(own.accepted_token_count for own in drafts),
-        sum(own.text_drafted_token_count for own in drafts),
-        sum(own.text_accepted_token_count for own in drafts),
-        tuple(map(sum, lengths)),
-    )
+    return SpeculationUsage(**sums, accepted_length_counts=tuple(map(sum, lengths)))
 
 
 def first_token_times(samples: Iterable[Sample]) -> list[float]:
