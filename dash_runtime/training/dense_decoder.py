@@ -7,6 +7,7 @@ knows no policy, no prices and no optimiser.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from dash_runtime.model_config import ModelConfig
 
 Compensate = Callable[[int, Tensor], Tensor]
 """Maps `(layer, its input [rows, hidden_size])` to what replaces its output; every `Compensation` is one."""
+_ROW_MULTIPLE = 32
+"""oneDNN makes a program for each number of rows. That takes 2 ms, more than most products, and the program is kept."""
 
 
 class DenseDecoder:
@@ -139,7 +142,10 @@ class DenseDecoder:
 
 
 class _Groups:
-    """Rows of a batch by action: taken apart, so that each kernel runs its own rows only, and put together again."""
+    """Rows of a batch by action: taken apart, so that each kernel runs its own rows only, and put together again.
+
+    Each group is filled up to a multiple of `_ROW_MULTIPLE` rows, which count for nothing.
+    """
 
     def __init__(self, actions: Tensor | Action, shape: torch.Size) -> None:
         self._shape = shape
@@ -148,11 +154,15 @@ class _Groups:
             self._counts = {actions: shape.numel()}
             return
         flat = actions.flatten()
-        numbers, counts = flat.unique(return_counts=True)
-        self._counts = {Action(number): count for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)}
-        if len(self._counts) > 1:
-            self._order = flat.argsort(stable=True)
-            self._inverse = self._order.argsort()
+        own = {Action(number): (flat == number).nonzero().flatten() for number in flat.unique().tolist()}
+        if len(own) == 1:
+            self._counts = {action: len(rows) for action, rows in own.items()}
+            return
+        self._counts = {action: -(-len(rows) // _ROW_MULTIPLE) * _ROW_MULTIPLE for action, rows in own.items()}
+        self._order = torch.cat([_filled_up(rows, self._counts[action]) for action, rows in own.items()])
+        starts = accumulate(self._counts.values(), initial=0)
+        places = [torch.arange(start, start + len(rows)) for start, rows in zip(starts, own.values(), strict=False)]
+        self._places = torch.cat(places)[torch.cat(list(own.values())).argsort()]
 
     def flat(self, rows: Tensor) -> Tensor:
         """Returns `[batch, rows, …]` as `[all rows, …]`."""
@@ -160,29 +170,48 @@ class _Groups:
 
     def split(self, rows: Tensor) -> list[tuple[Action, Tensor]]:
         """Returns each action's rows of `[all rows, …]`."""
-        ordered = rows if self._order is None else _Permuted.apply(rows, self._order, self._inverse)
+        ordered = rows if self._order is None else _Apart.apply(rows, self._order, self._places)
         return list(zip(self._counts, ordered.split(list(self._counts.values())), strict=True))
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """Returns `[batch, rows, …]` from each action's rows, in the order of `split`."""
-        whole = parts[0]
-        if self._order is not None:
-            whole = _Permuted.apply(torch.cat(list(parts)), self._inverse, self._order)
+        whole = parts[0] if self._order is None else _Together.apply(torch.cat(list(parts)), self._places)
         return whole.unflatten(0, self._shape)
 
 
-class _Permuted(torch.autograd.Function):
-    """Rows in another order. The gradient of plain indexing adds rows up one by one, as if some occurred twice."""
+def _filled_up(rows: Tensor, count: int) -> Tensor:
+    """Returns the row numbers with the last one repeated, `[count]`."""
+    return torch.cat([rows, rows[-1:].expand(count - len(rows))])
+
+
+class _Apart(torch.autograd.Function):
+    """Rows in the order of their groups. The gradient of plain indexing adds rows up one by one; here only a row's own
+    place has one."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
+    def forward(ctx: Any, rows: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
         return rows.index_select(0, order)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return gradients[0].index_select(0, inverse), None, None
+        (places,) = ctx.saved_tensors
+        return gradients[0].index_select(0, places), None, None
+
+
+class _Together(torch.autograd.Function):
+    """Rows in their own order again, out of groups; the rows that fill groups up have no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, grouped: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.shape = grouped.shape
+        return grouped.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return gradients[0].new_zeros(ctx.shape).index_copy_(0, places, gradients[0]), None
 
 
 def _rounded(layer: LayerWeights, action: Action) -> LayerWeights:
