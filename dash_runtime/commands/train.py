@@ -25,7 +25,7 @@ from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy_file import load_compensation_of, save_policy
 from dash_runtime.rollout.task import Task
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
-from dash_runtime.startup.process_memory import keep_freed_memory
+from dash_runtime.startup.process_memory import keep_few_kernels, keep_freed_memory
 from dash_runtime.training.calibrate import calibrated, describe_budgets
 from dash_runtime.training.checkpoint import num_rounds_done
 from dash_runtime.training.curve import CurveRow, TrainingCurve, write_curve_json, write_whole
@@ -59,6 +59,7 @@ def run_fit(options: argparse.Namespace) -> None:
 def run_train(options: argparse.Namespace) -> None:
     """Trains a policy in a folder, or resumes a run that was stopped there."""
     keep_freed_memory()
+    keep_few_kernels()
     head, pinned_action = Action[options.head], Action[options.pinned_action.upper()]
     model = LoadedModel(options.model_options, print)
     if not {*options.actions, head, pinned_action} <= set(model.decoder.actions):

@@ -7,6 +7,7 @@ contents.
 
 import ctypes
 import mmap
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ _ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _COLLAPSE = 25
 """MADV_COLLAPSE, since Linux 6.1, acts at once. MADV_HUGEPAGE alone is acted on in the background, gradually."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KERNELS_KEPT = 320
 _LARGEST_KEPT = (1 << 31) - 1
 _LEAST_RESIDENT = 0.75
 """A huge page is resident as a whole, so a mostly empty one, such as a thread's stack, would only cost memory."""
@@ -45,6 +47,12 @@ def keep_freed_memory() -> None:
     if hasattr(library, "mallopt"):
         for threshold in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
             library.mallopt(threshold, _LARGEST_KEPT)
+
+
+def keep_few_kernels() -> None:
+    """Bounds how many kernels oneDNN keeps, if it has made none yet. It makes one for each number of rows, and a rollout
+    has rows of every number: a thousand kernels take more than a gigabyte."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KERNELS_KEPT))
 
 
 def are_enabled(file: Path) -> bool:
