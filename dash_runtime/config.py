@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from dash_runtime.actions import Action
+from dash_runtime.constraint import Constraint
 from dash_runtime.errors import ConfigError, InvalidRequest
 
 MAX_LOGPROBS = 20
@@ -143,6 +144,7 @@ class GenerationRequest:
     skip: SkipOptions = field(default_factory=SkipOptions)
     logprobs: int | None = None
     return_decisions: bool = False
+    constraint: Constraint | None = None
     cache_namespace: str = ""
     """Requests of one namespace may reuse each other's prompts. Nothing else is ever shared."""
 

@@ -19,11 +19,13 @@ ROOMS = {
         stream_state
         calls
         requests responses rpc_errors connection
+        constraint_messages
         channel checks
         trace/
         trace/decision_trace_messages trace/trace_summary
-        decision_trace terminal
-        errors types
+        decision_trace server_facts terminal
+        types
+        constraint errors
     """,
     "dash_server": """
         main
@@ -66,7 +68,7 @@ ROOMS = {
         decision_trace
         devices/
         config
-        model_config actions child_process progress
+        model_config actions constraint child_process progress
         files/
         errors
     """,

@@ -11,6 +11,7 @@ Needs neither torch nor numpy.
 from dash_client.aio import AsyncDashClient
 from dash_client.client import DashClient
 from dash_client.connection import ConnectionOptions
+from dash_client.constraint import Constraint, LarkGrammar
 from dash_client.decision_trace import RecordedDecision, RecordedDecisions, RecordedLayer, RecordedStep, StepKind
 from dash_client.errors import (
     CancelledError,
@@ -25,6 +26,7 @@ from dash_client.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from dash_client.server_facts import ModelInfo, PolicyInfo
 from dash_client.streams import AsyncGenerationStream, GenerationStream
 from dash_client.types import (
     Action,
@@ -38,8 +40,6 @@ from dash_client.types import (
     HealthStatus,
     Messages,
     Mode,
-    ModelInfo,
-    PolicyInfo,
     Prompt,
     SpeculationUsage,
     StreamDelta,
@@ -54,6 +54,7 @@ __all__ = [
     "CancelledError",
     "ChatMessage",
     "ConnectionOptions",
+    "Constraint",
     "DashClient",
     "DashError",
     "DeadlineExceededError",
@@ -67,6 +68,7 @@ __all__ = [
     "GenerationStream",
     "HealthStatus",
     "InvalidArgumentError",
+    "LarkGrammar",
     "Messages",
     "Mode",
     "ModelInfo",

@@ -4,8 +4,9 @@ Opens no connection, and knows neither threads nor event loops: a client sends a
 and hands the answer's bytes back.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import grpc
@@ -16,10 +17,18 @@ from dash_api.v1 import generation_pb2, model_pb2
 from dash_client import checks, requests, responses
 from dash_client.channel import Target
 from dash_client.connection import Connection, Metadata
+from dash_client.constraint import Constraint
 from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import CancelledError, DashError
 from dash_client.rpc_errors import error_from_rpc
-from dash_client.types import Generation, GenerationOptions, HealthStatus, Messages, ModelInfo, PolicyInfo, Prompt
+from dash_client.server_facts import ModelInfo, PolicyInfo
+from dash_client.types import (
+    Generation,
+    GenerationOptions,
+    HealthStatus,
+    Messages,
+    Prompt,
+)
 
 FACTS_TIMEOUT_SECONDS = 10.0
 """Deadline of calls that generate nothing, if neither the client nor the call sets one."""
@@ -42,6 +51,7 @@ class Call(Generic[Answer]):
     target: Target
     read: Callable[[bytes], Answer]
     """Turns the answer's bytes, or those of each message of a stream, into the result; raises ServerError."""
+    constraint: Constraint | None = field(default=None, repr=False)
 
     def failed(self, error: grpc.RpcError, request_id: str | None = None) -> DashError:
         """Returns the exception for a call that failed with gRPC's `error`."""
@@ -63,16 +73,16 @@ class Calls:
         self._timeout = checks.timeout(timeout, None)
 
     def generate(self, prompt: Prompt, timeout: float | None, options: GenerationOptions) -> Call[Generation]:
-        return self._generate(requests.generation_parameters(prompt, **options), timeout)
+        return self._generate(requests.generation_parameters(prompt, **options), timeout, options.get("constraint"))
 
     def chat(self, messages: Messages, timeout: float | None, options: GenerationOptions) -> Call[Generation]:
-        return self._generate(requests.chat_parameters(messages, **options), timeout)
+        return self._generate(requests.chat_parameters(messages, **options), timeout, options.get("constraint"))
 
     def stream(self, prompt: Prompt, timeout: float | None, options: GenerationOptions) -> StreamCall:
-        return self._stream(requests.generation_parameters(prompt, **options), timeout)
+        return self._stream(requests.generation_parameters(prompt, **options), timeout, options.get("constraint"))
 
     def chat_stream(self, messages: Messages, timeout: float | None, options: GenerationOptions) -> StreamCall:
-        return self._stream(requests.chat_parameters(messages, **options), timeout)
+        return self._stream(requests.chat_parameters(messages, **options), timeout, options.get("constraint"))
 
     def generate_each(self, timeout: float | None, options: GenerationOptions) -> Callable[[Prompt], Call[Generation]]:
         """Returns a function that makes the call for a prompt. Checks the options, which all prompts share, once."""
@@ -82,7 +92,7 @@ class Calls:
         def generate(prompt: Prompt) -> Call[Generation]:
             parameters = generation_pb2.GenerationParameters()
             parameters.CopyFrom(common)
-            return self._generate(requests.with_prompt(parameters, prompt), timeout)
+            return self._generate(requests.with_prompt(parameters, prompt), timeout, options.get("constraint"))
 
         return generate
 
@@ -110,14 +120,20 @@ class Calls:
         request, kind = health_pb2.HealthCheckRequest(), health_pb2.HealthCheckResponse
         return self._facts("/grpc.health.v1.Health/Check", request, timeout, kind, responses.health_status)
 
-    def _generate(self, parameters: generation_pb2.GenerationParameters, timeout: float | None) -> Call[Generation]:
+    def _generate(
+        self, parameters: generation_pb2.GenerationParameters, timeout: float | None, constraint: Constraint | None
+    ) -> Call[Generation]:
         request = generation_pb2.GenerateRequest(parameters=parameters)
-        read = _reader(generation_pb2.GenerateResponse, responses.generation_from_response)
+        answer = functools.partial(responses.generation_from_response, constraint=constraint)
+        read = _reader(generation_pb2.GenerateResponse, answer)
         return self._call(f"{_GENERATION}/Generate", request, checks.timeout(timeout, self._timeout), read)
 
-    def _stream(self, parameters: generation_pb2.GenerationParameters, timeout: float | None) -> StreamCall:
+    def _stream(
+        self, parameters: generation_pb2.GenerationParameters, timeout: float | None, constraint: Constraint | None
+    ) -> StreamCall:
         request = generation_pb2.StreamGenerateRequest(parameters=parameters)
-        return self._call(f"{_GENERATION}/StreamGenerate", request, checks.timeout(timeout, self._timeout), _read_event)
+        call = self._call(f"{_GENERATION}/StreamGenerate", request, checks.timeout(timeout, self._timeout), _read_event)
+        return replace(call, constraint=constraint)
 
     def _facts(
         self, path: str, request: Message, timeout: float | None, kind: type[M], read: Callable[[M], Answer]

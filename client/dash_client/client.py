@@ -13,9 +13,10 @@ from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import DashError, DeadlineExceededError, UnavailableError
 from dash_client.prompt_map import PromptMap
 from dash_client.readiness import Readiness
+from dash_client.server_facts import ModelInfo, PolicyInfo
 from dash_client.stream_state import StreamState
 from dash_client.streams import GenerationStream
-from dash_client.types import Generation, GenerationOptions, HealthStatus, Messages, ModelInfo, PolicyInfo, Prompt
+from dash_client.types import Generation, GenerationOptions, HealthStatus, Messages, Prompt
 
 Answer = TypeVar("Answer")
 

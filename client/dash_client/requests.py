@@ -9,6 +9,7 @@ from typing import Any, TypeVar, Unpack
 
 from dash_api.v1 import common_pb2, generation_pb2, model_pb2
 from dash_client import checks
+from dash_client.constraint_messages import constraint_message
 from dash_client.errors import invalid_argument
 from dash_client.types import Action, GenerationOptions, Messages, Mode, Prompt
 
@@ -41,7 +42,9 @@ def option_parameters(**options: Unpack[GenerationOptions]) -> generation_pb2.Ge
         raise TypeError(f"no such option: {', '.join(unknown)}")
     groups: dict[str, Any] = {}
     for name, value in options.items():
-        if value is not None:
+        if name == "constraint" and value is not None:
+            groups[name] = constraint_message(value)
+        elif value is not None:
             field = "stop_strings" if name == "stop" else name
             groups.setdefault(_GROUPS[field], {})[field] = _checked(name, value)
     return generation_pb2.GenerationParameters(**groups)

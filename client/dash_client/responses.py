@@ -7,7 +7,9 @@ from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2
 
 from dash_api.v1 import common_pb2, generation_pb2, model_pb2
+from dash_client.constraint import Constraint
 from dash_client.errors import ServerError
+from dash_client.server_facts import ModelInfo, PolicyInfo
 from dash_client.types import (
     Action,
     Decisions,
@@ -17,8 +19,6 @@ from dash_client.types import (
     GenerationStarted,
     HealthStatus,
     Mode,
-    ModelInfo,
-    PolicyInfo,
     SpeculationUsage,
     StreamDelta,
     TokenLogprobs,
@@ -65,13 +65,15 @@ def from_message(kind: type[T], message: Message, **others: Any) -> T:
     return kind(**others)
 
 
-def generation_from_response(response: generation_pb2.GenerateResponse) -> Generation:
+def generation_from_response(
+    response: generation_pb2.GenerateResponse, constraint: Constraint | None = None
+) -> Generation:
     """Returns the complete answer of a unary call.
 
     Raises:
         ServerError: this client cannot read it.
     """
-    assembly = StreamAssembly()
+    assembly = StreamAssembly(constraint)
     assembly.add_started(response.started)
     assembly.add_delta(response.output)
     return assembly.finish(response.finished)
@@ -80,7 +82,8 @@ def generation_from_response(response: generation_pb2.GenerateResponse) -> Gener
 class StreamAssembly:
     """Collects the messages of one stream, in order, into a `Generation`."""
 
-    def __init__(self) -> None:
+    def __init__(self, constraint: Constraint | None = None) -> None:
+        self._constraint = constraint
         self.started: GenerationStarted | None = None
         self.generation: Generation | None = None
         self._deltas: list[StreamDelta] = []
@@ -148,6 +151,7 @@ class StreamAssembly:
             decisions=Decisions(actions, self.started.layer_count) if actions else None,
             logprobs=logprobs or None,
             started=self.started,
+            constraint=self._constraint,
         )
         return self.generation
 

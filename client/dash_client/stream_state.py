@@ -22,7 +22,7 @@ class StreamState:
         """True if nothing more will come and there is nothing to cancel."""
         self._call = call
         self._read: Callable[[bytes], generation_pb2.StreamGenerateResponse] = call.read
-        self._assembly = StreamAssembly()
+        self._assembly = StreamAssembly(call.constraint)
         self._add: Callable[[generation_pb2.StreamGenerateResponse], StreamDelta | None] = self._assembly.add
         self._error: DashError | None = None
 

@@ -4,9 +4,11 @@ Knows nothing of gRPC or protobuf, so that neither appears in a user's code.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, TypedDict, overload
+
+from dash_client.constraint import Constraint, parse_output
 
 if TYPE_CHECKING:
     import numpy
@@ -98,6 +100,8 @@ class GenerationOptions(TypedDict, total=False):
     """Stop at the first of these token ids; the text does not contain it."""
     ignore_eos: bool | None
     """Continue past the model's own end-of-sequence tokens."""
+    constraint: Constraint | None
+    """What the text has to be. It then is, unless it was cut off: see its `finish_reason`."""
     mode: Mode | str | None
     """The way to choose actions: "adaptive", "full_depth", "fixed" or "exact"."""
     compute_budget: float | None
@@ -297,46 +301,15 @@ class Generation:
     logprobs: tuple[TokenLogprobs, ...] | None
     """One entry per token. None without `logprobs`."""
     started: GenerationStarted
+    constraint: Constraint | None = field(default=None, repr=False)
+    """As it was asked for."""
 
+    @property
+    def parsed(self) -> Any:
+        """The text as what the constraint says that it is: an instance of a model class, what the JSON of a schema
+        stands for, or the text.
 
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """The model that a server serves, and its limits. Actions and modes that this client does not know are left out."""
-
-    name: str
-    architecture: str
-    layer_count: int
-    vocabulary_size: int
-    context_length: int
-    max_new_tokens_limit: int
-    default_max_new_tokens: int
-    cache_tokens: int
-    slot_count: int
-    actions: tuple[Action, ...]
-    modes: tuple[Mode, ...]
-    default_mode: Mode
-    policy_names: tuple[str, ...]
-    default_policy_name: str
-    default_draft_policy_name: str
-    """The policy that drafts in mode "exact"."""
-    device: str
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyInfo:
-    """A policy that a server offers."""
-
-    name: str
-    note: str
-    learned: bool
-    lookahead: int
-    pinned_layers: tuple[int, ...]
-    action_costs: Mapping[Action, float]
-    """Measured cost of each action as a share of a full layer."""
-    lowest_budget: float
-    """The lowest compute budget that the policy can keep."""
-    recommended_budget: float
-    """The compute budget in use if neither the request nor the server sets one."""
-    compensation: str
-    is_drafter: bool
-    """True if the policy was made to draft for mode "exact"."""
+        Raises:
+            ValueError: the text was cut off (pydantic's and json's errors are such).
+        """
+        return parse_output(self.text, self.constraint)

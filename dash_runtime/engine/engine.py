@@ -15,6 +15,7 @@ from dash_runtime.actions import Action
 from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts, SkipOptions
 from dash_runtime.decision_trace import StepKind
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.engine.constraints import ConstraintCompiler, TextConstraint
 from dash_runtime.engine.fused_decider import FusedDecider
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import GroupPlanner
@@ -34,6 +35,7 @@ from dash_runtime.policy.learned import LearnedPolicy
 class _Waiting:
     request: GenerationRequest
     since: float
+    constraint: TextConstraint | None
 
 
 class Catalog(Protocol):
@@ -56,6 +58,7 @@ class Engine:
         config: EngineConfig,
         planner: GroupPlanner | None = None,
         cost_watch: CostWatch | None = None,
+        constraints: ConstraintCompiler | None = None,
     ) -> None:
         self.facts = facts
         self.cost_watch = cost_watch
@@ -65,6 +68,7 @@ class Engine:
         self._lane = lane
         self._planner = planner
         self._config = config
+        self._constraints = constraints
         self._pool = CachePool(
             decoder.config, config.cache_tokens, decoder.dtype, decoder.device, max_sequences=config.num_slots
         )
@@ -91,7 +95,12 @@ class Engine:
             InvalidRequest: the request does not fit this model. Nothing is queued.
         """
         self.facts.validate(request)
-        self._waiting.append(_Waiting(request, time.monotonic()))
+        constraint = None
+        if request.constraint is not None:
+            if self._constraints is None:
+                raise request.constraint.refusal("needs a tokenizer, and this engine has none")
+            constraint = self._constraints.compile(request.constraint)
+        self._waiting.append(_Waiting(request, time.monotonic(), constraint))
 
     def cancel(self, request_id: str) -> list[EngineEvent]:
         """Forgets a request wherever it is; unknown ids are ignored. A request that had a slot leaves a last event."""
@@ -151,6 +160,7 @@ class Engine:
                 waiting.since,
                 self.facts.eos_token_ids,
                 self._config.record_steps,
+                waiting.constraint,
             )
             self._running[request.request_id] = sequence
             policy, budget = assignment.policy.name, assignment.compute_budget
@@ -262,6 +272,10 @@ class Engine:
 
     def _take(self, sequence: Sequence, token_id: int, logits: Tensor, plan: bytes, events: list[EngineEvent]) -> None:
         request = sequence.request
+        if refusal := sequence.refusal():
+            events.append(refusal)
+            self._release(sequence)
+            return
         logprobs = None if request.logprobs is None else token_logprobs(logits, token_id, request.logprobs)
         shown_plan = plan if request.return_decisions else b""
         events.append(TokenProduced(request.request_id, token_id, shown_plan, logprobs))
@@ -269,9 +283,12 @@ class Engine:
             events.append(self._finish(sequence, reason))
 
     def _finish(self, sequence: Sequence, reason: EndReason) -> EngineEvent:
+        self._release(sequence)
+        return sequence.finished(reason)
+
+    def _release(self, sequence: Sequence) -> None:
         del self._running[sequence.request.request_id]
         self._pool.release(sequence.cache)
-        return sequence.finished(reason)
 
 
 def _deciders(sequences: list[Sequence], assignments: list[Assignment], takes_evaluations: bool) -> list[Decider]:

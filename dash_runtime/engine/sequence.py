@@ -5,12 +5,13 @@ import time
 from torch import Tensor
 
 from dash_runtime.config import GenerationRequest
+from dash_runtime.engine.constraints import TextConstraint
 from dash_runtime.engine.decision_log import DecisionLog
 from dash_runtime.engine.sampling import Sampler
 from dash_runtime.engine.speculative import Speculation
 from dash_runtime.engine.text_drafts import TextDrafts
 from dash_runtime.engine.trace_recorder import TraceRecorder
-from dash_runtime.events import EndReason, SequenceCancelled, SequenceFinished
+from dash_runtime.events import EndReason, RequestRefused, SequenceCancelled, SequenceFinished
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.draft_length import DraftLength
@@ -29,12 +30,14 @@ class Sequence:
         waiting_since: float,
         eos_token_ids: frozenset[int],
         record_steps: int = 0,
+        constraint: TextConstraint | None = None,
     ) -> None:
         self._eos_token_ids = eos_token_ids
         self.request = request
         self.assignment = assignment
         self.cache = cache
-        self.sampler = Sampler(request.sampling, request.prompt_token_ids)
+        self._constraint = constraint
+        self.sampler = Sampler(request.sampling, request.prompt_token_ids, () if constraint is None else (constraint,))
         self.output_ids: list[int] = []
         self.num_cached_prompt_tokens = 0
         drafting = assignment.drafting
@@ -43,7 +46,8 @@ class Sequence:
         if drafting is not None:
             lengths = DraftLength(drafting.draft_cost, drafting.verification_costs, drafting.least_gain)
             room = request.stopping.max_new_tokens + lengths.longest
-            self.speculation = Speculation(self.sampler, lengths, TextDrafts(request.prompt_token_ids, room))
+            text = TextDrafts(request.prompt_token_ids, room)
+            self.speculation = Speculation(self.sampler, lengths, text, constraint)
         self.recorder = TraceRecorder(assignment, record_steps)
         self.granted_at = time.monotonic()
         self.queue_seconds = self.granted_at - waiting_since
@@ -95,7 +99,7 @@ class Sequence:
         assert self.speculation is not None
         token_id = self.speculation.draft(logits, cost)
         self.speculation.draft_ns += elapsed_ns
-        if self._end_with(token_id):
+        if self._end_with(token_id, len(self.output_ids) + len(self.speculation.token_ids)):
             self.speculation.end_draft()
         else:
             self.speculation.go_on()
@@ -120,8 +124,9 @@ class Sequence:
         num_from_text = self.speculation.num_from_text
         token_ids = self.speculation.verify(logits)
         num_accepted = len(token_ids) - 1
-        ends = (place for place, token_id in enumerate(token_ids, start=1) if self._end_with(token_id))
-        token_ids = token_ids[: next(ends, None)]
+        places = enumerate(token_ids, start=1)
+        ends = (place for place, token_id in places if self._end_with(token_id, len(self.output_ids) + place))
+        token_ids = token_ids[: 1 if self.refusal() else next(ends, None)]
         self.cache.truncate(self._num_settled_positions + len(token_ids))
         return token_ids, min(num_accepted, len(token_ids)), num_from_text
 
@@ -145,16 +150,26 @@ class Sequence:
         self.output_ids.append(token_id)
         if self.speculation is not None:
             self.speculation.append(token_id)
-        return self._end_with(token_id) or (None if self.num_tokens_left else EndReason.LENGTH)
+        reason = self._end_with(token_id, len(self.output_ids))
+        return reason or (None if self.num_tokens_left else EndReason.LENGTH)
 
-    def _end_with(self, token_id: int) -> EndReason | None:
-        """Returns the reason if no token may follow this one, whatever the limit."""
+    def _end_with(self, token_id: int, place: int) -> EndReason | None:
+        """Returns the reason if no token may follow this one, the output's `place`-th, whatever the limit."""
         stopping = self.request.stopping
         if token_id in stopping.stop_token_ids:
             return EndReason.STOP_TOKEN
         if token_id in self._eos_token_ids and not stopping.ignore_eos:
             return EndReason.END_OF_SEQUENCE
+        if self._constraint is not None and self._constraint.is_complete_after(place):
+            return EndReason.END_OF_SEQUENCE
         return None
+
+    def refusal(self) -> RequestRefused | None:
+        """Returns the last event of a sequence whose constraint cannot go on: its next token is worth nothing."""
+        failure = None if self._constraint is None else self._constraint.failure
+        if failure is None:
+            return None
+        return RequestRefused(self.request.request_id, failure.field, failure.description)
 
     def finished(self, reason: EndReason) -> SequenceFinished:
         """Returns the closing event."""

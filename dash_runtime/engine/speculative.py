@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dash_runtime.engine.sampling import Sampler, likeliest
 from dash_runtime.events import SpeculationStatistics
-from dash_runtime.policy.draft_length import DraftLength
+from dash_runtime.policy.draft_length import FORCED_MATCH, DraftLength
 
 
 class Proposal(NamedTuple):
@@ -33,20 +33,30 @@ class DraftSource(Protocol):
         """Returns `count` tokens to follow the output and these drafted ones, or none."""
 
 
+class ForcedText(Protocol):
+    """Knows what the output has to go on with, drafted tokens counted in (a constraint does)."""
+
+    def forced(self, count: int) -> list[int]:
+        """Returns at most `count` tokens."""
+
+
 class Speculation:
     """The drafts of one sequence.
 
     `token_ids` is the current draft. It is complete once it has `length` tokens. Counts are over all drafts.
     """
 
-    def __init__(self, sampler: Sampler, lengths: DraftLength, text: DraftSource) -> None:
+    def __init__(
+        self, sampler: Sampler, lengths: DraftLength, text: DraftSource, forced: ForcedText | None = None
+    ) -> None:
         self._sampler = sampler
+        self._forced = forced
         self._lengths = lengths
         self._text = text
         self._matches: list[int] = []
         self._num_tokens_left = 0
         self._distributions: list[Tensor | None] = []
-        """The distribution of each drafted token; None if the text proposed it, or if the sampler is greedy."""
+        """The distribution of each drafted token; None if it came without the model, or if the sampler is greedy."""
         self.token_ids: list[int] = []
         self.length = 0
         self.num_drafted = 0
@@ -82,7 +92,10 @@ class Speculation:
         self.go_on()
 
     def go_on(self) -> None:
-        """Chooses how the draft goes on: no further, by the model, or by the text, which completes it at once."""
+        """Chooses how the draft goes on: no further, by the model, or without it, which completes it at once."""
+        if self._add_forced():
+            self.length = len(self.token_ids)
+            return
         proposed = self._text.propose(self.token_ids, self._lengths.longest - len(self.token_ids))
         self.length, is_from_text = self._lengths.next(self._num_tokens_left, self._matches, proposed.match)
         if not is_from_text:
@@ -90,6 +103,20 @@ class Speculation:
         for place, token_id in enumerate(proposed.token_ids[: self.length - len(self.token_ids)]):
             self._add(token_id, proposed.match + place, None)
             self.num_drafted_from_text += 1
+
+    def _add_forced(self) -> bool:
+        """Adds the tokens that the output has to go on with, if that pays."""
+        if self._forced is None:
+            return False
+        room = min(self._lengths.longest, self._num_tokens_left - 1) - len(self.token_ids)
+        forced = self._forced.forced(room) if room > 0 else []
+        matches = [FORCED_MATCH] * len(forced)
+        if not forced or not self._lengths.pays([*self._matches, *matches]):
+            return False
+        for token_id in forced:
+            self._add(token_id, FORCED_MATCH, None)
+            self.num_drafted_from_text += 1
+        return True
 
     def draft(self, logits: Tensor, cost: float) -> int:
         """Adds and returns the next token of the draft, from the drafting path's float32 `[vocab_size]` logits.

@@ -26,6 +26,10 @@ _TEXT_PRIORS = (0.2, 0.4, 0.45, 0.55, 0.65, 0.75, 0.88)
 """The share of tokens after such a match that came again, in 800 texts of the embedded model."""
 _TEXT_TRIALS = 5.0
 """Trials that these stand for in a new sequence."""
+FORCED_MATCH = 1 << 20
+"""The match of a token that a constraint forces."""
+_FORCED_RATE = 0.97
+"""Full depth may still split the forced text into other tokens."""
 _KEPT_PER_TOKEN = 0.99
 """Share of the counts that each token of output leaves, so that a sequence that was hard is tried again later."""
 
@@ -87,9 +91,9 @@ class _Acceptance:
 class DraftLength:
     """Chooses the drafts of one sequence.
 
-    Every drafted token has a *match*: the number of tokens before it that the text had before, or 0 if the model
-    drafted it. The model's tokens are counted when they are verified. What the text proposes is compared with every
-    token of the output, drafted or not.
+    Every drafted token has a *match*: the number of tokens before it that the text had before, `FORCED_MATCH`, or 0 if
+    the model drafted it. The model's tokens are counted when they are verified. What the text proposes is compared with
+    every token of the output, drafted or not.
 
     Args:
         draft_cost: expected cost of a token that the model drafts before any was, as a share of a full-depth token.
@@ -113,7 +117,7 @@ class DraftLength:
 
     def acceptance(self, match: int = 0) -> float:
         """Returns the estimated probability that a drafted token is accepted if those before it were."""
-        return self._counts(match).rate
+        return _FORCED_RATE if match == FORCED_MATCH else self._counts(match).rate
 
     def next(self, num_tokens_left: int, matches: Sequence[int] = (), match: int = 0) -> NextDraft:
         """Returns how to go on with a draft, by the expected output for its cost; a length of 0 is none at all.
@@ -140,6 +144,11 @@ class DraftLength:
                 by_text = expected + chance * (self._expected(range(match, match + more))[0] - 1)
                 gains[NextDraft(length, True)] = by_text / (cost + verification_cost)
         return max(gains, key=gains.__getitem__)
+
+    def pays(self, matches: Sequence[int]) -> bool:
+        """Returns True if verifying a draft of tokens with these matches gains anything."""
+        cost = self._draft_cost * matches.count(0) + cost_of_verifying(self._verification_costs, len(matches))
+        return self._expected(matches)[0] / cost >= self._least_gain
 
     def drafted(self, cost: float) -> None:
         """Counts a token that the model drafted at `cost` of a full-depth one."""

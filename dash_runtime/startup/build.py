@@ -25,6 +25,7 @@ from dash_runtime.decoder.backends.inductor import InductorBackend, program_spec
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import device_of, find_device
+from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.engine.cost_fit import MeasuredCosts
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
@@ -173,7 +174,10 @@ def build_engine(
         calibration.keep_costs(replaced)
 
     keeper = CostKeeper(costs, measurement, replace_costs, progress) if options.checks_kept_costs else None
-    engine = assemble_engine(decoder, catalog, config, context_length, planner=planner, cost_watch=keeper)
+    constraints = ConstraintCompiler(tokenizer_file(folder), model.vocab_size, model.eos_token_ids)
+    engine = assemble_engine(
+        decoder, catalog, config, context_length, planner=planner, cost_watch=keeper, constraints=constraints
+    )
     _warm_up(engine)
     return engine
 
@@ -186,6 +190,7 @@ def assemble_engine(
     eos_token_ids: frozenset[int] | None = None,
     planner: GroupPlanner | None = None,
     cost_watch: CostWatch | None = None,
+    constraints: ConstraintCompiler | None = None,
 ) -> Engine:
     """Returns an engine over a decoder that was made for `context_length` positions.
 
@@ -193,7 +198,7 @@ def assemble_engine(
     """
     facts = model_facts(decoder, config, catalog.facts(), context_length, eos_token_ids)
     lane = make_lane(config.lane, device_of(decoder.device))
-    return Engine(decoder, catalog, lane, facts, config, planner, cost_watch)
+    return Engine(decoder, catalog, lane, facts, config, planner, cost_watch, constraints)
 
 
 def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:

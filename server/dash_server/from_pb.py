@@ -4,6 +4,7 @@ The dataclasses and ModelFacts check most values. This module checks only what t
 limits in the settings. Paths of wrong fields are relative to GenerationParameters.
 """
 
+import json
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from dash_runtime.config import (
     SkipOptions,
     StoppingParameters,
 )
+from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.errors import InvalidRequest
 from dash_server.settings import Settings
 from dash_server.statuses import InvalidFields
@@ -88,12 +90,15 @@ def prepare_request(
     violations = _Violations()
     sampling, skip = SamplingParameters(), SkipOptions()
     prompt_token_ids: list[int] = []
+    constraint: Constraint | None = None
     with violations.collected():
         sampling = _sampling(parameters.sampling)
     with violations.collected():
         _check_stopping(parameters.stopping, settings)
     with violations.collected():
         skip = _skip(parameters.skip, settings)
+    with violations.collected():
+        constraint = _constraint(parameters, settings)
     with violations.collected():
         prompt_token_ids = tokenize(parameters)
         _check_prompt(prompt_token_ids, settings)
@@ -109,6 +114,7 @@ def prepare_request(
         skip=skip,
         logprobs=_optional(output, "logprobs"),
         return_decisions=output.return_decisions,
+        constraint=constraint,
         cache_namespace=cache_namespace,
     )
     facts.validate(request)
@@ -171,6 +177,22 @@ def _stopping(
         stop_token_ids=frozenset(stopping.stop_token_ids),
         ignore_eos=stopping.ignore_eos,
     )
+
+
+def _constraint(parameters: generation_pb2.GenerationParameters, settings: Settings) -> Constraint | None:
+    if not parameters.HasField("constraint"):
+        return None
+    name = parameters.constraint.WhichOneof("kind")
+    if name is None:
+        raise InvalidRequest("constraint", "must be one of " + ", ".join(ConstraintKind))
+    value = getattr(parameters.constraint, name)
+    text = json.dumps(list(value.texts)) if name == "choices" else value
+    num_bytes = len(text.encode())
+    if num_bytes > settings.max_constraint_bytes:
+        raise InvalidRequest(
+            f"constraint.{name}", f"must have at most {settings.max_constraint_bytes} bytes, got {num_bytes}"
+        )
+    return Constraint(ConstraintKind(name), text)
 
 
 def _skip(skip: generation_pb2.SkipOptions, settings: Settings) -> SkipOptions:

@@ -122,6 +122,9 @@ class Settings(BaseSettings):
     max_new_tokens: int = Field(default=4096, ge=1, description="Largest max_new_tokens that is accepted")
     max_stop_strings: int = Field(default=16, ge=0, description="Stop strings in one request")
     max_stop_string_bytes: int = Field(default=256, ge=1, le=4096, description="Bytes of one stop string in UTF-8")
+    max_constraint_bytes: int = Field(
+        default=64 * 1024, ge=1, description="Bytes of a request's JSON schema, pattern, grammar or choices"
+    )
     max_message_bytes: int = Field(
         default=4 * _MEBIBYTE, ge=1024, le=32 * _MEBIBYTE, description="Largest request message"
     )

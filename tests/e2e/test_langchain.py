@@ -5,7 +5,7 @@ import pickle
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import pytest
 
@@ -17,7 +17,7 @@ from langchain_core.load import dumps, load
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
-from pydantic import SecretStr, ValidationError
+from pydantic import BaseModel, Field, SecretStr, ValidationError
 
 from dash_client import DashClient, DashError, GenerationOptions, InvalidArgumentError, UnavailableError
 from dash_client.adapters.langchain import ChatDash
@@ -79,6 +79,40 @@ def test_an_answer_is_the_clients_with_what_it_says_of_itself(model: ChatDash, c
     assert facts["mean_cost"] == expected.depth.mean_cost
     assert facts["request_id"] not in ("", expected.started.request_id)
     assert client.decisions(facts["request_id"]).steps
+
+
+class Person(BaseModel):
+    """Somebody."""
+
+    name: str = Field(min_length=1, max_length=5, pattern="^[a-z]+$")
+    age: int = Field(ge=0, le=99)
+
+
+class Pet(TypedDict):
+    """An animal."""
+
+    is_big: bool
+
+
+async def test_structured_output_is_an_instance_or_a_dict_and_a_cut_one_is_told(model: ChatDash) -> None:
+    roomy = model.model_copy(update={"max_tokens": 80})
+    structured = roomy.with_structured_output(Person)
+    assert isinstance(structured.invoke(MESSAGES), Person)
+    assert isinstance(await structured.ainvoke(MESSAGES), Person)
+    as_dict = roomy.with_structured_output(Person.model_json_schema()).invoke(MESSAGES)
+    assert Person(**as_dict) == structured.invoke(MESSAGES)
+    assert roomy.with_structured_output(Pet).invoke(MESSAGES)["is_big"] in (True, False)
+    short = model.model_copy(update={"max_tokens": 3}).with_structured_output(Person, include_raw=True)
+    cut = short.invoke(MESSAGES)
+    assert cut["parsed"] is None
+    assert cut["parsing_error"] is not None
+    assert cut["raw"].response_metadata["finish_reason"] == "length"
+    whole = roomy.with_structured_output(Person, include_raw=True, method="json_schema").invoke(MESSAGES)
+    assert (whole["parsed"], whole["parsing_error"]) == (structured.invoke(MESSAGES), None)
+    with pytest.raises(ValueError, match="function_calling"):
+        model.with_structured_output(Person, method="function_calling")
+    with pytest.raises(ValueError, match="strict"):
+        model.with_structured_output(Person, strict=True)
 
 
 async def test_streaming_and_awaiting_change_nothing(model: ChatDash) -> None:
@@ -191,7 +225,7 @@ def test_unknown_options_are_refused(model: ChatDash) -> None:
 
 def test_every_option_of_a_generation_is_a_field() -> None:
     names = {"max_tokens" if name == "max_new_tokens" else name for name in GenerationOptions.__annotations__}
-    assert names <= ChatDash.model_fields.keys()
+    assert names - {"constraint"} <= ChatDash.model_fields.keys()  # `with_structured_output` sets that one
 
 
 def test_the_token_is_in_nothing_that_is_shown_logged_or_stored(model: ChatDash) -> None:

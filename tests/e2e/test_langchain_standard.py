@@ -89,4 +89,4 @@ class TestWithAServer(ChatModelIntegrationTests):
 
     @property
     def has_structured_output(self) -> bool:
-        return False
+        return True

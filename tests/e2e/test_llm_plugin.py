@@ -89,6 +89,16 @@ def test_the_command_answers_as_the_client_goes_on_and_logs_the_facts(command: C
         assert client.decisions(facts["request_id"]).steps
 
 
+def test_a_schema_is_kept_by_the_command_and_the_library(command: Command) -> None:
+    schema = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
+    schema["additionalProperties"] = False
+    run = command("-m", "dash", HELLO, "--schema", json.dumps(schema))
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["colour"] in ("red", "blue")
+    answer = DashModel().prompt(HELLO, schema=schema).text()
+    assert json.loads(answer)["colour"] in ("red", "blue")
+
+
 @pytest.mark.parametrize("how", ["--no-stream", "--async"])
 def test_neither_streaming_nor_awaiting_changes_the_answer(command: Command, client: DashClient, how: str) -> None:
     run = command("-m", "dash", HELLO, *FLAGS, how)
@@ -138,7 +148,7 @@ def test_the_command_explains_every_option(command: Command) -> None:
 
 
 def test_options_that_fit_a_command_line_are_all_there() -> None:
-    not_on_a_command_line = {"logit_bias", "stop_token_ids", "logprobs", "return_decisions"}
+    not_on_a_command_line = {"constraint", "logit_bias", "stop_token_ids", "logprobs", "return_decisions"}
     names = {"max_tokens" if name == "max_new_tokens" else name for name in GenerationOptions.__annotations__}
     assert names - not_on_a_command_line <= DashModel.Options.model_fields.keys()
 

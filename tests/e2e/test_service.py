@@ -13,8 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from pydantic import BaseModel, Field
 
-from dash_client import Action, DashClient, InvalidArgumentError, UnavailableError
+from dash_client import Action, DashClient, GenerationOptions, InvalidArgumentError, LarkGrammar, UnavailableError
 
 SERVER = (sys.executable, "-m", "dash_server.main")
 CHAT = [{"role": "user", "content": "Hello, who are you?"}]
@@ -105,6 +106,35 @@ def test_an_adaptive_stream_without_a_policy_runs_a_fixed_plan_within_its_budget
         assert result.depth.action_counts.get(action, 0) == sum(plan.count(action) for plan in plans[1:])
     assert result.depth.mean_cost is not None
     assert result.depth.mean_cost <= budget + 1e-6
+
+
+class Person(BaseModel):
+    name: str = Field(min_length=1, max_length=5, pattern="^[a-z]+$")
+    age: int = Field(ge=0, le=99)
+
+
+@pytest.mark.parametrize("mode", ["full_depth", "adaptive", "exact"])
+def test_an_answer_keeps_to_its_constraint_and_comes_back_parsed(service: Service, mode: str) -> None:
+    options = GenerationOptions(mode=mode, temperature=1.5, seed=5, max_new_tokens=80)
+    with service.client.stream(CHAT, constraint=Person, **options) as stream:
+        answer = stream.final()
+    assert isinstance(answer.parsed, Person)
+    assert answer.finish_reason == "end_of_sequence"
+    assert service.client.chat(CHAT, constraint=["red", "blue"], **options).text in ("red", "blue")
+    date = re.compile(r"[12]\d{3}-[01]\d-[0-3]\d")
+    assert date.fullmatch(service.client.chat(CHAT, constraint=date, **options).text)
+    grammar = LarkGrammar('start: "a"{2} ("b" | "c")')
+    assert service.client.chat(CHAT, constraint=grammar, **options).text in ("aab", "aac")
+
+
+def test_a_constraint_that_cannot_be_kept_is_refused_by_its_place_and_the_next_one_is_served(service: Service) -> None:
+    schema = {"type": "object", "properties": {"day": {"type": "dates"}}}
+    for call in (service.client.chat, lambda *own, **options: service.client.chat_stream(*own, **options).final()):
+        with pytest.raises(InvalidArgumentError, match="/properties/day: Invalid type: dates") as refused:
+            call(CHAT, constraint=schema)
+        (violation,) = refused.value.field_violations
+        assert violation.field == "parameters.constraint.json_schema"
+    assert service.client.chat(CHAT, constraint=["yes"]).text == "yes"
 
 
 def test_a_seed_repeats_text_and_decisions_and_streaming_changes_neither(service: Service) -> None:

@@ -25,6 +25,7 @@ Sampling = generation_pb2.SamplingParameters
 Stopping = generation_pb2.StoppingParameters
 Skip = generation_pb2.SkipOptions
 Output = generation_pb2.OutputOptions
+Constraint = generation_pb2.Constraint
 TokenIds = common_pb2.TokenIds
 Chat, Message = common_pb2.ChatPrompt, common_pb2.ChatMessage
 NAN = float("nan")
@@ -73,6 +74,16 @@ BAD_PARAMETERS: dict[str, tuple[dict[str, Any], str]] = {
     "empty stop string": (stopping(stop_strings=["a", ""]), "stopping.stop_strings[1]"),
     "overlong stop string": (stopping(stop_strings=["ä" * 129]), "stopping.stop_strings[0]"),
     "stop token id outside the vocabulary": (stopping(stop_token_ids=[260]), "stopping.stop_token_ids"),
+    "constraint of no kind": ({"text": "a", "constraint": Constraint()}, "constraint"),
+    "schema that is no JSON": ({"text": "a", "constraint": Constraint(json_schema="{")}, "constraint.json_schema"),
+    "schema that is a list": ({"text": "a", "constraint": Constraint(json_schema="[]")}, "constraint.json_schema"),
+    "schema that is too long": (
+        {"text": "a", "constraint": Constraint(json_schema='{"a": "' + "b" * 70_000 + '"}')},
+        "constraint.json_schema",
+    ),
+    "empty pattern": ({"text": "a", "constraint": Constraint(regex="")}, "constraint.regex"),
+    "no choices": ({"text": "a", "constraint": Constraint(choices={})}, "constraint.choices"),
+    "empty choice": ({"text": "a", "constraint": Constraint(choices={"texts": ["a", ""]})}, "constraint.choices"),
     "unknown mode": (skip(mode=17), "skip.mode"),
     "negative mode": (skip(mode=-1), "skip.mode"),
     "budget zero": (skip(compute_budget=0), "skip.compute_budget"),

@@ -94,6 +94,15 @@ async def test_attributes_follow_the_conventions(model_folder: Path, collector: 
     assert {"service.version", "service.instance.id"} <= collector.resource.keys()
 
 
+async def test_a_constraint_is_told_by_its_kind(model_folder: Path, collector: OtlpReceiver) -> None:
+    schema = generation_pb2.Constraint(json_schema='{"type": "integer"}')
+    async with running_server(fake_model(model_folder)) as server:
+        await stream(server, text="hello", max_new_tokens=3, output=TRACED, constraint=schema)
+        trace = await collector.trace()
+    generation = attributes_of(trace.generation.attributes)
+    assert (generation["gen_ai.output.type"], generation["dash.constraint"]) == ("json", "json_schema")
+
+
 async def test_layers_stand_beside_the_decisions_where_asked_for(model_folder: Path, collector: OtlpReceiver) -> None:
     async with running_server(fake_model(model_folder, token_seconds=0.001), trace_layers=True) as server:
         await stream(server, text="hello", max_new_tokens=2, output=TRACED)

@@ -9,15 +9,19 @@ Knows LangChain's core only; the client and the server check the ranges of optio
 """
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Any
+from operator import itemgetter
+from typing import Any, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel
-from langchain_core.language_models.base import LangSmithParams
+from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
-from pydantic import ConfigDict, Field, SecretStr
+from langchain_core.utils.function_calling import convert_to_json_schema
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from dash_client.adapters.answer_facts import answer_facts
 from dash_client.adapters.langchain_messages import conversation, usage_metadata
@@ -82,6 +86,36 @@ class ChatDash(ConnectionFields, OptionFields, BaseChatModel):
     ) -> int:
         """Returns the number of tokens in the conversation, including those of the chat template."""
         return len(self._client().tokenize(conversation(messages)))
+
+    def with_structured_output(
+        self, schema: dict[str, Any] | type, *, include_raw: bool = False, **kwargs: Any
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Returns a model whose answers are instances of a pydantic model class, or dicts by another schema.
+
+        Args:
+            schema: a pydantic model class, a TypedDict or a JSON schema; every answer keeps to it unless it is cut off.
+            include_raw: return a dict of `raw`, `parsed` and `parsing_error`, and raise nothing for a text cut off.
+            kwargs: `method` may be "json_schema", which is the only one.
+
+        Raises:
+            ValueError: another method or option is asked for.
+        """
+        if (method := kwargs.pop("method", "json_schema")) != "json_schema" or kwargs:
+            raise ValueError(f"cannot do {', '.join([f'method={method!r}', *kwargs])}; the only method is json_schema")
+        is_model = isinstance(schema, type) and issubclass(schema, BaseModel)
+        parser: BaseOutputParser[Any] = JsonOutputParser()
+        if is_model:
+            parser = PydanticOutputParser(pydantic_object=cast(type[BaseModel], schema))
+        wanted = schema if is_model or isinstance(schema, dict) else convert_to_json_schema(schema, strict=True)
+        answer = self.bind(
+            constraint=wanted,
+            ls_structured_output_format={"kwargs": {"method": method}, "schema": convert_to_json_schema(schema)},
+        )
+        if not include_raw:
+            return answer | parser
+        parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
+        failed = RunnablePassthrough.assign(parsed=lambda _: None)
+        return RunnableMap(raw=answer) | parsed.with_fallbacks([failed], exception_key="parsing_error")
 
     def _generate(
         self,

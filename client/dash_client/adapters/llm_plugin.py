@@ -32,6 +32,7 @@ class _Dash:
     needs_key: str | None = MODEL_ID
     key_env_var: str | None = "DASH_TOKEN"
     can_stream = True
+    supports_schema = True
     key: str | None
     Options = DashOptions
 
@@ -88,6 +89,9 @@ def _call(prompt: llm.Prompt, key: str | None) -> tuple[list[ChatMessage], dict[
     connection = {name: options.pop(name) for name in ConnectionFields.model_fields if name in options}
     if key is not None:
         connection["token"] = key
+    if prompt.schema is not None:
+        # `llm` has turned a model class into its schema.
+        options["constraint"] = prompt.schema
     return _messages(prompt), connection, options
 
 

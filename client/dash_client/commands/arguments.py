@@ -1,12 +1,15 @@
 """Defines the command line of `dash-client`: commands, options and help. Imports no command."""
 
 import argparse
+import json
+import re
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dash_client.commands.exit_codes import EXPLANATION, ExitCode
+from dash_client.constraint import LarkGrammar
 from dash_client.types import Action, Mode
 
 _CHAT = """\
@@ -187,12 +190,22 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     group.add_argument("--max-new-tokens", type=int, metavar="N")
     group.add_argument("--stop", action="append", metavar="TEXT", help="may be given several times")
     group.add_argument("--ignore-eos", **_FLAG, help="go on past the end of sequence")
+    constraint = command.add_argument_group("what the text has to be").add_mutually_exclusive_group()
+    for name, kind, metavar, brief in (
+        ("--json-schema", _schema, "FILE", "JSON by the schema in this file"),
+        ("--regex", _regex, "PATTERN", "text that this pattern matches as a whole"),
+        ("--grammar", _grammar, "FILE", "text by the Lark grammar in this file"),
+    ):
+        constraint.add_argument(name, dest="constraint", type=kind, metavar=metavar, help=brief)
+    constraint.add_argument(
+        "--choice", dest="constraint", action="append", metavar="TEXT", help="one of these; given several times"
+    )
 
 
 def _add_connection_and_output(
-    command: argparse.ArgumentParser, json: str = "print one JSON object", quiet: str | None = None
+    command: argparse.ArgumentParser, as_json: str = "print one JSON object", quiet: str | None = None
 ) -> None:
-    """Adds what every command has that asks a server; `json` and `quiet` are the help of these options."""
+    """Adds what every command has that asks a server; `as_json` and `quiet` are the help of these options."""
     group = command.add_argument_group("connection")
     group.add_argument("--target", help="host:port (default: DASH_TARGET, else localhost:50051)")
     group.add_argument("--timeout", type=float, metavar="SECONDS", help="deadline of each call")
@@ -205,9 +218,38 @@ def _add_connection_and_output(
     group.add_argument("--allow-insecure-token", **_FLAG, help="send it to another machine without TLS")
     group.add_argument("--token", nargs="?", action=_RefuseToken, help=argparse.SUPPRESS)
     group = command.add_argument_group("output")
-    group.add_argument("--json", action="store_true", help=json)
+    group.add_argument("--json", action="store_true", help=as_json)
     if quiet is not None:
         group.add_argument("--quiet", action="store_true", help=quiet)
+
+
+def _schema(path: str) -> dict[str, Any]:
+    try:
+        schema = json.loads(_content(path))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{path} is not JSON: {error}") from None
+    if not isinstance(schema, dict):
+        raise argparse.ArgumentTypeError(f"{path} holds no JSON object")
+    return schema
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"is not a pattern: {error}") from None
+
+
+def _grammar(path: str) -> LarkGrammar:
+    return LarkGrammar(_content(path))
+
+
+def _content(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise argparse.ArgumentTypeError(f"{path} cannot be read: {reason}") from None
 
 
 def _count(text: str, least: int = 1) -> int:

@@ -24,11 +24,12 @@ def print_json(value: Any) -> None:
 
 
 def as_json(value: Any) -> Any:
-    """Converts dataclasses to objects, actions to names, and decisions to one list of action names per token."""
+    """Converts dataclasses to objects of the fields that they show, actions to names, and decisions to one list of
+    action names per token."""
     if isinstance(value, Decisions):
         return [[action.name for action in row] for row in value]
     if is_dataclass(value):
-        return {field.name: as_json(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: as_json(getattr(value, field.name)) for field in fields(value) if field.repr}
     if isinstance(value, Action):
         return value.name
     if isinstance(value, dict):

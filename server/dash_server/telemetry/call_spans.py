@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.trace import SpanKind
 from opentelemetry.trace.status import Status, StatusCode
 
+from dash_runtime.constraint import ConstraintKind
 from dash_runtime.decision_trace import DecisionTrace
 from dash_server.from_pb import PreparedRequest
 from dash_server.request_record import PROVIDER_NAME, RequestRecord
@@ -108,6 +109,10 @@ def _generation_attributes(record: RequestRecord, prepared: PreparedRequest, opt
     # Seeds have 64 unsigned bits, OTLP's integers have a sign.
     if sampling.seed <= _MAX_INT64:
         attributes["gen_ai.request.seed"] = sampling.seed
+    if request.constraint is not None:
+        is_json = request.constraint.kind is ConstraintKind.JSON_SCHEMA
+        attributes["gen_ai.output.type"] = "json" if is_json else "text"
+        attributes["dash.constraint"] = request.constraint.kind.value
     if record.finish_reason is not None:
         attributes["gen_ai.response.finish_reasons"] = [record.finish_reason.value]
     if is_stream and record.first_token_unix_ns is not None:

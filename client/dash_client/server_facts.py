@@ -1,0 +1,49 @@
+"""The facts that a server tells of its model and policies. Knows nothing of gRPC or protobuf."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dash_client.types import Action, Mode
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """The model that a server serves, and its limits. Actions and modes that this client does not know are left out."""
+
+    name: str
+    architecture: str
+    layer_count: int
+    vocabulary_size: int
+    context_length: int
+    max_new_tokens_limit: int
+    default_max_new_tokens: int
+    cache_tokens: int
+    slot_count: int
+    actions: tuple[Action, ...]
+    modes: tuple[Mode, ...]
+    default_mode: Mode
+    policy_names: tuple[str, ...]
+    default_policy_name: str
+    default_draft_policy_name: str
+    """The policy that drafts in mode "exact"."""
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyInfo:
+    """A policy that a server offers."""
+
+    name: str
+    note: str
+    learned: bool
+    lookahead: int
+    pinned_layers: tuple[int, ...]
+    action_costs: Mapping[Action, float]
+    """Measured cost of each action as a share of a full layer."""
+    lowest_budget: float
+    """The lowest compute budget that the policy can keep."""
+    recommended_budget: float
+    """The compute budget in use if neither the request nor the server sets one."""
+    compensation: str
+    is_drafter: bool
+    """True if the policy was made to draft for mode "exact"."""
