@@ -50,8 +50,8 @@ def keep_freed_memory() -> None:
 
 
 def keep_few_kernels() -> None:
-    """Bounds how many kernels oneDNN keeps, if it has made none yet. It makes one for each number of rows, and a rollout
-    has rows of every number: a thousand kernels take more than a gigabyte."""
+    """Bounds how many kernels oneDNN keeps, if it has made none yet. It makes one for each number of rows, and a
+    rollout has rows of every number: a thousand kernels take more than a gigabyte."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KERNELS_KEPT))
 
 
