@@ -134,7 +134,7 @@ class GenerationRequest:
     """One sequence to generate, in token ids.
 
     Raises:
-        InvalidRequest: the prompt is empty, or `logprobs` is out of range.
+        InvalidRequest: the prompt or the given output is empty, or `logprobs` is out of range.
     """
 
     request_id: str
@@ -145,12 +145,16 @@ class GenerationRequest:
     logprobs: int | None = None
     return_decisions: bool = False
     constraint: Constraint | None = None
+    scored_token_ids: list[int] | None = None
+    """An output that is given: its tokens are put out, each with its log probability, and none is chosen."""
     cache_namespace: str = ""
     """Requests of one namespace may reuse each other's prompts. Nothing else is ever shared."""
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
             raise InvalidRequest("prompt", "must not be empty")
+        if self.scored_token_ids is not None and not self.scored_token_ids:
+            raise InvalidRequest("continuation", "must not be empty")
         if self.logprobs is not None:
             _require_range("output.logprobs", self.logprobs, 0, MAX_LOGPROBS)
 
@@ -183,11 +187,15 @@ class ModelFacts:
             InvalidRequest: a field does not fit the model; it is named.
         """
         self._validate_length(len(request.prompt_token_ids), request.stopping.max_new_tokens)
-        for position, token_id in enumerate(request.prompt_token_ids):
-            if not 0 <= token_id < self.vocab_size:
-                raise InvalidRequest(
-                    f"token_ids[{position}]", f"{token_id} is outside the vocabulary of {self.vocab_size}"
-                )
+        for name, ordered in (
+            ("token_ids", request.prompt_token_ids),
+            ("continuation", request.scored_token_ids or ()),
+        ):
+            for position, token_id in enumerate(ordered):
+                if not 0 <= token_id < self.vocab_size:
+                    raise InvalidRequest(
+                        f"{name}[{position}]", f"{token_id} is outside the vocabulary of {self.vocab_size}"
+                    )
         for name, ids in (
             ("stopping.stop_token_ids", request.stopping.stop_token_ids),
             ("sampling.logit_bias", request.sampling.logit_bias),

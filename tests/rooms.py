@@ -23,7 +23,7 @@ ROOMS = {
         channel checks
         trace/
         trace/decision_trace_messages trace/trace_summary
-        decision_trace server_facts terminal
+        decision_trace score server_facts terminal
         types
         constraint errors
     """,

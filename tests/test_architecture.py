@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "dash_runtime": set[str](),
 }
 CLIENT_THIRD_PARTIES = {"grpc", "grpc_health", "google"}
-ADAPTER_THIRD_PARTIES = {"langchain_core", "llm", "pydantic"}
+ADAPTER_THIRD_PARTIES = {"langchain_core", "llm", "lm_eval", "pydantic"}
 
 # An editable install makes namespace packages of the folders; `dash` is Plotly's package.
 NEVER_IMPORTED = {"server", "client", "proto", "dash"}

@@ -26,6 +26,7 @@ from dash_client.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from dash_client.score import Score, ScoreOptions
 from dash_client.server_facts import ModelInfo, PolicyInfo
 from dash_client.streams import AsyncGenerationStream, GenerationStream
 from dash_client.types import (
@@ -80,6 +81,8 @@ __all__ = [
     "RecordedLayer",
     "RecordedStep",
     "ResourceExhaustedError",
+    "Score",
+    "ScoreOptions",
     "ServerError",
     "SpeculationUsage",
     "StepKind",

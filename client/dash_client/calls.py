@@ -5,7 +5,7 @@ and hands the answer's bytes back.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
@@ -21,6 +21,7 @@ from dash_client.constraint import Constraint
 from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import CancelledError, DashError
 from dash_client.rpc_errors import error_from_rpc
+from dash_client.score import Score, ScoreOptions
 from dash_client.server_facts import ModelInfo, PolicyInfo
 from dash_client.types import (
     Generation,
@@ -95,6 +96,13 @@ class Calls:
             return self._generate(requests.with_prompt(parameters, prompt), timeout, options.get("constraint"))
 
         return generate
+
+    def score(
+        self, prompt: Prompt, continuation: str | Sequence[int] | None, timeout: float | None, options: ScoreOptions
+    ) -> Call[Score]:
+        request = requests.score_request(prompt, continuation, **options)
+        read = _reader(generation_pb2.ScoreResponse, responses.score)
+        return self._call(f"{_GENERATION}/Score", request, checks.timeout(timeout, self._timeout), read)
 
     def tokenize(self, prompt: Prompt, timeout: float | None) -> Call[tuple[int, ...]]:
         request = requests.tokenize_request(prompt)

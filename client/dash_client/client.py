@@ -2,7 +2,7 @@
 
 import queue
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import grpc
@@ -13,6 +13,7 @@ from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import DashError, DeadlineExceededError, UnavailableError
 from dash_client.prompt_map import PromptMap
 from dash_client.readiness import Readiness
+from dash_client.score import Score, ScoreOptions
 from dash_client.server_facts import ModelInfo, PolicyInfo
 from dash_client.stream_state import StreamState
 from dash_client.streams import GenerationStream
@@ -166,6 +167,24 @@ class DashClient:
             for _, future in running.values():
                 future.cancel()
             prompt_map.close()
+
+    def score(
+        self,
+        prompt: Prompt,
+        continuation: str | Sequence[int] | None = None,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[ScoreOptions],
+    ) -> Score:
+        """Returns the log probability of an output that is given, by the path that a generation in the same mode takes.
+
+        Args:
+            prompt: as for `generate`.
+            continuation: the output, as text or token ids; None scores the prompt's own tokens, from the second on.
+            timeout: deadline in seconds, instead of the client's; infinity for none.
+            options: see `ScoreOptions`.
+        """
+        return self._run(self._calls.score(prompt, continuation, timeout, options))
 
     def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> tuple[int, ...]:
         """Returns the token ids of text or of a conversation, exactly as a generation would see them."""

@@ -11,6 +11,7 @@ from dash_api.v1 import common_pb2, generation_pb2, model_pb2
 from dash_client import checks
 from dash_client.constraint_messages import constraint_message
 from dash_client.errors import invalid_argument
+from dash_client.score import ScoreOptions
 from dash_client.types import Action, GenerationOptions, Messages, Mode, Prompt
 
 E = TypeVar("E", bound=Enum)
@@ -101,6 +102,27 @@ def chat_parameters(messages: Messages, **options: Unpack[GenerationOptions]) ->
     items = _listed("messages", messages, 'text or a list of {"role": …, "content": …}')
     _add_messages(parameters.chat, items, "messages")
     return parameters
+
+
+def score_request(
+    prompt: Prompt, continuation: str | Sequence[int] | None, **options: Unpack[ScoreOptions]
+) -> generation_pb2.ScoreRequest:
+    """Returns the request for the log probability of an output.
+
+    Raises:
+        InvalidArgumentError: an argument is of the wrong type or out of range.
+        TypeError: there is no such option.
+    """
+    if unknown := sorted(options.keys() - ScoreOptions.__annotations__.keys()):
+        raise TypeError(f"no such option: {', '.join(unknown)}")
+    request = generation_pb2.ScoreRequest(parameters=generation_parameters(prompt, **options))
+    if isinstance(continuation, str):
+        request.text = checks.text("continuation", continuation)
+    elif continuation is not None:
+        items = _listed("continuation", continuation, "text or token ids")
+        request.token_ids.ids.extend([checks.token_id("continuation", item) for item in items])
+        request.token_ids.SetInParent()
+    return request
 
 
 def tokenize_request(prompt: Prompt) -> model_pb2.TokenizeRequest:

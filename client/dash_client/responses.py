@@ -9,6 +9,7 @@ from grpc_health.v1 import health_pb2
 from dash_api.v1 import common_pb2, generation_pb2, model_pb2
 from dash_client.constraint import Constraint
 from dash_client.errors import ServerError
+from dash_client.score import Score
 from dash_client.server_facts import ModelInfo, PolicyInfo
 from dash_client.types import (
     Action,
@@ -77,6 +78,29 @@ def generation_from_response(
     assembly.add_started(response.started)
     assembly.add_delta(response.output)
     return assembly.finish(response.finished)
+
+
+def score(response: generation_pb2.ScoreResponse) -> Score:
+    """Returns the score of a given output.
+
+    Raises:
+        ServerError: this client cannot read it.
+    """
+    assembly = StreamAssembly()
+    assembly.add_started(response.started)
+    assembly.add_delta(response.output)
+    output = assembly.finish(response.finished)
+    return Score(
+        response.log_probability,
+        response.is_greedy,
+        output.text,
+        output.token_ids,
+        output.logprobs or (),
+        output.usage,
+        output.depth,
+        output.decisions,
+        output.started,
+    )
 
 
 class StreamAssembly:

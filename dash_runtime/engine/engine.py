@@ -16,19 +16,21 @@ from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts, Ski
 from dash_runtime.decision_trace import StepKind
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.constraints import ConstraintCompiler, TextConstraint
-from dash_runtime.engine.fused_decider import FusedDecider
+from dash_runtime.engine.deciders import deciders_of
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.engine.prefix_cache import PrefixCache
 from dash_runtime.engine.sampling import likeliest, token_logprobs
 from dash_runtime.engine.sequence import Sequence
-from dash_runtime.engine.step import Decider, decode_step
+from dash_runtime.engine.step import decode_step
 from dash_runtime.engine.step_times import CostWatch, StepClock
 from dash_runtime.events import EndReason, EngineEvent, SlotGranted, TokenProduced
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.kv_cache import CachePool
 from dash_runtime.policy.catalog import Assignment
-from dash_runtime.policy.learned import LearnedPolicy
+
+_SCORED_ROWS = 64
+"""Rows of a given output whose logits are in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,11 +189,27 @@ class Engine:
                 hidden = self._run_full_depth(PassKind.PREFILL, [sequence], [chunk])
                 if not sequence.num_prompt_tokens_left:
                     self._prefix_cache.store(*prompt)
+                if sequence.is_scored_at_once:
+                    self._score(sequence, hidden[len(hidden) - sequence.num_rows_to_score :], events)
+                elif not sequence.num_prompt_tokens_left:
                     logits = self._decoder.logits(hidden[-1:], (Action.FULL,))
                     plan = sequence.log.append_prefill_token()
                     token_id = sequence.sampler.sample(logits[0])
                     sequence.recorder.add_first_token(token_id)
                     self._take(sequence, token_id, logits[0], plan, events)
+
+    def _score(self, sequence: Sequence, hidden: Tensor, events: list[EngineEvent]) -> None:
+        """Puts out the tokens of a given output that follow these rows of a full-depth pass."""
+        for rows in hidden.split(_SCORED_ROWS) if len(hidden) else ():
+            for logits in self._decoder.logits(rows, (Action.FULL,) * len(rows), PassKind.PREFILL):
+                token_id = sequence.sampler.sample(logits)
+                if not sequence.output_ids:
+                    plan = sequence.log.append_prefill_token()
+                    sequence.recorder.add_first_token(token_id)
+                else:
+                    sequence.log.add_verification(1, 1.0)
+                    plan = sequence.log.append_verified_token()
+                self._take(sequence, token_id, logits, plan, events)
 
     def _prefix_namespace(self, sequence: Sequence) -> str:
         """Returns its caller's namespace, or the one beside it for sequences whose keys are rotated otherwise."""
@@ -214,7 +232,7 @@ class Engine:
     def _decode(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
         policies = [sequence.assignment.policy for sequence in sequences]
         assignments = [sequence.decider_assignment(self._catalog.full_depth) for sequence in sequences]
-        deciders = _deciders(sequences, assignments, self._decoder.takes_evaluations(len(sequences)))
+        deciders = deciders_of(sequences, assignments, self._decoder.takes_evaluations(len(sequences)))
         batch = self._decoder.batch(
             PassKind.DECODE,
             [sequence.cache for sequence in sequences],
@@ -289,20 +307,3 @@ class Engine:
     def _release(self, sequence: Sequence) -> None:
         del self._running[sequence.request.request_id]
         self._pool.release(sequence.cache)
-
-
-def _deciders(sequences: list[Sequence], assignments: list[Assignment], takes_evaluations: bool) -> list[Decider]:
-    """Returns one decider per policy in the batch. The layers' programs evaluate it if they can."""
-    rows_by_policy: dict[int, list[int]] = {}
-    for row, assignment in enumerate(assignments):
-        rows_by_policy.setdefault(id(assignment.policy), []).append(row)
-    deciders: list[Decider] = []
-    for rows in rows_by_policy.values():
-        assignment = assignments[rows[0]]
-        tokens = [sequences[row].next_token() for row in rows]
-        policy, arguments = assignment.policy, (rows, tokens, assignment.state_costs, len(sequences))
-        if takes_evaluations and isinstance(policy, LearnedPolicy) and policy.layer_programs is not None:
-            deciders.append(FusedDecider(policy, *arguments))
-        else:
-            deciders.append(Decider(policy, *arguments))
-    return deciders

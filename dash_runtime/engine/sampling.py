@@ -126,6 +126,18 @@ class Sampler:
         return (reaches_top_p or falls_below_min_p) and p.top_k == 0
 
 
+class GivenTokens(Sampler):
+    """Puts out the tokens of an output that is given."""
+
+    def __init__(self, token_ids: Iterable[int]) -> None:
+        super().__init__(SamplingParameters(), ())
+        self.is_plain_greedy = False
+        self._token_ids = iter(token_ids)
+
+    def sample(self, logits: Tensor) -> int:
+        return next(self._token_ids)
+
+
 def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
     """Returns the log probabilities of one token and of the `num_top` best, from raw `[vocab_size]` logits."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)

@@ -4,10 +4,10 @@ import time
 
 from torch import Tensor
 
-from dash_runtime.config import GenerationRequest
+from dash_runtime.config import GenerationRequest, Mode
 from dash_runtime.engine.constraints import TextConstraint
 from dash_runtime.engine.decision_log import DecisionLog
-from dash_runtime.engine.sampling import Sampler
+from dash_runtime.engine.sampling import GivenTokens, Sampler
 from dash_runtime.engine.speculative import Speculation
 from dash_runtime.engine.text_drafts import TextDrafts
 from dash_runtime.engine.trace_recorder import TraceRecorder
@@ -37,7 +37,18 @@ class Sequence:
         self.assignment = assignment
         self.cache = cache
         self._constraint = constraint
-        self.sampler = Sampler(request.sampling, request.prompt_token_ids, () if constraint is None else (constraint,))
+        scored = request.scored_token_ids
+        self.is_scored_at_once = scored is not None and request.skip.mode is Mode.FULL_DEPTH
+        """True if passes over many tokens, as a prompt's are, give the log probabilities of a given output."""
+        self._prefilled_ids = request.prompt_token_ids
+        if scored is not None and self.is_scored_at_once:
+            self._prefilled_ids = [*request.prompt_token_ids, *scored[:-1]]
+        processors = () if constraint is None else (constraint,)
+        self.sampler = (
+            GivenTokens(scored)
+            if scored is not None
+            else Sampler(request.sampling, request.prompt_token_ids, processors)
+        )
         self.output_ids: list[int] = []
         self.num_cached_prompt_tokens = 0
         drafting = assignment.drafting
@@ -56,12 +67,17 @@ class Sequence:
     @property
     def num_prompt_tokens_left(self) -> int:
         """Prompt tokens that are not in the KV cache yet; 0 while decoding."""
-        return max(0, len(self.request.prompt_token_ids) - self.cache.length)
+        return max(0, len(self._prefilled_ids) - self.cache.length)
 
     def next_prompt_chunk(self, max_tokens: int) -> list[int]:
         """Returns the next prompt tokens to prefill."""
         start = self.cache.length
-        return self.request.prompt_token_ids[start : start + max_tokens]
+        return self._prefilled_ids[start : start + max_tokens]
+
+    @property
+    def num_rows_to_score(self) -> int:
+        """Rows of the last prompt pass that are followed by tokens of a given output."""
+        return max(0, self.cache.length + 1 - len(self.request.prompt_token_ids) - len(self.output_ids))
 
     @property
     def is_plain(self) -> bool:

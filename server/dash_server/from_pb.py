@@ -1,14 +1,14 @@
 """Converts a request's protobuf message to the runtime's dataclasses; `to_pb` is the way back.
 
 The dataclasses and ModelFacts check most values. This module checks only what they cannot: unknown enum values, and the
-limits in the settings. Paths of wrong fields are relative to GenerationParameters.
+limits in the settings. Paths of wrong fields are relative to GenerationParameters, unless said otherwise.
 """
 
 import json
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dash_api.v1 import common_pb2, generation_pb2
 from dash_runtime.actions import Action
@@ -42,6 +42,8 @@ class PreparedRequest:
     stop_strings: tuple[str, ...]
     stop_token_ids: frozenset[int]
     """All tokens that end the output. They are not part of its text."""
+    num_top_logprobs: int = 0
+    """The number of most probable tokens that the caller of Score asked for."""
 
     @property
     def least_tokens(self) -> int:
@@ -120,6 +122,79 @@ def prepare_request(
     facts.validate(request)
     stop_token_ids = stopping.stop_token_ids | (frozenset() if stopping.ignore_eos else facts.eos_token_ids)
     return PreparedRequest(request, tuple(parameters.stopping.stop_strings), stop_token_ids)
+
+
+def prepare_score(
+    message: generation_pb2.ScoreRequest,
+    *,
+    request_id: str,
+    facts: ModelFacts,
+    settings: Settings,
+    cache_namespace: str,
+    split: Callable[[generation_pb2.ScoreRequest], tuple[list[int], list[int]]],
+) -> PreparedRequest:
+    """Returns the worker's request for the log probability of a given output.
+
+    `split` returns the token ids of prompt and output. Paths of wrong fields are relative to the ScoreRequest.
+
+    Raises:
+        InvalidRequest, InvalidFields: fields are wrong; names all that could be found at once.
+    """
+    violations, parameters = _Violations(), message.parameters
+    skip, prompt_token_ids, scored = SkipOptions(), [0], [0]
+    for name in ("sampling", "stopping", "constraint"):
+        if parameters.HasField(name):
+            with violations.collected():
+                raise InvalidRequest(f"parameters.{name}", "does not apply: the output is given")
+    with violations.collected(), below("parameters"):
+        skip = _skip(parameters.skip, settings)
+    with violations.collected():
+        prompt_token_ids, scored = split(message)
+    with violations.collected(), below("parameters"):
+        _check_prompt(prompt_token_ids, settings)
+    with violations.collected():
+        if len(scored) > settings.max_new_tokens:
+            limit = settings.max_new_tokens
+            raise InvalidRequest("continuation", f"must have at most {limit} tokens, got {len(scored)}")
+    violations.raise_if_any()
+
+    output = parameters.output
+    try:
+        request = GenerationRequest(
+            request_id=request_id,
+            prompt_token_ids=prompt_token_ids,
+            stopping=StoppingParameters(len(scored), ignore_eos=True),
+            skip=skip,
+            # The most probable token tells whether the given one is it.
+            logprobs=max(1, output.logprobs),
+            return_decisions=output.return_decisions,
+            scored_token_ids=scored,
+            cache_namespace=cache_namespace,
+        )
+        facts.validate(request)
+    except InvalidRequest as error:
+        if error.field == "stopping.max_new_tokens":
+            raise InvalidRequest("continuation", error.description) from error
+        raise error if error.field.startswith("continuation") else _below("parameters", error) from error
+    if skip.mode is Mode.EXACT:
+        # Its text is full depth's.
+        request = replace(request, skip=SkipOptions(Mode.FULL_DEPTH))
+    return PreparedRequest(request, (), frozenset(), output.logprobs)
+
+
+@contextmanager
+def below(prefix: str) -> Iterator[None]:
+    """Prefixes the paths of fields that are found wrong inside the block."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise _below(prefix, error) from error
+    except InvalidFields as error:
+        raise InvalidFields(_below(prefix, violation) for violation in error.violations) from error
+
+
+def _below(prefix: str, error: InvalidRequest) -> InvalidRequest:
+    return InvalidRequest(f"{prefix}.{error.field}", error.description)
 
 
 def _check_prompt(token_ids: list[int], settings: Settings) -> None:

@@ -50,6 +50,11 @@ class Generation:
             prepared.request, place, least_tokens=prepared.least_tokens, seconds_left=seconds_left
         )
 
+    @property
+    def num_top_logprobs(self) -> int:
+        """The number of most probable tokens at each place that the caller asked for."""
+        return self._prepared.num_top_logprobs
+
     async def start(self) -> generation_pb2.GenerationStarted:
         """Waits for the slot and returns the facts known by then."""
         granted = await self._outbox.granted()

@@ -1,6 +1,7 @@
 """The served model without its weights: facts, tokenizer and chat template, from a ready worker. Knows no network."""
 
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from dash_api.v1 import common_pb2, generation_pb2, model_pb2
@@ -44,6 +45,35 @@ class ServedModel:
                 return list(prompt.token_ids.ids)
             case _:
                 raise InvalidRequest("prompt", "is required")
+
+    def split(self, score: generation_pb2.ScoreRequest) -> tuple[list[int], list[int]]:
+        """Returns the token ids of the prompt and of the output to score. Blocks, as `tokenize` does.
+
+        Raises:
+            InvalidRequest: there is no prompt or no output, or the conversation cannot be rendered.
+        """
+        try:
+            prompt = self.tokenize(score.parameters)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"parameters.{error.field}", error.description) from None
+        kind = score.WhichOneof("continuation")
+        if kind == "token_ids":
+            whole, num_given = [*prompt, *score.token_ids.ids], len(prompt)
+        elif kind is None:
+            whole, num_given = prompt, 1
+        elif score.parameters.WhichOneof("prompt") == "token_ids":
+            whole, num_given = [*prompt, *self.tokenizer.encode(score.text)], len(prompt)
+        else:
+            given = self._render(score.parameters.chat) if score.parameters.HasField("chat") else score.parameters.text
+            whole = self.tokenizer.encode(given + score.text)
+            # The tokenizer may join the prompt's end and the text's beginning in one token: it is scored.
+            num_given = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
+        if num_given < 1:
+            raise InvalidRequest("parameters.prompt", "has no token of its own before the continuation")
+        if num_given >= len(whole):
+            missing = "must not be empty" if kind else "is missing, and the prompt has only one token"
+            raise InvalidRequest("continuation", missing)
+        return whole[:num_given], whole[num_given:]
 
     def prompt_messages(self, prompt: generation_pb2.GenerationParameters) -> list[tuple[str, str]]:
         """Returns role and text of each message. A prompt that is no chat counts as one user message."""

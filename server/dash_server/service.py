@@ -8,10 +8,10 @@ import functools
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
-from typing import TypeVar
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
@@ -23,15 +23,15 @@ from dash_server import wire
 from dash_server.admission import Admission
 from dash_server.auth import Authenticator, Caller
 from dash_server.dispatcher import Dispatcher
-from dash_server.from_pb import PreparedRequest, prepare_request
+from dash_server.from_pb import PreparedRequest, below, prepare_request, prepare_score
 from dash_server.generation import Generation, collect
 from dash_server.logs import request_id_of_task, trace_id_of_task
 from dash_server.recent_decisions import RecentDecisions
 from dash_server.request_record import Observer, RequestRecord, observed, record_of_call
 from dash_server.served_model import ServedModel
 from dash_server.settings import Settings
-from dash_server.statuses import InvalidFields, WorkerUnavailable, failure_of
-from dash_server.to_pb import decisions_to_pb, model_to_pb, policy_to_pb
+from dash_server.statuses import WorkerUnavailable, failure_of
+from dash_server.to_pb import decisions_to_pb, model_to_pb, policy_to_pb, score_to_pb
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +104,10 @@ class GenerationServicer:
                 await context.write(response(delta=delta))
             await context.write(response(finished=generation.finish()))
 
+    async def score(self, data: bytes, context: grpc.aio.ServicerContext) -> generation_pb2.ScoreResponse:
+        async with self._generation(generation_pb2.ScoreRequest, data, context) as generation:
+            return score_to_pb(await collect(generation), generation.num_top_logprobs)
+
     @asynccontextmanager
     async def _generation(
         self, message_class: type[M], data: bytes, context: grpc.aio.ServicerContext
@@ -131,7 +135,7 @@ class GenerationServicer:
                     # gRPC may never resume a cancelled handler: free its slot all the same.
                     context.add_done_callback(lambda _: generation.close())
                     try:
-                        with _below_parameters():
+                        with below("parameters"):
                             yield generation
                     finally:
                         generation.close()
@@ -139,18 +143,21 @@ class GenerationServicer:
     def _prepare(
         self, message_class: type[M], data: bytes, record: RequestRecord, model: ServedModel, caller: Caller
     ) -> PreparedRequest:
-        parameters = wire.parse(message_class, data).parameters
+        message = wire.parse(message_class, data)
+        parameters: generation_pb2.GenerationParameters = message.parameters
         record.is_chat = parameters.WhichOneof("prompt") == "chat"
         record.wants_trace = parameters.output.trace
-        with _below_parameters():
-            prepared = prepare_request(
-                parameters,
-                request_id=record.request_id,
-                facts=model.facts,
-                settings=self._state.settings,
-                cache_namespace=caller.cache_namespace,
-                tokenize=model.tokenize,
-            )
+        common: dict[str, Any] = {
+            "request_id": record.request_id,
+            "facts": model.facts,
+            "settings": self._state.settings,
+            "cache_namespace": caller.cache_namespace,
+        }
+        if isinstance(message, generation_pb2.ScoreRequest):
+            prepared = prepare_score(message, split=model.split, **common)
+        else:
+            with below("parameters"):
+                prepared = prepare_request(parameters, tokenize=model.tokenize, **common)
         if record.trace_id and self._state.settings.trace_content:
             record.prompt, record.output = model.prompt_messages(parameters), ""
         return prepared
@@ -251,18 +258,3 @@ async def _errors_to_status(context: grpc.aio.ServicerContext) -> AsyncIterator[
         else:
             logger.info("refused: %s %s", failure.code.name, type(error).__name__)
         await context.abort(failure.code, failure.message, failure.trailing_metadata)
-
-
-@contextmanager
-def _below_parameters() -> Iterator[None]:
-    """Prefixes the paths of wrong fields, which are relative to GenerationParameters inside the block."""
-    try:
-        yield
-    except InvalidRequest as error:
-        raise _below("parameters", error) from error
-    except InvalidFields as error:
-        raise InvalidFields(_below("parameters", violation) for violation in error.violations) from error
-
-
-def _below(prefix: str, error: InvalidRequest) -> InvalidRequest:
-    return InvalidRequest(f"{prefix}.{error.field}", error.description)

@@ -3,6 +3,8 @@
 Checks nothing: all values come from the server itself.
 """
 
+import math
+
 from dash_api.v1 import generation_pb2, model_pb2
 from dash_runtime.actions import Action
 from dash_runtime.config import Mode, ModelFacts, PolicyFacts
@@ -97,6 +99,23 @@ def finished_to_pb(
             exposed_policy_seconds=depth.mean_exposed_seconds,
         ),
     )
+
+
+def score_to_pb(response: generation_pb2.GenerateResponse, num_top_logprobs: int) -> generation_pb2.ScoreResponse:
+    """Returns the response of Score, from a generation whose output was given and that has log probabilities."""
+    output = response.output
+    score = generation_pb2.ScoreResponse(
+        started=response.started,
+        output=output,
+        finished=response.finished,
+        log_probability=math.fsum(entry.chosen for entry in output.logprobs),
+        is_greedy=all(
+            entry.top[0].token_id == token_id for entry, token_id in zip(output.logprobs, output.token_ids, strict=True)
+        ),
+    )
+    for entry in score.output.logprobs:
+        del entry.top[num_top_logprobs:]
+    return score
 
 
 def _speculation_to_pb(speculation: SpeculationStatistics | None) -> generation_pb2.SpeculationUsage | None:

@@ -56,6 +56,8 @@ def test_the_exports_are_these() -> None:
         "RecordedLayer",
         "RecordedStep",
         "ResourceExhaustedError",
+        "Score",
+        "ScoreOptions",
         "ServerError",
         "SpeculationUsage",
         "StepKind",

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from dash_api.v1 import common_pb2, generation_pb2
 from dash_client import Action, Constraint, DashClient, InvalidArgumentError, LarkGrammar, Mode
-from dash_client.requests import generation_parameters
+from dash_client.requests import generation_parameters, score_request
 
 DEFAULTS: list[tuple[str, str, Any]] = [
     ("sampling", "temperature", 0),
@@ -308,6 +308,21 @@ def test_arguments_of_the_other_calls_are_checked_too() -> None:
                 client.health(timeout=timeout)  # type: ignore[arg-type]
             with pytest.raises(InvalidArgumentError, match="timeout"):
                 client.wait_until_ready(timeout=timeout)  # type: ignore[arg-type]
+
+
+def test_a_score_asks_for_text_token_ids_or_the_prompt_itself() -> None:
+    request = score_request("a", " b", mode="fixed", fixed_action="int8", logprobs=2)
+    assert (request.WhichOneof("continuation"), request.text) == ("text", " b")
+    assert request.parameters.skip.fixed_action == common_pb2.ACTION_INT8
+    assert request.parameters.output.logprobs == 2
+    assert list(score_request([1], [2, 3]).token_ids.ids) == [2, 3]
+    assert score_request([1], []).WhichOneof("continuation") == "token_ids"  # which the server refuses
+    assert score_request("a b", None).WhichOneof("continuation") is None
+    for wrong in (3, ["a"], [-1], {"a": 1}, b"a", "\ud800"):
+        with pytest.raises(InvalidArgumentError, match="continuation"):
+            score_request("a", wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="temperature"):
+        score_request("a", "b", temperature=1.0)  # type: ignore[call-arg]
 
 
 def test_a_wrong_argument_is_a_value_error() -> None:

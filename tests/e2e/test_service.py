@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -135,6 +136,43 @@ def test_a_constraint_that_cannot_be_kept_is_refused_by_its_place_and_the_next_o
         (violation,) = refused.value.field_violations
         assert violation.field == "parameters.constraint.json_schema"
     assert service.client.chat(CHAT, constraint=["yes"]).text == "yes"
+
+
+@pytest.mark.parametrize("mode", ["full_depth", "adaptive", "fixed", "exact"])
+def test_an_answer_scores_what_it_had_when_it_was_generated(service: Service, mode: str) -> None:
+    how: dict[str, Any] = {"mode": mode} | ({"fixed_action": "int8"} if mode == "fixed" else {})
+    answer = service.client.chat(CHAT, max_new_tokens=12, ignore_eos=True, logprobs=3, **how)
+    score = service.client.score(CHAT, answer.token_ids, logprobs=3, return_decisions=True, **how)
+    assert answer.logprobs is not None
+    assert score.token_ids == answer.token_ids
+    expected = [entry.chosen for entry in answer.logprobs]
+    assert [entry.chosen for entry in score.logprobs] == pytest.approx(expected, abs=0.15)
+    assert score.log_probability == pytest.approx(sum(expected), abs=0.5)
+    assert score.decisions is not None
+    assert score.decisions.shape == (12, 6)
+    assert score.usage.output_token_count == 12
+    assert score.started.mode == ("full_depth" if mode == "exact" else mode)
+
+
+def test_text_scores_as_its_tokens_after_the_prompts_do_and_a_prompt_scores_itself(service: Service) -> None:
+    client = service.client
+    whole = client.tokenize("The sea is wide.")
+    num_given = len(client.tokenize("The sea"))
+    by_text = client.score("The sea", " is wide.", mode="full_depth")
+    by_ids = client.score(whole[:num_given], whole[num_given:], mode="full_depth")
+    mixed = client.score(whole[:num_given], " is wide.", mode="full_depth")
+    assert by_text.token_ids == by_ids.token_ids == mixed.token_ids == whole[num_given:]
+    assert by_text.log_probability == by_ids.log_probability == mixed.log_probability
+    assert by_text.text == " is wide."
+    assert all(not entry.top for entry in by_text.logprobs)
+    own = client.score("The sea is wide.", mode="full_depth")
+    assert own.token_ids == whole[1:]
+    assert [entry.chosen for entry in own.logprobs[num_given - 1 :]] == pytest.approx(
+        [entry.chosen for entry in by_text.logprobs], abs=0.15
+    )
+    greedy = client.generate("The sea", max_new_tokens=5, ignore_eos=True, mode="full_depth")
+    assert client.score("The sea", greedy.token_ids, mode="full_depth").is_greedy
+    assert not by_text.is_greedy
 
 
 def test_a_seed_repeats_text_and_decisions_and_streaming_changes_neither(service: Service) -> None:

@@ -194,6 +194,44 @@ async def test_tokenize_names_its_own_fields(server: RunningServer) -> None:
         assert violated_fields(failure.value) == [field]
 
 
+Score = generation_pb2.ScoreRequest
+GIVEN = Parameters(text="ab")
+
+
+@pytest.mark.parametrize(
+    ("request_", "fields"),
+    [
+        (Score(text="c"), ["parameters.prompt"]),
+        (Score(parameters=GIVEN, text=""), ["continuation"]),
+        (Score(parameters=GIVEN, token_ids=TokenIds()), ["continuation"]),
+        (Score(parameters=GIVEN, token_ids=TokenIds(ids=[1, 999])), ["continuation[1]"]),
+        (Score(parameters=Parameters(text="a")), ["continuation"]),
+        (Score(parameters=Parameters(text=""), text="c"), ["parameters.prompt"]),
+        (Score(parameters=Parameters(chat=Chat()), text="c"), ["parameters.chat.messages"]),
+        (Score(parameters=GIVEN, text="c" * 600), ["continuation"]),
+        (Score(parameters=Parameters(text="a" * 400), text="c" * 300), ["continuation"]),
+        (Score(parameters=Parameters(text="ab", output=Output(logprobs=21)), text="c"), ["parameters.output.logprobs"]),
+        (
+            Score(
+                parameters=Parameters(
+                    text="ab", sampling=Sampling(top_k=1), stopping=Stopping(max_new_tokens=1), skip=Skip(mode=17)
+                ),
+                text="c",
+            ),
+            ["parameters.sampling", "parameters.stopping", "parameters.skip.mode"],
+        ),
+    ],
+)
+async def test_score_names_its_own_fields(
+    server: RunningServer, request_: generation_pb2.ScoreRequest, fields: list[str]
+) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await server.generation.Score(request_)
+    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert violated_fields(failure.value) == fields
+    await assert_still_well(server)
+
+
 async def test_unknown_policy_of_get_policy(server: RunningServer) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as failure:
         await server.model.GetPolicy(model_pb2.GetPolicyRequest(name="nobody"))

@@ -33,6 +33,30 @@ class StreamGenerateRequest(_message.Message):
     parameters: GenerationParameters
     def __init__(self, parameters: _Optional[_Union[GenerationParameters, _Mapping]] = ...) -> None: ...
 
+class ScoreRequest(_message.Message):
+    __slots__ = ("parameters", "text", "token_ids")
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    parameters: GenerationParameters
+    text: str
+    token_ids: _common_pb2.TokenIds
+    def __init__(self, parameters: _Optional[_Union[GenerationParameters, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[_common_pb2.TokenIds, _Mapping]] = ...) -> None: ...
+
+class ScoreResponse(_message.Message):
+    __slots__ = ("started", "output", "finished", "log_probability", "is_greedy")
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    LOG_PROBABILITY_FIELD_NUMBER: _ClassVar[int]
+    IS_GREEDY_FIELD_NUMBER: _ClassVar[int]
+    started: GenerationStarted
+    output: GenerationDelta
+    finished: GenerationFinished
+    log_probability: float
+    is_greedy: bool
+    def __init__(self, started: _Optional[_Union[GenerationStarted, _Mapping]] = ..., output: _Optional[_Union[GenerationDelta, _Mapping]] = ..., finished: _Optional[_Union[GenerationFinished, _Mapping]] = ..., log_probability: _Optional[float] = ..., is_greedy: bool = ...) -> None: ...
+
 class GenerateResponse(_message.Message):
     __slots__ = ("started", "output", "finished")
     STARTED_FIELD_NUMBER: _ClassVar[int]

@@ -48,6 +48,11 @@ class GenerationServiceStub(object):
                 request_serializer=dash__api_dot_v1_dot_generation__pb2.StreamGenerateRequest.SerializeToString,
                 response_deserializer=dash__api_dot_v1_dot_generation__pb2.StreamGenerateResponse.FromString,
                 _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/dash_api.v1.GenerationService/Score',
+                request_serializer=dash__api_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=dash__api_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer(object):
@@ -72,6 +77,15 @@ class GenerationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Score(self, request, context):
+        """Returns the log probability of an output that is given, token by token, by the path that a generation in the same
+        mode takes: in ADAPTIVE its decisions, at its budget. FULL_DEPTH runs many tokens at once; so does EXACT, whose
+        text is full depth's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -84,6 +98,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.StreamGenerate,
                     request_deserializer=dash__api_dot_v1_dot_generation__pb2.StreamGenerateRequest.FromString,
                     response_serializer=dash__api_dot_v1_dot_generation__pb2.StreamGenerateResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=dash__api_dot_v1_dot_generation__pb2.ScoreRequest.FromString,
+                    response_serializer=dash__api_dot_v1_dot_generation__pb2.ScoreResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -144,6 +163,33 @@ class GenerationService(object):
             '/dash_api.v1.GenerationService/StreamGenerate',
             dash__api_dot_v1_dot_generation__pb2.StreamGenerateRequest.SerializeToString,
             dash__api_dot_v1_dot_generation__pb2.StreamGenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dash_api.v1.GenerationService/Score',
+            dash__api_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
+            dash__api_dot_v1_dot_generation__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,
