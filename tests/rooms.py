@@ -68,7 +68,8 @@ ROOMS = {
         decision_trace
         devices/
         config
-        model_config actions constraint child_process progress
+        model_config actions grammar child_process progress
+        constraint
         files/
         errors
     """,

@@ -3,36 +3,18 @@
 Knows one sequence's tokens and the tokenizer; knows no logits' origin, no batch and no transport.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from, regex_to_lark
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from torch import Tensor
 
-from dash_runtime.constraint import Constraint, ConstraintKind
+from dash_runtime.constraint import Constraint
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.files.wording import one_line
-
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
-
-_WHITESPACE: "JsonCompileOptions" = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON is written as Python writes it. Free to choose, a small model may write blanks for ever; and what is forced need
-not be chosen."""
-_LIMITS = LLParserLimits(
-    initial_lexer_fuel=300_000,
-    step_lexer_fuel=100_000,
-    step_max_items=20_000,
-    max_lexer_states=20_000,
-    verbose_errors=False,
-)
-"""Bounds a grammar that was made to explode: to about 100 ms for its start, 15 ms for a token, and 40 MB."""
-_MOST_SUBSCHEMAS = 200
-"""Parts of a refused schema that are tried alone, to find which one is wrong."""
+from dash_runtime.grammar import LIMITS, check_grammar, grammar_of
 
 
 class ConstraintCompiler:
@@ -48,7 +30,7 @@ class ConstraintCompiler:
         tokenizer_file: Path,
         vocab_size: int,
         eos_token_ids: Iterable[int],
-        limits: LLParserLimits = _LIMITS,
+        limits: LLParserLimits = LIMITS,
     ) -> None:
         self._limits = limits
         text = tokenizer_file.read_text(encoding="utf-8")
@@ -59,66 +41,13 @@ class ConstraintCompiler:
         """Returns a constraint for one sequence.
 
         Raises:
-            InvalidRequest: it cannot be used; the description says why and, in a schema, where.
+            InvalidRequest: it cannot be used; the description says why.
         """
-        matcher = self._matcher(constraint.kind, constraint.text)
+        matcher = LLMatcher(self._tokenizer, grammar_of(constraint), limits=self._limits, log_level=0)
         if matcher.is_error():
-            reason = one_line(matcher.get_error())
-            if constraint.kind is ConstraintKind.JSON_SCHEMA:
-                reason = f"{self._place_of_error(constraint.json())}: {reason}"
-            raise constraint.refusal(reason)
+            check_grammar(constraint)  # whose words are better, if it finds the error too
+            raise constraint.refusal(one_line(matcher.get_error()))
         return TextConstraint(constraint, matcher, self._tokenizer.vocab_size, self._eos_token_ids)
-
-    def _matcher(self, kind: ConstraintKind, text: str) -> LLMatcher:
-        match kind:
-            case ConstraintKind.JSON_SCHEMA:
-                has_options = text.lstrip().startswith("{")  # the other schemas are true and false
-                grammar = LLMatcher.grammar_from_json_schema(text, _WHITESPACE if has_options else None)
-            case ConstraintKind.REGEX:
-                pattern = regex_to_lark(text, use_ascii="d")
-                grammar = LLMatcher.grammar_from_lark(f"start: /{pattern}/")
-            case ConstraintKind.LARK_GRAMMAR:
-                grammar = LLMatcher.grammar_from_lark(text)
-            case ConstraintKind.CHOICES:
-                grammar = grammar_from("choice", text)
-        return LLMatcher(self._tokenizer, grammar, limits=self._limits, log_level=0)
-
-    def _place_of_error(self, schema: Any) -> str:
-        """Returns the innermost part of a schema that is refused by itself, as a JSON pointer; `#` is the whole."""
-        shared = {
-            name: schema[name] for name in ("$defs", "definitions") if isinstance(schema, dict) and name in schema
-        }
-        place, tried = "#", 0
-        parts = list(_subschemas(schema))
-        while parts:
-            name, part = parts.pop(0)
-            tried += 1
-            if tried > _MOST_SUBSCHEMAS:
-                break
-            text = json.dumps(part if isinstance(part, bool) else {**shared, **part})
-            if self._matcher(ConstraintKind.JSON_SCHEMA, text).is_error():
-                place += f"/{name}"
-                parts = list(_subschemas(part))
-        return place
-
-
-def _subschemas(schema: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the schemas directly inside a schema, each with the way to it."""
-    if not isinstance(schema, dict):
-        return
-    for key, value in schema.items():
-        if key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, dict):
-            inner: Iterable[tuple[Any, Any]] = value.items()
-        elif key in ("anyOf", "oneOf", "allOf", "prefixItems") and isinstance(value, list):
-            inner = enumerate(value)
-        elif key in ("items", "additionalProperties", "not"):
-            inner = [("", value)]
-        else:
-            continue
-        for name, part in inner:
-            if isinstance(part, (dict, bool)):
-                escaped = str(name).replace("~", "~0").replace("/", "~1")
-                yield (f"{key}/{escaped}" if name != "" else key), part
 
 
 class TextConstraint:

@@ -22,6 +22,7 @@ from dash_runtime.config import (
 )
 from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.errors import InvalidRequest
+from dash_runtime.grammar import check_grammar
 from dash_server.settings import Settings
 from dash_server.statuses import InvalidFields
 
@@ -267,7 +268,9 @@ def _constraint(parameters: generation_pb2.GenerationParameters, settings: Setti
         raise InvalidRequest(
             f"constraint.{name}", f"must have at most {settings.max_constraint_bytes} bytes, got {num_bytes}"
         )
-    return Constraint(ConstraintKind(name), text)
+    constraint = Constraint(ConstraintKind(name), text)
+    check_grammar(constraint)
+    return constraint
 
 
 def _skip(skip: generation_pb2.SkipOptions, settings: Settings) -> SkipOptions:

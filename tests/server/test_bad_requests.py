@@ -81,6 +81,15 @@ BAD_PARAMETERS: dict[str, tuple[dict[str, Any], str]] = {
         {"text": "a", "constraint": Constraint(json_schema='{"a": "' + "b" * 70_000 + '"}')},
         "constraint.json_schema",
     ),
+    "schema of no type": (
+        {"text": "a", "constraint": Constraint(json_schema='{"type": "strng"}')},
+        "constraint.json_schema",
+    ),
+    "pattern that is none": ({"text": "a", "constraint": Constraint(regex="([")}, "constraint.regex"),
+    "grammar that is none": (
+        {"text": "a", "constraint": Constraint(lark_grammar="start: x")},
+        "constraint.lark_grammar",
+    ),
     "empty pattern": ({"text": "a", "constraint": Constraint(regex="")}, "constraint.regex"),
     "no choices": ({"text": "a", "constraint": Constraint(choices={})}, "constraint.choices"),
     "empty choice": ({"text": "a", "constraint": Constraint(choices={"texts": ["a", ""]})}, "constraint.choices"),
