@@ -27,7 +27,7 @@ from dash_client.errors import (
     UnimplementedError,
 )
 from dash_client.score import Score, ScoreOptions
-from dash_client.server_facts import ModelInfo, PolicyInfo
+from dash_client.server_facts import ModelInfo, PolicyInfo, ServerLoad
 from dash_client.streams import AsyncGenerationStream, GenerationStream
 from dash_client.types import (
     Action,
@@ -84,6 +84,7 @@ __all__ = [
     "Score",
     "ScoreOptions",
     "ServerError",
+    "ServerLoad",
     "SpeculationUsage",
     "StepKind",
     "StreamDelta",

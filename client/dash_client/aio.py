@@ -16,7 +16,7 @@ from dash_client.errors import DashError, DeadlineExceededError, UnavailableErro
 from dash_client.prompt_map import PromptMap
 from dash_client.readiness import Readiness
 from dash_client.score import Score, ScoreOptions
-from dash_client.server_facts import ModelInfo, PolicyInfo
+from dash_client.server_facts import ModelInfo, PolicyInfo, ServerLoad
 from dash_client.stream_state import StreamState
 from dash_client.streams import AsyncGenerationStream, is_task_cancelled
 from dash_client.types import Generation, GenerationOptions, HealthStatus, Messages, Prompt
@@ -203,6 +203,10 @@ class AsyncDashClient:
     async def policy_info(self, name: str | None = None, *, timeout: float | None = None) -> PolicyInfo:
         """Returns the facts of a policy, by default the server's default one."""
         return await self._run(self._calls.policy_info(name, timeout))
+
+    async def load(self, *, timeout: float | None = None) -> ServerLoad:
+        """Returns what the server holds at this moment: requests, slots, tokens and recent speed."""
+        return await self._run(self._calls.load(timeout))
 
     async def decisions(self, request_id: str, *, timeout: float | None = None) -> RecordedDecisions:
         """Returns the recorded decisions of one of this caller's latest requests, once it is over.

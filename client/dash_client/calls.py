@@ -22,7 +22,7 @@ from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import CancelledError, DashError
 from dash_client.rpc_errors import error_from_rpc
 from dash_client.score import Score, ScoreOptions
-from dash_client.server_facts import ModelInfo, PolicyInfo
+from dash_client.server_facts import ModelInfo, PolicyInfo, ServerLoad
 from dash_client.types import (
     Generation,
     GenerationOptions,
@@ -115,6 +115,10 @@ class Calls:
     def policy_info(self, name: str | None, timeout: float | None) -> Call[PolicyInfo]:
         request = model_pb2.GetPolicyRequest(name=None if name is None else checks.text("name", name))
         return self._facts(f"{_MODEL}/GetPolicy", request, timeout, model_pb2.GetPolicyResponse, responses.policy_info)
+
+    def load(self, timeout: float | None) -> Call[ServerLoad]:
+        request = model_pb2.GetLoadRequest()
+        return self._facts(f"{_MODEL}/GetLoad", request, timeout, model_pb2.GetLoadResponse, responses.server_load)
 
     def decisions(self, request_id: str, timeout: float | None) -> Call[RecordedDecisions]:
         # Imported here, since few programs need it and the import takes time.

@@ -47,3 +47,26 @@ class PolicyInfo:
     compensation: str
     is_drafter: bool
     """True if the policy was made to draft for mode "exact"."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLoad:
+    """What a server holds at one moment, of all callers."""
+
+    running_request_count: int
+    waiting_request_count: int
+    slot_count: int
+    """Slots of the workers that take requests; 0 if none does."""
+    worker_count: int
+    token_count: int
+    """Prompt and output tokens, as far as the requests may go, of all requests inside."""
+    token_limit: int
+    cache_token_count: int
+    """KV cache tokens that running requests have reserved."""
+    cache_token_limit: int
+    decode_tokens_per_second: float | None
+    """Speed of one stream after its first token: the median of the latest requests. None before any."""
+    prefill_tokens_per_second: float | None
+    """Prompt tokens a second: the median of the latest requests. None before any."""
+    is_draining: bool
+    """True if the server is shutting down."""

@@ -27,6 +27,23 @@ class _Waiting:
     since: float
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Requests, room and speed at one moment."""
+
+    num_running: int
+    num_waiting: int
+    num_slots: int
+    """Of the workers that take requests, as `num_workers` and `num_cache_tokens` are."""
+    num_workers: int
+    num_reserved_tokens: int
+    """KV cache tokens of running requests."""
+    num_cache_tokens: int
+    decode_tokens_per_second: float | None
+    """Of one stream, the median of the latest requests; None before any."""
+    prefill_tokens_per_second: float | None
+
+
 class Dispatcher:
     """Spreads requests over workers."""
 
@@ -59,6 +76,20 @@ class Dispatcher:
     def num_slots(self) -> int:
         """Slots of all ready workers; at least 1."""
         return max(1, sum(link.num_slots for link in self._links if link.is_ready))
+
+    def load(self) -> Load:
+        """Returns what is here and at the workers."""
+        ready = [link for link in self._links if link.is_ready]
+        return Load(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_slots=sum(link.num_slots for link in ready),
+            num_workers=len(ready),
+            num_reserved_tokens=sum(link.num_reserved_tokens for link in self._links),
+            num_cache_tokens=sum(link.num_cache_tokens for link in ready),
+            decode_tokens_per_second=self._pace.decode_tokens_per_second,
+            prefill_tokens_per_second=self._pace.prefill_tokens_per_second,
+        )
 
     def submit(
         self,

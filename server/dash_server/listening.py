@@ -25,7 +25,9 @@ class ListenError(Exception):
 
 def channel_options(settings: Settings) -> list[tuple[str, int]]:
     """Returns the gRPC server's options."""
+    age = settings.max_connection_age_seconds
     return [
+        *([] if age is None else [("grpc.max_connection_age_ms", int(age * 1000))]),
         # Otherwise a second server on the same port would silently share it.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", settings.max_message_bytes),

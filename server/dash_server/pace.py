@@ -4,6 +4,8 @@ Knows durations; knows no clock, no queue and no network.
 """
 
 from collections import deque
+from collections.abc import Sequence
+from statistics import median
 
 _NUM_RECENT = 64
 _NEWEST_SHARE = 0.1
@@ -32,6 +34,16 @@ class Pace:
         if num_decoded_tokens > 0:
             self._token_seconds.append(decode_seconds / num_decoded_tokens)
 
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """The median speed of the latest requests after their first tokens; None before any."""
+        return _median_rate(self._token_seconds)
+
+    @property
+    def prefill_tokens_per_second(self) -> float | None:
+        """The median speed of the latest prompts, from the slot to the first token; None before any."""
+        return _median_rate(self._prompt_token_seconds)
+
     def retry_seconds(self, num_slots: int) -> float:
         """Estimates the time until the next place is free."""
         if self._mean_slot_seconds is None:
@@ -48,3 +60,8 @@ class Pace:
         waiting = rounds * (self._mean_slot_seconds or 0.0)
         prefill = num_prompt_tokens * min(self._prompt_token_seconds, default=0.0)
         return waiting + prefill + (num_tokens - 1) * min(self._token_seconds, default=0.0)
+
+
+def _median_rate(seconds: Sequence[float]) -> float | None:
+    middle = median(seconds) if seconds else 0.0
+    return 1 / middle if middle > 0 else None

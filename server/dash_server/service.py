@@ -31,7 +31,7 @@ from dash_server.request_record import Observer, RequestRecord, observed, record
 from dash_server.served_model import ServedModel
 from dash_server.settings import Settings
 from dash_server.statuses import WorkerUnavailable, failure_of
-from dash_server.to_pb import decisions_to_pb, model_to_pb, policy_to_pb, score_to_pb
+from dash_server.to_pb import decisions_to_pb, load_to_pb, model_to_pb, policy_to_pb, score_to_pb
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +193,13 @@ class ModelServicer:
             model = self._state.require_model()
             with self._tokenize_calls.admit(caller):
                 return await self._state.read(data, functools.partial(self._tokenize, data, model))
+
+    async def get_load(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetLoadResponse:
+        async with _errors_to_status(context):
+            self._state.caller(context)
+            wire.parse(model_pb2.GetLoadRequest, data)
+            state = self._state
+            return load_to_pb(state.dispatcher.load(), state.admission, state.settings)
 
     async def get_decisions(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetDecisionsResponse:
         async with _errors_to_status(context):

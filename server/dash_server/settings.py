@@ -134,6 +134,12 @@ class Settings(BaseSettings):
         default=8192, ge=1024, le=_MEBIBYTE, description="Largest metadata of one call, a token included"
     )
     max_calls_per_connection: int = Field(default=1024, ge=1, description="Calls at once over one connection")
+    max_connection_age_seconds: float | None = Field(
+        default=None,
+        ge=0.1,
+        description="Connections older than this, by up to a tenth, take no new calls and end with their last one, so "
+        "that clients of a DNS name find new servers; unset: never",
+    )
     channelz: bool = Field(default=False, description="Serve channelz, gRPC's own view of connections and calls")
 
     trace_ratio: float | None = Field(

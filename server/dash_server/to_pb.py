@@ -16,6 +16,8 @@ from dash_runtime.events import (
     SpeculationStatistics,
     TokenLogprobs,
 )
+from dash_server.admission import Admission
+from dash_server.dispatcher import Load
 from dash_server.from_pb import MODES, PreparedRequest
 from dash_server.recent_decisions import KeptDecisions
 from dash_server.settings import Settings
@@ -136,6 +138,22 @@ def _speculation_to_pb(speculation: SpeculationStatistics | None) -> generation_
 
 def _action_to_pb(action: Action) -> str:
     return f"ACTION_{action.name}"
+
+
+def load_to_pb(load: Load, admission: Admission, settings: Settings) -> model_pb2.GetLoadResponse:
+    return model_pb2.GetLoadResponse(
+        running_request_count=load.num_running,
+        waiting_request_count=load.num_waiting,
+        slot_count=load.num_slots,
+        worker_count=load.num_workers,
+        token_count=admission.num_tokens_inside,
+        token_limit=settings.max_queue_tokens,
+        cache_token_count=load.num_reserved_tokens,
+        cache_token_limit=load.num_cache_tokens,
+        decode_tokens_per_second=load.decode_tokens_per_second,
+        prefill_tokens_per_second=load.prefill_tokens_per_second,
+        is_draining=admission.is_draining,
+    )
 
 
 def model_to_pb(facts: ModelFacts, settings: Settings) -> model_pb2.GetModelResponse:

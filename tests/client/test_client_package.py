@@ -59,6 +59,7 @@ def test_the_exports_are_these() -> None:
         "Score",
         "ScoreOptions",
         "ServerError",
+        "ServerLoad",
         "SpeculationUsage",
         "StepKind",
         "StreamDelta",

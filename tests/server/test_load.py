@@ -4,8 +4,11 @@ import asyncio
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 
+from dash_api.v1 import model_pb2
+from tests.server.scraping import scrape
 from tests.server.server_harness import RunningServer, error_details, fake_model, running_server
 from tests.server.test_lifecycle import first_delta
 
@@ -140,3 +143,46 @@ async def test_small_requests_use_room_only_in_their_turn(model_folder: Path) ->
         first.cancel()
         await asyncio.gather(large, small)
         assert server.counts == (0, 0)
+
+
+async def test_the_load_is_what_is_inside_and_how_fast_it_went(model_folder: Path) -> None:
+    asked = model_pb2.GetLoadRequest()
+    async with running_server(fake_model(model_folder, token_seconds=0.01), slots=2, metrics_port=0) as server:
+        idle = await server.model.GetLoad(asked)
+        await server.generate(text="abc", max_new_tokens=20)
+        calls = [server.stream(text="abc", max_new_tokens=1000) for _ in range(3)]
+        await server.wait_until_inside(2, 1)
+        busy = await server.model.GetLoad(asked)
+        seen = await scrape(server)
+        server.server.admission.drain()
+        draining = await server.model.GetLoad(asked)
+        for call in calls:
+            call.cancel()
+        await server.wait_until_inside(0, 0)
+    assert (idle.slot_count, idle.worker_count, idle.running_request_count, idle.token_count) == (2, 1, 0, 0)
+    assert not idle.HasField("decode_tokens_per_second")
+    assert not idle.is_draining
+    assert (busy.running_request_count, busy.waiting_request_count) == (2, 1)
+    assert busy.token_count == 3 * (3 + 1000)
+    assert busy.cache_token_count == 2 * (3 + 1000)
+    assert (busy.token_limit, busy.cache_token_limit) == (262_144, 8192)
+    assert 20 < busy.decode_tokens_per_second < 200
+    assert seen.value("dash_decode_speed_per_second") == pytest.approx(busy.decode_tokens_per_second)
+    assert draining.is_draining
+
+
+async def test_a_connection_that_is_old_takes_no_new_calls_and_loses_none(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder, token_seconds=0.02), max_connection_age_seconds=0.2) as server:
+        stream = server.stream(text="abc", max_new_tokens=60)
+        first = connections_to(server.port)
+        assert len(first) == 1
+        texts = [event.delta.text async for event in stream if event.HasField("delta")]
+        assert len("".join(texts)) == 60
+        await server.generate(text="abc", max_new_tokens=1)
+        assert connections_to(server.port).isdisjoint(first)
+
+
+def connections_to(port: int) -> set[int]:
+    """Returns this process's own ports of its connections to a server."""
+    found = psutil.Process().net_connections("tcp")
+    return {own.laddr.port for own in found if own.raddr and own.raddr.port == port and own.status == "ESTABLISHED"}

@@ -63,6 +63,8 @@ class _Servicer:
 class _FullServicer(_Servicer):
     async def stream_generate(self) -> None: ...
 
+    async def score(self) -> None: ...
+
 
 class _OverfullServicer(_FullServicer):
     async def generate_all(self) -> None: ...
@@ -73,6 +75,7 @@ def test_every_method_of_a_service_gets_its_handler() -> None:
     assert {name: handler.response_streaming for name, handler in handlers.items()} == {
         "Generate": False,
         "StreamGenerate": True,
+        "Score": False,
     }
     assert handlers["Generate"].unary_unary.__name__ == "generate"
     assert all(handler.request_deserializer is None for handler in handlers.values())
@@ -81,7 +84,7 @@ def test_every_method_of_a_service_gets_its_handler() -> None:
 @pytest.mark.parametrize(
     ("servicer", "message"),
     [
-        (_Servicer(), "dash_api.v1.GenerationService lacks _Servicer.stream_generate"),
+        (_Servicer(), "dash_api.v1.GenerationService lacks _Servicer.score"),
         (_OverfullServicer(), "dash_api.v1.GenerationService has no use for _OverfullServicer.generate_all"),
     ],
 )

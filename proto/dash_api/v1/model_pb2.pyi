@@ -111,6 +111,36 @@ class TokenizeResponse(_message.Message):
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class GetLoadRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetLoadResponse(_message.Message):
+    __slots__ = ("running_request_count", "waiting_request_count", "slot_count", "worker_count", "token_count", "token_limit", "cache_token_count", "cache_token_limit", "decode_tokens_per_second", "prefill_tokens_per_second", "is_draining")
+    RUNNING_REQUEST_COUNT_FIELD_NUMBER: _ClassVar[int]
+    WAITING_REQUEST_COUNT_FIELD_NUMBER: _ClassVar[int]
+    SLOT_COUNT_FIELD_NUMBER: _ClassVar[int]
+    WORKER_COUNT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_TOKEN_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    DECODE_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
+    running_request_count: int
+    waiting_request_count: int
+    slot_count: int
+    worker_count: int
+    token_count: int
+    token_limit: int
+    cache_token_count: int
+    cache_token_limit: int
+    decode_tokens_per_second: float
+    prefill_tokens_per_second: float
+    is_draining: bool
+    def __init__(self, running_request_count: _Optional[int] = ..., waiting_request_count: _Optional[int] = ..., slot_count: _Optional[int] = ..., worker_count: _Optional[int] = ..., token_count: _Optional[int] = ..., token_limit: _Optional[int] = ..., cache_token_count: _Optional[int] = ..., cache_token_limit: _Optional[int] = ..., decode_tokens_per_second: _Optional[float] = ..., prefill_tokens_per_second: _Optional[float] = ..., is_draining: bool = ...) -> None: ...
+
 class GetDecisionsRequest(_message.Message):
     __slots__ = ("request_id",)
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]

@@ -50,6 +50,11 @@ class ModelServiceStub(object):
                 request_serializer=dash__api_dot_v1_dot_model__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=dash__api_dot_v1_dot_model__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.GetLoad = channel.unary_unary(
+                '/dash_api.v1.ModelService/GetLoad',
+                request_serializer=dash__api_dot_v1_dot_model__pb2.GetLoadRequest.SerializeToString,
+                response_deserializer=dash__api_dot_v1_dot_model__pb2.GetLoadResponse.FromString,
+                _registered_method=True)
         self.GetDecisions = channel.unary_unary(
                 '/dash_api.v1.ModelService/GetDecisions',
                 request_serializer=dash__api_dot_v1_dot_model__pb2.GetDecisionsRequest.SerializeToString,
@@ -82,6 +87,13 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetLoad(self, request, context):
+        """Returns what the server holds at this moment, for routers and scalers. It asks no worker.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetDecisions(self, request, context):
         """Returns the decisions and their times, step by step, of one of the caller's own latest requests. NOT_FOUND if the
         server no longer has them, or the request is another caller's.
@@ -107,6 +119,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.Tokenize,
                     request_deserializer=dash__api_dot_v1_dot_model__pb2.TokenizeRequest.FromString,
                     response_serializer=dash__api_dot_v1_dot_model__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'GetLoad': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoad,
+                    request_deserializer=dash__api_dot_v1_dot_model__pb2.GetLoadRequest.FromString,
+                    response_serializer=dash__api_dot_v1_dot_model__pb2.GetLoadResponse.SerializeToString,
             ),
             'GetDecisions': grpc.unary_unary_rpc_method_handler(
                     servicer.GetDecisions,
@@ -196,6 +213,33 @@ class ModelService(object):
             '/dash_api.v1.ModelService/Tokenize',
             dash__api_dot_v1_dot_model__pb2.TokenizeRequest.SerializeToString,
             dash__api_dot_v1_dot_model__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoad(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dash_api.v1.ModelService/GetLoad',
+            dash__api_dot_v1_dot_model__pb2.GetLoadRequest.SerializeToString,
+            dash__api_dot_v1_dot_model__pb2.GetLoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

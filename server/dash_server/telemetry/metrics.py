@@ -201,6 +201,18 @@ def _read_counts(meter: Meter, sources: Sources) -> None:
             "Most that a plan's tokens take beyond, or below, what they are said to cost, in full-depth tokens",
             lambda: max((link.cost_status.error for link in links), default=0.0),
         ),
+        (
+            "dash.decode.speed",
+            "{token}/s",
+            "Speed of one stream after its first token, the median of the latest requests",
+            lambda: sources.dispatcher.load().decode_tokens_per_second or 0.0,
+        ),
+        (
+            "dash.prefill.speed",
+            "{token}/s",
+            "Prompt tokens a second, the median of the latest requests",
+            lambda: sources.dispatcher.load().prefill_tokens_per_second or 0.0,
+        ),
         ("dash.workers.ready", "{worker}", "Workers that take requests", total(lambda link: int(link.is_ready))),
     ]
     for name, unit, description, number in gauges:
