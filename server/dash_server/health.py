@@ -1,4 +1,4 @@
-"""The standard health service, for the whole server and for each of its services.
+"""The standard health service, for the whole server and for each of its services, and as `alive` and `ready`.
 
 Replaces grpc_health's asynchronous servicer, which forgets all watchers of a service when one of them leaves, and whose
 watchers outlive a shutdown. Knows no model and no worker.
@@ -11,13 +11,17 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 _Status = health_pb2.HealthCheckResponse
+ALIVE = "alive"
+"""SERVING from the first to the last moment: who asks for it restarts a server that does not answer."""
+READY = "ready"
+"""SERVING while new requests are taken, as the whole server is."""
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
     """The health service; NOT_SERVING until `set_serving`."""
 
     def __init__(self, services: Iterable[str]) -> None:
-        self._services = frozenset({"", *services})
+        self._services = frozenset({"", ALIVE, READY, *services})
         self._is_serving = False
         self._is_closed = False
         self._changed = asyncio.Event()
@@ -39,7 +43,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
     def _status(self, service: str) -> int:
         if service not in self._services:
             return _Status.SERVICE_UNKNOWN
-        return _Status.SERVING if self._is_serving else _Status.NOT_SERVING
+        return _Status.SERVING if self._is_serving or service == ALIVE else _Status.NOT_SERVING
 
     async def Check(  # noqa: N802
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext

@@ -283,3 +283,19 @@ async def test_mode_and_policy_in_use_are_told(model_folder: Path) -> None:
         started = (await server.generate(text="a", max_new_tokens=1)).started
         assert (started.mode, started.policy) == (common_pb2.MODE_FULL_DEPTH, "full-depth")
         assert not started.HasField("compute_budget")
+
+
+async def test_a_server_is_alive_before_it_is_ready_and_while_it_drains(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder, never_ready=1), wait=False) as loading:
+        assert await loading.is_serving("alive")
+        assert not await loading.is_serving("ready")
+    async with running_server(fake_model(model_folder, token_seconds=0.01)) as server:
+        assert await server.is_serving("ready")
+        call = server.stream(text="abc", max_new_tokens=50)
+        await first_delta(call)
+        draining = asyncio.create_task(server.server.drain(10))
+        await server.wait_until_serving(is_serving=False)
+        assert await server.is_serving("alive")
+        assert not await server.is_serving("ready")
+        call.cancel()
+        await draining
