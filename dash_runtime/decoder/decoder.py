@@ -96,6 +96,12 @@ class Decoder:
         """Returns True if decoding so many rows takes evaluations along; see `Backend`."""
         return self.backends[PassKind.DECODE][0].takes_evaluations(num_rows)
 
+    def rows_to_verify(self, num_rows: int) -> int:
+        """Returns the number of rows, that many or more, with which one sequence's are verified the fastest."""
+        if any(window is not None for window in self.config.sliding_window):
+            return num_rows  # the programs for several rows need that each sees all before it
+        return self.backends[PassKind.VERIFY][0].rows_to_verify(num_rows)
+
     def logits(self, hidden: Tensor, precisions: Sequence[Action], kind: PassKind = PassKind.DECODE) -> Tensor:
         """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""
         return self.backends[kind][0].logits(hidden, precisions)

@@ -277,7 +277,9 @@ class Engine:
             started_ns = time.perf_counter_ns()
             token_ids = [sequence.take_back_draft() for sequence in together]
             lengths = [len(ids) for ids in token_ids]
-            hidden = self._run_full_depth(PassKind.VERIFY, together, token_ids)
+            if len(together) == 1:
+                token_ids = [together[0].filled_up(token_ids[0], self._decoder.rows_to_verify(lengths[0]))]
+            hidden = self._run_full_depth(PassKind.VERIFY, together, token_ids)[: sum(lengths)]
             all_logits = self._decoder.logits(hidden, (Action.FULL,) * len(hidden)).split(lengths)
             chosen = [sequence.verify(logits) for sequence, logits in zip(together, all_logits, strict=True)]
             elapsed_ns = time.perf_counter_ns() - started_ns

@@ -34,16 +34,16 @@ def measure_verification(
     model's context cannot hold are left out.
     """
     fitting = [length for length in lengths if length + 1 < decoder.context_length]
-    (cache,) = filled_caches(decoder, num_more=1 + max(fitting, default=0))
+    (cache,) = filled_caches(decoder, num_more=max(decoder.rows_to_verify(length + 1) for length in (0, *fitting)))
     seconds: dict[int, list[float]] = {length: [] for length in (0, *fitting)}
 
     def run_pass(length: int) -> None:
-        count = length + 1
+        count = decoder.rows_to_verify(length + 1)
         batch = decoder.batch(PassKind.VERIFY, [cache], [count], [Identity()])
         hidden = decoder.embed([0] * count)
         for layer in range(decoder.num_layers):
             hidden = decoder.run_layer(layer, (Action.FULL,) * count, hidden, batch)
-        decoder.logits(hidden, (Action.FULL,) * count).argmax(-1).tolist()
+        decoder.logits(hidden[: length + 1], (Action.FULL,) * (length + 1)).argmax(-1).tolist()
 
     for round_number in rounds_within(SECONDS, rounds, now):
         for length, own in seconds.items():

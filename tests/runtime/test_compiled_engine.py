@@ -1,10 +1,13 @@
 """An engine built over compiled programs: every mode, alone and in a batch, and a policy that is a program too."""
 
+import json
+
 import pytest
 import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
+from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.engine.engine import Engine
 from dash_runtime.policy.catalog import FRONTIER
 from dash_runtime.startup.build import BuildOptions, build_engine
@@ -90,6 +93,26 @@ def test_exact_puts_out_full_depths_own_tokens(engine: Engine) -> None:
     own = {request.request_id: alone(engine, request) for request in requests(3)}
     for number in range(3):
         assert own[f"exact {number}"] == own[f"full depth {number}"]
+
+
+def test_forced_text_is_drafted_in_any_number_and_verified_to_full_depths_own_tokens(engine: Engine) -> None:
+    names = {"a": "Ann", "the_city_where": "Rome", "ab": "x", "c_1": "y"}
+    schema = {
+        "type": "object",
+        "properties": {name: {"enum": [value, value[::-1] + "!"]} for name, value in names.items()},
+        "required": list(names),
+        "additionalProperties": False,
+    }
+    constraint = Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(schema))
+    own: dict[str, list[int]] = {}
+    for name in ("exact", "full depth"):
+        stopping = StoppingParameters(120)
+        request = GenerationRequest(name, [1, 2, 3], stopping, skip=MODES[name], constraint=constraint)
+        engine.submit(request)
+        (events,) = drain(engine).values()
+        own[name] = tokens(events)
+    assert own["exact"] == own["full depth"]
+    assert list(json.loads(bytes(own["exact"]))) == list(names)
 
 
 def test_a_batch_of_all_modes_equals_the_same_requests_alone_without_the_planner(compiled_model: CompiledModel) -> None:

@@ -146,6 +146,9 @@ class NamedBackend:
     def takes_evaluations(self, num_rows: int) -> bool:
         return False
 
+    def rows_to_verify(self, num_rows: int) -> int:
+        return num_rows
+
     def run_layer(
         self,
         layer: int,

@@ -52,7 +52,11 @@ def test_calls_that_were_dropped_are_not_made(decoder: Decoder) -> None:
     programs = {ProgramSpec(ProgramKind.LAYER, Action.FULL, shape, 1, rows): lambda _: [] for rows in (1, 4, 8)}
     layers = InductorBackend(decoder.config.block, programs, shares_products=False)  # type: ignore[arg-type]
     assert layers._calls(13, takes_several=True) == [8, 4, 1]
+    assert [layers.rows_to_verify(rows) for rows in range(1, 18)] == [
+        1, 4, 4, 4, 8, 8, 8, 8, 9, 12, 12, 12, 16, 16, 16, 16, 17,
+    ]  # fmt: skip
     layers.drop_verified_rows({8})
+    assert [layers.rows_to_verify(rows) for rows in range(1, 9)] == [1, 4, 4, 4, 5, 8, 8, 8]
     assert layers._calls(13, takes_several=True) == [4, 4, 4, 1]
     layers.drop_verified_rows({1, 4})
     assert layers.verified_rows == (1,)

@@ -19,6 +19,9 @@ class Backend(Protocol):
     def takes_evaluations(self, num_rows: int) -> bool:
         """Returns True if a layer for so many decoded rows also makes policies' evaluations of its input."""
 
+    def rows_to_verify(self, num_rows: int) -> int:
+        """Returns the number of rows, that many or more, with which they are verified the fastest."""
+
     def run_layer(
         self,
         layer: int,

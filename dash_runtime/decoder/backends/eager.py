@@ -37,6 +37,9 @@ class EagerBackend:
     def takes_evaluations(self, num_rows: int) -> bool:
         return False
 
+    def rows_to_verify(self, num_rows: int) -> int:
+        return num_rows
+
     def run_layer(
         self,
         layer: int,

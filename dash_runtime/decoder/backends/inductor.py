@@ -184,6 +184,12 @@ class InductorBackend:
         """Returns True if each row runs its own programs. A row's decisions then do not depend on its neighbours."""
         return num_rows == 1 or not self.shares_products
 
+    def rows_to_verify(self, num_rows: int) -> int:
+        """A call for four rows takes less time than two for one row each."""
+        left = num_rows % self.verified_rows[0]
+        fitting = [rows for rows in self.verified_rows if rows >= left > 1]
+        return num_rows - left + min(fitting, default=left)
+
     def run_layer(
         self,
         layer: int,
