@@ -73,7 +73,7 @@ class DeviceCalibration:
         self._compensation_file = folder / f"compensation-{digest(key)}.safetensors"
         self._costs_file = folder / f"costs-{digest((*key, *device))}.json"
         self._plans_file = folder / f"plans-{digest((*key, *device))}.json"
-        self._verification_file = folder / f"verification-{digest((*key, *device))}.json"
+        self._verification_file = folder / f"verified-{digest((*key, *device))}.json"
         self._latencies_file = folder / f"latencies-{digest((*key, *device))}.json"
         self._checks_kept = checks_kept
         self._measure_latencies = measure_latencies

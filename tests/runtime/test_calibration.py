@@ -250,7 +250,7 @@ def test_verifications_are_measured_once_for_the_lengths_that_fit(decoder: Decod
     assert first == second
     assert len(said) == 1
     assert set(first) == set(DRAFT_LENGTHS)
-    (file,) = tmp_path.glob("verification-*.json")
+    (file,) = tmp_path.glob("verified-*.json")
     for damage in ("", "[]", '{"7": -1}', '{"5": 1.0}', '{"7": "x"}'):
         file.write_text(damage)
         assert set(DeviceCalibration(tmp_path, MODEL, DEVICE).verification_costs(decoder, said.append)) == set(
