@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.batches import measure_batches
+from benchmarks.constraints import measure_constraints
 from benchmarks.context import measure_long_context
 from benchmarks.cost_error import measure_cost_error
 from benchmarks.decode import measure_decode, measure_prefill
@@ -30,6 +31,7 @@ _SECTIONS: dict[str, Callable[[Report, Setting, Effort], None]] = {
     "decoding": measure_decode,
     "prefill": measure_prefill,
     "exact": measure_exact,
+    "constraints": measure_constraints,
     "lanes": measure_lanes,
     "skips": measure_skips,
     "streams": measure_batches,

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.runs import Run, run_from_arrivals
 from dash_runtime.config import GenerationRequest, SkipOptions, StoppingParameters
+from dash_runtime.constraint import Constraint
 from dash_runtime.engine.engine import Engine
 from dash_runtime.events import SequenceFinished, TokenProduced
 
@@ -25,11 +26,12 @@ class Contender(Protocol):
 
 
 class EngineContender:
-    """Our engine in one mode, without server or transport."""
+    """Our engine in one mode, without server or transport. With a constraint, its end ends an answer."""
 
-    def __init__(self, engine: Engine, skip: SkipOptions) -> None:
+    def __init__(self, engine: Engine, skip: SkipOptions, constraint: Constraint | None = None) -> None:
         self._engine = engine
         self._skip = skip
+        self._constraint = constraint
 
     def run(self, prompts: Sequence[list[int]], num_tokens: int) -> Run:
         engine = self._engine
@@ -39,7 +41,8 @@ class EngineContender:
         try:
             for request_id, prompt in zip(arrivals, prompts, strict=True):
                 stopping = StoppingParameters(num_tokens, ignore_eos=True)
-                engine.submit(GenerationRequest(request_id, prompt, stopping, skip=self._skip))
+                request = GenerationRequest(request_id, prompt, stopping, skip=self._skip, constraint=self._constraint)
+                engine.submit(request)
             while engine.has_work:
                 events = engine.step()
                 now = time.perf_counter()
