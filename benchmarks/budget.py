@@ -1,4 +1,4 @@
-"""Finds the compute budget of the adaptive figures in the shipped policy's own calibration.
+"""Finds the compute budget of the adaptive figures in the shipped policy's calibration, at this device's costs.
 
 Knows policy files; measures nothing.
 """
@@ -11,10 +11,13 @@ from pathlib import Path
 
 import torch
 
+from dash_runtime.actions import CostTable
 from dash_runtime.checkpoints import load_model_config, open_weights
+from dash_runtime.engine.engine import Engine
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.startup.build import SHIPPED_POLICIES
+from dash_runtime.startup.cost_keeper import CostKeeper
 
 DIVERGENCE_LIMIT = 0.10
 """Nats per token."""
@@ -31,8 +34,14 @@ class Budgets:
     recommended: float
 
 
-def shipped_budgets(folder: Path) -> Budgets:
-    """Returns the budgets of the policy that serves the checkpoint in `folder` by default.
+def costs_of(engine: Engine) -> CostTable:
+    """Returns the cost table by which an engine counts budgets."""
+    assert isinstance(engine.cost_watch, CostKeeper)
+    return engine.cost_watch.costs.table
+
+
+def shipped_budgets(folder: Path, costs: CostTable) -> Budgets:
+    """Returns the budgets, at these costs, of the policy that serves the checkpoint in `folder` by default.
 
     Raises:
         RuntimeError: no policy is shipped for it, or none of its budgets is within the limit.
@@ -43,11 +52,11 @@ def shipped_budgets(folder: Path) -> Budgets:
     if not files:
         raise RuntimeError("no policy is shipped for this model")
     policy = load_policy(files[0], model, fingerprint, dtype=torch.bfloat16, device=torch.device("cpu"))
-    points = policy.budgets(policy.costs).points
+    points = policy.budgets(costs).points
     found = lowest_budget([point.cost for point in points], [point.divergence for point in points], DIVERGENCE_LIMIT)
     if found is None:
         raise RuntimeError(f"{policy.name} keeps {DIVERGENCE_LIMIT:g} nats per token at no budget")
-    return Budgets(policy.name, *found, policy.recommended_budget(policy.costs))
+    return Budgets(policy.name, *found, policy.recommended_budget(costs))
 
 
 def lowest_budget(budgets: Sequence[float], divergences: Sequence[float], limit: float) -> tuple[float, float] | None:

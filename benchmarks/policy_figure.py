@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from tokenizers import Tokenizer
 
+from benchmarks.budget import costs_of
 from benchmarks.rounds import progress
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import (
@@ -32,7 +33,6 @@ from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.startup.build import DTYPES, SHIPPED_POLICIES, BuildOptions, build_engine
-from dash_runtime.startup.cost_keeper import CostKeeper
 
 _QUESTION = "Why is the sky blue?"
 _INK, _GRID = "#333333", "#dddddd"
@@ -69,8 +69,7 @@ def main() -> None:
 
 def at_costs_of(engine: Engine, policy: LearnedPolicy) -> LearnedPolicy:
     """Returns the policy with the cost table by which the engine counts budgets."""
-    assert isinstance(engine.cost_watch, CostKeeper)
-    return replace(policy, spec=replace(policy.spec, costs=engine.cost_watch.costs.table))
+    return replace(policy, spec=replace(policy.spec, costs=costs_of(engine)))
 
 
 def token_cost(policy: LearnedPolicy, column: Column) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.budget import Budgets, shipped_budgets
+from benchmarks.budget import Budgets, costs_of, shipped_budgets
 from benchmarks.contenders import EngineContender, LlamaCpp, Transformers
 from benchmarks.figures import Report
 from benchmarks.prompts import Prompts
@@ -77,7 +77,7 @@ def load_setting(report: Report, cache_folder: Path) -> Setting:
             f"{torch.get_num_threads()} threads, n_ctx 2048, eval and the largest logit, its defaults otherwise"
         )
     with report.attempt("the budget within the divergence limit (the recommended one is used)"):
-        budgets = shipped_budgets(folder)
+        budgets = shipped_budgets(folder, costs_of(engine))
         report.note(
             f"ADAPTIVE: policy {budgets.policy} at budget {budgets.lowest:g}, the lowest where its calibration says at "
             f"most 0.10 nats per token of divergence from full depth: {budgets.divergence:.3f}, linear between two "
