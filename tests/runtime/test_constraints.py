@@ -10,12 +10,10 @@ import pytest
 import torch
 from llguidance import LLParserLimits
 
-from dash_runtime.actions import Action, CostTable
+from dash_runtime.actions import Action
 from dash_runtime.config import (
-    EngineConfig,
     GenerationRequest,
     Mode,
-    ModelFacts,
     SamplingParameters,
     SkipOptions,
     StoppingParameters,
@@ -24,25 +22,13 @@ from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.constraints import ConstraintCompiler, TextConstraint
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import EndReason, EngineEvent, RequestRefused, SequenceFinished
-from dash_runtime.policy.catalog import PolicyCatalog
-from dash_runtime.policy.fixed_plans import MeasuredPlan, named
-from tests.runtime.support import drain, finished, load_decoder, some_affine, tokens
+from tests.runtime.planned_engine import ACTIONS, make_engine
+from tests.runtime.support import drain, finished, load_decoder, tokens
 from tests.tiny_models import VOCAB_SIZE, save_byte_tokenizer
 
 EOS = 256
-ACTIONS = (Action.SKIP, Action.FULL)
-COSTS = CostTable.from_seconds(6, {Action.SKIP: 0.1, Action.FULL: 1.0}, {Action.FULL: 2.0}, 0.2)
-PLANS = named(
-    [
-        MeasuredPlan("", (Action.FULL, *[Action.SKIP] * count, *[Action.FULL] * (5 - count)), Action.FULL, 0.1 * count)
-        for count in range(1, 5)
-    ],
-    COSTS,
-)
-NEARLY_FREE = {1: 0.5, 3: 0.5, 7: 0.5}
 FULL, EXACT = SkipOptions(Mode.FULL_DEPTH), SkipOptions(Mode.EXACT, compute_budget=0.8)
 MODES = {
     "full": FULL,
@@ -83,14 +69,9 @@ def compiler(tokenizer_file: Path) -> ConstraintCompiler:
     return ConstraintCompiler(tokenizer_file, VOCAB_SIZE, {EOS})
 
 
-def make_engine(decoder: Decoder, compiler: ConstraintCompiler | None) -> Engine:
-    config = EngineConfig()
-    catalog = PolicyCatalog(COSTS, ACTIONS, some_affine(decoder), (), 0.8, NEARLY_FREE, 0.0, PLANS)
-    facts = ModelFacts(
-        "tiny", "LlamaForCausalLM", 6, VOCAB_SIZE, 512, config.cache_tokens, config.num_slots, frozenset({EOS}),
-        ACTIONS, catalog.facts(), "CPU",
-    )  # fmt: skip
-    return Engine(decoder, catalog, InlineLane(), facts, config, constraints=compiler)
+def constrained_engine(decoder: Decoder, compiler: ConstraintCompiler | None) -> Engine:
+    """Returns an engine that drafts whatever it gains."""
+    return make_engine(decoder, frozenset({EOS}), least_gain=0.0, constraints=compiler)
 
 
 Events = Mapping[str, list[EngineEvent]]
@@ -149,7 +130,7 @@ def keeps(output: str, constraint: Constraint) -> bool:
 def test_every_kind_is_kept_in_every_mode_greedy_and_sampled_and_ends_by_itself(
     decoder: Decoder, compiler: ConstraintCompiler, constraint: Constraint, mode: str
 ) -> None:
-    engine = make_engine(decoder, compiler)
+    engine = constrained_engine(decoder, compiler)
     requests = [request("greedy", constraint, MODES[mode])]
     requests += [
         request(f"seed {seed}", constraint, MODES[mode], ignore_eos=seed == 1, temperature=2.0, seed=seed)
@@ -165,7 +146,7 @@ def test_every_kind_is_kept_in_every_mode_greedy_and_sampled_and_ends_by_itself(
 def test_exact_puts_out_what_full_depth_does_and_forced_text_is_drafted_free(
     decoder: Decoder, compiler: ConstraintCompiler
 ) -> None:
-    engine = make_engine(decoder, compiler)
+    engine = constrained_engine(decoder, compiler)
     events = run(engine, request("exact", SCHEMA, EXACT), request("full", SCHEMA, FULL))
     assert tokens(events["exact"]) == tokens(events["full"])
     drafts = finished(events["exact"]).speculation
@@ -175,11 +156,11 @@ def test_exact_puts_out_what_full_depth_does_and_forced_text_is_drafted_free(
 
 
 def test_a_row_keeps_its_own_constraint_beside_others(decoder: Decoder, compiler: ConstraintCompiler) -> None:
-    engine = make_engine(decoder, compiler)
+    engine = constrained_engine(decoder, compiler)
     mixed = [request(f"{kind.kind.value} {mode}", kind, own) for kind in (SCHEMA, DATE) for mode, own in MODES.items()]
     together = run(engine, *mixed)
     for own in mixed:
-        alone = run(make_engine(decoder, compiler), own)
+        alone = run(constrained_engine(decoder, compiler), own)
         assert tokens(together[own.request_id]) == tokens(alone[own.request_id])
 
 
@@ -187,11 +168,11 @@ def test_a_row_keeps_its_own_constraint_beside_others(decoder: Decoder, compiler
 def test_only_an_output_that_is_cut_off_is_incomplete_and_it_says_so(
     decoder: Decoder, compiler: ConstraintCompiler, mode: str
 ) -> None:
-    whole = text(run(make_engine(decoder, compiler), request("r", SCHEMA, MODES[mode])), "r")
-    events = run(make_engine(decoder, compiler), request("r", SCHEMA, MODES[mode], max_new_tokens=11))
+    whole = text(run(constrained_engine(decoder, compiler), request("r", SCHEMA, MODES[mode])), "r")
+    events = run(constrained_engine(decoder, compiler), request("r", SCHEMA, MODES[mode], max_new_tokens=11))
     assert text(events, "r") == whole[:11]
     assert finished(events["r"]).reason is EndReason.LENGTH
-    exactly = run(make_engine(decoder, compiler), request("r", SCHEMA, MODES[mode], max_new_tokens=len(whole)))
+    exactly = run(constrained_engine(decoder, compiler), request("r", SCHEMA, MODES[mode], max_new_tokens=len(whole)))
     assert finished(exactly["r"]).reason is EndReason.END_OF_SEQUENCE
 
 
@@ -240,7 +221,7 @@ def _allowed(constraint: TextConstraint) -> set[int]:
 def test_what_is_wrong_is_named_on_one_line_with_its_place_in_the_schema(
     decoder: Decoder, compiler: ConstraintCompiler, kind: str, content: str, named: str
 ) -> None:
-    engine = make_engine(decoder, compiler)
+    engine = constrained_engine(decoder, compiler)
     with pytest.raises(InvalidRequest) as error:
         engine.submit(request("r", Constraint(ConstraintKind(kind), content)))
     assert named in str(error.value)
@@ -271,7 +252,7 @@ def test_a_constraint_that_grows_too_complex_ends_its_own_request_and_no_other(
     decoder: Decoder, tokenizer_file: Path, mode: str
 ) -> None:
     compiler = ConstraintCompiler(tokenizer_file, VOCAB_SIZE, {EOS}, LLParserLimits(max_lexer_states=40))
-    engine = make_engine(decoder, compiler)
+    engine = constrained_engine(decoder, compiler)
     explosive = Constraint(ConstraintKind.REGEX, "[ab]*(a[ab]{9}){5}")
     events = run(engine, request("bad", explosive, MODES[mode]), request("good", DATE, MODES[mode]))
     (refused,) = [event for event in events["bad"] if isinstance(event, RequestRefused)]
@@ -285,4 +266,4 @@ def test_a_constraint_that_grows_too_complex_ends_its_own_request_and_no_other(
 
 def test_an_engine_without_a_tokenizer_refuses_constraints(decoder: Decoder) -> None:
     with pytest.raises(InvalidRequest, match="constraint"):
-        make_engine(decoder, None).submit(request("r", DATE))
+        constrained_engine(decoder, None).submit(request("r", DATE))

@@ -1,6 +1,5 @@
 """Mode EXACT in the engine gives full depth's tokens, whatever drafts them and wherever a draft is cut short."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,40 +7,24 @@ import msgspec
 import pytest
 import torch
 
-from dash_runtime.actions import Action, CostTable
+from dash_runtime.actions import Action
 from dash_runtime.config import (
-    EngineConfig,
     GenerationRequest,
     Mode,
-    ModelFacts,
     SamplingParameters,
     SkipOptions,
     StoppingParameters,
 )
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import EngineEvent, SequenceFinished, SpeculationStatistics, TokenProduced
-from dash_runtime.policy.catalog import USUAL_VERIFICATION_COSTS, PolicyCatalog
-from dash_runtime.policy.draft_length import LEAST_GAIN
-from dash_runtime.policy.fixed_plans import MeasuredPlan, named
-from tests.runtime.support import drain, finished, load_decoder, some_affine, tokens
+from dash_runtime.policy.catalog import USUAL_VERIFICATION_COSTS
+from tests.runtime.planned_engine import ACTIONS, make_engine
+from tests.runtime.support import drain, finished, load_decoder, tokens
 
 pytestmark = pytest.mark.alone
 
-ACTIONS = (Action.SKIP, Action.FULL)
-COSTS = CostTable.from_seconds(6, {Action.SKIP: 0.1, Action.FULL: 1.0}, {Action.FULL: 2.0}, 0.2)
-PLANS = named(
-    [
-        MeasuredPlan("", (Action.FULL, *[Action.SKIP] * count, *[Action.FULL] * (5 - count)), Action.FULL, 0.1 * count)
-        for count in range(1, 5)
-    ],
-    COSTS,
-)
-"""They skip one to four layers."""
-NEARLY_FREE = {1: 0.5, 3: 0.5, 7: 0.5}
-"""Verifications so cheap that the engine drafts whatever is accepted."""
 EXACT = SkipOptions(Mode.EXACT, compute_budget=0.8)
 FULL = SkipOptions(Mode.FULL_DEPTH)
 PROMPTS = ([1, 2, 3], list(range(40, 75)), [7, 7], list(range(9, 17)))
@@ -51,22 +34,6 @@ PROMPTS = ([1, 2, 3], list(range(40, 75)), [7, 7], list(range(9, 17)))
 def decoder(tiny_folder: Path) -> Decoder:
     # float32, where a row's rounding hardly depends on its neighbours
     return load_decoder(tiny_folder, torch.float32, ACTIONS)
-
-
-def make_engine(
-    decoder: Decoder,
-    eos: frozenset[int] = frozenset(),
-    verification_costs: Mapping[int, float] = NEARLY_FREE,
-    least_gain: float = LEAST_GAIN,
-    **options: int,
-) -> Engine:
-    config = EngineConfig(**options)  # type: ignore[arg-type]
-    catalog = PolicyCatalog(COSTS, ACTIONS, some_affine(decoder), (), 0.8, verification_costs, least_gain, plans=PLANS)
-    facts = ModelFacts(
-        "tiny", "LlamaForCausalLM", 6, 260, 512, config.cache_tokens, config.num_slots, eos, ACTIONS,
-        catalog.facts(), "CPU",
-    )  # fmt: skip
-    return Engine(decoder, catalog, InlineLane(), facts, config)
 
 
 def request(

@@ -5,21 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dash_runtime.actions import Action, CostTable
-from dash_runtime.config import EngineConfig, GenerationRequest, Mode, ModelFacts, SkipOptions, StoppingParameters
+from dash_runtime.actions import Action
+from dash_runtime.config import GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import EndReason, EngineEvent, TokenProduced
-from dash_runtime.policy.catalog import PolicyCatalog
-from dash_runtime.policy.fixed_plans import MeasuredPlan, named
-from tests.runtime.support import drain, finished, load_decoder, some_affine, tokens
+from tests.runtime.planned_engine import ACTIONS, make_engine
+from tests.runtime.support import drain, finished, load_decoder, tokens
 from tests.tiny_models import VOCAB_SIZE
 
-ACTIONS = (Action.SKIP, Action.FULL)
-COSTS = CostTable.from_seconds(6, {Action.SKIP: 0.1, Action.FULL: 1.0}, {Action.FULL: 2.0}, 0.2)
-PLANS = named([MeasuredPlan("", (Action.FULL, *[Action.SKIP] * 2, *[Action.FULL] * 3), Action.FULL, 0.1)], COSTS)
 MODES = {
     "full": SkipOptions(Mode.FULL_DEPTH),
     "adaptive": SkipOptions(Mode.ADAPTIVE, compute_budget=0.9),
@@ -34,14 +29,8 @@ def decoder(tiny_folder: Path) -> Decoder:
     return load_decoder(tiny_folder, torch.float32, ACTIONS)
 
 
-def make_engine(decoder: Decoder, **options: int) -> Engine:
-    config = EngineConfig(**options)  # type: ignore[arg-type]
-    catalog = PolicyCatalog(COSTS, ACTIONS, some_affine(decoder), (), plans=PLANS)
-    facts = ModelFacts(
-        "tiny", "LlamaForCausalLM", 6, VOCAB_SIZE, 512, config.cache_tokens, config.num_slots, frozenset({EOS}),
-        ACTIONS, catalog.facts(), "CPU",
-    )  # fmt: skip
-    return Engine(decoder, catalog, InlineLane(), facts, config)
+def planned_engine(decoder: Decoder, **options: int) -> Engine:
+    return make_engine(decoder, eos=frozenset({EOS}), **options)
 
 
 def score(scored: list[int], mode: str = "full", prompt: list[int] = PROMPT, name: str = "s") -> GenerationRequest:
@@ -66,8 +55,8 @@ def log_probabilities(events: list[EngineEvent]) -> list[float]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_output_scores_what_it_had_when_it_was_generated(decoder: Decoder, mode: str) -> None:
-    generated = run(make_engine(decoder), generation(mode))["g"]
-    scored = run(make_engine(decoder), score(tokens(generated), mode))["s"]
+    generated = run(planned_engine(decoder), generation(mode))["g"]
+    scored = run(planned_engine(decoder), score(tokens(generated), mode))["s"]
     assert tokens(scored) == tokens(generated)
     assert log_probabilities(scored) == pytest.approx(log_probabilities(generated), abs=1e-4)
     assert finished(scored).reason is EndReason.LENGTH
@@ -77,7 +66,7 @@ def test_an_output_scores_what_it_had_when_it_was_generated(decoder: Decoder, mo
 
 def test_any_output_can_be_given_the_end_of_sequence_among_it(decoder: Decoder) -> None:
     scored = [3, EOS, 250, EOS, 9]
-    events = run(make_engine(decoder), score(scored), score(scored, "fixed", name="f"))
+    events = run(planned_engine(decoder), score(scored), score(scored, "fixed", name="f"))
     for name in ("s", "f"):
         assert tokens(events[name]) == scored
         assert len(log_probabilities(events[name])) == 5
@@ -90,9 +79,9 @@ def test_neither_chunks_nor_kept_prompts_nor_neighbours_change_a_score(
     decoder: Decoder, num_scored: int, chunk: int
 ) -> None:
     scored = [(place * 37 + 11) % VOCAB_SIZE for place in range(num_scored)]
-    expected = log_probabilities(run(make_engine(decoder), score(scored))["s"])
+    expected = log_probabilities(run(planned_engine(decoder), score(scored))["s"])
     assert len(expected) == num_scored
-    engine = make_engine(decoder, prefill_chunk_tokens=chunk)
+    engine = planned_engine(decoder, prefill_chunk_tokens=chunk)
     beside = run(engine, generation("adaptive"), score(scored))
     assert log_probabilities(beside["s"]) == pytest.approx(expected, abs=1e-4)
     again = run(engine, score(scored))
@@ -102,7 +91,7 @@ def test_neither_chunks_nor_kept_prompts_nor_neighbours_change_a_score(
 
 
 def test_what_cannot_be_scored_is_refused_by_name(decoder: Decoder) -> None:
-    engine = make_engine(decoder)
+    engine = planned_engine(decoder)
     with pytest.raises(InvalidRequest, match=r"continuation\[1\]: 9999"):
         engine.submit(score([1, 9999]))
     with pytest.raises(InvalidRequest, match="continuation: must not be empty"):
