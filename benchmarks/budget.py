@@ -14,6 +14,7 @@ import torch
 from dash_runtime.actions import CostTable
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.engine.engine import Engine
+from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.startup.build import SHIPPED_POLICIES
@@ -40,18 +41,27 @@ def costs_of(engine: Engine) -> CostTable:
     return engine.cost_watch.costs.table
 
 
-def shipped_budgets(folder: Path, costs: CostTable) -> Budgets:
-    """Returns the budgets, at these costs, of the policy that serves the checkpoint in `folder` by default.
+def shipped_policy(folder: Path) -> LearnedPolicy:
+    """Returns the policy that serves the checkpoint in `folder` by default.
 
     Raises:
-        RuntimeError: no policy is shipped for it, or none of its budgets is within the limit.
+        RuntimeError: no policy is shipped for it.
     """
     model, weights = load_model_config(folder), open_weights(folder)
     fingerprint = model_fingerprint(model, weights)
     files = find_policies(SHIPPED_POLICIES, fingerprint)
     if not files:
         raise RuntimeError("no policy is shipped for this model")
-    policy = load_policy(files[0], model, fingerprint, dtype=torch.bfloat16, device=torch.device("cpu"))
+    return load_policy(files[0], model, fingerprint, dtype=torch.bfloat16, device=torch.device("cpu"))
+
+
+def shipped_budgets(folder: Path, costs: CostTable) -> Budgets:
+    """Returns the budgets, at these costs, of the policy that serves the checkpoint in `folder` by default.
+
+    Raises:
+        RuntimeError: no policy is shipped for it, or none of its budgets is within the limit.
+    """
+    policy = shipped_policy(folder)
     points = policy.budgets(costs).points
     found = lowest_budget([point.cost for point in points], [point.divergence for point in points], DIVERGENCE_LIMIT)
     if found is None:

@@ -9,20 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from tokenizers import Tokenizer
 
-from benchmarks.budget import costs_of
+from benchmarks.budget import costs_of, shipped_policy
 from benchmarks.rounds import progress
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import (
     default_cache_folder,
-    load_model_config,
-    open_weights,
     resolve_checkpoint,
     tokenizer_file,
 )
@@ -30,9 +27,7 @@ from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptio
 from dash_runtime.engine.engine import Engine
 from dash_runtime.events import TokenProduced
 from dash_runtime.policy.learned import LearnedPolicy
-from dash_runtime.policy.model_sketch import model_fingerprint
-from dash_runtime.policy.policy_file import find_policies, load_policy
-from dash_runtime.startup.build import DTYPES, SHIPPED_POLICIES, BuildOptions, build_engine
+from dash_runtime.startup.build import BuildOptions, build_engine
 
 _QUESTION = "Why is the sky blue?"
 _INK, _GRID = "#333333", "#dddddd"
@@ -75,14 +70,6 @@ def at_costs_of(engine: Engine, policy: LearnedPolicy) -> LearnedPolicy:
 def token_cost(policy: LearnedPolicy, column: Column) -> float:
     """Returns what a token cost, the policy's evaluations included."""
     return policy.costs.token_cost(column.plan, policy.head, policy.num_evaluations)
-
-
-def shipped_policy(folder: Path) -> LearnedPolicy:
-    """Returns the default policy of the model in `folder`."""
-    model, weights = load_model_config(folder), open_weights(folder)
-    fingerprint = model_fingerprint(model, weights)
-    first = find_policies(SHIPPED_POLICIES, fingerprint)[0]
-    return load_policy(first, model, fingerprint, dtype=DTYPES["bfloat16"], device=torch.device("cpu"))
 
 
 def answer(engine: Engine, folder: Path, question: str, skip: SkipOptions, num_tokens: int) -> list[Column]:

@@ -1,4 +1,4 @@
-"""What a request may ask of its output's text: a schema, a pattern, a grammar or a choice.
+"""Describes what a request may ask of its output's text: a schema, a pattern, a grammar or a choice.
 
 Imports no torch. Checks what needs no grammar library; `engine/constraints.py` does the rest.
 """

@@ -6,7 +6,7 @@ and hands the answer's bytes back.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import grpc
@@ -23,13 +23,7 @@ from dash_client.errors import CancelledError, DashError
 from dash_client.rpc_errors import error_from_rpc
 from dash_client.score import Score, ScoreOptions
 from dash_client.server_facts import ModelInfo, PolicyInfo, ServerLoad
-from dash_client.types import (
-    Generation,
-    GenerationOptions,
-    HealthStatus,
-    Messages,
-    Prompt,
-)
+from dash_client.types import Generation, GenerationOptions, HealthStatus, Messages, Prompt
 
 FACTS_TIMEOUT_SECONDS = 10.0
 """Deadline of calls that generate nothing, if neither the client nor the call sets one."""
@@ -53,6 +47,7 @@ class Call(Generic[Answer]):
     read: Callable[[bytes], Answer]
     """Turns the answer's bytes, or those of each message of a stream, into the result; raises ServerError."""
     constraint: Constraint | None = field(default=None, repr=False)
+    """The rule that a stream's answer keeps."""
 
     def failed(self, error: grpc.RpcError, request_id: str | None = None) -> DashError:
         """Returns the exception for a call that failed with gRPC's `error`."""
@@ -144,8 +139,8 @@ class Calls:
         self, parameters: generation_pb2.GenerationParameters, timeout: float | None, constraint: Constraint | None
     ) -> StreamCall:
         request = generation_pb2.StreamGenerateRequest(parameters=parameters)
-        call = self._call(f"{_GENERATION}/StreamGenerate", request, checks.timeout(timeout, self._timeout), _read_event)
-        return replace(call, constraint=constraint)
+        deadline = checks.timeout(timeout, self._timeout)
+        return self._call(f"{_GENERATION}/StreamGenerate", request, deadline, _read_event, constraint)
 
     def _facts(
         self, path: str, request: Message, timeout: float | None, kind: type[M], read: Callable[[M], Answer]
@@ -154,10 +149,15 @@ class Calls:
         return self._call(path, request, checks.timeout(timeout, default), _reader(kind, read))
 
     def _call(
-        self, path: str, request: Message, timeout: float | None, read: Callable[[bytes], Answer]
+        self,
+        path: str,
+        request: Message,
+        timeout: float | None,
+        read: Callable[[bytes], Answer],
+        constraint: Constraint | None = None,
     ) -> Call[Answer]:
         metadata = self._connection.metadata()
-        return Call(path, request.SerializeToString(), timeout, metadata, self._connection.target, read)
+        return Call(path, request.SerializeToString(), timeout, metadata, self._connection.target, read, constraint)
 
 
 def closed_error() -> DashError:

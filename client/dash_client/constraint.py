@@ -19,7 +19,7 @@ class LarkGrammar:
 
 
 Constraint = Mapping[str, Any] | type[Any] | Pattern[str] | Sequence[str] | LarkGrammar
-"""What an output has to be: a JSON schema as a dict, a pydantic model class, a compiled pattern for the whole text, a
+"""A rule for an output: a JSON schema as a dict, a pydantic model class, a compiled pattern for the whole text, a
 list of texts of which it is one, or a `LarkGrammar`."""
 
 

@@ -38,9 +38,7 @@ def generation_parameters(prompt: Prompt, **options: Unpack[GenerationOptions]) 
 
 def option_parameters(**options: Unpack[GenerationOptions]) -> generation_pb2.GenerationParameters:
     """Returns the message for options alone. Raises the same as `generation_parameters`."""
-    unknown = sorted(options.keys() - GenerationOptions.__annotations__.keys())
-    if unknown:
-        raise TypeError(f"no such option: {', '.join(unknown)}")
+    _require_known(options, GenerationOptions)
     groups: dict[str, Any] = {}
     for name, value in options.items():
         if name == "constraint" and value is not None:
@@ -49,6 +47,11 @@ def option_parameters(**options: Unpack[GenerationOptions]) -> generation_pb2.Ge
             field = "stop_strings" if name == "stop" else name
             groups.setdefault(_GROUPS[field], {})[field] = _checked(name, value)
     return generation_pb2.GenerationParameters(**groups)
+
+
+def _require_known(options: Mapping[str, Any], kind: type[Any]) -> None:
+    if unknown := sorted(options.keys() - kind.__annotations__.keys()):
+        raise TypeError(f"no such option: {', '.join(unknown)}")
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -113,8 +116,7 @@ def score_request(
         InvalidArgumentError: an argument is of the wrong type or out of range.
         TypeError: there is no such option.
     """
-    if unknown := sorted(options.keys() - ScoreOptions.__annotations__.keys()):
-        raise TypeError(f"no such option: {', '.join(unknown)}")
+    _require_known(options, ScoreOptions)
     request = generation_pb2.ScoreRequest(parameters=generation_parameters(prompt, **options))
     if isinstance(continuation, str):
         request.text = checks.text("continuation", continuation)

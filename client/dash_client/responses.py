@@ -67,7 +67,7 @@ def from_message(kind: type[T], message: Message, **others: Any) -> T:
 
 
 def generation_from_response(
-    response: generation_pb2.GenerateResponse, constraint: Constraint | None = None
+    response: generation_pb2.GenerateResponse | generation_pb2.ScoreResponse, constraint: Constraint | None = None
 ) -> Generation:
     """Returns the complete answer of a unary call.
 
@@ -86,10 +86,7 @@ def score(response: generation_pb2.ScoreResponse) -> Score:
     Raises:
         ServerError: this client cannot read it.
     """
-    assembly = StreamAssembly()
-    assembly.add_started(response.started)
-    assembly.add_delta(response.output)
-    output = assembly.finish(response.finished)
+    output = generation_from_response(response)
     return Score(
         response.log_probability,
         response.is_greedy,

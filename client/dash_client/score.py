@@ -30,7 +30,7 @@ class Score:
     """The log probability of a given output, in nats."""
 
     log_probability: float
-    """Of the whole output."""
+    """The log probability of the whole output."""
     is_greedy: bool
     """True if each token was the most probable one, so that greedy decoding would have put it out."""
     text: str

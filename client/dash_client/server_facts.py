@@ -51,7 +51,7 @@ class PolicyInfo:
 
 @dataclass(frozen=True, slots=True)
 class ServerLoad:
-    """What a server holds at one moment, of all callers."""
+    """The load of a server at one moment, of all callers."""
 
     running_request_count: int
     waiting_request_count: int

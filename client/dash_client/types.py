@@ -101,7 +101,7 @@ class GenerationOptions(TypedDict, total=False):
     ignore_eos: bool | None
     """Continue past the model's own end-of-sequence tokens."""
     constraint: Constraint | None
-    """What the text has to be. It then is, unless it was cut off: see its `finish_reason`."""
+    """A rule for the text, which keeps it unless it was cut off: see its `finish_reason`."""
     mode: Mode | str | None
     """The way to choose actions: "adaptive", "full_depth", "fixed" or "exact"."""
     compute_budget: float | None

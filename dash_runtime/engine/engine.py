@@ -189,19 +189,13 @@ class Engine:
                 hidden = self._run_full_depth(PassKind.PREFILL, [sequence], [chunk])
                 if not sequence.num_prompt_tokens_left:
                     self._prefix_cache.store(*prompt)
-                if sequence.is_scored_at_once:
-                    self._score(sequence, hidden[len(hidden) - sequence.num_rows_to_score :], events)
-                elif not sequence.num_prompt_tokens_left:
-                    logits = self._decoder.logits(hidden[-1:], (Action.FULL,))
-                    plan = sequence.log.append_prefill_token()
-                    token_id = sequence.sampler.sample(logits[0])
-                    sequence.recorder.add_first_token(token_id)
-                    self._take(sequence, token_id, logits[0], plan, events)
+                self._put_out(sequence, hidden[len(hidden) - sequence.num_rows_to_put_out :], events)
 
-    def _score(self, sequence: Sequence, hidden: Tensor, events: list[EngineEvent]) -> None:
-        """Puts out the tokens of a given output that follow these rows of a full-depth pass."""
+    def _put_out(self, sequence: Sequence, hidden: Tensor, events: list[EngineEvent]) -> None:
+        """Puts out the tokens that follow these rows of a prompt pass: the first, or more of a given output."""
+        kind = PassKind.PREFILL if sequence.is_scored_at_once else PassKind.DECODE
         for rows in hidden.split(_SCORED_ROWS) if len(hidden) else ():
-            for logits in self._decoder.logits(rows, (Action.FULL,) * len(rows), PassKind.PREFILL):
+            for logits in self._decoder.logits(rows, (Action.FULL,) * len(rows), kind):
                 token_id = sequence.sampler.sample(logits)
                 if not sequence.output_ids:
                     plan = sequence.log.append_prefill_token()

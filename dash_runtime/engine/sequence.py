@@ -75,8 +75,9 @@ class Sequence:
         return self._prefilled_ids[start : start + max_tokens]
 
     @property
-    def num_rows_to_score(self) -> int:
-        """Rows of the last prompt pass that are followed by tokens of a given output."""
+    def num_rows_to_put_out(self) -> int:
+        """Rows of the last prompt pass that the output's tokens follow: the prompt's last, and those of a given output
+        that is scored at once."""
         return max(0, self.cache.length + 1 - len(self.request.prompt_token_ids) - len(self.output_ids))
 
     @property

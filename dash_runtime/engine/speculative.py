@@ -102,7 +102,6 @@ class Speculation:
             return
         for place, token_id in enumerate(proposed.token_ids[: self.length - len(self.token_ids)]):
             self._add(token_id, proposed.match + place, None)
-            self.num_drafted_from_text += 1
 
     def _add_forced(self) -> bool:
         """Adds the tokens that the output has to go on with, if that pays."""
@@ -115,7 +114,6 @@ class Speculation:
             return False
         for token_id in forced:
             self._add(token_id, FORCED_MATCH, None)
-            self.num_drafted_from_text += 1
         return True
 
     def draft(self, logits: Tensor, cost: float) -> int:
@@ -175,6 +173,7 @@ class Speculation:
         self._matches.append(match)
         self._distributions.append(distribution)
         self.num_drafted += 1
+        self.num_drafted_from_text += match > 0
 
     def _greedy(self, drafted: Sequence[int], logits: Tensor) -> list[int]:
         sampler = self._sampler

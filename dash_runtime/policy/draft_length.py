@@ -132,8 +132,7 @@ class DraftLength:
         cost = self._draft_cost * matches.count(0)
         gains = {NextDraft(0, False): self._least_gain}
         if drafted:
-            verification_cost = cost_of_verifying(self._verification_costs, drafted)
-            gains = {NextDraft(drafted, False): expected / (cost + verification_cost)}
+            gains = {NextDraft(drafted, False): self._gain(matches)}
         for length, verification_cost in self._verification_costs.items():
             if not drafted < length < num_tokens_left:
                 continue
@@ -147,8 +146,11 @@ class DraftLength:
 
     def pays(self, matches: Sequence[int]) -> bool:
         """Returns True if verifying a draft of tokens with these matches gains anything."""
+        return self._gain(matches) >= self._least_gain
+
+    def _gain(self, matches: Sequence[int]) -> float:
         cost = self._draft_cost * matches.count(0) + cost_of_verifying(self._verification_costs, len(matches))
-        return self._expected(matches)[0] / cost >= self._least_gain
+        return self._expected(matches)[0] / cost
 
     def drafted(self, cost: float) -> None:
         """Counts a token that the model drafted at `cost` of a full-depth one."""

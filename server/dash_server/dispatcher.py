@@ -34,13 +34,13 @@ class Load:
     num_running: int
     num_waiting: int
     num_slots: int
-    """Of the workers that take requests, as `num_workers` and `num_cache_tokens` are."""
+    """Slots of the workers that take requests; `num_workers` and `num_cache_tokens` are theirs too."""
     num_workers: int
     num_reserved_tokens: int
     """KV cache tokens of running requests."""
     num_cache_tokens: int
     decode_tokens_per_second: float | None
-    """Of one stream, the median of the latest requests; None before any."""
+    """Speed of one stream, the median of the latest requests; None before any."""
     prefill_tokens_per_second: float | None
 
 

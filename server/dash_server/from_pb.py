@@ -24,7 +24,7 @@ from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.grammar import check_grammar
 from dash_server.settings import Settings
-from dash_server.statuses import InvalidFields
+from dash_server.statuses import InvalidFields, below, below_field
 
 MODES = {
     common_pb2.MODE_FULL_DEPTH: Mode.FULL_DEPTH,
@@ -176,26 +176,11 @@ def prepare_score(
     except InvalidRequest as error:
         if error.field == "stopping.max_new_tokens":
             raise InvalidRequest("continuation", error.description) from error
-        raise error if error.field.startswith("continuation") else _below("parameters", error) from error
+        raise error if error.field.startswith("continuation") else below_field("parameters", error) from error
     if skip.mode is Mode.EXACT:
         # Its text is full depth's.
         request = replace(request, skip=SkipOptions(Mode.FULL_DEPTH))
     return PreparedRequest(request, (), frozenset(), output.logprobs)
-
-
-@contextmanager
-def below(prefix: str) -> Iterator[None]:
-    """Prefixes the paths of fields that are found wrong inside the block."""
-    try:
-        yield
-    except InvalidRequest as error:
-        raise _below(prefix, error) from error
-    except InvalidFields as error:
-        raise InvalidFields(_below(prefix, violation) for violation in error.violations) from error
-
-
-def _below(prefix: str, error: InvalidRequest) -> InvalidRequest:
-    return InvalidRequest(f"{prefix}.{error.field}", error.description)
 
 
 def _check_prompt(token_ids: list[int], settings: Settings) -> None:

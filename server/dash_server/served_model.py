@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from dash_api.v1 import common_pb2, generation_pb2, model_pb2
+from dash_api.v1 import generation_pb2, model_pb2
 from dash_runtime.checkpoints.chat_template import ChatTemplate
 from dash_runtime.config import ModelFacts
 from dash_runtime.errors import InvalidRequest
+from dash_server.statuses import below
 from dash_server.text import TextTokenizer
 from dash_server.worker.messages import Ready
 
@@ -36,15 +37,9 @@ class ServedModel:
         Raises:
             InvalidRequest: there is no prompt, or the conversation cannot be rendered.
         """
-        match prompt.WhichOneof("prompt"):
-            case "text":
-                return self.tokenizer.encode(prompt.text)
-            case "chat":
-                return self.tokenizer.encode(self._render(prompt.chat))
-            case "token_ids":
-                return list(prompt.token_ids.ids)
-            case _:
-                raise InvalidRequest("prompt", "is required")
+        if prompt.WhichOneof("prompt") == "token_ids":
+            return list(prompt.token_ids.ids)
+        return self.tokenizer.encode(self._text(prompt))
 
     def split(self, score: generation_pb2.ScoreRequest) -> tuple[list[int], list[int]]:
         """Returns the token ids of the prompt and of the output to score. Blocks, as `tokenize` does.
@@ -52,19 +47,16 @@ class ServedModel:
         Raises:
             InvalidRequest: there is no prompt or no output, or the conversation cannot be rendered.
         """
-        try:
-            prompt = self.tokenize(score.parameters)
-        except InvalidRequest as error:
-            raise InvalidRequest(f"parameters.{error.field}", error.description) from None
-        kind = score.WhichOneof("continuation")
-        if kind == "token_ids":
-            whole, num_given = [*prompt, *score.token_ids.ids], len(prompt)
-        elif kind is None:
+        kind, parameters = score.WhichOneof("continuation"), score.parameters
+        with below("parameters"):
+            given = None if parameters.WhichOneof("prompt") == "token_ids" else self._text(parameters)
+        prompt = list(parameters.token_ids.ids) if given is None else self.tokenizer.encode(given)
+        if kind is None:
             whole, num_given = prompt, 1
-        elif score.parameters.WhichOneof("prompt") == "token_ids":
-            whole, num_given = [*prompt, *self.tokenizer.encode(score.text)], len(prompt)
+        elif given is None or kind == "token_ids":
+            more = score.token_ids.ids if kind == "token_ids" else self.tokenizer.encode(score.text)
+            whole, num_given = [*prompt, *more], len(prompt)
         else:
-            given = self._render(score.parameters.chat) if score.parameters.HasField("chat") else score.parameters.text
             whole = self.tokenizer.encode(given + score.text)
             # The tokenizer may join the prompt's end and the text's beginning in one token: it is scored.
             num_given = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, whole, strict=False)))
@@ -85,5 +77,12 @@ class ServedModel:
             case _:
                 return [("user", prompt.text)]
 
-    def _render(self, chat: common_pb2.ChatPrompt) -> str:
-        return self.chat_template.render([(message.role, message.content) for message in chat.messages])
+    def _text(self, prompt: generation_pb2.GenerationParameters | model_pb2.TokenizeRequest) -> str:
+        """Returns the prompt's text. Raises InvalidRequest: there is none, or it cannot be rendered."""
+        match prompt.WhichOneof("prompt"):
+            case "text":
+                return prompt.text
+            case "chat":
+                return self.chat_template.render([(message.role, message.content) for message in prompt.chat.messages])
+            case _:
+                raise InvalidRequest("prompt", "is required")

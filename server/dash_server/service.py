@@ -23,14 +23,14 @@ from dash_server import wire
 from dash_server.admission import Admission
 from dash_server.auth import Authenticator, Caller
 from dash_server.dispatcher import Dispatcher
-from dash_server.from_pb import PreparedRequest, below, prepare_request, prepare_score
+from dash_server.from_pb import PreparedRequest, prepare_request, prepare_score
 from dash_server.generation import Generation, collect
 from dash_server.logs import request_id_of_task, trace_id_of_task
 from dash_server.recent_decisions import RecentDecisions
 from dash_server.request_record import Observer, RequestRecord, observed, record_of_call
 from dash_server.served_model import ServedModel
 from dash_server.settings import Settings
-from dash_server.statuses import WorkerUnavailable, failure_of
+from dash_server.statuses import WorkerUnavailable, below, failure_of
 from dash_server.to_pb import decisions_to_pb, load_to_pb, model_to_pb, policy_to_pb, score_to_pb
 
 logger = logging.getLogger(__name__)

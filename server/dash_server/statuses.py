@@ -4,7 +4,8 @@ Knows no request and no servicer. An unexpected exception becomes INTERNAL with 
 more of it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import grpc
@@ -29,6 +30,22 @@ class InvalidFields(Exception):
     def __init__(self, violations: Iterable[InvalidRequest]) -> None:
         self.violations = tuple(violations)
         super().__init__("; ".join(str(violation) for violation in self.violations))
+
+
+@contextmanager
+def below(prefix: str) -> Iterator[None]:
+    """Prefixes the paths of fields that are found wrong inside the block."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise below_field(prefix, error) from error
+    except InvalidFields as error:
+        raise InvalidFields(below_field(prefix, violation) for violation in error.violations) from error
+
+
+def below_field(prefix: str, error: InvalidRequest) -> InvalidRequest:
+    """Returns the error with the path of its field prefixed."""
+    return InvalidRequest(f"{prefix}.{error.field}", error.description)
 
 
 class ServiceError(Exception):

@@ -175,7 +175,7 @@ class Metrics:
 
 def _read_counts(meter: Meter, sources: Sources) -> None:
     """Creates the instruments that are read at each export and cost nothing until then."""
-    links = sources.links
+    links, load = sources.links, sources.dispatcher.load
 
     def reading(number: Callable[[], float]) -> list[Callable[[CallbackOptions], Iterable[Observation]]]:
         return [lambda _: [Observation(number())]]
@@ -185,16 +185,16 @@ def _read_counts(meter: Meter, sources: Sources) -> None:
 
     gauges: list[tuple[str, str, str, Callable[[], float]]] = [
         ("dash.requests.inside", "{request}", "Requests waiting or running", lambda: sources.admission.num_inside),
-        ("dash.queue.requests", "{request}", "Requests waiting for a slot", lambda: sources.dispatcher.num_waiting),
-        ("dash.slots", "{slot}", "Slots of the workers that are ready", total(lambda link: link.num_slots)),
-        ("dash.slots.used", "{slot}", "Requests at the workers", lambda: sources.dispatcher.num_running),
+        ("dash.queue.requests", "{request}", "Requests waiting for a slot", lambda: load().num_waiting),
+        ("dash.slots", "{slot}", "Slots of the workers that are ready", lambda: load().num_slots),
+        ("dash.slots.used", "{slot}", "Requests at the workers", lambda: load().num_running),
         (
             "dash.cache.tokens",
             "{token}",
             "KV cache tokens reserved by requests at the workers",
-            total(lambda link: link.num_reserved_tokens),
+            lambda: load().num_reserved_tokens,
         ),
-        ("dash.cache.limit", "{token}", "Size of the KV caches", total(lambda link: link.num_cache_tokens)),
+        ("dash.cache.limit", "{token}", "Size of the KV caches", lambda: load().num_cache_tokens),
         (
             "dash.cost_table.error",
             "1",
@@ -205,15 +205,15 @@ def _read_counts(meter: Meter, sources: Sources) -> None:
             "dash.decode.speed",
             "{token}/s",
             "Speed of one stream after its first token, the median of the latest requests",
-            lambda: sources.dispatcher.load().decode_tokens_per_second or 0.0,
+            lambda: load().decode_tokens_per_second or 0.0,
         ),
         (
             "dash.prefill.speed",
             "{token}/s",
             "Prompt tokens a second, the median of the latest requests",
-            lambda: sources.dispatcher.load().prefill_tokens_per_second or 0.0,
+            lambda: load().prefill_tokens_per_second or 0.0,
         ),
-        ("dash.workers.ready", "{worker}", "Workers that take requests", total(lambda link: int(link.is_ready))),
+        ("dash.workers.ready", "{worker}", "Workers that take requests", lambda: load().num_workers),
     ]
     for name, unit, description, number in gauges:
         meter.create_observable_gauge(name, reading(number), unit, description)
