@@ -22,7 +22,11 @@ class ConstraintKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """A rule for the whole output. `text` is a regular expression, a grammar or, for the other kinds, JSON.
+    """A rule for the whole output.
+
+    Args:
+        text: a regular expression, a grammar or, for the other kinds, JSON.
+        field: the request's field that asks for it; None: the one of its kind.
 
     Raises:
         InvalidRequest: the text is empty, or not the JSON that its kind asks for.
@@ -30,6 +34,7 @@ class Constraint:
 
     kind: ConstraintKind
     text: str
+    field: str | None = None
 
     def __post_init__(self) -> None:
         if not self.text:
@@ -49,4 +54,4 @@ class Constraint:
 
     def refusal(self, description: str) -> InvalidRequest:
         """Returns the error that names this constraint's field."""
-        return InvalidRequest(f"constraint.{self.kind.value}", description)
+        return InvalidRequest(self.field or f"constraint.{self.kind.value}", description)

@@ -44,6 +44,11 @@ def grammar_of(constraint: Constraint) -> str:
             return grammar_from("choice", constraint.text)
 
 
+def embedded_schema(schema: dict[str, Any]) -> str:
+    """Returns a schema as it follows `%json` in a Lark grammar."""
+    return json.dumps({**schema, "x-guidance": _WHITESPACE})
+
+
 def check_grammar(constraint: Constraint) -> None:
     """Checks all but what needs a tokenizer.
 

@@ -19,13 +19,13 @@ ROOMS = {
         stream_state
         calls
         requests responses rpc_errors connection
-        constraint_messages
+        constraint_messages tool_messages
         channel checks
         trace/
         trace/decision_trace_messages trace/trace_summary
         decision_trace score server_facts terminal
         types
-        constraint errors
+        constraint errors json_schema tools
     """,
     "dash_server": """
         main
@@ -47,6 +47,7 @@ ROOMS = {
         worker/link
         worker/process worker/outbox
         worker/
+        tools
         text wire statuses watched_files logs
     """,
     "dash_runtime": """

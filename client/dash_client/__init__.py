@@ -29,6 +29,7 @@ from dash_client.errors import (
 from dash_client.score import Score, ScoreOptions
 from dash_client.server_facts import ModelInfo, PolicyInfo, ServerLoad
 from dash_client.streams import AsyncGenerationStream, GenerationStream
+from dash_client.tools import AnyTool, Tool, ToolCall
 from dash_client.types import (
     Action,
     ChatMessage,
@@ -50,6 +51,7 @@ from dash_client.types import (
 
 __all__ = [
     "Action",
+    "AnyTool",
     "AsyncDashClient",
     "AsyncGenerationStream",
     "CancelledError",
@@ -89,6 +91,8 @@ __all__ = [
     "StepKind",
     "StreamDelta",
     "TokenLogprobs",
+    "Tool",
+    "ToolCall",
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",

@@ -23,6 +23,7 @@ from dash_client.errors import CancelledError, DashError
 from dash_client.rpc_errors import error_from_rpc
 from dash_client.score import Score, ScoreOptions
 from dash_client.server_facts import ModelInfo, PolicyInfo, ServerLoad
+from dash_client.tools import AnyTool
 from dash_client.types import Generation, GenerationOptions, HealthStatus, Messages, Prompt
 
 FACTS_TIMEOUT_SECONDS = 10.0
@@ -99,8 +100,8 @@ class Calls:
         read = _reader(generation_pb2.ScoreResponse, responses.score)
         return self._call(f"{_GENERATION}/Score", request, checks.timeout(timeout, self._timeout), read)
 
-    def tokenize(self, prompt: Prompt, timeout: float | None) -> Call[tuple[int, ...]]:
-        request = requests.tokenize_request(prompt)
+    def tokenize(self, prompt: Prompt, tools: Sequence[AnyTool] | None, timeout: float | None) -> Call[tuple[int, ...]]:
+        request = requests.tokenize_request(prompt, tools)
         return self._facts(f"{_MODEL}/Tokenize", request, timeout, model_pb2.TokenizeResponse, responses.token_ids)
 
     def model_info(self, timeout: float | None) -> Call[ModelInfo]:

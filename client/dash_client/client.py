@@ -17,6 +17,7 @@ from dash_client.score import Score, ScoreOptions
 from dash_client.server_facts import ModelInfo, PolicyInfo, ServerLoad
 from dash_client.stream_state import StreamState
 from dash_client.streams import GenerationStream
+from dash_client.tools import AnyTool
 from dash_client.types import Generation, GenerationOptions, HealthStatus, Messages, Prompt
 
 Answer = TypeVar("Answer")
@@ -186,9 +187,11 @@ class DashClient:
         """
         return self._run(self._calls.score(prompt, continuation, timeout, options))
 
-    def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> tuple[int, ...]:
-        """Returns the token ids of text or of a conversation, exactly as a generation would see them."""
-        return self._run(self._calls.tokenize(prompt, timeout))
+    def tokenize(
+        self, prompt: Prompt, *, tools: Sequence[AnyTool] | None = None, timeout: float | None = None
+    ) -> tuple[int, ...]:
+        """Returns the token ids of text or of a conversation with its tools, exactly as a generation would see them."""
+        return self._run(self._calls.tokenize(prompt, tools, timeout))
 
     def model_info(self, *, timeout: float | None = None) -> ModelInfo:
         """Returns the facts and limits of the served model."""

@@ -9,6 +9,7 @@ from dash_api.v1 import generation_pb2
 from dash_client import checks
 from dash_client.constraint import LarkGrammar, is_model_class
 from dash_client.errors import invalid_argument
+from dash_client.json_schema import closed
 
 _FLAGS = {re.IGNORECASE: "i", re.MULTILINE: "m", re.DOTALL: "s", re.VERBOSE: "x"}
 _KINDS = "a JSON schema as a dict, a pydantic model class, a compiled re pattern, a list of texts or a LarkGrammar"
@@ -22,7 +23,7 @@ def constraint_message(constraint: Any) -> generation_pb2.Constraint:
     """
     message = generation_pb2.Constraint
     if is_model_class(constraint):
-        constraint = _closed(constraint.model_json_schema())
+        constraint = closed(constraint.model_json_schema())
     if isinstance(constraint, Mapping):
         try:
             return message(json_schema=json.dumps(constraint, allow_nan=False))
@@ -36,18 +37,6 @@ def constraint_message(constraint: Any) -> generation_pb2.Constraint:
         texts = [checks.text(f"constraint[{place}]", text) for place, text in enumerate(constraint)]
         return message(choices=generation_pb2.Choices(texts=texts))
     raise invalid_argument("constraint", f"must be {_KINDS}, not {type(constraint).__name__}")
-
-
-def _closed(schema: Any) -> Any:
-    """Returns a model class's schema without room for properties that the class would ignore."""
-    if isinstance(schema, list):
-        return [_closed(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    closed = {name: _closed(part) for name, part in schema.items()}
-    if isinstance(schema.get("properties"), dict):
-        closed.setdefault("additionalProperties", False)
-    return closed
 
 
 def _pattern(pattern: re.Pattern[Any]) -> str:

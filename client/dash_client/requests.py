@@ -12,6 +12,8 @@ from dash_client import checks
 from dash_client.constraint_messages import constraint_message
 from dash_client.errors import invalid_argument
 from dash_client.score import ScoreOptions
+from dash_client.tool_messages import add_tools, call_message
+from dash_client.tools import AnyTool
 from dash_client.types import Action, GenerationOptions, Messages, Mode, Prompt
 
 E = TypeVar("E", bound=Enum)
@@ -24,6 +26,8 @@ _GROUPS = {
     for field in _MESSAGE[group].message_type.fields_by_name
 }
 """The message that holds each option's field."""
+_NEEDED, _OF_TOOLS = {"role", "content"}, {"tool_calls", "tool_call_id", "name"}
+"""The keys of a message."""
 
 
 def generation_parameters(prompt: Prompt, **options: Unpack[GenerationOptions]) -> generation_pb2.GenerationParameters:
@@ -40,13 +44,19 @@ def option_parameters(**options: Unpack[GenerationOptions]) -> generation_pb2.Ge
     """Returns the message for options alone. Raises the same as `generation_parameters`."""
     _require_known(options, GenerationOptions)
     groups: dict[str, Any] = {}
+    tools, tool_choice = options.get("tools"), options.get("tool_choice")
     for name, value in options.items():
         if name == "constraint" and value is not None:
             groups[name] = constraint_message(value)
-        elif value is not None:
+        elif value is not None and name not in ("tools", "tool_choice"):
             field = "stop_strings" if name == "stop" else name
             groups.setdefault(_GROUPS[field], {})[field] = _checked(name, value)
-    return generation_pb2.GenerationParameters(**groups)
+    parameters = generation_pb2.GenerationParameters(**groups)
+    if tools:
+        add_tools(parameters.chat, tools, tool_choice)
+    elif tool_choice not in (None, "auto", "none"):
+        raise invalid_argument("tool_choice", "needs tools to call")
+    return parameters
 
 
 def _require_known(options: Mapping[str, Any], kind: type[Any]) -> None:
@@ -86,11 +96,14 @@ def with_prompt(parameters: generation_pb2.GenerationParameters, prompt: Prompt)
     Raises:
         InvalidArgumentError: it is not a prompt.
     """
-    if isinstance(prompt, str):
+    is_text = isinstance(prompt, str)
+    items = [] if is_text else _listed("prompt", prompt, "text, token ids or a list of messages")
+    is_chat = not is_text and not (items and not isinstance(items[0], Mapping))
+    if parameters.HasField("chat") and not is_chat:
+        raise invalid_argument("tools", "need a list of messages as the prompt")
+    if is_text:
         parameters.text = checks.text("prompt", prompt)
-        return parameters
-    items = _listed("prompt", prompt, "text, token ids or a list of messages")
-    if items and not isinstance(items[0], Mapping):
+    elif not is_chat:
         parameters.token_ids.ids.extend([checks.token_id("prompt", item) for item in items])
     else:
         _add_messages(parameters.chat, items, "prompt")
@@ -127,13 +140,13 @@ def score_request(
     return request
 
 
-def tokenize_request(prompt: Prompt) -> model_pb2.TokenizeRequest:
+def tokenize_request(prompt: Prompt, tools: Sequence[AnyTool] | None) -> model_pb2.TokenizeRequest:
     """Returns the request for a prompt's token ids.
 
     Raises:
-        InvalidArgumentError: the prompt is neither text nor a conversation.
+        InvalidArgumentError: the prompt is neither text nor a conversation, or a tool cannot be sent.
     """
-    parameters = with_prompt(generation_pb2.GenerationParameters(), prompt)
+    parameters = generation_parameters(prompt, tools=tools)
     if parameters.WhichOneof("prompt") == "token_ids":
         raise invalid_argument("prompt", "is token ids already")
     if parameters.WhichOneof("prompt") == "chat":
@@ -146,10 +159,20 @@ def _add_messages(chat: common_pb2.ChatPrompt, messages: Sequence[Any], argument
         raise invalid_argument(argument, "must not be empty")
     for position, message in enumerate(messages):
         place = f"{argument}[{position}]"
-        if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
-            raise invalid_argument(place, 'must be {"role": …, "content": …}')
-        role = checks.text(f"{place}.role", message["role"])
-        chat.messages.add(role=role, content=checks.text(f"{place}.content", message["content"]))
+        if not isinstance(message, Mapping) or not _NEEDED <= message.keys() <= _NEEDED | _OF_TOOLS:
+            extras = ", ".join(sorted(_OF_TOOLS))
+            raise invalid_argument(place, f'must be {{"role": …, "content": …}}, with {extras} where tools are called')
+        content = message["content"]
+        calls = _listed(f"{place}.tool_calls", message.get("tool_calls") or (), "a list of calls")
+        fields = {
+            "role": checks.text(f"{place}.role", message["role"]),
+            "content": "" if content is None and calls else checks.text(f"{place}.content", content),
+        }
+        for name in ("tool_call_id", "name"):
+            if message.get(name) is not None:
+                fields[name] = checks.text(f"{place}.{name}", message[name])
+        called = [call_message(call, f"{place}.tool_calls[{number}]") for number, call in enumerate(calls)]
+        chat.messages.add(tool_calls=called, **fields)
 
 
 def _listed(argument: str, values: Any, expected: str) -> list[Any]:

@@ -11,6 +11,8 @@ from dash_client.constraint import Constraint
 from dash_client.errors import ServerError
 from dash_client.score import Score
 from dash_client.server_facts import ModelInfo, PolicyInfo, ServerLoad
+from dash_client.tool_messages import tool_call
+from dash_client.tools import ToolCall
 from dash_client.types import (
     Action,
     Decisions,
@@ -136,12 +138,13 @@ class StreamAssembly:
         if self.started is None:
             raise _unreadable("output before its start")
         # Runs for every message, so it passes arguments by position and skips what was not asked for.
-        actions, logprobs = delta.actions, delta.logprobs
+        actions, logprobs, calls = delta.actions, delta.logprobs, delta.tool_calls
         piece = StreamDelta(
             delta.text,
             tuple(delta.token_ids),
             self._decisions(actions) if actions else None,
             tuple([_token_logprobs(entry) for entry in logprobs]) if logprobs else None,
+            tuple(map(_tool_call, calls)) if calls else (),
         )
         self._deltas.append(piece)
         return piece
@@ -173,6 +176,7 @@ class StreamAssembly:
             logprobs=logprobs or None,
             started=self.started,
             constraint=self._constraint,
+            tool_calls=tuple(call for delta in self._deltas for call in delta.tool_calls),
         )
         return self.generation
 
@@ -228,6 +232,13 @@ def health_status(response: health_pb2.HealthCheckResponse) -> HealthStatus:
 
 def _token_logprobs(entry: generation_pb2.TokenLogprobs) -> TokenLogprobs:
     return TokenLogprobs(entry.chosen, tuple((top.token_id, top.logprob) for top in entry.top))
+
+
+def _tool_call(message: common_pb2.ToolCall) -> ToolCall:
+    try:
+        return tool_call(message)
+    except ValueError:
+        raise _unreadable("the arguments of a call") from None
 
 
 def _by_action(entries: Iterable[tuple[int, Any]]) -> dict[Action, Any]:

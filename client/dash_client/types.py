@@ -6,9 +6,10 @@ Knows nothing of gRPC or protobuf, so that neither appears in a user's code.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, overload
 
 from dash_client.constraint import Constraint, parse_output
+from dash_client.tools import AnyTool, ToolCall
 
 if TYPE_CHECKING:
     import numpy
@@ -52,17 +53,23 @@ class HealthStatus(StrEnum):
 
 
 class ChatMessage(TypedDict):
-    """One message of a conversation; `role` is "system", "user" or "assistant"."""
+    """One message of a conversation; `role` is "system", "user", "assistant" or "tool"."""
 
     role: str
     content: str
+    tool_calls: NotRequired[Sequence[ToolCall]]
+    """Of the assistant: the calls that it made."""
+    tool_call_id: NotRequired[str]
+    """Of a tool: the id of the call that it answers."""
+    name: NotRequired[str]
+    """Of a tool: its name."""
 
 
-Prompt = str | Sequence[int] | Sequence[ChatMessage] | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[int] | Sequence[ChatMessage] | Sequence[Mapping[str, Any]]
 """Plain text, token ids, or a conversation for the model's chat template."""
 
 
-Messages = str | Sequence[ChatMessage] | Sequence[Mapping[str, str]]
+Messages = str | Sequence[ChatMessage] | Sequence[Mapping[str, Any]]
 """A conversation, oldest message first; a string is one user message."""
 
 
@@ -102,6 +109,10 @@ class GenerationOptions(TypedDict, total=False):
     """Continue past the model's own end-of-sequence tokens."""
     constraint: Constraint | None
     """A rule for the text, which keeps it unless it was cut off: see its `finish_reason`."""
+    tools: Sequence[AnyTool] | None
+    """For a conversation: the tools that the reply may call. See its `tool_calls`."""
+    tool_choice: str | None
+    """"auto" (text, calls or both), "none", "required" (calls alone), or the name of the tool that is called."""
     mode: Mode | str | None
     """The way to choose actions: "adaptive", "full_depth", "fixed" or "exact"."""
     compute_budget: float | None
@@ -213,6 +224,8 @@ class StreamDelta:
     token_ids: tuple[int, ...]
     decisions: Decisions | None
     logprobs: tuple[TokenLogprobs, ...] | None
+    tool_calls: tuple[ToolCall, ...] = ()
+    """The calls of tools that these tokens complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +316,16 @@ class Generation:
     started: GenerationStarted
     constraint: Constraint | None = field(default=None, repr=False)
     """As it was asked for."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """The calls of tools, in order; they are not part of the text."""
+
+    @property
+    def message(self) -> ChatMessage:
+        """The answer as the conversation's next message."""
+        message = ChatMessage(role="assistant", content=self.text)
+        if self.tool_calls:
+            message["tool_calls"] = self.tool_calls
+        return message
 
     @property
     def parsed(self) -> Any:

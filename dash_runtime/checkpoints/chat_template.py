@@ -8,11 +8,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -20,6 +22,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from dash_runtime.errors import CorruptCheckpoint, InvalidRequest
 from dash_runtime.files.json_file import read_json_object, read_text
 from dash_runtime.files.wording import one_line, quoted
+
+Message = tuple[str, str] | Mapping[str, Any]
+"""One message: role and content, or an object as transformers takes it, which may have `tool_calls` and more."""
 
 _FIELD = "chat"
 _TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -61,35 +66,53 @@ class ChatTemplate:
         except ValueError as error:
             raise CorruptCheckpoint(f"{file}: the chat template cannot be used: {error}") from None
 
-    def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """Returns the prompt for these (role, content) pairs, ready for the assistant's answer.
+    @cached_property
+    def takes_tools(self) -> bool:
+        """True if the template reads the tools that it is given."""
+        return self.source is not None and "tools" in jinja2.meta.find_undeclared_variables(
+            _environment().parse(self.source)
+        )
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """Returns the prompt for these messages, ready for the assistant's answer.
+
+        Args:
+            messages: oldest first.
+            tools: in OpenAI's form, which transformers takes too.
 
         Raises:
             InvalidRequest: there is no template, there are no messages, a role is empty, or the template
                 refuses the conversation.
         """
-        return self._render(messages, add_generation_prompt=True)
+        return self._render(messages, tools, add_generation_prompt=True)
 
-    def render_conversation(self, messages: Sequence[tuple[str, str]]) -> str:
-        """Returns the text of these (role, content) pairs, answers included, as training reads it.
+    def render_conversation(self, messages: Sequence[Message]) -> str:
+        """Returns the text of these messages, answers included, as training reads it.
 
         Raises:
             InvalidRequest: as for `render`.
         """
-        return self._render(messages, add_generation_prompt=False)
+        return self._render(messages, None, add_generation_prompt=False)
 
-    def _render(self, messages: Sequence[tuple[str, str]], *, add_generation_prompt: bool) -> str:
+    def _render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        add_generation_prompt: bool,
+    ) -> str:
         if self._template is None:
             raise InvalidRequest(_FIELD, "the model has no chat template; send `text` or `token_ids`")
         if not messages:
             raise InvalidRequest(f"{_FIELD}.messages", "must not be empty")
-        for position, (role, _) in enumerate(messages):
-            if not role:
+        whole = [_whole(message) for message in messages]
+        for position, message in enumerate(whole):
+            if not message["role"]:
                 raise InvalidRequest(f"{_FIELD}.messages[{position}].role", "must not be empty")
         try:
             return self._template.render(
-                messages=[{"role": role, "content": content} for role, content in messages],
-                tools=None,
+                messages=whole,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
@@ -98,6 +121,10 @@ class ChatTemplate:
             raise InvalidRequest(_FIELD, f"the model's chat template refuses it: {error}") from error
         except Exception as error:  # a template is code: anything it raises is about this conversation
             raise InvalidRequest(_FIELD, f"the model's chat template fails on it: {type(error).__name__}") from error
+
+
+def _whole(message: Message) -> Mapping[str, Any]:
+    return message if isinstance(message, Mapping) else dict(zip(("role", "content"), message, strict=True))
 
 
 class _GenerationTag(jinja2.ext.Extension):

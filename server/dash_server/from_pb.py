@@ -6,7 +6,7 @@ limits in the settings. Paths of wrong fields are relative to GenerationParamete
 
 import json
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -23,6 +23,7 @@ from dash_runtime.config import (
 from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.grammar import check_grammar
+from dash_server.served_model import ServedModel
 from dash_server.settings import Settings
 from dash_server.statuses import InvalidFields, below, below_field
 
@@ -45,6 +46,8 @@ class PreparedRequest:
     """All tokens that end the output. They are not part of its text."""
     num_top_logprobs: int = 0
     """The number of most probable tokens that the caller of Score asked for."""
+    calls_tools: bool = False
+    """True if the output may hold calls of tools."""
 
     @property
     def least_tokens(self) -> int:
@@ -78,14 +81,11 @@ def prepare_request(
     parameters: generation_pb2.GenerationParameters,
     *,
     request_id: str,
-    facts: ModelFacts,
+    model: ServedModel,
     settings: Settings,
     cache_namespace: str,
-    tokenize: Callable[[generation_pb2.GenerationParameters], list[int]],
 ) -> PreparedRequest:
     """Returns the worker's request, with every default filled in.
-
-    `tokenize` turns the prompt into token ids.
 
     Raises:
         InvalidRequest, InvalidFields: fields are wrong; names all that could be found at once.
@@ -94,6 +94,7 @@ def prepare_request(
     sampling, skip = SamplingParameters(), SkipOptions()
     prompt_token_ids: list[int] = []
     constraint: Constraint | None = None
+    tool_constraint: Constraint | None = None
     with violations.collected():
         sampling = _sampling(parameters.sampling)
     with violations.collected():
@@ -103,10 +104,12 @@ def prepare_request(
     with violations.collected():
         constraint = _constraint(parameters, settings)
     with violations.collected():
-        prompt_token_ids = tokenize(parameters)
+        prompt_token_ids = model.tokenize(parameters)
         _check_prompt(prompt_token_ids, settings)
+        tool_constraint = _tool_constraint(parameters, model, settings)
     violations.raise_if_any()
 
+    facts = model.facts
     stopping = _stopping(parameters.stopping, len(prompt_token_ids), facts, settings)
     output = parameters.output
     request = GenerationRequest(
@@ -117,26 +120,26 @@ def prepare_request(
         skip=skip,
         logprobs=_optional(output, "logprobs"),
         return_decisions=output.return_decisions,
-        constraint=constraint,
+        constraint=constraint or tool_constraint,
         cache_namespace=cache_namespace,
     )
     facts.validate(request)
     stop_token_ids = stopping.stop_token_ids | (frozenset() if stopping.ignore_eos else facts.eos_token_ids)
-    return PreparedRequest(request, tuple(parameters.stopping.stop_strings), stop_token_ids)
+    stop_strings = tuple(parameters.stopping.stop_strings)
+    return PreparedRequest(request, stop_strings, stop_token_ids, calls_tools=tool_constraint is not None)
 
 
 def prepare_score(
     message: generation_pb2.ScoreRequest,
     *,
     request_id: str,
-    facts: ModelFacts,
+    model: ServedModel,
     settings: Settings,
     cache_namespace: str,
-    split: Callable[[generation_pb2.ScoreRequest], tuple[list[int], list[int]]],
 ) -> PreparedRequest:
     """Returns the worker's request for the log probability of a given output.
 
-    `split` returns the token ids of prompt and output. Paths of wrong fields are relative to the ScoreRequest.
+    Paths of wrong fields are relative to the ScoreRequest.
 
     Raises:
         InvalidRequest, InvalidFields: fields are wrong; names all that could be found at once.
@@ -150,7 +153,7 @@ def prepare_score(
     with violations.collected(), below("parameters"):
         skip = _skip(parameters.skip, settings)
     with violations.collected():
-        prompt_token_ids, scored = split(message)
+        prompt_token_ids, scored = model.split(message)
     with violations.collected(), below("parameters"):
         _check_prompt(prompt_token_ids, settings)
     with violations.collected():
@@ -172,7 +175,7 @@ def prepare_score(
             scored_token_ids=scored,
             cache_namespace=cache_namespace,
         )
-        facts.validate(request)
+        model.facts.validate(request)
     except InvalidRequest as error:
         if error.field == "stopping.max_new_tokens":
             raise InvalidRequest("continuation", error.description) from error
@@ -256,6 +259,22 @@ def _constraint(parameters: generation_pb2.GenerationParameters, settings: Setti
     constraint = Constraint(ConstraintKind(name), text)
     check_grammar(constraint)
     return constraint
+
+
+def _tool_constraint(
+    parameters: generation_pb2.GenerationParameters, model: ServedModel, settings: Settings
+) -> Constraint | None:
+    """Returns the constraint that keeps calls of tools to their schemas; None: there are no tools."""
+    tools = model.tools(parameters.chat)
+    if tools is None:
+        return None
+    if parameters.HasField("constraint"):
+        raise InvalidRequest("constraint", "cannot stand beside tools, which constrain the output themselves")
+    num_bytes = sum(len(tool.parameters_json_schema.encode()) for tool in parameters.chat.tools)
+    if num_bytes > settings.max_constraint_bytes:
+        limit = settings.max_constraint_bytes
+        raise InvalidRequest("chat.tools", f"must have schemas of at most {limit} bytes together, got {num_bytes}")
+    return tools.constraint(model.tokenizer)
 
 
 def _skip(skip: generation_pb2.SkipOptions, settings: Settings) -> SkipOptions:

@@ -6,7 +6,7 @@ Joins the dispatcher's token ids and the text module. Knows no gRPC context and 
 import logging
 import time
 
-from dash_api.v1 import generation_pb2
+from dash_api.v1 import common_pb2, generation_pb2
 from dash_runtime.events import EndReason, SequenceFinished
 from dash_server.admission import Place
 from dash_server.dispatcher import Dispatcher
@@ -15,6 +15,7 @@ from dash_server.request_record import RequestRecord
 from dash_server.served_model import ServedModel
 from dash_server.text import OutputText
 from dash_server.to_pb import delta_to_pb, finished_to_pb, started_to_pb
+from dash_server.tools import ToolCallReader
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Generation:
         self._facts = model.facts
         self._prepared = prepared
         self._text = OutputText(model.tokenizer, prepared.stop_strings, prepared.stop_token_ids)
+        self._tool_calls = ToolCallReader(f"{prepared.request.request_id}-") if prepared.calls_tools else None
         self._record = record
         self._finished: SequenceFinished | None = None
         self._outbox = dispatcher.submit(
@@ -78,10 +80,14 @@ class Generation:
             # Counts what the caller gets: the worker may make more before it hears of a stop string.
             self._record.count_tokens(len(output.token_ids))
             text = piece.text + tail
+            calls: list[common_pb2.ToolCall] = []
             if self._record.output is not None:
                 self._record.output += text
-            if output.token_ids or tail:
-                return delta_to_pb(text, output)
+            if self._tool_calls is not None:
+                text, calls = self._tool_calls.push(text)
+                text += self._tool_calls.finish() if self._finished is not None else ""
+            if output.token_ids or text or calls:
+                return delta_to_pb(text, output, calls)
         return None
 
     def finish(self) -> generation_pb2.GenerationFinished:
@@ -119,6 +125,7 @@ async def collect(generation: Generation) -> generation_pb2.GenerateResponse:
         actions.append(delta.actions)
         output.token_ids.extend(delta.token_ids)
         output.logprobs.extend(delta.logprobs)
+        output.tool_calls.extend(delta.tool_calls)
     output.text = "".join(texts)
     output.actions = b"".join(actions)
     return generation_pb2.GenerateResponse(started=started, output=output, finished=generation.finish())

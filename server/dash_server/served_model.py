@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from dash_api.v1 import generation_pb2, model_pb2
+from dash_api.v1 import common_pb2, generation_pb2, model_pb2
 from dash_runtime.checkpoints.chat_template import ChatTemplate
 from dash_runtime.config import ModelFacts
 from dash_runtime.errors import InvalidRequest
 from dash_server.statuses import below
 from dash_server.text import TextTokenizer
+from dash_server.tools import Tools, calls_as_text, read_tools, template_messages, template_tools
 from dash_server.worker.messages import Ready
 
 
@@ -67,11 +68,15 @@ class ServedModel:
             raise InvalidRequest("continuation", missing)
         return whole[:num_given], whole[num_given:]
 
+    def tools(self, chat: common_pb2.ChatPrompt) -> Tools | None:
+        """Returns the tools that the reply may call. Raises InvalidRequest as `read_tools` does."""
+        return read_tools(chat, self.chat_template, self.tokenizer)
+
     def prompt_messages(self, prompt: generation_pb2.GenerationParameters) -> list[tuple[str, str]]:
         """Returns role and text of each message. A prompt that is no chat counts as one user message."""
         match prompt.WhichOneof("prompt"):
             case "chat":
-                return [(message.role, message.content) for message in prompt.chat.messages]
+                return [(message.role, message.content + calls_as_text(message)) for message in prompt.chat.messages]
             case "token_ids":
                 return [("user", self.tokenizer.decode(prompt.token_ids.ids))]
             case _:
@@ -83,6 +88,8 @@ class ServedModel:
             case "text":
                 return prompt.text
             case "chat":
-                return self.chat_template.render([(message.role, message.content) for message in prompt.chat.messages])
+                tools = self.tools(prompt.chat)
+                shown = None if tools is None else template_tools(prompt.chat, tools)
+                return self.chat_template.render(template_messages(prompt.chat), shown)
             case _:
                 raise InvalidRequest("prompt", "is required")

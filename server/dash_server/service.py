@@ -149,15 +149,15 @@ class GenerationServicer:
         record.wants_trace = parameters.output.trace
         common: dict[str, Any] = {
             "request_id": record.request_id,
-            "facts": model.facts,
+            "model": model,
             "settings": self._state.settings,
             "cache_namespace": caller.cache_namespace,
         }
         if isinstance(message, generation_pb2.ScoreRequest):
-            prepared = prepare_score(message, split=model.split, **common)
+            prepared = prepare_score(message, **common)
         else:
             with below("parameters"):
-                prepared = prepare_request(parameters, tokenize=model.tokenize, **common)
+                prepared = prepare_request(parameters, **common)
         if record.trace_id and self._state.settings.trace_content:
             record.prompt, record.output = model.prompt_messages(parameters), ""
         return prepared

@@ -24,8 +24,11 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder()
+        self.added_token_ids: dict[str, int] = {token.content: token_id for token_id, token in added.items()}
+        """By their text: tokens that no merge of others makes."""
         self.special_token_ids: frozenset[int] = frozenset(
-            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+            token_id for token_id, token in added.items() if token.special
         )
 
     @classmethod

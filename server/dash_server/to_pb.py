@@ -4,8 +4,9 @@ Checks nothing: all values come from the server itself.
 """
 
 import math
+from collections.abc import Sequence
 
-from dash_api.v1 import generation_pb2, model_pb2
+from dash_api.v1 import common_pb2, generation_pb2, model_pb2
 from dash_runtime.actions import Action
 from dash_runtime.config import Mode, ModelFacts, PolicyFacts
 from dash_runtime.decision_trace import StepKind, TraceStep, unpack_float32, unpack_uint32
@@ -56,12 +57,15 @@ def started_to_pb(
     )
 
 
-def delta_to_pb(text: str, output: MergedOutput) -> generation_pb2.GenerationDelta:
+def delta_to_pb(
+    text: str, output: MergedOutput, tool_calls: Sequence[common_pb2.ToolCall] = ()
+) -> generation_pb2.GenerationDelta:
     return generation_pb2.GenerationDelta(
         text=text,
         token_ids=output.token_ids,
         actions=bytes(output.actions),
         logprobs=map(_logprobs_to_pb, output.logprobs),
+        tool_calls=tool_calls,
     )
 
 

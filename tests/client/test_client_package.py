@@ -25,6 +25,7 @@ def test_the_exports_are_these() -> None:
     assert public - modules == set(dash_client.__all__)
     assert set(dash_client.__all__) == {
         "Action",
+        "AnyTool",
         "AsyncDashClient",
         "AsyncGenerationStream",
         "CancelledError",
@@ -64,6 +65,8 @@ def test_the_exports_are_these() -> None:
         "StepKind",
         "StreamDelta",
         "TokenLogprobs",
+        "Tool",
+        "ToolCall",
         "UnauthenticatedError",
         "UnavailableError",
         "UnimplementedError",

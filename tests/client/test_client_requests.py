@@ -215,6 +215,8 @@ def test_a_prompt_of_another_kind_is_refused_by_name(prompt: Any) -> None:
         ("constraint", {"type": int}),
         ("constraint", {"default": math.nan}),
         ("constraint", re.compile(b"a")),
+        ("tool_choice", "required"),
+        ("tools", "clock"),
         ("mode", "fast"),
         ("mode", 2),
         ("compute_budget", 0),

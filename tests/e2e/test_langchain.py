@@ -5,7 +5,7 @@ import pickle
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import pytest
 
@@ -14,7 +14,16 @@ pytest.importorskip("langchain_core", reason="needs the extra langchain")
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import get_usage_metadata_callback
 from langchain_core.load import dumps, load
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    FunctionMessage,
+    HumanMessage,
+    SystemMessage,
+    ToolMessage,
+)
+from langchain_core.messages.tool import invalid_tool_call
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from pydantic import BaseModel, Field, SecretStr, ValidationError
@@ -115,6 +124,32 @@ async def test_structured_output_is_an_instance_or_a_dict_and_a_cut_one_is_told(
         model.with_structured_output(Person, strict=True)
 
 
+def clock(zone: Literal["CET", "UTC"]) -> str:
+    """Tells the time."""
+    return zone
+
+
+@pytest.mark.parametrize("choice", ["any", True, "clock", {"type": "function", "function": {"name": "clock"}}])
+async def test_bound_tools_are_called_and_their_answers_go_back(model: ChatDash, choice: Any) -> None:
+    roomy = model.model_copy(update={"max_tokens": 80, "ignore_eos": False})
+    bound = roomy.bind_tools([clock], tool_choice=choice)
+    answer = bound.invoke(MESSAGES)
+    assert {call["name"] for call in answer.tool_calls} == {"clock"}
+    assert {call["args"]["zone"] for call in answer.tool_calls} <= {"CET", "UTC"}
+    whole = joined(list(bound.stream(MESSAGES)))
+    streamed = joined([chunk async for chunk in bound.astream(MESSAGES)])
+    for chunk in (whole, streamed):
+        assert [(call["name"], call["args"]) for call in chunk.tool_calls] == [
+            (call["name"], call["args"]) for call in answer.tool_calls
+        ]
+    results = [ToolMessage("noon", tool_call_id=call["id"]) for call in answer.tool_calls]
+    assert roomy.bind_tools([clock], tool_choice="none").invoke([*MESSAGES, answer, *results]).text
+
+
+def test_tools_count_as_tokens_of_the_prompt(model: ChatDash) -> None:
+    assert model.get_num_tokens_from_messages(MESSAGES, [clock]) > model.get_num_tokens_from_messages(MESSAGES)
+
+
 async def test_streaming_and_awaiting_change_nothing(model: ChatDash) -> None:
     expected = model.invoke(MESSAGES)
     answers = [
@@ -189,8 +224,8 @@ def test_messages_become_the_conversation_that_the_chat_template_gets(model: Cha
 @pytest.mark.parametrize(
     ("message", "words"),
     [
-        (ToolMessage("42", tool_call_id="1"), "tool message"),
-        (AIMessage("", tool_calls=[{"name": "add", "args": {}, "id": "1"}]), "calls tools"),
+        (FunctionMessage("42", name="add"), "function message"),
+        (AIMessage("", invalid_tool_calls=[invalid_tool_call(name="add", args="{")]), "invalid"),
         (HumanMessage([{"type": "image", "url": "https://example.org/cat.png"}]), "'image'"),
     ],
 )
@@ -225,7 +260,8 @@ def test_unknown_options_are_refused(model: ChatDash) -> None:
 
 def test_every_option_of_a_generation_is_a_field() -> None:
     names = {"max_tokens" if name == "max_new_tokens" else name for name in GenerationOptions.__annotations__}
-    assert names - {"constraint"} <= ChatDash.model_fields.keys()  # `with_structured_output` sets that one
+    set_by_methods = {"constraint", "tools", "tool_choice"}
+    assert names - set_by_methods <= ChatDash.model_fields.keys()
 
 
 def test_the_token_is_in_nothing_that_is_shown_logged_or_stored(model: ChatDash) -> None:

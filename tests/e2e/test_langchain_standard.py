@@ -3,6 +3,7 @@
 Skipped without `langchain-tests`, which brings seven plugins for pytest: install it in an environment of its own.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,15 @@ class TestWithoutAServer(ChatModelUnitTests):
 class TestWithAServer(ChatModelIntegrationTests):
     target = ""
 
+    @classmethod
+    def served_model(cls, tiny_folder: Path) -> Path:
+        return tiny_folder
+
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
     def service(cls, tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[None]:
         variables = {"DASH_NUM_THREADS": "1", "DASH_COMPILE": "false"}
-        running = Service(tmp_path_factory.mktemp("langchain"), tiny_folder, **variables)
+        running = Service(tmp_path_factory.mktemp("langchain"), cls.served_model(tiny_folder), **variables)
         cls.target = running.client.target
         yield
         assert running.stop() == 0, running.log.read_text()
@@ -89,4 +94,21 @@ class TestWithAServer(ChatModelIntegrationTests):
 
     @property
     def has_structured_output(self) -> bool:
+        return True
+
+
+@pytest.mark.skipif("DASH_TOOL_MODEL" not in os.environ, reason="needs DASH_TOOL_MODEL, a model that calls tools")
+class TestWithAModelThatCallsTools(TestWithAServer):
+    """What a tiny model cannot do: decide to call a tool, and read the answer."""
+
+    @classmethod
+    def served_model(cls, tiny_folder: Path) -> Path:
+        return Path(os.environ["DASH_TOOL_MODEL"])
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"target": self.target, "max_tokens": 128, "mode": "full_depth"}
+
+    @property
+    def has_tool_calling(self) -> bool:
         return True

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -99,6 +100,31 @@ def test_a_schema_is_kept_by_the_command_and_the_library(command: Command) -> No
     assert json.loads(answer)["colour"] in ("red", "blue")
 
 
+def clock(zone: Literal["CET", "UTC"]) -> str:
+    """Tells the time."""
+    return f"noon in {zone}"
+
+
+async def test_a_tool_is_called_and_its_answer_goes_back(client: DashClient) -> None:
+    conversation = DashModel().conversation(tools=[clock])
+    first = conversation.prompt(HELLO, tool_choice="clock")
+    (call,) = first.tool_calls()
+    assert (call.name, call.arguments["zone"] in ("CET", "UTC")) == ("clock", True)
+    results = first.execute_tool_calls()
+    assert results[0].output == f"noon in {call.arguments['zone']}"
+    answer = conversation.prompt("So?", tool_results=results, tool_choice="none", **OPTIONS)
+    called = {"id": call.tool_call_id, "function": {"name": "clock", "arguments": call.arguments}}
+    messages = [
+        {"role": "user", "content": HELLO},
+        {"role": "assistant", "content": "", "tool_calls": [called]},
+        {"role": "tool", "content": results[0].output, "tool_call_id": call.tool_call_id, "name": "clock"},
+        {"role": "user", "content": "So?"},
+    ]
+    assert answer.text() == client.chat(messages, max_new_tokens=NUM_TOKENS, ignore_eos=True).text
+    (awaited,) = await AsyncDashModel().prompt(HELLO, tools=[clock], tool_choice="clock").tool_calls()
+    assert awaited.name == "clock"
+
+
 @pytest.mark.parametrize("how", ["--no-stream", "--async"])
 def test_neither_streaming_nor_awaiting_changes_the_answer(command: Command, client: DashClient, how: str) -> None:
     run = command("-m", "dash", HELLO, *FLAGS, how)
@@ -148,7 +174,7 @@ def test_the_command_explains_every_option(command: Command) -> None:
 
 
 def test_options_that_fit_a_command_line_are_all_there() -> None:
-    not_on_a_command_line = {"constraint", "logit_bias", "stop_token_ids", "logprobs", "return_decisions"}
+    not_on_a_command_line = {"constraint", "tools", "logit_bias", "stop_token_ids", "logprobs", "return_decisions"}
     names = {"max_tokens" if name == "max_new_tokens" else name for name in GenerationOptions.__annotations__}
     assert names - not_on_a_command_line <= DashModel.Options.model_fields.keys()
 
@@ -178,9 +204,9 @@ def test_a_later_turn_may_change_the_system_prompt(client: DashClient) -> None:
 
 
 def test_what_the_server_cannot_take_is_refused() -> None:
-    results = llm.tool_message(llm.parts.ToolResultPart(name="add", output="42"))
-    with pytest.raises(InvalidArgumentError, match="ToolResultPart"):
-        DashModel().prompt("Go on.", messages=[llm.user("Add."), results]).text()
+    image = llm.user(llm.parts.AttachmentPart(llm.Attachment(content=b"png")))
+    with pytest.raises(InvalidArgumentError, match="AttachmentPart"):
+        DashModel().prompt("Go on.", messages=[image]).text()
     with pytest.raises(ValueError, match="attachments"):
         DashModel().prompt("Look.", attachments=[llm.Attachment(content=b"png")])
     with pytest.raises(DashError, match="must be one of"):

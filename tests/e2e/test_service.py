@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
 from pydantic import BaseModel, Field
 
-from dash_client import Action, DashClient, GenerationOptions, InvalidArgumentError, LarkGrammar, UnavailableError
+from dash_client import Action, DashClient, GenerationOptions, InvalidArgumentError, LarkGrammar, Tool, UnavailableError
 
 SERVER = (sys.executable, "-m", "dash_server.main")
 CHAT = [{"role": "user", "content": "Hello, who are you?"}]
@@ -126,6 +126,32 @@ def test_an_answer_keeps_to_its_constraint_and_comes_back_parsed(service: Servic
     assert date.fullmatch(service.client.chat(CHAT, constraint=date, **options).text)
     grammar = LarkGrammar('start: "a"{2} ("b" | "c")')
     assert service.client.chat(CHAT, constraint=grammar, **options).text in ("aab", "aac")
+
+
+class Weather(BaseModel):
+    """Tells the weather."""
+
+    city: str = Field(min_length=1, max_length=4, pattern="^[a-z]+$")
+    days: Literal[1, 2, 3]
+
+
+@pytest.mark.parametrize("mode", ["full_depth", "adaptive", "exact"])
+def test_a_tool_that_has_to_be_called_is_called_by_its_schema(service: Service, mode: str) -> None:
+    options: GenerationOptions = {"mode": mode, "max_new_tokens": 200, "temperature": 1.0, "seed": 5}
+    tools = [Weather, Tool("clock")]
+    answer = service.client.chat(CHAT, tools=tools, tool_choice="Weather", **options)
+    (call,) = answer.tool_calls
+    assert call.name == "Weather"
+    Weather(**call.arguments)
+    assert (answer.text, answer.finish_reason) == ("", "end_of_sequence")
+    with service.client.chat_stream(CHAT, tools=tools, tool_choice="Weather", **options) as stream:
+        streamed = [call.arguments for delta in stream for call in delta.tool_calls]
+    assert streamed == [call.arguments]
+    result = {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": "rain"}
+    assert service.client.chat([*CHAT, answer.message, result], tools=tools, tool_choice="none", **options).text
+    cut = service.client.chat(CHAT, tools=tools, tool_choice="clock", mode=mode, max_new_tokens=30)
+    assert (cut.text, cut.tool_calls) == ('<tool_call>\n{"name": "clock", ', ())
+    assert cut.finish_reason == "length"
 
 
 def test_a_constraint_that_cannot_be_kept_is_refused_by_its_place_and_the_next_one_is_served(service: Service) -> None:

@@ -104,6 +104,43 @@ def assert_equal_to_transformers(folder: Path) -> None:
         assert load_tokenizer(folder).encode(rendered, add_special_tokens=False).ids == ids
 
 
+TOOL_TEMPLATE = """
+{%- for tool in tools or () %}{{- (tool | tojson) + '\\n' }}{%- endfor %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content }}
+    {%- for call in message.tool_calls or () %}
+        {{- '<tool_call>' + call.function.name + (call.function.arguments | tojson) + '</tool_call>' }}
+    {%- endfor %}
+    {%- if message.tool_call_id is defined %}{{- ' for ' + message.tool_call_id + message.name }}{%- endif %}
+{%- endfor %}
+"""
+
+
+def test_tools_and_calls_are_rendered_as_transformers_renders_them(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    byte_tokenizer("<|im_start|>", "<|im_end|>").save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (tmp_path / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    schema = {"type": "object", "properties": {"city": {"type": "string", "description": "wo <i>é</i>"}}}
+    tools = [{"type": "function", "function": {"name": "weather", "description": "Tells", "parameters": schema}}]
+    called = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "tool_calls": [called]},
+        {"role": "tool", "content": "rain", "tool_call_id": "1", "name": "weather"},
+    ]
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tools=tools, tokenize=False)
+    assert ChatTemplate.load(tmp_path).render(messages, tools) == theirs
+    assert "Köln" in theirs
+
+
+def test_only_a_template_that_reads_tools_takes_them() -> None:
+    assert ChatTemplate(TOOL_TEMPLATE, {}).takes_tools
+    assert not ChatTemplate(CHAT_TEMPLATE, {}).takes_tools
+    assert not ChatTemplate(None, {}).takes_tools
+
+
 def test_a_conversation_goes_on_from_its_prompt_to_the_end_of_the_answer() -> None:
     template = ChatTemplate(CHAT_TEMPLATE, {})
     prompt = template.render([("user", "hi")])

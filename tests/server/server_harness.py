@@ -27,8 +27,10 @@ from tests.tiny_models import byte_tokenizer
 
 FAKE_WORKER = (sys.executable, fake_worker.__file__)
 CHAT_TEMPLATE = """
+{%- set form_of_calls = '<tool_call>' %}
+{%- for tool in tools or () %}{{- (tool | tojson) + '\\n' }}{%- endfor %}
 {%- for message in messages %}
-    {%- if message.role not in ['system', 'user', 'assistant'] %}
+    {%- if message.role not in ['system', 'user', 'assistant', 'tool'] %}
         {{- raise_exception('unknown role ' + message.role) }}
     {%- endif %}
     {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}

@@ -17,6 +17,7 @@ from tests.server.server_harness import (
     running_server,
     violated_fields,
 )
+from tests.server.test_tools import BAD_TOOLS, CLOCK, USER
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -93,6 +94,11 @@ BAD_PARAMETERS: dict[str, tuple[dict[str, Any], str]] = {
     "empty pattern": ({"text": "a", "constraint": Constraint(regex="")}, "constraint.regex"),
     "no choices": ({"text": "a", "constraint": Constraint(choices={})}, "constraint.choices"),
     "empty choice": ({"text": "a", "constraint": Constraint(choices={"texts": ["a", ""]})}, "constraint.choices"),
+    **{f"tools: {case}": ({"chat": prompt}, field) for case, (prompt, field) in BAD_TOOLS.items()},
+    "constraint beside tools": (
+        {"chat": Chat(messages=[USER], tools=[CLOCK]), "constraint": Constraint(regex="a")},
+        "constraint",
+    ),
     "unknown mode": (skip(mode=17), "skip.mode"),
     "negative mode": (skip(mode=-1), "skip.mode"),
     "budget zero": (skip(compute_budget=0), "skip.compute_budget"),

@@ -1,6 +1,7 @@
 """Traces of a real server with the fake worker, as a real collector receives them."""
 
 import asyncio
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,6 +102,22 @@ async def test_a_constraint_is_told_by_its_kind(model_folder: Path, collector: O
         trace = await collector.trace()
     generation = attributes_of(trace.generation.attributes)
     assert (generation["gen_ai.output.type"], generation["dash.constraint"]) == ("json", "json_schema")
+
+
+async def test_calls_of_tools_are_told_and_shown_in_the_messages(model_folder: Path, collector: OtlpReceiver) -> None:
+    called = common_pb2.ToolCall(id="1", name="clock", arguments_json='{"zone": "CET"}')
+    messages = [
+        common_pb2.ChatMessage(role="assistant", content="Well.", tool_calls=[called]),
+        common_pb2.ChatMessage(role="tool", content="noon", tool_call_id="1"),
+    ]
+    chat = common_pb2.ChatPrompt(messages=messages, tools=[common_pb2.Tool(name="clock")])
+    async with running_server(fake_model(model_folder), trace_content=True) as server:
+        await stream(server, chat=chat, max_new_tokens=3, output=TRACED)
+        trace = await collector.trace()
+    generation = attributes_of(trace.generation.attributes)
+    assert generation["dash.constraint"] == "tool_calls"
+    shown = json.loads(str(generation["gen_ai.input.messages"]))[0]["parts"][0]["content"]
+    assert shown == 'Well.\n<tool_call>\n{"name": "clock", "arguments": {"zone": "CET"}}\n</tool_call>'
 
 
 async def test_layers_stand_beside_the_decisions_where_asked_for(model_folder: Path, collector: OtlpReceiver) -> None:

@@ -20,16 +20,16 @@ from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, Py
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_json_schema
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from dash_client.adapters.answer_facts import answer_facts
-from dash_client.adapters.langchain_messages import conversation, usage_metadata
+from dash_client.adapters.langchain_messages import call_chunks, calls, conversation, usage_metadata
 from dash_client.adapters.option_fields import ConnectionFields, OptionFields, client_options
 from dash_client.adapters.shared_clients import shared_async_client, shared_client
 from dash_client.aio import AsyncDashClient
 from dash_client.client import DashClient
-from dash_client.types import Generation
+from dash_client.types import Generation, StreamDelta
 
 PROVIDER = "dash"
 """Our name among LangChain's providers."""
@@ -85,7 +85,30 @@ class ChatDash(ConnectionFields, OptionFields, BaseChatModel):
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool] | None = None,
     ) -> int:
         """Returns the number of tokens in the conversation, including those of the chat template."""
-        return len(self._client().tokenize(conversation(messages)))
+        offered = None if tools is None else [convert_to_openai_tool(tool) for tool in tools]
+        return len(self._client().tokenize(conversation(messages), tools=offered))
+
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: dict[str, Any] | str | bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Returns a model that may call these tools; its calls keep the tools' schemas.
+
+        Args:
+            tools: functions, pydantic model classes, TypedDicts, LangChain's tools, or dicts in OpenAI's form.
+            tool_choice: "auto", "none", "any" or "required" or True (calls alone), or the name of the one that is
+                called, also in OpenAI's form.
+            kwargs: other options of every request, as for `bind`. `strict` is ignored: calls are always strict.
+        """
+        kwargs.pop("strict", None)
+        offered = [convert_to_openai_tool(tool) for tool in tools]
+        return cast(
+            Runnable[LanguageModelInput, AIMessage],
+            self.bind(tools=offered, tool_choice=_choice(tool_choice), **kwargs),
+        )
 
     def with_structured_output(
         self, schema: dict[str, Any] | type, *, include_raw: bool = False, **kwargs: Any
@@ -143,9 +166,11 @@ class ChatDash(ConnectionFields, OptionFields, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         with self._client().chat_stream(conversation(messages), **self._options(stop, kwargs)) as stream:
+            num_calls = 0
             for delta in stream:
-                if delta.text:
-                    yield ChatGenerationChunk(message=AIMessageChunk(content=delta.text))
+                if delta.text or delta.tool_calls:
+                    yield _chunk(delta, num_calls)
+                    num_calls += len(delta.tool_calls)
             yield _last_chunk(stream.final())
 
     async def _astream(
@@ -156,9 +181,11 @@ class ChatDash(ConnectionFields, OptionFields, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         async with self._async_client().chat_stream(conversation(messages), **self._options(stop, kwargs)) as stream:
+            num_calls = 0
             async for delta in stream:
-                if delta.text:
-                    yield ChatGenerationChunk(message=AIMessageChunk(content=delta.text))
+                if delta.text or delta.tool_calls:
+                    yield _chunk(delta, num_calls)
+                    num_calls += len(delta.tool_calls)
             yield _last_chunk(await stream.final())
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
@@ -192,8 +219,22 @@ class ChatDash(ConnectionFields, OptionFields, BaseChatModel):
 
 
 def _result(generation: Generation) -> ChatResult:
-    message = AIMessage(generation.text, **_metadata(generation))
+    message = AIMessage(generation.text, tool_calls=calls(generation.tool_calls), **_metadata(generation))
     return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+def _choice(choice: dict[str, Any] | str | bool | None) -> str | None:
+    """Returns the client's `tool_choice`."""
+    if isinstance(choice, dict):
+        return str(choice["function"]["name"])
+    if isinstance(choice, bool):
+        return "required" if choice else "auto"
+    return "required" if choice == "any" else choice
+
+
+def _chunk(delta: StreamDelta, num_calls: int) -> ChatGenerationChunk:
+    chunks = call_chunks(delta.tool_calls, num_calls)
+    return ChatGenerationChunk(message=AIMessageChunk(content=delta.text, tool_call_chunks=chunks))
 
 
 def _last_chunk(generation: Generation) -> ChatGenerationChunk:

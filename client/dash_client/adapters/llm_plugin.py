@@ -9,13 +9,15 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 import llm
-from llm.parts import ReasoningPart, TextPart
+from llm.parts import ReasoningPart, TextPart, ToolCallPart, ToolResultPart
+from pydantic import Field
 
 from dash_client.adapters.answer_facts import answer_facts
 from dash_client.adapters.option_fields import ConnectionFields, OptionFields, client_options
 from dash_client.aio import AsyncDashClient
 from dash_client.client import DashClient
 from dash_client.errors import invalid_argument
+from dash_client.tools import Tool, ToolCall
 from dash_client.types import ChatMessage, Generation
 
 MODEL_ID = "dash"
@@ -23,6 +25,8 @@ MODEL_ID = "dash"
 
 class DashOptions(ConnectionFields, OptionFields, llm.KeyModel.Options):
     """The options that `-o` sets."""
+
+    tool_choice: str | None = Field(default=None, description="auto, none, required, or the name of a tool")
 
 
 class _Dash:
@@ -33,6 +37,7 @@ class _Dash:
     key_env_var: str | None = "DASH_TOKEN"
     can_stream = True
     supports_schema = True
+    supports_tools = True
     key: str | None
     Options = DashOptions
 
@@ -92,11 +97,19 @@ def _call(prompt: llm.Prompt, key: str | None) -> tuple[list[ChatMessage], dict[
     if prompt.schema is not None:
         # `llm` has turned a model class into its schema.
         options["constraint"] = prompt.schema
+    if prompt.tools:
+        options["tools"] = [_tool(tool) for tool in prompt.tools]
     return _messages(prompt), connection, options
 
 
+def _tool(tool: Any) -> Tool:
+    if not isinstance(tool, llm.Tool):
+        raise invalid_argument("tools", f"holds a {type(tool).__name__}; the server takes functions only")
+    return Tool(tool.name, tool.description or "", tool.input_schema or {})
+
+
 def _messages(prompt: llm.Prompt) -> list[ChatMessage]:
-    messages = [ChatMessage(role=message.role, content=_text(message)) for message in prompt.messages]
+    messages = [converted for message in prompt.messages for converted in _converted(message)]
     if prompt.system:
         # In a later turn, `llm` sets a new system prompt here and keeps the old one in the conversation.
         messages = [message for message in messages if message["role"] != "system"]
@@ -104,16 +117,34 @@ def _messages(prompt: llm.Prompt) -> list[ChatMessage]:
     return messages
 
 
-def _text(message: llm.Message) -> str:
+def _converted(message: llm.Message) -> list[ChatMessage]:
+    """Returns the server's messages for one of `llm`'s, which may hold the answers of several tools."""
+    text, tool_calls, answers = "", [], []
     for part in message.parts:
-        # Another model's reasoning is not part of its answer, so it is left out.
-        if not isinstance(part, (TextPart, ReasoningPart)):
-            raise invalid_argument("messages", f"holds a {type(part).__name__}; the server takes text only")
-    return "".join(part.text for part in message.parts if isinstance(part, TextPart))
+        match part:
+            case TextPart():
+                text += part.text
+            case ToolCallPart():
+                tool_calls.append(ToolCall(part.tool_call_id or "", part.name, part.arguments))
+            case ToolResultPart():
+                answer = ChatMessage(role="tool", content=part.output, name=part.name)
+                answers.append(answer | {"tool_call_id": part.tool_call_id or ""})
+            case ReasoningPart():
+                pass  # another model's reasoning is not part of its answer
+            case _:
+                raise invalid_argument("messages", f"holds a {type(part).__name__}; the server takes text only")
+    if answers:
+        return answers
+    converted = ChatMessage(role=message.role, content=text)
+    if tool_calls:
+        converted["tool_calls"] = tool_calls
+    return [converted]
 
 
 def _note(response: llm.Response | llm.AsyncResponse, generation: Generation) -> None:
-    """Stores usage and facts in the response, for the logs and `--usage` of `llm`."""
+    """Stores calls, usage and facts in the response, for the logs and `--usage` of `llm`."""
+    for call in generation.tool_calls:
+        response.add_tool_call(llm.ToolCall(name=call.name, arguments=call.arguments, tool_call_id=call.id))
     usage = generation.usage
     cached = usage.cached_prompt_token_count
     response.set_usage(

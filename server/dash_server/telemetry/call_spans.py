@@ -112,7 +112,7 @@ def _generation_attributes(record: RequestRecord, prepared: PreparedRequest, opt
     if request.constraint is not None:
         is_json = request.constraint.kind is ConstraintKind.JSON_SCHEMA
         attributes["gen_ai.output.type"] = "json" if is_json else "text"
-        attributes["dash.constraint"] = request.constraint.kind.value
+        attributes["dash.constraint"] = "tool_calls" if prepared.calls_tools else request.constraint.kind.value
     if record.finish_reason is not None:
         attributes["gen_ai.response.finish_reasons"] = [record.finish_reason.value]
     if is_stream and record.first_token_unix_ns is not None:
