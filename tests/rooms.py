@@ -34,9 +34,12 @@ ROOMS = {
         telemetry/call_spans telemetry/metrics
         telemetry/token_spans telemetry/trace_sampling telemetry/span_export
         telemetry/
+        vllm_engine
         service health auth_interceptor
+        service_state
         generation
         to_pb
+        vllm_requests
         recent_decisions
         request_record
         dispatcher

@@ -21,6 +21,7 @@ class ServedModel:
     facts: ModelFacts
     tokenizer: TextTokenizer
     chat_template: ChatTemplate
+    folder: Path
 
     @classmethod
     def load(cls, ready: Ready) -> "ServedModel":
@@ -30,7 +31,7 @@ class ServedModel:
             CheckpointError: a file is missing or damaged.
         """
         folder = Path(ready.model_folder)
-        return cls(ready.facts, TextTokenizer.load(folder), ChatTemplate.load(folder))
+        return cls(ready.facts, TextTokenizer.load(folder), ChatTemplate.load(folder), folder)
 
     def tokenize(self, prompt: generation_pb2.GenerationParameters | model_pb2.TokenizeRequest) -> list[int]:
         """Returns the prompt's token ids. Blocks: a long text takes milliseconds.

@@ -26,7 +26,8 @@ from dash_server.listening import channel_options, listen, write_port_file
 from dash_server.pace import Pace
 from dash_server.request_record import RequestRecord
 from dash_server.served_model import ServedModel
-from dash_server.service import GENERATION_SERVICE, MODEL_SERVICE, ServiceState, add_to_server
+from dash_server.service import GENERATION_SERVICE, MODEL_SERVICE, add_to_server
+from dash_server.service_state import ServiceState
 from dash_server.settings import Settings
 from dash_server.statuses import ShuttingDown
 from dash_server.telemetry.exporting import is_disabled, is_exported
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+VLLM_ENGINE_SERVICE = "vllm.grpc.engine.VllmEngine"
 _CHANNELZ_SERVICE = channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].full_name
 _REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 # Time for the last calls to end.
@@ -68,7 +70,8 @@ class DashServer:
     def __init__(self, settings: Settings, worker_command: Sequence[str]) -> None:
         """Raises TokenFileError if the token file cannot be used."""
         self._settings = settings
-        self._health = HealthServicer([GENERATION_SERVICE, MODEL_SERVICE])
+        own_services = [GENERATION_SERVICE, MODEL_SERVICE, *([VLLM_ENGINE_SERVICE] if settings.vllm_engine else ())]
+        self._health = HealthServicer(own_services)
         self.dispatcher = Dispatcher(Pace())
         self.admission = Admission(
             settings.slots * settings.workers + settings.max_queue,
@@ -96,14 +99,18 @@ class DashServer:
         self._state = ServiceState(settings, self.admission, self.dispatcher, authenticator)
         self._server = grpc.aio.server(
             options=channel_options(settings),
-            interceptors=[AuthInterceptor(authenticator, {_HEALTH_SERVICE, GENERATION_SERVICE, MODEL_SERVICE})],
+            interceptors=[AuthInterceptor(authenticator, {_HEALTH_SERVICE, *own_services})],
         )
         self.tracing: Tracing | None = None
         self.metrics: MetricExport | None = None
         """Both are set by `start`, if anything is exported."""
         add_to_server(self._state, self._server)
+        if settings.vllm_engine:
+            from dash_server.vllm_engine import add_vllm_engine  # needs the extra `smg`
+
+            add_vllm_engine(self._state, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = [GENERATION_SERVICE, MODEL_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME]
+        names = [*own_services, _HEALTH_SERVICE, reflection.SERVICE_NAME]
         if settings.channelz:
             channelz.add_channelz_servicer(self._server)
             names.append(_CHANNELZ_SERVICE)

@@ -6,6 +6,7 @@ Knows no gRPC and starts nothing.
 import difflib
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -141,6 +142,9 @@ class Settings(BaseSettings):
         "that clients of a DNS name find new servers; unset: never",
     )
     channelz: bool = Field(default=False, description="Serve channelz, gRPC's own view of connections and calls")
+    vllm_engine: bool = Field(
+        default=False, description="Serve `vllm.grpc.engine.VllmEngine` too, for the SMG gateway; needs the extra `smg`"
+    )
 
     trace_ratio: float | None = Field(
         default=None,
@@ -190,6 +194,12 @@ class Settings(BaseSettings):
         ):
             if getattr(self, name) is not None and getattr(self, needed) is None:
                 raise ValueError(f"{_variable(needed)}: is required with {_variable(name)}")
+        return self
+
+    @model_validator(mode="after")
+    def _extras_are_installed(self) -> "Settings":
+        if self.vllm_engine and find_spec("smg_grpc_proto") is None:
+            raise ValueError(f"{_variable('vllm_engine')}: needs `pip install 'dash-llm[smg]'`")
         return self
 
     def worker_config(self, worker_number: int = 0) -> WorkerConfig:

@@ -1,0 +1,149 @@
+"""What the services share: their state, and the way of one generation call from its bytes to its end.
+
+Knows no service's messages.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+
+from dash_server.admission import Admission
+from dash_server.auth import Authenticator, Caller
+from dash_server.dispatcher import Dispatcher
+from dash_server.from_pb import PreparedRequest
+from dash_server.generation import Generation
+from dash_server.logs import request_id_of_task, trace_id_of_task
+from dash_server.recent_decisions import RecentDecisions
+from dash_server.request_record import Observer, RequestRecord, observed, record_of_call
+from dash_server.served_model import ServedModel
+from dash_server.settings import Settings
+from dash_server.statuses import WorkerUnavailable, failure_of
+
+logger = logging.getLogger(__name__)
+
+# Reading a longer request takes milliseconds, too long for the event loop; a shorter one costs less than a thread.
+_MAX_INLINE_BYTES = 4096
+_NUM_READER_THREADS = 2
+
+T = TypeVar("T")
+
+
+class ServiceState:
+    """State that the servicers share. `model` is None until the first worker is ready."""
+
+    def __init__(
+        self, settings: Settings, admission: Admission, dispatcher: Dispatcher, authenticator: Authenticator
+    ) -> None:
+        self.settings = settings
+        self.admission = admission
+        self.dispatcher = dispatcher
+        self.authenticator = authenticator
+        self.recent_decisions = RecentDecisions(settings.recent_requests)
+        self.start_observers: list[Observer] = []
+        """Called with each generation call that begins."""
+        self.observers: list[Observer] = []
+        """Called with each generation call that is over."""
+        self.model: ServedModel | None = None
+        self._readers = ThreadPoolExecutor(_NUM_READER_THREADS, thread_name_prefix="request-reader")
+
+    def caller(self, context: grpc.aio.ServicerContext) -> Caller:
+        """Returns the caller; raises Unauthenticated."""
+        names = (context.auth_context() or {}).get("x509_common_name", ())
+        return self.authenticator.identify(context.invocation_metadata() or (), context.peer(), names)
+
+    def require_model(self) -> ServedModel:
+        if self.model is None:
+            raise WorkerUnavailable("the model is still being loaded; try again later")
+        return self.model
+
+    async def read(self, data: bytes, function: Callable[[], T]) -> T:
+        """Runs `function`, which reads the request `data`: a long one in a thread, off the event loop."""
+        if len(data) <= _MAX_INLINE_BYTES:
+            return function()
+        return await asyncio.get_running_loop().run_in_executor(self._readers, function)
+
+    def close(self) -> None:
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What reading a request needs beside its bytes."""
+
+    record: RequestRecord
+    model: ServedModel
+    settings: Settings
+    caller: Caller
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """The arguments that `from_pb` takes for every request."""
+        return {
+            "request_id": self.record.request_id,
+            "model": self.model,
+            "settings": self.settings,
+            "cache_namespace": self.caller.cache_namespace,
+        }
+
+
+@asynccontextmanager
+async def open_generation(
+    state: ServiceState,
+    context: grpc.aio.ServicerContext,
+    request_id: str,
+    method: str,
+    data: bytes,
+    prepare: Callable[[Reading], PreparedRequest],
+) -> AsyncIterator[Generation]:
+    """Takes a call through its caller's limits into the queue, and gives its slot back at the end.
+
+    Args:
+        method: the full name, for spans and metrics.
+        data: the request, whose size decides where `prepare` reads it.
+    """
+    record = record_of_call(request_id, method, context)
+    for observer in state.start_observers:
+        observer(record)
+    if record.trace_id:
+        trace_id_of_task.set(record.trace_id)
+    with observed(record, context, state.observers):
+        record.caller = caller = state.caller(context)
+        model = state.require_model()
+        record.model = model.facts.name
+        with state.admission.admit(caller) as place:
+            reading = Reading(record, model, state.settings, caller)
+            record.prepared = prepared = await state.read(data, lambda: prepare(reading))
+            state.admission.claim(place, prepared.request.num_cache_tokens)
+            seconds_left = context.time_remaining()
+            generation = Generation(state.dispatcher, model, prepared, place, seconds_left, record)
+            # gRPC may never resume a cancelled handler: free its slot all the same.
+            context.add_done_callback(lambda _: generation.close())
+            try:
+                yield generation
+            finally:
+                generation.close()
+
+
+@asynccontextmanager
+async def errors_to_status(context: grpc.aio.ServicerContext) -> AsyncIterator[str]:
+    """Gives the call its request id and turns exceptions into the call's status."""
+    request_id = uuid.uuid4().hex
+    request_id_of_task.set(request_id)
+    try:
+        yield request_id
+    except grpc.aio.BaseError:
+        raise  # the call itself is over
+    except Exception as error:
+        failure = failure_of(error, request_id)
+        if failure.is_internal:
+            logger.exception("unexpected error")
+        else:
+            logger.info("refused: %s %s", failure.code.name, type(error).__name__)
+        await context.abort(failure.code, failure.message, failure.trailing_metadata)

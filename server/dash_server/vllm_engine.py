@@ -1,0 +1,195 @@
+"""The service `vllm.grpc.engine.VllmEngine`, which the SMG gateway speaks: OpenAI's HTTP in front of our engine.
+
+Turns its requests into our own, so that they pass the same checks, limits and queue. The gateway has the tokenizer, the
+chat template and the tool parsers. Imported only if DASH_VLLM_ENGINE is on: the messages come with the extra `smg`.
+"""
+
+import asyncio
+import functools
+import hashlib
+import io
+import time
+import zipfile
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+
+import grpc
+from smg_grpc_proto.generated import common_pb2 as smg_pb2
+from smg_grpc_proto.generated import vllm_engine_pb2 as vllm_pb2
+
+from dash_api.v1 import generation_pb2
+from dash_runtime.errors import InvalidRequest
+from dash_server import wire
+from dash_server.from_pb import PreparedRequest, prepare_request
+from dash_server.generation import Generation
+from dash_server.service import rpc_handlers
+from dash_server.service_state import Reading, ServiceState, errors_to_status, open_generation
+from dash_server.vllm_requests import aborted, chunk, complete, parameters_of
+
+_SERVICE = vllm_pb2.DESCRIPTOR.services_by_name["VllmEngine"]
+VLLM_ENGINE_SERVICE = _SERVICE.full_name
+_MAX_ANSWERS = 16
+_CHUNK_BYTES = 1 << 20
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+)
+
+
+class VllmEngineServicer:
+    """vllm.grpc.engine.VllmEngine, as far as a text model has answers. Its handlers take the request's bytes."""
+
+    def __init__(self, state: ServiceState) -> None:
+        self._state = state
+        self._started = time.monotonic()
+        self._running: dict[str, list[asyncio.Task[None]]] = {}
+
+    async def generate(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+        async with errors_to_status(context) as request_id, AsyncExitStack() as stack:
+            request = wire.parse(vllm_pb2.GenerateRequest, data)
+            count = max(1, request.sampling_params.n)
+            if count > _MAX_ANSWERS:
+                raise InvalidRequest("sampling_params.n", f"must be at most {_MAX_ANSWERS}, got {count}")
+            method = f"{VLLM_ENGINE_SERVICE}/Generate"
+            generations = []
+            for index in range(count):
+                prepare = functools.partial(_prepare, request, index)
+                own_id = f"{request_id}-{index}" if index else request_id
+                opened = open_generation(self._state, context, own_id, method, data, prepare)
+                generations.append(await stack.enter_async_context(opened))
+            writing = asyncio.Lock()
+            answers = [
+                asyncio.create_task(_answer(generation, index, request.stream, context, writing))
+                for index, generation in enumerate(generations)
+            ]
+            self._running[request.request_id] = answers
+            try:
+                await asyncio.gather(*answers)
+            except asyncio.CancelledError:
+                if self._running.get(request.request_id) is answers:
+                    raise  # the call itself is over
+                for index in range(count):
+                    await context.write(aborted(index))
+            finally:
+                for answer in answers:
+                    answer.cancel()
+                if self._running.get(request.request_id) is answers:
+                    del self._running[request.request_id]
+
+    async def abort(self, data: bytes, context: grpc.aio.ServicerContext) -> vllm_pb2.AbortResponse:
+        async with errors_to_status(context):
+            self._state.caller(context)
+            for request_id in wire.parse(vllm_pb2.AbortRequest, data).request_ids:
+                for answer in self._running.pop(request_id, ()):
+                    answer.cancel()
+            return vllm_pb2.AbortResponse()
+
+    async def health_check(self, data: bytes, context: grpc.aio.ServicerContext) -> vllm_pb2.HealthCheckResponse:
+        async with errors_to_status(context):
+            state = self._state
+            # A gateway takes a first answer as a sign that it can ask for the model.
+            state.require_model()
+            is_healthy = state.dispatcher.is_ready and not state.admission.is_draining
+            reason = "" if is_healthy else "no requests are taken now"
+            return vllm_pb2.HealthCheckResponse(healthy=is_healthy, message=reason)
+
+    async def get_model_info(self, data: bytes, context: grpc.aio.ServicerContext) -> vllm_pb2.GetModelInfoResponse:
+        async with errors_to_status(context):
+            self._state.caller(context)
+            model = self._state.require_model()
+            facts, settings = model.facts, self._state.settings
+            longest = facts.context_length
+            if settings.max_prompt_tokens is not None:
+                longest = min(longest, settings.max_prompt_tokens)
+            return vllm_pb2.GetModelInfoResponse(
+                model_path=facts.name,
+                served_model_name=facts.name,
+                is_generation=True,
+                max_context_length=facts.context_length,
+                max_req_input_len=longest,
+                vocab_size=facts.vocab_size,
+                architectures=[facts.architecture],
+                eos_token_ids=sorted(facts.eos_token_ids),
+            )
+
+    async def get_server_info(self, data: bytes, context: grpc.aio.ServicerContext) -> vllm_pb2.GetServerInfoResponse:
+        async with errors_to_status(context):
+            self._state.caller(context)
+            load = self._state.dispatcher.load()
+            return vllm_pb2.GetServerInfoResponse(
+                active_requests=load.num_running,
+                uptime_seconds=time.monotonic() - self._started,
+                server_type="vllm-grpc",
+                data_parallel_size=1,
+                max_num_seqs=load.num_slots,
+                constrained_decoding_start="first_token",
+            )
+
+    async def get_loads(self, data: bytes, context: grpc.aio.ServicerContext) -> vllm_pb2.GetLoadsResponse:
+        async with errors_to_status(context):
+            self._state.caller(context)
+            load = self._state.dispatcher.load()
+            share = load.num_reserved_tokens / load.num_cache_tokens if load.num_cache_tokens else 0.0
+            entry = vllm_pb2.SchedulerLoad(
+                num_running_reqs=load.num_running,
+                num_waiting_reqs=load.num_waiting,
+                num_total_reqs=load.num_running + load.num_waiting,
+                num_used_tokens=load.num_reserved_tokens,
+                max_total_num_tokens=load.num_cache_tokens,
+                token_usage=share,
+                gen_throughput=(load.decode_tokens_per_second or 0.0) * load.num_running,
+                max_running_requests=load.num_slots,
+            )
+            now = datetime.now(UTC).isoformat()
+            return vllm_pb2.GetLoadsResponse(timestamp=now, dp_rank_count=1, loads=[entry])
+
+    async def get_tokenizer(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
+        async with errors_to_status(context):
+            self._state.caller(context)
+            archive = await asyncio.to_thread(_tokenizer_archive, self._state.require_model().folder)
+            digest = hashlib.sha256(archive).hexdigest()
+            for start in range(0, len(archive), _CHUNK_BYTES):
+                end = start + _CHUNK_BYTES
+                sha256 = digest if end >= len(archive) else ""
+                await context.write(smg_pb2.GetTokenizerChunk(data=archive[start:end], sha256=sha256))
+
+
+def add_vllm_engine(state: ServiceState, server: grpc.aio.Server) -> None:
+    """Registers the service on `server`. Its other methods stay unimplemented."""
+    handlers = rpc_handlers(_SERVICE, VllmEngineServicer(state), is_whole=False)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(VLLM_ENGINE_SERVICE, handlers),))
+
+
+def _prepare(request: vllm_pb2.GenerateRequest, index: int, reading: Reading) -> PreparedRequest:
+    return prepare_request(parameters_of(request, index), **reading.common)
+
+
+async def _answer(
+    generation: Generation, index: int, is_streamed: bool, context: grpc.aio.ServicerContext, writing: asyncio.Lock
+) -> None:
+    """Writes one answer: in pieces, or whole at its end."""
+    started = await generation.start()
+    rest = generation_pb2.GenerationDelta()
+    while (delta := await generation.next_delta()) is not None:
+        if is_streamed:
+            async with writing:
+                await context.write(chunk(delta, started, index))
+        else:
+            rest.MergeFrom(delta)
+    async with writing:
+        await context.write(complete(rest, generation.finish(), index))
+
+
+def _tokenizer_archive(folder: Path) -> bytes:
+    """Returns the files that a gateway needs to make prompts and texts, as a zip."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as files:
+        for name in _TOKENIZER_FILES:
+            if (folder / name).is_file():
+                files.write(folder / name, name)
+    return archive.getvalue()
