@@ -96,6 +96,8 @@ class SlotGranted(msgspec.Struct, frozen=True, tag=True):
     """Time in the engine's own queue."""
     policy_note: str = ""
     """What a caller should know about the policy."""
+    divergence: float | None = None
+    """The policy's divergence from full depth at this budget, in nats per token, as calibrated; None: unknown."""
 
 
 class TokenProduced(msgspec.Struct, frozen=True, tag=True):

@@ -39,7 +39,7 @@ ROOMS = {
         service_state
         generation
         to_pb
-        vllm_requests
+        vllm_requests audit
         recent_decisions
         request_record
         dispatcher

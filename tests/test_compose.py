@@ -11,6 +11,7 @@ import pytest
 
 from tests.server.scraping import scrape
 from tests.server.server_harness import fake_model, running_server, write_model_folder
+from tests.server.test_audit import audit_of
 
 ROOT = Path(__file__).resolve().parent.parent
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "dash.json"
@@ -113,8 +114,10 @@ async def test_every_metric_of_the_dashboard_is_one_that_the_server_exports(tmp_
     ]
     wanted = {name for expression in expressions for name in re.findall(r"\b(?:dash|gen_ai_server)_\w+", expression)}
     labels = {"dash_mode", "dash_token_type", "dash_action", "dash_layer", "dash_draft_state"}
-    async with running_server(fake_model(write_model_folder(tmp_path)), metrics_port=0) as server:
-        await server.generate(text="abc", max_new_tokens=3)
+    labels |= {"dash_audit_agrees", "dash_policy"}
+    async with running_server(fake_model(write_model_folder(tmp_path)), metrics_port=0, audit_rate=1.0) as server:
+        answer = await server.generate(text="abc", max_new_tokens=3)
+        await audit_of(server, answer.started.request_id)
         seen = await scrape(server)
     exported_labels = {label for series in seen.series.values() for given, _ in series for label in given}
     assert wanted - labels - seen.series.keys() == set()

@@ -27,7 +27,7 @@ from dash_client.errors import (
     UnimplementedError,
 )
 from dash_client.score import Score, ScoreOptions
-from dash_client.server_facts import ModelInfo, PolicyInfo, ServerLoad
+from dash_client.server_facts import Audit, ModelInfo, PolicyInfo, ServerLoad
 from dash_client.streams import AsyncGenerationStream, GenerationStream
 from dash_client.tools import AnyTool, Tool, ToolCall
 from dash_client.types import (
@@ -54,6 +54,7 @@ __all__ = [
     "AnyTool",
     "AsyncDashClient",
     "AsyncGenerationStream",
+    "Audit",
     "CancelledError",
     "ChatMessage",
     "ConnectionOptions",

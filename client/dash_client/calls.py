@@ -22,7 +22,7 @@ from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import CancelledError, DashError
 from dash_client.rpc_errors import error_from_rpc
 from dash_client.score import Score, ScoreOptions
-from dash_client.server_facts import ModelInfo, PolicyInfo, ServerLoad
+from dash_client.server_facts import Audit, ModelInfo, PolicyInfo, ServerLoad
 from dash_client.tools import AnyTool
 from dash_client.types import Generation, GenerationOptions, HealthStatus, Messages, Prompt
 
@@ -115,6 +115,10 @@ class Calls:
     def load(self, timeout: float | None) -> Call[ServerLoad]:
         request = model_pb2.GetLoadRequest()
         return self._facts(f"{_MODEL}/GetLoad", request, timeout, model_pb2.GetLoadResponse, responses.server_load)
+
+    def audit(self, request_id: str, timeout: float | None) -> Call[Audit]:
+        request = model_pb2.GetAuditRequest(request_id=checks.text("request_id", request_id))
+        return self._facts(f"{_MODEL}/GetAudit", request, timeout, model_pb2.GetAuditResponse, responses.audit)
 
     def decisions(self, request_id: str, timeout: float | None) -> Call[RecordedDecisions]:
         # Imported here, since few programs need it and the import takes time.

@@ -14,7 +14,7 @@ from dash_client.errors import DashError, DeadlineExceededError, UnavailableErro
 from dash_client.prompt_map import PromptMap
 from dash_client.readiness import Readiness
 from dash_client.score import Score, ScoreOptions
-from dash_client.server_facts import ModelInfo, PolicyInfo, ServerLoad
+from dash_client.server_facts import Audit, ModelInfo, PolicyInfo, ServerLoad
 from dash_client.stream_state import StreamState
 from dash_client.streams import GenerationStream
 from dash_client.tools import AnyTool
@@ -204,6 +204,20 @@ class DashClient:
     def load(self, *, timeout: float | None = None) -> ServerLoad:
         """Returns what the server holds at this moment: requests, slots, tokens and recent speed."""
         return self._run(self._calls.load(timeout))
+
+    def audit(self, request_id: str, *, timeout: float | None = None) -> Audit:
+        """Returns how one of this caller's latest answers in mode "adaptive" compares with full depth.
+
+        A server compares a share of them (`DASH_AUDIT_RATE`), when nothing else is to do.
+
+        Args:
+            request_id: the id in `GenerationStarted`.
+            timeout: deadline in seconds, instead of the client's; infinity for none.
+
+        Raises:
+            NotFoundError: it was not audited, not yet, or too long ago; or it is another caller's.
+        """
+        return self._run(self._calls.audit(request_id, timeout))
 
     def decisions(self, request_id: str, *, timeout: float | None = None) -> RecordedDecisions:
         """Returns the recorded decisions of one of this caller's latest requests, once it is over.

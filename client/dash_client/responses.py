@@ -10,7 +10,7 @@ from dash_api.v1 import common_pb2, generation_pb2, model_pb2
 from dash_client.constraint import Constraint
 from dash_client.errors import ServerError
 from dash_client.score import Score
-from dash_client.server_facts import ModelInfo, PolicyInfo, ServerLoad
+from dash_client.server_facts import Audit, ModelInfo, PolicyInfo, ServerLoad
 from dash_client.tool_messages import tool_call
 from dash_client.tools import ToolCall
 from dash_client.types import (
@@ -213,6 +213,11 @@ def policy_info(response: model_pb2.GetPolicyResponse) -> PolicyInfo:
     """Returns the facts of a policy."""
     costs = _by_action((entry.action, entry.cost) for entry in response.action_costs)
     return from_message(PolicyInfo, response, pinned_layers=tuple(response.pinned_layers), action_costs=costs)
+
+
+def audit(response: model_pb2.GetAuditResponse) -> Audit:
+    """Returns the comparison of an answer with full depth."""
+    return from_message(Audit, response)
 
 
 def server_load(response: model_pb2.GetLoadResponse) -> ServerLoad:

@@ -50,6 +50,26 @@ class PolicyInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Audit:
+    """How an answer in mode "adaptive" compares with full depth, which ran the same tokens after the first."""
+
+    request_id: str
+    policy: str
+    compute_budget: float | None
+    token_count: int
+    """Tokens compared."""
+    agreement: float
+    """Share of these at which both would put out the same token, if greedy."""
+    logprob_gap: float
+    """Mean log probability of the tokens that were put out, less full depth's, in nats."""
+    divergence: float
+    """Mean Kullback-Leibler divergence from full depth in nats, over the 20 most probable tokens and the rest as one:
+    at most the whole one."""
+    calibrated_divergence: float | None
+    """The policy's divergence at this budget when it was calibrated; None if nobody knows."""
+
+
+@dataclass(frozen=True, slots=True)
 class ServerLoad:
     """The load of a server at one moment, of all callers."""
 

@@ -166,7 +166,8 @@ class Engine:
             )
             self._running[request.request_id] = sequence
             policy, budget = assignment.policy.name, assignment.compute_budget
-            events.append(SlotGranted(request.request_id, policy, budget, sequence.queue_seconds, assignment.note))
+            seconds, note, divergence = sequence.queue_seconds, assignment.note, assignment.divergence
+            events.append(SlotGranted(request.request_id, policy, budget, seconds, note, divergence))
 
     def _prefill(self, events: list[EngineEvent]) -> None:
         """Prefills a chunk of prompt tokens at full depth. A long prompt takes several steps, so that others go on.

@@ -54,6 +54,9 @@ class Assignment:
     """Set in mode EXACT only."""
     note: str = ""
     """What a caller should know about the policy."""
+    divergence: float | None = None
+    """What it diverges from full depth at this budget, in nats per token, on the text that it was calibrated on; None:
+    nobody knows."""
 
     @property
     def state_costs(self) -> CostTable:
@@ -138,19 +141,21 @@ class PolicyCatalog:
         return assignment if skip.mode is Mode.ADAPTIVE else self._drafting(assignment, skip, budget)
 
     def _assign_learned(self, policy: LearnedPolicy, budget: float) -> Assignment:
-        return Assignment(policy, self._costs, policy.budgets(self._costs).price(budget), budget)
+        budgets = policy.budgets(self._costs)
+        divergence = budgets.divergence(budget)
+        return Assignment(policy, self._costs, budgets.price(budget), budget, divergence=divergence)
 
     def _assign_best(self, budget: float) -> Assignment:
         choice = self._frontier.within(budget)
         if choice.plan is None:
             assert self._best is not None
-            return Assignment(self._best, self._costs, choice.price, budget)
+            return Assignment(self._best, self._costs, choice.price, budget, divergence=choice.divergence)
         plan = choice.plan
         # One object for one plan: rows of a batch with the same policy are decided together.
         made = self._made_plans.setdefault(
             plan.name, FixedPlan(plan.actions, plan.name, plan.head, self._plan_compensation)
         )
-        return Assignment(made, self._costs, compute_budget=budget, note=PLAN_NOTE)
+        return Assignment(made, self._costs, compute_budget=budget, note=PLAN_NOTE, divergence=plan.divergence)
 
     def _drafting(self, assignment: Assignment, skip: SkipOptions, budget: float) -> Assignment:
         """Returns the assignment of a drafter: with the cheapest head and the costs of verifying."""

@@ -54,6 +54,10 @@ class Dispatcher:
         self._queue: FairQueue[_Waiting] = FairQueue()
         self._waiting: dict[str, _Waiting] = {}
         self._running: dict[str, WorkerLink] = {}
+        self.before_submit: list[Callable[[GenerationRequest], None]] = []
+        """Called with each request before it is queued."""
+        self.when_idle: list[Callable[[], None]] = []
+        """Called when no request is running or waiting any more."""
 
     def attach(self, links: Sequence[WorkerLink]) -> None:
         """Sets the workers, which report back here."""
@@ -76,6 +80,11 @@ class Dispatcher:
     def num_slots(self) -> int:
         """Slots of all ready workers; at least 1."""
         return max(1, sum(link.num_slots for link in self._links if link.is_ready))
+
+    @property
+    def is_idle(self) -> bool:
+        """True if no request is here or at a worker."""
+        return not self._waiting and not self._running
 
     def load(self) -> Load:
         """Returns what is here and at the workers."""
@@ -117,6 +126,8 @@ class Dispatcher:
             least_seconds = self._pace.least_seconds(ahead, self.num_slots, num_prompt_tokens, least_tokens)
             if least_seconds > seconds_left:
                 raise DeadlineTooShort(least_seconds, seconds_left)
+        for notify in self.before_submit:
+            notify(request)
         waiting = _Waiting(request, Outbox(request.request_id), place, self._clock())
         caller = place.caller
         self._waiting[request.request_id] = waiting
@@ -148,7 +159,7 @@ class Dispatcher:
         if link is None:
             return False
         link.cancel(request_id)
-        self.dispatch()
+        self._go_on()
         return True
 
     def stop(self, request_id: str) -> None:
@@ -190,7 +201,14 @@ class Dispatcher:
                 finished.decode_seconds,
                 finished.num_output_tokens - 1,
             )
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Uses the room that a request has left."""
         self.dispatch()
+        if self.is_idle:
+            for notify in self.when_idle:
+                notify()
 
     def on_change(self) -> None:
         """Takes a report that a worker takes requests or no longer does.

@@ -48,6 +48,10 @@ class PreparedRequest:
     """The number of most probable tokens that the caller of Score asked for."""
     calls_tools: bool = False
     """True if the output may hold calls of tools."""
+    is_audited: bool = False
+    """True if the answer will be compared with full depth's."""
+    shown_logprobs: int | None = None
+    """If it is audited: the most probable tokens that the caller asked for; None: no log probabilities at all."""
 
     @property
     def least_tokens(self) -> int:

@@ -5,9 +5,10 @@ Joins the dispatcher's token ids and the text module. Knows no gRPC context and 
 
 import logging
 import time
+from collections.abc import Sequence
 
 from dash_api.v1 import common_pb2, generation_pb2
-from dash_runtime.events import EndReason, SequenceFinished
+from dash_runtime.events import EndReason, SequenceFinished, TokenLogprobs
 from dash_server.admission import Place
 from dash_server.dispatcher import Dispatcher
 from dash_server.from_pb import PreparedRequest
@@ -77,6 +78,9 @@ class Generation:
                 output = output.first(piece.num_tokens)
                 self._dispatcher.stop(self._prepared.request.request_id)
             tail = self._text.finish() if self._finished is not None else ""
+            if self._record.trail is not None:
+                self._record.trail.add(output.token_ids, output.logprobs)
+                output.logprobs = _shown(output.logprobs, self._prepared.shown_logprobs)
             # Counts what the caller gets: the worker may make more before it hears of a stop string.
             self._record.count_tokens(len(output.token_ids))
             text = piece.text + tail
@@ -113,6 +117,11 @@ class Generation:
         """Frees the slot if the request is not over. May be called more than once."""
         if self._dispatcher.cancel(self._prepared.request.request_id):
             logger.info("cancelled: the caller is gone, or its deadline has passed")
+
+
+def _shown(logprobs: Sequence[TokenLogprobs], num_top: int | None) -> list[TokenLogprobs]:
+    """Returns the log probabilities that the caller of an audited request asked for."""
+    return [] if num_top is None else [TokenLogprobs(entry.chosen, entry.top[:num_top]) for entry in logprobs]
 
 
 async def collect(generation: Generation) -> generation_pb2.GenerateResponse:

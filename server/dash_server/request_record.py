@@ -13,13 +13,29 @@ from dataclasses import dataclass, field
 import grpc
 from opentelemetry.trace import SpanContext
 
-from dash_runtime.events import EndReason, SequenceFinished, SlotGranted
+from dash_runtime.events import EndReason, SequenceFinished, SlotGranted, TokenLogprobs
 from dash_server.auth import Caller
 from dash_server.from_pb import PreparedRequest
 from dash_server.statuses import failure_of
 
 PROVIDER_NAME = "dash"
 """`gen_ai.provider.name` of spans and metrics."""
+
+
+_MAX_TRAIL_TOKENS = 512
+
+
+@dataclass(slots=True)
+class Trail:
+    """What an audited request leaves behind: its first tokens, and their log probabilities on its own path."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def add(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
+        room = _MAX_TRAIL_TOKENS - len(self.token_ids)
+        self.token_ids += token_ids[:room]
+        self.logprobs += logprobs[:room]
 
 
 @dataclass(slots=True)
@@ -62,6 +78,8 @@ class RequestRecord:
     """Role and text of each message. A prompt that is no chat counts as one user message."""
     output: str | None = None
     """Prompt and output are set only if DASH_TRACE_CONTENT is on."""
+    trail: Trail | None = None
+    """Set if the answer will be audited."""
     ended_unix_ns: int | None = None
     code: grpc.StatusCode = grpc.StatusCode.OK
     reason: str | None = None

@@ -101,6 +101,7 @@ class DashServer:
             options=channel_options(settings),
             interceptors=[AuthInterceptor(authenticator, {_HEALTH_SERVICE, *own_services})],
         )
+        self._auditing: asyncio.Task[None] | None = None
         self.tracing: Tracing | None = None
         self.metrics: MetricExport | None = None
         """Both are set by `start`, if anything is exported."""
@@ -129,6 +130,8 @@ class DashServer:
         self._start_tracing()
         self._start_metrics()
         await self._server.start()
+        if self._settings.audit_rate:
+            self._auditing = asyncio.create_task(self._state.auditor.run())
         if port_file is not None:
             write_port_file(port_file, port)
         logger.info("listening on %s, port %d", self._settings.host, port)
@@ -167,6 +170,7 @@ class DashServer:
     async def drain(self, grace_seconds: float) -> None:
         """Refuses new requests and waits for those inside. After the grace, those left fail with UNAVAILABLE."""
         self.admission.drain()
+        self._stop_auditing()
         self._health.set_serving(False)
         logger.info("draining: %d requests inside", self.admission.num_inside)
         try:
@@ -178,6 +182,7 @@ class DashServer:
     async def close(self) -> None:
         """Ends the calls that are left, and exports the last telemetry. The workers end with `run_workers`."""
         self._health.close()
+        self._stop_auditing()
         await self._server.stop(_LAST_CALLS_SECONDS)
         self._state.close()
         if self.tracing is not None:
@@ -191,6 +196,10 @@ class DashServer:
         for link in self._links:
             link.kill()
 
+    def _stop_auditing(self) -> None:
+        if self._auditing is not None:
+            self._auditing.cancel()
+
     def _start_tracing(self) -> None:
         state = self._state
         if is_exported("traces", os.environ):
@@ -199,6 +208,7 @@ class DashServer:
             self.tracing = start_tracing(self._settings, os.environ)
         if self.tracing is not None:
             state.start_observers.append(self.tracing.begin)
+            state.auditor.observers.append(self.tracing.audited)
         if self.tracing is not None or self._settings.recent_requests:
             state.start_observers.append(self._pending_traces.begin)
             state.observers.append(self._pending_traces.end)
@@ -223,6 +233,7 @@ class DashServer:
             self.metrics = start_metrics(self._settings, sources, has_collector)
             if self.metrics is not None:
                 self._state.observers.append(self.metrics.observe)
+                self._state.auditor.observers.append(self.metrics.observe_audit)
 
     def _dropped_spans(self) -> int:
         return 0 if self.tracing is None else self.tracing.export.dropped_spans

@@ -22,7 +22,7 @@ from dash_server.generation import Generation, collect
 from dash_server.served_model import ServedModel
 from dash_server.service_state import Reading, ServiceState, errors_to_status, open_generation
 from dash_server.statuses import below
-from dash_server.to_pb import decisions_to_pb, load_to_pb, model_to_pb, policy_to_pb, score_to_pb
+from dash_server.to_pb import audit_to_pb, decisions_to_pb, load_to_pb, model_to_pb, policy_to_pb, score_to_pb
 
 _GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
 _MODEL = model_pb2.DESCRIPTOR.services_by_name["ModelService"]
@@ -121,6 +121,14 @@ class ModelServicer:
             wire.parse(model_pb2.GetLoadRequest, data)
             state = self._state
             return load_to_pb(state.dispatcher.load(), state.admission, state.settings)
+
+    async def get_audit(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetAuditResponse:
+        async with errors_to_status(context):
+            caller = self._state.caller(context)
+            request = wire.parse(model_pb2.GetAuditRequest, data)
+            if not request.request_id:
+                raise InvalidRequest("request_id", "is required")
+            return audit_to_pb(self._state.auditor.result(request.request_id, caller.name))
 
     async def get_decisions(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetDecisionsResponse:
         async with errors_to_status(context):

@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 import grpc
 
 from dash_server.admission import Admission
+from dash_server.audit import Auditor
 from dash_server.auth import Authenticator, Caller
 from dash_server.dispatcher import Dispatcher
 from dash_server.from_pb import PreparedRequest
 from dash_server.generation import Generation
 from dash_server.logs import request_id_of_task, trace_id_of_task
 from dash_server.recent_decisions import RecentDecisions
-from dash_server.request_record import Observer, RequestRecord, observed, record_of_call
+from dash_server.request_record import Observer, RequestRecord, Trail, observed, record_of_call
 from dash_server.served_model import ServedModel
 from dash_server.settings import Settings
 from dash_server.statuses import WorkerUnavailable, failure_of
@@ -46,9 +47,12 @@ class ServiceState:
         self.dispatcher = dispatcher
         self.authenticator = authenticator
         self.recent_decisions = RecentDecisions(settings.recent_requests)
+        self.auditor = Auditor(
+            dispatcher, settings.audit_rate, settings.audit_warning_factor, max(1, settings.recent_requests)
+        )
         self.start_observers: list[Observer] = []
         """Called with each generation call that begins."""
-        self.observers: list[Observer] = []
+        self.observers: list[Observer] = [self.auditor.keep]
         """Called with each generation call that is over."""
         self.model: ServedModel | None = None
         self._readers = ThreadPoolExecutor(_NUM_READER_THREADS, thread_name_prefix="request-reader")
@@ -119,7 +123,9 @@ async def open_generation(
         record.model = model.facts.name
         with state.admission.admit(caller) as place:
             reading = Reading(record, model, state.settings, caller)
-            record.prepared = prepared = await state.read(data, lambda: prepare(reading))
+            prepared = state.auditor.picked(await state.read(data, lambda: prepare(reading)))
+            record.prepared = prepared
+            record.trail = Trail() if prepared.is_audited else None
             state.admission.claim(place, prepared.request.num_cache_tokens)
             seconds_left = context.time_remaining()
             generation = Generation(state.dispatcher, model, prepared, place, seconds_left, record)

@@ -162,6 +162,17 @@ class Settings(BaseSettings):
     trace_content: bool = Field(
         default=False, description="Put prompts, outputs, token ids and stop strings into traces"
     )
+    audit_rate: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of ADAPTIVE answers that are compared with full depth, when nothing else is to do",
+    )
+    audit_warning_factor: float = Field(
+        default=3.0,
+        gt=1,
+        description="Warn if audited answers diverge so many times as much as their policy did when it was calibrated",
+    )
     recent_requests: int = Field(
         default=64, ge=0, description="Latest requests whose decisions are kept for `GetDecisions`; 0: none"
     )

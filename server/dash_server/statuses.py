@@ -101,6 +101,19 @@ class DecisionsNotFound(ServiceError):
         super().__init__("nothing recorded is held of a request of this caller with this id; only the latest are kept")
 
 
+class AuditNotFound(ServiceError):
+    """The request was not audited, or belongs to another caller. The message does not say which."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = "AUDIT_NOT_FOUND"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no audit is held of a request of this caller with this id; a share of ADAPTIVE answers is audited, when "
+            "nothing else is to do, and only the latest are kept"
+        )
+
+
 class Unauthenticated(ServiceError):
     """The call needs a valid bearer token."""
 

@@ -18,6 +18,7 @@ from dash_runtime.events import (
     TokenLogprobs,
 )
 from dash_server.admission import Admission
+from dash_server.audit import Audit
 from dash_server.dispatcher import Load
 from dash_server.from_pb import MODES, PreparedRequest
 from dash_server.recent_decisions import KeptDecisions
@@ -157,6 +158,19 @@ def load_to_pb(load: Load, admission: Admission, settings: Settings) -> model_pb
         decode_tokens_per_second=load.decode_tokens_per_second,
         prefill_tokens_per_second=load.prefill_tokens_per_second,
         is_draining=admission.is_draining,
+    )
+
+
+def audit_to_pb(audit: Audit) -> model_pb2.GetAuditResponse:
+    return model_pb2.GetAuditResponse(
+        request_id=audit.request_id,
+        policy=audit.policy,
+        compute_budget=audit.compute_budget,
+        token_count=audit.num_tokens,
+        agreement=audit.agreement,
+        logprob_gap=audit.logprob_gap,
+        divergence=audit.divergence,
+        calibrated_divergence=audit.expected_divergence,
     )
 
 

@@ -247,6 +247,22 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
         self._record(request, context)
         return model_pb2.TokenizeResponse(token_ids=[1, 2, 3])
 
+    def GetAudit(  # noqa: N802
+        self, request: model_pb2.GetAuditRequest, context: grpc.ServicerContext
+    ) -> model_pb2.GetAuditResponse:
+        self._record(request, context)
+        if request.request_id != "audited":
+            context.abort(grpc.StatusCode.NOT_FOUND, "no audit of that request of yours is held")
+        return model_pb2.GetAuditResponse(
+            request_id="audited",
+            policy="random",
+            compute_budget=0.5,
+            token_count=12,
+            agreement=0.75,
+            logprob_gap=-0.25,
+            divergence=0.125,
+        )
+
     def GetDecisions(  # noqa: N802
         self, request: model_pb2.GetDecisionsRequest, context: grpc.ServicerContext
     ) -> model_pb2.GetDecisionsResponse:

@@ -10,6 +10,7 @@ from fake_dash_server import HELLO, LAYER_COUNT, NOTE, FakeDashServer, delta, fi
 from dash_api.v1 import common_pb2, generation_pb2
 from dash_client import (
     Action,
+    Audit,
     CancelledError,
     DashClient,
     DeadlineExceededError,
@@ -18,6 +19,7 @@ from dash_client import (
     HealthStatus,
     InvalidArgumentError,
     Mode,
+    NotFoundError,
     ServerError,
     SpeculationUsage,
     TokenLogprobs,
@@ -220,6 +222,13 @@ def test_facts_leave_out_what_is_newer_than_the_client() -> None:
     assert policy.pinned_layers == (0, 3)
     assert not server.requests[1].HasField("name")
     assert server.requests[2].name == "random"
+
+
+def test_an_audit_tells_how_an_answer_compares_with_full_depth() -> None:
+    with FakeDashServer() as server, DashClient(server.target) as client:
+        assert client.audit("audited") == Audit("audited", "random", 0.5, 12, 0.75, -0.25, 0.125, None)
+        with pytest.raises(NotFoundError):
+            client.audit("another")
 
 
 def test_tokenize_takes_text_or_a_conversation() -> None:

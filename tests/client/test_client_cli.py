@@ -228,7 +228,7 @@ def test_wrong_usage_exits_2(line: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_help_documents_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
-    commands = ("generate", "chat", "heatmap", "trace", "bench", "info", "health", "tokenize", "completion")
+    commands = ("generate", "chat", "heatmap", "trace", "audit", "bench", "info", "health", "tokenize", "completion")
     for line in ("--help", *(f"{command} --help" for command in commands)):
         with pytest.raises(SystemExit) as caught:
             main(line.split())
@@ -245,6 +245,17 @@ def test_info_tells_the_model_and_its_policy(server: FakeDashServer, capsys: pyt
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["policy"]["action_costs"] == {"SKIP": 0.1, "FULL": 1.0}
+
+
+def test_audit_tells_how_an_answer_compares_with_full_depth(
+    server: FakeDashServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["audit", "audited"]) == 0
+    assert "agreement                 0.7500\n" in capsys.readouterr().out
+    assert main(["audit", "audited", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["divergence"] == 0.125
+    assert main(["audit", "another"]) == 1
+    assert "no audit" in capsys.readouterr().err
 
 
 def test_health_is_an_exit_code(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ def test_the_exports_are_these() -> None:
         "AnyTool",
         "AsyncDashClient",
         "AsyncGenerationStream",
+        "Audit",
         "CancelledError",
         "ChatMessage",
         "ConnectionOptions",

@@ -16,7 +16,17 @@ import psutil
 import pytest
 from pydantic import BaseModel, Field
 
-from dash_client import Action, DashClient, GenerationOptions, InvalidArgumentError, LarkGrammar, Tool, UnavailableError
+from dash_client import (
+    Action,
+    Audit,
+    DashClient,
+    GenerationOptions,
+    InvalidArgumentError,
+    LarkGrammar,
+    NotFoundError,
+    Tool,
+    UnavailableError,
+)
 
 SERVER = (sys.executable, "-m", "dash_server.main")
 CHAT = [{"role": "user", "content": "Hello, who are you?"}]
@@ -78,7 +88,7 @@ def service_with_token(folder: Path, model: Path, token: str) -> Iterator[Servic
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Service]:
-    running = Service(tmp_path_factory.mktemp("service"), tiny_folder)
+    running = Service(tmp_path_factory.mktemp("service"), tiny_folder, DASH_AUDIT_RATE="1")
     yield running
     workers = running.workers()
     assert running.stop() == 0, running.log.read_text()
@@ -152,6 +162,26 @@ def test_a_tool_that_has_to_be_called_is_called_by_its_schema(service: Service, 
     cut = service.client.chat(CHAT, tools=tools, tool_choice="clock", mode=mode, max_new_tokens=30)
     assert (cut.text, cut.tool_calls) == ('<tool_call>\n{"name": "clock", ', ())
     assert cut.finish_reason == "length"
+
+
+def test_an_answer_is_audited_against_full_depth(service: Service) -> None:
+    def audit(**options: Any) -> Audit:
+        answer = service.client.chat(CHAT, mode="adaptive", max_new_tokens=40, temperature=1.0, seed=3, **options)
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                return service.client.audit(answer.started.request_id)
+            except NotFoundError:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+
+    whole, cheap = audit(compute_budget=1.0), audit(compute_budget=service.client.policy_info().lowest_budget)
+    assert whole.token_count > 3
+    # Steps and passes of many tokens round differently.
+    assert whole.agreement > 0.9
+    assert abs(whole.logprob_gap) < 0.05
+    assert whole.divergence < cheap.divergence
+    assert cheap.calibrated_divergence is not None
 
 
 def test_a_constraint_that_cannot_be_kept_is_refused_by_its_place_and_the_next_one_is_served(service: Service) -> None:

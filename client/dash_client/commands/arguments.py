@@ -28,6 +28,11 @@ Writes a page that shows what was decided for each token and layer, and when: op
 only the caller that made the request, and only for its latest ones; `generate` prints a request's id when it is done.
 """
 
+_AUDIT = """\
+Prints how an answer in mode adaptive compares with full depth. A server with DASH_AUDIT_RATE compares a share of its
+answers, when nothing else is to do, and answers only the caller that made the request.
+"""
+
 _COMPLETION = """\
 Prints a script that completes commands and options in a shell: source it, or put it where the shell looks for such.
 """
@@ -75,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
     _add_chat(add("chat", "chat.run", "an interactive conversation", _CHAT))
     _add_heatmap(add("heatmap", "heatmap.run", "tokens and layers of an answer, by what was done", _HEATMAP))
     _add_trace(add("trace", "trace.run", "a page of a request's decisions", _TRACE))
+    audit = add("audit", "facts.run_audit", "how an answer compares with full depth", _AUDIT)
+    audit.add_argument("request_id", metavar="REQUEST_ID", help="which request; `generate` prints its id")
+    _add_connection_and_output(audit)
     _add_bench(add("bench", "bench.run", "measure speed and latency under load"))
     info = add("info", "facts.run_info", "the model, its limits, and a policy")
     info.add_argument("--policy", metavar="NAME", help="which policy (default: the server's default)")

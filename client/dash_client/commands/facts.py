@@ -1,4 +1,4 @@
-"""`dash-client info`, `health` and `tokenize`: print facts about a server, its model and a prompt."""
+"""`dash-client info`, `audit`, `health` and `tokenize`: print facts about a server, its model and a prompt."""
 
 import argparse
 import sys
@@ -33,6 +33,19 @@ def _in_words(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def run_audit(arguments: argparse.Namespace) -> ExitCode:
+    """Prints how an answer compares with full depth."""
+    with connect(arguments) as client:
+        facts = as_json(client.audit(arguments.request_id))
+    if arguments.json:
+        print_json(facts)
+        return ExitCode.OK
+    for name, value in facts.items():
+        words = "unknown" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+        print(printable(f"{name:<26}{words}", sys.stdout))
+    return ExitCode.OK
 
 
 def run_health(arguments: argparse.Namespace) -> ExitCode:

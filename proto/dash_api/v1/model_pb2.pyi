@@ -141,6 +141,32 @@ class GetLoadResponse(_message.Message):
     is_draining: bool
     def __init__(self, running_request_count: _Optional[int] = ..., waiting_request_count: _Optional[int] = ..., slot_count: _Optional[int] = ..., worker_count: _Optional[int] = ..., token_count: _Optional[int] = ..., token_limit: _Optional[int] = ..., cache_token_count: _Optional[int] = ..., cache_token_limit: _Optional[int] = ..., decode_tokens_per_second: _Optional[float] = ..., prefill_tokens_per_second: _Optional[float] = ..., is_draining: bool = ...) -> None: ...
 
+class GetAuditRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class GetAuditResponse(_message.Message):
+    __slots__ = ("request_id", "policy", "compute_budget", "token_count", "agreement", "logprob_gap", "divergence", "calibrated_divergence")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    POLICY_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_BUDGET_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
+    AGREEMENT_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_GAP_FIELD_NUMBER: _ClassVar[int]
+    DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATED_DIVERGENCE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    policy: str
+    compute_budget: float
+    token_count: int
+    agreement: float
+    logprob_gap: float
+    divergence: float
+    calibrated_divergence: float
+    def __init__(self, request_id: _Optional[str] = ..., policy: _Optional[str] = ..., compute_budget: _Optional[float] = ..., token_count: _Optional[int] = ..., agreement: _Optional[float] = ..., logprob_gap: _Optional[float] = ..., divergence: _Optional[float] = ..., calibrated_divergence: _Optional[float] = ...) -> None: ...
+
 class GetDecisionsRequest(_message.Message):
     __slots__ = ("request_id",)
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]

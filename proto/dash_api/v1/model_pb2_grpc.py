@@ -55,6 +55,11 @@ class ModelServiceStub(object):
                 request_serializer=dash__api_dot_v1_dot_model__pb2.GetLoadRequest.SerializeToString,
                 response_deserializer=dash__api_dot_v1_dot_model__pb2.GetLoadResponse.FromString,
                 _registered_method=True)
+        self.GetAudit = channel.unary_unary(
+                '/dash_api.v1.ModelService/GetAudit',
+                request_serializer=dash__api_dot_v1_dot_model__pb2.GetAuditRequest.SerializeToString,
+                response_deserializer=dash__api_dot_v1_dot_model__pb2.GetAuditResponse.FromString,
+                _registered_method=True)
         self.GetDecisions = channel.unary_unary(
                 '/dash_api.v1.ModelService/GetDecisions',
                 request_serializer=dash__api_dot_v1_dot_model__pb2.GetDecisionsRequest.SerializeToString,
@@ -94,6 +99,14 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetAudit(self, request, context):
+        """Returns how one of the caller's own latest ADAPTIVE answers compares with full depth. NOT_FOUND if it was not among
+        the share that is audited, is not audited yet, or the server no longer has it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetDecisions(self, request, context):
         """Returns the decisions and their times, step by step, of one of the caller's own latest requests. NOT_FOUND if the
         server no longer has them, or the request is another caller's.
@@ -124,6 +137,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.GetLoad,
                     request_deserializer=dash__api_dot_v1_dot_model__pb2.GetLoadRequest.FromString,
                     response_serializer=dash__api_dot_v1_dot_model__pb2.GetLoadResponse.SerializeToString,
+            ),
+            'GetAudit': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetAudit,
+                    request_deserializer=dash__api_dot_v1_dot_model__pb2.GetAuditRequest.FromString,
+                    response_serializer=dash__api_dot_v1_dot_model__pb2.GetAuditResponse.SerializeToString,
             ),
             'GetDecisions': grpc.unary_unary_rpc_method_handler(
                     servicer.GetDecisions,
@@ -240,6 +258,33 @@ class ModelService(object):
             '/dash_api.v1.ModelService/GetLoad',
             dash__api_dot_v1_dot_model__pb2.GetLoadRequest.SerializeToString,
             dash__api_dot_v1_dot_model__pb2.GetLoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/dash_api.v1.ModelService/GetAudit',
+            dash__api_dot_v1_dot_model__pb2.GetAuditRequest.SerializeToString,
+            dash__api_dot_v1_dot_model__pb2.GetAuditResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,6 +20,7 @@ from opentelemetry.sdk.metrics.export import (
 )
 from prometheus_client import CollectorRegistry, start_http_server
 
+from dash_server.audit import Audit
 from dash_server.listening import ListenError, is_loopback, try_to_bind
 from dash_server.request_record import RequestRecord
 from dash_server.settings import Settings
@@ -47,6 +48,10 @@ class MetricExport:
     def observe(self, record: RequestRecord) -> None:
         """Adds a call that is over."""
         self._metrics.observe(record)
+
+    def observe_audit(self, audit: Audit, _: RequestRecord) -> None:
+        """Adds a comparison with full depth."""
+        self._metrics.observe_audit(audit)
 
     def serve(self, host: str, port: int, registry: CollectorRegistry) -> None:
         """Starts the Prometheus endpoint. The address must be free."""

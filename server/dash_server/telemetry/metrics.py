@@ -12,6 +12,7 @@ from opentelemetry.metrics import CallbackOptions, Meter, Observation
 from dash_runtime.actions import Action
 from dash_runtime.events import SpeculationStatistics
 from dash_server.admission import Admission
+from dash_server.audit import Audit
 from dash_server.dispatcher import Dispatcher
 from dash_server.request_record import PROVIDER_NAME, RequestRecord
 from dash_server.worker.link import WorkerLink
@@ -22,6 +23,7 @@ _FIRST_TOKEN_BOUNDARIES = [0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25
 _OUTPUT_TOKEN_BOUNDARIES = [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5]
 _COST_BOUNDARIES = [0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1, 1.25]
 _ACCEPTED_LENGTH_BOUNDARIES = [0, 1, 2, 3, 4, 5, 6, 7, 11, 14]
+_DIVERGENCE_BOUNDARIES = [0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
 _EXPOSED_BOUNDARIES = [0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01]
 
 Attributes = dict[str, str | int]
@@ -98,7 +100,32 @@ class Metrics:
         meter.create_observable_counter(
             "dash.actions", [self._observe_actions], "{layer}", "Layers run for decode tokens, by layer and action"
         )
+        self._audited_tokens = meter.create_counter(
+            "dash.audit.tokens",
+            "{token}",
+            "Tokens of audited answers, by whether full depth agrees with them",
+        )
+        self._audit_divergence = meter.create_histogram(
+            "dash.audit.divergence",
+            "1",
+            "Divergence of audited answers from full depth, in nats per token",
+            explicit_bucket_boundaries_advisory=_DIVERGENCE_BOUNDARIES,
+        )
+        # A histogram takes no negative numbers.
+        self._audit_gap = meter.create_up_down_counter(
+            "dash.audit.logprob_gap", "{nat}", "Log probability of audited answers' tokens less full depth's, summed"
+        )
         _read_counts(meter, sources)
+
+    def observe_audit(self, audit: Audit) -> None:
+        """Adds a comparison of an answer with full depth."""
+        budget = "" if audit.compute_budget is None else f"{audit.compute_budget:.1f}"
+        attributes: Attributes = {"dash.policy": audit.policy, "dash.compute_budget": budget}
+        num_agreeing = round(audit.agreement * audit.num_tokens)
+        self._audited_tokens.add(num_agreeing, {**attributes, "dash.audit.agrees": "true"})
+        self._audited_tokens.add(audit.num_tokens - num_agreeing, {**attributes, "dash.audit.agrees": "false"})
+        self._audit_divergence.record(audit.divergence, attributes)
+        self._audit_gap.add(audit.logprob_gap * audit.num_tokens, attributes)
 
     def observe(self, record: RequestRecord) -> None:
         """Adds a call that is over."""

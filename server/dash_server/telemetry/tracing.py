@@ -10,8 +10,10 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import Resource
 
 from dash_runtime.decision_trace import DecisionTrace
+from dash_server.audit import Audit
 from dash_server.request_record import RequestRecord
 from dash_server.settings import Settings
+from dash_server.telemetry.audit_span import AuditSpan
 from dash_server.telemetry.call_spans import CallSpans
 from dash_server.telemetry.exporting import ExportState, service_resource
 from dash_server.telemetry.span_export import SpanExport
@@ -44,6 +46,11 @@ class Tracing:
         """Traces a call that is over, if the sampling rule chooses it."""
         if self._rule.is_sampled(record):
             self.export.put(CallSpans(record, decision_trace, self._options, self._resource))
+
+    def audited(self, audit: Audit, record: RequestRecord) -> None:
+        """Traces the comparison of a traced call's answer with full depth."""
+        if self._rule.is_sampled(record):
+            self.export.put(AuditSpan(audit, record, self._resource))
 
     def close(self) -> None:
         """Exports the last spans. Blocks, for a bounded time."""
