@@ -24,6 +24,7 @@ ROOMS = {
         trace/
         trace/decision_trace_messages trace/trace_summary
         decision_trace score server_facts terminal
+        options
         types
         constraint errors json_schema tools
     """,

@@ -26,6 +26,7 @@ from dash_client.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from dash_client.options import GenerationOptions, Messages, Prompt
 from dash_client.score import Score, ScoreOptions
 from dash_client.server_facts import Audit, ModelInfo, PolicyInfo, ServerLoad
 from dash_client.streams import AsyncGenerationStream, GenerationStream
@@ -37,12 +38,10 @@ from dash_client.types import (
     DepthStatistics,
     FinishReason,
     Generation,
-    GenerationOptions,
     GenerationStarted,
     HealthStatus,
-    Messages,
     Mode,
-    Prompt,
+    Priority,
     SpeculationUsage,
     StreamDelta,
     TokenLogprobs,
@@ -78,6 +77,7 @@ __all__ = [
     "ModelInfo",
     "NotFoundError",
     "PolicyInfo",
+    "Priority",
     "Prompt",
     "RecordedDecision",
     "RecordedDecisions",

@@ -20,11 +20,12 @@ from dash_client.connection import Connection, Metadata
 from dash_client.constraint import Constraint
 from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import CancelledError, DashError
+from dash_client.options import GenerationOptions, Messages, Prompt
 from dash_client.rpc_errors import error_from_rpc
 from dash_client.score import Score, ScoreOptions
 from dash_client.server_facts import Audit, ModelInfo, PolicyInfo, ServerLoad
 from dash_client.tools import AnyTool
-from dash_client.types import Generation, GenerationOptions, HealthStatus, Messages, Prompt
+from dash_client.types import Generation, HealthStatus
 
 FACTS_TIMEOUT_SECONDS = 10.0
 """Deadline of calls that generate nothing, if neither the client nor the call sets one."""
@@ -49,6 +50,8 @@ class Call(Generic[Answer]):
     """Turns the answer's bytes, or those of each message of a stream, into the result; raises ServerError."""
     constraint: Constraint | None = field(default=None, repr=False)
     """The rule that a stream's answer keeps."""
+    num_answers: int = 1
+    """The number of answers that a stream has."""
 
     def failed(self, error: grpc.RpcError, request_id: str | None = None) -> DashError:
         """Returns the exception for a call that failed with gRPC's `error`."""
@@ -145,7 +148,8 @@ class Calls:
     ) -> StreamCall:
         request = generation_pb2.StreamGenerateRequest(parameters=parameters)
         deadline = checks.timeout(timeout, self._timeout)
-        return self._call(f"{_GENERATION}/StreamGenerate", request, deadline, _read_event, constraint)
+        num_answers = max(1, parameters.n)
+        return self._call(f"{_GENERATION}/StreamGenerate", request, deadline, _read_event, constraint, num_answers)
 
     def _facts(
         self, path: str, request: Message, timeout: float | None, kind: type[M], read: Callable[[M], Answer]
@@ -160,9 +164,10 @@ class Calls:
         timeout: float | None,
         read: Callable[[bytes], Answer],
         constraint: Constraint | None = None,
+        num_answers: int = 1,
     ) -> Call[Answer]:
-        metadata = self._connection.metadata()
-        return Call(path, request.SerializeToString(), timeout, metadata, self._connection.target, read, constraint)
+        metadata, target = self._connection.metadata(), self._connection.target
+        return Call(path, request.SerializeToString(), timeout, metadata, target, read, constraint, num_answers)
 
 
 def closed_error() -> DashError:

@@ -43,6 +43,7 @@ _RANGES = {
     "logit_bias": _Range(-100, 100),
     "seed": _Range(0, 2**64 - 1, is_integer=True),
     "max_new_tokens": _Range(1, _MAX_INT32, is_integer=True),
+    "n": _Range(1, _MAX_INT32, is_integer=True),
     "compute_budget": _Range(0, 1, is_low_open=True),
     "draft_length": _Range(1, _MAX_INT32, is_integer=True),
     "logprobs": _Range(0, 20, is_integer=True),

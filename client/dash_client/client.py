@@ -11,6 +11,7 @@ from dash_client.calls import Call, Calls, StreamCall, closed_error
 from dash_client.connection import ConnectionOptions, connection
 from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import DashError, DeadlineExceededError, UnavailableError
+from dash_client.options import GenerationOptions, Messages, Prompt
 from dash_client.prompt_map import PromptMap
 from dash_client.readiness import Readiness
 from dash_client.score import Score, ScoreOptions
@@ -18,7 +19,7 @@ from dash_client.server_facts import Audit, ModelInfo, PolicyInfo, ServerLoad
 from dash_client.stream_state import StreamState
 from dash_client.streams import GenerationStream
 from dash_client.tools import AnyTool
-from dash_client.types import Generation, GenerationOptions, HealthStatus, Messages, Prompt
+from dash_client.types import Generation, HealthStatus
 
 Answer = TypeVar("Answer")
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from dash_client.calls import Call
 from dash_client.errors import DashError, invalid_argument
-from dash_client.types import Generation, Prompt
+from dash_client.options import Prompt
+from dash_client.types import Generation
 
 
 class PromptMap:

@@ -11,10 +11,11 @@ from dash_api.v1 import common_pb2, generation_pb2, model_pb2
 from dash_client import checks
 from dash_client.constraint_messages import constraint_message
 from dash_client.errors import invalid_argument
+from dash_client.options import GenerationOptions, Messages, Prompt
 from dash_client.score import ScoreOptions
 from dash_client.tool_messages import add_tools, call_message
 from dash_client.tools import AnyTool
-from dash_client.types import Action, GenerationOptions, Messages, Mode, Prompt
+from dash_client.types import Action, Mode, Priority
 
 E = TypeVar("E", bound=Enum)
 
@@ -48,6 +49,10 @@ def option_parameters(**options: Unpack[GenerationOptions]) -> generation_pb2.Ge
     for name, value in options.items():
         if name == "constraint" and value is not None:
             groups[name] = constraint_message(value)
+        elif name == "priority" and value is not None:
+            groups[name] = f"PRIORITY_{_member(Priority, name, value).name}"
+        elif name == "n" and value is not None:
+            groups[name] = checks.number(name, value)
         elif value is not None and name not in ("tools", "tool_choice"):
             field = "stop_strings" if name == "stop" else name
             groups.setdefault(_GROUPS[field], {})[field] = _checked(name, value)

@@ -1,6 +1,7 @@
 """Turns protobuf messages into the client's types. Shared by both clients."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -76,10 +77,13 @@ def generation_from_response(
     Raises:
         ServerError: this client cannot read it.
     """
-    assembly = StreamAssembly(constraint)
-    assembly.add_started(response.started)
-    assembly.add_delta(response.output)
-    return assembly.finish(response.finished)
+    answer = _Answer(constraint, 0)
+    answer.add_started(response.started)
+    answer.add_delta(response.output)
+    generation = answer.finish(response.finished)
+    if isinstance(response, generation_pb2.ScoreResponse) or not response.others:
+        return generation
+    return replace(generation, others=tuple(generation_from_response(other, constraint) for other in response.others))
 
 
 def score(response: generation_pb2.ScoreResponse) -> Score:
@@ -105,11 +109,30 @@ def score(response: generation_pb2.ScoreResponse) -> Score:
 class StreamAssembly:
     """Collects the messages of one stream, in order, into a `Generation`."""
 
-    def __init__(self, constraint: Constraint | None = None) -> None:
+    def __init__(self, constraint: Constraint | None = None, num_answers: int = 1) -> None:
+        """`num_answers` is the number that was asked for."""
         self._constraint = constraint
-        self.started: GenerationStarted | None = None
-        self.generation: Generation | None = None
-        self._deltas: list[StreamDelta] = []
+        self._num_answers = num_answers
+        self._answers = {0: _Answer(constraint, 0)}
+
+    @property
+    def started(self) -> GenerationStarted | None:
+        """The facts of the first answer; None before its start."""
+        return self._answers[0].started
+
+    @property
+    def generation(self) -> Generation | None:
+        """The answer, with the others if there are any; None until all of those that have begun are complete."""
+        complete = [self._answers[index].generation for index in sorted(self._answers)]
+        first, *others = complete
+        if first is None or None in others:
+            return None
+        return replace(first, others=tuple(other for other in others if other)) if others else first
+
+    @property
+    def is_whole(self) -> bool:
+        """True if all answers that were asked for are complete."""
+        return len(self._answers) >= self._num_answers and self.generation is not None
 
     def add(self, message: generation_pb2.StreamGenerateResponse) -> StreamDelta | None:
         """Adds the next message; returns its piece of the output, if it has one.
@@ -117,14 +140,28 @@ class StreamAssembly:
         Raises:
             ServerError: the message is out of order, or this client cannot read it.
         """
-        event = message.WhichOneof("event")
+        event, index = message.WhichOneof("event"), message.answer_index
+        answer = self._answers.get(index)
+        if answer is None:
+            answer = self._answers[index] = _Answer(self._constraint, index)
         if event == "delta":
-            return self.add_delta(message.delta)
+            return answer.add_delta(message.delta)
         if event == "started":
-            self.add_started(message.started)
+            answer.add_started(message.started)
         elif event == "finished":
-            self.finish(message.finished)
+            answer.finish(message.finished)
         return None
+
+
+class _Answer:
+    """Collects one answer."""
+
+    def __init__(self, constraint: Constraint | None, index: int) -> None:
+        self._constraint = constraint
+        self._index = index
+        self.started: GenerationStarted | None = None
+        self.generation: Generation | None = None
+        self._deltas: list[StreamDelta] = []
 
     def add_started(self, started: generation_pb2.GenerationStarted) -> None:
         """Adds the facts that are known once the request has its slot."""
@@ -145,6 +182,7 @@ class StreamAssembly:
             self._decisions(actions) if actions else None,
             tuple([_token_logprobs(entry) for entry in logprobs]) if logprobs else None,
             tuple(map(_tool_call, calls)) if calls else (),
+            self._index,
         )
         self._deltas.append(piece)
         return piece

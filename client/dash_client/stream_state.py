@@ -22,7 +22,7 @@ class StreamState:
         """True if nothing more will come and there is nothing to cancel."""
         self._call = call
         self._read: Callable[[bytes], generation_pb2.StreamGenerateResponse] = call.read
-        self._assembly = StreamAssembly(call.constraint)
+        self._assembly = StreamAssembly(call.constraint, call.num_answers)
         self._add: Callable[[generation_pb2.StreamGenerateResponse], StreamDelta | None] = self._assembly.add
         self._error: DashError | None = None
 
@@ -61,7 +61,7 @@ class StreamState:
             DashError: the answer is incomplete.
         """
         self.is_over = True
-        if self._assembly.generation is None:
+        if not self._assembly.is_whole:
             raise self._end_with(self._call.failed(error, self._request_id)) from None
 
     def cancel(self) -> DashError:
@@ -82,8 +82,9 @@ class StreamState:
     def final(self) -> Generation:
         """Returns the answer of a stream that is over."""
         self.check()
-        assert self._assembly.generation is not None
-        return self._assembly.generation
+        generation = self._assembly.generation
+        assert generation is not None
+        return generation
 
     def _end_with(self, error: DashError) -> DashError:
         self._error = error

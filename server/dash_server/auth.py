@@ -7,6 +7,7 @@ Tokens come from a TOML file with a table for each caller, read again when it ch
     max_requests = 8          # inside at once; unset: DASH_MAX_REQUESTS_PER_CALLER
     max_tokens = 20000        # prompts and output limits, over all its requests inside
     weight = 2                # its share of a busy server, against others' 1
+    priority = "high"         # the highest class that its requests may ask for; "normal" unless set
 
 Knows metadata and files; knows no requests. Tokens are compared by digest in constant time, and appear in no message,
 log or representation.
@@ -20,9 +21,11 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
+from dash_server.fair_queue import Priority
 from dash_server.statuses import Unauthenticated
 from dash_server.watched_files import WatchedFiles
 
@@ -44,6 +47,8 @@ class CallerLimits:
     max_requests: int | None = None
     max_tokens: int | None = None
     weight: float = 1.0
+    highest: Priority = Priority.HIGH
+    """The highest class that its requests may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ class _Entry(BaseModel):
     max_requests: int | None = Field(default=None, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
     weight: float = Field(default=1.0, gt=0, le=1000)
+    priority: Literal["low", "normal", "high"] = "normal"
 
     @model_validator(mode="after")
     def _has_one_secret(self) -> "_Entry":
@@ -113,6 +119,7 @@ class TokenTable:
                 limits.max_requests if entry.max_requests is None else entry.max_requests,
                 limits.max_tokens if entry.max_tokens is None else entry.max_tokens,
                 entry.weight,
+                Priority[entry.priority.upper()],
             )
             callers[entry.digest()] = Caller(name, own, f"token:{name}")
         if not callers:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dash_runtime.config import GenerationRequest
 from dash_runtime.events import SequenceFinished
 from dash_server.admission import Place
-from dash_server.fair_queue import FairQueue
+from dash_server.fair_queue import Priority, PriorityQueue
 from dash_server.pace import Pace
 from dash_server.statuses import DeadlineTooShort, QueueFull, ServiceError, WorkerUnavailable
 from dash_server.worker.link import WorkerLink
@@ -24,6 +24,7 @@ class _Waiting:
     request: GenerationRequest
     outbox: Outbox
     place: Place
+    priority: Priority
     since: float
 
 
@@ -51,7 +52,7 @@ class Dispatcher:
         self._pace = pace
         self._clock = clock
         self._links: Sequence[WorkerLink] = ()
-        self._queue: FairQueue[_Waiting] = FairQueue()
+        self._queue: PriorityQueue[_Waiting] = PriorityQueue()
         self._waiting: dict[str, _Waiting] = {}
         self._running: dict[str, WorkerLink] = {}
         self.before_submit: list[Callable[[GenerationRequest], None]] = []
@@ -105,12 +106,14 @@ class Dispatcher:
         request: GenerationRequest,
         place: Place,
         *,
+        priority: Priority = Priority.NORMAL,
         least_tokens: int = 1,
         seconds_left: float | None = None,
     ) -> Outbox:
         """Queues a request for the next worker that has room.
 
         Args:
+            priority: its class in the queue.
             least_tokens: output tokens without which the request is of no use.
             seconds_left: time until its deadline.
 
@@ -121,17 +124,17 @@ class Dispatcher:
         if not self.is_ready:
             raise WorkerUnavailable("no worker is ready at the moment; try again later")
         if seconds_left is not None:
-            ahead = self._queue.num_ahead(place.caller.name)
+            ahead = self._queue.num_ahead(priority, place.caller.name)
             num_prompt_tokens = len(request.prompt_token_ids)
             least_seconds = self._pace.least_seconds(ahead, self.num_slots, num_prompt_tokens, least_tokens)
             if least_seconds > seconds_left:
                 raise DeadlineTooShort(least_seconds, seconds_left)
         for notify in self.before_submit:
             notify(request)
-        waiting = _Waiting(request, Outbox(request.request_id), place, self._clock())
+        waiting = _Waiting(request, Outbox(request.request_id), place, priority, self._clock())
         caller = place.caller
         self._waiting[request.request_id] = waiting
-        self._queue.push(waiting, caller.name, request.num_cache_tokens, caller.limits.weight)
+        self._queue.push(waiting, priority, caller.name, request.num_cache_tokens, caller.limits.weight)
         self.dispatch()
         return waiting.outbox
 
@@ -153,7 +156,7 @@ class Dispatcher:
         """Removes the request here and at its worker. Returns False if it was over already."""
         waiting = self._waiting.pop(request_id, None)
         if waiting is not None:
-            self._queue.remove(waiting, waiting.place.caller.name)
+            self._queue.remove(waiting, waiting.priority, waiting.place.caller.name)
             return True
         link = self._running.pop(request_id, None)
         if link is None:

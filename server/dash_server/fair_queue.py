@@ -5,12 +5,21 @@ line. A caller with hundreds waiting delays another's first request by one of it
 worker.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+
+class Priority(IntEnum):
+    """The class of an item; a higher one is served first."""
+
+    LOW = 1
+    NORMAL = 2
+    HIGH = 3
 
 
 @dataclass(slots=True)
@@ -79,10 +88,9 @@ class FairQueue(Generic[T]):
         line = self._lines.get(caller)
         return 0 if line is None else len(line.items)
 
-    def longest_line(self) -> tuple[str, int]:
-        """Returns the caller with the most items, and their number; ("", 0) if the queue is empty."""
-        lengths = ((caller, len(line.items)) for caller, line in self._lines.items())
-        return max(lengths, key=lambda pair: pair[1], default=("", 0))
+    def line_lengths(self) -> dict[str, int]:
+        """Returns the number of items of each caller."""
+        return {caller: len(line.items) for caller, line in self._lines.items()}
 
     def newest(self, caller: str) -> T:
         """Returns the last item in the caller's line, which must not be empty."""
@@ -114,3 +122,49 @@ class FairQueue(Generic[T]):
         idle = [caller for caller, line in self._lines.items() if not line.items and line.tag <= self._now]
         for caller in idle:
             del self._lines[caller]
+
+
+class PriorityQueue(Generic[T]):
+    """A fair queue for each class. One class is served only while none above it waits."""
+
+    def __init__(self) -> None:
+        self._classes: dict[Priority, FairQueue[T]] = {
+            priority: FairQueue() for priority in sorted(Priority, reverse=True)
+        }
+
+    def push(self, item: T, priority: Priority, caller: str, cost: float, weight: float = 1.0) -> None:
+        """Appends to the caller's line in this class."""
+        self._classes[priority].push(item, caller, cost, weight)
+
+    def head(self) -> T | None:
+        """Returns the next item; None if there is none."""
+        queue = next((queue for queue in self._classes.values() if len(queue)), None)
+        return None if queue is None else queue.head()
+
+    def pop(self) -> T:
+        """Removes and returns the next item.
+
+        Raises:
+            IndexError: the queue is empty.
+        """
+        return next((queue for queue in self._classes.values() if len(queue)), FairQueue[T]()).pop()
+
+    def remove(self, item: T, priority: Priority, caller: str) -> None:
+        """Removes an item without charging its caller."""
+        self._classes[priority].remove(item, caller)
+
+    def longest_line(self) -> tuple[str, int]:
+        """Returns the caller with the most items in all classes, and their number; ("", 0) if there are none."""
+        lengths: Counter[str] = Counter()
+        for queue in self._classes.values():
+            lengths.update(queue.line_lengths())
+        return max(lengths.items(), key=lambda pair: pair[1], default=("", 0))
+
+    def newest(self, caller: str) -> T:
+        """Returns the last item in the caller's lowest line; it must have one."""
+        return next(queue for queue in reversed(self._classes.values()) if queue.num_waiting(caller)).newest(caller)
+
+    def num_ahead(self, priority: Priority, caller: str) -> int:
+        """Returns the number of items that would be served before a new one of this class and caller."""
+        above = sum(len(queue) for other, queue in self._classes.items() if other > priority)
+        return above + self._classes[priority].num_ahead(caller)

@@ -23,6 +23,8 @@ from dash_runtime.config import (
 from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.grammar import check_grammar
+from dash_server.auth import Caller
+from dash_server.fair_queue import Priority
 from dash_server.served_model import ServedModel
 from dash_server.settings import Settings
 from dash_server.statuses import InvalidFields, below, below_field
@@ -46,6 +48,9 @@ class PreparedRequest:
     """All tokens that end the output. They are not part of its text."""
     num_top_logprobs: int = 0
     """The number of most probable tokens that the caller of Score asked for."""
+    priority: Priority = Priority.NORMAL
+    num_answers: int = 1
+    """The number of answers that the caller asked for, this one included."""
     calls_tools: bool = False
     """True if the output may hold calls of tools."""
     is_audited: bool = False
@@ -87,9 +92,10 @@ def prepare_request(
     request_id: str,
     model: ServedModel,
     settings: Settings,
-    cache_namespace: str,
+    caller: Caller,
+    answer_index: int = 0,
 ) -> PreparedRequest:
-    """Returns the worker's request, with every default filled in.
+    """Returns the worker's request for one of the answers, with every default filled in.
 
     Raises:
         InvalidRequest, InvalidFields: fields are wrong; names all that could be found at once.
@@ -99,8 +105,13 @@ def prepare_request(
     prompt_token_ids: list[int] = []
     constraint: Constraint | None = None
     tool_constraint: Constraint | None = None
+    priority = Priority.NORMAL
     with violations.collected():
-        sampling = _sampling(parameters.sampling)
+        sampling = _sampling(parameters.sampling, answer_index)
+    with violations.collected():
+        priority = _priority(parameters, caller)
+    with violations.collected():
+        _check_number_of_answers(parameters, settings)
     with violations.collected():
         _check_stopping(parameters.stopping, settings)
     with violations.collected():
@@ -125,12 +136,19 @@ def prepare_request(
         logprobs=_optional(output, "logprobs"),
         return_decisions=output.return_decisions,
         constraint=constraint or tool_constraint,
-        cache_namespace=cache_namespace,
+        cache_namespace=caller.cache_namespace,
     )
     facts.validate(request)
     stop_token_ids = stopping.stop_token_ids | (frozenset() if stopping.ignore_eos else facts.eos_token_ids)
     stop_strings = tuple(parameters.stopping.stop_strings)
-    return PreparedRequest(request, stop_strings, stop_token_ids, calls_tools=tool_constraint is not None)
+    return PreparedRequest(
+        request,
+        stop_strings,
+        stop_token_ids,
+        priority=priority,
+        num_answers=parameters.n if parameters.HasField("n") else 1,
+        calls_tools=tool_constraint is not None,
+    )
 
 
 def prepare_score(
@@ -139,7 +157,7 @@ def prepare_score(
     request_id: str,
     model: ServedModel,
     settings: Settings,
-    cache_namespace: str,
+    caller: Caller,
 ) -> PreparedRequest:
     """Returns the worker's request for the log probability of a given output.
 
@@ -150,12 +168,15 @@ def prepare_score(
     """
     violations, parameters = _Violations(), message.parameters
     skip, prompt_token_ids, scored = SkipOptions(), [0], [0]
-    for name in ("sampling", "stopping", "constraint"):
+    priority = Priority.NORMAL
+    for name in ("sampling", "stopping", "constraint", "n"):
         if parameters.HasField(name):
             with violations.collected():
                 raise InvalidRequest(f"parameters.{name}", "does not apply: the output is given")
     with violations.collected(), below("parameters"):
         skip = _skip(parameters.skip, settings)
+    with violations.collected(), below("parameters"):
+        priority = _priority(parameters, caller)
     with violations.collected():
         prompt_token_ids, scored = model.split(message)
     with violations.collected(), below("parameters"):
@@ -177,7 +198,7 @@ def prepare_score(
             logprobs=max(1, output.logprobs),
             return_decisions=output.return_decisions,
             scored_token_ids=scored,
-            cache_namespace=cache_namespace,
+            cache_namespace=caller.cache_namespace,
         )
         model.facts.validate(request)
     except InvalidRequest as error:
@@ -187,7 +208,7 @@ def prepare_score(
     if skip.mode is Mode.EXACT:
         # Its text is full depth's.
         request = replace(request, skip=SkipOptions(Mode.FULL_DEPTH))
-    return PreparedRequest(request, (), frozenset(), output.logprobs)
+    return PreparedRequest(request, (), frozenset(), output.logprobs, priority)
 
 
 def _check_prompt(token_ids: list[int], settings: Settings) -> None:
@@ -202,9 +223,26 @@ def _optional(message: object, name: str) -> int | None:
     return getattr(message, name) if message.HasField(name) else None  # type: ignore[attr-defined]
 
 
-def _sampling(sampling: generation_pb2.SamplingParameters) -> SamplingParameters:
+def _priority(parameters: generation_pb2.GenerationParameters, caller: Caller) -> Priority:
+    if parameters.priority == generation_pb2.PRIORITY_UNSPECIFIED:
+        return min(Priority.NORMAL, caller.limits.highest)
+    if parameters.priority not in list(Priority):
+        raise InvalidRequest("priority", f"{parameters.priority} is not a Priority")
+    priority = Priority(parameters.priority)
+    if priority > caller.limits.highest:
+        raise InvalidRequest("priority", f"this caller may ask for {caller.limits.highest.name} at most")
+    return priority
+
+
+def _check_number_of_answers(parameters: generation_pb2.GenerationParameters, settings: Settings) -> None:
+    if parameters.HasField("n") and not 1 <= parameters.n <= settings.max_answers:
+        raise InvalidRequest("n", f"must be 1 to {settings.max_answers}, got {parameters.n}")
+
+
+def _sampling(sampling: generation_pb2.SamplingParameters, answer_index: int) -> SamplingParameters:
     given = {field.name: value for field, value in sampling.ListFields() if field.name != "logit_bias"}
     given.setdefault("seed", secrets.randbits(64))
+    given["seed"] = (given["seed"] + answer_index) % (1 << 64)
     return SamplingParameters(logit_bias=dict(sampling.logit_bias), **given)
 
 

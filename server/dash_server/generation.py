@@ -50,13 +50,22 @@ class Generation:
         self._record = record
         self._finished: SequenceFinished | None = None
         self._outbox = dispatcher.submit(
-            prepared.request, place, least_tokens=prepared.least_tokens, seconds_left=seconds_left
+            prepared.request,
+            place,
+            priority=prepared.priority,
+            least_tokens=prepared.least_tokens,
+            seconds_left=seconds_left,
         )
 
     @property
     def num_top_logprobs(self) -> int:
         """The number of most probable tokens at each place that the caller asked for."""
         return self._prepared.num_top_logprobs
+
+    @property
+    def num_answers(self) -> int:
+        """The number of answers that the caller asked for, this one included."""
+        return self._prepared.num_answers
 
     async def start(self) -> generation_pb2.GenerationStarted:
         """Waits for the slot and returns the facts known by then."""

@@ -3,6 +3,7 @@
 Knows neither the host process nor the worker's place, and no tensors.
 """
 
+import asyncio
 import functools
 import re
 from collections.abc import AsyncIterator, Callable
@@ -20,7 +21,7 @@ from dash_server.admission import Admission
 from dash_server.from_pb import PreparedRequest, prepare_request, prepare_score
 from dash_server.generation import Generation, collect
 from dash_server.served_model import ServedModel
-from dash_server.service_state import Reading, ServiceState, errors_to_status, open_generation
+from dash_server.service_state import Reading, ServiceState, errors_to_status, open_generations, together
 from dash_server.statuses import below
 from dash_server.to_pb import audit_to_pb, decisions_to_pb, load_to_pb, model_to_pb, policy_to_pb, score_to_pb
 
@@ -39,33 +40,47 @@ class GenerationServicer:
         self._state = state
 
     async def generate(self, data: bytes, context: grpc.aio.ServicerContext) -> generation_pb2.GenerateResponse:
-        async with self._generation(generation_pb2.GenerateRequest, data, context) as generation:
-            return await collect(generation)
+        async with self._generations(generation_pb2.GenerateRequest, data, context) as generations:
+            first, *others = await together([collect(generation) for generation in generations])
+            first.others.extend(others)
+            return first
 
     async def stream_generate(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
-        response = generation_pb2.StreamGenerateResponse
-        async with self._generation(generation_pb2.StreamGenerateRequest, data, context) as generation:
-            await context.write(response(started=await generation.start()))
-            while (delta := await generation.next_delta()) is not None:
-                await context.write(response(delta=delta))
-            await context.write(response(finished=generation.finish()))
+        async with self._generations(generation_pb2.StreamGenerateRequest, data, context) as generations:
+            writing = asyncio.Lock()
+            await together(
+                [_stream(generation, index, context, writing) for index, generation in enumerate(generations)]
+            )
 
     async def score(self, data: bytes, context: grpc.aio.ServicerContext) -> generation_pb2.ScoreResponse:
-        async with self._generation(generation_pb2.ScoreRequest, data, context) as generation:
+        async with self._generations(generation_pb2.ScoreRequest, data, context) as (generation,):
             return score_to_pb(await collect(generation), generation.num_top_logprobs)
 
     @asynccontextmanager
-    async def _generation(
+    async def _generations(
         self, message_class: type[Message], data: bytes, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[Generation]:
+    ) -> AsyncIterator[list[Generation]]:
         method = f"{GENERATION_SERVICE}/{message_class.__name__.removesuffix('Request')}"
         prepare = functools.partial(_prepare, message_class, data)
         async with (
             errors_to_status(context) as request_id,
-            open_generation(self._state, context, request_id, method, data, prepare) as generation,
+            open_generations(self._state, context, request_id, method, data, prepare) as generations,
         ):
             with below("parameters"):
-                yield generation
+                yield generations
+
+
+async def _stream(generation: Generation, index: int, context: grpc.aio.ServicerContext, writing: asyncio.Lock) -> None:
+    """Writes one answer's events as they come."""
+
+    async def write(**event: Message) -> None:
+        async with writing:
+            await context.write(generation_pb2.StreamGenerateResponse(answer_index=index, **event))
+
+    await write(started=await generation.start())
+    while (delta := await generation.next_delta()) is not None:
+        await write(delta=delta)
+    await write(finished=generation.finish())
 
 
 def _prepare(message_class: type[M], data: bytes, reading: Reading) -> PreparedRequest:
@@ -78,7 +93,7 @@ def _prepare(message_class: type[M], data: bytes, reading: Reading) -> PreparedR
         prepared = prepare_score(message, **reading.common)
     else:
         with below("parameters"):
-            prepared = prepare_request(parameters, **reading.common)
+            prepared = prepare_request(parameters, answer_index=reading.answer_index, **reading.common)
     if record.trace_id and reading.settings.trace_content:
         record.prompt, record.output = reading.model.prompt_messages(parameters), ""
     return prepared

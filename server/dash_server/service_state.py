@@ -6,9 +6,9 @@ Knows no service's messages.
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -85,6 +85,8 @@ class Reading:
     model: ServedModel
     settings: Settings
     caller: Caller
+    answer_index: int
+    """The number of the answer to make, of several to one prompt."""
 
     @property
     def common(self) -> dict[str, Any]:
@@ -93,8 +95,42 @@ class Reading:
             "request_id": self.record.request_id,
             "model": self.model,
             "settings": self.settings,
-            "cache_namespace": self.caller.cache_namespace,
+            "caller": self.caller,
         }
+
+
+@asynccontextmanager
+async def open_generations(
+    state: ServiceState,
+    context: grpc.aio.ServicerContext,
+    request_id: str,
+    method: str,
+    data: bytes,
+    prepare: Callable[[Reading], PreparedRequest],
+) -> AsyncIterator[list[Generation]]:
+    """Opens a generation for each answer that a call asks for. Arguments as for `open_generation`.
+
+    Their prompt is computed once: the first leaves its keys and values to the others.
+    """
+    async with AsyncExitStack() as stack:
+        generations: list[Generation] = []
+        while not generations or len(generations) < generations[0].num_answers:
+            own_id = f"{request_id}-{len(generations)}" if generations else request_id
+            opened = open_generation(state, context, own_id, method, data, prepare, len(generations))
+            generations.append(await stack.enter_async_context(opened))
+        yield generations
+
+
+async def together(answers: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Runs all to their ends and returns the results in order. If one fails, the others end and its error is raised."""
+    if len(answers) == 1:
+        return [await answers[0]]
+    tasks = [asyncio.create_task(answer) for answer in answers]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 @asynccontextmanager
@@ -105,6 +141,7 @@ async def open_generation(
     method: str,
     data: bytes,
     prepare: Callable[[Reading], PreparedRequest],
+    answer_index: int = 0,
 ) -> AsyncIterator[Generation]:
     """Takes a call through its caller's limits into the queue, and gives its slot back at the end.
 
@@ -122,7 +159,7 @@ async def open_generation(
         model = state.require_model()
         record.model = model.facts.name
         with state.admission.admit(caller) as place:
-            reading = Reading(record, model, state.settings, caller)
+            reading = Reading(record, model, state.settings, caller, answer_index)
             prepared = state.auditor.picked(await state.read(data, lambda: prepare(reading)))
             record.prepared = prepared
             record.trail = Trail() if prepared.is_audited else None

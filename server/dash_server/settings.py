@@ -121,6 +121,7 @@ class Settings(BaseSettings):
         default=None, ge=1, description="Longest prompt that is accepted; unset: the context's length"
     )
     max_new_tokens: int = Field(default=4096, ge=1, description="Largest max_new_tokens that is accepted")
+    max_answers: int = Field(default=16, ge=1, description="Largest n that is accepted: answers to one prompt")
     max_stop_strings: int = Field(default=16, ge=0, description="Stop strings in one request")
     max_stop_string_bytes: int = Field(default=256, ge=1, le=4096, description="Bytes of one stop string in UTF-8")
     max_constraint_bytes: int = Field(

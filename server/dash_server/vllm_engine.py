@@ -10,7 +10,6 @@ import hashlib
 import io
 import time
 import zipfile
-from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,17 +18,15 @@ from smg_grpc_proto.generated import common_pb2 as smg_pb2
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm_pb2
 
 from dash_api.v1 import generation_pb2
-from dash_runtime.errors import InvalidRequest
 from dash_server import wire
 from dash_server.from_pb import PreparedRequest, prepare_request
 from dash_server.generation import Generation
 from dash_server.service import rpc_handlers
-from dash_server.service_state import Reading, ServiceState, errors_to_status, open_generation
+from dash_server.service_state import Reading, ServiceState, errors_to_status, open_generations, together
 from dash_server.vllm_requests import aborted, chunk, complete, parameters_of
 
 _SERVICE = vllm_pb2.DESCRIPTOR.services_by_name["VllmEngine"]
 VLLM_ENGINE_SERVICE = _SERVICE.full_name
-_MAX_ANSWERS = 16
 _CHUNK_BYTES = 1 << 20
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -47,46 +44,41 @@ class VllmEngineServicer:
     def __init__(self, state: ServiceState) -> None:
         self._state = state
         self._started = time.monotonic()
-        self._running: dict[str, list[asyncio.Task[None]]] = {}
+        self._running: dict[str, asyncio.Future[list[None]]] = {}
 
     async def generate(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
-        async with errors_to_status(context) as request_id, AsyncExitStack() as stack:
+        method = f"{VLLM_ENGINE_SERVICE}/Generate"
+        async with errors_to_status(context) as own_id:
             request = wire.parse(vllm_pb2.GenerateRequest, data)
-            count = max(1, request.sampling_params.n)
-            if count > _MAX_ANSWERS:
-                raise InvalidRequest("sampling_params.n", f"must be at most {_MAX_ANSWERS}, got {count}")
-            method = f"{VLLM_ENGINE_SERVICE}/Generate"
-            generations = []
-            for index in range(count):
-                prepare = functools.partial(_prepare, request, index)
-                own_id = f"{request_id}-{index}" if index else request_id
-                opened = open_generation(self._state, context, own_id, method, data, prepare)
-                generations.append(await stack.enter_async_context(opened))
-            writing = asyncio.Lock()
-            answers = [
-                asyncio.create_task(_answer(generation, index, request.stream, context, writing))
-                for index, generation in enumerate(generations)
-            ]
-            self._running[request.request_id] = answers
-            try:
-                await asyncio.gather(*answers)
-            except asyncio.CancelledError:
-                if self._running.get(request.request_id) is answers:
-                    raise  # the call itself is over
-                for index in range(count):
-                    await context.write(aborted(index))
-            finally:
-                for answer in answers:
-                    answer.cancel()
-                if self._running.get(request.request_id) is answers:
-                    del self._running[request.request_id]
+            prepare = functools.partial(_prepare, request)
+            async with open_generations(self._state, context, own_id, method, data, prepare) as generations:
+                writing = asyncio.Lock()
+                answering = asyncio.ensure_future(
+                    together(
+                        [
+                            _answer(generation, index, request.stream, context, writing)
+                            for index, generation in enumerate(generations)
+                        ]
+                    )
+                )
+                self._running[request.request_id] = answering
+                try:
+                    await answering
+                except asyncio.CancelledError:
+                    if request.request_id in self._running:
+                        raise  # the call itself is over
+                    for index in range(len(generations)):
+                        await context.write(aborted(index))
+                finally:
+                    answering.cancel()
+                    self._running.pop(request.request_id, None)
 
     async def abort(self, data: bytes, context: grpc.aio.ServicerContext) -> vllm_pb2.AbortResponse:
         async with errors_to_status(context):
             self._state.caller(context)
             for request_id in wire.parse(vllm_pb2.AbortRequest, data).request_ids:
-                for answer in self._running.pop(request_id, ()):
-                    answer.cancel()
+                if (answering := self._running.pop(request_id, None)) is not None:
+                    answering.cancel()
             return vllm_pb2.AbortResponse()
 
     async def health_check(self, data: bytes, context: grpc.aio.ServicerContext) -> vllm_pb2.HealthCheckResponse:
@@ -165,8 +157,8 @@ def add_vllm_engine(state: ServiceState, server: grpc.aio.Server) -> None:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(VLLM_ENGINE_SERVICE, handlers),))
 
 
-def _prepare(request: vllm_pb2.GenerateRequest, index: int, reading: Reading) -> PreparedRequest:
-    return prepare_request(parameters_of(request, index), **reading.common)
+def _prepare(request: vllm_pb2.GenerateRequest, reading: Reading) -> PreparedRequest:
+    return prepare_request(parameters_of(request), answer_index=reading.answer_index, **reading.common)
 
 
 async def _answer(

@@ -29,8 +29,8 @@ _FINISH_REASONS = {generation_pb2.FINISH_REASON_LENGTH: "length"}
 """The others are "stop"."""
 
 
-def parameters_of(request: vllm_pb2.GenerateRequest, index: int) -> generation_pb2.GenerationParameters:
-    """Returns the parameters of the request's answer number `index`, with vLLM's defaults.
+def parameters_of(request: vllm_pb2.GenerateRequest) -> generation_pb2.GenerationParameters:
+    """Returns the parameters of the request, with vLLM's defaults.
 
     Raises:
         InvalidRequest: it asks for what this server does not do. Paths are those of the request.
@@ -43,7 +43,8 @@ def parameters_of(request: vllm_pb2.GenerateRequest, index: int) -> generation_p
     if params.HasField("prompt_logprobs"):
         raise InvalidRequest("sampling_params.prompt_logprobs", "is not known here; ask Score of GenerationService")
     parameters = generation_pb2.GenerationParameters(
-        sampling=_sampling(params, index),
+        sampling=_sampling(params),
+        n=params.n or None,
         stopping=generation_pb2.StoppingParameters(
             max_new_tokens=params.max_tokens if params.HasField("max_tokens") else None,
             stop_strings=params.stop,
@@ -122,7 +123,7 @@ def _skip(request_id: str) -> generation_pb2.SkipOptions:
     return options
 
 
-def _sampling(params: vllm_pb2.SamplingParams, index: int) -> generation_pb2.SamplingParameters:
+def _sampling(params: vllm_pb2.SamplingParams) -> generation_pb2.SamplingParameters:
     """Zero stands for "unset" where vLLM has no zero."""
     for token_id in params.logit_bias:
         if token_id < 0:
@@ -132,8 +133,7 @@ def _sampling(params: vllm_pb2.SamplingParams, index: int) -> generation_pb2.Sam
         top_k=params.top_k,
         top_p=params.top_p or 1.0,
         repetition_penalty=params.repetition_penalty or 1.0,
-        # Answers to one prompt differ, and repeat with its seed.
-        seed=(params.seed + index) % (1 << 64) if params.HasField("seed") else None,
+        seed=params.seed % (1 << 64) if params.HasField("seed") else None,
         logit_bias=dict(params.logit_bias),
         **{name: getattr(params, name) for name in _SAME_SAMPLING},
     )

@@ -4,8 +4,9 @@ import threading
 import time
 from dataclasses import replace
 
+import grpc
 import pytest
-from fake_dash_server import HELLO, LAYER_COUNT, NOTE, FakeDashServer, delta, finished, started
+from fake_dash_server import HELLO, LAYER_COUNT, NOTE, Event, FakeDashServer, delta, fail, finished, started
 
 from dash_api.v1 import common_pb2, generation_pb2
 from dash_client import (
@@ -222,6 +223,35 @@ def test_facts_leave_out_what_is_newer_than_the_client() -> None:
     assert policy.pinned_layers == (0, 3)
     assert not server.requests[1].HasField("name")
     assert server.requests[2].name == "random"
+
+
+def test_several_answers_are_one_with_the_others_beside_it() -> None:
+    def numbered(index: int, event: Event) -> Event:
+        numbered_event = Event(answer_index=index)
+        numbered_event.MergeFrom(event)
+        return numbered_event
+
+    script = [
+        numbered(0, started(request_id="r")),
+        numbered(1, started(request_id="r-1")),
+        numbered(1, delta("b", [2])),
+        numbered(0, delta("a", [1])),
+        numbered(1, finished(1)),
+        numbered(0, finished(1)),
+    ]
+    with FakeDashServer(script) as server, DashClient(server.target) as client:
+        with client.stream("x", n=2) as stream:
+            pieces = [(piece.answer_index, piece.text) for piece in stream]
+        answer = stream.final()
+        assert pieces == [(1, "b"), (0, "a")]
+        assert (answer.text, [other.text for other in answer.others]) == ("a", ["b"])
+        assert [other.started.request_id for other in answer.others] == ["r-1"]
+        server.script = [*script[:4], fail(grpc.StatusCode.UNAVAILABLE, "gone")]
+        with pytest.raises(UnavailableError):
+            client.stream("x", n=2).final()
+        server.script = [*script[:1], script[3], script[5], fail(grpc.StatusCode.UNAVAILABLE, "gone")]
+        with pytest.raises(UnavailableError):
+            client.stream("x", n=2).final()  # the second one has not begun
 
 
 def test_an_audit_tells_how_an_answer_compares_with_full_depth() -> None:

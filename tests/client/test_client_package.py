@@ -52,6 +52,7 @@ def test_the_exports_are_these() -> None:
         "ModelInfo",
         "NotFoundError",
         "PolicyInfo",
+        "Priority",
         "Prompt",
         "RecordedDecision",
         "RecordedDecisions",

@@ -1,16 +1,14 @@
 """The messages that go over the wire for a caller's arguments."""
 
-import json
 import math
 import re
 from typing import Any
 
 import pytest
-from fake_dash_server import FakeDashServer, delta, finished, started
-from pydantic import BaseModel
+from fake_dash_server import FakeDashServer
 
 from dash_api.v1 import common_pb2, generation_pb2
-from dash_client import Action, Constraint, DashClient, InvalidArgumentError, LarkGrammar, Mode
+from dash_client import Action, DashClient, InvalidArgumentError, Mode
 from dash_client.requests import generation_parameters, score_request
 
 DEFAULTS: list[tuple[str, str, Any]] = [
@@ -59,6 +57,8 @@ def test_every_option_arrives_at_the_server() -> None:
             stop_token_ids=[4],
             max_new_tokens=9,
             constraint=["yes", "no"],
+            n=2,
+            priority="low",
             mode=Mode.ADAPTIVE,
             compute_budget=0.7,
             policy_name="random",
@@ -76,6 +76,7 @@ def test_every_option_arrives_at_the_server() -> None:
     assert list(unary.stopping.stop_token_ids) == [4]
     assert unary.stopping.max_new_tokens == 9
     assert list(unary.constraint.choices.texts) == ["yes", "no"]
+    assert (unary.n, unary.priority) == (2, generation_pb2.PRIORITY_LOW)
     assert unary.skip.mode == common_pb2.MODE_ADAPTIVE
     assert unary.skip.compute_budget == 0.7
     assert unary.skip.policy_name == "random"
@@ -85,47 +86,6 @@ def test_every_option_arrives_at_the_server() -> None:
     assert stream.skip.mode == common_pb2.MODE_FIXED
     assert stream.skip.fixed_action == common_pb2.ACTION_INT4
     assert stream.skip.draft_length == 4
-
-
-class Person(BaseModel):
-    name: str
-    age: int
-
-
-PERSON = Person.model_json_schema()
-
-
-@pytest.mark.parametrize(
-    ("constraint", "expected"),
-    [
-        ({"type": "integer"}, generation_pb2.Constraint(json_schema='{"type": "integer"}')),
-        (Person, generation_pb2.Constraint(json_schema=json.dumps({**PERSON, "additionalProperties": False}))),
-        (re.compile("a.b"), generation_pb2.Constraint(regex="a.b")),
-        (re.compile("a.b", re.DOTALL | re.IGNORECASE), generation_pb2.Constraint(regex="(?is)a.b")),
-        (("a", "b"), generation_pb2.Constraint(choices=generation_pb2.Choices(texts=["a", "b"]))),
-        (LarkGrammar('start: "a"'), generation_pb2.Constraint(lark_grammar='start: "a"')),
-    ],
-)
-def test_a_constraint_is_said_in_pythons_own_ways(constraint: Constraint, expected: generation_pb2.Constraint) -> None:
-    assert generation_parameters("x", constraint=constraint).constraint == expected
-
-
-@pytest.mark.parametrize("is_streamed", [False, True])
-def test_an_answer_is_parsed_as_what_was_asked_for(is_streamed: bool) -> None:
-    with FakeDashServer() as server, DashClient(server.target) as client:
-
-        def parsed(text: str, constraint: Constraint | None) -> object:
-            server.script = [started(), delta(text, [1]), finished(1)]
-            answer = client.stream("x", constraint=constraint).final() if is_streamed else None
-            return (answer or client.generate("x", constraint=constraint)).parsed
-
-        assert parsed('{"name": "Ann", "age": 3}', Person) == Person(name="Ann", age=3)
-        assert parsed('{"name": "Ann", "age": 3}', Person.model_json_schema()) == {"name": "Ann", "age": 3}
-        assert parsed("yes", ["yes", "no"]) == "yes"
-        assert parsed("a", None) == "a"
-        for constraint in (Person, {"type": "object"}):
-            with pytest.raises(ValueError, match=r"JSON|Unterminated"):
-                parsed('{"name": "An', constraint)
 
 
 def test_one_stop_string_is_not_split_into_letters() -> None:
@@ -215,6 +175,10 @@ def test_a_prompt_of_another_kind_is_refused_by_name(prompt: Any) -> None:
         ("constraint", {"type": int}),
         ("constraint", {"default": math.nan}),
         ("constraint", re.compile(b"a")),
+        ("n", 0),
+        ("n", "2"),
+        ("priority", "urgent"),
+        ("priority", 3),
         ("tool_choice", "required"),
         ("tools", "clock"),
         ("mode", "fast"),

@@ -174,7 +174,7 @@ def test_the_command_explains_every_option(command: Command) -> None:
 
 
 def test_options_that_fit_a_command_line_are_all_there() -> None:
-    not_on_a_command_line = {"constraint", "tools", "logit_bias", "stop_token_ids", "logprobs", "return_decisions"}
+    not_on_a_command_line = {"constraint", "tools", "n", "logit_bias", "stop_token_ids", "logprobs", "return_decisions"}
     names = {"max_tokens" if name == "max_new_tokens" else name for name in GenerationOptions.__annotations__}
     assert names - not_on_a_command_line <= DashModel.Options.model_fields.keys()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dash_server.auth import Authenticator, CallerLimits, TokenFileError, TokenTable
+from dash_server.fair_queue import Priority
 from dash_server.statuses import Unauthenticated
 
 ANN, BOB = "ann's token, quite long", "bob's token, quite long"
@@ -35,8 +36,8 @@ def bearer(token: str) -> list[tuple[str, str | bytes]]:
 def test_a_token_is_its_callers_with_its_limits_and_a_namespace_of_its_own(token_file: Path) -> None:
     callers = Authenticator(token_file, CallerLimits(max_requests=9))
     ann, bob = callers.identify(bearer(ANN), "ipv4:1.2.3.4:5"), callers.identify(bearer(BOB), "ipv4:1.2.3.4:5")
-    assert (ann.name, ann.limits) == ("ann", CallerLimits(3, None, 2))
-    assert (bob.name, bob.limits) == ("bob", CallerLimits(9, 500, 1))
+    assert (ann.name, ann.limits) == ("ann", CallerLimits(3, None, 2, Priority.NORMAL))
+    assert (bob.name, bob.limits) == ("bob", CallerLimits(9, 500, 1, Priority.NORMAL))
     assert len({"", ann.cache_namespace, bob.cache_namespace}) == 3
 
 

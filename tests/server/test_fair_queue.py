@@ -1,9 +1,12 @@
 """The order in which callers are served."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dash_server.fair_queue import FairQueue
+from dash_server.fair_queue import FairQueue, Priority, PriorityQueue
+
+LOW, NORMAL, HIGH = Priority
 
 
 def drained(queue: FairQueue[str]) -> list[str]:
@@ -62,12 +65,29 @@ def test_what_is_removed_is_not_charged() -> None:
 
 
 def test_the_longest_line_and_its_newest_are_known() -> None:
-    queue: FairQueue[str] = FairQueue()
+    queue: PriorityQueue[str] = PriorityQueue()
     assert queue.longest_line() == ("", 0)
-    for name in ("a1", "a2", "b1"):
-        queue.push(name, name[0], 1)
-    assert queue.longest_line() == ("a", 2)
-    assert queue.newest("a") == "a2"
+    for name, priority in (("a1", LOW), ("a2", HIGH), ("b1", LOW), ("a3", LOW), ("a4", NORMAL)):
+        queue.push(name, priority, name[0], 1)
+    assert queue.longest_line() == ("a", 4)
+    assert queue.newest("a") == "a3", "of the lowest class"
+
+
+def test_a_class_is_served_only_while_none_above_it_waits() -> None:
+    queue: PriorityQueue[str] = PriorityQueue()
+    assert queue.head() is None
+    for name, priority in (("l1", LOW), ("n1", NORMAL), ("l2", LOW), ("h1", HIGH), ("n2", NORMAL)):
+        queue.push(name, priority, "ann", 1)
+    queue.push("n3", NORMAL, "bob", 1)
+    assert queue.num_ahead(HIGH, "bob") == 1
+    assert queue.num_ahead(LOW, "bob") > queue.num_ahead(NORMAL, "bob")
+    queue.remove("l1", LOW, "ann")
+    served = [queue.pop() for _ in range(5)]
+    assert served[0] == "h1"
+    assert set(served[1:4]) == {"n1", "n2", "n3"}, "in turns"
+    assert served[4] == "l2"
+    with pytest.raises(IndexError):
+        queue.pop()
 
 
 operations = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 50), st.sampled_from([0.5, 1, 3])), max_size=60)

@@ -39,6 +39,30 @@ async def test_unary_answer_is_the_concatenated_stream(server: RunningServer) ->
     assert answer.finished == events[-1].finished
 
 
+async def test_several_answers_come_with_their_numbers_and_seeds_of_their_own(server: RunningServer) -> None:
+    parameters = {"text": "abc", "max_new_tokens": 5, "n": 3, "sampling": generation_pb2.SamplingParameters(seed=7)}
+    first = await server.generate(**parameters)
+    answers = [first, *first.others]
+    assert [answer.output.text for answer in answers] == ["abcab"] * 3
+    assert [answer.started.seed for answer in answers] == [7, 8, 9]
+    assert len({answer.started.request_id for answer in answers}) == 3
+    events = [event async for event in server.stream(**parameters)]
+    for index in range(3):
+        own = [event for event in events if event.answer_index == index]
+        kinds = [event.WhichOneof("event") for event in own]
+        assert (kinds[0], kinds[-1], set(kinds[1:-1])) == ("started", "finished", {"delta"})
+        assert "".join(event.delta.text for event in own) == "abcab"
+        assert own[0].started.seed == 7 + index
+    assert (await server.probe()).num_live == 0
+
+
+async def test_a_call_for_several_answers_that_is_left_frees_all_slots(server: RunningServer) -> None:
+    stream = server.stream(text="abc", max_new_tokens=500, n=3)
+    await anext(aiter(stream))
+    stream.cancel()
+    assert (await server.wait_for_live_requests(0)).num_live == 0
+
+
 async def test_no_delta_holds_a_broken_character(server: RunningServer) -> None:
     async for event in server.stream(text="日本語", max_new_tokens=90):
         assert "\ufffd" not in event.delta.text

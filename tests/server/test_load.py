@@ -9,7 +9,7 @@ import pytest
 
 from dash_api.v1 import model_pb2
 from tests.server.scraping import scrape
-from tests.server.server_harness import RunningServer, error_details, fake_model, running_server
+from tests.server.server_harness import RunningServer, error_details, fake_model, running_server, violated_fields
 from tests.server.test_lifecycle import first_delta
 
 ANN, BOB = "ann-and-her-token", "bob-and-his-token"
@@ -169,6 +169,29 @@ async def test_the_load_is_what_is_inside_and_how_fast_it_went(model_folder: Pat
     assert 20 < busy.decode_tokens_per_second < 200
     assert seen.value("dash_decode_speed_per_second") == pytest.approx(busy.decode_tokens_per_second)
     assert draining.is_draining
+
+
+async def test_a_higher_class_goes_first_and_only_those_who_may_ask_for_it(model_folder: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.toml"
+    tokens.write_text(f'[ann]\ntoken = "{ANN}"\npriority = "high"\n[bob]\ntoken = "{BOB}"\n')
+    model = fake_model(model_folder, token_seconds=0.005)
+    async with running_server(model, slots=1, token_file=tokens) as server:
+        ended: list[str] = []
+
+        async def ask(name: str, token: str, priority: str) -> None:
+            await server.generate(token=token, text="abc", max_new_tokens=10, priority=f"PRIORITY_{priority}")
+            ended.append(name)
+
+        calls = [asyncio.create_task(ask("first", BOB, "NORMAL"))]
+        await server.wait_until_inside(1, 0)
+        for waiting, call in enumerate((("low", BOB, "LOW"), ("usual", BOB, "UNSPECIFIED"), ("high", ANN, "HIGH")), 1):
+            calls.append(asyncio.create_task(ask(*call)))
+            await server.wait_until_inside(1, waiting)
+        await asyncio.gather(*calls)
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await server.generate(token=BOB, text="abc", priority="PRIORITY_HIGH")
+    assert ended == ["first", "high", "usual", "low"]
+    assert violated_fields(refusal.value) == ["parameters.priority"]
 
 
 async def test_a_connection_that_is_old_takes_no_new_calls_and_loses_none(model_folder: Path) -> None:

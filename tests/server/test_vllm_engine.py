@@ -105,7 +105,7 @@ async def test_a_call_that_is_left_frees_its_slots(server: RunningServer, engine
     [
         ({"min_tokens": 3}, "sampling_params.min_tokens"),
         ({"prompt_logprobs": 1}, "sampling_params.prompt_logprobs"),
-        ({"n": 17}, "sampling_params.n"),
+        ({"n": 17}, "n"),
         ({"structural_tag": "{}"}, "sampling_params.structural_tag"),
         ({"grammar": 'root ::= "a'}, "sampling_params.grammar"),
         ({"logit_bias": {-1: 1.0}}, "sampling_params.logit_bias[-1]"),
@@ -160,20 +160,20 @@ async def test_tokens_and_limits_hold_here_too(model_folder: Path, tmp_path: Pat
         first.cancel()
 
 
-def translated(request_id: str = "r", index: int = 0, **params: Any) -> generation_pb2.GenerationParameters:
-    return parameters_of(request("abc", request_id=request_id, **params), index)
+def translated(request_id: str = "r", **params: Any) -> generation_pb2.GenerationParameters:
+    return parameters_of(request("abc", request_id=request_id, **params))
 
 
-async def test_defaults_are_those_of_vllm_and_answers_have_seeds_of_their_own() -> None:
+async def test_defaults_are_those_of_vllm() -> None:
     sampling = translated().sampling
     assert (sampling.temperature, sampling.top_p, sampling.repetition_penalty) == (1.0, 1.0, 1.0)
     assert translated(temperature=0.0).sampling.temperature == 0
     assert not translated().stopping.HasField("max_new_tokens")
-    assert [translated(index=index, seed=7).sampling.seed for index in (0, 1)] == [7, 8]
-    assert [translated(index=index, seed=-1).sampling.seed for index in (0, 1)] == [2**64 - 1, 0]
-    assert not translated(index=1).sampling.HasField("seed")
+    assert [translated(seed=seed).sampling.seed for seed in (7, -1)] == [7, 2**64 - 1]
+    assert not translated().sampling.HasField("seed")
+    assert (translated(n=3).n, translated(n=0).HasField("n")) == (3, False)
     assert list(translated(truncate_prompt_tokens=2).token_ids.ids) == list(b"bc")
-    assert parameters_of(vllm_pb2.GenerateRequest(text="hi"), 0).text == "hi"
+    assert parameters_of(vllm_pb2.GenerateRequest(text="hi")).text == "hi"
 
 
 async def test_constraints_are_our_own_or_translated() -> None:

@@ -33,6 +33,7 @@ class OptionFields(BaseModel):
     frequency_penalty: float | None = Field(default=None, description="Subtracted once per occurrence in the output")
     seed: int | None = Field(default=None, description="Seed of the request's own generator")
     ignore_eos: bool | None = Field(default=None, description="Go on past the model's end-of-sequence tokens")
+    priority: str | None = Field(default=None, description='Class in the server\'s queue: "low", "normal" or "high"')
     mode: str | None = Field(
         default=None, description='How layers are chosen: "adaptive", "full_depth", "fixed" or "exact"'
     )

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from dash_client.commands.exit_codes import EXPLANATION, ExitCode
 from dash_client.constraint import LarkGrammar
-from dash_client.types import Action, Mode
+from dash_client.types import Action, Mode, Priority
 
 _CHAT = """\
 Talks to the model: one message per line, the answers as they come, with the conversation so far. Ctrl-C cancels the
@@ -198,6 +198,7 @@ def _add_sampling(command: argparse.ArgumentParser) -> None:
     group.add_argument("--max-new-tokens", type=int, metavar="N")
     group.add_argument("--stop", action="append", metavar="TEXT", help="may be given several times")
     group.add_argument("--ignore-eos", **_FLAG, help="go on past the end of sequence")
+    group.add_argument("--priority", choices=[priority.value for priority in Priority], help="class in the queue")
     constraint = command.add_argument_group("what the text has to be").add_mutually_exclusive_group()
     for name, kind, metavar, brief in (
         ("--json-schema", _schema, "FILE", "JSON by the schema in this file"),

@@ -26,7 +26,8 @@ from dash_client.commands.exit_codes import ExitCode, exit_code_of
 from dash_client.commands.output import as_json, can_show, print_json, printable, say
 from dash_client.commands.prompts import prompt_of
 from dash_client.errors import DashError
-from dash_client.types import GenerationOptions, Prompt, SpeculationUsage
+from dash_client.options import GenerationOptions, Prompt
+from dash_client.types import SpeculationUsage
 
 
 @dataclass(slots=True)

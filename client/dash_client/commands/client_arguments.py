@@ -8,7 +8,8 @@ from typing import Any
 from dash_client.client import DashClient
 from dash_client.connection import ConnectionOptions
 from dash_client.errors import invalid_argument
-from dash_client.types import GenerationOptions, Mode
+from dash_client.options import GenerationOptions
+from dash_client.types import Mode
 
 _MAX_TOKEN_BYTES = 16 << 10
 """Far more than a header may hold; avoids reading a large wrong file."""

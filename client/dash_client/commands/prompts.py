@@ -5,7 +5,8 @@ import sys
 from collections.abc import Iterator
 
 from dash_client.errors import invalid_argument
-from dash_client.types import ChatMessage, Prompt
+from dash_client.options import Prompt
+from dash_client.types import ChatMessage
 
 
 def prompt_of(arguments: argparse.Namespace) -> Prompt:

@@ -71,7 +71,7 @@ class GenerationServiceServicer(object):
 
     def StreamGenerate(self, request, context):
         """Generates and sends the text as it is made: one `started`, any number of `delta`s,
-        one `finished`. A stream that ends without `finished` ends with an error status.
+        one `finished`, for each answer. A stream that ends without `finished` ends with an error status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
