@@ -53,10 +53,9 @@ class Tools:
         rules = [f"call: {' | '.join(f'call_{place}' for place in range(len(calls)))}"]
         rules += [f"call_{place}: {call}" for place, call in enumerate(calls)]
         if self.choice == common_pb2.TOOL_CHOICE_AUTO:
-            # Lazy: the text ends with the first opening, however that is spelt.
-            rules += ["start: (opening call)* TEXT", f"opening[lazy]: TEXT {opening}", r"TEXT: /(.|\n)*/"]
-            if opening.startswith("<"):
-                rules[-2] = f"opening: TEXT {opening}"
+            # Text ends with the first opening: a token is part of no text; letters are, unless their rule is lazy.
+            head = "opening" if opening.startswith("<") else "opening[lazy]"
+            rules += ["start: (opening call)* TEXT", f"{head}: TEXT {opening}", r"TEXT: /(.|\n)*/"]
         else:
             more = "" if self.required else f' ("\\n" {opening} call)*'
             rules.append(f"start: {opening} call{more}")
