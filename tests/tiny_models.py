@@ -15,7 +15,7 @@ EOS_TOKEN_ID = 256
 CHAT_TEMPLATE = (
     "{% for tool in tools or () %}{{ tool.function.name }} <tool_call>\n{% endfor %}"
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
-    "{% for call in message.tool_calls or () %}{{ call.function | tojson }}{% endfor %}\n{% endfor %}"
+    "{% for call in message.tool_calls or () %}{{ call.function | tojson }}{% endfor %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 

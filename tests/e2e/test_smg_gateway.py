@@ -92,14 +92,16 @@ def test_an_answer_is_the_one_of_our_own_client_whole_and_streamed(
     client: Any, service: Service, options: dict[str, Any]
 ) -> None:
     expected = service.client.chat(MESSAGES, max_new_tokens=24)
+    # The gateway keeps a last character to itself that is incomplete.
+    whole = expected.text.rstrip("\ufffd")
     answer = client.chat.completions.create(**options)
-    assert answer.choices[0].message.content == expected.text
+    assert answer.choices[0].message.content.rstrip("\ufffd") == whole
     usage = expected.usage
     assert answer.usage.prompt_tokens == usage.prompt_token_count
     assert answer.usage.completion_tokens == usage.output_token_count
     chunks = list(client.chat.completions.create(**options, stream=True))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert text == expected.text
+    assert text.rstrip("\ufffd") == whole
     assert len(chunks) > 3
 
 
