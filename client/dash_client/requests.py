@@ -26,7 +26,7 @@ _GROUPS = {
     for group in ("sampling", "stopping", "skip", "output")
     for field in _MESSAGE[group].message_type.fields_by_name
 }
-"""The message that holds each option's field."""
+"""The message that holds each option's field; those of no group are fields of the whole."""
 _NEEDED, _OF_TOOLS = {"role", "content"}, {"tool_calls", "tool_call_id", "name"}
 """The keys of a message."""
 
@@ -44,19 +44,14 @@ def generation_parameters(prompt: Prompt, **options: Unpack[GenerationOptions]) 
 def option_parameters(**options: Unpack[GenerationOptions]) -> generation_pb2.GenerationParameters:
     """Returns the message for options alone. Raises the same as `generation_parameters`."""
     _require_known(options, GenerationOptions)
-    groups: dict[str, Any] = {}
-    tools, tool_choice = options.get("tools"), options.get("tool_choice")
+    fields: dict[str, Any] = {}
+    tools, tool_choice = options.pop("tools", None), options.pop("tool_choice", None)
     for name, value in options.items():
-        if name == "constraint" and value is not None:
-            groups[name] = constraint_message(value)
-        elif name == "priority" and value is not None:
-            groups[name] = f"PRIORITY_{_member(Priority, name, value).name}"
-        elif name == "n" and value is not None:
-            groups[name] = checks.number(name, value)
-        elif value is not None and name not in ("tools", "tool_choice"):
+        if value is not None:
             field = "stop_strings" if name == "stop" else name
-            groups.setdefault(_GROUPS[field], {})[field] = _checked(name, value)
-    parameters = generation_pb2.GenerationParameters(**groups)
+            group = fields.setdefault(_GROUPS[field], {}) if field in _GROUPS else fields
+            group[field] = _checked(name, value)
+    parameters = generation_pb2.GenerationParameters(**fields)
     if tools:
         add_tools(parameters.chat, tools, tool_choice)
     elif tool_choice not in (None, "auto", "none"):
@@ -72,6 +67,10 @@ def _require_known(options: Mapping[str, Any], kind: type[Any]) -> None:
 def _checked(name: str, value: Any) -> Any:
     """Returns the value of an option in the form that its field takes."""
     match name:
+        case "constraint":
+            return constraint_message(value)
+        case "priority":
+            return f"PRIORITY_{_member(Priority, name, value).name}"
         case "mode":
             return _MODES[_member(Mode, name, value)]
         case "fixed_action":
@@ -103,12 +102,12 @@ def with_prompt(parameters: generation_pb2.GenerationParameters, prompt: Prompt)
     """
     is_text = isinstance(prompt, str)
     items = [] if is_text else _listed("prompt", prompt, "text, token ids or a list of messages")
-    is_chat = not is_text and not (items and not isinstance(items[0], Mapping))
-    if parameters.HasField("chat") and not is_chat:
+    is_ids = bool(items) and not isinstance(items[0], Mapping)
+    if parameters.HasField("chat") and (is_text or is_ids):
         raise invalid_argument("tools", "need a list of messages as the prompt")
     if is_text:
         parameters.text = checks.text("prompt", prompt)
-    elif not is_chat:
+    elif is_ids:
         parameters.token_ids.ids.extend([checks.token_id("prompt", item) for item in items])
     else:
         _add_messages(parameters.chat, items, "prompt")

@@ -51,7 +51,7 @@ class PolicyInfo:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """How an answer in mode "adaptive" compares with full depth, which ran the same tokens after the first."""
+    """The comparison of an answer in mode "adaptive" with full depth, which ran the same tokens after the first."""
 
     request_id: str
     policy: str

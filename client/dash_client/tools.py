@@ -15,7 +15,7 @@ class Tool:
     name: str
     """1 to 64 letters, digits, `_`, `.` and `-`."""
     description: str = ""
-    """What it does, for the model."""
+    """A sentence for the model on what the function does."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """The JSON schema of its arguments. Objects in it take no properties but those that they name, unless they say
     `additionalProperties`."""

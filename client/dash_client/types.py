@@ -66,11 +66,11 @@ class ChatMessage(TypedDict):
     role: str
     content: str
     tool_calls: NotRequired[Sequence[ToolCall]]
-    """Of the assistant: the calls that it made."""
+    """The calls that the assistant made."""
     tool_call_id: NotRequired[str]
-    """Of a tool: the id of the call that it answers."""
+    """The id of the call that a tool answers."""
     name: NotRequired[str]
-    """Of a tool: its name."""
+    """The name of the tool that answers."""
 
 
 @dataclass(frozen=True, slots=True, repr=False)

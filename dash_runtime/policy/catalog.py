@@ -55,7 +55,7 @@ class Assignment:
     note: str = ""
     """What a caller should know about the policy."""
     divergence: float | None = None
-    """What it diverges from full depth at this budget, in nats per token, on the text that it was calibrated on; None:
+    """The policy's divergence from full depth at this budget, in nats per token, on the text of its calibration; None:
     nobody knows."""
 
     @property

@@ -20,13 +20,12 @@ from dash_runtime.events import TokenLogprobs
 from dash_server.admission import Place
 from dash_server.auth import Caller
 from dash_server.dispatcher import Dispatcher
-from dash_server.from_pb import PreparedRequest
-from dash_server.request_record import RequestRecord, Trail
+from dash_server.request_record import RequestRecord
 from dash_server.statuses import AuditNotFound, ServiceError
 
 logger = logging.getLogger(__name__)
 
-NUM_TOP = 20
+_NUM_TOP = 20
 """The most probable tokens that are compared at each position."""
 _MAX_WAITING = 16
 _MAX_TOKENS_PER_OUTPUT = 256
@@ -34,13 +33,12 @@ _NUM_FOR_WARNING = 8
 """Answers over which a policy's divergence is averaged before it is judged."""
 _LEAST_DIVERGENCE = 0.005
 """In nats. What a policy diverges by less is noise."""
-_ID_PREFIX = "audit-"
 _CALLER = Caller("audit")
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """How an answer compares with full depth, over its tokens after the first."""
+    """The comparison of an answer with full depth, over its tokens after the first."""
 
     request_id: str
     policy: str
@@ -59,16 +57,6 @@ class Audit:
     ended_unix_ns: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    record: RequestRecord
-    owner: str
-    request: GenerationRequest
-    trail: Trail
-    unchecked: Audit
-    """Without figures."""
-
-
 class Auditor:
     """Picks answers, keeps a few of them, and checks one at a time. `run` is a task of the event loop.
 
@@ -84,7 +72,7 @@ class Auditor:
         self._warning_factor = warning_factor
         self._max_results = max_results
         self._random = random.Random()
-        self._waiting: deque[_Answer] = deque(maxlen=_MAX_WAITING)
+        self._waiting: deque[RequestRecord] = deque(maxlen=_MAX_WAITING)
         self._results: dict[str, tuple[str, Audit]] = {}
         """Owner and result by request id, oldest first."""
         self._recent: dict[str, deque[float]] = {}
@@ -97,28 +85,16 @@ class Auditor:
         dispatcher.before_submit.append(self._give_way)
         dispatcher.when_idle.append(self._can_go_on.set)
 
-    def picked(self, prepared: PreparedRequest) -> PreparedRequest:
-        """Returns the request as it is, or as one whose answer will be audited."""
-        request = prepared.request
+    def picks(self, request: GenerationRequest) -> bool:
+        """True if the answer to this request will be audited."""
         may_be = request.skip.mode is Mode.ADAPTIVE and request.scored_token_ids is None
-        if not may_be or self._random.random() >= self._rate:
-            return prepared
-        asked = request.logprobs
-        return replace(
-            prepared, request=replace(request, logprobs=max(NUM_TOP, asked or 0)), shown_logprobs=asked, is_audited=True
-        )
+        return may_be and self._random.random() < self._rate
 
     def keep(self, record: RequestRecord) -> None:
         """Takes a call that is over. An observer of calls."""
-        trail, granted, prepared = record.trail, record.granted, record.prepared
-        if trail is None or granted is None or prepared is None or record.finished is None or record.caller is None:
-            return
-        if len(trail.token_ids) < 2:
+        if record.trail is None or record.finished is None or len(record.trail.token_ids) < 2:
             return  # the first token is full depth's own
-        unchecked = Audit(
-            record.request_id, granted.policy, granted.compute_budget, 0, 0.0, 0.0, 0.0, granted.divergence
-        )
-        self._waiting.append(_Answer(record, record.caller.name, prepared.request, trail, unchecked))
+        self._waiting.append(record)
         if self._dispatcher.is_idle:
             self._can_go_on.set()
 
@@ -139,37 +115,38 @@ class Auditor:
             await self._can_go_on.wait()
             self._can_go_on.clear()
             while self._waiting and self._dispatcher.is_idle and self._dispatcher.is_ready:
-                answer = self._waiting.popleft()
-                self._check = asyncio.create_task(self._compare(answer))
+                record = self._waiting.popleft()
+                self._check = check = asyncio.create_task(self._compare(record))
                 try:
-                    audit = await self._check
-                except asyncio.CancelledError:
-                    if self._check.cancelled() and not _is_cancelled(asyncio.current_task()):
-                        self._waiting.appendleft(answer)  # a request came
-                        continue
-                    self._check.cancel()
-                    raise
-                except (ServiceError, InvalidRequest) as error:
-                    logger.info("not audited: %s", error)  # its worker is gone, say
-                    continue
+                    await asyncio.wait({check})
                 finally:
                     self._check = None
-                self._report(answer, audit)
+                    check.cancel()
+                if check.cancelled():
+                    self._waiting.appendleft(record)  # a request came
+                elif isinstance(error := check.exception(), (ServiceError, InvalidRequest)):
+                    logger.info("not audited: %s", error)  # its worker is gone, say
+                else:
+                    self._report(record, check.result())
 
-    async def _compare(self, answer: _Answer) -> Audit:
-        trail, request_id = answer.trail, f"{_ID_PREFIX}{answer.request.request_id}"
+    async def _compare(self, record: RequestRecord) -> Audit:
+        trail, granted, prepared = record.trail, record.granted, record.prepared
+        assert trail is not None
+        assert granted is not None, "keep() takes finished calls"
+        assert prepared is not None
+        request_id = f"audit-{record.request_id}"
         request = GenerationRequest(
             request_id=request_id,
-            prompt_token_ids=answer.request.prompt_token_ids,
+            prompt_token_ids=prepared.request.prompt_token_ids,
             stopping=StoppingParameters(len(trail.token_ids), ignore_eos=True),
             skip=SkipOptions(Mode.FULL_DEPTH),
-            logprobs=NUM_TOP,
+            logprobs=_NUM_TOP,
             scored_token_ids=trail.token_ids,
-            cache_namespace=answer.request.cache_namespace,
+            cache_namespace=prepared.request.cache_namespace,
         )
         full: list[TokenLogprobs] = []
         started_unix_ns = time.time_ns()
-        outbox = self._dispatcher.submit(request, Place(_CALLER, lambda _: None))
+        outbox = self._dispatcher.submit(request, Place(_CALLER, lambda _: None), is_background=True)
         try:
             await outbox.granted()
             is_over = False
@@ -180,22 +157,26 @@ class Auditor:
         finally:
             self._dispatcher.cancel(request_id)
         pairs = list(zip(trail.logprobs, full, strict=True))[1:]
-        return replace(
-            answer.unchecked,
+        return Audit(
+            record.request_id,
+            granted.policy,
+            granted.compute_budget,
             num_tokens=len(pairs),
             agreement=sum(own.top[0][0] == other.top[0][0] for own, other in pairs) / len(pairs),
             logprob_gap=math.fsum(own.chosen - other.chosen for own, other in pairs) / len(pairs),
             divergence=math.fsum(divergence(other, own) for own, other in pairs) / len(pairs),
+            expected_divergence=granted.divergence,
             started_unix_ns=started_unix_ns,
             ended_unix_ns=time.time_ns(),
         )
 
-    def _give_way(self, request: GenerationRequest) -> None:
-        if self._check is not None and not request.request_id.startswith(_ID_PREFIX):
+    def _give_way(self) -> None:
+        if self._check is not None:
             self._check.cancel()
 
-    def _report(self, answer: _Answer, audit: Audit) -> None:
-        self._results[audit.request_id] = answer.owner, audit
+    def _report(self, record: RequestRecord, audit: Audit) -> None:
+        assert record.caller is not None
+        self._results[audit.request_id] = record.caller.name, audit
         while len(self._results) > self._max_results:
             del self._results[next(iter(self._results))]
         expected = audit.expected_divergence
@@ -210,7 +191,7 @@ class Auditor:
             "unknown" if expected is None else f"{expected:.4f}",
         )
         for observe in self.observers:
-            observe(audit, answer.record)
+            observe(audit, record)
         if expected is not None:
             self.judge(audit.policy, audit.divergence / max(expected, _LEAST_DIVERGENCE))
 
@@ -233,6 +214,11 @@ class Auditor:
             )
 
 
+def audited(request: GenerationRequest) -> GenerationRequest:
+    """Returns the request with the log probabilities that an audit compares."""
+    return replace(request, logprobs=max(_NUM_TOP, request.logprobs or 0))
+
+
 def divergence(full: TokenLogprobs, own: TokenLogprobs) -> float:
     """Returns the Kullback-Leibler divergence of `own` from `full` in nats, over the tokens that both have among their
     most probable ones and all others as one: at most the whole divergence."""
@@ -244,7 +230,3 @@ def divergence(full: TokenLogprobs, own: TokenLogprobs) -> float:
     if rest_full > 0:
         total += rest_full * math.log(rest_full / rest_own)
     return max(0.0, total)
-
-
-def _is_cancelled(task: asyncio.Task[object] | None) -> bool:
-    return task is not None and task.cancelling() > 0

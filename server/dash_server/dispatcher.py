@@ -55,8 +55,10 @@ class Dispatcher:
         self._queue: PriorityQueue[_Waiting] = PriorityQueue()
         self._waiting: dict[str, _Waiting] = {}
         self._running: dict[str, WorkerLink] = {}
-        self.before_submit: list[Callable[[GenerationRequest], None]] = []
-        """Called with each request before it is queued."""
+        self._background: dict[str, int] = {}
+        """KV cache tokens of the work for idle times, by request id."""
+        self.before_submit: list[Callable[[], None]] = []
+        """Called before a request is queued, except for work for idle times."""
         self.when_idle: list[Callable[[], None]] = []
         """Called when no request is running or waiting any more."""
 
@@ -90,12 +92,14 @@ class Dispatcher:
     def load(self) -> Load:
         """Returns what is here and at the workers."""
         ready = [link for link in self._links if link.is_ready]
+        at_workers = self._background.keys() & self._running.keys()
+        num_background_tokens = sum(self._background[request_id] for request_id in at_workers)
         return Load(
-            num_running=len(self._running),
+            num_running=len(self._running) - len(at_workers),
             num_waiting=len(self._waiting),
             num_slots=sum(link.num_slots for link in ready),
             num_workers=len(ready),
-            num_reserved_tokens=sum(link.num_reserved_tokens for link in self._links),
+            num_reserved_tokens=sum(link.num_reserved_tokens for link in self._links) - num_background_tokens,
             num_cache_tokens=sum(link.num_cache_tokens for link in ready),
             decode_tokens_per_second=self._pace.decode_tokens_per_second,
             prefill_tokens_per_second=self._pace.prefill_tokens_per_second,
@@ -107,6 +111,7 @@ class Dispatcher:
         place: Place,
         *,
         priority: Priority = Priority.NORMAL,
+        is_background: bool = False,
         least_tokens: int = 1,
         seconds_left: float | None = None,
     ) -> Outbox:
@@ -114,6 +119,8 @@ class Dispatcher:
 
         Args:
             priority: its class in the queue.
+            is_background: whether it is work for idle times, which is no load. Whoever submits it cancels it in
+                `before_submit`.
             least_tokens: output tokens without which the request is of no use.
             seconds_left: time until its deadline.
 
@@ -129,8 +136,11 @@ class Dispatcher:
             least_seconds = self._pace.least_seconds(ahead, self.num_slots, num_prompt_tokens, least_tokens)
             if least_seconds > seconds_left:
                 raise DeadlineTooShort(least_seconds, seconds_left)
-        for notify in self.before_submit:
-            notify(request)
+        if is_background:
+            self._background[request.request_id] = request.num_cache_tokens
+        else:
+            for notify in self.before_submit:
+                notify()
         waiting = _Waiting(request, Outbox(request.request_id), place, priority, self._clock())
         caller = place.caller
         self._waiting[request.request_id] = waiting
@@ -154,6 +164,7 @@ class Dispatcher:
 
     def cancel(self, request_id: str) -> bool:
         """Removes the request here and at its worker. Returns False if it was over already."""
+        self._background.pop(request_id, None)
         waiting = self._waiting.pop(request_id, None)
         if waiting is not None:
             self._queue.remove(waiting, waiting.priority, waiting.place.caller.name)
@@ -197,7 +208,8 @@ class Dispatcher:
     def on_over(self, request: GenerationRequest, finished: SequenceFinished | None) -> None:
         """Takes a link's report that a request left its worker; `finished` is None if it did not finish by itself."""
         self._running.pop(request.request_id, None)
-        if finished is not None:
+        was_background = self._background.pop(request.request_id, None) is not None
+        if finished is not None and not was_background:
             self._pace.observe(
                 finished.prefill_seconds,
                 len(request.prompt_token_ids) - finished.num_cached_prompt_tokens,

@@ -138,8 +138,7 @@ class PriorityQueue(Generic[T]):
 
     def head(self) -> T | None:
         """Returns the next item; None if there is none."""
-        queue = next((queue for queue in self._classes.values() if len(queue)), None)
-        return None if queue is None else queue.head()
+        return self._next_queue().head()
 
     def pop(self) -> T:
         """Removes and returns the next item.
@@ -147,7 +146,7 @@ class PriorityQueue(Generic[T]):
         Raises:
             IndexError: the queue is empty.
         """
-        return next((queue for queue in self._classes.values() if len(queue)), FairQueue[T]()).pop()
+        return self._next_queue().pop()
 
     def remove(self, item: T, priority: Priority, caller: str) -> None:
         """Removes an item without charging its caller."""
@@ -168,3 +167,7 @@ class PriorityQueue(Generic[T]):
         """Returns the number of items that would be served before a new one of this class and caller."""
         above = sum(len(queue) for other, queue in self._classes.items() if other > priority)
         return above + self._classes[priority].num_ahead(caller)
+
+    def _next_queue(self) -> FairQueue[T]:
+        """Returns the queue of the highest class that waits; the lowest one, which is empty then, if none does."""
+        return next((queue for queue in self._classes.values() if len(queue)), self._classes[Priority.LOW])

@@ -53,10 +53,6 @@ class PreparedRequest:
     """The number of answers that the caller asked for, this one included."""
     calls_tools: bool = False
     """True if the output may hold calls of tools."""
-    is_audited: bool = False
-    """True if the answer will be compared with full depth's."""
-    shown_logprobs: int | None = None
-    """If it is audited: the most probable tokens that the caller asked for; None: no log probabilities at all."""
 
     @property
     def least_tokens(self) -> int:
@@ -64,6 +60,12 @@ class PreparedRequest:
         stopping = self.request.stopping
         may_end_early = bool(self.stop_strings or self.stop_token_ids) or not stopping.ignore_eos
         return 1 if may_end_early else stopping.max_new_tokens
+
+    def other_answer(self, index: int, request_id: str) -> "PreparedRequest":
+        """Returns the request for answer number `index` to the same prompt, which is drawn with a seed of its own."""
+        sampling = self.request.sampling
+        own = replace(sampling, seed=(sampling.seed + index) % (1 << 64))
+        return replace(self, request=replace(self.request, request_id=request_id, sampling=own))
 
 
 class _Violations:
@@ -93,9 +95,8 @@ def prepare_request(
     model: ServedModel,
     settings: Settings,
     caller: Caller,
-    answer_index: int = 0,
 ) -> PreparedRequest:
-    """Returns the worker's request for one of the answers, with every default filled in.
+    """Returns the worker's request, with every default filled in.
 
     Raises:
         InvalidRequest, InvalidFields: fields are wrong; names all that could be found at once.
@@ -107,7 +108,7 @@ def prepare_request(
     tool_constraint: Constraint | None = None
     priority = Priority.NORMAL
     with violations.collected():
-        sampling = _sampling(parameters.sampling, answer_index)
+        sampling = _sampling(parameters.sampling)
     with violations.collected():
         priority = _priority(parameters, caller)
     with violations.collected():
@@ -239,10 +240,9 @@ def _check_number_of_answers(parameters: generation_pb2.GenerationParameters, se
         raise InvalidRequest("n", f"must be 1 to {settings.max_answers}, got {parameters.n}")
 
 
-def _sampling(sampling: generation_pb2.SamplingParameters, answer_index: int) -> SamplingParameters:
+def _sampling(sampling: generation_pb2.SamplingParameters) -> SamplingParameters:
     given = {field.name: value for field, value in sampling.ListFields() if field.name != "logit_bias"}
     given.setdefault("seed", secrets.randbits(64))
-    given["seed"] = (given["seed"] + answer_index) % (1 << 64)
     return SamplingParameters(logit_bias=dict(sampling.logit_bias), **given)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dash_api.v1 import common_pb2, generation_pb2
 from dash_runtime.events import EndReason, SequenceFinished, TokenLogprobs
 from dash_server.admission import Place
+from dash_server.audit import audited
 from dash_server.dispatcher import Dispatcher
 from dash_server.from_pb import PreparedRequest
 from dash_server.request_record import RequestRecord
@@ -50,12 +51,17 @@ class Generation:
         self._record = record
         self._finished: SequenceFinished | None = None
         self._outbox = dispatcher.submit(
-            prepared.request,
+            prepared.request if record.trail is None else audited(prepared.request),
             place,
             priority=prepared.priority,
             least_tokens=prepared.least_tokens,
             seconds_left=seconds_left,
         )
+
+    @property
+    def record(self) -> RequestRecord:
+        """The record that is filled in."""
+        return self._record
 
     @property
     def num_top_logprobs(self) -> int:
@@ -89,7 +95,7 @@ class Generation:
             tail = self._text.finish() if self._finished is not None else ""
             if self._record.trail is not None:
                 self._record.trail.add(output.token_ids, output.logprobs)
-                output.logprobs = _shown(output.logprobs, self._prepared.shown_logprobs)
+                output.logprobs = _shown(output.logprobs, self._prepared.request.logprobs)
             # Counts what the caller gets: the worker may make more before it hears of a stop string.
             self._record.count_tokens(len(output.token_ids))
             text = piece.text + tail

@@ -27,7 +27,7 @@ _MAX_TRAIL_TOKENS = 512
 
 @dataclass(slots=True)
 class Trail:
-    """What an audited request leaves behind: its first tokens, and their log probabilities on its own path."""
+    """The first tokens of an audited request, and their log probabilities on its own path."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)

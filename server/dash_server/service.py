@@ -93,7 +93,7 @@ def _prepare(message_class: type[M], data: bytes, reading: Reading) -> PreparedR
         prepared = prepare_score(message, **reading.common)
     else:
         with below("parameters"):
-            prepared = prepare_request(parameters, answer_index=reading.answer_index, **reading.common)
+            prepared = prepare_request(parameters, **reading.common)
     if record.trace_id and reading.settings.trace_content:
         record.prompt, record.output = reading.model.prompt_messages(parameters), ""
     return prepared

@@ -4,6 +4,7 @@ Knows no service's messages.
 """
 
 import asyncio
+import functools
 import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
@@ -85,8 +86,6 @@ class Reading:
     model: ServedModel
     settings: Settings
     caller: Caller
-    answer_index: int
-    """The number of the answer to make, of several to one prompt."""
 
     @property
     def common(self) -> dict[str, Any]:
@@ -110,15 +109,29 @@ async def open_generations(
 ) -> AsyncIterator[list[Generation]]:
     """Opens a generation for each answer that a call asks for. Arguments as for `open_generation`.
 
-    Their prompt is computed once: the first leaves its keys and values to the others.
+    The request is read once, and the prompt is computed once: the first leaves its keys and values to the others.
     """
     async with AsyncExitStack() as stack:
-        generations: list[Generation] = []
-        while not generations or len(generations) < generations[0].num_answers:
-            own_id = f"{request_id}-{len(generations)}" if generations else request_id
-            opened = open_generation(state, context, own_id, method, data, prepare, len(generations))
-            generations.append(await stack.enter_async_context(opened))
+
+        async def opened(own_id: str, prepare: Callable[[Reading], PreparedRequest]) -> Generation:
+            opening = open_generation(state, context, own_id, method, data, prepare)
+            return await stack.enter_async_context(opening)
+
+        first = await opened(request_id, prepare)
+        generations = [first]
+        for index in range(1, first.num_answers):
+            again = functools.partial(_prepare_again, first.record, index)
+            generations.append(await opened(f"{request_id}-{index}", again))
         yield generations
+
+
+def _prepare_again(first: RequestRecord, index: int, reading: Reading) -> PreparedRequest:
+    """Returns the request for one more answer to a request that has been read."""
+    record = reading.record
+    record.is_chat, record.wants_trace = first.is_chat, first.wants_trace
+    record.prompt, record.output = first.prompt, None if first.output is None else ""
+    assert first.prepared is not None
+    return first.prepared.other_answer(index, record.request_id)
 
 
 async def together(answers: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
@@ -141,7 +154,6 @@ async def open_generation(
     method: str,
     data: bytes,
     prepare: Callable[[Reading], PreparedRequest],
-    answer_index: int = 0,
 ) -> AsyncIterator[Generation]:
     """Takes a call through its caller's limits into the queue, and gives its slot back at the end.
 
@@ -159,10 +171,9 @@ async def open_generation(
         model = state.require_model()
         record.model = model.facts.name
         with state.admission.admit(caller) as place:
-            reading = Reading(record, model, state.settings, caller, answer_index)
-            prepared = state.auditor.picked(await state.read(data, lambda: prepare(reading)))
-            record.prepared = prepared
-            record.trail = Trail() if prepared.is_audited else None
+            reading = Reading(record, model, state.settings, caller)
+            record.prepared = prepared = await state.read(data, lambda: prepare(reading))
+            record.trail = Trail() if state.auditor.picks(prepared.request) else None
             state.admission.claim(place, prepared.request.num_cache_tokens)
             seconds_left = context.time_remaining()
             generation = Generation(state.dispatcher, model, prepared, place, seconds_left, record)

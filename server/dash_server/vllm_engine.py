@@ -5,7 +5,6 @@ chat template and the tool parsers. Imported only if DASH_VLLM_ENGINE is on: the
 """
 
 import asyncio
-import functools
 import hashlib
 import io
 import time
@@ -48,30 +47,36 @@ class VllmEngineServicer:
 
     async def generate(self, data: bytes, context: grpc.aio.ServicerContext) -> None:
         method = f"{VLLM_ENGINE_SERVICE}/Generate"
-        async with errors_to_status(context) as own_id:
-            request = wire.parse(vllm_pb2.GenerateRequest, data)
-            prepare = functools.partial(_prepare, request)
-            async with open_generations(self._state, context, own_id, method, data, prepare) as generations:
-                writing = asyncio.Lock()
-                answering = asyncio.ensure_future(
-                    together(
-                        [
-                            _answer(generation, index, request.stream, context, writing)
-                            for index, generation in enumerate(generations)
-                        ]
-                    )
+        request = vllm_pb2.GenerateRequest()
+
+        def prepare(reading: Reading) -> PreparedRequest:
+            request.CopyFrom(wire.parse(vllm_pb2.GenerateRequest, data))
+            return prepare_request(parameters_of(request), **reading.common)
+
+        async with (
+            errors_to_status(context) as own_id,
+            open_generations(self._state, context, own_id, method, data, prepare) as generations,
+        ):
+            writing = asyncio.Lock()
+            answering = asyncio.ensure_future(
+                together(
+                    [
+                        _answer(generation, index, request.stream, context, writing)
+                        for index, generation in enumerate(generations)
+                    ]
                 )
-                self._running[request.request_id] = answering
-                try:
-                    await answering
-                except asyncio.CancelledError:
-                    if request.request_id in self._running:
-                        raise  # the call itself is over
-                    for index in range(len(generations)):
-                        await context.write(aborted(index))
-                finally:
-                    answering.cancel()
-                    self._running.pop(request.request_id, None)
+            )
+            self._running[request.request_id] = answering
+            try:
+                await answering
+            except asyncio.CancelledError:
+                if request.request_id in self._running:
+                    raise  # the call itself is over
+                for index in range(len(generations)):
+                    await context.write(aborted(index))
+            finally:
+                answering.cancel()
+                self._running.pop(request.request_id, None)
 
     async def abort(self, data: bytes, context: grpc.aio.ServicerContext) -> vllm_pb2.AbortResponse:
         async with errors_to_status(context):
@@ -155,10 +160,6 @@ def add_vllm_engine(state: ServiceState, server: grpc.aio.Server) -> None:
     """Registers the service on `server`. Its other methods stay unimplemented."""
     handlers = rpc_handlers(_SERVICE, VllmEngineServicer(state), is_whole=False)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(VLLM_ENGINE_SERVICE, handlers),))
-
-
-def _prepare(request: vllm_pb2.GenerateRequest, reading: Reading) -> PreparedRequest:
-    return prepare_request(parameters_of(request), answer_index=reading.answer_index, **reading.common)
 
 
 async def _answer(

@@ -86,6 +86,8 @@ async def test_a_request_takes_the_slot_of_an_audit_which_begins_again(model_fol
         await asyncio.sleep(0.1)
         assert (await server.probe()).num_live == 0, "the audit gave way"
         await asyncio.sleep(0.1)  # and has begun again
+        load = await server.model.GetLoad(model_pb2.GetLoadRequest())
+        assert (load.running_request_count, load.cache_token_count) == (0, 0), "an audit is no load"
         begin = time.monotonic()
         await server.generate(text="ab", max_new_tokens=2, skip=generation_pb2.SkipOptions(mode="MODE_FULL_DEPTH"))
         assert time.monotonic() - begin < 0.3, "the audit takes 0.6 s"
