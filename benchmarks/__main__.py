@@ -51,6 +51,7 @@ def main() -> None:
     if is_quick:
         report.note("a quick run: few rounds and tokens")
     print(f"\n{machine()}\n")
+    changes = report.changes(RESULTS_FOLDER)
     if options.only is None:
         write_plots(report, RESULTS_FOLDER)
         report.write(RESULTS_FOLDER)
@@ -59,6 +60,8 @@ def main() -> None:
     print()
     for note in report.notes:
         print(f"- {note}")
+    for line in changes:
+        print(line)
 
 
 def measure(effort: Effort, cache_folder: Path | None = None, only: str | None = None) -> Report:

@@ -1,9 +1,9 @@
-"""Several streams at once, in the engine alone, with and without its planner, and batched in transformers."""
+"""Several streams at once: the engine alone, with and without its planner, and transformers and llama.cpp batched."""
 
 from benchmarks.contenders import Contender, EngineContender
 from benchmarks.figures import Report
 from benchmarks.rounds import Effort, Work, interleaved
-from benchmarks.setting import Setting
+from benchmarks.setting import FULL_DEPTH, Setting
 
 STREAMS = (1, 4, 8, 16)
 _MOST = STREAMS[-1]
@@ -20,17 +20,22 @@ def measure_batches(report: Report, setting: Setting, effort: Effort) -> None:
         for count in STREAMS:
             name = f"throughput_{count}_planner_off"
             works[name] = _streaming(name, without, setting, count, effort)
-    if setting.transformers is not None:
-        name = f"transformers_tokens_per_second_{_MOST}"
-        works[name] = _streaming(name, setting.transformers, setting, _MOST, effort)
+    full = f"full_depth_tokens_per_second_{_MOST}"
+    works[full] = _streaming(full, setting.ours(FULL_DEPTH), setting, _MOST, effort)
+    others = {"transformers": setting.transformers, "llama_cpp": setting.llama_cpp}
+    for other, contender in others.items():
+        if contender is not None:
+            name = f"{other}_tokens_per_second_{_MOST}"
+            works[name] = _streaming(name, contender, setting, _MOST, effort)
     values = interleaved(report, "streams", works, effort.rounds)
     for name in works:
         report.add(name, values.get(name, []))
     most, one = f"tokens_per_second_{_MOST}", f"tokens_per_second_{STREAMS[0]}"
     report.add_ratio(f"throughput_{_MOST}_vs_1", values, most, one, "≥ 2.5")
-    report.add_ratio(
-        f"throughput_{_MOST}_vs_transformers", values, most, f"transformers_tokens_per_second_{_MOST}", "≥ 2"
-    )
+    for other in others:
+        theirs = f"{other}_tokens_per_second_{_MOST}"
+        report.add_ratio(f"throughput_{_MOST}_vs_{other}", values, most, theirs, "≥ 2")
+    report.add_ratio(f"adaptive_vs_full_{_MOST}", values, most, full, "≥ 1.15")
     report.add_ratio(f"throughput_{_MOST}_planner_on_vs_off", values, most, f"throughput_{_MOST}_planner_off")
     report.note(
         f"streams: ADAPTIVE, {effort.stream_tokens} new tokens of each of up to {_MOST} different prompts of one "

@@ -94,10 +94,27 @@ class Report:
         return {"machine": machine(), "notes": self.notes, "figures": figures}
 
     def write(self, folder: Path) -> None:
-        """Writes everything to `latest.json` in `folder`."""
+        """Writes everything to `latest.json` in `folder`; the file that was there becomes `previous.json`."""
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False)
-        (folder / "latest.json").write_text(text + "\n", encoding="utf-8")
+        latest = folder / "latest.json"
+        if latest.exists():
+            latest.replace(folder / "previous.json")
+        latest.write_text(text + "\n", encoding="utf-8")
+
+    def changes(self, folder: Path) -> list[str]:
+        """Returns a line for each figure whose range lies outside its range in `latest.json` in `folder`."""
+        latest = folder / "latest.json"
+        if not latest.exists():
+            return []
+        kept = json.loads(latest.read_text(encoding="utf-8"))
+        befores = [(figure, kept["figures"].get(figure.name)) for figure in self.figures]
+        lines = [
+            f"{figure.name:46} {before['value']:10.4g}  →  {figure.value:.4g}"
+            for figure, before in befores
+            if before is not None and (figure.low > before["high"] or figure.high < before["low"])
+        ]
+        return [f"changed since the last results, of {kept['machine']}:", *lines] if lines else []
 
 
 def machine() -> str:

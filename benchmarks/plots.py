@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _DPI = 150
 _INK = "#333333"
 _OURS, _OTHERS, _MISSED = "#0072B2", "#999999", "#D55E00"
-_CONTENDERS = ("transformers", "llama_cpp", "full_depth", "int8", "int4", "adaptive_recommended", "adaptive")
+_CONTENDERS = ("transformers", "llama_cpp", "full_depth", "int8", "int4", "adaptive_default", "adaptive")
 _STREAMS = (1, 4, 8, 16)
 # Okabe and Ito's palette, which any colour vision can tell apart.
 _CLASSES = {

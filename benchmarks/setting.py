@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.budget import Budgets, costs_of, shipped_budgets
+from benchmarks.budget import costs_of, shipped_policy
 from benchmarks.contenders import EngineContender, LlamaCpp, Transformers
 from benchmarks.figures import Report
 from benchmarks.prompts import Prompts
@@ -35,17 +35,13 @@ class Setting:
     engine_with_thread_lane: Engine | None
     transformers: Transformers | None
     llama_cpp: LlamaCpp | None
-    budgets: Budgets | None
+    policy_name: str | None
     cache_folder: Path
 
     @property
     def adaptive(self) -> SkipOptions:
-        """The policy in ADAPTIVE at the lowest budget within the divergence limit; what is recommended if that is
-        unknown."""
-        if self.budgets is None:
-            return SkipOptions(Mode.ADAPTIVE)
-        lowest_here = self.engine.facts.policy(self.budgets.policy).lowest_budget
-        return SkipOptions(Mode.ADAPTIVE, max(self.budgets.lowest, lowest_here), self.budgets.policy)
+        """The policy itself, at its recommended budget: a server may run a fixed plan for who names no policy."""
+        return SkipOptions(Mode.ADAPTIVE, policy_name=self.policy_name)
 
     def ours(self, skip: SkipOptions) -> EngineContender:
         return EngineContender(self.engine, skip)
@@ -61,7 +57,7 @@ def load_setting(report: Report, cache_folder: Path) -> Setting:
         without_planner = _build(folder, cache_folder, replace(config, group_planner=False))
     with report.attempt("the engine with the thread lane"):
         with_thread_lane = _build(folder, cache_folder, replace(config, lane=LaneKind.THREAD))
-    transformers, llama_cpp, budgets = None, None, None
+    transformers, llama_cpp, policy_name = None, None, None
     with report.attempt("transformers"):
         progress("loading transformers")
         transformers = Transformers(folder)
@@ -74,14 +70,16 @@ def load_setting(report: Report, cache_folder: Path) -> Setting:
         llama_cpp = LlamaCpp(embedded_gguf(), torch.get_num_threads())
         report.note(
             f"llama.cpp: {llama_cpp.description}, Q4_1 from the same file that our weights come from, "
-            f"{torch.get_num_threads()} threads, n_ctx 2048, eval and the largest logit, its defaults otherwise"
+            f"{torch.get_num_threads()} threads, llama_decode and numpy's largest logit, its defaults otherwise"
         )
-    with report.attempt("the budget within the divergence limit (the recommended one is used)"):
-        budgets = shipped_budgets(folder, costs_of(engine))
+    with report.attempt("the shipped policy (the best fixed plan is used)"):
+        policy = shipped_policy(folder)
+        policy_name = policy.name
+        budget = policy.recommended_budget(costs_of(engine))
         report.note(
-            f"ADAPTIVE: policy {budgets.policy} at budget {budgets.lowest:g}, the lowest where its calibration says at "
-            f"most 0.10 nats per token of divergence from full depth: {budgets.divergence:.3f}, linear between two "
-            f"points, on the calibration text of the policy's card; recommended budget {budgets.recommended:.3f}"
+            f"adaptive: policy {policy.name} at its recommended budget {budget:.3f}, "
+            "the lowest at which its calibration says at most 0.05 nats a token of divergence from full depth; "
+            "adaptive_default: what runs for requests that name no policy and no budget"
         )
     return Setting(
         load_model_config(folder),
@@ -91,7 +89,7 @@ def load_setting(report: Report, cache_folder: Path) -> Setting:
         with_thread_lane,
         transformers,
         llama_cpp,
-        budgets,
+        policy_name,
         cache_folder,
     )
 

@@ -53,6 +53,7 @@ class _Plan:
     head: Action = _HEAD
     kv_action: Action = Action.INT4
     score_actions: Actions = ()
+    num_evaluations: int = 0
 
     @property
     def block_size(self) -> int:

@@ -11,8 +11,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -95,12 +96,30 @@ class Program:
 
     def __init__(self, path: Path, spec: ProgramSpec) -> None:
         self._has_own_outputs = not spec.keeps_results_on_stack
-        # One caller, one thread, so the loader needs no pool of runners.
-        self._loader: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+        # torch unpacks the file, and leaves that behind in a process that ends without tidying; what is loaded needs
+        # no file.
+        with _own_temporary_folder():
+            # One caller, one thread, so the loader needs no pool of runners.
+            self._loader: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         outputs: list[Tensor] = self._loader.boxed_run(inputs)
         return outputs if self._has_own_outputs else [output.clone() for output in outputs]
+
+
+@contextmanager
+def _own_temporary_folder() -> Iterator[None]:
+    """Lets everything temporary go into a folder that is deleted at the end."""
+    usual = os.environ.get("TMPDIR")
+    with tempfile.TemporaryDirectory(prefix="dash-programs-") as folder:
+        os.environ["TMPDIR"] = folder
+        try:
+            yield
+        finally:
+            if usual is None:
+                del os.environ["TMPDIR"]
+            else:
+                os.environ["TMPDIR"] = usual
 
 
 def load_programs(

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.budget import lowest_budget
 from benchmarks.cost_error import Taken, cost_errors
 from benchmarks.figures import Figure, Report
 from benchmarks.rounds import interleaved
@@ -71,6 +70,19 @@ def test_the_file_has_the_machine_the_notes_and_every_figure_by_name(tmp_path: P
     }
 
 
+def test_figures_outside_their_earlier_range_are_shown_and_the_earlier_file_is_kept(tmp_path: Path) -> None:
+    before, now = Report(), Report()
+    for report, speeds in ((before, [1.0, 2.0]), (now, [3.0, 4.0])):
+        report.add("speed", speeds)
+        report.add("size", [5.0])
+    assert now.changes(tmp_path) == []
+    before.write(tmp_path)
+    _, line = now.changes(tmp_path)
+    assert line.split() == ["speed", "1.5", "→", "3.5"]
+    now.write(tmp_path)
+    assert json.loads((tmp_path / "previous.json").read_text(encoding="utf-8"))["figures"]["speed"]["value"] == 1.5
+
+
 def test_a_failure_becomes_one_note_with_its_first_line() -> None:
     report = Report()
     with report.attempt("llama.cpp"):
@@ -107,23 +119,6 @@ def test_a_run_counts_from_when_every_stream_has_its_first_token() -> None:
 def test_a_stream_without_a_token_is_a_failure() -> None:
     with pytest.raises(RuntimeError, match="without a token"):
         run_from_arrivals(0.0, [[(1.0, 1)], []])
-
-
-def test_the_lowest_budget_lies_between_two_points_and_is_rounded_to_where_it_holds() -> None:
-    found = lowest_budget([0.5, 0.6, 0.7], [0.4, 0.2, 0.05], limit=0.1)
-    assert found is not None
-    budget, divergence = found
-    assert budget == pytest.approx(0.6667)
-    assert divergence <= 0.1
-    assert divergence == pytest.approx(0.1, abs=1e-3)
-
-
-def test_the_lowest_budget_is_the_first_point_where_that_is_within_the_limit() -> None:
-    assert lowest_budget([0.5, 0.6], [0.02, 0.01], limit=0.1) == (0.5, 0.02)
-
-
-def test_there_may_be_no_budget_within_the_limit() -> None:
-    assert lowest_budget([0.5, 0.6], [0.4, 0.2], limit=0.1) is None
 
 
 def test_what_a_mode_took_is_in_full_depths_tokens_of_the_same_rounds() -> None:

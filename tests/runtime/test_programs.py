@@ -1,6 +1,8 @@
 """The programs that a model needs, where they are kept, and what a start says if it has none."""
 
+import os
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,6 +174,19 @@ def test_a_kept_program_is_loaded_without_a_word_and_computes_what_its_module_do
     given = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in pytree.tree_leaves(inputs)]
     expected = pytree.tree_leaves(module(*pytree.tree_unflatten(given, pytree.tree_structure(inputs))))
     torch.testing.assert_close(programs[POLICY](list(given)), expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_a_loaded_program_keeps_nothing_in_the_temporary_folder(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (path,) = kept.iterdir()
+    program = Program(path, POLICY)  # its destructor would delete it, but a process may end without
+    assert list(tmp_path.iterdir()) == []
+    assert os.environ["TMPDIR"] == str(tmp_path)
+    del program
 
 
 @needs_compiler
