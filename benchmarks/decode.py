@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
+from benchmarks.budget import costs_of
 from benchmarks.contenders import Contender
 from benchmarks.figures import Report
 from benchmarks.memory import Bandwidth, weight_bytes
@@ -47,7 +48,7 @@ def measure_decode(report: Report, setting: Setting, effort: Effort) -> None:
         report.add_ratio(name, values, upper, lower, target)
     report.add("exposed_policy_share", values.get("adaptive_exposed", []), "≤ 0.03")
     _add_bandwidth(report, setting, values)
-    costs = [f"{action.name} {cost:.3f}" for action, cost in setting.engine.facts.policies[-1].action_costs.items()]
+    costs = [f"{action.name} {cost:.3f}" for action, cost in sorted(costs_of(setting.engine).layer.items())]
     report.note(
         f"decoding: one stream, greedy, {len(prompt)} prompt tokens, {effort.num_tokens} new tokens, from the first to "
         f"the last, {effort.rounds} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}; INT8 and "
