@@ -121,7 +121,9 @@ class Calls:
 
     def audit(self, request_id: str, timeout: float | None) -> Call[Audit]:
         request = model_pb2.GetAuditRequest(request_id=checks.text("request_id", request_id))
-        return self._facts(f"{_MODEL}/GetAudit", request, timeout, model_pb2.GetAuditResponse, responses.audit)
+        # Like a generation, it lasts until the server has computed it.
+        seconds = checks.timeout(timeout, self._timeout)
+        return self._call(f"{_MODEL}/GetAudit", request, seconds, _reader(model_pb2.GetAuditResponse, responses.audit))
 
     def decisions(self, request_id: str, timeout: float | None) -> Call[RecordedDecisions]:
         # Imported here, since few programs need it and the import takes time.

@@ -209,14 +209,15 @@ class DashClient:
     def audit(self, request_id: str, *, timeout: float | None = None) -> Audit:
         """Returns how one of this caller's latest answers in mode "adaptive" compares with full depth.
 
-        A server compares a share of them (`DASH_AUDIT_RATE`), when nothing else is to do.
+        The server compares them when nothing else is to do: a share by itself (`DASH_AUDIT_RATE`), others when they are
+        asked for.
 
         Args:
             request_id: the id in `GenerationStarted`.
             timeout: deadline in seconds, instead of the client's; infinity for none.
 
         Raises:
-            NotFoundError: it was not audited, not yet, or too long ago; or it is another caller's.
+            NotFoundError: it was in another mode, of one token, or too long ago; or it is another caller's.
         """
         return self._run(self._calls.audit(request_id, timeout))
 

@@ -46,6 +46,7 @@ def option_parameters(**options: Unpack[GenerationOptions]) -> generation_pb2.Ge
     _require_known(options, GenerationOptions)
     fields: dict[str, Any] = {}
     tools, tool_choice = options.pop("tools", None), options.pop("tool_choice", None)
+    are_parallel = options.pop("parallel_tool_calls", None)
     for name, value in options.items():
         if value is not None:
             field = "stop_strings" if name == "stop" else name
@@ -54,6 +55,8 @@ def option_parameters(**options: Unpack[GenerationOptions]) -> generation_pb2.Ge
     parameters = generation_pb2.GenerationParameters(**fields)
     if tools:
         add_tools(parameters.chat, tools, tool_choice)
+        if are_parallel is not None:
+            parameters.chat.parallel_tool_calls = checks.flag("parallel_tool_calls", are_parallel)
     elif tool_choice not in (None, "auto", "none"):
         raise invalid_argument("tool_choice", "needs tools to call")
     return parameters

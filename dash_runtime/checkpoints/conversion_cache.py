@@ -57,9 +57,7 @@ def cached_conversion(
             if damage is None:  # another process was faster
                 return target
             if os.path.lexists(target):
-                progress(f"{damage}; converting {file.name} again.")
-            else:
-                progress(f"Converting {file.name} into {target}, once.")
+                progress(f"{damage}; converting {file.name} again")
             _replace(target, source, lambda folder: convert(file, folder))
         return target
     except OSError as error:

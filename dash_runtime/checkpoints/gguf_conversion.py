@@ -11,10 +11,13 @@ from dash_runtime.checkpoints.gguf_file import GgufFile
 from dash_runtime.checkpoints.gguf_weights import write_weights
 from dash_runtime.checkpoints.hf_config import CONFIG_FILE, GENERATION_CONFIG_FILE, parse_model_config
 from dash_runtime.checkpoints.weights import WEIGHTS_FILE
+from dash_runtime.progress import Progress
 
 
-def convert_gguf(path: Path, folder: Path) -> None:
+def convert_gguf(path: Path, folder: Path, progress: Progress = lambda message: None) -> None:
     """Writes configuration, tokenizer, chat template and bfloat16 weights of the model in `path` into `folder`.
+
+    `progress` hears of the weights only, which take long: what is not supported is refused before.
 
     Raises:
         CorruptCheckpoint: the file is damaged, naming it.
@@ -31,7 +34,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
     generation: dict[str, object] = {"eos_token_id": ends} | {key: raw[key] for key in ("bos_token_id",) if key in raw}
     _write_json(folder / GENERATION_CONFIG_FILE, generation)
     write_tokenizer(gguf, config.vocab_size, folder)
-    write_weights(gguf, family, config, folder / WEIGHTS_FILE)
+    write_weights(gguf, family, config, folder / WEIGHTS_FILE, progress)
 
 
 def _write_json(file: Path, value: object) -> None:

@@ -5,6 +5,7 @@ Knows both files' layouts; what llama.cpp changed in a model's tensors is asked 
 
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,11 +17,13 @@ from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.families import Family
 from dash_runtime.files.wording import quoted
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.progress import Progress
 
 if TYPE_CHECKING:
     import numpy as np
 
 _BF16_BYTES = 2
+_SECONDS_UNTOLD = 2.0
 
 
 def gguf_names(config: ModelConfig, family: Family) -> dict[str, str]:
@@ -29,8 +32,8 @@ def gguf_names(config: ModelConfig, family: Family) -> dict[str, str]:
     return dict(zip(parameter_shapes(config), parameter_shapes(in_gguf), strict=True))
 
 
-def write_weights(gguf: GgufFile, family: Family, config: ModelConfig, file: Path) -> None:
-    """Dequantises every parameter of `config` into `file`.
+def write_weights(gguf: GgufFile, family: Family, config: ModelConfig, file: Path, progress: Progress) -> None:
+    """Dequantises every parameter of `config` into `file`. Tells `progress` its share every few seconds.
 
     Raises:
         CorruptCheckpoint: a tensor is missing or has another shape than the metadata say.
@@ -39,9 +42,14 @@ def write_weights(gguf: GgufFile, family: Family, config: ModelConfig, file: Pat
     shapes, names = parameter_shapes(config), gguf_names(config, family)
     _check_tensors(gguf, {names[parameter]: shape for parameter, shape in shapes.items()})
     permuted_heads = family.gguf_permuted_heads(config)
+    num_weights = sum(map(math.prod, shapes.values()))
+    num_done, told_at = 0, -math.inf
     with file.open("wb") as out:
         out.write(_safetensors_header(shapes))
-        for parameter in shapes:
+        for parameter, shape in shapes.items():
+            if time.monotonic() - told_at > _SECONDS_UNTOLD:
+                progress(f"converting {gguf.path.name} (once): {num_done / num_weights:.0%}")
+                told_at = time.monotonic()
             values = gguf.dequantize(gguf.tensors[names[parameter]])
             heads = next((heads for module, heads in permuted_heads.items() if f".{module}." in parameter), None)
             if heads is not None:
@@ -49,6 +57,7 @@ def write_weights(gguf: GgufFile, family: Family, config: ModelConfig, file: Pat
             if values.ndim == 1 and parameter.endswith(".weight"):  # a norm; llama.cpp has added the offset
                 values = values - config.block.norm_offset
             out.write(_bfloat16_bytes(values))
+            num_done += math.prod(shape)
 
 
 def _check_tensors(gguf: GgufFile, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -5,6 +5,7 @@ Reads no environment variables and prints nothing: the caller is told of progres
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from dash_runtime.checkpoints.conversion_cache import ConversionSource, cached_conversion
@@ -49,20 +50,21 @@ def resolve_checkpoint(
     is_local = model == EMBEDDED or path.exists() or not is_hub_id(model)
     if is_local and revision is not None:
         raise ConfigError("revision", f"applies to hub ids only, and {model!r} is local")
+    convert = partial(convert_gguf, progress=progress)
     if model == EMBEDDED:
         source = _source(EMBEDDED_NAME, f"sha256:{EMBEDDED_SHA256}", embedded_gguf)
-        return cached_conversion(source, cache_folder, convert_gguf, progress)
+        return cached_conversion(source, cache_folder, convert, progress)
     if path.is_dir():
         return _checked_folder(path)
     if path.suffix == ".gguf":
-        return cached_conversion(_gguf_source(path), cache_folder, convert_gguf, progress)
+        return cached_conversion(_gguf_source(path), cache_folder, convert, progress)
     if path.exists():
         raise CheckpointError(f"{path} is neither a folder nor a .gguf file.")
     if is_local:
         raise CheckpointNotFound(
             f"There is no {model!r}: a model is {EMBEDDED!r}, a folder, a .gguf file, or a hub id (organisation/name)."
         )
-    progress(f"Fetching {model} from the hub.")
+    progress(f"fetching {model} from the hub")
     return _checked_folder(download_snapshot(model, revision))
 
 

@@ -1,6 +1,6 @@
 """Runs whole sequences through the layers, under teacher forcing. Knows the decoder; knows no policies."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,16 @@ from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Compensation, Identity
+
+_ROWS_TOGETHER = 1024
+"""More make no layer faster, and a path's states of all layers take memory."""
+
+
+def parts_of(sequences: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
+    """Splits sequences into parts that are best run together."""
+    size = max(1, _ROWS_TOGETHER // max(map(len, sequences)))
+    for first in range(0, len(sequences), size):
+        yield sequences[first : first + size]
 
 
 def sequence_rows(
@@ -30,3 +40,8 @@ def full_path(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> list[Tens
     for layer in range(decoder.num_layers):
         states.append(decoder.run_layer(layer, actions, states[-1], batch))
     return states
+
+
+def full_outputs(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Runs every layer in FULL. Returns the last one's output, `[rows, hidden_size]`."""
+    return torch.cat([full_path(decoder, part)[-1] for part in parts_of(sequences)])

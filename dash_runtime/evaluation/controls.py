@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.full_path import full_path
+from dash_runtime.decoder.full_path import full_outputs
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.learned import LearnedPolicy
@@ -118,7 +118,7 @@ class Evaluation:
         self.task = policy_task(decoder, policy, num_prompt_tokens)
         self._policy = policy
         self._sequences = sequences
-        self._full = full_path(decoder, sequences)
+        self._full = full_outputs(decoder, sequences)
         self._refit_static = refit_static
         self._num_tokens = int(self.task.decided_rows(sequences).sum())
         self._plans = search_plans(self.task, search_sequences, max_plans=None)

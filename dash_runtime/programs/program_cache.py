@@ -11,8 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -29,9 +29,11 @@ from dash_runtime.files.disk_cache import digest
 from dash_runtime.programs.traced_code import traced_code
 from dash_runtime.programs.traced_layer import ModelShape
 from dash_runtime.programs.traced_policy import PolicyShape
+from dash_runtime.progress import Progress
 
 _COMPILE_SECONDS = 600
 """The time limit for one program."""
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class ProgramKind(StrEnum):
@@ -122,9 +124,7 @@ def _own_temporary_folder() -> Iterator[None]:
                 os.environ["TMPDIR"] = usual
 
 
-def load_programs(
-    specs: Sequence[ProgramSpec], folder: Path, progress: Callable[[str], None]
-) -> dict[ProgramSpec, Program] | None:
+def load_programs(specs: Sequence[ProgramSpec], folder: Path, progress: Progress) -> dict[ProgramSpec, Program] | None:
     """Returns the programs; compiles missing ones into `folder`. Returns None if this machine cannot compile."""
     paths = {spec: folder / f"{spec.name}-{digest((spec.to_json(), _surroundings()))}.pt2" for spec in specs}
     programs = {spec: program for spec, path in paths.items() if (program := _load(path, spec)) is not None}
@@ -134,17 +134,32 @@ def load_programs(
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         progress("layers run uncompiled: no C++ compiler here")
         return None
-    progress(f"compiling {len(missing)} programs (kept for later starts)")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         num_processes = min(len(missing), max(1, torch.get_num_threads()))
         shares = [missing[first::num_processes] for first in range(num_processes)]
         with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(num_processes) as pool:
-            list(pool.map(lambda share: _compile(share, paths, scratch), shares))
+            compiling = [pool.submit(_compile, share, paths, scratch) for share in shares]
+            _follow([paths[spec] for spec in missing], compiling, progress)
         return programs | {spec: Program(paths[spec], spec) for spec in missing}
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         progress(f"layers run uncompiled: {_reason(error)}")
         return None
+
+
+def _follow(paths: Sequence[Path], compiling: Sequence[Future[None]], progress: Progress) -> None:
+    """Tells how many programs are there, until all are. Raises what `compiling` raises."""
+    num_told = -1
+    while num_told < len(paths):
+        _, unfinished = wait(compiling, timeout=_SECONDS_BETWEEN_LOOKS, return_when=FIRST_EXCEPTION)
+        num_there = sum(path.exists() for path in paths)
+        if num_there != num_told:
+            num_told = num_there
+            progress(f"compiling programs (kept for later starts): {num_there} of {len(paths)}")
+        if not unfinished or any(future.done() and future.exception() for future in compiling):
+            break
+    for future in compiling:
+        future.result()
 
 
 def programs_digest() -> str:

@@ -5,7 +5,7 @@ episode is one token's way through the layers. Knows the decoder and scores; kno
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -93,6 +93,11 @@ class Judged:
     acceptance: Tensor
     """Probability that full depth accepts a token drawn from theirs: Σ min(p, q) (Leviathan et al. 2023, theorem
     3.5)."""
+
+    @classmethod
+    def joined(cls, parts: Sequence["Judged"]) -> "Judged":
+        """Returns the rows of all parts, in order."""
+        return cls(*(torch.cat([getattr(part, own.name) for part in parts]) for own in fields(cls)))
 
 
 @torch.no_grad()

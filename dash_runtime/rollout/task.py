@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.full_path import full_path
+from dash_runtime.decoder.full_path import full_outputs, parts_of
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
@@ -70,20 +70,26 @@ def path_outcome(
     task: Task,
     sequences: Sequence[Sequence[int]],
     choose: Choose = no_choice,
-    full: list[Tensor] | None = None,
+    full: Tensor | None = None,
     num_evaluations: int = 0,
 ) -> tuple[Outcome, Tensor]:
     """Returns the outcome of the paths that `choose` takes, and its actions `[num_layers, decided rows]`.
 
     Args:
-        full: the full path of the same sequences; None to compute it.
+        full: the `full_outputs` of the same sequences; None to compute them.
         num_evaluations: evaluations of a network by `choose` for one token.
     """
-    rows = task.decided_rows(sequences)
-    full = full or full_path(task.decoder, sequences)
-    rollout = task.roll_out(sequences, choose)
-    judged = divergences(task.decoder, full[-1][rows], rollout.states[-1][rows], task.spec.head)
-    return outcome_of(judged, task.token_costs(rollout, num_evaluations)[rows]), rollout.actions[:, rows]
+    if full is None:
+        full = full_outputs(task.decoder, sequences)
+    judged, costs, actions = [], [], []
+    for part in parts_of(sequences):
+        rows = task.decided_rows(part)
+        rollout = task.roll_out(part, choose)
+        own, full = full[: len(rows)], full[len(rows) :]
+        judged.append(divergences(task.decoder, own[rows], rollout.states[-1][rows], task.spec.head))
+        costs.append(task.token_costs(rollout, num_evaluations)[rows])
+        actions.append(rollout.actions[:, rows])
+    return outcome_of(Judged.joined(judged), torch.cat(costs)), torch.cat(actions, dim=1)
 
 
 def greedy_outcome(
@@ -91,7 +97,7 @@ def greedy_outcome(
     network: PolicyNetwork,
     sequences: Sequence[Sequence[int]],
     price: float,
-    full: list[Tensor] | None = None,
+    full: Tensor | None = None,
 ) -> tuple[Outcome, Tensor]:
     """Returns `path_outcome` of the policy that always takes its best action."""
     choose = greedy_choice(task.spec, network, torch.tensor(math.log(price)))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.decoder.full_path import full_path
+from dash_runtime.decoder.full_path import full_path, parts_of
 from dash_runtime.errors import ConfigError
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.fixed_plans import MeasuredPlan, named, not_dominated
@@ -31,7 +31,6 @@ _NUM_TRIED = 3
 """Skips that are tried before one is taken."""
 _STEPS_OF_PRECISION = 8
 """Steps in which all layers would change their precision."""
-_ROWS_TOGETHER = 1024
 _SEARCH_WORK = 7e10
 """Tokens of a search's text times the model's parameters. A search runs them some hundred times."""
 _LEAST_TOKENS = 64
@@ -121,17 +120,12 @@ def measure_plans(
     """Returns the plans with their divergences on another text."""
     totals = dict.fromkeys((plan.name for plan in plans), 0.0)
     count = 0
-    for together in _batches(sequences):
+    for together in parts_of(sequences):
         text, num_rows = _Text(task, together), int(task.decided_rows(together).sum())
         count += num_rows
         for plan in plans:
             totals[plan.name] += text.divergence(text.path(plan.actions), plan.head) * num_rows
     return tuple(replace(plan, divergence=totals[plan.name] / count) for plan in plans)
-
-
-def _batches(sequences: Sequence[Sequence[int]]) -> Iterable[Sequence[Sequence[int]]]:
-    size = max(1, _ROWS_TOGETHER // max(map(len, sequences)))
-    return (sequences[start : start + size] for start in range(0, len(sequences), size))
 
 
 def _uniform_plans(text: _Text, num_layers: int, kernels: Iterable[Action], heads: Sequence[Action]) -> list[_Walked]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.full_path import full_path
+from dash_runtime.decoder.full_path import full_outputs
 from dash_runtime.policy.budgets import BudgetCalibration, PricePoint
 from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.frontier import Frontier
@@ -26,7 +26,7 @@ _SEARCH_SEQUENCES = 4
 
 def calibrate(task: Task, network: PolicyNetwork, sequences: Sequence[Sequence[int]]) -> BudgetCalibration:
     """Measures on `sequences` what the policy does at a ladder of prices."""
-    full = full_path(task.decoder, sequences)
+    full = full_outputs(task.decoder, sequences)
     points: list[PricePoint] = []
     for price in CALIBRATION_PRICES:
         outcome, actions = greedy_outcome(task, network, sequences, price, full)

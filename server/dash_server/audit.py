@@ -1,8 +1,9 @@
-"""Checks a share of ADAPTIVE answers against full depth, while nothing else is to do.
+"""Checks ADAPTIVE answers against full depth, a share of all and those that are asked for, while nothing else is to do.
 
-An audited answer is made with the log probabilities of its most probable tokens. Later its tokens are run through full
-depth, as Score runs a given output, and both are compared. A request that comes takes the check back at once, and it
-begins again later. Knows the dispatcher; knows no gRPC and no exporters.
+An answer that is picked beforehand is made with the log probabilities of its most probable tokens; those of another
+are found by running its tokens once more as it ran. Then they are run through full depth, as Score runs a given output,
+and both are compared. A request that comes takes the check back at once, and it begins again later. Knows the
+dispatcher; knows no gRPC and no exporters.
 """
 
 import asyncio
@@ -20,14 +21,16 @@ from dash_runtime.events import TokenLogprobs
 from dash_server.admission import Place
 from dash_server.auth import Caller
 from dash_server.dispatcher import Dispatcher
-from dash_server.request_record import RequestRecord
-from dash_server.statuses import AuditNotFound, ServiceError
+from dash_server.request_record import RequestRecord, Trail
+from dash_server.statuses import AuditNotFound, ServiceError, ShuttingDown
 
 logger = logging.getLogger(__name__)
 
 _NUM_TOP = 20
 """The most probable tokens that are compared at each position."""
 _MAX_WAITING = 16
+_MAX_KEPT_TOKENS = 65_536
+"""Of prompts and answers that may be asked for."""
 _MAX_TOKENS_PER_OUTPUT = 256
 _NUM_FOR_WARNING = 8
 """Answers over which a policy's divergence is averaged before it is judged."""
@@ -63,121 +66,167 @@ class Auditor:
     Args:
         rate: share of the ADAPTIVE requests that are picked.
         warning_factor: warns where a policy diverges so many times as much as expected.
-        max_results: the latest results that can be asked for.
+        max_kept: the latest answers, and results, that can be asked for.
     """
 
-    def __init__(self, dispatcher: Dispatcher, rate: float, warning_factor: float, max_results: int) -> None:
+    def __init__(self, dispatcher: Dispatcher, rate: float, warning_factor: float, max_kept: int) -> None:
         self._dispatcher = dispatcher
         self._rate = rate
         self._warning_factor = warning_factor
-        self._max_results = max_results
+        self._max_kept = max_kept
         self._random = random.Random()
         self._waiting: deque[RequestRecord] = deque(maxlen=_MAX_WAITING)
+        self._latest: dict[str, RequestRecord] = {}
+        """Answers that may be asked for, oldest first."""
+        self._asked: dict[str, tuple[RequestRecord, asyncio.Future[Audit]]] = {}
+        """What callers wait for, in this order."""
         self._results: dict[str, tuple[str, Audit]] = {}
         """Owner and result by request id, oldest first."""
         self._recent: dict[str, deque[float]] = {}
         """By policy: divergence over expected divergence."""
         self._warned: set[str] = set()
-        self._check: asyncio.Task[Audit] | None = None
+        self._checking: asyncio.Task[Audit] | None = None
         self._can_go_on = asyncio.Event()
         self.observers: list[Callable[[Audit, RequestRecord], None]] = []
         """Called with each result and the record of its call."""
         dispatcher.before_submit.append(self._give_way)
         dispatcher.when_idle.append(self._can_go_on.set)
 
-    def picks(self, request: GenerationRequest) -> bool:
-        """True if the answer to this request will be audited."""
-        may_be = request.skip.mode is Mode.ADAPTIVE and request.scored_token_ids is None
-        return may_be and self._random.random() < self._rate
+    def trail(self, request: GenerationRequest) -> Trail | None:
+        """Returns what to keep of the answer to this request; None: it cannot be audited."""
+        if request.skip.mode is not Mode.ADAPTIVE or request.scored_token_ids is not None:
+            return None
+        is_picked = self._random.random() < self._rate
+        return Trail(is_picked) if is_picked or self._max_kept else None
 
     def keep(self, record: RequestRecord) -> None:
         """Takes a call that is over. An observer of calls."""
         if record.trail is None or record.finished is None or len(record.trail.token_ids) < 2:
             return  # the first token is full depth's own
-        self._waiting.append(record)
-        if self._dispatcher.is_idle:
-            self._can_go_on.set()
+        self._latest[record.request_id] = record
+        while len(self._latest) > self._max_kept or sum(map(_num_tokens, self._latest.values())) > _MAX_KEPT_TOKENS:
+            del self._latest[next(iter(self._latest))]
+        if record.is_picked:
+            self._waiting.append(record)
+            self._go_on()
 
-    def result(self, request_id: str, caller_name: str) -> Audit:
-        """Returns the result for one of the caller's own requests.
+    async def audit(self, request_id: str, caller_name: str) -> Audit:
+        """Returns the audit of one of the caller's own latest answers, once there is one.
 
         Raises:
-            AuditNotFound: it was not audited, not yet, too long ago, or belongs to another caller.
+            AuditNotFound: there is no such answer, it is not kept any more, or it belongs to another caller.
+            InvalidRequest, ServiceError: its check failed; it may be asked for again.
         """
-        owner, audit = self._results.get(request_id, ("", None))
-        if audit is None or owner != caller_name:
+        owner, result = self._results.get(request_id, ("", None))
+        if result is not None and owner == caller_name:
+            return result
+        record = self._latest.get(request_id)
+        if record is None or record.caller is None or record.caller.name != caller_name:
             raise AuditNotFound
-        return audit
+        _, result_to_come = self._asked.setdefault(request_id, (record, asyncio.Future()))
+        self._go_on()
+        return await asyncio.shield(result_to_come)
 
     async def run(self) -> None:
         """Checks answers for ever, one at a time, whenever the dispatcher is idle."""
-        while True:
-            await self._can_go_on.wait()
-            self._can_go_on.clear()
-            while self._waiting and self._dispatcher.is_idle and self._dispatcher.is_ready:
-                record = self._waiting.popleft()
-                self._check = check = asyncio.create_task(self._compare(record))
-                try:
-                    await asyncio.wait({check})
-                finally:
-                    self._check = None
-                    check.cancel()
-                if check.cancelled():
-                    self._waiting.appendleft(record)  # a request came
-                elif isinstance(error := check.exception(), (ServiceError, InvalidRequest)):
-                    logger.info("not audited: %s", error)  # its worker is gone, say
-                else:
-                    self._report(record, check.result())
+        try:
+            while True:
+                await self._can_go_on.wait()
+                self._can_go_on.clear()
+                while (record := self._next()) and self._dispatcher.is_idle and self._dispatcher.is_ready:
+                    await self._check(record)
+        finally:
+            for _, result_to_come in self._asked.values():
+                _fail(result_to_come, ShuttingDown())
+
+    def _go_on(self) -> None:
+        if self._dispatcher.is_idle:
+            self._can_go_on.set()
+
+    def _next(self) -> RequestRecord | None:
+        """Returns the answer to check next: those that are asked for come first."""
+        for record, _ in self._asked.values():
+            return record
+        return self._waiting[0] if self._waiting else None
+
+    async def _check(self, record: RequestRecord) -> None:
+        self._checking = checking = asyncio.create_task(self._compare(record))
+        try:
+            await asyncio.wait({checking})
+        finally:
+            self._checking = None
+            checking.cancel()
+        if checking.cancelled():
+            return  # a request came: later again
+        if record in self._waiting:
+            self._waiting.remove(record)
+        _, result_to_come = self._asked.pop(record.request_id, (None, None))
+        error = checking.exception()
+        if isinstance(error, (ServiceError, InvalidRequest)):
+            logger.info("not audited: %s", error)  # its worker is gone, say
+            if result_to_come is not None:
+                _fail(result_to_come, error)
+            return
+        self._report(record, checking.result())
+        if result_to_come is not None:
+            result_to_come.set_result(checking.result())
 
     async def _compare(self, record: RequestRecord) -> Audit:
         trail, granted, prepared = record.trail, record.granted, record.prepared
         assert trail is not None
         assert granted is not None, "keep() takes finished calls"
         assert prepared is not None
-        request_id = f"audit-{record.request_id}"
+        started_unix_ns = time.time_ns()
+        own = trail.logprobs or await self._logprobs(record.request_id, prepared.request, trail, prepared.request.skip)
+        full = await self._logprobs(record.request_id, prepared.request, trail, SkipOptions(Mode.FULL_DEPTH))
+        pairs = list(zip(own, full, strict=True))[1:]
+        return Audit(
+            record.request_id,
+            granted.policy,
+            granted.compute_budget,
+            num_tokens=len(pairs),
+            agreement=sum(ours.top[0][0] == fulls.top[0][0] for ours, fulls in pairs) / len(pairs),
+            logprob_gap=math.fsum(ours.chosen - fulls.chosen for ours, fulls in pairs) / len(pairs),
+            divergence=math.fsum(divergence(fulls, ours) for ours, fulls in pairs) / len(pairs),
+            expected_divergence=granted.divergence,
+            started_unix_ns=started_unix_ns,
+            ended_unix_ns=time.time_ns(),
+        )
+
+    async def _logprobs(
+        self, of_request_id: str, answered: GenerationRequest, trail: Trail, skip: SkipOptions
+    ) -> list[TokenLogprobs]:
+        """Runs the tokens of an answer, and returns the log probabilities at each."""
         request = GenerationRequest(
-            request_id=request_id,
-            prompt_token_ids=prepared.request.prompt_token_ids,
+            request_id=f"audit-{of_request_id}",
+            prompt_token_ids=answered.prompt_token_ids,
             stopping=StoppingParameters(len(trail.token_ids), ignore_eos=True),
-            skip=SkipOptions(Mode.FULL_DEPTH),
+            skip=skip,
             logprobs=_NUM_TOP,
             scored_token_ids=trail.token_ids,
-            cache_namespace=prepared.request.cache_namespace,
+            cache_namespace=answered.cache_namespace,
         )
-        full: list[TokenLogprobs] = []
-        started_unix_ns = time.time_ns()
+        found: list[TokenLogprobs] = []
         outbox = self._dispatcher.submit(request, Place(_CALLER, lambda _: None), is_background=True)
         try:
             await outbox.granted()
             is_over = False
             while not is_over:
                 output = await outbox.take(_MAX_TOKENS_PER_OUTPUT)
-                full += output.logprobs
+                found += output.logprobs
                 is_over = output.finished is not None
         finally:
-            self._dispatcher.cancel(request_id)
-        pairs = list(zip(trail.logprobs, full, strict=True))[1:]
-        return Audit(
-            record.request_id,
-            granted.policy,
-            granted.compute_budget,
-            num_tokens=len(pairs),
-            agreement=sum(own.top[0][0] == other.top[0][0] for own, other in pairs) / len(pairs),
-            logprob_gap=math.fsum(own.chosen - other.chosen for own, other in pairs) / len(pairs),
-            divergence=math.fsum(divergence(other, own) for own, other in pairs) / len(pairs),
-            expected_divergence=granted.divergence,
-            started_unix_ns=started_unix_ns,
-            ended_unix_ns=time.time_ns(),
-        )
+            self._dispatcher.cancel(request.request_id)
+        return found
 
     def _give_way(self) -> None:
-        if self._check is not None:
-            self._check.cancel()
+        if self._checking is not None:
+            self._checking.cancel()
 
     def _report(self, record: RequestRecord, audit: Audit) -> None:
         assert record.caller is not None
         self._results[audit.request_id] = record.caller.name, audit
-        while len(self._results) > self._max_results:
+        while len(self._results) > self._max_kept:
             del self._results[next(iter(self._results))]
         expected = audit.expected_divergence
         logger.info(
@@ -217,6 +266,17 @@ class Auditor:
 def audited(request: GenerationRequest) -> GenerationRequest:
     """Returns the request with the log probabilities that an audit compares."""
     return replace(request, logprobs=max(_NUM_TOP, request.logprobs or 0))
+
+
+def _num_tokens(record: RequestRecord) -> int:
+    assert record.prepared is not None
+    assert record.trail is not None
+    return len(record.prepared.request.prompt_token_ids) + len(record.trail.token_ids)
+
+
+def _fail(result_to_come: "asyncio.Future[Audit]", error: Exception) -> None:
+    result_to_come.set_exception(error)
+    result_to_come.exception()  # nobody may wait any more: asyncio would log that
 
 
 def divergence(full: TokenLogprobs, own: TokenLogprobs) -> float:

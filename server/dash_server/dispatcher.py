@@ -71,6 +71,10 @@ class Dispatcher:
         """True if any worker takes requests."""
         return any(link.is_ready for link in self._links)
 
+    def doing(self) -> str:
+        """Returns what a worker that is not ready is doing, in brackets; empty if none says."""
+        return next((f" ({link.doing})" for link in self._links if link.doing and not link.is_ready), "")
+
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
@@ -129,7 +133,7 @@ class Dispatcher:
             DeadlineTooShort: the request could not be served in time.
         """
         if not self.is_ready:
-            raise WorkerUnavailable("no worker is ready at the moment; try again later")
+            raise WorkerUnavailable(f"no worker is ready at the moment{self.doing()}; try again later")
         if seconds_left is not None:
             ahead = self._queue.num_ahead(priority, place.caller.name)
             num_prompt_tokens = len(request.prompt_token_ids)

@@ -51,7 +51,7 @@ class Generation:
         self._record = record
         self._finished: SequenceFinished | None = None
         self._outbox = dispatcher.submit(
-            prepared.request if record.trail is None else audited(prepared.request),
+            audited(prepared.request) if record.is_picked else prepared.request,
             place,
             priority=prepared.priority,
             least_tokens=prepared.least_tokens,
@@ -95,6 +95,7 @@ class Generation:
             tail = self._text.finish() if self._finished is not None else ""
             if self._record.trail is not None:
                 self._record.trail.add(output.token_ids, output.logprobs)
+            if self._record.is_picked:
                 output.logprobs = _shown(output.logprobs, self._prepared.request.logprobs)
             # Counts what the caller gets: the worker may make more before it hears of a stop string.
             self._record.count_tokens(len(output.token_ids))

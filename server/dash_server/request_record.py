@@ -27,15 +27,17 @@ _MAX_TRAIL_TOKENS = 512
 
 @dataclass(slots=True)
 class Trail:
-    """The first tokens of an audited request, and their log probabilities on its own path."""
+    """The first tokens of an answer that may be audited; if it will be, with the log probabilities of its own path."""
 
+    is_picked: bool
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def add(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> None:
         room = _MAX_TRAIL_TOKENS - len(self.token_ids)
         self.token_ids += token_ids[:room]
-        self.logprobs += logprobs[:room]
+        if self.is_picked:
+            self.logprobs += logprobs[:room]
 
 
 @dataclass(slots=True)
@@ -79,7 +81,7 @@ class RequestRecord:
     output: str | None = None
     """Prompt and output are set only if DASH_TRACE_CONTENT is on."""
     trail: Trail | None = None
-    """Set if the answer will be audited."""
+    """Set if the answer may be audited."""
     ended_unix_ns: int | None = None
     code: grpc.StatusCode = grpc.StatusCode.OK
     reason: str | None = None
@@ -95,6 +97,11 @@ class RequestRecord:
         """The call's duration. The call must be over."""
         assert self.ended_unix_ns is not None
         return (self.ended_unix_ns - self.started_unix_ns) / 1e9
+
+    @property
+    def is_picked(self) -> bool:
+        """True if the answer will be audited."""
+        return self.trail is not None and self.trail.is_picked
 
     def count_tokens(self, num_tokens: int) -> None:
         """Adds tokens that are about to be sent."""

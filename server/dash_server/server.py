@@ -130,7 +130,7 @@ class DashServer:
         self._start_tracing()
         self._start_metrics()
         await self._server.start()
-        if self._settings.audit_rate:
+        if self._settings.audit_rate or self._settings.recent_requests:
             self._auditing = asyncio.create_task(self._state.auditor.run())
         if port_file is not None:
             write_port_file(port_file, port)

@@ -143,7 +143,7 @@ class ModelServicer:
             request = wire.parse(model_pb2.GetAuditRequest, data)
             if not request.request_id:
                 raise InvalidRequest("request_id", "is required")
-            return audit_to_pb(self._state.auditor.result(request.request_id, caller.name))
+            return audit_to_pb(await self._state.auditor.audit(request.request_id, caller.name))
 
     async def get_decisions(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetDecisionsResponse:
         async with errors_to_status(context):

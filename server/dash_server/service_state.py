@@ -23,7 +23,7 @@ from dash_server.from_pb import PreparedRequest
 from dash_server.generation import Generation
 from dash_server.logs import request_id_of_task, trace_id_of_task
 from dash_server.recent_decisions import RecentDecisions
-from dash_server.request_record import Observer, RequestRecord, Trail, observed, record_of_call
+from dash_server.request_record import Observer, RequestRecord, observed, record_of_call
 from dash_server.served_model import ServedModel
 from dash_server.settings import Settings
 from dash_server.statuses import WorkerUnavailable, failure_of
@@ -48,9 +48,7 @@ class ServiceState:
         self.dispatcher = dispatcher
         self.authenticator = authenticator
         self.recent_decisions = RecentDecisions(settings.recent_requests)
-        self.auditor = Auditor(
-            dispatcher, settings.audit_rate, settings.audit_warning_factor, max(1, settings.recent_requests)
-        )
+        self.auditor = Auditor(dispatcher, settings.audit_rate, settings.audit_warning_factor, settings.recent_requests)
         self.start_observers: list[Observer] = []
         """Called with each generation call that begins."""
         self.observers: list[Observer] = [self.auditor.keep]
@@ -65,7 +63,7 @@ class ServiceState:
 
     def require_model(self) -> ServedModel:
         if self.model is None:
-            raise WorkerUnavailable("the model is still being loaded; try again later")
+            raise WorkerUnavailable(f"the model is still being loaded{self.dispatcher.doing()}; try again later")
         return self.model
 
     async def read(self, data: bytes, function: Callable[[], T]) -> T:
@@ -173,7 +171,7 @@ async def open_generation(
         with state.admission.admit(caller) as place:
             reading = Reading(record, model, state.settings, caller)
             record.prepared = prepared = await state.read(data, lambda: prepare(reading))
-            record.trail = Trail() if state.auditor.picks(prepared.request) else None
+            record.trail = state.auditor.trail(prepared.request)
             state.admission.claim(place, prepared.request.num_cache_tokens)
             seconds_left = context.time_remaining()
             generation = Generation(state.dispatcher, model, prepared, place, seconds_left, record)

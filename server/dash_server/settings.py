@@ -175,7 +175,7 @@ class Settings(BaseSettings):
         description="Warn if audited answers diverge so many times as much as their policy did when it was calibrated",
     )
     recent_requests: int = Field(
-        default=64, ge=0, description="Latest requests whose decisions are kept for `GetDecisions`; 0: none"
+        default=64, ge=0, description="Latest requests kept for `GetDecisions` and `GetAudit`; 0: none"
     )
 
     metrics_port: int | None = Field(

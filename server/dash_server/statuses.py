@@ -102,15 +102,15 @@ class DecisionsNotFound(ServiceError):
 
 
 class AuditNotFound(ServiceError):
-    """The request was not audited, or belongs to another caller. The message does not say which."""
+    """There is nothing to audit, or it belongs to another caller. The message does not say which."""
 
     code = grpc.StatusCode.NOT_FOUND
     reason = "AUDIT_NOT_FOUND"
 
     def __init__(self) -> None:
         super().__init__(
-            "no audit is held of a request of this caller with this id; a share of ADAPTIVE answers is audited, when "
-            "nothing else is to do, and only the latest are kept"
+            "no ADAPTIVE answer of two tokens or more, by this id and of this caller, is among the latest, which are "
+            "kept for audits"
         )
 
 

@@ -34,6 +34,8 @@ class Tools:
     """The JSON schema of each one's arguments, by its name."""
     choice: int
     required: str | None
+    are_parallel: bool
+    """Whether a reply may call several."""
 
     def constraint(self, tokenizer: TextTokenizer) -> Constraint:
         """Returns the constraint that keeps calls to the schemas.
@@ -55,9 +57,10 @@ class Tools:
         if self.choice == common_pb2.TOOL_CHOICE_AUTO:
             # Text ends with the first opening: a token is part of no text; letters are, unless their rule is lazy.
             head = "opening" if opening.startswith("<") else "opening[lazy]"
-            rules += ["start: (opening call)* TEXT", f"{head}: TEXT {opening}", r"TEXT: /(.|\n)*/"]
+            start = "(opening call)* TEXT" if self.are_parallel else "opening call | TEXT"
+            rules += [f"start: {start}", f"{head}: TEXT {opening}", r"TEXT: /(.|\n)*/"]
         else:
-            more = "" if self.required else f' ("\\n" {opening} call)*'
+            more = f' ("\\n" {opening} call)*' if self.are_parallel else ""
             rules.append(f"start: {opening} call{more}")
         return Constraint(ConstraintKind.LARK_GRAMMAR, "\n".join(["%llguidance {}", *rules]), "chat.tools")
 
@@ -90,7 +93,8 @@ def read_tools(chat: common_pb2.ChatPrompt, template: ChatTemplate, tokenizer: T
     is_hidden = tokenizer.added_token_ids.get(_OPENING) in tokenizer.special_token_ids
     if is_hidden or _OPENING not in (template.source or ""):
         raise InvalidRequest("chat.tools", f"the model does not write calls between {_OPENING} and {_CLOSING}")
-    return Tools(schemas, choice, required)
+    are_parallel = required is None and (chat.parallel_tool_calls or not chat.HasField("parallel_tool_calls"))
+    return Tools(schemas, choice, required, are_parallel)
 
 
 def template_messages(chat: common_pb2.ChatPrompt) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import grpc
 from google.protobuf import any_pb2
-from google.rpc import status_pb2
+from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from dash_api.v1 import (
@@ -123,6 +123,8 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
         self.requests: list[Any] = []
         self.metadata: list[dict[str, Any]] = []
         self.decisions: dict[str, model_pb2.GetDecisionsResponse] = {}
+        self.loading: str | None = None
+        """What GetModel says while the model is loaded."""
         self.cancelled = threading.Event()
         self._health = health.HealthServicer()
         self.set_serving(serving)
@@ -206,6 +208,9 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
         self, request: model_pb2.GetModelRequest, context: grpc.ServicerContext
     ) -> model_pb2.GetModelResponse:
         self._record(request, context)
+        if self.loading is not None:
+            reason = error_details_pb2.ErrorInfo(reason="WORKER_UNAVAILABLE")
+            fail(grpc.StatusCode.UNAVAILABLE, self.loading, reason)(context)
         return model_pb2.GetModelResponse(
             name="fake-model",
             architecture="LlamaForCausalLM",

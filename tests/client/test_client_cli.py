@@ -264,6 +264,9 @@ def test_health_is_an_exit_code(server: FakeDashServer, capsys: pytest.CaptureFi
     server.set_serving(False)
     assert main(["health"]) == 3
     assert capsys.readouterr().out == "NOT_SERVING\n"
+    server.loading = "compiling 7 of 26"
+    assert main(["health"]) == 3
+    assert capsys.readouterr().out == "NOT_SERVING: compiling 7 of 26\n"
     server.set_serving(True)
     assert main(["health", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"target": server.target, "status": "SERVING"}

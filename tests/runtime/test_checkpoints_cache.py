@@ -167,7 +167,7 @@ def test_a_damaged_folder_is_made_again_and_the_reason_told(tmp_path: Path, dama
     assert (folder / "config.json").read_text() == "made from tiny.gguf"
     assert len(messages) == 1
     assert named in messages[0]
-    assert messages[0].endswith("converting tiny.gguf again.")
+    assert messages[0].endswith("converting tiny.gguf again")
     assert visible(tmp_path) == ["tiny-1"]
 
 

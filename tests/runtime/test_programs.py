@@ -64,7 +64,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("TMPDIR", str(temporary))
         patch.setattr("tempfile.tempdir", None)  # it is looked up once
         assert load_programs([POLICY], folder, said.append) is not None, said
-    assert len(said) == 1
+    assert [words.rpartition(": ")[2] for words in said] == ["0 of 1", "1 of 1"]
     return folder
 
 

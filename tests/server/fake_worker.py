@@ -193,6 +193,8 @@ class FakeWorker:
             return
         if "die_at_start" in self.options:
             sys.exit(3)
+        if "doing" in self.options:
+            self.send(messages.Starting(self.options["doing"]))
         while "never_ready" in self.options:
             self.receive(None)
         self.send(messages.Ready(self.facts(), self.options["folder"], 0.1))

@@ -71,12 +71,54 @@ async def test_what_has_nothing_to_compare_is_not(model_folder: Path, options: d
         assert missing.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_without_the_setting_nothing_is_audited(model_folder: Path) -> None:
+async def test_without_the_setting_an_answer_is_audited_when_it_is_asked_for(model_folder: Path) -> None:
     async with running_server(fake_model(model_folder)) as server:
         answer = await server.generate(text="abc", skip=ADAPTIVE, max_new_tokens=4)
         assert (await server.probe()).num_live == 0
-        with pytest.raises(grpc.aio.AioRpcError):
-            await server.model.GetAudit(model_pb2.GetAuditRequest(request_id=answer.started.request_id))
+        request = model_pb2.GetAuditRequest(request_id=answer.started.request_id)
+        once, again = await asyncio.gather(server.model.GetAudit(request), server.model.GetAudit(request))
+    assert once == again
+    assert (once.token_count, once.agreement, once.logprob_gap, once.divergence) == (3, 1.0, 0.0, 0.0)
+    assert (once.policy, once.compute_budget) == ("toy", 0.9)
+
+
+async def test_an_audit_that_is_asked_for_waits_until_nothing_else_is_to_do(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder, token_seconds=0.01)) as server:
+        answer = await server.generate(text="abc", skip=ADAPTIVE, max_new_tokens=4)
+        request = model_pb2.GetAuditRequest(request_id=answer.started.request_id)
+        long = asyncio.ensure_future(server.generate(text="abc", max_new_tokens=40))
+        await asyncio.sleep(0.05)
+        with pytest.raises(grpc.aio.AioRpcError) as late:
+            await server.model.GetAudit(request, timeout=0.1)
+        assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await server.model.GetAudit(request)
+        assert long.done()
+
+
+async def test_only_so_many_answers_are_kept_and_none_where_none_are_asked_for(model_folder: Path) -> None:
+    for num_kept in (0, 2):
+        async with running_server(fake_model(model_folder), recent_requests=num_kept) as server:
+            answers = [await server.generate(text="abc", skip=ADAPTIVE, max_new_tokens=4) for _ in range(3)]
+            for place, answer in enumerate(answers):
+                request = model_pb2.GetAuditRequest(request_id=answer.started.request_id)
+                if place >= 3 - num_kept:
+                    await server.model.GetAudit(request)
+                else:
+                    with pytest.raises(grpc.aio.AioRpcError) as missing:
+                        await server.model.GetAudit(request)
+                    assert missing.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_an_audit_that_is_waited_for_fails_when_the_server_ends(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder, token_seconds=0.05)) as server:
+        answer = await server.generate(text="abc", skip=ADAPTIVE, max_new_tokens=40)
+        request = model_pb2.GetAuditRequest(request_id=answer.started.request_id)
+        waiting = asyncio.ensure_future(server.model.GetAudit(request))
+        await asyncio.sleep(0.1)
+        await server.server.drain(1)
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await waiting
+        assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_request_takes_the_slot_of_an_audit_which_begins_again(model_folder: Path) -> None:

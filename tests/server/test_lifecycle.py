@@ -286,9 +286,17 @@ async def test_mode_and_policy_in_use_are_told(model_folder: Path) -> None:
 
 
 async def test_a_server_is_alive_before_it_is_ready_and_while_it_drains(model_folder: Path) -> None:
-    async with running_server(fake_model(model_folder, never_ready=1), wait=False) as loading:
+    model = fake_model(model_folder, never_ready=1, doing="compiling programs: 7 of 26")
+    async with running_server(model, wait=False) as loading:
         assert await loading.is_serving("alive")
         assert not await loading.is_serving("ready")
+        said: str | None = ""
+        while "being loaded (compiling programs: 7 of 26); try" not in (said or ""):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await loading.generate(text="a")
+            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+            said = refused.value.details()
+            await asyncio.sleep(0.01)
     async with running_server(fake_model(model_folder, token_seconds=0.01)) as server:
         assert await server.is_serving("ready")
         call = server.stream(text="abc", max_new_tokens=50)

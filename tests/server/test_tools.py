@@ -105,8 +105,14 @@ def accepts(prompt: common_pb2.ChatPrompt, text: str, has_marker_tokens: bool) -
             [NOW],
             [PARIS, f"{NOW}\n{NOW}", call("clock", zone=1)],
         ),
+        ({"parallel_tool_calls": False}, ["Hello.", "", PARIS, f"Well.\n{NOW}"], [f"{PARIS}\n{NOW}", f"{PARIS} Done."]),
+        (
+            {"tool_choice": "TOOL_CHOICE_REQUIRED", "parallel_tool_calls": False},
+            [PARIS, NOW],
+            ["", f"{PARIS}\n{NOW}", call("clock", zone=1)],
+        ),
     ],
-    ids=["auto", "required", "one"],
+    ids=["auto", "required", "one", "auto, at most one", "one of all"],
 )
 def test_an_output_calls_tools_as_the_choice_and_the_schemas_say(
     has_marker_tokens: bool, options: dict[str, Any], good: list[str], bad: list[str]

@@ -34,6 +34,7 @@ class OptionFields(BaseModel):
     seed: int | None = Field(default=None, description="Seed of the request's own generator")
     ignore_eos: bool | None = Field(default=None, description="Go on past the model's end-of-sequence tokens")
     priority: str | None = Field(default=None, description='Class in the server\'s queue: "low", "normal" or "high"')
+    parallel_tool_calls: bool | None = Field(default=None, description="Whether a reply may call several tools")
     mode: str | None = Field(
         default=None, description='How layers are chosen: "adaptive", "full_depth", "fixed" or "exact"'
     )

@@ -29,8 +29,8 @@ only the caller that made the request, and only for its latest ones; `generate` 
 """
 
 _AUDIT = """\
-Prints how an answer in mode adaptive compares with full depth. A server with DASH_AUDIT_RATE compares a share of its
-answers, when nothing else is to do, and answers only the caller that made the request.
+Prints how one of your latest answers in mode adaptive compares with full depth. The server compares them when nothing
+else is to do, so this may take its time on a busy one.
 """
 
 _COMPLETION = """\

@@ -4,11 +4,15 @@ import argparse
 import sys
 from typing import Any
 
+from dash_client.client import DashClient
 from dash_client.commands.client_arguments import connect
 from dash_client.commands.exit_codes import ExitCode
 from dash_client.commands.output import as_json, print_json, printable
 from dash_client.commands.prompts import prompt_of
+from dash_client.errors import DashError
 from dash_client.types import HealthStatus
+
+_REASON_SECONDS = 1.0
 
 
 def run_info(arguments: argparse.Namespace) -> ExitCode:
@@ -50,15 +54,26 @@ def run_audit(arguments: argparse.Namespace) -> ExitCode:
 
 def run_health(arguments: argparse.Namespace) -> ExitCode:
     """Prints the server's state."""
+    arguments.retries = 0  # who probes wants to know how it is now
     with connect(arguments) as client:
         if arguments.wait is not None:
             client.wait_until_ready(arguments.wait)
         status = client.health()
+        reason = None if status is HealthStatus.SERVING else _why_not_serving(client)
         if arguments.json:
-            print_json({"target": client.target, "status": status.name})
+            print_json({"target": client.target, "status": status.name, **({"reason": reason} if reason else {})})
         else:
-            print(status.name)
+            print(printable(status.name if reason is None else f"{status.name}: {reason}", sys.stdout))
     return ExitCode.OK if status is HealthStatus.SERVING else ExitCode.UNAVAILABLE
+
+
+def _why_not_serving(client: DashClient) -> str | None:
+    """Returns what the server says of itself: while it starts, what it is doing."""
+    try:
+        client.model_info(timeout=_REASON_SECONDS)
+    except DashError as error:
+        return error.message
+    return None
 
 
 def run_tokenize(arguments: argparse.Namespace) -> ExitCode:

@@ -24,19 +24,19 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64\x61sh_api/v1/common.proto\x12\x0b\x64\x61sh_api.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x9f\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12)\n\ntool_calls\x18\x03 \x03(\x0b\x32\x15.dash_api.v1.ToolCall\x12\x19\n\x0ctool_call_id\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04name\x18\x05 \x01(\tH\x01\x88\x01\x01\x42\x0f\n\r_tool_call_idB\x07\n\x05_name\"I\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x1e\n\x16parameters_json_schema\x18\x03 \x01(\t\"<\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t\"\xb6\x01\n\nChatPrompt\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.dash_api.v1.ChatMessage\x12 \n\x05tools\x18\x02 \x03(\x0b\x32\x11.dash_api.v1.Tool\x12,\n\x0btool_choice\x18\x03 \x01(\x0e\x32\x17.dash_api.v1.ToolChoice\x12\x1a\n\rrequired_tool\x18\x04 \x01(\tH\x00\x88\x01\x01\x42\x10\n\x0e_required_tool*d\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x41\x43TION_SKIP\x10\x01\x12\x0f\n\x0b\x41\x43TION_INT4\x10\x02\x12\x0f\n\x0b\x41\x43TION_INT8\x10\x03\x12\x0f\n\x0b\x41\x43TION_FULL\x10\x04*d\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x13\n\x0fMODE_FULL_DEPTH\x10\x01\x12\x11\n\rMODE_ADAPTIVE\x10\x02\x12\x0e\n\nMODE_EXACT\x10\x03\x12\x0e\n\nMODE_FIXED\x10\x04*o\n\nToolChoice\x12\x1b\n\x17TOOL_CHOICE_UNSPECIFIED\x10\x00\x12\x14\n\x10TOOL_CHOICE_AUTO\x10\x01\x12\x14\n\x10TOOL_CHOICE_NONE\x10\x02\x12\x18\n\x14TOOL_CHOICE_REQUIRED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x64\x61sh_api/v1/common.proto\x12\x0b\x64\x61sh_api.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x9f\x01\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12)\n\ntool_calls\x18\x03 \x03(\x0b\x32\x15.dash_api.v1.ToolCall\x12\x19\n\x0ctool_call_id\x18\x04 \x01(\tH\x00\x88\x01\x01\x12\x11\n\x04name\x18\x05 \x01(\tH\x01\x88\x01\x01\x42\x0f\n\r_tool_call_idB\x07\n\x05_name\"I\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x1e\n\x16parameters_json_schema\x18\x03 \x01(\t\"<\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t\"\xf0\x01\n\nChatPrompt\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.dash_api.v1.ChatMessage\x12 \n\x05tools\x18\x02 \x03(\x0b\x32\x11.dash_api.v1.Tool\x12,\n\x0btool_choice\x18\x03 \x01(\x0e\x32\x17.dash_api.v1.ToolChoice\x12\x1a\n\rrequired_tool\x18\x04 \x01(\tH\x00\x88\x01\x01\x12 \n\x13parallel_tool_calls\x18\x05 \x01(\x08H\x01\x88\x01\x01\x42\x10\n\x0e_required_toolB\x16\n\x14_parallel_tool_calls*d\n\x06\x41\x63tion\x12\x16\n\x12\x41\x43TION_UNSPECIFIED\x10\x00\x12\x0f\n\x0b\x41\x43TION_SKIP\x10\x01\x12\x0f\n\x0b\x41\x43TION_INT4\x10\x02\x12\x0f\n\x0b\x41\x43TION_INT8\x10\x03\x12\x0f\n\x0b\x41\x43TION_FULL\x10\x04*d\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x13\n\x0fMODE_FULL_DEPTH\x10\x01\x12\x11\n\rMODE_ADAPTIVE\x10\x02\x12\x0e\n\nMODE_EXACT\x10\x03\x12\x0e\n\nMODE_FIXED\x10\x04*o\n\nToolChoice\x12\x1b\n\x17TOOL_CHOICE_UNSPECIFIED\x10\x00\x12\x14\n\x10TOOL_CHOICE_AUTO\x10\x01\x12\x14\n\x10TOOL_CHOICE_NONE\x10\x02\x12\x18\n\x14TOOL_CHOICE_REQUIRED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dash_api.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ACTION']._serialized_start=550
-  _globals['_ACTION']._serialized_end=650
-  _globals['_MODE']._serialized_start=652
-  _globals['_MODE']._serialized_end=752
-  _globals['_TOOLCHOICE']._serialized_start=754
-  _globals['_TOOLCHOICE']._serialized_end=865
+  _globals['_ACTION']._serialized_start=608
+  _globals['_ACTION']._serialized_end=708
+  _globals['_MODE']._serialized_start=710
+  _globals['_MODE']._serialized_end=810
+  _globals['_TOOLCHOICE']._serialized_start=812
+  _globals['_TOOLCHOICE']._serialized_end=923
   _globals['_TOKENIDS']._serialized_start=41
   _globals['_TOKENIDS']._serialized_end=64
   _globals['_CHATMESSAGE']._serialized_start=67
@@ -46,5 +46,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOOLCALL']._serialized_start=303
   _globals['_TOOLCALL']._serialized_end=363
   _globals['_CHATPROMPT']._serialized_start=366
-  _globals['_CHATPROMPT']._serialized_end=548
+  _globals['_CHATPROMPT']._serialized_end=606
 # @@protoc_insertion_point(module_scope)

@@ -100,8 +100,8 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetAudit(self, request, context):
-        """Returns how one of the caller's own latest ADAPTIVE answers compares with full depth. NOT_FOUND if it was not among
-        the share that is audited, is not audited yet, or the server no longer has it.
+        """Returns how one of the caller's own latest ADAPTIVE answers compares with full depth, once the server had nothing
+        else to do and has compared them. NOT_FOUND if it has no second token, or the server no longer has it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,6 +36,7 @@ class EngineLoop:
     def __init__(self, server: socket.socket) -> None:
         self._server = server
         self._frames = messages.FrameReader()
+        self._is_serving = False
 
     def run(self) -> int:
         """Serves until the other end closes. Returns the exit code."""
@@ -64,7 +65,7 @@ class EngineLoop:
         started = time.monotonic()
         try:
             cache_folder = Path(config.cache_folder)
-            folder = resolve_checkpoint(config.model, config.revision, cache_folder, logger.info)
+            folder = resolve_checkpoint(config.model, config.revision, cache_folder, self._tell)
             policy_file = None if config.policy_file is None else Path(config.policy_file)
             options = BuildOptions(
                 device_of_worker(config.device, config.worker_number),
@@ -74,15 +75,22 @@ class EngineLoop:
                 config.compile_layers,
                 config.checks_costs,
             )
-            engine = build_engine(folder, cache_folder, options, config.engine, logger.info)
+            engine = build_engine(folder, cache_folder, options, config.engine, self._tell)
         except DashRuntimeError as error:
             self._send(messages.StartupFailed(str(error)))
             return None, []
         # Weights and programs live as long as the process: spare the garbage collector the walk over them.
         gc.collect()
         gc.freeze()
+        self._is_serving = True
         self._send(messages.Ready(engine.facts, str(folder), time.monotonic() - started))
         return engine, bodies[1:]
+
+    def _tell(self, doing: str) -> None:
+        """Logs what this worker is doing, and tells the server while it starts."""
+        logger.info(doing)
+        if not self._is_serving:
+            self._send(messages.Starting(doing))
 
     def _serve(self, engine: Engine, bodies: list[bytes]) -> None:
         watch, judged = engine.cost_watch, CostStatus()

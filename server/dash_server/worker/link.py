@@ -6,7 +6,7 @@ Knows request ids and messages; knows no gRPC handlers, no text and no other wor
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from dash_server.worker.messages import (
     Ping,
     Pong,
     Ready,
+    Starting,
     StartupFailed,
     StepEvents,
     Stop,
@@ -91,6 +92,8 @@ class WorkerLink:
         self._requests: dict[str, tuple[GenerationRequest, Outbox]] = {}
         self._num_reserved_tokens = 0
         self.num_restarts = 0
+        self.doing = ""
+        """What a worker that is not ready is doing, in one sentence; empty if it has not said."""
         self.cost_status = CostStatus()
         self._num_former_replacements = 0  # of cost tables, by workers that ended
         self._first_ready = asyncio.Event()
@@ -207,7 +210,8 @@ class WorkerLink:
         try:
             async with aclosing(worker.messages()) as messages:
                 worker.send(self._config)
-                ready = await self._startup(anext(messages, None))
+                ready = await self._startup(messages)
+                self.doing = ""
                 logger.info(
                     "worker %d is ready: %s on %s, loaded in %.1f s",
                     worker.pid,
@@ -239,21 +243,26 @@ class WorkerLink:
         if not self._has_given_tokens and time.monotonic() - ready_at < _SOUND_AFTER_SECONDS:
             raise _WorkerDeath("it was ready and then lost, see the log above")
 
-    async def _startup(self, first_message: Awaitable[FromWorker | None]) -> Ready:
+    async def _startup(self, messages: AsyncGenerator[FromWorker, None]) -> Ready:
         try:
-            message = await asyncio.wait_for(first_message, self._start_timeout_seconds)
+            async with asyncio.timeout(self._start_timeout_seconds):
+                while True:
+                    match await anext(messages, None):
+                        case Starting(doing=doing):
+                            self.doing = doing
+                        case Ready() as ready:
+                            return ready
+                        case StartupFailed(description=description):
+                            raise WorkerStartError(description, is_for_user=True)
+                        case _:
+                            raise _WorkerDeath("it ended before it was ready, see the log above")
         except TimeoutError:
+            doing = f"; at last: {self.doing}" if self.doing else ""
+            limit = f"{self._start_timeout_seconds:g} s (DASH_START_TIMEOUT_SECONDS)"
             raise WorkerStartError(
-                f"the worker was not ready within {self._start_timeout_seconds:g} s (DASH_START_TIMEOUT_SECONDS)",
+                f"the worker was not ready within {limit}{doing}",
                 is_for_user=False,
             ) from None
-        match message:
-            case Ready():
-                return message
-            case StartupFailed():
-                raise WorkerStartError(message.description, is_for_user=True)
-            case _:
-                raise _WorkerDeath("it ended before it was ready, see the log above")
 
     async def _watch(self, worker: WorkerProcess) -> None:
         """Kills a worker that does not respond any more. Its death is then handled like any other."""

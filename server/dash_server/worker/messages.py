@@ -62,6 +62,12 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Tells the worker to exit at once."""
 
 
+class Starting(msgspec.Struct, frozen=True, tag=True):
+    """What the worker is doing before it is ready, in one sentence."""
+
+    doing: str
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """The model is loaded and warmed up."""
 
@@ -95,7 +101,7 @@ class CostsJudged(msgspec.Struct, frozen=True, tag=True):
 
 
 ToWorker = WorkerConfig | Submit | Cancel | Stop | Ping | Shutdown
-FromWorker = Ready | StartupFailed | StepEvents | CostsJudged | Pong
+FromWorker = Starting | Ready | StartupFailed | StepEvents | CostsJudged | Pong
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker = msgspec.msgpack.Decoder(ToWorker)
