@@ -2,6 +2,7 @@
 
 import asyncio
 import pickle
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,6 +123,17 @@ async def test_structured_output_is_an_instance_or_a_dict_and_a_cut_one_is_told(
         model.with_structured_output(Person, method="function_calling")
     with pytest.raises(ValueError, match="strict"):
         model.with_structured_output(Person, strict=True)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="pydantic 1 does not know this Python")
+def test_structured_output_takes_a_model_of_pydantic_1(model: ChatDash) -> None:
+    from pydantic.v1 import BaseModel as OldModel
+
+    class Answer(OldModel):
+        is_big: bool
+
+    answer = model.model_copy(update={"max_tokens": 80}).with_structured_output(Answer).invoke(MESSAGES)
+    assert isinstance(answer, Answer)
 
 
 def clock(zone: Literal["CET", "UTC"]) -> str:

@@ -109,7 +109,9 @@ class TestWithAModelThatCallsTools(TestWithAServer):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"target": self.target, "max_tokens": 128, "mode": "full_depth"}
+        # A small model repeats itself: its calls, and the words of a string.
+        own = {"parallel_tool_calls": False, "repetition_penalty": 1.1}
+        return {"target": self.target, "max_tokens": 128, "mode": "full_depth", **own}
 
     @property
     def has_tool_calling(self) -> bool:

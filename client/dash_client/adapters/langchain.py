@@ -21,6 +21,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from dash_client.adapters.answer_facts import answer_facts
@@ -125,11 +126,11 @@ class ChatDash(ConnectionFields, OptionFields, BaseChatModel):
         """
         if (method := kwargs.pop("method", "json_schema")) != "json_schema" or kwargs:
             raise ValueError(f"cannot do {', '.join([f'method={method!r}', *kwargs])}; the only method is json_schema")
-        is_model = isinstance(schema, type) and issubclass(schema, BaseModel)
         parser: BaseOutputParser[Any] = JsonOutputParser()
-        if is_model:
+        if is_basemodel_subclass(cast(type, schema)):  # of pydantic 1, too
             parser = PydanticOutputParser(pydantic_object=cast(type[BaseModel], schema))
-        wanted = schema if is_model or isinstance(schema, dict) else convert_to_json_schema(schema, strict=True)
+        is_known = isinstance(schema, dict) or issubclass(schema, BaseModel)
+        wanted = schema if is_known else convert_to_json_schema(schema, strict=True)
         answer = self.bind(
             constraint=wanted,
             ls_structured_output_format={"kwargs": {"method": method}, "schema": convert_to_json_schema(schema)},
