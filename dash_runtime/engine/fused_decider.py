@@ -52,6 +52,4 @@ class FusedDecider(Decider):
 
     @property
     def blocks(self) -> Sequence[DecidedBlock]:
-        layers = [layer for layer, _ in self._scores]
-        scores = torch.tensor([[memoryview(row).cast("f").tolist() for row in rows] for _, rows in self._scores])
-        return [DecidedBlock((layer,), None, own.unsqueeze(1)) for layer, own in zip(layers, scores, strict=True)]
+        return [DecidedBlock((layer,), None, scores) for layer, scores in self._scores]

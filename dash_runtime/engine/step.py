@@ -42,8 +42,8 @@ class DecidedBlock:
     layers: tuple[int, ...]
     ticket: Ticket | None
     """None if the program of the layer before decided it."""
-    scores: Tensor | None
-    """`[rows, layers, score actions]`; None without scores."""
+    scores: Tensor | Sequence[bytes] | None
+    """`[rows, layers, score actions]`, or float32 by row if it has one layer; None without scores."""
 
 
 def decode_step(

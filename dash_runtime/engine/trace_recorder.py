@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy
 import torch
+from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.decision_trace import MAX_UINT32, DecisionTrace, StepKind, TraceStep
@@ -128,14 +129,16 @@ class TraceRecorder:
         layers = times.reshape(len(passes), num_layers, 2).swapaxes(1, 2) - begun
         decisions = numpy.zeros((len(passes), 3, num_layers), numpy.int64)
         if blocks:
-            tickets = numpy.array(
-                [[_evaluation_times(block, own.layer_times) for block in own.blocks] for own in passes]
-            )
+            first_layers = [block.layers[0] for block in blocks]
+            if blocks[0].ticket is None:  # the program of the layer before decided
+                evaluations = layers[:, :, [layer - 1 for layer in first_layers]]
+            else:
+                tickets = numpy.array([[_ticket_times(block) for block in own.blocks] for own in passes]).swapaxes(1, 2)
+                evaluations = tickets[:, :2] - begun
+                decisions[:, 2, first_layers] = tickets[:, 2]
             decided = [layer for block in blocks for layer in block.layers]
             block_of = [index for index, block in enumerate(blocks) for _ in block.layers]
-            evaluations = numpy.maximum(tickets[:, block_of, :2] - begun, 1)  # 0 means no decision
-            decisions[:, :2, decided] = evaluations.swapaxes(1, 2)
-            decisions[:, 2, [block.layers[0] for block in blocks]] = tickets[:, :, 2]
+            decisions[:, :2, decided] = numpy.maximum(evaluations[:, :, block_of], 1)  # 0 means no decision
         numbers = numpy.concatenate((layers, decisions), axis=1).clip(0, MAX_UINT32).astype("<u4")
         plans = numpy.frombuffer(b"".join(step.plan for step in passes), numpy.uint8).reshape(len(passes), num_layers)
         spent = numpy.zeros((len(passes), num_layers), "<f4")
@@ -163,20 +166,14 @@ class TraceRecorder:
         return steps
 
     def _all_scores(self, passes: list[_Pass]) -> list[bytes]:
-        """Returns each step's packed scores, in the order of layers. They leave an accelerator in one copy."""
+        """Returns each step's packed scores, in the order of layers."""
         blocks = passes[0].blocks
         if not blocks or blocks[0].scores is None:
             return [b""] * len(passes)
-        by_step = [[block.scores for block in step.blocks if block.scores is not None] for step in passes]
-        if len({(step.place, len(own[0])) for step, own in zip(passes, by_step, strict=True)}) == 1:
-            decided = torch.cat([part for own in by_step for part in own], dim=1)[passes[0].place]
-        else:  # the batch changed in between
-            rows = (torch.cat(own, dim=1)[step.place] for step, own in zip(passes, by_step, strict=True))
-            decided = torch.cat(tuple(rows))
         policy, costs = self._assignment.policy, self._assignment.costs
         scores = numpy.zeros((len(passes), costs.num_layers, len(policy.score_actions)), "<f4")
         where = [layer for block in blocks for layer in block.layers]
-        scores[:, where] = decided.view(len(passes), len(where), -1).cpu().numpy()
+        scores[:, where] = _decided_scores(passes).reshape(len(passes), len(where), -1)
         return [own.tobytes() for own in scores]
 
     def _packed_verification(self, step: _Verification) -> TraceStep:
@@ -190,10 +187,23 @@ class TraceRecorder:
         )
 
 
-def _evaluation_times(block: DecidedBlock, layer_times: array) -> tuple[int, int, int]:
+def _ticket_times(block: DecidedBlock) -> tuple[int, int, int]:
     """Returns when an evaluation started and ended, and the time that the decoder lost."""
-    ticket = block.ticket
-    if ticket is None:
-        before = 2 * (block.layers[0] - 1)
-        return layer_times[before], layer_times[before + 1], 0
-    return ticket.started_ns, ticket.ended_ns, ticket.exposed_ns
+    assert block.ticket is not None
+    return block.ticket.started_ns, block.ticket.ended_ns, block.ticket.exposed_ns
+
+
+def _decided_scores(passes: list[_Pass]) -> numpy.ndarray:
+    """Returns the scores of passes with the same decision blocks, in order. They leave an accelerator in one copy."""
+    by_step = [[block.scores for block in step.blocks] for step in passes]
+    rows: list[bytes] = []
+    parts: list[list[Tensor]] = []
+    for step, own in zip(passes, by_step, strict=True):
+        rows += [scores[step.place] for scores in own if isinstance(scores, list)]
+        parts.append([scores for scores in own if isinstance(scores, Tensor)])
+    if rows:
+        return numpy.frombuffer(b"".join(rows), numpy.float32)
+    if len({(step.place, len(own[0])) for step, own in zip(passes, parts, strict=True)}) == 1:
+        return torch.cat([part for own in parts for part in own], dim=1)[passes[0].place].cpu().numpy()
+    # The batch changed in between.
+    return torch.cat([torch.cat(own, dim=1)[step.place] for step, own in zip(passes, parts, strict=True)]).cpu().numpy()
