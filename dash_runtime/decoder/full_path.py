@@ -10,7 +10,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Compensation, Identity
 
-_ROWS_TOGETHER = 1024
+_ROWS_TOGETHER = 512
 """More make no layer faster, and a path's states of all layers take memory."""
 
 
