@@ -113,12 +113,16 @@ class LatencyTable:
 
     rows: tuple[int, ...]
     seconds: Mapping[Action, tuple[float, ...]]
+    split_seconds: float = 0.0
+    """What each further group of a pass takes beside its layer: rows are gathered, and put back in order."""
 
     def __post_init__(self) -> None:
         if not self.rows or self.rows[0] != 1 or any(more <= fewer for fewer, more in pairwise(self.rows)):
             raise ConfigError("latency_table.rows", f"{self.rows} does not ascend from 1")
         if Action.FULL not in self.seconds:
             raise ConfigError("latency_table.seconds", "has none for FULL")
+        if not 0 <= self.split_seconds < math.inf:
+            raise ConfigError("latency_table.split_seconds", "is negative or not finite")
         for action, seconds in self.seconds.items():
             if len(seconds) != len(self.rows):
                 raise ConfigError(
@@ -133,6 +137,7 @@ class LatencyTable:
         return {
             "rows": list(self.rows),
             "seconds": {action.name: list(seconds) for action, seconds in self.seconds.items()},
+            "split_seconds": self.split_seconds,
         }
 
     @classmethod
@@ -144,7 +149,7 @@ class LatencyTable:
             AttributeError, KeyError, TypeError, ValueError: `facts` is no such description.
         """
         seconds = {Action[name]: tuple(float(cost) for cost in costs) for name, costs in facts["seconds"].items()}
-        return cls(tuple(int(count) for count in facts["rows"]), seconds)
+        return cls(tuple(int(count) for count in facts["rows"]), seconds, float(facts["split_seconds"]))
 
     def cost(self, action: Action, num_rows: int) -> float:
         """Returns the seconds of one layer for `num_rows` rows with `action`, interpolated between measured row counts.

@@ -17,7 +17,7 @@ from dash_runtime.layers.embedding import make_embedding
 from dash_runtime.layers.heads import Head, Heads, eager_head
 from dash_runtime.layers.layer import DecoderLayer, make_layer
 from dash_runtime.layers.weight_loader import WeightLoader
-from dash_runtime.linears.dense_linear import MAX_INVARIANT_ROWS, BatchInvariantLinear, FullLinear
+from dash_runtime.linears.dense_linear import MAX_INVARIANT_ROWS, BatchInvariantLinear, FullLinear, for_neighbours
 from dash_runtime.linears.quantization import for_many_rows, make_linear
 from dash_runtime.model_config import ModelConfig
 
@@ -80,7 +80,7 @@ def make_decoder(
     if graphs is not None:
         backends = {**backends, PassKind.DECODE: [CudaBackend(config, layers, heads, graphs)]}
     if inductor is not None:
-        inductor.set_heads(by_precision, wide_heads[Action.FULL])
+        inductor.set_heads(by_precision, eager_head(for_neighbours(full), final_norm, multiplier))
         backends = {**backends, PassKind.DECODE: [inductor], PassKind.VERIFY: [inductor, narrow]}
     is_invariant = isinstance(wide_layers[0].key_values[Action.FULL], BatchInvariantLinear)
     return Decoder(

@@ -50,7 +50,9 @@ class GroupPlanner:
             for level, (action, count) in zip(levels, taken, strict=True):
                 rows_by_level[level] += count
                 raised += (level - action) * count
-            return math.fsum(self._latencies.cost(level, count) for level, count in rows_by_level.items()), raised
+            seconds = [self._latencies.cost(level, count) for level, count in rows_by_level.items()]
+            splits = (len(seconds) - 1) * self._latencies.split_seconds
+            return math.fsum(seconds) + splits, raised
 
         cheapest = min(candidates, key=order)
         return None if cheapest == own else dict(zip(own, cheapest, strict=True))

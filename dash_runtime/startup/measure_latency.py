@@ -5,6 +5,7 @@ its own context. Knows the decoder; knows no policies.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -41,10 +42,13 @@ def measure_latencies(
     ]
     inputs = [decoder.embed([0] * count) for count in rows]
 
-    def run_layers(place: int, action: Action) -> None:
+    def run_layers(place: int, *actions: Action) -> None:
+        taken = [actions[row % len(actions)] for row in range(rows[place])]
         for layer in layers:
-            decoder.run_layer(layer, (action,) * rows[place], inputs[place], batches[place])
+            decoder.run_layer(layer, taken, inputs[place], batches[place])
 
+    split: list[float] = []
+    """A pass over the most rows, half of them in FULL and half in the cheapest action."""
     seconds: dict[Action, list[list[float]]] = {action: [[] for _ in rows] for action in decoder.actions}
     for round_number in rounds_within(SECONDS, rounds):
         for place in range(len(rows)):
@@ -52,7 +56,12 @@ def measure_latencies(
                 elapsed = timed(decoder.device, partial(run_layers, place, action))
                 if round_number > 0:  # the first round warms up
                     own[place].append(elapsed / len(layers))
-    return LatencyTable(rows, {action: tuple(map(min, by_rows)) for action, by_rows in seconds.items()})
+        elapsed = timed(decoder.device, partial(run_layers, -1, Action.FULL, min(decoder.actions)))
+        if round_number > 0:
+            split.append(elapsed / len(layers))
+    table = LatencyTable(rows, {action: tuple(map(min, by_rows)) for action, by_rows in seconds.items()})
+    halves = [table.cost(action, rows[-1] // 2) for action in (Action.FULL, min(decoder.actions))]
+    return replace(table, split_seconds=max(0.0, min(split) - sum(halves)))
 
 
 def _spread(num_layers: int) -> Sequence[int]:

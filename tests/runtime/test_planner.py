@@ -180,3 +180,10 @@ def test_actions_that_cost_the_same_are_left_alone() -> None:
     planner = GroupPlanner(LatencyTable(ROWS, dict.fromkeys(Action, (1, 2, 4, 8))))
     actions = [FULL, SKIP, INT8, INT4, SKIP]
     assert planner.agree(actions) is actions
+
+
+def test_rows_stay_apart_only_if_that_saves_more_than_a_split_takes() -> None:
+    seconds = {SKIP: (1, 2), FULL: (10, 14)}
+    assert GroupPlanner(LatencyTable((1, 2), seconds, split_seconds=2)).agree([SKIP, FULL]) == [SKIP, FULL]
+    assert GroupPlanner(LatencyTable((1, 2), seconds, split_seconds=4)).agree([SKIP, FULL]) == [FULL, FULL]
+    assert GroupPlanner(LatencyTable((1, 2), seconds, split_seconds=4)).agree([SKIP, SKIP]) == [SKIP, SKIP]

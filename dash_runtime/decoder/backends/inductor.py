@@ -23,7 +23,7 @@ from dash_runtime.layers.rotary import queries_grow
 from dash_runtime.layers.row_compensation import pack_for_rows
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
 from dash_runtime.layers.weight_loader import LayerWeights
-from dash_runtime.linears.dense_linear import most_rows_apart
+from dash_runtime.linears.dense_linear import for_neighbours, most_rows_apart
 from dash_runtime.linears.row_kernels import is_packable, pack_row_matrix
 from dash_runtime.model_config import BlockConfig, ModelConfig
 from dash_runtime.programs.packing import WeightPacking
@@ -110,7 +110,7 @@ class InductorBackend:
     Args:
         programs: one for each of `program_specs`.
         shares_products: if True, more than `most_rows_apart` rows in FULL share their products. That is faster, but a
-            row's rounding then depends on whether it has neighbours. Otherwise each row runs alone.
+            row's rounding then depends on how many neighbours it has. Otherwise each row runs alone.
     """
 
     def __init__(self, block: BlockConfig, programs: Mapping[ProgramSpec, Program], shares_products: bool) -> None:
@@ -156,7 +156,7 @@ class InductorBackend:
         norms: dict[str, Any] = {
             name: partial(_norm, program, norm.weight) for name, norm in _present(weights, *_NORMS).items()
         }
-        self._layers.append(_Layer(vectors, inputs, Norms(**norms), linears.for_many_rows()))
+        self._layers.append(_Layer(vectors, inputs, Norms(**norms), LayerLinears(*map(for_neighbours, linears))))
 
     def set_heads(self, heads: Mapping[Action, Head], shared: Head) -> None:
         """Sets the heads by precision, and the one for many rows at once."""
