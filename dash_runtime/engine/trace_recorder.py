@@ -33,6 +33,12 @@ class _Pass:
     started_ns: int
     ended_ns: int
 
+    @property
+    def way(self) -> tuple[bool, bool]:
+        """Passes that decided in the same way have the same: in mode EXACT, full depth decodes too, without decision
+        blocks; and a sequence may decode alone, where programs decide, and then in a batch."""
+        return bool(self.blocks), bool(self.blocks) and self.blocks[0].ticket is None
+
 
 @dataclass(frozen=True, slots=True)
 class _Verification:
@@ -109,10 +115,12 @@ class TraceRecorder:
 
     def _packed_steps(self) -> list[TraceStep]:
         steps: dict[int, TraceStep] = {}
-        for has_blocks in (True, False):  # in mode EXACT, full depth decodes too, without decision blocks
-            some = {i: s for i, s in enumerate(self._steps) if isinstance(s, _Pass) and bool(s.blocks) is has_blocks}
-            if some:
-                steps |= zip(some, self._packed_passes(list(some.values())), strict=True)
+        groups: dict[tuple[bool, bool], dict[int, _Pass]] = {}
+        for index, step in enumerate(self._steps):
+            if isinstance(step, _Pass):
+                groups.setdefault(step.way, {})[index] = step
+        for passes in groups.values():
+            steps |= zip(passes, self._packed_passes(list(passes.values())), strict=True)
         return [
             self._packed_verification(step) if isinstance(step, _Verification) else steps[index]
             for index, step in enumerate(self._steps)

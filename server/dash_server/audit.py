@@ -87,6 +87,7 @@ class Auditor:
         self._warned: set[str] = set()
         self._checking: asyncio.Task[Audit] | None = None
         self._can_go_on = asyncio.Event()
+        self._is_over = False
         self.observers: list[Callable[[Audit, RequestRecord], None]] = []
         """Called with each result and the record of its call."""
         dispatcher.before_submit.append(self._give_way)
@@ -115,7 +116,7 @@ class Auditor:
 
         Raises:
             AuditNotFound: there is no such answer, it is not kept any more, or it belongs to another caller.
-            InvalidRequest, ServiceError: its check failed; it may be asked for again.
+            InvalidRequest, ServiceError: its check failed, and it may be asked for again; or the server ends.
         """
         owner, result = self._results.get(request_id, ("", None))
         if result is not None and owner == caller_name:
@@ -123,6 +124,8 @@ class Auditor:
         record = self._latest.get(request_id)
         if record is None or record.caller is None or record.caller.name != caller_name:
             raise AuditNotFound
+        if self._is_over:
+            raise ShuttingDown
         _, result_to_come = self._asked.setdefault(request_id, (record, asyncio.Future()))
         self._go_on()
         return await asyncio.shield(result_to_come)
@@ -136,6 +139,7 @@ class Auditor:
                 while (record := self._next()) and self._dispatcher.is_idle and self._dispatcher.is_ready:
                     await self._check(record)
         finally:
+            self._is_over = True
             for _, result_to_come in self._asked.values():
                 _fail(result_to_come, ShuttingDown())
 

@@ -1,7 +1,10 @@
 """The engine's record of a request: every decision of its first steps, with times that fit together."""
 
+from array import array
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -29,6 +32,8 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.devices import device_of
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
+from dash_runtime.engine.step import DecidedBlock, StepOutput
+from dash_runtime.engine.trace_recorder import TraceRecorder
 from dash_runtime.events import EngineEvent, SequenceCancelled, SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.catalog import PolicyCatalog
@@ -150,6 +155,30 @@ def test_rows_of_a_batch_keep_their_own_scores(decoder: Decoder) -> None:
     assert together["full"] == []
     for name in ("first", "second"):  # up to the rounding of a product of several rows
         assert together[name] == pytest.approx(scores(name)[name], abs=1e-3)
+
+
+def test_steps_alone_where_programs_decide_and_steps_in_a_batch_are_recorded_together(decoder: Decoder) -> None:
+    engine = make_engine(decoder)
+    recorder = TraceRecorder(engine._catalog.assign(ADAPTIVE), 64)
+    recorder.add_first_token(5)
+    plan, times = bytes([Action.FULL] * 6), array("q", range(100, 220, 10))
+    ticket: Any = SimpleNamespace(started_ns=103, ended_ns=107, exposed_ns=2)
+    scores = torch.arange(32.0).view(2, 4, 4)
+    alone = [DecidedBlock((layer,), None, [array("f", [layer] * 4).tobytes()]) for layer in (1, 2, 3, 4)]
+    together = [DecidedBlock((1, 2, 3), ticket, scores[:, :3]), DecidedBlock((4,), ticket, scores[:, 3:])]
+    for blocks, rows in ((alone, [0]), (together, [0, 1]), (alone, [0])):
+        decider: Any = SimpleNamespace(rows=rows, blocks=blocks)
+        output = StepOutput(torch.zeros(len(rows), 4), [plan] * len(rows), times)
+        recorder.add_pass(StepKind.DECODE, 7, output, rows[-1], decider, started_ns=90)
+    recorded = recorder.packed("a")
+    assert recorded is not None
+    first, second, third = recorded.steps
+    assert list(unpack_float32(first.scores)) == [0.0] * 4 + [1.0] * 4 + [2.0] * 4 + [3.0] * 4 + [4.0] * 4 + [0.0] * 4
+    assert list(unpack_float32(second.scores)) == [0.0] * 4 + list(range(16, 32)) + [0.0] * 4
+    assert list(unpack_uint32(first.decision_starts)) == [0, 10, 30, 50, 70, 0]
+    assert list(unpack_uint32(second.decision_starts)) == [0, 13, 13, 13, 13, 0]
+    assert (list(unpack_uint32(first.exposed)), list(unpack_uint32(second.exposed))) == ([0] * 6, [0, 2, 0, 0, 2, 0])
+    assert third.scores == first.scores
 
 
 def test_full_depth_has_layers_and_no_decisions(decoder: Decoder) -> None:

@@ -211,7 +211,6 @@ class WorkerLink:
             async with aclosing(worker.messages()) as messages:
                 worker.send(self._config)
                 ready = await self._startup(messages)
-                self.doing = ""
                 logger.info(
                     "worker %d is ready: %s on %s, loaded in %.1f s",
                     worker.pid,
@@ -235,7 +234,7 @@ class WorkerLink:
             was_ready, self._ready = self._ready is not None, None
             self._num_former_replacements = self.num_cost_table_replacements
             self.cost_status = CostStatus()
-            self._worker = None
+            self._worker, self.doing = None, ""
             self.fail_all(WorkerUnavailable("the worker was lost while it had the request; try again"))
             if was_ready:
                 self._events.on_change()
