@@ -4,12 +4,12 @@ from collections.abc import Mapping
 
 import torch
 
-from benchmarks.budget import costs_of
 from benchmarks.contenders import Contender
 from benchmarks.figures import Report
 from benchmarks.memory import Bandwidth, weight_bytes
 from benchmarks.rounds import Effort, Work, interleaved
 from benchmarks.setting import FULL_DEPTH, INT4, INT8, Setting
+from benchmarks.shipped import costs_of
 from dash_runtime.actions import Action
 from dash_runtime.config import GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_runtime.engine.engine import Engine

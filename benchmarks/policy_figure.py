@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from tokenizers import Tokenizer
 
-from benchmarks.budget import costs_of, shipped_policy
 from benchmarks.rounds import progress
+from benchmarks.shipped import costs_of, shipped_policy
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import (
     default_cache_folder,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.budget import costs_of, shipped_policy
-from benchmarks.contenders import EngineContender, LlamaCpp, Transformers
+from benchmarks.contenders import EngineContender, LlamaCpp, Transformers, check_llama_cpp
 from benchmarks.figures import Report
 from benchmarks.prompts import Prompts
 from benchmarks.rounds import progress
+from benchmarks.shipped import costs_of, shipped_policy
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, resolve_checkpoint, tokenizer_file
 from dash_runtime.checkpoints.embedded import embedded_gguf
@@ -67,6 +67,7 @@ def load_setting(report: Report, cache_folder: Path) -> Setting:
         )
     with report.attempt("llama.cpp"):
         progress("loading llama.cpp")
+        check_llama_cpp(embedded_gguf(), torch.get_num_threads())
         llama_cpp = LlamaCpp(embedded_gguf(), torch.get_num_threads())
         report.note(
             f"llama.cpp: {llama_cpp.description}, Q4_1 from the same file that our weights come from, "

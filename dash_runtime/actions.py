@@ -114,7 +114,7 @@ class LatencyTable:
     rows: tuple[int, ...]
     seconds: Mapping[Action, tuple[float, ...]]
     split_seconds: float = 0.0
-    """What each further group of a pass takes beside its layer: rows are gathered, and put back in order."""
+    """Seconds of each further group of a pass, beside its layer: rows are gathered, and put back in order."""
 
     def __post_init__(self) -> None:
         if not self.rows or self.rows[0] != 1 or any(more <= fewer for fewer, more in pairwise(self.rows)):

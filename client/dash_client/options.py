@@ -60,7 +60,7 @@ class GenerationOptions(TypedDict, total=False):
     tool_choice: str | None
     """"auto" (text, calls or both), "none", "required" (calls alone), or the name of the tool that is called."""
     parallel_tool_calls: bool | None
-    """Whether the reply may call several tools; False: it ends with its first call."""
+    """Permission to call several tools; False: the reply ends with its first call."""
     mode: Mode | str | None
     """The way to choose actions: "adaptive", "full_depth", "fixed" or "exact"."""
     compute_budget: float | None

@@ -149,15 +149,14 @@ def load_programs(specs: Sequence[ProgramSpec], folder: Path, progress: Progress
 
 def _follow(paths: Sequence[Path], compiling: Sequence[Future[None]], progress: Progress) -> None:
     """Tells how many programs are there, until all are. Raises what `compiling` raises."""
-    num_told = -1
-    while num_told < len(paths):
-        _, unfinished = wait(compiling, timeout=_SECONDS_BETWEEN_LOOKS, return_when=FIRST_EXCEPTION)
+    num_told, is_over = -1, False
+    while not is_over:
+        done, unfinished = wait(compiling, timeout=_SECONDS_BETWEEN_LOOKS, return_when=FIRST_EXCEPTION)
         num_there = sum(path.exists() for path in paths)
         if num_there != num_told:
             num_told = num_there
             progress(f"compiling programs (kept for later starts): {num_there} of {len(paths)}")
-        if not unfinished or any(future.done() and future.exception() for future in compiling):
-            break
+        is_over = not unfinished or any(future.exception() for future in done)
     for future in compiling:
         future.result()
 

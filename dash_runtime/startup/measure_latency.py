@@ -47,8 +47,7 @@ def measure_latencies(
         for layer in layers:
             decoder.run_layer(layer, taken, inputs[place], batches[place])
 
-    split: list[float] = []
-    """A pass over the most rows, half of them in FULL and half in the cheapest action."""
+    split: list[float] = []  # passes over the most rows, half of them in FULL and half in the cheapest action
     seconds: dict[Action, list[list[float]]] = {action: [[] for _ in rows] for action in decoder.actions}
     for round_number in rounds_within(SECONDS, rounds):
         for place in range(len(rows)):

@@ -30,7 +30,7 @@ _NUM_TOP = 20
 """The most probable tokens that are compared at each position."""
 _MAX_WAITING = 16
 _MAX_KEPT_TOKENS = 65_536
-"""Of prompts and answers that may be asked for."""
+"""The most tokens of prompts and answers that are kept, to be asked for."""
 _MAX_TOKENS_PER_OUTPUT = 256
 _NUM_FOR_WARNING = 8
 """Answers over which a policy's divergence is averaged before it is judged."""
@@ -79,7 +79,7 @@ class Auditor:
         self._latest: dict[str, RequestRecord] = {}
         """Answers that may be asked for, oldest first."""
         self._asked: dict[str, tuple[RequestRecord, asyncio.Future[Audit]]] = {}
-        """What callers wait for, in this order."""
+        """Answers whose audits callers wait for, in this order."""
         self._results: dict[str, tuple[str, Audit]] = {}
         """Owner and result by request id, oldest first."""
         self._recent: dict[str, deque[float]] = {}

@@ -35,7 +35,7 @@ class Tools:
     choice: int
     required: str | None
     are_parallel: bool
-    """Whether a reply may call several."""
+    """True if a reply may call several."""
 
     def constraint(self, tokenizer: TextTokenizer) -> Constraint:
         """Returns the constraint that keeps calls to the schemas.

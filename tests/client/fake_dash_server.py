@@ -124,7 +124,7 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
         self.metadata: list[dict[str, Any]] = []
         self.decisions: dict[str, model_pb2.GetDecisionsResponse] = {}
         self.loading: str | None = None
-        """What GetModel says while the model is loaded."""
+        """The message of GetModel's refusal while the model is loaded; None: it answers."""
         self.cancelled = threading.Event()
         self._health = health.HealthServicer()
         self.set_serving(serving)

@@ -93,7 +93,7 @@ class WorkerLink:
         self._num_reserved_tokens = 0
         self.num_restarts = 0
         self.doing = ""
-        """What a worker that is not ready is doing, in one sentence; empty if it has not said."""
+        """The work of a worker that is not ready, in one sentence; empty if it has not said."""
         self.cost_status = CostStatus()
         self._num_former_replacements = 0  # of cost tables, by workers that ended
         self._first_ready = asyncio.Event()

@@ -63,7 +63,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 
 
 class Starting(msgspec.Struct, frozen=True, tag=True):
-    """What the worker is doing before it is ready, in one sentence."""
+    """The work of a worker that is not ready yet, in one sentence."""
 
     doing: str
 
