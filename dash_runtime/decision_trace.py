@@ -55,6 +55,8 @@ class TraceStep:
     """`pack_float32`, `[layers, score_actions]`; 0 for layers without a decision. Empty without any scores."""
     cost_spent: bytes = b""
     """`pack_float32`: share of a full-depth token's cost spent before the layer, by the policy's own table."""
+    cost: float | None = None
+    """What the step is said to cost, in full-depth tokens, by the table that the answer's mean cost comes from."""
     accepted_token_count: int | None = None
     """Number of drafted tokens that a verification accepted; None for other kinds."""
     text_token_count: int | None = None

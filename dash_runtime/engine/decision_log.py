@@ -24,12 +24,12 @@ class DecisionLog:
         """Records the first output token, which the prefill made at full depth; returns its plan."""
         return self._append(bytes((Action.FULL,)) * self._num_layers)
 
-    def append_decode_token(self, plan: bytes, head: Action, num_evaluations: int, exposed_ns: int) -> None:
+    def append_decode_token(self, plan: bytes, head: Action, num_evaluations: int, exposed_ns: int) -> float:
         """Records a decode token: its plan, the head's precision, the evaluations of a policy, and the time that the
-        decoder lost to them."""
+        decoder lost to them; returns its cost."""
         self._append(plan)
         self._num_decode_tokens += 1
-        self.add_draft_token(plan, head, num_evaluations, exposed_ns)
+        return self.add_draft_token(plan, head, num_evaluations, exposed_ns)
 
     def append_verified_token(self) -> bytes:
         """Records a decode token that came out of a verification; returns its plan, full depth's."""

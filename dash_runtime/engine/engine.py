@@ -250,15 +250,15 @@ class Engine:
             if sequence.is_drafting:
                 cost = sequence.log.add_draft_token(plan, policy.head, num_evaluations, own_exposed_ns)
                 token_id = sequence.draft(logits, cost, elapsed_ns)
-                sequence.recorder.add_pass(StepKind.DRAFT, token_id, *recorded)
+                sequence.recorder.add_pass(StepKind.DRAFT, token_id, cost, *recorded)
                 continue
             sampler = sequence.sampler
             if sequence.speculation is not None:
                 (token_id,) = sequence.speculation.verify(output.logits[row : row + 1])
             else:
                 token_id = greedy[row] if sampler.is_plain_greedy else sampler.sample(logits)
-            sequence.log.append_decode_token(plan, policy.head, num_evaluations, own_exposed_ns)
-            sequence.recorder.add_pass(StepKind.DECODE, token_id, *recorded)
+            cost = sequence.log.append_decode_token(plan, policy.head, num_evaluations, own_exposed_ns)
+            sequence.recorder.add_pass(StepKind.DECODE, token_id, cost, *recorded)
             if self._step_clock is not None:
                 self._step_clock.ran(policy.name, plan, policy.head, num_evaluations, sequence.cache.length)
             self._take(sequence, token_id, logits, plan, events)
@@ -278,10 +278,10 @@ class Engine:
             all_logits = self._decoder.logits(hidden, (Action.FULL,) * len(hidden)).split(lengths)
             chosen = [sequence.verify(logits) for sequence, logits in zip(together, all_logits, strict=True)]
             elapsed_ns = time.perf_counter_ns() - started_ns
-            for sequence, logits, (ids, num_accepted, num_from_text) in zip(together, all_logits, chosen, strict=True):
+            for sequence, logits, (ids, accepted, from_text, cost) in zip(together, all_logits, chosen, strict=True):
                 assert sequence.speculation is not None
                 sequence.speculation.verification_ns += elapsed_ns
-                sequence.recorder.add_verification(ids, num_accepted, num_from_text, started_ns)
+                sequence.recorder.add_verification(ids, accepted, from_text, cost, started_ns)
                 for token_id, own_logits in zip(ids, logits, strict=False):  # rejected tokens have logits, but no id
                     self._take(sequence, token_id, own_logits, sequence.log.append_verified_token(), events)
 

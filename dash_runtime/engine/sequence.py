@@ -134,10 +134,11 @@ class Sequence:
         has_room = self.cache.length + count <= self.cache.reserved_tokens
         return token_ids + token_ids[-1:] * (count - len(token_ids)) if has_room else token_ids
 
-    def verify(self, logits: Tensor) -> tuple[list[int], int, int]:
+    def verify(self, logits: Tensor) -> tuple[list[int], int, int, float]:
         """Ends the draft by full depth's logits `[verified tokens, vocab_size]`.
 
-        Returns the next output tokens, how many of them were drafted, and how many of the draft's came from the text.
+        Returns the next output tokens, how many of them were drafted, how many of the draft's came from the text, and
+        the cost in full-depth tokens.
         Keys and values of rejected tokens are dropped.
         """
         assert self.speculation is not None
@@ -151,7 +152,7 @@ class Sequence:
         ends = (place for place, token_id in places if self._end_with(token_id, len(self.output_ids) + place))
         token_ids = token_ids[: 1 if self.refusal() else next(ends, None)]
         self.cache.truncate(self._num_settled_positions + len(token_ids))
-        return token_ids, min(num_accepted, len(token_ids)), num_from_text
+        return token_ids, min(num_accepted, len(token_ids)), num_from_text, cost
 
     @property
     def _num_settled_positions(self) -> int:

@@ -25,6 +25,7 @@ class _Pass:
 
     kind: StepKind
     token_id: int
+    cost: float
     plan: bytes
     layer_times: array
     blocks: Sequence[DecidedBlock]
@@ -45,6 +46,7 @@ class _Verification:
     token_ids: list[int]
     num_accepted: int
     num_from_text: int
+    cost: float
     started_ns: int
     ended_ns: int
 
@@ -70,20 +72,30 @@ class TraceRecorder:
         self._first_token = token_id, time.perf_counter_ns() + self._unix_offset_ns
 
     def add_pass(
-        self, kind: StepKind, token_id: int, output: StepOutput, row: int, decider: Decider, started_ns: int
+        self,
+        kind: StepKind,
+        token_id: int,
+        cost: float,
+        output: StepOutput,
+        row: int,
+        decider: Decider,
+        started_ns: int,
     ) -> None:
-        """Records the pass of one row of the batch, which has just ended with this token."""
+        """Records the pass of one row of the batch, which has just ended with this token; `cost` is in full-depth
+        tokens."""
         if self._has_room():
             place = decider.rows.index(row)
             plan, times, ended_ns = output.plans[row], output.layer_times, time.perf_counter_ns()
-            self._steps.append(_Pass(kind, token_id, plan, times, decider.blocks, place, started_ns, ended_ns))
+            self._steps.append(_Pass(kind, token_id, cost, plan, times, decider.blocks, place, started_ns, ended_ns))
 
-    def add_verification(self, token_ids: list[int], num_accepted: int, num_from_text: int, started_ns: int) -> None:
+    def add_verification(
+        self, token_ids: list[int], num_accepted: int, num_from_text: int, cost: float, started_ns: int
+    ) -> None:
         """Records a verification that has just ended, and its output tokens. `num_from_text` of the draft's came from
         the text, in no pass."""
         if self._has_room():
             ended_ns = time.perf_counter_ns()
-            self._steps.append(_Verification(token_ids, num_accepted, num_from_text, started_ns, ended_ns))
+            self._steps.append(_Verification(token_ids, num_accepted, num_from_text, cost, started_ns, ended_ns))
 
     def packed(self, request_id: str) -> DecisionTrace | None:
         """Returns the whole trace of a sequence that has just ended; None if nothing was to be recorded."""
@@ -169,6 +181,7 @@ class TraceRecorder:
                     exposed=exposed,
                     scores=own_scores,
                     cost_spent=own_spent.tobytes(),
+                    cost=step.cost,
                 )
             )
         return steps
@@ -190,6 +203,7 @@ class TraceRecorder:
             token_ids=step.token_ids,
             start_unix_ns=step.started_ns + self._unix_offset_ns,
             duration_ns=step.ended_ns - step.started_ns,
+            cost=step.cost,
             accepted_token_count=step.num_accepted,
             text_token_count=step.num_from_text,
         )

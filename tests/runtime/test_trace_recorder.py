@@ -169,7 +169,7 @@ def test_steps_alone_where_programs_decide_and_steps_in_a_batch_are_recorded_tog
     for blocks, rows in ((alone, [0]), (together, [0, 1]), (alone, [0])):
         decider: Any = SimpleNamespace(rows=rows, blocks=blocks)
         output = StepOutput(torch.zeros(len(rows), 4), [plan] * len(rows), times)
-        recorder.add_pass(StepKind.DECODE, 7, output, rows[-1], decider, started_ns=90)
+        recorder.add_pass(StepKind.DECODE, 7, 0.5, output, rows[-1], decider, started_ns=90)
     recorded = recorder.packed("a")
     assert recorded is not None
     first, second, third = recorded.steps

@@ -114,6 +114,7 @@ class Running:
                 exposed=pack_uint32(7 * decided for decided in is_decided),
                 scores=pack_float32(score for row in scores for score in row),
                 cost_spent=pack_float32(n / num_layers for n in range(num_layers)),
+                cost=0.75,
             )
             self.steps.append(step)
 

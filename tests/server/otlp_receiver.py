@@ -24,7 +24,8 @@ class OtlpReceiver:
 
     port: int = 0
     spans: list[Span] = field(default_factory=list)
-    resource: dict[str, Any] = field(default_factory=dict)
+    resources: list[dict[str, Any]] = field(default_factory=list)
+    """Those of all messages of spans, without repetition."""
     metrics: list[Any] = field(default_factory=list)
     received: list[bytes] = field(default_factory=list)
     """Every message, unchanged."""
@@ -96,7 +97,9 @@ class _Traces(trace_service_pb2_grpc.TraceServiceServicer):
         receiver.behave(context)
         receiver.received.append(request.SerializeToString())
         for resource_spans in request.resource_spans:
-            receiver.resource = attributes_of(resource_spans.resource.attributes)
+            resource = attributes_of(resource_spans.resource.attributes)
+            if resource not in receiver.resources:
+                receiver.resources.append(resource)
             for scope_spans in resource_spans.scope_spans:
                 receiver.spans.extend(scope_spans.spans)
         return trace_service_pb2.ExportTraceServiceResponse()

@@ -26,6 +26,9 @@ START = 1_764_000_000_000 * MILLISECOND
 NUM_LAYERS, PINNED = 4, [0, 3]
 
 
+SERVER, WORKER = (Resource({"service.name": name}) for name in ("dash-llm", "dash-llm-worker"))
+
+
 def step(kind: StepKind, place: int, **changes: Any) -> TraceStep:
     """Returns a step of one millisecond, number `place`, with decisions for its two free layers."""
     fields: dict[str, Any] = {
@@ -41,6 +44,7 @@ def step(kind: StepKind, place: int, **changes: Any) -> TraceStep:
         "exposed": pack_uint32([0, 0, 9, 0]),
         "scores": pack_float32([0, 0, 1, 0, 1, 0, 0, 0]),
         "cost_spent": pack_float32([0, 0.25, 0.375, 0.5]),
+        "cost": 0.625,
     }
     return TraceStep(**(fields | changes))
 
@@ -51,6 +55,7 @@ def verification(place: int, token_ids: list[int], num_accepted: int, num_from_t
         token_ids,
         START + (place + 2) * MILLISECOND,
         MILLISECOND,
+        cost=1.5,
         accepted_token_count=num_accepted,
         text_token_count=num_from_text,
     )
@@ -101,7 +106,7 @@ def record(mode: Mode = Mode.ADAPTIVE, **changes: Any) -> RequestRecord:
 
 
 def spans_of(said: DecisionTrace | None, call: RequestRecord | None = None, **options: Any) -> list[ReadableSpan]:
-    source = CallSpans(call or record(), said, SpanOptions(**options), Resource.get_empty())
+    source = CallSpans(call or record(), said, SpanOptions(**options), SERVER, WORKER)
     spans = list(source)
     assert len(spans) <= source.num_spans
     check(spans)
@@ -126,7 +131,7 @@ def check(spans: list[ReadableSpan]) -> None:
 
 
 def tree(spans: list[ReadableSpan]) -> list[str]:
-    """Returns each span's parent and name, below the generation; decisions are only counted."""
+    """Returns each span's parent and name, below the generation."""
     names = {span.context.span_id: span.name for span in spans if span.context is not None}
     lines: list[str] = []
     for span in spans[2:]:
@@ -140,8 +145,9 @@ def attributes(spans: list[ReadableSpan], name: str) -> list[dict[str, Any]]:
     return [dict(span.attributes or {}) for span in spans if span.name == name]
 
 
-DECIDED = ["token > decision"] * 2
-REJECTED = ["draft > rejected token", *["rejected token > decision"] * 2]
+DECISIONS = ["skip layer 1", "int8 layer 2"]
+DECIDED = [f"token > {decision}" for decision in DECISIONS]
+REJECTED = ["draft > rejected token", *(f"rejected token > {decision}" for decision in DECISIONS)]
 
 
 def test_rejected_drafts_hang_under_their_draft_and_accepted_ones_are_tokens() -> None:
@@ -162,7 +168,7 @@ def test_rejected_drafts_hang_under_their_draft_and_accepted_ones_are_tokens() -
 
 def test_a_draft_that_ends_the_output_early_is_put_out_only_so_far() -> None:
     spans = spans_of(recorded([*drafts(0, 3), verification(3, [0], 2)]))
-    drafted = ["draft > drafted token", *["drafted token > decision"] * 2]
+    drafted = ["draft > drafted token", *(f"drafted token > {decision}" for decision in DECISIONS)]
     assert tree(spans) == ["token", "draft", "token", *DECIDED, *drafted, *REJECTED, "draft > verification"]
 
 
@@ -176,13 +182,15 @@ def test_a_draft_from_the_text_has_a_verification_and_no_steps() -> None:
 
 def test_a_draft_that_was_never_verified_says_so() -> None:
     spans = spans_of(recorded([step(StepKind.DECODE, 0), *drafts(1, 1)]))
-    assert tree(spans)[4:] == ["draft", "draft > drafted token", *["drafted token > decision"] * 2]
+    drafted = ["draft > drafted token", *(f"drafted token > {decision}" for decision in DECISIONS)]
+    assert tree(spans)[4:] == ["draft", *drafted]
     (draft,) = attributes(spans, "draft")
     assert draft == {"dash.draft.verified": False, "dash.draft.drafted": 1}
 
 
 def test_decisions_have_scores_and_what_the_batch_made_of_them() -> None:
-    first, second = attributes(spans_of(recorded([step(StepKind.DECODE, 0)])), "decision")
+    spans = spans_of(recorded([step(StepKind.DECODE, 0)]))
+    (first,), (second,) = (attributes(spans, name) for name in DECISIONS)
     assert first == {
         "dash.layer": 1,
         "dash.action": "skip",
@@ -197,7 +205,7 @@ def test_decisions_have_scores_and_what_the_batch_made_of_them() -> None:
 
 def test_a_policy_without_scores_has_none_in_its_decisions() -> None:
     unscored = recorded([step(StepKind.DECODE, 0, scores=b"")], score_actions=[], price=None)
-    assert attributes(spans_of(unscored), "decision")[0].keys() == {
+    assert attributes(spans_of(unscored), "skip layer 1")[0].keys() == {
         "dash.layer",
         "dash.action",
         "dash.exposed_ns",
@@ -207,8 +215,31 @@ def test_a_policy_without_scores_has_none_in_its_decisions() -> None:
 
 def test_layers_stand_beside_decisions() -> None:
     spans = spans_of(recorded([step(StepKind.DECODE, 0)]), has_layers=True)
-    assert tree(spans)[2:] == [*DECIDED, *["token > layer"] * 4]
-    assert [layer["dash.action"] for layer in attributes(spans, "layer")] == ["full", "skip", "int8", "full"]
+    names = [f"layer {layer}" for layer in range(NUM_LAYERS)]
+    assert tree(spans)[2:] == [*DECIDED, *(f"token > {name}" for name in names)]
+    assert [attributes(spans, name)[0]["dash.action"] for name in names] == ["full", "skip", "int8", "full"]
+
+
+def test_a_token_says_where_it_stands_what_it_cost_and_how_many_layers_ran_each_action() -> None:
+    spans = spans_of(recorded([step(StepKind.DECODE, 0), *drafts(1, 1), verification(2, [50], 0)]))
+    tokens = attributes(spans, "token")
+    assert [token["dash.token.position"] for token in tokens] == [3, 4, 5], "after a prompt of three tokens"
+    ran = {"dash.cost": 0.625, "dash.layers.skip": 1, "dash.layers.int8": 1, "dash.layers.full": 2}
+    assert tokens[1] == ran | {"dash.token.index": 1, "dash.token.position": 4}
+    assert attributes(spans, "rejected token") == [ran]
+    assert attributes(spans, "verification") == [{"dash.verification.tokens": 1, "dash.cost": 1.5}]
+    assert "dash.cost" not in tokens[0], "the prefill's"
+
+
+def test_what_the_worker_did_is_of_a_service_of_its_own() -> None:
+    spans = spans_of(recorded([step(StepKind.DECODE, 0)]))
+    assert [span.resource for span in spans] == [SERVER] * 2 + [WORKER] * (len(spans) - 2)
+
+
+def test_the_slot_was_granted_when_the_worker_says_so() -> None:
+    late = record(granted_unix_ns=START + 60 * MILLISECOND)
+    assert [event.timestamp for event in spans_of(recorded([]), late)[1].events] == [START + MILLISECOND]
+    assert [event.timestamp for event in spans_of(None, late)[1].events] == [START + 60 * MILLISECOND]
 
 
 def test_token_ids_are_content() -> None:

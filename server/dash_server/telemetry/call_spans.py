@@ -21,7 +21,7 @@ from dash_runtime.decision_trace import DecisionTrace
 from dash_server.from_pb import PreparedRequest
 from dash_server.request_record import PROVIDER_NAME, RequestRecord
 from dash_server.telemetry.span_tree import Attributes, SpanTree
-from dash_server.telemetry.token_spans import SpanOptions, TokenSpans
+from dash_server.telemetry.token_spans import SpanOptions, TokenSpans, layer_counts
 from dash_server.telemetry.trace_sampling import SERVER_FAULTS
 
 _MAX_INT64 = 2**63 - 1
@@ -33,14 +33,21 @@ class CallSpans:
     """The spans of one call. Iterating makes them."""
 
     def __init__(
-        self, record: RequestRecord, decision_trace: DecisionTrace | None, options: SpanOptions, resource: Resource
+        self,
+        record: RequestRecord,
+        decision_trace: DecisionTrace | None,
+        options: SpanOptions,
+        resource: Resource,
+        worker_resource: Resource,
     ) -> None:
         """`record` must be over and have a trace id. `decision_trace` is None if the worker sent none."""
         self._record = record
-        self._steps = None if decision_trace is None else TokenSpans(decision_trace, options)
+        num_prompt_tokens = 0 if record.prepared is None else len(record.prepared.request.prompt_token_ids)
+        self._steps = None if decision_trace is None else TokenSpans(decision_trace, options, num_prompt_tokens)
         self._decision_trace = decision_trace
         self._options = options
         self._resource = resource
+        self._worker_resource = worker_resource
         self.num_spans = 1 + (record.prepared is not None) + (0 if self._steps is None else self._steps.num_spans)
         """An upper bound."""
 
@@ -48,7 +55,10 @@ class CallSpans:
         """Yields the spans, parents first."""
         record = self._record
         assert record.ended_unix_ns is not None
-        tree = SpanTree(int(record.trace_id, 16), record.caller_span, self._resource)
+        tree, worker_tree = (
+            SpanTree(int(record.trace_id, 16), record.caller_span, resource)
+            for resource in (self._resource, self._worker_resource)
+        )
         is_error = record.code in SERVER_FAULTS
         status = Status(StatusCode.ERROR, record.reason) if is_error else Status(StatusCode.UNSET)
         start, end = record.started_unix_ns, record.ended_unix_ns
@@ -66,10 +76,11 @@ class CallSpans:
         if self._steps is not None:
             attributes["dash.untraced_steps"] = self._steps.num_untraced_steps
         name = f"{record.operation} {record.model}"
-        span, generation = tree.span(name, server, start, end, attributes, events=_events(record), status=status)
+        events = _events(record, self._decision_trace)
+        span, generation = tree.span(name, server, start, end, attributes, events=events, status=status)
         yield span
         if self._steps is not None:
-            yield from self._steps.make(tree, generation)
+            yield from self._steps.make(worker_tree, generation)
 
 
 def _server_attributes(record: RequestRecord) -> Attributes:
@@ -135,7 +146,7 @@ def _outcome(record: RequestRecord) -> Attributes:
             "gen_ai.usage.cache_read.input_tokens": finished.num_cached_prompt_tokens,
             "dash.mean_cost": finished.depth.mean_cost,
             "dash.exposed_policy_seconds": finished.depth.mean_exposed_seconds,
-        }
+        } | layer_counts(finished.depth.action_counts)
         if (speculation := finished.speculation) is not None:
             attributes |= {
                 "dash.drafted_tokens": speculation.num_drafted,
@@ -169,6 +180,8 @@ def _messages(messages: Sequence[tuple[str, str]]) -> str:
     return json.dumps(shown, ensure_ascii=False)
 
 
-def _events(record: RequestRecord) -> list[Event]:
-    times = {"slot granted": record.granted_unix_ns, "first token": record.first_token_unix_ns}
+def _events(record: RequestRecord, decision_trace: DecisionTrace | None) -> list[Event]:
+    # The worker's message of the slot comes with the first token, when the prefill is over.
+    granted = record.granted_unix_ns if decision_trace is None else decision_trace.granted_unix_ns
+    times = {"slot granted": granted, "first token": record.first_token_unix_ns}
     return [Event(name, timestamp=time) for name, time in times.items() if time is not None]

@@ -50,6 +50,14 @@ def is_exported(signal: Signal, environment: Mapping[str, str]) -> bool:
     return True
 
 
+def worker_resource(server: "Resource") -> "Resource":
+    """Returns the resource of what the server's workers did, so that a page of a trace can tell the two apart."""
+    from opentelemetry.sdk.resources import Resource
+
+    name = str(server.attributes["service.name"])
+    return server.merge(Resource({"service.name": f"{name}-worker"}))
+
+
 def service_resource() -> "Resource":
     """Returns the resource that names this server. OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win."""
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource

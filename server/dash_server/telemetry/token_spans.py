@@ -1,14 +1,15 @@
 """Makes the spans of a decision trace: tokens with their decisions, and drafts. Knows no server and no caller.
 
 token                a decode step, or a drafted token that was accepted
-  decision, layer    one per decided layer, and one per layer if asked for
+  skip layer 12, …   a decision: its name shows what was done with which layer, so that pages can be read and searched
+  layer 12, …        one per layer, if asked for
 draft                in mode EXACT: from the first drafted token to the end of the verification
   verification
   rejected token     with its decisions; `drafted token` if it was neither rejected nor put out
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from opentelemetry.sdk.trace import ReadableSpan
@@ -18,6 +19,11 @@ from dash_runtime.decision_trace import DecisionTrace, StepKind, TraceStep, unpa
 from dash_server.telemetry.span_tree import Attributes, ParentSpan, SpanTree
 
 _ACTION_NAMES = {action.value: action.name.lower() for action in Action}
+
+
+def layer_counts(counts: Mapping[Action, int]) -> Attributes:
+    """Returns the attributes that say how many layers ran each action; those that none ran are left out."""
+    return {f"dash.layers.{action.name.lower()}": count for action, count in counts.items() if count}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +87,9 @@ def _groups(steps: Sequence[TraceStep]) -> Iterator[_Group]:
 class TokenSpans:
     """The spans of one request's steps: as many whole tokens and drafts as fit in `max_spans`."""
 
-    def __init__(self, decision_trace: DecisionTrace, options: SpanOptions) -> None:
+    def __init__(self, decision_trace: DecisionTrace, options: SpanOptions, num_prompt_tokens: int) -> None:
         self._decision_trace = decision_trace
+        self._num_prompt_tokens = num_prompt_tokens
         self._options = options
         self._score_names = [f"dash.scores.{action.name.lower()}" for action in decision_trace.score_actions]
         self._groups: list[_Group] = []
@@ -153,7 +160,10 @@ class TokenSpans:
             return
         start, end = verification.start_unix_ns, _end(verification)
         put_out = verification.token_ids
-        yield tree.span("verification", draft, start, end, {"dash.verification.tokens": len(put_out)})[0]
+        attributes = {"dash.verification.tokens": len(put_out)}
+        if verification.cost is not None:
+            attributes["dash.cost"] = verification.cost
+        yield tree.span("verification", draft, start, end, attributes)[0]
         for position in range(group.num_drafted_put_out, len(put_out)):
             attributes = self._token_attributes(put_out[position], index + position)
             yield tree.span("token", generation, start, end, attributes)[0]
@@ -163,6 +173,9 @@ class TokenSpans:
     ) -> Iterator[ReadableSpan]:
         (token_id,) = step.token_ids
         attributes = self._token_attributes(token_id, index)
+        attributes |= layer_counts({action: step.actions.count(action) for action in Action})
+        if step.cost is not None:
+            attributes["dash.cost"] = step.cost
         span, token = tree.span(name, parent, step.start_unix_ns, _end(step), attributes)
         yield span
         if step.decision_ends:
@@ -188,7 +201,8 @@ class TokenSpans:
             if scores:
                 self._add_scores(attributes, action, scores[layer * num_scores : (layer + 1) * num_scores])
             begin = step.start_unix_ns
-            yield tree.span("decision", token, begin + starts[layer], begin + end, attributes)[0]
+            name = f"{_ACTION_NAMES[action]} layer {layer}"
+            yield tree.span(name, token, begin + starts[layer], begin + end, attributes)[0]
 
     def _add_scores(self, attributes: Attributes, action: int, scores: array) -> None:
         attributes.update(zip(self._score_names, scores, strict=True))
@@ -202,12 +216,12 @@ class TokenSpans:
         begin = step.start_unix_ns
         for layer, action in enumerate(step.actions):
             attributes: Attributes = {"dash.layer": layer, "dash.action": _ACTION_NAMES[action]}
-            yield tree.span("layer", token, begin + starts[layer], begin + ends[layer], attributes)[0]
+            yield tree.span(f"layer {layer}", token, begin + starts[layer], begin + ends[layer], attributes)[0]
 
     def _token_attributes(self, token_id: int, index: int | None) -> Attributes:
         attributes: Attributes = {}
         if index is not None:
-            attributes["dash.token.index"] = index
+            attributes |= {"dash.token.index": index, "dash.token.position": self._num_prompt_tokens + index}
         if self._options.has_content:
             attributes["dash.token.id"] = token_id
         return attributes

@@ -15,7 +15,7 @@ from dash_server.request_record import RequestRecord
 from dash_server.settings import Settings
 from dash_server.telemetry.audit_span import AuditSpan
 from dash_server.telemetry.call_spans import CallSpans
-from dash_server.telemetry.exporting import ExportState, service_resource
+from dash_server.telemetry.exporting import ExportState, service_resource, worker_resource
 from dash_server.telemetry.span_export import SpanExport
 from dash_server.telemetry.span_tree import SharedResource
 from dash_server.telemetry.token_spans import SpanOptions
@@ -34,6 +34,7 @@ class Tracing:
         self._rule = rule
         self._options = options
         self._resource = SharedResource(resource)
+        self._worker_resource = SharedResource(worker_resource(resource))
         self.export = export
 
     def begin(self, record: RequestRecord) -> None:
@@ -45,7 +46,7 @@ class Tracing:
     def finish(self, record: RequestRecord, decision_trace: DecisionTrace | None) -> None:
         """Traces a call that is over, if the sampling rule chooses it."""
         if self._rule.is_sampled(record):
-            self.export.put(CallSpans(record, decision_trace, self._options, self._resource))
+            self.export.put(CallSpans(record, decision_trace, self._options, self._resource, self._worker_resource))
 
     def audited(self, audit: Audit, record: RequestRecord) -> None:
         """Traces the comparison of a traced call's answer with full depth."""
