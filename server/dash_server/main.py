@@ -1,7 +1,7 @@
 """The `dash-server` command: reads the settings, handles signals and returns an exit code.
 
-SIGTERM or SIGINT drains the server; a second one ends it at once. Exit codes: 0 after a drain, 2 if a changed setting
-can help, 1 otherwise. Imports no torch: only the worker does.
+SIGTERM or SIGINT drains the server; a second one ends it at once. Exit codes: 0 after a drain, or when all is prepared;
+2 if a changed setting can help; 1 otherwise. Imports no torch: only the worker does.
 """
 
 import asyncio
@@ -26,19 +26,22 @@ WORKER_COMMAND = (sys.executable, "-m", "dash_server.worker")
 
 _DESCRIPTION = """Serves a model over gRPC until it is told to stop. Settings are environment variables, such as
 DASH_MODEL and DASH_PORT; docs/settings.md has them all, and a start logs them."""
+_PREPARE_HELP = """convert the model, compile its programs and measure this machine, as the first start does, and exit:
+later starts with these settings then take seconds"""
 _EXIT_OK = 0
 _EXIT_FAILURE = 1
 _EXIT_USER_ERROR = 2
 
 
 def main(worker_command: Sequence[str] = WORKER_COMMAND) -> int:
-    """Runs the server until a signal or a failure; returns the exit code.
+    """Runs the server until a signal or a failure, or only prepares its start; returns the exit code.
 
     Raises:
         SystemExit: the command line asked for help (0), or had an argument that does not exist (2).
     """
-    # There are no options: refuse arguments instead of ignoring them.
-    ArgumentParser("dash-server", description=_DESCRIPTION).parse_args()
+    parser = ArgumentParser("dash-server", description=_DESCRIPTION)
+    parser.add_argument("--prepare", action="store_true", help=_PREPARE_HELP)
+    only_prepares = parser.parse_args().prepare
     try:
         settings = load_settings()
     except SettingsError as error:
@@ -47,22 +50,23 @@ def main(worker_command: Sequence[str] = WORKER_COMMAND) -> int:
     for warning in unknown_variables(os.environ):
         logger.warning("%s", warning)
     logger.info("settings: %s", settings.loggable())
-    return asyncio.run(_serve(settings, worker_command))
+    return asyncio.run(_run(settings, worker_command, only_prepares=only_prepares))
 
 
-async def _serve(settings: Settings, worker_command: Sequence[str]) -> int:
+async def _run(settings: Settings, worker_command: Sequence[str], *, only_prepares: bool) -> int:
     try:
         server = DashServer(settings, worker_command)
         stop = _stop_requested(server)
-        await server.start()
+        if not only_prepares:
+            await server.start()
     except (ListenError, TokenFileError) as error:
         return _complain(str(error))
-    worker = asyncio.create_task(server.run_workers())
+    worker = asyncio.create_task(server.prepare() if only_prepares else server.run_workers())
     try:
         await asyncio.wait({worker, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not worker.done():
             await server.drain(settings.shutdown_grace_seconds)
-            return _EXIT_OK
+            return _EXIT_FAILURE if only_prepares else _EXIT_OK
         worker.result()
         return _EXIT_OK
     except WorkerStartError as error:

@@ -137,6 +137,25 @@ class DashServer:
         logger.info("listening on %s, port %d", self._settings.host, port)
         return port
 
+    async def prepare(self) -> None:
+        """Starts the first worker alone, which keeps what later starts need, and ends it when it is ready.
+
+        Raises:
+            WorkerStartError: the worker cannot be started.
+            DashRuntimeError: the model folder cannot be read.
+        """
+        first = self._links[0]
+        running = asyncio.create_task(first.run())
+        ready = asyncio.create_task(first.wait_ready())
+        try:
+            await asyncio.wait({running, ready}, return_when=asyncio.FIRST_COMPLETED)
+            if running.done():
+                running.result()
+        finally:
+            ready.cancel()
+            running.cancel()
+            await asyncio.wait({running, ready})
+
     async def run_workers(self) -> None:
         """Keeps the workers running. If one is given up, the others go on.
 

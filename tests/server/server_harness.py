@@ -212,6 +212,7 @@ def server_process(
     *,
     worker_command: Sequence[str] = FAKE_WORKER,
     before_exit: str = "pass",
+    arguments: Sequence[str] = (),
     **variables: object,
 ) -> Iterator[ServerProcess]:
     """Starts `dash-server` with the fake worker and these variables. `before_exit` is Python to run at its end."""
@@ -223,7 +224,7 @@ def server_process(
     environment |= {f"DASH_{name.upper()}": str(value) for name, value in given.items()}
     log = tmp_path / "stderr"
     with log.open("wb") as stderr:
-        process = subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=stderr)
+        process = subprocess.Popen([sys.executable, "-c", program, *arguments], env=environment, stderr=stderr)
     with process:
         try:
             yield ServerProcess(process, port_file, log)

@@ -167,6 +167,34 @@ def test_a_refusal_of_the_worker_is_one_line(tmp_path: Path, model_folder: Path)
     assert (code, stderr) == (2, "dash-server: nothing is at /no/model\n")
 
 
+def test_preparing_takes_no_calls_and_ends_when_the_worker_is_ready(tmp_path: Path, model_folder: Path) -> None:
+    with server_process(tmp_path, model=fake_model(model_folder), workers=2, arguments=["--prepare"]) as server:
+        code, stderr = server.outcome()
+    assert code == 0
+    assert stderr.count("is ready: ") == stderr.count("ended with status 0") == 1
+    assert "listening" not in stderr
+    assert not server.port_file.exists()
+
+
+def test_what_cannot_be_prepared_is_one_line(tmp_path: Path, model_folder: Path) -> None:
+    model = fake_model(model_folder, startup_failed="nothing is at /no/model")
+    with server_process(tmp_path, model=model, log_level="ERROR", arguments=["--prepare"]) as server:
+        code, stderr = server.outcome()
+    assert (code, stderr) == (2, "dash-server: nothing is at /no/model\n")
+
+
+def test_preparing_that_is_interrupted_ends_its_worker_and_says_that_it_failed(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    model = fake_model(model_folder, never_ready=1, doing="compiling")
+    with server_process(tmp_path, model=model, arguments=["--prepare"]) as server:
+        while not (workers := server.workers()):
+            time.sleep(0.02)
+        code, _ = server.end(signal.SIGTERM)
+        assert_gone(workers[0])
+    assert code == 1
+
+
 def test_a_missing_tokenizer_is_one_line(tmp_path: Path) -> None:
     with server_process(tmp_path, model=fake_model(tmp_path), log_level="ERROR") as server:
         code, stderr = server.outcome()
