@@ -17,7 +17,7 @@ OMP_NUM_THREADS=1 $(1) -m pytest -m "not alone" -n 4 --dist loadfile
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-lowest release-test soak bench lint protos reference clean
+.PHONY: help demo serve test test-lowest release-test soak bench jaeger lint protos reference clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -54,6 +54,9 @@ bench: $(VENV)/.bench  ## Measure decoding; leave the machine idle meanwhile
 $(VENV)/.bench: $(INSTALLED)
 	$(BIN)/python -m pip install -e ".[bench]"
 	@touch $@
+
+jaeger: $(INSTALLED)  ## Build a Jaeger for the tests that need a real one; needs Go, and takes some minutes
+	@.ci/make-jaeger $(BIN)/jaeger
 
 lint: $(INSTALLED)  ## Check style, types, the generated stubs and the protocol
 	$(BIN)/ruff check .
