@@ -100,7 +100,7 @@ class Program:
         self._has_own_outputs = not spec.keeps_results_on_stack
         # torch unpacks the file, and leaves that behind in a process that ends without tidying; what is loaded needs
         # no file.
-        with _own_temporary_folder():
+        with _own_temporary_folder(_place_to_run_code(path.parent)):
             # One caller, one thread, so the loader needs no pool of runners.
             self._loader: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
 
@@ -109,11 +109,19 @@ class Program:
         return outputs if self._has_own_outputs else [output.clone() for output in outputs]
 
 
+def _place_to_run_code(folder: Path) -> Path:
+    """Returns the usual place of temporary files, or `folder` if no code may be loaded from there: hardened machines
+    and containers mount it so."""
+    usual = Path(tempfile.gettempdir())
+    no_code = getattr(os, "ST_NOEXEC", 0)  # Linux has it
+    return folder if os.statvfs(usual).f_flag & no_code else usual
+
+
 @contextmanager
-def _own_temporary_folder() -> Iterator[None]:
-    """Lets everything temporary go into a folder that is deleted at the end."""
+def _own_temporary_folder(place: Path) -> Iterator[None]:
+    """Lets everything temporary go into a folder in `place` that is deleted at the end."""
     usual = os.environ.get("TMPDIR")
-    with tempfile.TemporaryDirectory(prefix="dash-programs-") as folder:
+    with tempfile.TemporaryDirectory(prefix="dash-programs-", dir=place) as folder:
         os.environ["TMPDIR"] = folder
         try:
             yield
@@ -138,7 +146,9 @@ def load_programs(specs: Sequence[ProgramSpec], folder: Path, progress: Progress
         folder.mkdir(parents=True, exist_ok=True)
         num_processes = min(len(missing), max(1, torch.get_num_threads()))
         shares = [missing[first::num_processes] for first in range(num_processes)]
-        with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(num_processes) as pool:
+        # Inductor loads code too: it tries out what the compiler can do.
+        place = _place_to_run_code(folder)
+        with tempfile.TemporaryDirectory(dir=place) as scratch, ThreadPoolExecutor(num_processes) as pool:
             compiling = [pool.submit(_compile, share, paths, scratch) for share in shares]
             _follow([paths[spec] for spec in missing], compiling, progress)
         return programs | {spec: Program(paths[spec], spec) for spec in missing}
@@ -186,8 +196,10 @@ def _compile(specs: Sequence[ProgramSpec], paths: Mapping[ProgramSpec, Path], sc
 
 def _reason(error: Exception) -> str:
     output = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-    lines = [line for line in str(output).strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    lines = [line.strip() for line in str(output).splitlines() if line.strip()]
+    # A compiler's last line is only that it ended.
+    errors = [line for line in lines if "error: " in line]
+    return (errors or lines or [type(error).__name__])[-1]
 
 
 @lru_cache  # the same for all programs of a start

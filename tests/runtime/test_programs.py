@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +49,7 @@ def failing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A g++ that only fails."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    (folder / "g++").write_text("#!/bin/sh\nexit 1\n")
+    (folder / "g++").write_text("#!/bin/sh\necho 'g++: fatal error: no cc1plus\ncompilation terminated.' >&2\nexit 1\n")
     (folder / "g++").chmod(0o755)
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.delenv("CXX", raising=False)
@@ -160,6 +162,7 @@ def test_a_compiler_that_fails_is_a_reason_and_leaves_no_file(tmp_path: Path) ->
     programs, said = load(tmp_path / "programs", POLICY)
     assert programs is None
     assert_one_line_of_reason(said)
+    assert said[-1].endswith("fatal error: no cc1plus")
     assert list((tmp_path / "programs").iterdir()) == []
 
 
@@ -187,6 +190,19 @@ def test_a_loaded_program_keeps_nothing_in_the_temporary_folder(
     assert list(tmp_path.iterdir()) == []
     assert os.environ["TMPDIR"] == str(tmp_path)
     del program
+
+
+@needs_compiler
+def test_programs_load_where_no_code_may_be_run_from_the_temporary_folder(kept: Path, tmp_path: Path) -> None:
+    """As on hardened machines, and in a container whose temporary folder is in memory."""
+    (path,) = kept.iterdir()
+    script = "from tests.runtime.test_programs import *; Program(Path(sys.argv[1]), POLICY)"
+    in_there = f"mount -t tmpfs -o noexec tmpfs {tmp_path} && exec env TMPDIR={tmp_path}"
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "--mount", "sh", "-c", f"{in_there} true"]).returncode:
+        pytest.skip("needs the right to mount")
+    command = [unshare, "--mount", "sh", "-c", f'{in_there} "$@"', "sh", sys.executable, "-c", script, str(path)]
+    subprocess.run(command, check=True, timeout=120)
 
 
 @needs_compiler
