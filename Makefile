@@ -17,7 +17,7 @@ OMP_NUM_THREADS=1 $(1) -m pytest -m "not alone" -n 4 --dist loadfile
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-lowest release-test soak bench jaeger lint protos reference clean
+.PHONY: help demo serve test test-lowest test-stack release-test soak bench jaeger lint protos reference clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -43,6 +43,9 @@ $(LOWEST)/.installed: pyproject.toml | $(INSTALLED)
 
 release-test: $(INSTALLED)  ## Build the wheel, install it in an empty environment, and serve one answer
 	@PYTHON="$(abspath $(BIN))/python" .ci/test-release
+
+test-stack: $(INSTALLED)  ## Build the image, run the whole stack in containers, and prove it; needs a container engine
+	DASH_TEST_STACK=1 $(BIN)/python -m pytest tests/stack -s
 
 soak: $(INSTALLED)  ## Prove the service under load and faults; takes half an hour
 	$(BIN)/python -m tests.soak

@@ -108,6 +108,20 @@ def test_the_gpu_file_asks_for_a_device() -> None:
     assert server["environment"]["DASH_DEVICE"] == "cuda"
 
 
+def test_the_stacks_jaeger_is_the_one_that_the_tests_run() -> None:
+    _, _, version = read_stack(FILES[0])["jaeger"]["image"].partition(":")
+    assert f"version.latestVersion=v{version}" in (ROOT / ".ci" / "make-jaeger").read_text()
+
+
+def test_the_images_torch_is_the_cpu_build_unless_another_is_asked_for() -> None:
+    def torch(*files: str) -> str:
+        return str(read_stack(*files)["server"]["build"]["args"]["TORCH_BACKEND"])
+
+    # Compose fills the default in; without it, the file's own words are read.
+    assert torch(FILES[0]) in {"cpu", "${TORCH_BACKEND-cpu}"}
+    assert torch(*FILES) == ""
+
+
 async def test_every_metric_of_the_dashboard_is_one_that_the_server_exports(tmp_path: Path) -> None:
     expressions = [
         target["expr"] for panel in json.loads(DASHBOARD.read_text())["panels"] for target in panel["targets"]
