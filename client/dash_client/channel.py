@@ -30,6 +30,9 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # Connect within a second of the server's start.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 1_000),
+    # gRPC asks DNS again when a connection ends, at most this often. By its own default of 30 s, all servers of a name
+    # may be gone before it asks.
+    ("grpc.dns_min_time_between_resolutions_ms", 5_000),
 )
 
 # Not the health service: a health check asks for the present state.
@@ -124,7 +127,9 @@ def _service_config(retries: int) -> str:
             "initialBackoff": "0.2s",
             "maxBackoff": "2s",
             "backoffMultiplier": 2,
-            "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+            # gRPC's servers cancel a call that comes at the moment in which they close their connections. What the
+            # caller cancels is never tried again.
+            "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
         }
         names = [{"service": service} for service in _RETRIED_SERVICES]
         config["methodConfig"] = [{"name": names, "retryPolicy": policy}]

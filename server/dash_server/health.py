@@ -12,7 +12,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 _Status = health_pb2.HealthCheckResponse
 ALIVE = "alive"
-"""SERVING from the first to the last moment: who asks for it restarts a server that does not answer."""
+"""SERVING whenever there is an answer: who asks for it restarts a server that does not answer. A draining one takes no
+more calls, and ends by itself."""
 READY = "ready"
 """SERVING while new requests are taken, as the whole server is."""
 

@@ -102,6 +102,7 @@ class DashServer:
             interceptors=[AuthInterceptor(authenticator, {_HEALTH_SERVICE, *own_services})],
         )
         self._auditing: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
         self.tracing: Tracing | None = None
         self.metrics: MetricExport | None = None
         """Both are set by `start`, if anything is exported."""
@@ -187,10 +188,15 @@ class DashServer:
                 await asyncio.wait(tasks)
 
     async def drain(self, grace_seconds: float) -> None:
-        """Refuses new requests and waits for those inside. After the grace, those left fail with UNAVAILABLE."""
+        """Takes no more calls and waits for the requests inside. After the grace, those left fail with UNAVAILABLE.
+
+        The port is closed and every connection told to go away at once: clients and proxies then choose another
+        server. If they were only refused here, they would come again with every call until the last request has ended.
+        """
         self.admission.drain()
         self._stop_auditing()
         self._health.set_serving(False)
+        self._stopping = asyncio.create_task(self._server.stop(grace_seconds + _LAST_CALLS_SECONDS))
         logger.info("draining: %d requests inside", self.admission.num_inside)
         try:
             await asyncio.wait_for(self.admission.wait_idle(), grace_seconds)
@@ -203,6 +209,8 @@ class DashServer:
         self._health.close()
         self._stop_auditing()
         await self._server.stop(_LAST_CALLS_SECONDS)
+        if self._stopping is not None:
+            await self._stopping
         self._state.close()
         if self.tracing is not None:
             self._pending_traces.close()

@@ -47,7 +47,9 @@ class Attempts(FakeDashServer):
 
 @BOTH
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
+@pytest.mark.parametrize(
+    "code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED]
+)
 def test_a_refusal_is_tried_again(colour: str, call: Callable[..., Any], code: grpc.StatusCode) -> None:
     with Attempts([refuse(code)], HELLO) as server:
         assert call(colour, server.target).text == "Hello"

@@ -220,19 +220,31 @@ async def test_a_worker_that_is_never_ready_is_given_up(model_folder: Path) -> N
             await server.worker
 
 
-async def test_a_drain_finishes_what_runs_and_refuses_the_rest(model_folder: Path) -> None:
-    async with running_server(fake_model(model_folder, token_seconds=0.005)) as server:
-        running = asyncio.create_task(server.generate(text="abc", max_new_tokens=60))
-        await server.wait_for_live_requests(1)
+async def test_a_drain_finishes_what_runs_and_sends_everybody_else_away(model_folder: Path) -> None:
+    async with running_server(fake_model(model_folder, token_seconds=0.005), slots=1) as server:
+        inside = [asyncio.create_task(server.generate(text="abc", max_new_tokens=60)) for _ in range(2)]
+        await server.wait_until_inside(1, 1)
         drain = asyncio.create_task(server.server.drain(grace_seconds=5))
-        await asyncio.sleep(0.05)
-        assert not await server.is_serving()
+        async with asyncio.timeout(2):
+            while await can_connect(server.port):
+                await asyncio.sleep(0.01)
+        # The old connection takes no new call either.
         with pytest.raises(grpc.aio.AioRpcError) as failure:
             await server.generate(text="a")
         assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert error_details(failure.value)[1]["ErrorInfo"].reason == "SHUTTING_DOWN"
-        assert (await running).finished.usage.output_token_count == 60
+        assert not drain.done()
+        for answer in await asyncio.gather(*inside):
+            assert answer.finished.usage.output_token_count == 60
         await drain
+
+
+async def can_connect(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except ConnectionRefusedError:
+        return False
+    writer.close()
+    return True
 
 
 async def test_a_drain_cuts_off_what_outlasts_the_grace(model_folder: Path) -> None:
@@ -285,7 +297,7 @@ async def test_mode_and_policy_in_use_are_told(model_folder: Path) -> None:
         assert not started.HasField("compute_budget")
 
 
-async def test_a_server_is_alive_before_it_is_ready_and_while_it_drains(model_folder: Path) -> None:
+async def test_a_server_is_alive_before_it_is_ready(model_folder: Path) -> None:
     model = fake_model(model_folder, never_ready=1, doing="compiling programs: 7 of 26")
     async with running_server(model, wait=False) as loading:
         assert await loading.is_serving("alive")
@@ -297,13 +309,6 @@ async def test_a_server_is_alive_before_it_is_ready_and_while_it_drains(model_fo
             assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
             said = refused.value.details()
             await asyncio.sleep(0.01)
-    async with running_server(fake_model(model_folder, token_seconds=0.01)) as server:
-        assert await server.is_serving("ready")
-        call = server.stream(text="abc", max_new_tokens=50)
-        await first_delta(call)
-        draining = asyncio.create_task(server.server.drain(10))
-        await server.wait_until_serving(is_serving=False)
+    async with running_server(fake_model(model_folder)) as server:
         assert await server.is_serving("alive")
-        assert not await server.is_serving("ready")
-        call.cancel()
-        await draining
+        assert await server.is_serving("ready")
