@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import stat
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be replaced; the old one is intact.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Containers that share a folder have the same process ids.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         yield partial
         os.replace(partial, path)
