@@ -2,11 +2,7 @@
 
 import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -246,40 +242,9 @@ async def test_every_metric_and_method_that_the_files_name_exists(tmp_path: Path
     assert metrics <= seen.series.keys()
 
 
-@pytest.fixture
-def prepare(tmp_path: Path) -> Any:
-    """Returns a function that runs the step that prepares the model, with a fake worker behind `dash-server`."""
-    commands = tmp_path / "bin"
-    commands.mkdir()
-    server = "from tests.server.server_harness import FAKE_WORKER; from dash_server.main import main"
-    for name, program in {
-        "dash-server": f"{server}; raise SystemExit(main(FAKE_WORKER))",
-        "dash-client": "from dash_client.cli import main; raise SystemExit(main())",
-    }.items():
-        (commands / name).write_text(f"#!{sys.executable}\n{program}\n")
-        (commands / name).chmod(0o755)
+def test_the_model_is_prepared_by_one_pod_at_a_time_on_the_cache_that_they_share() -> None:
     (step,) = pod_of(base())["initContainers"]
-    flock, close, lock, *rest = step["command"]
-    assert lock.startswith("/var/cache/dash/")
-
-    def run(port: int, model: str) -> subprocess.CompletedProcess[str]:
-        environment = {"PYTHONPATH": ":".join(sys.path), "PATH": f"{commands}:/usr/bin:/bin", "DASH_MODEL": model}
-        environment |= {"DASH_PORT": str(port), "DASH_TARGET": f"127.0.0.1:{port}"}
-        environment |= {one["name"]: one["value"] for one in step["env"]}
-        command = [flock, close, str(tmp_path / "lock"), *rest]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, cwd=ROOT)
-
-    return run
-
-
-@pytest.mark.skipif(shutil.which("flock") is None or shutil.which("bash") is None, reason="needs flock and bash")
-def test_the_step_that_prepares_the_model_serves_once_and_says_why_it_cannot(
-    prepare: Any, tmp_path: Path, unused_tcp_port: int
-) -> None:
-    model = write_model_folder(tmp_path / "model")
-    done = prepare(unused_tcp_port, fake_model(model))
-    assert done.returncode == 0, done.stderr
-    assert "draining" in done.stderr
-    failed = prepare(unused_tcp_port, fake_model(model, startup_failed="no such model"))
-    assert failed.returncode == 2, failed.stderr
-    assert "dash-server: no such model" in failed.stderr
+    flock, _, lock, *command = step["command"]
+    assert (flock, command) == ("flock", ["dash-serve", "--prepare"])
+    assert any(lock.startswith(f"{mount['mountPath']}/") for mount in step["volumeMounts"])
+    assert (ROOT / "deploy" / "image" / command[0]).exists()
