@@ -49,7 +49,10 @@ ROOMS = {
         worker/__main__
         worker/engine_loop
         worker/link
-        worker/process worker/outbox
+        worker/ray_start worker/ray_launcher
+        worker/remote_worker worker/ray_actor worker/listener
+        worker/process worker/outbox worker/ray_messages
+        worker/connection worker/server_socket
         worker/
         tools
         text wire statuses watched_files logs

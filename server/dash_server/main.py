@@ -18,7 +18,9 @@ from dash_server.listening import ListenError
 from dash_server.logs import configure_logging
 from dash_server.server import DashServer
 from dash_server.settings import Settings, SettingsError, load_settings, unknown_variables
-from dash_server.worker.link import WorkerStartError
+from dash_server.worker.process import LocalStarter
+from dash_server.worker.ray_start import RayPlaces, RayStarter
+from dash_server.worker.starter import WorkerStarter, WorkerStartError
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,7 @@ def main(worker_command: Sequence[str] = WORKER_COMMAND) -> int:
 
 async def _run(settings: Settings, worker_command: Sequence[str], *, only_prepares: bool) -> int:
     try:
-        server = DashServer(settings, worker_command)
+        server = DashServer(settings, _starter(settings, worker_command))
         stop = _stop_requested(server)
         if not only_prepares:
             await server.start()
@@ -78,6 +80,24 @@ async def _run(settings: Settings, worker_command: Sequence[str], *, only_prepar
         worker.cancel()
         await asyncio.wait([worker])
         stop.cancel()
+
+
+def _starter(settings: Settings, worker_command: Sequence[str]) -> WorkerStarter:
+    """Returns what starts workers: processes of this machine, or of a Ray cluster."""
+    if settings.ray_address is None:
+        return LocalStarter(worker_command)
+    chain, key = settings.tls_certificate_file, settings.tls_key_file
+    places = RayPlaces(
+        address=settings.ray_address,
+        num_cpus=settings.num_threads or 1,
+        num_gpus=int(settings.device.startswith("cuda")),
+        host=settings.worker_host,
+        port=settings.worker_port,
+        certificate=None if chain is None or key is None else (chain, key),
+        allow_plaintext=settings.allow_plaintext,
+    )
+    _, *arguments = worker_command  # each node has a Python of its own
+    return RayStarter(places, arguments, os.environ)
 
 
 def _stop_requested(server: DashServer) -> asyncio.Task[bool]:

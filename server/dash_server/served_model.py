@@ -1,17 +1,22 @@
 """The served model without its weights: facts, tokenizer and chat template, from a ready worker. Knows no network."""
 
+import logging
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
 from dash_api.v1 import common_pb2, generation_pb2, model_pb2
+from dash_runtime.checkpoints import resolve_checkpoint
 from dash_runtime.checkpoints.chat_template import ChatTemplate
+from dash_runtime.checkpoints.hub import is_hub_id
 from dash_runtime.config import ModelFacts
-from dash_runtime.errors import InvalidRequest
+from dash_runtime.errors import CheckpointNotFound, InvalidRequest
 from dash_server.statuses import below
 from dash_server.text import TextTokenizer
 from dash_server.tools import Tools, calls_as_text, read_tools, template_messages, template_tools
 from dash_server.worker.messages import Ready
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +29,21 @@ class ServedModel:
     folder: Path
 
     @classmethod
-    def load(cls, ready: Ready) -> "ServedModel":
-        """Reads the worker's model folder.
+    def load(cls, ready: Ready, model: str, revision: str | None, cache_folder: Path) -> "ServedModel":
+        """Reads the worker's model folder. If this machine has no such folder, `model` is fetched from the hub.
 
         Raises:
-            CheckpointError: a file is missing or damaged.
+            CheckpointError: a file is missing or damaged, or the model has another machine's folder.
         """
         folder = Path(ready.model_folder)
+        if not folder.is_dir():
+            if not is_hub_id(model):
+                # A conversion would import torch into this process.
+                raise CheckpointNotFound(
+                    f"The worker's model is in {folder}, which this machine does not have: DASH_MODEL and "
+                    "DASH_CACHE_FOLDER must be folders that all machines share, at the same path."
+                )
+            folder = resolve_checkpoint(model, revision, cache_folder, logger.info)
         return cls(ready.facts, TextTokenizer.load(folder), ChatTemplate.load(folder), folder)
 
     def tokenize(self, prompt: generation_pb2.GenerationParameters | model_pb2.TokenizeRequest) -> list[int]:

@@ -33,8 +33,9 @@ from dash_server.statuses import ShuttingDown
 from dash_server.telemetry.exporting import is_disabled, is_exported
 from dash_server.telemetry.metrics import Sources
 from dash_server.telemetry.pending_traces import PendingTraces
-from dash_server.worker.link import LinkEvents, WorkerLink, WorkerStartError
+from dash_server.worker.link import LinkEvents, WorkerLink
 from dash_server.worker.messages import Ready
+from dash_server.worker.starter import WorkerStarter, WorkerStartError
 
 if TYPE_CHECKING:
     from dash_server.telemetry.metric_export import MetricExport
@@ -67,7 +68,7 @@ def _add_reflection(server: grpc.aio.Server, names: Sequence[str]) -> None:
 class DashServer:
     """A server. Call `start`, then `run_workers` as a task, then `drain` if there is time, then `close`."""
 
-    def __init__(self, settings: Settings, worker_command: Sequence[str]) -> None:
+    def __init__(self, settings: Settings, starter: WorkerStarter) -> None:
         """Raises TokenFileError if the token file cannot be used."""
         self._settings = settings
         own_services = [GENERATION_SERVICE, MODEL_SERVICE, *([VLLM_ENGINE_SERVICE] if settings.vllm_engine else ())]
@@ -85,9 +86,10 @@ class DashServer:
         events = LinkEvents(
             self._on_ready, self._on_change, self.dispatcher.on_over, self._pending_traces.add, self._on_facts
         )
+        self._starter = starter
         self._links = [
             WorkerLink(
-                worker_command,
+                starter,
                 settings.worker_config(number),
                 events,
                 start_timeout_seconds=settings.start_timeout_seconds,
@@ -186,6 +188,7 @@ class DashServer:
                 task.cancel()
             if tasks:
                 await asyncio.wait(tasks)
+            await self._starter.close()
 
     async def drain(self, grace_seconds: float) -> None:
         """Takes no more calls and waits for the requests inside. After the grace, those left fail with UNAVAILABLE.
@@ -281,7 +284,10 @@ class DashServer:
             self.tracing.finish(record, decision_trace)
 
     async def _on_ready(self, ready: Ready) -> None:
-        self._state.model = await asyncio.to_thread(ServedModel.load, ready)
+        settings = self._settings
+        self._state.model = await asyncio.to_thread(
+            ServedModel.load, ready, settings.model, settings.model_revision, settings.cache_folder
+        )
 
     def _on_facts(self, facts: ModelFacts) -> None:
         if self._state.model is not None:

@@ -93,6 +93,20 @@ class Settings(BaseSettings):
         ge=0,
         description="Prompt tokens that a worker keeps for later prompts with the same beginning; 0: none",
     )
+    ray_address: str | None = Field(
+        default=None,
+        pattern=r"^(auto|(ray://)?[^/\s]+:\d+)$",
+        description="Run the workers on this Ray cluster: `auto`, `host:port` or `ray://host:port`; needs the extra "
+        "`ray` and `DASH_NUM_THREADS`. Unset: on this machine",
+    )
+    worker_host: str | None = Field(
+        default=None,
+        min_length=1,
+        description="This machine's address for workers on Ray, which connect to it; unset: the one in the cluster",
+    )
+    worker_port: int = Field(
+        default=0, ge=0, le=65535, description="Port that workers on Ray connect to; 0 is any free port"
+    )
     context_length: int | None = Field(
         default=None, ge=2, description="Tokens of one prompt and output; unset: the model's"
     )
@@ -212,10 +226,25 @@ class Settings(BaseSettings):
     def _extras_are_installed(self) -> "Settings":
         if self.vllm_engine and find_spec("smg_grpc_proto") is None:
             raise ValueError(f"{_variable('vllm_engine')}: needs `pip install 'dash-llm[smg]'`")
+        if self.ray_address is not None and find_spec("ray") is None:
+            raise ValueError(f"{_variable('ray_address')}: needs `pip install 'dash-llm[ray]'`")
+        return self
+
+    @model_validator(mode="after")
+    def _ray_knows_what_to_reserve(self) -> "Settings":
+        if self.ray_address is not None and self.num_threads is None:
+            raise ValueError(
+                f"{_variable('num_threads')}: is required with {_variable('ray_address')}: the CPUs that each worker "
+                "reserves"
+            )
         return self
 
     def worker_config(self, worker_number: int = 0) -> WorkerConfig:
-        """Returns the configuration that is sent to worker `worker_number`, from 0."""
+        """Returns the configuration that is sent to worker `worker_number`, from 0.
+
+        Workers on Ray share neither threads nor devices: Ray gives each its own.
+        """
+        is_alone = self.ray_address is not None
         return WorkerConfig(
             model=self.model,
             revision=self.model_revision,
@@ -237,8 +266,8 @@ class Settings(BaseSettings):
                 prefix_cache_tokens=self.prefix_cache_tokens,
                 record_steps=self.trace_steps,
             ),
-            worker_number=worker_number,
-            num_workers=self.workers,
+            worker_number=0 if is_alone else worker_number,
+            num_workers=1 if is_alone else self.workers,
         )
 
     def loggable(self) -> str:

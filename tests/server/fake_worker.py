@@ -1,4 +1,4 @@
-"""A worker without a model: speaks worker/messages.py over the descriptor, and echoes the prompt for ever.
+"""A worker without a model: speaks worker/messages.py over its socket to the server, and echoes the prompt for ever.
 
 Its behaviour is in WorkerConfig.model, as `fake?folder=/path&token_seconds=0.01&…`:
 
@@ -23,7 +23,6 @@ the numbers of Submit, Cancel and Stop received so far.
 import argparse
 import contextlib
 import os
-import select
 import socket
 import subprocess
 import sys
@@ -50,6 +49,8 @@ from dash_runtime.events import (
     TokenProduced,
 )
 from dash_server.worker import messages
+from dash_server.worker.__main__ import add_server_arguments, open_server
+from dash_server.worker.server_socket import ServerGone, receive, send
 
 END_TOKEN_ID = 257
 PROBE_TOKEN_ID = 258
@@ -167,15 +168,10 @@ class FakeWorker:
         self.least_budget = 0.5
 
     def receive(self, timeout: float | None) -> list[messages.ToWorker]:
-        if not select.select([self.link], [], [], timeout)[0]:
-            return []
-        data = self.link.recv(1 << 20)
-        if not data:
-            sys.exit(0)
-        return [messages.decode_to_worker(body) for body in self.frames.feed(data)]
+        return [messages.decode_to_worker(body) for body in self.frames.feed(receive(self.link, timeout))]
 
     def send(self, message: messages.FromWorker) -> None:
-        self.link.sendall(messages.encode_frame(message))
+        send(self.link, messages.encode_frame(message))
 
     def run(self) -> None:
         received: list[messages.ToWorker] = []
@@ -300,7 +296,7 @@ class FakeWorker:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--fd", type=int, required=True)
+    add_server_arguments(parser)
     die_with_parent()
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        FakeWorker(socket.socket(fileno=parser.parse_args().fd)).run()
+    with contextlib.suppress(ServerGone):
+        FakeWorker(open_server(parser.parse_args())).run()

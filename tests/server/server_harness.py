@@ -22,6 +22,8 @@ from tokenizers import Tokenizer
 from dash_api.v1 import common_pb2, generation_pb2, generation_pb2_grpc, model_pb2_grpc
 from dash_server.server import DashServer
 from dash_server.settings import Settings
+from dash_server.worker.process import LocalStarter
+from dash_server.worker.starter import WorkerStarter
 from tests.server import fake_worker
 from tests.tiny_models import byte_tokenizer
 
@@ -156,10 +158,12 @@ async def running_server(
     wait: bool = True,
     credentials: grpc.ChannelCredentials | None = None,
     worker_command: Sequence[str] = FAKE_WORKER,
+    starter: WorkerStarter | None = None,
     **settings: Any,
 ) -> AsyncIterator[RunningServer]:
     """Runs a server in this process, on a free port. Waits until it serves, unless `wait` is off."""
-    server = DashServer(Settings(model=model, **{"port": 0, "shutdown_grace_seconds": 5, **settings}), worker_command)
+    chosen = Settings(model=model, **{"port": 0, "shutdown_grace_seconds": 5, **settings})
+    server = DashServer(chosen, starter or LocalStarter(worker_command))
     port = await server.start()
     worker = asyncio.create_task(server.run_workers())
     channel = open_channel(port, credentials)

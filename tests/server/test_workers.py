@@ -11,8 +11,9 @@ import grpc
 import psutil
 import pytest
 
-from dash_server.worker.link import WorkerStartError
-from dash_server.worker.process import WorkerProcess
+from dash_server.worker.messages import decode_from_worker
+from dash_server.worker.process import FramedProcess
+from dash_server.worker.starter import WorkerStartError
 from tests.server.server_harness import FAKE_WORKER, RunningServer, fake_model, running_server, server_process
 from tests.server.test_lifecycle import code_of, first_delta
 from tests.server.test_server_process import assert_gone, complaints
@@ -89,7 +90,7 @@ async def test_workers_that_gave_tokens_are_replaced_more_often_than_that(model_
 
 
 async def test_a_worker_ends_though_whoever_stops_it_is_cancelled() -> None:
-    worker = await WorkerProcess.spawn(FAKE_WORKER)
+    worker = await FramedProcess.spawn(FAKE_WORKER, decode_from_worker)
     stopping = asyncio.create_task(worker.stop())
     await asyncio.sleep(0)
     stopping.cancel()

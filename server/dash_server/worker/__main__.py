@@ -1,25 +1,59 @@
-"""The worker process, started by exec as `python -m dash_server.worker --fd N`. Does not know its starter."""
+"""The worker process, started by exec as `python -m dash_server.worker`. Does not know its starter.
+
+`--fd N` is a socket to the server. With `--connect HOST:PORT` the worker opens one, and reads the credentials for it
+from its standard input, where no other process sees them.
+"""
 
 import argparse
+import logging
 import signal
 import socket
 import sys
 
+import msgspec
+
 from dash_runtime.child_process import die_with_parent
 from dash_server.logs import configure_worker_logging
-from dash_server.worker.engine_loop import EngineLoop
+from dash_server.worker.handshake import Credentials, HandshakeError
+from dash_server.worker.server_socket import connect
+
+logger = logging.getLogger("dash_server.worker")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Serves the server at the other end of the socket; returns the exit code."""
     parser = argparse.ArgumentParser(description="A worker of dash-server; not for use by hand.")
-    parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the server")
-    fd = parser.parse_args(arguments).fd
+    add_server_arguments(parser)
+    given = parser.parse_args(arguments)
     die_with_parent()
     configure_worker_logging()
     # A terminal sends Ctrl-C to the whole process group, but the server decides when its worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return EngineLoop(socket.socket(fileno=fd)).run()
+    try:
+        server = open_server(given)
+    except (HandshakeError, OSError) as error:
+        logger.error("cannot connect to the server at %s: %s", given.connect, error)
+        return 4
+    # Imports torch, which takes seconds: the server need not wait for it to know its worker.
+    from dash_server.worker.engine_loop import EngineLoop
+
+    return EngineLoop(server).run()
+
+
+def add_server_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the two ways to the server, of which one must be given."""
+    ways = parser.add_mutually_exclusive_group(required=True)
+    ways.add_argument("--fd", type=int, help="file descriptor of the socket to the server")
+    ways.add_argument("--connect", metavar="HOST:PORT", help="the server's address; credentials come on stdin")
+
+
+def open_server(arguments: argparse.Namespace) -> socket.socket:
+    """Returns the socket to the server. Raises as `connect` does."""
+    if arguments.fd is not None:
+        return socket.socket(fileno=arguments.fd)
+    credentials = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Credentials)
+    host, _, port = arguments.connect.rpartition(":")
+    return connect(host.strip("[]"), int(port), credentials)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ The first message says what to load. The loop ends when the other end of the soc
 import gc
 import logging
 import math
-import select
 import socket
 import time
 from pathlib import Path
@@ -20,14 +19,13 @@ from dash_runtime.errors import DashRuntimeError, InvalidRequest
 from dash_runtime.events import CostStatus, EngineEvent, RequestRefused
 from dash_runtime.startup.build import BuildOptions, build_engine
 from dash_server.worker import messages
+from dash_server.worker.server_socket import ServerGone, receive, send
 
 logger = logging.getLogger("dash_server.worker")
 
-_READ_BYTES = 1 << 20
-
 
 class _Closed(Exception):
-    """The other end is gone, or told the worker to exit."""
+    """The server told the worker to exit."""
 
 
 class EngineLoop:
@@ -48,7 +46,7 @@ class EngineLoop:
                 self._serve(engine, remaining)
             finally:
                 engine.close()
-        except (_Closed, BrokenPipeError, ConnectionResetError):
+        except (_Closed, ServerGone):
             pass
         except Exception:
             # After a device error nothing on the device can be trusted: the server starts another worker.
@@ -135,16 +133,10 @@ class EngineLoop:
 
     def _receive(self, timeout: float | None) -> list[bytes]:
         """Returns the frames that have arrived, after at most `timeout` seconds; None waits for data."""
-        readable, _, _ = select.select([self._server], [], [], timeout)
-        if not readable:
-            return []
-        data = self._server.recv(_READ_BYTES)
-        if not data:
-            raise _Closed
-        return self._frames.feed(data)
+        return self._frames.feed(receive(self._server, timeout))
 
     def _send(self, message: messages.FromWorker) -> None:
-        self._server.sendall(messages.encode_frame(message))
+        send(self._server, messages.encode_frame(message))
 
 
 def device_of_worker(device: str, number: int) -> str:

@@ -6,8 +6,8 @@ Knows request ids and messages; knows no gRPC handlers, no text and no other wor
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from dash_runtime.config import GenerationRequest, ModelFacts
@@ -29,7 +29,7 @@ from dash_server.worker.messages import (
     WorkerConfig,
 )
 from dash_server.worker.outbox import Outbox
-from dash_server.worker.process import WorkerProcess
+from dash_server.worker.starter import Worker, WorkerDeath, WorkerStarter, WorkerStartError
 
 logger = logging.getLogger(__name__)
 
@@ -39,18 +39,6 @@ _MAX_RESTART_DELAY_SECONDS = 10.0
 # A worker that was ready for so long had started well, even if it served no request.
 _SOUND_AFTER_SECONDS = 60.0
 _MAX_PING_SECONDS = 1.0
-
-
-class WorkerStartError(Exception):
-    """The worker cannot be started. `is_for_user` is True if a changed setting can help."""
-
-    def __init__(self, description: str, *, is_for_user: bool) -> None:
-        super().__init__(description)
-        self.is_for_user = is_for_user
-
-
-class _WorkerDeath(Exception):
-    """The worker died before it had proved that it works."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +62,7 @@ class WorkerLink:
 
     def __init__(
         self,
-        command: Sequence[str],
+        starter: WorkerStarter,
         config: WorkerConfig,
         events: LinkEvents,
         *,
@@ -82,12 +70,12 @@ class WorkerLink:
         silence_timeout_seconds: float,
     ) -> None:
         """Replaces a worker that does not respond for `silence_timeout_seconds`."""
-        self._command = command
+        self._starter = starter
         self._config = config
         self._events = events
         self._start_timeout_seconds = start_timeout_seconds
         self._silence_timeout_seconds = silence_timeout_seconds
-        self._worker: WorkerProcess | None = None
+        self._worker: Worker | None = None
         self._ready: Ready | None = None
         self._requests: dict[str, tuple[GenerationRequest, Outbox]] = {}
         self._num_reserved_tokens = 0
@@ -181,7 +169,7 @@ class WorkerLink:
             try:
                 await self._run_one()
                 num_failures = 0
-            except _WorkerDeath as death:
+            except WorkerDeath as death:
                 num_failures += 1
                 logger.error("death %d of %d before a first token: %s", num_failures, MAX_FAILURES, death)
                 if num_failures == MAX_FAILURES:
@@ -204,16 +192,19 @@ class WorkerLink:
     async def _run_one(self) -> None:
         """Runs one worker from start to death. Returns if the worker had proved that it works."""
         self._has_given_tokens = False
-        self._worker = worker = await WorkerProcess.spawn(self._command)
+        deadline = asyncio.get_running_loop().time() + self._start_timeout_seconds
+        async with self._until(deadline):
+            self._worker = worker = await self._starter.start(self._on_doing)
         watch: asyncio.Task[None] | None = None
         ready_at = 0.0
         try:
             async with aclosing(worker.messages()) as messages:
                 worker.send(self._config)
-                ready = await self._startup(messages)
+                async with self._until(deadline):
+                    ready = await self._startup(messages)
                 logger.info(
-                    "worker %d is ready: %s on %s, loaded in %.1f s",
-                    worker.pid,
+                    "%s is ready: %s on %s, loaded in %.1f s",
+                    worker.name,
                     ready.facts.name,
                     ready.facts.device,
                     ready.load_seconds,
@@ -227,7 +218,7 @@ class WorkerLink:
                 async for message in messages:
                     self._heard_at = time.monotonic()
                     self._deliver(message)
-                logger.error("worker %d is lost", worker.pid)
+                logger.error("%s is lost", worker.name)
         finally:
             if watch is not None:
                 watch.cancel()
@@ -238,23 +229,28 @@ class WorkerLink:
             self.fail_all(WorkerUnavailable("the worker was lost while it had the request; try again"))
             if was_ready:
                 self._events.on_change()
-            logger.info("worker %d ended with status %d", worker.pid, await worker.stop())
+            logger.info("%s ended: %s", worker.name, await worker.stop())
         if not self._has_given_tokens and time.monotonic() - ready_at < _SOUND_AFTER_SECONDS:
-            raise _WorkerDeath("it was ready and then lost, see the log above")
+            raise WorkerDeath("it was ready and then lost, see its log")
 
     async def _startup(self, messages: AsyncGenerator[FromWorker, None]) -> Ready:
+        while True:
+            match await anext(messages, None):
+                case Starting(doing=doing):
+                    self._on_doing(doing)
+                case Ready() as ready:
+                    return ready
+                case StartupFailed(description=description):
+                    raise WorkerStartError(description, is_for_user=True)
+                case _:
+                    raise WorkerDeath("it ended before it was ready, see its log")
+
+    @asynccontextmanager
+    async def _until(self, deadline: float) -> AsyncIterator[None]:
+        """Raises WorkerStartError at the loop's time `deadline`."""
         try:
-            async with asyncio.timeout(self._start_timeout_seconds):
-                while True:
-                    match await anext(messages, None):
-                        case Starting(doing=doing):
-                            self.doing = doing
-                        case Ready() as ready:
-                            return ready
-                        case StartupFailed(description=description):
-                            raise WorkerStartError(description, is_for_user=True)
-                        case _:
-                            raise _WorkerDeath("it ended before it was ready, see the log above")
+            async with asyncio.timeout_at(deadline):
+                yield
         except TimeoutError:
             doing = f"; at last: {self.doing}" if self.doing else ""
             limit = f"{self._start_timeout_seconds:g} s (DASH_START_TIMEOUT_SECONDS)"
@@ -263,7 +259,10 @@ class WorkerLink:
                 is_for_user=False,
             ) from None
 
-    async def _watch(self, worker: WorkerProcess) -> None:
+    def _on_doing(self, doing: str) -> None:
+        self.doing = doing
+
+    async def _watch(self, worker: Worker) -> None:
         """Kills a worker that does not respond any more. Its death is then handled like any other."""
         timeout = self._silence_timeout_seconds
         interval = min(_MAX_PING_SECONDS, timeout / 4)
@@ -272,8 +271,8 @@ class WorkerLink:
             silence = time.monotonic() - self._heard_at
             if silence > timeout:
                 logger.error(
-                    "worker %d has said nothing for %.1f s (DASH_WORKER_TIMEOUT_SECONDS) and is killed",
-                    worker.pid,
+                    "%s has said nothing for %.1f s (DASH_WORKER_TIMEOUT_SECONDS) and is killed",
+                    worker.name,
                     silence,
                 )
                 worker.kill()

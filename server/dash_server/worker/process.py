@@ -1,7 +1,7 @@
-"""Starts one worker process by exec, talks to it in framed messages, and never leaves it behind.
+"""Starts one process by exec on this machine, talks to it over a socket pair, and never leaves it behind.
 
-Knows no requests and no restarts. On Linux the kernel ends the worker with the server; elsewhere the worker exits when
-its end of the socket closes. The compilers that it starts are in its process group and end with it.
+Knows no requests and no restarts. On Linux the kernel ends the process with the server; elsewhere it exits when its end
+of the socket closes. The compilers that a worker starts are in its process group and end with it.
 """
 
 import asyncio
@@ -10,48 +10,48 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Generic
 
-import msgspec
-
-from dash_server.worker.messages import (
-    FrameReader,
-    FromWorker,
-    Shutdown,
-    ToWorker,
-    decode_from_worker,
-    encode_frame,
-)
+from dash_server.worker.connection import FramedConnection, Received
+from dash_server.worker.messages import FromWorker, Shutdown, decode_from_worker
 
 logger = logging.getLogger(__name__)
 
-_READ_BYTES = 256 * 1024
 _SECONDS_PER_STAGE = 2.0
 # Time to read a dead worker's last messages; a grandchild may hold its socket open for ever.
 _LAST_WORDS_SECONDS = 0.5
 
 
-class WorkerProcess:
-    """A running worker."""
+class LocalStarter:
+    """A `WorkerStarter` of processes on this machine."""
 
-    def __init__(
-        self,
-        process: asyncio.subprocess.Process,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-    ) -> None:
+    def __init__(self, command: Sequence[str]) -> None:
+        """Runs `command` with `--fd N` appended; N is the worker's end of the socket."""
+        self._command = command
+
+    async def start(self, tell: Callable[[str], None]) -> "FramedProcess[FromWorker]":
+        return await FramedProcess.spawn(self._command, decode_from_worker)
+
+    async def close(self) -> None:
+        pass
+
+
+class FramedProcess(Generic[Received]):
+    """A running process on this machine that sends `Received` messages. One of a worker is a `Worker`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, connection: FramedConnection[Received]) -> None:
         self._process = process
-        self._reader = reader
-        self._writer = writer
+        self._connection = connection
         self._exit_watch = asyncio.create_task(self._close_after_exit())
 
     @classmethod
-    async def spawn(cls, command: Sequence[str]) -> "WorkerProcess":
-        """Runs `command` with `--fd N` appended; N is the worker's end of the socket."""
+    async def spawn(cls, command: Sequence[str], decode: Callable[[bytes], Received]) -> "FramedProcess[Received]":
+        """Runs `command` with `--fd N` appended."""
         ours, theirs = socket.socketpair()
         with theirs:
             # No await after the process starts: a cancellation there would leave the process behind.
-            reader, writer = await asyncio.open_unix_connection(sock=ours)
+            connection = FramedConnection(*await asyncio.open_unix_connection(sock=ours), decode)
             try:
                 process = await asyncio.create_subprocess_exec(
                     *command,
@@ -64,52 +64,37 @@ class WorkerProcess:
                     start_new_session=True,
                 )
             except BaseException:
-                writer.close()
+                connection.close()
                 raise
-        return cls(process, reader, writer)
+        return cls(process, connection)
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def send(self, message: ToWorker) -> None:
-        """Sends in order, without waiting. Does nothing if the worker is dead."""
-        if not self._writer.is_closing():
-            self._writer.write(encode_frame(message))
+    @property
+    def name(self) -> str:
+        return f"worker {self.pid}"
 
-    async def messages(self) -> AsyncGenerator[FromWorker, None]:
-        """Yields the worker's messages until it dies or sends one that cannot be decoded."""
-        frames = FrameReader()
-        while True:
-            try:
-                data = await self._reader.read(_READ_BYTES)
-                bodies = frames.feed(data)
-                received = [decode_from_worker(body) for body in bodies]
-            except ConnectionError:
-                return
-            except (ValueError, msgspec.MsgspecError):
-                logger.exception("the worker sent a message that cannot be understood")
-                return
-            if not data:
-                return
-            for message in received:
-                yield message
+    def send(self, message: object) -> None:
+        self._connection.send(message)
 
-    async def stop(self) -> int:
-        """Asks the process to exit, then sends SIGTERM, then SIGKILL. Returns the exit status.
+    def messages(self) -> AsyncGenerator[Received, None]:
+        return self._connection.messages()
 
-        A cancellation meanwhile still waits for the end: no process is left behind.
-        """
+    async def stop(self) -> str:
+        """Asks the process to exit, then sends SIGTERM, then SIGKILL. See `Worker`."""
         ending = asyncio.create_task(self._end())
         try:
-            return await asyncio.shield(ending)
+            status = await asyncio.shield(ending)
         except asyncio.CancelledError:
             await ending
             raise
+        return f"status {status}"
 
     async def _end(self) -> int:
         self.send(Shutdown())
-        self._writer.close()
+        self._connection.close()
         for stop_signal in (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), _SECONDS_PER_STAGE)
@@ -119,8 +104,7 @@ class WorkerProcess:
         status = await self._process.wait()
         self._exit_watch.cancel()
         await asyncio.wait([self._exit_watch])
-        with contextlib.suppress(ConnectionError):
-            await self._writer.wait_closed()
+        self._connection.abort()
         return status
 
     def kill(self) -> None:
@@ -136,4 +120,4 @@ class WorkerProcess:
         await self._process.wait()
         self._signal(signal.SIGKILL)
         await asyncio.sleep(_LAST_WORDS_SECONDS)
-        self._writer.close()
+        self._connection.close()
