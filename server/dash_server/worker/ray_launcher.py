@@ -32,6 +32,7 @@ logger = logging.getLogger("dash_server.worker")
 
 _READ_BYTES = 1 << 16
 _MAX_REASON = 300
+_CONNECT_SECONDS = 5.0
 
 
 class Launcher:
@@ -102,9 +103,10 @@ async def _serve(address: str, server: socket.socket) -> int:
 
     launcher = Launcher(ray, writer)
     try:
+        _try_to_connect(address)
         # Workers log where Ray's workers do, on their nodes: forwarded lines would mix with the server's own.
         ray.init(address=address, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)
-    except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and errors of its own
+    except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and more
         launcher.tell(Failed(_one_line(error)))
         await writer.drain()
         return 2
@@ -114,6 +116,13 @@ async def _serve(address: str, server: socket.socket) -> int:
     finally:
         ray.shutdown()  # ends the actors, too
     return 0
+
+
+def _try_to_connect(address: str) -> None:
+    """Raises OSError if nothing listens there: Ray's library would try for a minute."""
+    if address != "auto":
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
 
 
 def _one_line(error: BaseException) -> str:
