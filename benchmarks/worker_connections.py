@@ -1,7 +1,8 @@
 """`python -m benchmarks.worker_connections`: tokens per second from a worker over TCP, against the socket pair.
 
-The tests' fake worker gives tokens as fast as it can, to a link as the server's, so that the connection's share is as
-large as it gets. Rounds take turns. Knows no model and no gRPC.
+The tests' fake worker gives tokens as fast as it can, so that the connection's share is as large as it gets: to the
+server's link alone, or with `--served` through a whole server and gRPC to clients in the same process. Rounds take
+turns. Knows no model.
 """
 
 import argparse
@@ -10,8 +11,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 from dash_runtime.config import GenerationRequest, StoppingParameters
@@ -22,8 +24,11 @@ from dash_server.worker.outbox import Outbox
 from dash_server.worker.process import LocalStarter
 from dash_server.worker.starter import WorkerStarter
 from tests.server import fake_worker
-from tests.server.server_harness import fake_model, write_model_folder
+from tests.server.server_harness import RunningServer, fake_model, running_server, write_model_folder
 from tests.server.tcp_starter import TcpStarter
+
+Contender = Callable[[int, int], Awaitable[None]]
+"""Runs so many streams of so many tokens."""
 
 
 async def _nothing(ready: Ready) -> None:
@@ -31,51 +36,67 @@ async def _nothing(ready: Ready) -> None:
 
 
 @asynccontextmanager
-async def _running_link(starter: WorkerStarter, settings: Settings) -> AsyncIterator[WorkerLink]:
+async def _link(starter: WorkerStarter, settings: Settings) -> AsyncIterator[Contender]:
     events = LinkEvents(_nothing, lambda: None, lambda *_: None, lambda _: None, lambda _: None)
     link = WorkerLink(starter, settings.worker_config(), events, start_timeout_seconds=60, silence_timeout_seconds=60)
     running = asyncio.create_task(link.run())
     await link.wait_ready()
     try:
-        yield link
+        yield partial(_read_from_link, link)
     finally:
         running.cancel()
         await asyncio.wait([running])
         await starter.close()
 
 
-async def _tokens_per_second(link: WorkerLink, num_streams: int, num_tokens: int) -> float:
+async def _read_from_link(link: WorkerLink, num_streams: int, num_tokens: int) -> None:
     outboxes = [Outbox(f"request {number}") for number in range(num_streams)]
-    started = time.perf_counter()
     for outbox in outboxes:
         stopping = StoppingParameters(num_tokens, ignore_eos=True)
         link.submit(GenerationRequest(outbox.request_id, [1, 2, 3], stopping), outbox)
-    await asyncio.gather(*map(_read, outboxes))
-    return num_streams * num_tokens / (time.perf_counter() - started)
+    await asyncio.gather(*map(_read_outbox, outboxes))
 
 
-async def _read(outbox: Outbox) -> None:
+async def _read_outbox(outbox: Outbox) -> None:
     while (await outbox.take(256)).finished is None:
         pass
 
 
-async def measure(num_rounds: int, num_streams: int, num_tokens: int) -> None:
+@asynccontextmanager
+async def _server(starter: WorkerStarter, settings: Settings) -> AsyncIterator[Contender]:
+    given = settings.model_dump(include={"slots", "cache_tokens"})
+    async with running_server(settings.model, starter=starter, **given) as server:
+        yield partial(_read_from_server, server)
+
+
+async def _read_from_server(server: RunningServer, num_streams: int, num_tokens: int) -> None:
+    async def read() -> None:
+        async for _ in server.stream(text="abc", max_new_tokens=num_tokens):
+            pass
+
+    await asyncio.gather(*(read() for _ in range(num_streams)))
+
+
+async def measure(num_rounds: int, num_streams: int, num_tokens: int, is_served: bool) -> None:
+    """Prints both speeds and the ratio of each round's."""
+    opened = _server if is_served else _link
     with tempfile.TemporaryDirectory() as folder:
         model = fake_model(write_model_folder(Path(folder)))
         settings = Settings(model=model, slots=num_streams, cache_tokens=num_streams * (num_tokens + 3))
         pair = LocalStarter((sys.executable, fake_worker.__file__))
         tcp = TcpStarter((fake_worker.__file__,))
-        async with _running_link(pair, settings) as local, _running_link(tcp, settings) as remote:
-            speeds: dict[WorkerLink, list[float]] = {local: [], remote: []}
+        async with opened(pair, settings) as over_pair, opened(tcp, settings) as over_tcp:
+            contenders = {"socket pair": over_pair, "TCP": over_tcp}
+            speeds: dict[str, list[float]] = {name: [] for name in contenders}
             for number in range(num_rounds + 1):
-                turns = (local, remote) if number % 2 else (remote, local)
-                for link in turns:
-                    speed = await _tokens_per_second(link, num_streams, num_tokens)
+                for name in sorted(contenders, reverse=number % 2 == 0):
+                    started = time.perf_counter()
+                    await contenders[name](num_streams, num_tokens)
                     if number:  # the first round warms up
-                        speeds[link].append(speed)
-    for name, link in (("socket pair", local), ("TCP", remote)):
-        print(f"{name:<12} {_summary(speeds[link], ',.0f')} tokens/s")
-    ratios = [over_tcp / over_pair for over_pair, over_tcp in zip(speeds[local], speeds[remote], strict=True)]
+                        speeds[name].append(num_streams * num_tokens / (time.perf_counter() - started))
+    for name, values in speeds.items():
+        print(f"{name:<12} {_summary(values, ',.0f')} tokens/s")
+    ratios = [tcp_speed / pair_speed for pair_speed, tcp_speed in zip(*speeds.values(), strict=True)]
     print(f"{'ratio':<12} {_summary(ratios, '.3f')}, {num_rounds} rounds, {num_streams} streams")
 
 
@@ -89,8 +110,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=1000, help="of each stream")
+    parser.add_argument("--served", action="store_true", help="through a whole server and gRPC")
     options = parser.parse_args()
-    asyncio.run(measure(options.rounds, options.streams, options.tokens))
+    asyncio.run(measure(options.rounds, options.streams, options.tokens, options.served))
 
 
 if __name__ == "__main__":
