@@ -43,9 +43,10 @@ ROOMS = {
         vllm_requests audit
         recent_decisions
         request_record
+        worker_pool
         dispatcher
         admission from_pb listening
-        settings auth served_model fair_queue pace
+        settings auth served_model fair_queue pace scaling
         worker/__main__
         worker/engine_loop
         worker/link

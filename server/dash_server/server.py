@@ -6,7 +6,8 @@ Knows no signals and no exit codes (`main` does), so it also runs inside a test.
 import asyncio
 import logging
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,8 @@ from dash_server.telemetry.metrics import Sources
 from dash_server.telemetry.pending_traces import PendingTraces
 from dash_server.worker.link import LinkEvents, WorkerLink
 from dash_server.worker.messages import Ready
-from dash_server.worker.starter import WorkerStarter, WorkerStartError
+from dash_server.worker.starter import WorkerStarter
+from dash_server.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
     from dash_server.telemetry.metric_export import MetricExport
@@ -68,14 +70,14 @@ def _add_reflection(server: grpc.aio.Server, names: Sequence[str]) -> None:
 class DashServer:
     """A server. Call `start`, then `run_workers` as a task, then `drain` if there is time, then `close`."""
 
-    def __init__(self, settings: Settings, starter: WorkerStarter) -> None:
-        """Raises TokenFileError if the token file cannot be used."""
+    def __init__(self, settings: Settings, starter: WorkerStarter, clock: Callable[[], float] = time.monotonic) -> None:
+        """Raises TokenFileError if the token file cannot be used. `clock` says when workers are added and removed."""
         self._settings = settings
         own_services = [GENERATION_SERVICE, MODEL_SERVICE, *([VLLM_ENGINE_SERVICE] if settings.vllm_engine else ())]
         self._health = HealthServicer(own_services)
         self.dispatcher = Dispatcher(Pace())
         self.admission = Admission(
-            settings.slots * settings.workers + settings.max_queue,
+            settings.slots * settings.workers.most + settings.max_queue,
             settings.max_queue_tokens,
             waiting_room=self.dispatcher,
             retry_seconds=self.dispatcher.retry_seconds,
@@ -95,9 +97,10 @@ class DashServer:
                 start_timeout_seconds=settings.start_timeout_seconds,
                 silence_timeout_seconds=settings.worker_timeout_seconds,
             )
-            for number in range(settings.workers)
+            for number in range(settings.workers.most)
         ]
         self.dispatcher.attach(self._links)
+        self._pool = WorkerPool(self._links, settings.workers, self.dispatcher.load, clock)
         self._state = ServiceState(settings, self.admission, self.dispatcher, authenticator)
         self._server = grpc.aio.server(
             options=channel_options(settings),
@@ -160,34 +163,10 @@ class DashServer:
             await asyncio.wait({running, ready})
 
     async def run_workers(self) -> None:
-        """Keeps the workers running. If one is given up, the others go on.
-
-        The first one starts alone, so that the others find its compiled programs and measurements.
-
-        Raises:
-            WorkerStartError: the last worker was given up; see `WorkerLink.run`.
-            DashRuntimeError: the model folder cannot be read.
-        """
-        first, *others = self._links
-        tasks = {asyncio.create_task(first.run())}
+        """Keeps the workers running until it is cancelled. Raises as `WorkerPool.run` does."""
         try:
-            ready = asyncio.create_task(first.wait_ready())
-            await asyncio.wait({*tasks, ready}, return_when=asyncio.FIRST_COMPLETED)
-            ready.cancel()
-            if first.is_ready:
-                tasks |= {asyncio.create_task(link.run()) for link in others}
-            while True:
-                over, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                for task in over:
-                    error = task.exception()
-                    if error is None or not tasks or not isinstance(error, WorkerStartError):
-                        task.result()
-                    logger.error("a worker is given up, %d remain: %s", len(tasks), error)
+            await self._pool.run()
         finally:
-            for task in tasks:
-                task.cancel()
-            if tasks:
-                await asyncio.wait(tasks)
             await self._starter.close()
 
     async def drain(self, grace_seconds: float) -> None:

@@ -10,11 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, FilePath, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, FilePath, PlainSerializer, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dash_runtime.checkpoints import default_cache_folder
 from dash_runtime.config import EngineConfig, LaneKind
+from dash_server.scaling import WorkerRange
 from dash_server.worker.messages import WorkerConfig
 
 ENV_PREFIX = "DASH_"
@@ -85,7 +86,14 @@ class Settings(BaseSettings):
         description="Let rows of a batch agree on an action and share products if that is faster; off: a request's "
         "tokens never depend on its neighbours",
     )
-    workers: int = Field(default=1, ge=1, le=64, description="Worker processes, one for each device")
+    workers: Annotated[
+        WorkerRange,
+        BeforeValidator(lambda given: given if isinstance(given, WorkerRange) else WorkerRange.parse(str(given))),
+        PlainSerializer(str),
+    ] = Field(
+        default=WorkerRange(1, 1),
+        description="Worker processes, one for each device; a range such as `2-8` follows the load",
+    )
     slots: int = Field(default=16, ge=1, le=1024, description="Sequences that a worker decodes together")
     cache_tokens: int = Field(default=8192, ge=2, description="Tokens in a worker's KV cache, over all sequences")
     prefix_cache_tokens: int = Field(
@@ -267,7 +275,7 @@ class Settings(BaseSettings):
                 record_steps=self.trace_steps,
             ),
             worker_number=0 if is_alone else worker_number,
-            num_workers=1 if is_alone else self.workers,
+            num_workers=1 if is_alone else self.workers.most,
         )
 
     def loggable(self) -> str:

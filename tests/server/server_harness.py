@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,11 +159,12 @@ async def running_server(
     credentials: grpc.ChannelCredentials | None = None,
     worker_command: Sequence[str] = FAKE_WORKER,
     starter: WorkerStarter | None = None,
+    clock: Callable[[], float] = time.monotonic,
     **settings: Any,
 ) -> AsyncIterator[RunningServer]:
     """Runs a server in this process, on a free port. Waits until it serves, unless `wait` is off."""
     chosen = Settings(model=model, **{"port": 0, "shutdown_grace_seconds": 5, **settings})
-    server = DashServer(chosen, starter or LocalStarter(worker_command))
+    server = DashServer(chosen, starter or LocalStarter(worker_command), clock)
     port = await server.start()
     worker = asyncio.create_task(server.run_workers())
     channel = open_channel(port, credentials)

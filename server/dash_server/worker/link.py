@@ -87,11 +87,17 @@ class WorkerLink:
         self._first_ready = asyncio.Event()
         self._has_given_tokens = False
         self._heard_at = 0.0
+        self._is_draining = False
 
     @property
     def is_ready(self) -> bool:
         """True if the link takes requests."""
-        return self._ready is not None
+        return self._ready is not None and not self._is_draining
+
+    @property
+    def num_requests(self) -> int:
+        """Requests at the worker."""
+        return len(self._requests)
 
     @property
     def num_slots(self) -> int:
@@ -117,7 +123,7 @@ class WorkerLink:
 
     def has_room_for(self, request: GenerationRequest) -> bool:
         """True if the worker would give the request a slot at once."""
-        if self._ready is None or len(self._requests) >= self._ready.facts.num_slots:
+        if self._ready is None or self._is_draining or len(self._requests) >= self._ready.facts.num_slots:
             return False
         return self._num_reserved_tokens + request.num_cache_tokens <= self._ready.facts.cache_tokens
 
@@ -147,6 +153,16 @@ class WorkerLink:
             outbox.fail(error)
             self._events.on_over(request, None)
 
+    def drain(self) -> None:
+        """Takes no more requests. Those at the worker go on."""
+        self._is_draining = True
+        self._events.on_change()
+
+    def resume(self) -> None:
+        """Takes requests again."""
+        self._is_draining = False
+        self._events.on_change()
+
     async def wait_ready(self) -> None:
         """Waits until a worker is ready for the first time."""
         await self._first_ready.wait()
@@ -165,6 +181,7 @@ class WorkerLink:
             DashRuntimeError: raised by `on_ready`.
         """
         num_failures = 0
+        self._is_draining = False
         while True:
             try:
                 await self._run_one()

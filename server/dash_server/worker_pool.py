@@ -1,0 +1,109 @@
+"""Keeps the workers running: as many as there must be, and more while there is more to do.
+
+Knows links and demand; knows no requests.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from dash_server.dispatcher import Load
+from dash_server.scaling import Change, Demand, Scaler, WorkerRange
+from dash_server.worker.link import WorkerLink
+from dash_server.worker.starter import WorkerStartError
+
+logger = logging.getLogger(__name__)
+
+_TICK_SECONDS = 1.0
+
+
+class WorkerPool:
+    """Runs some of its links, each with one worker."""
+
+    def __init__(
+        self,
+        links: Sequence[WorkerLink],
+        limits: WorkerRange,
+        load: Callable[[], Load],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`links` are as many as there may be workers at most."""
+        self._links = links
+        self._limits = limits
+        self._load = load
+        self._scaler = Scaler(limits, clock)
+        self._tasks: dict[WorkerLink, asyncio.Task[None]] = {}
+        self._draining: set[WorkerLink] = set()
+
+    async def run(self) -> None:
+        """Keeps workers running until it is cancelled. If one is given up, the others go on.
+
+        The first one starts alone, so that the others find its compiled programs and measurements.
+
+        Raises:
+            WorkerStartError: the last worker was given up; see `WorkerLink.run`.
+            DashRuntimeError: the model folder cannot be read.
+        """
+        first, *others = self._links[: self._limits.least]
+        try:
+            self._start(first)
+            ready = asyncio.create_task(first.wait_ready())
+            await asyncio.wait({*self._tasks.values(), ready}, return_when=asyncio.FIRST_COMPLETED)
+            ready.cancel()
+            if first.is_ready:
+                for link in others:
+                    self._start(link)
+            pause = None if self._limits.least == self._limits.most else _TICK_SECONDS
+            while True:
+                await asyncio.wait(self._tasks.values(), timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+                self._remove_ended()
+                self._scale()
+        finally:
+            tasks = self._tasks.values()
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
+
+    def _start(self, link: WorkerLink) -> None:
+        self._tasks[link] = asyncio.create_task(link.run())
+
+    def _remove_ended(self) -> None:
+        for link, task in list(self._tasks.items()):
+            if not task.done():
+                continue
+            del self._tasks[link]
+            if link in self._draining:
+                self._draining.remove(link)
+                continue
+            error = task.exception()
+            if error is None or not self._tasks or not isinstance(error, WorkerStartError):
+                task.result()
+            logger.error("a worker is given up, %d remain: %s", len(self._tasks), error)
+
+    def _scale(self) -> None:
+        for link in self._draining:
+            if not link.num_requests:
+                self._tasks[link].cancel()
+        load = self._load()
+        num_workers = len(self._tasks) - len(self._draining)
+        demand = Demand(num_workers, load.num_workers, load.num_slots, load.num_running, load.num_waiting)
+        match self._scaler.change(demand):
+            case Change.ADD:
+                logger.info("requests wait: worker %d of at most %d is added", num_workers + 1, self._limits.most)
+                self._add()
+            case Change.REMOVE:
+                logger.info("little to do: %d of %d workers remain", num_workers - 1, num_workers)
+                link = min(self._active(), key=lambda link: link.num_reserved_tokens)
+                link.drain()
+                self._draining.add(link)
+
+    def _add(self) -> None:
+        if self._draining:
+            self._draining.pop().resume()
+        else:
+            self._start(next(link for link in self._links if link not in self._tasks))
+
+    def _active(self) -> list[WorkerLink]:
+        return [link for link in self._tasks if link not in self._draining]
