@@ -5,6 +5,7 @@ Knows sequences, slots and events; knows no text and no transport. It reads cloc
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,6 +80,8 @@ class Engine:
         self._prefix_cache = PrefixCache(config.prefix_cache_tokens, row_block)
         self._waiting: deque[_Waiting] = deque()
         self._running: dict[str, Sequence] = {}
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called between the layers of a pass over many tokens, which may take seconds."""
 
     @property
     def has_work(self) -> bool:
@@ -196,6 +199,7 @@ class Engine:
         """Puts out the tokens that follow these rows of a prompt pass: the first, or more of a given output."""
         kind = PassKind.PREFILL if sequence.is_scored_at_once else PassKind.DECODE
         for rows in hidden.split(_SCORED_ROWS) if len(hidden) else ():
+            self.on_progress()
             for logits in self._decoder.logits(rows, (Action.FULL,) * len(rows), kind):
                 token_id = sequence.sampler.sample(logits)
                 if not sequence.output_ids:
@@ -221,6 +225,7 @@ class Engine:
         hidden = self._decoder.embed([token_id for ids in token_ids for token_id in ids])
         for layer in range(self._decoder.num_layers):
             hidden = self._decoder.run_layer(layer, actions, hidden, batch)
+            self.on_progress()
         batch.commit()
         return hidden
 

@@ -5,13 +5,14 @@ Knows no gRPC and starts nothing.
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, FilePath, PlainSerializer, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from dash_runtime.checkpoints import default_cache_folder
 from dash_runtime.config import EngineConfig, LaneKind
@@ -88,6 +89,7 @@ class Settings(BaseSettings):
     )
     workers: Annotated[
         WorkerRange,
+        NoDecode,  # it is no JSON
         BeforeValidator(lambda given: given if isinstance(given, WorkerRange) else WorkerRange.parse(str(given))),
         PlainSerializer(str),
     ] = Field(
@@ -103,7 +105,6 @@ class Settings(BaseSettings):
     )
     ray_address: str | None = Field(
         default=None,
-        pattern=r"^(auto|(ray://)?[^/\s]+:\d+)$",
         description="Run the workers on this Ray cluster: `auto`, `host:port` or `ray://host:port`; needs the extra "
         "`ray` and `DASH_NUM_THREADS`. Unset: on this machine",
     )
@@ -209,7 +210,7 @@ class Settings(BaseSettings):
 
     start_timeout_seconds: float = Field(default=600, gt=0, description="Time for the worker to load")
     worker_timeout_seconds: float = Field(
-        default=60, gt=0, description="Silence of a worker after which it is replaced"
+        default=10, gt=0, description="Silence of a worker after which it is replaced"
     )
     shutdown_grace_seconds: float = Field(default=30, ge=0, description="Time for requests to finish after SIGTERM")
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)] = Field(
@@ -234,17 +235,19 @@ class Settings(BaseSettings):
     def _extras_are_installed(self) -> "Settings":
         if self.vllm_engine and find_spec("smg_grpc_proto") is None:
             raise ValueError(f"{_variable('vllm_engine')}: needs `pip install 'dash-llm[smg]'`")
-        if self.ray_address is not None and find_spec("ray") is None:
-            raise ValueError(f"{_variable('ray_address')}: needs `pip install 'dash-llm[ray]'`")
         return self
 
     @model_validator(mode="after")
-    def _ray_knows_what_to_reserve(self) -> "Settings":
-        if self.ray_address is not None and self.num_threads is None:
-            raise ValueError(
-                f"{_variable('num_threads')}: is required with {_variable('ray_address')}: the CPUs that each worker "
-                "reserves"
-            )
+    def _ray_can_be_used(self) -> "Settings":
+        if self.ray_address is None:
+            return self
+        name = _variable("ray_address")
+        if re.fullmatch(r"auto|(ray://)?[^/\s]+:\d+", self.ray_address) is None:
+            raise ValueError(f"{name}: must be auto, host:port or ray://host:port, got {self.ray_address[:100]!r}")
+        if find_spec("ray") is None:
+            raise ValueError(f"{name}: needs `pip install 'dash-llm[ray]'`")
+        if self.num_threads is None:
+            raise ValueError(f"{_variable('num_threads')}: is required with {name}: the CPUs that each worker reserves")
         return self
 
     def worker_config(self, worker_number: int = 0) -> WorkerConfig:

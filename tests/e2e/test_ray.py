@@ -1,7 +1,7 @@
 """Workers on a Ray cluster of one machine: a head without CPUs, and nodes for two workers each. Nothing is faked but
 the model, in all tests but one.
 
-Needs the extra `ray`. The cluster is made once; tests that damage it come last, and make good what they broke.
+Needs the extra `ray`. The cluster is made once; tests that break something come last.
 """
 
 import os
@@ -133,11 +133,11 @@ def code_of(call: Any) -> grpc.StatusCode:
     return grpc.StatusCode.OK
 
 
-@pytest.fixture
-def front(cluster: Any, tmp_path: Path) -> Iterator[Front]:
-    """A server with two fake workers, one on each node, that give a token every 5 ms."""
-    model = fake_model(write_model_folder(tmp_path / "model"), token_seconds=0.005)
-    with server_on(cluster, tmp_path, model=model, worker_timeout_seconds=2) as server, connect(server) as channel:
+@contextmanager
+def front_on(cluster: Any, folder: Path) -> Iterator[Front]:
+    """Runs a server with two fake workers, one on each node, that give a token every 5 ms."""
+    model = fake_model(write_model_folder(folder / "model"), token_seconds=0.005)
+    with server_on(cluster, folder, model=model, worker_timeout_seconds=2) as server, connect(server) as channel:
         front = Front(server, channel)
         front.wait_for_workers(2)
         yield front
@@ -146,6 +146,19 @@ def front(cluster: Any, tmp_path: Path) -> Iterator[Front]:
             assert code == 0
             assert "Traceback" not in log
     assert worker_processes() == []
+
+
+@pytest.fixture(scope="module")
+def shared_front(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    with front_on(cluster, tmp_path_factory.mktemp("front")) as front:
+        yield front
+
+
+@pytest.fixture
+def front(shared_front: Front) -> Front:
+    """A server that all the later tests share, with both of its workers. It takes the whole cluster."""
+    shared_front.wait_for_workers(2)
+    return shared_front
 
 
 def test_tokens_equal_those_of_a_local_process(cluster: Any, tiny_folder: Path, tmp_path: Path) -> None:
@@ -180,6 +193,68 @@ def test_tokens_equal_those_of_a_local_process(cluster: Any, tiny_folder: Path, 
     assert "listening for workers on 127.0.0.1" not in log
 
 
+def test_a_cancel_and_a_deadline_free_a_remote_slot_within_a_step(cluster: Any, tmp_path: Path) -> None:
+    step_seconds = 0.4
+    model = fake_model(write_model_folder(tmp_path / "model"), token_seconds=step_seconds)
+    with server_on(cluster, tmp_path, model=model, workers=1, slots=1) as server, connect(server) as channel:
+        front = Front(server, channel)
+        for ending in ("cancel", "deadline"):
+            request = stream_request(1000)
+            call = front.generation.StreamGenerate(request, timeout=1.5 if ending == "deadline" else 60)
+            next(call)
+            if ending == "cancel":
+                call.cancel()
+            assert code_of(call).name == {"cancel": "CANCELLED", "deadline": "DEADLINE_EXCEEDED"}[ending]
+            freed = time.monotonic()
+            # Alone in the one slot: its own two tokens take one step, and the one before takes at most one.
+            front.generation.Generate(generation_request(text="abc", max_new_tokens=1))
+            assert time.monotonic() - freed < 2 * step_seconds + 0.3
+        assert server.end(signal.SIGTERM)[0] == 0
+    assert worker_processes() == []
+
+
+def test_without_tls_a_port_that_other_machines_reach_is_refused(cluster: Any, tmp_path: Path) -> None:
+    model = fake_model(write_model_folder(tmp_path / "model"))
+    with server_on(cluster, tmp_path, model=model, worker_host="0.0.0.0") as server:
+        code, log = server.outcome()
+    assert code == 2
+    (line,) = complaints(log)
+    assert line.startswith("dash-server: DASH_WORKER_HOST: ")
+
+
+def test_a_cluster_that_is_not_there_ends_the_start_with_one_line(tmp_path: Path) -> None:
+    model = fake_model(write_model_folder(tmp_path / "model"))
+    with server_process(tmp_path, model=model, ray_address="127.0.0.1:9", num_threads=1) as server:
+        code, log = server.outcome()
+    assert code == 2
+    (line,) = complaints(log)
+    assert line.startswith("dash-server: DASH_RAY_ADDRESS: cannot connect to the Ray cluster at 127.0.0.1:9: ")
+
+
+def test_a_drain_finishes_streams_on_both_nodes_and_leaves_no_process(cluster: Any, tmp_path: Path) -> None:
+    with front_on(cluster, tmp_path) as front:
+        calls = [front.stream(300), front.stream(300)]
+        workers = worker_processes()
+        actors = [actor_of(worker) for worker in workers]
+        front.server.process.send_signal(signal.SIGTERM)
+        with ThreadPoolExecutor(2) as pool:
+            assert [code.name for code in pool.map(code_of, calls)] == ["OK", "OK"]
+        code, _ = front.server.outcome()
+        assert code == 0
+    for process in [*workers, *actors]:
+        assert_gone(process)
+
+
+def test_a_killed_server_leaves_no_worker(cluster: Any, tmp_path: Path) -> None:
+    with front_on(cluster, tmp_path) as front:
+        calls = [front.stream(3000), front.stream(3000)]
+        workers = worker_processes()
+        front.server.end(signal.SIGKILL)
+        for worker in workers:
+            assert_gone(worker)
+        assert [code_of(call).name for call in calls] == ["UNAVAILABLE"] * 2
+
+
 @pytest.mark.parametrize("killed", ["actor", "worker"])
 def test_a_killed_actor_or_worker_loses_only_its_own_requests_and_is_replaced(front: Front, killed: str) -> None:
     calls = [front.stream(400), front.stream(400)]
@@ -206,66 +281,6 @@ def test_a_stopped_worker_trips_the_limit_of_silence_and_is_replaced(front: Fron
     assert_gone(victim)
     front.wait_for_workers(2)
     assert "DASH_WORKER_TIMEOUT_SECONDS" in front.server.log.read_text()
-
-
-def test_a_cancel_and_a_deadline_free_a_remote_slot_within_a_step(cluster: Any, tmp_path: Path) -> None:
-    step_seconds = 0.4
-    model = fake_model(write_model_folder(tmp_path / "model"), token_seconds=step_seconds)
-    with server_on(cluster, tmp_path, model=model, workers=1, slots=1) as server, connect(server) as channel:
-        front = Front(server, channel)
-        for ending in ("cancel", "deadline"):
-            request = stream_request(1000)
-            call = front.generation.StreamGenerate(request, timeout=1.5 if ending == "deadline" else 60)
-            next(call)
-            if ending == "cancel":
-                call.cancel()
-            assert code_of(call).name == {"cancel": "CANCELLED", "deadline": "DEADLINE_EXCEEDED"}[ending]
-            freed = time.monotonic()
-            # Alone in the one slot: its own two tokens take one step, and the one before takes at most one.
-            front.generation.Generate(generation_request(text="abc", max_new_tokens=1))
-            assert time.monotonic() - freed < 2 * step_seconds + 0.3
-        assert server.end(signal.SIGTERM)[0] == 0
-    assert worker_processes() == []
-
-
-def test_a_drain_finishes_streams_on_both_nodes_and_leaves_no_process(front: Front) -> None:
-    calls = [front.stream(300), front.stream(300)]
-    workers = worker_processes()
-    actors = [actor_of(worker) for worker in workers]
-    front.server.process.send_signal(signal.SIGTERM)
-    with ThreadPoolExecutor(2) as pool:
-        assert [code.name for code in pool.map(code_of, calls)] == ["OK", "OK"]
-    code, _ = front.server.outcome()
-    assert code == 0
-    for process in [*workers, *actors]:
-        assert_gone(process)
-
-
-def test_a_killed_server_leaves_no_worker(front: Front) -> None:
-    calls = [front.stream(3000), front.stream(3000)]
-    workers = worker_processes()
-    front.server.end(signal.SIGKILL)
-    for worker in workers:
-        assert_gone(worker)
-    assert [code_of(call).name for call in calls] == ["UNAVAILABLE"] * 2
-
-
-def test_without_tls_a_port_that_other_machines_reach_is_refused(cluster: Any, tmp_path: Path) -> None:
-    model = fake_model(write_model_folder(tmp_path / "model"))
-    with server_on(cluster, tmp_path, model=model, worker_host="0.0.0.0") as server:
-        code, log = server.outcome()
-    assert code == 2
-    (line,) = complaints(log)
-    assert line.startswith("dash-server: DASH_WORKER_HOST: ")
-
-
-def test_a_cluster_that_is_not_there_ends_the_start_with_one_line(tmp_path: Path) -> None:
-    model = fake_model(write_model_folder(tmp_path / "model"))
-    with server_process(tmp_path, model=model, ray_address="127.0.0.1:9", num_threads=1) as server:
-        code, log = server.outcome()
-    assert code == 2
-    (line,) = complaints(log)
-    assert line.startswith("dash-server: DASH_RAY_ADDRESS: cannot connect to the Ray cluster at 127.0.0.1:9: ")
 
 
 def test_a_lost_node_costs_its_requests_and_a_new_one_takes_its_place(cluster: Any, front: Front) -> None:

@@ -258,3 +258,12 @@ def test_a_request_that_does_not_fit_is_refused_by_field_and_the_others_go_on(
 
 def test_the_end_token_of_the_tiny_model_is_in_its_vocabulary() -> None:
     assert EOS_TOKEN_ID < 260
+
+
+def test_a_long_prompt_reports_progress_after_every_layer(decoder: Decoder) -> None:
+    engine = make_engine(decoder)
+    reports: list[int] = []
+    engine.on_progress = lambda: reports.append(1)
+    engine.submit(request("one", list(range(1, 100)), 2))
+    engine.step()
+    assert len(reports) > decoder.num_layers

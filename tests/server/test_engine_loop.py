@@ -1,8 +1,11 @@
 """The worker's loop: what it does while no request is running."""
 
 import socket
+import time
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from dash_runtime.actions import Action
 from dash_runtime.config import ModelFacts
@@ -44,3 +47,25 @@ def test_an_idle_worker_measures_until_a_message_comes_and_says_what_is_new() ->
         bodies = messages.FrameReader().feed(server.recv(1 << 16))
     assert watch.num_steps == 3
     assert [messages.decode_from_worker(body) for body in bodies] == [messages.CostsJudged(CostStatus(1, 0.0), FACTS)]
+
+
+def test_a_worker_gives_signs_of_life_in_the_middle_of_a_long_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dash_server.worker.engine_loop._SECONDS_BETWEEN_SIGNS", 0.05)
+    server, worker = socket.socketpair()
+    with server, worker:
+        loop = EngineLoop(worker)
+
+        def step() -> list[Any]:
+            for _ in range(20):
+                time.sleep(0.01)
+                engine.on_progress()
+            server.sendall(messages.encode_frame(messages.Shutdown()))
+            return []
+
+        engine: Any = SimpleNamespace(has_work=True, cost_watch=None, step=step, close=lambda: None, facts=FACTS)
+        loop._start = lambda: (engine, [])  # type: ignore[method-assign]
+        assert loop.run() == 0
+        bodies = messages.FrameReader().feed(server.recv(1 << 16))
+    signs = [messages.decode_from_worker(body) for body in bodies]
+    assert 3 <= len(signs) <= 5
+    assert set(map(type, signs)) == {messages.Pong}

@@ -120,6 +120,9 @@ def assert_gone(process: psutil.Process) -> None:
         ("default_mode", "fixed", "DASH_DEFAULT_MODE: must be 'full_depth', 'adaptive' or 'exact', got 'fixed'"),
         ("default_compute_budget", "nan", "DASH_DEFAULT_COMPUTE_BUDGET: must be a finite number"),
         ("policy_file", "/no/such/file", "DASH_POLICY_FILE: "),
+        ("workers", "4-2", "DASH_WORKERS: must be from 1 to 64"),
+        ("workers", "many", "DASH_WORKERS: must be a number, or a range such as 2-8, got 'many'"),
+        ("ray_address", "ray:/x", "DASH_RAY_ADDRESS: must be auto, host:port or ray://host:port, got 'ray:/x'"),
     ],
 )
 def test_a_wrong_setting_is_one_line(tmp_path: Path, name: str, value: object, sentence: str) -> None:
@@ -128,6 +131,14 @@ def test_a_wrong_setting_is_one_line(tmp_path: Path, name: str, value: object, s
     assert code == 2
     assert stderr.count("\n") == 1
     assert stderr.startswith(f"dash-server: {sentence}")
+
+
+def test_a_model_folder_that_this_machine_does_not_have_is_one_line(tmp_path: Path) -> None:
+    with server_process(tmp_path, model=fake_model(tmp_path / "elsewhere")) as server:
+        code, stderr = server.outcome()
+    assert code == 2
+    (line,) = complaints(stderr)
+    assert "DASH_MODEL and DASH_CACHE_FOLDER must be folders that all machines share" in line
 
 
 def test_two_wrong_settings_are_two_lines(tmp_path: Path) -> None:

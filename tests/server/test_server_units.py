@@ -2,7 +2,10 @@
 
 import asyncio
 import re
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import grpc
@@ -102,6 +105,22 @@ def test_settings_come_from_variables_and_empty_ones_are_unset(monkeypatch: pyte
     assert (settings.slots, settings.context_length, settings.log_level) == (3, None, "DEBUG")
     assert settings.cache_folder == Path("/somewhere/dash-llm")
     assert settings.worker_config().engine.num_slots == 3
+
+
+def test_a_ray_address_needs_ray_and_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DASH_RAY_ADDRESS", "auto")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SettingsError, match=r"^DASH_RAY_ADDRESS: needs `pip install 'dash-llm\[ray\]'`$"):
+        load_settings()
+    ray = ModuleType("ray")
+    ray.__spec__ = ModuleSpec("ray", None)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(SettingsError, match=r"^DASH_NUM_THREADS: is required with DASH_RAY_ADDRESS"):
+        load_settings()
+    monkeypatch.setenv("DASH_NUM_THREADS", "4")
+    monkeypatch.setenv("DASH_WORKERS", "2-8")
+    config = load_settings().worker_config(3)
+    assert (config.num_threads, config.worker_number, config.num_workers) == (4, 0, 1)
 
 
 def test_every_setting_has_a_description_and_a_default() -> None:

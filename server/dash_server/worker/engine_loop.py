@@ -23,6 +23,8 @@ from dash_server.worker.server_socket import ServerGone, receive, send
 
 logger = logging.getLogger("dash_server.worker")
 
+_SECONDS_BETWEEN_SIGNS = 1.0
+
 
 class _Closed(Exception):
     """The server told the worker to exit."""
@@ -35,6 +37,7 @@ class EngineLoop:
         self._server = server
         self._frames = messages.FrameReader()
         self._is_serving = False
+        self._said_at = 0.0
 
     def run(self) -> int:
         """Serves until the other end closes. Returns the exit code."""
@@ -91,6 +94,7 @@ class EngineLoop:
             self._send(messages.Starting(doing))
 
     def _serve(self, engine: Engine, bodies: list[bytes]) -> None:
+        engine.on_progress = self._say_that_it_works
         watch, judged = engine.cost_watch, CostStatus()
         while True:
             events: list[EngineEvent] = []
@@ -137,6 +141,12 @@ class EngineLoop:
 
     def _send(self, message: messages.FromWorker) -> None:
         send(self._server, messages.encode_frame(message))
+        self._said_at = time.monotonic()
+
+    def _say_that_it_works(self) -> None:
+        """Tells the server so in the middle of a long step. An engine that hangs does not come here."""
+        if time.monotonic() - self._said_at >= _SECONDS_BETWEEN_SIGNS:
+            self._send(messages.Pong())
 
 
 def device_of_worker(device: str, number: int) -> str:

@@ -283,9 +283,14 @@ class WorkerLink:
         """Kills a worker that does not respond any more. Its death is then handled like any other."""
         timeout = self._silence_timeout_seconds
         interval = min(_MAX_PING_SECONDS, timeout / 4)
+        silence, looked_at = 0.0, time.monotonic()
         while True:
             await asyncio.sleep(interval)
-            silence = time.monotonic() - self._heard_at
+            now = time.monotonic()
+            # While this process was stopped itself, it could not have heard anything.
+            since_look = min(now - looked_at, 2 * interval)
+            silence = min(silence + since_look, now - self._heard_at)
+            looked_at = now
             if silence > timeout:
                 logger.error(
                     "%s has said nothing for %.1f s (DASH_WORKER_TIMEOUT_SECONDS) and is killed",

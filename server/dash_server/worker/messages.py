@@ -55,7 +55,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
-    """Asks for Pong, which comes before the next engine step."""
+    """Asks for Pong, which comes before the next engine step, or between the layers of a long one."""
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
@@ -84,7 +84,7 @@ class StartupFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Pong(msgspec.Struct, frozen=True, tag=True):
-    """The answer to Ping."""
+    """A sign of life: the answer to Ping, or unasked in the middle of a long step."""
 
 
 class StepEvents(msgspec.Struct, frozen=True, tag=True):

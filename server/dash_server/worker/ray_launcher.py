@@ -7,6 +7,7 @@ tokens; workers connect to the server by themselves.
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -108,7 +109,8 @@ async def _serve(address: str, server: socket.socket) -> int:
         ray.init(address=address, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)
     except Exception as error:  # Ray raises ConnectionError, ValueError, RuntimeError and more
         launcher.tell(Failed(_one_line(error)))
-        await writer.drain()
+        with contextlib.suppress(ConnectionError):
+            await writer.drain()
         return 2
     launcher.tell(Connected(ray.util.get_node_ip_address()))
     try:

@@ -126,7 +126,8 @@ class RayStarter:
                 except WorkerStartError as error:
                     if self._host is None:
                         raise
-                    tell(f"waiting for the Ray cluster: {error}")
+                    logger.warning("%s; trying again", error)
+                    tell(f"waiting for the Ray cluster at {self._places.address}")
                     await asyncio.sleep(_RETRY_SECONDS)
             return self._launcher
 
