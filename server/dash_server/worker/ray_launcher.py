@@ -32,7 +32,8 @@ from dash_server.worker.ray_messages import (
 logger = logging.getLogger("dash_server.worker")
 
 _READ_BYTES = 1 << 16
-_MAX_REASON = 300
+_MAX_REASON = 200
+_RETRY_SECONDS = 1.0
 _CONNECT_SECONDS = 5.0
 
 
@@ -74,12 +75,19 @@ class Launcher:
         self._actors[launch.number] = actor
         try:
             self.tell(Launched(launch.number, *await actor.place.remote()))
-            how = f"status {await actor.wait.remote()}"
+            how = f"status {await self._wait(actor)}"
         except self._ray.exceptions.RayError as error:
             how = f"its Ray actor is lost: {_one_line(error)}"
         del self._actors[launch.number]
         self.tell(Ended(launch.number, how))
         await self._kill(actor)
+
+    async def _wait(self, actor: Any) -> int:
+        while True:
+            try:
+                return await actor.wait.remote()
+            except self._ray.exceptions.ActorUnavailableError:  # it may only be out of reach: its worker goes on
+                await asyncio.sleep(_RETRY_SECONDS)
 
     async def _kill(self, actor: Any) -> None:
         # Waits for the control store, which may be away.

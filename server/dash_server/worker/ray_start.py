@@ -119,6 +119,7 @@ class RayStarter:
         Raises:
             WorkerStartError: the cluster cannot be reached for the first time.
         """
+        is_told = False
         async with self._connecting:
             while self._launcher is None:
                 try:
@@ -126,7 +127,9 @@ class RayStarter:
                 except WorkerStartError as error:
                     if self._host is None:
                         raise
-                    logger.warning("%s; trying again", error)
+                    if not is_told:
+                        logger.warning("%s; trying until it is there again", error)
+                    is_told = True
                     tell(f"waiting for the Ray cluster at {self._places.address}")
                     await asyncio.sleep(_RETRY_SECONDS)
             return self._launcher
