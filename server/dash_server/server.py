@@ -161,6 +161,7 @@ class DashServer:
             ready.cancel()
             running.cancel()
             await asyncio.wait({running, ready})
+            await self._starter.close()
 
     async def run_workers(self) -> None:
         """Keeps the workers running until it is cancelled. Raises as `WorkerPool.run` does."""

@@ -182,7 +182,7 @@ def test_preparing_takes_no_calls_and_ends_when_the_worker_is_ready(tmp_path: Pa
     with server_process(tmp_path, model=fake_model(model_folder), workers=2, arguments=["--prepare"]) as server:
         code, stderr = server.outcome()
     assert code == 0
-    assert stderr.count("is ready: ") == stderr.count("ended with status 0") == 1
+    assert stderr.count("is ready: ") == stderr.count("ended: status 0") == 1
     assert "listening" not in stderr
     assert not server.port_file.exists()
 
