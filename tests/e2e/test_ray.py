@@ -4,10 +4,7 @@ the model, in all tests but one.
 Needs the extra `ray`. The cluster is made once; tests that break something come last.
 """
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 import pytest
 import trustme
 
 from dash_api.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 from dash_client import DashClient
 from dash_server.main import WORKER_COMMAND
+from tests.ray_cluster import actor_of, add_node, ray_cluster, worker_processes
 from tests.server.server_harness import (
     ServerProcess,
     fake_model,
@@ -40,32 +37,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
-STORE_BYTES = 80 * 1024 * 1024
-# How long Ray's nodes wait for a control store that is gone.
-CONTROL_STORE_SECONDS = 6
+CPUS_OF_NODE = 2
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"] = str(CONTROL_STORE_SECONDS)  # noqa: SIM112 - Ray's name
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # for the nodes' Python
-    from ray.cluster_utils import Cluster
-
-    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE_BYTES}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(2):
-        add_node(made)
-    try:
+    with ray_cluster(CPUS_OF_NODE) as made:
         yield made
-    finally:
-        made.shutdown()
-        stop = [sys.executable, "-m", "ray.scripts.scripts", "stop", "--force"]
-        subprocess.run(stop, stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
-
-
-def add_node(cluster: Any) -> Any:
-    return cluster.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
 
 
 @contextmanager
@@ -74,24 +52,6 @@ def server_on(cluster: Any, folder: Path, **variables: object) -> Iterator[Serve
     given = {"ray_address": cluster.address, "workers": 2, "num_threads": 2, "slots": 2, "worker_host": "127.0.0.1"}
     with server_process(folder, **{**given, **variables}) as server:
         yield server
-
-
-def worker_processes() -> list[psutil.Process]:
-    return [process for process in psutil.process_iter() if "--connect" in command_of(process)]
-
-
-def command_of(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
-def actor_of(worker: psutil.Process) -> psutil.Process:
-    actor = worker.parent()
-    assert actor is not None
-    assert "WorkerActor" in " ".join(command_of(actor))
-    return actor
 
 
 class Front:
@@ -291,7 +251,7 @@ def test_a_lost_node_costs_its_requests_and_a_new_one_takes_its_place(cluster: A
         assert sorted(code.name for code in pool.map(code_of, calls)) == ["OK", "UNAVAILABLE"]
     assert front.answer() == "abc"
     assert front.load().worker_count == 1
-    add_node(cluster)
+    add_node(cluster, CPUS_OF_NODE)
     front.wait_for_workers(2)
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 
-from tests.soak import connections, corrupt_files, deaths, draining, fuzz, other_clients, streams
+from tests.soak import connections, corrupt_files, deaths, draining, fuzz, other_clients, ray_faults, streams
 from tests.soak.report import Finding, finding, print_findings
 
 PARTS: dict[str, tuple[str, Callable[[], Awaitable[list[Finding]]]]] = {
@@ -21,6 +21,7 @@ PARTS: dict[str, tuple[str, Callable[[], Awaitable[list[Finding]]]]] = {
     "connections": ("10,000 connections, and pings", connections.run),
     "other-clients": ("Clients in other languages", other_clients.run),
     "corrupt-files": ("1,000 corrupted files", corrupt_files.run),
+    "ray": ("Ten minutes of faults on a Ray cluster", ray_faults.run),
 }
 
 

@@ -16,11 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from dash_client import DashClient
 
 ROOT = Path(__file__).resolve().parents[2]
+SERVER = "dash-test-server-1"
 TARGET = "127.0.0.1:50051"
 JAEGER = "http://127.0.0.1:16686"
 PROMETHEUS = "http://127.0.0.1:9090"
@@ -53,12 +55,12 @@ def compose(*arguments: str, seconds: float = 300) -> str:
 
 def inside(*command: str) -> subprocess.CompletedProcess[str]:
     """Runs a command in the server's container."""
-    executed = ["docker", "exec", "dash-test-server-1", *command]
+    executed = ["docker", "exec", SERVER, *command]
     return subprocess.run(executed, capture_output=True, text=True, timeout=60)
 
 
 def state() -> dict[str, Any]:
-    output = subprocess.run(["docker", "inspect", "dash-test-server-1"], capture_output=True, text=True, check=True)
+    output = subprocess.run(["docker", "inspect", SERVER], capture_output=True, text=True, check=True)
     return dict(json.loads(output.stdout)[0])
 
 
@@ -147,7 +149,19 @@ def test_a_container_is_nearly_as_fast_as_make_serve(tmp_path: Path) -> None:
             time.sleep(0.1)
         with DashClient(TARGET) as inner, DashClient(f"localhost:{port_file.read_text().strip()}") as outer:
             outer.wait_until_ready(timeout=900)
-            ratios = [seconds(outer) / seconds(inner) for _ in range(ROUNDS)][1:]
+            ratios = []
+            for _ in range(ROUNDS):
+                # Each has the processors for itself: one that is idle uses the time to measure costs.
+                subprocess.run(["docker", "pause", SERVER], check=True, capture_output=True)
+                outer_seconds = seconds(outer)
+                everything = [psutil.Process(outside.pid), *psutil.Process(outside.pid).children(recursive=True)]
+                for process in everything:
+                    process.suspend()
+                subprocess.run(["docker", "unpause", SERVER], check=True, capture_output=True)
+                ratios.append(outer_seconds / seconds(inner))
+                for process in everything:
+                    process.resume()
+            del ratios[0]
         outside.terminate()
     ratios.sort()
     median = statistics.median(ratios)
@@ -158,7 +172,7 @@ def test_a_container_is_nearly_as_fast_as_make_serve(tmp_path: Path) -> None:
 def seconds(client: DashClient) -> float:
     """Returns the time of one ADAPTIVE answer."""
     started = time.perf_counter()
-    client.generate("Once upon a time", mode="adaptive", max_new_tokens=128, ignore_eos=True)
+    client.generate("Once upon a time", policy_name=POLICY, max_new_tokens=128, ignore_eos=True)
     return time.perf_counter() - started
 
 
