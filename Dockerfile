@@ -4,7 +4,8 @@
 #   docker build .                               torch's CPU build, whose index uv knows
 #   docker build --build-arg TORCH_BACKEND= .    the package index's own build, which is one for CUDA
 
-FROM python:3.12-slim AS build
+ARG PYTHON_IMAGE=python:3.12-slim
+FROM ${PYTHON_IMAGE} AS build
 
 # As for `uv pip install --torch-backend`: cpu, cu130, …; empty for what the package index has.
 ARG TORCH_BACKEND=cpu
@@ -31,7 +32,7 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --python /opt/venv --link-mode copy --compile-bytecode --no-deps .
 
 
-FROM python:3.12-slim
+FROM ${PYTHON_IMAGE}
 
 # Compiles layers for other models, settings and processors. Empty: these run uncompiled, which is slower.
 ARG COMPILER=g++

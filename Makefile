@@ -47,8 +47,12 @@ release-test: $(INSTALLED)  ## Build the wheel, install it in an empty environme
 test-stack: $(INSTALLED)  ## Build the image, run the whole stack in containers, and prove it; needs a container engine
 	DASH_TEST_STACK=1 $(BIN)/python -m pytest tests/stack -s
 
-soak: $(INSTALLED)  ## Prove the service under load and faults; takes half an hour
+soak: $(VENV)/.ray  ## Prove the service under load and faults; takes three quarters of an hour
 	$(BIN)/python -m tests.soak
+
+$(VENV)/.ray: $(INSTALLED)
+	$(BIN)/python -m pip install -e ".[ray]"
+	@touch $@
 
 bench: $(VENV)/.bench  ## Measure decoding; leave the machine idle meanwhile
 	$(BIN)/python -m benchmarks

@@ -61,7 +61,9 @@ async def run(seconds: float = 600, seconds_between: float = 20, num_streams: in
                     error: BaseException | None = None
                     try:
                         async with asyncio.timeout(STUCK_SECONDS):
-                            answer = await service.generate(generation_request(text=text, max_new_tokens=number))
+                            answer = await service.generate(
+                                generation_request(text=text, max_new_tokens=number).parameters
+                            )
                         num_wrong += answer.output.text != "".join(itertools.islice(itertools.cycle(text), number))
                     except (grpc.aio.AioRpcError, TimeoutError) as caught:
                         error = caught
@@ -74,7 +76,8 @@ async def run(seconds: float = 600, seconds_between: float = 20, num_streams: in
             while time.monotonic() < until:
                 await asyncio.sleep(seconds_between)
                 sizes.append(psutil.Process(service.server.process.pid).memory_info().rss)
-                faults.append(await asyncio.to_thread(next(names)))
+                faults.append(next(names)())  # here, since Ray adds nodes in the main thread only
+            await asyncio.sleep(2)  # until the last fault is noticed
             restored = await _wait_for_workers(service)
             is_over.set()
             await asyncio.gather(*callers)
