@@ -56,7 +56,7 @@ class TraceStep:
     cost_spent: bytes = b""
     """`pack_float32`: share of a full-depth token's cost spent before the layer, by the policy's own table."""
     cost: float | None = None
-    """What the step is said to cost, in full-depth tokens, by the table that the answer's mean cost comes from."""
+    """Cost of the step in full-depth tokens, by the table that the answer's mean cost comes from."""
     accepted_token_count: int | None = None
     """Number of drafted tokens that a verification accepted; None for other kinds."""
     text_token_count: int | None = None

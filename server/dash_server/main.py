@@ -86,10 +86,11 @@ def _starter(settings: Settings, worker_command: Sequence[str]) -> WorkerStarter
     """Returns what starts workers: processes of this machine, or of a Ray cluster."""
     if settings.ray_address is None:
         return LocalStarter(worker_command)
+    assert settings.num_threads is not None  # the settings refuse Ray without
     chain, key = settings.tls_certificate_file, settings.tls_key_file
     places = RayPlaces(
         address=settings.ray_address,
-        num_cpus=settings.num_threads or 1,
+        num_cpus=settings.num_threads,
         num_gpus=int(settings.device.startswith("cuda")),
         host=settings.worker_host,
         port=settings.worker_port,

@@ -10,7 +10,7 @@ SHRINK_AFTER_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class WorkerRange:
-    """How many workers there may be."""
+    """The least and the greatest number of workers."""
 
     least: int
     most: int
@@ -33,7 +33,7 @@ class WorkerRange:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What is there and what is asked for, at one moment."""
+    """The workers that are there and the requests that they have, at one moment."""
 
     num_workers: int
     """Workers that are ready or start, without those that are being removed."""
@@ -45,7 +45,7 @@ class Demand:
 
 
 class Change(Enum):
-    """What to do about a demand."""
+    """A change of the number of workers."""
 
     ADD = auto()
     REMOVE = auto()

@@ -144,23 +144,10 @@ class DashServer:
         return port
 
     async def prepare(self) -> None:
-        """Starts the first worker alone, which keeps what later starts need, and ends it when it is ready.
-
-        Raises:
-            WorkerStartError: the worker cannot be started.
-            DashRuntimeError: the model folder cannot be read.
-        """
-        first = self._links[0]
-        running = asyncio.create_task(first.run())
-        ready = asyncio.create_task(first.wait_ready())
+        """Has a worker keep what later starts need, and takes no calls. Raises as `WorkerPool.prepare` does."""
         try:
-            await asyncio.wait({running, ready}, return_when=asyncio.FIRST_COMPLETED)
-            if running.done():
-                running.result()
+            await self._pool.prepare()
         finally:
-            ready.cancel()
-            running.cancel()
-            await asyncio.wait({running, ready})
             await self._starter.close()
 
     async def run_workers(self) -> None:

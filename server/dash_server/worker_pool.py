@@ -36,6 +36,20 @@ class WorkerPool:
         self._tasks: dict[WorkerLink, asyncio.Task[None]] = {}
         self._draining: set[WorkerLink] = set()
 
+    async def prepare(self) -> None:
+        """Starts the first worker alone, which keeps what later starts need, and ends it when it is ready.
+
+        Raises:
+            WorkerStartError: the worker cannot be started.
+            DashRuntimeError: the model folder cannot be read.
+        """
+        try:
+            first = await self._start_first()
+            if self._tasks[first].done():
+                self._tasks[first].result()
+        finally:
+            await self._end_all()
+
     async def run(self) -> None:
         """Keeps workers running until it is cancelled. If one is given up, the others go on.
 
@@ -45,14 +59,10 @@ class WorkerPool:
             WorkerStartError: the last worker was given up; see `WorkerLink.run`.
             DashRuntimeError: the model folder cannot be read.
         """
-        first, *others = self._links[: self._limits.least]
         try:
-            self._start(first)
-            ready = asyncio.create_task(first.wait_ready())
-            await asyncio.wait({*self._tasks.values(), ready}, return_when=asyncio.FIRST_COMPLETED)
-            ready.cancel()
+            first = await self._start_first()
             if first.is_ready:
-                for link in others:
+                for link in self._links[1 : self._limits.least]:
                     self._start(link)
             pause = None if self._limits.least == self._limits.most else _TICK_SECONDS
             while True:
@@ -60,11 +70,25 @@ class WorkerPool:
                 self._remove_ended()
                 self._scale()
         finally:
-            tasks = self._tasks.values()
-            for task in tasks:
-                task.cancel()
-            if tasks:
-                await asyncio.wait(tasks)
+            await self._end_all()
+
+    async def _start_first(self) -> WorkerLink:
+        """Starts the first worker, and waits until it is ready or given up."""
+        first = self._links[0]
+        self._start(first)
+        ready = asyncio.create_task(first.wait_ready())
+        try:
+            await asyncio.wait({self._tasks[first], ready}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ready.cancel()
+        return first
+
+    async def _end_all(self) -> None:
+        tasks = self._tasks.values()
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
     def _start(self, link: WorkerLink) -> None:
         self._tasks[link] = asyncio.create_task(link.run())

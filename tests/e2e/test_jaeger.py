@@ -8,9 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
-from socket import socket
 from typing import Any
 from urllib.parse import urlencode
 
@@ -18,23 +16,18 @@ import pytest
 
 from dash_client import Action, Generation
 from tests.e2e.test_service import Service
-from tests.runtime.random_policy import NAME, save_random_policy
+from tests.e2e.test_tracing import UNPINNED, traced_service
+from tests.runtime.random_policy import NAME
+from tests.server.server_harness import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 JAEGER = shutil.which("jaeger") or shutil.which("jaeger", path=str(Path(sys.executable).parent))
-UNPINNED = [1, 2, 3, 4]
 PORTS = {"0.0.0.0:16686": "query", "127.0.0.1:13133": "health", "0.0.0.0:4317": "otlp"}
 
 pytestmark = [
     pytest.mark.jaeger,
     pytest.mark.skipif(JAEGER is None, reason="needs a jaeger on the path: make jaeger"),
 ]
-
-
-def free_port() -> int:
-    with closing(socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Jaeger:
@@ -138,19 +131,9 @@ def jaeger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jaeger]:
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, jaeger: Jaeger) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("traced")
-    service = Service(
-        folder,
-        tiny_folder,
-        DASH_POLICY_FILE=str(save_random_policy(folder / "policy.safetensors", tiny_folder)),
-        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{jaeger.ports['otlp']}",
-        OTEL_METRICS_EXPORTER="none",
-        OTEL_EXPORTER_OTLP_TRACES_TIMEOUT="2",
-        DASH_NUM_THREADS="1",
-        DASH_COMPILE="false",
-    )
-    yield service
-    assert service.stop() == 0, service.log.read_text()
-    assert "Traceback" not in service.log.read_text()
+    options = {"OTEL_METRICS_EXPORTER": "none", "OTEL_EXPORTER_OTLP_TRACES_TIMEOUT": "2"}
+    with traced_service(folder, tiny_folder, f"http://127.0.0.1:{jaeger.ports['otlp']}", **options) as service:
+        yield service
 
 
 def traced(service: Service, **options: Any) -> Generation:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,22 +21,29 @@ def collector() -> Iterator[OtlpReceiver]:
         yield receiver
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, collector: OtlpReceiver) -> Iterator[Service]:
-    folder = tmp_path_factory.mktemp("traced")
+@contextmanager
+def traced_service(folder: Path, model: Path, endpoint: str, **variables: str) -> Iterator[Service]:
+    """Runs a server whose policy is a random one and whose spans go to `endpoint`."""
     service = Service(
         folder,
-        tiny_folder,
-        DASH_POLICY_FILE=str(save_random_policy(folder / "policy.safetensors", tiny_folder)),
-        OTEL_EXPORTER_OTLP_ENDPOINT=collector.endpoint,
-        DASH_TRACE_LAYERS="true",
-        DASH_LANE="thread",
+        model,
+        DASH_POLICY_FILE=str(save_random_policy(folder / "policy.safetensors", model)),
+        OTEL_EXPORTER_OTLP_ENDPOINT=endpoint,
         DASH_NUM_THREADS="1",
         DASH_COMPILE="false",
+        **variables,
     )
     yield service
     assert service.stop() == 0, service.log.read_text()
     assert "Traceback" not in service.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, collector: OtlpReceiver) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("traced")
+    options = {"DASH_TRACE_LAYERS": "true", "DASH_LANE": "thread"}
+    with traced_service(folder, tiny_folder, collector.endpoint, **options) as service:
+        yield service
 
 
 def traced(service: Service, collector: OtlpReceiver, **options: object) -> tuple[Generation, Trace]:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -58,6 +59,12 @@ def write_model_folder(folder: Path) -> Path:
 def fake_model(folder: Path, **options: object) -> str:
     """Returns the model setting for a fake worker with these options."""
     return "fake?" + urlencode({"folder": str(folder), **options})
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @dataclass

@@ -15,17 +15,12 @@ from tests.server.scraping import REQUESTS, read, scrape
 from tests.server.server_harness import (
     ServerProcess,
     fake_model,
+    free_port,
     generation_request,
     running_server,
     server_process,
 )
 from tests.server.test_server_process import connect
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def complaints(stderr: str) -> list[str]:

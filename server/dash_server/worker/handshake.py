@@ -28,7 +28,7 @@ class HandshakeError(Exception):
 
 
 class Credentials(msgspec.Struct, frozen=True):
-    """What a worker process needs to connect. It is good for one start of one worker."""
+    """Proof of identity of a worker process that connects. It is good for one start of one worker."""
 
     start_id: bytes
     """Names the start. Not secret."""

@@ -66,7 +66,7 @@ class WorkerListener:
         self._socket.setblocking(False)
         bound_port = self._socket.getsockname()[1]
         self.address = f"[{host}]:{bound_port}" if ":" in host else f"{host}:{bound_port}"
-        """Where workers connect to, as HOST:PORT."""
+        """Address that workers connect to, as HOST:PORT."""
         self._accepting = asyncio.create_task(self._accept())
 
     @contextmanager

@@ -15,6 +15,7 @@ from typing import Generic
 
 from dash_server.worker.connection import FramedConnection, Received
 from dash_server.worker.messages import FromWorker, Shutdown, decode_from_worker
+from dash_server.worker.starter import to_its_end
 
 logger = logging.getLogger(__name__)
 
@@ -84,13 +85,7 @@ class FramedProcess(Generic[Received]):
 
     async def stop(self) -> str:
         """Asks the process to exit, then sends SIGTERM, then SIGKILL. See `Worker`."""
-        ending = asyncio.create_task(self._end())
-        try:
-            status = await asyncio.shield(ending)
-        except asyncio.CancelledError:
-            await ending
-            raise
-        return f"status {status}"
+        return f"status {await to_its_end(self._end())}"
 
     async def _end(self) -> int:
         self.send(Shutdown())

@@ -11,11 +11,11 @@ class Launch(msgspec.Struct, frozen=True, tag=True):
     number: int
     """Names the start."""
     arguments: list[str]
-    """Of the node's Python."""
+    """Arguments for the node's Python."""
     environment: dict[str, str]
     """Added to the node's own."""
     credentials: bytes
-    """What the process reads from its standard input."""
+    """Standard input of the process."""
     num_cpus: int
     num_gpus: int
 

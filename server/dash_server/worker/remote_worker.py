@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from dash_server.worker.connection import FramedConnection
 from dash_server.worker.messages import FromWorker, Shutdown, ToWorker
+from dash_server.worker.starter import to_its_end
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +53,7 @@ class RemoteWorker:
 
     async def stop(self) -> str:
         """Asks the process to exit, then has it killed. See `Worker`."""
-        ending = asyncio.create_task(self._end())
-        try:
-            return await asyncio.shield(ending)
-        except asyncio.CancelledError:
-            await ending
-            raise
+        return await to_its_end(self._end())
 
     async def _end(self) -> str:
         self.send(Shutdown())

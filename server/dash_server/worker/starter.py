@@ -1,7 +1,8 @@
 """What the server's link needs of a worker, and of whoever starts one. Knows no processes and no sockets."""
 
-from collections.abc import AsyncGenerator, Callable
-from typing import Protocol
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any, Protocol, TypeVar
 
 from dash_server.worker.messages import FromWorker, ToWorker
 
@@ -39,6 +40,19 @@ class Worker(Protocol):
 
     def kill(self) -> None:
         """Ends the messages at once, without waiting. `stop` is still to be called, unless the server exits."""
+
+
+Result = TypeVar("Result")
+
+
+async def to_its_end(ending: Coroutine[Any, Any, Result]) -> Result:
+    """Waits for the end of a process, also if it is cancelled meanwhile: no process is left behind."""
+    task = asyncio.create_task(ending)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
 
 
 class WorkerStarter(Protocol):
