@@ -6,6 +6,7 @@ Knows no service's messages.
 import asyncio
 import functools
 import logging
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from dash_server.from_pb import PreparedRequest
 from dash_server.generation import Generation
 from dash_server.logs import request_id_of_task, trace_id_of_task
 from dash_server.recent_decisions import RecentDecisions
-from dash_server.request_record import Observer, RequestRecord, observed, record_of_call
+from dash_server.request_record import Observer, RequestRecord, at_end_of_call, observed, record_of_call
 from dash_server.served_model import ServedModel
 from dash_server.settings import Settings
 from dash_server.statuses import WorkerUnavailable, failure_of
@@ -175,12 +176,8 @@ async def open_generation(
             state.admission.claim(place, prepared.request.num_cache_tokens)
             seconds_left = context.time_remaining()
             generation = Generation(state.dispatcher, model, prepared, place, seconds_left, record)
-            # gRPC may never resume a cancelled handler: free its slot all the same.
-            context.add_done_callback(lambda _: generation.close())
-            try:
+            with at_end_of_call(context, generation.close):
                 yield generation
-            finally:
-                generation.close()
 
 
 @asynccontextmanager
@@ -198,4 +195,11 @@ async def errors_to_status(context: grpc.aio.ServicerContext) -> AsyncIterator[s
             logger.exception("unexpected error")
         else:
             logger.info("refused: %s %s", failure.code.name, type(error).__name__)
-        await context.abort(failure.code, failure.message, failure.trailing_metadata)
+        try:
+            await context.abort(failure.code, failure.message, failure.trailing_metadata)
+        except grpc.aio.AbortError as ended:
+            # gRPC leaves it in a cycle, and tracebacks hold all variables of the call.
+            error.__traceback__ = None
+            over = ended
+            context.add_done_callback(lambda _: traceback.clear_frames(over.__traceback__))
+            raise
