@@ -1,7 +1,7 @@
 """The served model without its weights: facts, tokenizer and chat template, from a ready worker. Knows no network."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -27,10 +27,16 @@ class ServedModel:
     tokenizer: TextTokenizer
     chat_template: ChatTemplate
     folder: Path
+    files: tuple[tuple[str, int, int], ...] = ()
+    """The folder's files when they were read: names, sizes, and when they last changed."""
 
     @classmethod
-    def load(cls, ready: Ready, model: str, revision: str | None, cache_folder: Path) -> "ServedModel":
+    def load(
+        cls, ready: Ready, model: str, revision: str | None, cache_folder: Path, last: "ServedModel | None" = None
+    ) -> "ServedModel":
         """Reads the worker's model folder. If this machine has no such folder, `model` is fetched from the hub.
+
+        What `last` read of unchanged files is kept: a tokenizer is large, and workers that fail begin often.
 
         Raises:
             CheckpointError: a file is missing or damaged, or the model has another machine's folder.
@@ -44,7 +50,10 @@ class ServedModel:
                     "DASH_CACHE_FOLDER must be folders that all machines share, at the same path."
                 )
             folder = resolve_checkpoint(model, revision, cache_folder, logger.info)
-        return cls(ready.facts, TextTokenizer.load(folder), ChatTemplate.load(folder), folder)
+        files = _files(folder)
+        if last is not None and (last.folder, last.files) == (folder, files):
+            return replace(last, facts=ready.facts)
+        return cls(ready.facts, TextTokenizer.load(folder), ChatTemplate.load(folder), folder, files)
 
     def tokenize(self, prompt: generation_pb2.GenerationParameters | model_pb2.TokenizeRequest) -> list[int]:
         """Returns the prompt's token ids. Blocks: a long text takes milliseconds.
@@ -107,3 +116,8 @@ class ServedModel:
                 return self.chat_template.render(template_messages(prompt.chat), shown)
             case _:
                 raise InvalidRequest("prompt", "is required")
+
+
+def _files(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    each = [(path.name, path.stat() if path.exists() else path.lstat()) for path in folder.iterdir()]
+    return tuple(sorted((name, status.st_size, status.st_mtime_ns) for name, status in each))

@@ -253,7 +253,12 @@ class DashServer:
     async def _on_ready(self, ready: Ready) -> None:
         settings = self._settings
         self._state.model = await asyncio.to_thread(
-            ServedModel.load, ready, settings.model, settings.model_revision, settings.cache_folder
+            ServedModel.load,
+            ready,
+            settings.model,
+            settings.model_revision,
+            settings.cache_folder,
+            self._state.model,
         )
 
     def _on_facts(self, facts: ModelFacts) -> None:
