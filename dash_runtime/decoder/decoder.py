@@ -3,7 +3,7 @@
 Knows weights, actions and rows; knows no policy, no sampling and no requests.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -18,6 +18,7 @@ from dash_runtime.layers.embedding import Embedding
 from dash_runtime.layers.evaluation import Evaluation
 from dash_runtime.layers.heads import Head
 from dash_runtime.layers.kv_cache import CachePool, SequenceCache
+from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.layers.rotary import rotary_tables
 from dash_runtime.model_config import ModelConfig
 
@@ -48,6 +49,7 @@ class Decoder:
     def __post_init__(self) -> None:
         config = self.config
         self.num_layers = config.num_layers
+        self._same_everywhere = {own: PassPlan(dict.fromkeys(range(self.num_layers), own)) for own in self.actions}
         self.row_block = device_of(self.device).row_block
         """A prompt may be cut at multiples of this. If every pass begins at one and has at most `max_prompt_rows` rows,
         a row's bits do not depend on the cuts."""
@@ -91,6 +93,26 @@ class Decoder:
             if backend.takes(batch):
                 return backend.run_layer(layer, actions, hidden, batch, evaluations)
         raise AssertionError("no backend takes this pass")
+
+    def run_layers(
+        self, action: Action, hidden: Tensor, batch: Batch, on_layer: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """Runs all layers with one action; returns the last one's output, which holds until the next pass.
+
+        Calls `on_layer` after each layer of a pass that may take seconds.
+        """
+        run = self.run_pass(self._same_everywhere[action], hidden, batch)
+        if run is not None:
+            return run.hidden
+        actions = (action,) * batch.num_rows
+        for layer in range(self.num_layers):
+            hidden = self.run_layer(layer, actions, hidden, batch)
+            on_layer()
+        return hidden
+
+    def run_pass(self, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
+        """Runs a pass through all layers at once; see `Backend`."""
+        return self.backends[batch.kind][0].run_pass(plan, hidden, batch)
 
     def takes_evaluations(self, num_rows: int) -> bool:
         """Returns True if decoding so many rows takes evaluations along; see `Backend`."""

@@ -221,11 +221,8 @@ class Engine:
         compensations = [sequence.assignment.policy.compensation for sequence in sequences]
         caches, lengths = [sequence.cache for sequence in sequences], [len(ids) for ids in token_ids]
         batch = self._decoder.batch(kind, caches, lengths, compensations)
-        actions = (Action.FULL,) * batch.num_rows
         hidden = self._decoder.embed([token_id for ids in token_ids for token_id in ids])
-        for layer in range(self._decoder.num_layers):
-            hidden = self._decoder.run_layer(layer, actions, hidden, batch)
-            self.on_progress()
+        hidden = self._decoder.run_layers(Action.FULL, hidden, batch, self.on_progress)
         batch.commit()
         return hidden
 

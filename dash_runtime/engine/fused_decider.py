@@ -11,6 +11,7 @@ from dash_runtime.actions import Action, CostTable
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.step import DecidedBlock, Decider
 from dash_runtime.layers.evaluation import Evaluation
+from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy import Token
 
@@ -30,6 +31,13 @@ class FusedDecider(Decider):
         for evaluation, token in zip(self._evaluations, tokens, strict=True):
             evaluation.begin(token, costs)
         self._scores: list[tuple[int, list[bytes]]] = []
+
+    @property
+    def pass_plan(self) -> PassPlan | None:
+        return PassPlan(self.policy.pinned, self._evaluations[0])
+
+    def take(self, run: PassRun) -> None:
+        self._scores = [(layer, [scores]) for layer, scores in run.scores.items()]
 
     def actions(self, layer: int, lane: Lane) -> Sequence[Action]:
         if not self._is_decided[layer]:

@@ -18,6 +18,7 @@ from dash_runtime.engine.lanes import Lane, Ticket
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.layers.batch import Batch
 from dash_runtime.layers.evaluation import Evaluation
+from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.policy.policy import Actions, Policy, State, Token, decision_blocks
 
 _T = TypeVar("_T")
@@ -57,6 +58,8 @@ def decode_step(
     """Runs one token of every row through all layers. Each row belongs to one decider."""
     decider = deciders[0] if len(deciders) == 1 else _SeveralDeciders(deciders)
     hidden = decoder.embed(token_ids)
+    if len(token_ids) == 1 and planner is None and (run := _run_whole_row(decoder, batch, hidden, deciders[0])):
+        return StepOutput(decoder.logits(run.hidden, decider.heads), [run.plan], run.layer_times)
     actions_by_layer: list[Sequence[Action]] = []
     times = array("q", bytes(16 * decoder.num_layers))
     for layer in range(decoder.num_layers):
@@ -72,6 +75,16 @@ def decode_step(
     batch.commit()
     plans = [bytes(plan) for plan in zip(*actions_by_layer, strict=True)]
     return StepOutput(decoder.logits(hidden, decider.heads), plans, times)
+
+
+def _run_whole_row(decoder: Decoder, batch: Batch, hidden: Tensor, decider: "Decider") -> PassRun | None:
+    """Runs a single row's layers in one call, if its decider has no part in between and the decoder can."""
+    plan = decider.pass_plan
+    run = None if plan is None else decoder.run_pass(plan, hidden, batch)
+    if run is not None:
+        decider.take(run)
+        batch.commit()
+    return run
 
 
 class Decider:
@@ -107,6 +120,14 @@ class Decider:
     def num_evaluations(self) -> int:
         """Evaluations of a learned policy so far; other policies take no time worth counting."""
         return len(self.blocks) if self.policy.score_actions else 0
+
+    @property
+    def pass_plan(self) -> PassPlan | None:
+        """What decides all layers of a single row without this decider; None if it has to be asked."""
+        return PassPlan(self.policy.pinned) if self._is_blind else None
+
+    def take(self, run: PassRun) -> None:
+        """Takes in what `pass_plan` decided."""
 
     @property
     def heads(self) -> Sequence[Action]:

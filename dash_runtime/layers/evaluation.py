@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.programs.program_cache import Program
+from dash_runtime.programs.row_calls import Exchange
 
 
 class Evaluation(Protocol):
@@ -16,3 +17,8 @@ class Evaluation(Protocol):
     """By the row's action: the layer's program with the evaluation in it. SKIP's has the policy's own compensation."""
     inputs: Sequence[Tensor]
     """The program's last inputs. The evaluation's result is written into one of them."""
+    inputs_by_layer: Sequence[Sequence[Tensor]]
+    """Those inputs by the layer that is decided; none for a layer that is not."""
+    exchange: Exchange
+    layer_costs: Mapping[Action, float]
+    """For the share of cost that a token has spent already."""

@@ -32,10 +32,11 @@ class SequenceCache:
     def place_at(self, start: int) -> None:
         """Uses the pool's memory from token `start` on, a multiple of `BLOCK_TOKENS`. Copies nothing."""
         self.start = start
-        self._memory = self.pool.memory[:, :, start : start + self.capacity]
+        self.memory = self.pool.memory[:, :, start : start + self.capacity]
+        """`[num_layers, 2, capacity, num_kv_heads, head_dim]`: keys and values."""
         # Views made once: indexing a five-dimensional tensor for every layer and token would cost more
         # than the attention of a short sequence.
-        layers = self._memory.flatten(0, 1).unbind()
+        layers = self.memory.flatten(0, 1).unbind()
         self.keys: Sequence[Tensor] = layers[::2]
         self.values: Sequence[Tensor] = layers[1::2]
 
@@ -46,19 +47,19 @@ class SequenceCache:
 
     def until(self, end: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Returns keys and values of the positions before `end`, by layer: `[end, num_kv_heads, head_dim]` each."""
-        layers = self._memory[:, :, :end].flatten(0, 1).unbind()
+        layers = self.memory[:, :, :end].flatten(0, 1).unbind()
         return layers[::2], layers[1::2]
 
     def copy_of(self, start: int, end: int) -> Tensor:
         """Returns a copy of these keys and values, `[num_layers, 2, end - start, num_kv_heads, head_dim]`."""
         assert 0 <= start <= end <= self.length
-        return self._memory[:, :, start:end].clone(memory_format=torch.contiguous_format)
+        return self.memory[:, :, start:end].clone(memory_format=torch.contiguous_format)
 
     def append(self, stretch: Tensor) -> None:
         """Appends keys and values that `copy_of` returned, as the next positions."""
         end = self.length + stretch.shape[2]
         self.check_room(end)
-        self._memory[:, :, self.length : end] = stretch
+        self.memory[:, :, self.length : end] = stretch
         self.length = end
 
     def truncate(self, length: int) -> None:

@@ -14,6 +14,7 @@ from dash_runtime.policy.network import NUM_SCALAR_FACTS, PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Actions, Token
 from dash_runtime.programs.program_cache import Program
+from dash_runtime.programs.row_calls import Exchange
 from dash_runtime.programs.traced_deciding import packed_matrix, packed_terms
 
 
@@ -39,26 +40,27 @@ class RowEvaluation:
         num_actions = len(spec.actions)
         self._first_result = network.num_known + NUM_SCALAR_FACTS + num_actions
         self._numbers, exchanged = shared_floats(self._first_result + 1 + num_actions)
+        self.exchange = Exchange(exchanged, network.num_known, self._first_result, spec.actions)
         self._scores = self._numbers[self._first_result + 1 :]
         action_costs = [spec.costs.layer[action] for action in spec.actions]
         self._facts = RowFacts(self._numbers, network.num_known, action_costs)
         layers = range(spec.num_layers + 1)
-        self._by_layer = [
+        self.inputs_by_layer: Sequence[Sequence[Tensor]] = [
             [exchanged, *network.by_layer[layer]] if layer in network.by_layer else () for layer in layers
         ]
-        self._layer_costs: Mapping[Action, float] = {}
+        self.layer_costs: Mapping[Action, float] = {}
         self._cost_spent = 0.0
         self._alone: list[Actions] = [(action,) for action in spec.actions]
 
     def begin(self, token: Token, costs: CostTable) -> None:
         """Begins a token. The table is for the share of cost already spent."""
-        self._layer_costs, self._cost_spent = costs.layer, 0.0
+        self.layer_costs, self._cost_spent = costs.layer, 0.0
         self._facts.begin(token)
 
     def observe(self, layer: int, action: Action) -> None:
         """Takes in the action of a layer, in whose program the next `layer` is decided."""
-        self._cost_spent = spent = self._cost_spent + self._layer_costs[action]
-        inputs = self.inputs = self._by_layer[layer]
+        self._cost_spent = spent = self._cost_spent + self.layer_costs[action]
+        inputs = self.inputs = self.inputs_by_layer[layer]
         if inputs:
             self._facts.update(action, spent)
 

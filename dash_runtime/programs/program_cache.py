@@ -96,11 +96,15 @@ class ProgramSpec:
 class Program:
     """A loaded program. A call takes its inputs as a flat list, in order, and may write into them."""
 
+    path: Path | None = None
+    """The package that it was loaded from."""
+
     def __init__(self, path: Path, spec: ProgramSpec) -> None:
+        self.path = path
         self._has_own_outputs = not spec.keeps_results_on_stack
         # torch unpacks the file, and leaves that behind in a process that ends without tidying; what is loaded needs
         # no file.
-        with _own_temporary_folder(_place_to_run_code(path.parent)):
+        with _own_temporary_folder(place_to_run_code(path.parent)):
             # One caller, one thread, so the loader needs no pool of runners.
             self._loader: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
 
@@ -109,7 +113,7 @@ class Program:
         return outputs if self._has_own_outputs else [output.clone() for output in outputs]
 
 
-def _place_to_run_code(folder: Path) -> Path:
+def place_to_run_code(folder: Path) -> Path:
     """Returns the usual place of temporary files, or `folder` if no code may be loaded from there: hardened machines
     and containers mount it so."""
     usual = Path(tempfile.gettempdir())
@@ -147,7 +151,7 @@ def load_programs(specs: Sequence[ProgramSpec], folder: Path, progress: Progress
         num_processes = min(len(missing), max(1, torch.get_num_threads()))
         shares = [missing[first::num_processes] for first in range(num_processes)]
         # Inductor loads code too: it tries out what the compiler can do.
-        place = _place_to_run_code(folder)
+        place = place_to_run_code(folder)
         with tempfile.TemporaryDirectory(dir=place) as scratch, ThreadPoolExecutor(num_processes) as pool:
             compiling = [pool.submit(_compile, share, paths, scratch) for share in shares]
             _follow([paths[spec] for spec in missing], compiling, progress)

@@ -21,7 +21,8 @@ from dash_runtime.config import (
     StoppingParameters,
 )
 from dash_runtime.decoder.backends.cuda_graphs import Graphs, cuda_capture
-from dash_runtime.decoder.backends.inductor import InductorBackend, program_specs, why_eager
+from dash_runtime.decoder.backends.inductor import InductorBackend
+from dash_runtime.decoder.backends.needed_programs import program_specs, why_eager
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import device_of, find_device
@@ -41,6 +42,7 @@ from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.programs.program_cache import Program, ProgramSpec, load_programs, programs_digest
+from dash_runtime.programs.row_loop import load_row_loop
 from dash_runtime.programs.traced_layer import ModelShape
 from dash_runtime.progress import Progress
 from dash_runtime.startup.calibration import DeviceCalibration
@@ -112,7 +114,8 @@ def build_engine(
         )
     inductor = None
     if programs is not None:
-        inductor = InductorBackend(model.block, programs, shares_products=config.group_planner)
+        row_loop = load_row_loop(cache_folder / "programs", progress)
+        inductor = InductorBackend(model, programs, config.group_planner, row_loop)
         learned = [own.attached(programs) for own in policy_programs]
     decoder = make_decoder(
         model,

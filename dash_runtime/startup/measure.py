@@ -40,9 +40,7 @@ def measure_verification(
     def run_pass(length: int) -> None:
         count = decoder.rows_to_verify(length + 1)
         batch = decoder.batch(PassKind.VERIFY, [cache], [count], [Identity()])
-        hidden = decoder.embed([0] * count)
-        for layer in range(decoder.num_layers):
-            hidden = decoder.run_layer(layer, (Action.FULL,) * count, hidden, batch)
+        hidden = decoder.run_layers(Action.FULL, decoder.embed([0] * count), batch)
         decoder.logits(hidden[: length + 1], (Action.FULL,) * (length + 1)).argmax(-1).tolist()
 
     for round_number in rounds_within(SECONDS, rounds, now):

@@ -196,12 +196,8 @@ def _guess(decoder: Decoder, compensation: Compensation, has_policy: bool) -> Co
     hidden = decoder.embed([0])
     logits = decoder.logits(hidden, (Action.FULL,))
 
-    def run_layers(action: Action) -> None:
-        for layer in range(decoder.num_layers):
-            decoder.run_layer(layer, (action,), hidden, batch)
-
     works: dict[object, Callable[[], object]] = {
-        **{("layers", action): partial(run_layers, action) for action in decoder.actions},
+        **{("layers", action): partial(decoder.run_layers, action, hidden, batch) for action in decoder.actions},
         **{("head", precision): partial(decoder.logits, hidden, (precision,)) for precision in decoder.heads},
         "fixed": lambda: (decoder.embed([0]), logits.argmax(-1).tolist()),
     }

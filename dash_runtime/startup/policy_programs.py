@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from dash_runtime.actions import Action
 from dash_runtime.config import LaneKind
-from dash_runtime.decoder.backends.inductor import layer_spec, skip_specs
+from dash_runtime.decoder.backends.needed_programs import layer_spec, skip_specs
 from dash_runtime.layers.row_compensation import has_program, program_rank
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.learned import LearnedPolicy

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.code_blocks import LANGUAGES, code_blocks, run_blocks
-from tests.e2e.test_service import Service
+from tests.e2e.service import Service
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

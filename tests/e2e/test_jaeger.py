@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 import pytest
 
 from dash_client import Action, Generation
-from tests.e2e.test_service import Service
+from tests.e2e.service import Service
 from tests.e2e.test_tracing import UNPINNED, traced_service
 from tests.runtime.random_policy import NAME
 from tests.server.server_harness import free_port

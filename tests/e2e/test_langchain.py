@@ -31,7 +31,7 @@ from pydantic import BaseModel, Field, SecretStr, ValidationError
 
 from dash_client import DashClient, DashError, GenerationOptions, InvalidArgumentError, UnavailableError
 from dash_client.adapters.langchain import ChatDash
-from tests.e2e.test_service import Service, service_with_token
+from tests.e2e.service import Service, service_with_token
 
 TOKEN = "langchain-s-token-long-enough"
 HELLO = "Hello, who are you?"

@@ -17,7 +17,7 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 
 from dash_client.adapters.langchain import ChatDash
-from tests.e2e.test_service import Service
+from tests.e2e.service import Service
 
 
 class TestWithoutAServer(ChatModelUnitTests):

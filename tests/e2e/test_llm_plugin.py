@@ -19,7 +19,7 @@ import llm
 
 from dash_client import DashClient, DashError, GenerationOptions, InvalidArgumentError
 from dash_client.adapters.llm_plugin import AsyncDashModel, DashModel
-from tests.e2e.test_service import Service, service_with_token
+from tests.e2e.service import Service, service_with_token
 
 TOKEN = "llm-s-token-which-is-long-enough"
 HELLO = "Hello, who are you?"

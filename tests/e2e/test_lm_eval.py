@@ -12,7 +12,7 @@ from lm_eval.api.instance import Instance  # type: ignore[import-not-found,impor
 
 from dash_client import DashClient, InvalidArgumentError
 from dash_client.adapters.lm_eval import DashServedModel
-from tests.e2e.test_service import service_with_token
+from tests.e2e.service import service_with_token
 
 TOKEN = "lm-eval-s-token-long-enough"
 PREFIX = 256

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dash_client import UnavailableError
-from tests.e2e.test_service import SERVER, Service, server_environment
+from tests.e2e.service import SERVER, Service, server_environment
 
 
 def test_a_cancelled_stream_frees_its_slot(tmp_path: Path, tiny_folder: Path) -> None:

@@ -22,7 +22,7 @@ pytest.importorskip("smg_grpc_proto", reason="needs the extra smg")
 import openai
 
 from dash_client import DashClient
-from tests.e2e.test_service import UNCOMPILED, Service
+from tests.e2e.service import UNCOMPILED, Service
 
 GATEWAY = shutil.which("smg", path=str(Path(sys.executable).parent))
 pytestmark = pytest.mark.skipif(GATEWAY is None, reason="needs the gateway smg")

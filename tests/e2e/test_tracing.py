@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dash_client import Action, Generation, StepKind
-from tests.e2e.test_service import Service
+from tests.e2e.service import Service
 from tests.runtime.random_policy import NAME, save_random_policy
 from tests.server.otlp_receiver import OtlpReceiver, Trace, attributes_of, otlp_receiver
 

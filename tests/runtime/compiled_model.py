@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.decoder.backends.inductor import program_specs, skip_specs
+from dash_runtime.decoder.backends.needed_programs import program_specs, skip_specs
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import save_policy
 from dash_runtime.programs.compile_program import sample

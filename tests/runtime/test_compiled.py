@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.decoder.backends.inductor import InductorBackend, program_specs, skip_specs
+from dash_runtime.decoder.backends.inductor import InductorBackend
+from dash_runtime.decoder.backends.needed_programs import program_specs, skip_specs
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.layers.batch import PassKind
@@ -81,7 +82,7 @@ def decoders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         config = load_model_config(folder)
         specs = [*program_specs(config, ALL_ACTIONS, NUM_THREADS), *skip_specs(config, Action.INT8, 16, NUM_THREADS)]
         programs = {spec: UncompiledProgram(spec) for spec in specs}
-    backends = [InductorBackend(config.block, programs, shares_products=shares) for shares in (False, True)]
+    backends = [InductorBackend(config, programs, shares_products=shares) for shares in (False, True)]
     alone, shared = (decoder_of(folder, config, backend) for backend in backends)
     if is_compiled:  # as a start does on the machine at hand
         backends[0].drop_verified_rows(unequal_counts(alone, backends[0].verified_rows))

@@ -9,7 +9,8 @@ import torch
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config
 from dash_runtime.config import LaneKind
-from dash_runtime.decoder.backends.inductor import InductorBackend, program_specs
+from dash_runtime.decoder.backends.inductor import InductorBackend
+from dash_runtime.decoder.backends.needed_programs import program_specs
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.fused_decider import FusedDecider
 from dash_runtime.engine.lanes import InlineLane
@@ -42,13 +43,13 @@ def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     config = load_model_config(folder)
     policy = random_policy(folder, block_size=1)
     specs = program_specs(config, ALL_ACTIONS, 1)
-    decoder = decoder_of(folder, config, InductorBackend(config.block, _uncompiled(specs), shares_products=False))
+    decoder = decoder_of(folder, config, InductorBackend(config, _uncompiled(specs), shares_products=False))
     if request.param == "low rank":
         low_rank = some_low_rank(decoder, rank=16)
         policy = replace(policy, compensation=PackedLowRank.from_low_rank(low_rank, torch.bfloat16))
     programs = PolicyPrograms(config, policy, 1, None)
     own = _uncompiled([*specs, *programs.specs])
-    decoder = decoder_of(folder, config, InductorBackend(config.block, own, shares_products=False))
+    decoder = decoder_of(folder, config, InductorBackend(config, own, shares_products=False))
     return Setting(decoder, programs.attached(own))
 
 

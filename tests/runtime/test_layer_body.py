@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.decoder.backends.inductor import layer_vectors, why_eager
+from dash_runtime.decoder.backends.inductor import layer_vectors
+from dash_runtime.decoder.backends.needed_programs import why_eager
 from dash_runtime.layers.attention import attention
 from dash_runtime.layers.layer_body import before_attention, run_layer_body, split_heads
 from dash_runtime.layers.rotary import RotaryTable

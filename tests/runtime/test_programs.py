@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config
-from dash_runtime.decoder.backends.inductor import program_specs, why_eager
+from dash_runtime.decoder.backends.needed_programs import program_specs, why_eager
 from dash_runtime.model_config import BlockConfig, NormPlacement, QkNorm, RopeConfig, RopeKind
 from dash_runtime.programs.compile_program import sample
 from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec, load_programs

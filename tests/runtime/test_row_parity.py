@@ -50,7 +50,7 @@ def test_a_call_that_rounds_otherwise_now_and_then_is_noticed(decoder: Decoder) 
 def test_calls_that_were_dropped_are_not_made(decoder: Decoder) -> None:
     shape = ModelShape.of(decoder.config)
     programs = {ProgramSpec(ProgramKind.LAYER, Action.FULL, shape, 1, rows): lambda _: [] for rows in (1, 4, 8)}
-    layers = InductorBackend(decoder.config.block, programs, shares_products=False)  # type: ignore[arg-type]
+    layers = InductorBackend(decoder.config, programs, shares_products=False)  # type: ignore[arg-type]
     assert layers._calls(13, takes_several=True) == [8, 4, 1]
     assert [layers.rows_to_verify(rows) for rows in range(1, 18)] == [
         1, 4, 4, 4, 8, 8, 8, 8, 9, 12, 12, 12, 16, 16, 16, 16, 17,

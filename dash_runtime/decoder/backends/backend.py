@@ -8,6 +8,7 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.layers.batch import Batch
 from dash_runtime.layers.evaluation import Evaluation
+from dash_runtime.layers.pass_plan import PassPlan, PassRun
 
 
 class Backend(Protocol):
@@ -36,6 +37,9 @@ class Backend(Protocol):
         input (the KV rule). `hidden` and the returned tensor are never written to afterwards, since a policy may still
         be reading them. `evaluations` has one entry per row, or none at all.
         """
+
+    def run_pass(self, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
+        """Runs a pass of one sequence through all layers at once, with the same numbers; returns None if it cannot."""
 
     def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
         """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""

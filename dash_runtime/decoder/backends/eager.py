@@ -10,6 +10,7 @@ from dash_runtime.layers.evaluation import Evaluation
 from dash_runtime.layers.heads import Heads
 from dash_runtime.layers.layer import DecoderLayer
 from dash_runtime.layers.layer_body import after_attention, before_attention, split_heads
+from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.layers.row_groups import Groups, group_rows, scatter_rows
 from dash_runtime.model_config import ModelConfig
 
@@ -62,6 +63,9 @@ class EagerBackend:
                 (outputs,) = self._run_part(self._after_attention, layer, action, inputs, heads)
             parts.append((rows, outputs))
         return scatter_rows(parts, batch.num_rows)
+
+    def run_pass(self, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
+        return None
 
     def _run_part(self, part: Part, layer: int, action: Action, *inputs: Tensor) -> Tensors:
         """Runs a part of a layer for rows that all take one action."""

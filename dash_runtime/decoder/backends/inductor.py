@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
+from dash_runtime.decoder.backends.whole_passes import WholePasses
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Compensation, Identity
 from dash_runtime.layers.evaluation import Evaluation
@@ -19,64 +20,20 @@ from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.layer import DecoderLayer, LayerLinears
 from dash_runtime.layers.layer_body import Norms, run_layer_body
 from dash_runtime.layers.norm import RmsNorm
-from dash_runtime.layers.rotary import queries_grow
+from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.layers.row_compensation import pack_for_rows
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
 from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import for_neighbours, most_rows_apart
-from dash_runtime.linears.row_kernels import is_packable, pack_row_matrix
-from dash_runtime.model_config import BlockConfig, ModelConfig
+from dash_runtime.linears.row_kernels import pack_row_matrix
+from dash_runtime.model_config import ModelConfig
 from dash_runtime.programs.packing import WeightPacking
 from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec
-from dash_runtime.programs.traced_layer import ModelShape
+from dash_runtime.programs.row_calls import ProgramCall
+from dash_runtime.programs.row_loop import RowLoop
 
 _NORMS = ("input_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm")
 """A layer's norms, in the order in which it runs them."""
-_VERIFIED_ROWS = (8, 4, 1)
-"""Rows of one sequence that one call can take in FULL. More rows take several calls."""
-
-
-def program_specs(model: ModelConfig, actions: Sequence[Action], num_threads: int) -> list[ProgramSpec]:
-    """Returns the programs that decoding needs.
-
-    They are a layer, and a skipped layer with factors and offsets, for each action that runs; a skipped layer for
-    several rows with the cheapest of these; a layer in FULL for a few rows of one sequence; norm and attention for rows
-    that share products; and the INT8 head.
-    """
-    running: list[Action] = [action for action in actions if action is not Action.SKIP]
-    wanted = [(kind, action, 1) for kind in (ProgramKind.LAYER, ProgramKind.SKIP) for action in running]
-    if Action.INT8 in actions:
-        wanted.append((ProgramKind.HEAD, Action.INT8, 1))
-    wanted += [(ProgramKind.LAYER, Action.FULL, rows) for rows in _VERIFIED_ROWS if rows > 1]
-    wanted.append((ProgramKind.SKIP_ROWS, min(running), 1))
-    wanted += [(kind, Action.FULL, 1) for kind in (ProgramKind.ATTENTION, ProgramKind.NORM)]
-    shape = ModelShape.of(model)
-    return [ProgramSpec(kind, action, shape, num_threads, rows) for kind, action, rows in wanted]
-
-
-def layer_spec(model: ModelConfig, action: Action, num_threads: int) -> ProgramSpec:
-    """Returns the program of a layer for one row."""
-    return ProgramSpec(ProgramKind.LAYER, action, ModelShape.of(model), num_threads)
-
-
-def skip_specs(model: ModelConfig, kv_action: Action, rank: int, num_threads: int) -> list[ProgramSpec]:
-    """Returns the programs with which one row, and several rows, skip a layer with a compensation of this rank."""
-    kinds, shape = (ProgramKind.SKIP, ProgramKind.SKIP_ROWS), ModelShape.of(model)
-    return [ProgramSpec(kind, kv_action, shape, num_threads, rank=rank) for kind in kinds]
-
-
-def why_eager(model: ModelConfig, context_length: int) -> str | None:
-    """Returns what the programs cannot compute of this model's layers, None if they can compute all of it."""
-    block, sizes = model.block, [*ModelShape.of(model).matrices(), (model.vocab_size, model.hidden_size)]
-    reasons = {
-        "biases of outputs": block.has_output_bias or block.has_mlp_bias,
-        "sliding windows of one position": 1 in model.sliding_window,
-        "queries that grow with their position": any(
-            rope is not None and queries_grow(rope, context_length) for rope in model.ropes
-        ),
-        "matrices of these sizes": not all(is_packable(*size) for size in sizes),
-    }
-    return next((reason for reason, applies in reasons.items() if applies), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +68,18 @@ class InductorBackend:
         programs: one for each of `program_specs`.
         shares_products: if True, more than `most_rows_apart` rows in FULL share their products. That is faster, but a
             row's rounding then depends on how many neighbours it has. Otherwise each row runs alone.
+        row_loop: runs a single row's layers in one call; None: they are called one by one.
     """
 
-    def __init__(self, block: BlockConfig, programs: Mapping[ProgramSpec, Program], shares_products: bool) -> None:
-        self._block = block
+    def __init__(
+        self,
+        config: ModelConfig,
+        programs: Mapping[ProgramSpec, Program],
+        shares_products: bool,
+        row_loop: RowLoop | None = None,
+    ) -> None:
+        self._block = config.block
+        self._whole_passes = None if row_loop is None else WholePasses(row_loop, config)
         self._programs = {
             (spec.kind, spec.action, spec.rank): program
             for spec, program in programs.items()
@@ -220,6 +185,42 @@ class InductorBackend:
             parts.append((group, outputs))
         return scatter_rows(parts, len(actions))
 
+    def run_pass(self, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
+        if self._whole_passes is None or len(batch.spans) > 1:
+            return None
+        if batch.kind is PassKind.VERIFY:
+            return self._verify_whole(self._whole_passes, plan, hidden, batch)
+        skips = self._skips_of(batch.compensations[0], batch.kv_actions[0])
+        if not skips.compensates:
+            return None
+
+        def calls_of(layer: int, evaluation: Evaluation | None) -> dict[Action, ProgramCall]:
+            actions = (*self._row_programs, Action.SKIP) if evaluation is None else tuple(evaluation.programs)
+            return {action: self._call(layer, action, skips, evaluation) for action in actions}
+
+        return self._whole_passes.run(plan, hidden, batch, skips, calls_of)
+
+    def _verify_whole(self, passes: WholePasses, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
+        program = self._full_programs.get(batch.num_rows)
+        needs_all = batch.num_rows > 1
+        if program is None or (needs_all and not all(map(batch.sees_everything, range(len(self._layers))))):
+            return None
+
+        def calls_of(layer: int, _: Evaluation | None) -> dict[Action, ProgramCall]:
+            return {Action.FULL: (program, self._layers[layer].weights[Action.FULL])}
+
+        return passes.run(plan, hidden, batch, program, calls_of)
+
+    def _call(self, layer: int, action: Action, skips: _Skips, evaluation: Evaluation | None) -> ProgramCall:
+        """Returns a row's program for a layer, and its inputs after the row's own."""
+        if action is Action.SKIP:
+            program, inputs = skips.program, skips.inputs[layer]
+        else:
+            program, inputs = self._row_programs[action], self._layers[layer].weights[action]
+        if evaluation is None:
+            return program, inputs
+        return evaluation.programs[action], [*inputs, *evaluation.inputs_by_layer[layer + 1]]
+
     def _verify(self, layer: int, hidden: Tensor, batch: Batch) -> Tensor:
         parts: list[Tensor] = []
         first = 0
@@ -242,16 +243,9 @@ class InductorBackend:
     def _run_row(
         self, layer: int, action: Action, hidden: Tensor, batch: Batch, row: int, evaluation: Evaluation | None
     ) -> Tensor:
-        own_inputs = batch.row_inputs(row)[layer]
-        if action is Action.SKIP:
-            skips = self._skips_of(batch.compensations[row], batch.kv_actions[row])
-            program, inputs = skips.program, [hidden, *own_inputs, *skips.inputs[layer]]
-        else:
-            program, inputs = self._row_programs[action], [hidden, *own_inputs, *self._layers[layer].weights[action]]
-        if evaluation is not None:
-            program = evaluation.programs[action]
-            inputs += evaluation.inputs
-        output = program(inputs)[0]
+        skips = self._skips_of(batch.compensations[row], batch.kv_actions[row])
+        program, inputs = self._call(layer, action, skips, evaluation)
+        output = program([hidden, *batch.row_inputs(row)[layer], *inputs])[0]
         return skips.compensation(layer, hidden) if action is Action.SKIP and not skips.compensates else output
 
     def _skips_together(self, batch: Batch, rows: Sequence[int]) -> tuple[Program, Sequence[Sequence[Tensor]]] | None:
@@ -263,13 +257,13 @@ class InductorBackend:
         is_same = all(self._skips_of(batch.compensations[row], batch.kv_actions[row]) is first for row in rows)
         return (first.rows_program, first.inputs) if is_same else None
 
-    def _skips_of(self, compensation: Compensation, kv_action: Action) -> "_Skips":
+    def _skips_of(self, compensation: Compensation, kv_action: Action) -> _Skips:
         skips = self._skips.get((id(compensation), kv_action))
         if skips is None:
             skips = self._skips[id(compensation), kv_action] = self._make_skips(compensation, kv_action)
         return skips
 
-    def _make_skips(self, compensation: Compensation, kv_action: Action) -> "_Skips":
+    def _make_skips(self, compensation: Compensation, kv_action: Action) -> _Skips:
         sizes = len(self._layers), len(self._layers[0].vectors[0])
         packed = pack_for_rows(compensation, *sizes)
         program = None if packed is None else self._programs.get((ProgramKind.SKIP, kv_action, packed.rank))

@@ -1,0 +1,75 @@
+"""A real server process for tests, and a client for it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from dash_client import DashClient, UnavailableError
+
+SERVER = (sys.executable, "-m", "dash_server.main")
+
+
+def server_environment(folder: Path, model: Path, **variables: str) -> dict[str, str]:
+    """Returns the environment of a server, whose cache all those of one test run share: they start sooner."""
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith("DASH_")},
+        "DASH_MODEL": str(model),
+        "DASH_CACHE_FOLDER": str(folder.parent / "cache"),
+        "DASH_PORT": "0",
+        "DASH_PORT_FILE": str(folder / "port"),
+        **variables,
+    }
+
+
+UNCOMPILED = {"DASH_NUM_THREADS": "1", "DASH_COMPILE": "false", "DASH_PRECISION": "float32"}
+"""For servers whose answers are compared: without programs, what else is in a step rounds bfloat16 differently, and a
+random model's tokens change with the last bit."""
+
+
+class Service:
+    """A running server and a client for it."""
+
+    ready_seconds = 240.0
+
+    def __init__(self, folder: Path, model: Path, **variables: str) -> None:
+        self.log = folder / "log"
+        with self.log.open("w") as log:
+            environment = server_environment(folder, model, **variables)
+            self.process = subprocess.Popen(SERVER, env=environment, stderr=log)
+        port_file = folder / "port"
+        deadline = time.monotonic() + 60
+        while not port_file.exists():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+        self.client = DashClient(f"localhost:{port_file.read_text().strip()}")
+        try:
+            self.client.wait_until_ready(timeout=self.ready_seconds)
+        except UnavailableError:
+            self.stop()
+            raise
+
+    def workers(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+    def stop(self) -> int:
+        self.client.close()
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=20)
+
+
+@contextmanager
+def service_with_token(folder: Path, model: Path, token: str) -> Iterator[Service]:
+    """One slot, one thread, and one caller who may call."""
+    tokens = folder / "tokens.toml"
+    tokens.write_text(f'[ann]\ntoken = "{token}"\n')
+    running = Service(folder, model, DASH_TOKEN_FILE=str(tokens), DASH_SLOTS="1", **UNCOMPILED)
+    yield running
+    assert running.stop() == 0, running.log.read_text()
