@@ -6,8 +6,7 @@ layers take turns, and so do steps with a policy in them and the same steps with
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from random import Random
 
@@ -29,7 +28,7 @@ from dash_runtime.policy.budgets import BudgetCalibration, PricePoint
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
-from dash_runtime.policy.policy import Actions, Decision, Pending, State, Token
+from dash_runtime.policy.policy import Actions, FixedPlan, Token
 from dash_runtime.programs.program_cache import load_programs
 from dash_runtime.startup.measure import filled_caches
 from dash_runtime.startup.policy_programs import PolicyPrograms
@@ -39,29 +38,6 @@ _STEPS_PER_ROUND = 12
 _NUM_SKIPPED = (0, 4, 8, 12, 16)
 _WIDTHS = (64, 32)
 _HEAD = Action.INT8
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Any plan; asked once a token, so that all plans cost the same to ask."""
-
-    plan: Actions
-    compensation: Compensation
-    name: str = "plan"
-    lookahead: int = 1
-    pinned: Mapping[int, Action] = field(default_factory=lambda: {0: Action.INT4})
-    head: Action = _HEAD
-    kv_action: Action = Action.INT4
-    score_actions: Actions = ()
-    num_evaluations: int = 0
-
-    @property
-    def block_size(self) -> int:
-        return len(self.plan) - 1
-
-    def start(self, layer: int, state: State) -> Pending:
-        decision = Decision(tuple((action,) for action in self.plan[1:]))
-        return lambda: decision
 
 
 def measure_skips(report: Report, setting: Setting, effort: Effort) -> None:
@@ -93,7 +69,7 @@ def _measure_skipped_layers(report: Report, engine: Engine, compensation: Compen
             for count in rng.sample(_NUM_SKIPPED, len(_NUM_SKIPPED)):
                 skipped = rng.sample(range(1, decoder.num_layers), count)
                 plan = (Action.SKIP if layer in skipped else Action.INT4 for layer in range(decoder.num_layers))
-                elapsed, in_layers = _step(engine, cache, partial(Decider, _Plan(tuple(plan), compensation)))
+                elapsed, in_layers = _step(engine, cache, partial(Decider, _plan(tuple(plan), compensation)))
                 seconds[count].append(elapsed)
                 if not count:
                     layers_seconds.append(in_layers)
@@ -112,7 +88,7 @@ def _measure_evaluations(report: Report, setting: Setting, rounds: int) -> None:
     if loaded is None:
         return
     policy = programs.attached(loaded)
-    plan = _Plan((Action.INT4,) * decoder.num_layers, policy.compensation)
+    plan = _plan((Action.INT4,) * decoder.num_layers, policy.compensation)
     makers: list[Callable[..., Decider]] = [partial(FusedDecider, policy), partial(Decider, plan)]
     shares: list[float] = []
     for _ in range(rounds):
@@ -137,6 +113,10 @@ def _step(engine: Engine, cache: SequenceCache, make_decider: Callable[..., Deci
     elapsed = time.perf_counter_ns() - started
     cache.truncate(length)
     return elapsed / 1e9, (output.layer_times[-1] - output.layer_times[0]) / 1e9
+
+
+def _plan(plan: Actions, compensation: Compensation) -> FixedPlan:
+    return FixedPlan(plan, "plan", _HEAD, compensation)
 
 
 def _int4_policy(engine: Engine) -> LearnedPolicy:

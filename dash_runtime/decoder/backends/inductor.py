@@ -135,8 +135,10 @@ class InductorBackend:
         weights = [norm.weight, *pack_row_matrix(precision, weight).tensors()]
 
         def head(hidden: Tensor) -> Tensor:
-            rows = [program([row, *weights])[0] for row in hidden.split(1)]
-            logits = rows[0] if len(rows) == 1 else torch.cat(rows)
+            if len(hidden) == 1:
+                logits = program([hidden, *weights])[0]
+            else:
+                logits = torch.cat([program([row, *weights])[0] for row in hidden.split(1)])
             return logits if multiplier == 1 else logits * multiplier
 
         return head
