@@ -4,6 +4,7 @@ Knows no signals and no exit codes (`main` does), so it also runs inside a test.
 """
 
 import asyncio
+import gc
 import logging
 import os
 import time
@@ -251,7 +252,7 @@ class DashServer:
             self.tracing.finish(record, decision_trace)
 
     async def _on_ready(self, ready: Ready) -> None:
-        settings = self._settings
+        settings, is_first = self._settings, self._state.model is None
         self._state.model = await asyncio.to_thread(
             ServedModel.load,
             ready,
@@ -260,6 +261,11 @@ class DashServer:
             settings.cache_folder,
             self._state.model,
         )
+        if is_first:
+            # All modules are loaded, for good. The collector need not look at them, so it looks at the rest more often:
+            # gRPC leaves every call in a cycle.
+            gc.collect()
+            gc.freeze()
 
     def _on_facts(self, facts: ModelFacts) -> None:
         if self._state.model is not None:
