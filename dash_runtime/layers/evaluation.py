@@ -15,10 +15,9 @@ class Evaluation(Protocol):
 
     programs: Mapping[Action, Program]
     """By the row's action: the layer's program with the evaluation in it. SKIP's has the policy's own compensation."""
-    inputs: Sequence[Tensor]
-    """The program's last inputs. The evaluation's result is written into one of them."""
     inputs_by_layer: Sequence[Sequence[Tensor]]
-    """Those inputs by the layer that is decided; none for a layer that is not."""
+    """The program's last inputs, by the layer that is decided; none for a layer that is not. The evaluation's result is
+    written into one of them."""
     exchange: Exchange
     layer_costs: Mapping[Action, float]
     """For the share of cost that a token has spent already."""

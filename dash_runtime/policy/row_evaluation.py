@@ -36,7 +36,6 @@ class RowEvaluation:
 
     def __init__(self, network: NetworkInputs, spec: PlanSpec, programs: Mapping[Action, Program]) -> None:
         self.programs = programs
-        self.inputs: Sequence[Tensor] = ()
         num_actions = len(spec.actions)
         self._first_result = network.num_known + NUM_SCALAR_FACTS + num_actions
         self._numbers, exchanged = shared_floats(self._first_result + 1 + num_actions)
@@ -60,8 +59,7 @@ class RowEvaluation:
     def observe(self, layer: int, action: Action) -> None:
         """Takes in the action of a layer, in whose program the next `layer` is decided."""
         self._cost_spent = spent = self._cost_spent + self.layer_costs[action]
-        inputs = self.inputs = self.inputs_by_layer[layer]
-        if inputs:
+        if self.inputs_by_layer[layer]:
             self._facts.update(action, spent)
 
     def chosen(self) -> Actions:

@@ -66,6 +66,9 @@ class RowCalls:
 
     Args:
         exchange: the deciding programs'; None if there are none.
+
+    Raises:
+        RuntimeError: a program cannot be loaded once more.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class RowCalls:
         self._layer_costs = (c_double * (max(Action) + 1))()
 
         handles: list[int] = []
-        weakref.finalize(self, loop.delete, handles)
+        weakref.finalize(self, loop.delete, handles).atexit = False
 
         def handle(tensor: Tensor) -> int:
             handles.append(loop.handle(tensor))

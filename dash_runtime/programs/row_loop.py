@@ -4,7 +4,9 @@ Calling each layer's program from Python takes a tenth of a token's time, mostly
 for the token before. Knows programs and memory; `row_calls.py` says what is called.
 """
 
+import contextlib
 import ctypes
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -71,12 +73,13 @@ class RowStruct(Structure):
 
 
 def load_row_loop(folder: Path, progress: Progress) -> "RowLoop | None":
-    """Returns the loop, compiled into `folder` if it is not there. Returns None if this machine cannot compile it."""
-    path = folder / f"row-loop-{digest(_SOURCE.read_text())}.so"
+    """Returns the loop, compiled into `folder` if it is missing or damaged. Returns None if that cannot be here."""
+    path = folder / f"row-loop-{digest((_SOURCE.read_text(), platform.machine()))}.zip"
     try:
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            _compile(path)
+        with contextlib.suppress(OSError, zipfile.BadZipFile):
+            return RowLoop(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        _compile(path)
         return RowLoop(path)
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         progress(f"layers are called one by one: {error}")
@@ -87,27 +90,32 @@ def _compile(path: Path) -> None:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no C++ compiler here")
-    with replacing(path) as partial:
-        command = [compiler, "-O2", "-std=c++17", "-shared", "-fPIC", "-o", str(partial), str(_SOURCE)]
+    with tempfile.TemporaryDirectory() as folder, replacing(path) as partial:
+        library = Path(folder) / "row_loop.so"
+        command = [compiler, "-O2", "-std=c++17", "-shared", "-fPIC", "-o", str(library), str(_SOURCE)]
         subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_SECONDS)
+        with zipfile.ZipFile(partial, "w") as package:
+            package.write(library, library.name)
 
 
-def _folder_for_code(folder: Path) -> tempfile.TemporaryDirectory[str]:
-    """Makes a folder from which code can be loaded; what is loaded needs no file."""
-    return tempfile.TemporaryDirectory(prefix="dash-programs-", dir=place_to_run_code(folder))
+def _library_in(path: Path) -> ctypes.CDLL:
+    """Loads the one library in a package, whose checksum says that it is whole. What is loaded needs no file."""
+    place = place_to_run_code(path.parent)
+    with tempfile.TemporaryDirectory(prefix="dash-programs-", dir=place) as folder, zipfile.ZipFile(path) as package:
+        (name,) = (name for name in package.namelist() if name.endswith(".so"))
+        return ctypes.CDLL(package.extract(name, folder))
 
 
 class RowLoop:
     """The native loop, loaded, and its ways into torch and into programs.
 
     Raises:
-        OSError: the file cannot be loaded.
+        OSError, BadZipFile: the package cannot be loaded.
         AttributeError: this torch has another C interface.
     """
 
     def __init__(self, path: Path) -> None:
-        with _folder_for_code(path.parent) as folder:
-            self._library = ctypes.CDLL(str(shutil.copy(path, folder)))
+        self._library = _library_in(path)
         self.run = self._library.dash_run_row
         self.run.argtypes, self.run.restype = [c_void_p], c_int64
         self._shim = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
@@ -136,11 +144,16 @@ class RowLoop:
             self._shim.aoti_torch_delete_tensor_object(c_void_p(handle))
 
     def container(self, path: Path) -> tuple[int, int]:
-        """Returns a program's function and the container that it runs, which are made once."""
+        """Returns a program's function and the container that it runs, which are made once.
+
+        Raises:
+            RuntimeError: the package is gone, or has another interface.
+        """
         if path not in self._containers:
-            with _folder_for_code(path.parent) as folder, zipfile.ZipFile(path) as package:
-                (name,) = (name for name in package.namelist() if name.endswith(".so"))
-                library = ctypes.CDLL(package.extract(name, folder))
+            try:
+                library = _library_in(path)
+            except (OSError, zipfile.BadZipFile) as error:
+                raise RuntimeError(f"{path} cannot be loaded: {error}") from None
             container = c_void_p()
             failed = library.AOTInductorModelContainerCreateWithDevice(byref(container), c_size_t(1), b"cpu", None)
             run = cast(library.AOTInductorModelContainerRunSingleThreaded, c_void_p)

@@ -52,6 +52,12 @@ def pair(compiled_model: CompiledModel) -> Pair:
     return Pair(by_layer, whole, loop, PolicyPrograms(config, policy, NUM_THREADS, None).attached(programs))
 
 
+class MissingProgram(UncompiledProgram):
+    """A program whose file was removed after it was loaded."""
+
+    path = Path("/no/such/program.pt2")
+
+
 def prefilled(decoder: Decoder) -> SequenceCache:
     cache = new_cache(decoder)
     run_rows(decoder, [cache], [PROMPT], [full_plan(decoder)])
@@ -158,6 +164,11 @@ def test_what_native_code_cannot_run_is_left_to_the_loop_over_layers(pair: Pair,
     config = pair.whole.config
     decoder = decoder_of(compiled_model.folder, config, InductorBackend(config, uncompiled, False, pair.loop))
     assert run_whole(decoder, prefilled(decoder), 1, plan, Identity()) is None
+    gone = load_row_loop(compiled_model.cache_folder / "programs", print)
+    assert gone is not None
+    missing = {spec: MissingProgram(spec) for spec in compiled_model.programs}
+    decoder = decoder_of(compiled_model.folder, config, InductorBackend(config, missing, False, gone))
+    assert run_whole(decoder, prefilled(decoder), 1, plan, Identity()) is None
 
 
 def test_a_layer_without_a_program_for_its_action_is_an_error_that_names_it(pair: Pair) -> None:
@@ -177,6 +188,16 @@ def test_a_machine_that_cannot_have_the_loop_says_so_and_goes_on(tmp_path: Path)
     assert load_row_loop(no_folder, said.append) is None
     assert len(said) == 1
     assert said[0].startswith("layers are called one by one: ")
+
+
+def test_a_damaged_loop_is_compiled_again(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert load_row_loop(tmp_path, said.append) is not None
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:1000] + bytes(8) + whole[1008:])
+    assert load_row_loop(tmp_path, said.append) is not None
+    assert not said
 
 
 def test_a_policys_last_actions_are_forgotten_at_each_token(pair: Pair) -> None:

@@ -60,7 +60,10 @@ class WholePasses:
             return None
         num_rows, hidden_size = hidden.shape
         shape = RowShape(num_rows, hidden_size, hidden.dtype, self._windows, self._rotary_of)
-        return RowCalls(self._loop, shape, calls, None if evaluation is None else evaluation.exchange)
+        try:
+            return RowCalls(self._loop, shape, calls, None if evaluation is None else evaluation.exchange)
+        except RuntimeError:  # a program's file may be gone since it was loaded
+            return None
 
     def _as_bytes(self, pinned: Mapping[int, Action]) -> bytes:
         if self._pinned[0] is not pinned:  # a sequence's stays the same from token to token
