@@ -89,6 +89,12 @@ class Report:
             lines = str(error).strip().splitlines()
             self.note(f"{what}: left out, {type(error).__name__}: {lines[0] if lines else 'no message'}")
 
+    def print(self) -> None:
+        """Prints the machine, the figures and the notes."""
+        print(f"\n{machine()}\n")
+        print(*(figure.line() for figure in self.figures), sep="\n")
+        print("", *(f"- {note}" for note in self.notes), sep="\n")
+
     def to_json(self) -> dict[str, Any]:
         figures = {figure.name: figure.to_json() for figure in self.figures}
         return {"machine": machine(), "notes": self.notes, "figures": figures}

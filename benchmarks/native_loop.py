@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 
 from benchmarks.contenders import EngineContender
-from benchmarks.figures import Report, machine
+from benchmarks.figures import Report
 from benchmarks.prompts import Prompts
 from benchmarks.rounds import interleaved, progress
 from benchmarks.setting import FULL_DEPTH, INT4, INT8
@@ -59,9 +59,7 @@ def main() -> None:
         report.add_ratio(f"{mode}_native_vs_layer_by_layer", values, f"{mode}_native", f"{mode}_layers")
     report.add_ratio("adaptive_vs_int4_native", values, "adaptive_native", "int4_native")
     report.add_ratio("adaptive_vs_int4_layer_by_layer", values, "adaptive_layers", "int4_layers")
-    print(f"\n{machine()}\n")
-    for figure in report.figures:
-        print(figure.line())
+    report.print()
 
 
 if __name__ == "__main__":

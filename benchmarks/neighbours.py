@@ -17,7 +17,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 from benchmarks.contenders import EngineContender
-from benchmarks.figures import RESULTS_FOLDER, Report, machine
+from benchmarks.figures import RESULTS_FOLDER, Report
 from benchmarks.prompts import Prompts
 from benchmarks.rounds import Work, interleaved
 from benchmarks.setting import FULL_DEPTH, INT4
@@ -75,10 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         decode_when_asked(given.tokens)
         return 0
     report = measure(given.settings, given.rounds, given.tokens)
-    print(f"\n{machine()}\n")
-    for figure in report.figures:
-        print(figure.line())
-    print("", *(f"- {note}" for note in report.notes), sep="\n")
+    report.print()
     RESULTS_FILE.parent.mkdir(exist_ok=True)
     content = json.dumps(report.to_json(), indent=2, ensure_ascii=False)
     RESULTS_FILE.write_text(content + "\n", encoding="utf-8")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from benchmarks.figures import Report, machine
+from benchmarks.figures import Report
 from benchmarks.prompts import Prompts
 from benchmarks.rounds import interleaved, progress
 from dash_runtime.actions import Action
@@ -45,12 +45,7 @@ def main() -> None:
     report = Report()
     measure_reuse(report, reusing, plain, prompts, rounds)
     measure_cuts(report, plain._decoder, prompts.text(_PREFIX_TOKENS), rounds)
-    print(f"\n{machine()}\n")
-    for figure in report.figures:
-        print(figure.line())
-    print()
-    for note in report.notes:
-        print(f"- {note}")
+    report.print()
 
 
 def measure_reuse(report: Report, reusing: Engine, plain: Engine, prompts: Prompts, rounds: int) -> None:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 
 import grpc
 
-from benchmarks.figures import Report, machine
+from benchmarks.figures import Report
 from benchmarks.prompts import Prompts
 from benchmarks.rounds import interleaved, progress
 from benchmarks.server_process import running_server
@@ -43,12 +43,7 @@ def main() -> None:
     config = EngineConfig(record_steps=_STEPS)
     measure_recording(report, build_engine(folder, cache_folder, BuildOptions(device="cpu"), config, progress), prompt)
     measure_serving(report, prompt, rounds)
-    print(f"\n{machine()}\n")
-    for figure in report.figures:
-        print(figure.line())
-    print()
-    for note in report.notes:
-        print(f"- {note}")
+    report.print()
 
 
 def measure_recording(report: Report, engine: Engine, prompt: list[int]) -> None:

@@ -123,7 +123,7 @@ class Decider:
 
     @property
     def pass_plan(self) -> PassPlan | None:
-        """What decides all layers of a single row without this decider; None if it has to be asked."""
+        """The plan of a single row whose layers need not ask this decider in between; None if they do."""
         return PassPlan(self.policy.pinned) if self._is_blind else None
 
     def take(self, run: PassRun) -> None:

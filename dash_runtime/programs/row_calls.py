@@ -32,7 +32,7 @@ LayerCalls = tuple[Mapping[Action, ProgramCall], Mapping[Action, ProgramCall]]
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """What programs that decide the next layer share with the loop (`traced_deciding.py`).
+    """Memory that programs which decide the next layer share with the loop (`traced_deciding.py`).
 
     `tensor` is float32: facts, of which the first `num_known` name the last action and the next is the cost spent; from
     `first_result` on, the number of the chosen one of `actions`, and a score for each.

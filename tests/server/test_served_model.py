@@ -1,4 +1,4 @@
-"""What the server keeps of a model while its workers come and go."""
+"""The served model while its workers come and go: what of it is read again."""
 
 import os
 from pathlib import Path

@@ -204,8 +204,7 @@ class InductorBackend:
 
     def _verify_whole(self, passes: WholePasses, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
         program = self._full_programs.get(batch.num_rows)
-        needs_all = batch.num_rows > 1
-        if program is None or (needs_all and not all(map(batch.sees_everything, range(len(self._layers))))):
+        if program is None or (batch.num_rows > 1 and passes.has_windows):
             return None
 
         def calls_of(layer: int, _: Evaluation | None) -> dict[Action, ProgramCall]:

@@ -26,6 +26,8 @@ class WholePasses:
         self._loop = loop
         self._num_layers = config.num_layers
         self._windows = [window or 0 for window in config.sliding_window]
+        self.has_windows = any(self._windows)
+        """True if a layer does not attend to all positions before a row."""
         ropes = list(dict.fromkeys(config.ropes))
         self._rotary_of = [ropes.index(rope) for rope in config.ropes]
         self._first_layers = [config.ropes.index(rope) for rope in ropes]
