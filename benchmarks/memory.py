@@ -36,10 +36,7 @@ class Bandwidth:
 def weight_bytes(model: ModelConfig, plan: bytes, head: Action) -> float:
     """Returns the bytes of matrices that a token with this plan (one action per layer) reads, the head's included.
 
-    Leaves out norms, the cache, and the keys and values of skipped layers.
+    Leaves out norms, routers, the cache, and the keys and values of skipped layers.
     """
-    query = model.num_heads * model.head_dim
-    key_value = 2 * model.num_kv_heads * model.head_dim
-    of_layer = model.hidden_size * (2 * query + key_value + 3 * model.intermediate_size)
-    of_head = model.hidden_size * model.vocab_size
-    return of_layer * sum(_BYTES_PER_WEIGHT[Action(number)] for number in plan) + of_head * _BYTES_PER_WEIGHT[head]
+    of_layers = (model.num_weights_read(layer) * _BYTES_PER_WEIGHT[Action(number)] for layer, number in enumerate(plan))
+    return sum(of_layers) + model.hidden_size * model.vocab_size * _BYTES_PER_WEIGHT[head]

@@ -101,6 +101,20 @@ class BlockConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class MixtureConfig:
+    """The layers whose MLP is a mixture of experts, and the sizes of these."""
+
+    layers: frozenset[int]
+    num_experts: int
+    num_chosen: int
+    """Experts that each row runs."""
+    expert_size: int
+    """An expert's `intermediate_size`."""
+    has_normed_shares: bool
+    """True if the shares of a row's experts add up to 1. Otherwise they are the router's probabilities."""
+
+
+@dataclass(frozen=True, slots=True)
 class TensorNames:
     """The names of a checkpoint's modules by role. The defaults are Llama's; OLMo 2's where Llama has no such module.
 
@@ -124,6 +138,11 @@ class TensorNames:
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """Two matrices, or one that holds their rows in this order."""
     down: str = "mlp.down_proj"
+    router: str = "mlp.gate"
+    expert_gate_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")
+    """As `gate_up`, for each expert, whose number takes the place of `{}`. A name without one is that of a tensor in
+    which all experts' matrices are stacked."""
+    expert_down: str = "mlp.experts.{}.down_proj"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +172,23 @@ class ModelConfig:
     embedding_multiplier: float = 1.0
     logits_multiplier: float = 1.0
     tensor_names: TensorNames = TensorNames()
+    mixture: MixtureConfig | None = None
+    """None if no layer has experts."""
 
-    @property
-    def num_layer_weights(self) -> int:
-        """The number of weights in one layer's matrices."""
-        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return self.hidden_size * (2 * query + 2 * key + 3 * self.intermediate_size)
+    def mixture_of(self, layer: int) -> MixtureConfig | None:
+        """Returns the layer's mixture, None if its MLP is a single one."""
+        return self.mixture if self.mixture is not None and layer in self.mixture.layers else None
+
+    def mlp_size(self, layer: int) -> int:
+        """Returns the inner width of the layer's MLP, or of each of its experts."""
+        mixture = self.mixture_of(layer)
+        return self.intermediate_size if mixture is None else mixture.expert_size
+
+    def num_weights_read(self, layer: int) -> int:
+        """Returns the number of weights in the layer's matrices that a row reads: those of its experts only.
+
+        Leaves out the router.
+        """
+        query, key, mixture = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.mixture_of(layer)
+        num_mlps = 1 if mixture is None else mixture.num_chosen
+        return self.hidden_size * (2 * query + 2 * key + 3 * self.mlp_size(layer) * num_mlps)

@@ -47,6 +47,14 @@ _GROWING_ROPE = _YARN | {
 
 _GEMMA3 = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 7, "initializer_range": 0.05}
 
+_QWEN3_MOE = {
+    "head_dim": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
+
 _GRANITE = {
     "embedding_multiplier": 3.0,
     "attention_multiplier": 0.1,
@@ -111,6 +119,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
             },
         },
+    ),
+    "qwen3-moe": ("Qwen3Moe", _QWEN3_MOE | {"mlp_only_layers": [1]}),
+    "qwen3-moe-tied-unnormed": (
+        "Qwen3Moe",
+        _QWEN3_MOE | {"norm_topk_prob": False, "decoder_sparse_step": 2, "tie_word_embeddings": True},
     ),
     "smollm3": ("SmolLM3", {"tie_word_embeddings": True}),
     "smollm3-yarn": ("SmolLM3", {"rope_parameters": _YARN | {"beta_fast": 16.0, "attention_factor": 1.1}}),

@@ -8,7 +8,7 @@ tokenizers, and converting a GGUF file numpy, gguf and tokenizers.
 from dash_runtime.checkpoints.cached_config import cached_model_config
 from dash_runtime.checkpoints.hf_config import load_model_config
 from dash_runtime.checkpoints.hf_folder import tokenizer_file
-from dash_runtime.checkpoints.parameters import parameter_shapes
+from dash_runtime.checkpoints.parameters import Parameter, parameter_shapes, parameters
 from dash_runtime.checkpoints.resolve import EMBEDDED, resolve_checkpoint
 from dash_runtime.checkpoints.tokenizer_file import load_tokenizer
 from dash_runtime.checkpoints.weights import Weights, check_weights, open_weights
@@ -16,6 +16,7 @@ from dash_runtime.files.disk_cache import default_cache_folder
 
 __all__ = [
     "EMBEDDED",
+    "Parameter",
     "Weights",
     "cached_model_config",
     "check_weights",
@@ -24,6 +25,7 @@ __all__ = [
     "load_tokenizer",
     "open_weights",
     "parameter_shapes",
+    "parameters",
     "resolve_checkpoint",
     "tokenizer_file",
 ]

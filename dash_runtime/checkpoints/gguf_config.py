@@ -17,7 +17,7 @@ def gguf_family(gguf: GgufFile, families: Sequence[Family] = FAMILIES) -> Family
     """Returns the family that the file's `general.architecture` names.
 
     Raises:
-        UnsupportedArchitecture: no family has this name, or the model is a mixture of experts.
+        UnsupportedArchitecture: no family has this name.
     """
     name = gguf.require("general.architecture", str)
     known = dict.fromkeys(family.gguf_architecture for family in families if family.gguf_architecture is not None)
@@ -25,8 +25,6 @@ def gguf_family(gguf: GgufFile, families: Sequence[Family] = FAMILIES) -> Family
         raise UnsupportedArchitecture(
             f"{gguf.path}: GGUF architecture {quoted(name)} is not supported; supported: {', '.join(known)}."
         )
-    if gguf.get(f"{name}.expert_count", int):
-        raise UnsupportedArchitecture(f"{gguf.path}: mixtures of experts are not supported.")
     family = next((own for own in families if own.gguf_architecture == name and own.is_in_gguf(gguf)), None)
     if family is None:
         raise UnsupportedArchitecture(f"{gguf.path}: a sliding window is not supported in {quoted(name)}.")
@@ -97,6 +95,8 @@ def _refuse_features(
     gguf: GgufFile, name: str, own_keys: Mapping[str, object], head_dim: int, context_length: int
 ) -> None:
     """Refuses what would be ignored: features that neither all families have nor are among the family's own keys."""
+    if gguf.get(f"{name}.expert_count", int) and "num_experts" not in own_keys:
+        raise UnsupportedArchitecture(f"{gguf.path}: mixtures of experts are not supported in {quoted(name)}.")
     if (gguf.get(f"{name}.attention.value_length", int) or head_dim) != head_dim:
         raise UnsupportedArchitecture(f"{gguf.path}: keys and values of different sizes are not supported.")
     num_rotated = gguf.get(f"{name}.rope.dimension_count", int) or head_dim

@@ -11,7 +11,7 @@ import math
 import mmap
 import struct
 from ctypes import c_float
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -50,6 +50,13 @@ class GgufTensor:
     shape: tuple[int, ...]
     offset_bytes: int
     size_bytes: int
+
+    def part(self, index: int) -> "GgufTensor":
+        """Returns one of the tensors that are stacked in this one."""
+        count, *shape = self.shape
+        size_bytes = self.size_bytes // count  # whole, since rows are whole blocks
+        offset_bytes = self.offset_bytes + index * size_bytes
+        return replace(self, shape=tuple(shape), offset_bytes=offset_bytes, size_bytes=size_bytes)
 
 
 class GgufFile:

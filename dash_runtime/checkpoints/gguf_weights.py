@@ -8,11 +8,11 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dash_runtime.checkpoints.gguf_file import GgufFile
 from dash_runtime.checkpoints.gguf_rope import ROPE_TENSORS
-from dash_runtime.checkpoints.parameters import parameter_shapes
+from dash_runtime.checkpoints.parameters import parameter_shapes, parameters
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.families import Family
 from dash_runtime.files.wording import quoted
@@ -26,10 +26,29 @@ _BF16_BYTES = 2
 _SECONDS_UNTOLD = 2.0
 
 
-def gguf_names(config: ModelConfig, family: Family) -> dict[str, str]:
-    """Returns llama.cpp's name of each parameter, such as `blk.3.attn_q.weight`."""
+class GgufSource(NamedTuple):
+    """The tensor of a GGUF file, such as `blk.3.attn_q.weight`, that holds a parameter.
+
+    `place` is the parameter's among those that the tensor stacks, None if it is the whole tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    place: int | None
+
+
+def gguf_sources(config: ModelConfig, family: Family) -> dict[str, GgufSource]:
+    """Returns where llama.cpp's converter puts each parameter."""
     in_gguf = replace(config, tensor_names=family.gguf_tensor_names)
-    return dict(zip(parameter_shapes(config), parameter_shapes(in_gguf), strict=True))
+    sources = {}
+    for own, theirs in zip(parameters(config), parameters(in_gguf), strict=True):
+        is_stacked = len(theirs.shape) > len(own.shape)
+        for place, name in enumerate(own.names):
+            if is_stacked:
+                sources[name] = GgufSource(theirs.names[0], theirs.shape, place)
+            else:
+                sources[name] = GgufSource(theirs.names[place], theirs.shape, None)
+    return sources
 
 
 def write_weights(gguf: GgufFile, family: Family, config: ModelConfig, file: Path, progress: Progress) -> None:
@@ -39,8 +58,8 @@ def write_weights(gguf: GgufFile, family: Family, config: ModelConfig, file: Pat
         CorruptCheckpoint: a tensor is missing or has another shape than the metadata say.
         UnsupportedArchitecture: the file has tensors that the architecture here does not use.
     """
-    shapes, names = parameter_shapes(config), gguf_names(config, family)
-    _check_tensors(gguf, {names[parameter]: shape for parameter, shape in shapes.items()})
+    shapes, sources = parameter_shapes(config), gguf_sources(config, family)
+    _check_tensors(gguf, {source.name: source.shape for source in sources.values()})
     permuted_heads = family.gguf_permuted_heads(config)
     num_weights = sum(map(math.prod, shapes.values()))
     num_done, told_at = 0, -math.inf
@@ -50,7 +69,9 @@ def write_weights(gguf: GgufFile, family: Family, config: ModelConfig, file: Pat
             if time.monotonic() - told_at > _SECONDS_UNTOLD:
                 progress(f"converting {gguf.path.name} (once): {num_done / num_weights:.0%}")
                 told_at = time.monotonic()
-            values = gguf.dequantize(gguf.tensors[names[parameter]])
+            source = sources[parameter]
+            tensor = gguf.tensors[source.name]
+            values = gguf.dequantize(tensor if source.place is None else tensor.part(source.place))
             heads = next((heads for module, heads in permuted_heads.items() if f".{module}." in parameter), None)
             if heads is not None:
                 values = _unpermute(values, heads)

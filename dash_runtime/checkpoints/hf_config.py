@@ -118,6 +118,7 @@ def parse_model_config(
         embedding_multiplier=family.embedding_multiplier(config),
         logits_multiplier=family.logits_multiplier(config),
         tensor_names=family.tensor_names,
+        mixture=family.mixture(config),
     )
 
 

@@ -167,10 +167,11 @@ def _at_costs(policy: LearnedPolicy, costs: CostTable) -> LearnedPolicy:
 
 
 def multiply_adds_share(policy: LearnedPolicy, config: ModelConfig) -> float:
-    """Returns the multiply-adds of deciding one layer, as a share of those of a full layer's matrices."""
+    """Returns the multiply-adds of deciding one layer, as a share of those of a full layer's matrices on average."""
     network = policy.network
     matrices = (network.hidden_weight, network.fact_weight[0], network.inner_weight, network.output_weight[0])
-    return sum(matrix.numel() for matrix in matrices) / policy.block_size / config.num_layer_weights
+    of_layers = sum(map(config.num_weights_read, range(config.num_layers)))
+    return sum(matrix.numel() for matrix in matrices) / policy.block_size * config.num_layers / of_layers
 
 
 def _refit_static(

@@ -11,6 +11,7 @@ from dash_runtime.families.olmo3 import Olmo3
 from dash_runtime.families.phi3 import Phi3
 from dash_runtime.families.qwen2 import Qwen2
 from dash_runtime.families.qwen3 import Qwen3
+from dash_runtime.families.qwen3_moe import Qwen3Moe
 from dash_runtime.families.smollm3 import SmolLm3
 
 FAMILIES: tuple[Family, ...] = (
@@ -25,4 +26,5 @@ FAMILIES: tuple[Family, ...] = (
     Olmo3(),
     Ministral3(),
     Gemma3(),
+    Qwen3Moe(),
 )

@@ -40,6 +40,13 @@ class ConfigReader:
             raise CorruptCheckpoint(f"{self.source}: {key} must be a positive integer, got {quoted(value)}.")
         return value
 
+    def size_up_to(self, most: int, key: str) -> int:
+        """Returns a positive integer that is no larger than `most`."""
+        value = self.size(key)
+        if value > most:
+            raise CorruptCheckpoint(f"{self.source}: {key} must be at most {most}, got {value}.")
+        return value
+
     def flag(self, key: str) -> bool:
         """Returns a boolean, False if the architecture has no such key."""
         value = self.get(key)
@@ -95,6 +102,13 @@ class ConfigReader:
         if not isinstance(values, list) or len(values) < num_layers or any(value not in (0, 1) for value in values):
             raise CorruptCheckpoint(f"{self.source}: {key} must have a 0 or 1 for each of {num_layers} layers.")
         return tuple(value == 1 for value in values[:num_layers])
+
+    def layer_numbers(self, key: str) -> Sequence[int]:
+        """Returns a list of layers, counted from 0."""
+        values = self.get(key)
+        if not isinstance(values, list) or any(type(value) is not int for value in values):
+            raise CorruptCheckpoint(f"{self.source}: {key} must be a list of layers, got {quoted(values)}.")
+        return values
 
     def sliding_window_in_every_layer(self) -> tuple[int | None, ...]:
         """Returns the same window for each layer, None for each if the configuration has none."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from dash_runtime.families.config_reader import ConfigReader
 from dash_runtime.families.gguf_header import GgufHeader
-from dash_runtime.model_config import Activation, BlockConfig, ModelConfig, RopeConfig, TensorNames
+from dash_runtime.model_config import Activation, BlockConfig, MixtureConfig, ModelConfig, RopeConfig, TensorNames
 
 GGUF_NAMES = TensorNames(
     embedding="token_embd",
@@ -26,6 +26,9 @@ GGUF_NAMES = TensorNames(
     output="attn_output",
     gate_up=("ffn_gate", "ffn_up"),
     down="ffn_down",
+    router="ffn_gate_inp",
+    expert_gate_up=("ffn_gate_exps", "ffn_up_exps"),
+    expert_down="ffn_down_exps",
 )
 """llama.cpp's names (gguf-py/gguf/constants.py)."""
 
@@ -62,6 +65,10 @@ class Family:
     def sliding_window(self, config: ConfigReader) -> tuple[int | None, ...]:
         """Returns the sliding window of each layer, None for none."""
         return (None,) * config.size("num_hidden_layers")
+
+    def mixture(self, config: ConfigReader) -> MixtureConfig | None:
+        """Returns the mixtures of experts, None if all layers have a single MLP."""
+        return None
 
     def embedding_multiplier(self, config: ConfigReader) -> float:
         """Returns the factor of the embedding's output."""

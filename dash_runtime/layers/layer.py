@@ -2,26 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from functools import partial
 
 from dash_runtime.actions import Action
-from dash_runtime.layers.layer_body import Norms
+from dash_runtime.layers.layer_body import Linears, Norms
 from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import FullLinear, Linear
 from dash_runtime.linears.quantization import for_many_rows, make_linear
-
-
-class LayerLinears(NamedTuple):
-    """The four matrices of a layer in one precision. Query, key and value are fused, and so are gate and up."""
-
-    query_key_value: Linear
-    output: Linear
-    gate_up: Linear
-    down: Linear
-
-    def for_many_rows(self) -> "LayerLinears":
-        """Returns the same matrices for passes over many rows."""
-        return LayerLinears(*map(for_many_rows, self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,22 +16,22 @@ class DecoderLayer(Norms):
     """One layer. A skipped layer still runs one of `key_values` (the KV rule)."""
 
     key_values: Mapping[Action, Linear]
-    linears: Mapping[Action, LayerLinears]
+    linears: Mapping[Action, Linears[Linear]]
 
     def for_many_rows(self) -> "DecoderLayer":
         """Returns the same layer for passes over many rows."""
-        linears = {action: own.for_many_rows() for action, own in self.linears.items()}
+        linears = {action: own.mapped(for_many_rows, for_many_rows) for action, own in self.linears.items()}
         key_values = {action: for_many_rows(own) for action, own in self.key_values.items()}
         return replace(self, key_values=key_values, linears=linears)
 
 
 def make_layer(weights: LayerWeights, query_size: int, actions: tuple[Action, ...]) -> DecoderLayer:
     """Packs a layer for the given actions."""
-    fused = weights.query_key_value
-    full = (fused, weights.output, weights.gate_up, weights.down)
+    fused = weights.linears.query_key_value
     key_value = FullLinear(fused.weight[query_size:], None if fused.bias is None else fused.bias[query_size:])
     running: list[Action] = [action for action in actions if action is not Action.SKIP]
-    linears = {action: LayerLinears(*(make_linear(action, linear) for linear in full)) for action in running}
+    router = partial(make_linear, Action.FULL)  # a row's experts are chosen in FULL whatever they run in
+    linears = {action: weights.linears.mapped(partial(make_linear, action), router) for action in running}
     norms = {field.name: getattr(weights, field.name) for field in fields(Norms)}
     key_values = {action: make_linear(action, key_value) for action in running}
     return DecoderLayer(**norms, key_values=key_values, linears=linears)

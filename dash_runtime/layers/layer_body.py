@@ -6,17 +6,18 @@ Inductor; a test holds the two together. Knows tensors; knows no caches, no acti
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dash_runtime.layers.mlp import GatedMlp, LinearT, Mixture, OtherT
 from dash_runtime.layers.rotary import rotate
-from dash_runtime.model_config import Activation, BlockConfig, ModelConfig, QkNorm
+from dash_runtime.linears.dense_linear import Linear
+from dash_runtime.model_config import BlockConfig, ModelConfig, QkNorm
 
 Norm = Callable[[Tensor], Tensor]
-Linear = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,24 +37,29 @@ class Norms:
     key_norm: Norm | None = None
 
 
-class Linears(Protocol):
-    """The matrices of one layer in one precision. Query, key and value are fused, and so are gate and up."""
+@dataclass(frozen=True, slots=True)
+class Linears(Generic[LinearT]):
+    """The matrices of one layer in one precision. Query, key and value are one matrix."""
 
-    @property
-    def query_key_value(self) -> Linear: ...
+    query_key_value: LinearT
+    output: LinearT
+    mlp: GatedMlp[LinearT] | Mixture[LinearT]
 
-    @property
-    def output(self) -> Linear: ...
+    def mapped(
+        self, convert: Callable[[LinearT], OtherT], convert_router: Callable[[LinearT], OtherT]
+    ) -> "Linears[OtherT]":
+        """Returns the layer with other matrices, such as those of another precision."""
+        mlp = self.mlp.mapped(convert, convert_router)
+        return Linears(convert(self.query_key_value), convert(self.output), mlp)
 
-    @property
-    def gate_up(self) -> Linear: ...
-
-    @property
-    def down(self) -> Linear: ...
+    def matrices(self) -> tuple[LinearT, LinearT, LinearT, LinearT]:
+        """Returns query-key-value, output, gate-up and down. Only for a layer without a mixture."""
+        assert isinstance(self.mlp, GatedMlp)
+        return self.query_key_value, self.output, self.mlp.gate_up, self.mlp.down
 
 
 def run_layer_body(
-    block: BlockConfig, norms: Norms, linears: Linears, hidden: Tensor, attend: Callable[[Tensor], Tensor]
+    block: BlockConfig, norms: Norms, linears: Linears[Linear], hidden: Tensor, attend: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Runs one layer, `[..., hidden_size]` to the same.
 
@@ -69,10 +75,12 @@ def before_attention(norms: Norms, hidden: Tensor) -> Tensor:
     return _normed(norms.input_norm, hidden)
 
 
-def after_attention(block: BlockConfig, norms: Norms, linears: Linears, hidden: Tensor, attended: Tensor) -> Tensor:
+def after_attention(
+    block: BlockConfig, norms: Norms, linears: Linears[Linear], hidden: Tensor, attended: Tensor
+) -> Tensor:
     """Returns the layer's output from its input and its heads' outputs, `[..., num_heads * head_dim]`."""
     residual = _added(block, hidden, _normed(norms.attention_output_norm, linears.output(attended)))
-    inner = _mlp(block, linears, _normed(norms.mlp_norm, residual))
+    inner = linears.mlp(_normed(norms.mlp_norm, residual), block.activation)
     return _added(block, residual, _normed(norms.mlp_output_norm, inner))
 
 
@@ -112,11 +120,3 @@ def _normed(norm: Norm | None, inputs: Tensor) -> Tensor:
 
 def _added(block: BlockConfig, residual: Tensor, branch: Tensor) -> Tensor:
     return residual + (branch if block.residual_multiplier == 1 else branch * block.residual_multiplier)
-
-
-def _mlp(block: BlockConfig, linears: Linears, inputs: Tensor) -> Tensor:
-    """A gated linear unit (Shazeer 2020), `[..., hidden_size]` to the same."""
-    gate, up = linears.gate_up(inputs).chunk(2, dim=-1)
-    gate = functional.silu(gate) if block.activation is Activation.SILU else functional.gelu(gate, approximate="tanh")
-    # In place if no gradient needs the factors, since a prompt's are megabytes.
-    return linears.down(gate * up if gate.requires_grad or up.requires_grad else gate.mul_(up))

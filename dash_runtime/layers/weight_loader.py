@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dash_runtime.layers.layer_body import Norms
+from dash_runtime.layers.layer_body import Linears, Norms
+from dash_runtime.layers.mlp import GatedMlp, Mixture
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.layers.rotary import channel_order
 from dash_runtime.linears.dense_linear import FullLinear
@@ -18,15 +19,12 @@ from dash_runtime.model_config import ModelConfig, QkNorm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights(Norms):
-    """One layer's weights. Query, key and value are one matrix, and so are gate and up.
+    """One layer's weights.
 
     The offset of norm weights is added already, and the channels of queries and keys are as the rotary table has them.
     """
 
-    query_key_value: FullLinear
-    output: FullLinear
-    gate_up: FullLinear
-    down: FullLinear
+    linears: Linears[FullLinear]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +90,29 @@ class WeightLoader:
             head_norm=self._head_norm(prefix) if block.qk_norm is QkNorm.HEAD else None,
             query_norm=norm(names.query_norm, has_width_norms),
             key_norm=norm(names.key_norm, has_width_norms),
-            query_key_value=self._with_pairs_apart(index, linear(names.query_key_value, block.has_qkv_bias)),
-            output=linear([names.output], block.has_output_bias),
-            gate_up=linear(names.gate_up, block.has_mlp_bias),
-            down=linear([names.down], block.has_mlp_bias),
+            linears=Linears(
+                self._with_pairs_apart(index, linear(names.query_key_value, block.has_qkv_bias)),
+                linear([names.output], block.has_output_bias),
+                self._mlp(index, prefix),
+            ),
         )
+
+    def _mlp(self, index: int, prefix: str) -> GatedMlp[FullLinear] | Mixture[FullLinear]:
+        names, mixture = self.config.tensor_names, self.config.mixture_of(index)
+
+        def linear(modules: Sequence[str]) -> FullLinear:
+            return self.linear([f"{prefix}.{module}" for module in modules], self.config.block.has_mlp_bias)
+
+        if mixture is None:
+            return GatedMlp(linear(names.gate_up), linear([names.down]))
+        experts = (
+            GatedMlp(
+                linear([module.format(expert) for module in names.expert_gate_up]),
+                linear([names.expert_down.format(expert)]),
+            )
+            for expert in range(mixture.num_experts)
+        )
+        return Mixture(mixture, self.linear([f"{prefix}.{names.router}"], has_bias=False), tuple(experts))
 
     def _with_pairs_apart(self, index: int, fused: FullLinear) -> FullLinear:
         """Returns a layer's query-key-value matrix with the channels of queries and keys as `rotate` pairs them."""

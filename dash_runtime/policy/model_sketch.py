@@ -12,11 +12,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from dash_runtime.checkpoints import Weights, parameter_shapes
+from dash_runtime.checkpoints import Parameter, Weights, parameters
 from dash_runtime.model_config import ModelConfig
 
 _VERSION = 1
@@ -75,15 +76,20 @@ def model_fingerprint(config: ModelConfig, weights: Weights) -> str:
         CorruptCheckpoint: a tensor is missing or holds a value that is not finite.
     """
     vectors, matrices = [], []
-    for name, shape in parameter_shapes(config).items():
+    for parameter in parameters(config):
+        name = parameter.names[0]
         if name == f"{config.tensor_names.head}.weight":
             continue  # some files store a tied head twice
-        if len(shape) == 1:
+        if len(parameter.shape) == 1:
             vectors.append(_measure(weights[name]))
+        elif name.endswith(f".{config.tensor_names.router}.weight"):
+            vectors.append(_measure(weights[name].flatten()))  # unrounded in every format, as norms are
         else:
-            matrices.append(_measure(weights.rows(name, _spaced(shape[0]))))
-    heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-    sizes = (config.num_layers, config.hidden_size, *heads, config.intermediate_size, config.vocab_size)
+            matrices.append(_measure(_some_rows(weights, parameter)))
+    heads, mixture = (config.num_heads, config.num_kv_heads, config.head_dim), config.mixture
+    sizes = [config.num_layers, config.hidden_size, *heads, config.intermediate_size, config.vocab_size]
+    if mixture is not None:
+        sizes += [mixture.num_experts, mixture.num_chosen, mixture.expert_size, int(mixture.has_normed_shares)]
     return json.dumps([_VERSION, sizes, vectors, matrices], separators=(",", ":"))
 
 
@@ -158,6 +164,14 @@ def _grid_step(values: Tensor) -> float:
     blocks = values[:, : values.shape[1] // width * width].reshape(-1, width)
     gaps = blocks.sort(dim=1).values.diff(dim=1)
     return float(gaps.where(gaps > 0, torch.inf).min(dim=1).values.nan_to_num(posinf=0.0).square().mean().sqrt())
+
+
+def _some_rows(weights: Weights, parameter: Parameter) -> Tensor:
+    """Returns evenly spaced rows of a matrix, or of all experts' matrices, one below the other."""
+    num_rows = parameter.shape[0]
+    by_place = groupby(_spaced(num_rows * len(parameter.names)), lambda row: row // num_rows)
+    parts = [weights.rows(parameter.names[place], [row % num_rows for row in rows]) for place, rows in by_place]
+    return torch.cat(parts)
 
 
 def _spaced(num_rows: int) -> list[int]:

@@ -206,8 +206,9 @@ def assemble_engine(
 
 def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:
     """Returns `(out_features, in_features)` of the matrices that a quantised action needs kernels for."""
-    shape = ModelShape.of(model)
-    return {*shape.matrices(), (shape.key_value_size, shape.hidden_size)}
+    mlp_sizes = {model.mlp_size(layer) for layer in range(model.num_layers)}
+    shapes = [replace(ModelShape.of(model), intermediate_size=size) for size in mlp_sizes]
+    return {matrix for own in shapes for matrix in (*own.matrices(), (own.key_value_size, own.hidden_size))}
 
 
 def _load_programs(

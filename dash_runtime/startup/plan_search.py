@@ -73,7 +73,7 @@ def search_text(model: ModelConfig, sequences: Sequence[Sequence[int]]) -> list[
     """
     if not sequences:
         return []
-    num_weights = model.num_layers * model.num_layer_weights + model.vocab_size * model.hidden_size
+    num_weights = sum(map(model.num_weights_read, range(model.num_layers))) + model.vocab_size * model.hidden_size
     num_tokens = max(_LEAST_TOKENS, int(_SEARCH_WORK / num_weights))
     return [list(ids[:num_tokens]) for ids in sequences[: max(1, num_tokens // len(sequences[0]))]]
 

@@ -6,7 +6,7 @@ knows no policy, no prices and no optimiser.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -17,10 +17,10 @@ from torch.nn import functional
 from dash_runtime.actions import Action
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.attention import causal_mask
-from dash_runtime.layers.layer_body import after_attention, before_attention, split_heads
+from dash_runtime.layers.layer_body import Norms, after_attention, before_attention, split_heads
 from dash_runtime.layers.rotary import RotaryTable, rotary_tables
-from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
-from dash_runtime.linears.dense_linear import FullLinear
+from dash_runtime.layers.weight_loader import WeightLoader
+from dash_runtime.linears.dense_linear import FullLinear, Linear
 from dash_runtime.linears.quantization import rounded_matrix
 from dash_runtime.model_config import ModelConfig
 
@@ -53,9 +53,12 @@ class DenseDecoder:
         self.device = torch.device("cpu") if device is None else device
         loader = WeightLoader(config, weights, dtype, self.device)
         full = [loader.layer(index) for index in range(config.num_layers)]
-        self._layers = {Action.FULL: full}
-        for action in set(actions) - {Action.SKIP, Action.FULL}:
-            self._layers[action] = [_rounded(layer, action) for layer in full]
+        self._norms: Sequence[Norms] = full
+        router = partial(_product, Action.FULL)
+        self._linears = {
+            action: [layer.linears.mapped(partial(_product, action), router) for layer in full]
+            for action in {Action.FULL, *actions} - {Action.SKIP}
+        }
         self._embedding = loader.embedding()
         self._final_norm = loader.final_norm()
         self._head = self._embedding if config.has_tied_head else loader.head()
@@ -96,8 +99,8 @@ class DenseDecoder:
             actions: one for all, or Action's numbers, `[batch, length]`.
             skip_kernel: projects the keys and values of tokens that skip.
         """
-        by_kernel = {action: layers[layer] for action, layers in self._layers.items()}
-        norms = by_kernel[Action.FULL]
+        by_kernel = {action: layers[layer] for action, layers in self._linears.items()}
+        norms = self._norms[layer]
         groups = _Groups(actions, hidden.shape[:2])
         normed = groups.flat(before_attention(norms, hidden))
         fused = groups.join(
@@ -119,7 +122,7 @@ class DenseDecoder:
                 assert compensate is not None
                 outputs.append(compensate(layer, rows))
             else:
-                outputs.append(after_attention(self.config.block, by_kernel[action], by_kernel[action], rows, own))
+                outputs.append(after_attention(self.config.block, norms, by_kernel[action], rows, own))
         return groups.join(outputs)
 
     def _attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -214,17 +217,15 @@ class _Together(torch.autograd.Function):
         return gradients[0].new_zeros(ctx.shape).index_copy_(0, places, gradients[0]), None
 
 
-def _rounded(layer: LayerWeights, action: Action) -> LayerWeights:
-    def rounded(linear: FullLinear) -> FullLinear:
-        return FullLinear(rounded_matrix(action, linear.weight), linear.bias)
+def _product(action: Action, full: FullLinear) -> Linear:
+    """Returns the product with the matrix that `action` computes with, as a dense one."""
+    own = full if action is Action.FULL else FullLinear(rounded_matrix(action, full.weight), full.bias)
 
-    return replace(
-        layer,
-        query_key_value=rounded(layer.query_key_value),
-        output=rounded(layer.output),
-        gate_up=rounded(layer.gate_up),
-        down=rounded(layer.down),
-    )
+    def product(rows: Tensor) -> Tensor:
+        num_missing = -len(rows) % _ROW_MULTIPLE  # an expert may have any number of rows
+        return own(functional.pad(rows, (0, 0, 0, num_missing)))[: len(rows)] if num_missing else own(rows)
+
+    return product
 
 
 def token_batch(sequences: Sequence[Sequence[int]], num_prompt_tokens: int) -> Tensor:

@@ -12,7 +12,7 @@ from gguf.quants import quantize
 from tokenizers import Tokenizer
 
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.checkpoints.gguf_weights import gguf_names
+from dash_runtime.checkpoints.gguf_weights import gguf_sources
 from dash_runtime.families import FAMILIES
 from dash_runtime.model_config import ModelConfig, RopeKind
 
@@ -59,7 +59,8 @@ def write_gguf(
     for key, value in values.items():
         writer.add_array(key, value) if isinstance(value, list) else adders[type(value)](key, value)
     for name, array in arrays.items():
-        array_kind = kind if array.ndim == 2 else GGMLQuantizationType.F32
+        is_rounded = array.ndim > 1 and "ffn_gate_inp" not in name
+        array_kind = kind if is_rounded else GGMLQuantizationType.F32
         raw = quantize(np.ascontiguousarray(array, np.float32), array_kind)
         writer.add_tensor(name, raw, raw_dtype=array_kind)
     writer.write_header_to_file()
@@ -114,6 +115,12 @@ def _own_metadata(folder: Path, config: ModelConfig, architecture: str) -> dict[
             "olmo2.attention.sliding_window": raw["sliding_window"],
             "olmo2.attention.sliding_window_pattern": [kind == "sliding_attention" for kind in raw["layer_types"]],
         }
+    if architecture == "qwen3moe":
+        scaling |= {
+            "qwen3moe.expert_count": raw["num_local_experts"],
+            "qwen3moe.expert_used_count": raw["num_experts_per_tok"],
+            "qwen3moe.expert_feed_forward_length": raw["moe_intermediate_size"],
+        }
     if architecture == "gemma3":
         scaling["gemma3.attention.sliding_window"] = raw["sliding_window"]
     if architecture == "mistral3":
@@ -163,8 +170,8 @@ def tiny_tokens() -> list[str]:
 
 
 def _tensors(folder: Path, config: ModelConfig, architecture: str) -> dict[str, np.ndarray]:
-    arrays = {}
-    names = gguf_names(config, next(family for family in FAMILIES if family.gguf_architecture == architecture))
+    arrays: dict[str, np.ndarray] = {}
+    sources = gguf_sources(config, next(family for family in FAMILIES if family.gguf_architecture == architecture))
     for name, tensor in open_weights(folder).items():
         array = tensor.float().numpy()
         if architecture in PERMUTED and (".q_proj." in name or ".k_proj." in name):
@@ -174,7 +181,11 @@ def _tensors(folder: Path, config: ModelConfig, architecture: str) -> dict[str, 
             array = halves.swapaxes(1, 2).reshape(array.shape)
         if architecture == "gemma3" and name.endswith("norm.weight"):
             array = array + 1
-        arrays[names[name]] = array
+        source = sources[name]
+        if source.place is None:
+            arrays[source.name] = array
+        else:
+            arrays.setdefault(source.name, np.zeros(source.shape, np.float32))[source.place] = array
     rope = config.ropes[0]
     if rope is not None and rope.kind is RopeKind.LONGROPE:
         arrays["rope_factors_short.weight"] = np.array(rope.short_factors)

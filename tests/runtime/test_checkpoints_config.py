@@ -9,7 +9,7 @@ import pytest
 
 from dash_runtime.checkpoints import load_model_config
 from dash_runtime.errors import CheckpointNotFound, CorruptCheckpoint, UnsupportedArchitecture
-from dash_runtime.model_config import RopeConfig, RopeKind
+from dash_runtime.model_config import MixtureConfig, RopeConfig, RopeKind
 from tests.tiny_models import save_tiny_model
 
 LLAMA = {
@@ -26,6 +26,14 @@ LLAMA = {
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+QWEN3_MOE = LLAMA | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
 
 GEMMA3 = LLAMA | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
 MINISTRAL3 = LLAMA | {"architectures": ["Ministral3ForCausalLM"], "model_type": "ministral3", "head_dim": 16}
@@ -127,6 +135,8 @@ def test_rotary_parameters_are_read_in_the_old_and_the_new_spelling(
             QWEN2 | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
             (None, None, 7, 7),
         ),
+        (QWEN3_MOE | {"sliding_window": 7}, (None,) * 4),
+        (QWEN3_MOE | {"use_sliding_window": True, "sliding_window": 7}, (7, 7, 7, 7)),
         (
             QWEN3
             | {
@@ -140,6 +150,25 @@ def test_rotary_parameters_are_read_in_the_old_and_the_new_spelling(
 )
 def test_sliding_windows_are_per_layer(tmp_path: Path, keys: dict[str, Any], windows: tuple[int | None, ...]) -> None:
     assert load_model_config(write_config(tmp_path, keys)).sliding_window == windows
+
+
+@pytest.mark.parametrize(
+    ("keys", "layers"),
+    [
+        ({}, {0, 1, 2, 3}),
+        ({"decoder_sparse_step": 2}, {1, 3}),
+        ({"mlp_only_layers": [0, 2]}, {1, 3}),
+        ({"decoder_sparse_step": 2, "mlp_only_layers": [3]}, {1}),
+        ({"num_experts": None, "num_local_experts": 8}, {0, 1, 2, 3}),  # transformers 5 saves it so
+        ({"decoder_sparse_step": 5}, set()),
+    ],
+)
+def test_experts_are_in_the_layers_that_the_configuration_names(
+    tmp_path: Path, keys: dict[str, Any], layers: set[int]
+) -> None:
+    named = {key: value for key, value in (QWEN3_MOE | keys).items() if value is not None}
+    mixture = load_model_config(write_config(tmp_path, named)).mixture
+    assert mixture == (MixtureConfig(frozenset(layers), 8, 2, 32, True) if layers else None)
 
 
 def test_a_scaling_in_the_old_spelling_is_that_of_olmo_3s_full_attention(tmp_path: Path) -> None:
@@ -180,6 +209,7 @@ def test_end_tokens_come_from_the_generation_config_first(
         ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"architectures": None, "model_type": "mamba"}, "mamba"),
+        (QWEN3_MOE | {"hidden_act": "relu"}, "'relu'"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic'.*default, linear, llama3"),
         ({"rope_scaling": YARN | {"truncate": False}}, "truncate of its rotary embedding must be true"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial rotary"),
@@ -225,6 +255,14 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, keys: dict[str
             "llama_4_scaling_beta must be a positive number",
         ),
         (SMOLLM3 | {"no_rope_layers": [1, 0, 2, 1]}, "no_rope_layers"),
+        (QWEN3_MOE | {"num_experts_per_tok": 9}, "num_experts_per_tok must be at most 8, got 9"),
+        (QWEN3_MOE | {"num_experts_per_tok": 0}, "num_experts_per_tok must be a positive integer"),
+        (QWEN3_MOE | {"num_experts": 0}, "num_experts must be a positive integer"),
+        (QWEN3_MOE | {"num_experts": 2**31}, "num_experts must be at most 1024"),
+        (QWEN3_MOE | {"moe_intermediate_size": -1}, "moe_intermediate_size"),
+        (QWEN3_MOE | {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        (QWEN3_MOE | {"mlp_only_layers": [[0]]}, "mlp_only_layers"),
+        (QWEN3_MOE | {"norm_topk_prob": "yes"}, "norm_topk_prob"),
     ],
 )
 def test_values_that_make_no_sense_are_corrupt(tmp_path: Path, keys: dict[str, Any], named: str) -> None:

@@ -43,6 +43,7 @@ FAMILIES = [
     ("olmo3-yarn", "olmo2"),
     ("phi3-longrope", "phi3"),
     ("phi3-longrope-sliding-window", "phi3"),
+    ("qwen3-moe", "qwen3moe"),
 ]
 
 
@@ -85,6 +86,7 @@ def test_a_model_survives_the_way_to_gguf_and_back(
     assert before.architecture == after.architecture or (family, architecture) == ("mistral", "llama")
     assert after.eos_token_ids == before.eos_token_ids
     assert (after.block, after.sliding_window) == (before.block, before.sliding_window)
+    assert after.mixture == before.mixture
     assert rounded(after.ropes) == rounded(before.ropes)
     weights = open_weights(folder)
     check_weights(weights, after)

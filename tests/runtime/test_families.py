@@ -14,6 +14,7 @@ from dash_runtime.checkpoints.parameters import layer_norms
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.families import FAMILIES, Family
 from dash_runtime.families.config_reader import ConfigReader
+from dash_runtime.layers.mlp import GatedMlp
 from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
 from dash_runtime.model_config import Activation, BlockConfig, NormPlacement, QkNorm, RopeConfig, TensorNames
 from tests.runtime.support import CPU
@@ -112,8 +113,9 @@ def test_a_new_family_is_read_from_its_configuration_to_the_weights_of_a_layer(f
     assert norms_of(layer) == {"attention_output_norm": 64, "mlp_output_norm": 64, "query_norm": 64, "key_norm": 32}
     assert layer.key_norm is not None
     assert torch.equal(layer.key_norm.weight, weights["decoder.blocks.0.key_norm.weight"] + 1)
-    assert torch.equal(layer.query_key_value.weight, weights["decoder.blocks.0.wqkv.weight"])
-    assert torch.equal(layer.gate_up.weight, weights["decoder.blocks.0.w13.weight"])
+    assert torch.equal(layer.linears.query_key_value.weight, weights["decoder.blocks.0.wqkv.weight"])
+    assert isinstance(layer.linears.mlp, GatedMlp)
+    assert torch.equal(layer.linears.mlp.gate_up.weight, weights["decoder.blocks.0.w13.weight"])
     assert torch.equal(loader.embedding(), weights["decoder.tokens.weight"])
     assert torch.equal(loader.final_norm().weight, weights["decoder.last_norm.weight"] + 1)
 

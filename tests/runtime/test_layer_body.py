@@ -49,7 +49,7 @@ def some(*shape: int, seed: int) -> Tensor:
 
 
 def packed_for_programs(weights: LayerWeights) -> tuple[WeightPacking, tuple[Tensor, ...]]:
-    matrices = [weights.query_key_value, weights.output, weights.gate_up, weights.down]
+    matrices = weights.linears.matrices()
     vectors = layer_vectors(weights)
     packed = [pack_row_matrix(Action.FULL, own.weight.bfloat16(), own) for own in matrices]
     packing = WeightPacking.of(vectors, packed)
@@ -80,7 +80,7 @@ def test_the_traced_layer_computes_what_the_layer_body_does(family: str, variant
         added: list[Tensor] = []
 
         def attend(normed: Tensor) -> Tensor:
-            fused = weights.query_key_value(normed)
+            fused = weights.linears.query_key_value(normed)
             queries, *new = split_heads(replace(config, block=block), weights, fused, config.num_heads, cosines, sines)
             added.extend(new)
             seen = (
@@ -89,7 +89,7 @@ def test_the_traced_layer_computes_what_the_layer_body_does(family: str, variant
             )
             return attention(queries, *seen, None, block.attention_scale)
 
-        return run_layer_body(block, weights, weights, hidden.float(), attend), *added  # type: ignore[return-value]
+        return run_layer_body(block, weights, weights.linears, hidden.float(), attend), *added  # type: ignore[return-value]
 
     expected, new_keys, new_values = body(config.block)
     torch.testing.assert_close(outputs.float(), expected, rtol=0.01, atol=0.01)
@@ -111,7 +111,7 @@ def test_a_traced_skip_writes_the_keys_and_values_of_the_layer_body(family: str,
     rope = RotaryTable(config.ropes[1], config.head_dim, NUM_SEEN, torch.float32, CPU)
     cosines, sines = rope.at(slice(NUM_SEEN - num_rows, NUM_SEEN))
     hidden = some(num_rows, config.hidden_size, seed=1)
-    fused = weights.query_key_value(before_attention(weights, hidden.float()))
+    fused = weights.linears.query_key_value(before_attention(weights, hidden.float()))
     _, *expected = split_heads(config, weights, fused, config.num_heads, cosines, sines)
     packing, joined = packed_for_programs(weights)
     compensation = (torch.cat((torch.full((config.hidden_size,), 0.5), torch.ones(config.hidden_size))).bfloat16(),)

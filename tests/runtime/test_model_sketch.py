@@ -88,6 +88,19 @@ def test_a_gguf_file_is_its_original(
     assert is_same_model(sketch, sketch_of(resolve_checkpoint(str(file), None, tmp_path / "converted")))
 
 
+def test_a_mixture_of_experts_is_known_again_and_told_from_one_with_other_experts(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "moe", "qwen3-moe", dtype="bfloat16")
+    own = sketch_of(folder)
+    file = write_gguf(tmp_path / "moe.gguf", folder, architecture="qwen3moe", kind=Q8_0)
+    assert is_same_model(own, sketch_of(resolve_checkpoint(str(file), None, tmp_path / "converted")))
+    for part in ("experts.3.up_proj", ".gate_proj.", "mlp.gate.weight"):
+        assert not is_same_model(own, changed(folder, tmp_path / part, tuned(0.05, part)))
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"num_experts_per_tok": 3', '"num_experts_per_tok": 2'))
+    assert not is_same_model(own, sketch_of(folder))
+    assert len(own) < 4_000
+
+
 @pytest.mark.parametrize(
     "change",
     [

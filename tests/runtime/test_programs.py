@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config
 from dash_runtime.decoder.backends.needed_programs import program_specs, why_eager
-from dash_runtime.model_config import BlockConfig, NormPlacement, QkNorm, RopeConfig, RopeKind
+from dash_runtime.model_config import BlockConfig, MixtureConfig, NormPlacement, QkNorm, RopeConfig, RopeKind
 from dash_runtime.programs.compile_program import sample
 from dash_runtime.programs.program_cache import Program, ProgramKind, ProgramSpec, load_programs
 from dash_runtime.programs.traced_layer import ModelShape
@@ -109,6 +109,7 @@ def test_a_specification_survives_its_json(spec: ProgramSpec) -> None:
             {"ropes": (None, RopeConfig(1e4, RopeKind.YARN, original_context_length=63, query_growth=0.1))},
             "queries that grow with their position",
         ),
+        ({"mixture": MixtureConfig(frozenset((1,)), 8, 2, 32, True)}, "mixtures of experts"),
         ({"intermediate_size": 168}, "matrices of these sizes"),
         ({"hidden_size": 80}, "matrices of these sizes"),
     ],

@@ -35,7 +35,7 @@ from tests.runtime.support import (
 )
 from tests.tiny_models import save_tiny_model
 
-FAMILIES = ("granite", "smollm3", "phi3-longrope", "olmo2", "olmo3-yarn", "ministral3", "gemma3")
+FAMILIES = ("granite", "smollm3", "phi3-longrope", "olmo2", "olmo3-yarn", "ministral3", "gemma3", "qwen3-moe")
 NEARLY_FREE = {1: 0.5, 3: 0.5, 7: 0.5}
 """Verifications so cheap that the engine drafts whatever is accepted."""
 PROMPTS = [list(range(1, 4 + 9 * row)) for row in range(5)]

@@ -17,14 +17,14 @@ from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Compensation, Identity
 from dash_runtime.layers.evaluation import Evaluation
 from dash_runtime.layers.heads import Head, Heads
-from dash_runtime.layers.layer import DecoderLayer, LayerLinears
-from dash_runtime.layers.layer_body import Norms, run_layer_body
+from dash_runtime.layers.layer import DecoderLayer
+from dash_runtime.layers.layer_body import Linears, Norms, run_layer_body
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.layers.row_compensation import pack_for_rows
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
 from dash_runtime.layers.weight_loader import LayerWeights
-from dash_runtime.linears.dense_linear import for_neighbours, most_rows_apart
+from dash_runtime.linears.dense_linear import Linear, for_neighbours, most_rows_apart
 from dash_runtime.linears.row_kernels import pack_row_matrix
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.programs.packing import WeightPacking
@@ -43,7 +43,7 @@ class _Layer:
     vectors: list[Tensor]
     weights: Mapping[Action, list[Tensor]]
     norms: Norms
-    linears: LayerLinears
+    linears: Linears[Linear]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,16 +112,17 @@ class InductorBackend:
     def add_layer(self, weights: LayerWeights, layer: DecoderLayer) -> None:
         """Packs the next layer's matrices for the programs; `layer` has those for eager passes in FULL."""
         vectors = layer_vectors(weights)
-        matrices = (weights.query_key_value.weight, weights.output.weight, weights.gate_up.weight, weights.down.weight)
         linears = layer.linears[Action.FULL]
-        pairs = list(zip(matrices, linears, strict=True))
+        matrices = [own.weight for own in weights.linears.matrices()]
+        pairs = list(zip(matrices, linears.matrices(), strict=True))
         packed = {action: [pack_row_matrix(action, *pair) for pair in pairs] for action in self._row_programs}
         inputs = {action: WeightPacking.of(vectors, own).join(vectors, own) for action, own in packed.items()}
         program = self._programs[ProgramKind.NORM, Action.FULL, 0]
         norms: dict[str, Any] = {
             name: partial(_norm, program, norm.weight) for name, norm in _present(weights, *_NORMS).items()
         }
-        self._layers.append(_Layer(vectors, inputs, Norms(**norms), LayerLinears(*map(for_neighbours, linears))))
+        shared = linears.mapped(for_neighbours, for_neighbours)
+        self._layers.append(_Layer(vectors, inputs, Norms(**norms), shared))
 
     def set_heads(self, heads: Mapping[Action, Head], shared: Head) -> None:
         """Sets the heads by precision, and the one for many rows at once."""
@@ -293,7 +294,7 @@ class InductorBackend:
 def layer_vectors(weights: LayerWeights) -> list[Tensor]:
     """Returns a layer's vectors in the order of `ModelShape.vector_sizes`."""
     norms = _present(weights, *_NORMS, "query_norm", "key_norm").values()
-    others = (weights.head_norm, weights.query_key_value.bias)
+    others = (weights.head_norm, weights.linears.query_key_value.bias)
     return [*(norm.weight for norm in norms), *(own for own in others if own is not None)]
 
 

@@ -46,6 +46,7 @@ def why_eager(model: ModelConfig, context_length: int) -> str | None:
     """Returns what the programs cannot compute of this model's layers, None if they can compute all of it."""
     block, sizes = model.block, [*ModelShape.of(model).matrices(), (model.vocab_size, model.hidden_size)]
     reasons = {
+        "mixtures of experts": model.mixture is not None,
         "biases of outputs": block.has_output_bias or block.has_mlp_bias,
         "sliding windows of one position": 1 in model.sliding_window,
         "queries that grow with their position": any(
