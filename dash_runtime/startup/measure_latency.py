@@ -15,7 +15,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.policy import cheapest_kernel
-from dash_runtime.startup.measure import SECONDS, filled_caches, rounds_within, timed
+from dash_runtime.startup.measure import SECONDS, different_tokens, filled_caches, rounds_within, timed
 
 _ROWS = (1, 2, 4, 8, 16)
 _ROUNDS = 12
@@ -40,7 +40,7 @@ def measure_latencies(
         decoder.batch(PassKind.DECODE, caches[:count], [1] * count, [compensation] * count, [kv_action] * count)
         for count in rows
     ]
-    inputs = [decoder.embed([0] * count) for count in rows]
+    inputs = [decoder.embed(different_tokens(decoder, count)) for count in rows]
 
     def run_layers(place: int, *actions: Action) -> None:
         taken = [actions[row % len(actions)] for row in range(rows[place])]
