@@ -18,6 +18,7 @@ from dash_runtime.decoder.backends.cuda_graphs import Graphs, Tensors, cuda_capt
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from tests.runtime.support import ALL_ACTIONS, CPU, full_plan, load_decoder, run_rows
+from tests.tiny_models import save_tiny_model
 
 Plan = list[Action]
 
@@ -73,6 +74,26 @@ def test_layers_as_graphs_compute_what_layers_do(tiny_folder: Path, num_rows: in
     own = decoded(decoder_with(Graphs(capture, (4, 1)), tiny_folder), num_rows)
     torch.testing.assert_close(own, decoded(load_decoder(tiny_folder), num_rows), rtol=1e-4, atol=1e-4)
     assert capture.num_replayed > 2 * capture.num_captured
+
+
+class NoGraphs(Graphs):
+    """Runs functions as they are, and notes the parts and layers that it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(ImitatedGraphs())
+        self.parts: set[tuple[str, int]] = set()
+
+    def run(self, key: Any, function: Callable[..., Tensors], inputs: Tensors) -> Tensors:
+        self.parts.add(key[:2])
+        return function(*inputs)
+
+
+@torch.inference_mode()
+def test_a_mixture_of_experts_is_in_no_graph_since_the_host_reads_which_run(tmp_path: Path) -> None:
+    graphs, folder = NoGraphs(), save_tiny_model(tmp_path / "moe", "qwen3-moe")
+    decoded(decoder_with(graphs, folder), 3)
+    assert {layer for part, layer in graphs.parts if part == "_after_attention"} == {1}  # whose MLP is a single one
+    assert {layer for part, layer in graphs.parts if part == "_before_attention"} == set(range(6))
 
 
 def test_what_a_graph_gave_is_not_written_to_by_its_next_replay() -> None:

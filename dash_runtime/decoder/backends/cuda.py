@@ -1,4 +1,7 @@
-"""Decoding on CUDA: eager layers whose parts are replayed as graphs. Has not been run on a GPU."""
+"""Decoding on CUDA: eager layers whose parts are replayed as graphs. Has not been run on a GPU.
+
+A mixture of experts runs without: the host reads which experts the rows have.
+"""
 
 from collections.abc import Sequence
 from functools import partial
@@ -22,4 +25,6 @@ class CudaBackend(EagerBackend):
 
     def _run_part(self, part: Part, layer: int, action: Action, *inputs: Tensor) -> Tensors:
         function = partial(part, self._layers[layer], action)
+        if part == self._after_attention and self._config.mixture_of(layer) is not None:
+            return function(*inputs)
         return self._graphs.run((part.__name__, layer, action), function, inputs)
