@@ -193,11 +193,12 @@ def _guess(decoder: Decoder, compensation: Compensation, has_policy: bool) -> Co
     kernels = [cheapest_kernel(decoder.actions)]
     batch = decoder.batch(PassKind.DECODE, filled_caches(decoder), [1], [compensation], kernels)
     hidden = decoder.embed([0])
-    logits = decoder.logits(hidden, (Action.FULL,))
+    output = hidden.to(decoder.devices[-1])
+    logits = decoder.logits(output, (Action.FULL,))
 
     works: dict[object, Callable[[], object]] = {
         **{("layers", action): partial(decoder.run_layers, action, hidden, batch) for action in decoder.actions},
-        **{("head", precision): partial(decoder.logits, hidden, (precision,)) for precision in decoder.heads},
+        **{("head", precision): partial(decoder.logits, output, (precision,)) for precision in decoder.heads},
         "fixed": lambda: (decoder.embed([0]), logits.argmax(-1).tolist()),
     }
     rounds = [{name: timed(decoder, work) for name, work in works.items()} for _ in range(_GUESS_ROUNDS)]

@@ -69,13 +69,12 @@ class Place:
         return 0 if self.room.free is None else max(0, self.required - self.room.free)
 
     def __str__(self) -> str:
-        parts = [
-            f"{name} {_gb(self.needs[name])}" for name in [*WEIGHTS, CACHE, COMPENSATION, WORK] if self.needs[name]
-        ]
+        names = WEIGHTS if self.room.fills_lazily else [*WEIGHTS, CACHE, COMPENSATION, WORK]
+        parts = ", ".join(f"{name} {_gb(self.needs[name])}" for name in names if self.needs[name])
         free = "" if self.room.free is None else f" of {_gb(self.room.free)} GB free"
-        lazily = "; the cache and what follows it take theirs as they fill" if self.room.fills_lazily else ""
+        later = f"; the cache takes up to {_gb(self.needs[CACHE])} GB as it fills" if self.room.fills_lazily else ""
         layers = f"layers {self.layers.start} to {self.layers.stop - 1}"
-        return f"{self.room.name}: {layers} need {_gb(self.required)} GB{free} ({', '.join(parts)}{lazily})"
+        return f"{self.room.name}: {layers} need {_gb(self.required)} GB{free}: {parts}{later}"
 
 
 def place_layers(model: ModelBytes, rooms: Sequence[Room]) -> list[Place]:

@@ -1,6 +1,7 @@
 """A model whose layers lie on two devices computes what it computes on one, bit for bit."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.startup.build import BuildOptions, build_engine
+from dash_runtime.startup.measure_costs import measure_costs
 from tests.runtime.support import (
     ALL_ACTIONS,
     drain,
@@ -162,7 +164,6 @@ def test_every_mode_gives_the_same_on_two_devices_as_on_one(tiny_folder: Path, t
     assert set(plans) >= {Action.SKIP, Action.FULL}
 
 
-@torch.inference_mode()
 @pytest.mark.parametrize("family", ["llama-untied-biased", "qwen2-sliding-window", "gemma3", "olmo3-yarn"])
 def test_models_of_other_families_give_the_same(tmp_path: Path, twins: TwinOperations, family: str) -> None:
     folder = save_tiny_model(tmp_path / "model", family)
@@ -181,7 +182,6 @@ def test_models_of_other_families_give_the_same(tmp_path: Path, twins: TwinOpera
     assert torch.equal(logits(split_decoder(folder)), logits(load_decoder(folder)))
 
 
-@torch.inference_mode()
 def test_the_hidden_state_moves_once_a_pass_and_not_at_all_on_one_device(
     tiny_folder: Path, twins: TwinOperations
 ) -> None:
@@ -208,7 +208,6 @@ def some_dense(decoder: Decoder) -> Dense:
     return Dense(torch.randn(*shape, shape[1], generator=generator), torch.randn(shape, generator=generator))
 
 
-@torch.inference_mode()
 @pytest.mark.parametrize("make", [lambda decoder: Scale(torch.rand(6)), some_affine, some_low_rank, some_dense])
 def test_compensation_follows_its_layers(tiny_folder: Path, twins: TwinOperations, make: object) -> None:
     whole: Compensation = make(load_decoder(tiny_folder))  # type: ignore[operator]
@@ -230,7 +229,13 @@ def test_the_fake_refuses_operands_of_two_devices(twins: TwinOperations) -> None
 
 
 @pytest.mark.alone
-def test_a_start_calibrates_and_serves_on_two_devices(tiny_folder: Path, tmp_path: Path, twins: TwinOperations) -> None:
+def test_a_start_calibrates_and_serves_on_two_devices(
+    tiny_folder: Path, tmp_path: Path, twins: TwinOperations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whole measurements would take as long as they may, since the fake is slow.
+    monkeypatch.setattr("dash_runtime.startup.build.measure_costs", partial(measure_costs, rounds=1, seconds=2))
+    monkeypatch.setattr("dash_runtime.startup.measure.SECONDS", 1)
+    monkeypatch.setattr("dash_runtime.startup.measure_latency.SECONDS", 1)
     said: list[str] = []
     options = BuildOptions([str(device) for device in TWINS], precision="float32", checks_kept_costs=False)
     engine = build_engine(tiny_folder, tmp_path, options, EngineConfig(num_slots=2), said.append)
@@ -266,8 +271,9 @@ def test_on_fake_cuda_devices_no_operation_has_operands_on_both(tiny_folder: Pat
         caches = decoder.caches([64, 64])
         for row, cache in enumerate(caches):
             run_rows(decoder, [cache], [range(1, 9 + row)], [full_plan(decoder)])
-        plans = [[decoder.actions[(row + layer) % 3] for layer in range(6)] for row in range(2)]
-        logits = run_rows(decoder, caches, [[3], [5]], plans, compensation)
+        for shift in range(3):  # both rows alike: lists of indices cannot be faked
+            plan = [decoder.actions[(layer + shift) % 3] for layer in range(6)]
+            logits = run_rows(decoder, caches, [[3], [5]], [plan, plan], compensation)
         kept = caches[0].copy_of(0, 8)
     assert logits.device == devices[-1]
     assert [memory.device for memory in kept] == [devices[0], devices[-1]]

@@ -121,12 +121,12 @@ class TwinDevice(CpuDevice):
 
 @contextmanager
 def twin_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwinOperations]:
-    """Makes the devices `TWINS` usable."""
+    """Makes the devices `TWINS` usable, in inference mode all along: their tensors cannot go into it or out of it."""
     made = {"cpu": lambda device: TwinDevice(device) if device in TWINS else CpuDevice(device)}
     monkeypatch.setattr(devices, "_DEVICES", made)
     device_of.cache_clear()
     try:
-        with _Calls(), TwinOperations() as operations:
+        with torch.inference_mode(), _Calls(), TwinOperations() as operations:
             yield operations
     finally:
         monkeypatch.undo()
