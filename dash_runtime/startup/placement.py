@@ -12,7 +12,7 @@ from dash_runtime.actions import Action
 from dash_runtime.errors import NotEnoughMemory
 
 Bytes = Counter[str]
-"""Numbers of bytes by what they are for: `WEIGHTS` by the name of their action, `CACHE` or `OTHERS`."""
+"""Numbers of bytes by what they are for: an action whose weights they are, `CACHE`, `COMPENSATION` or `WORK`."""
 
 WEIGHTS = [action.name for action in sorted(Action, reverse=True)]
 CACHE = "cache"
