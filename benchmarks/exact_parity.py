@@ -33,7 +33,7 @@ def main() -> None:
     cache_folder = default_cache_folder(os.environ)
     folder = resolve_checkpoint("embedded", None, cache_folder)
     engine = build_engine(
-        folder, cache_folder, BuildOptions("cpu", options.precision, least_drafting_gain=0), EngineConfig(), progress
+        folder, cache_folder, BuildOptions(["cpu"], options.precision, least_drafting_gain=0), EngineConfig(), progress
     )
     skip = SkipOptions(Mode.EXACT, options.budget, options.policy)
     prompts = _prompts(tokenizer_file(folder))[: options.prompts]

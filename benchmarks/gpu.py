@@ -66,7 +66,7 @@ def build(
     """Builds an engine that prefills all prompts in one step, so that all sequences decode in the same steps."""
     config = EngineConfig(num_slots=max(BATCH_SIZES), prefill_chunk_tokens=4096, lane=lane)
     # Compared engines must plan alike.
-    options = BuildOptions(device=device, precision=precision, checks_kept_costs=False, policy_file=policy_file)
+    options = BuildOptions([device], precision=precision, checks_kept_costs=False, policy_file=policy_file)
     return build_engine(folder, cache_folder, options, config, print)
 
 

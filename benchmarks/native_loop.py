@@ -29,7 +29,7 @@ def main() -> None:
     rounds: int = parser.parse_args().rounds
     cache_folder = default_cache_folder(os.environ)
     folder = resolve_checkpoint("embedded", None, cache_folder)
-    engine = build_engine(folder, cache_folder, BuildOptions(device="cpu"), EngineConfig(), progress)
+    engine = build_engine(folder, cache_folder, BuildOptions(["cpu"]), EngineConfig(), progress)
     backend = engine._decoder.backends[PassKind.DECODE][0]
     assert isinstance(backend, InductorBackend), "nothing is compiled here"
     native = backend._whole_passes

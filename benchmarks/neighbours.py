@@ -147,7 +147,7 @@ def decode_when_asked(num_tokens: int) -> None:
     cache_folder = default_cache_folder(os.environ)
     log = partial(print, file=sys.stderr, flush=True)
     folder = resolve_checkpoint(EMBEDDED, None, cache_folder, log)
-    engine = build_engine(folder, cache_folder, BuildOptions(device="cpu"), EngineConfig(), log)
+    engine = build_engine(folder, cache_folder, BuildOptions(["cpu"]), EngineConfig(), log)
     prompt = Prompts(tokenizer_file(folder)).single
     contenders = {mode: EngineContender(engine, skip) for mode, skip in MODES.items()}
     # As in the worker: loaded objects live as long as the process, so the collector need not visit them.

@@ -38,7 +38,7 @@ def main() -> None:
     cache_folder = default_cache_folder(os.environ)
     folder = resolve_checkpoint("embedded", None, cache_folder)
     reusing, plain = (
-        build_engine(folder, cache_folder, BuildOptions(device="cpu"), config, progress)
+        build_engine(folder, cache_folder, BuildOptions(["cpu"]), config, progress)
         for config in (EngineConfig(), EngineConfig(prefix_cache_tokens=0))
     )
     prompts = Prompts(tokenizer_file(folder))

@@ -96,4 +96,4 @@ def load_setting(report: Report, cache_folder: Path) -> Setting:
 
 
 def _build(folder: Path, cache_folder: Path, config: EngineConfig) -> Engine:
-    return build_engine(folder, cache_folder, BuildOptions(device="cpu"), config, progress)
+    return build_engine(folder, cache_folder, BuildOptions(["cpu"]), config, progress)

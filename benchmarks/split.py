@@ -126,7 +126,7 @@ def _measure_attention(report: Report, engine: Engine, rounds: int) -> None:
             decoder.run_layer(layer, actions, hidden, batch)
 
     seconds = [
-        {length: timed(decoder.device, partial(run_layers, batch)) for length, batch in batches.items()}
+        {length: timed(decoder, partial(run_layers, batch)) for length, batch in batches.items()}
         for _ in range(10 * rounds + 1)
     ][1:]
     for length in _CONTEXTS:

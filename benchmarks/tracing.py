@@ -41,7 +41,7 @@ def main() -> None:
     prompt = Prompts(tokenizer_file(folder)).text(_PROMPT_TOKENS)
     report = Report()
     config = EngineConfig(record_steps=_STEPS)
-    measure_recording(report, build_engine(folder, cache_folder, BuildOptions(device="cpu"), config, progress), prompt)
+    measure_recording(report, build_engine(folder, cache_folder, BuildOptions(["cpu"]), config, progress), prompt)
     measure_serving(report, prompt, rounds)
     report.print()
 

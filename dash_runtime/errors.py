@@ -3,6 +3,7 @@
 DashRuntimeError
 ├── InvalidRequest        a field of a request is wrong; carries the field's name
 ├── ConfigError           a setting is wrong; carries the setting's name
+├── NotEnoughMemory       the model does not fit on its devices
 ├── CheckpointError       a model cannot be loaded
 │   ├── CheckpointNotFound
 │   ├── CorruptCheckpoint
@@ -34,6 +35,10 @@ class ConfigError(DashRuntimeError, ValueError):
         super().__init__(f"{field}: {description}")
         self.field = field
         self.description = description
+
+
+class NotEnoughMemory(DashRuntimeError):
+    """A model that needs more memory than its devices have."""
 
 
 class CheckpointError(DashRuntimeError):

@@ -184,11 +184,19 @@ class ModelConfig:
         mixture = self.mixture_of(layer)
         return self.intermediate_size if mixture is None else mixture.expert_size
 
+    def num_weights(self, layer: int) -> int:
+        """Returns the number of weights in the layer's matrices, all experts' included. Leaves out the router."""
+        mixture = self.mixture_of(layer)
+        return self._num_weights(layer, 1 if mixture is None else mixture.num_experts)
+
     def num_weights_read(self, layer: int) -> int:
         """Returns the number of weights in the layer's matrices that a row reads: those of its experts only.
 
         Leaves out the router.
         """
-        query, key, mixture = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim, self.mixture_of(layer)
-        num_mlps = 1 if mixture is None else mixture.num_chosen
+        mixture = self.mixture_of(layer)
+        return self._num_weights(layer, 1 if mixture is None else mixture.num_chosen)
+
+    def _num_weights(self, layer: int, num_mlps: int) -> int:
+        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return self.hidden_size * (2 * query + 2 * key + 3 * self.mlp_size(layer) * num_mlps)

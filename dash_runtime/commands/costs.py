@@ -22,7 +22,7 @@ def run_costs(options: argparse.Namespace) -> None:
     model: ModelOptions = options.model_options
     progress = partial(print, file=sys.stderr)
     folder = resolve_checkpoint(model.model, model.revision, model.cache_folder, progress)
-    chosen = BuildOptions(model.device, measures_costs=options.measure)
+    chosen = BuildOptions([model.device], measures_costs=options.measure)
     engine = build_engine(folder, model.cache_folder, chosen, EngineConfig(num_slots=1), progress)
     assert isinstance(engine.cost_watch, CostKeeper)
     print(f"{engine.facts.name} on {engine.facts.device}")

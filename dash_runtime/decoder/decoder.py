@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.backends.backend import Backend
-from dash_runtime.devices import device_of
+from dash_runtime.devices import Device, device_of, stretches_of
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.embedding import Embedding
@@ -40,7 +40,8 @@ class Decoder:
     heads: Mapping[Action, Head]
     _: KW_ONLY
     dtype: torch.dtype
-    device: torch.device
+    devices: Sequence[torch.device]
+    """One per layer. The embedding is on the first one's, the heads on the last one's."""
     context_length: int
     """Number of positions in the rotary tables."""
     max_prompt_rows: int
@@ -50,11 +51,23 @@ class Decoder:
         config = self.config
         self.num_layers = config.num_layers
         self._same_everywhere = {own: PassPlan(dict.fromkeys(range(self.num_layers), own)) for own in self.actions}
-        self.row_block = device_of(self.device).row_block
+        self.placed_on: list[Device] = [device_of(own.device) for own in stretches_of(self.devices)]
+        """The devices that layers lie on, in the order of layers."""
+        self.row_block = self.placed_on[0].row_block
         """A prompt may be cut at multiples of this. If every pass begins at one and has at most `max_prompt_rows` rows,
         a row's bits do not depend on the cuts."""
-        self._rotary = rotary_tables(config.ropes, config.head_dim, self.context_length, self.dtype, self.device)
+        self._rotary = rotary_tables(config.ropes, config.head_dim, self.context_length, self.dtype, self.devices)
         self._split_tables = [table for table in dict.fromkeys(self._rotary) if table.first_row(self.context_length)]
+
+    @property
+    def device(self) -> torch.device:
+        """The first layer's device."""
+        return self.devices[0]
+
+    def synchronise(self) -> None:
+        """Waits until all devices have done their queued work."""
+        for device in self.placed_on:
+            device.synchronise()
 
     def has_other_keys(self, num_tokens: int) -> bool:
         """Returns True if a sequence of up to `num_tokens` has other keys than a short one with the same tokens."""
@@ -62,7 +75,7 @@ class Decoder:
 
     def caches(self, sizes: Sequence[int]) -> list[SequenceCache]:
         """Returns one cache per size, which is its number of positions, in a pool of their own."""
-        pool = CachePool(self.config, sum(sizes), self.dtype, self.device, max_sequences=len(sizes))
+        pool = CachePool(self.config, sum(sizes), self.dtype, self.devices, max_sequences=len(sizes))
         return [cache for size in sizes if (cache := pool.reserve(size)) is not None]
 
     def batch(

@@ -1,15 +1,17 @@
 """Makes a decoder and its backends from a checkpoint's tensors. Knows weights and devices; knows no files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
+from dash_runtime.decoder.backends.backend import Backend
 from dash_runtime.decoder.backends.cuda import CudaBackend
 from dash_runtime.decoder.backends.cuda_graphs import Graphs
 from dash_runtime.decoder.backends.eager import EagerBackend
 from dash_runtime.decoder.backends.inductor import InductorBackend
+from dash_runtime.decoder.backends.split import backend_over
 from dash_runtime.decoder.decoder import Backends, Decoder
 from dash_runtime.devices import device_of
 from dash_runtime.layers.batch import PassKind
@@ -28,26 +30,31 @@ def make_decoder(
     actions: tuple[Action, ...],
     *,
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | Sequence[torch.device],
     context_length: int,
     inductor: InductorBackend | None = None,
-    graphs: Graphs | None = None,
+    graphs: Mapping[torch.device, Graphs] | None = None,
 ) -> Decoder:
-    """Packs a model for a device.
+    """Packs a model for its devices.
 
     Args:
         weights: tensors by the names in `config.tensor_names`, in the shapes that `config` asks for.
         actions: the actions to pack kernels for, FULL among them.
+        device: that of all layers, or one for each; then no device has two stretches of layers. The embedding lies
+            with the first layer, the heads with the last.
         context_length: number of positions in the rotary tables.
         inductor: the layers' programs; this adds the weights. Decoding then runs them, and quantised actions have no
-            other kernels. None: everything runs eagerly.
-        graphs: replays the layers of eager decoding; None on a device without CUDA graphs.
+            other kernels. None: everything runs eagerly, as it has to on several devices.
+        graphs: replay the layers of eager decoding, on each device; None on devices without CUDA graphs.
     """
     # Programs get repacked copies of the matrices. If other tensors still used the mapped file, all of it would stay.
-    loader = WeightLoader(config, weights, dtype, device, copies=inductor is not None)
+    copies = inductor is not None
+    devices = [device] * config.num_layers if isinstance(device, torch.device) else list(device)
+    loaders = {own: WeightLoader(config, weights, dtype, own, copies) for own in dict.fromkeys(devices)}
+    assert inductor is None or len(loaders) == 1, "programs run on one device"
     layers: list[DecoderLayer] = []
-    for index in range(config.num_layers):
-        layer_weights = loader.layer(index)
+    for index, own in enumerate(devices):
+        layer_weights = loaders[own].layer(index)
         eager_actions = actions if inductor is None else (Action.FULL,)
         layer = make_layer(layer_weights, config.num_heads * config.head_dim, eager_actions)
         if inductor is not None:
@@ -55,11 +62,13 @@ def make_decoder(
         layers.append(layer)
     wide_layers = [layer.for_many_rows() for layer in layers]
 
-    final_norm = loader.final_norm()
-    embedding = loader.embedding()
-    head = embedding if config.has_tied_head else loader.head()
+    first, last = loaders[devices[0]], loaders[devices[-1]]
+    final_norm = last.final_norm()
+    embedding = first.embedding()
+    is_shared = config.has_tied_head and first is last
+    head = embedding if is_shared else last.embedding() if config.has_tied_head else last.head()
     full = make_linear(Action.FULL, FullLinear(head))
-    embed = make_embedding(embedding, full if config.has_tied_head else None, config.embedding_multiplier)
+    embed = make_embedding(embedding, full if is_shared else None, config.embedding_multiplier)
     multiplier = config.logits_multiplier
     by_precision: dict[Action, Head] = {}
     wide_heads: dict[Action, Head] = {}
@@ -75,10 +84,14 @@ def make_decoder(
         wide_heads[precision] = eager_head(for_many_rows(linear), final_norm, multiplier)
 
     heads = Heads(by_precision)
-    wide, narrow = EagerBackend(config, wide_layers, Heads(wide_heads)), EagerBackend(config, layers, heads)
+    eager = EagerBackend(config, wide_layers, Heads(wide_heads)), EagerBackend(config, layers, heads)
+    wide, narrow = (backend_over(dict.fromkeys(loaders, backend), devices) for backend in eager)
     backends: Backends = {PassKind.PREFILL: [wide], PassKind.DECODE: [narrow], PassKind.VERIFY: [narrow]}
     if graphs is not None:
-        backends = {**backends, PassKind.DECODE: [CudaBackend(config, layers, heads, graphs)]}
+        replayed: dict[torch.device, Backend] = {
+            own: CudaBackend(config, layers, heads, graphs[own]) for own in loaders
+        }
+        backends = {**backends, PassKind.DECODE: [backend_over(replayed, devices)]}
     if inductor is not None:
         inductor.set_heads(by_precision, eager_head(for_neighbours(full), final_norm, multiplier))
         backends = {**backends, PassKind.DECODE: [inductor], PassKind.VERIFY: [inductor, narrow]}
@@ -90,7 +103,7 @@ def make_decoder(
         embed,
         by_precision,
         dtype=dtype,
-        device=device,
+        devices=devices,
         context_length=context_length,
-        max_prompt_rows=MAX_INVARIANT_ROWS if is_invariant else device_of(device).row_block,
+        max_prompt_rows=MAX_INVARIANT_ROWS if is_invariant else device_of(devices[0]).row_block,
     )

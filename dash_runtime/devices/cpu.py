@@ -1,12 +1,18 @@
 """The CPU. Knows torch's CPU kernels."""
 
 import mmap
+import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dash_runtime.devices.device import Device
+
+_SYSTEM = Path("/proc/meminfo")
+_GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 class CpuDevice(Device):
@@ -19,9 +25,13 @@ class CpuDevice(Device):
     has_int8_rows = True
     unpacks_for_many_rows = True
     norms_as_layer_norm = True
+    fills_lazily = True
 
     def describe(self) -> str:
         return f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
+
+    def free_bytes(self) -> int | None:
+        return available_bytes(_text_of(_SYSTEM), [_text_of(path) for path in _GROUP_LIMITS])
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         # torch would write its zeros. The pages of an anonymous map are zeros already, and take no room until touched.
@@ -44,3 +54,25 @@ class CpuDevice(Device):
     def int4_product(self, inputs: Tensor, packed: Tensor, group_size: int, scales_and_zeros: Tensor) -> Tensor:
         product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(inputs, packed, group_size, scales_and_zeros)
         return product
+
+
+def available_bytes(system: str, group_limits: Iterable[str]) -> int | None:
+    """Returns the memory that a process can have at most: what is free or can be freed, no more than its control group
+    may have, and swap.
+
+    Args:
+        system: the text of `/proc/meminfo`; without it nobody can tell.
+        group_limits: the limits of the process's control group as text; what is no number is no limit.
+    """
+    sizes = {name: 1024 * int(size) for name, size in re.findall(r"^(\w+): +(\d+) kB$", system, re.MULTILINE)}
+    if "MemAvailable" not in sizes:
+        return None
+    limits = [int(limit) for limit in group_limits if limit.strip().isdecimal()]
+    return min([sizes["MemAvailable"], *limits]) + sizes.get("SwapFree", 0)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

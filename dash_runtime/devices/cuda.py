@@ -16,7 +16,7 @@ class CudaDevice(Device):
     """One GPU.
 
     Args:
-        cuda: `torch.cuda`, or anything with its `Stream`, `Event`, `stream` and `current_stream`.
+        cuda: `torch.cuda`, or anything with its `Stream`, `Event`, `stream`, `current_stream` and `mem_get_info`.
     """
 
     default_lane = LaneKind.CUDA_STREAM
@@ -32,6 +32,10 @@ class CudaDevice(Device):
 
     def synchronise(self) -> None:
         torch.cuda.synchronize(self.device)
+
+    def free_bytes(self) -> int | None:
+        free, _ = self.cuda.mem_get_info(self.device)
+        return int(free)
 
     def upload(self, rows: Tensor) -> Tensor:
         # A pageable copy would make the host wait for the decoder's stream.

@@ -28,6 +28,8 @@ class Device:
     """True if many rows take less time with unpacked weights than with the library's INT8 and INT4 products."""
     norms_as_layer_norm = False
     """True if RMS norm is fastest as the layer norm of (x, −x)."""
+    fills_lazily = False
+    """True if the memory of a pool takes room only once it is written."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -38,6 +40,10 @@ class Device:
 
     def synchronise(self) -> None:
         """Waits until all queued work is done."""
+
+    def free_bytes(self) -> int | None:
+        """Returns the memory that this process can still get; None if nobody can tell."""
+        return None
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns memory for a whole pool, all zeros."""

@@ -73,7 +73,7 @@ class Engine:
         self._config = config
         self._constraints = constraints
         self._pool = CachePool(
-            decoder.config, config.cache_tokens, decoder.dtype, decoder.device, max_sequences=config.num_slots
+            decoder.config, config.cache_tokens, decoder.dtype, decoder.devices, max_sequences=config.num_slots
         )
         row_block = min(decoder.row_block, config.prefill_chunk_tokens)
         self._pass_tokens = min(decoder.max_prompt_rows, config.prefill_chunk_tokens) // row_block * row_block

@@ -8,7 +8,7 @@ is read once that work is done. Knows policies and states; knows no sequences.
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Protocol
 
@@ -42,8 +42,9 @@ class Ticket:
 class Lane(Protocol):
     """Evaluates policies, one after another."""
 
-    exposed_ns: int
-    """Time that the decoder has lost to policies so far."""
+    @property
+    def exposed_ns(self) -> int:
+        """Time that the decoder has lost to policies so far."""
 
     def submit(self, policy: Policy, layer: int, state: State) -> Ticket: ...
 
@@ -169,14 +170,43 @@ class CudaStreamLane(_WaitingLane):
         self._stream.synchronize()
 
 
-def make_lane(kind: LaneKind | None, device: Device) -> Lane:
-    """Returns the lane of that kind, or the device's default.
+class LanePerDevice:
+    """Evaluates each policy on the device of the layer that it observes, in that device's own lane.
+
+    Args:
+        lanes: of one kind.
+    """
+
+    def __init__(self, lanes: Mapping[torch.device, Lane]) -> None:
+        self._lanes = lanes
+        self._any = next(iter(lanes.values()))
+
+    @property
+    def exposed_ns(self) -> int:
+        return sum(lane.exposed_ns for lane in self._lanes.values())
+
+    def submit(self, policy: Policy, layer: int, state: State) -> Ticket:
+        return self._lanes[state.hidden.device].submit(policy, layer, state)
+
+    def result(self, ticket: Ticket) -> Decision:
+        return self._any.result(ticket)  # a ticket knows what to wait for, and the lost times are added up
+
+    def close(self) -> None:
+        for lane in self._lanes.values():
+            lane.close()
+
+
+def make_lane(kind: LaneKind | None, *devices: Device) -> Lane:
+    """Returns the lane of that kind, or the devices' default, for layers that lie on these devices.
 
     Inline is a CPU's: handing a policy of ten microseconds to a thread costs as much as it hides.
 
     Raises:
-        ConfigError: the device cannot have such a lane.
+        ConfigError: a device cannot have such a lane.
     """
+    if len(devices) > 1:
+        return LanePerDevice({device.device: make_lane(kind, device) for device in devices})
+    (device,) = devices
     kind = kind or device.default_lane
     if kind not in device.lanes:
         raise ConfigError("lane", f"{kind} needs a CUDA device, and this one is {device.device}")

@@ -27,7 +27,7 @@ class PrefixCache:
         self._max_blocks = max_tokens // block_tokens
         # In the order of last use. A block stands before the one that precedes it in the prompt, so that it is dropped
         # first: without its predecessor it cannot be found.
-        self._blocks: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._blocks: OrderedDict[bytes, Sequence[Tensor]] = OrderedDict()
 
     @property
     def num_tokens(self) -> int:

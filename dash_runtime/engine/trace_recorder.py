@@ -226,6 +226,12 @@ def _decided_scores(passes: list[_Pass]) -> numpy.ndarray:
     if rows:
         return numpy.frombuffer(b"".join(rows), numpy.float32)
     if len({(step.place, len(own[0])) for step, own in zip(passes, parts, strict=True)}) == 1:
-        return torch.cat([part for own in parts for part in own], dim=1)[passes[0].place].cpu().numpy()
+        return _joined([part for own in parts for part in own], passes[0].place).cpu().numpy()
     # The batch changed in between.
-    return torch.cat([torch.cat(own, dim=1)[step.place] for step, own in zip(passes, parts, strict=True)]).cpu().numpy()
+    return torch.cat([_joined(own, step.place) for step, own in zip(passes, parts, strict=True)]).cpu().numpy()
+
+
+def _joined(parts: Sequence[Tensor], place: int) -> Tensor:
+    """Returns a row's scores of several decision blocks, `[rows, layers, actions]` each, on the last one's device."""
+    device = parts[-1].device
+    return torch.cat([part.to(device) for part in parts], dim=1)[place]

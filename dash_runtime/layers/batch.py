@@ -91,7 +91,7 @@ class Batch:
         self._shares_compensation = all(own is self.compensations[0] for own in self.compensations)
         self._tables: dict[RotaryTable, tuple[Tensor, Tensor]] = {}
         self._row_inputs: dict[int, Sequence[Sequence[Tensor]]] = {}
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._masks: dict[tuple[int, int | None, torch.device], Tensor] = {}
         self._seen: dict[int, tuple[Sequence[Tensor], Sequence[Tensor]]] = {}
         self._blocks: dict[tuple[tuple[int, ...], int | None], tuple[Tensor, ...]] = {}
 
@@ -237,11 +237,12 @@ class Batch:
         keys, values = (own[layer][first_key : span.end] for own in (span.cache.keys, span.cache.values))
         mask = None
         if span.num_rows > 1:
-            mask = self._masks.get((span.first_row, window))
+            key = span.first_row, window, queries.device
+            mask = self._masks.get(key)
             if mask is None:
                 positions, seen = range(span.start, span.end), range(first_key, span.end)
                 mask = causal_mask(positions, seen, window, queries.shape[1] // keys.shape[1], queries)
-                self._masks[span.first_row, window] = mask
+                self._masks[key] = mask
         return attention(queries, keys, values, mask, self._attention_scale)
 
 

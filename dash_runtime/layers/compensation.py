@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from functools import lru_cache
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,7 +37,10 @@ class CompensationKind(StrEnum):
 class Compensation:
     """Maps the input of a skipped layer to a replacement of its output. Its fields are tensors."""
 
-    kind: ClassVar[CompensationKind]
+    @property
+    def kind(self) -> CompensationKind:
+        """The rung."""
+        raise NotImplementedError
 
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
         """`[rows, hidden_size] -> [rows, hidden_size]`."""
@@ -193,7 +195,11 @@ class Dense(Compensation):
 
 
 _CLASSES: dict[CompensationKind, Callable[..., Compensation]] = {
-    rung.kind: rung for rung in (Identity, Scale, Affine, LowRank, Dense)
+    CompensationKind.IDENTITY: Identity,
+    CompensationKind.SCALE: Scale,
+    CompensationKind.AFFINE: Affine,
+    CompensationKind.LOW_RANK: LowRank,
+    CompensationKind.DENSE: Dense,
 }
 
 

@@ -1,4 +1,4 @@
-"""Keys and values of all sequences, in one piece of memory for a fixed number of tokens.
+"""Keys and values of all sequences, in one piece of memory on each device, for a fixed number of tokens.
 
 When a sequence gets its slot it reserves the most that it may need (prompt and output limit), so it can never run out
 half-way. Its reservation is contiguous, since gathering pieces for every layer and token costs more than it saves on a
@@ -8,11 +8,12 @@ Knows no attention and no requests.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from dash_runtime.devices import device_of
+from dash_runtime.devices import device_of, stretches_of
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.programs.kv_blocks import BLOCK_TOKENS
 
@@ -32,13 +33,20 @@ class SequenceCache:
     def place_at(self, start: int) -> None:
         """Uses the pool's memory from token `start` on, a multiple of `BLOCK_TOKENS`. Copies nothing."""
         self.start = start
-        self.memory = self.pool.memory[:, :, start : start + self.capacity]
-        """`[num_layers, 2, capacity, num_kv_heads, head_dim]`: keys and values."""
+        self.memories = [memory[:, :, start : start + self.capacity] for memory in self.pool.memories]
+        """One per device, `[its layers, 2, capacity, num_kv_heads, head_dim]`: keys and values."""
         # Views made once: indexing a five-dimensional tensor for every layer and token would cost more
         # than the attention of a short sequence.
-        layers = self.memory.flatten(0, 1).unbind()
+        layers = _unbound(self.memories)
         self.keys: Sequence[Tensor] = layers[::2]
         self.values: Sequence[Tensor] = layers[1::2]
+
+    @property
+    def memory(self) -> Tensor:
+        """The keys and values of all layers, if these lie on one device: `[num_layers, 2, capacity, num_kv_heads,
+        head_dim]`."""
+        (memory,) = self.memories
+        return memory
 
     @property
     def num_written(self) -> int:
@@ -47,19 +55,21 @@ class SequenceCache:
 
     def until(self, end: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Returns keys and values of the positions before `end`, by layer: `[end, num_kv_heads, head_dim]` each."""
-        layers = self.memory[:, :, :end].flatten(0, 1).unbind()
+        layers = _unbound([memory[:, :, :end] for memory in self.memories])
         return layers[::2], layers[1::2]
 
-    def copy_of(self, start: int, end: int) -> Tensor:
-        """Returns a copy of these keys and values, `[num_layers, 2, end - start, num_kv_heads, head_dim]`."""
+    def copy_of(self, start: int, end: int) -> list[Tensor]:
+        """Returns a copy of these keys and values, one tensor per device, `[its layers, 2, end - start, num_kv_heads,
+        head_dim]`."""
         assert 0 <= start <= end <= self.length
-        return self.memory[:, :, start:end].clone(memory_format=torch.contiguous_format)
+        return [memory[:, :, start:end].clone(memory_format=torch.contiguous_format) for memory in self.memories]
 
-    def append(self, stretch: Tensor) -> None:
+    def append(self, copied: Sequence[Tensor]) -> None:
         """Appends keys and values that `copy_of` returned, as the next positions."""
-        end = self.length + stretch.shape[2]
+        end = self.length + copied[0].shape[2]
         self.check_room(end)
-        self.memory[:, :, self.length : end] = stretch
+        for memory, own in zip(self.memories, copied, strict=True):
+            memory[:, :, self.length : end] = own
         self.length = end
 
     def truncate(self, length: int) -> None:
@@ -81,22 +91,28 @@ class CachePool:
     whole: positions that a row does not attend to get weight 0, and 0 times NaN would be NaN.
 
     Args:
+        devices: one per layer.
         max_sequences: the most that may be reserved at a time; each begins with a block of its own.
     """
 
     def __init__(
-        self, config: ModelConfig, total_tokens: int, dtype: torch.dtype, device: torch.device, max_sequences: int = 1
+        self,
+        config: ModelConfig,
+        total_tokens: int,
+        dtype: torch.dtype,
+        devices: Sequence[torch.device],
+        max_sequences: int = 1,
     ) -> None:
         self.total_tokens = total_tokens
         self.reserved_tokens = 0
-        room = _whole_blocks(total_tokens) + max_sequences * BLOCK_TOKENS
-        shape = (config.num_layers, 2, room, config.num_kv_heads, config.head_dim)
-        self.memory = device_of(device).zeros(shape, dtype)
-        """`[num_layers, 2, tokens, num_kv_heads, head_dim]`: keys and values."""
-        blocks = self.memory.view(*shape[:2], -1, BLOCK_TOKENS, *shape[3:])
-        self.key_blocks: Sequence[Tensor] = blocks[:, 0].unbind()
+        self._room = pool_tokens(total_tokens, max_sequences)
+        shape = (2, self._room, config.num_kv_heads, config.head_dim)
+        self.memories = [device_of(own.device).zeros((len(own.layers), *shape), dtype) for own in stretches_of(devices)]
+        """One per device, `[its layers, 2, tokens, num_kv_heads, head_dim]`: keys and values."""
+        blocks = _unbound([memory.unflatten(2, (-1, BLOCK_TOKENS)) for memory in self.memories])
+        self.key_blocks: Sequence[Tensor] = blocks[::2]
         """Per layer, `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]`."""
-        self.value_blocks: Sequence[Tensor] = blocks[:, 1].unbind()
+        self.value_blocks: Sequence[Tensor] = blocks[1::2]
         self._caches: list[SequenceCache] = []  # in ascending order of `start`
 
     def reserve(self, num_tokens: int) -> SequenceCache | None:
@@ -113,7 +129,8 @@ class CachePool:
         """Takes the reservation and its memory back. Does nothing if the cache is not held."""
         if cache in self._caches:
             self._caches.remove(cache)
-            self.memory[:, :, cache.start : cache.start + cache.num_written].zero_()
+            for memory in self.memories:
+                memory[:, :, cache.start : cache.start + cache.num_written].zero_()
             self.reserved_tokens -= cache.reserved_tokens
 
     def _find_gap(self, num_tokens: int) -> tuple[int, int]:
@@ -123,9 +140,9 @@ class CachePool:
             if cache.start - end >= num_tokens:
                 return place, end
             end = cache.start + cache.capacity
-        if end + num_tokens > self.memory.shape[2]:
+        if end + num_tokens > self._room:
             end = self._move_together()
-        assert end + num_tokens <= self.memory.shape[2], "more sequences than the pool was made for"
+        assert end + num_tokens <= self._room, "more sequences than the pool was made for"
         return len(self._caches), end
 
     def _move_together(self) -> int:
@@ -134,11 +151,22 @@ class CachePool:
         for cache in self._caches:
             start, num_written = cache.start, cache.num_written
             if start > end:
-                self.memory[:, :, end : end + num_written] = self.memory[:, :, start : start + num_written].clone()
-                self.memory[:, :, max(start, end + num_written) : start + num_written].zero_()
+                for memory in self.memories:
+                    memory[:, :, end : end + num_written] = memory[:, :, start : start + num_written].clone()
+                    memory[:, :, max(start, end + num_written) : start + num_written].zero_()
                 cache.place_at(end)
             end += cache.capacity
         return end
+
+
+def pool_tokens(total_tokens: int, max_sequences: int) -> int:
+    """Returns the positions that a pool has memory for."""
+    return _whole_blocks(total_tokens) + max_sequences * BLOCK_TOKENS
+
+
+def _unbound(memories: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Returns each layer's keys, then its values, in the order of layers. `memories` is `[layers, 2, …]` by device."""
+    return tuple(chain.from_iterable(memory.flatten(0, 1).unbind() for memory in memories))
 
 
 def _whole_blocks(num_tokens: int) -> int:

@@ -59,11 +59,19 @@ class RotaryTable:
 
 
 def rotary_tables(
-    ropes: Sequence[RopeConfig | None], head_dim: int, context_length: int, dtype: torch.dtype, device: torch.device
+    ropes: Sequence[RopeConfig | None],
+    head_dim: int,
+    context_length: int,
+    dtype: torch.dtype,
+    devices: Sequence[torch.device],
 ) -> list[RotaryTable]:
-    """Returns each layer's table. Layers with equal ropes share one."""
-    tables = {rope: RotaryTable(rope, head_dim, context_length, dtype, device) for rope in dict.fromkeys(ropes)}
-    return [tables[rope] for rope in ropes]
+    """Returns each layer's table, on its device. Layers with equal ropes on one device share one."""
+    places = list(zip(ropes, devices, strict=True))
+    tables = {
+        (rope, device): RotaryTable(rope, head_dim, context_length, dtype, device)
+        for rope, device in dict.fromkeys(places)
+    }
+    return [tables[place] for place in places]
 
 
 def has_other_keys(rope: RopeConfig, num_tokens: int) -> bool:

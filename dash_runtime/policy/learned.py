@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
@@ -131,6 +132,16 @@ class LearnedPolicy:
             made.append(RowEvaluation(self._network_inputs, self.spec, self.layer_programs))
         return made[:num_rows]
 
+    @cached_property
+    def _networks(self) -> dict[torch.device, PolicyNetwork]:
+        return {self.network.hidden_weight.device: self.network}
+
+    def _network_on(self, device: torch.device) -> PolicyNetwork:
+        """Returns the network on the device of an observed layer. Each device gets a copy when it first needs one."""
+        if device not in self._networks:
+            self._networks[device] = self.network.to(device)
+        return self._networks[device]
+
     def start(self, layer: int, state: State) -> Pending:
         block, num_layers = self._blocks[layer]
         if self.program is not None:
@@ -138,7 +149,8 @@ class LearnedPolicy:
         else:
             facts = device_of(state.hidden.device).upload(self._facts.apart(state))
             facts, priced = facts.tensor_split((-len(self.spec.actions),), dim=1)
-            scores = self.network.scores(block, state.hidden, facts, priced.unsqueeze(1))
+            network = self._network_on(state.hidden.device)
+            scores = network.scores(block, state.hidden, facts, priced.unsqueeze(1))
             best = scores.argmax(dim=-1)
         if num_layers < self.spec.block_size:
             best, scores = best[:, :num_layers], scores[:, :num_layers]

@@ -25,7 +25,7 @@ from dash_runtime.decoder.backends.inductor import InductorBackend
 from dash_runtime.decoder.backends.needed_programs import program_specs, why_eager
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
-from dash_runtime.devices import device_of, find_device
+from dash_runtime.devices import describe_devices, device_of, find_devices
 from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.engine.cost_fit import MeasuredCosts
 from dash_runtime.engine.engine import Engine
@@ -33,6 +33,7 @@ from dash_runtime.engine.lanes import make_lane
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.engine.step_times import CostWatch
 from dash_runtime.errors import ConfigError
+from dash_runtime.layers.split_compensation import compensation_over
 from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
@@ -48,6 +49,7 @@ from dash_runtime.progress import Progress
 from dash_runtime.startup.calibration import DeviceCalibration
 from dash_runtime.startup.cost_keeper import CostKeeper
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
+from dash_runtime.startup.memory_plan import free_rooms, model_bytes, place_on
 from dash_runtime.startup.model_facts import model_facts
 from dash_runtime.startup.policy_programs import PolicyPrograms
 from dash_runtime.startup.process_memory import settle_memory
@@ -60,9 +62,10 @@ SHIPPED_POLICIES = Path(__file__).parent.parent / "policies"
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """The options of an engine. `device` is `auto` or torch's name for one."""
+    """The options of an engine."""
 
-    device: str = "auto"
+    devices: Sequence[str] = ("auto",)
+    """`auto`, torch's name for a device, or several names: then each has some of the layers."""
     precision: str = "bfloat16"
     num_threads: int | None = None
     policy_file: Path | None = None
@@ -86,7 +89,8 @@ def build_engine(
     Raises:
         DashRuntimeError: the model, the policy file or an option cannot be used; the message says why.
     """
-    device = find_device(options.device)
+    devices = find_devices(options.devices)
+    device = devices[0]
     if options.precision not in DTYPES:
         raise ConfigError("precision", f"must be one of {', '.join(DTYPES)}, got {options.precision!r}")
     if options.num_threads is not None:
@@ -96,18 +100,23 @@ def build_engine(
     weights = open_weights(folder)
     check_weights(weights, model)
     context_length = min(model.context_length, config.context_length or model.context_length)
-    actions = supported_actions(device, dtype, matrix_shapes(model))
-    progress(f"packing kernels for {', '.join(action.name for action in actions)} on {device_of(device).describe()}")
+    actions = _common_actions(devices, dtype, model)
+    described = describe_devices(devices)
+    rooms = free_rooms(devices)
     fingerprint = model_fingerprint(model, weights)
     shipped = find_policies(SHIPPED_POLICIES, fingerprint)
     learned: list[LearnedPolicy] = []
     for policy_file in shipped if options.policy_file is None else [options.policy_file]:
         policy = load_policy(policy_file, model, fingerprint, dtype=dtype, device=device)
         learned.append(policy.without(set(Action) - set(actions)))
+    needs = model_bytes(model, actions, dtype, context_length, config, learned, device_of(device))
+    layer_devices = place_on(devices, needs, rooms, progress)
+    learned = [replace(own, compensation=compensation_over(own.compensation, layer_devices)) for own in learned]
+    progress(f"packing kernels for {', '.join(action.name for action in actions)} on {described}")
     num_threads = torch.get_num_threads()
     policy_programs = [PolicyPrograms(model, policy, num_threads, config.lane) for policy in learned]
     programs = None
-    if options.compile_layers:
+    if options.compile_layers and len(devices) == 1:
         specs = [spec for own in policy_programs for spec in own.specs]
         programs = _load_programs(
             model, context_length, specs, actions, dtype, device, cache_folder / "programs", progress
@@ -122,10 +131,10 @@ def build_engine(
         weights,
         actions,
         dtype=dtype,
-        device=device,
+        device=layer_devices,
         context_length=context_length,
         inductor=inductor,
-        graphs=Graphs(cuda_capture(device)) if device_of(device).has_graphs else None,
+        graphs={own: Graphs(cuda_capture(own)) for own in devices} if device_of(device).has_graphs else None,
     )
     settle_memory()  # before anything is measured
     if inductor is not None:
@@ -134,10 +143,10 @@ def build_engine(
     calibration = DeviceCalibration(
         cache_folder / "calibration",
         (fingerprint, options.precision),
-        (device_of(device).describe(), kind),
+        (described, kind),
         checks_kept=options.checks_kept_costs,
     )
-    compensation = calibration.compensation(decoder, tokenizer_file(folder), progress)
+    compensation = compensation_over(calibration.compensation(decoder, tokenizer_file(folder), progress), layer_devices)
     measurement = StepMeasurement(decoder, compensation, learned)
     costs = calibration.costs(
         decoder.actions,
@@ -153,7 +162,9 @@ def build_engine(
         def eager_decoder() -> Decoder:
             if inductor is None:
                 return decoder
-            return make_decoder(model, weights, actions, dtype=dtype, device=device, context_length=context_length)
+            return make_decoder(
+                model, weights, actions, dtype=dtype, device=layer_devices, context_length=context_length
+            )
 
         plans = calibration.plans(actions, eager_decoder, tokenizer_file(folder), costs.table, compensation, progress)
     verification_costs = calibration.verification_costs(decoder, progress)
@@ -200,8 +211,14 @@ def assemble_engine(
     Sequences end at `eos_token_ids`; None means the model's own.
     """
     facts = model_facts(decoder, config, catalog.facts(), context_length, eos_token_ids)
-    lane = make_lane(config.lane, device_of(decoder.device))
+    lane = make_lane(config.lane, *decoder.placed_on)
     return Engine(decoder, catalog, lane, facts, config, planner, cost_watch, constraints)
+
+
+def _common_actions(devices: Sequence[torch.device], dtype: torch.dtype, model: ModelConfig) -> tuple[Action, ...]:
+    """Returns the actions that all devices have kernels for."""
+    supported = [supported_actions(device, dtype, matrix_shapes(model)) for device in devices]
+    return tuple(action for action in supported[0] if all(action in own for own in supported))
 
 
 def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:

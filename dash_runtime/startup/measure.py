@@ -12,7 +12,6 @@ import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.devices import device_of
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.layers.kv_cache import SequenceCache
@@ -45,7 +44,7 @@ def measure_verification(
 
     for round_number in rounds_within(SECONDS, rounds, now):
         for length, own in seconds.items():
-            elapsed = timed(decoder.device, partial(run_pass, length))
+            elapsed = timed(decoder, partial(run_pass, length))
             if round_number > 0:  # the first round warms up
                 own.append(elapsed)
     return {length: min(seconds[length]) / min(seconds[0]) for length in fitting}
@@ -67,7 +66,9 @@ def filled_caches(
     context = min(num_tokens, decoder.context_length - num_more)
     caches = decoder.caches([context + num_more] * count)
     for cache in caches:
-        cache.append(torch.zeros_like(cache.pool.memory[:, :, :context]))  # written, so that it is in memory
+        cache.append(
+            [torch.zeros_like(own[:, :, :context]) for own in cache.memories]
+        )  # written, so that it is in memory
     return caches
 
 
@@ -78,9 +79,9 @@ def different_tokens(decoder: Decoder, count: int) -> list[int]:
     return [place * vocab_size // count for place in range(count)]
 
 
-def timed(device: torch.device, work: Callable[[], object]) -> float:
-    """Returns the seconds until the device has done the work."""
+def timed(decoder: Decoder, work: Callable[[], object]) -> float:
+    """Returns the seconds until the decoder's devices have done the work."""
     started = time.perf_counter()
     work()
-    device_of(device).synchronise()
+    decoder.synchronise()
     return time.perf_counter() - started

@@ -17,7 +17,6 @@ import torch
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.config import EngineConfig, GenerationRequest, SkipOptions, StoppingParameters
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.devices import device_of
 from dash_runtime.engine.cost_fit import GROUP, STANDARD_POSITIONS, MeasuredCosts, fit_costs
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
@@ -166,7 +165,7 @@ class StepMeasurement:
             num_slots=1, cache_tokens=num_prompt + num_new, prefix_cache_tokens=num_prompt, group_planner=False
         )
         facts = model_facts(decoder, config, (), decoder.context_length, frozenset())
-        lane = make_lane(None, device_of(decoder.device))
+        lane = make_lane(None, *decoder.placed_on)
         return Engine(decoder, self._catalog, lane, facts, config, cost_watch=self._steps)
 
 
@@ -194,14 +193,15 @@ def _guess(decoder: Decoder, compensation: Compensation, has_policy: bool) -> Co
     kernels = [cheapest_kernel(decoder.actions)]
     batch = decoder.batch(PassKind.DECODE, filled_caches(decoder), [1], [compensation], kernels)
     hidden = decoder.embed([0])
-    logits = decoder.logits(hidden, (Action.FULL,))
+    output = hidden.to(decoder.devices[-1])
+    logits = decoder.logits(output, (Action.FULL,))
 
     works: dict[object, Callable[[], object]] = {
         **{("layers", action): partial(decoder.run_layers, action, hidden, batch) for action in decoder.actions},
-        **{("head", precision): partial(decoder.logits, hidden, (precision,)) for precision in decoder.heads},
+        **{("head", precision): partial(decoder.logits, output, (precision,)) for precision in decoder.heads},
         "fixed": lambda: (decoder.embed([0]), logits.argmax(-1).tolist()),
     }
-    rounds = [{name: timed(decoder.device, work) for name, work in works.items()} for _ in range(_GUESS_ROUNDS)]
+    rounds = [{name: timed(decoder, work) for name, work in works.items()} for _ in range(_GUESS_ROUNDS)]
     seconds = {name: min(own[name] for own in rounds) for name in works}
     return CostTable.from_seconds(
         decoder.num_layers,

@@ -40,22 +40,23 @@ def measure_latencies(
         decoder.batch(PassKind.DECODE, caches[:count], [1] * count, [compensation] * count, [kv_action] * count)
         for count in rows
     ]
-    inputs = [decoder.embed(different_tokens(decoder, count)) for count in rows]
+    embedded = [decoder.embed(different_tokens(decoder, count)) for count in rows]
+    inputs = [[hidden.to(device) for device in decoder.devices] for hidden in embedded]
 
     def run_layers(place: int, *actions: Action) -> None:
         taken = [actions[row % len(actions)] for row in range(rows[place])]
         for layer in layers:
-            decoder.run_layer(layer, taken, inputs[place], batches[place])
+            decoder.run_layer(layer, taken, inputs[place][layer], batches[place])
 
     split: list[float] = []  # passes over the most rows, half of them in FULL and half in the cheapest action
     seconds: dict[Action, list[list[float]]] = {action: [[] for _ in rows] for action in decoder.actions}
     for round_number in rounds_within(SECONDS, rounds):
         for place in range(len(rows)):
             for action, own in seconds.items():
-                elapsed = timed(decoder.device, partial(run_layers, place, action))
+                elapsed = timed(decoder, partial(run_layers, place, action))
                 if round_number > 0:  # the first round warms up
                     own[place].append(elapsed / len(layers))
-        elapsed = timed(decoder.device, partial(run_layers, -1, Action.FULL, min(decoder.actions)))
+        elapsed = timed(decoder, partial(run_layers, -1, Action.FULL, min(decoder.actions)))
         if round_number > 0:
             split.append(elapsed / len(layers))
     table = LatencyTable(rows, {action: tuple(map(min, by_rows)) for action, by_rows in seconds.items()})

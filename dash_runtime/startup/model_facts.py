@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from dash_runtime.config import EngineConfig, ModelFacts, PolicyFacts
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.devices import device_of
+from dash_runtime.devices import describe_devices
 
 
 def model_facts(
@@ -27,5 +27,5 @@ def model_facts(
         eos_token_ids=model.eos_token_ids if eos_token_ids is None else eos_token_ids,
         actions=decoder.actions,
         policies=tuple(policies),
-        device=device_of(decoder.device).describe(),
+        device=describe_devices(own.device for own in decoder.placed_on),
     )

@@ -65,7 +65,8 @@ class DenseDecoder:
         self._rotary = self._tables(0)
 
     def _tables(self, length: int) -> list[RotaryTable]:
-        return rotary_tables(self.config.ropes, self.config.head_dim, length, self.dtype, self.device)
+        devices = [self.device] * self.config.num_layers
+        return rotary_tables(self.config.ropes, self.config.head_dim, length, self.dtype, devices)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Returns `[..., hidden_size]`, the first layer's input."""

@@ -91,7 +91,7 @@ def _starter(settings: Settings, worker_command: Sequence[str]) -> WorkerStarter
     places = RayPlaces(
         address=settings.ray_address,
         num_cpus=settings.num_threads,
-        num_gpus=int(settings.device.startswith("cuda")),
+        num_gpus=sum(name.startswith("cuda") for name in settings.device_names),
         host=settings.worker_host,
         port=settings.worker_port,
         certificate=None if chain is None or key is None else (chain, key),

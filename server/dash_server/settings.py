@@ -5,18 +5,18 @@ Knows no gRPC and starts nothing.
 
 import difflib
 import os
-import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, Field, FilePath, PlainSerializer, ValidationError, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import Field, FilePath, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dash_runtime.checkpoints import default_cache_folder
 from dash_runtime.config import EngineConfig, LaneKind
 from dash_server.scaling import WorkerRange
+from dash_server.setting_types import LogFormat, LogLevel, Names, RayAddress, Workers
 from dash_server.worker.messages import WorkerConfig
 
 ENV_PREFIX = "DASH_"
@@ -47,6 +47,11 @@ class Settings(BaseSettings):
     model: str = Field(default="embedded", description="`embedded`, a folder, a GGUF file or a hub id")
     model_revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model")
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`")
+    devices: Names | None = Field(
+        default=None,
+        description="Devices that share the layers of a model that is larger than one, such as `cuda:0,cuda:1`; "
+        "unset: `DASH_DEVICE`",
+    )
     precision: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Weights of the FULL action")
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads of the worker; unset: torch's choice")
     policy_file: FilePath | None = Field(default=None, description="A learned policy for this model")
@@ -87,12 +92,7 @@ class Settings(BaseSettings):
         description="Let rows of a batch agree on an action and share products if that is faster; off: a request's "
         "tokens never depend on its neighbours",
     )
-    workers: Annotated[
-        WorkerRange,
-        NoDecode,  # it is no JSON
-        BeforeValidator(lambda given: given if isinstance(given, WorkerRange) else WorkerRange.parse(str(given))),
-        PlainSerializer(str),
-    ] = Field(
+    workers: Workers = Field(
         default=WorkerRange(1, 1),
         description="Worker processes, one for each device; a range such as `2-8` follows the load",
     )
@@ -103,7 +103,7 @@ class Settings(BaseSettings):
         ge=0,
         description="Prompt tokens that a worker keeps for later prompts with the same beginning; 0: none",
     )
-    ray_address: str | None = Field(
+    ray_address: RayAddress | None = Field(
         default=None,
         description="Run the workers on this Ray cluster: `auto`, `host:port` or `ray://host:port`; needs the extra "
         "`ray` and `DASH_NUM_THREADS`. Unset: on this machine",
@@ -213,12 +213,8 @@ class Settings(BaseSettings):
         default=10, gt=0, description="Silence of a worker after which it is replaced"
     )
     shutdown_grace_seconds: float = Field(default=30, ge=0, description="Time for requests to finish after SIGTERM")
-    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)] = Field(
-        default="INFO", description="Least severe log level"
-    )
-    log_format: Annotated[Literal["console", "json"], BeforeValidator(str.lower)] = Field(
-        default="console", description="Log lines for people, or one JSON object a line"
-    )
+    log_level: LogLevel = Field(default="INFO", description="Least severe log level")
+    log_format: LogFormat = Field(default="console", description="Log lines for people, or one JSON object a line")
 
     @model_validator(mode="after")
     def _tls_files_go_together(self) -> "Settings":
@@ -232,6 +228,19 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _devices_are_said_once(self) -> "Settings":
+        if self.devices is not None and self.device != "auto":
+            raise ValueError(f"{_variable('devices')}: cannot be set with {_variable('device')}; set one of them")
+        if len(self.device_names) > 1 and self.workers.most > 1 and self.ray_address is None:
+            raise ValueError(f"{_variable('workers')}: must be 1 with several {_variable('devices')}")
+        return self
+
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        """A worker's devices."""
+        return self.devices or (self.device,)
+
+    @model_validator(mode="after")
     def _extras_are_installed(self) -> "Settings":
         if self.vllm_engine and find_spec("smg_grpc_proto") is None:
             raise ValueError(f"{_variable('vllm_engine')}: needs `pip install 'dash-llm[smg]'`")
@@ -242,8 +251,6 @@ class Settings(BaseSettings):
         if self.ray_address is None:
             return self
         name = _variable("ray_address")
-        if re.fullmatch(r"auto|(ray://)?[^/\s]+:\d+", self.ray_address) is None:
-            raise ValueError(f"{name}: must be auto, host:port or ray://host:port, got {self.ray_address[:100]!r}")
         if find_spec("ray") is None:
             raise ValueError(f"{name}: needs `pip install 'dash-llm[ray]'`")
         if self.num_threads is None:
@@ -259,7 +266,7 @@ class Settings(BaseSettings):
         return WorkerConfig(
             model=self.model,
             revision=self.model_revision,
-            device=self.device,
+            devices=self.device_names,
             precision=self.precision,
             num_threads=self.num_threads,
             compile_layers=self.compile,

@@ -81,8 +81,8 @@ def test_a_model_without_programs_says_so_in_a_line_and_runs_every_action_eagerl
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"device": "warp"}, ConfigError, "device"),
-        ({"device": "cuda:99"}, ConfigError, "device"),
+        ({"devices": ["warp"]}, ConfigError, "device"),
+        ({"devices": ["cuda:99"]}, ConfigError, "device"),
         ({"precision": "float8"}, ConfigError, "precision"),
         ({"policy_file": Path("/nowhere/p.safetensors")}, PolicyFileError, "/nowhere/p.safetensors"),
     ],

@@ -28,7 +28,7 @@ MODES = {
 
 def engine_of(model: CompiledModel, group_planner: bool) -> Engine:
     options = BuildOptions(
-        device="cpu",
+        devices=["cpu"],
         num_threads=NUM_THREADS,
         policy_file=model.policy_file,
         checks_kept_costs=False,  # a table that is replaced between two requests is another price for the second

@@ -46,7 +46,7 @@ class ImitatedGraphs:
 def decoder_with(graphs: Graphs, folder: Path, device: torch.device = CPU) -> Decoder:
     config = load_model_config(folder)
     options = {"dtype": torch.float32, "device": device, "context_length": config.context_length}
-    return make_decoder(config, open_weights(folder), ALL_ACTIONS, graphs=graphs, **options)  # type: ignore[arg-type]
+    return make_decoder(config, open_weights(folder), ALL_ACTIONS, graphs={device: graphs}, **options)  # type: ignore[arg-type]
 
 
 def plans_of(num_layers: int, num_rows: int, step: int) -> list[Plan]:

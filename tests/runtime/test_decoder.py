@@ -173,7 +173,7 @@ def test_a_pass_is_run_by_the_first_backend_of_its_kind_that_takes_it(decoder: D
     backends = {PassKind.PREFILL: [other], PassKind.DECODE: [single, every], PassKind.VERIFY: [single, every]}
     named = Decoder(
         decoder.config, ALL_ACTIONS, backends, decoder.embed, decoder.heads,
-        dtype=decoder.dtype, device=decoder.device, context_length=64, max_prompt_rows=64,
+        dtype=decoder.dtype, devices=decoder.devices, context_length=64, max_prompt_rows=64,
     )  # fmt: skip
     caches = named.caches([8, 8])
     for cache in caches:

@@ -136,3 +136,24 @@ def test_a_stream_lane_works_on_the_decoders_device(kind: LaneKind | None) -> No
         "host waits",
         "read",
     ]
+
+
+def test_with_several_devices_a_policy_runs_on_that_of_the_layer_that_it_observes() -> None:
+    cuda = FakeCuda()
+    others = [torch.device("cuda", number) for number in range(2)]
+    lane = make_lane(LaneKind.INLINE, *(CudaDevice(device, cuda) for device in others))
+    for device in reversed(others):
+        decide(lane, JournalPolicy(cuda.journal), device)
+    waits = [entry for entry in cuda.journal if entry.startswith("record")]
+    assert waits == ["record on the current stream of cuda:1", "record on the current stream of cuda:0"]
+
+
+def test_with_several_devices_each_has_a_stream_of_its_own() -> None:
+    cuda = FakeCuda()
+    others = [torch.device("cuda", number) for number in range(2)]
+    lane = make_lane(None, *(CudaDevice(device, cuda) for device in others))
+    for device in others:
+        state = State([], FakeHidden(device), 0, (), [])  # type: ignore[arg-type]
+        lane.result(lane.submit(JournalPolicy(cuda.journal), 1, state))
+        assert f"record on the lane's stream of {device}" in cuda.journal
+    assert lane.exposed_ns > 0

@@ -217,9 +217,9 @@ def test_without_room_for_a_block_nothing_is_kept(decoder: Decoder, max_tokens: 
 def test_what_is_kept_is_no_part_of_a_sequences_memory(decoder: Decoder) -> None:
     cache = PrefixCache(100, BLOCK)
     sequence = filled(decoder, 11)
-    block_bytes = sequence.copy_of(0, BLOCK).nbytes
+    block_bytes = sequence.copy_of(0, BLOCK)[0].nbytes
     cache.store("", list(range(11)), sequence)
-    assert [block.untyped_storage().nbytes() for block in cache._blocks.values()] == [block_bytes] * 2
+    assert [memory.untyped_storage().nbytes() for (memory,) in cache._blocks.values()] == [block_bytes] * 2
 
 
 @pytest.mark.parametrize("mode", MODES)

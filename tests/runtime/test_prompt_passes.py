@@ -56,7 +56,7 @@ def prefilled(decoder: Decoder, prompt: Sequence[int], passes: Sequence[int]) ->
         batch.commit()
         start += length
     assert start == cache.length == len(prompt)
-    return [cache.copy_of(0, start), decoder.logits(hidden[-1:], (Action.FULL,))]
+    return [*cache.copy_of(0, start), decoder.logits(hidden[-1:], (Action.FULL,))]
 
 
 def passes_from(decoder: Decoder, num_tokens: int, starts: Sequence[int]) -> list[int]:

@@ -123,6 +123,41 @@ def test_a_ray_address_needs_ray_and_the_number_of_threads(monkeypatch: pytest.M
     assert (config.num_threads, config.worker_number, config.num_workers) == (4, 0, 1)
 
 
+def test_devices_are_a_list_or_else_the_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DASH_DEVICE", "cuda:1")
+    assert load_settings().worker_config().devices == ("cuda:1",)
+    monkeypatch.setenv("DASH_DEVICE", "")
+    monkeypatch.setenv("DASH_DEVICES", "cuda:0, cuda:1")
+    settings = load_settings()
+    assert settings.worker_config().devices == ("cuda:0", "cuda:1")
+    assert " devices=cuda:0,cuda:1 " in settings.loggable()
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"DASH_DEVICE": "cuda"}, "DASH_DEVICES: cannot be set with DASH_DEVICE; set one of them"),
+        ({"DASH_WORKERS": "1-2"}, "DASH_WORKERS: must be 1 with several DASH_DEVICES"),
+        (
+            {"DASH_DEVICES": "cuda:0,,cuda:1"},
+            "DASH_DEVICES: must be different names with commas between them, got 'cuda:0,,cuda:1'",
+        ),
+        (
+            {"DASH_DEVICES": "cuda:0,cuda:0"},
+            "DASH_DEVICES: must be different names with commas between them, got 'cuda:0,cuda:0'",
+        ),
+    ],
+)
+def test_devices_that_cannot_be_are_refused_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], line: str
+) -> None:
+    for name, text in {"DASH_DEVICES": "cuda:0,cuda:1", **variables}.items():
+        monkeypatch.setenv(name, text)
+    with pytest.raises(SettingsError) as refusal:
+        load_settings()
+    assert refusal.value.lines == [line]
+
+
 def test_every_setting_has_a_description_and_a_default() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description, name

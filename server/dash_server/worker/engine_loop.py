@@ -8,6 +8,7 @@ import logging
 import math
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -69,7 +70,7 @@ class EngineLoop:
             folder = resolve_checkpoint(config.model, config.revision, cache_folder, self._tell)
             policy_file = None if config.policy_file is None else Path(config.policy_file)
             options = BuildOptions(
-                device_of_worker(config.device, config.worker_number),
+                devices_of_worker(config.devices, config.worker_number),
                 config.precision,
                 threads_of_worker(config.num_threads, config.num_workers),
                 policy_file,
@@ -149,10 +150,10 @@ class EngineLoop:
             self._send(messages.Pong())
 
 
-def device_of_worker(device: str, number: int) -> str:
-    """Returns the device of worker `number`, from 0. Unless one CUDA device is named, they take turns."""
-    count = num_devices(device)
-    return f"cuda:{number % count}" if count else device
+def devices_of_worker(devices: Sequence[str], number: int) -> Sequence[str]:
+    """Returns the devices of worker `number`, from 0. Unless CUDA devices are named, workers take turns."""
+    count = num_devices(devices[0]) if len(devices) == 1 else 0
+    return [f"cuda:{number % count}"] if count else devices
 
 
 def threads_of_worker(num_threads: int | None, num_workers: int) -> int | None:

@@ -22,8 +22,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, tag=True):
     model: str
     """`embedded`, a folder, a GGUF file or a hub id."""
     revision: str | None
-    device: str
-    """`auto`, `cpu`, `cuda`, `cuda:1`, …"""
+    devices: tuple[str, ...]
+    """One of `auto`, `cpu`, `cuda`, `cuda:1`, …; or several that share the layers."""
     precision: str
     """The FULL action's weights: `bfloat16` or `float32`."""
     num_threads: int | None

@@ -1,0 +1,58 @@
+"""Layers that lie on several devices: each device's own backend runs its stretch, and the hidden state moves between.
+
+Knows backends and devices; knows no weights.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.decoder.backends.backend import Backend
+from dash_runtime.layers.batch import Batch
+from dash_runtime.layers.evaluation import Evaluation
+from dash_runtime.layers.pass_plan import PassPlan, PassRun
+
+
+class SplitBackend:
+    """Runs each layer with the backend of its device.
+
+    A layer's output is returned on the next layer's device, so that a policy sees that layer's input there. The last
+    layer's stays where it is: its device has the heads.
+    """
+
+    def __init__(self, backends: Mapping[torch.device, Backend], devices: Sequence[torch.device]) -> None:
+        self._backends = [backends[device] for device in devices]
+        after = [*devices[1:], devices[-1]]
+        self._moves_to = [None if next_one == own else next_one for own, next_one in zip(devices, after, strict=True)]
+        self.logits = self._backends[-1].logits
+
+    def takes(self, batch: Batch) -> bool:
+        return all(backend.takes(batch) for backend in self._backends)
+
+    def takes_evaluations(self, num_rows: int) -> bool:
+        return False
+
+    def rows_to_verify(self, num_rows: int) -> int:
+        return num_rows
+
+    def run_layer(
+        self,
+        layer: int,
+        actions: Sequence[Action],
+        hidden: Tensor,
+        batch: Batch,
+        evaluations: Sequence[Evaluation | None] = (),
+    ) -> Tensor:
+        output = self._backends[layer].run_layer(layer, actions, hidden, batch, evaluations)
+        device = self._moves_to[layer]
+        return output if device is None else output.to(device)
+
+    def run_pass(self, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
+        return None
+
+
+def backend_over(backends: Mapping[torch.device, Backend], devices: Sequence[torch.device]) -> Backend:
+    """Returns the backend of layers on these devices, one per layer. A single device's own needs nothing around it."""
+    return SplitBackend(backends, devices) if len(backends) > 1 else backends[devices[0]]

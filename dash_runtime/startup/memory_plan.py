@@ -1,0 +1,107 @@
+"""Says what memory a model will need, part by part, before any of it is loaded.
+
+Knows configurations and shapes; reads no weights.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from dash_runtime.actions import Action
+from dash_runtime.config import EngineConfig
+from dash_runtime.devices import Device, device_of
+from dash_runtime.errors import ConfigError
+from dash_runtime.layers.kv_cache import pool_tokens
+from dash_runtime.linears.quantization import INT4_GROUP_SIZE
+from dash_runtime.model_config import ModelConfig
+from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.policy.network import PolicyNetwork
+from dash_runtime.programs.traced_layer import ModelShape
+from dash_runtime.progress import Progress
+from dash_runtime.startup.placement import CACHE, COMPENSATION, WORK, Bytes, ModelBytes, Room, place_layers
+
+_WORK_BYTES = 512 * 1024 * 1024
+"""Results between a pass's operations, CUDA graphs and the libraries' own memory, roughly. Not measured on a GPU."""
+_QUANTISING_BYTES = 8
+"""Per weight of a matrix: it is there twice in 32 bits."""
+
+
+def model_bytes(
+    model: ModelConfig,
+    actions: Sequence[Action],
+    dtype: torch.dtype,
+    context_length: int,
+    config: EngineConfig,
+    learned: Sequence[LearnedPolicy],
+    device: Device,
+) -> ModelBytes:
+    """Returns the memory that the model's parts need on devices like `device`.
+
+    Vectors, such as norms and biases, are left out. On a CPU it is the least that layers need: eager ones keep some
+    matrices in a second form.
+    """
+    per_weight = {action: _bytes_per_weight(action, dtype) for action in actions if action is not Action.SKIP}
+    quantised = [action for action in per_weight if action is not Action.FULL]
+    key_value_weights = 2 * model.num_kv_heads * model.head_dim * model.hidden_size
+    positions = pool_tokens(config.cache_tokens, config.num_slots) + config.prefix_cache_tokens
+    fitted = 2 * model.hidden_size * dtype.itemsize  # the one for plans without a file is affine
+    own_tensors = [tensor for policy in learned for tensor in policy.compensation.tensors().values()]
+
+    def layer_bytes(layer: int) -> Bytes:
+        needs = Bytes()
+        for action, size in per_weight.items():
+            # Skipped rows have keys and values by a matrix of their own, except as programs and where it is a view.
+            has_copy = action in quantised and not device.compiles_layers
+            needs[action.name] = round(size * (model.num_weights(layer) + has_copy * key_value_weights))
+        needs[CACHE] = positions * 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
+        needs[COMPENSATION] = fitted + sum(tensor[0].nbytes for tensor in own_tensors)
+        return needs
+
+    head_weights = model.vocab_size * model.hidden_size
+    heads = [action for action in (Action.INT8, Action.FULL) if action in per_weight]
+    networks = sum(getattr(policy.network, name).nbytes for policy in learned for name in PolicyNetwork.__slots__)
+    rotary = 2 * len(set(model.ropes)) * context_length * model.head_dim * dtype.itemsize
+    largest = max(outputs * inputs for outputs, inputs in ModelShape.of(model).matrices())
+    return ModelBytes(
+        layers=[layer_bytes(layer) for layer in range(model.num_layers)],
+        embedding=Bytes({Action.FULL.name: head_weights * dtype.itemsize}),
+        head=Bytes({action.name: round(per_weight[action] * head_weights) for action in heads}),
+        is_tied=model.has_tied_head,
+        each_device=Bytes({COMPENSATION: networks, WORK: _WORK_BYTES + rotary}),
+        layer_loading=_QUANTISING_BYTES * largest if quantised else 0,
+        head_loading=_QUANTISING_BYTES * head_weights if Action.INT8 in quantised else 0,
+    )
+
+
+def free_rooms(devices: Sequence[torch.device]) -> list[Room]:
+    """Returns the memory that is free on each device now."""
+    owns = [device_of(device) for device in devices]
+    return [Room(str(own.device), own.free_bytes(), own.fills_lazily) for own in owns]
+
+
+def place_on(
+    devices: Sequence[torch.device], needs: ModelBytes, rooms: Sequence[Room], progress: Progress
+) -> list[torch.device]:
+    """Returns the device of each layer; tells what each device is to hold.
+
+    Raises:
+        ConfigError: there are more devices than layers.
+        NotEnoughMemory: the model does not fit.
+    """
+    if len(devices) > len(needs.layers):
+        raise ConfigError("devices", f"names {len(devices)}, but the model has {len(needs.layers)} layers")
+    places = place_layers(needs, rooms)
+    for place in places:
+        progress(str(place))
+    return [device for device, place in zip(devices, places, strict=True) for _ in place.layers]
+
+
+def _bytes_per_weight(action: Action, dtype: torch.dtype) -> float:
+    """Returns the memory of a matrix's weight with its share of what is kept for each group."""
+    match action:
+        case Action.INT4:
+            return 0.5 + 2 * dtype.itemsize / INT4_GROUP_SIZE
+        case Action.INT8:
+            return 1.0
+        case _:
+            return float(dtype.itemsize)
