@@ -5,7 +5,7 @@ All run in one process behind one call, so that they can take turns. Knows model
 
 import multiprocessing
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -125,20 +125,25 @@ class LlamaCpp:
 
     def run(self, prompts: Sequence[list[int]], num_tokens: int) -> Run:
         arrivals: list[list[tuple[float, int]]] = [[] for _ in prompts]
+        started = time.perf_counter()
+        for _ in self.steps(prompts, num_tokens):
+            now = time.perf_counter()
+            for own in arrivals:
+                own.append((now, 1))
+        return run_from_arrivals(started, arrivals)
+
+    def steps(self, prompts: Sequence[list[int]], num_tokens: int) -> Iterator[list[int]]:
+        """Yields the next token of each prompt, `num_tokens` times."""
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
         rows = list(prompts)
         length = 0
-        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
-        started = time.perf_counter()
         for _ in range(num_tokens):
             # Prompts come one by one: together they may be longer than a batch.
             groups = [range(len(rows))] if length else [[number] for number in range(len(rows))]
             chosen = [token for group in groups for token in self._decode(rows, group, length)]
             length += len(rows[0])
             rows = [[token] for token in chosen]
-            now = time.perf_counter()
-            for own in arrivals:
-                own.append((now, 1))
-        return run_from_arrivals(started, arrivals)
+            yield chosen
 
     def _decode(self, rows: Sequence[list[int]], group: Sequence[int], length: int) -> list[int]:
         """Feeds the tokens of some sequences, all behind `length` others, and returns the likeliest next of each."""
