@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dash_runtime.checkpoints.parameters import parameters, unused_parameter
+from dash_runtime.checkpoints.parameters import parameter_shapes, unused_parameter
 from dash_runtime.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.files.atomic_file import require_regular_file
 from dash_runtime.files.json_file import read_json_object
@@ -132,9 +132,8 @@ def check_weights(weights: Weights, config: ModelConfig) -> None:
         CorruptCheckpoint: naming the file and the tensor.
         UnsupportedArchitecture: a parameter is stored in a dtype that is not supported.
     """
-    for parameter in parameters(config):
-        for name in parameter.names:
-            weights.check(name, parameter.shape)
+    for name, shape in parameter_shapes(config).items():
+        weights.check(name, shape)
     unused = unused_parameter(weights, config)
     if unused is not None:
         raise CorruptCheckpoint(f"{weights.file(unused)}: config.json asks for no tensor {quoted(unused)}.")

@@ -46,15 +46,15 @@ def model_bytes(
     positions = pool_tokens(config.cache_tokens, config.num_slots) + config.prefix_cache_tokens
     fitted = 2 * model.hidden_size * dtype.itemsize  # the one for plans without a file is affine
     own_tensors = [tensor for policy in learned for tensor in policy.compensation.tensors().values()]
+    cache = positions * 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
+    compensation = fitted + sum(tensor[0].nbytes for tensor in own_tensors)
 
     def layer_bytes(layer: int) -> Bytes:
-        needs = Bytes()
+        needs = Bytes({CACHE: cache, COMPENSATION: compensation})
         for action, size in per_weight.items():
             # Skipped rows have keys and values by a matrix of their own, except as programs and where it is a view.
             has_copy = action in quantised and not device.compiles_layers
             needs[action.name] = round(size * (model.num_weights(layer) + has_copy * key_value_weights))
-        needs[CACHE] = positions * 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
-        needs[COMPENSATION] = fitted + sum(tensor[0].nbytes for tensor in own_tensors)
         return needs
 
     head_weights = model.vocab_size * model.hidden_size

@@ -34,7 +34,7 @@ class ModelBytes:
     each_device: Bytes
     """On every device, whatever lies there."""
     layer_loading: int = 0
-    """What quantising a layer's largest matrix takes while it loads. It may use the cache's memory, which is not
+    """The memory that quantising a layer's largest matrix takes while it loads. It may use the cache's, which is not
     allocated before."""
     head_loading: int = 0
     """The same for the head."""

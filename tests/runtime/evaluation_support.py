@@ -8,13 +8,13 @@ import torch
 import transformers
 
 from dash_runtime.actions import Action
-from dash_runtime.config import EngineConfig, ModelFacts
+from dash_runtime.config import EngineConfig
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.evaluation.likelihood import Run, full_depth_runner, rollout_runner
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.plan_spec import PlanSpec
+from dash_runtime.startup.build import assemble_engine
 from tests.runtime.support import ALL_ACTIONS, some_affine, some_costs, some_plans
 from tests.tiny_models import NUM_LAYERS
 
@@ -68,8 +68,4 @@ def runner_of(decoder: Decoder, action: Action, head: Action = Action.FULL, **op
 def make_engine(decoder: Decoder, eos: frozenset[int] = frozenset()) -> Engine:
     config = EngineConfig(num_slots=2)
     catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, some_affine(decoder), (), 0.8, plans=some_plans())
-    facts = ModelFacts(
-        "tiny", "LlamaForCausalLM", NUM_LAYERS, 260, CONTEXT, config.cache_tokens, config.num_slots, eos, ALL_ACTIONS,
-        catalog.facts(), "CPU",
-    )  # fmt: skip
-    return Engine(decoder, catalog, InlineLane(), facts, config)
+    return assemble_engine(decoder, catalog, config, CONTEXT, eos)

@@ -3,16 +3,15 @@
 from collections.abc import Mapping
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.config import EngineConfig, ModelFacts
+from dash_runtime.config import EngineConfig
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.draft_length import LEAST_GAIN
 from dash_runtime.policy.fixed_plans import MeasuredPlan, named
+from dash_runtime.startup.build import assemble_engine
 from tests.runtime.support import some_affine
-from tests.tiny_models import VOCAB_SIZE
 
 ACTIONS = (Action.SKIP, Action.FULL)
 COSTS = CostTable.from_seconds(6, {Action.SKIP: 0.1, Action.FULL: 1.0}, {Action.FULL: 2.0}, 0.2)
@@ -37,8 +36,4 @@ def make_engine(
 ) -> Engine:
     config = EngineConfig(**options)  # type: ignore[arg-type]
     catalog = PolicyCatalog(COSTS, ACTIONS, some_affine(decoder), (), 0.8, verification_costs, least_gain, plans=PLANS)
-    facts = ModelFacts(
-        "tiny", "LlamaForCausalLM", 6, VOCAB_SIZE, 512, config.cache_tokens, config.num_slots, eos, ACTIONS,
-        catalog.facts(), "CPU",
-    )  # fmt: skip
-    return Engine(decoder, catalog, InlineLane(), facts, config, constraints=constraints)
+    return assemble_engine(decoder, catalog, config, 512, eos, constraints=constraints)

@@ -24,14 +24,19 @@ CPU = torch.device("cpu")
 ALL_ACTIONS = tuple(Action)
 
 
-def load_decoder(folder: Path, dtype: torch.dtype = torch.float32, actions: Sequence[Action] = ALL_ACTIONS) -> Decoder:
+def load_decoder(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    actions: Sequence[Action] = ALL_ACTIONS,
+    device: torch.device | Sequence[torch.device] = CPU,
+) -> Decoder:
     config = load_model_config(folder)
     return make_decoder(
         config,
         open_weights(folder),
         tuple(actions),
         dtype=dtype,
-        device=CPU,
+        device=device,
         context_length=config.context_length,
     )
 

@@ -11,17 +11,16 @@ from dash_runtime.config import (
     EngineConfig,
     GenerationRequest,
     Mode,
-    ModelFacts,
     SamplingParameters,
     SkipOptions,
     StoppingParameters,
 )
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import EngineEvent, SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.startup.build import assemble_engine
 from tests.runtime.support import (
     ALL_ACTIONS,
     drain,
@@ -47,11 +46,7 @@ def decoder(tiny_folder: Path) -> Decoder:
 def make_engine(decoder: Decoder, eos: frozenset[int] = frozenset(), **options: int) -> Engine:
     config = EngineConfig(**options)  # type: ignore[arg-type]
     catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, some_affine(decoder), (), 0.8, plans=some_plans())
-    facts = ModelFacts(
-        "tiny", "LlamaForCausalLM", 6, 260, 512, config.cache_tokens, config.num_slots, eos, ALL_ACTIONS,
-        catalog.facts(), "CPU",
-    )  # fmt: skip
-    return Engine(decoder, catalog, InlineLane(), facts, config)
+    return assemble_engine(decoder, catalog, config, 512, eos)
 
 
 def request(

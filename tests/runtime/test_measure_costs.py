@@ -13,7 +13,6 @@ from dash_runtime.config import (
     EngineConfig,
     GenerationRequest,
     Mode,
-    ModelFacts,
     SamplingParameters,
     SkipOptions,
     StoppingParameters,
@@ -21,10 +20,10 @@ from dash_runtime.config import (
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.cost_fit import GROUP
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.engine.step_times import StepTime
 from dash_runtime.events import CostStatus
 from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.startup.build import assemble_engine
 from dash_runtime.startup.measure import rounds_within
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, some_affine, some_costs
@@ -116,11 +115,8 @@ class Replacing:
 def watched_engine(decoder: Decoder, costs: CostTable) -> tuple[Engine, Replacing]:
     config = EngineConfig(num_slots=2, cache_tokens=256)
     catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, some_affine(decoder), ())
-    facts = ModelFacts(
-        "tiny", "LlamaForCausalLM", 6, 260, 512, 256, 2, frozenset(), ALL_ACTIONS, catalog.facts(), "CPU"
-    )
     watch = Replacing(catalog, costs)
-    return Engine(decoder, catalog, InlineLane(), facts, config, cost_watch=watch), watch
+    return assemble_engine(decoder, catalog, config, 512, frozenset(), cost_watch=watch), watch
 
 
 def cheap_int4() -> CostTable:

@@ -13,18 +13,17 @@ from dash_runtime.config import (
     EngineConfig,
     GenerationRequest,
     Mode,
-    ModelFacts,
     SamplingParameters,
     SkipOptions,
     StoppingParameters,
 )
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.engine.prefix_cache import PrefixCache
 from dash_runtime.events import EngineEvent, TokenProduced
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.startup.build import assemble_engine
 from tests.runtime.support import (
     ALL_ACTIONS,
     drain,
@@ -75,11 +74,7 @@ def make_engine(decoder: Decoder, **options: int) -> Engine:
     config = EngineConfig(group_planner=False, **options)  # type: ignore[arg-type]
     nearly_free = {1: 0.5, 3: 0.5, 7: 0.5}
     catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, some_affine(decoder), (), 0.8, nearly_free, plans=some_plans())
-    facts = ModelFacts(
-        "tiny", "LlamaForCausalLM", 6, 260, 512, config.cache_tokens, config.num_slots, frozenset(), ALL_ACTIONS,
-        catalog.facts(), "CPU",
-    )  # fmt: skip
-    return Engine(decoder, catalog, InlineLane(), facts, config)
+    return assemble_engine(decoder, catalog, config, 512, frozenset())
 
 
 def request(name: str, prompt: list[int], max_new_tokens: int = 8, **options: object) -> GenerationRequest:

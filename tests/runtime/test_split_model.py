@@ -1,6 +1,6 @@
 """A model whose layers lie on two devices computes what it computes on one, bit for bit."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -10,13 +10,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dash_runtime.actions import Action
-from dash_runtime.checkpoints import load_model_config, open_weights, parameter_shapes
+from dash_runtime.checkpoints import load_model_config, parameter_shapes
 from dash_runtime.config import (
     EngineConfig,
     GenerationRequest,
-    LaneKind,
     Mode,
-    ModelFacts,
     SamplingParameters,
     SkipOptions,
     StoppingParameters,
@@ -25,7 +23,6 @@ from dash_runtime.decoder.backends.split import SplitBackend
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.lanes import make_lane
 from dash_runtime.events import EngineEvent, TokenProduced
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation, Dense, Identity, Scale
@@ -33,7 +30,7 @@ from dash_runtime.layers.split_compensation import compensation_over
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
-from dash_runtime.startup.build import BuildOptions, build_engine
+from dash_runtime.startup.build import BuildOptions, assemble_engine, build_engine
 from dash_runtime.startup.measure_costs import measure_costs
 from tests.runtime.support import (
     ALL_ACTIONS,
@@ -64,18 +61,6 @@ def twins(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwinOperations]:
         yield operations
 
 
-def split_decoder(folder: Path, places: Sequence[torch.device] = PLACES) -> Decoder:
-    config = load_model_config(folder)
-    return make_decoder(
-        config,
-        open_weights(folder),
-        ALL_ACTIONS,
-        dtype=torch.float32,
-        device=places,
-        context_length=config.context_length,
-    )
-
-
 def some_policy(decoder: Decoder) -> LearnedPolicy:
     """Returns a policy that sees layers of both devices, and skips with a low-rank map."""
     pinned = {0: Action.FULL, 5: Action.FULL}
@@ -101,11 +86,7 @@ def make_engine(decoder: Decoder) -> Engine:
         least_drafting_gain=0,
         plans=some_plans(),
     )
-    facts = ModelFacts(
-        "tiny", "LlamaForCausalLM", 6, 260, 512, config.cache_tokens, config.num_slots, frozenset(), ALL_ACTIONS,
-        catalog.facts(), "CPU",
-    )  # fmt: skip
-    return Engine(decoder, catalog, make_lane(LaneKind.INLINE, *decoder.placed_on), facts, config)
+    return assemble_engine(decoder, catalog, config, 512, frozenset())
 
 
 SKIPS = {
@@ -151,7 +132,10 @@ def scores(events: list[EngineEvent]) -> list[bytes]:
 
 
 def test_every_mode_gives_the_same_on_two_devices_as_on_one(tiny_folder: Path, twins: TwinOperations) -> None:
-    expected, split = answers(make_engine(load_decoder(tiny_folder))), answers(make_engine(split_decoder(tiny_folder)))
+    expected, split = (
+        answers(make_engine(load_decoder(tiny_folder))),
+        answers(make_engine(load_decoder(tiny_folder, device=PLACES))),
+    )
     assert twins.num_moved > 0
     for name, events in expected.items():
         assert produced(split[name]) == produced(events), name
@@ -179,14 +163,14 @@ def test_models_of_other_families_give_the_same(tmp_path: Path, twins: TwinOpera
             steps.append(run_rows(decoder, caches, [[3 + step], [5 + step]], plans, compensation, Action.INT4))
         return torch.cat([step.cpu() for step in steps])
 
-    assert torch.equal(logits(split_decoder(folder)), logits(load_decoder(folder)))
+    assert torch.equal(logits(load_decoder(folder, device=PLACES)), logits(load_decoder(folder)))
 
 
 def test_the_hidden_state_moves_once_a_pass_and_not_at_all_on_one_device(
     tiny_folder: Path, twins: TwinOperations
 ) -> None:
     for places, expected in ((PLACES, 1), (TWINS[:1] * 6, 0)):
-        decoder = split_decoder(tiny_folder, places)
+        decoder = load_decoder(tiny_folder, device=places)
         (cache,) = decoder.caches([32])
         batch = decoder.batch(PassKind.PREFILL, [cache], [4], [Identity()])
         before = twins.num_moved

@@ -16,7 +16,6 @@ from dash_runtime.config import (
     GenerationRequest,
     LaneKind,
     Mode,
-    ModelFacts,
     SkipOptions,
     StoppingParameters,
 )
@@ -29,9 +28,7 @@ from dash_runtime.decision_trace import (
     unpack_uint32,
 )
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.devices import device_of
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.lanes import make_lane
 from dash_runtime.engine.step import DecidedBlock, StepOutput
 from dash_runtime.engine.trace_recorder import TraceRecorder
 from dash_runtime.events import EngineEvent, SequenceCancelled, SequenceFinished, SlotGranted, TokenProduced
@@ -39,6 +36,7 @@ from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
+from dash_runtime.startup.build import assemble_engine
 from tests.runtime.support import (
     ALL_ACTIONS,
     drain,
@@ -74,15 +72,11 @@ def some_policy(decoder: Decoder) -> LearnedPolicy:
 
 
 def make_engine(decoder: Decoder, lane: LaneKind = LaneKind.INLINE, record_steps: int = 64) -> Engine:
-    config = EngineConfig(record_steps=record_steps, group_planner=False)
+    config = EngineConfig(record_steps=record_steps, group_planner=False, lane=lane)
     catalog = PolicyCatalog(
         some_costs(), ALL_ACTIONS, Identity(), (some_policy(decoder),), 0.7, NEARLY_FREE, least_drafting_gain=0.1
     )
-    facts = ModelFacts(
-        "tiny", "LlamaForCausalLM", 6, 260, 512, config.cache_tokens, config.num_slots, frozenset(), ALL_ACTIONS,
-        catalog.facts(), "CPU",
-    )  # fmt: skip
-    return Engine(decoder, catalog, make_lane(lane, device_of(decoder.device)), facts, config)
+    return assemble_engine(decoder, catalog, config, 512, frozenset())
 
 
 def request(name: str, skip: SkipOptions, max_new_tokens: int = 8) -> GenerationRequest:

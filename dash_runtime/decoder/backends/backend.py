@@ -43,3 +43,16 @@ class Backend(Protocol):
 
     def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
         """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""
+
+
+class LayerByLayer:
+    """The answers of a backend that has no programs: it runs one layer at a time, and rows are not cheaper together."""
+
+    def takes_evaluations(self, num_rows: int) -> bool:
+        return False
+
+    def rows_to_verify(self, num_rows: int) -> int:
+        return num_rows
+
+    def run_pass(self, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
+        return None

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from dash_runtime.actions import Action
+from dash_runtime.decoder.backends.backend import LayerByLayer
 from dash_runtime.layers.batch import Batch
 from dash_runtime.layers.evaluation import Evaluation
 from dash_runtime.layers.heads import Heads
 from dash_runtime.layers.layer import DecoderLayer
 from dash_runtime.layers.layer_body import after_attention, before_attention, split_heads
-from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.layers.row_groups import Groups, group_rows, scatter_rows
 from dash_runtime.model_config import ModelConfig
 
@@ -20,7 +20,7 @@ Kernel = tuple[Action, bool]
 """The action whose matrix projects a row, and whether for keys and values alone, since the row skips the layer."""
 
 
-class EagerBackend:
+class EagerBackend(LayerByLayer):
     """Groups rows by action and runs each group with that action's kernels.
 
     Args:
@@ -34,12 +34,6 @@ class EagerBackend:
 
     def takes(self, batch: Batch) -> bool:
         return True
-
-    def takes_evaluations(self, num_rows: int) -> bool:
-        return False
-
-    def rows_to_verify(self, num_rows: int) -> int:
-        return num_rows
 
     def run_layer(
         self,
@@ -63,9 +57,6 @@ class EagerBackend:
                 (outputs,) = self._run_part(self._after_attention, layer, action, inputs, heads)
             parts.append((rows, outputs))
         return scatter_rows(parts, batch.num_rows)
-
-    def run_pass(self, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
-        return None
 
     def _run_part(self, part: Part, layer: int, action: Action, *inputs: Tensor) -> Tensors:
         """Runs a part of a layer for rows that all take one action."""

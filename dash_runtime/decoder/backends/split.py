@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.backends.backend import Backend
+from dash_runtime.decoder.backends.backend import Backend, LayerByLayer
 from dash_runtime.layers.batch import Batch
 from dash_runtime.layers.evaluation import Evaluation
-from dash_runtime.layers.pass_plan import PassPlan, PassRun
 
 
-class SplitBackend:
+class SplitBackend(LayerByLayer):
     """Runs each layer with the backend of its device.
 
     A layer's output is returned on the next layer's device, so that a policy sees that layer's input there. The last
@@ -31,12 +30,6 @@ class SplitBackend:
     def takes(self, batch: Batch) -> bool:
         return all(backend.takes(batch) for backend in self._backends)
 
-    def takes_evaluations(self, num_rows: int) -> bool:
-        return False
-
-    def rows_to_verify(self, num_rows: int) -> int:
-        return num_rows
-
     def run_layer(
         self,
         layer: int,
@@ -48,9 +41,6 @@ class SplitBackend:
         output = self._backends[layer].run_layer(layer, actions, hidden, batch, evaluations)
         device = self._moves_to[layer]
         return output if device is None else output.to(device)
-
-    def run_pass(self, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
-        return None
 
 
 def backend_over(backends: Mapping[torch.device, Backend], devices: Sequence[torch.device]) -> Backend:
