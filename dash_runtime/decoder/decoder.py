@@ -93,6 +93,15 @@ class Decoder:
         kv_actions = (Action.FULL,) * len(caches) if kv_actions is None else kv_actions
         return Batch(kind, caches, lengths, compensations, kv_actions, self.config, self._rotary, self.row_block)
 
+    def start_pass(self, token_ids: Sequence[int], batch: Batch) -> Tensor:
+        """Begins a pass over these tokens, one per row; returns layer 0's input, `[rows, hidden_size]`."""
+        hidden = self._backend_of(batch).start_pass(token_ids, batch)
+        return self.embed(token_ids) if hidden is None else hidden
+
+    def static_input(self, layer: int, num_rows: int) -> Tensor | None:
+        """Returns where the layer's input lies in every decoding pass of so many rows; see `Backend`."""
+        return self.backends[PassKind.DECODE][0].static_input(layer, num_rows)
+
     def run_layer(
         self,
         layer: int,
@@ -102,10 +111,10 @@ class Decoder:
         evaluations: Sequence[Evaluation | None] = (),
     ) -> Tensor:
         """Runs one layer with each row's own action; see `Backend`."""
-        for backend in self.backends[batch.kind]:
-            if backend.takes(batch):
-                return backend.run_layer(layer, actions, hidden, batch, evaluations)
-        raise AssertionError("no backend takes this pass")
+        return self._backend_of(batch).run_layer(layer, actions, hidden, batch, evaluations)
+
+    def _backend_of(self, batch: Batch) -> Backend:
+        return next(backend for backend in self.backends[batch.kind] if backend.takes(batch))
 
     def run_layers(
         self, action: Action, hidden: Tensor, batch: Batch, on_layer: Callable[[], None] = lambda: None

@@ -8,14 +8,14 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.decoder.backends.backend import Backend
 from dash_runtime.decoder.backends.cuda import CudaBackend
-from dash_runtime.decoder.backends.cuda_graphs import Graphs
 from dash_runtime.decoder.backends.eager import EagerBackend
 from dash_runtime.decoder.backends.inductor import InductorBackend
 from dash_runtime.decoder.backends.split import backend_over
 from dash_runtime.decoder.decoder import Backends, Decoder
 from dash_runtime.devices import device_of
+from dash_runtime.devices.cuda_graphs import Capture
 from dash_runtime.layers.batch import PassKind
-from dash_runtime.layers.embedding import make_embedding
+from dash_runtime.layers.embedding import PlainEmbedding, make_embedding
 from dash_runtime.layers.heads import Head, Heads, eager_head
 from dash_runtime.layers.layer import DecoderLayer, make_layer
 from dash_runtime.layers.weight_loader import WeightLoader
@@ -33,7 +33,7 @@ def make_decoder(
     device: torch.device | Sequence[torch.device],
     context_length: int,
     inductor: InductorBackend | None = None,
-    graphs: Mapping[torch.device, Graphs] | None = None,
+    captures: Mapping[torch.device, Capture] | None = None,
 ) -> Decoder:
     """Packs a model for its devices.
 
@@ -45,7 +45,7 @@ def make_decoder(
         context_length: number of positions in the rotary tables.
         inductor: the layers' programs; this adds the weights. Decoding then runs them, and quantised actions have no
             other kernels. None: everything runs eagerly, as it has to on several devices.
-        graphs: replay the layers of eager decoding, on each device; None on devices without CUDA graphs.
+        captures: make the graphs that decoding replays, on each device; None: it runs eagerly.
     """
     # Programs get repacked copies of the matrices. If other tensors still used the mapped file, all of it would stay.
     copies = inductor is not None
@@ -87,11 +87,22 @@ def make_decoder(
     eager = EagerBackend(config, wide_layers, Heads(wide_heads)), EagerBackend(config, layers, heads)
     wide, narrow = (backend_over(dict.fromkeys(loaders, backend), devices) for backend in eager)
     backends: Backends = {PassKind.PREFILL: [wide], PassKind.DECODE: [narrow], PassKind.VERIFY: [narrow]}
-    if graphs is not None:
+    if captures is not None:
+        own_embed = embed if isinstance(embed, PlainEmbedding) else None
         replayed: dict[torch.device, Backend] = {
-            own: CudaBackend(config, layers, heads, graphs[own]) for own in loaders
+            own: CudaBackend(
+                config,
+                layers,
+                own_embed if own == devices[0] else None,
+                by_precision,
+                eager[1],
+                captures[own],
+                device_of(own),
+                dtype,
+            )
+            for own in loaders
         }
-        backends = {**backends, PassKind.DECODE: [backend_over(replayed, devices)]}
+        backends = {**backends, PassKind.DECODE: [backend_over(replayed, devices), narrow]}
     if inductor is not None:
         inductor.set_heads(by_precision, eager_head(for_neighbours(full), final_norm, multiplier))
         backends = {**backends, PassKind.DECODE: [inductor], PassKind.VERIFY: [inductor, narrow]}

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from dash_runtime.config import LaneKind
-from dash_runtime.devices.device import Device
+from dash_runtime.devices.cuda_graphs import Capture, CudaCapture
+from dash_runtime.devices.device import AttendedRows, Device
 
+_MAX_HEAD_DIM = 256
 _K_TILE = 16
 _INNER_K_TILES = (8, 4, 2)
 
@@ -22,10 +24,17 @@ class CudaDevice(Device):
     default_lane = LaneKind.CUDA_STREAM
     lanes = frozenset(LaneKind)
     has_graphs = True
+    offers_only_faster = True
+    most_rows_apart = 0  # a product over all rows takes no longer than one over a single row
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         super().__init__(device)
         self.cuda = cuda
+        # cuDNN makes a plan for every new length, for some 30 ms each, and decoding has a new one at each token.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+    def make_capture(self, stream: Any = None) -> Capture:
+        return CudaCapture(self.device, stream, self.cuda)
 
     def describe(self) -> str:
         return f"{torch.cuda.get_device_name(self.device)} ({self.device})"
@@ -37,6 +46,35 @@ class CudaDevice(Device):
         free, _ = self.cuda.mem_get_info(self.device)
         return int(free)
 
+    def host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+    def attend_rows(
+        self, queries: Tensor, keys: Tensor, values: Tensor, rows: AttendedRows, scale: float | None, window: int | None
+    ) -> Tensor:
+        head_dim = queries.shape[-1]
+        if queries.dtype not in (torch.bfloat16, torch.float16) or head_dim % 8 or head_dim > _MAX_HEAD_DIM:
+            return super().attend_rows(queries, keys, values, rows, scale, window)
+        # FlashAttention reads where a sequence begins and how long it is on the device. With lengths given, the starts
+        # may come in any order.
+        attended, *_ = torch.ops.aten._flash_attention_forward(
+            queries,
+            keys,
+            values,
+            rows.first_rows,
+            rows.starts,
+            1,
+            rows.max_length,
+            0.0,
+            False,
+            False,
+            scale=scale,
+            window_size_left=None if window is None else window - 1,
+            window_size_right=None if window is None else 0,
+            seqused_k=rows.lengths,
+        )
+        return attended.flatten(1)
+
     def upload(self, rows: Tensor) -> Tensor:
         # A pageable copy would make the host wait for the decoder's stream.
         return rows.pin_memory().to(self.device, non_blocking=True)
@@ -44,6 +82,11 @@ class CudaDevice(Device):
     def download(self, tensor: Tensor) -> Tensor:
         # Without pinned memory the host would wait for the decoder's stream.
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+    def likeliest(self, logits: Tensor) -> Any:
+        found = self.download(logits.argmax(dim=-1))
+        self.wait_for_downloads()
+        return found.tolist()
 
     def wait_for_downloads(self) -> None:
         # An event, unlike the whole stream, does not make a thread wait for what the decoder has queued since.

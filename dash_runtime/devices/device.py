@@ -1,11 +1,28 @@
 """The runtime's interface to a device. Knows tensors; knows no layers, policies or requests."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dash_runtime.config import LaneKind
+from dash_runtime.devices.cuda_graphs import Capture
+
+
+@dataclass(frozen=True, slots=True)
+class AttendedRows:
+    """Where in a pool the keys of each row's sequence are, in memory that stays where it is."""
+
+    starts: Tensor
+    """The first token of each sequence, int32 `[rows + 1]`; the last entry says nothing."""
+    lengths: Tensor
+    """Positions that each row attends to, int32 `[rows]`."""
+    first_rows: Tensor
+    """0, 1, …, int32 `[rows + 1]`: where each sequence's rows begin."""
+    max_length: int
+    """No length is larger."""
 
 
 class Device:
@@ -18,6 +35,11 @@ class Device:
     lanes = frozenset((LaneKind.INLINE, LaneKind.THREAD))
     has_graphs = False
     """True if the launches of a layer can be captured and replayed."""
+    offers_only_faster = False
+    """True if a rounded kernel may be slower than FULL's, and is then not offered."""
+    most_rows_apart = 32
+    """A float32 product rounds a lone row differently from several. Up to this many rows, enough for decoding, are
+    compensated one by one, so that a row does not depend on its neighbours."""
     compiles_layers = False
     """True if Inductor's programs are faster than the library's kernels."""
     has_packed_products = False
@@ -45,6 +67,18 @@ class Device:
         """Returns the memory that this process can still get; None if nobody can tell."""
         return None
 
+    def make_capture(self, stream: Any = None) -> Capture:
+        """Returns what records graphs; on the given stream, or on one of its own.
+
+        Raises:
+            NotImplementedError: the device has no graphs (`has_graphs`).
+        """
+        raise NotImplementedError(f"no graphs on {self.device.type}")
+
+    def host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Returns memory of the host, all zeros, that the device reads and writes while the host goes on."""
+        return torch.zeros(shape, dtype=dtype)
+
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns memory for a whole pool, all zeros."""
         return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -66,6 +100,32 @@ class Device:
         A number for `[vocab_size]`, a list for `[rows, vocab_size]`.
         """
         return logits.argmax(dim=-1).tolist()
+
+    def attend_rows(
+        self, queries: Tensor, keys: Tensor, values: Tensor, rows: AttendedRows, scale: float | None, window: int | None
+    ) -> Tensor:
+        """Attends with one row per sequence over a pool of all sequences' keys; the host knows no length.
+
+        Args:
+            queries: `[rows, num_heads, head_dim]`.
+            keys: `[tokens, num_kv_heads, head_dim]`, as `values`.
+            scale: factor of the scores; None means `head_dim ** -0.5`.
+            window: how many of the latest positions a row sees, its own included; None for all.
+
+        Returns:
+            `[rows, num_heads * head_dim]`.
+        """
+        places = torch.arange(rows.max_length, device=keys.device)
+        lengths = rows.lengths.unsqueeze(1)
+        is_seen = places < lengths
+        if window is not None:
+            is_seen &= places >= lengths - window
+        slots = (rows.starts[:-1].unsqueeze(1) + places).clamp_(max=len(keys) - 1)
+        own_keys, own_values = (memory[slots].transpose(1, 2) for memory in (keys, values))
+        folded = queries.unflatten(1, (keys.shape[1], -1))
+        mask = is_seen[:, None, None]
+        attended = functional.scaled_dot_product_attention(folded, own_keys, own_values, attn_mask=mask, scale=scale)
+        return attended.flatten(1)
 
     def pack_int4(self, quantized: Tensor) -> Tensor:
         """Packs int32 values 0…15, `[out_features, in_features]`, for `int4_product`.

@@ -19,7 +19,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.constraints import ConstraintCompiler, TextConstraint
 from dash_runtime.engine.deciders import deciders_of
 from dash_runtime.engine.lanes import Lane
-from dash_runtime.engine.planner import GroupPlanner
+from dash_runtime.engine.planner import Planner
 from dash_runtime.engine.prefix_cache import PrefixCache
 from dash_runtime.engine.sampling import likeliest, token_logprobs
 from dash_runtime.engine.sequence import Sequence
@@ -59,7 +59,7 @@ class Engine:
         lane: Lane,
         facts: ModelFacts,
         config: EngineConfig,
-        planner: GroupPlanner | None = None,
+        planner: Planner | None = None,
         cost_watch: CostWatch | None = None,
         constraints: ConstraintCompiler | None = None,
     ) -> None:

@@ -10,16 +10,18 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from dash_runtime.config import LaneKind
 from dash_runtime.devices import CudaDevice, Device, device_of
+from dash_runtime.engine.policy_graphs import PolicyGraphs, StaticInput
 from dash_runtime.errors import ConfigError
 from dash_runtime.policy.policy import Decision, Policy, State
 
 _CPU = device_of(torch.device("cpu"))
+_HIGHEST_PRIORITY = -1
 
 
 class Ticket:
@@ -138,26 +140,37 @@ class CudaStreamLane(_WaitingLane):
     """Evaluates on a CUDA stream of its own, started by the event of the work that made the state.
 
     The chosen actions come back through pinned memory and an event, so the host waits for the small policy only, while
-    a layer is still running.
+    a layer is still running. Its kernels go first where both streams have some to start.
+
+    Args:
+        static_input: where states lie, so that graphs can read them.
     """
 
-    def __init__(self, device: CudaDevice) -> None:
+    def __init__(self, device: CudaDevice, static_input: StaticInput | None = None) -> None:
         super().__init__()
         self._cuda = device.cuda
         self._device = device.device
-        self._stream = self._cuda.Stream(self._device)
+        self._stream = self._cuda.Stream(self._device, priority=_HIGHEST_PRIORITY)
+        self._events: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self._graphs: PolicyGraphs | None = None
+        if static_input is not None:
+            self._graphs = PolicyGraphs(device, device.make_capture(self._stream), static_input)
 
     def submit(self, policy: Policy, layer: int, state: State) -> Ticket:
         started_ns = time.perf_counter_ns()
-        made = self._cuda.Event()
+        key = id(policy), layer
+        if key not in self._events:
+            self._events[key] = self._cuda.Event(), self._cuda.Event()
+        made, arrived = self._events[key]
         made.record(self._cuda.current_stream(self._device))
-        arrived = self._cuda.Event()
         with self._cuda.stream(self._stream):
             self._stream.wait_event(made)
-            # The decoder's stream may drop its reference first. The allocator must not reuse the memory before this
-            # stream is done with it.
-            state.hidden.record_stream(self._stream)
-            pending = policy.start(layer, state)
+            graph = None if self._graphs is None else self._graphs.find(policy, layer, state)
+            if graph is None:
+                # The decoder's stream may drop its reference first. The allocator must not reuse the memory before
+                # this stream is done with it.
+                state.hidden.record_stream(self._stream)
+            pending = policy.start(layer, state) if graph is None else graph.start(state)
             arrived.record(self._stream)
 
         def wait() -> Decision:
@@ -196,7 +209,7 @@ class LanePerDevice:
             lane.close()
 
 
-def make_lane(kind: LaneKind | None, *devices: Device) -> Lane:
+def make_lane(kind: LaneKind | None, *devices: Device, static_input: StaticInput | None = None) -> Lane:
     """Returns the lane of that kind, or the devices' default, for layers that lie on these devices.
 
     Inline is a CPU's: handing a policy of ten microseconds to a thread costs as much as it hides.
@@ -205,11 +218,11 @@ def make_lane(kind: LaneKind | None, *devices: Device) -> Lane:
         ConfigError: a device cannot have such a lane.
     """
     if len(devices) > 1:
-        return LanePerDevice({device.device: make_lane(kind, device) for device in devices})
+        return LanePerDevice({own.device: make_lane(kind, own, static_input=static_input) for own in devices})
     (device,) = devices
     kind = kind or device.default_lane
     if kind not in device.lanes:
         raise ConfigError("lane", f"{kind} needs a CUDA device, and this one is {device.device}")
     if isinstance(device, CudaDevice) and kind is LaneKind.CUDA_STREAM:
-        return CudaStreamLane(device)
+        return CudaStreamLane(device, static_input)
     return ThreadLane(device) if kind is LaneKind.THREAD else InlineLane(device)

@@ -9,11 +9,33 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import product
+from typing import Protocol
 
 from dash_runtime.actions import Action, LatencyTable
 
 _MAX_REMEMBERED = 8192
 """More than all ways to spread 16 rows over four actions; with more rows, a bound."""
+
+
+class Planner(Protocol):
+    """Changes the rows' actions for one layer, if all are better off."""
+
+    def agree(self, actions: Sequence[Action]) -> Sequence[Action]:
+        """Returns the actions to run, row by row."""
+
+
+class HighestAction:
+    """Raises rows that run a layer to the highest action among them: a device with graphs has one for each action.
+
+    Rows that skip the layer keep doing so.
+    """
+
+    def agree(self, actions: Sequence[Action]) -> Sequence[Action]:
+        taken = set(actions)
+        if len(taken) == 1 or (len(taken) == 2 and Action.SKIP in taken):
+            return actions
+        highest = max(taken)
+        return [action if action is Action.SKIP else highest for action in actions]
 
 
 class GroupPlanner:

@@ -15,7 +15,7 @@ from torch import Tensor
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.lanes import Lane, Ticket
-from dash_runtime.engine.planner import GroupPlanner
+from dash_runtime.engine.planner import Planner
 from dash_runtime.layers.batch import Batch
 from dash_runtime.layers.evaluation import Evaluation
 from dash_runtime.layers.pass_plan import PassPlan, PassRun
@@ -53,11 +53,11 @@ def decode_step(
     batch: Batch,
     token_ids: Sequence[int],
     deciders: Sequence["Decider"],
-    planner: GroupPlanner | None = None,
+    planner: Planner | None = None,
 ) -> StepOutput:
     """Runs one token of every row through all layers. Each row belongs to one decider."""
     decider = deciders[0] if len(deciders) == 1 else _SeveralDeciders(deciders)
-    hidden = decoder.embed(token_ids)
+    hidden = decoder.start_pass(token_ids, batch)
     if len(token_ids) == 1 and planner is None and (run := _run_whole_row(decoder, batch, hidden, deciders[0])):
         return StepOutput(decoder.logits(run.hidden, decider.heads), [run.plan], run.layer_times)
     actions_by_layer: list[Sequence[Action]] = []

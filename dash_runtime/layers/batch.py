@@ -84,8 +84,8 @@ class Batch:
         assert kind is not PassKind.DECODE or self.num_rows == len(self.spans)
         self._row_block = row_block
         self._attention_scale = config.block.attention_scale
-        self._rotary = rotary
-        self._sliding_window = config.sliding_window
+        self.rotary = rotary
+        self.sliding_window = config.sliding_window
         self.compensations = self._by_row(compensations)
         self.kv_actions = self._by_row(kv_actions)
         self._shares_compensation = all(own is self.compensations[0] for own in self.compensations)
@@ -100,7 +100,7 @@ class Batch:
 
     def tables(self, layer: int) -> tuple[Tensor, Tensor]:
         """Returns cosines and sines of all rows, `[rows, 1, head_dim]`."""
-        table = self._rotary[layer]
+        table = self.rotary[layer]
         if table not in self._tables:
             firsts = [_first_row(table, span) for span in self.spans]
             if len(self.spans) == 1:
@@ -122,10 +122,10 @@ class Batch:
         made = self._row_inputs.get(row)
         if made is None:
             tables: dict[RotaryTable, Sequence[Tensor]] = {}
-            for layer, table in enumerate(self._rotary):
+            for layer, table in enumerate(self.rotary):
                 if table not in tables:
                     tables[table] = [own[row : row + 1] for own in self.tables(layer)]
-            layers = zip(*self._seen_until(row), self._rotary, self._sliding_window, strict=True)
+            layers = zip(*self._seen_until(row), self.rotary, self.sliding_window, strict=True)
             made = self._row_inputs[row] = [
                 [keys, values, *tables[table]] if window is None else [keys[-window:], values[-window:], *tables[table]]
                 for keys, values, table, window in layers
@@ -137,7 +137,7 @@ class Batch:
 
         Only for passes of one sequence, or of one row per sequence.
         """
-        window = self._sliding_window[layer]
+        window = self.sliding_window[layer]
         keys, values = self._seen_until(row)
         if window is None:
             return keys[layer], values[layer]
@@ -155,7 +155,7 @@ class Batch:
         They are the layer's keys and values in the sequences' pool (`kv_cache.CachePool`), the blocks that the rows
         attend to (`kv_blocks.AttendedBlocks`), cosines and sines.
         """
-        window = self._sliding_window[layer]
+        window = self.sliding_window[layer]
         key = (tuple(rows), window)
         if key not in self._blocks:
             spans = [self.spans[row] for row in rows]
@@ -167,7 +167,7 @@ class Batch:
     def _tables_of(self, layer: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         if len(rows) == self.num_rows:
             return self.tables(layer)
-        table = self._rotary[layer]
+        table = self.rotary[layer]
         return table.at(torch.tensor([_first_row(table, self.spans[row]) for row in rows]))
 
     def skipped_inputs(self, layer: int, rows: Sequence[int]) -> list[Tensor]:
@@ -188,7 +188,7 @@ class Batch:
 
     def sees_everything(self, layer: int) -> bool:
         """Returns True if the layer attends to all positions before a row."""
-        return self._sliding_window[layer] is None
+        return self.sliding_window[layer] is None
 
     def commit(self) -> None:
         """Counts the rows as cached. To be called once every layer has run."""
@@ -217,7 +217,7 @@ class Batch:
         return torch.cat(parts)
 
     def _attend_span(self, layer: int, span: Span, queries: Tensor) -> Tensor:
-        factors = self._rotary[layer].query_factors
+        factors = self.rotary[layer].query_factors
         if factors is not None:
             queries = queries * factors[span.start : span.end]
         if span.num_rows <= self._row_block:
@@ -231,7 +231,7 @@ class Batch:
         return torch.cat([self._attend_block(layer, *own) for own in zip(blocks, parts, strict=True)])
 
     def _attend_block(self, layer: int, span: Span, queries: Tensor) -> Tensor:
-        window = self._sliding_window[layer]
+        window = self.sliding_window[layer]
         # Keys before the first row's window are sliced off. Those that only other rows see are masked.
         first_key = 0 if window is None else max(0, span.start + 1 - window)
         keys, values = (own[layer][first_key : span.end] for own in (span.cache.keys, span.cache.values))

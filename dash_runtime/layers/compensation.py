@@ -18,10 +18,6 @@ from dash_runtime.devices import device_of
 from dash_runtime.errors import PolicyFileError
 from dash_runtime.linears.quantization import INT8_INPUT_MULTIPLE, supported_actions
 
-_MAX_ROWS_APART = 32
-"""A float32 product rounds a lone row differently from several. Up to this many rows, enough for decoding, are computed
-one by one, so that a row never depends on its neighbours."""
-
 
 class CompensationKind(StrEnum):
     """The rungs, cheapest first."""
@@ -105,7 +101,7 @@ class LowRank(Compensation):
         object.__setattr__(self, "_layers", layers)
 
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
-        if 1 < len(hidden) <= _MAX_ROWS_APART:
+        if 1 < len(hidden) <= device_of(hidden.device).most_rows_apart:
             return torch.cat([self(layer, row) for row in hidden.split(1)])
         down, up, offset = self._layers[layer]
         wide = hidden.float()

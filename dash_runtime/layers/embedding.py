@@ -15,12 +15,18 @@ Embedding = Callable[[Sequence[int]], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class PlainEmbedding:
-    """Looks up rows of `weight`, `[vocab_size, hidden_size]`."""
+    """Looks up rows of `weight`, `[vocab_size, hidden_size]`, times `multiplier`."""
 
     weight: Tensor
+    multiplier: float = 1.0
 
     def __call__(self, token_ids: Sequence[int]) -> Tensor:
-        return functional.embedding(torch.tensor(token_ids, device=self.weight.device), self.weight)
+        return self.look_up(torch.tensor(token_ids, device=self.weight.device))
+
+    def look_up(self, token_ids: Tensor) -> Tensor:
+        """Does the same for int64 `[tokens]` on the matrix's device."""
+        rows = functional.embedding(token_ids, self.weight)
+        return rows if self.multiplier == 1 else rows * self.multiplier
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,5 +54,7 @@ def make_embedding(weight: Tensor, tied_head: Linear | None, multiplier: float) 
     It reads them from the memory of `tied_head`, the same matrix, if that has a known layout.
     """
     words = None if tied_head is None else packed_words(tied_head)
-    embedding = PlainEmbedding(weight) if words is None else HeadsEmbedding(words)
+    if words is None:
+        return PlainEmbedding(weight, multiplier)
+    embedding = HeadsEmbedding(words)
     return embedding if multiplier == 1 else lambda token_ids: embedding(token_ids) * multiplier

@@ -105,8 +105,11 @@ class CachePool:
     ) -> None:
         self.total_tokens = total_tokens
         self.reserved_tokens = 0
-        self._room = pool_tokens(total_tokens, max_sequences)
-        shape = (2, self._room, config.num_kv_heads, config.head_dim)
+        num_tokens = pool_tokens(total_tokens, max_sequences)
+        self._room = num_tokens - BLOCK_TOKENS
+        self.spare_token = self._room
+        """The first token of a block that no sequence gets: rows that only fill a batch up write there."""
+        shape = (2, num_tokens, config.num_kv_heads, config.head_dim)
         self.memories = [device_of(own.device).zeros((len(own.layers), *shape), dtype) for own in stretches_of(devices)]
         """One per device, `[its layers, 2, tokens, num_kv_heads, head_dim]`: keys and values."""
         blocks = _unbound([memory.unflatten(2, (-1, BLOCK_TOKENS)) for memory in self.memories])
@@ -114,6 +117,10 @@ class CachePool:
         """Per layer, `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]`."""
         self.value_blocks: Sequence[Tensor] = blocks[1::2]
         self._caches: list[SequenceCache] = []  # in ascending order of `start`
+
+    def layer_memory(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Returns a layer's keys and values of all tokens, `[tokens, num_kv_heads, head_dim]` each."""
+        return self.key_blocks[layer].flatten(0, 1), self.value_blocks[layer].flatten(0, 1)
 
     def reserve(self, num_tokens: int) -> SequenceCache | None:
         """Returns a cache for up to `num_tokens` positions, or None while others hold the room."""
@@ -160,8 +167,8 @@ class CachePool:
 
 
 def pool_tokens(total_tokens: int, max_sequences: int) -> int:
-    """Returns the positions that a pool has memory for."""
-    return _whole_blocks(total_tokens) + max_sequences * BLOCK_TOKENS
+    """Returns the positions that a pool has memory for, its spare block included."""
+    return _whole_blocks(total_tokens) + (max_sequences + 1) * BLOCK_TOKENS
 
 
 def _unbound(memories: Sequence[Tensor]) -> tuple[Tensor, ...]:

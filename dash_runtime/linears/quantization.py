@@ -206,4 +206,6 @@ def _kernel_works(action: Action, shape: tuple[int, int], device: torch.device, 
     except (NotImplementedError, RuntimeError):
         return False
     expected = inputs.float() @ rounded_matrix(action, weight).float().T
+    if outputs.dtype != dtype:
+        return False
     return bool((outputs.float() - expected).abs().max() < 0.02 * expected.abs().max())

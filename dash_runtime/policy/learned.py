@@ -142,30 +142,47 @@ class LearnedPolicy:
             self._networks[device] = self.network.to(device)
         return self._networks[device]
 
+    @property
+    def num_facts(self) -> int:
+        """The numbers that an evaluation is told of a row beside its state."""
+        return self.network.num_known + NUM_SCALAR_FACTS + len(self.spec.actions)
+
+    def facts_of(self, state: State) -> Tensor:
+        """Returns what an evaluation is told beside the state, a new float32 `[rows, num_facts]` on the host."""
+        return self._facts.apart(state)
+
+    def evaluate(self, layer: int, hidden: Tensor, facts: Tensor) -> Tensor:
+        """Returns, for the block that begins with `layer`, the index of the best action and then all scores.
+
+        Float32 `[rows, block_size, 1 + actions]`, on the device of `hidden` `[rows, hidden_size]` and `facts`.
+        """
+        block, _ = self._blocks[layer]
+        own, priced = facts.tensor_split((-len(self.spec.actions),), dim=1)
+        scores = self._network_on(hidden.device).scores(block, hidden, own, priced.unsqueeze(1))
+        return torch.cat((scores.argmax(dim=-1, keepdim=True).float(), scores), dim=-1)
+
+    def decision(self, layer: int, results: Tensor) -> Decision:
+        """Returns what `evaluate` decided, from its result on the host."""
+        _, num_layers = self._blocks[layer]
+        return self._decision(results[:, :num_layers, 0].int(), results[:, :num_layers, 1:])
+
+    def _decision(self, best: Tensor, scores: Tensor) -> Decision:
+        rows = best.tolist()
+        if len(rows) == 1:
+            alone = self._alone
+            return Decision(tuple([alone[index] for index in rows[0]]), scores)
+        actions = self.spec.actions
+        by_layer = zip(*rows, strict=True)
+        return Decision(tuple([tuple([actions[index] for index in own]) for own in by_layer]), scores)
+
     def start(self, layer: int, state: State) -> Pending:
+        if self.program is None:
+            device = device_of(state.hidden.device)
+            results = device.download(self.evaluate(layer, state.hidden, device.upload(self.facts_of(state))))
+            return lambda: self.decision(layer, results)
         block, num_layers = self._blocks[layer]
-        if self.program is not None:
-            best, scores = self.program([state.hidden, self._facts.in_place(state), *self._weights[block]])
-        else:
-            facts = device_of(state.hidden.device).upload(self._facts.apart(state))
-            facts, priced = facts.tensor_split((-len(self.spec.actions),), dim=1)
-            network = self._network_on(state.hidden.device)
-            scores = network.scores(block, state.hidden, facts, priced.unsqueeze(1))
-            best = scores.argmax(dim=-1)
-        if num_layers < self.spec.block_size:
-            best, scores = best[:, :num_layers], scores[:, :num_layers]
-        best = device_of(best.device).download(best)
-
-        def decide() -> Decision:
-            rows = best.tolist()
-            if len(rows) == 1:
-                alone = self._alone
-                return Decision(tuple([alone[index] for index in rows[0]]), scores)
-            actions = self.spec.actions
-            by_layer = zip(*rows, strict=True)
-            return Decision(tuple([tuple([actions[index] for index in own]) for own in by_layer]), scores)
-
-        return decide
+        best, scores = self.program([state.hidden, self._facts.in_place(state), *self._weights[block]])
+        return lambda: self._decision(best[:, :num_layers], scores[:, :num_layers])
 
     def without(self, unsupported: set[Action]) -> "LearnedPolicy":
         """Returns the policy for a device that has no kernel for some actions.

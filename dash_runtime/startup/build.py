@@ -20,7 +20,6 @@ from dash_runtime.config import (
     SkipOptions,
     StoppingParameters,
 )
-from dash_runtime.decoder.backends.cuda_graphs import Graphs, cuda_capture
 from dash_runtime.decoder.backends.inductor import InductorBackend
 from dash_runtime.decoder.backends.needed_programs import program_specs, why_eager
 from dash_runtime.decoder.decoder import Decoder
@@ -30,7 +29,7 @@ from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.engine.cost_fit import MeasuredCosts
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
-from dash_runtime.engine.planner import GroupPlanner
+from dash_runtime.engine.planner import GroupPlanner, HighestAction, Planner
 from dash_runtime.engine.step_times import CostWatch
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.split_compensation import compensation_over
@@ -72,6 +71,8 @@ class BuildOptions:
     """None: the shipped policies for this model, if any."""
     compile_layers: bool = True
     """True if decoding runs compiled programs, provided that this machine can make them."""
+    use_graphs: bool = True
+    """True if decoding replays graphs on a device that has them."""
     checks_kept_costs: bool = True
     """True if kept tables are compared with what is measured, at the start and while the engine serves. Otherwise
     engines that share a cache folder plan alike, however busy the machine is."""
@@ -121,6 +122,7 @@ def build_engine(
         programs = _load_programs(
             model, context_length, specs, actions, dtype, device, cache_folder / "programs", progress
         )
+    has_graphs = options.use_graphs and device_of(device).has_graphs
     inductor = None
     if programs is not None:
         row_loop = load_row_loop(cache_folder / "programs", progress)
@@ -134,7 +136,7 @@ def build_engine(
         device=layer_devices,
         context_length=context_length,
         inductor=inductor,
-        graphs={own: Graphs(cuda_capture(own)) for own in devices} if device_of(device).has_graphs else None,
+        captures={own: device_of(own).make_capture() for own in devices} if has_graphs else None,
     )
     settle_memory()  # before anything is measured
     if inductor is not None:
@@ -178,9 +180,11 @@ def build_engine(
         options.least_drafting_gain,
         plans,
     )
-    planner = None
+    planner: Planner | None = None
     if config.group_planner and config.num_slots > 1:
-        planner = GroupPlanner(calibration.latencies(decoder, compensation, progress))
+        planner = (
+            HighestAction() if has_graphs else GroupPlanner(calibration.latencies(decoder, compensation, progress))
+        )
 
     def replace_costs(replaced: MeasuredCosts) -> None:
         catalog.replace_costs(replaced.table)
@@ -202,7 +206,7 @@ def assemble_engine(
     config: EngineConfig,
     context_length: int,
     eos_token_ids: frozenset[int] | None = None,
-    planner: GroupPlanner | None = None,
+    planner: Planner | None = None,
     cost_watch: CostWatch | None = None,
     constraints: ConstraintCompiler | None = None,
 ) -> Engine:
@@ -211,7 +215,7 @@ def assemble_engine(
     Sequences end at `eos_token_ids`; None means the model's own.
     """
     facts = model_facts(decoder, config, catalog.facts(), context_length, eos_token_ids)
-    lane = make_lane(config.lane, *decoder.placed_on)
+    lane = make_lane(config.lane, *decoder.placed_on, static_input=decoder.static_input)
     return Engine(decoder, catalog, lane, facts, config, planner, cost_watch, constraints)
 
 

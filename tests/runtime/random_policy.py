@@ -16,13 +16,15 @@ from tests.runtime.support import ALL_ACTIONS, load_decoder, some_affine, some_c
 NAME = "random-network"
 
 
-def random_policy(folder: Path, budgets: tuple[float, float] = (0.25, 0.85), block_size: int = 2) -> LearnedPolicy:
+def random_policy(
+    folder: Path, budgets: tuple[float, float] = (0.25, 0.85), block_size: int = 2, lookahead: int = 1
+) -> LearnedPolicy:
     """Returns a policy for the model in `folder`."""
     config = load_model_config(folder)
     spec = PlanSpec(
         actions=ALL_ACTIONS,
-        pinned=full_edges(config.num_layers),
-        lookahead=1,
+        pinned=dict.fromkeys(range(lookahead), Action.FULL) | full_edges(config.num_layers),
+        lookahead=lookahead,
         block_size=block_size,
         head=Action.INT8,
         costs=some_costs(config.num_layers),

@@ -50,7 +50,7 @@ class FakeCuda:
     def Event(self) -> Any:  # noqa: N802
         return self._Event(self)
 
-    def Stream(self, device: torch.device) -> Any:  # noqa: N802
+    def Stream(self, device: torch.device, priority: int = 0) -> Any:  # noqa: N802
         return self._Stream(device)
 
     def current_stream(self, device: torch.device) -> str:

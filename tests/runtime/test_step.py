@@ -212,7 +212,7 @@ class FakeCuda:
         def synchronize(self) -> None:
             self._cuda.journal.append("lane drained")
 
-    def Stream(self, device: torch.device) -> Any:  # noqa: N802
+    def Stream(self, device: torch.device, priority: int = 0) -> Any:  # noqa: N802
         return self._Stream(self)
 
     def Event(self) -> Any:  # noqa: N802

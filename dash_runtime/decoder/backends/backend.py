@@ -23,6 +23,15 @@ class Backend(Protocol):
     def rows_to_verify(self, num_rows: int) -> int:
         """Returns the number of rows, that many or more, with which they are verified the fastest."""
 
+    def start_pass(self, token_ids: Sequence[int], batch: Batch) -> Tensor | None:
+        """Begins a pass and returns layer 0's input, `[rows, hidden_size]`; None if the caller has to make it."""
+
+    def static_input(self, layer: int, num_rows: int) -> Tensor | None:
+        """Returns where a layer's input lies in every pass of so many rows, `[num_rows or more, hidden_size]`.
+
+        None if each pass has memory of its own.
+        """
+
     def run_layer(
         self,
         layer: int,
@@ -34,8 +43,8 @@ class Backend(Protocol):
         """Runs one layer with each row's own action, `[rows, hidden_size]` to the same.
 
         Every row's keys and values are written before a row attends to them; a skipped row's come from the layer's
-        input (the KV rule). `hidden` and the returned tensor are never written to afterwards, since a policy may still
-        be reading them. `evaluations` has one entry per row, or none at all.
+        input (the KV rule). `hidden` and the returned tensor are not written to before the next pass, since a policy may
+        still be reading them. `evaluations` has one entry per row, or none at all.
         """
 
     def run_pass(self, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
@@ -45,7 +54,17 @@ class Backend(Protocol):
         """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""
 
 
-class LayerByLayer:
+class OwnMemory:
+    """The answers of a backend whose passes each have memory of their own."""
+
+    def start_pass(self, token_ids: Sequence[int], batch: Batch) -> Tensor | None:
+        return None
+
+    def static_input(self, layer: int, num_rows: int) -> Tensor | None:
+        return None
+
+
+class LayerByLayer(OwnMemory):
     """The answers of a backend that has no programs: it runs one layer at a time, and rows are not cheaper together."""
 
     def takes_evaluations(self, num_rows: int) -> bool:

@@ -1,30 +1,238 @@
-"""Decoding on CUDA: eager layers whose parts are replayed as graphs. Has not been run on a GPU.
+"""Decoding on CUDA: one graph for each layer, action and number of rows, attention included. Has not been run on a GPU.
 
-A mixture of experts runs without: the host reads which experts the rows have.
+The host only says which graph comes next. Knows layers and rows; knows no policies and no requests.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.backends.cuda_graphs import Graphs
-from dash_runtime.decoder.backends.eager import EagerBackend, Part, Tensors
-from dash_runtime.layers.heads import Heads
+from dash_runtime.decoder.backends.backend import LayerByLayer
+from dash_runtime.decoder.backends.eager import EagerBackend
+from dash_runtime.devices import Device
+from dash_runtime.devices.cuda_graphs import Capture, Replay, collected_garbage
+from dash_runtime.layers.batch import Batch
+from dash_runtime.layers.compensation import Compensation
+from dash_runtime.layers.embedding import PlainEmbedding
+from dash_runtime.layers.evaluation import Evaluation
+from dash_runtime.layers.heads import Head
+from dash_runtime.layers.kv_cache import CachePool
 from dash_runtime.layers.layer import DecoderLayer
+from dash_runtime.layers.layer_body import after_attention, before_attention, split_heads
+from dash_runtime.layers.static_rows import StaticRows
 from dash_runtime.model_config import ModelConfig
 
+NUM_ROWS = (1, 2, 4, 8, 16, 32)
+"""The rows of graphs. A pass runs the smallest that has room for it."""
+_SHORTEST_CONTEXT = 1024
+_CONTEXT_STEP = 8
+"""FlashAttention shares a row's keys between blocks by the most that there may be. One bound for all contexts would
+share short ones badly, so there is one for each factor of this."""
 
-class CudaBackend(EagerBackend):
-    """Replays two graphs per layer: the parts before and after attention, which do not depend on positions."""
 
-    def __init__(self, config: ModelConfig, layers: Sequence[DecoderLayer], heads: Heads, graphs: Graphs) -> None:
-        super().__init__(config, layers, heads)
-        self._graphs = graphs
+class _Kernel(NamedTuple):
+    """What a layer's graph runs: `action` for the rows that run, a compensation for those that skip."""
 
-    def _run_part(self, part: Part, layer: int, action: Action, *inputs: Tensor) -> Tensors:
-        function = partial(part, self._layers[layer], action)
-        if part == self._after_attention and self._config.mixture_of(layer) is not None:
-            return function(*inputs)
-        return self._graphs.run((part.__name__, layer, action), function, inputs)
+    layer: int
+    action: Action
+    """SKIP if all rows skip."""
+    kv_action: Action
+    """Projects keys and values: `action`, unless all rows skip."""
+    compensation: int | None
+    """Its id; None if all rows run."""
+
+
+class _Size(NamedTuple):
+    num_rows: int
+    max_length: int
+
+
+class CudaBackend(LayerByLayer):
+    """Replays a graph for each layer, and one each for a pass's beginning and for the head.
+
+    Rows that run a layer have to have one action (`engine.planner.HighestAction` sees to it), and those that skip it
+    one compensation; all else runs eagerly. Keys and values of a row that skips beside rows that run come from their
+    product.
+
+    Args:
+        layers: packed for few rows.
+        embed: None if layer 0 lies on another device.
+        eager: runs what has no graph.
+        capture: makes the graphs.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: Sequence[DecoderLayer],
+        embed: PlainEmbedding | None,
+        heads: Mapping[Action, Head],
+        eager: EagerBackend,
+        capture: Capture,
+        device: Device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.capture = capture
+        self._config = config
+        self._layers = layers
+        self._embed = embed
+        self._heads = heads
+        self._eager = eager
+        self._device = device
+        self._dtype = dtype
+        self._has_mixture = any(config.mixture_of(layer) is not None for layer in range(config.num_layers))
+        self._graphs: WeakKeyDictionary[CachePool, dict[tuple[object, _Size], Replay]] = WeakKeyDictionary()
+        self._compensations: dict[int, Compensation] = {}  # kept, so that nothing else gets their ids
+        self._rows: StaticRows | None = None
+        self._batch: Batch | None = None
+        self._size = _Size(0, 0)
+
+    def takes(self, batch: Batch) -> bool:
+        if batch is self._batch:
+            return True
+        if self._has_mixture or batch.num_rows > NUM_ROWS[-1]:
+            return False
+        return all(table.query_factors is None for table in batch.rotary)
+
+    def static_input(self, layer: int, num_rows: int) -> Tensor | None:
+        return None if self._rows is None else self._rows.state(layer, _with_room_for(num_rows))
+
+    def start_pass(self, token_ids: Sequence[int], batch: Batch) -> Tensor | None:
+        if self._embed is None:
+            return None
+        return self._begin(batch, token_ids).state(0, batch.num_rows)
+
+    def run_layer(
+        self,
+        layer: int,
+        actions: Sequence[Action],
+        hidden: Tensor,
+        batch: Batch,
+        evaluations: Sequence[Evaluation | None] = (),
+    ) -> Tensor:
+        if batch is self._batch and self._rows is not None:
+            rows = self._rows
+        else:
+            rows = self._begin(batch, ())
+            rows.state(layer, batch.num_rows).copy_(hidden)
+        output = rows.state(layer + 1, batch.num_rows)
+        kernel = self._kernel_of(layer, actions, batch)
+        if kernel is None:
+            return output.copy_(self._eager.run_layer(layer, actions, hidden, batch))
+        if kernel.compensation is not None and kernel.action is not Action.SKIP:
+            rows.write_skips(layer, [action is Action.SKIP for action in actions])
+        self._replay(batch, kernel, partial(self._run_layer, rows, kernel))
+        return output
+
+    def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
+        batch, rows = self._batch, self._rows
+        first = precisions[0]
+        if batch is None or rows is None or hidden is not rows.state(self._config.num_layers, len(hidden)):
+            return self._eager.logits(hidden, precisions)
+        if any(precision is not first for precision in precisions):
+            return self._eager.logits(hidden, precisions)
+        self._replay(batch, first, partial(self._run_head, rows, first))
+        return rows.logits[: len(hidden)]
+
+    def prepare(self, batch: Batch) -> None:
+        """Captures the graphs for passes of this one's size, with its first row's compensation.
+
+        The rows' next positions are written to, but not counted.
+
+        Raises:
+            CaptureFailed: the device cannot.
+        """
+        own, kv_action = batch.compensations[0], batch.kv_actions[0]
+        self._compensations[id(own)] = own
+        with collected_garbage():
+            rows = self._begin(batch, [0] * batch.num_rows)
+            for layer in range(self._config.num_layers):
+                kernels = [_Kernel(layer, action, action, None) for action in self._layers[layer].linears]
+                if batch.num_rows > 1:
+                    kernels += [kernel._replace(compensation=id(own)) for kernel in kernels]
+                for kernel in [*kernels, _Kernel(layer, Action.SKIP, kv_action, id(own))]:
+                    self._replay(batch, kernel, partial(self._run_layer, rows, kernel))
+            for precision in self._heads:
+                self._replay(batch, precision, partial(self._run_head, rows, precision))
+
+    def _begin(self, batch: Batch, token_ids: Sequence[int]) -> StaticRows:
+        """Uploads where the rows are; with token ids, looks these up as well."""
+        if self._rows is None:
+            device = self._device.device
+            tables = [table if table.cosines.device == device else None for table in batch.rotary]
+            self._rows = StaticRows(self._config, self._device, self._dtype, NUM_ROWS[-1], tables)
+        max_length = _SHORTEST_CONTEXT
+        while max_length < max(span.end for span in batch.spans):
+            max_length *= _CONTEXT_STEP
+        self._batch, self._size = batch, _Size(_with_room_for(batch.num_rows), max_length)
+        self._rows.write(batch, token_ids)
+        self._replay(batch, bool(token_ids), partial(self._run_beginning, self._rows, bool(token_ids)))
+        return self._rows
+
+    def _kernel_of(self, layer: int, actions: Sequence[Action], batch: Batch) -> _Kernel | None:
+        """Returns what the layer's graph has to run; None if no graph can."""
+        running = set(actions)
+        if Action.SKIP not in running:
+            return _Kernel(layer, actions[0], actions[0], None) if len(running) == 1 else None
+        skipping = [row for row, action in enumerate(actions) if action is Action.SKIP]
+        own = batch.compensations[skipping[0]]
+        if len(running) > 2 or any(batch.compensations[row] is not own for row in skipping):
+            return None
+        self._compensations[id(own)] = own
+        action = max(running)
+        kv_action = max(batch.kv_actions) if action is Action.SKIP else action
+        return _Kernel(layer, action, kv_action, id(own))
+
+    def _replay(self, batch: Batch, what: object, function: Callable[[CachePool, _Size], None]) -> None:
+        """Launches a graph of `function`, which is captured when it is first needed."""
+        pool = batch.spans[0].cache.pool
+        graphs = self._graphs.setdefault(pool, {})
+        key = what, self._size
+        replay = graphs.get(key)
+        if replay is None:
+            replay = graphs[key] = self.capture(partial(function, pool, self._size))
+        replay()
+
+    # What graphs do.
+
+    def _run_beginning(self, rows: StaticRows, has_tokens: bool, pool: CachePool, size: _Size) -> None:
+        rows.upload()
+        if has_tokens:
+            assert self._embed is not None
+            rows.state(0, size.num_rows).copy_(self._embed.look_up(rows.token_ids(size.num_rows)))
+
+    def _run_head(self, rows: StaticRows, precision: Action, pool: CachePool, size: _Size) -> None:
+        hidden = rows.state(self._config.num_layers, size.num_rows)
+        rows.logits[: size.num_rows].copy_(self._heads[precision](hidden))
+
+    def _run_layer(self, rows: StaticRows, kernel: _Kernel, pool: CachePool, size: _Size) -> None:
+        layer, config, weights = kernel.layer, self._config, self._layers[kernel.layer]
+        hidden, output = (rows.state(place, size.num_rows) for place in (layer, layer + 1))
+        is_run = kernel.action is not Action.SKIP
+        product = weights.linears[kernel.action].query_key_value if is_run else weights.key_values[kernel.kv_action]
+        num_queries = config.num_heads if is_run else 0
+        fused = product(before_attention(weights, hidden))
+        rotation = rows.rotation(layer, size.num_rows)
+        queries, *written = split_heads(config, weights, fused, num_queries, *rotation)
+        cached = pool.layer_memory(layer)
+        for memory, own in zip(cached, written, strict=True):
+            memory.index_copy_(0, rows.slots(size.num_rows), own)
+        if is_run:
+            where, scale = rows.attended(size.num_rows, size.max_length), config.block.attention_scale
+            attended = self._device.attend_rows(queries, *cached, where, scale, config.sliding_window[layer])
+            result = after_attention(config.block, weights, weights.linears[kernel.action], hidden, attended)
+        if kernel.compensation is not None:
+            compensated = self._compensations[kernel.compensation](layer, hidden)
+            result = (
+                torch.where(rows.uploaded_skips(layer, size.num_rows), compensated, result) if is_run else compensated
+            )
+        output.copy_(result)
+
+
+def _with_room_for(num_rows: int) -> int:
+    return next(size for size in NUM_ROWS if size >= num_rows)

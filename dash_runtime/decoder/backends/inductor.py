@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
+from dash_runtime.decoder.backends.backend import OwnMemory
 from dash_runtime.decoder.backends.whole_passes import WholePasses
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Compensation, Identity
@@ -61,7 +62,7 @@ class _Skips:
     """False if the program only writes keys and values, since there is none for this compensation."""
 
 
-class InductorBackend:
+class InductorBackend(OwnMemory):
     """Runs the layers of one decoder as programs.
 
     Args:

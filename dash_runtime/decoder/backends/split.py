@@ -30,6 +30,9 @@ class SplitBackend(LayerByLayer):
     def takes(self, batch: Batch) -> bool:
         return all(backend.takes(batch) for backend in self._backends)
 
+    def static_input(self, layer: int, num_rows: int) -> Tensor | None:
+        return self._backends[layer].static_input(layer, num_rows)
+
     def run_layer(
         self,
         layer: int,

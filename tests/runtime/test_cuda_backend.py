@@ -1,0 +1,212 @@
+"""Decoding by graphs computes what eager layers do, with few launches, and nothing races.
+
+Without CUDA, streams and graphs are imitated, and a checker watches them (`imitated_cuda.py`).
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.checkpoints import load_model_config, open_weights
+from dash_runtime.config import (
+    EngineConfig,
+    GenerationRequest,
+    Mode,
+    SamplingParameters,
+    SkipOptions,
+    StoppingParameters,
+)
+from dash_runtime.decoder.backends import cuda as cuda_backend
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.loading import make_decoder
+from dash_runtime.devices import device_of
+from dash_runtime.engine.engine import Engine
+from dash_runtime.engine.planner import HighestAction
+from dash_runtime.layers.compensation import Compensation
+from dash_runtime.layers.static_rows import StaticRows
+from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.startup.build import assemble_engine
+from tests.runtime.imitated_cuda import imitated_cuda
+from tests.runtime.random_policy import random_policy
+from tests.runtime.support import (
+    ALL_ACTIONS,
+    CPU,
+    drain,
+    full_plan,
+    load_decoder,
+    run_rows,
+    some_affine,
+    some_costs,
+    some_low_rank,
+    tokens,
+)
+
+RUNNING = (Action.FULL, Action.INT8, Action.INT4)
+ROUNDED = {Action.INT8, Action.INT4}
+FULL_DEPTH = SkipOptions(Mode.FULL_DEPTH)
+ADAPTIVE = SkipOptions(Mode.ADAPTIVE, compute_budget=0.6)
+
+
+def replaying_decoder(folder: Path) -> Decoder:
+    """Returns a decoder on the imitated device."""
+    config = load_model_config(folder)
+    captures = {CPU: device_of(CPU).make_capture()}
+    return make_decoder(
+        config,
+        open_weights(folder),
+        ALL_ACTIONS,
+        dtype=torch.float32,
+        device=CPU,
+        context_length=config.context_length,
+        captures=captures,
+    )
+
+
+def plans_of(num_layers: int, num_rows: int, step: int) -> list[list[Action]]:
+    """Returns plans in which all rows that run have one action, and which rows skip differs from layer to layer."""
+    action = RUNNING[step % len(RUNNING)]
+    return [
+        [Action.SKIP if (row * layer + step) % 3 == 1 else action for layer in range(num_layers)]
+        for row in range(num_rows)
+    ]
+
+
+def decoded(decoder: Decoder, num_rows: int, compensation: Compensation, num_steps: int = 6) -> Tensor:
+    """Returns the logits of some steps of several sequences, the last one at full depth."""
+    caches = decoder.caches([32] * num_rows)
+    for row, cache in enumerate(caches):
+        run_rows(decoder, [cache], [range(1, 4 + row % 7)], [full_plan(decoder)])
+    steps: list[Tensor] = []
+    for step in range(num_steps):
+        is_last = step == num_steps - 1
+        plans = [full_plan(decoder)] * num_rows if is_last else plans_of(decoder.num_layers, num_rows, step)
+        kv_action = RUNNING[step % len(RUNNING)]  # a row that skips beside others has its keys from their product
+        token_ids = [[7 * row + step] for row in range(num_rows)]
+        steps.append(run_rows(decoder, caches, token_ids, plans, compensation, kv_action).clone())
+    return torch.cat(steps)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 17])
+def test_graphs_compute_what_layers_do(tiny_folder: Path, num_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = load_decoder(tiny_folder)
+    compensations = some_affine(eager), some_low_rank(eager)
+    expected = [decoded(eager, num_rows, compensation) for compensation in compensations]
+    with imitated_cuda(monkeypatch) as cuda:
+        decoder = replaying_decoder(tiny_folder)
+        for compensation, own in zip(compensations, expected, strict=True):
+            torch.testing.assert_close(decoded(decoder, num_rows, compensation), own, rtol=1e-4, atol=1e-4)
+    assert cuda.errors == []
+
+
+def policy_of(folder: Path, without: set[Action], lookahead: int = 1) -> LearnedPolicy:
+    return random_policy(folder, block_size=1, lookahead=lookahead).without(without)
+
+
+def engine_of(decoder: Decoder, policy: LearnedPolicy, num_slots: int = 17) -> Engine:
+    catalog = PolicyCatalog(some_costs(6), policy.score_actions, policy.compensation, [policy], None, {}, 1.0, ())
+    config = EngineConfig(num_slots=num_slots, cache_tokens=32 * num_slots)
+    return assemble_engine(decoder, catalog, config, 512, frozenset(), planner=HighestAction())
+
+
+def generated(engine: Engine, num_rows: int, skip: SkipOptions, num_tokens: int = 5) -> list[list[int]]:
+    for row in range(num_rows):
+        stopping = StoppingParameters(num_tokens)
+        prompt = [1 + row, 2, 3 + 5 * row]
+        engine.submit(GenerationRequest(str(row), prompt, stopping, SamplingParameters(), skip=skip))
+    events = drain(engine)
+    return [tokens(events[str(row)]) for row in range(num_rows)]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 17])
+@pytest.mark.parametrize(
+    ("skip", "without"),
+    [
+        (FULL_DEPTH, set()),
+        (SkipOptions(Mode.FIXED, fixed_action=Action.INT4), set()),
+        (ADAPTIVE, ROUNDED),
+    ],
+    ids=["full", "int4", "adaptive"],
+)
+def test_an_engine_gives_the_tokens_of_eager_layers_and_nothing_races(
+    tiny_folder: Path, num_rows: int, skip: SkipOptions, without: set[Action], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policy_of(tiny_folder, without)
+    expected = generated(engine_of(load_decoder(tiny_folder), policy), num_rows, skip)
+    with imitated_cuda(monkeypatch) as cuda:
+        own = generated(engine_of(replaying_decoder(tiny_folder), policy), num_rows, skip)
+    assert own == expected
+    assert cuda.errors == []
+
+
+@pytest.mark.parametrize("num_rows", [1, 16])
+def test_a_layer_takes_two_launches_at_most_no_upload_and_no_wait_but_for_its_decision(
+    tiny_folder: Path, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, num_tokens = policy_of(tiny_folder, set()), 12
+    with imitated_cuda(monkeypatch) as cuda:
+        engine = engine_of(replaying_decoder(tiny_folder), policy)
+        generated(engine, num_rows, ADAPTIVE, num_tokens)
+        for row in range(num_rows):
+            prompt = [1 + row, 2, 3 + 5 * row]
+            engine.submit(GenerationRequest(str(row), prompt, StoppingParameters(num_tokens), skip=ADAPTIVE))
+        while any(sequence.num_prompt_tokens_left for sequence in engine._running.values()) or not engine._running:
+            engine.step()
+        before = Counter(cuda.counts)
+        engine.step()
+    taken = cuda.counts - before
+    num_layers, num_decisions = 6, len(policy.spec.decision_blocks)
+    assert taken["captures"] == 0
+    assert taken["launches"] <= 2 * num_layers + 4  # the pass's beginning, the head, the likeliest token and its copy
+    assert taken["uploads"] == 0
+    assert taken["waits"] <= num_decisions + 2  # one before the rows are written, one for the tokens
+
+
+@pytest.mark.parametrize("ignores", ["wait_event", "synchronize"])
+def test_a_forgotten_wait_is_a_race_that_the_checker_sees(
+    tiny_folder: Path, ignores: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with imitated_cuda(monkeypatch, ignores) as cuda:
+        generated(engine_of(replaying_decoder(tiny_folder), policy_of(tiny_folder, ROUNDED)), 2, ADAPTIVE)
+    assert any("nothing orders them" in error for error in cuda.errors)
+
+
+@pytest.mark.parametrize("num_states", [7, 2])
+def test_a_state_that_is_overwritten_before_the_policy_has_read_it_is_a_race(
+    tiny_folder: Path, num_states: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a lookahead of two, the next layer is queued before the decision from this one's input has been read."""
+
+    class FewStates(StaticRows):
+        def state(self, layer: int, num_rows: int) -> Tensor:
+            return super().state(layer % num_states, num_rows)
+
+    with imitated_cuda(monkeypatch) as cuda:
+        monkeypatch.setattr(cuda_backend, "StaticRows", FewStates)
+        policy = policy_of(tiny_folder, ROUNDED, lookahead=2)
+        generated(engine_of(replaying_decoder(tiny_folder), policy), 2, ADAPTIVE)
+    assert bool(cuda.errors) == (num_states == 2)
+
+
+def test_passes_that_nobody_reads_do_not_overwrite_where_the_device_reads_its_rows(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for ignores in ("", "synchronize"):
+        with imitated_cuda(monkeypatch, ignores) as cuda:
+            decoded(replaying_decoder(tiny_folder), 2, some_affine(load_decoder(tiny_folder)))
+        assert bool(cuda.errors) == bool(ignores)
+
+
+def test_a_graph_that_reads_memory_which_moves_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = [torch.ones(3)]
+    with imitated_cuda(monkeypatch) as cuda:
+        replay = device_of(CPU).make_capture()(lambda: kept[-1].add_(1))
+        replay()
+        assert cuda.errors == []
+        kept.append(torch.ones(3))
+        replay()
+    assert "something else than was captured" in cuda.errors[0]
