@@ -98,9 +98,17 @@ class Decoder:
         hidden = self._backend_of(batch).start_pass(token_ids, batch)
         return self.embed(token_ids) if hidden is None else hidden
 
-    def static_input(self, layer: int, num_rows: int) -> Tensor | None:
+    def static_input(self, layer: int, hidden: Tensor) -> Tensor | None:
         """Returns where the layer's input lies in every decoding pass of so many rows; see `Backend`."""
-        return self.backends[PassKind.DECODE][0].static_input(layer, num_rows)
+        return self.backends[PassKind.DECODE][0].static_input(layer, hidden)
+
+    def graph_sizes(self, max_rows: int) -> Sequence[int]:
+        """Returns the numbers of rows that decoding fills passes up to; see `Backend`."""
+        return self.backends[PassKind.DECODE][0].graph_sizes(max_rows)
+
+    def prepare(self, batch: Batch) -> None:
+        """Captures the graphs of decoding passes like this one; see `Backend`."""
+        self.backends[PassKind.DECODE][0].prepare(batch)
 
     def run_layer(
         self,

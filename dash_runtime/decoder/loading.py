@@ -34,6 +34,7 @@ def make_decoder(
     context_length: int,
     inductor: InductorBackend | None = None,
     captures: Mapping[torch.device, Capture] | None = None,
+    has_int8_head: bool = True,
 ) -> Decoder:
     """Packs a model for its devices.
 
@@ -46,6 +47,7 @@ def make_decoder(
         inductor: the layers' programs; this adds the weights. Decoding then runs them, and quantised actions have no
             other kernels. None: everything runs eagerly, as it has to on several devices.
         captures: make the graphs that decoding replays, on each device; None: it runs eagerly.
+        has_int8_head: False if an INT8 head would be no faster than FULL's, which then runs in its place.
     """
     # Programs get repacked copies of the matrices. If other tensors still used the mapped file, all of it would stay.
     copies = inductor is not None
@@ -79,7 +81,8 @@ def make_decoder(
         if compiled is not None:
             by_precision[precision] = wide_heads[precision] = compiled
             continue
-        linear = full if precision is Action.FULL else make_linear(precision, FullLinear(head))
+        is_full = precision is Action.FULL or not has_int8_head
+        linear = full if is_full else make_linear(precision, FullLinear(head))
         by_precision[precision] = eager_head(linear, final_norm, multiplier)
         wide_heads[precision] = eager_head(for_many_rows(linear), final_norm, multiplier)
 
@@ -93,8 +96,9 @@ def make_decoder(
             own: CudaBackend(
                 config,
                 layers,
+                [layer for layer, device in enumerate(devices) if device == own],
                 own_embed if own == devices[0] else None,
-                by_precision,
+                by_precision if own == devices[-1] else {},
                 eager[1],
                 captures[own],
                 device_of(own),

@@ -46,6 +46,10 @@ class CudaDevice(Device):
         free, _ = self.cuda.mem_get_info(self.device)
         return int(free)
 
+    def keep_for(self, stream: Any, tensor: Tensor) -> None:
+        """Keeps the memory of a tensor, which another stream may drop, until this stream has done its queued work."""
+        tensor.record_stream(stream)
+
     def host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
 

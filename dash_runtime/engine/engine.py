@@ -29,6 +29,7 @@ from dash_runtime.events import EndReason, EngineEvent, SlotGranted, TokenProduc
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.kv_cache import CachePool
 from dash_runtime.policy.catalog import Assignment
+from dash_runtime.policy.policy import Policy
 
 _SCORED_ROWS = 64
 """Rows of a given output whose logits are in memory at once."""
@@ -143,6 +144,25 @@ class Engine:
             self._decode(running, events)
         self._verify([sequence for sequence in decoding if sequence.has_draft_to_verify], events)
         return events
+
+    @torch.inference_mode()
+    def prepare_graphs(self, policy: Policy) -> None:
+        """Captures the graphs that requests with this policy replay, however many run together.
+
+        Raises:
+            CaptureFailed: the device cannot.
+        """
+        for num_rows in self._decoder.graph_sizes(self._config.num_slots):
+            caches = [cache for _ in range(num_rows) if (cache := self._pool.reserve(2)) is not None]
+            if not caches:
+                return
+            for cache in caches:
+                cache.length = 1
+            own = [policy.compensation] * len(caches), [policy.kv_action] * len(caches)
+            self._decoder.prepare(self._decoder.batch(PassKind.DECODE, caches, [1] * len(caches), *own))
+            for cache in caches:
+                cache.length = 2  # so that what was written is cleared
+                self._pool.release(cache)
 
     def close(self) -> None:
         """Stops the lane."""

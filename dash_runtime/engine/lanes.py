@@ -148,6 +148,7 @@ class CudaStreamLane(_WaitingLane):
 
     def __init__(self, device: CudaDevice, static_input: StaticInput | None = None) -> None:
         super().__init__()
+        self._cuda_device = device
         self._cuda = device.cuda
         self._device = device.device
         self._stream = self._cuda.Stream(self._device, priority=_HIGHEST_PRIORITY)
@@ -167,9 +168,7 @@ class CudaStreamLane(_WaitingLane):
             self._stream.wait_event(made)
             graph = None if self._graphs is None else self._graphs.find(policy, layer, state)
             if graph is None:
-                # The decoder's stream may drop its reference first. The allocator must not reuse the memory before
-                # this stream is done with it.
-                state.hidden.record_stream(self._stream)
+                self._cuda_device.keep_for(self._stream, state.hidden)
             pending = policy.start(layer, state) if graph is None else graph.start(state)
             arrived.record(self._stream)
 

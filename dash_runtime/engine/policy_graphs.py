@@ -1,7 +1,7 @@
 """Evaluations of learned policies as CUDA graphs: one for each decision block and number of rows.
 
-A graph takes the facts from the host's memory and leaves the result there. Has not been run on a GPU. Knows policies and
-states; knows no streams and no sequences.
+A graph takes the facts from the host's memory and leaves the result there. Has not been run on a GPU. Knows policies
+and states; knows no streams and no sequences.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from dash_runtime.devices.cuda_graphs import Capture, Replay
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy import Decision, Pending, Policy, State
 
-StaticInput = Callable[[int, int], Tensor | None]
+StaticInput = Callable[[int, Tensor], Tensor | None]
 """`Decoder.static_input`."""
 
 
@@ -28,12 +28,15 @@ class PolicyGraphs:
         self._graphs: dict[tuple[int, int, int], PolicyGraph] = {}
 
     def find(self, policy: Policy, layer: int, state: State) -> "PolicyGraph | None":
-        """Returns the graph that decides the block which begins with `layer`; None if a graph cannot read this state."""
+        """Returns the graph that decides the block which begins with `layer`.
+
+        None if a graph cannot read this state: when several policies have rows, each one's are gathered.
+        """
         if not isinstance(policy, LearnedPolicy):
             return None
-        hidden = self._static_input(state.observed, len(state.tokens))
-        if hidden is None or hidden.data_ptr() != state.hidden.data_ptr():
-            return None  # rows of several policies are gathered
+        hidden = self._static_input(state.observed, state.hidden)
+        if hidden is None:
+            return None
         key = id(policy), layer, len(hidden)
         graph = self._graphs.get(key)
         if graph is None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dash_runtime.devices import device_of
 from dash_runtime.linears.dense_linear import PACKED_BLOCK, Linear, packed_words
 
 Embedding = Callable[[Sequence[int]], Tensor]
@@ -21,7 +22,7 @@ class PlainEmbedding:
     multiplier: float = 1.0
 
     def __call__(self, token_ids: Sequence[int]) -> Tensor:
-        return self.look_up(torch.tensor(token_ids, device=self.weight.device))
+        return self.look_up(device_of(self.weight.device).upload(torch.tensor(token_ids)))
 
     def look_up(self, token_ids: Tensor) -> Tensor:
         """Does the same for int64 `[tokens]` on the matrix's device."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.layers.norm import RmsNorm
-from dash_runtime.layers.row_groups import group_rows, scatter_rows
+from dash_runtime.layers.row_groups import group_rows, scatter_rows, take_rows
 from dash_runtime.linears.dense_linear import Linear
 
 Head = Callable[[Tensor], Tensor]
@@ -31,8 +31,7 @@ class Heads:
         if self.shared is not None and len(precisions) > self.most_apart:
             return self.shared(hidden)
         parts = [
-            (rows, self.by_precision[precision](hidden if rows is None else hidden[rows]))
-            for precision, rows in group_rows(precisions)
+            (rows, self.by_precision[precision](take_rows(hidden, rows))) for precision, rows in group_rows(precisions)
         ]
         return scatter_rows(parts, len(precisions))
 

@@ -6,6 +6,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from dash_runtime.devices import device_of
+
 _Kernel = TypeVar("_Kernel", bound=int | tuple[int, ...])
 """An action, or an action with more that decides how a row runs."""
 Groups = Sequence[tuple[_Kernel, list[int] | None]]
@@ -19,11 +21,22 @@ def group_rows(kernels: Sequence[_Kernel]) -> list[tuple[_Kernel, list[int] | No
     return [(kernel, [row for row, own in enumerate(kernels) if own == kernel]) for kernel in sorted(set(kernels))]
 
 
+def take_rows(tensor: Tensor, rows: Sequence[int] | None) -> Tensor:
+    """Returns some rows of `[rows, …]`; all of them for None."""
+    return tensor if rows is None else tensor[index_of(rows, tensor)]
+
+
+def index_of(rows: Sequence[int], like: Tensor) -> Tensor:
+    """Returns rows as an index for tensors on that device, without waiting for it."""
+    return device_of(like.device).upload(torch.tensor(rows))
+
+
 def scatter_rows(parts: list[tuple[list[int] | None, Tensor]], num_rows: int) -> Tensor:
     """Puts the groups' rows back in order."""
     if len(parts) == 1:
         return parts[0][1]
     whole = parts[0][1].new_empty((num_rows, *parts[0][1].shape[1:]))
     for rows, part in parts:
-        whole[torch.tensor(rows, device=part.device)] = part
+        assert rows is not None
+        whole[index_of(rows, part)] = part
     return whole

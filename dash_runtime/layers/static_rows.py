@@ -1,7 +1,7 @@
 """Memory that stays where it is, for graphs of up to so many decoded rows.
 
-Before a pass the host writes where its rows are, and one copy brings that to the device. Rows beyond a pass's own, which
-fill it up to the size of a graph, have the pool's spare token to write to. Knows batches; knows no weights.
+Before a pass the host writes where its rows are, and one copy brings that to the device. Rows that only fill a pass up
+to the size of a graph write to the pool's spare token. Knows batches; knows no weights.
 """
 
 from collections.abc import Sequence
@@ -115,7 +115,9 @@ class StaticRows:
 
     def rotation(self, layer: int, num_rows: int) -> tuple[Tensor, Tensor]:
         """Returns cosines and sines, `[num_rows, 1, head_dim]`."""
-        cosines, sines = self._rotations[self._tables[self._rotary[layer]]]
+        table = self._rotary[layer]
+        assert table is not None, "the layer lies on another device"
+        cosines, sines = self._rotations[self._tables[table]]
         return cosines[:num_rows], sines[:num_rows]
 
     def uploaded_skips(self, layer: int, num_rows: int) -> Tensor:

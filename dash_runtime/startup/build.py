@@ -47,6 +47,7 @@ from dash_runtime.programs.traced_layer import ModelShape
 from dash_runtime.progress import Progress
 from dash_runtime.startup.calibration import DeviceCalibration
 from dash_runtime.startup.cost_keeper import CostKeeper
+from dash_runtime.startup.faster_kernels import faster_actions, product_seconds
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.startup.memory_plan import free_rooms, model_bytes, place_on
 from dash_runtime.startup.model_facts import model_facts
@@ -102,6 +103,13 @@ def build_engine(
     check_weights(weights, model)
     context_length = min(model.context_length, config.context_length or model.context_length)
     actions = _common_actions(devices, dtype, model)
+    has_int8_head = True
+    if device_of(device).offers_only_faster:
+        progress("timing kernels")
+        timed = partial(product_seconds, device=device, dtype=dtype)
+        head = {(model.vocab_size, model.hidden_size)}
+        has_int8_head = Action.INT8 in faster_actions((Action.INT8,), partial(timed, shapes=head))
+        actions = faster_actions(actions, partial(timed, shapes=matrix_shapes(model)))
     described = describe_devices(devices)
     rooms = free_rooms(devices)
     fingerprint = model_fingerprint(model, weights)
@@ -136,6 +144,7 @@ def build_engine(
         device=layer_devices,
         context_length=context_length,
         inductor=inductor,
+        has_int8_head=has_int8_head,
         captures={own: device_of(own).make_capture() for own in devices} if has_graphs else None,
     )
     settle_memory()  # before anything is measured
@@ -196,6 +205,9 @@ def build_engine(
     engine = assemble_engine(
         decoder, catalog, config, context_length, planner=planner, cost_watch=keeper, constraints=constraints
     )
+    if has_graphs:
+        progress("capturing graphs")
+        engine.prepare_graphs(catalog.assign(SkipOptions(Mode.ADAPTIVE)).policy)
     _warm_up(engine)
     return engine
 

@@ -165,7 +165,7 @@ class StepMeasurement:
             num_slots=1, cache_tokens=num_prompt + num_new, prefix_cache_tokens=num_prompt, group_planner=False
         )
         facts = model_facts(decoder, config, (), decoder.context_length, frozenset())
-        lane = make_lane(None, *decoder.placed_on)
+        lane = make_lane(None, *decoder.placed_on, static_input=decoder.static_input)
         return Engine(decoder, self._catalog, lane, facts, config, cost_watch=self._steps)
 
 

@@ -165,11 +165,9 @@ class ImitatedCuda:
         for (other_low, other_high, *_), other in known.items():
             is_conflict = (is_write or other.is_write) and other.actor != actor
             if is_conflict and low < other_high and other_low < high and clock[other.actor] < other.clock:
-                verbs = ["reads", "writes"]
-                self.errors.append(
-                    f"{actor} {verbs[is_write]} ({what}) what {other.actor} {verbs[other.is_write]} ({other.what}), and "
-                    "nothing orders them"
-                )
+                does, other_does = ("writes" if own else "reads" for own in (is_write, other.is_write))
+                error = f"{actor} {does} ({what}) what {other.actor} {other_does} ({other.what}): nothing orders them"
+                self.errors.append(error)
         known[low, high, actor, is_write] = _Access(actor, clock[actor], is_write, what)
 
 
@@ -213,6 +211,9 @@ class ImitatedCudaDevice(CudaDevice):
 
     def make_capture(self, stream: Any = None) -> Capture:
         return self.cuda.capture
+
+    def keep_for(self, stream: Any, tensor: Tensor) -> None:
+        pass
 
     def synchronise(self) -> None:
         self.cuda.current_stream().synchronize()

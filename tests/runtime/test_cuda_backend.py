@@ -210,3 +210,30 @@ def test_a_graph_that_reads_memory_which_moves_is_noticed(monkeypatch: pytest.Mo
         kept.append(torch.ones(3))
         replay()
     assert "something else than was captured" in cuda.errors[0]
+
+
+def test_prepared_graphs_are_those_that_requests_replay(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = policy_of(tiny_folder, set())
+    with imitated_cuda(monkeypatch) as cuda:
+        engine = engine_of(replaying_decoder(tiny_folder), policy, num_slots=5)
+        engine.prepare_graphs(policy)
+        generated(engine, 1, ADAPTIVE)  # the policy's own graphs
+        generated(engine, 4, ADAPTIVE)
+        before = Counter(cuda.counts)
+        for num_rows in (1, 3, 5):
+            generated(engine, num_rows, FULL_DEPTH)
+        generated(engine, 1, ADAPTIVE)
+        generated(engine, 4, ADAPTIVE)
+    assert (cuda.counts - before)["captures"] == 0
+    assert cuda.errors == []
+
+
+def test_memory_that_prepared_graphs_wrote_to_is_given_back_empty(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with imitated_cuda(monkeypatch):
+        engine = engine_of(replaying_decoder(tiny_folder), policy := policy_of(tiny_folder, ROUNDED), num_slots=2)
+        engine.prepare_graphs(policy)
+        pool = engine._pool
+        assert not pool.reserved_tokens
+        assert not pool.memories[0][:, :, : pool.spare_token].any()

@@ -11,6 +11,7 @@ hang_after       sends and reads nothing after this many tokens
 die_at_start     exits before it is ready
 never_ready      waits for ever instead of becoming ready
 starts_child     first starts a child process that sleeps
+graphs_fail      cannot make graphs, and ends if it is asked to
 startup_failed   refuses to start, with this text
 refuse           answers every request with RequestRefused for this field
 replaces_costs   says that it has replaced its cost table so often; the learned policy cannot go as low as before
@@ -188,6 +189,9 @@ class FakeWorker:
         if "startup_failed" in self.options:
             self.send(messages.StartupFailed(self.options["startup_failed"]))
             return
+        if "graphs_fail" in self.options and config.use_graphs:
+            self.send(messages.GraphsFailed("a CUDA graph cannot be captured: out of memory"))
+            sys.exit(4)
         if "die_at_start" in self.options:
             sys.exit(3)
         if "doing" in self.options:

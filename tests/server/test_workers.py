@@ -53,6 +53,17 @@ async def test_requests_of_a_killed_worker_fail_within_a_second_and_the_next_one
         assert server.server.admission.num_inside == 0
 
 
+async def test_a_worker_that_cannot_make_graphs_is_followed_by_one_that_does_without(
+    model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running_server(fake_model(model_folder, graphs_fail=1)) as server:
+        assert (await server.generate(text="abc", max_new_tokens=3)).output.text == "abc"
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert errors == [
+        "the next worker runs without graphs, more slowly: a CUDA graph cannot be captured: out of memory"
+    ]
+
+
 async def test_a_worker_that_hangs_is_replaced(model_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = fake_model(model_folder, token_seconds=0.005, hang_after=20)
     async with running_server(model, worker_timeout_seconds=0.4) as server:

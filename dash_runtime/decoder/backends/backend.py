@@ -26,10 +26,22 @@ class Backend(Protocol):
     def start_pass(self, token_ids: Sequence[int], batch: Batch) -> Tensor | None:
         """Begins a pass and returns layer 0's input, `[rows, hidden_size]`; None if the caller has to make it."""
 
-    def static_input(self, layer: int, num_rows: int) -> Tensor | None:
-        """Returns where a layer's input lies in every pass of so many rows, `[num_rows or more, hidden_size]`.
+    def static_input(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Returns where the layer's input lies in every pass of so many rows, `[rows or more, hidden_size]`.
 
-        None if each pass has memory of its own.
+        None if each pass has memory of its own, or `hidden` is not what this backend gave for the layer.
+        """
+
+    def graph_sizes(self, max_rows: int) -> Sequence[int]:
+        """Returns the numbers of rows that passes of up to `max_rows` are filled up to; none without graphs."""
+
+    def prepare(self, batch: Batch) -> None:
+        """Captures the graphs of passes like this one, with its first row's compensation.
+
+        The rows' next positions are written to, but not counted.
+
+        Raises:
+            CaptureFailed: the device cannot.
         """
 
     def run_layer(
@@ -43,8 +55,8 @@ class Backend(Protocol):
         """Runs one layer with each row's own action, `[rows, hidden_size]` to the same.
 
         Every row's keys and values are written before a row attends to them; a skipped row's come from the layer's
-        input (the KV rule). `hidden` and the returned tensor are not written to before the next pass, since a policy may
-        still be reading them. `evaluations` has one entry per row, or none at all.
+        input (the KV rule). `hidden` and the returned tensor are not written to before the next pass, since a policy
+        may still be reading them. `evaluations` has one entry per row, or none at all.
         """
 
     def run_pass(self, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
@@ -60,8 +72,14 @@ class OwnMemory:
     def start_pass(self, token_ids: Sequence[int], batch: Batch) -> Tensor | None:
         return None
 
-    def static_input(self, layer: int, num_rows: int) -> Tensor | None:
+    def static_input(self, layer: int, hidden: Tensor) -> Tensor | None:
         return None
+
+    def graph_sizes(self, max_rows: int) -> Sequence[int]:
+        return ()
+
+    def prepare(self, batch: Batch) -> None:
+        pass
 
 
 class LayerByLayer(OwnMemory):

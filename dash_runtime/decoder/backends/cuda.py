@@ -60,8 +60,9 @@ class CudaBackend(LayerByLayer):
     product.
 
     Args:
-        layers: packed for few rows.
-        embed: None if layer 0 lies on another device.
+        layers: all of them, packed for few rows.
+        own_layers: those that lie on the device.
+        embed: None if layer 0 is not among them.
         eager: runs what has no graph.
         capture: makes the graphs.
     """
@@ -70,6 +71,7 @@ class CudaBackend(LayerByLayer):
         self,
         config: ModelConfig,
         layers: Sequence[DecoderLayer],
+        own_layers: Sequence[int],
         embed: PlainEmbedding | None,
         heads: Mapping[Action, Head],
         eager: EagerBackend,
@@ -80,6 +82,7 @@ class CudaBackend(LayerByLayer):
         self.capture = capture
         self._config = config
         self._layers = layers
+        self._own_layers = own_layers
         self._embed = embed
         self._heads = heads
         self._eager = eager
@@ -99,8 +102,10 @@ class CudaBackend(LayerByLayer):
             return False
         return all(table.query_factors is None for table in batch.rotary)
 
-    def static_input(self, layer: int, num_rows: int) -> Tensor | None:
-        return None if self._rows is None else self._rows.state(layer, _with_room_for(num_rows))
+    def static_input(self, layer: int, hidden: Tensor) -> Tensor | None:
+        if self._rows is None or hidden is not self._rows.state(layer, len(hidden)):
+            return None
+        return self._rows.state(layer, _with_room_for(len(hidden)))
 
     def start_pass(self, token_ids: Sequence[int], batch: Batch) -> Tensor | None:
         if self._embed is None:
@@ -139,19 +144,17 @@ class CudaBackend(LayerByLayer):
         self._replay(batch, first, partial(self._run_head, rows, first))
         return rows.logits[: len(hidden)]
 
+    def graph_sizes(self, max_rows: int) -> Sequence[int]:
+        return () if self._has_mixture else [size for size in NUM_ROWS if size // 2 < max_rows]
+
     def prepare(self, batch: Batch) -> None:
-        """Captures the graphs for passes of this one's size, with its first row's compensation.
-
-        The rows' next positions are written to, but not counted.
-
-        Raises:
-            CaptureFailed: the device cannot.
-        """
+        if not self.takes(batch):
+            return
         own, kv_action = batch.compensations[0], batch.kv_actions[0]
         self._compensations[id(own)] = own
         with collected_garbage():
-            rows = self._begin(batch, [0] * batch.num_rows)
-            for layer in range(self._config.num_layers):
+            rows = self._begin(batch, () if self._embed is None else [0] * batch.num_rows)
+            for layer in self._own_layers:
                 kernels = [_Kernel(layer, action, action, None) for action in self._layers[layer].linears]
                 if batch.num_rows > 1:
                     kernels += [kernel._replace(compensation=id(own)) for kernel in kernels]
@@ -163,8 +166,8 @@ class CudaBackend(LayerByLayer):
     def _begin(self, batch: Batch, token_ids: Sequence[int]) -> StaticRows:
         """Uploads where the rows are; with token ids, looks these up as well."""
         if self._rows is None:
-            device = self._device.device
-            tables = [table if table.cosines.device == device else None for table in batch.rotary]
+            own = self._own_layers
+            tables = [table if layer in own else None for layer, table in enumerate(batch.rotary)]
             self._rows = StaticRows(self._config, self._device, self._dtype, NUM_ROWS[-1], tables)
         max_length = _SHORTEST_CONTEXT
         while max_length < max(span.end for span in batch.spans):

@@ -1,6 +1,6 @@
 """Layers run eagerly, on the library's kernels: any rows, any actions, any device. Knows layers and batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -11,11 +11,10 @@ from dash_runtime.layers.evaluation import Evaluation
 from dash_runtime.layers.heads import Heads
 from dash_runtime.layers.layer import DecoderLayer
 from dash_runtime.layers.layer_body import after_attention, before_attention, split_heads
-from dash_runtime.layers.row_groups import Groups, group_rows, scatter_rows
+from dash_runtime.layers.row_groups import Groups, group_rows, index_of, scatter_rows, take_rows
 from dash_runtime.model_config import ModelConfig
 
 Tensors = tuple[Tensor, ...]
-Part = Callable[..., Tensors]
 Kernel = tuple[Action, bool]
 """The action whose matrix projects a row, and whether for keys and values alone, since the row skips the layer."""
 
@@ -49,18 +48,13 @@ class EagerBackend(LayerByLayer):
         attended = batch.attend(layer, queries, runs) if any(runs) else queries
         parts: list[tuple[list[int] | None, Tensor]] = []
         for action, rows in group_rows(actions):
-            inputs = hidden if rows is None else hidden[rows]
+            inputs = take_rows(hidden, rows)
             if action is Action.SKIP:
                 outputs = batch.compensate(layer, inputs, rows)
             else:
-                heads = attended if rows is None else attended[rows]
-                (outputs,) = self._run_part(self._after_attention, layer, action, inputs, heads)
+                outputs = self._after_attention(self._layers[layer], action, inputs, take_rows(attended, rows))
             parts.append((rows, outputs))
         return scatter_rows(parts, batch.num_rows)
-
-    def _run_part(self, part: Part, layer: int, action: Action, *inputs: Tensor) -> Tensors:
-        """Runs a part of a layer for rows that all take one action."""
-        return part(self._layers[layer], action, *inputs)
 
     def _project(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensors:
         """Returns rotated queries `[rows, num_heads, head_dim]`, rotated keys and values `[rows, num_kv_heads,
@@ -70,7 +64,8 @@ class EagerBackend(LayerByLayer):
         if len(groups) > 1:
             return self._project_mixed(self._layers[layer], groups, *inputs)
         ((action, is_skipped), _), *_ = groups
-        return self._run_part(self._keys_values if is_skipped else self._before_attention, layer, action, *inputs)
+        part = self._keys_values if is_skipped else self._before_attention
+        return part(self._layers[layer], action, *inputs)
 
     def _before_attention(
         self, weights: DecoderLayer, action: Action, hidden: Tensor, cosines: Tensor, sines: Tensor
@@ -91,14 +86,16 @@ class EagerBackend(LayerByLayer):
         query_size = config.num_heads * config.head_dim
         fused = normed.new_zeros((len(normed), query_size + 2 * config.num_kv_heads * config.head_dim))
         for (action, is_skipped), rows in groups:
+            assert rows is not None
+            index = index_of(rows, normed)
             if is_skipped:
-                fused[rows, query_size:] = weights.key_values[action](normed[rows])
+                fused[index, query_size:] = weights.key_values[action](normed[index])
             else:
-                fused[rows] = weights.linears[action].query_key_value(normed[rows])
+                fused[index] = weights.linears[action].query_key_value(normed[index])
         return split_heads(config, weights, fused, config.num_heads, cosines, sines)
 
-    def _after_attention(self, weights: DecoderLayer, action: Action, inputs: Tensor, attended: Tensor) -> Tensors:
-        return (after_attention(self._config.block, weights, weights.linears[action], inputs, attended),)
+    def _after_attention(self, weights: DecoderLayer, action: Action, inputs: Tensor, attended: Tensor) -> Tensor:
+        return after_attention(self._config.block, weights, weights.linears[action], inputs, attended)
 
 
 def _kernel(action: Action, kv_action: Action) -> Kernel:

@@ -23,6 +23,7 @@ class SplitBackend(LayerByLayer):
 
     def __init__(self, backends: Mapping[torch.device, Backend], devices: Sequence[torch.device]) -> None:
         self._backends = [backends[device] for device in devices]
+        self._parts = list(backends.values())
         after = [*devices[1:], devices[-1]]
         self._moves_to = [None if next_one == own else next_one for own, next_one in zip(devices, after, strict=True)]
         self.logits = self._backends[-1].logits
@@ -30,8 +31,15 @@ class SplitBackend(LayerByLayer):
     def takes(self, batch: Batch) -> bool:
         return all(backend.takes(batch) for backend in self._backends)
 
-    def static_input(self, layer: int, num_rows: int) -> Tensor | None:
-        return self._backends[layer].static_input(layer, num_rows)
+    def static_input(self, layer: int, hidden: Tensor) -> Tensor | None:
+        return self._backends[layer].static_input(layer, hidden)
+
+    def graph_sizes(self, max_rows: int) -> Sequence[int]:
+        return self._backends[0].graph_sizes(max_rows)
+
+    def prepare(self, batch: Batch) -> None:
+        for backend in self._parts:
+            backend.prepare(batch)
 
     def run_layer(
         self,

@@ -15,6 +15,7 @@ import torch
 
 from dash_runtime.checkpoints import resolve_checkpoint
 from dash_runtime.devices import num_devices
+from dash_runtime.devices.cuda_graphs import CaptureFailed
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import DashRuntimeError, InvalidRequest
 from dash_runtime.events import CostStatus, EngineEvent, RequestRefused
@@ -52,6 +53,10 @@ class EngineLoop:
                 engine.close()
         except (_Closed, ServerGone):
             pass
+        except CaptureFailed as failure:
+            logger.error("%s; this worker ends, and the next one does without graphs", failure)
+            self._send(messages.GraphsFailed(str(failure)))
+            return 4
         except Exception:
             # After a device error nothing on the device can be trusted: the server starts another worker.
             logger.exception("the engine failed, and this worker ends")
@@ -75,6 +80,7 @@ class EngineLoop:
                 threads_of_worker(config.num_threads, config.num_workers),
                 policy_file,
                 config.compile_layers,
+                config.use_graphs,
                 config.checks_costs,
             )
             engine = build_engine(folder, cache_folder, options, config.engine, self._tell)

@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
+import msgspec
+
 from dash_runtime.config import GenerationRequest, ModelFacts
 from dash_runtime.decision_trace import DecisionTrace
 from dash_runtime.events import CostStatus, RequestRefused, SequenceCancelled, SequenceFinished, TokenProduced
@@ -18,6 +20,7 @@ from dash_server.worker.messages import (
     Cancel,
     CostsJudged,
     FromWorker,
+    GraphsFailed,
     Ping,
     Pong,
     Ready,
@@ -29,7 +32,7 @@ from dash_server.worker.messages import (
     WorkerConfig,
 )
 from dash_server.worker.outbox import Outbox
-from dash_server.worker.starter import Worker, WorkerDeath, WorkerStarter, WorkerStartError
+from dash_server.worker.starter import StartAgain, Worker, WorkerDeath, WorkerStarter, WorkerStartError
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +197,8 @@ class WorkerLink:
                         f"the worker died {num_failures} times in a row before it gave a token; {death}",
                         is_for_user=False,
                     ) from None
+            except StartAgain:
+                pass
             except WorkerStartError as error:
                 # A restart may work later, say once the dead worker's memory is free.
                 if not self._first_ready.is_set():
@@ -259,6 +264,9 @@ class WorkerLink:
                     return ready
                 case StartupFailed(description=description):
                     raise WorkerStartError(description, is_for_user=True)
+                case GraphsFailed() as failure:
+                    self._do_without_graphs(failure)
+                    raise StartAgain
                 case _:
                     raise WorkerDeath("it ended before it was ready, see its log")
 
@@ -305,6 +313,9 @@ class WorkerLink:
     def _deliver(self, message: FromWorker) -> None:
         if isinstance(message, Pong):
             return
+        if isinstance(message, GraphsFailed):
+            self._do_without_graphs(message)  # it ends now, and what it had is lost as with any other death
+            return
         if isinstance(message, CostsJudged):
             self.cost_status = message.status
             self._events.on_facts(message.facts)
@@ -325,6 +336,10 @@ class WorkerLink:
             elif isinstance(event, (SequenceFinished, RequestRefused)):
                 self._forget(event.request_id)
                 self._events.on_over(request, event if isinstance(event, SequenceFinished) else None)
+
+    def _do_without_graphs(self, failure: GraphsFailed) -> None:
+        logger.error("the next worker runs without graphs, more slowly: %s", failure.description)
+        self._config = msgspec.structs.replace(self._config, use_graphs=False)
 
     def _forget(self, request_id: str) -> None:
         entry = self._requests.pop(request_id, None)

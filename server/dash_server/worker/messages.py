@@ -32,6 +32,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, tag=True):
     policy_file: str | None
     cache_folder: str
     engine: EngineConfig
+    use_graphs: bool = True
+    """False once a worker on this device could not make one."""
     worker_number: int = 0
     num_workers: int = 1
 
@@ -77,6 +79,14 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     load_seconds: float
 
 
+class GraphsFailed(msgspec.Struct, frozen=True, tag=True):
+    """The device could not make a graph. The worker ends, since the device's memory may be in disorder.
+
+    The next one has to do without."""
+
+    description: str
+
+
 class StartupFailed(msgspec.Struct, frozen=True, tag=True):
     """The worker cannot serve, for a reason that the user can remove. It then exits."""
 
@@ -101,7 +111,7 @@ class CostsJudged(msgspec.Struct, frozen=True, tag=True):
 
 
 ToWorker = WorkerConfig | Submit | Cancel | Stop | Ping | Shutdown
-FromWorker = Starting | Ready | StartupFailed | StepEvents | CostsJudged | Pong
+FromWorker = Starting | Ready | StartupFailed | GraphsFailed | StepEvents | CostsJudged | Pong
 
 _encoder = msgspec.msgpack.Encoder()
 _to_worker = msgspec.msgpack.Decoder(ToWorker)

@@ -19,6 +19,10 @@ class WorkerDeath(Exception):
     """The worker died before it had proved that it works."""
 
 
+class StartAgain(Exception):
+    """The worker ended on purpose, so that the next one starts with other options."""
+
+
 class Worker(Protocol):
     """A running worker process, here or elsewhere."""
 
