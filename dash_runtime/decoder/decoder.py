@@ -12,6 +12,7 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.decoder.backends.backend import Backend
 from dash_runtime.devices import Device, device_of, stretches_of
+from dash_runtime.devices.step_timer import StepTimer
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.embedding import Embedding
@@ -72,6 +73,12 @@ class Decoder:
     def has_other_keys(self, num_tokens: int) -> bool:
         """Returns True if a sequence of up to `num_tokens` has other keys than a short one with the same tokens."""
         return any(table.first_row(num_tokens) for table in self._split_tables)
+
+    def step_timer(self, is_exact: bool) -> StepTimer:
+        """Returns what takes the times at which layers begin and end, two marks each; see `Device`."""
+        is_one = len(self.placed_on) == 1  # the events of two devices cannot be compared
+        device = self.placed_on[0] if is_one else device_of(torch.device("cpu"))
+        return device.step_timer(2 * self.num_layers, is_exact)
 
     def caches(self, sizes: Sequence[int]) -> list[SequenceCache]:
         """Returns one cache per size, which is its number of positions, in a pool of their own."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from dash_runtime.config import LaneKind
 from dash_runtime.devices.cuda_graphs import Capture, CudaCapture
 from dash_runtime.devices.device import AttendedRows, Device
+from dash_runtime.devices.step_timer import CudaStepTimer, StepTimer
 
 _MAX_HEAD_DIM = 256
 _K_TILE = 16
@@ -30,6 +31,7 @@ class CudaDevice(Device):
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         super().__init__(device)
         self.cuda = cuda
+        self._timer: CudaStepTimer | None = None
         # cuDNN makes a plan for every new length, for some 30 ms each, and decoding has a new one at each token.
         torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -45,6 +47,14 @@ class CudaDevice(Device):
     def free_bytes(self) -> int | None:
         free, _ = self.cuda.mem_get_info(self.device)
         return int(free)
+
+    def step_timer(self, num_marks: int, is_exact: bool) -> StepTimer:
+        if not is_exact:
+            return super().step_timer(num_marks, is_exact)
+        if self._timer is None:
+            self._timer = CudaStepTimer(num_marks, self.device, self.cuda)
+        self._timer.start()
+        return self._timer
 
     def keep_for(self, stream: Any, tensor: Tensor) -> None:
         """Keeps the memory of a tensor, which another stream may drop, until this stream has done its queued work."""

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from dash_runtime.config import LaneKind
 from dash_runtime.devices.cuda_graphs import Capture
+from dash_runtime.devices.step_timer import StepTimer
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,11 @@ class Device:
             NotImplementedError: the device has no graphs (`has_graphs`).
         """
         raise NotImplementedError(f"no graphs on {self.device.type}")
+
+    def step_timer(self, num_marks: int, is_exact: bool) -> StepTimer:
+        """Returns what takes the times of a step's marks. On a device that only queues, exact times take a little time
+        each."""
+        return StepTimer(num_marks)
 
     def host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns memory of the host, all zeros, that the device reads and writes while the host goes on."""

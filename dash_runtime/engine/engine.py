@@ -16,8 +16,10 @@ from dash_runtime.actions import Action
 from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts, SkipOptions
 from dash_runtime.decision_trace import StepKind
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.devices.step_timer import CudaStepTimer
 from dash_runtime.engine.constraints import ConstraintCompiler, TextConstraint
 from dash_runtime.engine.deciders import deciders_of
+from dash_runtime.engine.device_times import settle_decisions
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import Planner
 from dash_runtime.engine.prefix_cache import PrefixCache
@@ -260,8 +262,11 @@ class Engine:
         exposed_before, started_ns = self._lane.exposed_ns, time.perf_counter_ns()
         planner = self._planner if len(sequences) > 1 else None  # a single row has none to agree with
         token_ids = [sequence.last_token_id for sequence in sequences]
-        output = decode_step(self._decoder, self._lane, batch, token_ids, deciders, planner)
+        is_recorded = any(sequence.recorder.has_room for sequence in sequences)
+        output = decode_step(self._decoder, self._lane, batch, token_ids, deciders, planner, is_recorded)
         greedy = likeliest(output.logits)
+        if isinstance(output.timer, CudaStepTimer):
+            settle_decisions(output.timer, [block for decider in deciders for block in decider.blocks])
         exposed_ns, elapsed_ns = self._lane.exposed_ns - exposed_before, time.perf_counter_ns() - started_ns
         decider_of = {row: decider for decider in deciders for row in decider.rows}
         for row, (sequence, assignment) in enumerate(zip(sequences, assignments, strict=True)):

@@ -27,10 +27,11 @@ _HIGHEST_PRIORITY = -1
 class Ticket:
     """A pending decision, and the times of its evaluation by `perf_counter_ns`.
 
-    With a CUDA stream they are the host's times: when it queued the work, and when it had waited for it.
+    With a CUDA stream they are the host's times, when it queued the work and when it had waited for it, until
+    `device_times` replaces them.
     """
 
-    __slots__ = ("ended_ns", "exposed_ns", "started_ns", "wait")
+    __slots__ = ("ended_ns", "events", "exposed_ns", "started_ns", "wait")
 
     def __init__(self, wait: Callable[[], Decision], started_ns: int = 0, ended_ns: int = 0) -> None:
         self.wait = wait
@@ -39,6 +40,8 @@ class Ticket:
         self.ended_ns = ended_ns
         self.exposed_ns = 0
         """Time that the decoder lost to this decision."""
+        self.events: tuple[Any, Any] | None = None
+        """CUDA's events of its beginning and end."""
 
 
 class Lane(Protocol):
@@ -152,7 +155,7 @@ class CudaStreamLane(_WaitingLane):
         self._cuda = device.cuda
         self._device = device.device
         self._stream = self._cuda.Stream(self._device, priority=_HIGHEST_PRIORITY)
-        self._events: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self._events: dict[tuple[int, int], tuple[Any, Any, Any]] = {}
         self._graphs: PolicyGraphs | None = None
         if static_input is not None:
             self._graphs = PolicyGraphs(device, device.make_capture(self._stream), static_input)
@@ -161,11 +164,13 @@ class CudaStreamLane(_WaitingLane):
         started_ns = time.perf_counter_ns()
         key = id(policy), layer
         if key not in self._events:
-            self._events[key] = self._cuda.Event(), self._cuda.Event()
-        made, arrived = self._events[key]
+            timed = [self._cuda.Event(enable_timing=True) for _ in range(2)]
+            self._events[key] = self._cuda.Event(), timed[0], timed[1]
+        made, begun, arrived = self._events[key]
         made.record(self._cuda.current_stream(self._device))
         with self._cuda.stream(self._stream):
             self._stream.wait_event(made)
+            begun.record(self._stream)
             graph = None if self._graphs is None else self._graphs.find(policy, layer, state)
             if graph is None:
                 self._cuda_device.keep_for(self._stream, state.hidden)
@@ -176,7 +181,9 @@ class CudaStreamLane(_WaitingLane):
             arrived.synchronize()
             return pending()
 
-        return Ticket(wait, started_ns)
+        ticket = Ticket(wait, started_ns)
+        ticket.events = begun, arrived
+        return ticket
 
     def close(self) -> None:
         self._stream.synchronize()

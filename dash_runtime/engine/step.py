@@ -7,13 +7,13 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from time import perf_counter_ns
 from typing import TypeVar
 
 from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.devices.step_timer import StepTimer
 from dash_runtime.engine.lanes import Lane, Ticket
 from dash_runtime.engine.planner import Planner
 from dash_runtime.layers.batch import Batch
@@ -28,12 +28,18 @@ _T = TypeVar("_T")
 class StepOutput:
     """The rows' float32 `[rows, vocab_size]` logits and plans, one byte per layer.
 
-    `layer_times` has two entries per layer, by `perf_counter_ns`: when it began, and when it was done or queued.
+    The timer has two marks per layer: when it began, and when it was done; by the host's clock on a device that only
+    queues work, when it was queued.
     """
 
     logits: Tensor
     plans: list[bytes]
-    layer_times: array
+    timer: StepTimer
+
+    @property
+    def layer_times(self) -> array:
+        """The times of the marks by `perf_counter_ns`. To be read once the tokens are on the host."""
+        return self.timer.times()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,27 +60,28 @@ def decode_step(
     token_ids: Sequence[int],
     deciders: Sequence["Decider"],
     planner: Planner | None = None,
+    has_exact_times: bool = False,
 ) -> StepOutput:
     """Runs one token of every row through all layers. Each row belongs to one decider."""
     decider = deciders[0] if len(deciders) == 1 else _SeveralDeciders(deciders)
     hidden = decoder.start_pass(token_ids, batch)
     if len(token_ids) == 1 and planner is None and (run := _run_whole_row(decoder, batch, hidden, deciders[0])):
-        return StepOutput(decoder.logits(run.hidden, decider.heads), [run.plan], run.layer_times)
+        return StepOutput(decoder.logits(run.hidden, decider.heads), [run.plan], StepTimer.of(run.layer_times))
     actions_by_layer: list[Sequence[Action]] = []
-    times = array("q", bytes(16 * decoder.num_layers))
+    timer = decoder.step_timer(has_exact_times)
     for layer in range(decoder.num_layers):
         actions = decider.actions(layer, lane)
         if planner is not None:
             actions = planner.agree(actions)
         # Later layers are decided from this layer's input while it runs, or by its program.
         evaluations = decider.observe(layer, hidden, actions, lane)
-        times[2 * layer] = perf_counter_ns()
+        timer.mark(2 * layer)
         hidden = decoder.run_layer(layer, actions, hidden, batch, evaluations)
-        times[2 * layer + 1] = perf_counter_ns()
+        timer.mark(2 * layer + 1)
         actions_by_layer.append(actions)
     batch.commit()
     plans = [bytes(plan) for plan in zip(*actions_by_layer, strict=True)]
-    return StepOutput(decoder.logits(hidden, decider.heads), plans, times)
+    return StepOutput(decoder.logits(hidden, decider.heads), plans, timer)
 
 
 def _run_whole_row(decoder: Decoder, batch: Batch, hidden: Tensor, decider: "Decider") -> PassRun | None:

@@ -119,11 +119,14 @@ class TraceRecorder:
             num_unrecorded_steps=self._num_unrecorded,
         )
 
+    @property
+    def has_room(self) -> bool:
+        """True if the next step will be recorded."""
+        return len(self._steps) < self._max_steps
+
     def _has_room(self) -> bool:
-        if len(self._steps) < self._max_steps:
-            return True
-        self._num_unrecorded += 1
-        return False
+        self._num_unrecorded += not self.has_room
+        return self.has_room
 
     def _packed_steps(self) -> list[TraceStep]:
         steps: dict[int, TraceStep] = {}

@@ -9,6 +9,7 @@
 Memory counts as the device's if a graph uses it and did not make it.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -175,9 +176,14 @@ class _Event:
     def __init__(self, cuda: ImitatedCuda) -> None:
         self._cuda = cuda
         self.clock: Clock = Counter()
+        self._recorded_at = 0.0
 
     def record(self, stream: "_Stream") -> None:
+        self._recorded_at = time.perf_counter()
         self.clock = self._cuda.clock(stream.name) | self._cuda.clock(_HOST)
+
+    def elapsed_time(self, later: "_Event") -> float:
+        return 1000 * (later._recorded_at - self._recorded_at)
 
     def synchronize(self) -> None:
         self._cuda.counts["waits"] += 1

@@ -37,6 +37,7 @@ from tests.runtime.support import (
     ALL_ACTIONS,
     CPU,
     drain,
+    finished,
     full_plan,
     load_decoder,
     run_rows,
@@ -107,9 +108,9 @@ def policy_of(folder: Path, without: set[Action], lookahead: int = 1) -> Learned
     return random_policy(folder, block_size=1, lookahead=lookahead).without(without)
 
 
-def engine_of(decoder: Decoder, policy: LearnedPolicy, num_slots: int = 17) -> Engine:
+def engine_of(decoder: Decoder, policy: LearnedPolicy, num_slots: int = 17, record_steps: int = 0) -> Engine:
     catalog = PolicyCatalog(some_costs(6), policy.score_actions, policy.compensation, [policy], None, {}, 1.0, ())
-    config = EngineConfig(num_slots=num_slots, cache_tokens=32 * num_slots)
+    config = EngineConfig(num_slots=num_slots, cache_tokens=32 * num_slots, record_steps=record_steps)
     return assemble_engine(decoder, catalog, config, 512, frozenset(), planner=HighestAction())
 
 
@@ -237,3 +238,20 @@ def test_memory_that_prepared_graphs_wrote_to_is_given_back_empty(
         pool = engine._pool
         assert not pool.reserved_tokens
         assert not pool.memories[0][:, :, : pool.spare_token].any()
+
+
+def test_a_recorded_request_has_its_layers_and_decisions_in_order(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policy_of(tiny_folder, set())
+    with imitated_cuda(monkeypatch):
+        engine = engine_of(replaying_decoder(tiny_folder), policy, record_steps=4)
+        engine.submit(GenerationRequest("a", [1, 2, 3], StoppingParameters(4), skip=ADAPTIVE))
+        trace = finished(drain(engine)["a"]).trace
+    assert trace is not None
+    for step in trace.steps:
+        starts, ends = (memoryview(own).cast("I").tolist() for own in (step.layer_starts, step.layer_ends))
+        marks = [mark for pair in zip(starts, ends, strict=True) for mark in pair]
+        assert marks == sorted(marks)
+        decided = memoryview(step.decision_starts).cast("I").tolist()
+        assert [bool(at) for at in decided] == [layer not in policy.pinned for layer in range(6)]

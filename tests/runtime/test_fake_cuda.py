@@ -4,7 +4,7 @@ Fake tensors have devices and shapes, but no numbers: reading one on the host ra
 alignment and time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,13 +18,14 @@ from torch.overrides import TorchFunctionMode
 
 from dash_runtime import devices
 from dash_runtime.actions import Action
-from dash_runtime.checkpoints import load_model_config, open_weights
+from dash_runtime.checkpoints import load_model_config, parameter_shapes
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import CpuDevice, CudaDevice, device_of
 from dash_runtime.engine.policy_graphs import PolicyGraphs
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Affine, Compensation
+from dash_runtime.layers.split_compensation import compensation_over
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
@@ -94,17 +95,18 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
         device_of.cache_clear()
 
 
-def fake_decoder(mode: FakeTensorMode, config: ModelConfig, weights: Mapping[str, Tensor]) -> Decoder:
-    """`weights` have numbers, since files cannot be read into fake tensors."""
+def fake_decoder(config: ModelConfig, places: Sequence[torch.device] = ()) -> Decoder:
+    """Returns a decoder on fake CUDA devices, one per layer; on the first one without."""
+    places = places or [CUDA] * config.num_layers
     with _Loading():
         return make_decoder(
             config,
-            {name: mode.from_tensor(tensor) for name, tensor in weights.items()},
+            {name: torch.empty(shape) for name, shape in parameter_shapes(config).items()},
             ALL_ACTIONS,
             dtype=DTYPE,
-            device=CUDA,
+            device=places,
             context_length=config.context_length,
-            captures={CUDA: device_of(CUDA).make_capture()},
+            captures={place: device_of(place).make_capture() for place in set(places)},
         )
 
 
@@ -125,7 +127,8 @@ def run(
     for layer in range(decoder.num_layers):
         taken = [actions[(row + layer) % len(actions)] for row in range(batch.num_rows)]
         hidden = decoder.run_layer(layer, taken, hidden, batch)
-        assert (hidden.device, hidden.dtype) == (CUDA, DTYPE)
+        after = min(layer + 1, decoder.num_layers - 1)
+        assert (hidden.device, hidden.dtype) == (decoder.devices[after], DTYPE)
         states.append(hidden)
     return decoder.logits(hidden, [Action.FULL] * batch.num_rows, kind), states
 
@@ -148,10 +151,10 @@ def test_every_pass_of_every_family_stays_on_the_device(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save_tiny_model(tmp_path, family)
-    config, weights = load_model_config(folder), dict(open_weights(folder).items())
+    config = load_model_config(folder)
     more = [(PassKind.DECODE, [1] * 33, [FULL, SKIP])] if family == "llama" else []  # more rows than graphs have
-    with fake_cuda(monkeypatch) as mode:
-        decoder = fake_decoder(mode, config, weights)
+    with fake_cuda(monkeypatch):
+        decoder = fake_decoder(config)
         own = some_low_rank(decoder).to(CUDA)
         for kind, lengths, actions in (*PASSES, *more):
             logits, _ = run(decoder, kind, lengths, actions, own)
@@ -170,11 +173,11 @@ class _PolicyWithFakeFacts(LearnedPolicy):
 def test_a_policy_is_evaluated_on_the_device_by_graphs_and_without(
     num_rows: int, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, weights = load_model_config(tiny_folder), dict(open_weights(tiny_folder).items())
+    config = load_model_config(tiny_folder)
     made = random_policy(tiny_folder)
     policy = _PolicyWithFakeFacts(**{own.name: getattr(made, own.name) for own in fields(made)})
     with fake_cuda(monkeypatch) as mode:
-        decoder = fake_decoder(mode, config, weights)
+        decoder = fake_decoder(config)
         own = some_affine(decoder)
         on_device = Affine(own.factors.to(CUDA), own.offsets.to(CUDA))
         _, states = run(decoder, PassKind.DECODE, [1] * num_rows, [FULL], on_device)
@@ -189,3 +192,19 @@ def test_a_policy_is_evaluated_on_the_device_by_graphs_and_without(
             graph = graphs.find(policy, block[0], state)
             assert graph is not None
             graph.start(state)
+
+
+def test_no_operation_has_operands_on_two_devices(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_model_config(tiny_folder)
+    places = [CUDA] * 3 + [torch.device("cuda", 1)] * 3
+    with fake_cuda(monkeypatch):
+        decoder = fake_decoder(config, places)
+        compensation = compensation_over(some_affine(decoder), places)
+        for kind, lengths, actions in PASSES:
+            logits, _ = run(decoder, kind, lengths, actions, compensation)
+            assert logits.device == places[-1]
+        caches = decoder.caches([64, 64])
+        caches[0].length = 8
+        kept = caches[0].copy_of(0, 8)
+    assert [memory.device for memory in kept] == [places[0], places[-1]]
+    assert [keys.device for keys in caches[0].keys] == places

@@ -47,7 +47,7 @@ class FakeCuda:
         def wait_event(self, event: Any) -> None:
             pass
 
-    def Event(self) -> Any:  # noqa: N802
+    def Event(self, enable_timing: bool = False) -> Any:  # noqa: N802
         return self._Event(self)
 
     def Stream(self, device: torch.device, priority: int = 0) -> Any:  # noqa: N802
@@ -131,6 +131,7 @@ def test_a_stream_lane_works_on_the_decoders_device(kind: LaneKind | None) -> No
     assert isinstance(lane, CudaStreamLane)
     assert cuda.journal == [
         "record on the current stream of cuda:1",
+        "record on the lane's stream of cuda:1",
         "start",
         "record on the lane's stream of cuda:1",
         "host waits",

@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dash_runtime.actions import Action
-from dash_runtime.checkpoints import load_model_config, parameter_shapes
 from dash_runtime.config import (
     EngineConfig,
     GenerationRequest,
@@ -21,7 +19,6 @@ from dash_runtime.config import (
 )
 from dash_runtime.decoder.backends.split import SplitBackend
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.engine.engine import Engine
 from dash_runtime.events import EngineEvent, TokenProduced
 from dash_runtime.layers.batch import PassKind
@@ -230,35 +227,3 @@ def test_a_start_calibrates_and_serves_on_two_devices(
     alone = make_engine(load_decoder(tiny_folder))
     alone.submit(GenerationRequest("a", [1, 2, 3], StoppingParameters(8)))
     assert own == tokens(drain(alone)["a"])
-
-
-@torch.inference_mode()
-def test_on_fake_cuda_devices_no_operation_has_operands_on_both(tiny_folder: Path) -> None:
-    config = load_model_config(tiny_folder)
-    devices = [torch.device("cuda", 0)] * 3 + [torch.device("cuda", 1)] * 3
-    with FakeTensorMode():
-        try:
-            torch.empty(1, device=devices[0])
-        except (AssertionError, RuntimeError):
-            pytest.skip("this build of torch has no CUDA")
-        weights = {name: torch.empty(shape) for name, shape in parameter_shapes(config).items()}
-        decoder = make_decoder(
-            config,
-            weights,
-            (Action.SKIP, Action.INT8, Action.FULL),
-            dtype=torch.bfloat16,
-            device=devices,
-            context_length=config.context_length,
-        )
-        affine = some_affine(decoder)
-        compensation = compensation_over(affine, devices)
-        caches = decoder.caches([64, 64])
-        for row, cache in enumerate(caches):
-            run_rows(decoder, [cache], [range(1, 9 + row)], [full_plan(decoder)])
-        for shift in range(3):  # both rows alike: lists of indices cannot be faked
-            plan = [decoder.actions[(layer + shift) % 3] for layer in range(6)]
-            logits = run_rows(decoder, caches, [[3], [5]], [plan, plan], compensation)
-        kept = caches[0].copy_of(0, 8)
-    assert logits.device == devices[-1]
-    assert [memory.device for memory in kept] == [devices[0], devices[-1]]
-    assert [keys.device for keys in caches[0].keys] == devices

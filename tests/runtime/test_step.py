@@ -215,7 +215,7 @@ class FakeCuda:
     def Stream(self, device: torch.device, priority: int = 0) -> Any:  # noqa: N802
         return self._Stream(self)
 
-    def Event(self) -> Any:  # noqa: N802
+    def Event(self, enable_timing: bool = False) -> Any:  # noqa: N802
         return self._Event(self)
 
     def current_stream(self, device: torch.device | None = None) -> str:
@@ -265,6 +265,7 @@ def test_a_cuda_lane_waits_for_the_state_on_its_own_stream_and_the_host_waits_fo
     assert cuda.journal == [
         "record on decoder",
         "lane waits",
+        "record on lane",
         "memory kept for lane",
         "policy on lane",
         "record on lane",

@@ -28,6 +28,7 @@ from dash_runtime.decision_trace import (
     unpack_uint32,
 )
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.devices.step_timer import StepTimer
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.step import DecidedBlock, StepOutput
 from dash_runtime.engine.trace_recorder import TraceRecorder
@@ -162,7 +163,7 @@ def test_steps_alone_where_programs_decide_and_steps_in_a_batch_are_recorded_tog
     together = [DecidedBlock((1, 2, 3), ticket, scores[:, :3]), DecidedBlock((4,), ticket, scores[:, 3:])]
     for blocks, rows in ((alone, [0]), (together, [0, 1]), (alone, [0])):
         decider: Any = SimpleNamespace(rows=rows, blocks=blocks)
-        output = StepOutput(torch.zeros(len(rows), 4), [plan] * len(rows), times)
+        output = StepOutput(torch.zeros(len(rows), 4), [plan] * len(rows), StepTimer.of(times))
         recorder.add_pass(StepKind.DECODE, 7, 0.5, output, rows[-1], decider, started_ns=90)
     recorded = recorder.packed("a")
     assert recorded is not None
