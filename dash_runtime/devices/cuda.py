@@ -25,6 +25,7 @@ class CudaDevice(Device):
     default_lane = LaneKind.CUDA_STREAM
     lanes = frozenset(LaneKind)
     has_graphs = True
+    has_own_memory = True
     offers_only_faster = True
     most_rows_apart = 0  # a product over all rows takes no longer than one over a single row
 

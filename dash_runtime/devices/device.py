@@ -36,6 +36,8 @@ class Device:
     lanes = frozenset((LaneKind.INLINE, LaneKind.THREAD))
     has_graphs = False
     """True if the launches of a layer can be captured and replayed."""
+    has_own_memory = False
+    """True if the host has to copy what it reads."""
     offers_only_faster = False
     """True if a rounded kernel may be slower than FULL's, and is then not offered."""
     most_rows_apart = 32

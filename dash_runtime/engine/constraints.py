@@ -12,6 +12,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from torch import Tensor
 
 from dash_runtime.constraint import Constraint
+from dash_runtime.devices import device_of
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.files.wording import one_line
 from dash_runtime.grammar import LIMITS, check_grammar, grammar_of
@@ -88,17 +89,19 @@ class TextConstraint:
             return []
         return self._matcher.compute_ff_tokens()[:count]
 
-    def process(self, logits: Tensor) -> Tensor:
+    def process(self, logits: Tensor) -> None:
+        upload = device_of(logits.device).upload
         if self._is_complete:
-            ends = logits[self._eos_token_ids]
+            ids = upload(torch.tensor(self._eos_token_ids))
+            ends = logits[ids]
             logits.fill_(-torch.inf)
-            logits[self._eos_token_ids] = ends
-            return logits
+            logits[ids] = ends
+            return
         allowed = numpy.frombuffer(self._matcher.compute_bitmask(), numpy.uint8)
         if self._matcher.is_error():
-            return logits
+            return
         forbidden = numpy.unpackbits(~allowed, bitorder="little", count=self._vocab_size).view(bool)
-        return logits.masked_fill_(torch.from_numpy(forbidden), -torch.inf)
+        logits.masked_fill_(upload(torch.from_numpy(forbidden)), -torch.inf)
 
     def accept(self, token_id: int) -> None:
         can_follow = not self._num_ignored and not self._matcher.is_stopped()

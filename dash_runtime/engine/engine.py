@@ -23,7 +23,7 @@ from dash_runtime.engine.device_times import settle_decisions
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import Planner
 from dash_runtime.engine.prefix_cache import PrefixCache
-from dash_runtime.engine.sampling import likeliest, token_logprobs
+from dash_runtime.engine.sampling import likeliest, scores_of, token_logprobs
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.engine.step import decode_step
 from dash_runtime.engine.step_times import CostWatch, StepClock
@@ -268,6 +268,7 @@ class Engine:
         if isinstance(output.timer, CudaStepTimer):
             settle_decisions(output.timer, [block for decider in deciders for block in decider.blocks])
         exposed_ns, elapsed_ns = self._lane.exposed_ns - exposed_before, time.perf_counter_ns() - started_ns
+        scores = scores_of(output.logits, {row: own.sampler for row, own in enumerate(sequences) if own.is_sampled})
         decider_of = {row: decider for decider in deciders for row in decider.rows}
         for row, (sequence, assignment) in enumerate(zip(sequences, assignments, strict=True)):
             policy, plan, logits = assignment.policy, output.plans[row], output.logits[row]
@@ -283,7 +284,7 @@ class Engine:
             if sequence.speculation is not None:
                 (token_id,) = sequence.speculation.verify(output.logits[row : row + 1])
             else:
-                token_id = greedy[row] if sampler.is_plain_greedy else sampler.sample(logits)
+                token_id = greedy[row] if sampler.is_plain_greedy else sampler.choose(scores[row])
             cost = sequence.log.append_decode_token(plan, policy.head, num_evaluations, own_exposed_ns)
             sequence.recorder.add_pass(StepKind.DECODE, token_id, cost, *recorded)
             if self._step_clock is not None:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from dash_runtime.config import SamplingParameters
+from dash_runtime.devices import device_of
 
 
 class LogitsProcessor(Protocol):
     """Adjusts one sequence's logits by the tokens that it has so far."""
 
-    def process(self, logits: Tensor) -> Tensor:
-        """Returns the adjusted float32 `[vocab_size]` logits on the host. May change `logits`, which are a copy."""
+    def process(self, logits: Tensor) -> None:
+        """Adjusts float32 `[vocab_size]` logits in place, on their device."""
         ...
 
     def accept(self, token_id: int) -> None:
@@ -46,12 +47,12 @@ class LogitBias:
     """Adds a constant to the logits of some tokens."""
 
     def __init__(self, bias: Mapping[int, float]) -> None:
-        self._bias = bias
+        self._ids = torch.tensor([*bias])
+        self._values = torch.tensor([*bias.values()], dtype=torch.float32)
 
-    def process(self, logits: Tensor) -> Tensor:
-        for token_id, bias in self._bias.items():
-            logits[token_id] += bias
-        return logits
+    def process(self, logits: Tensor) -> None:
+        upload = device_of(logits.device).upload
+        logits[upload(self._ids)] += upload(self._values)
 
     def accept(self, token_id: int) -> None:
         pass
@@ -81,11 +82,11 @@ class RepetitionPenalty(_OutputCounts):
         self._penalty = penalty
         self._prompt_ids = frozenset(prompt_token_ids)
 
-    def process(self, logits: Tensor) -> Tensor:
+    def process(self, logits: Tensor) -> None:
         seen = torch.tensor([*(self._prompt_ids | self._counts.keys())], dtype=torch.long)
+        seen = device_of(logits.device).upload(seen)
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / self._penalty, values * self._penalty)
-        return logits
 
 
 class OccurrencePenalty(_OutputCounts):
@@ -96,9 +97,8 @@ class OccurrencePenalty(_OutputCounts):
         self._presence = presence
         self._frequency = frequency
 
-    def process(self, logits: Tensor) -> Tensor:
+    def process(self, logits: Tensor) -> None:
         if self._counts:
-            ids = torch.tensor([*self._counts.keys()])
+            upload = device_of(logits.device).upload
             counts = torch.tensor([*self._counts.values()], dtype=logits.dtype)
-            logits[ids] -= self._presence + self._frequency * counts
-        return logits
+            logits[upload(torch.tensor([*self._counts]))] -= upload(self._presence + self._frequency * counts)

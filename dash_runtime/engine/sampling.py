@@ -4,8 +4,7 @@ Knows one row of logits; knows no batch and no text. A sequence's draws depend o
 only.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,16 +12,11 @@ from torch import Tensor
 from dash_runtime.config import SamplingParameters
 from dash_runtime.devices import device_of
 from dash_runtime.engine.logits_processors import LogitsProcessor, make_processors
+from dash_runtime.engine.scores import HostScores, Scores, device_scores, likeliest
 from dash_runtime.events import TokenLogprobs
 
 _TOP_P_CANDIDATES = 1024
 """Sorting the whole vocabulary costs more than a layer; most nuclei lie within the first thousand."""
-
-
-def likeliest(logits: Tensor) -> Any:
-    """Returns the token of the largest logit, the first of equal ones: a number for `[vocab_size]`, a list for `[rows,
-    vocab_size]`. On a CPU numpy takes a third of torch's time, or less."""
-    return device_of(logits.device).likeliest(logits)
 
 
 class Sampler:
@@ -48,9 +42,25 @@ class Sampler:
 
     def sample(self, logits: Tensor) -> int:
         """Returns the next token, and accepts it. The float32 `[vocab_size]` logits stay as they are."""
-        token_id = self.best(logits) if self.is_greedy else self._draw(self._scaled(logits))
+        return self.choose(self.scores(logits))
+
+    def choose(self, scores: Scores) -> int:
+        """Returns the next token, and accepts it."""
+        token_id = scores.best() if self.is_greedy else self._draw(scores)
         self.accept(token_id)
         return token_id
+
+    def adjust(self, logits: Tensor) -> None:
+        """Changes float32 `[vocab_size]` logits as processors and temperature ask for, on their device."""
+        for processor in self._processors:
+            processor.process(logits)
+        if not self.is_greedy:
+            logits.div_(self._parameters.temperature)
+
+    def scores(self, logits: Tensor) -> HostScores:
+        """Returns what `choose` takes, from logits that stay as they are."""
+        processed = self._processed(logits)
+        return HostScores(processed if self.is_greedy else processed / self._parameters.temperature)
 
     def best(self, logits: Tensor) -> int:
         """Returns the token that a greedy sequence takes; `logits` as in `sample`."""
@@ -58,7 +68,7 @@ class Sampler:
 
     def distribution(self, logits: Tensor) -> Tensor:
         """Returns the probabilities that `sample` draws from, float32 `[vocab_size]` on the host."""
-        candidates, ids = self._truncate(self._scaled(logits))
+        candidates, ids = self._truncate(self.scores(logits))
         probabilities = torch.softmax(candidates, dim=-1)
         return probabilities if ids is None else torch.zeros(len(logits)).scatter_(0, ids, probabilities)
 
@@ -86,31 +96,28 @@ class Sampler:
             return logits.cpu()
         processed = logits.to("cpu", copy=True)
         for processor in self._processors:
-            processed = processor.process(processed)
+            processor.process(processed)
         return processed
 
-    def _scaled(self, logits: Tensor) -> Tensor:
-        return self._processed(logits) / self._parameters.temperature
-
-    def _draw(self, logits: Tensor) -> int:
-        candidates, ids = self._truncate(logits)
+    def _draw(self, scores: Scores) -> int:
+        candidates, ids = self._truncate(scores)
         probabilities = torch.softmax(candidates, dim=-1)
         place = int(torch.multinomial(probabilities, 1, generator=self._generator))
         return place if ids is None else int(ids[place])
 
-    def _truncate(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _truncate(self, scores: Scores) -> tuple[Tensor, Tensor | None]:
         """The logits that may be drawn and their token ids, best first; None for all, in order."""
         p = self._parameters
-        vocab_size = len(logits)
+        vocab_size = scores.vocab_size
         top_k = min(p.top_k, vocab_size) if p.top_k else vocab_size
         if top_k == vocab_size and p.top_p >= 1 and p.min_p == 0:
-            return logits, None
+            return scores.whole(), None
         kept = min(top_k, _TOP_P_CANDIDATES)
-        values, ids = logits.topk(kept)
-        total = values.logsumexp(0) if kept == top_k else logits.logsumexp(0)
+        values, ids = scores.top(kept)
+        total = values.logsumexp(0) if kept == top_k else scores.total()
         is_short = kept < top_k and not self._ends_within(values, total)
         if is_short:
-            values, ids = logits.topk(top_k)
+            values, ids = scores.top(top_k)
             total = values.logsumexp(0)
         probabilities = (values - total).exp()
         before = probabilities.cumsum(0) - probabilities
@@ -134,8 +141,22 @@ class GivenTokens(Sampler):
         self.is_plain_greedy = False
         self._token_ids = iter(token_ids)
 
-    def sample(self, logits: Tensor) -> int:
+    def choose(self, scores: Scores) -> int:
         return next(self._token_ids)
+
+
+def scores_of(logits: Tensor, samplers: Mapping[int, Sampler]) -> Mapping[int, Scores]:
+    """Returns what samplers choose from, by row of `[rows, vocab_size]`, which stay as they are.
+
+    On a device with memory of its own all rows are adjusted there, and the likeliest tokens come to the host together.
+    """
+    device = device_of(logits.device)
+    if not samplers or not device.has_own_memory:
+        return {row: sampler.scores(logits[row]) for row, sampler in samplers.items()}
+    own = logits[device.upload(torch.tensor(list(samplers)))]
+    for adjusted, sampler in zip(own, samplers.values(), strict=True):
+        sampler.adjust(adjusted)
+    return dict(zip(samplers, device_scores(own, _TOP_P_CANDIDATES), strict=True))
 
 
 def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:

@@ -86,6 +86,11 @@ class Sequence:
         return self.speculation is None and self.sampler.is_plain_greedy and self.request.logprobs is None
 
     @property
+    def is_sampled(self) -> bool:
+        """True if a decoded token is chosen from more than the largest logit."""
+        return self.speculation is None and not self.sampler.is_plain_greedy
+
+    @property
     def is_drafting(self) -> bool:
         """True if the next decode step drafts."""
         return self.speculation is not None and self.speculation.is_drafting

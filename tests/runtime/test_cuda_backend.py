@@ -26,6 +26,7 @@ from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import device_of
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.planner import HighestAction
+from dash_runtime.engine.sampling import Sampler, scores_of
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.static_rows import StaticRows
 from dash_runtime.policy.catalog import PolicyCatalog
@@ -255,3 +256,35 @@ def test_a_recorded_request_has_its_layers_and_decisions_in_order(
         assert marks == sorted(marks)
         decided = memoryview(step.decision_starts).cast("I").tolist()
         assert [bool(at) for at in decided] == [layer not in policy.pinned for layer in range(6)]
+
+
+SAMPLED = [
+    SamplingParameters(temperature=0.8, seed=3),
+    SamplingParameters(temperature=1.2, top_k=40, top_p=0.9, min_p=0.02, seed=4),
+    SamplingParameters(temperature=0.7, top_p=0.8, seed=5, repetition_penalty=1.2, logit_bias={7: 2.0, 9: -1.0}),
+    SamplingParameters(presence_penalty=0.5, frequency_penalty=0.3),
+    SamplingParameters(),
+]
+
+
+def sampled(engine: Engine) -> list[list[int]]:
+    for row, parameters in enumerate(SAMPLED):
+        stopping = StoppingParameters(6)
+        engine.submit(GenerationRequest(str(row), [1 + row, 2, 3], stopping, parameters, skip=FULL_DEPTH, logprobs=3))
+    events = drain(engine)
+    return [tokens(events[str(row)]) for row in range(len(SAMPLED))]
+
+
+def test_sampled_rows_get_the_tokens_that_the_host_would_draw_in_one_wait(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = policy_of(tiny_folder, ROUNDED)
+    expected = sampled(engine_of(load_decoder(tiny_folder), policy))
+    with imitated_cuda(monkeypatch) as cuda:
+        engine = engine_of(replaying_decoder(tiny_folder), policy)
+        assert sampled(engine) == expected
+        logits = torch.randn(2, 260)
+        before = cuda.counts["waits"]
+        scores_of(logits, {row: Sampler(SAMPLED[row], [1]) for row in range(2)})
+    assert cuda.counts["waits"] == before + 1
+    assert cuda.errors == []

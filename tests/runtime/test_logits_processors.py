@@ -29,11 +29,8 @@ class Ascending:
             return set(range(VOCAB_SIZE))
         return {(self.accepted[-1] + step) % VOCAB_SIZE for step in (1, 2, 3)}
 
-    def process(self, logits: Tensor) -> Tensor:
-        masked = torch.full_like(logits, -torch.inf)
-        ids = sorted(self.allowed())
-        masked[ids] = logits[ids]
-        return masked
+    def process(self, logits: Tensor) -> None:
+        logits[sorted(set(range(VOCAB_SIZE)) - self.allowed())] = -torch.inf
 
     def accept(self, token_id: int) -> None:
         assert token_id in self.allowed()
@@ -81,7 +78,7 @@ def test_adjustments_apply_in_order_bias_then_repetition_then_occurrence() -> No
     for processor in make_processors(parameters, [2]):
         for token_id in (0, 0):
             processor.accept(token_id)
-        adjusted = processor.process(adjusted)
+        processor.process(adjusted)
     assert adjusted.tolist() == [(1 + 1) / 2 - 0.25 - 2 * 0.5, 3.0, -2.0]
 
 

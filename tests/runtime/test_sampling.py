@@ -7,6 +7,7 @@ import torch
 
 from dash_runtime.config import SamplingParameters
 from dash_runtime.engine.sampling import Sampler, token_logprobs
+from dash_runtime.engine.scores import HostScores
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 0.0])
 PROBABILITIES = torch.softmax(LOGITS, -1)
@@ -66,7 +67,7 @@ def test_truncation_of_a_large_vocabulary_equals_sorting_all_of_it(parameters: S
     kept = (probabilities.cumsum(0) - probabilities < parameters.top_p) & (
         probabilities >= parameters.min_p * probabilities[0]
     )
-    _, candidates = Sampler(parameters, [])._truncate(logits)
+    _, candidates = Sampler(parameters, [])._truncate(HostScores(logits))
     assert candidates is not None
     assert set(candidates.tolist()) == set(ids[kept].tolist())
 
