@@ -4,6 +4,7 @@ Without CUDA, streams and graphs are imitated, and a checker watches them (`imit
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -69,16 +70,21 @@ def replaying_decoder(folder: Path) -> Decoder:
     )
 
 
-def plans_of(num_layers: int, num_rows: int, step: int) -> list[list[Action]]:
+def plans_of(num_layers: int, num_rows: int, step: int, action: Action) -> list[list[Action]]:
     """Returns plans in which all rows that run have one action, and which rows skip differs from layer to layer."""
-    action = RUNNING[step % len(RUNNING)]
     return [
         [Action.SKIP if (row * layer + step) % 3 == 1 else action for layer in range(num_layers)]
         for row in range(num_rows)
     ]
 
 
-def decoded(decoder: Decoder, num_rows: int, compensation: Compensation, num_steps: int = 6) -> Tensor:
+def decoded(
+    decoder: Decoder,
+    num_rows: int,
+    compensation: Compensation,
+    num_steps: int = 6,
+    running: Sequence[Action] = RUNNING,
+) -> Tensor:
     """Returns the logits of some steps of several sequences, the last one at full depth."""
     caches = decoder.caches([32] * num_rows)
     for row, cache in enumerate(caches):
@@ -86,8 +92,10 @@ def decoded(decoder: Decoder, num_rows: int, compensation: Compensation, num_ste
     steps: list[Tensor] = []
     for step in range(num_steps):
         is_last = step == num_steps - 1
-        plans = [full_plan(decoder)] * num_rows if is_last else plans_of(decoder.num_layers, num_rows, step)
-        kv_action = RUNNING[step % len(RUNNING)]  # a row that skips beside others has its keys from their product
+        kv_action = running[step % len(running)]  # a row that skips beside others has its keys from their product
+        plans = plans_of(decoder.num_layers, num_rows, step, kv_action)
+        if is_last:
+            plans = [list(full_plan(decoder))] * num_rows
         token_ids = [[7 * row + step] for row in range(num_rows)]
         steps.append(run_rows(decoder, caches, token_ids, plans, compensation, kv_action).clone())
     return torch.cat(steps)
