@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_once.random_models import some_costs
+from benchmarks.gpu_once.random_models import drawn_on, some_costs
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.lanes import Lane
@@ -71,12 +71,12 @@ def contexts(pool: CachePool, lengths: Sequence[int], num_more: int, seed: int =
             assert cache is not None, "the pool is too small"
             caches.append(cache)
             device = pool.memories[0].device
-            made_on = device if device.type == "cuda" else torch.device("cpu")
+            made_on = drawn_on(device)
             generator = torch.Generator(made_on).manual_seed(seed + len(caches))
             copied = []
             for memory in cache.memories:
-                own = memory[:, :, :length]
-                copied.append(torch.randn(own.shape, generator=generator, device=made_on).to(device, own.dtype))
+                shape, dtype = memory[:, :, :length].shape, memory.dtype
+                copied.append(torch.randn(shape, generator=generator, device=made_on, dtype=dtype).to(device))
             cache.append(copied)
         yield caches
     finally:

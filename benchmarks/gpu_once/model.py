@@ -11,6 +11,7 @@ from benchmarks.gpu_once.random_models import (
     MAX_CONTEXT,
     SHAPES,
     RandomWeights,
+    drawn_on,
     matrix_shapes,
     needed_bytes,
     random_compensation,
@@ -82,9 +83,7 @@ def build_model(report: LiveReport, name: str, device: torch.device, cache_token
     actions = fitting_actions(report, name, offered, device_of(device).free_bytes(), cache_tokens)
     if actions is None:
         return None
-    # On the CPU the same numbers for all devices, as parity needs; a large model's would take a minute there.
-    made_on = device if device.type == "cuda" and name == "8b" else torch.device("cpu")
-    weights = RandomWeights(config, torch.bfloat16, made_on)
+    weights = RandomWeights(config, torch.bfloat16, drawn_on(device))
     decoder = decoder_with_graphs(config, weights, actions, torch.bfloat16, device, MAX_CONTEXT)
     decoder.synchronise()
     compensation = random_compensation(config, torch.bfloat16, device)

@@ -1,7 +1,9 @@
 """Parities: what must be equal on the device, and by how much bf16 may differ.
 
-Bounds are on the largest difference as a share of the largest number. bf16 itself gives logits an error of 0.02 to 0.03
-beside float32, in both shapes that were tried on a CPU (tiny, 135m).
+Bounds are on the largest difference as a share of the largest number. On a CPU, with the shapes tiny and 135m, bf16
+gave a layer an error of 0.008 beside float32, and logits 0.02 to 0.03. Mistakes in a layer gave 0.05 and more, but INT8
+where FULL should run may stay below the bound. In float32 the two largest logits never were nearer than 0.0004, so that
+no rounding turns a token.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +28,7 @@ PROMPT_LENGTH = 37
 _SHORT_CONTEXT = 5
 """Positions of the first row where single layers are compared: among many, a missing one would hardly count."""
 FLOAT_BOUND = "≤ 0.001"
-LAYER_BOUND = "≤ 0.02"
+LAYER_BOUND = "≤ 0.03"
 LOGITS_BOUND = "≤ 0.1"
 _VERIFIED_ROWS = (2, 5, 8)
 _Logits = list[Tensor]

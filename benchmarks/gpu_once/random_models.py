@@ -94,6 +94,11 @@ SHAPES: Mapping[str, ModelConfig] = {
 """Smallest first."""
 
 
+def drawn_on(device: torch.device) -> torch.device:
+    """Returns where random numbers for a device are drawn: there, if it can do so. On a host 8B would take a minute."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 class RandomWeights(Mapping[str, Tensor]):
     """A Llama's tensors by name. Each is made when it is asked for, always with the same numbers.
 
@@ -162,7 +167,7 @@ def cached_bytes(config: ModelConfig) -> int:
 def needed_bytes(config: ModelConfig, actions: Sequence[Action], cache_tokens: int) -> float:
     """Returns the device's memory that a model in bf16 takes at most: matrices, cache, and the whole step's embedding.
 
-    While the head is rounded, that takes more than the cache.
+    While the head is rounded, that takes more than the cache. A tenth is added for graphs and workspaces, a guess.
     """
     layers = sum(layer_bytes(config, layer, own) for layer in range(config.num_layers) for own in actions)
     matrix = head_bytes(config, Action.FULL)
@@ -170,7 +175,7 @@ def needed_bytes(config: ModelConfig, actions: Sequence[Action], cache_tokens: i
     embeddings = matrix if config.has_tied_head else 2 * matrix
     rounding = _QUANTISING_BYTES * matrix / 2 if Action.INT8 in actions else 0
     cache = cache_tokens * config.num_layers * cached_bytes(config)
-    return layers + heads + embeddings + max(rounding, cache)
+    return 1.1 * (layers + heads + embeddings + max(rounding, cache))
 
 
 def some_costs(num_layers: int) -> CostTable:
