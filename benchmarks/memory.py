@@ -38,5 +38,20 @@ def weight_bytes(model: ModelConfig, plan: bytes, head: Action) -> float:
 
     Leaves out norms, routers, the cache, and the keys and values of skipped layers.
     """
-    of_layers = (model.num_weights_read(layer) * _BYTES_PER_WEIGHT[Action(number)] for layer, number in enumerate(plan))
-    return sum(of_layers) + model.hidden_size * model.vocab_size * _BYTES_PER_WEIGHT[head]
+    of_layers = (layer_bytes(model, layer, Action(number)) for layer, number in enumerate(plan))
+    return sum(of_layers) + head_bytes(model, head)
+
+
+def layer_bytes(model: ModelConfig, layer: int, action: Action) -> float:
+    """Returns the bytes of the layer's matrices that a row reads; leaves out what `weight_bytes` does."""
+    return model.num_weights_read(layer) * _BYTES_PER_WEIGHT[action]
+
+
+def key_value_bytes(model: ModelConfig, action: Action) -> float:
+    """Returns the bytes of the matrix that projects the keys and values of a row that skips, in that action's form."""
+    return 2 * model.num_kv_heads * model.head_dim * model.hidden_size * _BYTES_PER_WEIGHT[action]
+
+
+def head_bytes(model: ModelConfig, precision: Action) -> float:
+    """Returns the bytes of the head's matrix."""
+    return model.hidden_size * model.vocab_size * _BYTES_PER_WEIGHT[precision]

@@ -26,13 +26,19 @@ FULL = Effort(rounds=7, num_tokens=128, stream_tokens=48, profiled_tokens=16, st
 QUICK = Effort(rounds=3, num_tokens=32, stream_tokens=16, profiled_tokens=8, starts=1)
 
 
-def interleaved(report: Report, what: str, works: Mapping[str, Work], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    report: Report, what: str, works: Mapping[str, Work], rounds: int, has_time: Callable[[], bool] = lambda: True
+) -> dict[str, list[float]]:
     """Returns all values by name, one per round. The first round warms up and is not counted.
 
-    A work that fails once is left out, with a note: ratios need a value of every round.
+    A work that fails once is left out, with a note: ratios need a value of every round. No round but the first two
+    begins unless `has_time`.
     """
     taken: dict[str, list[Mapping[str, float]]] = {name: [] for name in works}
     for round_number in range(rounds + 1):
+        if round_number > 1 and not has_time():
+            report.note(f"{what}: {round_number - 1} of {rounds} rounds, since the time is over")
+            break
         progress(f"{what}: {f'round {round_number} of {rounds}' if round_number else 'warming up'}")
         for name in list(taken) if round_number % 2 else list(reversed(taken)):
             result: Mapping[str, float] | None = None

@@ -109,13 +109,26 @@ class Decoder:
         """Returns where the layer's input lies in every decoding pass of so many rows; see `Backend`."""
         return self.backends[PassKind.DECODE][0].static_input(layer, hidden)
 
-    def graph_sizes(self, max_rows: int) -> Sequence[int]:
-        """Returns the numbers of rows that decoding fills passes up to; see `Backend`."""
-        return self.backends[PassKind.DECODE][0].graph_sizes(max_rows)
+    @torch.inference_mode()
+    def prepare_graphs(self, pool: CachePool, max_rows: int, compensation: Compensation, kv_action: Action) -> None:
+        """Captures the graphs that decode up to `max_rows` rows of a pool; does nothing where there are none.
 
-    def prepare(self, batch: Batch) -> None:
-        """Captures the graphs of decoding passes like this one; see `Backend`."""
-        self.backends[PassKind.DECODE][0].prepare(batch)
+        Raises:
+            CaptureFailed: the device cannot.
+        """
+        backend = self.backends[PassKind.DECODE][0]
+        for num_rows in backend.graph_sizes(max_rows):
+            caches = [cache for _ in range(num_rows) if (cache := pool.reserve(2)) is not None]
+            if not caches:
+                return
+            for cache in caches:
+                cache.length = 1
+            count = len(caches)
+            own = [compensation] * count, [kv_action] * count
+            backend.prepare(self.batch(PassKind.DECODE, caches, [1] * count, *own))
+            for cache in caches:
+                cache.length = 2  # so that what was written is cleared
+                pool.release(cache)
 
     def run_layer(
         self,

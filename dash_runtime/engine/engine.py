@@ -147,24 +147,14 @@ class Engine:
         self._verify([sequence for sequence in decoding if sequence.has_draft_to_verify], events)
         return events
 
-    @torch.inference_mode()
     def prepare_graphs(self, policy: Policy) -> None:
         """Captures the graphs that requests with this policy replay, however many run together.
 
         Raises:
             CaptureFailed: the device cannot.
         """
-        for num_rows in self._decoder.graph_sizes(self._config.num_slots):
-            caches = [cache for _ in range(num_rows) if (cache := self._pool.reserve(2)) is not None]
-            if not caches:
-                return
-            for cache in caches:
-                cache.length = 1
-            own = [policy.compensation] * len(caches), [policy.kv_action] * len(caches)
-            self._decoder.prepare(self._decoder.batch(PassKind.DECODE, caches, [1] * len(caches), *own))
-            for cache in caches:
-                cache.length = 2  # so that what was written is cleared
-                self._pool.release(cache)
+        own = policy.compensation, policy.kv_action
+        self._decoder.prepare_graphs(self._pool, self._config.num_slots, *own)
 
     def close(self) -> None:
         """Stops the lane."""

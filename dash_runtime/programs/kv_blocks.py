@@ -2,20 +2,18 @@
 
 Rows of different lengths share one loop over all their blocks; the partial results are then added up row by row (flash
 decoding, Dao et al. 2023, over paged keys and values, Kwon et al. 2023). Uses numpy, whose small operations take a
-third of torch's time. Knows positions; knows no weights.
+third of torch's time. numpy is imported when blocks are first wanted: only programs want them, and torch does not bring
+it. Knows positions; knows no weights.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
 BLOCK_TOKENS = 16
 _MIN_PARTS = 2  # programs take no dimension of 1
-_PLACES = numpy.arange(BLOCK_TOKENS)
-_ADDED = numpy.array([0, -numpy.inf], numpy.float32)
 
 
 class AttendedBlocks(NamedTuple):
@@ -38,6 +36,8 @@ def attended_blocks(starts: Sequence[int], positions: Sequence[int], window: int
 
     `window` is how many of the latest positions a row attends to, its own included; None for all.
     """
+    import numpy
+
     own, first_tokens = numpy.array(positions), numpy.array(starts)
     first_seen = numpy.zeros_like(own) if window is None else numpy.maximum(own + 1 - window, 0)
     first_block = first_seen // BLOCK_TOKENS
@@ -45,10 +45,10 @@ def attended_blocks(starts: Sequence[int], positions: Sequence[int], window: int
     firsts = counts.cumsum() - counts  # each row's first entry
     rows = numpy.arange(len(own)).repeat(counts)
     numbers = numpy.arange(len(rows)) - (firsts - first_block)[rows]  # of each entry's block in its sequence
-    tokens = numbers[:, None] * BLOCK_TOKENS + _PLACES
+    tokens = numbers[:, None] * BLOCK_TOKENS + numpy.arange(BLOCK_TOKENS)
     is_hidden = (tokens > own[rows, None]) | (tokens < first_seen[rows, None])
     places = numpy.arange(max(_MIN_PARTS, counts.max()))
     parts = numpy.where(places < counts[:, None], firsts[:, None] + places, -1)
     blocks = first_tokens[rows] // BLOCK_TOKENS + numbers
-    biases = _ADDED[is_hidden.astype(numpy.int8)]
+    biases = numpy.array([0, -numpy.inf], numpy.float32)[is_hidden.astype(numpy.int8)]
     return AttendedBlocks(*map(torch.from_numpy, (first_tokens + own, blocks, rows, biases, parts)))

@@ -124,3 +124,15 @@ def test_a_stream_without_a_token_is_a_failure() -> None:
 def test_what_a_mode_took_is_in_full_depths_tokens_of_the_same_rounds() -> None:
     taken = {"full": Taken([1.0, 1.0, 1.0], [2.0, 4.0, 2.0]), "int4": Taken([0.4, 0.4, 0.4], [1.0, 2.0, 1.5])}
     assert cost_errors(taken) == {"full": (1.0, 1.0), "int4": (0.4, 0.5)}
+
+
+def test_rounds_end_when_the_time_is_over_and_keep_what_was_measured() -> None:
+    report, taken = Report(), list[str]()
+
+    def work() -> Mapping[str, float]:
+        taken.append("run")
+        return {"speed": float(len(taken))}
+
+    values = interleaved(report, "decoding", {"ours": work}, 5, has_time=lambda: len(taken) < 3)
+    assert values == {"speed": [2.0, 3.0]}
+    assert report.notes == ["decoding: 2 of 5 rounds, since the time is over"]

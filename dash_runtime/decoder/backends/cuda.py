@@ -95,6 +95,11 @@ class CudaBackend(LayerByLayer):
         self._batch: Batch | None = None
         self._size = _Size(0, 0)
 
+    @property
+    def num_graphs(self) -> int:
+        """Graphs of all pools that are in use."""
+        return sum(map(len, self._graphs.values()))
+
     def takes(self, batch: Batch) -> bool:
         if batch is self._batch:
             return True

@@ -1,0 +1,47 @@
+"""`python -m benchmarks.gpu_once FOLDER`: proves and measures the CUDA worker in one run of under 8 minutes.
+
+It needs Python and torch, with the Triton that torch brings, and nothing else: no network, no checkpoint, no other
+library. Models and policies have random weights from a seed, in the shapes of SmolLM2-135M and Llama-3.1-8B. Each
+figure is printed, and written to `gpu_once.json` in FOLDER, as soon as it is measured; traces lie beside it. Exits with
+1 if a parity does not hold or could not be checked, and with 2 without a CUDA device. Has not been run on a GPU.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu_once.live_report import LiveReport
+from benchmarks.gpu_once.random_models import SHAPES
+from benchmarks.gpu_once.run import FULL, QUICK, run_parts
+
+SECONDS = 480.0
+_USUAL_SHAPES = {"cuda": ["135m", "8b"], "cpu": ["tiny"]}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_once", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="for the results; made if it is not there")
+    parser.add_argument("--quick", action="store_true", help="fewer rows, tokens and rounds")
+    parser.add_argument("--device", choices=list(_USUAL_SHAPES), default="cuda")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="models, smallest first")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="after these the rest is left out")
+    given = parser.parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device: nothing measured")
+        return 2
+    torch.set_float32_matmul_precision("highest")  # some images allow TF32 by an environment variable
+    report = LiveReport(given.folder, given.seconds)
+    shapes = given.shapes or _USUAL_SHAPES[given.device]
+    run_parts(report, shapes, torch.device(given.device), QUICK if given.quick else FULL)
+    broken = report.broken_parities
+    print(f"\nbroken: {', '.join(broken)}" if broken else "\nall parities hold")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
