@@ -1,9 +1,10 @@
 """Parities: what must be equal on the device, and by how much bf16 may differ.
 
 Bounds are on the largest difference as a share of the largest number. On a CPU, with the shapes tiny and 135m, bf16
-gave a layer an error of 0.008 beside float32, and logits 0.02 to 0.03. Mistakes in a layer gave 0.05 and more, but INT8
-where FULL should run may stay below the bound. In float32 the two largest logits never were nearer than 0.0004, so that
-no rounding turns a token.
+gave a layer an error of 0.008 beside float32, and logits 0.03; with the whole step's attention instead, bf16 logits
+differed by 0.04. Mistakes in a layer gave 0.05 and more, but INT8 where FULL should run may stay below the bound. In
+float32 the two largest logits never were nearer than 0.0004, so that no rounding turns a token. In bf16 rounding turns
+one every few steps, since random weights leave many near-ties.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,7 @@ _SHORT_CONTEXT = 5
 """Positions of the first row where single layers are compared: among many, a missing one would hardly count."""
 FLOAT_BOUND = "≤ 0.001"
 LAYER_BOUND = "≤ 0.03"
-LOGITS_BOUND = "≤ 0.1"
+LOGITS_BOUND = "≤ 0.15"
 _VERIFIED_ROWS = (2, 5, 8)
 _Logits = list[Tensor]
 
@@ -194,10 +195,10 @@ def _keeping(logits: _Logits) -> Callable[[Tensor], None]:
 
 
 def _largest(expected: _Logits, actual: _Logits) -> float:
-    errors = [_relative(one, other) for one, other in zip(expected, actual, strict=True)]
+    errors = [relative_error(one, other) for one, other in zip(expected, actual, strict=True)]
     return float(torch.tensor(errors).max())  # Python's own would pass over what is no number
 
 
-def _relative(expected: Tensor, actual: Tensor) -> float:
+def relative_error(expected: Tensor, actual: Tensor) -> float:
     """Returns the largest difference as a share of the largest number."""
     return float((expected - actual).abs().max() / expected.abs().max())

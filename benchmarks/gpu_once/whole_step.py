@@ -57,6 +57,8 @@ class WholeStep:
         self._rows = torch.arange(len(caches), device=device)
         self._positions = torch.tensor(self._starts, device=device)
         self._token_ids = torch.zeros(len(caches), dtype=torch.int64, device=device)
+        self.logits: Tensor
+        """The latest step's, float32 `[rows, vocab_size]`. A captured step writes them to the same place."""
         with sdpa_kernel(_BACKENDS):
             self._step = capture(self.step)
 
@@ -89,7 +91,8 @@ class WholeStep:
                 return self._attend(layer, *heads, mask)
 
             hidden = run_layer_body(self._config.block, weights, linears, hidden, attend)
-        self._token_ids.copy_(self._head(hidden).argmax(-1))
+        self.logits = self._head(hidden)
+        self._token_ids.copy_(self.logits.argmax(-1))
         self._positions.add_(1)
 
     def _attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

@@ -88,6 +88,7 @@ def test_with_nothing_but_torch_the_run_comes_to_its_end_and_all_parities_hold(t
         "tiny_verify_rows8_logits_error",
         "tiny_layer_host_us_int8_rows16_context256",
         "tiny_rows16_full_vs_whole_step",
+        "tiny_rows16_whole_step_logits_error",
         "tiny_rows1_adaptive_lookahead4_tokens_per_second",
         "tiny_rows1_lookahead1_inline_exposed_us",
     ):
