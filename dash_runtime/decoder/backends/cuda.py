@@ -89,7 +89,7 @@ class CudaBackend(LayerByLayer):
         self._device = device
         self._dtype = dtype
         self._has_mixture = any(config.mixture_of(layer) is not None for layer in range(config.num_layers))
-        self._graphs: WeakKeyDictionary[CachePool, dict[tuple[object, _Size], Replay]] = WeakKeyDictionary()
+        self._graphs: WeakKeyDictionary[CachePool, dict[tuple[tuple[object, ...], _Size], Replay]] = WeakKeyDictionary()
         self._compensations: dict[int, Compensation] = {}  # kept, so that nothing else gets their ids
         self._rows: StaticRows | None = None
         self._batch: Batch | None = None
@@ -146,7 +146,7 @@ class CudaBackend(LayerByLayer):
             return self._eager.logits(hidden, precisions)
         if any(precision is not first for precision in precisions):
             return self._eager.logits(hidden, precisions)
-        self._replay(batch, first, partial(self._run_head, rows, first))
+        self._replay(batch, ("head", first), partial(self._run_head, rows, first))
         return rows.logits[: len(hidden)]
 
     def graph_sizes(self, max_rows: int) -> Sequence[int]:
@@ -166,7 +166,7 @@ class CudaBackend(LayerByLayer):
                 for kernel in [*kernels, _Kernel(layer, Action.SKIP, kv_action, id(own))]:
                     self._replay(batch, kernel, partial(self._run_layer, rows, kernel))
             for precision in self._heads:
-                self._replay(batch, precision, partial(self._run_head, rows, precision))
+                self._replay(batch, ("head", precision), partial(self._run_head, rows, precision))
 
     def _begin(self, batch: Batch, token_ids: Sequence[int]) -> StaticRows:
         """Uploads where the rows are; with token ids, looks these up as well."""
@@ -179,7 +179,8 @@ class CudaBackend(LayerByLayer):
             max_length *= _CONTEXT_STEP
         self._batch, self._size = batch, _Size(_with_room_for(batch.num_rows), max_length)
         self._rows.write(batch, token_ids)
-        self._replay(batch, bool(token_ids), partial(self._run_beginning, self._rows, bool(token_ids)))
+        has_tokens = bool(token_ids)
+        self._replay(batch, ("beginning", has_tokens), partial(self._run_beginning, self._rows, has_tokens))
         return self._rows
 
     def _kernel_of(self, layer: int, actions: Sequence[Action], batch: Batch) -> _Kernel | None:
@@ -196,8 +197,8 @@ class CudaBackend(LayerByLayer):
         kv_action = max(batch.kv_actions) if action is Action.SKIP else action
         return _Kernel(layer, action, kv_action, id(own))
 
-    def _replay(self, batch: Batch, what: object, function: Callable[[CachePool, _Size], None]) -> None:
-        """Launches a graph of `function`, which is captured when it is first needed."""
+    def _replay(self, batch: Batch, what: tuple[object, ...], function: Callable[[CachePool, _Size], None]) -> None:
+        """Launches a graph of `function`, which is captured when it is first needed. `what` tells graphs apart."""
         pool = batch.spans[0].cache.pool
         graphs = self._graphs.setdefault(pool, {})
         key = what, self._size
