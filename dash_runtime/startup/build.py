@@ -4,7 +4,7 @@ Fits and measurements are kept beside the converted models, and every later star
 budget is the same from one start to the next. Knows folders; knows no environment and no processes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from dash_runtime.config import (
     GenerationRequest,
     Mode,
     SkipOptions,
+    Start,
     StoppingParameters,
 )
 from dash_runtime.decoder.backends.cuda_graphs import Graphs, cuda_capture
@@ -42,7 +43,7 @@ from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import find_policies, load_policy
-from dash_runtime.programs.program_cache import Program, ProgramSpec, load_programs, programs_digest
+from dash_runtime.programs.program_cache import ProgramSpec, load_programs, programs_digest, will_compile
 from dash_runtime.programs.row_loop import load_row_loop
 from dash_runtime.programs.traced_layer import ModelShape
 from dash_runtime.progress import Progress
@@ -54,6 +55,7 @@ from dash_runtime.startup.model_facts import model_facts
 from dash_runtime.startup.policy_programs import PolicyPrograms
 from dash_runtime.startup.process_memory import settle_memory
 from dash_runtime.startup.row_parity import unequal_counts
+from dash_runtime.startup.stand_in import GuessedCalibration, guessed_costs, has_room_for_two
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHIPPED_POLICIES = Path(__file__).parent.parent / "policies"
@@ -79,6 +81,7 @@ class BuildOptions:
     """True if the cost table is measured even if one was kept."""
     least_drafting_gain: float = LEAST_GAIN
     """The least expected speed, as a multiple of full depth's, at which EXACT drafts; 0: it always does."""
+    start: Start = Start.WHOLE
 
 
 def build_engine(
@@ -115,15 +118,25 @@ def build_engine(
     progress(f"packing kernels for {', '.join(action.name for action in actions)} on {described}")
     num_threads = torch.get_num_threads()
     policy_programs = [PolicyPrograms(model, policy, num_threads, config.lane) for policy in learned]
-    programs = None
+    programs_folder, specs = cache_folder / "programs", None
     if options.compile_layers and len(devices) == 1:
-        specs = [spec for own in policy_programs for spec in own.specs]
-        programs = _load_programs(
-            model, context_length, specs, actions, dtype, device, cache_folder / "programs", progress
-        )
+        policy_specs = [spec for own in policy_programs for spec in own.specs]
+        specs = _needed_programs(model, context_length, policy_specs, actions, dtype, device, progress)
+    is_stand_in = (
+        options.start is Start.EARLY
+        and specs is not None
+        and will_compile(specs, programs_folder)
+        and has_room_for_two(needs, rooms[0], num_threads)
+    )
+    programs = None
+    if is_stand_in:
+        progress("layers run uncompiled until their programs are compiled")
+        torch.set_num_threads(max(1, num_threads // 2))  # the compilers need some
+    elif specs is not None:
+        programs = load_programs(specs, programs_folder, progress, yields=options.start is Start.BESIDE_STAND_IN)
     inductor = None
     if programs is not None:
-        row_loop = load_row_loop(cache_folder / "programs", progress)
+        row_loop = load_row_loop(programs_folder, progress)
         inductor = InductorBackend(model, programs, config.group_planner, row_loop)
         learned = [own.attached(programs) for own in policy_programs]
     decoder = make_decoder(
@@ -136,11 +149,12 @@ def build_engine(
         inductor=inductor,
         graphs={own: Graphs(cuda_capture(own)) for own in devices} if device_of(device).has_graphs else None,
     )
-    settle_memory()  # before anything is measured
+    if not is_stand_in:
+        settle_memory()  # before anything is measured
     if inductor is not None:
         inductor.drop_verified_rows(unequal_counts(decoder, inductor.verified_rows))
     kind = "eager" if inductor is None else f"compiled {programs_digest()}, verified rows {inductor.verified_rows}"
-    calibration = DeviceCalibration(
+    calibration = (GuessedCalibration if is_stand_in else DeviceCalibration)(
         cache_folder / "calibration",
         (fingerprint, options.precision),
         (described, kind),
@@ -151,7 +165,7 @@ def build_engine(
     costs = calibration.costs(
         decoder.actions,
         tuple(decoder.heads),
-        partial(measure_costs, measurement),
+        partial(guessed_costs if is_stand_in else measure_costs, measurement),
         progress,
         has_policy=bool(learned),
         measures_again=options.measures_costs,
@@ -179,7 +193,7 @@ def build_engine(
         plans,
     )
     planner = None
-    if config.group_planner and config.num_slots > 1:
+    if config.group_planner and config.num_slots > 1 and not is_stand_in:
         planner = GroupPlanner(calibration.latencies(decoder, compensation, progress))
 
     def replace_costs(replaced: MeasuredCosts) -> None:
@@ -187,11 +201,16 @@ def build_engine(
         engine.facts = replace(engine.facts, policies=catalog.facts())
         calibration.keep_costs(replaced)
 
-    keeper = CostKeeper(costs, measurement, replace_costs, progress) if options.checks_kept_costs else None
+    keeper = None
+    if options.checks_kept_costs:
+        # Idle measurements of a stand-in would disturb those of the engine that follows.
+        idly = None if is_stand_in else measurement
+        keeper = CostKeeper(costs, idly, replace_costs, progress)
     constraints = ConstraintCompiler(tokenizer_file(folder), model.vocab_size, model.eos_token_ids)
     engine = assemble_engine(
         decoder, catalog, config, context_length, planner=planner, cost_watch=keeper, constraints=constraints
     )
+    engine.facts = replace(engine.facts, is_compiled=inductor is not None, is_stand_in=is_stand_in)
     _warm_up(engine)
     return engine
 
@@ -228,17 +247,16 @@ def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:
     return {matrix for own in shapes for matrix in (*own.matrices(), (own.key_value_size, own.hidden_size))}
 
 
-def _load_programs(
+def _needed_programs(
     model: ModelConfig,
     context_length: int,
     policy_specs: Sequence[ProgramSpec],
     actions: tuple[Action, ...],
     dtype: torch.dtype,
     device: torch.device,
-    folder: Path,
     progress: Progress,
-) -> Mapping[ProgramSpec, Program] | None:
-    """Returns the programs for this model and its policies; None if everything runs eagerly."""
+) -> Sequence[ProgramSpec] | None:
+    """Returns the programs that this model and its policies need; None if everything runs eagerly."""
     if not device_of(device).compiles_layers or dtype is not torch.bfloat16:
         return None
     reason = why_eager(model, context_length)
@@ -246,7 +264,7 @@ def _load_programs(
         progress(f"layers run uncompiled: programs have no {reason}")
         return None
     specs = [*program_specs(model, actions, torch.get_num_threads()), *policy_specs]
-    return load_programs(list(dict.fromkeys(specs)), folder, progress)
+    return list(dict.fromkeys(specs))
 
 
 def _warm_up(engine: Engine) -> None:

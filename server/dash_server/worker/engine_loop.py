@@ -76,6 +76,7 @@ class EngineLoop:
                 policy_file,
                 config.compile_layers,
                 config.checks_costs,
+                start=config.start,
             )
             engine = build_engine(folder, cache_folder, options, config.engine, self._tell)
         except DashRuntimeError as error:

@@ -10,15 +10,17 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
-from dash_runtime.config import GenerationRequest, ModelFacts
+import msgspec
+
+from dash_runtime.config import GenerationRequest, ModelFacts, Start
 from dash_runtime.decision_trace import DecisionTrace
+from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import CostStatus, RequestRefused, SequenceCancelled, SequenceFinished, TokenProduced
 from dash_server.statuses import ServiceError, WorkerUnavailable
 from dash_server.worker.messages import (
     Cancel,
     CostsJudged,
     FromWorker,
-    Ping,
     Pong,
     Ready,
     Starting,
@@ -30,6 +32,7 @@ from dash_server.worker.messages import (
 )
 from dash_server.worker.outbox import Outbox
 from dash_server.worker.starter import Worker, WorkerDeath, WorkerStarter, WorkerStartError
+from dash_server.worker.watchdog import kill_when_silent
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +41,6 @@ _FIRST_RESTART_DELAY_SECONDS = 0.1
 _MAX_RESTART_DELAY_SECONDS = 10.0
 # A worker that was ready for so long had started well, even if it served no request.
 _SOUND_AFTER_SECONDS = 60.0
-_MAX_PING_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,8 @@ class WorkerLink:
         self._ready: Ready | None = None
         self._requests: dict[str, tuple[GenerationRequest, Outbox]] = {}
         self._num_reserved_tokens = 0
+        self.start = Start.WHOLE
+        """How the next worker starts."""
         self.num_restarts = 0
         self.doing = ""
         """The work of a worker that is not ready, in one sentence; empty if it has not said."""
@@ -93,6 +97,17 @@ class WorkerLink:
     def is_ready(self) -> bool:
         """True if the link takes requests."""
         return self._ready is not None and not self._is_draining
+
+    @property
+    def is_leaving(self) -> bool:
+        """True if there is a worker that finishes its requests and takes no more."""
+        return self._ready is not None and self._is_draining
+
+    @property
+    def is_stand_in(self) -> bool:
+        """True if the link takes requests for a worker that serves only until programs are compiled."""
+        ready = self._ready
+        return ready is not None and ready.facts.is_stand_in and not self._is_draining
 
     @property
     def num_requests(self) -> int:
@@ -127,10 +142,19 @@ class WorkerLink:
             return False
         return self._num_reserved_tokens + request.num_cache_tokens <= self._ready.facts.cache_tokens
 
+    def allows(self, request: GenerationRequest) -> bool:
+        """True if the request is valid by the facts of the worker, which must be there. Only policies and budgets
+        differ between workers."""
+        assert self._ready is not None
+        try:
+            self._ready.facts.validate_skip(request.skip)
+        except InvalidRequest:
+            return False
+        return True
+
     def submit(self, request: GenerationRequest, outbox: Outbox) -> None:
-        """Sends the request to the worker, which must have room for it."""
+        """Sends the request to the worker, which must be there. Without room, it waits in the worker's own queue."""
         assert self._worker is not None
-        assert self.is_ready
         self._requests[request.request_id] = request, outbox
         self._num_reserved_tokens += request.num_cache_tokens
         self._worker.send(Submit(request))
@@ -195,8 +219,9 @@ class WorkerLink:
                         is_for_user=False,
                     ) from None
             except WorkerStartError as error:
-                # A restart may work later, say once the dead worker's memory is free.
-                if not self._first_ready.is_set():
+                # A restart may work later, say once the dead worker's memory is free. And what a stand-in serves can
+                # be served.
+                if not self._first_ready.is_set() and self.start is not Start.BESIDE_STAND_IN:
                     raise
                 num_failures += 1
                 logger.error("restart %d of %d failed: %s", num_failures, MAX_FAILURES, error)
@@ -216,7 +241,7 @@ class WorkerLink:
         ready_at = 0.0
         try:
             async with aclosing(worker.messages()) as messages:
-                worker.send(self._config)
+                worker.send(msgspec.structs.replace(self._config, start=self.start))
                 async with self._until(deadline):
                     ready = await self._startup(messages)
                 logger.info(
@@ -231,7 +256,8 @@ class WorkerLink:
                 self._first_ready.set()
                 self._heard_at = ready_at = time.monotonic()
                 self._events.on_change()
-                watch = asyncio.create_task(self._watch(worker))
+                watching = kill_when_silent(worker, lambda: self._heard_at, self._silence_timeout_seconds)
+                watch = asyncio.create_task(watching)
                 async for message in messages:
                     self._heard_at = time.monotonic()
                     self._deliver(message)
@@ -279,35 +305,14 @@ class WorkerLink:
     def _on_doing(self, doing: str) -> None:
         self.doing = doing
 
-    async def _watch(self, worker: Worker) -> None:
-        """Kills a worker that does not respond any more. Its death is then handled like any other."""
-        timeout = self._silence_timeout_seconds
-        interval = min(_MAX_PING_SECONDS, timeout / 4)
-        silence, looked_at = 0.0, time.monotonic()
-        while True:
-            await asyncio.sleep(interval)
-            now = time.monotonic()
-            # While this process was stopped itself, it could not have heard anything.
-            since_look = min(now - looked_at, 2 * interval)
-            silence = min(silence + since_look, now - self._heard_at)
-            looked_at = now
-            if silence > timeout:
-                logger.error(
-                    "%s has said nothing for %.1f s (DASH_WORKER_TIMEOUT_SECONDS) and is killed",
-                    worker.name,
-                    silence,
-                )
-                worker.kill()
-                return
-            if silence >= interval:
-                worker.send(Ping())
-
     def _deliver(self, message: FromWorker) -> None:
         if isinstance(message, Pong):
             return
-        if isinstance(message, CostsJudged):
+        if isinstance(message, CostsJudged) and self._ready is not None:
             self.cost_status = message.status
-            self._events.on_facts(message.facts)
+            self._ready = msgspec.structs.replace(self._ready, facts=message.facts)
+            if not self._is_draining:
+                self._events.on_facts(message.facts)
             return
         if not isinstance(message, StepEvents):
             logger.error("a ready worker sent %s", type(message).__name__)
