@@ -46,7 +46,7 @@ class Start(StrEnum):
     EARLY = "early"
     """If programs are missing, the engine is a stand-in: made in a hurry, it runs uncompiled."""
     BESIDE_STAND_IN = "beside_stand_in"
-    """As WHOLE, but the compilers leave the processor to a stand-in that serves meanwhile."""
+    """As WHOLE, but the compilers get less of the processor than a stand-in that serves meanwhile."""
 
 
 def _require_range(field_name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:

@@ -34,8 +34,9 @@ from dash_runtime.progress import Progress
 _COMPILE_SECONDS = 600
 """The time limit for one program."""
 _SECONDS_BETWEEN_LOOKS = 0.5
-_YIELDING = ("nice", "-n", "19")
-"""Before a command: it and its children get what the others leave of the processor. Every POSIX system has `nice`."""
+_YIELDING = ("nice", "-n", "5")
+"""Before a command: it and its children get a third of what another process gets of a processor that both want. With
+much less they would never end on a busy machine. Every POSIX system has `nice`."""
 
 
 class ProgramKind(StrEnum):
@@ -149,7 +150,7 @@ def load_programs(
     """Returns the programs; compiles missing ones into `folder`. Returns None if this machine cannot compile.
 
     Args:
-        yields: compilers leave the processor to whatever else runs.
+        yields: compilers get less of a busy processor than others.
     """
     paths = program_files(specs, folder)
     programs = {spec: program for spec, path in paths.items() if (program := _load(path, spec)) is not None}
