@@ -52,6 +52,7 @@ from dash_runtime.startup.cost_keeper import CostKeeper
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.startup.memory_plan import free_rooms, model_bytes, place_on
 from dash_runtime.startup.model_facts import model_facts
+from dash_runtime.startup.one_thread import one_thread
 from dash_runtime.startup.policy_programs import PolicyPrograms
 from dash_runtime.startup.process_memory import settle_memory
 from dash_runtime.startup.row_parity import unequal_counts
@@ -103,10 +104,11 @@ def build_engine(
     weights = open_weights(folder)
     check_weights(weights, model)
     context_length = min(model.context_length, config.context_length or model.context_length)
-    actions = _common_actions(devices, dtype, model)
+    with one_thread():
+        actions = _common_actions(devices, dtype, model)
+        fingerprint = model_fingerprint(model, weights)
     described = describe_devices(devices)
     rooms = free_rooms(devices)
-    fingerprint = model_fingerprint(model, weights)
     shipped = find_policies(SHIPPED_POLICIES, fingerprint)
     learned: list[LearnedPolicy] = []
     for policy_file in shipped if options.policy_file is None else [options.policy_file]:
