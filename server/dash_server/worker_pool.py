@@ -69,7 +69,7 @@ class WorkerPool:
         """
         try:
             first = await self._start_first(Start.EARLY if self._may_stand_in else Start.WHOLE)
-            if first.is_stand_in:
+            if first.has_stood_in:
                 first = await self._replace(first)
             if first.is_ready:
                 for link in self._links[1 : self._limits.least]:

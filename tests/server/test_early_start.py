@@ -152,6 +152,20 @@ async def test_the_stand_in_stays_if_the_other_worker_cannot_start(
         assert await note_of(server) == "a new one"
 
 
+async def test_a_stand_in_that_never_works_does_not_keep_the_other_worker_from_serving(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    async with early_server(model_folder, tmp_path / "compiled", {"early.die_when_ready": 1}, wait=False) as server:
+        await wait_for_workers(1)
+        (tmp_path / "compiled").touch()
+        async with asyncio.timeout(30):
+            while not server.server._links[-1].is_ready:
+                await asyncio.sleep(0.01)
+        assert await note_of(server) == COMPILED
+        await wait_for_workers(1)
+        assert not server.worker.done()
+
+
 async def test_a_worker_with_nothing_to_compile_is_alone(model_folder: Path) -> None:
     async with running_server(fake_model(model_folder)) as server:
         assert not await is_compiling(server)

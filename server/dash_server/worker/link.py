@@ -83,6 +83,8 @@ class WorkerLink:
         self._num_reserved_tokens = 0
         self.start = Start.WHOLE
         """How the next worker starts."""
+        self.has_stood_in = False
+        """True if a worker of this link was a stand-in."""
         self.num_restarts = 0
         self.doing = ""
         """The work of a worker that is not ready, in one sentence; empty if it has not said."""
@@ -253,6 +255,7 @@ class WorkerLink:
                 )
                 await self._events.on_ready(ready)
                 self._ready = ready
+                self.has_stood_in |= ready.facts.is_stand_in
                 self._first_ready.set()
                 self._heard_at = ready_at = time.monotonic()
                 self._events.on_change()
