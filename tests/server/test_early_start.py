@@ -190,9 +190,9 @@ async def test_further_workers_start_when_the_first_one_is_compiled(model_folder
         assert len(worker_pids()) == 2
         (tmp_path / "compiled").touch()
         async with asyncio.timeout(30):
-            while server.server.dispatcher.load().num_workers != 2 or len(worker_pids()) != 2:
+            while [link.is_ready for link in server.server._links] != [False, True, True]:
                 await asyncio.sleep(0.01)
-        assert [link.is_ready for link in server.server._links] == [False, True, True]
+        await wait_for_workers(2)
 
 
 async def test_if_both_are_given_up_the_server_ends(model_folder: Path, tmp_path: Path) -> None:
