@@ -141,9 +141,10 @@ class WorkerPool:
                     task.exception()  # nobody waits for its requests; the log has its deaths
                 continue
             error = task.exception()
-            if error is None or not self._tasks or not isinstance(error, WorkerStartError):
+            remaining = self._active()
+            if error is None or not remaining or not isinstance(error, WorkerStartError):
                 task.result()
-            logger.error("a worker is given up, %d remain: %s", len(self._tasks), error)
+            logger.error("a worker is given up, %d remain: %s", len(remaining), error)
 
     def _scale(self) -> None:
         for link in self._draining:
@@ -163,8 +164,10 @@ class WorkerPool:
                 self._draining.add(link)
 
     def _add(self) -> None:
-        if self._draining:
-            self._draining.pop().resume()
+        leaving = next((link for link in self._draining if not link.is_stand_in), None)
+        if leaving is not None:
+            self._draining.remove(leaving)
+            leaving.resume()
         else:
             self._start(next(link for link in self._links if link not in self._tasks))
 

@@ -17,6 +17,7 @@ from dash_server.worker.starter import WorkerStartError
 from tests.server.scraping import scrape
 from tests.server.server_harness import RunningServer, fake_model, running_server, server_process
 from tests.server.test_lifecycle import code_of, first_delta
+from tests.server.test_scaling import Clock, turn
 from tests.server.test_server_process import assert_gone
 from tests.server.test_workers import wait_for_workers, worker_pids
 
@@ -192,6 +193,27 @@ async def test_further_workers_start_when_the_first_one_is_compiled(model_folder
         async with asyncio.timeout(30):
             while [link.is_ready for link in server.server._links] != [False, True, True]:
                 await asyncio.sleep(0.01)
+        await wait_for_workers(2)
+
+
+async def test_a_stand_in_that_leaves_does_not_come_back_when_workers_are_added(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    clock = Clock()
+    async with early_server(
+        model_folder, tmp_path / "compiled", {"whole.note": "added"}, workers="1-2", slots=1, clock=clock
+    ) as server:
+        calls = [server.stream(text="abc", max_new_tokens=3000) for _ in range(3)]
+        await server.wait_until_inside(1, 2)
+        (tmp_path / "compiled").touch()
+        await wait_until_compiled(server)
+        await server.wait_until_inside(2, 1)
+        await turn(clock, 5)
+        await server.wait_until_inside(3, 0)
+        notes = [(await call.read()).started.policy_note for call in calls]
+        assert notes == [STAND_IN, COMPILED, "added"]
+        for call in calls:
+            call.cancel()
         await wait_for_workers(2)
 
 

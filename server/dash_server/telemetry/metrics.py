@@ -245,7 +245,7 @@ def _read_counts(meter: Meter, sources: Sources) -> None:
             "dash.workers.stand_in",
             "{worker}",
             "Workers that take requests only until programs are compiled, and are slow",
-            lambda: sum(link.is_stand_in for link in links),
+            lambda: sum(link.is_stand_in and link.is_ready for link in links),
         ),
     ]
     for name, unit, description, number in gauges:

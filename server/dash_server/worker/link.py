@@ -107,9 +107,9 @@ class WorkerLink:
 
     @property
     def is_stand_in(self) -> bool:
-        """True if the link takes requests for a worker that serves only until programs are compiled."""
+        """True if there is a worker that serves only until programs are compiled."""
         ready = self._ready
-        return ready is not None and ready.facts.is_stand_in and not self._is_draining
+        return ready is not None and ready.facts.is_stand_in
 
     @property
     def num_requests(self) -> int:
