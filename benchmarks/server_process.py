@@ -46,6 +46,7 @@ def running_server(**variables: str) -> Iterator[RunningServer]:
             "DASH_DEVICE": "cpu",
             "DASH_NUM_THREADS": str(torch.get_num_threads()),
             "DASH_LOG_LEVEL": "ERROR",
+            "DASH_EARLY_START": "false",
             **variables,
         }
         started = time.perf_counter()

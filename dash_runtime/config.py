@@ -38,6 +38,17 @@ class LaneKind(StrEnum):
     CUDA_STREAM = "cuda_stream"
 
 
+class Start(StrEnum):
+    """The way in which an engine is started that runs compiled programs."""
+
+    WHOLE = "whole"
+    """Missing programs are compiled first."""
+    EARLY = "early"
+    """If programs are missing, the engine is a stand-in: made in a hurry, it runs uncompiled."""
+    BESIDE_STAND_IN = "beside_stand_in"
+    """As WHOLE, but the compilers get less of the processor than a stand-in that serves meanwhile."""
+
+
 def _require_range(field_name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
     inside = math.isfinite(value) and (low < value if low_open else low <= value) and value <= high
     if not inside:
@@ -179,6 +190,11 @@ class ModelFacts:
     actions: tuple[Action, ...]
     policies: tuple["PolicyFacts", ...]
     device: str
+    is_compiled: bool = False
+    """True if decoding runs compiled programs."""
+    is_stand_in: bool = False
+    """True if the engine is to serve only until programs are compiled. Its costs are guesses, so it takes budgets below
+    its lowest, too, and runs the cheapest that it has: they may be fine for the engine that follows."""
 
     def validate(self, request: GenerationRequest) -> None:
         """Checks what depends on the model.
@@ -203,7 +219,7 @@ class ModelFacts:
             for token_id in ids:
                 if not 0 <= token_id < self.vocab_size:
                     raise InvalidRequest(name, f"{token_id} is outside the vocabulary of {self.vocab_size}")
-        self._validate_skip(request.skip)
+        self.validate_skip(request.skip)
 
     def _validate_length(self, prompt: int, max_new_tokens: int) -> None:
         room = min(self.context_length, self.cache_tokens)
@@ -216,7 +232,8 @@ class ModelFacts:
                 f"{max_new_tokens} after a prompt of {prompt} tokens exceeds the {limit} of {room}",
             )
 
-    def _validate_skip(self, skip: SkipOptions) -> None:
+    def validate_skip(self, skip: SkipOptions) -> None:
+        """Checks what depends on the model's policies and their costs. Raises as `validate` does."""
         if skip.fixed_action is not None and skip.fixed_action not in self.actions:
             supported = ", ".join(action.name for action in self.actions)
             raise InvalidRequest(
@@ -225,7 +242,9 @@ class ModelFacts:
         if not skip.mode.has_policy:
             return
         policy = self.policy(skip.policy_name, skip.mode)
-        if skip.compute_budget is not None and skip.compute_budget < policy.lowest_budget - BUDGET_SLACK:
+        if self.is_stand_in or skip.compute_budget is None:
+            return
+        if skip.compute_budget < policy.lowest_budget - BUDGET_SLACK:
             raise InvalidRequest(
                 "skip.compute_budget",
                 f"{skip.compute_budget:g} is below {policy.lowest_budget:.3f}, "

@@ -27,6 +27,10 @@ class ModelInfo:
     default_draft_policy_name: str
     """The policy that drafts in mode "exact"."""
     device: str
+    is_compiled: bool
+    """True if decoding runs compiled programs."""
+    is_compiling: bool
+    """True if programs are being compiled, and requests are served without them meanwhile, slowly."""
 
 
 @dataclass(frozen=True, slots=True)

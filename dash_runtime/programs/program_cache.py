@@ -34,6 +34,9 @@ from dash_runtime.progress import Progress
 _COMPILE_SECONDS = 600
 """The time limit for one program."""
 _SECONDS_BETWEEN_LOOKS = 0.5
+_YIELDING = ("nice", "-n", "5")
+"""Before a command: it and its children get a third of what another process gets of a processor that both want. With
+much less they would never end on a busy machine. Every POSIX system has `nice`."""
 
 
 class ProgramKind(StrEnum):
@@ -136,14 +139,25 @@ def _own_temporary_folder(place: Path) -> Iterator[None]:
                 os.environ["TMPDIR"] = usual
 
 
-def load_programs(specs: Sequence[ProgramSpec], folder: Path, progress: Progress) -> dict[ProgramSpec, Program] | None:
-    """Returns the programs; compiles missing ones into `folder`. Returns None if this machine cannot compile."""
-    paths = {spec: folder / f"{spec.name}-{digest((spec.to_json(), _surroundings()))}.pt2" for spec in specs}
+def will_compile(specs: Sequence[ProgramSpec], folder: Path) -> bool:
+    """Returns True if `load_programs` will compile, which takes minutes."""
+    return has_compiler() and not all(path.exists() for path in program_files(specs, folder).values())
+
+
+def load_programs(
+    specs: Sequence[ProgramSpec], folder: Path, progress: Progress, *, yields: bool = False
+) -> dict[ProgramSpec, Program] | None:
+    """Returns the programs; compiles missing ones into `folder`. Returns None if this machine cannot compile.
+
+    Args:
+        yields: compilers get less of a busy processor than others.
+    """
+    paths = program_files(specs, folder)
     programs = {spec: program for spec, path in paths.items() if (program := _load(path, spec)) is not None}
     missing = [spec for spec in paths if spec not in programs]
     if not missing:
         return programs
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
+    if not has_compiler():
         progress("layers run uncompiled: no C++ compiler here")
         return None
     try:
@@ -153,12 +167,22 @@ def load_programs(specs: Sequence[ProgramSpec], folder: Path, progress: Progress
         # Inductor loads code too: it tries out what the compiler can do.
         place = place_to_run_code(folder)
         with tempfile.TemporaryDirectory(dir=place) as scratch, ThreadPoolExecutor(num_processes) as pool:
-            compiling = [pool.submit(_compile, share, paths, scratch) for share in shares]
+            compiling = [pool.submit(_compile, share, paths, scratch, yields) for share in shares]
             _follow([paths[spec] for spec in missing], compiling, progress)
         return programs | {spec: Program(paths[spec], spec) for spec in missing}
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         progress(f"layers run uncompiled: {_reason(error)}")
         return None
+
+
+def has_compiler() -> bool:
+    """Returns True if this machine has a C++ compiler."""
+    return shutil.which("g++") is not None or shutil.which("clang++") is not None
+
+
+def program_files(specs: Sequence[ProgramSpec], folder: Path) -> dict[ProgramSpec, Path]:
+    """Returns the file of each program, there or not."""
+    return {spec: folder / f"{spec.name}-{digest((spec.to_json(), _surroundings()))}.pt2" for spec in specs}
 
 
 def _follow(paths: Sequence[Path], compiling: Sequence[Future[None]], progress: Progress) -> None:
@@ -188,9 +212,9 @@ def _load(path: Path, spec: ProgramSpec) -> Program | None:
         return None
 
 
-def _compile(specs: Sequence[ProgramSpec], paths: Mapping[ProgramSpec, Path], scratch: str) -> None:
+def _compile(specs: Sequence[ProgramSpec], paths: Mapping[ProgramSpec, Path], scratch: str, yields: bool) -> None:
     """Compiles in one process. Its temporary files go into `scratch`, shared with its neighbours, not the system's."""
-    command = [sys.executable, "-m", "dash_runtime.programs.compile_program"]
+    command = [*(_YIELDING if yields else ()), sys.executable, "-m", "dash_runtime.programs.compile_program"]
     for spec in specs:
         command += str(paths[spec]), spec.to_json()
     environment = {**os.environ, "TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": scratch}

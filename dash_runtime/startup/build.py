@@ -4,7 +4,7 @@ Fits and measurements are kept beside the converted models, and every later star
 budget is the same from one start to the next. Knows folders; knows no environment and no processes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from dash_runtime.config import (
     GenerationRequest,
     Mode,
     SkipOptions,
+    Start,
     StoppingParameters,
 )
 from dash_runtime.decoder.backends.inductor import InductorBackend
@@ -41,7 +42,7 @@ from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import find_policies, load_policy
-from dash_runtime.programs.program_cache import Program, ProgramSpec, load_programs, programs_digest
+from dash_runtime.programs.program_cache import ProgramSpec, load_programs, programs_digest, will_compile
 from dash_runtime.programs.row_loop import load_row_loop
 from dash_runtime.programs.traced_layer import ModelShape
 from dash_runtime.progress import Progress
@@ -51,9 +52,11 @@ from dash_runtime.startup.faster_kernels import faster_actions, product_seconds
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.startup.memory_plan import free_rooms, model_bytes, place_on
 from dash_runtime.startup.model_facts import model_facts
+from dash_runtime.startup.one_thread import one_thread
 from dash_runtime.startup.policy_programs import PolicyPrograms
 from dash_runtime.startup.process_memory import settle_memory
 from dash_runtime.startup.row_parity import unequal_counts
+from dash_runtime.startup.stand_in import GuessedCalibration, guessed_costs, has_room_for_two
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHIPPED_POLICIES = Path(__file__).parent.parent / "policies"
@@ -81,6 +84,7 @@ class BuildOptions:
     """True if the cost table is measured even if one was kept."""
     least_drafting_gain: float = LEAST_GAIN
     """The least expected speed, as a multiple of full depth's, at which EXACT drafts; 0: it always does."""
+    start: Start = Start.WHOLE
 
 
 def build_engine(
@@ -102,7 +106,9 @@ def build_engine(
     weights = open_weights(folder)
     check_weights(weights, model)
     context_length = min(model.context_length, config.context_length or model.context_length)
-    actions = _common_actions(devices, dtype, model)
+    with one_thread():
+        actions = _common_actions(devices, dtype, model)
+        fingerprint = model_fingerprint(model, weights)
     has_int8_head = True
     if device_of(device).offers_only_faster:
         progress("timing kernels")
@@ -112,7 +118,6 @@ def build_engine(
         actions = faster_actions(actions, partial(timed, shapes=matrix_shapes(model)))
     described = describe_devices(devices)
     rooms = free_rooms(devices)
-    fingerprint = model_fingerprint(model, weights)
     shipped = find_policies(SHIPPED_POLICIES, fingerprint)
     learned: list[LearnedPolicy] = []
     for policy_file in shipped if options.policy_file is None else [options.policy_file]:
@@ -124,16 +129,26 @@ def build_engine(
     progress(f"packing kernels for {', '.join(action.name for action in actions)} on {described}")
     num_threads = torch.get_num_threads()
     policy_programs = [PolicyPrograms(model, policy, num_threads, config.lane) for policy in learned]
-    programs = None
+    programs_folder, specs = cache_folder / "programs", None
     if options.compile_layers and len(devices) == 1:
-        specs = [spec for own in policy_programs for spec in own.specs]
-        programs = _load_programs(
-            model, context_length, specs, actions, dtype, device, cache_folder / "programs", progress
-        )
+        policy_specs = [spec for own in policy_programs for spec in own.specs]
+        specs = _needed_programs(model, context_length, policy_specs, actions, dtype, device, progress)
     has_graphs = options.use_graphs and device_of(device).has_graphs
+    is_stand_in = (
+        options.start is Start.EARLY
+        and specs is not None
+        and will_compile(specs, programs_folder)
+        and has_room_for_two(needs, rooms[0], num_threads)
+    )
+    programs = None
+    if is_stand_in:
+        progress("layers run uncompiled until their programs are compiled")
+        torch.set_num_threads(max(1, num_threads // 2))  # the compilers need some
+    elif specs is not None:
+        programs = load_programs(specs, programs_folder, progress, yields=options.start is Start.BESIDE_STAND_IN)
     inductor = None
     if programs is not None:
-        row_loop = load_row_loop(cache_folder / "programs", progress)
+        row_loop = load_row_loop(programs_folder, progress)
         inductor = InductorBackend(model, programs, config.group_planner, row_loop)
         learned = [own.attached(programs) for own in policy_programs]
     decoder = make_decoder(
@@ -147,11 +162,12 @@ def build_engine(
         has_int8_head=has_int8_head,
         captures={own: device_of(own).make_capture() for own in devices} if has_graphs else None,
     )
-    settle_memory()  # before anything is measured
+    if not is_stand_in:
+        settle_memory()  # before anything is measured
     if inductor is not None:
         inductor.drop_verified_rows(unequal_counts(decoder, inductor.verified_rows))
     kind = "eager" if inductor is None else f"compiled {programs_digest()}, verified rows {inductor.verified_rows}"
-    calibration = DeviceCalibration(
+    calibration = (GuessedCalibration if is_stand_in else DeviceCalibration)(
         cache_folder / "calibration",
         (fingerprint, options.precision),
         (described, kind),
@@ -162,7 +178,7 @@ def build_engine(
     costs = calibration.costs(
         decoder.actions,
         tuple(decoder.heads),
-        partial(measure_costs, measurement),
+        partial(guessed_costs if is_stand_in else measure_costs, measurement),
         progress,
         has_policy=bool(learned),
         measures_again=options.measures_costs,
@@ -190,7 +206,7 @@ def build_engine(
         plans,
     )
     planner: Planner | None = None
-    if config.group_planner and config.num_slots > 1:
+    if config.group_planner and config.num_slots > 1 and not is_stand_in:
         planner = (
             HighestAction() if has_graphs else GroupPlanner(calibration.latencies(decoder, compensation, progress))
         )
@@ -200,7 +216,11 @@ def build_engine(
         engine.facts = replace(engine.facts, policies=catalog.facts())
         calibration.keep_costs(replaced)
 
-    keeper = CostKeeper(costs, measurement, replace_costs, progress) if options.checks_kept_costs else None
+    keeper = None
+    if options.checks_kept_costs:
+        # Idle measurements of a stand-in would disturb those of the engine that follows.
+        idly = None if is_stand_in else measurement
+        keeper = CostKeeper(costs, idly, replace_costs, progress)
     constraints = ConstraintCompiler(tokenizer_file(folder), model.vocab_size, model.eos_token_ids)
     engine = assemble_engine(
         decoder, catalog, config, context_length, planner=planner, cost_watch=keeper, constraints=constraints
@@ -208,6 +228,7 @@ def build_engine(
     if has_graphs:
         progress("capturing graphs")
         engine.prepare_graphs(catalog.assign(SkipOptions(Mode.ADAPTIVE)).policy)
+    engine.facts = replace(engine.facts, is_compiled=inductor is not None, is_stand_in=is_stand_in)
     _warm_up(engine)
     return engine
 
@@ -244,17 +265,16 @@ def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:
     return {matrix for own in shapes for matrix in (*own.matrices(), (own.key_value_size, own.hidden_size))}
 
 
-def _load_programs(
+def _needed_programs(
     model: ModelConfig,
     context_length: int,
     policy_specs: Sequence[ProgramSpec],
     actions: tuple[Action, ...],
     dtype: torch.dtype,
     device: torch.device,
-    folder: Path,
     progress: Progress,
-) -> Mapping[ProgramSpec, Program] | None:
-    """Returns the programs for this model and its policies; None if everything runs eagerly."""
+) -> Sequence[ProgramSpec] | None:
+    """Returns the programs that this model and its policies need; None if everything runs eagerly."""
     if not device_of(device).compiles_layers or dtype is not torch.bfloat16:
         return None
     reason = why_eager(model, context_length)
@@ -262,7 +282,7 @@ def _load_programs(
         progress(f"layers run uncompiled: programs have no {reason}")
         return None
     specs = [*program_specs(model, actions, torch.get_num_threads()), *policy_specs]
-    return load_programs(list(dict.fromkeys(specs)), folder, progress)
+    return list(dict.fromkeys(specs))
 
 
 def _warm_up(engine: Engine) -> None:

@@ -7,8 +7,7 @@ latencies with a quick measurement. Knows folders; knows no requests.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +31,7 @@ from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.startup.fit_compensation import NUM_SEQUENCES, SEQUENCE_LENGTH, fit_compensation
 from dash_runtime.startup.measure import measure_verification
 from dash_runtime.startup.measure_latency import measure_latencies
+from dash_runtime.startup.one_thread import one_thread
 from dash_runtime.startup.plan_search import search_plans, search_text
 
 _Kept = TypeVar("_Kept")
@@ -89,7 +89,7 @@ class DeviceCalibration:
             progress("fitting the compensation of skipped layers (kept for later starts)")
         length = min(SEQUENCE_LENGTH, decoder.config.context_length)
         sequences = default_token_sequences(tokenizer, NUM_SEQUENCES, length)
-        with _one_thread():
+        with one_thread():
             affine = fit_compensation(decoder, sequences).affine
         tensors = {name: tensor.cpu().contiguous() for name, tensor in affine.tensors().items()}
         keep(self._compensation_file, lambda path: save_file(tensors, path))
@@ -144,14 +144,11 @@ class DeviceCalibration:
         kept = _read(self._plans_file, partial(_plans_from_json, actions=actions))
         if kept is not None:
             return kept
-        decoder = eager_decoder()
-        length = min(_SEARCH_LENGTH, decoder.config.context_length)
-        sequences = search_text(decoder.config, default_token_sequences(tokenizer, _SEARCH_SEQUENCES, length))
+        task, sequences = search_task(eager_decoder(), tokenizer, costs, compensation)
         if not sequences:
             return ()
         progress("searching the best fixed plans (kept for later starts)")
-        spec = PlanSpec.fixed((Action.FULL,) * decoder.num_layers, Action.FULL, costs)
-        plans = search_plans(Task(decoder, spec, compensation, num_prompt_tokens=length // 8), sequences)
+        plans = search_plans(task, sequences)
         _write_json(self._plans_file, {"actions": actions, "plans": [plan.to_json() for plan in plans]})
         return plans
 
@@ -193,16 +190,14 @@ class DeviceCalibration:
         return costs
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Runs what takes no programs in one thread. Two spin while they wait for each other; beside a busy process that
-    takes minutes, and this takes seconds in any case."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
+def search_task(
+    decoder: Decoder, tokenizer: Path, costs: CostTable, compensation: Compensation
+) -> tuple[Task, list[list[int]]]:
+    """Returns what a search of fixed plans is about, and its text: none if the tokenizer has nothing for it."""
+    length = min(_SEARCH_LENGTH, decoder.config.context_length)
+    sequences = search_text(decoder.config, default_token_sequences(tokenizer, _SEARCH_SEQUENCES, length))
+    spec = PlanSpec.fixed((Action.FULL,) * decoder.num_layers, Action.FULL, costs)
+    return Task(decoder, spec, compensation, num_prompt_tokens=length // 8), sequences
 
 
 def _contradictions(kept: _Ratios, measured: _Ratios) -> set[tuple[_Entry, bool]]:

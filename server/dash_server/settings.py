@@ -81,11 +81,13 @@ class Settings(BaseSettings):
     )
 
     check_costs: bool = Field(
-        default=True,
-        description="Correct the cost table by what steps take; false: plans for a budget repeat",
+        default=True, description="Correct the cost table by what steps take; false: plans for a budget repeat"
     )
     compile: bool = Field(
         default=True, description="Decode with compiled programs if there is a C++ compiler; compiled once, then kept"
+    )
+    early_start: bool = Field(
+        default=True, description="While a first start compiles, a second process serves uncompiled, if memory allows"
     )
     group_planner: bool = Field(
         default=True,
@@ -122,9 +124,7 @@ class Settings(BaseSettings):
     prefill_chunk_tokens: int = Field(default=256, ge=1, description="Prompt tokens between two decode steps")
     max_queue: int = Field(default=256, ge=0, description="Requests that may wait for a slot")
     max_queue_tokens: int = Field(
-        default=262_144,
-        ge=1,
-        description="Prompt and output tokens of all requests that wait or run",
+        default=262_144, ge=1, description="Prompt and output tokens of all requests that wait or run"
     )
     max_requests_per_caller: int | None = Field(
         default=None, ge=1, description="Requests of one caller, waiting or running; unset: no limit but the fair queue"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dash_runtime.actions import Action
-from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
+from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, Start, StoppingParameters
 from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.engine.engine import Engine
 from dash_runtime.policy.catalog import FRONTIER
@@ -33,11 +33,14 @@ def engine_of(model: CompiledModel, group_planner: bool) -> Engine:
         policy_file=model.policy_file,
         checks_kept_costs=False,  # a table that is replaced between two requests is another price for the second
         least_drafting_gain=0.0,
+        start=Start.EARLY,  # with all programs there, that is a usual start
     )
     config = EngineConfig(num_slots=8, cache_tokens=2048, group_planner=group_planner)
     said: list[str] = []
     engine = build_engine(model.folder, model.cache_folder, options, config, said.append)
     assert not any("compil" in sentence for sentence in said), said
+    assert engine.facts.is_compiled
+    assert not engine.facts.is_stand_in
     return engine
 
 

@@ -143,7 +143,7 @@ async def test_a_worker_that_is_being_removed_stays_if_requests_wait_again(model
         await server.wait_until_inside(1, 1)
         await turn(clock, 5)
         await server.wait_until_inside(2, 0)
-        first, second = server.server._links
+        first, second, *_ = server.server._links
         second.drain()
         server.server._pool._draining.add(second)
         pids = worker_pids()

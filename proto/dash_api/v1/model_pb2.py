@@ -25,43 +25,43 @@ _sym_db = _symbol_database.Default()
 from dash_api.v1 import common_pb2 as dash__api_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64\x61sh_api/v1/model.proto\x12\x0b\x64\x61sh_api.v1\x1a\x18\x64\x61sh_api/v1/common.proto\"\x11\n\x0fGetModelRequest\"\xbb\x03\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0blayer_count\x18\x03 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x04 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\r\x12\x1c\n\x14max_new_tokens_limit\x18\x06 \x01(\r\x12\x1e\n\x16\x64\x65\x66\x61ult_max_new_tokens\x18\x07 \x01(\r\x12\x14\n\x0c\x63\x61\x63he_tokens\x18\x08 \x01(\r\x12\x12\n\nslot_count\x18\t \x01(\r\x12$\n\x07\x61\x63tions\x18\n \x03(\x0e\x32\x13.dash_api.v1.Action\x12 \n\x05modes\x18\x0b \x03(\x0e\x32\x11.dash_api.v1.Mode\x12\'\n\x0c\x64\x65\x66\x61ult_mode\x18\x0c \x01(\x0e\x32\x11.dash_api.v1.Mode\x12\x14\n\x0cpolicy_names\x18\r \x03(\t\x12\x1b\n\x13\x64\x65\x66\x61ult_policy_name\x18\x0e \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x12!\n\x19\x64\x65\x66\x61ult_draft_policy_name\x18\x10 \x01(\t\".\n\x10GetPolicyRequest\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\"\xf6\x01\n\x11GetPolicyResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04note\x18\x02 \x01(\t\x12\x0f\n\x07learned\x18\x03 \x01(\x08\x12\x11\n\tlookahead\x18\x04 \x01(\r\x12\x15\n\rpinned_layers\x18\x05 \x03(\r\x12-\n\x0c\x61\x63tion_costs\x18\x06 \x03(\x0b\x32\x17.dash_api.v1.ActionCost\x12\x15\n\rlowest_budget\x18\x07 \x01(\x01\x12\x14\n\x0c\x63ompensation\x18\x08 \x01(\t\x12\x1a\n\x12recommended_budget\x18\t \x01(\x01\x12\x12\n\nis_drafter\x18\n \x01(\x08\"?\n\nActionCost\x12#\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x13.dash_api.v1.Action\x12\x0c\n\x04\x63ost\x18\x02 \x01(\x01\"T\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x17.dash_api.v1.ChatPromptH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x10\n\x0eGetLoadRequest\"\xf8\x02\n\x0fGetLoadResponse\x12\x1d\n\x15running_request_count\x18\x01 \x01(\r\x12\x1d\n\x15waiting_request_count\x18\x02 \x01(\r\x12\x12\n\nslot_count\x18\x03 \x01(\r\x12\x14\n\x0cworker_count\x18\x04 \x01(\r\x12\x13\n\x0btoken_count\x18\x05 \x01(\x04\x12\x13\n\x0btoken_limit\x18\x06 \x01(\x04\x12\x19\n\x11\x63\x61\x63he_token_count\x18\x07 \x01(\x04\x12\x19\n\x11\x63\x61\x63he_token_limit\x18\x08 \x01(\x04\x12%\n\x18\x64\x65\x63ode_tokens_per_second\x18\t \x01(\x01H\x00\x88\x01\x01\x12&\n\x19prefill_tokens_per_second\x18\n \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x0bis_draining\x18\x0b \x01(\x08\x42\x1b\n\x19_decode_tokens_per_secondB\x1c\n\x1a_prefill_tokens_per_second\"%\n\x0fGetAuditRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xf5\x01\n\x10GetAuditResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x1b\n\x0e\x63ompute_budget\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0btoken_count\x18\x04 \x01(\r\x12\x11\n\tagreement\x18\x05 \x01(\x01\x12\x13\n\x0blogprob_gap\x18\x06 \x01(\x01\x12\x12\n\ndivergence\x18\x07 \x01(\x01\x12\"\n\x15\x63\x61librated_divergence\x18\x08 \x01(\x01H\x01\x88\x01\x01\x42\x11\n\x0f_compute_budgetB\x18\n\x16_calibrated_divergence\")\n\x13GetDecisionsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xef\x02\n\x14GetDecisionsResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x1f\n\x04mode\x18\x04 \x01(\x0e\x32\x11.dash_api.v1.Mode\x12\x1b\n\x0e\x63ompute_budget\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1d\n\x10price_of_compute\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x0blayer_count\x18\x07 \x01(\r\x12\x15\n\rpinned_layers\x18\x08 \x03(\r\x12*\n\rscore_actions\x18\t \x03(\x0e\x32\x13.dash_api.v1.Action\x12(\n\x05steps\x18\n \x03(\x0b\x32\x19.dash_api.v1.RecordedStep\x12\x1d\n\x15unrecorded_step_count\x18\x0b \x01(\rB\x11\n\x0f_compute_budgetB\x13\n\x11_price_of_compute\"\xa2\x03\n\x0cRecordedStep\x12#\n\x04kind\x18\x01 \x01(\x0e\x32\x15.dash_api.v1.StepKind\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x18\n\x10start_unix_nanos\x18\x03 \x01(\x06\x12\x16\n\x0e\x64uration_nanos\x18\x04 \x01(\x04\x12\x0f\n\x07\x61\x63tions\x18\x05 \x01(\x0c\x12\x19\n\x11layer_start_nanos\x18\x06 \x03(\r\x12\x17\n\x0flayer_end_nanos\x18\x07 \x03(\r\x12\x1c\n\x14\x64\x65\x63ision_start_nanos\x18\x08 \x03(\r\x12\x1a\n\x12\x64\x65\x63ision_end_nanos\x18\t \x03(\r\x12\x15\n\rexposed_nanos\x18\n \x03(\r\x12\x0e\n\x06scores\x18\x0b \x03(\x02\x12\x12\n\ncost_spent\x18\x0c \x03(\x02\x12!\n\x14\x61\x63\x63\x65pted_token_count\x18\r \x01(\rH\x00\x88\x01\x01\x12\x1d\n\x10text_token_count\x18\x0e \x01(\rH\x01\x88\x01\x01\x42\x17\n\x15_accepted_token_countB\x13\n\x11_text_token_count*l\n\x08StepKind\x12\x19\n\x15STEP_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10STEP_KIND_DECODE\x10\x01\x12\x13\n\x0fSTEP_KIND_DRAFT\x10\x02\x12\x1a\n\x16STEP_KIND_VERIFICATION\x10\x03\x32\xd0\x03\n\x0cModelService\x12G\n\x08GetModel\x12\x1c.dash_api.v1.GetModelRequest\x1a\x1d.dash_api.v1.GetModelResponse\x12J\n\tGetPolicy\x12\x1d.dash_api.v1.GetPolicyRequest\x1a\x1e.dash_api.v1.GetPolicyResponse\x12G\n\x08Tokenize\x12\x1c.dash_api.v1.TokenizeRequest\x1a\x1d.dash_api.v1.TokenizeResponse\x12\x44\n\x07GetLoad\x12\x1b.dash_api.v1.GetLoadRequest\x1a\x1c.dash_api.v1.GetLoadResponse\x12G\n\x08GetAudit\x12\x1c.dash_api.v1.GetAuditRequest\x1a\x1d.dash_api.v1.GetAuditResponse\x12S\n\x0cGetDecisions\x12 .dash_api.v1.GetDecisionsRequest\x1a!.dash_api.v1.GetDecisionsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x64\x61sh_api/v1/model.proto\x12\x0b\x64\x61sh_api.v1\x1a\x18\x64\x61sh_api/v1/common.proto\"\x11\n\x0fGetModelRequest\"\xe6\x03\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\x13\n\x0blayer_count\x18\x03 \x01(\r\x12\x17\n\x0fvocabulary_size\x18\x04 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x05 \x01(\r\x12\x1c\n\x14max_new_tokens_limit\x18\x06 \x01(\r\x12\x1e\n\x16\x64\x65\x66\x61ult_max_new_tokens\x18\x07 \x01(\r\x12\x14\n\x0c\x63\x61\x63he_tokens\x18\x08 \x01(\r\x12\x12\n\nslot_count\x18\t \x01(\r\x12$\n\x07\x61\x63tions\x18\n \x03(\x0e\x32\x13.dash_api.v1.Action\x12 \n\x05modes\x18\x0b \x03(\x0e\x32\x11.dash_api.v1.Mode\x12\'\n\x0c\x64\x65\x66\x61ult_mode\x18\x0c \x01(\x0e\x32\x11.dash_api.v1.Mode\x12\x14\n\x0cpolicy_names\x18\r \x03(\t\x12\x1b\n\x13\x64\x65\x66\x61ult_policy_name\x18\x0e \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0f \x01(\t\x12!\n\x19\x64\x65\x66\x61ult_draft_policy_name\x18\x10 \x01(\t\x12\x13\n\x0bis_compiled\x18\x11 \x01(\x08\x12\x14\n\x0cis_compiling\x18\x12 \x01(\x08\".\n\x10GetPolicyRequest\x12\x11\n\x04name\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_name\"\xf6\x01\n\x11GetPolicyResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04note\x18\x02 \x01(\t\x12\x0f\n\x07learned\x18\x03 \x01(\x08\x12\x11\n\tlookahead\x18\x04 \x01(\r\x12\x15\n\rpinned_layers\x18\x05 \x03(\r\x12-\n\x0c\x61\x63tion_costs\x18\x06 \x03(\x0b\x32\x17.dash_api.v1.ActionCost\x12\x15\n\rlowest_budget\x18\x07 \x01(\x01\x12\x14\n\x0c\x63ompensation\x18\x08 \x01(\t\x12\x1a\n\x12recommended_budget\x18\t \x01(\x01\x12\x12\n\nis_drafter\x18\n \x01(\x08\"?\n\nActionCost\x12#\n\x06\x61\x63tion\x18\x01 \x01(\x0e\x32\x13.dash_api.v1.Action\x12\x0c\n\x04\x63ost\x18\x02 \x01(\x01\"T\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\'\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x17.dash_api.v1.ChatPromptH\x00\x42\x08\n\x06prompt\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\x10\n\x0eGetLoadRequest\"\xf8\x02\n\x0fGetLoadResponse\x12\x1d\n\x15running_request_count\x18\x01 \x01(\r\x12\x1d\n\x15waiting_request_count\x18\x02 \x01(\r\x12\x12\n\nslot_count\x18\x03 \x01(\r\x12\x14\n\x0cworker_count\x18\x04 \x01(\r\x12\x13\n\x0btoken_count\x18\x05 \x01(\x04\x12\x13\n\x0btoken_limit\x18\x06 \x01(\x04\x12\x19\n\x11\x63\x61\x63he_token_count\x18\x07 \x01(\x04\x12\x19\n\x11\x63\x61\x63he_token_limit\x18\x08 \x01(\x04\x12%\n\x18\x64\x65\x63ode_tokens_per_second\x18\t \x01(\x01H\x00\x88\x01\x01\x12&\n\x19prefill_tokens_per_second\x18\n \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x0bis_draining\x18\x0b \x01(\x08\x42\x1b\n\x19_decode_tokens_per_secondB\x1c\n\x1a_prefill_tokens_per_second\"%\n\x0fGetAuditRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xf5\x01\n\x10GetAuditResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x1b\n\x0e\x63ompute_budget\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x0btoken_count\x18\x04 \x01(\r\x12\x11\n\tagreement\x18\x05 \x01(\x01\x12\x13\n\x0blogprob_gap\x18\x06 \x01(\x01\x12\x12\n\ndivergence\x18\x07 \x01(\x01\x12\"\n\x15\x63\x61librated_divergence\x18\x08 \x01(\x01H\x01\x88\x01\x01\x42\x11\n\x0f_compute_budgetB\x18\n\x16_calibrated_divergence\")\n\x13GetDecisionsRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xef\x02\n\x14GetDecisionsResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06policy\x18\x03 \x01(\t\x12\x1f\n\x04mode\x18\x04 \x01(\x0e\x32\x11.dash_api.v1.Mode\x12\x1b\n\x0e\x63ompute_budget\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x1d\n\x10price_of_compute\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\x13\n\x0blayer_count\x18\x07 \x01(\r\x12\x15\n\rpinned_layers\x18\x08 \x03(\r\x12*\n\rscore_actions\x18\t \x03(\x0e\x32\x13.dash_api.v1.Action\x12(\n\x05steps\x18\n \x03(\x0b\x32\x19.dash_api.v1.RecordedStep\x12\x1d\n\x15unrecorded_step_count\x18\x0b \x01(\rB\x11\n\x0f_compute_budgetB\x13\n\x11_price_of_compute\"\xa2\x03\n\x0cRecordedStep\x12#\n\x04kind\x18\x01 \x01(\x0e\x32\x15.dash_api.v1.StepKind\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x18\n\x10start_unix_nanos\x18\x03 \x01(\x06\x12\x16\n\x0e\x64uration_nanos\x18\x04 \x01(\x04\x12\x0f\n\x07\x61\x63tions\x18\x05 \x01(\x0c\x12\x19\n\x11layer_start_nanos\x18\x06 \x03(\r\x12\x17\n\x0flayer_end_nanos\x18\x07 \x03(\r\x12\x1c\n\x14\x64\x65\x63ision_start_nanos\x18\x08 \x03(\r\x12\x1a\n\x12\x64\x65\x63ision_end_nanos\x18\t \x03(\r\x12\x15\n\rexposed_nanos\x18\n \x03(\r\x12\x0e\n\x06scores\x18\x0b \x03(\x02\x12\x12\n\ncost_spent\x18\x0c \x03(\x02\x12!\n\x14\x61\x63\x63\x65pted_token_count\x18\r \x01(\rH\x00\x88\x01\x01\x12\x1d\n\x10text_token_count\x18\x0e \x01(\rH\x01\x88\x01\x01\x42\x17\n\x15_accepted_token_countB\x13\n\x11_text_token_count*l\n\x08StepKind\x12\x19\n\x15STEP_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10STEP_KIND_DECODE\x10\x01\x12\x13\n\x0fSTEP_KIND_DRAFT\x10\x02\x12\x1a\n\x16STEP_KIND_VERIFICATION\x10\x03\x32\xd0\x03\n\x0cModelService\x12G\n\x08GetModel\x12\x1c.dash_api.v1.GetModelRequest\x1a\x1d.dash_api.v1.GetModelResponse\x12J\n\tGetPolicy\x12\x1d.dash_api.v1.GetPolicyRequest\x1a\x1e.dash_api.v1.GetPolicyResponse\x12G\n\x08Tokenize\x12\x1c.dash_api.v1.TokenizeRequest\x1a\x1d.dash_api.v1.TokenizeResponse\x12\x44\n\x07GetLoad\x12\x1b.dash_api.v1.GetLoadRequest\x1a\x1c.dash_api.v1.GetLoadResponse\x12G\n\x08GetAudit\x12\x1c.dash_api.v1.GetAuditRequest\x1a\x1d.dash_api.v1.GetAuditResponse\x12S\n\x0cGetDecisions\x12 .dash_api.v1.GetDecisionsRequest\x1a!.dash_api.v1.GetDecisionsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dash_api.v1.model_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STEPKIND']._serialized_start=2536
-  _globals['_STEPKIND']._serialized_end=2644
+  _globals['_STEPKIND']._serialized_start=2579
+  _globals['_STEPKIND']._serialized_end=2687
   _globals['_GETMODELREQUEST']._serialized_start=66
   _globals['_GETMODELREQUEST']._serialized_end=83
   _globals['_GETMODELRESPONSE']._serialized_start=86
-  _globals['_GETMODELRESPONSE']._serialized_end=529
-  _globals['_GETPOLICYREQUEST']._serialized_start=531
-  _globals['_GETPOLICYREQUEST']._serialized_end=577
-  _globals['_GETPOLICYRESPONSE']._serialized_start=580
-  _globals['_GETPOLICYRESPONSE']._serialized_end=826
-  _globals['_ACTIONCOST']._serialized_start=828
-  _globals['_ACTIONCOST']._serialized_end=891
-  _globals['_TOKENIZEREQUEST']._serialized_start=893
-  _globals['_TOKENIZEREQUEST']._serialized_end=977
-  _globals['_TOKENIZERESPONSE']._serialized_start=979
-  _globals['_TOKENIZERESPONSE']._serialized_end=1016
-  _globals['_GETLOADREQUEST']._serialized_start=1018
-  _globals['_GETLOADREQUEST']._serialized_end=1034
-  _globals['_GETLOADRESPONSE']._serialized_start=1037
-  _globals['_GETLOADRESPONSE']._serialized_end=1413
-  _globals['_GETAUDITREQUEST']._serialized_start=1415
-  _globals['_GETAUDITREQUEST']._serialized_end=1452
-  _globals['_GETAUDITRESPONSE']._serialized_start=1455
-  _globals['_GETAUDITRESPONSE']._serialized_end=1700
-  _globals['_GETDECISIONSREQUEST']._serialized_start=1702
-  _globals['_GETDECISIONSREQUEST']._serialized_end=1743
-  _globals['_GETDECISIONSRESPONSE']._serialized_start=1746
-  _globals['_GETDECISIONSRESPONSE']._serialized_end=2113
-  _globals['_RECORDEDSTEP']._serialized_start=2116
-  _globals['_RECORDEDSTEP']._serialized_end=2534
-  _globals['_MODELSERVICE']._serialized_start=2647
-  _globals['_MODELSERVICE']._serialized_end=3111
+  _globals['_GETMODELRESPONSE']._serialized_end=572
+  _globals['_GETPOLICYREQUEST']._serialized_start=574
+  _globals['_GETPOLICYREQUEST']._serialized_end=620
+  _globals['_GETPOLICYRESPONSE']._serialized_start=623
+  _globals['_GETPOLICYRESPONSE']._serialized_end=869
+  _globals['_ACTIONCOST']._serialized_start=871
+  _globals['_ACTIONCOST']._serialized_end=934
+  _globals['_TOKENIZEREQUEST']._serialized_start=936
+  _globals['_TOKENIZEREQUEST']._serialized_end=1020
+  _globals['_TOKENIZERESPONSE']._serialized_start=1022
+  _globals['_TOKENIZERESPONSE']._serialized_end=1059
+  _globals['_GETLOADREQUEST']._serialized_start=1061
+  _globals['_GETLOADREQUEST']._serialized_end=1077
+  _globals['_GETLOADRESPONSE']._serialized_start=1080
+  _globals['_GETLOADRESPONSE']._serialized_end=1456
+  _globals['_GETAUDITREQUEST']._serialized_start=1458
+  _globals['_GETAUDITREQUEST']._serialized_end=1495
+  _globals['_GETAUDITRESPONSE']._serialized_start=1498
+  _globals['_GETAUDITRESPONSE']._serialized_end=1743
+  _globals['_GETDECISIONSREQUEST']._serialized_start=1745
+  _globals['_GETDECISIONSREQUEST']._serialized_end=1786
+  _globals['_GETDECISIONSRESPONSE']._serialized_start=1789
+  _globals['_GETDECISIONSRESPONSE']._serialized_end=2156
+  _globals['_RECORDEDSTEP']._serialized_start=2159
+  _globals['_RECORDEDSTEP']._serialized_end=2577
+  _globals['_MODELSERVICE']._serialized_start=2690
+  _globals['_MODELSERVICE']._serialized_end=3154
 # @@protoc_insertion_point(module_scope)

@@ -82,6 +82,7 @@ class EngineLoop:
                 config.compile_layers,
                 config.use_graphs,
                 config.checks_costs,
+                start=config.start,
             )
             engine = build_engine(folder, cache_folder, options, config.engine, self._tell)
         except DashRuntimeError as error:

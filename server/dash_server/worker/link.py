@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import msgspec
 
-from dash_runtime.config import GenerationRequest, ModelFacts
+from dash_runtime.config import GenerationRequest, ModelFacts, Start
 from dash_runtime.decision_trace import DecisionTrace
+from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import CostStatus, RequestRefused, SequenceCancelled, SequenceFinished, TokenProduced
 from dash_server.statuses import ServiceError, WorkerUnavailable
 from dash_server.worker.messages import (
@@ -21,7 +22,6 @@ from dash_server.worker.messages import (
     CostsJudged,
     FromWorker,
     GraphsFailed,
-    Ping,
     Pong,
     Ready,
     Starting,
@@ -33,6 +33,7 @@ from dash_server.worker.messages import (
 )
 from dash_server.worker.outbox import Outbox
 from dash_server.worker.starter import StartAgain, Worker, WorkerDeath, WorkerStarter, WorkerStartError
+from dash_server.worker.watchdog import kill_when_silent
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,6 @@ _FIRST_RESTART_DELAY_SECONDS = 0.1
 _MAX_RESTART_DELAY_SECONDS = 10.0
 # A worker that was ready for so long had started well, even if it served no request.
 _SOUND_AFTER_SECONDS = 60.0
-_MAX_PING_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,10 @@ class WorkerLink:
         self._ready: Ready | None = None
         self._requests: dict[str, tuple[GenerationRequest, Outbox]] = {}
         self._num_reserved_tokens = 0
+        self.start = Start.WHOLE
+        """How the next worker starts."""
+        self.has_stood_in = False
+        """True if a worker of this link was a stand-in."""
         self.num_restarts = 0
         self.doing = ""
         """The work of a worker that is not ready, in one sentence; empty if it has not said."""
@@ -96,6 +100,17 @@ class WorkerLink:
     def is_ready(self) -> bool:
         """True if the link takes requests."""
         return self._ready is not None and not self._is_draining
+
+    @property
+    def is_leaving(self) -> bool:
+        """True if there is a worker that finishes its requests and takes no more."""
+        return self._ready is not None and self._is_draining
+
+    @property
+    def is_stand_in(self) -> bool:
+        """True if there is a worker that serves only until programs are compiled."""
+        ready = self._ready
+        return ready is not None and ready.facts.is_stand_in
 
     @property
     def num_requests(self) -> int:
@@ -130,10 +145,19 @@ class WorkerLink:
             return False
         return self._num_reserved_tokens + request.num_cache_tokens <= self._ready.facts.cache_tokens
 
+    def allows(self, request: GenerationRequest) -> bool:
+        """True if the request is valid by the facts of the worker, which must be there. Only policies and budgets
+        differ between workers."""
+        assert self._ready is not None
+        try:
+            self._ready.facts.validate_skip(request.skip)
+        except InvalidRequest:
+            return False
+        return True
+
     def submit(self, request: GenerationRequest, outbox: Outbox) -> None:
-        """Sends the request to the worker, which must have room for it."""
+        """Sends the request to the worker, which must be there. Without room, it waits in the worker's own queue."""
         assert self._worker is not None
-        assert self.is_ready
         self._requests[request.request_id] = request, outbox
         self._num_reserved_tokens += request.num_cache_tokens
         self._worker.send(Submit(request))
@@ -200,8 +224,9 @@ class WorkerLink:
             except StartAgain:
                 pass
             except WorkerStartError as error:
-                # A restart may work later, say once the dead worker's memory is free.
-                if not self._first_ready.is_set():
+                # A restart may work later, say once the dead worker's memory is free. And what a stand-in serves can
+                # be served.
+                if not self._first_ready.is_set() and self.start is not Start.BESIDE_STAND_IN:
                     raise
                 num_failures += 1
                 logger.error("restart %d of %d failed: %s", num_failures, MAX_FAILURES, error)
@@ -221,7 +246,7 @@ class WorkerLink:
         ready_at = 0.0
         try:
             async with aclosing(worker.messages()) as messages:
-                worker.send(self._config)
+                worker.send(msgspec.structs.replace(self._config, start=self.start))
                 async with self._until(deadline):
                     ready = await self._startup(messages)
                 logger.info(
@@ -233,10 +258,12 @@ class WorkerLink:
                 )
                 await self._events.on_ready(ready)
                 self._ready = ready
+                self.has_stood_in |= ready.facts.is_stand_in
                 self._first_ready.set()
                 self._heard_at = ready_at = time.monotonic()
                 self._events.on_change()
-                watch = asyncio.create_task(self._watch(worker))
+                watching = kill_when_silent(worker, lambda: self._heard_at, self._silence_timeout_seconds)
+                watch = asyncio.create_task(watching)
                 async for message in messages:
                     self._heard_at = time.monotonic()
                     self._deliver(message)
@@ -265,7 +292,7 @@ class WorkerLink:
                 case StartupFailed(description=description):
                     raise WorkerStartError(description, is_for_user=True)
                 case GraphsFailed() as failure:
-                    self._do_without_graphs(failure)
+                    self._deliver(failure)
                     raise StartAgain
                 case _:
                     raise WorkerDeath("it ended before it was ready, see its log")
@@ -287,38 +314,18 @@ class WorkerLink:
     def _on_doing(self, doing: str) -> None:
         self.doing = doing
 
-    async def _watch(self, worker: Worker) -> None:
-        """Kills a worker that does not respond any more. Its death is then handled like any other."""
-        timeout = self._silence_timeout_seconds
-        interval = min(_MAX_PING_SECONDS, timeout / 4)
-        silence, looked_at = 0.0, time.monotonic()
-        while True:
-            await asyncio.sleep(interval)
-            now = time.monotonic()
-            # While this process was stopped itself, it could not have heard anything.
-            since_look = min(now - looked_at, 2 * interval)
-            silence = min(silence + since_look, now - self._heard_at)
-            looked_at = now
-            if silence > timeout:
-                logger.error(
-                    "%s has said nothing for %.1f s (DASH_WORKER_TIMEOUT_SECONDS) and is killed",
-                    worker.name,
-                    silence,
-                )
-                worker.kill()
-                return
-            if silence >= interval:
-                worker.send(Ping())
-
     def _deliver(self, message: FromWorker) -> None:
         if isinstance(message, Pong):
             return
-        if isinstance(message, GraphsFailed):
-            self._do_without_graphs(message)  # it ends now, and what it had is lost as with any other death
+        if isinstance(message, GraphsFailed):  # it ends now, as with any other death
+            logger.error("the next worker runs without graphs, more slowly: %s", message.description)
+            self._config = msgspec.structs.replace(self._config, use_graphs=False)
             return
-        if isinstance(message, CostsJudged):
+        if isinstance(message, CostsJudged) and self._ready is not None:
             self.cost_status = message.status
-            self._events.on_facts(message.facts)
+            self._ready = msgspec.structs.replace(self._ready, facts=message.facts)
+            if not self._is_draining:
+                self._events.on_facts(message.facts)
             return
         if not isinstance(message, StepEvents):
             logger.error("a ready worker sent %s", type(message).__name__)
@@ -336,10 +343,6 @@ class WorkerLink:
             elif isinstance(event, (SequenceFinished, RequestRefused)):
                 self._forget(event.request_id)
                 self._events.on_over(request, event if isinstance(event, SequenceFinished) else None)
-
-    def _do_without_graphs(self, failure: GraphsFailed) -> None:
-        logger.error("the next worker runs without graphs, more slowly: %s", failure.description)
-        self._config = msgspec.structs.replace(self._config, use_graphs=False)
 
     def _forget(self, request_id: str) -> None:
         entry = self._requests.pop(request_id, None)
