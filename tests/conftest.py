@@ -18,16 +18,18 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONG_FILES = (
     "test_code_blocks.py",
-    "test_served_families.py",
     "test_policy_command.py",
+    "test_served_families.py",
     "test_programs.py",
+    "test_split_model.py",
+    "test_soak.py",
+    "test_build.py",
+    "test_speculative.py",
     "test_parity.py",
     "test_compiled.py",
-    "test_build.py",
-    "test_soak.py",
-    "test_split_model.py",
 )
-"""Files of half a minute and more, the longest first."""
+"""Files of half a minute and more. Each process of xdist takes two to begin with: of the first four, and then of those
+that go best with them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
