@@ -10,10 +10,13 @@ LOWEST := .venv-lowest
 EXTRAS := server,train,dev
 
 # Parallel tests get one thread each: threads that wait for each other would stall. Four workers keep
-# two cores busy, because tests mostly wait. `.venv/bin/python -m pytest` alone runs everything in turn.
+# two cores busy, because tests mostly wait; tests/conftest.py has the long files begin first. Tests
+# that have all threads let these sleep while they wait: spinning, they take several times as long
+# beside anything else that runs. Compiled bytecode is kept, because the tests start Python many times
+# over. `.venv/bin/python -m pytest` alone runs everything in turn.
 define run_tests
-$(1) -m pytest -m alone
-OMP_NUM_THREADS=1 $(1) -m pytest -m "not alone" -n 4 --dist loadfile
+env -u PYTHONDONTWRITEBYTECODE OMP_WAIT_POLICY=passive $(1) -m pytest -m alone
+env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(1) -m pytest -m "not alone" -n 4 --dist loadfile --no-loadscope-reorder
 endef
 
 .DEFAULT_GOAL := help

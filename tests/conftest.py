@@ -1,4 +1,7 @@
-"""Fixtures of all tests: a tiny model, randomly initialised, with a byte-level tokenizer; and the embedded model."""
+"""Fixtures of all tests: a tiny model, randomly initialised, with a byte-level tokenizer; and the embedded model.
+
+And the order in which files begin.
+"""
 
 import os
 import signal
@@ -11,6 +14,28 @@ from tests.tiny_models import save_tiny_model
 
 # A background run starts with SIGINT ignored, and processes that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+LONG_FILES = (
+    "test_code_blocks.py",
+    "test_policy_command.py",
+    "test_served_families.py",
+    "test_programs.py",
+    "test_split_model.py",
+    "test_soak.py",
+    "test_build.py",
+    "test_speculative.py",
+    "test_parity.py",
+    "test_compiled.py",
+)
+"""Files of half a minute and more. Each process of xdist takes two to begin with: of the first four, and then of those
+that go best with them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Lets the long files begin first: begun last, they would keep one process busy while the others are done."""
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session")

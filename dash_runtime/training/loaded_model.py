@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import (
+    cached_model_config,
     check_weights,
-    load_model_config,
     load_tokenizer,
     open_weights,
     resolve_checkpoint,
@@ -61,7 +61,7 @@ class LoadedModel:
         self._options = options
         self._progress = progress
         self.folder = resolve_checkpoint(options.model, options.revision, options.cache_folder, progress)
-        self.config = load_model_config(self.folder)
+        self.config = cached_model_config(self.folder, options.cache_folder)
         self._weights = open_weights(self.folder)
         check_weights(self._weights, self.config)
         self.device = find_device(options.device)

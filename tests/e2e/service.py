@@ -16,12 +16,20 @@ from dash_client import DashClient, UnavailableError
 SERVER = (sys.executable, "-m", "dash_server.main")
 
 
+def cache_of_run(folder: Path) -> Path:
+    """Returns the cache folder that all servers of a test run share, so that only the first of them calibrates.
+
+    `folder` is a temporary folder of pytest's. They lie side by side; those of each of xdist's processes in one more.
+    """
+    of_process = folder.parent
+    return (of_process.parent if "PYTEST_XDIST_WORKER" in os.environ else of_process) / "cache"
+
+
 def server_environment(folder: Path, model: Path, **variables: str) -> dict[str, str]:
-    """Returns the environment of a server, whose cache all those of one test run share: they start sooner."""
     return {
         **{name: value for name, value in os.environ.items() if not name.startswith("DASH_")},
         "DASH_MODEL": str(model),
-        "DASH_CACHE_FOLDER": str(folder.parent / "cache"),
+        "DASH_CACHE_FOLDER": str(cache_of_run(folder)),
         "DASH_PORT": "0",
         "DASH_PORT_FILE": str(folder / "port"),
         **variables,

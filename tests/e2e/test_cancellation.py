@@ -14,6 +14,7 @@ import pytest_asyncio
 
 from dash_api.v1 import common_pb2, generation_pb2
 from dash_server.main import WORKER_COMMAND
+from tests.e2e.service import cache_of_run
 from tests.server.server_harness import RunningServer, running_server
 from tests.server.test_lifecycle import code_of, first_delta
 
@@ -31,7 +32,7 @@ async def server(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "slots": 2,
         "cache_tokens": _CACHE_TOKENS,
         "prefill_chunk_tokens": 1,  # so that a prompt takes hundreds of steps
-        "cache_folder": tmp_path_factory.mktemp("cache"),
+        "cache_folder": cache_of_run(tmp_path_factory.mktemp("server")),
         "precision": "float32",  # eager, which starts sooner
         "num_threads": 1,  # threads that wait for each other would suffer from whatever runs beside the tests
     }

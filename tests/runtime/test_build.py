@@ -1,5 +1,7 @@
 """Building an engine from a folder: calibrations are made once, kept, and made again if damaged."""
 
+import shutil
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,26 +27,39 @@ def build(folder: Path, cache_folder: Path, said: list[str] | None = None, **opt
     return build_engine(folder, cache_folder, own, EngineConfig(), messages.append)
 
 
-def test_calibrations_are_made_once_and_read_by_later_starts(tiny_folder: Path, tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Started:
+    """A first start: its engine, its cache folder with all calibrations, and what it said."""
+
+    engine: Engine
+    cache_folder: Path
+    said: list[str]
+
+
+@pytest.fixture(scope="module")
+def started(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Started:
+    folder, said = tmp_path_factory.mktemp("cache"), list[str]()
+    return Started(build(tiny_folder, folder, said), folder, said)
+
+
+def test_calibrations_are_made_once_and_read_by_later_starts(tiny_folder: Path, started: Started) -> None:
+    assert any("fitting" in message for message in started.said)
+    assert any("measuring" in message for message in started.said)
     said: list[str] = []
-    first = build(tiny_folder, tmp_path, said)
-    assert any("fitting" in message for message in said)
-    assert any("measuring" in message for message in said)
-    said.clear()
-    second = build(tiny_folder, tmp_path, said)
+    second = build(tiny_folder, started.cache_folder, said)
     assert not any("kept for later" in message for message in said)
-    assert first.facts == second.facts
-    assert not [path for path in (tmp_path / "calibration").iterdir() if path.name.startswith(".")]
+    assert started.engine.facts == second.facts
+    assert not [path for path in (started.cache_folder / "calibration").iterdir() if path.name.startswith(".")]
 
 
-def test_damaged_calibrations_are_made_again(tiny_folder: Path, tmp_path: Path) -> None:
-    build(tiny_folder, tmp_path)
+def test_damaged_calibrations_are_made_again(tiny_folder: Path, started: Started, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(started.cache_folder, tmp_path / "cache"))
     damages = [b"", b"{", b'{"layer": {"FULL": "x"}}', b"[]", b'{"plans": [{}]}']
     for others in range(2):
-        for number, path in enumerate(sorted((tmp_path / "calibration").iterdir()), 2 * others):
+        for number, path in enumerate(sorted((cache / "calibration").iterdir()), 2 * others):
             path.write_bytes(damages[number % len(damages)])
         said: list[str] = []
-        build(tiny_folder, tmp_path, said)
+        build(tiny_folder, cache, said)
         assert sum("kept for later" in message for message in said) == len(damages)
 
 
@@ -54,12 +69,12 @@ def test_a_cache_folder_that_cannot_be_written_does_not_stop_a_start(tiny_folder
     assert not build(tiny_folder, blocked / "cache").has_work
 
 
-def test_warming_up_leaves_nothing_for_requests_to_reuse(tiny_folder: Path, tmp_path: Path) -> None:
-    assert build(tiny_folder, tmp_path)._prefix_cache.num_tokens == 0
+def test_warming_up_leaves_nothing_for_requests_to_reuse(started: Started) -> None:
+    assert started.engine._prefix_cache.num_tokens == 0
 
 
-def test_facts_name_what_is_served(tiny_folder: Path, tmp_path: Path) -> None:
-    facts = build(tiny_folder, tmp_path).facts
+def test_facts_name_what_is_served(started: Started) -> None:
+    facts = started.engine.facts
     assert facts.name == "tiny-llama"
     assert facts.num_layers == 6
     assert facts.actions == tuple(Action)

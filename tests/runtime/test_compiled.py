@@ -36,8 +36,6 @@ from tests.runtime.support import (
 )
 from tests.tiny_models import save_tiny_model
 
-pytestmark = pytest.mark.alone
-
 MAX_DIVERGENCE = 0.01
 """Nats. Rounding to bf16 at other places makes a tenth of this, plans in another order a hundred times as much."""
 Plan = Sequence[Action]
@@ -70,7 +68,7 @@ FAMILIES = ("llama", "qwen2", "mistral-sliding-window", "olmo2", "gemma3")
 """Each has something of its own, all that the traced layer knows together; `test_layer_body.py` has every family."""
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, "compiled"])
+@pytest.fixture(scope="module", params=[*FAMILIES, pytest.param("compiled", marks=pytest.mark.alone)])
 def decoders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoders:
     is_compiled = request.param == "compiled"
     if is_compiled:

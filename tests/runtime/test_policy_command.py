@@ -10,6 +10,8 @@ from safetensors import safe_open
 from dash_runtime.commands.cli import main
 from dash_runtime.files.tensor_file import CHECKSUM
 
+pytestmark = pytest.mark.usefixtures("short_measurements")
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,7 +33,7 @@ def train_arguments(model: Path, text: Path, out: Path, *more: str) -> list[str]
 
 
 def common(model: Path, text: Path) -> list[str]:
-    return ["--model", str(model), "--data", str(text), "--device", "cpu"]
+    return ["--model", str(model), "--data", str(text), "--device", "cpu", "--cache-folder", str(text.parent / "cache")]
 
 
 def contents(path: Path) -> str:
@@ -179,8 +181,7 @@ def test_unusable_input_is_named_in_one_line(
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "broken.safetensors").write_bytes(b"not a tensor file")
     filled = [part.format(tmp=tmp_path) for part in command]
-    data = [] if "--data" in filled else ["--data", str(text)]
-    assert main([*filled, "--model", str(tiny_folder), "--device", "cpu", *data]) == 2
+    assert main([filled[0], *common(tiny_folder, text), *filled[1:]]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("dash-policy: ")
     assert words in line

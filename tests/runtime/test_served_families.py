@@ -35,6 +35,8 @@ from tests.runtime.support import (
 )
 from tests.tiny_models import save_tiny_model
 
+pytestmark = pytest.mark.usefixtures("short_measurements")
+
 FAMILIES = ("granite", "smollm3", "phi3-longrope", "olmo2", "olmo3-yarn", "ministral3", "gemma3", "qwen3-moe")
 NEARLY_FREE = {1: 0.5, 3: 0.5, 7: 0.5}
 """Verifications so cheap that the engine drafts whatever is accepted."""
@@ -75,7 +77,7 @@ def test_a_policy_is_trained_for_it_and_serves_adaptive_and_exact_requests(folde
     text.write_text("".join(f"Line {number} says something of its own.\n" for number in range(110)))
     common = ["--model", str(folder), "--data", str(text), "--device", "cpu", "--out", str(tmp_path / "run")]
     small = ["--rounds", "1", "--batches", "1", "--rank", "4", "--actions", "skip,full", "--block-size", "2"]
-    assert main(["train", *common, *small]) == 0
+    assert main(["train", *common, *small, "--cache-folder", str(tmp_path / "cache")]) == 0
     config, weights = load_model_config(folder), open_weights(folder)
     fingerprint, file = model_fingerprint(config, weights), tmp_path / "run" / "policy.safetensors"
     policy = load_policy(file, config, fingerprint, dtype=torch.float32, device=CPU)

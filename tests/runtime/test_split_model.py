@@ -209,7 +209,6 @@ def test_the_fake_refuses_operands_of_two_devices(twins: TwinOperations) -> None
     assert (first.to(TWINS[1]) + second).tolist() == [2.0, 2.0]
 
 
-@pytest.mark.alone
 def test_a_start_calibrates_and_serves_on_two_devices(
     tiny_folder: Path, tmp_path: Path, twins: TwinOperations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
