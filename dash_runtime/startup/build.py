@@ -16,6 +16,7 @@ from dash_runtime.checkpoints import cached_model_config, check_weights, open_we
 from dash_runtime.config import (
     EngineConfig,
     GenerationRequest,
+    LaneKind,
     Mode,
     SkipOptions,
     Start,
@@ -123,6 +124,8 @@ def build_engine(
     for policy_file in shipped if options.policy_file is None else [options.policy_file]:
         policy = load_policy(policy_file, model, fingerprint, dtype=dtype, device=device)
         learned.append(policy.without(set(Action) - set(actions)))
+    if options.policy_file is None:
+        learned = suited(learned, LaneKind.CUDA_STREAM in device_of(device).lanes)
     needs = model_bytes(model, actions, dtype, context_length, config, learned, device_of(device))
     layer_devices = place_on(devices, needs, rooms, progress)
     learned = [replace(own, compensation=compensation_over(own.compensation, layer_devices)) for own in learned]
@@ -250,6 +253,17 @@ def assemble_engine(
     facts = model_facts(decoder, config, catalog.facts(), context_length, eos_token_ids)
     lane = make_lane(config.lane, *decoder.placed_on, static_input=decoder.static_input)
     return Engine(decoder, catalog, lane, facts, config, planner, cost_watch, constraints)
+
+
+def suited(shipped: Sequence[LearnedPolicy], has_streams: bool) -> list[LearnedPolicy]:
+    """Returns the policies that suit a device.
+
+    One that decides further ahead diverges more, and hides its evaluation where that runs beside the layers. There it
+    comes first; elsewhere it is left out.
+    """
+    if has_streams:
+        return sorted(shipped, key=lambda policy: -policy.lookahead)
+    return [policy for policy in shipped if policy.lookahead == 1]
 
 
 def _common_actions(devices: Sequence[torch.device], dtype: torch.dtype, model: ModelConfig) -> tuple[Action, ...]:

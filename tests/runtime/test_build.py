@@ -13,9 +13,10 @@ from dash_runtime.config import EngineConfig
 from dash_runtime.decoder.full_path import full_path
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import ConfigError, CorruptCheckpoint, PolicyFileError
-from dash_runtime.startup.build import BuildOptions, build_engine
+from dash_runtime.startup.build import BuildOptions, build_engine, suited
 from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.startup.fit_compensation import fit_compensation
+from tests.runtime.random_policy import random_policy
 from tests.runtime.support import load_decoder
 from tests.tiny_models import save_tiny_model
 
@@ -134,3 +135,9 @@ def test_default_text_needs_no_file_but_the_tokenizer(tiny_folder: Path) -> None
     sequences = default_token_sequences(tiny_folder / "tokenizer.json", 3, 50)
     assert [len(sequence) for sequence in sequences] == [50, 50, 50]
     assert sequences == default_token_sequences(tiny_folder / "tokenizer.json", 3, 50)
+
+
+def test_a_policy_that_decides_further_ahead_comes_first_where_evaluations_run_beside_layers(tiny_folder: Path) -> None:
+    near, far = (random_policy(tiny_folder, lookahead=lookahead) for lookahead in (1, 4))
+    assert suited([near, far], has_streams=True) == [far, near]
+    assert suited([near, far], has_streams=False) == [near]
