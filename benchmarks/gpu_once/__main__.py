@@ -8,6 +8,7 @@ figure is printed, and written to `gpu_once.json` in FOLDER, as soon as it is me
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device: nothing measured")
         return 2
-    torch.set_float32_matmul_precision("highest")  # some images allow TF32 by an environment variable
+    with warnings.catch_warnings():  # the function that came after it is not in all versions
+        warnings.simplefilter("ignore")
+        torch.set_float32_matmul_precision("highest")  # some images allow TF32 by an environment variable
     report = LiveReport(given.folder, given.seconds)
     shapes = given.shapes or _USUAL_SHAPES[given.device]
     run_parts(report, shapes, torch.device(given.device), QUICK if given.quick else FULL)

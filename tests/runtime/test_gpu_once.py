@@ -186,8 +186,8 @@ def test_all_actions_at_8b_fit_in_48_gigabytes() -> None:
 
 
 def test_a_policy_that_has_learned_nothing_takes_every_action(model: Model) -> None:
-    with contexts(model.pool, [40] * 8, 9) as caches:
-        run = generate(model.eager, InlineLane(), model.policies[0], caches, list(range(8)), 8)
+    with contexts(model.pool, [40], 65) as caches:  # rows of a batch would agree on one action
+        run = generate(model.eager, InlineLane(), model.policies[0], caches, [7], 64)
     assert {Action(number) for step in run.plans for plan in step for number in plan} == set(Action)
 
 
