@@ -30,7 +30,7 @@ _PRICE = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What decoding some steps gave. A step makes one token of every row."""
+    """The tokens, plans and times of some decoded steps. A step makes one token of every row."""
 
     tokens: list[TokenIds]
     """By step; the most likely ones."""
@@ -39,7 +39,7 @@ class Run:
     step_seconds: float
     """Mean over all steps but the first."""
     waited_seconds: float
-    """What the lane says that the decoder waited for the policy, in the mean step."""
+    """The time that the decoder waited for the policy in the mean step, as the lane says."""
 
 
 class _Replay(Decider):

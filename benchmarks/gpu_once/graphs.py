@@ -26,7 +26,7 @@ from dash_runtime.model_config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """What preparing the graphs took."""
+    """The number of prepared graphs, and the time and memory that they took."""
 
     num_graphs: int
     seconds: float
@@ -40,10 +40,14 @@ def decoder_with_graphs(
     device: torch.device, context_length: int,
 ) -> Decoder:  # fmt: skip
     """Returns a decoder that decodes with graphs where the device has them."""
-    own = device_of(device)
-    captures = {device: own.make_capture()} if own.has_graphs else None
     return make_decoder(
-        config, weights, tuple(actions), dtype=dtype, device=device, context_length=context_length, captures=captures
+        config,
+        weights,
+        tuple(actions),
+        dtype=dtype,
+        device=device,
+        context_length=context_length,
+        has_graphs=device_of(device).has_graphs,
     )
 
 

@@ -1,4 +1,4 @@
-"""What ran beside what, from a profiler's trace: the share of the policy's kernel time inside the decoder's.
+"""The overlap in a profiler's trace: the share of the policy's kernel time inside the decoder's.
 
 The trace is kept, for a look at it. Knows traces; `record` also knows how a trace is made.
 """

@@ -13,7 +13,6 @@ from dash_runtime.decoder.backends.inductor import InductorBackend
 from dash_runtime.decoder.backends.split import backend_over
 from dash_runtime.decoder.decoder import Backends, Decoder
 from dash_runtime.devices import device_of
-from dash_runtime.devices.cuda_graphs import Capture
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.embedding import PlainEmbedding, make_embedding
 from dash_runtime.layers.heads import Head, Heads, eager_head
@@ -33,7 +32,7 @@ def make_decoder(
     device: torch.device | Sequence[torch.device],
     context_length: int,
     inductor: InductorBackend | None = None,
-    captures: Mapping[torch.device, Capture] | None = None,
+    has_graphs: bool = False,
     has_int8_head: bool = True,
 ) -> Decoder:
     """Packs a model for its devices.
@@ -46,7 +45,7 @@ def make_decoder(
         context_length: number of positions in the rotary tables.
         inductor: the layers' programs; this adds the weights. Decoding then runs them, and quantised actions have no
             other kernels. None: everything runs eagerly, as it has to on several devices.
-        captures: make the graphs that decoding replays, on each device; None: it runs eagerly.
+        has_graphs: decoding replays graphs, which the devices have to be able to make (`Device.has_graphs`).
         has_int8_head: False if an INT8 head would be no faster than FULL's, which then runs in its place.
     """
     # Programs get repacked copies of the matrices. If other tensors still used the mapped file, all of it would stay.
@@ -90,7 +89,7 @@ def make_decoder(
     eager = EagerBackend(config, wide_layers, Heads(wide_heads)), EagerBackend(config, layers, heads)
     wide, narrow = (backend_over(dict.fromkeys(loaders, backend), devices) for backend in eager)
     backends: Backends = {PassKind.PREFILL: [wide], PassKind.DECODE: [narrow], PassKind.VERIFY: [narrow]}
-    if captures is not None:
+    if has_graphs:
         own_embed = embed if isinstance(embed, PlainEmbedding) else None
         replayed: dict[torch.device, Backend] = {
             own: CudaBackend(
@@ -100,7 +99,6 @@ def make_decoder(
                 own_embed if own == devices[0] else None,
                 by_precision if own == devices[-1] else {},
                 eager[1],
-                captures[own],
                 device_of(own),
                 dtype,
             )

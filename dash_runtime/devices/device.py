@@ -9,12 +9,12 @@ from torch.nn import functional
 
 from dash_runtime.config import LaneKind
 from dash_runtime.devices.cuda_graphs import Capture
-from dash_runtime.devices.step_timer import StepTimer
+from dash_runtime.devices.step_timer import StepTimer, no_times
 
 
 @dataclass(frozen=True, slots=True)
 class AttendedRows:
-    """Where in a pool the keys of each row's sequence are, in memory that stays where it is."""
+    """The places of each row's sequence in a pool, in memory that stays where it is."""
 
     starts: Tensor
     """The first token of each sequence, int32 `[rows + 1]`; the last entry says nothing."""
@@ -81,7 +81,7 @@ class Device:
     def step_timer(self, num_marks: int, is_exact: bool) -> StepTimer:
         """Returns what takes the times of a step's marks. On a device that only queues, exact times take a little time
         each."""
-        return StepTimer(num_marks)
+        return StepTimer(no_times(num_marks))
 
     def host_memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Returns memory of the host, all zeros, that the device reads and writes while the host goes on."""

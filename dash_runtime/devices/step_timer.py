@@ -12,18 +12,17 @@ import torch
 _NS_PER_MS = 1e6
 
 
+def no_times(num_marks: int) -> array:
+    """Returns room for the times of so many marks."""
+    return array("q", bytes(8 * num_marks))
+
+
 class StepTimer:
     """Takes the host's time at each mark."""
 
-    def __init__(self, num_marks: int) -> None:
-        self._times = array("q", bytes(8 * num_marks))
-
-    @classmethod
-    def of(cls, times: array) -> "StepTimer":
-        """Returns one whose marks were all taken elsewhere."""
-        timer = cls(0)
-        timer._times = times
-        return timer
+    def __init__(self, times: array) -> None:
+        """`times` has the marks that were taken elsewhere, or zeros."""
+        self._times = times
 
     def mark(self, place: int) -> None:
         """Takes the time of the work that is queued so far."""
@@ -42,7 +41,7 @@ class CudaStepTimer(StepTimer):
     """
 
     def __init__(self, num_marks: int, device: torch.device, cuda: Any) -> None:
-        super().__init__(num_marks)
+        super().__init__(no_times(num_marks))
         self._cuda = cuda
         self._device = device
         self._anchor, *self._events = [cuda.Event(enable_timing=True) for _ in range(1 + num_marks)]

@@ -151,10 +151,8 @@ class CudaStreamLane(_WaitingLane):
 
     def __init__(self, device: CudaDevice, static_input: StaticInput | None = None) -> None:
         super().__init__()
-        self._cuda_device = device
-        self._cuda = device.cuda
-        self._device = device.device
-        self._stream = self._cuda.Stream(self._device, priority=_HIGHEST_PRIORITY)
+        self._device = device
+        self._stream = device.cuda.Stream(device.device, priority=_HIGHEST_PRIORITY)
         self._events: dict[tuple[int, int], tuple[Any, Any, Any]] = {}
         self._graphs: PolicyGraphs | None = None
         if static_input is not None:
@@ -162,18 +160,18 @@ class CudaStreamLane(_WaitingLane):
 
     def submit(self, policy: Policy, layer: int, state: State) -> Ticket:
         started_ns = time.perf_counter_ns()
-        key = id(policy), layer
+        cuda, key = self._device.cuda, (id(policy), layer)
         if key not in self._events:
-            timed = [self._cuda.Event(enable_timing=True) for _ in range(2)]
-            self._events[key] = self._cuda.Event(), timed[0], timed[1]
+            timed = [cuda.Event(enable_timing=True) for _ in range(2)]
+            self._events[key] = cuda.Event(), timed[0], timed[1]
         made, begun, arrived = self._events[key]
-        made.record(self._cuda.current_stream(self._device))
-        with self._cuda.stream(self._stream):
+        made.record(cuda.current_stream(self._device.device))
+        with cuda.stream(self._stream):
             self._stream.wait_event(made)
             begun.record(self._stream)
             graph = None if self._graphs is None else self._graphs.find(policy, layer, state)
             if graph is None:
-                self._cuda_device.keep_for(self._stream, state.hidden)
+                self._device.keep_for(self._stream, state.hidden)
             pending = policy.start(layer, state) if graph is None else graph.start(state)
             arrived.record(self._stream)
 

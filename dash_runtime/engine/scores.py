@@ -1,4 +1,4 @@
-"""What a sampler chooses a token from: a row's logits, on the host as far as it asks for them.
+"""Scores from which a sampler chooses a token: a row's logits, on the host as far as it asks for them.
 
 Knows logits; knows no sampling parameters.
 """

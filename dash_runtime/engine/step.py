@@ -66,7 +66,7 @@ def decode_step(
     decider = deciders[0] if len(deciders) == 1 else _SeveralDeciders(deciders)
     hidden = decoder.start_pass(token_ids, batch)
     if len(token_ids) == 1 and planner is None and (run := _run_whole_row(decoder, batch, hidden, deciders[0])):
-        return StepOutput(decoder.logits(run.hidden, decider.heads), [run.plan], StepTimer.of(run.layer_times))
+        return StepOutput(decoder.logits(run.hidden, decider.heads), [run.plan], StepTimer(run.layer_times))
     actions_by_layer: list[Sequence[Action]] = []
     timer = decoder.step_timer(has_exact_times)
     for layer in range(decoder.num_layers):

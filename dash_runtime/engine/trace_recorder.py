@@ -219,7 +219,7 @@ def _ticket_times(block: DecidedBlock) -> tuple[int, int, int]:
 
 
 def _decided_scores(passes: list[_Pass]) -> numpy.ndarray:
-    """Returns the scores of passes with the same decision blocks, in order. They leave an accelerator in one copy."""
+    """Returns the scores of passes with the same decision blocks, in order."""
     by_step = [[block.scores for block in step.blocks] for step in passes]
     rows: list[bytes] = []
     parts: list[list[Tensor]] = []
@@ -229,12 +229,11 @@ def _decided_scores(passes: list[_Pass]) -> numpy.ndarray:
     if rows:
         return numpy.frombuffer(b"".join(rows), numpy.float32)
     if len({(step.place, len(own[0])) for step, own in zip(passes, parts, strict=True)}) == 1:
-        return _joined([part for own in parts for part in own], passes[0].place).cpu().numpy()
+        return _joined([part for own in parts for part in own], passes[0].place).numpy()
     # The batch changed in between.
-    return torch.cat([_joined(own, step.place) for step, own in zip(passes, parts, strict=True)]).cpu().numpy()
+    return torch.cat([_joined(own, step.place) for step, own in zip(passes, parts, strict=True)]).numpy()
 
 
 def _joined(parts: Sequence[Tensor], place: int) -> Tensor:
-    """Returns a row's scores of several decision blocks, `[rows, layers, actions]` each, on the last one's device."""
-    device = parts[-1].device
-    return torch.cat([part.to(device) for part in parts], dim=1)[place]
+    """Returns a row's scores of several decision blocks, `[rows, layers, actions]` each."""
+    return torch.cat([*parts], dim=1)[place]

@@ -55,7 +55,8 @@ class State:
 class Decision:
     """The actions of one block of layers, in order.
 
-    `scores` is float32 `[rows, layers of the block, actions of the policy]`, or None for a policy without scores.
+    `scores` is float32 `[rows, layers of the block, actions of the policy]` on the host, or None for a policy without
+    scores.
     """
 
     plan: Sequence[Actions]

@@ -163,7 +163,7 @@ def build_engine(
         context_length=context_length,
         inductor=inductor,
         has_int8_head=has_int8_head,
-        captures={own: device_of(own).make_capture() for own in devices} if has_graphs else None,
+        has_graphs=has_graphs,
     )
     if not is_stand_in:
         settle_memory()  # before anything is measured

@@ -1,4 +1,4 @@
-"""What is different about an engine that only stands in for a compiled one, for as long as programs are compiled.
+"""The differences of an engine that only stands in for a compiled one, while programs are compiled.
 
 It is to serve within seconds, and for some minutes: so it takes guesses instead of measurements, and keeps none of
 them. Knows calibrations and memory; knows no processes.

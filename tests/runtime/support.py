@@ -29,6 +29,7 @@ def load_decoder(
     dtype: torch.dtype = torch.float32,
     actions: Sequence[Action] = ALL_ACTIONS,
     device: torch.device | Sequence[torch.device] = CPU,
+    has_graphs: bool = False,
 ) -> Decoder:
     config = load_model_config(folder)
     return make_decoder(
@@ -38,6 +39,7 @@ def load_decoder(
         dtype=dtype,
         device=device,
         context_length=config.context_length,
+        has_graphs=has_graphs,
     )
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.config import (
     EngineConfig,
     GenerationRequest,
@@ -23,7 +22,6 @@ from dash_runtime.config import (
 )
 from dash_runtime.decoder.backends import cuda as cuda_backend
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import device_of
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.planner import HighestAction
@@ -36,7 +34,6 @@ from dash_runtime.startup.build import assemble_engine
 from tests.runtime.imitated_cuda import imitated_cuda
 from tests.runtime.random_policy import random_policy
 from tests.runtime.support import (
-    ALL_ACTIONS,
     CPU,
     drain,
     finished,
@@ -53,21 +50,6 @@ RUNNING = (Action.FULL, Action.INT8, Action.INT4)
 ROUNDED = {Action.INT8, Action.INT4}
 FULL_DEPTH = SkipOptions(Mode.FULL_DEPTH)
 ADAPTIVE = SkipOptions(Mode.ADAPTIVE, compute_budget=0.6)
-
-
-def replaying_decoder(folder: Path) -> Decoder:
-    """Returns a decoder on the imitated device."""
-    config = load_model_config(folder)
-    captures = {CPU: device_of(CPU).make_capture()}
-    return make_decoder(
-        config,
-        open_weights(folder),
-        ALL_ACTIONS,
-        dtype=torch.float32,
-        device=CPU,
-        context_length=config.context_length,
-        captures=captures,
-    )
 
 
 def plans_of(num_layers: int, num_rows: int, step: int, action: Action) -> list[list[Action]]:
@@ -107,7 +89,7 @@ def test_graphs_compute_what_layers_do(tiny_folder: Path, num_rows: int, monkeyp
     compensations = some_affine(eager), some_low_rank(eager)
     expected = [decoded(eager, num_rows, compensation) for compensation in compensations]
     with imitated_cuda(monkeypatch) as cuda:
-        decoder = replaying_decoder(tiny_folder)
+        decoder = load_decoder(tiny_folder, has_graphs=True)
         for compensation, own in zip(compensations, expected, strict=True):
             torch.testing.assert_close(decoded(decoder, num_rows, compensation), own, rtol=1e-4, atol=1e-4)
     assert cuda.errors == []
@@ -148,7 +130,7 @@ def test_an_engine_gives_the_tokens_of_eager_layers_and_nothing_races(
     policy = policy_of(tiny_folder, without)
     expected = generated(engine_of(load_decoder(tiny_folder), policy), num_rows, skip)
     with imitated_cuda(monkeypatch) as cuda:
-        own = generated(engine_of(replaying_decoder(tiny_folder), policy), num_rows, skip)
+        own = generated(engine_of(load_decoder(tiny_folder, has_graphs=True), policy), num_rows, skip)
     assert own == expected
     assert cuda.errors == []
 
@@ -159,7 +141,7 @@ def test_a_layer_takes_two_launches_at_most_no_upload_and_no_wait_but_for_its_de
 ) -> None:
     policy, num_tokens = policy_of(tiny_folder, set()), 12
     with imitated_cuda(monkeypatch) as cuda:
-        engine = engine_of(replaying_decoder(tiny_folder), policy)
+        engine = engine_of(load_decoder(tiny_folder, has_graphs=True), policy)
         generated(engine, num_rows, ADAPTIVE, num_tokens)
         for row in range(num_rows):
             prompt = [1 + row, 2, 3 + 5 * row]
@@ -181,7 +163,7 @@ def test_a_forgotten_wait_is_a_race_that_the_checker_sees(
     tiny_folder: Path, ignores: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with imitated_cuda(monkeypatch, ignores) as cuda:
-        generated(engine_of(replaying_decoder(tiny_folder), policy_of(tiny_folder, ROUNDED)), 2, ADAPTIVE)
+        generated(engine_of(load_decoder(tiny_folder, has_graphs=True), policy_of(tiny_folder, ROUNDED)), 2, ADAPTIVE)
     assert any("nothing orders them" in error for error in cuda.errors)
 
 
@@ -198,7 +180,7 @@ def test_a_state_that_is_overwritten_before_the_policy_has_read_it_is_a_race(
     with imitated_cuda(monkeypatch) as cuda:
         monkeypatch.setattr(cuda_backend, "StaticRows", FewStates)
         policy = policy_of(tiny_folder, ROUNDED, lookahead=2)
-        generated(engine_of(replaying_decoder(tiny_folder), policy), 2, ADAPTIVE)
+        generated(engine_of(load_decoder(tiny_folder, has_graphs=True), policy), 2, ADAPTIVE)
     assert bool(cuda.errors) == (num_states == 2)
 
 
@@ -207,7 +189,7 @@ def test_passes_that_nobody_reads_do_not_overwrite_where_the_device_reads_its_ro
 ) -> None:
     for ignores in ("", "synchronize"):
         with imitated_cuda(monkeypatch, ignores) as cuda:
-            decoded(replaying_decoder(tiny_folder), 2, some_affine(load_decoder(tiny_folder)))
+            decoded(load_decoder(tiny_folder, has_graphs=True), 2, some_affine(load_decoder(tiny_folder)))
         assert bool(cuda.errors) == bool(ignores)
 
 
@@ -225,7 +207,7 @@ def test_a_graph_that_reads_memory_which_moves_is_noticed(monkeypatch: pytest.Mo
 def test_prepared_graphs_are_those_that_requests_replay(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = policy_of(tiny_folder, set())
     with imitated_cuda(monkeypatch) as cuda:
-        engine = engine_of(replaying_decoder(tiny_folder), policy, num_slots=5)
+        engine = engine_of(load_decoder(tiny_folder, has_graphs=True), policy, num_slots=5)
         engine.prepare_graphs(policy)
         generated(engine, 1, ADAPTIVE)  # the policy's own graphs
         generated(engine, 4, ADAPTIVE)
@@ -241,8 +223,9 @@ def test_prepared_graphs_are_those_that_requests_replay(tiny_folder: Path, monke
 def test_memory_that_prepared_graphs_wrote_to_is_given_back_empty(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    policy = policy_of(tiny_folder, ROUNDED)
     with imitated_cuda(monkeypatch):
-        engine = engine_of(replaying_decoder(tiny_folder), policy := policy_of(tiny_folder, ROUNDED), num_slots=2)
+        engine = engine_of(load_decoder(tiny_folder, has_graphs=True), policy, num_slots=2)
         engine.prepare_graphs(policy)
         pool = engine._pool
         assert not pool.reserved_tokens
@@ -254,7 +237,7 @@ def test_a_recorded_request_has_its_layers_and_decisions_in_order(
 ) -> None:
     policy = policy_of(tiny_folder, set())
     with imitated_cuda(monkeypatch):
-        engine = engine_of(replaying_decoder(tiny_folder), policy, record_steps=4)
+        engine = engine_of(load_decoder(tiny_folder, has_graphs=True), policy, record_steps=4)
         engine.submit(GenerationRequest("a", [1, 2, 3], StoppingParameters(4), skip=ADAPTIVE))
         trace = finished(drain(engine)["a"]).trace
     assert trace is not None
@@ -289,7 +272,7 @@ def test_sampled_rows_get_the_tokens_that_the_host_would_draw_in_one_wait(
     policy = policy_of(tiny_folder, ROUNDED)
     expected = sampled(engine_of(load_decoder(tiny_folder), policy))
     with imitated_cuda(monkeypatch) as cuda:
-        engine = engine_of(replaying_decoder(tiny_folder), policy)
+        engine = engine_of(load_decoder(tiny_folder, has_graphs=True), policy)
         assert sampled(engine) == expected
         logits = torch.randn(2, 260)
         before = cuda.counts["waits"]

@@ -10,34 +10,22 @@ from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.config import SkipOptions
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.loading import make_decoder
-from dash_runtime.devices import device_of
 from dash_runtime.devices.cuda_graphs import CaptureFailed, CudaCapture
 from dash_runtime.layers.compensation import Affine
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import load_policy
 from tests.runtime.random_policy import save_random_policy
-from tests.runtime.support import load_decoder, some_affine
+from tests.runtime.support import CPU, load_decoder, some_affine
 from tests.runtime.test_cuda_backend import ADAPTIVE, FULL_DEPTH, decoded, engine_of, generated, sampled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 CUDA = torch.device("cuda", 0)
-CPU = torch.device("cpu")
 
 
 def cuda_decoder(folder: Path, dtype: torch.dtype = torch.float32, has_graphs: bool = True) -> Decoder:
-    config = load_model_config(folder)
-    return make_decoder(
-        config,
-        open_weights(folder),
-        (Action.SKIP, Action.FULL),
-        dtype=dtype,
-        device=CUDA,
-        context_length=config.context_length,
-        captures={CUDA: device_of(CUDA).make_capture()} if has_graphs else None,
-    )
+    return load_decoder(folder, dtype, (Action.SKIP, Action.FULL), CUDA, has_graphs)
 
 
 def policy_on(device: torch.device, folder: Path, tmp_path: Path) -> LearnedPolicy:

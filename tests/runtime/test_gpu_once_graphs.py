@@ -22,7 +22,7 @@ from dash_runtime.decoder.backends.cuda import CudaBackend
 from dash_runtime.decoder.backends.eager import EagerBackend
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
-from dash_runtime.devices import device_of
+from dash_runtime.devices import CpuDevice, device_of
 from dash_runtime.devices.cuda_graphs import Capture, CaptureFailed, Replay
 from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.layers.batch import PassKind
@@ -142,11 +142,22 @@ def test_traces_with_and_without_the_policy_are_in_the_folder_for_each_lookahead
     ]
 
 
+class _CapturingDevice(CpuDevice):
+    """A CPU that makes graphs with the given capture."""
+
+    def __init__(self, capture: Capture) -> None:
+        super().__init__(CPU)
+        self._capture = capture
+
+    def make_capture(self, stream: Any = None) -> Capture:
+        return self._capture
+
+
 def with_graphs(model: Model, capture: Capture) -> Model:
     eager = model.decoder.backends[PassKind.VERIFY][-1]
     assert isinstance(eager, EagerBackend)
-    parts = layers_of(model.decoder), range(TINY.num_layers), None, model.decoder.heads, eager, capture
-    backend = CudaBackend(TINY, *parts, device_of(CPU), model.decoder.dtype)
+    parts = layers_of(model.decoder), range(TINY.num_layers), None, model.decoder.heads, eager
+    backend = CudaBackend(TINY, *parts, _CapturingDevice(capture), model.decoder.dtype)
     decoder = replace(model.decoder, backends={**model.decoder.backends, PassKind.DECODE: [backend, eager]})
     captured = prepare(decoder, model.pool, model.compensation, 2)
     return replace(model, decoder=decoder, eager=eager_over(decoder), captured=captured)

@@ -163,7 +163,7 @@ def test_steps_alone_where_programs_decide_and_steps_in_a_batch_are_recorded_tog
     together = [DecidedBlock((1, 2, 3), ticket, scores[:, :3]), DecidedBlock((4,), ticket, scores[:, 3:])]
     for blocks, rows in ((alone, [0]), (together, [0, 1]), (alone, [0])):
         decider: Any = SimpleNamespace(rows=rows, blocks=blocks)
-        output = StepOutput(torch.zeros(len(rows), 4), [plan] * len(rows), StepTimer.of(times))
+        output = StepOutput(torch.zeros(len(rows), 4), [plan] * len(rows), StepTimer(times))
         recorder.add_pass(StepKind.DECODE, 7, 0.5, output, rows[-1], decider, started_ns=90)
     recorded = recorder.packed("a")
     assert recorded is not None

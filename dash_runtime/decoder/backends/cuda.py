@@ -15,7 +15,7 @@ from dash_runtime.actions import Action
 from dash_runtime.decoder.backends.backend import LayerByLayer
 from dash_runtime.decoder.backends.eager import EagerBackend
 from dash_runtime.devices import Device
-from dash_runtime.devices.cuda_graphs import Capture, Replay, collected_garbage
+from dash_runtime.devices.cuda_graphs import Replay, collected_garbage
 from dash_runtime.layers.batch import Batch
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.embedding import PlainEmbedding
@@ -36,7 +36,7 @@ share short ones badly, so there is one for each factor of this."""
 
 
 class _Kernel(NamedTuple):
-    """What a layer's graph runs: `action` for the rows that run, a compensation for those that skip."""
+    """The work of a layer's graph: `action` for the rows that run, a compensation for those that skip."""
 
     layer: int
     action: Action
@@ -64,7 +64,7 @@ class CudaBackend(LayerByLayer):
         own_layers: those that lie on the device.
         embed: None if layer 0 is not among them.
         eager: runs what has no graph.
-        capture: makes the graphs.
+        device: makes the graphs.
     """
 
     def __init__(
@@ -75,11 +75,9 @@ class CudaBackend(LayerByLayer):
         embed: PlainEmbedding | None,
         heads: Mapping[Action, Head],
         eager: EagerBackend,
-        capture: Capture,
         device: Device,
         dtype: torch.dtype,
     ) -> None:
-        self.capture = capture
         self._config = config
         self._layers = layers
         self._own_layers = own_layers
@@ -87,6 +85,7 @@ class CudaBackend(LayerByLayer):
         self._heads = heads
         self._eager = eager
         self._device = device
+        self._capture = device.make_capture()
         self._dtype = dtype
         self._has_mixture = any(config.mixture_of(layer) is not None for layer in range(config.num_layers))
         self._graphs: WeakKeyDictionary[CachePool, dict[tuple[tuple[object, ...], _Size], Replay]] = WeakKeyDictionary()
@@ -174,8 +173,8 @@ class CudaBackend(LayerByLayer):
             own = self._own_layers
             tables = [table if layer in own else None for layer, table in enumerate(batch.rotary)]
             self._rows = StaticRows(self._config, self._device, self._dtype, NUM_ROWS[-1], tables)
-        max_length = _SHORTEST_CONTEXT
-        while max_length < max(span.end for span in batch.spans):
+        longest, max_length = max(span.end for span in batch.spans), _SHORTEST_CONTEXT
+        while max_length < longest:
             max_length *= _CONTEXT_STEP
         self._batch, self._size = batch, _Size(_with_room_for(batch.num_rows), max_length)
         self._rows.write(batch, token_ids)
@@ -204,7 +203,7 @@ class CudaBackend(LayerByLayer):
         key = what, self._size
         replay = graphs.get(key)
         if replay is None:
-            replay = graphs[key] = self.capture(partial(function, pool, self._size))
+            replay = graphs[key] = self._capture(partial(function, pool, self._size))
         replay()
 
     # What graphs do.

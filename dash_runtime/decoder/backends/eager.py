@@ -52,7 +52,8 @@ class EagerBackend(LayerByLayer):
             if action is Action.SKIP:
                 outputs = batch.compensate(layer, inputs, rows)
             else:
-                outputs = self._after_attention(self._layers[layer], action, inputs, take_rows(attended, rows))
+                weights, heads = self._layers[layer], take_rows(attended, rows)
+                outputs = after_attention(self._config.block, weights, weights.linears[action], inputs, heads)
             parts.append((rows, outputs))
         return scatter_rows(parts, batch.num_rows)
 
@@ -93,9 +94,6 @@ class EagerBackend(LayerByLayer):
             else:
                 fused[index] = weights.linears[action].query_key_value(normed[index])
         return split_heads(config, weights, fused, config.num_heads, cosines, sines)
-
-    def _after_attention(self, weights: DecoderLayer, action: Action, inputs: Tensor, attended: Tensor) -> Tensor:
-        return after_attention(self._config.block, weights, weights.linears[action], inputs, attended)
 
 
 def _kernel(action: Action, kv_action: Action) -> Kernel:
