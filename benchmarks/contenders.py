@@ -92,16 +92,13 @@ class Transformers:
         return run_from_arrivals(started, [arrivals] * len(prompts))
 
 
-_MAX_SEQUENCES, _MAX_LENGTH = 16, 640
-
-
 class LlamaCpp:
     """llama.cpp on the unchanged GGUF file, by its C API, without a sampler: numpy takes the largest logits.
 
-    `Llama.eval` of the same package takes 15 % more time. Takes up to 16 sequences of up to 640 tokens.
+    `Llama.eval` of the same package takes 15 % more time. Takes up to `max_sequences` of up to `max_length` tokens.
     """
 
-    def __init__(self, file: Path, num_threads: int) -> None:
+    def __init__(self, file: Path, num_threads: int, *, max_sequences: int = 16, max_length: int = 640) -> None:
         import llama_cpp
         import numpy
 
@@ -112,7 +109,7 @@ class LlamaCpp:
         model_options.n_gpu_layers = 0
         model = llama_cpp.llama_model_load_from_file(str(file).encode(), model_options)
         options = llama_cpp.llama_context_default_params()
-        options.n_ctx, options.n_seq_max = _MAX_SEQUENCES * _MAX_LENGTH, _MAX_SEQUENCES
+        options.n_ctx, options.n_seq_max = max_sequences * max_length, max_sequences
         options.n_threads = options.n_threads_batch = num_threads
         self._context = llama_cpp.llama_init_from_model(model, options)
         self._vocabulary_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))

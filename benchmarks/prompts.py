@@ -17,13 +17,17 @@ _TOPICS = (
     "a violin gets its sound",
 )  # fmt: skip
 
+# The beginning of a long prompt is cut off, so prompts differ at the end.
+_MANNERS = ("", ", in short words", ", as to a child", ", step by step")
+
 
 class Prompts:
     """Prompts in the token ids of one tokenizer."""
 
     def __init__(self, tokenizer_file: Path) -> None:
         self._tokenizer = tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        self._chats = [self.encode(_chat(f"Tell me how {topic}.")) for topic in _TOPICS]
+        questions = (f"Tell me how {topic}{manner}." for manner in _MANNERS for topic in _TOPICS)
+        self._chats = [self.encode(_chat(question)) for question in questions]
         self._text: list[int] = tokenizer.encode(pydoc.plain(pydoc.TextDoc().document(argparse))).ids
 
         chats = [_chat(text) for text in (*exact_prompts.CHATS, *exact_prompts.WORD_PROBLEMS)]
@@ -42,7 +46,13 @@ class Prompts:
         return self._chats[0]
 
     def streams(self, count: int) -> list[list[int]]:
-        """Returns up to 16 different prompts, cut at the front to one length, so that no contender has to pad."""
+        """Returns up to 64 different prompts, cut at the front to one length, so that no contender has to pad.
+
+        Raises:
+            ValueError: there are not as many.
+        """
+        if count > len(self._chats):
+            raise ValueError(f"there are {len(self._chats)} prompts, not {count}")
         length = min(map(len, self._chats))
         return [ids[-length:] for ids in self._chats[:count]]
 

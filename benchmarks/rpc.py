@@ -16,7 +16,7 @@ from dash_runtime.config import SkipOptions
 _TARGETS = {1: "≤ 0.03", 16: "≤ 0.10"}
 
 
-class _ServedContender:
+class ServedContender:
     """Streams through the server, each read by a thread of this process."""
 
     def __init__(self, client: DashClient, skip: SkipOptions) -> None:
@@ -53,7 +53,7 @@ def measure_rpc(report: Report, setting: Setting, effort: Effort) -> None:
     with running_server() as server:
         contenders: dict[str, Contender] = {
             "engine": setting.ours(setting.adaptive),
-            "server": _ServedContender(server.client, setting.adaptive),
+            "server": ServedContender(server.client, setting.adaptive),
         }
         works: dict[str, Work] = {
             f"{name}_{count}": _streaming(f"{name}_{count}", contender, setting, count, effort)
