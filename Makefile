@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 LOWEST := .venv-lowest
+PEERS := .venv-peers
 EXTRAS := server,train,dev
 
 # Parallel tests get one thread each: threads that wait for each other would stall. Four workers keep
@@ -20,7 +21,7 @@ env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(1) -m pytest -m "not alone" -
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-lowest test-stack release-test soak bench jaeger lint protos reference clean
+.PHONY: help demo serve test test-lowest test-stack release-test soak bench peers jaeger lint protos reference clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -59,6 +60,9 @@ $(VENV)/.ray: $(INSTALLED)
 
 bench: $(VENV)/.bench  ## Measure decoding; leave the machine idle meanwhile
 	$(BIN)/python -m benchmarks
+
+peers: $(INSTALLED)  ## Install what the benchmark compares us with: vLLM and OpenVINO, apart from our environment
+	$(BIN)/python -m benchmarks.peers $(PEERS)
 
 # Installing llama.cpp compiles it for minutes; only the benchmark needs it.
 $(VENV)/.bench: $(INSTALLED)

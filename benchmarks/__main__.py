@@ -7,6 +7,7 @@ import argparse
 import gc
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmarks.batches import measure_batches
@@ -17,6 +18,8 @@ from benchmarks.decode import measure_decode, measure_prefill
 from benchmarks.exact import measure_exact
 from benchmarks.figures import RESULTS_FOLDER, Report, machine
 from benchmarks.lanes import measure_lanes
+from benchmarks.peers.install import DEFAULT_FOLDER as PEERS_FOLDER
+from benchmarks.peers.section import measure_peers
 from benchmarks.plots import write_plots
 from benchmarks.rounds import FULL, QUICK, Effort, progress
 from benchmarks.rpc import measure_rpc
@@ -44,10 +47,17 @@ _SECTIONS: dict[str, Callable[[Report, Setting, Effort], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and tokens; wider spread")
-    parser.add_argument("--only", choices=_SECTIONS, help="one section, which is printed and not kept")
+    parser.add_argument("--only", choices=[*_SECTIONS, "peers"], help="one section, which is printed and not kept")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        default=PEERS_FOLDER,
+        metavar="FOLDER",
+        help="made by `make peers` (default %(default)s)",
+    )
     options = parser.parse_args()
     is_quick: bool = options.quick
-    report = measure(QUICK if is_quick else FULL, only=options.only)
+    report = measure(QUICK if is_quick else FULL, only=options.only, peers_folder=options.peers)
     if is_quick:
         report.note("a quick run: few rounds and tokens")
     print(f"\n{machine()}\n")
@@ -64,9 +74,15 @@ def main() -> None:
         print(line)
 
 
-def measure(effort: Effort, cache_folder: Path | None = None, only: str | None = None) -> Report:
+def measure(
+    effort: Effort,
+    cache_folder: Path | None = None,
+    only: str | None = None,
+    peers_folder: Path = PEERS_FOLDER,
+) -> Report:
     """Measures all sections in turn, or `only` one. A section that fails is left out with a note."""
     report = Report()
+    sections = _SECTIONS | {"peers": partial(measure_peers, folder=peers_folder)}
     # The service comes first: models that other sections load would stay in memory beside it.
     if only is None:
         with report.attempt("service"):
@@ -78,7 +94,7 @@ def measure(effort: Effort, cache_folder: Path | None = None, only: str | None =
         # As in the worker: loaded objects live as long as the process, so the collector need not visit them.
         gc.collect()
         gc.freeze()
-        for name, section in _SECTIONS.items():
+        for name, section in sections.items():
             if only not in (None, name):
                 continue
             progress(name)

@@ -18,6 +18,8 @@ from dash_client import DashClient
 
 CACHE_TOKENS = 8192
 DEADLINE_SECONDS = 600
+_QUIET_SECONDS = 6
+"""Longer than the server pauses between its measurements."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +32,23 @@ class RunningServer:
 
     def resident_gb(self) -> float:
         """Returns the resident memory of the server and its worker."""
+        return sum(own.memory_info().rss for own in self._processes()) / 1e9
+
+    def wait_until_quiet(self) -> None:
+        """Waits until the server has measured what it measures when it idles, but no longer than a minute."""
+        ends_at = time.monotonic() + 60
+        is_quiet = False
+        while not is_quiet and time.monotonic() < ends_at:
+            before = self._processor_seconds()
+            time.sleep(_QUIET_SECONDS)
+            is_quiet = self._processor_seconds() - before < _QUIET_SECONDS / 50
+
+    def _processor_seconds(self) -> float:
+        return sum(own.cpu_times().user + own.cpu_times().system for own in self._processes())
+
+    def _processes(self) -> list[psutil.Process]:
         process = psutil.Process(self.pid)
-        return sum(own.memory_info().rss for own in (process, *process.children(recursive=True))) / 1e9
+        return [process, *process.children(recursive=True)]
 
 
 @contextmanager

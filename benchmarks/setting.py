@@ -28,6 +28,7 @@ INT4 = SkipOptions(Mode.FIXED, fixed_action=Action.INT4)
 class Setting:
     """All loaded contenders. One that could not be loaded is None, and a note says why."""
 
+    folder: Path
     model: ModelConfig
     prompts: Prompts
     engine: Engine
@@ -45,6 +46,10 @@ class Setting:
 
     def ours(self, skip: SkipOptions) -> EngineContender:
         return EngineContender(self.engine, skip)
+
+    def build(self, config: EngineConfig) -> Engine:
+        """Returns one more engine of the same model."""
+        return _build(self.folder, self.cache_folder, config)
 
 
 def load_setting(report: Report, cache_folder: Path) -> Setting:
@@ -83,6 +88,7 @@ def load_setting(report: Report, cache_folder: Path) -> Setting:
             "adaptive_default: what runs for requests that name no policy and no budget"
         )
     return Setting(
+        folder,
         load_model_config(folder),
         Prompts(tokenizer_file(folder)),
         engine,
