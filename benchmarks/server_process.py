@@ -18,8 +18,6 @@ from dash_client import DashClient
 
 CACHE_TOKENS = 8192
 DEADLINE_SECONDS = 600
-_QUIET_SECONDS = 6
-"""Longer than the server pauses between its measurements."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +32,33 @@ class RunningServer:
         """Returns the resident memory of the server and its worker."""
         return sum(own.memory_info().rss for own in self._processes()) / 1e9
 
-    def wait_until_quiet(self) -> None:
-        """Waits until the server has measured what it measures when it idles, but no longer than a minute."""
-        ends_at = time.monotonic() + 60
-        is_quiet = False
-        while not is_quiet and time.monotonic() < ends_at:
-            before = self._processor_seconds()
-            time.sleep(_QUIET_SECONDS)
-            is_quiet = self._processor_seconds() - before < _QUIET_SECONDS / 50
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stops the server and its worker inside the block, except while `awake`: an idle worker measures its costs."""
+        self._stop()
+        try:
+            yield
+        finally:
+            self._go_on()
 
-    def _processor_seconds(self) -> float:
-        return sum(own.cpu_times().user + own.cpu_times().system for own in self._processes())
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Lets a stopped server run inside the block."""
+        self._go_on()
+        try:
+            # Its connection may have timed out.
+            self.client.wait_until_ready(timeout=DEADLINE_SECONDS)
+            yield
+        finally:
+            self._stop()
+
+    def _stop(self) -> None:
+        for own in self._processes():
+            own.suspend()
+
+    def _go_on(self) -> None:
+        for own in reversed(self._processes()):
+            own.resume()
 
     def _processes(self) -> list[psutil.Process]:
         process = psutil.Process(self.pid)

@@ -1,6 +1,7 @@
 """Many streams, and one, beside peers in processes of their own: vLLM in process and served, and OpenVINO GenAI."""
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from benchmarks.peers.peer_process import PeerProcess
 from benchmarks.peers.vllm_options import free_port, serve_arguments, vllm_variables
 from benchmarks.rounds import Effort, Work, interleaved, progress
 from benchmarks.rpc import ServedContender
-from benchmarks.server_process import running_server
+from benchmarks.runs import Run
+from benchmarks.server_process import RunningServer, running_server
 from benchmarks.setting import FULL_DEPTH, INT4, Setting
-from dash_client import DashClient
 from dash_runtime.checkpoints.embedded import embedded_gguf
 from dash_runtime.config import EngineConfig
 
@@ -43,13 +44,12 @@ def measure_peers(report: Report, setting: Setting, effort: Effort, folder: Path
     length = len(setting.prompts.streams(_MOST)[0]) + effort.stream_tokens
     with ExitStack() as running:
         progress("peers: starting our server")
-        # First: most of what it measures when it idles, it measures while the peers are loaded.
         variables = {"DASH_SLOTS": str(_MOST), "DASH_CACHE_TOKENS": str(_MOST * length)}
         server = running.enter_context(running_server(**variables))
-        contenders = _ours(setting, _MOST * length, server.client)
+        running.enter_context(server.stopped())
+        contenders = _ours(setting, _MOST * length, server)
         _add_llama_cpp(report, contenders, length)
         _add_peers(report, contenders, setting, folder, length, running)
-        server.wait_until_quiet()
         works = {
             f"{name}_{count}": _streaming(f"{name}_{count}", contender, setting, count, effort)
             for name, (contender, counts) in contenders.items()
@@ -66,7 +66,8 @@ def measure_peers(report: Report, setting: Setting, effort: Effort, folder: Path
         f"each of up to {_MOST} different prompts of one length, from when all have their first token to the last; one "
         f"stream: {effort.num_tokens} tokens of one prompt. full, adaptive, int4: ours in process; served: ours at "
         "full depth through StreamGenerate, each stream read by a thread of the measuring process; vllm_served the "
-        f"same over HTTP. {torch.get_num_threads()} threads each; a peer is stopped while another one runs"
+        f"same over HTTP. {torch.get_num_threads()} threads each; whoever has a process of its own is stopped "
+        "while another one runs"
     )
     report.note(
         f"ours has {_MOST} slots and a cache of {_MOST * length} tokens here; a server's default is {usual.num_slots} "
@@ -78,12 +79,24 @@ _Contenders = dict[str, tuple[Contender, tuple[int, ...]]]
 """Contenders by name, with the numbers of streams that each is to run."""
 
 
-def _ours(setting: Setting, cache_tokens: int, client: DashClient) -> _Contenders:
+class _StoppedServer:
+    """Our server at full depth, which stands still between its turns."""
+
+    def __init__(self, server: RunningServer) -> None:
+        self._server = server
+        self._contender = ServedContender(server.client, FULL_DEPTH)
+
+    def run(self, prompts: Sequence[list[int]], num_tokens: int) -> Run:
+        with self._server.awake():
+            return self._contender.run(prompts, num_tokens)
+
+
+def _ours(setting: Setting, cache_tokens: int, server: RunningServer) -> _Contenders:
     engine = setting.build(EngineConfig(num_slots=_MOST, cache_tokens=cache_tokens))
     return {
         "full": (EngineContender(engine, FULL_DEPTH), STREAMS),
         "adaptive": (EngineContender(engine, setting.adaptive), STREAMS),
-        "served": (ServedContender(client, FULL_DEPTH), STREAMS),
+        "served": (_StoppedServer(server), STREAMS),
         "int4": (setting.ours(INT4), (1,)),
     }
 

@@ -19,6 +19,8 @@ from benchmarks.peers.http_stream import HttpContender
 from benchmarks.peers.install import find_peer
 from benchmarks.peers.peer_process import PeerProcess
 from benchmarks.prompts import Prompts
+from benchmarks.server_process import RunningServer
+from dash_client import DashClient
 from tests.tiny_models import save_byte_tokenizer
 
 READY = """print('{"ready": "peer 1.0"}', flush=True)"""
@@ -133,6 +135,16 @@ def test_a_peer_and_its_children_stand_still_between_their_turns(tmp_path: Path)
         with peer.awake():
             wait_for({psutil.STATUS_RUNNING, psutil.STATUS_SLEEPING}, those)
         wait_for({psutil.STATUS_STOPPED}, those)
+
+
+def test_a_stopped_server_and_its_worker_stand_still(tmp_path: Path) -> None:
+    with running(tmp_path, LISTENING) as peer, DashClient("localhost:9") as client:
+        ChildContender(peer)
+        with peer.awake():
+            those = processes(peer)
+            with RunningServer(client, 0.0, peer.process.pid).stopped():
+                wait_for({psutil.STATUS_STOPPED}, those)
+            wait_for({psutil.STATUS_RUNNING, psutil.STATUS_SLEEPING}, those)
 
 
 def test_nothing_of_a_peer_is_left_behind(tmp_path: Path) -> None:
