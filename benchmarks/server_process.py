@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from dash_client import DashClient
+from dash_server.main import WORKER_COMMAND
 
 CACHE_TOKENS = 8192
 DEADLINE_SECONDS = 600
@@ -66,7 +67,7 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(**variables: str) -> Iterator[RunningServer]:
+def running_server(worker_command: Sequence[str] = WORKER_COMMAND, **variables: str) -> Iterator[RunningServer]:
     """Starts a server with torch's number of threads here and these variables, and stops it afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         port_file = Path(folder) / "port"
@@ -81,7 +82,8 @@ def running_server(**variables: str) -> Iterator[RunningServer]:
             **variables,
         }
         started = time.perf_counter()
-        command = [sys.executable, "-m", "dash_server.main"]
+        program = f"import sys; from dash_server.main import main; sys.exit(main({tuple(worker_command)}))"
+        command = [sys.executable, "-c", program]
         server = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
         try:
             while not port_file.exists():
