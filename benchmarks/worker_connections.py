@@ -18,6 +18,7 @@ from pathlib import Path
 
 from dash_runtime.config import GenerationRequest, StoppingParameters
 from dash_server.settings import Settings
+from dash_server.worker.flush import Flush
 from dash_server.worker.link import LinkEvents, WorkerLink
 from dash_server.worker.messages import Ready
 from dash_server.worker.outbox import Outbox
@@ -38,7 +39,14 @@ async def _nothing(ready: Ready) -> None:
 @asynccontextmanager
 async def _link(starter: WorkerStarter, settings: Settings) -> AsyncIterator[Contender]:
     events = LinkEvents(_nothing, lambda: None, lambda *_: None, lambda _: None, lambda _: None)
-    link = WorkerLink(starter, settings.worker_config(), events, start_timeout_seconds=60, silence_timeout_seconds=60)
+    link = WorkerLink(
+        starter,
+        settings.worker_config(),
+        events,
+        flush=Flush(0),
+        start_timeout_seconds=60,
+        silence_timeout_seconds=60,
+    )
     running = asyncio.create_task(link.run())
     await link.wait_ready()
     try:

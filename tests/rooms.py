@@ -52,7 +52,7 @@ ROOMS = {
         worker/link
         worker/ray_start worker/ray_launcher
         worker/remote_worker worker/ray_actor worker/listener
-        worker/process worker/outbox worker/ray_messages
+        worker/process worker/flush worker/outbox worker/ray_messages
         worker/connection worker/server_socket
         worker/
         tools

@@ -48,7 +48,7 @@ _RANGES = {
     "draft_length": _Range(1, _MAX_INT32, is_integer=True),
     "logprobs": _Range(0, 20, is_integer=True),
 }
-_FLAGS = frozenset({"ignore_eos", "return_decisions", "trace"})
+_FLAGS = frozenset({"ignore_eos", "return_decisions", "trace", "immediate"})
 
 
 def option(name: str, value: Any) -> Any:

@@ -78,3 +78,6 @@ class GenerationOptions(TypedDict, total=False):
     """Return the action of every layer for every token."""
     trace: bool | None
     """Trace this request's decisions, whatever the server's sampling ratio."""
+    immediate: bool | None
+    """In a stream: send each token as soon as it is made. Else a server with many streams may send several together,
+    up to 25 ms after the first of them."""

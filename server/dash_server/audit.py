@@ -23,6 +23,7 @@ from dash_server.auth import Caller
 from dash_server.dispatcher import Dispatcher
 from dash_server.request_record import RequestRecord, Trail
 from dash_server.statuses import AuditNotFound, ServiceError, ShuttingDown
+from dash_server.worker.outbox import Delivery
 
 logger = logging.getLogger(__name__)
 
@@ -211,7 +212,8 @@ class Auditor:
             cache_namespace=answered.cache_namespace,
         )
         found: list[TokenLogprobs] = []
-        outbox = self._dispatcher.submit(request, Place(_CALLER, lambda _: None), is_background=True)
+        place = Place(_CALLER, lambda _: None)
+        outbox = self._dispatcher.submit(request, place, delivery=Delivery.WHOLE, is_background=True)
         try:
             await outbox.granted()
             is_over = False

@@ -16,7 +16,7 @@ from dash_server.fair_queue import Priority, PriorityQueue
 from dash_server.pace import Pace
 from dash_server.statuses import DeadlineTooShort, QueueFull, ServiceError, WorkerUnavailable
 from dash_server.worker.link import WorkerLink
-from dash_server.worker.outbox import Outbox
+from dash_server.worker.outbox import Delivery, Outbox
 
 
 @dataclass(slots=True)
@@ -114,6 +114,7 @@ class Dispatcher:
         request: GenerationRequest,
         place: Place,
         *,
+        delivery: Delivery = Delivery.AT_ONCE,
         priority: Priority = Priority.NORMAL,
         is_background: bool = False,
         least_tokens: int = 1,
@@ -122,6 +123,7 @@ class Dispatcher:
         """Queues a request for the next worker that has room.
 
         Args:
+            delivery: when its tokens are wanted.
             priority: its class in the queue.
             is_background: whether it is work for idle times, which is no load. Whoever submits it cancels it in
                 `before_submit`.
@@ -145,7 +147,7 @@ class Dispatcher:
         else:
             for notify in self.before_submit:
                 notify()
-        waiting = _Waiting(request, Outbox(request.request_id), place, priority, self._clock())
+        waiting = _Waiting(request, Outbox(request.request_id, delivery), place, priority, self._clock())
         caller = place.caller
         self._waiting[request.request_id] = waiting
         self._queue.push(waiting, priority, caller.name, request.num_cache_tokens, caller.limits.weight)

@@ -28,6 +28,7 @@ from dash_server.fair_queue import Priority
 from dash_server.served_model import ServedModel
 from dash_server.settings import Settings
 from dash_server.statuses import InvalidFields, below, below_field
+from dash_server.worker.outbox import Delivery
 
 MODES = {
     common_pb2.MODE_FULL_DEPTH: Mode.FULL_DEPTH,
@@ -53,6 +54,7 @@ class PreparedRequest:
     """The number of answers that the caller asked for, this one included."""
     calls_tools: bool = False
     """True if the output may hold calls of tools."""
+    delivery: Delivery = Delivery.WHOLE
 
     @property
     def least_tokens(self) -> int:
@@ -95,6 +97,7 @@ def prepare_request(
     model: ServedModel,
     settings: Settings,
     caller: Caller,
+    is_streamed: bool,
 ) -> PreparedRequest:
     """Returns the worker's request, with every default filled in.
 
@@ -149,7 +152,15 @@ def prepare_request(
         priority=priority,
         num_answers=parameters.n if parameters.HasField("n") else 1,
         calls_tools=tool_constraint is not None,
+        delivery=_delivery(parameters, is_streamed),
     )
+
+
+def _delivery(parameters: generation_pb2.GenerationParameters, is_streamed: bool) -> Delivery:
+    # A stop string is found in the text, and nothing may delay the end.
+    if parameters.stopping.stop_strings or (is_streamed and parameters.output.immediate):
+        return Delivery.AT_ONCE
+    return Delivery.SHARED if is_streamed else Delivery.WHOLE
 
 
 def prepare_score(

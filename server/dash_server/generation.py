@@ -53,6 +53,7 @@ class Generation:
         self._outbox = dispatcher.submit(
             audited(prepared.request) if record.is_picked else prepared.request,
             place,
+            delivery=prepared.delivery,
             priority=prepared.priority,
             least_tokens=prepared.least_tokens,
             seconds_left=seconds_left,

@@ -35,6 +35,7 @@ from dash_server.statuses import ShuttingDown
 from dash_server.telemetry.exporting import is_disabled, is_exported
 from dash_server.telemetry.metrics import Sources
 from dash_server.telemetry.pending_traces import PendingTraces
+from dash_server.worker.flush import Flush
 from dash_server.worker.link import LinkEvents, WorkerLink
 from dash_server.worker.messages import Ready
 from dash_server.worker.starter import WorkerStarter
@@ -101,6 +102,7 @@ class DashServer:
                 starter,
                 settings.worker_config(number),
                 events,
+                flush=Flush(settings.flush_milliseconds / 1e3),
                 start_timeout_seconds=settings.start_timeout_seconds,
                 silence_timeout_seconds=settings.worker_timeout_seconds,
             )

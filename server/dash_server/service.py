@@ -93,7 +93,8 @@ def _prepare(message_class: type[M], data: bytes, reading: Reading) -> PreparedR
         prepared = prepare_score(message, **reading.common)
     else:
         with below("parameters"):
-            prepared = prepare_request(parameters, **reading.common)
+            is_streamed = isinstance(message, generation_pb2.StreamGenerateRequest)
+            prepared = prepare_request(parameters, **reading.common, is_streamed=is_streamed)
     if record.trace_id and reading.settings.trace_content:
         record.prompt, record.output = reading.model.prompt_messages(parameters), ""
     return prepared

@@ -51,7 +51,7 @@ class VllmEngineServicer:
 
         def prepare(reading: Reading) -> PreparedRequest:
             request.CopyFrom(wire.parse(vllm_pb2.GenerateRequest, data))
-            return prepare_request(parameters_of(request), **reading.common)
+            return prepare_request(parameters_of(request), **reading.common, is_streamed=request.stream)
 
         async with (
             errors_to_status(context) as own_id,

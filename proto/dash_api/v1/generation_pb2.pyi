@@ -190,14 +190,16 @@ class SkipOptions(_message.Message):
     def __init__(self, mode: _Optional[_Union[_common_pb2.Mode, str]] = ..., compute_budget: _Optional[float] = ..., policy_name: _Optional[str] = ..., fixed_action: _Optional[_Union[_common_pb2.Action, str]] = ..., draft_length: _Optional[int] = ...) -> None: ...
 
 class OutputOptions(_message.Message):
-    __slots__ = ("return_decisions", "logprobs", "trace")
+    __slots__ = ("return_decisions", "logprobs", "trace", "immediate")
     RETURN_DECISIONS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TRACE_FIELD_NUMBER: _ClassVar[int]
+    IMMEDIATE_FIELD_NUMBER: _ClassVar[int]
     return_decisions: bool
     logprobs: int
     trace: bool
-    def __init__(self, return_decisions: bool = ..., logprobs: _Optional[int] = ..., trace: bool = ...) -> None: ...
+    immediate: bool
+    def __init__(self, return_decisions: bool = ..., logprobs: _Optional[int] = ..., trace: bool = ..., immediate: bool = ...) -> None: ...
 
 class GenerationStarted(_message.Message):
     __slots__ = ("request_id", "prompt_token_count", "seed", "model", "mode", "policy", "policy_note", "compute_budget", "layer_count")

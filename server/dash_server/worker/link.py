@@ -17,6 +17,7 @@ from dash_runtime.decision_trace import DecisionTrace
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import CostStatus, RequestRefused, SequenceCancelled, SequenceFinished, TokenProduced
 from dash_server.statuses import ServiceError, WorkerUnavailable
+from dash_server.worker.flush import Flush
 from dash_server.worker.messages import (
     Cancel,
     CostsJudged,
@@ -69,13 +70,15 @@ class WorkerLink:
         config: WorkerConfig,
         events: LinkEvents,
         *,
+        flush: Flush,
         start_timeout_seconds: float,
         silence_timeout_seconds: float,
     ) -> None:
-        """Replaces a worker that does not respond for `silence_timeout_seconds`."""
+        """Replaces a worker that does not respond for `silence_timeout_seconds`. `flush` is for this link alone."""
         self._starter = starter
         self._config = config
         self._events = events
+        self._flush = flush
         self._start_timeout_seconds = start_timeout_seconds
         self._silence_timeout_seconds = silence_timeout_seconds
         self._worker: Worker | None = None
@@ -249,13 +252,8 @@ class WorkerLink:
                 worker.send(msgspec.structs.replace(self._config, start=self.start))
                 async with self._until(deadline):
                     ready = await self._startup(messages)
-                logger.info(
-                    "%s is ready: %s on %s, loaded in %.1f s",
-                    worker.name,
-                    ready.facts.name,
-                    ready.facts.device,
-                    ready.load_seconds,
-                )
+                facts, seconds = ready.facts, ready.load_seconds
+                logger.info("%s is ready: %s on %s, loaded in %.1f s", worker.name, facts.name, facts.device, seconds)
                 await self._events.on_ready(ready)
                 self._ready = ready
                 self.has_stood_in |= ready.facts.is_stand_in
@@ -306,10 +304,7 @@ class WorkerLink:
         except TimeoutError:
             doing = f"; at last: {self.doing}" if self.doing else ""
             limit = f"{self._start_timeout_seconds:g} s (DASH_START_TIMEOUT_SECONDS)"
-            raise WorkerStartError(
-                f"the worker was not ready within {limit}{doing}",
-                is_for_user=False,
-            ) from None
+            raise WorkerStartError(f"the worker was not ready within {limit}{doing}", is_for_user=False) from None
 
     def _on_doing(self, doing: str) -> None:
         self.doing = doing
@@ -330,6 +325,7 @@ class WorkerLink:
         if not isinstance(message, StepEvents):
             logger.error("a ready worker sent %s", type(message).__name__)
             return
+        self._flush.begin_step(len(self._requests))
         for event in message.events:
             if isinstance(event, (SequenceFinished, SequenceCancelled)) and event.trace is not None:
                 self._events.on_decision_trace(event.trace)
@@ -337,12 +333,13 @@ class WorkerLink:
             if entry is None:
                 continue  # cancelled here while the event was on its way
             request, outbox = entry
-            outbox.put(event)
+            self._flush.put(outbox, event)
             if isinstance(event, TokenProduced):
                 self._has_given_tokens = True
             elif isinstance(event, (SequenceFinished, RequestRefused)):
                 self._forget(event.request_id)
                 self._events.on_over(request, event if isinstance(event, SequenceFinished) else None)
+        self._flush.end_step()
 
     def _forget(self, request_id: str) -> None:
         entry = self._requests.pop(request_id, None)

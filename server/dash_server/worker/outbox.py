@@ -6,6 +6,7 @@ no text.
 
 import asyncio
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import (
@@ -16,6 +17,20 @@ from dash_runtime.events import (
     TokenLogprobs,
     TokenProduced,
 )
+
+# The tokens of an output that is wanted whole are taken in pieces, so that none of them holds up the event loop.
+_MAX_HELD_TOKENS = 64
+
+
+class Delivery(Enum):
+    """The caller's wish for the tokens after the first one, which never waits."""
+
+    AT_ONCE = auto()
+    """Each step's tokens leave with it."""
+    SHARED = auto()
+    """They may wait for those of the next steps, as long as the server's setting says."""
+    WHOLE = auto()
+    """Nobody sees them before the end."""
 
 
 @dataclass(slots=True)
@@ -47,34 +62,66 @@ class MergedOutput:
 class Outbox:
     """One request's events, written by the worker link and read by the request's handler."""
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, delivery: Delivery = Delivery.AT_ONCE) -> None:
         self.request_id = request_id
         self.queue_seconds = 0.0
         """Time before the request went to the worker."""
+        self._delivery = delivery
         self._granted: SlotGranted | None = None
+        self._has_had_tokens = False
         self._pending = MergedOutput()
+        self._is_due = False
+        """True if the reader is to have what is pending."""
         self._error: Exception | None = None
-        self._changed = asyncio.Event()
+        self._change: asyncio.Future[None] | None = None
+        """What the reader waits for."""
 
-    def put(self, event: EngineEvent) -> None:
+    def put(self, event: EngineEvent, *, may_share: bool = False) -> bool:
+        """Adds an event, and wakes the reader.
+
+        Args:
+            may_share: whether a token may wait for later ones, if that is the caller's wish too.
+
+        Returns:
+            True if the reader was not woken, and `release` has to be called in time.
+        """
         match event:
             case TokenProduced():
-                self._pending.token_ids.append(event.token_id)
-                self._pending.actions += event.plan
-                if event.logprobs is not None:
-                    self._pending.logprobs.append(event.logprobs)
+                return self._put_token(event, may_share)
             case SlotGranted():
                 self._granted = event
             case SequenceFinished():
                 self._pending.finished = event
             case RequestRefused():
                 self._error = InvalidRequest(event.field, event.description)
-        self._changed.set()
+        self.release()
+        return False
+
+    def _put_token(self, event: TokenProduced, may_share: bool) -> bool:
+        pending = self._pending
+        pending.token_ids.append(event.token_id)
+        pending.actions += event.plan
+        if event.logprobs is not None:
+            pending.logprobs.append(event.logprobs)
+        if self._has_had_tokens and not self._is_due:
+            if self._delivery is Delivery.SHARED and may_share:
+                return len(pending.token_ids) == 1  # those after it leave with it
+            if self._delivery is Delivery.WHOLE and len(pending.token_ids) < _MAX_HELD_TOKENS:
+                return False
+        self._has_had_tokens = True
+        self.release()
+        return False
+
+    def release(self) -> None:
+        """Lets the reader have all that is here."""
+        self._is_due = True
+        if self._change is not None and not self._change.done():
+            self._change.set_result(None)
 
     def fail(self, error: Exception) -> None:
-        """Raises `error` in the current and every later wait."""
+        """Raises `error` in the current and every later wait, once the tokens before it are taken."""
         self._error = error
-        self._changed.set()
+        self.release()
 
     async def granted(self) -> SlotGranted:
         """Waits for the slot and returns the worker's event.
@@ -89,10 +136,10 @@ class Outbox:
 
     async def take(self, max_tokens: int) -> MergedOutput:
         """Waits for tokens or the end, and takes up to `max_tokens`. Raises like `granted`."""
-        while not self._pending.token_ids and self._pending.finished is None:
+        while not (self._is_due and (self._pending.token_ids or self._pending.finished is not None)):
             await self._next_change()
         if len(self._pending.token_ids) <= max_tokens:
-            output, self._pending = self._pending, MergedOutput()
+            output, self._pending, self._is_due = self._pending, MergedOutput(), False
             return output
         output = self._pending.first(max_tokens)
         self._pending.drop_first(max_tokens)
@@ -101,7 +148,5 @@ class Outbox:
     async def _next_change(self) -> None:
         if self._error is not None:
             raise self._error
-        self._changed.clear()
-        await self._changed.wait()
-        if self._error is not None:
-            raise self._error
+        self._change = asyncio.get_running_loop().create_future()
+        await self._change
