@@ -32,11 +32,11 @@ from tests.server.server_harness import FAKE_WORKER, fake_model, write_model_fol
 
 _PROMPT = [104, 101, 108, 108, 111, 32]
 _OPTIONS: dict[str, Any] = {"mode": "full_depth", "temperature": 0, "ignore_eos": True, "timeout": DEADLINE_SECONDS}
-_READERS = ("threads", "loop")
+_READERS = ("threads", "loop", "unary")
 
 
 class _Streams:
-    """Reads so many streams at once: each in a thread, or all in one event loop."""
+    """Asks for so many answers at once: streams that are read in a thread each or in one event loop, or unary calls."""
 
     def __init__(self, target: str, count: int, num_tokens: int) -> None:
         self.count = count
@@ -46,7 +46,7 @@ class _Streams:
 
     def run(self, reader: str) -> None:
         """Reads all to their ends."""
-        sizes = self._in_threads() if reader == "threads" else asyncio.run(self._in_a_loop())
+        sizes = self._in_threads() if reader == "threads" else asyncio.run(self._in_a_loop(reader == "unary"))
         assert [sum(own) for own in sizes] == [self.num_tokens] * self.count
         self.num_messages = sum(map(len, sizes))
 
@@ -55,9 +55,13 @@ class _Streams:
             streams = [client.stream(_PROMPT, max_new_tokens=self.num_tokens, **_OPTIONS) for _ in range(self.count)]
             return list(pool.map(_sizes, streams))
 
-    async def _in_a_loop(self) -> list[list[int]]:
+    async def _in_a_loop(self, is_unary: bool) -> list[list[int]]:
         async with AsyncDashClient(self._target) as client:
-            streams = [client.stream(_PROMPT, max_new_tokens=self.num_tokens, **_OPTIONS) for _ in range(self.count)]
+            options = {"max_new_tokens": self.num_tokens, **_OPTIONS}
+            if is_unary:
+                answers = await asyncio.gather(*(client.generate(_PROMPT, **options) for _ in range(self.count)))
+                return [[len(answer.token_ids)] for answer in answers]
+            streams = [client.stream(_PROMPT, **options) for _ in range(self.count)]
             return await asyncio.gather(*map(_sizes_async, streams))
 
 
@@ -92,7 +96,8 @@ def measure_wire(
 ) -> None:
     """Adds each process's milliseconds of processor time a token, for each number of streams."""
     most, room = max(counts), max(counts) * (num_tokens + 32)
-    variables = {"DASH_SLOTS": str(most), "DASH_CACHE_TOKENS": str(room)}
+    # What a worker measures while it is idle would disturb the engine here.
+    variables = {"DASH_SLOTS": str(most), "DASH_CACHE_TOKENS": str(room), "DASH_CHECK_COSTS": "false"}
     works: dict[str, Work] = {}
     engine = None if model is None else _engine(model, most, room)
     opened = _paced(step_milliseconds, variables) if model is None else running_server(DASH_MODEL=model, **variables)
@@ -112,7 +117,7 @@ def measure_wire(
             report.add_ratio(f"served_over_engine_{count}_{reader}", values, f"{speed}_{reader}", f"{speed}_engine")
     report.note(
         f"{num_tokens} tokens a stream at full depth; processor time of the server's process, of its worker and of the "
-        "client, whose streams are read by a thread each, or by one event loop"
+        "client, whose streams are read by a thread each, or by one event loop; or of unary calls, from one event loop"
     )
 
 
