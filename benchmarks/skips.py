@@ -7,6 +7,7 @@ layers take turns, and so do steps with a policy in them and the same steps with
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from random import Random
 
@@ -29,9 +30,8 @@ from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Actions, FixedPlan, Token
-from dash_runtime.programs.program_cache import load_programs
+from dash_runtime.rows.library import load_rows
 from dash_runtime.startup.measure import filled_caches
-from dash_runtime.startup.policy_programs import PolicyPrograms
 
 _CONTEXT_TOKENS = 64
 _STEPS_PER_ROUND = 12
@@ -83,11 +83,10 @@ def _measure_evaluations(report: Report, setting: Setting, rounds: int) -> None:
     engine = setting.engine
     decoder, (cache,) = engine._decoder, filled_caches(engine._decoder, num_tokens=_CONTEXT_TOKENS)
     policy = _int4_policy(engine)
-    programs = PolicyPrograms(setting.model, policy, torch.get_num_threads(), None)
-    loaded = load_programs(programs.specs, setting.cache_folder / "programs", progress)
-    if loaded is None:
+    library = load_rows(setting.cache_folder / "native", progress)
+    if library is None:
         return
-    policy = programs.attached(loaded)
+    policy = replace(policy, library=library, decides_alone=True)
     plan = _plan((Action.INT4,) * decoder.num_layers, policy.compensation)
     makers: list[Callable[..., Decider]] = [partial(FusedDecider, policy), partial(Decider, plan)]
     shares: list[float] = []

@@ -175,6 +175,26 @@ class ModelConfig:
     mixture: MixtureConfig | None = None
     """None if no layer has experts."""
 
+    @property
+    def query_size(self) -> int:
+        """The size of one row's queries together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """The size of one row's keys and values together."""
+        return 2 * self.num_kv_heads * self.head_dim
+
+    def matrices(self, layer: int = 0) -> tuple[tuple[int, int], ...]:
+        """Returns `(out_features, in_features)` of query-key-value, output, gate-up and down, of each expert too."""
+        inner_size = self.mlp_size(layer)
+        return (
+            (self.query_size + self.key_value_size, self.hidden_size),
+            (self.hidden_size, self.query_size),
+            (2 * inner_size, self.hidden_size),
+            (self.hidden_size, inner_size),
+        )
+
     def mixture_of(self, layer: int) -> MixtureConfig | None:
         """Returns the layer's mixture, None if its MLP is a single one."""
         return self.mixture if self.mixture is not None and layer in self.mixture.layers else None

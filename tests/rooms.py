@@ -69,7 +69,7 @@ ROOMS = {
         decoder/
         decoder/backends/
         layers/
-        programs/
+        rows/
         linears/
         checkpoints/
         families/

@@ -18,7 +18,6 @@ from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import HighestAction
 from dash_runtime.engine.step import Decider, decode_step
 from dash_runtime.layers.batch import PassKind
-from dash_runtime.layers.evaluation import Evaluation
 from dash_runtime.layers.kv_cache import CachePool, SequenceCache
 from dash_runtime.layers.pass_plan import PassPlan
 from dash_runtime.policy.policy import Policy, Token, full_depth
@@ -58,8 +57,8 @@ class _Replay(Decider):
     def actions(self, layer: int, lane: Lane) -> Sequence[Action]:
         return self._actions[layer]
 
-    def observe(self, layer: int, hidden: Tensor, actions: Sequence[Action], lane: Lane) -> Sequence[Evaluation | None]:
-        return (None,) * len(actions)
+    def observe(self, layer: int, hidden: Tensor, actions: Sequence[Action], lane: Lane) -> None:
+        pass
 
 
 @contextmanager

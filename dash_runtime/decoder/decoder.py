@@ -16,8 +16,7 @@ from dash_runtime.devices.step_timer import StepTimer
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.embedding import Embedding
-from dash_runtime.layers.evaluation import Evaluation
-from dash_runtime.layers.heads import Head
+from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.kv_cache import CachePool, SequenceCache
 from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.layers.rotary import rotary_tables
@@ -57,6 +56,7 @@ class Decoder:
         self.row_block = self.placed_on[0].row_block
         """A prompt may be cut at multiples of this. If every pass begins at one and has at most `max_prompt_rows` rows,
         a row's bits do not depend on the cuts."""
+        self._apart = Heads(self.heads)
         self._rotary = rotary_tables(config.ropes, config.head_dim, self.context_length, self.dtype, self.devices)
         self._split_tables = [table for table in dict.fromkeys(self._rotary) if table.first_row(self.context_length)]
 
@@ -130,16 +130,9 @@ class Decoder:
                 cache.length = 2  # so that what was written is cleared
                 pool.release(cache)
 
-    def run_layer(
-        self,
-        layer: int,
-        actions: Sequence[Action],
-        hidden: Tensor,
-        batch: Batch,
-        evaluations: Sequence[Evaluation | None] = (),
-    ) -> Tensor:
+    def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
         """Runs one layer with each row's own action; see `Backend`."""
-        return self._backend_of(batch).run_layer(layer, actions, hidden, batch, evaluations)
+        return self._backend_of(batch).run_layer(layer, actions, hidden, batch)
 
     def _backend_of(self, batch: Batch) -> Backend:
         return next(backend for backend in self.backends[batch.kind] if backend.takes(batch))
@@ -164,16 +157,14 @@ class Decoder:
         """Runs a pass through all layers at once; see `Backend`."""
         return self.backends[batch.kind][0].run_pass(plan, hidden, batch)
 
-    def takes_evaluations(self, num_rows: int) -> bool:
-        """Returns True if decoding so many rows takes evaluations along; see `Backend`."""
-        return self.backends[PassKind.DECODE][0].takes_evaluations(num_rows)
-
-    def rows_to_verify(self, num_rows: int) -> int:
-        """Returns the number of rows, that many or more, with which one sequence's are verified the fastest."""
-        if any(window is not None for window in self.config.sliding_window):
-            return num_rows  # the programs for several rows need that each sees all before it
-        return self.backends[PassKind.VERIFY][0].rows_to_verify(num_rows)
+    def decides_alone(self, num_rows: int) -> bool:
+        """Returns True if `run_pass` for so many decoded rows also evaluates their policy."""
+        return self.backends[PassKind.DECODE][0].decides_alone(num_rows)
 
     def logits(self, hidden: Tensor, precisions: Sequence[Action], kind: PassKind = PassKind.DECODE) -> Tensor:
-        """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""
-        return self.backends[kind][0].logits(hidden, precisions)
+        """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision.
+
+        Many rows of VERIFY share no product, so that each has the bits that it has when decoded alone.
+        """
+        heads = self._apart if kind is PassKind.VERIFY else self.backends[kind][0].logits
+        return heads(hidden, precisions)

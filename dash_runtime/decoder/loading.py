@@ -9,7 +9,7 @@ from dash_runtime.actions import Action
 from dash_runtime.decoder.backends.backend import Backend
 from dash_runtime.decoder.backends.cuda import CudaBackend
 from dash_runtime.decoder.backends.eager import EagerBackend
-from dash_runtime.decoder.backends.inductor import InductorBackend
+from dash_runtime.decoder.backends.native import NativeBackend
 from dash_runtime.decoder.backends.split import backend_over
 from dash_runtime.decoder.decoder import Backends, Decoder
 from dash_runtime.devices import device_of
@@ -31,7 +31,7 @@ def make_decoder(
     dtype: torch.dtype,
     device: torch.device | Sequence[torch.device],
     context_length: int,
-    inductor: InductorBackend | None = None,
+    native: NativeBackend | None = None,
     has_graphs: bool = False,
     has_int8_head: bool = True,
 ) -> Decoder:
@@ -43,23 +43,24 @@ def make_decoder(
         device: that of all layers, or one for each; then no device has two stretches of layers. The embedding lies
             with the first layer, the heads with the last.
         context_length: number of positions in the rotary tables.
-        inductor: the layers' programs; this adds the weights. Decoding then runs them, and quantised actions have no
-            other kernels. None: everything runs eagerly, as it has to on several devices.
+        native: native code for the layers; this adds the weights. Decoding then runs it, and quantised actions have
+            no other kernels. None: everything runs eagerly, as it has to on several devices.
         has_graphs: decoding replays graphs, which the devices have to be able to make (`Device.has_graphs`).
         has_int8_head: False if an INT8 head would be no faster than FULL's, which then runs in its place.
     """
-    # Programs get repacked copies of the matrices. If other tensors still used the mapped file, all of it would stay.
-    copies = inductor is not None
+    # Native code gets repacked copies of the matrices. If other tensors still used the mapped file, all of it would
+    # stay.
+    copies = native is not None
     devices = [device] * config.num_layers if isinstance(device, torch.device) else list(device)
     loaders = {own: WeightLoader(config, weights, dtype, own, copies) for own in dict.fromkeys(devices)}
-    assert inductor is None or len(loaders) == 1, "programs run on one device"
+    assert native is None or len(loaders) == 1, "native code runs on one device"
     layers: list[DecoderLayer] = []
     for index, own in enumerate(devices):
         layer_weights = loaders[own].layer(index)
-        eager_actions = actions if inductor is None else (Action.FULL,)
+        eager_actions = actions if native is None else (Action.FULL,)
         layer = make_layer(layer_weights, config.num_heads * config.head_dim, eager_actions)
-        if inductor is not None:
-            inductor.add_layer(layer_weights, layer)
+        if native is not None:
+            native.add_layer(layer_weights, layer)
         layers.append(layer)
     wide_layers = [layer.for_many_rows() for layer in layers]
 
@@ -76,7 +77,7 @@ def make_decoder(
     for precision in actions:
         if precision not in (Action.INT8, Action.FULL):
             continue  # an INT4 head changes the text (docs/architecture.md), so it is not offered
-        compiled = None if inductor is None else inductor.head(precision, head, final_norm, multiplier)
+        compiled = None if native is None else native.head(precision, head, full, final_norm, multiplier)
         if compiled is not None:
             by_precision[precision] = wide_heads[precision] = compiled
             continue
@@ -105,9 +106,9 @@ def make_decoder(
             for own in loaders
         }
         backends = {**backends, PassKind.DECODE: [backend_over(replayed, devices), narrow]}
-    if inductor is not None:
-        inductor.set_heads(by_precision, eager_head(for_neighbours(full), final_norm, multiplier))
-        backends = {**backends, PassKind.DECODE: [inductor], PassKind.VERIFY: [inductor, narrow]}
+    if native is not None:
+        native.set_heads(by_precision, eager_head(for_neighbours(full), final_norm, multiplier))
+        backends = {**backends, PassKind.DECODE: [native], PassKind.VERIFY: [native, narrow]}
     is_invariant = isinstance(wide_layers[0].key_values[Action.FULL], BatchInvariantLinear)
     return Decoder(
         config,

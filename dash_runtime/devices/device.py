@@ -44,7 +44,7 @@ class Device:
     """A float32 product rounds a lone row differently from several. Up to this many rows, enough for decoding, are
     compensated one by one, so that a row does not depend on its neighbours."""
     compiles_layers = False
-    """True if Inductor's programs are faster than the library's kernels."""
+    """True if native code is faster than the library's kernels."""
     has_packed_products = False
     """True if the library may have bf16 products over weights in a layout of its own."""
     has_int8_rows = False

@@ -7,8 +7,8 @@ from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.learned import LearnedPolicy
 
 
-def deciders_of(sequences: list[Sequence], assignments: list[Assignment], takes_evaluations: bool) -> list[Decider]:
-    """Returns one decider per policy in the batch. The layers' programs evaluate it if they can."""
+def deciders_of(sequences: list[Sequence], assignments: list[Assignment], decides_alone: bool) -> list[Decider]:
+    """Returns one decider per policy in the batch. A single row's pass evaluates it if both can."""
     rows_by_policy: dict[int, list[int]] = {}
     for row, assignment in enumerate(assignments):
         rows_by_policy.setdefault(id(assignment.policy), []).append(row)
@@ -17,7 +17,7 @@ def deciders_of(sequences: list[Sequence], assignments: list[Assignment], takes_
         assignment = assignments[rows[0]]
         tokens = [sequences[row].next_token() for row in rows]
         policy, arguments = assignment.policy, (rows, tokens, assignment.state_costs, len(sequences))
-        if takes_evaluations and isinstance(policy, LearnedPolicy) and policy.layer_programs is not None:
+        if decides_alone and isinstance(policy, LearnedPolicy) and policy.decides_alone:
             deciders.append(FusedDecider(policy, *arguments))
         else:
             deciders.append(Decider(policy, *arguments))

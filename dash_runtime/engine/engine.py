@@ -241,7 +241,7 @@ class Engine:
     def _decode(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
         policies = [sequence.assignment.policy for sequence in sequences]
         assignments = [sequence.decider_assignment(self._catalog.full_depth) for sequence in sequences]
-        deciders = deciders_of(sequences, assignments, self._decoder.takes_evaluations(len(sequences)))
+        deciders = deciders_of(sequences, assignments, self._decoder.decides_alone(len(sequences)))
         batch = self._decoder.batch(
             PassKind.DECODE,
             [sequence.cache for sequence in sequences],
@@ -290,10 +290,9 @@ class Engine:
             started_ns = time.perf_counter_ns()
             token_ids = [sequence.take_back_draft() for sequence in together]
             lengths = [len(ids) for ids in token_ids]
-            if len(together) == 1:
-                token_ids = [together[0].filled_up(token_ids[0], self._decoder.rows_to_verify(lengths[0]))]
             hidden = self._run_full_depth(PassKind.VERIFY, together, token_ids)[: sum(lengths)]
-            all_logits = self._decoder.logits(hidden, (Action.FULL,) * len(hidden)).split(lengths)
+            kind = PassKind.DECODE if shares_products else PassKind.VERIFY
+            all_logits = self._decoder.logits(hidden, (Action.FULL,) * len(hidden), kind).split(lengths)
             chosen = [sequence.verify(logits) for sequence, logits in zip(together, all_logits, strict=True)]
             elapsed_ns = time.perf_counter_ns() - started_ns
             for sequence, logits, (ids, accepted, from_text, cost) in zip(together, all_logits, chosen, strict=True):

@@ -133,12 +133,6 @@ class Sequence:
         self.cache.truncate(self._num_settled_positions)
         return [self.output_ids[-1], *self.speculation.token_ids]
 
-    def filled_up(self, token_ids: list[int], count: int) -> list[int]:
-        """Returns the tokens to verify with more behind them, `count` in all, if the cache has room. What the last ones
-        leave there is dropped with rejected tokens."""
-        has_room = self.cache.length + count <= self.cache.reserved_tokens
-        return token_ids + token_ids[-1:] * (count - len(token_ids)) if has_room else token_ids
-
     def verify(self, logits: Tensor) -> tuple[list[int], int, int, float]:
         """Ends the draft by full depth's logits `[verified tokens, vocab_size]`.
 

@@ -6,7 +6,7 @@ Knows the decoder, policies and a lane; knows no slots and no requests.
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TypeVar
 
 from torch import Tensor
@@ -17,7 +17,6 @@ from dash_runtime.devices.step_timer import StepTimer
 from dash_runtime.engine.lanes import Lane, Ticket
 from dash_runtime.engine.planner import Planner
 from dash_runtime.layers.batch import Batch
-from dash_runtime.layers.evaluation import Evaluation
 from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.policy.policy import Actions, Policy, State, Token, decision_blocks
 
@@ -48,7 +47,7 @@ class DecidedBlock:
 
     layers: tuple[int, ...]
     ticket: Ticket | None
-    """None if the program of the layer before decided it."""
+    """None if it was decided within the pass."""
     scores: Tensor | Sequence[bytes] | None
     """`[rows, layers, score actions]`, or float32 by row if it has one layer; None without scores."""
 
@@ -65,18 +64,19 @@ def decode_step(
     """Runs one token of every row through all layers. Each row belongs to one decider."""
     decider = deciders[0] if len(deciders) == 1 else _SeveralDeciders(deciders)
     hidden = decoder.start_pass(token_ids, batch)
-    if len(token_ids) == 1 and planner is None and (run := _run_whole_row(decoder, batch, hidden, deciders[0])):
-        return StepOutput(decoder.logits(run.hidden, decider.heads), [run.plan], StepTimer(run.layer_times))
+    if len(deciders) == 1 and (run := _run_at_once(decoder, batch, hidden, deciders[0], planner)):
+        plans = [run.plan] * len(token_ids)
+        return StepOutput(decoder.logits(run.hidden, decider.heads), plans, StepTimer(run.layer_times))
     actions_by_layer: list[Sequence[Action]] = []
     timer = decoder.step_timer(has_exact_times)
     for layer in range(decoder.num_layers):
         actions = decider.actions(layer, lane)
         if planner is not None:
             actions = planner.agree(actions)
-        # Later layers are decided from this layer's input while it runs, or by its program.
-        evaluations = decider.observe(layer, hidden, actions, lane)
+        # Later layers are decided from this layer's input while it runs.
+        decider.observe(layer, hidden, actions, lane)
         timer.mark(2 * layer)
-        hidden = decoder.run_layer(layer, actions, hidden, batch, evaluations)
+        hidden = decoder.run_layer(layer, actions, hidden, batch)
         timer.mark(2 * layer + 1)
         actions_by_layer.append(actions)
     batch.commit()
@@ -84,9 +84,14 @@ def decode_step(
     return StepOutput(decoder.logits(hidden, decider.heads), plans, timer)
 
 
-def _run_whole_row(decoder: Decoder, batch: Batch, hidden: Tensor, decider: "Decider") -> PassRun | None:
-    """Runs a single row's layers in one call, if its decider has no part in between and the decoder can."""
+def _run_at_once(
+    decoder: Decoder, batch: Batch, hidden: Tensor, decider: "Decider", planner: Planner | None
+) -> PassRun | None:
+    """Runs all layers in one call, if the rows' only decider has no part in between and the decoder can."""
     plan = decider.pass_plan
+    if plan is not None and planner is not None:
+        agreed = {layer: planner.agree((own,) * batch.num_rows) for layer, own in plan.pinned.items()}
+        plan = PassPlan({layer: actions[0] for layer, actions in agreed.items()})
     run = None if plan is None else decoder.run_pass(plan, hidden, batch)
     if run is not None:
         decider.take(run)
@@ -112,16 +117,20 @@ class Decider:
         self._layer_costs = costs.layer
         self._num_layers = costs.num_layers
         self._has_all_rows = len(self.rows) == num_rows
-        self._pinned = {layer: (action,) * len(self.rows) for layer, action in policy.pinned.items()}
-        self._is_blind = len(self._pinned) == self._num_layers
+        self._is_blind = len(policy.pinned) == self._num_layers
         self._cost_spent = [0.0] * len(self.rows)
-        self._asks_for = _blocks_by_observed_layer(
-            self._num_layers, frozenset(self._pinned), policy.block_size, policy.lookahead
-        )
         self._tickets: dict[int, tuple[tuple[int, ...], Ticket]] = {}
         self._blocks: list[DecidedBlock] = []
         self._decided: dict[int, Actions] = {}
-        self._nothing = (None,) * len(self.rows)
+
+    @cached_property
+    def _asks_for(self) -> Mapping[int, tuple[int, ...]]:
+        own = self.policy
+        return _blocks_by_observed_layer(self._num_layers, frozenset(own.pinned), own.block_size, own.lookahead)
+
+    @cached_property
+    def _pinned(self) -> Mapping[int, Actions]:
+        return {layer: (action,) * len(self.rows) for layer, action in self.policy.pinned.items()}
 
     @property
     def num_evaluations(self) -> int:
@@ -130,7 +139,7 @@ class Decider:
 
     @property
     def pass_plan(self) -> PassPlan | None:
-        """The plan of a single row whose layers need not ask this decider in between; None if they do."""
+        """The plan of rows whose layers need not ask this decider in between; None if they do."""
         return PassPlan(self.policy.pinned) if self._is_blind else None
 
     def take(self, run: PassRun) -> None:
@@ -150,26 +159,24 @@ class Decider:
             self._blocks.append(DecidedBlock(block, ticket, decision.scores))
         return self._pinned[layer] if layer in self._pinned else self._decided.pop(layer)
 
-    def observe(self, layer: int, hidden: Tensor, actions: Sequence[Action], lane: Lane) -> Sequence[Evaluation | None]:
+    def observe(self, layer: int, hidden: Tensor, actions: Sequence[Action], lane: Lane) -> None:
         """Shows the policy the layer's input and actions, and asks it for the decision block that begins `lookahead`
         layers later, if one does.
 
-        `hidden` is `[batch rows, hidden_size]`; `actions` has one action per row of the batch. Returns the evaluation
-        that the layer's program has to take along for each row, if any.
+        `hidden` is `[batch rows, hidden_size]`; `actions` has one action per row of the batch.
         """
         if self._is_blind:
-            return self._nothing
+            return
         taken = tuple(actions) if self._has_all_rows else tuple([actions[row] for row in self.rows])
         self._cost_spent = [
             spent + self._layer_costs[action] for spent, action in zip(self._cost_spent, taken, strict=True)
         ]
         block = self._asks_for.get(layer)
         if block is None:
-            return self._nothing
+            return
         own = hidden if self._has_all_rows else hidden[self.rows]
         state = State(self._tokens, own, layer, taken, self._cost_spent)
         self._tickets[block[0]] = (block, lane.submit(self.policy, block[0], state))
-        return self._nothing
 
     @property
     def blocks(self) -> Sequence[DecidedBlock]:
@@ -198,8 +205,9 @@ class _SeveralDeciders:
     def actions(self, layer: int, lane: Lane) -> Sequence[Action]:
         return self._by_row([decider.actions(layer, lane) for decider in self._deciders])
 
-    def observe(self, layer: int, hidden: Tensor, actions: Sequence[Action], lane: Lane) -> Sequence[Evaluation | None]:
-        return self._by_row([decider.observe(layer, hidden, actions, lane) for decider in self._deciders])
+    def observe(self, layer: int, hidden: Tensor, actions: Sequence[Action], lane: Lane) -> None:
+        for decider in self._deciders:
+            decider.observe(layer, hidden, actions, lane)
 
     def _by_row(self, by_decider: Sequence[Sequence[_T]]) -> list[_T]:
         """Returns one entry per row of the batch."""

@@ -37,7 +37,7 @@ class _Pass:
     @property
     def way(self) -> tuple[bool, bool]:
         """Passes that decided in the same way have the same: in mode EXACT, full depth decodes too, without decision
-        blocks; and a sequence may decode alone, where programs decide, and then in a batch."""
+        blocks; and a sequence may decode alone, where its pass decides, and then in a batch."""
         return bool(self.blocks), bool(self.blocks) and self.blocks[0].ticket is None
 
 

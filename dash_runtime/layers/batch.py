@@ -17,7 +17,7 @@ from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.layers.rotary import RotaryTable
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.programs.kv_blocks import attended_blocks
+from dash_runtime.rows.model_rows import RowsOfPass, RowSpan
 
 _T = TypeVar("_T")
 
@@ -90,10 +90,8 @@ class Batch:
         self.kv_actions = self._by_row(kv_actions)
         self._shares_compensation = all(own is self.compensations[0] for own in self.compensations)
         self._tables: dict[RotaryTable, tuple[Tensor, Tensor]] = {}
-        self._row_inputs: dict[int, Sequence[Sequence[Tensor]]] = {}
         self._masks: dict[tuple[int, int | None, torch.device], Tensor] = {}
-        self._seen: dict[int, tuple[Sequence[Tensor], Sequence[Tensor]]] = {}
-        self._blocks: dict[tuple[tuple[int, ...], int | None], tuple[Tensor, ...]] = {}
+        self._rows_of: dict[tuple[int, ...] | None, RowsOfPass] = {}
 
     def _by_row(self, by_span: Sequence[_T]) -> list[_T]:
         return [own for own, span in zip(by_span, self.spans, strict=True) for _ in range(span.num_rows)]
@@ -113,56 +111,25 @@ class Batch:
             self._tables[table] = table.at(rows)
         return self._tables[table]
 
-    def row_inputs(self, row: int) -> Sequence[Sequence[Tensor]]:
-        """Returns what a layer's program needs of a row beside its input, by layer. Only for one row per sequence.
-
-        It is the keys and values that the row attends to (`seen`), cosines and sines `[1, 1, head_dim]`. All layers'
-        are made at once, which takes a fraction of making each.
-        """
-        made = self._row_inputs.get(row)
-        if made is None:
-            tables: dict[RotaryTable, Sequence[Tensor]] = {}
-            for layer, table in enumerate(self.rotary):
-                if table not in tables:
-                    tables[table] = [own[row : row + 1] for own in self.tables(layer)]
-            layers = zip(*self._seen_until(row), self.rotary, self.sliding_window, strict=True)
-            made = self._row_inputs[row] = [
-                [keys, values, *tables[table]] if window is None else [keys[-window:], values[-window:], *tables[table]]
-                for keys, values, table, window in layers
-            ]
-        return made
-
-    def seen(self, layer: int, row: int) -> tuple[Tensor, Tensor]:
-        """Returns the keys and values `[positions, num_kv_heads, head_dim]` that a row attends to, its own last.
-
-        Only for passes of one sequence, or of one row per sequence.
-        """
-        window = self.sliding_window[layer]
-        keys, values = self._seen_until(row)
-        if window is None:
-            return keys[layer], values[layer]
-        return keys[layer][-window:], values[layer][-window:]
-
-    def _seen_until(self, row: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        if row not in self._seen:  # slicing all layers at once takes a tenth of slicing each
-            span = self.spans[0 if len(self.spans) == 1 else row]
-            self._seen[row] = span.cache.until(span.start + row - span.first_row + 1)
-        return self._seen[row]
-
-    def seen_blocks(self, layer: int, rows: Sequence[int]) -> list[Tensor]:
-        """Returns the inputs of the attention program for several sequences' rows. Only for one row per sequence.
-
-        They are the layer's keys and values in the sequences' pool (`kv_cache.CachePool`), the blocks that the rows
-        attend to (`kv_blocks.AttendedBlocks`), cosines and sines.
-        """
-        window = self.sliding_window[layer]
-        key = (tuple(rows), window)
-        if key not in self._blocks:
-            spans = [self.spans[row] for row in rows]
-            starts, positions = [span.cache.start for span in spans], [span.start for span in spans]
-            self._blocks[key] = attended_blocks(starts, positions, window)
-        pool = self.spans[rows[0]].cache.pool
-        return [pool.key_blocks[layer], pool.value_blocks[layer], *self._blocks[key], *self._tables_of(layer, rows)]
+    def rows_of(self, rows: Sequence[int] | None) -> RowsOfPass:
+        """Returns all rows, or some rows of a pass with one per sequence, for native code."""
+        key = None if rows is None else tuple(rows)
+        if key not in self._rows_of:
+            spans = self.spans if rows is None else [self.spans[row] for row in rows]
+            each, first_row = [], 0
+            for span in spans:
+                each.append(RowSpan(span.cache.address, span.end, first_row, span.num_rows))
+                first_row += span.num_rows
+            tables = list(dict.fromkeys(self.rotary))
+            if len(spans) == 1:  # its rows follow each other in the tables
+                rotary = [table.addresses(_first_row(table, spans[0])) for table in tables]
+                self._rows_of[key] = RowsOfPass.of(each, spans[0].cache.pool.strides, rotary)
+            else:
+                layers = [self.rotary.index(table) for table in tables]
+                own = [self.tables(layer) if rows is None else self._tables_of(layer, rows) for layer in layers]
+                rotary = [(cosines.data_ptr(), sines.data_ptr()) for cosines, sines in own]
+                self._rows_of[key] = RowsOfPass.of(each, spans[0].cache.pool.strides, rotary, own)
+        return self._rows_of[key]
 
     def _tables_of(self, layer: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         if len(rows) == self.num_rows:
@@ -170,25 +137,12 @@ class Batch:
         table = self.rotary[layer]
         return table.at(torch.tensor([_first_row(table, self.spans[row]) for row in rows]))
 
-    def skipped_inputs(self, layer: int, rows: Sequence[int]) -> list[Tensor]:
-        """Returns the inputs of the program for several rows that skip. Only for one row per sequence.
-
-        They are the layer's keys and values in the sequences' pool, the rows' tokens there, cosines and sines.
-        """
-        slots = torch.tensor([self.spans[row].cache.start + self.spans[row].start for row in rows])
-        pool = self.spans[rows[0]].cache.pool
-        return [pool.key_blocks[layer], pool.value_blocks[layer], slots, *self._tables_of(layer, rows)]
-
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Stores all rows' keys and values, each `[rows, num_kv_heads, head_dim]`."""
         for span in self.spans:
             rows, positions = slice(span.first_row, span.first_row + span.num_rows), slice(span.start, span.end)
             span.cache.keys[layer][positions].copy_(keys[rows])
             span.cache.values[layer][positions].copy_(values[rows])
-
-    def sees_everything(self, layer: int) -> bool:
-        """Returns True if the layer attends to all positions before a row."""
-        return self.sliding_window[layer] is None
 
     def commit(self) -> None:
         """Counts the rows as cached. To be called once every layer has run."""

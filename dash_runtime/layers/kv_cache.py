@@ -15,7 +15,9 @@ from torch import Tensor
 
 from dash_runtime.devices import device_of, stretches_of
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.programs.kv_blocks import BLOCK_TOKENS
+
+BLOCK_TOKENS = 16
+"""Sequences begin at multiples of this many tokens."""
 
 
 class SequenceCache:
@@ -35,11 +37,19 @@ class SequenceCache:
         self.start = start
         self.memories = [memory[:, :, start : start + self.capacity] for memory in self.pool.memories]
         """One per device, `[its layers, 2, capacity, num_kv_heads, head_dim]`: keys and values."""
+        self._address: int | None = None
         # Views made once: indexing a five-dimensional tensor for every layer and token would cost more
         # than the attention of a short sequence.
         layers = _unbound(self.memories)
         self.keys: Sequence[Tensor] = layers[::2]
         self.values: Sequence[Tensor] = layers[1::2]
+
+    @property
+    def address(self) -> int:
+        """Where the first device's memory begins."""
+        if self._address is None:  # kept, since native code asks for it for every token
+            self._address = self.memories[0].data_ptr()
+        return self._address
 
     @property
     def memory(self) -> Tensor:
@@ -112,6 +122,9 @@ class CachePool:
         shape = (2, num_tokens, config.num_kv_heads, config.head_dim)
         self.memories = [device_of(own.device).zeros((len(own.layers), *shape), dtype) for own in stretches_of(devices)]
         """One per device, `[its layers, 2, tokens, num_kv_heads, head_dim]`: keys and values."""
+        layers, values, tokens, *_ = (own * self.memories[0].element_size() for own in self.memories[0].stride())
+        self.strides = layers, values, tokens
+        """Bytes of the first device's memory from layer to layer, from keys to values, and from token to token."""
         blocks = _unbound([memory.unflatten(2, (-1, BLOCK_TOKENS)) for memory in self.memories])
         self.key_blocks: Sequence[Tensor] = blocks[::2]
         """Per layer, `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]`."""

@@ -1,7 +1,7 @@
 """A layer's arithmetic, stated once over its family's `BlockConfig`.
 
-Eager layers, shared products and passes with a gradient all run it. `programs/traced_layer.py` states it once more for
-Inductor; a test holds the two together. Knows tensors; knows no caches, no actions and no kernels.
+Eager layers, shared products and passes with a gradient all run it. `rows/layer.h` states it once more in C++; a test
+holds the two together. Knows tensors; knows no caches, no actions and no kernels.
 """
 
 from collections.abc import Callable

@@ -7,25 +7,26 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.layers.evaluation import Evaluation
+from dash_runtime.rows.policy_rows import PolicyRows
 
 
 @dataclass(frozen=True, slots=True)
 class PassPlan:
-    """The pinned layers; and for a single row the evaluation that decides the others, None if there are none."""
+    """The pinned layers; and for a single row the policy that decides the others, None if there are none."""
 
     pinned: Mapping[int, Action]
-    evaluation: Evaluation | None = None
+    policy: PolicyRows | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PassRun:
-    """The last layer's output `[rows, hidden_size]`, which holds until the next run, and what ran.
+    """The last layer's output `[rows, hidden_size]`, and what ran.
 
-    `scores` has each layer's, of the layers that were decided. `layer_times` are those of `engine.step.StepOutput`.
+    `scores` has those of the layers that were decided, float32 `[num_layers, actions]`; it is empty without a policy.
+    `layer_times` are those of `engine.step.StepOutput`.
     """
 
     hidden: Tensor
     plan: bytes
-    scores: Mapping[int, bytes]
+    scores: bytes
     layer_times: array

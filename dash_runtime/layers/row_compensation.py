@@ -1,4 +1,4 @@
-"""Packs compensation for the program that skips a layer for one row (`programs/traced_skip.py`).
+"""Packs compensation for native code (`rows/model_rows.py`).
 
 Knows compensations; knows no rows and no policies.
 """
@@ -14,7 +14,7 @@ from dash_runtime.layers.compensation import Affine, Compensation, Identity, Pac
 
 @dataclass(frozen=True, slots=True)
 class RowCompensation:
-    """A compensation as inputs of programs.
+    """A compensation as native code reads it.
 
     `rank` is that of a low-rank map; 0 stands for a factor and an offset per channel. `layers` has each layer's inputs.
     """
@@ -23,20 +23,13 @@ class RowCompensation:
     layers: Sequence[Sequence[Tensor]]
 
 
-def program_rank(compensation: Compensation) -> int:
-    """Returns the rank of the program for this compensation; 0 for any but low-rank maps in INT8."""
-    if not isinstance(compensation, PackedLowRank):
-        return 0
-    return compensation.down.shape[1]
-
-
-def has_program(compensation: Compensation) -> bool:
-    """Returns True if a program can compensate so."""
+def runs_natively(compensation: Compensation) -> bool:
+    """Returns True if native code can compensate so."""
     return isinstance(compensation, Identity | Scale | Affine | PackedLowRank)
 
 
 def pack_for_rows(compensation: Compensation, num_layers: int, hidden_size: int) -> RowCompensation | None:
-    """Returns the packed form, or None if there is no program for this kind."""
+    """Returns the packed form, or None if native code has none of this kind."""
     if isinstance(compensation, PackedLowRank):
         return _pack_low_rank(compensation)
     if isinstance(compensation, Identity):
@@ -54,4 +47,4 @@ def pack_for_rows(compensation: Compensation, num_layers: int, hidden_size: int)
 def _pack_low_rank(compensation: PackedLowRank) -> RowCompensation:
     matrices = torch.stack((compensation.down, compensation.up.transpose(-1, -2)), dim=1)
     vectors = torch.cat((compensation.down_scales, compensation.up_scales, compensation.offsets), dim=1)
-    return RowCompensation(program_rank(compensation), list(zip(matrices, vectors, strict=True)))
+    return RowCompensation(compensation.down.shape[1], list(zip(matrices, vectors, strict=True)))

@@ -211,8 +211,9 @@ def packed_words(linear: Linear) -> Tensor | None:
 
 
 def most_rows_apart() -> int:
-    """Returns the most rows for which a product each (`row_kernels.py`) is faster than one for all of them."""
-    return 1 if _has_packed_linear() else 8
+    """Returns the most rows in FULL for which native code (`rows/products.h`) is faster than the library's product."""
+    # Matrix tiles multiply many rows in the time of one.
+    return 16 if _has_packed_linear() and not torch.cpu._is_amx_tile_supported() else 8
 
 
 @lru_cache

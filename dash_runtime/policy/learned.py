@@ -3,8 +3,8 @@
 Knows states and scores; knows no files (policy_file.py) and no training.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -14,14 +14,13 @@ from dash_runtime.actions import Action, CostTable
 from dash_runtime.devices import device_of
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.budgets import BudgetCalibration, Budgets
-from dash_runtime.policy.facts import Facts
+from dash_runtime.policy.facts import Facts, RowFacts, shared_floats
 from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.network import NUM_SCALAR_FACTS, PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
-from dash_runtime.policy.policy import Actions, Decision, Pending, State
-from dash_runtime.policy.row_evaluation import NetworkInputs, RowEvaluation
-from dash_runtime.programs.program_cache import Program
-from dash_runtime.programs.traced_policy import PolicyShape
+from dash_runtime.policy.policy import Actions, Decision, Pending, State, Token
+from dash_runtime.rows.library import RowsLibrary
+from dash_runtime.rows.policy_rows import NetworkTensors, PolicyRows, fits
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,10 @@ class LearnedPolicy:
     """Fixed plans that were searched and measured on the text of the calibration, with the same compensation."""
     is_drafter: bool = False
     """True if it was trained to have its drafts accepted (mode EXACT) instead of to stay close to full depth."""
-    program: Callable[[list[Tensor]], list[Tensor]] | None = None
-    """`FewRowsPolicy`, compiled for `shape`; None to evaluate eagerly."""
-    layer_programs: Mapping[Action, Program] | None = None
-    """The programs of layers that evaluate this policy as well (`row_evaluation.py`), by action; None if there are
-    none."""
+    library: RowsLibrary | None = None
+    """The native code that evaluates it; None to evaluate eagerly."""
+    decides_alone: bool = False
+    """True if a single row's pass may evaluate it, layer after layer: then nothing else has a part in it."""
 
     @property
     def score_actions(self) -> Actions:
@@ -85,15 +83,6 @@ class LearnedPolicy:
         budgets = self.budgets(costs)
         return budgets.best_for_drafting if self.is_drafter else budgets.recommended
 
-    @property
-    def shape(self) -> PolicyShape:
-        """The shapes that a program for it depends on."""
-        network = self.network
-        _, block_size, num_actions, inner_width = network.output_weight.shape
-        num_facts = network.num_known + NUM_SCALAR_FACTS
-        width = network.hidden_weight.shape[0]
-        return PolicyShape(network.hidden_size, width, inner_width, block_size, num_actions, num_facts)
-
     @cached_property
     def _blocks(self) -> dict[int, tuple[int, int]]:
         """By first layer, the number of the block that begins there and the number of its layers."""
@@ -106,31 +95,38 @@ class LearnedPolicy:
 
     @cached_property
     def _facts(self) -> Facts:
-        return Facts(self.network.num_known, [self.spec.costs.layer[action] for action in self.spec.actions])
+        return Facts(self.network.num_known, self._action_costs)
+
+    @property
+    def _action_costs(self) -> list[float]:
+        return [self.spec.costs.layer[action] for action in self.spec.actions]
 
     @cached_property
-    def _weights(self) -> list[list[Tensor]]:
-        """By block, the program's arguments after the state and its facts."""
+    def _row_facts(self) -> tuple[RowFacts, Tensor]:
+        """A single row's facts, and their memory as a tensor."""
+        numbers, tensor = shared_floats(self.num_facts)
+        return RowFacts(numbers, self.network.num_known, self._action_costs), tensor
+
+    @cached_property
+    def _rows(self) -> PolicyRows | None:
+        """The network for the native code; None if it is evaluated eagerly."""
         network = self.network
-        outputs = (network.output_weight.flatten(1, 2), network.output_bias.flatten(1, 2))
-        blocks = zip(network.hidden_bias, network.fact_weight, network.inner_bias, *outputs, strict=True)
-        return [[network.hidden_weight, bias, facts, network.inner_weight, *others] for bias, facts, *others in blocks]
+        tensors = {field.name: getattr(network, field.name) for field in fields(network)}
+        sizes = network.num_known, self.spec.num_layers, self.spec.decision_blocks, self.spec.actions
+        own = NetworkTensors(tensors, *sizes)
+        return None if self.library is None or not fits(own) else PolicyRows(self.library, own, self._row_facts[1])
 
-    @cached_property
-    def _row_evaluations(self) -> list[RowEvaluation]:
-        return []
+    @property
+    def is_native(self) -> bool:
+        """True if native code evaluates it: there is some, and it has room for the network."""
+        return self._rows is not None
 
-    @cached_property
-    def _network_inputs(self) -> NetworkInputs:
-        return NetworkInputs(self.network, self.spec)
-
-    def row_evaluations(self, num_rows: int) -> Sequence[RowEvaluation]:
-        """Returns an evaluation for each of so many rows; the same ones every time."""
-        assert self.layer_programs is not None
-        made = self._row_evaluations
-        while len(made) < num_rows:
-            made.append(RowEvaluation(self._network_inputs, self.spec, self.layer_programs))
-        return made[:num_rows]
+    def begin_row(self, token: Token, costs: CostTable) -> PolicyRows:
+        """Begins a token of a single row; returns what decides in its pass. The table is for the cost already spent."""
+        assert self._rows is not None
+        self._row_facts[0].begin(token)
+        self._rows.set_costs(costs.layer)
+        return self._rows
 
     @cached_property
     def _networks(self) -> dict[torch.device, PolicyNetwork]:
@@ -176,12 +172,13 @@ class LearnedPolicy:
         return Decision(tuple([tuple([actions[index] for index in own]) for own in by_layer]), scores)
 
     def start(self, layer: int, state: State) -> Pending:
-        if self.program is None:
+        rows = self._rows if state.hidden.dtype is torch.bfloat16 else None
+        if rows is None:
             device = device_of(state.hidden.device)
             results = device.download(self.evaluate(layer, state.hidden, device.upload(self.facts_of(state))))
             return lambda: self.decision(layer, results)
-        block, num_layers = self._blocks[layer]
-        best, scores = self.program([state.hidden, self._facts.in_place(state), *self._weights[block]])
+        _, num_layers = self._blocks[layer]
+        best, scores = rows.choose(layer, state.hidden, self._facts.in_place(state))
         return lambda: self._decision(best[:, :num_layers], scores[:, :num_layers])
 
     def without(self, unsupported: set[Action]) -> "LearnedPolicy":

@@ -4,14 +4,14 @@ It predicts what each action costs in divergence. The best action has the least 
 network serves every budget. Knows tensors only.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dash_runtime.programs.traced_policy import MAX_LOG_DAMAGE
-
+MAX_LOG_DAMAGE = 6.0
+"""Limit of a predicted log damage. No token loses e^6 nats."""
 NUM_SCALAR_FACTS = 3
 """Cost spent, log λ, (log λ)²."""
 
@@ -67,6 +67,11 @@ class PolicyNetwork:
     def num_known(self) -> int:
         """Actions that may have been the last one."""
         return self.fact_weight.shape[1] - NUM_SCALAR_FACTS
+
+    def rounded(self) -> "PolicyNetwork":
+        """Returns the network with bf16 numbers in the weights of the state, which take the most memory: native code
+        reads them as such, layer after layer."""
+        return replace(self, hidden_weight=self.hidden_weight.to(torch.bfloat16).float())
 
     def to(self, device: torch.device) -> "PolicyNetwork":
         """Returns the same network on another device."""

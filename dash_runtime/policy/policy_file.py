@@ -91,7 +91,7 @@ def load_policy(
         facts = PolicyMetadata.parse(metadata[_KEY], known)
         facts.check_for(config, fingerprint)
         network = _checked_network(tensors, facts, config)
-        network = _for_known(known, network, facts)
+        network = _for_known(known, network, facts).rounded()
         prefix = "compensation."
         compensation = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         unknown = tensors.keys() - {f"network.{name}" for name in PolicyNetwork.__slots__}

@@ -22,8 +22,7 @@ from dash_runtime.config import (
     Start,
     StoppingParameters,
 )
-from dash_runtime.decoder.backends.inductor import InductorBackend
-from dash_runtime.decoder.backends.needed_programs import program_specs, why_eager
+from dash_runtime.decoder.backends.native import NativeBackend, why_eager
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import describe_devices, device_of, find_devices
@@ -34,6 +33,7 @@ from dash_runtime.engine.lanes import make_lane
 from dash_runtime.engine.planner import GroupPlanner, HighestAction, Planner
 from dash_runtime.engine.step_times import CostWatch
 from dash_runtime.errors import ConfigError
+from dash_runtime.layers.row_compensation import runs_natively
 from dash_runtime.layers.split_compensation import compensation_over
 from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.model_config import ModelConfig
@@ -43,10 +43,8 @@ from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import find_policies, load_policy
-from dash_runtime.programs.program_cache import ProgramSpec, load_programs, programs_digest, will_compile
-from dash_runtime.programs.row_loop import load_row_loop
-from dash_runtime.programs.traced_layer import ModelShape
 from dash_runtime.progress import Progress
+from dash_runtime.rows.library import RowsLibrary, code_digest, load_rows, will_compile
 from dash_runtime.startup.calibration import DeviceCalibration
 from dash_runtime.startup.cost_keeper import CostKeeper
 from dash_runtime.startup.faster_kernels import faster_actions, product_seconds
@@ -54,9 +52,7 @@ from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.startup.memory_plan import free_rooms, model_bytes, place_on
 from dash_runtime.startup.model_facts import model_facts
 from dash_runtime.startup.one_thread import one_thread
-from dash_runtime.startup.policy_programs import PolicyPrograms
 from dash_runtime.startup.process_memory import settle_memory
-from dash_runtime.startup.row_parity import unequal_counts
 from dash_runtime.startup.stand_in import GuessedCalibration, guessed_costs, has_room_for_two
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -131,29 +127,29 @@ def build_engine(
     learned = [replace(own, compensation=compensation_over(own.compensation, layer_devices)) for own in learned]
     progress(f"packing kernels for {', '.join(action.name for action in actions)} on {described}")
     num_threads = torch.get_num_threads()
-    policy_programs = [PolicyPrograms(model, policy, num_threads, config.lane) for policy in learned]
-    programs_folder, specs = cache_folder / "programs", None
-    if options.compile_layers and len(devices) == 1:
-        policy_specs = [spec for own in policy_programs for spec in own.specs]
-        specs = _needed_programs(model, context_length, policy_specs, actions, dtype, device, progress)
+    code_folder = cache_folder / "native"
+    is_compiled = (
+        options.compile_layers
+        and len(devices) == 1
+        and _can_be_compiled(model, context_length, dtype, device, progress)
+    )
     has_graphs = options.use_graphs and device_of(device).has_graphs
     is_stand_in = (
         options.start is Start.EARLY
-        and specs is not None
-        and will_compile(specs, programs_folder)
+        and is_compiled
+        and will_compile(code_folder)
         and has_room_for_two(needs, rooms[0], num_threads)
     )
-    programs = None
+    library: RowsLibrary | None = None
     if is_stand_in:
         progress("layers run uncompiled until their programs are compiled")
         torch.set_num_threads(max(1, num_threads // 2))  # the compilers need some
-    elif specs is not None:
-        programs = load_programs(specs, programs_folder, progress, yields=options.start is Start.BESIDE_STAND_IN)
-    inductor = None
-    if programs is not None:
-        row_loop = load_row_loop(programs_folder, progress)
-        inductor = InductorBackend(model, programs, config.group_planner, row_loop)
-        learned = [own.attached(programs) for own in policy_programs]
+    elif is_compiled:
+        library = load_rows(code_folder, progress)
+    native = None
+    if library is not None:
+        native = NativeBackend(model, library, actions, num_threads, shares_products=config.group_planner)
+        learned = [with_native_code(own, library, config.lane) for own in learned]
     decoder = make_decoder(
         model,
         weights,
@@ -161,15 +157,13 @@ def build_engine(
         dtype=dtype,
         device=layer_devices,
         context_length=context_length,
-        inductor=inductor,
+        native=native,
         has_int8_head=has_int8_head,
         has_graphs=has_graphs,
     )
     if not is_stand_in:
         settle_memory()  # before anything is measured
-    if inductor is not None:
-        inductor.drop_verified_rows(unequal_counts(decoder, inductor.verified_rows))
-    kind = "eager" if inductor is None else f"compiled {programs_digest()}, verified rows {inductor.verified_rows}"
+    kind = "eager" if native is None else f"compiled {code_digest()}"
     calibration = (GuessedCalibration if is_stand_in else DeviceCalibration)(
         cache_folder / "calibration",
         (fingerprint, options.precision),
@@ -190,7 +184,7 @@ def build_engine(
     if not any(policy.plans for policy in learned if not policy.is_drafter):
 
         def eager_decoder() -> Decoder:
-            if inductor is None:
+            if native is None:
                 return decoder
             return make_decoder(
                 model, weights, actions, dtype=dtype, device=layer_devices, context_length=context_length
@@ -231,7 +225,7 @@ def build_engine(
     if has_graphs:
         progress("capturing graphs")
         engine.prepare_graphs(catalog.assign(SkipOptions(Mode.ADAPTIVE)).policy)
-    engine.facts = replace(engine.facts, is_compiled=inductor is not None, is_stand_in=is_stand_in)
+    engine.facts = replace(engine.facts, is_compiled=native is not None, is_stand_in=is_stand_in)
     _warm_up(engine)
     return engine
 
@@ -274,29 +268,28 @@ def _common_actions(devices: Sequence[torch.device], dtype: torch.dtype, model: 
 
 def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:
     """Returns `(out_features, in_features)` of the matrices that a quantised action needs kernels for."""
-    mlp_sizes = {model.mlp_size(layer) for layer in range(model.num_layers)}
-    shapes = [replace(ModelShape.of(model), intermediate_size=size) for size in mlp_sizes]
-    return {matrix for own in shapes for matrix in (*own.matrices(), (own.key_value_size, own.hidden_size))}
+    matrices = {matrix for layer in range(model.num_layers) for matrix in model.matrices(layer)}
+    return matrices | {(model.key_value_size, model.hidden_size)}
 
 
-def _needed_programs(
-    model: ModelConfig,
-    context_length: int,
-    policy_specs: Sequence[ProgramSpec],
-    actions: tuple[Action, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Progress,
-) -> Sequence[ProgramSpec] | None:
-    """Returns the programs that this model and its policies need; None if everything runs eagerly."""
+def _can_be_compiled(
+    model: ModelConfig, context_length: int, dtype: torch.dtype, device: torch.device, progress: Progress
+) -> bool:
+    """Returns True if native code can decode this model there."""
     if not device_of(device).compiles_layers or dtype is not torch.bfloat16:
-        return None
+        return False
     reason = why_eager(model, context_length)
     if reason is not None:
-        progress(f"layers run uncompiled: programs have no {reason}")
-        return None
-    specs = [*program_specs(model, actions, torch.get_num_threads()), *policy_specs]
-    return list(dict.fromkeys(specs))
+        progress(f"layers run uncompiled: native code has no {reason}")
+    return reason is None
+
+
+def with_native_code(policy: LearnedPolicy, library: RowsLibrary, lane: LaneKind | None) -> LearnedPolicy:
+    """Returns the policy with what evaluates it: layers do where no other lane was asked for."""
+    own = replace(policy, library=library)
+    decides_next = own.is_native and own.block_size == 1 and own.lookahead == 1
+    decides_alone = decides_next and lane in (None, LaneKind.INLINE) and runs_natively(own.compensation)
+    return replace(own, decides_alone=decides_alone)
 
 
 def _warm_up(engine: Engine) -> None:

@@ -33,14 +33,14 @@ def measure_verification(
     model's context cannot hold are left out.
     """
     fitting = [length for length in lengths if length + 1 < decoder.context_length]
-    (cache,) = filled_caches(decoder, num_more=max(decoder.rows_to_verify(length + 1) for length in (0, *fitting)))
+    (cache,) = filled_caches(decoder, num_more=1 + max((0, *fitting)))
     seconds: dict[int, list[float]] = {length: [] for length in (0, *fitting)}
 
     def run_pass(length: int) -> None:
-        count = decoder.rows_to_verify(length + 1)
+        count = length + 1
         batch = decoder.batch(PassKind.VERIFY, [cache], [count], [Identity()])
         hidden = decoder.run_layers(Action.FULL, decoder.embed(different_tokens(decoder, count)), batch)
-        decoder.logits(hidden[: length + 1], (Action.FULL,) * (length + 1)).argmax(-1).tolist()
+        decoder.logits(hidden, (Action.FULL,) * count, PassKind.VERIFY).argmax(-1).tolist()
 
     for round_number in rounds_within(SECONDS, rounds, now):
         for length, own in seconds.items():

@@ -16,7 +16,6 @@ from dash_runtime.linears.quantization import INT4_GROUP_SIZE
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
-from dash_runtime.programs.traced_layer import ModelShape
 from dash_runtime.progress import Progress
 from dash_runtime.startup.placement import CACHE, COMPENSATION, WORK, Bytes, ModelBytes, Room, place_layers
 
@@ -52,7 +51,7 @@ def model_bytes(
     def layer_bytes(layer: int) -> Bytes:
         needs = Bytes({CACHE: cache, COMPENSATION: compensation})
         for action, size in per_weight.items():
-            # Skipped rows have keys and values by a matrix of their own, except as programs and where it is a view.
+            # Skipped rows have keys and values by a matrix of their own, except in native code and where it is a view.
             has_copy = action in quantised and not device.compiles_layers
             needs[action.name] = round(size * (model.num_weights(layer) + has_copy * key_value_weights))
         return needs
@@ -61,7 +60,7 @@ def model_bytes(
     heads = [action for action in (Action.INT8, Action.FULL) if action in per_weight]
     networks = sum(getattr(policy.network, name).nbytes for policy in learned for name in PolicyNetwork.__slots__)
     rotary = 2 * len(set(model.ropes)) * context_length * model.head_dim * dtype.itemsize
-    largest = max(outputs * inputs for outputs, inputs in ModelShape.of(model).matrices())
+    largest = max(outputs * inputs for outputs, inputs in model.matrices())
     return ModelBytes(
         layers=[layer_bytes(layer) for layer in range(model.num_layers)],
         embedding=Bytes({Action.FULL.name: head_weights * dtype.itemsize}),

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dash_runtime.actions import Action
-from dash_runtime.policy.network import PolicyNetwork
+from dash_runtime.policy.network import MAX_LOG_DAMAGE, PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
-from dash_runtime.programs.traced_policy import MAX_LOG_DAMAGE
 from dash_runtime.training.labels import Labels
 from dash_runtime.training.loss import TrainingDiverged
 

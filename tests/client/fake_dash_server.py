@@ -126,7 +126,7 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
         self.loading: str | None = None
         """The message of GetModel's refusal while the model is loaded; None: it answers."""
         self.num_compiling = 0
-        """Answers of GetModel, from the first, that say that programs are being compiled."""
+        """Answers of GetModel, from the first, that say that code is being compiled."""
         self.cancelled = threading.Event()
         self._health = health.HealthServicer()
         self.set_serving(serving)

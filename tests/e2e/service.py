@@ -37,7 +37,7 @@ def server_environment(folder: Path, model: Path, **variables: str) -> dict[str,
 
 
 UNCOMPILED = {"DASH_NUM_THREADS": "1", "DASH_COMPILE": "false", "DASH_PRECISION": "float32"}
-"""For servers whose answers are compared: without programs, what else is in a step rounds bfloat16 differently, and a
+"""For servers whose answers are compared: compiled, and in bfloat16, what else is in a step may round otherwise, and a
 random model's tokens change with the last bit."""
 
 

@@ -1,60 +1,81 @@
-"""A small model with a policy, and every program that decoding it needs, really compiled."""
+"""A small model with a policy and the native code, compiled; and decoders that run it."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.decoder.backends.needed_programs import program_specs, skip_specs
+from dash_runtime.decoder.backends.native import NativeBackend, why_eager
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.loading import make_decoder
+from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import save_policy
-from dash_runtime.programs.compile_program import sample
-from dash_runtime.programs.program_cache import Program, ProgramSpec, load_programs
-from dash_runtime.startup.policy_programs import PolicyPrograms
+from dash_runtime.rows.library import RowsLibrary
 from tests.runtime.random_policy import random_policy
-from tests.runtime.support import ALL_ACTIONS
+from tests.runtime.support import ALL_ACTIONS, CPU
 from tests.tiny_models import save_tiny_model
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 272}
-"""Small sizes that the programs can stand for."""
+"""Small sizes that the native code can take."""
 NUM_THREADS = 2
 BUDGETS = (0.5, 0.85)
+
+MAX_DIVERGENCE = 0.01
+"""Nats. Rounding to bf16 at other places makes a tenth of this, plans in another order a hundred times as much."""
 
 
 @dataclass(frozen=True)
 class CompiledModel:
-    """The model's folder, its policy's file, and a cache folder that has all programs."""
+    """The model's folder, its policy's file, and a cache folder that has the native code."""
 
     folder: Path
     policy_file: Path
     cache_folder: Path
-    programs: dict[ProgramSpec, Program]
 
 
-class UncompiledProgram(Program):
-    """A program's module, run eagerly."""
-
-    def __init__(self, spec: ProgramSpec) -> None:
-        self._module, inputs, _ = sample(spec)
-        self._structure = pytree.tree_structure(inputs)
-
-    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
-        return pytree.tree_leaves(self._module(*pytree.tree_unflatten(inputs, self._structure)))
-
-
-def compile_model(folder: Path) -> CompiledModel:
-    """Makes the model below `folder`: full and sliding attention and biases in one, as all layers share programs."""
+def save_compiled_model(folder: Path) -> CompiledModel:
+    """Makes the model below `folder`, with full and sliding attention and biases, and an empty cache folder."""
     model = save_tiny_model(folder / "model", "qwen2-sliding-window", **SIZES)
-    config = load_model_config(model)
-    policy = random_policy(model, BUDGETS, block_size=1)
     policy_file = folder / "policy.safetensors"
-    save_policy(policy_file, policy, model_fingerprint(config, open_weights(model)))
-    specs = [*program_specs(config, ALL_ACTIONS, NUM_THREADS), *PolicyPrograms(config, policy, NUM_THREADS, None).specs]
-    specs += skip_specs(config, Action.INT8, 16, NUM_THREADS)
-    said: list[str] = []
-    programs = load_programs(specs, folder / "cache" / "programs", said.append)
-    assert programs is not None, said
-    return CompiledModel(model, policy_file, folder / "cache", programs)
+    fingerprint = model_fingerprint(load_model_config(model), open_weights(model))
+    save_policy(policy_file, random_policy(model, BUDGETS, block_size=1), fingerprint)
+    return CompiledModel(model, policy_file, folder / "cache")
+
+
+def native_decoder(
+    folder: Path,
+    library: RowsLibrary,
+    *,
+    shares_products: bool = False,
+    num_threads: int = NUM_THREADS,
+) -> Decoder:
+    """Returns a decoder that runs the model in `folder` natively."""
+    config = load_model_config(folder)
+    assert why_eager(config, config.context_length) is None
+    return make_decoder(
+        config,
+        open_weights(folder),
+        ALL_ACTIONS,
+        dtype=torch.bfloat16,
+        device=CPU,
+        context_length=config.context_length,
+        native=NativeBackend(config, library, ALL_ACTIONS, num_threads, shares_products=shares_products),
+    )
+
+
+def divergence(expected: Tensor, logits: Tensor) -> float:
+    """Returns the largest of the rows' KL divergences, in nats."""
+    targets, own = expected.log_softmax(-1), logits.log_softmax(-1)
+    return float((targets.exp() * (targets - own)).sum(-1).max())
+
+
+def assert_same_cache(own: SequenceCache, expected: SequenceCache) -> None:
+    """Asserts that keys and values agree within bf16's rounding."""
+    assert own.length == expected.length
+    for mine, theirs in ((own.keys, expected.keys), (own.values, expected.values)):
+        for my_layer, their_layer in zip(mine, theirs, strict=True):
+            written, others = my_layer[: own.length], their_layer[: own.length]
+            torch.testing.assert_close(written, others, rtol=0.05, atol=0.05 * float(others.abs().amax()))

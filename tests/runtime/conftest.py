@@ -3,19 +3,41 @@
 import shutil
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 
+from dash_runtime.rows.library import RowsLibrary, load_rows
 from dash_runtime.startup.measure_costs import measure_costs
-from tests.runtime.compiled_model import CompiledModel, compile_model
+from tests.runtime.compiled_model import CompiledModel, save_compiled_model
 
 
 @pytest.fixture(scope="session")
-def compiled_model(tmp_path_factory: pytest.TempPathFactory) -> CompiledModel:
-    """A small model whose programs are compiled, once for all tests that want them."""
-    if shutil.which("g++") is None:
+def rows_folder(embedded_cache: Path) -> Path:
+    """Where the native code is kept: the user's own cache, so that it is compiled once, not in every run."""
+    return embedded_cache / "native"
+
+
+@pytest.fixture(scope="session")
+def rows_library(rows_folder: Path) -> RowsLibrary:
+    """The native code."""
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("needs a C++ compiler")
-    return compile_model(tmp_path_factory.mktemp("compiled-model"))
+    said: list[str] = []
+    library = load_rows(rows_folder, said.append)
+    assert library is not None, said
+    return library
+
+
+@pytest.fixture(scope="session")
+def compiled_model(
+    tmp_path_factory: pytest.TempPathFactory, rows_folder: Path, rows_library: RowsLibrary
+) -> CompiledModel:
+    """A small model whose native code is compiled, once for all tests that want it."""
+    model = save_compiled_model(tmp_path_factory.mktemp("compiled-model"))
+    model.cache_folder.mkdir()
+    (model.cache_folder / "native").symlink_to(rows_folder)
+    return model
 
 
 @pytest.fixture(scope="module")

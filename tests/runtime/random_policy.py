@@ -32,7 +32,7 @@ def random_policy(
     low, high = budgets
     return LearnedPolicy(
         name=NAME,
-        network=some_network(spec, config.hidden_size, seed=5),
+        network=some_network(spec, config.hidden_size, seed=5).rounded(),  # as one from a file
         spec=spec,
         compensation=some_affine(load_decoder(folder, torch.bfloat16)),
         calibration=some_calibration(spec, (low, 1.0, 0.4), (high, -1.0, 0.1)),

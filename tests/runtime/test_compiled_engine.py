@@ -1,4 +1,4 @@
-"""An engine built over compiled programs: every mode, alone and in a batch, and a policy that is a program too."""
+"""An engine over native code: every mode, alone and in a batch, and a policy that native code evaluates."""
 
 import json
 
@@ -9,13 +9,12 @@ from dash_runtime.actions import Action
 from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, Start, StoppingParameters
 from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.engine.engine import Engine
+from dash_runtime.linears.dense_linear import most_rows_apart
 from dash_runtime.policy.catalog import FRONTIER
 from dash_runtime.startup.build import BuildOptions, build_engine
 from tests.runtime.compiled_model import NUM_THREADS, CompiledModel
 from tests.runtime.random_policy import NAME
 from tests.runtime.support import drain, finished, tokens
-
-pytestmark = pytest.mark.alone
 
 NUM_TOKENS = 24
 MODES = {
@@ -33,11 +32,15 @@ def engine_of(model: CompiledModel, group_planner: bool) -> Engine:
         policy_file=model.policy_file,
         checks_kept_costs=False,  # a table that is replaced between two requests is another price for the second
         least_drafting_gain=0.0,
-        start=Start.EARLY,  # with all programs there, that is a usual start
+        start=Start.EARLY,  # with the native code there, that is a usual start
     )
-    config = EngineConfig(num_slots=8, cache_tokens=2048, group_planner=group_planner)
+    config = EngineConfig(num_slots=24, cache_tokens=4096, group_planner=group_planner)
     said: list[str] = []
-    engine = build_engine(model.folder, model.cache_folder, options, config, said.append)
+    torch_threads = torch.get_num_threads()
+    try:
+        engine = build_engine(model.folder, model.cache_folder, options, config, said.append)
+    finally:
+        torch.set_num_threads(torch_threads)  # or the tests that follow in this process would have more
     assert not any("compil" in sentence for sentence in said), said
     assert engine.facts.is_compiled
     assert not engine.facts.is_stand_in
@@ -84,12 +87,12 @@ def test_every_mode_ends_with_all_its_tokens_and_the_actions_that_it_asked_for(e
             assert speculation.num_drafted > 0
 
 
-def test_the_policy_is_evaluated_by_its_program(engine: Engine) -> None:
+def test_the_policy_is_evaluated_by_native_code_within_a_rows_pass(engine: Engine) -> None:
     facts = [policy.name for policy in engine.facts.policies if policy.learned and policy.name != FRONTIER]
     assert facts == [NAME]
     policy = engine._catalog._learned[NAME]
-    assert policy.program is not None
-    assert set(policy.layer_programs or ()) == set(Action)
+    assert policy.is_native
+    assert policy.decides_alone
 
 
 def test_exact_puts_out_full_depths_own_tokens(engine: Engine) -> None:
@@ -131,7 +134,10 @@ def test_rows_at_full_depth_share_products_with_the_planner(compiled_model: Comp
     """Bits may differ then, but what the model says must not: the logits are those of a row alone but for rounding."""
     engine = engine_of(compiled_model, group_planner=True)
     stopping = StoppingParameters(2, ignore_eos=True)
-    some = [GenerationRequest(f"{row}", list(range(1, 9 + row)), stopping, logprobs=5) for row in range(6)]
+    some = [
+        GenerationRequest(f"{row}", list(range(1, 9 + row)), stopping, logprobs=5)
+        for row in range(most_rows_apart() + 4)
+    ]
     logprobs: list[list[float]] = []
     for batch in ([[own] for own in some], [some]):
         for own in batch:
@@ -140,5 +146,5 @@ def test_rows_at_full_depth_share_products_with_the_planner(compiled_model: Comp
             for events in drain(engine).values():
                 second = [event for event in events if hasattr(event, "logprobs")][1]
                 logprobs.append([second.logprobs.chosen])
-    apart, together = torch.tensor(logprobs[:6]), torch.tensor(logprobs[6:])
+    apart, together = torch.tensor(logprobs[: len(some)]), torch.tensor(logprobs[len(some) :])
     torch.testing.assert_close(together, apart, rtol=0.02, atol=0.02)

@@ -11,7 +11,6 @@ from dash_runtime.decoder.backends.backend import LayerByLayer
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Identity, Scale
-from dash_runtime.layers.evaluation import Evaluation
 from tests.runtime.support import ALL_ACTIONS, full_plan, load_decoder, new_cache, run_rows, some_affine
 
 pytestmark = pytest.mark.alone
@@ -144,14 +143,7 @@ class NamedBackend(LayerByLayer):
     def takes(self, batch: Batch) -> bool:
         return self._takes_all or len(batch.spans) == 1
 
-    def run_layer(
-        self,
-        layer: int,
-        actions: Sequence[Action],
-        hidden: torch.Tensor,
-        batch: Batch,
-        evaluations: Sequence[Evaluation | None] = (),
-    ) -> torch.Tensor:
+    def run_layer(self, layer: int, actions: Sequence[Action], hidden: torch.Tensor, batch: Batch) -> torch.Tensor:
         self._journal.append(self._name)
         return hidden
 

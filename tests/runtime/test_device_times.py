@@ -57,6 +57,6 @@ def test_a_decision_is_exposed_for_the_idle_time_before_its_layer_less_the_usual
     assert round(ticket.exposed_ns / 1000) == 10
 
 
-def test_a_step_whose_programs_decide_keeps_the_hosts_times() -> None:
+def test_a_step_whose_pass_decides_keeps_the_hosts_times() -> None:
     timer = CudaStepTimer(2, CPU, FakeClock([]))
     settle_decisions(timer, [DecidedBlock((1,), None, None)])

@@ -1,7 +1,9 @@
 """Mode EXACT in the engine gives full depth's tokens, whatever drafts them and wherever a draft is cut short."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -19,6 +21,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import EngineEvent, SequenceFinished, SpeculationStatistics, TokenProduced
+from dash_runtime.layers.batch import PassKind
 from dash_runtime.policy.catalog import USUAL_VERIFICATION_COSTS
 from tests.runtime.planned_engine import ACTIONS, make_engine
 from tests.runtime.support import drain, finished, load_decoder, tokens
@@ -221,3 +224,32 @@ def test_a_sampled_run_repeats_and_draws_what_it_may(decoder: Decoder) -> None:
     assert drafts(first).num_accepted > 0
     alone = tokens(run(make_engine(decoder), replace(own, skip=FULL))["a"])
     assert len(alone) == len(tokens(first))
+
+
+class NotingDecoder:
+    """A real decoder that notes the kinds of passes whose logits it is asked for, for several rows at once."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self.kinds: list[PassKind] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
+
+    def logits(
+        self, hidden: torch.Tensor, precisions: Sequence[Action], kind: PassKind = PassKind.DECODE
+    ) -> torch.Tensor:
+        if len(precisions) > 1:
+            self.kinds.append(kind)
+        return self._decoder.logits(hidden, precisions, kind)
+
+
+@pytest.mark.parametrize("group_planner", [True, False])
+def test_drafts_of_one_sequence_are_scored_apart_also_where_neighbours_share_products(
+    decoder: Decoder, group_planner: bool
+) -> None:
+    noting = NotingDecoder(decoder)
+    engine = make_engine(noting, group_planner=group_planner)  # type: ignore[arg-type]
+    events = run(engine, request("exact", max_new_tokens=60))["exact"]
+    assert drafts(events).num_drafted > 0
+    assert set(noting.kinds) == {PassKind.VERIFY}

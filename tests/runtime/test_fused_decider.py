@@ -1,60 +1,57 @@
-"""A policy that the layers' programs evaluate decides what it decides by itself."""
+"""A policy that native code evaluates decides the same within a row's pass, for rows between layers, and eagerly."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
-from dash_runtime.actions import Action
-from dash_runtime.checkpoints import load_model_config
 from dash_runtime.config import LaneKind
-from dash_runtime.decoder.backends.inductor import InductorBackend
-from dash_runtime.decoder.backends.needed_programs import program_specs
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.fused_decider import FusedDecider
 from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.engine.step import Decider, StepOutput, decode_step
 from dash_runtime.layers.batch import PassKind
-from dash_runtime.layers.compensation import PackedLowRank
+from dash_runtime.layers.compensation import Identity, PackedLowRank
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.policy import Token
-from dash_runtime.startup.policy_programs import PolicyPrograms
-from tests.runtime.compiled_model import SIZES, UncompiledProgram, random_policy
-from tests.runtime.support import ALL_ACTIONS, full_plan, run_rows, some_low_rank
-from tests.runtime.test_compiled import decoder_of
+from dash_runtime.rows.library import RowsLibrary
+from dash_runtime.rows.structs import MOST_NUMBERS
+from dash_runtime.startup.build import with_native_code
+from tests.runtime.compiled_model import SIZES, native_decoder
+from tests.runtime.random_policy import random_policy
+from tests.runtime.support import full_plan, run_rows, some_low_rank
 from tests.tiny_models import save_tiny_model
 
 PROMPTS = [[1, 2, 3], [7, 8], [4, 5, 6, 7]]
+PRICES = (0.1, 1.0, 5.0, 40.0, 5.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A decoder whose rows run alone, and a policy with its programs, uncompiled."""
+    """A native decoder, and a policy that native code evaluates."""
 
+    folder: Path
     decoder: Decoder
     policy: LearnedPolicy
+    library: RowsLibrary
 
 
 @pytest.fixture(scope="module", params=["affine", "low rank"])
-def setting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+def setting(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, rows_library: RowsLibrary
+) -> Setting:
     folder = save_tiny_model(tmp_path_factory.mktemp("fused") / "llama", "llama", **SIZES)
-    config = load_model_config(folder)
+    decoder = native_decoder(folder, rows_library)
     policy = random_policy(folder, block_size=1)
-    specs = program_specs(config, ALL_ACTIONS, 1)
-    decoder = decoder_of(folder, config, InductorBackend(config, _uncompiled(specs), shares_products=False))
     if request.param == "low rank":
         low_rank = some_low_rank(decoder, rank=16)
         policy = replace(policy, compensation=PackedLowRank.from_low_rank(low_rank, torch.bfloat16))
-    programs = PolicyPrograms(config, policy, 1, None)
-    own = _uncompiled([*specs, *programs.specs])
-    decoder = decoder_of(folder, config, InductorBackend(config, own, shares_products=False))
-    return Setting(decoder, programs.attached(own))
-
-
-def _uncompiled(specs: Sequence) -> dict:  # type: ignore[type-arg]
-    return {spec: UncompiledProgram(spec) for spec in specs}
+    return Setting(folder, decoder, with_native_code(policy, rows_library, None), rows_library)
 
 
 def prefilled(decoder: Decoder) -> list[SequenceCache]:
@@ -65,9 +62,14 @@ def prefilled(decoder: Decoder) -> list[SequenceCache]:
 
 
 def step(
-    setting: Setting, kind: type[Decider], caches: Sequence[SequenceCache], token_ids: Sequence[int], price: float
+    setting: Setting,
+    kind: type[Decider],
+    caches: Sequence[SequenceCache],
+    token_ids: Sequence[int],
+    price: float,
+    policy: LearnedPolicy | None = None,
 ) -> tuple[StepOutput, Decider]:
-    policy, count = setting.policy, len(caches)
+    policy, count = setting.policy if policy is None else policy, len(caches)
     tokens = [Token(0, cache.length, price) for cache in caches]
     decider = kind(policy, range(count), tokens, policy.costs, count)
     batch = setting.decoder.batch(
@@ -76,52 +78,125 @@ def step(
     return decode_step(setting.decoder, InlineLane(), batch, token_ids, [decider]), decider
 
 
+def scores_of(decider: Decider, row: int) -> list[list[float]]:
+    """Returns a row's scores by decided layer."""
+    assert all(block.scores is not None for block in decider.blocks)
+    scores = [block.scores[row] for block in decider.blocks]  # type: ignore[index]
+    return [memoryview(own).cast("f").tolist() if isinstance(own, bytes) else own.flatten().tolist() for own in scores]
+
+
 @torch.inference_mode()
-def test_fused_and_separate_evaluations_give_the_same_plans_scores_and_logits(setting: Setting) -> None:
-    fused_caches, other_caches = prefilled(setting.decoder), prefilled(setting.decoder)
+def test_a_rows_pass_decides_what_is_decided_for_rows_between_layers(setting: Setting) -> None:
+    """Bit for bit, so that a row's decisions do not depend on its neighbours."""
+    together, alone = prefilled(setting.decoder), prefilled(setting.decoder)
     taken: set[int] = set()
-    for number, price in enumerate((0.1, 1.0, 5.0, 40.0)):
+    for number, price in enumerate(PRICES):
         token_ids = [10 * number + row for row in range(len(PROMPTS))]
-        fused, fused_decider = step(setting, FusedDecider, fused_caches, token_ids, price)
-        other, decider = step(setting, Decider, other_caches, token_ids, price)
-        assert fused.plans == other.plans
-        torch.testing.assert_close(fused.logits, other.logits)
-        assert [block.layers for block in fused_decider.blocks] == [block.layers for block in decider.blocks]
-        for own, expected in zip(fused_decider.blocks, decider.blocks, strict=True):
-            assert own.ticket is None
-            assert own.scores is not None
-            scores = torch.tensor([memoryview(row).cast("f").tolist() for row in own.scores]).unsqueeze(1)
-            torch.testing.assert_close(scores, expected.scores, rtol=1e-4, atol=1e-4)
-        taken |= {action for plan in fused.plans for action in plan}
+        output, decider = step(setting, Decider, together, token_ids, price)
+        for row, cache in enumerate(alone):
+            own, fused = step(setting, FusedDecider, [cache], token_ids[row : row + 1], price)
+            assert own.plans == output.plans[row : row + 1]
+            assert torch.equal(own.logits, output.logits[row : row + 1])
+            assert [block.layers for block in fused.blocks] == [block.layers for block in decider.blocks]
+            assert all(block.ticket is None for block in fused.blocks)
+            assert scores_of(fused, 0) == scores_of(decider, row)
+            assert fused.num_evaluations == decider.num_evaluations > 0
+        taken |= {action for plan in output.plans for action in plan}
     assert len(taken) >= 3
 
 
 @torch.inference_mode()
-def test_a_rows_decisions_do_not_depend_on_its_neighbours(setting: Setting) -> None:
-    together, alone = prefilled(setting.decoder), prefilled(setting.decoder)
-    for number in range(3):
-        token_ids = [20 * number + row for row in range(len(PROMPTS))]
-        output, _ = step(setting, FusedDecider, together, token_ids, 1.0)
-        for row, cache in enumerate(alone):
-            own, _ = step(setting, FusedDecider, [cache], token_ids[row : row + 1], 1.0)
-            assert own.plans == output.plans[row : row + 1]
-            assert torch.equal(own.logits, output.logits[row : row + 1])
+def test_native_code_scores_as_the_network_does(setting: Setting) -> None:
+    native, eager = prefilled(setting.decoder), prefilled(setting.decoder)
+    for number, price in enumerate(PRICES):
+        token_ids = [10 * number + row for row in range(len(PROMPTS))]
+        output, decider = step(setting, Decider, native, token_ids, price)
+        expected, other = step(setting, Decider, eager, token_ids, price, replace(setting.policy, library=None))
+        assert output.plans == expected.plans
+        for row in range(len(PROMPTS)):
+            own, others = (torch.tensor(scores_of(one, row)) for one in (decider, other))
+            torch.testing.assert_close(own, others, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("changes", "lane", "expected"),
-    [
-        ({}, None, set(Action)),
-        ({}, LaneKind.INLINE, set(Action)),
-        ({}, LaneKind.THREAD, set()),
-        ({"lookahead": 2}, None, set()),
-        ({"block_size": 2}, None, set()),
-        ({"actions": (Action.SKIP, Action.INT4)}, None, {Action.SKIP, Action.INT4, Action.FULL}),
-    ],
-)
-def test_layers_evaluate_only_policies_that_decide_the_next_layer_and_that_no_other_lane_was_asked_for(
-    setting: Setting, changes: dict[str, object], lane: LaneKind | None, expected: set[Action]
+@pytest.mark.parametrize(("block_size", "lookahead"), [(2, 1), (3, 1), (1, 2), (2, 2)])
+@torch.inference_mode()
+def test_blocks_and_lookahead_are_decided_natively_as_by_the_network(
+    setting: Setting, block_size: int, lookahead: int
 ) -> None:
-    policy = replace(setting.policy, spec=replace(setting.policy.spec, **changes))  # type: ignore[arg-type]
-    specs = PolicyPrograms(setting.decoder.config, policy, 1, lane).specs
-    assert {spec.action if spec.kind == "layer" else Action.SKIP for spec in specs if spec.policy} == expected
+    policy = random_policy(setting.folder, block_size=block_size, lookahead=lookahead)
+    own = with_native_code(policy, setting.library, None)
+    assert own.is_native
+    caches = [prefilled(setting.decoder) for _ in range(2)]
+    for number, price in enumerate(PRICES):
+        token_ids = [10 * number + row for row in range(len(PROMPTS))]
+        (output, decider), (expected, other) = (
+            step(setting, Decider, each, token_ids, price, one) for each, one in zip(caches, (own, policy), strict=True)
+        )
+        assert output.plans == expected.plans
+        for row in range(len(PROMPTS)):
+            for scores, others in zip(scores_of(decider, row), scores_of(other, row), strict=True):
+                assert scores == pytest.approx(others, rel=1e-4, abs=1e-4)
+
+
+@torch.inference_mode()
+def test_a_tokens_decisions_do_not_depend_on_the_tokens_that_the_policy_saw_before(setting: Setting) -> None:
+    cache, fresh = prefilled(setting.decoder)[0], prefilled(setting.decoder)[0]
+    used = replace(setting.policy)
+    for token_id, price in enumerate(PRICES):
+        own, _ = step(setting, FusedDecider, [cache], [token_id], price, used)
+        other, _ = step(setting, FusedDecider, [fresh], [token_id], price, replace(setting.policy))
+        assert own.plans == other.plans
+        assert torch.equal(own.logits, other.logits)
+
+
+@torch.inference_mode()
+def test_passes_of_one_row_and_of_several_take_turns_with_one_policy(setting: Setting) -> None:
+    turns, rows = prefilled(setting.decoder), prefilled(setting.decoder)
+    for token_id, count in enumerate((1, 2, 1, 1, 3, 1)):
+        kind = FusedDecider if count == 1 else Decider
+        own, _ = step(setting, kind, turns[:count], [token_id] * count, 2.0)
+        other, _ = step(setting, Decider, rows[:count], [token_id] * count, 2.0)
+        assert own.plans == other.plans
+        assert torch.equal(own.logits, other.logits)
+
+
+def widened(network: PolicyNetwork, num_more: int) -> PolicyNetwork:
+    """Returns a network with more features, which are always 0."""
+    return replace(
+        network,
+        hidden_weight=functional.pad(network.hidden_weight, (0, 0, 0, num_more)),
+        hidden_bias=functional.pad(network.hidden_bias, (0, num_more)),
+        fact_weight=functional.pad(network.fact_weight, (0, num_more)),
+        inner_weight=functional.pad(network.inner_weight, (0, num_more)),
+    )
+
+
+@torch.inference_mode()
+def test_a_network_that_native_code_has_no_room_for_is_evaluated_eagerly(setting: Setting) -> None:
+    wide = replace(setting.policy, network=widened(setting.policy.network, MOST_NUMBERS))
+    wide = with_native_code(wide, setting.library, None)
+    assert not wide.is_native
+    assert not wide.decides_alone
+    own, other = prefilled(setting.decoder), prefilled(setting.decoder)
+    for token_id, price in enumerate(PRICES):
+        outputs = [
+            step(setting, Decider, caches, [token_id] * len(caches), price, policy)[0]
+            for caches, policy in ((own, wide), (other, None))
+        ]
+        assert outputs[0].plans == outputs[1].plans
+
+
+def test_a_pass_evaluates_only_policies_that_decide_the_next_layer_and_that_no_other_lane_was_asked_for(
+    setting: Setting,
+) -> None:
+    policy, spec = setting.policy, setting.policy.spec
+    for lane, expected in ((None, True), (LaneKind.INLINE, True), (LaneKind.THREAD, False)):
+        assert with_native_code(policy, setting.library, lane).decides_alone is expected, lane
+    others = {
+        "lookahead": replace(policy, spec=replace(spec, lookahead=2)),
+        "blocks": random_policy(setting.folder, block_size=2),
+        "a float map": replace(policy, compensation=some_low_rank(setting.decoder)),
+    }
+    for name, other in others.items():
+        assert not with_native_code(other, setting.library, None).decides_alone, name
+    assert with_native_code(replace(policy, compensation=Identity()), setting.library, None).decides_alone

@@ -26,7 +26,6 @@ from dash_runtime.decoder.backends.eager import EagerBackend
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.layers.batch import Batch, PassKind
-from dash_runtime.layers.evaluation import Evaluation
 from dash_runtime.layers.heads import Heads
 from dash_runtime.policy.policy import full_depth
 from tests.runtime.support import ALL_ACTIONS, CPU
@@ -232,10 +231,9 @@ class _Mistaken(EagerBackend):
         actions: Sequence[Action],
         hidden: Tensor,
         batch: Batch,
-        evaluations: Sequence[Evaluation | None] = (),
     ) -> Tensor:
         if layer != 3:
-            return super().run_layer(layer, actions, hidden, batch, evaluations)
+            return super().run_layer(layer, actions, hidden, batch)
         if self._mistake == "the wrong action":
             return super().run_layer(layer, [Action.INT4] * len(actions), hidden, batch)
         output = super().run_layer(layer, actions, hidden, batch)

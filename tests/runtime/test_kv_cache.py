@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from dash_runtime.checkpoints import load_model_config
-from dash_runtime.layers.kv_cache import CachePool, SequenceCache
-from dash_runtime.programs.kv_blocks import BLOCK_TOKENS
+from dash_runtime.layers.kv_cache import BLOCK_TOKENS, CachePool, SequenceCache
 from tests.runtime.support import CPU
 
 

@@ -38,7 +38,7 @@ def policy(tiny_folder: Path) -> LearnedPolicy:
     )
     return LearnedPolicy(
         name="tiny",
-        network=some_network(spec, HIDDEN_SIZE, seed=5),
+        network=some_network(spec, HIDDEN_SIZE, seed=5).rounded(),
         spec=spec,
         compensation=some_affine(load_decoder(tiny_folder)),
         calibration=some_calibration(spec, (0.5, 1.0, 0.4), (0.8, 0.0, 0.1), (0.85, -1.0, 0.02)),

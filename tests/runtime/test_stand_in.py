@@ -1,4 +1,4 @@
-"""An engine that stands in while programs are compiled: made in a hurry, with every mode, and nothing of it kept."""
+"""An engine that stands in while native code is compiled: made in a hurry, with every mode, and nothing of it kept."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -7,17 +7,14 @@ from pathlib import Path
 import pytest
 
 from dash_runtime.actions import Action
-from dash_runtime.checkpoints import load_model_config
 from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, Start, StoppingParameters
 from dash_runtime.constraint import Constraint, ConstraintKind
-from dash_runtime.decoder.backends.needed_programs import program_specs
 from dash_runtime.engine.engine import Engine
 from dash_runtime.events import EndReason
-from dash_runtime.programs.program_cache import program_files, will_compile
 from dash_runtime.startup.build import BuildOptions, build_engine
 from dash_runtime.startup.placement import CACHE, ModelBytes, Room
 from dash_runtime.startup.stand_in import has_room_for_two
-from tests.runtime.compiled_model import SIZES
+from tests.runtime.native_code import NATIVE_SIZES
 from tests.runtime.support import drain, finished
 from tests.tiny_models import save_tiny_model
 
@@ -26,8 +23,8 @@ STOPPING = StoppingParameters(12, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that has programs."""
-    return save_tiny_model(tmp_path_factory.mktemp("compilable") / "model", "llama", **SIZES)
+    """A model that native code can decode."""
+    return save_tiny_model(tmp_path_factory.mktemp("compilable") / "model", "llama", **NATIVE_SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -90,21 +87,6 @@ def test_a_stand_in_serves_every_mode_and_any_budget(stand_in: Engine, skip: Ski
     alone, beside, constrained = (finished(events) for events in drain(stand_in).values())
     assert alone.num_output_tokens == beside.num_output_tokens == STOPPING.max_new_tokens
     assert constrained.reason is EndReason.END_OF_SEQUENCE
-
-
-@pytest.mark.usefixtures("compiler")
-def test_something_is_to_be_compiled_if_a_program_is_missing_and_there_is_a_compiler(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    specs = program_specs(load_model_config(model), (Action.FULL,), 1)
-    assert will_compile(specs, tmp_path)
-    for path in program_files(specs, tmp_path).values():
-        path.touch()
-    assert not will_compile(specs, tmp_path)
-    path.unlink()
-    assert will_compile(specs, tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert not will_compile(specs, tmp_path)
 
 
 def test_two_engines_need_room_for_both_and_for_the_compilers() -> None:

@@ -55,11 +55,9 @@ class JournalDecoder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name)
 
-    def run_layer(
-        self, layer: int, actions: Sequence[Action], hidden: torch.Tensor, batch: Any, evaluations: Any
-    ) -> torch.Tensor:
+    def run_layer(self, layer: int, actions: Sequence[Action], hidden: torch.Tensor, batch: Any) -> torch.Tensor:
         self._journal.append(("run", layer, tuple(actions), hidden))
-        return self._decoder.run_layer(layer, actions, hidden, batch, evaluations)
+        return self._decoder.run_layer(layer, actions, hidden, batch)
 
 
 @pytest.fixture(scope="module")

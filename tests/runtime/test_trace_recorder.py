@@ -152,7 +152,7 @@ def test_rows_of_a_batch_keep_their_own_scores(decoder: Decoder) -> None:
         assert together[name] == pytest.approx(scores(name)[name], abs=1e-3)
 
 
-def test_steps_alone_where_programs_decide_and_steps_in_a_batch_are_recorded_together(decoder: Decoder) -> None:
+def test_steps_alone_whose_passes_decide_and_steps_in_a_batch_are_recorded_together(decoder: Decoder) -> None:
     engine = make_engine(decoder)
     recorder = TraceRecorder(engine._catalog.assign(ADAPTIVE), 64)
     recorder.add_first_token(5)

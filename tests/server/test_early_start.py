@@ -1,4 +1,4 @@
-"""A stand-in serves while programs are compiled, and another worker takes over without losing a request."""
+"""A stand-in serves while native code is compiled, and another worker takes over without losing a request."""
 
 import asyncio
 import signal
@@ -175,7 +175,7 @@ async def test_a_worker_with_nothing_to_compile_is_alone(model_folder: Path) -> 
 
 
 @pytest.mark.parametrize("setting", ["early_start", "compile", "check_costs"])
-async def test_without_the_setting_programs_or_corrected_costs_there_is_no_stand_in(
+async def test_without_the_setting_native_code_or_corrected_costs_there_is_no_stand_in(
     model_folder: Path, setting: str
 ) -> None:
     model = fake_model(model_folder, stand_in=1, **{"whole.note": "whole"})

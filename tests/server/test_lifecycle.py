@@ -298,12 +298,12 @@ async def test_mode_and_policy_in_use_are_told(model_folder: Path) -> None:
 
 
 async def test_a_server_is_alive_before_it_is_ready(model_folder: Path) -> None:
-    model = fake_model(model_folder, never_ready=1, doing="compiling programs: 7 of 26")
+    model = fake_model(model_folder, never_ready=1, doing="compiling native code")
     async with running_server(model, wait=False) as loading:
         assert await loading.is_serving("alive")
         assert not await loading.is_serving("ready")
         said: str | None = ""
-        while "being loaded (compiling programs: 7 of 26); try" not in (said or ""):
+        while "being loaded (compiling native code); try" not in (said or ""):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await loading.generate(text="a")
             assert refused.value.code() is grpc.StatusCode.UNAVAILABLE

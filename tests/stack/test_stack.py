@@ -88,10 +88,10 @@ def first_start() -> Iterator[float]:
     compose("down", "--volumes")
 
 
-def test_the_first_start_is_quick_because_the_image_brings_its_programs(first_start: float) -> None:
+def test_the_first_start_is_quick_because_the_image_brings_its_code(first_start: float) -> None:
     print(f"healthy after {first_start:.0f} s")
     log = compose("logs", "server")
-    assert "compiling programs" not in log
+    assert "compiling native code" not in log
     assert "uncompiled" not in log
     assert "traces on http://localhost:16686" in log
     assert first_start <= FIRST_HEALTHY_SECONDS

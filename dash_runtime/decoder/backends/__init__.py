@@ -1,1 +1,1 @@
-"""Backends, which run a decoder's layers and head: eagerly, as compiled programs, as CUDA graphs."""
+"""Backends, which run a decoder's layers and head: eagerly, in native code, as CUDA graphs."""

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.layers.batch import Batch
-from dash_runtime.layers.evaluation import Evaluation
 from dash_runtime.layers.pass_plan import PassPlan, PassRun
 
 
@@ -17,11 +16,8 @@ class Backend(Protocol):
     def takes(self, batch: Batch) -> bool:
         """Returns True if it can run this pass."""
 
-    def takes_evaluations(self, num_rows: int) -> bool:
-        """Returns True if a layer for so many decoded rows also makes policies' evaluations of its input."""
-
-    def rows_to_verify(self, num_rows: int) -> int:
-        """Returns the number of rows, that many or more, with which they are verified the fastest."""
+    def decides_alone(self, num_rows: int) -> bool:
+        """Returns True if `run_pass` for so many decoded rows also evaluates their policy."""
 
     def start_pass(self, token_ids: Sequence[int], batch: Batch) -> Tensor | None:
         """Begins a pass and returns layer 0's input, `[rows, hidden_size]`; None if the caller has to make it."""
@@ -44,23 +40,17 @@ class Backend(Protocol):
             CaptureFailed: the device cannot.
         """
 
-    def run_layer(
-        self,
-        layer: int,
-        actions: Sequence[Action],
-        hidden: Tensor,
-        batch: Batch,
-        evaluations: Sequence[Evaluation | None] = (),
-    ) -> Tensor:
+    def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
         """Runs one layer with each row's own action, `[rows, hidden_size]` to the same.
 
         Every row's keys and values are written before a row attends to them; a skipped row's come from the layer's
         input (the KV rule). `hidden` and the returned tensor are not written to before the next pass, since a policy
-        may still be reading them. `evaluations` has one entry per row, or none at all.
+        may still be reading them.
         """
 
     def run_pass(self, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
-        """Runs a pass of one sequence through all layers at once, with the same numbers; returns None if it cannot."""
+        """Runs a pass with one plan for all rows through all layers at once, with the same numbers; returns None if it
+        cannot."""
 
     def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
         """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""
@@ -83,13 +73,10 @@ class OwnMemory:
 
 
 class LayerByLayer(OwnMemory):
-    """The answers of a backend that has no programs: it runs one layer at a time, and rows are not cheaper together."""
+    """The answers of a backend that runs one layer at a time."""
 
-    def takes_evaluations(self, num_rows: int) -> bool:
+    def decides_alone(self, num_rows: int) -> bool:
         return False
-
-    def rows_to_verify(self, num_rows: int) -> int:
-        return num_rows
 
     def run_pass(self, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
         return None

@@ -19,7 +19,6 @@ from dash_runtime.devices.cuda_graphs import Replay, collected_garbage
 from dash_runtime.layers.batch import Batch
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.embedding import PlainEmbedding
-from dash_runtime.layers.evaluation import Evaluation
 from dash_runtime.layers.heads import Head
 from dash_runtime.layers.kv_cache import CachePool
 from dash_runtime.layers.layer import DecoderLayer
@@ -116,14 +115,7 @@ class CudaBackend(LayerByLayer):
             return None
         return self._begin(batch, token_ids).state(0, batch.num_rows)
 
-    def run_layer(
-        self,
-        layer: int,
-        actions: Sequence[Action],
-        hidden: Tensor,
-        batch: Batch,
-        evaluations: Sequence[Evaluation | None] = (),
-    ) -> Tensor:
+    def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
         if batch is self._batch and self._rows is not None:
             rows = self._rows
         else:

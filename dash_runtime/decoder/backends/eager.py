@@ -7,7 +7,6 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.decoder.backends.backend import LayerByLayer
 from dash_runtime.layers.batch import Batch
-from dash_runtime.layers.evaluation import Evaluation
 from dash_runtime.layers.heads import Heads
 from dash_runtime.layers.layer import DecoderLayer
 from dash_runtime.layers.layer_body import after_attention, before_attention, split_heads
@@ -34,14 +33,7 @@ class EagerBackend(LayerByLayer):
     def takes(self, batch: Batch) -> bool:
         return True
 
-    def run_layer(
-        self,
-        layer: int,
-        actions: Sequence[Action],
-        hidden: Tensor,
-        batch: Batch,
-        evaluations: Sequence[Evaluation | None] = (),
-    ) -> Tensor:
+    def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
         queries, keys, values = self._project(layer, actions, hidden, batch)
         batch.write(layer, keys, values)
         runs = [action is not Action.SKIP for action in actions]

@@ -11,7 +11,6 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.decoder.backends.backend import Backend, LayerByLayer
 from dash_runtime.layers.batch import Batch
-from dash_runtime.layers.evaluation import Evaluation
 
 
 class SplitBackend(LayerByLayer):
@@ -41,15 +40,8 @@ class SplitBackend(LayerByLayer):
         for backend in self._parts:
             backend.prepare(batch)
 
-    def run_layer(
-        self,
-        layer: int,
-        actions: Sequence[Action],
-        hidden: Tensor,
-        batch: Batch,
-        evaluations: Sequence[Evaluation | None] = (),
-    ) -> Tensor:
-        output = self._backends[layer].run_layer(layer, actions, hidden, batch, evaluations)
+    def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
+        output = self._backends[layer].run_layer(layer, actions, hidden, batch)
         device = self._moves_to[layer]
         return output if device is None else output.to(device)
 

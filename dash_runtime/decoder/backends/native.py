@@ -1,0 +1,192 @@
+"""Decodes with native code: rows of one action in one call, or shared products for many rows in FULL.
+
+For passes of one row per sequence, and for verification. Knows layers and rows; knows no policies and no requests.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.decoder.backends.backend import OwnMemory
+from dash_runtime.layers.batch import Batch, PassKind
+from dash_runtime.layers.compensation import Compensation
+from dash_runtime.layers.heads import Head, Heads
+from dash_runtime.layers.layer import DecoderLayer
+from dash_runtime.layers.layer_body import Linears, run_layer_body
+from dash_runtime.layers.norm import RmsNorm
+from dash_runtime.layers.pass_plan import PassPlan, PassRun
+from dash_runtime.layers.rotary import queries_grow
+from dash_runtime.layers.row_compensation import pack_for_rows
+from dash_runtime.layers.row_groups import group_rows, scatter_rows
+from dash_runtime.layers.weight_loader import LayerWeights
+from dash_runtime.linears.dense_linear import Linear, for_neighbours, most_rows_apart, packed_words
+from dash_runtime.model_config import ModelConfig
+from dash_runtime.rows.library import RowsLibrary
+from dash_runtime.rows.model_rows import CompensatedLayers, ModelRows, PackedLayer
+from dash_runtime.rows.row_matrix import RowMatrix, is_packable, pack_row_matrix
+from dash_runtime.rows.structs import LANES, MOST_CHANNELS, NORMS
+
+
+@dataclass(frozen=True, slots=True)
+class _SharedLayer:
+    """One layer for rows that share products: its norms, and its matrices in FULL."""
+
+    norms: DecoderLayer
+    linears: Linears[Linear]
+
+
+class NativeBackend(OwnMemory):
+    """Runs the layers of one decoder in native code.
+
+    Args:
+        actions: those that its layers are packed for.
+        shares_products: if True, more than `most_rows_apart` rows in FULL share their products with the library's
+            kernels. That is faster, but a row's rounding then depends on how many neighbours it has. Otherwise no row's
+            does.
+    """
+
+    def __init__(
+        self, config: ModelConfig, library: RowsLibrary, actions: Sequence[Action], num_threads: int, *,
+        shares_products: bool,
+    ) -> None:  # fmt: skip
+        self._block, self._num_layers, self._hidden_size = config.block, config.num_layers, config.hidden_size
+        ropes = list(dict.fromkeys(config.ropes))
+        self._rows = ModelRows(library, config, [ropes.index(rope) for rope in config.ropes], num_threads)
+        self._actions: list[Action] = [action for action in actions if action is not Action.SKIP]
+        self.shares_products = shares_products
+        self._layers: list[_SharedLayer] = []
+        self._compensated: dict[int, tuple[Compensation, CompensatedLayers | None]] = {}
+        """By the compensation's id; the compensation is kept, so that nothing else gets it."""
+        self._pinned: tuple[Mapping[int, Action], bytes] = ({}, b"")
+        self.logits = Heads({})
+
+    def add_layer(self, weights: LayerWeights, layer: DecoderLayer) -> None:
+        """Packs the next layer's matrices; `layer` has those for eager passes in FULL."""
+        linears = layer.linears[Action.FULL]
+        matrices = [own.weight for own in weights.linears.matrices()]
+        pairs = list(zip(matrices, linears.matrices(), strict=True))
+        packed: dict[Action, list[tuple[RowMatrix, int]]] = {
+            action: [(pack_row_matrix(action, *pair), pair[0].shape[1]) for pair in pairs] for action in self._actions
+        }
+        self._rows.set_layer(len(self._layers), PackedLayer(layer_vectors(weights), packed))
+        self._layers.append(_SharedLayer(layer, linears.mapped(for_neighbours, for_neighbours)))
+
+    def set_heads(self, heads: Mapping[Action, Head], shared: Head) -> None:
+        """Sets the heads by precision, and the one for many rows at once."""
+        self.logits = Heads(heads, shared if self.shares_products else None, most_rows_apart())
+
+    def head(self, precision: Action, weight: Tensor, linear: Linear, norm: RmsNorm, multiplier: float) -> Head | None:
+        """Returns norm and head of that precision; None for one in FULL whose memory nothing else shares."""
+        if precision is Action.FULL and packed_words(linear) is None:
+            return None
+        head = self._rows.head(pack_row_matrix(precision, weight, linear), norm.weight, len(weight))
+        return head if multiplier == 1 else lambda hidden: head(hidden) * multiplier
+
+    def takes(self, batch: Batch) -> bool:
+        return True
+
+    def decides_alone(self, num_rows: int) -> bool:
+        """Returns True for one row: its policy is evaluated within its pass."""
+        return num_rows == 1
+
+    def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
+        parts: list[tuple[list[int] | None, Tensor]] = []
+        for action, group in group_rows(actions):
+            if action is Action.SKIP:
+                parts += self._skip(layer, hidden, batch, group)
+                continue
+            inputs = hidden if group is None else hidden[group]
+            if action is Action.FULL and self._is_shared(batch, len(inputs)):
+                outputs = self._run_shared(layer, inputs, batch, group)
+            else:
+                own = batch.rows_of(group)
+                outputs = self._rows.run(inputs, own, bytes([action]), range(layer, layer + 1), None, action)
+            parts.append((group, outputs))
+        return scatter_rows(parts, len(actions))
+
+    def run_pass(self, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
+        kv_action, first = batch.kv_actions[0], batch.compensations[0]
+        if any(own is not first for own in batch.compensations) or set(batch.kv_actions) != {kv_action}:
+            return None
+        compensation = self._compensated_by(first)
+        if compensation is None:
+            return None
+        if self._is_shared(batch, batch.num_rows) and Action.FULL in plan.pinned.values():
+            return None
+        layers, policy, rows = range(self._num_layers), plan.policy, batch.rows_of(None)
+        pinned = self._as_bytes(plan.pinned)
+        output = self._rows.run(hidden, rows, pinned, layers, compensation, kv_action, policy)
+        scores = b"" if policy is None else policy.scores
+        return PassRun(output, self._rows.plan, scores, self._rows.times)
+
+    def _skip(
+        self, layer: int, hidden: Tensor, batch: Batch, group: list[int] | None
+    ) -> list[tuple[list[int] | None, Tensor]]:
+        """Lets rows skip a layer, those of one compensation in one call."""
+        rows = range(len(hidden)) if group is None else group
+        kinds: dict[tuple[int, Action], list[int]] = {}
+        for row in rows:
+            kinds.setdefault((id(batch.compensations[row]), batch.kv_actions[row]), []).append(row)
+        parts: list[tuple[list[int] | None, Tensor]] = []
+        for (_, kv_action), own in kinds.items():
+            chosen = None if len(own) == len(hidden) else own
+            inputs = hidden if chosen is None else hidden[chosen]
+            compensation = batch.compensations[own[0]]
+            packed = self._compensated_by(compensation)
+            layers = range(layer, layer + 1)
+            outputs = self._rows.run(inputs, batch.rows_of(chosen), bytes([Action.SKIP]), layers, packed, kv_action)
+            parts.append((chosen, compensation(layer, inputs) if packed is None else outputs))
+        return parts
+
+    def _is_shared(self, batch: Batch, num_rows: int) -> bool:
+        is_verified = batch.kind is PassKind.VERIFY and len(batch.spans) == 1
+        return self.shares_products and not is_verified and num_rows > most_rows_apart()
+
+    def _run_shared(self, layer: int, inputs: Tensor, batch: Batch, group: list[int] | None) -> Tensor:
+        """Runs rows in FULL, with one product and one attention for all of them."""
+        own = self._layers[layer]
+
+        def attend(normed: Tensor) -> Tensor:
+            return self._rows.attend(layer, own.linears.query_key_value(normed), batch.rows_of(group))
+
+        return run_layer_body(self._block, own.norms, own.linears, inputs, attend)
+
+    def _compensated_by(self, compensation: Compensation) -> CompensatedLayers | None:
+        """Returns the compensation for native code; None if it has none of this kind."""
+        made = self._compensated.get(id(compensation))
+        if made is None:
+            packed = pack_for_rows(compensation, self._num_layers, self._hidden_size)
+            layers = None if packed is None else CompensatedLayers(packed.rank, packed.layers)
+            made = self._compensated[id(compensation)] = compensation, layers
+        return made[1]
+
+    def _as_bytes(self, pinned: Mapping[int, Action]) -> bytes:
+        if self._pinned[0] is not pinned:  # a sequence's stays the same from token to token
+            self._pinned = pinned, bytes(pinned.get(layer, 0) for layer in range(self._num_layers))
+        return self._pinned[1]
+
+
+def layer_vectors(weights: LayerWeights) -> dict[str, Tensor]:
+    """Returns a layer's vectors by the names that the native code has for them."""
+    norms = {name: getattr(weights, name) for name in (*NORMS, "query_norm", "key_norm")}
+    vectors = {name: norm.weight for name, norm in norms.items() if norm is not None}
+    others = {"head_norm": weights.head_norm, "bias": weights.linears.query_key_value.bias}
+    return vectors | {name: own for name, own in others.items() if own is not None}
+
+
+def why_eager(model: ModelConfig, context_length: int) -> str | None:
+    """Returns what the native code cannot compute of this model's layers, None if it can compute all of it."""
+    block = model.block
+    sizes = [*model.matrices(), (model.vocab_size, model.hidden_size)]
+    reasons = {
+        "mixtures of experts": model.mixture is not None,
+        "biases of outputs": block.has_output_bias or block.has_mlp_bias,
+        "queries that grow with their position": any(
+            rope is not None and queries_grow(rope, context_length) for rope in model.ropes
+        ),
+        "heads of this size": model.head_dim % LANES != 0 or model.head_dim > MOST_CHANNELS,
+        "matrices of these sizes": not all(is_packable(*size) for size in sizes),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)

@@ -1,1 +1,0 @@
-"""Compiled programs: the modules that Inductor traces, and the cache of the results."""

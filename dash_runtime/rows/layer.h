@@ -1,0 +1,248 @@
+// The arithmetic of one layer for a few rows: layer_body.py's, run or skipped. All between bf16 states is float32.
+#pragma once
+#include "attention.h"
+#include "products.h"
+
+enum : int64_t { kSkip = 1, kInt4Action, kInt8Action, kFullAction, kNumActions = kFullAction };
+enum Matrices { kQueryKeyValue, kOutput, kGateUp, kDown, kNumMatrices };
+enum Activation : int64_t { kSilu, kGelu };
+
+struct ModelShape {
+  HeadShape heads;
+  int64_t hidden_size, intermediate_size, activation, num_layers;
+  double eps, residual_multiplier;
+
+  int64_t query_size() const { return heads.num_heads * heads.head_dim; }
+  int64_t kv_size() const { return heads.num_kv_heads * heads.head_dim; }
+  int64_t fused_size() const { return query_size() + 2 * kv_size(); }
+};
+
+struct Layer {
+  const float *input_norm, *attention_output_norm, *mlp_norm, *mlp_output_norm;  // null for none, as all vectors
+  const float *head_norm;                                                        // [num_heads + num_kv_heads, head_dim]
+  const float *query_norm, *key_norm;                                            // over all heads together
+  const float *bias;                                                             // of the first product
+  Matrix matrices[kNumActions][kNumMatrices];                                    // by action, from SKIP on
+};
+
+// What replaces a skipped layer's output.
+struct Compensation {
+  const int8_t *matrices;  // [2, rank, hidden_size], from the state and back
+  const float *vectors;    // rank 0: factors and offsets; else the scales of both matrices, and offsets
+  int64_t rank;            // -1: the caller replaces it
+};
+
+struct Rotary {
+  const uint16_t *cosines, *sines;  // [rows, head_dim], bf16
+};
+
+// Memory of a pass: what all threads see, and what each has for itself.
+struct Shared {
+  float *fused, *parts, *branch, *inner, *narrow;
+};
+
+struct Own {
+  float *residual, *normed, *inputs, *queries, *keys, *values, *attended, *wide;
+};
+
+inline void norm(const float *from, const float *weight, int64_t size, double eps, float *to) {
+  const float scale = 1.0f / std::sqrt(dot(from, from, size) / size + static_cast<float>(eps));
+  for (int64_t place = 0; place < size; place += kLanes)
+    store(to + place, load<Floats>(from + place) * scale * load<Floats>(weight + place));
+}
+
+inline void norm_rows(const float *from, const float *weight, int64_t num_rows, int64_t size, double eps, float *to) {
+  for (int64_t row = 0; row < num_rows; ++row) {
+    if (weight)
+      norm(from + row * size, weight, size, eps, to + row * size);
+    else
+      std::memcpy(to + row * size, from + row * size, size * sizeof(float));
+  }
+}
+
+inline void rotate(float *head, const Rotary &rotary, int64_t row, int64_t size, float factor) {
+  const uint16_t *cosines = rotary.cosines + row * size, *sines = rotary.sines + row * size;
+  const int64_t half = size / 2;
+  for (int64_t place = 0; place < half; ++place) {
+    const float low = head[place], high = head[half + place];
+    head[place] = (low * from_bf16(cosines[place]) + high * from_bf16(sines[place])) * factor;
+    head[half + place] = (high * from_bf16(cosines[half + place]) + low * from_bf16(sines[half + place])) * factor;
+  }
+}
+
+// Splits a row's first product into queries, which may be null, keys and values: with bias and norms, rotated.
+inline void split_heads(const ModelShape &shape, const Layer &layer, const Rotary &rotary, int64_t row,
+                        const float *fused, const float *bias, float *queries, float *keys, float *values) {
+  const HeadShape &heads = shape.heads;
+  const int64_t query_size = shape.query_size(), kv_size = shape.kv_size();
+  float *parts[] = {queries, keys, values};
+  const int64_t sizes[] = {query_size, kv_size, kv_size}, firsts[] = {0, query_size, query_size + kv_size};
+  for (int part = queries ? 0 : 1; part < 3; ++part) {
+    for (int64_t place = 0; place < sizes[part]; place += kLanes) {
+      const Floats value = load<Floats>(fused + firsts[part] + place);
+      store(parts[part] + place, bias ? value + load<Floats>(bias + firsts[part] + place) : value);
+    }
+    if (part == 2) break;  // values are not rotated
+    const float *weight = part ? layer.key_norm : layer.query_norm;
+    if (weight) norm(parts[part], weight, sizes[part], shape.eps, parts[part]);
+    for (int64_t head = 0; head < sizes[part] / heads.head_dim; ++head) {
+      float *own = parts[part] + head * heads.head_dim;
+      if (layer.head_norm)
+        norm(own, layer.head_norm + (part * heads.num_heads + head) * heads.head_dim, heads.head_dim, shape.eps, own);
+      rotate(own, rotary, row, heads.head_dim, part ? 1.0f : static_cast<float>(heads.scale));
+    }
+  }
+}
+
+class LayerRun {
+ public:
+  LayerRun(const Member &member, const ModelShape &shape, const Shared &shared, const Own &own, int64_t num_rows)
+      : member_(member), shape_(shape), shared_(shared), own_(own), num_rows_(num_rows) {}
+
+  // Begins a layer: its first product, whose outputs from `first` on all threads see after the next barrier.
+  void project(const Layer &layer, int64_t action, int64_t first) const {
+    norm_rows(own_.residual, layer.input_norm, num_rows_, shape_.hidden_size, shape_.eps, own_.normed);
+    multiply(layer.matrices[action - 1][kQueryKeyValue], own_.normed, first / kLanes, shape_.fused_size() / kLanes,
+             shared_.fused, shape_.fused_size());
+  }
+
+  // Runs the rest of it, with three more barriers before the last one.
+  void run(const Layer &layer, int64_t action, const Memory &memory, const Rotary &rotary) const {
+    const int64_t size = shape_.hidden_size, inner_size = shape_.intermediate_size;
+    const Matrix *matrices = layer.matrices[action - 1];
+    split_rows(layer, rotary, true);
+    attend(member_, shape_.heads, memory, own_.queries, own_.keys, own_.values, shared_.parts, own_.attended, 0,
+           num_rows_);
+    multiply(matrices[kOutput], own_.attended, 0, size / kLanes, shared_.branch, size);
+    member_.wait();
+    add_branch(layer.attention_output_norm);
+    norm_rows(own_.residual, layer.mlp_norm, num_rows_, size, shape_.eps, own_.normed);
+    gate(matrices[kGateUp], inner_size);
+    member_.wait();
+    multiply(matrices[kDown], shared_.inner, 0, size / kLanes, shared_.branch + num_rows_ * size, size);
+    member_.wait();
+    add_branch(layer.mlp_output_norm, num_rows_ * size);
+    round_state();
+  }
+
+  // Writes a skipped layer's keys and values, and replaces its output, with one more barrier.
+  void skip(const Layer &layer, const Compensation &compensation, const Memory &memory, const Rotary &rotary) const {
+    const int64_t size = shape_.hidden_size, rank = compensation.rank;
+    split_rows(layer, rotary, false);
+    for (int64_t index = member_.first(memory.num_spans); index < member_.last(memory.num_spans); ++index) {
+      const Span &span = memory.spans[index];
+      for (int64_t row = 0; row < span.num_rows; ++row)
+        for (int64_t head = 0; head < shape_.heads.num_kv_heads; ++head) {
+          const int64_t from = (span.first_row + row) * shape_.kv_size() + head * shape_.heads.head_dim;
+          write_token(shape_.heads, memory, span, span.num_tokens - span.num_rows + row, head, own_.keys + from,
+                      own_.values + from);
+        }
+    }
+    if (rank < 0) return;
+    if (!rank) {
+      const float *factors = compensation.vectors, *offsets = factors + size;
+      for (int64_t row = 0; row < num_rows_; ++row)
+        for (int64_t place = 0; place < size; place += kLanes) {
+          float *state = own_.residual + row * size + place;
+          store(state, load<Floats>(state) * load<Floats>(factors + place) + load<Floats>(offsets + place));
+        }
+    } else {
+      widen(compensation);
+      member_.wait();
+      for (int64_t place = 0; place < num_rows_ * size; place += kLanes) {
+        float *state = own_.residual + place;
+        store(state, load<Floats>(state) + load<Floats>(shared_.branch + place));
+      }
+    }
+    round_state();
+  }
+
+  // The narrow side of a low-rank compensation; begins with the first product, before the barrier.
+  void narrow(const Compensation &compensation) const {
+    const int64_t size = shape_.hidden_size, rank = compensation.rank;
+    for (int64_t feature = member_.first(rank); feature < member_.last(rank); ++feature) {
+      const int8_t *weights = compensation.matrices + feature * size;
+      for (int64_t row = 0; row < num_rows_; ++row) {
+        Floats total{};
+        for (int64_t place = 0; place < size; place += kLanes)
+          total += from_bytes(weights + place) * load<Floats>(own_.residual + row * size + place);
+        shared_.narrow[row * rank + feature] = sum(total) * compensation.vectors[feature];
+      }
+    }
+  }
+
+ private:
+  void multiply(const Matrix &matrix, const float *rows, int64_t first, int64_t last, float *outputs,
+                int64_t stride) const {
+    const Inputs inputs = prepare(static_cast<Layout>(matrix.layout), rows, num_rows_, matrix.num_inputs, own_.inputs);
+    const int64_t begin = first + member_.first(last - first), end = first + member_.last(last - first);
+    product(matrix, inputs, num_rows_, begin, end, outputs + begin * kLanes, stride);
+  }
+
+  void split_rows(const Layer &layer, const Rotary &rotary, bool has_queries) const {
+    for (int64_t row = 0; row < num_rows_; ++row)
+      split_heads(shape_, layer, rotary, row, shared_.fused + row * shape_.fused_size(), layer.bias,
+                  has_queries ? own_.queries + row * shape_.query_size() : nullptr, own_.keys + row * shape_.kv_size(),
+                  own_.values + row * shape_.kv_size());
+  }
+
+  void gate(const Matrix &matrix, int64_t inner_size) const {
+    const Inputs inputs =
+        prepare(static_cast<Layout>(matrix.layout), own_.normed, num_rows_, matrix.num_inputs, own_.inputs);
+    const int64_t num_tiles = inner_size / kLanes, first = member_.first(num_tiles), last = member_.last(num_tiles);
+    const int64_t count = (last - first) * kLanes;
+    float *gates = own_.wide, *ups = own_.wide + num_rows_ * count;
+    product(matrix, inputs, num_rows_, first, last, gates, count);
+    product(matrix, inputs, num_rows_, num_tiles + first, num_tiles + last, ups, count);
+    for (int64_t row = 0; row < num_rows_; ++row)
+      for (int64_t place = 0; place < count; place += kLanes) {
+        const Floats value = load<Floats>(gates + row * count + place), up = load<Floats>(ups + row * count + place);
+        const Floats slope =
+            shape_.activation == kSilu ? value : 1.5957691216f * (value + 0.044715f * value * value * value);
+        store(shared_.inner + row * inner_size + first * kLanes + place, value * sigmoid(slope) * up);
+      }
+  }
+
+  void add_branch(const float *weight, int64_t offset = 0) const {
+    const int64_t size = shape_.hidden_size;
+    const float *branch = shared_.branch + offset;
+    if (weight) norm_rows(branch, weight, num_rows_, size, shape_.eps, own_.normed), branch = own_.normed;
+    const float multiplier = static_cast<float>(shape_.residual_multiplier);
+    for (int64_t place = 0; place < num_rows_ * size; place += kLanes)
+      store(own_.residual + place, load<Floats>(own_.residual + place) + load<Floats>(branch + place) * multiplier);
+  }
+
+  void widen(const Compensation &compensation) const {
+    const int64_t size = shape_.hidden_size, rank = compensation.rank;
+    const int8_t *matrix = compensation.matrices + rank * size;
+    const float *scales = compensation.vectors + rank, *offsets = scales + size;
+    const int64_t num_tiles = size / kLanes;
+    constexpr int64_t kAtOnce = 6;  // tiles, so that most of a cache line is used
+    for (int64_t row = 0; row < num_rows_; ++row)
+      for (int64_t tile = member_.first(num_tiles), taken; tile < member_.last(num_tiles); tile += taken) {
+        taken = member_.last(num_tiles) - tile < kAtOnce ? member_.last(num_tiles) - tile : kAtOnce;
+        Floats sums[kAtOnce]{};
+        for (int64_t feature = 0; feature < rank; ++feature) {
+          const float value = shared_.narrow[row * rank + feature];
+          const int8_t *weights = matrix + feature * size + tile * kLanes;
+          for (int64_t own = 0; own < taken; ++own) sums[own] += from_bytes(weights + own * kLanes) * value;
+        }
+        for (int64_t own = 0; own < taken; ++own) {
+          const int64_t place = (tile + own) * kLanes;
+          store(shared_.branch + row * size + place,
+                sums[own] * load<Floats>(scales + place) + load<Floats>(offsets + place));
+        }
+      }
+  }
+
+  void round_state() const {
+    for (int64_t place = 0; place < num_rows_ * shape_.hidden_size; place += kLanes)
+      store(own_.residual + place, rounded_to_bf16(load<Floats>(own_.residual + place)));
+  }
+
+  const Member &member_;
+  const ModelShape &shape_;
+  const Shared &shared_;
+  const Own &own_;
+  int64_t num_rows_;
+};

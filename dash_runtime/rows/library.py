@@ -1,0 +1,138 @@
+"""Compiles the native code into a cache folder, once for a machine, and loads it.
+
+Knows files and compilers; knows no tensors.
+"""
+
+import contextlib
+import ctypes
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import weakref
+import zipfile
+from ctypes import c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+from dash_runtime.files.atomic_file import replacing
+from dash_runtime.files.disk_cache import digest
+from dash_runtime.progress import Progress
+
+_FOLDER = Path(__file__).parent
+_SOURCE = _FOLDER / "rows.cpp"
+_FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    # Tuned for Intel, compilers prefer half of AVX-512's width.
+    *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),
+    # A product and the sum that it is added to are one instruction, in every loop alike.
+    *("-ffp-contract=fast", "-fno-math-errno"),
+)
+_COMPILE_SECONDS = 300
+
+
+class RowsLibrary:
+    """The native code, loaded.
+
+    Raises:
+        OSError, BadZipFile: the package cannot be loaded.
+        AttributeError: the package has other functions.
+    """
+
+    def __init__(self, path: Path) -> None:
+        place = place_to_run_code(path.parent)
+        # What is loaded needs no file.
+        with tempfile.TemporaryDirectory(prefix="dash-rows-", dir=place) as folder, zipfile.ZipFile(path) as package:
+            (name,) = package.namelist()
+            library = ctypes.CDLL(package.extract(name, folder))
+        self.run_rows = _function(library.dash_run_rows, c_void_p)
+        self.attend = _function(library.dash_attend, c_void_p)
+        self.run_head = _function(library.dash_run_head, c_void_p)
+        self.choose = _function(library.dash_choose, *[c_void_p] * 4, c_int64, *[c_void_p] * 2)
+        self._new_workspace = library.dash_new_workspace
+        self._new_workspace.restype = c_void_p
+        self._delete_workspace = _function(library.dash_delete_workspace, c_void_p)
+
+    def new_workspace(self, owner: object) -> int:
+        """Returns memory of passes, which goes with its owner. One pass at a time may use it."""
+        workspace = int(self._new_workspace())
+        weakref.finalize(owner, self._delete_workspace, workspace).atexit = False
+        return workspace
+
+
+def load_rows(folder: Path, progress: Progress) -> RowsLibrary | None:
+    """Returns the native code, compiled into `folder` if it is missing or damaged; None if that cannot be here."""
+    path = _package(folder)
+    try:
+        with contextlib.suppress(OSError, zipfile.BadZipFile):
+            return RowsLibrary(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        progress("compiling native code (kept for later starts)")
+        _compile(path)
+        return RowsLibrary(path)
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        progress(f"layers run uncompiled: {_reason(error)}")
+        return None
+
+
+def will_compile(folder: Path) -> bool:
+    """Returns True if the code is missing and there is a compiler."""
+    return not _package(folder).exists() and _compiler() is not None
+
+
+def _package(folder: Path) -> Path:
+    return folder / f"rows-{code_digest()}.zip"
+
+
+def code_digest() -> str:
+    """Returns a digest that changes if the native code does, so that its measurements no longer hold."""
+    sources = [file.read_text() for file in (_SOURCE, *sorted(_FOLDER.glob("*.h")))]
+    return digest((sources, _FLAGS, _processor()))
+
+
+def place_to_run_code(folder: Path) -> Path:
+    """Returns the usual place of temporary files, or `folder` if no code may be loaded from there: hardened machines
+    and containers mount it so."""
+    usual = Path(tempfile.gettempdir())
+    no_code = getattr(os, "ST_NOEXEC", 0)  # Linux has it
+    return folder if os.statvfs(usual).f_flag & no_code else usual
+
+
+def _compiler() -> str | None:
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+def _compile(path: Path) -> None:
+    compiler = _compiler()
+    if compiler is None:
+        raise OSError("no C++ compiler here")
+    with tempfile.TemporaryDirectory() as folder, replacing(path) as partial:
+        library = Path(folder) / "rows.so"
+        command = [compiler, *_FLAGS, "-o", str(library), str(_SOURCE)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+        with zipfile.ZipFile(partial, "w") as package:
+            package.write(library, library.name)
+
+
+def _reason(error: Exception) -> str:
+    output = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+    lines = [line.strip() for line in str(output).splitlines() if line.strip()]
+    # A compiler's last line is only that it ended.
+    errors = [line for line in lines if "error: " in line]
+    return (errors or lines or [type(error).__name__])[-1]
+
+
+@lru_cache
+def _processor() -> str:
+    """Returns the processor's features, which the compiler's `-march=native` looks at."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def _function(own: "ctypes._NamedFuncPointer", *arguments: type) -> "ctypes._NamedFuncPointer":
+    own.argtypes, own.restype = arguments, None
+    return own

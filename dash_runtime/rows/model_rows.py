@@ -1,0 +1,248 @@
+"""A model's layers, packed for the native code, and the calls that take rows through them.
+
+Knows matrices, memory and positions; knows no sequences and no policies.
+"""
+
+import time
+from array import array
+from collections.abc import Mapping, Sequence
+from ctypes import Array, addressof, c_int64, c_uint8, pointer
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.model_config import Activation, ModelConfig
+from dash_runtime.rows.library import RowsLibrary
+from dash_runtime.rows.policy_rows import PolicyRows
+from dash_runtime.rows.row_matrix import FullRowMatrix, Int4RowMatrix, Int8RowMatrix, PackedRowMatrix, RowMatrix
+from dash_runtime.rows.structs import (
+    LANES,
+    CompensationStruct,
+    HeadStruct,
+    LayerStruct,
+    MatrixStruct,
+    ModelStruct,
+    PassStruct,
+    RotaryStruct,
+    SpanStruct,
+)
+from dash_runtime.rows.thread_count import ThreadCount
+
+_ALIKE_TOKENS = 512
+"""Passes whose contexts differ by less take about the same time."""
+_LAYOUTS: dict[type[RowMatrix], int] = {PackedRowMatrix: 0, FullRowMatrix: 1, Int8RowMatrix: 2, Int4RowMatrix: 3}
+_ACTIVATIONS = {Activation.SILU: 0, Activation.GELU_TANH: 1}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayer:
+    """One layer's float32 vectors by the names of `LayerStruct`, and by action its matrices: query-key-value, output,
+    gate-up and down, each with its number of inputs."""
+
+    vectors: Mapping[str, Tensor]
+    matrices: Mapping[Action, Sequence[tuple[RowMatrix, int]]]
+
+
+class RowSpan(NamedTuple):
+    """Consecutive rows of one sequence: its memory of layer 0, from its first position on, how many positions it has
+    with them, and which rows they are."""
+
+    memory: int
+    num_tokens: int
+    first_row: int
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowsOfPass:
+    """The rows of one call: spans of sequences in one pool of keys and values, and cosines and sines `[rows, 1,
+    head_dim]` by the number of the rotary table. `strides` are the pool's in bytes: layers, keys to values, tokens."""
+
+    spans: "Array[SpanStruct]"
+    num_rows: int
+    strides: tuple[int, int, int]
+    rotary: "Array[RotaryStruct]"
+    kept: object = None
+    """What has the memory of cosines and sines."""
+
+    @classmethod
+    def of(
+        cls,
+        spans: Sequence[RowSpan],
+        strides: tuple[int, int, int],
+        rotary: Sequence[tuple[int, int]],
+        kept: object = None,
+    ) -> "RowsOfPass":
+        """Returns rows whose cosines and sines begin at these addresses."""
+        each = (SpanStruct * len(spans))(*[SpanStruct(*own) for own in spans])
+        num_rows = spans[0].num_rows if len(spans) == 1 else sum(own.num_rows for own in spans)
+        return cls(each, num_rows, strides, (RotaryStruct * len(rotary))(*[RotaryStruct(*own) for own in rotary]), kept)
+
+
+class CompensatedLayers:
+    """What replaces each layer's output where it is skipped, for the native code.
+
+    Args:
+        layers: the tensors of each layer: `[2 * hidden_size]` with a factor and an offset per channel; or, for a rank
+            above 0, int8 matrices `[2, rank, hidden_size]`, from the state and back, and `[rank + 2 * hidden_size]`,
+            the scales of both and an offset per channel.
+        rank: -1 for layers that the caller compensates.
+    """
+
+    def __init__(self, rank: int, layers: Sequence[Sequence[Tensor]]) -> None:
+        self.array = (CompensationStruct * len(layers))()
+        self._kept = [[*own[:-1], own[-1].float().contiguous()] for own in layers]
+        for struct, own in zip(self.array, self._kept, strict=True):
+            struct.rank, struct.vectors = rank, own[-1].data_ptr()
+            struct.matrices = own[0].data_ptr() if len(own) > 1 else None
+
+
+class ModelRows:
+    """One model's packed layers and heads. Not reentrant: a call's memory is here.
+
+    Args:
+        rotary_of: each layer's number of its rotary table.
+    """
+
+    def __init__(self, library: RowsLibrary, config: ModelConfig, rotary_of: Sequence[int], num_threads: int) -> None:
+        self._library = library
+        self.hidden_size, self._query_size = config.hidden_size, config.num_heads * config.head_dim
+        self._num_layers = config.num_layers
+        block = config.block
+        self._shape = ModelStruct(
+            *(config.num_heads, config.num_kv_heads, config.head_dim),
+            config.head_dim**-0.5 if block.attention_scale is None else block.attention_scale,
+            *(config.hidden_size, config.intermediate_size, _ACTIVATIONS[block.activation], config.num_layers),
+            *(config.rms_norm_eps, block.residual_multiplier),
+        )
+        self._layers = (LayerStruct * config.num_layers)()
+        self._kept: list[object] = []
+        self._uncompensated = CompensatedLayers(-1, [[torch.zeros(1)]] * config.num_layers)
+        self._plan = bytearray(config.num_layers)
+        self._times = array("q", bytes(16 * config.num_layers))
+        self._pinned = bytearray(config.num_layers)
+
+        own = self._pass = PassStruct()
+        own.workspace = library.new_workspace(self)
+        self._threads = ThreadCount(num_threads)
+        own.shape, own.layers = pointer(self._shape), self._layers
+        own.windows = _numbers([window or 0 for window in config.sliding_window])
+        own.rotary_of = _numbers(rotary_of)
+        own.plan, own.pinned = (addressof(c_uint8.from_buffer(memory)) for memory in (self._plan, self._pinned))
+        own.times = self._times.buffer_info()[0]
+        self._pass_address = addressof(own)
+
+    def set_layer(self, layer: int, packed: PackedLayer) -> None:
+        """Takes a layer's tensors, and keeps them."""
+        struct = self._layers[layer]
+        for name, vector in packed.vectors.items():
+            setattr(struct, name, self._memory_of(vector))
+        for action, matrices in packed.matrices.items():
+            for place, (matrix, num_inputs) in enumerate(matrices):
+                struct.matrices[action - 1][place], kept = _packed(matrix, num_inputs)
+                self._kept += kept
+
+    def run(
+        self,
+        hidden: Tensor,
+        rows: RowsOfPass,
+        pinned: bytes,
+        layers: range,
+        compensation: CompensatedLayers | None,
+        kv_action: Action,
+        policy: PolicyRows | None = None,
+    ) -> Tensor:
+        """Runs some layers of rows; returns the last one's output, `[rows, hidden_size]`.
+
+        Args:
+            hidden: the first one's input, bf16.
+            pinned: by layer of the model, from the first that runs on; 0 for a layer that the policy decides.
+            kv_action: the precision of skipped rows' keys and values.
+            policy: for a single row.
+        """
+        output = torch.empty_like(hidden)
+        own = self._pass
+        own.compensations = (self._uncompensated if compensation is None else compensation).array
+        own.kv_action, own.first_layer, own.last_layer = kv_action, layers.start, layers.stop
+        own.decisions = None if policy is None else policy.decisions
+        self._pinned[layers.start : layers.stop] = pinned
+        started = time.perf_counter()
+        self._call(self._library.run_rows, hidden, output, rows)
+        if len(layers) == self._num_layers:
+            work = pinned, rows.num_rows, rows.spans[0].num_tokens // _ALIKE_TOKENS
+            self._threads.took(work, time.perf_counter() - started)
+        return output
+
+    def attend(self, layer: int, fused: Tensor, rows: RowsOfPass) -> Tensor:
+        """Runs a layer's attention for rows, from its first product with bias; returns `[rows, num_heads *
+        head_dim]`. Both are bf16."""
+        output = fused.new_empty((len(fused), self._query_size))
+        own = self._pass
+        own.compensations, own.decisions, own.first_layer = self._uncompensated.array, None, layer
+        self._call(self._library.attend, fused, output, rows)
+        return output
+
+    def head(self, matrix: RowMatrix, norm: Tensor, vocab_size: int) -> "HeadRows":
+        """Returns the final norm and a head as a call."""
+        return HeadRows(self._library, matrix, norm.float(), vocab_size, self._shape.eps, self._threads)
+
+    @property
+    def plan(self) -> bytes:
+        """The last run's actions, by layer."""
+        return bytes(self._plan)
+
+    @property
+    def times(self) -> array:
+        """Each layer's start and end in the last run that had it, by `perf_counter_ns`."""
+        return array("q", self._times)
+
+    def _call(self, function: "object", inputs: Tensor, output: Tensor, rows: RowsOfPass) -> None:
+        own = self._pass
+        own.num_threads = self._threads.current
+        own.input, own.output = inputs.data_ptr(), output.data_ptr()
+        own.spans, own.num_spans, own.num_rows, own.rotary = rows.spans, len(rows.spans), rows.num_rows, rows.rotary
+        own.layer_bytes, own.values_bytes, own.token_bytes = rows.strides
+        function(self._pass_address)  # type: ignore[operator]
+
+    def _memory_of(self, tensor: Tensor) -> int:
+        own = tensor.float().contiguous()
+        self._kept.append(own)
+        return own.data_ptr()
+
+
+class HeadRows:
+    """The final norm and a head of one precision."""
+
+    def __init__(
+        self, library: RowsLibrary, matrix: RowMatrix, norm: Tensor, vocab_size: int, eps: float, threads: ThreadCount
+    ) -> None:
+        self._library, self._vocab_size, self._threads = library, vocab_size, threads
+        struct, kept = _packed(matrix, len(norm))
+        self._kept = norm, struct, kept
+        self._call = HeadStruct(workspace=library.new_workspace(self), norm=norm.data_ptr(), matrix=pointer(struct))
+        self._call.hidden_size, self._call.num_tiles, self._call.eps = len(norm), vocab_size // LANES, eps
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Returns float32 `[rows, vocab_size]` from bf16 `[rows, hidden_size]`."""
+        hidden = hidden.contiguous()
+        logits = hidden.new_empty((len(hidden), self._vocab_size), dtype=torch.float32)
+        call = self._call
+        call.hidden, call.logits, call.num_rows = hidden.data_ptr(), logits.data_ptr(), len(hidden)
+        call.num_threads = self._threads.current
+        self._library.run_head(addressof(call))
+        return logits
+
+
+def _packed(matrix: RowMatrix, num_inputs: int) -> tuple[MatrixStruct, list[Tensor]]:
+    """Returns a matrix for the native code, and the tensors whose memory it is."""
+    words, *scales = matrix.tensors()
+    kept = [words, *(own.float().contiguous() for own in scales)]
+    addresses = [own.data_ptr() for own in kept] + [None]
+    return MatrixStruct(addresses[0], addresses[1], _LAYOUTS[type(matrix)], num_inputs), kept
+
+
+def _numbers(numbers: Sequence[int]) -> "Array[c_int64]":
+    return (c_int64 * len(numbers))(*numbers)

@@ -1,0 +1,124 @@
+"""The layouts in which native code reads a matrix, in FULL, INT8 and INT4: from end to end, at the speed of memory.
+
+A matrix lies in tiles of 16 outputs, as vectors with one word for each. A rounded weight is masked where it lies in its
+word and converted, without a shift. In FULL the matrix is read from the memory that oneDNN packed for many rows, if the
+layout permits. `products.h` has the products.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.linears.dense_linear import Linear, packed_words
+from dash_runtime.linears.quantization import INT4_GROUP_SIZE, quantize_int4, quantize_int8
+
+TILE = 16
+"""Outputs of one tile: the float32 lanes of an AVX-512 register."""
+_INT4_BITS, _INT8_BITS = 4, 8
+
+
+@dataclass(frozen=True, slots=True)
+class RowMatrix:
+    """A matrix `[out_features, in_features]`, laid out for products with a few rows. Its fields are tensors."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Returns the words, and the scales if they lie apart."""
+        return tuple(getattr(self, own.name) for own in fields(self))
+
+
+@dataclass(frozen=True, slots=True)
+class FullRowMatrix(RowMatrix):
+    """A bf16 matrix, int32 `[tiles, in_features / 2, 16]` with two weights of an output in a word."""
+
+    words: Tensor
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> "FullRowMatrix":
+        out_features, in_features = weight.shape
+        pairs = weight.contiguous().view(torch.int32).view(out_features // TILE, TILE, in_features // 2)
+        return cls(pairs.transpose(1, 2).contiguous())
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRowMatrix(RowMatrix):
+    """The memory of a `PackedLinear`, int32 `[blocks, in_features / 2, 64]` with two weights of an output in a word."""
+
+    words: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Int8RowMatrix(RowMatrix):
+    """An INT8 matrix, int32 `[tiles, in_features / 32, 8, 16]` with four weights in a word, the last one with a sign.
+
+    Scales are `[out_features]`.
+    """
+
+    words: Tensor
+    scales: Tensor
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> "Int8RowMatrix":
+        quantized, scales = quantize_int8(weight)
+        return cls(_pack_words(quantized.to(torch.int32) + 128, _INT8_BITS), scales)
+
+
+@dataclass(frozen=True, slots=True)
+class Int4RowMatrix(RowMatrix):
+    """An INT4 matrix, int32 `[tiles, groups, 5, 16]`: eight weights in a word, and in a group's last word its scale and
+    its zero, as the high and the low half.
+
+    All in one place, since the processor fetches one stream ahead better than three.
+    """
+
+    words: Tensor
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> "Int4RowMatrix":
+        quantized, scales, zeros = quantize_int4(weight)
+        scale_bits, zero_bits = (_tile(own).to(torch.bfloat16).view(torch.int16).int() for own in (scales, zeros))
+        grids = scale_bits << 16 | zero_bits & 0xFFFF
+        return cls(torch.cat((_pack_words(quantized, _INT4_BITS), grids.unsqueeze(2)), dim=2))
+
+
+_MATRICES: dict[Action, type[FullRowMatrix] | type[Int8RowMatrix] | type[Int4RowMatrix]] = {
+    Action.FULL: FullRowMatrix,
+    Action.INT8: Int8RowMatrix,
+    Action.INT4: Int4RowMatrix,
+}
+
+
+def pack_row_matrix(action: Action, weight: Tensor, linear: Linear | None = None) -> RowMatrix:
+    """Lays out `[out_features, in_features]`, or shares the memory of `linear` in FULL.
+
+    `linear` is the same matrix for many rows.
+    """
+    words = packed_words(linear) if action is Action.FULL and linear is not None else None
+    return _MATRICES[action].pack(weight) if words is None else PackedRowMatrix(words)
+
+
+def is_packable(out_features: int, in_features: int) -> bool:
+    """Returns True if these kernels can take a matrix of this shape."""
+    return out_features % TILE == 0 and in_features % INT4_GROUP_SIZE == 0
+
+
+def _pack_words(values: Tensor, num_bits: int) -> Tensor:
+    """Packs values `[out, in]` below 2^num_bits into int32 words, `[tiles, groups, words of a group, 16]`.
+
+    A word's last value lies where the sign is: it is stored as a number with a sign, half a range lower.
+    """
+    out_features, in_features = values.shape
+    num_places = 32 // num_bits
+    shape = (out_features // TILE, TILE, in_features // INT4_GROUP_SIZE, -1, num_places)
+    ordered = values.view(shape).permute(0, 2, 3, 1, 4)
+    words = torch.zeros(ordered.shape[:-1], dtype=torch.int32)
+    for place in range(num_places):
+        offset = 1 << num_bits - 1 if place == num_places - 1 else 0
+        words |= (ordered[..., place] - offset) << num_bits * place
+    return words
+
+
+def _tile(groups: Tensor) -> Tensor:
+    """Puts `[out, groups]` in the order of the words, `[tiles, groups, 16]`."""
+    return groups.view(-1, TILE, groups.shape[1]).transpose(1, 2).contiguous()

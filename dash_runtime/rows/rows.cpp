@@ -1,0 +1,273 @@
+// Takes rows through layers, each layer's action pinned or chosen by a policy on the way; and runs
+// norm and head.
+//
+// The loop of engine/step.py in native code: layer_body.py's arithmetic, written for one to a few rows whose weights
+// come from memory. structs.py has the same structures; every field is eight bytes wide.
+#include <omp.h>
+
+#include <ctime>
+#include <vector>
+
+#include "layer.h"
+#include "policy.h"
+
+namespace {
+
+// Memory of passes, kept from one to the next.
+struct Workspace {
+  Barrier barrier;
+  std::vector<float> shared;
+  std::vector<std::vector<float>> own;
+};
+
+// A policy that decides each layer from the input of the one before, for a single row.
+struct Decisions {
+  const Policy *policy;
+  const float *facts;         // num_known for the last action, the cost spent, others, and each action's price
+  const int64_t *actions;     // by score
+  const double *layer_costs;  // by action
+  float *scores;              // [num_layers, num_actions]
+  int64_t num_known;
+};
+
+struct Pass {
+  Workspace *workspace;
+  const ModelShape *shape;
+  const Layer *layers;
+  const Compensation *compensations;  // by layer
+  const int64_t *windows;             // by layer; 0 for none
+  const int64_t *rotary_of;           // by layer, which one
+  const Rotary *rotary;
+  const Span *spans;
+  const uint16_t *input;  // [num_rows, hidden_size], bf16; of `dash_attend` [num_rows, fused_size]
+  uint16_t *output;       // [num_rows, hidden_size]; of `dash_attend` [num_rows, query_size]
+  int64_t num_spans, layer_bytes, values_bytes, token_bytes;
+  int64_t num_rows, num_threads, first_layer, last_layer, kv_action;
+  const uint8_t *pinned;       // by layer; 0 for a layer that is decided
+  const Decisions *decisions;  // null if all layers are pinned
+  uint8_t *plan;               // by layer
+  int64_t *times;              // [layer][start, end], as time.perf_counter_ns
+};
+
+int64_t now() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec * int64_t{1000000000} + time.tv_nsec;
+}
+
+// Gives out parts of a vector, each on cache lines of its own. Counts first, with no memory.
+class Parts {
+ public:
+  explicit Parts(float *memory) : next_(memory) {}
+  float *take(int64_t size) {
+    size = (size + 2 * kLanes - 1) / kLanes * kLanes;
+    float *own = next_;
+    if (next_) next_ += size;
+    count_ += size;
+    return own;
+  }
+  int64_t count() const { return count_; }
+
+ private:
+  float *next_;
+  int64_t count_ = 0;
+};
+
+// All that alternates does so from layer to layer: the next layer may begin while a slow thread still reads.
+struct SharedParts {
+  Shared layers[2];
+  float *products[2];
+
+  SharedParts(Parts parts, const Pass &pass, int64_t *count) {
+    const ModelShape &shape = *pass.shape;
+    const int64_t rows = pass.num_rows;
+    int64_t rank = 0;
+    for (int64_t layer = 0; layer < shape.num_layers; ++layer)
+      rank = pass.compensations[layer].rank > rank ? pass.compensations[layer].rank : rank;
+    float *attention = parts.take(parts_size(shape.heads, pass.spans, pass.num_spans));
+    float *branch = parts.take(2 * rows * shape.hidden_size), *inner = parts.take(rows * shape.intermediate_size);
+    for (int turn = 0; turn < 2; ++turn) {
+      layers[turn] = {parts.take(rows * shape.fused_size()), attention, branch, inner, parts.take(rows * rank)};
+      products[turn] = parts.take(pass.decisions ? pass.decisions->policy->width : 0);
+    }
+    *count = parts.count();
+  }
+};
+
+Own own_parts(Parts parts, const Pass &pass, int64_t *count) {
+  const ModelShape &shape = *pass.shape;
+  const int64_t rows = pass.num_rows, query_size = shape.query_size(), kv_size = shape.kv_size();
+  const int64_t sizes[] = {shape.hidden_size, query_size, shape.intermediate_size};
+  int64_t widest = 0;
+  for (int64_t size : sizes) widest = size > widest ? size : widest;
+  const Own own{parts.take(rows * shape.hidden_size),
+                parts.take(rows * shape.hidden_size),
+                parts.take(inputs_size(rows, widest)),
+                parts.take(rows * query_size),
+                parts.take(rows * kv_size),
+                parts.take(rows * kv_size),
+                parts.take(rows * query_size),
+                parts.take(2 * rows * (shape.intermediate_size + kLanes))};
+  *count = parts.count();
+  return own;
+}
+
+float *grown(std::vector<float> &memory, int64_t count) {
+  if (memory.size() < static_cast<size_t>(count)) memory.resize(count);
+  return memory.data();
+}
+
+Memory memory_of(const Pass &pass, int64_t layer) {
+  const int64_t token_stride = pass.token_bytes / int64_t{sizeof(uint16_t)};
+  return {pass.spans, pass.num_spans, pass.layer_bytes, pass.values_bytes, token_stride, pass.windows[layer], layer};
+}
+
+// What one thread does of a pass.
+void take_part(const Pass &pass, const SharedParts &shared, const Member &member) {
+  const ModelShape &shape = *pass.shape;
+  const int64_t state_size = pass.num_rows * shape.hidden_size;
+  int64_t count;
+  own_parts(Parts(nullptr), pass, &count);
+  const Own own = own_parts(Parts(grown(pass.workspace->own[member.index], count)), pass, &count);
+  for (int64_t place = 0; place < state_size; place += kLanes)
+    store(own.residual + place, from_bf16(pass.input + place));
+
+  const Decisions *decisions = pass.decisions;
+  const Policy *policy = decisions ? decisions->policy : nullptr;
+  float facts[kMostNumbers], scores[kMostNumbers];
+  if (policy) std::memcpy(facts, decisions->facts, (policy->num_facts + policy->num_actions) * sizeof(float));
+  double cost_spent = 0;
+  uint8_t chosen = 0;
+  for (int64_t layer = pass.first_layer; layer < pass.last_layer; ++layer) {
+    const uint8_t action = pass.pinned[layer] ? pass.pinned[layer] : chosen;
+    const bool is_skipped = action == kSkip, is_first = member.index == 0;
+    if (is_first) pass.plan[layer] = action, pass.times[2 * layer] = now();
+    const Layer &weights = pass.layers[layer];
+    const LayerRun run(member, shape, shared.layers[layer % 2], own, pass.num_rows);
+    const bool decides = layer + 1 < pass.last_layer && !pass.pinned[layer + 1];
+    float *products = shared.products[layer % 2];
+    if (decides) policy_products(member, *policy, own.residual, products);
+    run.project(weights, is_skipped ? pass.kv_action : action, is_skipped ? shape.query_size() : 0);
+    if (is_skipped) run.narrow(pass.compensations[layer]);
+    member.wait();
+    if (policy) cost_spent += decisions->layer_costs[action];
+    if (decides) {
+      std::memset(facts, 0, decisions->num_known * sizeof(float));
+      facts[action - 1] = 1;
+      facts[decisions->num_known] = static_cast<float>(cost_spent);
+      int64_t best;
+      policy_choices(*policy, policy->blocks[layer + 1], own.residual, products, facts, scores, &best);
+      chosen = static_cast<uint8_t>(decisions->actions[best]);
+      if (is_first)
+        std::memcpy(decisions->scores + (layer + 1) * policy->num_actions, scores, policy->num_actions * sizeof(float));
+    }
+    const Memory memory = memory_of(pass, layer);
+    const Rotary &rotary = pass.rotary[pass.rotary_of[layer]];
+    if (is_skipped)
+      run.skip(weights, pass.compensations[layer], memory, rotary);
+    else
+      run.run(weights, action, memory, rotary);
+    if (is_first) pass.times[2 * layer + 1] = now();
+  }
+  if (member.index == 0)
+    for (int64_t place = 0; place < state_size; place += kLanes)
+      write_bf16(pass.output + place, load<Floats>(own.residual + place));
+}
+
+// What one thread does of the attention of rows whose products are shared: their first one is `pass.input`.
+void take_part_in_attention(const Pass &pass, const SharedParts &shared, float *heads, const Member &member) {
+  const ModelShape &shape = *pass.shape;
+  const int64_t rows = pass.num_rows, query_size = shape.query_size(), kv_size = shape.kv_size(),
+                fused_size = shape.fused_size();
+  float *queries = heads, *keys = queries + rows * query_size, *values = keys + rows * kv_size,
+        *attended = values + rows * kv_size;
+  float *fused = grown(pass.workspace->own[member.index], fused_size);
+  const Rotary &rotary = pass.rotary[pass.rotary_of[pass.first_layer]];
+  const int64_t first = member.first(rows), last = member.last(rows);
+  for (int64_t row = first; row < last; ++row) {
+    for (int64_t place = 0; place < fused_size; place += kLanes)
+      store(fused + place, from_bf16(pass.input + row * fused_size + place));
+    split_heads(shape, pass.layers[pass.first_layer], rotary, row, fused, nullptr, queries + row * query_size,
+                keys + row * kv_size, values + row * kv_size);
+  }
+  member.wait();
+  attend(member, shape.heads, memory_of(pass, pass.first_layer), queries, keys, values, shared.layers[0].parts,
+         attended, first, last);
+  for (int64_t place = first * query_size; place < last * query_size; place += kLanes)
+    write_bf16(pass.output + place, load<Floats>(attended + place));
+}
+
+}  // namespace
+
+extern "C" Workspace *dash_new_workspace() { return new Workspace; }
+
+extern "C" void dash_delete_workspace(Workspace *workspace) { delete workspace; }
+
+// Runs all layers from `first_layer` to `last_layer`.
+extern "C" void dash_run_rows(const Pass *pass) {
+  Workspace &workspace = *pass->workspace;
+  int64_t count;
+  SharedParts(Parts(nullptr), *pass, &count);
+  const SharedParts shared(Parts(grown(workspace.shared, count)), *pass, &count);
+  if (workspace.own.size() < static_cast<size_t>(pass->num_threads)) workspace.own.resize(pass->num_threads);
+#pragma omp parallel num_threads(static_cast<int>(pass->num_threads))
+  take_part(*pass, shared, {&workspace.barrier, omp_get_thread_num(), omp_get_num_threads()});
+}
+
+// Runs the attention of `first_layer`.
+extern "C" void dash_attend(const Pass *pass) {
+  Workspace &workspace = *pass->workspace;
+  const int64_t heads_size = pass->num_rows * (2 * pass->shape->query_size() + 2 * pass->shape->kv_size());
+  int64_t count;
+  SharedParts(Parts(nullptr), *pass, &count);
+  float *memory = grown(workspace.shared, count + heads_size);
+  const SharedParts shared(Parts(memory), *pass, &count);
+  if (workspace.own.size() < static_cast<size_t>(pass->num_threads)) workspace.own.resize(pass->num_threads);
+#pragma omp parallel num_threads(static_cast<int>(pass->num_threads))
+  take_part_in_attention(*pass, shared, memory + count,
+                         {&workspace.barrier, omp_get_thread_num(), omp_get_num_threads()});
+}
+
+// Evaluates a policy for rows, in the calling thread.
+extern "C" void dash_choose(const Policy *policy, const Block *block, const uint16_t *hidden, const float *facts,
+                            int64_t num_rows, float *scores, int64_t *best) {
+  const int64_t num_scores = policy->block_size * policy->num_actions;
+  float products[kMostNumbers];
+  std::vector<float> state(policy->hidden_size);
+  for (int64_t row = 0; row < num_rows; ++row) {
+    for (int64_t place = 0; place < policy->hidden_size; place += kLanes)
+      store(state.data() + place, from_bf16(hidden + row * policy->hidden_size + place));
+    policy_products({nullptr, 0, 1}, *policy, state.data(), products);
+    policy_choices(*policy, *block, state.data(), products, facts + row * (policy->num_facts + policy->num_actions),
+                   scores + row * num_scores, best + row * policy->block_size);
+  }
+}
+
+// The final norm and the language-model head.
+struct HeadPass {
+  Workspace *workspace;
+  const uint16_t *hidden;  // [num_rows, hidden_size], bf16
+  const float *norm;
+  const Matrix *matrix;
+  float *logits;  // [num_rows, num_tiles * kLanes]
+  int64_t num_rows, hidden_size, num_tiles, num_threads;
+  double eps;
+};
+
+extern "C" void dash_run_head(const HeadPass *pass) {
+  Workspace &workspace = *pass->workspace;
+  const int64_t size = pass->num_rows * pass->hidden_size;
+  if (workspace.own.size() < static_cast<size_t>(pass->num_threads)) workspace.own.resize(pass->num_threads);
+#pragma omp parallel num_threads(static_cast<int>(pass->num_threads))
+  {
+    const Member member{&workspace.barrier, omp_get_thread_num(), omp_get_num_threads()};
+    float *rows = grown(workspace.own[member.index], size + inputs_size(pass->num_rows, pass->hidden_size));
+    for (int64_t place = 0; place < size; place += kLanes) store(rows + place, from_bf16(pass->hidden + place));
+    norm_rows(rows, pass->norm, pass->num_rows, pass->hidden_size, pass->eps, rows);
+    const Inputs inputs =
+        prepare(static_cast<Layout>(pass->matrix->layout), rows, pass->num_rows, pass->hidden_size, rows + size);
+    const int64_t first = member.first(pass->num_tiles), last = member.last(pass->num_tiles);
+    product(*pass->matrix, inputs, pass->num_rows, first, last, pass->logits + first * kLanes,
+            pass->num_tiles * kLanes);
+  }
+}

@@ -1,0 +1,99 @@
+"""The structures of the native code, field for field: every one is eight bytes wide, or made of such."""
+
+from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
+
+MOST_CHANNELS, MOST_NUMBERS, LANES = 512, 256, 16
+"""As in the source: a head's channels, a policy's features, facts and scores, and the floats of a vector."""
+
+
+def _pointers(*names: str) -> list[tuple[str, type[c_void_p]]]:
+    return [(name, c_void_p) for name in names]
+
+
+def _numbers(*names: str) -> list[tuple[str, type[c_int64]]]:
+    return [(name, c_int64) for name in names]
+
+
+class MatrixStruct(Structure):
+    _fields_ = [*_pointers("words", "scales"), *_numbers("layout", "num_inputs")]
+
+
+class ModelStruct(Structure):
+    _fields_ = [
+        *_numbers("num_heads", "num_kv_heads", "head_dim"),
+        ("attention_scale", c_double),
+        *_numbers("hidden_size", "intermediate_size", "activation", "num_layers"),
+        *((name, c_double) for name in ("eps", "residual_multiplier")),
+    ]
+
+
+NORMS = ("input_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm")
+"""A layer's norms, in the order in which it runs them."""
+_VECTORS = (*NORMS, "head_norm", "query_norm", "key_norm", "bias")
+
+
+class LayerStruct(Structure):
+    _fields_ = [*_pointers(*_VECTORS), ("matrices", (MatrixStruct * 4) * 4)]
+
+
+class CompensationStruct(Structure):
+    _fields_ = [*_pointers("matrices", "vectors"), *_numbers("rank")]
+
+
+class RotaryStruct(Structure):
+    _fields_ = _pointers("cosines", "sines")
+
+
+class SpanStruct(Structure):
+    _fields_ = [*_pointers("memory"), *_numbers("num_tokens", "first_row", "num_rows")]
+
+
+class BlockStruct(Structure):
+    _fields_ = _pointers("terms", "facts", "inner_terms", "outputs", "output_terms")
+
+
+class PolicyStruct(Structure):
+    _fields_ = [
+        *_pointers("hidden_weight", "inner_weight"),
+        ("blocks", POINTER(BlockStruct)),
+        *_numbers("hidden_size", "width", "inner_width", "num_facts", "num_actions", "block_size"),
+    ]
+
+
+class DecisionsStruct(Structure):
+    _fields_ = [
+        ("policy", POINTER(PolicyStruct)),
+        *_pointers("facts"),
+        ("actions", POINTER(c_int64)),
+        ("layer_costs", POINTER(c_double)),
+        *_pointers("scores"),
+        *_numbers("num_known"),
+    ]
+
+
+class PassStruct(Structure):
+    _fields_ = [
+        *_pointers("workspace"),
+        ("shape", POINTER(ModelStruct)),
+        ("layers", POINTER(LayerStruct)),
+        ("compensations", POINTER(CompensationStruct)),
+        *((name, POINTER(c_int64)) for name in ("windows", "rotary_of")),
+        ("rotary", POINTER(RotaryStruct)),
+        ("spans", POINTER(SpanStruct)),
+        *_pointers("input", "output"),
+        *_numbers("num_spans", "layer_bytes", "values_bytes", "token_bytes"),
+        *_numbers("num_rows", "num_threads", "first_layer", "last_layer", "kv_action"),
+        *_pointers("pinned"),
+        ("decisions", POINTER(DecisionsStruct)),
+        *_pointers("plan", "times"),
+    ]
+
+
+class HeadStruct(Structure):
+    _fields_ = [
+        *_pointers("workspace", "hidden", "norm"),
+        ("matrix", POINTER(MatrixStruct)),
+        *_pointers("logits"),
+        *_numbers("num_rows", "hidden_size", "num_tiles", "num_threads"),
+        ("eps", c_double),
+    ]

@@ -1,0 +1,109 @@
+// Vectors of 16 float32 lanes, which the compiler maps to what the processor has, and a few functions of them.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+constexpr int kLanes = 16;
+using Floats = float __attribute__((vector_size(4 * kLanes)));
+using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
+using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
+using Bytes = int8_t __attribute__((vector_size(kLanes)));
+
+template <class Vector>
+inline Vector load(const void *from) {
+  Vector value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <class Vector>
+inline void store(void *to, Vector value) {
+  std::memcpy(to, &value, sizeof value);
+}
+
+inline Floats filled(float value) { return value - Floats{}; }
+
+// Reads 16 bf16 numbers.
+inline Floats from_bf16(const uint16_t *from) {
+#ifdef __AVX512F__
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)load<Halves>(from)), 16);
+#else
+  return (Floats)(__builtin_convertvector(load<Halves>(from), Ints) << 16);
+#endif
+}
+
+// Reads 16 bytes with a sign. GCC would convert them one by one.
+inline Floats from_bytes(const int8_t *from) {
+#ifdef __AVX512F__
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)load<Bytes>(from)));
+#else
+  Floats value;
+  for (int lane = 0; lane < kLanes; ++lane) value[lane] = from[lane];
+  return value;
+#endif
+}
+
+inline float from_bf16(uint16_t bits) {
+  const uint32_t wide = uint32_t{bits} << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+// Rounds to the nearest bf16 numbers, which the high halves of the lanes then are.
+inline Ints to_bf16_bits(Floats value) {
+  const Ints bits = (Ints)value;
+  const Ints rounded = bits + 0x7FFF + ((bits >> 16) & 1);
+  return value == value ? rounded : bits;
+}
+
+inline Floats rounded_to_bf16(Floats value) { return (Floats)(to_bf16_bits(value) & ~0xFFFF); }
+
+inline void write_bf16(uint16_t *to, Floats value) {
+  store(to, __builtin_convertvector(to_bf16_bits(value) >> 16, Halves));
+}
+
+inline float sum(Floats value) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)value);
+#else
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  return lanes[0];
+#endif
+}
+
+inline Floats larger(Floats one, Floats other) { return one > other ? one : other; }
+
+// e^x with an error of two units in the last place. Below -87 it is 0.
+inline Floats exponential(Floats x) {
+  const Floats bounded = x > 88.0f ? filled(88.0f) : larger(x, filled(-87.0f));
+  const Floats magic = filled(12582912.0f);  // adding it rounds to whole numbers
+  const Floats shifted = bounded * 1.44269504f + magic;
+  const Floats power = shifted - magic;
+  const Floats rest = bounded - power * 0.693359375f + power * 2.12194440e-4f;
+  Floats value = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+  value = value * rest + 8.3334519073e-3f;
+  value = value * rest + 4.1665795894e-2f;
+  value = value * rest + 1.6666665459e-1f;
+  value = value * rest + 5.0000001201e-1f;
+  value = value * rest * rest + rest + 1.0f;
+  const Ints exponent = ((Ints)shifted - (Ints)magic + 127) << 23;
+  return x < -87.0f ? Floats{} : value * (Floats)exponent;
+}
+
+inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
+
+inline float dot(const float *one, const float *other, int64_t count) {
+  Floats total{};
+  for (int64_t place = 0; place < count; place += kLanes)
+    total += load<Floats>(one + place) * load<Floats>(other + place);
+  return sum(total);
+}

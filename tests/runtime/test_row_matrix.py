@@ -1,0 +1,144 @@
+"""Native products are those with the matrix that the packed one stands for, and a row's bits never depend on others."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.checkpoints import load_model_config
+from dash_runtime.linears.dense_linear import (
+    BatchInvariantLinear,
+    FullLinear,
+    PackedLinear,
+    make_full_linear,
+    packed_words,
+)
+from dash_runtime.model_config import ModelConfig
+from dash_runtime.rows.model_rows import ModelRows
+from dash_runtime.rows.row_matrix import PackedRowMatrix, RowMatrix, is_packable, pack_row_matrix
+from tests.runtime.native_code import native_library, rounded
+
+LAYOUTS = ("blocks", "tiles", "INT8", "INT4")
+SHAPES = [(64, 32), (192, 96), (832, 160)]
+"""Of which blocks are possible, too: of one block, a few, and 13, which no number of threads divides."""
+
+
+@pytest.fixture(scope="module")
+def config(tiny_folder: Path) -> ModelConfig:
+    return load_model_config(tiny_folder)
+
+
+def packed(layout: str, weight: Tensor) -> RowMatrix:
+    if layout == "blocks":
+        matrix = pack_row_matrix(Action.FULL, weight, make_full_linear(FullLinear(weight)))
+        if not isinstance(matrix, PackedRowMatrix):
+            pytest.skip("this CPU has no such product for many rows")
+        return matrix
+    return pack_row_matrix(action_of(layout), weight)
+
+
+def action_of(layout: str) -> Action:
+    return Action[layout] if layout in ("INT8", "INT4") else Action.FULL
+
+
+def product(
+    config: ModelConfig, matrix: RowMatrix, rows: Tensor, norm: Tensor, outputs: int, threads: int = 1
+) -> Tensor:
+    """Returns the products of normed rows, by way of a head."""
+    own = replace(config, hidden_size=rows.shape[1], rms_norm_eps=0.0)
+    return ModelRows(native_library(), own, [0] * own.num_layers, threads).head(matrix, norm, outputs)(rows)
+
+
+def some_weight(out_features: int, in_features: int) -> Tensor:
+    """Returns bf16 with outputs of very different sizes, a constant group and an output of zeros."""
+    generator = torch.Generator().manual_seed(out_features + in_features)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    weight *= torch.logspace(-3, 2, out_features).unsqueeze(1)
+    weight[0, :32] = 0.7
+    weight[1] = 0.0
+    return weight.bfloat16()
+
+
+def some_rows(num_rows: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """Returns rows and a norm whose products are exact in bf16. They have a mean, which products that subtract an
+    offset have to get right."""
+    generator = torch.Generator().manual_seed(num_rows)
+    signs = torch.where(torch.rand(num_rows, in_features, generator=generator) < 0.7, 1.0, -1.0)
+    return signs.bfloat16(), torch.rand(in_features, generator=generator).bfloat16() + 0.1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [*SHAPES, (16, 32), (80, 96)])
+@pytest.mark.parametrize("num_rows", [1, 3, 17])
+def test_a_product_is_that_with_the_matrix_that_the_packed_one_stands_for(
+    config: ModelConfig, layout: str, shape: tuple[int, int], num_rows: int
+) -> None:
+    if layout == "blocks" and shape not in SHAPES:
+        layout = "tiles"
+    weight, (rows, norm) = some_weight(*shape), some_rows(num_rows, shape[1])
+    outputs = product(config, packed(layout, weight), rows, norm, shape[0])
+    matrix, inputs = rounded(action_of(layout), weight).double(), rows.double() * norm.double()
+    expected, scale = inputs @ matrix.T, inputs.abs() @ matrix.abs().T
+    assert outputs.dtype is torch.float32
+    assert outputs.shape == expected.shape
+    assert float(((outputs - expected).abs() / scale.clamp_min(1e-6)).max()) < 1e-4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_value_of_every_weight_comes_back_from_its_word(config: ModelConfig, layout: str) -> None:
+    num_values = 16 if layout == "INT4" else 255
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(num_values, (128, 64), generator=generator).float() - num_values // 2
+    weight[:, ::32], weight[:, 1::32] = -(num_values // 2), (num_values - 1) // 2  # each group has the whole range
+    matrix = rounded(action_of(layout), weight.bfloat16())
+    unit_rows = torch.eye(64).bfloat16()  # of 64 numbers, so norming makes the 1 an 8
+    outputs = product(config, packed(layout, weight.bfloat16()), unit_rows, torch.full((64,), 0.125), 128)
+    torch.testing.assert_close(outputs.T, matrix, rtol=1e-4, atol=1e-4 * num_values)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_row_has_the_same_bits_among_any_number_of_others_with_any_number_of_threads(
+    config: ModelConfig, layout: str, shape: tuple[int, int]
+) -> None:
+    matrix = packed(layout, some_weight(*shape))
+    rows = torch.randn(17, shape[1], generator=torch.Generator().manual_seed(3)).bfloat16()
+    norm = torch.ones(shape[1])
+    alone = torch.cat([product(config, matrix, row, norm, shape[0]) for row in rows.split(1)])
+    for num_rows in range(1, 18):
+        for threads in (1, 2, 5):
+            outputs = product(config, matrix, rows[:num_rows], norm, shape[0], threads)
+            assert torch.equal(outputs, alone[:num_rows]), (num_rows, threads)
+
+
+@pytest.mark.parametrize(("action", "bits"), [(Action.INT4, 5), (Action.INT8, 8), (Action.FULL, 16)])
+def test_a_weight_takes_no_more_bits_than_its_action_says(action: Action, bits: int) -> None:
+    matrix = pack_row_matrix(action, some_weight(64, 256)).tensors()[0]  # INT4's grid of each group among them
+    assert matrix.numel() * matrix.element_size() * 8 == 64 * 256 * bits
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((16, 32), True), ((272, 96), True), ((260, 96), False), ((8, 32), False), ((16, 48), False), ((16, 16), False)],
+)
+def test_only_multiples_of_a_tile_and_a_group_are_packable(shape: tuple[int, int], expected: bool) -> None:
+    assert is_packable(*shape) is expected
+
+
+def test_weights_for_many_rows_and_for_one_are_in_memory_once_and_outlive_their_layer() -> None:
+    weight = some_weight(192, 96)
+    linear = make_full_linear(FullLinear(weight))
+    words = packed_words(linear)
+    if words is None:
+        pytest.skip("this CPU has no such product for many rows")
+    assert isinstance(linear, BatchInvariantLinear)
+    assert isinstance(linear.product, PackedLinear)
+    assert words.data_ptr() == torch.ops.mkldnn.data_ptr(linear.product.packed)
+    assert pack_row_matrix(Action.FULL, weight, linear).tensors()[0].data_ptr() == words.data_ptr()
+    del linear
+    churn = [some_weight(192, 96) for _ in range(50)]
+    assert torch.equal(words.transpose(1, 2).flatten(0, 1).contiguous().view(torch.bfloat16), weight)
+    del churn

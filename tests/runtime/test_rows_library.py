@@ -1,0 +1,213 @@
+"""Native code is compiled once for a machine and kept. Where that cannot be, one line says why."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import dash_runtime
+from dash_runtime.checkpoints import load_model_config
+from dash_runtime.decoder.backends.native import why_eager
+from dash_runtime.model_config import BlockConfig, MixtureConfig, NormPlacement, QkNorm, RopeConfig, RopeKind
+from dash_runtime.rows.library import RowsLibrary, load_rows, will_compile
+
+SOURCES = Path(dash_runtime.__file__).parent / "rows"
+FAILING = "#!/bin/sh\necho 'rows.cpp:1:2: error: no such header\ncompilation terminated.' >&2\nexit 1\n"
+
+
+def load(folder: Path) -> tuple[RowsLibrary | None, list[str]]:
+    """Returns the library, and the progress messages."""
+    said: list[str] = []
+    return load_rows(folder, said.append), said
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the code, compiled in it; the compiler's temporary files were beside it."""
+    folder = tmp_path_factory.mktemp("kept") / "native"
+    temporary = folder.with_name("temporary")
+    temporary.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(temporary))
+        patch.setattr(tempfile, "tempdir", None)  # it is looked up once
+        library, said = load(folder)
+    assert library is not None, said
+    assert said == ["compiling native code (kept for later starts)"]
+    return folder
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+
+
+@pytest.fixture
+def failing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "g++").write_text(FAILING)
+    (folder / "g++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def test_nothing_but_the_package_is_left_behind_by_compiling(kept: Path) -> None:
+    (path,) = kept.iterdir()
+    assert path.suffix == ".zip"
+    assert not path.name.startswith(".")
+    assert list(kept.with_name("temporary").iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_kept_code_is_loaded_without_a_word_or_a_compiler_and_needs_no_file(kept: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(kept, tmp_path / "native"))
+    assert not will_compile(copy)
+    library, said = load(copy)
+    assert said == []
+    assert library is not None
+    shutil.rmtree(copy)
+    assert library.new_workspace(library)
+
+
+def test_loaded_code_keeps_nothing_in_the_temporary_folder(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    library, _ = load(kept)  # its end would delete the file, but a process may end without
+    assert library is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_code_loads_where_none_may_be_run_from_the_temporary_folder(kept: Path, tmp_path: Path) -> None:
+    """As on hardened machines, and in a container whose temporary folder is in memory."""
+    (path,) = kept.iterdir()
+    script = (
+        "import sys; from pathlib import Path; from dash_runtime.rows.library import *; RowsLibrary(Path(sys.argv[1]))"
+    )
+    in_there = f"mount -t tmpfs -o noexec tmpfs {tmp_path} && exec env TMPDIR={tmp_path}"
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "--mount", "sh", "-c", f"{in_there} true"]).returncode:
+        pytest.skip("needs the right to mount")
+    command = [unshare, "--mount", "sh", "-c", f'{in_there} "$@"', "sh", sys.executable, "-c", script, str(path)]
+    subprocess.run(command, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 100, -100])
+def test_a_damaged_package_is_compiled_again(kept: Path, tmp_path: Path, kept_bytes: int) -> None:
+    (path,) = kept.iterdir()
+    damaged = tmp_path / path.name
+    damaged.write_bytes(path.read_bytes()[:kept_bytes])
+    library, said = load(tmp_path)
+    assert library is not None
+    assert said == ["compiling native code (kept for later starts)"]
+    assert load(tmp_path)[1] == []
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_damaged_package_is_no_error_where_it_cannot_be_compiled_again(kept: Path, tmp_path: Path) -> None:
+    (path,) = kept.iterdir()
+    with zipfile.ZipFile(tmp_path / path.name, "w") as package:
+        package.writestr("rows.so", b"no code")
+    library, said = load(tmp_path)
+    assert library is None
+    assert said[-1] == "layers run uncompiled: no C++ compiler here"
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_a_machine_without_a_compiler_says_so_and_nothing_will_be_compiled(tmp_path: Path) -> None:
+    assert not will_compile(tmp_path)
+    library, said = load(tmp_path)
+    assert library is None
+    assert said[-1] == "layers run uncompiled: no C++ compiler here"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("failing_compiler")
+def test_a_compiler_that_fails_is_a_reason_in_one_line_and_leaves_no_file(tmp_path: Path) -> None:
+    folder = tmp_path / "native"
+    assert will_compile(folder)
+    library, said = load(folder)
+    assert library is None
+    assert said[-1] == "layers run uncompiled: rows.cpp:1:2: error: no such header"
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_a_reason_and_no_error(tmp_path: Path) -> None:
+    blocked = tmp_path / "a file"
+    blocked.write_text("in the way")
+    for folder in (blocked, blocked / "native"):
+        library, said = load(folder)
+        assert library is None
+        start, _, reason = said[-1].partition(": ")
+        assert start == "layers run uncompiled"
+        assert reason
+        assert "\n" not in reason
+
+
+def digest_after(folder: Path, file: str, old: str, new: str) -> str:
+    """Returns the digest of a copy of the sources in which `old` is replaced by `new`."""
+    copy = Path(shutil.copytree(SOURCES, folder / "rows", ignore=shutil.ignore_patterns("__pycache__")))
+    source = (copy / file).read_text()
+    assert old in source
+    (copy / file).write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("copied_library", copy / "library.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    digest: str = module.code_digest()
+    return digest
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "is_same"),
+    [
+        ("library.py", "-O3", "-O2", False),
+        ("library.py", "-ffp-contract=fast", "-ffp-contract=off", False),
+        ("library.py", "loads it.", "loads it again.", True),
+        ("structs.py", "eight bytes", "8 bytes", True),
+        *((path.name, "\n", "\n\n", False) for path in sorted((*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")))),
+    ],
+)
+def test_other_code_or_other_flags_are_another_package(
+    tmp_path: Path, file: str, old: str, new: str, is_same: bool
+) -> None:
+    unchanged = digest_after(tmp_path / "unchanged", "library.py", "\n", "\n")
+    assert (digest_after(tmp_path / "changed", file, old, new) == unchanged) is is_same
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, None),
+        (
+            {"block": BlockConfig(has_qkv_bias=True, qk_norm=QkNorm.HEAD), "sliding_window": (None, 1, 7, *[None] * 3)},
+            None,
+        ),
+        ({"block": BlockConfig(has_output_bias=True)}, "biases of outputs"),
+        ({"block": BlockConfig(has_mlp_bias=True)}, "biases of outputs"),
+        ({"block": BlockConfig(NormPlacement.AFTER, qk_norm=QkNorm.WIDTH)}, None),
+        ({"block": BlockConfig(NormPlacement.BOTH)}, None),
+        ({"ropes": (None, RopeConfig(1e4, RopeKind.YARN, original_context_length=64, query_growth=0.1))}, None),
+        (
+            {"ropes": (None, RopeConfig(1e4, RopeKind.YARN, original_context_length=63, query_growth=0.1))},
+            "queries that grow with their position",
+        ),
+        ({"mixture": MixtureConfig(frozenset((1,)), 8, 2, 32, True)}, "mixtures of experts"),
+        ({"head_dim": 24}, "heads of this size"),
+        ({"head_dim": 528}, "heads of this size"),
+        ({"intermediate_size": 168}, "matrices of these sizes"),
+        ({"hidden_size": 80}, "matrices of these sizes"),
+        ({"vocab_size": 260}, "matrices of these sizes"),
+    ],
+)
+def test_only_models_that_the_native_code_can_compute_are_given_to_it(
+    tiny_folder: Path, changes: dict[str, object], expected: str | None
+) -> None:
+    model = replace(load_model_config(tiny_folder), vocab_size=272, head_dim=32)
+    assert why_eager(replace(model, **changes), 64) == expected  # type: ignore[arg-type]

@@ -1,0 +1,49 @@
+"""Native code takes one thread where a neighbour slows several down, and all of them again when it has gone."""
+
+from collections.abc import Callable
+
+from dash_runtime.rows.thread_count import ThreadCount
+
+QUIET = {2: 1.0, 1: 1.9}.__getitem__
+BUSY = {2: 4.0, 1: 2.0}.__getitem__
+SLOWER_MEMORY = {2: 1.8, 1: 3.4}.__getitem__
+
+
+def run(threads: ThreadCount, seconds: Callable[[int], float], count: int, work: str = "a") -> float:
+    """Runs calls that take as long as their number of threads says; returns the share of them in one thread."""
+    alone = 0
+    for _ in range(count):
+        alone += threads.current == 1
+        threads.took(work, seconds(threads.current))
+    return alone / count
+
+
+def test_a_quiet_machine_uses_all_threads_all_the_time() -> None:
+    assert run(ThreadCount(2), QUIET, 1000) == 0
+
+
+def test_a_busy_neighbour_leaves_one_thread_within_a_few_calls_and_gives_all_back_when_it_goes() -> None:
+    threads = ThreadCount(2)
+    run(threads, QUIET, 50)
+    run(threads, BUSY, 20)
+    assert run(threads, BUSY, 1000) > 0.95
+    run(threads, QUIET, 170)
+    assert run(threads, QUIET, 1000) == 0
+
+
+def test_a_machine_whose_memory_became_slower_keeps_its_threads() -> None:
+    threads = ThreadCount(2)
+    run(threads, QUIET, 50)
+    assert run(threads, SLOWER_MEMORY, 2000) < 0.05
+    assert run(threads, SLOWER_MEMORY, 1000) == 0
+
+
+def test_short_and_long_work_are_not_compared() -> None:
+    threads = ThreadCount(2)
+    for _ in range(100):
+        run(threads, QUIET, 3, "short")
+        assert run(threads, {2: 9.0, 1: 17.0}.__getitem__, 3, "long") == 0
+
+
+def test_a_single_thread_stays_one() -> None:
+    assert run(ThreadCount(1), BUSY, 100) == 1
