@@ -78,7 +78,6 @@ def running_server(worker_command: Sequence[str] = WORKER_COMMAND, **variables: 
             "DASH_DEVICE": "cpu",
             "DASH_NUM_THREADS": str(torch.get_num_threads()),
             "DASH_LOG_LEVEL": "ERROR",
-            "DASH_EARLY_START": "false",
             **variables,
         }
         started = time.perf_counter()

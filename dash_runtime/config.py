@@ -38,17 +38,6 @@ class LaneKind(StrEnum):
     CUDA_STREAM = "cuda_stream"
 
 
-class Start(StrEnum):
-    """The way in which an engine is started that runs compiled programs."""
-
-    WHOLE = "whole"
-    """Missing programs are compiled first."""
-    EARLY = "early"
-    """If programs are missing, the engine is a stand-in: made in a hurry, it runs uncompiled."""
-    BESIDE_STAND_IN = "beside_stand_in"
-    """As WHOLE, but the compilers get less of the processor than a stand-in that serves meanwhile."""
-
-
 def _require_range(field_name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
     inside = math.isfinite(value) and (low < value if low_open else low <= value) and value <= high
     if not inside:
@@ -191,10 +180,7 @@ class ModelFacts:
     policies: tuple["PolicyFacts", ...]
     device: str
     is_compiled: bool = False
-    """True if decoding runs compiled programs."""
-    is_stand_in: bool = False
-    """True if the engine is to serve only until programs are compiled. Its costs are guesses, so it takes budgets below
-    its lowest, too, and runs the cheapest that it has: they may be fine for the engine that follows."""
+    """True if decoding runs native code."""
 
     def validate(self, request: GenerationRequest) -> None:
         """Checks what depends on the model.
@@ -242,9 +228,7 @@ class ModelFacts:
         if not skip.mode.has_policy:
             return
         policy = self.policy(skip.policy_name, skip.mode)
-        if self.is_stand_in or skip.compute_budget is None:
-            return
-        if skip.compute_budget < policy.lowest_budget - BUDGET_SLACK:
+        if skip.compute_budget is not None and skip.compute_budget < policy.lowest_budget - BUDGET_SLACK:
             raise InvalidRequest(
                 "skip.compute_budget",
                 f"{skip.compute_budget:g} is below {policy.lowest_budget:.3f}, "

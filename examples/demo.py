@@ -1,6 +1,5 @@
 """`make demo`: starts a server with the embedded model, and streams one answer in several modes.
 
-A first start compiles for minutes. The demo then streams an answer at once, and the others when programs serve.
 Exits 0 only if text came in all of them and the server stopped cleanly.
 """
 
@@ -110,28 +109,19 @@ def wait_until_serving(server: Server, client: DashClient, progress: "Progress")
         progress.tick(server.doing())
 
 
-def wait_until_compiled(server: Server, client: DashClient, progress: "Progress") -> None:
-    """Waits until programs serve, or could not be compiled."""
-    while client.model_info().is_compiling:
-        server.require_running()
-        progress.tick(server.doing())
-
-
 class Progress:
-    """Prints how long something has taken and what the server is doing: in place on a terminal, else when that
-    changes."""
+    """Prints how long the start has taken and what it is doing: in place on a terminal, else when that changes."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self) -> None:
         self._begin = time.monotonic()
         self._doing = ""
 
     def tick(self, doing: str) -> None:
-        """Prints the time and waits a moment. Raises DemoError if it has taken too long."""
+        """Prints the time and waits a moment. Raises DemoError if the start has taken too long."""
         seconds = time.monotonic() - self._begin
         if seconds > START_SECONDS:
-            raise DemoError(f"{self._what.lower()} is not over after {START_SECONDS:g} s")
-        text = f"{self._what}: {seconds:.0f} s, {doing}"
+            raise DemoError(f"the server is not serving after {START_SECONDS:g} s")
+        text = f"Starting the server: {seconds:.0f} s, {doing}"
         if sys.stdout.isatty():
             print(f"\r{_CLEAR_LINE}{text}", end="", flush=True)
         elif doing != self._doing:
@@ -139,10 +129,10 @@ class Progress:
             self._doing = doing
         time.sleep(0.2)
 
-    def finish(self, result: str) -> None:
-        """Prints the result, and how long it took."""
+    def finish(self) -> None:
+        """Prints that the server is serving."""
         start = f"\r{_CLEAR_LINE}" if sys.stdout.isatty() else ""
-        print(f"{start}{result} after {time.monotonic() - self._begin:.1f} s", flush=True)
+        print(f"{start}The server is serving after {time.monotonic() - self._begin:.1f} s", flush=True)
 
 
 def plans(client: DashClient) -> list[tuple[Mode, str | None]]:
@@ -199,30 +189,18 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def answer_while_compiling(server: Server, client: DashClient, arguments: argparse.Namespace) -> None:
-    """Streams an answer at once, and then waits for the compiled programs."""
-    print("\nThe model's layers are being compiled, once for this machine. Until then it answers without, slowly.")
-    answer = stream_answer(client, arguments, Mode.ADAPTIVE, None)
-    print(f"\n{_number(answer.usage.decode_tokens_per_second, 1)} tokens/s, not compiled")
-    progress = Progress("Compiling")
-    wait_until_compiled(server, client, progress)
-    progress.finish("All requests go to the worker that compiled,")
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Runs the demo. Raises DemoError or DashError if anything is not as it should be."""
     with running_server() as server:
-        progress = Progress("Starting the server")
+        progress = Progress()
         target = f"127.0.0.1:{wait_for_port(server, progress)}"
         with DashClient(target, timeout=arguments.timeout) as client:
             wait_until_serving(server, client, progress)
-            progress.finish("The server is serving")
+            progress.finish()
             info = client.model_info()
             print(f"Model {info.name}: {info.layer_count} layers, on {info.device}")
             print(f"Prompt: {arguments.prompt}")
             try:
-                if info.is_compiling:
-                    answer_while_compiling(server, client, arguments)
                 answers = [stream_answer(client, arguments, *plan) for plan in plans(client)]
             except DashError:
                 server.require_running()

@@ -28,9 +28,7 @@ class ModelInfo:
     """The policy that drafts in mode "exact"."""
     device: str
     is_compiled: bool
-    """True if decoding runs compiled programs."""
-    is_compiling: bool
-    """True if programs are being compiled, and requests are served without them meanwhile, slowly."""
+    """True if decoding runs native code."""
 
 
 @dataclass(frozen=True, slots=True)

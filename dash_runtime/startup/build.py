@@ -19,7 +19,6 @@ from dash_runtime.config import (
     LaneKind,
     Mode,
     SkipOptions,
-    Start,
     StoppingParameters,
 )
 from dash_runtime.decoder.backends.native import NativeBackend, why_eager
@@ -44,7 +43,7 @@ from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.progress import Progress
-from dash_runtime.rows.library import RowsLibrary, code_digest, load_rows, will_compile
+from dash_runtime.rows.library import RowsLibrary, code_digest, load_rows
 from dash_runtime.startup.calibration import DeviceCalibration
 from dash_runtime.startup.cost_keeper import CostKeeper
 from dash_runtime.startup.faster_kernels import faster_actions, product_seconds
@@ -53,7 +52,6 @@ from dash_runtime.startup.memory_plan import free_rooms, model_bytes, place_on
 from dash_runtime.startup.model_facts import model_facts
 from dash_runtime.startup.one_thread import one_thread
 from dash_runtime.startup.process_memory import settle_memory
-from dash_runtime.startup.stand_in import GuessedCalibration, guessed_costs, has_room_for_two
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHIPPED_POLICIES = Path(__file__).parent.parent / "policies"
@@ -71,7 +69,7 @@ class BuildOptions:
     policy_file: Path | None = None
     """None: the shipped policies for this model, if any."""
     compile_layers: bool = True
-    """True if decoding runs compiled programs, provided that this machine can make them."""
+    """True if decoding runs native code, provided that this machine can compile it."""
     use_graphs: bool = True
     """True if decoding replays graphs on a device that has them."""
     checks_kept_costs: bool = True
@@ -81,7 +79,6 @@ class BuildOptions:
     """True if the cost table is measured even if one was kept."""
     least_drafting_gain: float = LEAST_GAIN
     """The least expected speed, as a multiple of full depth's, at which EXACT drafts; 0: it always does."""
-    start: Start = Start.WHOLE
 
 
 def build_engine(
@@ -126,29 +123,17 @@ def build_engine(
     layer_devices = place_on(devices, needs, rooms, progress)
     learned = [replace(own, compensation=compensation_over(own.compensation, layer_devices)) for own in learned]
     progress(f"packing kernels for {', '.join(action.name for action in actions)} on {described}")
-    num_threads = torch.get_num_threads()
-    code_folder = cache_folder / "native"
-    is_compiled = (
+    library: RowsLibrary | None = None
+    if (
         options.compile_layers
         and len(devices) == 1
         and _can_be_compiled(model, context_length, dtype, device, progress)
-    )
+    ):
+        library = load_rows(cache_folder / "native", progress)
     has_graphs = options.use_graphs and device_of(device).has_graphs
-    is_stand_in = (
-        options.start is Start.EARLY
-        and is_compiled
-        and will_compile(code_folder)
-        and has_room_for_two(needs, rooms[0], num_threads)
-    )
-    library: RowsLibrary | None = None
-    if is_stand_in:
-        progress("layers run uncompiled until their programs are compiled")
-        torch.set_num_threads(max(1, num_threads // 2))  # the compilers need some
-    elif is_compiled:
-        library = load_rows(code_folder, progress)
     native = None
     if library is not None:
-        native = NativeBackend(model, library, actions, num_threads, shares_products=config.group_planner)
+        native = NativeBackend(model, library, actions, torch.get_num_threads(), shares_products=config.group_planner)
         learned = [with_native_code(own, library, config.lane) for own in learned]
     decoder = make_decoder(
         model,
@@ -161,10 +146,9 @@ def build_engine(
         has_int8_head=has_int8_head,
         has_graphs=has_graphs,
     )
-    if not is_stand_in:
-        settle_memory()  # before anything is measured
+    settle_memory()  # before anything is measured
     kind = "eager" if native is None else f"compiled {code_digest()}"
-    calibration = (GuessedCalibration if is_stand_in else DeviceCalibration)(
+    calibration = DeviceCalibration(
         cache_folder / "calibration",
         (fingerprint, options.precision),
         (described, kind),
@@ -175,7 +159,7 @@ def build_engine(
     costs = calibration.costs(
         decoder.actions,
         tuple(decoder.heads),
-        partial(guessed_costs if is_stand_in else measure_costs, measurement),
+        partial(measure_costs, measurement),
         progress,
         has_policy=bool(learned),
         measures_again=options.measures_costs,
@@ -203,7 +187,7 @@ def build_engine(
         plans,
     )
     planner: Planner | None = None
-    if config.group_planner and config.num_slots > 1 and not is_stand_in:
+    if config.group_planner and config.num_slots > 1:
         planner = (
             HighestAction() if has_graphs else GroupPlanner(calibration.latencies(decoder, compensation, progress))
         )
@@ -213,11 +197,7 @@ def build_engine(
         engine.facts = replace(engine.facts, policies=catalog.facts())
         calibration.keep_costs(replaced)
 
-    keeper = None
-    if options.checks_kept_costs:
-        # Idle measurements of a stand-in would disturb those of the engine that follows.
-        idly = None if is_stand_in else measurement
-        keeper = CostKeeper(costs, idly, replace_costs, progress)
+    keeper = CostKeeper(costs, measurement, replace_costs, progress) if options.checks_kept_costs else None
     constraints = ConstraintCompiler(tokenizer_file(folder), model.vocab_size, model.eos_token_ids)
     engine = assemble_engine(
         decoder, catalog, config, context_length, planner=planner, cost_watch=keeper, constraints=constraints
@@ -225,7 +205,7 @@ def build_engine(
     if has_graphs:
         progress("capturing graphs")
         engine.prepare_graphs(catalog.assign(SkipOptions(Mode.ADAPTIVE)).policy)
-    engine.facts = replace(engine.facts, is_compiled=native is not None, is_stand_in=is_stand_in)
+    engine.facts = replace(engine.facts, is_compiled=native is not None)
     _warm_up(engine)
     return engine
 

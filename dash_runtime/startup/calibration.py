@@ -144,11 +144,14 @@ class DeviceCalibration:
         kept = _read(self._plans_file, partial(_plans_from_json, actions=actions))
         if kept is not None:
             return kept
-        task, sequences = search_task(eager_decoder(), tokenizer, costs, compensation)
+        decoder = eager_decoder()
+        length = min(_SEARCH_LENGTH, decoder.config.context_length)
+        sequences = search_text(decoder.config, default_token_sequences(tokenizer, _SEARCH_SEQUENCES, length))
         if not sequences:
             return ()
         progress("searching the best fixed plans (kept for later starts)")
-        plans = search_plans(task, sequences)
+        spec = PlanSpec.fixed((Action.FULL,) * decoder.num_layers, Action.FULL, costs)
+        plans = search_plans(Task(decoder, spec, compensation, num_prompt_tokens=length // 8), sequences)
         _write_json(self._plans_file, {"actions": actions, "plans": [plan.to_json() for plan in plans]})
         return plans
 
@@ -188,16 +191,6 @@ class DeviceCalibration:
         costs = measure_verification(decoder, DRAFT_LENGTHS)
         _write_json(self._verification_file, {str(length): cost for length, cost in costs.items()})
         return costs
-
-
-def search_task(
-    decoder: Decoder, tokenizer: Path, costs: CostTable, compensation: Compensation
-) -> tuple[Task, list[list[int]]]:
-    """Returns what a search of fixed plans is about, and its text: none if the tokenizer has nothing for it."""
-    length = min(_SEARCH_LENGTH, decoder.config.context_length)
-    sequences = search_text(decoder.config, default_token_sequences(tokenizer, _SEARCH_SEQUENCES, length))
-    spec = PlanSpec.fixed((Action.FULL,) * decoder.num_layers, Action.FULL, costs)
-    return Task(decoder, spec, compensation, num_prompt_tokens=length // 8), sequences
 
 
 def _contradictions(kept: _Ratios, measured: _Ratios) -> set[tuple[_Entry, bool]]:

@@ -114,18 +114,6 @@ def search_plans(
     return named(sorted([*always, *best], key=lambda plan: plan.cost(costs)), costs)
 
 
-def uniform_plans(task: Task, sequences: Sequence[Sequence[int]]) -> tuple[MeasuredPlan, ...]:
-    """Returns the plans with one kernel everywhere, by ascending cost. Takes some passes over the text.
-
-    Arguments as for `search_plans`.
-    """
-    costs, text = task.spec.costs, _Text(task, sequences)
-    kernels = sorted(set(costs.layer) & set(task.decoder.actions) - {Action.SKIP})
-    heads = [head for head in task.decoder.heads if head in costs.head]
-    walked = _uniform_plans(text, task.decoder.num_layers, kernels, heads)
-    return named(sorted((own.plan for own in walked), key=lambda plan: plan.cost(costs)), costs)
-
-
 def measure_plans(
     task: Task, sequences: Sequence[Sequence[int]], plans: Sequence[MeasuredPlan]
 ) -> tuple[MeasuredPlan, ...]:

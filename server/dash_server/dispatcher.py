@@ -162,29 +162,16 @@ class Dispatcher:
             if not able:
                 return
             self._queue.pop()
-            self._hand(waiting, min(able, key=lambda link: link.num_reserved_tokens))
+            del self._waiting[request.request_id]
+            waiting.outbox.queue_seconds = self._clock() - waiting.since
+            link = min(able, key=lambda link: link.num_reserved_tokens)
+            self._running[request.request_id] = link
+            link.submit(request, waiting.outbox)
 
     def _suited(self, request: GenerationRequest) -> Sequence[WorkerLink]:
         """Returns the workers that take requests and allow this one; all of them if none does, so that one says why."""
         ready = [link for link in self._links if link.is_ready]
         return [link for link in ready if link.allows(request)] or ready
-
-    def _hand(self, waiting: _Waiting, link: WorkerLink) -> None:
-        request = waiting.request
-        del self._waiting[request.request_id]
-        waiting.outbox.queue_seconds = self._clock() - waiting.since
-        self._running[request.request_id] = link
-        link.submit(request, waiting.outbox)
-
-    def _leave_to(self, leaving: WorkerLink) -> None:
-        """Gives a worker that takes no more requests the waiting ones that were admitted by its facts, and that no
-        other worker allows."""
-        others = [link for link in self._links if link.is_ready]
-        for waiting in list(self._waiting.values()):
-            request = waiting.request
-            if leaving.allows(request) and not any(link.allows(request) for link in others):
-                self._queue.remove(waiting, waiting.priority, waiting.place.caller.name)
-                self._hand(waiting, leaving)
 
     def cancel(self, request_id: str) -> bool:
         """Removes the request here and at its worker. Returns False if it was over already."""
@@ -231,10 +218,9 @@ class Dispatcher:
 
     def on_over(self, request: GenerationRequest, finished: SequenceFinished | None) -> None:
         """Takes a link's report that a request left its worker; `finished` is None if it did not finish by itself."""
-        link = self._running.pop(request.request_id, None)
+        self._running.pop(request.request_id, None)
         was_background = self._background.pop(request.request_id, None) is not None
-        # The pace of one that leaves, such as a stand-in's, says nothing of those to come.
-        if finished is not None and not was_background and link is not None and not link.is_leaving:
+        if finished is not None and not was_background:
             self._pace.observe(
                 finished.prefill_seconds,
                 len(request.prompt_token_ids) - finished.num_cached_prompt_tokens,
@@ -242,10 +228,6 @@ class Dispatcher:
                 finished.num_output_tokens - 1,
             )
         self._go_on()
-
-    def forget_pace(self) -> None:
-        """Forgets how fast requests were served, as others will serve from now on."""
-        self._pace.forget()
 
     def _go_on(self) -> None:
         """Uses the room that a request has left."""
@@ -259,9 +241,6 @@ class Dispatcher:
 
         With no worker left, all waiting requests fail at once: their callers may know another server.
         """
-        for link in self._links:
-            if link.is_leaving:
-                self._leave_to(link)
         if self.is_ready:
             self.dispatch()
         else:

@@ -28,7 +28,7 @@ WORKER_COMMAND = (sys.executable, "-m", "dash_server.worker")
 
 _DESCRIPTION = """Serves a model over gRPC until it is told to stop. Settings are environment variables, such as
 DASH_MODEL and DASH_PORT; docs/settings.md has them all, and a start logs them."""
-_PREPARE_HELP = """convert the model, compile its programs and measure this machine, as the first start does, and exit:
+_PREPARE_HELP = """convert the model, compile native code and measure this machine, as the first start does, and exit:
 later starts with these settings then take seconds"""
 _EXIT_OK = 0
 _EXIT_FAILURE = 1

@@ -18,10 +18,6 @@ class Pace:
     """Mean and best times of the latest requests."""
 
     def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Starts anew, as before any request."""
         self._mean_slot_seconds: float | None = None
         self._prompt_token_seconds: deque[float] = deque(maxlen=_NUM_RECENT)
         self._token_seconds: deque[float] = deque(maxlen=_NUM_RECENT)

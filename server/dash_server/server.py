@@ -69,12 +69,6 @@ def _add_reflection(server: grpc.aio.Server, names: Sequence[str]) -> None:
     )
 
 
-def _may_stand_in(settings: Settings) -> bool:
-    """Returns True if a worker may stand in while programs are compiled. Its costs are guesses, so where plans must
-    repeat there is none."""
-    return settings.early_start and settings.compile and settings.check_costs and settings.ray_address is None
-
-
 class DashServer:
     """A server. Call `start`, then `run_workers` as a task, then `drain` if there is time, then `close`."""
 
@@ -106,12 +100,11 @@ class DashServer:
                 start_timeout_seconds=settings.start_timeout_seconds,
                 silence_timeout_seconds=settings.worker_timeout_seconds,
             )
-            for number in range(settings.workers.most + _may_stand_in(settings))
+            for number in range(settings.workers.most)
         ]
         self.dispatcher.attach(self._links)
         self._pool = WorkerPool(self._links, settings.workers, self.dispatcher.load, clock)
         self._state = ServiceState(settings, self.admission, self.dispatcher, authenticator)
-        self._state.is_compiling = lambda: self._pool.is_compiling
         self._server = grpc.aio.server(
             options=channel_options(settings),
             interceptors=[AuthInterceptor(authenticator, {_HEALTH_SERVICE, *own_services})],
@@ -261,18 +254,16 @@ class DashServer:
             self.tracing.finish(record, decision_trace)
 
     async def _on_ready(self, ready: Ready) -> None:
-        settings, last = self._settings, self._state.model
+        settings, is_first = self._settings, self._state.model is None
         self._state.model = await asyncio.to_thread(
             ServedModel.load,
             ready,
             settings.model,
             settings.model_revision,
             settings.cache_folder,
-            last,
+            self._state.model,
         )
-        if last is not None and last.facts.is_stand_in:
-            self.dispatcher.forget_pace()
-        if last is None:
+        if is_first:
             # All modules are loaded, for good. The collector need not look at them, so it looks at the rest more often:
             # gRPC leaves every call in a cycle.
             gc.collect()

@@ -111,8 +111,7 @@ class ModelServicer:
         async with errors_to_status(context):
             self._state.caller(context)
             wire.parse(model_pb2.GetModelRequest, data)
-            state = self._state
-            return model_to_pb(state.require_model().facts, state.settings, is_compiling=state.is_compiling())
+            return model_to_pb(self._state.require_model().facts, self._state.settings)
 
     async def get_policy(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetPolicyResponse:
         async with errors_to_status(context):

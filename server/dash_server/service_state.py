@@ -55,8 +55,6 @@ class ServiceState:
         self.observers: list[Observer] = [self.auditor.keep]
         """Called with each generation call that is over."""
         self.model: ServedModel | None = None
-        self.is_compiling: Callable[[], bool] = lambda: False
-        """Returns True while a worker only stands in until programs are compiled."""
         self._readers = ThreadPoolExecutor(_NUM_READER_THREADS, thread_name_prefix="request-reader")
 
     def caller(self, context: grpc.aio.ServicerContext) -> Caller:

@@ -58,7 +58,7 @@ class Settings(BaseSettings):
     lane: LaneKind | None = Field(default=None, description="Where the policy runs; unset: the device's default")
     cache_folder: Path = Field(
         default_factory=lambda: default_cache_folder(os.environ),
-        description="Converted models and compiled programs; $XDG_CACHE_HOME/dash-llm",
+        description="Converted models and compiled code; $XDG_CACHE_HOME/dash-llm",
     )
 
     host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on")
@@ -84,10 +84,7 @@ class Settings(BaseSettings):
         default=True, description="Correct the cost table by what steps take; false: plans for a budget repeat"
     )
     compile: bool = Field(
-        default=True, description="Decode with compiled programs if there is a C++ compiler; compiled once, then kept"
-    )
-    early_start: bool = Field(
-        default=True, description="While a first start compiles, a second process serves uncompiled, if memory allows"
+        default=True, description="Decode with native code if there is a C++ compiler; compiled once, then kept"
     )
     group_planner: bool = Field(
         default=True,

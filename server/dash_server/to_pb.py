@@ -174,7 +174,7 @@ def audit_to_pb(audit: Audit) -> model_pb2.GetAuditResponse:
     )
 
 
-def model_to_pb(facts: ModelFacts, settings: Settings, *, is_compiling: bool) -> model_pb2.GetModelResponse:
+def model_to_pb(facts: ModelFacts, settings: Settings) -> model_pb2.GetModelResponse:
     return model_pb2.GetModelResponse(
         name=facts.name,
         architecture=facts.architecture,
@@ -193,7 +193,6 @@ def model_to_pb(facts: ModelFacts, settings: Settings, *, is_compiling: bool) ->
         device=facts.device,
         default_draft_policy_name=facts.policy(None, Mode.EXACT).name,
         is_compiled=facts.is_compiled,
-        is_compiling=is_compiling,
     )
 
 

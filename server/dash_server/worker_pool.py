@@ -1,8 +1,5 @@
 """Keeps the workers running: as many as there must be, and more while there is more to do.
 
-While the first worker's programs are compiled, a stand-in serves without them. It is a worker of its own, so that a
-request runs on one of them from start to end.
-
 Knows links and demand; knows no requests.
 """
 
@@ -11,7 +8,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from dash_runtime.config import Start
 from dash_server.dispatcher import Load
 from dash_server.scaling import Change, Demand, Scaler, WorkerRange
 from dash_server.worker.link import WorkerLink
@@ -32,11 +28,8 @@ class WorkerPool:
         load: Callable[[], Load],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`links` are as many as there may be workers at most, and one more if the first worker may be a stand-in."""
+        """`links` are as many as there may be workers at most."""
         self._links = links
-        self._may_stand_in = len(links) > limits.most
-        self.is_compiling = False
-        """True while a stand-in serves, and the worker that it stands in for starts."""
         self._limits = limits
         self._load = load
         self._scaler = Scaler(limits, clock)
@@ -51,7 +44,7 @@ class WorkerPool:
             DashRuntimeError: the model folder cannot be read.
         """
         try:
-            first = await self._start_first(Start.WHOLE)
+            first = await self._start_first()
             if self._tasks[first].done():
                 self._tasks[first].result()
         finally:
@@ -60,65 +53,35 @@ class WorkerPool:
     async def run(self) -> None:
         """Keeps workers running until it is cancelled. If one is given up, the others go on.
 
-        The first one starts alone, so that the others find its compiled programs and measurements; but for a stand-in
-        beside it.
+        The first one starts alone, so that the others find its native code and measurements.
 
         Raises:
             WorkerStartError: the last worker was given up; see `WorkerLink.run`.
             DashRuntimeError: the model folder cannot be read.
         """
         try:
-            first = await self._start_first(Start.EARLY if self._may_stand_in else Start.WHOLE)
-            if first.has_stood_in:
-                first = await self._replace(first)
+            first = await self._start_first()
             if first.is_ready:
                 for link in self._links[1 : self._limits.least]:
                     self._start(link)
+            pause = None if self._limits.least == self._limits.most else _TICK_SECONDS
             while True:
-                is_fixed = self._limits.least == self._limits.most and not self._draining
-                pause = None if is_fixed else _TICK_SECONDS
                 await asyncio.wait(self._tasks.values(), timeout=pause, return_when=asyncio.FIRST_COMPLETED)
                 self._remove_ended()
                 self._scale()
         finally:
             await self._end_all()
 
-    async def _start_first(self, start: Start) -> WorkerLink:
+    async def _start_first(self) -> WorkerLink:
         """Starts the first worker, and waits until it is ready or given up."""
         first = self._links[0]
-        first.start = start
-        await self._start_and_wait(first)
-        return first
-
-    async def _replace(self, stand_in: WorkerLink) -> WorkerLink:
-        """Starts the worker that the stand-in stands in for, and waits until it is ready or given up.
-
-        In the first case the stand-in takes no more requests. In the second it stays, and worker deaths are from then
-        on what they are without stand-ins.
-        """
-        follower = self._links[-1]
-        follower.start = Start.BESIDE_STAND_IN
-        logger.info("requests are served uncompiled, which is slow, until programs are compiled and measured")
-        self.is_compiling = True
+        self._start(first)
+        ready = asyncio.create_task(first.wait_ready())
         try:
-            await self._start_and_wait(follower)
-        finally:
-            self.is_compiling = False
-        stand_in.start = follower.start = Start.WHOLE
-        if follower.is_ready:
-            logger.info("the worker with compiled programs takes all requests from now on")
-            stand_in.drain()
-            self._draining.add(stand_in)
-        return follower
-
-    async def _start_and_wait(self, link: WorkerLink) -> None:
-        """Starts a link, and waits until its worker is ready or given up."""
-        self._start(link)
-        ready = asyncio.create_task(link.wait_ready())
-        try:
-            await asyncio.wait({self._tasks[link], ready}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({self._tasks[first], ready}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             ready.cancel()
+        return first
 
     async def _end_all(self) -> None:
         tasks = self._tasks.values()
@@ -164,10 +127,8 @@ class WorkerPool:
                 self._draining.add(link)
 
     def _add(self) -> None:
-        leaving = next((link for link in self._draining if not link.is_stand_in), None)
-        if leaving is not None:
-            self._draining.remove(leaving)
-            leaving.resume()
+        if self._draining:
+            self._draining.pop().resume()
         else:
             self._start(next(link for link in self._links if link not in self._tasks))
 

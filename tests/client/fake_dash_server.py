@@ -125,8 +125,6 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
         self.decisions: dict[str, model_pb2.GetDecisionsResponse] = {}
         self.loading: str | None = None
         """The message of GetModel's refusal while the model is loaded; None: it answers."""
-        self.num_compiling = 0
-        """Answers of GetModel, from the first, that say that code is being compiled."""
         self.cancelled = threading.Event()
         self._health = health.HealthServicer()
         self.set_serving(serving)
@@ -213,9 +211,7 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
         if self.loading is not None:
             reason = error_details_pb2.ErrorInfo(reason="WORKER_UNAVAILABLE")
             fail(grpc.StatusCode.UNAVAILABLE, self.loading, reason)(context)
-        is_compiling, self.num_compiling = self.num_compiling > 0, max(0, self.num_compiling - 1)
         return model_pb2.GetModelResponse(
-            is_compiling=is_compiling,
             name="fake-model",
             architecture="LlamaForCausalLM",
             layer_count=LAYER_COUNT,

@@ -27,9 +27,6 @@ SERVER = """
     with FakeDashServer() as server:
         if behaviour == "hangs":
             server.script = [*HELLO[:2], server.wait]
-        if behaviour == "compiles":
-            server.num_compiling = 3
-            print("worker: compiling native code", flush=True)
         if behaviour == "silent":
             server.script = [HELLO[0], HELLO[-1]]
         port = server.target.rpartition(":")[2]
@@ -85,16 +82,6 @@ def test_the_demo_shows_its_modes_and_stops_the_server(environment: dict[str, st
     assert "pid" not in result.stdout
     with pytest.raises(ProcessLookupError):
         os.kill(server_pid(tmp_path), 0)
-
-
-def test_a_first_start_streams_an_answer_before_it_has_compiled(environment: dict[str, str]) -> None:
-    result = run_demo(environment, "compiles")
-    assert result.returncode == 0, result.stderr
-    before, _, after = result.stdout.partition("Compiling: 0 s, compiling native code")
-    assert "answers without, slowly" in before
-    assert before.count("Hello") == 1
-    assert "All requests go to the worker that compiled" in after
-    assert after.count("Hello") == 3
 
 
 def test_a_server_that_cannot_start_is_quoted(environment: dict[str, str]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dash_runtime.actions import Action
-from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, Start, StoppingParameters
+from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.engine.engine import Engine
 from dash_runtime.linears.dense_linear import most_rows_apart
@@ -32,7 +32,6 @@ def engine_of(model: CompiledModel, group_planner: bool) -> Engine:
         policy_file=model.policy_file,
         checks_kept_costs=False,  # a table that is replaced between two requests is another price for the second
         least_drafting_gain=0.0,
-        start=Start.EARLY,  # with the native code there, that is a usual start
     )
     config = EngineConfig(num_slots=24, cache_tokens=4096, group_planner=group_planner)
     said: list[str] = []
@@ -43,7 +42,6 @@ def engine_of(model: CompiledModel, group_planner: bool) -> Engine:
         torch.set_num_threads(torch_threads)  # or the tests that follow in this process would have more
     assert not any("compil" in sentence for sentence in said), said
     assert engine.facts.is_compiled
-    assert not engine.facts.is_stand_in
     return engine
 
 

@@ -16,12 +16,7 @@ startup_failed   refuses to start, with this text
 refuse           answers every request with RequestRefused for this field
 replaces_costs   says that it has replaced its cost table so often; the learned policy cannot go as low as before
 keeps_records    never sends decision traces
-stand_in         is a stand-in if it may be one
-waits_for        is not ready before this file exists
-least_budget     the learned policy's lowest budget
-note             what it says of its policy, in each answer
-
-An option whose name begins with `early.`, `beside_stand_in.` or `whole.` counts for workers that start so.
+budgets          the learned policy's lowest budget on each worker, as `0.3,0.5`
 
 A request whose prompt is [PROBE_TOKEN_ID] gets, as token ids: requests running or queued beside it, and
 the numbers of Submit, Cancel and Stop received so far.
@@ -37,12 +32,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle
-from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 from dash_runtime.actions import Action
 from dash_runtime.child_process import die_with_parent
-from dash_runtime.config import GenerationRequest, Mode, ModelFacts, PolicyFacts, SkipOptions, Start
+from dash_runtime.config import GenerationRequest, Mode, ModelFacts, PolicyFacts, SkipOptions
 from dash_runtime.decision_trace import DecisionTrace, StepKind, TraceStep, pack_float32, pack_uint32
 from dash_runtime.events import (
     CostStatus,
@@ -173,6 +167,7 @@ class FakeWorker:
         self.running: dict[str, Running] = {}
         self.num_received = {messages.Submit: 0, messages.Cancel: 0, messages.Stop: 0}
         self.num_tokens = 0
+        self.least_budget = 0.5
 
     def receive(self, timeout: float | None) -> list[messages.ToWorker]:
         return [messages.decode_to_worker(body) for body in self.frames.feed(receive(self.link, timeout))]
@@ -187,7 +182,7 @@ class FakeWorker:
         config = received.pop(0)
         assert isinstance(config, messages.WorkerConfig)
         self.config = config
-        self.options = options_of(config)
+        self.options = dict(parse_qsl(urlsplit(config.model).query))
         self.num_layers = int(self.options.get("num_layers", 3))
         if "starts_child" in self.options:
             program = "from dash_runtime.child_process import die_with_parent as d; d(); import time; time.sleep(60)"
@@ -204,11 +199,8 @@ class FakeWorker:
             self.send(messages.Starting(self.options["doing"]))
         while "never_ready" in self.options:
             self.receive(None)
-        while "waits_for" in self.options and not Path(self.options["waits_for"]).exists():
-            received += self.receive(0.01)
-            if any(isinstance(message, messages.Shutdown) for message in received):
-                return
-        self.least_budget = float(self.options.get("least_budget", 0.5))
+        if "budgets" in self.options:
+            self.least_budget = float(self.options["budgets"].split(",")[config.worker_number])
         self.send(messages.Ready(self.facts(), self.options["folder"], 0.1))
         if "die_when_ready" in self.options:
             os._exit(1)
@@ -272,7 +264,7 @@ class FakeWorker:
             request = self.queued.pop(0)
             self.running[request.request_id] = Running(request, self.config.engine.record_steps)
             policy = "full-depth" if request.skip.mode is Mode.FULL_DEPTH else request.skip.policy_name or "toy"
-            note = self.options.get("note", "not a learned policy" if policy == "toy" else "")
+            note = "not a learned policy" if policy == "toy" else ""
             events.append(SlotGranted(request.request_id, policy, request.skip.compute_budget, 0.125, note))
         for request_id, running in list(self.running.items()):
             token, reason = running.step(self.num_layers)
@@ -306,18 +298,7 @@ class FakeWorker:
             actions=(Action.SKIP, Action.INT8, Action.FULL),
             policies=(policy("toy", "not a learned policy", 0.9), policy("learned", "", self.least_budget)),
             device="fake",
-            is_stand_in="stand_in" in self.options and self.config.start is Start.EARLY,
         )
-
-
-def options_of(config: messages.WorkerConfig) -> dict[str, str]:
-    """Returns the options of a worker that starts as this one does."""
-    options: dict[str, str] = {}
-    for name, value in parse_qsl(urlsplit(config.model).query):
-        start, _, own = name.rpartition(".")
-        if start in ("", config.start):
-            options[own] = value
-    return options
 
 
 if __name__ == "__main__":

@@ -2,11 +2,16 @@
 
 import asyncio
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from dash_server.dispatcher import Load
 from dash_server.scaling import Change, Demand, Scaler, WorkerRange
 from dash_server.settings import Settings
+from dash_server.worker.link import WorkerLink
+from dash_server.worker.starter import WorkerStartError
+from dash_server.worker_pool import WorkerPool
 from tests.server.server_harness import fake_model, running_server
 from tests.server.test_workers import wait_for_workers, worker_pids
 
@@ -143,7 +148,7 @@ async def test_a_worker_that_is_being_removed_stays_if_requests_wait_again(model
         await server.wait_until_inside(1, 1)
         await turn(clock, 5)
         await server.wait_until_inside(2, 0)
-        first, second, *_ = server.server._links
+        first, second = server.server._links
         second.drain()
         server.server._pool._draining.add(second)
         pids = worker_pids()
@@ -157,3 +162,33 @@ async def test_a_worker_that_is_being_removed_stays_if_requests_wait_again(model
         assert [first.num_requests, second.num_requests] == [1, 1]
         for call in calls:
             call.cancel()
+
+
+class FailingLink:
+    """A link whose worker is ready at once, and is given up when the test says so."""
+
+    def __init__(self) -> None:
+        self.is_ready = True
+        self.num_requests = 1
+        self.given_up = asyncio.Event()
+
+    async def wait_ready(self) -> None:
+        pass
+
+    async def run(self) -> None:
+        await self.given_up.wait()
+        raise WorkerStartError("the worker is given up", is_for_user=False)
+
+
+@pytest.mark.usefixtures("quick_ticks")
+async def test_a_worker_that_is_being_removed_is_not_one_that_remains_when_the_last_is_given_up(clock: Clock) -> None:
+    last, leaving = FailingLink(), FailingLink()
+    links = [cast(WorkerLink, link) for link in (last, leaving)]
+    pool = WorkerPool(links, WorkerRange(1, 2), lambda: Load(1, 0, 1, 1, 1, 1, None, None), clock)
+    running = asyncio.create_task(pool.run())
+    await asyncio.sleep(0.1)
+    pool._start(links[1])
+    pool._draining.add(links[1])
+    last.given_up.set()
+    with pytest.raises(WorkerStartError):
+        await asyncio.wait_for(running, 10)

@@ -11,6 +11,7 @@ import grpc
 import psutil
 import pytest
 
+from dash_api.v1 import generation_pb2
 from dash_server.worker.messages import decode_from_worker
 from dash_server.worker.process import FramedProcess
 from dash_server.worker.starter import WorkerStartError
@@ -129,6 +130,23 @@ async def test_several_workers_share_the_load_and_one_dying_costs_only_its_own_r
         assert sorted(code.name for code in codes) == ["OK"] * 6 + ["UNAVAILABLE"] * 2
         assert await server.is_serving()
         await wait_for_workers(3)
+
+
+async def test_a_request_goes_to_a_worker_whose_lowest_budget_allows_it(model_folder: Path) -> None:
+    model = fake_model(model_folder, token_seconds=0.005, budgets="0.5,0.3")
+    async with running_server(model, workers=2, slots=4) as server:
+        async with asyncio.timeout(30):
+            while server.server.dispatcher.load().num_workers < 2:
+                await asyncio.sleep(0.01)
+        low = generation_pb2.SkipOptions(mode="MODE_ADAPTIVE", policy_name="learned", compute_budget=0.3)
+        calls = [server.stream(text="abc", max_new_tokens=900, skip=low) for _ in range(3)]
+        await server.wait_until_inside(3, 0)
+        assert [link.num_requests for link in server.server._links] == [0, 3]
+        calls.append(server.stream(text="abc", max_new_tokens=900))
+        await server.wait_until_inside(4, 0)
+        assert [link.num_requests for link in server.server._links] == [1, 3]
+        for call in calls:
+            call.cancel()
 
 
 async def test_the_first_worker_starts_alone(model_folder: Path) -> None:

@@ -73,7 +73,7 @@ class Service:
 def model_variables(tiny_model: Path | None, folder: str) -> dict[str, object]:
     """Returns settings for the embedded model as usually served, or for a tiny one, eager and with its own cache."""
     if tiny_model is None:
-        return {"model": "embedded", "early_start": False}  # answers are compared, and workers counted
+        return {"model": "embedded"}
     tiny = {"model": tiny_model, "compile": False, "num_threads": 1, "cache_folder": f"{folder}/cache"}
     return tiny | {"check_costs": False}  # plans for a budget are compared with those of another start
 

@@ -241,12 +241,6 @@ def _read_counts(meter: Meter, sources: Sources) -> None:
             lambda: load().prefill_tokens_per_second or 0.0,
         ),
         ("dash.workers.ready", "{worker}", "Workers that take requests", lambda: load().num_workers),
-        (
-            "dash.workers.stand_in",
-            "{worker}",
-            "Workers that take requests only until programs are compiled, and are slow",
-            lambda: sum(link.is_stand_in and link.is_ready for link in links),
-        ),
     ]
     for name, unit, description, number in gauges:
         meter.create_observable_gauge(name, reading(number), unit, description)

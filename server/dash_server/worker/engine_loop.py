@@ -82,13 +82,12 @@ class EngineLoop:
                 config.compile_layers,
                 config.use_graphs,
                 config.checks_costs,
-                start=config.start,
             )
             engine = build_engine(folder, cache_folder, options, config.engine, self._tell)
         except DashRuntimeError as error:
             self._send(messages.StartupFailed(str(error)))
             return None, []
-        # Weights and programs live as long as the process: spare the garbage collector the walk over them.
+        # Weights and code live as long as the process: spare the garbage collector the walk over them.
         gc.collect()
         gc.freeze()
         self._is_serving = True

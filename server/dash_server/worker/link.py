@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from dash_runtime.config import GenerationRequest, ModelFacts, Start
+from dash_runtime.config import GenerationRequest, ModelFacts
 from dash_runtime.decision_trace import DecisionTrace
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import CostStatus, RequestRefused, SequenceCancelled, SequenceFinished, TokenProduced
@@ -85,10 +85,6 @@ class WorkerLink:
         self._ready: Ready | None = None
         self._requests: dict[str, tuple[GenerationRequest, Outbox]] = {}
         self._num_reserved_tokens = 0
-        self.start = Start.WHOLE
-        """How the next worker starts."""
-        self.has_stood_in = False
-        """True if a worker of this link was a stand-in."""
         self.num_restarts = 0
         self.doing = ""
         """The work of a worker that is not ready, in one sentence; empty if it has not said."""
@@ -103,17 +99,6 @@ class WorkerLink:
     def is_ready(self) -> bool:
         """True if the link takes requests."""
         return self._ready is not None and not self._is_draining
-
-    @property
-    def is_leaving(self) -> bool:
-        """True if there is a worker that finishes its requests and takes no more."""
-        return self._ready is not None and self._is_draining
-
-    @property
-    def is_stand_in(self) -> bool:
-        """True if there is a worker that serves only until programs are compiled."""
-        ready = self._ready
-        return ready is not None and ready.facts.is_stand_in
 
     @property
     def num_requests(self) -> int:
@@ -149,8 +134,8 @@ class WorkerLink:
         return self._num_reserved_tokens + request.num_cache_tokens <= self._ready.facts.cache_tokens
 
     def allows(self, request: GenerationRequest) -> bool:
-        """True if the request is valid by the facts of the worker, which must be there. Only policies and budgets
-        differ between workers."""
+        """True if the request is valid by the facts of the worker, which must be there. Workers may have different
+        costs, and so different lowest budgets."""
         assert self._ready is not None
         try:
             self._ready.facts.validate_skip(request.skip)
@@ -159,8 +144,9 @@ class WorkerLink:
         return True
 
     def submit(self, request: GenerationRequest, outbox: Outbox) -> None:
-        """Sends the request to the worker, which must be there. Without room, it waits in the worker's own queue."""
+        """Sends the request to the worker, which must have room for it."""
         assert self._worker is not None
+        assert self.is_ready
         self._requests[request.request_id] = request, outbox
         self._num_reserved_tokens += request.num_cache_tokens
         self._worker.send(Submit(request))
@@ -227,9 +213,8 @@ class WorkerLink:
             except StartAgain:
                 pass
             except WorkerStartError as error:
-                # A restart may work later, say once the dead worker's memory is free. And what a stand-in serves can
-                # be served.
-                if not self._first_ready.is_set() and self.start is not Start.BESIDE_STAND_IN:
+                # A restart may work later, say once the dead worker's memory is free.
+                if not self._first_ready.is_set():
                     raise
                 num_failures += 1
                 logger.error("restart %d of %d failed: %s", num_failures, MAX_FAILURES, error)
@@ -249,14 +234,13 @@ class WorkerLink:
         ready_at = 0.0
         try:
             async with aclosing(worker.messages()) as messages:
-                worker.send(msgspec.structs.replace(self._config, start=self.start))
+                worker.send(self._config)
                 async with self._until(deadline):
                     ready = await self._startup(messages)
                 facts, seconds = ready.facts, ready.load_seconds
                 logger.info("%s is ready: %s on %s, loaded in %.1f s", worker.name, facts.name, facts.device, seconds)
                 await self._events.on_ready(ready)
                 self._ready = ready
-                self.has_stood_in |= ready.facts.is_stand_in
                 self._first_ready.set()
                 self._heard_at = ready_at = time.monotonic()
                 self._events.on_change()

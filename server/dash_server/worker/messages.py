@@ -9,7 +9,7 @@ from typing import Annotated
 
 import msgspec
 
-from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts, Start
+from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts
 from dash_runtime.events import CostStatus, EngineEvent
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
@@ -36,7 +36,6 @@ class WorkerConfig(msgspec.Struct, frozen=True, tag=True):
     """False once a worker on this device could not make one."""
     worker_number: int = 0
     num_workers: int = 1
-    start: Start = Start.WHOLE
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
