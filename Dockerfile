@@ -1,5 +1,5 @@
-# The server and the client in one image, without root. The embedded model is in it, and so are its compiled programs:
-# made while the image is built, for a processor like the one that builds it.
+# The server and the client in one image, without root. The embedded model is in it, and so is the native code, compiled
+# while the image is built, for a processor like the one that builds it.
 #
 #   docker build .                               torch's CPU build, whose index uv knows
 #   docker build --build-arg TORCH_BACKEND= .    the package index's own build, which is one for CUDA
@@ -34,7 +34,7 @@ RUN --mount=type=cache,target=/root/.cache/uv \
 
 FROM ${PYTHON_IMAGE}
 
-# Compiles layers for other models, settings and processors. Empty: these run uncompiled, which is slower.
+# Compiles native code, now and on other processors. Empty: layers run uncompiled, which is slower.
 ARG COMPILER=g++
 RUN if [ -n "$COMPILER" ]; then \
       apt-get update && apt-get install --yes --no-install-recommends "$COMPILER" && apt-get clean \
@@ -58,16 +58,15 @@ ENV PATH=/opt/venv/bin:$PATH \
 USER dash
 WORKDIR /tmp
 
-# Compiles the embedded model's programs for this many threads, so that the first start need not. Empty: it does.
-ARG PREPARED_THREADS=2
-RUN if [ -n "$PREPARED_THREADS" ]; then \
-      DASH_CACHE_FOLDER=/tmp/prepared DASH_NUM_THREADS=$PREPARED_THREADS dash-server --prepare \
-      && [ -n "$(ls /tmp/prepared/programs)" ] && mv /tmp/prepared/programs /opt/dash/ && rm -rf /tmp/*; fi
+# The code is for any model and settings. What else a start prepares is measured where it runs.
+RUN if [ -n "$COMPILER" ]; then \
+      DASH_CACHE_FOLDER=/tmp/prepared dash-server --prepare \
+      && [ -n "$(ls /tmp/prepared/native)" ] && mv /tmp/prepared/native /opt/dash/ && rm -rf /tmp/*; fi
 
 VOLUME /var/cache/dash
 EXPOSE 50051
 
-# A first start that compiles takes minutes on two busy cores.
+# A first start with a large model, which it converts and measures, takes minutes on two busy cores.
 HEALTHCHECK --start-period=600s --start-interval=4s --interval=15s --timeout=10s --retries=3 \
     CMD ["dash-client", "health", "--target", "127.0.0.1:50051", "--timeout", "5"]
 

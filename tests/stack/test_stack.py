@@ -88,7 +88,7 @@ def first_start() -> Iterator[float]:
     compose("down", "--volumes")
 
 
-def test_the_first_start_is_quick_because_the_image_brings_its_code(first_start: float) -> None:
+def test_the_first_start_is_quick_because_the_image_brings_its_native_code(first_start: float) -> None:
     print(f"healthy after {first_start:.0f} s")
     log = compose("logs", "server")
     assert "compiling native code" not in log
