@@ -36,7 +36,7 @@ class RowsLibrary:
     """The native code, loaded.
 
     Raises:
-        OSError, BadZipFile: the package cannot be loaded.
+        OSError, ValueError, BadZipFile: the package cannot be loaded.
         AttributeError: the package has other functions.
     """
 
@@ -63,9 +63,9 @@ class RowsLibrary:
 
 def load_rows(folder: Path, progress: Progress) -> RowsLibrary | None:
     """Returns the native code, compiled into `folder` if it is missing or damaged; None if that cannot be here."""
-    path = _package(folder)
+    path = folder / f"rows-{code_digest()}.zip"
     try:
-        with contextlib.suppress(OSError, zipfile.BadZipFile):
+        with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):
             return RowsLibrary(path)
         folder.mkdir(parents=True, exist_ok=True)
         progress("compiling native code (kept for later starts)")
@@ -74,15 +74,6 @@ def load_rows(folder: Path, progress: Progress) -> RowsLibrary | None:
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         progress(f"layers run uncompiled: {_reason(error)}")
         return None
-
-
-def will_compile(folder: Path) -> bool:
-    """Returns True if the code is missing and there is a compiler."""
-    return not _package(folder).exists() and _compiler() is not None
-
-
-def _package(folder: Path) -> Path:
-    return folder / f"rows-{code_digest()}.zip"
 
 
 def code_digest() -> str:

@@ -15,7 +15,7 @@ import dash_runtime
 from dash_runtime.checkpoints import load_model_config
 from dash_runtime.decoder.backends.native import why_eager
 from dash_runtime.model_config import BlockConfig, MixtureConfig, NormPlacement, QkNorm, RopeConfig, RopeKind
-from dash_runtime.rows.library import RowsLibrary, load_rows, will_compile
+from dash_runtime.rows.library import RowsLibrary, load_rows
 
 SOURCES = Path(dash_runtime.__file__).parent / "rows"
 FAILING = "#!/bin/sh\necho 'rows.cpp:1:2: error: no such header\ncompilation terminated.' >&2\nexit 1\n"
@@ -66,7 +66,6 @@ def test_nothing_but_the_package_is_left_behind_by_compiling(kept: Path) -> None
 @pytest.mark.usefixtures("no_compiler")
 def test_kept_code_is_loaded_without_a_word_or_a_compiler_and_needs_no_file(kept: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(kept, tmp_path / "native"))
-    assert not will_compile(copy)
     library, said = load(copy)
     assert said == []
     assert library is not None
@@ -119,8 +118,7 @@ def test_a_damaged_package_is_no_error_where_it_cannot_be_compiled_again(kept: P
 
 
 @pytest.mark.usefixtures("no_compiler")
-def test_a_machine_without_a_compiler_says_so_and_nothing_will_be_compiled(tmp_path: Path) -> None:
-    assert not will_compile(tmp_path)
+def test_a_machine_without_a_compiler_says_so_and_leaves_no_file(tmp_path: Path) -> None:
     library, said = load(tmp_path)
     assert library is None
     assert said[-1] == "layers run uncompiled: no C++ compiler here"
@@ -130,7 +128,6 @@ def test_a_machine_without_a_compiler_says_so_and_nothing_will_be_compiled(tmp_p
 @pytest.mark.usefixtures("failing_compiler")
 def test_a_compiler_that_fails_is_a_reason_in_one_line_and_leaves_no_file(tmp_path: Path) -> None:
     folder = tmp_path / "native"
-    assert will_compile(folder)
     library, said = load(folder)
     assert library is None
     assert said[-1] == "layers run uncompiled: rows.cpp:1:2: error: no such header"
