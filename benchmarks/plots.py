@@ -15,16 +15,6 @@ _INK = "#333333"
 _OURS, _OTHERS, _MISSED = "#0072B2", "#999999", "#D55E00"
 _CONTENDERS = ("transformers", "llama_cpp", "full_depth", "int8", "int4", "adaptive_default", "adaptive")
 _STREAMS = (1, 4, 8, 16)
-# Okabe and Ito's palette, which any colour vision can tell apart.
-_CLASSES = {
-    "gemm": "#0072B2",
-    "attention": "#56B4E9",
-    "pointwise": "#009E73",
-    "compiled_layers": "#0B3C6B",
-    "policy": "#D55E00",
-    "sampling": "#CC79A7",
-    "dispatch": "#999999",
-}
 
 
 def write_plots(report: Report, folder: Path) -> None:
@@ -40,7 +30,6 @@ def write_plots(report: Report, folder: Path) -> None:
         "speed": _draw_speed,
         "targets": _draw_targets,
         "streams": _draw_streams,
-        "split": _draw_split,
     }
     for name, draw in pictures.items():
         with report.attempt(f"plot {name}"):
@@ -103,27 +92,6 @@ def _draw_streams(axis: "Axes", figures: Mapping[str, Figure]) -> bool:
         axis.set_ylim(bottom=0)
         axis.legend(frameon=False)
     return is_drawn
-
-
-def _draw_split(axis: "Axes", figures: Mapping[str, Figure]) -> bool:
-    modes = {"ADAPTIVE": "split_", "FULL_DEPTH": "split_full_depth_"}
-    rows = {
-        mode: [figures[f"{prefix}{kind}_seconds"].value * 1e3 for kind in _CLASSES]
-        for mode, prefix in modes.items()
-        if all(f"{prefix}{kind}_seconds" in figures for kind in _CLASSES)
-    }
-    if not rows:
-        return False
-    _plain(axis, "One token under the profiler, which inflates it", "milliseconds")
-    left = [0.0] * len(rows)
-    for place, (kind, colour) in enumerate(_CLASSES.items()):
-        widths = [own[place] for own in rows.values()]
-        axis.barh(range(len(rows)), widths, left=left, color=colour, label=kind.replace("_", " "), height=0.5)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    axis.set_yticks(range(len(rows)), list(rows))
-    axis.invert_yaxis()
-    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=4)
-    return True
 
 
 def _plain(axis: "Axes", title: str, x_label: str) -> None:

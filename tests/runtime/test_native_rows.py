@@ -10,7 +10,7 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import PassKind
-from dash_runtime.layers.compensation import Compensation, Identity, PackedLowRank
+from dash_runtime.layers.compensation import Compensation, Identity, PackedLowRank, Scale
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.rows.library import RowsLibrary
@@ -126,7 +126,7 @@ def test_what_one_call_cannot_run_is_left_to_the_loop_over_layers(decoder: Decod
     plan = full_plan(decoder)
     caches = prefilled(decoder, [1], [2])
     assert run_whole(decoder, caches[0], 1, plan, some_low_rank(decoder)) is None  # its matrices are float
-    batch = decoder.batch(PassKind.DECODE, caches, [1, 1], [Identity()] * 2)
+    batch = decoder.batch(PassKind.DECODE, caches, [1, 1], [Identity(), Scale(torch.ones(decoder.num_layers))])
     assert decoder.run_pass(PassPlan(dict(enumerate(plan))), decoder.embed([1, 2]), batch) is None
     eager = load_decoder(folder, torch.bfloat16)
     assert run_whole(eager, prefilled(eager, [1])[0], 1, plan, Identity()) is None

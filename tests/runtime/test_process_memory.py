@@ -70,6 +70,7 @@ def test_a_system_without_huge_pages_is_left_alone(tmp_path: Path, text: str, ex
 
 
 @on_linux
+@pytest.mark.alone  # it counts on free huge pages
 def test_what_is_full_is_moved_and_keeps_its_content() -> None:
     memory = own_memory()
     content = bytes(range(256)) * (len(memory) // 256)

@@ -33,6 +33,7 @@ class OptionFields(BaseModel):
     frequency_penalty: float | None = Field(default=None, description="Subtracted once per occurrence in the output")
     seed: int | None = Field(default=None, description="Seed of the request's own generator")
     ignore_eos: bool | None = Field(default=None, description="Go on past the model's end-of-sequence tokens")
+    immediate: bool | None = Field(default=None, description="Send every token at once, also on a busy server")
     priority: str | None = Field(default=None, description='Class in the server\'s queue: "low", "normal" or "high"')
     parallel_tool_calls: bool | None = Field(default=None, description="Whether a reply may call several tools")
     mode: str | None = Field(
