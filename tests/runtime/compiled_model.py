@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.decoder.backends.native import NativeBackend, why_eager
 from dash_runtime.decoder.decoder import Decoder
@@ -51,6 +52,7 @@ def native_decoder(
     *,
     shares_products: bool = False,
     num_threads: int = NUM_THREADS,
+    actions: tuple[Action, ...] = ALL_ACTIONS,
 ) -> Decoder:
     """Returns a decoder that runs the model in `folder` natively."""
     config = load_model_config(folder)
@@ -58,11 +60,11 @@ def native_decoder(
     return make_decoder(
         config,
         open_weights(folder),
-        ALL_ACTIONS,
+        actions,
         dtype=torch.bfloat16,
         device=CPU,
         context_length=config.context_length,
-        native=NativeBackend(config, library, ALL_ACTIONS, num_threads, shares_products=shares_products),
+        native=NativeBackend(config, library, actions, num_threads, shares_products=shares_products),
     )
 
 

@@ -243,3 +243,17 @@ def test_contexts_of_several_blocks_have_the_numbers_of_the_eager_decoder(
         other.truncate(num_cached)
         assert divergence(one_by_one(eager, other, ids), one) < MAX_DIVERGENCE
     assert_same_cache(own, other)
+
+
+@torch.inference_mode()
+def test_an_action_that_layers_are_not_packed_for_is_an_error_that_names_it(
+    folder: Path, rows_library: RowsLibrary
+) -> None:
+    decoder = native_decoder(folder, rows_library, actions=(Action.SKIP, Action.FULL))
+    (cache,) = prefilled(decoder, [1])
+    batch = decoder.batch(PassKind.DECODE, [cache], [1], [Identity()], [Action.FULL])
+    hidden = decoder.embed([2])
+    with pytest.raises(ValueError, match="INT4"):
+        decoder.run_layer(0, [Action.INT4], hidden, batch)
+    with pytest.raises(ValueError, match="INT8"):
+        decoder.run_pass(PassPlan(dict.fromkeys(range(decoder.num_layers), Action.INT8)), hidden, batch)

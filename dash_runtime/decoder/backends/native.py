@@ -101,6 +101,7 @@ class NativeBackend(OwnMemory):
             if action is Action.FULL and self._is_shared(batch, len(inputs)):
                 outputs = self._run_shared(layer, inputs, batch, group)
             else:
+                self._check(action)
                 own = batch.rows_of(group)
                 outputs = self._rows.run(inputs, own, bytes([action]), range(layer, layer + 1), None, action)
             parts.append((group, outputs))
@@ -113,6 +114,7 @@ class NativeBackend(OwnMemory):
         compensation = self._compensated_by(first)
         if compensation is None:
             return None
+        self._check(kv_action)
         if self._is_shared(batch, batch.num_rows) and Action.FULL in plan.pinned.values():
             return None
         layers, policy, rows = range(self._num_layers), plan.policy, batch.rows_of(None)
@@ -135,6 +137,7 @@ class NativeBackend(OwnMemory):
             inputs = hidden if chosen is None else hidden[chosen]
             compensation = batch.compensations[own[0]]
             packed = self._compensated_by(compensation)
+            self._check(kv_action)
             layers = range(layer, layer + 1)
             outputs = self._rows.run(inputs, batch.rows_of(chosen), bytes([Action.SKIP]), layers, packed, kv_action)
             parts.append((chosen, compensation(layer, inputs) if packed is None else outputs))
@@ -162,8 +165,14 @@ class NativeBackend(OwnMemory):
             made = self._compensated[id(compensation)] = compensation, layers
         return made[1]
 
+    def _check(self, *actions: Action) -> None:
+        """Raises ValueError for an action without matrices: native code would read memory that is not there."""
+        if missing := set(actions) - {*self._actions, Action.SKIP}:
+            raise ValueError(f"layers are not packed for {min(missing).name}")
+
     def _as_bytes(self, pinned: Mapping[int, Action]) -> bytes:
         if self._pinned[0] is not pinned:  # a sequence's stays the same from token to token
+            self._check(*pinned.values())
             self._pinned = pinned, bytes(pinned.get(layer, 0) for layer in range(self._num_layers))
         return self._pinned[1]
 
