@@ -25,6 +25,7 @@ from dash_runtime.decoder.backends.native import NativeBackend, why_eager
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import describe_devices, device_of, find_devices
+from dash_runtime.devices.one_thread import one_thread
 from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.engine.cost_fit import MeasuredCosts
 from dash_runtime.engine.engine import Engine
@@ -50,7 +51,6 @@ from dash_runtime.startup.faster_kernels import faster_actions, product_seconds
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.startup.memory_plan import free_rooms, model_bytes, place_on
 from dash_runtime.startup.model_facts import model_facts
-from dash_runtime.startup.one_thread import one_thread
 from dash_runtime.startup.process_memory import settle_memory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from dash_runtime.actions import Action, CostTable, LatencyTable
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.devices.one_thread import one_thread
 from dash_runtime.engine.cost_fit import MeasuredCosts
 from dash_runtime.errors import ConfigError, DashRuntimeError
 from dash_runtime.files.disk_cache import digest, keep
@@ -31,7 +32,6 @@ from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.startup.fit_compensation import NUM_SEQUENCES, SEQUENCE_LENGTH, fit_compensation
 from dash_runtime.startup.measure import measure_verification
 from dash_runtime.startup.measure_latency import measure_latencies
-from dash_runtime.startup.one_thread import one_thread
 from dash_runtime.startup.plan_search import search_plans, search_text
 
 _Kept = TypeVar("_Kept")

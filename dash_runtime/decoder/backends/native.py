@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.backends.backend import OwnMemory
+from dash_runtime.devices.one_thread import one_thread
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.heads import Head, Heads
@@ -67,9 +68,10 @@ class NativeBackend(OwnMemory):
         linears = layer.linears[Action.FULL]
         matrices = [own.weight for own in weights.linears.matrices()]
         pairs = list(zip(matrices, linears.matrices(), strict=True))
-        packed: dict[Action, list[tuple[RowMatrix, int]]] = {
-            action: [(pack_row_matrix(action, *pair), pair[0].shape[1]) for pair in pairs] for action in self._actions
-        }
+        packed: dict[Action, list[tuple[RowMatrix, int]]] = {}
+        with one_thread():  # many small operations, for which threads beside a busy process wait for seconds
+            for action in self._actions:
+                packed[action] = [(pack_row_matrix(action, *pair), pair[0].shape[1]) for pair in pairs]
         self._rows.set_layer(len(self._layers), PackedLayer(layer_vectors(weights), packed))
         self._layers.append(_SharedLayer(layer, linears.mapped(for_neighbours, for_neighbours)))
 
