@@ -18,12 +18,11 @@ class Effort:
     rounds: int
     num_tokens: int
     stream_tokens: int
-    profiled_tokens: int
     starts: int
 
 
-FULL = Effort(rounds=7, num_tokens=128, stream_tokens=48, profiled_tokens=16, starts=3)
-QUICK = Effort(rounds=3, num_tokens=32, stream_tokens=16, profiled_tokens=8, starts=1)
+FULL = Effort(rounds=7, num_tokens=128, stream_tokens=48, starts=3)
+QUICK = Effort(rounds=3, num_tokens=32, stream_tokens=16, starts=1)
 
 
 def interleaved(

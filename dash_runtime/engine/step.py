@@ -90,8 +90,8 @@ def _run_at_once(
     """Runs all layers in one call, if the rows' only decider has no part in between and the decoder can."""
     plan = decider.pass_plan
     if plan is not None and planner is not None:
-        agreed = {layer: planner.agree((own,) * batch.num_rows) for layer, own in plan.pinned.items()}
-        plan = PassPlan({layer: actions[0] for layer, actions in agreed.items()})
+        agreed = {own: planner.agree((own,) * batch.num_rows)[0] for own in set(plan.pinned.values())}
+        plan = PassPlan({layer: agreed[own] for layer, own in plan.pinned.items()})
     run = None if plan is None else decoder.run_pass(plan, hidden, batch)
     if run is not None:
         decider.take(run)

@@ -2,8 +2,8 @@
 
 When a sequence gets its slot it reserves the most that it may need (prompt and output limit), so it can never run out
 half-way. Its reservation is contiguous, since gathering pieces for every layer and token costs more than it saves on a
-CPU. It begins at a multiple of `BLOCK_TOKENS`, so that one program can attend for many sequences by the numbers of
-their blocks. If there is room, but not in one piece, the other sequences are moved together first.
+CPU. It has whole blocks of `BLOCK_TOKENS`, so that what one sequence leaves fits others of about its size. If there is
+room, but not in one piece, the other sequences are moved together first.
 Knows no attention and no requests.
 """
 
@@ -46,7 +46,7 @@ class SequenceCache:
 
     @property
     def address(self) -> int:
-        """Where the first device's memory begins."""
+        """The address at which the first device's memory begins."""
         if self._address is None:  # kept, since native code asks for it for every token
             self._address = self.memories[0].data_ptr()
         return self._address
@@ -62,11 +62,6 @@ class SequenceCache:
     def num_written(self) -> int:
         """Positions that may have been written, now or before they were forgotten."""
         return max(self.length, self._longest)
-
-    def until(self, end: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Returns keys and values of the positions before `end`, by layer: `[end, num_kv_heads, head_dim]` each."""
-        layers = _unbound([memory[:, :, :end] for memory in self.memories])
-        return layers[::2], layers[1::2]
 
     def copy_of(self, start: int, end: int) -> list[Tensor]:
         """Returns a copy of these keys and values, one tensor per device, `[its layers, 2, end - start, num_kv_heads,
@@ -125,15 +120,12 @@ class CachePool:
         layers, values, tokens, *_ = (own * self.memories[0].element_size() for own in self.memories[0].stride())
         self.strides = layers, values, tokens
         """Bytes of the first device's memory from layer to layer, from keys to values, and from token to token."""
-        blocks = _unbound([memory.unflatten(2, (-1, BLOCK_TOKENS)) for memory in self.memories])
-        self.key_blocks: Sequence[Tensor] = blocks[::2]
-        """Per layer, `[blocks, BLOCK_TOKENS, num_kv_heads, head_dim]`."""
-        self.value_blocks: Sequence[Tensor] = blocks[1::2]
+        self._layers = _unbound(self.memories)
         self._caches: list[SequenceCache] = []  # in ascending order of `start`
 
     def layer_memory(self, layer: int) -> tuple[Tensor, Tensor]:
         """Returns a layer's keys and values of all tokens, `[tokens, num_kv_heads, head_dim]` each."""
-        return self.key_blocks[layer].flatten(0, 1), self.value_blocks[layer].flatten(0, 1)
+        return self._layers[2 * layer], self._layers[2 * layer + 1]
 
     def reserve(self, num_tokens: int) -> SequenceCache | None:
         """Returns a cache for up to `num_tokens` positions, or None while others hold the room."""

@@ -5,7 +5,7 @@ Knows matrices, memory and positions; knows no sequences and no policies.
 
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import Array, addressof, c_int64, c_uint8, pointer
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -66,7 +66,7 @@ class RowsOfPass:
     strides: tuple[int, int, int]
     rotary: "Array[RotaryStruct]"
     kept: object = None
-    """What has the memory of cosines and sines."""
+    """The owner of the memory of cosines and sines, if it may go before the rows."""
 
     @classmethod
     def of(
@@ -83,7 +83,7 @@ class RowsOfPass:
 
 
 class CompensatedLayers:
-    """What replaces each layer's output where it is skipped, for the native code.
+    """The replacement of each layer's output where it is skipped, for the native code.
 
     Args:
         layers: the tensors of each layer: `[2 * hidden_size]` with a factor and an offset per channel; or, for a rank
@@ -109,8 +109,7 @@ class ModelRows:
 
     def __init__(self, library: RowsLibrary, config: ModelConfig, rotary_of: Sequence[int], num_threads: int) -> None:
         self._library = library
-        self.hidden_size, self._query_size = config.hidden_size, config.num_heads * config.head_dim
-        self._num_layers = config.num_layers
+        self._query_size, self._num_layers = config.query_size, config.num_layers
         block = config.block
         self._shape = ModelStruct(
             *(config.num_heads, config.num_kv_heads, config.head_dim),
@@ -199,13 +198,13 @@ class ModelRows:
         """Each layer's start and end in the last run that had it, by `perf_counter_ns`."""
         return array("q", self._times)
 
-    def _call(self, function: "object", inputs: Tensor, output: Tensor, rows: RowsOfPass) -> None:
+    def _call(self, function: Callable[[int], object], inputs: Tensor, output: Tensor, rows: RowsOfPass) -> None:
         own = self._pass
         own.num_threads = self._threads.current
         own.input, own.output = inputs.data_ptr(), output.data_ptr()
         own.spans, own.num_spans, own.num_rows, own.rotary = rows.spans, len(rows.spans), rows.num_rows, rows.rotary
         own.layer_bytes, own.values_bytes, own.token_bytes = rows.strides
-        function(self._pass_address)  # type: ignore[operator]
+        function(self._pass_address)
 
     def _memory_of(self, tensor: Tensor) -> int:
         own = tensor.float().contiguous()

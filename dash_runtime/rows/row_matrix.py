@@ -13,9 +13,8 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.linears.dense_linear import Linear, packed_words
 from dash_runtime.linears.quantization import INT4_GROUP_SIZE, quantize_int4, quantize_int8
+from dash_runtime.rows.structs import LANES
 
-TILE = 16
-"""Outputs of one tile: the float32 lanes of an AVX-512 register."""
 _INT4_BITS, _INT8_BITS = 4, 8
 
 
@@ -37,7 +36,7 @@ class FullRowMatrix(RowMatrix):
     @classmethod
     def pack(cls, weight: Tensor) -> "FullRowMatrix":
         out_features, in_features = weight.shape
-        pairs = weight.contiguous().view(torch.int32).view(out_features // TILE, TILE, in_features // 2)
+        pairs = weight.contiguous().view(torch.int32).view(out_features // LANES, LANES, in_features // 2)
         return cls(pairs.transpose(1, 2).contiguous())
 
 
@@ -100,7 +99,7 @@ def pack_row_matrix(action: Action, weight: Tensor, linear: Linear | None = None
 
 def is_packable(out_features: int, in_features: int) -> bool:
     """Returns True if these kernels can take a matrix of this shape."""
-    return out_features % TILE == 0 and in_features % INT4_GROUP_SIZE == 0
+    return out_features % LANES == 0 and in_features % INT4_GROUP_SIZE == 0
 
 
 def _pack_words(values: Tensor, num_bits: int) -> Tensor:
@@ -110,7 +109,7 @@ def _pack_words(values: Tensor, num_bits: int) -> Tensor:
     """
     out_features, in_features = values.shape
     num_places = 32 // num_bits
-    shape = (out_features // TILE, TILE, in_features // INT4_GROUP_SIZE, -1, num_places)
+    shape = (out_features // LANES, LANES, in_features // INT4_GROUP_SIZE, -1, num_places)
     ordered = values.view(shape).permute(0, 2, 3, 1, 4)
     words = torch.zeros(ordered.shape[:-1], dtype=torch.int32)
     for place in range(num_places):
@@ -121,4 +120,4 @@ def _pack_words(values: Tensor, num_bits: int) -> Tensor:
 
 def _tile(groups: Tensor) -> Tensor:
     """Puts `[out, groups]` in the order of the words, `[tiles, groups, 16]`."""
-    return groups.view(-1, TILE, groups.shape[1]).transpose(1, 2).contiguous()
+    return groups.view(-1, LANES, groups.shape[1]).transpose(1, 2).contiguous()

@@ -55,7 +55,7 @@ int64_t now() {
   return time.tv_sec * int64_t{1000000000} + time.tv_nsec;
 }
 
-// Gives out parts of a vector, each on cache lines of its own. Counts first, with no memory.
+// Gives out parts of a memory, each on cache lines of its own; only counts without one.
 class Parts {
  public:
   explicit Parts(float *memory) : next_(memory) {}
@@ -73,48 +73,76 @@ class Parts {
   int64_t count_ = 0;
 };
 
+float *grown(std::vector<float> &memory, int64_t count) {
+  if (memory.size() < static_cast<size_t>(count)) memory.resize(count);
+  return memory.data();
+}
+
+// Returns what `take_all` takes, in a memory that is large enough for it.
+template <class TakeAll>
+auto laid_out(std::vector<float> &memory, TakeAll take_all) {
+  Parts counted(nullptr);
+  take_all(counted);
+  Parts parts(grown(memory, counted.count()));
+  return take_all(parts);
+}
+
+// Lets each of a workspace's threads do its part.
+template <class Work>
+void in_parallel(Workspace &workspace, int64_t num_threads, Work work) {
+  if (workspace.own.size() < static_cast<size_t>(num_threads)) workspace.own.resize(num_threads);
+#pragma omp parallel num_threads(static_cast<int>(num_threads))
+  work(Member{&workspace.barrier, omp_get_thread_num(), omp_get_num_threads()});
+}
+
 // All that alternates does so from layer to layer: the next layer may begin while a slow thread still reads.
 struct SharedParts {
   Shared layers[2];
   float *products[2];
-
-  SharedParts(Parts parts, const Pass &pass, int64_t *count) {
-    const ModelShape &shape = *pass.shape;
-    const int64_t rows = pass.num_rows;
-    int64_t rank = 0;
-    for (int64_t layer = 0; layer < shape.num_layers; ++layer)
-      rank = pass.compensations[layer].rank > rank ? pass.compensations[layer].rank : rank;
-    float *attention = parts.take(parts_size(shape.heads, pass.spans, pass.num_spans));
-    float *branch = parts.take(2 * rows * shape.hidden_size), *inner = parts.take(rows * shape.intermediate_size);
-    for (int turn = 0; turn < 2; ++turn) {
-      layers[turn] = {parts.take(rows * shape.fused_size()), attention, branch, inner, parts.take(rows * rank)};
-      products[turn] = parts.take(pass.decisions ? pass.decisions->policy->width : 0);
-    }
-    *count = parts.count();
-  }
 };
 
-Own own_parts(Parts parts, const Pass &pass, int64_t *count) {
+SharedParts shared_parts(Parts &parts, const Pass &pass) {
+  const ModelShape &shape = *pass.shape;
+  const int64_t rows = pass.num_rows;
+  int64_t rank = 0;
+  for (int64_t layer = 0; layer < shape.num_layers; ++layer)
+    rank = pass.compensations[layer].rank > rank ? pass.compensations[layer].rank : rank;
+  float *attention = parts.take(parts_size(shape.heads, pass.spans, pass.num_spans));
+  float *branch = parts.take(2 * rows * shape.hidden_size), *inner = parts.take(rows * shape.intermediate_size);
+  SharedParts own;
+  for (int turn = 0; turn < 2; ++turn) {
+    own.layers[turn] = {parts.take(rows * shape.fused_size()), attention, branch, inner, parts.take(rows * rank)};
+    own.products[turn] = parts.take(pass.decisions ? pass.decisions->policy->width : 0);
+  }
+  return own;
+}
+
+Own own_parts(Parts &parts, const Pass &pass) {
   const ModelShape &shape = *pass.shape;
   const int64_t rows = pass.num_rows, query_size = shape.query_size(), kv_size = shape.kv_size();
   const int64_t sizes[] = {shape.hidden_size, query_size, shape.intermediate_size};
   int64_t widest = 0;
   for (int64_t size : sizes) widest = size > widest ? size : widest;
-  const Own own{parts.take(rows * shape.hidden_size),
-                parts.take(rows * shape.hidden_size),
-                parts.take(inputs_size(rows, widest)),
-                parts.take(rows * query_size),
-                parts.take(rows * kv_size),
-                parts.take(rows * kv_size),
-                parts.take(rows * query_size),
-                parts.take(2 * rows * (shape.intermediate_size + kLanes))};
-  *count = parts.count();
-  return own;
+  return {parts.take(rows * shape.hidden_size),
+          parts.take(rows * shape.hidden_size),
+          parts.take(inputs_size(rows, widest)),
+          parts.take(rows * query_size),
+          parts.take(rows * kv_size),
+          parts.take(rows * kv_size),
+          parts.take(rows * query_size),
+          parts.take(2 * rows * (shape.intermediate_size + kLanes))};
 }
 
-float *grown(std::vector<float> &memory, int64_t count) {
-  if (memory.size() < static_cast<size_t>(count)) memory.resize(count);
-  return memory.data();
+// What all threads see of the attention of rows whose products are shared.
+struct AttentionParts {
+  float *queries, *keys, *values, *attended, *parts;
+};
+
+AttentionParts attention_parts_of(Parts &parts, const Pass &pass) {
+  const ModelShape &shape = *pass.shape;
+  const int64_t query_size = pass.num_rows * shape.query_size(), kv_size = pass.num_rows * shape.kv_size();
+  return {parts.take(query_size), parts.take(kv_size), parts.take(kv_size), parts.take(query_size),
+          parts.take(parts_size(shape.heads, pass.spans, pass.num_spans))};
 }
 
 Memory memory_of(const Pass &pass, int64_t layer) {
@@ -126,9 +154,7 @@ Memory memory_of(const Pass &pass, int64_t layer) {
 void take_part(const Pass &pass, const SharedParts &shared, const Member &member) {
   const ModelShape &shape = *pass.shape;
   const int64_t state_size = pass.num_rows * shape.hidden_size;
-  int64_t count;
-  own_parts(Parts(nullptr), pass, &count);
-  const Own own = own_parts(Parts(grown(pass.workspace->own[member.index], count)), pass, &count);
+  const Own own = laid_out(pass.workspace->own[member.index], [&](Parts &parts) { return own_parts(parts, pass); });
   for (int64_t place = 0; place < state_size; place += kLanes)
     store(own.residual + place, from_bf16(pass.input + place));
 
@@ -175,26 +201,23 @@ void take_part(const Pass &pass, const SharedParts &shared, const Member &member
 }
 
 // What one thread does of the attention of rows whose products are shared: their first one is `pass.input`.
-void take_part_in_attention(const Pass &pass, const SharedParts &shared, float *heads, const Member &member) {
+void take_part_in_attention(const Pass &pass, const AttentionParts &shared, const Member &member) {
   const ModelShape &shape = *pass.shape;
-  const int64_t rows = pass.num_rows, query_size = shape.query_size(), kv_size = shape.kv_size(),
-                fused_size = shape.fused_size();
-  float *queries = heads, *keys = queries + rows * query_size, *values = keys + rows * kv_size,
-        *attended = values + rows * kv_size;
+  const int64_t query_size = shape.query_size(), kv_size = shape.kv_size(), fused_size = shape.fused_size();
   float *fused = grown(pass.workspace->own[member.index], fused_size);
   const Rotary &rotary = pass.rotary[pass.rotary_of[pass.first_layer]];
-  const int64_t first = member.first(rows), last = member.last(rows);
+  const int64_t first = member.first(pass.num_rows), last = member.last(pass.num_rows);
   for (int64_t row = first; row < last; ++row) {
     for (int64_t place = 0; place < fused_size; place += kLanes)
       store(fused + place, from_bf16(pass.input + row * fused_size + place));
-    split_heads(shape, pass.layers[pass.first_layer], rotary, row, fused, nullptr, queries + row * query_size,
-                keys + row * kv_size, values + row * kv_size);
+    split_heads(shape, pass.layers[pass.first_layer], rotary, row, fused, nullptr, shared.queries + row * query_size,
+                shared.keys + row * kv_size, shared.values + row * kv_size);
   }
   member.wait();
-  attend(member, shape.heads, memory_of(pass, pass.first_layer), queries, keys, values, shared.layers[0].parts,
-         attended, first, last);
+  attend(member, shape.heads, memory_of(pass, pass.first_layer), shared.queries, shared.keys, shared.values,
+         shared.parts, shared.attended, first, last);
   for (int64_t place = first * query_size; place < last * query_size; place += kLanes)
-    write_bf16(pass.output + place, load<Floats>(attended + place));
+    write_bf16(pass.output + place, load<Floats>(shared.attended + place));
 }
 
 }  // namespace
@@ -205,27 +228,15 @@ extern "C" void dash_delete_workspace(Workspace *workspace) { delete workspace; 
 
 // Runs all layers from `first_layer` to `last_layer`.
 extern "C" void dash_run_rows(const Pass *pass) {
-  Workspace &workspace = *pass->workspace;
-  int64_t count;
-  SharedParts(Parts(nullptr), *pass, &count);
-  const SharedParts shared(Parts(grown(workspace.shared, count)), *pass, &count);
-  if (workspace.own.size() < static_cast<size_t>(pass->num_threads)) workspace.own.resize(pass->num_threads);
-#pragma omp parallel num_threads(static_cast<int>(pass->num_threads))
-  take_part(*pass, shared, {&workspace.barrier, omp_get_thread_num(), omp_get_num_threads()});
+  const auto shared = laid_out(pass->workspace->shared, [&](Parts &parts) { return shared_parts(parts, *pass); });
+  in_parallel(*pass->workspace, pass->num_threads, [&](const Member &member) { take_part(*pass, shared, member); });
 }
 
 // Runs the attention of `first_layer`.
 extern "C" void dash_attend(const Pass *pass) {
-  Workspace &workspace = *pass->workspace;
-  const int64_t heads_size = pass->num_rows * (2 * pass->shape->query_size() + 2 * pass->shape->kv_size());
-  int64_t count;
-  SharedParts(Parts(nullptr), *pass, &count);
-  float *memory = grown(workspace.shared, count + heads_size);
-  const SharedParts shared(Parts(memory), *pass, &count);
-  if (workspace.own.size() < static_cast<size_t>(pass->num_threads)) workspace.own.resize(pass->num_threads);
-#pragma omp parallel num_threads(static_cast<int>(pass->num_threads))
-  take_part_in_attention(*pass, shared, memory + count,
-                         {&workspace.barrier, omp_get_thread_num(), omp_get_num_threads()});
+  const auto shared = laid_out(pass->workspace->shared, [&](Parts &parts) { return attention_parts_of(parts, *pass); });
+  in_parallel(*pass->workspace, pass->num_threads,
+              [&](const Member &member) { take_part_in_attention(*pass, shared, member); });
 }
 
 // Evaluates a policy for rows, in the calling thread.
@@ -255,13 +266,9 @@ struct HeadPass {
 };
 
 extern "C" void dash_run_head(const HeadPass *pass) {
-  Workspace &workspace = *pass->workspace;
   const int64_t size = pass->num_rows * pass->hidden_size;
-  if (workspace.own.size() < static_cast<size_t>(pass->num_threads)) workspace.own.resize(pass->num_threads);
-#pragma omp parallel num_threads(static_cast<int>(pass->num_threads))
-  {
-    const Member member{&workspace.barrier, omp_get_thread_num(), omp_get_num_threads()};
-    float *rows = grown(workspace.own[member.index], size + inputs_size(pass->num_rows, pass->hidden_size));
+  in_parallel(*pass->workspace, pass->num_threads, [&](const Member &member) {
+    float *rows = grown(pass->workspace->own[member.index], size + inputs_size(pass->num_rows, pass->hidden_size));
     for (int64_t place = 0; place < size; place += kLanes) store(rows + place, from_bf16(pass->hidden + place));
     norm_rows(rows, pass->norm, pass->num_rows, pass->hidden_size, pass->eps, rows);
     const Inputs inputs =
@@ -269,5 +276,5 @@ extern "C" void dash_run_head(const HeadPass *pass) {
     const int64_t first = member.first(pass->num_tiles), last = member.last(pass->num_tiles);
     product(*pass->matrix, inputs, pass->num_rows, first, last, pass->logits + first * kLanes,
             pass->num_tiles * kLanes);
-  }
+  });
 }

@@ -14,7 +14,7 @@ from tests.runtime.compiled_model import CompiledModel, save_compiled_model
 
 @pytest.fixture(scope="session")
 def rows_folder(embedded_cache: Path) -> Path:
-    """Where the native code is kept: the user's own cache, so that it is compiled once, not in every run."""
+    """Returns the native code's folder: in the user's own cache, so that it is compiled once, not in every run."""
     return embedded_cache / "native"
 
 

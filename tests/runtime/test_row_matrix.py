@@ -23,7 +23,7 @@ from tests.runtime.native_code import native_library, rounded
 
 LAYOUTS = ("blocks", "tiles", "INT8", "INT4")
 SHAPES = [(64, 32), (192, 96), (832, 160)]
-"""Of which blocks are possible, too: of one block, a few, and 13, which no number of threads divides."""
+"""Sizes of which blocks are possible, too: of one block, a few, and 13, which no number of threads divides."""
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,7 @@ class NativeBackend(OwnMemory):
         ropes = list(dict.fromkeys(config.ropes))
         self._rows = ModelRows(library, config, [ropes.index(rope) for rope in config.ropes], num_threads)
         self._actions: list[Action] = [action for action in actions if action is not Action.SKIP]
+        self._possible = {*self._actions, Action.SKIP}
         self.shares_products = shares_products
         self._layers: list[_SharedLayer] = []
         self._compensated: dict[int, tuple[Compensation, CompensatedLayers | None]] = {}
@@ -169,7 +170,7 @@ class NativeBackend(OwnMemory):
 
     def _check(self, *actions: Action) -> None:
         """Raises ValueError for an action without matrices: native code would read memory that is not there."""
-        if missing := set(actions) - {*self._actions, Action.SKIP}:
+        if missing := set(actions) - self._possible:
             raise ValueError(f"layers are not packed for {min(missing).name}")
 
     def _as_bytes(self, pinned: Mapping[int, Action]) -> bytes:

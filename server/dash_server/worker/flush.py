@@ -19,14 +19,14 @@ _NEWEST_SHARE = 0.3
 
 
 class Timer(Protocol):
-    """What `Clock.call_at` returns."""
+    """A call that is to come, as `Clock.call_at` returns it."""
 
     def when(self) -> float: ...
     def cancel(self) -> None: ...
 
 
 class Clock(Protocol):
-    """What an event loop knows of time."""
+    """The time of an event loop, and its calls at a time."""
 
     def time(self) -> float: ...
     def call_at(self, when: float, callback: Callable[[], object], /) -> Timer: ...

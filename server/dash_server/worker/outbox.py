@@ -74,7 +74,7 @@ class Outbox:
         """True if the reader is to have what is pending."""
         self._error: Exception | None = None
         self._change: asyncio.Future[None] | None = None
-        """What the reader waits for."""
+        """The future that the reader waits for."""
 
     def put(self, event: EngineEvent, *, may_share: bool = False) -> bool:
         """Adds an event, and wakes the reader.
