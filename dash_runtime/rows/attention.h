@@ -45,37 +45,149 @@ inline int64_t part_size(int64_t head_dim) { return 2 * kLanes + head_dim; }
 
 namespace attention_parts {
 
-inline void write(const HeadShape &shape, const uint16_t *keys, const uint16_t *values, int64_t stride,
-                  const float *query, int64_t first, int64_t last, float *part) {
-  const int64_t size = shape.head_dim;
-  float scores[kBlockPositions];
-  float most = -INFINITY;
-  for (int64_t position = first; position < last; ++position) {
-    const uint16_t *key = keys + position * stride;
-    Floats total{};
-    for (int64_t place = 0; place < size; place += kLanes)
-      total += load<Floats>(query + place) * from_bf16(key + place);
-    const float score = sum(total);
-    scores[position - first] = score;
-    most = score > most ? score : most;
+// Queries whose sums the registers hold.
+#ifdef __AVX512F__
+constexpr int kMostQueries = 4;
+#else
+constexpr int kMostQueries = 1;
+#endif
+constexpr int64_t kAhead = kBlockPositions;  // positions that are fetched before they are read
+
+// A block's keys of one head, turned: words[pair][position] have two channels each.
+struct TurnedKeys {
+  alignas(64) int32_t words[kMostChannels / 2][kBlockPositions];
+};
+
+// What one query sees of a block: the positions from `first` to `last`; and where its part goes.
+struct BlockQuery {
+  const float *query;
+  int64_t first, last;
+  float *part;
+};
+
+// Exchanges rows and columns.
+template <int kWidth = 1>
+inline void turn(Words (&rows)[kRegisterLanes]) {
+  constexpr Words kLow = kLaneNumbers + (((kLaneNumbers & kWidth) != 0) & (kRegisterLanes - kWidth)),
+                  kHigh = kLow + kWidth;
+#pragma GCC unroll 16
+  for (int row = 0; row < kRegisterLanes; ++row) {
+    if (row & kWidth) continue;
+    const Words one = rows[row], other = rows[row + kWidth];
+    rows[row] = __builtin_shuffle(one, other, kLow);
+    rows[row + kWidth] = __builtin_shuffle(one, other, kHigh);
   }
-  for (int64_t place = last - first; place % kLanes; ++place) scores[place] = -INFINITY;
-  Floats weights{};
-  for (int64_t place = 0; place < last - first; place += kLanes) {
-    const Floats own = exponential(load<Floats>(scores + place) - most);
-    store(scores + place, own);
-    weights += own;
+  if constexpr (2 * kWidth < kRegisterLanes) turn<2 * kWidth>(rows);
+}
+
+// Turns the keys of `count` positions; words of others are anything.
+inline void turn_keys(const HeadShape &shape, const uint16_t *keys, int64_t stride, int64_t count, TurnedKeys &turned) {
+  for (int64_t place = 0; place < count; place += kRegisterLanes)
+    for (int64_t pair = 0; pair < shape.head_dim / 2; pair += kRegisterLanes) {
+      Words rows[kRegisterLanes];
+#pragma GCC unroll 16
+      for (int row = 0; row < kRegisterLanes; ++row) {
+        const int64_t position = place + row < count ? place + row : count - 1;
+        const uint16_t *key = keys + position * stride + 2 * pair;
+        __builtin_prefetch(key + kAhead * stride);
+        rows[row] = load<Words>(key);
+      }
+      turn(rows);
+#pragma GCC unroll 16
+      for (int row = 0; row < kRegisterLanes; ++row) store(turned.words[pair + row] + place, rows[row]);
+    }
+}
+
+// Writes each query's scores of all positions of a block.
+template <int kQueries>
+inline void write_scores(const HeadShape &shape, const TurnedKeys &turned, const BlockQuery *queries,
+                         float (*scores)[kBlockPositions]) {
+  constexpr int kVectors = kBlockPositions / kRegisterLanes;
+#ifdef __AVX512BF16__
+  uint16_t rounded[kQueries][kMostChannels];
+  for (int own = 0; own < kQueries; ++own)
+    for (int64_t place = 0; place < shape.head_dim; place += kLanes)
+      write_bf16(rounded[own] + place, load<Floats>(queries[own].query + place));
+#endif
+  Register sums[kQueries][kVectors]{};
+  for (int64_t pair = 0; pair < shape.head_dim / 2; ++pair)
+#pragma GCC unroll 8
+    for (int vector = 0; vector < kVectors; ++vector) {
+      const Words words = load<Words>(turned.words[pair] + vector * kRegisterLanes);
+#pragma GCC unroll 4
+      for (int own = 0; own < kQueries; ++own) {
+        Register &total = sums[own][vector];
+#ifdef __AVX512BF16__
+        const auto both = (__m512bh)_mm512_set1_epi32(load<int32_t>(rounded[own] + 2 * pair));
+        total = (Register)_mm512_dpbf16_ps((__m512)total, (__m512bh)words, both);
+#else
+        total += (Register)(words << 16) * queries[own].query[2 * pair];
+        total += (Register)(words & ~0xFFFF) * queries[own].query[2 * pair + 1];
+#endif
+      }
+    }
+  for (int own = 0; own < kQueries; ++own)
+    for (int vector = 0; vector < kVectors; ++vector) store(scores[own] + vector * kRegisterLanes, sums[own][vector]);
+}
+
+// Turns one query's scores into weights, and begins its part.
+inline void weigh(const BlockQuery &query, float *scores) {
+  for (int64_t place = 0; place < kBlockPositions; ++place)
+    if (place < query.first || place >= query.last) scores[place] = -INFINITY;
+  Floats most = load<Floats>(scores), total{};
+  for (int64_t place = kLanes; place < kBlockPositions; place += kLanes)
+    most = larger(most, load<Floats>(scores + place));
+  query.part[0] = largest(most);
+  for (int64_t place = 0; place < kBlockPositions; place += kLanes) {
+    const Floats weights = exponential(load<Floats>(scores + place) - query.part[0]);
+    store(scores + place, weights);
+    total += weights;
   }
-  part[0] = most;
-  part[kLanes] = sum(weights);
-  for (int64_t place = 0; place < size; place += 4 * kLanes) {
-    const int count = size - place < 4 * kLanes ? (size - place) / kLanes : 4;
-    Floats sums[4]{};
+  query.part[kLanes] = sum(total);
+}
+
+// Writes the weighted sums of the values from `first` to `last`, which have all that the queries see.
+template <int kQueries>
+inline void write_sums(const HeadShape &shape, const uint16_t *values, int64_t stride, const BlockQuery *queries,
+                       const float (*weights)[kBlockPositions], int64_t first, int64_t last) {
+  constexpr int kVectors = 64 / kRegisterLanes;
+  for (int64_t place = 0; place < shape.head_dim; place += kVectors * kRegisterLanes) {
+    const int64_t left = (shape.head_dim - place) / kRegisterLanes, count = left < kVectors ? left : kVectors;
+    Register sums[kQueries][kVectors]{};
     for (int64_t position = first; position < last; ++position) {
       const uint16_t *value = values + position * stride + place;
-      for (int own = 0; own < count; ++own) sums[own] += from_bf16(value + own * kLanes) * scores[position - first];
+      __builtin_prefetch(value + kAhead * stride);
+      __builtin_prefetch(value + kAhead * stride + 32);
+#pragma GCC unroll 8
+      for (int vector = 0; vector < kVectors; ++vector) {
+        if (vector == count) break;
+        const Register own_value = register_from_bf16(value + vector * kRegisterLanes);
+#pragma GCC unroll 4
+        for (int own = 0; own < kQueries; ++own) sums[own][vector] += own_value * weights[own][position];
+      }
     }
-    for (int own = 0; own < count; ++own) store(part + 2 * kLanes + place + own * kLanes, sums[own]);
+    for (int own = 0; own < kQueries; ++own)
+      for (int vector = 0; vector < count; ++vector)
+        store(queries[own].part + 2 * kLanes + place + vector * kRegisterLanes, sums[own][vector]);
+  }
+}
+
+// Writes the parts of up to `kMostQueries` queries.
+template <int kQueries = kMostQueries>
+inline void write(int64_t num_queries, const HeadShape &shape, const TurnedKeys &turned, const uint16_t *values,
+                  int64_t stride, const BlockQuery *queries) {
+  if (num_queries == kQueries) {
+    float weights[kQueries][kBlockPositions];
+    write_scores<kQueries>(shape, turned, queries, weights);
+    int64_t first = kBlockPositions, last = 0;
+    for (int own = 0; own < kQueries; ++own) {
+      weigh(queries[own], weights[own]);
+      first = queries[own].first < first ? queries[own].first : first;
+      last = queries[own].last > last ? queries[own].last : last;
+    }
+    write_sums<kQueries>(shape, values, stride, queries, weights, first, last);
+  } else if constexpr (kQueries > 1) {
+    write<kQueries - 1>(num_queries, shape, turned, values, stride, queries);
   }
 }
 
@@ -129,6 +241,7 @@ inline void attend(const Member &member, const HeadShape &shape, const Memory &m
   for (int64_t index = 0; index < memory.num_spans; ++index)
     num_tasks += memory.num_blocks(memory.spans[index]) * shape.num_kv_heads;
   const int64_t first_task = member.first(num_tasks), last_task = member.last(num_tasks);
+  attention_parts::TurnedKeys turned;
   int64_t task = 0;
   float *own_parts = parts;
   for (int64_t index = 0; index < memory.num_spans; ++index) {
@@ -145,15 +258,25 @@ inline void attend(const Member &member, const HeadShape &shape, const Memory &m
         if (first_new + row >= begin && first_new + row < end)
           write_token(shape, memory, span, first_new + row, kv_head, keys + from, values + from);
       }
+      const int64_t num_written = (span.num_tokens < end ? span.num_tokens : end) - begin;
+      const int64_t from = begin * memory.token_stride + kv_head * size;
+      attention_parts::turn_keys(shape, memory.keys(span) + from, memory.token_stride, num_written, turned);
+      attention_parts::BlockQuery chosen[attention_parts::kMostQueries];
+      int64_t num_chosen = 0;
+      const auto write_chosen = [&] {
+        attention_parts::write(num_chosen, shape, turned, memory.values(span) + from, memory.token_stride, chosen);
+        num_chosen = 0;
+      };
       for (int64_t row = 0; row < span.num_rows; ++row) {
         const int64_t stop = first_new + row + 1, start = memory.start(stop);
-        const int64_t first = start > begin ? start : begin, last = stop < end ? stop : end;
-        for (int64_t head = kv_head * group; first < last && head < (kv_head + 1) * group; ++head)
-          attention_parts::write(shape, memory.keys(span) + kv_head * size, memory.values(span) + kv_head * size,
-                                 memory.token_stride,
-                                 queries + ((span.first_row + row) * shape.num_heads + head) * size, first, last,
-                                 own_parts + ((row * shape.num_heads + head) * num_blocks + block) * stride);
+        const int64_t first = start > begin ? start - begin : 0, last = (stop < end ? stop : end) - begin;
+        for (int64_t head = kv_head * group; first < last && head < (kv_head + 1) * group; ++head) {
+          chosen[num_chosen++] = {queries + ((span.first_row + row) * shape.num_heads + head) * size, first, last,
+                                  own_parts + ((row * shape.num_heads + head) * num_blocks + block) * stride};
+          if (num_chosen == attention_parts::kMostQueries) write_chosen();
+        }
       }
+      write_chosen();
     }
     task += span_tasks;
     own_parts += span.num_rows * shape.num_heads * num_blocks * stride;

@@ -14,6 +14,20 @@ using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
 using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
 using Bytes = int8_t __attribute__((vector_size(kLanes)));
 
+// What one register holds. A loop that carries vectors from turn to turn carries these: wider ones would lie in memory.
+#ifdef __AVX512F__
+constexpr int kRegisterLanes = 16;
+#else
+constexpr int kRegisterLanes = 8;
+#endif
+using Register = float __attribute__((vector_size(4 * kRegisterLanes)));
+using Words = int32_t __attribute__((vector_size(4 * kRegisterLanes)));
+#ifdef __AVX512F__
+constexpr Words kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#else
+constexpr Words kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7};
+#endif
+
 template <class Vector>
 inline Vector load(const void *from) {
   Vector value;
@@ -48,6 +62,15 @@ inline Floats from_bytes(const int8_t *from) {
 #endif
 }
 
+inline Register register_from_bf16(const uint16_t *from) {
+#ifdef __AVX512F__
+  return from_bf16(from);
+#else
+  using Narrow = uint16_t __attribute__((vector_size(2 * kRegisterLanes)));
+  return (Register)(__builtin_convertvector(load<Narrow>(from), Words) << 16);
+#endif
+}
+
 inline float from_bf16(uint16_t bits) {
   const uint32_t wide = uint32_t{bits} << 16;
   float value;
@@ -66,6 +89,17 @@ inline Floats rounded_to_bf16(Floats value) { return (Floats)(to_bf16_bits(value
 
 inline void write_bf16(uint16_t *to, Floats value) {
   store(to, __builtin_convertvector(to_bf16_bits(value) >> 16, Halves));
+}
+
+inline float largest(Floats value) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)value);
+#else
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int lane = 1; lane < kLanes; ++lane) lanes[0] = lanes[lane] > lanes[0] ? lanes[lane] : lanes[0];
+  return lanes[0];
+#endif
 }
 
 inline float sum(Floats value) {
@@ -102,8 +136,11 @@ inline Floats exponential(Floats x) {
 inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
 
 inline float dot(const float *one, const float *other, int64_t count) {
-  Floats total{};
+  Register sums[kLanes / kRegisterLanes]{};
   for (int64_t place = 0; place < count; place += kLanes)
-    total += load<Floats>(one + place) * load<Floats>(other + place);
-  return sum(total);
+    for (int part = 0; part < kLanes / kRegisterLanes; ++part) {
+      const int64_t from = place + part * kRegisterLanes;
+      sums[part] += load<Register>(one + from) * load<Register>(other + from);
+    }
+  return sum(load<Floats>(sums));
 }
