@@ -1,8 +1,8 @@
 """The layouts in which native code reads a matrix, in FULL, INT8 and INT4: from end to end, at the speed of memory.
 
-A matrix lies in tiles of 16 outputs, as vectors with one word for each. A rounded weight is masked where it lies in its
-word and converted, without a shift. In FULL the matrix is read from the memory that oneDNN packed for many rows, if the
-layout permits. `products.h` has the products.
+A matrix lies in tiles of 16 outputs, as vectors with one word for each, which has four INT8 weights or eight INT4 ones.
+In FULL the matrix is read from the memory that oneDNN packed for many rows, if the layout permits. `products.h` has the
+products.
 """
 
 from dataclasses import dataclass, fields

@@ -75,9 +75,9 @@ def divergence(expected: Tensor, logits: Tensor) -> float:
 
 
 def assert_same_cache(own: SequenceCache, expected: SequenceCache) -> None:
-    """Asserts that keys and values agree within bf16's rounding."""
+    """Asserts that keys and values agree within the rounding of bf16, and of inputs to bytes where those are multiplied."""
     assert own.length == expected.length
     for mine, theirs in ((own.keys, expected.keys), (own.values, expected.values)):
         for my_layer, their_layer in zip(mine, theirs, strict=True):
             written, others = my_layer[: own.length], their_layer[: own.length]
-            torch.testing.assert_close(written, others, rtol=0.05, atol=0.05 * float(others.abs().amax()))
+            torch.testing.assert_close(written, others, rtol=0.1, atol=0.1 * float(others.abs().amax()))

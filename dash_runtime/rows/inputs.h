@@ -1,0 +1,115 @@
+// What products with a matrix read of rows. row_matrix.py lays matrices out.
+#pragma once
+#include "vectors.h"
+
+constexpr int kGroup = 32;  // inputs that share an INT4 scale
+
+// FULL has pairs of inputs in a word: blocks of tiles as oneDNN packs them, or tiles.
+enum Layout : int64_t { kBlocks, kTiles, kInt8, kInt4 };
+
+struct Matrix {
+  const void *words;
+  const float *scales;  // INT8: by output
+  int64_t layout, num_inputs;
+};
+
+inline bool is_full(const Matrix &matrix) { return matrix.layout == kBlocks || matrix.layout == kTiles; }
+
+constexpr int bits_of(Layout layout) { return layout == kInt8 ? 8 : 4; }
+
+// Rows, as products with one layout read them.
+//
+// In FULL, `values` are a row's inputs one after another: float32, or bf16 where the processor multiplies that. For
+// rounded weights a row has its inputs by groups. Where the processor multiplies bytes, these are bytes, a group's
+// multiples of one scale, and all rows of a group lie together. Elsewhere they are float32, divided by the power of two
+// that a mask leaves in its weight.
+struct Inputs {
+  const float *values;
+  int64_t row_stride, group_stride;  // of values
+  const float *offsets;  // [groups, rows]: what a group's sum is too high by, since its weights have no sign
+  const float *sums;     // [groups, rows]: of the inputs
+  const float *scales;   // [groups, rows]: of bytes
+  int64_t num_rows;
+
+  Inputs from(int64_t row) const {
+    return {values + row * row_stride, row_stride, group_stride, offsets + row, sums + row, scales + row, num_rows};
+  }
+};
+
+inline int64_t inputs_size(int64_t num_rows, int64_t num_inputs) {
+  return num_rows * (num_inputs + 3 * num_inputs / kGroup);
+}
+
+#ifdef __AVX512VNNI__
+
+constexpr int kGroupFloats = kGroup / sizeof(float);
+
+// Writes a group of a row as bytes, in the order in which words have their weights; returns their sum.
+inline int write_bytes(Layout layout, Floats low, Floats high, float factor, void *bytes) {
+  // Eight INT4 weights of a word are multiplied in two parts: the low halves of its bytes, and the high ones.
+  const __m256i order =
+      layout == kInt8
+          ? _mm256_set_epi64x(0x0F0E0D0C0B0A0908, 0x0706050403020100, 0x0F0E0D0C0B0A0908, 0x0706050403020100)
+          : _mm256_set_epi64x(0x0F0D0B090E0C0A08, 0x0705030106040200, 0x0F0D0B090E0C0A08, 0x0705030106040200);
+  const __m512i one = _mm512_cvtps_epi32((__m512)(low * factor)), next = _mm512_cvtps_epi32((__m512)(high * factor));
+  const __m256i both = _mm256_set_m128i(_mm512_cvtepi32_epi8(next), _mm512_cvtepi32_epi8(one));
+  store(bytes, _mm256_shuffle_epi8(both, order));
+  return _mm512_reduce_add_epi32(_mm512_add_epi32(one, next));
+}
+
+inline Inputs prepare_rounded(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory) {
+  const int64_t num_groups = num_inputs / kGroup, count = num_rows * num_groups;
+  float *offsets = memory + count * kGroupFloats, *sums = offsets + count, *scales = sums + count;
+  const float half = layout == kInt8 ? 128 : 8;  // what weights without a sign are too high by
+  for (int64_t row = 0; row < num_rows; ++row)
+    for (int64_t group = 0; group < num_groups; ++group) {
+      const float *from = rows + row * num_inputs + group * kGroup;
+      const Floats low = load<Floats>(from), high = load<Floats>(from + kLanes);
+      const float most = largest(larger(larger(low, -low), larger(high, -high)));
+      const int64_t place = group * num_rows + row;
+      scales[place] = most / 127;
+      sums[place] =
+          scales[place] * write_bytes(layout, low, high, most > 0 ? 127 / most : 0, memory + place * kGroupFloats);
+      offsets[place] = half * sums[place];
+    }
+  return {memory, kGroupFloats, num_rows * kGroupFloats, offsets, sums, scales, num_rows};
+}
+
+#else
+
+inline Inputs prepare_rounded(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory) {
+  const int64_t num_groups = num_inputs / kGroup;
+  float *offsets = memory + num_rows * num_inputs, *sums = offsets + num_rows * num_groups;
+  const int bits = bits_of(layout), num_places = 32 / bits;
+  float scales[kLanes], halves[kLanes];  // half a range for each value but a word's last, which has a sign
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int place = lane % num_places;
+    scales[lane] = std::ldexp(1.0f, -bits * place);
+    halves[lane] = place == num_places - 1 ? 0.0f : std::ldexp(1.0f, bits - 1);
+  }
+  const Floats scale = load<Floats>(scales), half = load<Floats>(halves);
+  for (int64_t row = 0; row < num_rows; ++row)
+    for (int64_t group = 0; group < num_groups; ++group) {
+      const int64_t from = row * num_inputs + group * kGroup, place = group * num_rows + row;
+      const Floats low = load<Floats>(rows + from), high = load<Floats>(rows + from + kLanes);
+      store(memory + from, low * scale);
+      store(memory + from + kLanes, high * scale);
+      offsets[place] = sum((low + high) * half);
+      sums[place] = sum(low + high);
+    }
+  return {memory, num_inputs, kGroup, offsets, sums, nullptr, num_rows};
+}
+
+#endif
+
+// Prepares rows for a layout in `memory`, `inputs_size` floats.
+inline Inputs prepare(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory) {
+  if (layout == kInt8 || layout == kInt4) return prepare_rounded(layout, rows, num_rows, num_inputs, memory);
+#ifdef __AVX512BF16__
+  for (int64_t place = 0; place < num_rows * num_inputs; place += kLanes)
+    write_bf16(reinterpret_cast<uint16_t *>(memory) + place, load<Floats>(rows + place));
+  return {memory, num_inputs / 2, 0, nullptr, nullptr, nullptr, num_rows};
+#else
+  return {rows, num_inputs, 0, nullptr, nullptr, nullptr, num_rows};
+#endif
+}
