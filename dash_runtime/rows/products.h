@@ -8,16 +8,16 @@ constexpr int kGroup = 32;      // inputs that share an INT4 scale
 constexpr int kBlockTiles = 4;  // tiles of a block that oneDNN packed
 constexpr int kWidest = 64;     // outputs of a block
 
-// Rows, and in FULL tiles of them, whose sums the registers hold.
+// Rows, and in FULL tiles of them, whose sums the registers hold: `kSumsAtOnce` are rows times tiles.
 #ifdef __AVX512F__
 constexpr int kMostRows = 8, kPairsAtOnce = 1;
 #else
 constexpr int kMostRows = 2, kPairsAtOnce = 8;
 #endif
 #ifdef __AVX512BF16__
-constexpr int kMostFullRows = 16, kFullSums = 1;
+constexpr int kMostFullRows = 16, kFullSums = 1, kSumsAtOnce = 28;
 #else
-constexpr int kMostFullRows = kMostRows, kFullSums = 2;
+constexpr int kMostFullRows = kMostRows, kFullSums = 2, kSumsAtOnce = kMostFullRows;
 #endif
 
 // FULL has pairs of inputs in a word: blocks of tiles as oneDNN packs them, or tiles.
@@ -34,7 +34,7 @@ inline bool is_full(const Matrix &matrix) { return matrix.layout == kBlocks || m
 // What products with one layout read of a row.
 //
 // `values` are `[rows, num_inputs]`; for rounded weights divided by the power of two that masking multiplies by. In
-// FULL, where the processor multiplies bf16, they are pairs of such numbers, `[rows, num_inputs / 2]`.
+// FULL and INT4, where the processor multiplies bf16, they are pairs of such numbers, `[rows, num_inputs / 2]`.
 struct Inputs {
   const float *values;
   const float *offsets;  // [rows, groups]: what a group's sum is too high by
@@ -47,6 +47,27 @@ inline int64_t inputs_size(int64_t num_rows, int64_t num_inputs) {
   return num_rows * (num_inputs + 2 * num_inputs / kGroup);
 }
 
+#ifdef __AVX512BF16__
+constexpr int kRaised = 128 + 8;  // what INT4 weights are too high by as bf16 numbers
+
+// Prepares rows for INT4: bf16 numbers in pairs as a word has weights in its halves, the first of eight with the fifth
+// and so on.
+inline Inputs prepare_pairs(const float *rows, int64_t num_rows, int64_t num_inputs, float *memory) {
+  const __m512i order = _mm512_set4_epi32(0x0F0E0706, 0x0D0C0504, 0x0B0A0302, 0x09080100);  // bytes of every 16
+  float *values = memory, *offsets = memory + num_rows * num_inputs / 2;
+  float *sums = offsets + num_rows * num_inputs / kGroup;
+  for (int64_t group = 0; group < num_rows * num_inputs / kGroup; ++group) {
+    const Floats low = rounded_to_bf16(load<Floats>(rows + group * kGroup));
+    const Floats high = rounded_to_bf16(load<Floats>(rows + group * kGroup + kLanes));
+    const auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    _mm512_storeu_si512(values + group * kLanes, _mm512_shuffle_epi8(both, order));
+    sums[group] = sum(low + high);
+    offsets[group] = kRaised * sums[group];
+  }
+  return {values, offsets, sums};
+}
+#endif
+
 // Prepares rows for a layout in `memory`, `inputs_size` floats.
 inline Inputs prepare(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory) {
 #ifdef __AVX512BF16__
@@ -57,6 +78,9 @@ inline Inputs prepare(Layout layout, const float *rows, int64_t num_rows, int64_
   }
 #endif
   if (layout == kBlocks || layout == kTiles) return {rows, nullptr, nullptr};
+#ifdef __AVX512BF16__
+  if (layout == kInt4) return prepare_pairs(rows, num_rows, num_inputs, memory);
+#endif
   const int bits = bits_of(layout), num_places = 32 / bits;
   float scales[kLanes], halves[kLanes];  // half a range for each value but a word's last
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -79,7 +103,7 @@ inline Inputs prepare(Layout layout, const float *rows, int64_t num_rows, int64_
 // The floats from one row of `Inputs::values` to the next.
 inline int64_t row_stride(const Matrix &matrix) {
 #ifdef __AVX512BF16__
-  if (is_full(matrix)) return matrix.num_inputs / 2;
+  if (is_full(matrix) || matrix.layout == kInt4) return matrix.num_inputs / 2;
 #endif
   return matrix.num_inputs;
 }
@@ -189,6 +213,45 @@ inline void rounded(const Matrix &matrix, const Inputs &inputs, int64_t tile, fl
           kLayout == kInt8 ? total[row] * load<Floats>(matrix.scales + tile * kLanes) : total[row]);
 }
 
+#ifdef __AVX512BF16__
+// Does the same in INT4 with products of bf16 pairs: a weight and 128 more is a bf16 number whose last bits are it.
+template <int kRows>
+inline void pairs(const Matrix &matrix, const Inputs &inputs, int64_t tile, float *outputs, int64_t stride) {
+  constexpr int kWords = kGroup / 8, kStored = kWords + 1;
+  const int64_t num_groups = matrix.num_inputs / kGroup;
+  const auto *words = static_cast<const int32_t *>(matrix.words) + tile * num_groups * kStored * kLanes;
+  const Ints mask = Ints{} + 0x000F000F, raised = Ints{} + 0x43004300, last = Ints{} + 0x43084300;
+  Floats total[kRows]{};
+  for (int64_t group = 0; group < num_groups; ++group, words += kStored * kLanes) {
+    Floats even[kRows]{}, odd[kRows]{};
+#pragma GCC unroll 4
+    for (int index = 0; index < kWords; ++index) {
+      const Ints word = load<Ints>(words + index * kLanes);
+#pragma GCC unroll 4
+      for (int place = 0; place < 4; ++place) {
+        const Ints shifted = (Ints)_mm512_srli_epi32((__m512i)word, 4 * place);
+        const Ints weights = (shifted & mask) ^ (place == 3 ? last : raised);
+#pragma GCC unroll 8
+        for (int row = 0; row < kRows; ++row) {
+          const float *own = inputs.values + row * (matrix.num_inputs / 2) + group * kLanes + index * 4 + place;
+          const auto both = (__m512bh)_mm512_castps_si512(_mm512_set1_ps(*own));
+          Floats &sum = (place % 2 ? odd : even)[row];
+          sum = (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, both);
+        }
+      }
+    }
+    const Ints grid = load<Ints>(words + kWords * kLanes);
+    const Floats scale = (Floats)(grid & ~0xFFFF), zero = (Floats)(grid << 16);
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) {
+      total[row] += scale * (even[row] + odd[row] - inputs.offsets[row * num_groups + group]);
+      total[row] += zero * inputs.sums[row * num_groups + group];
+    }
+  }
+  for (int row = 0; row < kRows; ++row) store(outputs + row * stride, total[row]);
+}
+#endif
+
 // Does the same in FULL for several tiles.
 template <int kRows>
 inline void full_tiles(const Matrix &matrix, const float *rows, int64_t first, int64_t last, float *outputs,
@@ -198,9 +261,11 @@ inline void full_tiles(const Matrix &matrix, const float *rows, int64_t first, i
     const int64_t together = matrix.layout == kBlocks ? kBlockTiles - tile % kBlockTiles : 1;
     const int64_t left = last - tile < together ? last - tile : together;
     taken = 0;
-    if constexpr (kRows * 4 <= kMostFullRows)
+    if constexpr (kRows * 4 <= kSumsAtOnce)
       if (left == 4) taken = 4, full<kRows, 4>(matrix, rows, tile, own, stride);
-    if constexpr (kRows * 2 <= kMostFullRows)
+    if constexpr (kRows * 3 <= kSumsAtOnce && kRows * 4 > kSumsAtOnce)
+      if (!taken && left >= 3) taken = 3, full<kRows, 3>(matrix, rows, tile, own, stride);
+    if constexpr (kRows * 2 <= kSumsAtOnce)
       if (!taken && left >= 2) taken = 2, full<kRows, 2>(matrix, rows, tile, own, stride);
     if (!taken) taken = 1, full<kRows, 1>(matrix, rows, tile, own, stride);
   }
@@ -216,7 +281,11 @@ inline void some_rows(const Matrix &matrix, const Inputs &inputs, int64_t first,
       if (matrix.layout == kInt8)
         rounded<kInt8, kRows>(matrix, inputs, tile, own, stride);
       else
+#ifdef __AVX512BF16__
+        pairs<kRows>(matrix, inputs, tile, own, stride);
+#else
         rounded<kInt4, kRows>(matrix, inputs, tile, own, stride);
+#endif
     }
 }
 
