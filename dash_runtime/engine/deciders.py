@@ -7,8 +7,17 @@ from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.learned import LearnedPolicy
 
 
-def deciders_of(sequences: list[Sequence], assignments: list[Assignment], decides_alone: bool) -> list[Decider]:
-    """Returns one decider per policy in the batch. A single row's pass evaluates it if both can."""
+def deciders_of(
+    sequences: list[Sequence], assignments: list[Assignment], decides_alone: bool, num_rows: int
+) -> list[Decider]:
+    """Returns one decider per policy in the batch. A single row's pass evaluates it if both can.
+
+    There is a row for each sequence, or `num_rows` of a single one.
+    """
+    if num_rows > len(sequences):
+        (sequence,), (assignment,) = sequences, assignments
+        tokens = [sequence.next_token()] * num_rows
+        return [Decider(assignment.policy, range(num_rows), tokens, assignment.state_costs, num_rows)]
     rows_by_policy: dict[int, list[int]] = {}
     for row, assignment in enumerate(assignments):
         rows_by_policy.setdefault(id(assignment.policy), []).append(row)

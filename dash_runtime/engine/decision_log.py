@@ -51,6 +51,12 @@ class DecisionLog:
         self._total_cost += cost
         return cost
 
+    def add_guess(self, plan: bytes, cost: float) -> None:
+        """Counts a second row of a drafting pass, which adds `cost`."""
+        for action in Action:
+            self._action_counts[action] += plan.count(action)
+        self._total_cost += cost
+
     @property
     def plans(self) -> memoryview:
         """All plans so far, `[tokens, layers]` flattened."""

@@ -241,20 +241,24 @@ class Engine:
     def _decode(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
         policies = [sequence.assignment.policy for sequence in sequences]
         assignments = [sequence.decider_assignment(self._catalog.full_depth) for sequence in sequences]
-        deciders = deciders_of(sequences, assignments, self._decoder.decides_alone(len(sequences)))
+        token_ids = [sequence.last_token_id for sequence in sequences]
+        guess = sequences[0].guess() if len(sequences) == 1 else None
+        kind, lengths = PassKind.DECODE, [1] * len(sequences)
+        if guess is not None:
+            kind, lengths, token_ids = PassKind.VERIFY, [2], [*token_ids, guess]
+        deciders = deciders_of(sequences, assignments, self._decoder.decides_alone(len(sequences)), len(token_ids))
         batch = self._decoder.batch(
-            PassKind.DECODE,
+            kind,
             [sequence.cache for sequence in sequences],
-            [1] * len(sequences),
+            lengths,
             [policy.compensation for policy in policies],
             [policy.kv_action for policy in policies],
         )
         exposed_before, started_ns = self._lane.exposed_ns, time.perf_counter_ns()
         planner = self._planner if len(sequences) > 1 else None  # a single row has none to agree with
-        token_ids = [sequence.last_token_id for sequence in sequences]
         is_recorded = any(sequence.recorder.has_room for sequence in sequences)
         output = decode_step(self._decoder, self._lane, batch, token_ids, deciders, planner, is_recorded)
-        greedy = likeliest(output.logits)
+        likeliest_ids = likeliest(output.logits)
         if isinstance(output.timer, CudaStepTimer):
             settle_decisions(output.timer, [block for decider in deciders for block in decider.blocks])
         exposed_ns, elapsed_ns = self._lane.exposed_ns - exposed_before, time.perf_counter_ns() - started_ns
@@ -267,14 +271,22 @@ class Engine:
             own_exposed_ns = exposed_ns if len(policy.pinned) < self._decoder.num_layers else 0
             if sequence.is_drafting:
                 cost = sequence.log.add_draft_token(plan, policy.head, num_evaluations, own_exposed_ns)
-                token_id = sequence.draft(logits, cost, elapsed_ns)
-                sequence.recorder.add_pass(StepKind.DRAFT, token_id, cost, *recorded)
+                own_logits = output.logits[row : row + 1]
+                if guess is not None:
+                    assert assignment.drafting is not None
+                    sequence.log.add_guess(plan, added := cost * assignment.drafting.second_row)
+                    cost, own_logits = cost + added, output.logits
+                for place, token_id in enumerate(
+                    sequence.draft(own_logits, likeliest_ids[row:], cost, elapsed_ns, guess)
+                ):
+                    recorded = output, row + place, decider_of[row], started_ns
+                    sequence.recorder.add_pass(StepKind.DRAFT, token_id, 0.0 if place else cost, *recorded)
                 continue
             sampler = sequence.sampler
             if sequence.speculation is not None:
                 (token_id,) = sequence.speculation.verify(output.logits[row : row + 1])
             else:
-                token_id = greedy[row] if sampler.is_plain_greedy else sampler.choose(scores[row])
+                token_id = likeliest_ids[row] if sampler.is_plain_greedy else sampler.choose(scores[row])
             cost = sequence.log.append_decode_token(plan, policy.head, num_evaluations, own_exposed_ns)
             sequence.recorder.add_pass(StepKind.DECODE, token_id, cost, *recorded)
             if self._step_clock is not None:

@@ -55,7 +55,8 @@ class Sequence:
         self.log = DecisionLog(num_layers, request.stopping.max_new_tokens, assignment.costs)
         self.speculation: Speculation | None = None
         if drafting is not None:
-            lengths = DraftLength(drafting.draft_cost, drafting.verification_costs, drafting.least_gain)
+            costs = drafting.draft_cost, drafting.verification_costs
+            lengths = DraftLength(*costs, drafting.least_gain, drafting.second_row)
             room = request.stopping.max_new_tokens + lengths.longest
             text = TextDrafts(request.prompt_token_ids, room)
             self.speculation = Speculation(self.sampler, lengths, text, constraint)
@@ -116,16 +117,39 @@ class Sequence:
         if self.speculation is not None and not self.speculation.token_ids:
             self.speculation.begin(self.num_tokens_left)
 
-    def draft(self, logits: Tensor, cost: float, elapsed_ns: int) -> int:
-        """Adds and returns the next drafted token, from the drafting path's `[vocab_size]` logits."""
-        assert self.speculation is not None
-        token_id = self.speculation.draft(logits, cost)
-        self.speculation.draft_ns += elapsed_ns
-        if self._end_with(token_id, len(self.output_ids) + len(self.speculation.token_ids)):
-            self.speculation.end_draft()
+    def guess(self) -> int | None:
+        """Returns the token after the next draft's first row that is worth running beside it; None if none is.
+
+        Only for a plan that is the same for every token: a policy would have to know the token first.
+        """
+        is_planned = len(self.assignment.policy.pinned) == self.assignment.costs.num_layers
+        return self.speculation.guess() if self.speculation is not None and is_planned else None
+
+    def draft(self, logits: Tensor, likeliest: list[int], cost: float, elapsed_ns: int, guess: int | None) -> list[int]:
+        """Adds and returns the next drafted token; and the one after it, if the pass ran the right guess too.
+
+        `logits` are the drafting path's, `[1 or 2, vocab_size]`, and `likeliest` begins with each row's token of the
+        largest. Keys and values of a wrong guess are dropped.
+        """
+        speculation = self.speculation
+        assert speculation is not None
+        speculation.draft_ns += elapsed_ns
+        drafted = [speculation.draft(logits[0], cost, likeliest[0])]
+        if guess is not None:
+            if drafted == [guess] and not self._ends_with_draft(guess):
+                drafted.append(speculation.draft(logits[1], 0.0, likeliest[1]))
+            else:
+                self.cache.truncate(self.cache.length - 1)
+        if self._ends_with_draft(drafted[-1]):
+            speculation.end_draft()
         else:
-            self.speculation.go_on()
-        return token_id
+            speculation.go_on()
+        return drafted
+
+    def _ends_with_draft(self, token_id: int) -> bool:
+        """Returns True if this token, the draft's last one, would be the output's last."""
+        assert self.speculation is not None
+        return self._end_with(token_id, len(self.output_ids) + len(self.speculation.token_ids)) is not None
 
     def take_back_draft(self) -> list[int]:
         """Drops the draft's keys and values; returns the tokens to verify: the last output token, then the draft."""
@@ -142,7 +166,7 @@ class Sequence:
         """
         assert self.speculation is not None
         assert self.assignment.drafting is not None
-        cost = self.assignment.drafting.verification_cost(len(logits) - 1)
+        cost = self.assignment.drafting.verification_costs[len(logits) - 1]
         self.log.add_verification(len(logits), cost)
         num_from_text = self.speculation.num_from_text
         token_ids = self.speculation.verify(logits)

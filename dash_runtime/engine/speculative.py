@@ -55,6 +55,8 @@ class Speculation:
         self._text = text
         self._matches: list[int] = []
         self._num_tokens_left = 0
+        self._proposed = Proposal([], 0)
+        """What the text would go on with after the draft so far."""
         self._distributions: list[Tensor | None] = []
         """The distribution of each drafted token; None if it came without the model, or if the sampler is greedy."""
         self.token_ids: list[int] = []
@@ -96,12 +98,17 @@ class Speculation:
         if self._add_forced():
             self.length = len(self.token_ids)
             return
-        proposed = self._text.propose(self.token_ids, self._lengths.longest - len(self.token_ids))
+        self._proposed = proposed = self._text.propose(self.token_ids, self._lengths.longest - len(self.token_ids))
         self.length, is_from_text = self._lengths.next(self._num_tokens_left, self._matches, proposed.match)
         if not is_from_text:
             return
         for place, token_id in enumerate(proposed.token_ids[: self.length - len(self.token_ids)]):
             self._add(token_id, proposed.match + place, None)
+
+    def guess(self) -> int | None:
+        """Returns the text's next token if the model should run it beside the draft's last one, and draft two."""
+        has_room = self.length - len(self.token_ids) > 1
+        return self._proposed.token_ids[0] if has_room and self._lengths.guess_pays(self._proposed.match) else None
 
     def _add_forced(self) -> bool:
         """Adds the tokens that the output has to go on with, if that pays."""
@@ -116,13 +123,17 @@ class Speculation:
             self._add(token_id, FORCED_MATCH, None)
         return True
 
-    def draft(self, logits: Tensor, cost: float) -> int:
+    def draft(self, logits: Tensor, cost: float, likeliest_id: int | None = None) -> int:
         """Adds and returns the next token of the draft, from the drafting path's float32 `[vocab_size]` logits.
 
-        `cost` is the token's cost on this device, as a share of a full-depth token.
+        Args:
+            cost: the token's cost on this device, as a share of a full-depth token.
+            likeliest_id: the token of the largest logit, if it is known.
         """
         sampler, distribution = self._sampler, None
-        if sampler.is_greedy:
+        if sampler.is_plain_greedy and likeliest_id is not None:
+            token_id = likeliest_id
+        elif sampler.is_greedy:
             token_id = sampler.best(logits)
         else:
             distribution = sampler.distribution(logits)

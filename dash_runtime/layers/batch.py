@@ -31,7 +31,7 @@ class PassKind(StrEnum):
     DECODE = "decode"
     """One row per sequence, each with positions before it."""
     VERIFY = "verify"
-    """Rows in FULL, several per sequence. In a pass of one sequence each row has the same bits as when decoded."""
+    """Several rows per sequence. In a pass of one sequence each row has the same bits as when decoded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.config import Mode, PolicyFacts, SkipOptions, find_policy
 from dash_runtime.layers.compensation import Compensation
-from dash_runtime.policy.draft_length import LEAST_GAIN, cost_of_verifying
+from dash_runtime.policy.draft_length import LEAST_GAIN, USUAL_SECOND_ROW, every_length
 from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.frontier import Frontier
 from dash_runtime.policy.learned import LearnedPolicy
@@ -32,13 +32,11 @@ class Drafting:
     draft_cost: float
     """Expected cost of a drafted token, until some were drafted."""
     verification_costs: Mapping[int, float]
-    """Cost of the verifying pass by draft length, for each length that a draft may have, ascending."""
+    """Cost of the verifying pass for each length that a draft may have, ascending from 1."""
     least_gain: float
     """Expected speed over full depth's below which nothing is drafted."""
-
-    def verification_cost(self, length: int) -> float:
-        """Returns the cost for any length, since a draft may end early."""
-        return cost_of_verifying(self.verification_costs, length)
+    second_row: float
+    """What a second row adds to a drafting pass, as a share of the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +71,9 @@ class PolicyCatalog:
         compensation: for policies without a file.
         learned: the trained policies; the first is the default one.
         default_compute_budget: for requests in mode ADAPTIVE that set none; None for the policy's recommendation.
-        verification_costs: cost of verifying a draft by its length, as shares of a full-depth token.
+        verification_costs: cost of verifying a draft by its length, as shares of a full-depth token, of some lengths.
         least_drafting_gain: the speed over full depth's below which EXACT does not draft.
+        second_row: what a second row adds to a drafting pass, as a share of the first.
         plans: fixed plans searched on this device with `compensation`; not used if the default policy brings its own,
             whose divergences are of the same text as its own.
     """
@@ -89,6 +88,7 @@ class PolicyCatalog:
         verification_costs: Mapping[int, float] = USUAL_VERIFICATION_COSTS,
         least_drafting_gain: float = LEAST_GAIN,
         plans: Sequence[MeasuredPlan] = (),
+        second_row: float = USUAL_SECOND_ROW,
     ) -> None:
         self._actions = actions
         self._compensation = compensation
@@ -99,8 +99,9 @@ class PolicyCatalog:
         if self._best is not None and self._best.plans:
             self._plans, self._plan_compensation = self._best.plans, self._best.compensation
         self._default_compute_budget = default_compute_budget
-        self._verification_costs = verification_costs
+        self._verification_costs = every_length(verification_costs)
         self._least_drafting_gain = least_drafting_gain
+        self._second_row = second_row
         self._fixed: dict[Action, FixedPlan] = {
             action: fixed_action_plan(action, costs.num_layers, compensation, tuple(costs.head)) for action in actions
         }
@@ -166,10 +167,10 @@ class PolicyCatalog:
             policy = self._made_plans.setdefault(
                 f"{policy.name} with the cheapest head", replace(policy, head=self._head)
             )
-        longest = skip.draft_length or max(self._verification_costs, default=0)
+        longest = skip.draft_length or len(self._verification_costs)
         lengths = {length: cost for length, cost in self._verification_costs.items() if length <= longest}
         draft_cost = min(budget, self._unskipped_cost(policy))
-        drafting = Drafting(draft_cost, lengths, self._least_drafting_gain)
+        drafting = Drafting(draft_cost, lengths, self._least_drafting_gain, self._second_row)
         return replace(assignment, policy=policy, drafting=drafting)
 
     def _unskipped_cost(self, policy: Policy) -> float:

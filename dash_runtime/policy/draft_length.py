@@ -6,20 +6,23 @@ tensors and no policies. Imports no torch.
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise, repeat
 from operator import mul
 from typing import NamedTuple
 
-DRAFT_LENGTHS = (1, 3, 7, 15)
-"""Lengths that a draft may have. With the token before it, a draft fills as many rows as a device runs at once."""
+MEASURED_LENGTHS = (1, 3, 4, 7, 8, 15, 31)
+"""Draft lengths whose verification is measured; those in between are interpolated. Kernels take rows in groups, so the
+cost makes a step after 4, 8 and 16 rows: a draft and the token before it."""
+MOST_BY_MODEL = 15
+"""Tokens that the model drafts at a time at most; the text may draft more."""
 USUAL_LENGTHS = (3, 7)
 USUAL_VERIFICATION_COST = 1.4
 """Cost of verifying a draft of usual length, over a full-depth token. Calibration assumes it: it knows no device."""
 LEAST_GAIN = 1.05
 """Expected gain below which nothing is drafted: so small a gain would not pay for what the costs leave out."""
-_MODEL_PRIOR = (9.0, 10.0)
-"""A new sequence starts as if nine of ten tokens that the model drafted had been accepted. Two failed drafts then stop
-that."""
+_MODEL_PRIOR = (8.0, 9.0)
+"""A new sequence starts as if eight of nine tokens that the model drafted had been accepted. Two failed drafts then
+stop that."""
 _MATCHES = (1, 2, 3, 4, 5, 7, 10)
 """The least lengths of the matches that are counted together."""
 _TEXT_PRIORS = (0.2, 0.4, 0.45, 0.55, 0.65, 0.75, 0.88)
@@ -30,8 +33,13 @@ FORCED_MATCH = 1 << 20
 """The match of a token that a constraint forces."""
 _FORCED_RATE = 0.97
 """Full depth may still split the forced text into other tokens."""
-_KEPT_PER_TOKEN = 0.99
+_KEPT_PER_TOKEN = 0.992
 """Share of the counts that each token of output leaves, so that a sequence that was hard is tried again later."""
+USUAL_SECOND_ROW = 0.15
+"""What a second row adds to a drafting pass, as a share of the first, where that was not measured."""
+_PATIENCE = 8
+"""Lengths in a row that gain less than a shorter one, after which no longer one is tried: more than from one step of
+the costs to where it pays."""
 
 
 def drafting_gain(acceptance: float, draft_cost: float, length: int, verification_cost: float) -> float:
@@ -55,9 +63,15 @@ def expected_output(acceptances: Iterable[float]) -> tuple[float, float]:
     return sum(chances), chances[-1]
 
 
-def cost_of_verifying(costs: Mapping[int, float], length: int) -> float:
-    """Returns the cost for a draft of any length: that of the next longer one in `costs`, which ascend."""
-    return next(cost for longer, cost in costs.items() if longer >= length)
+def every_length(costs: Mapping[int, float]) -> dict[int, float]:
+    """Returns the cost of verifying a draft for each length from 1 to the longest in `costs`, ascending; those that
+    lack are interpolated."""
+    known = sorted(costs.items())
+    filled = dict.fromkeys(range(1, known[0][0] + 1), known[0][1]) if known else {}
+    for (low, low_cost), (high, high_cost) in pairwise(known):
+        for length in range(low + 1, high + 1):
+            filled[length] = low_cost + (high_cost - low_cost) * (length - low) / (high - low)
+    return filled
 
 
 class NextDraft(NamedTuple):
@@ -97,15 +111,21 @@ class DraftLength:
 
     Args:
         draft_cost: expected cost of a token that the model drafts before any was, as a share of a full-depth token.
-        verification_costs: cost of the verifying pass, likewise, for each length that a draft may have, ascending.
+        verification_costs: cost of the verifying pass by a draft's length, likewise; see `every_length`.
         least_gain: expected gain below which nothing is drafted.
+        second_row: what a second row adds to a drafting pass, as a share of the first.
     """
 
     def __init__(
-        self, draft_cost: float, verification_costs: Mapping[int, float], least_gain: float = LEAST_GAIN
+        self,
+        draft_cost: float,
+        verification_costs: Mapping[int, float],
+        least_gain: float = LEAST_GAIN,
+        second_row: float = USUAL_SECOND_ROW,
     ) -> None:
-        self._verification_costs = verification_costs
+        self._verification_costs = every_length(verification_costs)
         self._least_gain = least_gain
+        self._second_row = second_row
         self._model = _Acceptance(*_MODEL_PRIOR)
         self._text = [_Acceptance(prior * _TEXT_TRIALS, _TEXT_TRIALS) for prior in _TEXT_PRIORS]
         self._draft_cost, self._num_drafted = draft_cost, 1
@@ -113,7 +133,7 @@ class DraftLength:
     @property
     def longest(self) -> int:
         """The most tokens that a draft may have."""
-        return max(self._verification_costs, default=0)
+        return len(self._verification_costs)
 
     def acceptance(self, match: int = 0) -> float:
         """Returns the estimated probability that a drafted token is accepted if those before it were."""
@@ -128,32 +148,49 @@ class DraftLength:
             match: of the token that the text proposes next; 0 if it proposes none.
         """
         drafted = len(matches)
+        room = min(self.longest, num_tokens_left - 1) - drafted
+        best, best_gain = NextDraft(drafted, False), self._gain(matches) if drafted else self._least_gain
+        by_model = repeat(self._model.rate, min(room, MOST_BY_MODEL - drafted))
+        by_text = map(self.acceptance, range(match, match + room if match else match))
+        for is_from_text, rates, cost in ((False, by_model, self._draft_cost), (True, by_text, 0.0)):
+            num_more, gain = self._best_continuation(matches, rates, cost)
+            if gain > best_gain:
+                best, best_gain = NextDraft(drafted + num_more, is_from_text), gain
+        return best
+
+    def _best_continuation(
+        self, matches: Sequence[int], acceptances: Iterable[float], token_cost: float
+    ) -> tuple[int, float]:
+        """Returns how many more tokens of these acceptances and this cost gain most, and what they gain."""
         expected, chance = self._expected(matches)
-        cost = self._draft_cost * matches.count(0)
-        gains = {NextDraft(0, False): self._least_gain}
-        if drafted:
-            gains = {NextDraft(drafted, False): self._gain(matches)}
-        for length, verification_cost in self._verification_costs.items():
-            if not drafted < length < num_tokens_left:
-                continue
-            more = length - drafted
-            by_model = expected + chance * (self._expected((0,) * more)[0] - 1)
-            gains[NextDraft(length, False)] = by_model / (cost + self._draft_cost * more + verification_cost)
-            if match:
-                by_text = expected + chance * (self._expected(range(match, match + more))[0] - 1)
-                gains[NextDraft(length, True)] = by_text / (cost + verification_cost)
-        return max(gains, key=gains.__getitem__)
+        drafted, cost = len(matches), self._draft_cost * matches.count(0)
+        best, best_gain = 0, 0.0
+        for num_more, acceptance in enumerate(acceptances, start=1):
+            chance *= acceptance
+            expected += chance
+            cost += token_cost
+            gain = expected / (cost + self._verification_costs[drafted + num_more])
+            if gain > best_gain:
+                best, best_gain = num_more, gain
+            elif num_more >= best + _PATIENCE:
+                break
+        return best, best_gain
 
     def pays(self, matches: Sequence[int]) -> bool:
         """Returns True if verifying a draft of tokens with these matches gains anything."""
         return self._gain(matches) >= self._least_gain
 
     def _gain(self, matches: Sequence[int]) -> float:
-        cost = self._draft_cost * matches.count(0) + cost_of_verifying(self._verification_costs, len(matches))
+        cost = self._draft_cost * matches.count(0) + self._verification_costs[len(matches)]
         return self._expected(matches)[0] / cost
 
+    def guess_pays(self, match: int) -> bool:
+        """Returns True if the model should run the text's next token, with this match, in the pass that drafts it: a
+        token that was guessed right saves a pass."""
+        return match > 0 and self.acceptance(match) > self._second_row
+
     def drafted(self, cost: float) -> None:
-        """Counts a token that the model drafted at `cost` of a full-depth one."""
+        """Counts a token that the model drafted at `cost` of a full-depth one; 0 for one whose pass was paid for."""
         self._num_drafted += 1
         self._draft_cost += (cost - self._draft_cost) / self._num_drafted
 

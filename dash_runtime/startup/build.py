@@ -185,6 +185,7 @@ def build_engine(
         verification_costs,
         options.least_drafting_gain,
         plans,
+        calibration.second_row(decoder, progress),
     )
     planner: Planner | None = None
     if config.group_planner and config.num_slots > 1:

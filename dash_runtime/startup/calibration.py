@@ -23,14 +23,14 @@ from dash_runtime.engine.cost_fit import MeasuredCosts
 from dash_runtime.errors import ConfigError, DashRuntimeError
 from dash_runtime.files.disk_cache import digest, keep
 from dash_runtime.layers.compensation import Compensation, make_compensation
-from dash_runtime.policy.draft_length import DRAFT_LENGTHS
+from dash_runtime.policy.draft_length import MEASURED_LENGTHS
 from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.progress import Progress
 from dash_runtime.rollout.task import Task
 from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.startup.fit_compensation import NUM_SEQUENCES, SEQUENCE_LENGTH, fit_compensation
-from dash_runtime.startup.measure import measure_verification
+from dash_runtime.startup.measure import measure_second_row, measure_verification
 from dash_runtime.startup.measure_latency import measure_latencies
 from dash_runtime.startup.plan_search import search_plans, search_text
 
@@ -73,7 +73,8 @@ class DeviceCalibration:
         self._compensation_file = folder / f"compensation-{digest(key)}.safetensors"
         self._costs_file = folder / f"costs-{digest((*key, *device))}.json"
         self._plans_file = folder / f"plans-{digest((*key, *device))}.json"
-        self._verification_file = folder / f"verified-{digest((*key, *device))}.json"
+        self._verification_file = folder / f"verification-{digest((*key, *device))}.json"
+        self._second_row_file = folder / f"second-row-{digest((*key, *device))}.json"
         self._latencies_file = folder / f"latencies-{digest((*key, *device))}.json"
         self._checks_kept = checks_kept
         self._measure_latencies = measure_latencies
@@ -182,13 +183,23 @@ class DeviceCalibration:
         _write_json(self._latencies_file, measured.to_json())
         return measured
 
+    def second_row(self, decoder: Decoder, progress: Progress) -> float:
+        """Returns what a second row adds to a drafting pass, as a share of the first."""
+        kept = _read(self._second_row_file, _second_row_from_json)
+        if kept is not None:
+            return kept
+        progress("measuring what a second row of a draft takes here (kept for later starts)")
+        share = measure_second_row(decoder)
+        _write_json(self._second_row_file, {"share": share})
+        return share
+
     def verification_costs(self, decoder: Decoder, progress: Progress) -> dict[int, float]:
-        """Returns the cost of verifying a draft by its length, as a share of a full-depth token."""
+        """Returns the cost of verifying drafts of some lengths, as shares of a full-depth token."""
         kept = _read(self._verification_file, _verification_from_json)
         if kept is not None:
             return kept
         progress("measuring what verifying a draft takes here (kept for later starts)")
-        costs = measure_verification(decoder, DRAFT_LENGTHS)
+        costs = measure_verification(decoder, MEASURED_LENGTHS)
         _write_json(self._verification_file, {str(length): cost for length, cost in costs.items()})
         return costs
 
@@ -225,9 +236,16 @@ def _plans_from_json(facts: dict[str, Any], actions: list[str]) -> tuple[Measure
 
 def _verification_from_json(facts: dict[str, Any]) -> dict[int, float]:
     costs = {int(length): float(cost) for length, cost in facts.items()}
-    if not set(costs) <= set(DRAFT_LENGTHS) or any(not 0 < cost < math.inf for cost in costs.values()):
+    if not set(costs) <= set(MEASURED_LENGTHS) or any(not 0 < cost < math.inf for cost in costs.values()):
         raise ValueError
     return costs
+
+
+def _second_row_from_json(facts: dict[str, Any]) -> float:
+    share = float(facts["share"])
+    if not 0 <= share < math.inf:
+        raise ValueError
+    return share
 
 
 def _read(path: Path, parse: Callable[[dict[str, Any]], _Kept]) -> _Kept | None:

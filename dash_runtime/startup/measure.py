@@ -1,7 +1,7 @@
-"""Measures what verifying a draft takes on this device, and has what other measurements share: contexts, rounds, times.
+"""Measures what drafting and verifying take on this device, and has what other measurements share.
 
 Takes minima of interleaved rounds, since other work on the machine only adds time. Knows the decoder; knows no
-policies.
+requests.
 """
 
 import time
@@ -15,6 +15,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.layers.kv_cache import SequenceCache
+from dash_runtime.policy.policy import cheapest_kernel
 
 _CONTEXT_TOKENS = 256
 _ROUNDS = 12
@@ -47,7 +48,36 @@ def measure_verification(
             elapsed = timed(decoder, partial(run_pass, length))
             if round_number > 0:  # the first round warms up
                 own.append(elapsed)
-    return {length: min(seconds[length]) / min(seconds[0]) for length in fitting}
+    # A shorter draft never takes longer: where it did, other work added time.
+    return {
+        length: min(min(seconds[longer]) for longer in fitting if longer >= length) / min(seconds[0])
+        for length in fitting
+    }
+
+
+@torch.inference_mode()
+def measure_second_row(decoder: Decoder, rounds: int = _ROUNDS, now: Callable[[], float] = time.monotonic) -> float:
+    """Measures what a second row adds to a pass in the cheapest kernel and head, as a share of one row's time.
+
+    Where one row decodes otherwise than several rows of a sequence, as with graphs, that counts too.
+    """
+    action = cheapest_kernel(decoder.actions)
+    head = min(decoder.heads)
+    (cache,) = filled_caches(decoder, num_more=2)
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+
+    def run_pass(count: int) -> None:
+        kind = PassKind.DECODE if count == 1 else PassKind.VERIFY
+        batch = decoder.batch(kind, [cache], [count], [Identity()])
+        hidden = decoder.run_layers(action, decoder.embed(different_tokens(decoder, count)), batch)
+        decoder.logits(hidden, (head,) * count).argmax(-1).tolist()
+
+    for round_number in rounds_within(SECONDS / 3, rounds, now):
+        for count, own in seconds.items():
+            elapsed = timed(decoder, partial(run_pass, count))
+            if round_number > 0:
+                own.append(elapsed)
+    return max(0.0, min(seconds[2]) / min(seconds[1]) - 1)
 
 
 def rounds_within(seconds: float, most: int, now: Callable[[], float] = time.monotonic) -> Iterator[int]:

@@ -12,7 +12,7 @@ from dash_runtime.actions import Action, CostTable, LatencyTable
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.cost_fit import CostSpread, MeasuredCosts
 from dash_runtime.layers.compensation import Compensation, Identity
-from dash_runtime.policy.draft_length import DRAFT_LENGTHS
+from dash_runtime.policy.draft_length import MEASURED_LENGTHS
 from dash_runtime.startup.calibration import DeviceCalibration
 from tests.runtime.support import load_decoder
 from tests.tiny_models import save_tiny_model
@@ -242,6 +242,20 @@ def test_costs_that_serving_corrected_are_those_of_later_starts(decoder: Decoder
     assert costs_of(calibration(tmp_path, Machine()), decoder, []) == other
 
 
+def test_the_second_row_of_a_draft_is_measured_once_and_again_if_its_file_is_damaged(
+    decoder: Decoder, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    first, second = (DeviceCalibration(tmp_path, MODEL, DEVICE).second_row(decoder, said.append) for _ in range(2))
+    assert first == second >= 0
+    assert len(said) == 1
+    (file,) = tmp_path.glob("second-row-*.json")
+    for damage in ("", "[]", '{"share": -1}', '{"share": "x"}'):
+        file.write_text(damage)
+        assert DeviceCalibration(tmp_path, MODEL, DEVICE).second_row(decoder, said.append) >= 0
+    assert len(said) == 5
+
+
 def test_verifications_are_measured_once_for_the_lengths_that_fit(decoder: Decoder, tmp_path: Path) -> None:
     said: list[str] = []
     first, second = (
@@ -249,11 +263,11 @@ def test_verifications_are_measured_once_for_the_lengths_that_fit(decoder: Decod
     )
     assert first == second
     assert len(said) == 1
-    assert set(first) == set(DRAFT_LENGTHS)
-    (file,) = tmp_path.glob("verified-*.json")
+    assert set(first) == set(MEASURED_LENGTHS)
+    (file,) = tmp_path.glob("verification-*.json")
     for damage in ("", "[]", '{"7": -1}', '{"5": 1.0}', '{"7": "x"}'):
         file.write_text(damage)
         assert set(DeviceCalibration(tmp_path, MODEL, DEVICE).verification_costs(decoder, said.append)) == set(
-            DRAFT_LENGTHS
+            MEASURED_LENGTHS
         )
     assert len(said) == 6

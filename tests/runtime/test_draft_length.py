@@ -2,7 +2,7 @@
 
 import pytest
 
-from dash_runtime.policy.draft_length import DraftLength, NextDraft, drafting_gain
+from dash_runtime.policy.draft_length import MOST_BY_MODEL, DraftLength, NextDraft, drafting_gain, every_length
 
 CHEAP = {1: 1.2, 3: 1.25, 7: 1.4}
 
@@ -17,7 +17,7 @@ def test_the_gain_is_what_drafting_by_hand_comes_to() -> None:
 def test_drafts_grow_while_all_is_accepted_and_stop_when_nothing_is() -> None:
     lengths = DraftLength(0.45, CHEAP)
     first = lengths.next(100).length
-    assert first in CHEAP
+    assert 1 <= first <= 7
     for _ in range(10):
         lengths.verified([0] * first, first)
     assert lengths.next(100).length == 7
@@ -39,7 +39,7 @@ def test_a_hopeless_sequence_loses_at_most_a_twentieth_of_its_time() -> None:
     lengths, seconds, num_tokens = DraftLength(0.45, CHEAP), 0.0, 0
     while num_tokens < 128:
         length = lengths.next(128 - num_tokens).length
-        seconds += length * 0.45 + CHEAP[length] if length else 1.0
+        seconds += length * 0.45 + every_length(CHEAP)[length] if length else 1.0
         lengths.verified([0] * length, 0)
         num_tokens += 1
     assert seconds <= 128 * 1.05
@@ -56,7 +56,7 @@ def test_a_sequence_that_was_hard_is_tried_again() -> None:
 
 def test_a_draft_leaves_room_for_the_token_that_full_depth_adds() -> None:
     lengths = DraftLength(0.1, CHEAP)
-    assert [lengths.next(left).length for left in (1, 2, 3, 4, 7, 8)] == [0, 1, 1, 3, 3, 7]
+    assert [lengths.next(left).length for left in (1, 2, 3, 4, 7, 8)] == [0, 1, 2, 3, 6, 7]
 
 
 def test_nothing_is_drafted_where_a_draft_costs_what_full_depth_does() -> None:
@@ -102,9 +102,10 @@ def test_the_models_first_rejected_token_is_counted_and_none_after_it() -> None:
 def test_a_draft_goes_on_by_whoever_promises_more_output_for_its_cost() -> None:
     lengths = DraftLength(0.2, CHEAP)
     assert lengths.next(100, [0, 0, 0], match=12) == NextDraft(7, True)
-    assert lengths.next(100, [0, 0, 0], match=1) == NextDraft(7, False)
+    assert lengths.next(100, [0, 0, 0], match=1) == NextDraft(6, False)
     assert lengths.next(100, [0] * 7, match=12) == NextDraft(7, False)
-    assert lengths.next(5, [0, 0, 0], match=12) == NextDraft(3, False)  # no room for the next length
+    assert lengths.next(5, [0, 0, 0], match=12) == NextDraft(4, True)
+    assert lengths.next(4, [0, 0, 0], match=12) == NextDraft(3, False)  # no room
 
 
 def test_a_draft_whose_first_tokens_are_doubtful_is_verified_before_more_is_paid_for() -> None:
@@ -112,3 +113,35 @@ def test_a_draft_whose_first_tokens_are_doubtful_is_verified_before_more_is_paid
     for _ in range(40):
         lengths.followed(3, is_right=False)
     assert lengths.next(100, [3, 4, 5]) == NextDraft(3, False)
+
+
+def test_the_model_runs_a_guess_of_the_text_where_that_saves_more_than_its_row_costs() -> None:
+    assert [DraftLength(0.45, CHEAP, second_row=0.3).guess_pays(match) for match in (0, 1, 2)] == [False, False, True]
+    assert DraftLength(0.45, CHEAP, second_row=0.1).guess_pays(1)
+    misled = DraftLength(0.45, CHEAP, second_row=0.1)
+    for _ in range(20):
+        misled.followed(1, is_right=False)
+    assert not misled.guess_pays(1)
+
+
+def test_costs_between_measured_lengths_are_interpolated() -> None:
+    costs = every_length({4: 2.0, 1: 1.0, 5: 3.0})
+    assert list(costs) == [1, 2, 3, 4, 5]
+    assert list(costs.values()) == pytest.approx([1.0, 4 / 3, 5 / 3, 2.0, 3.0])
+    assert every_length({3: 1.5}) == {1: 1.5, 2: 1.5, 3: 1.5}
+    assert every_length({}) == {}
+
+
+def test_a_draft_has_the_length_that_pays_whatever_was_measured() -> None:
+    steep = {1: 1.0, 4: 1.1, 5: 2.0, 31: 2.5}
+    assert DraftLength(0.2, steep).next(100).length == 4  # the fifth token would cost as much as a whole one
+    trusted = DraftLength(0.01, steep)
+    trusted.verified([0] * 1000, 1000)
+    assert trusted.next(100).length == MOST_BY_MODEL
+
+
+def test_only_the_text_drafts_more_than_the_model_may() -> None:
+    lengths = DraftLength(0.45, {1: 1.1, 7: 1.4, 8: 1.8, 31: 2.2})
+    for _ in range(300):
+        lengths.followed(12, is_right=True)
+    assert lengths.next(100, match=12) == NextDraft(31, True)

@@ -132,6 +132,22 @@ def test_what_one_call_cannot_run_is_left_to_the_loop_over_layers(decoder: Decod
     assert run_whole(eager, prefilled(eager, [1])[0], 1, plan, Identity()) is None
 
 
+@pytest.mark.parametrize("action", [Action.INT4, Action.INT8])
+@torch.inference_mode()
+def test_two_rows_of_one_draft_have_the_bits_that_each_has_alone(decoder: Decoder, action: Action) -> None:
+    own, other = prefilled(decoder, some_ids(70), some_ids(70))
+    plan = [action] * decoder.num_layers
+    batch = decoder.batch(PassKind.VERIFY, [own], [2], [Identity()])
+    together = decoder.run_pass(PassPlan(dict(enumerate(plan))), decoder.embed([3, 9]), batch)
+    batch.commit()
+    alone = [run_whole(decoder, other, token_id, plan, Identity()) for token_id in (3, 9)]
+    assert together is not None
+    for row, run in enumerate(alone):
+        assert run is not None
+        assert torch.equal(together.hidden[row : row + 1], run.hidden)
+    assert_equal_caches(own, other)
+
+
 @pytest.mark.parametrize("kind", ["none", "affine", "low rank"])
 @torch.inference_mode()
 def test_rows_decoded_in_a_batch_have_the_bits_that_each_has_alone(decoder: Decoder, kind: str) -> None:

@@ -173,7 +173,7 @@ def test_in_exact_the_cheapest_kernel_drafts_unless_a_policy_was_made_to_or_is_n
     assert named.policy.name == "a"
     assert named.policy.head is Action.INT8  # the cheapest, whatever the policy's own is
     assert named.drafting is not None
-    assert set(named.drafting.verification_costs) == {1, 3}
+    assert set(named.drafting.verification_costs) == {1, 2, 3}
 
 
 def test_full_depth_and_fixed_modes_get_their_own_policies() -> None:
