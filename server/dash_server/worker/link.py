@@ -246,9 +246,7 @@ class WorkerLink:
                 self._events.on_change()
                 watching = kill_when_silent(worker, lambda: self._heard_at, self._silence_timeout_seconds)
                 watch = asyncio.create_task(watching)
-                async for message in messages:
-                    self._heard_at = time.monotonic()
-                    self._deliver(message)
+                await worker.deliver(self._hear)
                 logger.error("%s is lost", worker.name)
         finally:
             if watch is not None:
@@ -292,6 +290,10 @@ class WorkerLink:
 
     def _on_doing(self, doing: str) -> None:
         self.doing = doing
+
+    def _hear(self, message: FromWorker) -> None:
+        self._heard_at = time.monotonic()
+        self._deliver(message)
 
     def _deliver(self, message: FromWorker) -> None:
         if isinstance(message, Pong):

@@ -130,7 +130,7 @@ class WorkerListener:
             async with asyncio.timeout(self._handshake_seconds):
                 reader, writer = await self._open(peer)
                 expected = await self._shake_hands(reader, writer)
-            expected.connection.set_result(FramedConnection(reader, writer, decode_from_worker))
+            expected.connection.set_result(FramedConnection(writer.transport, decode_from_worker, writer))
             is_taken = True
         except HandshakeError as error:
             reason = str(error)

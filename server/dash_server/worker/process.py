@@ -52,7 +52,8 @@ class FramedProcess(Generic[Received]):
         ours, theirs = socket.socketpair()
         with theirs:
             # No await after the process starts: a cancellation there would leave the process behind.
-            connection = FramedConnection(*await asyncio.open_unix_connection(sock=ours), decode)
+            transport, _ = await asyncio.get_running_loop().create_unix_connection(asyncio.Protocol, sock=ours)
+            connection = FramedConnection(transport, decode)
             try:
                 process = await asyncio.create_subprocess_exec(
                     *command,
@@ -82,6 +83,9 @@ class FramedProcess(Generic[Received]):
 
     def messages(self) -> AsyncGenerator[Received, None]:
         return self._connection.messages()
+
+    async def deliver(self, receive: Callable[[Received], None]) -> None:
+        await self._connection.deliver(receive)
 
     async def stop(self) -> str:
         """Asks the process to exit, then sends SIGTERM, then SIGKILL. See `Worker`."""

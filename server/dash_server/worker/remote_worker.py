@@ -51,6 +51,9 @@ class RemoteWorker:
     def messages(self) -> AsyncGenerator[FromWorker, None]:
         return self._connection.messages()
 
+    async def deliver(self, receive: Callable[[FromWorker], None]) -> None:
+        await self._connection.deliver(receive)
+
     async def stop(self) -> str:
         """Asks the process to exit, then has it killed. See `Worker`."""
         return await to_its_end(self._end())

@@ -36,6 +36,10 @@ class Worker(Protocol):
     def messages(self) -> AsyncGenerator[FromWorker, None]:
         """Yields the worker's messages until it dies or sends one that cannot be decoded."""
 
+    async def deliver(self, receive: Callable[[FromWorker], None]) -> None:
+        """Calls `receive` with each message as soon as it arrives, until `messages` would end. Nobody may wait in
+        `messages` meanwhile."""
+
     async def stop(self) -> str:
         """Ends the process, and waits for that. Returns how it ended, for logs.
 
