@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dash_runtime.devices import device_of
+from dash_runtime.linears.kept_trials import KeptTrials
 
 MAX_INVARIANT_ROWS = 256
 """A row of a `BatchInvariantLinear` has the same bits in every pass of up to this many rows."""
@@ -28,10 +29,13 @@ _TRIED_OUTPUTS = 1 << 15
 """The approximate number of outputs tried of a larger matrix, since packing it takes seconds and a gigabyte."""
 _CALL_ROWS = 16
 """The fixed time of a product, counted in rows that take as long."""
+_NUM_CHECKED = 3
 _UNPACKED_OUTPUTS = 1 << 10
 """Outputs that are unpacked at a time. More would not stay in a near cache, and their memory would be requested from
 the system every time."""
 
+kept_trials = KeptTrials()
+"""Which numbers of rows agree, by product. To try them takes half a second and a hundred megabytes of kernels."""
 
 Linear = Callable[[Tensor], Tensor]
 """Maps `[rows, in_features]` to `[rows, out_features]`, bias included."""
@@ -168,7 +172,16 @@ def _tried_first_parts(
     product = make_product(FullLinear(weight, bias))
     rows = row.expand(MAX_INVARIANT_ROWS, -1).contiguous()
     usual = product(rows[:_USUAL_ROWS])[0]
-    agreeing = [count for count in _TRIED_COUNTS if bool((product(rows[:count]) == usual).all())]
+
+    def agrees(count: int) -> bool:
+        return bool((product(rows[:count]) == usual).all())
+
+    key = None if (name := _NAMES.get(make_product)) is None else (name, shape, has_bias, num_threads)
+    agreeing = None if key is None else kept_trials.read(key)
+    if not agreeing or not set(agreeing) <= set(_TRIED_COUNTS) or not all(map(agrees, agreeing[:_NUM_CHECKED])):
+        agreeing = [count for count in _TRIED_COUNTS if agrees(count)]
+        if key is not None:
+            kept_trials.keep(key, agreeing)
     return first_parts(agreeing if _USUAL_ROWS in agreeing else (1,))
 
 
@@ -196,6 +209,14 @@ def for_neighbours(linear: Linear) -> Linear:
 
 def _as_loaded(full: FullLinear) -> FullLinear:
     return full
+
+
+_NAMES: dict[Callable[[FullLinear], Linear], str] = {
+    PackedLinear.from_full: "packed",
+    WidenedLinear: "widened",
+    _as_loaded: "as loaded",
+}
+"""Products whose trials are kept."""
 
 
 def packed_words(linear: Linear) -> Tensor | None:

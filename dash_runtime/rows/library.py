@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 import weakref
 import zipfile
 from ctypes import c_int64, c_void_p
@@ -30,6 +31,8 @@ _FLAGS = (
     *("-ffp-contract=fast", "-fno-math-errno"),
 )
 _COMPILE_SECONDS = 300
+_compiling: dict[Path, threading.Thread] = {}
+"""What `compile_ahead` began, by the file that it makes."""
 
 
 class RowsLibrary:
@@ -61,9 +64,28 @@ class RowsLibrary:
         return workspace
 
 
+def compile_ahead(folder: Path) -> None:
+    """Begins to compile what `load_rows` will want from `folder`, if it is missing. A compiler is another process, so a
+    start can convert a model meanwhile."""
+    path = _path_in(folder)
+    if path in _compiling or path.exists():
+        return
+
+    def compile_it() -> None:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # `load_rows` tries again, and says why
+            folder.mkdir(parents=True, exist_ok=True)
+            _compile(path)
+
+    _compiling[path] = threading.Thread(target=compile_it, name="compiler", daemon=True)
+    _compiling[path].start()
+
+
 def load_rows(folder: Path, progress: Progress) -> RowsLibrary | None:
     """Returns the native code, compiled into `folder` if it is missing or damaged; None if that cannot be here."""
-    path = folder / f"rows-{code_digest()}.zip"
+    path = _path_in(folder)
+    if (compiling := _compiling.pop(path, None)) is not None and compiling.is_alive():
+        progress("compiling native code (kept for later starts)")
+        compiling.join()
     try:
         with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):
             return RowsLibrary(path)
@@ -74,6 +96,10 @@ def load_rows(folder: Path, progress: Progress) -> RowsLibrary | None:
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         progress(f"layers run uncompiled: {_reason(error)}")
         return None
+
+
+def _path_in(folder: Path) -> Path:
+    return folder / f"rows-{code_digest()}.zip"
 
 
 def code_digest() -> str:

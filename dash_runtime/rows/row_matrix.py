@@ -5,7 +5,10 @@ In FULL the matrix is read from the memory that oneDNN packed for many rows, if 
 products.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from dash_runtime.linears.quantization import INT4_GROUP_SIZE, quantize_int4, qu
 from dash_runtime.rows.structs import LANES
 
 _INT4_BITS, _INT8_BITS = 4, 8
+_MOST_PACKERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,23 @@ def pack_row_matrix(action: Action, weight: Tensor, linear: Linear | None = None
     `linear` is the same matrix for many rows.
     """
     words = packed_words(linear) if action is Action.FULL and linear is not None else None
-    return _MATRICES[action].pack(weight) if words is None else PackedRowMatrix(words)
+    if words is not None:
+        return PackedRowMatrix(words)
+    # Each output is packed by itself. Threads that never wait for each other share a busy processor well.
+    kind, num_tiles = _MATRICES[action], -(-len(weight) // LANES // _num_packers())
+    parts = list(_packers().map(kind.pack, weight.split(num_tiles * LANES)))
+    return parts[0] if len(parts) == 1 else kind(*map(torch.cat, zip(*(own.tensors() for own in parts), strict=True)))
+
+
+@cache
+def _num_packers() -> int:
+    has_affinity = hasattr(os, "sched_getaffinity")  # Linux has it
+    return min(_MOST_PACKERS, len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)
+
+
+@cache
+def _packers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_num_packers(), "packer", torch.set_num_threads, (1,))
 
 
 def is_packable(out_features: int, in_features: int) -> bool:

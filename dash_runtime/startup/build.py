@@ -35,6 +35,7 @@ from dash_runtime.engine.step_times import CostWatch
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.row_compensation import runs_natively
 from dash_runtime.layers.split_compensation import compensation_over
+from dash_runtime.linears.dense_linear import kept_trials
 from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
@@ -135,6 +136,7 @@ def build_engine(
     if library is not None:
         native = NativeBackend(model, library, actions, torch.get_num_threads(), shares_products=config.group_planner)
         learned = [with_native_code(own, library, config.lane) for own in learned]
+    kept_trials.folder = cache_folder / "products"
     decoder = make_decoder(
         model,
         weights,

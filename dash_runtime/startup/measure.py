@@ -19,7 +19,7 @@ from dash_runtime.policy.policy import cheapest_kernel
 
 _CONTEXT_TOKENS = 256
 _ROUNDS = 12
-SECONDS = 15.0
+SECONDS = 6.0
 """Time that one measurement may take. Beside a busy process a pass takes thirty times as long, since threads wait for
 each other; a few rounds must do then."""
 

@@ -31,7 +31,7 @@ from dash_runtime.startup.measure import filled_caches, timed
 from dash_runtime.startup.model_facts import model_facts
 
 ROUNDS = 8
-SECONDS = 20.0
+SECONDS = 9.0
 """Beside a busy process a step may take thirty times as long, since threads wait for each other. Measuring then ends
 with what it has, whose spread says how little that is."""
 _MIXTURES = 4

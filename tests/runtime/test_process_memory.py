@@ -9,7 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from dash_runtime.startup.process_memory import HUGE_PAGE, are_enabled, private_ranges, settle_memory
+from dash_runtime.startup.process_memory import (
+    HUGE_PAGE,
+    are_enabled,
+    private_ranges,
+    settle_memory,
+    unchanged_libraries,
+)
 
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 NUM_PAGES = 4
@@ -90,3 +96,31 @@ def test_what_is_mostly_empty_stays_so() -> None:
     before = num_resident(memory)
     settle_memory()
     assert num_resident(memory) == before  # all of it if huge pages are always given
+
+
+SMAPS = """\
+7f0000000000-7f0000100000 r-xp 00000000 08:01 1                          /usr/lib/libused.so.13
+Rss:                 512 kB
+Anonymous:             0 kB
+VmFlags: rd ex mr mw me
+7f0000100000-7f0000180000 r--p 00100000 08:01 1                          /usr/lib/libused.so.13
+Rss:                 512 kB
+Anonymous:             4 kB
+7f0000200000-7f0000300000 rw-p 00000000 08:01 1                          /usr/lib/libused.so.13
+Rss:                 512 kB
+Anonymous:             0 kB
+7f0000300000-7f0000400000 r--p 00000000 08:01 2                          /usr/lib/a space.so
+Rss:                 512 kB
+Anonymous:             0 kB
+7f0000400000-7f0000500000 r--p 00000000 08:01 3                          /models/model.safetensors
+Anonymous:             0 kB
+7f0000500000-7f0000600000 r--p 00000000 00:00 0
+Anonymous:             0 kB
+"""
+
+
+def test_only_what_nobody_may_change_and_nobody_has_changed_of_libraries_is_given_up() -> None:
+    assert [(hex(first), hex(last)) for first, last in unchanged_libraries(SMAPS)] == [
+        ("0x7f0000000000", "0x7f0000100000"),
+        ("0x7f0000300000", "0x7f0000400000"),
+    ]

@@ -15,7 +15,7 @@ import dash_runtime
 from dash_runtime.checkpoints import load_model_config
 from dash_runtime.decoder.backends.native import why_eager
 from dash_runtime.model_config import BlockConfig, MixtureConfig, NormPlacement, QkNorm, RopeConfig, RopeKind
-from dash_runtime.rows.library import RowsLibrary, load_rows
+from dash_runtime.rows.library import RowsLibrary, compile_ahead, load_rows
 
 SOURCES = Path(dash_runtime.__file__).parent / "rows"
 FAILING = "#!/bin/sh\necho 'rows.cpp:1:2: error: no such header\ncompilation terminated.' >&2\nexit 1\n"
@@ -208,3 +208,17 @@ def test_only_models_that_the_native_code_can_compute_are_given_to_it(
 ) -> None:
     model = replace(load_model_config(tiny_folder), vocab_size=272, head_dim=32)
     assert why_eager(replace(model, **changes), 64) == expected  # type: ignore[arg-type]
+
+
+def test_what_was_compiled_ahead_is_loaded_and_a_failure_ahead_is_told_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_ahead(tmp_path / "native")
+    library, said = load(tmp_path / "native")
+    assert library is not None
+    assert set(said) <= {"compiling native code (kept for later starts)"}
+    monkeypatch.setenv("PATH", "")
+    compile_ahead(tmp_path / "other")
+    library, said = load(tmp_path / "other")
+    assert library is None
+    assert said[-1] == "layers run uncompiled: no C++ compiler here"
