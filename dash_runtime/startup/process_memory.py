@@ -9,7 +9,7 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,10 @@ def settle_memory() -> None:
     if not are_enabled(_ENABLED):
         return
     for first, last in private_ranges(_MAPS.read_text()):
-        pages = (page for page in range(first, last, HUGE_PAGE) if _resident_share(library, page) >= _LEAST_RESIDENT)
-        # Each call waits for all processors, which takes milliseconds where others are at work.
-        for start, end in list(_joined(pages)):
-            _advise(library, start, end, mmap.MADV_HUGEPAGE)
-            _advise(library, start, end, _COLLAPSE)
+        for page in range(first, last, HUGE_PAGE):
+            if _resident_share(library, page) >= _LEAST_RESIDENT:
+                _advise(library, page, page + HUGE_PAGE, mmap.MADV_HUGEPAGE)
+                _advise(library, page, page + HUGE_PAGE, _COLLAPSE)
 
 
 def keep_freed_memory() -> None:
@@ -105,19 +104,6 @@ def _resident_share(library: Any, page: int) -> float:
     if library.mincore(ctypes.c_void_p(page), ctypes.c_size_t(HUGE_PAGE), states):
         return 0.0
     return sum(state & 1 for state in states) / len(states)
-
-
-def _joined(pages: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Yields the start and end of each row of huge pages that follow one another."""
-    start = end = 0
-    for page in pages:
-        if page != end and start != end:
-            yield start, end
-        if page != end:
-            start = page
-        end = page + HUGE_PAGE
-    if start != end:
-        yield start, end
 
 
 def _advise(library: Any, start: int, end: int, advice: int) -> None:
