@@ -98,8 +98,14 @@ class Budgets:
 
     @property
     def recommended(self) -> float:
-        """The lowest harmless budget, or the highest if none is harmless."""
-        return next((min(1.0, point.cost) for point in self.points if point.divergence <= HARMLESS), self.highest)
+        """The lowest harmless budget, interpolated, or the highest if none is harmless."""
+        place = next((place for place, point in enumerate(self.points) if point.divergence <= HARMLESS), None)
+        if not place:
+            return self.highest if place is None else self.lowest
+        low, high = self.points[place - 1 : place + 1]
+        # A hair below the limit, which rounding must not exceed.
+        share = (low.divergence - HARMLESS * (1 - 1e-6)) / (low.divergence - high.divergence)
+        return min(1.0, low.cost + min(1.0, share) * (high.cost - low.cost))
 
     @property
     def best_for_drafting(self) -> float:

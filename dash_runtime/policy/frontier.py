@@ -46,8 +46,11 @@ class Frontier:
 
     @property
     def recommended_budget(self) -> float:
-        """The lowest harmless budget: no other point costs as little and diverges as little."""
-        return next(point.cost for point in self.points if point.divergence <= HARMLESS)
+        """The lowest harmless budget, of a fixed plan or of the policy."""
+        harmless = [plan.cost for plan in self._plans if plan.divergence <= HARMLESS]
+        if self._budgets is not None and self._budgets.divergence(self._budgets.recommended) <= HARMLESS:
+            harmless.append(self._budgets.recommended)
+        return min(harmless)
 
     def within(self, budget: float) -> Choice:
         """Returns the choice that diverges least within a budget; the cheapest if the budget is below the lowest."""

@@ -12,6 +12,9 @@ from dash_runtime.actions import Action
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 
+_LEAST_RETURN = 2.0
+"""A decision must change a token's cost by so many times its own evaluation: a skip saves its cost, but at the margin
+its damage takes back as much, and a token that may not skip here skips elsewhere."""
 _SHARED = ("hidden_weight", "inner_weight")
 """Tensors that all blocks share; the first dimension of the others is the block."""
 
@@ -21,9 +24,9 @@ def pin_settled_layers(spec: PlanSpec, network: PolicyNetwork, rates: Tensor) ->
 
     Args:
         rates: how often each layer ran with each action, `[num_layers, 4]` (`choices.action_rates`). A layer stays free
-            if its other actions change a token's cost, against the usual one, by more than an evaluation costs, or if
-            it is mostly skipped: at a lower price it would run. So do the layer where actions change most, and blocks
-            of several layers.
+            if its other actions change a token's cost, against the usual one, by more than twice what an evaluation
+            costs, or if it is mostly skipped: at a lower price it would run. So do the layer where actions change most,
+            and blocks of several layers.
     """
     if spec.block_size > 1:
         return spec, network
@@ -33,7 +36,7 @@ def pin_settled_layers(spec: PlanSpec, network: PolicyNetwork, rates: Tensor) ->
     kept = [
         number
         for number, (layer,) in enumerate(spec.decision_blocks)
-        if layer == best or usual[layer] is Action.SKIP or changed[layer] > spec.costs.evaluation
+        if layer == best or usual[layer] is Action.SKIP or changed[layer] > _LEAST_RETURN * spec.costs.evaluation
     ]
     pinned = {layer: usual[layer] for number, (layer,) in enumerate(spec.decision_blocks) if number not in kept}
     own = {field.name: getattr(network, field.name) for field in fields(network) if field.name not in _SHARED}

@@ -39,6 +39,8 @@ _JUDGED_SEQUENCES = 8
 _PLACES = tuple(1 - step / 12 for step in range(12))
 _USEFUL_DIVERGENCES = (0.1, 0.02)
 """Nats a token; a policy that diverges more than the first is hardly asked for."""
+_EVENNESS = 1.5
+"""Divergence grows by about this power of the price, or a little more."""
 _FIRST_STEPS = 3
 """Steps along the most precise path, before the network knows anything."""
 _WARMUP_SHARE = 0.05
@@ -57,7 +59,7 @@ class TrainSettings:
     batches: int = 24
     sequences: int = 8
     num_prompt_tokens: int = 16
-    price_range: tuple[float, float] = (0.1, 6.0)
+    price_range: tuple[float, float] = (0.35, 4.2)
     kernel_share: float = 0.3
     seed: int = 0
     fit: FitSettings = field(default_factory=FitSettings)
@@ -176,18 +178,19 @@ class Trainer:
         judged = judge(self._decoder, self._full_depth(picked), path.decided(path.states[-1]), generator)
         if not judged.divergence.isfinite().all():
             raise TrainingDiverged(f"the divergence in step {step} is not a number")
-        curvatures = self._carry_back(path, judged, settings.rate(step))
+        curvatures = self._carry_back(path, judged, log_prices, settings.rate(step))
         kernels = [self._kernel(generator) for _ in range(self._spec.num_layers)]
         served = _as_served(compensation, self._decoder)
         labels = measure_labels(self._decoder, self._spec, served, path, curvatures, log_prices, kernels)
         self._num_labels += len(labels.damage)
         self._fit.add(labels, settings.rate(step), generator)
 
-    def _carry_back(self, path: TokenPath, judged: Judged, rate: float) -> Sequence[Tensor]:
+    def _carry_back(self, path: TokenPath, judged: Judged, log_prices: Tensor, rate: float) -> Sequence[Tensor]:
         """Returns the curvature at each layer's output, and takes a step of the compensation along the slope."""
         last = path.decided(path.states[-1])
         curvatures = torch.autograd.grad(last, path.states[1:], judged.curvature, retain_graph=True)
-        self._compensation.step(last, judged.slope, rate)
+        weights = price_weights(log_prices).to(judged.slope).unsqueeze(1)
+        self._compensation.step(last, weights * judged.slope, rate)
         return curvatures
 
     def _path(self, token_ids: Tensor, compensation: LowRank, choose: Choose) -> TokenPath:
@@ -262,6 +265,15 @@ class Trainer:
         layers = [sorted(spec.pinned.items()), spec.head.name, spec.lookahead, spec.block_size]
         text = [len(self._token_ids), int(self._token_ids.sum())]
         return json.dumps([asdict(self._settings), [action.name for action in spec.actions], *layers, text])
+
+
+def price_weights(log_prices: Tensor) -> Tensor:
+    """Returns the weight of each token in the compensation's training, `[rows]`, 1 in the mean, by its log λ.
+
+    With them paths at all prices count about alike. Without, those at the dearest, whose divergence is ten times that
+    of the prices that are asked for, would teach it nearly everything.
+    """
+    return torch.softmax(-_EVENNESS * log_prices, dim=0) * len(log_prices)
 
 
 def _uniform(count: int, generator: torch.Generator) -> list[float]:

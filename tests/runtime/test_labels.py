@@ -22,7 +22,7 @@ from dash_runtime.training.labels import Labels, measure_labels
 from dash_runtime.training.loss import Judged, TrainingDiverged, divergences, judge
 from dash_runtime.training.paths import Path as TokenPath
 from dash_runtime.training.paths import decided_rows, run_path
-from dash_runtime.training.train import Reached, Trainer, TrainSettings
+from dash_runtime.training.train import Reached, Trainer, TrainSettings, price_weights
 from tests.runtime.support import load_decoder, some_costs, some_low_rank
 from tests.tiny_models import VOCAB_SIZE
 
@@ -256,6 +256,14 @@ def test_training_skips_a_layer_that_does_nothing_before_any_other(
     means = torch.stack([own[:, 0, 0].exp().mean() for own in damages])
     assert spec.free_layers[int(means.argmin())] == 3
     assert means.min() < 0.5 * means.sort().values[1]
+
+
+def test_dear_prices_teach_the_compensation_no_more_than_cheap_ones() -> None:
+    prices = torch.tensor([0.5, 0.5, 1.0, 4.0])
+    weights = price_weights(prices.log())
+    divergences = prices**1.5
+    assert float(weights.mean()) == pytest.approx(1)
+    assert torch.allclose(weights * divergences, (weights * divergences).mean().expand(4))
 
 
 def test_a_checkpoint_that_is_damaged_or_of_another_run_is_refused_by_name(

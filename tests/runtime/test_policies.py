@@ -10,7 +10,9 @@ from dash_runtime.actions import Action, CostTable
 from dash_runtime.config import Mode, SkipOptions
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.compensation import Identity
+from dash_runtime.policy.budgets import HARMLESS, BudgetPoint, Budgets
 from dash_runtime.policy.catalog import Assignment, PolicyCatalog
+from dash_runtime.policy.frontier import Frontier
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import RandomPlan, State, Token, fixed_action_plan, full_edges
@@ -144,6 +146,15 @@ def test_adaptive_runs_the_learned_policy_only_where_no_fixed_plan_is_better() -
     recommended = facts["frontier"].recommended_budget
     assert adaptive(policies).policy.name == "fixed-int4"
     assert COSTS.token_cost([Action.INT4] * 30, Action.INT8) == pytest.approx(recommended)
+
+
+def test_the_recommended_budget_is_where_the_divergence_reaches_the_limit_between_two_points() -> None:
+    points = [BudgetPoint(0.4, 1.0, 0.08, 0.9), BudgetPoint(0.5, 0.0, 0.02, 0.95)]
+    budgets = Budgets.of(points)
+    assert budgets.recommended == pytest.approx(0.45, abs=1e-5)
+    assert budgets.divergence(budgets.recommended) <= HARMLESS
+    assert Frontier(COSTS, (), budgets).recommended_budget == budgets.recommended
+    assert (Budgets.of(points[1:]).recommended, Budgets.of(points[:1]).recommended) == (0.5, 0.4)
 
 
 def test_a_policys_evaluations_count_in_its_budgets_and_in_a_replaced_table() -> None:
