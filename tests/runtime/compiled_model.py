@@ -75,7 +75,7 @@ def divergence(expected: Tensor, logits: Tensor) -> float:
 
 
 def assert_same_cache(own: SequenceCache, expected: SequenceCache) -> None:
-    """Asserts that keys and values agree within the rounding of bf16, and of inputs to bytes where those are multiplied."""
+    """Asserts that keys and values agree within the rounding of bf16, and of inputs to bytes where they are that."""
     assert own.length == expected.length
     for mine, theirs in ((own.keys, expected.keys), (own.values, expected.values)):
         for my_layer, their_layer in zip(mine, theirs, strict=True):
