@@ -57,11 +57,12 @@ inline int write_bytes(Layout layout, Floats low, Floats high, float factor, voi
   return _mm512_reduce_add_epi32(_mm512_add_epi32(one, next));
 }
 
-inline Inputs prepare_rounded(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory) {
+inline Inputs prepare_rounded(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory,
+                              int64_t first_row, int64_t last_row) {
   const int64_t num_groups = num_inputs / kGroup, count = num_rows * num_groups;
   float *offsets = memory + count * kGroupFloats, *sums = offsets + count, *scales = sums + count;
   const float half = layout == kInt8 ? 128 : 8;  // what weights without a sign are too high by
-  for (int64_t row = 0; row < num_rows; ++row)
+  for (int64_t row = first_row; row < last_row; ++row)
     for (int64_t group = 0; group < num_groups; ++group) {
       const float *from = rows + row * num_inputs + group * kGroup;
       const Floats low = load<Floats>(from), high = load<Floats>(from + kLanes);
@@ -77,7 +78,8 @@ inline Inputs prepare_rounded(Layout layout, const float *rows, int64_t num_rows
 
 #else
 
-inline Inputs prepare_rounded(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory) {
+inline Inputs prepare_rounded(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory,
+                              int64_t first_row, int64_t last_row) {
   const int64_t num_groups = num_inputs / kGroup;
   float *offsets = memory + num_rows * num_inputs, *sums = offsets + num_rows * num_groups;
   const int bits = bits_of(layout), num_places = 32 / bits;
@@ -88,7 +90,7 @@ inline Inputs prepare_rounded(Layout layout, const float *rows, int64_t num_rows
     halves[lane] = place == num_places - 1 ? 0.0f : std::ldexp(1.0f, bits - 1);
   }
   const Floats scale = load<Floats>(scales), half = load<Floats>(halves);
-  for (int64_t row = 0; row < num_rows; ++row)
+  for (int64_t row = first_row; row < last_row; ++row)
     for (int64_t group = 0; group < num_groups; ++group) {
       const int64_t from = row * num_inputs + group * kGroup, place = group * num_rows + row;
       const Floats low = load<Floats>(rows + from), high = load<Floats>(rows + from + kLanes);
@@ -102,14 +104,18 @@ inline Inputs prepare_rounded(Layout layout, const float *rows, int64_t num_rows
 
 #endif
 
-// Prepares rows for a layout in `memory`, `inputs_size` floats.
-inline Inputs prepare(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory) {
-  if (layout == kInt8 || layout == kInt4) return prepare_rounded(layout, rows, num_rows, num_inputs, memory);
+// Prepares the rows from `first_row` to `last_row` for a layout, in a memory of `inputs_size` floats for all.
+inline Inputs prepare(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory,
+                      int64_t first_row, int64_t last_row) {
+  if (layout == kInt8 || layout == kInt4)
+    return prepare_rounded(layout, rows, num_rows, num_inputs, memory, first_row, last_row);
 #ifdef __AVX512BF16__
-  for (int64_t place = 0; place < num_rows * num_inputs; place += kLanes)
+  for (int64_t place = first_row * num_inputs; place < last_row * num_inputs; place += kLanes)
     write_bf16(reinterpret_cast<uint16_t *>(memory) + place, load<Floats>(rows + place));
   return {memory, num_inputs / 2, 0, nullptr, nullptr, nullptr, num_rows};
 #else
-  return {rows, num_inputs, 0, nullptr, nullptr, nullptr, num_rows};
+  for (int64_t place = first_row * num_inputs; place < last_row * num_inputs; place += kLanes)
+    store(memory + place, load<Floats>(rows + place));
+  return {memory, num_inputs, 0, nullptr, nullptr, nullptr, num_rows};
 #endif
 }

@@ -36,7 +36,11 @@ struct Rotary {
   const uint16_t *cosines, *sines;  // [rows, head_dim], bf16
 };
 
-// Memory of a pass: what all threads see, and what each has for itself.
+// Rows from which on each thread does what is done by row for its share of them, not for all. That takes more barriers.
+constexpr int64_t kRowsToShare = 8;
+
+// Memory of a pass: what all threads see, and what each has for itself. Where threads share rows, they also share
+// `inputs`, `queries`, `keys` and `values`.
 struct Shared {
   float *fused, *parts, *branch, *inner, *narrow;
 };
@@ -45,14 +49,26 @@ struct Own {
   float *residual, *normed, *inputs, *queries, *keys, *values, *attended, *wide;
 };
 
+// The rows that a thread does alone what is done by row: all of them if they are few.
+struct RowRange {
+  int64_t first, last;
+  bool is_shared;
+
+  static RowRange of(const Member &member, int64_t num_rows) {
+    const bool is_shared = member.num_threads > 1 && num_rows >= kRowsToShare;
+    return is_shared ? RowRange{member.first(num_rows), member.last(num_rows), true} : RowRange{0, num_rows, false};
+  }
+};
+
 inline void norm(const float *from, const float *weight, int64_t size, double eps, float *to) {
   const float scale = 1.0f / std::sqrt(dot(from, from, size) / size + static_cast<float>(eps));
   for (int64_t place = 0; place < size; place += kLanes)
     store(to + place, load<Floats>(from + place) * scale * load<Floats>(weight + place));
 }
 
-inline void norm_rows(const float *from, const float *weight, int64_t num_rows, int64_t size, double eps, float *to) {
-  for (int64_t row = 0; row < num_rows; ++row) {
+inline void norm_rows(const float *from, const float *weight, const RowRange &rows, int64_t size, double eps,
+                      float *to) {
+  for (int64_t row = rows.first; row < rows.last; ++row) {
     if (weight)
       norm(from + row * size, weight, size, eps, to + row * size);
     else
@@ -97,11 +113,16 @@ inline void split_heads(const ModelShape &shape, const Layer &layer, const Rotar
 class LayerRun {
  public:
   LayerRun(const Member &member, const ModelShape &shape, const Shared &shared, const Own &own, int64_t num_rows)
-      : member_(member), shape_(shape), shared_(shared), own_(own), num_rows_(num_rows) {}
+      : member_(member),
+        shape_(shape),
+        shared_(shared),
+        own_(own),
+        num_rows_(num_rows),
+        rows_(RowRange::of(member, num_rows)) {}
 
   // Begins a layer: its first product, whose outputs from `first` on all threads see after the next barrier.
   void project(const Layer &layer, int64_t action, int64_t first) const {
-    norm_rows(own_.residual, layer.input_norm, num_rows_, shape_.hidden_size, shape_.eps, own_.normed);
+    norm_rows(own_.residual, layer.input_norm, rows_, shape_.hidden_size, shape_.eps, own_.normed);
     multiply(layer.matrices[action - 1][kQueryKeyValue], own_.normed, first / kLanes, shape_.fused_size() / kLanes,
              shared_.fused, shape_.fused_size());
   }
@@ -111,12 +132,13 @@ class LayerRun {
     const int64_t size = shape_.hidden_size, inner_size = shape_.intermediate_size;
     const Matrix *matrices = layer.matrices[action - 1];
     split_rows(layer, rotary, true);
-    attend(member_, shape_.heads, memory, own_.queries, own_.keys, own_.values, shared_.parts, own_.attended, 0,
-           num_rows_);
+    if (rows_.is_shared) member_.wait();
+    attend(member_, shape_.heads, memory, own_.queries, own_.keys, own_.values, shared_.parts, own_.attended,
+           rows_.first, rows_.last);
     multiply(matrices[kOutput], own_.attended, 0, size / kLanes, shared_.branch, size);
     member_.wait();
     add_branch(layer.attention_output_norm);
-    norm_rows(own_.residual, layer.mlp_norm, num_rows_, size, shape_.eps, own_.normed);
+    norm_rows(own_.residual, layer.mlp_norm, rows_, size, shape_.eps, own_.normed);
     gate(matrices[kGateUp], inner_size);
     member_.wait();
     multiply(matrices[kDown], shared_.inner, 0, size / kLanes, shared_.branch + num_rows_ * size, size);
@@ -129,19 +151,24 @@ class LayerRun {
   void skip(const Layer &layer, const Compensation &compensation, const Memory &memory, const Rotary &rotary) const {
     const int64_t size = shape_.hidden_size, rank = compensation.rank;
     split_rows(layer, rotary, false);
-    for (int64_t index = member_.first(memory.num_spans); index < member_.last(memory.num_spans); ++index) {
+    const bool has_all = !rows_.is_shared;
+    const int64_t first = has_all ? member_.first(memory.num_spans) : 0;
+    const int64_t last = has_all ? member_.last(memory.num_spans) : memory.num_spans;
+    for (int64_t index = first; index < last; ++index) {
       const Span &span = memory.spans[index];
-      for (int64_t row = 0; row < span.num_rows; ++row)
+      for (int64_t row = 0; row < span.num_rows; ++row) {
+        if (span.first_row + row < rows_.first || span.first_row + row >= rows_.last) continue;
         for (int64_t head = 0; head < shape_.heads.num_kv_heads; ++head) {
           const int64_t from = (span.first_row + row) * shape_.kv_size() + head * shape_.heads.head_dim;
           write_token(shape_.heads, memory, span, span.num_tokens - span.num_rows + row, head, own_.keys + from,
                       own_.values + from);
         }
+      }
     }
     if (rank < 0) return;
     if (!rank) {
       const float *factors = compensation.vectors, *offsets = factors + size;
-      for (int64_t row = 0; row < num_rows_; ++row)
+      for (int64_t row = rows_.first; row < rows_.last; ++row)
         for (int64_t place = 0; place < size; place += kLanes) {
           float *state = own_.residual + row * size + place;
           store(state, load<Floats>(state) * load<Floats>(factors + place) + load<Floats>(offsets + place));
@@ -149,7 +176,7 @@ class LayerRun {
     } else {
       widen(compensation);
       member_.wait();
-      for (int64_t place = 0; place < num_rows_ * size; place += kLanes) {
+      for (int64_t place = rows_.first * size; place < rows_.last * size; place += kLanes) {
         float *state = own_.residual + place;
         store(state, load<Floats>(state) + load<Floats>(shared_.branch + place));
       }
@@ -160,9 +187,11 @@ class LayerRun {
   // The narrow side of a low-rank compensation; begins with the first product, before the barrier.
   void narrow(const Compensation &compensation) const {
     const int64_t size = shape_.hidden_size, rank = compensation.rank;
-    for (int64_t feature = member_.first(rank); feature < member_.last(rank); ++feature) {
+    const bool has_all = !rows_.is_shared;
+    const int64_t first = has_all ? member_.first(rank) : 0, last = has_all ? member_.last(rank) : rank;
+    for (int64_t feature = first; feature < last; ++feature) {
       const int8_t *weights = compensation.matrices + feature * size;
-      for (int64_t row = 0; row < num_rows_; ++row) {
+      for (int64_t row = rows_.first; row < rows_.last; ++row) {
         Floats total{};
         for (int64_t place = 0; place < size; place += kLanes)
           total += from_bytes(weights + place) * load<Floats>(own_.residual + row * size + place);
@@ -174,21 +203,29 @@ class LayerRun {
  private:
   void multiply(const Matrix &matrix, const float *rows, int64_t first, int64_t last, float *outputs,
                 int64_t stride) const {
-    const Inputs inputs = prepare(static_cast<Layout>(matrix.layout), rows, num_rows_, matrix.num_inputs, own_.inputs);
+    const Inputs inputs = prepared(matrix, rows);
     const int64_t begin = first + member_.first(last - first), end = first + member_.last(last - first);
     product(matrix, inputs, num_rows_, begin, end, outputs + begin * kLanes, stride);
   }
 
+  // Prepares all rows, of which each thread needs no more than its own.
+  Inputs prepared(const Matrix &matrix, const float *rows) const {
+    const auto layout = static_cast<Layout>(matrix.layout);
+    const Inputs inputs = prepare(layout, rows, num_rows_, matrix.num_inputs, own_.inputs, rows_.first, rows_.last);
+    if (rows_.is_shared) member_.wait();
+    return inputs;
+  }
+
+  // Heads of all rows, after the next barrier if threads share them.
   void split_rows(const Layer &layer, const Rotary &rotary, bool has_queries) const {
-    for (int64_t row = 0; row < num_rows_; ++row)
+    for (int64_t row = rows_.first; row < rows_.last; ++row)
       split_heads(shape_, layer, rotary, row, shared_.fused + row * shape_.fused_size(), layer.bias,
                   has_queries ? own_.queries + row * shape_.query_size() : nullptr, own_.keys + row * shape_.kv_size(),
                   own_.values + row * shape_.kv_size());
   }
 
   void gate(const Matrix &matrix, int64_t inner_size) const {
-    const Inputs inputs =
-        prepare(static_cast<Layout>(matrix.layout), own_.normed, num_rows_, matrix.num_inputs, own_.inputs);
+    const Inputs inputs = prepared(matrix, own_.normed);
     const int64_t num_tiles = inner_size / kLanes, first = member_.first(num_tiles), last = member_.last(num_tiles);
     const int64_t count = (last - first) * kLanes;
     float *gates = own_.wide, *ups = own_.wide + num_rows_ * count;
@@ -206,9 +243,9 @@ class LayerRun {
   void add_branch(const float *weight, int64_t offset = 0) const {
     const int64_t size = shape_.hidden_size;
     const float *branch = shared_.branch + offset;
-    if (weight) norm_rows(branch, weight, num_rows_, size, shape_.eps, own_.normed), branch = own_.normed;
+    if (weight) norm_rows(branch, weight, rows_, size, shape_.eps, own_.normed), branch = own_.normed;
     const float multiplier = static_cast<float>(shape_.residual_multiplier);
-    for (int64_t place = 0; place < num_rows_ * size; place += kLanes)
+    for (int64_t place = rows_.first * size; place < rows_.last * size; place += kLanes)
       store(own_.residual + place, load<Floats>(own_.residual + place) + load<Floats>(branch + place) * multiplier);
   }
 
@@ -236,7 +273,7 @@ class LayerRun {
   }
 
   void round_state() const {
-    for (int64_t place = 0; place < num_rows_ * shape_.hidden_size; place += kLanes)
+    for (int64_t place = rows_.first * shape_.hidden_size; place < rows_.last * shape_.hidden_size; place += kLanes)
       store(own_.residual + place, rounded_to_bf16(load<Floats>(own_.residual + place)));
   }
 
@@ -245,4 +282,5 @@ class LayerRun {
   const Shared &shared_;
   const Own &own_;
   int64_t num_rows_;
+  RowRange rows_;
 };

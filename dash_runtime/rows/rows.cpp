@@ -99,7 +99,10 @@ void in_parallel(Workspace &workspace, int64_t num_threads, Work work) {
 struct SharedParts {
   Shared layers[2];
   float *products[2];
+  float *inputs, *queries, *keys, *values;  // of threads that share rows
 };
+
+int64_t prepared_size(const Pass &pass);
 
 SharedParts shared_parts(Parts &parts, const Pass &pass) {
   const ModelShape &shape = *pass.shape;
@@ -114,23 +117,27 @@ SharedParts shared_parts(Parts &parts, const Pass &pass) {
     own.layers[turn] = {parts.take(rows * shape.fused_size()), attention, branch, inner, parts.take(rows * rank)};
     own.products[turn] = parts.take(pass.decisions ? pass.decisions->policy->width : 0);
   }
+  own.inputs = parts.take(prepared_size(pass)), own.queries = parts.take(rows * shape.query_size());
+  own.keys = parts.take(rows * shape.kv_size()), own.values = parts.take(rows * shape.kv_size());
   return own;
+}
+
+// The floats of what a product reads of all rows.
+int64_t prepared_size(const Pass &pass) {
+  const ModelShape &shape = *pass.shape;
+  const int64_t sizes[] = {shape.hidden_size, shape.query_size(), shape.intermediate_size};
+  int64_t widest = 0;
+  for (int64_t size : sizes) widest = size > widest ? size : widest;
+  return inputs_size(pass.num_rows, widest);
 }
 
 Own own_parts(Parts &parts, const Pass &pass) {
   const ModelShape &shape = *pass.shape;
   const int64_t rows = pass.num_rows, query_size = shape.query_size(), kv_size = shape.kv_size();
-  const int64_t sizes[] = {shape.hidden_size, query_size, shape.intermediate_size};
-  int64_t widest = 0;
-  for (int64_t size : sizes) widest = size > widest ? size : widest;
-  return {parts.take(rows * shape.hidden_size),
-          parts.take(rows * shape.hidden_size),
-          parts.take(inputs_size(rows, widest)),
-          parts.take(rows * query_size),
-          parts.take(rows * kv_size),
-          parts.take(rows * kv_size),
-          parts.take(rows * query_size),
-          parts.take(2 * rows * (shape.intermediate_size + kLanes))};
+  return {parts.take(rows * shape.hidden_size), parts.take(rows * shape.hidden_size),
+          parts.take(prepared_size(pass)),      parts.take(rows * query_size),
+          parts.take(rows * kv_size),           parts.take(rows * kv_size),
+          parts.take(rows * query_size),        parts.take(2 * rows * (shape.intermediate_size + kLanes))};
 }
 
 // What all threads see of the attention of rows whose products are shared.
@@ -153,9 +160,12 @@ Memory memory_of(const Pass &pass, int64_t layer) {
 // What one thread does of a pass.
 void take_part(const Pass &pass, const SharedParts &shared, const Member &member) {
   const ModelShape &shape = *pass.shape;
-  const int64_t state_size = pass.num_rows * shape.hidden_size;
-  const Own own = laid_out(pass.workspace->own[member.index], [&](Parts &parts) { return own_parts(parts, pass); });
-  for (int64_t place = 0; place < state_size; place += kLanes)
+  const RowRange rows = RowRange::of(member, pass.num_rows);
+  const int64_t state_first = rows.first * shape.hidden_size, state_last = rows.last * shape.hidden_size;
+  Own own = laid_out(pass.workspace->own[member.index], [&](Parts &parts) { return own_parts(parts, pass); });
+  if (rows.is_shared)
+    own.inputs = shared.inputs, own.queries = shared.queries, own.keys = shared.keys, own.values = shared.values;
+  for (int64_t place = state_first; place < state_last; place += kLanes)
     store(own.residual + place, from_bf16(pass.input + place));
 
   const Decisions *decisions = pass.decisions;
@@ -195,8 +205,8 @@ void take_part(const Pass &pass, const SharedParts &shared, const Member &member
       run.run(weights, action, memory, rotary);
     if (is_first) pass.times[2 * layer + 1] = now();
   }
-  if (member.index == 0)
-    for (int64_t place = 0; place < state_size; place += kLanes)
+  if (rows.is_shared || member.index == 0)
+    for (int64_t place = state_first; place < state_last; place += kLanes)
       write_bf16(pass.output + place, load<Floats>(own.residual + place));
 }
 
@@ -270,9 +280,9 @@ extern "C" void dash_run_head(const HeadPass *pass) {
   in_parallel(*pass->workspace, pass->num_threads, [&](const Member &member) {
     float *rows = grown(pass->workspace->own[member.index], size + inputs_size(pass->num_rows, pass->hidden_size));
     for (int64_t place = 0; place < size; place += kLanes) store(rows + place, from_bf16(pass->hidden + place));
-    norm_rows(rows, pass->norm, pass->num_rows, pass->hidden_size, pass->eps, rows);
-    const Inputs inputs =
-        prepare(static_cast<Layout>(pass->matrix->layout), rows, pass->num_rows, pass->hidden_size, rows + size);
+    norm_rows(rows, pass->norm, {0, pass->num_rows, false}, pass->hidden_size, pass->eps, rows);
+    const Inputs inputs = prepare(static_cast<Layout>(pass->matrix->layout), rows, pass->num_rows, pass->hidden_size,
+                                  rows + size, 0, pass->num_rows);
     const int64_t first = member.first(pass->num_tiles), last = member.last(pass->num_tiles);
     product(*pass->matrix, inputs, pass->num_rows, first, last, pass->logits + first * kLanes,
             pass->num_tiles * kLanes);

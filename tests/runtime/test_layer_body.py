@@ -179,8 +179,9 @@ def rounded_linears(weights: LayerWeights, action: Action) -> Linears[Linear]:
 
 
 def assert_close(kernel: str, written: Written, expected: Written) -> None:
-    # Where the processor multiplies bf16, products in FULL get their inputs rounded to it.
-    tolerance = 0.04 if kernel in ("blocks", "tiles") else 0.01
+    # Where the processor multiplies bf16, products in FULL get their inputs rounded to it; where it multiplies bytes,
+    # the others get theirs rounded to these.
+    tolerance = 0.04 if kernel in ("blocks", "tiles") else 0.15
     for name in ("outputs", "keys", "values"):
         own, wanted = getattr(written, name).float(), getattr(expected, name)
         torch.testing.assert_close(own, wanted, rtol=0.01, atol=tolerance)

@@ -148,12 +148,16 @@ def test_two_rows_of_one_draft_have_the_bits_that_each_has_alone(decoder: Decode
     assert_equal_caches(own, other)
 
 
+@pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize("kind", ["none", "affine", "low rank"])
 @torch.inference_mode()
-def test_rows_decoded_in_a_batch_have_the_bits_that_each_has_alone(decoder: Decoder, kind: str) -> None:
+def test_rows_decoded_in_a_batch_have_the_bits_that_each_has_alone(
+    decoder: Decoder, folder: Path, rows_library: RowsLibrary, kind: str, num_threads: int
+) -> None:
     compensation, num_layers = compensation_of(decoder, kind), decoder.num_layers
+    several = native_decoder(folder, rows_library, num_threads=num_threads)
     prompts = [some_ids(1 + 11 * row, row) for row in range(19)]  # up to four blocks of positions
-    alone, together = (prefilled(decoder, *prompts) for _ in range(2))
+    alone, together = prefilled(decoder, *prompts), prefilled(several, *prompts)
     for step in range(5):
         token_ids = [[10 * row + step] for row in range(len(prompts))]
         plans = [mixed_plan(100 * step + row, num_layers) for row in range(len(prompts))]
@@ -161,7 +165,7 @@ def test_rows_decoded_in_a_batch_have_the_bits_that_each_has_alone(decoder: Deco
             plans = [full_plan(decoder)] * len(prompts)
         elif step == 1:
             plans = [[Action.SKIP] * num_layers] * len(prompts)
-        batched = run_rows(decoder, together, token_ids, plans, compensation, Action.INT4)
+        batched = run_rows(several, together, token_ids, plans, compensation, Action.INT4)
         rows = zip(alone, token_ids, plans, strict=True)
         single = [run_rows(decoder, [cache], [ids], [plan], compensation, Action.INT4) for cache, ids, plan in rows]
         assert torch.equal(batched, torch.cat(single))
@@ -242,7 +246,7 @@ def test_a_row_has_the_same_bits_with_any_number_of_threads(
                 for one, cache in ((several, own), (decoder, other))
             ]
             assert torch.equal(*logits)
-        ids = some_ids(5)
+        ids = some_ids(13)
         assert torch.equal(verify(several, [own], [ids]), verify(decoder, [other], [ids]))
         assert_equal_caches(own, other)
 
