@@ -66,7 +66,8 @@ inline Inputs prepare_rounded(Layout layout, const float *rows, int64_t num_rows
     for (int64_t group = 0; group < num_groups; ++group) {
       const float *from = rows + row * num_inputs + group * kGroup;
       const Floats low = load<Floats>(from), high = load<Floats>(from + kLanes);
-      const float most = largest(larger(larger(low, -low), larger(high, -high)));
+      float most = largest(larger(larger(low, -low), larger(high, -high)));
+      if (_mm512_cmp_ps_mask((__m512)low, (__m512)high, _CMP_UNORD_Q)) most = NAN;  // bytes could not say so
       const int64_t place = group * num_rows + row;
       scales[place] = most / 127;
       sums[place] =

@@ -49,7 +49,7 @@ struct Own {
   float *residual, *normed, *inputs, *queries, *keys, *values, *attended, *wide;
 };
 
-// The rows that a thread does alone what is done by row: all of them if they are few.
+// The rows for which a thread does what is done by row: all of them if they are few, or its share.
 struct RowRange {
   int64_t first, last;
   bool is_shared;
@@ -208,7 +208,7 @@ class LayerRun {
     product(matrix, inputs, num_rows_, begin, end, outputs + begin * kLanes, stride);
   }
 
-  // Prepares all rows, of which each thread needs no more than its own.
+  // Prepares all rows for a product; of `rows` a thread needs no more than its own.
   Inputs prepared(const Matrix &matrix, const float *rows) const {
     const auto layout = static_cast<Layout>(matrix.layout);
     const Inputs inputs = prepare(layout, rows, num_rows_, matrix.num_inputs, own_.inputs, rows_.first, rows_.last);

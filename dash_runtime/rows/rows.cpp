@@ -102,7 +102,14 @@ struct SharedParts {
   float *inputs, *queries, *keys, *values;  // of threads that share rows
 };
 
-int64_t prepared_size(const Pass &pass);
+// The floats of what a product reads of all rows.
+int64_t prepared_size(const Pass &pass) {
+  const ModelShape &shape = *pass.shape;
+  const int64_t sizes[] = {shape.hidden_size, shape.query_size(), shape.intermediate_size};
+  int64_t widest = 0;
+  for (int64_t size : sizes) widest = size > widest ? size : widest;
+  return inputs_size(pass.num_rows, widest);
+}
 
 SharedParts shared_parts(Parts &parts, const Pass &pass) {
   const ModelShape &shape = *pass.shape;
@@ -120,15 +127,6 @@ SharedParts shared_parts(Parts &parts, const Pass &pass) {
   own.inputs = parts.take(prepared_size(pass)), own.queries = parts.take(rows * shape.query_size());
   own.keys = parts.take(rows * shape.kv_size()), own.values = parts.take(rows * shape.kv_size());
   return own;
-}
-
-// The floats of what a product reads of all rows.
-int64_t prepared_size(const Pass &pass) {
-  const ModelShape &shape = *pass.shape;
-  const int64_t sizes[] = {shape.hidden_size, shape.query_size(), shape.intermediate_size};
-  int64_t widest = 0;
-  for (int64_t size : sizes) widest = size > widest ? size : widest;
-  return inputs_size(pass.num_rows, widest);
 }
 
 Own own_parts(Parts &parts, const Pass &pass) {

@@ -98,6 +98,16 @@ def in_bytes(rows: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_product_with_what_is_no_number_is_none(config: ModelConfig, layout: str, value: float) -> None:
+    rows = torch.ones(9, 96).bfloat16()
+    rows[4, 41] = value
+    outputs = product(config, packed(layout, some_weight(192, 96)), rows, torch.ones(96), 192)
+    assert outputs[[row for row in range(9) if row != 4]].isfinite().all()
+    assert outputs[4].isnan().all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_value_of_every_weight_comes_back_from_its_word(config: ModelConfig, layout: str) -> None:
     num_values = 16 if layout == "INT4" else 255
     generator = torch.Generator().manual_seed(0)
