@@ -3,6 +3,8 @@
 The hot path only appends. Knows actions and costs; knows no policy and no sink.
 """
 
+from collections.abc import Mapping
+
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.events import DepthStatistics
 
@@ -38,24 +40,19 @@ class DecisionLog:
 
     def add_verification(self, num_rows: int, cost: float) -> None:
         """Counts a full-depth pass over `num_rows` rows; `cost` is in full-depth tokens."""
-        self._action_counts[Action.FULL] += num_rows * self._num_layers
-        self._total_cost += cost
+        self._add({Action.FULL: num_rows * self._num_layers}, cost)
 
     def add_draft_token(self, plan: bytes, head: Action, num_evaluations: int, exposed_ns: int) -> float:
         """Counts what ran for a token that may never be output; returns its cost."""
         self._exposed_ns += exposed_ns
-        counts = {action: count for action in Action if (count := plan.count(action))}
-        for action, count in counts.items():
-            self._action_counts[action] += count
+        counts = _counts(plan)
         cost = self._costs.mean_cost(counts, head, num_evaluations)
-        self._total_cost += cost
+        self._add(counts, cost)
         return cost
 
     def add_guess(self, plan: bytes, cost: float) -> None:
         """Counts a second row of a drafting pass, which adds `cost`."""
-        for action in Action:
-            self._action_counts[action] += plan.count(action)
-        self._total_cost += cost
+        self._add(_counts(plan), cost)
 
     @property
     def plans(self) -> memoryview:
@@ -74,8 +71,17 @@ class DecisionLog:
             self._exposed_ns,
         )
 
+    def _add(self, counts: Mapping[Action, int], cost: float) -> None:
+        for action, count in counts.items():
+            self._action_counts[action] += count
+        self._total_cost += cost
+
     def _append(self, plan: bytes) -> bytes:
         start = self._num_tokens * self._num_layers
         self._plans[start : start + self._num_layers] = plan
         self._num_tokens += 1
         return plan
+
+
+def _counts(plan: bytes) -> dict[Action, int]:
+    return {action: count for action in Action if (count := plan.count(action))}

@@ -56,7 +56,7 @@ class Speculation:
         self._matches: list[int] = []
         self._num_tokens_left = 0
         self._proposed = Proposal([], 0)
-        """What the text would go on with after the draft so far."""
+        """The tokens of the text that would follow the draft so far."""
         self._distributions: list[Tensor | None] = []
         """The distribution of each drafted token; None if it came without the model, or if the sampler is greedy."""
         self.token_ids: list[int] = []

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from dash_runtime.devices.processor import first_processor
 from dash_runtime.files.disk_cache import digest, keep
 
 _VERSION = 1
@@ -46,9 +47,6 @@ class KeptTrials:
 
 
 def _processor() -> Sequence[str]:
-    """Returns what the system says of the first processor, its caches included."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    except OSError:
-        return (platform.machine(), platform.processor())
-    return [line for line in first.splitlines() if line.split("\t")[0].strip() not in _UNSTEADY]
+    """Returns what the system says of the first processor and does not change while it runs, its caches included."""
+    lines = first_processor() or (platform.machine(), platform.processor())
+    return [line for line in lines if line.split("\t")[0].strip() not in _UNSTEADY]

@@ -36,7 +36,7 @@ class Drafting:
     least_gain: float
     """Expected speed over full depth's below which nothing is drafted."""
     second_row: float
-    """What a second row adds to a drafting pass, as a share of the first."""
+    """The cost that a second row adds to a drafting pass, as a share of the first."""
 
 
 @dataclass(frozen=True, slots=True)

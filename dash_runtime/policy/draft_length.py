@@ -36,7 +36,7 @@ _FORCED_RATE = 0.97
 _KEPT_PER_TOKEN = 0.992
 """Share of the counts that each token of output leaves, so that a sequence that was hard is tried again later."""
 USUAL_SECOND_ROW = 0.15
-"""What a second row adds to a drafting pass, as a share of the first, where that was not measured."""
+"""The cost that a second row adds to a drafting pass, as a share of the first, where that was not measured."""
 _PATIENCE = 8
 """Lengths in a row that gain less than a shorter one, after which no longer one is tried: more than from one step of
 the costs to where it pays."""

@@ -151,13 +151,11 @@ class LayerRun {
   void skip(const Layer &layer, const Compensation &compensation, const Memory &memory, const Rotary &rotary) const {
     const int64_t size = shape_.hidden_size, rank = compensation.rank;
     split_rows(layer, rotary, false);
-    const bool has_all = !rows_.is_shared;
-    const int64_t first = has_all ? member_.first(memory.num_spans) : 0;
-    const int64_t last = has_all ? member_.last(memory.num_spans) : memory.num_spans;
-    for (int64_t index = first; index < last; ++index) {
-      const Span &span = memory.spans[index];
+    const int64_t first = member_.first(num_rows_), last = member_.last(num_rows_);
+    for (const Span *own = memory.spans; own < memory.spans + memory.num_spans; ++own) {
+      const Span &span = *own;
       for (int64_t row = 0; row < span.num_rows; ++row) {
-        if (span.first_row + row < rows_.first || span.first_row + row >= rows_.last) continue;
+        if (span.first_row + row < first || span.first_row + row >= last) continue;
         for (int64_t head = 0; head < shape_.heads.num_kv_heads; ++head) {
           const int64_t from = (span.first_row + row) * shape_.kv_size() + head * shape_.heads.head_dim;
           write_token(shape_.heads, memory, span, span.num_tokens - span.num_rows + row, head, own_.keys + from,

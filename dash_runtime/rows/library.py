@@ -17,6 +17,7 @@ from ctypes import c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
+from dash_runtime.devices.processor import first_processor
 from dash_runtime.files.atomic_file import replacing
 from dash_runtime.files.disk_cache import digest
 from dash_runtime.progress import Progress
@@ -32,7 +33,7 @@ _FLAGS = (
 )
 _COMPILE_SECONDS = 300
 _compiling: dict[Path, threading.Thread] = {}
-"""What `compile_ahead` began, by the file that it makes."""
+"""The compilations that `compile_ahead` began, by the file that each makes."""
 
 
 class RowsLibrary:
@@ -73,7 +74,6 @@ def compile_ahead(folder: Path) -> None:
 
     def compile_it() -> None:
         with contextlib.suppress(OSError, subprocess.SubprocessError):  # `load_rows` tries again, and says why
-            folder.mkdir(parents=True, exist_ok=True)
             _compile(path)
 
     _compiling[path] = threading.Thread(target=compile_it, name="compiler", daemon=True)
@@ -89,7 +89,6 @@ def load_rows(folder: Path, progress: Progress) -> RowsLibrary | None:
     try:
         with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):
             return RowsLibrary(path)
-        folder.mkdir(parents=True, exist_ok=True)
         progress("compiling native code (kept for later starts)")
         _compile(path)
         return RowsLibrary(path)
@@ -124,6 +123,7 @@ def _compile(path: Path) -> None:
     compiler = _compiler()
     if compiler is None:
         raise OSError("no C++ compiler here")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, replacing(path) as partial:
         library = Path(folder) / "rows.so"
         command = [compiler, *_FLAGS, "-o", str(library), str(_SOURCE)]
@@ -143,11 +143,8 @@ def _reason(error: Exception) -> str:
 @lru_cache
 def _processor() -> str:
     """Returns the processor's features, which the compiler's `-march=native` looks at."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return platform.machine()
+    features = (line for line in first_processor() if line.startswith(("flags", "Features")))
+    return next(features, platform.machine())
 
 
 def _function(own: "ctypes._NamedFuncPointer", *arguments: type) -> "ctypes._NamedFuncPointer":

@@ -91,14 +91,21 @@ inline void write_bf16(uint16_t *to, Floats value) {
   store(to, __builtin_convertvector(to_bf16_bits(value) >> 16, Halves));
 }
 
+// Combines the lanes by halves.
+template <class Combine>
+inline float folded(Floats value, Combine combine) {
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int width = kLanes / 2; width; width /= 2)
+    for (int lane = 0; lane < width; ++lane) lanes[lane] = combine(lanes[lane], lanes[lane + width]);
+  return lanes[0];
+}
+
 inline float largest(Floats value) {
 #ifdef __AVX512F__
   return _mm512_reduce_max_ps((__m512)value);
 #else
-  float lanes[kLanes];
-  store(lanes, value);
-  for (int lane = 1; lane < kLanes; ++lane) lanes[0] = lanes[lane] > lanes[0] ? lanes[lane] : lanes[0];
-  return lanes[0];
+  return folded(value, [](float one, float other) { return other > one ? other : one; });
 #endif
 }
 
@@ -106,11 +113,7 @@ inline float sum(Floats value) {
 #ifdef __AVX512F__
   return _mm512_reduce_add_ps((__m512)value);
 #else
-  float lanes[kLanes];
-  store(lanes, value);
-  for (int width = kLanes / 2; width; width /= 2)
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  return lanes[0];
+  return folded(value, [](float one, float other) { return one + other; });
 #endif
 }
 

@@ -5,8 +5,9 @@ requests.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +17,8 @@ from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.policy.policy import cheapest_kernel
+
+_Work = TypeVar("_Work")
 
 _CONTEXT_TOKENS = 256
 _ROUNDS = 12
@@ -35,7 +38,6 @@ def measure_verification(
     """
     fitting = [length for length in lengths if length + 1 < decoder.context_length]
     (cache,) = filled_caches(decoder, num_more=1 + max((0, *fitting)))
-    seconds: dict[int, list[float]] = {length: [] for length in (0, *fitting)}
 
     def run_pass(length: int) -> None:
         count = length + 1
@@ -43,16 +45,10 @@ def measure_verification(
         hidden = decoder.run_layers(Action.FULL, decoder.embed(different_tokens(decoder, count)), batch)
         decoder.logits(hidden, (Action.FULL,) * count, PassKind.VERIFY).argmax(-1).tolist()
 
-    for round_number in rounds_within(SECONDS, rounds, now):
-        for length, own in seconds.items():
-            elapsed = timed(decoder, partial(run_pass, length))
-            if round_number > 0:  # the first round warms up
-                own.append(elapsed)
+    works = {length: partial(run_pass, length) for length in (0, *fitting)}
+    seconds = least_seconds(decoder, works, rounds_within(SECONDS, rounds, now))
     # A shorter draft never takes longer: where it did, other work added time.
-    return {
-        length: min(min(seconds[longer]) for longer in fitting if longer >= length) / min(seconds[0])
-        for length in fitting
-    }
+    return {length: min(seconds[longer] for longer in fitting if longer >= length) / seconds[0] for length in fitting}
 
 
 @torch.inference_mode()
@@ -64,7 +60,6 @@ def measure_second_row(decoder: Decoder, rounds: int = _ROUNDS, now: Callable[[]
     action = cheapest_kernel(decoder.actions)
     head = min(decoder.heads)
     (cache,) = filled_caches(decoder, num_more=2)
-    seconds: dict[int, list[float]] = {1: [], 2: []}
 
     def run_pass(count: int) -> None:
         kind = PassKind.DECODE if count == 1 else PassKind.VERIFY
@@ -72,12 +67,22 @@ def measure_second_row(decoder: Decoder, rounds: int = _ROUNDS, now: Callable[[]
         hidden = decoder.run_layers(action, decoder.embed(different_tokens(decoder, count)), batch)
         decoder.logits(hidden, (head,) * count).argmax(-1).tolist()
 
-    for round_number in rounds_within(SECONDS / 3, rounds, now):
-        for count, own in seconds.items():
-            elapsed = timed(decoder, partial(run_pass, count))
-            if round_number > 0:
-                own.append(elapsed)
-    return max(0.0, min(seconds[2]) / min(seconds[1]) - 1)
+    works = {count: partial(run_pass, count) for count in (1, 2)}
+    seconds = least_seconds(decoder, works, rounds_within(SECONDS / 3, rounds, now))
+    return max(0.0, seconds[2] / seconds[1] - 1)
+
+
+def least_seconds(
+    decoder: Decoder, works: Mapping[_Work, Callable[[], object]], rounds: Iterable[int]
+) -> dict[_Work, float]:
+    """Returns the least time of each work, taken in turn in every round; round 0 warms up."""
+    seconds: dict[_Work, list[float]] = {name: [] for name in works}
+    for number in rounds:
+        for name, work in works.items():
+            elapsed = timed(decoder, work)
+            if number > 0:
+                seconds[name].append(elapsed)
+    return {name: min(own) for name, own in seconds.items()}
 
 
 def rounds_within(seconds: float, most: int, now: Callable[[], float] = time.monotonic) -> Iterator[int]:

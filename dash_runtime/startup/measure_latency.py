@@ -15,7 +15,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.policy.policy import cheapest_kernel
-from dash_runtime.startup.measure import SECONDS, different_tokens, filled_caches, rounds_within, timed
+from dash_runtime.startup.measure import SECONDS, different_tokens, filled_caches, least_seconds, rounds_within
 
 _ROWS = (1, 2, 4, 8, 16)
 _ROUNDS = 12
@@ -48,20 +48,16 @@ def measure_latencies(
         for layer in layers:
             decoder.run_layer(layer, taken, inputs[place][layer], batches[place])
 
-    split: list[float] = []  # passes over the most rows, half of them in FULL and half in the cheapest action
-    seconds: dict[Action, list[list[float]]] = {action: [[] for _ in rows] for action in decoder.actions}
-    for round_number in rounds_within(SECONDS, rounds):
-        for place in range(len(rows)):
-            for action, own in seconds.items():
-                elapsed = timed(decoder, partial(run_layers, place, action))
-                if round_number > 0:  # the first round warms up
-                    own[place].append(elapsed / len(layers))
-        elapsed = timed(decoder, partial(run_layers, -1, Action.FULL, min(decoder.actions)))
-        if round_number > 0:
-            split.append(elapsed / len(layers))
-    table = LatencyTable(rows, {action: tuple(map(min, by_rows)) for action, by_rows in seconds.items()})
-    halves = [table.cost(action, rows[-1] // 2) for action in (Action.FULL, min(decoder.actions))]
-    return replace(table, split_seconds=max(0.0, min(split) - sum(halves)))
+    places, halves = range(len(rows)), (Action.FULL, min(decoder.actions))
+    works = {(place, action): partial(run_layers, place, action) for place in places for action in decoder.actions}
+    split = (-1, *halves)  # passes over the most rows, half of them in each action
+    seconds = least_seconds(decoder, works | {split: partial(run_layers, *split)}, rounds_within(SECONDS, rounds))
+    by_layer = {work: own / len(layers) for work, own in seconds.items()}
+    table = LatencyTable(
+        rows, {action: tuple(by_layer[place, action] for place in places) for action in decoder.actions}
+    )
+    apart = sum(table.cost(action, rows[-1] // 2) for action in halves)
+    return replace(table, split_seconds=max(0.0, by_layer[split] - apart))
 
 
 def _spread(num_layers: int) -> Sequence[int]:

@@ -1,4 +1,4 @@
-"""What was tried once is read later, unless it is damaged, of another product or wrong."""
+"""Trials are read later, unless their file is damaged, of another product or wrong."""
 
 from pathlib import Path
 
