@@ -144,18 +144,30 @@ class Decoder:
 
         Calls `on_layer` after each layer of a pass that may take seconds.
         """
-        run = self.run_pass(self._same_everywhere[action], hidden, batch)
-        if run is not None:
-            return run.hidden
+        at_once = self.backends[batch.kind][0].run_layers(action, hidden, batch)
+        if at_once is not None:
+            return at_once
         actions = (action,) * batch.num_rows
         for layer in range(self.num_layers):
             hidden = self.run_layer(layer, actions, hidden, batch)
             on_layer()
         return hidden
 
-    def run_pass(self, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
-        """Runs a pass through all layers at once; see `Backend`."""
-        return self.backends[batch.kind][0].run_pass(plan, hidden, batch)
+    def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch, head: Action) -> PassRun | None:
+        """Runs a pass from tokens to logits at once; see `Backend`."""
+        return self.backends[batch.kind][0].run_pass(plan, token_ids, batch, head)
+
+    def run_tokens(
+        self, action: Action, token_ids: Sequence[int], batch: Batch, head: Action, kind: PassKind
+    ) -> tuple[Tensor, list[int]]:
+        """Runs a pass with one action in all layers; returns float32 logits `[rows, vocab_size]` and each row's
+        likeliest token. `kind` is for the head, as in `logits`."""
+        run = self.run_pass(self._same_everywhere[action], token_ids, batch, head)
+        if run is not None:
+            return run.logits, run.likeliest
+        hidden = self.run_layers(action, self.embed(token_ids), batch)[: len(token_ids)]
+        logits = self.logits(hidden, (head,) * len(hidden), kind)
+        return logits, device_of(logits.device).likeliest(logits)
 
     def decides_alone(self, num_rows: int) -> bool:
         """Returns True if `run_pass` for so many decoded rows also evaluates their policy."""

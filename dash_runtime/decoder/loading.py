@@ -107,7 +107,7 @@ def make_decoder(
         }
         backends = {**backends, PassKind.DECODE: [backend_over(replayed, devices), narrow]}
     if native is not None:
-        native.set_heads(by_precision, eager_head(for_neighbours(full), final_norm, multiplier))
+        native.set_ends(embed, by_precision, eager_head(for_neighbours(full), final_norm, multiplier))
         backends = {**backends, PassKind.DECODE: [native], PassKind.VERIFY: [native, narrow]}
     is_invariant = isinstance(wide_layers[0].key_values[Action.FULL], BatchInvariantLinear)
     return Decoder(

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -23,12 +24,12 @@ from dash_runtime.engine.device_times import settle_decisions
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import Planner
 from dash_runtime.engine.prefix_cache import PrefixCache
-from dash_runtime.engine.sampling import likeliest, scores_of, token_logprobs
+from dash_runtime.engine.sampling import scores_of, token_logprobs
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.engine.step import decode_step
 from dash_runtime.engine.step_times import CostWatch, StepClock
 from dash_runtime.events import EndReason, EngineEvent, SlotGranted, TokenProduced
-from dash_runtime.layers.batch import PassKind
+from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.kv_cache import CachePool
 from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.policy import Policy
@@ -202,7 +203,10 @@ class Engine:
                 if len(chunk) > num_left:
                     return
                 num_left -= len(chunk)
-                hidden = self._run_full_depth(PassKind.PREFILL, [sequence], [chunk])
+                batch = self._full_depth_batch(PassKind.PREFILL, [sequence], [len(chunk)])
+                hidden = self._decoder.embed(chunk)
+                hidden = self._decoder.run_layers(Action.FULL, hidden, batch, self.on_progress)
+                batch.commit()
                 if not sequence.num_prompt_tokens_left:
                     self._prefix_cache.store(*prompt)
                 self._put_out(sequence, hidden[len(hidden) - sequence.num_rows_to_put_out :], events)
@@ -227,16 +231,10 @@ class Engine:
         has_other_keys = self._decoder.has_other_keys(sequence.cache.reserved_tokens)
         return f"{int(has_other_keys)}:{sequence.request.cache_namespace}"
 
-    def _run_full_depth(self, kind: PassKind, sequences: list[Sequence], token_ids: list[list[int]]) -> Tensor:
-        """Runs several prompt or drafted tokens of each sequence; returns the last layer's output, `[all rows,
-        hidden_size]`."""
+    def _full_depth_batch(self, kind: PassKind, sequences: list[Sequence], lengths: list[int]) -> Batch:
+        """Returns the rows of a pass over several prompt or drafted tokens of each sequence."""
         compensations = [sequence.assignment.policy.compensation for sequence in sequences]
-        caches, lengths = [sequence.cache for sequence in sequences], [len(ids) for ids in token_ids]
-        batch = self._decoder.batch(kind, caches, lengths, compensations)
-        hidden = self._decoder.embed([token_id for ids in token_ids for token_id in ids])
-        hidden = self._decoder.run_layers(Action.FULL, hidden, batch, self.on_progress)
-        batch.commit()
-        return hidden
+        return self._decoder.batch(kind, [sequence.cache for sequence in sequences], lengths, compensations)
 
     def _decode(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
         policies = [sequence.assignment.policy for sequence in sequences]
@@ -258,7 +256,7 @@ class Engine:
         planner = self._planner if len(sequences) > 1 else None  # a single row has none to agree with
         is_recorded = any(sequence.recorder.has_room for sequence in sequences)
         output = decode_step(self._decoder, self._lane, batch, token_ids, deciders, planner, is_recorded)
-        likeliest_ids = likeliest(output.logits)
+        likeliest_ids = output.likeliest
         if isinstance(output.timer, CudaStepTimer):
             settle_decisions(output.timer, [block for decider in deciders for block in decider.blocks])
         exposed_ns, elapsed_ns = self._lane.exposed_ns - exposed_before, time.perf_counter_ns() - started_ns
@@ -284,7 +282,7 @@ class Engine:
                 continue
             sampler = sequence.sampler
             if sequence.speculation is not None:
-                (token_id,) = sequence.speculation.verify(output.logits[row : row + 1])
+                (token_id,) = sequence.speculation.verify(output.logits[row : row + 1], likeliest_ids[row : row + 1])
             else:
                 token_id = likeliest_ids[row] if sampler.is_plain_greedy else sampler.choose(scores[row])
             cost = sequence.log.append_decode_token(plan, policy.head, num_evaluations, own_exposed_ns)
@@ -302,10 +300,17 @@ class Engine:
             started_ns = time.perf_counter_ns()
             token_ids = [sequence.take_back_draft() for sequence in together]
             lengths = [len(ids) for ids in token_ids]
-            hidden = self._run_full_depth(PassKind.VERIFY, together, token_ids)[: sum(lengths)]
+            batch = self._full_depth_batch(PassKind.VERIFY, together, lengths)
             kind = PassKind.DECODE if shares_products else PassKind.VERIFY
-            all_logits = self._decoder.logits(hidden, (Action.FULL,) * len(hidden), kind).split(lengths)
-            chosen = [sequence.verify(logits) for sequence, logits in zip(together, all_logits, strict=True)]
+            ids = [token_id for own in token_ids for token_id in own]
+            logits, likeliest_ids = self._decoder.run_tokens(Action.FULL, ids, batch, Action.FULL, kind)
+            batch.commit()
+            all_logits = logits.split(lengths)
+            firsts = accumulate(lengths, initial=0)
+            chosen = [
+                sequence.verify(own, likeliest_ids[first : first + len(own)])
+                for sequence, own, first in zip(together, all_logits, firsts, strict=False)
+            ]
             elapsed_ns = time.perf_counter_ns() - started_ns
             for sequence, logits, (ids, accepted, from_text, cost) in zip(together, all_logits, chosen, strict=True):
                 assert sequence.speculation is not None

@@ -157,8 +157,8 @@ class Sequence:
         self.cache.truncate(self._num_settled_positions)
         return [self.output_ids[-1], *self.speculation.token_ids]
 
-    def verify(self, logits: Tensor) -> tuple[list[int], int, int, float]:
-        """Ends the draft by full depth's logits `[verified tokens, vocab_size]`.
+    def verify(self, logits: Tensor, likeliest: list[int]) -> tuple[list[int], int, int, float]:
+        """Ends the draft by full depth's logits `[verified tokens, vocab_size]` and their likeliest tokens.
 
         Returns the next output tokens, how many of them were drafted, how many of the draft's came from the text, and
         the cost in full-depth tokens.
@@ -169,7 +169,7 @@ class Sequence:
         cost = self.assignment.drafting.verification_costs[len(logits) - 1]
         self.log.add_verification(len(logits), cost)
         num_from_text = self.speculation.num_from_text
-        token_ids = self.speculation.verify(logits)
+        token_ids = self.speculation.verify(logits, likeliest)
         num_accepted = len(token_ids) - 1
         places = enumerate(token_ids, start=1)
         ends = (place for place, token_id in places if self._end_with(token_id, len(self.output_ids) + place))

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dash_runtime.engine.sampling import Sampler, likeliest
+from dash_runtime.engine.sampling import Sampler
 from dash_runtime.events import SpeculationStatistics
 from dash_runtime.policy.draft_length import FORCED_MATCH, DraftLength
 
@@ -146,17 +146,19 @@ class Speculation:
         """Completes the draft early: the sequence ends with the token drafted last."""
         self.length = len(self.token_ids)
 
-    def verify(self, logits: Tensor) -> list[int]:
+    def verify(self, logits: Tensor, likeliest: Sequence[int] | None = None) -> list[int]:
         """Ends the draft and returns the accepted tokens, and one more that full depth chose itself.
 
         `logits` are full depth's, float32 `[drafted + 1, vocab_size]`: after the token before the draft, and after each
-        drafted token.
+        drafted token. `likeliest` are the tokens of each row's largest, if they are known.
         """
         drafted, distributions, matches = self.token_ids, self._distributions, self._matches
         self.token_ids, self._distributions, self._matches, self.length = [], [], [], 0
         self._sampler.rollback(drafted)
         token_ids = (
-            self._greedy(drafted, logits) if self._sampler.is_greedy else self._sampled(drafted, distributions, logits)
+            self._greedy(drafted, logits, likeliest)
+            if self._sampler.is_greedy
+            else self._sampled(drafted, distributions, logits)
         )
         num_accepted = len(token_ids) - 1
         self._lengths.verified(matches, num_accepted)
@@ -186,12 +188,12 @@ class Speculation:
         self.num_drafted += 1
         self.num_drafted_from_text += match > 0
 
-    def _greedy(self, drafted: Sequence[int], logits: Tensor) -> list[int]:
+    def _greedy(self, drafted: Sequence[int], logits: Tensor, likeliest: Sequence[int] | None) -> list[int]:
         sampler = self._sampler
-        plain = likeliest(logits) if sampler.is_plain_greedy else None
+        known = likeliest if sampler.is_plain_greedy else None
         chosen: list[int] = []
         for place in range(len(drafted) + 1):
-            token_id = sampler.best(logits[place]) if plain is None else plain[place]
+            token_id = sampler.best(logits[place]) if known is None else known[place]
             sampler.accept(token_id)
             chosen.append(token_id)
             if drafted[place : place + 1] != [token_id]:

@@ -16,6 +16,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.devices.step_timer import StepTimer
 from dash_runtime.engine.lanes import Lane, Ticket
 from dash_runtime.engine.planner import Planner
+from dash_runtime.engine.scores import likeliest
 from dash_runtime.layers.batch import Batch
 from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.policy.policy import Actions, Policy, State, Token, decision_blocks
@@ -34,6 +35,12 @@ class StepOutput:
     logits: Tensor
     plans: list[bytes]
     timer: StepTimer
+    known_likeliest: list[int] | None = None
+
+    @property
+    def likeliest(self) -> list[int]:
+        """Each row's token of the largest logit, to be read once."""
+        return likeliest(self.logits) if self.known_likeliest is None else self.known_likeliest
 
     @property
     def layer_times(self) -> array:
@@ -62,11 +69,10 @@ def decode_step(
     has_exact_times: bool = False,
 ) -> StepOutput:
     """Runs one token of every row through all layers. Each row belongs to one decider."""
+    if len(deciders) == 1 and (run := _run_at_once(decoder, batch, token_ids, deciders[0], planner)):
+        return StepOutput(run.logits, [run.plan] * len(token_ids), StepTimer(run.layer_times), run.likeliest)
     decider = deciders[0] if len(deciders) == 1 else _SeveralDeciders(deciders)
     hidden = decoder.start_pass(token_ids, batch)
-    if len(deciders) == 1 and (run := _run_at_once(decoder, batch, hidden, deciders[0], planner)):
-        plans = [run.plan] * len(token_ids)
-        return StepOutput(decoder.logits(run.hidden, decider.heads), plans, StepTimer(run.layer_times))
     actions_by_layer: list[Sequence[Action]] = []
     timer = decoder.step_timer(has_exact_times)
     for layer in range(decoder.num_layers):
@@ -85,14 +91,14 @@ def decode_step(
 
 
 def _run_at_once(
-    decoder: Decoder, batch: Batch, hidden: Tensor, decider: "Decider", planner: Planner | None
+    decoder: Decoder, batch: Batch, token_ids: Sequence[int], decider: "Decider", planner: Planner | None
 ) -> PassRun | None:
-    """Runs all layers in one call, if the rows' only decider has no part in between and the decoder can."""
+    """Runs the step in one call, if the rows' only decider has no part in between and the decoder can."""
     plan = decider.pass_plan
     if plan is not None and planner is not None:
         agreed = {own: planner.agree((own,) * batch.num_rows)[0] for own in set(plan.pinned.values())}
         plan = PassPlan({layer: agreed[own] for layer, own in plan.pinned.items()})
-    run = None if plan is None else decoder.run_pass(plan, hidden, batch)
+    run = None if plan is None else decoder.run_pass(plan, token_ids, batch, decider.policy.head)
     if run is not None:
         decider.take(run)
         batch.commit()

@@ -121,21 +121,11 @@ class Batch:
                 each.append(RowSpan(span.cache.address, span.end, first_row, span.num_rows))
                 first_row += span.num_rows
             tables = list(dict.fromkeys(self.rotary))
-            if len(spans) == 1:  # its rows follow each other in the tables
-                rotary = [table.addresses(_first_row(table, spans[0])) for table in tables]
-                self._rows_of[key] = RowsOfPass.of(each, spans[0].cache.pool.strides, rotary)
-            else:
-                layers = [self.rotary.index(table) for table in tables]
-                own = [self.tables(layer) if rows is None else self._tables_of(layer, rows) for layer in layers]
-                rotary = [(cosines.data_ptr(), sines.data_ptr()) for cosines, sines in own]
-                self._rows_of[key] = RowsOfPass.of(each, spans[0].cache.pool.strides, rotary, own)
+            rotary = [
+                [table.addresses(table.first_row(span.cache.reserved_tokens)) for table in tables] for span in spans
+            ]
+            self._rows_of[key] = RowsOfPass(each, spans[0].cache.pool.strides, rotary)
         return self._rows_of[key]
-
-    def _tables_of(self, layer: int, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        if len(rows) == self.num_rows:
-            return self.tables(layer)
-        table = self.rotary[layer]
-        return table.at(torch.tensor([_first_row(table, self.spans[row]) for row in rows]))
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Stores all rows' keys and values, each `[rows, num_kv_heads, head_dim]`."""

@@ -1,4 +1,4 @@
-"""A pass through all layers as one call: what decides the layers, and what came of it. Knows no policies."""
+"""A pass from tokens to logits as one call: what decides the layers, and what came of it. Knows no policies."""
 
 from array import array
 from collections.abc import Mapping
@@ -20,13 +20,14 @@ class PassPlan:
 
 @dataclass(frozen=True, slots=True)
 class PassRun:
-    """The last layer's output `[rows, hidden_size]`, and what ran.
+    """Float32 logits `[rows, vocab_size]` with each row's likeliest token, and what ran.
 
     `scores` has those of the layers that were decided, float32 `[num_layers, actions]`; it is empty without a policy.
     `layer_times` are those of `engine.step.StepOutput`.
     """
 
-    hidden: Tensor
+    logits: Tensor
+    likeliest: list[int]
     plan: bytes
     scores: bytes
     layer_times: array

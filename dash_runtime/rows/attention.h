@@ -40,6 +40,17 @@ struct Memory {
   int64_t num_blocks(const Span &span) const { return (span.num_tokens - 1) / kBlockPositions + 1 - first_block(span); }
 };
 
+// Calls `work` with the rows of a pass from `first` to `last`: the row, its position and the number of its span.
+template <class Work>
+inline void for_rows(const Memory &memory, int64_t first, int64_t last, Work work) {
+  for (int64_t number = 0; number < memory.num_spans; ++number) {
+    const Span &span = memory.spans[number];
+    const int64_t from = first > span.first_row ? first - span.first_row : 0;
+    const int64_t to = last < span.first_row + span.num_rows ? last - span.first_row : span.num_rows;
+    for (int64_t row = from; row < to; ++row) work(span.first_row + row, span.num_tokens - span.num_rows + row, number);
+  }
+}
+
 // A block's part of one head of one row: the largest score, the sum of the weights, and the weighted sum of values.
 inline int64_t part_size(int64_t head_dim) { return 2 * kLanes + head_dim; }
 

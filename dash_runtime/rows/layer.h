@@ -1,7 +1,7 @@
 // The arithmetic of one layer for a few rows: layer_body.py's, run or skipped. All between bf16 states is float32.
 #pragma once
 #include "attention.h"
-#include "products.h"
+#include "ends.h"
 
 enum : int64_t { kSkip = 1, kInt4Action, kInt8Action, kFullAction, kNumActions = kFullAction };
 enum Matrices { kQueryKeyValue, kOutput, kGateUp, kDown, kNumMatrices };
@@ -33,7 +33,15 @@ struct Compensation {
 };
 
 struct Rotary {
-  const uint16_t *cosines, *sines;  // [rows, head_dim], bf16
+  const uint16_t *cosines, *sines;  // [positions, head_dim], bf16
+};
+
+// A layer's tables: one for each span.
+struct RotaryOfSpans {
+  const Rotary *first;
+  int64_t stride;
+
+  const Rotary &of(int64_t span) const { return first[span * stride]; }
 };
 
 // Rows from which on each thread does what is done by row for its share of them, not for all. That takes more barriers.
@@ -76,8 +84,8 @@ inline void norm_rows(const float *from, const float *weight, const RowRange &ro
   }
 }
 
-inline void rotate(float *head, const Rotary &rotary, int64_t row, int64_t size, float factor) {
-  const uint16_t *cosines = rotary.cosines + row * size, *sines = rotary.sines + row * size;
+inline void rotate(float *head, const Rotary &rotary, int64_t position, int64_t size, float factor) {
+  const uint16_t *cosines = rotary.cosines + position * size, *sines = rotary.sines + position * size;
   const int64_t half = size / 2;
   for (int64_t place = 0; place < half; ++place) {
     const float low = head[place], high = head[half + place];
@@ -87,7 +95,7 @@ inline void rotate(float *head, const Rotary &rotary, int64_t row, int64_t size,
 }
 
 // Splits a row's first product into queries, which may be null, keys and values: with bias and norms, rotated.
-inline void split_heads(const ModelShape &shape, const Layer &layer, const Rotary &rotary, int64_t row,
+inline void split_heads(const ModelShape &shape, const Layer &layer, const Rotary &rotary, int64_t position,
                         const float *fused, const float *bias, float *queries, float *keys, float *values) {
   const HeadShape &heads = shape.heads;
   const int64_t query_size = shape.query_size(), kv_size = shape.kv_size();
@@ -105,7 +113,7 @@ inline void split_heads(const ModelShape &shape, const Layer &layer, const Rotar
       float *own = parts[part] + head * heads.head_dim;
       if (layer.head_norm)
         norm(own, layer.head_norm + (part * heads.num_heads + head) * heads.head_dim, heads.head_dim, shape.eps, own);
-      rotate(own, rotary, row, heads.head_dim, part ? 1.0f : static_cast<float>(heads.scale));
+      rotate(own, rotary, position, heads.head_dim, part ? 1.0f : static_cast<float>(heads.scale));
     }
   }
 }
@@ -128,10 +136,10 @@ class LayerRun {
   }
 
   // Runs the rest of it, with three more barriers before the last one.
-  void run(const Layer &layer, int64_t action, const Memory &memory, const Rotary &rotary) const {
+  void run(const Layer &layer, int64_t action, const Memory &memory, const RotaryOfSpans &rotary) const {
     const int64_t size = shape_.hidden_size, inner_size = shape_.intermediate_size;
     const Matrix *matrices = layer.matrices[action - 1];
-    split_rows(layer, rotary, true);
+    split_rows(layer, memory, rotary, true);
     if (rows_.is_shared) member_.wait();
     attend(member_, shape_.heads, memory, own_.queries, own_.keys, own_.values, shared_.parts, own_.attended,
            rows_.first, rows_.last);
@@ -148,21 +156,17 @@ class LayerRun {
   }
 
   // Writes a skipped layer's keys and values, and replaces its output, with one more barrier.
-  void skip(const Layer &layer, const Compensation &compensation, const Memory &memory, const Rotary &rotary) const {
+  void skip(const Layer &layer, const Compensation &compensation, const Memory &memory,
+            const RotaryOfSpans &rotary) const {
     const int64_t size = shape_.hidden_size, rank = compensation.rank;
-    split_rows(layer, rotary, false);
-    const int64_t first = member_.first(num_rows_), last = member_.last(num_rows_);
-    for (const Span *own = memory.spans; own < memory.spans + memory.num_spans; ++own) {
-      const Span &span = *own;
-      for (int64_t row = 0; row < span.num_rows; ++row) {
-        if (span.first_row + row < first || span.first_row + row >= last) continue;
-        for (int64_t head = 0; head < shape_.heads.num_kv_heads; ++head) {
-          const int64_t from = (span.first_row + row) * shape_.kv_size() + head * shape_.heads.head_dim;
-          write_token(shape_.heads, memory, span, span.num_tokens - span.num_rows + row, head, own_.keys + from,
-                      own_.values + from);
-        }
-      }
-    }
+    split_rows(layer, memory, rotary, false);
+    for_rows(
+        memory, member_.first(num_rows_), member_.last(num_rows_), [&](int64_t row, int64_t position, int64_t span) {
+          for (int64_t head = 0; head < shape_.heads.num_kv_heads; ++head) {
+            const int64_t from = row * shape_.kv_size() + head * shape_.heads.head_dim;
+            write_token(shape_.heads, memory, memory.spans[span], position, head, own_.keys + from, own_.values + from);
+          }
+        });
     if (rank < 0) return;
     if (!rank) {
       const float *factors = compensation.vectors, *offsets = factors + size;
@@ -198,6 +202,16 @@ class LayerRun {
     }
   }
 
+  // The final norm and this thread's share of the head: its logits `[num_rows, num_tiles * kLanes]`, and the largest of
+  // each row.
+  void finish(const Head &head, float *logits, Best *best) const {
+    norm_rows(own_.residual, head.norm, rows_, shape_.hidden_size, shape_.eps, own_.normed);
+    multiply(head.matrix, own_.normed, 0, head.num_tiles, logits, head.num_tiles * kLanes);
+    const int64_t first = member_.first(head.num_tiles), last = member_.last(head.num_tiles);
+    for (int64_t row = 0; row < num_rows_; ++row)
+      best[row] = scaled_best(logits + row * head.num_tiles * kLanes, first, last, head.multiplier);
+  }
+
  private:
   void multiply(const Matrix &matrix, const float *rows, int64_t first, int64_t last, float *outputs,
                 int64_t stride) const {
@@ -215,11 +229,12 @@ class LayerRun {
   }
 
   // Heads of all rows, after the next barrier if threads share them.
-  void split_rows(const Layer &layer, const Rotary &rotary, bool has_queries) const {
-    for (int64_t row = rows_.first; row < rows_.last; ++row)
-      split_heads(shape_, layer, rotary, row, shared_.fused + row * shape_.fused_size(), layer.bias,
+  void split_rows(const Layer &layer, const Memory &memory, const RotaryOfSpans &rotary, bool has_queries) const {
+    for_rows(memory, rows_.first, rows_.last, [&](int64_t row, int64_t position, int64_t span) {
+      split_heads(shape_, layer, rotary.of(span), position, shared_.fused + row * shape_.fused_size(), layer.bias,
                   has_queries ? own_.queries + row * shape_.query_size() : nullptr, own_.keys + row * shape_.kv_size(),
                   own_.values + row * shape_.kv_size());
+    });
   }
 
   void gate(const Matrix &matrix, int64_t inner_size) const {

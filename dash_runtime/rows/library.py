@@ -52,7 +52,6 @@ class RowsLibrary:
             library = ctypes.CDLL(package.extract(name, folder))
         self.run_rows = _function(library.dash_run_rows, c_void_p)
         self.attend = _function(library.dash_attend, c_void_p)
-        self.run_head = _function(library.dash_run_head, c_void_p)
         self.choose = _function(library.dash_choose, *[c_void_p] * 4, c_int64, *[c_void_p] * 2)
         self._new_workspace = library.dash_new_workspace
         self._new_workspace.restype = c_void_p

@@ -21,6 +21,7 @@ from dash_runtime.rows.row_matrix import FullRowMatrix, Int4RowMatrix, Int8RowMa
 from dash_runtime.rows.structs import (
     LANES,
     CompensationStruct,
+    EmbeddingStruct,
     HeadStruct,
     LayerStruct,
     MatrixStruct,
@@ -56,30 +57,32 @@ class RowSpan(NamedTuple):
     num_rows: int
 
 
-@dataclass(frozen=True, slots=True)
 class RowsOfPass:
-    """The rows of one call: spans of sequences in one pool of keys and values, and cosines and sines `[rows, 1,
-    head_dim]` by the number of the rotary table. `strides` are the pool's in bytes: layers, keys to values, tokens."""
+    """The rows of one call: spans of sequences in one pool of keys and values.
 
-    spans: "Array[SpanStruct]"
-    num_rows: int
-    strides: tuple[int, int, int]
-    rotary: "Array[RotaryStruct]"
-    kept: object = None
-    """The owner of the memory of cosines and sines, if it may go before the rows."""
+    Args:
+        strides: the pool's in bytes: layers, keys to values, tokens.
+        rotary: for each span, the addresses of cosines and sines `[positions, head_dim]` by the number of the rotary
+            table. Their memory is the caller's.
+    """
 
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         spans: Sequence[RowSpan],
         strides: tuple[int, int, int],
-        rotary: Sequence[tuple[int, int]],
-        kept: object = None,
-    ) -> "RowsOfPass":
-        """Returns rows whose cosines and sines begin at these addresses."""
-        each = (SpanStruct * len(spans))(*[SpanStruct(*own) for own in spans])
-        num_rows = spans[0].num_rows if len(spans) == 1 else sum(own.num_rows for own in spans)
-        return cls(each, num_rows, strides, (RotaryStruct * len(rotary))(*[RotaryStruct(*own) for own in rotary]), kept)
+        rotary: Sequence[Sequence[tuple[int, int]]],
+    ) -> None:
+        self.spans = (SpanStruct * len(spans))(*[SpanStruct(*own) for own in spans])
+        self.num_rows = spans[0].num_rows if len(spans) == 1 else sum(own.num_rows for own in spans)
+        self.strides = strides
+        self.num_rotaries = len(rotary[0])
+        tables = [RotaryStruct(*table) for own in rotary for table in own]
+        self.rotary = (RotaryStruct * len(tables))(*tables)
+
+    def move(self, num_tokens: Sequence[int]) -> None:
+        """Moves the rows of each span within its sequence, which has so many positions with them."""
+        for span, count in zip(self.spans, num_tokens, strict=True):
+            span.num_tokens = count
 
 
 class CompensatedLayers:
@@ -101,7 +104,7 @@ class CompensatedLayers:
 
 
 class ModelRows:
-    """One model's packed layers and heads. Not reentrant: a call's memory is here.
+    """One model's packed layers, embedding and heads. Not reentrant: a call's memory is here.
 
     Args:
         rotary_of: each layer's number of its rotary table.
@@ -110,6 +113,7 @@ class ModelRows:
     def __init__(self, library: RowsLibrary, config: ModelConfig, rotary_of: Sequence[int], num_threads: int) -> None:
         self._library = library
         self._query_size, self._num_layers = config.query_size, config.num_layers
+        self._hidden_size = config.hidden_size
         block = config.block
         self._shape = ModelStruct(
             *(config.num_heads, config.num_kv_heads, config.head_dim),
@@ -133,6 +137,15 @@ class ModelRows:
         own.plan, own.pinned = (addressof(c_uint8.from_buffer(memory)) for memory in (self._plan, self._pinned))
         own.times = self._times.buffer_info()[0]
         self._pass_address = addressof(own)
+        self._tokens: dict[int, tuple[Array[c_int64], Array[c_int64]]] = {}
+        """By number of rows, the memory of tokens and of the likeliest next ones."""
+        self._kept_embedding: object = None
+
+    def set_embedding(self, words: Tensor, is_packed: bool, multiplier: float) -> None:
+        """Takes the bf16 matrix of the embedding, `[vocab_size, hidden_size]`; or int32 blocks of a tied head
+        (`PackedRowMatrix`)."""
+        embedding = EmbeddingStruct(words.data_ptr(), is_packed, multiplier)
+        self._pass.embedding, self._kept_embedding = pointer(embedding), words
 
     def set_layer(self, layer: int, packed: PackedLayer) -> None:
         """Takes a layer's tensors, and keeps them."""
@@ -152,28 +165,66 @@ class ModelRows:
         layers: range,
         compensation: CompensatedLayers | None,
         kv_action: Action,
-        policy: PolicyRows | None = None,
     ) -> Tensor:
         """Runs some layers of rows; returns the last one's output, `[rows, hidden_size]`.
 
         Args:
             hidden: the first one's input, bf16.
-            pinned: by layer of the model, from the first that runs on; 0 for a layer that the policy decides.
+            pinned: by layer, from the first that runs on.
             kv_action: the precision of skipped rows' keys and values.
-            policy: for a single row.
         """
         output = torch.empty_like(hidden)
         own = self._pass
-        own.compensations = (self._uncompensated if compensation is None else compensation).array
-        own.kv_action, own.first_layer, own.last_layer = kv_action, layers.start, layers.stop
-        own.decisions = None if policy is None else policy.decisions
-        self._pinned[layers.start : layers.stop] = pinned
-        started = time.perf_counter()
-        self._call(self._library.run_rows, hidden, output, rows)
-        if len(layers) == self._num_layers:
-            work = pinned, rows.num_rows, rows.spans[0].num_tokens // _ALIKE_TOKENS
-            self._threads.took(work, time.perf_counter() - started)
+        own.tokens = own.head = None
+        own.input, own.output = hidden.data_ptr(), output.data_ptr()
+        self._run(rows, pinned, layers, compensation, kv_action, None)
         return output
+
+    def run_tokens(
+        self,
+        token_ids: Sequence[int],
+        rows: RowsOfPass,
+        pinned: bytes,
+        compensation: CompensatedLayers | None,
+        kv_action: Action,
+        head: "HeadRows | None",
+        policy: PolicyRows | None = None,
+    ) -> "Tensor | Chosen":
+        """Runs all layers of the rows of these tokens, as `run` does, and the head.
+
+        Returns the logits with the likeliest tokens; the last layer's output, `[rows, hidden_size]`, without a head.
+
+        Args:
+            pinned: by layer; 0 for one that the policy decides.
+            policy: for a single row.
+        """
+        own, num_rows = self._pass, len(token_ids)
+        if num_rows not in self._tokens:
+            self._tokens[num_rows] = (c_int64 * num_rows)(), (c_int64 * num_rows)()
+        tokens, likeliest = self._tokens[num_rows]
+        tokens[:] = list(token_ids)
+        own.tokens, layers = tokens, range(self._num_layers)
+        if head is None:
+            output = torch.empty(num_rows, self._hidden_size, dtype=torch.bfloat16)
+            own.output, own.head = output.data_ptr(), None
+            self._run(rows, pinned, layers, compensation, kv_action, policy)
+            return output
+        own.output, own.likeliest = None, likeliest
+        logits = self._logits_of(head, num_rows)
+        self._run(rows, pinned, layers, compensation, kv_action, policy)
+        return Chosen(logits, likeliest[:])
+
+    def run_head(self, hidden: Tensor, head: "HeadRows") -> "Chosen":
+        """Runs the final norm and a head of bf16 states `[rows, hidden_size]`."""
+        own, hidden, num_rows = self._pass, hidden.contiguous(), len(hidden)
+        likeliest = (c_int64 * num_rows)()
+        own.tokens, own.input, own.output, own.likeliest = None, hidden.data_ptr(), None, likeliest
+        own.compensations, own.decisions = self._uncompensated.array, None
+        own.first_layer, own.last_layer, own.num_spans, own.num_rows = 0, 0, 0, num_rows
+        logits = self._logits_of(head, num_rows)
+        own.num_threads = self._threads.current
+        self._library.run_rows(self._pass_address)
+        return Chosen(logits, likeliest[:])
 
     def attend(self, layer: int, fused: Tensor, rows: RowsOfPass) -> Tensor:
         """Runs a layer's attention for rows, from its first product with bias; returns `[rows, num_heads *
@@ -181,12 +232,9 @@ class ModelRows:
         output = fused.new_empty((len(fused), self._query_size))
         own = self._pass
         own.compensations, own.decisions, own.first_layer = self._uncompensated.array, None, layer
-        self._call(self._library.attend, fused, output, rows)
+        own.input, own.output = fused.data_ptr(), output.data_ptr()
+        self._call(self._library.attend, rows)
         return output
-
-    def head(self, matrix: RowMatrix, norm: Tensor, vocab_size: int) -> "HeadRows":
-        """Returns the final norm and a head as a call."""
-        return HeadRows(self._library, matrix, norm.float(), vocab_size, self._shape.eps, self._threads)
 
     @property
     def plan(self) -> bytes:
@@ -198,13 +246,39 @@ class ModelRows:
         """Each layer's start and end in the last run that had it, by `perf_counter_ns`."""
         return array("q", self._times)
 
-    def _call(self, function: Callable[[int], object], inputs: Tensor, output: Tensor, rows: RowsOfPass) -> None:
+    def _run(
+        self,
+        rows: RowsOfPass,
+        pinned: bytes,
+        layers: range,
+        compensation: CompensatedLayers | None,
+        kv_action: Action,
+        policy: PolicyRows | None,
+    ) -> None:
+        own = self._pass
+        own.compensations = (self._uncompensated if compensation is None else compensation).array
+        own.kv_action, own.first_layer, own.last_layer = kv_action, layers.start, layers.stop
+        own.decisions = None if policy is None else policy.decisions
+        self._pinned[layers.start : layers.stop] = pinned
+        started = time.perf_counter()
+        self._call(self._library.run_rows, rows)
+        if len(layers) == self._num_layers:
+            work = pinned, rows.num_rows, rows.spans[0].num_tokens // _ALIKE_TOKENS
+            self._threads.took(work, time.perf_counter() - started)
+
+    def _call(self, function: Callable[[int], object], rows: RowsOfPass) -> None:
         own = self._pass
         own.num_threads = self._threads.current
-        own.input, own.output = inputs.data_ptr(), output.data_ptr()
-        own.spans, own.num_spans, own.num_rows, own.rotary = rows.spans, len(rows.spans), rows.num_rows, rows.rotary
+        own.spans, own.num_spans, own.num_rows = rows.spans, len(rows.spans), rows.num_rows
+        own.rotary, own.num_rotaries = rows.rotary, rows.num_rotaries
         own.layer_bytes, own.values_bytes, own.token_bytes = rows.strides
         function(self._pass_address)
+
+    def _logits_of(self, head: "HeadRows", num_rows: int) -> Tensor:
+        """Tells the next call to run this head; returns the memory of its logits."""
+        logits = torch.empty(num_rows, head.vocab_size)
+        self._pass.head, self._pass.logits = head.pointer, logits.data_ptr()
+        return logits
 
     def _memory_of(self, tensor: Tensor) -> int:
         own = tensor.float().contiguous()
@@ -212,27 +286,26 @@ class ModelRows:
         return own.data_ptr()
 
 
-class HeadRows:
-    """The final norm and a head of one precision."""
+class Chosen(NamedTuple):
+    """Float32 logits `[rows, vocab_size]`, and each row's token of the largest, the first of equal ones."""
 
-    def __init__(
-        self, library: RowsLibrary, matrix: RowMatrix, norm: Tensor, vocab_size: int, eps: float, threads: ThreadCount
-    ) -> None:
-        self._library, self._vocab_size, self._threads = library, vocab_size, threads
-        struct, kept = _packed(matrix, len(norm))
-        self._kept = norm, struct, kept
-        self._call = HeadStruct(workspace=library.new_workspace(self), norm=norm.data_ptr(), matrix=pointer(struct))
-        self._call.hidden_size, self._call.num_tiles, self._call.eps = len(norm), vocab_size // LANES, eps
+    logits: Tensor
+    likeliest: list[int]
+
+
+class HeadRows:
+    """The final norm and a head of one precision, whose logits are multiplied by `multiplier`."""
+
+    def __init__(self, rows: ModelRows, matrix: RowMatrix, norm: Tensor, vocab_size: int, multiplier: float) -> None:
+        self.vocab_size = vocab_size
+        self._rows = rows
+        own, matrices = norm.float().contiguous(), _packed(matrix, len(norm))
+        self._kept = own, matrices
+        self.pointer = pointer(HeadStruct(own.data_ptr(), matrices[0], vocab_size // LANES, multiplier))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Returns float32 `[rows, vocab_size]` from bf16 `[rows, hidden_size]`."""
-        hidden = hidden.contiguous()
-        logits = hidden.new_empty((len(hidden), self._vocab_size), dtype=torch.float32)
-        call = self._call
-        call.hidden, call.logits, call.num_rows = hidden.data_ptr(), logits.data_ptr(), len(hidden)
-        call.num_threads = self._threads.current
-        self._library.run_head(addressof(call))
-        return logits
+        return self._rows.run_head(hidden, self).logits
 
 
 def _packed(matrix: RowMatrix, num_inputs: int) -> tuple[MatrixStruct, list[Tensor]]:

@@ -1,5 +1,5 @@
-// Takes rows through layers, each layer's action pinned or chosen by a policy on the way; and runs
-// norm and head.
+// Takes rows through layers, each layer's action pinned or chosen by a policy on the way; from tokens, and to logits,
+// if they are wanted.
 //
 // The loop of engine/step.py in native code: layer_body.py's arithmetic, written for one to a few rows whose weights
 // come from memory. structs.py has the same structures; every field is eight bytes wide.
@@ -18,6 +18,7 @@ struct Workspace {
   Barrier barrier;
   std::vector<float> shared;
   std::vector<std::vector<float>> own;
+  std::vector<Best> best;  // [threads, rows]
 };
 
 // A policy that decides each layer from the input of the one before, for a single row.
@@ -37,11 +38,16 @@ struct Pass {
   const Compensation *compensations;  // by layer
   const int64_t *windows;             // by layer; 0 for none
   const int64_t *rotary_of;           // by layer, which one
-  const Rotary *rotary;
+  const Rotary *rotary;               // [num_spans, num_rotaries]
   const Span *spans;
+  const int64_t *tokens;  // [num_rows], null for `input`
+  const Embedding *embedding;
   const uint16_t *input;  // [num_rows, hidden_size], bf16; of `dash_attend` [num_rows, fused_size]
-  uint16_t *output;       // [num_rows, hidden_size]; of `dash_attend` [num_rows, query_size]
-  int64_t num_spans, layer_bytes, values_bytes, token_bytes;
+  uint16_t *output;       // [num_rows, hidden_size], may be null; of `dash_attend` [num_rows, query_size]
+  const Head *head;       // null for none
+  float *logits;          // [num_rows, vocabulary]
+  int64_t *likeliest;     // [num_rows]
+  int64_t num_spans, num_rotaries, layer_bytes, values_bytes, token_bytes;
   int64_t num_rows, num_threads, first_layer, last_layer, kv_action;
   const uint8_t *pinned;       // by layer; 0 for a layer that is decided
   const Decisions *decisions;  // null if all layers are pinned
@@ -155,6 +161,25 @@ Memory memory_of(const Pass &pass, int64_t layer) {
   return {pass.spans, pass.num_spans, pass.layer_bytes, pass.values_bytes, token_stride, pass.windows[layer], layer};
 }
 
+RotaryOfSpans rotary_of(const Pass &pass, int64_t layer) {
+  return {pass.rotary + pass.rotary_of[layer], pass.num_rotaries};
+}
+
+// What one thread does of the head, after the layers.
+void put_out(const Pass &pass, const LayerRun &run, const Member &member) {
+  Best *best = pass.workspace->best.data();
+  run.finish(*pass.head, pass.logits, best + member.index * pass.num_rows);
+  member.wait();
+  for (int64_t row = member.first(pass.num_rows); row < member.last(pass.num_rows); ++row) {
+    Best own = best[row];
+    for (int64_t thread = 1; thread < member.num_threads; ++thread) {
+      const Best &next = best[thread * pass.num_rows + row];
+      if (own.is_below(next)) own = next;
+    }
+    pass.likeliest[row] = own.token;
+  }
+}
+
 // What one thread does of a pass.
 void take_part(const Pass &pass, const SharedParts &shared, const Member &member) {
   const ModelShape &shape = *pass.shape;
@@ -163,8 +188,12 @@ void take_part(const Pass &pass, const SharedParts &shared, const Member &member
   Own own = laid_out(pass.workspace->own[member.index], [&](Parts &parts) { return own_parts(parts, pass); });
   if (rows.is_shared)
     own.inputs = shared.inputs, own.queries = shared.queries, own.keys = shared.keys, own.values = shared.values;
-  for (int64_t place = state_first; place < state_last; place += kLanes)
-    store(own.residual + place, from_bf16(pass.input + place));
+  if (pass.tokens)
+    for (int64_t row = rows.first; row < rows.last; ++row)
+      embed(*pass.embedding, pass.tokens[row], shape.hidden_size, own.residual + row * shape.hidden_size);
+  else
+    for (int64_t place = state_first; place < state_last; place += kLanes)
+      store(own.residual + place, from_bf16(pass.input + place));
 
   const Decisions *decisions = pass.decisions;
   const Policy *policy = decisions ? decisions->policy : nullptr;
@@ -196,16 +225,17 @@ void take_part(const Pass &pass, const SharedParts &shared, const Member &member
         std::memcpy(decisions->scores + (layer + 1) * policy->num_actions, scores, policy->num_actions * sizeof(float));
     }
     const Memory memory = memory_of(pass, layer);
-    const Rotary &rotary = pass.rotary[pass.rotary_of[layer]];
+    const RotaryOfSpans rotary = rotary_of(pass, layer);
     if (is_skipped)
       run.skip(weights, pass.compensations[layer], memory, rotary);
     else
       run.run(weights, action, memory, rotary);
     if (is_first) pass.times[2 * layer + 1] = now();
   }
-  if (rows.is_shared || member.index == 0)
+  if (pass.output && (rows.is_shared || member.index == 0))
     for (int64_t place = state_first; place < state_last; place += kLanes)
       write_bf16(pass.output + place, load<Floats>(own.residual + place));
+  if (pass.head) put_out(pass, LayerRun(member, shape, shared.layers[0], own, pass.num_rows), member);
 }
 
 // What one thread does of the attention of rows whose products are shared: their first one is `pass.input`.
@@ -213,17 +243,18 @@ void take_part_in_attention(const Pass &pass, const AttentionParts &shared, cons
   const ModelShape &shape = *pass.shape;
   const int64_t query_size = shape.query_size(), kv_size = shape.kv_size(), fused_size = shape.fused_size();
   float *fused = grown(pass.workspace->own[member.index], fused_size);
-  const Rotary &rotary = pass.rotary[pass.rotary_of[pass.first_layer]];
+  const Memory memory = memory_of(pass, pass.first_layer);
+  const RotaryOfSpans rotary = rotary_of(pass, pass.first_layer);
   const int64_t first = member.first(pass.num_rows), last = member.last(pass.num_rows);
-  for (int64_t row = first; row < last; ++row) {
+  for_rows(memory, first, last, [&](int64_t row, int64_t position, int64_t span) {
     for (int64_t place = 0; place < fused_size; place += kLanes)
       store(fused + place, from_bf16(pass.input + row * fused_size + place));
-    split_heads(shape, pass.layers[pass.first_layer], rotary, row, fused, nullptr, shared.queries + row * query_size,
-                shared.keys + row * kv_size, shared.values + row * kv_size);
-  }
+    split_heads(shape, pass.layers[pass.first_layer], rotary.of(span), position, fused, nullptr,
+                shared.queries + row * query_size, shared.keys + row * kv_size, shared.values + row * kv_size);
+  });
   member.wait();
-  attend(member, shape.heads, memory_of(pass, pass.first_layer), shared.queries, shared.keys, shared.values,
-         shared.parts, shared.attended, first, last);
+  attend(member, shape.heads, memory, shared.queries, shared.keys, shared.values, shared.parts, shared.attended, first,
+         last);
   for (int64_t place = first * query_size; place < last * query_size; place += kLanes)
     write_bf16(pass.output + place, load<Floats>(shared.attended + place));
 }
@@ -234,8 +265,9 @@ extern "C" Workspace *dash_new_workspace() { return new Workspace; }
 
 extern "C" void dash_delete_workspace(Workspace *workspace) { delete workspace; }
 
-// Runs all layers from `first_layer` to `last_layer`.
+// Runs all layers from `first_layer` to `last_layer`, which may be none, and the head.
 extern "C" void dash_run_rows(const Pass *pass) {
+  if (pass->head) pass->workspace->best.resize(pass->num_threads * pass->num_rows);
   const auto shared = laid_out(pass->workspace->shared, [&](Parts &parts) { return shared_parts(parts, *pass); });
   in_parallel(*pass->workspace, pass->num_threads, [&](const Member &member) { take_part(*pass, shared, member); });
 }
@@ -260,29 +292,4 @@ extern "C" void dash_choose(const Policy *policy, const Block *block, const uint
     policy_choices(*policy, *block, state.data(), products, facts + row * (policy->num_facts + policy->num_actions),
                    scores + row * num_scores, best + row * policy->block_size);
   }
-}
-
-// The final norm and the language-model head.
-struct HeadPass {
-  Workspace *workspace;
-  const uint16_t *hidden;  // [num_rows, hidden_size], bf16
-  const float *norm;
-  const Matrix *matrix;
-  float *logits;  // [num_rows, num_tiles * kLanes]
-  int64_t num_rows, hidden_size, num_tiles, num_threads;
-  double eps;
-};
-
-extern "C" void dash_run_head(const HeadPass *pass) {
-  const int64_t size = pass->num_rows * pass->hidden_size;
-  in_parallel(*pass->workspace, pass->num_threads, [&](const Member &member) {
-    float *rows = grown(pass->workspace->own[member.index], size + inputs_size(pass->num_rows, pass->hidden_size));
-    for (int64_t place = 0; place < size; place += kLanes) store(rows + place, from_bf16(pass->hidden + place));
-    norm_rows(rows, pass->norm, {0, pass->num_rows, false}, pass->hidden_size, pass->eps, rows);
-    const Inputs inputs = prepare(static_cast<Layout>(pass->matrix->layout), rows, pass->num_rows, pass->hidden_size,
-                                  rows + size, 0, pass->num_rows);
-    const int64_t first = member.first(pass->num_tiles), last = member.last(pass->num_tiles);
-    product(*pass->matrix, inputs, pass->num_rows, first, last, pass->logits + first * kLanes,
-            pass->num_tiles * kLanes);
-  });
 }

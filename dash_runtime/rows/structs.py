@@ -71,6 +71,14 @@ class DecisionsStruct(Structure):
     ]
 
 
+class EmbeddingStruct(Structure):
+    _fields_ = [*_pointers("words"), *_numbers("is_packed"), ("multiplier", c_double)]
+
+
+class HeadStruct(Structure):
+    _fields_ = [*_pointers("norm"), ("matrix", MatrixStruct), *_numbers("num_tiles"), ("multiplier", c_double)]
+
+
 class PassStruct(Structure):
     _fields_ = [
         *_pointers("workspace"),
@@ -80,20 +88,15 @@ class PassStruct(Structure):
         *((name, POINTER(c_int64)) for name in ("windows", "rotary_of")),
         ("rotary", POINTER(RotaryStruct)),
         ("spans", POINTER(SpanStruct)),
+        ("tokens", POINTER(c_int64)),
+        ("embedding", POINTER(EmbeddingStruct)),
         *_pointers("input", "output"),
-        *_numbers("num_spans", "layer_bytes", "values_bytes", "token_bytes"),
+        ("head", POINTER(HeadStruct)),
+        *_pointers("logits"),
+        ("likeliest", POINTER(c_int64)),
+        *_numbers("num_spans", "num_rotaries", "layer_bytes", "values_bytes", "token_bytes"),
         *_numbers("num_rows", "num_threads", "first_layer", "last_layer", "kv_action"),
         *_pointers("pinned"),
         ("decisions", POINTER(DecisionsStruct)),
         *_pointers("plan", "times"),
-    ]
-
-
-class HeadStruct(Structure):
-    _fields_ = [
-        *_pointers("workspace", "hidden", "norm"),
-        ("matrix", POINTER(MatrixStruct)),
-        *_pointers("logits"),
-        *_numbers("num_rows", "hidden_size", "num_tiles", "num_threads"),
-        ("eps", c_double),
     ]

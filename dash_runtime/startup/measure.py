@@ -42,8 +42,7 @@ def measure_verification(
     def run_pass(length: int) -> None:
         count = length + 1
         batch = decoder.batch(PassKind.VERIFY, [cache], [count], [Identity()])
-        hidden = decoder.run_layers(Action.FULL, decoder.embed(different_tokens(decoder, count)), batch)
-        decoder.logits(hidden, (Action.FULL,) * count, PassKind.VERIFY).argmax(-1).tolist()
+        decoder.run_tokens(Action.FULL, different_tokens(decoder, count), batch, Action.FULL, PassKind.VERIFY)
 
     works = {length: partial(run_pass, length) for length in (0, *fitting)}
     seconds = least_seconds(decoder, works, rounds_within(SECONDS, rounds, now))
@@ -64,8 +63,7 @@ def measure_second_row(decoder: Decoder, rounds: int = _ROUNDS, now: Callable[[]
     def run_pass(count: int) -> None:
         kind = PassKind.DECODE if count == 1 else PassKind.VERIFY
         batch = decoder.batch(kind, [cache], [count], [Identity()])
-        hidden = decoder.run_layers(action, decoder.embed(different_tokens(decoder, count)), batch)
-        decoder.logits(hidden, (head,) * count).argmax(-1).tolist()
+        decoder.run_tokens(action, different_tokens(decoder, count), batch, head, PassKind.DECODE)
 
     works = {count: partial(run_pass, count) for count in (1, 2)}
     seconds = least_seconds(decoder, works, rounds_within(SECONDS / 3, rounds, now))

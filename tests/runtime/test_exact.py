@@ -21,7 +21,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import EngineEvent, SequenceFinished, SpeculationStatistics, TokenProduced
-from dash_runtime.layers.batch import PassKind
+from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.policy.catalog import USUAL_VERIFICATION_COSTS
 from tests.runtime.planned_engine import ACTIONS, make_engine
 from tests.runtime.support import drain, finished, load_decoder, tokens
@@ -252,12 +252,12 @@ class NotingDecoder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name)
 
-    def logits(
-        self, hidden: torch.Tensor, precisions: Sequence[Action], kind: PassKind = PassKind.DECODE
-    ) -> torch.Tensor:
-        if len(precisions) > 1:
+    def run_tokens(
+        self, action: Action, token_ids: Sequence[int], batch: Batch, head: Action, kind: PassKind
+    ) -> tuple[torch.Tensor, list[int]]:
+        if len(token_ids) > 1:
             self.kinds.append(kind)
-        return self._decoder.logits(hidden, precisions, kind)
+        return self._decoder.run_tokens(action, token_ids, batch, head, kind)
 
 
 @pytest.mark.parametrize("group_planner", [True, False])

@@ -115,11 +115,9 @@ class Case:
                 sequence = memory[:, :, place * NUM_POSITIONS :]
                 each.append(RowSpan(sequence.data_ptr(), end, first_row, count))
                 first_row += count
-            positions = [position for position, _ in self.places[first : first + first_row]]
             layers, values, tokens, *_ = (stride * memory.element_size() for stride in memory.stride())
-            tables = [own[positions] for own in self.tables]
-            cosines, sines = (own.data_ptr() for own in tables)
-            given = RowsOfPass.of(each, (layers, values, tokens), [(cosines, sines)], tables)
+            cosines, sines = (own.data_ptr() for own in self.tables)
+            given = RowsOfPass(each, (layers, values, tokens), [[(cosines, sines)]] * len(each))
             hidden = self.hidden[first : first + first_row]
             outputs.append(rows.run(hidden, given, pinned, range(LAYER, LAYER + 1), packed, action))
         added = [place * NUM_POSITIONS + position for position, place in self.places]

@@ -65,7 +65,7 @@ def run_whole(
     decoder: Decoder, cache: SequenceCache, token_id: int, plan: Sequence[Action], compensation: Compensation
 ) -> PassRun | None:
     batch = decoder.batch(PassKind.DECODE, [cache], [1], [compensation], [Action.INT8])
-    run = decoder.run_pass(PassPlan(dict(enumerate(plan))), decoder.embed([token_id]), batch)
+    run = decoder.run_pass(PassPlan(dict(enumerate(plan))), [token_id], batch, Action.FULL)
     if run is not None:
         batch.commit()
     return run
@@ -115,7 +115,8 @@ def test_any_plan_in_one_call_has_the_bits_that_it_has_layer_by_layer(decoder: D
         assert run is not None
         assert list(run.plan) == plan
         assert not run.scores
-        assert torch.equal(decoder.logits(run.hidden, [Action.FULL]), expected)
+        assert torch.equal(run.logits, expected)
+        assert run.likeliest == expected.argmax(-1).tolist()
         assert list(run.layer_times) == sorted(run.layer_times)
         assert 0 < run.layer_times[0] < run.layer_times[-1]
     assert_equal_caches(own, other)
@@ -127,7 +128,7 @@ def test_what_one_call_cannot_run_is_left_to_the_loop_over_layers(decoder: Decod
     caches = prefilled(decoder, [1], [2])
     assert run_whole(decoder, caches[0], 1, plan, some_low_rank(decoder)) is None  # its matrices are float
     batch = decoder.batch(PassKind.DECODE, caches, [1, 1], [Identity(), Scale(torch.ones(decoder.num_layers))])
-    assert decoder.run_pass(PassPlan(dict(enumerate(plan))), decoder.embed([1, 2]), batch) is None
+    assert decoder.run_pass(PassPlan(dict(enumerate(plan))), [1, 2], batch, Action.FULL) is None
     eager = load_decoder(folder, torch.bfloat16)
     assert run_whole(eager, prefilled(eager, [1])[0], 1, plan, Identity()) is None
 
@@ -138,13 +139,13 @@ def test_two_rows_of_one_draft_have_the_bits_that_each_has_alone(decoder: Decode
     own, other = prefilled(decoder, some_ids(70), some_ids(70))
     plan = [action] * decoder.num_layers
     batch = decoder.batch(PassKind.VERIFY, [own], [2], [Identity()])
-    together = decoder.run_pass(PassPlan(dict(enumerate(plan))), decoder.embed([3, 9]), batch)
+    together = decoder.run_pass(PassPlan(dict(enumerate(plan))), [3, 9], batch, Action.FULL)
     batch.commit()
     alone = [run_whole(decoder, other, token_id, plan, Identity()) for token_id in (3, 9)]
     assert together is not None
     for row, run in enumerate(alone):
         assert run is not None
-        assert torch.equal(together.hidden[row : row + 1], run.hidden)
+        assert torch.equal(together.logits[row : row + 1], run.logits)
     assert_equal_caches(own, other)
 
 
@@ -276,4 +277,4 @@ def test_an_action_that_layers_are_not_packed_for_is_an_error_that_names_it(
     with pytest.raises(ValueError, match="INT4"):
         decoder.run_layer(0, [Action.INT4], hidden, batch)
     with pytest.raises(ValueError, match="INT8"):
-        decoder.run_pass(PassPlan(dict.fromkeys(range(decoder.num_layers), Action.INT8)), hidden, batch)
+        decoder.run_pass(PassPlan(dict.fromkeys(range(decoder.num_layers), Action.INT8)), [2], batch, Action.FULL)

@@ -17,7 +17,7 @@ from dash_runtime.linears.dense_linear import (
     packed_words,
 )
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.rows.model_rows import ModelRows
+from dash_runtime.rows.model_rows import HeadRows, ModelRows
 from dash_runtime.rows.row_matrix import PackedRowMatrix, RowMatrix, is_packable, pack_row_matrix
 from tests.runtime.native_code import native_library, rounded
 
@@ -49,7 +49,8 @@ def product(
 ) -> Tensor:
     """Returns the products of normed rows, by way of a head."""
     own = replace(config, hidden_size=rows.shape[1], rms_norm_eps=0.0)
-    return ModelRows(native_library(), own, [0] * own.num_layers, threads).head(matrix, norm, outputs)(rows)
+    model = ModelRows(native_library(), own, [0] * own.num_layers, threads)
+    return HeadRows(model, matrix, norm, outputs, 1.0)(rows)
 
 
 def some_weight(out_features: int, in_features: int) -> Tensor:

@@ -48,9 +48,12 @@ class Backend(Protocol):
         may still be reading them.
         """
 
-    def run_pass(self, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
-        """Runs a pass with one plan for all rows through all layers at once, with the same numbers; returns None if it
-        cannot."""
+    def run_layers(self, action: Action, hidden: Tensor, batch: Batch) -> Tensor | None:
+        """Runs all layers at once with one action, with the same numbers; returns None if it cannot."""
+
+    def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch, head: Action) -> PassRun | None:
+        """Runs a pass with one plan for all rows at once, with the same numbers: embedding, layers and head; returns
+        None if it cannot."""
 
     def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
         """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""
@@ -78,5 +81,8 @@ class LayerByLayer(OwnMemory):
     def decides_alone(self, num_rows: int) -> bool:
         return False
 
-    def run_pass(self, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
+    def run_layers(self, action: Action, hidden: Tensor, batch: Batch) -> Tensor | None:
+        return None
+
+    def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch, head: Action) -> PassRun | None:
         return None

@@ -1,4 +1,4 @@
-"""Decodes with native code: rows of one action in one call, or shared products for many rows in FULL.
+"""Decodes with native code: rows of one plan in one call, or shared products for many rows in FULL.
 
 For passes of one row per sequence, and for verification. Knows layers and rows; knows no policies and no requests.
 """
@@ -6,13 +6,15 @@ For passes of one row per sequence, and for verification. Knows layers and rows;
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, bfloat16
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.backends.backend import OwnMemory
+from dash_runtime.devices import device_of
 from dash_runtime.devices.one_thread import one_thread
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Compensation
+from dash_runtime.layers.embedding import Embedding, HeadsEmbedding, PlainEmbedding
 from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.layer import DecoderLayer
 from dash_runtime.layers.layer_body import Linears, run_layer_body
@@ -25,7 +27,7 @@ from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import Linear, for_neighbours, most_rows_apart, packed_words
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.rows.library import RowsLibrary
-from dash_runtime.rows.model_rows import CompensatedLayers, ModelRows, PackedLayer
+from dash_runtime.rows.model_rows import Chosen, CompensatedLayers, HeadRows, ModelRows, PackedLayer
 from dash_runtime.rows.row_matrix import RowMatrix, is_packable, pack_row_matrix
 from dash_runtime.rows.structs import LANES, MOST_CHANNELS, NORMS
 
@@ -63,6 +65,8 @@ class NativeBackend(OwnMemory):
         """By the compensation's id; the compensation is kept, so that nothing else gets it."""
         self._pinned: tuple[Mapping[int, Action], bytes] = ({}, b"")
         self.logits = Heads({})
+        self._heads: dict[Action, HeadRows] = {}
+        self._has_embedding = False
 
     def add_layer(self, weights: LayerWeights, layer: DecoderLayer) -> None:
         """Packs the next layer's matrices; `layer` has those for eager passes in FULL."""
@@ -76,16 +80,25 @@ class NativeBackend(OwnMemory):
         self._rows.set_layer(len(self._layers), PackedLayer(layer_vectors(weights), packed))
         self._layers.append(_SharedLayer(layer, linears.mapped(for_neighbours, for_neighbours)))
 
-    def set_heads(self, heads: Mapping[Action, Head], shared: Head) -> None:
-        """Sets the heads by precision, and the one for many rows at once."""
+    def set_ends(self, embedding: Embedding, heads: Mapping[Action, Head], shared: Head) -> None:
+        """Sets the embedding, the heads by precision, and the head for many rows at once."""
         self.logits = Heads(heads, shared if self.shares_products else None, most_rows_apart())
+        self._heads = {precision: head for precision, head in heads.items() if isinstance(head, HeadRows)}
+        self._has_embedding = True
+        match embedding:
+            case HeadsEmbedding(words, multiplier):
+                self._rows.set_embedding(words, True, multiplier)
+            case PlainEmbedding(weight, multiplier) if weight.dtype is bfloat16 and weight.is_contiguous():
+                self._rows.set_embedding(weight, False, multiplier)
+            case _:
+                self._has_embedding = False
 
     def head(self, precision: Action, weight: Tensor, linear: Linear, norm: RmsNorm, multiplier: float) -> Head | None:
         """Returns norm and head of that precision; None for one in FULL whose memory nothing else shares."""
         if precision is Action.FULL and packed_words(linear) is None:
             return None
-        head = self._rows.head(pack_row_matrix(precision, weight, linear), norm.weight, len(weight))
-        return head if multiplier == 1 else lambda hidden: head(hidden) * multiplier
+        matrix = pack_row_matrix(precision, weight, linear)
+        return HeadRows(self._rows, matrix, norm.weight, len(weight), multiplier)
 
     def takes(self, batch: Batch) -> bool:
         return True
@@ -110,21 +123,38 @@ class NativeBackend(OwnMemory):
             parts.append((group, outputs))
         return scatter_rows(parts, len(actions))
 
-    def run_pass(self, plan: PassPlan, hidden: Tensor, batch: Batch) -> PassRun | None:
+    def run_layers(self, action: Action, hidden: Tensor, batch: Batch) -> Tensor | None:
+        if action is Action.FULL and self._is_shared(batch, batch.num_rows):
+            return None
+        common = self._common(batch)
+        if common is None:
+            return None
+        self._check(action)
+        layers = range(self._num_layers)
+        return self._rows.run(hidden, batch.rows_of(None), bytes([action]) * len(layers), layers, *common)
+
+    def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch, head: Action) -> PassRun | None:
+        is_shared, common = self._is_shared(batch, batch.num_rows), self._common(batch)
+        if not self._has_embedding or common is None or (is_shared and Action.FULL in plan.pinned.values()):
+            return None
+        own_head = None if is_shared else self._heads.get(head)
+        pinned, rows = self._as_bytes(plan.pinned), batch.rows_of(None)
+        output = self._rows.run_tokens(token_ids, rows, pinned, *common, own_head, plan.policy)
+        if isinstance(output, Tensor):
+            logits = self.logits(output, (head,) * len(token_ids))
+            output = Chosen(logits, device_of(logits.device).likeliest(logits))
+        scores = b"" if plan.policy is None else plan.policy.scores
+        return PassRun(*output, self._rows.plan, scores, self._rows.times)
+
+    def _common(self, batch: Batch) -> tuple[CompensatedLayers, Action] | None:
+        """Returns all rows' compensation and precision of late keys and values; None if they differ, or native code has
+        no such compensation."""
         kv_action, first = batch.kv_actions[0], batch.compensations[0]
         if any(own is not first for own in batch.compensations) or set(batch.kv_actions) != {kv_action}:
             return None
         compensation = self._compensated_by(first)
-        if compensation is None:
-            return None
         self._check(kv_action)
-        if self._is_shared(batch, batch.num_rows) and Action.FULL in plan.pinned.values():
-            return None
-        layers, policy, rows = range(self._num_layers), plan.policy, batch.rows_of(None)
-        pinned = self._as_bytes(plan.pinned)
-        output = self._rows.run(hidden, rows, pinned, layers, compensation, kv_action, policy)
-        scores = b"" if policy is None else policy.scores
-        return PassRun(output, self._rows.plan, scores, self._rows.times)
+        return None if compensation is None else (compensation, kv_action)
 
     def _skip(
         self, layer: int, hidden: Tensor, batch: Batch, group: list[int] | None

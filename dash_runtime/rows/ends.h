@@ -1,0 +1,70 @@
+// The ends of a pass through a model: a token's row of the embedding, and the head's likeliest token.
+#pragma once
+#include "products.h"
+
+// The matrix of the embedding: in the blocks of a tied head that oneDNN packed, or row by row.
+struct Embedding {
+  const void *words;
+  int64_t is_packed;
+  double multiplier;
+};
+
+struct Head {
+  const float *norm;
+  Matrix matrix;
+  int64_t num_tiles;
+  double multiplier;
+};
+
+// A token and its logit.
+struct Best {
+  float logit;
+  int64_t token;
+
+  // Equal ones: the first.
+  bool is_below(const Best &later) const { return later.logit > logit; }
+};
+
+inline void embed(const Embedding &embedding, int64_t token, int64_t size, float *state) {
+  if (embedding.is_packed) {
+    const int64_t block = token / kWidest * (size / 2) * kWidest;
+    const uint32_t *words = static_cast<const uint32_t *>(embedding.words) + block + token % kWidest;
+    for (int64_t pair = 0; pair < size / 2; ++pair) {
+      const uint32_t word = words[pair * kWidest];
+      state[2 * pair] = from_bf16(static_cast<uint16_t>(word));
+      state[2 * pair + 1] = from_bf16(static_cast<uint16_t>(word >> 16));
+    }
+  } else {
+    const uint16_t *row = static_cast<const uint16_t *>(embedding.words) + token * size;
+    for (int64_t place = 0; place < size; place += kLanes) store(state + place, from_bf16(row + place));
+  }
+  if (embedding.multiplier == 1) return;
+  const float multiplier = static_cast<float>(embedding.multiplier);
+  for (int64_t place = 0; place < size; place += kLanes)
+    store(state + place, rounded_to_bf16(load<Floats>(state + place) * multiplier));
+}
+
+// Multiplies the logits of a row's tiles from `first` to `last`; returns the largest of them.
+inline Best scaled_best(float *logits, int64_t first, int64_t last, double multiplier) {
+  if (multiplier != 1)
+    for (int64_t place = first * kLanes; place < last * kLanes; place += kLanes)
+      store(logits + place, load<Floats>(logits + place) * static_cast<float>(multiplier));
+  constexpr int kParts = kLanes / kRegisterLanes;
+  Register most[kParts];
+  Words tiles[kParts]{};
+  for (int part = 0; part < kParts; ++part) most[part] = Register{} - INFINITY;
+  for (int64_t tile = first; tile < last; ++tile)
+    for (int part = 0; part < kParts; ++part) {
+      const Register own = load<Register>(logits + tile * kLanes + part * kRegisterLanes);
+      const Words number = Words{} + static_cast<int32_t>(tile);
+      tiles[part] = own > most[part] ? number : tiles[part];
+      most[part] = own > most[part] ? own : most[part];
+    }
+  Best best{-INFINITY, first * kLanes};
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const float logit = most[lane / kRegisterLanes][lane % kRegisterLanes];
+    const int64_t token = int64_t{tiles[lane / kRegisterLanes][lane % kRegisterLanes]} * kLanes + lane;
+    if (logit > best.logit || (logit == best.logit && token < best.token)) best = {logit, token};
+  }
+  return best;
+}
