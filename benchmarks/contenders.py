@@ -32,6 +32,7 @@ class EngineContender:
         self._skip = skip
         self._constraint = constraint
 
+    @torch.inference_mode()  # as a worker serves
     def run(self, prompts: Sequence[list[int]], num_tokens: int) -> Run:
         engine = self._engine
         arrivals: dict[str, list[tuple[float, int]]] = {str(number): [] for number in range(len(prompts))}

@@ -137,16 +137,15 @@ class CostFit:
         self._full_token = self._work((costs.num_layers, Action.FULL, 0, STANDARD_POSITIONS), {Action.FULL: 1.0})
         size = len(self._table)
         self._evidence, self._answers = np.zeros((size, size)), np.zeros(size)
-        self._group: list[tuple[float, float, StepTime]] = []
+        self._group: list[StepTime] = []
         self._work_by_source: dict[str, Vector] = {}
         self._begin_epoch()
 
     def add(self, step: StepTime) -> bool:
         """Adds a step. Returns True if a group is complete, so that the estimate has changed."""
-        if self._group and self._group[0][2].source != step.source:
+        if self._group and self._group[0].source != step.source:
             self._group = []
-        cost = self._cost(step)
-        self._group.append((step.seconds / cost, cost, step))
+        self._group.append(step)
         if len(self._group) < GROUP:
             return False
         self._add_group()
@@ -222,8 +221,9 @@ class CostFit:
         )
 
     def _add_group(self) -> None:
-        longest = _LONGEST_OVER_MEDIAN * statistics.median(ratio for ratio, _, _ in self._group)
-        kept = [step for ratio, _, step in self._group if ratio <= longest]
+        ratios = [step.seconds / self._cost(step) for step in self._group]
+        longest = _LONGEST_OVER_MEDIAN * statistics.median(ratios)
+        kept = [step for step, ratio in zip(self._group, ratios, strict=True) if ratio <= longest]
         plans = b"".join(step.plan for step in kept)
         shares = {action: plans.count(action) / len(plans) for action in self._actions}
         head, num_evaluations = kept[0].head, sum(step.num_evaluations for step in kept) / len(kept)

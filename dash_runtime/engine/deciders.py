@@ -1,33 +1,79 @@
-"""Says who decides for which rows of a batch. Knows sequences and their policies; runs nothing."""
+"""The rows of decode steps: who decides for which, and where their sequences stand.
 
+Knows sequences and their policies; runs nothing.
+"""
+
+from collections.abc import Sequence as Several
+from operator import is_
+
+from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.fused_decider import FusedDecider
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.engine.step import Decider
+from dash_runtime.layers.batch import PassKind
 from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.policy.policy import Token
 
 
-def deciders_of(
-    sequences: list[Sequence], assignments: list[Assignment], decides_alone: bool, num_rows: int
-) -> list[Decider]:
-    """Returns one decider per policy in the batch. A single row's pass evaluates it if both can.
+class DecodingRows:
+    """One row for each sequence, or `num_rows` of a single one, kept from step to step while the same rows decode.
 
-    There is a row for each sequence, or `num_rows` of a single one.
+    Args:
+        assignments: what decides for each sequence.
     """
-    if num_rows > len(sequences):
-        (sequence,), (assignment,) = sequences, assignments
-        tokens = [sequence.next_token()] * num_rows
-        return [Decider(assignment.policy, range(num_rows), tokens, assignment.state_costs, num_rows)]
-    rows_by_policy: dict[int, list[int]] = {}
-    for row, assignment in enumerate(assignments):
-        rows_by_policy.setdefault(id(assignment.policy), []).append(row)
-    deciders: list[Decider] = []
-    for rows in rows_by_policy.values():
-        assignment = assignments[rows[0]]
-        tokens = [sequences[row].next_token() for row in rows]
-        policy, arguments = assignment.policy, (rows, tokens, assignment.state_costs, len(sequences))
-        if decides_alone and isinstance(policy, LearnedPolicy) and policy.decides_alone:
-            deciders.append(FusedDecider(policy, *arguments))
-        else:
-            deciders.append(Decider(policy, *arguments))
-    return deciders
+
+    def __init__(
+        self, decoder: Decoder, sequences: Several[Sequence], assignments: Several[Assignment], num_rows: int
+    ) -> None:
+        self._sequences, self._assignments, self._num_rows = sequences, assignments, num_rows
+        self._pool = sequences[0].cache.pool
+        self._num_moves = self._pool.num_moves
+        self._is_several = num_rows > len(sequences)
+        policies = [sequence.assignment.policy for sequence in sequences]
+        self.batch = decoder.batch(
+            PassKind.VERIFY if self._is_several else PassKind.DECODE,
+            [sequence.cache for sequence in sequences],
+            [num_rows] if self._is_several else [1] * num_rows,
+            [policy.compensation for policy in policies],
+            [policy.kv_action for policy in policies],
+        )
+        self.deciders = self._make_deciders(decoder.decides_alone(num_rows))
+        self.decider_of = {row: decider for decider in self.deciders for row in decider.rows}
+
+    def are_of(self, sequences: Several[Sequence], assignments: Several[Assignment], num_rows: int) -> bool:
+        """Returns True if these rows are still the same, and lie where they lay."""
+        return (
+            num_rows == self._num_rows
+            and self._num_moves == self._pool.num_moves
+            and len(sequences) == len(self._sequences)
+            and all(map(is_, sequences, self._sequences))
+            and all(map(is_, assignments, self._assignments))
+        )
+
+    def move_on(self) -> None:
+        """Begins the next step of the same rows."""
+        self.batch.move_on()
+        for decider in self.deciders:
+            decider.begin(self._tokens(decider.rows))
+
+    def _tokens(self, rows: Several[int]) -> list[Token]:
+        if self._is_several:
+            return [self._sequences[0].next_token()] * self._num_rows
+        return [self._sequences[row].next_token() for row in rows]
+
+    def _make_deciders(self, decides_alone: bool) -> list[Decider]:
+        """Returns one decider per policy. A single row's pass evaluates it if both can."""
+        rows_by_policy: dict[int, list[int]] = {}
+        places = [0] * self._num_rows if self._is_several else range(self._num_rows)
+        for row, place in enumerate(places):
+            rows_by_policy.setdefault(id(self._assignments[place].policy), []).append(row)
+        deciders: list[Decider] = []
+        for rows in rows_by_policy.values():
+            assignment = self._assignments[places[rows[0]]]
+            policy, arguments = assignment.policy, (rows, self._tokens(rows), assignment.state_costs, self._num_rows)
+            if decides_alone and isinstance(policy, LearnedPolicy) and policy.decides_alone:
+                deciders.append(FusedDecider(policy, *arguments))
+            else:
+                deciders.append(Decider(policy, *arguments))
+        return deciders

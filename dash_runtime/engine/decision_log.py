@@ -21,6 +21,9 @@ class DecisionLog:
         self._action_counts = dict.fromkeys(Action, 0)
         self._total_cost = 0.0
         self._exposed_ns = 0
+        self._last_work: tuple[bytes, Action, int] | None = None
+        self._last_counts: Mapping[Action, int] = {}
+        self._last_cost = 0.0
 
     def append_prefill_token(self) -> bytes:
         """Records the first output token, which the prefill made at full depth; returns its plan."""
@@ -45,10 +48,13 @@ class DecisionLog:
     def add_draft_token(self, plan: bytes, head: Action, num_evaluations: int, exposed_ns: int) -> float:
         """Counts what ran for a token that may never be output; returns its cost."""
         self._exposed_ns += exposed_ns
-        counts = _counts(plan)
-        cost = self._costs.mean_cost(counts, head, num_evaluations)
-        self._add(counts, cost)
-        return cost
+        work = plan, head, num_evaluations
+        if work != self._last_work:  # a fixed plan's is the same for every token
+            counts = _counts(plan)
+            self._last_work, self._last_counts = work, counts
+            self._last_cost = self._costs.mean_cost(counts, head, num_evaluations)
+        self._add(self._last_counts, self._last_cost)
+        return self._last_cost
 
     def add_guess(self, plan: bytes, cost: float) -> None:
         """Counts a second row of a drafting pass, which adds `cost`."""

@@ -19,7 +19,7 @@ from dash_runtime.decision_trace import StepKind
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.devices.step_timer import CudaStepTimer
 from dash_runtime.engine.constraints import ConstraintCompiler, TextConstraint
-from dash_runtime.engine.deciders import deciders_of
+from dash_runtime.engine.deciders import DecodingRows
 from dash_runtime.engine.device_times import settle_decisions
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import Planner
@@ -84,6 +84,7 @@ class Engine:
         self._prefix_cache = PrefixCache(config.prefix_cache_tokens, row_block)
         self._waiting: deque[_Waiting] = deque()
         self._running: dict[str, Sequence] = {}
+        self._decoding_rows: DecodingRows | None = None
         self.on_progress: Callable[[], None] = lambda: None
         """Called between the layers of a pass over many tokens, which may take seconds."""
 
@@ -125,13 +126,18 @@ class Engine:
         sequence = self._running.get(request_id)
         return [] if sequence is None else [self._finish(sequence, EndReason.STOP_STRING)]
 
-    @torch.inference_mode()
     def step(self) -> list[EngineEvent]:
         """Runs one step and returns its events.
 
         Grants free slots, prefills one chunk of prompts, decodes or drafts one token of every sequence whose prompt is
         done, and verifies complete drafts.
         """
+        if torch.is_inference_mode_enabled():  # to enter it takes a hundredth of a token, so a caller may stay in it
+            return self._step()
+        with torch.inference_mode():
+            return self._step()
+
+    def _step(self) -> list[EngineEvent]:
         events: list[EngineEvent] = []
         self._grant_slots(events)
         decoding = [sequence for sequence in self._running.values() if not sequence.num_prompt_tokens_left]
@@ -193,7 +199,7 @@ class Engine:
         neighbours nor on how much of its prompt was copied.
         """
         num_left = self._config.prefill_chunk_tokens
-        for sequence in list(self._running.values()):
+        for sequence in [own for own in self._running.values() if own.num_prompt_tokens_left]:
             request = sequence.request
             prompt = (self._prefix_namespace(sequence), request.prompt_token_ids, sequence.cache)
             if not sequence.cache.length:
@@ -216,15 +222,16 @@ class Engine:
         kind = PassKind.PREFILL if sequence.is_scored_at_once else PassKind.DECODE
         for rows in hidden.split(_SCORED_ROWS) if len(hidden) else ():
             self.on_progress()
-            for logits in self._decoder.logits(rows, (Action.FULL,) * len(rows), kind):
-                token_id = sequence.sampler.sample(logits)
+            logits = self._decoder.logits(rows, (Action.FULL,) * len(rows), kind)
+            for row in range(len(rows)):
+                token_id = sequence.sampler.sample(logits[row])
                 if not sequence.output_ids:
                     plan = sequence.log.append_prefill_token()
                     sequence.recorder.add_first_token(token_id)
                 else:
                     sequence.log.add_verification(1, 1.0)
                     plan = sequence.log.append_verified_token()
-                self._take(sequence, token_id, logits, plan, events)
+                self._take(sequence, token_id, logits, row, plan, events)
 
     def _prefix_namespace(self, sequence: Sequence) -> str:
         """Returns its caller's namespace, or the one beside it for sequences whose keys are rotated otherwise."""
@@ -237,35 +244,31 @@ class Engine:
         return self._decoder.batch(kind, [sequence.cache for sequence in sequences], lengths, compensations)
 
     def _decode(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
-        policies = [sequence.assignment.policy for sequence in sequences]
         assignments = [sequence.decider_assignment(self._catalog.full_depth) for sequence in sequences]
         token_ids = [sequence.last_token_id for sequence in sequences]
         guess = sequences[0].guess() if len(sequences) == 1 else None
-        kind, lengths = PassKind.DECODE, [1] * len(sequences)
         if guess is not None:
-            kind, lengths, token_ids = PassKind.VERIFY, [2], [*token_ids, guess]
-        deciders = deciders_of(sequences, assignments, self._decoder.decides_alone(len(sequences)), len(token_ids))
-        batch = self._decoder.batch(
-            kind,
-            [sequence.cache for sequence in sequences],
-            lengths,
-            [policy.compensation for policy in policies],
-            [policy.kv_action for policy in policies],
-        )
+            token_ids = [*token_ids, guess]
+        rows = self._decoding_rows
+        if rows is not None and rows.are_of(sequences, assignments, len(token_ids)):
+            rows.move_on()
+        else:
+            rows = self._decoding_rows = DecodingRows(self._decoder, sequences, assignments, len(token_ids))
+        deciders = rows.deciders
         exposed_before, started_ns = self._lane.exposed_ns, time.perf_counter_ns()
         planner = self._planner if len(sequences) > 1 else None  # a single row has none to agree with
         is_recorded = any(sequence.recorder.has_room for sequence in sequences)
-        output = decode_step(self._decoder, self._lane, batch, token_ids, deciders, planner, is_recorded)
+        output = decode_step(self._decoder, self._lane, rows.batch, token_ids, deciders, planner, is_recorded)
         likeliest_ids = output.likeliest
         if isinstance(output.timer, CudaStepTimer):
             settle_decisions(output.timer, [block for decider in deciders for block in decider.blocks])
         exposed_ns, elapsed_ns = self._lane.exposed_ns - exposed_before, time.perf_counter_ns() - started_ns
-        scores = scores_of(output.logits, {row: own.sampler for row, own in enumerate(sequences) if own.is_sampled})
-        decider_of = {row: decider for decider in deciders for row in decider.rows}
+        sampled = {row: own.sampler for row, own in enumerate(sequences) if own.is_sampled}
+        scores = scores_of(output.logits, sampled) if sampled else {}
         for row, (sequence, assignment) in enumerate(zip(sequences, assignments, strict=True)):
-            policy, plan, logits = assignment.policy, output.plans[row], output.logits[row]
-            recorded = output, row, decider_of[row], started_ns
-            num_evaluations = decider_of[row].num_evaluations
+            policy, plan = assignment.policy, output.plans[row]
+            recorded = output, row, rows.decider_of[row], started_ns
+            num_evaluations = rows.decider_of[row].num_evaluations
             own_exposed_ns = exposed_ns if len(policy.pinned) < self._decoder.num_layers else 0
             if sequence.is_drafting:
                 cost = sequence.log.add_draft_token(plan, policy.head, num_evaluations, own_exposed_ns)
@@ -277,7 +280,7 @@ class Engine:
                 for place, token_id in enumerate(
                     sequence.draft(own_logits, likeliest_ids[row:], cost, elapsed_ns, guess)
                 ):
-                    recorded = output, row + place, decider_of[row], started_ns
+                    recorded = output, row + place, rows.decider_of[row], started_ns
                     sequence.recorder.add_pass(StepKind.DRAFT, token_id, 0.0 if place else cost, *recorded)
                 continue
             sampler = sequence.sampler
@@ -289,7 +292,7 @@ class Engine:
             sequence.recorder.add_pass(StepKind.DECODE, token_id, cost, *recorded)
             if self._step_clock is not None:
                 self._step_clock.ran(policy.name, plan, policy.head, num_evaluations, sequence.cache.length)
-            self._take(sequence, token_id, logits, plan, events)
+            self._take(sequence, token_id, output.logits, row, plan, events)
 
     def _verify(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
         """Runs complete drafts at full depth and outputs the accepted tokens. The drafts' keys and values are dropped
@@ -316,16 +319,19 @@ class Engine:
                 assert sequence.speculation is not None
                 sequence.speculation.verification_ns += elapsed_ns
                 sequence.recorder.add_verification(ids, accepted, from_text, cost, started_ns)
-                for token_id, own_logits in zip(ids, logits, strict=False):  # rejected tokens have logits, but no id
-                    self._take(sequence, token_id, own_logits, sequence.log.append_verified_token(), events)
+                for row, token_id in enumerate(ids):  # rejected tokens have logits, but no id
+                    self._take(sequence, token_id, logits, row, sequence.log.append_verified_token(), events)
 
-    def _take(self, sequence: Sequence, token_id: int, logits: Tensor, plan: bytes, events: list[EngineEvent]) -> None:
+    def _take(
+        self, sequence: Sequence, token_id: int, logits: Tensor, row: int, plan: bytes, events: list[EngineEvent]
+    ) -> None:
+        """Puts out a token, which was chosen from this row of logits `[rows, vocab_size]`."""
         request = sequence.request
         if refusal := sequence.refusal():
             events.append(refusal)
             self._release(sequence)
             return
-        logprobs = None if request.logprobs is None else token_logprobs(logits, token_id, request.logprobs)
+        logprobs = None if request.logprobs is None else token_logprobs(logits[row], token_id, request.logprobs)
         shown_plan = plan if request.return_decisions else b""
         events.append(TokenProduced(request.request_id, token_id, shown_plan, logprobs))
         if reason := sequence.append(token_id):

@@ -4,10 +4,11 @@ Knows policies and rows; knows no kernels. Nothing waits, so lanes have no part 
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
-from dash_runtime.actions import Action, CostTable
+from dash_runtime.actions import Action
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.step import DecidedBlock, Decider
 from dash_runtime.layers.pass_plan import PassPlan, PassRun
@@ -20,17 +21,14 @@ class FusedDecider(Decider):
 
     policy: LearnedPolicy
 
-    def __init__(
-        self, policy: LearnedPolicy, rows: Sequence[int], tokens: Sequence[Token], costs: CostTable, num_rows: int
-    ) -> None:
-        super().__init__(policy, rows, tokens, costs, num_rows)
+    def begin(self, tokens: Sequence[Token]) -> None:
         (token,) = tokens
-        self._plan = PassPlan(policy.pinned, policy.begin_row(token, costs))
+        self._policy_rows = self.policy.begin_row(token)
         self._scores = b""
 
-    @property
+    @cached_property
     def pass_plan(self) -> PassPlan | None:
-        return self._plan
+        return PassPlan(self.policy.pinned, self._policy_rows)
 
     def take(self, run: PassRun) -> None:
         self._scores = run.scores
@@ -41,7 +39,7 @@ class FusedDecider(Decider):
     def observe(self, layer: int, hidden: torch.Tensor, actions: Sequence[Action], lane: Lane) -> None:
         raise AssertionError("the pass decides")
 
-    @property
+    @cached_property
     def num_evaluations(self) -> int:
         return self.policy.num_evaluations
 

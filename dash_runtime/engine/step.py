@@ -106,7 +106,7 @@ def _run_at_once(
 
 
 class Decider:
-    """Asks one policy about its rows during one step, and keeps its decisions until their layers run.
+    """Asks one policy about its rows during a step, and keeps its decisions until their layers run.
 
     Args:
         rows: indices in the batch, ascending; no other decider has them.
@@ -119,15 +119,19 @@ class Decider:
     ) -> None:
         self.policy = policy
         self.rows = list(rows)
-        self._tokens = tokens
         self._layer_costs = costs.layer
         self._num_layers = costs.num_layers
         self._has_all_rows = len(self.rows) == num_rows
         self._is_blind = len(policy.pinned) == self._num_layers
-        self._cost_spent = [0.0] * len(self.rows)
         self._tickets: dict[int, tuple[tuple[int, ...], Ticket]] = {}
-        self._blocks: list[DecidedBlock] = []
         self._decided: dict[int, Actions] = {}
+        self.begin(tokens)
+
+    def begin(self, tokens: Sequence[Token]) -> None:
+        """Begins a step of the same rows with these tokens."""
+        self._tokens = tokens
+        self._cost_spent = [0.0] * len(self.rows)
+        self._blocks: list[DecidedBlock] = []
 
     @cached_property
     def _asks_for(self) -> Mapping[int, tuple[int, ...]]:
@@ -143,7 +147,7 @@ class Decider:
         """Evaluations of a learned policy so far; other policies take no time worth counting."""
         return len(self.blocks) if self.policy.score_actions else 0
 
-    @property
+    @cached_property
     def pass_plan(self) -> PassPlan | None:
         """The plan of rows whose layers need not ask this decider in between; None if they do."""
         return PassPlan(self.policy.pinned) if self._is_blind else None

@@ -1,4 +1,4 @@
-"""The rows of one pass: which sequence each belongs to, where it stands, and what it may attend to.
+"""The rows of a pass: which sequence each belongs to, where it stands, and what it may attend to.
 
 A row is one token of one sequence. Knows caches and positions; knows no weights.
 """
@@ -34,7 +34,7 @@ class PassKind(StrEnum):
     """Several rows per sequence. In a pass of one sequence each row has the same bits as when decoded."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Span:
     """Consecutive positions of one sequence: `num_rows` rows of a pass, from `first_row` on."""
 
@@ -49,7 +49,7 @@ class Span:
 
 
 class Batch:
-    """The rows of one pass through the decoder.
+    """The rows of a pass through the decoder.
 
     Args:
         caches: one sequence cache per span.
@@ -133,6 +133,19 @@ class Batch:
             rows, positions = slice(span.first_row, span.first_row + span.num_rows), slice(span.start, span.end)
             span.cache.keys[layer][positions].copy_(keys[rows])
             span.cache.values[layer][positions].copy_(values[rows])
+
+    def move_on(self) -> None:
+        """Makes this the batch of the rows that follow what is cached now, for another pass of the same sequences."""
+        for span in self.spans:
+            span.start = span.cache.length
+            span.cache.check_room(span.end)
+        self._tables.clear()
+        self._masks.clear()
+        whole = self._rows_of.get(None)
+        self._rows_of.clear()
+        if whole is not None:
+            whole.move([span.end for span in self.spans])
+            self._rows_of[None] = whole
 
     def commit(self) -> None:
         """Counts the rows as cached. To be called once every layer has run."""

@@ -122,6 +122,8 @@ class CachePool:
         """Bytes of the first device's memory from layer to layer, from keys to values, and from token to token."""
         self._layers = _unbound(self.memories)
         self._caches: list[SequenceCache] = []  # in ascending order of `start`
+        self.num_moves = 0
+        """How often caches were moved: their addresses hold until the next time."""
 
     def layer_memory(self, layer: int) -> tuple[Tensor, Tensor]:
         """Returns a layer's keys and values of all tokens, `[tokens, num_kv_heads, head_dim]` each."""
@@ -160,6 +162,7 @@ class CachePool:
     def _move_together(self) -> int:
         """Closes the gaps between the caches; returns where the last one ends."""
         end = 0
+        self.num_moves += 1
         for cache in self._caches:
             start, num_written = cache.start, cache.num_written
             if start > end:

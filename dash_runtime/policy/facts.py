@@ -31,9 +31,7 @@ class RowFacts:
         self._price = 0.0
 
     def begin(self, token: Token) -> None:
-        """Writes what holds for all layers of a token, and forgets the last one's actions."""
-        for place in range(self._num_known):
-            self._numbers[place] = 0.0
+        """Writes what holds for all layers of a token."""
         if token.price == self._price:
             return
         self._price = token.price

@@ -114,18 +114,19 @@ class LearnedPolicy:
         tensors = {field.name: getattr(network, field.name) for field in fields(network)}
         sizes = network.num_known, self.spec.num_layers, self.spec.decision_blocks, self.spec.actions
         own = NetworkTensors(tensors, *sizes)
-        return None if self.library is None or not fits(own) else PolicyRows(self.library, own, self._row_facts[1])
+        if self.library is None or not fits(own):
+            return None
+        return PolicyRows(self.library, own, self._row_facts[1], self.costs.layer)
 
     @property
     def is_native(self) -> bool:
         """True if native code evaluates it: there is some, and it has room for the network."""
         return self._rows is not None
 
-    def begin_row(self, token: Token, costs: CostTable) -> PolicyRows:
-        """Begins a token of a single row; returns what decides in its pass. The table is for the cost already spent."""
+    def begin_row(self, token: Token) -> PolicyRows:
+        """Begins a token of a single row; returns what decides in its pass, the same for every token."""
         assert self._rows is not None
         self._row_facts[0].begin(token)
-        self._rows.set_costs(costs.layer)
         return self._rows
 
     @cached_property

@@ -113,7 +113,7 @@ class ModelRows:
     def __init__(self, library: RowsLibrary, config: ModelConfig, rotary_of: Sequence[int], num_threads: int) -> None:
         self._library = library
         self._query_size, self._num_layers = config.query_size, config.num_layers
-        self._hidden_size = config.hidden_size
+        self._hidden_size, self._all_layers = config.hidden_size, range(config.num_layers)
         block = config.block
         self._shape = ModelStruct(
             *(config.num_heads, config.num_kv_heads, config.head_dim),
@@ -140,6 +140,9 @@ class ModelRows:
         self._tokens: dict[int, tuple[Array[c_int64], Array[c_int64]]] = {}
         """By number of rows, the memory of tokens and of the likeliest next ones."""
         self._kept_embedding: object = None
+        self._common: tuple[object, ...] = ()
+        self._rows: RowsOfPass | None = None
+        """What the fields of the pass say."""
 
     def set_embedding(self, words: Tensor, is_packed: bool, multiplier: float) -> None:
         """Takes the bf16 matrix of the embedding, `[vocab_size, hidden_size]`; or int32 blocks of a tied head
@@ -198,12 +201,13 @@ class ModelRows:
             pinned: by layer; 0 for one that the policy decides.
             policy: for a single row.
         """
-        own, num_rows = self._pass, len(token_ids)
-        if num_rows not in self._tokens:
-            self._tokens[num_rows] = (c_int64 * num_rows)(), (c_int64 * num_rows)()
-        tokens, likeliest = self._tokens[num_rows]
+        own, num_rows, layers = self._pass, len(token_ids), self._all_layers
+        memory = self._tokens.get(num_rows)
+        if memory is None:
+            memory = self._tokens[num_rows] = (c_int64 * num_rows)(), (c_int64 * num_rows)()
+        tokens, likeliest = memory
         tokens[:] = list(token_ids)
-        own.tokens, layers = tokens, range(self._num_layers)
+        own.tokens = tokens
         if head is None:
             output = torch.empty(num_rows, self._hidden_size, dtype=torch.bfloat16)
             own.output, own.head = output.data_ptr(), None
@@ -219,6 +223,7 @@ class ModelRows:
         own, hidden, num_rows = self._pass, hidden.contiguous(), len(hidden)
         likeliest = (c_int64 * num_rows)()
         own.tokens, own.input, own.output, own.likeliest = None, hidden.data_ptr(), None, likeliest
+        self._common, self._rows = (), None
         own.compensations, own.decisions = self._uncompensated.array, None
         own.first_layer, own.last_layer, own.num_spans, own.num_rows = 0, 0, 0, num_rows
         logits = self._logits_of(head, num_rows)
@@ -230,7 +235,7 @@ class ModelRows:
         """Runs a layer's attention for rows, from its first product with bias; returns `[rows, num_heads *
         head_dim]`. Both are bf16."""
         output = fused.new_empty((len(fused), self._query_size))
-        own = self._pass
+        own, self._common = self._pass, ()
         own.compensations, own.decisions, own.first_layer = self._uncompensated.array, None, layer
         own.input, own.output = fused.data_ptr(), output.data_ptr()
         self._call(self._library.attend, rows)
@@ -256,9 +261,12 @@ class ModelRows:
         policy: PolicyRows | None,
     ) -> None:
         own = self._pass
-        own.compensations = (self._uncompensated if compensation is None else compensation).array
-        own.kv_action, own.first_layer, own.last_layer = kv_action, layers.start, layers.stop
-        own.decisions = None if policy is None else policy.decisions
+        common = compensation, kv_action, layers, policy
+        if common != self._common:  # fields are written as seldom as can be: a token's take long after its weights
+            self._common = common
+            own.compensations = (self._uncompensated if compensation is None else compensation).array
+            own.kv_action, own.first_layer, own.last_layer = kv_action, layers.start, layers.stop
+            own.decisions = None if policy is None else policy.decisions
         self._pinned[layers.start : layers.stop] = pinned
         started = time.perf_counter()
         self._call(self._library.run_rows, rows)
@@ -269,9 +277,11 @@ class ModelRows:
     def _call(self, function: Callable[[int], object], rows: RowsOfPass) -> None:
         own = self._pass
         own.num_threads = self._threads.current
-        own.spans, own.num_spans, own.num_rows = rows.spans, len(rows.spans), rows.num_rows
-        own.rotary, own.num_rotaries = rows.rotary, rows.num_rotaries
-        own.layer_bytes, own.values_bytes, own.token_bytes = rows.strides
+        if rows is not self._rows:
+            self._rows = rows
+            own.spans, own.num_spans, own.num_rows = rows.spans, len(rows.spans), rows.num_rows
+            own.rotary, own.num_rotaries = rows.rotary, rows.num_rotaries
+            own.layer_bytes, own.values_bytes, own.token_bytes = rows.strides
         function(self._pass_address)
 
     def _logits_of(self, head: "HeadRows", num_rows: int) -> Tensor:

@@ -39,9 +39,12 @@ class PolicyRows:
 
     Args:
         facts: float32 memory for what a single row is told: the known facts and others, then each action's price.
+        layer_costs: the cost of a layer with each action, for the share of cost that a row has spent.
     """
 
-    def __init__(self, library: RowsLibrary, network: NetworkTensors, facts: Tensor) -> None:
+    def __init__(
+        self, library: RowsLibrary, network: NetworkTensors, facts: Tensor, layer_costs: Mapping[Action, float]
+    ) -> None:
         self._library = library
         self._num_layers, self._num_actions = network.num_layers, len(network.actions)
         width, inner_width = (_padded(len(own)) for own in (network["hidden_weight"], network["inner_weight"]))
@@ -67,6 +70,8 @@ class PolicyRows:
         self._policy = PolicyStruct(hidden.data_ptr(), inner.data_ptr(), self._blocks, *sizes)
         self._block_size = block_size
         self._layer_costs = (c_double * (max(Action) + 1))()
+        for action, cost in layer_costs.items():
+            self._layer_costs[action] = cost
         self._scores = bytearray(4 * network.num_layers * self._num_actions)
         self._actions = (c_int64 * self._num_actions)(*network.actions)
         self.decisions = pointer(
@@ -79,11 +84,6 @@ class PolicyRows:
                 network.num_known,
             )
         )
-
-    def set_costs(self, costs: Mapping[Action, float]) -> None:
-        """Sets the cost of a layer with each action, for the share of cost that a row has spent."""
-        for action, cost in costs.items():
-            self._layer_costs[action] = cost
 
     @property
     def scores(self) -> bytes:

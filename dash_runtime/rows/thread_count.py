@@ -46,13 +46,14 @@ class ThreadCount:
         if self.current == self._most:
             self._fastest[work] = fastest = min(fastest, seconds)
         latest = self._latest[self.current]
-        latest.append(seconds / fastest)
+        ratio = seconds / fastest
+        latest.append(ratio)
         self._num_calls_left -= 1
         if self._num_calls_left > 0 or len(latest) < _TRIAL:
             return
         if self._is_trial:
             self._end_trial()
-        elif self.current == 1 or median(latest) > _SLOW:
+        elif self.current == 1 or (ratio > _SLOW and median(latest) > _SLOW):
             self._begin_trial()
 
     def _begin_trial(self) -> None:

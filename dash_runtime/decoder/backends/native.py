@@ -67,6 +67,8 @@ class NativeBackend(OwnMemory):
         self.logits = Heads({})
         self._heads: dict[Action, HeadRows] = {}
         self._has_embedding = False
+        self._known: tuple[Batch | None, tuple[CompensatedLayers, Action] | None] = None, None
+        """The last batch, which may run step after step, and what its rows have in common."""
 
     def add_layer(self, weights: LayerWeights, layer: DecoderLayer) -> None:
         """Packs the next layer's matrices; `layer` has those for eager passes in FULL."""
@@ -149,6 +151,12 @@ class NativeBackend(OwnMemory):
     def _common(self, batch: Batch) -> tuple[CompensatedLayers, Action] | None:
         """Returns all rows' compensation and precision of late keys and values; None if they differ, or native code has
         no such compensation."""
+        if batch is self._known[0]:
+            return self._known[1]
+        self._known = batch, self._find_common(batch)
+        return self._known[1]
+
+    def _find_common(self, batch: Batch) -> tuple[CompensatedLayers, Action] | None:
         kv_action, first = batch.kv_actions[0], batch.compensations[0]
         if any(own is not first for own in batch.compensations) or set(batch.kv_actions) != {kv_action}:
             return None

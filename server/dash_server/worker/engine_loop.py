@@ -103,6 +103,7 @@ class EngineLoop:
         if not self._is_serving:
             self._send(messages.Starting(doing))
 
+    @torch.inference_mode()  # once, not for every step
     def _serve(self, engine: Engine, bodies: list[bytes]) -> None:
         engine.on_progress = self._say_that_it_works
         watch, judged = engine.cost_watch, CostStatus()
