@@ -8,7 +8,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from random import Random
 
 import torch
@@ -20,8 +19,7 @@ from dash_runtime.actions import Action
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.fused_decider import FusedDecider
 from dash_runtime.engine.lanes import InlineLane
-from dash_runtime.engine.sampling import likeliest
-from dash_runtime.engine.step import Decider, decode_step
+from dash_runtime.engine.step import Decider, decode_step, pass_plan
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.kv_cache import SequenceCache
@@ -69,7 +67,9 @@ def _measure_skipped_layers(report: Report, engine: Engine, compensation: Compen
             for count in rng.sample(_NUM_SKIPPED, len(_NUM_SKIPPED)):
                 skipped = rng.sample(range(1, decoder.num_layers), count)
                 plan = (Action.SKIP if layer in skipped else Action.INT4 for layer in range(decoder.num_layers))
-                elapsed, in_layers = _step(engine, cache, partial(Decider, _plan(tuple(plan), compensation)))
+                step = _Step(engine, cache, Decider, _plan(tuple(plan), compensation))
+                step.run()  # the first of a plan has to say what it is
+                elapsed, in_layers = step.run()
                 seconds[count].append(elapsed)
                 if not count:
                     layers_seconds.append(in_layers)
@@ -86,32 +86,48 @@ def _measure_evaluations(report: Report, setting: Setting, rounds: int) -> None:
     library = load_rows(setting.cache_folder / "native", progress)
     if library is None:
         return
-    policy = replace(policy, library=library, decides_alone=True)
+    policy = replace(policy, library=library, decides_in_pass=True)
     plan = _plan((Action.INT4,) * decoder.num_layers, policy.compensation)
-    makers: list[Callable[..., Decider]] = [partial(FusedDecider, policy), partial(Decider, plan)]
+    steps = [_Step(engine, cache, FusedDecider, policy), _Step(engine, cache, Decider, plan)]
     shares: list[float] = []
     for _ in range(rounds):
         seconds: list[list[float]] = [[], []]
         for number in range(4 * _STEPS_PER_ROUND):
             for place in (0, 1) if number % 2 else (1, 0):
-                seconds[place].append(_step(engine, cache, makers[place])[0])
+                seconds[place].append(steps[place].run()[0])
         with_policy, without = map(statistics.median, seconds)
         shares.append((with_policy - without) / with_policy)
     report.add("evaluations_share", shares, "≤ 0.01")
 
 
-@torch.inference_mode()
-def _step(engine: Engine, cache: SequenceCache, make_decider: Callable[..., Decider]) -> tuple[float, float]:
-    """Decodes a token and takes it back. Returns the seconds of the step, and of its layers."""
-    decoder, started, length = engine._decoder, time.perf_counter_ns(), cache.length
-    decider = make_decider([0], [Token(0, length, 1.0)], engine._catalog._costs, 1)
-    policy = decider.policy
-    batch = decoder.batch(PassKind.DECODE, [cache], [1], [policy.compensation], [policy.kv_action])
-    output = decode_step(decoder, InlineLane(), batch, [5], [decider])
-    likeliest(output.logits)
-    elapsed = time.perf_counter_ns() - started
-    cache.truncate(length)
-    return elapsed / 1e9, (output.layer_times[-1] - output.layer_times[0]) / 1e9
+class _Step:
+    """A decode step of one row, again and again, as an engine keeps it."""
+
+    def __init__(
+        self, engine: Engine, cache: SequenceCache, kind: Callable[..., Decider], policy: LearnedPolicy | FixedPlan
+    ) -> None:
+        self._decoder, self._cache = engine._decoder, cache
+        self._decider = kind(policy, [0], [self._token], engine._catalog._costs, 1)
+        own = [policy.compensation], [policy.kv_action]
+        self._batch = self._decoder.batch(PassKind.DECODE, [cache], [1], *own)
+        self._pass_plan = pass_plan([self._decider], None)
+
+    @property
+    def _token(self) -> Token:
+        return Token(0, self._cache.length, 1.0)
+
+    @torch.inference_mode()
+    def run(self) -> tuple[float, float]:
+        """Decodes a token and takes it back. Returns the seconds of the step, and of its layers."""
+        started, length = time.perf_counter_ns(), self._cache.length
+        self._batch.move_on()
+        self._decider.begin([self._token])
+        own = self._decoder, InlineLane(), self._batch, [5], [self._decider]
+        output = decode_step(*own, plan=self._pass_plan)
+        assert output.likeliest
+        elapsed = time.perf_counter_ns() - started
+        self._cache.truncate(length)
+        return elapsed / 1e9, (output.layer_times[-1] - output.layer_times[0]) / 1e9
 
 
 def _plan(plan: Actions, compensation: Compensation) -> FixedPlan:

@@ -50,7 +50,8 @@ class Decoder:
     def __post_init__(self) -> None:
         config = self.config
         self.num_layers = config.num_layers
-        self._same_everywhere = {own: PassPlan(dict.fromkeys(range(self.num_layers), own)) for own in self.actions}
+        self._plans: dict[tuple[Action, Action, int], PassPlan] = {}
+        """With one action in all layers: by action, head and number of rows."""
         self.placed_on: list[Device] = [device_of(own.device) for own in stretches_of(self.devices)]
         """The devices that layers lie on, in the order of layers."""
         self.row_block = self.placed_on[0].row_block
@@ -153,25 +154,30 @@ class Decoder:
             on_layer()
         return hidden
 
-    def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch, head: Action) -> PassRun | None:
+    def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassRun | None:
         """Runs a pass from tokens to logits at once; see `Backend`."""
-        return self.backends[batch.kind][0].run_pass(plan, token_ids, batch, head)
+        return self.backends[batch.kind][0].run_pass(plan, token_ids, batch)
 
     def run_tokens(
         self, action: Action, token_ids: Sequence[int], batch: Batch, head: Action, kind: PassKind
     ) -> tuple[Tensor, list[int]]:
         """Runs a pass with one action in all layers; returns float32 logits `[rows, vocab_size]` and each row's
         likeliest token. `kind` is for the head, as in `logits`."""
-        run = self.run_pass(self._same_everywhere[action], token_ids, batch, head)
+        key = action, head, len(token_ids)
+        if key not in self._plans:
+            pinned = dict.fromkeys(range(self.num_layers), action)
+            self._plans[key] = PassPlan([(pinned, None)], [head] * len(token_ids))
+        run = self.run_pass(self._plans[key], token_ids, batch)
         if run is not None:
             return run.logits, run.likeliest
         hidden = self.run_layers(action, self.embed(token_ids), batch)[: len(token_ids)]
         logits = self.logits(hidden, (head,) * len(hidden), kind)
         return logits, device_of(logits.device).likeliest(logits)
 
-    def decides_alone(self, num_rows: int) -> bool:
-        """Returns True if `run_pass` for so many decoded rows also evaluates their policy."""
-        return self.backends[PassKind.DECODE][0].decides_alone(num_rows)
+    @property
+    def decides_in_pass(self) -> bool:
+        """True if `run_pass` of decoded rows also evaluates their policies."""
+        return self.backends[PassKind.DECODE][0].decides_in_pass
 
     def logits(self, hidden: Tensor, precisions: Sequence[Action], kind: PassKind = PassKind.DECODE) -> Tensor:
         """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision.

@@ -8,8 +8,9 @@ from operator import is_
 
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.fused_decider import FusedDecider
+from dash_runtime.engine.planner import Planner
 from dash_runtime.engine.sequence import Sequence
-from dash_runtime.engine.step import Decider
+from dash_runtime.engine.step import Decider, pass_plan
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.learned import LearnedPolicy
@@ -24,7 +25,12 @@ class DecodingRows:
     """
 
     def __init__(
-        self, decoder: Decoder, sequences: Several[Sequence], assignments: Several[Assignment], num_rows: int
+        self,
+        decoder: Decoder,
+        sequences: Several[Sequence],
+        assignments: Several[Assignment],
+        num_rows: int,
+        planner: Planner | None,
     ) -> None:
         self._sequences, self._assignments, self._num_rows = sequences, assignments, num_rows
         self._pool = sequences[0].cache.pool
@@ -38,7 +44,8 @@ class DecodingRows:
             [policy.compensation for policy in policies],
             [policy.kv_action for policy in policies],
         )
-        self.deciders = self._make_deciders(decoder.decides_alone(num_rows))
+        self.deciders = self._make_deciders(decoder.decides_in_pass and not self._is_several)
+        self.plan = pass_plan(self.deciders, planner)
         self.decider_of = {row: decider for decider in self.deciders for row in decider.rows}
 
     def are_of(self, sequences: Several[Sequence], assignments: Several[Assignment], num_rows: int) -> bool:
@@ -62,8 +69,8 @@ class DecodingRows:
             return [self._sequences[0].next_token()] * self._num_rows
         return [self._sequences[row].next_token() for row in rows]
 
-    def _make_deciders(self, decides_alone: bool) -> list[Decider]:
-        """Returns one decider per policy. A single row's pass evaluates it if both can."""
+    def _make_deciders(self, decides_in_pass: bool) -> list[Decider]:
+        """Returns one decider per policy, which the pass evaluates if both can."""
         rows_by_policy: dict[int, list[int]] = {}
         places = [0] * self._num_rows if self._is_several else range(self._num_rows)
         for row, place in enumerate(places):
@@ -72,7 +79,7 @@ class DecodingRows:
         for rows in rows_by_policy.values():
             assignment = self._assignments[places[rows[0]]]
             policy, arguments = assignment.policy, (rows, self._tokens(rows), assignment.state_costs, self._num_rows)
-            if decides_alone and isinstance(policy, LearnedPolicy) and policy.decides_alone:
+            if decides_in_pass and isinstance(policy, LearnedPolicy) and policy.decides_in_pass:
                 deciders.append(FusedDecider(policy, *arguments))
             else:
                 deciders.append(Decider(policy, *arguments))

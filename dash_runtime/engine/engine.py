@@ -249,16 +249,18 @@ class Engine:
         guess = sequences[0].guess() if len(sequences) == 1 else None
         if guess is not None:
             token_ids = [*token_ids, guess]
+        planner = self._planner if len(sequences) > 1 else None  # a single row has none to agree with
         rows = self._decoding_rows
         if rows is not None and rows.are_of(sequences, assignments, len(token_ids)):
             rows.move_on()
         else:
-            rows = self._decoding_rows = DecodingRows(self._decoder, sequences, assignments, len(token_ids))
+            own = self._decoder, sequences, assignments, len(token_ids), planner
+            rows = self._decoding_rows = DecodingRows(*own)
         deciders = rows.deciders
         exposed_before, started_ns = self._lane.exposed_ns, time.perf_counter_ns()
-        planner = self._planner if len(sequences) > 1 else None  # a single row has none to agree with
         is_recorded = any(sequence.recorder.has_room for sequence in sequences)
-        output = decode_step(self._decoder, self._lane, rows.batch, token_ids, deciders, planner, is_recorded)
+        own_step = self._lane, rows.batch, token_ids, deciders, planner, is_recorded, rows.plan
+        output = decode_step(self._decoder, *own_step)
         likeliest_ids = output.likeliest
         if isinstance(output.timer, CudaStepTimer):
             settle_decisions(output.timer, [block for decider in deciders for block in decider.blocks])

@@ -1,4 +1,4 @@
-"""A decider of a single row whose policy is evaluated within the pass, layer after layer, with nothing in between.
+"""A decider whose policy a pass can evaluate, layer after layer, with nothing in between.
 
 Knows policies and rows; knows no kernels. Nothing waits, so lanes have no part in it.
 """
@@ -6,38 +6,32 @@ Knows policies and rows; knows no kernels. Nothing waits, so lanes have no part 
 from collections.abc import Sequence
 from functools import cached_property
 
-import torch
-
-from dash_runtime.actions import Action
-from dash_runtime.engine.lanes import Lane
+from dash_runtime.actions import CostTable
 from dash_runtime.engine.step import DecidedBlock, Decider
-from dash_runtime.layers.pass_plan import PassPlan, PassRun
+from dash_runtime.layers.pass_plan import Decided
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy import Token
 
 
 class FusedDecider(Decider):
-    """For a policy that decides alone. The arguments are those of `Decider`, for one row."""
+    """For a policy that decides in the pass. If no pass can, it is asked as other deciders are."""
 
     policy: LearnedPolicy
 
+    def __init__(
+        self, policy: LearnedPolicy, rows: Sequence[int], tokens: Sequence[Token], costs: CostTable, num_rows: int
+    ) -> None:
+        self._told = [policy.new_row() for _ in rows]
+        super().__init__(policy, rows, tokens, costs, num_rows)
+
     def begin(self, tokens: Sequence[Token]) -> None:
-        (token,) = tokens
-        self._policy_rows = self.policy.begin_row(token)
-        self._scores = b""
+        super().begin(tokens)
+        for (facts, _), token in zip(self._told, tokens, strict=True):
+            facts.begin(token)
 
-    @cached_property
-    def pass_plan(self) -> PassPlan | None:
-        return PassPlan(self.policy.pinned, self._policy_rows)
-
-    def take(self, run: PassRun) -> None:
-        self._scores = run.scores
-
-    def actions(self, layer: int, lane: Lane) -> Sequence[Action]:
-        raise AssertionError("the pass decides")
-
-    def observe(self, layer: int, hidden: torch.Tensor, actions: Sequence[Action], lane: Lane) -> None:
-        raise AssertionError("the pass decides")
+    @property
+    def decided(self) -> Sequence[Decided]:
+        return [(self.policy.pinned, decisions) for _, decisions in self._told]
 
     @cached_property
     def num_evaluations(self) -> int:
@@ -45,6 +39,10 @@ class FusedDecider(Decider):
 
     @property
     def blocks(self) -> Sequence[DecidedBlock]:
-        size = 4 * len(self.policy.score_actions)
-        decided = [layer for (layer,) in self.policy.spec.decision_blocks]
-        return [DecidedBlock((layer,), None, [self._scores[layer * size : (layer + 1) * size]]) for layer in decided]
+        if asked := super().blocks:
+            return asked
+        size, scores = 4 * len(self.policy.score_actions), [decisions.scores for _, decisions in self._told]
+        return [
+            DecidedBlock((layer,), None, [own[layer * size : (layer + 1) * size] for own in scores])
+            for (layer,) in self.policy.spec.decision_blocks
+        ]

@@ -48,7 +48,7 @@ class GroupPlanner:
     """
 
     def __init__(self, latencies: LatencyTable) -> None:
-        self._latencies = latencies
+        self.latencies = latencies
         self._actions = sorted(latencies.seconds)
         self._cheapest_levels = lru_cache(_MAX_REMEMBERED)(self._find_cheapest_levels)
 
@@ -72,8 +72,8 @@ class GroupPlanner:
             for level, (action, count) in zip(levels, taken, strict=True):
                 rows_by_level[level] += count
                 raised += (level - action) * count
-            seconds = [self._latencies.cost(level, count) for level, count in rows_by_level.items()]
-            splits = (len(seconds) - 1) * self._latencies.split_seconds
+            seconds = [self.latencies.cost(level, count) for level, count in rows_by_level.items()]
+            splits = (len(seconds) - 1) * self.latencies.split_seconds
             return math.fsum(seconds) + splits, raised
 
         cheapest = min(candidates, key=order)

@@ -15,10 +15,10 @@ from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.devices.step_timer import StepTimer
 from dash_runtime.engine.lanes import Lane, Ticket
-from dash_runtime.engine.planner import Planner
+from dash_runtime.engine.planner import GroupPlanner, Planner
 from dash_runtime.engine.scores import likeliest
 from dash_runtime.layers.batch import Batch
-from dash_runtime.layers.pass_plan import PassPlan, PassRun
+from dash_runtime.layers.pass_plan import Decided, PassPlan
 from dash_runtime.policy.policy import Actions, Policy, State, Token, decision_blocks
 
 _T = TypeVar("_T")
@@ -67,10 +67,18 @@ def decode_step(
     deciders: Sequence["Decider"],
     planner: Planner | None = None,
     has_exact_times: bool = False,
+    plan: PassPlan | None = None,
 ) -> StepOutput:
-    """Runs one token of every row through all layers. Each row belongs to one decider."""
-    if len(deciders) == 1 and (run := _run_at_once(decoder, batch, token_ids, deciders[0], planner)):
-        return StepOutput(run.logits, [run.plan] * len(token_ids), StepTimer(run.layer_times), run.likeliest)
+    """Runs one token of every row through all layers. Each row belongs to one decider.
+
+    Args:
+        plan: `pass_plan` of the deciders and the planner, where the same rows run step after step.
+    """
+    plan = pass_plan(deciders, planner) if plan is None else plan
+    run = None if plan is None else decoder.run_pass(plan, token_ids, batch)
+    if run is not None:
+        batch.commit()
+        return StepOutput(run.logits, run.plans, StepTimer(run.layer_times), run.likeliest)
     decider = deciders[0] if len(deciders) == 1 else _SeveralDeciders(deciders)
     hidden = decoder.start_pass(token_ids, batch)
     actions_by_layer: list[Sequence[Action]] = []
@@ -90,19 +98,20 @@ def decode_step(
     return StepOutput(decoder.logits(hidden, decider.heads), plans, timer)
 
 
-def _run_at_once(
-    decoder: Decoder, batch: Batch, token_ids: Sequence[int], decider: "Decider", planner: Planner | None
-) -> PassRun | None:
-    """Runs the step in one call, if the rows' only decider has no part in between and the decoder can."""
-    plan = decider.pass_plan
-    if plan is not None and planner is not None:
-        agreed = {own: planner.agree((own,) * batch.num_rows)[0] for own in set(plan.pinned.values())}
-        plan = PassPlan({layer: agreed[own] for layer, own in plan.pinned.items()})
-    run = None if plan is None else decoder.run_pass(plan, token_ids, batch, decider.policy.head)
-    if run is not None:
-        decider.take(run)
-        batch.commit()
-    return run
+def pass_plan(deciders: Sequence["Decider"], planner: Planner | None) -> PassPlan | None:
+    """Returns the plan of steps that can run in one call: nobody has a part between the layers. None if one has."""
+    decided = [decider.decided for decider in deciders]
+    if None in decided or not isinstance(planner, GroupPlanner | None):
+        return None
+    by_row = _SeveralDeciders(deciders)
+    heads = by_row.heads
+    if len(deciders) == 1 and deciders[0].is_blind:
+        pinned = deciders[0].policy.pinned
+        if planner is not None:
+            agreed = {own: planner.agree((own,) * len(heads))[0] for own in set(pinned.values())}
+            pinned = {layer: agreed[own] for layer, own in pinned.items()}
+        return PassPlan([(pinned, None)], heads)
+    return PassPlan(by_row.decided, heads, None if planner is None else planner.latencies)
 
 
 class Decider:
@@ -122,7 +131,8 @@ class Decider:
         self._layer_costs = costs.layer
         self._num_layers = costs.num_layers
         self._has_all_rows = len(self.rows) == num_rows
-        self._is_blind = len(policy.pinned) == self._num_layers
+        self.is_blind = len(policy.pinned) == self._num_layers
+        """True if the policy decides nothing."""
         self._tickets: dict[int, tuple[tuple[int, ...], Ticket]] = {}
         self._decided: dict[int, Actions] = {}
         self.begin(tokens)
@@ -147,13 +157,10 @@ class Decider:
         """Evaluations of a learned policy so far; other policies take no time worth counting."""
         return len(self.blocks) if self.policy.score_actions else 0
 
-    @cached_property
-    def pass_plan(self) -> PassPlan | None:
-        """The plan of rows whose layers need not ask this decider in between; None if they do."""
-        return PassPlan(self.policy.pinned) if self._is_blind else None
-
-    def take(self, run: PassRun) -> None:
-        """Takes in what `pass_plan` decided."""
+    @property
+    def decided(self) -> Sequence[Decided] | None:
+        """What decides each row's layers if they need not ask this decider in between; None if they do."""
+        return [(self.policy.pinned, None)] * len(self.rows) if self.is_blind else None
 
     @property
     def heads(self) -> Sequence[Action]:
@@ -175,7 +182,7 @@ class Decider:
 
         `hidden` is `[batch rows, hidden_size]`; `actions` has one action per row of the batch.
         """
-        if self._is_blind:
+        if self.is_blind:
             return
         taken = tuple(actions) if self._has_all_rows else tuple([actions[row] for row in self.rows])
         self._cost_spent = [
@@ -211,6 +218,10 @@ class _SeveralDeciders:
     @property
     def heads(self) -> Sequence[Action]:
         return self._by_row([decider.heads for decider in self._deciders])
+
+    @property
+    def decided(self) -> Sequence[Decided]:
+        return self._by_row([decider.decided or () for decider in self._deciders])
 
     def actions(self, layer: int, lane: Lane) -> Sequence[Action]:
         return self._by_row([decider.actions(layer, lane) for decider in self._deciders])

@@ -17,7 +17,7 @@ from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.layers.rotary import RotaryTable
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.rows.model_rows import RowsOfPass, RowSpan
+from dash_runtime.rows.pass_rows import RowsOfPass, RowSpan
 
 _T = TypeVar("_T")
 
@@ -89,6 +89,8 @@ class Batch:
         self.compensations = self._by_row(compensations)
         self.kv_actions = self._by_row(kv_actions)
         self._shares_compensation = all(own is self.compensations[0] for own in self.compensations)
+        self.skips_alike = self._shares_compensation and len(set(kv_actions)) == 1
+        """True if all rows skip layers in the same way."""
         self._tables: dict[RotaryTable, tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int, int | None, torch.device], Tensor] = {}
         self._rows_of: dict[tuple[int, ...] | None, RowsOfPass] = {}

@@ -1,33 +1,38 @@
 """A pass from tokens to logits as one call: what decides the layers, and what came of it. Knows no policies."""
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from dash_runtime.actions import Action
-from dash_runtime.rows.policy_rows import PolicyRows
+from dash_runtime.actions import Action, LatencyTable
+from dash_runtime.rows.policy_rows import RowDecisions
+
+Decided = tuple[Mapping[int, Action], RowDecisions | None]
+"""A row's pinned layers, and what decides the others; None if there are none."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PassPlan:
-    """The pinned layers; and for a single row the policy that decides the others, None if there are none."""
+    """What decides each row's layers, or one for all rows; and each row's precision of the head.
 
-    pinned: Mapping[int, Action]
-    policy: PolicyRows | None = None
+    By `latencies` several rows agree on actions (`engine.planner.GroupPlanner`); without them each has its own.
+    """
+
+    decided: Sequence[Decided]
+    heads: Sequence[Action]
+    latencies: LatencyTable | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PassRun:
-    """Float32 logits `[rows, vocab_size]` with each row's likeliest token, and what ran.
+    """Float32 logits `[rows, vocab_size]`; and by row the likeliest token, and the actions that ran, a byte per layer.
 
-    `scores` has those of the layers that were decided, float32 `[num_layers, actions]`; it is empty without a policy.
     `layer_times` are those of `engine.step.StepOutput`.
     """
 
     logits: Tensor
     likeliest: list[int]
-    plan: bytes
-    scores: bytes
+    plans: list[bytes]
     layer_times: array

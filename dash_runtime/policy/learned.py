@@ -18,9 +18,9 @@ from dash_runtime.policy.facts import Facts, RowFacts, shared_floats
 from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.network import NUM_SCALAR_FACTS, PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
-from dash_runtime.policy.policy import Actions, Decision, Pending, State, Token
+from dash_runtime.policy.policy import Actions, Decision, Pending, State
 from dash_runtime.rows.library import RowsLibrary
-from dash_runtime.rows.policy_rows import NetworkTensors, PolicyRows, fits
+from dash_runtime.rows.policy_rows import NetworkTensors, PolicyRows, RowDecisions, fits
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class LearnedPolicy:
     """True if it was trained to have its drafts accepted (mode EXACT) instead of to stay close to full depth."""
     library: RowsLibrary | None = None
     """The native code that evaluates it; None to evaluate eagerly."""
-    decides_alone: bool = False
-    """True if a single row's pass may evaluate it, layer after layer: then nothing else has a part in it."""
+    decides_in_pass: bool = False
+    """True if a pass may evaluate it, layer after layer, with nothing in between."""
 
     @property
     def score_actions(self) -> Actions:
@@ -102,12 +102,6 @@ class LearnedPolicy:
         return [self.spec.costs.layer[action] for action in self.spec.actions]
 
     @cached_property
-    def _row_facts(self) -> tuple[RowFacts, Tensor]:
-        """A single row's facts, and their memory as a tensor."""
-        numbers, tensor = shared_floats(self.num_facts)
-        return RowFacts(numbers, self.network.num_known, self._action_costs), tensor
-
-    @cached_property
     def _rows(self) -> PolicyRows | None:
         """The network for the native code; None if it is evaluated eagerly."""
         network = self.network
@@ -116,18 +110,19 @@ class LearnedPolicy:
         own = NetworkTensors(tensors, *sizes)
         if self.library is None or not fits(own):
             return None
-        return PolicyRows(self.library, own, self._row_facts[1], self.costs.layer)
+        return PolicyRows(self.library, own, self.costs.layer)
 
     @property
     def is_native(self) -> bool:
         """True if native code evaluates it: there is some, and it has room for the network."""
         return self._rows is not None
 
-    def begin_row(self, token: Token) -> PolicyRows:
-        """Begins a token of a single row; returns what decides in its pass, the same for every token."""
+    def new_row(self) -> tuple[RowFacts, RowDecisions]:
+        """Returns what decides a row within its passes, and what it is told of each token."""
         assert self._rows is not None
-        self._row_facts[0].begin(token)
-        return self._rows
+        numbers, tensor = shared_floats(self.num_facts)
+        facts = RowFacts(numbers, self.network.num_known, self._action_costs)
+        return facts, RowDecisions(self._rows, tensor)
 
     @cached_property
     def _networks(self) -> dict[torch.device, PolicyNetwork]:

@@ -6,7 +6,7 @@ Knows matrices, memory and positions; knows no sequences and no policies.
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import Array, addressof, c_int64, c_uint8, pointer
+from ctypes import Array, addressof, c_int64, pointer
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,19 +16,16 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.model_config import Activation, ModelConfig
 from dash_runtime.rows.library import RowsLibrary
-from dash_runtime.rows.policy_rows import PolicyRows
+from dash_runtime.rows.pass_rows import CompensatedLayers, PlannerTable, RowPlan, RowPlans, RowsOfPass
 from dash_runtime.rows.row_matrix import FullRowMatrix, Int4RowMatrix, Int8RowMatrix, PackedRowMatrix, RowMatrix
 from dash_runtime.rows.structs import (
     LANES,
-    CompensationStruct,
     EmbeddingStruct,
     HeadStruct,
     LayerStruct,
     MatrixStruct,
     ModelStruct,
     PassStruct,
-    RotaryStruct,
-    SpanStruct,
 )
 from dash_runtime.rows.thread_count import ThreadCount
 
@@ -45,62 +42,6 @@ class PackedLayer:
 
     vectors: Mapping[str, Tensor]
     matrices: Mapping[Action, Sequence[tuple[RowMatrix, int]]]
-
-
-class RowSpan(NamedTuple):
-    """Consecutive rows of one sequence: its memory of layer 0, from its first position on, how many positions it has
-    with them, and which rows they are."""
-
-    memory: int
-    num_tokens: int
-    first_row: int
-    num_rows: int
-
-
-class RowsOfPass:
-    """The rows of one call: spans of sequences in one pool of keys and values.
-
-    Args:
-        strides: the pool's in bytes: layers, keys to values, tokens.
-        rotary: for each span, the addresses of cosines and sines `[positions, head_dim]` by the number of the rotary
-            table. Their memory is the caller's.
-    """
-
-    def __init__(
-        self,
-        spans: Sequence[RowSpan],
-        strides: tuple[int, int, int],
-        rotary: Sequence[Sequence[tuple[int, int]]],
-    ) -> None:
-        self.spans = (SpanStruct * len(spans))(*[SpanStruct(*own) for own in spans])
-        self.num_rows = spans[0].num_rows if len(spans) == 1 else sum(own.num_rows for own in spans)
-        self.strides = strides
-        self.num_rotaries = len(rotary[0])
-        tables = [RotaryStruct(*table) for own in rotary for table in own]
-        self.rotary = (RotaryStruct * len(tables))(*tables)
-
-    def move(self, num_tokens: Sequence[int]) -> None:
-        """Moves the rows of each span within its sequence, which has so many positions with them."""
-        for span, count in zip(self.spans, num_tokens, strict=True):
-            span.num_tokens = count
-
-
-class CompensatedLayers:
-    """The replacement of each layer's output where it is skipped, for the native code.
-
-    Args:
-        layers: the tensors of each layer: `[2 * hidden_size]` with a factor and an offset per channel; or, for a rank
-            above 0, int8 matrices `[2, rank, hidden_size]`, from the state and back, and `[rank + 2 * hidden_size]`,
-            the scales of both and an offset per channel.
-        rank: -1 for layers that the caller compensates.
-    """
-
-    def __init__(self, rank: int, layers: Sequence[Sequence[Tensor]]) -> None:
-        self.array = (CompensationStruct * len(layers))()
-        self._kept = [[*own[:-1], own[-1].float().contiguous()] for own in layers]
-        for struct, own in zip(self.array, self._kept, strict=True):
-            struct.rank, struct.vectors = rank, own[-1].data_ptr()
-            struct.matrices = own[0].data_ptr() if len(own) > 1 else None
 
 
 class ModelRows:
@@ -124,9 +65,9 @@ class ModelRows:
         self._layers = (LayerStruct * config.num_layers)()
         self._kept: list[object] = []
         self._uncompensated = CompensatedLayers(-1, [[torch.zeros(1)]] * config.num_layers)
-        self._plan = bytearray(config.num_layers)
+        # One plan for all rows, of some layers.
+        self._one = RowPlans([RowPlan(bytes(config.num_layers), None, self._uncompensated, Action.FULL)])
         self._times = array("q", bytes(16 * config.num_layers))
-        self._pinned = bytearray(config.num_layers)
 
         own = self._pass = PassStruct()
         own.workspace = library.new_workspace(self)
@@ -134,13 +75,12 @@ class ModelRows:
         own.shape, own.layers = pointer(self._shape), self._layers
         own.windows = _numbers([window or 0 for window in config.sliding_window])
         own.rotary_of = _numbers(rotary_of)
-        own.plan, own.pinned = (addressof(c_uint8.from_buffer(memory)) for memory in (self._plan, self._pinned))
         own.times = self._times.buffer_info()[0]
         self._pass_address = addressof(own)
         self._tokens: dict[int, tuple[Array[c_int64], Array[c_int64]]] = {}
         """By number of rows, the memory of tokens and of the likeliest next ones."""
         self._kept_embedding: object = None
-        self._common: tuple[object, ...] = ()
+        self._plans: RowPlans | None = None
         self._rows: RowsOfPass | None = None
         """What the fields of the pass say."""
 
@@ -178,28 +118,24 @@ class ModelRows:
         """
         output = torch.empty_like(hidden)
         own = self._pass
-        own.tokens = own.head = None
+        own.tokens = own.head = own.planner = None
         own.input, own.output = hidden.data_ptr(), output.data_ptr()
-        self._run(rows, pinned, layers, compensation, kv_action, None)
+        self._one.pin(layers, pinned, self._uncompensated if compensation is None else compensation, kv_action)
+        self._run(rows, self._one, layers, pinned)
         return output
 
     def run_tokens(
         self,
         token_ids: Sequence[int],
         rows: RowsOfPass,
-        pinned: bytes,
-        compensation: CompensatedLayers | None,
-        kv_action: Action,
+        plans: RowPlans,
         head: "HeadRows | None",
-        policy: PolicyRows | None = None,
+        planner: PlannerTable | None = None,
     ) -> "Tensor | Chosen":
-        """Runs all layers of the rows of these tokens, as `run` does, and the head.
+        """Runs all layers of the rows of these tokens, and the head.
 
         Returns the logits with the likeliest tokens; the last layer's output, `[rows, hidden_size]`, without a head.
-
-        Args:
-            pinned: by layer; 0 for one that the policy decides.
-            policy: for a single row.
+        With several plans each sequence has one row, and rows agree on actions by the planner's table, if there is one.
         """
         own, num_rows, layers = self._pass, len(token_ids), self._all_layers
         memory = self._tokens.get(num_rows)
@@ -208,23 +144,24 @@ class ModelRows:
         tokens, likeliest = memory
         tokens[:] = list(token_ids)
         own.tokens = tokens
+        own.planner = None if planner is None else planner.pointer
         if head is None:
             output = torch.empty(num_rows, self._hidden_size, dtype=torch.bfloat16)
             own.output, own.head = output.data_ptr(), None
-            self._run(rows, pinned, layers, compensation, kv_action, policy)
+            self._run(rows, plans, layers, plans.pinned)
             return output
         own.output, own.likeliest = None, likeliest
         logits = self._logits_of(head, num_rows)
-        self._run(rows, pinned, layers, compensation, kv_action, policy)
+        self._run(rows, plans, layers, plans.pinned)
         return Chosen(logits, likeliest[:])
 
     def run_head(self, hidden: Tensor, head: "HeadRows") -> "Chosen":
         """Runs the final norm and a head of bf16 states `[rows, hidden_size]`."""
         own, hidden, num_rows = self._pass, hidden.contiguous(), len(hidden)
+        self._set_plans(self._one)
         likeliest = (c_int64 * num_rows)()
         own.tokens, own.input, own.output, own.likeliest = None, hidden.data_ptr(), None, likeliest
-        self._common, self._rows = (), None
-        own.compensations, own.decisions = self._uncompensated.array, None
+        self._rows, own.planner = None, None
         own.first_layer, own.last_layer, own.num_spans, own.num_rows = 0, 0, 0, num_rows
         logits = self._logits_of(head, num_rows)
         own.num_threads = self._threads.current
@@ -235,44 +172,31 @@ class ModelRows:
         """Runs a layer's attention for rows, from its first product with bias; returns `[rows, num_heads *
         head_dim]`. Both are bf16."""
         output = fused.new_empty((len(fused), self._query_size))
-        own, self._common = self._pass, ()
-        own.compensations, own.decisions, own.first_layer = self._uncompensated.array, None, layer
+        own = self._pass
+        own.first_layer = layer
         own.input, own.output = fused.data_ptr(), output.data_ptr()
         self._call(self._library.attend, rows)
         return output
-
-    @property
-    def plan(self) -> bytes:
-        """The last run's actions, by layer."""
-        return bytes(self._plan)
 
     @property
     def times(self) -> array:
         """Each layer's start and end in the last run that had it, by `perf_counter_ns`."""
         return array("q", self._times)
 
-    def _run(
-        self,
-        rows: RowsOfPass,
-        pinned: bytes,
-        layers: range,
-        compensation: CompensatedLayers | None,
-        kv_action: Action,
-        policy: PolicyRows | None,
-    ) -> None:
+    def _run(self, rows: RowsOfPass, plans: RowPlans, layers: range, work: bytes) -> None:
         own = self._pass
-        common = compensation, kv_action, layers, policy
-        if common != self._common:  # fields are written as seldom as can be: a token's take long after its weights
-            self._common = common
-            own.compensations = (self._uncompensated if compensation is None else compensation).array
-            own.kv_action, own.first_layer, own.last_layer = kv_action, layers.start, layers.stop
-            own.decisions = None if policy is None else policy.decisions
-        self._pinned[layers.start : layers.stop] = pinned
+        own.first_layer, own.last_layer = layers.start, layers.stop
+        self._set_plans(plans)
         started = time.perf_counter()
         self._call(self._library.run_rows, rows)
         if len(layers) == self._num_layers:
-            work = pinned, rows.num_rows, rows.spans[0].num_tokens // _ALIKE_TOKENS
-            self._threads.took(work, time.perf_counter() - started)
+            alike = work, rows.num_rows, rows.spans[0].num_tokens // _ALIKE_TOKENS
+            self._threads.took(alike, time.perf_counter() - started)
+
+    def _set_plans(self, plans: RowPlans) -> None:
+        if plans is not self._plans:  # fields are written as seldom as can be: a token's take long after its weights
+            self._plans = plans
+            self._pass.plans, self._pass.num_plans = plans.array, len(plans.array)
 
     def _call(self, function: Callable[[int], object], rows: RowsOfPass) -> None:
         own = self._pass

@@ -4,7 +4,7 @@ Knows a network's tensors; knows no policies and no facts.
 """
 
 from collections.abc import Mapping, Sequence
-from ctypes import addressof, byref, c_char, c_double, c_int64, pointer, sizeof
+from ctypes import addressof, c_char, c_double, c_int64, pointer, sizeof
 from dataclasses import dataclass
 
 import torch
@@ -34,25 +34,46 @@ class NetworkTensors:
         return self.by_name[name]
 
 
-class PolicyRows:
-    """A network as the native code evaluates it: for rows; or for a single row, layer after layer, within a pass.
+class RowDecisions:
+    """What decides a row's layers within a pass, one after another.
 
     Args:
-        facts: float32 memory for what a single row is told: the known facts and others, then each action's price.
+        facts: float32 memory for what the row is told: the known facts and others, then each action's price.
+    """
+
+    def __init__(self, policy: "PolicyRows", facts: Tensor) -> None:
+        self._scores = bytearray(4 * policy.num_layers * policy.num_actions)
+        self._kept = policy, facts
+        scores = addressof(c_char.from_buffer(self._scores))
+        self.struct = pointer(
+            DecisionsStruct(
+                policy.pointer, facts.data_ptr(), policy.actions, policy.layer_costs, scores, policy.num_known
+            )
+        )
+
+    @property
+    def scores(self) -> bytes:
+        """The scores with which the last pass decided its layers, float32 `[num_layers, actions]`."""
+        return bytes(self._scores)
+
+
+class PolicyRows:
+    """A network as the native code evaluates it: for rows; or layer after layer within a pass (`RowDecisions`).
+
+    Args:
         layer_costs: the cost of a layer with each action, for the share of cost that a row has spent.
     """
 
-    def __init__(
-        self, library: RowsLibrary, network: NetworkTensors, facts: Tensor, layer_costs: Mapping[Action, float]
-    ) -> None:
+    def __init__(self, library: RowsLibrary, network: NetworkTensors, layer_costs: Mapping[Action, float]) -> None:
         self._library = library
-        self._num_layers, self._num_actions = network.num_layers, len(network.actions)
+        self.num_layers, self.num_actions = network.num_layers, len(network.actions)
+        self.num_known = network.num_known
         width, inner_width = (_padded(len(own)) for own in (network["hidden_weight"], network["inner_weight"]))
         block_size, hidden_size = network["output_weight"].shape[1], network["hidden_weight"].shape[1]
         hidden = _pad(network["hidden_weight"], width).view(-1, LANES, hidden_size).transpose(1, 2)
         hidden = hidden.to(torch.bfloat16).contiguous()
         inner = _pad(_pad(network["inner_weight"], inner_width).T, width).contiguous()
-        self._kept: list[object] = [hidden, inner, facts]
+        self._kept: list[object] = [hidden, inner]
         self._blocks = (BlockStruct * network.num_layers)()
         for number, layers in enumerate(network.blocks):
             tensors = [
@@ -66,29 +87,13 @@ class PolicyRows:
             self._kept.append(tensors)
             self._blocks[layers[0]] = BlockStruct(*(own.data_ptr() for own in tensors))
         num_facts = network["fact_weight"].shape[1]
-        sizes = (hidden_size, width, inner_width, num_facts, self._num_actions, block_size)
-        self._policy = PolicyStruct(hidden.data_ptr(), inner.data_ptr(), self._blocks, *sizes)
+        sizes = (hidden_size, width, inner_width, num_facts, self.num_actions, block_size)
+        self.pointer = pointer(PolicyStruct(hidden.data_ptr(), inner.data_ptr(), self._blocks, *sizes))
         self._block_size = block_size
-        self._layer_costs = (c_double * (max(Action) + 1))()
+        self.layer_costs = (c_double * (max(Action) + 1))()
         for action, cost in layer_costs.items():
-            self._layer_costs[action] = cost
-        self._scores = bytearray(4 * network.num_layers * self._num_actions)
-        self._actions = (c_int64 * self._num_actions)(*network.actions)
-        self.decisions = pointer(
-            DecisionsStruct(
-                pointer(self._policy),
-                facts.data_ptr(),
-                self._actions,
-                self._layer_costs,
-                addressof(c_char.from_buffer(self._scores)),
-                network.num_known,
-            )
-        )
-
-    @property
-    def scores(self) -> bytes:
-        """The scores with which the last pass decided its layers, float32 `[num_layers, actions]`."""
-        return bytes(self._scores)
+            self.layer_costs[action] = cost
+        self.actions = (c_int64 * self.num_actions)(*network.actions)
 
     def choose(self, layer: int, hidden: Tensor, facts: Tensor) -> tuple[Tensor, Tensor]:
         """Decides the block that begins with `layer`, in the calling thread.
@@ -97,11 +102,11 @@ class PolicyRows:
         actions]`; from bf16 `hidden` `[rows, hidden_size]` and each row's facts and prices.
         """
         num_rows, hidden = len(hidden), hidden.contiguous()
-        scores = torch.empty(num_rows, self._block_size, self._num_actions)
+        scores = torch.empty(num_rows, self._block_size, self.num_actions)
         best = torch.empty(num_rows, self._block_size, dtype=torch.int64)
         block = addressof(self._blocks) + layer * sizeof(BlockStruct)
         memory = (own.data_ptr() for own in (hidden, facts))
-        self._library.choose(byref(self._policy), block, *memory, num_rows, scores.data_ptr(), best.data_ptr())
+        self._library.choose(self.pointer, block, *memory, num_rows, scores.data_ptr(), best.data_ptr())
         return best, scores
 
 

@@ -71,6 +71,20 @@ class DecisionsStruct(Structure):
     ]
 
 
+class RowPlanStruct(Structure):
+    _fields_ = [
+        *_pointers("pinned"),
+        ("decisions", POINTER(DecisionsStruct)),
+        ("compensations", POINTER(CompensationStruct)),
+        *_numbers("kv_action"),
+        *_pointers("plan"),
+    ]
+
+
+class PlannerStruct(Structure):
+    _fields_ = [("seconds", POINTER(c_double)), *_numbers("most_rows"), ("split_seconds", c_double)]
+
+
 class EmbeddingStruct(Structure):
     _fields_ = [*_pointers("words"), *_numbers("is_packed"), ("multiplier", c_double)]
 
@@ -84,7 +98,8 @@ class PassStruct(Structure):
         *_pointers("workspace"),
         ("shape", POINTER(ModelStruct)),
         ("layers", POINTER(LayerStruct)),
-        ("compensations", POINTER(CompensationStruct)),
+        ("plans", POINTER(RowPlanStruct)),
+        ("planner", POINTER(PlannerStruct)),
         *((name, POINTER(c_int64)) for name in ("windows", "rotary_of")),
         ("rotary", POINTER(RotaryStruct)),
         ("spans", POINTER(SpanStruct)),
@@ -95,8 +110,6 @@ class PassStruct(Structure):
         *_pointers("logits"),
         ("likeliest", POINTER(c_int64)),
         *_numbers("num_spans", "num_rotaries", "layer_bytes", "values_bytes", "token_bytes"),
-        *_numbers("num_rows", "num_threads", "first_layer", "last_layer", "kv_action"),
-        *_pointers("pinned"),
-        ("decisions", POINTER(DecisionsStruct)),
-        *_pointers("plan", "times"),
+        *_numbers("num_rows", "num_plans", "num_threads", "first_layer", "last_layer"),
+        *_pointers("times"),
     ]

@@ -271,8 +271,8 @@ def with_native_code(policy: LearnedPolicy, library: RowsLibrary, lane: LaneKind
     """Returns the policy with what evaluates it: layers do where no other lane was asked for."""
     own = replace(policy, library=library)
     decides_next = own.is_native and own.block_size == 1 and own.lookahead == 1
-    decides_alone = decides_next and lane in (None, LaneKind.INLINE) and runs_natively(own.compensation)
-    return replace(own, decides_alone=decides_alone)
+    decides_in_pass = decides_next and lane in (None, LaneKind.INLINE) and runs_natively(own.compensation)
+    return replace(own, decides_in_pass=decides_in_pass)
 
 
 def _warm_up(engine: Engine) -> None:

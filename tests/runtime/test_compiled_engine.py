@@ -90,7 +90,7 @@ def test_the_policy_is_evaluated_by_native_code_within_a_rows_pass(engine: Engin
     assert facts == [NAME]
     policy = engine._catalog._learned[NAME]
     assert policy.is_native
-    assert policy.decides_alone
+    assert policy.decides_in_pass
 
 
 def test_exact_puts_out_full_depths_own_tokens(engine: Engine) -> None:

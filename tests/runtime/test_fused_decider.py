@@ -3,15 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from torch.nn import functional
 
+from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.config import LaneKind
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.fused_decider import FusedDecider
 from dash_runtime.engine.lanes import InlineLane
+from dash_runtime.engine.planner import GroupPlanner, Planner
 from dash_runtime.engine.step import Decider, StepOutput, decode_step
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Identity, PackedLowRank
@@ -54,9 +57,9 @@ def setting(
     return Setting(folder, decoder, with_native_code(policy, rows_library, None), rows_library)
 
 
-def prefilled(decoder: Decoder) -> list[SequenceCache]:
-    caches = decoder.caches([32] * len(PROMPTS))
-    for cache, prompt in zip(caches, PROMPTS, strict=True):
+def prefilled(decoder: Decoder, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[SequenceCache]:
+    caches = decoder.caches([32] * len(prompts))
+    for cache, prompt in zip(caches, prompts, strict=True):
         run_rows(decoder, [cache], [prompt], [full_plan(decoder)])
     return caches
 
@@ -66,16 +69,18 @@ def step(
     kind: type[Decider],
     caches: Sequence[SequenceCache],
     token_ids: Sequence[int],
-    price: float,
+    price: float | Sequence[float],
     policy: LearnedPolicy | None = None,
+    planner: Planner | None = None,
 ) -> tuple[StepOutput, Decider]:
     policy, count = setting.policy if policy is None else policy, len(caches)
-    tokens = [Token(0, cache.length, price) for cache in caches]
+    prices = [price] * count if isinstance(price, float) else price
+    tokens = [Token(0, cache.length, own) for cache, own in zip(caches, prices, strict=True)]
     decider = kind(policy, range(count), tokens, policy.costs, count)
     batch = setting.decoder.batch(
         PassKind.DECODE, caches, [1] * count, [policy.compensation] * count, [policy.kv_action] * count
     )
-    return decode_step(setting.decoder, InlineLane(), batch, token_ids, [decider]), decider
+    return decode_step(setting.decoder, InlineLane(), batch, token_ids, [decider], planner), decider
 
 
 def scores_of(decider: Decider, row: int) -> list[list[float]]:
@@ -103,6 +108,44 @@ def test_a_rows_pass_decides_what_is_decided_for_rows_between_layers(setting: Se
             assert fused.num_evaluations == decider.num_evaluations > 0
         taken |= {action for plan in output.plans for action in plan}
     assert len(taken) >= 3
+
+
+def some_latencies(seed: int) -> LatencyTable:
+    """Returns a table in which it sometimes pays to agree."""
+    random = Random(seed)
+    counts = (1, 2, 4, 8)
+    seconds = {
+        action: tuple(action * (1 + 0.2 * count) * random.uniform(0.5, 1.5) for count in counts) for action in Action
+    }
+    return LatencyTable(counts, seconds, split_seconds=random.uniform(0, 2))
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("has_planner", [False, True])
+@torch.inference_mode()
+def test_a_pass_of_several_rows_decides_and_agrees_as_the_loop_over_layers(
+    setting: Setting, has_planner: bool, num_threads: int
+) -> None:
+    """Each row at a price of its own; bit for bit."""
+    decoder = native_decoder(setting.folder, setting.library, num_threads=num_threads)
+    several = replace(setting, decoder=decoder)
+    prompts = [[1 + row, 2, 3 + row] for row in range(11)]
+    layered, fused = prefilled(setting.decoder, prompts), prefilled(decoder, prompts)
+    raised = 0
+    for number in range(6):
+        planner = GroupPlanner(some_latencies(number)) if has_planner else None
+        count = (11, 4, 2, 11, 9, 3)[number]
+        token_ids = [10 * number + row for row in range(count)]
+        prices = [PRICES[(number + row) % len(PRICES)] for row in range(count)]
+        expected, decider = step(setting, Decider, layered[:count], token_ids, prices, planner=planner)
+        output, own = step(several, FusedDecider, fused[:count], token_ids, prices, planner=planner)
+        assert output.plans == expected.plans
+        assert torch.equal(output.logits, expected.logits)
+        assert output.likeliest == expected.likeliest
+        for row in range(count):
+            assert scores_of(own, row) == scores_of(decider, row)
+        raised += len({bytes(plan) for plan in output.plans}) < count
+    assert raised or not has_planner
 
 
 @torch.inference_mode()
@@ -176,7 +219,7 @@ def test_a_network_that_native_code_has_no_room_for_is_evaluated_eagerly(setting
     wide = replace(setting.policy, network=widened(setting.policy.network, MOST_NUMBERS))
     wide = with_native_code(wide, setting.library, None)
     assert not wide.is_native
-    assert not wide.decides_alone
+    assert not wide.decides_in_pass
     own, other = prefilled(setting.decoder), prefilled(setting.decoder)
     for token_id, price in enumerate(PRICES):
         outputs = [
@@ -191,12 +234,12 @@ def test_a_pass_evaluates_only_policies_that_decide_the_next_layer_and_that_no_o
 ) -> None:
     policy, spec = setting.policy, setting.policy.spec
     for lane, expected in ((None, True), (LaneKind.INLINE, True), (LaneKind.THREAD, False)):
-        assert with_native_code(policy, setting.library, lane).decides_alone is expected, lane
+        assert with_native_code(policy, setting.library, lane).decides_in_pass is expected, lane
     others = {
         "lookahead": replace(policy, spec=replace(spec, lookahead=2)),
         "blocks": random_policy(setting.folder, block_size=2),
         "a float map": replace(policy, compensation=some_low_rank(setting.decoder)),
     }
     for name, other in others.items():
-        assert not with_native_code(other, setting.library, None).decides_alone, name
-    assert with_native_code(replace(policy, compensation=Identity()), setting.library, None).decides_alone
+        assert not with_native_code(other, setting.library, None).decides_in_pass, name
+    assert with_native_code(replace(policy, compensation=Identity()), setting.library, None).decides_in_pass

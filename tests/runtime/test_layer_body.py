@@ -20,7 +20,8 @@ from dash_runtime.layers.row_compensation import pack_for_rows
 from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
 from dash_runtime.linears.dense_linear import FullLinear, Linear, make_full_linear
 from dash_runtime.model_config import Activation, BlockConfig, ModelConfig
-from dash_runtime.rows.model_rows import CompensatedLayers, ModelRows, PackedLayer, RowsOfPass, RowSpan
+from dash_runtime.rows.model_rows import ModelRows, PackedLayer
+from dash_runtime.rows.pass_rows import CompensatedLayers, RowsOfPass, RowSpan
 from dash_runtime.rows.row_matrix import pack_row_matrix
 from tests.runtime.native_code import NATIVE_SIZES, native_library, rounded
 from tests.runtime.support import CPU

@@ -1,6 +1,6 @@
 """A row's bits are the same alone and among others, layer by layer and in one call, with any number of threads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import PassKind
-from dash_runtime.layers.compensation import Compensation, Identity, PackedLowRank, Scale
+from dash_runtime.layers.compensation import Compensation, Identity, PackedLowRank
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.rows.library import RowsLibrary
@@ -61,11 +61,15 @@ def compensation_of(decoder: Decoder, kind: str) -> Compensation:
     return low_rank if kind == "low rank" else some_affine(decoder)
 
 
+def alike(pinned: Mapping[int, Action], num_rows: int = 1) -> PassPlan:
+    return PassPlan([(pinned, None)], [Action.FULL] * num_rows)
+
+
 def run_whole(
     decoder: Decoder, cache: SequenceCache, token_id: int, plan: Sequence[Action], compensation: Compensation
 ) -> PassRun | None:
     batch = decoder.batch(PassKind.DECODE, [cache], [1], [compensation], [Action.INT8])
-    run = decoder.run_pass(PassPlan(dict(enumerate(plan))), [token_id], batch, Action.FULL)
+    run = decoder.run_pass(alike(dict(enumerate(plan))), [token_id], batch)
     if run is not None:
         batch.commit()
     return run
@@ -113,8 +117,7 @@ def test_any_plan_in_one_call_has_the_bits_that_it_has_layer_by_layer(decoder: D
         run = run_whole(decoder, own, token_id, plan, compensation)
         expected = run_rows(decoder, [other], [[token_id]], [plan], compensation, kv_action=Action.INT8)
         assert run is not None
-        assert list(run.plan) == plan
-        assert not run.scores
+        assert list(run.plans[0]) == plan
         assert torch.equal(run.logits, expected)
         assert run.likeliest == expected.argmax(-1).tolist()
         assert list(run.layer_times) == sorted(run.layer_times)
@@ -125,12 +128,40 @@ def test_any_plan_in_one_call_has_the_bits_that_it_has_layer_by_layer(decoder: D
 @torch.inference_mode()
 def test_what_one_call_cannot_run_is_left_to_the_loop_over_layers(decoder: Decoder, folder: Path) -> None:
     plan = full_plan(decoder)
-    caches = prefilled(decoder, [1], [2])
-    assert run_whole(decoder, caches[0], 1, plan, some_low_rank(decoder)) is None  # its matrices are float
-    batch = decoder.batch(PassKind.DECODE, caches, [1, 1], [Identity(), Scale(torch.ones(decoder.num_layers))])
-    assert decoder.run_pass(PassPlan(dict(enumerate(plan))), [1, 2], batch, Action.FULL) is None
+    (cache,) = prefilled(decoder, [1])
+    assert run_whole(decoder, cache, 1, plan, some_low_rank(decoder)) is None  # its matrices are float
     eager = load_decoder(folder, torch.bfloat16)
     assert run_whole(eager, prefilled(eager, [1])[0], 1, plan, Identity()) is None
+
+
+@pytest.mark.parametrize("num_rows", [3, 12])  # from 8 on threads share rows
+@torch.inference_mode()
+def test_rows_with_plans_and_compensations_of_their_own_run_in_one_call_with_the_bits_that_each_has_alone(
+    decoder: Decoder, folder: Path, rows_library: RowsLibrary, num_rows: int
+) -> None:
+    several = native_decoder(folder, rows_library, num_threads=3)
+    kinds = [compensation_of(decoder, kind) for kind in ("affine", "low rank")]
+    own = [kinds[row % 2] for row in range(num_rows)]
+    prompts = [some_ids(1 + 11 * row, row) for row in range(num_rows)]
+    alone, together = prefilled(decoder, *prompts), prefilled(several, *prompts)
+    for step in range(4):
+        # At first all rows alike, and at last; between them in groups.
+        seeds = [step if step in (0, 3) else 100 * step + row for row in range(num_rows)]
+        plans = [mixed_plan(seed, decoder.num_layers) for seed in seeds]
+        token_ids = [10 * row + step for row in range(num_rows)]
+        batch = several.batch(PassKind.DECODE, together, [1] * num_rows, own, [Action.INT8] * num_rows)
+        decided = [(dict(enumerate(plan)), None) for plan in plans]
+        run = several.run_pass(PassPlan(decided, [Action.FULL] * num_rows), token_ids, batch)
+        assert run is not None
+        batch.commit()
+        assert [list(plan) for plan in run.plans] == plans
+        for row, cache in enumerate(alone):
+            single = run_whole(decoder, cache, token_ids[row], plans[row], own[row])
+            assert single is not None
+            assert torch.equal(run.logits[row : row + 1], single.logits)
+            assert run.likeliest[row : row + 1] == single.likeliest
+    for cache, other in zip(alone, together, strict=True):
+        assert_equal_caches(cache, other)
 
 
 @pytest.mark.parametrize("action", [Action.INT4, Action.INT8])
@@ -139,7 +170,7 @@ def test_two_rows_of_one_draft_have_the_bits_that_each_has_alone(decoder: Decode
     own, other = prefilled(decoder, some_ids(70), some_ids(70))
     plan = [action] * decoder.num_layers
     batch = decoder.batch(PassKind.VERIFY, [own], [2], [Identity()])
-    together = decoder.run_pass(PassPlan(dict(enumerate(plan))), [3, 9], batch, Action.FULL)
+    together = decoder.run_pass(alike(dict(enumerate(plan)), 2), [3, 9], batch)
     batch.commit()
     alone = [run_whole(decoder, other, token_id, plan, Identity()) for token_id in (3, 9)]
     assert together is not None
@@ -277,4 +308,4 @@ def test_an_action_that_layers_are_not_packed_for_is_an_error_that_names_it(
     with pytest.raises(ValueError, match="INT4"):
         decoder.run_layer(0, [Action.INT4], hidden, batch)
     with pytest.raises(ValueError, match="INT8"):
-        decoder.run_pass(PassPlan(dict.fromkeys(range(decoder.num_layers), Action.INT8)), [2], batch, Action.FULL)
+        decoder.run_pass(alike(dict.fromkeys(range(decoder.num_layers), Action.INT8)), [2], batch)

@@ -16,8 +16,9 @@ class Backend(Protocol):
     def takes(self, batch: Batch) -> bool:
         """Returns True if it can run this pass."""
 
-    def decides_alone(self, num_rows: int) -> bool:
-        """Returns True if `run_pass` for so many decoded rows also evaluates their policy."""
+    @property
+    def decides_in_pass(self) -> bool:
+        """True if `run_pass` also evaluates policies."""
 
     def start_pass(self, token_ids: Sequence[int], batch: Batch) -> Tensor | None:
         """Begins a pass and returns layer 0's input, `[rows, hidden_size]`; None if the caller has to make it."""
@@ -51,9 +52,11 @@ class Backend(Protocol):
     def run_layers(self, action: Action, hidden: Tensor, batch: Batch) -> Tensor | None:
         """Runs all layers at once with one action, with the same numbers; returns None if it cannot."""
 
-    def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch, head: Action) -> PassRun | None:
-        """Runs a pass with one plan for all rows at once, with the same numbers: embedding, layers and head; returns
-        None if it cannot."""
+    def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassRun | None:
+        """Runs a pass at once, with the same numbers: embedding, layers and head; returns None if it cannot.
+
+        It is quicker with the plan and the batch of the pass before.
+        """
 
     def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
         """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""
@@ -78,11 +81,12 @@ class OwnMemory:
 class LayerByLayer(OwnMemory):
     """The answers of a backend that runs one layer at a time."""
 
-    def decides_alone(self, num_rows: int) -> bool:
+    @property
+    def decides_in_pass(self) -> bool:
         return False
 
     def run_layers(self, action: Action, hidden: Tensor, batch: Batch) -> Tensor | None:
         return None
 
-    def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch, head: Action) -> PassRun | None:
+    def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassRun | None:
         return None

@@ -1,4 +1,4 @@
-"""Decodes with native code: rows of one plan in one call, or shared products for many rows in FULL.
+"""Decodes with native code: all rows in one call, or shared products for many rows in FULL.
 
 For passes of one row per sequence, and for verification. Knows layers and rows; knows no policies and no requests.
 """
@@ -27,7 +27,8 @@ from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import Linear, for_neighbours, most_rows_apart, packed_words
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.rows.library import RowsLibrary
-from dash_runtime.rows.model_rows import Chosen, CompensatedLayers, HeadRows, ModelRows, PackedLayer
+from dash_runtime.rows.model_rows import Chosen, HeadRows, ModelRows, PackedLayer
+from dash_runtime.rows.pass_rows import CompensatedLayers, PlannerTable, PlannerTables, RowPlan, RowPlans
 from dash_runtime.rows.row_matrix import RowMatrix, is_packable, pack_row_matrix
 from dash_runtime.rows.structs import LANES, MOST_CHANNELS, NORMS
 
@@ -63,12 +64,13 @@ class NativeBackend(OwnMemory):
         self._layers: list[_SharedLayer] = []
         self._compensated: dict[int, tuple[Compensation, CompensatedLayers | None]] = {}
         """By the compensation's id; the compensation is kept, so that nothing else gets it."""
-        self._pinned: tuple[Mapping[int, Action], bytes] = ({}, b"")
         self.logits = Heads({})
         self._heads: dict[Action, HeadRows] = {}
         self._has_embedding = False
-        self._known: tuple[Batch | None, tuple[CompensatedLayers, Action] | None] = None, None
-        """The last batch, which may run step after step, and what its rows have in common."""
+        self._planners = PlannerTables()
+        self._made: tuple[RowPlans, HeadRows | None, PlannerTable | None] | None = None
+        self._made_of: tuple[PassPlan | None, Batch | None] = None, None
+        """The last pass, which may run step after step, and what the native code is told of it."""
 
     def add_layer(self, weights: LayerWeights, layer: DecoderLayer) -> None:
         """Packs the next layer's matrices; `layer` has those for eager passes in FULL."""
@@ -105,9 +107,9 @@ class NativeBackend(OwnMemory):
     def takes(self, batch: Batch) -> bool:
         return True
 
-    def decides_alone(self, num_rows: int) -> bool:
-        """Returns True for one row: its policy is evaluated within its pass."""
-        return num_rows == 1
+    @property
+    def decides_in_pass(self) -> bool:
+        return True
 
     def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
         parts: list[tuple[list[int] | None, Tensor]] = []
@@ -126,43 +128,52 @@ class NativeBackend(OwnMemory):
         return scatter_rows(parts, len(actions))
 
     def run_layers(self, action: Action, hidden: Tensor, batch: Batch) -> Tensor | None:
-        if action is Action.FULL and self._is_shared(batch, batch.num_rows):
+        kv_action, compensation = batch.kv_actions[0], self._compensated_by(batch.compensations[0])
+        is_one = set(batch.kv_actions) == {kv_action} and all(
+            own is batch.compensations[0] for own in batch.compensations
+        )
+        if not is_one or compensation is None or (action is Action.FULL and self._is_shared(batch, batch.num_rows)):
             return None
-        common = self._common(batch)
-        if common is None:
-            return None
-        self._check(action)
-        layers = range(self._num_layers)
-        return self._rows.run(hidden, batch.rows_of(None), bytes([action]) * len(layers), layers, *common)
+        self._check(action, kv_action)
+        layers, rows = range(self._num_layers), batch.rows_of(None)
+        return self._rows.run(hidden, rows, bytes([action]) * len(layers), layers, compensation, kv_action)
 
-    def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch, head: Action) -> PassRun | None:
-        is_shared, common = self._is_shared(batch, batch.num_rows), self._common(batch)
-        if not self._has_embedding or common is None or (is_shared and Action.FULL in plan.pinned.values()):
+    def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassRun | None:
+        if plan is not self._made_of[0] or batch is not self._made_of[1]:
+            self._made, self._made_of = self._make(plan, batch), (plan, batch)
+        if self._made is None:
             return None
-        own_head = None if is_shared else self._heads.get(head)
-        pinned, rows = self._as_bytes(plan.pinned), batch.rows_of(None)
-        output = self._rows.run_tokens(token_ids, rows, pinned, *common, own_head, plan.policy)
+        plans, head, planner = self._made
+        output = self._rows.run_tokens(token_ids, batch.rows_of(None), plans, head, planner)
         if isinstance(output, Tensor):
-            logits = self.logits(output, (head,) * len(token_ids))
+            logits = self.logits(output, plan.heads)
             output = Chosen(logits, device_of(logits.device).likeliest(logits))
-        scores = b"" if plan.policy is None else plan.policy.scores
-        return PassRun(*output, self._rows.plan, scores, self._rows.times)
+        ran = plans.ran()
+        return PassRun(*output, ran if len(ran) > 1 else ran * len(token_ids), self._rows.times)
 
-    def _common(self, batch: Batch) -> tuple[CompensatedLayers, Action] | None:
-        """Returns all rows' compensation and precision of late keys and values; None if they differ, or native code has
-        no such compensation."""
-        if batch is self._known[0]:
-            return self._known[1]
-        self._known = batch, self._find_common(batch)
-        return self._known[1]
-
-    def _find_common(self, batch: Batch) -> tuple[CompensatedLayers, Action] | None:
-        kv_action, first = batch.kv_actions[0], batch.compensations[0]
-        if any(own is not first for own in batch.compensations) or set(batch.kv_actions) != {kv_action}:
+    def _make(self, plan: PassPlan, batch: Batch) -> tuple[RowPlans, HeadRows | None, PlannerTable | None] | None:
+        """Returns what the native code is told of such passes; None if it cannot run them."""
+        num_rows, decided = batch.num_rows, list(plan.decided)
+        pinned = [bytes(own.get(layer, 0) for layer in range(self._num_layers)) for own, _ in decided]
+        compensated = [own for given in batch.compensations if (own := self._compensated_by(given)) is not None]
+        if not self._has_embedding or len(compensated) < num_rows:
             return None
-        compensation = self._compensated_by(first)
-        self._check(kv_action)
-        return None if compensation is None else (compensation, kv_action)
+        num_full = sum(Action.FULL in own for own in pinned) * (num_rows // len(decided))
+        if self._is_shared(batch, num_full):
+            return None
+        if len(decided) == 1 and not batch.skips_alike:
+            decided, pinned = decided * num_rows, pinned * num_rows
+        if len(decided) > 1 and batch.kind is not PassKind.DECODE:
+            return None
+        self._check(*batch.kv_actions, *(Action(own) for own in set(b"".join(pinned)) - {0}))
+        skips = zip(compensated, batch.kv_actions, strict=True)
+        plans = RowPlans([RowPlan(own, by, *skip) for own, (_, by), skip in zip(pinned, decided, skips, strict=False)])
+        is_shared = self._is_shared(batch, num_rows) or len(set(plan.heads)) > 1
+        head = None if is_shared else self._heads.get(plan.heads[0])
+        planner = None
+        if plan.latencies is not None and len(decided) > 1:
+            planner = self._planners.get(plan.latencies, num_rows)
+        return plans, head, planner
 
     def _skip(
         self, layer: int, hidden: Tensor, batch: Batch, group: list[int] | None
@@ -210,12 +221,6 @@ class NativeBackend(OwnMemory):
         """Raises ValueError for an action without matrices: native code would read memory that is not there."""
         if missing := set(actions) - self._possible:
             raise ValueError(f"layers are not packed for {min(missing).name}")
-
-    def _as_bytes(self, pinned: Mapping[int, Action]) -> bytes:
-        if self._pinned[0] is not pinned:  # a sequence's stays the same from token to token
-            self._check(*pinned.values())
-            self._pinned = pinned, bytes(pinned.get(layer, 0) for layer in range(self._num_layers))
-        return self._pinned[1]
 
 
 def layer_vectors(weights: LayerWeights) -> dict[str, Tensor]:

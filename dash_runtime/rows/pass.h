@@ -1,0 +1,180 @@
+// What a pass is told, and the memory that it works in. structs.py has the same structures.
+#pragma once
+#include <ctime>
+#include <vector>
+
+#include "layer.h"
+#include "planner.h"
+#include "policy.h"
+
+// Memory of passes, kept from one to the next.
+struct Workspace {
+  // One thread's.
+  struct Own {
+    std::vector<float> floats;
+    std::vector<uint8_t> actions;  // [rows]
+    std::vector<double> spent;     // [rows]
+    std::vector<int64_t> group;    // rows
+    std::vector<Span> spans;       // of a group
+    std::vector<Rotary> rotary;    // of a group
+  };
+
+  Barrier barrier;
+  std::vector<float> shared;
+  std::vector<Own> own;
+  std::vector<uint8_t> chosen;  // [2, rows]: actions by turn
+  std::vector<Best> best;       // [threads, rows]
+};
+
+// A policy that decides each layer of a row from the input of the one before.
+struct Decisions {
+  const Policy *policy;
+  const float *facts;         // num_known for the last action, the cost spent, others, and each action's price
+  const int64_t *actions;     // by score
+  const double *layer_costs;  // by action
+  float *scores;              // [num_layers, num_actions]
+  int64_t num_known;
+};
+
+// What decides a row's layers, and what replaces those that it skips.
+struct RowPlan {
+  const uint8_t *pinned;              // by layer; 0 for a layer that is decided
+  const Decisions *decisions;         // null if all layers are pinned
+  const Compensation *compensations;  // by layer
+  int64_t kv_action;                  // of skipped layers' keys and values
+  uint8_t *plan;                      // by layer: what ran
+
+  bool decides(int64_t layer) const { return decisions && !pinned[layer]; }
+  bool skips_alike(const RowPlan &other) const {
+    return compensations == other.compensations && kv_action == other.kv_action;
+  }
+};
+
+struct Pass {
+  Workspace *workspace;
+  const ModelShape *shape;
+  const Layer *layers;
+  const RowPlan *plans;               // of each row, or one for all
+  const Planner *planner;             // null for none
+  const int64_t *windows;             // by layer; 0 for none
+  const int64_t *rotary_of;           // by layer, which one
+  const Rotary *rotary;               // [num_spans, num_rotaries]
+  const Span *spans;
+  const int64_t *tokens;  // [num_rows], null for `input`
+  const Embedding *embedding;
+  const uint16_t *input;  // [num_rows, hidden_size], bf16; of `dash_attend` [num_rows, fused_size]
+  uint16_t *output;       // [num_rows, hidden_size], may be null; of `dash_attend` [num_rows, query_size]
+  const Head *head;       // null for none
+  float *logits;          // [num_rows, vocabulary]
+  int64_t *likeliest;     // [num_rows]
+  int64_t num_spans, num_rotaries, layer_bytes, values_bytes, token_bytes;
+  int64_t num_rows, num_plans, num_threads, first_layer, last_layer;
+  int64_t *times;  // [layer][start, end], as time.perf_counter_ns
+
+  const RowPlan &plan_of(int64_t row) const { return plans[num_plans == 1 ? 0 : row]; }
+};
+
+inline int64_t now() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec * int64_t{1000000000} + time.tv_nsec;
+}
+
+// Gives out parts of a memory, each on cache lines of its own; only counts without one.
+class Parts {
+ public:
+  explicit Parts(float *memory) : next_(memory) {}
+  float *take(int64_t size) {
+    size = (size + 2 * kLanes - 1) / kLanes * kLanes;
+    float *own = next_;
+    if (next_) next_ += size;
+    count_ += size;
+    return own;
+  }
+  int64_t count() const { return count_; }
+
+ private:
+  float *next_;
+  int64_t count_ = 0;
+};
+
+inline float *grown(std::vector<float> &memory, int64_t count) {
+  if (memory.size() < static_cast<size_t>(count)) memory.resize(count);
+  return memory.data();
+}
+
+// Returns what `take_all` takes, in a memory that is large enough for it.
+template <class TakeAll>
+auto laid_out(std::vector<float> &memory, TakeAll take_all) {
+  Parts counted(nullptr);
+  take_all(counted);
+  Parts parts(grown(memory, counted.count()));
+  return take_all(parts);
+}
+
+// All that alternates does so from layer to layer: the next layer may begin while a slow thread still reads.
+struct SharedParts {
+  Shared layers[2];
+  float *products[2];
+  float *inputs, *queries, *keys, *values;  // of threads that share rows
+  float *states;                            // [rows, hidden_size], where rows run in groups
+};
+
+// The floats of what a product reads of all rows.
+inline int64_t prepared_size(const Pass &pass) {
+  const ModelShape &shape = *pass.shape;
+  const int64_t sizes[] = {shape.hidden_size, shape.query_size(), shape.intermediate_size};
+  int64_t widest = 0;
+  for (int64_t size : sizes) widest = size > widest ? size : widest;
+  return inputs_size(pass.num_rows, widest);
+}
+
+inline SharedParts shared_parts(Parts &parts, const Pass &pass) {
+  const ModelShape &shape = *pass.shape;
+  const int64_t rows = pass.num_rows;
+  int64_t rank = 0;
+  int64_t width = 0;
+  for (int64_t row = 0; row < pass.num_plans; ++row) {
+    const RowPlan &plan = pass.plans[row];
+    for (int64_t layer = 0; layer < shape.num_layers; ++layer)
+      rank = plan.compensations[layer].rank > rank ? plan.compensations[layer].rank : rank;
+    if (plan.decisions && plan.decisions->policy->width > width) width = plan.decisions->policy->width;
+  }
+  float *attention = parts.take(parts_size(shape.heads, pass.spans, pass.num_spans));
+  float *branch = parts.take(2 * rows * shape.hidden_size), *inner = parts.take(rows * shape.intermediate_size);
+  SharedParts own;
+  for (int turn = 0; turn < 2; ++turn) {
+    own.layers[turn] = {parts.take(rows * shape.fused_size()), attention, branch, inner, parts.take(rows * rank)};
+    own.products[turn] = parts.take(width);
+  }
+  own.inputs = parts.take(prepared_size(pass)), own.queries = parts.take(rows * shape.query_size());
+  own.keys = parts.take(rows * shape.kv_size()), own.values = parts.take(rows * shape.kv_size());
+  own.states = parts.take(pass.num_plans > 1 ? rows * shape.hidden_size : 0);
+  return own;
+}
+
+// A thread's memory, and a group's states in it.
+struct OwnParts {
+  Own own;
+  float *group;
+};
+
+inline OwnParts own_parts(Parts &parts, const Pass &pass) {
+  const ModelShape &shape = *pass.shape;
+  const int64_t rows = pass.num_rows, query_size = shape.query_size(), kv_size = shape.kv_size();
+  const Own own{parts.take(rows * shape.hidden_size), parts.take(rows * shape.hidden_size),
+                parts.take(prepared_size(pass)),      parts.take(rows * query_size),
+                parts.take(rows * kv_size),           parts.take(rows * kv_size),
+                parts.take(rows * query_size),        parts.take(2 * rows * (shape.intermediate_size + kLanes))};
+  return {own, parts.take(pass.num_plans > 1 ? rows * shape.hidden_size : 0)};
+}
+
+inline Memory memory_of(const Pass &pass, int64_t layer) {
+  const int64_t token_stride = pass.token_bytes / int64_t{sizeof(uint16_t)};
+  return {pass.spans, pass.num_spans, pass.layer_bytes, pass.values_bytes, token_stride, pass.windows[layer], layer};
+}
+
+inline RotaryOfSpans rotary_of(const Pass &pass, int64_t layer) {
+  return {pass.rotary + pass.rotary_of[layer], pass.num_rotaries};
+}
+

@@ -1,0 +1,145 @@
+"""The rows of a call of native code: where they stand, and what decides their layers. Knows memory; runs nothing."""
+
+from collections.abc import Sequence
+from ctypes import addressof, c_double, c_uint8, pointer
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dash_runtime.actions import Action, LatencyTable
+from dash_runtime.rows.policy_rows import RowDecisions
+from dash_runtime.rows.structs import (
+    CompensationStruct,
+    PlannerStruct,
+    RotaryStruct,
+    RowPlanStruct,
+    SpanStruct,
+)
+
+
+class RowSpan(NamedTuple):
+    """Consecutive rows of one sequence: its memory of layer 0, from its first position on, how many positions it has
+    with them, and which rows they are."""
+
+    memory: int
+    num_tokens: int
+    first_row: int
+    num_rows: int
+
+
+class RowsOfPass:
+    """The rows of one call: spans of sequences in one pool of keys and values.
+
+    Args:
+        strides: the pool's in bytes: layers, keys to values, tokens.
+        rotary: for each span, the addresses of cosines and sines `[positions, head_dim]` by the number of the rotary
+            table. Their memory is the caller's.
+    """
+
+    def __init__(
+        self,
+        spans: Sequence[RowSpan],
+        strides: tuple[int, int, int],
+        rotary: Sequence[Sequence[tuple[int, int]]],
+    ) -> None:
+        self.spans = (SpanStruct * len(spans))(*[SpanStruct(*own) for own in spans])
+        self.num_rows = spans[0].num_rows if len(spans) == 1 else sum(own.num_rows for own in spans)
+        self.strides = strides
+        self.num_rotaries = len(rotary[0])
+        tables = [RotaryStruct(*table) for own in rotary for table in own]
+        self.rotary = (RotaryStruct * len(tables))(*tables)
+
+    def move(self, num_tokens: Sequence[int]) -> None:
+        """Moves the rows of each span within its sequence, which has so many positions with them."""
+        for span, count in zip(self.spans, num_tokens, strict=True):
+            span.num_tokens = count
+
+
+class CompensatedLayers:
+    """The replacement of each layer's output where it is skipped, for the native code.
+
+    Args:
+        layers: the tensors of each layer: `[2 * hidden_size]` with a factor and an offset per channel; or, for a rank
+            above 0, int8 matrices `[2, rank, hidden_size]`, from the state and back, and `[rank + 2 * hidden_size]`,
+            the scales of both and an offset per channel.
+        rank: -1 for layers that the caller compensates.
+    """
+
+    def __init__(self, rank: int, layers: Sequence[Sequence[Tensor]]) -> None:
+        self.array = (CompensationStruct * len(layers))()
+        self._kept = [[*own[:-1], own[-1].float().contiguous()] for own in layers]
+        for struct, own in zip(self.array, self._kept, strict=True):
+            struct.rank, struct.vectors = rank, own[-1].data_ptr()
+            struct.matrices = own[0].data_ptr() if len(own) > 1 else None
+
+
+class RowPlan(NamedTuple):
+    """What decides a row's layers: `pinned` by layer, 0 for one that `decisions` decide; and what replaces those that
+    it skips, whose keys and values are of precision `kv_action`."""
+
+    pinned: bytes
+    decisions: RowDecisions | None
+    compensation: CompensatedLayers
+    kv_action: Action
+
+
+class RowPlans:
+    """The plans of a call's rows: of each row, or one for all."""
+
+    def __init__(self, plans: Sequence[RowPlan]) -> None:
+        self._kept, self._num_layers = list(plans), len(plans[0].pinned)
+        self.pinned = b"".join(plan.pinned for plan in plans)
+        self._pinned, self._ran = bytearray(self.pinned), bytearray(len(self.pinned))
+        pinned, ran = (addressof(c_uint8.from_buffer(memory)) for memory in (self._pinned, self._ran))
+        self.array = (RowPlanStruct * len(plans))()
+        for place, (struct, plan) in enumerate(zip(self.array, plans, strict=True)):
+            first = place * self._num_layers
+            struct.pinned, struct.plan = pinned + first, ran + first
+            if plan.decisions is not None:
+                struct.decisions = plan.decisions.struct
+            struct.compensations, struct.kv_action = plan.compensation.array, plan.kv_action
+
+    def pin(self, layers: range, pinned: bytes, compensation: CompensatedLayers, kv_action: Action) -> None:
+        """Pins some layers of the only plan otherwise."""
+        self._pinned[layers.start : layers.stop] = pinned
+        kept = self._kept[0]
+        if compensation is not kept.compensation or kv_action is not kept.kv_action:
+            self._kept[0] = kept._replace(compensation=compensation, kv_action=kv_action)
+            self.array[0].compensations, self.array[0].kv_action = compensation.array, kv_action
+
+    def ran(self) -> list[bytes]:
+        """Returns the actions of the last call, by plan and layer."""
+        if len(self.array) == 1:
+            return [bytes(self._ran)]
+        firsts = range(0, len(self._ran), self._num_layers)
+        return [bytes(self._ran[first : first + self._num_layers]) for first in firsts]
+
+
+class PlannerTable:
+    """A table by which rows of a pass agree on actions: for up to `most_rows`."""
+
+    def __init__(self, latencies: LatencyTable, most_rows: int) -> None:
+        self._seconds = (c_double * (len(Action) * (most_rows + 1)))(
+            *(
+                latencies.cost(action, count) if action in latencies.seconds else float("inf")
+                for action in sorted(Action)
+                for count in range(most_rows + 1)
+            )
+        )
+        self.pointer = pointer(PlannerStruct(self._seconds, most_rows, latencies.split_seconds))
+
+
+class PlannerTables:
+    """The tables of the latest latencies, by number of rows."""
+
+    def __init__(self) -> None:
+        self._latencies: LatencyTable | None = None
+        self._tables: dict[int, PlannerTable] = {}
+
+    def get(self, latencies: LatencyTable, num_rows: int) -> PlannerTable:
+        """Returns the table for so many rows."""
+        if latencies is not self._latencies:
+            self._latencies, self._tables = latencies, {}
+        if num_rows not in self._tables:
+            self._tables[num_rows] = PlannerTable(latencies, num_rows)
+        return self._tables[num_rows]

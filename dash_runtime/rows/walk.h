@@ -1,0 +1,233 @@
+// One thread's way through the layers of a pass: rows together, or in groups of one action; the actions pinned, or chosen
+// by policies on the way.
+//
+// The loop of engine/step.py in native code.
+#pragma once
+#include "pass.h"
+
+// What one thread does of a pass through the layers.
+class Walk {
+ public:
+  Walk(const Pass &pass, const SharedParts &shared, const Member &member)
+      : pass_(pass),
+        shared_(shared),
+        member_(member),
+        memory_(pass.workspace->own[member.index]),
+        rows_(RowRange::of(member, pass.num_rows)),
+        size_(pass.shape->hidden_size),
+        parts_(laid_out(memory_.floats, [&](Parts &parts) { return own_parts(parts, pass); })) {
+    memory_.actions.resize(2 * pass.num_rows);
+    memory_.spent.assign(pass.num_rows, 0);
+    own_ = with_inputs(parts_.own, rows_);
+  }
+
+  void run() {
+    begin();
+    for (int64_t layer = pass_.first_layer; layer < pass_.last_layer; ++layer) {
+      if (member_.index == 0) pass_.times[2 * layer] = now();
+      run_layer(layer);
+      if (member_.index == 0) pass_.times[2 * layer + 1] = now();
+    }
+    gather_all();
+    if (pass_.output && (rows_.is_shared || member_.index == 0))
+      for (int64_t place = rows_.first * size_; place < rows_.last * size_; place += kLanes)
+        write_bf16(pass_.output + place, load<Floats>(own_.residual + place));
+    if (pass_.head) put_out();
+  }
+
+ private:
+  bool is_alone() const { return pass_.num_plans == 1; }
+
+  Own with_inputs(Own own, const RowRange &rows) const {
+    if (rows.is_shared)
+      own.inputs = shared_.inputs, own.queries = shared_.queries, own.keys = shared_.keys, own.values = shared_.values;
+    return own;
+  }
+
+  void begin() {
+    for (int64_t row = rows_.first; row < rows_.last; ++row) {
+      float *state = own_.residual + row * size_;
+      if (pass_.tokens)
+        embed(*pass_.embedding, pass_.tokens[row], size_, state);
+      else
+        for (int64_t place = 0; place < size_; place += kLanes)
+          store(state + place, from_bf16(pass_.input + row * size_ + place));
+    }
+  }
+
+  // Where the actions of a layer's rows are chosen. A pass with one plan does so in every thread.
+  uint8_t *chosen(int64_t layer) const {
+    return (is_alone() ? memory_.actions.data() : pass_.workspace->chosen.data()) + layer % 2 * pass_.num_plans;
+  }
+
+  void run_layer(int64_t layer) {
+    if (is_alone()) return run_together(layer, pass_.plans[0].pinned[layer] ? pass_.plans[0].pinned[layer] : *chosen(layer));
+    uint8_t *actions = memory_.actions.data();
+    for (int64_t row = 0; row < pass_.num_rows; ++row) {
+      const uint8_t pinned = pass_.plans[row].pinned[layer];
+      actions[row] = pinned ? pinned : chosen(layer)[row];
+    }
+    if (pass_.planner) pass_.planner->agree(actions, pass_.num_rows);
+    decide_rows(layer, actions);
+    bool are_alike = true;
+    for (int64_t row = 1; row < pass_.num_rows; ++row) are_alike = are_alike && is_like(row, 0, actions);
+    if (are_alike) {
+      gather_all();
+      run_together(layer, actions[0]);
+    } else {
+      run_groups(layer, actions);
+    }
+  }
+
+  // Runs all rows with one action; and decides the next layer, if there is only one plan.
+  void run_together(int64_t layer, uint8_t action) {
+    const RowPlan &plan = pass_.plans[0];
+    const bool decides = is_alone() && layer + 1 < pass_.last_layer && plan.decides(layer + 1);
+    float *products = shared_.products[layer % 2];
+    if (is_alone() && member_.index == 0) plan.plan[layer] = action;
+    if (decides) policy_products(member_, *plan.decisions->policy, own_.residual, products);
+    const LayerRun run(member_, *pass_.shape, shared_.layers[turn_++ % 2], own_, pass_.num_rows);
+    begin_layer(run, layer, action, plan);
+    if (is_alone() && plan.decisions) memory_.spent[0] += plan.decisions->layer_costs[action];
+    if (decides) choose(plan, layer, action, memory_.spent[0], own_.residual, products, chosen(layer + 1));
+    end_layer(run, layer, action, plan, memory_of(pass_, layer), rotary_of(pass_, layer));
+  }
+
+  void begin_layer(const LayerRun &run, int64_t layer, uint8_t action, const RowPlan &plan) const {
+    const bool is_skipped = action == kSkip;
+    run.project(pass_.layers[layer], is_skipped ? plan.kv_action : action, is_skipped ? pass_.shape->query_size() : 0);
+    if (is_skipped) run.narrow(plan.compensations[layer]);
+    member_.wait();
+  }
+
+  void end_layer(const LayerRun &run, int64_t layer, uint8_t action, const RowPlan &plan, const Memory &memory,
+                 const RotaryOfSpans &rotary) const {
+    if (action == kSkip)
+      run.skip(pass_.layers[layer], plan.compensations[layer], memory, rotary);
+    else
+      run.run(pass_.layers[layer], action, memory, rotary);
+  }
+
+  // Decides the next layer for this thread's share of the rows.
+  void decide_rows(int64_t layer, const uint8_t *actions) {
+    float products[kMostNumbers];
+    for (int64_t row = member_.first(pass_.num_rows); row < member_.last(pass_.num_rows); ++row) {
+      const RowPlan &plan = pass_.plans[row];
+      plan.plan[layer] = actions[row];
+      if (!plan.decisions) continue;
+      memory_.spent[row] += plan.decisions->layer_costs[actions[row]];
+      if (layer + 1 == pass_.last_layer || !plan.decides(layer + 1)) continue;
+      const float *state = (is_scattered_ ? shared_.states : own_.residual) + row * size_;
+      policy_products({nullptr, 0, 1}, *plan.decisions->policy, state, products);
+      choose(plan, layer, actions[row], memory_.spent[row], state, products, chosen(layer + 1) + row);
+    }
+  }
+
+  void choose(const RowPlan &plan, int64_t layer, uint8_t action, double spent, const float *state,
+              const float *products, uint8_t *chosen) const {
+    const Decisions &decisions = *plan.decisions;
+    const Policy &policy = *decisions.policy;
+    float facts[kMostNumbers], scores[kMostNumbers];
+    std::memcpy(facts, decisions.facts, (policy.num_facts + policy.num_actions) * sizeof(float));
+    std::memset(facts, 0, decisions.num_known * sizeof(float));
+    facts[action - 1] = 1;
+    facts[decisions.num_known] = static_cast<float>(spent);
+    int64_t best;
+    policy_choices(policy, policy.blocks[layer + 1], state, products, facts, scores, &best);
+    *chosen = static_cast<uint8_t>(decisions.actions[best]);
+    if (!is_alone() || member_.index == 0)
+      std::memcpy(decisions.scores + (layer + 1) * policy.num_actions, scores, policy.num_actions * sizeof(float));
+  }
+
+  // Runs the rows of each action as if there were no others.
+  void run_groups(int64_t layer, const uint8_t *actions) {
+    scatter_all();
+    std::vector<int64_t> &group = memory_.group;
+    uint8_t *is_done = memory_.actions.data() + pass_.num_rows;
+    std::memset(is_done, 0, pass_.num_rows);
+    for (int64_t first = 0; first < pass_.num_rows; ++first) {
+      if (is_done[first]) continue;
+      group.clear();
+      for (int64_t row = first; row < pass_.num_rows; ++row)
+        if (is_like(row, first, actions)) group.push_back(row), is_done[row] = 1;
+      run_group(layer, actions[first]);
+    }
+    member_.wait();
+  }
+
+  bool is_like(int64_t row, int64_t other, const uint8_t *actions) const {
+    return actions[row] == actions[other] &&
+           (actions[row] != kSkip || pass_.plans[row].skips_alike(pass_.plans[other]));
+  }
+
+  void run_group(int64_t layer, uint8_t action) {
+    const std::vector<int64_t> &group = memory_.group;
+    const int64_t count = static_cast<int64_t>(group.size());
+    const RowRange rows = RowRange::of(member_, count);
+    const RowPlan &plan = pass_.plans[group[0]];
+    Own own = with_inputs(parts_.own, rows);
+    own.residual = parts_.group;
+    memory_.spans.clear(), memory_.rotary.clear();
+    const RotaryOfSpans rotary = rotary_of(pass_, layer);
+    for (int64_t place = 0; place < count; ++place) {
+      const Span &span = pass_.spans[group[place]];
+      memory_.spans.push_back({span.memory, span.num_tokens, place, 1});
+      memory_.rotary.push_back(rotary.of(group[place]));
+      if (place >= rows.first && place < rows.last) copy_state(own.residual, place, shared_.states, group[place]);
+    }
+    Memory memory = memory_of(pass_, layer);
+    memory.spans = memory_.spans.data(), memory.num_spans = count;
+    const LayerRun run(member_, *pass_.shape, shared_.layers[turn_++ % 2], own, count);
+    begin_layer(run, layer, action, plan);
+    end_layer(run, layer, action, plan, memory, {memory_.rotary.data(), 1});
+    const int64_t first = rows.is_shared ? rows.first : member_.first(count);
+    const int64_t last = rows.is_shared ? rows.last : member_.last(count);
+    for (int64_t place = first; place < last; ++place) copy_state(shared_.states, group[place], own.residual, place);
+  }
+
+  // Brings all states to where groups take theirs from, and back.
+  void scatter_all() {
+    if (is_scattered_) return;
+    for (int64_t row = member_.first(pass_.num_rows); row < member_.last(pass_.num_rows); ++row)
+      copy_state(shared_.states, row, own_.residual, row);
+    member_.wait();
+    is_scattered_ = true;
+  }
+
+  void gather_all() {
+    if (!is_scattered_) return;
+    for (int64_t row = rows_.first; row < rows_.last; ++row) copy_state(own_.residual, row, shared_.states, row);
+    is_scattered_ = false;
+  }
+
+  void copy_state(float *to, int64_t to_row, const float *from, int64_t from_row) const {
+    std::memcpy(to + to_row * size_, from + from_row * size_, size_ * sizeof(float));
+  }
+
+  // The head, after the layers.
+  void put_out() {
+    const LayerRun run(member_, *pass_.shape, shared_.layers[turn_ % 2], own_, pass_.num_rows);
+    Best *best = pass_.workspace->best.data();
+    run.finish(*pass_.head, pass_.logits, best + member_.index * pass_.num_rows);
+    member_.wait();
+    for (int64_t row = member_.first(pass_.num_rows); row < member_.last(pass_.num_rows); ++row) {
+      Best own = best[row];
+      for (int64_t thread = 1; thread < member_.num_threads; ++thread) {
+        const Best &next = best[thread * pass_.num_rows + row];
+        if (own.is_below(next)) own = next;
+      }
+      pass_.likeliest[row] = own.token;
+    }
+  }
+
+  const Pass &pass_;
+  const SharedParts &shared_;
+  const Member &member_;
+  Workspace::Own &memory_;
+  const RowRange rows_;
+  const int64_t size_;
+  const OwnParts parts_;
+  Own own_;
+  int64_t turn_ = 0;
+  bool is_scattered_ = false;
+};
