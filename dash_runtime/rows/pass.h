@@ -54,11 +54,11 @@ struct Pass {
   Workspace *workspace;
   const ModelShape *shape;
   const Layer *layers;
-  const RowPlan *plans;               // of each row, or one for all
-  const Planner *planner;             // null for none
-  const int64_t *windows;             // by layer; 0 for none
-  const int64_t *rotary_of;           // by layer, which one
-  const Rotary *rotary;               // [num_spans, num_rotaries]
+  const RowPlan *plans;      // of each row, or one for all
+  const Planner *planner;    // null for none
+  const int64_t *windows;    // by layer; 0 for none
+  const int64_t *rotary_of;  // by layer, which one
+  const Rotary *rotary;      // [num_spans, num_rotaries]
   const Span *spans;
   const int64_t *tokens;  // [num_rows], null for `input`
   const Embedding *embedding;
@@ -177,4 +177,3 @@ inline Memory memory_of(const Pass &pass, int64_t layer) {
 inline RotaryOfSpans rotary_of(const Pass &pass, int64_t layer) {
   return {pass.rotary + pass.rotary_of[layer], pass.num_rotaries};
 }
-

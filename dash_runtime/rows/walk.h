@@ -1,5 +1,5 @@
-// One thread's way through the layers of a pass: rows together, or in groups of one action; the actions pinned, or chosen
-// by policies on the way.
+// One thread's way through the layers of a pass: rows together, or in groups of one action; the actions pinned, or
+// chosen by policies on the way.
 //
 // The loop of engine/step.py in native code.
 #pragma once
@@ -61,7 +61,8 @@ class Walk {
   }
 
   void run_layer(int64_t layer) {
-    if (is_alone()) return run_together(layer, pass_.plans[0].pinned[layer] ? pass_.plans[0].pinned[layer] : *chosen(layer));
+    if (is_alone())
+      return run_together(layer, pass_.plans[0].pinned[layer] ? pass_.plans[0].pinned[layer] : *chosen(layer));
     uint8_t *actions = memory_.actions.data();
     for (int64_t row = 0; row < pass_.num_rows; ++row) {
       const uint8_t pinned = pass_.plans[row].pinned[layer];

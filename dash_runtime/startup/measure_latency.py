@@ -1,6 +1,7 @@
 """Measures a layer's time on this device by action and number of rows: the planner's table.
 
-Interleaves its measurements and takes minima, like `measure.py`. Here several sequences decode together, each over
+Interleaves its measurements and takes minima, like `measure.py`. Layers are measured as passes run them: all in one
+call, or one by one. Here several sequences decode together, each over
 its own context. Knows the decoder; knows no policies.
 """
 
@@ -14,9 +15,12 @@ from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation
+from dash_runtime.layers.pass_plan import PassPlan
 from dash_runtime.policy.policy import cheapest_kernel
-from dash_runtime.startup.measure import SECONDS, different_tokens, filled_caches, least_seconds, rounds_within
+from dash_runtime.startup.measure import SECONDS, different_tokens, filled_caches, rounds_within, timed
 
+_Kind = tuple[int, tuple[Action, ...]]
+"""A pass: the place of its number of rows, and their actions in turn."""
 _ROWS = (1, 2, 4, 8, 16)
 _ROUNDS = 12
 _MAX_LAYERS = 8
@@ -40,24 +44,43 @@ def measure_latencies(
         decoder.batch(PassKind.DECODE, caches[:count], [1] * count, [compensation] * count, [kv_action] * count)
         for count in rows
     ]
-    embedded = [decoder.embed(different_tokens(decoder, count)) for count in rows]
-    inputs = [[hidden.to(device) for device in decoder.devices] for hidden in embedded]
+    tokens = [different_tokens(decoder, count) for count in rows]
+    inputs = [[hidden.to(device) for device in decoder.devices] for hidden in map(decoder.embed, tokens)]
+    places, halves = range(len(rows)), (Action.FULL, min(decoder.actions))
+    kinds: list[_Kind] = [(place, (action,)) for place in places for action in decoder.actions]
+    kinds.append((len(rows) - 1, halves))  # passes over the most rows, half of them in each action
+    plans = {kind: _plan(decoder, rows[kind[0]], kind[1]) for kind in kinds}
 
-    def run_layers(place: int, *actions: Action) -> None:
+    def run_layers(place: int, actions: Sequence[Action]) -> None:
         taken = [actions[row % len(actions)] for row in range(rows[place])]
         for layer in layers:
             decoder.run_layer(layer, taken, inputs[place][layer], batches[place])
 
-    places, halves = range(len(rows)), (Action.FULL, min(decoder.actions))
-    works = {(place, action): partial(run_layers, place, action) for place in places for action in decoder.actions}
-    split = (-1, *halves)  # passes over the most rows, half of them in each action
-    seconds = least_seconds(decoder, works | {split: partial(run_layers, *split)}, rounds_within(SECONDS, rounds))
-    by_layer = {work: own / len(layers) for work, own in seconds.items()}
+    def seconds_of_layer(kind: _Kind) -> float:
+        run = decoder.run_pass(plans[kind], tokens[kind[0]], batches[kind[0]])
+        if run is not None:
+            return (run.layer_times[-1] - run.layer_times[0]) / 1e9 / decoder.num_layers
+        return timed(decoder, partial(run_layers, *kind)) / len(layers)
+
+    taken: dict[_Kind, list[float]] = {kind: [] for kind in kinds}
+    for number in rounds_within(SECONDS, rounds):
+        for kind, own in taken.items():
+            seconds = seconds_of_layer(kind)
+            if number > 0:
+                own.append(seconds)
+    least = {kind: min(own) for kind, own in taken.items()}
     table = LatencyTable(
-        rows, {action: tuple(by_layer[place, action] for place in places) for action in decoder.actions}
+        rows, {action: tuple(least[place, (action,)] for place in places) for action in decoder.actions}
     )
     apart = sum(table.cost(action, rows[-1] // 2) for action in halves)
-    return replace(table, split_seconds=max(0.0, by_layer[split] - apart))
+    return replace(table, split_seconds=max(0.0, least[kinds[-1]] - apart))
+
+
+def _plan(decoder: Decoder, num_rows: int, actions: Sequence[Action]) -> PassPlan:
+    """Returns the plan of passes whose rows have these actions in all layers, in turn."""
+    pinned = [dict.fromkeys(range(decoder.num_layers), action) for action in actions]
+    decided = [(pinned[row % len(pinned)], None) for row in range(num_rows)]
+    return PassPlan(decided[:1] if len(actions) == 1 else decided, [min(decoder.heads)] * num_rows)
 
 
 def _spread(num_layers: int) -> Sequence[int]:
