@@ -14,6 +14,7 @@ struct Workspace {
     std::vector<float> floats;
     std::vector<uint8_t> actions;  // [rows]
     std::vector<double> spent;     // [rows]
+    std::vector<float> scales;     // [rows]: of states, for policies
     std::vector<int64_t> group;    // rows
     std::vector<Span> spans;       // of a group
     std::vector<Rotary> rotary;    // of a group
@@ -115,7 +116,8 @@ auto laid_out(std::vector<float> &memory, TakeAll take_all) {
 // All that alternates does so from layer to layer: the next layer may begin while a slow thread still reads.
 struct SharedParts {
   Shared layers[2];
-  float *products[2];
+  float *products[2];                       // [plans, width]
+  int64_t width;                            // the widest policy's
   float *inputs, *queries, *keys, *values;  // of threads that share rows
   float *states;                            // [rows, hidden_size], where rows run in groups
 };
@@ -143,9 +145,10 @@ inline SharedParts shared_parts(Parts &parts, const Pass &pass) {
   float *attention = parts.take(parts_size(shape.heads, pass.spans, pass.num_spans));
   float *branch = parts.take(2 * rows * shape.hidden_size), *inner = parts.take(rows * shape.intermediate_size);
   SharedParts own;
+  own.width = width;
   for (int turn = 0; turn < 2; ++turn) {
     own.layers[turn] = {parts.take(rows * shape.fused_size()), attention, branch, inner, parts.take(rows * rank)};
-    own.products[turn] = parts.take(width);
+    own.products[turn] = parts.take(pass.num_plans * width);
   }
   own.inputs = parts.take(prepared_size(pass)), own.queries = parts.take(rows * shape.query_size());
   own.keys = parts.take(rows * shape.kv_size()), own.values = parts.take(rows * shape.kv_size());

@@ -20,26 +20,48 @@ struct Policy {
   int64_t hidden_size, width, inner_width, num_facts, num_actions, block_size;
 };
 
-// Writes this thread's share of the products of the state with the first weights.
-inline void policy_products(const Member &member, const Policy &policy, const float *state, float *products) {
-  const int64_t num_tiles = policy.width / kLanes;
-  for (int64_t tile = member.first(num_tiles); tile < member.last(num_tiles); ++tile) {
-    Floats sums[4]{};
-    const uint16_t *weights = policy.hidden_weight + tile * policy.hidden_size * kLanes;
-    for (int64_t place = 0; place < policy.hidden_size; place += 4)
-      for (int part = 0; part < 4; ++part)
-        sums[part] += from_bf16(weights + (place + part) * kLanes) * state[place + part];
-    store(products + tile * kLanes, (sums[0] + sums[1]) + (sums[2] + sums[3]));
-  }
+// Writes products of some states with a tile of the first weights. A row's sums have one order, whatever the number.
+template <int kRows>
+inline void policy_tile(const Policy &policy, int64_t tile, const float *states, float *products, int64_t stride) {
+  Floats sums[kRows][4]{};
+  const uint16_t *weights = policy.hidden_weight + tile * policy.hidden_size * kLanes;
+  for (int64_t place = 0; place < policy.hidden_size; place += 4)
+    for (int part = 0; part < 4; ++part) {
+      const Floats weight = from_bf16(weights + (place + part) * kLanes);
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; ++row) sums[row][part] += weight * states[row * policy.hidden_size + place + part];
+    }
+  for (int row = 0; row < kRows; ++row)
+    store(products + row * stride + tile * kLanes, (sums[row][0] + sums[row][1]) + (sums[row][2] + sums[row][3]));
+}
+
+// Writes the products of states with the tiles from `first` to `last` of the first weights, at products[row * stride].
+inline void policy_products(const Policy &policy, int64_t first, int64_t last, const float *states, int64_t num_rows,
+                            float *products, int64_t stride) {
+  for (int64_t tile = first; tile < last; ++tile)
+    for (int64_t row = 0, taken; row < num_rows; row += taken) {
+      const float *own = states + row * policy.hidden_size;
+      float *to = products + row * stride;
+      if (num_rows - row >= 4)
+        taken = 4, policy_tile<4>(policy, tile, own, to, stride);
+      else if (num_rows - row >= 2)
+        taken = 2, policy_tile<2>(policy, tile, own, to, stride);
+      else
+        taken = 1, policy_tile<1>(policy, tile, own, to, stride);
+    }
+}
+
+// The factor of a state's products: they are of the state with a root mean square of 1.
+inline float policy_scale(const Policy &policy, const float *state) {
+  const float square = dot(state, state, policy.hidden_size);
+  return std::sqrt(static_cast<float>(policy.hidden_size)) / std::sqrt(square > 1e-24f ? square : 1e-24f);
 }
 
 // Writes the scores of a block's layers, `[block_size, num_actions]`, and the number of each one's best action.
 //
 // `facts` are followed by the price of each action.
-inline void policy_choices(const Policy &policy, const Block &block, const float *state, const float *products,
+inline void policy_choices(const Policy &policy, const Block &block, float scale, const float *products,
                            const float *facts, float *scores, int64_t *best) {
-  const float square = dot(state, state, policy.hidden_size);
-  const float scale = std::sqrt(static_cast<float>(policy.hidden_size)) / std::sqrt(square > 1e-24f ? square : 1e-24f);
   float features[kMostNumbers], inner[kMostNumbers];
   for (int64_t place = 0; place < policy.width; place += kLanes) {
     Floats known = load<Floats>(block.terms + place);

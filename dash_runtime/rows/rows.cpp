@@ -80,8 +80,9 @@ extern "C" void dash_choose(const Policy *policy, const Block *block, const uint
   for (int64_t row = 0; row < num_rows; ++row) {
     for (int64_t place = 0; place < policy->hidden_size; place += kLanes)
       store(state.data() + place, from_bf16(hidden + row * policy->hidden_size + place));
-    policy_products({nullptr, 0, 1}, *policy, state.data(), products);
-    policy_choices(*policy, *block, state.data(), products, facts + row * (policy->num_facts + policy->num_actions),
-                   scores + row * num_scores, best + row * policy->block_size);
+    policy_products(*policy, 0, policy->width / kLanes, state.data(), 1, products, policy->width);
+    policy_choices(*policy, *block, policy_scale(*policy, state.data()), products,
+                   facts + row * (policy->num_facts + policy->num_actions), scores + row * num_scores,
+                   best + row * policy->block_size);
   }
 }

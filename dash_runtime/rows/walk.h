@@ -16,8 +16,9 @@ class Walk {
         rows_(RowRange::of(member, pass.num_rows)),
         size_(pass.shape->hidden_size),
         parts_(laid_out(memory_.floats, [&](Parts &parts) { return own_parts(parts, pass); })) {
-    memory_.actions.resize(2 * pass.num_rows);
+    memory_.actions.resize(2 * pass.num_rows + 1);
     memory_.spent.assign(pass.num_rows, 0);
+    memory_.scales.resize(pass.num_rows);
     own_ = with_inputs(parts_.own, rows_);
   }
 
@@ -69,7 +70,6 @@ class Walk {
       actions[row] = pinned ? pinned : chosen(layer)[row];
     }
     if (pass_.planner) pass_.planner->agree(actions, pass_.num_rows);
-    decide_rows(layer, actions);
     bool are_alike = true;
     for (int64_t row = 1; row < pass_.num_rows; ++row) are_alike = are_alike && is_like(row, 0, actions);
     if (are_alike) {
@@ -80,18 +80,16 @@ class Walk {
     }
   }
 
-  // Runs all rows with one action; and decides the next layer, if there is only one plan.
+  // Runs all rows with one action.
   void run_together(int64_t layer, uint8_t action) {
-    const RowPlan &plan = pass_.plans[0];
-    const bool decides = is_alone() && layer + 1 < pass_.last_layer && plan.decides(layer + 1);
-    float *products = shared_.products[layer % 2];
-    if (is_alone() && member_.index == 0) plan.plan[layer] = action;
-    if (decides) policy_products(member_, *plan.decisions->policy, own_.residual, products);
+    if (is_alone()) memory_.actions[2] = action;
+    look(layer);
     const LayerRun run(member_, *pass_.shape, shared_.layers[turn_++ % 2], own_, pass_.num_rows);
-    begin_layer(run, layer, action, plan);
-    if (is_alone() && plan.decisions) memory_.spent[0] += plan.decisions->layer_costs[action];
-    if (decides) choose(plan, layer, action, memory_.spent[0], own_.residual, products, chosen(layer + 1));
-    end_layer(run, layer, action, plan, memory_of(pass_, layer), rotary_of(pass_, layer));
+    begin_layer(run, layer, action, pass_.plans[0]);
+    choose(layer);
+    end_layer(run, layer, action, pass_.plans[0], memory_of(pass_, layer), rotary_of(pass_, layer));
+    // Threads read each other's choices, and a skipped layer may have no barrier after them.
+    if (!is_alone() && action == kSkip) member_.wait();
   }
 
   void begin_layer(const LayerRun &run, int64_t layer, uint8_t action, const RowPlan &plan) const {
@@ -109,40 +107,72 @@ class Walk {
       run.run(pass_.layers[layer], action, memory, rotary);
   }
 
-  // Decides the next layer for this thread's share of the rows.
-  void decide_rows(int64_t layer, const uint8_t *actions) {
-    float products[kMostNumbers];
-    for (int64_t row = member_.first(pass_.num_rows); row < member_.last(pass_.num_rows); ++row) {
-      const RowPlan &plan = pass_.plans[row];
-      plan.plan[layer] = actions[row];
-      if (!plan.decisions) continue;
-      memory_.spent[row] += plan.decisions->layer_costs[actions[row]];
-      if (layer + 1 == pass_.last_layer || !plan.decides(layer + 1)) continue;
-      const float *state = (is_scattered_ ? shared_.states : own_.residual) + row * size_;
-      policy_products({nullptr, 0, 1}, *plan.decisions->policy, state, products);
-      choose(plan, layer, actions[row], memory_.spent[row], state, products, chosen(layer + 1) + row);
-    }
+  // The actions of the layer that runs, by plan.
+  const uint8_t *actions() const { return memory_.actions.data() + (is_alone() ? 2 : 0); }
+
+  bool has_to_decide(const RowPlan &plan, int64_t layer) const {
+    return layer + 1 < pass_.last_layer && plan.decides(layer + 1);
   }
 
-  void choose(const RowPlan &plan, int64_t layer, uint8_t action, double spent, const float *state,
-              const float *products, uint8_t *chosen) const {
-    const Decisions &decisions = *plan.decisions;
-    const Policy &policy = *decisions.policy;
-    float facts[kMostNumbers], scores[kMostNumbers];
-    std::memcpy(facts, decisions.facts, (policy.num_facts + policy.num_actions) * sizeof(float));
-    std::memset(facts, 0, decisions.num_known * sizeof(float));
-    facts[action - 1] = 1;
-    facts[decisions.num_known] = static_cast<float>(spent);
-    int64_t best;
-    policy_choices(policy, policy.blocks[layer + 1], state, products, facts, scores, &best);
-    *chosen = static_cast<uint8_t>(decisions.actions[best]);
-    if (!is_alone() || member_.index == 0)
-      std::memcpy(decisions.scores + (layer + 1) * policy.num_actions, scores, policy.num_actions * sizeof(float));
+  // The first half of deciding the next layer: products of the states, of which threads see each other's after the next
+  // barrier. Threads that have all states share the weights, and others the rows.
+  void look(int64_t layer) {
+    const int64_t count = pass_.num_plans;
+    const bool has_all = is_alone() || is_scattered_ || !rows_.is_shared;
+    for (int64_t row = has_all ? 0 : rows_.first, taken; row < (has_all ? count : rows_.last); row += taken) {
+      const RowPlan &plan = pass_.plans[row];
+      taken = 1;
+      if (!has_to_decide(plan, layer)) continue;
+      const Policy &policy = *plan.decisions->policy;
+      while (row + taken < (has_all ? count : rows_.last) && has_to_decide(pass_.plans[row + taken], layer) &&
+             pass_.plans[row + taken].decisions->policy == &policy)
+        ++taken;
+      const int64_t num_tiles = policy.width / kLanes;
+      policy_products(policy, has_all ? member_.first(num_tiles) : 0, has_all ? member_.last(num_tiles) : num_tiles,
+                      state(row), taken, products(layer, row), shared_.width);
+    }
+    for (int64_t row = first_decided(); row < last_decided(); ++row)
+      if (has_to_decide(pass_.plans[row], layer))
+        memory_.scales[row] = policy_scale(*pass_.plans[row].decisions->policy, state(row));
+  }
+
+  // The plans whose next layer this thread decides: its share of several.
+  int64_t first_decided() const { return is_alone() ? 0 : member_.first(pass_.num_rows); }
+  int64_t last_decided() const { return is_alone() ? 1 : member_.last(pass_.num_rows); }
+
+  const float *state(int64_t row) const { return (is_scattered_ ? shared_.states : own_.residual) + row * size_; }
+  float *products(int64_t layer, int64_t row) const { return shared_.products[layer % 2] + row * shared_.width; }
+
+  // The second half, after the barrier.
+  void choose(int64_t layer) {
+    const bool writes = !is_alone() || member_.index == 0;
+    for (int64_t row = first_decided(); row < last_decided(); ++row) {
+      const RowPlan &plan = pass_.plans[row];
+      const uint8_t action = actions()[row];
+      if (writes) plan.plan[layer] = action;
+      if (!plan.decisions) continue;
+      const Decisions &decisions = *plan.decisions;
+      memory_.spent[row] += decisions.layer_costs[action];
+      if (!has_to_decide(plan, layer)) continue;
+      const Policy &policy = *decisions.policy;
+      float facts[kMostNumbers], scores[kMostNumbers];
+      std::memcpy(facts, decisions.facts, (policy.num_facts + policy.num_actions) * sizeof(float));
+      std::memset(facts, 0, decisions.num_known * sizeof(float));
+      facts[action - 1] = 1;
+      facts[decisions.num_known] = static_cast<float>(memory_.spent[row]);
+      int64_t best;
+      policy_choices(policy, policy.blocks[layer + 1], memory_.scales[row], products(layer, row), facts, scores, &best);
+      chosen(layer + 1)[row] = static_cast<uint8_t>(decisions.actions[best]);
+      if (writes)
+        std::memcpy(decisions.scores + (layer + 1) * policy.num_actions, scores, policy.num_actions * sizeof(float));
+    }
   }
 
   // Runs the rows of each action as if there were no others.
   void run_groups(int64_t layer, const uint8_t *actions) {
     scatter_all();
+    look(layer);
+    has_chosen_ = false;
     std::vector<int64_t> &group = memory_.group;
     uint8_t *is_done = memory_.actions.data() + pass_.num_rows;
     std::memset(is_done, 0, pass_.num_rows);
@@ -180,6 +210,7 @@ class Walk {
     memory.spans = memory_.spans.data(), memory.num_spans = count;
     const LayerRun run(member_, *pass_.shape, shared_.layers[turn_++ % 2], own, count);
     begin_layer(run, layer, action, plan);
+    if (!has_chosen_) choose(layer), has_chosen_ = true;
     end_layer(run, layer, action, plan, memory, {memory_.rotary.data(), 1});
     const int64_t first = rows.is_shared ? rows.first : member_.first(count);
     const int64_t last = rows.is_shared ? rows.last : member_.last(count);
@@ -230,5 +261,5 @@ class Walk {
   const OwnParts parts_;
   Own own_;
   int64_t turn_ = 0;
-  bool is_scattered_ = false;
+  bool is_scattered_ = false, has_chosen_ = false;
 };
