@@ -14,6 +14,7 @@ from dash_runtime.actions import Action
 from dash_runtime.config import GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_runtime.engine.engine import Engine
 from dash_runtime.events import TokenProduced
+from dash_runtime.policy.policy import fixed_head
 
 _PREFILL_TOKENS = 512
 _RATIOS = {
@@ -52,10 +53,10 @@ def measure_decode(report: Report, setting: Setting, effort: Effort) -> None:
     report.note(
         f"decoding: one stream, greedy, {len(prompt)} prompt tokens, {effort.num_tokens} new tokens, from the first to "
         f"the last, {effort.rounds} rounds, {torch.get_num_threads()} threads, torch {torch.__version__}; INT8 and "
-        "INT4 in all layers, with INT8 head"
+        "INT4 in all layers, each with the head of its own precision"
     )
     report.note(
-        "adaptive_vs_best_fixed: over INT4 in all layers with INT8 head, the fastest fixed plan within 0.005 nats"
+        "adaptive_vs_best_fixed: over INT4 in all layers and the head, the fastest fixed plan within 0.005 nats"
     )
     report.note(
         "the embedded model's own weights are 4-bit, so INT4 is nearly free of error on it: its speed carries over to "
@@ -83,8 +84,8 @@ def _add_bandwidth(report: Report, setting: Setting, values: Mapping[str, list[f
     report.add("memory_bandwidth_gb_per_second", [rate / 1e9 for rate in values.get("bandwidth", [])])
     for name, skip in (("full_depth", FULL_DEPTH), ("int4", INT4)):
         with report.attempt(f"bandwidth share, {name}"):
-            is_rounded = skip is INT4 and Action.INT8 in setting.engine.facts.actions
-            head = Action.INT8 if is_rounded else Action.FULL
+            action = Action.INT4 if skip is INT4 else Action.FULL
+            head = fixed_head(action, tuple(costs_of(setting.engine).head))
             size = weight_bytes(setting.model, _plan(setting.engine, setting.prompts.single, skip), head)
             read = {"read": [size * rate for rate in values[name]], "bandwidth": values["bandwidth"]}
             report.add_ratio(f"bandwidth_share_{name}", read, "read", "bandwidth")

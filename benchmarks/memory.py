@@ -5,6 +5,7 @@ import time
 import torch
 
 from dash_runtime.actions import Action
+from dash_runtime.layers.shortlist import NUM_EXACT_TILES, TILE_SIZE
 from dash_runtime.linears.quantization import INT4_GROUP_SIZE
 from dash_runtime.model_config import ModelConfig
 
@@ -53,5 +54,10 @@ def key_value_bytes(model: ModelConfig, action: Action) -> float:
 
 
 def head_bytes(model: ModelConfig, precision: Action) -> float:
-    """Returns the bytes of the head's matrix."""
-    return model.hidden_size * model.vocab_size * _BYTES_PER_WEIGHT[precision]
+    """Returns the bytes that the head reads of its matrix; in INT4 of its rough one, with the inputs that this has
+    again, and in FULL of the tiles that it computes again."""
+    bytes_per_weight, num_weights = _BYTES_PER_WEIGHT[precision], model.hidden_size * model.vocab_size
+    if precision is not Action.INT4:
+        return num_weights * bytes_per_weight
+    exact = min(NUM_EXACT_TILES * TILE_SIZE, model.vocab_size) * model.hidden_size * _BYTES_PER_WEIGHT[Action.FULL]
+    return (num_weights + model.vocab_size * INT4_GROUP_SIZE) * bytes_per_weight + exact

@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     chosen.add_argument("--policy", type=Path, action="append", help="may be repeated; default: the shipped ones")
     chosen.add_argument("--actions", type=parse_actions, help="only the shipped ones with these actions")
     chosen.add_argument("--costs", type=Path, help="a cost table as .json; default: each policy's own")
-    heads = [action.name for action in (Action.INT8, Action.FULL)]
+    heads = [action.name for action in Action if action is not Action.SKIP]
     subparsers = parser.add_subparsers(required=True)
 
     fit = subparsers.add_parser("fit", parents=[common], help="fit compensation and show what each kind costs and buys")

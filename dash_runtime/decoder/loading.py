@@ -17,6 +17,7 @@ from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.embedding import PlainEmbedding, make_embedding
 from dash_runtime.layers.heads import Head, Heads, eager_head
 from dash_runtime.layers.layer import DecoderLayer, make_layer
+from dash_runtime.layers.shortlist import can_be_shortlisted, loudest_channels, shortlist_head
 from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.linears.dense_linear import MAX_INVARIANT_ROWS, BatchInvariantLinear, FullLinear, for_neighbours
 from dash_runtime.linears.quantization import for_many_rows, make_linear
@@ -34,6 +35,7 @@ def make_decoder(
     native: NativeBackend | None = None,
     has_graphs: bool = False,
     has_int8_head: bool = True,
+    has_int4_head: bool = False,
 ) -> Decoder:
     """Packs a model for its devices.
 
@@ -47,6 +49,8 @@ def make_decoder(
             no other kernels. None: everything runs eagerly, as it has to on several devices.
         has_graphs: decoding replays graphs, which the devices have to be able to make (`Device.has_graphs`).
         has_int8_head: False if an INT8 head would be no faster than FULL's, which then runs in its place.
+        has_int4_head: True for the INT4 head of native code without native code too, where it is no faster than FULL's:
+            to judge plans that will run there.
     """
     # Native code gets repacked copies of the matrices. If other tensors still used the mapped file, all of it would
     # stay.
@@ -71,15 +75,20 @@ def make_decoder(
     head = embedding if is_shared else last.embedding() if config.has_tied_head else last.head()
     full = make_linear(Action.FULL, FullLinear(head))
     embed = make_embedding(embedding, full if is_shared else None, config.embedding_multiplier)
-    multiplier = config.logits_multiplier
+    multiplier, loudest = config.logits_multiplier, loudest_channels(layer_weights, final_norm)
     by_precision: dict[Action, Head] = {}
     wide_heads: dict[Action, Head] = {}
     for precision in actions:
-        if precision not in (Action.INT8, Action.FULL):
-            continue  # an INT4 head changes the text (docs/architecture.md), so it is not offered
-        compiled = None if native is None else native.head(precision, head, full, final_norm, multiplier)
+        if precision is Action.SKIP:
+            continue
+        compiled = None if native is None else native.head(precision, head, full, final_norm, multiplier, loudest)
         if compiled is not None:
             by_precision[precision] = wide_heads[precision] = compiled
+            continue
+        if precision is Action.INT4:
+            if has_int4_head and can_be_shortlisted(head):
+                shortlisted = shortlist_head(head, for_many_rows(full), loudest, final_norm, multiplier)
+                by_precision[precision] = wide_heads[precision] = shortlisted
             continue
         is_full = precision is Action.FULL or not has_int8_head
         linear = full if is_full else make_linear(precision, FullLinear(head))

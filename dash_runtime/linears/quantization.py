@@ -62,13 +62,17 @@ class Int4Linear:
 
     @classmethod
     def from_full(cls, full: FullLinear) -> "Int4Linear":
-        quantized, scales, zeros = quantize_int4(full.weight)
+        return cls.of(*quantize_int4(full.weight), full.bias)
+
+    @classmethod
+    def of(cls, quantized: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> "Int4Linear":
+        """Packs what `quantize_int4` returned."""
         scales_and_zeros = torch.stack((scales, zeros), dim=-1).transpose(0, 1).contiguous()
-        device = device_of(full.weight.device)
+        device = device_of(scales.device)
         values = None
         if device.unpacks_for_many_rows:
             values = (quantized - _INT4_ZERO_POINT).to(torch.int8).unflatten(1, (-1, INT4_GROUP_SIZE))
-        return cls(device.pack_int4(quantized), scales_and_zeros, full.bias, values)
+        return cls(device.pack_int4(quantized), scales_and_zeros, bias, values)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         product = device_of(inputs.device).int4_product
@@ -136,6 +140,17 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return quantized, scales, zeros
 
 
+def quantize_int4_with_rest(weight: Tensor, repeated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Does `quantize_int4` for a matrix that has the inputs `repeated`, int64 `[n]`, again at its end, with what the
+    rounding left of their weights. So their products are about as exact as in INT8."""
+    quantized, scales, zeros = quantize_int4(weight)
+    groups = repeated // INT4_GROUP_SIZE
+    rounded = dequantize_int4(quantized[:, repeated], scales[:, groups], zeros[:, groups])
+    rest = quantize_int4((weight[:, repeated].float() - rounded).to(weight.dtype))
+    values, grids, offsets = (torch.cat(both, dim=1) for both in zip((quantized, scales, zeros), rest, strict=True))
+    return values, grids, offsets
+
+
 def _quantize_groups(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Does `quantize_int4` for some rows, float32.
 
@@ -169,8 +184,9 @@ def _rounded_to_grid(groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 
 def dequantize_int4(quantized: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """Returns the float32 matrix `[out, in]` that `quantize_int4` rounded to."""
-    groups = quantized.view(*scales.shape, INT4_GROUP_SIZE).float() - _INT4_ZERO_POINT
+    """Returns the float32 matrix `[out, in]` that `quantize_int4` rounded to. Scales and zeros may be for fewer inputs
+    each."""
+    groups = quantized.reshape(*scales.shape, -1).float() - _INT4_ZERO_POINT
     return (groups * scales.float().unsqueeze(-1) + zeros.float().unsqueeze(-1)).view(quantized.shape)
 
 

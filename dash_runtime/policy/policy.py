@@ -205,10 +205,10 @@ def fixed_action_plan(
 
 
 def fixed_head(action: Action, heads: Sequence[Action]) -> Action:
-    """Returns the head's precision beside one action in all layers: a quantised plan takes the INT8 head if there is
-    one."""
+    """Returns the head's precision beside one action in all layers: a quantised plan takes the head of its own
+    precision, or of the next finer one that there is."""
     is_quantized = action in (Action.INT4, Action.INT8)
-    return Action.INT8 if is_quantized and Action.INT8 in heads else Action.FULL
+    return min((head for head in heads if head >= action), default=Action.FULL) if is_quantized else Action.FULL
 
 
 def _uniform(seed: int, position: int, layer: int) -> float:

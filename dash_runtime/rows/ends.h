@@ -1,6 +1,7 @@
 // The ends of a pass through a model: a token's row of the embedding, and the head's likeliest token.
 #pragma once
 #include "products.h"
+#include "shortlist.h"
 
 // The matrix of the embedding: in the blocks of a tied head that oneDNN packed, or row by row.
 struct Embedding {
@@ -9,11 +10,16 @@ struct Embedding {
   double multiplier;
 };
 
+// A head of one matrix; or a `rough` one for all logits, and `matrix` for those of a row's tiles with the largest.
 struct Head {
   const float *norm;
-  Matrix matrix;
+  Matrix matrix, rough;     // rough: without words if there is none
+  const int64_t *repeated;  // the inputs that `rough` has again at its end, in [0, hidden_size)
+  int64_t num_exact;        // tiles, at most `kMostExact`
   int64_t num_tiles;
   double multiplier;
+
+  bool has_rough() const { return rough.words != nullptr; }
 };
 
 // A token and its logit.

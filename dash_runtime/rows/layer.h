@@ -54,7 +54,7 @@ struct Shared {
 };
 
 struct Own {
-  float *residual, *normed, *inputs, *queries, *keys, *values, *attended, *wide;
+  float *residual, *normed, *inputs, *queries, *keys, *values, *attended, *wide, *repeated;
 };
 
 // The rows for which a thread does what is done by row: all of them if they are few, or its share.
@@ -204,9 +204,12 @@ class LayerRun {
 
   // The final norm and this thread's share of the head: its logits `[num_rows, num_tiles * kLanes]`, and the largest of
   // each row.
-  void finish(const Head &head, float *logits, Best *best) const {
+  void finish(const Head &head, float *logits, int32_t *keys, Best *best) const {
     norm_rows(own_.residual, head.norm, rows_, shape_.hidden_size, shape_.eps, own_.normed);
-    multiply(head.matrix, own_.normed, 0, head.num_tiles, logits, head.num_tiles * kLanes);
+    if (head.has_rough())
+      finish_in_two_steps(head, logits, keys);
+    else
+      multiply(head.matrix, own_.normed, 0, head.num_tiles, logits, head.num_tiles * kLanes);
     const int64_t first = member_.first(head.num_tiles), last = member_.last(head.num_tiles);
     for (int64_t row = 0; row < num_rows_; ++row)
       best[row] = scaled_best(logits + row * head.num_tiles * kLanes, first, last, head.multiplier);
@@ -226,6 +229,34 @@ class LayerRun {
     const Inputs inputs = prepare(layout, rows, num_rows_, matrix.num_inputs, own_.inputs, rows_.first, rows_.last);
     if (rows_.is_shared) member_.wait();
     return inputs;
+  }
+
+  // All logits by the rough matrix, then those of each row's tiles with the largest again, with two barriers.
+  void finish_in_two_steps(const Head &head, float *logits, int32_t *keys) const {
+    const int64_t size = shape_.hidden_size, stride = head.num_tiles * kLanes, keys_stride = padded(head.num_tiles);
+    for (int64_t row = rows_.first; row < rows_.last; ++row) {
+      const float *normed = own_.normed + row * size;
+      float *more = own_.repeated + row * head.rough.num_inputs;
+      std::memcpy(more, normed, size * sizeof(float));
+      for (int64_t place = size; place < head.rough.num_inputs; ++place) more[place] = normed[head.repeated[place - size]];
+    }
+    multiply(head.rough, own_.repeated, 0, head.num_tiles, logits, stride);
+    const int64_t first = member_.first(head.num_tiles), last = member_.last(head.num_tiles);
+    for (int64_t row = 0; row < num_rows_; ++row)
+      write_tile_keys(logits + row * stride, first, last, head.num_tiles, keys + row * keys_stride);
+    member_.wait();
+    const Inputs inputs = prepare(static_cast<Layout>(head.matrix.layout), own_.normed, num_rows_, size, own_.inputs,
+                                  rows_.first, rows_.last);
+    const int64_t begin = rows_.is_shared ? 0 : member_.first(head.num_exact);
+    const int64_t end = rows_.is_shared ? head.num_exact : member_.last(head.num_exact);
+    for (int64_t row = rows_.first; row < rows_.last; ++row) {
+      int64_t tiles[kMostExact];
+      choose_tiles(keys + row * keys_stride, head.num_tiles, head.num_exact, tiles);
+      for (int64_t place = begin; place < end; ++place)
+        product(head.matrix, inputs.from(row), 1, tiles[place], tiles[place] + 1,
+                logits + row * stride + tiles[place] * kLanes, stride);
+    }
+    member_.wait();
   }
 
   // Heads of all rows, after the next barrier if threads share them.

@@ -15,15 +15,13 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.model_config import Activation, ModelConfig
+from dash_runtime.rows.head_struct import RoughMatrix, head_struct, numbers_struct, packed_struct
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.rows.pass_rows import CompensatedLayers, PlannerTable, RowPlan, RowPlans, RowsOfPass
-from dash_runtime.rows.row_matrix import FullRowMatrix, Int4RowMatrix, Int8RowMatrix, PackedRowMatrix, RowMatrix
+from dash_runtime.rows.row_matrix import RowMatrix
 from dash_runtime.rows.structs import (
-    LANES,
     EmbeddingStruct,
-    HeadStruct,
     LayerStruct,
-    MatrixStruct,
     ModelStruct,
     PassStruct,
 )
@@ -31,7 +29,6 @@ from dash_runtime.rows.thread_count import ThreadCount
 
 _ALIKE_TOKENS = 512
 """Passes whose contexts differ by less take about the same time."""
-_LAYOUTS: dict[type[RowMatrix], int] = {PackedRowMatrix: 0, FullRowMatrix: 1, Int8RowMatrix: 2, Int4RowMatrix: 3}
 _ACTIVATIONS = {Activation.SILU: 0, Activation.GELU_TANH: 1}
 
 
@@ -73,8 +70,8 @@ class ModelRows:
         own.workspace = library.new_workspace(self)
         self._threads = ThreadCount(num_threads)
         own.shape, own.layers = pointer(self._shape), self._layers
-        own.windows = _numbers([window or 0 for window in config.sliding_window])
-        own.rotary_of = _numbers(rotary_of)
+        own.windows = numbers_struct([window or 0 for window in config.sliding_window])
+        own.rotary_of = numbers_struct(rotary_of)
         own.times = self._times.buffer_info()[0]
         self._pass_address = addressof(own)
         self._tokens: dict[int, tuple[Array[c_int64], Array[c_int64]]] = {}
@@ -97,7 +94,7 @@ class ModelRows:
             setattr(struct, name, self._memory_of(vector))
         for action, matrices in packed.matrices.items():
             for place, (matrix, num_inputs) in enumerate(matrices):
-                struct.matrices[action - 1][place], kept = _packed(matrix, num_inputs)
+                struct.matrices[action - 1][place], kept = packed_struct(matrix, num_inputs)
                 self._kept += kept
 
     def run(
@@ -230,25 +227,20 @@ class Chosen(NamedTuple):
 class HeadRows:
     """The final norm and a head of one precision, whose logits are multiplied by `multiplier`."""
 
-    def __init__(self, rows: ModelRows, matrix: RowMatrix, norm: Tensor, vocab_size: int, multiplier: float) -> None:
+    def __init__(
+        self,
+        rows: ModelRows,
+        matrix: RowMatrix,
+        norm: Tensor,
+        vocab_size: int,
+        multiplier: float,
+        rough: RoughMatrix | None = None,
+    ) -> None:
         self.vocab_size = vocab_size
         self._rows = rows
-        own, matrices = norm.float().contiguous(), _packed(matrix, len(norm))
-        self._kept = own, matrices
-        self.pointer = pointer(HeadStruct(own.data_ptr(), matrices[0], vocab_size // LANES, multiplier))
+        struct, self._kept = head_struct(matrix, norm, vocab_size, multiplier, rough)
+        self.pointer = pointer(struct)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Returns float32 `[rows, vocab_size]` from bf16 `[rows, hidden_size]`."""
         return self._rows.run_head(hidden, self).logits
-
-
-def _packed(matrix: RowMatrix, num_inputs: int) -> tuple[MatrixStruct, list[Tensor]]:
-    """Returns a matrix for the native code, and the tensors whose memory it is."""
-    words, *scales = matrix.tensors()
-    kept = [words, *(own.float().contiguous() for own in scales)]
-    addresses = [own.data_ptr() for own in kept] + [None]
-    return MatrixStruct(addresses[0], addresses[1], _LAYOUTS[type(matrix)], num_inputs), kept
-
-
-def _numbers(numbers: Sequence[int]) -> "Array[c_int64]":
-    return (c_int64 * len(numbers))(*numbers)

@@ -25,6 +25,7 @@ struct Workspace {
   std::vector<Own> own;
   std::vector<uint8_t> chosen;  // [2, rows]: actions by turn
   std::vector<Best> best;       // [threads, rows]
+  std::vector<int32_t> keys;    // [rows, tiles of the head], padded
 };
 
 // A policy that decides each layer of a row from the input of the one before.
@@ -122,10 +123,15 @@ struct SharedParts {
   float *states;                            // [rows, hidden_size], where rows run in groups
 };
 
+// The inputs of a head's rough matrix; 0 without one.
+inline int64_t repeated_size(const Pass &pass) {
+  return pass.head && pass.head->has_rough() ? pass.head->rough.num_inputs : 0;
+}
+
 // The floats of what a product reads of all rows.
 inline int64_t prepared_size(const Pass &pass) {
   const ModelShape &shape = *pass.shape;
-  const int64_t sizes[] = {shape.hidden_size, shape.query_size(), shape.intermediate_size};
+  const int64_t sizes[] = {shape.hidden_size, shape.query_size(), shape.intermediate_size, repeated_size(pass)};
   int64_t widest = 0;
   for (int64_t size : sizes) widest = size > widest ? size : widest;
   return inputs_size(pass.num_rows, widest);
@@ -168,7 +174,8 @@ inline OwnParts own_parts(Parts &parts, const Pass &pass) {
   const Own own{parts.take(rows * shape.hidden_size), parts.take(rows * shape.hidden_size),
                 parts.take(prepared_size(pass)),      parts.take(rows * query_size),
                 parts.take(rows * kv_size),           parts.take(rows * kv_size),
-                parts.take(rows * query_size),        parts.take(2 * rows * (shape.intermediate_size + kLanes))};
+                parts.take(rows * query_size),        parts.take(2 * rows * (shape.intermediate_size + kLanes)),
+                parts.take(rows * repeated_size(pass))};
   return {own, parts.take(pass.num_plans > 1 ? rows * shape.hidden_size : 0)};
 }
 

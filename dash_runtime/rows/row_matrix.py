@@ -6,20 +6,28 @@ products.
 """
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.linears.dense_linear import Linear, packed_words
-from dash_runtime.linears.quantization import INT4_GROUP_SIZE, quantize_int4, quantize_int8
+from dash_runtime.linears.quantization import (
+    INT4_GROUP_SIZE,
+    quantize_int4,
+    quantize_int4_with_rest,
+    quantize_int8,
+)
 from dash_runtime.rows.structs import LANES
 
 _INT4_BITS, _INT8_BITS = 4, 8
 _MOST_PACKERS = 4
+_TILES_TOGETHER = 128
+"""A part of a matrix this large stays in the processor's cache while it is rounded and packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +87,15 @@ class Int4RowMatrix(RowMatrix):
 
     @classmethod
     def pack(cls, weight: Tensor) -> "Int4RowMatrix":
-        quantized, scales, zeros = quantize_int4(weight)
+        return cls._of(*quantize_int4(weight))
+
+    @classmethod
+    def pack_with_rest(cls, weight: Tensor, repeated: Tensor) -> "Int4RowMatrix":
+        """Packs a matrix that has some inputs again at its end (`quantize_int4_with_rest`)."""
+        return cls._of(*quantize_int4_with_rest(weight, repeated))
+
+    @classmethod
+    def _of(cls, quantized: Tensor, scales: Tensor, zeros: Tensor) -> "Int4RowMatrix":
         scale_bits, zero_bits = (_tile(own).to(torch.bfloat16).view(torch.int16).int() for own in (scales, zeros))
         grids = scale_bits << 16 | zero_bits & 0xFFFF
         return cls(torch.cat((_pack_words(quantized, _INT4_BITS), grids.unsqueeze(2)), dim=2))
@@ -100,10 +116,22 @@ def pack_row_matrix(action: Action, weight: Tensor, linear: Linear | None = None
     words = packed_words(linear) if action is Action.FULL and linear is not None else None
     if words is not None:
         return PackedRowMatrix(words)
+    return _packed_in_parts(_MATRICES[action].pack, weight)
+
+
+def pack_rough_matrix(weight: Tensor, repeated: Tensor) -> RowMatrix:
+    """Lays out `[out_features, in_features]` in INT4, as `Int4RowMatrix.pack_with_rest` does."""
+    return _packed_in_parts(partial(Int4RowMatrix.pack_with_rest, repeated=repeated), weight)
+
+
+def _packed_in_parts(pack: Callable[[Tensor], RowMatrix], weight: Tensor) -> RowMatrix:
     # Each output is packed by itself. Threads that never wait for each other share a busy processor well.
-    kind, num_tiles = _MATRICES[action], -(-len(weight) // LANES // _num_packers())
-    parts = list(_packers().map(kind.pack, weight.split(num_tiles * LANES)))
-    return parts[0] if len(parts) == 1 else kind(*map(torch.cat, zip(*(own.tensors() for own in parts), strict=True)))
+    num_tiles = -(-len(weight) // LANES // _num_packers())
+    num_tiles = min(num_tiles, _TILES_TOGETHER)
+    parts = list(_packers().map(pack, weight.split(num_tiles * LANES)))
+    if len(parts) == 1:
+        return parts[0]
+    return type(parts[0])(*map(torch.cat, zip(*(own.tensors() for own in parts), strict=True)))
 
 
 @cache

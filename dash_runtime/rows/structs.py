@@ -2,8 +2,9 @@
 
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 
-MOST_CHANNELS, MOST_NUMBERS, LANES = 512, 256, 16
-"""As in the source: a head's channels, a policy's features, facts and scores, and the floats of a vector."""
+MOST_CHANNELS, MOST_NUMBERS, MOST_EXACT_TILES, LANES = 512, 256, 64, 16
+"""As in the source: a head's channels, a policy's features, facts and scores, tiles of a row's logits that are computed
+again, and the floats of a vector."""
 
 
 def _pointers(*names: str) -> list[tuple[str, type[c_void_p]]]:
@@ -90,7 +91,13 @@ class EmbeddingStruct(Structure):
 
 
 class HeadStruct(Structure):
-    _fields_ = [*_pointers("norm"), ("matrix", MatrixStruct), *_numbers("num_tiles"), ("multiplier", c_double)]
+    _fields_ = [
+        *_pointers("norm"),
+        *((name, MatrixStruct) for name in ("matrix", "rough")),
+        ("repeated", POINTER(c_int64)),
+        *_numbers("num_exact", "num_tiles"),
+        ("multiplier", c_double),
+    ]
 
 
 class PassStruct(Structure):

@@ -173,7 +173,13 @@ def build_engine(
             if native is None:
                 return decoder
             return make_decoder(
-                model, weights, actions, dtype=dtype, device=layer_devices, context_length=context_length
+                model,
+                weights,
+                actions,
+                dtype=dtype,
+                device=layer_devices,
+                context_length=context_length,
+                has_int4_head=Action.INT4 in decoder.heads,
             )
 
         plans = calibration.plans(actions, eager_decoder, tokenizer_file(folder), costs.table, compensation, progress)

@@ -57,7 +57,8 @@ def model_bytes(
         return needs
 
     head_weights = model.vocab_size * model.hidden_size
-    heads = [action for action in (Action.INT8, Action.FULL) if action in per_weight]
+    # Only native code has an INT4 head.
+    heads = [action for action in per_weight if action is not Action.INT4 or device.compiles_layers]
     networks = sum(getattr(policy.network, name).nbytes for policy in learned for name in PolicyNetwork.__slots__)
     rotary = 2 * len(set(model.ropes)) * context_length * model.head_dim * dtype.itemsize
     largest = max(outputs * inputs for outputs, inputs in model.matrices())

@@ -107,7 +107,7 @@ def search_plans(
     lossless = [walked for walked in uniform if walked.plan.divergence <= NEARLY_LOSSLESS]
     base = min(lossless or uniform, key=lambda walked: walked.plan.cost(costs))
     walk = [*(walked.plan for walked in uniform), *_Walk(text, base, costs, allowed).plans()]
-    always = [plan for plan in walk[: len(uniform)] if plan.head is fixed_head(plan.actions[0], tuple(costs.head))]
+    always = [plan for plan in walk[: len(uniform)] if plan.head is fixed_head(plan.actions[0], known_heads)]
     best = [plan for plan in not_dominated(walk, costs) if plan not in always]
     if max_plans is not None:
         best = _spread(best, costs, max_plans)

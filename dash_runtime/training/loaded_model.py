@@ -77,6 +77,7 @@ class LoadedModel:
             dtype=torch.bfloat16,
             device=self.device,
             context_length=self.context_length,
+            has_int4_head=self.device.type == "cpu",
         )
         self.fingerprint = model_fingerprint(self.config, self._weights)
 

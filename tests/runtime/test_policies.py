@@ -69,13 +69,15 @@ def test_one_action_everywhere_runs_in_the_edges_too_unless_it_is_skip() -> None
 @pytest.mark.parametrize(
     ("action", "heads", "head"),
     [
+        (Action.INT4, (Action.INT4, Action.INT8, Action.FULL), Action.INT4),
+        (Action.INT8, (Action.INT4, Action.INT8, Action.FULL), Action.INT8),
         (Action.INT4, (Action.INT8, Action.FULL), Action.INT8),
         (Action.INT4, (Action.FULL,), Action.FULL),
         (Action.FULL, (Action.INT8, Action.FULL), Action.FULL),
         (Action.SKIP, (Action.INT8, Action.FULL), Action.FULL),
     ],
 )
-def test_quantised_plans_take_the_int8_head_where_there_is_one(
+def test_quantised_plans_take_the_head_of_their_own_precision_or_the_next_finer_one(
     action: Action, heads: tuple[Action, ...], head: Action
 ) -> None:
     assert fixed_action_plan(action, 30, Identity(), heads).head is head

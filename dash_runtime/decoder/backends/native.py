@@ -23,13 +23,15 @@ from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.layers.rotary import queries_grow
 from dash_runtime.layers.row_compensation import pack_for_rows
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
+from dash_runtime.layers.shortlist import NUM_EXACT_TILES
 from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import Linear, for_neighbours, most_rows_apart, packed_words
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.rows.head_struct import RoughMatrix
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.rows.model_rows import Chosen, HeadRows, ModelRows, PackedLayer
 from dash_runtime.rows.pass_rows import CompensatedLayers, PlannerTable, PlannerTables, RowPlan, RowPlans
-from dash_runtime.rows.row_matrix import RowMatrix, is_packable, pack_row_matrix
+from dash_runtime.rows.row_matrix import RowMatrix, is_packable, pack_rough_matrix, pack_row_matrix
 from dash_runtime.rows.structs import LANES, MOST_CHANNELS, NORMS
 
 
@@ -66,6 +68,7 @@ class NativeBackend(OwnMemory):
         """By the compensation's id; the compensation is kept, so that nothing else gets it."""
         self.logits = Heads({})
         self._heads: dict[Action, HeadRows] = {}
+        self._head_matrices: dict[Action, RowMatrix] = {}
         self._has_embedding = False
         self._planners = PlannerTables()
         self._made: tuple[RowPlans, HeadRows | None, PlannerTable | None] | None = None
@@ -97,12 +100,31 @@ class NativeBackend(OwnMemory):
             case _:
                 self._has_embedding = False
 
-    def head(self, precision: Action, weight: Tensor, linear: Linear, norm: RmsNorm, multiplier: float) -> Head | None:
-        """Returns norm and head of that precision; None for one in FULL whose memory nothing else shares."""
-        if precision is Action.FULL and packed_words(linear) is None:
+    def head(
+        self, precision: Action, weight: Tensor, linear: Linear, norm: RmsNorm, multiplier: float, loudest: Tensor
+    ) -> Head | None:
+        """Returns norm and head of that precision; None for one in FULL whose memory nothing else shares, and for one
+        in INT4 without such a one or one in INT8.
+
+        INT4 gives all logits; then the other one's matrix gives those of the tiles with the largest again. `loudest`
+        is as in `shortlist.py`.
+        """
+        if precision is not Action.INT4:
+            matrix = self._head_matrix(precision, weight, linear)
+            return None if matrix is None else HeadRows(self._rows, matrix, norm.weight, len(weight), multiplier)
+        matrices = (self._head_matrix(exact, weight, linear) for exact in (Action.FULL, Action.INT8))
+        matrix = next((own for own in matrices if own is not None), None)
+        if matrix is None:
             return None
-        matrix = pack_row_matrix(precision, weight, linear)
-        return HeadRows(self._rows, matrix, norm.weight, len(weight), multiplier)
+        rough = RoughMatrix(pack_rough_matrix(weight, loudest), loudest, NUM_EXACT_TILES)
+        return HeadRows(self._rows, matrix, norm.weight, len(weight), multiplier, rough)
+
+    def _head_matrix(self, precision: Action, weight: Tensor, linear: Linear) -> RowMatrix | None:
+        if precision not in self._head_matrices:
+            if precision not in self._actions or (precision is Action.FULL and packed_words(linear) is None):
+                return None
+            self._head_matrices[precision] = pack_row_matrix(precision, weight, linear)
+        return self._head_matrices[precision]
 
     def takes(self, batch: Batch) -> bool:
         return True

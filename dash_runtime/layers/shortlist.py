@@ -1,0 +1,55 @@
+"""The language-model head in INT4: rough logits for all tokens, and those of the likeliest again from an exact matrix.
+
+`rows/shortlist.h` has the same for a few rows. Here it is for many, to judge plans by. Knows matrices; knows no plans.
+"""
+
+import torch
+from torch import Tensor
+
+from dash_runtime.layers.heads import Head
+from dash_runtime.layers.mlp import GatedMlp
+from dash_runtime.layers.norm import RmsNorm
+from dash_runtime.layers.weight_loader import LayerWeights
+from dash_runtime.linears.dense_linear import Linear
+from dash_runtime.linears.quantization import INT4_GROUP_SIZE, Int4Linear, for_many_rows, quantize_int4_with_rest
+
+TILE_SIZE = 16
+"""Tokens of a tile, whose logits are computed again together."""
+NUM_EXACT_TILES = 32
+"""Tiles of a row's logits that are computed again: at least the 32 likeliest tokens are among them."""
+
+
+def loudest_channels(last_layer: LayerWeights, final_norm: RmsNorm) -> Tensor:
+    """Returns the channels, int64 `[32]`, in which a head's inputs are probably the largest. Most of the error of an
+    INT4 matrix comes from there.
+
+    The squares of the weights that write to a channel, times those of the norms behind it, tell nearly as well as
+    measured states.
+    """
+    norms, mlp = (final_norm, last_layer.mlp_output_norm), last_layer.linears.mlp
+    weights = [norm.weight for norm in norms if isinstance(norm, RmsNorm)]
+    loudness = torch.stack([weight.float().square() for weight in weights]).prod(dim=0)
+    if isinstance(mlp, GatedMlp):
+        loudness *= mlp.down.weight.float().square().sum(dim=1)
+    return loudness.topk(min(INT4_GROUP_SIZE, len(loudness))).indices
+
+
+def can_be_shortlisted(weight: Tensor) -> bool:
+    """Returns True if a head `[vocab_size, hidden_size]` can be had in INT4."""
+    return weight.shape[0] % TILE_SIZE == 0 and weight.shape[1] % INT4_GROUP_SIZE == 0
+
+
+def shortlist_head(weight: Tensor, exact: Linear, loudest: Tensor, final_norm: RmsNorm, multiplier: float) -> Head:
+    """Returns the head in INT4 of the matrix `weight`, which `exact` has in FULL; its logits are multiplied by
+    `multiplier`."""
+    rough = for_many_rows(Int4Linear.of(*quantize_int4_with_rest(weight, loudest)))
+    num_tiles = min(NUM_EXACT_TILES, len(weight) // TILE_SIZE)
+
+    def head(hidden: Tensor) -> Tensor:
+        normed = final_norm(hidden)
+        tiles = rough(torch.cat((normed, normed[:, loudest]), dim=1)).float().unflatten(1, (-1, TILE_SIZE))
+        chosen = tiles.amax(dim=-1).topk(num_tiles).indices.unsqueeze(-1).expand(-1, -1, TILE_SIZE)
+        again = exact(normed).float().unflatten(1, (-1, TILE_SIZE)).gather(1, chosen)
+        return tiles.scatter(1, chosen, again).flatten(1) * multiplier
+
+    return head

@@ -1,0 +1,49 @@
+"""Matrices and heads as the structures of the native code. Knows memory; knows no layers."""
+
+from collections.abc import Sequence
+from ctypes import Array, c_int64
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dash_runtime.rows.row_matrix import FullRowMatrix, Int4RowMatrix, Int8RowMatrix, PackedRowMatrix, RowMatrix
+from dash_runtime.rows.structs import LANES, MOST_EXACT_TILES, HeadStruct, MatrixStruct
+
+_LAYOUTS: dict[type[RowMatrix], int] = {PackedRowMatrix: 0, FullRowMatrix: 1, Int8RowMatrix: 2, Int4RowMatrix: 3}
+
+
+class RoughMatrix(NamedTuple):
+    """A cheap matrix for all logits of a head: its exact one computes those of `num_exact` tiles of a row again."""
+
+    matrix: RowMatrix
+    repeated: Tensor
+    """The inputs that the matrix has again at its end, int64."""
+    num_exact: int
+
+
+def head_struct(
+    matrix: RowMatrix, norm: Tensor, vocab_size: int, multiplier: float, rough: RoughMatrix | None
+) -> tuple[HeadStruct, list[object]]:
+    """Returns a final norm and a head for the native code, and the owners of their memory."""
+    own, (packed, kept), num_tiles = norm.float().contiguous(), packed_struct(matrix, len(norm)), vocab_size // LANES
+    struct = HeadStruct(norm=own.data_ptr(), matrix=packed, num_tiles=num_tiles, multiplier=multiplier)
+    owners: list[object] = [own, kept]
+    if rough is not None:
+        struct.rough, more = packed_struct(rough.matrix, len(norm) + len(rough.repeated))
+        struct.num_exact = min(rough.num_exact, MOST_EXACT_TILES, num_tiles)
+        struct.repeated = numbers_struct(rough.repeated.tolist())
+        owners.append(more)
+    return struct, owners
+
+
+def packed_struct(matrix: RowMatrix, num_inputs: int) -> tuple[MatrixStruct, list[Tensor]]:
+    """Returns a matrix for the native code, and the tensors whose memory it is."""
+    words, *scales = matrix.tensors()
+    kept = [words, *(own.float().contiguous() for own in scales)]
+    addresses = [own.data_ptr() for own in kept] + [None]
+    return MatrixStruct(addresses[0], addresses[1], _LAYOUTS[type(matrix)], num_inputs), kept
+
+
+def numbers_struct(numbers: Sequence[int]) -> "Array[c_int64]":
+    """Returns numbers for the native code."""
+    return (c_int64 * len(numbers))(*numbers)
