@@ -23,7 +23,7 @@ from dash_runtime.layers.compensation import Identity
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.startup.measure import filled_caches, timed
 
-_FUNCTIONS = ("run_rows", "run_head", "attend", "choose")
+_FUNCTIONS = ("run_rows", "attend", "choose")
 _CONTEXTS = (256, 1500)
 _STREAMS = (1, 16)
 

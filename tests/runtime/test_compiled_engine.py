@@ -25,7 +25,7 @@ MODES = {
 }
 
 
-def engine_of(model: CompiledModel, group_planner: bool) -> Engine:
+def engine_of(model: CompiledModel, group_planner: bool, num_slots: int = 24, cache_tokens: int = 4096) -> Engine:
     options = BuildOptions(
         devices=["cpu"],
         num_threads=NUM_THREADS,
@@ -33,7 +33,7 @@ def engine_of(model: CompiledModel, group_planner: bool) -> Engine:
         checks_kept_costs=False,  # a table that is replaced between two requests is another price for the second
         least_drafting_gain=0.0,
     )
-    config = EngineConfig(num_slots=24, cache_tokens=4096, group_planner=group_planner)
+    config = EngineConfig(num_slots=num_slots, cache_tokens=cache_tokens, group_planner=group_planner)
     said: list[str] = []
     torch_threads = torch.get_num_threads()
     try:
@@ -91,6 +91,25 @@ def test_the_policy_is_evaluated_by_native_code_within_a_rows_pass(engine: Engin
     policy = engine._catalog._learned[NAME]
     assert policy.is_native
     assert policy.decides_in_pass
+
+
+@pytest.mark.parametrize("mode", ["full depth", "adaptive"])
+def test_rows_that_go_on_are_found_where_their_keys_were_moved(compiled_model: CompiledModel, mode: str) -> None:
+    engine = engine_of(compiled_model, False, num_slots=2, cache_tokens=112)
+    # The first one leaves a gap that is too small for the third, so the second, which goes on, is moved.
+    sizes = {"leaves": (40, 8), "goes on": (8, 40), "needs room": (40, 24)}
+    own = {
+        name: GenerationRequest(
+            name, list(range(1, prompt + 1)), StoppingParameters(tokens, ignore_eos=True), skip=MODES[mode]
+        )
+        for name, (prompt, tokens) in sizes.items()
+    }
+    expected = alone(engine, own["goes on"])
+    for request in own.values():
+        engine.submit(request)
+    together = drain(engine)
+    assert engine._pool.num_moves == 1
+    assert tokens(together["goes on"]) == expected
 
 
 def test_exact_puts_out_full_depths_own_tokens(engine: Engine) -> None:
