@@ -3,7 +3,7 @@
 Knows states and scores; knows no files (policy_file.py) and no training.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -18,7 +18,7 @@ from dash_runtime.policy.facts import Facts, RowFacts, shared_floats
 from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.network import NUM_SCALAR_FACTS, PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
-from dash_runtime.policy.policy import Actions, Decision, Pending, State
+from dash_runtime.policy.policy import Actions, Decision, Pending, State, own_or_finer
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.rows.policy_rows import NetworkTensors, PolicyRows, RowDecisions, fits
 
@@ -176,6 +176,10 @@ class LearnedPolicy:
         _, num_layers = self._blocks[layer]
         best, scores = rows.choose(layer, state.hidden, self._facts.in_place(state))
         return lambda: self._decision(best[:, :num_layers], scores[:, :num_layers])
+
+    def for_heads(self, heads: Sequence[Action]) -> "LearnedPolicy":
+        """Returns the policy for a device with these precisions of the head: with its own, or the next finer one."""
+        return replace(self, spec=replace(self.spec, head=own_or_finer(self.head, heads)))
 
     def without(self, unsupported: set[Action]) -> "LearnedPolicy":
         """Returns the policy for a device that has no kernel for some actions.

@@ -207,8 +207,12 @@ def fixed_action_plan(
 def fixed_head(action: Action, heads: Sequence[Action]) -> Action:
     """Returns the head's precision beside one action in all layers: a quantised plan takes the head of its own
     precision, or of the next finer one that there is."""
-    is_quantized = action in (Action.INT4, Action.INT8)
-    return min((head for head in heads if head >= action), default=Action.FULL) if is_quantized else Action.FULL
+    return own_or_finer(action, heads) if action in (Action.INT4, Action.INT8) else Action.FULL
+
+
+def own_or_finer(head: Action, heads: Sequence[Action]) -> Action:
+    """Returns this precision of the head if a device has it, or the next finer one that there is."""
+    return min((own for own in heads if own >= head), default=Action.FULL)
 
 
 def _uniform(seed: int, position: int, layer: int) -> float:

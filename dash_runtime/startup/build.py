@@ -148,6 +148,7 @@ def build_engine(
         has_int8_head=has_int8_head,
         has_graphs=has_graphs,
     )
+    learned = [own.for_heads(tuple(decoder.heads)) for own in learned]
     settle_memory()  # before anything is measured
     kind = "eager" if native is None else f"compiled {code_digest()}"
     calibration = DeviceCalibration(

@@ -126,6 +126,13 @@ def trained(name: str, lowest_budget: float, divergence: float = 0.2) -> Learned
     )
 
 
+@pytest.mark.parametrize(("heads", "head"), [("INT4 INT8 FULL", "INT4"), ("INT8 FULL", "INT8"), ("FULL", "FULL")])
+def test_a_learned_policy_runs_with_its_own_head_or_the_next_finer_one(heads: str, head: str) -> None:
+    policy = trained("own", 0.5)
+    policy = replace(policy, spec=replace(policy.spec, head=Action.INT4))
+    assert policy.for_heads([Action[own] for own in heads.split()]).head is Action[head]
+
+
 def test_a_learned_policy_runs_by_name_at_the_price_of_its_budget() -> None:
     policies = PolicyCatalog(COSTS, ALL_ACTIONS, Identity(), (trained("a", 0.5), trained("b", 0.4)), 0.8)
     assert [facts.name for facts in policies.facts()] == ["frontier", "a", "b", "static-int4"]
