@@ -21,20 +21,20 @@ class DecisionLog:
         self._action_counts = dict.fromkeys(Action, 0)
         self._total_cost = 0.0
         self._exposed_ns = 0
-        self._last_work: tuple[bytes, Action, int] | None = None
-        self._last_counts: Mapping[Action, int] = {}
-        self._last_cost = 0.0
+        self._uncounted: dict[tuple[Action, int], list[bytes]] = {}
+        """The plans of decode tokens that the sums are without, by head and number of evaluations."""
 
     def append_prefill_token(self) -> bytes:
         """Records the first output token, which the prefill made at full depth; returns its plan."""
         return self._append(bytes((Action.FULL,)) * self._num_layers)
 
-    def append_decode_token(self, plan: bytes, head: Action, num_evaluations: int, exposed_ns: int) -> float:
+    def append_decode_token(self, plan: bytes, head: Action, num_evaluations: int, exposed_ns: int) -> None:
         """Records a decode token: its plan, the head's precision, the evaluations of a policy, and the time that the
-        decoder lost to them; returns its cost."""
+        decoder lost to them."""
         self._append(plan)
         self._num_decode_tokens += 1
-        return self.add_draft_token(plan, head, num_evaluations, exposed_ns)
+        self._exposed_ns += exposed_ns
+        self._uncounted.setdefault((head, num_evaluations), []).append(plan)
 
     def append_verified_token(self) -> bytes:
         """Records a decode token that came out of a verification; returns its plan, full depth's."""
@@ -48,13 +48,13 @@ class DecisionLog:
     def add_draft_token(self, plan: bytes, head: Action, num_evaluations: int, exposed_ns: int) -> float:
         """Counts what ran for a token that may never be output; returns its cost."""
         self._exposed_ns += exposed_ns
-        work = plan, head, num_evaluations
-        if work != self._last_work:  # a fixed plan's is the same for every token
-            counts = _counts(plan)
-            self._last_work, self._last_counts = work, counts
-            self._last_cost = self._costs.mean_cost(counts, head, num_evaluations)
-        self._add(self._last_counts, self._last_cost)
-        return self._last_cost
+        cost = self.cost_of(plan, head, num_evaluations)
+        self._add(_counts(plan), cost)
+        return cost
+
+    def cost_of(self, plan: bytes, head: Action, num_evaluations: int) -> float:
+        """Returns the cost of a token, by the table that the sequence began with."""
+        return self._costs.mean_cost(_counts(plan), head, num_evaluations)
 
     def add_guess(self, plan: bytes, cost: float) -> None:
         """Counts a second row of a drafting pass, which adds `cost`."""
@@ -67,6 +67,11 @@ class DecisionLog:
 
     def statistics(self) -> DepthStatistics:
         """Returns the sums so far."""
+        for ends, plans in self._uncounted.items():
+            counts, num_tokens = _counts(b"".join(plans)), len(plans)
+            means = {action: count / num_tokens for action, count in counts.items()}
+            self._add(counts, num_tokens * self._costs.mean_cost(means, *ends))
+        self._uncounted.clear()
         decoded = bytes(self.plans[self._num_layers :])
         layers = (decoded[layer :: self._num_layers] for layer in range(self._num_layers))
         return DepthStatistics(

@@ -290,7 +290,9 @@ class Engine:
                 (token_id,) = sequence.speculation.verify(output.logits[row : row + 1], likeliest_ids[row : row + 1])
             else:
                 token_id = likeliest_ids[row] if sampler.is_plain_greedy else sampler.choose(scores[row])
-            cost = sequence.log.append_decode_token(plan, policy.head, num_evaluations, own_exposed_ns)
+            sequence.log.append_decode_token(plan, policy.head, num_evaluations, own_exposed_ns)
+            has_room = sequence.recorder.has_room
+            cost = sequence.log.cost_of(plan, policy.head, num_evaluations) if has_room else 0.0
             sequence.recorder.add_pass(StepKind.DECODE, token_id, cost, *recorded)
             if self._step_clock is not None:
                 self._step_clock.ran(policy.name, plan, policy.head, num_evaluations, sequence.cache.length)
