@@ -180,6 +180,7 @@ async def test_prompt_forms_agree_with_tokenize(server: RunningServer) -> None:
     assert (await server.generate(chat=chat, max_new_tokens=1)).started.prompt_token_count == len(ids)
 
 
+@pytest.mark.alone  # beside busy tests the worker may be the slow one
 async def test_a_slow_reader_gets_several_tokens_in_a_message(server: RunningServer) -> None:
     call = server.stream(text="x" * 80, max_new_tokens=500)
     deltas = [event.delta for event in [event async for event in call][1:-1]]
