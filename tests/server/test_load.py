@@ -194,6 +194,7 @@ async def test_a_higher_class_goes_first_and_only_those_who_may_ask_for_it(model
     assert violated_fields(refusal.value) == ["parameters.priority"]
 
 
+@pytest.mark.alone  # beside busy tests the connection may be old before anybody looks
 async def test_a_connection_that_is_old_takes_no_new_calls_and_loses_none(model_folder: Path) -> None:
     async with running_server(fake_model(model_folder, token_seconds=0.02), max_connection_age_seconds=0.2) as server:
         stream = server.stream(text="abc", max_new_tokens=60)

@@ -61,9 +61,16 @@ async def run(
         finding("streams equal to the same request alone", f"all of {len(chosen)}", num_equal,
                 num_equal == len(chosen) and (len(chosen) == num_samples or seconds < 60)),
         *_memory(load.rss, seconds),
-        finding("exit code and tracebacks in the log", "0 and 0", f"{code} and {log.count('Traceback')}",
+        finding("exit code and tracebacks in the log", "0 and 0",
+                f"{code} and {log.count('Traceback')}{_first_traceback(log)}",
                 code == 0 and "Traceback" not in log),
     ]  # fmt: skip
+
+
+def _first_traceback(log: str) -> str:
+    """Returns the log around the first traceback, so that a rare one can be understood; nothing without one."""
+    place = log.find("Traceback")
+    return "" if place < 0 else f": {log[max(0, place - 500) : place + 2500]}"
 
 
 async def _caller(load: _Load, rng: random.Random) -> None:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.soak import connections, deaths, draining, fuzz, streams
 from tests.soak.report import Finding
 
@@ -11,6 +13,7 @@ def assert_held(findings: list[Finding]) -> None:
     assert not [finding for finding in findings if not finding.held]
 
 
+@pytest.mark.alone  # it loads the machine by itself
 async def test_mixed_streams_end_well_and_equal_the_same_requests_alone(tiny_folder: Path) -> None:
     assert_held(await streams.run(seconds=6, num_streams=12, num_samples=10, tiny_model=tiny_folder))
 
