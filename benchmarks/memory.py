@@ -5,9 +5,10 @@ import time
 import torch
 
 from dash_runtime.actions import Action
-from dash_runtime.layers.shortlist import NUM_EXACT_TILES, TILE_SIZE
+from dash_runtime.layers.shortlist import NUM_EXACT_TILES
 from dash_runtime.linears.quantization import INT4_GROUP_SIZE
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.rows.structs import LANES
 
 _MEGABYTES = 256
 _BYTES_PER_WEIGHT = {
@@ -59,5 +60,5 @@ def head_bytes(model: ModelConfig, precision: Action) -> float:
     bytes_per_weight, num_weights = _BYTES_PER_WEIGHT[precision], model.hidden_size * model.vocab_size
     if precision is not Action.INT4:
         return num_weights * bytes_per_weight
-    exact = min(NUM_EXACT_TILES * TILE_SIZE, model.vocab_size) * model.hidden_size * _BYTES_PER_WEIGHT[Action.FULL]
+    exact = min(NUM_EXACT_TILES * LANES, model.vocab_size) * model.hidden_size * _BYTES_PER_WEIGHT[Action.FULL]
     return (num_weights + model.vocab_size * INT4_GROUP_SIZE) * bytes_per_weight + exact

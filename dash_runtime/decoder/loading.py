@@ -17,11 +17,12 @@ from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.embedding import PlainEmbedding, make_embedding
 from dash_runtime.layers.heads import Head, Heads, eager_head
 from dash_runtime.layers.layer import DecoderLayer, make_layer
-from dash_runtime.layers.shortlist import can_be_shortlisted, loudest_channels, shortlist_head
+from dash_runtime.layers.shortlist import loudest_channels, shortlist_head
 from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.linears.dense_linear import MAX_INVARIANT_ROWS, BatchInvariantLinear, FullLinear, for_neighbours
 from dash_runtime.linears.quantization import for_many_rows, make_linear
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.rows.row_matrix import is_packable
 
 
 def make_decoder(
@@ -86,7 +87,7 @@ def make_decoder(
             by_precision[precision] = wide_heads[precision] = compiled
             continue
         if precision is Action.INT4:
-            if has_int4_head and can_be_shortlisted(head):
+            if has_int4_head and is_packable(*head.shape):
                 shortlisted = shortlist_head(head, for_many_rows(full), loudest, final_norm, multiplier)
                 by_precision[precision] = wide_heads[precision] = shortlisted
             continue

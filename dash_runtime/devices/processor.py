@@ -1,4 +1,4 @@
-"""What the system says of this machine's processor."""
+"""Reads what the system says of this machine's processor."""
 
 from collections.abc import Sequence
 from pathlib import Path

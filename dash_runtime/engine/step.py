@@ -159,7 +159,7 @@ class Decider:
 
     @property
     def decided(self) -> Sequence[Decided] | None:
-        """What decides each row's layers if they need not ask this decider in between; None if they do."""
+        """Each row's pinned layers and decisions, if no layer has to ask this decider in between; None if one has."""
         return [(self.policy.pinned, None)] * len(self.rows) if self.is_blind else None
 
     @property

@@ -123,7 +123,7 @@ class CachePool:
         self._layers = _unbound(self.memories)
         self._caches: list[SequenceCache] = []  # in ascending order of `start`
         self.num_moves = 0
-        """How often caches were moved: their addresses hold until the next time."""
+        """The number of times that caches were moved: their addresses hold until the next time."""
 
     def layer_memory(self, layer: int) -> tuple[Tensor, Tensor]:
         """Returns a layer's keys and values of all tokens, `[tokens, num_kv_heads, head_dim]` each."""

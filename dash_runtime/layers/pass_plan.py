@@ -15,7 +15,7 @@ Decided = tuple[Mapping[int, Action], RowDecisions | None]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PassPlan:
-    """What decides each row's layers, or one for all rows; and each row's precision of the head.
+    """The plan of a pass: each row's pinned layers and decisions, or one for all rows; and each row's head precision.
 
     By `latencies` several rows agree on actions (`engine.planner.GroupPlanner`); without them each has its own.
     """

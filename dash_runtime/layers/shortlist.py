@@ -12,11 +12,10 @@ from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import Linear
 from dash_runtime.linears.quantization import INT4_GROUP_SIZE, Int4Linear, for_many_rows, quantize_int4_with_rest
+from dash_runtime.rows.structs import LANES
 
-TILE_SIZE = 16
-"""Tokens of a tile, whose logits are computed again together."""
 NUM_EXACT_TILES = 32
-"""Tiles of a row's logits that are computed again: at least the 32 likeliest tokens are among them."""
+"""Tiles of a row's logits that are computed again, of `LANES` tokens each. The 32 likeliest tokens are among them."""
 
 
 def loudest_channels(last_layer: LayerWeights, final_norm: RmsNorm) -> Tensor:
@@ -34,22 +33,17 @@ def loudest_channels(last_layer: LayerWeights, final_norm: RmsNorm) -> Tensor:
     return loudness.topk(min(INT4_GROUP_SIZE, len(loudness))).indices
 
 
-def can_be_shortlisted(weight: Tensor) -> bool:
-    """Returns True if a head `[vocab_size, hidden_size]` can be had in INT4."""
-    return weight.shape[0] % TILE_SIZE == 0 and weight.shape[1] % INT4_GROUP_SIZE == 0
-
-
 def shortlist_head(weight: Tensor, exact: Linear, loudest: Tensor, final_norm: RmsNorm, multiplier: float) -> Head:
     """Returns the head in INT4 of the matrix `weight`, which `exact` has in FULL; its logits are multiplied by
-    `multiplier`."""
+    `multiplier`. Native code has to have room for such a matrix (`is_packable`)."""
     rough = for_many_rows(Int4Linear.of(*quantize_int4_with_rest(weight, loudest)))
-    num_tiles = min(NUM_EXACT_TILES, len(weight) // TILE_SIZE)
+    num_tiles = min(NUM_EXACT_TILES, len(weight) // LANES)
 
     def head(hidden: Tensor) -> Tensor:
         normed = final_norm(hidden)
-        tiles = rough(torch.cat((normed, normed[:, loudest]), dim=1)).float().unflatten(1, (-1, TILE_SIZE))
-        chosen = tiles.amax(dim=-1).topk(num_tiles).indices.unsqueeze(-1).expand(-1, -1, TILE_SIZE)
-        again = exact(normed).float().unflatten(1, (-1, TILE_SIZE)).gather(1, chosen)
+        tiles = rough(torch.cat((normed, normed[:, loudest]), dim=1)).float().unflatten(1, (-1, LANES))
+        chosen = tiles.amax(dim=-1).topk(num_tiles).indices.unsqueeze(-1).expand(-1, -1, LANES)
+        again = exact(normed).float().unflatten(1, (-1, LANES)).gather(1, chosen)
         return tiles.scatter(1, chosen, again).flatten(1) * multiplier
 
     return head

@@ -79,7 +79,7 @@ class ModelRows:
         self._kept_embedding: object = None
         self._plans: RowPlans | None = None
         self._rows: RowsOfPass | None = None
-        """What the fields of the pass say."""
+        """The plans and rows that the fields of the pass are of."""
 
     def set_embedding(self, words: Tensor, is_packed: bool, multiplier: float) -> None:
         """Takes the bf16 matrix of the embedding, `[vocab_size, hidden_size]`; or int32 blocks of a tied head

@@ -72,8 +72,6 @@ struct Pass {
   int64_t num_spans, num_rotaries, layer_bytes, values_bytes, token_bytes;
   int64_t num_rows, num_plans, num_threads, first_layer, last_layer;
   int64_t *times;  // [layer][start, end], as time.perf_counter_ns
-
-  const RowPlan &plan_of(int64_t row) const { return plans[num_plans == 1 ? 0 : row]; }
 };
 
 inline int64_t now() {

@@ -74,7 +74,7 @@ class CompensatedLayers:
 
 
 class RowPlan(NamedTuple):
-    """What decides a row's layers: `pinned` by layer, 0 for one that `decisions` decide; and what replaces those that
+    """The plan of a row: `pinned` by layer, 0 for one that `decisions` decide; and the replacement of those that
     it skips, whose keys and values are of precision `kv_action`."""
 
     pinned: bytes

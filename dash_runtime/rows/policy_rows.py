@@ -35,7 +35,7 @@ class NetworkTensors:
 
 
 class RowDecisions:
-    """What decides a row's layers within a pass, one after another.
+    """The decisions of a row within a pass, one layer after another.
 
     Args:
         facts: float32 memory for what the row is told: the known facts and others, then each action's price.

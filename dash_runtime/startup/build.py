@@ -137,17 +137,10 @@ def build_engine(
         native = NativeBackend(model, library, actions, torch.get_num_threads(), shares_products=config.group_planner)
         learned = [with_native_code(own, library, config.lane) for own in learned]
     kept_trials.folder = cache_folder / "products"
-    decoder = make_decoder(
-        model,
-        weights,
-        actions,
-        dtype=dtype,
-        device=layer_devices,
-        context_length=context_length,
-        native=native,
-        has_int8_head=has_int8_head,
-        has_graphs=has_graphs,
+    make = partial(
+        make_decoder, model, weights, actions, dtype=dtype, device=layer_devices, context_length=context_length
     )
+    decoder = make(native=native, has_int8_head=has_int8_head, has_graphs=has_graphs)
     learned = [own.for_heads(tuple(decoder.heads)) for own in learned]
     settle_memory()  # before anything is measured
     kind = "eager" if native is None else f"compiled {code_digest()}"
@@ -171,17 +164,7 @@ def build_engine(
     if not any(policy.plans for policy in learned if not policy.is_drafter):
 
         def eager_decoder() -> Decoder:
-            if native is None:
-                return decoder
-            return make_decoder(
-                model,
-                weights,
-                actions,
-                dtype=dtype,
-                device=layer_devices,
-                context_length=context_length,
-                has_int4_head=Action.INT4 in decoder.heads,
-            )
+            return decoder if native is None else make(has_int4_head=Action.INT4 in decoder.heads)
 
         plans = calibration.plans(actions, eager_decoder, tokenizer_file(folder), costs.table, compensation, progress)
     verification_costs = calibration.verification_costs(decoder, progress)

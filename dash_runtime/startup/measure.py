@@ -44,8 +44,8 @@ def measure_verification(
         batch = decoder.batch(PassKind.VERIFY, [cache], [count], [Identity()])
         decoder.run_tokens(Action.FULL, different_tokens(decoder, count), batch, Action.FULL, PassKind.VERIFY)
 
-    works = {length: partial(run_pass, length) for length in (0, *fitting)}
-    seconds = least_seconds(decoder, works, rounds_within(SECONDS, rounds, now))
+    works = {length: partial(timed, decoder, partial(run_pass, length)) for length in (0, *fitting)}
+    seconds = least_seconds(works, rounds_within(SECONDS, rounds, now))
     # A shorter draft never takes longer: where it did, other work added time.
     return {length: min(seconds[longer] for longer in fitting if longer >= length) / seconds[0] for length in fitting}
 
@@ -65,21 +65,19 @@ def measure_second_row(decoder: Decoder, rounds: int = _ROUNDS, now: Callable[[]
         batch = decoder.batch(kind, [cache], [count], [Identity()])
         decoder.run_tokens(action, different_tokens(decoder, count), batch, head, PassKind.DECODE)
 
-    works = {count: partial(run_pass, count) for count in (1, 2)}
-    seconds = least_seconds(decoder, works, rounds_within(SECONDS / 3, rounds, now))
+    works = {count: partial(timed, decoder, partial(run_pass, count)) for count in (1, 2)}
+    seconds = least_seconds(works, rounds_within(SECONDS / 3, rounds, now))
     return max(0.0, seconds[2] / seconds[1] - 1)
 
 
-def least_seconds(
-    decoder: Decoder, works: Mapping[_Work, Callable[[], object]], rounds: Iterable[int]
-) -> dict[_Work, float]:
-    """Returns the least time of each work, taken in turn in every round; round 0 warms up."""
+def least_seconds(works: Mapping[_Work, Callable[[], float]], rounds: Iterable[int]) -> dict[_Work, float]:
+    """Returns the least of the seconds that each work says it took, in turn in every round; round 0 warms up."""
     seconds: dict[_Work, list[float]] = {name: [] for name in works}
     for number in rounds:
         for name, work in works.items():
-            elapsed = timed(decoder, work)
+            taken = work()
             if number > 0:
-                seconds[name].append(elapsed)
+                seconds[name].append(taken)
     return {name: min(own) for name, own in seconds.items()}
 
 

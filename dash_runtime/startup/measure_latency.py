@@ -1,8 +1,8 @@
 """Measures a layer's time on this device by action and number of rows: the planner's table.
 
-Interleaves its measurements and takes minima, like `measure.py`. Layers are measured as passes run them: all in one
-call, or one by one. Here several sequences decode together, each over
-its own context. Knows the decoder; knows no policies.
+Interleaves its measurements and takes minima, like `measure.py`. Here several sequences decode together, each over
+its own context. Layers are measured as passes run them: all in one call, or one by one. Knows the decoder; knows no
+policies.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.pass_plan import PassPlan
 from dash_runtime.policy.policy import cheapest_kernel
-from dash_runtime.startup.measure import SECONDS, different_tokens, filled_caches, rounds_within, timed
+from dash_runtime.startup.measure import SECONDS, different_tokens, filled_caches, least_seconds, rounds_within, timed
 
 _Kind = tuple[int, tuple[Action, ...]]
 """A pass: the place of its number of rows, and their actions in turn."""
@@ -62,13 +62,8 @@ def measure_latencies(
             return (run.layer_times[-1] - run.layer_times[0]) / 1e9 / decoder.num_layers
         return timed(decoder, partial(run_layers, *kind)) / len(layers)
 
-    taken: dict[_Kind, list[float]] = {kind: [] for kind in kinds}
-    for number in rounds_within(SECONDS, rounds):
-        for kind, own in taken.items():
-            seconds = seconds_of_layer(kind)
-            if number > 0:
-                own.append(seconds)
-    least = {kind: min(own) for kind, own in taken.items()}
+    works = {kind: partial(seconds_of_layer, kind) for kind in kinds}
+    least = least_seconds(works, rounds_within(SECONDS, rounds))
     table = LatencyTable(
         rows, {action: tuple(least[place, (action,)] for place in places) for action in decoder.actions}
     )

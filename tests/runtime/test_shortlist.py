@@ -10,13 +10,13 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config
 from dash_runtime.layers.norm import RmsNorm
-from dash_runtime.layers.shortlist import NUM_EXACT_TILES, can_be_shortlisted, shortlist_head
+from dash_runtime.layers.shortlist import NUM_EXACT_TILES, shortlist_head
 from dash_runtime.linears.dense_linear import FullLinear
 from dash_runtime.linears.quantization import dequantize_int4, quantize_int4, quantize_int4_with_rest
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.rows.head_struct import RoughMatrix
 from dash_runtime.rows.model_rows import HeadRows, ModelRows
-from dash_runtime.rows.row_matrix import pack_rough_matrix, pack_row_matrix
+from dash_runtime.rows.row_matrix import is_packable, pack_rough_matrix, pack_row_matrix
 from tests.runtime.native_code import native_library
 
 VOCABULARY, SIZE, NUM_EXACT = 816, 96, 5
@@ -136,7 +136,7 @@ def test_many_rows_have_nearly_the_logits_that_native_code_computes(
     native = head(config, weight, loudest, NUM_EXACT_TILES)(rows)
     eager = shortlist_head(weight, FullLinear(weight), loudest, norm, 1.0)(rows)
     full = exact_head(config, weight)(rows)
-    assert can_be_shortlisted(weight)
+    assert is_packable(*weight.shape)
     spread = full.std()
     assert (eager - native).abs().mean() < 0.02 * spread
     assert (eager.argmax(-1) == full.argmax(-1)).float().mean() > 0.9

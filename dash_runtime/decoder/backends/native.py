@@ -151,10 +151,9 @@ class NativeBackend(OwnMemory):
 
     def run_layers(self, action: Action, hidden: Tensor, batch: Batch) -> Tensor | None:
         kv_action, compensation = batch.kv_actions[0], self._compensated_by(batch.compensations[0])
-        is_one = set(batch.kv_actions) == {kv_action} and all(
-            own is batch.compensations[0] for own in batch.compensations
-        )
-        if not is_one or compensation is None or (action is Action.FULL and self._is_shared(batch, batch.num_rows)):
+        if compensation is None or not batch.skips_alike:
+            return None
+        if action is Action.FULL and self._is_shared(batch, batch.num_rows):
             return None
         self._check(action, kv_action)
         layers, rows = range(self._num_layers), batch.rows_of(None)
