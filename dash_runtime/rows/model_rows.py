@@ -184,9 +184,10 @@ class ModelRows:
         own = self._pass
         own.first_layer, own.last_layer = layers.start, layers.stop
         self._set_plans(plans)
-        started = time.perf_counter()
+        is_seen = len(layers) == self._num_layers and self._threads.is_seen()
+        started = time.perf_counter() if is_seen else 0.0
         self._call(self._library.run_rows, rows)
-        if len(layers) == self._num_layers:
+        if is_seen:
             alike = work, rows.num_rows, rows.spans[0].num_tokens // _ALIKE_TOKENS
             self._threads.took(alike, time.perf_counter() - started)
 

@@ -3,9 +3,9 @@
 #include <ctime>
 #include <vector>
 
+#include "evaluation.h"
 #include "layer.h"
 #include "planner.h"
-#include "policy.h"
 
 // Memory of passes, kept from one to the next.
 struct Workspace {
@@ -23,19 +23,10 @@ struct Workspace {
   Barrier barrier;
   std::vector<float> shared;
   std::vector<Own> own;
-  std::vector<uint8_t> chosen;  // [2, rows]: actions by turn
-  std::vector<Best> best;       // [threads, rows]
-  std::vector<int32_t> keys;    // [rows, tiles of the head], padded
-};
-
-// A policy that decides each layer of a row from the input of the one before.
-struct Decisions {
-  const Policy *policy;
-  const float *facts;         // num_known for the last action, the cost spent, others, and each action's price
-  const int64_t *actions;     // by score
-  const double *layer_costs;  // by action
-  float *scores;              // [num_layers, num_actions]
-  int64_t num_known;
+  std::vector<uint8_t> chosen;        // [2, rows]: actions by turn
+  std::vector<Progress> evaluations;  // by layer, of a single plan's decisions
+  std::vector<Best> best;             // [threads, rows]
+  std::vector<int32_t> keys;          // [rows, tiles of the head], padded
 };
 
 // What decides a row's layers, and what replaces those that it skips.
@@ -160,21 +151,25 @@ inline SharedParts shared_parts(Parts &parts, const Pass &pass) {
   return own;
 }
 
-// A thread's memory, and a group's states in it.
+// A thread's memory; in it a group's states, and the state that a policy sees.
 struct OwnParts {
   Own own;
-  float *group;
+  float *group, *seen;
 };
 
 inline OwnParts own_parts(Parts &parts, const Pass &pass) {
   const ModelShape &shape = *pass.shape;
   const int64_t rows = pass.num_rows, query_size = shape.query_size(), kv_size = shape.kv_size();
-  const Own own{parts.take(rows * shape.hidden_size), parts.take(rows * shape.hidden_size),
-                parts.take(prepared_size(pass)),      parts.take(rows * query_size),
-                parts.take(rows * kv_size),           parts.take(rows * kv_size),
-                parts.take(rows * query_size),        parts.take(2 * rows * (shape.intermediate_size + kLanes)),
+  const Own own{parts.take(rows * shape.hidden_size),
+                parts.take(rows * shape.hidden_size),
+                parts.take(prepared_size(pass)),
+                parts.take(rows * query_size),
+                parts.take(rows * kv_size),
+                parts.take(rows * kv_size),
+                parts.take(rows * query_size),
+                parts.take(2 * rows * (shape.intermediate_size + kLanes)),
                 parts.take(rows * repeated_size(pass))};
-  return {own, parts.take(pass.num_plans > 1 ? rows * shape.hidden_size : 0)};
+  return {own, parts.take(pass.num_plans > 1 ? rows * shape.hidden_size : 0), parts.take(shape.hidden_size)};
 }
 
 inline Memory memory_of(const Pass &pass, int64_t layer) {

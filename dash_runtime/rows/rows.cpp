@@ -60,6 +60,8 @@ extern "C" void dash_delete_workspace(Workspace *workspace) { delete workspace; 
 extern "C" void dash_run_rows(const Pass *pass) {
   pass->workspace->best.resize(pass->num_threads * pass->num_rows);
   pass->workspace->chosen.resize(2 * pass->num_rows);
+  if (pass->num_plans == 1 && pass->plans->decisions)
+    pass->workspace->evaluations = std::vector<Progress>(pass->shape->num_layers);
   if (repeated_size(*pass)) pass->workspace->keys.resize(pass->num_rows * padded(pass->head->num_tiles));
   const auto shared = laid_out(pass->workspace->shared, [&](Parts &parts) { return shared_parts(parts, *pass); });
   in_parallel(*pass->workspace, pass->num_threads, [&](const Member &member) { Walk(*pass, shared, member).run(); });

@@ -9,11 +9,35 @@
 #include <immintrin.h>
 #endif
 
-// Where all threads wait for the last one. They spin, since it comes within microseconds, and give their processor away
-// if it does not: on a busy machine it may be the one that the last thread needs.
+// Waits for what comes within microseconds, and gives the processor away if it does not: on a busy machine it may be
+// the one that the other thread needs.
+class Spin {
+ public:
+  void turn() {
+    if (++turns_ > kSpins) {
+      sched_yield();
+      return;
+    }
+#ifdef __x86_64__
+    _mm_pause();
+#endif
+  }
+
+ private:
+  static constexpr int64_t kSpins = 2000;
+  int64_t turns_ = 0;
+};
+
+// What a thread can do while it waits.
+class Idle {
+ public:
+  virtual bool work() = 0;  // does a part; returns false if there is none now
+};
+
+// Where all threads wait for the last one.
 class Barrier {
  public:
-  void wait(int64_t num_threads) {
+  void wait(int64_t num_threads, Idle *idle) {
     if (num_threads == 1) return;
     const int64_t round = round_.load(std::memory_order_relaxed);
     if (waiting_.fetch_add(1, std::memory_order_acq_rel) == num_threads - 1) {
@@ -21,19 +45,12 @@ class Barrier {
       round_.store(round + 1, std::memory_order_release);
       return;
     }
-    for (int64_t spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
-      if (spins < kSpins) {
-#ifdef __x86_64__
-        _mm_pause();
-#endif
-      } else {
-        sched_yield();
-      }
-    }
+    Spin spin;
+    while (round_.load(std::memory_order_acquire) == round)
+      if (!idle || !idle->work()) spin.turn();
   }
 
  private:
-  static constexpr int64_t kSpins = 2000;
   alignas(64) std::atomic<int64_t> waiting_{0};
   alignas(64) std::atomic<int64_t> round_{0};
 };
@@ -41,8 +58,9 @@ class Barrier {
 struct Member {
   Barrier *barrier;
   int64_t index, num_threads;
+  Idle *idle = nullptr;
 
-  void wait() const { barrier->wait(num_threads); }
+  void wait() const { barrier->wait(num_threads, idle); }
   int64_t first(int64_t count) const { return count * index / num_threads; }
   int64_t last(int64_t count) const { return count * (index + 1) / num_threads; }
 };

@@ -13,8 +13,13 @@ _SLOW = 1.6
 """Times as long as the fastest calls of the same work: something disturbs them."""
 _TRIAL = 6
 """Calls that tell how fast a number of threads is."""
-_REST = 150
-"""Calls from one trial to the next at least."""
+_CLEARLY = 0.9
+"""One thread takes at most this share of the time of all, or all remain."""
+_FIRST_REST, _LAST_REST = 20, 160
+"""Calls between two trials at least. Doubled while the same number wins, so that a wrong choice ends soon."""
+_UNSEEN = 3
+"""Calls after a quick one of all threads that are not timed: to keep a time takes a tenth of what Python does for a
+token."""
 _MOST_KINDS = 256
 _FADING = 1.001
 """The fastest time grows by this from call to call, since the machine's memory may have become slower."""
@@ -31,12 +36,18 @@ class ThreadCount:
         """By number of threads: the latest times, over the fastest of the same work with all threads."""
         self._num_calls_left = 0
         """Calls of a trial that are left, or until there may be one."""
-        self._is_trial = False
+        self._to_try: list[int] = []
+        """The numbers of threads that a trial has yet to time, the one being timed first."""
+        self._chosen, self._rest = most, _FIRST_REST
+        self._num_unseen = 0
+
+    def is_seen(self) -> bool:
+        """Returns True if the next call is to be timed."""
+        self._num_unseen -= 1
+        return self._num_unseen < 0 and self._most > 1
 
     def took(self, work: Hashable, seconds: float) -> None:
-        """Takes in the time of a call; `work` names what it did, so that it compares with others of that name."""
-        if self._most == 1:
-            return
+        """Takes in the time of a call that was seen; `work` names what it did: times of one name are compared."""
         fastest = self._fastest.get(work)
         if fastest is None and self.current != self._most:
             return
@@ -47,20 +58,29 @@ class ThreadCount:
             self._fastest[work] = fastest = min(fastest, seconds)
         latest = self._latest[self.current]
         ratio = seconds / fastest
+        is_quick = self.current == self._most and not self._to_try and ratio < _SLOW
+        self._num_unseen = _UNSEEN if is_quick else 0
         latest.append(ratio)
         self._num_calls_left -= 1
         if self._num_calls_left > 0 or len(latest) < _TRIAL:
             return
-        if self._is_trial:
-            self._end_trial()
-        elif self.current == 1 or (ratio > _SLOW and median(latest) > _SLOW):
-            self._begin_trial()
+        if self._to_try:
+            self._to_try.pop(0)
+            if not self._to_try:
+                self._choose()
+        elif self.current == 1:
+            self._to_try = [self._most]
+        elif ratio > _SLOW and median(latest) > _SLOW:
+            # All threads again after one: their latest calls were picked for being slow.
+            self._to_try = [1, self._most]
+        if self._to_try:
+            self.current = self._to_try[0]
+            self._latest[self.current].clear()
+            self._num_calls_left = _TRIAL
 
-    def _begin_trial(self) -> None:
-        self.current = 1 if self.current == self._most else self._most
-        self._latest[self.current].clear()
-        self._is_trial, self._num_calls_left = True, _TRIAL
-
-    def _end_trial(self) -> None:
-        self.current = min(self._latest, key=lambda count: median(self._latest[count]))
-        self._is_trial, self._num_calls_left = False, _REST
+    def _choose(self) -> None:
+        before = self._chosen
+        alone, together = median(self._latest[1]), median(self._latest[self._most])
+        self.current = self._chosen = 1 if alone < _CLEARLY * together else self._most
+        self._rest = min(2 * self._rest, _LAST_REST) if self._chosen == before else _FIRST_REST
+        self._num_calls_left = self._rest

@@ -11,12 +11,12 @@ class Walk {
   Walk(const Pass &pass, const SharedParts &shared, const Member &member)
       : pass_(pass),
         shared_(shared),
-        member_(member),
+        member_{member.barrier, member.index, member.num_threads, &evaluation_},
         memory_(pass.workspace->own[member.index]),
         rows_(RowRange::of(member, pass.num_rows)),
         size_(pass.shape->hidden_size),
         parts_(laid_out(memory_.floats, [&](Parts &parts) { return own_parts(parts, pass); })) {
-    memory_.actions.resize(2 * pass.num_rows + 1);
+    memory_.actions.resize(2 * pass.num_rows);
     memory_.spent.assign(pass.num_rows, 0);
     memory_.scales.resize(pass.num_rows);
     own_ = with_inputs(parts_.own, rows_);
@@ -56,14 +56,12 @@ class Walk {
     }
   }
 
-  // Where the actions of a layer's rows are chosen. A pass with one plan does so in every thread.
-  uint8_t *chosen(int64_t layer) const {
-    return (is_alone() ? memory_.actions.data() : pass_.workspace->chosen.data()) + layer % 2 * pass_.num_plans;
-  }
+  // Where the actions of a layer's rows are chosen.
+  uint8_t *chosen(int64_t layer) const { return pass_.workspace->chosen.data() + layer % 2 * pass_.num_plans; }
 
   void run_layer(int64_t layer) {
     if (is_alone())
-      return run_together(layer, pass_.plans[0].pinned[layer] ? pass_.plans[0].pinned[layer] : *chosen(layer));
+      return run_alone(layer, pass_.plans[0].pinned[layer] ? pass_.plans[0].pinned[layer] : *chosen(layer));
     uint8_t *actions = memory_.actions.data();
     for (int64_t row = 0; row < pass_.num_rows; ++row) {
       const uint8_t pinned = pass_.plans[row].pinned[layer];
@@ -80,16 +78,31 @@ class Walk {
     }
   }
 
+  // Runs rows of one plan. Decides the next layer meanwhile.
+  void run_alone(int64_t layer, uint8_t action) {
+    const RowPlan &plan = pass_.plans[0];
+    if (member_.index == 0) plan.plan[layer] = action;
+    if (plan.decisions) memory_.spent[0] += plan.decisions->layer_costs[action];
+    if (has_to_decide(plan, layer)) {
+      std::memcpy(parts_.seen, own_.residual, size_ * sizeof(float));
+      evaluation_.begin(*plan.decisions, layer + 1, action, memory_.spent[0], parts_.seen, products(layer, 0),
+                        chosen(layer + 1), &pass_.workspace->evaluations[layer]);
+    }
+    const LayerRun run(member_, *pass_.shape, shared_.layers[turn_++ % 2], own_, pass_.num_rows);
+    begin_layer(run, layer, action, plan);
+    end_layer(run, layer, action, plan, memory_of(pass_, layer), rotary_of(pass_, layer));
+    evaluation_.finish();
+  }
+
   // Runs all rows with one action.
   void run_together(int64_t layer, uint8_t action) {
-    if (is_alone()) memory_.actions[2] = action;
     look(layer);
     const LayerRun run(member_, *pass_.shape, shared_.layers[turn_++ % 2], own_, pass_.num_rows);
     begin_layer(run, layer, action, pass_.plans[0]);
     choose(layer);
     end_layer(run, layer, action, pass_.plans[0], memory_of(pass_, layer), rotary_of(pass_, layer));
     // Threads read each other's choices, and a skipped layer may have no barrier after them.
-    if (!is_alone() && action == kSkip) member_.wait();
+    if (action == kSkip) member_.wait();
   }
 
   void begin_layer(const LayerRun &run, int64_t layer, uint8_t action, const RowPlan &plan) const {
@@ -107,9 +120,6 @@ class Walk {
       run.run(pass_.layers[layer], action, memory, rotary);
   }
 
-  // The actions of the layer that runs, by plan.
-  const uint8_t *actions() const { return memory_.actions.data() + (is_alone() ? 2 : 0); }
-
   bool has_to_decide(const RowPlan &plan, int64_t layer) const {
     return layer + 1 < pass_.last_layer && plan.decides(layer + 1);
   }
@@ -118,7 +128,7 @@ class Walk {
   // barrier. Threads that have all states share the weights, and others the rows.
   void look(int64_t layer) {
     const int64_t count = pass_.num_plans;
-    const bool has_all = is_alone() || is_scattered_ || !rows_.is_shared;
+    const bool has_all = is_scattered_ || !rows_.is_shared;
     for (int64_t row = has_all ? 0 : rows_.first, taken; row < (has_all ? count : rows_.last); row += taken) {
       const RowPlan &plan = pass_.plans[row];
       taken = 1;
@@ -136,35 +146,24 @@ class Walk {
         memory_.scales[row] = policy_scale(*pass_.plans[row].decisions->policy, state(row));
   }
 
-  // The plans whose next layer this thread decides: its share of several.
-  int64_t first_decided() const { return is_alone() ? 0 : member_.first(pass_.num_rows); }
-  int64_t last_decided() const { return is_alone() ? 1 : member_.last(pass_.num_rows); }
+  // The plans whose next layer this thread decides.
+  int64_t first_decided() const { return member_.first(pass_.num_rows); }
+  int64_t last_decided() const { return member_.last(pass_.num_rows); }
 
   const float *state(int64_t row) const { return (is_scattered_ ? shared_.states : own_.residual) + row * size_; }
   float *products(int64_t layer, int64_t row) const { return shared_.products[layer % 2] + row * shared_.width; }
 
   // The second half, after the barrier.
   void choose(int64_t layer) {
-    const bool writes = !is_alone() || member_.index == 0;
     for (int64_t row = first_decided(); row < last_decided(); ++row) {
       const RowPlan &plan = pass_.plans[row];
-      const uint8_t action = actions()[row];
-      if (writes) plan.plan[layer] = action;
+      const uint8_t action = memory_.actions[row];
+      plan.plan[layer] = action;
       if (!plan.decisions) continue;
-      const Decisions &decisions = *plan.decisions;
-      memory_.spent[row] += decisions.layer_costs[action];
-      if (!has_to_decide(plan, layer)) continue;
-      const Policy &policy = *decisions.policy;
-      float facts[kMostNumbers], scores[kMostNumbers];
-      std::memcpy(facts, decisions.facts, (policy.num_facts + policy.num_actions) * sizeof(float));
-      std::memset(facts, 0, decisions.num_known * sizeof(float));
-      facts[action - 1] = 1;
-      facts[decisions.num_known] = static_cast<float>(memory_.spent[row]);
-      int64_t best;
-      policy_choices(policy, policy.blocks[layer + 1], memory_.scales[row], products(layer, row), facts, scores, &best);
-      chosen(layer + 1)[row] = static_cast<uint8_t>(decisions.actions[best]);
-      if (writes)
-        std::memcpy(decisions.scores + (layer + 1) * policy.num_actions, scores, policy.num_actions * sizeof(float));
+      memory_.spent[row] += plan.decisions->layer_costs[action];
+      if (has_to_decide(plan, layer))
+        chosen(layer + 1)[row] =
+            plan.decisions->choose(layer + 1, action, memory_.spent[row], memory_.scales[row], products(layer, row));
     }
   }
 
@@ -254,7 +253,8 @@ class Walk {
 
   const Pass &pass_;
   const SharedParts &shared_;
-  const Member &member_;
+  Evaluation evaluation_;
+  const Member member_;
   Workspace::Own &memory_;
   const RowRange rows_;
   const int64_t size_;

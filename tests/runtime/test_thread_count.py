@@ -14,7 +14,8 @@ def run(threads: ThreadCount, seconds: Callable[[int], float], count: int, work:
     alone = 0
     for _ in range(count):
         alone += threads.current == 1
-        threads.took(work, seconds(threads.current))
+        if threads.is_seen():
+            threads.took(work, seconds(threads.current))
     return alone / count
 
 
@@ -26,8 +27,25 @@ def test_a_busy_neighbour_leaves_one_thread_within_a_few_calls_and_gives_all_bac
     threads = ThreadCount(2)
     run(threads, QUIET, 50)
     run(threads, BUSY, 20)
-    assert run(threads, BUSY, 1000) > 0.95
+    assert run(threads, BUSY, 1000) > 0.93
     run(threads, QUIET, 170)
+    assert run(threads, QUIET, 1000) == 0
+
+
+def test_a_spell_of_slow_calls_that_is_over_leaves_all_threads() -> None:
+    threads = ThreadCount(2)
+    run(threads, QUIET, 50)
+    run(threads, {2: 2.5, 1: 3.0}.__getitem__, 6)
+    run(threads, QUIET, 12)
+    assert run(threads, QUIET, 1000) == 0
+
+
+def test_a_choice_that_a_spell_made_wrong_ends_within_a_few_calls() -> None:
+    threads = ThreadCount(2)
+    run(threads, QUIET, 50)
+    run(threads, BUSY, 28)
+    assert threads.current == 1
+    run(threads, QUIET, 30)
     assert run(threads, QUIET, 1000) == 0
 
 
