@@ -234,7 +234,10 @@ def packed_words(linear: Linear) -> Tensor | None:
 def most_rows_apart() -> int:
     """Returns the most rows in FULL for which native code (`rows/products.h`) is faster than the library's product."""
     # Matrix tiles multiply many rows in the time of one.
-    return 16 if _has_packed_linear() and not torch.cpu._is_amx_tile_supported() else 8
+    if not _has_packed_linear() or torch.cpu._is_amx_tile_supported():
+        return 8
+    has_bf16_products = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # since torch 2.6
+    return 64 if has_bf16_products() else 16
 
 
 @lru_cache

@@ -4,20 +4,53 @@
 #pragma once
 #include "inputs.h"
 
-constexpr int kBlockTiles = 4;  // tiles of a block that oneDNN packed
-constexpr int kWidest = 64;     // outputs of a block
+constexpr int kBlockTiles = 4;    // tiles of a block that oneDNN packed
+constexpr int kWidest = 64;       // outputs of a block
+constexpr int64_t kManyRows = 8;  // rows from which on a product waits for arithmetic as much as for memory
+constexpr int kLineBytes = 64;
 
-// Rows, and in FULL tiles of them, whose sums the registers hold: `kSumsAtOnce` are rows times tiles.
+// Rows, and in FULL tiles of them, whose sums the registers hold: `kSumsAtOnce` are rows times tiles. Bytes of many
+// rows are multiplied by `kTilesOfBytes` tiles at once, so that an input is read once for them.
 #ifdef __AVX512F__
 constexpr int kMostRows = 8, kPairsAtOnce = 1;
 #else
 constexpr int kMostRows = 2, kPairsAtOnce = 8;
+#endif
+#ifdef __AVX512VNNI__
+constexpr int kRowsOfBytes = 4, kTilesOfBytes = 4;
+#else
+constexpr int kRowsOfBytes = kMostRows, kTilesOfBytes = 1;
 #endif
 #ifdef __AVX512BF16__
 constexpr int kMostFullRows = 16, kFullSums = 1, kSumsAtOnce = 28;
 #else
 constexpr int kMostFullRows = kMostRows, kFullSums = 2, kSumsAtOnce = kMostFullRows;
 #endif
+
+// The next block's weights, fetched while this one is multiplied by many rows. The processor foresees no more than it
+// reads at the moment, and would wait for memory between two blocks.
+struct Ahead {
+  const char *next, *end;
+  int64_t lines;  // for `kBlockTiles` tiles, in a turn of a kernel's loop over inputs
+
+  // Does the part of a turn that multiplies so many tiles.
+  void fetch(int64_t num_tiles) {
+    const int64_t count = (lines * num_tiles + kBlockTiles - 1) / kBlockTiles;
+    for (int64_t line = 0; line < count && next < end; ++line, next += kLineBytes) __builtin_prefetch(next);
+  }
+};
+
+// The words that a tile has of a group; in INT4 its scales and zeros are the last one.
+constexpr int stored_words(Layout layout) { return bits_of(layout) + (layout == kInt4); }
+
+// A tile's cache lines that a turn of a kernel's loop reads: of a pair of inputs in FULL, of a group elsewhere.
+inline int64_t lines_in_turn(const Matrix &matrix) {
+  return is_full(matrix) ? 1 : stored_words(matrix.layout == kInt8 ? kInt8 : kInt4);
+}
+
+inline int64_t bytes_of_tile(const Matrix &matrix) {
+  return matrix.num_inputs / (is_full(matrix) ? 2 : kGroup) * lines_in_turn(matrix) * kLineBytes;
+}
 
 namespace products {
 
@@ -57,7 +90,8 @@ inline void add_pairs(Sums<kRows, kTilesAtOnce> &sums, const int32_t *words, int
 }
 
 template <int kRows, int kTilesAtOnce>
-inline void full(const Matrix &matrix, const Inputs &inputs, int64_t tile, float *outputs, int64_t stride) {
+inline void full(const Matrix &matrix, const Inputs &inputs, int64_t tile, float *outputs, int64_t stride,
+                 Ahead &ahead) {
   const int64_t num_pairs = matrix.num_inputs / 2;
   const bool is_block = matrix.layout == kBlocks;
   const int64_t step = is_block ? kWidest : kLanes;
@@ -65,7 +99,9 @@ inline void full(const Matrix &matrix, const Inputs &inputs, int64_t tile, float
   words +=
       is_block ? tile / kBlockTiles * num_pairs * kWidest + tile % kBlockTiles * kLanes : tile * num_pairs * kLanes;
   Sums<kRows, kTilesAtOnce> sums{};
+  Ahead own_ahead = ahead;
   for (int64_t pair = 0; pair < num_pairs; pair += kPairsAtOnce) {
+    if constexpr (kRows >= kManyRows) own_ahead.fetch(kTilesAtOnce);
 #ifdef __AVX512F__
     add_pairs(sums, words, step, inputs, pair);
 #else
@@ -78,6 +114,7 @@ inline void full(const Matrix &matrix, const Inputs &inputs, int64_t tile, float
 #endif
     words += kPairsAtOnce * step;
   }
+  ahead = own_ahead;
   for (int row = 0; row < kRows; ++row)
     for (int part = 0; part < kTilesAtOnce; ++part) {
       Floats total = sums.of[row][part][0];
@@ -86,29 +123,39 @@ inline void full(const Matrix &matrix, const Inputs &inputs, int64_t tile, float
     }
 }
 
-// Adds up a group's products, of weights that have no sign.
-template <Layout kLayout, int kRows>
-inline void add_group(const int32_t *words, const float *values, int64_t row_stride, Floats (&sums)[kRows]) {
+// Adds up a group's products with some tiles, of weights that have no sign.
+template <Layout kLayout, int kRows, int kTiles>
+inline void add_group(const int32_t *words, int64_t tile_stride, const float *values, int64_t row_stride,
+                      Floats (&sums)[kRows][kTiles]) {
   constexpr int kBits = bits_of(kLayout), kPlaces = 32 / kBits, kWords = kGroup / kPlaces;
 #ifdef __AVX512VNNI__
   constexpr int kParts = kPlaces / 4;
-  Ints totals[kRows]{};
+  Ints totals[kRows][kTiles]{};
 #pragma GCC unroll 8
   for (int index = 0; index < kWords; ++index) {
-    const Ints word = load<Ints>(words + index * kLanes) ^ INT32_MIN;  // the last weight has a sign
-    const Ints parts[2] = {kParts == 1 ? word : word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F};
+    Ints parts[2][kTiles];
+#pragma GCC unroll 4
+    for (int tile = 0; tile < kTiles; ++tile) {
+      // The last weight of a word has a sign.
+      const Ints word = load<Ints>(words + tile * tile_stride + index * kLanes) ^ INT32_MIN;
+      parts[0][tile] = kParts == 1 ? word : word & 0x0F0F0F0F;
+      parts[1][tile] = (word >> 4) & 0x0F0F0F0F;
+    }
 #pragma GCC unroll 2
     for (int part = 0; part < kParts; ++part)
 #pragma GCC unroll 8
       for (int row = 0; row < kRows; ++row) {
         const auto four = (__m512i)filled(values[row * kGroupFloats + index * kParts + part]);
-        totals[row] = (Ints)_mm512_dpbusd_epi32((__m512i)totals[row], (__m512i)parts[part], four);
+#pragma GCC unroll 4
+        for (int tile = 0; tile < kTiles; ++tile)
+          totals[row][tile] = (Ints)_mm512_dpbusd_epi32((__m512i)totals[row][tile], (__m512i)parts[part][tile], four);
       }
   }
-  for (int row = 0; row < kRows; ++row) sums[row] = __builtin_convertvector(totals[row], Floats);
+  for (int row = 0; row < kRows; ++row)
+    for (int tile = 0; tile < kTiles; ++tile) sums[row][tile] = __builtin_convertvector(totals[row][tile], Floats);
 #else
-  Floats odd[kRows]{};
-  for (int row = 0; row < kRows; ++row) sums[row] = Floats{};
+  static_assert(kTiles == 1);
+  Floats even[kRows]{}, odd[kRows]{};
 #pragma GCC unroll 8
   for (int index = 0; index < kWords; ++index) {
     const Ints word = load<Ints>(words + index * kLanes);
@@ -118,100 +165,133 @@ inline void add_group(const int32_t *words, const float *values, int64_t row_str
       const Floats weights = __builtin_convertvector(word & mask, Floats);
 #pragma GCC unroll 8
       for (int row = 0; row < kRows; ++row)
-        (index % 2 ? odd : sums)[row] += weights * values[row * row_stride + index * kPlaces + place];
+        (index % 2 ? odd : even)[row] += weights * values[row * row_stride + index * kPlaces + place];
     }
   }
-  for (int row = 0; row < kRows; ++row) sums[row] += odd[row];
+  for (int row = 0; row < kRows; ++row) sums[row][0] = even[row] + odd[row];
 #endif
 }
 
-template <Layout kLayout, int kRows>
-inline void rounded(const Matrix &matrix, const Inputs &inputs, int64_t tile, float *outputs, int64_t stride) {
-  constexpr int kWords = bits_of(kLayout);              // of a group
-  constexpr int kStored = kWords + (kLayout == kInt4);  // an INT4 group ends with its scales and zeros
-  const int64_t num_groups = matrix.num_inputs / kGroup;
-  const auto *words = static_cast<const int32_t *>(matrix.words) + tile * num_groups * kStored * kLanes;
+template <Layout kLayout, int kRows, int kTiles>
+inline void rounded(const Matrix &matrix, const Inputs &inputs, int64_t tile, float *outputs, int64_t stride,
+                    Ahead &ahead) {
+  constexpr int kStored = stored_words(kLayout);
+  const int64_t num_groups = matrix.num_inputs / kGroup, tile_stride = num_groups * kStored * kLanes;
+  const auto *words = static_cast<const int32_t *>(matrix.words) + tile * tile_stride;
   const float *values = inputs.values, *offsets = inputs.offsets, *inputs_sums = inputs.sums, *scales = inputs.scales;
-  Floats total[kRows]{};
+  Ahead own_ahead = ahead;
+  Floats total[kRows][kTiles]{};
   for (int64_t group = 0; group < num_groups; ++group) {
-    Floats sums[kRows];
-    add_group<kLayout, kRows>(words, values, inputs.row_stride, sums);
+    if constexpr (kTiles > 1) own_ahead.fetch(kTiles);
+    Floats sums[kRows][kTiles];
+    add_group<kLayout, kRows, kTiles>(words, tile_stride, values, inputs.row_stride, sums);
+#pragma GCC unroll 4
+    for (int own = 0; own < kTiles; ++own) {
+      const Ints grid = load<Ints>(words + own * tile_stride + (kStored - 1) * kLanes);  // in INT4
 #pragma GCC unroll 8
-    for (int row = 0; row < kRows; ++row) {
+      for (int row = 0; row < kRows; ++row) {
+        Floats sum = sums[row][own];
 #ifdef __AVX512VNNI__
-      sums[row] *= scales[row];
+        sum *= scales[row];
 #endif
-      sums[row] -= offsets[row];
-      if (kLayout == kInt8) {
-        total[row] += sums[row];
-      } else {
-        const Ints grid = load<Ints>(words + kWords * kLanes);
-        total[row] += (Floats)(grid & ~0xFFFF) * sums[row];
-        total[row] += (Floats)(grid << 16) * inputs_sums[row];
+        sum -= offsets[row];
+        if (kLayout == kInt8) {
+          total[row][own] += sum;
+        } else {
+          total[row][own] += (Floats)(grid & ~0xFFFF) * sum;
+          total[row][own] += (Floats)(grid << 16) * inputs_sums[row];
+        }
       }
     }
     words += kStored * kLanes, values += inputs.group_stride;
     offsets += inputs.num_rows, inputs_sums += inputs.num_rows, scales += inputs.num_rows;
   }
+  ahead = own_ahead;
   for (int row = 0; row < kRows; ++row)
-    store(outputs + row * stride,
-          kLayout == kInt8 ? total[row] * load<Floats>(matrix.scales + tile * kLanes) : total[row]);
+    for (int own = 0; own < kTiles; ++own) {
+      const Floats value = total[row][own];
+      store(outputs + row * stride + own * kLanes,
+            kLayout == kInt8 ? value * load<Floats>(matrix.scales + (tile + own) * kLanes) : value);
+    }
 }
 
-// Does the same in FULL for several tiles.
+// Does the same for the layout that a matrix has.
+template <int kRows, int kTiles>
+inline void rounded_tiles(const Matrix &matrix, const Inputs &inputs, int64_t tile, float *outputs, int64_t stride,
+                          Ahead &ahead) {
+  if (matrix.layout == kInt8)
+    rounded<kInt8, kRows, kTiles>(matrix, inputs, tile, outputs, stride, ahead);
+  else
+    rounded<kInt4, kRows, kTiles>(matrix, inputs, tile, outputs, stride, ahead);
+}
+
+// Does the same in FULL for all tiles.
 template <int kRows>
 inline void full_tiles(const Matrix &matrix, const Inputs &inputs, int64_t first, int64_t last, float *outputs,
-                       int64_t stride) {
+                       int64_t stride, Ahead &ahead) {
   for (int64_t tile = first, taken; tile < last; tile += taken) {
     float *own = outputs + (tile - first) * kLanes;
     const int64_t together = matrix.layout == kBlocks ? kBlockTiles - tile % kBlockTiles : 1;
     const int64_t left = last - tile < together ? last - tile : together;
     taken = 0;
     if constexpr (kRows * 4 <= kSumsAtOnce)
-      if (left == 4) taken = 4, full<kRows, 4>(matrix, inputs, tile, own, stride);
+      if (left == 4) taken = 4, full<kRows, 4>(matrix, inputs, tile, own, stride, ahead);
     if constexpr (kRows * 3 <= kSumsAtOnce && kRows * 4 > kSumsAtOnce)
-      if (!taken && left >= 3) taken = 3, full<kRows, 3>(matrix, inputs, tile, own, stride);
+      if (!taken && left >= 3) taken = 3, full<kRows, 3>(matrix, inputs, tile, own, stride, ahead);
     if constexpr (kRows * 2 <= kSumsAtOnce)
-      if (!taken && left >= 2) taken = 2, full<kRows, 2>(matrix, inputs, tile, own, stride);
-    if (!taken) taken = 1, full<kRows, 1>(matrix, inputs, tile, own, stride);
+      if (!taken && left >= 2) taken = 2, full<kRows, 2>(matrix, inputs, tile, own, stride, ahead);
+    if (!taken) taken = 1, full<kRows, 1>(matrix, inputs, tile, own, stride, ahead);
   }
 }
 
 template <int kRows>
 inline void some_rows(const Matrix &matrix, const Inputs &inputs, int64_t first, int64_t last, float *outputs,
-                      int64_t stride) {
-  if (is_full(matrix)) return full_tiles<kRows>(matrix, inputs, first, last, outputs, stride);
+                      int64_t stride, Ahead &ahead) {
+  if (is_full(matrix)) return full_tiles<kRows>(matrix, inputs, first, last, outputs, stride, ahead);
   if constexpr (kRows <= kMostRows)
-    for (int64_t tile = first; tile < last; ++tile) {
+    for (int64_t tile = first, taken; tile < last; tile += taken) {
       float *own = outputs + (tile - first) * kLanes;
-      if (matrix.layout == kInt8)
-        rounded<kInt8, kRows>(matrix, inputs, tile, own, stride);
-      else
-        rounded<kInt4, kRows>(matrix, inputs, tile, own, stride);
+      taken = 1;
+      if constexpr (kTilesOfBytes > 1 && kRows <= kRowsOfBytes)
+        if (ahead.lines && last - tile >= kTilesOfBytes) taken = kTilesOfBytes;
+      if constexpr (kTilesOfBytes > 1 && kRows <= kRowsOfBytes)
+        if (taken > 1) rounded_tiles<kRows, kTilesOfBytes>(matrix, inputs, tile, own, stride, ahead);
+      if (taken == 1) rounded_tiles<kRows, 1>(matrix, inputs, tile, own, stride, ahead);
     }
 }
 
 // Calls the function for a number of rows.
 template <int kRows = kMostFullRows>
 inline void any_rows(int64_t num_rows, const Matrix &matrix, const Inputs &inputs, int64_t first, int64_t last,
-                     float *outputs, int64_t stride) {
-  if (num_rows == kRows) return some_rows<kRows>(matrix, inputs, first, last, outputs, stride);
-  if constexpr (kRows > 1) any_rows<kRows - 1>(num_rows, matrix, inputs, first, last, outputs, stride);
+                     float *outputs, int64_t stride, Ahead &ahead) {
+  if (num_rows == kRows) return some_rows<kRows>(matrix, inputs, first, last, outputs, stride, ahead);
+  if constexpr (kRows > 1) any_rows<kRows - 1>(num_rows, matrix, inputs, first, last, outputs, stride, ahead);
 }
 
 }  // namespace products
 
+inline int64_t block_end(int64_t tile, int64_t last) {
+  const int64_t end = tile + kBlockTiles - tile % kBlockTiles;
+  return end < last ? end : last;
+}
+
 // Writes outputs[row * stride + …] for the tiles from `first` to `last`, `kLanes` outputs each.
 inline void product(const Matrix &matrix, const Inputs &inputs, int64_t num_rows, int64_t first, int64_t last,
                     float *outputs, int64_t stride) {
-  const int64_t most = is_full(matrix) ? kMostFullRows : kMostRows;
+  const bool has_many = num_rows >= kManyRows;
+  const int64_t most = is_full(matrix) ? kMostFullRows : has_many ? kRowsOfBytes : kMostRows;
+  const int64_t num_chunks = (num_rows + most - 1) / most;
+  const int64_t lines = has_many ? (kBlockTiles * lines_in_turn(matrix) + num_chunks - 1) / num_chunks : 0;
+  const int64_t tile_bytes = bytes_of_tile(matrix);
+  const char *words = static_cast<const char *>(matrix.words);
   // A block's weights stay in the cache while all rows read them.
   for (int64_t tile = first, end; tile < last; tile = end) {
-    end = tile + kBlockTiles - tile % kBlockTiles < last ? tile + kBlockTiles - tile % kBlockTiles : last;
+    end = block_end(tile, last);
+    Ahead ahead{words + end * tile_bytes, words + (end < last ? block_end(end, last) : end) * tile_bytes, lines};
     for (int64_t row = 0, taken; row < num_rows; row += taken) {
       taken = num_rows - row < most ? num_rows - row : most;
       products::any_rows(taken, matrix, inputs.from(row), tile, end, outputs + row * stride + (tile - first) * kLanes,
-                         stride);
+                         stride, ahead);
     }
   }
 }

@@ -21,7 +21,10 @@ from dash_runtime.startup.measure import SECONDS, different_tokens, filled_cache
 
 _Kind = tuple[int, tuple[Action, ...]]
 """A pass: the place of its number of rows, and their actions in turn."""
-_ROWS = (1, 2, 4, 8, 16)
+_ROWS = (1, 2, 4, 8, 16, 64)
+_FEW_ROWS = 16
+"""The most rows with a context of their own, whose memory a start has to find; more rows share those. And the rows that
+are split into two groups."""
 _ROUNDS = 12
 _MAX_LAYERS = 8
 """Layers of a pass, spread over the model: enough that none finds its weights in a near cache, few enough that a start
@@ -38,17 +41,19 @@ def measure_latencies(
         rows: ascending from 1; other sizes are interpolated or extrapolated.
     """
     layers = _spread(decoder.num_layers)
-    caches = filled_caches(decoder, max(rows))
+    caches = filled_caches(decoder, min(max(rows), _FEW_ROWS))
     kv_action = cheapest_kernel(decoder.actions)
     batches = [
-        decoder.batch(PassKind.DECODE, caches[:count], [1] * count, [compensation] * count, [kv_action] * count)
+        decoder.batch(PassKind.DECODE, own, [1] * count, [compensation] * count, [kv_action] * count)
         for count in rows
+        for own in [[caches[row % len(caches)] for row in range(count)]]
     ]
     tokens = [different_tokens(decoder, count) for count in rows]
     inputs = [[hidden.to(device) for device in decoder.devices] for hidden in map(decoder.embed, tokens)]
     places, halves = range(len(rows)), (Action.FULL, min(decoder.actions))
     kinds: list[_Kind] = [(place, (action,)) for place in places for action in decoder.actions]
-    kinds.append((len(rows) - 1, halves))  # passes over the most rows, half of them in each action
+    split_place = max(place for place in places if rows[place] <= _FEW_ROWS)
+    kinds.append((split_place, halves))  # passes with half of the rows in each action
     plans = {kind: _plan(decoder, rows[kind[0]], kind[1]) for kind in kinds}
 
     def run_layers(place: int, actions: Sequence[Action]) -> None:
@@ -67,7 +72,7 @@ def measure_latencies(
     table = LatencyTable(
         rows, {action: tuple(least[place, (action,)] for place in places) for action in decoder.actions}
     )
-    apart = sum(table.cost(action, rows[-1] // 2) for action in halves)
+    apart = sum(table.cost(action, rows[split_place] // 2) for action in halves)
     return replace(table, split_seconds=max(0.0, least[kinds[-1]] - apart))
 
 
