@@ -6,15 +6,16 @@ Knows sequences and their policies; runs nothing.
 from collections.abc import Sequence as Several
 from operator import is_
 
+from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.fused_decider import FusedDecider
-from dash_runtime.engine.planner import Planner
+from dash_runtime.engine.planner import GroupPlanner, Planner
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.engine.step import Decider, pass_plan
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.learned import LearnedPolicy
-from dash_runtime.policy.policy import Token
+from dash_runtime.policy.policy import Policy, Token
 
 
 class DecodingRows:
@@ -44,7 +45,7 @@ class DecodingRows:
             [policy.compensation for policy in policies],
             [policy.kv_action for policy in policies],
         )
-        self.deciders = self._make_deciders(decoder.decides_in_pass and not self._is_several)
+        self.deciders = self._make_deciders(decoder.decides_in_pass and not self._is_several, planner)
         self.plan = pass_plan(self.deciders, planner)
         self.decider_of = {row: decider for decider in self.deciders for row in decider.rows}
 
@@ -69,7 +70,7 @@ class DecodingRows:
             return [self._sequences[0].next_token()] * self._num_rows
         return [self._sequences[row].next_token() for row in rows]
 
-    def _make_deciders(self, decides_in_pass: bool) -> list[Decider]:
+    def _make_deciders(self, decides_in_pass: bool, planner: Planner | None) -> list[Decider]:
         """Returns one decider per policy, which the pass evaluates if both can."""
         rows_by_policy: dict[int, list[int]] = {}
         places = [0] * self._num_rows if self._is_several else range(self._num_rows)
@@ -78,9 +79,27 @@ class DecodingRows:
         deciders: list[Decider] = []
         for rows in rows_by_policy.values():
             assignment = self._assignments[places[rows[0]]]
-            policy, arguments = assignment.policy, (rows, self._tokens(rows), assignment.state_costs, self._num_rows)
+            arguments = rows, self._tokens(rows), assignment.state_costs, self._num_rows
+            policy = _asked(assignment, len(rows), planner)
             if decides_in_pass and isinstance(policy, LearnedPolicy) and policy.decides_in_pass:
                 deciders.append(FusedDecider(policy, *arguments))
             else:
                 deciders.append(Decider(policy, *arguments))
         return deciders
+
+
+def _asked(assignment: Assignment, num_rows: int, planner: Planner | None) -> Policy:
+    """Returns the policy of some rows of a batch; or the plan that they run without it, if all that their skips can be
+    expected to save is less than asking takes. Few rows share the reading of a layer's weights, so that it takes as
+    long until all of them skip it."""
+    policy = assignment.policy
+    if not isinstance(policy, LearnedPolicy) or not isinstance(planner, GroupPlanner) or num_rows == 1:
+        return policy
+    if Action.SKIP not in policy.spec.actions or not policy.spec.free_layers:
+        return policy
+    unasked, costs = policy.unasked(assignment.price), assignment.costs
+    usual, share = unasked.plan[policy.spec.free_layers[0]], policy.skip_share(assignment.price)
+    saved = len(policy.spec.free_layers) * planner.seconds_saved(usual, num_rows, share)
+    token_seconds = planner.latencies.cost(Action.FULL, 1) / costs.layer[Action.FULL]
+    asking = num_rows * policy.num_evaluations * costs.evaluation * token_seconds
+    return policy if saved >= asking else unasked

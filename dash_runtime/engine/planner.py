@@ -57,6 +57,18 @@ class GroupPlanner:
         levels = self._cheapest_levels(tuple(map(actions.count, self._actions)))
         return actions if levels is None else [levels[action] for action in actions]
 
+    def seconds_saved(self, action: Action, num_rows: int, skip_share: float) -> float:
+        """Returns the seconds that so many rows are expected to save of a layer if each skips it with probability
+        `skip_share`, independently, instead of running `action`."""
+        together, saved = self.latencies.cost(action, num_rows), 0.0
+        for num_skipped in range(1, num_rows + 1):
+            num_left = num_rows - num_skipped
+            apart = self.latencies.cost(Action.SKIP, num_skipped) + self.latencies.cost(action, num_left)
+            apart += self.latencies.split_seconds if num_left else 0.0
+            probability = math.comb(num_rows, num_skipped) * skip_share**num_skipped * (1 - skip_share) ** num_left
+            saved += probability * max(0.0, together - apart)
+        return saved
+
     def _find_cheapest_levels(self, counts: tuple[int, ...]) -> Mapping[Action, Action] | None:
         """Returns the action that each taken action becomes, given the number of rows of each; None if all stay.
 

@@ -57,6 +57,10 @@ class BudgetCalibration:
 
         return Budgets.of([at(point) for point in self.points])
 
+    def counts(self, price: float) -> Mapping[Action, float]:
+        """Returns how many layers of a token run with each action at about this price."""
+        return min(self.points, key=lambda point: abs(point.log_price - math.log(price))).counts
+
     def without(self, unsupported: set[Action]) -> "BudgetCalibration":
         """Returns it for a device without kernels for some actions: their layers count as the next dearer one's."""
 

@@ -18,7 +18,7 @@ from dash_runtime.policy.facts import Facts, RowFacts, shared_floats
 from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.network import NUM_SCALAR_FACTS, PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
-from dash_runtime.policy.policy import Actions, Decision, Pending, State, own_or_finer
+from dash_runtime.policy.policy import Actions, Decision, FixedPlan, Pending, State, own_or_finer
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.rows.policy_rows import NetworkTensors, PolicyRows, RowDecisions, fits
 
@@ -82,6 +82,22 @@ class LearnedPolicy:
         """Returns the budget of requests that name the policy, and so want no fixed plan, and set no budget."""
         budgets = self.budgets(costs)
         return budgets.best_for_drafting if self.is_drafter else budgets.recommended
+
+    def skip_share(self, price: float) -> float:
+        """Returns the share of the decided layers that it skips at a price of compute."""
+        return self.calibration.counts(price).get(Action.SKIP, 0.0) / max(1, len(self.spec.free_layers))
+
+    def unasked(self, price: float) -> FixedPlan:
+        """Returns the plan of rows that do not ask it: each layer that it decides runs with the action that it chooses
+        most often at this price, skips aside."""
+        counts = dict(self.calibration.counts(price))
+        for action in self.pinned.values():
+            counts[action] = counts.get(action, 0.0) - 1
+        usual = max(
+            (action for action in self.spec.actions if action is not Action.SKIP), key=lambda own: counts.get(own, 0.0)
+        )
+        plan = tuple(self.pinned.get(layer, usual) for layer in range(self.spec.num_layers))
+        return FixedPlan(plan, self.name, self.head, self.compensation)
 
     @cached_property
     def _blocks(self) -> dict[int, tuple[int, int]]:

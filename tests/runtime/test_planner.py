@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -187,3 +188,15 @@ def test_rows_stay_apart_only_if_that_saves_more_than_a_split_takes() -> None:
     assert GroupPlanner(LatencyTable((1, 2), seconds, split_seconds=2)).agree([SKIP, FULL]) == [SKIP, FULL]
     assert GroupPlanner(LatencyTable((1, 2), seconds, split_seconds=4)).agree([SKIP, FULL]) == [FULL, FULL]
     assert GroupPlanner(LatencyTable((1, 2), seconds, split_seconds=4)).agree([SKIP, SKIP]) == [SKIP, SKIP]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5])
+def test_what_skips_are_expected_to_save_is_the_mean_over_all_ways_to_skip(num_rows: int) -> None:
+    costs, share = replace(COSTS, split_seconds=7), 0.3
+    expected = 0.0
+    for actions in product((SKIP, INT4), repeat=num_rows):
+        num_skipped = actions.count(SKIP)
+        apart = total(costs, actions) + 7 * (len(set(actions)) - 1)
+        saved = max(0.0, costs.cost(INT4, num_rows) - apart)
+        expected += share**num_skipped * (1 - share) ** (num_rows - num_skipped) * saved
+    assert GroupPlanner(costs).seconds_saved(INT4, num_rows, share) == pytest.approx(expected)
