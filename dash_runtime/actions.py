@@ -151,6 +151,14 @@ class LatencyTable:
         seconds = {Action[name]: tuple(float(cost) for cost in costs) for name, costs in facts["seconds"].items()}
         return cls(tuple(int(count) for count in facts["rows"]), seconds, float(facts["split_seconds"]))
 
+    def least(self, other: "LatencyTable") -> "LatencyTable":
+        """Returns the lesser seconds of this table and another one with the same rows and actions; this one, if the
+        other has not the same."""
+        if (self.rows, set(self.seconds)) != (other.rows, set(other.seconds)):
+            return self
+        seconds = {action: tuple(map(min, own, other.seconds[action])) for action, own in self.seconds.items()}
+        return LatencyTable(self.rows, seconds, min(self.split_seconds, other.split_seconds))
+
     def cost(self, action: Action, num_rows: int) -> float:
         """Returns the seconds of one layer for `num_rows` rows with `action`, interpolated between measured row counts.
 

@@ -169,19 +169,15 @@ class DeviceCalibration:
             return measured
         if not self._checks_kept:
             return kept
-        # Other work on the machine only ever adds time, but not to everything alike: a ratio errs upwards with its own
-        # time, downwards with FULL's. So a quick measurement alone proves nothing. It has to be confirmed by a whole
-        # one that finds the same entry wrong in the same direction.
         quick = self._measure_latencies(decoder, compensation, rows=_QUICK_ROWS, rounds=_QUICK_ROUNDS)
-        doubts = _contradictions(_latency_ratios(kept), _latency_ratios(quick))
-        if not doubts:
+        if not _do_contradict(_latency_ratios(kept), _latency_ratios(quick)):
             return kept
         progress(f"{what} no longer fits what was kept: measuring it again")
-        measured = self._measure_latencies(decoder, compensation)
-        if not doubts & _contradictions(_latency_ratios(kept), _latency_ratios(measured)):
-            return kept
-        _write_json(self._latencies_file, measured.to_json())
-        return measured
+        # Other work on the machine only ever adds time, but not to everything alike.
+        least = self._measure_latencies(decoder, compensation).least(kept)
+        if least != kept:
+            _write_json(self._latencies_file, least.to_json())
+        return least
 
     def second_row(self, decoder: Decoder, progress: Progress) -> float:
         """Returns what a second row adds to a drafting pass, as a share of the first."""
@@ -204,13 +200,12 @@ class DeviceCalibration:
         return costs
 
 
-def _contradictions(kept: _Ratios, measured: _Ratios) -> set[tuple[_Entry, bool]]:
-    """Returns the entries that differ too much, each with True if the measured ratio is the larger one."""
-    return {
-        (entry, ratio > kept[entry])
+def _do_contradict(kept: _Ratios, measured: _Ratios) -> bool:
+    """Returns True if an entry differs too much."""
+    return any(
+        abs(ratio - kept[entry]) > _LEAST_DIFFERENCE and max(ratio, kept[entry]) > _MARGIN * min(ratio, kept[entry])
         for entry, ratio in measured.items()
-        if abs(ratio - kept[entry]) > _LEAST_DIFFERENCE and max(ratio, kept[entry]) > _MARGIN * min(ratio, kept[entry])
-    }
+    )
 
 
 def _latency_ratios(table: LatencyTable) -> _Ratios:

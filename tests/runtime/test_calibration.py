@@ -196,8 +196,8 @@ def test_a_machine_that_is_slower_alike_keeps_its_table(decoder: Decoder, tmp_pa
     assert (said, machine.num_whole) == ([], 0)
 
 
-@pytest.mark.parametrize("whole", [{}, {"SKIP": 1.2}, {"FULL": 1.8}])
-def test_a_doubt_that_a_whole_measurement_does_not_share_changes_nothing(
+@pytest.mark.parametrize("whole", [{}, {"SKIP": 1.2}, {"FULL": 1.8}, {"SKIP": 1.8}])
+def test_a_start_that_is_disturbed_all_the_time_makes_no_table_worse(
     decoder: Decoder, tmp_path: Path, whole: Mapping[str, float]
 ) -> None:
     first = latencies_of(calibration(tmp_path, Machine()), decoder, [])
