@@ -164,6 +164,8 @@ class AsyncGenerationStream:
         except grpc.RpcError as error:
             self._state.fail(error)
         except asyncio.CancelledError:
+            # gRPC does so only while it reads: a call that it is still beginning would go on.
+            self._call.cancel()
             cancelled = self._state.cancel()
             if is_task_cancelled():
                 raise

@@ -3,6 +3,8 @@
 import asyncio
 import inspect
 import threading
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -25,6 +27,7 @@ from dash_client import (
     ServerError,
     UnavailableError,
 )
+from dash_client.stream_state import StreamState
 
 
 def test_both_clients_have_the_same_methods_with_the_same_arguments() -> None:
@@ -148,6 +151,30 @@ async def test_a_cancelled_task_gets_asyncios_own_error_and_cancels_on_the_serve
                 await task
             if kind == "stream":
                 assert await asyncio.to_thread(server.cancelled.wait, 30)
+
+
+class BeginningCall:
+    """A call that gRPC has not sent yet: it is not cancelled with the task that waits for it."""
+
+    is_cancelled = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+async def test_a_cancelled_task_cancels_a_call_that_is_only_beginning() -> None:
+    call = BeginningCall()
+    facts: Any = SimpleNamespace(read=None, constraint=None, num_answers=1, cancelled=lambda _: None)
+    task = asyncio.create_task(AsyncGenerationStream(call, StreamState(facts)).final())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert call.is_cancelled
 
 
 async def test_a_stream_whose_wait_timed_out_is_cancelled_and_says_so() -> None:
