@@ -91,7 +91,7 @@ class DecodingRows:
 def _asked(assignment: Assignment, num_rows: int, planner: Planner | None) -> Policy:
     """Returns the policy of some rows of a batch; or the plan that they run without it, if all that their skips can be
     expected to save is less than asking takes. Few rows share the reading of a layer's weights, so that it takes as
-    long until all of them skip it."""
+    long until all of them skip it. The price is the first row's: rows of a policy mostly share one."""
     policy = assignment.policy
     if not isinstance(policy, LearnedPolicy) or not isinstance(planner, GroupPlanner) or num_rows == 1:
         return policy

@@ -236,8 +236,7 @@ def most_rows_apart() -> int:
     # Matrix tiles multiply many rows in the time of one.
     if not _has_packed_linear() or torch.cpu._is_amx_tile_supported():
         return 8
-    has_bf16_products = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)  # since torch 2.6
-    return 64 if has_bf16_products() else 16
+    return 64 if torch.cpu._is_avx512_bf16_supported() else 16
 
 
 @lru_cache
