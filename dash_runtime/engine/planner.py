@@ -63,11 +63,15 @@ class GroupPlanner:
         together, saved = self.latencies.cost(action, num_rows), 0.0
         for num_skipped in range(1, num_rows + 1):
             num_left = num_rows - num_skipped
-            apart = self.latencies.cost(Action.SKIP, num_skipped) + self.latencies.cost(action, num_left)
-            apart += self.latencies.split_seconds if num_left else 0.0
+            apart = self._seconds({Action.SKIP: num_skipped, action: num_left} if num_left else {Action.SKIP: num_rows})
             probability = math.comb(num_rows, num_skipped) * skip_share**num_skipped * (1 - skip_share) ** num_left
             saved += probability * max(0.0, together - apart)
         return saved
+
+    def _seconds(self, num_rows: Mapping[Action, int]) -> float:
+        """Returns the seconds of a layer whose rows run in groups, by their actions."""
+        seconds = [self.latencies.cost(action, count) for action, count in num_rows.items()]
+        return math.fsum(seconds) + (len(seconds) - 1) * self.latencies.split_seconds
 
     def _find_cheapest_levels(self, counts: tuple[int, ...]) -> Mapping[Action, Action] | None:
         """Returns the action that each taken action becomes, given the number of rows of each; None if all stay.
@@ -84,9 +88,7 @@ class GroupPlanner:
             for level, (action, count) in zip(levels, taken, strict=True):
                 rows_by_level[level] += count
                 raised += (level - action) * count
-            seconds = [self.latencies.cost(level, count) for level, count in rows_by_level.items()]
-            splits = (len(seconds) - 1) * self.latencies.split_seconds
-            return math.fsum(seconds) + splits, raised
+            return self._seconds(rows_by_level), raised
 
         cheapest = min(candidates, key=order)
         return None if cheapest == own else dict(zip(own, cheapest, strict=True))

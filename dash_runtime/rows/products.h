@@ -31,7 +31,7 @@ constexpr int kMostFullRows = kMostRows, kFullSums = 2, kSumsAtOnce = kMostFullR
 // reads at the moment, and would wait for memory between two blocks.
 struct Ahead {
   const char *next, *end;
-  int64_t lines;  // for `kBlockTiles` tiles, in a turn of a kernel's loop over inputs
+  int64_t lines;  // for `kBlockTiles` tiles, in a turn of a kernel's loop over inputs; 0 for few rows
 
   // Does the part of a turn that multiplies so many tiles.
   void fetch(int64_t num_tiles) {
@@ -253,9 +253,8 @@ inline void some_rows(const Matrix &matrix, const Inputs &inputs, int64_t first,
       float *own = outputs + (tile - first) * kLanes;
       taken = 1;
       if constexpr (kTilesOfBytes > 1 && kRows <= kRowsOfBytes)
-        if (ahead.lines && last - tile >= kTilesOfBytes) taken = kTilesOfBytes;
-      if constexpr (kTilesOfBytes > 1 && kRows <= kRowsOfBytes)
-        if (taken > 1) rounded_tiles<kRows, kTilesOfBytes>(matrix, inputs, tile, own, stride, ahead);
+        if (ahead.lines && last - tile >= kTilesOfBytes)
+          taken = kTilesOfBytes, rounded_tiles<kRows, kTilesOfBytes>(matrix, inputs, tile, own, stride, ahead);
       if (taken == 1) rounded_tiles<kRows, 1>(matrix, inputs, tile, own, stride, ahead);
     }
 }

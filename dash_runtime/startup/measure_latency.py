@@ -8,6 +8,7 @@ policies.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import cycle, islice
 
 import torch
 
@@ -44,9 +45,14 @@ def measure_latencies(
     caches = filled_caches(decoder, min(max(rows), _FEW_ROWS))
     kv_action = cheapest_kernel(decoder.actions)
     batches = [
-        decoder.batch(PassKind.DECODE, own, [1] * count, [compensation] * count, [kv_action] * count)
+        decoder.batch(
+            PassKind.DECODE,
+            list(islice(cycle(caches), count)),
+            [1] * count,
+            [compensation] * count,
+            [kv_action] * count,
+        )
         for count in rows
-        for own in [[caches[row % len(caches)] for row in range(count)]]
     ]
     tokens = [different_tokens(decoder, count) for count in rows]
     inputs = [[hidden.to(device) for device in decoder.devices] for hidden in map(decoder.embed, tokens)]

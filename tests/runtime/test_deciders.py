@@ -22,7 +22,7 @@ BY_THE_ROW = LatencyTable((1, 8), {action: (action - 0.9, 8 * (action - 0.9)) fo
 SHARED = LatencyTable((1, 8), {action: (action - 0.9, action - 0.9) for action in Action}, split_seconds=9)
 """All rows take as long as one: a skip saves nothing until all rows skip."""
 EVALUATION = 0.001
-"""Of a full-depth token."""
+"""A policy's evaluation, as a share of a full-depth token."""
 
 
 @pytest.fixture(scope="module")
