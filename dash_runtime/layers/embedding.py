@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dash_runtime.devices import device_of
-from dash_runtime.linears.dense_linear import PACKED_BLOCK, Linear, packed_words
+from dash_runtime.linears.dense_linear import Linear, packed_words
 
 Embedding = Callable[[Sequence[int]], Tensor]
 """Maps token ids to `[tokens, hidden_size]`."""
@@ -42,11 +42,11 @@ class HeadsEmbedding:
 
     def __call__(self, token_ids: Sequence[int]) -> Tensor:
         if len(token_ids) == 1:  # decoding one sequence needs no tensors of indices
-            block, place = divmod(token_ids[0], PACKED_BLOCK)
+            block, place = divmod(token_ids[0], self.words.shape[2])
             rows = self.words[block, :, place].unsqueeze(0).contiguous()
         else:
-            ids = torch.tensor(token_ids)
-            rows = self.words.transpose(1, 2)[ids // PACKED_BLOCK, ids % PACKED_BLOCK]
+            ids, block_size = torch.tensor(token_ids), self.words.shape[2]
+            rows = self.words.transpose(1, 2)[ids // block_size, ids % block_size]
         embedded = rows.view(torch.bfloat16)
         return embedded if self.multiplier == 1 else embedded * self.multiplier
 

@@ -18,8 +18,11 @@ from dash_runtime.linears.kept_trials import KeptTrials
 
 MAX_INVARIANT_ROWS = 256
 """A row of a `BatchInvariantLinear` has the same bits in every pass of up to this many rows."""
-PACKED_BLOCK = 64
-"""Outputs in a block of oneDNN's layout for CPUs that multiply bf16. A word has an output's weights of two inputs."""
+_PACKED_BLOCKS = 64, 32
+"""Outputs in a block of oneDNN's layout for CPUs that multiply bf16: without matrix tiles (AMX), and with them. A word
+has an output's weights of two inputs."""
+_TRIED_BLOCK = 64
+"""Different outputs that a trial has."""
 _PACKED_ROWS = 16
 """The number of rows that oneDNN packs for. From 2 on it makes no difference. Packed for 1, torch 2.15 takes time in
 proportion to the rows, and rounds a lone row differently from two."""
@@ -159,14 +162,14 @@ def _tried_first_parts(
     Other sums would mostly round to the same bf16.
     """
     out_features, in_features = shape
-    num_outputs = min(out_features, _TRIED_OUTPUTS + out_features % PACKED_BLOCK)
+    num_outputs = min(out_features, _TRIED_OUTPUTS + out_features % _TRIED_BLOCK)
     generator = torch.Generator().manual_seed(0)
-    half = torch.randn(PACKED_BLOCK, in_features // 2, generator=generator)
+    half = torch.randn(_TRIED_BLOCK, in_features // 2, generator=generator)
     shares = torch.randn(in_features // 2, generator=generator)
     order = torch.randperm(in_features // 2, generator=generator)
-    rest = torch.zeros(PACKED_BLOCK, in_features % 2)
+    rest = torch.zeros(_TRIED_BLOCK, in_features % 2)
     some = torch.cat((half, half[:, order], rest), dim=1).bfloat16()
-    weight = some.repeat(-(-num_outputs // PACKED_BLOCK), 1)[:num_outputs]
+    weight = some.repeat(-(-num_outputs // _TRIED_BLOCK), 1)[:num_outputs]
     row = torch.cat((shares, -shares[order], rest[0])).bfloat16()
     bias = torch.zeros(num_outputs, dtype=torch.bfloat16) if has_bias else None
     product = make_product(FullLinear(weight, bias))
@@ -220,21 +223,19 @@ _NAMES: dict[Callable[[FullLinear], Linear], str] = {
 
 
 def packed_words(linear: Linear) -> Tensor | None:
-    """Returns a packed linear layer's own memory, int32 `[blocks, in_features / 2, PACKED_BLOCK]`, or None.
+    """Returns a packed linear layer's own memory, int32 `[blocks, in_features / 2, outputs of a block]`, or None.
 
     Each word has two weights of one output. None means that the layer has another layout.
     """
     if not isinstance(linear, BatchInvariantLinear) or not isinstance(linear.product, PackedLinear):
         return None
-    if not _is_packed_in_words(linear.shape):
-        return None
-    return _in_words(linear.product.memory(), linear.shape)
+    block = _packed_block(linear.shape)
+    return None if block is None else _in_words(linear.product.memory(), linear.shape, block)
 
 
 def most_rows_apart() -> int:
     """Returns the most rows in FULL for which native code (`rows/products.h`) is faster than the library's product."""
-    # Matrix tiles multiply many rows in the time of one.
-    if not _has_packed_linear() or torch.cpu._is_amx_tile_supported():
+    if not _has_packed_linear():
         return 8
     return 64 if torch.cpu._is_avx512_bf16_supported() else 16
 
@@ -251,21 +252,29 @@ def _has_packed_linear() -> bool:
 
 
 @lru_cache
-def _is_packed_in_words(shape: tuple[int, int]) -> bool:
+def _packed_block(shape: tuple[int, int]) -> int | None:
+    """Returns the outputs of a block of such a matrix that oneDNN packed; None if it has another layout."""
     out_features, in_features = shape
-    if out_features % PACKED_BLOCK or in_features % 2:
-        return False
+    if in_features % 2:
+        return None
     weight = _probe(1, out_features, in_features)[1]
-    pairs = weight.view(torch.int32).view(-1, PACKED_BLOCK, in_features // 2)
+    pairs = weight.view(torch.int32)
     try:
         memory = PackedLinear.from_full(FullLinear(weight)).memory()
     except (AttributeError, RuntimeError):
-        return False
-    return len(memory) == weight.numel() and torch.equal(_in_words(memory, shape), pairs.transpose(1, 2))
+        return None
+    if len(memory) != weight.numel():
+        return None
+
+    def has_blocks_of(size: int) -> bool:
+        blocks = pairs.view(-1, size, in_features // 2).transpose(1, 2)
+        return torch.equal(_in_words(memory, shape, size), blocks)
+
+    return next((size for size in _PACKED_BLOCKS if out_features % size == 0 and has_blocks_of(size)), None)
 
 
-def _in_words(memory: Tensor, shape: tuple[int, int]) -> Tensor:
-    return memory.view(torch.int32).view(shape[0] // PACKED_BLOCK, shape[1] // 2, PACKED_BLOCK)
+def _in_words(memory: Tensor, shape: tuple[int, int], block: int) -> Tensor:
+    return memory.view(torch.int32).view(shape[0] // block, shape[1] // 2, block)
 
 
 def _probe(num_rows: int, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,10 @@
 #include "products.h"
 #include "shortlist.h"
 
-// The matrix of the embedding: in the blocks of a tied head that oneDNN packed, or row by row.
+// The matrix of the embedding: row by row, or in the blocks of a tied head.
 struct Embedding {
   const void *words;
-  int64_t is_packed;
+  int64_t block_size;  // outputs; 0 for none
   double multiplier;
 };
 
@@ -32,11 +32,11 @@ struct Best {
 };
 
 inline void embed(const Embedding &embedding, int64_t token, int64_t size, float *state) {
-  if (embedding.is_packed) {
-    const int64_t block = token / kWidest * (size / 2) * kWidest;
-    const uint32_t *words = static_cast<const uint32_t *>(embedding.words) + block + token % kWidest;
+  if (const int64_t block_size = embedding.block_size) {
+    const int64_t block = token / block_size * (size / 2) * block_size;
+    const uint32_t *words = static_cast<const uint32_t *>(embedding.words) + block + token % block_size;
     for (int64_t pair = 0; pair < size / 2; ++pair) {
-      const uint32_t word = words[pair * kWidest];
+      const uint32_t word = words[pair * block_size];
       state[2 * pair] = from_bf16(static_cast<uint16_t>(word));
       state[2 * pair + 1] = from_bf16(static_cast<uint16_t>(word >> 16));
     }

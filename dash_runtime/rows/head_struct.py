@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dash_runtime.rows.row_matrix import FullRowMatrix, Int4RowMatrix, Int8RowMatrix, PackedRowMatrix, RowMatrix
+from dash_runtime.rows.row_matrix import FullRowMatrix, Int4RowMatrix, Int8RowMatrix, RowMatrix
 from dash_runtime.rows.structs import LANES, MOST_EXACT_TILES, HeadStruct, MatrixStruct
 
-_LAYOUTS: dict[type[RowMatrix], int] = {PackedRowMatrix: 0, FullRowMatrix: 1, Int8RowMatrix: 2, Int4RowMatrix: 3}
+_LAYOUTS: dict[type[RowMatrix], int] = {FullRowMatrix: 0, Int8RowMatrix: 1, Int4RowMatrix: 2}
 
 
 class RoughMatrix(NamedTuple):
@@ -41,7 +41,8 @@ def packed_struct(matrix: RowMatrix, num_inputs: int) -> tuple[MatrixStruct, lis
     words, *scales = matrix.tensors()
     kept = [words, *(own.float().contiguous() for own in scales)]
     addresses = [own.data_ptr() for own in kept] + [None]
-    return MatrixStruct(addresses[0], addresses[1], _LAYOUTS[type(matrix)], num_inputs), kept
+    block_tiles = words.shape[-1] // LANES
+    return MatrixStruct(addresses[0], addresses[1], _LAYOUTS[type(matrix)], num_inputs, block_tiles), kept
 
 
 def numbers_struct(numbers: Sequence[int]) -> "Array[c_int64]":

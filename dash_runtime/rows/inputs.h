@@ -4,16 +4,16 @@
 
 constexpr int kGroup = 32;  // inputs that share an INT4 scale
 
-// FULL has pairs of inputs in a word: blocks of tiles as oneDNN packs them, or tiles.
-enum Layout : int64_t { kBlocks, kTiles, kInt8, kInt4 };
+enum Layout : int64_t { kFull, kInt8, kInt4 };
 
 struct Matrix {
   const void *words;
   const float *scales;  // INT8: by output
   int64_t layout, num_inputs;
-};
+  int64_t block_tiles;  // FULL: tiles whose words for a pair of inputs lie side by side
 
-inline bool is_full(const Matrix &matrix) { return matrix.layout == kBlocks || matrix.layout == kTiles; }
+  bool is_full() const { return layout == kFull; }
+};
 
 constexpr int bits_of(Layout layout) { return layout == kInt8 ? 8 : 4; }
 

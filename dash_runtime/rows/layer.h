@@ -238,7 +238,8 @@ class LayerRun {
       const float *normed = own_.normed + row * size;
       float *more = own_.repeated + row * head.rough.num_inputs;
       std::memcpy(more, normed, size * sizeof(float));
-      for (int64_t place = size; place < head.rough.num_inputs; ++place) more[place] = normed[head.repeated[place - size]];
+      for (int64_t place = size; place < head.rough.num_inputs; ++place)
+        more[place] = normed[head.repeated[place - size]];
     }
     multiply(head.rough, own_.repeated, 0, head.num_tiles, logits, stride);
     const int64_t first = member_.first(head.num_tiles), last = member_.last(head.num_tiles);

@@ -81,10 +81,11 @@ class ModelRows:
         self._rows: RowsOfPass | None = None
         """The plans and rows that the fields of the pass are of."""
 
-    def set_embedding(self, words: Tensor, is_packed: bool, multiplier: float) -> None:
+    def set_embedding(self, words: Tensor, multiplier: float) -> None:
         """Takes the bf16 matrix of the embedding, `[vocab_size, hidden_size]`; or int32 blocks of a tied head
-        (`PackedRowMatrix`)."""
-        embedding = EmbeddingStruct(words.data_ptr(), is_packed, multiplier)
+        (`FullRowMatrix`)."""
+        block_size = words.shape[2] if words.dim() == 3 else 0
+        embedding = EmbeddingStruct(words.data_ptr(), block_size, multiplier)
         self._pass.embedding, self._kept_embedding = pointer(embedding), words
 
     def set_layer(self, layer: int, packed: PackedLayer) -> None:

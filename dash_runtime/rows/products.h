@@ -2,10 +2,9 @@
 //
 // A row's sums have one order, whatever the number of rows, so its bits are the same alone and among others.
 #pragma once
-#include "inputs.h"
+#include "amx.h"
 
-constexpr int kBlockTiles = 4;    // tiles of a block that oneDNN packed
-constexpr int kWidest = 64;       // outputs of a block
+constexpr int kBlockTiles = 4;    // tiles whose weights stay in the cache while all rows read them
 constexpr int64_t kManyRows = 8;  // rows from which on a product waits for arithmetic as much as for memory
 constexpr int kLineBytes = 64;
 
@@ -45,11 +44,11 @@ constexpr int stored_words(Layout layout) { return bits_of(layout) + (layout == 
 
 // A tile's cache lines that a turn of a kernel's loop reads: of a pair of inputs in FULL, of a group elsewhere.
 inline int64_t lines_in_turn(const Matrix &matrix) {
-  return is_full(matrix) ? 1 : stored_words(matrix.layout == kInt8 ? kInt8 : kInt4);
+  return matrix.is_full() ? 1 : stored_words(matrix.layout == kInt8 ? kInt8 : kInt4);
 }
 
 inline int64_t bytes_of_tile(const Matrix &matrix) {
-  return matrix.num_inputs / (is_full(matrix) ? 2 : kGroup) * lines_in_turn(matrix) * kLineBytes;
+  return matrix.num_inputs / (matrix.is_full() ? 2 : kGroup) * lines_in_turn(matrix) * kLineBytes;
 }
 
 namespace products {
@@ -92,12 +91,9 @@ inline void add_pairs(Sums<kRows, kTilesAtOnce> &sums, const int32_t *words, int
 template <int kRows, int kTilesAtOnce>
 inline void full(const Matrix &matrix, const Inputs &inputs, int64_t tile, float *outputs, int64_t stride,
                  Ahead &ahead) {
-  const int64_t num_pairs = matrix.num_inputs / 2;
-  const bool is_block = matrix.layout == kBlocks;
-  const int64_t step = is_block ? kWidest : kLanes;
+  const int64_t num_pairs = matrix.num_inputs / 2, together = matrix.block_tiles, step = together * kLanes;
   const auto *words = static_cast<const int32_t *>(matrix.words);
-  words +=
-      is_block ? tile / kBlockTiles * num_pairs * kWidest + tile % kBlockTiles * kLanes : tile * num_pairs * kLanes;
+  words += tile / together * num_pairs * step + tile % together * kLanes;
   Sums<kRows, kTilesAtOnce> sums{};
   Ahead own_ahead = ahead;
   for (int64_t pair = 0; pair < num_pairs; pair += kPairsAtOnce) {
@@ -231,7 +227,7 @@ inline void full_tiles(const Matrix &matrix, const Inputs &inputs, int64_t first
                        int64_t stride, Ahead &ahead) {
   for (int64_t tile = first, taken; tile < last; tile += taken) {
     float *own = outputs + (tile - first) * kLanes;
-    const int64_t together = matrix.layout == kBlocks ? kBlockTiles - tile % kBlockTiles : 1;
+    const int64_t together = matrix.block_tiles - tile % matrix.block_tiles;
     const int64_t left = last - tile < together ? last - tile : together;
     taken = 0;
     if constexpr (kRows * 4 <= kSumsAtOnce)
@@ -247,7 +243,7 @@ inline void full_tiles(const Matrix &matrix, const Inputs &inputs, int64_t first
 template <int kRows>
 inline void some_rows(const Matrix &matrix, const Inputs &inputs, int64_t first, int64_t last, float *outputs,
                       int64_t stride, Ahead &ahead) {
-  if (is_full(matrix)) return full_tiles<kRows>(matrix, inputs, first, last, outputs, stride, ahead);
+  if (matrix.is_full()) return full_tiles<kRows>(matrix, inputs, first, last, outputs, stride, ahead);
   if constexpr (kRows <= kMostRows)
     for (int64_t tile = first, taken; tile < last; tile += taken) {
       float *own = outputs + (tile - first) * kLanes;
@@ -277,8 +273,9 @@ inline int64_t block_end(int64_t tile, int64_t last) {
 // Writes outputs[row * stride + …] for the tiles from `first` to `last`, `kLanes` outputs each.
 inline void product(const Matrix &matrix, const Inputs &inputs, int64_t num_rows, int64_t first, int64_t last,
                     float *outputs, int64_t stride) {
+  if (amx::is_here && matrix.is_full()) return amx::product(matrix, inputs, num_rows, first, last, outputs, stride);
   const bool has_many = num_rows >= kManyRows;
-  const int64_t most = is_full(matrix) ? kMostFullRows : has_many ? kRowsOfBytes : kMostRows;
+  const int64_t most = matrix.is_full() ? kMostFullRows : has_many ? kRowsOfBytes : kMostRows;
   const int64_t num_chunks = (num_rows + most - 1) / most;
   const int64_t lines = has_many ? (kBlockTiles * lines_in_turn(matrix) + num_chunks - 1) / num_chunks : 0;
   const int64_t tile_bytes = bytes_of_tile(matrix);

@@ -41,7 +41,10 @@ class RowMatrix:
 
 @dataclass(frozen=True, slots=True)
 class FullRowMatrix(RowMatrix):
-    """A bf16 matrix, int32 `[tiles, in_features / 2, 16]` with two weights of an output in a word."""
+    """A bf16 matrix, int32 `[blocks, in_features / 2, outputs of a block]` with two weights of an output in a word.
+
+    Blocks are tiles, or several of them where they are the memory of a `PackedLinear`.
+    """
 
     words: Tensor
 
@@ -50,13 +53,6 @@ class FullRowMatrix(RowMatrix):
         out_features, in_features = weight.shape
         pairs = weight.contiguous().view(torch.int32).view(out_features // LANES, LANES, in_features // 2)
         return cls(pairs.transpose(1, 2).contiguous())
-
-
-@dataclass(frozen=True, slots=True)
-class PackedRowMatrix(RowMatrix):
-    """The memory of a `PackedLinear`, int32 `[blocks, in_features / 2, 64]` with two weights of an output in a word."""
-
-    words: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +111,7 @@ def pack_row_matrix(action: Action, weight: Tensor, linear: Linear | None = None
     """
     words = packed_words(linear) if action is Action.FULL and linear is not None else None
     if words is not None:
-        return PackedRowMatrix(words)
+        return FullRowMatrix(words)
     return _packed_in_parts(_MATRICES[action].pack, weight)
 
 

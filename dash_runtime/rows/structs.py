@@ -16,7 +16,7 @@ def _numbers(*names: str) -> list[tuple[str, type[c_int64]]]:
 
 
 class MatrixStruct(Structure):
-    _fields_ = [*_pointers("words", "scales"), *_numbers("layout", "num_inputs")]
+    _fields_ = [*_pointers("words", "scales"), *_numbers("layout", "num_inputs", "block_tiles")]
 
 
 class ModelStruct(Structure):
@@ -87,7 +87,7 @@ class PlannerStruct(Structure):
 
 
 class EmbeddingStruct(Structure):
-    _fields_ = [*_pointers("words"), *_numbers("is_packed"), ("multiplier", c_double)]
+    _fields_ = [*_pointers("words"), *_numbers("block_size"), ("multiplier", c_double)]
 
 
 class HeadStruct(Structure):

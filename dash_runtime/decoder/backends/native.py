@@ -94,9 +94,9 @@ class NativeBackend(OwnMemory):
         self._has_embedding = True
         match embedding:
             case HeadsEmbedding(words, multiplier):
-                self._rows.set_embedding(words, True, multiplier)
+                self._rows.set_embedding(words, multiplier)
             case PlainEmbedding(weight, multiplier) if weight.dtype is bfloat16 and weight.is_contiguous():
-                self._rows.set_embedding(weight, False, multiplier)
+                self._rows.set_embedding(weight, multiplier)
             case _:
                 self._has_embedding = False
 
