@@ -1,6 +1,7 @@
-// Products in FULL by the processor's matrix tiles, AMX: 16 rows in little more than the time of one.
+// Products by the processor's matrix tiles, AMX: 16 rows in little more than the time of one.
 //
-// A row's sums have one order here too, but another one than that of vectors: a process uses the one or the other.
+// In FULL a row's sums have one order here too, but another one than that of vectors: a process uses the one or the
+// other. Sums of bytes are exact, so INT8 and INT4 have the same bits with both.
 #pragma once
 #include "inputs.h"
 
@@ -11,12 +12,16 @@
 
 namespace amx {
 
+constexpr int64_t kMostRows = 16;  // that a tile holds
+
 #ifdef __AMX_BF16__
 
-constexpr int kMostRows = 16, kPairs = 16;  // rows and pairs of inputs that a tile holds
-constexpr int kRowBytes = 64;
-constexpr int kTilesAtOnce = 4;  // of outputs
-constexpr int kTurnsAhead = 3;   // weights are fetched so many turns of the loop before they are needed
+constexpr int kRowBytes = 64;    // of a tile
+constexpr int kPairs = 16;       // of inputs in FULL, whose weights a tile holds
+constexpr int kFours = 8;        // of a group's inputs as bytes
+constexpr int kTilesAtOnce = 4;  // of outputs in FULL
+constexpr int kTurnsAhead = 3;   // weights are fetched so many turns of the loop ahead
+constexpr int kMostGroups = 24;  // whose weights are unpacked at a time: they stay in the nearest cache
 
 // Asks the system to keep tiles for this process. Without that their first use would end it.
 inline bool is_permitted() {
@@ -32,9 +37,16 @@ struct alignas(64) Sizes {
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 
-  explicit Sizes(int64_t num_rows) {
-    for (int tile = 0; tile < 7; ++tile)
-      row_bytes[tile] = kRowBytes, rows[tile] = static_cast<uint8_t>(tile < 5 ? num_rows : kPairs);
+  Sizes(int64_t num_rows, int input_bytes, int weight_rows) {
+    for (int tile = 0; tile < 7; ++tile) {
+      row_bytes[tile] = static_cast<uint16_t>(tile == 4 ? input_bytes : kRowBytes);
+      rows[tile] = static_cast<uint8_t>(tile < 5 ? num_rows : weight_rows);
+    }
+  }
+
+  void set() const {
+    asm volatile("" ::: "memory");  // GCC does not know what tiles read
+    _tile_loadconfig(this);
   }
 };
 
@@ -51,7 +63,7 @@ struct Weights {
   }
 };
 
-// Writes `kCount` tiles of outputs for up to 16 rows.
+// Writes `kCount` tiles of outputs in FULL for up to 16 rows.
 template <int kCount>
 inline void write_outputs(Weights weights, int64_t num_pairs, const Inputs &inputs, float *outputs, int64_t stride,
                           bool fetches) {
@@ -95,22 +107,107 @@ inline void write_outputs(Weights weights, int64_t num_pairs, const Inputs &inpu
 constexpr decltype(&write_outputs<1>) kWriteOutputs[] = {write_outputs<1>, write_outputs<2>, write_outputs<3>,
                                                          write_outputs<4>};
 
-// products.h's `product`.
-inline void product(const Matrix &matrix, const Inputs &inputs, int64_t num_rows, int64_t first, int64_t last,
-                    float *outputs, int64_t stride) {
+// products.h's `product` in FULL.
+inline void full_product(const Matrix &matrix, const Rows &rows, int64_t first_row, int64_t num_rows, int64_t first,
+                         int64_t last, float *outputs, int64_t stride) {
   const int64_t rows_at_once = num_rows < kMostRows ? num_rows : kMostRows;
-  const Sizes sizes(rows_at_once);
-  asm volatile("" ::: "memory");  // GCC does not know what tiles read
-  _tile_loadconfig(&sizes);
+  Sizes(rows_at_once, kRowBytes, kPairs).set();
   for (int64_t tile = first, count; tile < last; tile += count) {
     count = last - tile < kTilesAtOnce ? last - tile : kTilesAtOnce;
     const Weights weights(matrix, tile, count);
     for (int64_t next = 0; next < num_rows; next += kMostRows) {
       // The last rows, some of them again: all tiles keep their sizes.
       const int64_t row = next < num_rows - rows_at_once ? next : num_rows - rows_at_once;
-      kWriteOutputs[count - 1](weights, matrix.num_inputs / 2, inputs.from(row),
+      kWriteOutputs[count - 1](weights, matrix.num_inputs / 2, rows.from(first_row + row),
                                outputs + row * stride + (tile - first) * kLanes, stride, next == 0);
     }
+  }
+  _tile_release();
+}
+
+// A group's weights for a tile of outputs, as bytes without a sign.
+struct alignas(kRowBytes) Group {
+  int32_t words[kFours][kLanes];
+};
+
+template <Layout kLayout>
+inline void unpack(const int32_t *words, int64_t num_groups, Group *groups) {
+  for (int64_t group = 0; group < num_groups; ++group, words += stored_words(kLayout) * kLanes)
+#pragma GCC unroll 8
+    for (int index = 0; index < bits_of(kLayout); ++index) {
+      const Ints word = load<Ints>(words + index * kLanes) ^ INT32_MIN;  // the last weight of a word has a sign
+      auto &to = groups[group].words;
+      if (kLayout == kInt8)
+        store(to[index], word);
+      else
+        store(to[2 * index], word & 0x0F0F0F0F), store(to[2 * index + 1], (word >> 4) & 0x0F0F0F0F);
+    }
+}
+
+// Adds some groups of a tile of outputs to 16 rows' sums, which begin at 0 or are in `outputs`, and multiplies them by
+// `scales` in the end, if there are any. Fetches `kStored` lines for each group from `ahead` on.
+template <Layout kLayout, int kStored>
+inline void add_groups(const int32_t *words, const Group *groups, int64_t num_groups, const float *values,
+                       int64_t group_stride, const Facts *facts, int64_t facts_stride, const char *ahead,
+                       bool from_zero, const float *scales, float *outputs, int64_t stride) {
+  alignas(kRowBytes) int32_t sums[kMostRows][kLanes];
+  Floats total[kMostRows];
+#pragma GCC unroll 16
+  for (int row = 0; row < kMostRows; ++row) total[row] = from_zero ? Floats{} : load<Floats>(outputs + row * stride);
+  for (int64_t group = 0; group < num_groups; ++group) {
+    for (int line = 0; ahead && line < kStored; ++line, ahead += kRowBytes) __builtin_prefetch(ahead);
+    _tile_zero(0);
+    _tile_loadd(4, values, kGroup);
+    _tile_loadd(5, groups[group].words, kRowBytes);
+    _tile_dpbsud(0, 4, 5);
+    _tile_stored(0, sums, kRowBytes);
+    const Ints grid = load<Ints>(words + (kStored - 1) * kLanes);  // in INT4
+#pragma GCC unroll 16
+    for (int row = 0; row < kMostRows; ++row)
+      add_sum<kLayout>(__builtin_convertvector(load<Ints>(sums[row]), Floats), facts[row], grid, total[row]);
+    words += kStored * kLanes, values += group_stride, facts += facts_stride;
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < kMostRows; ++row)
+    store(outputs + row * stride, scales ? total[row] * load<Floats>(scales) : total[row]);
+}
+
+template <Layout kLayout>
+inline void rounded_tile(const Matrix &matrix, const Rows &rows, int64_t num_rows, int64_t tile, bool fetches,
+                         float *outputs, int64_t stride) {
+  constexpr int kStored = stored_words(kLayout);
+  Group groups[kMostGroups];
+  const int64_t num_groups = matrix.num_inputs / kGroup;
+  const auto *words = static_cast<const int32_t *>(matrix.words) + tile * num_groups * kStored * kLanes;
+  const int64_t num_parts = (num_groups + kMostGroups - 1) / kMostGroups;
+  for (int64_t part = 0; part < num_parts; ++part) {
+    const int64_t first = num_groups * part / num_parts, count = num_groups * (part + 1) / num_parts - first;
+    const int32_t *own = words + first * kStored * kLanes;
+    unpack<kLayout>(own, count, groups);
+    asm volatile("" ::: "memory");  // GCC does not know what tiles read
+    const bool is_last = part == num_parts - 1;
+    const float *scales = kLayout == kInt8 && is_last ? matrix.scales + tile * kLanes : nullptr;
+    for (int64_t row = 0; row < num_rows; row += kMostRows) {
+      const Inputs inputs = rows.from(row);
+      const char *ahead =
+          row || (is_last && !fetches) ? nullptr : reinterpret_cast<const char *>(own + count * kStored * kLanes);
+      add_groups<kLayout, kStored>(own, groups, count, inputs.values + first * inputs.group_stride, inputs.group_stride,
+                                   inputs.facts + first * inputs.facts_stride, inputs.facts_stride, ahead, part == 0,
+                                   scales, outputs + row * stride, stride);
+    }
+  }
+}
+
+// The same in INT8 and INT4, for a multiple of 16 rows, the first ones. What follows up to `end` is fetched ahead.
+inline void rounded_product(const Matrix &matrix, const Rows &rows, int64_t num_rows, int64_t first, int64_t last,
+                            int64_t end, float *outputs, int64_t stride) {
+  Sizes(kMostRows, kGroup, kFours).set();
+  for (int64_t tile = first; tile < last; ++tile, outputs += kLanes) {
+    const bool fetches = tile + 1 < end;
+    if (matrix.layout == kInt8)
+      rounded_tile<kInt8>(matrix, rows, num_rows, tile, fetches, outputs, stride);
+    else
+      rounded_tile<kInt4>(matrix, rows, num_rows, tile, fetches, outputs, stride);
   }
   _tile_release();
 }
@@ -118,7 +215,8 @@ inline void product(const Matrix &matrix, const Inputs &inputs, int64_t num_rows
 #else
 
 constexpr bool is_here = false;
-inline void product(const Matrix &, const Inputs &, int64_t, int64_t, int64_t, float *, int64_t) {}
+inline void full_product(const Matrix &, const Rows &, int64_t, int64_t, int64_t, int64_t, float *, int64_t) {}
+inline void rounded_product(const Matrix &, const Rows &, int64_t, int64_t, int64_t, int64_t, float *, int64_t) {}
 
 #endif
 

@@ -2,7 +2,8 @@
 #pragma once
 #include "vectors.h"
 
-constexpr int kGroup = 32;  // inputs that share an INT4 scale
+constexpr int kGroup = 32;                            // inputs that share an INT4 scale
+constexpr int kGroupFloats = kGroup / sizeof(float);  // as bytes
 
 enum Layout : int64_t { kFull, kInt8, kInt4 };
 
@@ -17,32 +18,80 @@ struct Matrix {
 
 constexpr int bits_of(Layout layout) { return layout == kInt8 ? 8 : 4; }
 
-// Rows, as products with one layout read them.
-//
-// In FULL, `values` are a row's inputs one after another: float32, or bf16 where the processor multiplies that. For
-// rounded weights a row has its inputs by groups. Where the processor multiplies bytes, these are bytes, a group's
-// multiples of one scale, and all rows of a group lie together. Elsewhere they are float32, divided by the power of two
-// that a mask leaves in its weight.
+// The words that a tile has of a group; in INT4 its scales and zeros are the last one.
+constexpr int stored_words(Layout layout) { return bits_of(layout) + (layout == kInt4); }
+
+// What rounded weights need of a row's group of inputs. Four numbers wide: threads that prepare a few rows each then
+// seldom write to the same cache line.
+struct Facts {
+  float scale;   // of bytes
+  float offset;  // what the group's sum is too high by, since its weights have no sign
+  float sum;     // of the inputs
+  float unused;
+};
+
+// Adds what a group's products with a tile sum up to; `grid` is its scales and zeros in INT4.
+template <Layout kLayout>
+inline void add_sum(Floats sum, const Facts &facts, Ints grid, Floats &total) {
+#ifdef __AVX512VNNI__
+  sum *= facts.scale;
+#endif
+  sum -= facts.offset;
+  if (kLayout == kInt8) {
+    total += sum;
+  } else {
+    total += (Floats)(grid & ~0xFFFF) * sum;
+    total += (Floats)(grid << 16) * facts.sum;
+  }
+}
+
+// A few rows, as a kernel reads them.
 struct Inputs {
   const float *values;
   int64_t row_stride, group_stride;  // of values
-  const float *offsets;  // [groups, rows]: what a group's sum is too high by, since its weights have no sign
-  const float *sums;     // [groups, rows]: of the inputs
-  const float *scales;   // [groups, rows]: of bytes
-  int64_t num_rows;
+  const Facts *facts;                // [groups, facts_stride], from the first row on
+  int64_t facts_stride;
+};
 
+constexpr int64_t kRowsTogether = 16;
+
+// Rows, as products with one layout read them.
+//
+// In FULL, `values` are a row's inputs one after another: float32, or bf16 where the processor multiplies that. For
+// rounded weights 16 rows lie together, and in these all rows of a group: `facts`, and where the processor multiplies
+// bytes, the inputs as bytes, which are multiples of the group's scale. Elsewhere these are float32, a row's one after
+// another, divided by the power of two that a mask leaves in its weight.
+struct Rows {
+  const float *values;
+  int64_t row_stride;  // of values; 0 for bytes
+  const Facts *facts;
+  int64_t num_rows, num_groups;
+
+  // Where a row's group lies.
+  int64_t place(int64_t row, int64_t group) const {
+    const int64_t first = row / kRowsTogether * kRowsTogether;
+    return first * num_groups + group * together(row) + row - first;
+  }
+
+  int64_t together(int64_t row) const {
+    const int64_t left = num_rows - row / kRowsTogether * kRowsTogether;
+    return left < kRowsTogether ? left : kRowsTogether;
+  }
+
+  // The rows from `row` on, up to the last that lies together with it.
   Inputs from(int64_t row) const {
-    return {values + row * row_stride, row_stride, group_stride, offsets + row, sums + row, scales + row, num_rows};
+    if (!facts) return {values + row * row_stride, row_stride, 0, nullptr, 0};
+    const Facts *own = facts + place(row, 0);
+    if (row_stride) return {values + row * row_stride, row_stride, kGroup, own, together(row)};
+    return {values + place(row, 0) * kGroupFloats, kGroupFloats, together(row) * kGroupFloats, own, together(row)};
   }
 };
 
 inline int64_t inputs_size(int64_t num_rows, int64_t num_inputs) {
-  return num_rows * (num_inputs + 3 * num_inputs / kGroup);
+  return num_rows * (num_inputs + num_inputs / kGroup * int64_t{sizeof(Facts) / sizeof(float)});
 }
 
 #ifdef __AVX512VNNI__
-
-constexpr int kGroupFloats = kGroup / sizeof(float);
 
 // Writes a group of a row as bytes, in the order in which words have their weights; returns their sum.
 inline int write_bytes(Layout layout, Floats low, Floats high, float factor, void *bytes) {
@@ -57,10 +106,11 @@ inline int write_bytes(Layout layout, Floats low, Floats high, float factor, voi
   return _mm512_reduce_add_epi32(_mm512_add_epi32(one, next));
 }
 
-inline Inputs prepare_rounded(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory,
-                              int64_t first_row, int64_t last_row) {
-  const int64_t num_groups = num_inputs / kGroup, count = num_rows * num_groups;
-  float *offsets = memory + count * kGroupFloats, *sums = offsets + count, *scales = sums + count;
+inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory,
+                            int64_t first_row, int64_t last_row) {
+  const int64_t num_groups = num_inputs / kGroup;
+  Facts *facts = reinterpret_cast<Facts *>(memory + num_rows * num_groups * kGroupFloats);
+  const Rows prepared{memory, 0, facts, num_rows, num_groups};
   const float half = layout == kInt8 ? 128 : 8;  // what weights without a sign are too high by
   for (int64_t row = first_row; row < last_row; ++row)
     for (int64_t group = 0; group < num_groups; ++group) {
@@ -68,21 +118,22 @@ inline Inputs prepare_rounded(Layout layout, const float *rows, int64_t num_rows
       const Floats low = load<Floats>(from), high = load<Floats>(from + kLanes);
       float most = largest(larger(larger(low, -low), larger(high, -high)));
       if (_mm512_cmp_ps_mask((__m512)low, (__m512)high, _CMP_UNORD_Q)) most = NAN;  // bytes could not say so
-      const int64_t place = group * num_rows + row;
-      scales[place] = most / 127;
-      sums[place] =
-          scales[place] * write_bytes(layout, low, high, most > 0 ? 127 / most : 0, memory + place * kGroupFloats);
-      offsets[place] = half * sums[place];
+      const int64_t place = prepared.place(row, group);
+      const float scale = most / 127;
+      const float sum =
+          scale * write_bytes(layout, low, high, most > 0 ? 127 / most : 0, memory + place * kGroupFloats);
+      facts[place] = {scale, half * sum, sum, 0};
     }
-  return {memory, kGroupFloats, num_rows * kGroupFloats, offsets, sums, scales, num_rows};
+  return prepared;
 }
 
 #else
 
-inline Inputs prepare_rounded(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory,
-                              int64_t first_row, int64_t last_row) {
+inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory,
+                            int64_t first_row, int64_t last_row) {
   const int64_t num_groups = num_inputs / kGroup;
-  float *offsets = memory + num_rows * num_inputs, *sums = offsets + num_rows * num_groups;
+  Facts *facts = reinterpret_cast<Facts *>(memory + num_rows * num_inputs);
+  const Rows prepared{memory, num_inputs, facts, num_rows, num_groups};
   const int bits = bits_of(layout), num_places = 32 / bits;
   float scales[kLanes], halves[kLanes];  // half a range for each value but a word's last, which has a sign
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -93,30 +144,29 @@ inline Inputs prepare_rounded(Layout layout, const float *rows, int64_t num_rows
   const Floats scale = load<Floats>(scales), half = load<Floats>(halves);
   for (int64_t row = first_row; row < last_row; ++row)
     for (int64_t group = 0; group < num_groups; ++group) {
-      const int64_t from = row * num_inputs + group * kGroup, place = group * num_rows + row;
+      const int64_t from = row * num_inputs + group * kGroup;
       const Floats low = load<Floats>(rows + from), high = load<Floats>(rows + from + kLanes);
       store(memory + from, low * scale);
       store(memory + from + kLanes, high * scale);
-      offsets[place] = sum((low + high) * half);
-      sums[place] = sum(low + high);
+      facts[prepared.place(row, group)] = {1, sum((low + high) * half), sum(low + high), 0};
     }
-  return {memory, num_inputs, kGroup, offsets, sums, nullptr, num_rows};
+  return prepared;
 }
 
 #endif
 
 // Prepares the rows from `first_row` to `last_row` for a layout, in a memory of `inputs_size` floats for all.
-inline Inputs prepare(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory,
-                      int64_t first_row, int64_t last_row) {
+inline Rows prepare(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory,
+                    int64_t first_row, int64_t last_row) {
   if (layout == kInt8 || layout == kInt4)
     return prepare_rounded(layout, rows, num_rows, num_inputs, memory, first_row, last_row);
 #ifdef __AVX512BF16__
   for (int64_t place = first_row * num_inputs; place < last_row * num_inputs; place += kLanes)
     write_bf16(reinterpret_cast<uint16_t *>(memory) + place, load<Floats>(rows + place));
-  return {memory, num_inputs / 2, 0, nullptr, nullptr, nullptr, num_rows};
+  return {memory, num_inputs / 2, nullptr, num_rows, 0};
 #else
   for (int64_t place = first_row * num_inputs; place < last_row * num_inputs; place += kLanes)
     store(memory + place, load<Floats>(rows + place));
-  return {memory, num_inputs, 0, nullptr, nullptr, nullptr, num_rows};
+  return {memory, num_inputs, nullptr, num_rows, 0};
 #endif
 }

@@ -218,15 +218,15 @@ class LayerRun {
  private:
   void multiply(const Matrix &matrix, const float *rows, int64_t first, int64_t last, float *outputs,
                 int64_t stride) const {
-    const Inputs inputs = prepared(matrix, rows);
+    const Rows inputs = prepared(matrix, rows);
     const int64_t begin = first + member_.first(last - first), end = first + member_.last(last - first);
-    product(matrix, inputs, num_rows_, begin, end, outputs + begin * kLanes, stride);
+    product(matrix, inputs, 0, num_rows_, begin, end, outputs + begin * kLanes, stride);
   }
 
   // Prepares all rows for a product; of `rows` a thread needs no more than its own.
-  Inputs prepared(const Matrix &matrix, const float *rows) const {
+  Rows prepared(const Matrix &matrix, const float *rows) const {
     const auto layout = static_cast<Layout>(matrix.layout);
-    const Inputs inputs = prepare(layout, rows, num_rows_, matrix.num_inputs, own_.inputs, rows_.first, rows_.last);
+    const Rows inputs = prepare(layout, rows, num_rows_, matrix.num_inputs, own_.inputs, rows_.first, rows_.last);
     if (rows_.is_shared) member_.wait();
     return inputs;
   }
@@ -246,15 +246,15 @@ class LayerRun {
     for (int64_t row = 0; row < num_rows_; ++row)
       write_tile_keys(logits + row * stride, first, last, head.num_tiles, keys + row * keys_stride);
     member_.wait();
-    const Inputs inputs = prepare(static_cast<Layout>(head.matrix.layout), own_.normed, num_rows_, size, own_.inputs,
-                                  rows_.first, rows_.last);
+    const Rows inputs = prepare(static_cast<Layout>(head.matrix.layout), own_.normed, num_rows_, size, own_.inputs,
+                                rows_.first, rows_.last);
     const int64_t begin = rows_.is_shared ? 0 : member_.first(head.num_exact);
     const int64_t end = rows_.is_shared ? head.num_exact : member_.last(head.num_exact);
     for (int64_t row = rows_.first; row < rows_.last; ++row) {
       int64_t tiles[kMostExact];
       choose_tiles(keys + row * keys_stride, head.num_tiles, head.num_exact, tiles);
       for (int64_t place = begin; place < end; ++place)
-        product(head.matrix, inputs.from(row), 1, tiles[place], tiles[place] + 1,
+        product(head.matrix, inputs, row, 1, tiles[place], tiles[place] + 1,
                 logits + row * stride + tiles[place] * kLanes, stride);
     }
     member_.wait();
@@ -270,12 +270,12 @@ class LayerRun {
   }
 
   void gate(const Matrix &matrix, int64_t inner_size) const {
-    const Inputs inputs = prepared(matrix, own_.normed);
+    const Rows inputs = prepared(matrix, own_.normed);
     const int64_t num_tiles = inner_size / kLanes, first = member_.first(num_tiles), last = member_.last(num_tiles);
     const int64_t count = (last - first) * kLanes;
     float *gates = own_.wide, *ups = own_.wide + num_rows_ * count;
-    product(matrix, inputs, num_rows_, first, last, gates, count);
-    product(matrix, inputs, num_rows_, num_tiles + first, num_tiles + last, ups, count);
+    product(matrix, inputs, 0, num_rows_, first, last, gates, count);
+    product(matrix, inputs, 0, num_rows_, num_tiles + first, num_tiles + last, ups, count);
     for (int64_t row = 0; row < num_rows_; ++row)
       for (int64_t place = 0; place < count; place += kLanes) {
         const Floats value = load<Floats>(gates + row * count + place), up = load<Floats>(ups + row * count + place);

@@ -4,9 +4,16 @@
 #pragma once
 #include "amx.h"
 
-constexpr int kBlockTiles = 4;    // tiles whose weights stay in the cache while all rows read them
-constexpr int64_t kManyRows = 8;  // rows from which on a product waits for arithmetic as much as for memory
+constexpr int kBlockTiles = 4;  // tiles whose weights stay in the cache while all rows read them
 constexpr int kLineBytes = 64;
+
+// Rows from which on weights are fetched ahead: a product waits for arithmetic as much as for memory. Processors with
+// AMX foresee too little for a single row.
+#ifdef __AMX_BF16__
+constexpr int64_t kManyRows = 1;
+#else
+constexpr int64_t kManyRows = 8;
+#endif
 
 // Rows, and in FULL tiles of them, whose sums the registers hold: `kSumsAtOnce` are rows times tiles. Bytes of many
 // rows are multiplied by `kTilesOfBytes` tiles at once, so that an input is read once for them.
@@ -38,9 +45,6 @@ struct Ahead {
     for (int64_t line = 0; line < count && next < end; ++line, next += kLineBytes) __builtin_prefetch(next);
   }
 };
-
-// The words that a tile has of a group; in INT4 its scales and zeros are the last one.
-constexpr int stored_words(Layout layout) { return bits_of(layout) + (layout == kInt4); }
 
 // A tile's cache lines that a turn of a kernel's loop reads: of a pair of inputs in FULL, of a group elsewhere.
 inline int64_t lines_in_turn(const Matrix &matrix) {
@@ -174,7 +178,8 @@ inline void rounded(const Matrix &matrix, const Inputs &inputs, int64_t tile, fl
   constexpr int kStored = stored_words(kLayout);
   const int64_t num_groups = matrix.num_inputs / kGroup, tile_stride = num_groups * kStored * kLanes;
   const auto *words = static_cast<const int32_t *>(matrix.words) + tile * tile_stride;
-  const float *values = inputs.values, *offsets = inputs.offsets, *inputs_sums = inputs.sums, *scales = inputs.scales;
+  const float *values = inputs.values;
+  const Facts *facts = inputs.facts;
   Ahead own_ahead = ahead;
   Floats total[kRows][kTiles]{};
   for (int64_t group = 0; group < num_groups; ++group) {
@@ -185,22 +190,9 @@ inline void rounded(const Matrix &matrix, const Inputs &inputs, int64_t tile, fl
     for (int own = 0; own < kTiles; ++own) {
       const Ints grid = load<Ints>(words + own * tile_stride + (kStored - 1) * kLanes);  // in INT4
 #pragma GCC unroll 8
-      for (int row = 0; row < kRows; ++row) {
-        Floats sum = sums[row][own];
-#ifdef __AVX512VNNI__
-        sum *= scales[row];
-#endif
-        sum -= offsets[row];
-        if (kLayout == kInt8) {
-          total[row][own] += sum;
-        } else {
-          total[row][own] += (Floats)(grid & ~0xFFFF) * sum;
-          total[row][own] += (Floats)(grid << 16) * inputs_sums[row];
-        }
-      }
+      for (int row = 0; row < kRows; ++row) add_sum<kLayout>(sums[row][own], facts[row], grid, total[row][own]);
     }
-    words += kStored * kLanes, values += inputs.group_stride;
-    offsets += inputs.num_rows, inputs_sums += inputs.num_rows, scales += inputs.num_rows;
+    words += kStored * kLanes, values += inputs.group_stride, facts += inputs.facts_stride;
   }
   ahead = own_ahead;
   for (int row = 0; row < kRows; ++row)
@@ -270,11 +262,14 @@ inline int64_t block_end(int64_t tile, int64_t last) {
   return end < last ? end : last;
 }
 
-// Writes outputs[row * stride + …] for the tiles from `first` to `last`, `kLanes` outputs each.
-inline void product(const Matrix &matrix, const Inputs &inputs, int64_t num_rows, int64_t first, int64_t last,
-                    float *outputs, int64_t stride) {
-  if (amx::is_here && matrix.is_full()) return amx::product(matrix, inputs, num_rows, first, last, outputs, stride);
+// Writes, for some rows from `first_row` on, outputs[row * stride + …] of the tiles from `first` to `last`, `kLanes`
+// outputs each.
+inline void product(const Matrix &matrix, const Rows &rows, int64_t first_row, int64_t num_rows, int64_t first,
+                    int64_t last, float *outputs, int64_t stride) {
+  if (amx::is_here && matrix.is_full())
+    return amx::full_product(matrix, rows, first_row, num_rows, first, last, outputs, stride);
   const bool has_many = num_rows >= kManyRows;
+  const int64_t num_by_amx = amx::is_here ? num_rows / amx::kMostRows * amx::kMostRows : 0;
   const int64_t most = matrix.is_full() ? kMostFullRows : has_many ? kRowsOfBytes : kMostRows;
   const int64_t num_chunks = (num_rows + most - 1) / most;
   const int64_t lines = has_many ? (kBlockTiles * lines_in_turn(matrix) + num_chunks - 1) / num_chunks : 0;
@@ -283,11 +278,12 @@ inline void product(const Matrix &matrix, const Inputs &inputs, int64_t num_rows
   // A block's weights stay in the cache while all rows read them.
   for (int64_t tile = first, end; tile < last; tile = end) {
     end = block_end(tile, last);
+    float *own = outputs + (tile - first) * kLanes;
+    if (num_by_amx) amx::rounded_product(matrix, rows, num_by_amx, tile, end, last, own, stride);
     Ahead ahead{words + end * tile_bytes, words + (end < last ? block_end(end, last) : end) * tile_bytes, lines};
-    for (int64_t row = 0, taken; row < num_rows; row += taken) {
+    for (int64_t row = num_by_amx, taken; row < num_rows; row += taken) {
       taken = num_rows - row < most ? num_rows - row : most;
-      products::any_rows(taken, matrix, inputs.from(row), tile, end, outputs + row * stride + (tile - first) * kLanes,
-                         stride, ahead);
+      products::any_rows(taken, matrix, rows.from(first_row + row), tile, end, own + row * stride, stride, ahead);
     }
   }
 }
