@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Affine, Compensation, Identity, LowRank, PackedLowRank, Scale
 from dash_runtime.layers.kv_cache import SequenceCache
-from dash_runtime.linears.dense_linear import most_rows_apart
+from dash_runtime.layers.pass_plan import PassPlan
+from dash_runtime.linears.dense_linear import FullLinear, make_full_linear, most_rows_apart, packed_words
 from dash_runtime.rows.library import RowsLibrary
 from tests.runtime.compiled_model import MAX_DIVERGENCE, SIZES, assert_same_cache, divergence, native_decoder
 from tests.runtime.support import (
@@ -216,6 +218,27 @@ def test_a_quantised_head_is_that_of_the_eager_decoder_row_by_row(decoders: Deco
         assert divergence(decoders.eager.logits(hidden, precisions), logits) < MAX_DIVERGENCE
         rows = zip(hidden.split(1), precisions, strict=True)
         assert torch.equal(logits, torch.cat([decoders.alone.logits(row, [precision]) for row, precision in rows]))
+
+
+@torch.inference_mode()
+def test_many_rows_take_the_head_in_full_only_if_they_may_share_products(
+    tmp_path: Path, rows_library: RowsLibrary
+) -> None:
+    folder = save_tiny_model(tmp_path, "llama", **SIZES | {"vocab_size": 320})
+    head = make_full_linear(FullLinear(torch.zeros(320, SIZES["hidden_size"], dtype=torch.bfloat16)))
+    if packed_words(head) is None:
+        pytest.skip("this CPU's head in FULL has no native code")
+    for shares_products, num_rows in ((True, 17), (True, 16), (False, 17)):
+        decoder = native_decoder(folder, rows_library, shares_products=shares_products)
+        caches = prefilled_together(decoder, [[3 + row] for row in range(num_rows)])
+        plan = [(dict.fromkeys(range(decoder.num_layers), Action.FULL), None)]
+        logits: list[Tensor] = []
+        for heads in ([Action.INT8] * num_rows, [Action.FULL] * num_rows):
+            batch = decoder.batch(PassKind.DECODE, caches, [1] * num_rows, [Identity()] * num_rows)
+            run = decoder.run_pass(PassPlan(plan, heads), list(range(num_rows)), batch)
+            assert run is not None
+            logits.append(run.logits)
+        assert torch.equal(*logits) is (shares_products and num_rows > 16)
 
 
 @torch.inference_mode()

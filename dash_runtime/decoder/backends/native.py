@@ -35,6 +35,11 @@ from dash_runtime.rows.row_matrix import RowMatrix, is_packable, pack_rough_matr
 from dash_runtime.rows.structs import LANES, MOST_CHANNELS, NORMS
 
 
+_MOST_ROUGH = 16
+"""More rows take the head in FULL, if they may share products. Each row of a rough head reads other tiles of the exact
+matrix again: 64 rows read two thirds of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class _SharedLayer:
     """One layer for rows that share products: its norms, and its matrices in FULL."""
@@ -189,12 +194,18 @@ class NativeBackend(OwnMemory):
         self._check(*batch.kv_actions, *(Action(own) for own in set(b"".join(pinned)) - {0}))
         skips = zip(compensated, batch.kv_actions, strict=True)
         plans = RowPlans([RowPlan(own, by, *skip) for own, (_, by), skip in zip(pinned, decided, skips, strict=False)])
-        is_shared = self._is_shared(batch, num_rows) or len(set(plan.heads)) > 1
-        head = None if is_shared else self._heads.get(plan.heads[0])
+        head = None if self._is_shared(batch, num_rows) else self._head_of(plan.heads)
         planner = None
         if plan.latencies is not None and len(decided) > 1:
             planner = self._planners.get(plan.latencies, num_rows)
         return plans, head, planner
+
+    def _head_of(self, precisions: Sequence[Action]) -> HeadRows | None:
+        """Returns the head for rows of these precisions; None if no single one serves them."""
+        full = self._heads.get(Action.FULL)
+        if self.shares_products and full is not None and len(precisions) > _MOST_ROUGH:
+            return full
+        return self._heads.get(precisions[0]) if len(set(precisions)) == 1 else None
 
     def _skip(
         self, layer: int, hidden: Tensor, batch: Batch, group: list[int] | None
