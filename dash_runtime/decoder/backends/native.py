@@ -34,7 +34,6 @@ from dash_runtime.rows.pass_rows import CompensatedLayers, PlannerTable, Planner
 from dash_runtime.rows.row_matrix import RowMatrix, is_packable, pack_rough_matrix, pack_row_matrix
 from dash_runtime.rows.structs import LANES, MOST_CHANNELS, NORMS
 
-
 _MOST_ROUGH = 16
 """More rows take the head in FULL, if they may share products. Each row of a rough head reads other tiles of the exact
 matrix again: 64 rows read two thirds of it."""
