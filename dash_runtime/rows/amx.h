@@ -5,7 +5,8 @@
 #pragma once
 #include "inputs.h"
 
-#ifdef __AMX_BF16__
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#define DASH_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -14,7 +15,7 @@ namespace amx {
 
 constexpr int64_t kMostRows = 16;  // that a tile holds
 
-#ifdef __AMX_BF16__
+#ifdef DASH_AMX
 
 constexpr int kRowBytes = 64;    // of a tile
 constexpr int kPairs = 16;       // of inputs in FULL, whose weights a tile holds
@@ -147,9 +148,10 @@ inline void unpack(const int32_t *words, int64_t num_groups, Group *groups) {
 // Adds some groups of a tile of outputs to 16 rows' sums, which begin at 0 or are in `outputs`, and multiplies them by
 // `scales` in the end, if there are any. Fetches `kStored` lines for each group from `ahead` on.
 template <Layout kLayout, int kStored>
-inline void add_groups(const int32_t *words, const Group *groups, int64_t num_groups, const float *values,
-                       int64_t group_stride, const Facts *facts, int64_t facts_stride, const char *ahead,
-                       bool from_zero, const float *scales, float *outputs, int64_t stride) {
+inline void add_groups(const int32_t *words, const Group *groups, int64_t num_groups, const Inputs &inputs,
+                       const char *ahead, bool from_zero, const float *scales, float *outputs, int64_t stride) {
+  const float *values = inputs.values;
+  const Facts *facts = inputs.facts;
   alignas(kRowBytes) int32_t sums[kMostRows][kLanes];
   Floats total[kMostRows];
 #pragma GCC unroll 16
@@ -165,13 +167,14 @@ inline void add_groups(const int32_t *words, const Group *groups, int64_t num_gr
 #pragma GCC unroll 16
     for (int row = 0; row < kMostRows; ++row)
       add_sum<kLayout>(__builtin_convertvector(load<Ints>(sums[row]), Floats), facts[row], grid, total[row]);
-    words += kStored * kLanes, values += group_stride, facts += facts_stride;
+    words += kStored * kLanes, values += inputs.group_stride, facts += inputs.facts_stride;
   }
 #pragma GCC unroll 16
   for (int row = 0; row < kMostRows; ++row)
     store(outputs + row * stride, scales ? total[row] * load<Floats>(scales) : total[row]);
 }
 
+// Writes a tile of outputs; then fetches the first weights of the next one.
 template <Layout kLayout>
 inline void rounded_tile(const Matrix &matrix, const Rows &rows, int64_t num_rows, int64_t tile, bool fetches,
                          float *outputs, int64_t stride) {
@@ -188,12 +191,10 @@ inline void rounded_tile(const Matrix &matrix, const Rows &rows, int64_t num_row
     const bool is_last = part == num_parts - 1;
     const float *scales = kLayout == kInt8 && is_last ? matrix.scales + tile * kLanes : nullptr;
     for (int64_t row = 0; row < num_rows; row += kMostRows) {
-      const Inputs inputs = rows.from(row);
-      const char *ahead =
-          row || (is_last && !fetches) ? nullptr : reinterpret_cast<const char *>(own + count * kStored * kLanes);
-      add_groups<kLayout, kStored>(own, groups, count, inputs.values + first * inputs.group_stride, inputs.group_stride,
-                                   inputs.facts + first * inputs.facts_stride, inputs.facts_stride, ahead, part == 0,
-                                   scales, outputs + row * stride, stride);
+      const auto *next = reinterpret_cast<const char *>(own + count * kStored * kLanes);
+      add_groups<kLayout, kStored>(own, groups, count, rows.from(row).from_group(first),
+                                   row || (is_last && !fetches) ? nullptr : next, part == 0, scales,
+                                   outputs + row * stride, stride);
     }
   }
 }

@@ -51,6 +51,10 @@ struct Inputs {
   int64_t row_stride, group_stride;  // of values
   const Facts *facts;                // [groups, facts_stride], from the first row on
   int64_t facts_stride;
+
+  Inputs from_group(int64_t group) const {
+    return {values + group * group_stride, row_stride, group_stride, facts + group * facts_stride, facts_stride};
+  }
 };
 
 constexpr int64_t kRowsTogether = 16;

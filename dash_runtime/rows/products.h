@@ -9,7 +9,7 @@ constexpr int kLineBytes = 64;
 
 // Rows from which on weights are fetched ahead: a product waits for arithmetic as much as for memory. Processors with
 // AMX foresee too little for a single row.
-#ifdef __AMX_BF16__
+#ifdef DASH_AMX
 constexpr int64_t kManyRows = 1;
 #else
 constexpr int64_t kManyRows = 8;
