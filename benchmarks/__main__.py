@@ -28,8 +28,10 @@ from benchmarks.service import measure_service
 from benchmarks.setting import Setting, load_setting
 from benchmarks.skips import measure_skips
 from benchmarks.split import measure_split
-from dash_runtime.checkpoints import default_cache_folder
+from dash_runtime.checkpoints import EMBEDDED, default_cache_folder
 
+_WITH_SERVERS = ("engine and server", "peers")
+"""Sections whose servers have the embedded model."""
 _SECTIONS: dict[str, Callable[[Report, Setting, Effort], None]] = {
     "decoding": measure_decode,
     "prefill": measure_prefill,
@@ -55,13 +57,20 @@ def main() -> None:
         metavar="FOLDER",
         help="made by `make peers` (default %(default)s)",
     )
+    parser.add_argument(
+        "--model",
+        default=EMBEDDED,
+        help="a .gguf file, for --only one of the sections without servers (default: the embedded model)",
+    )
     options = parser.parse_args()
+    if options.model != EMBEDDED and options.only in (None, *_WITH_SERVERS):
+        parser.error("--model needs --only, with a section without servers")
     is_quick: bool = options.quick
-    report = measure(QUICK if is_quick else FULL, only=options.only, peers_folder=options.peers)
+    report = measure(QUICK if is_quick else FULL, only=options.only, peers_folder=options.peers, model=options.model)
     if is_quick:
         report.note("a quick run: few rounds and tokens")
     print(f"\n{machine()}\n")
-    changes = report.changes(RESULTS_FOLDER)
+    changes = report.changes(RESULTS_FOLDER) if options.model == EMBEDDED else []
     if options.only is None:
         write_plots(report, RESULTS_FOLDER)
         report.write(RESULTS_FOLDER)
@@ -79,6 +88,7 @@ def measure(
     cache_folder: Path | None = None,
     only: str | None = None,
     peers_folder: Path = PEERS_FOLDER,
+    model: str = EMBEDDED,
 ) -> Report:
     """Measures all sections in turn, or `only` one. A section that fails is left out with a note."""
     report = Report()
@@ -90,7 +100,7 @@ def measure(
         with report.attempt("cost error"), running_server() as server:
             measure_cost_error(report, effort, server)
     with report.attempt("everything that decodes"):
-        setting = load_setting(report, cache_folder or default_cache_folder(os.environ))
+        setting = load_setting(report, cache_folder or default_cache_folder(os.environ), model)
         # As in the worker: loaded objects live as long as the process, so the collector need not visit them.
         gc.collect()
         gc.freeze()

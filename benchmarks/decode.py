@@ -58,10 +58,11 @@ def measure_decode(report: Report, setting: Setting, effort: Effort) -> None:
     report.note(
         "adaptive_vs_best_fixed: over INT4 in all layers and the head, the fastest fixed plan within 0.005 nats"
     )
-    report.note(
-        "the embedded model's own weights are 4-bit, so INT4 is nearly free of error on it: its speed carries over to "
-        "other models, its quality does not"
-    )
+    if setting.is_embedded:
+        report.note(
+            "the embedded model's own weights are 4-bit, so INT4 is nearly free of error on it: its speed carries over "
+            "to other models, its quality does not"
+        )
     report.note(f"cost of an action as a share of a full layer, as this device's table has it: {', '.join(costs)}")
 
 

@@ -54,7 +54,8 @@ def measure_exact(report: Report, setting: Setting, effort: Effort) -> None:
     """Adds the ratios, how often tokens equal full depth's, and the time of drafts and verifications."""
     prompts = setting.prompts
     generate(setting.engine, prompts.exact[0], SkipOptions(Mode.EXACT), effort.num_tokens)  # warms up
-    usual = _Turns(report, setting, effort, "exact", {"exact_skip_only": SKIP_ONLY, "exact_policy": DIVERGENCE_POLICY})
+    others = {"exact_skip_only": SKIP_ONLY, "exact_policy": DIVERGENCE_POLICY} if setting.is_embedded else {}
+    usual = _Turns(report, setting, effort, "exact", others)
     usual.run(prompts.exact)
     copying = _Turns(report, setting, effort, "exact_copy")
     copying.run(prompts.copying, ends_with_answer=True)
@@ -63,7 +64,7 @@ def measure_exact(report: Report, setting: Setting, effort: Effort) -> None:
     report.add("exact_worst_prompt", [min(*usual.ratios(), *copying.ratios())], "≥ 0.97")
     report.add_ratio("exact_vs_transformers", usual.speeds, "exact", "transformers", "≥ 8")
     report.add_ratio("exact_copy_vs_prompt_lookup", copying.speeds, "exact_copy", "prompt_lookup", "≥ 4")
-    for name in ("exact_skip_only", "exact_policy"):
+    for name in others:
         report.add_ratio(f"{name}_vs_full_depth", usual.speeds, name, "full_depth")
     for kind, turns in {"": usual, "copy_": copying}.items():
         name = f"transformers_prompt_lookup_{kind}vs_transformers"
@@ -73,9 +74,12 @@ def measure_exact(report: Report, setting: Setting, effort: Effort) -> None:
     report.note(
         f"exact: {len(prompts.exact)} prompts, exact_copy: {len(prompts.copying)} whose answers repeat much of the "
         f"prompt (benchmarks/exact_prompts.py), greedy, {effort.num_tokens} new tokens, or as many as the answer that "
-        f"copies has, bf16, one stream; drafts from the text and by {drafter}; spreads are over the prompts. The "
-        "embedded model's file is 4-bit, which flatters a drafter in INT4: exact_skip_only drafts without"
+        f"copies has, bf16, one stream; drafts from the text and by {drafter}; spreads are over the prompts"
     )
+    if setting.is_embedded:
+        report.note(
+            "the embedded model's file is 4-bit, which flatters a drafter in INT4: exact_skip_only drafts without"
+        )
     report.note(
         f"transformers, same prompts, half as many tokens; assisted: prompt_lookup_num_tokens={_LOOKED_UP_TOKENS}, its "
         "defaults otherwise"

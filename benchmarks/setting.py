@@ -12,7 +12,7 @@ from benchmarks.prompts import Prompts
 from benchmarks.rounds import progress
 from benchmarks.shipped import costs_of, shipped_policy
 from dash_runtime.actions import Action
-from dash_runtime.checkpoints import load_model_config, resolve_checkpoint, tokenizer_file
+from dash_runtime.checkpoints import EMBEDDED, load_model_config, resolve_checkpoint, tokenizer_file
 from dash_runtime.checkpoints.embedded import embedded_gguf
 from dash_runtime.config import EngineConfig, LaneKind, Mode, SkipOptions
 from dash_runtime.engine.engine import Engine
@@ -38,6 +38,8 @@ class Setting:
     llama_cpp: LlamaCpp | None
     policy_name: str | None
     cache_folder: Path
+    is_embedded: bool
+    """Whether the model is the embedded one, whose file is 4-bit."""
 
     @property
     def adaptive(self) -> SkipOptions:
@@ -52,16 +54,19 @@ class Setting:
         return _build(self.folder, self.cache_folder, config)
 
 
-def load_setting(report: Report, cache_folder: Path) -> Setting:
-    """Loads all contenders, each with torch's number of threads."""
-    folder = resolve_checkpoint("embedded", None, cache_folder)
+def load_setting(report: Report, cache_folder: Path, model: str = EMBEDDED) -> Setting:
+    """Loads all contenders, each with torch's number of threads; of another model than the embedded one no other
+    engines than the default one."""
+    folder = resolve_checkpoint(model, None, cache_folder, progress)
+    gguf = embedded_gguf() if model == EMBEDDED else Path(model)
     config = EngineConfig()
     engine = _build(folder, cache_folder, config)
     without_planner, with_thread_lane = None, None
-    with report.attempt("the engine without planner"):
-        without_planner = _build(folder, cache_folder, replace(config, group_planner=False))
-    with report.attempt("the engine with the thread lane"):
-        with_thread_lane = _build(folder, cache_folder, replace(config, lane=LaneKind.THREAD))
+    if model == EMBEDDED:
+        with report.attempt("the engine without planner"):
+            without_planner = _build(folder, cache_folder, replace(config, group_planner=False))
+        with report.attempt("the engine with the thread lane"):
+            with_thread_lane = _build(folder, cache_folder, replace(config, lane=LaneKind.THREAD))
     transformers, llama_cpp, policy_name = None, None, None
     with report.attempt("transformers"):
         progress("loading transformers")
@@ -72,10 +77,10 @@ def load_setting(report: Report, cache_folder: Path) -> Setting:
         )
     with report.attempt("llama.cpp"):
         progress("loading llama.cpp")
-        check_llama_cpp(embedded_gguf(), torch.get_num_threads())
-        llama_cpp = LlamaCpp(embedded_gguf(), torch.get_num_threads())
+        check_llama_cpp(gguf, torch.get_num_threads())
+        llama_cpp = LlamaCpp(gguf, torch.get_num_threads())
         report.note(
-            f"llama.cpp: {llama_cpp.description}, Q4_1 from the same file that our weights come from, "
+            f"llama.cpp: {llama_cpp.description}, from the same file that our weights come from, "
             f"{torch.get_num_threads()} threads, llama_decode and numpy's largest logit, its defaults otherwise"
         )
     with report.attempt("the shipped policy (the best fixed plan is used)"):
@@ -98,6 +103,7 @@ def load_setting(report: Report, cache_folder: Path) -> Setting:
         llama_cpp,
         policy_name,
         cache_folder,
+        model == EMBEDDED,
     )
 
 
