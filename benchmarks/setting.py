@@ -39,7 +39,7 @@ class Setting:
     policy_name: str | None
     cache_folder: Path
     is_embedded: bool
-    """Whether the model is the embedded one, whose file is 4-bit."""
+    """True for the embedded model, whose file is 4-bit."""
 
     @property
     def adaptive(self) -> SkipOptions:

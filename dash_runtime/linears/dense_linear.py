@@ -19,8 +19,8 @@ from dash_runtime.linears.kept_trials import KeptTrials
 MAX_INVARIANT_ROWS = 256
 """A row of a `BatchInvariantLinear` has the same bits in every pass of up to this many rows."""
 _PACKED_BLOCKS = 64, 32
-"""Outputs in a block of oneDNN's layout for CPUs that multiply bf16: without matrix tiles (AMX), and with them. A word
-has an output's weights of two inputs."""
+"""Outputs in a block of oneDNN's layout for CPUs that multiply bf16; 32 with torch 2.15 where there are matrix tiles
+(AMX). A word has an output's weights of two inputs."""
 _TRIED_BLOCK = 64
 """Different outputs that a trial has."""
 _PACKED_ROWS = 16

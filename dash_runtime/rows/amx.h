@@ -13,7 +13,7 @@
 
 namespace amx {
 
-constexpr int64_t kMostRows = 16;  // that a tile holds
+constexpr int64_t kMostRows = kRowsTogether;  // that a tile holds
 
 #ifdef DASH_AMX
 
