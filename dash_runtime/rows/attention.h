@@ -62,7 +62,7 @@ constexpr int kMostQueries = 4;
 #else
 constexpr int kMostQueries = 1;
 #endif
-constexpr int64_t kAhead = kBlockPositions;  // positions that are fetched before they are read
+constexpr int64_t kLineNumbers = 32;  // bf16 numbers of a cache line
 
 // A block's keys of one head, turned: words[pair][position] have two channels each.
 struct TurnedKeys {
@@ -91,8 +91,40 @@ inline void turn(Words (&rows)[kRegisterLanes]) {
   if constexpr (2 * kWidth < kRegisterLanes) turn<2 * kWidth>(rows);
 }
 
+// The positions that a thread reads after these, in the next block or the next sequence. They are fetched meanwhile:
+// what lies in another sequence, no processor foresees.
+struct Ahead {
+  const uint16_t *keys, *values;
+  int64_t count, stride;
+
+  void fetch_key(int64_t position, int64_t channel) const {
+    if (position < count) __builtin_prefetch(keys + position * stride + channel);
+  }
+  void fetch_value(int64_t position, int64_t channel) const {
+    if (position < count) __builtin_prefetch(values + position * stride + channel);
+  }
+  void fetch_rest(int64_t first, int64_t head_dim) const {
+    for (int64_t position = first; position < count; ++position)
+      for (int64_t channel = 0; channel < head_dim; channel += kLineNumbers) {
+        fetch_key(position, channel);
+        fetch_value(position, channel);
+      }
+  }
+};
+
+// Returns what follows a span's `block`, of the head that begins at `channel`.
+inline Ahead ahead_of(const Memory &memory, const Span &span, int64_t block, int64_t channel) {
+  const bool is_last = (block + 1) * kBlockPositions >= span.num_tokens && &span + 1 < memory.spans + memory.num_spans;
+  const Span &next = *(&span + is_last);
+  const int64_t first = (is_last ? memory.first_block(next) : block + 1) * kBlockPositions,
+                from = first * memory.token_stride + channel, left = next.num_tokens - first;
+  return {memory.keys(next) + from, memory.values(next) + from, left < kBlockPositions ? left : kBlockPositions,
+          memory.token_stride};
+}
+
 // Turns the keys of `count` positions; words of others are anything.
-inline void turn_keys(const HeadShape &shape, const uint16_t *keys, int64_t stride, int64_t count, TurnedKeys &turned) {
+inline void turn_keys(const HeadShape &shape, const uint16_t *keys, int64_t stride, int64_t count, const Ahead &ahead,
+                      TurnedKeys &turned) {
   for (int64_t place = 0; place < count; place += kRegisterLanes)
     for (int64_t pair = 0; pair < shape.head_dim / 2; pair += kRegisterLanes) {
       Words rows[kRegisterLanes];
@@ -100,7 +132,7 @@ inline void turn_keys(const HeadShape &shape, const uint16_t *keys, int64_t stri
       for (int row = 0; row < kRegisterLanes; ++row) {
         const int64_t position = place + row < count ? place + row : count - 1;
         const uint16_t *key = keys + position * stride + 2 * pair;
-        __builtin_prefetch(key + kAhead * stride);
+        ahead.fetch_key(place + row, 2 * pair);
         rows[row] = load<Words>(key);
       }
       turn(rows);
@@ -159,16 +191,17 @@ inline void weigh(const BlockQuery &query, float *scores) {
 
 // Writes the weighted sums of the values from `first` to `last`, which have all that the queries see.
 template <int kQueries>
-inline void write_sums(const HeadShape &shape, const uint16_t *values, int64_t stride, const BlockQuery *queries,
-                       const float (*weights)[kBlockPositions], int64_t first, int64_t last) {
+inline void write_sums(const HeadShape &shape, const uint16_t *values, int64_t stride, const Ahead &ahead,
+                       const BlockQuery *queries, const float (*weights)[kBlockPositions], int64_t first,
+                       int64_t last) {
   constexpr int kVectors = 64 / kRegisterLanes;
   for (int64_t place = 0; place < shape.head_dim; place += kVectors * kRegisterLanes) {
     const int64_t left = (shape.head_dim - place) / kRegisterLanes, count = left < kVectors ? left : kVectors;
     Register sums[kQueries][kVectors]{};
     for (int64_t position = first; position < last; ++position) {
       const uint16_t *value = values + position * stride + place;
-      __builtin_prefetch(value + kAhead * stride);
-      __builtin_prefetch(value + kAhead * stride + 32);
+      ahead.fetch_value(position, place);
+      ahead.fetch_value(position, place + kLineNumbers);
 #pragma GCC unroll 8
       for (int vector = 0; vector < kVectors; ++vector) {
         if (vector == count) break;
@@ -186,7 +219,7 @@ inline void write_sums(const HeadShape &shape, const uint16_t *values, int64_t s
 // Writes the parts of up to `kMostQueries` queries.
 template <int kQueries = kMostQueries>
 inline void write(int64_t num_queries, const HeadShape &shape, const TurnedKeys &turned, const uint16_t *values,
-                  int64_t stride, const BlockQuery *queries) {
+                  int64_t stride, const Ahead &ahead, const BlockQuery *queries) {
   if (num_queries == kQueries) {
     float weights[kQueries][kBlockPositions];
     write_scores<kQueries>(shape, turned, queries, weights);
@@ -196,9 +229,9 @@ inline void write(int64_t num_queries, const HeadShape &shape, const TurnedKeys 
       first = queries[own].first < first ? queries[own].first : first;
       last = queries[own].last > last ? queries[own].last : last;
     }
-    write_sums<kQueries>(shape, values, stride, queries, weights, first, last);
+    write_sums<kQueries>(shape, values, stride, ahead, queries, weights, first, last);
   } else if constexpr (kQueries > 1) {
-    write<kQueries - 1>(num_queries, shape, turned, values, stride, queries);
+    write<kQueries - 1>(num_queries, shape, turned, values, stride, ahead, queries);
   }
 }
 
@@ -271,11 +304,13 @@ inline void attend(const Member &member, const HeadShape &shape, const Memory &m
       }
       const int64_t num_written = (span.num_tokens < end ? span.num_tokens : end) - begin;
       const int64_t from = begin * memory.token_stride + kv_head * size;
-      attention_parts::turn_keys(shape, memory.keys(span) + from, memory.token_stride, num_written, turned);
+      const auto ahead = attention_parts::ahead_of(memory, span, first_block + block, kv_head * size);
+      attention_parts::turn_keys(shape, memory.keys(span) + from, memory.token_stride, num_written, ahead, turned);
       attention_parts::BlockQuery chosen[attention_parts::kMostQueries];
       int64_t num_chosen = 0;
       const auto write_chosen = [&] {
-        attention_parts::write(num_chosen, shape, turned, memory.values(span) + from, memory.token_stride, chosen);
+        attention_parts::write(num_chosen, shape, turned, memory.values(span) + from, memory.token_stride, ahead,
+                               chosen);
         num_chosen = 0;
       };
       for (int64_t row = 0; row < span.num_rows; ++row) {
@@ -288,6 +323,7 @@ inline void attend(const Member &member, const HeadShape &shape, const Memory &m
         }
       }
       write_chosen();
+      ahead.fetch_rest(num_written, size);
     }
     task += span_tasks;
     own_parts += span.num_rows * shape.num_heads * num_blocks * stride;
