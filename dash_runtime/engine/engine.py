@@ -21,6 +21,7 @@ from dash_runtime.devices.step_timer import CudaStepTimer
 from dash_runtime.engine.constraints import ConstraintCompiler, TextConstraint
 from dash_runtime.engine.deciders import DecodingRows
 from dash_runtime.engine.device_times import settle_decisions
+from dash_runtime.engine.draft_rounds import DraftRounds
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import Planner
 from dash_runtime.engine.prefix_cache import PrefixCache
@@ -32,6 +33,7 @@ from dash_runtime.events import EndReason, EngineEvent, SlotGranted, TokenProduc
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.kv_cache import CachePool
 from dash_runtime.policy.catalog import Assignment
+from dash_runtime.policy.draft_costs import RoundCosts
 from dash_runtime.policy.policy import Policy
 
 _SCORED_ROWS = 64
@@ -66,6 +68,7 @@ class Engine:
         planner: Planner | None = None,
         cost_watch: CostWatch | None = None,
         constraints: ConstraintCompiler | None = None,
+        round_costs: RoundCosts | None = None,
     ) -> None:
         self.facts = facts
         self.cost_watch = cost_watch
@@ -84,6 +87,7 @@ class Engine:
         self._prefix_cache = PrefixCache(config.prefix_cache_tokens, row_block)
         self._waiting: deque[_Waiting] = deque()
         self._running: dict[str, Sequence] = {}
+        self._rounds = DraftRounds(round_costs, config.group_planner)
         self._decoding_rows: DecodingRows | None = None
         self.on_progress: Callable[[], None] = lambda: None
         """Called between the layers of a pass over many tokens, which may take seconds."""
@@ -147,11 +151,10 @@ class Engine:
             else:
                 self._step_clock.interrupt()
         self._prefill(events)
-        for sequence in decoding:
-            sequence.begin_draft_if_due()
-        if running := [sequence for sequence in decoding if not sequence.has_draft_to_verify]:
+        if running := self._rounds.begin(decoding):
             self._decode(running, events)
-        self._verify([sequence for sequence in decoding if sequence.has_draft_to_verify], events)
+        for together in self._rounds.complete(decoding):
+            self._verify(together, events)
         return events
 
     def prepare_graphs(self, policy: Policy) -> None:
@@ -299,32 +302,29 @@ class Engine:
             self._take(sequence, token_id, output.logits, row, plan, events)
 
     def _verify(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
-        """Runs complete drafts at full depth and outputs the accepted tokens. The drafts' keys and values are dropped
-        first, so that accepted tokens keep full depth's."""
+        """Runs complete drafts at full depth in one pass and outputs the accepted tokens. The drafts' keys and values
+        are dropped first, so that accepted tokens keep full depth's."""
+        started_ns = time.perf_counter_ns()
+        token_ids = [sequence.take_back_draft() for sequence in sequences]
+        lengths = [len(ids) for ids in token_ids]
+        batch = self._full_depth_batch(PassKind.VERIFY, sequences, lengths)
         # A sequence that runs alone does not depend on its neighbours.
-        shares_products = self._config.group_planner and len(sequences) > 1
-        for together in [sequences] if shares_products else [[sequence] for sequence in sequences]:
-            started_ns = time.perf_counter_ns()
-            token_ids = [sequence.take_back_draft() for sequence in together]
-            lengths = [len(ids) for ids in token_ids]
-            batch = self._full_depth_batch(PassKind.VERIFY, together, lengths)
-            kind = PassKind.DECODE if shares_products else PassKind.VERIFY
-            ids = [token_id for own in token_ids for token_id in own]
-            logits, likeliest_ids = self._decoder.run_tokens(Action.FULL, ids, batch, Action.FULL, kind)
-            batch.commit()
-            all_logits = logits.split(lengths)
-            firsts = accumulate(lengths, initial=0)
-            chosen = [
-                sequence.verify(own, likeliest_ids[first : first + len(own)])
-                for sequence, own, first in zip(together, all_logits, firsts, strict=False)
-            ]
-            elapsed_ns = time.perf_counter_ns() - started_ns
-            for sequence, logits, (ids, accepted, from_text, cost) in zip(together, all_logits, chosen, strict=True):
-                assert sequence.speculation is not None
-                sequence.speculation.verification_ns += elapsed_ns
-                sequence.recorder.add_verification(ids, accepted, from_text, cost, started_ns)
-                for row, token_id in enumerate(ids):  # rejected tokens have logits, but no id
-                    self._take(sequence, token_id, logits, row, sequence.log.append_verified_token(), events)
+        kind = PassKind.DECODE if len(sequences) > 1 else PassKind.VERIFY
+        ids = [token_id for own in token_ids for token_id in own]
+        logits, likeliest_ids = self._decoder.run_tokens(Action.FULL, ids, batch, Action.FULL, kind)
+        batch.commit()
+        all_logits = logits.split(lengths)
+        chosen = [
+            sequence.verify(own, likeliest_ids[first : first + len(own)])
+            for sequence, own, first in zip(sequences, all_logits, accumulate(lengths, initial=0), strict=False)
+        ]
+        elapsed_ns = time.perf_counter_ns() - started_ns
+        for sequence, logits, (ids, accepted, from_text, cost) in zip(sequences, all_logits, chosen, strict=True):
+            assert sequence.speculation is not None
+            sequence.speculation.verification_ns += elapsed_ns
+            sequence.recorder.add_verification(ids, accepted, from_text, cost, started_ns)
+            for row, token_id in enumerate(ids):  # rejected tokens have logits, but no id
+                self._take(sequence, token_id, logits, row, sequence.log.append_verified_token(), events)
 
     def _take(
         self, sequence: Sequence, token_id: int, logits: Tensor, row: int, plan: bytes, events: list[EngineEvent]

@@ -8,13 +8,13 @@ from dash_runtime.config import GenerationRequest, Mode
 from dash_runtime.engine.constraints import TextConstraint
 from dash_runtime.engine.decision_log import DecisionLog
 from dash_runtime.engine.sampling import GivenTokens, Sampler
-from dash_runtime.engine.speculative import Speculation
+from dash_runtime.engine.speculative import Speculation, WantedDraft
 from dash_runtime.engine.text_drafts import TextDrafts
 from dash_runtime.engine.trace_recorder import TraceRecorder
 from dash_runtime.events import EndReason, RequestRefused, SequenceCancelled, SequenceFinished
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.policy.catalog import Assignment
-from dash_runtime.policy.draft_length import DraftLength
+from dash_runtime.policy.draft_length import DraftCosts, DraftLength
 from dash_runtime.policy.policy import Token
 
 
@@ -108,14 +108,19 @@ class Sequence:
         return self.request.stopping.max_new_tokens - len(self.output_ids)
 
     @property
-    def has_draft_to_verify(self) -> bool:
-        """True if a draft is complete."""
-        return self.speculation is not None and bool(self.speculation.token_ids) and not self.is_drafting
+    def has_draft(self) -> bool:
+        """True if a draft is under way or complete."""
+        return self.speculation is not None and bool(self.speculation.token_ids or self.speculation.is_drafting)
 
-    def begin_draft_if_due(self) -> None:
-        """In mode EXACT, chooses the next draft unless one is under way."""
-        if self.speculation is not None and not self.speculation.token_ids:
-            self.speculation.begin(self.num_tokens_left)
+    def wanted_draft(self, costs: DraftCosts | None) -> WantedDraft:
+        """Returns the draft that would gain most at these costs."""
+        assert self.speculation is not None
+        return self.speculation.wanted(self.num_tokens_left, costs)
+
+    def begin_draft(self, costs: DraftCosts | None, passes: int | None) -> None:
+        """Chooses the next draft, in so many passes that other sequences share; None: as if this one were alone."""
+        assert self.speculation is not None
+        self.speculation.begin(self.num_tokens_left, costs, passes)
 
     def guess(self) -> int | None:
         """Returns the token after the next draft's first row that is worth running beside it; None if none is.
@@ -151,6 +156,12 @@ class Sequence:
         assert self.speculation is not None
         return self._end_with(token_id, len(self.output_ids) + len(self.speculation.token_ids)) is not None
 
+    @property
+    def num_rows_to_verify(self) -> int:
+        """Rows of a pass that verifies the draft: its tokens, and the one before."""
+        assert self.speculation is not None
+        return 1 + len(self.speculation.token_ids)
+
     def take_back_draft(self) -> list[int]:
         """Drops the draft's keys and values; returns the tokens to verify: the last output token, then the draft."""
         assert self.speculation is not None
@@ -166,7 +177,7 @@ class Sequence:
         """
         assert self.speculation is not None
         assert self.assignment.drafting is not None
-        cost = self.assignment.drafting.verification_costs[len(logits) - 1]
+        cost = self.assignment.drafting.verification_costs[len(logits) - 1] if len(logits) > 1 else 1.0
         self.log.add_verification(len(logits), cost)
         num_from_text = self.speculation.num_from_text
         token_ids = self.speculation.verify(logits, likeliest)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dash_runtime.engine.sampling import Sampler
 from dash_runtime.events import SpeculationStatistics
-from dash_runtime.policy.draft_length import FORCED_MATCH, DraftLength
+from dash_runtime.policy.draft_length import FORCED_MATCH, DraftCosts, DraftLength
 
 
 class Proposal(NamedTuple):
@@ -21,6 +21,15 @@ class Proposal(NamedTuple):
 
     token_ids: list[int]
     match: int
+
+
+class WantedDraft(NamedTuple):
+    """A draft that a sequence would make, by the model or without it."""
+
+    num_by_model: int
+    num_free: int
+    expected: float
+    """The output of verifying the free tokens."""
 
 
 class DraftSource(Protocol):
@@ -55,6 +64,8 @@ class Speculation:
         self._text = text
         self._matches: list[int] = []
         self._num_tokens_left = 0
+        self._passes: int | None = None
+        """Passes that the draft has to share with other sequences' drafts; None if it runs alone."""
         self._proposed = Proposal([], 0)
         """The tokens of the text that would follow the draft so far."""
         self._distributions: list[Tensor | None] = []
@@ -87,19 +98,41 @@ class Speculation:
             self._lengths.followed(proposed.match, proposed.token_ids[0] == token_id)
         self._text.append(token_id)
 
-    def begin(self, num_tokens_left: int) -> None:
-        """Chooses the next draft. One from the text is then complete; a `length` of 0 means none."""
+    def wanted(self, num_tokens_left: int, costs: DraftCosts | None) -> WantedDraft:
+        """Returns the draft that would gain most at these costs."""
+        self._lengths.pay(costs)
+        self._num_tokens_left, self._passes = num_tokens_left, None
+        matches: Sequence[int] = [FORCED_MATCH] * len(self._forced_tokens(None))
+        if not matches:
+            match = self._text.propose((), 1).match
+            length, is_from_text = self._lengths.next(num_tokens_left, match=match)
+            if not is_from_text:
+                return WantedDraft(length, 0, 1.0)
+            matches = range(match, match + length)
+        return WantedDraft(0, len(matches), self._lengths.expected(matches))
+
+    def begin(self, num_tokens_left: int, costs: DraftCosts | None = None, passes: int | None = None) -> None:
+        """Chooses the next draft. One from the text is then complete; a `length` of 0 means none.
+
+        Args:
+            costs: what the draft costs beside other sequences; None if this one is alone.
+            passes: passes in which it and others draft before the verification; None if it chooses their number.
+        """
         assert not self.token_ids
-        self._num_tokens_left = num_tokens_left
+        self._lengths.pay(costs)
+        self._num_tokens_left, self._passes = num_tokens_left, passes
         self.go_on()
 
     def go_on(self) -> None:
         """Chooses how the draft goes on: no further, by the model, or without it, which completes it at once."""
-        if self._add_forced():
+        passes = None if self._passes is None else max(0, self._passes - self._matches.count(0))
+        if forced := self._forced_tokens(passes):
+            for token_id in forced:
+                self._add(token_id, FORCED_MATCH, None)
             self.length = len(self.token_ids)
             return
         self._proposed = proposed = self._text.propose(self.token_ids, self._lengths.longest - len(self.token_ids))
-        self.length, is_from_text = self._lengths.next(self._num_tokens_left, self._matches, proposed.match)
+        self.length, is_from_text = self._lengths.next(self._num_tokens_left, self._matches, proposed.match, passes)
         if not is_from_text:
             return
         for place, token_id in enumerate(proposed.token_ids[: self.length - len(self.token_ids)]):
@@ -107,21 +140,16 @@ class Speculation:
 
     def guess(self) -> int | None:
         """Returns the text's next token if the model should run it beside the draft's last one, and draft two."""
-        has_room = self.length - len(self.token_ids) > 1
+        has_room = self._passes is None and self.length - len(self.token_ids) > 1
         return self._proposed.token_ids[0] if has_room and self._lengths.guess_pays(self._proposed.match) else None
 
-    def _add_forced(self) -> bool:
-        """Adds the tokens that the output has to go on with, if that pays."""
+    def _forced_tokens(self, passes: int | None) -> list[int]:
+        """Returns the tokens that the output has to go on with, if verifying them pays."""
         if self._forced is None:
-            return False
+            return []
         room = min(self._lengths.longest, self._num_tokens_left - 1) - len(self.token_ids)
         forced = self._forced.forced(room) if room > 0 else []
-        matches = [FORCED_MATCH] * len(forced)
-        if not forced or not self._lengths.pays([*self._matches, *matches]):
-            return False
-        for token_id in forced:
-            self._add(token_id, FORCED_MATCH, None)
-        return True
+        return forced if self._lengths.pays([*self._matches, *[FORCED_MATCH] * len(forced)], passes) else []
 
     def draft(self, logits: Tensor, cost: float, likeliest_id: int | None = None) -> int:
         """Adds and returns the next token of the draft, from the drafting path's float32 `[vocab_size]` logits.

@@ -26,26 +26,40 @@ class TextDrafts:
         self._length = len(prompt)
         self._tokens = numpy.zeros(len(prompt) + num_more, numpy.int32)
         self._tokens[: self._length] = prompt
+        self._after_output: tuple[int, int] | None = None
+        """What `_find` returned for the text as it is, without a draft."""
 
     def append(self, token_id: int) -> None:
         self._tokens[self._length] = token_id
         self._length += 1
+        self._after_output = None
 
     def propose(self, drafted: Sequence[int], count: int) -> Proposal:
+        if not drafted and self._after_output is not None:
+            place, match = self._after_output
+        else:
+            place, match = self._find(drafted)
+            self._after_output = self._after_output if drafted else (place, match)
+        if not match:
+            return Proposal([], 0)
+        end = self._length + len(drafted)
+        token_ids = self._tokens[place : min(end, place + count)].tolist()
+        while len(token_ids) < count:  # a match that reaches the end goes on as it did so far
+            token_ids.append(token_ids[place - end])
+        return Proposal(token_ids, match)
+
+    def _find(self, drafted: Sequence[int]) -> tuple[int, int]:
+        """Returns where the text goes on, and how many tokens before agree; none if it never had the last one."""
         end = self._length + len(drafted)
         self._tokens[self._length : end] = drafted
         text = self._tokens[:end]
         places, match = _places_after_longest_match(text)
         if not match:
-            return Proposal([], 0)
+            return end, 0
         followers = text[places].tolist()
         counts = Counter(reversed(followers))  # of equally frequent ones, the latest comes first
         best = max(counts, key=counts.__getitem__)
-        place = int(places[len(followers) - 1 - followers[::-1].index(best)])
-        token_ids = text[place : place + count].tolist()
-        while len(token_ids) < count:  # a match that reaches the end goes on as it did so far
-            token_ids.append(token_ids[place - end])
-        return Proposal(token_ids, match)
+        return int(places[len(followers) - 1 - followers[::-1].index(best)]), match
 
 
 def _places_after_longest_match(text: numpy.ndarray) -> tuple[numpy.ndarray, int]:

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.config import Mode, PolicyFacts, SkipOptions, find_policy
 from dash_runtime.layers.compensation import Compensation
-from dash_runtime.policy.draft_length import LEAST_GAIN, USUAL_SECOND_ROW, every_length
+from dash_runtime.policy.draft_length import LEAST_GAIN, MOST_BY_TEXT, USUAL_SECOND_ROW, every_length
 from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.frontier import Frontier
 from dash_runtime.policy.learned import LearnedPolicy
-from dash_runtime.policy.policy import FixedPlan, Policy, fixed_action_plan, full_depth
+from dash_runtime.policy.policy import FixedPlan, Policy, cheapest_kernel, fixed_action_plan, full_depth
 
 FRONTIER = "frontier"
 """The name under which callers find what ADAPTIVE runs if they name no policy."""
@@ -167,7 +167,7 @@ class PolicyCatalog:
             policy = self._made_plans.setdefault(
                 f"{policy.name} with the cheapest head", replace(policy, head=self._head)
             )
-        longest = skip.draft_length or len(self._verification_costs)
+        longest = min(MOST_BY_TEXT, skip.draft_length or MOST_BY_TEXT)
         lengths = {length: cost for length, cost in self._verification_costs.items() if length <= longest}
         draft_cost = min(budget, self._unskipped_cost(policy))
         drafting = Drafting(draft_cost, lengths, self._least_drafting_gain, self._second_row)
@@ -178,6 +178,12 @@ class PolicyCatalog:
         actions = {*policy.score_actions, *policy.pinned.values()} - {Action.SKIP} or {Action.FULL}
         cheapest = min(actions, key=lambda action: self._costs.layer[action])
         return self._costs.token_cost((cheapest,) * self._costs.num_layers, self._head, policy.num_evaluations)
+
+    @property
+    def usual_draft_cost(self) -> float:
+        """The cost of a token that the cheapest kernel drafts."""
+        action = cheapest_kernel(self._actions)
+        return self._costs.token_cost((action,) * self._costs.num_layers, self._head)
 
     def _make_static(self) -> FixedPlan | None:
         """Returns the cheapest kernel for every layer: a drafter that needs no decisions. None if FULL is the

@@ -10,11 +10,13 @@ from itertools import accumulate, pairwise, repeat
 from operator import mul
 from typing import NamedTuple
 
-MEASURED_LENGTHS = (1, 3, 4, 7, 8, 15, 31)
+MEASURED_LENGTHS = (1, 3, 4, 7, 8, 15, 16, 31, 63)
 """Draft lengths whose verification is measured; those in between are interpolated. Kernels take rows in groups, so the
 cost makes a step after 4, 8 and 16 rows: a draft and the token before it."""
+MOST_BY_TEXT = 31
+"""Tokens that the text drafts at a time at most. Drafts of several sequences have more rows together."""
 MOST_BY_MODEL = 15
-"""Tokens that the model drafts at a time at most; the text may draft more."""
+"""Tokens that the model drafts at a time at most."""
 USUAL_LENGTHS = (3, 7)
 USUAL_VERIFICATION_COST = 1.4
 """Cost of verifying a draft of usual length, over a full-depth token. Calibration assumes it: it knows no device."""
@@ -74,6 +76,17 @@ def every_length(costs: Mapping[int, float]) -> dict[int, float]:
     return filled
 
 
+class DraftCosts(NamedTuple):
+    """What a sequence pays for its drafts, as shares of its part of a full-depth pass."""
+
+    offset: float
+    """Of a pass that drafts, beside the drafted token."""
+    drafts: Sequence[float]
+    """Of so many drafted tokens in a row, from 0 to `MOST_BY_MODEL`, over what one costs by the device's table."""
+    verification: Mapping[int, float]
+    """Of the verifying pass, for each length that a draft may have, ascending from 1."""
+
+
 class NextDraft(NamedTuple):
     """A draft's length, and whether the tokens that it lacks come from the text instead of the model."""
 
@@ -103,7 +116,7 @@ class _Acceptance:
 
 
 class DraftLength:
-    """Chooses the drafts of one sequence.
+    """Chooses the drafts of one sequence, which runs alone or in step with others.
 
     Every drafted token has a *match*: the number of tokens before it that the text had before, `FORCED_MATCH`, or 0 if
     the model drafted it. The model's tokens are counted when they are verified. What the text proposes is compared with
@@ -111,7 +124,8 @@ class DraftLength:
 
     Args:
         draft_cost: expected cost of a token that the model drafts before any was, as a share of a full-depth token.
-        verification_costs: cost of the verifying pass by a draft's length, likewise; see `every_length`.
+        verification_costs: cost of the verifying pass by a draft's length, likewise; see `every_length`. The longest is
+            the most that a draft may have.
         least_gain: expected gain below which nothing is drafted.
         second_row: what a second row adds to a drafting pass, as a share of the first.
     """
@@ -123,66 +137,92 @@ class DraftLength:
         least_gain: float = LEAST_GAIN,
         second_row: float = USUAL_SECOND_ROW,
     ) -> None:
-        self._verification_costs = every_length(verification_costs)
+        self._alone = DraftCosts(0.0, range(MOST_BY_MODEL + 1), every_length(verification_costs))
+        self._costs, self.longest = self._alone, len(self._alone.verification)
+        """`longest`: the most tokens that a draft may have."""
         self._least_gain = least_gain
         self._second_row = second_row
         self._model = _Acceptance(*_MODEL_PRIOR)
         self._text = [_Acceptance(prior * _TEXT_TRIALS, _TEXT_TRIALS) for prior in _TEXT_PRIORS]
         self._draft_cost, self._num_drafted = draft_cost, 1
 
-    @property
-    def longest(self) -> int:
-        """The most tokens that a draft may have."""
-        return len(self._verification_costs)
+    def pay(self, costs: DraftCosts | None) -> None:
+        """Takes the costs of the next draft; None: those of a sequence that runs alone."""
+        self._costs = costs or self._alone
+        self.longest = min(len(self._costs.verification), len(self._alone.verification))
 
     def acceptance(self, match: int = 0) -> float:
         """Returns the estimated probability that a drafted token is accepted if those before it were."""
         return _FORCED_RATE if match == FORCED_MATCH else self._counts(match).rate
 
-    def next(self, num_tokens_left: int, matches: Sequence[int] = (), match: int = 0) -> NextDraft:
+    def next(
+        self, num_tokens_left: int, matches: Sequence[int] = (), match: int = 0, passes: int | None = None
+    ) -> NextDraft:
         """Returns how to go on with a draft, by the expected output for its cost; a length of 0 is none at all.
 
         Args:
             num_tokens_left: tokens that may still be put out. A verification puts out one more than the draft has.
             matches: of the tokens that were drafted so far.
             match: of the token that the text proposes next; 0 if it proposes none.
+            passes: passes that will draft before the verification, whether this sequence drafts in them or not; None if
+                it decides that itself.
         """
-        drafted = len(matches)
+        drafted, paid = len(matches), passes or 0
         room = min(self.longest, num_tokens_left - 1) - drafted
-        best, best_gain = NextDraft(drafted, False), self._gain(matches) if drafted else self._least_gain
-        by_model = repeat(self._model.rate, min(room, MOST_BY_MODEL - drafted))
-        by_text = map(self.acceptance, range(match, match + room if match else match))
-        for is_from_text, rates, cost in ((False, by_model, self._draft_cost), (True, by_text, 0.0)):
-            num_more, gain = self._best_continuation(matches, rates, cost)
+        best = NextDraft(drafted, False)
+        best_gain = self._gain(matches, paid) if drafted or paid else self._least_gain
+        num_paid = matches.count(0) + paid
+        by_model = range(1, max(0, min(room, MOST_BY_MODEL - drafted if passes is None else passes)) + 1)
+        costs = [self._cost_of(num_paid + (more if passes is None else 0)) for more in by_model]
+        continuations = (
+            (False, repeat(self._model.rate), costs),
+            (
+                True,
+                map(self.acceptance, range(match, match + room if match else match)),
+                repeat(self._cost_of(num_paid)),
+            ),
+        )
+        for is_from_text, acceptances, drafting_costs in continuations:
+            num_more, gain = self._best_continuation(matches, acceptances, drafting_costs)
             if gain > best_gain:
                 best, best_gain = NextDraft(drafted + num_more, is_from_text), gain
         return best
 
     def _best_continuation(
-        self, matches: Sequence[int], acceptances: Iterable[float], token_cost: float
+        self, matches: Sequence[int], acceptances: Iterable[float], costs: Iterable[float]
     ) -> tuple[int, float]:
-        """Returns how many more tokens of these acceptances and this cost gain most, and what they gain."""
+        """Returns how many more tokens of these acceptances gain most, and what they gain. `costs` are those of
+        drafting, all in all, for each number of more tokens."""
         expected, chance = self._expected(matches)
-        drafted, cost = len(matches), self._draft_cost * matches.count(0)
+        drafted = len(matches)
         best, best_gain = 0, 0.0
-        for num_more, acceptance in enumerate(acceptances, start=1):
+        for num_more, (acceptance, cost) in enumerate(zip(acceptances, costs, strict=False), start=1):
             chance *= acceptance
             expected += chance
-            cost += token_cost
-            gain = expected / (cost + self._verification_costs[drafted + num_more])
+            gain = expected / (cost + self._costs.verification[drafted + num_more])
             if gain > best_gain:
                 best, best_gain = num_more, gain
             elif num_more >= best + _PATIENCE:
                 break
         return best, best_gain
 
-    def pays(self, matches: Sequence[int]) -> bool:
-        """Returns True if verifying a draft of tokens with these matches gains anything."""
-        return self._gain(matches) >= self._least_gain
+    def expected(self, matches: Iterable[int]) -> float:
+        """Returns the expected output of verifying tokens with these matches."""
+        return self._expected(matches)[0]
 
-    def _gain(self, matches: Sequence[int]) -> float:
-        cost = self._draft_cost * matches.count(0) + self._verification_costs[len(matches)]
-        return self._expected(matches)[0] / cost
+    def pays(self, matches: Sequence[int], passes: int | None = None) -> bool:
+        """Returns True if verifying a draft of tokens with these matches gains anything."""
+        return self._gain(matches, passes or 0) >= self._least_gain
+
+    def _cost_of(self, num_by_model: int) -> float:
+        """Returns the cost of drafting so many tokens with the model."""
+        offset, drafts, _ = self._costs
+        return offset * num_by_model + self._draft_cost * drafts[num_by_model]
+
+    def _gain(self, matches: Sequence[int], paid: int) -> float:
+        """Returns the gain of verifying these tokens, or none, after so many more passes."""
+        verification = self._costs.verification[len(matches)] if matches else 1.0
+        return self._expected(matches)[0] / (self._cost_of(matches.count(0) + paid) + verification)
 
     def guess_pays(self, match: int) -> bool:
         """Returns True if the model should run the text's next token, with this match, in the pass that drafts it: a

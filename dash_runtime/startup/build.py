@@ -39,6 +39,7 @@ from dash_runtime.linears.dense_linear import kept_trials
 from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.policy.draft_costs import RoundCosts
 from dash_runtime.policy.draft_length import LEAST_GAIN
 from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.learned import LearnedPolicy
@@ -49,6 +50,7 @@ from dash_runtime.rows.library import RowsLibrary, code_digest, load_rows
 from dash_runtime.startup.calibration import DeviceCalibration
 from dash_runtime.startup.cost_keeper import CostKeeper
 from dash_runtime.startup.faster_kernels import faster_actions, product_seconds
+from dash_runtime.startup.measure import ROUND_SIZES
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.startup.memory_plan import free_rooms, model_bytes, place_on
 from dash_runtime.startup.model_facts import model_facts
@@ -184,6 +186,13 @@ def build_engine(
         planner = (
             HighestAction() if has_graphs else GroupPlanner(calibration.latencies(decoder, compensation, progress))
         )
+    counts = tuple(count for count in ROUND_SIZES if count <= (1 if has_graphs else config.num_slots))
+    round_costs = RoundCosts(
+        calibration.round_seconds(decoder, counts, progress),
+        catalog.usual_draft_cost,
+        verification_costs,
+        options.least_drafting_gain,
+    )
 
     def replace_costs(replaced: MeasuredCosts) -> None:
         catalog.replace_costs(replaced.table)
@@ -193,7 +202,14 @@ def build_engine(
     keeper = CostKeeper(costs, measurement, replace_costs, progress) if options.checks_kept_costs else None
     constraints = ConstraintCompiler(tokenizer_file(folder), model.vocab_size, model.eos_token_ids)
     engine = assemble_engine(
-        decoder, catalog, config, context_length, planner=planner, cost_watch=keeper, constraints=constraints
+        decoder,
+        catalog,
+        config,
+        context_length,
+        planner=planner,
+        cost_watch=keeper,
+        constraints=constraints,
+        round_costs=round_costs,
     )
     if has_graphs:
         progress("capturing graphs")
@@ -212,6 +228,7 @@ def assemble_engine(
     planner: Planner | None = None,
     cost_watch: CostWatch | None = None,
     constraints: ConstraintCompiler | None = None,
+    round_costs: RoundCosts | None = None,
 ) -> Engine:
     """Returns an engine over a decoder that was made for `context_length` positions.
 
@@ -219,7 +236,7 @@ def assemble_engine(
     """
     facts = model_facts(decoder, config, catalog.facts(), context_length, eos_token_ids)
     lane = make_lane(config.lane, *decoder.placed_on, static_input=decoder.static_input)
-    return Engine(decoder, catalog, lane, facts, config, planner, cost_watch, constraints)
+    return Engine(decoder, catalog, lane, facts, config, planner, cost_watch, constraints, round_costs)
 
 
 def suited(shipped: Sequence[LearnedPolicy], has_streams: bool) -> list[LearnedPolicy]:

@@ -26,11 +26,12 @@ from dash_runtime.layers.compensation import Compensation, make_compensation
 from dash_runtime.policy.draft_length import MEASURED_LENGTHS
 from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.plan_spec import PlanSpec
+from dash_runtime.policy.policy import cheapest_kernel
 from dash_runtime.progress import Progress
 from dash_runtime.rollout.task import Task
 from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.startup.fit_compensation import NUM_SEQUENCES, SEQUENCE_LENGTH, fit_compensation
-from dash_runtime.startup.measure import measure_second_row, measure_verification
+from dash_runtime.startup.measure import measure_rounds, measure_second_row, measure_verification
 from dash_runtime.startup.measure_latency import measure_latencies
 from dash_runtime.startup.plan_search import search_plans, search_text
 
@@ -73,8 +74,9 @@ class DeviceCalibration:
         self._compensation_file = folder / f"compensation-{digest(key)}.safetensors"
         self._costs_file = folder / f"costs-{digest((*key, *device))}.json"
         self._plans_file = folder / f"plans-{digest((*key, *device))}.json"
-        self._verification_file = folder / f"verification-{digest((*key, *device))}.json"
+        self._verification_file = folder / f"verification-{digest((*key, *device, MEASURED_LENGTHS))}.json"
         self._second_row_file = folder / f"second-row-{digest((*key, *device))}.json"
+        self._rounds_file = folder / f"rounds-{digest((*key, *device))}.json"
         self._latencies_file = folder / f"latencies-{digest((*key, *device))}.json"
         self._checks_kept = checks_kept
         self._measure_latencies = measure_latencies
@@ -189,6 +191,17 @@ class DeviceCalibration:
         _write_json(self._second_row_file, {"share": share})
         return share
 
+    def round_seconds(self, decoder: Decoder, counts: tuple[int, ...], progress: Progress) -> tuple[LatencyTable, ...]:
+        """Returns the seconds of passes of so many sequences that draft in step; see `measure_rounds`."""
+        actions = {Action.FULL, cheapest_kernel(decoder.actions)}
+        kept = _read(self._rounds_file, _rounds_from_json)
+        if kept and all(own.rows == counts and set(own.seconds) == actions for own in kept):
+            return kept
+        progress("measuring what drafting together takes here (kept for later starts)")
+        measured = measure_rounds(decoder, counts)
+        _write_json(self._rounds_file, {"passes": [own.to_json() for own in measured]})
+        return measured
+
     def verification_costs(self, decoder: Decoder, progress: Progress) -> dict[int, float]:
         """Returns the cost of verifying drafts of some lengths, as shares of a full-depth token."""
         kept = _read(self._verification_file, _verification_from_json)
@@ -227,6 +240,10 @@ def _plans_from_json(facts: dict[str, Any], actions: list[str]) -> tuple[Measure
     if not plans or facts["actions"] != actions:
         raise ValueError
     return plans
+
+
+def _rounds_from_json(facts: dict[str, Any]) -> tuple[LatencyTable, ...]:
+    return tuple(map(LatencyTable.from_json, facts["passes"]))
 
 
 def _verification_from_json(facts: dict[str, Any]) -> dict[int, float]:

@@ -4,6 +4,7 @@ Takes minima of interleaved rounds, since other work on the machine only adds ti
 requests.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -11,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from dash_runtime.actions import Action
+from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Identity
@@ -22,6 +23,10 @@ _Work = TypeVar("_Work")
 
 _CONTEXT_TOKENS = 256
 _ROUNDS = 12
+ROUND_SIZES = (1, 2, 4, 8, 16)
+"""Numbers of sequences whose rounds of drafts are measured; others are interpolated or extrapolated."""
+_DRAFTS = 8
+"""Passes of a round that draft: then the drafts' weights are in the caches, if there is room."""
 SECONDS = 6.0
 """Time that one measurement may take. Beside a busy process a pass takes thirty times as long, since threads wait for
 each other; a few rounds must do then."""
@@ -44,7 +49,12 @@ def measure_verification(
         batch = decoder.batch(PassKind.VERIFY, [cache], [count], [Identity()])
         decoder.run_tokens(Action.FULL, different_tokens(decoder, count), batch, Action.FULL, PassKind.VERIFY)
 
-    works = {length: partial(timed, decoder, partial(run_pass, length)) for length in (0, *fitting)}
+    def run_token() -> float:
+        run_pass(0)  # leaves the caches as decoding does
+        return timed(decoder, partial(run_pass, 0))
+
+    works: dict[int, Callable[[], float]] = {0: run_token}
+    works |= {length: partial(timed, decoder, partial(run_pass, length)) for length in fitting}
     seconds = least_seconds(works, rounds_within(SECONDS, rounds, now))
     # A shorter draft never takes longer: where it did, other work added time.
     return {length: min(seconds[longer] for longer in fitting if longer >= length) / seconds[0] for length in fitting}
@@ -68,6 +78,41 @@ def measure_second_row(decoder: Decoder, rounds: int = _ROUNDS, now: Callable[[]
     works = {count: partial(timed, decoder, partial(run_pass, count)) for count in (1, 2)}
     seconds = least_seconds(works, rounds_within(SECONDS / 3, rounds, now))
     return max(0.0, seconds[2] / seconds[1] - 1)
+
+
+@torch.inference_mode()
+def measure_rounds(
+    decoder: Decoder, counts: tuple[int, ...], rounds: int = _ROUNDS, now: Callable[[], float] = time.monotonic
+) -> tuple[LatencyTable, ...]:
+    """Measures the passes of sequences that draft in step, by the number of sequences: whole ones, head included.
+
+    Returns for each place in a round the seconds in FULL, which are the same, and in the cheapest kernel and head.
+    Full depth leaves nearly all caches without the drafts' weights. Where these fit into a cache, the first passes
+    after it take up to twice the time of later ones.
+    """
+    action, head = cheapest_kernel(decoder.actions), min(decoder.heads)
+    caches = filled_caches(decoder, max(counts))
+    batches = {
+        count: decoder.batch(PassKind.DECODE, caches[:count], [1] * count, [Identity()] * count) for count in counts
+    }
+
+    def seconds(count: int, own: Action, own_head: Action) -> float:
+        arguments = own, different_tokens(decoder, count), batches[count], own_head, PassKind.DECODE
+        return timed(decoder, lambda: decoder.run_tokens(*arguments))
+
+    def take_round(count: int) -> list[float]:
+        """Returns the seconds of a pass in FULL after another one, and of each drafting pass after it."""
+        full = [seconds(count, Action.FULL, Action.FULL) for _ in range(2)]
+        return [full[-1], *(seconds(count, action, head) for _ in range(_DRAFTS))]
+
+    least = {count: [math.inf] * (1 + _DRAFTS) for count in counts}
+    for number in rounds_within(SECONDS / 2, rounds, now):
+        for count in counts:
+            taken = take_round(count)
+            if number > 0:
+                least[count] = list(map(min, least[count], taken))
+    full, *drafts = zip(*(least[count] for count in counts), strict=True)
+    return tuple(LatencyTable(counts, {action: own, Action.FULL: full}) for own in drafts)
 
 
 def least_seconds(works: Mapping[_Work, Callable[[], float]], rounds: Iterable[int]) -> dict[_Work, float]:

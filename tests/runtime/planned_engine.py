@@ -8,6 +8,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.engine.engine import Engine
 from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.policy.draft_costs import RoundCosts
 from dash_runtime.policy.draft_length import LEAST_GAIN, USUAL_SECOND_ROW
 from dash_runtime.policy.fixed_plans import MeasuredPlan, named
 from dash_runtime.startup.build import assemble_engine
@@ -33,9 +34,10 @@ def make_engine(
     least_gain: float = LEAST_GAIN,
     constraints: ConstraintCompiler | None = None,
     second_row: float = USUAL_SECOND_ROW,
+    round_costs: RoundCosts | None = None,
     **options: int,
 ) -> Engine:
     config = EngineConfig(**options)  # type: ignore[arg-type]
     drafting = verification_costs, least_gain, PLANS, second_row
     catalog = PolicyCatalog(COSTS, ACTIONS, some_affine(decoder), (), 0.8, *drafting)
-    return assemble_engine(decoder, catalog, config, 512, eos, constraints=constraints)
+    return assemble_engine(decoder, catalog, config, 512, eos, constraints=constraints, round_costs=round_costs)

@@ -13,6 +13,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.cost_fit import CostSpread, MeasuredCosts
 from dash_runtime.layers.compensation import Compensation, Identity
 from dash_runtime.policy.draft_length import MEASURED_LENGTHS
+from dash_runtime.policy.policy import cheapest_kernel
 from dash_runtime.startup.calibration import DeviceCalibration
 from tests.runtime.support import load_decoder
 from tests.tiny_models import save_tiny_model
@@ -254,6 +255,27 @@ def test_the_second_row_of_a_draft_is_measured_once_and_again_if_its_file_is_dam
         file.write_text(damage)
         assert DeviceCalibration(tmp_path, MODEL, DEVICE).second_row(decoder, said.append) >= 0
     assert len(said) == 5
+
+
+def test_rounds_of_drafts_are_measured_once_and_again_for_other_counts_or_if_their_file_is_damaged(
+    decoder: Decoder, tmp_path: Path
+) -> None:
+    said: list[str] = []
+
+    def rounds(*counts: int) -> tuple[LatencyTable, ...]:
+        return DeviceCalibration(tmp_path, MODEL, DEVICE).round_seconds(decoder, counts, said.append)
+
+    first = rounds(1, 2)
+    assert rounds(1, 2) == first
+    assert len(said) == 1
+    assert all(own.rows == (1, 2) and min(own.seconds[cheapest_kernel(decoder.actions)]) > 0 for own in first)
+    assert all(own.seconds[Action.FULL] == first[0].seconds[Action.FULL] for own in first)
+    assert rounds(1)[0].rows == (1,)
+    (file,) = tmp_path.glob("rounds-*.json")
+    for damage in ("", "[]", '{"passes": []}', '{"passes": [{}]}', '{"passes": 3}'):
+        file.write_text(damage)
+        assert rounds(1)[0].rows == (1,)
+    assert len(said) == 7
 
 
 def test_verifications_are_measured_once_for_the_lengths_that_fit(decoder: Decoder, tmp_path: Path) -> None:

@@ -2,7 +2,14 @@
 
 import pytest
 
-from dash_runtime.policy.draft_length import MOST_BY_MODEL, DraftLength, NextDraft, drafting_gain, every_length
+from dash_runtime.policy.draft_length import (
+    MOST_BY_MODEL,
+    DraftCosts,
+    DraftLength,
+    NextDraft,
+    drafting_gain,
+    every_length,
+)
 
 CHEAP = {1: 1.2, 3: 1.25, 7: 1.4}
 
@@ -145,3 +152,43 @@ def test_only_the_text_drafts_more_than_the_model_may() -> None:
     for _ in range(300):
         lengths.followed(12, is_right=True)
     assert lengths.next(100, match=12) == NextDraft(31, True)
+
+
+def test_a_sequence_drafts_along_in_passes_that_run_anyway() -> None:
+    lengths = DraftLength(0.45, CHEAP)
+    for _ in range(6):
+        lengths.verified([0, 0], 0)
+    assert lengths.next(100).length == 0
+    assert lengths.next(100, passes=2) == NextDraft(2, False)
+    assert lengths.next(100, [0], passes=1) == NextDraft(2, False)
+    assert lengths.next(2, passes=2) == NextDraft(1, False)
+    # Nor does it draft more by the model than that, however much that would pay.
+    assert DraftLength(0.1, CHEAP).next(100, passes=2).length == 2
+    assert DraftLength(0.1, CHEAP).next(100, passes=0).length == 0
+
+
+def test_a_long_match_is_worth_more_than_passes_that_run_anyway() -> None:
+    assert DraftLength(0.45, CHEAP).next(100, match=12, passes=2) == NextDraft(7, True)
+    assert DraftLength(0.45, CHEAP).next(100, match=1, passes=2) == NextDraft(2, False)
+
+
+def test_a_first_drafted_token_that_costs_more_than_later_ones_makes_drafts_longer_or_none() -> None:
+    lengths = DraftLength(0.3, CHEAP)
+    usual = lengths.next(100).length
+    lengths.pay(DraftCosts(0.0, [0.0, *(2.0 + 0.5 * more for more in range(MOST_BY_MODEL))], every_length(CHEAP)))
+    assert lengths.next(100).length > usual > 1
+    lengths.pay(DraftCosts(0.0, [0.0, *(20.0 + 0.5 * more for more in range(MOST_BY_MODEL))], every_length(CHEAP)))
+    assert lengths.next(100).length == 0
+    lengths.pay(DraftCosts(1.0, range(MOST_BY_MODEL + 1), every_length(CHEAP)))  # each pass costs a token of the others
+    assert lengths.next(100).length == 0
+    lengths.pay(None)
+    assert lengths.next(100).length == usual
+
+
+def test_neighbours_leave_room_for_fewer_tokens() -> None:
+    lengths = DraftLength(0.1, CHEAP)
+    assert lengths.longest == 7
+    lengths.pay(DraftCosts(0.0, range(MOST_BY_MODEL + 1), {1: 1.1, 2: 1.1}))
+    assert lengths.longest == lengths.next(100).length == 2
+    lengths.pay(DraftCosts(0.0, range(MOST_BY_MODEL + 1), {}))
+    assert lengths.next(100, match=12).length == 0

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 
-from dash_runtime.actions import Action
+from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.config import (
     GenerationRequest,
     Mode,
@@ -23,6 +23,7 @@ from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import EngineEvent, SequenceFinished, SpeculationStatistics, TokenProduced
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.policy.catalog import USUAL_VERIFICATION_COSTS
+from dash_runtime.policy.draft_costs import RoundCosts
 from tests.runtime.planned_engine import ACTIONS, make_engine
 from tests.runtime.support import drain, finished, load_decoder, tokens
 
@@ -269,3 +270,49 @@ def test_drafts_of_one_sequence_are_scored_apart_also_where_neighbours_share_pro
     events = run(engine, request("exact", max_new_tokens=60))["exact"]
     assert drafts(events).num_drafted > 0
     assert set(noting.kinds) == {PassKind.VERIFY}
+
+
+DRAFTS_PAY = RoundCosts((LatencyTable((1, 8), {Action.FULL: (10.0, 20.0)}),), 20.0, {1: 0.3, 7: 0.4, 31: 0.5})
+"""Costs by which every draft pays."""
+
+
+def test_sequences_draft_in_step_and_one_pass_verifies_all(decoder: Decoder) -> None:
+    noting = NotingDecoder(decoder)
+    engine = make_engine(noting, round_costs=DRAFTS_PAY)  # type: ignore[arg-type]
+    asked = [request(str(place), prompt, 40) for place, prompt in enumerate(PROMPTS)]
+    together = run(engine, *asked)
+    drafted = sum(drafts(events).num_drafted for events in together.values())
+    assert drafted > 40
+    assert PassKind.DECODE in noting.kinds  # of verifications: those of several sequences
+    for own in asked:
+        full_depth = run(make_engine(decoder), replace(own, skip=FULL))[own.request_id]
+        assert tokens(together[own.request_id]) == tokens(full_depth)
+    verified = [drafts(events).num_verifications for events in together.values()]
+    assert len(noting.kinds) < sum(verified)  # of several sequences at a time
+
+
+def test_sequences_come_and_go_in_the_middle_of_a_round(decoder: Decoder) -> None:
+    engine = make_engine(decoder, round_costs=DRAFTS_PAY)
+    expected = {
+        name: tokens(run(make_engine(decoder), request(name, PROMPTS[int(name)], 30, skip=FULL))[name])
+        for name in "023"
+    }
+    given: dict[str, list[int]] = {name: [] for name in "0123"}
+
+    def step(count: int) -> None:
+        for _ in range(count):
+            for event in engine.step():
+                if isinstance(event, TokenProduced):
+                    given[event.request_id].append(event.token_id)
+
+    for name in "01":
+        engine.submit(request(name, PROMPTS[int(name)], 30))
+    step(3)
+    engine.submit(request("2", PROMPTS[2], 30))
+    step(2)
+    engine.cancel("1")
+    engine.submit(request("3", PROMPTS[3], 30, skip=FULL))
+    while engine.has_work:
+        step(1)
+    assert {name: given[name] for name in "023"} == expected
+    assert engine.num_reserved_cache_tokens == 0

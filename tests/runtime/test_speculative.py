@@ -61,7 +61,9 @@ class Preferred(NoText):
 class TrustsText(DraftLength):
     """Drafts as long as it may: by the text once that proposes a token, with a short match after one by the model."""
 
-    def next(self, num_tokens_left: int, matches: Sequence[int] = (), match: int = 0) -> NextDraft:
+    def next(
+        self, num_tokens_left: int, matches: Sequence[int] = (), match: int = 0, passes: int | None = None
+    ) -> NextDraft:
         return NextDraft(self.longest, match > 1 or (match == 1 and len(matches) == 1))
 
 

@@ -36,7 +36,10 @@ def test_a_match_that_reaches_the_end_goes_on_in_its_period() -> None:
 def test_drafted_tokens_count_as_text_until_others_take_their_place() -> None:
     drafts = TextDrafts([1, 2, 3, 1], 8)
     assert drafts.propose([2], 2) == Proposal([3, 1], 2)
+    assert drafts.propose([], 2) == drafts.propose((), 2) == Proposal([2, 3], 1)
+    assert drafts.propose([2], 2) == Proposal([3, 1], 2)
     drafts.append(4)
+    assert drafts.propose([], 2) == Proposal([], 0)
     drafts.append(1)
     assert drafts.propose((), 2) == Proposal([4, 1], 1)
 

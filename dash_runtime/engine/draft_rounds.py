@@ -1,0 +1,91 @@
+"""When the sequences in mode EXACT draft, and which drafts are verified together. Knows sequences; knows no decoder."""
+
+import math
+from itertools import accumulate
+
+from dash_runtime.engine.sequence import Sequence
+from dash_runtime.engine.speculative import WantedDraft
+from dash_runtime.policy.draft_costs import RoundCosts
+
+
+class DraftRounds:
+    """Has sequences draft in step and verifies all drafts in one pass, so that a pass reads weights once for all.
+
+    A round is a number of passes that draft, as many as its sequences want on average, and a verification. Whose draft
+    is complete waits for the others. If no pass drafts, those sequences have drafts that make the most of the
+    verification together. A lone sequence drafts as far as pays for itself.
+
+    Args:
+        costs: None: a draft costs what its sequence takes it to, neighbours or not.
+        is_shared: False if sequences share no passes: each drafts as if it were alone, and waits for none.
+    """
+
+    def __init__(self, costs: RoundCosts | None, is_shared: bool) -> None:
+        self._costs = costs
+        self._is_shared = is_shared
+        self._passes_left: int | None = None
+
+    def begin(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Begins the drafts that are due. Returns those of the sequences that decode or draft a token next."""
+        drafters = _drafters(sequences)
+        if not drafters:
+            return sequences
+        due = [sequence for sequence in drafters if not sequence.has_draft]
+        if len(due) == len(drafters):
+            due = self._begin_round(due, len(sequences) - len(drafters))
+        num_together = (len(drafters), len(sequences) - len(drafters)) if self._is_shared else (1, 0)
+        costs = None if self._costs is None else self._costs.of(*num_together)
+        for sequence in due:
+            sequence.begin_draft(costs, self._passes_left)
+        if self._passes_left:
+            self._passes_left -= 1
+        waits = self._is_shared and any(sequence.has_draft for sequence in drafters)
+        return [own for own in sequences if own.speculation is None or own.is_drafting or not (waits or own.has_draft)]
+
+    def complete(self, sequences: list[Sequence]) -> list[list[Sequence]]:
+        """Returns the groups of the sequences that are verified now, each in one pass; some may have no draft."""
+        drafters = _drafters(sequences)
+        drafted = [sequence for sequence in drafters if sequence.has_draft and not sequence.is_drafting]
+        if not self._is_shared:
+            return [[sequence] for sequence in drafted]
+        if not drafted or any(sequence.is_drafting for sequence in drafters):
+            return []
+        groups, room = list[list[Sequence]](), 0.0
+        for sequence in drafters:
+            if sequence.num_rows_to_verify > room:
+                groups.append([])
+                room = math.inf if self._costs is None else self._costs.most_rows
+            groups[-1].append(sequence)
+            room -= sequence.num_rows_to_verify
+        return groups
+
+    def _begin_round(self, sequences: list[Sequence], num_others: int) -> list[Sequence]:
+        """Chooses the number of passes that draft. Returns the sequences that have drafts."""
+        self._passes_left = None
+        if self._costs is None or not self._is_shared or len(sequences) == 1:
+            return sequences
+        costs = self._costs.of(len(sequences), num_others)
+        wanted = [sequence.wanted_draft(costs) for sequence in sequences]
+        self._passes_left = round(sum(draft.num_by_model for draft in wanted) / len(wanted))
+        if self._passes_left:
+            return sequences
+        return [sequences[place] for place in _free_drafts_that_pay(wanted, self._costs, num_others)]
+
+
+def _drafters(sequences: list[Sequence]) -> list[Sequence]:
+    return [sequence for sequence in sequences if sequence.speculation is not None]
+
+
+def _free_drafts_that_pay(wanted: list[WantedDraft], costs: RoundCosts, num_others: int) -> list[int]:
+    """Returns the places of the drafts without the model that make the most of one verification; none if none pays."""
+    free = [place for place, draft in enumerate(wanted) if draft.num_free]
+    free.sort(key=lambda place: (1 - wanted[place].expected) / wanted[place].num_free)  # most output for its rows first
+    outputs = accumulate((wanted[place].expected - 1 for place in free), initial=float(len(wanted)))
+    rows = accumulate((wanted[place].num_free for place in free), initial=len(wanted))
+    best, best_gain = 0, costs.least_gain
+    for count, (output, num_rows) in enumerate(zip(outputs, rows, strict=True)):
+        if count > 0 and num_rows <= costs.most_rows:
+            gain = output / len(wanted) / costs.verification(len(wanted), num_others, num_rows)
+            if gain > best_gain:
+                best, best_gain = count, gain
+    return free[:best]

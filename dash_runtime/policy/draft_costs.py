@@ -1,0 +1,71 @@
+"""What drafts and verifications cost sequences that draft together, or beside others.
+
+Knows counts and seconds; knows no sequences and no tokens. Imports no torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
+from itertools import accumulate
+
+from dash_runtime.actions import Action, LatencyTable
+from dash_runtime.policy.draft_length import LEAST_GAIN, MOST_BY_MODEL, DraftCosts, every_length
+
+
+class RoundCosts:
+    """The costs of drafts by the number of sequences.
+
+    A pass reads the weights once for all of its rows. So neighbours make full depth cheaper, and drafts pay less. Every
+    sequence in mode EXACT is taken to draft as far as the others, and pays its part. Those in other modes are taken to
+    decode at full depth in every pass, and lose nothing by the drafts.
+
+    Args:
+        passes: seconds of whole passes in FULL, and in the kernel that drafts, by place in a round; the last holds for
+            later ones too (`startup.measure.measure_rounds`).
+        usual_cost: cost of a token that this kernel drafts, by the device's cost table.
+        verification_costs: cost of verifying a lone sequence's draft by its length, as a share of a full-depth token,
+            of some lengths. No drafts have more rows together than the longest of these.
+        least_gain: expected gain below which nothing is drafted.
+    """
+
+    def __init__(
+        self,
+        passes: Sequence[LatencyTable],
+        usual_cost: float,
+        verification_costs: Mapping[int, float],
+        least_gain: float = LEAST_GAIN,
+    ) -> None:
+        self.least_gain = least_gain
+        self._full = partial(passes[0].cost, Action.FULL)
+        self._drafts = [partial(own.cost, min(own.seconds)) for own in passes]
+        self._usual_cost = usual_cost
+        lengths = every_length(verification_costs)
+        self._by_rows = {1: 1.0} | {length + 1: cost for length, cost in lengths.items()}
+        self.most_rows = max(self._by_rows)
+        self.of = lru_cache(self._of)
+
+    def _of(self, num_drafting: int, num_others: int = 0) -> DraftCosts:
+        """Returns the costs where so many sequences draft, at least one, and so many others decode."""
+
+        def part(seconds: float) -> float:
+            return self._part(num_drafting, num_others, seconds)
+
+        offset = part(0.0)
+        seconds = [own(num_drafting) for own in self._drafts]
+        seconds += seconds[-1:] * (MOST_BY_MODEL - len(seconds))
+        drafts = accumulate(((part(own) - offset) / self._usual_cost for own in seconds), initial=0.0)
+        lengths = range(1, self.most_rows // num_drafting)
+        verification = {
+            length: self.verification(num_drafting, num_others, num_drafting * (length + 1)) for length in lengths
+        }
+        return DraftCosts(offset, tuple(drafts), verification)
+
+    def verification(self, num_drafting: int, num_others: int, num_rows: int) -> float:
+        """Returns one sequence's part of verifying drafts that have so many rows together."""
+        more = self._by_rows[num_rows] - self._by_rows[num_drafting]
+        return self._part(num_drafting, num_others, self._full(num_drafting) + self._full(1) * more)
+
+    def _part(self, num_drafting: int, num_others: int, seconds: float) -> float:
+        """Returns one drafting sequence's part of a pass, less what the others put out meanwhile."""
+        num_all = num_drafting + num_others
+        tokens_per_second = num_all / self._full(num_all)
+        return max(0.0, (tokens_per_second * (self._full(num_others) + seconds) - num_others) / num_drafting)
