@@ -14,19 +14,21 @@ def measure_batches(report: Report, setting: Setting, effort: Effort) -> None:
     ours = setting.ours(setting.adaptive)
     works: dict[str, Work] = {}
     for count in STREAMS:
-        works[f"tokens_per_second_{count}"] = _streaming(f"tokens_per_second_{count}", ours, setting, count, effort)
+        works[f"tokens_per_second_{count}"] = streaming(
+            f"tokens_per_second_{count}", ours, setting, count, effort.stream_tokens
+        )
     if setting.engine_without_planner is not None:
         without = EngineContender(setting.engine_without_planner, setting.adaptive)
         for count in STREAMS:
             name = f"throughput_{count}_planner_off"
-            works[name] = _streaming(name, without, setting, count, effort)
+            works[name] = streaming(name, without, setting, count, effort.stream_tokens)
     full = f"full_depth_tokens_per_second_{_MOST}"
-    works[full] = _streaming(full, setting.ours(FULL_DEPTH), setting, _MOST, effort)
+    works[full] = streaming(full, setting.ours(FULL_DEPTH), setting, _MOST, effort.stream_tokens)
     others = {"transformers": setting.transformers, "llama_cpp": setting.llama_cpp}
     for other, contender in others.items():
         if contender is not None:
             name = f"{other}_tokens_per_second_{_MOST}"
-            works[name] = _streaming(name, contender, setting, _MOST, effort)
+            works[name] = streaming(name, contender, setting, _MOST, effort.stream_tokens)
     values = interleaved(report, "streams", works, effort.rounds)
     for name in works:
         report.add(name, values.get(name, []))
@@ -44,6 +46,7 @@ def measure_batches(report: Report, setting: Setting, effort: Effort) -> None:
     )
 
 
-def _streaming(name: str, contender: Contender, setting: Setting, count: int, effort: Effort) -> Work:
+def streaming(name: str, contender: Contender, setting: Setting, count: int, num_tokens: int) -> Work:
+    """Returns what measures the tokens per second of so many streams together, of so many tokens each."""
     prompts = setting.prompts.streams(count)
-    return lambda: {name: contender.run(prompts, effort.stream_tokens).tokens_per_second}
+    return lambda: {name: contender.run(prompts, num_tokens).tokens_per_second}

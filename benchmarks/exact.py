@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from benchmarks.batches import streaming
 from benchmarks.figures import Report
-from benchmarks.rounds import Effort, progress
+from benchmarks.rounds import Effort, interleaved, progress
 from benchmarks.setting import FULL_DEPTH, Setting
 from dash_runtime.config import GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_runtime.engine.engine import Engine
@@ -19,6 +20,7 @@ from dash_runtime.events import SequenceFinished, SpeculationStatistics, TokenPr
 SKIP_ONLY = SkipOptions(Mode.EXACT, policy_name="smollm2-135m-skip")
 DIVERGENCE_POLICY = SkipOptions(Mode.EXACT, policy_name="smollm2-135m-four-actions")
 _LOOKED_UP_TOKENS = 10
+_STREAMS = {4: "≥ 1.2", 16: "≥ 1"}
 _SHORTEST_ANSWER = 24
 """Tokens; a shorter answer says little about speed."""
 
@@ -66,6 +68,7 @@ def measure_exact(report: Report, setting: Setting, effort: Effort) -> None:
     report.add_ratio("exact_copy_vs_prompt_lookup", copying.speeds, "exact_copy", "prompt_lookup", "≥ 4")
     for name in others:
         report.add_ratio(f"{name}_vs_full_depth", usual.speeds, name, "full_depth")
+    _measure_streams(report, setting, effort)
     for kind, turns in {"": usual, "copy_": copying}.items():
         name = f"transformers_prompt_lookup_{kind}vs_transformers"
         report.add_ratio(name, turns.speeds, "prompt_lookup", "transformers")
@@ -74,7 +77,8 @@ def measure_exact(report: Report, setting: Setting, effort: Effort) -> None:
     report.note(
         f"exact: {len(prompts.exact)} prompts, exact_copy: {len(prompts.copying)} whose answers repeat much of the "
         f"prompt (benchmarks/exact_prompts.py), greedy, {effort.num_tokens} new tokens, or as many as the answer that "
-        f"copies has, bf16, one stream; drafts from the text and by {drafter}; spreads are over the prompts"
+        f"copies has, bf16, one stream; drafts from the text and by {drafter}; spreads are over the prompts. "
+        "exact_vs_full_depth_N: N streams together, from when all have their first token to the last"
     )
     if setting.is_embedded:
         report.note(
@@ -84,6 +88,19 @@ def measure_exact(report: Report, setting: Setting, effort: Effort) -> None:
         f"transformers, same prompts, half as many tokens; assisted: prompt_lookup_num_tokens={_LOOKED_UP_TOKENS}, its "
         "defaults otherwise"
     )
+
+
+def _measure_streams(report: Report, setting: Setting, effort: Effort) -> None:
+    """Adds EXACT's speed over full depth's where several streams run together."""
+    modes = {"full_depth": FULL_DEPTH, "exact": SkipOptions(Mode.EXACT)}
+    works = {
+        f"{name}_{count}": streaming(f"{name}_{count}", setting.ours(skip), setting, count, effort.num_tokens)
+        for count in _STREAMS
+        for name, skip in modes.items()
+    }
+    values = interleaved(report, "exact: streams", works, effort.rounds)
+    for count, target in _STREAMS.items():
+        report.add_ratio(f"exact_vs_full_depth_{count}", values, f"exact_{count}", f"full_depth_{count}", target)
 
 
 class _Turns:

@@ -7,6 +7,12 @@ from dash_runtime.engine.sequence import Sequence
 from dash_runtime.engine.speculative import WantedDraft
 from dash_runtime.policy.draft_costs import RoundCosts
 
+_LEAST_GAIN = 1.2
+"""Expected gain below which drafts of some sequences are not verified: those without one wait for that. It also pays
+for what the costs leave out, which grows with the number of sequences."""
+_LONGEST_REST = 4
+"""Most tokens that several sequences decode before they ask again what would pay."""
+
 
 class DraftRounds:
     """Has sequences draft in step and verifies all drafts in one pass, so that a pass reads weights once for all.
@@ -24,6 +30,8 @@ class DraftRounds:
         self._costs = costs
         self._is_shared = is_shared
         self._passes_left: int | None = None
+        self._num_fruitless = self._rest = 0
+        """Rounds in a row in which nothing paid, and tokens to decode before the next one."""
 
     def begin(self, sequences: list[Sequence]) -> list[Sequence]:
         """Begins the drafts that are due. Returns those of the sequences that decode or draft a token next."""
@@ -64,12 +72,18 @@ class DraftRounds:
         self._passes_left = None
         if self._costs is None or not self._is_shared or len(sequences) == 1:
             return sequences
+        if self._rest:
+            self._rest -= 1
+            return []
         costs = self._costs.of(len(sequences), num_others)
         wanted = [sequence.wanted_draft(costs) for sequence in sequences]
         self._passes_left = round(sum(draft.num_by_model for draft in wanted) / len(wanted))
         if self._passes_left:
             return sequences
-        return [sequences[place] for place in _free_drafts_that_pay(wanted, self._costs, num_others)]
+        places = _free_drafts_that_pay(wanted, self._costs, num_others)
+        self._num_fruitless = 0 if places else min(_LONGEST_REST, self._num_fruitless + 1)
+        self._rest = self._num_fruitless
+        return [sequences[place] for place in places]
 
 
 def _drafters(sequences: list[Sequence]) -> list[Sequence]:
@@ -82,7 +96,7 @@ def _free_drafts_that_pay(wanted: list[WantedDraft], costs: RoundCosts, num_othe
     free.sort(key=lambda place: (1 - wanted[place].expected) / wanted[place].num_free)  # most output for its rows first
     outputs = accumulate((wanted[place].expected - 1 for place in free), initial=float(len(wanted)))
     rows = accumulate((wanted[place].num_free for place in free), initial=len(wanted))
-    best, best_gain = 0, costs.least_gain
+    best, best_gain = 0, _LEAST_GAIN
     for count, (output, num_rows) in enumerate(zip(outputs, rows, strict=True)):
         if count > 0 and num_rows <= costs.most_rows:
             gain = output / len(wanted) / costs.verification(len(wanted), num_others, num_rows)

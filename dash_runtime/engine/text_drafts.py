@@ -1,7 +1,7 @@
 """Drafts from the text itself: what followed the last tokens at an earlier place (prompt lookup, Saxena 2023).
 
-It costs no pass through the model. Searching needs no index: a few comparisons of the whole text find the longest
-match. Knows one sequence's tokens; knows no model, no costs and no counts.
+It costs no pass through the model. Places are known by their last token; where these are many, a few comparisons of the
+whole text find the longest match. Knows one sequence's tokens; knows no model, no costs and no counts.
 """
 
 from collections import Counter
@@ -15,6 +15,10 @@ _LONGEST_MATCH = 16
 """Tokens of a match that are compared. Longer ones say no more, and a text that repeats itself has long ones."""
 
 
+_FEW_PLACES = 16
+"""Places that are compared one by one; more are compared all at once, which takes a few microseconds however few."""
+
+
 class TextDrafts:
     """The tokens of one sequence, prompt first; a `DraftSource`.
 
@@ -23,15 +27,22 @@ class TextDrafts:
     """
 
     def __init__(self, prompt: Sequence[int], num_more: int) -> None:
-        self._length = len(prompt)
-        self._tokens = numpy.zeros(len(prompt) + num_more, numpy.int32)
-        self._tokens[: self._length] = prompt
+        self._tokens: list[int] = []
+        self._array = numpy.zeros(len(prompt) + num_more, numpy.int32)
+        """The same tokens, and those of drafts."""
+        self._places: dict[int, list[int]] = {}
+        """Where the text went on after each token, ascending."""
         self._after_output: tuple[int, int] | None = None
         """What `_find` returned for the text as it is, without a draft."""
+        for token_id in prompt:
+            self.append(token_id)
 
     def append(self, token_id: int) -> None:
-        self._tokens[self._length] = token_id
-        self._length += 1
+        place = len(self._tokens)
+        if place:
+            self._places.setdefault(self._tokens[-1], []).append(place)
+        self._tokens.append(token_id)
+        self._array[place] = token_id
         self._after_output = None
 
     def propose(self, drafted: Sequence[int], count: int) -> Proposal:
@@ -42,24 +53,47 @@ class TextDrafts:
             self._after_output = self._after_output if drafted else (place, match)
         if not match:
             return Proposal([], 0)
-        end = self._length + len(drafted)
-        token_ids = self._tokens[place : min(end, place + count)].tolist()
+        end = len(self._tokens) + len(drafted)
+        token_ids = self._array[place : min(end, place + count)].tolist()
         while len(token_ids) < count:  # a match that reaches the end goes on as it did so far
             token_ids.append(token_ids[place - end])
         return Proposal(token_ids, match)
 
     def _find(self, drafted: Sequence[int]) -> tuple[int, int]:
         """Returns where the text goes on, and how many tokens before agree; none if it never had the last one."""
-        end = self._length + len(drafted)
-        self._tokens[self._length : end] = drafted
-        text = self._tokens[:end]
-        places, match = _places_after_longest_match(text)
+        text = [*self._tokens, *drafted] if drafted else self._tokens
+        if not text:
+            return 0, 0
+        first = len(self._tokens)
+        places = self._places.get(text[-1], [])
+        if drafted:
+            self._array[first : len(text)] = drafted
+            places = [*places, *(place for place in range(max(first, 1), len(text)) if text[place - 1] == text[-1])]
+        if len(places) > _FEW_PLACES:
+            array, match = _places_after_longest_match(self._array[: len(text)])
+            places = array.tolist()
+        else:
+            places, match = _longest_of_few(text, places)
         if not match:
-            return end, 0
-        followers = text[places].tolist()
+            return len(text), 0
+        followers = [text[place] for place in places]
         counts = Counter(reversed(followers))  # of equally frequent ones, the latest comes first
         best = max(counts, key=counts.__getitem__)
-        return int(places[len(followers) - 1 - followers[::-1].index(best)]), match
+        return places[len(followers) - 1 - followers[::-1].index(best)], match
+
+
+def _longest_of_few(text: Sequence[int], places: Sequence[int]) -> tuple[list[int], int]:
+    """Returns what `_places_after_longest_match` does, given all places after the last token."""
+    longest, match = list[int](), 0
+    for place in places:
+        own = 1
+        while own < min(_LONGEST_MATCH, place) and text[place - 1 - own] == text[-1 - own]:
+            own += 1
+        if own > match:
+            longest, match = [], own
+        if own == match:
+            longest.append(place)
+    return longest, match
 
 
 def _places_after_longest_match(text: numpy.ndarray) -> tuple[numpy.ndarray, int]:

@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 from itertools import accumulate
 
 from dash_runtime.actions import Action, LatencyTable
-from dash_runtime.policy.draft_length import LEAST_GAIN, MOST_BY_MODEL, DraftCosts, every_length
+from dash_runtime.policy.draft_length import MOST_BY_MODEL, DraftCosts, every_length
 
 
 class RoundCosts:
@@ -23,8 +23,8 @@ class RoundCosts:
             later ones too (`startup.measure.measure_rounds`).
         usual_cost: cost of a token that this kernel drafts, by the device's cost table.
         verification_costs: cost of verifying a lone sequence's draft by its length, as a share of a full-depth token,
-            of some lengths. No drafts have more rows together than the longest of these.
-        least_gain: expected gain below which nothing is drafted.
+            of some lengths.
+        most_rows: rows of a verification that several sequences share, at most.
     """
 
     def __init__(
@@ -32,15 +32,14 @@ class RoundCosts:
         passes: Sequence[LatencyTable],
         usual_cost: float,
         verification_costs: Mapping[int, float],
-        least_gain: float = LEAST_GAIN,
+        most_rows: int,
     ) -> None:
-        self.least_gain = least_gain
         self._full = partial(passes[0].cost, Action.FULL)
         self._drafts = [partial(own.cost, min(own.seconds)) for own in passes]
         self._usual_cost = usual_cost
         lengths = every_length(verification_costs)
         self._by_rows = {1: 1.0} | {length + 1: cost for length, cost in lengths.items()}
-        self.most_rows = max(self._by_rows)
+        self.most_rows = min(most_rows, max(self._by_rows))
         self.of = lru_cache(self._of)
 
     def _of(self, num_drafting: int, num_others: int = 0) -> DraftCosts:
@@ -53,7 +52,8 @@ class RoundCosts:
         seconds = [own(num_drafting) for own in self._drafts]
         seconds += seconds[-1:] * (MOST_BY_MODEL - len(seconds))
         drafts = accumulate(((part(own) - offset) / self._usual_cost for own in seconds), initial=0.0)
-        lengths = range(1, self.most_rows // num_drafting)
+        most_rows = max(self._by_rows) if num_drafting == 1 else self.most_rows
+        lengths = range(1, most_rows // num_drafting)
         verification = {
             length: self.verification(num_drafting, num_others, num_drafting * (length + 1)) for length in lengths
         }

@@ -35,12 +35,12 @@ from dash_runtime.engine.step_times import CostWatch
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.row_compensation import runs_natively
 from dash_runtime.layers.split_compensation import compensation_over
-from dash_runtime.linears.dense_linear import kept_trials
+from dash_runtime.linears.dense_linear import kept_trials, most_rows_apart
 from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.draft_costs import RoundCosts
-from dash_runtime.policy.draft_length import LEAST_GAIN
+from dash_runtime.policy.draft_length import LEAST_GAIN, MEASURED_LENGTHS
 from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import model_fingerprint
@@ -81,7 +81,7 @@ class BuildOptions:
     measures_costs: bool = False
     """True if the cost table is measured even if one was kept."""
     least_drafting_gain: float = LEAST_GAIN
-    """The least expected speed, as a multiple of full depth's, at which EXACT drafts; 0: it always does."""
+    """The least expected speed, as a multiple of full depth's, at which a lone sequence drafts; 0: it always does."""
 
 
 def build_engine(
@@ -191,7 +191,8 @@ def build_engine(
         calibration.round_seconds(decoder, counts, progress),
         catalog.usual_draft_cost,
         verification_costs,
-        options.least_drafting_gain,
+        # More rows would share products whose rounding depends on their number; where layers run eagerly all do.
+        max(MEASURED_LENGTHS) + 1 if native is None else most_rows_apart(),
     )
 
     def replace_costs(replaced: MeasuredCosts) -> None:

@@ -17,7 +17,7 @@ def passes(first: float = 4.0, later: float = 2.0) -> tuple[LatencyTable, ...]:
     )
 
 
-COSTS = RoundCosts(passes(), 0.2, VERIFICATION)
+COSTS = RoundCosts(passes(), 0.2, VERIFICATION, 64)
 
 
 def test_a_lone_sequence_pays_what_was_measured() -> None:
@@ -46,6 +46,12 @@ def test_drafts_of_more_sequences_cost_more_of_a_full_depth_pass_and_have_no_mor
     assert not COSTS.of(100, 0).verification
 
 
+def test_only_a_lone_sequence_has_more_rows_than_may_be_shared() -> None:
+    costs = RoundCosts(passes(), 0.2, VERIFICATION, 8)
+    assert costs.most_rows == 8
+    assert [len(costs.of(count, 0).verification) for count in (1, 2, 4)] == [15, 3, 1]
+
+
 def test_sequences_that_decode_meanwhile_make_drafts_dearer_by_what_they_lose() -> None:
     alone, beside = COSTS.of(1, 0), COSTS.of(1, 1)
     # Together they would put out 2 tokens in 11 seconds. A drafting pass takes 10 for the other's token, and 4 more.
@@ -56,8 +62,8 @@ def test_sequences_that_decode_meanwhile_make_drafts_dearer_by_what_they_lose() 
 
 def test_a_device_whose_only_kernel_is_full_depth_drafts_at_its_price() -> None:
     full_only = (LatencyTable((1,), {Action.FULL: (10.0,)}),)
-    assert RoundCosts(full_only, 1.0, VERIFICATION).of(1, 0).drafts[2] == pytest.approx(2)
+    assert RoundCosts(full_only, 1.0, VERIFICATION, 64).of(1, 0).drafts[2] == pytest.approx(2)
 
 
 def test_a_model_whose_context_holds_no_draft_has_no_lengths() -> None:
-    assert not RoundCosts(passes(), 0.2, {}).of(1, 0).verification
+    assert not RoundCosts(passes(), 0.2, {}, 64).of(1, 0).verification

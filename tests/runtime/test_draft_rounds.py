@@ -11,7 +11,7 @@ from dash_runtime.policy.draft_length import DraftCosts
 
 NOTHING = WantedDraft(0, 0, 1.0)
 COSTS = RoundCosts(
-    (LatencyTable((1, 64), {Action.INT4: (4.0, 8.0), Action.FULL: (10.0, 12.0)}),), 0.4, {3: 1.0, 4: 2.0, 63: 3.0}
+    (LatencyTable((1, 64), {Action.INT4: (4.0, 8.0), Action.FULL: (10.0, 12.0)}),), 0.4, {3: 1.0, 4: 2.0, 63: 3.0}, 64
 )
 """Up to four rows cost what one does, and a fifth as much again."""
 
@@ -22,7 +22,7 @@ class Fake:
     def __init__(self, wanted: WantedDraft | None) -> None:
         self.wanted = wanted
         self.speculation = wanted and object()
-        self.num_left = self.num_drafted = 0
+        self.num_left = self.num_drafted = self.num_asked = 0
         self.began: list[int | None] = []
 
     @property
@@ -39,6 +39,7 @@ class Fake:
 
     def wanted_draft(self, costs: DraftCosts | None) -> WantedDraft:
         assert self.wanted is not None
+        self.num_asked += 1
         return self.wanted
 
     def begin_draft(self, costs: DraftCosts | None, passes: int | None) -> None:
@@ -117,6 +118,18 @@ def test_of_drafts_without_the_model_those_are_verified_that_gain_most_together(
     fakes = [free(2, 1.5), free(2, 2.8)]
     assert turns(DraftRounds(COSTS, True), fakes) == [("", ["01"])]
     assert [fake.num_drafted for fake in fakes] == [0, 2]
+
+
+def test_after_rounds_in_which_nothing_paid_some_tokens_pass_before_drafts_are_asked_for_again() -> None:
+    rounds, fakes = DraftRounds(COSTS, True), [Fake(NOTHING), Fake(NOTHING)]
+    num_asked = list[int]()
+    for _ in range(20):
+        assert turns(rounds, fakes) == [("01", [])]
+        num_asked.append(fakes[0].num_asked)
+    assert num_asked == [1, 1, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 4, 5, 5, 5, 5, 5, 6]
+    fakes[0].wanted = fakes[1].wanted = WantedDraft(0, 1, 1.9)
+    assert [turns(rounds, fakes) for _ in range(4)] == [[("01", [])]] * 4
+    assert turns(rounds, fakes) == [("", ["01"])]
 
 
 def test_who_comes_meanwhile_joins_for_the_passes_that_are_left() -> None:

@@ -272,7 +272,7 @@ def test_drafts_of_one_sequence_are_scored_apart_also_where_neighbours_share_pro
     assert set(noting.kinds) == {PassKind.VERIFY}
 
 
-DRAFTS_PAY = RoundCosts((LatencyTable((1, 8), {Action.FULL: (10.0, 20.0)}),), 20.0, {1: 0.3, 7: 0.4, 31: 0.5})
+DRAFTS_PAY = RoundCosts((LatencyTable((1, 8), {Action.FULL: (10.0, 20.0)}),), 20.0, {1: 0.3, 7: 0.4, 31: 0.5}, 64)
 """Costs by which every draft pays."""
 
 

@@ -1,5 +1,6 @@
 """Drafts from the text follow its longest and most frequent matches, at a bounded cost."""
 
+import random
 import time
 from collections.abc import Sequence
 
@@ -42,6 +43,30 @@ def test_drafted_tokens_count_as_text_until_others_take_their_place() -> None:
     assert drafts.propose([], 2) == Proposal([], 0)
     drafts.append(1)
     assert drafts.propose((), 2) == Proposal([4, 1], 1)
+
+
+def by_hand(text: Sequence[int]) -> tuple[int, int]:
+    """Returns the token after the longest match, the most frequent and latest one, and the match's length."""
+    matches = {
+        place: next(own for own in range(17) if own == min(16, place) or text[place - 1 - own] != text[-1 - own])
+        for place in range(1, len(text))
+    }
+    longest = max(matches.values(), default=0)
+    followers = [text[place] for place, own in matches.items() if own == longest]
+    return max(reversed(followers), key=followers.count, default=0), longest
+
+
+@pytest.mark.parametrize("num_tokens", [2, 5, 40])
+def test_many_and_few_places_are_searched_alike(num_tokens: int) -> None:
+    source = random.Random(num_tokens)
+    for length in (1, 2, 17, 60, 200):
+        text = [source.randrange(num_tokens) for _ in range(length)]
+        text += text[length // 2 :][:20]  # else long matches are rare
+        for num_drafted in (0, 1, 5):
+            first = max(0, len(text) - num_drafted)
+            proposal = propose(text[:first], 1, text[first:])
+            follower, longest = by_hand(text)
+            assert proposal == (Proposal([follower], longest) if longest else Proposal([], 0))
 
 
 @pytest.mark.parametrize("text", [[7] * 8192, list(range(8192))], ids=["one token repeated", "all different"])
