@@ -13,8 +13,6 @@ from dash_runtime.engine.speculative import Proposal
 
 _LONGEST_MATCH = 16
 """Tokens of a match that are compared. Longer ones say no more, and a text that repeats itself has long ones."""
-
-
 _FEW_PLACES = 16
 """Places that are compared one by one; more are compared all at once, which takes a few microseconds however few."""
 
