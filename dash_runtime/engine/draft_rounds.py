@@ -1,4 +1,7 @@
-"""When the sequences in mode EXACT draft, and which drafts are verified together. Knows sequences; knows no decoder."""
+"""The turns of sequences in mode EXACT: when they draft, and which drafts are verified together.
+
+Knows sequences; knows no decoder.
+"""
 
 import math
 from itertools import accumulate
@@ -6,6 +9,7 @@ from itertools import accumulate
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.engine.speculative import WantedDraft
 from dash_runtime.policy.draft_costs import RoundCosts
+from dash_runtime.policy.draft_length import DraftCosts
 
 _LEAST_GAIN = 1.2
 """Expected gain below which drafts of some sequences are not verified: those without one wait for that. It also pays
@@ -38,11 +42,12 @@ class DraftRounds:
         drafters = _drafters(sequences)
         if not drafters:
             return sequences
+        num_others = len(sequences) - len(drafters)
+        together = (len(drafters), num_others) if self._is_shared else (1, 0)
+        costs = None if self._costs is None else self._costs.of(*together)
         due = [sequence for sequence in drafters if not sequence.has_draft]
         if len(due) == len(drafters):
-            due = self._begin_round(due, len(sequences) - len(drafters))
-        num_together = (len(drafters), len(sequences) - len(drafters)) if self._is_shared else (1, 0)
-        costs = None if self._costs is None else self._costs.of(*num_together)
+            due = self._begin_round(due, num_others, costs)
         for sequence in due:
             sequence.begin_draft(costs, self._passes_left)
         if self._passes_left:
@@ -67,7 +72,7 @@ class DraftRounds:
             room -= sequence.num_rows_to_verify
         return groups
 
-    def _begin_round(self, sequences: list[Sequence], num_others: int) -> list[Sequence]:
+    def _begin_round(self, sequences: list[Sequence], num_others: int, costs: DraftCosts | None) -> list[Sequence]:
         """Chooses the number of passes that draft. Returns the sequences that have drafts."""
         self._passes_left = None
         if self._costs is None or not self._is_shared or len(sequences) == 1:
@@ -75,7 +80,6 @@ class DraftRounds:
         if self._rest:
             self._rest -= 1
             return []
-        costs = self._costs.of(len(sequences), num_others)
         wanted = [sequence.wanted_draft(costs) for sequence in sequences]
         self._passes_left = round(sum(draft.num_by_model for draft in wanted) / len(wanted))
         if self._passes_left:

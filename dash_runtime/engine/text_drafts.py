@@ -29,9 +29,9 @@ class TextDrafts:
         self._array = numpy.zeros(len(prompt) + num_more, numpy.int32)
         """The same tokens, and those of drafts."""
         self._places: dict[int, list[int]] = {}
-        """Where the text went on after each token, ascending."""
+        """The places after each token, ascending."""
         self._after_output: tuple[int, int] | None = None
-        """What `_find` returned for the text as it is, without a draft."""
+        """The place and the match that `_find` returned for the text without a draft."""
         for token_id in prompt:
             self.append(token_id)
 

@@ -177,13 +177,16 @@ class PolicyCatalog:
         """Returns the cost on this device of a token for which the policy skips nothing."""
         actions = {*policy.score_actions, *policy.pinned.values()} - {Action.SKIP} or {Action.FULL}
         cheapest = min(actions, key=lambda action: self._costs.layer[action])
-        return self._costs.token_cost((cheapest,) * self._costs.num_layers, self._head, policy.num_evaluations)
+        return self._draft_cost(cheapest, policy.num_evaluations)
 
     @property
     def usual_draft_cost(self) -> float:
         """The cost of a token that the cheapest kernel drafts."""
-        action = cheapest_kernel(self._actions)
-        return self._costs.token_cost((action,) * self._costs.num_layers, self._head)
+        return self._draft_cost(cheapest_kernel(self._actions))
+
+    def _draft_cost(self, action: Action, num_evaluations: int = 0) -> float:
+        """Returns the cost of a token with this action in all layers and the cheapest head."""
+        return self._costs.token_cost((action,) * self._costs.num_layers, self._head, num_evaluations)
 
     def _make_static(self) -> FixedPlan | None:
         """Returns the cheapest kernel for every layer: a drafter that needs no decisions. None if FULL is the

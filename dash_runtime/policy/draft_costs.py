@@ -1,4 +1,4 @@
-"""What drafts and verifications cost sequences that draft together, or beside others.
+"""The costs of drafts and verifications where several sequences draft, or others decode beside them.
 
 Knows counts and seconds; knows no sequences and no tokens. Imports no torch.
 """

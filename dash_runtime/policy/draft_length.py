@@ -77,14 +77,14 @@ def every_length(costs: Mapping[int, float]) -> dict[int, float]:
 
 
 class DraftCosts(NamedTuple):
-    """What a sequence pays for its drafts, as shares of its part of a full-depth pass."""
+    """The costs of one sequence's drafts, as shares of its part of a full-depth pass."""
 
     offset: float
-    """Of a pass that drafts, beside the drafted token."""
+    """The cost of a pass that drafts, beside the drafted token."""
     drafts: Sequence[float]
-    """Of so many drafted tokens in a row, from 0 to `MOST_BY_MODEL`, over what one costs by the device's table."""
+    """The cost of so many drafted tokens, from 0 to `MOST_BY_MODEL`, over what one costs by the device's table."""
     verification: Mapping[int, float]
-    """Of the verifying pass, for each length that a draft may have, ascending from 1."""
+    """The cost of the verifying pass, for each length that a draft may have, ascending from 1."""
 
 
 class NextDraft(NamedTuple):
@@ -222,7 +222,7 @@ class DraftLength:
     def _gain(self, matches: Sequence[int], paid: int) -> float:
         """Returns the gain of verifying these tokens, or none, after so many more passes."""
         verification = self._costs.verification[len(matches)] if matches else 1.0
-        return self._expected(matches)[0] / (self._cost_of(matches.count(0) + paid) + verification)
+        return self.expected(matches) / (self._cost_of(matches.count(0) + paid) + verification)
 
     def guess_pays(self, match: int) -> bool:
         """Returns True if the model should run the text's next token, with this match, in the pass that drafts it: a
