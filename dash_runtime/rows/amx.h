@@ -22,6 +22,7 @@ constexpr int kPairs = 16;       // of inputs in FULL, whose weights a tile hold
 constexpr int kFours = 8;        // of a group's inputs as bytes
 constexpr int kTilesAtOnce = 4;  // of outputs in FULL
 constexpr int kTurnsAhead = 3;   // weights are fetched so many turns of the loop ahead
+constexpr int kFewestRows = 6;   // of INT8 and INT4, for which tiles pay
 constexpr int kMostGroups = 24;  // whose weights are unpacked at a time: they stay in the nearest cache
 
 // Asks the system to keep tiles for this process. Without that their first use would end it.
@@ -111,12 +112,14 @@ constexpr decltype(&write_outputs<1>) kWriteOutputs[] = {write_outputs<1>, write
 // products.h's `product` in FULL.
 inline void full_product(const Matrix &matrix, const Rows &rows, int64_t first_row, int64_t num_rows, int64_t first,
                          int64_t last, float *outputs, int64_t stride) {
-  const int64_t rows_at_once = num_rows < kMostRows ? num_rows : kMostRows;
+  // Tiles with fewer rows take less time: all have about as many.
+  const int64_t num_turns = (num_rows + kMostRows - 1) / kMostRows;
+  const int64_t rows_at_once = (num_rows + num_turns - 1) / num_turns;
   Sizes(rows_at_once, kRowBytes, kPairs).set();
   for (int64_t tile = first, count; tile < last; tile += count) {
     count = last - tile < kTilesAtOnce ? last - tile : kTilesAtOnce;
     const Weights weights(matrix, tile, count);
-    for (int64_t next = 0; next < num_rows; next += kMostRows) {
+    for (int64_t next = 0; next < num_rows; next += rows_at_once) {
       // The last rows, some of them again: all tiles keep their sizes.
       const int64_t row = next < num_rows - rows_at_once ? next : num_rows - rows_at_once;
       kWriteOutputs[count - 1](weights, matrix.num_inputs / 2, rows.from(first_row + row),
@@ -145,17 +148,18 @@ inline void unpack(const int32_t *words, int64_t num_groups, Group *groups) {
     }
 }
 
-// Adds some groups of a tile of outputs to 16 rows' sums, which begin at 0 or are in `outputs`, and multiplies them by
-// `scales` in the end, if there are any. Fetches `kStored` lines for each group from `ahead` on.
-template <Layout kLayout, int kStored>
+// Adds some groups of a tile of outputs to the rows' sums, which begin at 0 or are in `outputs`, and multiplies them by
+// `scales` in the end, if there are any. Fetches `kStored` lines for each group from `ahead` on. Tiles may have more
+// rows than these: what follows in memory, at most the rows' facts, whose sums nobody reads.
+template <Layout kLayout, int kStored, int kRows>
 inline void add_groups(const int32_t *words, const Group *groups, int64_t num_groups, const Inputs &inputs,
                        const char *ahead, bool from_zero, const float *scales, float *outputs, int64_t stride) {
   const float *values = inputs.values;
   const Facts *facts = inputs.facts;
   alignas(kRowBytes) int32_t sums[kMostRows][kLanes];
-  Floats total[kMostRows];
+  Floats total[kRows];
 #pragma GCC unroll 16
-  for (int row = 0; row < kMostRows; ++row) total[row] = from_zero ? Floats{} : load<Floats>(outputs + row * stride);
+  for (int row = 0; row < kRows; ++row) total[row] = from_zero ? Floats{} : load<Floats>(outputs + row * stride);
   for (int64_t group = 0; group < num_groups; ++group) {
     for (int line = 0; ahead && line < kStored; ++line, ahead += kRowBytes) __builtin_prefetch(ahead);
     _tile_zero(0);
@@ -165,13 +169,21 @@ inline void add_groups(const int32_t *words, const Group *groups, int64_t num_gr
     _tile_stored(0, sums, kRowBytes);
     const Ints grid = load<Ints>(words + (kStored - 1) * kLanes);  // in INT4
 #pragma GCC unroll 16
-    for (int row = 0; row < kMostRows; ++row)
+    for (int row = 0; row < kRows; ++row)
       add_sum<kLayout>(__builtin_convertvector(load<Ints>(sums[row]), Floats), facts[row], grid, total[row]);
     words += kStored * kLanes, values += inputs.group_stride, facts += inputs.facts_stride;
   }
 #pragma GCC unroll 16
-  for (int row = 0; row < kMostRows; ++row)
+  for (int row = 0; row < kRows; ++row)
     store(outputs + row * stride, scales ? total[row] * load<Floats>(scales) : total[row]);
+}
+
+// `add_groups` for a number of rows, `kFewestRows` or more.
+template <Layout kLayout, int kStored, int kRows = kMostRows>
+inline decltype(&add_groups<kLayout, kStored, kRows>) adder_of(int64_t num_rows) {
+  if constexpr (kRows > kFewestRows)
+    if (num_rows < kRows) return adder_of<kLayout, kStored, kRows - 1>(num_rows);
+  return add_groups<kLayout, kStored, kRows>;
 }
 
 // Writes a tile of outputs; then fetches the first weights of the next one.
@@ -179,6 +191,7 @@ template <Layout kLayout>
 inline void rounded_tile(const Matrix &matrix, const Rows &rows, int64_t num_rows, int64_t tile, bool fetches,
                          float *outputs, int64_t stride) {
   constexpr int kStored = stored_words(kLayout);
+  const auto add_last = adder_of<kLayout, kStored>((num_rows - 1) % kMostRows + 1);
   Group groups[kMostGroups];
   const int64_t num_groups = matrix.num_inputs / kGroup;
   const auto *words = static_cast<const int32_t *>(matrix.words) + tile * num_groups * kStored * kLanes;
@@ -192,17 +205,23 @@ inline void rounded_tile(const Matrix &matrix, const Rows &rows, int64_t num_row
     const float *scales = kLayout == kInt8 && is_last ? matrix.scales + tile * kLanes : nullptr;
     for (int64_t row = 0; row < num_rows; row += kMostRows) {
       const auto *next = reinterpret_cast<const char *>(own + count * kStored * kLanes);
-      add_groups<kLayout, kStored>(own, groups, count, rows.from(row).from_group(first),
-                                   row || (is_last && !fetches) ? nullptr : next, part == 0, scales,
-                                   outputs + row * stride, stride);
+      const auto add = row + kMostRows <= num_rows ? add_groups<kLayout, kStored, kMostRows> : add_last;
+      add(own, groups, count, rows.from(row).from_group(first), row || (is_last && !fetches) ? nullptr : next,
+          part == 0, scales, outputs + row * stride, stride);
     }
   }
 }
 
-// The same in INT8 and INT4, for a multiple of 16 rows, the first ones. What follows up to `end` is fetched ahead.
+// How many of so many rows `rounded_product` should take.
+inline int64_t num_rounded_rows(int64_t num_rows) {
+  const int64_t last = num_rows % kMostRows;
+  return last < kFewestRows ? num_rows - last : num_rows;
+}
+
+// The same in INT8 and INT4, for the first rows. What follows up to `end` is fetched ahead.
 inline void rounded_product(const Matrix &matrix, const Rows &rows, int64_t num_rows, int64_t first, int64_t last,
                             int64_t end, float *outputs, int64_t stride) {
-  Sizes(kMostRows, kGroup, kFours).set();
+  Sizes(num_rows < kMostRows ? num_rows : kMostRows, kGroup, kFours).set();
   for (int64_t tile = first; tile < last; ++tile, outputs += kLanes) {
     const bool fetches = tile + 1 < end;
     if (matrix.layout == kInt8)
@@ -216,6 +235,7 @@ inline void rounded_product(const Matrix &matrix, const Rows &rows, int64_t num_
 #else
 
 constexpr bool is_here = false;
+inline int64_t num_rounded_rows(int64_t) { return 0; }
 inline void full_product(const Matrix &, const Rows &, int64_t, int64_t, int64_t, int64_t, float *, int64_t) {}
 inline void rounded_product(const Matrix &, const Rows &, int64_t, int64_t, int64_t, int64_t, float *, int64_t) {}
 

@@ -269,7 +269,7 @@ inline void product(const Matrix &matrix, const Rows &rows, int64_t first_row, i
   if (amx::is_here && matrix.is_full())
     return amx::full_product(matrix, rows, first_row, num_rows, first, last, outputs, stride);
   const bool has_many = num_rows >= kManyRows;
-  const int64_t num_by_amx = amx::is_here ? num_rows / amx::kMostRows * amx::kMostRows : 0;
+  const int64_t num_by_amx = amx::is_here ? amx::num_rounded_rows(num_rows) : 0;
   const int64_t most = matrix.is_full() ? kMostFullRows : has_many ? kRowsOfBytes : kMostRows;
   const int64_t num_chunks = (num_rows + most - 1) / most;
   const int64_t lines = has_many ? (kBlockTiles * lines_in_turn(matrix) + num_chunks - 1) / num_chunks : 0;

@@ -205,6 +205,27 @@ def test_rows_decoded_in_a_batch_have_the_bits_that_each_has_alone(
         assert_equal_caches(own, other)
 
 
+@pytest.mark.parametrize("action", [Action.INT4, Action.INT8, Action.FULL])
+@torch.inference_mode()
+def test_any_number_of_rows_has_the_bits_that_each_has_alone(decoder: Decoder, action: Action) -> None:
+    plan, compensation, ids = (
+        [action] * decoder.num_layers,
+        compensation_of(decoder, "none"),
+        [[row] for row in range(40)],
+    )
+
+    def run(caches: Sequence[SequenceCache], count: int) -> Tensor:
+        return run_rows(decoder, caches, ids[:count], [plan] * count, compensation, action)
+
+    prompts = [some_ids(3, row) for row in range(len(ids))]
+    alone = [
+        run_rows(decoder, prefilled(decoder, prompt), [own], [plan], compensation, action)
+        for prompt, own in zip(prompts, ids, strict=True)
+    ]
+    for count in (5, 6, 9, 15, 17, 22, 23, 39):
+        assert torch.equal(run(prefilled(decoder, *prompts[:count]), count), torch.cat(alone[:count])), count
+
+
 @torch.inference_mode()
 def test_each_skipping_row_of_a_batch_has_its_own_compensation_and_precision(decoder: Decoder) -> None:
     none, affine, low_rank = (compensation_of(decoder, kind) for kind in ("none", "affine", "low rank"))
