@@ -19,7 +19,7 @@ INT8_INPUT_MULTIPLE = 16
 """The CPU's INT8 kernel reads past the end of a row whose length is not a multiple of this."""
 _INT4_ZERO_POINT = 8
 _GRID_FITS = 3
-_ROWS_TOGETHER = 128
+_ROWS_TOGETHER = 512
 _MANY_ROWS = 32
 """From so many rows on, the CPU unpacks a whole matrix in less time than its kernels take, which do so for every few
 rows. With 128 rows a kernel takes three to ten times as long as a product in bf16."""
@@ -71,8 +71,8 @@ class Int4Linear:
         device = device_of(scales.device)
         values = None
         if device.unpacks_for_many_rows:
-            values = (quantized - _INT4_ZERO_POINT).to(torch.int8).unflatten(1, (-1, INT4_GROUP_SIZE))
-        return cls(device.pack_int4(quantized), scales_and_zeros, bias, values)
+            values = (quantized.to(torch.int8) - _INT4_ZERO_POINT).unflatten(1, (-1, INT4_GROUP_SIZE))
+        return cls(device.pack_int4(quantized.to(torch.int32)), scales_and_zeros, bias, values)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         product = device_of(inputs.device).int4_product
@@ -131,7 +131,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rounds `[out, in]` to 0…15 in groups of 32 inputs, by the least squared error.
 
-    Returns the int32 values `[out, in]`, scales and zeros `[out, in / 32]` in the weight's dtype, with
+    Returns the uint8 values `[out, in]`, scales and zeros `[out, in / 32]` in the weight's dtype, with
     `weight ≈ (value − 8) · scale + zero`.
     """
     # A few rows at a time stay in the processor's cache.
@@ -163,24 +163,24 @@ def _quantize_groups(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
     zeros = (low + _INT4_ZERO_POINT * scales.float()).to(dtype)
     means = groups.mean(dim=-1)
     centred = groups - means.unsqueeze(-1)
+    rounded = _rounded_to_grid(groups, scales, zeros)
     for _ in range(_GRID_FITS):
-        values = _rounded_to_grid(groups, scales, zeros)
-        value_means = values.mean(dim=-1)
-        values -= value_means.unsqueeze(-1)
+        value_means = rounded.mean(dim=-1)
+        values = rounded.sub_(value_means.unsqueeze(-1))
         power = torch.linalg.vecdot(values, values)
         fitted = torch.linalg.vecdot(values, centred) / power.clamp_min(1e-8)
         before = scales
         scales = torch.where(power > 0, fitted.clamp_min(1e-8), scales.float()).to(dtype)
         zeros = (means - (value_means - _INT4_ZERO_POINT) * scales.float()).to(dtype)
+        rounded = _rounded_to_grid(groups, scales, zeros)
         if torch.equal(scales, before):  # it was a grid of this kind before, as in a Q4_1 file
             break
-    quantized = _rounded_to_grid(groups, scales, zeros)
-    return quantized.to(torch.int32).view(weight.shape), scales, zeros
+    return rounded.to(torch.uint8).view(weight.shape), scales, zeros
 
 
 def _rounded_to_grid(groups: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    offsets = (groups - zeros.float().unsqueeze(-1)) / scales.float().unsqueeze(-1)
-    return torch.round(offsets + _INT4_ZERO_POINT).clamp(0, 15)
+    offsets = (groups - zeros.float().unsqueeze(-1)).div_(scales.float().unsqueeze(-1))
+    return offsets.add_(_INT4_ZERO_POINT).round_().clamp_(0, 15)
 
 
 def dequantize_int4(quantized: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class Int8RowMatrix(RowMatrix):
     @classmethod
     def pack(cls, weight: Tensor) -> "Int8RowMatrix":
         quantized, scales = quantize_int8(weight)
-        return cls(_pack_words(quantized.to(torch.int32) + 128, _INT8_BITS), scales)
+        return cls(_pack_words(quantized.view(torch.uint8) ^ 128, _INT8_BITS), scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,19 +147,14 @@ def is_packable(out_features: int, in_features: int) -> bool:
 
 
 def _pack_words(values: Tensor, num_bits: int) -> Tensor:
-    """Packs values `[out, in]` below 2^num_bits into int32 words, `[tiles, groups, words of a group, 16]`.
+    """Packs uint8 values `[out, in]` below 2^num_bits into int32 words, `[tiles, groups, words of a group, 16]`.
 
     A word's last value lies where the sign is: it is stored as a number with a sign, half a range lower.
     """
-    out_features, in_features = values.shape
-    num_places = 32 // num_bits
-    shape = (out_features // LANES, LANES, in_features // INT4_GROUP_SIZE, -1, num_places)
-    ordered = values.view(shape).permute(0, 2, 3, 1, 4)
-    words = torch.zeros(ordered.shape[:-1], dtype=torch.int32)
-    for place in range(num_places):
-        offset = 1 << num_bits - 1 if place == num_places - 1 else 0
-        words |= (ordered[..., place] - offset) << num_bits * place
-    return words
+    packed = values if num_bits == _INT8_BITS else values[:, ::2] | values[:, 1::2] << _INT4_BITS
+    words = packed.contiguous().view(torch.int32)  # the first value in the lowest bits
+    words = words.view(-1, LANES, values.shape[1] // INT4_GROUP_SIZE, num_bits)
+    return words.permute(0, 2, 3, 1).contiguous().bitwise_xor_(torch.iinfo(torch.int32).min)
 
 
 def _tile(groups: Tensor) -> Tensor:

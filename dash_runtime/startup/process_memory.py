@@ -10,6 +10,7 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ _ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _COLLAPSE = 25
 """MADV_COLLAPSE, since Linux 6.1, acts at once. MADV_HUGEPAGE alone is acted on in the background, gradually."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MOST_THREADS = 4
 _KERNELS_KEPT = 320
 _LARGEST_KEPT = (1 << 31) - 1
 _LEAST_RESIDENT = 0.75
@@ -38,11 +40,16 @@ def settle_memory() -> None:
         _advise(library, first, last, mmap.MADV_DONTNEED)
     if not are_enabled(_ENABLED):
         return
-    for first, last in private_ranges(_MAPS.read_text()):
-        for page in range(first, last, HUGE_PAGE):
-            if _resident_share(library, page) >= _LEAST_RESIDENT:
-                _advise(library, page, page + HUGE_PAGE, mmap.MADV_HUGEPAGE)
-                _advise(library, page, page + HUGE_PAGE, _COLLAPSE)
+
+    def settle(page: int) -> None:
+        if _resident_share(library, page) >= _LEAST_RESIDENT:
+            _advise(library, page, page + HUGE_PAGE, mmap.MADV_HUGEPAGE)
+            _advise(library, page, page + HUGE_PAGE, _COLLAPSE)
+
+    ranges = private_ranges(_MAPS.read_text())
+    pages = [page for first, last in ranges for page in range(first, last, HUGE_PAGE)]
+    with ThreadPoolExecutor(_MOST_THREADS) as threads:
+        list(threads.map(settle, pages))
 
 
 def keep_freed_memory() -> None:
