@@ -31,7 +31,9 @@ from dash_runtime.training.dense_decoder import DenseDecoder
 from dash_runtime.training.self_text import default_training_sequences
 
 SEQUENCE_LENGTH = 128
-MAX_SEQUENCES = 1200
+MAX_SEQUENCES = 6000
+_DEFAULT_SEQUENCES = 1200
+"""Of the default text, most of which the model has to write."""
 _CONTEXT_LENGTH = 1024
 
 
@@ -107,7 +109,7 @@ class LoadedModel:
             tokenizer,
             self.chat_template,
             self.config.eos_token_ids,
-            MAX_SEQUENCES,
+            _DEFAULT_SEQUENCES,
             SEQUENCE_LENGTH,
             self._options.cache_folder / "training" / f"self-text-{digest(self.fingerprint)}.safetensors",
             self._progress,

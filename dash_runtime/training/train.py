@@ -43,6 +43,8 @@ _EVENNESS = 1.5
 """Divergence grows by about this power of the price, or a little more."""
 _FIRST_STEPS = 3
 """Steps along the most precise path, before the network knows anything."""
+_MOST_KEPT = 1200
+"""Sequences whose full-depth outputs are kept: 0.15 GB of the embedded model's."""
 _WARMUP_SHARE = 0.05
 _FINAL_RATE = 0.05
 
@@ -198,7 +200,9 @@ class Trainer:
         return run_path(self._decoder, token_ids, prompt, self._spec, compensation, choose)
 
     def _full_depth(self, picked: Tensor) -> Tensor:
-        """Returns full depth's last-layer outputs of the decided tokens, `[rows, hidden_size]`; kept once known."""
+        """Returns full depth's last-layer outputs of the decided tokens, `[rows, hidden_size]`; kept for a while."""
+        if len(self._full) > _MOST_KEPT:
+            self._full.clear()
         missing = [number for number in dict.fromkeys(picked.tolist()) if number not in self._full]
         if missing:
             last = self._decoder.full_states(self._token_ids[missing])[-1]
