@@ -249,7 +249,7 @@ class Engine:
     def _decode(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
         assignments = [sequence.decider_assignment(self._catalog.full_depth) for sequence in sequences]
         token_ids = [sequence.last_token_id for sequence in sequences]
-        guess = sequences[0].guess() if len(sequences) == 1 else None
+        guess = sequences[0].guess() if len(sequences) == 1 and self._config.group_planner else None
         if guess is not None:
             token_ids = [*token_ids, guess]
         planner = self._planner if len(sequences) > 1 else None  # a single row has none to agree with

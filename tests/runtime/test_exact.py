@@ -87,6 +87,16 @@ def test_running_a_guess_of_the_text_beside_a_drafted_token_changes_no_token(
     assert one > other  # rows of wrong guesses are counted
 
 
+def test_without_the_planner_nothing_of_a_draft_depends_on_a_neighbour(decoder: Decoder) -> None:
+    asked = request("a", [1, 2, 3, 1, 4, 5] * 3, 80, sampling=SamplingParameters(0.7, top_k=4, seed=5))
+    neighbour = request("b", PROMPTS[1], 100, skip=FULL)
+    options = {"verification_costs": {8: 5.0}, "least_gain": 0, "second_row": 0.0, "group_planner": False}
+    alone, beside = (run(make_engine(decoder, **options), *own)["a"] for own in ([asked], [asked, neighbour]))
+    assert tokens(alone) == tokens(beside)
+    assert drafts(alone).accepted_lengths == drafts(beside).accepted_lengths
+    assert finished(alone).depth.action_counts == finished(beside).depth.action_counts  # of guesses too
+
+
 def test_penalised_greedy_tokens_are_full_depths(decoder: Decoder) -> None:
     sampling = SamplingParameters(repetition_penalty=1.4, frequency_penalty=0.2, logit_bias={5: 2.0})
     events = run(make_engine(decoder), request("exact", max_new_tokens=60, sampling=sampling))["exact"]
