@@ -14,6 +14,13 @@
 namespace amx {
 
 constexpr int64_t kMostRows = kRowsTogether;  // that a tile holds
+constexpr int64_t kFewestRows = 6;            // of INT8 and INT4, for which tiles pay
+
+// How many of so many rows `rounded_product` should take, the first ones.
+inline int64_t num_rounded_rows(int64_t num_rows) {
+  const int64_t last = num_rows % kMostRows;
+  return last < kFewestRows ? num_rows - last : num_rows;
+}
 
 #ifdef DASH_AMX
 
@@ -22,7 +29,6 @@ constexpr int kPairs = 16;       // of inputs in FULL, whose weights a tile hold
 constexpr int kFours = 8;        // of a group's inputs as bytes
 constexpr int kTilesAtOnce = 4;  // of outputs in FULL
 constexpr int kTurnsAhead = 3;   // weights are fetched so many turns of the loop ahead
-constexpr int kFewestRows = 6;   // of INT8 and INT4, for which tiles pay
 constexpr int kMostGroups = 24;  // whose weights are unpacked at a time: they stay in the nearest cache
 
 // Asks the system to keep tiles for this process. Without that their first use would end it.
@@ -178,7 +184,7 @@ inline void add_groups(const int32_t *words, const Group *groups, int64_t num_gr
     store(outputs + row * stride, scales ? total[row] * load<Floats>(scales) : total[row]);
 }
 
-// `add_groups` for a number of rows, `kFewestRows` or more.
+// `add_groups` for so many rows, `kFewestRows` or more, or for the first 16 of them.
 template <Layout kLayout, int kStored, int kRows = kMostRows>
 inline decltype(&add_groups<kLayout, kStored, kRows>) adder_of(int64_t num_rows) {
   if constexpr (kRows > kFewestRows)
@@ -191,7 +197,6 @@ template <Layout kLayout>
 inline void rounded_tile(const Matrix &matrix, const Rows &rows, int64_t num_rows, int64_t tile, bool fetches,
                          float *outputs, int64_t stride) {
   constexpr int kStored = stored_words(kLayout);
-  const auto add_last = adder_of<kLayout, kStored>((num_rows - 1) % kMostRows + 1);
   Group groups[kMostGroups];
   const int64_t num_groups = matrix.num_inputs / kGroup;
   const auto *words = static_cast<const int32_t *>(matrix.words) + tile * num_groups * kStored * kLanes;
@@ -205,17 +210,11 @@ inline void rounded_tile(const Matrix &matrix, const Rows &rows, int64_t num_row
     const float *scales = kLayout == kInt8 && is_last ? matrix.scales + tile * kLanes : nullptr;
     for (int64_t row = 0; row < num_rows; row += kMostRows) {
       const auto *next = reinterpret_cast<const char *>(own + count * kStored * kLanes);
-      const auto add = row + kMostRows <= num_rows ? add_groups<kLayout, kStored, kMostRows> : add_last;
-      add(own, groups, count, rows.from(row).from_group(first), row || (is_last && !fetches) ? nullptr : next,
-          part == 0, scales, outputs + row * stride, stride);
+      adder_of<kLayout, kStored>(num_rows - row)(own, groups, count, rows.from(row).from_group(first),
+                                                 row || (is_last && !fetches) ? nullptr : next, part == 0, scales,
+                                                 outputs + row * stride, stride);
     }
   }
-}
-
-// How many of so many rows `rounded_product` should take.
-inline int64_t num_rounded_rows(int64_t num_rows) {
-  const int64_t last = num_rows % kMostRows;
-  return last < kFewestRows ? num_rows - last : num_rows;
 }
 
 // The same in INT8 and INT4, for the first rows. What follows up to `end` is fetched ahead.
@@ -235,7 +234,6 @@ inline void rounded_product(const Matrix &matrix, const Rows &rows, int64_t num_
 #else
 
 constexpr bool is_here = false;
-inline int64_t num_rounded_rows(int64_t) { return 0; }
 inline void full_product(const Matrix &, const Rows &, int64_t, int64_t, int64_t, int64_t, float *, int64_t) {}
 inline void rounded_product(const Matrix &, const Rows &, int64_t, int64_t, int64_t, int64_t, float *, int64_t) {}
 

@@ -33,7 +33,7 @@ from dash_runtime.training.self_text import default_training_sequences
 SEQUENCE_LENGTH = 128
 MAX_SEQUENCES = 6000
 _DEFAULT_SEQUENCES = 1200
-"""Of the default text, most of which the model has to write."""
+"""Sequences of the default text, most of which the model has to write."""
 _CONTEXT_LENGTH = 1024
 
 
