@@ -1,7 +1,6 @@
 """Many streams, and one, beside peers in processes of their own: vLLM in process and served, and OpenVINO GenAI."""
 
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from benchmarks.peers.peer_process import PeerProcess
 from benchmarks.peers.vllm_options import free_port, serve_arguments, vllm_variables
 from benchmarks.rounds import Effort, Work, interleaved, progress
 from benchmarks.rpc import ServedContender
-from benchmarks.runs import Run
 from benchmarks.server_process import RunningServer, running_server
 from benchmarks.setting import FULL_DEPTH, INT4, Setting
 from dash_runtime.checkpoints.embedded import embedded_gguf
@@ -79,24 +77,12 @@ _Contenders = dict[str, tuple[Contender, tuple[int, ...]]]
 """Contenders by name, with the numbers of streams that each is to run."""
 
 
-class _StoppedServer:
-    """Our server at full depth, which stands still between its turns."""
-
-    def __init__(self, server: RunningServer) -> None:
-        self._server = server
-        self._contender = ServedContender(server.client, FULL_DEPTH)
-
-    def run(self, prompts: Sequence[list[int]], num_tokens: int) -> Run:
-        with self._server.awake():
-            return self._contender.run(prompts, num_tokens)
-
-
 def _ours(setting: Setting, cache_tokens: int, server: RunningServer) -> _Contenders:
     engine = setting.build(EngineConfig(num_slots=_MOST, cache_tokens=cache_tokens))
     return {
         "full": (EngineContender(engine, FULL_DEPTH), STREAMS),
         "adaptive": (EngineContender(engine, setting.adaptive), STREAMS),
-        "served": (_StoppedServer(server), STREAMS),
+        "served": (ServedContender(server, FULL_DEPTH), STREAMS),
         "int4": (setting.ours(INT4), (1,)),
     }
 

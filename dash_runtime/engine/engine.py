@@ -289,10 +289,9 @@ class Engine:
                     sequence.recorder.add_pass(StepKind.DRAFT, token_id, 0.0 if place else cost, *recorded)
                 continue
             sampler = sequence.sampler
+            token_id = likeliest_ids[row] if sampler.is_plain_greedy else sampler.choose(scores[row])
             if sequence.speculation is not None:
-                (token_id,) = sequence.speculation.verify(output.logits[row : row + 1], likeliest_ids[row : row + 1])
-            else:
-                token_id = likeliest_ids[row] if sampler.is_plain_greedy else sampler.choose(scores[row])
+                sequence.speculation.decoded()
             sequence.log.append_decode_token(plan, policy.head, num_evaluations, own_exposed_ns)
             has_room = sequence.recorder.has_room
             cost = sequence.log.cost_of(plan, policy.head, num_evaluations) if has_room else 0.0

@@ -89,7 +89,7 @@ class Sequence:
     @property
     def is_sampled(self) -> bool:
         """True if a decoded token is chosen from more than the largest logit."""
-        return self.speculation is None and not self.sampler.is_plain_greedy
+        return not self.sampler.is_plain_greedy and not self.is_drafting
 
     @property
     def is_drafting(self) -> bool:

@@ -197,6 +197,10 @@ class Speculation:
             self.accepted_lengths[num_accepted] += 1
         return token_ids
 
+    def decoded(self) -> None:
+        """Takes note of a token that full depth chose where nothing was drafted."""
+        self._lengths.verified((), 0)
+
     def statistics(self) -> SpeculationStatistics:
         """Returns the counts and times so far."""
         return SpeculationStatistics(

@@ -37,6 +37,8 @@ _FORCED_RATE = 0.97
 """Full depth may still split the forced text into other tokens."""
 _KEPT_PER_TOKEN = 0.992
 """Share of the counts that each token of output leaves, so that a sequence that was hard is tried again later."""
+_LARGEST_WEIGHT = 1e30
+"""Of a token. Before counts leave what a float holds, they are divided by it."""
 USUAL_SECOND_ROW = 0.15
 """The cost that a second row adds to a drafting pass, as a share of the first, where that was not measured."""
 _PATIENCE = 8
@@ -95,24 +97,25 @@ class NextDraft(NamedTuple):
 
 
 class _Acceptance:
-    """The share of tokens that were right, on top of what is known beforehand."""
+    """The share of tokens that were right, on top of what is known beforehand. Counts have weights."""
 
     def __init__(self, accepted: float, trials: float) -> None:
         self._prior = accepted, trials
         self._accepted, self._trials = 0.0, 0.0
 
-    @property
-    def rate(self) -> float:
+    def rate(self, weight: float) -> float:
+        """Returns the share where a token of this weight counts once."""
         accepted, trials = self._prior
-        return (accepted + self._accepted) / (trials + self._trials)
+        return (accepted + self._accepted / weight) / (trials + self._trials / weight)
 
-    def fade(self, kept: float) -> None:
-        self._accepted *= kept
-        self._trials *= kept
+    def add(self, is_right: bool, weight: float) -> None:
+        self._accepted += weight * is_right
+        self._trials += weight
 
-    def add(self, is_right: bool) -> None:
-        self._accepted += is_right
-        self._trials += 1
+    def divide(self, weight: float) -> None:
+        """Makes a token of this weight one of weight 1."""
+        self._accepted /= weight
+        self._trials /= weight
 
 
 class DraftLength:
@@ -144,6 +147,8 @@ class DraftLength:
         self._second_row = second_row
         self._model = _Acceptance(*_MODEL_PRIOR)
         self._text = [_Acceptance(prior * _TEXT_TRIALS, _TEXT_TRIALS) for prior in _TEXT_PRIORS]
+        self._weight = 1.0
+        """Of the tokens that are counted now. It grows, which makes the earlier ones fade."""
         self._draft_cost, self._num_drafted = draft_cost, 1
 
     def pay(self, costs: DraftCosts | None) -> None:
@@ -153,7 +158,7 @@ class DraftLength:
 
     def acceptance(self, match: int = 0) -> float:
         """Returns the estimated probability that a drafted token is accepted if those before it were."""
-        return _FORCED_RATE if match == FORCED_MATCH else self._counts(match).rate
+        return _FORCED_RATE if match == FORCED_MATCH else self._counts(match).rate(self._weight)
 
     def next(
         self, num_tokens_left: int, matches: Sequence[int] = (), match: int = 0, passes: int | None = None
@@ -175,7 +180,7 @@ class DraftLength:
         by_model = range(1, max(0, min(room, MOST_BY_MODEL - drafted if passes is None else passes)) + 1)
         costs = [self._cost_of(num_paid + (more if passes is None else 0)) for more in by_model]
         continuations = (
-            (False, repeat(self._model.rate), costs),
+            (False, repeat(self.acceptance()), costs),
             (
                 True,
                 map(self.acceptance, range(match, match + room if match else match)),
@@ -236,16 +241,18 @@ class DraftLength:
 
     def verified(self, matches: Sequence[int], num_accepted: int) -> None:
         """Counts a verification of drafted tokens, given by their matches. Those without a draft count too."""
-        kept = _KEPT_PER_TOKEN ** (num_accepted + 1)
-        for counts in (self._model, *self._text):
-            counts.fade(kept)
+        self._weight /= _KEPT_PER_TOKEN ** (num_accepted + 1)
+        if self._weight > _LARGEST_WEIGHT:
+            for counts in (self._model, *self._text):
+                counts.divide(self._weight)
+            self._weight = 1.0
         for place, match in enumerate(matches[: num_accepted + 1]):
             if not match:
-                self._model.add(place < num_accepted)
+                self._model.add(place < num_accepted, self._weight)
 
     def followed(self, match: int, is_right: bool) -> None:
         """Counts an output token for which the text had another token, or the same."""
-        self._counts(match).add(is_right)
+        self._counts(match).add(is_right, self._weight)
 
     def _expected(self, matches: Iterable[int]) -> tuple[float, float]:
         return expected_output(self.acceptance(match) for match in matches)

@@ -80,9 +80,9 @@ class Watched:
 
 def in_turn(rng: random.Random, rounds: int) -> Iterator[list[StepTime]]:
     for _ in range(rounds):
-        yield steps("full-depth", FULL_PLAN, noise=0.03, rng=rng)
-        yield steps("fixed-int4", INT4_PLAN, Action.INT8, noise=0.03, rng=rng)
-        yield steps("fixed-skip", SKIP_PLAN, noise=0.03, rng=rng)
+        yield steps("full-depth", FULL_PLAN, count=32, noise=0.03, rng=rng)
+        yield steps("fixed-int4", INT4_PLAN, Action.INT8, count=32, noise=0.03, rng=rng)
+        yield steps("fixed-skip", SKIP_PLAN, count=32, noise=0.03, rng=rng)
 
 
 def assert_said_is_taken(costs: CostTable) -> None:

@@ -139,6 +139,16 @@ def test_costs_between_measured_lengths_are_interpolated() -> None:
     assert every_length({}) == {}
 
 
+def test_an_output_of_any_length_is_counted() -> None:
+    lengths = DraftLength(0.45, CHEAP)
+    for _ in range(100_000):
+        lengths.verified([0] * 7, 7)
+    assert lengths.acceptance() > 0.99
+    for _ in range(200):
+        lengths.verified([0], 0)
+    assert lengths.acceptance() < 0.3
+
+
 def test_a_draft_has_the_length_that_pays_whatever_was_measured() -> None:
     steep = {1: 1.0, 4: 1.1, 5: 2.0, 31: 2.5}
     assert DraftLength(0.2, steep).next(100).length == 4  # the fifth token would cost as much as a whole one
