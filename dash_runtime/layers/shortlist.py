@@ -36,7 +36,7 @@ def loudest_channels(last_layer: LayerWeights, final_norm: RmsNorm) -> Tensor:
 def shortlist_head(weight: Tensor, exact: Linear, loudest: Tensor, final_norm: RmsNorm, multiplier: float) -> Head:
     """Returns the head in INT4 of the matrix `weight`, which `exact` has in FULL; its logits are multiplied by
     `multiplier`. Native code has to have room for such a matrix (`is_packable`)."""
-    rough = for_many_rows(Int4Linear.of(*quantize_int4_with_rest(weight, loudest)))
+    rough = for_many_rows(Int4Linear.of(quantize_int4_with_rest(weight, loudest), weight.dtype))
     num_tiles = min(NUM_EXACT_TILES, len(weight) // LANES)
 
     def head(hidden: Tensor) -> Tensor:

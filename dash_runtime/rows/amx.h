@@ -142,10 +142,11 @@ struct alignas(kRowBytes) Group {
 
 template <Layout kLayout>
 inline void unpack(const int32_t *words, int64_t num_groups, Group *groups) {
-  for (int64_t group = 0; group < num_groups; ++group, words += stored_words(kLayout) * kLanes)
+  for (int64_t group = 0; group < num_groups; ++group)
 #pragma GCC unroll 8
     for (int index = 0; index < bits_of(kLayout); ++index) {
-      const Ints word = load<Ints>(words + index * kLanes) ^ INT32_MIN;  // the last weight of a word has a sign
+      const int32_t *line = words + (weights_line(kLayout, group) + index) * kLanes;
+      const Ints word = load<Ints>(line) ^ INT32_MIN;  // the last weight of a word has a sign
       auto &to = groups[group].words;
       if (kLayout == kInt8)
         store(to[index], word);
@@ -155,9 +156,9 @@ inline void unpack(const int32_t *words, int64_t num_groups, Group *groups) {
 }
 
 // Adds some groups of a tile of outputs to the rows' sums, which begin at 0 or are in `outputs`, and multiplies them by
-// `scales` in the end, if there are any. Fetches `kStored` lines for each group from `ahead` on. Tiles may have more
+// `scales` in the end, if there are any. Fetches as many lines as a group has from `ahead` on. Tiles may have more
 // rows than these: what follows in memory, at most the rows' facts, whose sums nobody reads.
-template <Layout kLayout, int kStored, int kRows>
+template <Layout kLayout, int kRows>
 inline void add_groups(const int32_t *words, const Group *groups, int64_t num_groups, const Inputs &inputs,
                        const char *ahead, bool from_zero, const float *scales, float *outputs, int64_t stride) {
   const float *values = inputs.values;
@@ -167,17 +168,18 @@ inline void add_groups(const int32_t *words, const Group *groups, int64_t num_gr
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) total[row] = from_zero ? Floats{} : load<Floats>(outputs + row * stride);
   for (int64_t group = 0; group < num_groups; ++group) {
-    for (int line = 0; ahead && line < kStored; ++line, ahead += kRowBytes) __builtin_prefetch(ahead);
+    for (int64_t line = lines_before(kLayout, group); ahead && line < lines_before(kLayout, group + 1); ++line)
+      __builtin_prefetch(ahead + line * kRowBytes);
     _tile_zero(0);
     _tile_loadd(4, values, kGroup);
     _tile_loadd(5, groups[group].words, kRowBytes);
     _tile_dpbsud(0, 4, 5);
     _tile_stored(0, sums, kRowBytes);
-    const Ints grid = load<Ints>(words + (kStored - 1) * kLanes);  // in INT4
+    const Ints grid = kLayout == kInt4 ? load<Ints>(words + grids_line(group) * kLanes) >> 16 * (group % 2) : Ints{};
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row)
       add_sum<kLayout>(__builtin_convertvector(load<Ints>(sums[row]), Floats), facts[row], grid, total[row]);
-    words += kStored * kLanes, values += inputs.group_stride, facts += inputs.facts_stride;
+    values += inputs.group_stride, facts += inputs.facts_stride;
   }
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row)
@@ -185,34 +187,35 @@ inline void add_groups(const int32_t *words, const Group *groups, int64_t num_gr
 }
 
 // `add_groups` for so many rows, `kFewestRows` or more, or for the first 16 of them.
-template <Layout kLayout, int kStored, int kRows = kMostRows>
-inline decltype(&add_groups<kLayout, kStored, kRows>) adder_of(int64_t num_rows) {
+template <Layout kLayout, int kRows = kMostRows>
+inline decltype(&add_groups<kLayout, kRows>) adder_of(int64_t num_rows) {
   if constexpr (kRows > kFewestRows)
-    if (num_rows < kRows) return adder_of<kLayout, kStored, kRows - 1>(num_rows);
-  return add_groups<kLayout, kStored, kRows>;
+    if (num_rows < kRows) return adder_of<kLayout, kRows - 1>(num_rows);
+  return add_groups<kLayout, kRows>;
 }
 
 // Writes a tile of outputs; then fetches the first weights of the next one.
 template <Layout kLayout>
 inline void rounded_tile(const Matrix &matrix, const Rows &rows, int64_t num_rows, int64_t tile, bool fetches,
                          float *outputs, int64_t stride) {
-  constexpr int kStored = stored_words(kLayout);
   Group groups[kMostGroups];
-  const int64_t num_groups = matrix.num_inputs / kGroup;
-  const auto *words = static_cast<const int32_t *>(matrix.words) + tile * num_groups * kStored * kLanes;
+  const int64_t num_groups = matrix.num_inputs / kGroup, num_pairs = (num_groups + 1) / 2;
+  const auto *words = static_cast<const int32_t *>(matrix.words) + tile * lines_before(kLayout, num_groups) * kLanes;
   const int64_t num_parts = (num_groups + kMostGroups - 1) / kMostGroups;
   for (int64_t part = 0; part < num_parts; ++part) {
-    const int64_t first = num_groups * part / num_parts, count = num_groups * (part + 1) / num_parts - first;
-    const int32_t *own = words + first * kStored * kLanes;
+    // Two groups share a line of grids.
+    const int64_t first = 2 * (num_pairs * part / num_parts), next = 2 * (num_pairs * (part + 1) / num_parts);
+    const int64_t count = (next < num_groups ? next : num_groups) - first;
+    const int32_t *own = words + lines_before(kLayout, first) * kLanes;
     unpack<kLayout>(own, count, groups);
     asm volatile("" ::: "memory");  // GCC does not know what tiles read
     const bool is_last = part == num_parts - 1;
-    const float *scales = kLayout == kInt8 && is_last ? matrix.scales + tile * kLanes : nullptr;
+    const float *scales = is_last ? matrix.scales + tile * kLanes : nullptr;
     for (int64_t row = 0; row < num_rows; row += kMostRows) {
-      const auto *next = reinterpret_cast<const char *>(own + count * kStored * kLanes);
-      adder_of<kLayout, kStored>(num_rows - row)(own, groups, count, rows.from(row).from_group(first),
-                                                 row || (is_last && !fetches) ? nullptr : next, part == 0, scales,
-                                                 outputs + row * stride, stride);
+      const auto *following = reinterpret_cast<const char *>(own + lines_before(kLayout, count) * kLanes);
+      adder_of<kLayout>(num_rows - row)(own, groups, count, rows.from(row).from_group(first),
+                                        row || (is_last && !fetches) ? nullptr : following, part == 0, scales,
+                                        outputs + row * stride, stride);
     }
   }
 }

@@ -5,11 +5,15 @@
 constexpr int kGroup = 32;                            // inputs that share an INT4 scale
 constexpr int kGroupFloats = kGroup / sizeof(float);  // as bytes
 
+// In INT4 a weight is (value − 8 + offset / kOffsetsInStep) * scale, with what is added to the offset for want of a
+// sign.
+constexpr float kOffsetsInStep = 32, kLeastOffset = 256;
+
 enum Layout : int64_t { kFull, kInt8, kInt4 };
 
 struct Matrix {
   const void *words;
-  const float *scales;  // INT8: by output
+  const float *scales;  // INT8 and INT4: by output
   int64_t layout, num_inputs;
   int64_t block_tiles;  // FULL: tiles whose words for a pair of inputs lie side by side
 
@@ -18,19 +22,27 @@ struct Matrix {
 
 constexpr int bits_of(Layout layout) { return layout == kInt8 ? 8 : 4; }
 
-// The words that a tile has of a group; in INT4 its scales and zeros are the last one.
-constexpr int stored_words(Layout layout) { return bits_of(layout) + (layout == kInt4); }
+// The lines of a tile's weights before a group. In INT4 two groups have a line of grids before them.
+constexpr int64_t lines_before(Layout layout, int64_t group) {
+  return group * bits_of(layout) + (layout == kInt4 ? (group + 1) / 2 : 0);
+}
+
+// Where a tile's weights of a group lie behind its first line, and where its grids do.
+constexpr int64_t weights_line(Layout layout, int64_t group) {
+  return group * bits_of(layout) + (layout == kInt4 ? group / 2 + 1 : 0);
+}
+constexpr int64_t grids_line(int64_t group) { return group / 2 * (2 * bits_of(kInt4) + 1); }
 
 // What rounded weights need of a row's group of inputs. Four numbers wide: threads that prepare a few rows each then
 // seldom write to the same cache line.
 struct Facts {
   float scale;   // of bytes
-  float offset;  // what the group's sum is too high by, since its weights have no sign
-  float sum;     // of the inputs
+  float offset;  // what the group's sum is too high by, since its weights and in INT4 its offsets have no sign
+  float step;    // of an offset in INT4: a part of the sum of the inputs
   float unused;
 };
 
-// Adds what a group's products with a tile sum up to; `grid` is its scales and zeros in INT4.
+// Adds what a group's products with a tile sum up to; `grid` is its scales and offsets in INT4.
 template <Layout kLayout>
 inline void add_sum(Floats sum, const Facts &facts, Ints grid, Floats &total) {
 #ifdef __AVX512VNNI__
@@ -40,8 +52,8 @@ inline void add_sum(Floats sum, const Facts &facts, Ints grid, Floats &total) {
   if (kLayout == kInt8) {
     total += sum;
   } else {
-    total += (Floats)(grid & ~0xFFFF) * sum;
-    total += (Floats)(grid << 16) * facts.sum;
+    sum += __builtin_convertvector(grid >> 7 & 0x1FF, Floats) * facts.step;
+    total += __builtin_convertvector(grid & 0x7F, Floats) * sum;
   }
 }
 
@@ -115,7 +127,8 @@ inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, 
   const int64_t num_groups = num_inputs / kGroup;
   Facts *facts = reinterpret_cast<Facts *>(memory + num_rows * num_groups * kGroupFloats);
   const Rows prepared{memory, 0, facts, num_rows, num_groups};
-  const float half = layout == kInt8 ? 128 : 8;  // what weights without a sign are too high by
+  // What weights without a sign are too high by, and offsets.
+  const float half = layout == kInt8 ? 128 : 8 + kLeastOffset / kOffsetsInStep;
   for (int64_t row = first_row; row < last_row; ++row)
     for (int64_t group = 0; group < num_groups; ++group) {
       const float *from = rows + row * num_inputs + group * kGroup;
@@ -126,7 +139,7 @@ inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, 
       const float scale = most / 127;
       const float sum =
           scale * write_bytes(layout, low, high, most > 0 ? 127 / most : 0, memory + place * kGroupFloats);
-      facts[place] = {scale, half * sum, sum, 0};
+      facts[place] = {scale, half * sum, sum / kOffsetsInStep, 0};
     }
   return prepared;
 }
@@ -152,7 +165,8 @@ inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, 
       const Floats low = load<Floats>(rows + from), high = load<Floats>(rows + from + kLanes);
       store(memory + from, low * scale);
       store(memory + from + kLanes, high * scale);
-      facts[prepared.place(row, group)] = {1, sum((low + high) * half), sum(low + high), 0};
+      const float step = sum(low + high) / kOffsetsInStep, offset = sum((low + high) * half);
+      facts[prepared.place(row, group)] = {1, layout == kInt4 ? offset + kLeastOffset * step : offset, step, 0};
     }
   return prepared;
 }

@@ -46,14 +46,18 @@ struct Ahead {
   }
 };
 
-// A tile's cache lines that a turn of a kernel's loop reads: of a pair of inputs in FULL, of a group elsewhere.
-inline int64_t lines_in_turn(const Matrix &matrix) {
-  return matrix.is_full() ? 1 : stored_words(matrix.layout == kInt8 ? kInt8 : kInt4);
+inline int64_t lines_of_tile(const Matrix &matrix) {
+  return matrix.is_full() ? matrix.num_inputs / 2
+                          : lines_before(static_cast<Layout>(matrix.layout), matrix.num_inputs / kGroup);
 }
 
-inline int64_t bytes_of_tile(const Matrix &matrix) {
-  return matrix.num_inputs / (matrix.is_full() ? 2 : kGroup) * lines_in_turn(matrix) * kLineBytes;
+// A tile's cache lines that a turn of a kernel's loop reads, at most: of a pair of inputs in FULL, of a group
+// elsewhere.
+inline int64_t lines_in_turn(const Matrix &matrix) {
+  return matrix.is_full() ? 1 : lines_before(static_cast<Layout>(matrix.layout), 1);
 }
+
+inline int64_t bytes_of_tile(const Matrix &matrix) { return lines_of_tile(matrix) * kLineBytes; }
 
 namespace products {
 
@@ -175,32 +179,31 @@ inline void add_group(const int32_t *words, int64_t tile_stride, const float *va
 template <Layout kLayout, int kRows, int kTiles>
 inline void rounded(const Matrix &matrix, const Inputs &inputs, int64_t tile, float *outputs, int64_t stride,
                     Ahead &ahead) {
-  constexpr int kStored = stored_words(kLayout);
-  const int64_t num_groups = matrix.num_inputs / kGroup, tile_stride = num_groups * kStored * kLanes;
+  const int64_t num_groups = matrix.num_inputs / kGroup, tile_stride = lines_before(kLayout, num_groups) * kLanes;
   const auto *words = static_cast<const int32_t *>(matrix.words) + tile * tile_stride;
   const float *values = inputs.values;
   const Facts *facts = inputs.facts;
+  const int32_t *grids = nullptr;
   Ahead own_ahead = ahead;
   Floats total[kRows][kTiles]{};
   for (int64_t group = 0; group < num_groups; ++group) {
     if constexpr (kTiles > 1) own_ahead.fetch(kTiles);
+    if (kLayout == kInt4 && group % 2 == 0) grids = words, words += kLanes;
     Floats sums[kRows][kTiles];
     add_group<kLayout, kRows, kTiles>(words, tile_stride, values, inputs.row_stride, sums);
 #pragma GCC unroll 4
     for (int own = 0; own < kTiles; ++own) {
-      const Ints grid = load<Ints>(words + own * tile_stride + (kStored - 1) * kLanes);  // in INT4
+      const Ints grid = kLayout == kInt4 ? load<Ints>(grids + own * tile_stride) >> 16 * (group % 2) : Ints{};
 #pragma GCC unroll 8
       for (int row = 0; row < kRows; ++row) add_sum<kLayout>(sums[row][own], facts[row], grid, total[row][own]);
     }
-    words += kStored * kLanes, values += inputs.group_stride, facts += inputs.facts_stride;
+    words += bits_of(kLayout) * kLanes, values += inputs.group_stride, facts += inputs.facts_stride;
   }
   ahead = own_ahead;
   for (int row = 0; row < kRows; ++row)
-    for (int own = 0; own < kTiles; ++own) {
-      const Floats value = total[row][own];
+    for (int own = 0; own < kTiles; ++own)
       store(outputs + row * stride + own * kLanes,
-            kLayout == kInt8 ? value * load<Floats>(matrix.scales + (tile + own) * kLanes) : value);
-    }
+            total[row][own] * load<Floats>(matrix.scales + (tile + own) * kLanes));
 }
 
 // Does the same for the layout that a matrix has.

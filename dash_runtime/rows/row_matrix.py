@@ -13,11 +13,13 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dash_runtime.actions import Action
 from dash_runtime.linears.dense_linear import Linear, packed_words
 from dash_runtime.linears.quantization import (
     INT4_GROUP_SIZE,
+    Int4Matrix,
     quantize_int4,
     quantize_int4_with_rest,
     quantize_int8,
@@ -35,7 +37,7 @@ class RowMatrix:
     """A matrix `[out_features, in_features]`, laid out for products with a few rows. Its fields are tensors."""
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Returns the words, and the scales if they lie apart."""
+        """Returns the words, and scales or units of the outputs if there are any."""
         return tuple(getattr(self, own.name) for own in fields(self))
 
 
@@ -73,28 +75,35 @@ class Int8RowMatrix(RowMatrix):
 
 @dataclass(frozen=True, slots=True)
 class Int4RowMatrix(RowMatrix):
-    """An INT4 matrix, int32 `[tiles, groups, 5, 16]`: eight weights in a word, and in a group's last word its scale and
-    its zero, as the high and the low half.
+    """An INT4 matrix, int32 `[tiles, lines, 16]`: for every two groups a line of their grids, and four lines each with
+    eight weights in a word; the last group may be alone. A grid is half a word, the first group's the low one: seven
+    bits of its scale, then nine of its offset, 256 higher.
 
-    All in one place, since the processor fetches one stream ahead better than three.
+    All in one place, since the processor fetches one stream ahead better than three. Units are `[out_features]`.
     """
 
     words: Tensor
+    units: Tensor
 
     @classmethod
     def pack(cls, weight: Tensor) -> "Int4RowMatrix":
-        return cls._of(*quantize_int4(weight))
+        return cls._of(quantize_int4(weight))
 
     @classmethod
     def pack_with_rest(cls, weight: Tensor, repeated: Tensor) -> "Int4RowMatrix":
         """Packs a matrix that has some inputs again at its end (`quantize_int4_with_rest`)."""
-        return cls._of(*quantize_int4_with_rest(weight, repeated))
+        return cls._of(quantize_int4_with_rest(weight, repeated))
 
     @classmethod
-    def _of(cls, quantized: Tensor, scales: Tensor, zeros: Tensor) -> "Int4RowMatrix":
-        scale_bits, zero_bits = (_tile(own).to(torch.bfloat16).view(torch.int16).int() for own in (scales, zeros))
-        grids = scale_bits << 16 | zero_bits & 0xFFFF
-        return cls(torch.cat((_pack_words(quantized, _INT4_BITS), grids.unsqueeze(2)), dim=2))
+    def _of(cls, matrix: Int4Matrix) -> "Int4RowMatrix":
+        words = _pack_words(matrix.values, _INT4_BITS)  # [tiles, groups, 4, 16]
+        grids = _tile(matrix.scales.int() | (matrix.offsets.int() + 256) << 7)  # [tiles, groups, 16]
+        if missing := grids.shape[1] % 2:
+            words, grids = (functional.pad(own, (0, 0) * (own.ndim - 2) + (0, missing)) for own in (words, grids))
+        lines = (grids[:, ::2] | grids[:, 1::2] << 16).unsqueeze(2)
+        pairs = torch.cat((lines, words.unflatten(1, (-1, 2)).flatten(2, 3)), dim=2).flatten(1, 2)
+        num_lines = pairs.shape[1] - missing * _INT4_BITS
+        return cls(pairs[:, :num_lines].contiguous(), matrix.units)
 
 
 _MATRICES: dict[Action, type[FullRowMatrix] | type[Int8RowMatrix] | type[Int4RowMatrix]] = {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import default_cache_folder
-from dash_runtime.linears.quantization import dequantize_int4, quantize_int4, quantize_int8
+from dash_runtime.linears.quantization import quantize_int4, quantize_int8
 from dash_runtime.rows.library import RowsLibrary, load_rows
 
 NATIVE_SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 272}
@@ -25,7 +25,7 @@ def native_library() -> RowsLibrary:
 def rounded(action: Action, weight: Tensor) -> Tensor:
     """Returns the matrix that native code computes with, in float32."""
     if action is Action.INT4:
-        return dequantize_int4(*quantize_int4(weight))
+        return quantize_int4(weight).dequantized()
     if action is Action.INT8:
         quantized, scales = quantize_int8(weight)
         return quantized.float() * scales.float().unsqueeze(1)

@@ -12,7 +12,7 @@ from dash_runtime.checkpoints import load_model_config
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.layers.shortlist import NUM_EXACT_TILES, shortlist_head
 from dash_runtime.linears.dense_linear import FullLinear
-from dash_runtime.linears.quantization import dequantize_int4, quantize_int4, quantize_int4_with_rest
+from dash_runtime.linears.quantization import quantize_int4, quantize_int4_with_rest
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.rows.head_struct import RoughMatrix
 from dash_runtime.rows.model_rows import HeadRows, ModelRows
@@ -122,7 +122,8 @@ def test_logits_of_what_is_no_number_are_none_and_its_neighbours_stay(
 
 
 def test_repeated_inputs_make_the_rounding_of_their_weights_small(weight: Tensor, loudest: Tensor) -> None:
-    once, twice = dequantize_int4(*quantize_int4(weight)), dequantize_int4(*quantize_int4_with_rest(weight, loudest))
+    once, matrix = quantize_int4(weight).dequantized(), quantize_int4_with_rest(weight, loudest)
+    twice = matrix.dequantized()
     assert torch.equal(twice[:, :SIZE], once)
     error = (weight.float() - once)[:, loudest]
     left = error - twice[:, SIZE:]
