@@ -6,7 +6,7 @@ at a price is exact on every device. Knows counts and costs; knows no network an
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from dash_runtime.actions import Action, CostTable
@@ -88,9 +88,14 @@ class Budgets:
 
     @classmethod
     def of(cls, points: list[BudgetPoint]) -> "Budgets":
-        """Leaves out points that another beats in cost and divergence, and those that cost more than full depth."""
-        affordable = [point for point in points if point.cost <= 1] or sorted(points, key=_rank)[:1]
-        return cls(tuple(undominated(affordable, _rank)))
+        """Leaves out points that another beats in cost and divergence, and those that cost more than full depth. If
+        only such are harmless, the cheapest of them counts as full depth: by a table that is off, or on a device that
+        the policy was not made for, a request must not lose more than anybody recommends."""
+        affordable = [point for point in points if point.cost <= 1]
+        if not any(point.divergence <= HARMLESS for point in affordable):
+            harmless = sorted((point for point in points if point.divergence <= HARMLESS), key=_rank)
+            affordable += [replace(point, cost=1.0) for point in harmless[:1]]
+        return cls(tuple(undominated(affordable or sorted(points, key=_rank)[:1], _rank)))
 
     @property
     def lowest(self) -> float:

@@ -157,6 +157,15 @@ def test_adaptive_runs_the_learned_policy_only_where_no_fixed_plan_is_better() -
     assert COSTS.token_cost([Action.INT4] * 30, Action.INT8) == pytest.approx(recommended)
 
 
+def test_a_policy_that_is_dearer_than_full_depth_where_it_is_harmless_is_recommended_there_all_the_same() -> None:
+    dear = [BudgetPoint(0.9, 1.0, 0.3, 0.7), BudgetPoint(1.1, 0.0, 0.04, 0.9), BudgetPoint(1.2, -1.0, 0.01, 0.95)]
+    budgets = Budgets.of(dear)
+    assert budgets.recommended <= 1.0
+    assert budgets.divergence(budgets.recommended) <= HARMLESS
+    assert budgets.price(1.0) == pytest.approx(1.0)
+    assert Budgets.of(dear[1:]).recommended == 1.0
+
+
 def test_the_recommended_budget_is_where_the_divergence_reaches_the_limit_between_two_points() -> None:
     points = [BudgetPoint(0.4, 1.0, 0.08, 0.9), BudgetPoint(0.5, 0.0, 0.02, 0.95)]
     budgets = Budgets.of(points)
