@@ -24,8 +24,9 @@ _SETTLED = 1e-3
 """A scale that a second fit would move by less than this share of itself stays."""
 _KEEPS_VALUES = 0.1
 """A scale that moves by less than this share of itself leaves nearly all values."""
-_MOST_SCALE, _MOST_OFFSET = 127, 255
-"""A scale has seven bits, an offset nine: what a wrong one does adds up over a group."""
+INT4_SCALE_BITS, INT4_OFFSET_BITS = 7, 9
+"""Bits of a group's grid. What a wrong offset does adds up over a group."""
+_MOST_SCALE, _MOST_OFFSET = 2**INT4_SCALE_BITS - 1, 2 ** (INT4_OFFSET_BITS - 1) - 1
 _OFFSETS_IN_STEP = 32
 _ROWS_TOGETHER = 512
 _MANY_ROWS = 32
@@ -156,11 +157,11 @@ class Int4Matrix(NamedTuple):
         scales = self.scales * self.units.unsqueeze(1)
         return scales, scales * self.offsets / _OFFSETS_IN_STEP
 
-    def dequantized(self) -> Tensor:
-        """Returns the float32 matrix `[out, in]`."""
-        groups = self.values.unflatten(1, (-1, INT4_GROUP_SIZE)).float() - _INT4_ZERO_POINT
-        scales, zeros = (own.unsqueeze(-1) for own in self.grids())
-        return groups.mul_(scales).add_(zeros).flatten(1)
+    def dequantized(self, inputs: Tensor | None = None) -> Tensor:
+        """Returns the float32 matrix `[out, in]`, or only its columns of some inputs, int64 `[n]`."""
+        columns = torch.arange(self.values.shape[1], device=self.values.device) if inputs is None else inputs
+        scales, zeros = (own[:, columns // INT4_GROUP_SIZE] for own in self.grids())
+        return (self.values[:, columns].float() - _INT4_ZERO_POINT).mul_(scales).add_(zeros)
 
 
 def quantize_int4(weight: Tensor) -> Int4Matrix:
@@ -172,7 +173,7 @@ def quantize_int4_with_rest(weight: Tensor, repeated: Tensor) -> Int4Matrix:
     """Does `quantize_int4` for a matrix that has the inputs `repeated`, int64 `[n]`, again at its end, with what the
     rounding left of their weights. So their products are about as exact as in INT8."""
     matrix = quantize_int4(weight)
-    rest = _quantize_in_parts(weight[:, repeated].float() - matrix.dequantized()[:, repeated], matrix.units)
+    rest = _quantize_in_parts(weight[:, repeated].float() - matrix.dequantized(repeated), matrix.units)
     values, scales, offsets = (torch.cat(both, dim=1) for both in zip(matrix[:3], rest[:3], strict=True))
     return Int4Matrix(values, scales, offsets, matrix.units)
 

@@ -38,7 +38,7 @@ _FORCED_RATE = 0.97
 _KEPT_PER_TOKEN = 0.992
 """Share of the counts that each token of output leaves, so that a sequence that was hard is tried again later."""
 _LARGEST_WEIGHT = 1e30
-"""Of a token. Before counts leave what a float holds, they are divided by it."""
+"""Weight of a token beyond which counts are divided by it, before they leave what a float holds."""
 USUAL_SECOND_ROW = 0.15
 """The cost that a second row adds to a drafting pass, as a share of the first, where that was not measured."""
 _PATIENCE = 8
@@ -148,7 +148,7 @@ class DraftLength:
         self._model = _Acceptance(*_MODEL_PRIOR)
         self._text = [_Acceptance(prior * _TEXT_TRIALS, _TEXT_TRIALS) for prior in _TEXT_PRIORS]
         self._weight = 1.0
-        """Of the tokens that are counted now. It grows, which makes the earlier ones fade."""
+        """Weight of the tokens that are counted now. It grows, which makes the earlier ones fade."""
         self._draft_cost, self._num_drafted = draft_cost, 1
 
     def pay(self, costs: DraftCosts | None) -> None:

@@ -8,6 +8,7 @@ constexpr int kGroupFloats = kGroup / sizeof(float);  // as bytes
 // In INT4 a weight is (value − 8 + offset / kOffsetsInStep) * scale, with what is added to the offset for want of a
 // sign.
 constexpr float kOffsetsInStep = 32, kLeastOffset = 256;
+constexpr int kScaleBits = 7, kOffsetBits = 9;  // of a group's grid
 
 enum Layout : int64_t { kFull, kInt8, kInt4 };
 
@@ -52,8 +53,8 @@ inline void add_sum(Floats sum, const Facts &facts, Ints grid, Floats &total) {
   if (kLayout == kInt8) {
     total += sum;
   } else {
-    sum += __builtin_convertvector(grid >> 7 & 0x1FF, Floats) * facts.step;
-    total += __builtin_convertvector(grid & 0x7F, Floats) * sum;
+    sum += __builtin_convertvector(grid >> kScaleBits & ((1 << kOffsetBits) - 1), Floats) * facts.step;
+    total += __builtin_convertvector(grid & ((1 << kScaleBits) - 1), Floats) * sum;
   }
 }
 

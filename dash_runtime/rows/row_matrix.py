@@ -19,6 +19,8 @@ from dash_runtime.actions import Action
 from dash_runtime.linears.dense_linear import Linear, packed_words
 from dash_runtime.linears.quantization import (
     INT4_GROUP_SIZE,
+    INT4_OFFSET_BITS,
+    INT4_SCALE_BITS,
     Int4Matrix,
     quantize_int4,
     quantize_int4_with_rest,
@@ -97,7 +99,8 @@ class Int4RowMatrix(RowMatrix):
     @classmethod
     def _of(cls, matrix: Int4Matrix) -> "Int4RowMatrix":
         words = _pack_words(matrix.values, _INT4_BITS)  # [tiles, groups, 4, 16]
-        grids = _tile(matrix.scales.int() | (matrix.offsets.int() + 256) << 7)  # [tiles, groups, 16]
+        offsets = matrix.offsets.int() + 2 ** (INT4_OFFSET_BITS - 1)
+        grids = _tile(matrix.scales.int() | offsets << INT4_SCALE_BITS)  # [tiles, groups, 16]
         if missing := grids.shape[1] % 2:
             words, grids = (functional.pad(own, (0, 0) * (own.ndim - 2) + (0, missing)) for own in (words, grids))
         lines = (grids[:, ::2] | grids[:, 1::2] << 16).unsqueeze(2)

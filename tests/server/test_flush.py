@@ -276,7 +276,7 @@ async def test_many_streams_share_messages_and_have_the_text_tokens_and_extras_o
                 assert len(delta.actions) == 3 * len(delta.token_ids)
             firsts.append(sizes_of(events)[0])
             assert len(sizes_of(events)) < 70
-        assert firsts.count(1) > 2  # a busy machine merges those that were not read in time
+        assert firsts.count(1) > 8  # a busy machine merges some that were not read in time
 
 
 async def test_a_stream_alone_and_a_caller_that_asks_for_it_get_each_token_alone(model_folder: Path) -> None:
