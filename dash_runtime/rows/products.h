@@ -183,21 +183,21 @@ inline void rounded(const Matrix &matrix, const Inputs &inputs, int64_t tile, fl
   const auto *words = static_cast<const int32_t *>(matrix.words) + tile * tile_stride;
   const float *values = inputs.values;
   const Facts *facts = inputs.facts;
-  const int32_t *grids = nullptr;
   Ahead own_ahead = ahead;
   Floats total[kRows][kTiles]{};
   for (int64_t group = 0; group < num_groups; ++group) {
     if constexpr (kTiles > 1) own_ahead.fetch(kTiles);
-    if (kLayout == kInt4 && group % 2 == 0) grids = words, words += kLanes;
     Floats sums[kRows][kTiles];
-    add_group<kLayout, kRows, kTiles>(words, tile_stride, values, inputs.row_stride, sums);
+    add_group<kLayout, kRows, kTiles>(words + weights_line(kLayout, group) * kLanes, tile_stride, values,
+                                      inputs.row_stride, sums);
 #pragma GCC unroll 4
     for (int own = 0; own < kTiles; ++own) {
-      const Ints grid = kLayout == kInt4 ? load<Ints>(grids + own * tile_stride) >> 16 * (group % 2) : Ints{};
+      const int32_t *grids = words + own * tile_stride + grids_line(group) * kLanes;
+      const Ints grid = kLayout == kInt4 ? load<Ints>(grids) >> 16 * (group % 2) : Ints{};
 #pragma GCC unroll 8
       for (int row = 0; row < kRows; ++row) add_sum<kLayout>(sums[row][own], facts[row], grid, total[row][own]);
     }
-    words += bits_of(kLayout) * kLanes, values += inputs.group_stride, facts += inputs.facts_stride;
+    values += inputs.group_stride, facts += inputs.facts_stride;
   }
   ahead = own_ahead;
   for (int row = 0; row < kRows; ++row)
