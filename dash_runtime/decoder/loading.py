@@ -37,6 +37,7 @@ def make_decoder(
     has_graphs: bool = False,
     has_int8_head: bool = True,
     has_int4_head: bool = False,
+    has_finer_keys: bool = True,
 ) -> Decoder:
     """Packs a model for its devices.
 
@@ -52,12 +53,14 @@ def make_decoder(
         has_int8_head: False if an INT8 head would be no faster than FULL's, which then runs in its place.
         has_int4_head: True for the INT4 head of native code without native code too, where it is no faster than FULL's:
             to judge plans that will run there.
+        has_finer_keys: as in `WeightLoader`.
     """
     # Native code gets repacked copies of the matrices. If other tensors still used the mapped file, all of it would
     # stay.
     copies = native is not None
     devices = [device] * config.num_layers if isinstance(device, torch.device) else list(device)
-    loaders = {own: WeightLoader(config, weights, dtype, own, copies) for own in dict.fromkeys(devices)}
+    has_finer_keys = has_finer_keys and Action.INT4 in actions
+    loaders = {own: WeightLoader(config, weights, dtype, own, copies, has_finer_keys) for own in dict.fromkeys(devices)}
     assert native is None or len(loaders) == 1, "native code runs on one device"
     layers: list[DecoderLayer] = []
     for index, own in enumerate(devices):

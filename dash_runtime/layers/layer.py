@@ -7,7 +7,7 @@ from functools import partial
 from dash_runtime.actions import Action
 from dash_runtime.layers.layer_body import Linears, Norms
 from dash_runtime.layers.weight_loader import LayerWeights
-from dash_runtime.linears.dense_linear import FullLinear, Linear
+from dash_runtime.linears.dense_linear import Linear
 from dash_runtime.linears.quantization import for_many_rows, make_linear
 
 
@@ -27,8 +27,7 @@ class DecoderLayer(Norms):
 
 def make_layer(weights: LayerWeights, query_size: int, actions: tuple[Action, ...]) -> DecoderLayer:
     """Packs a layer for the given actions."""
-    fused = weights.linears.query_key_value
-    key_value = FullLinear(fused.weight[query_size:], None if fused.bias is None else fused.bias[query_size:])
+    key_value = weights.linears.query_key_value.outputs(query_size)
     running: list[Action] = [action for action in actions if action is not Action.SKIP]
     router = partial(make_linear, Action.FULL)  # a row's experts are chosen in FULL whatever they run in
     linears = {action: weights.linears.mapped(partial(make_linear, action), router) for action in running}

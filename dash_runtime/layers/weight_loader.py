@@ -4,7 +4,7 @@ The tensors' shapes have been checked before. Knows one model's configuration; k
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from dash_runtime.layers.mlp import GatedMlp, Mixture
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.layers.rotary import channel_order
 from dash_runtime.linears.dense_linear import FullLinear
+from dash_runtime.linears.quantization import INT4_GROUP_SIZE, is_nearly_exact
 from dash_runtime.model_config import ModelConfig, QkNorm
 
 
@@ -38,6 +39,8 @@ class WeightLoader:
     copies: bool = False
     """True to copy every tensor, so that the mapping can be dropped. Otherwise tensors that need neither casting nor
     fusing share its memory."""
+    has_finer_keys: bool = True
+    """False if INT4 has keys and values in INT4 whatever that does to them: a device may have no kernel for INT8."""
 
     def tensor(self, name: str) -> Tensor:
         """Returns one tensor in the loader's dtype and on its device."""
@@ -91,7 +94,7 @@ class WeightLoader:
             query_norm=norm(names.query_norm, has_width_norms),
             key_norm=norm(names.key_norm, has_width_norms),
             linears=Linears(
-                self._with_pairs_apart(index, linear(names.query_key_value, block.has_qkv_bias)),
+                self._with_finer_keys(self._with_pairs_apart(index, linear(names.query_key_value, block.has_qkv_bias))),
                 linear([names.output], block.has_output_bias),
                 self._mlp(index, prefix),
             ),
@@ -125,6 +128,14 @@ class WeightLoader:
         rows = torch.arange(len(fused.weight), device=fused.weight.device).view(-1, config.head_dim)
         rows = torch.cat((rows[:num_rotated, order], rows[num_rotated:])).flatten()
         return FullLinear(fused.weight[rows], None if fused.bias is None else fused.bias[rows])
+
+    def _with_finer_keys(self, fused: FullLinear) -> FullLinear:
+        """Returns a layer's query-key-value matrix whose keys and values INT4 leaves in INT8, if four bits would change
+        them: they are few weights, and all later tokens read what they make."""
+        query_size = self.config.num_heads * self.config.head_dim
+        if not self.has_finer_keys or fused.weight.shape[1] % INT4_GROUP_SIZE:
+            return fused
+        return fused if is_nearly_exact(fused.weight[query_size:]) else replace(fused, finer_from=query_size)
 
     def _head_norm(self, prefix: str) -> Tensor:
         config, names = self.config, self.config.tensor_names

@@ -50,9 +50,19 @@ class FullLinear:
 
     weight: Tensor
     bias: Tensor | None = None
+    finer_from: int | None = None
+    """The first of the outputs that INT8 computes where the others are in INT4, up to the last; None if there are
+    none."""
 
     def __call__(self, inputs: Tensor) -> Tensor:
         return functional.linear(inputs, self.weight, self.bias)
+
+    def outputs(self, first: int, last: int | None = None) -> "FullLinear":
+        """Returns some of its outputs."""
+        bias, finer_from = self.bias, self.finer_from
+        if finer_from is not None:
+            finer_from = max(0, finer_from - first) if last is None or finer_from < last else None
+        return FullLinear(self.weight[first:last], None if bias is None else bias[first:last], finer_from)
 
 
 @dataclass(frozen=True, slots=True)

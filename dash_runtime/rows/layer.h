@@ -4,7 +4,7 @@
 #include "ends.h"
 
 enum : int64_t { kSkip = 1, kInt4Action, kInt8Action, kFullAction, kNumActions = kFullAction };
-enum Matrices { kQueryKeyValue, kOutput, kGateUp, kDown, kNumMatrices };
+enum Matrices { kQueryKeyValue, kOutput, kGateUp, kDown, kKeyValue, kNumMatrices };
 enum Activation : int64_t { kSilu, kGelu };
 
 struct ModelShape {
@@ -22,7 +22,8 @@ struct Layer {
   const float *head_norm;                                                        // [num_heads + num_kv_heads, head_dim]
   const float *query_norm, *key_norm;                                            // over all heads together
   const float *bias;                                                             // of the first product
-  Matrix matrices[kNumActions][kNumMatrices];                                    // by action, from SKIP on
+  // By action, from SKIP on. Keys and values have no words of their own where they are with the queries.
+  Matrix matrices[kNumActions][kNumMatrices];
 };
 
 // What replaces a skipped layer's output.
@@ -131,8 +132,14 @@ class LayerRun {
   // Begins a layer: its first product, whose outputs from `first` on all threads see after the next barrier.
   void project(const Layer &layer, int64_t action, int64_t first) const {
     norm_rows(own_.residual, layer.input_norm, rows_, shape_.hidden_size, shape_.eps, own_.normed);
-    multiply(layer.matrices[action - 1][kQueryKeyValue], own_.normed, first / kLanes, shape_.fused_size() / kLanes,
-             shared_.fused, shape_.fused_size());
+    const Matrix &matrix = layer.matrices[action - 1][kQueryKeyValue],
+                 &key_value = layer.matrices[action - 1][kKeyValue];
+    const int64_t stride = shape_.fused_size(), query_size = shape_.query_size();
+    const int64_t last = key_value.words ? query_size : stride;
+    if (first < last) multiply(matrix, own_.normed, first / kLanes, last / kLanes, shared_.fused, stride);
+    if (!key_value.words) return;
+    if (rows_.is_shared) member_.wait();  // inputs are prepared anew, in the same memory
+    multiply(key_value, own_.normed, 0, (stride - query_size) / kLanes, shared_.fused + query_size, stride);
   }
 
   // Runs the rest of it, with three more barriers before the last one.

@@ -35,7 +35,7 @@ _ACTIVATIONS = {Activation.SILU: 0, Activation.GELU_TANH: 1}
 @dataclass(frozen=True, slots=True)
 class PackedLayer:
     """One layer's float32 vectors by the names of `LayerStruct`, and by action its matrices: query-key-value, output,
-    gate-up and down, each with its number of inputs."""
+    gate-up and down, each with its number of inputs; and keys and values, if the first one has only the queries."""
 
     vectors: Mapping[str, Tensor]
     matrices: Mapping[Action, Sequence[tuple[RowMatrix, int]]]

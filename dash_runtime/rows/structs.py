@@ -34,7 +34,7 @@ _VECTORS = (*NORMS, "head_norm", "query_norm", "key_norm", "bias")
 
 
 class LayerStruct(Structure):
-    _fields_ = [*_pointers(*_VECTORS), ("matrices", (MatrixStruct * 4) * 4)]
+    _fields_ = [*_pointers(*_VECTORS), ("matrices", (MatrixStruct * 5) * 4)]
 
 
 class CompensationStruct(Structure):

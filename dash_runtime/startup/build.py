@@ -106,7 +106,7 @@ def build_engine(
     with one_thread():
         actions = _common_actions(devices, dtype, model)
         fingerprint = model_fingerprint(model, weights)
-    has_int8_head = True
+    has_int8_head, has_finer_keys = True, Action.INT8 in actions
     if device_of(device).offers_only_faster:
         progress("timing kernels")
         timed = partial(product_seconds, device=device, dtype=dtype)
@@ -140,7 +140,12 @@ def build_engine(
         learned = [with_native_code(own, library, config.lane) for own in learned]
     kept_trials.folder = cache_folder / "products"
     make = partial(
-        make_decoder, model, weights, actions, dtype=dtype, device=layer_devices, context_length=context_length
+        make_decoder,
+        *(model, weights, actions),
+        dtype=dtype,
+        device=layer_devices,
+        context_length=context_length,
+        has_finer_keys=has_finer_keys,
     )
     decoder = make(native=native, has_int8_head=has_int8_head, has_graphs=has_graphs)
     learned = [own.for_heads(tuple(decoder.heads)) for own in learned]

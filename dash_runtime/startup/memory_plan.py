@@ -53,7 +53,9 @@ def model_bytes(
         for action, size in per_weight.items():
             # Skipped rows have keys and values by a matrix of their own, except in native code and where it is a view.
             has_copy = action in quantised and not device.compiles_layers
-            needs[action.name] = round(size * (model.num_weights(layer) + has_copy * key_value_weights))
+            # INT4 may leave keys and values in INT8.
+            finer = (1 - size) * key_value_weights * (1 + has_copy) if action is Action.INT4 else 0
+            needs[action.name] = round(size * (model.num_weights(layer) + has_copy * key_value_weights) + finer)
         return needs
 
     head_weights = model.vocab_size * model.hidden_size

@@ -21,7 +21,7 @@ from dash_runtime.layers.layer_body import Norms, after_attention, before_attent
 from dash_runtime.layers.rotary import RotaryTable, rotary_tables
 from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.linears.dense_linear import FullLinear, Linear
-from dash_runtime.linears.quantization import rounded_matrix
+from dash_runtime.linears.quantization import rounded_linear
 from dash_runtime.model_config import ModelConfig
 
 Compensate = Callable[[int, Tensor], Tensor]
@@ -36,6 +36,7 @@ class DenseDecoder:
     Args:
         weights: tensors by the names in `config.tensor_names`, in the shapes that `config` asks for.
         actions: the kernels to have; FULL is always among them.
+        has_finer_keys: as in `WeightLoader`.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class DenseDecoder:
         *,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | None = None,
+        has_finer_keys: bool = True,
     ) -> None:
         self.config = config
         self.num_layers = config.num_layers
         self.dtype = dtype
         self.device = torch.device("cpu") if device is None else device
-        loader = WeightLoader(config, weights, dtype, self.device)
+        has_finer_keys = has_finer_keys and Action.INT4 in actions
+        loader = WeightLoader(config, weights, dtype, self.device, has_finer_keys=has_finer_keys)
         full = [loader.layer(index) for index in range(config.num_layers)]
         self._norms: Sequence[Norms] = full
         router = partial(_product, Action.FULL)
@@ -220,7 +223,7 @@ class _Together(torch.autograd.Function):
 
 def _product(action: Action, full: FullLinear) -> Linear:
     """Returns the product with the matrix that `action` computes with, as a dense one."""
-    own = full if action is Action.FULL else FullLinear(rounded_matrix(action, full.weight), full.bias)
+    own = full if action is Action.FULL else rounded_linear(action, full)
 
     def product(rows: Tensor) -> Tensor:
         num_missing = -len(rows) % _ROW_MULTIPLE  # an expert may have any number of rows

@@ -68,6 +68,7 @@ class LoadedModel:
         check_weights(self._weights, self.config)
         self.device = find_device(options.device)
         supported = supported_actions(self.device, torch.bfloat16, matrix_shapes(self.config))
+        self._has_finer_keys = Action.INT8 in supported
         wanted = tuple(supported if actions is None else actions)
         if not set(wanted) <= set(supported):
             raise ConfigError("actions", f"must be among {', '.join(action.name for action in supported)}")
@@ -80,12 +81,15 @@ class LoadedModel:
             device=self.device,
             context_length=self.context_length,
             has_int4_head=self.device.type == "cpu",
+            has_finer_keys=self._has_finer_keys,
         )
         self.fingerprint = model_fingerprint(self.config, self._weights)
 
     def dense_decoder(self, actions: Sequence[Action] = ()) -> DenseDecoder:
         """Returns the same model for learning, with FULL and the kernels of these actions."""
-        return DenseDecoder(self.config, self._weights, actions, device=self.device)
+        return DenseDecoder(
+            self.config, self._weights, actions, device=self.device, has_finer_keys=self._has_finer_keys
+        )
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.decoder.backends.native import layer_vectors, why_eager
+from dash_runtime.decoder.backends.native import layer_vectors, packed_matrices, why_eager
 from dash_runtime.layers.attention import attention
 from dash_runtime.layers.compensation import Affine, Compensation, Identity, LowRank, PackedLowRank, Scale
 from dash_runtime.layers.layer_body import Linears, before_attention, run_layer_body, split_heads
@@ -19,6 +19,7 @@ from dash_runtime.layers.rotary import RotaryTable
 from dash_runtime.layers.row_compensation import pack_for_rows
 from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
 from dash_runtime.linears.dense_linear import FullLinear, Linear, make_full_linear
+from dash_runtime.linears.quantization import quantized_parts
 from dash_runtime.model_config import Activation, BlockConfig, ModelConfig
 from dash_runtime.rows.model_rows import ModelRows, PackedLayer
 from dash_runtime.rows.pass_rows import CompensatedLayers, RowsOfPass, RowSpan
@@ -43,7 +44,8 @@ OVERRIDES = {"ministral3-sliding-window": {"head_dim": 32}} | {
     for family in ("phi3-longrope", "phi3-longrope-sliding-window")
 }
 """Heads as long as native code needs them."""
-KERNELS = ("blocks", "tiles", "INT8", "INT4")
+FINER = "INT4, keys and values in INT8"
+KERNELS = ("blocks", "tiles", "INT8", "INT4", FINER)
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "gelu": {"activation": Activation.GELU_TANH},
@@ -88,14 +90,13 @@ class Case:
         self.places = [(end - count + row, place) for place, (end, count) in enumerate(SPANS) for row in range(count)]
 
     def native(self, kernel: str) -> ModelRows:
-        """Returns rows of which only one layer is packed, all of whose matrices are of one kernel."""
+        """Returns rows of which only one layer is packed, for one kernel."""
         rows = ModelRows(native_library(), self.config, [0] * self.config.num_layers, num_threads=2)
-        weights = [(own.weight.bfloat16(), own.weight.shape[1]) for own in self.weights.linears.matrices()]
-        action = action_of(kernel)
-        packed = [
-            (pack_row_matrix(action, own, make_full_linear(FullLinear(own)) if kernel == "blocks" else None), size)
-            for own, size in weights
-        ]
+        action, weights = action_of(kernel), in_bfloat16(self.weights, kernel)
+        if kernel == "tiles":
+            packed = [(pack_row_matrix(action, own.weight), own.weight.shape[1]) for own in weights.matrices()]
+        else:
+            packed = packed_matrices(action, weights, weights.mapped(make_full_linear, make_full_linear))
         rows.set_layer(LAYER, PackedLayer(layer_vectors(self.weights), {action: packed}))
         return rows
 
@@ -136,7 +137,7 @@ class Case:
     def body(self, kernel: str, block: BlockConfig | None = None) -> Written:
         """Runs each row by `layer_body.py` in float32, with the matrices that the kernel stands for."""
         block = self.config.block if block is None else block
-        linears = rounded_linears(self.weights, action_of(kernel))
+        linears = rounded_linears(self.weights, kernel)
         config, (window, heads) = (
             replace(self.config, block=block),
             (self.config.sliding_window[LAYER], self.config.num_heads),
@@ -167,14 +168,28 @@ def some(*shape: int, seed: int) -> Tensor:
 
 
 def action_of(kernel: str) -> Action:
-    return Action[kernel] if kernel in ("INT8", "INT4") else Action.FULL
+    return {FINER: Action.INT4, "INT8": Action.INT8, "INT4": Action.INT4}.get(kernel, Action.FULL)
 
 
-def rounded_linears(weights: LayerWeights, action: Action) -> Linears[Linear]:
-    def convert(own: FullLinear) -> Linear:
-        return FullLinear(rounded(action, own.weight.bfloat16()), own.bias)
+def in_bfloat16(weights: LayerWeights, kernel: str) -> Linears[FullLinear]:
+    """Returns a layer's matrices; only those of FINER have outputs that are finer in INT4."""
 
+    def convert(own: FullLinear) -> FullLinear:
+        return replace(own, weight=own.weight.bfloat16(), finer_from=own.finer_from if kernel == FINER else None)
+
+    assert weights.linears.query_key_value.finer_from is not None
     return weights.linears.mapped(convert, convert)
+
+
+def rounded_linears(weights: LayerWeights, kernel: str) -> Linears[Linear]:
+    """Returns the float32 matrices that the kernel stands for."""
+    action = action_of(kernel)
+
+    def convert(own: FullLinear) -> Linear:
+        parts = [(action, own)] if action is Action.FULL else quantized_parts(action, own)
+        return FullLinear(torch.cat([rounded(precision, part.weight) for precision, part in parts]), own.bias)
+
+    return in_bfloat16(weights, kernel).mapped(convert, convert)
 
 
 def assert_close(kernel: str, written: Written, expected: Written) -> None:
@@ -212,7 +227,7 @@ def test_skipped_rows_write_the_keys_and_values_of_the_layer_body(folder: Path) 
     case = Case(folder)
     for kernel in KERNELS:
         normed = before_attention(case.weights, case.hidden.float())
-        fused = rounded_linears(case.weights, action_of(kernel)).query_key_value(normed)
+        fused = rounded_linears(case.weights, kernel).query_key_value(normed)
         cosines, sines = (own[[position for position, _ in case.places]].float() for own in case.tables)
         _, *added = split_heads(case.config, case.weights, fused, case.config.num_heads, cosines, sines)
         assert_close(kernel, case.run(kernel, True, Identity()), Written(case.hidden.float(), *added))

@@ -11,14 +11,17 @@ from dash_runtime.linears.quantization import (
     Int4Linear,
     Int8Linear,
     for_many_rows,
+    is_nearly_exact,
     make_linear,
     quantize_int4,
     quantize_int8,
+    rounded_linear,
     rounded_matrix,
     supported_actions,
 )
 
 CPU = torch.device("cpu")
+PARTS: dict[Action, tuple[int, int | None]] = {Action.INT4: (0, 32), Action.INT8: (32, None)}
 
 
 def some_weight(rows: int = 64, columns: int = 96, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -46,6 +49,36 @@ def test_many_rows_have_the_product_of_the_few_rows_kernel(action: Action, has_b
     expected = linear(inputs).float()
     assert (wide(inputs).float() - expected).norm() < 0.005 * expected.norm()
     assert torch.equal(wide(inputs[:3]), linear(inputs[:3]))
+
+
+def test_int4_computes_finer_outputs_in_int8() -> None:
+    full, inputs = FullLinear(some_weight(), some_weight(64, 1)[:, 0], finer_from=32), some_weight(48, 96)
+    linear = make_linear(Action.INT4, full)
+    rough, fine = (make_linear(action, full.outputs(*own)) for action, own in PARTS.items())
+    assert torch.equal(linear(inputs), torch.cat((rough(inputs), fine(inputs)), dim=1))
+    expected = rounded_linear(Action.INT4, full)(inputs).float()
+    for own in (linear, for_many_rows(linear)):
+        assert (own(inputs).float() - expected).norm() < 0.01 * expected.norm()
+    assert torch.equal(make_linear(Action.INT8, full)(inputs), Int8Linear.from_full(full)(inputs))
+
+
+def test_finer_outputs_stay_finer_among_fewer() -> None:
+    full = FullLinear(some_weight(), finer_from=32)
+    ranges = [(0, 32), (0, 48), (32, None), (48, None)]
+    assert [full.outputs(*own).finer_from for own in ranges] == [None, 32, 0, 0]
+    linear = make_linear(Action.INT4, full.outputs(32))
+    assert isinstance(linear, Int8Linear)
+    assert len(linear.weight) == 32
+
+
+def test_a_matrix_is_nearly_exact_in_int4_if_its_file_had_four_bits() -> None:
+    weight = some_weight(200, 128, torch.float32)
+    of_four_bits = quantize_int4(weight).dequantized()
+    assert is_nearly_exact(of_four_bits)
+    assert is_nearly_exact(of_four_bits.bfloat16())
+    assert not is_nearly_exact(weight)
+    of_four_bits[150:] = weight[150:]
+    assert not is_nearly_exact(of_four_bits)
 
 
 def test_int8_rounds_to_half_a_step_at_most() -> None:

@@ -25,7 +25,8 @@ from dash_runtime.layers.row_compensation import pack_for_rows
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
 from dash_runtime.layers.shortlist import NUM_EXACT_TILES
 from dash_runtime.layers.weight_loader import LayerWeights
-from dash_runtime.linears.dense_linear import Linear, for_neighbours, most_rows_apart, packed_words
+from dash_runtime.linears.dense_linear import FullLinear, Linear, for_neighbours, most_rows_apart, packed_words
+from dash_runtime.linears.quantization import quantized_parts
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.rows.head_struct import RoughMatrix
 from dash_runtime.rows.library import RowsLibrary
@@ -82,12 +83,8 @@ class NativeBackend(OwnMemory):
     def add_layer(self, weights: LayerWeights, layer: DecoderLayer) -> None:
         """Packs the next layer's matrices; `layer` has those for eager passes in FULL."""
         linears = layer.linears[Action.FULL]
-        matrices = [own.weight for own in weights.linears.matrices()]
-        pairs = list(zip(matrices, linears.matrices(), strict=True))
-        packed: dict[Action, list[tuple[RowMatrix, int]]] = {}
         with one_thread():  # many small operations, for which threads beside a busy process wait for seconds
-            for action in self._actions:
-                packed[action] = [(pack_row_matrix(action, *pair), pair[0].shape[1]) for pair in pairs]
+            packed = {action: packed_matrices(action, weights.linears, linears) for action in self._actions}
         self._rows.set_layer(len(self._layers), PackedLayer(layer_vectors(weights), packed))
         self._layers.append(_SharedLayer(layer, linears.mapped(for_neighbours, for_neighbours)))
 
@@ -252,6 +249,19 @@ class NativeBackend(OwnMemory):
         """Raises ValueError for an action without matrices: native code would read memory that is not there."""
         if missing := set(actions) - self._possible:
             raise ValueError(f"layers are not packed for {min(missing).name}")
+
+
+def packed_matrices(
+    action: Action, weights: Linears[FullLinear], linears: Linears[Linear]
+) -> list[tuple[RowMatrix, int]]:
+    """Packs a layer's matrices for `PackedLayer`; those in FULL share the memory of `linears`."""
+    matrices = weights.matrices()
+    if action is Action.FULL:
+        pairs = zip(matrices, linears.matrices(), strict=True)
+        return [(pack_row_matrix(action, own.weight, linear), own.weight.shape[1]) for own, linear in pairs]
+    first, *key_values = quantized_parts(action, matrices[0])
+    parts = [first, *((action, own) for own in matrices[1:]), *key_values]
+    return [(pack_row_matrix(precision, own.weight), own.weight.shape[1]) for precision, own in parts]
 
 
 def layer_vectors(weights: LayerWeights) -> dict[str, Tensor]:
