@@ -14,6 +14,8 @@ from dash_runtime.constraint import Constraint
 from dash_runtime.errors import ConfigError, InvalidRequest
 
 MAX_LOGPROBS = 20
+MOST_BURST_MILLISECONDS = 10
+"""A reader sees no stutter of so much, and a request that arrives meanwhile waits no longer."""
 
 
 class Mode(StrEnum):
@@ -147,6 +149,8 @@ class GenerationRequest:
     constraint: Constraint | None = None
     scored_token_ids: list[int] | None = None
     """An output that is given: its tokens are put out, each with its log probability, and none is chosen."""
+    is_immediate: bool = False
+    """True if every token is wanted as soon as it is there, instead of with the sequence's next ones."""
     cache_namespace: str = ""
     """Requests of one namespace may reuse each other's prompts. Nothing else is ever shared."""
 
@@ -310,6 +314,9 @@ class EngineConfig:
     request's tokens do not depend on its neighbours."""
     record_steps: int = 0
     """Number of decode steps, from the first of each request, whose decisions and times are recorded."""
+    burst_milliseconds: float = MOST_BURST_MILLISECONDS
+    """Milliseconds that a greedy request which decodes alone may decode at once before its tokens leave; 0: each token
+    leaves at once."""
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "cache_tokens", "prefill_chunk_tokens"):
@@ -318,6 +325,10 @@ class EngineConfig:
         for name in ("prefix_cache_tokens", "record_steps"):
             if getattr(self, name) < 0:
                 raise ConfigError(name, f"must be 0 (off) or more, got {getattr(self, name)}")
+        if not 0 <= self.burst_milliseconds <= MOST_BURST_MILLISECONDS:
+            raise ConfigError(
+                "burst_milliseconds", f"must be 0 to {MOST_BURST_MILLISECONDS}, got {self.burst_milliseconds}"
+            )
         if self.context_length is not None and self.context_length < 2:
             raise ConfigError("context_length", f"must be at least 2, got {self.context_length}")
         if self.default_compute_budget is not None and not 0 < self.default_compute_budget <= 1:

@@ -79,5 +79,5 @@ class GenerationOptions(TypedDict, total=False):
     trace: bool | None
     """Trace this request's decisions, whatever the server's sampling ratio."""
     immediate: bool | None
-    """In a stream: send each token as soon as it is made. Else a server with many streams may send several together,
-    up to 25 ms after the first of them."""
+    """In a stream: send each token as soon as it is made. Else a server may send several together: with many streams up
+    to 25 ms after the first of them, with one up to 10."""

@@ -18,7 +18,7 @@ from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.embedding import Embedding
 from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.kv_cache import CachePool, SequenceCache
-from dash_runtime.layers.pass_plan import PassPlan, PassRun
+from dash_runtime.layers.pass_plan import Burst, PassPlan, PassRun
 from dash_runtime.layers.rotary import rotary_tables
 from dash_runtime.model_config import ModelConfig
 
@@ -157,6 +157,10 @@ class Decoder:
     def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassRun | None:
         """Runs a pass from tokens to logits at once; see `Backend`."""
         return self.backends[batch.kind][0].run_pass(plan, token_ids, batch)
+
+    def run_burst(self, plan: PassPlan, token_id: int, batch: Batch, count: int, ends: Sequence[int]) -> Burst | None:
+        """Decodes up to `count` tokens of a lone row at once; see `Backend`."""
+        return self.backends[batch.kind][0].run_burst(plan, token_id, batch, count, ends)
 
     def run_tokens(
         self, action: Action, token_ids: Sequence[int], batch: Batch, head: Action, kind: PassKind

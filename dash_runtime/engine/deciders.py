@@ -48,6 +48,8 @@ class DecodingRows:
         self.deciders = self._make_deciders(decoder.decides_in_pass and not self._is_several, planner)
         self.plan = pass_plan(self.deciders, planner)
         self.decider_of = {row: decider for decider in self.deciders for row in decider.rows}
+        self.token_seconds: float | None = None
+        """How long the last token of each row took."""
 
     def are_of(self, sequences: Several[Sequence], assignments: Several[Assignment], num_rows: int) -> bool:
         """Returns True if these rows are still the same, and lie where they lay."""

@@ -8,16 +8,16 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts, SkipOptions
+from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts
 from dash_runtime.decision_trace import StepKind
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.devices.step_timer import CudaStepTimer
+from dash_runtime.engine.bursts import decode_burst
 from dash_runtime.engine.constraints import ConstraintCompiler, TextConstraint
 from dash_runtime.engine.deciders import DecodingRows
 from dash_runtime.engine.device_times import settle_decisions
@@ -25,14 +25,14 @@ from dash_runtime.engine.draft_rounds import DraftRounds
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import Planner
 from dash_runtime.engine.prefix_cache import PrefixCache
-from dash_runtime.engine.sampling import scores_of, token_logprobs
+from dash_runtime.engine.sampling import scores_of
 from dash_runtime.engine.sequence import Sequence
-from dash_runtime.engine.step import decode_step
+from dash_runtime.engine.step import Decider, decode_step
 from dash_runtime.engine.step_times import CostWatch, StepClock
-from dash_runtime.events import EndReason, EngineEvent, SlotGranted, TokenProduced
+from dash_runtime.events import EndReason, EngineEvent
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.kv_cache import CachePool
-from dash_runtime.policy.catalog import Assignment
+from dash_runtime.policy.catalog import Catalog
 from dash_runtime.policy.draft_costs import RoundCosts
 from dash_runtime.policy.policy import Policy
 
@@ -45,14 +45,6 @@ class _Waiting:
     request: GenerationRequest
     since: float
     constraint: TextConstraint | None
-
-
-class Catalog(Protocol):
-    """Says what decides a request's actions; `policy.catalog.PolicyCatalog` does for an engine that serves."""
-
-    full_depth: Assignment
-
-    def assign(self, skip: SkipOptions) -> Assignment: ...
 
 
 class Engine:
@@ -146,10 +138,8 @@ class Engine:
         self._grant_slots(events)
         decoding = [sequence for sequence in self._running.values() if not sequence.num_prompt_tokens_left]
         if self._step_clock is not None:
-            if len(self._running) == 1 and decoding and decoding[0].is_plain:
-                self._step_clock.begin(decoding[0].request.request_id)
-            else:
-                self._step_clock.interrupt()
+            is_plain = len(self._running) == 1 and decoding and decoding[0].is_plain
+            self._step_clock.begin(decoding[0].request.request_id if is_plain else None)
         self._prefill(events)
         if running := self._rounds.begin(decoding):
             self._decode(running, events)
@@ -180,19 +170,11 @@ class Engine:
             self._waiting.popleft()
             assignment = self._catalog.assign(request.skip)
             sequence = Sequence(
-                request,
-                assignment,
-                cache,
-                self._decoder.num_layers,
-                waiting.since,
-                self.facts.eos_token_ids,
-                self._config.record_steps,
-                waiting.constraint,
+                *(request, assignment, cache, self._decoder.num_layers, waiting.since),
+                *(self.facts.eos_token_ids, self._config.record_steps, waiting.constraint),
             )
             self._running[request.request_id] = sequence
-            policy, budget = assignment.policy.name, assignment.compute_budget
-            seconds, note, divergence = sequence.queue_seconds, assignment.note, assignment.divergence
-            events.append(SlotGranted(request.request_id, policy, budget, seconds, note, divergence))
+            events.append(sequence.granted())
 
     def _prefill(self, events: list[EngineEvent]) -> None:
         """Prefills a chunk of prompt tokens at full depth. A long prompt takes several steps, so that others go on.
@@ -259,6 +241,8 @@ class Engine:
         else:
             own = self._decoder, sequences, assignments, len(token_ids), planner
             rows = self._decoding_rows = DecodingRows(*own)
+        if len(self._running) == 1 and not self._waiting and self._decode_burst(sequences[0], rows, events):
+            return
         deciders = rows.deciders
         exposed_before, started_ns = self._lane.exposed_ns, time.perf_counter_ns()
         is_recorded = any(sequence.recorder.has_room for sequence in sequences)
@@ -268,6 +252,7 @@ class Engine:
         if isinstance(output.timer, CudaStepTimer):
             settle_decisions(output.timer, [block for decider in deciders for block in decider.blocks])
         exposed_ns, elapsed_ns = self._lane.exposed_ns - exposed_before, time.perf_counter_ns() - started_ns
+        rows.token_seconds = elapsed_ns / 1e9
         sampled = {row: own.sampler for row, own in enumerate(sequences) if own.is_sampled}
         scores = scores_of(output.logits, sampled) if sampled else {}
         for row, (sequence, assignment) in enumerate(zip(sequences, assignments, strict=True)):
@@ -292,13 +277,28 @@ class Engine:
             token_id = likeliest_ids[row] if sampler.is_plain_greedy else sampler.choose(scores[row])
             if sequence.speculation is not None:
                 sequence.speculation.decoded()
-            sequence.log.append_decode_token(plan, policy.head, num_evaluations, own_exposed_ns)
+            self._count(sequence, rows.decider_of[row], plan, own_exposed_ns, sequence.cache.length)
             has_room = sequence.recorder.has_room
             cost = sequence.log.cost_of(plan, policy.head, num_evaluations) if has_room else 0.0
             sequence.recorder.add_pass(StepKind.DECODE, token_id, cost, *recorded)
-            if self._step_clock is not None:
-                self._step_clock.ran(policy.name, plan, policy.head, num_evaluations, sequence.cache.length)
             self._take(sequence, token_id, output.logits, row, plan, events)
+
+    def _decode_burst(self, sequence: Sequence, rows: DecodingRows, events: list[EngineEvent]) -> bool:
+        """Decodes several tokens of a sequence that runs alone; returns False if that cannot be now."""
+        num_positions = sequence.cache.length
+        burst = decode_burst(self._decoder, rows, sequence, self._config.burst_milliseconds / 1e3)
+        for token_id, plan in () if burst is None else zip(*burst, strict=True):
+            num_positions += 1
+            self._count(sequence, rows.deciders[0], plan, 0, num_positions)
+            self._take(sequence, token_id, None, 0, plan, events)
+        return burst is not None
+
+    def _count(self, sequence: Sequence, by: Decider, plan: bytes, exposed_ns: int, num_positions: int) -> None:
+        """Counts what a decoded token took."""
+        head, num_evaluations = by.policy.head, by.num_evaluations
+        sequence.log.append_decode_token(plan, head, num_evaluations, exposed_ns)
+        if self._step_clock is not None:
+            self._step_clock.ran(by.policy.name, plan, head, num_evaluations, num_positions)
 
     def _verify(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
         """Runs complete drafts at full depth in one pass and outputs the accepted tokens. The drafts' keys and values
@@ -326,17 +326,15 @@ class Engine:
                 self._take(sequence, token_id, logits, row, sequence.log.append_verified_token(), events)
 
     def _take(
-        self, sequence: Sequence, token_id: int, logits: Tensor, row: int, plan: bytes, events: list[EngineEvent]
+        self, sequence: Sequence, token_id: int, logits: Tensor | None, row: int, plan: bytes, events: list[EngineEvent]
     ) -> None:
-        """Puts out a token, which was chosen from this row of logits `[rows, vocab_size]`."""
-        request = sequence.request
+        """Puts out a token, which was chosen from this row of logits `[rows, vocab_size]`; without them nobody may want
+        logarithms."""
         if refusal := sequence.refusal():
             events.append(refusal)
             self._release(sequence)
             return
-        logprobs = None if request.logprobs is None else token_logprobs(logits[row], token_id, request.logprobs)
-        shown_plan = plan if request.return_decisions else b""
-        events.append(TokenProduced(request.request_id, token_id, shown_plan, logprobs))
+        events.append(sequence.produced(token_id, plan, logits, row))
         if reason := sequence.append(token_id):
             events.append(self._finish(sequence, reason))
 

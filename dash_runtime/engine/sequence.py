@@ -7,11 +7,18 @@ from torch import Tensor
 from dash_runtime.config import GenerationRequest, Mode
 from dash_runtime.engine.constraints import TextConstraint
 from dash_runtime.engine.decision_log import DecisionLog
-from dash_runtime.engine.sampling import GivenTokens, Sampler
+from dash_runtime.engine.sampling import GivenTokens, Sampler, token_logprobs
 from dash_runtime.engine.speculative import Speculation, WantedDraft
 from dash_runtime.engine.text_drafts import TextDrafts
 from dash_runtime.engine.trace_recorder import TraceRecorder
-from dash_runtime.events import EndReason, RequestRefused, SequenceCancelled, SequenceFinished
+from dash_runtime.events import (
+    EndReason,
+    RequestRefused,
+    SequenceCancelled,
+    SequenceFinished,
+    SlotGranted,
+    TokenProduced,
+)
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.draft_length import DraftCosts, DraftLength
@@ -65,6 +72,12 @@ class Sequence:
         self.queue_seconds = self.granted_at - waiting_since
         self._first_token_at = self.granted_at
 
+    def granted(self) -> SlotGranted:
+        """Returns its first event."""
+        own, policy = self.assignment, self.assignment.policy.name
+        facts = own.compute_budget, self.queue_seconds, own.note, own.divergence
+        return SlotGranted(self.request.request_id, policy, *facts)
+
     @property
     def num_prompt_tokens_left(self) -> int:
         """Prompt tokens that are not in the KV cache yet; 0 while decoding."""
@@ -85,6 +98,17 @@ class Sequence:
     def is_plain(self) -> bool:
         """True if a step does no more than decode a token: neither drafts, nor samples, nor takes logarithms."""
         return self.speculation is None and self.sampler.is_plain_greedy and self.request.logprobs is None
+
+    @property
+    def may_burst(self) -> bool:
+        """True if its next tokens may come together: nobody looks at one before the next, or wants it at once."""
+        return self.is_plain and not self.recorder.has_room and not self.request.is_immediate
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Tokens that no other may follow."""
+        stopping = self.request.stopping
+        return [*stopping.stop_token_ids, *(() if stopping.ignore_eos else self._eos_token_ids)]
 
     @property
     def is_sampled(self) -> bool:
@@ -200,6 +224,15 @@ class Sequence:
     def next_token(self) -> Token:
         """Returns what policies may know about the token that is decoded next."""
         return Token(self.request.sampling.seed, self.cache.length, self.assignment.price)
+
+    def produced(self, token_id: int, plan: bytes, logits: Tensor | None, row: int) -> TokenProduced:
+        """Returns the event of a token that was chosen from this row of logits `[rows, vocab_size]`, which it needs if
+        its logarithm is asked for."""
+        request, logprobs = self.request, None
+        if request.logprobs is not None:
+            assert logits is not None
+            logprobs = token_logprobs(logits[row], token_id, request.logprobs)
+        return TokenProduced(request.request_id, token_id, plan if request.return_decisions else b"", logprobs)
 
     def append(self, token_id: int) -> EndReason | None:
         """Adds an output token; returns the reason if it is the last."""

@@ -14,7 +14,8 @@ from dash_runtime.events import CostStatus
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """A decode step of one row, and the seconds from its start to the next one's: all that its token took."""
+    """A decode step of one row, and the seconds from its start to the next one's: all that its token took. Tokens that
+    came together have equal shares."""
 
     source: str
     """The policy's name. Steps of one source cost about the same."""
@@ -36,23 +37,21 @@ class StepClock:
         self._now = now
         self._request_id: str | None = None
         self._started = 0.0
-        self._work: tuple[str, bytes, Action, int, int] | None = None
+        self._work: list[tuple[str, bytes, Action, int, int]] = []
 
-    def begin(self, request_id: str) -> None:
-        """Begins a step of this request alone; completes the one before, if it was the same request's."""
+    def begin(self, request_id: str | None) -> None:
+        """Begins a step of this request alone, or of none; completes the one before, if it was the same request's."""
         now = self._now()
-        if self._work is not None and request_id == self._request_id:
-            self._observe(StepTime(*self._work, now - self._started))
-        self._request_id, self._started, self._work = request_id, now, None
+        if request_id == self._request_id:
+            for work in self._work:
+                self._observe(StepTime(*work, (now - self._started) / len(self._work)))
+        self._request_id, self._started, self._work = request_id, now, []
 
     def ran(self, source: str, plan: bytes, head: Action, num_evaluations: int, num_positions: int) -> None:
-        """Says what the step that began last has run. Says nothing of a step that was no request's alone."""
+        """Says what the step that began last has run: a token, or one more. Says nothing of a step that was no
+        request's alone."""
         if self._request_id is not None:
-            self._work = (source, plan, head, num_evaluations, num_positions)
-
-    def interrupt(self) -> None:
-        """Forgets the last step: something else runs before the next one."""
-        self._request_id = self._work = None
+            self._work.append((source, plan, head, num_evaluations, num_positions))
 
 
 class CostWatch(Protocol):

@@ -149,10 +149,10 @@ class Batch:
             whole.move([span.end for span in self.spans])
             self._rows_of[None] = whole
 
-    def commit(self) -> None:
-        """Counts the rows as cached. To be called once every layer has run."""
+    def commit(self, num_passes: int = 1) -> None:
+        """Counts the rows as cached, of so many passes one after another. To be called once every layer has run."""
         for span in self.spans:
-            span.cache.length = span.end
+            span.cache.length = span.end + (num_passes - 1) * span.num_rows
 
     def attend(self, layer: int, queries: Tensor, is_run: Sequence[bool]) -> Tensor:
         """Attends with rows, each over its own sequence only, so that its sum never depends on neighbours.

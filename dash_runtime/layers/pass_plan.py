@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -23,6 +24,13 @@ class PassPlan:
     decided: Sequence[Decided]
     heads: Sequence[Action]
     latencies: LatencyTable | None = None
+
+
+class Burst(NamedTuple):
+    """Tokens that a row decoded one after another, and for each the actions that ran, a byte per layer."""
+
+    token_ids: list[int]
+    plans: list[bytes]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ Knows policies and budgets; knows no sequences and no device.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.config import Mode, PolicyFacts, SkipOptions, find_policy
@@ -60,6 +61,14 @@ class Assignment:
     def state_costs(self) -> CostTable:
         """The table by which the policy is told the cost spent: a learned one's own."""
         return self.policy.costs if isinstance(self.policy, LearnedPolicy) else self.costs
+
+
+class Catalog(Protocol):
+    """Says what decides a request's actions."""
+
+    full_depth: Assignment
+
+    def assign(self, skip: SkipOptions) -> Assignment: ...
 
 
 class PolicyCatalog:

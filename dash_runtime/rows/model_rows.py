@@ -6,7 +6,7 @@ Knows matrices, memory and positions; knows no sequences and no policies.
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import Array, addressof, c_int64, pointer
+from ctypes import Array, addressof, c_int64, c_uint8, pointer
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -153,6 +153,27 @@ class ModelRows:
         self._run(rows, plans, layers, plans.pinned)
         return Chosen(logits, likeliest[:])
 
+    def run_burst(
+        self, token_id: int, rows: RowsOfPass, plans: RowPlans, head: "HeadRows", count: int, ends: Sequence[int]
+    ) -> tuple[list[int], list[bytes]]:
+        """Decodes up to `count` tokens of a lone row, each the likeliest after the one before; the first follows
+        `token_id`, and none follows one of `ends`.
+
+        Returns them, and for each the actions that ran, a byte per layer.
+        """
+        own, num_layers = self._pass, self._num_layers
+        tokens, ran = (c_int64 * count)(), (c_uint8 * (count * num_layers))()
+        own.tokens, own.output, own.planner = (c_int64 * 1)(token_id), None, None
+        logits = self._logits_of(head, 1)  # kept until all have run
+        arguments = count, numbers_struct(ends), len(ends), tokens, ran
+        done = self._run(
+            *(rows, plans, self._all_layers, plans.pinned),
+            lambda address: self._library.run_burst(address, *arguments),
+        )
+        del logits
+        by_token = bytes(ran)
+        return tokens[:done], [by_token[place * num_layers : (place + 1) * num_layers] for place in range(done)]
+
     def run_head(self, hidden: Tensor, head: "HeadRows") -> "Chosen":
         """Runs the final norm and a head of bf16 states `[rows, hidden_size]`."""
         own, hidden, num_rows = self._pass, hidden.contiguous(), len(hidden)
@@ -181,23 +202,32 @@ class ModelRows:
         """Each layer's start and end in the last run that had it, by `perf_counter_ns`."""
         return array("q", self._times)
 
-    def _run(self, rows: RowsOfPass, plans: RowPlans, layers: range, work: bytes) -> None:
+    def _run(
+        self,
+        rows: RowsOfPass,
+        plans: RowPlans,
+        layers: range,
+        work: bytes,
+        function: Callable[[int], int | None] | None = None,
+    ) -> int:
+        """Calls the function, by default for one pass; returns how many it ran."""
         own = self._pass
         own.first_layer, own.last_layer = layers.start, layers.stop
         self._set_plans(plans)
         is_seen = len(layers) == self._num_layers and self._threads.is_seen()
         started = time.perf_counter() if is_seen else 0.0
-        self._call(self._library.run_rows, rows)
+        num_passes = self._call(function or self._library.run_rows, rows) or 1
         if is_seen:
             alike = work, rows.num_rows, rows.spans[0].num_tokens // _ALIKE_TOKENS
-            self._threads.took(alike, time.perf_counter() - started)
+            self._threads.took(alike, (time.perf_counter() - started) / num_passes)
+        return num_passes
 
     def _set_plans(self, plans: RowPlans) -> None:
         if plans is not self._plans:  # fields are written as seldom as can be: a token's take long after its weights
             self._plans = plans
             self._pass.plans, self._pass.num_plans = plans.array, len(plans.array)
 
-    def _call(self, function: Callable[[int], object], rows: RowsOfPass) -> None:
+    def _call(self, function: Callable[[int], int | None], rows: RowsOfPass) -> int | None:
         own = self._pass
         own.num_threads = self._threads.current
         if rows is not self._rows:
@@ -205,7 +235,7 @@ class ModelRows:
             own.spans, own.num_spans, own.num_rows = rows.spans, len(rows.spans), rows.num_rows
             own.rotary, own.num_rotaries = rows.rotary, rows.num_rotaries
             own.layer_bytes, own.values_bytes, own.token_bytes = rows.strides
-        function(self._pass_address)
+        return function(self._pass_address)
 
     def _logits_of(self, head: "HeadRows", num_rows: int) -> Tensor:
         """Tells the next call to run this head; returns the memory of its logits."""

@@ -52,7 +52,7 @@ struct Pass {
   const int64_t *windows;    // by layer; 0 for none
   const int64_t *rotary_of;  // by layer, which one
   const Rotary *rotary;      // [num_spans, num_rotaries]
-  const Span *spans;
+  Span *spans;
   const int64_t *tokens;  // [num_rows], null for `input`
   const Embedding *embedding;
   const uint16_t *input;  // [num_rows, hidden_size], bf16; of `dash_attend` [num_rows, fused_size]

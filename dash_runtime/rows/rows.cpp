@@ -5,6 +5,8 @@
 // structures; every field is eight bytes wide.
 #include <omp.h>
 
+#include <algorithm>
+
 #include "walk.h"
 
 namespace {
@@ -65,6 +67,22 @@ extern "C" void dash_run_rows(const Pass *pass) {
   if (repeated_size(*pass)) pass->workspace->keys.resize(pass->num_rows * padded(pass->head->num_tiles));
   const auto shared = laid_out(pass->workspace->shared, [&](Parts &parts) { return shared_parts(parts, *pass); });
   in_parallel(*pass->workspace, pass->num_threads, [&](const Member &member) { Walk(*pass, shared, member).run(); });
+}
+
+// Decodes a lone row: after its token the likeliest one, and after that the next, up to `num_tokens` or the first that
+// is among `ends`. Writes them, and by token and layer what ran; returns their number. The row stays where the last
+// ran.
+extern "C" int64_t dash_run_burst(Pass *pass, int64_t num_tokens, const int64_t *ends, int64_t num_ends,
+                                  int64_t *tokens, uint8_t *plans) {
+  const int64_t num_layers = pass->shape->num_layers;
+  for (int64_t done = 0;; ++pass->spans->num_tokens) {
+    pass->likeliest = tokens + done;
+    dash_run_rows(pass);
+    std::memcpy(plans + done * num_layers, pass->plans->plan, num_layers);
+    const int64_t token = tokens[done++];
+    if (done == num_tokens || std::find(ends, ends + num_ends, token) != ends + num_ends) return done;
+    pass->tokens = tokens + done - 1;
+  }
 }
 
 // Runs the attention of `first_layer`.

@@ -17,6 +17,7 @@ import torch
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.config import EngineConfig, GenerationRequest, SkipOptions, StoppingParameters
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.engine.bursts import MOST_IN_BURST
 from dash_runtime.engine.cost_fit import GROUP, STANDARD_POSITIONS, MeasuredCosts, fit_costs
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
@@ -78,8 +79,8 @@ class StepMeasurement:
         self._compensation = compensation
         self._learned = learned[:1]
         self._random = random.Random(seed)
-        # One token is the prompt's, the first step is cold, and the last has no next one.
-        num_new = max(1, min(GROUP + 3, decoder.context_length - 1))
+        # One token is the prompt's, the first step is cold, and the last, which may be a burst, has no next one.
+        num_new = max(1, min(GROUP + 2 + 2 * MOST_IN_BURST, decoder.context_length - 1))
         room = min(STANDARD_POSITIONS + 1, decoder.context_length - num_new)
         # All but one token of the prompt come from the prefix cache.
         num_prompt = (room - 1) // decoder.row_block * decoder.row_block + 1
@@ -102,7 +103,9 @@ class StepMeasurement:
             stopping = StoppingParameters(num_new, ignore_eos=True)
             self._engine.submit(GenerationRequest("measured", [0] * num_prompt, stopping))
         self._engine.step()
-        return None if self._engine.has_work else self._steps.taken[1:]
+        if len(self._steps.taken) > GROUP:
+            self._engine.cancel("measured")
+        return None if self._engine.has_work else self._steps.taken[1 : GROUP + 1]
 
     @property
     def is_between_rounds(self) -> bool:

@@ -140,6 +140,7 @@ def prepare_request(
         logprobs=_optional(output, "logprobs"),
         return_decisions=output.return_decisions,
         constraint=constraint or tool_constraint,
+        is_immediate=(delivery := _delivery(parameters, is_streamed)) is Delivery.AT_ONCE,
         cache_namespace=caller.cache_namespace,
     )
     facts.validate(request)
@@ -152,7 +153,7 @@ def prepare_request(
         priority=priority,
         num_answers=parameters.n if parameters.HasField("n") else 1,
         calls_tools=tool_constraint is not None,
-        delivery=_delivery(parameters, is_streamed),
+        delivery=delivery,
     )
 
 

@@ -14,7 +14,7 @@ from pydantic import Field, FilePath, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dash_runtime.checkpoints import default_cache_folder
-from dash_runtime.config import EngineConfig, LaneKind
+from dash_runtime.config import MOST_BURST_MILLISECONDS, EngineConfig, LaneKind
 from dash_server.scaling import WorkerRange
 from dash_server.setting_types import LogFormat, LogLevel, Names, RayAddress, Workers
 from dash_server.worker.messages import WorkerConfig
@@ -116,7 +116,7 @@ class Settings(BaseSettings):
         default=0, ge=0, le=65535, description="Port that workers on Ray connect to; 0 is any free port"
     )
     flush_milliseconds: float = Field(
-        default=25, ge=0, le=25, description="Milliseconds a token may wait to share a message under load; 0: none"
+        default=25, ge=0, le=25, description="Milliseconds a token may wait to share a message, alone 10; 0: none"
     )
     context_length: int | None = Field(
         default=None, ge=2, description="Tokens of one prompt and output; unset: the model's"
@@ -283,6 +283,7 @@ class Settings(BaseSettings):
                 group_planner=self.group_planner,
                 prefix_cache_tokens=self.prefix_cache_tokens,
                 record_steps=self.trace_steps,
+                burst_milliseconds=min(MOST_BURST_MILLISECONDS, self.flush_milliseconds),
             ),
             worker_number=0 if is_alone else worker_number,
             num_workers=1 if is_alone else self.workers.most,

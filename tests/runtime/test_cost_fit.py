@@ -109,8 +109,20 @@ def test_a_step_lasts_until_the_next_one_of_its_request_begins() -> None:
     step("a", 1.0)
     step("a", 3.0)
     step("b", 7.0)  # the last step of a request has no next one
-    clock.interrupt()
+    clock.begin(None)
     clock.ran("both", INT4_PLAN, Action.INT8, 0, 9)  # several rows
     step("b", 9.0)
     step("b", 10.0)
     assert [own.seconds for own in taken] == [2.0, 1.0]
+
+
+def test_tokens_of_one_step_have_equal_shares_of_its_time() -> None:
+    time = 1.0
+    taken: list[StepTime] = []
+    clock = StepClock(taken.append, lambda: time)
+    clock.begin("a")
+    for num_positions in (9, 10, 11, 12):
+        clock.ran("int4", INT4_PLAN, Action.INT8, 0, num_positions)
+    time = 3.0
+    clock.begin("a")
+    assert [(own.num_positions, own.seconds) for own in taken] == [(9, 0.5), (10, 0.5), (11, 0.5), (12, 0.5)]

@@ -4,6 +4,7 @@ Its behaviour is in WorkerConfig.model, as `fake?folder=/path&token_seconds=0.01
 
 folder           the folder with tokenizer.json
 token_seconds    time between two steps; each step gives every running request one token
+burst            tokens of a step for a request that runs alone, if it may have bursts
 num_layers       length of a row of actions
 die_after        exits silently after this many tokens
 die_when_ready   exits silently as soon as it is ready
@@ -266,13 +267,17 @@ class FakeWorker:
             policy = "full-depth" if request.skip.mode is Mode.FULL_DEPTH else request.skip.policy_name or "toy"
             note = "not a learned policy" if policy == "toy" else ""
             events.append(SlotGranted(request.request_id, policy, request.skip.compute_budget, 0.125, note))
+        is_alone = len(self.running) == 1 and self.config.engine.burst_milliseconds > 0
         for request_id, running in list(self.running.items()):
-            token, reason = running.step(self.num_layers)
-            events.append(token)
-            self.num_tokens += 1
-            if reason is not None:
-                del self.running[request_id]
-                events.append(running.finished(reason, self.trace_of(running)))
+            may_burst = is_alone and not running.request.is_immediate
+            for _ in range(int(self.options.get("burst", 1)) if may_burst else 1):
+                token, reason = running.step(self.num_layers)
+                events.append(token)
+                self.num_tokens += 1
+                if reason is not None:
+                    del self.running[request_id]
+                    events.append(running.finished(reason, self.trace_of(running)))
+                    break
         if self.num_tokens >= int(self.options.get("die_after", sys.maxsize)):
             os._exit(1)
         while self.num_tokens >= int(self.options.get("hang_after", sys.maxsize)):

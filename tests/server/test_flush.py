@@ -287,6 +287,27 @@ async def test_a_stream_alone_and_a_caller_that_asks_for_it_get_each_token_alone
                 assert len(sizes_of(events)) > 15  # a busy machine merges some that were not read in time
 
 
+@pytest.mark.parametrize(
+    ("options", "milliseconds", "size"),
+    [
+        ({}, 25, 4),
+        ({}, 0, 1),
+        ({"output": generation_pb2.OutputOptions(immediate=True)}, 25, 1),
+        ({"stop_strings": ("nowhere",)}, 25, 1),
+    ],
+    ids=["as a rule", "by the setting", "by the caller's wish", "for a stop string"],
+)
+async def test_a_burst_is_one_message_unless_each_token_is_wanted(
+    model_folder: Path, options: dict[str, object], milliseconds: float, size: int
+) -> None:
+    model = fake_model(model_folder, token_seconds=0.02, burst=4)
+    async with running_server(model, flush_milliseconds=milliseconds) as server:
+        (events,) = await events_of(server, 1, max_new_tokens=40, **options)
+        sizes = sizes_of(events)
+        assert sum(sizes) == 40
+        assert sizes.count(size) >= 40 / size - 5  # a busy machine merges some that were not read in time
+
+
 async def read_until_lost(call: grpc.aio.UnaryStreamCall) -> int:
     """Returns the number of tokens that came before UNAVAILABLE."""
     num_tokens = 0

@@ -107,6 +107,14 @@ def test_settings_come_from_variables_and_empty_ones_are_unset(monkeypatch: pyte
     assert settings.worker_config().engine.num_slots == 3
 
 
+def test_a_lone_requests_tokens_wait_for_each_other_no_longer_than_tokens_may_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for milliseconds, burst in (("25", 10), ("4", 4), ("0", 0)):
+        monkeypatch.setenv("DASH_FLUSH_MILLISECONDS", milliseconds)
+        assert load_settings().worker_config().engine.burst_milliseconds == burst
+
+
 def test_a_ray_address_needs_ray_and_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DASH_RAY_ADDRESS", "auto")
     monkeypatch.setitem(sys.modules, "ray", None)

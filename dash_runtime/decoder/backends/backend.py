@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.layers.batch import Batch
-from dash_runtime.layers.pass_plan import PassPlan, PassRun
+from dash_runtime.layers.pass_plan import Burst, PassPlan, PassRun
 
 
 class Backend(Protocol):
@@ -58,6 +58,13 @@ class Backend(Protocol):
         It is quicker with the plan and the batch of the pass before.
         """
 
+    def run_burst(self, plan: PassPlan, token_id: int, batch: Batch, count: int, ends: Sequence[int]) -> Burst | None:
+        """Decodes up to `count` tokens of a lone row, each the likeliest after the one before, with the same numbers;
+        the first follows `token_id`, and none follows one of `ends`. Returns None if it cannot.
+
+        The batch stays where it is.
+        """
+
     def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
         """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""
 
@@ -89,4 +96,7 @@ class LayerByLayer(OwnMemory):
         return None
 
     def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassRun | None:
+        return None
+
+    def run_burst(self, plan: PassPlan, token_id: int, batch: Batch, count: int, ends: Sequence[int]) -> Burst | None:
         return None

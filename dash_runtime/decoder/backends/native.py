@@ -19,7 +19,7 @@ from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.layer import DecoderLayer
 from dash_runtime.layers.layer_body import Linears, run_layer_body
 from dash_runtime.layers.norm import RmsNorm
-from dash_runtime.layers.pass_plan import PassPlan, PassRun
+from dash_runtime.layers.pass_plan import Burst, PassPlan, PassRun
 from dash_runtime.layers.rotary import queries_grow
 from dash_runtime.layers.row_compensation import pack_for_rows
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
@@ -161,17 +161,27 @@ class NativeBackend(OwnMemory):
         return self._rows.run(hidden, rows, bytes([action]) * len(layers), layers, compensation, kv_action)
 
     def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassRun | None:
-        if plan is not self._made_of[0] or batch is not self._made_of[1]:
-            self._made, self._made_of = self._make(plan, batch), (plan, batch)
-        if self._made is None:
+        made = self._made_for(plan, batch)
+        if made is None:
             return None
-        plans, head, planner = self._made
+        plans, head, planner = made
         output = self._rows.run_tokens(token_ids, batch.rows_of(None), plans, head, planner)
         if isinstance(output, Tensor):
             logits = self.logits(output, plan.heads)
             output = Chosen(logits, device_of(logits.device).likeliest(logits))
         ran = plans.ran()
         return PassRun(*output, ran if len(ran) > 1 else ran * len(token_ids), self._rows.times)
+
+    def run_burst(self, plan: PassPlan, token_id: int, batch: Batch, count: int, ends: Sequence[int]) -> Burst | None:
+        plans, head, _ = self._made_for(plan, batch) or (None, None, None)
+        if plans is None or head is None:
+            return None
+        return Burst(*self._rows.run_burst(token_id, batch.rows_of(None), plans, head, count, ends))
+
+    def _made_for(self, plan: PassPlan, batch: Batch) -> tuple[RowPlans, HeadRows | None, PlannerTable | None] | None:
+        if plan is not self._made_of[0] or batch is not self._made_of[1]:
+            self._made, self._made_of = self._make(plan, batch), (plan, batch)
+        return self._made
 
     def _make(self, plan: PassPlan, batch: Batch) -> tuple[RowPlans, HeadRows | None, PlannerTable | None] | None:
         """Returns what the native code is told of such passes; None if it cannot run them."""

@@ -1,0 +1,150 @@
+"""A greedy request that decodes alone gets several tokens of a step, the same as one by one."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from dash_runtime.actions import Action
+from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SamplingParameters, SkipOptions
+from dash_runtime.config import StoppingParameters as Stopping
+from dash_runtime.engine.engine import Engine
+from dash_runtime.errors import ConfigError
+from dash_runtime.events import EndReason, EngineEvent, SequenceFinished, TokenProduced
+from dash_runtime.startup.build import BuildOptions, build_engine
+from tests.runtime.compiled_model import NUM_THREADS, CompiledModel, save_compiled_model
+from tests.runtime.random_policy import NAME
+from tests.runtime.support import drain, finished, tokens
+
+NUM_TOKENS = 90
+PROMPT = list(range(1, 20))
+GREEDY = {
+    "full depth": SkipOptions(Mode.FULL_DEPTH),
+    "adaptive": SkipOptions(Mode.ADAPTIVE, policy_name=NAME),
+    **{action.name: SkipOptions(Mode.FIXED, fixed_action=action) for action in Action},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, compiled_model: CompiledModel) -> CompiledModel:
+    """One whose head runs natively in FULL, too: its vocabulary fills blocks."""
+    own = save_compiled_model(tmp_path_factory.mktemp("bursts"), vocab_size=320)
+    own.cache_folder.mkdir()
+    (own.cache_folder / "native").symlink_to(compiled_model.cache_folder / "native")
+    return own
+
+
+@pytest.fixture(scope="module")
+def engine(model: CompiledModel) -> Iterator[Engine]:
+    engine = engine_of(model)
+    yield engine
+    engine.close()
+
+
+def engine_of(model: CompiledModel, **options: float) -> Engine:
+    own = BuildOptions(devices=["cpu"], num_threads=NUM_THREADS, policy_file=model.policy_file, checks_kept_costs=False)
+    config = EngineConfig(num_slots=2, cache_tokens=1024, **options)  # type: ignore[arg-type]
+    return build_engine(model.folder, model.cache_folder, own, config, lambda _: None)
+
+
+def request(mode: str = "full depth", **changes: object) -> GenerationRequest:
+    stopping = Stopping(NUM_TOKENS, ignore_eos=True)
+    own = GenerationRequest("own", PROMPT, stopping, skip=GREEDY[mode], return_decisions=True)
+    return replace(own, **changes)  # type: ignore[arg-type]
+
+
+def tokens_of_steps(engine: Engine) -> list[list[EngineEvent]]:
+    """Returns the tokens of each step until the engine has no work."""
+    steps: list[list[EngineEvent]] = []
+    while engine.has_work:
+        steps.append([event for event in engine.step() if isinstance(event, TokenProduced)])
+    return steps
+
+
+@pytest.mark.parametrize("mode", GREEDY)
+def test_tokens_that_come_together_are_those_that_come_one_by_one(engine: Engine, mode: str) -> None:
+    runs: list[list[EngineEvent]] = []
+    for is_immediate in (True, False):
+        engine.submit(request(mode, is_immediate=is_immediate))
+        steps = []
+        while engine.has_work:
+            steps.append(engine.step())
+        assert (max(map(len, steps)) > 3) is not is_immediate
+        runs.append([event for step in steps for event in step])
+    alone, together = runs
+    produced = [[event for event in events if isinstance(event, TokenProduced)] for events in runs]
+    assert produced[0] == produced[1]
+    depths = [finished(events).depth for events in (alone, together)]
+    for name in ("num_decode_tokens", "action_counts", "layer_action_counts"):
+        assert getattr(depths[0], name) == getattr(depths[1], name)
+    assert depths[0].total_cost == pytest.approx(depths[1].total_cost)
+    assert finished(together).reason is EndReason.LENGTH
+    assert len(tokens(together)) == NUM_TOKENS
+
+
+def test_steps_have_several_tokens_unless_they_are_wanted_at_once(engine: Engine) -> None:
+    engine.submit(request())
+    assert max(map(len, tokens_of_steps(engine))) > 1
+    engine.submit(request(is_immediate=True))
+    assert max(map(len, tokens_of_steps(engine))) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"logprobs": 1}, {"sampling": SamplingParameters(temperature=1.0)}, {"skip": SkipOptions(Mode.EXACT)}],
+    ids=["logprobs", "sampled", "exact"],
+)
+def test_what_looks_at_each_token_gets_its_tokens_as_before(engine: Engine, changes: dict[str, object]) -> None:
+    first, second = request(**changes), request(is_immediate=True, **changes)
+    runs = []
+    for own in (first, second):
+        engine.submit(own)
+        runs.append(tokens_of_steps(engine))
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("number", range(4, 9))
+def test_a_burst_ends_with_the_token_that_ends_the_output(engine: Engine, number: int) -> None:
+    engine.submit(request())
+    (events,) = drain(engine).values()
+    whole = tokens(events)
+    stop = list(dict.fromkeys(whole))[number]
+    place = whole.index(stop)
+    engine.submit(request(stopping=Stopping(NUM_TOKENS, stop_token_ids=frozenset({stop}), ignore_eos=True)))
+    (events,) = drain(engine).values()
+    assert tokens(events) == whole[: place + 1]
+    assert finished(events).reason is EndReason.STOP_TOKEN
+    assert isinstance(events[-1], SequenceFinished)
+    assert engine.num_reserved_cache_tokens == 0
+
+
+def test_neighbours_decode_token_by_token_and_a_newcomer_waits_for_one_step(engine: Engine) -> None:
+    engine.submit(request())
+    while engine.has_work and len(engine.step()) < 3:
+        pass
+    assert engine.has_work
+    engine.submit(request(request_id="newcomer"))
+    events = engine.step()
+    assert any(event.request_id == "newcomer" for event in events if isinstance(event, TokenProduced))
+    while len(engine._running) == 2:
+        step = [event.request_id for event in engine.step() if isinstance(event, TokenProduced)]
+        assert len(step) == len(set(step))
+    drain(engine)
+
+
+def test_recorded_steps_have_one_token_each(model: CompiledModel) -> None:
+    engine = engine_of(model, record_steps=12)
+    engine.submit(request())
+    counts = [len(step) for step in tokens_of_steps(engine) if step]
+    engine.close()
+    assert counts[:12] == [1] * 12
+    assert max(counts) > 1
+
+
+def test_no_milliseconds_mean_no_bursts(model: CompiledModel) -> None:
+    engine = engine_of(model, burst_milliseconds=0)
+    engine.submit(request())
+    assert max(map(len, tokens_of_steps(engine))) == 1
+    engine.close()
+    with pytest.raises(ConfigError, match="burst_milliseconds"):
+        EngineConfig(burst_milliseconds=11)
