@@ -23,7 +23,7 @@ from dash_runtime.layers.compensation import Identity
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.startup.measure import filled_caches, timed
 
-_FUNCTIONS = ("run_rows", "attend", "choose")
+_FUNCTIONS = ("run_rows", "run_burst", "attend", "choose")
 _CONTEXTS = (256, 1500)
 _STREAMS = (1, 16)
 
@@ -75,10 +75,11 @@ def _timed_functions(library: RowsLibrary) -> Iterator[list[tuple[float, float]]
     calls: list[tuple[float, float]] = []
     plain = {name: getattr(library, name) for name in _FUNCTIONS}
 
-    def timed_call(name: str, *arguments: object) -> None:
+    def timed_call(name: str, *arguments: object) -> object:
         began = time.perf_counter()
-        plain[name](*arguments)
+        result = plain[name](*arguments)
         calls.append((began, time.perf_counter() - began))
+        return result
 
     for name in _FUNCTIONS:
         setattr(library, name, partial(timed_call, name))
