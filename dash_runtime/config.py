@@ -99,6 +99,10 @@ class StoppingParameters:
         if self.max_new_tokens < 1:
             raise InvalidRequest("stopping.max_new_tokens", f"must be at least 1, got {self.max_new_tokens}")
 
+    def end_token_ids(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
+        """Returns the tokens that end an output, of a model with these end-of-sequence tokens."""
+        return self.stop_token_ids if self.ignore_eos else self.stop_token_ids | eos_token_ids
+
 
 @dataclass(frozen=True, slots=True)
 class SkipOptions:

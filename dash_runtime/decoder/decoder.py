@@ -3,7 +3,7 @@
 Knows weights, actions and rows; knows no policy, no sampling and no requests.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -158,7 +158,7 @@ class Decoder:
         """Runs a pass from tokens to logits at once; see `Backend`."""
         return self.backends[batch.kind][0].run_pass(plan, token_ids, batch)
 
-    def run_burst(self, plan: PassPlan, token_id: int, batch: Batch, count: int, ends: Sequence[int]) -> Burst | None:
+    def run_burst(self, plan: PassPlan, token_id: int, batch: Batch, count: int, ends: Collection[int]) -> Burst | None:
         """Decodes up to `count` tokens of a lone row at once; see `Backend`."""
         return self.backends[batch.kind][0].run_burst(plan, token_id, batch, count, ends)
 

@@ -66,7 +66,7 @@ def make_decoder(
     for index, own in enumerate(devices):
         layer_weights = loaders[own].layer(index)
         eager_actions = actions if native is None else (Action.FULL,)
-        layer = make_layer(layer_weights, config.num_heads * config.head_dim, eager_actions)
+        layer = make_layer(layer_weights, config.query_size, eager_actions)
         if native is not None:
             native.add_layer(layer_weights, layer)
         layers.append(layer)

@@ -12,7 +12,7 @@ from dash_runtime.engine.sequence import Sequence
 from dash_runtime.layers.pass_plan import Burst
 
 MOST_IN_BURST = 16
-"""However short tokens are."""
+"""Tokens of a burst at most, however short they are."""
 
 
 def decode_burst(decoder: Decoder, rows: DecodingRows, sequence: Sequence, seconds: float) -> Burst | None:

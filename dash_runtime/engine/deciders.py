@@ -49,7 +49,7 @@ class DecodingRows:
         self.plan = pass_plan(self.deciders, planner)
         self.decider_of = {row: decider for decider in self.deciders for row in decider.rows}
         self.token_seconds: float | None = None
-        """How long the last token of each row took."""
+        """Seconds that the last step took for a token of each row; None before the first."""
 
     def are_of(self, sequences: Several[Sequence], assignments: Several[Assignment], num_rows: int) -> bool:
         """Returns True if these rows are still the same, and lie where they lay."""

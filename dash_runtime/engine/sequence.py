@@ -39,7 +39,8 @@ class Sequence:
         record_steps: int = 0,
         constraint: TextConstraint | None = None,
     ) -> None:
-        self._eos_token_ids = eos_token_ids
+        self.end_token_ids = request.stopping.end_token_ids(eos_token_ids)
+        """The tokens that no other may follow."""
         self.request = request
         self.assignment = assignment
         self.cache = cache
@@ -103,12 +104,6 @@ class Sequence:
     def may_burst(self) -> bool:
         """True if its next tokens may come together: nobody looks at one before the next, or wants it at once."""
         return self.is_plain and not self.recorder.has_room and not self.request.is_immediate
-
-    @property
-    def end_token_ids(self) -> list[int]:
-        """Tokens that no other may follow."""
-        stopping = self.request.stopping
-        return [*stopping.stop_token_ids, *(() if stopping.ignore_eos else self._eos_token_ids)]
 
     @property
     def is_sampled(self) -> bool:
@@ -246,11 +241,9 @@ class Sequence:
 
     def _end_with(self, token_id: int, place: int) -> EndReason | None:
         """Returns the reason if no token may follow this one, the output's `place`-th, whatever the limit."""
-        stopping = self.request.stopping
-        if token_id in stopping.stop_token_ids:
-            return EndReason.STOP_TOKEN
-        if token_id in self._eos_token_ids and not stopping.ignore_eos:
-            return EndReason.END_OF_SEQUENCE
+        if token_id in self.end_token_ids:
+            is_stop = token_id in self.request.stopping.stop_token_ids
+            return EndReason.STOP_TOKEN if is_stop else EndReason.END_OF_SEQUENCE
         if self._constraint is not None and self._constraint.is_complete_after(place):
             return EndReason.END_OF_SEQUENCE
         return None

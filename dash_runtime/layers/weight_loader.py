@@ -132,7 +132,7 @@ class WeightLoader:
     def _with_finer_keys(self, fused: FullLinear) -> FullLinear:
         """Returns a layer's query-key-value matrix whose keys and values INT4 leaves in INT8, if four bits would change
         them: they are few weights, and all later tokens read what they make."""
-        query_size = self.config.num_heads * self.config.head_dim
+        query_size = self.config.query_size
         if not self.has_finer_keys or fused.weight.shape[1] % INT4_GROUP_SIZE:
             return fused
         return fused if is_nearly_exact(fused.weight[query_size:]) else replace(fused, finer_from=query_size)

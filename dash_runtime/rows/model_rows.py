@@ -5,7 +5,7 @@ Knows matrices, memory and positions; knows no sequences and no policies.
 
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from ctypes import Array, addressof, c_int64, c_uint8, pointer
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -154,7 +154,7 @@ class ModelRows:
         return Chosen(logits, likeliest[:])
 
     def run_burst(
-        self, token_id: int, rows: RowsOfPass, plans: RowPlans, head: "HeadRows", count: int, ends: Sequence[int]
+        self, token_id: int, rows: RowsOfPass, plans: RowPlans, head: "HeadRows", count: int, ends: Collection[int]
     ) -> tuple[list[int], list[bytes]]:
         """Decodes up to `count` tokens of a lone row, each the likeliest after the one before; the first follows
         `token_id`, and none follows one of `ends`.
@@ -165,7 +165,7 @@ class ModelRows:
         tokens, ran = (c_int64 * count)(), (c_uint8 * (count * num_layers))()
         own.tokens, own.output, own.planner = (c_int64 * 1)(token_id), None, None
         logits = self._logits_of(head, 1)  # kept until all have run
-        arguments = count, numbers_struct(ends), len(ends), tokens, ran
+        arguments = count, numbers_struct(list(ends)), len(ends), tokens, ran
         done = self._run(
             *(rows, plans, self._all_layers, plans.pinned),
             lambda address: self._library.run_burst(address, *arguments),

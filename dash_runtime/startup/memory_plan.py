@@ -54,7 +54,8 @@ def model_bytes(
             # Skipped rows have keys and values by a matrix of their own, except in native code and where it is a view.
             has_copy = action in quantised and not device.compiles_layers
             # INT4 may leave keys and values in INT8.
-            finer = (1 - size) * key_value_weights * (1 + has_copy) if action is Action.INT4 else 0
+            more = _bytes_per_weight(Action.INT8, dtype) - size if action is Action.INT4 else 0
+            finer = more * key_value_weights * (1 + has_copy)
             needs[action.name] = round(size * (model.num_weights(layer) + has_copy * key_value_weights) + finer)
         return needs
 

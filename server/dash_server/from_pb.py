@@ -130,7 +130,7 @@ def prepare_request(
 
     facts = model.facts
     stopping = _stopping(parameters.stopping, len(prompt_token_ids), facts, settings)
-    output = parameters.output
+    output, delivery = parameters.output, _delivery(parameters, is_streamed)
     request = GenerationRequest(
         request_id=request_id,
         prompt_token_ids=prompt_token_ids,
@@ -140,16 +140,15 @@ def prepare_request(
         logprobs=_optional(output, "logprobs"),
         return_decisions=output.return_decisions,
         constraint=constraint or tool_constraint,
-        is_immediate=(delivery := _delivery(parameters, is_streamed)) is Delivery.AT_ONCE,
+        is_immediate=delivery is Delivery.AT_ONCE,
         cache_namespace=caller.cache_namespace,
     )
     facts.validate(request)
-    stop_token_ids = stopping.stop_token_ids | (frozenset() if stopping.ignore_eos else facts.eos_token_ids)
     stop_strings = tuple(parameters.stopping.stop_strings)
     return PreparedRequest(
         request,
         stop_strings,
-        stop_token_ids,
+        stopping.end_token_ids(facts.eos_token_ids),
         priority=priority,
         num_answers=parameters.n if parameters.HasField("n") else 1,
         calls_tools=tool_constraint is not None,

@@ -116,7 +116,7 @@ class Settings(BaseSettings):
         default=0, ge=0, le=65535, description="Port that workers on Ray connect to; 0 is any free port"
     )
     flush_milliseconds: float = Field(
-        default=25, ge=0, le=25, description="Milliseconds a token may wait to share a message, alone 10; 0: none"
+        default=25, ge=0, le=25, description="Milliseconds a token may wait to share a message, 10 if alone; 0: none"
     )
     context_length: int | None = Field(
         default=None, ge=2, description="Tokens of one prompt and output; unset: the model's"

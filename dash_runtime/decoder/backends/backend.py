@@ -1,6 +1,6 @@
 """The interface of a backend. Knows batches; knows no models."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -58,7 +58,7 @@ class Backend(Protocol):
         It is quicker with the plan and the batch of the pass before.
         """
 
-    def run_burst(self, plan: PassPlan, token_id: int, batch: Batch, count: int, ends: Sequence[int]) -> Burst | None:
+    def run_burst(self, plan: PassPlan, token_id: int, batch: Batch, count: int, ends: Collection[int]) -> Burst | None:
         """Decodes up to `count` tokens of a lone row, each the likeliest after the one before, with the same numbers;
         the first follows `token_id`, and none follows one of `ends`. Returns None if it cannot.
 
@@ -98,5 +98,5 @@ class LayerByLayer(OwnMemory):
     def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassRun | None:
         return None
 
-    def run_burst(self, plan: PassPlan, token_id: int, batch: Batch, count: int, ends: Sequence[int]) -> Burst | None:
+    def run_burst(self, plan: PassPlan, token_id: int, batch: Batch, count: int, ends: Collection[int]) -> Burst | None:
         return None

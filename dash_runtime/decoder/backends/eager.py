@@ -76,7 +76,7 @@ class EagerBackend(LayerByLayer):
         self, weights: DecoderLayer, groups: Groups[Kernel], hidden: Tensor, cosines: Tensor, sines: Tensor
     ) -> Tensors:
         normed, config = before_attention(weights, hidden), self._config
-        query_size = config.num_heads * config.head_dim
+        query_size = config.query_size
         fused = normed.new_zeros((len(normed), query_size + 2 * config.num_kv_heads * config.head_dim))
         for (action, is_skipped), rows in groups:
             assert rows is not None

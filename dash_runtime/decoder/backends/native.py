@@ -3,7 +3,7 @@
 For passes of one row per sequence, and for verification. Knows layers and rows; knows no policies and no requests.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, bfloat16
@@ -172,9 +172,12 @@ class NativeBackend(OwnMemory):
         ran = plans.ran()
         return PassRun(*output, ran if len(ran) > 1 else ran * len(token_ids), self._rows.times)
 
-    def run_burst(self, plan: PassPlan, token_id: int, batch: Batch, count: int, ends: Sequence[int]) -> Burst | None:
-        plans, head, _ = self._made_for(plan, batch) or (None, None, None)
-        if plans is None or head is None:
+    def run_burst(self, plan: PassPlan, token_id: int, batch: Batch, count: int, ends: Collection[int]) -> Burst | None:
+        made = self._made_for(plan, batch)
+        if made is None:
+            return None
+        plans, head, _ = made
+        if head is None:
             return None
         return Burst(*self._rows.run_burst(token_id, batch.rows_of(None), plans, head, count, ends))
 
