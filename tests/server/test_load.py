@@ -194,13 +194,16 @@ async def test_a_higher_class_goes_first_and_only_those_who_may_ask_for_it(model
     assert violated_fields(refusal.value) == ["parameters.priority"]
 
 
-@pytest.mark.alone  # beside busy tests the connection may be old before anybody looks
 async def test_a_connection_that_is_old_takes_no_new_calls_and_loses_none(model_folder: Path) -> None:
     async with running_server(fake_model(model_folder, token_seconds=0.02), max_connection_age_seconds=0.2) as server:
-        stream = server.stream(text="abc", max_new_tokens=60)
-        first = connections_to(server.port)
+        texts: list[str] = []
+        first: set[int] = set()
+        async for event in server.stream(text="abc", max_new_tokens=60):
+            # Looked for with the first event: an idle connection may be old before the call begins,
+            # one that carries a stream stays until the stream has ended.
+            first = first or connections_to(server.port)
+            texts.append(event.delta.text)
         assert len(first) == 1
-        texts = [event.delta.text async for event in stream if event.HasField("delta")]
         assert len("".join(texts)) == 60
         await server.generate(text="abc", max_new_tokens=1)
         assert connections_to(server.port).isdisjoint(first)
