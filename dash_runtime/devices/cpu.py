@@ -1,5 +1,6 @@
 """The CPU. Knows torch's CPU kernels."""
 
+import contextlib
 import mmap
 import re
 from collections.abc import Iterable
@@ -35,7 +36,11 @@ class CpuDevice(Device):
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         # torch would write its zeros. The pages of an anonymous map are zeros already, and take no room until touched.
-        pages = mmap.mmap(-1, torch.Size(shape).numel() * dtype.itemsize)
+        # Linux gives huge ones on request, if nobody shares them.
+        pages = mmap.mmap(-1, torch.Size(shape).numel() * dtype.itemsize, access=mmap.ACCESS_COPY)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # of a system without them
+                pages.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(pages, dtype=dtype).view(shape)
 
     def upload(self, rows: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from dash_runtime.devices.cpu import CpuDevice
 from dash_runtime.startup.process_memory import (
     HUGE_PAGE,
     are_enabled,
@@ -96,6 +98,19 @@ def test_what_is_mostly_empty_stays_so() -> None:
     before = num_resident(memory)
     settle_memory()
     assert num_resident(memory) == before  # all of it if huge pages are always given
+
+
+@on_linux
+@pytest.mark.alone  # it counts on free huge pages
+def test_a_cache_takes_no_room_until_it_is_written_and_then_huge_pages() -> None:
+    CpuDevice(torch.device("cpu")).zeros((1,), torch.uint8)  # has loaded what the next one needs
+    before, own = kilobytes("AnonHugePages"), kilobytes("Anonymous")
+    cache = CpuDevice(torch.device("cpu")).zeros((NUM_PAGES + 1, HUGE_PAGE), torch.uint8)
+    assert kilobytes("Anonymous") - own < HUGE_PAGE // 1024
+    cache[NUM_PAGES // 2] = 1
+    assert cache.sum() == HUGE_PAGE
+    if are_enabled(Path("/sys/kernel/mm/transparent_hugepage/enabled")):
+        assert kilobytes("AnonHugePages") - before >= HUGE_PAGE // 1024  # as many as fit
 
 
 SMAPS = """\
