@@ -39,17 +39,16 @@ inline bool is_permitted() {
 
 inline const bool is_here = is_permitted();
 
-// How large the eight tiles are: 0 to 3 hold sums, 4 inputs, 5 and 6 weights.
+// How large the eight tiles are.
 struct alignas(64) Sizes {
   uint8_t palette = 1, first_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 
-  Sizes(int64_t num_rows, int input_bytes, int weight_rows) {
-    for (int tile = 0; tile < 7; ++tile) {
-      row_bytes[tile] = static_cast<uint16_t>(tile == 4 ? input_bytes : kRowBytes);
-      rows[tile] = static_cast<uint8_t>(tile < 5 ? num_rows : weight_rows);
-    }
+  Sizes &with(int first, int last, int64_t num_rows, int num_bytes = kRowBytes) {
+    for (int tile = first; tile < last; ++tile)
+      rows[tile] = static_cast<uint8_t>(num_rows), row_bytes[tile] = static_cast<uint16_t>(num_bytes);
+    return *this;
   }
 
   void set() const {
@@ -57,6 +56,11 @@ struct alignas(64) Sizes {
     _tile_loadconfig(this);
   }
 };
+
+// Of products: tiles 0 to 3 hold sums, 4 inputs, 5 and 6 weights.
+inline Sizes sizes_of(int64_t num_rows, int input_bytes, int weight_rows) {
+  return Sizes().with(0, 4, num_rows).with(4, 5, num_rows, input_bytes).with(5, 7, weight_rows);
+}
 
 // Where the weights of a few tiles of outputs begin, and the bytes from one pair of inputs to the next.
 struct Weights {
@@ -121,7 +125,7 @@ inline void full_product(const Matrix &matrix, const Rows &rows, int64_t first_r
   // Tiles with fewer rows take less time: all have about as many.
   const int64_t num_turns = (num_rows + kMostRows - 1) / kMostRows;
   const int64_t rows_at_once = (num_rows + num_turns - 1) / num_turns;
-  Sizes(rows_at_once, kRowBytes, kPairs).set();
+  sizes_of(rows_at_once, kRowBytes, kPairs).set();
   for (int64_t tile = first, count; tile < last; tile += count) {
     count = last - tile < kTilesAtOnce ? last - tile : kTilesAtOnce;
     const Weights weights(matrix, tile, count);
@@ -223,7 +227,7 @@ inline void rounded_tile(const Matrix &matrix, const Rows &rows, int64_t num_row
 // The same in INT8 and INT4, for the first rows. What follows up to `end` is fetched ahead.
 inline void rounded_product(const Matrix &matrix, const Rows &rows, int64_t num_rows, int64_t first, int64_t last,
                             int64_t end, float *outputs, int64_t stride) {
-  Sizes(num_rows < kMostRows ? num_rows : kMostRows, kGroup, kFours).set();
+  sizes_of(num_rows < kMostRows ? num_rows : kMostRows, kGroup, kFours).set();
   for (int64_t tile = first; tile < last; ++tile, outputs += kLanes) {
     const bool fetches = tile + 1 < end;
     if (matrix.layout == kInt8)

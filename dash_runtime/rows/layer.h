@@ -148,8 +148,8 @@ class LayerRun {
     const Matrix *matrices = layer.matrices[action - 1];
     split_rows(layer, memory, rotary, true);
     if (rows_.is_shared) member_.wait();
-    attend(member_, shape_.heads, memory, own_.queries, own_.keys, own_.values, shared_.parts, own_.attended,
-           rows_.first, rows_.last);
+    const Attention attention{shape_.heads, memory, own_.queries, own_.keys, own_.values, shared_.parts, own_.attended};
+    attention.run(member_, rows_.first, rows_.last);
     multiply(matrices[kOutput], own_.attended, 0, size / kLanes, shared_.branch, size);
     member_.wait();
     add_branch(layer.attention_output_norm);

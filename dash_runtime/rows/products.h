@@ -5,7 +5,6 @@
 #include "amx.h"
 
 constexpr int kBlockTiles = 4;  // tiles whose weights stay in the cache while all rows read them
-constexpr int kLineBytes = 64;
 
 // Rows from which on weights are fetched ahead: a product waits for arithmetic as much as for memory. Processors with
 // AMX foresee too little for a single row.

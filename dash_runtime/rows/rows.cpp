@@ -46,8 +46,9 @@ void take_part_in_attention(const Pass &pass, const AttentionParts &shared, cons
                 shared.queries + row * query_size, shared.keys + row * kv_size, shared.values + row * kv_size);
   });
   member.wait();
-  attend(member, shape.heads, memory, shared.queries, shared.keys, shared.values, shared.parts, shared.attended, first,
-         last);
+  const Attention attention{shape.heads,   memory,       shared.queries, shared.keys,
+                            shared.values, shared.parts, shared.attended};
+  attention.run(member, first, last);
   for (int64_t place = first * query_size; place < last * query_size; place += kLanes)
     write_bf16(pass.output + place, load<Floats>(shared.attended + place));
 }

@@ -1,0 +1,134 @@
+// Where the keys and values of a pass's sequences lie, and the blocks of positions that attention takes.
+#pragma once
+#include "vectors.h"
+
+constexpr int64_t kBlockPositions = 64;
+constexpr int64_t kMostChannels = 512;            // of a head
+constexpr int64_t kLineNumbers = kLineBytes / 2;  // in bf16
+
+struct HeadShape {
+  int64_t num_heads, num_kv_heads, head_dim;
+  double scale;
+
+  int64_t group() const { return num_heads / num_kv_heads; }
+};
+
+// Consecutive rows of one sequence, and its keys and values from its first position on. A pass has one for each of its
+// sequences.
+struct Span {
+  char *memory;        // of layer 0
+  int64_t num_tokens;  // the rows' own among them
+  int64_t first_row, num_rows;
+};
+
+// The spans of a pass in one layer.
+struct Memory {
+  const Span *spans;
+  int64_t num_spans, layer_bytes, values_bytes, token_stride;  // token_stride in elements
+  int64_t window;                                              // 0 for none
+  int64_t layer;
+
+  uint16_t *keys(const Span &span) const { return reinterpret_cast<uint16_t *>(span.memory + layer * layer_bytes); }
+  uint16_t *values(const Span &span) const {
+    return reinterpret_cast<uint16_t *>(span.memory + layer * layer_bytes + values_bytes);
+  }
+  int64_t start(int64_t end) const { return window && end > window ? end - window : 0; }
+  int64_t first_block(const Span &span) const { return start(span.num_tokens - span.num_rows + 1) / kBlockPositions; }
+  int64_t num_blocks(const Span &span) const { return (span.num_tokens - 1) / kBlockPositions + 1 - first_block(span); }
+};
+
+// Calls `work` with the rows of a pass from `first` to `last`: the row, its position and the number of its span.
+template <class Work>
+inline void for_rows(const Memory &memory, int64_t first, int64_t last, Work work) {
+  for (int64_t number = 0; number < memory.num_spans; ++number) {
+    const Span &span = memory.spans[number];
+    const int64_t from = first > span.first_row ? first - span.first_row : 0;
+    const int64_t to = last < span.first_row + span.num_rows ? last - span.first_row : span.num_rows;
+    for (int64_t row = from; row < to; ++row) work(span.first_row + row, span.num_tokens - span.num_rows + row, number);
+  }
+}
+
+// What is read after a block: the next one's keys and values. They are fetched meanwhile, line by line as they lie in
+// memory, into a cache that has room for them: so processors foresee what follows, but not what lies in another
+// sequence.
+class NextBlock {
+ public:
+  NextBlock() = default;
+
+  // This head's share of the lines of `block`, `num_tokens` long.
+  NextBlock(const char *keys, const char *values, int64_t num_lines)
+      : keys_(keys), values_(values), num_lines_(num_lines) {}
+
+  // Fetches so many lines of keys and of values, if there are any left.
+  void fetch(int64_t count) {
+    for (const char *last = keys_ + kLineBytes * (count < num_lines_ ? count : num_lines_); keys_ < last;
+         keys_ += kLineBytes, values_ += kLineBytes, --num_lines_) {
+      __builtin_prefetch(keys_, 0, kSecondCache);
+      __builtin_prefetch(values_, 0, kSecondCache);
+    }
+  }
+  void fetch_rest() { fetch(num_lines_); }
+
+ private:
+  static constexpr int kSecondCache = 2;
+  const char *keys_ = nullptr, *values_ = nullptr;
+  int64_t num_lines_ = 0;
+};
+
+// Keys and values of one head.
+struct HeadBlock {
+  const uint16_t *keys, *values;
+  int64_t count, stride;  // positions, and numbers from one to the next
+  NextBlock next;
+};
+
+// Returns a span's `block` of one head, of so many positions.
+inline HeadBlock block_of(const HeadShape &shape, const Memory &memory, const Span &span, int64_t block, int64_t count,
+                          int64_t kv_head) {
+  const int64_t stride = memory.token_stride, from = block * kBlockPositions * stride + kv_head * shape.head_dim;
+  const bool is_last = (block + 1) * kBlockPositions >= span.num_tokens && &span + 1 < memory.spans + memory.num_spans;
+  const Span &next = *(&span + is_last);
+  const int64_t begin = (is_last ? memory.first_block(next) : block + 1) * kBlockPositions,
+                left = next.num_tokens - begin,
+                num_tokens = left < 0                 ? 0
+                             : left < kBlockPositions ? left
+                                                      : kBlockPositions;
+  const int64_t num_lines = num_tokens * stride / kLineNumbers, first = num_lines * kv_head / shape.num_kv_heads,
+                last = num_lines * (kv_head + 1) / shape.num_kv_heads,
+                next_from = begin * stride + first * kLineNumbers;
+  return {memory.keys(span) + from, memory.values(span) + from, count, stride,
+          NextBlock(reinterpret_cast<const char *>(memory.keys(next) + next_from),
+                    reinterpret_cast<const char *>(memory.values(next) + next_from), last - first)};
+}
+
+// What one query sees of a block: the positions from `first` to `last`; and where its part goes: the largest score, the
+// sum of the weights, and the weighted sum of values.
+struct BlockQuery {
+  const float *query;
+  int64_t first, last;
+  float *part;
+};
+
+constexpr int kWeights = 1, kSums = kLanes;  // where these lie in a part
+
+inline int64_t part_size(int64_t head_dim) { return kSums + head_dim; }
+
+// Turns one query's scores into weights, and begins its part.
+inline void weigh(const BlockQuery &query, float *scores) {
+  if (query.first > 0 || query.last < kBlockPositions)
+    for (int place = 0; place < kBlockPositions; place += kLanes) {
+      const Ints number = kNumbers + place;
+      const Ints is_seen = number >= static_cast<int>(query.first) & number < static_cast<int>(query.last);
+      store(scores + place, is_seen ? load<Floats>(scores + place) : filled(-INFINITY));
+    }
+  Floats most = load<Floats>(scores), total{};
+  for (int64_t place = kLanes; place < kBlockPositions; place += kLanes)
+    most = larger(most, load<Floats>(scores + place));
+  query.part[0] = largest(most);
+  for (int64_t place = 0; place < kBlockPositions; place += kLanes) {
+    const Floats weights = exponential(load<Floats>(scores + place) - query.part[0]);
+    store(scores + place, weights);
+    total += weights;
+  }
+  query.part[kWeights] = sum(total);
+}
