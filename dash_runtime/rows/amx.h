@@ -57,23 +57,82 @@ struct alignas(64) Sizes {
   }
 };
 
-// Of products: tiles 0 to 3 hold sums, 4 inputs, 5 and 6 weights.
+// Of products: tiles 0 to 3 hold sums, 4 and 7 inputs, 5 and 6 weights.
 inline Sizes sizes_of(int64_t num_rows, int input_bytes, int weight_rows) {
-  return Sizes().with(0, 4, num_rows).with(4, 5, num_rows, input_bytes).with(5, 7, weight_rows);
+  return Sizes()
+      .with(0, 4, num_rows)
+      .with(4, 5, num_rows, input_bytes)
+      .with(5, 7, weight_rows)
+      .with(7, 8, num_rows, input_bytes);
 }
 
 // Where the weights of a few tiles of outputs begin, and the bytes from one pair of inputs to the next.
 struct Weights {
   const char *tiles[kTilesAtOnce];
-  int64_t step;
+  int64_t count, step;
 
-  Weights(const Matrix &matrix, int64_t first, int64_t count) : step(matrix.block_tiles * kRowBytes) {
+  // Of the tiles from `first` on, as many as lie before `last`.
+  Weights(const Matrix &matrix, int64_t first, int64_t last)
+      : count(last - first < kTilesAtOnce ? last - first : kTilesAtOnce), step(matrix.block_tiles * kRowBytes) {
     const char *words = static_cast<const char *>(matrix.words);
     for (int64_t tile = first; tile < first + count; ++tile)
       tiles[tile - first] =
           words + tile / matrix.block_tiles * (matrix.num_inputs / 2) * step + tile % matrix.block_tiles * kRowBytes;
   }
 };
+
+// A part of the next tiles' weights, fetched while these are multiplied by many rows: in a turn of the loop over inputs
+// the rows from `first` to `last` of each tile.
+struct Fetch {
+  const Weights &weights;
+  int first, last;
+
+  void turn(int64_t offset) const {
+    for (int row = first; row < last; ++row)
+      for (int64_t tile = 0; tile < weights.count; ++tile)
+        __builtin_prefetch(weights.tiles[tile] + offset + row * weights.step, 0, 2);
+  }
+};
+
+// Two tiles of outputs, or one, in FULL for two tiles of rows.
+struct Square {
+  const char *tiles[2];  // of weights
+  Inputs rows[2];
+  float *outputs[2];
+};
+
+// Half of what tiles read lies in the nearest cache then: what one tile of outputs needs, the other one needs too.
+template <int kCount>
+inline void write_square(const Square &square, int64_t step, int64_t num_pairs, int64_t stride, const Fetch &fetch) {
+  const auto *rows = reinterpret_cast<const char *>(square.rows[0].values),
+             *others = reinterpret_cast<const char *>(square.rows[1].values);
+  const int64_t row_bytes = square.rows[0].row_stride * int64_t{sizeof(float)};
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t turn = 0; turn < num_pairs / kPairs; ++turn) {
+    const int64_t offset = turn * kPairs * step;
+    fetch.turn(offset);
+    _tile_loadd(4, rows + turn * kRowBytes, row_bytes);
+    _tile_loadd(5, square.tiles[0] + offset, step);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(7, others + turn * kRowBytes, row_bytes);
+    _tile_dpbf16ps(2, 7, 5);
+    if constexpr (kCount > 1) {
+      _tile_loadd(6, square.tiles[1] + offset, step);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_dpbf16ps(3, 7, 6);
+    }
+  }
+  const int64_t output_bytes = stride * int64_t{sizeof(float)};
+  _tile_stored(0, square.outputs[0], output_bytes);
+  _tile_stored(2, square.outputs[1], output_bytes);
+  if constexpr (kCount > 1) {
+    _tile_stored(1, square.outputs[0] + kLanes, output_bytes);
+    _tile_stored(3, square.outputs[1] + kLanes, output_bytes);
+  }
+}
 
 // Writes `kCount` tiles of outputs in FULL for up to 16 rows.
 template <int kCount>
@@ -123,17 +182,33 @@ constexpr decltype(&write_outputs<1>) kWriteOutputs[] = {write_outputs<1>, write
 inline void full_product(const Matrix &matrix, const Rows &rows, int64_t first_row, int64_t num_rows, int64_t first,
                          int64_t last, float *outputs, int64_t stride) {
   // Tiles with fewer rows take less time: all have about as many.
-  const int64_t num_turns = (num_rows + kMostRows - 1) / kMostRows;
+  const int64_t num_turns = (num_rows + kMostRows - 1) / kMostRows, num_pairs = matrix.num_inputs / 2;
   const int64_t rows_at_once = (num_rows + num_turns - 1) / num_turns;
+  // The last rows, some of them again: all tiles keep their sizes.
+  const auto row_of = [&](int64_t turn) {
+    return turn + 1 < num_turns ? turn * rows_at_once : num_rows - rows_at_once;
+  };
   sizes_of(rows_at_once, kRowBytes, kPairs).set();
   for (int64_t tile = first, count; tile < last; tile += count) {
-    count = last - tile < kTilesAtOnce ? last - tile : kTilesAtOnce;
-    const Weights weights(matrix, tile, count);
-    for (int64_t next = 0; next < num_rows; next += rows_at_once) {
-      // The last rows, some of them again: all tiles keep their sizes.
-      const int64_t row = next < num_rows - rows_at_once ? next : num_rows - rows_at_once;
-      kWriteOutputs[count - 1](weights, matrix.num_inputs / 2, rows.from(first_row + row),
-                               outputs + row * stride + (tile - first) * kLanes, stride, next == 0);
+    const Weights weights(matrix, tile, last), next(matrix, tile + weights.count, last);
+    count = weights.count;
+    const auto outputs_of = [&](int64_t row) { return outputs + row * stride + (tile - first) * kLanes; };
+    const int num_parts = static_cast<int>(num_turns / 2 * ((count + 1) / 2));
+    for (int64_t turn = 0, part = 0; turn + 1 < num_turns; turn += 2) {
+      const int64_t row = row_of(turn), other = row_of(turn + 1);
+      for (int64_t place = 0; place < count; place += 2, ++part) {
+        const bool is_last = place + 1 == count;
+        const Square square{{weights.tiles[place], weights.tiles[place + !is_last]},
+                            {rows.from(first_row + row), rows.from(first_row + other)},
+                            {outputs_of(row) + place * kLanes, outputs_of(other) + place * kLanes}};
+        const Fetch fetch{next, kPairs * static_cast<int>(part) / num_parts,
+                          kPairs * static_cast<int>(part + 1) / num_parts};
+        (is_last ? write_square<1> : write_square<2>)(square, weights.step, num_pairs, stride, fetch);
+      }
+    }
+    if (num_turns % 2) {
+      const int64_t row = row_of(num_turns - 1);
+      kWriteOutputs[count - 1](weights, num_pairs, rows.from(first_row + row), outputs_of(row), stride, num_turns == 1);
     }
   }
   _tile_release();

@@ -89,9 +89,13 @@ class Parts {
   int64_t count_ = 0;
 };
 
+// Returns so many floats of a memory, from the beginning of a cache line on: whoever reads lines would read two for
+// each elsewhere.
 inline float *grown(std::vector<float> &memory, int64_t count) {
-  if (memory.size() < static_cast<size_t>(count)) memory.resize(count);
-  return memory.data();
+  const size_t size = static_cast<size_t>(count) + kLanes;
+  if (memory.size() < size) memory.resize(size);
+  const auto address = reinterpret_cast<uintptr_t>(memory.data());
+  return memory.data() + (kLineBytes - address % kLineBytes) % kLineBytes / sizeof(float);
 }
 
 // Returns what `take_all` takes, in a memory that is large enough for it.

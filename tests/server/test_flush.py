@@ -260,7 +260,7 @@ def sizes_of(events: list[generation_pb2.StreamGenerateResponse]) -> list[int]:
 @pytest.mark.alone  # beside busy tests a first token may not be read before the second has come
 async def test_many_streams_share_messages_and_have_the_text_tokens_and_extras_of_one_alone(model_folder: Path) -> None:
     output = generation_pb2.OutputOptions(return_decisions=True, logprobs=2)
-    async with running_server(fake_model(model_folder, token_seconds=0.004), slots=16) as server:
+    async with running_server(fake_model(model_folder, token_seconds=0.008), slots=16) as server:
         alone = await server.generate(text="Grüße, 世界! ", max_new_tokens=100, output=output)
         firsts: list[int] = []
         for events in await events_of(server, 16, max_new_tokens=100, output=output):
