@@ -209,7 +209,7 @@ def test_rows_decoded_in_a_batch_have_the_bits_that_each_has_alone(
 @torch.inference_mode()
 def test_any_number_of_rows_has_the_bits_that_each_has_alone(decoder: Decoder, action: Action) -> None:
     plan, compensation = [action] * decoder.num_layers, compensation_of(decoder, "none")
-    ids = [[row] for row in range(39)]
+    ids = [[row] for row in range(64)]
 
     def run(caches: Sequence[SequenceCache], count: int) -> Tensor:
         return run_rows(decoder, caches, ids[:count], [plan] * count, compensation, action)
@@ -219,7 +219,7 @@ def test_any_number_of_rows_has_the_bits_that_each_has_alone(decoder: Decoder, a
         run_rows(decoder, prefilled(decoder, prompt), [own], [plan], compensation, action)
         for prompt, own in zip(prompts, ids, strict=True)
     ]
-    for count in (5, 6, 8, 13, 17, 22, 39):
+    for count in (5, 6, 8, 13, 17, 22, 39, 64):
         assert torch.equal(run(prefilled(decoder, *prompts[:count]), count), torch.cat(alone[:count])), count
 
 
