@@ -1,5 +1,7 @@
 // Where the keys and values of a pass's sequences lie, and the blocks of positions that attention takes.
 #pragma once
+#include <algorithm>
+
 #include "vectors.h"
 
 constexpr int64_t kBlockPositions = 64;
@@ -55,7 +57,7 @@ class NextBlock {
  public:
   NextBlock() = default;
 
-  // This head's share of the lines of `block`, `num_tokens` long.
+  // So many of its lines of keys, and as many of values.
   NextBlock(const char *keys, const char *values, int64_t num_lines)
       : keys_(keys), values_(values), num_lines_(num_lines) {}
 
@@ -82,20 +84,16 @@ struct HeadBlock {
   NextBlock next;
 };
 
-// Returns a span's `block` of one head, of so many positions.
+// Returns a span's `block` of one head, of so many positions. The heads share the lines of the next block.
 inline HeadBlock block_of(const HeadShape &shape, const Memory &memory, const Span &span, int64_t block, int64_t count,
                           int64_t kv_head) {
   const int64_t stride = memory.token_stride, from = block * kBlockPositions * stride + kv_head * shape.head_dim;
   const bool is_last = (block + 1) * kBlockPositions >= span.num_tokens && &span + 1 < memory.spans + memory.num_spans;
   const Span &next = *(&span + is_last);
-  const int64_t begin = (is_last ? memory.first_block(next) : block + 1) * kBlockPositions,
-                left = next.num_tokens - begin,
-                num_tokens = left < 0                 ? 0
-                             : left < kBlockPositions ? left
-                                                      : kBlockPositions;
-  const int64_t num_lines = num_tokens * stride / kLineNumbers, first = num_lines * kv_head / shape.num_kv_heads,
-                last = num_lines * (kv_head + 1) / shape.num_kv_heads,
-                next_from = begin * stride + first * kLineNumbers;
+  const int64_t begin = (is_last ? memory.first_block(next) : block + 1) * kBlockPositions;
+  const int64_t num_lines = std::clamp<int64_t>(next.num_tokens - begin, 0, kBlockPositions) * stride / kLineNumbers;
+  const int64_t first = num_lines * kv_head / shape.num_kv_heads, last = num_lines * (kv_head + 1) / shape.num_kv_heads;
+  const int64_t next_from = begin * stride + first * kLineNumbers;
   return {memory.keys(span) + from, memory.values(span) + from, count, stride,
           NextBlock(reinterpret_cast<const char *>(memory.keys(next) + next_from),
                     reinterpret_cast<const char *>(memory.values(next) + next_from), last - first)};
