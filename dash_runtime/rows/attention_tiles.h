@@ -90,8 +90,8 @@ class TileBlock {
   template <int kWidth>
   void write_scores(int64_t num_queries, const BlockQuery *queries, float (*scores)[kBlockPositions]) {
     constexpr int kInner = kLanes / kWidth;
-    constexpr Ints kAside = (kNumbers - kNumbers / kWidth * kWidth) * kInner + kNumbers / kWidth,
-                   kBack = (kNumbers - kNumbers / kInner * kInner) * kWidth + kNumbers / kInner;
+    constexpr Ints kAside = kNumbers % kWidth * kInner + kNumbers / kWidth,
+                   kBack = kNumbers % kInner * kWidth + kNumbers / kInner;
     alignas(kLineBytes) int32_t pairs[kMostChannels / kChannels][kLanes * kWidth];
     for (int64_t part = 0; part < num_parts_; ++part) {
       Words rows[kWidth]{};
@@ -164,7 +164,7 @@ class TileBlock {
       _tile_stored(4, sums[3], kLineBytes);
     }
     asm volatile("" ::: "memory");
-    constexpr Ints kLow = kNumbers / 2 + (kNumbers - kNumbers / 2 * 2) * kLanes, kHigh = kLow + kLanes / 2;
+    constexpr Ints kLow = kNumbers / 2 + kNumbers % 2 * kLanes, kHigh = kLow + kLanes / 2;
     for (int64_t own = 0; own < num_queries; ++own)
       for (int next = 0; next < kParts; ++next) {
         float *to = queries[own].part + kSums + (part + next) * kChannels;

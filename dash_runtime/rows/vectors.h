@@ -25,7 +25,7 @@ constexpr int kRegisterLanes = 8;
 using Register = float __attribute__((vector_size(4 * kRegisterLanes)));
 using Words = int32_t __attribute__((vector_size(4 * kRegisterLanes)));
 #ifdef __AVX512F__
-constexpr Words kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+constexpr Words kLaneNumbers = kNumbers;
 #else
 constexpr Words kLaneNumbers = {0, 1, 2, 3, 4, 5, 6, 7};
 #endif

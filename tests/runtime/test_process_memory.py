@@ -21,6 +21,7 @@ from dash_runtime.startup.process_memory import (
 
 on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 NUM_PAGES = 4
+HUGE_PAGES_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 MAPS = """\
 55d0c0000000-55d0c0800000 rw-p 00000000 00:00 0                          [heap]
@@ -55,7 +56,7 @@ def kilobytes(field: str) -> int:
 
 def has_huge_pages_at_once() -> bool:
     version = tuple(int(part) for part in re.findall(r"\d+", platform.release())[:2])
-    return version >= (6, 1) and are_enabled(Path("/sys/kernel/mm/transparent_hugepage/enabled"))
+    return version >= (6, 1) and are_enabled(HUGE_PAGES_ENABLED)
 
 
 def test_only_whole_huge_pages_of_the_process_itself_are_named() -> None:
@@ -109,7 +110,7 @@ def test_a_cache_takes_no_room_until_it_is_written_and_then_huge_pages() -> None
     assert kilobytes("Anonymous") - own < HUGE_PAGE // 1024
     cache[NUM_PAGES // 2] = 1
     assert cache.sum() == HUGE_PAGE
-    if are_enabled(Path("/sys/kernel/mm/transparent_hugepage/enabled")):
+    if are_enabled(HUGE_PAGES_ENABLED):
         assert kilobytes("AnonHugePages") - before >= HUGE_PAGE // 1024  # as many as fit
 
 
