@@ -1,26 +1,13 @@
-"""Packs compensation for native code (`rows/model_rows.py`).
-
-Knows compensations; knows no rows and no policies.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
+"""Packs compensation for native code (`rows/pass_rows.py`). Knows compensations and layouts; knows no policies."""
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dash_runtime.layers.compensation import Affine, Compensation, Identity, PackedLowRank, Scale
-
-
-@dataclass(frozen=True, slots=True)
-class RowCompensation:
-    """A compensation as native code reads it.
-
-    `rank` is that of a low-rank map; 0 stands for a factor and an offset per channel. `layers` has each layer's inputs.
-    """
-
-    rank: int
-    layers: Sequence[Sequence[Tensor]]
+from dash_runtime.linears.quantization import INT4_GROUP_SIZE
+from dash_runtime.rows.pass_rows import CompensatedLayers, LowRankMap
+from dash_runtime.rows.row_matrix import Int8RowMatrix
 
 
 def runs_natively(compensation: Compensation) -> bool:
@@ -28,7 +15,7 @@ def runs_natively(compensation: Compensation) -> bool:
     return isinstance(compensation, Identity | Scale | Affine | PackedLowRank)
 
 
-def pack_for_rows(compensation: Compensation, num_layers: int, hidden_size: int) -> RowCompensation | None:
+def pack_for_rows(compensation: Compensation, num_layers: int, hidden_size: int) -> CompensatedLayers | None:
     """Returns the packed form, or None if native code has none of this kind."""
     if isinstance(compensation, PackedLowRank):
         return _pack_low_rank(compensation)
@@ -41,10 +28,19 @@ def pack_for_rows(compensation: Compensation, num_layers: int, hidden_size: int)
         factors, offsets = compensation.factors, compensation.offsets
     else:
         return None
-    return RowCompensation(0, [(own,) for own in torch.cat((factors, offsets), dim=1).to(torch.bfloat16)])
+    return CompensatedLayers(num_layers, torch.cat((factors, offsets), dim=1).to(torch.bfloat16).unbind())
 
 
-def _pack_low_rank(compensation: PackedLowRank) -> RowCompensation:
-    matrices = torch.stack((compensation.down, compensation.up.transpose(-1, -2)), dim=1)
-    vectors = torch.cat((compensation.down_scales, compensation.up_scales, compensation.offsets), dim=1)
-    return RowCompensation(compensation.down.shape[1], list(zip(matrices, vectors, strict=True)))
+def _pack_low_rank(compensation: PackedLowRank) -> CompensatedLayers:
+    num_layers, rank, _ = compensation.down.shape
+    missing = -rank % INT4_GROUP_SIZE  # kernels read so many inputs at a time: further features are 0
+
+    def pack(down: Tensor, down_scales: Tensor, up: Tensor, up_scales: Tensor) -> LowRankMap:
+        down, up = functional.pad(down, (0, 0, 0, missing)), functional.pad(up, (0, missing))
+        narrow = Int8RowMatrix.of(down, functional.pad(down_scales, (0, missing)))
+        return LowRankMap(rank + missing, narrow, Int8RowMatrix.of(up, up_scales))
+
+    parts = compensation.down, compensation.down_scales, compensation.up, compensation.up_scales
+    return CompensatedLayers(
+        num_layers, compensation.offsets.unbind(), [pack(*own) for own in zip(*parts, strict=True)]
+    )

@@ -28,9 +28,9 @@ struct Layer {
 
 // What replaces a skipped layer's output.
 struct Compensation {
-  const int8_t *matrices;  // [2, rank, hidden_size], from the state and back
-  const float *vectors;    // rank 0: factors and offsets; else the scales of both matrices, and offsets
-  int64_t rank;            // -1: the caller replaces it
+  Matrix narrow, widen;  // from the state to `rank` features, and back
+  const float *vectors;  // rank 0: factors and offsets; else offsets
+  int64_t rank;          // -1: the caller replaces it
 };
 
 struct Rotary {
@@ -183,30 +183,25 @@ class LayerRun {
           store(state, load<Floats>(state) * load<Floats>(factors + place) + load<Floats>(offsets + place));
         }
     } else {
-      widen(compensation);
+      multiply(compensation.widen, shared_.narrow, 0, size / kLanes, shared_.branch, size);
       member_.wait();
-      for (int64_t place = rows_.first * size; place < rows_.last * size; place += kLanes) {
-        float *state = own_.residual + place;
-        store(state, load<Floats>(state) + load<Floats>(shared_.branch + place));
-      }
+      const float *offsets = compensation.vectors;
+      for (int64_t row = rows_.first; row < rows_.last; ++row)
+        for (int64_t place = 0; place < size; place += kLanes) {
+          float *state = own_.residual + row * size + place;
+          store(state, load<Floats>(state) + load<Floats>(shared_.branch + row * size + place) +
+                           load<Floats>(offsets + place));
+        }
     }
     round_state();
   }
 
   // The narrow side of a low-rank compensation; begins with the first product, before the barrier.
   void narrow(const Compensation &compensation) const {
-    const int64_t size = shape_.hidden_size, rank = compensation.rank;
-    const bool has_all = !rows_.is_shared;
-    const int64_t first = has_all ? member_.first(rank) : 0, last = has_all ? member_.last(rank) : rank;
-    for (int64_t feature = first; feature < last; ++feature) {
-      const int8_t *weights = compensation.matrices + feature * size;
-      for (int64_t row = rows_.first; row < rows_.last; ++row) {
-        Floats total{};
-        for (int64_t place = 0; place < size; place += kLanes)
-          total += from_bytes(weights + place) * load<Floats>(own_.residual + row * size + place);
-        shared_.narrow[row * rank + feature] = sum(total) * compensation.vectors[feature];
-      }
-    }
+    const int64_t rank = compensation.rank;
+    if (rank <= 0) return;
+    if (rows_.is_shared) member_.wait();  // inputs are prepared anew, in the same memory
+    multiply(compensation.narrow, own_.residual, 0, rank / kLanes, shared_.narrow, rank);
   }
 
   // The final norm and this thread's share of the head: its logits `[num_rows, num_tiles * kLanes]`, and the largest of
@@ -299,29 +294,6 @@ class LayerRun {
     const float multiplier = static_cast<float>(shape_.residual_multiplier);
     for (int64_t place = rows_.first * size; place < rows_.last * size; place += kLanes)
       store(own_.residual + place, load<Floats>(own_.residual + place) + load<Floats>(branch + place) * multiplier);
-  }
-
-  void widen(const Compensation &compensation) const {
-    const int64_t size = shape_.hidden_size, rank = compensation.rank;
-    const int8_t *matrix = compensation.matrices + rank * size;
-    const float *scales = compensation.vectors + rank, *offsets = scales + size;
-    const int64_t num_tiles = size / kLanes;
-    constexpr int64_t kAtOnce = 6;  // tiles, so that most of a cache line is used
-    for (int64_t row = 0; row < num_rows_; ++row)
-      for (int64_t tile = member_.first(num_tiles), taken; tile < member_.last(num_tiles); tile += taken) {
-        taken = member_.last(num_tiles) - tile < kAtOnce ? member_.last(num_tiles) - tile : kAtOnce;
-        Floats sums[kAtOnce]{};
-        for (int64_t feature = 0; feature < rank; ++feature) {
-          const float value = shared_.narrow[row * rank + feature];
-          const int8_t *weights = matrix + feature * size + tile * kLanes;
-          for (int64_t own = 0; own < taken; ++own) sums[own] += from_bytes(weights + own * kLanes) * value;
-        }
-        for (int64_t own = 0; own < taken; ++own) {
-          const int64_t place = (tile + own) * kLanes;
-          store(shared_.branch + row * size + place,
-                sums[own] * load<Floats>(scales + place) + load<Floats>(offsets + place));
-        }
-      }
   }
 
   void round_state() const {

@@ -61,7 +61,7 @@ class ModelRows:
         )
         self._layers = (LayerStruct * config.num_layers)()
         self._kept: list[object] = []
-        self._uncompensated = CompensatedLayers(-1, [[torch.zeros(1)]] * config.num_layers)
+        self._uncompensated = CompensatedLayers(config.num_layers, None)
         # One plan for all rows, of some layers.
         self._one = RowPlans([RowPlan(bytes(config.num_layers), None, self._uncompensated, Action.FULL)])
         self._times = array("q", bytes(16 * config.num_layers))

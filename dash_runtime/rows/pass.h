@@ -121,10 +121,18 @@ inline int64_t repeated_size(const Pass &pass) {
   return pass.head && pass.head->has_rough() ? pass.head->rough.num_inputs : 0;
 }
 
+// Of the low-rank compensations, each of which has one rank in all layers.
+inline int64_t highest_rank(const Pass &pass) {
+  int64_t rank = 0;
+  for (int64_t row = 0; row < pass.num_plans; ++row) rank = std::max(rank, pass.plans[row].compensations[0].rank);
+  return rank;
+}
+
 // The floats of what a product reads of all rows.
 inline int64_t prepared_size(const Pass &pass) {
   const ModelShape &shape = *pass.shape;
-  const int64_t sizes[] = {shape.hidden_size, shape.query_size(), shape.intermediate_size, repeated_size(pass)};
+  const int64_t sizes[] = {shape.hidden_size, shape.query_size(), shape.intermediate_size, repeated_size(pass),
+                           highest_rank(pass)};
   int64_t widest = 0;
   for (int64_t size : sizes) widest = size > widest ? size : widest;
   return inputs_size(pass.num_rows, widest);
@@ -133,12 +141,10 @@ inline int64_t prepared_size(const Pass &pass) {
 inline SharedParts shared_parts(Parts &parts, const Pass &pass) {
   const ModelShape &shape = *pass.shape;
   const int64_t rows = pass.num_rows;
-  int64_t rank = 0;
+  const int64_t rank = highest_rank(pass);
   int64_t width = 0;
   for (int64_t row = 0; row < pass.num_plans; ++row) {
     const RowPlan &plan = pass.plans[row];
-    for (int64_t layer = 0; layer < shape.num_layers; ++layer)
-      rank = plan.compensations[layer].rank > rank ? plan.compensations[layer].rank : rank;
     if (plan.decisions && plan.decisions->policy->width > width) width = plan.decisions->policy->width;
   }
   float *attention = parts.take(parts_size(shape.heads, pass.spans, pass.num_spans));

@@ -7,7 +7,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dash_runtime.actions import Action, LatencyTable
+from dash_runtime.rows.head_struct import packed_struct
 from dash_runtime.rows.policy_rows import RowDecisions
+from dash_runtime.rows.row_matrix import RowMatrix
 from dash_runtime.rows.structs import (
     CompensationStruct,
     PlannerStruct,
@@ -55,22 +57,40 @@ class RowsOfPass:
             span.num_tokens = count
 
 
+class LowRankMap(NamedTuple):
+    """A map from states to `rank` features, `[rank, hidden_size]`, and one back, `[hidden_size, rank]`."""
+
+    rank: int
+    narrow: RowMatrix
+    widen: RowMatrix
+
+
 class CompensatedLayers:
     """The replacement of each layer's output where it is skipped, for the native code.
 
     Args:
-        layers: the tensors of each layer: `[2 * hidden_size]` with a factor and an offset per channel; or, for a rank
-            above 0, int8 matrices `[2, rank, hidden_size]`, from the state and back, and `[rank + 2 * hidden_size]`,
-            the scales of both and an offset per channel.
-        rank: -1 for layers that the caller compensates.
+        vectors: by layer; `[2 * hidden_size]`, a factor and an offset per channel, or with maps `[hidden_size]`, the
+            offsets. None for layers that the caller compensates.
+        maps: by layer; None for factors.
     """
 
-    def __init__(self, rank: int, layers: Sequence[Sequence[Tensor]]) -> None:
-        self.array = (CompensationStruct * len(layers))()
-        self._kept = [[*own[:-1], own[-1].float().contiguous()] for own in layers]
-        for struct, own in zip(self.array, self._kept, strict=True):
-            struct.rank, struct.vectors = rank, own[-1].data_ptr()
-            struct.matrices = own[0].data_ptr() if len(own) > 1 else None
+    def __init__(
+        self, num_layers: int, vectors: Sequence[Tensor] | None, maps: Sequence[LowRankMap] | None = None
+    ) -> None:
+        self.array = (CompensationStruct * num_layers)()
+        self._kept: list[object] = []
+        for layer, struct in enumerate(self.array):
+            struct.rank = -1
+            if vectors is None:
+                continue
+            own = vectors[layer].float().contiguous()
+            struct.rank, struct.vectors = 0, own.data_ptr()
+            self._kept.append(own)
+            if maps is not None:
+                struct.rank, narrow, widen = maps[layer]
+                struct.narrow, kept_narrow = packed_struct(narrow, len(own))
+                struct.widen, kept_widen = packed_struct(widen, struct.rank)
+                self._kept += [kept_narrow, kept_widen]
 
 
 class RowPlan(NamedTuple):

@@ -71,7 +71,11 @@ class Int8RowMatrix(RowMatrix):
 
     @classmethod
     def pack(cls, weight: Tensor) -> "Int8RowMatrix":
-        quantized, scales = quantize_int8(weight)
+        return cls.of(*quantize_int8(weight))
+
+    @classmethod
+    def of(cls, quantized: Tensor, scales: Tensor) -> "Int8RowMatrix":
+        """Packs int8 weights with their outputs' scales."""
         return cls(_pack_words(quantized.view(torch.uint8) ^ 128, _INT8_BITS), scales)
 
 

@@ -38,7 +38,7 @@ class LayerStruct(Structure):
 
 
 class CompensationStruct(Structure):
-    _fields_ = [*_pointers("matrices", "vectors"), *_numbers("rank")]
+    _fields_ = [("narrow", MatrixStruct), ("widen", MatrixStruct), *_pointers("vectors"), *_numbers("rank")]
 
 
 class RotaryStruct(Structure):

@@ -14,7 +14,6 @@ using Floats = float __attribute__((vector_size(4 * kLanes)));
 using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
 using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
 constexpr Ints kNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-using Bytes = int8_t __attribute__((vector_size(kLanes)));
 
 // What one register holds. A loop that carries vectors from turn to turn carries these: wider ones would lie in memory.
 #ifdef __AVX512F__
@@ -50,17 +49,6 @@ inline Floats from_bf16(const uint16_t *from) {
   return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)load<Halves>(from)), 16);
 #else
   return (Floats)(__builtin_convertvector(load<Halves>(from), Ints) << 16);
-#endif
-}
-
-// Reads 16 bytes with a sign. GCC would convert them one by one.
-inline Floats from_bytes(const int8_t *from) {
-#ifdef __AVX512F__
-  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)load<Bytes>(from)));
-#else
-  Floats value;
-  for (int lane = 0; lane < kLanes; ++lane) value[lane] = from[lane];
-  return value;
 #endif
 }
 

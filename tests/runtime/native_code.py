@@ -3,6 +3,7 @@
 import os
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
@@ -30,3 +31,10 @@ def rounded(action: Action, weight: Tensor) -> Tensor:
         quantized, scales = quantize_int8(weight)
         return quantized.float() * scales.float().unsqueeze(1)
     return weight.float()
+
+
+def in_bytes(rows: Tensor) -> Tensor:
+    """Returns rows of which 32 inputs at a time are multiples of 1/127 of the largest."""
+    groups = rows.split(32, dim=-1)
+    units = [own.abs().amax(-1, keepdim=True) / 127 for own in groups]
+    return torch.cat([(own / unit).round() * unit for own, unit in zip(groups, units, strict=True)], dim=-1)

@@ -19,7 +19,7 @@ from dash_runtime.linears.dense_linear import (
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.rows.model_rows import HeadRows, ModelRows
 from dash_runtime.rows.row_matrix import RowMatrix, is_packable, pack_row_matrix
-from tests.runtime.native_code import native_library, rounded
+from tests.runtime.native_code import in_bytes, native_library, rounded
 
 LAYOUTS = ("blocks", "tiles", "INT8", "INT4")
 SHAPES = [(64, 32), (192, 96), (832, 160)]
@@ -89,13 +89,6 @@ def test_a_product_is_that_with_the_matrix_that_the_packed_one_stands_for(
     assert outputs.dtype is torch.float32
     assert outputs.shape == scale.shape
     assert min(float(((outputs - own).abs() / scale).max()) for own in expected) < 1e-4
-
-
-def in_bytes(rows: Tensor) -> Tensor:
-    """Returns rows of which 32 inputs at a time are multiples of 1/127 of the largest."""
-    groups = rows.unflatten(-1, (-1, 32))
-    units = groups.abs().amax(-1, keepdim=True) / 127
-    return ((groups / units).round() * units).flatten(-2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -253,8 +253,7 @@ class NativeBackend(OwnMemory):
         """Returns the compensation for native code; None if it has none of this kind."""
         made = self._compensated.get(id(compensation))
         if made is None:
-            packed = pack_for_rows(compensation, self._num_layers, self._hidden_size)
-            layers = None if packed is None else CompensatedLayers(packed.rank, packed.layers)
+            layers = pack_for_rows(compensation, self._num_layers, self._hidden_size)
             made = self._compensated[id(compensation)] = compensation, layers
         return made[1]
 
