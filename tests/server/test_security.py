@@ -10,7 +10,7 @@ import psutil
 import pytest
 import trustme
 from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
-from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2_grpc
 
 from dash_api.v1 import model_pb2
 from dash_server.listening import ListenError, is_loopback
@@ -150,14 +150,14 @@ async def test_calls_without_a_token_are_refused_but_for_health(model_folder: Pa
         channelz = channelz_pb2_grpc.ChannelzStub(server.channel)
         for token in (None, "another-token-of-nobody"):
             metadata = bearer(token)
-            list_services = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
             calls = [
                 server.generation.Generate(generation_request(text="a"), metadata=metadata),
                 server.model.GetModel(model_pb2.GetModelRequest(), metadata=metadata),
                 server.model.GetPolicy(model_pb2.GetPolicyRequest(), metadata=metadata),
                 server.model.Tokenize(model_pb2.TokenizeRequest(text="a"), metadata=metadata),
                 channelz.GetServers(channelz_pb2.GetServersRequest(), metadata=metadata),
-                reflection.ServerReflectionInfo(list_services, metadata=metadata),
+                # Without a request: grpcio's client says INTERNAL if it writes one when the call has just ended.
+                reflection.ServerReflectionInfo(metadata=metadata),
             ]
             for call in calls:
                 assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
