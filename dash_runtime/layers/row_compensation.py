@@ -38,7 +38,7 @@ def _pack_low_rank(compensation: PackedLowRank) -> CompensatedLayers:
     def pack(down: Tensor, down_scales: Tensor, up: Tensor, up_scales: Tensor) -> LowRankMap:
         down, up = functional.pad(down, (0, 0, 0, missing)), functional.pad(up, (0, missing))
         narrow = Int8RowMatrix.of(down, functional.pad(down_scales, (0, missing)))
-        return LowRankMap(rank + missing, narrow, Int8RowMatrix.of(up, up_scales))
+        return LowRankMap(narrow, Int8RowMatrix.of(up, up_scales))
 
     parts = compensation.down, compensation.down_scales, compensation.up, compensation.up_scales
     return CompensatedLayers(

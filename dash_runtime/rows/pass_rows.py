@@ -9,7 +9,7 @@ from torch import Tensor
 from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.rows.head_struct import packed_struct
 from dash_runtime.rows.policy_rows import RowDecisions
-from dash_runtime.rows.row_matrix import RowMatrix
+from dash_runtime.rows.row_matrix import Int8RowMatrix
 from dash_runtime.rows.structs import (
     CompensationStruct,
     PlannerStruct,
@@ -58,11 +58,10 @@ class RowsOfPass:
 
 
 class LowRankMap(NamedTuple):
-    """A map from states to `rank` features, `[rank, hidden_size]`, and one back, `[hidden_size, rank]`."""
+    """A map from states to features, `[rank, hidden_size]`, and one back, `[hidden_size, rank]`."""
 
-    rank: int
-    narrow: RowMatrix
-    widen: RowMatrix
+    narrow: Int8RowMatrix
+    widen: Int8RowMatrix
 
 
 class CompensatedLayers:
@@ -71,7 +70,7 @@ class CompensatedLayers:
     Args:
         vectors: by layer; `[2 * hidden_size]`, a factor and an offset per channel, or with maps `[hidden_size]`, the
             offsets. None for layers that the caller compensates.
-        maps: by layer; None for factors.
+        maps: by layer, all of one rank; None for factors.
     """
 
     def __init__(
@@ -87,7 +86,8 @@ class CompensatedLayers:
             struct.rank, struct.vectors = 0, own.data_ptr()
             self._kept.append(own)
             if maps is not None:
-                struct.rank, narrow, widen = maps[layer]
+                narrow, widen = maps[layer]
+                struct.rank = len(narrow.scales)
                 struct.narrow, kept_narrow = packed_struct(narrow, len(own))
                 struct.widen, kept_widen = packed_struct(widen, struct.rank)
                 self._kept += [kept_narrow, kept_widen]
