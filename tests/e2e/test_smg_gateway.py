@@ -22,7 +22,7 @@ pytest.importorskip("smg_grpc_proto", reason="needs the extra smg")
 import openai
 
 from dash_client import DashClient
-from tests.e2e.service import UNCOMPILED, Service
+from tests.e2e.service import REPEATABLE, Service
 
 GATEWAY = shutil.which("smg", path=str(Path(sys.executable).parent))
 pytestmark = pytest.mark.skipif(GATEWAY is None, reason="needs the gateway smg")
@@ -39,7 +39,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Service]:
-    running = Service(tmp_path_factory.mktemp("smg"), tiny_folder, DASH_VLLM_ENGINE="true", **UNCOMPILED)
+    running = Service(tmp_path_factory.mktemp("smg"), tiny_folder, DASH_VLLM_ENGINE="true", **REPEATABLE)
     yield running
     assert running.stop() == 0, running.log.read_text()
 
