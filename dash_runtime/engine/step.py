@@ -109,7 +109,8 @@ def pass_plan(deciders: Sequence["Decider"], planner: Planner | None) -> PassPla
         pinned = deciders[0].policy.pinned
         if planner is not None:
             agreed = {own: planner.agree((own,) * len(heads))[0] for own in set(pinned.values())}
-            pinned = {layer: agreed[own] for layer, own in pinned.items()}
+            raised = {layer: agreed[own] for layer, own in pinned.items()}
+            return PassPlan([(raised, None)], heads, attends_rounded=Action.FULL not in pinned.values())
         return PassPlan([(pinned, None)], heads)
     return PassPlan(by_row.decided, heads, None if planner is None else planner.latencies)
 

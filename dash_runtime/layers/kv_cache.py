@@ -8,6 +8,7 @@ Knows no attention and no requests.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import chain
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from dash_runtime.devices import device_of, stretches_of
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.rows.pass_rows import ROUNDED_TOKENS, rounded_bytes
 
-BLOCK_TOKENS = 16
+BLOCK_TOKENS = ROUNDED_TOKENS
 """Sequences begin at multiples of this many tokens."""
 
 
@@ -30,6 +32,8 @@ class SequenceCache:
         self.length = 0
         """Positions that every layer has run or skipped. Their keys and values are written."""
         self._longest = 0
+        self._filled: Tensor | None = None
+        """By layer, the bounds of the positions that have rounded keys and values, `[layers, 2]`."""
         self.place_at(start)
 
     def place_at(self, start: int) -> None:
@@ -38,6 +42,8 @@ class SequenceCache:
         self.memories = [memory[:, :, start : start + self.capacity] for memory in self.pool.memories]
         """One per device, `[its layers, 2, capacity, num_kv_heads, head_dim]`: keys and values."""
         self._address: int | None = None
+        if self._filled is not None:
+            self._filled.zero_()
         # Views made once: indexing a five-dimensional tensor for every layer and token would cost more
         # than the attention of a short sequence.
         layers = _unbound(self.memories)
@@ -50,6 +56,14 @@ class SequenceCache:
         if self._address is None:  # kept, since native code asks for it for every token
             self._address = self.memories[0].data_ptr()
         return self._address
+
+    def rounded_addresses(self) -> tuple[int, int]:
+        """Returns the addresses of the first device's memory for rounded keys and values, and of the bounds of the
+        positions that have them (`RowSpan`). Native code keeps both."""
+        rounded = self.pool.rounded
+        if self._filled is None:
+            self._filled = torch.zeros(len(rounded), 2, dtype=torch.int64)
+        return rounded.data_ptr() + self.start // ROUNDED_TOKENS * rounded.stride(1), self._filled.data_ptr()
 
     @property
     def memory(self) -> Tensor:
@@ -82,6 +96,8 @@ class SequenceCache:
         assert 0 <= length <= self.length
         self._longest = self.num_written
         self.length = length
+        if self._filled is not None:
+            self._filled[:, 1].clamp_(max=length)
 
     def check_room(self, num_tokens: int) -> None:
         """Asserts that `num_tokens` positions in all are reserved."""
@@ -117,13 +133,28 @@ class CachePool:
         shape = (2, num_tokens, config.num_kv_heads, config.head_dim)
         self.memories = [device_of(own.device).zeros((len(own.layers), *shape), dtype) for own in stretches_of(devices)]
         """One per device, `[its layers, 2, tokens, num_kv_heads, head_dim]`: keys and values."""
-        layers, values, tokens, *_ = (own * self.memories[0].element_size() for own in self.memories[0].stride())
-        self.strides = layers, values, tokens
-        """Bytes of the first device's memory from layer to layer, from keys to values, and from token to token."""
+        self._rounded_shape = (
+            len(self.memories[0]),
+            num_tokens // ROUNDED_TOKENS,
+            rounded_bytes(config.num_kv_heads, config.head_dim),
+        )
         self._layers = _unbound(self.memories)
         self._caches: list[SequenceCache] = []  # in ascending order of `start`
         self.num_moves = 0
         """The number of times that caches were moved: their addresses hold until the next time."""
+
+    @cached_property
+    def rounded(self) -> Tensor:
+        """The first device's memory for keys and values that native code rounds: uint8 `[its layers, tokens /
+        ROUNDED_TOKENS, bytes]`. Allocated as `memories` are."""
+        return device_of(self.memories[0].device).zeros(self._rounded_shape, torch.uint8)
+
+    @cached_property
+    def strides(self) -> tuple[int, int, int, int]:
+        """Bytes of the first device's memory from layer to layer, from keys to values, from token to token, and from
+        layer to layer of rounded ones."""
+        layers, values, tokens, *_ = (own * self.memories[0].element_size() for own in self.memories[0].stride())
+        return layers, values, tokens, self.rounded.stride(0)
 
     def layer_memory(self, layer: int) -> tuple[Tensor, Tensor]:
         """Returns a layer's keys and values of all tokens, `[tokens, num_kv_heads, head_dim]` each."""

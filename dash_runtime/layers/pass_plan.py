@@ -18,12 +18,14 @@ Decided = tuple[Mapping[int, Action], RowDecisions | None]
 class PassPlan:
     """The plan of a pass: each row's pinned layers and decisions, or one for all rows; and each row's head precision.
 
-    By `latencies` several rows agree on actions (`engine.planner.GroupPlanner`); without them each has its own.
+    By `latencies` several rows agree on actions (`engine.planner.GroupPlanner`); without them each has its own. With
+    `attends_rounded` rows attend in FULL as rounded layers do: they were raised to it.
     """
 
     decided: Sequence[Decided]
     heads: Sequence[Action]
     latencies: LatencyTable | None = None
+    attends_rounded: bool = False
 
 
 class Burst(NamedTuple):

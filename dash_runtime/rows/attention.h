@@ -3,6 +3,7 @@
 // Positions are taken in blocks whose bounds depend on no row and no thread, and put together in their order, so a
 // row's bits are the same alone and among others, with any number of threads.
 #pragma once
+#include "attention_rounded.h"
 #include "attention_tiles.h"
 #include "team.h"
 
@@ -36,8 +37,7 @@ inline void join(const HeadShape &shape, const float *parts, int64_t num_parts, 
     const float *own = parts + part * stride;
     const Floats factor = exponential(filled(own[0] - most));
     weights += factor * own[kWeights];
-    for (int64_t place = 0; place < count; ++place)
-      sums[place] += factor * load<Floats>(own + kSums + place * kLanes);
+    for (int64_t place = 0; place < count; ++place) sums[place] += factor * load<Floats>(own + kSums + place * kLanes);
   }
   for (int64_t place = 0; place < count; ++place) store(output + place * kLanes, sums[place] / weights);
 }
@@ -86,8 +86,7 @@ struct Attention {
           if (first_new + row >= begin && first_new + row < end)
             write_token(shape, memory, span, first_new + row, kv_head, keys + from, values + from);
         }
-        const int64_t num_written = (span.num_tokens < end ? span.num_tokens : end) - begin;
-        way.begin(block_of(shape, memory, span, first_block + block, num_written, kv_head), span.num_rows * group);
+        way.begin(BlockPlace::of(memory, span, first_block + block, kv_head), span.num_rows * group);
         BlockQuery chosen[WayOfBlock::kMostQueries];
         int64_t num_chosen = 0;
         for (int64_t row = 0; row < span.num_rows; ++row) {
@@ -122,13 +121,27 @@ struct Attention {
     });
   }
 
-  // Writes the rows' keys and values and attends. Each thread gets the rows from `first_row` to `last_row`.
-  void run(const Member &member, int64_t first_row, int64_t last_row) const {
-    if (TileBlock::takes(shape))
+  // Writes the rows' keys and values and attends, to rounded ones if that is wanted and there are any. Each thread gets
+  // the rows from `first_row` to `last_row`.
+  void run(const Member &member, int64_t first_row, int64_t last_row, bool to_rounded) const {
+    to_rounded = to_rounded && RoundedBlock::takes(memory);
+    if (to_rounded)
+      write_parts<RoundedBlock>(member);
+    else if (TileBlock::takes(shape))
       write_parts<TileBlock>(member);
     else
       write_parts<VectorBlock>(member);
     member.wait();
+    if (to_rounded && member.index == 0) note_filled();
     join_parts(first_row, last_row);
+  }
+
+  void note_filled() const {
+    for (const Span *span = memory.spans; span < memory.spans + memory.num_spans; ++span) {
+      const int64_t start = memory.first_rounded(*span);
+      Filled &filled = span->filled[memory.layer];
+      if (filled.first > start || filled.last < start) filled.first = start;
+      filled.last = span->num_tokens;
+    }
   }
 };

@@ -19,8 +19,8 @@ class TileBlock {
   explicit TileBlock(const HeadShape &shape) : shape_(shape), num_parts_(shape.head_dim / kChannels) {}
   ~TileBlock() { _tile_release(); }
 
-  void begin(const HeadBlock &block, int64_t num_queries) {
-    block_ = block;
+  void begin(const BlockPlace &place, int64_t num_queries) {
+    const HeadBlock &block = block_ = block_of(shape_, place);
     num_tiles_ = (block.count + kPositions - 1) / kPositions;
     set_width(num_queries <= 4 ? 4 : num_queries <= 8 ? 8 : kMostQueries);
     const int64_t first = block.count / kPositions * kPositions;

@@ -34,8 +34,8 @@ class VectorBlock {
 
   explicit VectorBlock(const HeadShape &shape) : shape_(shape) {}
 
-  void begin(const HeadBlock &block, int64_t) {
-    block_ = block;
+  void begin(const BlockPlace &place, int64_t) {
+    block_ = block_of(shape_, place);
     turn_keys();
   }
 

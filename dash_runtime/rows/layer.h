@@ -142,14 +142,15 @@ class LayerRun {
     multiply(key_value, own_.normed, 0, (stride - query_size) / kLanes, shared_.fused + query_size, stride);
   }
 
-  // Runs the rest of it, with three more barriers before the last one.
-  void run(const Layer &layer, int64_t action, const Memory &memory, const RotaryOfSpans &rotary) const {
+  // Runs the rest of it, with three more barriers before the last one. Attends to rounded keys and values if wanted.
+  void run(const Layer &layer, int64_t action, const Memory &memory, const RotaryOfSpans &rotary,
+           bool to_rounded) const {
     const int64_t size = shape_.hidden_size, inner_size = shape_.intermediate_size;
     const Matrix *matrices = layer.matrices[action - 1];
     split_rows(layer, memory, rotary, true);
     if (rows_.is_shared) member_.wait();
     const Attention attention{shape_.heads, memory, own_.queries, own_.keys, own_.values, shared_.parts, own_.attended};
-    attention.run(member_, rows_.first, rows_.last);
+    attention.run(member_, rows_.first, rows_.last, to_rounded);
     multiply(matrices[kOutput], own_.attended, 0, size / kLanes, shared_.branch, size);
     member_.wait();
     add_branch(layer.attention_output_norm);

@@ -226,6 +226,7 @@ class ModelRows:
         if plans is not self._plans:  # fields are written as seldom as can be: a token's take long after its weights
             self._plans = plans
             self._pass.plans, self._pass.num_plans = plans.array, len(plans.array)
+            self._pass.attends_rounded = plans.attends_rounded
 
     def _call(self, function: Callable[[int], int | None], rows: RowsOfPass) -> int | None:
         own = self._pass
@@ -234,7 +235,7 @@ class ModelRows:
             self._rows = rows
             own.spans, own.num_spans, own.num_rows = rows.spans, len(rows.spans), rows.num_rows
             own.rotary, own.num_rotaries = rows.rotary, rows.num_rotaries
-            own.layer_bytes, own.values_bytes, own.token_bytes = rows.strides
+            own.layer_bytes, own.values_bytes, own.token_bytes, own.rounded_bytes = rows.strides
         return function(self._pass_address)
 
     def _logits_of(self, head: "HeadRows", num_rows: int) -> Tensor:

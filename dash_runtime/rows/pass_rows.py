@@ -18,22 +18,36 @@ from dash_runtime.rows.structs import (
     SpanStruct,
 )
 
+_LINE_BYTES = 64
+ROUNDED_TOKENS = 16
+"""Positions whose rounded keys and values lie together. A sequence's memory begins with a multiple of them."""
+
+
+def rounded_bytes(num_kv_heads: int, head_dim: int) -> int:
+    """Returns the bytes of a layer's rounded keys and values of `ROUNDED_TOKENS` positions. A head has its bytes, their
+    scales, and the first key in bf16, on cache lines of its own."""
+    head_bytes = 2 * (ROUNDED_TOKENS * (head_dim + 4) + head_dim)
+    return num_kv_heads * -(-head_bytes // _LINE_BYTES) * _LINE_BYTES
+
 
 class RowSpan(NamedTuple):
     """Consecutive rows of one sequence: its memory of layer 0, from its first position on, how many positions it has
-    with them, and which rows they are."""
+    with them, and which rows they are. Then, if rows of rounded layers are to attend to rounded keys and values, memory
+    for these, and by layer the bounds of the positions that have them, int64 `[num_layers, 2]`."""
 
     memory: int
     num_tokens: int
     first_row: int
     num_rows: int
+    rounded: int | None = None
+    filled: int | None = None
 
 
 class RowsOfPass:
     """The rows of one call: spans of sequences in one pool of keys and values.
 
     Args:
-        strides: the pool's in bytes: layers, keys to values, tokens.
+        strides: the pool's in bytes: layers, keys to values, tokens, layers of rounded keys and values.
         rotary: for each span, the addresses of cosines and sines `[positions, head_dim]` by the number of the rotary
             table. Their memory is the caller's.
     """
@@ -41,10 +55,12 @@ class RowsOfPass:
     def __init__(
         self,
         spans: Sequence[RowSpan],
-        strides: tuple[int, int, int],
+        strides: tuple[int, int, int, int],
         rotary: Sequence[Sequence[tuple[int, int]]],
     ) -> None:
-        self.spans = (SpanStruct * len(spans))(*[SpanStruct(*own) for own in spans])
+        self.spans = (SpanStruct * len(spans))(
+            *[SpanStruct(own.memory, own.rounded, own.filled, *own[1:4]) for own in spans]
+        )
         self.num_rows = spans[0].num_rows if len(spans) == 1 else sum(own.num_rows for own in spans)
         self.strides = strides
         self.num_rotaries = len(rotary[0])
@@ -104,9 +120,14 @@ class RowPlan(NamedTuple):
 
 
 class RowPlans:
-    """The plans of a call's rows: of each row, or one for all."""
+    """The plans of a call's rows: of each row, or one for all.
 
-    def __init__(self, plans: Sequence[RowPlan]) -> None:
+    Args:
+        attends_rounded: whether rows attend in FULL as rounded layers do.
+    """
+
+    def __init__(self, plans: Sequence[RowPlan], attends_rounded: bool = False) -> None:
+        self.attends_rounded = attends_rounded
         self._kept, self._num_layers = list(plans), len(plans[0].pinned)
         self.pinned = b"".join(plan.pinned for plan in plans)
         self._pinned, self._ran = bytearray(self.pinned), bytearray(len(self.pinned))

@@ -48,12 +48,14 @@ void take_part_in_attention(const Pass &pass, const AttentionParts &shared, cons
   member.wait();
   const Attention attention{shape.heads,   memory,       shared.queries, shared.keys,
                             shared.values, shared.parts, shared.attended};
-  attention.run(member, first, last);
+  attention.run(member, first, last, false);
   for (int64_t place = first * query_size; place < last * query_size; place += kLanes)
     write_bf16(pass.output + place, load<Floats>(shared.attended + place));
 }
 
 }  // namespace
+
+extern "C" int dash_rounds_keys() { return RoundedBlock::is_here; }
 
 extern "C" Workspace *dash_new_workspace() { return new Workspace; }
 

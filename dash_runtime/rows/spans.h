@@ -5,6 +5,7 @@
 #include "vectors.h"
 
 constexpr int64_t kBlockPositions = 64;
+constexpr int64_t kRoundedPositions = 16;         // whose rounded keys and values lie together
 constexpr int64_t kMostChannels = 512;            // of a head
 constexpr int64_t kLineNumbers = kLineBytes / 2;  // in bf16
 
@@ -15,19 +16,25 @@ struct HeadShape {
   int64_t group() const { return num_heads / num_kv_heads; }
 };
 
+// The positions whose rounded keys and values are written, up to the one before `last`.
+struct Filled {
+  int64_t first, last;
+};
+
 // Consecutive rows of one sequence, and its keys and values from its first position on. A pass has one for each of its
 // sequences.
 struct Span {
-  char *memory;        // of layer 0
-  int64_t num_tokens;  // the rows' own among them
+  char *memory, *rounded;  // of layer 0; null for no rounded ones
+  Filled *filled;          // by layer
+  int64_t num_tokens;      // the rows' own among them
   int64_t first_row, num_rows;
 };
 
 // The spans of a pass in one layer.
 struct Memory {
   const Span *spans;
-  int64_t num_spans, layer_bytes, values_bytes, token_stride;  // token_stride in elements
-  int64_t window;                                              // 0 for none
+  int64_t num_spans, layer_bytes, values_bytes, token_stride, rounded_bytes;  // token_stride in elements
+  int64_t window;                                                             // 0 for none
   int64_t layer;
 
   uint16_t *keys(const Span &span) const { return reinterpret_cast<uint16_t *>(span.memory + layer * layer_bytes); }
@@ -36,7 +43,31 @@ struct Memory {
   }
   int64_t start(int64_t end) const { return window && end > window ? end - window : 0; }
   int64_t first_block(const Span &span) const { return start(span.num_tokens - span.num_rows + 1) / kBlockPositions; }
+  // From where on a span's rows need rounded keys and values, whole tiles of them.
+  int64_t first_rounded(const Span &span) const {
+    return start(span.num_tokens - span.num_rows + 1) / kRoundedPositions * kRoundedPositions;
+  }
   int64_t num_blocks(const Span &span) const { return (span.num_tokens - 1) / kBlockPositions + 1 - first_block(span); }
+};
+
+// A block of one span's positions for one head, and how many of them there are.
+struct BlockPlace {
+  const Memory &memory;
+  const Span &span;
+  int64_t block, kv_head, count;
+
+  static BlockPlace of(const Memory &memory, const Span &span, int64_t block, int64_t kv_head) {
+    const int64_t count = std::min(span.num_tokens - block * kBlockPositions, kBlockPositions);
+    return {memory, span, block, kv_head, count};
+  }
+
+  // What is read after it; of no positions after the last one.
+  BlockPlace next() const {
+    const bool is_last =
+        (block + 1) * kBlockPositions >= span.num_tokens && &span + 1 < memory.spans + memory.num_spans;
+    const Span &own = *(&span + is_last);
+    return of(memory, own, is_last ? memory.first_block(own) : block + 1, kv_head);
+  }
 };
 
 // Calls `work` with the rows of a pass from `first` to `last`: the row, its position and the number of its span.
@@ -84,19 +115,19 @@ struct HeadBlock {
   NextBlock next;
 };
 
-// Returns a span's `block` of one head, of so many positions. The heads share the lines of the next block.
-inline HeadBlock block_of(const HeadShape &shape, const Memory &memory, const Span &span, int64_t block, int64_t count,
-                          int64_t kv_head) {
-  const int64_t stride = memory.token_stride, from = block * kBlockPositions * stride + kv_head * shape.head_dim;
-  const bool is_last = (block + 1) * kBlockPositions >= span.num_tokens && &span + 1 < memory.spans + memory.num_spans;
-  const Span &next = *(&span + is_last);
-  const int64_t begin = (is_last ? memory.first_block(next) : block + 1) * kBlockPositions;
-  const int64_t num_lines = std::clamp<int64_t>(next.num_tokens - begin, 0, kBlockPositions) * stride / kLineNumbers;
-  const int64_t first = num_lines * kv_head / shape.num_kv_heads, last = num_lines * (kv_head + 1) / shape.num_kv_heads;
-  const int64_t next_from = begin * stride + first * kLineNumbers;
-  return {memory.keys(span) + from, memory.values(span) + from, count, stride,
-          NextBlock(reinterpret_cast<const char *>(memory.keys(next) + next_from),
-                    reinterpret_cast<const char *>(memory.values(next) + next_from), last - first)};
+// Returns the keys and values of a block. The heads share the lines of the next one.
+inline HeadBlock block_of(const HeadShape &shape, const BlockPlace &place) {
+  const Memory &memory = place.memory;
+  const int64_t stride = memory.token_stride,
+                from = place.block * kBlockPositions * stride + place.kv_head * shape.head_dim;
+  const BlockPlace next = place.next();
+  const int64_t num_lines = std::max<int64_t>(next.count, 0) * stride / kLineNumbers;
+  const int64_t first = num_lines * place.kv_head / shape.num_kv_heads,
+                last = num_lines * (place.kv_head + 1) / shape.num_kv_heads;
+  const int64_t next_from = next.block * kBlockPositions * stride + first * kLineNumbers;
+  return {memory.keys(place.span) + from, memory.values(place.span) + from, place.count, stride,
+          NextBlock(reinterpret_cast<const char *>(memory.keys(next.span) + next_from),
+                    reinterpret_cast<const char *>(memory.values(next.span) + next_from), last - first)};
 }
 
 // What one query sees of a block: the positions from `first` to `last`; and where its part goes: the largest score, the

@@ -46,7 +46,7 @@ class RotaryStruct(Structure):
 
 
 class SpanStruct(Structure):
-    _fields_ = [*_pointers("memory"), *_numbers("num_tokens", "first_row", "num_rows")]
+    _fields_ = [*_pointers("memory", "rounded", "filled"), *_numbers("num_tokens", "first_row", "num_rows")]
 
 
 class BlockStruct(Structure):
@@ -116,7 +116,7 @@ class PassStruct(Structure):
         ("head", POINTER(HeadStruct)),
         *_pointers("logits"),
         ("likeliest", POINTER(c_int64)),
-        *_numbers("num_spans", "num_rotaries", "layer_bytes", "values_bytes", "token_bytes"),
-        *_numbers("num_rows", "num_plans", "num_threads", "first_layer", "last_layer"),
+        *_numbers("num_spans", "num_rotaries", "layer_bytes", "values_bytes", "token_bytes", "rounded_bytes"),
+        *_numbers("num_rows", "num_plans", "num_threads", "first_layer", "last_layer", "attends_rounded"),
         *_pointers("times"),
     ]

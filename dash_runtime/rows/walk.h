@@ -15,6 +15,7 @@ class Walk {
         memory_(pass.workspace->own[member.index]),
         rows_(RowRange::of(member, pass.num_rows)),
         size_(pass.shape->hidden_size),
+        attends_rounded_(pass.attends_rounded),
         parts_(laid_out(memory_.floats, [&](Parts &parts) { return own_parts(parts, pass); })) {
     memory_.actions.resize(2 * pass.num_rows);
     memory_.spent.assign(pass.num_rows, 0);
@@ -67,7 +68,10 @@ class Walk {
       const uint8_t pinned = pass_.plans[row].pinned[layer];
       actions[row] = pinned ? pinned : chosen(layer)[row];
     }
-    if (pass_.planner) pass_.planner->agree(actions, pass_.num_rows);
+    if (pass_.planner) {
+      attends_rounded_ = std::find(actions, actions + pass_.num_rows, kFullAction) == actions + pass_.num_rows;
+      pass_.planner->agree(actions, pass_.num_rows);
+    }
     bool are_alike = true;
     for (int64_t row = 1; row < pass_.num_rows; ++row) are_alike = are_alike && is_like(row, 0, actions);
     if (are_alike) {
@@ -117,7 +121,7 @@ class Walk {
     if (action == kSkip)
       run.skip(pass_.layers[layer], plan.compensations[layer], memory, rotary);
     else
-      run.run(pass_.layers[layer], action, memory, rotary);
+      run.run(pass_.layers[layer], action, memory, rotary, action != kFullAction || attends_rounded_);
   }
 
   bool has_to_decide(const RowPlan &plan, int64_t layer) const {
@@ -201,7 +205,7 @@ class Walk {
     const RotaryOfSpans rotary = rotary_of(pass_, layer);
     for (int64_t place = 0; place < count; ++place) {
       const Span &span = pass_.spans[group[place]];
-      memory_.spans.push_back({span.memory, span.num_tokens, place, 1});
+      memory_.spans.push_back({span.memory, span.rounded, span.filled, span.num_tokens, place, 1});
       memory_.rotary.push_back(rotary.of(group[place]));
       if (place >= rows.first && place < rows.last) copy_state(own.residual, place, shared_.states, group[place]);
     }
@@ -258,6 +262,7 @@ class Walk {
   Workspace::Own &memory_;
   const RowRange rows_;
   const int64_t size_;
+  bool attends_rounded_;  // in FULL, where rows were raised to it
   const OwnParts parts_;
   Own own_;
   int64_t turn_ = 0;

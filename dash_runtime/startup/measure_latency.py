@@ -83,10 +83,12 @@ def measure_latencies(
 
 
 def _plan(decoder: Decoder, num_rows: int, actions: Sequence[Action]) -> PassPlan:
-    """Returns the plan of passes whose rows have these actions in all layers, in turn."""
+    """Returns the plan of passes whose rows have these actions in all layers, in turn, as rows that were raised to
+    them."""
     pinned = [dict.fromkeys(range(decoder.num_layers), action) for action in actions]
     decided = [(pinned[row % len(pinned)], None) for row in range(num_rows)]
-    return PassPlan(decided[:1] if len(actions) == 1 else decided, [min(decoder.heads)] * num_rows)
+    decided = decided[:1] if len(actions) == 1 else decided
+    return PassPlan(decided, [min(decoder.heads)] * num_rows, attends_rounded=True)
 
 
 def _spread(num_layers: int) -> Sequence[int]:

@@ -17,6 +17,7 @@ from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.progress import Progress
+from dash_runtime.rows.pass_rows import ROUNDED_TOKENS, rounded_bytes
 from dash_runtime.startup.placement import CACHE, COMPENSATION, WORK, Bytes, ModelBytes, Room, place_layers
 
 _WORK_BYTES = 512 * 1024 * 1024
@@ -42,10 +43,13 @@ def model_bytes(
     per_weight = {action: _bytes_per_weight(action, dtype) for action in actions if action is not Action.SKIP}
     quantised = [action for action in per_weight if action is not Action.FULL]
     key_value_weights = 2 * model.num_kv_heads * model.head_dim * model.hidden_size
-    positions = pool_tokens(config.cache_tokens, config.num_slots) + config.prefix_cache_tokens
+    pool = pool_tokens(config.cache_tokens, config.num_slots)
+    positions = pool + config.prefix_cache_tokens
     fitted = 2 * model.hidden_size * dtype.itemsize  # the one for plans without a file is affine
     own_tensors = [tensor for policy in learned for tensor in policy.compensation.tensors().values()]
     cache = positions * 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
+    if quantised and device.compiles_layers:
+        cache += pool // ROUNDED_TOKENS * rounded_bytes(model.num_kv_heads, model.head_dim)
     compensation = fitted + sum(tensor[0].nbytes for tensor in own_tensors)
 
     def layer_bytes(layer: int) -> Bytes:

@@ -1,5 +1,6 @@
 """All sequences share one number of tokens, and each has one piece of the pool's memory."""
 
+from ctypes import c_int64
 from pathlib import Path
 
 import psutil
@@ -115,3 +116,19 @@ def test_truncating_forgets_the_end_only(tiny_folder: Path) -> None:
     cache.truncate(5)
     assert cache.length == 5
     assert holds(cache, 1)
+
+
+def test_rounded_keys_and_values_are_forgotten_with_those_that_they_were_made_from(tiny_folder: Path) -> None:
+    pool = make_pool(tiny_folder, 5 * BLOCK_TOKENS, max_sequences=1)
+    first, cache = (reserved(pool, 2 * BLOCK_TOKENS) for _ in range(2))
+    address, bounds = cache.rounded_addresses()
+    assert address == pool.rounded[0, 2].data_ptr()
+    filled = (c_int64 * 12).from_address(bounds)
+    fill(cache, 2 * BLOCK_TOKENS, 1)
+    filled[:] = [0, 2 * BLOCK_TOKENS, 0, 10] * 3
+    cache.truncate(20)
+    assert list(filled) == [0, 20, 0, 10] * 3
+    pool.release(first)
+    reserved(pool, 3 * BLOCK_TOKENS)  # moves the other one
+    assert (pool.num_moves, cache.rounded_addresses()) == (1, (pool.rounded.data_ptr(), bounds))
+    assert list(filled) == [0] * 12

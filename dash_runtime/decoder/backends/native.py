@@ -202,7 +202,8 @@ class NativeBackend(OwnMemory):
             return None
         self._check(*batch.kv_actions, *(Action(own) for own in set(b"".join(pinned)) - {0}))
         skips = zip(compensated, batch.kv_actions, strict=True)
-        plans = RowPlans([RowPlan(own, by, *skip) for own, (_, by), skip in zip(pinned, decided, skips, strict=False)])
+        rows = [RowPlan(own, by, *skip) for own, (_, by), skip in zip(pinned, decided, skips, strict=False)]
+        plans = RowPlans(rows, plan.attends_rounded)
         head = None if self._is_shared(batch, num_rows) else self._head_of(plan.heads)
         planner = None
         if plan.latencies is not None and len(decided) > 1:

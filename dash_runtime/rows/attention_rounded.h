@@ -1,0 +1,270 @@
+// A block's part of attention by products of bytes, over keys and values in INT8: half of what bf16 ones take to read.
+//
+// These are written from the bf16 ones, by whoever reads them first, and depend on nothing else. They lie as the
+// processor multiplies four bytes: for 16 positions, a head's keys by four channels, and its values by four positions.
+#pragma once
+#include "attention_vectors.h"
+
+#ifdef __AVX512VNNI__
+
+// Keys and values of 16 positions of one head. Keys are what is added to the first of them: what all keys have in
+// common may be a hundred times of what they differ by.
+struct RoundedTile {
+  uint8_t *keys;                     // [head_dim / 4, 16 positions, 4], 128 higher
+  int8_t *values;                    // [4, head_dim, 4 positions]
+  float *key_scales, *value_scales;  // [16 positions]
+  uint16_t *first_key;               // bf16
+
+  static int64_t size(const HeadShape &shape) {
+    const int64_t size = 2 * (kRoundedPositions * (shape.head_dim + int64_t{sizeof(float)}) + shape.head_dim);
+    return (size + kLineBytes - 1) / kLineBytes * kLineBytes;
+  }
+
+  RoundedTile(const HeadShape &shape, char *memory)
+      : keys(reinterpret_cast<uint8_t *>(memory)),
+        values(reinterpret_cast<int8_t *>(memory + kRoundedPositions * shape.head_dim)),
+        key_scales(reinterpret_cast<float *>(memory + 2 * kRoundedPositions * shape.head_dim)),
+        value_scales(key_scales + kLanes),
+        first_key(reinterpret_cast<uint16_t *>(value_scales + kLanes)) {}
+
+  // Writes those of the position `place`, from bf16 ones and the first key.
+  void write(const HeadShape &shape, int64_t place, const uint16_t *key, const uint16_t *value, const uint16_t *first) {
+    if (!place) std::memcpy(first_key, first, shape.head_dim * sizeof *first);
+    int32_t fours[kMostChannels / 4];
+    key_scales[place] = write_rounded(
+        shape, [&](int64_t channel) { return from_bf16(key + channel) - from_bf16(first + channel); },
+        [&](int64_t channel, __m512i numbers) {
+          store(fours + channel / 4, _mm_xor_si128(_mm512_cvtepi32_epi8(numbers), _mm_set1_epi8(-128)));
+        });
+    for (int64_t own = 0; own < shape.head_dim / 4; ++own)
+      store(keys + (own * kRoundedPositions + place) * 4, fours[own]);
+    const int shift = static_cast<int>(place % 4 * 8);
+    const __m512i byte = _mm512_set1_epi32(0xFF << shift);
+    value_scales[place] = write_rounded(
+        shape, [&](int64_t channel) { return from_bf16(value + channel); },
+        [&](int64_t channel, __m512i numbers) {
+          int8_t *to = values + (place / 4 * shape.head_dim + channel) * 4;
+          const __m512i moved = _mm512_and_si512(_mm512_slli_epi32(numbers, shift), byte);
+          store(to, _mm512_or_si512(_mm512_andnot_si512(byte, load<__m512i>(to)), moved));
+        });
+  }
+
+ private:
+  // Calls `write` with numbers of 16 channels; returns what they are multiples of.
+  template <class Read, class Write>
+  static float write_rounded(const HeadShape &shape, Read read, Write write) {
+    Floats most{};
+    for (int64_t channel = 0; channel < shape.head_dim; channel += kLanes) {
+      const Floats own = read(channel);
+      most = larger(most, larger(own, -own));
+    }
+    const float bound = largest(most), factor = bound > 0 ? 127 / bound : 0;
+    for (int64_t channel = 0; channel < shape.head_dim; channel += kLanes)
+      write(channel, _mm512_cvtps_epi32((__m512)(read(channel) * factor)));
+    return bound / 127;
+  }
+};
+
+// Takes up to `kMostQueries` queries at once.
+class RoundedBlock {
+ public:
+  static constexpr bool is_here = true;
+  static constexpr int kMostQueries = 4;
+
+  static bool takes(const Memory &memory) { return memory.num_spans && memory.spans->rounded; }
+
+  explicit RoundedBlock(const HeadShape &shape) : shape_(shape) {}
+
+  void begin(const BlockPlace &place, int64_t) {
+    const Memory &memory = place.memory;
+    const Span &span = place.span;
+    const int64_t first = place.block * kBlockPositions, last = first + place.count;
+    step_ = RoundedTile::size(shape_) * shape_.num_kv_heads;
+    tiles_ = tile(memory, span, first) + place.kv_head * RoundedTile::size(shape_);
+    num_tiles_ = (place.count + kRoundedPositions - 1) / kRoundedPositions;
+    const int64_t first_new = span.num_tokens - span.num_rows;
+    const Filled &filled = span.filled[memory.layer];
+    const int64_t filled_last = std::min(filled.last, first_new);
+    for (int64_t position = std::max(first, memory.first_rounded(span)); position < last; ++position) {
+      if (position >= filled.first && position < filled_last) {
+        position = std::min(filled_last, last) - 1;
+        continue;
+      }
+      const int64_t in_tile = position % kRoundedPositions;
+      const uint16_t *key = memory.keys(span) + position * memory.token_stride + place.kv_head * shape_.head_dim;
+      const uint16_t *value = key + (memory.values(span) - memory.keys(span));
+      own_tile((position - first) / kRoundedPositions)
+          .write(shape_, in_tile, key, value, key - in_tile * memory.token_stride);
+    }
+    const BlockPlace next = place.next();
+    next_ = {};
+    if (next.count > 0) {
+      const int64_t num_lines = (next.count + kRoundedPositions - 1) / kRoundedPositions * step_ / kLineBytes;
+      const int64_t begin = num_lines * place.kv_head / shape_.num_kv_heads,
+                    half = (num_lines * (place.kv_head + 1) / shape_.num_kv_heads - begin) / 2;
+      const char *lines = tile(memory, next.span, next.block * kBlockPositions) + begin * kLineBytes;
+      next_ = NextBlock(lines, lines + half * kLineBytes, half);
+    }
+  }
+
+  // Writes the parts of up to `kMostQueries` queries.
+  template <int kQueries = kMostQueries>
+  void write(int64_t num_queries, const BlockQuery *queries) {
+    if (num_queries == kQueries) {
+      float weights[kQueries][kBlockPositions];
+      write_scores<kQueries>(queries, weights);
+      for (int own = 0; own < kQueries; ++own) weigh(queries[own], weights[own]);
+      write_sums<kQueries>(queries, weights);
+    } else if constexpr (kQueries > 1) {
+      write<kQueries - 1>(num_queries, queries);
+    }
+  }
+
+  void end() { next_.fetch_rest(); }
+
+ private:
+  char *tile(const Memory &memory, const Span &span, int64_t position) const {
+    return span.rounded + memory.layer * memory.rounded_bytes + position / kRoundedPositions * step_;
+  }
+
+  RoundedTile own_tile(int64_t number) const { return {shape_, tiles_ + number * step_}; }
+
+  static __m512i four(const void *bytes) { return _mm512_set1_epi32(load<int32_t>(bytes)); }
+
+  // Writes each query's scores of all positions.
+  template <int kQueries>
+  void write_scores(const BlockQuery *queries, float (*scores)[kBlockPositions]) {
+    int8_t bytes[kQueries][kMostChannels];
+    float scales[kQueries];
+    int32_t offsets[kQueries];
+    for (int own = 0; own < kQueries; ++own) round_query(queries[own].query, bytes[own], scales[own], offsets[own]);
+    int64_t number = 0;
+    for (; number + 2 <= num_tiles_; number += 2)
+      write_scores<kQueries, 2>(number, queries, bytes, scales, offsets, scores);
+    if (number < num_tiles_) write_scores<kQueries, 1>(number, queries, bytes, scales, offsets, scores);
+  }
+
+  // `offset` is what keys that are 128 too high are too much.
+  void round_query(const float *query, int8_t *bytes, float &scale, int32_t &offset) const {
+    Floats most{};
+    for (int64_t channel = 0; channel < shape_.head_dim; channel += kLanes) {
+      const Floats own = load<Floats>(query + channel);
+      most = larger(most, larger(own, -own));
+    }
+    const float bound = largest(most), factor = bound > 0 ? 127 / bound : 0;
+    __m512i total = _mm512_setzero_si512();
+    for (int64_t channel = 0; channel < shape_.head_dim; channel += kLanes) {
+      const __m512i own = _mm512_cvtps_epi32((__m512)(load<Floats>(query + channel) * factor));
+      total = _mm512_add_epi32(total, own);
+      store(bytes + channel, _mm512_cvtepi32_epi8(own));
+    }
+    scale = bound / 127, offset = 128 * _mm512_reduce_add_epi32(total);
+  }
+
+  template <int kQueries, int kTiles>
+  void write_scores(int64_t number, const BlockQuery *queries, const int8_t (*bytes)[kMostChannels],
+                    const float *scales, const int32_t *offsets, float (*scores)[kBlockPositions]) {
+    __m512i sums[kTiles][kQueries];
+    for (int next = 0; next < kTiles; ++next)
+      for (int own = 0; own < kQueries; ++own) sums[next][own] = _mm512_set1_epi32(-offsets[own]);
+    const uint8_t *keys[] = {own_tile(number).keys, own_tile(number + kTiles - 1).keys};
+    for (int64_t channel = 0; channel < shape_.head_dim; channel += 4) {
+      next_.fetch(1);
+#pragma GCC unroll 2
+      for (int next = 0; next < kTiles; ++next) {
+        const auto own_keys = load<__m512i>(keys[next] + channel * kRoundedPositions);
+#pragma GCC unroll 4
+        for (int own = 0; own < kQueries; ++own)
+          sums[next][own] = _mm512_dpbusd_epi32(sums[next][own], own_keys, four(bytes[own] + channel));
+      }
+    }
+    for (int next = 0; next < kTiles; ++next) {
+      const RoundedTile tile = own_tile(number + next);
+      const Floats key_scales = load<Floats>(tile.key_scales);
+      for (int own = 0; own < kQueries; ++own) {
+        Floats first{};
+        for (int64_t channel = 0; channel < shape_.head_dim; channel += kLanes)
+          first += from_bf16(tile.first_key + channel) * load<Floats>(queries[own].query + channel);
+        store(scores[own] + (number + next) * kRoundedPositions,
+              (Floats)_mm512_cvtepi32_ps(sums[next][own]) * scales[own] * key_scales + sum(first));
+      }
+    }
+  }
+
+  // Writes the weighted sums of values. Weights are rounded to two bytes.
+  template <int kQueries>
+  void write_sums(const BlockQuery *queries, const float (*weights)[kBlockPositions]) {
+    uint8_t high[kQueries][kBlockPositions], low[kQueries][kBlockPositions];
+    float scales[kQueries];
+    for (int own = 0; own < kQueries; ++own) scales[own] = round_weights(weights[own], high[own], low[own]);
+    for (int64_t channel = 0; channel < shape_.head_dim; channel += 2 * kLanes) {
+      if (channel + kLanes < shape_.head_dim)
+        write_sums<kQueries, 2>(queries, channel, high, low, scales);
+      else
+        write_sums<kQueries, 1>(queries, channel, high, low, scales);
+    }
+  }
+
+  // Returns what the numbers of two bytes are multiplied by.
+  float round_weights(const float *weights, uint8_t *high, uint8_t *low) const {
+    constexpr float kMost = 65535;
+    Floats scaled[kBlockPositions / kLanes]{}, most{};
+    for (int64_t number = 0; number < num_tiles_; ++number) {
+      scaled[number] = load<Floats>(weights + number * kLanes) * load<Floats>(own_tile(number).value_scales);
+      most = larger(most, scaled[number]);
+    }
+    const float bound = largest(most), factor = bound > 0 ? kMost / bound : 0;
+    for (int64_t number = 0; number < num_tiles_; ++number) {
+      const __m512i own = _mm512_cvtps_epi32((__m512)(scaled[number] * factor));
+      store(high + number * kLanes, _mm512_cvtepi32_epi8(_mm512_srli_epi32(own, 8)));
+      store(low + number * kLanes, _mm512_cvtepi32_epi8(own));
+    }
+    return bound / kMost;
+  }
+
+  // Of `kVectors` times 16 channels.
+  template <int kQueries, int kVectors>
+  void write_sums(const BlockQuery *queries, int64_t channel, const uint8_t (*high)[kBlockPositions],
+                  const uint8_t (*low)[kBlockPositions], const float *scales) {
+    __m512i sums[2][kVectors][kQueries];
+    for (auto &half : sums)
+      for (auto &vector : half)
+        for (auto &own : vector) own = _mm512_setzero_si512();
+    for (int64_t number = 0; number < num_tiles_; ++number)
+      for (int64_t place = 0; place < kRoundedPositions / 4; ++place) {
+        next_.fetch(1);
+        const int64_t position = number * kRoundedPositions + 4 * place;
+        const int8_t *values = own_tile(number).values + (place * shape_.head_dim + channel) * 4;
+#pragma GCC unroll 2
+        for (int vector = 0; vector < kVectors; ++vector) {
+          const auto own_values = load<__m512i>(values + vector * kLineBytes);
+#pragma GCC unroll 4
+          for (int own = 0; own < kQueries; ++own) {
+            sums[0][vector][own] = _mm512_dpbusd_epi32(sums[0][vector][own], four(high[own] + position), own_values);
+            sums[1][vector][own] = _mm512_dpbusd_epi32(sums[1][vector][own], four(low[own] + position), own_values);
+          }
+        }
+      }
+    for (int own = 0; own < kQueries; ++own)
+      for (int vector = 0; vector < kVectors; ++vector) {
+        const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(sums[0][vector][own], 8), sums[1][vector][own]);
+        store(queries[own].part + kSums + channel + vector * kLanes, (Floats)_mm512_cvtepi32_ps(both) * scales[own]);
+      }
+  }
+
+  const HeadShape &shape_;
+  char *tiles_;
+  int64_t num_tiles_, step_;  // bytes from a tile to the next one
+  NextBlock next_;
+};
+
+#else
+
+class RoundedBlock : public VectorBlock {
+ public:
+  static constexpr bool is_here = false;
+  using VectorBlock::VectorBlock;
+  static bool takes(const Memory &) { return false; }
+};
+
+#endif
