@@ -57,10 +57,12 @@ class SequenceCache:
             self._address = self.memories[0].data_ptr()
         return self._address
 
-    def rounded_addresses(self) -> tuple[int, int]:
+    def rounded_addresses(self) -> tuple[int | None, int | None]:
         """Returns the addresses of the first device's memory for rounded keys and values, and of the bounds of the
-        positions that have them (`RowSpan`). Native code keeps both."""
+        positions that have them (`RowSpan`); None for a model without. Native code keeps both."""
         rounded = self.pool.rounded
+        if rounded is None:
+            return None, None
         if self._filled is None:
             self._filled = torch.zeros(len(rounded), 2, dtype=torch.int64)
         return rounded.data_ptr() + self.start // ROUNDED_TOKENS * rounded.stride(1), self._filled.data_ptr()
@@ -133,20 +135,18 @@ class CachePool:
         shape = (2, num_tokens, config.num_kv_heads, config.head_dim)
         self.memories = [device_of(own.device).zeros((len(own.layers), *shape), dtype) for own in stretches_of(devices)]
         """One per device, `[its layers, 2, tokens, num_kv_heads, head_dim]`: keys and values."""
-        self._rounded_shape = (
-            len(self.memories[0]),
-            num_tokens // ROUNDED_TOKENS,
-            rounded_bytes(config.num_kv_heads, config.head_dim),
-        )
+        self._rounded_shape = len(self.memories[0]), num_tokens // ROUNDED_TOKENS, rounded_block_bytes(config)
         self._layers = _unbound(self.memories)
         self._caches: list[SequenceCache] = []  # in ascending order of `start`
         self.num_moves = 0
         """The number of times that caches were moved: their addresses hold until the next time."""
 
     @cached_property
-    def rounded(self) -> Tensor:
+    def rounded(self) -> Tensor | None:
         """The first device's memory for keys and values that native code rounds: uint8 `[its layers, tokens /
         ROUNDED_TOKENS, bytes]`. Allocated as `memories` are."""
+        if not self._rounded_shape[-1]:
+            return None
         return device_of(self.memories[0].device).zeros(self._rounded_shape, torch.uint8)
 
     @cached_property
@@ -154,7 +154,7 @@ class CachePool:
         """Bytes of the first device's memory from layer to layer, from keys to values, from token to token, and from
         layer to layer of rounded ones."""
         layers, values, tokens, *_ = (own * self.memories[0].element_size() for own in self.memories[0].stride())
-        return layers, values, tokens, self.rounded.stride(0)
+        return layers, values, tokens, 0 if self.rounded is None else self.rounded.stride(0)
 
     def layer_memory(self, layer: int) -> tuple[Tensor, Tensor]:
         """Returns a layer's keys and values of all tokens, `[tokens, num_kv_heads, head_dim]` each."""
@@ -208,6 +208,12 @@ class CachePool:
 def pool_tokens(total_tokens: int, max_sequences: int) -> int:
     """Returns the positions that a pool has memory for, its spare block included."""
     return _whole_blocks(total_tokens) + (max_sequences + 1) * BLOCK_TOKENS
+
+
+def rounded_block_bytes(config: ModelConfig) -> int:
+    """Returns the bytes of a layer's rounded keys and values of `ROUNDED_TOKENS` positions. A model with biases of keys
+    has none: they are what its keys mostly are, and rounding loses more there."""
+    return 0 if config.block.has_qkv_bias else rounded_bytes(config.num_kv_heads, config.head_dim)
 
 
 def _unbound(memories: Sequence[Tensor]) -> tuple[Tensor, ...]:

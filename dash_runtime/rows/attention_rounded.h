@@ -7,8 +7,8 @@
 
 #ifdef __AVX512VNNI__
 
-// Keys and values of 16 positions of one head. Keys are what is added to the first of them: what all keys have in
-// common may be a hundred times of what they differ by.
+// Keys and values of 16 positions of one head. Keys are what is added to the first of them: much of a key is what all
+// have in common.
 struct RoundedTile {
   uint8_t *keys;                     // [head_dim / 4, 16 positions, 4], 128 higher
   int8_t *values;                    // [4, head_dim, 4 positions]
@@ -76,35 +76,20 @@ class RoundedBlock {
   explicit RoundedBlock(const HeadShape &shape) : shape_(shape) {}
 
   void begin(const BlockPlace &place, int64_t) {
-    const Memory &memory = place.memory;
-    const Span &span = place.span;
-    const int64_t first = place.block * kBlockPositions, last = first + place.count;
     step_ = RoundedTile::size(shape_) * shape_.num_kv_heads;
-    tiles_ = tile(memory, span, first) + place.kv_head * RoundedTile::size(shape_);
-    num_tiles_ = (place.count + kRoundedPositions - 1) / kRoundedPositions;
-    const int64_t first_new = span.num_tokens - span.num_rows;
-    const Filled &filled = span.filled[memory.layer];
-    const int64_t filled_last = std::min(filled.last, first_new);
-    for (int64_t position = std::max(first, memory.first_rounded(span)); position < last; ++position) {
-      if (position >= filled.first && position < filled_last) {
-        position = std::min(filled_last, last) - 1;
-        continue;
-      }
-      const int64_t in_tile = position % kRoundedPositions;
-      const uint16_t *key = memory.keys(span) + position * memory.token_stride + place.kv_head * shape_.head_dim;
-      const uint16_t *value = key + (memory.values(span) - memory.keys(span));
-      own_tile((position - first) / kRoundedPositions)
-          .write(shape_, in_tile, key, value, key - in_tile * memory.token_stride);
-    }
+    tiles_ = tiles_of(place) + place.kv_head * RoundedTile::size(shape_);
+    num_tiles_ = num_tiles(place);
+    fill(place);
     const BlockPlace next = place.next();
     next_ = {};
-    if (next.count > 0) {
-      const int64_t num_lines = (next.count + kRoundedPositions - 1) / kRoundedPositions * step_ / kLineBytes;
-      const int64_t begin = num_lines * place.kv_head / shape_.num_kv_heads,
-                    half = (num_lines * (place.kv_head + 1) / shape_.num_kv_heads - begin) / 2;
-      const char *lines = tile(memory, next.span, next.block * kBlockPositions) + begin * kLineBytes;
-      next_ = NextBlock(lines, lines + half * kLineBytes, half);
-    }
+    if (next.count <= 0) return;
+    // The heads share its lines.
+    const int64_t num_lines = num_tiles(next) * step_ / kLineBytes;
+    const int64_t first = num_lines * place.kv_head / shape_.num_kv_heads,
+                  last = num_lines * (place.kv_head + 1) / shape_.num_kv_heads;
+    const char *lines = tiles_of(next) + first * kLineBytes;
+    const int64_t half = (last - first) / 2;
+    next_ = NextBlock(lines, lines + half * kLineBytes, half);
   }
 
   // Writes the parts of up to `kMostQueries` queries.
@@ -123,50 +108,81 @@ class RoundedBlock {
   void end() { next_.fetch_rest(); }
 
  private:
-  char *tile(const Memory &memory, const Span &span, int64_t position) const {
-    return span.rounded + memory.layer * memory.rounded_bytes + position / kRoundedPositions * step_;
+  // Of all heads.
+  char *tiles_of(const BlockPlace &place) const {
+    return place.span.rounded + place.memory.layer * place.memory.rounded_bytes +
+           place.block * (kBlockPositions / kRoundedPositions) * step_;
+  }
+  static int64_t num_tiles(const BlockPlace &place) {
+    return (place.count + kRoundedPositions - 1) / kRoundedPositions;
+  }
+
+  // Writes what the block lacks: new positions, and those that were only needed in bf16 so far.
+  void fill(const BlockPlace &place) const {
+    const Memory &memory = place.memory;
+    const Span &span = place.span;
+    const Filled &filled = span.filled[memory.layer];
+    const int64_t first = place.block * kBlockPositions, last = first + place.count;
+    const int64_t needed = std::max(first, memory.first_rounded(span)), first_new = span.num_tokens - span.num_rows;
+    const int64_t missing = filled.first <= needed ? std::max(needed, std::min(filled.last, first_new)) : needed;
+    for (int64_t position = missing; position < last; ++position) {
+      const int64_t in_tile = position % kRoundedPositions;
+      const int64_t from = position * memory.token_stride + place.kv_head * shape_.head_dim;
+      const uint16_t *key = memory.keys(span) + from, *value = memory.values(span) + from;
+      own_tile((position - first) / kRoundedPositions)
+          .write(shape_, in_tile, key, value, key - in_tile * memory.token_stride);
+    }
   }
 
   RoundedTile own_tile(int64_t number) const { return {shape_, tiles_ + number * step_}; }
 
   static __m512i four(const void *bytes) { return _mm512_set1_epi32(load<int32_t>(bytes)); }
 
+  // A query's numbers of two bytes, each with a sign, and what they are multiplied by.
+  struct Query {
+    int8_t bytes[2][kMostChannels];  // the high ones first
+    int32_t firsts[2];               // what sums with keys that are 128 too high begin with
+    float scale;
+
+    void round(const HeadShape &shape, const float *query) {
+      constexpr float kMost = 32512;  // its high byte is 127
+      Floats most{};
+      for (int64_t channel = 0; channel < shape.head_dim; channel += kLanes) {
+        const Floats own = load<Floats>(query + channel);
+        most = larger(most, larger(own, -own));
+      }
+      const float bound = largest(most), factor = bound > 0 ? kMost / bound : 0;
+      __m512i totals[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+      for (int64_t channel = 0; channel < shape.head_dim; channel += kLanes) {
+        const __m512i own = _mm512_cvtps_epi32((__m512)(load<Floats>(query + channel) * factor));
+        const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(own, _mm512_set1_epi32(128)), 8);
+        const __m512i halves[] = {high, _mm512_sub_epi32(own, _mm512_slli_epi32(high, 8))};
+        for (int half = 0; half < 2; ++half) {
+          totals[half] = _mm512_add_epi32(totals[half], halves[half]);
+          store(bytes[half] + channel, _mm512_cvtepi32_epi8(halves[half]));
+        }
+      }
+      for (int half = 0; half < 2; ++half) firsts[half] = -128 * _mm512_reduce_add_epi32(totals[half]);
+      scale = bound / kMost;
+    }
+  };
+
   // Writes each query's scores of all positions.
   template <int kQueries>
   void write_scores(const BlockQuery *queries, float (*scores)[kBlockPositions]) {
-    int8_t bytes[kQueries][kMostChannels];
-    float scales[kQueries];
-    int32_t offsets[kQueries];
-    for (int own = 0; own < kQueries; ++own) round_query(queries[own].query, bytes[own], scales[own], offsets[own]);
+    Query rounded[kQueries];
+    for (int own = 0; own < kQueries; ++own) rounded[own].round(shape_, queries[own].query);
     int64_t number = 0;
-    for (; number + 2 <= num_tiles_; number += 2)
-      write_scores<kQueries, 2>(number, queries, bytes, scales, offsets, scores);
-    if (number < num_tiles_) write_scores<kQueries, 1>(number, queries, bytes, scales, offsets, scores);
-  }
-
-  // `offset` is what keys that are 128 too high are too much.
-  void round_query(const float *query, int8_t *bytes, float &scale, int32_t &offset) const {
-    Floats most{};
-    for (int64_t channel = 0; channel < shape_.head_dim; channel += kLanes) {
-      const Floats own = load<Floats>(query + channel);
-      most = larger(most, larger(own, -own));
-    }
-    const float bound = largest(most), factor = bound > 0 ? 127 / bound : 0;
-    __m512i total = _mm512_setzero_si512();
-    for (int64_t channel = 0; channel < shape_.head_dim; channel += kLanes) {
-      const __m512i own = _mm512_cvtps_epi32((__m512)(load<Floats>(query + channel) * factor));
-      total = _mm512_add_epi32(total, own);
-      store(bytes + channel, _mm512_cvtepi32_epi8(own));
-    }
-    scale = bound / 127, offset = 128 * _mm512_reduce_add_epi32(total);
+    for (; number + 2 <= num_tiles_; number += 2) write_scores<kQueries, 2>(number, queries, rounded, scores);
+    if (number < num_tiles_) write_scores<kQueries, 1>(number, queries, rounded, scores);
   }
 
   template <int kQueries, int kTiles>
-  void write_scores(int64_t number, const BlockQuery *queries, const int8_t (*bytes)[kMostChannels],
-                    const float *scales, const int32_t *offsets, float (*scores)[kBlockPositions]) {
-    __m512i sums[kTiles][kQueries];
-    for (int next = 0; next < kTiles; ++next)
-      for (int own = 0; own < kQueries; ++own) sums[next][own] = _mm512_set1_epi32(-offsets[own]);
+  void write_scores(int64_t number, const BlockQuery *queries, const Query *rounded, float (*scores)[kBlockPositions]) {
+    __m512i sums[kTiles][kQueries][2];
+    for (auto &tile : sums)
+      for (int own = 0; own < kQueries; ++own)
+        for (int half = 0; half < 2; ++half) tile[own][half] = _mm512_set1_epi32(rounded[own].firsts[half]);
     const uint8_t *keys[] = {own_tile(number).keys, own_tile(number + kTiles - 1).keys};
     for (int64_t channel = 0; channel < shape_.head_dim; channel += 4) {
       next_.fetch(1);
@@ -175,7 +191,10 @@ class RoundedBlock {
         const auto own_keys = load<__m512i>(keys[next] + channel * kRoundedPositions);
 #pragma GCC unroll 4
         for (int own = 0; own < kQueries; ++own)
-          sums[next][own] = _mm512_dpbusd_epi32(sums[next][own], own_keys, four(bytes[own] + channel));
+#pragma GCC unroll 2
+          for (int half = 0; half < 2; ++half)
+            sums[next][own][half] =
+                _mm512_dpbusd_epi32(sums[next][own][half], own_keys, four(rounded[own].bytes[half] + channel));
       }
     }
     for (int next = 0; next < kTiles; ++next) {
@@ -185,8 +204,10 @@ class RoundedBlock {
         Floats first{};
         for (int64_t channel = 0; channel < shape_.head_dim; channel += kLanes)
           first += from_bf16(tile.first_key + channel) * load<Floats>(queries[own].query + channel);
+        const Floats high = (Floats)_mm512_cvtepi32_ps(sums[next][own][0]),
+                     low = (Floats)_mm512_cvtepi32_ps(sums[next][own][1]);
         store(scores[own] + (number + next) * kRoundedPositions,
-              (Floats)_mm512_cvtepi32_ps(sums[next][own]) * scales[own] * key_scales + sum(first));
+              (high * 256.0f + low) * rounded[own].scale * key_scales + sum(first));
       }
     }
   }

@@ -11,13 +11,12 @@ from dash_runtime.actions import Action
 from dash_runtime.config import EngineConfig
 from dash_runtime.devices import Device, device_of
 from dash_runtime.errors import ConfigError
-from dash_runtime.layers.kv_cache import pool_tokens
+from dash_runtime.layers.kv_cache import BLOCK_TOKENS, pool_tokens, rounded_block_bytes
 from dash_runtime.linears.quantization import INT4_GROUP_SIZE
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.progress import Progress
-from dash_runtime.rows.pass_rows import ROUNDED_TOKENS, rounded_bytes
 from dash_runtime.startup.placement import CACHE, COMPENSATION, WORK, Bytes, ModelBytes, Room, place_layers
 
 _WORK_BYTES = 512 * 1024 * 1024
@@ -49,7 +48,7 @@ def model_bytes(
     own_tensors = [tensor for policy in learned for tensor in policy.compensation.tensors().values()]
     cache = positions * 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
     if quantised and device.compiles_layers:
-        cache += pool // ROUNDED_TOKENS * rounded_bytes(model.num_kv_heads, model.head_dim)
+        cache += pool // BLOCK_TOKENS * rounded_block_bytes(model)
     compensation = fitted + sum(tensor[0].nbytes for tensor in own_tensors)
 
     def layer_bytes(layer: int) -> Bytes:

@@ -145,7 +145,7 @@ class Case:
             keys, values = (own[place, first : position + 1] for own in seen)
             if keys_in_int8:
                 firsts = seen[0][place, [at - at % ROUNDED_TOKENS for at in range(first, position + 1)]]
-                keys, values, queries = firsts + in_int8(keys - firsts), in_int8(values), in_int8(queries)
+                keys, values = firsts + in_int8(keys - firsts), in_int8(values)
             return attention(queries, keys, values, None, block.attention_scale)
 
         def attend(normed: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from dash_runtime.checkpoints import load_model_config
 from dash_runtime.layers.kv_cache import BLOCK_TOKENS, CachePool, SequenceCache
 from tests.runtime.support import CPU
+from tests.tiny_models import save_tiny_model
 
 
 def make_pool(tiny_folder: Path, total_tokens: int, max_sequences: int = 8) -> CachePool:
@@ -122,6 +123,8 @@ def test_rounded_keys_and_values_are_forgotten_with_those_that_they_were_made_fr
     pool = make_pool(tiny_folder, 5 * BLOCK_TOKENS, max_sequences=1)
     first, cache = (reserved(pool, 2 * BLOCK_TOKENS) for _ in range(2))
     address, bounds = cache.rounded_addresses()
+    assert pool.rounded is not None
+    assert bounds is not None
     assert address == pool.rounded[0, 2].data_ptr()
     filled = (c_int64 * 12).from_address(bounds)
     fill(cache, 2 * BLOCK_TOKENS, 1)
@@ -132,3 +135,9 @@ def test_rounded_keys_and_values_are_forgotten_with_those_that_they_were_made_fr
     reserved(pool, 3 * BLOCK_TOKENS)  # moves the other one
     assert (pool.num_moves, cache.rounded_addresses()) == (1, (pool.rounded.data_ptr(), bounds))
     assert list(filled) == [0] * 12
+
+
+def test_a_model_with_biases_of_keys_has_no_rounded_ones(tmp_path: Path) -> None:
+    pool = CachePool(load_model_config(save_tiny_model(tmp_path, "qwen2")), 64, torch.bfloat16, [CPU] * 6)
+    assert reserved(pool, 64).rounded_addresses() == (None, None)
+    assert pool.strides[-1] == 0
