@@ -231,7 +231,9 @@ class RoundedBlock {
     constexpr float kMost = 65535;
     Floats scaled[kBlockPositions / kLanes]{}, most{};
     for (int64_t number = 0; number < num_tiles_; ++number) {
-      scaled[number] = load<Floats>(weights + number * kLanes) * load<Floats>(own_tile(number).value_scales);
+      const Floats own = load<Floats>(weights + number * kLanes);
+      // Scales of positions that nobody sees may be anything.
+      scaled[number] = own == 0.0f ? own : own * load<Floats>(own_tile(number).value_scales);
       most = larger(most, scaled[number]);
     }
     const float bound = largest(most), factor = bound > 0 ? kMost / bound : 0;

@@ -90,7 +90,8 @@ class Case:
         rows, memory, action = self.native(kernel), self.memory.clone(), action_of(kernel)
         num_tiles = -(-self.num_positions // ROUNDED_TOKENS)
         num_bytes = num_tiles * rounded_bytes(self.config.num_kv_heads, self.config.head_dim)
-        in_int8 = torch.zeros(self.config.num_layers, len(self.spans), num_bytes, dtype=torch.uint8)
+        # What nobody wrote yet may be anything: these are NaN as scales.
+        in_int8 = torch.full((self.config.num_layers, len(self.spans), num_bytes), 0xFF, dtype=torch.uint8)
         filled = torch.zeros(len(self.spans), self.config.num_layers, 2, dtype=torch.int64)
         packed = None
         if compensation is not None:
