@@ -120,8 +120,8 @@ class Batch:
             spans = self.spans if rows is None else [self.spans[row] for row in rows]
             each, first_row = [], 0
             for span in spans:
-                rows_of_span = span.cache.address, span.end, first_row, span.num_rows
-                each.append(RowSpan(*rows_of_span, *span.cache.rounded_addresses()))
+                rounded = span.cache.rounded_addresses()
+                each.append(RowSpan(span.cache.address, span.end, first_row, span.num_rows, *rounded))
                 first_row += span.num_rows
             tables = list(dict.fromkeys(self.rotary))
             rotary = [

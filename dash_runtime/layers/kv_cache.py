@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dash_runtime.devices import device_of, stretches_of
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.rows.pass_rows import ROUNDED_TOKENS, rounded_bytes
+from dash_runtime.rows.pass_rows import rounded_bytes
+from dash_runtime.rows.structs import ROUNDED_TOKENS
 
 BLOCK_TOKENS = ROUNDED_TOKENS
 """Sequences begin at multiples of this many tokens."""

@@ -7,6 +7,17 @@
 
 #ifdef __AVX512VNNI__
 
+// Returns the largest absolute value of a head's channels, of which `read` returns 16.
+template <class Read>
+inline float bound_of(const HeadShape &shape, Read read) {
+  Floats most{};
+  for (int64_t channel = 0; channel < shape.head_dim; channel += kLanes) {
+    const Floats own = read(channel);
+    most = larger(most, larger(own, -own));
+  }
+  return largest(most);
+}
+
 // Keys and values of 16 positions of one head. Keys are what is added to the first of them: much of a key is what all
 // have in common.
 struct RoundedTile {
@@ -53,12 +64,7 @@ struct RoundedTile {
   // Calls `write` with numbers of 16 channels; returns what they are multiples of.
   template <class Read, class Write>
   static float write_rounded(const HeadShape &shape, Read read, Write write) {
-    Floats most{};
-    for (int64_t channel = 0; channel < shape.head_dim; channel += kLanes) {
-      const Floats own = read(channel);
-      most = larger(most, larger(own, -own));
-    }
-    const float bound = largest(most), factor = bound > 0 ? 127 / bound : 0;
+    const float bound = bound_of(shape, read), factor = bound > 0 ? 127 / bound : 0;
     for (int64_t channel = 0; channel < shape.head_dim; channel += kLanes)
       write(channel, _mm512_cvtps_epi32((__m512)(read(channel) * factor)));
     return bound / 127;
@@ -146,12 +152,8 @@ class RoundedBlock {
 
     void round(const HeadShape &shape, const float *query) {
       constexpr float kMost = 32512;  // its high byte is 127
-      Floats most{};
-      for (int64_t channel = 0; channel < shape.head_dim; channel += kLanes) {
-        const Floats own = load<Floats>(query + channel);
-        most = larger(most, larger(own, -own));
-      }
-      const float bound = largest(most), factor = bound > 0 ? kMost / bound : 0;
+      const float bound = bound_of(shape, [&](int64_t channel) { return load<Floats>(query + channel); });
+      const float factor = bound > 0 ? kMost / bound : 0;
       __m512i totals[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
       for (int64_t channel = 0; channel < shape.head_dim; channel += kLanes) {
         const __m512i own = _mm512_cvtps_epi32((__m512)(load<Floats>(query + channel) * factor));

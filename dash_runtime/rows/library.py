@@ -56,7 +56,7 @@ class RowsLibrary:
         self.attend = _function(library.dash_attend, c_void_p)
         self.choose = _function(library.dash_choose, *[c_void_p] * 4, c_int64, *[c_void_p] * 2)
         self.rounds_keys = bool(library.dash_rounds_keys())
-        """Whether rounded layers attend to keys and values in INT8."""
+        """True if rounded layers attend to keys and values in INT8."""
         self._new_workspace = library.dash_new_workspace
         self._new_workspace.restype = c_void_p
         self._delete_workspace = _function(library.dash_delete_workspace, c_void_p)

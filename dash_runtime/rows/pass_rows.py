@@ -11,6 +11,8 @@ from dash_runtime.rows.head_struct import packed_struct
 from dash_runtime.rows.policy_rows import RowDecisions
 from dash_runtime.rows.row_matrix import Int8RowMatrix
 from dash_runtime.rows.structs import (
+    LINE_BYTES,
+    ROUNDED_TOKENS,
     CompensationStruct,
     PlannerStruct,
     RotaryStruct,
@@ -18,16 +20,12 @@ from dash_runtime.rows.structs import (
     SpanStruct,
 )
 
-_LINE_BYTES = 64
-ROUNDED_TOKENS = 16
-"""Positions whose rounded keys and values lie together. A sequence's memory begins with a multiple of them."""
-
 
 def rounded_bytes(num_kv_heads: int, head_dim: int) -> int:
     """Returns the bytes of a layer's rounded keys and values of `ROUNDED_TOKENS` positions. A head has its bytes, their
     scales, and the first key in bf16, on cache lines of its own."""
     head_bytes = 2 * (ROUNDED_TOKENS * (head_dim + 4) + head_dim)
-    return num_kv_heads * -(-head_bytes // _LINE_BYTES) * _LINE_BYTES
+    return num_kv_heads * -(-head_bytes // LINE_BYTES) * LINE_BYTES
 
 
 class RowSpan(NamedTuple):
@@ -58,9 +56,7 @@ class RowsOfPass:
         strides: tuple[int, int, int, int],
         rotary: Sequence[Sequence[tuple[int, int]]],
     ) -> None:
-        self.spans = (SpanStruct * len(spans))(
-            *[SpanStruct(own.memory, own.rounded, own.filled, *own[1:4]) for own in spans]
-        )
+        self.spans = (SpanStruct * len(spans))(*[SpanStruct(*own) for own in spans])
         self.num_rows = spans[0].num_rows if len(spans) == 1 else sum(own.num_rows for own in spans)
         self.strides = strides
         self.num_rotaries = len(rotary[0])

@@ -24,10 +24,11 @@ struct Filled {
 // Consecutive rows of one sequence, and its keys and values from its first position on. A pass has one for each of its
 // sequences.
 struct Span {
-  char *memory, *rounded;  // of layer 0; null for no rounded ones
-  Filled *filled;          // by layer
-  int64_t num_tokens;      // the rows' own among them
+  char *memory;        // of layer 0
+  int64_t num_tokens;  // the rows' own among them
   int64_t first_row, num_rows;
+  char *rounded;   // of layer 0; null for none
+  Filled *filled;  // by layer
 };
 
 // The spans of a pass in one layer.
@@ -42,11 +43,10 @@ struct Memory {
     return reinterpret_cast<uint16_t *>(span.memory + layer * layer_bytes + values_bytes);
   }
   int64_t start(int64_t end) const { return window && end > window ? end - window : 0; }
-  int64_t first_block(const Span &span) const { return start(span.num_tokens - span.num_rows + 1) / kBlockPositions; }
-  // From where on a span's rows need rounded keys and values, whole tiles of them.
-  int64_t first_rounded(const Span &span) const {
-    return start(span.num_tokens - span.num_rows + 1) / kRoundedPositions * kRoundedPositions;
-  }
+  // What a span's first row sees first; of rounded keys and values whole tiles are needed.
+  int64_t first_seen(const Span &span) const { return start(span.num_tokens - span.num_rows + 1); }
+  int64_t first_block(const Span &span) const { return first_seen(span) / kBlockPositions; }
+  int64_t first_rounded(const Span &span) const { return first_seen(span) / kRoundedPositions * kRoundedPositions; }
   int64_t num_blocks(const Span &span) const { return (span.num_tokens - 1) / kBlockPositions + 1 - first_block(span); }
 };
 

@@ -2,9 +2,10 @@
 
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 
-MOST_CHANNELS, MOST_NUMBERS, MOST_EXACT_TILES, LANES = 512, 256, 64, 16
+MOST_CHANNELS, MOST_NUMBERS, MOST_EXACT_TILES, LANES, LINE_BYTES, ROUNDED_TOKENS = 512, 256, 64, 16, 64, 16
 """As in the source: a head's channels, a policy's features, facts and scores, tiles of a row's logits that are computed
-again, and the floats of a vector."""
+again, the floats of a vector, a cache line, and the positions whose rounded keys and values lie together: a sequence's
+memory begins with a multiple of them."""
 
 
 def _pointers(*names: str) -> list[tuple[str, type[c_void_p]]]:
@@ -46,7 +47,7 @@ class RotaryStruct(Structure):
 
 
 class SpanStruct(Structure):
-    _fields_ = [*_pointers("memory", "rounded", "filled"), *_numbers("num_tokens", "first_row", "num_rows")]
+    _fields_ = [*_pointers("memory"), *_numbers("num_tokens", "first_row", "num_rows"), *_pointers("rounded", "filled")]
 
 
 class BlockStruct(Structure):

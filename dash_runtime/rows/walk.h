@@ -205,7 +205,7 @@ class Walk {
     const RotaryOfSpans rotary = rotary_of(pass_, layer);
     for (int64_t place = 0; place < count; ++place) {
       const Span &span = pass_.spans[group[place]];
-      memory_.spans.push_back({span.memory, span.rounded, span.filled, span.num_tokens, place, 1});
+      memory_.spans.push_back({span.memory, span.num_tokens, place, 1, span.rounded, span.filled});
       memory_.rotary.push_back(rotary.of(group[place]));
       if (place >= rows.first && place < rows.last) copy_state(own.residual, place, shared_.states, group[place]);
     }

@@ -21,8 +21,9 @@ from dash_runtime.linears.dense_linear import FullLinear, Linear, make_full_line
 from dash_runtime.linears.quantization import quantized_parts
 from dash_runtime.model_config import BlockConfig
 from dash_runtime.rows.model_rows import ModelRows, PackedLayer
-from dash_runtime.rows.pass_rows import ROUNDED_TOKENS, RowsOfPass, RowSpan, rounded_bytes
+from dash_runtime.rows.pass_rows import RowsOfPass, RowSpan, rounded_bytes
 from dash_runtime.rows.row_matrix import pack_row_matrix
+from dash_runtime.rows.structs import ROUNDED_TOKENS
 from tests.runtime.native_code import in_bytes, native_library, rounded
 from tests.runtime.support import CPU
 
