@@ -103,6 +103,11 @@ class TextConstraint:
         forbidden = numpy.unpackbits(~allowed, bitorder="little", count=self._vocab_size).view(bool)
         logits.masked_fill_(upload(torch.from_numpy(forbidden)), -torch.inf)
 
+    def leaves_first(self, token_id: int) -> bool:
+        if self._is_complete:
+            return token_id in self._eos_token_ids
+        return not self._num_ignored and self._matcher.validate_tokens([token_id]) == 1
+
     def accept(self, token_id: int) -> None:
         can_follow = not self._num_ignored and not self._matcher.is_stopped()
         if can_follow and self._matcher.try_consume_tokens([token_id]):

@@ -253,7 +253,7 @@ class Engine:
             settle_decisions(output.timer, [block for decider in deciders for block in decider.blocks])
         exposed_ns, elapsed_ns = self._lane.exposed_ns - exposed_before, time.perf_counter_ns() - started_ns
         rows.token_seconds = elapsed_ns / 1e9
-        sampled = {row: own.sampler for row, own in enumerate(sequences) if own.is_sampled}
+        sampled = {row: own.sampler for row, own in enumerate(sequences) if own.needs_scores(likeliest_ids[row])}
         scores = scores_of(output.logits, sampled) if sampled else {}
         for row, (sequence, assignment) in enumerate(zip(sequences, assignments, strict=True)):
             policy, plan = assignment.policy, output.plans[row]
@@ -273,8 +273,10 @@ class Engine:
                     recorded = output, row + place, rows.decider_of[row], started_ns
                     sequence.recorder.add_pass(StepKind.DRAFT, token_id, 0.0 if place else cost, *recorded)
                 continue
-            sampler = sequence.sampler
-            token_id = likeliest_ids[row] if sampler.is_plain_greedy else sampler.choose(scores[row])
+            if row in scores:
+                token_id = sequence.sampler.choose(scores[row])
+            else:
+                sequence.sampler.accept(token_id := likeliest_ids[row])
             if sequence.speculation is not None:
                 sequence.speculation.decoded()
             self._count(sequence, rows.decider_of[row], plan, own_exposed_ns, sequence.cache.length)

@@ -21,6 +21,11 @@ class LogitsProcessor(Protocol):
         """Adjusts float32 `[vocab_size]` logits in place, on their device."""
         ...
 
+    def leaves_first(self, token_id: int) -> bool:
+        """True if `process` would leave this token's logit as it is and raise no other's, so that the likeliest token
+        stays the likeliest. May be False where that takes long to say."""
+        ...
+
     def accept(self, token_id: int) -> None:
         """Takes note of the sequence's next token, drafted ones included."""
         ...
@@ -47,12 +52,17 @@ class LogitBias:
     """Adds a constant to the logits of some tokens."""
 
     def __init__(self, bias: Mapping[int, float]) -> None:
+        self._own = frozenset(bias)
+        self._raises_none = max(bias.values()) <= 0
         self._ids = torch.tensor([*bias])
         self._values = torch.tensor([*bias.values()], dtype=torch.float32)
 
     def process(self, logits: Tensor) -> None:
         upload = device_of(logits.device).upload
         logits[upload(self._ids)] += upload(self._values)
+
+    def leaves_first(self, token_id: int) -> bool:
+        return self._raises_none and token_id not in self._own
 
     def accept(self, token_id: int) -> None:
         pass
@@ -88,6 +98,9 @@ class RepetitionPenalty(_OutputCounts):
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / self._penalty, values * self._penalty)
 
+    def leaves_first(self, token_id: int) -> bool:
+        return self._penalty >= 1 and token_id not in self._prompt_ids and token_id not in self._counts
+
 
 class OccurrencePenalty(_OutputCounts):
     """Subtracts from each output token's logit: `presence` once, and `frequency` for every occurrence."""
@@ -102,3 +115,6 @@ class OccurrencePenalty(_OutputCounts):
             upload = device_of(logits.device).upload
             counts = torch.tensor([*self._counts.values()], dtype=logits.dtype)
             logits[upload(torch.tensor([*self._counts]))] -= upload(self._presence + self._frequency * counts)
+
+    def leaves_first(self, token_id: int) -> bool:
+        return self._presence >= 0 and self._frequency >= 0 and token_id not in self._counts

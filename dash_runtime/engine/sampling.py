@@ -50,6 +50,11 @@ class Sampler:
         self.accept(token_id)
         return token_id
 
+    def takes(self, likeliest_id: int) -> bool:
+        """True if the token of the largest logit is the next one whatever the others are, which takes a fiftieth of
+        the time of adjusting all logits."""
+        return self.is_greedy and all(processor.leaves_first(likeliest_id) for processor in self._processors)
+
     def adjust(self, logits: Tensor) -> None:
         """Changes float32 `[vocab_size]` logits as processors and temperature ask for, on their device."""
         for processor in self._processors:
@@ -62,8 +67,11 @@ class Sampler:
         processed = self._processed(logits)
         return HostScores(processed if self.is_greedy else processed / self._parameters.temperature)
 
-    def best(self, logits: Tensor) -> int:
-        """Returns the token that a greedy sequence takes; `logits` as in `sample`."""
+    def best(self, logits: Tensor, likeliest_id: int | None = None) -> int:
+        """Returns the token that a greedy sequence takes; `logits` as in `sample`, and the token of the largest one
+        where it is known."""
+        if likeliest_id is not None and self.takes(likeliest_id):
+            return likeliest_id
         return likeliest(logits if self.is_plain_greedy else self._processed(logits))
 
     def distribution(self, logits: Tensor) -> Tensor:
@@ -143,6 +151,9 @@ class GivenTokens(Sampler):
 
     def choose(self, scores: Scores) -> int:
         return next(self._token_ids)
+
+    def takes(self, likeliest_id: int) -> bool:
+        return False
 
 
 def scores_of(logits: Tensor, samplers: Mapping[int, Sampler]) -> Mapping[int, Scores]:

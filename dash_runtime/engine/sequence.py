@@ -105,10 +105,9 @@ class Sequence:
         """True if its next tokens may come together: nobody looks at one before the next, or wants it at once."""
         return self.is_plain and not self.recorder.has_room and not self.request.is_immediate
 
-    @property
-    def is_sampled(self) -> bool:
-        """True if a decoded token is chosen from more than the largest logit."""
-        return not self.sampler.is_plain_greedy and not self.is_drafting
+    def needs_scores(self, likeliest_id: int) -> bool:
+        """True if a decoded token is chosen from more than the largest logit, which is this one's."""
+        return not self.is_drafting and not self.sampler.takes(likeliest_id)
 
     @property
     def is_drafting(self) -> bool:

@@ -159,10 +159,8 @@ class Speculation:
             likeliest_id: the token of the largest logit, if it is known.
         """
         sampler, distribution = self._sampler, None
-        if sampler.is_plain_greedy and likeliest_id is not None:
-            token_id = likeliest_id
-        elif sampler.is_greedy:
-            token_id = sampler.best(logits)
+        if sampler.is_greedy:
+            token_id = sampler.best(logits, likeliest_id)
         else:
             distribution = sampler.distribution(logits)
             token_id = sampler.draw(distribution)
@@ -222,10 +220,9 @@ class Speculation:
 
     def _greedy(self, drafted: Sequence[int], logits: Tensor, likeliest: Sequence[int] | None) -> list[int]:
         sampler = self._sampler
-        known = likeliest if sampler.is_plain_greedy else None
         chosen: list[int] = []
         for place in range(len(drafted) + 1):
-            token_id = sampler.best(logits[place]) if known is None else known[place]
+            token_id = sampler.best(logits[place], None if likeliest is None else likeliest[place])
             sampler.accept(token_id)
             chosen.append(token_id)
             if drafted[place : place + 1] != [token_id]:

@@ -192,6 +192,32 @@ def test_drafted_tokens_that_are_not_allowed_leave_no_trace(compiler: Constraint
     assert _allowed(constraint) == set(b"0123456789")
 
 
+@pytest.mark.parametrize(
+    ("constraint", "output"),
+    [
+        (SCHEMA, b'{"name": "ab", "age": 7, "likes": ["sea"]}'),
+        (DATE, b"2024-11-26"),
+        (CHOICES, b"yes, please"),
+        (SUM, b"12+3+456"),
+    ],
+    ids=lambda own: own.kind.value if isinstance(own, Constraint) else "",
+)
+def test_each_token_is_allowed_by_itself_where_it_is_among_all(
+    compiler: ConstraintCompiler, constraint: Constraint, output: bytes
+) -> None:
+    own = compiler.compile(constraint)
+    own.accept(0)  # a draft's, which is not allowed
+    assert not any(own.leaves_first(number) for number in range(VOCAB_SIZE))
+    own.rollback([0])
+    for token_id in output:
+        allowed = _allowed(own)
+        assert {number for number in range(VOCAB_SIZE) if own.leaves_first(number)} == allowed
+        assert token_id in allowed
+        own.accept(token_id)
+    assert own.leaves_first(EOS)
+    assert {number for number in range(VOCAB_SIZE) if own.leaves_first(number)} == _allowed(own)
+
+
 def _allowed(constraint: TextConstraint) -> set[int]:
     logits = torch.zeros(VOCAB_SIZE)
     constraint.process(logits)

@@ -32,6 +32,9 @@ class Ascending:
     def process(self, logits: Tensor) -> None:
         logits[sorted(set(range(VOCAB_SIZE)) - self.allowed())] = -torch.inf
 
+    def leaves_first(self, token_id: int) -> bool:
+        return token_id in self.allowed()
+
     def accept(self, token_id: int) -> None:
         assert token_id in self.allowed()
         self.accepted.append(token_id)
@@ -105,6 +108,44 @@ def test_a_token_mask_is_one_more_processor(parameters: SamplingParameters) -> N
         assert torch.equal(logits, before)
     assert mask.accepted == token_ids
     assert ascends(token_ids)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        SamplingParameters(),
+        SamplingParameters(logit_bias={3: -1.0, 5: -0.5}),
+        SamplingParameters(logit_bias={3: 0.5, 5: -0.5}),
+        SamplingParameters(repetition_penalty=1.5),
+        SamplingParameters(repetition_penalty=0.5),
+        SamplingParameters(presence_penalty=1.0, frequency_penalty=0.5),
+        SamplingParameters(presence_penalty=-1.0, frequency_penalty=0.5),
+        SamplingParameters(presence_penalty=1.0, frequency_penalty=-0.5),
+    ],
+    ids=str,
+)
+def test_a_token_that_is_taken_without_looking_at_the_others_is_the_one_that_looking_would_take(
+    parameters: SamplingParameters,
+) -> None:
+    sampler = Sampler(parameters, [1, 2], [Ascending()])
+    num_taken = num_others = 0
+    for place in range(300):
+        logits = some_logits(place).round()  # many are equal
+        likeliest_id = int(logits.argmax())
+        if sampler.takes(likeliest_id):
+            num_taken += 1
+            assert sampler.best(logits) == likeliest_id
+        elif sampler.best(logits) != likeliest_id:
+            num_others += 1
+        sampler.sample(logits)
+    raises_some = parameters not in (
+        SamplingParameters(),
+        SamplingParameters(logit_bias={3: -1.0, 5: -0.5}),
+        SamplingParameters(repetition_penalty=1.5),
+        SamplingParameters(presence_penalty=1.0, frequency_penalty=0.5),
+    )
+    assert (num_taken == 0) == raises_some
+    assert num_others > 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
