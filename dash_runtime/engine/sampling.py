@@ -6,17 +6,21 @@ only.
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy
 import torch
 from torch import Tensor
 
 from dash_runtime.config import SamplingParameters
 from dash_runtime.devices import device_of
 from dash_runtime.engine.logits_processors import LogitsProcessor, make_processors
-from dash_runtime.engine.scores import HostScores, Scores, device_scores, likeliest
+from dash_runtime.engine.scores import HostScores, Numbers, Scores, device_scores, likeliest
 from dash_runtime.events import TokenLogprobs
 
 _TOP_P_CANDIDATES = 1024
-"""Sorting the whole vocabulary costs more than a layer; most nuclei lie within the first thousand."""
+"""Of a device's scores. Sorting the whole vocabulary costs more than a layer; most nuclei lie within the first
+thousand."""
+_WEIGHTS_TOGETHER = 256
+"""Of which a draw knows the sum before it looks at each."""
 
 
 class Sampler:
@@ -33,6 +37,7 @@ class Sampler:
         more_processors: Iterable[LogitsProcessor] = (),
     ) -> None:
         self._parameters = parameters
+        self._temperature = numpy.float32(parameters.temperature)
         self._generator = torch.Generator().manual_seed(parameters.seed)
         self._processors = [*make_processors(parameters, prompt_token_ids), *more_processors]
         self.is_greedy = parameters.temperature == 0
@@ -64,8 +69,8 @@ class Sampler:
 
     def scores(self, logits: Tensor) -> HostScores:
         """Returns what `choose` takes, from logits that stay as they are."""
-        processed = self._processed(logits)
-        return HostScores(processed if self.is_greedy else processed / self._parameters.temperature)
+        processed = self._processed(logits).numpy()
+        return HostScores(processed if self.is_greedy else processed / self._temperature)
 
     def best(self, logits: Tensor, likeliest_id: int | None = None) -> int:
         """Returns the token that a greedy sequence takes; `logits` as in `sample`, and the token of the largest one
@@ -76,17 +81,20 @@ class Sampler:
 
     def distribution(self, logits: Tensor) -> Tensor:
         """Returns the probabilities that `sample` draws from, float32 `[vocab_size]` on the host."""
-        candidates, ids = self._truncate(self.scores(logits))
-        probabilities = torch.softmax(candidates, dim=-1)
-        return probabilities if ids is None else torch.zeros(len(logits)).scatter_(0, ids, probabilities)
+        weights, ids = self._weights(self.scores(logits))
+        probabilities = weights / weights.sum()
+        if ids is not None:
+            some, probabilities = probabilities, numpy.zeros(len(logits), numpy.float32)
+            probabilities[ids] = some
+        return torch.from_numpy(probabilities)
 
     def draw(self, weights: Tensor) -> int:
-        """Draws a token from weights `[vocab_size]` that need not add up to 1."""
-        return int(torch.multinomial(weights, 1, generator=self._generator))
+        """Draws a token from weights `[vocab_size]` on the host that need not add up to 1."""
+        return self._place(weights.numpy())
 
     def chance(self, probability: float) -> bool:
         """Returns True with this probability."""
-        return float(torch.rand((), generator=self._generator)) < probability
+        return self._number() < probability
 
     def accept(self, token_id: int) -> None:
         """Tells the processors the next output token."""
@@ -108,37 +116,58 @@ class Sampler:
         return processed
 
     def _draw(self, scores: Scores) -> int:
-        candidates, ids = self._truncate(scores)
-        probabilities = torch.softmax(candidates, dim=-1)
-        place = int(torch.multinomial(probabilities, 1, generator=self._generator))
+        weights, ids = self._weights(scores)
+        place = self._place(weights)
         return place if ids is None else int(ids[place])
 
-    def _truncate(self, scores: Scores) -> tuple[Tensor, Tensor | None]:
-        """The logits that may be drawn and their token ids, best first; None for all, in order."""
-        p = self._parameters
-        vocab_size = scores.vocab_size
-        top_k = min(p.top_k, vocab_size) if p.top_k else vocab_size
-        if top_k == vocab_size and p.top_p >= 1 and p.min_p == 0:
-            return scores.whole(), None
-        kept = min(top_k, _TOP_P_CANDIDATES)
-        values, ids = scores.top(kept)
-        total = values.logsumexp(0) if kept == top_k else scores.total()
-        is_short = kept < top_k and not self._ends_within(values, total)
-        if is_short:
-            values, ids = scores.top(top_k)
-            total = values.logsumexp(0)
-        probabilities = (values - total).exp()
-        before = probabilities.cumsum(0) - probabilities
-        allowed = (before < p.top_p) & (values >= values[0] + _log(p.min_p))
-        allowed[0] = True
-        return values[allowed], ids[allowed]
+    def _number(self) -> float:
+        """Returns a number from 0 to 1, which is below 1."""
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
 
-    def _ends_within(self, values: Tensor, total: Tensor) -> bool:
+    def _place(self, weights: Numbers) -> int:
+        """Returns the place of one of these weights, `[n]`, each as often as it is large, by a single number."""
+        sums = numpy.add.reduceat(weights, numpy.arange(0, len(weights), _WEIGHTS_TOGETHER), dtype=numpy.float64)
+        ends = sums.cumsum()
+        aim = self._number() * ends[-1]
+        group = _first_above(ends, aim)
+        begin = group * _WEIGHTS_TOGETHER
+        own = weights[begin : begin + _WEIGHTS_TOGETHER].cumsum(dtype=numpy.float64)
+        return begin + _first_above(own, aim - (ends[group] - sums[group]))
+
+    def _weights(self, scores: Scores) -> tuple[Numbers, Numbers | None]:
+        """Returns what the tokens that may be drawn weigh, and their ids, best first; None for all, in order."""
+        values, ids = self._truncate(scores)
+        return numpy.exp(values - values.max()), ids
+
+    def _truncate(self, scores: Scores) -> tuple[Numbers, Numbers | None]:
+        """Returns the logits that may be drawn and their token ids, best first; None for all, in order."""
         p = self._parameters
-        reaches_top_p = p.top_p < 1 and bool((values - total).exp().sum() >= p.top_p)
-        falls_below_min_p = p.min_p > 0 and bool(values[-1] < values[0] + _log(p.min_p))
-        # With an exact top_k beyond the candidates, its renormalisation needs all of them.
-        return (reaches_top_p or falls_below_min_p) and p.top_k == 0
+        has_top_k = 0 < p.top_k < scores.vocab_size
+        if not has_top_k and p.top_p >= 1 and p.min_p == 0:
+            return scores.whole(), None
+        values, ids = scores.first()
+        if has_top_k:
+            if len(values) < p.top_k:
+                values, ids = scores.top(p.top_k)
+            values, ids = values[: p.top_k], ids[: p.top_k]
+            probabilities = numpy.exp(values - values[0])
+            probabilities /= probabilities.sum()
+        else:
+            total = scores.total()
+            probabilities = numpy.exp(values - total)
+            if not self._ends_within(probabilities):
+                values, ids = scores.top(scores.vocab_size)
+                probabilities = numpy.exp(values - total)
+        before = probabilities.cumsum() - probabilities
+        is_allowed = (before < p.top_p) & (probabilities >= p.min_p * probabilities[0])
+        is_allowed[0] = True
+        return values[is_allowed], ids[is_allowed]
+
+    def _ends_within(self, probabilities: Numbers) -> bool:
+        """Returns True if no token but these, the likeliest, may be drawn."""
+        p = self._parameters
+        reaches_top_p = p.top_p < 1 and probabilities.sum() >= p.top_p
+        return bool(reaches_top_p or probabilities[-1] < p.min_p * probabilities[0])
 
 
 class GivenTokens(Sampler):
@@ -177,5 +206,7 @@ def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs
     return TokenLogprobs(float(logprobs[token_id]), list(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
-def _log(probability: float) -> float:
-    return float(torch.tensor(probability).log())
+def _first_above(ends: Numbers, aim: float) -> int:
+    """Returns the first place whose sum so far is above `aim`, which rounding may put at the end."""
+    place = int(ends.searchsorted(aim, side="right"))
+    return place if place < len(ends) else int(ends.searchsorted(ends[-1]))

@@ -2,11 +2,12 @@
 
 from collections import Counter
 
+import numpy
 import pytest
 import torch
 
 from dash_runtime.config import SamplingParameters
-from dash_runtime.engine.sampling import Sampler, token_logprobs
+from dash_runtime.engine.sampling import Sampler, _first_above, token_logprobs
 from dash_runtime.engine.scores import HostScores
 
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 0.0])
@@ -28,6 +29,30 @@ def test_draws_follow_the_distribution_at_the_temperature(temperature: float) ->
     expected = torch.softmax(LOGITS / temperature, -1)
     chi_square = sum((counts[i] - 6000 * float(p)) ** 2 / (6000 * float(p)) for i, p in enumerate(expected))
     assert chi_square < 18.5  # 99.9 % quantile with four degrees of freedom
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_draws_of_a_large_vocabulary_follow_the_distribution(top_p: float) -> None:
+    logits = 2 * torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(SamplingParameters(temperature=1, top_p=top_p, seed=2), [])
+    expected = sampler.distribution(logits)
+    assert float(expected.sum()) == pytest.approx(1)
+    assert int((expected > 0).sum()) == 5000 or top_p < 1
+    counts = torch.bincount(torch.tensor([sampler.sample(logits) for _ in range(4000)]), minlength=5000)
+    assert not counts[expected == 0].any()
+    groups = torch.arange(5000) % 10
+    wanted = 4000 * torch.zeros(10).index_add_(0, groups, expected)
+    got = torch.zeros(10).index_add_(0, groups, counts.float())
+    assert float(((got - wanted) ** 2 / wanted).sum()) < 27.9  # 99.9 % quantile with nine degrees of freedom
+
+
+def test_no_number_takes_a_token_that_weighs_nothing() -> None:
+    weights = torch.zeros(1000)
+    weights[[300, 301, 700]] = torch.tensor([1e-30, 1.0, 1e-30])
+    sampler = Sampler(SamplingParameters(temperature=1, seed=3), [])
+    assert {sampler.draw(weights) for _ in range(500)} <= {300, 301, 700}
+    for ends in ([0.0, 1.0, 1.0], [0.5, 1.0, 1.0]):
+        assert _first_above(numpy.array(ends), 1.0) == 1  # which rounding may make of a number below it
 
 
 @pytest.mark.parametrize(
@@ -67,7 +92,7 @@ def test_truncation_of_a_large_vocabulary_equals_sorting_all_of_it(parameters: S
     kept = (probabilities.cumsum(0) - probabilities < parameters.top_p) & (
         probabilities >= parameters.min_p * probabilities[0]
     )
-    _, candidates = Sampler(parameters, [])._truncate(HostScores(logits))
+    _, candidates = Sampler(parameters, [])._truncate(HostScores(logits.numpy()))
     assert candidates is not None
     assert set(candidates.tolist()) == set(ids[kept].tolist())
 
