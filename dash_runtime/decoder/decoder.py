@@ -21,6 +21,7 @@ from dash_runtime.layers.kv_cache import CachePool, SequenceCache
 from dash_runtime.layers.pass_plan import Burst, PassPlan, PassRun
 from dash_runtime.layers.rotary import rotary_tables
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.rows.draws import Draw, DrawTokens
 
 Backends = Mapping[PassKind, Sequence[Backend]]
 """The backends for each kind of pass. The first that takes a pass runs it."""
@@ -158,9 +159,22 @@ class Decoder:
         """Runs a pass from tokens to logits at once; see `Backend`."""
         return self.backends[batch.kind][0].run_pass(plan, token_ids, batch)
 
-    def run_burst(self, plan: PassPlan, token_id: int, batch: Batch, count: int, ends: Collection[int]) -> Burst | None:
+    def run_burst(
+        self,
+        plan: PassPlan,
+        token_id: int,
+        batch: Batch,
+        count: int,
+        ends: Collection[int],
+        draw: Callable[[], Draw] | None = None,
+    ) -> Burst | None:
         """Decodes up to `count` tokens of a lone row at once; see `Backend`."""
-        return self.backends[batch.kind][0].run_burst(plan, token_id, batch, count, ends)
+        return self.backends[batch.kind][0].run_burst(plan, token_id, batch, count, ends, draw)
+
+    @property
+    def draw(self) -> DrawTokens | None:
+        """What draws tokens from the logits of decoded rows; see `Backend`."""
+        return self.backends[PassKind.DECODE][0].draw
 
     def run_tokens(
         self, action: Action, token_ids: Sequence[int], batch: Batch, head: Action, kind: PassKind

@@ -20,13 +20,18 @@ def decode_burst(decoder: Decoder, rows: DecodingRows, sequence: Sequence, secon
 
     Returns None if that is less than two tokens, if something has to happen between them, or if the decoder cannot.
     """
+    sampler = sequence.sampler
+    is_drawn = sampler.is_plain_draw and decoder.draw is not None
     if rows.plan is None or rows.token_seconds is None or not sequence.may_burst:
+        return None
+    if not (is_drawn or sampler.is_plain_greedy):
         return None
     count = min(MOST_IN_BURST, sequence.num_tokens_left, int(seconds / rows.token_seconds))
     if count < 2:
         return None
     started = time.perf_counter()
-    burst = decoder.run_burst(rows.plan, sequence.last_token_id, rows.batch, count, sequence.end_token_ids)
+    own = sequence.last_token_id, rows.batch, count, sequence.end_token_ids
+    burst = decoder.run_burst(rows.plan, *own, sampler.draw if is_drawn else None)
     if burst is not None:
         rows.batch.commit(len(burst.token_ids))
         rows.token_seconds = (time.perf_counter() - started) / len(burst.token_ids)

@@ -25,7 +25,7 @@ from dash_runtime.engine.draft_rounds import DraftRounds
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import Planner
 from dash_runtime.engine.prefix_cache import PrefixCache
-from dash_runtime.engine.sampling import scores_of
+from dash_runtime.engine.sampling import choose_tokens
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.engine.step import Decider, decode_step
 from dash_runtime.engine.step_times import CostWatch, StepClock
@@ -253,8 +253,8 @@ class Engine:
             settle_decisions(output.timer, [block for decider in deciders for block in decider.blocks])
         exposed_ns, elapsed_ns = self._lane.exposed_ns - exposed_before, time.perf_counter_ns() - started_ns
         rows.token_seconds = elapsed_ns / 1e9
-        sampled = {row: own.sampler for row, own in enumerate(sequences) if own.needs_scores(likeliest_ids[row])}
-        scores = scores_of(output.logits, sampled) if sampled else {}
+        samplers = {row: own.sampler for row, own in enumerate(sequences) if not own.is_drafting}
+        chosen_ids = choose_tokens(samplers, output.logits, likeliest_ids, self._decoder.draw)
         for row, (sequence, assignment) in enumerate(zip(sequences, assignments, strict=True)):
             policy, plan = assignment.policy, output.plans[row]
             recorded = output, row, rows.decider_of[row], started_ns
@@ -273,10 +273,7 @@ class Engine:
                     recorded = output, row + place, rows.decider_of[row], started_ns
                     sequence.recorder.add_pass(StepKind.DRAFT, token_id, 0.0 if place else cost, *recorded)
                 continue
-            if row in scores:
-                token_id = sequence.sampler.choose(scores[row])
-            else:
-                sequence.sampler.accept(token_id := likeliest_ids[row])
+            token_id = chosen_ids[row]
             if sequence.speculation is not None:
                 sequence.speculation.decoded()
             self._count(sequence, rows.decider_of[row], plan, own_exposed_ns, sequence.cache.length)

@@ -15,6 +15,7 @@ from dash_runtime.devices import device_of
 from dash_runtime.engine.logits_processors import LogitsProcessor, make_processors
 from dash_runtime.engine.scores import HostScores, Numbers, Scores, device_scores, likeliest
 from dash_runtime.events import TokenLogprobs
+from dash_runtime.rows.draws import Draw, DrawTokens
 
 _TOP_P_CANDIDATES = 1024
 """Of a device's scores. Sorting the whole vocabulary costs more than a layer; most nuclei lie within the first
@@ -44,6 +45,8 @@ class Sampler:
         """True if nothing is left to chance."""
         self.is_plain_greedy = self.is_greedy and not self._processors
         """True if the token is simply the one of the largest logit."""
+        self.is_plain_draw = not self.is_greedy and not self._processors
+        """True if `draw` tells all that chooses a token."""
 
     def sample(self, logits: Tensor) -> int:
         """Returns the next token, and accepts it. The float32 `[vocab_size]` logits stay as they are."""
@@ -54,6 +57,11 @@ class Sampler:
         token_id = scores.best() if self.is_greedy else self._draw(scores)
         self.accept(token_id)
         return token_id
+
+    def draw(self) -> Draw:
+        """Returns how the next token is drawn, by a number that no other token is drawn by."""
+        p = self._parameters
+        return Draw(p.temperature, p.top_p, p.min_p, self._number(), p.top_k)
 
     def takes(self, likeliest_id: int) -> bool:
         """True if the token of the largest logit is the next one whatever the others are, which takes a fiftieth of
@@ -88,7 +96,7 @@ class Sampler:
             probabilities[ids] = some
         return torch.from_numpy(probabilities)
 
-    def draw(self, weights: Tensor) -> int:
+    def draw_weighed(self, weights: Tensor) -> int:
         """Draws a token from weights `[vocab_size]` on the host that need not add up to 1."""
         return self._place(weights.numpy())
 
@@ -158,8 +166,9 @@ class Sampler:
             if not self._ends_within(probabilities):
                 values, ids = scores.top(scores.vocab_size)
                 probabilities = numpy.exp(values - total)
-        before = probabilities.cumsum() - probabilities
-        is_allowed = (before < p.top_p) & (probabilities >= p.min_p * probabilities[0])
+        is_allowed = probabilities >= p.min_p * probabilities[0]
+        if p.top_p < 1:  # else rounding would cut off the last ones
+            is_allowed &= probabilities.cumsum() - probabilities < p.top_p
         is_allowed[0] = True
         return values[is_allowed], ids[is_allowed]
 
@@ -175,7 +184,7 @@ class GivenTokens(Sampler):
 
     def __init__(self, token_ids: Iterable[int]) -> None:
         super().__init__(SamplingParameters(), ())
-        self.is_plain_greedy = False
+        self.is_plain_greedy = self.is_plain_draw = False
         self._token_ids = iter(token_ids)
 
     def choose(self, scores: Scores) -> int:
@@ -197,6 +206,35 @@ def scores_of(logits: Tensor, samplers: Mapping[int, Sampler]) -> Mapping[int, S
     for adjusted, sampler in zip(own, samplers.values(), strict=True):
         sampler.adjust(adjusted)
     return dict(zip(samplers, device_scores(own, _TOP_P_CANDIDATES), strict=True))
+
+
+def choose_tokens(
+    samplers: Mapping[int, Sampler], logits: Tensor, likeliest_ids: Sequence[int], draw: DrawTokens | None
+) -> Mapping[int, int]:
+    """Returns the next token of each of these samplers, and lets it accept it.
+
+    Args:
+        samplers: by row.
+        logits: `[rows, vocab_size]`, which stay as they are.
+        likeliest_ids: each row's token of the largest logit.
+        draw: what draws faster than numpy, if anything does.
+    """
+    chosen: dict[int, int] = {}
+    drawn: dict[int, Draw] = {}
+    others: dict[int, Sampler] = {}
+    for row, sampler in samplers.items():
+        if draw is not None and sampler.is_plain_draw:
+            drawn[row] = sampler.draw()
+        elif sampler.takes(likeliest_ids[row]):
+            sampler.accept(likeliest_ids[row])
+            chosen[row] = likeliest_ids[row]
+        else:
+            others[row] = sampler
+    if draw is not None and drawn:
+        chosen |= zip(drawn, draw(logits, drawn), strict=True)
+    for row, scores in scores_of(logits, others).items():
+        chosen[row] = others[row].choose(scores)
+    return chosen
 
 
 def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:

@@ -103,11 +103,8 @@ class Sequence:
     @property
     def may_burst(self) -> bool:
         """True if its next tokens may come together: nobody looks at one before the next, or wants it at once."""
-        return self.is_plain and not self.recorder.has_room and not self.request.is_immediate
-
-    def needs_scores(self, likeliest_id: int) -> bool:
-        """True if a decoded token is chosen from more than the largest logit, which is this one's."""
-        return not self.is_drafting and not self.sampler.takes(likeliest_id)
+        wants_each = self.request.is_immediate or self.request.logprobs is not None
+        return self.speculation is None and not wants_each and not self.recorder.has_room
 
     @property
     def is_drafting(self) -> bool:

@@ -163,7 +163,7 @@ class Speculation:
             token_id = sampler.best(logits, likeliest_id)
         else:
             distribution = sampler.distribution(logits)
-            token_id = sampler.draw(distribution)
+            token_id = sampler.draw_weighed(distribution)
         self._add(token_id, 0, distribution)
         self._lengths.drafted(cost)
         return token_id
@@ -237,12 +237,12 @@ class Speculation:
             proposed = _certain(token_id, len(wanted)) if distribution is None else distribution
             is_accepted = sampler.chance(float(wanted[token_id] / proposed[token_id]))
             if not is_accepted:
-                token_id = sampler.draw(self._left_over(wanted, proposed))
+                token_id = sampler.draw_weighed(self._left_over(wanted, proposed))
             sampler.accept(token_id)
             chosen.append(token_id)
             if not is_accepted:
                 return chosen
-        token_id = sampler.draw(sampler.distribution(logits[len(drafted)]))
+        token_id = sampler.draw_weighed(sampler.distribution(logits[len(drafted)]))
         sampler.accept(token_id)
         return [*chosen, token_id]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.model_config import Activation, ModelConfig
+from dash_runtime.rows.draws import Draw, draw_structs
 from dash_runtime.rows.head_struct import RoughMatrix, head_struct, numbers_struct, packed_struct
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.rows.pass_rows import CompensatedLayers, PlannerTable, RowPlan, RowPlans, RowsOfPass
@@ -154,10 +155,17 @@ class ModelRows:
         return Chosen(logits, likeliest[:])
 
     def run_burst(
-        self, token_id: int, rows: RowsOfPass, plans: RowPlans, head: "HeadRows", count: int, ends: Collection[int]
+        self,
+        token_id: int,
+        rows: RowsOfPass,
+        plans: RowPlans,
+        head: "HeadRows",
+        count: int,
+        ends: Collection[int],
+        draws: Sequence[Draw],
     ) -> tuple[list[int], list[bytes]]:
-        """Decodes up to `count` tokens of a lone row, each the likeliest after the one before; the first follows
-        `token_id`, and none follows one of `ends`.
+        """Decodes up to `count` tokens of a lone row, each the likeliest after the one before, or drawn if there are
+        draws; the first follows `token_id`, and none follows one of `ends`.
 
         Returns them, and for each the actions that ran, a byte per layer.
         """
@@ -165,7 +173,8 @@ class ModelRows:
         tokens, ran = (c_int64 * count)(), (c_uint8 * (count * num_layers))()
         own.tokens, own.output, own.planner = (c_int64 * 1)(token_id), None, None
         logits = self._logits_of(head, 1)  # kept until all have run
-        arguments = count, numbers_struct(list(ends)), len(ends), tokens, ran
+        own_draws = draw_structs(draws) if draws else None
+        arguments = count, numbers_struct(list(ends)), len(ends), own_draws, tokens, ran
         done = self._run(
             *(rows, plans, self._all_layers, plans.pinned),
             lambda address: self._library.run_burst(address, *arguments),
@@ -173,6 +182,13 @@ class ModelRows:
         del logits
         by_token = bytes(ran)
         return tokens[:done], [by_token[place * num_layers : (place + 1) * num_layers] for place in range(done)]
+
+    def draw(self, logits: Tensor, draws: Mapping[int, Draw]) -> list[int]:
+        """Draws a token for each of some rows of float32 logits `[rows, vocab_size]`."""
+        tokens, logits = (c_int64 * len(draws))(), logits.contiguous()
+        own = numbers_struct(list(draws)), draw_structs(draws.values()), len(draws)
+        self._library.draw(logits.data_ptr(), logits.shape[1], *own, self._threads.current, tokens)
+        return tokens[:]
 
     def run_head(self, hidden: Tensor, head: "HeadRows") -> "Chosen":
         """Runs the final norm and a head of bf16 states `[rows, hidden_size]`."""

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "draws.h"
 #include "walk.h"
 
 namespace {
@@ -72,19 +73,33 @@ extern "C" void dash_run_rows(const Pass *pass) {
   in_parallel(*pass->workspace, pass->num_threads, [&](const Member &member) { Walk(*pass, shared, member).run(); });
 }
 
-// Decodes a lone row: after its token the likeliest one, and after that the next, up to `num_tokens` or the first that
-// is among `ends`. Writes them, and by token and layer what ran; returns their number. The row stays where the last
-// ran.
+// Decodes a lone row: after its token the likeliest one, or the one that is drawn if there are draws, and after that
+// the next, up to `num_tokens` or the first that is among `ends`. Writes them, and by token and layer what ran; returns
+// their number. The row stays where the last ran.
 extern "C" int64_t dash_run_burst(Pass *pass, int64_t num_tokens, const int64_t *ends, int64_t num_ends,
-                                  int64_t *tokens, uint8_t *plans) {
+                                  const Draw *draws, int64_t *tokens, uint8_t *plans) {
   const int64_t num_layers = pass->shape->num_layers;
+  Drawing drawing;
   for (int64_t done = 0;; ++pass->spans->num_tokens) {
     pass->likeliest = tokens + done;
     dash_run_rows(pass);
     std::memcpy(plans + done * num_layers, pass->plans->plan, num_layers);
+    if (draws) tokens[done] = drawing.token(pass->logits, pass->head->num_tiles * kLanes, draws[done]);
     const int64_t token = tokens[done++];
     if (done == num_tokens || std::find(ends, ends + num_ends, token) != ends + num_ends) return done;
     pass->tokens = tokens + done - 1;
+  }
+}
+
+// Draws a token for each of some rows of logits, `[…, count]`.
+extern "C" void dash_draw(const float *logits, int64_t count, const int64_t *rows, const Draw *draws, int64_t num_draws,
+                          int64_t num_threads, int64_t *tokens) {
+#pragma omp parallel num_threads(static_cast<int>(std::min(num_threads, num_draws)))
+  {
+    Drawing drawing;
+#pragma omp for schedule(dynamic)
+    for (int64_t own = 0; own < num_draws; ++own)
+      tokens[own] = drawing.token(logits + rows[own] * count, count, draws[own]);
   }
 }
 

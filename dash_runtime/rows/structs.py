@@ -42,6 +42,10 @@ class CompensationStruct(Structure):
     _fields_ = [("narrow", MatrixStruct), ("widen", MatrixStruct), *_pointers("vectors"), *_numbers("rank")]
 
 
+class DrawStruct(Structure):
+    _fields_ = [*((name, c_double) for name in ("temperature", "top_p", "min_p", "number")), *_numbers("top_k")]
+
+
 class RotaryStruct(Structure):
     _fields_ = _pointers("cosines", "sines")
 

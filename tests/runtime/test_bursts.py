@@ -1,4 +1,4 @@
-"""A greedy request that decodes alone gets several tokens of a step, the same as one by one."""
+"""A request that decodes alone gets several tokens of a step, the same as one by one."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +18,8 @@ from tests.runtime.support import drain, finished, tokens
 
 NUM_TOKENS = 90
 PROMPT = list(range(1, 20))
-GREEDY = {
+DRAWN = SamplingParameters(temperature=1.0, top_p=0.9, seed=4)
+MODES = {
     "full depth": SkipOptions(Mode.FULL_DEPTH),
     "adaptive": SkipOptions(Mode.ADAPTIVE, policy_name=NAME),
     **{action.name: SkipOptions(Mode.FIXED, fixed_action=action) for action in Action},
@@ -49,7 +50,7 @@ def engine_of(model: CompiledModel, **options: float) -> Engine:
 
 def request(mode: str = "full depth", **changes: object) -> GenerationRequest:
     stopping = Stopping(NUM_TOKENS, ignore_eos=True)
-    own = GenerationRequest("own", PROMPT, stopping, skip=GREEDY[mode], return_decisions=True)
+    own = GenerationRequest("own", PROMPT, stopping, skip=MODES[mode], return_decisions=True)
     return replace(own, **changes)  # type: ignore[arg-type]
 
 
@@ -61,11 +62,14 @@ def tokens_of_steps(engine: Engine) -> list[list[EngineEvent]]:
     return steps
 
 
-@pytest.mark.parametrize("mode", GREEDY)
-def test_tokens_that_come_together_are_those_that_come_one_by_one(engine: Engine, mode: str) -> None:
+@pytest.mark.parametrize("sampling", [SamplingParameters(), DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_that_come_together_are_those_that_come_one_by_one(
+    engine: Engine, mode: str, sampling: SamplingParameters
+) -> None:
     runs: list[list[EngineEvent]] = []
     for is_immediate in (True, False):
-        engine.submit(request(mode, is_immediate=is_immediate))
+        engine.submit(request(mode, sampling=sampling, is_immediate=is_immediate))
         steps = []
         while engine.has_work:
             steps.append(engine.step())
@@ -91,8 +95,12 @@ def test_steps_have_several_tokens_unless_they_are_wanted_at_once(engine: Engine
 
 @pytest.mark.parametrize(
     "changes",
-    [{"logprobs": 1}, {"sampling": SamplingParameters(temperature=1.0)}, {"skip": SkipOptions(Mode.EXACT)}],
-    ids=["logprobs", "sampled", "exact"],
+    [
+        {"logprobs": 1},
+        {"sampling": SamplingParameters(temperature=1.0, repetition_penalty=1.2)},
+        {"skip": SkipOptions(Mode.EXACT)},
+    ],
+    ids=["logprobs", "penalties", "exact"],
 )
 def test_what_looks_at_each_token_gets_its_tokens_as_before(engine: Engine, changes: dict[str, object]) -> None:
     first, second = request(**changes), request(is_immediate=True, **changes)
@@ -130,6 +138,16 @@ def test_neighbours_decode_token_by_token_and_a_newcomer_waits_for_one_step(engi
         step = [event.request_id for event in engine.step() if isinstance(event, TokenProduced)]
         assert len(step) == len(set(step))
     drain(engine)
+
+
+def test_drawn_tokens_are_the_same_alone_and_beside_others(engine: Engine) -> None:
+    engine.submit(request(sampling=DRAWN))
+    (alone,) = drain(engine).values()
+    engine.submit(request(sampling=DRAWN))
+    engine.submit(request(sampling=replace(DRAWN, seed=9), request_id="other"))
+    together = drain(engine)
+    assert tokens(together["own"]) == tokens(alone)
+    assert tokens(together["other"]) != tokens(alone)
 
 
 def test_recorded_steps_have_one_token_each(model: CompiledModel) -> None:

@@ -3,7 +3,7 @@
 For passes of one row per sequence, and for verification. Knows layers and rows; knows no policies and no requests.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, bfloat16
@@ -28,6 +28,7 @@ from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import FullLinear, Linear, for_neighbours, most_rows_apart, packed_words
 from dash_runtime.linears.quantization import quantized_parts
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.rows.draws import Draw, DrawTokens
 from dash_runtime.rows.head_struct import RoughMatrix
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.rows.model_rows import Chosen, HeadRows, ModelRows, PackedLayer
@@ -172,14 +173,27 @@ class NativeBackend(OwnMemory):
         ran = plans.ran()
         return PassRun(*output, ran if len(ran) > 1 else ran * len(token_ids), self._rows.times)
 
-    def run_burst(self, plan: PassPlan, token_id: int, batch: Batch, count: int, ends: Collection[int]) -> Burst | None:
+    def run_burst(
+        self,
+        plan: PassPlan,
+        token_id: int,
+        batch: Batch,
+        count: int,
+        ends: Collection[int],
+        draw: Callable[[], Draw] | None = None,
+    ) -> Burst | None:
         made = self._made_for(plan, batch)
         if made is None:
             return None
         plans, head, _ = made
         if head is None:
             return None
-        return Burst(*self._rows.run_burst(token_id, batch.rows_of(None), plans, head, count, ends))
+        draws = () if draw is None else [draw() for _ in range(count)]
+        return Burst(*self._rows.run_burst(token_id, batch.rows_of(None), plans, head, count, ends, draws))
+
+    @property
+    def draw(self) -> DrawTokens:
+        return self._rows.draw
 
     def _made_for(self, plan: PassPlan, batch: Batch) -> tuple[RowPlans, HeadRows | None, PlannerTable | None] | None:
         if plan is not self._made_of[0] or batch is not self._made_of[1]:
