@@ -1,4 +1,7 @@
-"""Measures what a constraint costs each mode, and what forced text saves EXACT, with a JSON schema."""
+"""Measures what it costs to choose tokens otherwise than by the largest logit: by a JSON schema, and by chance.
+
+Forced text saves time in EXACT.
+"""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +10,7 @@ from benchmarks.contenders import EngineContender
 from benchmarks.figures import Report
 from benchmarks.rounds import Effort, interleaved
 from benchmarks.setting import FULL_DEPTH, INT4, Setting
-from dash_runtime.config import Mode, SkipOptions
+from dash_runtime.config import Mode, SamplingParameters, SkipOptions
 from dash_runtime.constraint import Constraint, ConstraintKind
 
 _NUM_TOKENS = 200
@@ -29,10 +32,13 @@ _MODES = {
     "adaptive": SkipOptions(Mode.ADAPTIVE),
     "exact": SkipOptions(Mode.EXACT),
 }
+_DRAWN = SamplingParameters(temperature=0.7, top_p=0.95, seed=1)
+"""As a chat has it."""
 
 
 def measure_constraints(report: Report, setting: Setting, effort: Effort) -> None:
-    """Adds each mode's speed with a schema over its speed without one, one stream and sixteen."""
+    """Adds each mode's speed with a schema over its speed without one, and INT4's with draws over its greedy one; one
+    stream and sixteen."""
     one = [setting.prompts.single]
 
     def work(name: str) -> Mapping[str, float]:
@@ -46,13 +52,23 @@ def measure_constraints(report: Report, setting: Setting, effort: Effort) -> Non
             speeds[f"{name}{number}_schema"] = constrained.tokens_per_second
         return speeds
 
-    values = interleaved(
-        report, "constraints", {name: (lambda name=name: work(name)) for name in _MODES}, effort.rounds
-    )
+    def draws() -> Mapping[str, float]:
+        speeds: dict[str, float] = {}
+        for number, prompts in (("", one), ("_16", setting.prompts.streams(16))):
+            for kind, sampling in (("greedy", None), ("drawn", _DRAWN)):
+                contender = EngineContender(setting.engine, INT4, sampling=sampling)
+                speeds[f"{kind}{number}"] = contender.run(prompts, effort.stream_tokens).tokens_per_second
+        return speeds
+
+    works = {name: (lambda name=name: work(name)) for name in _MODES} | {"draws": draws}
+    values = interleaved(report, "constraints", works, effort.rounds)
     for name in (*_MODES, "full_depth_16"):
         target = None if name == "exact" else "≥ 0.95"
         report.add_ratio(f"{name}_schema_vs_free", values, f"{name}_schema", name, target)
+    for number in ("", "_16"):
+        report.add_ratio(f"int4{number}_drawn_vs_greedy", values, f"drawn{number}", f"greedy{number}", "≥ 0.95")
     report.add_ratio("exact_schema_vs_full_depth_schema", values, "exact_schema", "full_depth_schema")
     report.note(
-        "*_schema_vs_free: tokens per second with a JSON schema (three films with five properties) over without"
+        "*_schema_vs_free: tokens per second with a JSON schema (three films with five properties) over without; "
+        f"*_drawn_vs_greedy: at a temperature of {_DRAWN.temperature} with top_p {_DRAWN.top_p} over greedy"
     )

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.runs import Run, run_from_arrivals
-from dash_runtime.config import GenerationRequest, SkipOptions, StoppingParameters
+from dash_runtime.config import GenerationRequest, SamplingParameters, SkipOptions, StoppingParameters
 from dash_runtime.constraint import Constraint
 from dash_runtime.engine.engine import Engine
 from dash_runtime.events import SequenceFinished, TokenProduced
@@ -27,10 +27,17 @@ class Contender(Protocol):
 class EngineContender:
     """Our engine in one mode, without server or transport. With a constraint, its end ends an answer."""
 
-    def __init__(self, engine: Engine, skip: SkipOptions, constraint: Constraint | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        skip: SkipOptions,
+        constraint: Constraint | None = None,
+        sampling: SamplingParameters | None = None,
+    ) -> None:
         self._engine = engine
         self._skip = skip
         self._constraint = constraint
+        self._sampling = SamplingParameters() if sampling is None else sampling
 
     @torch.inference_mode()  # as a worker serves
     def run(self, prompts: Sequence[list[int]], num_tokens: int) -> Run:
@@ -41,8 +48,8 @@ class EngineContender:
         try:
             for request_id, prompt in zip(arrivals, prompts, strict=True):
                 stopping = StoppingParameters(num_tokens, ignore_eos=True)
-                request = GenerationRequest(request_id, prompt, stopping, skip=self._skip, constraint=self._constraint)
-                engine.submit(request)
+                own = request_id, prompt, stopping, self._sampling
+                engine.submit(GenerationRequest(*own, skip=self._skip, constraint=self._constraint))
             while engine.has_work:
                 events = engine.step()
                 now = time.perf_counter()
