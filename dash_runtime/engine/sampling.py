@@ -68,10 +68,14 @@ class Sampler:
         the time of adjusting all logits."""
         return self.is_greedy and all(processor.leaves_first(likeliest_id) for processor in self._processors)
 
-    def adjust(self, logits: Tensor) -> None:
-        """Changes float32 `[vocab_size]` logits as processors and temperature ask for, on their device."""
+    def process(self, logits: Tensor) -> None:
+        """Changes float32 `[vocab_size]` logits as processors ask for, on their device."""
         for processor in self._processors:
             processor.process(logits)
+
+    def adjust(self, logits: Tensor) -> None:
+        """Does `process`, and divides by the temperature."""
+        self.process(logits)
         if not self.is_greedy:
             logits.div_(self._parameters.temperature)
 
@@ -119,8 +123,7 @@ class Sampler:
         if not self._processors:
             return logits.cpu()
         processed = logits.to("cpu", copy=True)
-        for processor in self._processors:
-            processor.process(processed)
+        self.process(processed)
         return processed
 
     def _draw(self, scores: Scores) -> int:
@@ -220,21 +223,36 @@ def choose_tokens(
         draw: what draws faster than numpy, if anything does.
     """
     chosen: dict[int, int] = {}
-    drawn: dict[int, Draw] = {}
     others: dict[int, Sampler] = {}
     for row, sampler in samplers.items():
-        if draw is not None and sampler.is_plain_draw:
-            drawn[row] = sampler.draw()
-        elif sampler.takes(likeliest_ids[row]):
+        if sampler.takes(likeliest_ids[row]):
             sampler.accept(likeliest_ids[row])
             chosen[row] = likeliest_ids[row]
         else:
             others[row] = sampler
-    if draw is not None and drawn:
+    if draw is None:
+        return chosen | {row: others[row].choose(scores) for row, scores in scores_of(logits, others).items()}
+    drawn = {row: sampler.draw() for row, sampler in others.items() if sampler.is_plain_draw}
+    adjusted = {row: sampler for row, sampler in others.items() if row not in drawn}
+    if drawn:
         chosen |= zip(drawn, draw(logits, drawn), strict=True)
-    for row, scores in scores_of(logits, others).items():
-        chosen[row] = others[row].choose(scores)
+    if adjusted:
+        chosen |= zip(adjusted, _choose_adjusted(list(adjusted.values()), logits[list(adjusted)], draw), strict=True)
     return chosen
+
+
+def _choose_adjusted(samplers: Sequence[Sampler], logits: Tensor, draw: DrawTokens) -> list[int]:
+    """Does `choose_tokens` for samplers that change their logits, which are copies on the host."""
+    for own, sampler in zip(logits, samplers, strict=True):
+        sampler.process(own)
+    draws = {row: sampler.draw() for row, sampler in enumerate(samplers) if not sampler.is_greedy}
+    chosen = dict(zip(draws, draw(logits, draws) if draws else (), strict=True))
+    for row, sampler in enumerate(samplers):
+        if row in chosen:
+            sampler.accept(chosen[row])
+        else:
+            chosen[row] = sampler.choose(HostScores(logits[row].numpy()))
+    return [chosen[row] for row in range(len(samplers))]
 
 
 def token_logprobs(logits: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
