@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.batches import measure_batches
+from benchmarks.busy import measure_busy
 from benchmarks.constraints import measure_constraints
 from benchmarks.context import measure_long_context
 from benchmarks.cost_error import measure_cost_error
@@ -30,7 +31,7 @@ from benchmarks.skips import measure_skips
 from benchmarks.split import measure_split
 from dash_runtime.checkpoints import EMBEDDED, default_cache_folder
 
-_WITH_SERVERS = ("engine and server", "peers")
+_WITH_SERVERS = ("engine and server", "busy", "peers")
 """Sections whose servers have the embedded model."""
 _SECTIONS: dict[str, Callable[[Report, Setting, Effort], None]] = {
     "decoding": measure_decode,
@@ -42,6 +43,7 @@ _SECTIONS: dict[str, Callable[[Report, Setting, Effort], None]] = {
     "streams": measure_batches,
     "long context": measure_long_context,
     "engine and server": measure_rpc,
+    "busy": measure_busy,
     "split": measure_split,
 }
 

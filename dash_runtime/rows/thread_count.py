@@ -6,13 +6,16 @@ may change between calls. Knows times; knows no work.
 """
 
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from statistics import median
 
 _SLOW = 1.6
 """Times as long as the fastest calls of the same work: something disturbs them."""
 _TRIAL = 6
 """Calls that tell how fast a number of threads is."""
+_HOPELESS = 3
+"""Calls of all threads, each of which took longer than one thread does, that end their trial: beside a busy process
+they take several times as long."""
 _CLEARLY = 0.9
 """One thread takes at most this share of the time of all, or all remain."""
 _FIRST_REST, _LAST_REST = 20, 160
@@ -62,7 +65,9 @@ class ThreadCount:
         self._num_unseen = _UNSEEN if is_quick else 0
         latest.append(ratio)
         self._num_calls_left -= 1
-        if self._num_calls_left > 0 or len(latest) < _TRIAL:
+        if self._is_hopeless(latest):
+            self._num_calls_left = 0
+        elif self._num_calls_left > 0 or len(latest) < _TRIAL:
             return
         if self._to_try:
             self._to_try.pop(0)
@@ -77,6 +82,10 @@ class ThreadCount:
             self.current = self._to_try[0]
             self._latest[self.current].clear()
             self._num_calls_left = _TRIAL
+
+    def _is_hopeless(self, latest: Sequence[float]) -> bool:
+        is_trial = bool(self._to_try) and self.current == self._most
+        return is_trial and len(latest) == _HOPELESS and min(latest) > median(self._latest[1])
 
     def _choose(self) -> None:
         before = self._chosen

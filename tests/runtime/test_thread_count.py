@@ -32,6 +32,16 @@ def test_a_busy_neighbour_leaves_one_thread_within_a_few_calls_and_gives_all_bac
     assert run(threads, QUIET, 1000) == 0
 
 
+def test_a_trial_of_all_threads_ends_once_each_call_takes_longer_than_one_thread_does() -> None:
+    threads = ThreadCount(2)
+    run(threads, QUIET, 50)
+    run(threads, BUSY, 2000)
+    counts = [run(threads, BUSY, 1) for _ in range(1000)]
+    trials = "".join("1" if alone else "2" for alone in counts).split("1")
+    assert max(map(len, trials)) == 3
+    assert sum(counts) > 980
+
+
 def test_a_spell_of_slow_calls_that_is_over_leaves_all_threads() -> None:
     threads = ThreadCount(2)
     run(threads, QUIET, 50)

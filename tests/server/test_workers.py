@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from dash_api.v1 import generation_pb2
+from dash_server.worker.__main__ import wait_briefly
 from dash_server.worker.messages import decode_from_worker
 from dash_server.worker.process import FramedProcess
 from dash_server.worker.starter import WorkerStartError
@@ -199,3 +200,19 @@ def test_a_server_whose_worker_never_works_ends_with_one_line(tmp_path: Path, mo
         code, stderr = server.outcome()
     assert code == 1
     assert len(complaints(stderr)) == 1
+
+
+@pytest.mark.parametrize("said", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}], ids=str)
+def test_a_workers_threads_wait_briefly_unless_the_user_said_how(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, str]
+) -> None:
+    names = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    if not said:
+        monkeypatch.setenv("GOMP_SPINCOUNT", "to be removed")  # so that the test's end takes back what is set below
+        del os.environ["GOMP_SPINCOUNT"]
+    wait_briefly()
+    assert {name: os.environ[name] for name in names if name in os.environ} == (said or {"GOMP_SPINCOUNT": "2000"})

@@ -6,6 +6,7 @@ from its standard input, where no other process sees them.
 
 import argparse
 import logging
+import os
 import signal
 import socket
 import sys
@@ -19,6 +20,10 @@ from dash_server.worker.server_socket import connect
 
 logger = logging.getLogger("dash_server.worker")
 
+_SPINS = "2000"
+"""Turns in which a thread of the library waits for another one before it sleeps: some tens of microseconds. libgomp's
+300,000 take milliseconds, in which the processor may be the one that the other thread needs."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Serves the server at the other end of the socket; returns the exit code."""
@@ -26,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_server_arguments(parser)
     given = parser.parse_args(arguments)
     die_with_parent()
+    wait_briefly()
     configure_worker_logging()
     # A terminal sends Ctrl-C to the whole process group, but the server decides when its worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -38,6 +44,16 @@ def main(arguments: list[str] | None = None) -> int:
     from dash_server.worker.engine_loop import EngineLoop
 
     return EngineLoop(server).run()
+
+
+def wait_briefly() -> None:
+    """Has threads that wait for each other go to sleep soon, unless the user said how they wait.
+
+    Prompts run the library's products, hundreds of short ones. Beside a busy process each would take as long as the
+    system lets that run. libgomp reads the variable when torch is imported.
+    """
+    if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
 
 
 def add_server_arguments(parser: argparse.ArgumentParser) -> None:

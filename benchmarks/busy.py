@@ -1,0 +1,73 @@
+"""Measures a service whose processors are not its own: one stream beside a process that never waits."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+from benchmarks.figures import Report
+from benchmarks.rounds import Effort, Work, interleaved, progress
+from benchmarks.server_process import DEADLINE_SECONDS, RunningServer, running_server
+from benchmarks.setting import Setting
+
+_PROMPT_TOKENS, _NEW_TOKENS = 512, 256
+_KINDS = {"busy": {}, "one_thread": {"DASH_NUM_THREADS": "1"}, "quiet": {}}
+"""All threads beside the other process; and alone, one thread and all."""
+
+
+def measure_busy(report: Report, _: Setting, effort: Effort) -> None:
+    """Adds one stream's speed in INT4, and the time to the first token behind a long prompt, beside an endless loop;
+    over those of one thread alone."""
+    progress("a busy machine: starting servers")
+    with ExitStack() as running:
+        servers = {kind: running.enter_context(running_server(**own)) for kind, own in _KINDS.items() if kind != "busy"}
+        servers["busy"] = servers["quiet"]
+        for server in {id(own): own for own in servers.values()}.values():
+            running.enter_context(server.stopped())
+        loop = running.enter_context(_endless_loop())
+        works: dict[str, Work] = {
+            kind: lambda kind=kind: _speeds(kind, servers[kind], loop if kind == "busy" else None) for kind in _KINDS
+        }
+        values = interleaved(report, "a busy machine", works, effort.rounds)
+    for name, own in values.items():
+        report.add(name, own)
+    report.add_ratio("served_busy_vs_quiet", values, "int4_busy", "int4_one_thread", "≥ 0.9")
+    report.add_ratio("prompt_busy_vs_quiet", values, "prompt_tokens_busy", "prompt_tokens_one_thread")
+    report.note(
+        f"*_busy: all threads beside an endless loop on the same processors, one_thread: one thread alone, quiet: all "
+        f"alone; served tokens per second of {_NEW_TOKENS} in INT4, and of a prompt of {_PROMPT_TOKENS} tokens to the "
+        "first new one"
+    )
+
+
+def _speeds(kind: str, server: RunningServer, loop: subprocess.Popen | None) -> Mapping[str, float]:
+    options = {"mode": "fixed", "fixed_action": "int4", "temperature": 0, "ignore_eos": True}
+
+    def seconds(prompt: list[int], num_tokens: int) -> float:
+        started = time.perf_counter()
+        server.client.generate(prompt, max_new_tokens=num_tokens, timeout=DEADLINE_SECONDS, **options)
+        return time.perf_counter() - started
+
+    begin = time.monotonic_ns() % 20_000  # no beginning of a prompt is kept from before
+    prompt = [1000 + (begin + 7 * place) % 20_000 for place in range(_PROMPT_TOKENS)]
+    with server.awake():
+        if loop is not None:
+            loop.send_signal(signal.SIGCONT)
+        try:
+            first, whole = seconds(prompt, 1), seconds(prompt[:20], _NEW_TOKENS)
+        finally:
+            if loop is not None:
+                loop.send_signal(signal.SIGSTOP)
+    return {f"int4_{kind}": _NEW_TOKENS / whole, f"prompt_tokens_{kind}": _PROMPT_TOKENS / first}
+
+
+@contextmanager
+def _endless_loop() -> Iterator[subprocess.Popen]:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as loop:
+        loop.send_signal(signal.SIGSTOP)
+        try:
+            yield loop
+        finally:
+            loop.kill()
