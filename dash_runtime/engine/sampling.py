@@ -18,10 +18,10 @@ from dash_runtime.events import TokenLogprobs
 from dash_runtime.rows.draws import Draw, DrawTokens
 
 _TOP_P_CANDIDATES = 1024
-"""Of a device's scores. Sorting the whole vocabulary costs more than a layer; most nuclei lie within the first
-thousand."""
+"""Scores that a device sends at once. Most nuclei lie within the first thousand, and sorting the whole vocabulary costs
+more than a layer."""
 _WEIGHTS_TOGETHER = 256
-"""Of which a draw knows the sum before it looks at each."""
+"""Weights whose sum a draw looks at before it looks at each of them."""
 
 
 class Sampler:
@@ -64,7 +64,7 @@ class Sampler:
         return Draw(p.temperature, p.top_p, p.min_p, self._number(), p.top_k)
 
     def takes(self, likeliest_id: int) -> bool:
-        """True if the token of the largest logit is the next one whatever the others are, which takes a fiftieth of
+        """True if the token of the largest logit is the next one whatever the others are. To ask takes a fiftieth of
         the time of adjusting all logits."""
         return self.is_greedy and all(processor.leaves_first(likeliest_id) for processor in self._processors)
 
