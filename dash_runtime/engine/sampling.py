@@ -13,7 +13,7 @@ from torch import Tensor
 from dash_runtime.config import SamplingParameters
 from dash_runtime.devices import device_of
 from dash_runtime.engine.logits_processors import LogitsProcessor, make_processors
-from dash_runtime.engine.scores import HostScores, Numbers, Scores, device_scores, likeliest
+from dash_runtime.engine.scores import HostScores, Numbers, Scores, device_scores
 from dash_runtime.events import TokenLogprobs
 from dash_runtime.rows.draws import Draw, DrawTokens
 
@@ -89,7 +89,8 @@ class Sampler:
         where it is known."""
         if likeliest_id is not None and self.takes(likeliest_id):
             return likeliest_id
-        return likeliest(logits if self.is_plain_greedy else self._processed(logits))
+        changed = logits if self.is_plain_greedy else self._processed(logits)
+        return int(device_of(changed.device).likeliest(changed))
 
     def distribution(self, logits: Tensor) -> Tensor:
         """Returns the probabilities that `sample` draws from, float32 `[vocab_size]` on the host."""

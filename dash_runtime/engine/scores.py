@@ -6,7 +6,7 @@ parameters.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy
 from torch import Tensor
@@ -19,12 +19,6 @@ Numbers = numpy.ndarray
 _LIKELY = 10.0
 """Tokens whose scores are less below the best one's come first: they are a few hundred as a rule, and nearly all that
 may be drawn."""
-
-
-def likeliest(logits: Tensor) -> Any:
-    """Returns the token of the largest logit, the first of equal ones: a number for `[vocab_size]`, a list for `[rows,
-    vocab_size]`. On a CPU numpy takes a third of torch's time, or less."""
-    return device_of(logits.device).likeliest(logits)
 
 
 class Scores(Protocol):

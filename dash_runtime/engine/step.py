@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.devices import device_of
 from dash_runtime.devices.step_timer import StepTimer
 from dash_runtime.engine.lanes import Lane, Ticket
 from dash_runtime.engine.planner import GroupPlanner, Planner
-from dash_runtime.engine.scores import likeliest
 from dash_runtime.layers.batch import Batch
 from dash_runtime.layers.pass_plan import Decided, PassPlan
 from dash_runtime.policy.policy import Actions, Policy, State, Token, decision_blocks
@@ -40,7 +40,8 @@ class StepOutput:
     @property
     def likeliest(self) -> list[int]:
         """Each row's token of the largest logit, to be read once."""
-        return likeliest(self.logits) if self.known_likeliest is None else self.known_likeliest
+        known = self.known_likeliest
+        return device_of(self.logits.device).likeliest(self.logits) if known is None else known
 
     @property
     def layer_times(self) -> array:
