@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from benchmarks.figures import Report
 from benchmarks.rounds import Effort, Work, interleaved, progress
@@ -13,22 +13,23 @@ from benchmarks.server_process import DEADLINE_SECONDS, RunningServer, running_s
 from benchmarks.setting import Setting
 
 _PROMPT_TOKENS, _NEW_TOKENS = 512, 256
-_KINDS = {"busy": {}, "one_thread": {"DASH_NUM_THREADS": "1"}, "quiet": {}}
-"""All threads beside the other process; and alone, one thread and all."""
 
 
 def measure_busy(report: Report, _: Setting, effort: Effort) -> None:
     """Adds one stream's speed in INT4, and the time to the first token behind a long prompt, beside an endless loop;
     over those of one thread alone."""
     progress("a busy machine: starting servers")
-    with ExitStack() as running:
-        servers = {kind: running.enter_context(running_server(**own)) for kind, own in _KINDS.items() if kind != "busy"}
-        servers["busy"] = servers["quiet"]
-        for server in {id(own): own for own in servers.values()}.values():
-            running.enter_context(server.stopped())
-        loop = running.enter_context(_endless_loop())
+    with (
+        running_server() as usual,
+        usual.stopped(),
+        running_server(DASH_NUM_THREADS="1") as one,
+        one.stopped(),
+        _endless_loop() as loop,
+    ):
         works: dict[str, Work] = {
-            kind: lambda kind=kind: _speeds(kind, servers[kind], loop if kind == "busy" else None) for kind in _KINDS
+            "busy": lambda: _speeds("busy", usual, loop),
+            "one_thread": lambda: _speeds("one_thread", one),
+            "quiet": lambda: _speeds("quiet", usual),
         }
         values = interleaved(report, "a busy machine", works, effort.rounds)
     for name, own in values.items():
@@ -36,13 +37,13 @@ def measure_busy(report: Report, _: Setting, effort: Effort) -> None:
     report.add_ratio("served_busy_vs_quiet", values, "int4_busy", "int4_one_thread", "≥ 0.9")
     report.add_ratio("prompt_busy_vs_quiet", values, "prompt_tokens_busy", "prompt_tokens_one_thread")
     report.note(
-        f"*_busy: all threads beside an endless loop on the same processors, one_thread: one thread alone, quiet: all "
-        f"alone; served tokens per second of {_NEW_TOKENS} in INT4, and of a prompt of {_PROMPT_TOKENS} tokens to the "
-        "first new one"
+        "*_busy: all threads beside an endless loop on the same processors; *_one_thread: one thread alone; *_quiet: "
+        "all alone, which may begin with the one thread of the turn before. Served tokens per second: "
+        f"{_NEW_TOKENS} in INT4, and those of a prompt of {_PROMPT_TOKENS} until the first new one"
     )
 
 
-def _speeds(kind: str, server: RunningServer, loop: subprocess.Popen | None) -> Mapping[str, float]:
+def _speeds(kind: str, server: RunningServer, loop: subprocess.Popen | None = None) -> Mapping[str, float]:
     options = {"mode": "fixed", "fixed_action": "int4", "temperature": 0, "ignore_eos": True}
 
     def seconds(prompt: list[int], num_tokens: int) -> float:
