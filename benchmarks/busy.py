@@ -24,8 +24,9 @@ def measure_busy(report: Report, _: Setting, effort: Effort) -> None:
         usual.stopped(),
         running_server(DASH_NUM_THREADS="1") as one,
         one.stopped(),
-        _endless_loop() as loop,
+        endless_loop() as loop,
     ):
+        loop.send_signal(signal.SIGSTOP)
         works: dict[str, Work] = {
             "busy": lambda: _speeds("busy", usual, loop),
             "one_thread": lambda: _speeds("one_thread", one),
@@ -65,9 +66,9 @@ def _speeds(kind: str, server: RunningServer, loop: subprocess.Popen | None = No
 
 
 @contextmanager
-def _endless_loop() -> Iterator[subprocess.Popen]:
+def endless_loop() -> Iterator[subprocess.Popen]:
+    """Runs a process that never waits inside the block."""
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as loop:
-        loop.send_signal(signal.SIGSTOP)
         try:
             yield loop
         finally:

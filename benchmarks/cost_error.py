@@ -8,14 +8,14 @@ import argparse
 import os
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.busy import endless_loop
 from benchmarks.figures import Report, machine
 from benchmarks.rounds import FULL, QUICK, Effort, progress
 from benchmarks.server_process import DEADLINE_SECONDS, RunningServer, running_server
@@ -85,16 +85,6 @@ def _round(client: DashClient, num_tokens: int) -> dict[str, tuple[float, float]
     return found
 
 
-@contextmanager
-def _busy_process() -> Iterator[None]:
-    loop = subprocess.Popen(["sh", "-c", "while :; do :; done"])
-    try:
-        yield
-    finally:
-        loop.kill()
-        loop.wait()
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cost_error", description=__doc__)
     parser.add_argument("--busy", action="store_true", help="after a first start beside an endless loop, and a minute")
@@ -114,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             variables = {"DASH_CACHE_FOLDER": str(Path(folder))}
         with ExitStack() as running:
-            with _busy_process() if options.busy else nullcontext():
+            with endless_loop() if options.busy else nullcontext():
                 server = running.enter_context(running_server(**variables))
             report.add("start_seconds", [server.start_seconds])
             ends_at = time.monotonic() + (_SETTLING_SECONDS if options.busy else 0.0)

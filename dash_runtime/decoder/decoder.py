@@ -3,7 +3,7 @@
 Knows weights, actions and rows; knows no policy, no sampling and no requests.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -18,10 +18,10 @@ from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.embedding import Embedding
 from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.kv_cache import CachePool, SequenceCache
-from dash_runtime.layers.pass_plan import Burst, PassPlan, PassRun
+from dash_runtime.layers.pass_plan import Burst, PassPlan, PassRun, WantedBurst
 from dash_runtime.layers.rotary import rotary_tables
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.rows.draws import Draw, DrawTokens
+from dash_runtime.rows.draws import DrawTokens
 
 Backends = Mapping[PassKind, Sequence[Backend]]
 """The backends for each kind of pass. The first that takes a pass runs it."""
@@ -159,21 +159,13 @@ class Decoder:
         """Runs a pass from tokens to logits at once; see `Backend`."""
         return self.backends[batch.kind][0].run_pass(plan, token_ids, batch)
 
-    def run_burst(
-        self,
-        plan: PassPlan,
-        token_id: int,
-        batch: Batch,
-        count: int,
-        ends: Collection[int],
-        draw: Callable[[], Draw] | None = None,
-    ) -> Burst | None:
-        """Decodes up to `count` tokens of a lone row at once; see `Backend`."""
-        return self.backends[batch.kind][0].run_burst(plan, token_id, batch, count, ends, draw)
+    def run_burst(self, plan: PassPlan, wanted: WantedBurst, batch: Batch) -> Burst | None:
+        """Decodes several tokens of a lone row at once; see `Backend`."""
+        return self.backends[batch.kind][0].run_burst(plan, wanted, batch)
 
     @property
     def draw(self) -> DrawTokens | None:
-        """What draws tokens from the logits of decoded rows; see `Backend`."""
+        """The function that draws tokens from decoded rows' logits; see `Backend`."""
         return self.backends[PassKind.DECODE][0].draw
 
     def run_tokens(

@@ -9,7 +9,7 @@ import time
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.deciders import DecodingRows
 from dash_runtime.engine.sequence import Sequence
-from dash_runtime.layers.pass_plan import Burst
+from dash_runtime.layers.pass_plan import Burst, WantedBurst
 
 MOST_IN_BURST = 16
 """Tokens of a burst at most, however short they are."""
@@ -30,8 +30,9 @@ def decode_burst(decoder: Decoder, rows: DecodingRows, sequence: Sequence, secon
     if count < 2:
         return None
     started = time.perf_counter()
-    own = sequence.last_token_id, rows.batch, count, sequence.end_token_ids
-    burst = decoder.run_burst(rows.plan, *own, sampler.draw if is_drawn else None)
+    draw = sampler.draw if is_drawn else None
+    wanted = WantedBurst(sequence.last_token_id, count, sequence.end_token_ids, draw)
+    burst = decoder.run_burst(rows.plan, wanted, rows.batch)
     if burst is not None:
         rows.batch.commit(len(burst.token_ids))
         rows.token_seconds = (time.perf_counter() - started) / len(burst.token_ids)

@@ -1,13 +1,14 @@
 """A pass from tokens to logits as one call: what decides the layers, and what came of it. Knows no policies."""
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
 from dash_runtime.actions import Action, LatencyTable
+from dash_runtime.rows.draws import Draw
 from dash_runtime.rows.policy_rows import RowDecisions
 
 Decided = tuple[Mapping[int, Action], RowDecisions | None]
@@ -26,6 +27,18 @@ class PassPlan:
     heads: Sequence[Action]
     latencies: LatencyTable | None = None
     attends_rounded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WantedBurst:
+    """A burst to decode: up to `count` tokens of a lone row, each the likeliest after the one before, or drawn. The
+    first follows `token_id`, and none follows one of `end_ids`."""
+
+    token_id: int
+    count: int
+    end_ids: Collection[int]
+    draw: Callable[[], Draw] | None = None
+    """Makes the next token's draw; None if none is drawn."""
 
 
 class Burst(NamedTuple):

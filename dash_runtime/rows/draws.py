@@ -1,4 +1,4 @@
-"""How tokens are drawn from logits, as the native code is told."""
+"""Draws of tokens from logits, as the native code is told of them."""
 
 from collections.abc import Callable, Iterable, Mapping
 from ctypes import Array

@@ -157,12 +157,12 @@ class ModelRows:
     def run_burst(
         self,
         token_id: int,
-        rows: RowsOfPass,
-        plans: RowPlans,
-        head: "HeadRows",
         count: int,
         ends: Collection[int],
         draws: Sequence[Draw],
+        rows: RowsOfPass,
+        plans: RowPlans,
+        head: "HeadRows",
     ) -> tuple[list[int], list[bytes]]:
         """Decodes up to `count` tokens of a lone row, each the likeliest after the one before, or drawn if there are
         draws; the first follows `token_id`, and none follows one of `ends`.

@@ -1,14 +1,14 @@
 """The interface of a backend. Knows batches; knows no models."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.layers.batch import Batch
-from dash_runtime.layers.pass_plan import Burst, PassPlan, PassRun
-from dash_runtime.rows.draws import Draw, DrawTokens
+from dash_runtime.layers.pass_plan import Burst, PassPlan, PassRun, WantedBurst
+from dash_runtime.rows.draws import DrawTokens
 
 
 class Backend(Protocol):
@@ -59,27 +59,15 @@ class Backend(Protocol):
         It is quicker with the plan and the batch of the pass before.
         """
 
-    def run_burst(
-        self,
-        plan: PassPlan,
-        token_id: int,
-        batch: Batch,
-        count: int,
-        ends: Collection[int],
-        draw: Callable[[], Draw] | None = None,
-    ) -> Burst | None:
-        """Decodes up to `count` tokens of a lone row, each the likeliest after the one before, with the same numbers;
-        the first follows `token_id`, and none follows one of `ends`. Returns None if it cannot.
+    def run_burst(self, plan: PassPlan, wanted: WantedBurst, batch: Batch) -> Burst | None:
+        """Decodes several tokens at once, with the same numbers; returns None if it cannot.
 
         The batch stays where it is.
-
-        Args:
-            draw: makes the draw of each token, if tokens are drawn.
         """
 
     @property
     def draw(self) -> DrawTokens | None:
-        """What draws tokens from the logits of its passes; None if nothing does faster than numpy."""
+        """The function that draws tokens from its passes' logits; None if it has none that is faster than numpy."""
 
     def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
         """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""
@@ -114,15 +102,7 @@ class LayerByLayer(OwnMemory):
     def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassRun | None:
         return None
 
-    def run_burst(
-        self,
-        plan: PassPlan,
-        token_id: int,
-        batch: Batch,
-        count: int,
-        ends: Collection[int],
-        draw: Callable[[], Draw] | None = None,
-    ) -> Burst | None:
+    def run_burst(self, plan: PassPlan, wanted: WantedBurst, batch: Batch) -> Burst | None:
         return None
 
     @property

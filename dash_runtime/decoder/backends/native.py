@@ -3,7 +3,7 @@
 For passes of one row per sequence, and for verification. Knows layers and rows; knows no policies and no requests.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, bfloat16
@@ -19,7 +19,7 @@ from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.layer import DecoderLayer
 from dash_runtime.layers.layer_body import Linears, run_layer_body
 from dash_runtime.layers.norm import RmsNorm
-from dash_runtime.layers.pass_plan import Burst, PassPlan, PassRun
+from dash_runtime.layers.pass_plan import Burst, PassPlan, PassRun, WantedBurst
 from dash_runtime.layers.rotary import queries_grow
 from dash_runtime.layers.row_compensation import pack_for_rows
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
@@ -28,7 +28,7 @@ from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import FullLinear, Linear, for_neighbours, most_rows_apart, packed_words
 from dash_runtime.linears.quantization import quantized_parts
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.rows.draws import Draw, DrawTokens
+from dash_runtime.rows.draws import DrawTokens
 from dash_runtime.rows.head_struct import RoughMatrix
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.rows.model_rows import Chosen, HeadRows, ModelRows, PackedLayer
@@ -173,23 +173,16 @@ class NativeBackend(OwnMemory):
         ran = plans.ran()
         return PassRun(*output, ran if len(ran) > 1 else ran * len(token_ids), self._rows.times)
 
-    def run_burst(
-        self,
-        plan: PassPlan,
-        token_id: int,
-        batch: Batch,
-        count: int,
-        ends: Collection[int],
-        draw: Callable[[], Draw] | None = None,
-    ) -> Burst | None:
+    def run_burst(self, plan: PassPlan, wanted: WantedBurst, batch: Batch) -> Burst | None:
         made = self._made_for(plan, batch)
         if made is None:
             return None
         plans, head, _ = made
         if head is None:
             return None
-        draws = () if draw is None else [draw() for _ in range(count)]
-        return Burst(*self._rows.run_burst(token_id, batch.rows_of(None), plans, head, count, ends, draws))
+        draws = () if wanted.draw is None else [wanted.draw() for _ in range(wanted.count)]
+        own = wanted.token_id, wanted.count, wanted.end_ids, draws
+        return Burst(*self._rows.run_burst(*own, batch.rows_of(None), plans, head))
 
     @property
     def draw(self) -> DrawTokens:
