@@ -103,7 +103,7 @@ def run_calibrate(options: argparse.Namespace) -> None:
         if policy.head not in policy.costs.head or policy.head not in model.decoder.heads:
             raise ConfigError("head", f"{options.head} is not in the policy's costs, or has no kernel here")
     task = policy_task(model.decoder, policy, options.prompt_tokens)
-    policy = calibrated(policy, task, model.sequences()[: options.sequences])
+    policy = calibrated(policy, task, model.sequences()[: options.sequences], model.int4.identity)
     save_policy(options.out, policy, model.fingerprint)
     print(f"{options.out}: {describe_budgets(policy)}")
 

@@ -96,7 +96,8 @@ def run_train(options: argparse.Namespace) -> None:
     task = replace(task, spec=spec, compensation=packed(trained.compensation, model.decoder.dtype))
     path = options.out / "policy.safetensors"
     print("calibrating, and searching the best fixed plans on the same text")
-    policy = calibrated(_policy(task, network, options.name, options.drafter), task, held_out)
+    policy = _policy(task, network, options.name, options.drafter)
+    policy = calibrated(policy, task, held_out, model.int4.identity)
     print(describe_budgets(policy))
     save_policy(path, policy, model.fingerprint)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

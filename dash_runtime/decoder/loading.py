@@ -20,6 +20,7 @@ from dash_runtime.layers.layer import DecoderLayer, make_layer
 from dash_runtime.layers.shortlist import loudest_channels, shortlist_head
 from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.linears.dense_linear import MAX_INVARIANT_ROWS, BatchInvariantLinear, FullLinear, for_neighbours
+from dash_runtime.linears.int4_matrix import Int4Matrix, Place
 from dash_runtime.linears.quantization import for_many_rows, make_linear
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.rows.row_matrix import is_packable
@@ -38,6 +39,7 @@ def make_decoder(
     has_int8_head: bool = True,
     has_int4_head: bool = False,
     has_finer_keys: bool = True,
+    int4: Mapping[Place, Int4Matrix] | None = None,
 ) -> Decoder:
     """Packs a model for its devices.
 
@@ -53,14 +55,17 @@ def make_decoder(
         has_int8_head: False if an INT8 head would be no faster than FULL's, which then runs in its place.
         has_int4_head: True for the INT4 head of native code without native code too, where it is no faster than FULL's:
             to judge plans that will run there.
-        has_finer_keys: as in `WeightLoader`.
+        has_finer_keys, int4: as in `WeightLoader`.
     """
     # Native code gets repacked copies of the matrices. If other tensors still used the mapped file, all of it would
     # stay.
     copies = native is not None
     devices = [device] * config.num_layers if isinstance(device, torch.device) else list(device)
     has_finer_keys = has_finer_keys and Action.INT4 in actions
-    loaders = {own: WeightLoader(config, weights, dtype, own, copies, has_finer_keys) for own in dict.fromkeys(devices)}
+    loaders = {
+        own: WeightLoader(config, weights, dtype, own, copies, has_finer_keys, int4 or {})
+        for own in dict.fromkeys(devices)
+    }
     assert native is None or len(loaders) == 1, "native code runs on one device"
     layers: list[DecoderLayer] = []
     for index, own in enumerate(devices):

@@ -6,7 +6,8 @@ holds the two together. Knows tensors; knows no caches, no actions and no kernel
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic
+from itertools import count
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from dash_runtime.layers.rotary import rotate
 from dash_runtime.linears.dense_linear import Linear
 from dash_runtime.model_config import BlockConfig, ModelConfig, QkNorm
 
+OneT = TypeVar("OneT", bound=Linear)
 Norm = Callable[[Tensor], Tensor]
 
 
@@ -52,10 +54,21 @@ class Linears(Generic[LinearT]):
         mlp = self.mlp.mapped(convert, convert_router)
         return Linears(convert(self.query_key_value), convert(self.output), mlp)
 
+    def mapped_by_place(
+        self, convert: Callable[[int, LinearT], OtherT], convert_router: Callable[[LinearT], OtherT]
+    ) -> "Linears[OtherT]":
+        """Does `mapped` by a function that gets each matrix's number too, which is always the same."""
+        return self.mapped(_numbered(convert), convert_router)
+
     def matrices(self) -> tuple[LinearT, LinearT, LinearT, LinearT]:
         """Returns query-key-value, output, gate-up and down. Only for a layer without a mixture."""
         assert isinstance(self.mlp, GatedMlp)
         return self.query_key_value, self.output, self.mlp.gate_up, self.mlp.down
+
+
+def _numbered(convert: Callable[[int, OneT], OtherT]) -> Callable[[OneT], OtherT]:
+    numbers = count()
+    return lambda own: convert(next(numbers), own)
 
 
 def run_layer_body(

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dash_runtime.layers.compensation import Affine, Compensation, Identity, PackedLowRank, Scale
-from dash_runtime.linears.quantization import INT4_GROUP_SIZE
+from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE
 from dash_runtime.rows.pass_rows import CompensatedLayers, LowRankMap
 from dash_runtime.rows.row_matrix import Int8RowMatrix
 

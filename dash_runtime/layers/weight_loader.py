@@ -4,7 +4,7 @@ The tensors' shapes have been checked before. Knows one model's configuration; k
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from dash_runtime.layers.mlp import GatedMlp, Mixture
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.layers.rotary import channel_order
 from dash_runtime.linears.dense_linear import FullLinear
-from dash_runtime.linears.quantization import INT4_GROUP_SIZE, is_nearly_exact
+from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE, Int4Matrix, Place, is_nearly_exact
 from dash_runtime.model_config import ModelConfig, QkNorm
 
 
@@ -41,6 +41,8 @@ class WeightLoader:
     fusing share its memory."""
     has_finer_keys: bool = True
     """False if INT4 has keys and values in INT4 whatever that does to them: a device may have no kernel for INT8."""
+    int4: Mapping[Place, Int4Matrix] = field(default_factory=dict)
+    """Matrices that were rounded to INT4 with their inputs in view."""
 
     def tensor(self, name: str) -> Tensor:
         """Returns one tensor in the loader's dtype and on its device."""
@@ -84,6 +86,15 @@ class WeightLoader:
         def linear(modules: Sequence[str], has_bias: bool) -> FullLinear:
             return self.linear([f"{prefix}.{module}" for module in modules], has_bias)
 
+        def with_int4(place: int, full: FullLinear) -> FullLinear:
+            matrix = self.int4.get((index, place))
+            return full if matrix is None else replace(full, int4=matrix.to(self.device))
+
+        linears = Linears(
+            self._with_finer_keys(self._with_pairs_apart(index, linear(names.query_key_value, block.has_qkv_bias))),
+            linear([names.output], block.has_output_bias),
+            self._mlp(index, prefix),
+        )
         has_width_norms = block.qk_norm is QkNorm.WIDTH
         return LayerWeights(
             input_norm=norm(names.input_norm, block.has_input_norms),
@@ -93,11 +104,7 @@ class WeightLoader:
             head_norm=self._head_norm(prefix) if block.qk_norm is QkNorm.HEAD else None,
             query_norm=norm(names.query_norm, has_width_norms),
             key_norm=norm(names.key_norm, has_width_norms),
-            linears=Linears(
-                self._with_finer_keys(self._with_pairs_apart(index, linear(names.query_key_value, block.has_qkv_bias))),
-                linear([names.output], block.has_output_bias),
-                self._mlp(index, prefix),
-            ),
+            linears=linears.mapped_by_place(with_int4, lambda router: router),
         )
 
     def _mlp(self, index: int, prefix: str) -> GatedMlp[FullLinear] | Mixture[FullLinear]:

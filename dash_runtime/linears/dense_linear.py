@@ -5,7 +5,7 @@ Knows matrices; knows no layers.
 
 import ctypes
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dash_runtime.devices import device_of
+from dash_runtime.linears.int4_matrix import Int4Matrix, quantize_int4
 from dash_runtime.linears.kept_trials import KeptTrials
 
 MAX_INVARIANT_ROWS = 256
@@ -53,6 +54,8 @@ class FullLinear:
     finer_from: int | None = None
     """The first of the outputs that INT8 computes where the others are in INT4, up to the last; None if there are
     none."""
+    int4: Int4Matrix | None = None
+    """The matrix in INT4, if it was rounded with its inputs in view; None rounds each weight to the nearest."""
 
     def __call__(self, inputs: Tensor) -> Tensor:
         return functional.linear(inputs, self.weight, self.bias)
@@ -62,7 +65,12 @@ class FullLinear:
         bias, finer_from = self.bias, self.finer_from
         if finer_from is not None:
             finer_from = max(0, finer_from - first) if last is None or finer_from < last else None
-        return FullLinear(self.weight[first:last], None if bias is None else bias[first:last], finer_from)
+        int4 = None if self.int4 is None else self.int4.outputs(first, last)
+        return FullLinear(self.weight[first:last], None if bias is None else bias[first:last], finer_from, int4)
+
+    def in_int4(self) -> Int4Matrix:
+        """Returns the matrix in INT4."""
+        return quantize_int4(self.weight) if self.int4 is None else self.int4
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +208,7 @@ def _tried_first_parts(
 
 def make_full_linear(full: FullLinear) -> Linear:
     """Returns the fastest product for few rows. A packed one is also the fastest for many."""
+    full = replace(full, int4=None)  # so that nothing keeps what other products have packed
     if not device_of(full.weight.device).has_packed_products or full.weight.dtype is not torch.bfloat16:
         return full
     return BatchInvariantLinear(PackedLinear.from_full if _has_packed_linear() else _as_loaded, full)

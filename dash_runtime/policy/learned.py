@@ -36,6 +36,8 @@ class LearnedPolicy:
     """Fixed plans that were searched and measured on the text of the calibration, with the same compensation."""
     is_drafter: bool = False
     """True if it was trained to have its drafts accepted (mode EXACT) instead of to stay close to full depth."""
+    int4: str | None = None
+    """The INT4 weights that it was calibrated with (`KeptInt4.identity`); None: each to the nearest."""
     library: RowsLibrary | None = None
     """The native code that evaluates it; None to evaluate eagerly."""
     decides_in_pass: bool = False

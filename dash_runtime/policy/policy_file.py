@@ -60,6 +60,7 @@ def save_policy(
         model_fingerprint=fingerprint,
         spec=policy.spec,
         is_drafter=policy.is_drafter,
+        int4=policy.int4,
         compensation=policy.compensation.kind.value,
         calibration=policy.calibration,
         plans=policy.plans,
@@ -106,6 +107,7 @@ def load_policy(
             calibration=facts.calibration,
             plans=facts.plans,
             is_drafter=facts.is_drafter,
+            int4=facts.int4,
         )
 
 

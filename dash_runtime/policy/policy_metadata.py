@@ -24,7 +24,7 @@ FEATURES = "rms-normalised-hidden|block|last-action|cost-spent,log-price,log-pri
 
 _FIRST_ACTIONS = ["SKIP", "INT4", "INT8", "FULL"]
 """The actions of the first rows of `fact_weight` in files that do not name them."""
-_OPTIONAL = {"is_drafter": False, "embedded_actions": _FIRST_ACTIONS}
+_OPTIONAL = {"is_drafter": False, "embedded_actions": _FIRST_ACTIONS, "int4": None}
 """Keys that a file may lack, as older files do."""
 _MAX_LOG_PRICE = 100.0
 """Calibration tries prices of about e^±10; e^±700 overflows."""
@@ -44,6 +44,7 @@ class PolicyMetadata:
     """The sketch of its model (`model_sketch.py`)."""
     spec: PlanSpec
     is_drafter: bool
+    int4: str | None
     compensation: str
     calibration: BudgetCalibration
     plans: tuple[MeasuredPlan, ...]
@@ -69,9 +70,9 @@ class PolicyMetadata:
             "calibration": [_point_to_json(point) for point in calibration.points],
             "plans": [plan.to_json() for plan in self.plans],
         }
-        # Older versions refuse a key that they do not know, and need none for these rows.
-        if list(self.embedded_actions) != _FIRST_ACTIONS:
-            facts["embedded_actions"] = list(self.embedded_actions)
+        # Older versions refuse a key that they do not know, and need none for what was so always.
+        own = {"embedded_actions": list(self.embedded_actions), "int4": self.int4}
+        facts |= {key: value for key, value in own.items() if value != _OPTIONAL[key]}
         return json.dumps(facts)
 
     @classmethod
@@ -106,6 +107,7 @@ class PolicyMetadata:
                 costs=_costs(facts.pop("costs")),
             ),
             is_drafter=_bool(facts.pop("is_drafter"), "is_drafter"),
+            int4=None if (int4 := facts.pop("int4")) is None else _text(int4, "int4"),
             compensation=_text(facts.pop("compensation"), "compensation"),
             calibration=_calibration(facts.pop("calibration"), known),
             plans=tuple(_plan(plan) for plan in _list(facts.pop("plans"), "plans")),

@@ -16,16 +16,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from dash_runtime.actions import Action
-from dash_runtime.linears.dense_linear import Linear, packed_words
-from dash_runtime.linears.quantization import (
+from dash_runtime.linears.dense_linear import FullLinear, Linear, packed_words
+from dash_runtime.linears.int4_matrix import (
     INT4_GROUP_SIZE,
     INT4_OFFSET_BITS,
     INT4_SCALE_BITS,
     Int4Matrix,
-    quantize_int4,
     quantize_int4_with_rest,
-    quantize_int8,
 )
+from dash_runtime.linears.quantization import quantize_int8
 from dash_runtime.rows.structs import LANES
 
 _INT4_BITS, _INT8_BITS = 4, 8
@@ -53,9 +52,9 @@ class FullRowMatrix(RowMatrix):
     words: Tensor
 
     @classmethod
-    def pack(cls, weight: Tensor) -> "FullRowMatrix":
-        out_features, in_features = weight.shape
-        pairs = weight.contiguous().view(torch.int32).view(out_features // LANES, LANES, in_features // 2)
+    def pack(cls, full: FullLinear) -> "FullRowMatrix":
+        out_features, in_features = full.weight.shape
+        pairs = full.weight.contiguous().view(torch.int32).view(out_features // LANES, LANES, in_features // 2)
         return cls(pairs.transpose(1, 2).contiguous())
 
 
@@ -70,8 +69,8 @@ class Int8RowMatrix(RowMatrix):
     scales: Tensor
 
     @classmethod
-    def pack(cls, weight: Tensor) -> "Int8RowMatrix":
-        return cls.of(*quantize_int8(weight))
+    def pack(cls, full: FullLinear) -> "Int8RowMatrix":
+        return cls.of(*quantize_int8(full.weight))
 
     @classmethod
     def of(cls, quantized: Tensor, scales: Tensor) -> "Int8RowMatrix":
@@ -92,13 +91,13 @@ class Int4RowMatrix(RowMatrix):
     units: Tensor
 
     @classmethod
-    def pack(cls, weight: Tensor) -> "Int4RowMatrix":
-        return cls._of(quantize_int4(weight))
+    def pack(cls, full: FullLinear) -> "Int4RowMatrix":
+        return cls._of(full.in_int4())
 
     @classmethod
-    def pack_with_rest(cls, weight: Tensor, repeated: Tensor) -> "Int4RowMatrix":
+    def pack_with_rest(cls, full: FullLinear, repeated: Tensor) -> "Int4RowMatrix":
         """Packs a matrix that has some inputs again at its end (`quantize_int4_with_rest`)."""
-        return cls._of(quantize_int4_with_rest(weight, repeated))
+        return cls._of(quantize_int4_with_rest(full.weight, repeated))
 
     @classmethod
     def _of(cls, matrix: Int4Matrix) -> "Int4RowMatrix":
@@ -120,27 +119,28 @@ _MATRICES: dict[Action, type[FullRowMatrix] | type[Int8RowMatrix] | type[Int4Row
 }
 
 
-def pack_row_matrix(action: Action, weight: Tensor, linear: Linear | None = None) -> RowMatrix:
-    """Lays out `[out_features, in_features]`, or shares the memory of `linear` in FULL.
+def pack_row_matrix(action: Action, full: FullLinear, linear: Linear | None = None) -> RowMatrix:
+    """Lays out the weights of `full` in one precision, or shares the memory of `linear` in FULL.
 
     `linear` is the same matrix for many rows.
     """
     words = packed_words(linear) if action is Action.FULL and linear is not None else None
     if words is not None:
         return FullRowMatrix(words)
-    return _packed_in_parts(_MATRICES[action].pack, weight)
+    return _packed_in_parts(_MATRICES[action].pack, full)
 
 
-def pack_rough_matrix(weight: Tensor, repeated: Tensor) -> RowMatrix:
-    """Lays out `[out_features, in_features]` in INT4, as `Int4RowMatrix.pack_with_rest` does."""
-    return _packed_in_parts(partial(Int4RowMatrix.pack_with_rest, repeated=repeated), weight)
+def pack_rough_matrix(full: FullLinear, repeated: Tensor) -> RowMatrix:
+    """Lays out the weights of `full` in INT4, as `Int4RowMatrix.pack_with_rest` does."""
+    return _packed_in_parts(partial(Int4RowMatrix.pack_with_rest, repeated=repeated), full)
 
 
-def _packed_in_parts(pack: Callable[[Tensor], RowMatrix], weight: Tensor) -> RowMatrix:
+def _packed_in_parts(pack: Callable[[FullLinear], RowMatrix], full: FullLinear) -> RowMatrix:
     # Each output is packed by itself. Threads that never wait for each other share a busy processor well.
-    num_tiles = -(-len(weight) // LANES // _num_packers())
-    num_tiles = min(num_tiles, _TILES_TOGETHER)
-    parts = list(_packers().map(pack, weight.split(num_tiles * LANES)))
+    num_outputs = len(full.weight)
+    num_together = LANES * min(-(-num_outputs // LANES // _num_packers()), _TILES_TOGETHER)
+    starts = range(0, num_outputs, num_together)
+    parts = list(_packers().map(pack, [full.outputs(start, start + num_together) for start in starts]))
     if len(parts) == 1:
         return parts[0]
     return type(parts[0])(*map(torch.cat, zip(*(own.tensors() for own in parts), strict=True)))

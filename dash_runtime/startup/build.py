@@ -36,6 +36,7 @@ from dash_runtime.errors import ConfigError
 from dash_runtime.layers.row_compensation import runs_natively
 from dash_runtime.layers.split_compensation import compensation_over
 from dash_runtime.linears.dense_linear import kept_trials, most_rows_apart
+from dash_runtime.linears.int4_file import int4_file, load_int4
 from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
@@ -106,6 +107,7 @@ def build_engine(
     with one_thread():
         actions = _common_actions(devices, dtype, model)
         fingerprint = model_fingerprint(model, weights)
+    int4 = load_int4(int4_file(cache_folder, fingerprint), fingerprint)
     has_int8_head, has_finer_keys = True, Action.INT8 in actions
     if device_of(device).offers_only_faster:
         progress("timing kernels")
@@ -113,12 +115,18 @@ def build_engine(
         head = {(model.vocab_size, model.hidden_size)}
         has_int8_head = Action.INT8 in faster_actions((Action.INT8,), partial(timed, shapes=head))
         actions = faster_actions(actions, partial(timed, shapes=matrix_shapes(model)))
+    if int4:
+        progress("INT4 weights were rounded by their inputs (dash-policy quantize)")
     described = describe_devices(devices)
     rooms = free_rooms(devices)
     shipped = find_policies(SHIPPED_POLICIES, fingerprint)
     learned: list[LearnedPolicy] = []
     for policy_file in shipped if options.policy_file is None else [options.policy_file]:
         policy = load_policy(policy_file, model, fingerprint, dtype=dtype, device=device)
+        if policy.int4 != int4.identity:
+            progress(
+                f"policy {policy.name} was calibrated with other INT4 weights: it diverges less or more than it says"
+            )
         learned.append(policy.without(set(Action) - set(actions)))
     if options.policy_file is None:
         learned = suited(learned, LaneKind.CUDA_STREAM in device_of(device).lanes)
@@ -146,6 +154,7 @@ def build_engine(
         device=layer_devices,
         context_length=context_length,
         has_finer_keys=has_finer_keys,
+        int4=int4,
     )
     decoder = make(native=native, has_int8_head=has_int8_head, has_graphs=has_graphs)
     learned = [own.for_heads(tuple(decoder.heads)) for own in learned]
@@ -155,6 +164,7 @@ def build_engine(
         cache_folder / "calibration",
         (fingerprint, options.precision),
         (described, kind),
+        int4.identity,
         checks_kept=options.checks_kept_costs,
     )
     compensation = compensation_over(calibration.compensation(decoder, tokenizer_file(folder), progress), layer_devices)

@@ -57,6 +57,7 @@ class DeviceCalibration:
     Args:
         model: identifies the model and its precision.
         device: identifies the device, and how layers run on it.
+        int4: identifies the INT4 weights, if they are not those to the nearest.
         checks_kept: compare kept latencies with a quick measurement.
         measure_latencies: as in `measure_latency.py`.
     """
@@ -66,6 +67,7 @@ class DeviceCalibration:
         folder: Path,
         model: tuple[str, ...],
         device: tuple[str, ...],
+        int4: str | None = None,
         *,
         checks_kept: bool = True,
         measure_latencies: Callable[..., LatencyTable] = measure_latencies,
@@ -73,7 +75,8 @@ class DeviceCalibration:
         key = (_VERSION, *model, torch.__version__)
         self._compensation_file = folder / f"compensation-{digest(key)}.safetensors"
         self._costs_file = folder / f"costs-{digest((*key, *device))}.json"
-        self._plans_file = folder / f"plans-{digest((*key, *device))}.json"
+        own_int4 = () if int4 is None else (int4,)
+        self._plans_file = folder / f"plans-{digest((*key, *device, *own_int4))}.json"
         self._verification_file = folder / f"verification-{digest((*key, *device, MEASURED_LENGTHS))}.json"
         self._second_row_file = folder / f"second-row-{digest((*key, *device))}.json"
         self._rounds_file = folder / f"rounds-{digest((*key, *device))}.json"

@@ -12,7 +12,7 @@ from dash_runtime.config import EngineConfig
 from dash_runtime.devices import Device, device_of
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.kv_cache import BLOCK_TOKENS, pool_tokens, rounded_block_bytes
-from dash_runtime.linears.quantization import INT4_GROUP_SIZE
+from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork

@@ -45,10 +45,13 @@ def calibrate_plans(task: Task, sequences: Sequence[Sequence[int]]) -> tuple[Mea
     return measure_plans(task, sequences, search_plans(task, text))
 
 
-def calibrated(policy: LearnedPolicy, task: Task, sequences: Sequence[Sequence[int]]) -> LearnedPolicy:
-    """Returns the policy with its calibration and plans made anew on `sequences`. The task is the policy's own."""
+def calibrated(
+    policy: LearnedPolicy, task: Task, sequences: Sequence[Sequence[int]], int4: str | None
+) -> LearnedPolicy:
+    """Returns the policy with its calibration and plans made anew on `sequences`. The task is the policy's own, and
+    `int4` names its INT4 weights."""
     calibration = calibrate(task, policy.network, sequences)
-    return replace(policy, calibration=calibration, plans=calibrate_plans(task, sequences))
+    return replace(policy, calibration=calibration, plans=calibrate_plans(task, sequences), int4=int4)
 
 
 def describe_budgets(policy: LearnedPolicy) -> str:

@@ -17,10 +17,11 @@ from torch.nn import functional
 from dash_runtime.actions import Action
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.attention import causal_mask
-from dash_runtime.layers.layer_body import Norms, after_attention, before_attention, split_heads
+from dash_runtime.layers.layer_body import Linears, Norms, after_attention, before_attention, split_heads
 from dash_runtime.layers.rotary import RotaryTable, rotary_tables
 from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.linears.dense_linear import FullLinear, Linear
+from dash_runtime.linears.int4_matrix import Int4Matrix, Place
 from dash_runtime.linears.quantization import rounded_linear
 from dash_runtime.model_config import ModelConfig
 
@@ -36,7 +37,7 @@ class DenseDecoder:
     Args:
         weights: tensors by the names in `config.tensor_names`, in the shapes that `config` asks for.
         actions: the kernels to have; FULL is always among them.
-        has_finer_keys: as in `WeightLoader`.
+        has_finer_keys, int4: as in `WeightLoader`.
     """
 
     def __init__(
@@ -48,13 +49,14 @@ class DenseDecoder:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | None = None,
         has_finer_keys: bool = True,
+        int4: Mapping[Place, Int4Matrix] | None = None,
     ) -> None:
         self.config = config
         self.num_layers = config.num_layers
         self.dtype = dtype
         self.device = torch.device("cpu") if device is None else device
         has_finer_keys = has_finer_keys and Action.INT4 in actions
-        loader = WeightLoader(config, weights, dtype, self.device, has_finer_keys=has_finer_keys)
+        loader = WeightLoader(config, weights, dtype, self.device, has_finer_keys=has_finer_keys, int4=int4 or {})
         full = [loader.layer(index) for index in range(config.num_layers)]
         self._norms: Sequence[Norms] = full
         router = partial(_product, Action.FULL)
@@ -96,14 +98,16 @@ class DenseDecoder:
         hidden: Tensor,
         compensate: Compensate | None = None,
         skip_kernel: Action = Action.FULL,
+        linears: Mapping[Action, Linears[Linear]] | None = None,
     ) -> Tensor:
         """Returns one layer's output for whole sequences, `[batch, length, hidden_size]`.
 
         Args:
             actions: one for all, or Action's numbers, `[batch, length]`.
             skip_kernel: projects the keys and values of tokens that skip.
+            linears: matrices to run instead of the decoder's own, by action.
         """
-        by_kernel = {action: layers[layer] for action, layers in self._linears.items()}
+        by_kernel = linears or {action: layers[layer] for action, layers in self._linears.items()}
         norms = self._norms[layer]
         groups = _Groups(actions, hidden.shape[:2])
         normed = groups.flat(before_attention(norms, hidden))

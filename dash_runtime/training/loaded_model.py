@@ -22,6 +22,8 @@ from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import find_device
 from dash_runtime.errors import ConfigError
 from dash_runtime.files.disk_cache import digest
+from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
+from dash_runtime.linears.int4_file import int4_file, load_int4
 from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.progress import Progress
@@ -67,11 +69,14 @@ class LoadedModel:
         self._weights = open_weights(self.folder)
         check_weights(self._weights, self.config)
         self.device = find_device(options.device)
-        supported = supported_actions(self.device, torch.bfloat16, matrix_shapes(self.config))
-        self._has_finer_keys = Action.INT8 in supported
-        wanted = tuple(supported if actions is None else actions)
-        if not set(wanted) <= set(supported):
-            raise ConfigError("actions", f"must be among {', '.join(action.name for action in supported)}")
+        self.supported = supported_actions(self.device, torch.bfloat16, matrix_shapes(self.config))
+        self._has_finer_keys = Action.INT8 in self.supported
+        wanted = tuple(self.supported if actions is None else actions)
+        if not set(wanted) <= set(self.supported):
+            raise ConfigError("actions", f"must be among {', '.join(action.name for action in self.supported)}")
+        self.fingerprint = model_fingerprint(self.config, self._weights)
+        self.int4_file = int4_file(options.cache_folder, self.fingerprint)
+        self.int4 = load_int4(self.int4_file, self.fingerprint)
         self.context_length = min(_CONTEXT_LENGTH, self.config.context_length)
         self.decoder = make_decoder(
             self.config,
@@ -82,14 +87,26 @@ class LoadedModel:
             context_length=self.context_length,
             has_int4_head=self.device.type == "cpu",
             has_finer_keys=self._has_finer_keys,
+            int4=self.int4,
         )
-        self.fingerprint = model_fingerprint(self.config, self._weights)
 
     def dense_decoder(self, actions: Sequence[Action] = ()) -> DenseDecoder:
         """Returns the same model for learning, with FULL and the kernels of these actions."""
         return DenseDecoder(
-            self.config, self._weights, actions, device=self.device, has_finer_keys=self._has_finer_keys
+            self.config,
+            self._weights,
+            actions,
+            device=self.device,
+            has_finer_keys=self._has_finer_keys,
+            int4=self.int4,
         )
+
+    def layer_weights(self, layer: int) -> LayerWeights:
+        """Returns one layer's weights, as `dense_decoder` has them before any rounding."""
+        loader = WeightLoader(
+            self.config, self._weights, torch.bfloat16, self.device, has_finer_keys=self._has_finer_keys
+        )
+        return loader.layer(layer)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -99,21 +116,21 @@ class LoadedModel:
     def chat_template(self) -> ChatTemplate:
         return ChatTemplate.load(self.folder)
 
-    def sequences(self) -> list[list[int]]:
-        """Returns the chosen text as at most `MAX_SEQUENCES` sequences of `SEQUENCE_LENGTH` token ids.
+    def sequences(self, most: int = MAX_SEQUENCES) -> list[list[int]]:
+        """Returns the chosen text as at most `most` sequences of `SEQUENCE_LENGTH` token ids.
 
         Raises:
             ConfigError: the text cannot be used.
         """
         tokenizer, data = tokenizer_file(self.folder), self._options.data
         if data is not None:
-            return file_token_sequences(data, tokenizer, SEQUENCE_LENGTH, self.chat_template)[:MAX_SEQUENCES]
+            return file_token_sequences(data, tokenizer, SEQUENCE_LENGTH, self.chat_template)[:most]
         return default_training_sequences(
             self.decoder,
             tokenizer,
             self.chat_template,
             self.config.eos_token_ids,
-            _DEFAULT_SEQUENCES,
+            min(most, _DEFAULT_SEQUENCES),
             SEQUENCE_LENGTH,
             self._options.cache_folder / "training" / f"self-text-{digest(self.fingerprint)}.safetensors",
             self._progress,

@@ -73,7 +73,7 @@ class Case:
         rows = ModelRows(native_library(), self.config, [0] * self.config.num_layers, num_threads=2)
         action, weights = action_of(kernel), in_bfloat16(self.weights, kernel)
         if kernel == "tiles":
-            packed = [(pack_row_matrix(action, own.weight), own.weight.shape[1]) for own in weights.matrices()]
+            packed = [(pack_row_matrix(action, own), own.weight.shape[1]) for own in weights.matrices()]
         else:
             packed = packed_matrices(action, weights, weights.mapped(make_full_linear, make_full_linear))
         rows.set_layer(LAYER, PackedLayer(layer_vectors(self.weights), {action: packed}))

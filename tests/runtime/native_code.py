@@ -8,7 +8,8 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import default_cache_folder
-from dash_runtime.linears.quantization import quantize_int4, quantize_int8
+from dash_runtime.linears.int4_matrix import quantize_int4
+from dash_runtime.linears.quantization import quantize_int8
 from dash_runtime.rows.library import RowsLibrary, load_rows
 
 NATIVE_SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 272}

@@ -9,15 +9,20 @@ import pytest
 import torch
 
 from dash_runtime.actions import Action
-from dash_runtime.config import EngineConfig
+from dash_runtime.checkpoints import load_model_config, open_weights
+from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_runtime.decoder.full_path import full_path
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import ConfigError, CorruptCheckpoint, PolicyFileError
+from dash_runtime.layers.weight_loader import WeightLoader
+from dash_runtime.linears.int4_file import int4_file, save_int4
+from dash_runtime.linears.int4_matrix import quantize_int4
+from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.startup.build import BuildOptions, build_engine, suited
 from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.startup.fit_compensation import fit_compensation
-from tests.runtime.random_policy import random_policy
-from tests.runtime.support import load_decoder
+from tests.runtime.random_policy import random_policy, save_random_policy
+from tests.runtime.support import drain, load_decoder, tokens
 from tests.tiny_models import save_tiny_model
 
 
@@ -69,6 +74,35 @@ def test_a_cache_folder_that_cannot_be_written_does_not_stop_a_start(tiny_folder
     blocked = tmp_path / "a file"
     blocked.write_text("in the way")
     assert not build(tiny_folder, blocked / "cache").has_work
+
+
+def test_a_start_computes_with_int4_weights_that_were_kept_and_searches_plans_anew(
+    tiny_folder: Path, started: Started, tmp_path: Path
+) -> None:
+    cache = Path(shutil.copytree(started.cache_folder, tmp_path / "cache"))
+    config, weights = load_model_config(tiny_folder), open_weights(tiny_folder)
+    fingerprint = model_fingerprint(config, weights)
+    output = WeightLoader(config, weights, torch.bfloat16, torch.device("cpu")).layer(2).linears.output
+    place = 2, 3  # in the order of `Linears.mapped`
+    save_int4(int4_file(cache, fingerprint), {place: quantize_int4(-output.weight)}, fingerprint)
+    policy = save_random_policy(tmp_path / "policy.safetensors", tiny_folder)
+    said: list[str] = []
+    engine = build(tiny_folder, cache, said)
+    assert any("dash-policy quantize" in message for message in said)
+    assert [message for message in said if "kept for later" in message] == [
+        message for message in started.said if "searching" in message
+    ]
+    for action in (Action.FULL, Action.INT4):
+        pair = [fixed_tokens(own, action) for own in (engine, started.engine)]
+        assert (pair[0] == pair[1]) is (action is Action.FULL)
+    build(tiny_folder, cache, said, policy_file=policy)
+    assert any("other INT4 weights" in message for message in said)
+
+
+def fixed_tokens(engine: Engine, action: Action) -> list[int]:
+    stopping = StoppingParameters(24, ignore_eos=True)
+    engine.submit(GenerationRequest("one", [1, 2, 3], stopping, skip=SkipOptions(Mode.FIXED, fixed_action=action)))
+    return tokens(drain(engine)["one"])
 
 
 def test_warming_up_leaves_nothing_for_requests_to_reuse(started: Started) -> None:

@@ -236,6 +236,19 @@ def test_a_drafter_keeps_what_its_pinned_layers_run(policy: LearnedPolicy, tiny_
             load(path, tiny_folder)
 
 
+def test_a_file_names_int4_weights_of_its_own_and_says_nothing_of_the_usual_ones(
+    policy: LearnedPolicy, file: Path, tiny_folder: Path
+) -> None:
+    with safe_open(file, framework="pt") as opened:
+        assert "int4" not in json.loads(opened.metadata()["dash_policy"])  # older versions refuse what they do not know
+    assert load(file, tiny_folder).int4 is None
+    save_policy(file, replace(policy, int4="0123456789abcdef"), FINGERPRINT)
+    assert load(file, tiny_folder).int4 == "0123456789abcdef"
+    rewrite(file, {"int4": 7})
+    with pytest.raises(PolicyFileError, match="int4"):
+        load(file, tiny_folder)
+
+
 def test_a_file_of_the_format_before_is_refused_in_a_line_that_says_how_to_make_another(
     file: Path, tiny_folder: Path
 ) -> None:

@@ -36,8 +36,8 @@ def packed(layout: str, weight: Tensor) -> RowMatrix:
         linear = make_full_linear(FullLinear(weight))
         if packed_words(linear) is None:
             pytest.skip("this CPU has no such product for many rows")
-        return pack_row_matrix(Action.FULL, weight, linear)
-    return pack_row_matrix(action_of(layout), weight)
+        return pack_row_matrix(Action.FULL, FullLinear(weight), linear)
+    return pack_row_matrix(action_of(layout), FullLinear(weight))
 
 
 def action_of(layout: str) -> Action:
@@ -130,7 +130,8 @@ def test_a_row_has_the_same_bits_among_any_number_of_others_with_any_number_of_t
 
 @pytest.mark.parametrize(("action", "bits"), [(Action.INT4, 4.5), (Action.INT8, 8), (Action.FULL, 16)])
 def test_a_weight_takes_no_more_bits_than_its_action_says(action: Action, bits: float) -> None:
-    matrix = pack_row_matrix(action, some_weight(64, 256)).tensors()[0]  # INT4's grid of each group among them
+    # INT4's grid of each group is among them.
+    matrix = pack_row_matrix(action, FullLinear(some_weight(64, 256))).tensors()[0]
     assert matrix.numel() * matrix.element_size() * 8 == 64 * 256 * bits
 
 
@@ -151,7 +152,7 @@ def test_weights_for_many_rows_and_for_one_are_in_memory_once_and_outlive_their_
     assert isinstance(linear, BatchInvariantLinear)
     assert isinstance(linear.product, PackedLinear)
     assert words.data_ptr() == torch.ops.mkldnn.data_ptr(linear.product.packed)
-    assert pack_row_matrix(Action.FULL, weight, linear).tensors()[0].data_ptr() == words.data_ptr()
+    assert pack_row_matrix(Action.FULL, FullLinear(weight), linear).tensors()[0].data_ptr() == words.data_ptr()
     del linear
     churn = [some_weight(192, 96) for _ in range(50)]
     assert torch.equal(words.transpose(1, 2).flatten(0, 1).contiguous().view(torch.bfloat16), weight)

@@ -12,7 +12,7 @@ from dash_runtime.checkpoints import load_model_config
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.layers.shortlist import NUM_EXACT_TILES, shortlist_head
 from dash_runtime.linears.dense_linear import FullLinear
-from dash_runtime.linears.quantization import quantize_int4, quantize_int4_with_rest
+from dash_runtime.linears.int4_matrix import quantize_int4, quantize_int4_with_rest
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.rows.head_struct import RoughMatrix
 from dash_runtime.rows.model_rows import HeadRows, ModelRows
@@ -48,13 +48,13 @@ def head(
     config: ModelConfig, weight: Tensor, loudest: Tensor, num_exact: int, exact: Action = Action.FULL, threads: int = 1
 ) -> HeadRows:
     model = ModelRows(native_library(), config, [0] * config.num_layers, threads)
-    rough = RoughMatrix(pack_rough_matrix(weight, loudest), loudest, num_exact)
-    return HeadRows(model, pack_row_matrix(exact, weight), torch.ones(SIZE), len(weight), 1.0, rough)
+    rough = RoughMatrix(pack_rough_matrix(FullLinear(weight), loudest), loudest, num_exact)
+    return HeadRows(model, pack_row_matrix(exact, FullLinear(weight)), torch.ones(SIZE), len(weight), 1.0, rough)
 
 
 def exact_head(config: ModelConfig, weight: Tensor, exact: Action = Action.FULL) -> HeadRows:
     model = ModelRows(native_library(), config, [0] * config.num_layers, 1)
-    return HeadRows(model, pack_row_matrix(exact, weight), torch.ones(SIZE), len(weight), 1.0)
+    return HeadRows(model, pack_row_matrix(exact, FullLinear(weight)), torch.ones(SIZE), len(weight), 1.0)
 
 
 @pytest.mark.parametrize("exact", [Action.INT8, Action.FULL])

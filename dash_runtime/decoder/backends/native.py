@@ -118,14 +118,14 @@ class NativeBackend(OwnMemory):
         matrix = next((own for own in matrices if own is not None), None)
         if matrix is None:
             return None
-        rough = RoughMatrix(pack_rough_matrix(weight, loudest), loudest, NUM_EXACT_TILES)
+        rough = RoughMatrix(pack_rough_matrix(FullLinear(weight), loudest), loudest, NUM_EXACT_TILES)
         return HeadRows(self._rows, matrix, norm.weight, len(weight), multiplier, rough)
 
     def _head_matrix(self, precision: Action, weight: Tensor, linear: Linear) -> RowMatrix | None:
         if precision not in self._head_matrices:
             if precision not in self._actions or (precision is Action.FULL and packed_words(linear) is None):
                 return None
-            self._head_matrices[precision] = pack_row_matrix(precision, weight, linear)
+            self._head_matrices[precision] = pack_row_matrix(precision, FullLinear(weight), linear)
         return self._head_matrices[precision]
 
     def takes(self, batch: Batch) -> bool:
@@ -278,10 +278,10 @@ def packed_matrices(
     matrices = weights.matrices()
     if action is Action.FULL:
         pairs = zip(matrices, linears.matrices(), strict=True)
-        return [(pack_row_matrix(action, own.weight, linear), own.weight.shape[1]) for own, linear in pairs]
+        return [(pack_row_matrix(action, own, linear), own.weight.shape[1]) for own, linear in pairs]
     first, *key_values = quantized_parts(action, matrices[0])
     parts = [first, *((action, own) for own in matrices[1:]), *key_values]
-    return [(pack_row_matrix(precision, own.weight), own.weight.shape[1]) for precision, own in parts]
+    return [(pack_row_matrix(precision, own), own.weight.shape[1]) for precision, own in parts]
 
 
 def layer_vectors(weights: LayerWeights) -> dict[str, Tensor]:
