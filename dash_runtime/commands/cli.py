@@ -1,5 +1,5 @@
-"""The `dash-policy` command: fits, trains, evaluates, calibrates and describes policies, searches fixed plans, and says
-what actions cost.
+"""The `dash-policy` command: fits, trains, evaluates, calibrates and describes policies, searches fixed plans, rounds
+INT4 weights, and says what actions cost.
 
 Exit codes: 0 done, 2 something that the user can mend, 130 interrupted (training goes on from its last checkpoint).
 """
@@ -14,6 +14,7 @@ from dash_runtime.actions import Action
 from dash_runtime.checkpoints import default_cache_folder
 from dash_runtime.commands.costs import run_costs
 from dash_runtime.commands.evaluate import run_calibrate, run_evaluate, run_inspect
+from dash_runtime.commands.quantize import run_quantize
 from dash_runtime.commands.search import run_search
 from dash_runtime.commands.train import run_fit, run_train
 from dash_runtime.errors import DashRuntimeError
@@ -169,6 +170,12 @@ def _parser() -> argparse.ArgumentParser:
 
     inspection = subparsers.add_parser("inspect", parents=[common, chosen], help="show what policy files hold")
     inspection.set_defaults(run=run_inspect)
+
+    quantization = subparsers.add_parser(
+        "quantize", parents=[common], help="round INT4 weights by the inputs that they get, for later starts"
+    )
+    quantization.add_argument("--sequences", type=_positive, default=128, help="text to round by (default 128)")
+    quantization.set_defaults(run=run_quantize)
 
     costs = subparsers.add_parser("costs", parents=[common], help="show what each action costs on this device")
     costs.add_argument("--measure", action="store_true", help="measure again first, and keep that for later starts")

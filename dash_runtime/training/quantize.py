@@ -1,0 +1,126 @@
+"""Rounds a model's INT4 matrices by the inputs that they get on some text, layer by layer, and says what that wins.
+
+Knows layers and text; knows no files and no policies.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.layers.layer_body import Linears
+from dash_runtime.linears.dense_linear import FullLinear, Linear
+from dash_runtime.linears.int4_matrix import Int4Matrix, Place, is_nearly_exact
+from dash_runtime.linears.quantization import rounded_linear
+from dash_runtime.progress import Progress
+from dash_runtime.training.dense_decoder import DenseDecoder, token_batch
+from dash_runtime.training.gptq import quantize_int4_for
+from dash_runtime.training.loaded_model import LoadedModel
+from dash_runtime.training.loss import divergences
+
+_TOGETHER = 16
+"""Sequences that run together."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedModel:
+    """The matrices that INT4 changes, rounded by their inputs.
+
+    The divergences are of INT4 in all layers, in nats per token, with each weight rounded to the nearest, and with
+    these matrices.
+    """
+
+    matrices: Mapping[Place, Int4Matrix]
+    nearest_divergence: float
+    divergence: float
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A matrix in FULL that adds up the second moments of its inputs, float32 `[in, in]`."""
+
+    full: FullLinear
+    moments: Tensor | None = None
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        rows = inputs.flatten(0, -2).float()
+        self.moments = rows.T @ rows if self.moments is None else self.moments.addmm_(rows.T, rows)
+        return self.full(inputs)
+
+
+@dataclass(slots=True)
+class _Paths:
+    """The states of some sequences, in batches, before the layer that comes next."""
+
+    decoder: DenseDecoder
+    states: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def begin(cls, decoder: DenseDecoder, sequences: Sequence[Sequence[int]]) -> "_Paths":
+        ids = token_batch(sequences, 0)
+        return cls(decoder, [decoder.embed(own) for own in ids.split(_TOGETHER)])
+
+    def run(self, layer: int, linears: Linears[Linear]) -> None:
+        """Takes the states through a layer with these matrices."""
+        own = {Action.FULL: linears}
+        self.states = [self.decoder.run_layer(layer, Action.FULL, states, linears=own) for states in self.states]
+
+    def divergence_from(self, full: "_Paths") -> float:
+        """Returns the mean divergence of the last layer's outputs."""
+        pairs = zip(full.states, self.states, strict=True)
+        each = [divergences(self.decoder, *(own.flatten(0, 1) for own in pair)) for pair in pairs]
+        return float(torch.cat(each).mean())
+
+
+@torch.no_grad()
+def quantize(
+    model: LoadedModel, sequences: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]], progress: Progress
+) -> QuantizedModel:
+    """Rounds the matrices that INT4 would change.
+
+    Args:
+        model: the model.
+        sequences: the text whose inputs count, token ids in sequences of one length.
+        held_out: the text that the divergences are of, likewise.
+        progress: called with sentences.
+    """
+    decoder = model.dense_decoder()
+    text, full, nearest, ours = (_Paths.begin(decoder, own) for own in (sequences, *[held_out] * 3))
+    matrices: dict[Place, Int4Matrix] = {}
+    for layer in range(decoder.num_layers):
+        linears = model.layer_weights(layer).linears
+        watched = linears.mapped(_Watched, _Watched)
+        text.run(layer, watched)
+        rounded = _quantized(watched)
+        matrices |= {(layer, place): matrix for place, matrix in rounded.items()}
+        full.run(layer, linears)
+        nearest.run(layer, _in_int4(linears, {}))
+        ours.run(layer, _in_int4(linears, rounded))
+        progress(f"rounded layer {layer + 1} of {decoder.num_layers}")
+    return QuantizedModel(matrices, nearest.divergence_from(full), ours.divergence_from(full))
+
+
+def _quantized(layer: Linears[_Watched]) -> dict[int, Int4Matrix]:
+    """Returns the matrices rounded by their inputs, by place, without those that have had none or whose file had four
+    bits."""
+    rounded: dict[int, Int4Matrix] = {}
+
+    def add(place: int, watched: _Watched) -> _Watched:
+        weight, moments = watched.full.weight, watched.moments
+        if moments is not None and moments.diagonal().any() and not is_nearly_exact(weight):
+            rounded[place] = quantize_int4_for(weight, moments)
+        return watched
+
+    layer.mapped_by_place(add, lambda router: router)
+    return rounded
+
+
+def _in_int4(layer: Linears[FullLinear], rounded: Mapping[int, Int4Matrix]) -> Linears[FullLinear]:
+    """Returns what a layer in INT4 computes with."""
+
+    def matrix(place: int, full: FullLinear) -> FullLinear:
+        return rounded_linear(Action.INT4, replace(full, int4=rounded.get(place)))
+
+    return layer.mapped_by_place(matrix, lambda router: router)
