@@ -51,7 +51,8 @@ def measure_recording(report: Report, engine: Engine, prompt: list[int]) -> None
     stopping = StoppingParameters(_STEPS + 1, ignore_eos=True)
     values = []
     for number in range(20):
-        request = GenerationRequest(str(number), prompt, stopping, skip=SkipOptions(Mode.ADAPTIVE, policy_name=_POLICY))
+        skip = SkipOptions(Mode.ADAPTIVE, policy_name=_POLICY)
+        request = GenerationRequest(str(number), prompt, stopping, skip=skip, is_immediate=True)
         engine.submit(request)
         for _ in range(_STEPS):  # stops before the last step, so that the sequence still exists
             engine.step()

@@ -18,9 +18,10 @@ from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.embedding import Embedding
 from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.kv_cache import CachePool, SequenceCache
-from dash_runtime.layers.pass_plan import Burst, PassPlan, PassRun, WantedBurst
+from dash_runtime.layers.pass_plan import PassPlan, PassRun, WantedBurst
 from dash_runtime.layers.rotary import rotary_tables
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.rows.burst import Burst
 from dash_runtime.rows.draws import DrawTokens
 
 Backends = Mapping[PassKind, Sequence[Backend]]

@@ -13,7 +13,7 @@ def settle_decisions(timer: CudaStepTimer, blocks: Iterable[DecidedBlock]) -> No
     That is its idle time before the first decided layer, less what it idles between layers that wait for no decision.
     To be called once the step is done, and before the next one begins.
     """
-    timed = [block for block in blocks if block.ticket is not None and block.ticket.events is not None]
+    timed = [block for block in blocks if block.ticket.events is not None]
     if not timed:
         return
     idle = _idle_ns(timer.times())
@@ -21,7 +21,6 @@ def settle_decisions(timer: CudaStepTimer, blocks: Iterable[DecidedBlock]) -> No
     usual = min((gap for layer, gap in enumerate(idle) if layer and layer not in waiting), default=0)
     for block in timed:
         ticket = block.ticket
-        assert ticket is not None
         assert ticket.events is not None
         ticket.started_ns, ticket.ended_ns = map(timer.time_of, ticket.events)
         ticket.exposed_ns = max(0, idle[block.layers[0]] - usual)

@@ -284,13 +284,17 @@ class Engine:
 
     def _decode_burst(self, sequence: Sequence, rows: DecodingRows, events: list[EngineEvent]) -> bool:
         """Decodes several tokens of a sequence that runs alone; returns False if that cannot be now."""
-        num_positions = sequence.cache.length
+        num_positions, decider = sequence.cache.length, rows.deciders[0]
         burst = decode_burst(self._decoder, rows, sequence, self._config.burst_milliseconds / 1e3)
-        for token_id, plan in () if burst is None else zip(*burst, strict=True):
+        if burst is None:
+            return False
+        head, num_evaluations = decider.policy.head, decider.num_evaluations
+        sequence.recorder.add_burst(burst, lambda plan: sequence.log.cost_of(plan, head, num_evaluations))
+        for token_id, plan in zip(burst.token_ids, burst.plans, strict=True):
             num_positions += 1
-            self._count(sequence, rows.deciders[0], plan, 0, num_positions)
+            self._count(sequence, decider, plan, 0, num_positions)
             self._take(sequence, token_id, None, 0, plan, events)
-        return burst is not None
+        return True
 
     def _count(self, sequence: Sequence, by: Decider, plan: bytes, exposed_ns: int, num_positions: int) -> None:
         """Counts what a decoded token took."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from dash_runtime.actions import CostTable
-from dash_runtime.engine.step import DecidedBlock, Decider
+from dash_runtime.engine.step import Decider
 from dash_runtime.layers.pass_plan import Decided
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy import Token
@@ -37,12 +37,5 @@ class FusedDecider(Decider):
     def num_evaluations(self) -> int:
         return self.policy.num_evaluations
 
-    @property
-    def blocks(self) -> Sequence[DecidedBlock]:
-        if asked := super().blocks:
-            return asked
-        size, scores = 4 * len(self.policy.score_actions), [decisions.scores for _, decisions in self._told]
-        return [
-            DecidedBlock((layer,), None, [own[layer * size : (layer + 1) * size] for own in scores])
-            for (layer,) in self.policy.spec.decision_blocks
-        ]
+    def scores_in_pass(self, row: int) -> bytes | None:
+        return None if self.blocks else self._told[self.rows.index(row)][1].scores

@@ -104,7 +104,7 @@ class Sequence:
     def may_burst(self) -> bool:
         """True if its next tokens may come together: nobody looks at one before the next, or wants it at once."""
         wants_each = self.request.is_immediate or self.request.logprobs is not None
-        return self.speculation is None and not wants_each and not self.recorder.has_room
+        return self.speculation is None and not wants_each
 
     @property
     def is_drafting(self) -> bool:

@@ -54,10 +54,9 @@ class DecidedBlock:
     """A decision block: the layers that one evaluation of the policy decided, for all rows of a decider."""
 
     layers: tuple[int, ...]
-    ticket: Ticket | None
-    """None if it was decided within the pass."""
-    scores: Tensor | Sequence[bytes] | None
-    """`[rows, layers, score actions]`, or float32 by row if it has one layer; None without scores."""
+    ticket: Ticket
+    scores: Tensor | None
+    """`[rows, layers, score actions]`; None without scores."""
 
 
 def decode_step(
@@ -199,8 +198,13 @@ class Decider:
 
     @property
     def blocks(self) -> Sequence[DecidedBlock]:
-        """Decision blocks that were decided so far, in order."""
+        """Decision blocks that were decided between layers so far, in order."""
         return self._blocks
+
+    def scores_in_pass(self, row: int) -> bytes | None:
+        """Returns the scores with which the last pass decided layers of a row (`RowDecisions.scores`); None if it
+        decided none."""
+        return None
 
 
 @lru_cache  # every step asks for it

@@ -6,7 +6,7 @@ afterwards. Knows steps and deciders; knows no sink.
 
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -17,6 +17,7 @@ from dash_runtime.actions import Action
 from dash_runtime.decision_trace import MAX_UINT32, DecisionTrace, StepKind, TraceStep
 from dash_runtime.engine.step import DecidedBlock, Decider, StepOutput
 from dash_runtime.policy.catalog import Assignment
+from dash_runtime.rows.burst import Burst
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +29,20 @@ class _Pass:
     cost: float
     plan: bytes
     layer_times: array
-    blocks: Sequence[DecidedBlock]
-    place: int
-    """The row's index among its decider's rows."""
     started_ns: int
     ended_ns: int
+    scores: bytes | None = None
+    """Those with which the pass decided its layers; None if it decided none."""
+    blocks: Sequence[DecidedBlock] = ()
+    """What was decided between layers."""
+    place: int = 0
+    """The row's index in these blocks."""
 
     @property
     def way(self) -> tuple[bool, bool]:
         """Passes that decided in the same way have the same: in mode EXACT, full depth decodes too, without decision
         blocks; and a sequence may decode alone, where its pass decides, and then in a batch."""
-        return bool(self.blocks), bool(self.blocks) and self.blocks[0].ticket is None
+        return bool(self.blocks), self.scores is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +88,16 @@ class TraceRecorder:
         """Records the pass of one row of the batch, which has just ended with this token; `cost` is in full-depth
         tokens."""
         if self._has_room():
-            place = decider.rows.index(row)
-            plan, times, ended_ns = output.plans[row], output.layer_times, time.perf_counter_ns()
-            self._steps.append(_Pass(kind, token_id, cost, plan, times, decider.blocks, place, started_ns, ended_ns))
+            decided = decider.scores_in_pass(row), decider.blocks, decider.rows.index(row)
+            own = token_id, cost, output.plans[row], output.layer_times, started_ns, time.perf_counter_ns()
+            self._steps.append(_Pass(kind, *own, *decided))
+
+    def add_burst(self, burst: Burst, cost_of: Callable[[bytes], float]) -> None:
+        """Records the passes of a burst. `cost_of` a plan is its cost in full-depth tokens."""
+        for place, (token_id, plan) in enumerate(zip(burst.token_ids, burst.plans, strict=True)):
+            if self._has_room():
+                own = token_id, cost_of(plan), plan, burst.layer_times(place), *burst.times(place), burst.scores(place)
+                self._steps.append(_Pass(StepKind.DECODE, *own))
 
     def add_verification(
         self, token_ids: list[int], num_accepted: int, num_from_text: int, cost: float, started_ns: int
@@ -147,21 +158,23 @@ class TraceRecorder:
         All at once: an operation on all layers of all steps costs as much as one on a few numbers.
         """
         num_layers, blocks = self._assignment.costs.num_layers, passes[0].blocks
+        policy = self._assignment.policy
         begun = numpy.array([step.started_ns for step in passes])[:, None, None]
         times = numpy.frombuffer(b"".join(step.layer_times for step in passes), numpy.int64)
         layers = times.reshape(len(passes), num_layers, 2).swapaxes(1, 2) - begun
         decisions = numpy.zeros((len(passes), 3, num_layers), numpy.int64)
-        if blocks:
+        if passes[0].scores is not None:  # the program of the layer before decided
+            decided = [layer for layer in range(num_layers) if layer not in policy.pinned]
+            evaluations = layers[:, :, [layer - 1 for layer in decided]]
+            decisions[:, :2, decided] = numpy.maximum(evaluations, 1)  # 0 means no decision
+        elif blocks:
             first_layers = [block.layers[0] for block in blocks]
-            if blocks[0].ticket is None:  # the program of the layer before decided
-                evaluations = layers[:, :, [layer - 1 for layer in first_layers]]
-            else:
-                tickets = numpy.array([[_ticket_times(block) for block in own.blocks] for own in passes]).swapaxes(1, 2)
-                evaluations = tickets[:, :2] - begun
-                decisions[:, 2, first_layers] = tickets[:, 2]
+            tickets = numpy.array([[_ticket_times(block) for block in own.blocks] for own in passes]).swapaxes(1, 2)
+            evaluations = tickets[:, :2] - begun
+            decisions[:, 2, first_layers] = tickets[:, 2]
             decided = [layer for block in blocks for layer in block.layers]
             block_of = [index for index, block in enumerate(blocks) for _ in block.layers]
-            decisions[:, :2, decided] = numpy.maximum(evaluations[:, :, block_of], 1)  # 0 means no decision
+            decisions[:, :2, decided] = numpy.maximum(evaluations[:, :, block_of], 1)
         numbers = numpy.concatenate((layers, decisions), axis=1).clip(0, MAX_UINT32).astype("<u4")
         plans = numpy.frombuffer(b"".join(step.plan for step in passes), numpy.uint8).reshape(len(passes), num_layers)
         spent = numpy.zeros((len(passes), num_layers), "<f4")
@@ -193,7 +206,7 @@ class TraceRecorder:
         """Returns each step's packed scores, in the order of layers."""
         blocks = passes[0].blocks
         if not blocks or blocks[0].scores is None:
-            return [b""] * len(passes)
+            return [step.scores or b"" for step in passes]
         policy, costs = self._assignment.policy, self._assignment.costs
         scores = numpy.zeros((len(passes), costs.num_layers, len(policy.score_actions)), "<f4")
         where = [layer for block in blocks for layer in block.layers]
@@ -214,20 +227,12 @@ class TraceRecorder:
 
 def _ticket_times(block: DecidedBlock) -> tuple[int, int, int]:
     """Returns when an evaluation started and ended, and the time that the decoder lost."""
-    assert block.ticket is not None
     return block.ticket.started_ns, block.ticket.ended_ns, block.ticket.exposed_ns
 
 
 def _decided_scores(passes: list[_Pass]) -> numpy.ndarray:
     """Returns the scores of passes with the same decision blocks, in order."""
-    by_step = [[block.scores for block in step.blocks] for step in passes]
-    rows: list[bytes] = []
-    parts: list[list[Tensor]] = []
-    for step, own in zip(passes, by_step, strict=True):
-        rows += [scores[step.place] for scores in own if isinstance(scores, list)]
-        parts.append([scores for scores in own if isinstance(scores, Tensor)])
-    if rows:
-        return numpy.frombuffer(b"".join(rows), numpy.float32)
+    parts = [[block.scores for block in step.blocks if block.scores is not None] for step in passes]
     if len({(step.place, len(own[0])) for step, own in zip(passes, parts, strict=True)}) == 1:
         return _joined([part for own in parts for part in own], passes[0].place).numpy()
     # The batch changed in between.

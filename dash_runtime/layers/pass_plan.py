@@ -3,7 +3,6 @@
 from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -39,13 +38,6 @@ class WantedBurst:
     end_ids: Collection[int]
     draw: Callable[[], Draw] | None = None
     """Makes the next token's draw; None if none is drawn."""
-
-
-class Burst(NamedTuple):
-    """Tokens that a row decoded one after another, and for each the actions that ran, a byte per layer."""
-
-    token_ids: list[int]
-    plans: list[bytes]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ Knows matrices, memory and positions; knows no sequences and no policies.
 import time
 from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
-from ctypes import Array, addressof, c_int64, c_uint8, pointer
+from ctypes import Array, addressof, c_int64, pointer
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.model_config import Activation, ModelConfig
+from dash_runtime.rows.burst import Burst
 from dash_runtime.rows.draws import Draw, draw_structs
 from dash_runtime.rows.head_struct import RoughMatrix, head_struct, numbers_struct, packed_struct
 from dash_runtime.rows.library import RowsLibrary
@@ -163,25 +164,21 @@ class ModelRows:
         rows: RowsOfPass,
         plans: RowPlans,
         head: "HeadRows",
-    ) -> tuple[list[int], list[bytes]]:
+    ) -> Burst:
         """Decodes up to `count` tokens of a lone row, each the likeliest after the one before, or drawn if there are
-        draws; the first follows `token_id`, and none follows one of `ends`.
-
-        Returns them, and for each the actions that ran, a byte per layer.
-        """
-        own, num_layers = self._pass, self._num_layers
-        tokens, ran = (c_int64 * count)(), (c_uint8 * (count * num_layers))()
+        draws; the first follows `token_id`, and none follows one of `ends`."""
+        own = self._pass
+        burst = Burst(count, self._num_layers, plans.num_score_bytes)
         own.tokens, own.output, own.planner = (c_int64 * 1)(token_id), None, None
         logits = self._logits_of(head, 1)  # kept until all have run
         own_draws = draw_structs(draws) if draws else None
-        arguments = count, numbers_struct(list(ends)), len(ends), own_draws, tokens, ran
-        done = self._run(
+        arguments = count, numbers_struct(list(ends)), len(ends), own_draws, addressof(burst.struct)
+        burst.num_tokens = self._run(
             *(rows, plans, self._all_layers, plans.pinned),
             lambda address: self._library.run_burst(address, *arguments),
         )
         del logits
-        by_token = bytes(ran)
-        return tokens[:done], [by_token[place * num_layers : (place + 1) * num_layers] for place in range(done)]
+        return burst
 
     def draw(self, logits: Tensor, draws: Mapping[int, Draw]) -> list[int]:
         """Draws a token for each of some rows of float32 logits `[rows, vocab_size]`."""

@@ -66,6 +66,15 @@ struct Pass {
   int64_t *times;           // [layer][start, end], as time.perf_counter_ns
 };
 
+// What the passes of a burst leave, token by token.
+struct BurstRecord {
+  int64_t *tokens;  // the next ones
+  uint8_t *plans;   // [tokens, num_layers]: what ran
+  int64_t *times;   // [tokens, num_layers, 2], as a pass has them
+  float *scores;    // [tokens, num_layers, num_actions]; none if nothing is decided
+  int64_t *marks;   // [tokens, 2]: start and end
+};
+
 inline int64_t now() {
   timespec time;
   clock_gettime(CLOCK_MONOTONIC, &time);

@@ -144,6 +144,12 @@ class RowPlans:
             self._kept[0] = kept._replace(compensation=compensation, kv_action=kv_action)
             self.array[0].compensations, self.array[0].kv_action = compensation.array, kv_action
 
+    @property
+    def num_score_bytes(self) -> int:
+        """The size of the scores with which the only plan decides; 0 if it decides nothing."""
+        decisions = self._kept[0].decisions
+        return 0 if decisions is None else len(decisions.scores)
+
     def ran(self) -> list[bytes]:
         """Returns the actions of the last call, by plan and layer."""
         if len(self.array) == 1:

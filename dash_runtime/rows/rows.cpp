@@ -74,17 +74,24 @@ extern "C" void dash_run_rows(const Pass *pass) {
 }
 
 // Decodes a lone row: after its token the likeliest one, or the one that is drawn if there are draws, and after that
-// the next, up to `num_tokens` or the first that is among `ends`. Writes them, and by token and layer what ran; returns
-// their number. The row stays where the last ran.
+// the next, up to `num_tokens` or the first that is among `ends`. Writes them and what their passes left; returns their
+// number. The row stays where the last ran.
 extern "C" int64_t dash_run_burst(Pass *pass, int64_t num_tokens, const int64_t *ends, int64_t num_ends,
-                                  const Draw *draws, int64_t *tokens, uint8_t *plans) {
+                                  const Draw *draws, const BurstRecord *record) {
   const int64_t num_layers = pass->shape->num_layers;
+  const Decisions *decisions = pass->plans->decisions;
+  const int64_t num_scores = decisions ? num_layers * decisions->policy->num_actions : 0;
+  int64_t *tokens = record->tokens;
   Drawing drawing;
   for (int64_t done = 0;; ++pass->spans->num_tokens) {
+    record->marks[2 * done] = now();
     pass->likeliest = tokens + done;
     dash_run_rows(pass);
-    std::memcpy(plans + done * num_layers, pass->plans->plan, num_layers);
+    std::memcpy(record->plans + done * num_layers, pass->plans->plan, num_layers);
+    std::memcpy(record->times + done * 2 * num_layers, pass->times, 2 * num_layers * sizeof(int64_t));
+    if (decisions) std::memcpy(record->scores + done * num_scores, decisions->scores, num_scores * sizeof(float));
     if (draws) tokens[done] = drawing.token(pass->logits, pass->head->num_tiles * kLanes, draws[done]);
+    record->marks[2 * done + 1] = now();
     const int64_t token = tokens[done++];
     if (done == num_tokens || std::find(ends, ends + num_ends, token) != ends + num_ends) return done;
     pass->tokens = tokens + done - 1;

@@ -105,6 +105,10 @@ class HeadStruct(Structure):
     ]
 
 
+class BurstStruct(Structure):
+    _fields_ = _pointers("tokens", "plans", "times", "scores", "marks")
+
+
 class PassStruct(Structure):
     _fields_ = [
         *_pointers("workspace"),

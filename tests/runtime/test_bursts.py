@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from dash_runtime.actions import Action
 from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SamplingParameters, SkipOptions
 from dash_runtime.config import StoppingParameters as Stopping
+from dash_runtime.decision_trace import unpack_uint32
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import ConfigError
 from dash_runtime.events import EndReason, EngineEvent, SequenceFinished, TokenProduced
@@ -86,9 +88,11 @@ def test_tokens_that_come_together_are_those_that_come_one_by_one(
     assert len(tokens(together)) == NUM_TOKENS
 
 
-def test_steps_have_several_tokens_unless_they_are_wanted_at_once(engine: Engine) -> None:
+def test_steps_have_several_tokens_unless_they_are_wanted_at_once_and_the_first_ones_fewer(engine: Engine) -> None:
     engine.submit(request())
-    assert max(map(len, tokens_of_steps(engine))) > 1
+    counts = [len(step) for step in tokens_of_steps(engine)]
+    assert max(counts) > 3
+    assert all(count <= 2 + sum(counts[:place]) // 4 for place, count in enumerate(counts))
     engine.submit(request(is_immediate=True))
     assert max(map(len, tokens_of_steps(engine))) == 1
 
@@ -150,13 +154,32 @@ def test_drawn_tokens_are_the_same_alone_and_beside_others(engine: Engine) -> No
     assert tokens(together["other"]) != tokens(alone)
 
 
-def test_recorded_steps_have_one_token_each(model: CompiledModel) -> None:
-    engine = engine_of(model, record_steps=12)
-    engine.submit(request())
-    counts = [len(step) for step in tokens_of_steps(engine) if step]
+@pytest.mark.parametrize("mode", ["full depth", "adaptive", "INT4"])
+def test_steps_of_bursts_are_recorded_like_others(model: CompiledModel, mode: str) -> None:
+    engine, traces = engine_of(model, record_steps=12), []
+    for is_immediate in (True, False):
+        engine.submit(request(mode, is_immediate=is_immediate))
+        steps = []
+        while engine.has_work:
+            steps.append(engine.step())
+        assert (max(map(len, steps)) > 3) is not is_immediate
+        trace = finished([event for step in steps for event in step]).trace
+        assert trace is not None
+        traces.append(trace)
     engine.close()
-    assert counts[:12] == [1] * 12
-    assert max(counts) > 1
+    alone, together = traces
+    assert len(together.steps) == 12
+    assert together.num_unrecorded_steps == alone.num_unrecorded_steps == NUM_TOKENS - 1 - 12
+    for one, other in zip(alone.steps, together.steps, strict=True):
+        for name in ("kind", "token_ids", "actions", "scores", "cost_spent", "cost"):
+            assert getattr(one, name) == getattr(other, name)
+    for before, step in pairwise(together.steps):
+        assert step.start_unix_ns >= before.start_unix_ns + before.duration_ns
+    for step in together.steps:
+        starts, ends = unpack_uint32(step.layer_starts), unpack_uint32(step.layer_ends)
+        times = [time for pair in zip(starts, ends, strict=True) for time in pair]
+        assert times == sorted(times)
+        assert 0 < times[-1] <= step.duration_ns
 
 
 def test_no_milliseconds_mean_no_bursts(model: CompiledModel) -> None:

@@ -159,10 +159,10 @@ def test_steps_alone_whose_passes_decide_and_steps_in_a_batch_are_recorded_toget
     plan, times = bytes([Action.FULL] * 6), array("q", range(100, 220, 10))
     ticket: Any = SimpleNamespace(started_ns=103, ended_ns=107, exposed_ns=2)
     scores = torch.arange(32.0).view(2, 4, 4)
-    alone = [DecidedBlock((layer,), None, [array("f", [layer] * 4).tobytes()]) for layer in (1, 2, 3, 4)]
+    alone = array("f", [layer if 0 < layer < 5 else 0 for layer in range(6) for _ in range(4)]).tobytes()
     together = [DecidedBlock((1, 2, 3), ticket, scores[:, :3]), DecidedBlock((4,), ticket, scores[:, 3:])]
-    for blocks, rows in ((alone, [0]), (together, [0, 1]), (alone, [0])):
-        decider: Any = SimpleNamespace(rows=rows, blocks=blocks)
+    for in_pass, blocks, rows in ((alone, [], [0]), (None, together, [0, 1]), (alone, [], [0])):
+        decider: Any = SimpleNamespace(rows=rows, blocks=blocks, scores_in_pass={rows[-1]: in_pass}.get)
         output = StepOutput(torch.zeros(len(rows), 4), [plan] * len(rows), StepTimer(times))
         recorder.add_pass(StepKind.DECODE, 7, 0.5, output, rows[-1], decider, started_ns=90)
     recorded = recorder.packed("a")

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.layers.batch import Batch
-from dash_runtime.layers.pass_plan import Burst, PassPlan, PassRun, WantedBurst
+from dash_runtime.layers.pass_plan import PassPlan, PassRun, WantedBurst
+from dash_runtime.rows.burst import Burst
 from dash_runtime.rows.draws import DrawTokens
 
 

@@ -19,7 +19,7 @@ from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.layer import DecoderLayer
 from dash_runtime.layers.layer_body import Linears, run_layer_body
 from dash_runtime.layers.norm import RmsNorm
-from dash_runtime.layers.pass_plan import Burst, PassPlan, PassRun, WantedBurst
+from dash_runtime.layers.pass_plan import PassPlan, PassRun, WantedBurst
 from dash_runtime.layers.rotary import queries_grow
 from dash_runtime.layers.row_compensation import pack_for_rows
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
@@ -28,6 +28,7 @@ from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import FullLinear, Linear, for_neighbours, most_rows_apart, packed_words
 from dash_runtime.linears.quantization import quantized_parts
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.rows.burst import Burst
 from dash_runtime.rows.draws import DrawTokens
 from dash_runtime.rows.head_struct import RoughMatrix
 from dash_runtime.rows.library import RowsLibrary
@@ -182,7 +183,7 @@ class NativeBackend(OwnMemory):
             return None
         draws = () if wanted.draw is None else [wanted.draw() for _ in range(wanted.count)]
         own = wanted.token_id, wanted.count, wanted.end_ids, draws
-        return Burst(*self._rows.run_burst(*own, batch.rows_of(None), plans, head))
+        return self._rows.run_burst(*own, batch.rows_of(None), plans, head)
 
     @property
     def draw(self) -> DrawTokens:
