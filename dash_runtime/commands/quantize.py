@@ -9,7 +9,7 @@ from dash_runtime.actions import Action
 from dash_runtime.errors import ConfigError
 from dash_runtime.linears.int4_file import save_int4
 from dash_runtime.training.loaded_model import LoadedModel
-from dash_runtime.training.quantize import quantize
+from dash_runtime.training.quantize import is_changed_by_int4, quantize
 
 HELD_OUT_SEQUENCES = 24
 
@@ -19,15 +19,15 @@ def run_quantize(options: argparse.Namespace) -> None:
     model = LoadedModel(options.model_options, print, (Action.FULL,))
     if Action.INT4 not in model.supported:
         raise ConfigError("model", f"{options.model} has matrices of a size for which {model.device} has no INT4")
+    if not is_changed_by_int4(model):
+        print("nothing to round: INT4 hardly changes these weights, as those of a file of four bits")
+        return
     sequences = model.sequences(options.sequences + HELD_OUT_SEQUENCES)
     if len(sequences) <= HELD_OUT_SEQUENCES:
         raise ConfigError("data", f"must have more than {HELD_OUT_SEQUENCES} sequences, which judge the rounding")
     text, held_out = sequences[HELD_OUT_SEQUENCES:], sequences[:HELD_OUT_SEQUENCES]
     print(f"rounding by {len(text)} sequences; {HELD_OUT_SEQUENCES} others judge it")
     quantized = quantize(model, text, held_out, print)
-    if not quantized.matrices:
-        print("nothing to round: INT4 hardly changes these weights, as those of a file of four bits")
-        return
     figures = f"{quantized.divergence:.4f} nats from full depth instead of {quantized.nearest_divergence:.4f}"
     if quantized.divergence >= quantized.nearest_divergence:
         print(f"INT4 everywhere is {figures}: not kept")

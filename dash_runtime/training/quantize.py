@@ -74,6 +74,21 @@ class _Paths:
         return float(torch.cat(each).mean())
 
 
+def is_changed_by_int4(model: LoadedModel) -> bool:
+    """Returns True if INT4 changes a matrix of the layers, which it hardly does if the file has four bits a weight."""
+    found: list[int] = []
+
+    def look(place: int, full: FullLinear) -> FullLinear:
+        if not found and not is_nearly_exact(full.weight):
+            found.append(place)
+        return full
+
+    for layer in range(model.config.num_layers):
+        if not found:
+            model.layer_weights(layer).linears.mapped_by_place(look, lambda router: router)
+    return bool(found)
+
+
 @torch.no_grad()
 def quantize(
     model: LoadedModel, sequences: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]], progress: Progress

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dash_runtime.actions import Action
@@ -155,3 +156,19 @@ def test_the_command_keeps_what_later_commands_and_starts_compute_with(
     first = load_int4(before.int4_file, before.fingerprint).identity
     assert main(["quantize", *arguments]) == 0  # from the weights, not from what was kept
     assert load_int4(before.int4_file, before.fingerprint).identity == first
+
+
+def test_a_model_of_four_bits_has_nothing_to_round_and_no_text_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    for name, weight in weights.items():
+        if name.endswith("_proj.weight"):
+            weights[name] = quantize_int4(weight).dequantized().to(weight.dtype)
+    save_file(weights, file, metadata={"format": "pt"})
+    arguments = ["quantize", "--model", str(folder), "--device", "cpu", "--cache-folder", str(tmp_path / "cache")]
+    assert main([*arguments, "--data", "/nowhere.txt"]) == 0
+    assert "nothing to round" in capsys.readouterr().out
+    assert not (tmp_path / "cache" / "int4").exists()
