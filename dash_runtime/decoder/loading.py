@@ -62,8 +62,9 @@ def make_decoder(
     copies = native is not None
     devices = [device] * config.num_layers if isinstance(device, torch.device) else list(device)
     has_finer_keys = has_finer_keys and Action.INT4 in actions
+    own_int4 = (int4 or {}) if Action.INT4 in actions else {}  # unpacking takes time and memory
     loaders = {
-        own: WeightLoader(config, weights, dtype, own, copies, has_finer_keys, int4 or {})
+        own: WeightLoader(config, weights, dtype, own, copies, has_finer_keys, own_int4)
         for own in dict.fromkeys(devices)
     }
     assert native is None or len(loaders) == 1, "native code runs on one device"

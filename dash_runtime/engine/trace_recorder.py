@@ -34,7 +34,7 @@ class _Pass:
     scores: bytes | None = None
     """Those with which the pass decided its layers; None if it decided none."""
     blocks: Sequence[DecidedBlock] = ()
-    """What was decided between layers."""
+    """The blocks that were decided between layers."""
     place: int = 0
     """The row's index in these blocks."""
 

@@ -23,7 +23,7 @@ class Burst:
         memory = self._tokens, self._plans, self._times, self._scores, self._marks
         self.struct = BurstStruct(*(own.buffer_info()[0] for own in memory))
         self.num_tokens = 0
-        """How many there are."""
+        """The number of tokens that there are."""
 
     @property
     def token_ids(self) -> list[int]:

@@ -56,7 +56,8 @@ class DenseDecoder:
         self.dtype = dtype
         self.device = torch.device("cpu") if device is None else device
         has_finer_keys = has_finer_keys and Action.INT4 in actions
-        loader = WeightLoader(config, weights, dtype, self.device, has_finer_keys=has_finer_keys, int4=int4 or {})
+        own_int4 = (int4 or {}) if Action.INT4 in actions else {}  # unpacking takes time and memory
+        loader = WeightLoader(config, weights, dtype, self.device, has_finer_keys=has_finer_keys, int4=own_int4)
         full = [loader.layer(index) for index in range(config.num_layers)]
         self._norms: Sequence[Norms] = full
         router = partial(_product, Action.FULL)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE, INT4_ZERO_POINT, Int4Matrix, quantize_int4
 
 _DAMPING = 0.3
-"""What is added to each input's second moment, as a share of their mean. With less, the rounding fits the text that the
+"""The addition to each input's second moment, as a share of their mean. With less, the rounding fits the text that the
 moments are of too closely."""
 _BLOCK = 128
 """Inputs that are rounded before the inputs behind them take over what is left."""
