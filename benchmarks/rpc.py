@@ -10,27 +10,34 @@ from benchmarks.rounds import Effort, Work, interleaved, progress
 from benchmarks.runs import Arrivals, Run, run_from_arrivals
 from benchmarks.server_process import DEADLINE_SECONDS, RunningServer, running_server
 from benchmarks.setting import Setting
+from dash_client import DashClient, Session
 from dash_runtime.config import SkipOptions
 
 _TARGETS = {1: "≤ 0.05", 16: "≤ 0.10"}
 
 
 class ServedContender:
-    """Streams through a stopped server, which is awake meanwhile, each read by a thread of this process."""
+    """Streams through a stopped server, which is awake meanwhile, each read by a thread of this process.
 
-    def __init__(self, server: RunningServer, skip: SkipOptions) -> None:
+    They are calls of their own, or all in one session.
+    """
+
+    def __init__(self, server: RunningServer, skip: SkipOptions, *, in_session: bool = False) -> None:
         self._server = server
         self._skip = skip
+        self._in_session = in_session
 
     def run(self, prompts: Sequence[list[int]], num_tokens: int) -> Run:
-        with self._server.awake(), ThreadPoolExecutor(len(prompts)) as pool:
+        client = self._server.client
+        with self._server.awake(), client.session() as session, ThreadPoolExecutor(len(prompts)) as pool:
+            asked = session if self._in_session else client
             started = time.perf_counter()
-            streams = list(pool.map(lambda prompt: self._read(prompt, num_tokens), prompts))
+            streams = list(pool.map(lambda prompt: self._read(asked, prompt, num_tokens), prompts))
         return run_from_arrivals(started, streams)
 
-    def _read(self, prompt: list[int], num_tokens: int) -> Arrivals:
+    def _read(self, asked: DashClient | Session, prompt: list[int], num_tokens: int) -> Arrivals:
         arrivals: list[tuple[float, int]] = []
-        stream = self._server.client.stream(
+        stream = asked.stream(
             prompt,
             mode=str(self._skip.mode),
             compute_budget=self._skip.compute_budget,
@@ -53,19 +60,22 @@ def measure_rpc(report: Report, setting: Setting, effort: Effort) -> None:
         contenders: dict[str, Contender] = {
             "engine": setting.ours(setting.adaptive),
             "server": ServedContender(server, setting.adaptive),
+            "session": ServedContender(server, setting.adaptive, in_session=True),
         }
         works: dict[str, Work] = {
             f"{name}_{count}": _streaming(f"{name}_{count}", contender, setting, count, effort)
             for count in _TARGETS
             for name, contender in contenders.items()
+            if count > 1 or name != "session"
         }
         values = interleaved(report, "engine and server", works, effort.rounds)
     for count, target in _TARGETS.items():
-        alone, served = values.get(f"engine_{count}"), values.get(f"server_{count}")
-        if alone and served:
-            overheads = [through / own - 1 for own, through in zip(alone, served, strict=True)]
-            report.add(f"rpc_overhead_{count}", overheads, target)
-            report.add(f"served_tokens_per_second_{count}", [1 / seconds for seconds in served])
+        for name, overhead, speed in (("server", "rpc_overhead", "served"), ("session", "session_overhead", "session")):
+            alone, served = values.get(f"engine_{count}"), values.get(f"{name}_{count}")
+            if alone and served:
+                overheads = [through / own - 1 for own, through in zip(alone, served, strict=True)]
+                report.add(f"{overhead}_{count}", overheads, target)
+                report.add(f"{speed}_tokens_per_second_{count}", [1 / seconds for seconds in served])
     if "engine_1" in values and "server_1" in values:
         added = [served - own for own, served in zip(values["engine_1"], values["server_1"], strict=True)]
         report.add("split_ipc_and_grpc_seconds", added)
@@ -74,8 +84,8 @@ def measure_rpc(report: Report, setting: Setting, effort: Effort) -> None:
         f"rpc_overhead_N: ADAPTIVE, N streams through StreamGenerate with the Python client, each read by a thread of "
         f"the measuring process, over the engine alone in that process; the server is stopped meanwhile. "
         f"{effort.num_tokens} new tokens for one stream, {effort.stream_tokens} each for several; "
-        "split_ipc_and_grpc_seconds is the difference for one stream, time_to_first_token_seconds that of one short "
-        "prompt at the client"
+        "session_overhead_N is the same with all streams in one session. split_ipc_and_grpc_seconds is the difference "
+        "for one stream, time_to_first_token_seconds that of one short prompt at the client"
     )
 
 

@@ -32,11 +32,14 @@ from tests.server.server_harness import FAKE_WORKER, fake_model, write_model_fol
 
 _PROMPT = [104, 101, 108, 108, 111, 32]
 _OPTIONS: dict[str, Any] = {"mode": "full_depth", "temperature": 0, "ignore_eos": True, "timeout": DEADLINE_SECONDS}
-_READERS = ("threads", "loop", "unary")
+_READERS = ("threads", "loop", "session_threads", "session_loop", "unary")
 
 
 class _Streams:
-    """Asks for so many answers at once: streams that are read in a thread each or in one event loop, or unary calls."""
+    """Asks for so many answers at once: streams that are read in a thread each or in one event loop, or unary calls.
+
+    The streams are calls of their own, or are all in one session.
+    """
 
     def __init__(self, target: str, count: int, num_tokens: int) -> None:
         self.count = count
@@ -46,23 +49,28 @@ class _Streams:
 
     def run(self, reader: str) -> None:
         """Reads all to their ends."""
-        sizes = self._in_threads() if reader == "threads" else asyncio.run(self._in_a_loop(reader == "unary"))
+        is_session = reader.startswith("session_")
+        if reader.endswith("threads"):
+            sizes = self._in_threads(is_session)
+        else:
+            sizes = asyncio.run(self._in_a_loop(is_session, is_unary=reader == "unary"))
         assert [sum(own) for own in sizes] == [self.num_tokens] * self.count
         self.num_messages = sum(map(len, sizes))
 
-    def _in_threads(self) -> list[list[int]]:
-        with DashClient(self._target) as client, ThreadPoolExecutor(self.count) as pool:
-            streams = [client.stream(_PROMPT, max_new_tokens=self.num_tokens, **_OPTIONS) for _ in range(self.count)]
+    def _in_threads(self, is_session: bool) -> list[list[int]]:
+        with DashClient(self._target) as client, client.session() as session, ThreadPoolExecutor(self.count) as pool:
+            stream = session.stream if is_session else client.stream
+            streams = [stream(_PROMPT, max_new_tokens=self.num_tokens, **_OPTIONS) for _ in range(self.count)]
             return list(pool.map(_sizes, streams))
 
-    async def _in_a_loop(self, is_unary: bool) -> list[list[int]]:
-        async with AsyncDashClient(self._target) as client:
+    async def _in_a_loop(self, is_session: bool, is_unary: bool) -> list[list[int]]:
+        async with AsyncDashClient(self._target) as client, client.session() as session:
             options = {"max_new_tokens": self.num_tokens, **_OPTIONS}
             if is_unary:
                 answers = await asyncio.gather(*(client.generate(_PROMPT, **options) for _ in range(self.count)))
                 return [[len(answer.token_ids)] for answer in answers]
-            streams = [client.stream(_PROMPT, **options) for _ in range(self.count)]
-            return await asyncio.gather(*map(_sizes_async, streams))
+            stream = session.stream if is_session else client.stream
+            return await asyncio.gather(*(_sizes_async(stream(_PROMPT, **options)) for _ in range(self.count)))
 
 
 def _sizes(stream: Iterator[StreamDelta]) -> list[int]:
@@ -117,7 +125,8 @@ def measure_wire(
             report.add_ratio(f"served_over_engine_{count}_{reader}", values, f"{speed}_{reader}", f"{speed}_engine")
     report.note(
         f"{num_tokens} tokens a stream at full depth; processor time of the server's process, of its worker and of the "
-        "client, whose streams are read by a thread each, or by one event loop; or of unary calls, from one event loop"
+        "client, whose streams are read by a thread each, or by one event loop, as calls of their own or in one "
+        "session; or of unary calls, from one event loop. tokens_per_message counts a stream's deltas"
     )
 
 

@@ -90,8 +90,8 @@ def _entry(name: str, subject: griffe.Object, exported: set[str]) -> Iterator[st
 
 
 def _is_made_by_the_client(subject: griffe.Object) -> bool:
-    """True for streams: users never construct them, and their constructors take gRPC calls."""
-    return subject.name.endswith("Stream")
+    """True for streams and sessions: users never construct them, and their constructors take gRPC calls."""
+    return subject.name.endswith(("Stream", "Session"))
 
 
 def _public_members(subject: griffe.Class, exported: set[str]) -> dict[str, griffe.Object]:

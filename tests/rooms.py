@@ -15,7 +15,8 @@ ROOMS = {
         adapters/
         adapters/answer_facts adapters/langchain_messages adapters/option_fields adapters/shared_clients
         aio client
-        prompt_map readiness streams
+        aio_session session
+        prompt_map readiness session_stream streams
         stream_state
         calls
         requests responses rpc_errors connection
@@ -37,8 +38,9 @@ ROOMS = {
         telemetry/
         vllm_engine
         service health auth_interceptor
+        session
         service_state
-        generation
+        generation reading
         to_pb
         vllm_requests audit
         recent_decisions

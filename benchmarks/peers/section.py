@@ -29,6 +29,8 @@ _RATIOS = {
     f"full_vs_vllm_{_MOST}": (f"full_{_MOST}", f"vllm_{_MOST}", "≥ 1.3"),
     f"adaptive_vs_full_{_MOST}": (f"adaptive_{_MOST}", f"full_{_MOST}", "≥ 1.1"),
     f"served_share_{_MOST}": (f"served_{_MOST}", f"full_{_MOST}", "≥ 0.85"),
+    f"session_share_{_MOST}": (f"session_{_MOST}", f"full_{_MOST}", "≥ 0.85"),
+    f"session_vs_vllm_{_MOST}": (f"session_{_MOST}", f"vllm_served_{_MOST}", "≥ 1.5"),
     f"served_vs_vllm_{_MOST}": (f"served_{_MOST}", f"vllm_served_{_MOST}", "≥ 1.5"),
     "adaptive_vs_llama_cpp_16": ("adaptive_16", "llama_cpp_16", "≥ 2"),
     f"adaptive_vs_llama_cpp_{_MOST}": (f"adaptive_{_MOST}", f"llama_cpp_{_MOST}", None),
@@ -63,9 +65,9 @@ def measure_peers(report: Report, setting: Setting, effort: Effort, folder: Path
         f"peers_CONTENDER_N: tokens per second of N streams together, greedy, {effort.stream_tokens} new tokens of "
         f"each of up to {_MOST} different prompts of one length, from when all have their first token to the last; one "
         f"stream: {effort.num_tokens} tokens of one prompt. full, adaptive, int4: ours in process; served: ours at "
-        "full depth through StreamGenerate, each stream read by a thread of the measuring process; vllm_served the "
-        f"same over HTTP. {torch.get_num_threads()} threads each; whoever has a process of its own is stopped "
-        "while another one runs"
+        "full depth through StreamGenerate, each stream read by a thread of the measuring process; session: all in one "
+        f"session; vllm_served: each a call over HTTP, likewise. {torch.get_num_threads()} threads each; whoever has a "
+        "process of its own is stopped while another one runs"
     )
     report.note(
         f"ours has {_MOST} slots and a cache of {_MOST * length} tokens here; a server's default is {usual.num_slots} "
@@ -83,6 +85,7 @@ def _ours(setting: Setting, cache_tokens: int, server: RunningServer) -> _Conten
         "full": (EngineContender(engine, FULL_DEPTH), STREAMS),
         "adaptive": (EngineContender(engine, setting.adaptive), STREAMS),
         "served": (ServedContender(server, FULL_DEPTH), STREAMS),
+        "session": (ServedContender(server, FULL_DEPTH, in_session=True), (_MOST,)),
         "int4": (setting.ours(INT4), (1,)),
     }
 

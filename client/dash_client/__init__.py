@@ -9,6 +9,7 @@ Needs neither torch nor numpy.
 """
 
 from dash_client.aio import AsyncDashClient
+from dash_client.aio_session import AsyncSession
 from dash_client.client import DashClient
 from dash_client.connection import ConnectionOptions
 from dash_client.constraint import Constraint, LarkGrammar
@@ -29,6 +30,7 @@ from dash_client.errors import (
 from dash_client.options import GenerationOptions, Messages, Prompt
 from dash_client.score import Score, ScoreOptions
 from dash_client.server_facts import Audit, ModelInfo, PolicyInfo, ServerLoad
+from dash_client.session import Session
 from dash_client.streams import AsyncGenerationStream, GenerationStream
 from dash_client.tools import AnyTool, Tool, ToolCall
 from dash_client.types import (
@@ -53,6 +55,7 @@ __all__ = [
     "AnyTool",
     "AsyncDashClient",
     "AsyncGenerationStream",
+    "AsyncSession",
     "Audit",
     "CancelledError",
     "ChatMessage",
@@ -88,6 +91,7 @@ __all__ = [
     "ScoreOptions",
     "ServerError",
     "ServerLoad",
+    "Session",
     "SpeculationUsage",
     "StepKind",
     "StreamDelta",

@@ -4,11 +4,12 @@ Has the same methods as `client`, on the same parts; only the waiting differs.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import grpc
 
+from dash_client.aio_session import AsyncSession
 from dash_client.calls import Call, Calls, StreamCall, closed_error
 from dash_client.connection import ConnectionOptions, connection
 from dash_client.decision_trace import RecordedDecisions
@@ -176,6 +177,10 @@ class AsyncDashClient:
                 await asyncio.wait(running)
             prompt_map.close()
 
+    def session(self) -> AsyncSession:
+        """Returns a session, which carries many requests on one stream. It opens with its first request."""
+        return AsyncSession(self._calls, self._connection.retries, self._open_session)
+
     async def score(
         self,
         prompt: Prompt,
@@ -289,6 +294,10 @@ class AsyncDashClient:
                 raise
             # Somebody closed the client, which does not cancel this task.
             raise call.cancelled() from None
+
+    def _open_session(self, requests: AsyncIterator[bytes]) -> Any:
+        call = self._calls.session(requests)
+        return self._opened().stream_stream(call.path)(call.request, metadata=call.metadata)
 
     def _start(self, call: StreamCall) -> AsyncGenerationStream:
         method = self._opened().unary_stream(call.path)

@@ -5,7 +5,7 @@ and hands the answer's bytes back.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2
 from dash_api.v1 import generation_pb2, model_pb2
 from dash_client import checks, requests, responses
 from dash_client.channel import Target
-from dash_client.connection import Connection, Metadata
+from dash_client.connection import TRACE_KEYS, Connection, Metadata
 from dash_client.constraint import Constraint
 from dash_client.decision_trace import RecordedDecisions
 from dash_client.errors import CancelledError, DashError
@@ -33,6 +33,9 @@ FACTS_TIMEOUT_SECONDS = 10.0
 Answer = TypeVar("Answer")
 M = TypeVar("M", bound=Message)
 
+Requests = Iterator[bytes] | AsyncIterator[bytes]
+"""The requests of a session."""
+
 _GENERATION = "/dash_api.v1.GenerationService"
 _MODEL = "/dash_api.v1.ModelService"
 
@@ -42,7 +45,7 @@ class Call(Generic[Answer]):
     """One call, ready to send."""
 
     path: str
-    request: bytes = field(repr=False)
+    request: bytes | Requests = field(repr=False)
     timeout: float | None
     metadata: Metadata = field(repr=False)
     target: Target
@@ -83,6 +86,11 @@ class Calls:
 
     def chat_stream(self, messages: Messages, timeout: float | None, options: GenerationOptions) -> StreamCall:
         return self._stream(requests.chat_parameters(messages, **options), timeout, options.get("constraint"))
+
+    def session(self, requests: Requests) -> Call[bytes]:
+        """Returns the call of a session. Each of its requests says itself of which trace it is part."""
+        metadata = tuple(pair for pair in self._connection.metadata() if pair[0] not in TRACE_KEYS)
+        return Call(f"{_GENERATION}/Session", requests, None, metadata, self._connection.target, bytes)
 
     def generate_each(self, timeout: float | None, options: GenerationOptions) -> Callable[[Prompt], Call[Generation]]:
         """Returns a function that makes the call for a prompt. Checks the options, which all prompts share, once."""
@@ -172,9 +180,9 @@ class Calls:
         return Call(path, request.SerializeToString(), timeout, metadata, target, read, constraint, num_answers)
 
 
-def closed_error() -> DashError:
-    """Returns the error for a call on a closed client."""
-    return CancelledError("this client is closed", code="CANCELLED")
+def closed_error(what: str = "client") -> DashError:
+    """Returns the error for a call on a closed client, or on a closed `what`."""
+    return CancelledError(f"this {what} is closed", code="CANCELLED")
 
 
 def _reader(kind: type[M], read: Callable[[M], Answer]) -> Callable[[bytes], Answer]:

@@ -132,7 +132,9 @@ def _service_config(retries: int) -> str:
             "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
         }
         names = [{"service": service} for service in _RETRIED_SERVICES]
-        config["methodConfig"] = [{"name": names, "retryPolicy": policy}]
+        # A session tries each of its generations again by itself.
+        session = {"name": [{"service": _RETRIED_SERVICES[0], "method": "Session"}]}
+        config["methodConfig"] = [{"name": names, "retryPolicy": policy}, session]
     return json.dumps(config)
 
 

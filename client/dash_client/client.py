@@ -2,7 +2,7 @@
 
 import queue
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, Self, TypeVar, Unpack, overload
 
 import grpc
@@ -16,6 +16,7 @@ from dash_client.prompt_map import PromptMap
 from dash_client.readiness import Readiness
 from dash_client.score import Score, ScoreOptions
 from dash_client.server_facts import Audit, ModelInfo, PolicyInfo, ServerLoad
+from dash_client.session import Session
 from dash_client.stream_state import StreamState
 from dash_client.streams import GenerationStream
 from dash_client.tools import AnyTool
@@ -170,6 +171,10 @@ class DashClient:
                 future.cancel()
             prompt_map.close()
 
+    def session(self) -> Session:
+        """Returns a session, which carries many requests on one stream. It opens with its first request."""
+        return Session(self._calls, self._connection.retries, self._open_session)
+
     def score(
         self,
         prompt: Prompt,
@@ -290,6 +295,10 @@ class DashClient:
             raise call.failed(error) from None
         except grpc.FutureCancelledError:
             raise call.cancelled() from None
+
+    def _open_session(self, requests: Iterator[bytes]) -> Any:
+        call = self._calls.session(requests)
+        return self._send(self._opened().stream_stream(call.path), call)
 
     def _start(self, call: StreamCall) -> GenerationStream:
         return GenerationStream(self._send(self._opened().unary_stream(call.path), call), StreamState(call))

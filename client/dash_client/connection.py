@@ -20,6 +20,9 @@ from dash_client.errors import invalid_argument
 Metadata = tuple[tuple[str, str], ...]
 PemFile = str | os.PathLike[str] | bytes
 
+TRACE_KEYS = ("traceparent", "tracestate")
+"""The keys of a caller's span, as W3C Trace Context names them."""
+
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 
 
@@ -51,6 +54,7 @@ class Connection:
 
     target: Target
     is_encrypted: bool
+    retries: int
     options: tuple[tuple[str, int | str], ...]
     _credentials: Any = field(repr=False)
     _token: str | Callable[[], str] | None = field(repr=False)
@@ -96,10 +100,12 @@ def connection(target: str | None, **options: Unpack[ConnectionOptions]) -> Conn
             f"everybody on the way to {resolved.name} could read it: connect with tls=True or ca_file, or, where "
             "something else protects it, with allow_insecure_token=True",
         )
+    retries = resolve_retries(options.get("retries", True))
     return Connection(
         target=resolved,
         is_encrypted=credentials is not None,
-        options=tuple(channel_options(resolved, resolve_retries(options.get("retries", True)), server_name)),
+        retries=retries,
+        options=tuple(channel_options(resolved, retries, server_name)),
         _credentials=credentials,
         _token=token,
     )

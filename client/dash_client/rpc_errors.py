@@ -11,7 +11,7 @@ from dash_client import errors
 from dash_client.channel import Target
 from dash_client.errors import DashError, FieldViolation
 
-_DETAILS_KEY = "grpc-status-details-bin"
+DETAILS_KEY = "grpc-status-details-bin"
 
 _ERRORS: dict[grpc.StatusCode, type[DashError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidArgumentError,
@@ -91,7 +91,7 @@ def _rich_details(metadata: Any) -> dict[str, Any]:
     """Returns the google.rpc details in a call's trailing metadata, by type name."""
     found: dict[str, Any] = {}
     for key, value in metadata or ():
-        if key == _DETAILS_KEY:
+        if key == DETAILS_KEY:
             with contextlib.suppress(DecodeError):
                 for packed in status_pb2.Status.FromString(value).details:
                     package, _, name = packed.TypeName().rpartition(".")

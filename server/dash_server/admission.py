@@ -64,13 +64,13 @@ class Admission:
         self._tokens: Counter[str] = Counter()
         self.num_inside = 0
         self.num_tokens_inside = 0
-        self._is_draining = False
+        self._draining = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def is_draining(self) -> bool:
-        return self._is_draining
+        return self._draining.is_set()
 
     @contextmanager
     def admit(self, caller: Caller) -> Iterator[Place]:
@@ -81,7 +81,7 @@ class Admission:
             QueueFull: all places are taken.
             CallerLimitReached: this caller has as many requests inside as it may.
         """
-        if self._is_draining:
+        if self.is_draining:
             raise ShuttingDown
         limit = caller.limits.max_requests
         if limit is not None and self._requests[caller.name] >= limit:
@@ -121,7 +121,11 @@ class Admission:
 
     def drain(self) -> None:
         """Refuses new requests from now on; those inside may finish."""
-        self._is_draining = True
+        self._draining.set()
+
+    async def wait_draining(self) -> None:
+        """Waits until `drain` is called."""
+        await self._draining.wait()
 
     async def wait_idle(self) -> None:
         """Waits until no request is inside."""

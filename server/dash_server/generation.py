@@ -3,9 +3,10 @@
 Joins the dispatcher's token ids and the text module. Knows no gRPC context and no admission.
 """
 
+import functools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from dash_api.v1 import common_pb2, generation_pb2
 from dash_runtime.events import EndReason, SequenceFinished, TokenLogprobs
@@ -129,6 +130,14 @@ class Generation:
             finished.decode_seconds,
         )
         return finished_to_pb(finished, record.queue_seconds, num_prompt_tokens, record.num_output_tokens, stop_string)
+
+    async def events(self, index: int) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
+        """Yields all events of a stream as they come, as those of answer `index`."""
+        make = functools.partial(generation_pb2.StreamGenerateResponse, answer_index=index)
+        yield make(started=await self.start())
+        while (delta := await self.next_delta()) is not None:
+            yield make(delta=delta)
+        yield make(finished=self.finish())
 
     def close(self) -> None:
         """Frees the slot if the request is not over. May be called more than once."""

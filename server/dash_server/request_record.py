@@ -6,9 +6,10 @@ never holds a prompt or an output unless a setting asks for them. Knows no obser
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import grpc
 from opentelemetry.trace import SpanContext
@@ -117,23 +118,34 @@ _SECONDS_ON_THE_WAY = 0.05
 """A client's deadline clock starts before the call arrives here. So it may cancel at the deadline a moment before
 our own clock is there."""
 
-_CONTEXT_KEYS = ("traceparent", "tracestate")
+CONTEXT_KEYS = ("traceparent", "tracestate")
+"""The headers of W3C trace context."""
 
 
-def record_of_call(request_id: str, method: str, context: grpc.aio.ServicerContext) -> RequestRecord:
+class RunningCall(Protocol):
+    """What is asked of a call: of gRPC's context, or of one generation of a session."""
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]] | None: ...
+    def time_remaining(self) -> float | None: ...
+    def auth_context(self) -> Mapping[str, Sequence[bytes]]: ...
+    def peer(self) -> str: ...
+    def add_done_callback(self, callback: Callable[[Any], None], /) -> None: ...
+
+
+def record_of_call(request_id: str, method: str, call: RunningCall) -> RequestRecord:
     """Returns the record of a call that begins."""
-    pairs: Sequence[tuple[str, str | bytes]] = context.invocation_metadata() or ()
-    metadata = {key: value for key, value in pairs if key in _CONTEXT_KEYS and isinstance(value, str)}
-    return RequestRecord(request_id, method, context.time_remaining(), metadata)
+    pairs: Sequence[tuple[str, str | bytes]] = call.invocation_metadata() or ()
+    metadata = {key: value for key, value in pairs if key in CONTEXT_KEYS and isinstance(value, str)}
+    return RequestRecord(request_id, method, call.time_remaining(), metadata)
 
 
 @contextmanager
-def observed(record: RequestRecord, context: grpc.aio.ServicerContext, observers: Sequence[Observer]) -> Iterator[None]:
+def observed(record: RequestRecord, call: RunningCall, observers: Sequence[Observer]) -> Iterator[None]:
     """Calls `observers` once, when the call is over.
 
     That is at the end of the block; or at the end of the call, if gRPC does not resume a cancelled handler.
     """
-    with at_end_of_call(context, lambda: _end(record, _cut_off(record), None, observers)):
+    with at_end_of_call(call, lambda: _end(record, _cut_off(record), None, observers)):
         try:
             yield
         except (asyncio.CancelledError, GeneratorExit, grpc.aio.BaseError):
@@ -146,22 +158,22 @@ def observed(record: RequestRecord, context: grpc.aio.ServicerContext, observers
 
 
 @contextmanager
-def at_end_of_call(context: grpc.aio.ServicerContext, function: Callable[[], None]) -> Iterator[None]:
+def at_end_of_call(call: RunningCall, function: Callable[[], None]) -> Iterator[None]:
     """Calls `function` at the end of the block; or at the end of the call, if gRPC does not resume a cancelled handler.
 
     gRPC leaves a call and its callbacks in a cycle, which may lie about for minutes. `function` is not part of it.
     """
     left = [function]
 
-    def call(_: object = None) -> None:
+    def call_once(_: object = None) -> None:
         while left:
             left.pop()()
 
-    context.add_done_callback(call)
+    call.add_done_callback(call_once)
     try:
         yield
     finally:
-        call()
+        call_once()
 
 
 def _end(record: RequestRecord, code: grpc.StatusCode, reason: str | None, observers: Sequence[Observer]) -> None:

@@ -18,10 +18,12 @@ from dash_api.v1 import generation_pb2, model_pb2
 from dash_runtime.errors import InvalidRequest
 from dash_server import wire
 from dash_server.admission import Admission
-from dash_server.from_pb import PreparedRequest, prepare_request, prepare_score
+from dash_server.from_pb import PreparedRequest
 from dash_server.generation import Generation, collect
+from dash_server.reading import Reading, Request, prepare
 from dash_server.served_model import ServedModel
-from dash_server.service_state import Reading, ServiceState, errors_to_status, open_generations, together
+from dash_server.service_state import ServiceState, errors_to_status, open_generations, together
+from dash_server.session import Session
 from dash_server.statuses import below
 from dash_server.to_pb import audit_to_pb, decisions_to_pb, load_to_pb, model_to_pb, policy_to_pb, score_to_pb
 
@@ -52,19 +54,26 @@ class GenerationServicer:
                 [_stream(generation, index, context, writing) for index, generation in enumerate(generations)]
             )
 
+    async def session(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+        async with errors_to_status(context):
+            await Session(self._state, context).run(requests)
+
     async def score(self, data: bytes, context: grpc.aio.ServicerContext) -> generation_pb2.ScoreResponse:
         async with self._generations(generation_pb2.ScoreRequest, data, context) as (generation,):
             return score_to_pb(await collect(generation), generation.num_top_logprobs)
 
     @asynccontextmanager
     async def _generations(
-        self, message_class: type[Message], data: bytes, context: grpc.aio.ServicerContext
+        self, message_class: type[Request], data: bytes, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[list[Generation]]:
         method = f"{GENERATION_SERVICE}/{message_class.__name__.removesuffix('Request')}"
-        prepare = functools.partial(_prepare, message_class, data)
+
+        def read(reading: Reading) -> PreparedRequest:
+            return prepare(wire.parse(message_class, data), reading)
+
         async with (
             errors_to_status(context) as request_id,
-            open_generations(self._state, context, request_id, method, data, prepare) as generations,
+            open_generations(self._state, context, request_id, method, len(data), read) as generations,
         ):
             with below("parameters"):
                 yield generations
@@ -72,32 +81,9 @@ class GenerationServicer:
 
 async def _stream(generation: Generation, index: int, context: grpc.aio.ServicerContext, writing: asyncio.Lock) -> None:
     """Writes one answer's events as they come."""
-
-    async def write(**event: Message) -> None:
+    async for event in generation.events(index):
         async with writing:
-            await context.write(generation_pb2.StreamGenerateResponse(answer_index=index, **event))
-
-    await write(started=await generation.start())
-    while (delta := await generation.next_delta()) is not None:
-        await write(delta=delta)
-    await write(finished=generation.finish())
-
-
-def _prepare(message_class: type[M], data: bytes, reading: Reading) -> PreparedRequest:
-    message = wire.parse(message_class, data)
-    parameters: generation_pb2.GenerationParameters = message.parameters
-    record = reading.record
-    record.is_chat = parameters.WhichOneof("prompt") == "chat"
-    record.wants_trace = parameters.output.trace
-    if isinstance(message, generation_pb2.ScoreRequest):
-        prepared = prepare_score(message, **reading.common)
-    else:
-        with below("parameters"):
-            is_streamed = isinstance(message, generation_pb2.StreamGenerateRequest)
-            prepared = prepare_request(parameters, **reading.common, is_streamed=is_streamed)
-    if record.trace_id and reading.settings.trace_content:
-        record.prompt, record.output = reading.model.prompt_messages(parameters), ""
-    return prepared
+            await context.write(event)
 
 
 class ModelServicer:
@@ -129,7 +115,7 @@ class ModelServicer:
             caller = self._state.caller(context)
             model = self._state.require_model()
             with self._tokenize_calls.admit(caller):
-                return await self._state.read(data, functools.partial(self._tokenize, data, model))
+                return await self._state.read(len(data), functools.partial(self._tokenize, data, model))
 
     async def get_load(self, data: bytes, context: grpc.aio.ServicerContext) -> model_pb2.GetLoadResponse:
         async with errors_to_status(context):
@@ -192,9 +178,12 @@ def rpc_handlers(
 
 
 def _rpc_handler(method: MethodDescriptor, handler: Callable) -> grpc.RpcMethodHandler:
-    assert not method.client_streaming
-    is_stream = method.server_streaming
-    make = grpc.unary_stream_rpc_method_handler if is_stream else grpc.unary_unary_rpc_method_handler
+    makers = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }
+    make = makers[method.client_streaming, method.server_streaming]
     return make(handler, response_serializer=lambda response: response.SerializeToString())
 
 

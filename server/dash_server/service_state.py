@@ -11,7 +11,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -23,11 +22,19 @@ from dash_server.dispatcher import Dispatcher
 from dash_server.from_pb import PreparedRequest
 from dash_server.generation import Generation
 from dash_server.logs import request_id_of_task, trace_id_of_task
+from dash_server.reading import Reading
 from dash_server.recent_decisions import RecentDecisions
-from dash_server.request_record import Observer, RequestRecord, at_end_of_call, observed, record_of_call
+from dash_server.request_record import (
+    Observer,
+    RequestRecord,
+    RunningCall,
+    at_end_of_call,
+    observed,
+    record_of_call,
+)
 from dash_server.served_model import ServedModel
 from dash_server.settings import Settings
-from dash_server.statuses import WorkerUnavailable, failure_of
+from dash_server.statuses import Failure, WorkerUnavailable, failure_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,19 +64,19 @@ class ServiceState:
         self.model: ServedModel | None = None
         self._readers = ThreadPoolExecutor(_NUM_READER_THREADS, thread_name_prefix="request-reader")
 
-    def caller(self, context: grpc.aio.ServicerContext) -> Caller:
+    def caller(self, call: RunningCall) -> Caller:
         """Returns the caller; raises Unauthenticated."""
-        names = (context.auth_context() or {}).get("x509_common_name", ())
-        return self.authenticator.identify(context.invocation_metadata() or (), context.peer(), names)
+        names = (call.auth_context() or {}).get("x509_common_name", ())
+        return self.authenticator.identify(call.invocation_metadata() or (), call.peer(), names)
 
     def require_model(self) -> ServedModel:
         if self.model is None:
             raise WorkerUnavailable(f"the model is still being loaded{self.dispatcher.doing()}; try again later")
         return self.model
 
-    async def read(self, data: bytes, function: Callable[[], T]) -> T:
-        """Runs `function`, which reads the request `data`: a long one in a thread, off the event loop."""
-        if len(data) <= _MAX_INLINE_BYTES:
+    async def read(self, num_bytes: int, function: Callable[[], T]) -> T:
+        """Runs `function`, which reads a request of so many bytes: a long one in a thread, off the event loop."""
+        if num_bytes <= _MAX_INLINE_BYTES:
             return function()
         return await asyncio.get_running_loop().run_in_executor(self._readers, function)
 
@@ -77,33 +84,13 @@ class ServiceState:
         self._readers.shutdown(wait=False, cancel_futures=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """What reading a request needs beside its bytes."""
-
-    record: RequestRecord
-    model: ServedModel
-    settings: Settings
-    caller: Caller
-
-    @property
-    def common(self) -> dict[str, Any]:
-        """The arguments that `from_pb` takes for every request."""
-        return {
-            "request_id": self.record.request_id,
-            "model": self.model,
-            "settings": self.settings,
-            "caller": self.caller,
-        }
-
-
 @asynccontextmanager
 async def open_generations(
     state: ServiceState,
-    context: grpc.aio.ServicerContext,
+    call: RunningCall,
     request_id: str,
     method: str,
-    data: bytes,
+    num_bytes: int,
     prepare: Callable[[Reading], PreparedRequest],
 ) -> AsyncIterator[list[Generation]]:
     """Opens a generation for each answer that a call asks for. Arguments as for `open_generation`.
@@ -113,7 +100,7 @@ async def open_generations(
     async with AsyncExitStack() as stack:
 
         async def opened(own_id: str, prepare: Callable[[Reading], PreparedRequest]) -> Generation:
-            opening = open_generation(state, context, own_id, method, data, prepare)
+            opening = open_generation(state, call, own_id, method, num_bytes, prepare)
             return await stack.enter_async_context(opening)
 
         first = await opened(request_id, prepare)
@@ -148,35 +135,35 @@ async def together(answers: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 @asynccontextmanager
 async def open_generation(
     state: ServiceState,
-    context: grpc.aio.ServicerContext,
+    call: RunningCall,
     request_id: str,
     method: str,
-    data: bytes,
+    num_bytes: int,
     prepare: Callable[[Reading], PreparedRequest],
 ) -> AsyncIterator[Generation]:
     """Takes a call through its caller's limits into the queue, and gives its slot back at the end.
 
     Args:
         method: the full name, for spans and metrics.
-        data: the request, whose size decides where `prepare` reads it.
+        num_bytes: the request's size, which decides where `prepare` reads it.
     """
-    record = record_of_call(request_id, method, context)
+    record = record_of_call(request_id, method, call)
     for observer in state.start_observers:
         observer(record)
     if record.trace_id:
         trace_id_of_task.set(record.trace_id)
-    with observed(record, context, state.observers):
-        record.caller = caller = state.caller(context)
+    with observed(record, call, state.observers):
+        record.caller = caller = state.caller(call)
         model = state.require_model()
         record.model = model.facts.name
         with state.admission.admit(caller) as place:
             reading = Reading(record, model, state.settings, caller)
-            record.prepared = prepared = await state.read(data, lambda: prepare(reading))
+            record.prepared = prepared = await state.read(num_bytes, lambda: prepare(reading))
             record.trail = state.auditor.trail(prepared.request)
             state.admission.claim(place, prepared.request.num_cache_tokens)
-            seconds_left = context.time_remaining()
+            seconds_left = call.time_remaining()
             generation = Generation(state.dispatcher, model, prepared, place, seconds_left, record)
-            with at_end_of_call(context, generation.close):
+            with at_end_of_call(call, generation.close):
                 yield generation
 
 
@@ -190,11 +177,7 @@ async def errors_to_status(context: grpc.aio.ServicerContext) -> AsyncIterator[s
     except grpc.aio.BaseError:
         raise  # the call itself is over
     except Exception as error:
-        failure = failure_of(error, request_id)
-        if failure.is_internal:
-            logger.exception("unexpected error")
-        else:
-            logger.info("refused: %s %s", failure.code.name, type(error).__name__)
+        failure = logged_failure(error, request_id)
         try:
             await context.abort(failure.code, failure.message, failure.trailing_metadata)
         except grpc.aio.AbortError as ended:
@@ -203,3 +186,13 @@ async def errors_to_status(context: grpc.aio.ServicerContext) -> AsyncIterator[s
             over = ended
             context.add_done_callback(lambda _: traceback.clear_frames(over.__traceback__))
             raise
+
+
+def logged_failure(error: Exception, request_id: str) -> Failure:
+    """Returns the status that tells a caller of `error`, which is being handled, and logs it."""
+    failure = failure_of(error, request_id)
+    if failure.is_internal:
+        logger.exception("unexpected error")
+    else:
+        logger.info("refused: %s %s", failure.code.name, type(error).__name__)
+    return failure

@@ -131,6 +131,16 @@ class ShuttingDown(ServiceError):
         super().__init__("the server is shutting down")
 
 
+class SessionClosing(ServiceError):
+    """This session takes no more generations, because its connection is old; a new one does."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "SESSION_CLOSING"
+
+    def __init__(self) -> None:
+        super().__init__("this session takes no more generations; open another")
+
+
 class WorkerUnavailable(ServiceError):
     """No worker is ready, or the one that had the request died."""
 
@@ -151,6 +161,11 @@ class Failure:
     @property
     def is_internal(self) -> bool:
         return self.code is grpc.StatusCode.INTERNAL
+
+    @property
+    def details(self) -> bytes:
+        """The google.rpc.Status, serialised."""
+        return next(value for key, value in self.trailing_metadata if key == _DETAILS_KEY and isinstance(value, bytes))
 
 
 def failure_of(error: Exception, request_id: str) -> Failure:

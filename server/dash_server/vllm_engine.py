@@ -20,8 +20,9 @@ from dash_api.v1 import generation_pb2
 from dash_server import wire
 from dash_server.from_pb import PreparedRequest, prepare_request
 from dash_server.generation import Generation
+from dash_server.reading import Reading
 from dash_server.service import rpc_handlers
-from dash_server.service_state import Reading, ServiceState, errors_to_status, open_generations, together
+from dash_server.service_state import ServiceState, errors_to_status, open_generations, together
 from dash_server.vllm_requests import aborted, chunk, complete, parameters_of
 
 _SERVICE = vllm_pb2.DESCRIPTOR.services_by_name["VllmEngine"]
@@ -55,7 +56,7 @@ class VllmEngineServicer:
 
         async with (
             errors_to_status(context) as own_id,
-            open_generations(self._state, context, own_id, method, data, prepare) as generations,
+            open_generations(self._state, context, own_id, method, len(data), prepare) as generations,
         ):
             writing = asyncio.Lock()
             answering = asyncio.ensure_future(

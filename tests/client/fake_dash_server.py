@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+from fake_session import GenerationContext, SessionPlay
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -107,8 +108,9 @@ def free_port() -> int:
 class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.ModelServiceServicer):
     """A context manager; `target` is where it listens.
 
-    Every generation plays `script`: events are sent, functions are called with the context. `decisions` holds recorded
-    decisions by request id. `metadata` has the metadata of each request in `requests`.
+    Every generation plays `script`: events are sent, functions are called with the context; in a session, one of
+    `scripts` if its prompt has one. `decisions` holds recorded decisions by request id. `metadata` has the metadata of
+    each request in `requests`.
     """
 
     def __init__(
@@ -120,12 +122,17 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         self.script = HELLO if script is None else script
+        self.scripts: dict[str, Script] = {}
         self.requests: list[Any] = []
+        self.num_sessions = 0
+        self.timeouts: list[float] = []
+        """The seconds until the deadline of each request of a session; 0 for none."""
         self.metadata: list[dict[str, Any]] = []
         self.decisions: dict[str, model_pb2.GetDecisionsResponse] = {}
         self.loading: str | None = None
         """The message of GetModel's refusal while the model is loaded; None: it answers."""
         self.cancelled = threading.Event()
+        self._has_waited = False
         self._health = health.HealthServicer()
         self.set_serving(serving)
         self._pool = ThreadPoolExecutor(max_workers=4)
@@ -158,13 +165,19 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
         statuses = health_pb2.HealthCheckResponse
         self._health.set("", statuses.SERVING if serving else statuses.NOT_SERVING)
 
-    def wait(self, context: grpc.ServicerContext) -> None:
+    def wait(self, context: Any) -> None:
         """Waits until the call or the server ends; a step of a script."""
         over = threading.Event()
         if context.add_callback(over.set):
             over.wait()
 
-    def _record(self, request: Any, context: grpc.ServicerContext) -> None:
+    def wait_once(self, context: Any) -> None:
+        """Waits like `wait`, the first time only."""
+        if not self._has_waited:
+            self._has_waited = True
+            self.wait(context)
+
+    def _record(self, request: Any, context: Any) -> None:
         self.requests.append(request)
         self.metadata.append(dict(context.invocation_metadata()))
 
@@ -184,6 +197,17 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
         finally:
             if context.is_active():
                 played.set()
+
+    def Session(  # noqa: N802
+        self, requests: Iterator[generation_pb2.SessionRequest], context: grpc.ServicerContext
+    ) -> Iterator[generation_pb2.SessionResponse]:
+        self.num_sessions += 1
+        return SessionPlay(context, self._begin_in_session, self.cancelled).run(requests)
+
+    def _begin_in_session(self, request: generation_pb2.SessionRequest, context: GenerationContext) -> Script:
+        self._record(request.generate, context)
+        self.timeouts.append(request.timeout_seconds)
+        return self.scripts.get(request.generate.parameters.text, self.script)
 
     def Generate(  # noqa: N802
         self, request: generation_pb2.GenerateRequest, context: grpc.ServicerContext

@@ -117,6 +117,14 @@ def test_as_many_run_at_a_time_as_asked_for(server: FakeDashServer) -> None:
     assert main(["bench", "--requests", "6", "--concurrency", "3", "--warm-up", "0", "--json"]) == 0
 
 
+def test_a_session_carries_all_requests_on_one_stream(
+    server: FakeDashServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--requests", "6", "--concurrency", "3", "--warm-up", "0", "--session", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["completed"] == 6
+    assert server.num_sessions == 1
+
+
 def test_json_has_every_figure(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--requests", "4", "--concurrency", "2", "--json"]) == 0
     out, err = capsys.readouterr()

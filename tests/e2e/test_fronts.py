@@ -153,18 +153,21 @@ def test_calls_that_have_not_begun_never_fail_while_fronts_join_drain_and_die(
 
 
 @asynccontextmanager
-async def calling(client: AsyncDashClient) -> AsyncIterator[Counter[str]]:
-    """Makes calls in 24 tasks, and counts their outcomes."""
+async def calling(client: AsyncDashClient, *, in_sessions: bool) -> AsyncIterator[Counter[str]]:
+    """Makes calls in 24 tasks, or ten at a time in one session of each, and counts their outcomes."""
     outcomes: Counter[str] = Counter()
     is_over = asyncio.Event()
 
     async def call() -> None:
         while not is_over.is_set():
-            try:
-                await client.generate("abc", max_new_tokens=1)
-                outcomes["OK"] += 1
-            except DashError as error:
-                outcomes[f"{error.code}: {error}"] += 1
+            async with client.session() as session:
+                asked = session if in_sessions else client
+                for _ in range(10):
+                    try:
+                        await asked.generate("abc", max_new_tokens=1)
+                        outcomes["OK"] += 1
+                    except DashError as error:
+                        outcomes[f"{error.code}: {error}"] += 1
 
     callers = [asyncio.create_task(call()) for _ in range(24)]
     try:
@@ -174,14 +177,15 @@ async def calling(client: AsyncDashClient) -> AsyncIterator[Counter[str]]:
         await asyncio.gather(*callers)
 
 
-async def test_a_call_that_meets_a_closing_connection_is_made_elsewhere(model_folder: Path) -> None:
+@pytest.mark.parametrize("in_sessions", [False, True])
+async def test_a_call_that_meets_a_closing_connection_is_made_elsewhere(model_folder: Path, in_sessions: bool) -> None:
     """In each drain some calls reach a server whose connection is just closing."""
     model = fake_model(model_folder, token_seconds=0.002)
     async with running_server(model) as staying:
         for _ in range(5):
             async with running_server(model) as leaving:
                 target = f"ipv4:127.0.0.1:{leaving.port},127.0.0.1:{staying.port}"
-                async with AsyncDashClient(target) as client, calling(client) as outcomes:
+                async with AsyncDashClient(target) as client, calling(client, in_sessions=in_sessions) as outcomes:
                     await asyncio.sleep(0.3)
                     num_asked = (await leaving.probe()).num_submits
                     await leaving.server.drain(5)

@@ -14,10 +14,12 @@ from pydantic import BaseModel, Field
 from dash_client import (
     Action,
     Audit,
+    DashClient,
     GenerationOptions,
     InvalidArgumentError,
     LarkGrammar,
     NotFoundError,
+    Session,
     Tool,
 )
 from tests.e2e.service import Service
@@ -190,13 +192,13 @@ def test_a_seed_repeats_text_and_decisions_and_streaming_changes_neither(service
     assert second.decisions == first.decisions
 
 
-def test_without_the_group_planner_concurrent_requests_get_the_tokens_that_they_get_alone(
+def test_without_the_group_planner_concurrent_requests_get_the_tokens_that_they_get_alone_also_in_a_session(
     tmp_path: Path, tiny_folder: Path
 ) -> None:
     # A cost table that is replaced between two requests is another plan for the second.
     service = Service(tmp_path, tiny_folder, DASH_GROUP_PLANNER="false", DASH_CHECK_COSTS="false")
 
-    def generate(number: int) -> tuple[int, ...]:
+    def generate(number: int, asked: DashClient | Session = service.client) -> tuple[int, ...]:
         modes = (
             {"mode": "full_depth"},
             {"mode": "adaptive"},
@@ -204,12 +206,13 @@ def test_without_the_group_planner_concurrent_requests_get_the_tokens_that_they_
         )
         options = modes[number % 3]
         prompt = f"request {number} " * (1 + number)
-        return tuple(service.client.generate(prompt, seed=number, max_new_tokens=20, **options).token_ids)
+        return tuple(asked.generate(prompt, seed=number, max_new_tokens=20, **options).token_ids)
 
     try:
         alone = [generate(number) for number in range(9)]
-        with ThreadPoolExecutor(9) as pool:
+        with ThreadPoolExecutor(9) as pool, service.client.session() as session:
             assert list(pool.map(generate, range(9))) == alone
+            assert list(pool.map(generate, range(9), [session] * 9)) == alone
     finally:
         service.stop()
 

@@ -9,6 +9,7 @@ import pytest
 import pytest_asyncio
 
 from dash_api.v1 import common_pb2, generation_pb2, model_pb2
+from tests.server.open_session import open_session
 from tests.server.server_harness import (
     RunningServer,
     error_details,
@@ -166,8 +167,13 @@ async def assert_still_well(server: RunningServer) -> None:
 
 
 @pytest.mark.parametrize("case", BAD_PARAMETERS)
-async def test_bad_parameter_is_named_by_both_methods(server: RunningServer, case: str) -> None:
+async def test_bad_parameter_is_named_by_all_methods(server: RunningServer, case: str) -> None:
     parameters, field = BAD_PARAMETERS[case]
+    async with open_session(server) as session:
+        await session.begin(1, **parameters)
+        assert await session.end_of(1) is grpc.StatusCode.INVALID_ARGUMENT
+        violations = session.details(1)["BadRequest"].field_violations
+        assert [violation.field for violation in violations] == [f"parameters.{field}"]
     with pytest.raises(grpc.aio.AioRpcError) as unary:
         await server.generate(**parameters)
     with pytest.raises(grpc.aio.AioRpcError) as stream:

@@ -66,6 +66,8 @@ class _Servicer:
 class _FullServicer(_Servicer):
     async def stream_generate(self) -> None: ...
 
+    async def session(self) -> None: ...
+
     async def score(self) -> None: ...
 
 
@@ -75,10 +77,11 @@ class _OverfullServicer(_FullServicer):
 
 def test_every_method_of_a_service_gets_its_handler() -> None:
     handlers = rpc_handlers(GENERATION, _FullServicer())
-    assert {name: handler.response_streaming for name, handler in handlers.items()} == {
-        "Generate": False,
-        "StreamGenerate": True,
-        "Score": False,
+    assert {name: (handler.request_streaming, handler.response_streaming) for name, handler in handlers.items()} == {
+        "Generate": (False, False),
+        "StreamGenerate": (False, True),
+        "Session": (True, True),
+        "Score": (False, False),
     }
     assert handlers["Generate"].unary_unary.__name__ == "generate"
     assert all(handler.request_deserializer is None for handler in handlers.values())

@@ -145,6 +145,9 @@ def _add_trace(command: argparse.ArgumentParser) -> None:
 def _add_bench(command: argparse.ArgumentParser) -> None:
     command.add_argument("--requests", type=_count, default=32, metavar="N", help="how many (default: 32)")
     command.add_argument("--concurrency", type=_count, default=4, metavar="N", help="at a time (default: 4)")
+    command.add_argument(
+        "--session", action="store_true", help="all on one stream, as programs with many may send them"
+    )
     command.add_argument("--warm-up", type=_count_or_none, default=1, metavar="N", help="uncounted before (default: 1)")
     command.add_argument("--prompt", default="Tell me about the sea.", help="the same for all; - reads standard input")
     command.add_argument("--raw", action="store_true", help="send it as plain text, without the chat template")

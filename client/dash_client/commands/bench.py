@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dash_client.aio import AsyncDashClient
+from dash_client.aio_session import AsyncSession
 from dash_client.commands.bench_figures import (
     BAR_CHARACTERS,
     Figures,
@@ -72,32 +73,33 @@ def run(arguments: argparse.Namespace) -> ExitCode:
 async def _run(load: _Load, arguments: argparse.Namespace) -> None:
     options = connection_options(arguments)
     # Refusals under load are part of the measurement.
-    async with AsyncDashClient(**options, retries=False) as client:
+    async with AsyncDashClient(**options, retries=False) as client, client.session() as session:
         load.target = client.target
         load.model = (await client.model_info()).name
         for _ in range(arguments.warm_up):
             # An error here, such as a wrong option, ends the command: every request would fail with it.
             async with client.stream(load.prompt, **load.options) as stream:
                 await stream.final()
+        asked = session if arguments.session else client
         async with asyncio.TaskGroup() as group:
             for _ in range(min(arguments.concurrency, load.request_count)):
-                group.create_task(_send_one_after_another(client, load))
+                group.create_task(_send_one_after_another(asked, load))
 
 
-async def _send_one_after_another(client: AsyncDashClient, load: _Load) -> None:
+async def _send_one_after_another(asked: AsyncDashClient | AsyncSession, load: _Load) -> None:
     while load.sent_count < load.request_count:
         load.sent_count += 1
-        load.samples.append(await _measure(client, load))
+        load.samples.append(await _measure(asked, load))
         if sys.stderr.isatty():
             print(f"\r{len(load.samples)} of {load.request_count}", end="", file=sys.stderr, flush=True)
 
 
-async def _measure(client: AsyncDashClient, load: _Load) -> Sample:
+async def _measure(asked: AsyncDashClient | AsyncSession, load: _Load) -> Sample:
     arrivals: list[tuple[float, int]] = []
     error, drafts = None, None
     sent = time.perf_counter()
     try:
-        async with client.stream(load.prompt, **load.options) as stream:
+        async with asked.stream(load.prompt, **load.options) as stream:
             async for delta in stream:
                 if delta.token_ids:
                     arrivals.append((time.perf_counter(), len(delta.token_ids)))

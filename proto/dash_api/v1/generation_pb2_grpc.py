@@ -48,6 +48,11 @@ class GenerationServiceStub(object):
                 request_serializer=dash__api_dot_v1_dot_generation__pb2.StreamGenerateRequest.SerializeToString,
                 response_deserializer=dash__api_dot_v1_dot_generation__pb2.StreamGenerateResponse.FromString,
                 _registered_method=True)
+        self.Session = channel.stream_stream(
+                '/dash_api.v1.GenerationService/Session',
+                request_serializer=dash__api_dot_v1_dot_generation__pb2.SessionRequest.SerializeToString,
+                response_deserializer=dash__api_dot_v1_dot_generation__pb2.SessionResponse.FromString,
+                _registered_method=True)
         self.Score = channel.unary_unary(
                 '/dash_api.v1.GenerationService/Score',
                 request_serializer=dash__api_dot_v1_dot_generation__pb2.ScoreRequest.SerializeToString,
@@ -77,6 +82,16 @@ class GenerationServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Session(self, request_iterator, context):
+        """Carries many generations on one stream, for callers that have many at once: what all of them have to say at one
+        moment comes in one message. A generation may begin, end, fail or be cancelled at any time and changes nothing for
+        the others. Metadata with the caller's token belongs to the session. It goes on until the caller has closed its
+        side and all generations are over, or until the server shuts down and all are over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Score(self, request, context):
         """Returns the log probability of an output that is given, token by token, by the path that a generation in the same
         mode takes: in ADAPTIVE its decisions, at its budget. FULL_DEPTH runs many tokens at once; so does EXACT, whose
@@ -98,6 +113,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.StreamGenerate,
                     request_deserializer=dash__api_dot_v1_dot_generation__pb2.StreamGenerateRequest.FromString,
                     response_serializer=dash__api_dot_v1_dot_generation__pb2.StreamGenerateResponse.SerializeToString,
+            ),
+            'Session': grpc.stream_stream_rpc_method_handler(
+                    servicer.Session,
+                    request_deserializer=dash__api_dot_v1_dot_generation__pb2.SessionRequest.FromString,
+                    response_serializer=dash__api_dot_v1_dot_generation__pb2.SessionResponse.SerializeToString,
             ),
             'Score': grpc.unary_unary_rpc_method_handler(
                     servicer.Score,
@@ -163,6 +183,33 @@ class GenerationService(object):
             '/dash_api.v1.GenerationService/StreamGenerate',
             dash__api_dot_v1_dot_generation__pb2.StreamGenerateRequest.SerializeToString,
             dash__api_dot_v1_dot_generation__pb2.StreamGenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Session(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/dash_api.v1.GenerationService/Session',
+            dash__api_dot_v1_dot_generation__pb2.SessionRequest.SerializeToString,
+            dash__api_dot_v1_dot_generation__pb2.SessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

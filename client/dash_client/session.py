@@ -1,0 +1,146 @@
+"""The session of the synchronous client. `session_stream` says what is sent, and to whom what comes belongs."""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Self, Unpack
+
+import grpc
+
+from dash_api.v1 import generation_pb2
+from dash_client.calls import Calls, StreamCall, closed_error
+from dash_client.options import GenerationOptions, Messages, Prompt
+from dash_client.session_stream import Attempts, Item, SessionStream, SessionStreams, state_of
+from dash_client.streams import GenerationStream
+from dash_client.types import Generation
+
+
+class Session:
+    """Many requests on one stream, for programs that have many at once. Thread-safe; use it as a context manager.
+
+    Each message of the server has what all of the session's requests have to say at that moment, so that a token
+    takes both sides less time. Its methods are those of `DashClient`, with the same arguments and errors. A request
+    changes nothing for the others. All go to one server, until it goes away.
+
+    Example:
+        with client.session() as session:
+            streams = [session.stream(prompt, max_new_tokens=8) for prompt in ("One", "Two", "Three")]
+            print([stream.final().text for stream in streams])
+    """
+
+    def __init__(self, calls: Calls, retries: int, open_call: Callable[[Iterator[bytes]], Any]) -> None:
+        """`open_call` begins the call of a stream with its requests."""
+        self._calls = calls
+        self._retries = retries
+        self._open_call = open_call
+        self._streams = SessionStreams(self._open)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
+
+    def close(self) -> None:
+        """Closes the session, and cancels the requests that are running in it."""
+        self._streams.close()
+
+    def generate(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerationOptions]
+    ) -> Generation:
+        """Generates text, and returns the complete answer. Arguments as for `DashClient.generate`."""
+        return self.stream(prompt, timeout=timeout, **options).final()
+
+    def stream(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerationOptions]
+    ) -> GenerationStream:
+        """Starts to generate, and returns a stream of the output. Arguments as for `DashClient.generate`."""
+        return self._start(self._calls.stream(prompt, timeout, options))
+
+    def chat(
+        self, messages: Messages, *, timeout: float | None = None, **options: Unpack[GenerationOptions]
+    ) -> Generation:
+        """Generates the next message of a conversation. Arguments as for `DashClient.chat`."""
+        return self.chat_stream(messages, timeout=timeout, **options).final()
+
+    def chat_stream(
+        self, messages: Messages, *, timeout: float | None = None, **options: Unpack[GenerationOptions]
+    ) -> GenerationStream:
+        """Starts to generate the next message of a conversation. Arguments as for `DashClient.chat`."""
+        return self._start(self._calls.chat_stream(messages, timeout, options))
+
+    def _start(self, call: StreamCall) -> GenerationStream:
+        return GenerationStream(_Generation(self._streams, Attempts(call, self._retries)), state_of(call))
+
+    def _open(self) -> SessionStream:
+        requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        call = self._open_call(iter(requests.get, None))
+        stream = SessionStream(requests.put, call.cancel)
+        threading.Thread(target=_read, args=(call, stream), name="dash-session", daemon=True).start()
+        return stream
+
+
+def _read(call: Any, stream: SessionStream) -> None:
+    """Reads a stream to its end."""
+    error: grpc.RpcError | None = None
+    try:
+        for data in call:
+            stream.take(data)
+    except grpc.RpcError as ended:
+        error = ended
+        call.cancel()
+    stream.end(error)
+
+
+class _Generation:
+    """One generation of a session, as a `GenerationStream` reads it."""
+
+    def __init__(self, streams: SessionStreams, attempts: Attempts) -> None:
+        self._streams = streams
+        self._attempts = attempts
+        self._inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
+        if not self._begin():
+            raise closed_error("session")
+
+    def __next__(self) -> generation_pb2.StreamGenerateResponse:
+        attempts = self._attempts
+        while not attempts.is_over:
+            if (item := self._wait(attempts.seconds_left())) is None:
+                self._end_with(attempts.deadline_passed())
+                continue
+            answer = attempts.read(item)
+            if not isinstance(answer, float):
+                return answer
+            if (item := self._wait(attempts.seconds_left(answer))) is not None:
+                self._inbox.put(item)  # it was cancelled meanwhile
+            elif not self._begin():
+                raise attempts.cancelled()
+        self._stream.forget(self._number)
+        raise StopIteration
+
+    def cancel(self) -> None:
+        self._end_with(self._attempts.cancelled())
+
+    def _end_with(self, failure: grpc.RpcError) -> None:
+        self._attempts.stop()
+        self._stream.cancel(self._number)
+        self._inbox.put(failure)
+
+    def _begin(self) -> bool:
+        """Makes the next attempt; returns False if the session is closed."""
+        begun = self._streams.begin(self._attempts.request(), self._inbox)
+        if begun is not None:
+            self._stream, self._number = begun
+        return begun is not None
+
+    def _wait(self, seconds: float | None) -> Item | None:
+        """Waits for the next item; returns None if there is none in time."""
+        try:
+            return self._inbox.get(timeout=seconds)
+        except queue.Empty:
+            return None

@@ -1,0 +1,249 @@
+"""What the sessions of both clients share: the generations of a stream by their numbers, and the attempts of each.
+
+Reads and sends nothing by itself, and waits for nothing.
+"""
+
+import dataclasses
+import itertools
+import math
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+from dash_api.v1 import generation_pb2
+from dash_client.calls import StreamCall
+from dash_client.connection import TRACE_KEYS
+from dash_client.rpc_errors import DETAILS_KEY
+from dash_client.stream_state import StreamState
+
+_RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED)
+# What a stream that was refused so would refuse again: its server goes away, or its token is no longer valid.
+_RETIRING = (grpc.StatusCode.UNAVAILABLE.value[0], grpc.StatusCode.UNAUTHENTICATED.value[0])
+_FIRST_PAUSE_SECONDS = 0.2
+_LONGEST_PAUSE_SECONDS = 2.0
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class Failure(grpc.RpcError):
+    """The status of one generation, as gRPC's own errors give the status of a call."""
+
+    def __init__(self, code: grpc.StatusCode, message: str, details: bytes = b"") -> None:
+        super().__init__(message)
+        self._code, self._message, self._details = code, message, details
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return self._message
+
+    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        return ((DETAILS_KEY, self._details),) if self._details else ()
+
+
+Item: TypeAlias = generation_pb2.SessionEvent | grpc.RpcError
+"""What a generation is told: an event, or the error that ended its stream."""
+
+
+class Inbox(Protocol):
+    """A queue of one generation's items, in the way of a client."""
+
+    def put_nowait(self, item: Item) -> None: ...
+
+
+class SessionStream:
+    """One stream of a session. Thread-safe."""
+
+    def __init__(self, send: Callable[[bytes | None], None], close: Callable[[], object]) -> None:
+        """`send` queues a message for the server; None ends the client's side. `close` cancels the call."""
+        self.close = close
+        self._send = send
+        self._numbers = itertools.count(1)
+        self._inboxes: dict[int, Inbox] = {}
+        self._takes_more = True
+        # A stream that is dropped cancels its generation, and may be dropped by the garbage collector in here.
+        self._lock = threading.RLock()
+
+    def begin(self, request: generation_pb2.SessionRequest, inbox: Inbox) -> int | None:
+        """Sends a request under a new number, and returns that; None if the stream takes no more."""
+        with self._lock:
+            if not self._takes_more:
+                return None
+            request.number = number = next(self._numbers)
+            self._inboxes[number] = inbox
+            self._send(request.SerializeToString())
+            return number
+
+    def cancel(self, number: int) -> None:
+        """Cancels a generation, whose events are of no more use. Does nothing if it is over."""
+        with self._lock:
+            if number in self._inboxes:
+                cancel = generation_pb2.SessionCancel()
+                self._send(generation_pb2.SessionRequest(number=number, cancel=cancel).SerializeToString())
+                self.forget(number)
+
+    def forget(self, number: int) -> None:
+        """Forgets a generation that is over."""
+        with self._lock:
+            self._inboxes.pop(number, None)
+            self._end_if_done()
+
+    def take(self, data: bytes) -> None:
+        """Hands out the events of a message.
+
+        Raises:
+            Failure: it is not a message of a session.
+        """
+        try:
+            events = generation_pb2.SessionResponse.FromString(data).events
+        except DecodeError:
+            raise Failure(grpc.StatusCode.INTERNAL, "the server's message is not a SessionResponse") from None
+        with self._lock:
+            for event in events:
+                if (inbox := self._inboxes.get(event.number)) is not None:
+                    inbox.put_nowait(event)
+                if event.HasField("error"):
+                    if event.error.code in _RETIRING:
+                        self._takes_more = False
+                    self.forget(event.number)
+
+    def end(self, error: grpc.RpcError | None) -> None:
+        """Takes the end of the stream, which is that of all its generations."""
+        error = error or Failure(grpc.StatusCode.UNAVAILABLE, "the server has ended the session")
+        with self._lock:
+            self._takes_more = False
+            inboxes, self._inboxes = list(self._inboxes.values()), {}
+            self._send(None)  # whoever waits for requests may go
+        for inbox in inboxes:
+            inbox.put_nowait(Failure(error.code(), error.details() or "", details_of(error)))
+
+    def _end_if_done(self) -> None:
+        if not self._takes_more and not self._inboxes:
+            self._send(None)
+
+
+class SessionStreams:
+    """The stream of a session that takes new generations, and former ones until theirs are over. Thread-safe."""
+
+    def __init__(self, opened: Callable[[], SessionStream]) -> None:
+        """`opened` opens a stream."""
+        self._opened = opened
+        self._streams: weakref.WeakSet[SessionStream] = weakref.WeakSet()
+        self._newest: SessionStream | None = None
+        self._is_closed = False
+        self._lock = threading.RLock()
+
+    def begin(self, request: generation_pb2.SessionRequest, inbox: Inbox) -> tuple[SessionStream, int] | None:
+        """Sends a request. Returns its stream and its number there; None if the session is closed."""
+        with self._lock:
+            while not self._is_closed:
+                if self._newest is not None and (number := self._newest.begin(request, inbox)) is not None:
+                    return self._newest, number
+                self._newest = self._opened()
+                self._streams.add(self._newest)
+            return None
+
+    def close(self) -> None:
+        """Cancels all generations, and takes no more."""
+        with self._lock:
+            self._is_closed = True
+            for stream in list(self._streams):
+                stream.close()
+
+
+class Attempts:
+    """One generation of a session, over all its attempts: it is tried again while the server has not begun it."""
+
+    def __init__(self, call: StreamCall, retries: int) -> None:
+        self._call = call
+        assert isinstance(call.request, bytes)
+        self._request = generation_pb2.StreamGenerateRequest.FromString(call.request)
+        self._retries = retries
+        self._num_attempts = 0
+        self._ends_at = math.inf if call.timeout is None else time.monotonic() + call.timeout
+        self._has_begun = False
+        self._num_answers_left = call.num_answers
+
+    @property
+    def is_over(self) -> bool:
+        """True if the answer is complete."""
+        return self._num_answers_left == 0
+
+    def seconds_left(self, pause: float = math.inf) -> float | None:
+        """Returns the time until the deadline, or `pause` if that is shorter; not below 0. None if there is neither."""
+        seconds = min(pause, self._ends_at - time.monotonic())
+        return None if seconds == math.inf else max(0.0, seconds)
+
+    def request(self) -> generation_pb2.SessionRequest:
+        """Returns the next attempt's request, without its number."""
+        self._num_attempts += 1
+        trace: dict[str, Any] = {key: value for key, value in self._call.metadata if key in TRACE_KEYS}
+        # The server refuses 0. A generation whose deadline has passed is told so by its own clock.
+        seconds = None if self._ends_at == math.inf else max(1e-6, self._ends_at - time.monotonic())
+        return generation_pb2.SessionRequest(generate=self._request, timeout_seconds=seconds, **trace)
+
+    def read(self, item: Item) -> generation_pb2.StreamGenerateResponse | float:
+        """Returns the event of an item; or, in seconds, the pause before the next attempt.
+
+        Raises:
+            grpc.RpcError: the generation has failed.
+        """
+        if isinstance(item, grpc.RpcError):
+            return self._pause(item)
+        if item.HasField("error"):
+            code = _CODES.get(item.error.code, grpc.StatusCode.UNKNOWN)
+            return self._pause(Failure(code, item.error.message, item.error.details))
+        self._has_begun = True
+        if item.response.HasField("finished"):
+            self._num_answers_left -= 1
+        return item.response
+
+    def stop(self) -> None:
+        """Makes this attempt the last one."""
+        self._retries = 0
+
+    def deadline_passed(self) -> Failure:
+        """Returns the failure of a generation whose deadline has passed."""
+        return Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed")
+
+    def cancelled(self) -> Failure:
+        """Returns the failure of a generation that the client cancelled."""
+        return Failure(grpc.StatusCode.CANCELLED, "the call was cancelled")
+
+    def _pause(self, error: grpc.RpcError) -> float:
+        if self._has_begun or self._num_attempts > self._retries or error.code() not in _RETRIED:
+            raise error
+        asked = _asked_pause(error)
+        if asked is not None:
+            return asked
+        return min(_FIRST_PAUSE_SECONDS * 2.0 ** (self._num_attempts - 1), _LONGEST_PAUSE_SECONDS)
+
+
+def state_of(call: StreamCall) -> StreamState:
+    """Returns the state of a stream whose messages come already read."""
+    as_it_is: Callable[[Any], Any] = lambda message: message  # noqa: E731 - typed
+    return StreamState(dataclasses.replace(call, read=as_it_is))
+
+
+def _asked_pause(error: grpc.RpcError) -> float | None:
+    """Returns the seconds after which the server asks to be tried again; None if it does not say."""
+    try:
+        for packed in status_pb2.Status.FromString(details_of(error)).details:
+            retry = error_details_pb2.RetryInfo()
+            if packed.Unpack(retry):
+                return float(retry.retry_delay.ToTimedelta().total_seconds())
+    except DecodeError:
+        pass
+    return None
+
+
+def details_of(error: grpc.RpcError) -> bytes:
+    """Returns the google.rpc.Status of an error, serialised; empty if it has none."""
+    found: bytes = dict(error.trailing_metadata() or ()).get(DETAILS_KEY, b"")
+    return found

@@ -1,0 +1,256 @@
+"""Serves one session: many generations on one stream, whose events of one moment leave in one message.
+
+A message takes both sides about as long as all else that a token needs there, whatever is in it. Knows no servicer.
+"""
+
+import asyncio
+import functools
+import math
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.protobuf.wrappers_pb2 import UInt64Value
+
+from dash_api.v1 import generation_pb2
+from dash_runtime.errors import InvalidRequest
+from dash_server import wire
+from dash_server.generation import Generation
+from dash_server.logs import request_id_of_task
+from dash_server.reading import prepare
+from dash_server.request_record import CONTEXT_KEYS, at_end_of_call
+from dash_server.service_state import ServiceState, logged_failure, open_generations, together
+from dash_server.statuses import Failure, SessionClosing, below
+
+_METHOD = "dash_api.v1.GenerationService/Session"
+_MAX_WAITING_EVENTS = 1024
+"""Events on their way out from which on no more requests are read."""
+_MAX_MESSAGE_BYTES = 1 << 20
+
+
+class Session:
+    """One call of Session."""
+
+    def __init__(self, state: ServiceState, context: grpc.aio.ServicerContext) -> None:
+        self._state = state
+        self._context = context
+        self._running: dict[int, asyncio.Task[None]] = {}
+        self._is_old = False
+        self._outgoing = _Outgoing()
+
+    async def run(self, requests: AsyncIterator[bytes]) -> None:
+        """Serves generations until the caller closes its side, or the server shuts down, and all are over.
+
+        Raises:
+            InvalidRequest: a message belongs to no generation that could be told so.
+            Unauthenticated: the caller is unknown.
+        """
+        self._state.caller(self._context)
+        reading, closing = asyncio.create_task(self._read(requests)), asyncio.create_task(self._close())
+        for task in (reading, closing):
+            task.add_done_callback(lambda _: self._outgoing.wake())
+        with at_end_of_call(self._context, functools.partial(self._end, reading, closing)):
+            while self._running or self._outgoing.events or not (reading.done() or closing.done()):
+                events = await self._outgoing.take()
+                for part in _parts(events):
+                    await self._context.write(generation_pb2.SessionResponse(events=part))
+                if reading.done():
+                    reading.result()
+
+    async def _read(self, requests: AsyncIterator[bytes]) -> None:
+        """Begins and cancels generations as the caller says."""
+        async for data in requests:
+            await self._outgoing.have_room()
+            number = _number(data)
+            request = _readable(data)
+            if isinstance(request, generation_pb2.SessionRequest) and request.HasField("cancel"):
+                if (task := self._running.get(number)) is not None:
+                    task.cancel()
+                continue
+            if number in self._running:
+                raise InvalidRequest("number", f"{number} belongs to a generation that is not over")
+            self._running[number] = task = asyncio.create_task(self._generate(number, request))
+            task.add_done_callback(functools.partial(self._over, number))
+
+    async def _close(self) -> None:
+        """Waits until no more generations may begin here: the server shuts down, or the connection is old."""
+        try:
+            async with asyncio.timeout(self._state.settings.max_connection_age_seconds):
+                await self._state.admission.wait_draining()
+        except TimeoutError:
+            self._is_old = True
+
+    def _end(self, *tasks: asyncio.Task[None]) -> None:
+        for task in (*tasks, *self._running.values()):
+            task.cancel()
+
+    def _over(self, number: int, task: asyncio.Task[None]) -> None:
+        del self._running[number]
+        if task.cancelled():
+            self._outgoing.put(_error(number, grpc.StatusCode.CANCELLED, "the caller cancelled the generation"))
+        self._outgoing.wake()
+
+    async def _generate(self, number: int, request: generation_pb2.SessionRequest | InvalidRequest) -> None:
+        """Runs one generation to its end, and sends its events or its error."""
+        request_id = uuid.uuid4().hex
+        request_id_of_task.set(request_id)
+        try:
+            if isinstance(request, InvalidRequest):
+                raise request
+            if self._is_old:
+                raise SessionClosing
+            call = _CallOfSession(self._context, request)
+            async with asyncio.timeout(call.time_remaining()):
+                await self._answer(number, request_id, call, request.generate)
+        except TimeoutError:
+            self._outgoing.put(_error(number, grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed"))
+        except Exception as error:
+            self._outgoing.put(_error_of(number, logged_failure(error, request_id)))
+
+    async def _answer(
+        self, number: int, request_id: str, call: "_CallOfSession", request: generation_pb2.StreamGenerateRequest
+    ) -> None:
+        opened = open_generations(
+            self._state, call, request_id, _METHOD, request.ByteSize(), functools.partial(prepare, request)
+        )
+        async with opened as generations:
+            with below("parameters"):
+                await together(
+                    [self._stream(number, index, generation) for index, generation in enumerate(generations)]
+                )
+
+    async def _stream(self, number: int, index: int, generation: Generation) -> None:
+        """Sends one answer's events as they come. Not more than one waits, so that those to a slow caller grow."""
+        turn = -1
+        async for response in generation.events(index):
+            event = generation_pb2.SessionEvent(number=number, response=response)
+            turn = await self._outgoing.put_in_turn(event, turn)
+
+
+class _Outgoing:
+    """Events that wait for the next message."""
+
+    def __init__(self) -> None:
+        self.events: list[generation_pb2.SessionEvent] = []
+        self._num_taken = 0
+        """How often `take` took events."""
+        self._change = asyncio.Event()
+        self._taken = asyncio.Event()
+
+    def put(self, event: generation_pb2.SessionEvent) -> None:
+        """Adds an event."""
+        self.events.append(event)
+        self._change.set()
+
+    async def put_in_turn(self, event: generation_pb2.SessionEvent, turn: int) -> int:
+        """Adds an event once the one before it has been taken, whose turn is `turn`. Returns this one's turn."""
+        while turn == self._num_taken:
+            await self._taken.wait()
+        self.put(event)
+        return self._num_taken
+
+    async def have_room(self) -> None:
+        """Waits until not too many events wait."""
+        while len(self.events) >= _MAX_WAITING_EVENTS:
+            await self._taken.wait()
+
+    def wake(self) -> None:
+        """Lets `take` return, even with nothing."""
+        self._change.set()
+
+    async def take(self) -> list[generation_pb2.SessionEvent]:
+        """Waits for a change, and takes all events."""
+        await self._change.wait()
+        self._change.clear()
+        events, self.events = self.events, []
+        self._num_taken += 1
+        self._taken.set()
+        self._taken = asyncio.Event()
+        return events
+
+
+class _CallOfSession:
+    """One generation of a session, as others see a call: with a deadline and a caller's span of its own."""
+
+    def __init__(self, context: grpc.aio.ServicerContext, request: generation_pb2.SessionRequest) -> None:
+        """Begins the time until the deadline.
+
+        Raises:
+            InvalidRequest: the timeout is not a positive number.
+        """
+        self._context = context
+        self._ends_at = math.inf
+        if request.HasField("timeout_seconds"):
+            if not request.timeout_seconds > 0:
+                raise InvalidRequest("timeout_seconds", "must be a number above 0")
+            self._ends_at = time.monotonic() + request.timeout_seconds
+        self._trace = {key: getattr(request, key) for key in CONTEXT_KEYS if request.HasField(key)}
+
+    def time_remaining(self) -> float | None:
+        of_session = self._context.time_remaining()
+        seconds = min(self._ends_at - time.monotonic(), math.inf if of_session is None else of_session)
+        return None if seconds == math.inf else seconds
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
+        pairs = tuple(self._context.invocation_metadata() or ())
+        if not self._trace:
+            return pairs
+        return (*(pair for pair in pairs if pair[0] not in CONTEXT_KEYS), *self._trace.items())
+
+    def auth_context(self) -> Mapping[str, Sequence[bytes]]:
+        return self._context.auth_context()
+
+    def peer(self) -> str:
+        return self._context.peer()
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """Does nothing: it is for handlers that gRPC does not resume, and a session's tasks are always resumed."""
+
+
+def _number(data: bytes) -> int:
+    """Returns the number in a SessionRequest of which nothing else may be readable.
+
+    Raises:
+        InvalidRequest: the bytes are no message.
+    """
+    try:
+        return UInt64Value.FromString(data).value  # which has the same field
+    except DecodeError:
+        raise InvalidRequest("request", "the bytes are not a dash_api.v1.SessionRequest") from None
+
+
+def _readable(data: bytes) -> generation_pb2.SessionRequest | InvalidRequest:
+    """Returns the request in `data`, or what is wrong with it."""
+    try:
+        request = wire.parse(generation_pb2.SessionRequest, data)
+    except InvalidRequest as error:
+        return InvalidRequest(error.field.removeprefix("generate."), error.description)
+    if request.WhichOneof("action") is None:
+        return InvalidRequest("action", "is required: generate or cancel")
+    return request
+
+
+def _parts(events: Sequence[generation_pb2.SessionEvent]) -> Iterator[list[generation_pb2.SessionEvent]]:
+    """Splits events into messages that are not too long for the usual limits of clients."""
+    part: list[generation_pb2.SessionEvent] = []
+    num_bytes = 0
+    for event in events:
+        num_bytes += event.ByteSize()
+        if part and num_bytes > _MAX_MESSAGE_BYTES:
+            yield part
+            part, num_bytes = [], event.ByteSize()
+        part.append(event)
+    if part:
+        yield part
+
+
+def _error_of(number: int, failure: Failure) -> generation_pb2.SessionEvent:
+    return _error(number, failure.code, failure.message, failure.details)
+
+
+def _error(number: int, code: grpc.StatusCode, message: str, details: bytes = b"") -> generation_pb2.SessionEvent:
+    error = generation_pb2.SessionError(code=code.value[0], message=message, details=details)
+    return generation_pb2.SessionEvent(number=number, error=error)
