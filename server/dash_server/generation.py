@@ -3,7 +3,6 @@
 Joins the dispatcher's token ids and the text module. Knows no gRPC context and no admission.
 """
 
-import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -17,7 +16,7 @@ from dash_server.from_pb import PreparedRequest
 from dash_server.request_record import RequestRecord
 from dash_server.served_model import ServedModel
 from dash_server.text import OutputText
-from dash_server.to_pb import delta_to_pb, finished_to_pb, started_to_pb
+from dash_server.to_pb import Event, Piece, finished_to_pb, started_to_pb
 from dash_server.tools import ToolCallReader
 
 logger = logging.getLogger(__name__)
@@ -27,7 +26,7 @@ MAX_TOKENS_PER_MESSAGE = 256
 
 
 class Generation:
-    """A running request. Call `start`, then `next_delta` until it returns None, then `finish`; always `close`."""
+    """A running request. Call `start`, then `next_piece` until it returns None, then `finish`; always `close`."""
 
     def __init__(
         self,
@@ -83,8 +82,8 @@ class Generation:
         record.queue_seconds = self._outbox.queue_seconds + granted.queue_seconds
         return started_to_pb(self._prepared, granted, self._facts)
 
-    async def next_delta(self) -> generation_pb2.GenerationDelta | None:
-        """Waits for output and returns all that has arrived in one message; None after the last."""
+    async def next_piece(self) -> Piece | None:
+        """Waits for output and returns all that has arrived; None after the last."""
         while self._finished is None:
             output = await self._outbox.take(MAX_TOKENS_PER_MESSAGE)
             self._finished = output.finished
@@ -109,7 +108,7 @@ class Generation:
                 text, calls = self._tool_calls.push(text)
                 text += self._tool_calls.finish() if self._finished is not None else ""
             if output.token_ids or text or calls:
-                return delta_to_pb(text, output, calls)
+                return Piece(text, output, calls)
         return None
 
     def finish(self) -> generation_pb2.GenerationFinished:
@@ -131,13 +130,21 @@ class Generation:
         )
         return finished_to_pb(finished, record.queue_seconds, num_prompt_tokens, record.num_output_tokens, stop_string)
 
-    async def events(self, index: int) -> AsyncIterator[generation_pb2.StreamGenerateResponse]:
-        """Yields all events of a stream as they come, as those of answer `index`."""
-        make = functools.partial(generation_pb2.StreamGenerateResponse, answer_index=index)
-        yield make(started=await self.start())
-        while (delta := await self.next_delta()) is not None:
-            yield make(delta=delta)
-        yield make(finished=self.finish())
+    async def next_delta(self) -> generation_pb2.GenerationDelta | None:
+        """Does the same, and returns a message."""
+        piece = await self.next_piece()
+        if piece is None:
+            return None
+        delta = generation_pb2.GenerationDelta()
+        piece.write(delta)
+        return delta
+
+    async def events(self) -> AsyncIterator[Event]:
+        """Yields the start, the output as it comes, and the end."""
+        yield await self.start()
+        while (piece := await self.next_piece()) is not None:
+            yield piece
+        yield self.finish()
 
     def close(self) -> None:
         """Frees the slot if the request is not over. May be called more than once."""

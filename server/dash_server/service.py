@@ -25,7 +25,15 @@ from dash_server.served_model import ServedModel
 from dash_server.service_state import ServiceState, errors_to_status, open_generations, together
 from dash_server.session import Session
 from dash_server.statuses import below
-from dash_server.to_pb import audit_to_pb, decisions_to_pb, load_to_pb, model_to_pb, policy_to_pb, score_to_pb
+from dash_server.to_pb import (
+    audit_to_pb,
+    decisions_to_pb,
+    load_to_pb,
+    model_to_pb,
+    policy_to_pb,
+    score_to_pb,
+    write_event,
+)
 
 _GENERATION = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"]
 _MODEL = model_pb2.DESCRIPTOR.services_by_name["ModelService"]
@@ -81,9 +89,11 @@ class GenerationServicer:
 
 async def _stream(generation: Generation, index: int, context: grpc.aio.ServicerContext, writing: asyncio.Lock) -> None:
     """Writes one answer's events as they come."""
-    async for event in generation.events(index):
+    async for event in generation.events():
+        response = generation_pb2.StreamGenerateResponse()
+        write_event(event, index, response)
         async with writing:
-            await context.write(event)
+            await context.write(response)
 
 
 class ModelServicer:

@@ -23,7 +23,8 @@ from dash_server.logs import request_id_of_task
 from dash_server.reading import prepare
 from dash_server.request_record import CONTEXT_KEYS, at_end_of_call
 from dash_server.service_state import ServiceState, logged_failure, open_generations, together
-from dash_server.statuses import Failure, SessionClosing, below
+from dash_server.statuses import SessionClosing, below
+from dash_server.to_pb import write_event
 
 _METHOD = "dash_api.v1.GenerationService/Session"
 _MAX_WAITING_EVENTS = 1024
@@ -53,10 +54,9 @@ class Session:
         for task in (reading, closing):
             task.add_done_callback(lambda _: self._outgoing.wake())
         with at_end_of_call(self._context, functools.partial(self._end, reading, closing)):
-            while self._running or self._outgoing.events or not (reading.done() or closing.done()):
-                events = await self._outgoing.take()
-                for part in _parts(events):
-                    await self._context.write(generation_pb2.SessionResponse(events=part))
+            while self._running or self._outgoing.message.events or not (reading.done() or closing.done()):
+                for message in _parts(await self._outgoing.take()):
+                    await self._context.write(message)
                 if reading.done():
                     reading.result()
 
@@ -90,7 +90,7 @@ class Session:
     def _over(self, number: int, task: asyncio.Task[None]) -> None:
         del self._running[number]
         if task.cancelled():
-            self._outgoing.put(_error(number, grpc.StatusCode.CANCELLED, "the caller cancelled the generation"))
+            self._fail(number, grpc.StatusCode.CANCELLED, "the caller cancelled the generation")
         self._outgoing.wake()
 
     async def _generate(self, number: int, request: generation_pb2.SessionRequest | InvalidRequest) -> None:
@@ -106,9 +106,15 @@ class Session:
             async with asyncio.timeout(call.time_remaining()):
                 await self._answer(number, request_id, call, request.generate)
         except TimeoutError:
-            self._outgoing.put(_error(number, grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed"))
+            self._fail(number, grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed")
         except Exception as error:
-            self._outgoing.put(_error_of(number, logged_failure(error, request_id)))
+            failure = logged_failure(error, request_id)
+            self._fail(number, failure.code, failure.message, failure.details)
+
+    def _fail(self, number: int, code: grpc.StatusCode, message: str, details: bytes = b"") -> None:
+        """Sends the error with which a generation ends."""
+        error = self._outgoing.add(number).error
+        error.code, error.message, error.details = code.value[0], message, details
 
     async def _answer(
         self, number: int, request_id: str, call: "_CallOfSession", request: generation_pb2.StreamGenerateRequest
@@ -125,51 +131,51 @@ class Session:
     async def _stream(self, number: int, index: int, generation: Generation) -> None:
         """Sends one answer's events as they come. Not more than one waits, so that those to a slow caller grow."""
         turn = -1
-        async for response in generation.events(index):
-            event = generation_pb2.SessionEvent(number=number, response=response)
-            turn = await self._outgoing.put_in_turn(event, turn)
+        async for event in generation.events():
+            turn = await self._outgoing.until_taken(turn)
+            write_event(event, index, self._outgoing.add(number).response)
 
 
 class _Outgoing:
     """Events that wait for the next message."""
 
     def __init__(self) -> None:
-        self.events: list[generation_pb2.SessionEvent] = []
-        self._num_taken = 0
-        """How often `take` took events."""
+        self.message = generation_pb2.SessionResponse()
+        """The next one, as far as it goes."""
+        self._turn = 0
+        """Its number."""
         self._change = asyncio.Event()
         self._taken = asyncio.Event()
 
-    def put(self, event: generation_pb2.SessionEvent) -> None:
-        """Adds an event."""
-        self.events.append(event)
+    def add(self, number: int) -> generation_pb2.SessionEvent:
+        """Returns a new event of the next message. It has to be written at once."""
         self._change.set()
+        return self.message.events.add(number=number)
 
-    async def put_in_turn(self, event: generation_pb2.SessionEvent, turn: int) -> int:
-        """Adds an event once the one before it has been taken, whose turn is `turn`. Returns this one's turn."""
-        while turn == self._num_taken:
+    async def until_taken(self, turn: int) -> int:
+        """Waits until the message of that turn has been taken. Returns the next one's turn."""
+        while turn == self._turn:
             await self._taken.wait()
-        self.put(event)
-        return self._num_taken
+        return self._turn
 
     async def have_room(self) -> None:
         """Waits until not too many events wait."""
-        while len(self.events) >= _MAX_WAITING_EVENTS:
+        while len(self.message.events) >= _MAX_WAITING_EVENTS:
             await self._taken.wait()
 
     def wake(self) -> None:
         """Lets `take` return, even with nothing."""
         self._change.set()
 
-    async def take(self) -> list[generation_pb2.SessionEvent]:
-        """Waits for a change, and takes all events."""
+    async def take(self) -> generation_pb2.SessionResponse:
+        """Waits for a change, and takes the message."""
         await self._change.wait()
         self._change.clear()
-        events, self.events = self.events, []
-        self._num_taken += 1
+        message, self.message = self.message, generation_pb2.SessionResponse()
+        self._turn += 1
         self._taken.set()
         self._taken = asyncio.Event()
-        return events
+        return message
 
 
 class _CallOfSession:
@@ -233,24 +239,17 @@ def _readable(data: bytes) -> generation_pb2.SessionRequest | InvalidRequest:
     return request
 
 
-def _parts(events: Sequence[generation_pb2.SessionEvent]) -> Iterator[list[generation_pb2.SessionEvent]]:
-    """Splits events into messages that are not too long for the usual limits of clients."""
-    part: list[generation_pb2.SessionEvent] = []
-    num_bytes = 0
-    for event in events:
+def _parts(message: generation_pb2.SessionResponse) -> Iterator[generation_pb2.SessionResponse]:
+    """Splits a message into those that are not too long for the usual limits of clients. An empty one is none."""
+    if message.ByteSize() <= _MAX_MESSAGE_BYTES:
+        if message.events:
+            yield message
+        return
+    part, num_bytes = generation_pb2.SessionResponse(), 0
+    for event in message.events:
         num_bytes += event.ByteSize()
-        if part and num_bytes > _MAX_MESSAGE_BYTES:
+        if part.events and num_bytes > _MAX_MESSAGE_BYTES:
             yield part
-            part, num_bytes = [], event.ByteSize()
-        part.append(event)
-    if part:
-        yield part
-
-
-def _error_of(number: int, failure: Failure) -> generation_pb2.SessionEvent:
-    return _error(number, failure.code, failure.message, failure.details)
-
-
-def _error(number: int, code: grpc.StatusCode, message: str, details: bytes = b"") -> generation_pb2.SessionEvent:
-    error = generation_pb2.SessionError(code=code.value[0], message=message, details=details)
-    return generation_pb2.SessionEvent(number=number, error=error)
+            part, num_bytes = generation_pb2.SessionResponse(), event.ByteSize()
+        part.events.append(event)
+    yield part

@@ -5,6 +5,7 @@ Checks nothing: all values come from the server itself.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dash_api.v1 import common_pb2, generation_pb2, model_pb2
 from dash_runtime.actions import Action
@@ -58,16 +59,40 @@ def started_to_pb(
     )
 
 
-def delta_to_pb(
-    text: str, output: MergedOutput, tool_calls: Sequence[common_pb2.ToolCall] = ()
-) -> generation_pb2.GenerationDelta:
-    return generation_pb2.GenerationDelta(
-        text=text,
-        token_ids=output.token_ids,
-        actions=bytes(output.actions),
-        logprobs=map(_logprobs_to_pb, output.logprobs),
-        tool_calls=tool_calls,
-    )
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Output that leaves together: tokens, and the text and the calls of tools that they complete."""
+
+    text: str
+    output: MergedOutput
+    tool_calls: Sequence[common_pb2.ToolCall] = ()
+
+    def write(self, delta: generation_pb2.GenerationDelta) -> None:
+        """Writes it into an empty message. To copy one message into another takes several times as long."""
+        delta.text = self.text
+        delta.token_ids.extend(self.output.token_ids)
+        if self.output.actions:
+            delta.actions = bytes(self.output.actions)
+        if self.output.logprobs:
+            delta.logprobs.extend(map(_logprobs_to_pb, self.output.logprobs))
+        if self.tool_calls:
+            delta.tool_calls.extend(self.tool_calls)
+
+
+Event = Piece | generation_pb2.GenerationStarted | generation_pb2.GenerationFinished
+"""What a stream has to say of an answer: its start, its output, its end."""
+
+
+def write_event(event: Event, index: int, message: generation_pb2.StreamGenerateResponse) -> None:
+    """Writes an event of answer `index` into an empty message."""
+    if index:
+        message.answer_index = index
+    if isinstance(event, Piece):
+        event.write(message.delta)
+    elif isinstance(event, generation_pb2.GenerationStarted):
+        message.started.CopyFrom(event)
+    else:
+        message.finished.CopyFrom(event)
 
 
 def _logprobs_to_pb(logprobs: TokenLogprobs) -> generation_pb2.TokenLogprobs:

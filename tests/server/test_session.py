@@ -1,7 +1,6 @@
 """Sessions over a real socket: many generations on one stream, none of which changes anything for another."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -251,31 +250,33 @@ async def test_a_session_needs_a_token(model_folder: Path, tmp_path: Path) -> No
 
 async def test_not_more_than_one_event_of_an_answer_waits() -> None:
     outgoing = _Outgoing()
-    event = generation_pb2.SessionEvent(number=1)
-    turn = await outgoing.put_in_turn(event, -1)
-    second = asyncio.create_task(outgoing.put_in_turn(event, turn))
+    turn = await outgoing.until_taken(-1)
+    outgoing.add(1)
+    second = asyncio.create_task(outgoing.until_taken(turn))
     await asyncio.sleep(0)
-    assert outgoing.events == [event]
-    assert await outgoing.take() == [event]
-    await second
-    assert outgoing.events == [event]
+    assert not second.done()
+    assert [event.number for event in (await outgoing.take()).events] == [1]
+    assert await second != turn
+    assert not outgoing.message.events
 
 
 async def test_no_more_is_read_while_too_many_events_wait() -> None:
     outgoing = _Outgoing()
     for _ in range(2000):
-        outgoing.put(generation_pb2.SessionEvent(number=1))
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(0.01):
-            await outgoing.have_room()
-            raise AssertionError("there is no room")
+        outgoing.add(1)
+    reading = asyncio.create_task(outgoing.have_room())
+    await asyncio.sleep(0)
+    assert not reading.done()
     await outgoing.take()
-    await outgoing.have_room()
+    await reading
 
 
 async def test_long_messages_are_split_between_events() -> None:
-    delta = generation_pb2.GenerationDelta(text="x" * 400_000)
-    response = generation_pb2.StreamGenerateResponse(delta=delta)
-    events = [generation_pb2.SessionEvent(number=number, response=response) for number in range(5)]
-    assert [[event.number for event in part] for part in _parts(events)] == [[0, 1], [2, 3], [4]]
-    assert list(_parts([])) == []
+    message = generation_pb2.SessionResponse()
+    assert list(_parts(message)) == []
+    message.events.add(number=7)
+    assert list(_parts(message)) == [message]
+    message.Clear()
+    for number in range(5):
+        message.events.add(number=number).response.delta.text = "x" * 400_000
+    assert [[event.number for event in part.events] for part in _parts(message)] == [[0, 1], [2, 3], [4]]
