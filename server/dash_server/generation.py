@@ -5,7 +5,7 @@ Joins the dispatcher's token ids and the text module. Knows no gRPC context and 
 
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from dash_api.v1 import common_pb2, generation_pb2
 from dash_runtime.events import EndReason, SequenceFinished, TokenLogprobs
@@ -18,6 +18,7 @@ from dash_server.served_model import ServedModel
 from dash_server.text import OutputText
 from dash_server.to_pb import Event, Piece, finished_to_pb, started_to_pb
 from dash_server.tools import ToolCallReader
+from dash_server.worker.outbox import MergedOutput
 
 logger = logging.getLogger(__name__)
 
@@ -82,34 +83,37 @@ class Generation:
         record.queue_seconds = self._outbox.queue_seconds + granted.queue_seconds
         return started_to_pb(self._prepared, granted, self._facts)
 
+    @property
+    def is_over(self) -> bool:
+        """True if there is no more output."""
+        return self._finished is not None
+
     async def next_piece(self) -> Piece | None:
         """Waits for output and returns all that has arrived; None after the last."""
-        while self._finished is None:
-            output = await self._outbox.take(MAX_TOKENS_PER_MESSAGE)
-            self._finished = output.finished
-            if self._text.stop_string is not None:
-                continue  # the worker made these before it heard of the stop string
-            piece = self._text.push(output.token_ids)
-            if self._text.stop_string is not None:
-                output = output.first(piece.num_tokens)
-                self._dispatcher.stop(self._prepared.request.request_id)
-            tail = self._text.finish() if self._finished is not None else ""
-            if self._record.trail is not None:
-                self._record.trail.add(output.token_ids, output.logprobs)
-            if self._record.is_picked:
-                output.logprobs = _shown(output.logprobs, self._prepared.request.logprobs)
-            # Counts what the caller gets: the worker may make more before it hears of a stop string.
-            self._record.count_tokens(len(output.token_ids))
-            text = piece.text + tail
-            calls: list[common_pb2.ToolCall] = []
-            if self._record.output is not None:
-                self._record.output += text
-            if self._tool_calls is not None:
-                text, calls = self._tool_calls.push(text)
-                text += self._tool_calls.finish() if self._finished is not None else ""
-            if output.token_ids or text or calls:
-                return Piece(text, output, calls)
+        while not self.is_over:
+            if (piece := self._piece(await self._outbox.take(MAX_TOKENS_PER_MESSAGE))) is not None:
+                return piece
         return None
+
+    async def next_delta(self) -> generation_pb2.GenerationDelta | None:
+        """Waits for output and returns all that has arrived as a message; None after the last."""
+        piece = await self.next_piece()
+        if piece is None:
+            return None
+        delta = generation_pb2.GenerationDelta()
+        piece.write(delta)
+        return delta
+
+    def poll(self) -> Piece | None:
+        """Returns output that has arrived; None if there is none now."""
+        while not self.is_over and (output := self._outbox.poll(MAX_TOKENS_PER_MESSAGE)) is not None:
+            if (piece := self._piece(output)) is not None:
+                return piece
+        return None
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """Has `listener` called when there may be output to poll, until it is None."""
+        self._outbox.listener = listener
 
     def finish(self) -> generation_pb2.GenerationFinished:
         """Returns the reason for the end, the usage and the depth statistics."""
@@ -130,15 +134,6 @@ class Generation:
         )
         return finished_to_pb(finished, record.queue_seconds, num_prompt_tokens, record.num_output_tokens, stop_string)
 
-    async def next_delta(self) -> generation_pb2.GenerationDelta | None:
-        """Does the same, and returns a message."""
-        piece = await self.next_piece()
-        if piece is None:
-            return None
-        delta = generation_pb2.GenerationDelta()
-        piece.write(delta)
-        return delta
-
     async def events(self) -> AsyncIterator[Event]:
         """Yields the start, the output as it comes, and the end."""
         yield await self.start()
@@ -150,6 +145,32 @@ class Generation:
         """Frees the slot if the request is not over. May be called more than once."""
         if self._dispatcher.cancel(self._prepared.request.request_id):
             logger.info("cancelled: the caller is gone, or its deadline has passed")
+
+    def _piece(self, output: MergedOutput) -> Piece | None:
+        """Returns what the caller gets of some output; None for nothing."""
+        self._finished = output.finished
+        if self._text.stop_string is not None:
+            return None  # the worker made these before it heard of the stop string
+        piece = self._text.push(output.token_ids)
+        if self._text.stop_string is not None:
+            output = output.first(piece.num_tokens)
+            self._dispatcher.stop(self._prepared.request.request_id)
+        tail = self._text.finish() if self._finished is not None else ""
+        record = self._record
+        if record.trail is not None:
+            record.trail.add(output.token_ids, output.logprobs)
+        if record.is_picked:
+            output.logprobs = _shown(output.logprobs, self._prepared.request.logprobs)
+        # Counts what the caller gets: the worker may make more before it hears of a stop string.
+        record.count_tokens(len(output.token_ids))
+        text = piece.text + tail
+        calls: list[common_pb2.ToolCall] = []
+        if record.output is not None:
+            record.output += text
+        if self._tool_calls is not None:
+            text, calls = self._tool_calls.push(text)
+            text += self._tool_calls.finish() if self._finished is not None else ""
+        return Piece(text, output, calls) if output.token_ids or text or calls else None
 
 
 def _shown(logprobs: Sequence[TokenLogprobs], num_top: int | None) -> list[TokenLogprobs]:

@@ -12,7 +12,7 @@ from dash_api.v1 import generation_pb2
 from dash_server.request_record import RequestRecord
 from dash_server.session import _Outgoing, _parts
 from tests.server.open_session import OpenSession, open_session
-from tests.server.server_harness import RunningServer, fake_model, running_server
+from tests.server.server_harness import RunningServer, fake_model, generation_request, running_server
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -248,16 +248,26 @@ async def test_a_session_needs_a_token(model_folder: Path, tmp_path: Path) -> No
             assert await session.end_of(1) is OK
 
 
-async def test_not_more_than_one_event_of_an_answer_waits() -> None:
-    outgoing = _Outgoing()
-    turn = await outgoing.until_taken(-1)
-    outgoing.add(1)
-    second = asyncio.create_task(outgoing.until_taken(turn))
-    await asyncio.sleep(0)
-    assert not second.done()
-    assert [event.number for event in (await outgoing.take()).events] == [1]
-    assert await second != turn
-    assert not outgoing.message.events
+async def test_a_caller_that_reads_slowly_gets_more_tokens_in_an_event(model_folder: Path) -> None:
+    wide = generation_pb2.OutputOptions(return_decisions=True)
+    model = fake_model(model_folder, num_layers=32_768)  # 32 KiB a token
+    async with running_server(model) as server:
+        call = server.channel.stream_stream("/dash_api.v1.GenerationService/Session")()
+        parameters = generation_request(text="abc", max_new_tokens=600, output=wide).parameters
+        request = generation_pb2.SessionRequest(number=1)
+        request.generate.parameters.CopyFrom(parameters)
+        await call.write(request.SerializeToString())
+        await server.wait_for_live_requests(1)
+        await server.wait_for_live_requests(0)  # the worker is done, and nobody has read
+        events = []
+        while not events or not events[-1].HasField("finished"):
+            events += [event.response for event in generation_pb2.SessionResponse.FromString(await call.read()).events]
+        sizes = [len(event.delta.token_ids) for event in events]
+        assert sum(sizes) == 600
+        assert max(sizes) == 256
+        assert bytes(token for event in events for token in event.delta.token_ids) == b"abc" * 200
+        assert all(len(event.delta.actions) == size * 32_768 for event, size in zip(events, sizes, strict=True))
+        call.cancel()
 
 
 async def test_no_more_is_read_while_too_many_events_wait() -> None:

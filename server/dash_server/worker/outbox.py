@@ -5,6 +5,7 @@ no text.
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -66,6 +67,8 @@ class Outbox:
         self.request_id = request_id
         self.queue_seconds = 0.0
         """Time before the request went to the worker."""
+        self.listener: Callable[[], None] | None = None
+        """Called when the reader may poll, by whoever brings what is there."""
         self._delivery = delivery
         self._granted: SlotGranted | None = None
         self._has_had_tokens = False
@@ -115,6 +118,8 @@ class Outbox:
     def release(self) -> None:
         """Lets the reader have all that is here."""
         self._is_due = True
+        if self.listener is not None:
+            self.listener()
         if self._change is not None and not self._change.done():
             self._change.set_result(None)
 
@@ -136,13 +141,22 @@ class Outbox:
 
     async def take(self, max_tokens: int) -> MergedOutput:
         """Waits for tokens or the end, and takes up to `max_tokens`. Raises like `granted`."""
-        while not (self._is_due and (self._pending.token_ids or self._pending.finished is not None)):
+        while (output := self.poll(max_tokens)) is None:
             await self._next_change()
-        if len(self._pending.token_ids) <= max_tokens:
-            output, self._pending, self._is_due = self._pending, MergedOutput(), False
-            return output
-        output = self._pending.first(max_tokens)
-        self._pending.drop_first(max_tokens)
+        return output
+
+    def poll(self, max_tokens: int) -> MergedOutput | None:
+        """Takes up to `max_tokens` if the reader is to have any or the end now. Raises like `granted` if not."""
+        pending = self._pending
+        if not (self._is_due and (pending.token_ids or pending.finished is not None)):
+            if self._error is not None:
+                raise self._error
+            return None
+        if len(pending.token_ids) <= max_tokens:
+            self._pending, self._is_due = MergedOutput(), False
+            return pending
+        output = pending.first(max_tokens)
+        pending.drop_first(max_tokens)
         return output
 
     async def _next_change(self) -> None:
