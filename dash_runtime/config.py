@@ -14,8 +14,8 @@ from dash_runtime.constraint import Constraint
 from dash_runtime.errors import ConfigError, InvalidRequest
 
 MAX_LOGPROBS = 20
-MOST_BURST_MILLISECONDS = 10
-"""A reader sees no stutter of so much, and a request that arrives meanwhile waits no longer."""
+MOST_BURST_MILLISECONDS = 20
+"""A reader sees no stutter of so much."""
 
 
 class Mode(StrEnum):

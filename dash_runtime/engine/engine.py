@@ -17,7 +17,7 @@ from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts
 from dash_runtime.decision_trace import StepKind
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.devices.step_timer import CudaStepTimer
-from dash_runtime.engine.bursts import decode_burst
+from dash_runtime.engine.bursts import Bursts
 from dash_runtime.engine.constraints import ConstraintCompiler, TextConstraint
 from dash_runtime.engine.deciders import DecodingRows
 from dash_runtime.engine.device_times import settle_decisions
@@ -81,6 +81,7 @@ class Engine:
         self._running: dict[str, Sequence] = {}
         self._rounds = DraftRounds(round_costs, config.group_planner)
         self._decoding_rows: DecodingRows | None = None
+        self.bursts = Bursts(decoder, config.burst_milliseconds / 1e3)
         self.on_progress: Callable[[], None] = lambda: None
         """Called between the layers of a pass over many tokens, which may take seconds."""
 
@@ -285,8 +286,7 @@ class Engine:
     def _decode_burst(self, sequence: Sequence, rows: DecodingRows, events: list[EngineEvent]) -> bool:
         """Decodes several tokens of a sequence that runs alone; returns False if that cannot be now."""
         num_positions, decider = sequence.cache.length, rows.deciders[0]
-        burst = decode_burst(self._decoder, rows, sequence, self._config.burst_milliseconds / 1e3)
-        if burst is None:
+        if (burst := self.bursts.decode(rows, sequence)) is None:
             return False
         head, num_evaluations = decider.policy.head, decider.num_evaluations
         sequence.recorder.add_burst(burst, lambda plan: sequence.log.cost_of(plan, head, num_evaluations))

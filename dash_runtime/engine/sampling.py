@@ -40,6 +40,8 @@ class Sampler:
         self._parameters = parameters
         self._temperature = numpy.float32(parameters.temperature)
         self._generator = torch.Generator().manual_seed(parameters.seed)
+        self._ahead: list[float] = []
+        """Numbers for tokens that are not drawn yet."""
         self._processors = [*make_processors(parameters, prompt_token_ids), *more_processors]
         self.is_greedy = parameters.temperature == 0
         """True if nothing is left to chance."""
@@ -62,6 +64,16 @@ class Sampler:
         """Returns how the next token is drawn, by a number that no other token is drawn by."""
         p = self._parameters
         return Draw(p.temperature, p.top_p, p.min_p, self._number(), p.top_k)
+
+    def draws(self, count: int) -> list[Draw]:
+        """Returns how each of the next `count` tokens is drawn. `drew` has to be told how many then are."""
+        p = self._parameters
+        self._ahead += [self._new_number() for _ in range(count - len(self._ahead))]
+        return [Draw(p.temperature, p.top_p, p.min_p, number, p.top_k) for number in self._ahead[:count]]
+
+    def drew(self, count: int) -> None:
+        """Takes note that the first of the next tokens are drawn."""
+        del self._ahead[:count]
 
     def takes(self, likeliest_id: int) -> bool:
         """True if the token of the largest logit is the next one whatever the others are. To ask takes a fiftieth of
@@ -133,7 +145,10 @@ class Sampler:
         return place if ids is None else int(ids[place])
 
     def _number(self) -> float:
-        """Returns a number from 0 to 1, which is below 1."""
+        """Returns a number from 0 to 1, which is below 1, by which nothing was drawn."""
+        return self._ahead.pop(0) if self._ahead else self._new_number()
+
+    def _new_number(self) -> float:
         return float(torch.rand((), dtype=torch.float64, generator=self._generator))
 
     def _place(self, weights: Numbers) -> int:

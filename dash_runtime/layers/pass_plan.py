@@ -1,7 +1,7 @@
 """A pass from tokens to logits as one call: what decides the layers, and what came of it. Knows no policies."""
 
 from array import array
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -31,13 +31,15 @@ class PassPlan:
 @dataclass(frozen=True, slots=True)
 class WantedBurst:
     """A burst to decode: up to `count` tokens of a lone row, each the likeliest after the one before, or drawn. The
-    first follows `token_id`, and none follows one of `end_ids`."""
+    first follows `token_id`, and none follows one of `end_ids`, or begins once somebody has written to `wake_file`."""
 
     token_id: int
     count: int
     end_ids: Collection[int]
-    draw: Callable[[], Draw] | None = None
-    """Makes the next token's draw; None if none is drawn."""
+    draws: Sequence[Draw] = ()
+    """Each token's; none if none is drawn."""
+    wake_file: int = -1
+    """A file descriptor; negative for none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,18 +161,20 @@ class ModelRows:
         count: int,
         ends: Collection[int],
         draws: Sequence[Draw],
+        wake_file: int,
         rows: RowsOfPass,
         plans: RowPlans,
         head: "HeadRows",
     ) -> Burst:
         """Decodes up to `count` tokens of a lone row, each the likeliest after the one before, or drawn if there are
-        draws; the first follows `token_id`, and none follows one of `ends`."""
+        draws; the first follows `token_id`, none follows one of `ends`, and none begins while there is something to
+        read from the file descriptor `wake_file`, if it is not negative."""
         own = self._pass
         burst = Burst(count, self._num_layers, plans.num_score_bytes)
         own.tokens, own.output, own.planner = (c_int64 * 1)(token_id), None, None
         logits = self._logits_of(head, 1)  # kept until all have run
         own_draws = draw_structs(draws) if draws else None
-        arguments = count, numbers_struct(list(ends)), len(ends), own_draws, addressof(burst.struct)
+        arguments = count, numbers_struct(list(ends)), len(ends), own_draws, addressof(burst.struct), wake_file
         burst.num_tokens = self._run(
             *(rows, plans, self._all_layers, plans.pinned),
             lambda address: self._library.run_burst(address, *arguments),

@@ -4,6 +4,7 @@
 // layer_body.py's arithmetic, written for one to a few rows whose weights come from memory. structs.py has the same
 // structures; every field is eight bytes wide.
 #include <omp.h>
+#include <poll.h>
 
 #include <algorithm>
 
@@ -54,6 +55,12 @@ void take_part_in_attention(const Pass &pass, const AttentionParts &shared, cons
     write_bf16(pass.output + place, load<Floats>(shared.attended + place));
 }
 
+// Whether there is something to read from a file; not from a negative one.
+bool is_readable(int64_t file) {
+  pollfd asked{static_cast<int>(file), POLLIN, 0};
+  return file >= 0 && poll(&asked, 1, 0) > 0;
+}
+
 }  // namespace
 
 extern "C" int dash_rounds_keys() { return RoundedBlock::is_here; }
@@ -74,10 +81,10 @@ extern "C" void dash_run_rows(const Pass *pass) {
 }
 
 // Decodes a lone row: after its token the likeliest one, or the one that is drawn if there are draws, and after that
-// the next, up to `num_tokens` or the first that is among `ends`. Writes them and what their passes left; returns their
-// number. The row stays where the last ran.
+// the next, up to `num_tokens`, the first that is among `ends`, or the one that ran when somebody wrote to `wake_file`.
+// Writes them and what their passes left; returns their number. The row stays where the last ran.
 extern "C" int64_t dash_run_burst(Pass *pass, int64_t num_tokens, const int64_t *ends, int64_t num_ends,
-                                  const Draw *draws, const BurstRecord *record) {
+                                  const Draw *draws, const BurstRecord *record, int64_t wake_file) {
   const int64_t num_layers = pass->shape->num_layers;
   const Decisions *decisions = pass->plans->decisions;
   const int64_t num_scores = decisions ? num_layers * decisions->policy->num_actions : 0;
@@ -93,7 +100,8 @@ extern "C" int64_t dash_run_burst(Pass *pass, int64_t num_tokens, const int64_t 
     if (draws) tokens[done] = drawing.token(pass->logits, pass->head->num_tiles * kLanes, draws[done]);
     record->marks[2 * done + 1] = now();
     const int64_t token = tokens[done++];
-    if (done == num_tokens || std::find(ends, ends + num_ends, token) != ends + num_ends) return done;
+    if (done == num_tokens || std::find(ends, ends + num_ends, token) != ends + num_ends || is_readable(wake_file))
+      return done;
     pass->tokens = tokens + done - 1;
   }
 }

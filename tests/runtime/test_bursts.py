@@ -1,5 +1,6 @@
 """A request that decodes alone gets several tokens of a step, the same as one by one."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -88,13 +89,38 @@ def test_tokens_that_come_together_are_those_that_come_one_by_one(
     assert len(tokens(together)) == NUM_TOKENS
 
 
-def test_steps_have_several_tokens_unless_they_are_wanted_at_once_and_the_first_ones_fewer(engine: Engine) -> None:
+def test_steps_have_several_tokens_unless_they_are_wanted_at_once(engine: Engine) -> None:
     engine.submit(request())
-    counts = [len(step) for step in tokens_of_steps(engine)]
-    assert max(counts) > 3
-    assert all(count <= 2 + sum(counts[:place]) // 4 for place, count in enumerate(counts))
+    assert max(len(step) for step in tokens_of_steps(engine)) > 3
     engine.submit(request(is_immediate=True))
     assert max(map(len, tokens_of_steps(engine))) == 1
+
+
+@pytest.mark.parametrize("sampling", [SamplingParameters(), DRAWN], ids=["greedy", "drawn"])
+def test_a_burst_ends_when_somebody_writes_and_the_tokens_are_the_same(
+    engine: Engine, sampling: SamplingParameters
+) -> None:
+    engine.submit(request(sampling=sampling))
+    (events,) = drain(engine).values()
+    whole = tokens(events)
+    reader, writer = os.pipe()
+    engine.bursts.wake_file = reader
+    try:
+        engine.submit(request(sampling=sampling))
+        steps = [tokens(engine.step())]
+        while len(steps[-1]) < 4:
+            steps.append(tokens(engine.step()))
+        os.write(writer, b"x")
+        ones = [tokens(engine.step()) for _ in range(4)]
+        os.read(reader, 1)
+        rest = [tokens(step) for step in tokens_of_steps(engine)]
+    finally:
+        engine.bursts.wake_file = -1
+        os.close(reader)
+        os.close(writer)
+    assert [len(step) for step in ones] == [1] * 4
+    assert max(map(len, rest)) > 3
+    assert [token for step in (*steps, *ones, *rest) for token in step] == whole
 
 
 @pytest.mark.parametrize(
@@ -188,4 +214,4 @@ def test_no_milliseconds_mean_no_bursts(model: CompiledModel) -> None:
     assert max(map(len, tokens_of_steps(engine))) == 1
     engine.close()
     with pytest.raises(ConfigError, match="burst_milliseconds"):
-        EngineConfig(burst_milliseconds=11)
+        EngineConfig(burst_milliseconds=21)

@@ -36,12 +36,16 @@ class IdleWork:
 FACTS = ModelFacts("toy", "ToyForCausalLM", 1, 8, 16, 16, 1, frozenset(), (Action.FULL,), (), "cpu")
 
 
+def fake_engine(**parts: Any) -> Any:
+    return SimpleNamespace(close=lambda: None, facts=FACTS, bursts=SimpleNamespace(wake_file=-1), **parts)
+
+
 def test_an_idle_worker_measures_until_a_message_comes_and_says_what_is_new() -> None:
     server, worker = socket.socketpair()
     with server, worker:
         watch = IdleWork(server)
         loop = EngineLoop(worker)
-        engine: Any = SimpleNamespace(has_work=False, cost_watch=watch, step=list, close=lambda: None, facts=FACTS)
+        engine = fake_engine(has_work=False, cost_watch=watch, step=list)
         loop._start = lambda: (engine, [])  # type: ignore[method-assign]
         assert loop.run() == 0
         bodies = messages.FrameReader().feed(server.recv(1 << 16))
@@ -62,7 +66,7 @@ def test_a_worker_gives_signs_of_life_in_the_middle_of_a_long_step(monkeypatch: 
             server.sendall(messages.encode_frame(messages.Shutdown()))
             return []
 
-        engine: Any = SimpleNamespace(has_work=True, cost_watch=None, step=step, close=lambda: None, facts=FACTS)
+        engine = fake_engine(has_work=True, cost_watch=None, step=step)
         loop._start = lambda: (engine, [])  # type: ignore[method-assign]
         assert loop.run() == 0
         bodies = messages.FrameReader().feed(server.recv(1 << 16))

@@ -113,7 +113,7 @@ def test_settings_come_from_variables_and_empty_ones_are_unset(monkeypatch: pyte
 def test_a_lone_requests_tokens_wait_for_each_other_no_longer_than_tokens_may_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for milliseconds, burst in (("25", 10), ("4", 4), ("0", 0)):
+    for milliseconds, burst in (("25", 20), ("4", 4), ("0", 0)):
         monkeypatch.setenv("DASH_FLUSH_MILLISECONDS", milliseconds)
         assert load_settings().worker_config().engine.burst_milliseconds == burst
 

@@ -181,8 +181,7 @@ class NativeBackend(OwnMemory):
         plans, head, _ = made
         if head is None:
             return None
-        draws = () if wanted.draw is None else [wanted.draw() for _ in range(wanted.count)]
-        own = wanted.token_id, wanted.count, wanted.end_ids, draws
+        own = wanted.token_id, wanted.count, wanted.end_ids, wanted.draws, wanted.wake_file
         return self._rows.run_burst(*own, batch.rows_of(None), plans, head)
 
     @property

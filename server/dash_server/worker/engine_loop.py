@@ -106,6 +106,7 @@ class EngineLoop:
     @torch.inference_mode()  # once, not for every step
     def _serve(self, engine: Engine, bodies: list[bytes]) -> None:
         engine.on_progress = self._say_that_it_works
+        engine.bursts.wake_file = self._server.fileno()
         watch, judged = engine.cost_watch, CostStatus()
         while True:
             events: list[EngineEvent] = []
