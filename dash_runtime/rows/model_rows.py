@@ -168,8 +168,11 @@ class ModelRows:
     ) -> Burst:
         """Decodes up to `count` tokens of a lone row, each the likeliest after the one before, or drawn if there are
         draws; the first follows `token_id`, none follows one of `ends`, and none begins while there is something to
-        read from the file descriptor `wake_file`, if it is not negative."""
+        read from the file descriptor `wake_file`, if it is not negative. There is one while numbers of threads are
+        tried."""
         own = self._pass
+        if self._threads.is_trying:
+            count = 1
         burst = Burst(count, self._num_layers, plans.num_score_bytes)
         own.tokens, own.output, own.planner = (c_int64 * 1)(token_id), None, None
         logits = self._logits_of(head, 1)  # kept until all have run
@@ -234,7 +237,7 @@ class ModelRows:
         num_passes = self._call(function or self._library.run_rows, rows) or 1
         if is_seen:
             alike = work, rows.num_rows, rows.spans[0].num_tokens // _ALIKE_TOKENS
-            self._threads.took(alike, (time.perf_counter() - started) / num_passes)
+            self._threads.took(alike, (time.perf_counter() - started) / num_passes, num_passes)
         return num_passes
 
     def _set_plans(self, plans: RowPlans) -> None:

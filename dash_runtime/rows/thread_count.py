@@ -12,17 +12,14 @@ from statistics import median
 _SLOW = 1.6
 """Times as long as the fastest calls of the same work: something disturbs them."""
 _TRIAL = 6
-"""Calls that tell how fast a number of threads is."""
-_HOPELESS = 3
-"""Calls of all threads, each of which took longer than one thread does, that end their trial: beside a busy process
-they take several times as long."""
+"""Passes that tell how fast a number of threads is."""
 _CLEARLY = 0.9
 """One thread takes at most this share of the time of all, or all remain."""
 _FIRST_REST, _LAST_REST = 20, 160
-"""Calls between two trials at least. Doubled while the same number wins, so that a wrong choice ends soon."""
+"""Passes between two trials at least. Doubled while the same number wins, so that a wrong choice ends soon."""
 _UNSEEN = 3
-"""Calls after a quick one of all threads that are not timed: to keep a time takes a tenth of what Python does for a
-token."""
+"""Calls after a quick one of all threads, of a single pass, that are not timed: to keep a time takes a tenth of what
+Python does for a token."""
 _MOST_KINDS = 256
 _FADING = 1.001
 """The fastest time grows by this from call to call, since the machine's memory may have become slower."""
@@ -37,8 +34,8 @@ class ThreadCount:
         self._fastest: dict[Hashable, float] = {}
         self._latest: dict[int, deque[float]] = {most: deque(maxlen=_TRIAL), 1: deque(maxlen=_TRIAL)}
         """By number of threads: the latest times, over the fastest of the same work with all threads."""
-        self._num_calls_left = 0
-        """Calls of a trial that are left, or until there may be one."""
+        self._num_passes_left = 0
+        """Passes of a trial that are left, or until there may be one."""
         self._to_try: list[int] = []
         """The numbers of threads that a trial has yet to time, the one being timed first."""
         self._chosen, self._rest = most, _FIRST_REST
@@ -49,8 +46,14 @@ class ThreadCount:
         self._num_unseen -= 1
         return self._num_unseen < 0 and self._most > 1
 
-    def took(self, work: Hashable, seconds: float) -> None:
-        """Takes in the time of a call that was seen; `work` names what it did: times of one name are compared."""
+    @property
+    def is_trying(self) -> bool:
+        """True if the next call is part of a trial. It should be short, since it may take several times as long."""
+        return bool(self._to_try)
+
+    def took(self, work: Hashable, seconds: float, num_passes: int = 1) -> None:
+        """Takes in the time of each pass of a call that was seen. `work` names what one does: times of one name are
+        compared."""
         fastest = self._fastest.get(work)
         if fastest is None and self.current != self._most:
             return
@@ -62,12 +65,12 @@ class ThreadCount:
         latest = self._latest[self.current]
         ratio = seconds / fastest
         is_quick = self.current == self._most and not self._to_try and ratio < _SLOW
-        self._num_unseen = _UNSEEN if is_quick else 0
-        latest.append(ratio)
-        self._num_calls_left -= 1
+        self._num_unseen = _UNSEEN if is_quick and num_passes == 1 else 0
+        latest.extend([ratio] * min(num_passes, _TRIAL))
+        self._num_passes_left -= num_passes
         if self._is_hopeless(latest):
-            self._num_calls_left = 0
-        elif self._num_calls_left > 0 or len(latest) < _TRIAL:
+            self._num_passes_left = 0
+        elif self._num_passes_left > 0 or len(latest) < _TRIAL:
             return
         if self._to_try:
             self._to_try.pop(0)
@@ -81,15 +84,17 @@ class ThreadCount:
         if self._to_try:
             self.current = self._to_try[0]
             self._latest[self.current].clear()
-            self._num_calls_left = _TRIAL
+            self._num_passes_left = _TRIAL
 
     def _is_hopeless(self, latest: Sequence[float]) -> bool:
+        """Returns True if the first pass of all threads took longer than one thread does: beside a busy process it
+        takes several times as long. Where that was chance, the next trial tells."""
         is_trial = bool(self._to_try) and self.current == self._most
-        return is_trial and len(latest) == _HOPELESS and min(latest) > median(self._latest[1])
+        return is_trial and len(latest) == 1 and latest[0] > median(self._latest[1])
 
     def _choose(self) -> None:
         before = self._chosen
         alone, together = median(self._latest[1]), median(self._latest[self._most])
         self.current = self._chosen = 1 if alone < _CLEARLY * together else self._most
         self._rest = min(2 * self._rest, _LAST_REST) if self._chosen == before else _FIRST_REST
-        self._num_calls_left = self._rest
+        self._num_passes_left = self._rest

@@ -9,13 +9,16 @@ BUSY = {2: 4.0, 1: 2.0}.__getitem__
 SLOWER_MEMORY = {2: 1.8, 1: 3.4}.__getitem__
 
 
-def run(threads: ThreadCount, seconds: Callable[[int], float], count: int, work: str = "a") -> float:
-    """Runs calls that take as long as their number of threads says; returns the share of them in one thread."""
+def run(
+    threads: ThreadCount, seconds: Callable[[int], float], count: int, work: str = "a", num_passes: int = 1
+) -> float:
+    """Runs calls whose passes take as long as their number of threads says; returns the share of them in one thread."""
     alone = 0
     for _ in range(count):
         alone += threads.current == 1
+        own = 1 if threads.is_trying else num_passes
         if threads.is_seen():
-            threads.took(work, seconds(threads.current))
+            threads.took(work, seconds(threads.current), own)
     return alone / count
 
 
@@ -32,14 +35,25 @@ def test_a_busy_neighbour_leaves_one_thread_within_a_few_calls_and_gives_all_bac
     assert run(threads, QUIET, 1000) == 0
 
 
-def test_a_trial_of_all_threads_ends_once_each_call_takes_longer_than_one_thread_does() -> None:
+def test_calls_of_many_passes_leave_and_give_back_all_threads_within_a_few() -> None:
+    threads = ThreadCount(2)
+    run(threads, QUIET, 10, num_passes=11)
+    assert run(threads, QUIET, 100, num_passes=11) == 0
+    run(threads, BUSY, 11, num_passes=11)
+    assert threads.current == 1
+    run(threads, BUSY, 1000, num_passes=11)
+    run(threads, QUIET, 22, num_passes=11)
+    assert run(threads, QUIET, 100, num_passes=11) == 0
+
+
+def test_a_trial_of_all_threads_ends_with_a_first_call_that_takes_longer_than_one_thread_does() -> None:
     threads = ThreadCount(2)
     run(threads, QUIET, 50)
     run(threads, BUSY, 2000)
     counts = [run(threads, BUSY, 1) for _ in range(1000)]
     trials = "".join("1" if alone else "2" for alone in counts).split("1")
-    assert max(map(len, trials)) == 3
-    assert sum(counts) > 980
+    assert max(map(len, trials)) == 1
+    assert sum(counts) > 990
 
 
 def test_a_spell_of_slow_calls_that_is_over_leaves_all_threads() -> None:
