@@ -106,7 +106,8 @@ async def _read(call: Any, stream: SessionStream) -> None:
             error = Failure(grpc.StatusCode.UNAVAILABLE, "the server has ended the session")
     except asyncio.CancelledError:
         error = Failure(grpc.StatusCode.CANCELLED, "the session was closed")
-    stream.end(error)
+    finally:
+        stream.end(error)
 
 
 class _Generation:

@@ -94,7 +94,8 @@ def _read(call: Any, stream: SessionStream) -> None:
     except grpc.RpcError as ended:
         error = ended
         call.cancel()
-    stream.end(error)
+    finally:
+        stream.end(error)
 
 
 class _Generation:
@@ -118,7 +119,7 @@ class _Generation:
                 return answer
             if (item := self._wait(attempts.seconds_left(answer))) is not None:
                 self._inbox.put(item)  # it was cancelled meanwhile
-            elif not self._begin():
+            elif attempts.seconds_left() != 0 and not self._begin():
                 raise attempts.cancelled()
         self._stream.forget(self._number)
         raise StopIteration

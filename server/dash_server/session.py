@@ -140,8 +140,7 @@ class _Answer:
         self._index = index
         self._outgoing = outgoing
         self._turn = -1
-        """That of the message with its last event."""
-        self._is_behind = False
+        """That of the message with its latest output."""
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
