@@ -19,6 +19,9 @@ from tests.runtime.compiled_model import NUM_THREADS, CompiledModel, save_compil
 from tests.runtime.random_policy import NAME
 from tests.runtime.support import drain, finished, tokens
 
+# A burst has as many tokens as take some milliseconds, and beside other tests one may take that long.
+pytestmark = pytest.mark.alone
+
 NUM_TOKENS = 90
 PROMPT = list(range(1, 20))
 DRAWN = SamplingParameters(temperature=1.0, top_p=0.9, seed=4)
