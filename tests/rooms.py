@@ -58,7 +58,7 @@ ROOMS = {
         worker/connection worker/server_socket
         worker/
         tools
-        text wire statuses watched_files logs
+        text wire statuses watched_files logs handlers
     """,
     "dash_runtime": """
         commands/

@@ -8,7 +8,7 @@ from typing import Any, Self, Unpack
 import grpc
 
 from dash_api.v1 import generation_pb2
-from dash_client.calls import Calls, StreamCall, closed_error
+from dash_client.calls import Calls, StreamCall
 from dash_client.options import GenerationOptions, Messages, Prompt
 from dash_client.session_stream import Attempts, Failure, Item, SessionStream, SessionStreams, details_of, state_of
 from dash_client.streams import AsyncGenerationStream
@@ -75,7 +75,7 @@ class AsyncSession:
         return self._start(self._calls.chat_stream(messages, timeout, options))
 
     def _start(self, call: StreamCall) -> AsyncGenerationStream:
-        return AsyncGenerationStream(_Generation(self._streams, Attempts(call, self._retries)), state_of(call))
+        return AsyncGenerationStream(_Generation(self._streams, call, self._retries), state_of(call))
 
     def _open(self) -> SessionStream:
         requests: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -113,15 +113,12 @@ async def _read(call: Any, stream: SessionStream) -> None:
 class _Generation:
     """One generation of a session, as an `AsyncGenerationStream` reads it."""
 
-    def __init__(self, streams: SessionStreams, attempts: Attempts) -> None:
-        self._streams = streams
-        self._attempts = attempts
+    def __init__(self, streams: SessionStreams, call: StreamCall, retries: int) -> None:
         self._inbox: asyncio.Queue[Item] = asyncio.Queue()
-        if not self._begin():
-            raise closed_error("session")
+        self._attempts = Attempts(streams, self._inbox, call, retries)
         self._timer: asyncio.TimerHandle | None = None
-        if (seconds := attempts.seconds_left()) is not None:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
+        if (seconds := self._attempts.seconds_left()) is not None:
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._attempts.expire)
 
     def __aiter__(self) -> Self:
         return self
@@ -140,31 +137,15 @@ class _Generation:
                 async with asyncio.timeout(answer):
                     self._inbox.put_nowait(await self._inbox.get())  # it was cancelled meanwhile
                 continue
-            if not self._begin():
-                raise attempts.cancelled()
+            attempts.again()
         self._stop_timer()
-        self._stream.forget(self._number)
+        attempts.close()
         raise StopAsyncIteration
 
     def cancel(self) -> None:
-        self._end_with(self._attempts.cancelled())
-
-    def _end_with(self, failure: grpc.RpcError) -> None:
         self._stop_timer()
-        self._attempts.stop()
-        self._stream.cancel(self._number)
-        self._inbox.put_nowait(failure)
-
-    def _expire(self) -> None:
-        self._end_with(self._attempts.deadline_passed())
+        self._attempts.cancel()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-
-    def _begin(self) -> bool:
-        """Makes the next attempt; returns False if the session is closed."""
-        begun = self._streams.begin(self._attempts.request(), self._inbox)
-        if begun is not None:
-            self._stream, self._number = begun
-        return begun is not None

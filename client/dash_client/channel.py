@@ -11,12 +11,20 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
+
 from dash_client.errors import invalid_argument
 
 DEFAULT_TARGET = "localhost:50051"
 DEFAULT_RETRIES = 3
 MAX_RETRIES = 4
 """gRPC makes at most five attempts."""
+
+# gRPC's servers cancel a call that comes at the moment in which they close their connections. What the caller cancels
+# is never tried again.
+RETRIED_CODES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED)
+# Used if the server does not say when to retry.
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, PAUSE_FACTOR = 0.2, 2, 2
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
     # Returned decisions and log probabilities grow with the answer; the server limits both.
@@ -123,13 +131,10 @@ def _service_config(retries: int) -> str:
     if retries:
         policy = {
             "maxAttempts": retries + 1,
-            # Used if the server does not say when to retry.
-            "initialBackoff": "0.2s",
-            "maxBackoff": "2s",
-            "backoffMultiplier": 2,
-            # gRPC's servers cancel a call that comes at the moment in which they close their connections. What the
-            # caller cancels is never tried again.
-            "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
+            "initialBackoff": f"{FIRST_PAUSE_SECONDS}s",
+            "maxBackoff": f"{LONGEST_PAUSE_SECONDS}s",
+            "backoffMultiplier": PAUSE_FACTOR,
+            "retryableStatusCodes": [code.name for code in RETRIED_CODES],
         }
         names = [{"service": service} for service in _RETRIED_SERVICES]
         # A session tries each of its generations again by itself.

@@ -62,11 +62,10 @@ def error_from_rpc(
     call: Any = error
     code: grpc.StatusCode = call.code()
     text: str = call.details() or ""
-    details = _rich_details(call.trailing_metadata())
+    details = rich_details(call.trailing_metadata())
     info = details.get("ErrorInfo") or error_details_pb2.ErrorInfo()
     bad_request = details.get("BadRequest") or error_details_pb2.BadRequest()
     request_info = details.get("RequestInfo") or error_details_pb2.RequestInfo()
-    retry = details.get("RetryInfo")
     violations = tuple(FieldViolation(wrong.field, wrong.description) for wrong in bad_request.field_violations)
     has_begun = request_id is not None
     request_id = request_info.request_id or info.metadata.get("request_id") or request_id
@@ -83,11 +82,11 @@ def error_from_rpc(
         reason=info.reason or None,
         request_id=request_id,
         field_violations=violations,
-        retry_after_seconds=retry.retry_delay.ToTimedelta().total_seconds() if retry else None,
+        retry_after_seconds=retry_seconds(details),
     )
 
 
-def _rich_details(metadata: Any) -> dict[str, Any]:
+def rich_details(metadata: Any) -> dict[str, Any]:
     """Returns the google.rpc details in a call's trailing metadata, by type name."""
     found: dict[str, Any] = {}
     for key, value in metadata or ():
@@ -98,6 +97,12 @@ def _rich_details(metadata: Any) -> dict[str, Any]:
                     if package == "google.rpc" and hasattr(error_details_pb2, name):
                         found[name] = getattr(error_details_pb2, name).FromString(packed.value)
     return found
+
+
+def retry_seconds(details: dict[str, Any]) -> float | None:
+    """Returns the seconds after which the server asks to be tried again; None if it does not say."""
+    retry = details.get("RetryInfo")
+    return retry.retry_delay.ToTimedelta().total_seconds() if retry else None
 
 
 def _message(code: grpc.StatusCode, text: str, *, has_begun: bool, target: Target, timeout: float | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Self, Unpack
 import grpc
 
 from dash_api.v1 import generation_pb2
-from dash_client.calls import Calls, StreamCall, closed_error
+from dash_client.calls import Calls, StreamCall
 from dash_client.options import GenerationOptions, Messages, Prompt
 from dash_client.session_stream import Attempts, Item, SessionStream, SessionStreams, state_of
 from dash_client.streams import GenerationStream
@@ -75,7 +75,7 @@ class Session:
         return self._start(self._calls.chat_stream(messages, timeout, options))
 
     def _start(self, call: StreamCall) -> GenerationStream:
-        return GenerationStream(_Generation(self._streams, Attempts(call, self._retries)), state_of(call))
+        return GenerationStream(_Generation(self._streams, call, self._retries), state_of(call))
 
     def _open(self) -> SessionStream:
         requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -101,43 +101,28 @@ def _read(call: Any, stream: SessionStream) -> None:
 class _Generation:
     """One generation of a session, as a `GenerationStream` reads it."""
 
-    def __init__(self, streams: SessionStreams, attempts: Attempts) -> None:
-        self._streams = streams
-        self._attempts = attempts
+    def __init__(self, streams: SessionStreams, call: StreamCall, retries: int) -> None:
         self._inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
-        if not self._begin():
-            raise closed_error("session")
+        self._attempts = Attempts(streams, self._inbox, call, retries)
 
     def __next__(self) -> generation_pb2.StreamGenerateResponse:
         attempts = self._attempts
         while not attempts.is_over:
             if (item := self._wait(attempts.seconds_left())) is None:
-                self._end_with(attempts.deadline_passed())
+                attempts.expire()
                 continue
             answer = attempts.read(item)
             if not isinstance(answer, float):
                 return answer
             if (item := self._wait(attempts.seconds_left(answer))) is not None:
                 self._inbox.put(item)  # it was cancelled meanwhile
-            elif attempts.seconds_left() != 0 and not self._begin():
-                raise attempts.cancelled()
-        self._stream.forget(self._number)
+            elif attempts.seconds_left() != 0:
+                attempts.again()
+        attempts.close()
         raise StopIteration
 
     def cancel(self) -> None:
-        self._end_with(self._attempts.cancelled())
-
-    def _end_with(self, failure: grpc.RpcError) -> None:
-        self._attempts.stop()
-        self._stream.cancel(self._number)
-        self._inbox.put(failure)
-
-    def _begin(self) -> bool:
-        """Makes the next attempt; returns False if the session is closed."""
-        begun = self._streams.begin(self._attempts.request(), self._inbox)
-        if begun is not None:
-            self._stream, self._number = begun
-        return begun is not None
+        self._attempts.cancel()
 
     def _wait(self, seconds: float | None) -> Item | None:
         """Waits for the next item; returns None if there is none in time."""

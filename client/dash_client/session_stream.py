@@ -1,4 +1,4 @@
-"""What the sessions of both clients share: the generations of a stream by their numbers, and the attempts of each.
+"""The generations of a session's stream by their numbers, and the attempts of each. Shared by both clients.
 
 Reads and sends nothing by itself, and waits for nothing.
 """
@@ -14,19 +14,16 @@ from typing import Any, Protocol, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2
 
 from dash_api.v1 import generation_pb2
-from dash_client.calls import StreamCall
+from dash_client.calls import StreamCall, closed_error
+from dash_client.channel import FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, PAUSE_FACTOR, RETRIED_CODES
 from dash_client.connection import TRACE_KEYS
-from dash_client.rpc_errors import DETAILS_KEY
+from dash_client.rpc_errors import DETAILS_KEY, retry_seconds, rich_details
 from dash_client.stream_state import StreamState
 
-_RETRIED = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED)
 # What a stream that was refused so would refuse again: its server goes away, or its token is no longer valid.
 _RETIRING = (grpc.StatusCode.UNAVAILABLE.value[0], grpc.StatusCode.UNAUTHENTICATED.value[0])
-_FIRST_PAUSE_SECONDS = 0.2
-_LONGEST_PAUSE_SECONDS = 2.0
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -48,7 +45,7 @@ class Failure(grpc.RpcError):
 
 
 Item: TypeAlias = generation_pb2.SessionEvent | grpc.RpcError
-"""What a generation is told: an event, or the error that ended its stream."""
+"""An event of a generation, or the error that ended its stream."""
 
 
 class Inbox(Protocol):
@@ -92,7 +89,8 @@ class SessionStream:
         """Forgets a generation that is over."""
         with self._lock:
             self._inboxes.pop(number, None)
-            self._end_if_done()
+            if not self._takes_more and not self._inboxes:
+                self._send(None)
 
     def take(self, data: bytes) -> None:
         """Hands out the events of a message.
@@ -122,10 +120,6 @@ class SessionStream:
             self._send(None)  # whoever waits for requests may go
         for inbox in inboxes:
             inbox.put_nowait(Failure(error.code(), error.details() or "", details_of(error)))
-
-    def _end_if_done(self) -> None:
-        if not self._takes_more and not self._inboxes:
-            self._send(None)
 
 
 class SessionStreams:
@@ -160,7 +154,14 @@ class SessionStreams:
 class Attempts:
     """One generation of a session, over all its attempts: it is tried again while the server has not begun it."""
 
-    def __init__(self, call: StreamCall, retries: int) -> None:
+    def __init__(self, streams: SessionStreams, inbox: Inbox, call: StreamCall, retries: int) -> None:
+        """Makes the first attempt.
+
+        Raises:
+            CancelledError: the session is closed.
+        """
+        self._streams = streams
+        self._inbox = inbox
         self._call = call
         assert isinstance(call.request, bytes)
         self._request = generation_pb2.StreamGenerateRequest.FromString(call.request)
@@ -169,6 +170,8 @@ class Attempts:
         self._ends_at = math.inf if call.timeout is None else time.monotonic() + call.timeout
         self._has_begun = False
         self._num_answers_left = call.num_answers
+        if not self._begin():
+            raise closed_error("session")
 
     @property
     def is_over(self) -> bool:
@@ -179,14 +182,6 @@ class Attempts:
         """Returns the time until the deadline, or `pause` if that is shorter; not below 0. None if there is neither."""
         seconds = min(pause, self._ends_at - time.monotonic())
         return None if seconds == math.inf else max(0.0, seconds)
-
-    def request(self) -> generation_pb2.SessionRequest:
-        """Returns the next attempt's request, without its number."""
-        self._num_attempts += 1
-        trace: dict[str, Any] = {key: value for key, value in self._call.metadata if key in TRACE_KEYS}
-        # The server refuses 0. A generation whose deadline has passed is told so by its own clock.
-        seconds = None if self._ends_at == math.inf else max(1e-6, self._ends_at - time.monotonic())
-        return generation_pb2.SessionRequest(generate=self._request, timeout_seconds=seconds, **trace)
 
     def read(self, item: Item) -> generation_pb2.StreamGenerateResponse | float:
         """Returns the event of an item; or, in seconds, the pause before the next attempt.
@@ -204,43 +199,63 @@ class Attempts:
             self._num_answers_left -= 1
         return item.response
 
-    def stop(self) -> None:
-        """Makes this attempt the last one."""
-        self._retries = 0
+    def again(self) -> None:
+        """Makes the next attempt.
 
-    def deadline_passed(self) -> Failure:
-        """Returns the failure of a generation whose deadline has passed."""
-        return Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed")
+        Raises:
+            grpc.RpcError: the session is closed.
+        """
+        if not self._begin():
+            raise _cancelled()
 
-    def cancelled(self) -> Failure:
-        """Returns the failure of a generation that the client cancelled."""
-        return Failure(grpc.StatusCode.CANCELLED, "the call was cancelled")
+    def cancel(self) -> None:
+        """Ends the generation by the client's wish."""
+        self._end_with(_cancelled())
+
+    def expire(self) -> None:
+        """Ends the generation because its deadline has passed."""
+        self._end_with(Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed"))
+
+    def close(self) -> None:
+        """Forgets a generation that is over."""
+        self._stream.forget(self._number)
+
+    def _begin(self) -> bool:
+        """Sends the request; returns False if the session is closed."""
+        self._num_attempts += 1
+        trace: dict[str, Any] = {key: value for key, value in self._call.metadata if key in TRACE_KEYS}
+        # The server refuses 0. A generation whose deadline has passed is told so by its own clock.
+        seconds = None if self._ends_at == math.inf else max(1e-6, self._ends_at - time.monotonic())
+        request = generation_pb2.SessionRequest(generate=self._request, timeout_seconds=seconds, **trace)
+        begun = self._streams.begin(request, self._inbox)
+        if begun is not None:
+            self._stream, self._number = begun
+        return begun is not None
+
+    def _end_with(self, failure: Failure) -> None:
+        self._retries = 0  # this attempt is the last one
+        self._stream.cancel(self._number)
+        self._inbox.put_nowait(failure)
 
     def _pause(self, error: grpc.RpcError) -> float:
-        if self._has_begun or self._num_attempts > self._retries or error.code() not in _RETRIED:
+        if self._has_begun or self._num_attempts > self._retries or error.code() not in RETRIED_CODES:
             raise error
-        asked = _asked_pause(error)
-        if asked is not None:
-            return asked
-        return min(_FIRST_PAUSE_SECONDS * 2.0 ** (self._num_attempts - 1), _LONGEST_PAUSE_SECONDS)
+        asked = retry_seconds(rich_details(error.trailing_metadata()))
+        usual = FIRST_PAUSE_SECONDS * float(PAUSE_FACTOR) ** (self._num_attempts - 1)
+        return min(usual, float(LONGEST_PAUSE_SECONDS)) if asked is None else asked
 
 
 def state_of(call: StreamCall) -> StreamState:
     """Returns the state of a stream whose messages come already read."""
-    as_it_is: Callable[[Any], Any] = lambda message: message  # noqa: E731 - typed
-    return StreamState(dataclasses.replace(call, read=as_it_is))
+    return StreamState(dataclasses.replace(call, read=_as_it_is))
 
 
-def _asked_pause(error: grpc.RpcError) -> float | None:
-    """Returns the seconds after which the server asks to be tried again; None if it does not say."""
-    try:
-        for packed in status_pb2.Status.FromString(details_of(error)).details:
-            retry = error_details_pb2.RetryInfo()
-            if packed.Unpack(retry):
-                return float(retry.retry_delay.ToTimedelta().total_seconds())
-    except DecodeError:
-        pass
-    return None
+def _as_it_is(message: Any) -> Any:
+    return message
+
+
+def _cancelled() -> Failure:
+    return Failure(grpc.StatusCode.CANCELLED, "the call was cancelled")
 
 
 def details_of(error: grpc.RpcError) -> bytes:

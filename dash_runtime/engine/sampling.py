@@ -62,14 +62,12 @@ class Sampler:
 
     def draw(self) -> Draw:
         """Returns how the next token is drawn, by a number that no other token is drawn by."""
-        p = self._parameters
-        return Draw(p.temperature, p.top_p, p.min_p, self._number(), p.top_k)
+        return self._draw_by(self._number())
 
     def draws(self, count: int) -> list[Draw]:
         """Returns how each of the next `count` tokens is drawn. `drew` has to be told how many then are."""
-        p = self._parameters
         self._ahead += [self._new_number() for _ in range(count - len(self._ahead))]
-        return [Draw(p.temperature, p.top_p, p.min_p, number, p.top_k) for number in self._ahead[:count]]
+        return [self._draw_by(number) for number in self._ahead[:count]]
 
     def drew(self, count: int) -> None:
         """Takes note that the first of the next tokens are drawn."""
@@ -138,6 +136,10 @@ class Sampler:
         processed = logits.to("cpu", copy=True)
         self.process(processed)
         return processed
+
+    def _draw_by(self, number: float) -> Draw:
+        p = self._parameters
+        return Draw(p.temperature, p.top_p, p.min_p, number, p.top_k)
 
     def _draw(self, scores: Scores) -> int:
         weights, ids = self._weights(scores)

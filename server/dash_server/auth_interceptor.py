@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from dash_server.auth import Authenticator
+from dash_server.handlers import HANDLER_MAKERS
 from dash_server.statuses import Unauthenticated, failure_of
 
 
@@ -43,10 +44,4 @@ def _refusing(handler: grpc.RpcMethodHandler, error: Unauthenticated) -> grpc.Rp
     async def refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
         await context.abort(failure.code, failure.message, failure.trailing_metadata)
 
-    makers = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }
-    return makers[handler.request_streaming, handler.response_streaming](refuse)
+    return HANDLER_MAKERS[handler.request_streaming, handler.response_streaming](refuse)

@@ -16,7 +16,7 @@ Request = generation_pb2.GenerateRequest | generation_pb2.StreamGenerateRequest 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What reading a request needs beside its bytes."""
+    """The record, model, settings and caller with which a request is read."""
 
     record: RequestRecord
     model: ServedModel

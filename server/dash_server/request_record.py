@@ -123,7 +123,7 @@ CONTEXT_KEYS = ("traceparent", "tracestate")
 
 
 class RunningCall(Protocol):
-    """What is asked of a call: of gRPC's context, or of one generation of a session."""
+    """A call as others see it: gRPC's context, or one generation of a session."""
 
     def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]] | None: ...
     def time_remaining(self) -> float | None: ...

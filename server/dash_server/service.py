@@ -5,13 +5,11 @@ Knows neither the host process nor the worker's place, and no tensors.
 
 import asyncio
 import functools
-import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import grpc
-from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 
 from dash_api.v1 import generation_pb2, model_pb2
@@ -20,6 +18,7 @@ from dash_server import wire
 from dash_server.admission import Admission
 from dash_server.from_pb import PreparedRequest
 from dash_server.generation import Generation, collect
+from dash_server.handlers import rpc_handlers
 from dash_server.reading import Reading, Request, prepare
 from dash_server.served_model import ServedModel
 from dash_server.service_state import ServiceState, errors_to_status, open_generations, together
@@ -64,7 +63,7 @@ class GenerationServicer:
 
     async def session(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
         async with errors_to_status(context):
-            await Session(self._state, context).run(requests)
+            await Session(self._state, context, f"{GENERATION_SERVICE}/Session").run(requests)
 
     async def score(self, data: bytes, context: grpc.aio.ServicerContext) -> generation_pb2.ScoreResponse:
         async with self._generations(generation_pb2.ScoreRequest, data, context) as (generation,):
@@ -163,39 +162,3 @@ def add_to_server(state: ServiceState, server: grpc.aio.Server) -> None:
     for service, servicer in ((_GENERATION, GenerationServicer(state)), (_MODEL, ModelServicer(state))):
         handlers = rpc_handlers(service, servicer)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
-
-
-def rpc_handlers(
-    service: ServiceDescriptor, servicer: object, *, is_whole: bool = True
-) -> dict[str, grpc.RpcMethodHandler]:
-    """Returns the handler of each method of `service`, without deserialisers: see `wire`.
-
-    Args:
-        is_whole: whether the servicer has to have all methods.
-
-    Raises:
-        TypeError: `servicer` lacks a method of the service, or has a public one that is none of the service's.
-    """
-    methods = {_snake_case(method.name): method for method in service.methods}
-    public = {name for name in dir(servicer) if not name.startswith("_")}
-    lacking = methods.keys() - public
-    for problem, names in (("lacks", lacking if is_whole else ()), ("has no use for", public - methods.keys())):
-        if names:
-            raise TypeError(f"{service.full_name} {problem} {type(servicer).__name__}.{min(names)}")
-    return {
-        methods[name].name: _rpc_handler(methods[name], getattr(servicer, name)) for name in methods.keys() & public
-    }
-
-
-def _rpc_handler(method: MethodDescriptor, handler: Callable) -> grpc.RpcMethodHandler:
-    makers = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }
-    make = makers[method.client_streaming, method.server_streaming]
-    return make(handler, response_serializer=lambda response: response.SerializeToString())
-
-
-def _snake_case(name: str) -> str:
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()

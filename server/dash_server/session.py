@@ -26,18 +26,18 @@ from dash_server.service_state import ServiceState, logged_failure, open_generat
 from dash_server.statuses import SessionClosing, below
 from dash_server.to_pb import Event, write_event
 
-_METHOD = "dash_api.v1.GenerationService/Session"
 _MAX_WAITING_EVENTS = 1024
 """Events on their way out from which on no more requests are read."""
 _MAX_MESSAGE_BYTES = 1 << 20
 
 
 class Session:
-    """One call of Session."""
+    """One call of Session, whose full name is `method`."""
 
-    def __init__(self, state: ServiceState, context: grpc.aio.ServicerContext) -> None:
+    def __init__(self, state: ServiceState, context: grpc.aio.ServicerContext, method: str) -> None:
         self._state = state
         self._context = context
+        self._method = method
         self._running: dict[int, asyncio.Task[None]] = {}
         self._is_old = False
         self._outgoing = _Outgoing()
@@ -120,7 +120,7 @@ class Session:
         self, number: int, request_id: str, call: "_CallOfSession", request: generation_pb2.StreamGenerateRequest
     ) -> None:
         opened = open_generations(
-            self._state, call, request_id, _METHOD, request.ByteSize(), functools.partial(prepare, request)
+            self._state, call, request_id, self._method, request.ByteSize(), functools.partial(prepare, request)
         )
         async with opened as generations:
             with below("parameters"):
@@ -187,9 +187,8 @@ class _Outgoing:
         self.turn = 0
         """Its number."""
         self.when_taken: dict[object, Callable[[], None]] = {}
-        """What to call, once, when it has been taken."""
+        """Calls to make, once, when it has been taken."""
         self._change = asyncio.Event()
-        self._taken = asyncio.Event()
 
     def add(self, number: int) -> generation_pb2.SessionEvent:
         """Returns a new event of the next message. It has to be written at once."""
@@ -199,7 +198,9 @@ class _Outgoing:
     async def have_room(self) -> None:
         """Waits until not too many events wait."""
         while len(self.message.events) >= _MAX_WAITING_EVENTS:
-            await self._taken.wait()
+            taken = asyncio.Event()
+            self.when_taken[taken] = taken.set
+            await taken.wait()
 
     def wake(self) -> None:
         """Lets `take` return, even with nothing."""
@@ -211,8 +212,6 @@ class _Outgoing:
         self._change.clear()
         message, self.message = self.message, generation_pb2.SessionResponse()
         self.turn += 1
-        self._taken.set()
-        self._taken = asyncio.Event()
         when_taken, self.when_taken = self.when_taken, {}
         for call in when_taken.values():
             call()

@@ -156,16 +156,17 @@ class Failure:
     reason: str
     """The ErrorInfo's reason."""
     message: str
-    trailing_metadata: tuple[tuple[str, str | bytes], ...]
+    details: bytes
+    """The google.rpc.Status, serialised."""
+    more_metadata: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_internal(self) -> bool:
         return self.code is grpc.StatusCode.INTERNAL
 
     @property
-    def details(self) -> bytes:
-        """The google.rpc.Status, serialised."""
-        return next(value for key, value in self.trailing_metadata if key == _DETAILS_KEY and isinstance(value, bytes))
+    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        return ((_DETAILS_KEY, self.details), *self.more_metadata)
 
 
 def failure_of(error: Exception, request_id: str) -> Failure:
@@ -219,7 +220,7 @@ def _failure(
         packed = any_pb2.Any()
         packed.Pack(detail)
         status.details.append(packed)
-    return Failure(code, reason, message, ((_DETAILS_KEY, status.SerializeToString()), *metadata))
+    return Failure(code, reason, message, status.SerializeToString(), metadata)
 
 
 def _shorten(text: str) -> str:

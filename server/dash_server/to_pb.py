@@ -80,7 +80,7 @@ class Piece:
 
 
 Event = Piece | generation_pb2.GenerationStarted | generation_pb2.GenerationFinished
-"""What a stream has to say of an answer: its start, its output, its end."""
+"""A part of an answer's stream: its start, output, or its end."""
 
 
 def write_event(event: Event, index: int, message: generation_pb2.StreamGenerateResponse) -> None:

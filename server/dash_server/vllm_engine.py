@@ -20,8 +20,8 @@ from dash_api.v1 import generation_pb2
 from dash_server import wire
 from dash_server.from_pb import PreparedRequest, prepare_request
 from dash_server.generation import Generation
+from dash_server.handlers import rpc_handlers
 from dash_server.reading import Reading
-from dash_server.service import rpc_handlers
 from dash_server.service_state import ServiceState, errors_to_status, open_generations, together
 from dash_server.vllm_requests import aborted, chunk, complete, parameters_of
 

@@ -29,7 +29,7 @@ def end_session(_: Any) -> None:
 
 
 class GenerationContext:
-    """What a script's steps see of a generation in a session, in place of a call's context."""
+    """A generation's context in a session, which a script's steps see in place of a call's."""
 
     def __init__(self, session: grpc.ServicerContext, request: generation_pb2.SessionRequest) -> None:
         self._session = session

@@ -27,8 +27,8 @@ from dash_runtime.events import (
     TokenProduced,
 )
 from dash_server.from_pb import MODES
+from dash_server.handlers import rpc_handlers
 from dash_server.request_record import RequestRecord, observed
-from dash_server.service import rpc_handlers
 from dash_server.settings import Settings, SettingsError, load_settings, settings_table, unknown_variables
 from dash_server.statuses import (
     CallerLimitReached,
