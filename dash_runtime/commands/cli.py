@@ -129,7 +129,13 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument(
         "--pinned-action", choices=("int4", "int8", "full"), default="full", help="of pinned layers (default full)"
     )
-    training.add_argument("--head", choices=heads, default=Action.FULL.name, help="the head's precision (default FULL)")
+    narrow = "SKIP is the narrow head, whose map is fitted to the text"
+    training.add_argument(
+        "--head",
+        choices=(*heads, Action.SKIP.name),
+        default=Action.FULL.name,
+        help=f"the head's precision (default FULL); {narrow}",
+    )
     training.add_argument("--costs", type=Path, help="a cost table as .json; default: measured here, uncompiled")
     training.add_argument("--seed", type=int, default=0)
     training.set_defaults(run=run_train)
@@ -165,7 +171,11 @@ def _parser() -> argparse.ArgumentParser:
     calibration = subparsers.add_parser("calibrate", parents=[common, chosen], help="fit budgets anew to your text")
     calibration.add_argument("--out", type=Path, required=True, help="the file to write")
     calibration.add_argument("--sequences", type=_positive, default=24)
-    calibration.add_argument("--head", choices=heads, help="the head's precision from now on; default: as it was")
+    calibration.add_argument(
+        "--head",
+        choices=(*heads, Action.SKIP.name),
+        help=f"the head's precision from now on; default: as it was. {narrow} behind those sequences",
+    )
     calibration.set_defaults(run=run_calibrate)
 
     inspection = subparsers.add_parser("inspect", parents=[common, chosen], help="show what policy files hold")

@@ -27,7 +27,7 @@ from dash_runtime.layers.compensation import Compensation, LowRank, packed, unpa
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.fixed_plans import usable
-from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.policy.learned import LearnedPolicy, shared_head_map
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy_file import find_policies, load_policy, save_policy
 from dash_runtime.rollout.choices import action_rates
@@ -36,6 +36,7 @@ from dash_runtime.startup.build import SHIPPED_POLICIES, assemble_engine
 from dash_runtime.startup.plan_search import search_text
 from dash_runtime.training.calibrate import calibrated, describe_budgets
 from dash_runtime.training.curve import write_whole
+from dash_runtime.training.head_map import fit_head_map
 from dash_runtime.training.loaded_model import SEQUENCE_LENGTH, LoadedModel
 from dash_runtime.training.trained_compensation import refit_plan
 
@@ -53,6 +54,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         raise ConfigError("no-table", "leaves nothing to evaluate without --tasks or --last-words")
     model = LoadedModel(options.model_options, print)
     policies = _policies(options, model)
+    model = _with_narrow_head(model, policies)
     rows = [] if options.no_table else _table(options, model, policies)
     accuracies: list[Accuracy] = []
     if has_tasks:
@@ -98,12 +100,19 @@ def run_calibrate(options: argparse.Namespace) -> None:
     """Calibrates a policy's budgets anew on the given text and writes the result to another file."""
     model = LoadedModel(options.model_options, print)
     (policy,) = _policies(options, model)
+    sequences = model.sequences()
     if options.head is not None:
         policy = replace(policy, spec=replace(policy.spec, head=Action[options.head]))
-        if policy.head not in policy.costs.head or policy.head not in model.decoder.heads:
-            raise ConfigError("head", f"{options.head} is not in the policy's costs, or has no kernel here")
+    if options.head == Action.SKIP.name:
+        fitted = sequences[options.sequences :]
+        if not fitted:
+            raise ConfigError("data", f"has only {len(sequences)} sequences; a narrow head is fitted to others")
+        policy = replace(policy, head_map=fit_head_map(model.dense_decoder(), fitted, options.prompt_tokens))
+    model = _with_narrow_head(model, [policy])
+    if policy.head not in policy.costs.head or policy.head not in model.decoder.heads:
+        raise ConfigError("head", f"{policy.head.name} is not in the policy's costs, or has no kernel here")
     task = policy_task(model.decoder, policy, options.prompt_tokens)
-    policy = calibrated(policy, task, model.sequences()[: options.sequences], model.int4.identity)
+    policy = calibrated(policy, task, sequences[: options.sequences], model.int4.identity)
     save_policy(options.out, policy, model.fingerprint)
     print(f"{options.out}: {describe_budgets(policy)}")
 
@@ -156,6 +165,12 @@ def _policies(options: argparse.Namespace, model: LoadedModel) -> list[LearnedPo
     if not policies:
         raise ConfigError("policy", "none is shipped for this model and these actions; name a file with --policy")
     return policies if options.costs is None else [_at_costs(policy, read_costs(options.costs)) for policy in policies]
+
+
+def _with_narrow_head(model: LoadedModel, policies: Sequence[LearnedPolicy]) -> LoadedModel:
+    """Returns the model with the policies' narrow head, if they have one."""
+    head_map = shared_head_map(policies)
+    return model if head_map is None else model.with_head_map(head_map)
 
 
 def _at_costs(policy: LearnedPolicy, costs: CostTable) -> LearnedPolicy:

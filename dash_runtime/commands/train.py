@@ -29,6 +29,7 @@ from dash_runtime.startup.process_memory import keep_few_kernels, keep_freed_mem
 from dash_runtime.training.calibrate import calibrated, describe_budgets
 from dash_runtime.training.checkpoint import num_rounds_done
 from dash_runtime.training.curve import CurveRow, TrainingCurve, write_curve_json, write_whole
+from dash_runtime.training.head_map import fit_head_map
 from dash_runtime.training.ladder import climb, fit_linear
 from dash_runtime.training.loaded_model import LoadedModel
 from dash_runtime.training.progress_display import ProgressDisplay
@@ -66,6 +67,10 @@ def run_train(options: argparse.Namespace) -> None:
         raise ConfigError("actions", f"must be among {', '.join(action.name for action in model.decoder.actions)}")
     held_out, training = _split(model.sequences())
     options.out.mkdir(parents=True, exist_ok=True)
+    head_map = None
+    if head is Action.SKIP:
+        head_map = fit_head_map(model.dense_decoder(), training, options.prompt_tokens)
+        model = model.with_head_map(head_map)
     task = _task(model, options.actions, options)
     task = replace(task, spec=replace(task.spec, head=head, pinned=dict.fromkeys(task.spec.pinned, pinned_action)))
     print(
@@ -97,7 +102,7 @@ def run_train(options: argparse.Namespace) -> None:
     path = options.out / "policy.safetensors"
     print("calibrating, and searching the best fixed plans on the same text")
     policy = _policy(task, network, options.name, options.drafter)
-    policy = calibrated(policy, task, held_out, model.int4.identity)
+    policy = calibrated(replace(policy, head_map=head_map), task, held_out, model.int4.identity)
     print(describe_budgets(policy))
     save_policy(path, policy, model.fingerprint)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

@@ -17,6 +17,7 @@ from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.embedding import PlainEmbedding, make_embedding
 from dash_runtime.layers.heads import Head, Heads, eager_head
 from dash_runtime.layers.layer import DecoderLayer, make_layer
+from dash_runtime.layers.narrow_head import HeadMap, narrow_head
 from dash_runtime.layers.shortlist import loudest_channels, shortlist_head
 from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.linears.dense_linear import MAX_INVARIANT_ROWS, BatchInvariantLinear, FullLinear, for_neighbours
@@ -40,6 +41,7 @@ def make_decoder(
     has_int4_head: bool = False,
     has_finer_keys: bool = True,
     int4: Mapping[Place, Int4Matrix] | None = None,
+    head_map: HeadMap | None = None,
 ) -> Decoder:
     """Packs a model for its devices.
 
@@ -56,6 +58,7 @@ def make_decoder(
         has_int4_head: True for the INT4 head of native code without native code too, where it is no faster than FULL's:
             to judge plans that will run there.
         has_finer_keys, int4: as in `WeightLoader`.
+        head_map: that of the narrow head, the one in SKIP; None for no such head.
     """
     # Native code gets repacked copies of the matrices. If other tensors still used the mapped file, all of it would
     # stay.
@@ -104,6 +107,9 @@ def make_decoder(
         linear = full if is_full else make_linear(precision, FullLinear(head))
         by_precision[precision] = eager_head(linear, final_norm, multiplier)
         wide_heads[precision] = eager_head(for_many_rows(linear), final_norm, multiplier)
+    if head_map is not None and is_packable(*head.shape):
+        make_narrow = narrow_head if native is None else native.narrow_head
+        by_precision[Action.SKIP] = wide_heads[Action.SKIP] = make_narrow(head, head_map, final_norm, multiplier)
 
     heads = Heads(by_precision)
     eager = EagerBackend(config, wide_layers, Heads(wide_heads)), EagerBackend(config, layers, heads)

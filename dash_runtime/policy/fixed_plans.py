@@ -49,16 +49,15 @@ class MeasuredPlan:
         """Returns the plan that `to_json` described.
 
         Raises:
-            ConfigError: it has no name on one line, no actions, a head that is no kernel, or a divergence that cannot
-                be.
+            ConfigError: it has no name on one line, no actions, or a divergence that cannot be.
             AttributeError, KeyError, TypeError, ValueError: `facts` is no such description.
         """
         name, actions, head = facts["name"], tuple(Action[name] for name in facts["actions"]), Action[facts["head"]]
         divergence = float(facts["divergence"])
         if not isinstance(name, str) or not name or not name.isprintable():
             raise ConfigError("plans", "one has a name that is no text on one line")
-        if not actions or head is Action.SKIP or not 0 <= divergence < _MAX_DIVERGENCE:
-            raise ConfigError("plans", "one has no layers, no head, or a divergence that cannot be")
+        if not actions or not 0 <= divergence < _MAX_DIVERGENCE:
+            raise ConfigError("plans", "one has no layers, or a divergence that cannot be")
         return cls(name, actions, head, divergence)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.devices import device_of
 from dash_runtime.layers.compensation import Compensation
+from dash_runtime.layers.narrow_head import HeadMap
 from dash_runtime.policy.budgets import BudgetCalibration, Budgets
 from dash_runtime.policy.facts import Facts, RowFacts, shared_floats
 from dash_runtime.policy.fixed_plans import MeasuredPlan
@@ -36,6 +37,8 @@ class LearnedPolicy:
     """Fixed plans that were searched and measured on the text of the calibration, with the same compensation."""
     is_drafter: bool = False
     """True if it was trained to have its drafts accepted (mode EXACT) instead of to stay close to full depth."""
+    head_map: HeadMap | None = None
+    """What its narrow head takes of a state; None if its head is whole."""
     int4: str | None = None
     """The INT4 weights that it was calibrated with (`KeptInt4.identity`); None: each to the nearest."""
     library: RowsLibrary | None = None
@@ -221,3 +224,8 @@ class LearnedPolicy:
             head=supported_or_full(self.head),
         )
         return replace(self, network=network, spec=spec, calibration=self.calibration.without(unsupported))
+
+
+def shared_head_map(policies: Sequence[LearnedPolicy]) -> HeadMap | None:
+    """Returns the map of the narrow head that serves all policies: the first one's that has one."""
+    return next((policy.head_map for policy in policies if policy.head_map is not None), None)

@@ -17,12 +17,16 @@ from dash_runtime.files.json_file import parse_json
 from dash_runtime.files.tensor_file import has_metadata, load_tensors, naming, save_tensors
 from dash_runtime.files.wording import quoted
 from dash_runtime.layers.compensation import Compensation
+from dash_runtime.layers.narrow_head import HeadMap
+from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.compensation_file import load_compensation, restored, stored
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import is_same_model
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.policy_metadata import PolicyMetadata
+from dash_runtime.rows.row_matrix import is_packable
+from dash_runtime.rows.structs import LANES
 
 _KEY = "dash_policy"
 _WHAT = "policy file"
@@ -55,6 +59,8 @@ def save_policy(
     """
     tensors = {f"network.{name}": getattr(policy.network, name) for name in PolicyNetwork.__slots__}
     tensors |= {f"compensation.{name}": tensor for name, tensor in stored(policy.compensation).items()}
+    if policy.head_map is not None:
+        tensors |= {f"head.{name}": getattr(policy.head_map, name).half() for name in HeadMap.__slots__}
     metadata = PolicyMetadata(
         name=policy.name,
         model_fingerprint=fingerprint,
@@ -97,6 +103,7 @@ def load_policy(
         compensation = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         unknown = tensors.keys() - {f"network.{name}" for name in PolicyNetwork.__slots__}
         unknown -= {f"compensation.{name}" for name in compensation}
+        unknown -= {f"head.{name}" for name in HeadMap.__slots__}
         if unknown:
             raise PolicyFileError(f"has an unknown tensor {quoted(min(unknown))}")
         return LearnedPolicy(
@@ -107,6 +114,7 @@ def load_policy(
             calibration=facts.calibration,
             plans=facts.plans,
             is_drafter=facts.is_drafter,
+            head_map=_checked_head_map(tensors, facts.spec.head, config, device),
             int4=facts.int4,
         )
 
@@ -134,6 +142,25 @@ def _checked_network(tensors: Mapping[str, Tensor], facts: PolicyMetadata, confi
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not tensor.isfinite().all():
             raise PolicyFileError(f"tensor network.{name} must be finite float32 of shape {shape}")
     return network
+
+
+def _checked_head_map(
+    tensors: Mapping[str, Tensor], head: Action, config: ModelConfig, device: torch.device
+) -> HeadMap | None:
+    own = [tensors.get(f"head.{name}") for name in HeadMap.__slots__]
+    if own == [None] * len(own):
+        if head is Action.SKIP:
+            raise PolicyFileError("has a narrow head without its map")
+        return None
+    rank = own[0].shape[0] if own[0] is not None and own[0].ndim else 0
+    if not rank or not is_packable(LANES, rank):
+        raise PolicyFileError(f"tensor head.narrow must have a multiple of {INT4_GROUP_SIZE} rows")
+    shapes = (rank, config.hidden_size), (config.hidden_size, rank), (config.vocab_size,)
+    for name, tensor, shape in zip(HeadMap.__slots__, own, shapes, strict=True):
+        is_known = tensor is not None and tensor.dtype == torch.float16 and tuple(tensor.shape) == shape
+        if tensor is None or not is_known or not tensor.isfinite().all():
+            raise PolicyFileError(f"tensor head.{name} must be finite float16 of shape {shape}")
+    return HeadMap(*(tensor.to(device, torch.float32) for tensor in own if tensor is not None))
 
 
 def _for_known(known: Mapping[str, Action], network: PolicyNetwork, facts: PolicyMetadata) -> PolicyNetwork:

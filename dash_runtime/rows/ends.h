@@ -1,5 +1,6 @@
 // The ends of a pass through a model: a token's row of the embedding, and the head's likeliest token.
 #pragma once
+#include "likely.h"
 #include "products.h"
 #include "shortlist.h"
 
@@ -10,16 +11,20 @@ struct Embedding {
   double multiplier;
 };
 
-// A head of one matrix; or a `rough` one for all logits, and `matrix` for those of a row's tiles with the largest.
+// A head of one matrix; or a `rough` one for all logits, and `matrix` for those of a row's tiles with the largest; or
+// a narrow one: `rough` for all logits, from what `narrow` makes of the state, and `rows` for the likeliest tokens'.
 struct Head {
   const float *norm;
-  Matrix matrix, rough;     // rough: without words if there is none
-  const int64_t *repeated;  // the inputs that `rough` has again at its end, in [0, hidden_size)
-  int64_t num_exact;        // tiles, at most `kMostExact`
+  Matrix matrix, rough, narrow;  // without words if there is none
+  const int64_t *repeated;       // the inputs that `rough` has again at its end, in [0, hidden_size); not if narrow
+  const float *mean, *offsets;   // narrow: the logits lack the state's product with `mean`, and these [vocabulary]
+  TokenRows rows;
+  int64_t num_exact;  // tiles, at most `kMostExact`
   int64_t num_tiles;
   double multiplier;
 
-  bool has_rough() const { return rough.words != nullptr; }
+  bool has_rough() const { return rough.words && !is_narrow(); }
+  bool is_narrow() const { return narrow.words != nullptr; }
 };
 
 // A token and its logit.

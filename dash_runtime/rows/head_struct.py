@@ -21,13 +21,38 @@ class RoughMatrix(NamedTuple):
     num_exact: int
 
 
+class NarrowHead(NamedTuple):
+    """A head of narrow states (`layers/narrow_head.py`)."""
+
+    narrow: RowMatrix
+    rough: RowMatrix
+    rank: int
+    mean: Tensor
+    """Float32 `[hidden_size]`."""
+    offsets: Tensor
+    """Float32 `[vocab_size]`."""
+    rows: Tensor
+    """The head's matrix in INT8, `[vocab_size, hidden_size]`."""
+    row_scales: Tensor
+    """Float32 `[vocab_size]`."""
+
+
 def head_struct(
-    matrix: RowMatrix, norm: Tensor, vocab_size: int, multiplier: float, rough: RoughMatrix | None
+    head: RowMatrix | NarrowHead, norm: Tensor, vocab_size: int, multiplier: float, rough: RoughMatrix | None
 ) -> tuple[HeadStruct, list[object]]:
     """Returns a final norm and a head for the native code, and the owners of their memory."""
-    own, (packed, kept), num_tiles = norm.float().contiguous(), packed_struct(matrix, len(norm)), vocab_size // LANES
-    struct = HeadStruct(norm=own.data_ptr(), matrix=packed, num_tiles=num_tiles, multiplier=multiplier)
-    owners: list[object] = [own, kept]
+    own, num_tiles = norm.float().contiguous(), vocab_size // LANES
+    struct = HeadStruct(norm=own.data_ptr(), num_tiles=num_tiles, multiplier=multiplier)
+    owners: list[object] = [own]
+    if isinstance(head, NarrowHead):
+        struct.narrow, narrow = packed_struct(head.narrow, len(norm))
+        struct.rough, wide = packed_struct(head.rough, head.rank)
+        tensors = [getattr(head, name).contiguous() for name in ("mean", "offsets", "rows", "row_scales")]
+        struct.mean, struct.offsets, struct.rows, struct.row_scales = (tensor.data_ptr() for tensor in tensors)
+        owners += [narrow, wide, tensors]
+        return struct, owners
+    struct.matrix, kept = packed_struct(head, len(norm))
+    owners.append(kept)
     if rough is not None:
         struct.rough, more = packed_struct(rough.matrix, len(norm) + len(rough.repeated))
         struct.num_exact = min(rough.num_exact, MOST_EXACT_TILES, num_tiles)

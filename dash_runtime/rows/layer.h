@@ -207,9 +207,11 @@ class LayerRun {
 
   // The final norm and this thread's share of the head: its logits `[num_rows, num_tiles * kLanes]`, and the largest of
   // each row.
-  void finish(const Head &head, float *logits, int32_t *keys, Best *best) const {
+  void finish(const Head &head, float *logits, int32_t *keys, LikelyPart *parts, Best *best) const {
     norm_rows(own_.residual, head.norm, rows_, shape_.hidden_size, shape_.eps, own_.normed);
-    if (head.has_rough())
+    if (head.is_narrow())
+      finish_narrow(head, logits, keys, parts);
+    else if (head.has_rough())
       finish_in_two_steps(head, logits, keys);
     else
       multiply(head.matrix, own_.normed, 0, head.num_tiles, logits, head.num_tiles * kLanes);
@@ -259,6 +261,39 @@ class LayerRun {
       for (int64_t place = begin; place < end; ++place)
         product(head.matrix, inputs, row, 1, tiles[place], tiles[place] + 1,
                 logits + row * stride + tiles[place] * kLanes, stride);
+    }
+    member_.wait();
+  }
+
+  // All logits of narrow states, then those of each row's likeliest tokens, with four barriers, or three for many rows.
+  // `tokens` are [rows, vocabulary], `parts` [rows, threads].
+  void finish_narrow(const Head &head, float *logits, int32_t *tokens, LikelyPart *parts) const {
+    const int64_t size = shape_.hidden_size, rank = head.rough.num_inputs, stride = head.num_tiles * kLanes;
+    multiply(head.narrow, own_.normed, 0, rank / kLanes, shared_.narrow, rank);
+    member_.wait();
+    multiply(head.rough, shared_.narrow, 0, head.num_tiles, logits, stride);
+    if (rows_.is_shared) member_.wait();
+    // A row is one thread's, or all threads have a part of it.
+    const Member own = rows_.is_shared ? Member{member_.barrier, 0, 1} : member_;
+    const int64_t first = own.first(head.num_tiles), last = own.last(head.num_tiles);
+    const auto multiplier = static_cast<float>(head.multiplier);
+    for (int64_t row = rows_.first; row < rows_.last; ++row)
+      parts[row * own.num_threads + own.index].most = offset_logits(
+          logits + row * stride, head.offsets, dot(head.mean, own_.normed + row * size, size), first, last);
+    if (!rows_.is_shared) member_.wait();
+    for (int64_t row = rows_.first; row < rows_.last; ++row) {
+      LikelyPart *of_row = parts + row * own.num_threads;
+      float most = of_row->most;
+      for (int64_t part = 1; part < own.num_threads; ++part) most = std::max(most, of_row[part].most);
+      count_likely(logits + row * stride, first, last, most, multiplier, of_row[own.index],
+                   tokens + row * stride + first * kLanes);
+    }
+    if (!rows_.is_shared) member_.wait();
+    for (int64_t row = rows_.first; row < rows_.last; ++row) {
+      int32_t share[kMostLikely];
+      const int64_t count =
+          share_of_likely(parts + row * own.num_threads, tokens + row * stride, head.num_tiles, own, share);
+      head.rows.write(share, count, own_.normed + row * size, size, logits + row * stride);
     }
     member_.wait();
   }

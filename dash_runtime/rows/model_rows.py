@@ -17,7 +17,7 @@ from dash_runtime.actions import Action
 from dash_runtime.model_config import Activation, ModelConfig
 from dash_runtime.rows.burst import Burst
 from dash_runtime.rows.draws import Draw, draw_structs
-from dash_runtime.rows.head_struct import RoughMatrix, head_struct, numbers_struct, packed_struct
+from dash_runtime.rows.head_struct import NarrowHead, RoughMatrix, head_struct, numbers_struct, packed_struct
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.rows.pass_rows import CompensatedLayers, PlannerTable, RowPlan, RowPlans, RowsOfPass
 from dash_runtime.rows.row_matrix import RowMatrix
@@ -281,7 +281,7 @@ class HeadRows:
     def __init__(
         self,
         rows: ModelRows,
-        matrix: RowMatrix,
+        head: RowMatrix | NarrowHead,
         norm: Tensor,
         vocab_size: int,
         multiplier: float,
@@ -289,7 +289,7 @@ class HeadRows:
     ) -> None:
         self.vocab_size = vocab_size
         self._rows = rows
-        struct, self._kept = head_struct(matrix, norm, vocab_size, multiplier, rough)
+        struct, self._kept = head_struct(head, norm, vocab_size, multiplier, rough)
         self.pointer = pointer(struct)
 
     def __call__(self, hidden: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ struct Workspace {
   std::vector<uint8_t> chosen;        // [2, rows]: actions by turn
   std::vector<Progress> evaluations;  // by layer, of a single plan's decisions
   std::vector<Best> best;             // [threads, rows]
-  std::vector<int32_t> keys;          // [rows, tiles of the head], padded
+  std::vector<int32_t> keys;          // [rows, tiles of the head], padded; of a narrow one [rows, vocabulary]
+  std::vector<LikelyPart> likely;     // [rows, threads], for a narrow head
 };
 
 // What decides a row's layers, and what replaces those that it skips.
@@ -126,14 +127,14 @@ struct SharedParts {
   float *states;                            // [rows, hidden_size], where rows run in groups
 };
 
-// The inputs of a head's rough matrix; 0 without one.
+// The inputs of a rough matrix that has some again; 0 without one.
 inline int64_t repeated_size(const Pass &pass) {
   return pass.head && pass.head->has_rough() ? pass.head->rough.num_inputs : 0;
 }
 
-// Of the low-rank compensations, each of which has one rank in all layers.
+// Of the low-rank compensations, each of which has one rank in all layers, and of a narrow head.
 inline int64_t highest_rank(const Pass &pass) {
-  int64_t rank = 0;
+  int64_t rank = pass.head && pass.head->is_narrow() ? pass.head->rough.num_inputs : 0;
   for (int64_t row = 0; row < pass.num_plans; ++row) rank = std::max(rank, pass.plans[row].compensations[0].rank);
   return rank;
 }

@@ -75,7 +75,13 @@ extern "C" void dash_run_rows(const Pass *pass) {
   pass->workspace->chosen.resize(2 * pass->num_rows);
   if (pass->num_plans == 1 && pass->plans->decisions)
     pass->workspace->evaluations = std::vector<Progress>(pass->shape->num_layers);
-  if (repeated_size(*pass)) pass->workspace->keys.resize(pass->num_rows * padded(pass->head->num_tiles));
+  if (const Head *head = pass->head) {
+    if (head->has_rough()) pass->workspace->keys.resize(pass->num_rows * padded(head->num_tiles));
+    if (head->is_narrow()) {
+      pass->workspace->keys.resize(pass->num_rows * head->num_tiles * kLanes);
+      pass->workspace->likely.resize(pass->num_rows * pass->num_threads);
+    }
+  }
   const auto shared = laid_out(pass->workspace->shared, [&](Parts &parts) { return shared_parts(parts, *pass); });
   in_parallel(*pass->workspace, pass->num_threads, [&](const Member &member) { Walk(*pass, shared, member).run(); });
 }

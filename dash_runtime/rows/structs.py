@@ -98,8 +98,9 @@ class EmbeddingStruct(Structure):
 class HeadStruct(Structure):
     _fields_ = [
         *_pointers("norm"),
-        *((name, MatrixStruct) for name in ("matrix", "rough")),
+        *((name, MatrixStruct) for name in ("matrix", "rough", "narrow")),
         ("repeated", POINTER(c_int64)),
+        *_pointers("mean", "offsets", "rows", "row_scales"),
         *_numbers("num_exact", "num_tiles"),
         ("multiplier", c_double),
     ]

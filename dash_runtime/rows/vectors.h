@@ -107,6 +107,19 @@ inline float sum(Floats value) {
 #endif
 }
 
+// The lanes that are at least `least`, one bit each.
+inline uint32_t lanes_above(Floats value, float least) {
+#ifdef __AVX512F__
+  return _mm512_cmp_ps_mask((__m512)value, _mm512_set1_ps(least), _CMP_GE_OQ);
+#else
+  float lanes[kLanes];
+  store(lanes, value);
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= static_cast<uint32_t>(lanes[lane] >= least) << lane;
+  return bits;
+#endif
+}
+
 inline Floats larger(Floats one, Floats other) { return one > other ? one : other; }
 
 // e^x with an error of two units in the last place. Below -87 it is 0.

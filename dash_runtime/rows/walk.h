@@ -243,7 +243,8 @@ class Walk {
   void put_out() {
     const LayerRun run(member_, *pass_.shape, shared_.layers[turn_ % 2], own_, pass_.num_rows);
     Best *best = pass_.workspace->best.data();
-    run.finish(*pass_.head, pass_.logits, pass_.workspace->keys.data(), best + member_.index * pass_.num_rows);
+    run.finish(*pass_.head, pass_.logits, pass_.workspace->keys.data(), pass_.workspace->likely.data(),
+               best + member_.index * pass_.num_rows);
     member_.wait();
     for (int64_t row = member_.first(pass_.num_rows); row < member_.last(pass_.num_rows); ++row) {
       Best own = best[row];

@@ -43,7 +43,7 @@ from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.draft_costs import RoundCosts
 from dash_runtime.policy.draft_length import LEAST_GAIN, MEASURED_LENGTHS
 from dash_runtime.policy.fixed_plans import MeasuredPlan
-from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.policy.learned import LearnedPolicy, shared_head_map
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.progress import Progress
@@ -156,7 +156,9 @@ def build_engine(
         has_finer_keys=has_finer_keys,
         int4=int4,
     )
-    decoder = make(native=native, has_int8_head=has_int8_head, has_graphs=has_graphs)
+    head_map = shared_head_map(learned)
+    own_map = None if native is None else head_map
+    decoder = make(native=native, has_int8_head=has_int8_head, has_graphs=has_graphs, head_map=own_map)
     learned = [own.for_heads(tuple(decoder.heads)) for own in learned]
     settle_memory()  # before anything is measured
     kind = "eager" if native is None else f"compiled {code_digest()}"
@@ -181,7 +183,7 @@ def build_engine(
     if not any(policy.plans for policy in learned if not policy.is_drafter):
 
         def eager_decoder() -> Decoder:
-            return decoder if native is None else make(has_int4_head=Action.INT4 in decoder.heads)
+            return decoder if native is None else make(has_int4_head=Action.INT4 in decoder.heads, head_map=head_map)
 
         plans = calibration.plans(actions, eager_decoder, tokenizer_file(folder), costs.table, compensation, progress)
     verification_costs = calibration.verification_costs(decoder, progress)

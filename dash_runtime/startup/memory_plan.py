@@ -14,7 +14,7 @@ from dash_runtime.errors import ConfigError
 from dash_runtime.layers.kv_cache import BLOCK_TOKENS, pool_tokens, rounded_block_bytes
 from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.policy.learned import LearnedPolicy, shared_head_map
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.progress import Progress
 from dash_runtime.startup.placement import CACHE, COMPENSATION, WORK, Bytes, ModelBytes, Room, place_layers
@@ -63,15 +63,21 @@ def model_bytes(
         return needs
 
     head_weights = model.vocab_size * model.hidden_size
-    # Only native code has an INT4 head.
-    heads = [action for action in per_weight if action is not Action.INT4 or device.compiles_layers]
+    # Only native code has an INT4 head and a narrow one.
+    has_all = device.compiles_layers
+    heads: dict[Action, float] = {
+        action: size * head_weights for action, size in per_weight.items() if action is not Action.INT4 or has_all
+    }
+    if has_all and (head_map := shared_head_map(learned)) is not None:
+        rough = _bytes_per_weight(Action.INT4, dtype) * model.vocab_size * head_map.rank
+        heads[Action.SKIP] = _bytes_per_weight(Action.INT8, dtype) * head_weights + rough
     networks = sum(getattr(policy.network, name).nbytes for policy in learned for name in PolicyNetwork.__slots__)
     rotary = 2 * len(set(model.ropes)) * context_length * model.head_dim * dtype.itemsize
     largest = max(outputs * inputs for outputs, inputs in model.matrices())
     return ModelBytes(
         layers=[layer_bytes(layer) for layer in range(model.num_layers)],
         embedding=Bytes({Action.FULL.name: head_weights * dtype.itemsize}),
-        head=Bytes({action.name: round(per_weight[action] * head_weights) for action in heads}),
+        head=Bytes({action.name: round(size) for action, size in heads.items()}),
         is_tied=model.has_tied_head,
         each_device=Bytes({COMPENSATION: networks, WORK: _WORK_BYTES + rotary}),
         layer_loading=_QUANTISING_BYTES * largest if quantised else 0,

@@ -106,8 +106,15 @@ def search_plans(
     uniform = _uniform_plans(text, task.decoder.num_layers, sorted(allowed - {Action.SKIP}), known_heads)
     lossless = [walked for walked in uniform if walked.plan.divergence <= NEARLY_LOSSLESS]
     base = min(lossless or uniform, key=lambda walked: walked.plan.cost(costs))
-    walk = [*(walked.plan for walked in uniform), *_Walk(text, base, costs, allowed).plans()]
-    always = [plan for plan in walk[: len(uniform)] if plan.head is fixed_head(plan.actions[0], known_heads)]
+    walk = [walked.plan for walked in uniform]
+    for walked in _Walk(text, base, costs, allowed).plans():
+        walk.append(walked.plan)
+        if Action.SKIP in known_heads and walked.plan.head is not Action.SKIP:
+            narrow = replace(walked.plan, head=Action.SKIP)
+            walk.append(replace(narrow, divergence=text.divergence(walked.states, narrow.head)))
+    cheapest = uniform[0].plan.actions[0]
+    usual = [(action, fixed_head(action, known_heads)) for action in allowed] + [(cheapest, Action.SKIP)]
+    always = [plan for plan in walk[: len(uniform)] if (plan.actions[0], plan.head) in usual]
     best = [plan for plan in not_dominated(walk, costs) if plan not in always]
     if max_plans is not None:
         best = _spread(best, costs, max_plans)
@@ -158,7 +165,7 @@ class _Walk:
         for move in self._moves:
             self._damage[move] = self._moved(dict([move])).plan.divergence - base.plan.divergence
 
-    def plans(self) -> Iterator[MeasuredPlan]:
+    def plans(self) -> Iterator[_Walked]:
         """Yields each plan on the way, to the first one that diverges too far."""
         while self._current.plan.divergence <= _MAX_DIVERGENCE:
             layer_costs, now = self._costs.layer, self._current.plan.actions
@@ -168,7 +175,7 @@ class _Walk:
             left.sort(key=self._price)
             is_skip = left[0][1] is Action.SKIP
             self._current = self._after_a_skip(left) if is_skip else self._after_some_precision(left)
-            yield self._current.plan
+            yield self._current
 
     def _price(self, move: _Move) -> float:
         """Returns the damage of a move for what it saves."""

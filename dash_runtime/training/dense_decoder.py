@@ -66,8 +66,8 @@ class DenseDecoder:
             for action in {Action.FULL, *actions} - {Action.SKIP}
         }
         self._embedding = loader.embedding()
-        self._final_norm = loader.final_norm()
-        self._head = self._embedding if config.has_tied_head else loader.head()
+        self.final_norm = loader.final_norm()
+        self.head = self._embedding if config.has_tied_head else loader.head()
         self._rotary = self._tables(0)
 
     def _tables(self, length: int) -> list[RotaryTable]:
@@ -81,7 +81,7 @@ class DenseDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns float32 `[..., vocab_size]` from the last layer's output `[..., hidden_size]`."""
-        logits = functional.linear(self._final_norm(hidden), self._head).float()
+        logits = functional.linear(self.final_norm(hidden), self.head).float()
         return logits if self.config.logits_multiplier == 1 else logits * self.config.logits_multiplier
 
     @torch.no_grad()

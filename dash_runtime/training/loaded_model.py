@@ -18,10 +18,12 @@ from dash_runtime.checkpoints import (
     tokenizer_file,
 )
 from dash_runtime.checkpoints.chat_template import ChatTemplate
+from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import find_device
 from dash_runtime.errors import ConfigError
 from dash_runtime.files.disk_cache import digest
+from dash_runtime.layers.narrow_head import HeadMap
 from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
 from dash_runtime.linears.int4_file import int4_file, load_int4
 from dash_runtime.linears.quantization import supported_actions
@@ -55,13 +57,20 @@ class LoadedModel:
 
     Args:
         actions: the actions to pack kernels for, FULL among them; None for all that the device has.
+        head_map: that of the narrow head; None for no such head.
 
     Raises:
         ConfigError: an action has no kernel here, or the device does not exist.
         DashRuntimeError: the checkpoint cannot be used.
     """
 
-    def __init__(self, options: ModelOptions, progress: Progress, actions: Sequence[Action] | None = None) -> None:
+    def __init__(
+        self,
+        options: ModelOptions,
+        progress: Progress,
+        actions: Sequence[Action] | None = None,
+        head_map: HeadMap | None = None,
+    ) -> None:
         self._options = options
         self._progress = progress
         self.folder = resolve_checkpoint(options.model, options.revision, options.cache_folder, progress)
@@ -78,17 +87,26 @@ class LoadedModel:
         self.int4_file = int4_file(options.cache_folder, self.fingerprint)
         self.int4 = load_int4(self.int4_file, self.fingerprint)
         self.context_length = min(_CONTEXT_LENGTH, self.config.context_length)
-        self.decoder = make_decoder(
+        self._actions, self._head_map = wanted, head_map
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        return make_decoder(
             self.config,
             self._weights,
-            wanted,
+            self._actions,
             dtype=torch.bfloat16,
             device=self.device,
             context_length=self.context_length,
             has_int4_head=self.device.type == "cpu",
             has_finer_keys=self._has_finer_keys,
             int4=self.int4,
+            head_map=self._head_map if self.device.type == "cpu" else None,
         )
+
+    def with_head_map(self, head_map: HeadMap) -> "LoadedModel":
+        """Returns the model with a narrow head, the one in SKIP."""
+        return LoadedModel(self._options, self._progress, self._actions, head_map)
 
     def dense_decoder(self, actions: Sequence[Action] = ()) -> DenseDecoder:
         """Returns the same model for learning, with FULL and the kernels of these actions."""

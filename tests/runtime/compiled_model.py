@@ -12,6 +12,7 @@ from dash_runtime.decoder.backends.native import NativeBackend, why_eager
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.layers.kv_cache import SequenceCache
+from dash_runtime.layers.narrow_head import HeadMap
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import save_policy
 from dash_runtime.rows.library import RowsLibrary
@@ -53,6 +54,7 @@ def native_decoder(
     shares_products: bool = False,
     num_threads: int = NUM_THREADS,
     actions: tuple[Action, ...] = ALL_ACTIONS,
+    head_map: HeadMap | None = None,
 ) -> Decoder:
     """Returns a decoder that runs the model in `folder` natively."""
     config = load_model_config(folder)
@@ -65,6 +67,7 @@ def native_decoder(
         device=CPU,
         context_length=config.context_length,
         native=NativeBackend(config, library, actions, num_threads, shares_products=shares_products),
+        head_map=head_map,
     )
 
 

@@ -13,6 +13,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Affine, Compensation, Identity, LowRank, PackedLowRank, Scale
 from dash_runtime.layers.kv_cache import SequenceCache
+from dash_runtime.layers.narrow_head import HeadMap
 from dash_runtime.layers.pass_plan import PassPlan
 from dash_runtime.linears.dense_linear import FullLinear, make_full_linear, most_rows_apart, packed_words
 from dash_runtime.rows.library import RowsLibrary
@@ -239,6 +240,26 @@ def test_many_rows_take_the_head_in_full_only_if_they_may_share_products(
             assert run is not None
             logits.append(run.logits)
         assert torch.equal(*logits) is (shares_products and num_rows > 16)
+
+
+@torch.inference_mode()
+def test_more_rows_than_a_narrow_head_is_for_take_the_int4_head_only_if_they_may_share_products(
+    tmp_path: Path, rows_library: RowsLibrary
+) -> None:
+    folder, size = save_tiny_model(tmp_path, "llama", **SIZES), SIZES["hidden_size"]
+    narrow = torch.eye(size)[:32]
+    head_map = HeadMap(narrow, narrow.T, torch.zeros(SIZES["vocab_size"]))
+    plan = [(dict.fromkeys(range(6), Action.INT4), None)]
+    for shares_products in (True, False):
+        decoder = native_decoder(folder, rows_library, shares_products=shares_products, head_map=head_map)
+        caches = prefilled_together(decoder, [[3], [4]])
+        logits: list[Tensor] = []
+        for heads in ([Action.SKIP] * 2, [Action.INT4] * 2):
+            batch = decoder.batch(PassKind.DECODE, caches, [1] * 2, [Identity()] * 2)
+            run = decoder.run_pass(PassPlan(plan, heads), [5, 6], batch)
+            assert run is not None
+            logits.append(run.logits)
+        assert torch.equal(*logits) is shares_products
 
 
 @torch.inference_mode()

@@ -126,7 +126,9 @@ def trained(name: str, lowest_budget: float, divergence: float = 0.2) -> Learned
     )
 
 
-@pytest.mark.parametrize(("heads", "head"), [("INT4 INT8 FULL", "INT4"), ("INT8 FULL", "INT8"), ("FULL", "FULL")])
+@pytest.mark.parametrize(
+    ("heads", "head"), [("INT4 INT8 FULL SKIP", "INT4"), ("INT8 FULL SKIP", "INT8"), ("FULL", "FULL")]
+)
 def test_a_learned_policy_runs_with_its_own_head_or_the_next_finer_one(heads: str, head: str) -> None:
     policy = trained("own", 0.5)
     policy = replace(policy, spec=replace(policy.spec, head=Action.INT4))

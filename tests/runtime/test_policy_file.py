@@ -160,7 +160,6 @@ def test_a_missing_truncated_or_foreign_file_is_refused_by_name(file: Path, tiny
         {"plans": [{}]},
         {"plans": [PLAN | {"actions": ["FULL"]}]},
         {"plans": [PLAN | {"actions": ["INT2"] * 6}]},
-        {"plans": [PLAN | {"head": "SKIP"}]},
         {"plans": [PLAN | {"divergence": -1}]},
         {"plans": [PLAN | {"name": ""}]},
         {"head": "INT4"},

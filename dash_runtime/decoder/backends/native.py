@@ -18,6 +18,7 @@ from dash_runtime.layers.embedding import Embedding, HeadsEmbedding, PlainEmbedd
 from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.layer import DecoderLayer
 from dash_runtime.layers.layer_body import Linears, run_layer_body
+from dash_runtime.layers.narrow_head import NUM_LIKELY, HeadMap, NarrowMatrices
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.layers.pass_plan import PassPlan, PassRun, WantedBurst
 from dash_runtime.layers.rotary import queries_grow
@@ -26,11 +27,11 @@ from dash_runtime.layers.row_groups import group_rows, scatter_rows
 from dash_runtime.layers.shortlist import NUM_EXACT_TILES
 from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import FullLinear, Linear, for_neighbours, most_rows_apart, packed_words
-from dash_runtime.linears.quantization import quantized_parts
+from dash_runtime.linears.quantization import quantize_int8, quantized_parts
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.rows.burst import Burst
 from dash_runtime.rows.draws import DrawTokens
-from dash_runtime.rows.head_struct import RoughMatrix
+from dash_runtime.rows.head_struct import NarrowHead, RoughMatrix
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.rows.model_rows import Chosen, HeadRows, ModelRows, PackedLayer
 from dash_runtime.rows.pass_rows import CompensatedLayers, PlannerTable, PlannerTables, RowPlan, RowPlans
@@ -40,6 +41,10 @@ from dash_runtime.rows.structs import LANES, MOST_CHANNELS, NORMS
 _MOST_ROUGH = 16
 """More rows take the head in FULL, if they may share products. Each row of a rough head reads other tiles of the exact
 matrix again: 64 rows read two thirds of it."""
+
+_TOKENS_FOR_ROW = 12 * NUM_LIKELY
+"""A narrow head is for one row for every so many tokens of the vocabulary: each row reads likely tokens of its own.
+More rows take the head in INT4, if they may share products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +126,21 @@ class NativeBackend(OwnMemory):
             return None
         rough = RoughMatrix(pack_rough_matrix(FullLinear(weight), loudest), loudest, NUM_EXACT_TILES)
         return HeadRows(self._rows, matrix, norm.weight, len(weight), multiplier, rough)
+
+    def narrow_head(self, weight: Tensor, of: HeadMap, norm: RmsNorm, multiplier: float) -> Head:
+        """Returns norm and narrow head of the matrix `weight`."""
+        matrices = NarrowMatrices.of(weight, of.widen)
+        rows, scales = quantize_int8(weight)
+        head = NarrowHead(
+            narrow=pack_row_matrix(Action.INT8, FullLinear(of.narrow.to(weight))),
+            rough=pack_row_matrix(Action.INT4, matrices.widened),
+            rank=of.rank,
+            mean=matrices.mean,
+            offsets=of.offsets,
+            rows=rows,
+            row_scales=scales.float(),
+        )
+        return HeadRows(self._rows, head, norm.weight, len(weight), multiplier)
 
     def _head_matrix(self, precision: Action, weight: Tensor, linear: Linear) -> RowMatrix | None:
         if precision not in self._head_matrices:
@@ -219,10 +239,15 @@ class NativeBackend(OwnMemory):
 
     def _head_of(self, precisions: Sequence[Action]) -> HeadRows | None:
         """Returns the head for rows of these precisions; None if no single one serves them."""
-        full = self._heads.get(Action.FULL)
-        if self.shares_products and full is not None and len(precisions) > _MOST_ROUGH:
-            return full
-        return self._heads.get(precisions[0]) if len(set(precisions)) == 1 else None
+        num_rows, precision = len(precisions), precisions[0]
+        if self.shares_products and num_rows > _MOST_ROUGH and Action.FULL in self._heads:
+            return self._heads[Action.FULL]
+        if len(set(precisions)) > 1:
+            return None
+        head = self._heads.get(precision)
+        if head is None or not self.shares_products or num_rows <= head.vocab_size // _TOKENS_FOR_ROW:
+            return head
+        return self._heads.get(Action.INT4, head) if precision is Action.SKIP else head
 
     def _skip(
         self, layer: int, hidden: Tensor, batch: Batch, group: list[int] | None

@@ -1,0 +1,133 @@
+"""A narrow head has the INT8 head's logits for the likeliest tokens, and rough ones for the rest."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dash_runtime.actions import Action
+from dash_runtime.checkpoints import load_model_config
+from dash_runtime.decoder.backends.native import NativeBackend
+from dash_runtime.layers.narrow_head import NUM_LIKELY, HeadMap, narrow_head
+from dash_runtime.layers.norm import RmsNorm
+from dash_runtime.linears.dense_linear import FullLinear
+from dash_runtime.linears.quantization import make_linear
+from dash_runtime.model_config import ModelConfig
+from dash_runtime.rows.model_rows import HeadRows, ModelRows
+from dash_runtime.rows.row_matrix import pack_row_matrix
+from tests.runtime.native_code import native_library
+
+VOCABULARY, SIZE, RANK, MARGIN = 4016, 96, 32, 14.0
+"""251 tiles, which no number of threads divides."""
+
+
+@pytest.fixture(scope="module")
+def config(tiny_folder: Path) -> ModelConfig:
+    return replace(load_model_config(tiny_folder), hidden_size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def weight() -> Tensor:
+    return (torch.randn(VOCABULARY, SIZE, generator=torch.Generator().manual_seed(1)) * 0.8 + 0.1).bfloat16()
+
+
+@pytest.fixture(scope="module")
+def head_map() -> HeadMap:
+    generator = torch.Generator().manual_seed(2)
+    basis = torch.linalg.qr(torch.randn(SIZE, RANK, generator=generator)).Q
+    return HeadMap(basis.T.contiguous(), basis, torch.rand(VOCABULARY, generator=generator))
+
+
+def some_rows(num_rows: int, head_map: HeadMap) -> Tensor:
+    """States that the map nearly keeps."""
+    generator = torch.Generator().manual_seed(3)
+    own = torch.randn(num_rows, RANK, generator=generator) @ head_map.narrow
+    return (own + 0.05 * torch.randn(num_rows, SIZE, generator=generator)).bfloat16()
+
+
+def norm_of(config: ModelConfig) -> RmsNorm:
+    return RmsNorm(torch.ones(SIZE).bfloat16(), config.rms_norm_eps)
+
+
+def head(config: ModelConfig, weight: Tensor, head_map: HeadMap, threads: int = 1, multiplier: float = 1.0) -> HeadRows:
+    backend = NativeBackend(config, native_library(), tuple(Action), threads, shares_products=False)
+    own = backend.narrow_head(weight, head_map, norm_of(config), multiplier)
+    assert isinstance(own, HeadRows)
+    return own
+
+
+def int8_head(config: ModelConfig, weight: Tensor) -> HeadRows:
+    model = ModelRows(native_library(), config, [0] * config.num_layers, 1)
+    return HeadRows(model, pack_row_matrix(Action.INT8, FullLinear(weight)), torch.ones(SIZE), len(weight), 1.0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("num_rows", [1, 3, 11])
+def test_the_likeliest_tokens_have_the_int8_heads_logits_and_the_rest_rough_ones(
+    config: ModelConfig, weight: Tensor, head_map: HeadMap, num_rows: int, threads: int
+) -> None:
+    rows = some_rows(num_rows, head_map)
+    logits, fine = head(config, weight, head_map, threads)(rows), int8_head(config, weight)(rows)
+    normed = norm_of(config)(rows)
+    whole = make_linear(Action.INT8, FullLinear(weight))(normed).float()
+    for row in range(num_rows):
+        likely = logits[row] > logits[row].max() - MARGIN + 2  # by rough logits: near the margin either may be
+        assert 0 < likely.sum() < NUM_LIKELY
+        torch.testing.assert_close(logits[row][likely], fine[row][likely], atol=0.05, rtol=0.02)
+        rest = logits[row] < logits[row].max() - MARGIN - 2
+        assert rest.sum() > VOCABULARY / 4
+        rough = (logits - whole)[row][rest]
+        assert 0.1 < rough.abs().mean() < 2
+    assert torch.equal(logits.argmax(-1), fine.argmax(-1))
+
+
+def test_a_row_has_the_same_bits_among_any_number_of_others_with_any_number_of_threads(
+    config: ModelConfig, weight: Tensor, head_map: HeadMap
+) -> None:
+    rows = some_rows(17, head_map)
+    alone = torch.cat([head(config, weight, head_map)(row) for row in rows.split(1)])
+    for threads in (1, 2, 5):
+        own = head(config, weight, head_map, threads)
+        for num_rows in range(1, 18):
+            assert torch.equal(own(rows[:num_rows]), alone[:num_rows]), (num_rows, threads)
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 0.25])
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_many_rows_have_nearly_the_logits_that_native_code_computes(
+    config: ModelConfig, weight: Tensor, head_map: HeadMap, multiplier: float, scale: float
+) -> None:
+    """Where logits are close together there is room for some of those within the margin only."""
+    weight, rows = weight * scale, some_rows(40, head_map)
+    native = head(config, weight, head_map, 2, multiplier)(rows)
+    eager = narrow_head(weight, head_map, norm_of(config), multiplier)(rows)
+    is_near = (native - eager).abs() <= 0.02 * native.abs().mean() + 0.02 * native.abs()
+    assert is_near.float().mean() > 0.98  # a token at the edge of a bin may be computed again by one alone
+    assert torch.equal(native.argmax(-1), eager.argmax(-1))
+
+
+def test_no_token_is_computed_again_where_more_than_there_is_room_for_are_equal(
+    config: ModelConfig, weight: Tensor, head_map: HeadMap
+) -> None:
+    same = weight[:1].expand(VOCABULARY, -1).contiguous()
+    flat = HeadMap(head_map.narrow, head_map.widen, torch.zeros(VOCABULARY))
+    rows = some_rows(3, head_map)
+    logits = head(config, same, flat, 2)(rows)
+    assert (logits == logits[:, :1]).all()
+    torch.testing.assert_close(logits, int8_head(config, same)(rows), atol=0.2, rtol=0.02)
+    torch.testing.assert_close(logits, narrow_head(same, flat, norm_of(config), 1.0)(rows), atol=0.05, rtol=0.02)
+
+
+def test_logits_of_what_is_no_number_are_none_and_its_neighbours_stay(
+    config: ModelConfig, weight: Tensor, head_map: HeadMap
+) -> None:
+    rows = some_rows(9, head_map)
+    expected = head(config, weight, head_map)(rows)
+    rows[4, 41] = float("nan")
+    for num_rows in (6, 9):
+        logits = head(config, weight, head_map, threads=2)(rows[:num_rows])
+        others = [row for row in range(num_rows) if row != 4]
+        assert torch.equal(logits[others], expected[others])
+        assert logits[4].isnan().all()
