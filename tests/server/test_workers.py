@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -110,6 +111,20 @@ async def test_a_worker_ends_though_whoever_stops_it_is_cancelled() -> None:
     await asyncio.wait([stopping])
     assert stopping.cancelled()
     assert not psutil.pid_exists(worker.pid)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the environment of a process from /proc")
+@pytest.mark.parametrize("said", [None, "glibc.malloc.hugetlb=0"])
+async def test_a_workers_memory_comes_in_huge_pages_unless_the_user_said_how(
+    monkeypatch: pytest.MonkeyPatch, said: str | None
+) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if said is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", said)
+    worker = await FramedProcess.spawn(FAKE_WORKER, decode_from_worker)
+    environment = Path(f"/proc/{worker.pid}/environ").read_bytes().decode().split("\0")
+    await worker.stop()
+    assert f"GLIBC_TUNABLES={said or 'glibc.malloc.hugetlb=1'}" in environment
 
 
 async def run_until_done(server: RunningServer, number: int) -> list[object]:

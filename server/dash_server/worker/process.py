@@ -13,6 +13,7 @@ import socket
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Generic
 
+from dash_runtime.child_process import LARGE_PAGES
 from dash_server.worker.connection import FramedConnection, Received
 from dash_server.worker.messages import FromWorker, Shutdown, decode_from_worker
 from dash_server.worker.starter import to_its_end
@@ -60,6 +61,7 @@ class FramedProcess(Generic[Received]):
                     "--fd",
                     str(theirs.fileno()),
                     pass_fds=(theirs.fileno(),),
+                    env={**LARGE_PAGES, **os.environ},
                     stdin=asyncio.subprocess.DEVNULL,
                     # A process group of its own. A terminal's Ctrl-C goes to a whole group, but the worker must survive
                     # it for the drain. And the group's compilers can be ended with the worker.

@@ -12,6 +12,8 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 
+from dash_runtime.child_process import LARGE_PAGES
+
 
 class WorkerActor:
     """Owns one worker process, which ends with the actor."""
@@ -27,7 +29,7 @@ class WorkerActor:
         assert threading.current_thread() is threading.main_thread()
         self._process = subprocess.Popen(
             [sys.executable, *arguments],
-            env={**os.environ, **environment},
+            env={**LARGE_PAGES, **os.environ, **environment},
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
