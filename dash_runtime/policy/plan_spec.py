@@ -24,7 +24,7 @@ class PlanSpec:
     block_size: int
     """Layers that are decided together."""
     head: Action
-    """Precision of the language-model head."""
+    """Precision of the language-model head; SKIP is the narrow one."""
     costs: CostTable
 
     @classmethod
