@@ -36,7 +36,7 @@ from dash_runtime.startup.build import SHIPPED_POLICIES, assemble_engine
 from dash_runtime.startup.plan_search import search_text
 from dash_runtime.training.calibrate import calibrated, describe_budgets
 from dash_runtime.training.curve import write_whole
-from dash_runtime.training.head_map import fit_head_map
+from dash_runtime.training.head_map import with_narrow_head
 from dash_runtime.training.loaded_model import SEQUENCE_LENGTH, LoadedModel
 from dash_runtime.training.trained_compensation import refit_plan
 
@@ -54,7 +54,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
         raise ConfigError("no-table", "leaves nothing to evaluate without --tasks or --last-words")
     model = LoadedModel(options.model_options, print)
     policies = _policies(options, model)
-    model = _with_narrow_head(model, policies)
+    model = _with_head_map(model, policies)
     rows = [] if options.no_table else _table(options, model, policies)
     accuracies: list[Accuracy] = []
     if has_tasks:
@@ -104,11 +104,10 @@ def run_calibrate(options: argparse.Namespace) -> None:
     if options.head is not None:
         policy = replace(policy, spec=replace(policy.spec, head=Action[options.head]))
     if options.head == Action.SKIP.name:
-        fitted = sequences[options.sequences :]
-        if not fitted:
-            raise ConfigError("data", f"has only {len(sequences)} sequences; a narrow head is fitted to others")
-        policy = replace(policy, head_map=fit_head_map(model.dense_decoder(), fitted, options.prompt_tokens))
-    model = _with_narrow_head(model, [policy])
+        model, head_map = with_narrow_head(model, sequences[options.sequences :], options.prompt_tokens)
+        policy = replace(policy, head_map=head_map)
+    else:
+        model = _with_head_map(model, [policy])
     if policy.head not in policy.costs.head or policy.head not in model.decoder.heads:
         raise ConfigError("head", f"{policy.head.name} is not in the policy's costs, or has no kernel here")
     task = policy_task(model.decoder, policy, options.prompt_tokens)
@@ -167,7 +166,7 @@ def _policies(options: argparse.Namespace, model: LoadedModel) -> list[LearnedPo
     return policies if options.costs is None else [_at_costs(policy, read_costs(options.costs)) for policy in policies]
 
 
-def _with_narrow_head(model: LoadedModel, policies: Sequence[LearnedPolicy]) -> LoadedModel:
+def _with_head_map(model: LoadedModel, policies: Sequence[LearnedPolicy]) -> LoadedModel:
     """Returns the model with the policies' narrow head, if they have one."""
     head_map = shared_head_map(policies)
     return model if head_map is None else model.with_head_map(head_map)

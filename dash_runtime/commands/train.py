@@ -29,7 +29,7 @@ from dash_runtime.startup.process_memory import keep_few_kernels, keep_freed_mem
 from dash_runtime.training.calibrate import calibrated, describe_budgets
 from dash_runtime.training.checkpoint import num_rounds_done
 from dash_runtime.training.curve import CurveRow, TrainingCurve, write_curve_json, write_whole
-from dash_runtime.training.head_map import fit_head_map
+from dash_runtime.training.head_map import with_narrow_head
 from dash_runtime.training.ladder import climb, fit_linear
 from dash_runtime.training.loaded_model import LoadedModel
 from dash_runtime.training.progress_display import ProgressDisplay
@@ -66,11 +66,10 @@ def run_train(options: argparse.Namespace) -> None:
     if not {*options.actions, head, pinned_action} <= set(model.decoder.actions):
         raise ConfigError("actions", f"must be among {', '.join(action.name for action in model.decoder.actions)}")
     held_out, training = _split(model.sequences())
-    options.out.mkdir(parents=True, exist_ok=True)
     head_map = None
     if head is Action.SKIP:
-        head_map = fit_head_map(model.dense_decoder(), training, options.prompt_tokens)
-        model = model.with_head_map(head_map)
+        model, head_map = with_narrow_head(model, training, options.prompt_tokens)
+    options.out.mkdir(parents=True, exist_ok=True)
     task = _task(model, options.actions, options)
     task = replace(task, spec=replace(task.spec, head=head, pinned=dict.fromkeys(task.spec.pinned, pinned_action)))
     print(

@@ -148,7 +148,7 @@ def _checked_head_map(
     tensors: Mapping[str, Tensor], head: Action, config: ModelConfig, device: torch.device
 ) -> HeadMap | None:
     own = [tensors.get(f"head.{name}") for name in HeadMap.__slots__]
-    if own == [None] * len(own):
+    if all(tensor is None for tensor in own):
         if head is Action.SKIP:
             raise PolicyFileError("has a narrow head without its map")
         return None

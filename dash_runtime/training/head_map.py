@@ -1,19 +1,39 @@
-"""Fits the map of a narrow head to the states that a model's head gets. Knows text and matrices; knows no policies."""
+"""Fits the map of a narrow head to the states that a model's head gets. Knows text and models; knows no policies."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from dash_runtime.errors import ConfigError
 from dash_runtime.layers.narrow_head import HeadMap, NarrowMatrices
 from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE
+from dash_runtime.rows.row_matrix import is_packable
 from dash_runtime.training.dense_decoder import DenseDecoder
+from dash_runtime.training.loaded_model import LoadedModel
 
 _SHRINKAGE = 0.01
 """The share of the mean square that is added to every direction: text has not shown all of them."""
 _MOST_SEQUENCES = 128
 _SEQUENCES_TOGETHER = 8
 _TOKENS_TOGETHER = 8192
+
+
+def with_narrow_head(
+    model: LoadedModel, sequences: Sequence[Sequence[int]], num_prompt_tokens: int
+) -> tuple[LoadedModel, HeadMap]:
+    """Returns the model with a narrow head, the one in SKIP, and its map, fitted to this text.
+
+    Raises:
+        ConfigError: there is no text, or no such head for this model or device.
+    """
+    vocab_size, hidden_size = model.config.vocab_size, model.config.hidden_size
+    if model.device.type != "cpu" or not is_packable(vocab_size, hidden_size):
+        raise ConfigError("head", f"SKIP is for a CPU and tokens by the 16, not for {model.device} and {vocab_size}")
+    if not sequences:
+        raise ConfigError("data", "has no sequences left that a narrow head could be fitted to")
+    head_map = fit_head_map(model.dense_decoder(), sequences, num_prompt_tokens)
+    return model.with_head_map(head_map), head_map
 
 
 @torch.no_grad()

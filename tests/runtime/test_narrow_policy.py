@@ -113,7 +113,16 @@ def test_calibrating_fits_the_map_to_the_text_that_it_does_not_judge(
             maps.append(file.get_tensor("head.offsets"))
     assert (maps[0] != maps[1]).any()
     assert main([*arguments, "--sequences", "5000", "--head", "SKIP"]) == 2
-    assert "a narrow head is fitted to others" in capsys.readouterr().err
+    assert "no sequences left that a narrow head could be fitted to" in capsys.readouterr().err
+
+
+def test_a_vocabulary_that_native_code_cannot_lay_out_is_refused_before_anything_is_trained(
+    tiny_folder: Path, common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", *common, "--model", str(tiny_folder), "--out", str(tmp_path / "run"), "--head", "SKIP"]
+    assert main(arguments) == 2
+    assert "head: SKIP is for a CPU and tokens by the 16" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def request(name: str, prompt: list[int]) -> GenerationRequest:
