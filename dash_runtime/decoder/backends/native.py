@@ -42,7 +42,7 @@ _MOST_ROUGH = 16
 """More rows take the head in FULL, if they may share products. Each row of a rough head reads other tiles of the exact
 matrix again: 64 rows read two thirds of it."""
 
-_TOKENS_FOR_ROW = 12 * NUM_LIKELY
+_TOKENS_FOR_ROW = 20 * NUM_LIKELY
 """A narrow head is for one row for every so many tokens of the vocabulary: each row reads likely tokens of its own.
 More rows take the head in INT4, if they may share products."""
 
