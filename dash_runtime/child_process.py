@@ -1,4 +1,4 @@
-"""Starts and ends a process with the one that started it. Knows nothing of what either does."""
+"""Gives a child process memory in large pages, and ends it with its parent. Knows nothing of what either does."""
 
 import ctypes
 import os
@@ -6,8 +6,8 @@ import signal
 import sys
 
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-"""Of the environment of a process with a model: glibc, since 2.35, asks for huge pages where it gets much memory, so
-that matrices are packed into them, not moved there (`startup/process_memory.py`). Others do not look at it."""
+"""Environment of a process with a model: glibc, since 2.35, asks for huge pages where it gets much memory, so that
+matrices are packed into them, not moved there (`startup/process_memory.py`). Others do not look at it."""
 _PR_SET_PDEATHSIG = 1
 
 

@@ -63,8 +63,8 @@ def run_train(options: argparse.Namespace) -> None:
     keep_few_kernels()
     head, pinned_action = Action[options.head], Action[options.pinned_action.upper()]
     model = LoadedModel(options.model_options, print)
-    if not {*options.actions, head, pinned_action} <= set(model.decoder.actions):
-        raise ConfigError("actions", f"must be among {', '.join(action.name for action in model.decoder.actions)}")
+    if not {*options.actions, head, pinned_action} <= set(model.supported):
+        raise ConfigError("actions", f"must be among {', '.join(action.name for action in model.supported)}")
     held_out, training = _split(model.sequences())
     head_map = None
     if head is Action.SKIP:

@@ -24,7 +24,7 @@ _MARGIN, _BIN_WIDTH = 14.0, 0.125
 
 @dataclass(frozen=True, slots=True)
 class HeadMap:
-    """What a narrow head takes of a state, float32.
+    """The map of a narrow head, float32.
 
     `narrow` `[rank, hidden_size]` makes `rank` numbers of a normed state. From them `widen` `[hidden_size, rank]` makes
     nearly the state again. `offsets` `[vocab_size]` are added to the rough logits: half the variance of what they lack.

@@ -38,7 +38,7 @@ class LearnedPolicy:
     is_drafter: bool = False
     """True if it was trained to have its drafts accepted (mode EXACT) instead of to stay close to full depth."""
     head_map: HeadMap | None = None
-    """What its narrow head takes of a state; None if its head is whole."""
+    """The map of its narrow head; None if its head is whole."""
     int4: str | None = None
     """The INT4 weights that it was calibrated with (`KeptInt4.identity`); None: each to the nearest."""
     library: RowsLibrary | None = None

@@ -25,8 +25,6 @@ from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import is_same_model
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.policy_metadata import PolicyMetadata
-from dash_runtime.rows.row_matrix import is_packable
-from dash_runtime.rows.structs import LANES
 
 _KEY = "dash_policy"
 _WHAT = "policy file"
@@ -153,7 +151,7 @@ def _checked_head_map(
             raise PolicyFileError("has a narrow head without its map")
         return None
     rank = own[0].shape[0] if own[0] is not None and own[0].ndim else 0
-    if not rank or not is_packable(LANES, rank):
+    if not rank or rank % INT4_GROUP_SIZE:
         raise PolicyFileError(f"tensor head.narrow must have a multiple of {INT4_GROUP_SIZE} rows")
     shapes = (rank, config.hidden_size), (config.hidden_size, rank), (config.vocab_size,)
     for name, tensor, shape in zip(HeadMap.__slots__, own, shapes, strict=True):

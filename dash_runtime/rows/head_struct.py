@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dash_runtime.rows.row_matrix import FullRowMatrix, Int4RowMatrix, Int8RowMatrix, RowMatrix
+from dash_runtime.rows.row_matrix import FullRowMatrix, Int4RowMatrix, Int8Outputs, Int8RowMatrix, RowMatrix
 from dash_runtime.rows.structs import LANES, MOST_EXACT_TILES, HeadStruct, MatrixStruct
 
 _LAYOUTS: dict[type[RowMatrix], int] = {FullRowMatrix: 0, Int8RowMatrix: 1, Int4RowMatrix: 2}
@@ -31,10 +31,8 @@ class NarrowHead(NamedTuple):
     """Float32 `[hidden_size]`."""
     offsets: Tensor
     """Float32 `[vocab_size]`."""
-    rows: Tensor
-    """The head's matrix in INT8, `[vocab_size, hidden_size]`."""
-    row_scales: Tensor
-    """Float32 `[vocab_size]`."""
+    rows: Int8Outputs
+    """The head's matrix."""
 
 
 def head_struct(
@@ -47,7 +45,7 @@ def head_struct(
     if isinstance(head, NarrowHead):
         struct.narrow, narrow = packed_struct(head.narrow, len(norm))
         struct.rough, wide = packed_struct(head.rough, head.rank)
-        tensors = [getattr(head, name).contiguous() for name in ("mean", "offsets", "rows", "row_scales")]
+        tensors = [head.mean.contiguous(), head.offsets.contiguous(), head.rows.weights, head.rows.scales.float()]
         struct.mean, struct.offsets, struct.rows, struct.row_scales = (tensor.data_ptr() for tensor in tensors)
         owners += [narrow, wide, tensors]
         return struct, owners

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cache, partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -79,6 +80,21 @@ class Int8RowMatrix(RowMatrix):
 
 
 @dataclass(frozen=True, slots=True)
+class Int8Outputs(RowMatrix):
+    """An INT8 matrix as it is, int8 `[out_features, in_features]`, for products of a few outputs alone.
+
+    Scales are `[out_features]`.
+    """
+
+    weights: Tensor
+    scales: Tensor
+
+    @classmethod
+    def pack(cls, full: FullLinear) -> "Int8Outputs":
+        return cls(*quantize_int8(full.weight))
+
+
+@dataclass(frozen=True, slots=True)
 class Int4RowMatrix(RowMatrix):
     """An INT4 matrix, int32 `[tiles, lines, 16]`: for every two groups a line of their grids, and four lines each with
     eight weights in a word; the last group may be alone. A grid is half a word, the first group's the low one: seven
@@ -112,6 +128,7 @@ class Int4RowMatrix(RowMatrix):
         return cls(pairs[:, :num_lines].contiguous(), matrix.units)
 
 
+_Packed = TypeVar("_Packed", bound=RowMatrix)
 _MATRICES: dict[Action, type[FullRowMatrix] | type[Int8RowMatrix] | type[Int4RowMatrix]] = {
     Action.FULL: FullRowMatrix,
     Action.INT8: Int8RowMatrix,
@@ -135,7 +152,12 @@ def pack_rough_matrix(full: FullLinear, repeated: Tensor) -> RowMatrix:
     return _packed_in_parts(partial(Int4RowMatrix.pack_with_rest, repeated=repeated), full)
 
 
-def _packed_in_parts(pack: Callable[[FullLinear], RowMatrix], full: FullLinear) -> RowMatrix:
+def pack_outputs(full: FullLinear) -> Int8Outputs:
+    """Rounds the weights of `full` to INT8, output by output."""
+    return _packed_in_parts(Int8Outputs.pack, full)
+
+
+def _packed_in_parts(pack: Callable[[FullLinear], _Packed], full: FullLinear) -> _Packed:
     # Each output is packed by itself. Threads that never wait for each other share a busy processor well.
     num_outputs = len(full.weight)
     num_together = LANES * min(-(-num_outputs // LANES // _num_packers()), _TILES_TOGETHER)

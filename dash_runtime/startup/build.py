@@ -155,10 +155,9 @@ def build_engine(
         context_length=context_length,
         has_finer_keys=has_finer_keys,
         int4=int4,
+        head_map=None if native is None else shared_head_map(learned),
     )
-    head_map = shared_head_map(learned)
-    own_map = None if native is None else head_map
-    decoder = make(native=native, has_int8_head=has_int8_head, has_graphs=has_graphs, head_map=own_map)
+    decoder = make(native=native, has_int8_head=has_int8_head, has_graphs=has_graphs)
     learned = [own.for_heads(tuple(decoder.heads)) for own in learned]
     settle_memory()  # before anything is measured
     kind = "eager" if native is None else f"compiled {code_digest()}"
@@ -183,7 +182,7 @@ def build_engine(
     if not any(policy.plans for policy in learned if not policy.is_drafter):
 
         def eager_decoder() -> Decoder:
-            return decoder if native is None else make(has_int4_head=Action.INT4 in decoder.heads, head_map=head_map)
+            return decoder if native is None else make(has_int4_head=Action.INT4 in decoder.heads)
 
         plans = calibration.plans(actions, eager_decoder, tokenizer_file(folder), costs.table, compensation, progress)
     verification_costs = calibration.verification_costs(decoder, progress)

@@ -17,7 +17,7 @@ from dash_runtime.decoder.full_path import full_path, parts_of
 from dash_runtime.errors import ConfigError
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.fixed_plans import MeasuredPlan, named, not_dominated
-from dash_runtime.policy.policy import Actions, fixed_head
+from dash_runtime.policy.policy import Actions, cheapest_kernel, fixed_head
 from dash_runtime.rollout.rollout import divergences
 from dash_runtime.rollout.task import Task
 
@@ -112,8 +112,9 @@ def search_plans(
         if Action.SKIP in known_heads and walked.plan.head is not Action.SKIP:
             narrow = replace(walked.plan, head=Action.SKIP)
             walk.append(replace(narrow, divergence=text.divergence(walked.states, narrow.head)))
-    cheapest = uniform[0].plan.actions[0]
-    usual = [(action, fixed_head(action, known_heads)) for action in allowed] + [(cheapest, Action.SKIP)]
+    usual = {(action, fixed_head(action, known_heads)) for action in allowed} | {
+        (cheapest_kernel(allowed), Action.SKIP)
+    }
     always = [plan for plan in walk[: len(uniform)] if (plan.actions[0], plan.head) in usual]
     best = [plan for plan in not_dominated(walk, costs) if plan not in always]
     if max_plans is not None:

@@ -1,6 +1,7 @@
 """A checkpoint opened for training and evaluation, with its text. Knows files and decoders; knows no policies."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,20 +58,13 @@ class LoadedModel:
 
     Args:
         actions: the actions to pack kernels for, FULL among them; None for all that the device has.
-        head_map: that of the narrow head; None for no such head.
 
     Raises:
         ConfigError: an action has no kernel here, or the device does not exist.
         DashRuntimeError: the checkpoint cannot be used.
     """
 
-    def __init__(
-        self,
-        options: ModelOptions,
-        progress: Progress,
-        actions: Sequence[Action] | None = None,
-        head_map: HeadMap | None = None,
-    ) -> None:
+    def __init__(self, options: ModelOptions, progress: Progress, actions: Sequence[Action] | None = None) -> None:
         self._options = options
         self._progress = progress
         self.folder = resolve_checkpoint(options.model, options.revision, options.cache_folder, progress)
@@ -87,7 +81,8 @@ class LoadedModel:
         self.int4_file = int4_file(options.cache_folder, self.fingerprint)
         self.int4 = load_int4(self.int4_file, self.fingerprint)
         self.context_length = min(_CONTEXT_LENGTH, self.config.context_length)
-        self._actions, self._head_map = wanted, head_map
+        self._actions = wanted
+        self._head_map: HeadMap | None = None
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -106,7 +101,10 @@ class LoadedModel:
 
     def with_head_map(self, head_map: HeadMap) -> "LoadedModel":
         """Returns the model with a narrow head, the one in SKIP."""
-        return LoadedModel(self._options, self._progress, self._actions, head_map)
+        other = copy(self)
+        other._head_map = head_map
+        other.__dict__.pop("decoder", None)  # made without it
+        return other
 
     def dense_decoder(self, actions: Sequence[Action] = ()) -> DenseDecoder:
         """Returns the same model for learning, with FULL and the kernels of these actions."""

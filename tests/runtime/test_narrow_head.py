@@ -99,7 +99,7 @@ def test_a_row_has_the_same_bits_among_any_number_of_others_with_any_number_of_t
 def test_many_rows_have_nearly_the_logits_that_native_code_computes(
     config: ModelConfig, weight: Tensor, head_map: HeadMap, multiplier: float, scale: float
 ) -> None:
-    """Where logits are close together there is room for some of those within the margin only."""
+    """Logits that lie close together leave room for only some of those within the margin."""
     weight, rows = weight * scale, some_rows(40, head_map)
     native = head(config, weight, head_map, 2, multiplier)(rows)
     eager = narrow_head(weight, head_map, norm_of(config), multiplier)(rows)

@@ -15,7 +15,7 @@ import pytest
 from dash_api.v1 import generation_pb2
 from dash_server.worker.__main__ import wait_briefly
 from dash_server.worker.messages import decode_from_worker
-from dash_server.worker.process import FramedProcess
+from dash_server.worker.process import FramedProcess, LocalStarter
 from dash_server.worker.starter import WorkerStartError
 from tests.server.server_harness import FAKE_WORKER, RunningServer, fake_model, running_server, server_process
 from tests.server.test_lifecycle import code_of, first_delta
@@ -121,7 +121,7 @@ async def test_a_workers_memory_comes_in_huge_pages_unless_the_user_said_how(
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     if said is not None:
         monkeypatch.setenv("GLIBC_TUNABLES", said)
-    worker = await FramedProcess.spawn(FAKE_WORKER, decode_from_worker)
+    worker = await LocalStarter(FAKE_WORKER).start(print)
     environment = Path(f"/proc/{worker.pid}/environ").read_bytes().decode().split("\0")
     await worker.stop()
     assert f"GLIBC_TUNABLES={said or 'glibc.malloc.hugetlb=1'}" in environment

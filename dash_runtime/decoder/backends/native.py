@@ -27,7 +27,7 @@ from dash_runtime.layers.row_groups import group_rows, scatter_rows
 from dash_runtime.layers.shortlist import NUM_EXACT_TILES
 from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import FullLinear, Linear, for_neighbours, most_rows_apart, packed_words
-from dash_runtime.linears.quantization import quantize_int8, quantized_parts
+from dash_runtime.linears.quantization import quantized_parts
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.rows.burst import Burst
 from dash_runtime.rows.draws import DrawTokens
@@ -35,7 +35,7 @@ from dash_runtime.rows.head_struct import NarrowHead, RoughMatrix
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.rows.model_rows import Chosen, HeadRows, ModelRows, PackedLayer
 from dash_runtime.rows.pass_rows import CompensatedLayers, PlannerTable, PlannerTables, RowPlan, RowPlans
-from dash_runtime.rows.row_matrix import RowMatrix, is_packable, pack_rough_matrix, pack_row_matrix
+from dash_runtime.rows.row_matrix import RowMatrix, is_packable, pack_outputs, pack_rough_matrix, pack_row_matrix
 from dash_runtime.rows.structs import LANES, MOST_CHANNELS, NORMS
 
 _MOST_ROUGH = 16
@@ -130,15 +130,13 @@ class NativeBackend(OwnMemory):
     def narrow_head(self, weight: Tensor, of: HeadMap, norm: RmsNorm, multiplier: float) -> Head:
         """Returns norm and narrow head of the matrix `weight`."""
         matrices = NarrowMatrices.of(weight, of.widen)
-        rows, scales = quantize_int8(weight)
         head = NarrowHead(
             narrow=pack_row_matrix(Action.INT8, FullLinear(of.narrow.to(weight))),
             rough=pack_row_matrix(Action.INT4, matrices.widened),
             rank=of.rank,
             mean=matrices.mean,
             offsets=of.offsets,
-            rows=rows,
-            row_scales=scales.float(),
+            rows=pack_outputs(FullLinear(weight)),
         )
         return HeadRows(self._rows, head, norm.weight, len(weight), multiplier)
 

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Generic
 
 from dash_runtime.child_process import LARGE_PAGES
@@ -33,7 +33,7 @@ class LocalStarter:
         self._command = command
 
     async def start(self, tell: Callable[[str], None]) -> "FramedProcess[FromWorker]":
-        return await FramedProcess.spawn(self._command, decode_from_worker)
+        return await FramedProcess.spawn(self._command, decode_from_worker, LARGE_PAGES)
 
     async def close(self) -> None:
         pass
@@ -48,8 +48,11 @@ class FramedProcess(Generic[Received]):
         self._exit_watch = asyncio.create_task(self._close_after_exit())
 
     @classmethod
-    async def spawn(cls, command: Sequence[str], decode: Callable[[bytes], Received]) -> "FramedProcess[Received]":
-        """Runs `command` with `--fd N` appended."""
+    async def spawn(
+        cls, command: Sequence[str], decode: Callable[[bytes], Received], usual: Mapping[str, str] | None = None
+    ) -> "FramedProcess[Received]":
+        """Runs `command` with `--fd N` appended, and with the environment of this process. Where that lacks a variable
+        that is `usual`, the command has it."""
         ours, theirs = socket.socketpair()
         with theirs:
             # No await after the process starts: a cancellation there would leave the process behind.
@@ -61,7 +64,7 @@ class FramedProcess(Generic[Received]):
                     "--fd",
                     str(theirs.fileno()),
                     pass_fds=(theirs.fileno(),),
-                    env={**LARGE_PAGES, **os.environ},
+                    env={**(usual or {}), **os.environ},
                     stdin=asyncio.subprocess.DEVNULL,
                     # A process group of its own. A terminal's Ctrl-C goes to a whole group, but the worker must survive
                     # it for the drain. And the group's compilers can be ended with the worker.
