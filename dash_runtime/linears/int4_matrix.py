@@ -17,8 +17,8 @@ _KEEPS_VALUES = 0.1
 """A scale that moves by less than this share of itself leaves nearly all values."""
 INT4_SCALE_BITS, INT4_OFFSET_BITS = 7, 9
 """Bits of a group's grid. What a wrong offset does adds up over a group."""
-_MOST_SCALE, _MOST_OFFSET = 2**INT4_SCALE_BITS - 1, 2 ** (INT4_OFFSET_BITS - 1) - 1
-_OFFSETS_IN_STEP = 32
+MOST_INT4_SCALE, MOST_INT4_OFFSET = 2**INT4_SCALE_BITS - 1, 2 ** (INT4_OFFSET_BITS - 1) - 1
+INT4_OFFSETS_IN_STEP = 32
 _ROWS_TOGETHER = 512
 _NUM_CHECKED = 64
 _NEARLY_EXACT = 0.02
@@ -46,7 +46,7 @@ class Int4Matrix(NamedTuple):
     def grids(self) -> tuple[Tensor, Tensor]:
         """Returns float32 scales and zeros `[out, in / 32]`: `weight ≈ (value − 8) · scale + zero`."""
         scales = self.scales * self.units.unsqueeze(1)
-        return scales, scales * self.offsets / _OFFSETS_IN_STEP
+        return scales, scales * self.offsets / INT4_OFFSETS_IN_STEP
 
     def outputs(self, first: int, last: int | None) -> "Int4Matrix":
         """Returns some of its rows."""
@@ -90,16 +90,16 @@ def _quantize_groups(weight: Tensor, units: Tensor | None) -> Int4Matrix:
     groups = weight.view(len(weight), -1, INT4_GROUP_SIZE)
     fitted, zeros, centres = _fit_grids(groups)
     # A group whose weights are all alike may lie outside the grid of its own range.
-    scales = torch.maximum(fitted, zeros.abs() * (_OFFSETS_IN_STEP / _MOST_OFFSET))
+    scales = torch.maximum(fitted, zeros.abs() * (INT4_OFFSETS_IN_STEP / MOST_INT4_OFFSET))
     if units is None:
-        units = scales.amax(dim=1) / _MOST_SCALE
-    steps = (scales / units.unsqueeze(1)).round_().clamp_(1, _MOST_SCALE)
+        units = scales.amax(dim=1) / MOST_INT4_SCALE
+    steps = (scales / units.unsqueeze(1)).round_().clamp_(1, MOST_INT4_SCALE)
     scales = steps * units.unsqueeze(1)
     # Where the values stay, the group keeps its mean.
     keeps_values = (scales - fitted).abs() < _KEEPS_VALUES * fitted
     zeros = torch.where(keeps_values, zeros + centres * (fitted - scales), zeros)
-    offsets = (zeros / scales * _OFFSETS_IN_STEP).round_().clamp_(-_MOST_OFFSET - 1, _MOST_OFFSET)
-    values = _rounded_to_grid(groups, scales, scales * offsets / _OFFSETS_IN_STEP).to(torch.uint8)
+    offsets = (zeros / scales * INT4_OFFSETS_IN_STEP).round_().clamp_(-MOST_INT4_OFFSET - 1, MOST_INT4_OFFSET)
+    values = _rounded_to_grid(groups, scales, scales * offsets / INT4_OFFSETS_IN_STEP).to(torch.uint8)
     return Int4Matrix(values.view(weight.shape), steps.to(torch.int16), offsets.to(torch.int16), units)
 
 

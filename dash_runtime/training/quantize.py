@@ -1,10 +1,12 @@
-"""Rounds a model's INT4 matrices by the inputs that they get on some text, layer by layer, and says what that wins.
+"""Rounds a model's INT4 matrices by the inputs that they get on some text, then tunes them, layer by layer, and says
+what that wins.
 
 Knows layers and text; knows no files and no policies.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,14 +21,15 @@ from dash_runtime.training.dense_decoder import DenseDecoder, token_batch
 from dash_runtime.training.gptq import quantize_int4_for
 from dash_runtime.training.loaded_model import LoadedModel
 from dash_runtime.training.loss import divergences
+from dash_runtime.training.tune_int4 import LayerPass, tune_int4
 
-_TOGETHER = 16
-"""Sequences that run together."""
+_TOGETHER = 4
+"""Sequences that run together, and by which a layer is tuned at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedModel:
-    """The matrices that INT4 changes, rounded by their inputs.
+    """The matrices that INT4 changes, rounded by their inputs and tuned.
 
     The divergences are of INT4 in all layers, in nats per token, with each weight rounded to the nearest, and with
     these matrices.
@@ -64,14 +67,17 @@ class _Paths:
 
     def run(self, layer: int, linears: Linears[Linear]) -> None:
         """Takes the states through a layer with these matrices."""
-        own = {Action.FULL: linears}
-        self.states = [self.decoder.run_layer(layer, Action.FULL, states, linears=own) for states in self.states]
+        self.states = [_run(self.decoder, layer, states, linears) for states in self.states]
 
     def divergence_from(self, full: "_Paths") -> float:
         """Returns the mean divergence of the last layer's outputs."""
         pairs = zip(full.states, self.states, strict=True)
         each = [divergences(self.decoder, *(own.flatten(0, 1) for own in pair)) for pair in pairs]
         return float(torch.cat(each).mean())
+
+
+def _run(decoder: DenseDecoder, layer: int, states: Tensor, linears: Linears[Linear]) -> Tensor:
+    return decoder.run_layer(layer, Action.FULL, states, linears={Action.FULL: linears})
 
 
 def is_changed_by_int4(model: LoadedModel) -> bool:
@@ -93,7 +99,7 @@ def is_changed_by_int4(model: LoadedModel) -> bool:
 def quantize(
     model: LoadedModel, sequences: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]], progress: Progress
 ) -> QuantizedModel:
-    """Rounds the matrices that INT4 would change.
+    """Rounds the matrices that INT4 would change, and tunes them behind the tuned layers before.
 
     Args:
         model: the model.
@@ -102,18 +108,24 @@ def quantize(
         progress: called with sentences.
     """
     decoder = model.dense_decoder()
-    text, full, nearest, ours = (_Paths.begin(decoder, own) for own in (sequences, *[held_out] * 3))
+    text, own_text = (_Paths.begin(decoder, sequences) for _ in range(2))
+    full, nearest, ours = (_Paths.begin(decoder, held_out) for _ in range(3))
     matrices: dict[Place, Int4Matrix] = {}
     for layer in range(decoder.num_layers):
         linears = model.layer_weights(layer).linears
         watched = linears.mapped(_Watched, _Watched)
+        before = text.states
         text.run(layer, watched)
-        rounded = _quantized(watched)
+        passes = [LayerPass(*own) for own in zip(own_text.states, before, text.states, strict=True)]
+        begun = _quantized(watched)
+        rounded = tune_int4(partial(_run, decoder, layer), linears, begun, passes, seed=layer)
         matrices |= {(layer, place): matrix for place, matrix in rounded.items()}
         full.run(layer, linears)
-        nearest.run(layer, _in_int4(linears, {}))
-        ours.run(layer, _in_int4(linears, rounded))
-        progress(f"rounded layer {layer + 1} of {decoder.num_layers}")
+        nearest.run(layer, int4_linears(linears, {}))
+        for paths in (own_text, ours):
+            paths.run(layer, int4_linears(linears, rounded))
+        done = "rounded" if rounded is begun else "rounded and tuned"
+        progress(f"{done} layer {layer + 1} of {decoder.num_layers}")
     return QuantizedModel(matrices, nearest.divergence_from(full), ours.divergence_from(full))
 
 
@@ -132,7 +144,7 @@ def _quantized(layer: Linears[_Watched]) -> dict[int, Int4Matrix]:
     return rounded
 
 
-def _in_int4(layer: Linears[FullLinear], rounded: Mapping[int, Int4Matrix]) -> Linears[FullLinear]:
+def int4_linears(layer: Linears[FullLinear], rounded: Mapping[int, Int4Matrix]) -> Linears[FullLinear]:
     """Returns what a layer in INT4 computes with."""
 
     def matrix(place: int, full: FullLinear) -> FullLinear:
