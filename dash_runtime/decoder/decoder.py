@@ -52,7 +52,7 @@ class Decoder:
     def __post_init__(self) -> None:
         config = self.config
         self.num_layers = config.num_layers
-        self._plans: dict[tuple[Action, Action, int], PassPlan] = {}
+        self._plans: dict[tuple[Action, Action, int, bool], PassPlan] = {}
         """With one action in all layers: by action, head and number of rows."""
         self.placed_on: list[Device] = [device_of(own.device) for own in stretches_of(self.devices)]
         """The devices that layers lie on, in the order of layers."""
@@ -170,14 +170,20 @@ class Decoder:
         return self.backends[PassKind.DECODE][0].draw
 
     def run_tokens(
-        self, action: Action, token_ids: Sequence[int], batch: Batch, head: Action, kind: PassKind
-    ) -> tuple[Tensor, list[int]]:
-        """Runs a pass with one action in all layers; returns float32 logits `[rows, vocab_size]` and each row's
-        likeliest token. `kind` is for the head, as in `logits`."""
-        key = action, head, len(token_ids)
+        self,
+        action: Action,
+        token_ids: Sequence[int],
+        batch: Batch,
+        head: Action,
+        kind: PassKind,
+        wants_logits: bool = False,
+    ) -> tuple[Tensor | None, list[int]]:
+        """Runs a pass with one action in all layers; returns float32 logits `[rows, vocab_size]`, which may be missing
+        unless they are wanted, and each row's likeliest token. `kind` is for the head, as in `logits`."""
+        key = action, head, len(token_ids), wants_logits
         if key not in self._plans:
             pinned = dict.fromkeys(range(self.num_layers), action)
-            self._plans[key] = PassPlan([(pinned, None)], [head] * len(token_ids))
+            self._plans[key] = PassPlan([(pinned, None)], [head] * len(token_ids), wants_logits=wants_logits)
         run = self.run_pass(self._plans[key], token_ids, batch)
         if run is not None:
             return run.logits, run.likeliest

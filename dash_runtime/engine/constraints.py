@@ -58,6 +58,8 @@ class TextConstraint:
     the end.
     """
 
+    mostly_leaves_first = True  # a model that was asked for such a text mostly begins it by itself
+
     def __init__(
         self, constraint: Constraint, matcher: LLMatcher, vocab_size: int, eos_token_ids: Sequence[int]
     ) -> None:

@@ -46,7 +46,7 @@ class DecodingRows:
             [policy.kv_action for policy in policies],
         )
         self.deciders = self._make_deciders(decoder.decides_in_pass and not self._is_several, planner)
-        self.plan = pass_plan(self.deciders, planner)
+        self.plan = pass_plan(self.deciders, planner, any(sequence.wants_logits for sequence in sequences))
         self.decider_of = {row: decider for decider in self.deciders for row in decider.rows}
         self.token_seconds: float | None = None
         """Seconds that the last step took for a token of each row; None before the first."""

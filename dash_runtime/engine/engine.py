@@ -255,7 +255,7 @@ class Engine:
         exposed_ns, elapsed_ns = self._lane.exposed_ns - exposed_before, time.perf_counter_ns() - started_ns
         rows.token_seconds = elapsed_ns / 1e9
         samplers = {row: own.sampler for row, own in enumerate(sequences) if not own.is_drafting}
-        chosen_ids = choose_tokens(samplers, output.logits, likeliest_ids, self._decoder.draw)
+        chosen_ids = choose_tokens(samplers, likeliest_ids, output.logits, output.late_logits, self._decoder.draw)
         for row, (sequence, assignment) in enumerate(zip(sequences, assignments, strict=True)):
             policy, plan = assignment.policy, output.plans[row]
             recorded = output, row, rows.decider_of[row], started_ns
@@ -263,14 +263,12 @@ class Engine:
             own_exposed_ns = exposed_ns if len(policy.pinned) < self._decoder.num_layers else 0
             if sequence.is_drafting:
                 cost = sequence.log.add_draft_token(plan, policy.head, num_evaluations, own_exposed_ns)
-                own_logits = output.logits[row : row + 1]
                 if guess is not None:
                     assert assignment.drafting is not None
                     sequence.log.add_guess(plan, added := cost * assignment.drafting.second_row)
-                    cost, own_logits = cost + added, output.logits
-                for place, token_id in enumerate(
-                    sequence.draft(own_logits, likeliest_ids[row:], cost, elapsed_ns, guess)
-                ):
+                    cost += added
+                own_draft = sequence.draft(output.logits_from(row), likeliest_ids[row:], cost, elapsed_ns, guess)
+                for place, token_id in enumerate(own_draft):
                     recorded = output, row + place, rows.decider_of[row], started_ns
                     sequence.recorder.add_pass(StepKind.DRAFT, token_id, 0.0 if place else cost, *recorded)
                 continue
@@ -313,12 +311,14 @@ class Engine:
         # A sequence that runs alone does not depend on its neighbours.
         kind = PassKind.DECODE if len(sequences) > 1 else PassKind.VERIFY
         ids = [token_id for own in token_ids for token_id in own]
-        logits, likeliest_ids = self._decoder.run_tokens(Action.FULL, ids, batch, Action.FULL, kind)
+        wants_logits = any(sequence.wants_logits for sequence in sequences)
+        logits, likeliest_ids = self._decoder.run_tokens(Action.FULL, ids, batch, Action.FULL, kind, wants_logits)
         batch.commit()
-        all_logits = logits.split(lengths)
+        all_logits = [None] * len(sequences) if logits is None else logits.split(lengths)
+        ends = accumulate(lengths)
         chosen = [
-            sequence.verify(own, likeliest_ids[first : first + len(own)])
-            for sequence, own, first in zip(sequences, all_logits, accumulate(lengths, initial=0), strict=False)
+            sequence.verify(own, likeliest_ids[end - length : end])
+            for sequence, own, length, end in zip(sequences, all_logits, lengths, ends, strict=True)
         ]
         elapsed_ns = time.perf_counter_ns() - started_ns
         for sequence, logits, (ids, accepted, from_text, cost) in zip(sequences, all_logits, chosen, strict=True):

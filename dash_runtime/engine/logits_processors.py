@@ -17,6 +17,11 @@ from dash_runtime.devices import device_of
 class LogitsProcessor(Protocol):
     """Adjusts one sequence's logits by the tokens that it has so far."""
 
+    @property
+    def mostly_leaves_first(self) -> bool:
+        """True if the likeliest token seldom changes by it."""
+        ...
+
     def process(self, logits: Tensor) -> None:
         """Adjusts float32 `[vocab_size]` logits in place, on their device."""
         ...
@@ -53,7 +58,7 @@ class LogitBias:
 
     def __init__(self, bias: Mapping[int, float]) -> None:
         self._own = frozenset(bias)
-        self._raises_none = max(bias.values()) <= 0
+        self.mostly_leaves_first = max(bias.values()) <= 0
         self._ids = torch.tensor([*bias])
         self._values = torch.tensor([*bias.values()], dtype=torch.float32)
 
@@ -62,7 +67,7 @@ class LogitBias:
         logits[upload(self._ids)] += upload(self._values)
 
     def leaves_first(self, token_id: int) -> bool:
-        return self._raises_none and token_id not in self._own
+        return self.mostly_leaves_first and token_id not in self._own
 
     def accept(self, token_id: int) -> None:
         pass
@@ -73,6 +78,8 @@ class LogitBias:
 
 class _OutputCounts:
     """Counts each output token."""
+
+    mostly_leaves_first = False
 
     def __init__(self) -> None:
         self._counts: Counter[int] = Counter()

@@ -4,7 +4,7 @@ Knows one row of logits; knows no batch and no text. A sequence's draws depend o
 only.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy
 import torch
@@ -47,6 +47,10 @@ class Sampler:
         """True if nothing is left to chance."""
         self.is_plain_greedy = self.is_greedy and not self._processors
         """True if the token is simply the one of the largest logit."""
+        self.mostly_takes_likeliest = self.is_greedy and all(
+            processor.mostly_leaves_first for processor in self._processors
+        )
+        """True if the token is nearly always the one of the largest logit."""
         self.is_plain_draw = not self.is_greedy and not self._processors
         """True if `draw` tells all that chooses a token."""
 
@@ -94,11 +98,12 @@ class Sampler:
         processed = self._processed(logits).numpy()
         return HostScores(processed if self.is_greedy else processed / self._temperature)
 
-    def best(self, logits: Tensor, likeliest_id: int | None = None) -> int:
+    def best(self, logits: Tensor | None, likeliest_id: int | None = None) -> int:
         """Returns the token that a greedy sequence takes; `logits` as in `sample`, and the token of the largest one
-        where it is known."""
+        where it is known. A plainly greedy one needs only this."""
         if likeliest_id is not None and self.takes(likeliest_id):
             return likeliest_id
+        assert logits is not None
         changed = logits if self.is_plain_greedy else self._processed(logits)
         return int(device_of(changed.device).likeliest(changed))
 
@@ -205,7 +210,7 @@ class GivenTokens(Sampler):
 
     def __init__(self, token_ids: Iterable[int]) -> None:
         super().__init__(SamplingParameters(), ())
-        self.is_plain_greedy = self.is_plain_draw = False
+        self.is_plain_greedy = self.is_plain_draw = self.mostly_takes_likeliest = False
         self._token_ids = iter(token_ids)
 
     def choose(self, scores: Scores) -> int:
@@ -230,14 +235,19 @@ def scores_of(logits: Tensor, samplers: Mapping[int, Sampler]) -> Mapping[int, S
 
 
 def choose_tokens(
-    samplers: Mapping[int, Sampler], logits: Tensor, likeliest_ids: Sequence[int], draw: DrawTokens | None
+    samplers: Mapping[int, Sampler],
+    likeliest_ids: Sequence[int],
+    logits: Tensor | None,
+    late_logits: Callable[[Sequence[int]], Tensor] | None,
+    draw: DrawTokens | None,
 ) -> Mapping[int, int]:
     """Returns the next token of each of these samplers, and lets it accept it.
 
     Args:
         samplers: by row.
-        logits: `[rows, vocab_size]`, which stay as they are.
         likeliest_ids: each row's token of the largest logit.
+        logits: `[rows, vocab_size]`, which stay as they are.
+        late_logits: makes those of some rows, `[n, vocab_size]`, if there are none yet.
         draw: what draws faster than numpy, if anything does.
     """
     chosen: dict[int, int] = {}
@@ -248,10 +258,22 @@ def choose_tokens(
             chosen[row] = likeliest_ids[row]
         else:
             others[row] = sampler
+    if logits is not None:
+        return chosen | _choose_others(others, logits, draw)
+    if others:
+        assert late_logits is not None
+        own = _choose_others(dict(enumerate(others.values())), late_logits(list(others)), draw)
+        chosen |= {row: own[place] for place, row in enumerate(others)}
+    return chosen
+
+
+def _choose_others(samplers: Mapping[int, Sampler], logits: Tensor, draw: DrawTokens | None) -> dict[int, int]:
+    """Does `choose_tokens` for samplers that need the logits, by row of these."""
     if draw is None:
-        return chosen | {row: others[row].choose(scores) for row, scores in scores_of(logits, others).items()}
-    drawn = {row: sampler.draw() for row, sampler in others.items() if sampler.is_plain_draw}
-    adjusted = {row: sampler for row, sampler in others.items() if row not in drawn}
+        return {row: samplers[row].choose(scores) for row, scores in scores_of(logits, samplers).items()}
+    chosen: dict[int, int] = {}
+    drawn = {row: sampler.draw() for row, sampler in samplers.items() if sampler.is_plain_draw}
+    adjusted = {row: sampler for row, sampler in samplers.items() if row not in drawn}
     if drawn:
         chosen |= zip(drawn, draw(logits, drawn), strict=True)
     if adjusted:

@@ -145,19 +145,22 @@ class Sequence:
         is_planned = len(self.assignment.policy.pinned) == self.assignment.costs.num_layers
         return self.speculation.guess() if self.speculation is not None and is_planned else None
 
-    def draft(self, logits: Tensor, likeliest: list[int], cost: float, elapsed_ns: int, guess: int | None) -> list[int]:
+    def draft(
+        self, logits: Tensor | None, likeliest: list[int], cost: float, elapsed_ns: int, guess: int | None
+    ) -> list[int]:
         """Adds and returns the next drafted token; and the one after it, if the pass ran the right guess too.
 
-        `logits` are the drafting path's, `[1 or 2, vocab_size]`, and `likeliest` begins with each row's token of the
-        largest. Keys and values of a wrong guess are dropped.
+        `logits` begin with the drafting path's, `[1 or 2, vocab_size]`, if they are wanted, and `likeliest` with each
+        row's token of the largest. Keys and values of a wrong guess are dropped.
         """
         speculation = self.speculation
         assert speculation is not None
         speculation.draft_ns += elapsed_ns
-        drafted = [speculation.draft(logits[0], cost, likeliest[0])]
+        rows = [None, None] if logits is None else logits[:2]
+        drafted = [speculation.draft(rows[0], cost, likeliest[0])]
         if guess is not None:
             if drafted == [guess] and not self._ends_with_draft(guess):
-                drafted.append(speculation.draft(logits[1], 0.0, likeliest[1]))
+                drafted.append(speculation.draft(rows[1], 0.0, likeliest[1]))
             else:
                 self.cache.truncate(self.cache.length - 1)
         if self._ends_with_draft(drafted[-1]):
@@ -183,8 +186,9 @@ class Sequence:
         self.cache.truncate(self._num_settled_positions)
         return [self.output_ids[-1], *self.speculation.token_ids]
 
-    def verify(self, logits: Tensor, likeliest: list[int]) -> tuple[list[int], int, int, float]:
-        """Ends the draft by full depth's logits `[verified tokens, vocab_size]` and their likeliest tokens.
+    def verify(self, logits: Tensor | None, likeliest: list[int]) -> tuple[list[int], int, int, float]:
+        """Ends the draft by full depth's likeliest tokens, one by verified token, and its logits `[verified tokens,
+        vocab_size]`, if they are wanted.
 
         Returns the next output tokens, how many of them were drafted, how many of the draft's came from the text, and
         the cost in full-depth tokens.
@@ -192,8 +196,9 @@ class Sequence:
         """
         assert self.speculation is not None
         assert self.assignment.drafting is not None
-        cost = self.assignment.drafting.verification_costs[len(logits) - 1] if len(logits) > 1 else 1.0
-        self.log.add_verification(len(logits), cost)
+        count = len(likeliest)
+        cost = self.assignment.drafting.verification_costs[count - 1] if count > 1 else 1.0
+        self.log.add_verification(count, cost)
         num_from_text = self.speculation.num_from_text
         token_ids = self.speculation.verify(logits, likeliest)
         num_accepted = len(token_ids) - 1
@@ -207,6 +212,12 @@ class Sequence:
     def _num_settled_positions(self) -> int:
         """Positions before the last output token."""
         return len(self.request.prompt_token_ids) + len(self.output_ids) - 1
+
+    @property
+    def wants_logits(self) -> bool:
+        """False if the token of the largest logit nearly always tells all about a step; about a draft, always."""
+        needs_none = self.sampler.mostly_takes_likeliest if self.speculation is None else self.sampler.is_plain_greedy
+        return not needs_none or self.request.logprobs is not None
 
     def decider_assignment(self, full_depth: Assignment) -> Assignment:
         """Returns what decides in the next decode step: `full_depth` for an EXACT sequence that does not draft."""

@@ -151,10 +151,11 @@ class Speculation:
         forced = self._forced.forced(room) if room > 0 else []
         return forced if self._lengths.pays([*self._matches, *[FORCED_MATCH] * len(forced)], passes) else []
 
-    def draft(self, logits: Tensor, cost: float, likeliest_id: int | None = None) -> int:
-        """Adds and returns the next token of the draft, from the drafting path's float32 `[vocab_size]` logits.
+    def draft(self, logits: Tensor | None, cost: float, likeliest_id: int | None = None) -> int:
+        """Adds and returns the next token of the draft.
 
         Args:
+            logits: the drafting path's, float32 `[vocab_size]`; None if the sampler takes the likeliest.
             cost: the token's cost on this device, as a share of a full-depth token.
             likeliest_id: the token of the largest logit, if it is known.
         """
@@ -162,6 +163,7 @@ class Speculation:
         if sampler.is_greedy:
             token_id = sampler.best(logits, likeliest_id)
         else:
+            assert logits is not None
             distribution = sampler.distribution(logits)
             token_id = sampler.draw_weighed(distribution)
         self._add(token_id, 0, distribution)
@@ -172,20 +174,21 @@ class Speculation:
         """Completes the draft early: the sequence ends with the token drafted last."""
         self.length = len(self.token_ids)
 
-    def verify(self, logits: Tensor, likeliest: Sequence[int] | None = None) -> list[int]:
+    def verify(self, logits: Tensor | None, likeliest: Sequence[int] | None = None) -> list[int]:
         """Ends the draft and returns the accepted tokens, and one more that full depth chose itself.
 
         `logits` are full depth's, float32 `[drafted + 1, vocab_size]`: after the token before the draft, and after each
-        drafted token. `likeliest` are the tokens of each row's largest, if they are known.
+        drafted token. `likeliest` are the tokens of each row's largest, if they are known. A sampler that takes the
+        likeliest needs only these.
         """
         drafted, distributions, matches = self.token_ids, self._distributions, self._matches
         self.token_ids, self._distributions, self._matches, self.length = [], [], [], 0
         self._sampler.rollback(drafted)
-        token_ids = (
-            self._greedy(drafted, logits, likeliest)
-            if self._sampler.is_greedy
-            else self._sampled(drafted, distributions, logits)
-        )
+        if self._sampler.is_greedy:
+            token_ids = self._greedy(drafted, logits, likeliest)
+        else:
+            assert logits is not None
+            token_ids = self._sampled(drafted, distributions, logits)
         num_accepted = len(token_ids) - 1
         self._lengths.verified(matches, num_accepted)
         if drafted:
@@ -218,11 +221,12 @@ class Speculation:
         self.num_drafted += 1
         self.num_drafted_from_text += match > 0
 
-    def _greedy(self, drafted: Sequence[int], logits: Tensor, likeliest: Sequence[int] | None) -> list[int]:
+    def _greedy(self, drafted: Sequence[int], logits: Tensor | None, likeliest: Sequence[int] | None) -> list[int]:
         sampler = self._sampler
         chosen: list[int] = []
         for place in range(len(drafted) + 1):
-            token_id = sampler.best(logits[place], None if likeliest is None else likeliest[place])
+            own = None if logits is None else logits[place]
+            token_id = sampler.best(own, None if likeliest is None else likeliest[place])
             sampler.accept(token_id)
             chosen.append(token_id)
             if drafted[place : place + 1] != [token_id]:

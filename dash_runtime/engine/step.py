@@ -4,9 +4,9 @@ Knows the decoder, policies and a lane; knows no slots and no requests.
 """
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import TypeVar
 
 from torch import Tensor
@@ -26,22 +26,30 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """The rows' float32 `[rows, vocab_size]` logits and plans, one byte per layer.
+    """The rows' float32 `[rows, vocab_size]` logits and plans, one byte per layer. Logits may be missing if the plan of
+    the step wants none; `late_logits` then makes those of some rows.
 
     The timer has two marks per layer: when it began, and when it was done; by the host's clock on a device that only
     queues work, when it was queued.
     """
 
-    logits: Tensor
+    logits: Tensor | None
     plans: list[bytes]
     timer: StepTimer
     known_likeliest: list[int] | None = None
+    late_logits: Callable[[Sequence[int]], Tensor] | None = None
 
     @property
     def likeliest(self) -> list[int]:
         """Each row's token of the largest logit, to be read once."""
-        known = self.known_likeliest
-        return device_of(self.logits.device).likeliest(self.logits) if known is None else known
+        if self.known_likeliest is not None:
+            return self.known_likeliest
+        assert self.logits is not None
+        return device_of(self.logits.device).likeliest(self.logits)
+
+    def logits_from(self, row: int) -> Tensor | None:
+        """Returns the logits of a row and those behind it, if there are any."""
+        return None if self.logits is None else self.logits[row:]
 
     @property
     def layer_times(self) -> array:
@@ -75,10 +83,10 @@ def decode_step(
         plan: `pass_plan` of the deciders and the planner, where the same rows run step after step.
     """
     plan = pass_plan(deciders, planner) if plan is None else plan
-    run = None if plan is None else decoder.run_pass(plan, token_ids, batch)
-    if run is not None:
+    if plan is not None and (run := decoder.run_pass(plan, token_ids, batch)) is not None:
         batch.commit()
-        return StepOutput(run.logits, run.plans, StepTimer(run.layer_times), run.likeliest)
+        late_logits = None if run.states is None else partial(_some_logits, decoder, run.states, plan.heads)
+        return StepOutput(run.logits, run.plans, StepTimer(run.layer_times), run.likeliest, late_logits)
     decider = deciders[0] if len(deciders) == 1 else _SeveralDeciders(deciders)
     hidden = decoder.start_pass(token_ids, batch)
     actions_by_layer: list[Sequence[Action]] = []
@@ -98,7 +106,11 @@ def decode_step(
     return StepOutput(decoder.logits(hidden, decider.heads), plans, timer)
 
 
-def pass_plan(deciders: Sequence["Decider"], planner: Planner | None) -> PassPlan | None:
+def _some_logits(decoder: Decoder, states: Tensor, heads: Sequence[Action], rows: Sequence[int]) -> Tensor:
+    return decoder.logits(states[rows], [heads[row] for row in rows])
+
+
+def pass_plan(deciders: Sequence["Decider"], planner: Planner | None, wants_logits: bool = True) -> PassPlan | None:
     """Returns the plan of steps that can run in one call: nobody has a part between the layers. None if one has."""
     decided = [decider.decided for decider in deciders]
     if None in decided or not isinstance(planner, GroupPlanner | None):
@@ -110,9 +122,11 @@ def pass_plan(deciders: Sequence["Decider"], planner: Planner | None) -> PassPla
         if planner is not None:
             agreed = {own: planner.agree((own,) * len(heads))[0] for own in set(pinned.values())}
             raised = {layer: agreed[own] for layer, own in pinned.items()}
-            return PassPlan([(raised, None)], heads, attends_rounded=Action.FULL not in pinned.values())
-        return PassPlan([(pinned, None)], heads)
-    return PassPlan(by_row.decided, heads, None if planner is None else planner.latencies)
+            attends_rounded = Action.FULL not in pinned.values()
+            return PassPlan([(raised, None)], heads, None, attends_rounded, wants_logits)
+        return PassPlan([(pinned, None)], heads, wants_logits=wants_logits)
+    latencies = None if planner is None else planner.latencies
+    return PassPlan(by_row.decided, heads, latencies, wants_logits=wants_logits)
 
 
 class Decider:

@@ -26,6 +26,8 @@ class PassPlan:
     heads: Sequence[Action]
     latencies: LatencyTable | None = None
     attends_rounded: bool = False
+    wants_logits: bool = True
+    """False if each row's likeliest token is enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,15 @@ class WantedBurst:
 
 @dataclass(frozen=True, slots=True)
 class PassRun:
-    """Float32 logits `[rows, vocab_size]`; and by row the likeliest token, and the actions that ran, a byte per layer.
+    """By row the likeliest token, and the actions that ran, a byte per layer.
 
     `layer_times` are those of `engine.step.StepOutput`.
     """
 
-    logits: Tensor
+    logits: Tensor | None
+    """Float32 `[rows, vocab_size]`; may be None if the plan wants none."""
     likeliest: list[int]
+    states: Tensor | None
+    """Without logits, the last layer's output, `[rows, hidden_size]`."""
     plans: list[bytes]
     layer_times: array

@@ -11,19 +11,28 @@ struct Embedding {
   double multiplier;
 };
 
-// A head of one matrix; or a `rough` one for all logits, and `matrix` for those of a row's tiles with the largest; or
-// a narrow one: `rough` for all logits, from what `narrow` makes of the state, and `rows` for the likeliest tokens'.
+// A rough matrix in INT8 for all logits, and how far these may be off (bounds.h).
+struct Bounds {
+  Matrix rough;
+  const float *errors, *lengths;  // [vocabulary]: of what the weights of a token are off by, and of the exact ones
+};
+
+// A head of one matrix, which may have bounds; or a `rough` one for all logits, and `matrix` for those of a row's tiles
+// with the largest; or a narrow one: `rough` for all logits, from what `narrow` makes of the state, and `rows` for the
+// likeliest tokens'.
 struct Head {
   const float *norm;
   Matrix matrix, rough, narrow;  // without words if there is none
   const int64_t *repeated;       // the inputs that `rough` has again at its end, in [0, hidden_size); not if narrow
   const float *mean, *offsets;   // narrow: the logits lack the state's product with `mean`, and these [vocabulary]
   TokenRows rows;
+  Bounds bounds;
   int64_t num_exact;  // tiles, at most `kMostExact`
   int64_t num_tiles;
   double multiplier;
 
   bool has_rough() const { return rough.words && !is_narrow(); }
+  bool has_bounds() const { return bounds.rough.words != nullptr; }
   bool is_narrow() const { return narrow.words != nullptr; }
 };
 

@@ -21,6 +21,17 @@ class RoughMatrix(NamedTuple):
     num_exact: int
 
 
+class HeadBounds(NamedTuple):
+    """How far a matrix's rough logits may be off its own, so that each row's likeliest token is found without most of
+    them."""
+
+    rough: RowMatrix
+    errors: Tensor
+    """The lengths of what the rough matrix's rows are off by, float32 `[vocab_size]`."""
+    lengths: Tensor
+    """The lengths of the matrix's rows, likewise."""
+
+
 class NarrowHead(NamedTuple):
     """A head of narrow states (`layers/narrow_head.py`)."""
 
@@ -36,9 +47,14 @@ class NarrowHead(NamedTuple):
 
 
 def head_struct(
-    head: RowMatrix | NarrowHead, norm: Tensor, vocab_size: int, multiplier: float, rough: RoughMatrix | None
+    head: RowMatrix | NarrowHead,
+    norm: Tensor,
+    vocab_size: int,
+    multiplier: float,
+    more: RoughMatrix | HeadBounds | None,
 ) -> tuple[HeadStruct, list[object]]:
-    """Returns a final norm and a head for the native code, and the owners of their memory."""
+    """Returns a final norm and a head for the native code, with what its matrix has beside it, and the owners of their
+    memory."""
     own, num_tiles = norm.float().contiguous(), vocab_size // LANES
     struct = HeadStruct(norm=own.data_ptr(), num_tiles=num_tiles, multiplier=multiplier)
     owners: list[object] = [own]
@@ -51,11 +67,16 @@ def head_struct(
         return struct, owners
     struct.matrix, kept = packed_struct(head, len(norm))
     owners.append(kept)
-    if rough is not None:
-        struct.rough, more = packed_struct(rough.matrix, len(norm) + len(rough.repeated))
-        struct.num_exact = min(rough.num_exact, MOST_EXACT_TILES, num_tiles)
-        struct.repeated = numbers_struct(rough.repeated.tolist())
-        owners.append(more)
+    match more:
+        case RoughMatrix(rough, repeated, num_exact):
+            struct.rough, kept = packed_struct(rough, len(norm) + len(repeated))
+            struct.num_exact = min(num_exact, MOST_EXACT_TILES, num_tiles)
+            struct.repeated = numbers_struct(repeated.tolist())
+            owners.append(kept)
+        case HeadBounds(rough, errors, lengths):
+            struct.bounds.rough, kept = packed_struct(rough, len(norm))
+            struct.bounds.errors, struct.bounds.lengths = errors.data_ptr(), lengths.data_ptr()
+            owners += [kept, errors, lengths]
     return struct, owners
 
 

@@ -1,21 +1,10 @@
 // The arithmetic of one layer for a few rows: layer_body.py's, run or skipped. All between bf16 states is float32.
 #pragma once
-#include "attention.h"
-#include "ends.h"
+#include "run.h"
 
 enum : int64_t { kSkip = 1, kInt4Action, kInt8Action, kFullAction, kNumActions = kFullAction };
 enum Matrices { kQueryKeyValue, kOutput, kGateUp, kDown, kKeyValue, kNumMatrices };
 enum Activation : int64_t { kSilu, kGelu };
-
-struct ModelShape {
-  HeadShape heads;
-  int64_t hidden_size, intermediate_size, activation, num_layers;
-  double eps, residual_multiplier;
-
-  int64_t query_size() const { return heads.num_heads * heads.head_dim; }
-  int64_t kv_size() const { return heads.num_kv_heads * heads.head_dim; }
-  int64_t fused_size() const { return query_size() + 2 * kv_size(); }
-};
 
 struct Layer {
   const float *input_norm, *attention_output_norm, *mlp_norm, *mlp_output_norm;  // null for none, as all vectors
@@ -44,46 +33,6 @@ struct RotaryOfSpans {
 
   const Rotary &of(int64_t span) const { return first[span * stride]; }
 };
-
-// Rows from which on each thread does what is done by row for its share of them, not for all. That takes more barriers.
-constexpr int64_t kRowsToShare = 8;
-
-// Memory of a pass: what all threads see, and what each has for itself. Where threads share rows, they also share
-// `inputs`, `queries`, `keys` and `values`.
-struct Shared {
-  float *fused, *parts, *branch, *inner, *narrow;
-};
-
-struct Own {
-  float *residual, *normed, *inputs, *queries, *keys, *values, *attended, *wide, *repeated;
-};
-
-// The rows for which a thread does what is done by row: all of them if they are few, or its share.
-struct RowRange {
-  int64_t first, last;
-  bool is_shared;
-
-  static RowRange of(const Member &member, int64_t num_rows) {
-    const bool is_shared = member.num_threads > 1 && num_rows >= kRowsToShare;
-    return is_shared ? RowRange{member.first(num_rows), member.last(num_rows), true} : RowRange{0, num_rows, false};
-  }
-};
-
-inline void norm(const float *from, const float *weight, int64_t size, double eps, float *to) {
-  const float scale = 1.0f / std::sqrt(dot(from, from, size) / size + static_cast<float>(eps));
-  for (int64_t place = 0; place < size; place += kLanes)
-    store(to + place, load<Floats>(from + place) * scale * load<Floats>(weight + place));
-}
-
-inline void norm_rows(const float *from, const float *weight, const RowRange &rows, int64_t size, double eps,
-                      float *to) {
-  for (int64_t row = rows.first; row < rows.last; ++row) {
-    if (weight)
-      norm(from + row * size, weight, size, eps, to + row * size);
-    else
-      std::memcpy(to + row * size, from + row * size, size * sizeof(float));
-  }
-}
 
 inline void rotate(float *head, const Rotary &rotary, int64_t position, int64_t size, float factor) {
   const uint16_t *cosines = rotary.cosines + position * size, *sines = rotary.sines + position * size;
@@ -119,15 +68,9 @@ inline void split_heads(const ModelShape &shape, const Layer &layer, const Rotar
   }
 }
 
-class LayerRun {
+class LayerRun : public Run {
  public:
-  LayerRun(const Member &member, const ModelShape &shape, const Shared &shared, const Own &own, int64_t num_rows)
-      : member_(member),
-        shape_(shape),
-        shared_(shared),
-        own_(own),
-        num_rows_(num_rows),
-        rows_(RowRange::of(member, num_rows)) {}
+  using Run::Run;
 
   // Begins a layer: its first product, whose outputs from `first` on all threads see after the next barrier.
   void project(const Layer &layer, int64_t action, int64_t first) const {
@@ -205,99 +148,7 @@ class LayerRun {
     multiply(compensation.narrow, own_.residual, 0, rank / kLanes, shared_.narrow, rank);
   }
 
-  // The final norm and this thread's share of the head: its logits `[num_rows, num_tiles * kLanes]`, and the largest of
-  // each row.
-  void finish(const Head &head, float *logits, int32_t *keys, LikelyPart *parts, Best *best) const {
-    norm_rows(own_.residual, head.norm, rows_, shape_.hidden_size, shape_.eps, own_.normed);
-    if (head.is_narrow())
-      finish_narrow(head, logits, keys, parts);
-    else if (head.has_rough())
-      finish_in_two_steps(head, logits, keys);
-    else
-      multiply(head.matrix, own_.normed, 0, head.num_tiles, logits, head.num_tiles * kLanes);
-    const int64_t first = member_.first(head.num_tiles), last = member_.last(head.num_tiles);
-    for (int64_t row = 0; row < num_rows_; ++row)
-      best[row] = scaled_best(logits + row * head.num_tiles * kLanes, first, last, head.multiplier);
-  }
-
  private:
-  void multiply(const Matrix &matrix, const float *rows, int64_t first, int64_t last, float *outputs,
-                int64_t stride) const {
-    const Rows inputs = prepared(matrix, rows);
-    const int64_t begin = first + member_.first(last - first), end = first + member_.last(last - first);
-    product(matrix, inputs, 0, num_rows_, begin, end, outputs + begin * kLanes, stride);
-  }
-
-  // Prepares all rows for a product; of `rows` a thread needs no more than its own.
-  Rows prepared(const Matrix &matrix, const float *rows) const {
-    const auto layout = static_cast<Layout>(matrix.layout);
-    const Rows inputs = prepare(layout, rows, num_rows_, matrix.num_inputs, own_.inputs, rows_.first, rows_.last);
-    if (rows_.is_shared) member_.wait();
-    return inputs;
-  }
-
-  // All logits by the rough matrix, then those of each row's tiles with the largest again, with two barriers.
-  void finish_in_two_steps(const Head &head, float *logits, int32_t *keys) const {
-    const int64_t size = shape_.hidden_size, stride = head.num_tiles * kLanes, keys_stride = padded(head.num_tiles);
-    for (int64_t row = rows_.first; row < rows_.last; ++row) {
-      const float *normed = own_.normed + row * size;
-      float *more = own_.repeated + row * head.rough.num_inputs;
-      std::memcpy(more, normed, size * sizeof(float));
-      for (int64_t place = size; place < head.rough.num_inputs; ++place)
-        more[place] = normed[head.repeated[place - size]];
-    }
-    multiply(head.rough, own_.repeated, 0, head.num_tiles, logits, stride);
-    const int64_t first = member_.first(head.num_tiles), last = member_.last(head.num_tiles);
-    for (int64_t row = 0; row < num_rows_; ++row)
-      write_tile_keys(logits + row * stride, first, last, head.num_tiles, keys + row * keys_stride);
-    member_.wait();
-    const Rows inputs = prepare(static_cast<Layout>(head.matrix.layout), own_.normed, num_rows_, size, own_.inputs,
-                                rows_.first, rows_.last);
-    const int64_t begin = rows_.is_shared ? 0 : member_.first(head.num_exact);
-    const int64_t end = rows_.is_shared ? head.num_exact : member_.last(head.num_exact);
-    for (int64_t row = rows_.first; row < rows_.last; ++row) {
-      int64_t tiles[kMostExact];
-      choose_tiles(keys + row * keys_stride, head.num_tiles, head.num_exact, tiles);
-      for (int64_t place = begin; place < end; ++place)
-        product(head.matrix, inputs, row, 1, tiles[place], tiles[place] + 1,
-                logits + row * stride + tiles[place] * kLanes, stride);
-    }
-    member_.wait();
-  }
-
-  // All logits of narrow states, then those of each row's likeliest tokens, with four barriers, or three for many rows.
-  // `tokens` are [rows, vocabulary], `parts` [rows, threads].
-  void finish_narrow(const Head &head, float *logits, int32_t *tokens, LikelyPart *parts) const {
-    const int64_t size = shape_.hidden_size, rank = head.rough.num_inputs, stride = head.num_tiles * kLanes;
-    multiply(head.narrow, own_.normed, 0, rank / kLanes, shared_.narrow, rank);
-    member_.wait();
-    multiply(head.rough, shared_.narrow, 0, head.num_tiles, logits, stride);
-    if (rows_.is_shared) member_.wait();
-    // A row is one thread's, or all threads have a part of it.
-    const Member own = rows_.is_shared ? Member{member_.barrier, 0, 1} : member_;
-    const int64_t first = own.first(head.num_tiles), last = own.last(head.num_tiles);
-    const auto multiplier = static_cast<float>(head.multiplier);
-    for (int64_t row = rows_.first; row < rows_.last; ++row)
-      parts[row * own.num_threads + own.index].most = offset_logits(
-          logits + row * stride, head.offsets, dot(head.mean, own_.normed + row * size, size), first, last);
-    if (!rows_.is_shared) member_.wait();
-    for (int64_t row = rows_.first; row < rows_.last; ++row) {
-      LikelyPart *of_row = parts + row * own.num_threads;
-      float most = of_row->most;
-      for (int64_t part = 1; part < own.num_threads; ++part) most = std::max(most, of_row[part].most);
-      count_likely(logits + row * stride, first, last, most, multiplier, of_row[own.index],
-                   tokens + row * stride + first * kLanes);
-    }
-    if (!rows_.is_shared) member_.wait();
-    for (int64_t row = rows_.first; row < rows_.last; ++row) {
-      int32_t share[kMostLikely];
-      const int64_t count =
-          share_of_likely(parts + row * own.num_threads, tokens + row * stride, head.num_tiles, own, share);
-      head.rows.write(share, count, own_.normed + row * size, size, logits + row * stride);
-    }
-    member_.wait();
-  }
-
   // Heads of all rows, after the next barrier if threads share them.
   void split_rows(const Layer &layer, const Memory &memory, const RotaryOfSpans &rotary, bool has_queries) const {
     for_rows(memory, rows_.first, rows_.last, [&](int64_t row, int64_t position, int64_t span) {
@@ -336,11 +187,4 @@ class LayerRun {
     for (int64_t place = rows_.first * shape_.hidden_size; place < rows_.last * shape_.hidden_size; place += kLanes)
       store(own_.residual + place, rounded_to_bf16(load<Floats>(own_.residual + place)));
   }
-
-  const Member &member_;
-  const ModelShape &shape_;
-  const Shared &shared_;
-  const Own &own_;
-  int64_t num_rows_;
-  RowRange rows_;
 };

@@ -17,7 +17,14 @@ from dash_runtime.actions import Action
 from dash_runtime.model_config import Activation, ModelConfig
 from dash_runtime.rows.burst import Burst
 from dash_runtime.rows.draws import Draw, draw_structs
-from dash_runtime.rows.head_struct import NarrowHead, RoughMatrix, head_struct, numbers_struct, packed_struct
+from dash_runtime.rows.head_struct import (
+    HeadBounds,
+    NarrowHead,
+    RoughMatrix,
+    head_struct,
+    numbers_struct,
+    packed_struct,
+)
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.rows.pass_rows import CompensatedLayers, PlannerTable, RowPlan, RowPlans, RowsOfPass
 from dash_runtime.rows.row_matrix import RowMatrix
@@ -131,10 +138,12 @@ class ModelRows:
         plans: RowPlans,
         head: "HeadRows | None",
         planner: PlannerTable | None = None,
+        wants_logits: bool = True,
     ) -> "Tensor | Chosen":
         """Runs all layers of the rows of these tokens, and the head.
 
-        Returns the logits with the likeliest tokens; the last layer's output, `[rows, hidden_size]`, without a head.
+        Returns the logits, if they are wanted or the head cannot do without, with the likeliest tokens; the last
+        layer's output, `[rows, hidden_size]`, without a head.
         With several plans each sequence has one row, and rows agree on actions by the planner's table, if there is one.
         """
         own, num_rows, layers = self._pass, len(token_ids), self._all_layers
@@ -150,10 +159,11 @@ class ModelRows:
             own.output, own.head = output.data_ptr(), None
             self._run(rows, plans, layers, plans.pinned)
             return output
-        own.output, own.likeliest = None, likeliest
-        logits = self._logits_of(head, num_rows)
+        logits = self._logits_of(head, num_rows, wants_logits)
+        states = None if logits is not None else torch.empty(num_rows, self._hidden_size, dtype=torch.bfloat16)
+        own.output, own.likeliest = None if states is None else states.data_ptr(), likeliest
         self._run(rows, plans, layers, plans.pinned)
-        return Chosen(logits, likeliest[:])
+        return Chosen(logits, likeliest[:], states)
 
     def run_burst(
         self,
@@ -175,7 +185,7 @@ class ModelRows:
             count = 1
         burst = Burst(count, self._num_layers, plans.num_score_bytes)
         own.tokens, own.output, own.planner = (c_int64 * 1)(token_id), None, None
-        logits = self._logits_of(head, 1)  # kept until all have run
+        logits = self._logits_of(head, 1, bool(draws))  # kept until all have run
         own_draws = draw_structs(draws) if draws else None
         arguments = count, numbers_struct(list(ends)), len(ends), own_draws, addressof(burst.struct), wake_file
         burst.num_tokens = self._run(
@@ -192,7 +202,7 @@ class ModelRows:
         self._library.draw(logits.data_ptr(), logits.shape[1], *own, self._threads.current, tokens)
         return tokens[:]
 
-    def run_head(self, hidden: Tensor, head: "HeadRows") -> "Chosen":
+    def run_head(self, hidden: Tensor, head: "HeadRows", wants_logits: bool = True) -> "Chosen":
         """Runs the final norm and a head of bf16 states `[rows, hidden_size]`."""
         own, hidden, num_rows = self._pass, hidden.contiguous(), len(hidden)
         self._set_plans(self._one)
@@ -200,7 +210,7 @@ class ModelRows:
         own.tokens, own.input, own.output, own.likeliest = None, hidden.data_ptr(), None, likeliest
         self._rows, own.planner = None, None
         own.first_layer, own.last_layer, own.num_spans, own.num_rows = 0, 0, 0, num_rows
-        logits = self._logits_of(head, num_rows)
+        logits = self._logits_of(head, num_rows, wants_logits)
         own.num_threads = self._threads.current
         self._library.run_rows(self._pass_address)
         return Chosen(logits, likeliest[:])
@@ -256,10 +266,15 @@ class ModelRows:
             own.layer_bytes, own.values_bytes, own.token_bytes, own.rounded_bytes = rows.strides
         return function(self._pass_address)
 
-    def _logits_of(self, head: "HeadRows", num_rows: int) -> Tensor:
-        """Tells the next call to run this head; returns the memory of its logits."""
+    def _logits_of(self, head: "HeadRows", num_rows: int, are_wanted: bool) -> Tensor | None:
+        """Tells the next call to run this head; returns the memory of its logits. None if they are not wanted and it
+        finds the likeliest without."""
+        self._pass.head = head.pointer
+        if not are_wanted and head.has_bounds:
+            self._pass.logits = None
+            return None
         logits = torch.empty(num_rows, head.vocab_size)
-        self._pass.head, self._pass.logits = head.pointer, logits.data_ptr()
+        self._pass.logits = logits.data_ptr()
         return logits
 
     def _memory_of(self, tensor: Tensor) -> int:
@@ -271,8 +286,11 @@ class ModelRows:
 class Chosen(NamedTuple):
     """Float32 logits `[rows, vocab_size]`, and each row's token of the largest, the first of equal ones."""
 
-    logits: Tensor
+    logits: Tensor | None
+    """None if nobody wanted them and the head found the likeliest without."""
     likeliest: list[int]
+    states: Tensor | None = None
+    """Without logits, the last layer's output, bf16 `[rows, hidden_size]`."""
 
 
 class HeadRows:
@@ -285,13 +303,16 @@ class HeadRows:
         norm: Tensor,
         vocab_size: int,
         multiplier: float,
-        rough: RoughMatrix | None = None,
+        more: RoughMatrix | HeadBounds | None = None,
     ) -> None:
         self.vocab_size = vocab_size
+        self.has_bounds = isinstance(more, HeadBounds)
         self._rows = rows
-        struct, self._kept = head_struct(head, norm, vocab_size, multiplier, rough)
+        struct, self._kept = head_struct(head, norm, vocab_size, multiplier, more)
         self.pointer = pointer(struct)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Returns float32 `[rows, vocab_size]` from bf16 `[rows, hidden_size]`."""
-        return self._rows.run_head(hidden, self).logits
+        logits = self._rows.run_head(hidden, self).logits
+        assert logits is not None
+        return logits

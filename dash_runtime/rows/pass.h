@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "evaluation.h"
+#include "head.h"
 #include "layer.h"
 #include "planner.h"
 
@@ -28,6 +29,8 @@ struct Workspace {
   std::vector<Best> best;             // [threads, rows]
   std::vector<int32_t> keys;          // [rows, tiles of the head], padded; of a narrow one [rows, vocabulary]
   std::vector<LikelyPart> likely;     // [rows, threads], for a narrow head
+  std::vector<float> uppers;          // [rows, tiles of the head], without logits
+  std::vector<Best> tops;             // [threads, rows], without logits
 };
 
 // What decides a row's layers, and what replaces those that it skips.
@@ -59,7 +62,7 @@ struct Pass {
   const uint16_t *input;  // [num_rows, hidden_size], bf16; of `dash_attend` [num_rows, fused_size]
   uint16_t *output;       // [num_rows, hidden_size], may be null; of `dash_attend` [num_rows, query_size]
   const Head *head;       // null for none
-  float *logits;          // [num_rows, vocabulary]
+  float *logits;          // [num_rows, vocabulary]; null if only the likeliest are wanted of a head with bounds
   int64_t *likeliest;     // [num_rows]
   int64_t num_spans, num_rotaries, layer_bytes, values_bytes, token_bytes, rounded_bytes;
   int64_t num_rows, num_plans, num_threads, first_layer, last_layer;

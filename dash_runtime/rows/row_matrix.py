@@ -30,6 +30,8 @@ from dash_runtime.rows.structs import LANES
 
 _INT4_BITS, _INT8_BITS = 4, 8
 _MOST_PACKERS = 4
+_LENGTH_ERROR = 1e-5
+"""Of a length in float32, as a share of it, at most."""
 _TILES_TOGETHER = 128
 """A part of a matrix this large stays in the processor's cache while it is rounded and packed."""
 
@@ -95,6 +97,20 @@ class Int8Outputs(RowMatrix):
 
 
 @dataclass(frozen=True, slots=True)
+class Int8Errors(RowMatrix):
+    """How much INT8 changes each output's weights: the length of the change, and theirs, float32 `[out_features]`."""
+
+    errors: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def pack(cls, full: FullLinear) -> "Int8Errors":
+        weight, (quantized, scales) = full.weight.float(), quantize_int8(full.weight)
+        errors = weight - quantized.float().mul_(scales.float().unsqueeze(1))
+        return cls(*(own.norm(dim=1).mul_(1 + _LENGTH_ERROR) for own in (errors, weight)))
+
+
+@dataclass(frozen=True, slots=True)
 class Int4RowMatrix(RowMatrix):
     """An INT4 matrix, int32 `[tiles, lines, 16]`: for every two groups a line of their grids, and four lines each with
     eight weights in a word; the last group may be alone. A grid is half a word, the first group's the low one: seven
@@ -155,6 +171,11 @@ def pack_rough_matrix(full: FullLinear, repeated: Tensor) -> RowMatrix:
 def pack_outputs(full: FullLinear) -> Int8Outputs:
     """Rounds the weights of `full` to INT8, output by output."""
     return _packed_in_parts(Int8Outputs.pack, full)
+
+
+def int8_errors(full: FullLinear) -> Int8Errors:
+    """Returns how much INT8 changes each output's weights."""
+    return _packed_in_parts(Int8Errors.pack, full)
 
 
 def _packed_in_parts(pack: Callable[[FullLinear], _Packed], full: FullLinear) -> _Packed:

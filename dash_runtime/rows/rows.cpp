@@ -71,15 +71,19 @@ extern "C" void dash_delete_workspace(Workspace *workspace) { delete workspace; 
 
 // Runs all layers from `first_layer` to `last_layer`, which may be none, and the head.
 extern "C" void dash_run_rows(const Pass *pass) {
-  pass->workspace->best.resize(pass->num_threads * pass->num_rows);
-  pass->workspace->chosen.resize(2 * pass->num_rows);
-  if (pass->num_plans == 1 && pass->plans->decisions)
-    pass->workspace->evaluations = std::vector<Progress>(pass->shape->num_layers);
+  Workspace &own = *pass->workspace;
+  own.chosen.resize(2 * pass->num_rows);
+  if (pass->num_plans == 1 && pass->plans->decisions) own.evaluations = std::vector<Progress>(pass->shape->num_layers);
   if (const Head *head = pass->head) {
-    if (head->has_rough()) pass->workspace->keys.resize(pass->num_rows * padded(head->num_tiles));
+    own.best.resize(pass->num_threads * pass->num_rows);
+    if (head->has_rough()) own.keys.resize(pass->num_rows * padded(head->num_tiles));
     if (head->is_narrow()) {
-      pass->workspace->keys.resize(pass->num_rows * head->num_tiles * kLanes);
-      pass->workspace->likely.resize(pass->num_rows * pass->num_threads);
+      own.keys.resize(pass->num_rows * head->num_tiles * kLanes);
+      own.likely.resize(pass->num_rows * pass->num_threads);
+    }
+    if (!pass->logits) {
+      own.uppers.resize(pass->num_rows * head->num_tiles);
+      own.tops.resize(pass->num_threads * pass->num_rows);
     }
   }
   const auto shared = laid_out(pass->workspace->shared, [&](Parts &parts) { return shared_parts(parts, *pass); });

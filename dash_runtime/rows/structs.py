@@ -95,12 +95,17 @@ class EmbeddingStruct(Structure):
     _fields_ = [*_pointers("words"), *_numbers("block_size"), ("multiplier", c_double)]
 
 
+class BoundsStruct(Structure):
+    _fields_ = [("rough", MatrixStruct), *_pointers("errors", "lengths")]
+
+
 class HeadStruct(Structure):
     _fields_ = [
         *_pointers("norm"),
         *((name, MatrixStruct) for name in ("matrix", "rough", "narrow")),
         ("repeated", POINTER(c_int64)),
         *_pointers("mean", "offsets", "rows", "row_scales"),
+        ("bounds", BoundsStruct),
         *_numbers("num_exact", "num_tiles"),
         ("multiplier", c_double),
     ]

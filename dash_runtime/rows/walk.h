@@ -241,10 +241,11 @@ class Walk {
 
   // The head, after the layers.
   void put_out() {
-    const LayerRun run(member_, *pass_.shape, shared_.layers[turn_ % 2], own_, pass_.num_rows);
-    Best *best = pass_.workspace->best.data();
-    run.finish(*pass_.head, pass_.logits, pass_.workspace->keys.data(), pass_.workspace->likely.data(),
-               best + member_.index * pass_.num_rows);
+    const HeadRun run(member_, *pass_.shape, shared_.layers[turn_ % 2], own_, pass_.num_rows);
+    Workspace &own = *pass_.workspace;
+    const Best *best = own.best.data();
+    run.finish(*pass_.head, {pass_.logits, own.keys.data(), own.likely.data(), own.uppers.data(), own.tops.data(),
+                             own.best.data()});
     member_.wait();
     for (int64_t row = member_.first(pass_.num_rows); row < member_.last(pass_.num_rows); ++row) {
       Best own = best[row];

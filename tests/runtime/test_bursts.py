@@ -92,6 +92,26 @@ def test_tokens_that_come_together_are_those_that_come_one_by_one(
     assert len(tokens(together)) == NUM_TOKENS
 
 
+@pytest.mark.parametrize("mode", ["full depth", "exact"])
+def test_tokens_are_the_same_whether_logits_are_wanted_or_not(engine: Engine, mode: str) -> None:
+    """By the request, by a neighbour in the same steps, or by nobody."""
+    own = replace(request(), skip=SkipOptions(Mode.EXACT)) if mode == "exact" else request()
+
+    def own_tokens(*requests: GenerationRequest) -> list[int]:
+        for each in requests:
+            engine.submit(each)
+        return tokens(drain(engine)["own"])
+
+    plain = own_tokens(own)
+    assert len(set(plain)) > 5
+    others = replace(own, sampling=SamplingParameters(logit_bias={plain[5]: -100.0}))
+    assert plain[5] not in own_tokens(others)
+    assert own_tokens(others) == own_tokens(replace(others, logprobs=2))
+    assert own_tokens(replace(own, logprobs=2)) == plain
+    for sampling in (SamplingParameters(), DRAWN):
+        assert own_tokens(own, request(request_id="beside", sampling=sampling)) == plain
+
+
 def test_steps_have_several_tokens_unless_they_are_wanted_at_once(engine: Engine) -> None:
     engine.submit(request())
     assert max(len(step) for step in tokens_of_steps(engine)) > 3

@@ -1,5 +1,6 @@
 """Native code draws the tokens that numpy draws by the same numbers, in every row and whatever is kept."""
 
+from collections.abc import Sequence
 from ctypes import c_int64
 
 import numpy
@@ -90,7 +91,7 @@ def test_logits_that_are_no_numbers_draw_some_token() -> None:
         assert 0 <= token_id < 320
 
 
-def test_a_step_takes_each_row_by_its_own_rule_with_what_draws_faster_and_without() -> None:
+def test_a_step_takes_each_row_by_its_own_rule_with_what_draws_faster_and_without_and_with_late_logits() -> None:
     logits = some_logits(5, 320)
     likeliest_ids = logits.argmax(dim=-1).tolist()
 
@@ -105,7 +106,16 @@ def test_a_step_takes_each_row_by_its_own_rule_with_what_draws_faster_and_withou
     expected: dict[int, list[int]] = {row: [] for row in samplers()}
     for row, sampler in samplers().items():
         expected[row] = [sampler.sample(logits[row]) for _ in range(20)]
+    made: list[list[int]] = []
+
+    def some_of(rows: Sequence[int]) -> Tensor:
+        made.append(list(rows))
+        return logits[rows]
+
     for draw in (None, lambda logits, draws: drawn(logits, dict(draws))):
-        own = samplers()
-        chosen = [choose_tokens(own, logits, likeliest_ids, draw) for _ in range(20)]
-        assert {row: [step[row] for step in chosen] for row in own} == expected
+        for own_logits in (logits, None):
+            own = samplers()
+            chosen = [choose_tokens(own, likeliest_ids, own_logits, some_of, draw) for _ in range(20)]
+            assert {row: [step[row] for step in chosen] for row in own} == expected
+    assert all(0 not in rows for rows in made)  # the likeliest is enough
+    assert len(made) == 40

@@ -262,11 +262,11 @@ class NotingDecoder:
         return getattr(self._decoder, name)
 
     def run_tokens(
-        self, action: Action, token_ids: Sequence[int], batch: Batch, head: Action, kind: PassKind
-    ) -> tuple[torch.Tensor, list[int]]:
+        self, action: Action, token_ids: Sequence[int], batch: Batch, head: Action, kind: PassKind, wants_logits: bool
+    ) -> tuple[torch.Tensor | None, list[int]]:
         if len(token_ids) > 1:
             self.kinds.append(kind)
-        return self._decoder.run_tokens(action, token_ids, batch, head, kind)
+        return self._decoder.run_tokens(action, token_ids, batch, head, kind, wants_logits)
 
 
 @pytest.mark.parametrize("group_planner", [True, False])

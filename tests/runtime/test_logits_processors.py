@@ -21,6 +21,8 @@ DRAFT_LENGTH = 3
 class Ascending:
     """A token mask with a state: each token is one to three above the last, cyclically. The first one is free."""
 
+    mostly_leaves_first = False
+
     def __init__(self) -> None:
         self.accepted: list[int] = []
 

@@ -14,6 +14,7 @@ from dash_runtime.layers.compensation import Compensation, Identity, PackedLowRa
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.rows.library import RowsLibrary
+from dash_runtime.rows.model_rows import HeadRows
 from tests.runtime.compiled_model import MAX_DIVERGENCE, SIZES, assert_same_cache, divergence, native_decoder
 from tests.runtime.support import ALL_ACTIONS, full_plan, load_decoder, run_rows, some_affine, some_low_rank
 from tests.tiny_models import save_tiny_model
@@ -123,6 +124,22 @@ def test_any_plan_in_one_call_has_the_bits_that_it_has_layer_by_layer(decoder: D
         assert list(run.layer_times) == sorted(run.layer_times)
         assert 0 < run.layer_times[0] < run.layer_times[-1]
     assert_equal_caches(own, other)
+
+
+@pytest.mark.parametrize("num_rows", [1, 9])
+@torch.inference_mode()
+def test_the_likeliest_tokens_are_the_same_where_nobody_wants_logits(decoder: Decoder, num_rows: int) -> None:
+    for head in (Action.FULL, Action.INT8, Action.INT4):
+        caches, ids = prefilled(decoder, *[some_ids(4, seed) for seed in range(num_rows)]), some_ids(num_rows, 5)
+        kind = PassKind.DECODE
+        batch = decoder.batch(kind, caches, [1] * num_rows, [Identity()] * num_rows)
+        logits, expected = decoder.run_tokens(Action.FULL, ids, batch, head, kind, wants_logits=True)
+        others, likeliest = decoder.run_tokens(Action.FULL, ids, batch, head, kind)
+        assert logits is not None
+        assert likeliest == expected == logits.argmax(-1).tolist()
+        in_full = decoder.heads[Action.FULL]
+        can_do_without = head is Action.FULL and isinstance(in_full, HeadRows)
+        assert (others is None) is can_do_without
 
 
 @torch.inference_mode()

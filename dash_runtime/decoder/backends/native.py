@@ -31,11 +31,18 @@ from dash_runtime.linears.quantization import quantized_parts
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.rows.burst import Burst
 from dash_runtime.rows.draws import DrawTokens
-from dash_runtime.rows.head_struct import NarrowHead, RoughMatrix
+from dash_runtime.rows.head_struct import HeadBounds, NarrowHead, RoughMatrix
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.rows.model_rows import Chosen, HeadRows, ModelRows, PackedLayer
 from dash_runtime.rows.pass_rows import CompensatedLayers, PlannerTable, PlannerTables, RowPlan, RowPlans
-from dash_runtime.rows.row_matrix import RowMatrix, is_packable, pack_outputs, pack_rough_matrix, pack_row_matrix
+from dash_runtime.rows.row_matrix import (
+    RowMatrix,
+    int8_errors,
+    is_packable,
+    pack_outputs,
+    pack_rough_matrix,
+    pack_row_matrix,
+)
 from dash_runtime.rows.structs import LANES, MOST_CHANNELS, NORMS
 
 _MOST_ROUGH = 16
@@ -115,11 +122,15 @@ class NativeBackend(OwnMemory):
         in INT4 without such a one or one in INT8.
 
         INT4 gives all logits; then the other one's matrix gives those of the tiles with the largest again. `loudest`
-        is as in `shortlist.py`.
+        is as in `shortlist.py`. In FULL the likeliest tokens alone take hardly more than in INT8, if that is packed.
         """
         if precision is not Action.INT4:
-            matrix = self._head_matrix(precision, weight, linear)
-            return None if matrix is None else HeadRows(self._rows, matrix, norm.weight, len(weight), multiplier)
+            matrix, bounds = self._head_matrix(precision, weight, linear), None
+            if matrix is None:
+                return None
+            if precision is Action.FULL and (int8 := self._head_matrix(Action.INT8, weight, linear)) is not None:
+                bounds = HeadBounds(int8, *int8_errors(FullLinear(weight)).tensors())
+            return HeadRows(self._rows, matrix, norm.weight, len(weight), multiplier, bounds)
         matrices = (self._head_matrix(exact, weight, linear) for exact in (Action.FULL, Action.INT8))
         matrix = next((own for own in matrices if own is not None), None)
         if matrix is None:
@@ -185,7 +196,7 @@ class NativeBackend(OwnMemory):
         if made is None:
             return None
         plans, head, planner = made
-        output = self._rows.run_tokens(token_ids, batch.rows_of(None), plans, head, planner)
+        output = self._rows.run_tokens(token_ids, batch.rows_of(None), plans, head, planner, plan.wants_logits)
         if isinstance(output, Tensor):
             logits = self.logits(output, plan.heads)
             output = Chosen(logits, device_of(logits.device).likeliest(logits))
