@@ -45,9 +45,10 @@ from dash_runtime.rows.row_matrix import (
 )
 from dash_runtime.rows.structs import LANES, MOST_CHANNELS, NORMS
 
-_MOST_ROUGH = 16
-"""More rows take the head in FULL, if they may share products. Each row of a rough head reads other tiles of the exact
-matrix again: 64 rows read two thirds of it."""
+_MOST_ROUGH = {True: 16, False: 10}
+"""More rows take the head in FULL, if they may share products; by whether logits are wanted. Each row of a rough head
+reads other tiles of the exact matrix again: 64 rows read two thirds of it. The likeliest tokens alone take fewer in
+FULL."""
 
 _TOKENS_FOR_ROW = 20 * NUM_LIKELY
 """A narrow head is for one row for every so many tokens of the vocabulary: each row reads likely tokens of its own.
@@ -240,17 +241,19 @@ class NativeBackend(OwnMemory):
         skips = zip(compensated, batch.kv_actions, strict=True)
         rows = [RowPlan(own, by, *skip) for own, (_, by), skip in zip(pinned, decided, skips, strict=False)]
         plans = RowPlans(rows, plan.attends_rounded)
-        head = None if self._is_shared(batch, num_rows) else self._head_of(plan.heads)
+        head = None if self._is_shared(batch, num_rows) else self._head_of(plan.heads, plan.wants_logits)
         planner = None
         if plan.latencies is not None and len(decided) > 1:
             planner = self._planners.get(plan.latencies, num_rows)
         return plans, head, planner
 
-    def _head_of(self, precisions: Sequence[Action]) -> HeadRows | None:
+    def _head_of(self, precisions: Sequence[Action], wants_logits: bool) -> HeadRows | None:
         """Returns the head for rows of these precisions; None if no single one serves them."""
-        num_rows, precision = len(precisions), precisions[0]
-        if self.shares_products and num_rows > _MOST_ROUGH and Action.FULL in self._heads:
-            return self._heads[Action.FULL]
+        num_rows, precision, full = len(precisions), precisions[0], self._heads.get(Action.FULL)
+        if full is not None and self.shares_products:
+            most_rough = _MOST_ROUGH[wants_logits or not full.has_bounds]
+            if num_rows > most_rough:
+                return full
         if len(set(precisions)) > 1:
             return None
         head = self._heads.get(precision)
