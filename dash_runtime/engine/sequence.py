@@ -215,7 +215,7 @@ class Sequence:
 
     @property
     def wants_logits(self) -> bool:
-        """False if the token of the largest logit nearly always tells all about a step; about a draft, always."""
+        """False if the likeliest token is all that its steps need: always if it drafts, nearly always otherwise."""
         needs_none = self.sampler.mostly_takes_likeliest if self.speculation is None else self.sampler.is_plain_greedy
         return not needs_none or self.request.logprobs is not None
 

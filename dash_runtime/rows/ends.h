@@ -32,7 +32,6 @@ struct Head {
   double multiplier;
 
   bool has_rough() const { return rough.words && !is_narrow(); }
-  bool has_bounds() const { return bounds.rough.words != nullptr; }
   bool is_narrow() const { return narrow.words != nullptr; }
 };
 

@@ -25,8 +25,8 @@ from dash_runtime.linears.int4_matrix import (
 )
 from dash_runtime.linears.quantization import rounded_linear
 
-MOST_WEIGHTS = 1 << 29
-"""A layer with more stays as it is: each weight takes 16 bytes while it is tuned."""
+_MOST_WEIGHTS = 1 << 29
+"""Each weight takes 16 bytes while it is tuned."""
 _EPOCHS = 2
 _VALUE_RATE = 0.02
 """How far a step moves a value, in steps of its grid, at first."""
@@ -55,8 +55,9 @@ def tune_int4(
     rounded: Mapping[int, Int4Matrix],
     passes: Sequence[LayerPass],
     seed: int,
+    most_weights: int = _MOST_WEIGHTS,
 ) -> Mapping[int, Int4Matrix]:
-    """Returns the matrices, by place, with other values and grids.
+    """Returns the matrices, by place, with other values and grids; as they are if they have more weights than that.
 
     Args:
         run: runs the layer, differentiably, with these matrices.
@@ -64,7 +65,7 @@ def tune_int4(
         rounded: those to tune, by place.
         seed: of the order of the passes.
     """
-    if sum(matrix.values.numel() for matrix in rounded.values()) > MOST_WEIGHTS:
+    if sum(matrix.values.numel() for matrix in rounded.values()) > most_weights:
         return rounded
     tuned: dict[int, _Tuned] = {}
 

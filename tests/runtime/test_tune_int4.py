@@ -39,9 +39,9 @@ class OneLayer:
     def run(self, states: Tensor, linears: Linears[Linear]) -> Tensor:
         return self._decoder.run_layer(0, Action.FULL, states, linears={Action.FULL: linears})
 
-    def tuned(self) -> Mapping[int, Int4Matrix]:
+    def tuned(self, **options: int) -> Mapping[int, Int4Matrix]:
         with torch.no_grad():
-            return tune_int4(self.run, self.linears, self.rounded, self.passes, SEED)
+            return tune_int4(self.run, self.linears, self.rounded, self.passes, SEED, **options)
 
     @torch.no_grad()
     def error(self, matrices: Mapping[int, Int4Matrix]) -> float:
@@ -104,3 +104,10 @@ def test_keys_and_values_in_int4_are_tuned_too(one_layer: Callable[..., OneLayer
     num_queries = layer.linears.output.weight.shape[1]
     ours, before = (own[layer.place_of_keys].outputs(num_queries, None) for own in (layer.tuned(), layer.rounded))
     assert not torch.equal(ours.values, before.values)
+
+
+def test_a_layer_with_more_weights_than_there_is_memory_for_stays_as_it_is(one_layer: Callable[..., OneLayer]) -> None:
+    layer = one_layer()
+    count = sum(matrix.values.numel() for matrix in layer.rounded.values())
+    assert layer.tuned(most_weights=count - 1) is layer.rounded
+    assert layer.tuned(most_weights=count) is not layer.rounded

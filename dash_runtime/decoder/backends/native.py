@@ -45,10 +45,9 @@ from dash_runtime.rows.row_matrix import (
 )
 from dash_runtime.rows.structs import LANES, MOST_CHANNELS, NORMS
 
-_MOST_ROUGH = {True: 16, False: 10}
-"""More rows take the head in FULL, if they may share products; by whether logits are wanted. Each row of a rough head
-reads other tiles of the exact matrix again: 64 rows read two thirds of it. The likeliest tokens alone take fewer in
-FULL."""
+_MOST_ROUGH, _MOST_ROUGH_WITHOUT_LOGITS = 16, 10
+"""More rows take the head in FULL, if they may share products. Each row of a rough head reads other tiles of the exact
+matrix again: 64 rows read two thirds of it. In FULL the likeliest tokens alone take less than all logits."""
 
 _TOKENS_FOR_ROW = 20 * NUM_LIKELY
 """A narrow head is for one row for every so many tokens of the vocabulary: each row reads likely tokens of its own.
@@ -251,8 +250,8 @@ class NativeBackend(OwnMemory):
         """Returns the head for rows of these precisions; None if no single one serves them."""
         num_rows, precision, full = len(precisions), precisions[0], self._heads.get(Action.FULL)
         if full is not None and self.shares_products:
-            most_rough = _MOST_ROUGH[wants_logits or not full.has_bounds]
-            if num_rows > most_rough:
+            has_all = wants_logits or not full.has_bounds
+            if num_rows > (_MOST_ROUGH if has_all else _MOST_ROUGH_WITHOUT_LOGITS):
                 return full
         if len(set(precisions)) > 1:
             return None
