@@ -149,6 +149,12 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return quantized.to(torch.int8).contiguous(), scales
 
 
+def through_int8(weight: Tensor) -> Tensor:
+    """Returns the float32 matrix that INT8 computes with instead of `[out, in]`."""
+    quantized, scales = quantize_int8(weight)
+    return quantized.float().mul_(scales.float().unsqueeze(1))
+
+
 def rounded_linear(action: Action, full: FullLinear) -> FullLinear:
     """Returns the matrix that `action`, INT8 or INT4, computes with, in the weight's dtype."""
     parts = [_rounded_weight(precision, part) for precision, part in quantized_parts(action, full)]
@@ -158,8 +164,7 @@ def rounded_linear(action: Action, full: FullLinear) -> FullLinear:
 def _rounded_weight(action: Action, full: FullLinear) -> Tensor:
     if action is Action.INT4:
         return full.in_int4().dequantized().to(full.weight.dtype)
-    quantized, scales = quantize_int8(full.weight)
-    return (quantized.float() * scales.float().unsqueeze(1)).to(full.weight.dtype)
+    return through_int8(full.weight).to(full.weight.dtype)
 
 
 def supported_actions(device: torch.device, dtype: torch.dtype, shapes: "set[tuple[int, int]]") -> tuple[Action, ...]:

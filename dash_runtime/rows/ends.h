@@ -44,6 +44,14 @@ struct Best {
   bool is_below(const Best &later) const { return later.logit > logit; }
 };
 
+// A row's best of all threads' `[threads, rows]`.
+inline Best best_of_threads(const Best *best, int64_t row, int64_t num_rows, int64_t num_threads) {
+  Best own = best[row];
+  for (int64_t thread = 1; thread < num_threads; ++thread)
+    if (own.is_below(best[thread * num_rows + row])) own = best[thread * num_rows + row];
+  return own;
+}
+
 inline void embed(const Embedding &embedding, int64_t token, int64_t size, float *state) {
   if (const int64_t block_size = embedding.block_size) {
     const int64_t block = token / block_size * (size / 2) * block_size;

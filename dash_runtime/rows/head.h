@@ -51,8 +51,7 @@ class HeadRun : public Run {
     for (int64_t row = 0; row < num_rows_; ++row)
       write_tile_keys(logits + row * stride, first, last, head.num_tiles, keys + row * keys_stride);
     member_.wait();
-    const Rows inputs = prepare(static_cast<Layout>(head.matrix.layout), own_.normed, num_rows_, size, own_.inputs,
-                                rows_.first, rows_.last);
+    const Rows inputs = prepared_own(head.matrix, own_.normed);
     const int64_t begin = rows_.is_shared ? 0 : member_.first(head.num_exact);
     const int64_t end = rows_.is_shared ? head.num_exact : member_.last(head.num_exact);
     for (int64_t row = rows_.first; row < rows_.last; ++row) {
@@ -103,8 +102,7 @@ class HeadRun : public Run {
   void find_likeliest(const Head &head, const HeadMemory &memory, Best *best) const {
     const int64_t size = shape_.hidden_size, num_tiles = head.num_tiles;
     auto *states = reinterpret_cast<StateError *>(rows_.is_shared ? shared_.fused : own_.attended);
-    const Rows bytes = prepare(static_cast<Layout>(head.bounds.rough.layout), own_.normed, num_rows_, size, own_.inputs,
-                               rows_.first, rows_.last);
+    const Rows bytes = prepared_own(head.bounds.rough, own_.normed);
     for (int64_t row = rows_.first; row < rows_.last; ++row)
       states[row] = StateError::of(bytes, row, own_.normed + row * size, size);
     if (rows_.is_shared) member_.wait();
@@ -120,14 +118,11 @@ class HeadRun : public Run {
                      memory.uppers + row * num_tiles, tops[row]);
     }
     member_.wait();
-    const Rows inputs = prepare(static_cast<Layout>(head.matrix.layout), own_.normed, num_rows_, size, own_.inputs,
-                                rows_.first, rows_.last);
+    const Rows inputs = prepared_own(head.matrix, own_.normed);
     std::fill(best, best + num_rows_, Best{-INFINITY, 0});
     for (int64_t row = rows_.first; row < rows_.last; ++row) {
-      Best top = memory.tops[row];
-      for (int64_t thread = 1; thread < member_.num_threads; ++thread)
-        if (top.is_below(memory.tops[thread * num_rows_ + row])) top = memory.tops[thread * num_rows_ + row];
-      const float least = exact_best(head, inputs, row, top.token).logit;
+      const int64_t top = best_of_threads(memory.tops, row, num_rows_, member_.num_threads).token;
+      const float least = exact_best(head, inputs, row, top).logit;
       const float *uppers = memory.uppers + row * num_tiles;
       const int64_t last = rows_.is_shared ? num_tiles : member_.last(num_tiles);
       for (int64_t tile = rows_.is_shared ? 0 : member_.first(num_tiles); tile < last; ++tile) {

@@ -22,8 +22,8 @@ class RoughMatrix(NamedTuple):
 
 
 class HeadBounds(NamedTuple):
-    """How far a matrix's rough logits may be off its own, so that each row's likeliest token is found without most of
-    them."""
+    """The bounds of a matrix's rough logits: how far they may be off its own, so that each row's likeliest token is
+    found without most of these."""
 
     rough: RowMatrix
     errors: Tensor

@@ -25,13 +25,13 @@ from dash_runtime.linears.int4_matrix import (
     Int4Matrix,
     quantize_int4_with_rest,
 )
-from dash_runtime.linears.quantization import quantize_int8
+from dash_runtime.linears.quantization import quantize_int8, through_int8
 from dash_runtime.rows.structs import LANES
 
 _INT4_BITS, _INT8_BITS = 4, 8
 _MOST_PACKERS = 4
 _LENGTH_ERROR = 1e-5
-"""Of a length in float32, as a share of it, at most."""
+"""The error of a length in float32, as a share of it, at most."""
 _TILES_TOGETHER = 128
 """A part of a matrix this large stays in the processor's cache while it is rounded and packed."""
 
@@ -98,16 +98,16 @@ class Int8Outputs(RowMatrix):
 
 @dataclass(frozen=True, slots=True)
 class Int8Errors(RowMatrix):
-    """How much INT8 changes each output's weights: the length of the change, and theirs, float32 `[out_features]`."""
+    """The lengths of what INT8 changes of each output's weights, and of these, float32 `[out_features]`."""
 
     errors: Tensor
     lengths: Tensor
 
     @classmethod
     def pack(cls, full: FullLinear) -> "Int8Errors":
-        weight, (quantized, scales) = full.weight.float(), quantize_int8(full.weight)
-        errors = weight - quantized.float().mul_(scales.float().unsqueeze(1))
-        return cls(*(own.norm(dim=1).mul_(1 + _LENGTH_ERROR) for own in (errors, weight)))
+        weight = full.weight.float()
+        changes = weight - through_int8(full.weight)
+        return cls(*(own.norm(dim=1).mul_(1 + _LENGTH_ERROR) for own in (changes, weight)))
 
 
 @dataclass(frozen=True, slots=True)

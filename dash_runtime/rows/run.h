@@ -74,10 +74,15 @@ class Run {
 
   // Prepares all rows for a product; of `rows` a thread needs no more than its own.
   Rows prepared(const Matrix &matrix, const float *rows) const {
-    const auto layout = static_cast<Layout>(matrix.layout);
-    const Rows inputs = prepare(layout, rows, num_rows_, matrix.num_inputs, own_.inputs, rows_.first, rows_.last);
+    const Rows inputs = prepared_own(matrix, rows);
     if (rows_.is_shared) member_.wait();
     return inputs;
+  }
+
+  // Prepares this thread's rows, which all threads see after the next barrier.
+  Rows prepared_own(const Matrix &matrix, const float *rows) const {
+    const auto layout = static_cast<Layout>(matrix.layout);
+    return prepare(layout, rows, num_rows_, matrix.num_inputs, own_.inputs, rows_.first, rows_.last);
   }
 
   const Member &member_;

@@ -243,18 +243,11 @@ class Walk {
   void put_out() {
     const HeadRun run(member_, *pass_.shape, shared_.layers[turn_ % 2], own_, pass_.num_rows);
     Workspace &own = *pass_.workspace;
-    const Best *best = own.best.data();
     run.finish(*pass_.head, {pass_.logits, own.keys.data(), own.likely.data(), own.uppers.data(), own.tops.data(),
                              own.best.data()});
     member_.wait();
-    for (int64_t row = member_.first(pass_.num_rows); row < member_.last(pass_.num_rows); ++row) {
-      Best own = best[row];
-      for (int64_t thread = 1; thread < member_.num_threads; ++thread) {
-        const Best &next = best[thread * pass_.num_rows + row];
-        if (own.is_below(next)) own = next;
-      }
-      pass_.likeliest[row] = own.token;
-    }
+    for (int64_t row = member_.first(pass_.num_rows); row < member_.last(pass_.num_rows); ++row)
+      pass_.likeliest[row] = best_of_threads(own.best.data(), row, pass_.num_rows, member_.num_threads).token;
   }
 
   const Pass &pass_;

@@ -122,8 +122,9 @@ def quantize(
         matrices |= {(layer, place): matrix for place, matrix in rounded.items()}
         full.run(layer, linears)
         nearest.run(layer, int4_linears(linears, {}))
-        for paths in (own_text, ours):
-            paths.run(layer, int4_linears(linears, rounded))
+        tuned = int4_linears(linears, rounded)
+        own_text.run(layer, tuned)
+        ours.run(layer, tuned)
         done = "rounded" if rounded is begun else "rounded and tuned"
         progress(f"{done} layer {layer + 1} of {decoder.num_layers}")
     return QuantizedModel(matrices, nearest.divergence_from(full), ours.divergence_from(full))

@@ -29,13 +29,13 @@ _MOST_WEIGHTS = 1 << 29
 """Each weight takes 16 bytes while it is tuned."""
 _EPOCHS = 2
 _VALUE_RATE = 0.02
-"""How far a step moves a value, in steps of its grid, at first."""
+"""The distance by which a step moves a value, in steps of its grid, at first."""
 _GRID_RATE = 1e-3
-"""How far a step moves a grid, as a share of its scale, at first."""
+"""The distance by which a step moves a grid, as a share of its scale, at first."""
 _WARM_UP = 10
 """Steps until the rates are reached."""
 _NEAREST = 0.45
-"""How far from its rounded value a value begins at most, on the side of what was rounded."""
+"""The distance from its rounded value at which a value begins at most, on the side of what was rounded."""
 
 
 class LayerPass(NamedTuple):
@@ -121,7 +121,7 @@ class _Tuned:
         self._matrix, self._bias, first = matrix, full.bias, full.finer_from
         self._finer = None if first is None else rounded_linear(Action.INT8, full.outputs(first)).weight
         own = matrix.outputs(0, first)
-        self._steps, self._offsets, self._units = own.scales.float(), own.offsets.float(), own.units.unsqueeze(1)
+        self._steps, self._offsets, self._units = own.scales.float(), own.offsets.float(), own.units
         self.stretch, self.shift = (torch.zeros_like(self._steps, requires_grad=True) for _ in range(2))
         scales, zeros = (grid.unsqueeze(-1) for grid in own.grids())
         exact = (_grouped(full.weight[:first].float()) - zeros).div_(scales).add_(INT4_ZERO_POINT).flatten(1)
@@ -129,9 +129,8 @@ class _Tuned:
         self.values = values.add_(exact.sub_(values).clamp_(-_NEAREST, _NEAREST)).requires_grad_()
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        steps, offsets = self._grids()
-        scales = steps * self._units
-        weight: Tensor = _Rounded.apply(self.values, scales, scales * offsets / INT4_OFFSETS_IN_STEP, inputs.dtype)
+        now = self._now()
+        weight: Tensor = _Rounded.apply(now.values, *now.grids(), inputs.dtype)
         return functional.linear(
             inputs, weight if self._finer is None else torch.cat((weight, self._finer)), self._bias
         )
@@ -139,16 +138,17 @@ class _Tuned:
     @torch.no_grad()
     def matrix(self) -> Int4Matrix:
         """Returns all outputs' matrix as it is now."""
-        steps, offsets = (grid.to(torch.int16) for grid in self._grids())
-        num_tuned = len(self.values)
-        own = Int4Matrix(_in_range(self.values).to(torch.uint8), steps, offsets, self._matrix.units[:num_tuned])
-        return Int4Matrix(*(torch.cat(both) for both in zip(own, self._matrix.outputs(num_tuned, None), strict=True)))
+        values, steps, offsets, units = self._now()
+        own = _in_range(values).to(torch.uint8), steps.to(torch.int16), offsets.to(torch.int16), units
+        rest = self._matrix.outputs(len(values), None)
+        return Int4Matrix(*(torch.cat(both) for both in zip(own, rest, strict=True)))
 
-    def _grids(self) -> tuple[Tensor, Tensor]:
-        """Returns whole scales and offsets, as `Int4Matrix` has them."""
+    def _now(self) -> Int4Matrix:
+        """Returns the tuned outputs' matrix in float32, with whole scales and offsets, its values not yet rounded."""
         steps = _rounded(self._steps * (1 + self.stretch)).clamp(1, MOST_INT4_SCALE)
         offsets = _rounded(self._offsets + INT4_OFFSETS_IN_STEP * self.shift)
-        return steps, offsets.clamp(-MOST_INT4_OFFSET - 1, MOST_INT4_OFFSET)
+        offsets = offsets.clamp(-MOST_INT4_OFFSET - 1, MOST_INT4_OFFSET)
+        return Int4Matrix(self.values, steps, offsets, self._units)
 
 
 class _Rounded(torch.autograd.Function):
