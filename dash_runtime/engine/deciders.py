@@ -3,12 +3,14 @@
 Knows sequences and their policies; runs nothing.
 """
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Several
 from operator import is_
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.fused_decider import FusedDecider
+from dash_runtime.engine.guesses import pass_costs
 from dash_runtime.engine.planner import GroupPlanner, Planner
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.engine.step import Decider, pass_plan
@@ -83,11 +85,30 @@ class DecodingRows:
             assignment = self._assignments[places[rows[0]]]
             arguments = rows, self._tokens(rows), assignment.state_costs, self._num_rows
             policy = _asked(assignment, len(rows), planner)
+            if self._is_several:
+                policy = unasked(assignment) or policy
             if decides_in_pass and isinstance(policy, LearnedPolicy) and policy.decides_in_pass:
                 deciders.append(FusedDecider(policy, *arguments))
             else:
                 deciders.append(Decider(policy, *arguments))
         return deciders
+
+
+def unasked(assignment: Assignment) -> Policy | None:
+    """Returns the plan that rows of an assignment run where its policy is not asked; None if it has to be."""
+    policy = assignment.policy
+    if len(policy.pinned) == assignment.costs.num_layers:
+        return policy
+    return policy.unasked(assignment.price) if isinstance(policy, LearnedPolicy) else None
+
+
+def guess_costs(assignment: Assignment, planner: Planner | None) -> Mapping[int, float] | None:
+    """Returns the costs of a lone sequence's passes with guesses (`Guesses`); None if there may be none: what decides
+    has to know the token, or rows may not share products."""
+    plan = unasked(assignment)
+    if plan is None or not isinstance(planner, GroupPlanner):
+        return None
+    return pass_costs(planner.latencies, list(plan.pinned.values()))
 
 
 def _asked(assignment: Assignment, num_rows: int, planner: Planner | None) -> Policy:

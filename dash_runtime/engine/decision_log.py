@@ -36,14 +36,21 @@ class DecisionLog:
         self._exposed_ns += exposed_ns
         self._uncounted.setdefault((head, num_evaluations), []).append(plan)
 
-    def append_verified_token(self) -> bytes:
-        """Records a decode token that came out of a verification; returns its plan, full depth's."""
+    def append_counted_token(self, plan: bytes | None = None) -> bytes:
+        """Records a decode token of a pass that was counted by itself; returns its plan, by default full depth's."""
         self._num_decode_tokens += 1
-        return self._append(bytes((Action.FULL,)) * self._num_layers)
+        return self._append(bytes((Action.FULL,)) * self._num_layers if plan is None else plan)
 
     def add_verification(self, num_rows: int, cost: float) -> None:
         """Counts a full-depth pass over `num_rows` rows; `cost` is in full-depth tokens."""
         self._add({Action.FULL: num_rows * self._num_layers}, cost)
+
+    def add_rows(self, plan: bytes, head: Action, num_rows: int, times_one: float) -> float:
+        """Counts a pass whose rows all run this plan and which costs so many times what one row does; returns its
+        cost."""
+        cost = times_one * self.cost_of(plan, head, num_evaluations=0)
+        self._add({action: count * num_rows for action, count in _counts(plan).items()}, cost)
+        return cost
 
     def add_draft_token(self, plan: bytes, head: Action, num_evaluations: int, exposed_ns: int) -> float:
         """Counts what ran for a token that may never be output; returns its cost."""

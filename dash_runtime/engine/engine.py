@@ -19,22 +19,24 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.devices.step_timer import CudaStepTimer
 from dash_runtime.engine.bursts import Bursts
 from dash_runtime.engine.constraints import ConstraintCompiler, TextConstraint
-from dash_runtime.engine.deciders import DecodingRows
+from dash_runtime.engine.deciders import DecodingRows, guess_costs
 from dash_runtime.engine.device_times import settle_decisions
 from dash_runtime.engine.draft_rounds import DraftRounds
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import Planner
-from dash_runtime.engine.prefix_cache import PrefixCache
+from dash_runtime.engine.prompt_passes import PromptPasses, full_depth_batch
 from dash_runtime.engine.sampling import choose_tokens
 from dash_runtime.engine.sequence import Sequence
-from dash_runtime.engine.step import Decider, decode_step
+from dash_runtime.engine.step import Decider, StepOutput, decode_step
 from dash_runtime.engine.step_times import CostWatch, StepClock
 from dash_runtime.events import EndReason, EngineEvent
-from dash_runtime.layers.batch import Batch, PassKind
+from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.kv_cache import CachePool
 from dash_runtime.policy.catalog import Catalog
 from dash_runtime.policy.draft_costs import RoundCosts
 from dash_runtime.policy.policy import Policy
+
+Events = list[EngineEvent]
 
 _SCORED_ROWS = 64
 """Rows of a given output whose logits are in memory at once."""
@@ -74,9 +76,7 @@ class Engine:
         self._pool = CachePool(
             decoder.config, config.cache_tokens, decoder.dtype, decoder.devices, max_sequences=config.num_slots
         )
-        row_block = min(decoder.row_block, config.prefill_chunk_tokens)
-        self._pass_tokens = min(decoder.max_prompt_rows, config.prefill_chunk_tokens) // row_block * row_block
-        self._prefix_cache = PrefixCache(config.prefix_cache_tokens, row_block)
+        self._prompts = PromptPasses(decoder, config)
         self._waiting: deque[_Waiting] = deque()
         self._running: dict[str, Sequence] = {}
         self._rounds = DraftRounds(round_costs, config.group_planner)
@@ -95,6 +95,11 @@ class Engine:
         """KV cache positions that running sequences have reserved."""
         return self._pool.reserved_tokens
 
+    @property
+    def num_kept_prompt_tokens(self) -> int:
+        """Prompt tokens whose keys and values are kept for later prompts."""
+        return self._prompts.num_kept_tokens
+
     def submit(self, request: GenerationRequest) -> None:
         """Queues a request. It gets a slot in one of the next steps, first come, first served.
 
@@ -109,7 +114,7 @@ class Engine:
             constraint = self._constraints.compile(request.constraint)
         self._waiting.append(_Waiting(request, time.monotonic(), constraint))
 
-    def cancel(self, request_id: str) -> list[EngineEvent]:
+    def cancel(self, request_id: str) -> Events:
         """Forgets a request wherever it is; unknown ids are ignored. A request that had a slot leaves a last event."""
         self._waiting = deque(w for w in self._waiting if w.request.request_id != request_id)
         sequence = self._running.pop(request_id, None)
@@ -118,12 +123,12 @@ class Engine:
         self._pool.release(sequence.cache)
         return [sequence.cancelled()]
 
-    def stop(self, request_id: str) -> list[EngineEvent]:
+    def stop(self, request_id: str) -> Events:
         """Ends a running request now because its output has a stop string; unknown ids are ignored."""
         sequence = self._running.get(request_id)
         return [] if sequence is None else [self._finish(sequence, EndReason.STOP_STRING)]
 
-    def step(self) -> list[EngineEvent]:
+    def step(self) -> Events:
         """Runs one step and returns its events.
 
         Grants free slots, prefills one chunk of prompts, decodes or drafts one token of every sequence whose prompt is
@@ -134,8 +139,8 @@ class Engine:
         with torch.inference_mode():
             return self._step()
 
-    def _step(self) -> list[EngineEvent]:
-        events: list[EngineEvent] = []
+    def _step(self) -> Events:
+        events: Events = []
         self._grant_slots(events)
         decoding = [sequence for sequence in self._running.values() if not sequence.num_prompt_tokens_left]
         if self._step_clock is not None:
@@ -161,7 +166,7 @@ class Engine:
         """Stops the lane."""
         self._lane.close()
 
-    def _grant_slots(self, events: list[EngineEvent]) -> None:
+    def _grant_slots(self, events: Events) -> None:
         while self._waiting and len(self._running) < self._config.num_slots:
             waiting = self._waiting[0]
             request = waiting.request
@@ -173,37 +178,16 @@ class Engine:
             sequence = Sequence(
                 *(request, assignment, cache, self._decoder.num_layers, waiting.since),
                 *(self.facts.eos_token_ids, self._config.record_steps, waiting.constraint),
+                guess_costs(assignment, self._planner),
             )
             self._running[request.request_id] = sequence
             events.append(sequence.granted())
 
-    def _prefill(self, events: list[EngineEvent]) -> None:
-        """Prefills a chunk of prompt tokens at full depth. A long prompt takes several steps, so that others go on.
+    def _prefill(self, events: Events) -> None:
+        for sequence, hidden in self._prompts.run(list(self._running.values()), self.on_progress):
+            self._put_out(sequence, hidden, events)
 
-        A beginning that an earlier prompt had too is copied instead. Sequences run one at a time, and each is cut at
-        multiples of the decoder's row block whatever runs beside it. So a sequence's numbers depend neither on its
-        neighbours nor on how much of its prompt was copied.
-        """
-        num_left = self._config.prefill_chunk_tokens
-        for sequence in [own for own in self._running.values() if own.num_prompt_tokens_left]:
-            request = sequence.request
-            prompt = (self._prefix_namespace(sequence), request.prompt_token_ids, sequence.cache)
-            if not sequence.cache.length:
-                sequence.num_cached_prompt_tokens = self._prefix_cache.copy_into(*prompt)
-            while sequence.num_prompt_tokens_left:
-                chunk = sequence.next_prompt_chunk(self._pass_tokens)
-                if len(chunk) > num_left:
-                    return
-                num_left -= len(chunk)
-                batch = self._full_depth_batch(PassKind.PREFILL, [sequence], [len(chunk)])
-                hidden = self._decoder.embed(chunk)
-                hidden = self._decoder.run_layers(Action.FULL, hidden, batch, self.on_progress)
-                batch.commit()
-                if not sequence.num_prompt_tokens_left:
-                    self._prefix_cache.store(*prompt)
-                self._put_out(sequence, hidden[len(hidden) - sequence.num_rows_to_put_out :], events)
-
-    def _put_out(self, sequence: Sequence, hidden: Tensor, events: list[EngineEvent]) -> None:
+    def _put_out(self, sequence: Sequence, hidden: Tensor, events: Events) -> None:
         """Puts out the tokens that follow these rows of a prompt pass: the first, or more of a given output."""
         kind = PassKind.PREFILL if sequence.is_scored_at_once else PassKind.DECODE
         for rows in hidden.split(_SCORED_ROWS) if len(hidden) else ():
@@ -216,25 +200,14 @@ class Engine:
                     sequence.recorder.add_first_token(token_id)
                 else:
                     sequence.log.add_verification(1, 1.0)
-                    plan = sequence.log.append_verified_token()
+                    plan = sequence.log.append_counted_token()
                 self._take(sequence, token_id, logits, row, plan, events)
 
-    def _prefix_namespace(self, sequence: Sequence) -> str:
-        """Returns its caller's namespace, or the one beside it for sequences whose keys are rotated otherwise."""
-        has_other_keys = self._decoder.has_other_keys(sequence.cache.reserved_tokens)
-        return f"{int(has_other_keys)}:{sequence.request.cache_namespace}"
-
-    def _full_depth_batch(self, kind: PassKind, sequences: list[Sequence], lengths: list[int]) -> Batch:
-        """Returns the rows of a pass over several prompt or drafted tokens of each sequence."""
-        compensations = [sequence.assignment.policy.compensation for sequence in sequences]
-        return self._decoder.batch(kind, [sequence.cache for sequence in sequences], lengths, compensations)
-
-    def _decode(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
+    def _decode(self, sequences: list[Sequence], events: Events) -> None:
         assignments = [sequence.decider_assignment(self._catalog.full_depth) for sequence in sequences]
         token_ids = [sequence.last_token_id for sequence in sequences]
-        guess = sequences[0].guess() if len(sequences) == 1 and self._config.group_planner else None
-        if guess is not None:
-            token_ids = [*token_ids, guess]
+        guesses = sequences[0].next_guesses() if len(sequences) == 1 and self._config.group_planner else []
+        token_ids += guesses
         planner = self._planner if len(sequences) > 1 else None  # a single row has none to agree with
         rows = self._decoding_rows
         if rows is not None and rows.are_of(sequences, assignments, len(token_ids)):
@@ -254,6 +227,9 @@ class Engine:
             settle_decisions(output.timer, [block for decider in deciders for block in decider.blocks])
         exposed_ns, elapsed_ns = self._lane.exposed_ns - exposed_before, time.perf_counter_ns() - started_ns
         rows.token_seconds = elapsed_ns / 1e9
+        if guesses and not sequences[0].is_drafting:
+            self._take_guessed(sequences[0], deciders[0], guesses, output, started_ns, events)
+            return
         samplers = {row: own.sampler for row, own in enumerate(sequences) if not own.is_drafting}
         chosen_ids = choose_tokens(samplers, likeliest_ids, output.logits, output.late_logits, self._decoder.draw)
         for row, (sequence, assignment) in enumerate(zip(sequences, assignments, strict=True)):
@@ -263,11 +239,11 @@ class Engine:
             own_exposed_ns = exposed_ns if len(policy.pinned) < self._decoder.num_layers else 0
             if sequence.is_drafting:
                 cost = sequence.log.add_draft_token(plan, policy.head, num_evaluations, own_exposed_ns)
-                if guess is not None:
+                if guesses:
                     assert assignment.drafting is not None
                     sequence.log.add_guess(plan, added := cost * assignment.drafting.second_row)
                     cost += added
-                own_draft = sequence.draft(output.logits_from(row), likeliest_ids[row:], cost, elapsed_ns, guess)
+                own_draft = sequence.draft(output.logits_from(row), likeliest_ids[row:], cost, elapsed_ns, guesses)
                 for place, token_id in enumerate(own_draft):
                     recorded = output, row + place, rows.decider_of[row], started_ns
                     sequence.recorder.add_pass(StepKind.DRAFT, token_id, 0.0 if place else cost, *recorded)
@@ -281,7 +257,28 @@ class Engine:
             sequence.recorder.add_pass(StepKind.DECODE, token_id, cost, *recorded)
             self._take(sequence, token_id, output.logits, row, plan, events)
 
-    def _decode_burst(self, sequence: Sequence, rows: DecodingRows, events: list[EngineEvent]) -> bool:
+    def _take_guessed(
+        self, sequence: Sequence, by: Decider, guesses: list[int], output: StepOutput, started_ns: int, events: Events
+    ) -> None:
+        """Takes the tokens of a pass that ran these guesses beside the last token, as far as they were right. Keys and
+        values of wrong ones are dropped."""
+        assert sequence.guesses is not None
+        likeliest_ids, plan, num_rows = output.likeliest, output.plans[0], 1 + len(guesses)
+        num_positions = sequence.cache.length - num_rows
+        cost = sequence.log.add_rows(plan, by.policy.head, num_rows, sequence.guesses.cost(len(guesses)))
+        for row in range(num_rows):
+            own = {row: sequence.sampler}, likeliest_ids, output.logits, output.late_logits, self._decoder.draw
+            token_id = choose_tokens(*own)[row]
+            sequence.recorder.add_pass(StepKind.DECODE, token_id, 0.0 if row else cost, output, row, by, started_ns)
+            self._take(sequence, token_id, output.logits, row, sequence.log.append_counted_token(plan), events)
+            if sequence.request.request_id not in self._running:
+                return
+            if guesses[row : row + 1] != [token_id]:
+                break
+        sequence.guesses.checked(len(guesses), row)
+        sequence.cache.truncate(num_positions + row + 1)
+
+    def _decode_burst(self, sequence: Sequence, rows: DecodingRows, events: Events) -> bool:
         """Decodes several tokens of a sequence that runs alone; returns False if that cannot be now."""
         num_positions, decider = sequence.cache.length, rows.deciders[0]
         if (burst := self.bursts.decode(rows, sequence)) is None:
@@ -301,13 +298,13 @@ class Engine:
         if self._step_clock is not None:
             self._step_clock.ran(by.policy.name, plan, head, num_evaluations, num_positions)
 
-    def _verify(self, sequences: list[Sequence], events: list[EngineEvent]) -> None:
+    def _verify(self, sequences: list[Sequence], events: Events) -> None:
         """Runs complete drafts at full depth in one pass and outputs the accepted tokens. The drafts' keys and values
         are dropped first, so that accepted tokens keep full depth's."""
         started_ns = time.perf_counter_ns()
         token_ids = [sequence.take_back_draft() for sequence in sequences]
         lengths = [len(ids) for ids in token_ids]
-        batch = self._full_depth_batch(PassKind.VERIFY, sequences, lengths)
+        batch = full_depth_batch(self._decoder, PassKind.VERIFY, sequences, lengths)
         # A sequence that runs alone does not depend on its neighbours.
         kind = PassKind.DECODE if len(sequences) > 1 else PassKind.VERIFY
         ids = [token_id for own in token_ids for token_id in own]
@@ -326,10 +323,10 @@ class Engine:
             sequence.speculation.verification_ns += elapsed_ns
             sequence.recorder.add_verification(ids, accepted, from_text, cost, started_ns)
             for row, token_id in enumerate(ids):  # rejected tokens have logits, but no id
-                self._take(sequence, token_id, logits, row, sequence.log.append_verified_token(), events)
+                self._take(sequence, token_id, logits, row, sequence.log.append_counted_token(), events)
 
     def _take(
-        self, sequence: Sequence, token_id: int, logits: Tensor | None, row: int, plan: bytes, events: list[EngineEvent]
+        self, sequence: Sequence, token_id: int, logits: Tensor | None, row: int, plan: bytes, events: Events
     ) -> None:
         """Puts out a token, which was chosen from this row of logits `[rows, vocab_size]`; without them nobody may want
         logarithms."""

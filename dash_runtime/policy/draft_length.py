@@ -33,8 +33,9 @@ _TEXT_TRIALS = 5.0
 """Trials that these stand for in a new sequence."""
 FORCED_MATCH = 1 << 20
 """The match of a token that a constraint forces."""
-_FORCED_RATE = 0.97
-"""Full depth may still split the forced text into other tokens."""
+_FORCED_PRIOR = (7.76, 8.0)
+"""A new sequence starts as if so many of eight such tokens had been accepted: the model may still split the forced text
+into others."""
 _KEPT_PER_TOKEN = 0.992
 """Share of the counts that each token of output leaves, so that a sequence that was hard is tried again later."""
 _LARGEST_WEIGHT = 1e30
@@ -122,8 +123,8 @@ class DraftLength:
     """Chooses the drafts of one sequence, which runs alone or in step with others.
 
     Every drafted token has a *match*: the number of tokens before it that the text had before, `FORCED_MATCH`, or 0 if
-    the model drafted it. The model's tokens are counted when they are verified. What the text proposes is compared with
-    every token of the output, drafted or not.
+    the model drafted it. The model's tokens, and forced ones, are counted when they are verified. What the text
+    proposes is compared with every token of the output, drafted or not.
 
     Args:
         draft_cost: expected cost of a token that the model drafts before any was, as a share of a full-depth token.
@@ -146,6 +147,7 @@ class DraftLength:
         self._least_gain = least_gain
         self._second_row = second_row
         self._model = _Acceptance(*_MODEL_PRIOR)
+        self._forced = _Acceptance(*_FORCED_PRIOR)
         self._text = [_Acceptance(prior * _TEXT_TRIALS, _TEXT_TRIALS) for prior in _TEXT_PRIORS]
         self._weight = 1.0
         """Weight of the tokens that are counted now. It grows, which makes the earlier ones fade."""
@@ -158,7 +160,7 @@ class DraftLength:
 
     def acceptance(self, match: int = 0) -> float:
         """Returns the estimated probability that a drafted token is accepted if those before it were."""
-        return _FORCED_RATE if match == FORCED_MATCH else self._counts(match).rate(self._weight)
+        return self._counts(match).rate(self._weight)
 
     def next(
         self, num_tokens_left: int, matches: Sequence[int] = (), match: int = 0, passes: int | None = None
@@ -243,12 +245,12 @@ class DraftLength:
         """Counts a verification of drafted tokens, given by their matches. Those without a draft count too."""
         self._weight /= _KEPT_PER_TOKEN ** (num_accepted + 1)
         if self._weight > _LARGEST_WEIGHT:
-            for counts in (self._model, *self._text):
+            for counts in (self._model, self._forced, *self._text):
                 counts.divide(self._weight)
             self._weight = 1.0
         for place, match in enumerate(matches[: num_accepted + 1]):
-            if not match:
-                self._model.add(place < num_accepted, self._weight)
+            if match in (0, FORCED_MATCH):
+                self._counts(match).add(place < num_accepted, self._weight)
 
     def followed(self, match: int, is_right: bool) -> None:
         """Counts an output token for which the text had another token, or the same."""
@@ -258,4 +260,6 @@ class DraftLength:
         return expected_output(self.acceptance(match) for match in matches)
 
     def _counts(self, match: int) -> _Acceptance:
+        if match == FORCED_MATCH:
+            return self._forced
         return self._text[bisect_right(_MATCHES, match) - 1] if match else self._model

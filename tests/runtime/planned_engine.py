@@ -7,6 +7,7 @@ from dash_runtime.config import EngineConfig
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.engine.engine import Engine
+from dash_runtime.engine.planner import Planner
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.draft_costs import RoundCosts
 from dash_runtime.policy.draft_length import LEAST_GAIN, USUAL_SECOND_ROW
@@ -35,9 +36,11 @@ def make_engine(
     constraints: ConstraintCompiler | None = None,
     second_row: float = USUAL_SECOND_ROW,
     round_costs: RoundCosts | None = None,
+    planner: Planner | None = None,
     **options: int,
 ) -> Engine:
     config = EngineConfig(**options)  # type: ignore[arg-type]
     drafting = verification_costs, least_gain, PLANS, second_row
     catalog = PolicyCatalog(COSTS, ACTIONS, some_affine(decoder), (), 0.8, *drafting)
-    return assemble_engine(decoder, catalog, config, 512, eos, constraints=constraints, round_costs=round_costs)
+    own = {"planner": planner, "constraints": constraints, "round_costs": round_costs}
+    return assemble_engine(decoder, catalog, config, 512, eos, **own)  # type: ignore[arg-type]

@@ -106,7 +106,7 @@ def fixed_tokens(engine: Engine, action: Action) -> list[int]:
 
 
 def test_warming_up_leaves_nothing_for_requests_to_reuse(started: Started) -> None:
-    assert started.engine._prefix_cache.num_tokens == 0
+    assert started.engine.num_kept_prompt_tokens == 0
 
 
 def test_facts_name_what_is_served(started: Started) -> None:

@@ -256,7 +256,7 @@ def test_random_prompts_that_share_random_prefixes_get_what_a_cold_engine_gives(
             cold = make_engine(decoder, prefill_chunk_tokens=96, prefix_cache_tokens=0)
             assert produced(together[own.request_id]) == produced(run(cold, own)[own.request_id])
             num_reused += num_cached(together[own.request_id])
-        assert warm._prefix_cache.num_tokens <= 1024
+        assert warm.num_kept_prompt_tokens <= 1024
     assert num_reused > 1000
 
 
@@ -294,14 +294,14 @@ def test_a_prompt_that_was_not_prefilled_to_its_end_leaves_nothing(decoder: Deco
     for _ in range(3):
         engine.step()
     engine.cancel("cancelled")
-    assert engine._prefix_cache.num_tokens == 0
+    assert engine.num_kept_prompt_tokens == 0
     assert engine.num_reserved_cache_tokens == 0
 
 
 def test_the_cache_is_off_where_it_has_no_tokens(decoder: Decoder) -> None:
     engine = make_engine(decoder, prefix_cache_tokens=0)
     assert [num_cached(run(engine, request("a", LONG))["a"]) for _ in range(2)] == [0, 0]
-    assert engine._prefix_cache.num_tokens == 0
+    assert engine.num_kept_prompt_tokens == 0
 
 
 def test_a_step_computes_no_more_of_prompts_than_its_chunk_and_reuse_does_not_count(decoder: Decoder) -> None:

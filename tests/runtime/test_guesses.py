@@ -1,0 +1,241 @@
+"""A lone sequence runs the tokens that its constraint forces in one pass, and puts out what it would without."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dash_runtime.actions import Action, LatencyTable
+from dash_runtime.checkpoints import open_weights
+from dash_runtime.config import (
+    EngineConfig,
+    GenerationRequest,
+    Mode,
+    SamplingParameters,
+    SkipOptions,
+    StoppingParameters,
+)
+from dash_runtime.constraint import Constraint, ConstraintKind
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.engine.constraints import ConstraintCompiler
+from dash_runtime.engine.engine import Engine
+from dash_runtime.engine.guesses import MOST_GUESSES, Guesses, pass_costs
+from dash_runtime.engine.planner import GroupPlanner
+from dash_runtime.events import EndReason, EngineEvent, SlotGranted, TokenProduced
+from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.policy.model_sketch import model_fingerprint
+from dash_runtime.policy.policy_file import load_policy
+from dash_runtime.rows.library import RowsLibrary
+from dash_runtime.startup.build import assemble_engine
+from tests.runtime.compiled_model import BUDGETS, CompiledModel, native_decoder
+from tests.runtime.planned_engine import ACTIONS, make_engine
+from tests.runtime.random_policy import NAME
+from tests.runtime.support import ALL_ACTIONS, CPU, drain, finished, load_decoder, some_affine, some_costs, tokens
+from tests.tiny_models import VOCAB_SIZE, save_byte_tokenizer
+
+EOS = 256
+CHEAP = GroupPlanner(LatencyTable((1, 8), {Action.SKIP: (0.1, 0.1), Action.FULL: (1.0, 1.2)}))
+DEAR = GroupPlanner(LatencyTable((1, 8), {Action.SKIP: (0.1, 0.8), Action.FULL: (1.0, 8.0)}))
+MODES = {
+    "full": SkipOptions(Mode.FULL_DEPTH),
+    "adaptive": SkipOptions(Mode.ADAPTIVE, compute_budget=0.8),
+    "fixed": SkipOptions(Mode.FIXED, fixed_action=Action.SKIP),
+    "exact": SkipOptions(Mode.EXACT, compute_budget=0.8),
+}
+FORCED = Constraint(ConstraintKind.REGEX, "(alpha|omega)-[0-9]{2}-constant-[a-f]{2}-text")
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_folder: Path) -> Decoder:
+    return load_decoder(tiny_folder, torch.float32, ACTIONS)
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> ConstraintCompiler:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_byte_tokenizer(folder)
+    return ConstraintCompiler(folder / "tokenizer.json", VOCAB_SIZE, {EOS})
+
+
+def request(name: str, mode: str, max_new_tokens: int = 60, **options: object) -> GenerationRequest:
+    stopping = StoppingParameters(max_new_tokens)
+    own = GenerationRequest(name, [1, 2, 3], stopping, skip=MODES[mode], constraint=FORCED, return_decisions=True)
+    return replace(own, **options)  # type: ignore[arg-type]
+
+
+def run(engine: Engine, own: GenerationRequest) -> tuple[list[EngineEvent], int]:
+    """Returns a lone request's events, and the number of steps."""
+    engine.submit(own)
+    events: list[EngineEvent] = []
+    num_steps = 0
+    while engine.has_work:
+        events += engine.step()
+        num_steps += 1
+    assert engine.num_reserved_cache_tokens == 0
+    return events, num_steps
+
+
+@pytest.mark.parametrize("mode", ["full", "adaptive", "fixed"])
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_the_output_is_the_same_in_fewer_steps(
+    decoder: Decoder, compiler: ConstraintCompiler, mode: str, temperature: float
+) -> None:
+    own = request("r", mode, sampling=SamplingParameters(temperature=temperature, seed=4), logprobs=2)
+    guessed, num_steps = run(make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=CHEAP), own)
+    plain, num_plain_steps = run(make_engine(decoder, frozenset({EOS}), constraints=compiler), own)
+    assert len(tokens(plain)) == num_plain_steps == len("alpha-00-constant-aa-text")
+    assert num_steps < num_plain_steps / 2
+    for one, other in zip(guessed, plain, strict=True):
+        if isinstance(one, TokenProduced) and isinstance(other, TokenProduced):
+            assert (one.token_id, one.plan) == (other.token_id, other.plan)
+            assert one.logprobs is not None
+            assert other.logprobs is not None
+            assert one.logprobs.chosen == pytest.approx(other.logprobs.chosen, abs=1e-4)
+    assert finished(guessed).reason is finished(plain).reason is EndReason.END_OF_SEQUENCE
+    depths = finished(guessed).depth, finished(plain).depth
+    assert depths[0].num_decode_tokens == depths[1].num_decode_tokens
+    assert sum(depths[0].action_counts.values()) >= sum(depths[1].action_counts.values())  # wrong guesses ran too
+    assert depths[0].mean_cost < depths[1].mean_cost
+
+
+@pytest.mark.parametrize("count", range(1, len("alpha-00-constant-aa-text") + 1))
+def test_the_limit_may_fall_among_guesses(decoder: Decoder, compiler: ConstraintCompiler, count: int) -> None:
+    engine = make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=CHEAP)
+    whole, _ = run(engine, request("r", "full"))
+    events, _ = run(engine, request("r", "full", count))
+    assert tokens(events) == tokens(whole)[:count]
+    is_whole = count == len(tokens(whole))
+    assert finished(events).reason is (EndReason.END_OF_SEQUENCE if is_whole else EndReason.LENGTH)
+
+
+def test_a_stop_token_ends_the_output_among_guesses(decoder: Decoder, compiler: ConstraintCompiler) -> None:
+    stopping = StoppingParameters(60, stop_token_ids=frozenset({ord("t")}))
+    engine = make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=CHEAP)
+    events, _ = run(engine, request("r", "full", stopping=stopping))
+    assert bytes(tokens(events))[-len("-const") :] == b"-const"
+    assert finished(events).reason is EndReason.STOP_TOKEN
+
+
+def test_each_token_of_a_pass_is_recorded_and_the_first_has_its_cost(
+    decoder: Decoder, compiler: ConstraintCompiler
+) -> None:
+    engine = make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=CHEAP, record_steps=100)
+    events, _ = run(engine, request("r", "full"))
+    trace, depth = finished(events).trace, finished(events).depth
+    assert trace is not None
+    assert [token_id for step in trace.steps for token_id in step.token_ids] == tokens(events)[1:]
+    assert 0 < sum(step.cost > 0 for step in trace.steps) < len(trace.steps)
+    assert sum(step.cost for step in trace.steps) == pytest.approx(depth.total_cost)
+
+
+def test_nothing_is_guessed_where_it_does_not_pay_or_others_decode_too(
+    decoder: Decoder, compiler: ConstraintCompiler
+) -> None:
+    dear = make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=DEAR)
+    events, num_steps = run(dear, request("r", "full"))
+    assert num_steps == len(tokens(events))
+    cheap = make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=CHEAP)
+    for name in ("one", "other"):
+        cheap.submit(request(name, "full"))
+    together = drain(cheap)
+    assert tokens(together["one"]) == tokens(together["other"]) == tokens(events)
+
+
+def test_a_sequence_that_drafts_drafts_what_is_forced_as_before(decoder: Decoder, compiler: ConstraintCompiler) -> None:
+    events, _ = run(
+        make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=CHEAP, least_gain=0.0),
+        request("r", "exact"),
+    )
+    drafts = finished(events).speculation
+    assert drafts is not None
+    assert drafts.num_accepted_from_text > 0
+
+
+def test_a_cancelled_request_frees_its_memory_among_guesses(decoder: Decoder, compiler: ConstraintCompiler) -> None:
+    engine = make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=CHEAP)
+    engine.submit(request("r", "full"))
+    assert any(isinstance(event, SlotGranted) for event in engine.step())
+    assert len(tokens(engine.step())) > 1
+    engine.cancel("r")
+    assert not engine.has_work
+    assert engine.num_reserved_cache_tokens == 0
+
+
+def test_a_learned_policy_is_not_asked_about_rows_with_guesses(
+    compiled_model: CompiledModel, rows_library: RowsLibrary
+) -> None:
+    decoder = native_decoder(compiled_model.folder, rows_library, shares_products=True)
+    fingerprint = model_fingerprint(decoder.config, open_weights(compiled_model.folder))
+    policy = load_policy(compiled_model.policy_file, decoder.config, fingerprint, dtype=decoder.dtype, device=CPU)
+    compiler = ConstraintCompiler(compiled_model.folder / "tokenizer.json", decoder.config.vocab_size, {EOS})
+    catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, some_affine(decoder), [policy])
+    planner = GroupPlanner(LatencyTable((1, 8), dict.fromkeys(ALL_ACTIONS, (1.0, 1.2))))
+    engine = assemble_engine(decoder, catalog, EngineConfig(), 512, planner=planner, constraints=compiler)
+    skip = SkipOptions(Mode.ADAPTIVE, policy_name=NAME, compute_budget=BUDGETS[0])
+    engine.submit(request("r", "adaptive", skip=skip))
+    engine.step()
+    num_together = 0
+    while engine.has_work:
+        plans = [event.plan for event in engine.step() if isinstance(event, TokenProduced)]
+        if len(plans) > 1:
+            num_together += 1
+            assert Action.SKIP not in b"".join(plans)
+            assert len(set(plans)) == 1
+    assert num_together > 1
+
+
+@pytest.mark.parametrize("action", [Action.INT4, Action.INT8, Action.FULL])
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_the_output_of_native_code_is_the_same_to_the_bit(
+    compiled_model: CompiledModel, rows_library: RowsLibrary, action: Action, temperature: float
+) -> None:
+    decoder = native_decoder(compiled_model.folder, rows_library, shares_products=True)
+    file, vocab_size = compiled_model.folder / "tokenizer.json", decoder.config.vocab_size
+    compiler = ConstraintCompiler(file, vocab_size, decoder.config.eos_token_ids)
+    rows = (1, 8), dict.fromkeys(ALL_ACTIONS, (1.0, 1.2))
+    outputs = []
+    for planner in (GroupPlanner(LatencyTable(*rows)), None):
+        catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, some_affine(decoder), ())
+        engine = assemble_engine(decoder, catalog, EngineConfig(), 512, planner=planner, constraints=compiler)
+        skip = SkipOptions(Mode.FIXED, fixed_action=action)
+        sampling = SamplingParameters(temperature=temperature, seed=4)
+        events, num_steps = run(engine, request("r", "full", skip=skip, sampling=sampling, logprobs=3))
+        assert (num_steps < len(tokens(events))) is (planner is not None)
+        outputs.append([(own.token_id, own.logprobs) for own in events if isinstance(own, TokenProduced)])
+    assert outputs[0] == outputs[1]
+
+
+class Fake:
+    """A constraint that forces the same text for ever."""
+
+    def forced(self, count: int) -> list[int]:
+        return [7, 8, 9][:count]
+
+
+def test_wrong_guesses_end_and_are_tried_again_later() -> None:
+    guesses = Guesses(Fake(), {1: 1.2, 2: 1.4, 3: 1.6})
+    assert guesses.next(100) == [7, 8, 9]
+    assert guesses.next(3) == [7, 8]  # the pass puts out one more
+    assert guesses.next(1) == []
+    num_wrong = 0
+    while guesses.next(100):
+        guesses.checked(3, 0)
+        num_wrong += 1
+        assert num_wrong < 12
+    assert any(guesses.next(100) for _ in range(400))
+
+
+def test_right_guesses_go_on() -> None:
+    guesses = Guesses(Fake(), {1: 1.2, 2: 1.4, 3: 1.6})
+    for _ in range(50):
+        assert guesses.next(100) == [7, 8, 9]
+        guesses.checked(3, 3)
+
+
+def test_the_cost_of_a_pass_is_that_of_its_plan() -> None:
+    table = LatencyTable((1, 2, 8), {Action.INT4: (1.0, 1.5, 4.0), Action.FULL: (2.0, 2.2, 3.0)})
+    costs = pass_costs(table, [Action.INT4, Action.FULL])
+    assert list(costs) == list(range(1, MOST_GUESSES + 1))
+    assert costs[1] == pytest.approx(3.7 / 3)
+    assert costs[7] == pytest.approx(7 / 3)
