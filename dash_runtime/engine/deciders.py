@@ -3,14 +3,13 @@
 Knows sequences and their policies; runs nothing.
 """
 
-from collections.abc import Mapping
 from collections.abc import Sequence as Several
 from operator import is_
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.fused_decider import FusedDecider
-from dash_runtime.engine.guesses import pass_costs
+from dash_runtime.engine.guesses import MOST_SEQUENCES, PassSeconds, places_that_pay
 from dash_runtime.engine.planner import GroupPlanner, Planner
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.engine.step import Decider, pass_plan
@@ -21,10 +20,12 @@ from dash_runtime.policy.policy import Policy, Token
 
 
 class DecodingRows:
-    """One row for each sequence, or `num_rows` of a single one, kept from step to step while the same rows decode.
+    """The rows of each sequence: its last token's, and one for each guess. Kept from step to step while the same rows
+    decode.
 
     Args:
         assignments: what decides for each sequence.
+        lengths: the number of rows of each. More than one needs a plan that serves all rows.
     """
 
     def __init__(
@@ -32,33 +33,36 @@ class DecodingRows:
         decoder: Decoder,
         sequences: Several[Sequence],
         assignments: Several[Assignment],
-        num_rows: int,
+        lengths: Several[int],
         planner: Planner | None,
     ) -> None:
-        self._sequences, self._assignments, self._num_rows = sequences, assignments, num_rows
+        self._sequences, self._assignments, self._lengths = sequences, assignments, lengths
+        self._places = [place for place, length in enumerate(lengths) for _ in range(length)]
+        """Each row's sequence."""
+        self.firsts = [self._places.index(place) for place in range(len(sequences))]
+        """Each sequence's first row."""
         self._pool = sequences[0].cache.pool
         self._num_moves = self._pool.num_moves
-        self._is_several = num_rows > len(sequences)
+        self._has_guesses = len(self._places) > len(sequences)
         policies = [sequence.assignment.policy for sequence in sequences]
         self.batch = decoder.batch(
-            PassKind.VERIFY if self._is_several else PassKind.DECODE,
+            PassKind.VERIFY if self._has_guesses else PassKind.DECODE,
             [sequence.cache for sequence in sequences],
-            [num_rows] if self._is_several else [1] * num_rows,
+            lengths,
             [policy.compensation for policy in policies],
             [policy.kv_action for policy in policies],
         )
-        self.deciders = self._make_deciders(decoder.decides_in_pass and not self._is_several, planner)
+        self.deciders = self._make_deciders(decoder.decides_in_pass and not self._has_guesses, planner)
         self.plan = pass_plan(self.deciders, planner, any(sequence.wants_logits for sequence in sequences))
         self.decider_of = {row: decider for decider in self.deciders for row in decider.rows}
         self.token_seconds: float | None = None
         """Seconds that the last step took for a token of each row; None before the first."""
 
-    def are_of(self, sequences: Several[Sequence], assignments: Several[Assignment], num_rows: int) -> bool:
+    def are_of(self, sequences: Several[Sequence], assignments: Several[Assignment], lengths: Several[int]) -> bool:
         """Returns True if these rows are still the same, and lie where they lay."""
         return (
-            num_rows == self._num_rows
+            lengths == self._lengths
             and self._num_moves == self._pool.num_moves
-            and len(sequences) == len(self._sequences)
             and all(map(is_, sequences, self._sequences))
             and all(map(is_, assignments, self._assignments))
         )
@@ -70,22 +74,19 @@ class DecodingRows:
             decider.begin(self._tokens(decider.rows))
 
     def _tokens(self, rows: Several[int]) -> list[Token]:
-        if self._is_several:
-            return [self._sequences[0].next_token()] * self._num_rows
-        return [self._sequences[row].next_token() for row in rows]
+        return [self._sequences[self._places[row]].next_token() for row in rows]
 
     def _make_deciders(self, decides_in_pass: bool, planner: Planner | None) -> list[Decider]:
         """Returns one decider per policy, which the pass evaluates if both can."""
         rows_by_policy: dict[int, list[int]] = {}
-        places = [0] * self._num_rows if self._is_several else range(self._num_rows)
-        for row, place in enumerate(places):
+        for row, place in enumerate(self._places):
             rows_by_policy.setdefault(id(self._assignments[place].policy), []).append(row)
         deciders: list[Decider] = []
         for rows in rows_by_policy.values():
-            assignment = self._assignments[places[rows[0]]]
-            arguments = rows, self._tokens(rows), assignment.state_costs, self._num_rows
+            assignment = self._assignments[self._places[rows[0]]]
+            arguments = rows, self._tokens(rows), assignment.state_costs, len(self._places)
             policy = _asked(assignment, len(rows), planner)
-            if self._is_several:
+            if self._has_guesses:
                 policy = unasked(assignment) or policy
             if decides_in_pass and isinstance(policy, LearnedPolicy) and policy.decides_in_pass:
                 deciders.append(FusedDecider(policy, *arguments))
@@ -102,13 +103,33 @@ def unasked(assignment: Assignment) -> Policy | None:
     return policy.unasked(assignment.price) if isinstance(policy, LearnedPolicy) else None
 
 
-def guess_costs(assignment: Assignment, planner: Planner | None) -> Mapping[int, float] | None:
-    """Returns the costs of a lone sequence's passes with guesses (`Guesses`); None if there may be none: what decides
-    has to know the token, or rows may not share products."""
+def pass_seconds(assignment: Assignment, planner: Planner | None) -> PassSeconds | None:
+    """Returns what passes of its plan take by their number of rows; None if they may have no guesses: what decides has
+    to know the token, or rows may not share products."""
     plan = unasked(assignment)
     if plan is None or not isinstance(planner, GroupPlanner):
         return None
-    return pass_costs(planner.latencies, list(plan.pinned.values()))
+    return PassSeconds(planner.latencies, plan.pinned.values())
+
+
+def next_guesses(sequences: Several[Sequence]) -> list[list[int]]:
+    """Returns the tokens that are worth running beside each sequence's last one in their next pass: that of a lone
+    draft, or what constraints force where all sequences run one plan."""
+    if len(sequences) == 1 and sequences[0].is_drafting:
+        return [sequences[0].guess_beside_draft()]
+    nothing: list[list[int]] = [[] for _ in sequences]
+    if len(sequences) > MOST_SEQUENCES or all(own.guesses is None for own in sequences):
+        return nothing
+    policy = sequences[0].assignment.policy
+    if any(own.assignment.policy is not policy or own.speculation is not None for own in sequences):
+        return nothing
+    wanted = {
+        place: (own.guesses, tokens)
+        for place, own in enumerate(sequences)
+        if own.guesses is not None and (tokens := own.guesses.wanted(own.num_tokens_left))
+    }
+    chosen = places_that_pay(wanted, len(sequences))
+    return [wanted[place][1] if place in chosen else [] for place in range(len(sequences))]
 
 
 def _asked(assignment: Assignment, num_rows: int, planner: Planner | None) -> Policy:

@@ -4,9 +4,8 @@ Knows sequences, slots and events; knows no text and no transport. It reads cloc
 """
 
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as Several
 from itertools import accumulate
 
 import torch
@@ -18,8 +17,8 @@ from dash_runtime.decision_trace import StepKind
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.devices.step_timer import CudaStepTimer
 from dash_runtime.engine.bursts import Bursts
-from dash_runtime.engine.constraints import ConstraintCompiler, TextConstraint
-from dash_runtime.engine.deciders import DecodingRows, guess_costs
+from dash_runtime.engine.constraints import ConstraintCompiler
+from dash_runtime.engine.deciders import DecodingRows, next_guesses, pass_seconds
 from dash_runtime.engine.device_times import settle_decisions
 from dash_runtime.engine.draft_rounds import DraftRounds
 from dash_runtime.engine.lanes import Lane
@@ -29,6 +28,7 @@ from dash_runtime.engine.sampling import choose_tokens
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.engine.step import Decider, StepOutput, decode_step
 from dash_runtime.engine.step_times import CostWatch, StepClock
+from dash_runtime.engine.waiting_line import WaitingLine
 from dash_runtime.events import EndReason, EngineEvent
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.kv_cache import CachePool
@@ -40,13 +40,6 @@ Events = list[EngineEvent]
 
 _SCORED_ROWS = 64
 """Rows of a given output whose logits are in memory at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    request: GenerationRequest
-    since: float
-    constraint: TextConstraint | None
 
 
 class Engine:
@@ -72,12 +65,11 @@ class Engine:
         self._lane = lane
         self._planner = planner
         self._config = config
-        self._constraints = constraints
         self._pool = CachePool(
             decoder.config, config.cache_tokens, decoder.dtype, decoder.devices, max_sequences=config.num_slots
         )
         self._prompts = PromptPasses(decoder, config)
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting = WaitingLine(constraints)
         self._running: dict[str, Sequence] = {}
         self._rounds = DraftRounds(round_costs, config.group_planner)
         self._decoding_rows: DecodingRows | None = None
@@ -107,16 +99,11 @@ class Engine:
             InvalidRequest: the request does not fit this model. Nothing is queued.
         """
         self.facts.validate(request)
-        constraint = None
-        if request.constraint is not None:
-            if self._constraints is None:
-                raise request.constraint.refusal("needs a tokenizer, and this engine has none")
-            constraint = self._constraints.compile(request.constraint)
-        self._waiting.append(_Waiting(request, time.monotonic(), constraint))
+        self._waiting.add(request)
 
     def cancel(self, request_id: str) -> Events:
         """Forgets a request wherever it is; unknown ids are ignored. A request that had a slot leaves a last event."""
-        self._waiting = deque(w for w in self._waiting if w.request.request_id != request_id)
+        self._waiting.drop(request_id)
         sequence = self._running.pop(request_id, None)
         if sequence is None:
             return []
@@ -167,18 +154,14 @@ class Engine:
         self._lane.close()
 
     def _grant_slots(self, events: Events) -> None:
-        while self._waiting and len(self._running) < self._config.num_slots:
-            waiting = self._waiting[0]
+        while len(self._running) < self._config.num_slots and (entry := self._waiting.next(self._pool.reserve)):
+            waiting, cache = entry
             request = waiting.request
-            cache = self._pool.reserve(request.num_cache_tokens)
-            if cache is None:
-                return  # else smaller requests might overtake the oldest for ever
-            self._waiting.popleft()
             assignment = self._catalog.assign(request.skip)
             sequence = Sequence(
                 *(request, assignment, cache, self._decoder.num_layers, waiting.since),
                 *(self.facts.eos_token_ids, self._config.record_steps, waiting.constraint),
-                guess_costs(assignment, self._planner),
+                pass_seconds(assignment, self._planner),
             )
             self._running[request.request_id] = sequence
             events.append(sequence.granted())
@@ -205,16 +188,17 @@ class Engine:
 
     def _decode(self, sequences: list[Sequence], events: Events) -> None:
         assignments = [sequence.decider_assignment(self._catalog.full_depth) for sequence in sequences]
-        token_ids = [sequence.last_token_id for sequence in sequences]
-        guesses = sequences[0].next_guesses() if len(sequences) == 1 and self._config.group_planner else []
-        token_ids += guesses
+        guesses = next_guesses(sequences) if self._config.group_planner else [[]] * len(sequences)
+        token_ids, lengths = list[int](), list[int]()
+        for sequence, own_guesses in zip(sequences, guesses, strict=True):
+            token_ids += [sequence.last_token_id, *own_guesses]
+            lengths.append(1 + len(own_guesses))
         planner = self._planner if len(sequences) > 1 else None  # a single row has none to agree with
         rows = self._decoding_rows
-        if rows is not None and rows.are_of(sequences, assignments, len(token_ids)):
+        if rows is not None and rows.are_of(sequences, assignments, lengths):
             rows.move_on()
         else:
-            own = self._decoder, sequences, assignments, len(token_ids), planner
-            rows = self._decoding_rows = DecodingRows(*own)
+            rows = self._decoding_rows = DecodingRows(self._decoder, sequences, assignments, lengths, planner)
         if len(self._running) == 1 and not self._waiting and self._decode_burst(sequences[0], rows, events):
             return
         deciders = rows.deciders
@@ -227,56 +211,69 @@ class Engine:
             settle_decisions(output.timer, [block for decider in deciders for block in decider.blocks])
         exposed_ns, elapsed_ns = self._lane.exposed_ns - exposed_before, time.perf_counter_ns() - started_ns
         rows.token_seconds = elapsed_ns / 1e9
-        if guesses and not sequences[0].is_drafting:
-            self._take_guessed(sequences[0], deciders[0], guesses, output, started_ns, events)
-            return
-        samplers = {row: own.sampler for row, own in enumerate(sequences) if not own.is_drafting}
-        chosen_ids = choose_tokens(samplers, likeliest_ids, output.logits, output.late_logits, self._decoder.draw)
-        for row, (sequence, assignment) in enumerate(zip(sequences, assignments, strict=True)):
-            policy, plan = assignment.policy, output.plans[row]
-            recorded = output, row, rows.decider_of[row], started_ns
-            num_evaluations = rows.decider_of[row].num_evaluations
+        samplers = {
+            row: own.sampler
+            for row, own, beside in zip(rows.firsts, sequences, guesses, strict=True)
+            if not (beside or own.is_drafting)
+        }
+        draw = self._decoder.draw
+        chosen_ids = choose_tokens(samplers, likeliest_ids, output.logits, output.late_logits, draw)
+        for row, sequence, assignment, beside in zip(rows.firsts, sequences, assignments, guesses, strict=True):
+            policy, plan, decider = assignment.policy, output.plans[row], rows.decider_of[row]
+            recorded = output, row, decider, started_ns
+            num_evaluations = decider.num_evaluations
             own_exposed_ns = exposed_ns if len(policy.pinned) < self._decoder.num_layers else 0
             if sequence.is_drafting:
                 cost = sequence.log.add_draft_token(plan, policy.head, num_evaluations, own_exposed_ns)
-                if guesses:
+                if beside:
                     assert assignment.drafting is not None
                     sequence.log.add_guess(plan, added := cost * assignment.drafting.second_row)
                     cost += added
-                own_draft = sequence.draft(output.logits_from(row), likeliest_ids[row:], cost, elapsed_ns, guesses)
+                own_draft = sequence.draft(output.logits_from(row), likeliest_ids[row:], cost, elapsed_ns, beside)
                 for place, token_id in enumerate(own_draft):
-                    recorded = output, row + place, rows.decider_of[row], started_ns
+                    recorded = output, row + place, decider, started_ns
                     sequence.recorder.add_pass(StepKind.DRAFT, token_id, 0.0 if place else cost, *recorded)
                 continue
-            token_id = chosen_ids[row]
+            if beside:
+                self._take_guessed(sequence, beside, likeliest_ids, recorded, events)
+                continue
             if sequence.speculation is not None:
                 sequence.speculation.decoded()
-            self._count(sequence, rows.decider_of[row], plan, own_exposed_ns, sequence.cache.length)
+            if sequence.guesses is not None:
+                sequence.guesses.checked(0, 0)
+            self._count(sequence, decider, plan, own_exposed_ns, sequence.cache.length)
             has_room = sequence.recorder.has_room
             cost = sequence.log.cost_of(plan, policy.head, num_evaluations) if has_room else 0.0
-            sequence.recorder.add_pass(StepKind.DECODE, token_id, cost, *recorded)
-            self._take(sequence, token_id, output.logits, row, plan, events)
+            sequence.recorder.add_pass(StepKind.DECODE, chosen_ids[row], cost, *recorded)
+            self._take(sequence, chosen_ids[row], output.logits, row, plan, events)
 
     def _take_guessed(
-        self, sequence: Sequence, by: Decider, guesses: list[int], output: StepOutput, started_ns: int, events: Events
+        self,
+        sequence: Sequence,
+        guesses: list[int],
+        likeliest_ids: Several[int],
+        recorded: tuple[StepOutput, int, Decider, int],
+        events: Events,
     ) -> None:
         """Takes the tokens of a pass that ran these guesses beside the last token, as far as they were right. Keys and
         values of wrong ones are dropped."""
         assert sequence.guesses is not None
-        likeliest_ids, plan, num_rows = output.likeliest, output.plans[0], 1 + len(guesses)
+        output, first, by, started_ns = recorded
+        plan, num_rows = output.plans[first], 1 + len(guesses)
         num_positions = sequence.cache.length - num_rows
         cost = sequence.log.add_rows(plan, by.policy.head, num_rows, sequence.guesses.cost(len(guesses)))
-        for row in range(num_rows):
+        for place in range(num_rows):
+            row = first + place
             own = {row: sequence.sampler}, likeliest_ids, output.logits, output.late_logits, self._decoder.draw
             token_id = choose_tokens(*own)[row]
-            sequence.recorder.add_pass(StepKind.DECODE, token_id, 0.0 if row else cost, output, row, by, started_ns)
+            sequence.recorder.add_pass(StepKind.DECODE, token_id, 0.0 if place else cost, output, row, by, started_ns)
             self._take(sequence, token_id, output.logits, row, sequence.log.append_counted_token(plan), events)
             if sequence.request.request_id not in self._running:
                 return
-            if guesses[row : row + 1] != [token_id]:
+            if guesses[place : place + 1] != [token_id]:
                 break
-        sequence.guesses.checked(len(guesses), row)
-        sequence.cache.truncate(num_positions + row + 1)
+        sequence.guesses.checked(len(guesses), place)
+        sequence.cache.truncate(num_positions + place + 1)
 
     def _decode_burst(self, sequence: Sequence, rows: DecodingRows, events: Events) -> bool:
         """Decodes several tokens of a sequence that runs alone; returns False if that cannot be now."""

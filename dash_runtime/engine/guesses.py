@@ -1,58 +1,75 @@
-"""Guesses: tokens that a lone sequence's pass runs beside its last one, because its output likely goes on with them.
+"""Guesses: tokens that a pass runs beside a sequence's last one, because its output likely goes on with them.
 
 A row of such a pass has the bits that it has alone, and each token is chosen from the row before it as ever. So the
 output stays what it was: a right guess saves a pass, and a wrong one costs its row. A constraint says what it forces,
 but the model may still split that into other tokens: jump-forward decoding (SGLang, Zheng et al. 2024) does not ask it.
-Knows one sequence's tokens and costs; knows no passes.
+Knows tokens, counts and seconds; knows no sequences and no passes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.engine.speculative import ForcedText
 from dash_runtime.policy.draft_length import FORCED_MATCH, DraftLength
 
 MOST_GUESSES = 7
-"""Kernels take rows in groups of up to eight, and a head in INT4 is for up to ten."""
-_NEVER = 1e9
-"""The cost of a guess by the model, which makes none."""
+"""Of a sequence: kernels take rows in groups of up to eight, and a head in INT4 is for up to ten."""
+MOST_SEQUENCES = 8
+"""In a pass with guesses: rows of more leave little to gain, and to ask all constraints takes a twentieth of a step."""
+_LEAST_GAIN, _GAIN_BY_SEQUENCE = 1.03, 0.02
+"""Expected gain below which nothing is guessed, and what each sequence adds to that. It pays for what the seconds leave
+out: new rows are made ready, and each token is chosen by itself."""
+
+
+class PassSeconds:
+    """The seconds that the layers of a pass take whose rows all run one plan."""
+
+    def __init__(self, latencies: LatencyTable, plan: Iterable[Action]) -> None:
+        self._latencies = latencies
+        self._counts = Counter(plan)
+
+    def of(self, num_rows: int) -> float:
+        return sum(count * self._latencies.cost(action, num_rows) for action, count in self._counts.items())
 
 
 class Guesses:
-    """The guesses of one sequence.
+    """The guesses of one sequence."""
 
-    Args:
-        costs: of a pass by its number of guesses, from 1 on, as multiples of one without (`pass_costs`).
-    """
-
-    def __init__(self, forced: ForcedText, costs: Mapping[int, float]) -> None:
+    def __init__(self, forced: ForcedText, seconds: PassSeconds) -> None:
+        self.seconds = seconds
         self._forced = forced
-        self._costs = costs
-        self._lengths = DraftLength(_NEVER, costs)
+        self._lengths = DraftLength(0.0, {})
 
-    def next(self, num_tokens_left: int) -> list[int]:
-        """Returns the guesses of the next pass; none if they would not pay."""
-        room = min(self._lengths.longest, num_tokens_left - 1)
-        forced = self._forced.forced(room) if room > 0 else []
-        if forced and self._lengths.pays([FORCED_MATCH] * len(forced)):
-            return forced
-        self.checked(0, 0)
-        return []
+    def wanted(self, num_tokens_left: int) -> list[int]:
+        """Returns what the next pass may run. It puts out one token more."""
+        room = min(MOST_GUESSES, num_tokens_left - 1)
+        return self._forced.forced(room) if room > 0 else []
+
+    def expected(self, num_guesses: int) -> float:
+        """Returns how many of so many guesses are expected to be right."""
+        return self._lengths.expected([FORCED_MATCH] * num_guesses) - 1
 
     def cost(self, num_guesses: int) -> float:
-        """Returns the cost of a pass with so many guesses, as a multiple of one without."""
-        return self._costs[num_guesses]
+        """Returns the cost of a pass of this sequence alone with so many guesses, as a multiple of one without."""
+        return self.seconds.of(1 + num_guesses) / self.seconds.of(1)
 
     def checked(self, num_guesses: int, num_right: int) -> None:
-        """Counts a pass with guesses, of which the first `num_right` were right."""
+        """Counts a pass with guesses, of which the first `num_right` were right; or one without."""
         self._lengths.verified([FORCED_MATCH] * num_guesses, num_right)
 
 
-def pass_costs(latencies: LatencyTable, plan: Sequence[Action]) -> dict[int, float]:
-    """Returns the cost of a pass by its number of guesses, as a multiple of one without; all rows run this plan."""
-
-    def seconds(num_rows: int) -> float:
-        return sum(latencies.cost(action, num_rows) for action in plan)
-
-    alone = seconds(1)
-    return {count: seconds(1 + count) / alone for count in range(1, MOST_GUESSES + 1)}
+def places_that_pay(wanted: Mapping[int, tuple[Guesses, Sequence[int]]], num_sequences: int) -> set[int]:
+    """Returns the places of the guesses with which a pass over a row of each of so many sequences, all of one plan,
+    puts out most in its time; none if that is hardly more than without any."""
+    expected = {place: own.expected(len(tokens)) for place, (own, tokens) in wanted.items()}
+    order = sorted(wanted, key=lambda place: -expected[place] / len(wanted[place][1]))
+    output, num_rows, best, best_pace = float(num_sequences), num_sequences, 0, 0.0
+    for count, place in enumerate(order, start=1):
+        own, tokens = wanted[place]
+        output, num_rows = output + expected[place], num_rows + len(tokens)
+        pace = output / own.seconds.of(num_rows)
+        least = (_LEAST_GAIN + _GAIN_BY_SEQUENCE * num_sequences) * num_sequences / own.seconds.of(num_sequences)
+        if pace > max(least, best_pace):
+            best, best_pace = count, pace
+    return set(order[:best])

@@ -1,14 +1,13 @@
 """One request on its way through the engine. Knows its own tokens and times; knows no other sequence."""
 
 import time
-from collections.abc import Mapping
 
 from torch import Tensor
 
 from dash_runtime.config import GenerationRequest, Mode
 from dash_runtime.engine.constraints import TextConstraint
 from dash_runtime.engine.decision_log import DecisionLog
-from dash_runtime.engine.guesses import Guesses
+from dash_runtime.engine.guesses import Guesses, PassSeconds
 from dash_runtime.engine.sampling import GivenTokens, Sampler, token_logprobs
 from dash_runtime.engine.speculative import Speculation, WantedDraft
 from dash_runtime.engine.text_drafts import TextDrafts
@@ -40,9 +39,9 @@ class Sequence:
         eos_token_ids: frozenset[int],
         record_steps: int = 0,
         constraint: TextConstraint | None = None,
-        guess_costs: Mapping[int, float] | None = None,
+        pass_seconds: PassSeconds | None = None,
     ) -> None:
-        """With `guess_costs` its passes may have guesses (`Guesses`), unless it drafts."""
+        """With `pass_seconds` its passes may have guesses, unless it drafts."""
         self.end_token_ids = request.stopping.end_token_ids(eos_token_ids)
         """The tokens that no other may follow."""
         self.request = request
@@ -73,8 +72,8 @@ class Sequence:
             text = TextDrafts(request.prompt_token_ids, room)
             self.speculation = Speculation(self.sampler, lengths, text, constraint)
         self.guesses: Guesses | None = None
-        if constraint is not None and guess_costs is not None and drafting is None:
-            self.guesses = Guesses(constraint, guess_costs)
+        if constraint is not None and pass_seconds is not None and drafting is None:
+            self.guesses = Guesses(constraint, pass_seconds)
         self.recorder = TraceRecorder(assignment, record_steps)
         self.granted_at = time.monotonic()
         self.queue_seconds = self.granted_at - waiting_since
@@ -144,15 +143,13 @@ class Sequence:
         assert self.speculation is not None
         self.speculation.begin(self.num_tokens_left, costs, passes)
 
-    def next_guesses(self) -> list[int]:
-        """Returns the tokens after the next row's that are worth running beside it; of a draft at most one.
+    def guess_beside_draft(self) -> list[int]:
+        """Returns the token after the next draft's first row if it is worth running beside it.
 
-        A draft has one only if its plan is the same for every token: a policy would have to know the token first.
+        Only for a plan that is the same for every token: a policy would have to know the token first.
         """
-        if self.speculation is None:
-            return [] if self.guesses is None else self.guesses.next(self.num_tokens_left)
         is_planned = len(self.assignment.policy.pinned) == self.assignment.costs.num_layers
-        guess = self.speculation.guess() if is_planned else None
+        guess = self.speculation.guess() if self.speculation is not None and is_planned else None
         return [] if guess is None else [guess]
 
     def draft(

@@ -1,4 +1,4 @@
-"""A lone sequence runs the tokens that its constraint forces in one pass, and puts out what it would without."""
+"""A sequence runs the tokens that its constraint forces in one pass, and puts out what it would without."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +20,9 @@ from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.guesses import MOST_GUESSES, Guesses, pass_costs
+from dash_runtime.engine.guesses import Guesses, PassSeconds, places_that_pay
 from dash_runtime.engine.planner import GroupPlanner
-from dash_runtime.events import EndReason, EngineEvent, SlotGranted, TokenProduced
+from dash_runtime.events import EndReason, EngineEvent, SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import load_policy
@@ -31,7 +31,7 @@ from dash_runtime.startup.build import assemble_engine
 from tests.runtime.compiled_model import BUDGETS, CompiledModel, native_decoder
 from tests.runtime.planned_engine import ACTIONS, make_engine
 from tests.runtime.random_policy import NAME
-from tests.runtime.support import ALL_ACTIONS, CPU, drain, finished, load_decoder, some_affine, some_costs, tokens
+from tests.runtime.support import ALL_ACTIONS, CPU, finished, load_decoder, some_affine, some_costs, tokens
 from tests.tiny_models import VOCAB_SIZE, save_byte_tokenizer
 
 EOS = 256
@@ -129,17 +129,36 @@ def test_each_token_of_a_pass_is_recorded_and_the_first_has_its_cost(
     assert sum(step.cost for step in trace.steps) == pytest.approx(depth.total_cost)
 
 
-def test_nothing_is_guessed_where_it_does_not_pay_or_others_decode_too(
-    decoder: Decoder, compiler: ConstraintCompiler
-) -> None:
+def test_nothing_is_guessed_where_it_does_not_pay(decoder: Decoder, compiler: ConstraintCompiler) -> None:
     dear = make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=DEAR)
     events, num_steps = run(dear, request("r", "full"))
     assert num_steps == len(tokens(events))
-    cheap = make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=CHEAP)
-    for name in ("one", "other"):
-        cheap.submit(request(name, "full"))
-    together = drain(cheap)
-    assert tokens(together["one"]) == tokens(together["other"]) == tokens(events)
+
+
+@pytest.mark.parametrize("others", [["full"] * 3, ["adaptive"], ["exact", "full"]], ids=" ".join)
+def test_sequences_guess_together_where_one_plan_serves_all(
+    decoder: Decoder, compiler: ConstraintCompiler, others: list[str]
+) -> None:
+    requests = [request("r", "full"), *(request(f"{mode} {place}", mode) for place, mode in enumerate(others))]
+    requests.append(request("free", "full", 40, constraint=None))
+    engine = make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=CHEAP, least_gain=0.0)
+    alone = {own.request_id: tokens(run(engine, own)[0]) for own in requests}
+    for own in requests:
+        engine.submit(own)
+    num_at_once = 0
+    together: dict[str, list[int]] = {}
+    is_over = False
+    while engine.has_work:
+        for event in (events := engine.step()):
+            if isinstance(event, TokenProduced):
+                together.setdefault(event.request_id, []).append(event.token_id)
+        is_over = is_over or any(isinstance(event, SequenceFinished) for event in events)
+        if not is_over:
+            num_at_once = max(num_at_once, len(tokens([event for event in events if event.request_id == "r"])))
+    if "adaptive" in others:  # whose skips are raised to what its neighbours run
+        del alone["adaptive 0"], together["adaptive 0"]
+    assert together == alone
+    assert (num_at_once > 1) is ("adaptive" not in others)
 
 
 def test_a_sequence_that_drafts_drafts_what_is_forced_as_before(decoder: Decoder, compiler: ConstraintCompiler) -> None:
@@ -213,29 +232,48 @@ class Fake:
         return [7, 8, 9][:count]
 
 
+CHEAP_ROWS = LatencyTable((1, 4, 32), {Action.FULL: (1.0, 1.6, 8.0)})
+
+
+def chosen(guesses: Guesses) -> list[int]:
+    """Returns what a lone sequence runs."""
+    wanted = guesses.wanted(100)
+    return wanted if places_that_pay({0: (guesses, wanted)}, 1) else []
+
+
 def test_wrong_guesses_end_and_are_tried_again_later() -> None:
-    guesses = Guesses(Fake(), {1: 1.2, 2: 1.4, 3: 1.6})
-    assert guesses.next(100) == [7, 8, 9]
-    assert guesses.next(3) == [7, 8]  # the pass puts out one more
-    assert guesses.next(1) == []
+    guesses = Guesses(Fake(), PassSeconds(CHEAP_ROWS, [Action.FULL]))
+    assert guesses.wanted(3) == [7, 8]  # the pass puts out one more
+    assert guesses.wanted(1) == []
     num_wrong = 0
-    while guesses.next(100):
+    while chosen(guesses):
         guesses.checked(3, 0)
         num_wrong += 1
         assert num_wrong < 12
-    assert any(guesses.next(100) for _ in range(400))
+    for _ in range(400):
+        guesses.checked(0, 0)
+    assert chosen(guesses)
 
 
 def test_right_guesses_go_on() -> None:
-    guesses = Guesses(Fake(), {1: 1.2, 2: 1.4, 3: 1.6})
+    guesses = Guesses(Fake(), PassSeconds(CHEAP_ROWS, [Action.FULL]))
     for _ in range(50):
-        assert guesses.next(100) == [7, 8, 9]
+        assert chosen(guesses) == [7, 8, 9]
         guesses.checked(3, 3)
 
 
-def test_the_cost_of_a_pass_is_that_of_its_plan() -> None:
+def test_the_guesses_of_many_are_as_many_as_pay_together_the_surest_first() -> None:
+    table = LatencyTable((1, 4, 8, 64), {Action.FULL: (1.0, 1.0, 1.1, 50.0)})
+    own = [Guesses(Fake(), PassSeconds(table, [Action.FULL])) for _ in range(3)]
+    own[0].checked(3, 0)
+    wanted = {place: (guesses, [7, 8]) for place, guesses in enumerate(own)}
+    assert places_that_pay(wanted, 3) == {1, 2}
+    assert places_that_pay(wanted, 8) == set()
+    assert places_that_pay({}, 3) == set()
+
+
+def test_the_seconds_of_a_pass_are_those_of_its_plan() -> None:
     table = LatencyTable((1, 2, 8), {Action.INT4: (1.0, 1.5, 4.0), Action.FULL: (2.0, 2.2, 3.0)})
-    costs = pass_costs(table, [Action.INT4, Action.FULL])
-    assert list(costs) == list(range(1, MOST_GUESSES + 1))
-    assert costs[1] == pytest.approx(3.7 / 3)
-    assert costs[7] == pytest.approx(7 / 3)
+    seconds = PassSeconds(table, [Action.INT4, Action.FULL, Action.INT4])
+    assert [seconds.of(1), seconds.of(2), seconds.of(8)] == pytest.approx([4.0, 5.2, 11.0])
+    assert Guesses(Fake(), seconds).cost(7) == pytest.approx(11 / 4)
