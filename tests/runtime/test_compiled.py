@@ -221,14 +221,19 @@ def test_a_quantised_head_is_that_of_the_eager_decoder_row_by_row(decoders: Deco
         assert torch.equal(logits, torch.cat([decoders.alone.logits(row, [precision]) for row, precision in rows]))
 
 
+def folder_with_native_head(folder: Path) -> Path:
+    """Saves a model whose head in FULL is native code's, unless the CPU has none."""
+    head = make_full_linear(FullLinear(torch.zeros(320, SIZES["hidden_size"], dtype=torch.bfloat16)))
+    if packed_words(head) is None:
+        pytest.skip("this CPU's head in FULL has no native code")
+    return save_tiny_model(folder, "llama", **SIZES | {"vocab_size": 320})
+
+
 @torch.inference_mode()
 def test_many_rows_take_the_head_in_full_only_if_they_may_share_products(
     tmp_path: Path, rows_library: RowsLibrary
 ) -> None:
-    folder = save_tiny_model(tmp_path, "llama", **SIZES | {"vocab_size": 320})
-    head = make_full_linear(FullLinear(torch.zeros(320, SIZES["hidden_size"], dtype=torch.bfloat16)))
-    if packed_words(head) is None:
-        pytest.skip("this CPU's head in FULL has no native code")
+    folder = folder_with_native_head(tmp_path)
     for shares_products, num_rows in ((True, 17), (True, 16), (False, 17)):
         decoder = native_decoder(folder, rows_library, shares_products=shares_products)
         caches = prefilled_together(decoder, [[3 + row] for row in range(num_rows)])
@@ -240,6 +245,32 @@ def test_many_rows_take_the_head_in_full_only_if_they_may_share_products(
             assert run is not None
             logits.append(run.logits)
         assert torch.equal(*logits) is (shares_products and num_rows > 16)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("wants_logits", [True, False])
+def test_many_rows_take_no_rough_head_if_they_may_share_products(
+    tmp_path: Path, rows_library: RowsLibrary, wants_logits: bool
+) -> None:
+    folder = folder_with_native_head(tmp_path)
+    for shares_products, num_rows in ((True, 11), (True, 10), (False, 11)):
+        decoder = native_decoder(folder, rows_library, shares_products=shares_products)
+        caches = prefilled_together(decoder, [[3 + row] for row in range(num_rows)])
+        plan = [(dict.fromkeys(range(decoder.num_layers), Action.INT4), None)]
+        logits: list[Tensor] = []
+        for precision in (Action.INT4, Action.INT8):
+            batch = decoder.batch(PassKind.DECODE, caches, [1] * num_rows, [Identity()] * num_rows)
+            own = PassPlan(plan, [precision] * num_rows, wants_logits=wants_logits)
+            run = decoder.run_pass(own, list(range(num_rows)), batch)
+            assert run is not None
+            if run.logits is None:
+                assert not wants_logits
+                break
+            logits.append(run.logits)
+        if wants_logits:
+            assert torch.equal(*logits) is (shares_products and num_rows > 10)
+        else:
+            assert (not logits) is (shares_products and num_rows > 10)
 
 
 @torch.inference_mode()

@@ -45,9 +45,9 @@ from dash_runtime.rows.row_matrix import (
 )
 from dash_runtime.rows.structs import LANES, MOST_CHANNELS, NORMS
 
-_MOST_ROUGH, _MOST_ROUGH_WITHOUT_LOGITS = 16, 10
-"""More rows take the head in FULL, if they may share products. Each row of a rough head reads other tiles of the exact
-matrix again: 64 rows read two thirds of it. In FULL the likeliest tokens alone take less than all logits."""
+_MOST_ROUGH, _MOST_APART = 10, 16
+"""More rows than the first take no rough head, and more than the second none of their own, if they may share products.
+Each row of a rough head reads other tiles of the exact matrix again: 64 rows read two thirds of it."""
 
 _TOKENS_FOR_ROW = 20 * NUM_LIKELY
 """A narrow head is for one row for every so many tokens of the vocabulary: each row reads likely tokens of its own.
@@ -249,9 +249,12 @@ class NativeBackend(OwnMemory):
     def _head_of(self, precisions: Sequence[Action], wants_logits: bool) -> HeadRows | None:
         """Returns the head for rows of these precisions; None if no single one serves them."""
         num_rows, precision, full = len(precisions), precisions[0], self._heads.get(Action.FULL)
-        if full is not None and self.shares_products:
-            has_all = wants_logits or not full.has_bounds
-            if num_rows > (_MOST_ROUGH if has_all else _MOST_ROUGH_WITHOUT_LOGITS):
+        if full is not None and self.shares_products and num_rows > _MOST_ROUGH:
+            if full.has_bounds and not wants_logits:
+                return full  # the likeliest tokens alone take less there than all logits elsewhere
+            if Action.INT8 in self._heads and not {Action.INT8, Action.FULL} & set(precisions):
+                return self._heads[Action.INT8]
+            if num_rows > _MOST_APART:
                 return full
         if len(set(precisions)) > 1:
             return None
