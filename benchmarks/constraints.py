@@ -1,6 +1,6 @@
 """Measures what it costs to choose tokens otherwise than by the largest logit: by a JSON schema, and by chance.
 
-Forced text saves time in EXACT.
+What a schema forces takes little time.
 """
 
 import json

@@ -85,9 +85,8 @@ class DecodingRows:
         for rows in rows_by_policy.values():
             assignment = self._assignments[self._places[rows[0]]]
             arguments = rows, self._tokens(rows), assignment.state_costs, len(self._places)
-            policy = _asked(assignment, len(rows), planner)
-            if self._has_guesses:
-                policy = unasked(assignment) or policy
+            own = unasked(assignment) if self._has_guesses else None
+            policy = own or _asked(assignment, len(rows), planner)
             if decides_in_pass and isinstance(policy, LearnedPolicy) and policy.decides_in_pass:
                 deciders.append(FusedDecider(policy, *arguments))
             else:
