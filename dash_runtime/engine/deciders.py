@@ -9,7 +9,7 @@ from operator import is_
 from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.fused_decider import FusedDecider
-from dash_runtime.engine.guesses import MOST_SEQUENCES, PassSeconds, places_that_pay
+from dash_runtime.engine.guesses import PassSeconds, places_that_pay
 from dash_runtime.engine.planner import GroupPlanner, Planner
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.engine.step import Decider, pass_plan
@@ -117,7 +117,7 @@ def next_guesses(sequences: Several[Sequence]) -> list[list[int]]:
     if len(sequences) == 1 and sequences[0].is_drafting:
         return [sequences[0].guess_beside_draft()]
     nothing: list[list[int]] = [[] for _ in sequences]
-    if len(sequences) > MOST_SEQUENCES or all(own.guesses is None for own in sequences):
+    if not any(own.guesses is not None and own.guesses.seconds.may_pay(len(sequences)) for own in sequences):
         return nothing
     policy = sequences[0].assignment.policy
     if any(own.assignment.policy is not policy or own.speculation is not None for own in sequences):

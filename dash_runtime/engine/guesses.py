@@ -8,6 +8,7 @@ Knows tokens, counts and seconds; knows no sequences and no passes.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 
 from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.engine.speculative import ForcedText
@@ -15,8 +16,6 @@ from dash_runtime.policy.draft_length import FORCED_MATCH, DraftLength
 
 MOST_GUESSES = 7
 """Of a sequence: kernels take rows in groups of up to eight, and a head in INT4 is for up to ten."""
-MOST_SEQUENCES = 8
-"""In a pass with guesses: rows of more leave little to gain, and to ask all constraints takes a twentieth of a step."""
 _LEAST_GAIN, _GAIN_BY_SEQUENCE = 1.03, 0.02
 """Expected gain below which nothing is guessed, and what each sequence adds to that. It pays for what the seconds leave
 out: new rows are made ready, and each token is chosen by itself."""
@@ -28,9 +27,20 @@ class PassSeconds:
     def __init__(self, latencies: LatencyTable, plan: Iterable[Action]) -> None:
         self._latencies = latencies
         self._counts = Counter(plan)
+        self.may_pay = cache(self._may_pay)
 
     def of(self, num_rows: int) -> float:
         return sum(count * self._latencies.cost(action, num_rows) for action, count in self._counts.items())
+
+    def least_pace(self, num_sequences: int) -> float:
+        """Returns the tokens a second from which on guesses of so many sequences pay."""
+        return (_LEAST_GAIN + _GAIN_BY_SEQUENCE * num_sequences) * num_sequences / self.of(num_sequences)
+
+    def _may_pay(self, num_sequences: int) -> bool:
+        """Returns False if guesses of so many sequences would not even pay if all were right. To ask the constraints of
+        sixteen takes a twentieth of a step."""
+        most = num_sequences * (1 + MOST_GUESSES)
+        return most / self.of(most) > self.least_pace(num_sequences)
 
 
 class Guesses:
@@ -69,7 +79,6 @@ def places_that_pay(wanted: Mapping[int, tuple[Guesses, Sequence[int]]], num_seq
         own, tokens = wanted[place]
         output, num_rows = output + expected[place], num_rows + len(tokens)
         pace = output / own.seconds.of(num_rows)
-        least = (_LEAST_GAIN + _GAIN_BY_SEQUENCE * num_sequences) * num_sequences / own.seconds.of(num_sequences)
-        if pace > max(least, best_pace):
+        if pace > max(own.seconds.least_pace(num_sequences), best_pace):
             best, best_pace = count, pace
     return set(order[:best])

@@ -69,9 +69,9 @@ def test_on_a_fake_cuda_device_the_whole_step_touches_nothing_of_the_hosts() -> 
     device = torch.device("cuda", 0)
     with FakeTensorMode():
         try:
-            torch.empty(1, device=device)
+            torch.empty(2, device=device)[:1]  # torch 2.9 asks the driver for that
         except (AssertionError, RuntimeError):
-            pytest.skip("this build of torch has no CUDA")
+            pytest.skip("this build of torch has no CUDA, or wants a driver for tensors that are not there")
         weights = {name: torch.empty(shape, device=device) for name, shape in tensor_shapes(TINY).items()}
         decoder = make_decoder(
             TINY, weights, (Action.SKIP, Action.FULL), dtype=torch.bfloat16, device=device, context_length=128

@@ -270,6 +270,7 @@ def test_the_guesses_of_many_are_as_many_as_pay_together_the_surest_first() -> N
     assert places_that_pay(wanted, 3) == {1, 2}
     assert places_that_pay(wanted, 8) == set()
     assert places_that_pay({}, 3) == set()
+    assert [own[0].seconds.may_pay(count) for count in (1, 8)] == [True, False]  # in eight rows, in 64
 
 
 def test_the_seconds_of_a_pass_are_those_of_its_plan() -> None:
