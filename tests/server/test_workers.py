@@ -122,9 +122,11 @@ async def test_a_workers_memory_comes_in_huge_pages_unless_the_user_said_how(
     if said is not None:
         monkeypatch.setenv("GLIBC_TUNABLES", said)
     worker = await LocalStarter(FAKE_WORKER).start(print)
-    environment = Path(f"/proc/{worker.pid}/environ").read_bytes().decode().split("\0")
+    async with asyncio.timeout(10):
+        while not (environment := Path(f"/proc/{worker.pid}/environ").read_bytes()):
+            await asyncio.sleep(0.01)  # its program is only being loaded
     await worker.stop()
-    assert f"GLIBC_TUNABLES={said or 'glibc.malloc.hugetlb=1'}" in environment
+    assert f"GLIBC_TUNABLES={said or 'glibc.malloc.hugetlb=1'}" in environment.decode().split("\0")
 
 
 async def run_until_done(server: RunningServer, number: int) -> list[object]:
