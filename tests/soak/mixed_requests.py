@@ -1,5 +1,6 @@
-"""Generates a busy server's requests from a seed: all modes, short and long, sampled and greedy."""
+"""Generates a busy server's requests from a seed: all modes, short and long, sampled and greedy, some with a schema."""
 
+import json
 import random
 
 from dash_api.v1 import common_pb2, generation_pb2
@@ -18,6 +19,12 @@ _LONG_TEXT = (
     "The river rises in the hills to the north and runs for ninety miles through farmland before it reaches the sea. "
     "In spring it floods the meadows beside the old mill, and the road to the village is closed for a week or two. "
 )
+_RECORD = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 20}, "kind_of_answer": {"enum": ["short", "long"]}},
+    "required": ["name", "kind_of_answer"],
+    "additionalProperties": False,
+}
 _SYSTEM = "You are a helpful assistant. Answer in plain words, and briefly, unless you are asked for more. "
 
 
@@ -47,6 +54,8 @@ def mixed_request(rng: random.Random, *, is_tiny: bool = False) -> generation_pb
         parameters.skip.fixed_action = common_pb2.Action.Value(f"ACTION_{rng.choice(('INT4', 'INT8'))}")
     if mode == "ADAPTIVE" and rng.random() < 0.5:
         parameters.skip.compute_budget = 0.95 if is_tiny else rng.choice((0.6, 0.8, 0.95))
+    if rng.random() < 0.15:
+        parameters.constraint.json_schema = json.dumps(_RECORD)
     parameters.output.return_decisions = rng.random() < 0.3
     if rng.random() < 0.2:
         parameters.output.logprobs = 3
