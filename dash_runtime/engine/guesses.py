@@ -1,9 +1,9 @@
 """Guesses: tokens that a pass runs beside a sequence's last one, because its output likely goes on with them.
 
 A row of such a pass has the bits that it has alone, and each token is chosen from the row before it as ever. So the
-output stays what it was: a right guess saves a pass, and a wrong one costs its row. A constraint says what it forces,
-but the model may still split that into other tokens: jump-forward decoding (SGLang, Zheng et al. 2024) does not ask it.
-Knows tokens, counts and seconds; knows no sequences and no passes.
+output of a plan stays what it was: a right guess saves a pass, and a wrong one costs its row. A constraint says what it
+forces. The model may still split that into other tokens, and is asked, as it is not by jump-forward decoding (SGLang,
+Zheng et al. 2024). Knows tokens, counts and seconds; knows no sequences and no passes.
 """
 
 from collections import Counter
