@@ -161,7 +161,7 @@ class Engine:
             sequence = Sequence(
                 *(request, assignment, cache, self._decoder.num_layers, waiting.since),
                 *(self.facts.eos_token_ids, self._config.record_steps, waiting.constraint),
-                pass_seconds(assignment, self._planner),
+                None if waiting.constraint is None else pass_seconds(assignment, self._planner),
             )
             self._running[request.request_id] = sequence
             events.append(sequence.granted())
