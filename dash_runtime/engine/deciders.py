@@ -4,6 +4,7 @@ Knows sequences and their policies; runs nothing.
 """
 
 from collections.abc import Sequence as Several
+from itertools import accumulate
 from operator import is_
 
 from dash_runtime.actions import Action
@@ -39,7 +40,7 @@ class DecodingRows:
         self._sequences, self._assignments, self._lengths = sequences, assignments, lengths
         self._places = [place for place, length in enumerate(lengths) for _ in range(length)]
         """Each row's sequence."""
-        self.firsts = [self._places.index(place) for place in range(len(sequences))]
+        self.firsts = list(accumulate(lengths[:-1], initial=0))
         """Each sequence's first row."""
         self._pool = sequences[0].cache.pool
         self._num_moves = self._pool.num_moves
@@ -97,7 +98,7 @@ class DecodingRows:
 def unasked(assignment: Assignment) -> Policy | None:
     """Returns the plan that rows of an assignment run where its policy is not asked; None if it has to be."""
     policy = assignment.policy
-    if len(policy.pinned) == assignment.costs.num_layers:
+    if assignment.is_planned:
         return policy
     return policy.unasked(assignment.price) if isinstance(policy, LearnedPolicy) else None
 
@@ -117,10 +118,11 @@ def next_guesses(sequences: Several[Sequence]) -> list[list[int]]:
     if len(sequences) == 1 and sequences[0].is_drafting:
         return [sequences[0].guess_beside_draft()]
     nothing: list[list[int]] = [[] for _ in sequences]
-    if not any(own.guesses is not None and own.guesses.seconds.may_pay(len(sequences)) for own in sequences):
-        return nothing
+    one = next((own.guesses for own in sequences if own.guesses is not None), None)
     policy = sequences[0].assignment.policy
-    if any(own.assignment.policy is not policy or own.speculation is not None for own in sequences):
+    if one is None or any(own.assignment.policy is not policy or own.speculation is not None for own in sequences):
+        return nothing
+    if not one.seconds.may_pay(len(sequences)):
         return nothing
     wanted = {
         place: (own.guesses, tokens)

@@ -222,7 +222,7 @@ class Engine:
             policy, plan, decider = assignment.policy, output.plans[row], rows.decider_of[row]
             recorded = output, row, decider, started_ns
             num_evaluations = decider.num_evaluations
-            own_exposed_ns = exposed_ns if len(policy.pinned) < self._decoder.num_layers else 0
+            own_exposed_ns = 0 if assignment.is_planned else exposed_ns
             if sequence.is_drafting:
                 cost = sequence.log.add_draft_token(plan, policy.head, num_evaluations, own_exposed_ns)
                 if beside:

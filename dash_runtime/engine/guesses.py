@@ -8,14 +8,13 @@ Zheng et al. 2024). Knows tokens, counts and seconds; knows no sequences and no 
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 
 from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.engine.speculative import ForcedText
 from dash_runtime.policy.draft_length import FORCED_MATCH, DraftLength
 
 MOST_GUESSES = 7
-"""Of a sequence: kernels take rows in groups of up to eight, and a head in INT4 is for up to ten."""
+"""The most guesses of a sequence: kernels take rows in groups of up to eight, and a head in INT4 is for up to ten."""
 _LEAST_GAIN, _GAIN_BY_SEQUENCE = 1.03, 0.02
 """Expected gain below which nothing is guessed, and what each sequence adds to that. It pays for what the seconds leave
 out: new rows are made ready, and each token is chosen by itself."""
@@ -27,7 +26,6 @@ class PassSeconds:
     def __init__(self, latencies: LatencyTable, plan: Iterable[Action]) -> None:
         self._latencies = latencies
         self._counts = Counter(plan)
-        self.may_pay = cache(self._may_pay)
 
     def of(self, num_rows: int) -> float:
         return sum(count * self._latencies.cost(action, num_rows) for action, count in self._counts.items())
@@ -36,7 +34,7 @@ class PassSeconds:
         """Returns the tokens a second from which on guesses of so many sequences pay."""
         return (_LEAST_GAIN + _GAIN_BY_SEQUENCE * num_sequences) * num_sequences / self.of(num_sequences)
 
-    def _may_pay(self, num_sequences: int) -> bool:
+    def may_pay(self, num_sequences: int) -> bool:
         """Returns False if guesses of so many sequences would not even pay if all were right. To ask the constraints of
         sixteen takes a twentieth of a step."""
         most = num_sequences * (1 + MOST_GUESSES)
@@ -72,13 +70,15 @@ class Guesses:
 def places_that_pay(wanted: Mapping[int, tuple[Guesses, Sequence[int]]], num_sequences: int) -> set[int]:
     """Returns the places of the guesses with which a pass over a row of each of so many sequences, all of one plan,
     puts out most in its time; none if that is hardly more than without any."""
+    if not wanted:
+        return set()
+    seconds = next(iter(wanted.values()))[0].seconds
     expected = {place: own.expected(len(tokens)) for place, (own, tokens) in wanted.items()}
     order = sorted(wanted, key=lambda place: -expected[place] / len(wanted[place][1]))
-    output, num_rows, best, best_pace = float(num_sequences), num_sequences, 0, 0.0
+    output, num_rows = float(num_sequences), num_sequences
+    best, best_pace = 0, seconds.least_pace(num_sequences)
     for count, place in enumerate(order, start=1):
-        own, tokens = wanted[place]
-        output, num_rows = output + expected[place], num_rows + len(tokens)
-        pace = output / own.seconds.of(num_rows)
-        if pace > max(own.seconds.least_pace(num_sequences), best_pace):
+        output, num_rows = output + expected[place], num_rows + len(wanted[place][1])
+        if (pace := output / seconds.of(num_rows)) > best_pace:
             best, best_pace = count, pace
     return set(order[:best])

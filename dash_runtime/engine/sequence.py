@@ -148,8 +148,8 @@ class Sequence:
 
         Only for a plan that is the same for every token: a policy would have to know the token first.
         """
-        is_planned = len(self.assignment.policy.pinned) == self.assignment.costs.num_layers
-        guess = self.speculation.guess() if self.speculation is not None and is_planned else None
+        drafts = self.speculation
+        guess = drafts.guess() if drafts is not None and self.assignment.is_planned else None
         return [] if guess is None else [guess]
 
     def draft(

@@ -113,12 +113,11 @@ class TraceRecorder:
         if not self._max_steps:
             return None
         policy, costs = self._assignment.policy, self._assignment.costs
-        is_asked = len(policy.pinned) < costs.num_layers
         return DecisionTrace(
             request_id=request_id,
             policy=policy.name,
             compute_budget=self._assignment.compute_budget,
-            price=self._assignment.price if is_asked and policy.score_actions else None,
+            price=None if self._assignment.is_planned or not policy.score_actions else self._assignment.price,
             num_layers=costs.num_layers,
             pinned_layers=sorted(policy.pinned),
             score_actions=list(policy.score_actions),

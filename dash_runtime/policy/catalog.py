@@ -58,6 +58,11 @@ class Assignment:
     nobody knows."""
 
     @property
+    def is_planned(self) -> bool:
+        """True if the policy decides nothing: its plan is the same for every token."""
+        return len(self.policy.pinned) == self.costs.num_layers
+
+    @property
     def state_costs(self) -> CostTable:
         """The table by which the policy is told the cost spent: a learned one's own."""
         return self.policy.costs if isinstance(self.policy, LearnedPolicy) else self.costs

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.rows.library import RowsLibrary, load_rows
 from dash_runtime.startup.measure_costs import measure_costs
 from tests.runtime.compiled_model import CompiledModel, save_compiled_model
+from tests.runtime.planned_engine import EOS
+from tests.tiny_models import VOCAB_SIZE, save_byte_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +41,20 @@ def compiled_model(
     model.cache_folder.mkdir()
     (model.cache_folder / "native").symlink_to(rows_folder)
     return model
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a tokenizer whose tokens are bytes."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_byte_tokenizer(folder)
+    return folder / "tokenizer.json"
+
+
+@pytest.fixture(scope="session")
+def compiler(byte_tokenizer_file: Path) -> ConstraintCompiler:
+    """Compiles constraints for it."""
+    return ConstraintCompiler(byte_tokenizer_file, VOCAB_SIZE, {EOS})
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from dash_runtime.actions import Action, CostTable
-from dash_runtime.config import EngineConfig
+from dash_runtime.config import EngineConfig, Mode, SkipOptions
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.engine.engine import Engine
@@ -16,6 +16,14 @@ from dash_runtime.startup.build import assemble_engine
 from tests.runtime.support import some_affine
 
 ACTIONS = (Action.SKIP, Action.FULL)
+EOS = 256
+"""The end of a sequence for the tokenizer whose tokens are bytes."""
+MODES = {
+    "full": SkipOptions(Mode.FULL_DEPTH),
+    "exact": SkipOptions(Mode.EXACT, compute_budget=0.8),
+    "adaptive": SkipOptions(Mode.ADAPTIVE, compute_budget=0.8),
+    "fixed": SkipOptions(Mode.FIXED, fixed_action=Action.SKIP),
+}
 COSTS = CostTable.from_seconds(6, {Action.SKIP: 0.1, Action.FULL: 1.0}, {Action.FULL: 2.0}, 0.2)
 PLANS = named(
     [

@@ -14,7 +14,7 @@ from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Affine, Compensation, Identity, LowRank, PackedLowRank, Scale
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.layers.narrow_head import HeadMap
-from dash_runtime.layers.pass_plan import PassPlan
+from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.linears.dense_linear import FullLinear, make_full_linear, most_rows_apart, packed_words
 from dash_runtime.rows.library import RowsLibrary
 from tests.runtime.compiled_model import MAX_DIVERGENCE, SIZES, assert_same_cache, divergence, native_decoder
@@ -229,6 +229,19 @@ def folder_with_native_head(folder: Path) -> Path:
     return save_tiny_model(folder, "llama", **SIZES | {"vocab_size": 320})
 
 
+def pass_with_heads(
+    decoder: Decoder, action: Action, precision: Action, num_rows: int, *, wants_logits: bool = True
+) -> PassRun:
+    """Runs a row of each of so many sequences, with one action and this precision of the head."""
+    caches = prefilled_together(decoder, [[3 + row] for row in range(num_rows)])
+    batch = decoder.batch(PassKind.DECODE, caches, [1] * num_rows, [Identity()] * num_rows)
+    plan = [(dict.fromkeys(range(decoder.num_layers), action), None)]
+    own = PassPlan(plan, [precision] * num_rows, wants_logits=wants_logits)
+    run = decoder.run_pass(own, list(range(num_rows)), batch)
+    assert run is not None
+    return run
+
+
 @torch.inference_mode()
 def test_many_rows_take_the_head_in_full_only_if_they_may_share_products(
     tmp_path: Path, rows_library: RowsLibrary
@@ -236,14 +249,8 @@ def test_many_rows_take_the_head_in_full_only_if_they_may_share_products(
     folder = folder_with_native_head(tmp_path)
     for shares_products, num_rows in ((True, 17), (True, 16), (False, 17)):
         decoder = native_decoder(folder, rows_library, shares_products=shares_products)
-        caches = prefilled_together(decoder, [[3 + row] for row in range(num_rows)])
-        plan = [(dict.fromkeys(range(decoder.num_layers), Action.FULL), None)]
-        logits: list[Tensor] = []
-        for heads in ([Action.INT8] * num_rows, [Action.FULL] * num_rows):
-            batch = decoder.batch(PassKind.DECODE, caches, [1] * num_rows, [Identity()] * num_rows)
-            run = decoder.run_pass(PassPlan(plan, heads), list(range(num_rows)), batch)
-            assert run is not None
-            logits.append(run.logits)
+        precisions = Action.INT8, Action.FULL
+        logits = [pass_with_heads(decoder, Action.FULL, own, num_rows).logits for own in precisions]
         assert torch.equal(*logits) is (shares_products and num_rows > 16)
 
 
@@ -255,22 +262,15 @@ def test_many_rows_take_no_rough_head_if_they_may_share_products(
     folder = folder_with_native_head(tmp_path)
     for shares_products, num_rows in ((True, 11), (True, 10), (False, 11)):
         decoder = native_decoder(folder, rows_library, shares_products=shares_products)
-        caches = prefilled_together(decoder, [[3 + row] for row in range(num_rows)])
-        plan = [(dict.fromkeys(range(decoder.num_layers), Action.INT4), None)]
-        logits: list[Tensor] = []
-        for precision in (Action.INT4, Action.INT8):
-            batch = decoder.batch(PassKind.DECODE, caches, [1] * num_rows, [Identity()] * num_rows)
-            own = PassPlan(plan, [precision] * num_rows, wants_logits=wants_logits)
-            run = decoder.run_pass(own, list(range(num_rows)), batch)
-            assert run is not None
-            if run.logits is None:
-                assert not wants_logits
-                break
-            logits.append(run.logits)
+        rough, exact = (
+            pass_with_heads(decoder, Action.INT4, own, num_rows, wants_logits=wants_logits).logits
+            for own in (Action.INT4, Action.INT8)
+        )
+        is_shared = shares_products and num_rows > 10
         if wants_logits:
-            assert torch.equal(*logits) is (shares_products and num_rows > 10)
+            assert torch.equal(rough, exact) is is_shared
         else:
-            assert (not logits) is (shares_products and num_rows > 10)
+            assert (rough is None) is is_shared
 
 
 @torch.inference_mode()
@@ -280,16 +280,9 @@ def test_more_rows_than_a_narrow_head_is_for_take_the_int4_head_only_if_they_may
     folder, size = save_tiny_model(tmp_path, "llama", **SIZES), SIZES["hidden_size"]
     narrow = torch.eye(size)[:32]
     head_map = HeadMap(narrow, narrow.T, torch.zeros(SIZES["vocab_size"]))
-    plan = [(dict.fromkeys(range(6), Action.INT4), None)]
     for shares_products in (True, False):
         decoder = native_decoder(folder, rows_library, shares_products=shares_products, head_map=head_map)
-        caches = prefilled_together(decoder, [[3], [4]])
-        logits: list[Tensor] = []
-        for heads in ([Action.SKIP] * 2, [Action.INT4] * 2):
-            batch = decoder.batch(PassKind.DECODE, caches, [1] * 2, [Identity()] * 2)
-            run = decoder.run_pass(PassPlan(plan, heads), [5, 6], batch)
-            assert run is not None
-            logits.append(run.logits)
+        logits = [pass_with_heads(decoder, Action.INT4, own, 2).logits for own in (Action.SKIP, Action.INT4)]
         assert torch.equal(*logits) is shares_products
 
 

@@ -10,10 +10,8 @@ import pytest
 import torch
 from llguidance import LLParserLimits
 
-from dash_runtime.actions import Action
 from dash_runtime.config import (
     GenerationRequest,
-    Mode,
     SamplingParameters,
     SkipOptions,
     StoppingParameters,
@@ -24,18 +22,11 @@ from dash_runtime.engine.constraints import ConstraintCompiler, TextConstraint
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import EndReason, EngineEvent, RequestRefused, SequenceFinished
-from tests.runtime.planned_engine import ACTIONS, make_engine
+from tests.runtime.planned_engine import ACTIONS, EOS, MODES, make_engine
 from tests.runtime.support import drain, finished, load_decoder, tokens
-from tests.tiny_models import VOCAB_SIZE, save_byte_tokenizer
+from tests.tiny_models import VOCAB_SIZE
 
-EOS = 256
-FULL, EXACT = SkipOptions(Mode.FULL_DEPTH), SkipOptions(Mode.EXACT, compute_budget=0.8)
-MODES = {
-    "full": FULL,
-    "exact": EXACT,
-    "adaptive": SkipOptions(Mode.ADAPTIVE, compute_budget=0.8),
-    "fixed": SkipOptions(Mode.FIXED, fixed_action=Action.SKIP),
-}
+FULL, EXACT = MODES["full"], MODES["exact"]
 PERSON = {
     "type": "object",
     "properties": {
@@ -55,18 +46,6 @@ SUM = Constraint(ConstraintKind.LARK_GRAMMAR, 'start: NUMBER ("+" NUMBER){1,2}\n
 @pytest.fixture(scope="module")
 def decoder(tiny_folder: Path) -> Decoder:
     return load_decoder(tiny_folder, torch.float32, ACTIONS)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_byte_tokenizer(folder)
-    return folder / "tokenizer.json"
-
-
-@pytest.fixture(scope="module")
-def compiler(tokenizer_file: Path) -> ConstraintCompiler:
-    return ConstraintCompiler(tokenizer_file, VOCAB_SIZE, {EOS})
 
 
 def constrained_engine(decoder: Decoder, compiler: ConstraintCompiler | None) -> Engine:
@@ -277,9 +256,9 @@ def test_a_schema_made_to_explode_costs_little_time(compiler: ConstraintCompiler
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_constraint_that_grows_too_complex_ends_its_own_request_and_no_other(
-    decoder: Decoder, tokenizer_file: Path, mode: str
+    decoder: Decoder, byte_tokenizer_file: Path, mode: str
 ) -> None:
-    compiler = ConstraintCompiler(tokenizer_file, VOCAB_SIZE, {EOS}, LLParserLimits(max_lexer_states=40))
+    compiler = ConstraintCompiler(byte_tokenizer_file, VOCAB_SIZE, {EOS}, LLParserLimits(max_lexer_states=40))
     engine = constrained_engine(decoder, compiler)
     explosive = Constraint(ConstraintKind.REGEX, "[ab]*(a[ab]{9}){5}")
     events = run(engine, request("bad", explosive, MODES[mode]), request("good", DATE, MODES[mode]))

@@ -29,33 +29,18 @@ from dash_runtime.policy.policy_file import load_policy
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.startup.build import assemble_engine
 from tests.runtime.compiled_model import BUDGETS, CompiledModel, native_decoder
-from tests.runtime.planned_engine import ACTIONS, make_engine
+from tests.runtime.planned_engine import ACTIONS, EOS, MODES, make_engine
 from tests.runtime.random_policy import NAME
 from tests.runtime.support import ALL_ACTIONS, CPU, finished, load_decoder, some_affine, some_costs, tokens
-from tests.tiny_models import VOCAB_SIZE, save_byte_tokenizer
 
-EOS = 256
 CHEAP = GroupPlanner(LatencyTable((1, 8), {Action.SKIP: (0.1, 0.1), Action.FULL: (1.0, 1.2)}))
 DEAR = GroupPlanner(LatencyTable((1, 8), {Action.SKIP: (0.1, 0.8), Action.FULL: (1.0, 8.0)}))
-MODES = {
-    "full": SkipOptions(Mode.FULL_DEPTH),
-    "adaptive": SkipOptions(Mode.ADAPTIVE, compute_budget=0.8),
-    "fixed": SkipOptions(Mode.FIXED, fixed_action=Action.SKIP),
-    "exact": SkipOptions(Mode.EXACT, compute_budget=0.8),
-}
 FORCED = Constraint(ConstraintKind.REGEX, "(alpha|omega)-[0-9]{2}-constant-[a-f]{2}-text")
 
 
 @pytest.fixture(scope="module")
 def decoder(tiny_folder: Path) -> Decoder:
     return load_decoder(tiny_folder, torch.float32, ACTIONS)
-
-
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> ConstraintCompiler:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    save_byte_tokenizer(folder)
-    return ConstraintCompiler(folder / "tokenizer.json", VOCAB_SIZE, {EOS})
 
 
 def request(name: str, mode: str, max_new_tokens: int = 60, **options: object) -> GenerationRequest:
