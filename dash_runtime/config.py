@@ -316,6 +316,9 @@ class EngineConfig:
     group_planner: bool = True
     """True if rows of a batch may be raised to a common action, and share products, where that is faster. If False, a
     request's tokens do not depend on its neighbours."""
+    prompt_lookup: bool = True
+    """True if passes of a plan may run what likely follows beside a token, because the text had its last tokens
+    before. It takes the group planner, and code that runs more rows in little more time."""
     record_steps: int = 0
     """Number of decode steps, from the first of each request, whose decisions and times are recorded."""
     burst_milliseconds: float = MOST_BURST_MILLISECONDS

@@ -18,10 +18,10 @@ from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.embedding import Embedding
 from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.kv_cache import CachePool, SequenceCache
-from dash_runtime.layers.pass_plan import PassPlan, PassRun, WantedBurst
+from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.layers.rotary import rotary_tables
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.rows.burst import Burst
+from dash_runtime.rows.burst import Burst, WantedBurst
 from dash_runtime.rows.draws import DrawTokens
 
 Backends = Mapping[PassKind, Sequence[Backend]]
@@ -160,9 +160,11 @@ class Decoder:
         """Runs a pass from tokens to logits at once; see `Backend`."""
         return self.backends[batch.kind][0].run_pass(plan, token_ids, batch)
 
-    def run_burst(self, plan: PassPlan, wanted: WantedBurst, batch: Batch) -> Burst | None:
+    def run_burst(
+        self, plan: PassPlan, wanted: WantedBurst, batch: Batch, guessed: PassPlan | None = None
+    ) -> Burst | None:
         """Decodes several tokens of a lone row at once; see `Backend`."""
-        return self.backends[batch.kind][0].run_burst(plan, wanted, batch)
+        return self.backends[batch.kind][0].run_burst(plan, wanted, batch, guessed)
 
     @property
     def draw(self) -> DrawTokens | None:

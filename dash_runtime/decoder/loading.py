@@ -94,7 +94,7 @@ def make_decoder(
     for precision in actions:
         if precision is Action.SKIP:
             continue
-        compiled = None if native is None else native.head(precision, head, full, final_norm, multiplier, loudest)
+        compiled = None if native is None else native.heads.make(precision, head, full, final_norm, multiplier, loudest)
         if compiled is not None:
             by_precision[precision] = wide_heads[precision] = compiled
             continue
@@ -108,7 +108,7 @@ def make_decoder(
         by_precision[precision] = eager_head(linear, final_norm, multiplier)
         wide_heads[precision] = eager_head(for_many_rows(linear), final_norm, multiplier)
     if head_map is not None and is_packable(*head.shape):
-        make_narrow = narrow_head if native is None else native.narrow_head
+        make_narrow = narrow_head if native is None else native.heads.narrow
         by_precision[Action.SKIP] = wide_heads[Action.SKIP] = make_narrow(head, head_map, final_norm, multiplier)
 
     heads = Heads(by_precision)

@@ -4,20 +4,25 @@ Knows sequences and their policies; runs nothing.
 """
 
 from collections.abc import Sequence as Several
+from functools import cached_property, partial
 from itertools import accumulate
 from operator import is_
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.fused_decider import FusedDecider
-from dash_runtime.engine.guesses import PassSeconds, places_that_pay
+from dash_runtime.engine.guesses import PassSeconds
 from dash_runtime.engine.planner import GroupPlanner, Planner
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.engine.step import Decider, pass_plan
 from dash_runtime.layers.batch import PassKind
+from dash_runtime.layers.pass_plan import PassPlan
 from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy import Policy, Token
+
+_MOST_RECENT = 8
+"""Steps that are kept: one for each number of guesses of a lone sequence."""
 
 
 class DecodingRows:
@@ -37,7 +42,7 @@ class DecodingRows:
         lengths: Several[int],
         planner: Planner | None,
     ) -> None:
-        self._sequences, self._assignments, self._lengths = sequences, assignments, lengths
+        self._sequences, self._assignments = sequences, assignments
         self._places = [place for place, length in enumerate(lengths) for _ in range(length)]
         """Each row's sequence."""
         self.firsts = list(accumulate(lengths[:-1], initial=0))
@@ -59,10 +64,21 @@ class DecodingRows:
         self.token_seconds: float | None = None
         """Seconds that the last step took for a token of each row; None before the first."""
 
-    def are_of(self, sequences: Several[Sequence], assignments: Several[Assignment], lengths: Several[int]) -> bool:
-        """Returns True if these rows are still the same, and lie where they lay."""
+    @cached_property
+    def plan_of_guesses(self) -> PassPlan | None:
+        """The plan of a lone sequence's passes with guesses."""
+        if self.deciders[0].is_blind:
+            return self.plan
+        assignment = self._assignments[0]
+        policy = unasked(assignment)
+        assert policy is not None
+        decider = Decider(policy, [0], self._tokens([0]), assignment.state_costs, 1)
+        return pass_plan([decider], None, self._sequences[0].wants_logits)
+
+    def are_of(self, sequences: Several[Sequence], assignments: Several[Assignment]) -> bool:
+        """Returns True if these sequences are still the same, and lie where they lay."""
         return (
-            lengths == self._lengths
+            len(sequences) == len(self._sequences)
             and self._num_moves == self._pool.num_moves
             and all(map(is_, sequences, self._sequences))
             and all(map(is_, assignments, self._assignments))
@@ -95,6 +111,31 @@ class DecodingRows:
         return deciders
 
 
+class RecentRows:
+    """The rows of recent steps, which the next one may have again."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._by_lengths: dict[tuple[int, ...], DecodingRows] = {}
+
+    def next(
+        self,
+        sequences: Several[Sequence],
+        assignments: Several[Assignment],
+        lengths: Several[int],
+        planner: Planner | None,
+    ) -> DecodingRows:
+        """Returns the rows of the next step (`DecodingRows`)."""
+        rows = self._by_lengths.get(key := tuple(lengths))
+        if rows is not None and rows.are_of(sequences, assignments):
+            rows.move_on()
+            return rows
+        if rows is not None or len(self._by_lengths) == _MOST_RECENT:
+            self._by_lengths.clear()
+        self._by_lengths[key] = own = DecodingRows(self._decoder, sequences, assignments, lengths, planner)
+        return own
+
+
 def unasked(assignment: Assignment) -> Policy | None:
     """Returns the plan that rows of an assignment run where its policy is not asked; None if it has to be."""
     policy = assignment.policy
@@ -109,12 +150,16 @@ def pass_seconds(assignment: Assignment, planner: Planner | None) -> PassSeconds
     plan = unasked(assignment)
     if plan is None or not isinstance(planner, GroupPlanner):
         return None
-    return PassSeconds(planner.latencies, plan.pinned.values())
+    policy, plans = assignment.policy, (planner.latencies, plan.pinned.values())
+    beside = assignment.costs.token_cost((), policy.head) * _token_seconds(assignment, planner)
+    if assignment.is_planned or not isinstance(policy, LearnedPolicy):
+        return PassSeconds(*plans, beside)
+    return PassSeconds(*plans, beside, partial(_seconds_saved, policy, assignment.price, planner))
 
 
 def next_guesses(sequences: Several[Sequence]) -> list[list[int]]:
     """Returns the tokens that are worth running beside each sequence's last one in their next pass: that of a lone
-    draft, or what constraints force where all sequences run one plan."""
+    draft, or what constraints force and what the text had before, where all sequences run one plan."""
     if len(sequences) == 1 and sequences[0].is_drafting:
         return [sequences[0].guess_beside_draft()]
     nothing: list[list[int]] = [[] for _ in sequences]
@@ -124,13 +169,15 @@ def next_guesses(sequences: Several[Sequence]) -> list[list[int]]:
         return nothing
     if not one.seconds.may_pay(len(sequences)):
         return nothing
+    if len(sequences) == 1:
+        return [one.wanted_alone(sequences[0].output_ids, sequences[0].num_tokens_left)]
     wanted = {
-        place: (own.guesses, tokens)
+        place: own.guesses.wanted(own.output_ids, own.num_tokens_left)
         for place, own in enumerate(sequences)
-        if own.guesses is not None and (tokens := own.guesses.wanted(own.num_tokens_left))
+        if own.guesses is not None
     }
-    chosen = places_that_pay(wanted, len(sequences))
-    return [wanted[place][1] if place in chosen else [] for place in range(len(sequences))]
+    numbers = one.seconds.numbers_that_pay({place: own.chances for place, own in wanted.items()}, len(sequences))
+    return [wanted[place].token_ids[: numbers[place]] if place in wanted else [] for place in range(len(sequences))]
 
 
 def _asked(assignment: Assignment, num_rows: int, planner: Planner | None) -> Policy:
@@ -143,8 +190,20 @@ def _asked(assignment: Assignment, num_rows: int, planner: Planner | None) -> Po
     if Action.SKIP not in policy.spec.actions or not policy.spec.free_layers:
         return policy
     unasked, costs = policy.unasked(assignment.price), assignment.costs
-    usual, share = unasked.plan[policy.spec.free_layers[0]], policy.skip_share(assignment.price)
-    saved = len(policy.spec.free_layers) * planner.seconds_saved(usual, num_rows, share)
-    token_seconds = planner.latencies.cost(Action.FULL, 1) / costs.layer[Action.FULL]
-    asking = num_rows * policy.num_evaluations * costs.evaluation * token_seconds
+    saved = _seconds_saved(policy, assignment.price, planner, num_rows)
+    asking = num_rows * policy.num_evaluations * costs.evaluation * _token_seconds(assignment, planner)
     return policy if saved >= asking else unasked
+
+
+def _seconds_saved(policy: LearnedPolicy, price: float, planner: GroupPlanner, num_rows: int) -> float:
+    """Returns the seconds that the policy's skips can be expected to save so many rows, beside what they run where it
+    is not asked."""
+    if Action.SKIP not in policy.spec.actions or not policy.spec.free_layers:
+        return 0.0
+    usual, share = policy.unasked(price).plan[policy.spec.free_layers[0]], policy.skip_share(price)
+    return len(policy.spec.free_layers) * planner.seconds_saved(usual, num_rows, share)
+
+
+def _token_seconds(assignment: Assignment, planner: GroupPlanner) -> float:
+    """Returns the seconds of a full-depth token, the unit of the costs."""
+    return planner.latencies.cost(Action.FULL, 1) / assignment.costs.layer[Action.FULL]

@@ -18,7 +18,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.devices.step_timer import CudaStepTimer
 from dash_runtime.engine.bursts import Bursts
 from dash_runtime.engine.constraints import ConstraintCompiler
-from dash_runtime.engine.deciders import DecodingRows, next_guesses, pass_seconds
+from dash_runtime.engine.deciders import RecentRows, next_guesses, pass_seconds
 from dash_runtime.engine.device_times import settle_decisions
 from dash_runtime.engine.draft_rounds import DraftRounds
 from dash_runtime.engine.lanes import Lane
@@ -32,7 +32,7 @@ from dash_runtime.engine.waiting_line import WaitingLine
 from dash_runtime.events import EndReason, EngineEvent
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.kv_cache import CachePool
-from dash_runtime.policy.catalog import Catalog
+from dash_runtime.policy.catalog import Assignment, Catalog
 from dash_runtime.policy.draft_costs import RoundCosts
 from dash_runtime.policy.policy import Policy
 
@@ -72,7 +72,7 @@ class Engine:
         self._waiting = WaitingLine(constraints)
         self._running: dict[str, Sequence] = {}
         self._rounds = DraftRounds(round_costs, config.group_planner)
-        self._decoding_rows: DecodingRows | None = None
+        self._recent_rows = RecentRows(decoder)
         self.bursts = Bursts(decoder, config.burst_milliseconds / 1e3)
         self.on_progress: Callable[[], None] = lambda: None
         """Called between the layers of a pass over many tokens, which may take seconds."""
@@ -157,11 +157,12 @@ class Engine:
         while len(self._running) < self._config.num_slots and (entry := self._waiting.next(self._pool.reserve)):
             waiting, cache = entry
             request = waiting.request
-            assignment = self._catalog.assign(request.skip)
+            assignment, looks_up = self._catalog.assign(request.skip), self._config.prompt_lookup
             sequence = Sequence(
                 *(request, assignment, cache, self._decoder.num_layers, waiting.since),
                 *(self.facts.eos_token_ids, self._config.record_steps, waiting.constraint),
-                None if waiting.constraint is None else pass_seconds(assignment, self._planner),
+                pass_seconds(assignment, self._planner) if looks_up or waiting.constraint is not None else None,
+                looks_up,
             )
             self._running[request.request_id] = sequence
             events.append(sequence.granted())
@@ -188,19 +189,13 @@ class Engine:
 
     def _decode(self, sequences: list[Sequence], events: Events) -> None:
         assignments = [sequence.decider_assignment(self._catalog.full_depth) for sequence in sequences]
-        guesses = next_guesses(sequences) if self._config.group_planner else [[]] * len(sequences)
-        token_ids, lengths = list[int](), list[int]()
-        for sequence, own_guesses in zip(sequences, guesses, strict=True):
-            token_ids += [sequence.last_token_id, *own_guesses]
-            lengths.append(1 + len(own_guesses))
-        planner = self._planner if len(sequences) > 1 else None  # a single row has none to agree with
-        rows = self._decoding_rows
-        if rows is not None and rows.are_of(sequences, assignments, lengths):
-            rows.move_on()
-        else:
-            rows = self._decoding_rows = DecodingRows(self._decoder, sequences, assignments, lengths, planner)
-        if len(self._running) == 1 and not self._waiting and self._decode_burst(sequences[0], rows, events):
+        if len(self._running) == 1 and not self._waiting and self._decode_burst(sequences[0], assignments[0], events):
             return
+        guesses = next_guesses(sequences) if self._config.group_planner else [[]] * len(sequences)
+        token_ids = [one for own, more in zip(sequences, guesses, strict=True) for one in (own.last_token_id, *more)]
+        lengths = [1 + len(more) for more in guesses]
+        planner = self._planner if len(sequences) > 1 else None  # a single row has none to agree with
+        rows = self._recent_rows.next(sequences, assignments, lengths, planner)
         deciders = rows.deciders
         exposed_before, started_ns = self._lane.exposed_ns, time.perf_counter_ns()
         is_recorded = any(sequence.recorder.has_room for sequence in sequences)
@@ -239,8 +234,6 @@ class Engine:
                 continue
             if sequence.speculation is not None:
                 sequence.speculation.decoded()
-            if sequence.guesses is not None:
-                sequence.guesses.checked(0, 0)
             self._count(sequence, decider, plan, own_exposed_ns, sequence.cache.length)
             has_room = sequence.recorder.has_room
             cost = sequence.log.cost_of(plan, policy.head, num_evaluations) if has_room else 0.0
@@ -257,11 +250,9 @@ class Engine:
     ) -> None:
         """Takes the tokens of a pass that ran these guesses beside the last token, as far as they were right. Keys and
         values of wrong ones are dropped."""
-        assert sequence.guesses is not None
         output, first, by, started_ns = recorded
         plan, num_rows = output.plans[first], 1 + len(guesses)
-        num_positions = sequence.cache.length - num_rows
-        cost = sequence.log.add_rows(plan, by.policy.head, num_rows, sequence.guesses.cost(len(guesses)))
+        cost = sequence.count_rows(plan, by.policy.head, num_rows)
         for place in range(num_rows):
             row = first + place
             own = {row: sequence.sampler}, likeliest_ids, output.logits, output.late_logits, self._decoder.draw
@@ -272,19 +263,32 @@ class Engine:
                 return
             if guesses[place : place + 1] != [token_id]:
                 break
-        sequence.guesses.checked(len(guesses), place)
-        sequence.cache.truncate(num_positions + place + 1)
+        sequence.keep_guesses(len(guesses), place)
 
-    def _decode_burst(self, sequence: Sequence, rows: DecodingRows, events: Events) -> bool:
+    def _decode_burst(self, sequence: Sequence, assignment: Assignment, events: Events) -> bool:
         """Decodes several tokens of a sequence that runs alone; returns False if that cannot be now."""
+        if not self.bursts.may_have(sequence):
+            return False
+        rows = self._recent_rows.next([sequence], [assignment], [1], None)
         num_positions, decider = sequence.cache.length, rows.deciders[0]
         if (burst := self.bursts.decode(rows, sequence)) is None:
             return False
-        head, num_evaluations = decider.policy.head, decider.num_evaluations
-        sequence.recorder.add_burst(burst, lambda plan: sequence.log.cost_of(plan, head, num_evaluations))
-        for token_id, plan in zip(burst.token_ids, burst.plans, strict=True):
+        head, num_evaluations, has_room = decider.policy.head, decider.num_evaluations, sequence.recorder.has_room
+        costs = list[float]()
+        for plan, num_rows in zip(burst.plans, burst.num_rows, strict=True):
+            if num_rows > 1:
+                costs.append(sequence.count_rows(plan, head, num_rows))
+            else:
+                costs.append(sequence.log.cost_of(plan, head, num_evaluations) if num_rows and has_room else 0.0)
+        sequence.recorder.add_burst(burst, costs)
+        if self._step_clock is not None and burst.num_plain < burst.num_tokens:
+            self._step_clock.begin(None)  # its tokens took different times
+        for token_id, plan, num_rows in zip(burst.token_ids, burst.plans, burst.num_rows, strict=True):
             num_positions += 1
-            self._count(sequence, decider, plan, 0, num_positions)
+            if num_rows == 1:
+                self._count(sequence, decider, plan, 0, num_positions)
+            else:
+                sequence.log.append_counted_token(plan)
             self._take(sequence, token_id, None, 0, plan, events)
         return True
 

@@ -3,36 +3,67 @@
 A row of such a pass has the bits that it has alone, and each token is chosen from the row before it as ever. So the
 output of a plan stays what it was: a right guess saves a pass, and a wrong one costs its row. A constraint says what it
 forces. The model may still split that into other tokens, and is asked, as it is not by jump-forward decoding (SGLang,
-Zheng et al. 2024). Knows tokens, counts and seconds; knows no sequences and no passes.
+Zheng et al. 2024). Where nothing is forced, the text may have had the last tokens before (prompt lookup, Saxena 2023).
+Knows tokens, counts and seconds; knows no sequences and no passes.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from operator import mul
+from typing import NamedTuple
 
 from dash_runtime.actions import Action, LatencyTable
-from dash_runtime.engine.speculative import ForcedText
-from dash_runtime.policy.draft_length import FORCED_MATCH, DraftLength
+from dash_runtime.engine.speculative import ForcedText, follow
+from dash_runtime.engine.text_drafts import TextDrafts
+from dash_runtime.policy.draft_length import FORCED_MATCH, MATCHES, DraftLength
+from dash_runtime.rows.burst import WantedGuesses
+from dash_runtime.rows.structs import LONGEST_MATCH, MOST_GUESSES
 
-MOST_GUESSES = 7
-"""The most guesses of a sequence: kernels take rows in groups of up to eight, and a head in INT4 is for up to ten."""
 _LEAST_GAIN, _GAIN_BY_SEQUENCE = 1.03, 0.02
 """Expected gain below which nothing is guessed, and what each sequence adds to that. It pays for what the seconds leave
 out: new rows are made ready, and each token is chosen by itself."""
+_GUESSING_SECONDS = 2e-4
+"""What a pass with guesses takes beside its layers and heads."""
+_TOKENS_OF_A_RULE = 32
+"""Tokens after which it is asked again which guesses of a lone sequence pay."""
 
 
 class PassSeconds:
-    """The seconds that the layers of a pass take whose rows all run one plan."""
+    """The seconds that a pass takes whose rows all run one plan.
 
-    def __init__(self, latencies: LatencyTable, plan: Iterable[Action]) -> None:
+    Args:
+        beside: what all but the layers takes. A head reads its weights once for all rows.
+        saved: the seconds that a pass of so many sequences saves where it has no guesses, by its policy's skips.
+    """
+
+    def __init__(
+        self,
+        latencies: LatencyTable,
+        plan: Iterable[Action],
+        beside: float = 0.0,
+        saved: Callable[[int], float] = lambda num_rows: 0.0,
+    ) -> None:
         self._latencies = latencies
+        self._beside = beside
         self._counts = Counter(plan)
+        self._saved = saved
+        self._least_paces: dict[int, float] = {}
+        self._seconds: dict[int, float] = {}
 
     def of(self, num_rows: int) -> float:
-        return sum(count * self._latencies.cost(action, num_rows) for action, count in self._counts.items())
+        if num_rows not in self._seconds:
+            layers = (count * self._latencies.cost(action, num_rows) for action, count in self._counts.items())
+            self._seconds[num_rows] = self._beside + sum(layers)
+        return self._seconds[num_rows]
 
     def least_pace(self, num_sequences: int) -> float:
         """Returns the tokens a second from which on guesses of so many sequences pay."""
-        return (_LEAST_GAIN + _GAIN_BY_SEQUENCE * num_sequences) * num_sequences / self.of(num_sequences)
+        if num_sequences not in self._least_paces:
+            seconds = self.of(num_sequences) - self._saved(num_sequences)
+            least_gain = _LEAST_GAIN + _GAIN_BY_SEQUENCE * num_sequences
+            self._least_paces[num_sequences] = least_gain * num_sequences / seconds
+        return self._least_paces[num_sequences]
 
     def may_pay(self, num_sequences: int) -> bool:
         """Returns False if guesses of so many sequences would not even pay if all were right. To ask the constraints of
@@ -40,45 +71,113 @@ class PassSeconds:
         most = num_sequences * (1 + MOST_GUESSES)
         return most / self.of(most) > self.least_pace(num_sequences)
 
+    def numbers_that_pay(self, chances: Mapping[int, Sequence[float]], num_sequences: int) -> Counter[int]:
+        """Returns the number of guesses of each place with which a pass over a row of each of so many sequences puts
+        out most in its time; nothing if that is hardly more than without any.
+
+        Args:
+            chances: the probability of each guess that all are right up to this one, by place.
+        """
+        ordered = sorted(((own, place) for place, each in chances.items() for own in each), key=lambda one: -one[0])
+        output, best, best_pace = float(num_sequences), 0, self.least_pace(num_sequences)
+        for count, (chance, _) in enumerate(ordered, start=1):
+            output += chance
+            if (pace := output / (_GUESSING_SECONDS + self.of(num_sequences + count))) > best_pace:
+                best, best_pace = count, pace
+        return Counter(place for _, place in ordered[:best])
+
+
+class Wanted(NamedTuple):
+    """What a sequence may guess, and the probability of each guess that all are right up to it."""
+
+    token_ids: list[int]
+    chances: list[float]
+
 
 class Guesses:
-    """The guesses of one sequence."""
+    """The guesses of one sequence.
 
-    def __init__(self, forced: ForcedText, seconds: PassSeconds) -> None:
+    How many tokens of the text are worth a guess is asked every so many tokens, and no matter how many come together.
+    So what a sequence that runs alone guesses depends on its tokens only.
+
+    Args:
+        prompt: the prompt, where the text may be asked; None: constraints only.
+        num_more: tokens that may follow it.
+    """
+
+    def __init__(
+        self, seconds: PassSeconds, forced: ForcedText | None, prompt: Sequence[int] | None = None, num_more: int = 0
+    ) -> None:
         self.seconds = seconds
         self._forced = forced
+        self._prompt, self._num_more = prompt, num_more
+        self._text: TextDrafts | None = None
+        """Made when it is first asked: among many sequences nobody asks."""
+        self._num_followed = 0
         self._lengths = DraftLength(0.0, {})
+        self._numbers: Sequence[int] = ()
+        """How many tokens of the text a lone sequence guesses, by match."""
+        self._rule_ends = 0
+        """The length of the output from which on that is asked again."""
+        self._matches: Sequence[int] = ()
 
-    def wanted(self, num_tokens_left: int) -> list[int]:
-        """Returns what the next pass may run. It puts out one token more."""
-        room = min(MOST_GUESSES, num_tokens_left - 1)
-        return self._forced.forced(room) if room > 0 else []
+    def wanted(self, output_ids: Sequence[int], num_tokens_left: int) -> Wanted:
+        """Returns what the next pass may run beside other sequences. It puts out one token more."""
+        self._follow(output_ids)
+        return self._wanted(num_tokens_left)
 
-    def expected(self, num_guesses: int) -> float:
-        """Returns how many of so many guesses are expected to be right."""
-        return self._lengths.expected([FORCED_MATCH] * num_guesses) - 1
+    def wanted_alone(self, output_ids: Sequence[int], num_tokens_left: int) -> list[int]:
+        """Returns what the next pass of a lone sequence runs."""
+        token_ids, chances = self.wanted(output_ids, num_tokens_left)
+        numbers = self._rule()
+        if token_ids and self._matches[0] == FORCED_MATCH:
+            return token_ids[: self.seconds.numbers_that_pay({0: chances}, 1)[0]]
+        return token_ids[: numbers[self._matches[0]]] if token_ids else []
+
+    def wanted_in_burst(self, output_ids: Sequence[int], num_tokens_left: int) -> tuple[WantedGuesses | None, int]:
+        """Returns what a burst needs for its guesses, if there may be any; and the tokens until that changes."""
+        self._follow(output_ids)
+        numbers, num_tokens = self._rule(), self._rule_ends - self._num_followed
+        if self._text is None or not any(numbers):
+            return None, num_tokens
+        return WantedGuesses(self._text.memory, self._text.num_tokens, num_tokens_left, numbers), num_tokens
 
     def cost(self, num_guesses: int) -> float:
         """Returns the cost of a pass of this sequence alone with so many guesses, as a multiple of one without."""
         return self.seconds.of(1 + num_guesses) / self.seconds.of(1)
 
     def checked(self, num_guesses: int, num_right: int) -> None:
-        """Counts a pass with guesses, of which the first `num_right` were right; or one without."""
-        self._lengths.verified([FORCED_MATCH] * num_guesses, num_right)
+        """Counts a pass with so many of the wanted guesses, of which the first `num_right` were right."""
+        self._lengths.checked(self._matches[:num_guesses], num_right)
 
+    def _follow(self, output_ids: Sequence[int]) -> None:
+        """Takes in the output since it was last told."""
+        if self._prompt is not None and self._text is None:
+            self._text = TextDrafts(self._prompt, self._num_more)
+        for token_id in output_ids[self._num_followed :]:
+            if self._text is not None:
+                follow(self._text, token_id, self._lengths)
+            self._lengths.put_out(1)
+        self._num_followed = len(output_ids)
 
-def places_that_pay(wanted: Mapping[int, tuple[Guesses, Sequence[int]]], num_sequences: int) -> set[int]:
-    """Returns the places of the guesses with which a pass over a row of each of so many sequences, all of one plan,
-    puts out most in its time; none if that is hardly more than without any."""
-    if not wanted:
-        return set()
-    seconds = next(iter(wanted.values()))[0].seconds
-    expected = {place: own.expected(len(tokens)) for place, (own, tokens) in wanted.items()}
-    order = sorted(wanted, key=lambda place: -expected[place] / len(wanted[place][1]))
-    output, num_rows = float(num_sequences), num_sequences
-    best, best_pace = 0, seconds.least_pace(num_sequences)
-    for count, place in enumerate(order, start=1):
-        output, num_rows = output + expected[place], num_rows + len(wanted[place][1])
-        if (pace := output / seconds.of(num_rows)) > best_pace:
-            best, best_pace = count, pace
-    return set(order[:best])
+    def _wanted(self, num_tokens_left: int) -> Wanted:
+        room = min(MOST_GUESSES, num_tokens_left - 1)
+        token_ids = self._forced.forced(room) if self._forced is not None and room > 0 else []
+        self._matches = [FORCED_MATCH] * len(token_ids)
+        if not token_ids and room > 0 and self._text is not None:
+            token_ids, match = self._text.propose((), room)
+            self._matches = range(match, match + len(token_ids))
+        return Wanted(token_ids, self._chances(self._matches))
+
+    def _rule(self) -> Sequence[int]:
+        if self._num_followed >= self._rule_ends:
+            self._rule_ends = self._num_followed + _TOKENS_OF_A_RULE
+            numbers = [0] * (LONGEST_MATCH + 1)
+            for match, next_match in pairwise((*MATCHES, LONGEST_MATCH + 1)):
+                chances = self._chances(range(match, match + MOST_GUESSES))
+                numbers[match:next_match] = [self.seconds.numbers_that_pay({0: chances}, 1)[0]] * (next_match - match)
+            self._numbers = numbers
+        return self._numbers
+
+    def _chances(self, matches: Iterable[int]) -> list[float]:
+        return list(accumulate(map(self._lengths.acceptance, matches), mul))

@@ -4,6 +4,7 @@ import time
 
 from torch import Tensor
 
+from dash_runtime.actions import Action
 from dash_runtime.config import GenerationRequest, Mode
 from dash_runtime.engine.constraints import TextConstraint
 from dash_runtime.engine.decision_log import DecisionLog
@@ -40,8 +41,10 @@ class Sequence:
         record_steps: int = 0,
         constraint: TextConstraint | None = None,
         pass_seconds: PassSeconds | None = None,
+        looks_up: bool = False,
     ) -> None:
-        """With `pass_seconds` its passes may have guesses, unless it drafts."""
+        """With `pass_seconds` its passes may have guesses, unless it drafts: what the constraint forces and, if it
+        `looks_up`, what its text had before."""
         self.end_token_ids = request.stopping.end_token_ids(eos_token_ids)
         """The tokens that no other may follow."""
         self.request = request
@@ -72,8 +75,9 @@ class Sequence:
             text = TextDrafts(request.prompt_token_ids, room)
             self.speculation = Speculation(self.sampler, lengths, text, constraint)
         self.guesses: Guesses | None = None
-        if constraint is not None and pass_seconds is not None and drafting is None:
-            self.guesses = Guesses(constraint, pass_seconds)
+        if pass_seconds is not None and drafting is None and scored is None:
+            prompt = request.prompt_token_ids if looks_up else None
+            self.guesses = Guesses(pass_seconds, constraint, prompt, request.stopping.max_new_tokens)
         self.recorder = TraceRecorder(assignment, record_steps)
         self.granted_at = time.monotonic()
         self.queue_seconds = self.granted_at - waiting_since
@@ -180,6 +184,17 @@ class Sequence:
         """Returns True if this token, the draft's last one, would be the output's last."""
         assert self.speculation is not None
         return self._end_with(token_id, len(self.output_ids) + len(self.speculation.token_ids)) is not None
+
+    def count_rows(self, plan: bytes, head: Action, num_rows: int) -> float:
+        """Counts a pass with guesses, all rows of which ran this plan; returns its cost."""
+        assert self.guesses is not None
+        return self.log.add_rows(plan, head, num_rows, self.guesses.cost(num_rows - 1))
+
+    def keep_guesses(self, num_guesses: int, num_right: int) -> None:
+        """Counts the guesses of a pass, and drops the keys and values of wrong ones."""
+        assert self.guesses is not None
+        self.guesses.checked(num_guesses, num_right)
+        self.cache.truncate(self.cache.length - (num_guesses - num_right))
 
     @property
     def num_rows_to_verify(self) -> int:

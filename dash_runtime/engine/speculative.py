@@ -93,10 +93,7 @@ class Speculation:
 
     def append(self, token_id: int) -> None:
         """Takes in the next output token."""
-        proposed = self._text.propose((), 1)
-        if proposed.match:
-            self._lengths.followed(proposed.match, proposed.token_ids[0] == token_id)
-        self._text.append(token_id)
+        follow(self._text, token_id, self._lengths)
 
     def wanted(self, num_tokens_left: int, costs: DraftCosts | None) -> WantedDraft:
         """Returns the draft that would gain most at these costs."""
@@ -255,6 +252,14 @@ class Speculation:
         """Returns the weights to replace a rejected token: how much more full depth wants than was proposed."""
         weights = (wanted - proposed).clamp_min(0)
         return weights if weights.any() else wanted  # rounding may leave only zeros
+
+
+def follow(text: DraftSource, token_id: int, lengths: DraftLength) -> None:
+    """Tells a source the next output token, and counts whether it had proposed that one."""
+    proposed = text.propose((), 1)
+    if proposed.match:
+        lengths.followed(proposed.match, proposed.token_ids[0] == token_id)
+    text.append(token_id)
 
 
 def _num_from_text(matches: Sequence[int]) -> int:

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import numpy
 
 from dash_runtime.engine.speculative import Proposal
+from dash_runtime.rows.structs import LONGEST_MATCH
 
-_LONGEST_MATCH = 16
-"""Tokens of a match that are compared. Longer ones say no more, and a text that repeats itself has long ones."""
 _FEW_PLACES = 16
 """Places that are compared one by one; more are compared all at once, which takes a few microseconds however few."""
 
@@ -34,6 +33,15 @@ class TextDrafts:
         """The place and the match that `_find` returned for the text without a draft."""
         for token_id in prompt:
             self.append(token_id)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def memory(self) -> int:
+        """The address of the tokens, int32, and of those that may follow."""
+        return int(self._array.ctypes.data)
 
     def append(self, token_id: int) -> None:
         place = len(self._tokens)
@@ -85,7 +93,7 @@ def _longest_of_few(text: Sequence[int], places: Sequence[int]) -> tuple[list[in
     longest, match = list[int](), 0
     for place in places:
         own = 1
-        while own < min(_LONGEST_MATCH, place) and text[place - 1 - own] == text[-1 - own]:
+        while own < min(LONGEST_MATCH, place) and text[place - 1 - own] == text[-1 - own]:
             own += 1
         if own > match:
             longest, match = [], own
@@ -98,7 +106,7 @@ def _places_after_longest_match(text: numpy.ndarray) -> tuple[numpy.ndarray, int
     """Returns where the text went on after its last tokens, ascending, and how many of these agree at every place."""
     places = numpy.flatnonzero(text[:-1] == text[-1:]) + 1
     match = int(len(places) > 0)
-    while match and match < _LONGEST_MATCH:
+    while match and match < LONGEST_MATCH:
         longer = places[places > match]
         longer = longer[text[longer - 1 - match] == text[-1 - match]]
         if not len(longer):

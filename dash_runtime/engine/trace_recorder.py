@@ -6,7 +6,7 @@ afterwards. Knows steps and deciders; knows no sink.
 
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -92,11 +92,11 @@ class TraceRecorder:
             own = token_id, cost, output.plans[row], output.layer_times, started_ns, time.perf_counter_ns()
             self._steps.append(_Pass(kind, *own, *decided))
 
-    def add_burst(self, burst: Burst, cost_of: Callable[[bytes], float]) -> None:
-        """Records the passes of a burst. `cost_of` a plan is its cost in full-depth tokens."""
-        for place, (token_id, plan) in enumerate(zip(burst.token_ids, burst.plans, strict=True)):
+    def add_burst(self, burst: Burst, costs: Sequence[float]) -> None:
+        """Records the tokens of a burst, which cost so much, in full-depth tokens."""
+        for place, (token_id, plan, cost) in enumerate(zip(burst.token_ids, burst.plans, costs, strict=True)):
             if self._has_room():
-                own = token_id, cost_of(plan), plan, burst.layer_times(place), *burst.times(place), burst.scores(place)
+                own = token_id, cost, plan, burst.layer_times(place), *burst.times(place), burst.scores(place)
                 self._steps.append(_Pass(StepKind.DECODE, *own))
 
     def add_verification(

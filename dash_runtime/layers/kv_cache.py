@@ -97,10 +97,16 @@ class SequenceCache:
     def truncate(self, length: int) -> None:
         """Forgets the positions from `length` on."""
         assert 0 <= length <= self.length
+        if length == self.length:
+            return
         self._longest = self.num_written
         self.length = length
         if self._filled is not None:
             self._filled[:, 1].clamp_(max=length)
+
+    def note_written(self, length: int) -> None:
+        """Takes note that so many positions may have been written, and those past its length forgotten."""
+        self._longest = max(self._longest, length)
 
     def check_room(self, num_tokens: int) -> None:
         """Asserts that `num_tokens` positions in all are reserved."""

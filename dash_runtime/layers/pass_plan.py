@@ -1,20 +1,19 @@
 """A pass from tokens to logits as one call: what decides the layers, and what came of it. Knows no policies."""
 
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from dash_runtime.actions import Action, LatencyTable
-from dash_runtime.rows.draws import Draw
 from dash_runtime.rows.policy_rows import RowDecisions
 
 Decided = tuple[Mapping[int, Action], RowDecisions | None]
 """A row's pinned layers, and what decides the others; None if there are none."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class PassPlan:
     """The plan of a pass: each row's pinned layers and decisions, or one for all rows; and each row's head precision.
 
@@ -28,20 +27,6 @@ class PassPlan:
     attends_rounded: bool = False
     wants_logits: bool = True
     """False if each row's likeliest token is enough."""
-
-
-@dataclass(frozen=True, slots=True)
-class WantedBurst:
-    """A burst to decode: up to `count` tokens of a lone row, each the likeliest after the one before, or drawn. The
-    first follows `token_id`, and none follows one of `end_ids`, or begins once somebody has written to `wake_file`."""
-
-    token_id: int
-    count: int
-    end_ids: Collection[int]
-    draws: Sequence[Draw] = ()
-    """Each token's; none if none is drawn."""
-    wake_file: int = -1
-    """A file descriptor; negative for none."""
 
 
 @dataclass(frozen=True, slots=True)

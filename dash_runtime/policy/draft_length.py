@@ -25,7 +25,7 @@ LEAST_GAIN = 1.05
 _MODEL_PRIOR = (8.0, 9.0)
 """A new sequence starts as if eight of nine tokens that the model drafted had been accepted. Two failed drafts then
 stop that."""
-_MATCHES = (1, 2, 3, 4, 5, 7, 10)
+MATCHES = (1, 2, 3, 4, 5, 7, 10)
 """The least lengths of the matches that are counted together."""
 _TEXT_PRIORS = (0.2, 0.4, 0.45, 0.55, 0.65, 0.75, 0.88)
 """The share of tokens after such a match that came again, in 800 texts of the embedded model."""
@@ -243,14 +243,22 @@ class DraftLength:
 
     def verified(self, matches: Sequence[int], num_accepted: int) -> None:
         """Counts a verification of drafted tokens, given by their matches. Those without a draft count too."""
-        self._weight /= _KEPT_PER_TOKEN ** (num_accepted + 1)
+        self.put_out(num_accepted + 1)
+        self.checked(matches, num_accepted)
+
+    def put_out(self, num_tokens: int) -> None:
+        """Makes what was counted so far fade, as so much output makes it."""
+        self._weight /= _KEPT_PER_TOKEN**num_tokens
         if self._weight > _LARGEST_WEIGHT:
             for counts in (self._model, self._forced, *self._text):
                 counts.divide(self._weight)
             self._weight = 1.0
-        for place, match in enumerate(matches[: num_accepted + 1]):
+
+    def checked(self, matches: Sequence[int], num_right: int) -> None:
+        """Counts drafted tokens, given by their matches, of which the first `num_right` were right."""
+        for place, match in enumerate(matches[: num_right + 1]):
             if match in (0, FORCED_MATCH):
-                self._counts(match).add(place < num_accepted, self._weight)
+                self._counts(match).add(place < num_right, self._weight)
 
     def followed(self, match: int, is_right: bool) -> None:
         """Counts an output token for which the text had another token, or the same."""
@@ -262,4 +270,4 @@ class DraftLength:
     def _counts(self, match: int) -> _Acceptance:
         if match == FORCED_MATCH:
             return self._forced
-        return self._text[bisect_right(_MATCHES, match) - 1] if match else self._model
+        return self._text[bisect_right(MATCHES, match) - 1] if match else self._model

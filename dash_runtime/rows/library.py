@@ -52,7 +52,7 @@ class RowsLibrary:
             library = ctypes.CDLL(package.extract(name, folder))
         self.run_rows = _function(library.dash_run_rows, c_void_p)
         self.run_burst = _function(
-            library.dash_run_burst, c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 2, c_int64
+            library.dash_run_burst, c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 2, c_int64, *[c_void_p] * 2
         )
         self.run_burst.restype = c_int64
         self.draw = _function(library.dash_draw, c_void_p, c_int64, *[c_void_p] * 2, c_int64, c_int64, c_void_p)

@@ -5,9 +5,9 @@ Knows matrices, memory and positions; knows no sequences and no policies.
 
 import time
 from array import array
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import Array, addressof, c_int64, pointer
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.model_config import Activation, ModelConfig
-from dash_runtime.rows.burst import Burst
+from dash_runtime.rows.burst import Burst, WantedBurst, guesses_struct
 from dash_runtime.rows.draws import Draw, draw_structs
 from dash_runtime.rows.head_struct import (
     HeadBounds,
@@ -29,6 +29,7 @@ from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.rows.pass_rows import CompensatedLayers, PlannerTable, RowPlan, RowPlans, RowsOfPass
 from dash_runtime.rows.row_matrix import RowMatrix
 from dash_runtime.rows.structs import (
+    MOST_GUESSES,
     EmbeddingStruct,
     LayerStruct,
     ModelStruct,
@@ -166,32 +167,29 @@ class ModelRows:
         return Chosen(logits, likeliest[:], states)
 
     def run_burst(
-        self,
-        token_id: int,
-        count: int,
-        ends: Collection[int],
-        draws: Sequence[Draw],
-        wake_file: int,
-        rows: RowsOfPass,
-        plans: RowPlans,
-        head: "HeadRows",
+        self, wanted: WantedBurst, rows: RowsOfPass, plans: RowPlans, head: "HeadRows", guessed: RowPlans | None = None
     ) -> Burst:
-        """Decodes up to `count` tokens of a lone row, each the likeliest after the one before, or drawn if there are
-        draws; the first follows `token_id`, none follows one of `ends`, and none begins while there is something to
-        read from the file descriptor `wake_file`, if it is not negative. There is one while numbers of threads are
-        tried."""
-        own = self._pass
+        """Decodes the tokens of a burst; in one pass while numbers of threads are tried.
+
+        Args:
+            guessed: the only plan of passes with guesses.
+        """
         if self._threads.is_trying:
-            count = 1
-        burst = Burst(count, self._num_layers, plans.num_score_bytes)
-        own.tokens, own.output, own.planner = (c_int64 * 1)(token_id), None, None
-        logits = self._logits_of(head, 1, bool(draws))  # kept until all have run
+            wanted = replace(wanted, count=1)
+        own, draws, ends = self._pass, wanted.draws, wanted.end_ids
+        burst = Burst(wanted.most, self._num_layers, plans.num_score_bytes)
+        own.tokens, own.output, own.planner = (c_int64 * 1)(wanted.token_id), None, None
+        guesses = None if wanted.guesses is None else pointer(guesses_struct(wanted.guesses))
+        logits = self._logits_of(head, 1 + MOST_GUESSES if guesses else 1, bool(draws))  # kept until all have run
         own_draws = draw_structs(draws) if draws else None
-        arguments = count, numbers_struct(list(ends)), len(ends), own_draws, addressof(burst.struct), wake_file
-        burst.num_tokens = self._run(
-            *(rows, plans, self._all_layers, plans.pinned),
-            lambda address: self._library.run_burst(address, *arguments),
-        )
+        arguments = wanted.count, numbers_struct(list(ends)), len(ends), own_draws, addressof(burst.struct)
+        more = wanted.wake_file, guesses, None if guessed is None else guessed.array
+
+        def run(address: int) -> tuple[float, int]:
+            burst.num_tokens = self._library.run_burst(address, *arguments, *more)
+            return burst.plain_seconds, burst.num_plain
+
+        self._run(rows, plans, self._all_layers, plans.pinned, run)
         del logits
         return burst
 
@@ -236,19 +234,20 @@ class ModelRows:
         plans: RowPlans,
         layers: range,
         work: bytes,
-        function: Callable[[int], int | None] | None = None,
-    ) -> int:
-        """Calls the function, by default for one pass; returns how many it ran."""
+        function: Callable[[int], tuple[float, int] | None] | None = None,
+    ) -> None:
+        """Calls the function, by default for one pass. Another one returns the seconds and the number of passes of
+        this work that it ran."""
         own = self._pass
         own.first_layer, own.last_layer = layers.start, layers.stop
         self._set_plans(plans)
         is_seen = len(layers) == self._num_layers and self._threads.is_seen()
         started = time.perf_counter() if is_seen else 0.0
-        num_passes = self._call(function or self._library.run_rows, rows) or 1
-        if is_seen:
+        seconds, num_passes = self._call(function or self._library.run_rows, rows) or (None, 1)
+        if is_seen and num_passes:
+            seconds = time.perf_counter() - started if seconds is None else seconds
             alike = work, rows.num_rows, rows.spans[0].num_tokens // _ALIKE_TOKENS
-            self._threads.took(alike, (time.perf_counter() - started) / num_passes, num_passes)
-        return num_passes
+            self._threads.took(alike, seconds / num_passes, num_passes)
 
     def _set_plans(self, plans: RowPlans) -> None:
         if plans is not self._plans:  # fields are written as seldom as can be: a token's take long after its weights
@@ -256,7 +255,7 @@ class ModelRows:
             self._pass.plans, self._pass.num_plans = plans.array, len(plans.array)
             self._pass.attends_rounded = plans.attends_rounded
 
-    def _call(self, function: Callable[[int], int | None], rows: RowsOfPass) -> int | None:
+    def _call(self, function: Callable[[int], tuple[float, int] | None], rows: RowsOfPass) -> tuple[float, int] | None:
         own = self._pass
         own.num_threads = self._threads.current
         if rows is not self._rows:

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "evaluation.h"
+#include "guesses.h"
 #include "head.h"
 #include "layer.h"
 #include "planner.h"
@@ -77,6 +78,7 @@ struct BurstRecord {
   int64_t *times;   // [tokens, num_layers, 2], as a pass has them
   float *scores;    // [tokens, num_layers, num_actions]; none if nothing is decided
   int64_t *marks;   // [tokens, 2]: start and end
+  int64_t *rows;    // those of its pass, at its first token; 0 at its others
 };
 
 inline int64_t now() {

@@ -55,6 +55,14 @@ void take_part_in_attention(const Pass &pass, const AttentionParts &shared, cons
     write_bf16(pass.output + place, load<Floats>(shared.attended + place));
 }
 
+// Forgets the rounded keys and values of positions that the lone sequence no longer has.
+void forget_rounded(const Pass &pass) {
+  const Span &span = *pass.spans;
+  if (!span.filled) return;
+  for (int64_t layer = 0; layer < pass.shape->num_layers; ++layer)
+    span.filled[layer].last = std::min(span.filled[layer].last, span.num_tokens);
+}
+
 // Whether there is something to read from a file; not from a negative one.
 bool is_readable(int64_t file) {
   pollfd asked{static_cast<int>(file), POLLIN, 0};
@@ -91,29 +99,54 @@ extern "C" void dash_run_rows(const Pass *pass) {
 }
 
 // Decodes a lone row: after its token the likeliest one, or the one that is drawn if there are draws, and after that
-// the next, up to `num_tokens`, the first that is among `ends`, or the one that ran when somebody wrote to `wake_file`.
-// Writes them and what their passes left; returns their number. The row stays where the last ran.
+// the next, up to `num_tokens`, or the first that is among `ends`, or until somebody has written to `wake_file`. With
+// `guesses` a pass runs what likely follows, too, all its rows by `guessed`, and puts out what was right and one more,
+// so that the last may put out more than is wanted. Writes the tokens and what their passes left; returns their number.
 extern "C" int64_t dash_run_burst(Pass *pass, int64_t num_tokens, const int64_t *ends, int64_t num_ends,
-                                  const Draw *draws, const BurstRecord *record, int64_t wake_file) {
+                                  const Draw *draws, const BurstRecord *record, int64_t wake_file, Guesses *guesses,
+                                  const RowPlan *guessed) {
   const int64_t num_layers = pass->shape->num_layers;
-  const Decisions *decisions = pass->plans->decisions;
+  const RowPlan *const own = pass->plans;
+  const Decisions *decisions = own->decisions;
   const int64_t num_scores = decisions ? num_layers * decisions->policy->num_actions : 0;
-  int64_t *tokens = record->tokens;
+  int64_t inputs[1 + kMostGuesses] = {*pass->tokens}, likeliest[1 + kMostGuesses];
+  Span &span = *pass->spans;
+  pass->tokens = inputs;
+  pass->likeliest = likeliest;
   Drawing drawing;
-  for (int64_t done = 0;; ++pass->spans->num_tokens) {
-    record->marks[2 * done] = now();
-    pass->likeliest = tokens + done;
+  int64_t done = 0;
+  for (bool is_over = false; !is_over;) {
+    const int64_t started = now(), first = done, before = span.num_tokens - 1;
+    const int64_t num_rows = 1 + (guesses ? guesses->propose(inputs + 1) : 0);
+    pass->num_rows = span.num_rows = num_rows;
+    pass->plans = num_rows > 1 ? guessed : own;
+    span.num_tokens = before + num_rows;
     dash_run_rows(pass);
-    std::memcpy(record->plans + done * num_layers, pass->plans->plan, num_layers);
-    std::memcpy(record->times + done * 2 * num_layers, pass->times, 2 * num_layers * sizeof(int64_t));
-    if (decisions) std::memcpy(record->scores + done * num_scores, decisions->scores, num_scores * sizeof(float));
-    if (draws) tokens[done] = drawing.token(pass->logits, pass->head->num_tiles * kLanes, draws[done]);
-    record->marks[2 * done + 1] = now();
-    const int64_t token = tokens[done++];
-    if (done == num_tokens || std::find(ends, ends + num_ends, token) != ends + num_ends || is_readable(wake_file))
-      return done;
-    pass->tokens = tokens + done - 1;
+    bool is_right = true;
+    for (int64_t row = 0; row < num_rows && is_right && !is_over; ++row, ++done) {
+      int64_t token = likeliest[row];
+      if (draws) token = drawing.token(pass->logits + row * pass->head->num_tiles * kLanes,
+                                       pass->head->num_tiles * kLanes, draws[done]);
+      std::memcpy(record->plans + done * num_layers, pass->plans->plan, num_layers);
+      std::memcpy(record->times + done * 2 * num_layers, pass->times, 2 * num_layers * sizeof(int64_t));
+      if (decisions && num_rows == 1)
+        std::memcpy(record->scores + done * num_scores, decisions->scores, num_scores * sizeof(float));
+      record->tokens[done] = token;
+      record->marks[2 * done] = started, record->marks[2 * done + 1] = now();
+      record->rows[done] = row ? 0 : num_rows;
+      if (guesses) guesses->add(token);
+      is_right = row + 1 < num_rows && token == inputs[row + 1];
+      is_over = std::find(ends, ends + num_ends, token) != ends + num_ends;
+    }
+    span.num_tokens = before + done - first;  // without the wrong guesses
+    if (num_rows > 1) forget_rounded(*pass);
+    inputs[0] = record->tokens[done - 1];
+    is_over = is_over || done >= num_tokens || is_readable(wake_file);
+    ++span.num_tokens;
   }
+  pass->num_rows = span.num_rows = 1;
+  pass->plans = own;
+  return done;
 }
 
 // Draws a token for each of some rows of logits, `[…, count]`.

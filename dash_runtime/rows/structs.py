@@ -6,6 +6,9 @@ MOST_CHANNELS, MOST_NUMBERS, MOST_EXACT_TILES, LANES, LINE_BYTES, ROUNDED_TOKENS
 """As in the source: a head's channels, a policy's features, facts and scores, tiles of a row's logits that are computed
 again, the floats of a vector, a cache line, and the positions whose rounded keys and values lie together: a sequence's
 memory begins with a multiple of them."""
+LONGEST_MATCH, MOST_GUESSES = 16, 7
+"""As in the source: the last tokens that are looked for in the text, at most; and the most guesses of a pass, since
+kernels take rows in groups of up to eight, and a head in INT4 is for up to ten."""
 
 
 def _pointers(*names: str) -> list[tuple[str, type[c_void_p]]]:
@@ -112,7 +115,11 @@ class HeadStruct(Structure):
 
 
 class BurstStruct(Structure):
-    _fields_ = _pointers("tokens", "plans", "times", "scores", "marks")
+    _fields_ = _pointers("tokens", "plans", "times", "scores", "marks", "rows")
+
+
+class GuessesStruct(Structure):
+    _fields_ = [*_pointers("tokens"), *_numbers("num_tokens", "num_left"), ("numbers", c_int64 * (LONGEST_MATCH + 1))]
 
 
 class PassStruct(Structure):

@@ -91,6 +91,9 @@ class Settings(BaseSettings):
         description="Let rows of a batch agree on an action and share products if that is faster; off: a request's "
         "tokens never depend on its neighbours",
     )
+    prompt_lookup: bool = Field(
+        default=True, description="Run what followed the last tokens earlier in the text too: right guesses save passes"
+    )
     workers: Workers = Field(
         default=WorkerRange(1, 1),
         description="Worker processes, one for each device; a range such as `2-8` follows the load",
@@ -241,13 +244,9 @@ class Settings(BaseSettings):
         return self.devices or (self.device,)
 
     @model_validator(mode="after")
-    def _extras_are_installed(self) -> "Settings":
+    def _extras_can_be_used(self) -> "Settings":
         if self.vllm_engine and find_spec("smg_grpc_proto") is None:
             raise ValueError(f"{_variable('vllm_engine')}: needs `pip install 'dash-llm[smg]'`")
-        return self
-
-    @model_validator(mode="after")
-    def _ray_can_be_used(self) -> "Settings":
         if self.ray_address is None:
             return self
         name = _variable("ray_address")
@@ -281,6 +280,7 @@ class Settings(BaseSettings):
                 default_compute_budget=self.default_compute_budget,
                 lane=self.lane,
                 group_planner=self.group_planner,
+                prompt_lookup=self.prompt_lookup,
                 prefix_cache_tokens=self.prefix_cache_tokens,
                 record_steps=self.trace_steps,
                 burst_milliseconds=min(MOST_BURST_MILLISECONDS, self.flush_milliseconds),

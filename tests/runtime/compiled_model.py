@@ -38,9 +38,10 @@ class CompiledModel:
     cache_folder: Path
 
 
-def save_compiled_model(folder: Path, **sizes: int) -> CompiledModel:
-    """Makes the model below `folder`, with full and sliding attention and biases, and an empty cache folder."""
-    model = save_tiny_model(folder / "model", "qwen2-sliding-window", **(SIZES | sizes))
+def save_compiled_model(folder: Path, family: str = "qwen2-sliding-window", **options: float) -> CompiledModel:
+    """Makes the model below `folder`, by default with full and sliding attention and biases, and an empty cache
+    folder."""
+    model = save_tiny_model(folder / "model", family, **(SIZES | options))
     policy_file = folder / "policy.safetensors"
     fingerprint = model_fingerprint(load_model_config(model), open_weights(model))
     save_policy(policy_file, random_policy(model, BUDGETS, block_size=1), fingerprint)

@@ -1,5 +1,6 @@
 """A policy for a tiny model that has learned nothing: it takes every action somewhere, by the state of each token."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,12 +18,16 @@ NAME = "random-network"
 
 
 def random_policy(
-    folder: Path, budgets: tuple[float, float] = (0.25, 0.85), block_size: int = 2, lookahead: int = 1
+    folder: Path,
+    budgets: tuple[float, float] = (0.25, 0.85),
+    block_size: int = 2,
+    lookahead: int = 1,
+    actions: Sequence[Action] = ALL_ACTIONS,
 ) -> LearnedPolicy:
     """Returns a policy for the model in `folder`."""
     config = load_model_config(folder)
     spec = PlanSpec(
-        actions=ALL_ACTIONS,
+        actions=tuple(actions),
         pinned=dict.fromkeys(range(lookahead), Action.FULL) | full_edges(config.num_layers),
         lookahead=lookahead,
         block_size=block_size,

@@ -20,7 +20,7 @@ from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.guesses import Guesses, PassSeconds, places_that_pay
+from dash_runtime.engine.guesses import Guesses, PassSeconds
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.events import EndReason, EngineEvent, SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.policy.catalog import PolicyCatalog
@@ -34,7 +34,7 @@ from tests.runtime.random_policy import NAME
 from tests.runtime.support import ALL_ACTIONS, CPU, finished, load_decoder, some_affine, some_costs, tokens
 
 CHEAP = GroupPlanner(LatencyTable((1, 8), {Action.SKIP: (0.1, 0.1), Action.FULL: (1.0, 1.2)}))
-DEAR = GroupPlanner(LatencyTable((1, 8), {Action.SKIP: (0.1, 0.8), Action.FULL: (1.0, 8.0)}))
+DEAR = GroupPlanner(LatencyTable((1, 8), {Action.SKIP: (0.1, 1.0), Action.FULL: (1.0, 14.0)}))
 FORCED = Constraint(ConstraintKind.REGEX, "(alpha|omega)-[0-9]{2}-constant-[a-f]{2}-text")
 
 
@@ -220,46 +220,48 @@ class Fake:
 CHEAP_ROWS = LatencyTable((1, 4, 32), {Action.FULL: (1.0, 1.6, 8.0)})
 
 
-def chosen(guesses: Guesses) -> list[int]:
-    """Returns what a lone sequence runs."""
-    wanted = guesses.wanted(100)
-    return wanted if places_that_pay({0: (guesses, wanted)}, 1) else []
-
-
 def test_wrong_guesses_end_and_are_tried_again_later() -> None:
-    guesses = Guesses(Fake(), PassSeconds(CHEAP_ROWS, [Action.FULL]))
-    assert guesses.wanted(3) == [7, 8]  # the pass puts out one more
-    assert guesses.wanted(1) == []
-    num_wrong = 0
-    while chosen(guesses):
-        guesses.checked(3, 0)
-        num_wrong += 1
-        assert num_wrong < 12
-    for _ in range(400):
-        guesses.checked(0, 0)
-    assert chosen(guesses)
+    guesses, output = Guesses(PassSeconds(CHEAP_ROWS, [Action.FULL]), Fake()), [1]
+    assert guesses.wanted(output, 3).token_ids == [7, 8]  # the pass puts out one more
+    assert guesses.wanted(output, 1).token_ids == []
+    numbers = list[int]()
+    while num_guesses := len(guesses.wanted_alone(output, 100)):
+        guesses.checked(num_guesses, 0)
+        output.append(1)
+        numbers.append(num_guesses)
+        assert len(numbers) < 40
+    assert numbers == sorted(numbers, reverse=True)  # one, which costs a fifth of a pass, is tried longer than three
+    assert numbers.count(3) < 12
+    output += [1] * 400
+    assert guesses.wanted_alone(output, 100)
 
 
 def test_right_guesses_go_on() -> None:
-    guesses = Guesses(Fake(), PassSeconds(CHEAP_ROWS, [Action.FULL]))
+    guesses, output = Guesses(PassSeconds(CHEAP_ROWS, [Action.FULL]), Fake()), [1]
     for _ in range(50):
-        assert chosen(guesses) == [7, 8, 9]
+        assert guesses.wanted_alone(output, 100) == [7, 8, 9]
         guesses.checked(3, 3)
+        output += [7, 8, 9, 1]
 
 
 def test_the_guesses_of_many_are_as_many_as_pay_together_the_surest_first() -> None:
-    table = LatencyTable((1, 4, 8, 64), {Action.FULL: (1.0, 1.0, 1.1, 50.0)})
-    own = [Guesses(Fake(), PassSeconds(table, [Action.FULL])) for _ in range(3)]
-    own[0].checked(3, 0)
-    wanted = {place: (guesses, [7, 8]) for place, guesses in enumerate(own)}
-    assert places_that_pay(wanted, 3) == {1, 2}
-    assert places_that_pay(wanted, 8) == set()
-    assert places_that_pay({}, 3) == set()
-    assert [own[0].seconds.may_pay(count) for count in (1, 8)] == [True, False]  # in eight rows, in 64
+    seconds = PassSeconds(LatencyTable((1, 4, 8, 64), {Action.FULL: (1.0, 1.0, 1.1, 50.0)}), [Action.FULL])
+    assert seconds.numbers_that_pay({0: [0.5, 0.4], 1: [0.9, 0.8], 2: [0.9]}, 3) == {1: 2, 2: 1, 0: 2}
+    assert seconds.numbers_that_pay({0: [0.01], 1: [0.9, 0.8], 2: [0.9]}, 3) == {1: 2, 2: 1}
+    assert not seconds.numbers_that_pay({0: [0.5, 0.4], 1: [0.9, 0.8]}, 8)
+    assert not seconds.numbers_that_pay({}, 3)
+    assert [seconds.may_pay(count) for count in (1, 8)] == [True, False]  # in eight rows, in 64
+
+
+def test_guesses_have_to_beat_what_skips_save() -> None:
+    table = LatencyTable((1, 2, 8), {Action.FULL: (1.0, 1.1, 2.0)})
+    assert PassSeconds(table, [Action.FULL]).numbers_that_pay({0: [0.3]}, 1) == {0: 1}
+    assert not PassSeconds(table, [Action.FULL], saved=lambda num_rows: 0.3).numbers_that_pay({0: [0.3]}, 1)
 
 
 def test_the_seconds_of_a_pass_are_those_of_its_plan() -> None:
     table = LatencyTable((1, 2, 8), {Action.INT4: (1.0, 1.5, 4.0), Action.FULL: (2.0, 2.2, 3.0)})
     seconds = PassSeconds(table, [Action.INT4, Action.FULL, Action.INT4])
     assert [seconds.of(1), seconds.of(2), seconds.of(8)] == pytest.approx([4.0, 5.2, 11.0])
-    assert Guesses(Fake(), seconds).cost(7) == pytest.approx(11 / 4)
+    assert Guesses(seconds, Fake()).cost(7) == pytest.approx(11 / 4)
+    assert PassSeconds(table, [Action.INT4], beside=0.5).of(8) == pytest.approx(4.5)

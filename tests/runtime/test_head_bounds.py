@@ -120,7 +120,7 @@ def test_a_head_in_full_has_bounds_where_int8_is_packed_anyway(
     weight, _ = loud_channels()
     backend = NativeBackend(config, native_library(), actions, 1, shares_products=False)
     linear, norm = make_full_linear(FullLinear(weight)), RmsNorm(torch.ones(SIZE).bfloat16(), config.rms_norm_eps)
-    head = backend.head(Action.FULL, weight, linear, norm, 1.0, torch.arange(32))
+    head = backend.heads.make(Action.FULL, weight, linear, norm, 1.0, torch.arange(32))
     if head is not None:  # some processors have no layout that native code reads in FULL
         assert isinstance(head, HeadRows)
         assert head.has_bounds is (Action.INT8 in actions)

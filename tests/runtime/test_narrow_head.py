@@ -53,7 +53,7 @@ def norm_of(config: ModelConfig) -> RmsNorm:
 
 def head(config: ModelConfig, weight: Tensor, head_map: HeadMap, threads: int = 1, multiplier: float = 1.0) -> HeadRows:
     backend = NativeBackend(config, native_library(), tuple(Action), threads, shares_products=False)
-    own = backend.narrow_head(weight, head_map, norm_of(config), multiplier)
+    own = backend.heads.narrow(weight, head_map, norm_of(config), multiplier)
     assert isinstance(own, HeadRows)
     return own
 

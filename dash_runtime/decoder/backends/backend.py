@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.layers.batch import Batch
-from dash_runtime.layers.pass_plan import PassPlan, PassRun, WantedBurst
-from dash_runtime.rows.burst import Burst
+from dash_runtime.layers.pass_plan import PassPlan, PassRun
+from dash_runtime.rows.burst import Burst, WantedBurst
 from dash_runtime.rows.draws import DrawTokens
 
 
@@ -60,10 +60,12 @@ class Backend(Protocol):
         It is quicker with the plan and the batch of the pass before.
         """
 
-    def run_burst(self, plan: PassPlan, wanted: WantedBurst, batch: Batch) -> Burst | None:
+    def run_burst(
+        self, plan: PassPlan, wanted: WantedBurst, batch: Batch, guessed: PassPlan | None = None
+    ) -> Burst | None:
         """Decodes several tokens at once, with the same numbers; returns None if it cannot.
 
-        The batch stays where it is.
+        The batch stays where it is. Passes with guesses run the plan `guessed`, which decides nothing.
         """
 
     @property
@@ -103,7 +105,9 @@ class LayerByLayer(OwnMemory):
     def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassRun | None:
         return None
 
-    def run_burst(self, plan: PassPlan, wanted: WantedBurst, batch: Batch) -> Burst | None:
+    def run_burst(
+        self, plan: PassPlan, wanted: WantedBurst, batch: Batch, guessed: PassPlan | None = None
+    ) -> Burst | None:
         return None
 
     @property

@@ -5,11 +5,13 @@ For passes of one row per sequence, and for verification. Knows layers and rows;
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, bfloat16
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.backends.backend import OwnMemory
+from dash_runtime.decoder.backends.native_heads import NativeHeads
 from dash_runtime.devices import device_of
 from dash_runtime.devices.one_thread import one_thread
 from dash_runtime.layers.batch import Batch, PassKind
@@ -18,40 +20,25 @@ from dash_runtime.layers.embedding import Embedding, HeadsEmbedding, PlainEmbedd
 from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.layer import DecoderLayer
 from dash_runtime.layers.layer_body import Linears, run_layer_body
-from dash_runtime.layers.narrow_head import NUM_LIKELY, HeadMap, NarrowMatrices
-from dash_runtime.layers.norm import RmsNorm
-from dash_runtime.layers.pass_plan import PassPlan, PassRun, WantedBurst
+from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.layers.rotary import queries_grow
 from dash_runtime.layers.row_compensation import pack_for_rows
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
-from dash_runtime.layers.shortlist import NUM_EXACT_TILES
 from dash_runtime.layers.weight_loader import LayerWeights
-from dash_runtime.linears.dense_linear import FullLinear, Linear, for_neighbours, most_rows_apart, packed_words
+from dash_runtime.linears.dense_linear import FullLinear, Linear, for_neighbours, most_rows_apart
 from dash_runtime.linears.quantization import quantized_parts
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.rows.burst import Burst
+from dash_runtime.rows.burst import Burst, WantedBurst
 from dash_runtime.rows.draws import DrawTokens
-from dash_runtime.rows.head_struct import HeadBounds, NarrowHead, RoughMatrix
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.rows.model_rows import Chosen, HeadRows, ModelRows, PackedLayer
 from dash_runtime.rows.pass_rows import CompensatedLayers, PlannerTable, PlannerTables, RowPlan, RowPlans
 from dash_runtime.rows.row_matrix import (
     RowMatrix,
-    int8_errors,
     is_packable,
-    pack_outputs,
-    pack_rough_matrix,
     pack_row_matrix,
 )
-from dash_runtime.rows.structs import LANES, MOST_CHANNELS, NORMS
-
-_MOST_ROUGH, _MOST_APART = 10, 16
-"""More rows than the first take no rough head, and more than the second none of their own, if they may share products.
-Each row of a rough head reads other tiles of the exact matrix again: 64 rows read two thirds of it."""
-
-_TOKENS_FOR_ROW = 20 * NUM_LIKELY
-"""A narrow head is for one row for every so many tokens of the vocabulary: each row reads likely tokens of its own.
-More rows take the head in INT4, if they may share products."""
+from dash_runtime.rows.structs import LANES, MOST_CHANNELS, MOST_GUESSES, NORMS
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +47,9 @@ class _SharedLayer:
 
     norms: DecoderLayer
     linears: Linears[Linear]
+
+
+_Made = tuple[RowPlans, HeadRows | None, PlannerTable | None]
 
 
 class NativeBackend(OwnMemory):
@@ -86,13 +76,11 @@ class NativeBackend(OwnMemory):
         self._compensated: dict[int, tuple[Compensation, CompensatedLayers | None]] = {}
         """By the compensation's id; the compensation is kept, so that nothing else gets it."""
         self.logits = Heads({})
-        self._heads: dict[Action, HeadRows] = {}
-        self._head_matrices: dict[Action, RowMatrix] = {}
+        self.heads = NativeHeads(self._rows, self._actions, shares_products)
         self._has_embedding = False
         self._planners = PlannerTables()
-        self._made: tuple[RowPlans, HeadRows | None, PlannerTable | None] | None = None
-        self._made_of: tuple[PassPlan | None, Batch | None] = None, None
-        """The last pass, which may run step after step, and what the native code is told of it."""
+        self._made: WeakKeyDictionary[PassPlan, tuple[Batch, _Made | None]] = WeakKeyDictionary()
+        """What the native code is told of passes, which may run step after step."""
 
     def add_layer(self, weights: LayerWeights, layer: DecoderLayer) -> None:
         """Packs the next layer's matrices; `layer` has those for eager passes in FULL."""
@@ -105,7 +93,7 @@ class NativeBackend(OwnMemory):
     def set_ends(self, embedding: Embedding, heads: Mapping[Action, Head], shared: Head) -> None:
         """Sets the embedding, the heads by precision, and the head for many rows at once."""
         self.logits = Heads(heads, shared if self.shares_products else None, most_rows_apart())
-        self._heads = {precision: head for precision, head in heads.items() if isinstance(head, HeadRows)}
+        self.heads.keep(heads)
         self._has_embedding = True
         match embedding:
             case HeadsEmbedding(words, multiplier):
@@ -114,49 +102,6 @@ class NativeBackend(OwnMemory):
                 self._rows.set_embedding(weight, multiplier)
             case _:
                 self._has_embedding = False
-
-    def head(
-        self, precision: Action, weight: Tensor, linear: Linear, norm: RmsNorm, multiplier: float, loudest: Tensor
-    ) -> Head | None:
-        """Returns norm and head of that precision; None for one in FULL whose memory nothing else shares, and for one
-        in INT4 without such a one or one in INT8.
-
-        INT4 gives all logits; then the other one's matrix gives those of the tiles with the largest again. `loudest`
-        is as in `shortlist.py`. In FULL the likeliest tokens alone take hardly more than in INT8, if that is packed.
-        """
-        if precision is not Action.INT4:
-            matrix, bounds = self._head_matrix(precision, weight, linear), None
-            if matrix is None:
-                return None
-            if precision is Action.FULL and (int8 := self._head_matrix(Action.INT8, weight, linear)) is not None:
-                bounds = HeadBounds(int8, *int8_errors(FullLinear(weight)).tensors())
-            return HeadRows(self._rows, matrix, norm.weight, len(weight), multiplier, bounds)
-        matrices = (self._head_matrix(exact, weight, linear) for exact in (Action.FULL, Action.INT8))
-        matrix = next((own for own in matrices if own is not None), None)
-        if matrix is None:
-            return None
-        rough = RoughMatrix(pack_rough_matrix(FullLinear(weight), loudest), loudest, NUM_EXACT_TILES)
-        return HeadRows(self._rows, matrix, norm.weight, len(weight), multiplier, rough)
-
-    def narrow_head(self, weight: Tensor, of: HeadMap, norm: RmsNorm, multiplier: float) -> Head:
-        """Returns norm and narrow head of the matrix `weight`."""
-        matrices = NarrowMatrices.of(weight, of.widen)
-        head = NarrowHead(
-            narrow=pack_row_matrix(Action.INT8, FullLinear(of.narrow.to(weight))),
-            rough=pack_row_matrix(Action.INT4, matrices.widened),
-            rank=of.rank,
-            mean=matrices.mean,
-            offsets=of.offsets,
-            rows=pack_outputs(FullLinear(weight)),
-        )
-        return HeadRows(self._rows, head, norm.weight, len(weight), multiplier)
-
-    def _head_matrix(self, precision: Action, weight: Tensor, linear: Linear) -> RowMatrix | None:
-        if precision not in self._head_matrices:
-            if precision not in self._actions or (precision is Action.FULL and packed_words(linear) is None):
-                return None
-            self._head_matrices[precision] = pack_row_matrix(precision, FullLinear(weight), linear)
-        return self._head_matrices[precision]
 
     def takes(self, batch: Batch) -> bool:
         return True
@@ -203,26 +148,33 @@ class NativeBackend(OwnMemory):
         ran = plans.ran()
         return PassRun(*output, ran if len(ran) > 1 else ran * len(token_ids), self._rows.times)
 
-    def run_burst(self, plan: PassPlan, wanted: WantedBurst, batch: Batch) -> Burst | None:
+    def run_burst(
+        self, plan: PassPlan, wanted: WantedBurst, batch: Batch, guessed: PassPlan | None = None
+    ) -> Burst | None:
         made = self._made_for(plan, batch)
-        if made is None:
+        plans, head, _ = made or (None, None, None)
+        if plans is None or head is None:
             return None
-        plans, head, _ = made
-        if head is None:
-            return None
-        own = wanted.token_id, wanted.count, wanted.end_ids, wanted.draws, wanted.wake_file
-        return self._rows.run_burst(*own, batch.rows_of(None), plans, head)
+        guessed_plans: RowPlans | None = None
+        if wanted.guesses is not None:
+            assert guessed is not None
+            made = self._made_for(guessed, batch)
+            if made is None or self.heads.of(list(plan.heads) * (1 + MOST_GUESSES), plan.wants_logits) is not head:
+                return None
+            guessed_plans = made[0]
+        return self._rows.run_burst(wanted, batch.rows_of(None), plans, head, guessed_plans)
 
     @property
     def draw(self) -> DrawTokens:
         return self._rows.draw
 
-    def _made_for(self, plan: PassPlan, batch: Batch) -> tuple[RowPlans, HeadRows | None, PlannerTable | None] | None:
-        if plan is not self._made_of[0] or batch is not self._made_of[1]:
-            self._made, self._made_of = self._make(plan, batch), (plan, batch)
-        return self._made
+    def _made_for(self, plan: PassPlan, batch: Batch) -> _Made | None:
+        own = self._made.get(plan)
+        if own is None or own[0] is not batch:
+            own = self._made[plan] = batch, self._make(plan, batch)
+        return own[1]
 
-    def _make(self, plan: PassPlan, batch: Batch) -> tuple[RowPlans, HeadRows | None, PlannerTable | None] | None:
+    def _make(self, plan: PassPlan, batch: Batch) -> _Made | None:
         """Returns what the native code is told of such passes; None if it cannot run them."""
         num_rows, decided = batch.num_rows, list(plan.decided)
         pinned = [bytes(own.get(layer, 0) for layer in range(self._num_layers)) for own, _ in decided]
@@ -240,28 +192,11 @@ class NativeBackend(OwnMemory):
         skips = zip(compensated, batch.kv_actions, strict=True)
         rows = [RowPlan(own, by, *skip) for own, (_, by), skip in zip(pinned, decided, skips, strict=False)]
         plans = RowPlans(rows, plan.attends_rounded)
-        head = None if self._is_shared(batch, num_rows) else self._head_of(plan.heads, plan.wants_logits)
+        head = None if self._is_shared(batch, num_rows) else self.heads.of(plan.heads, plan.wants_logits)
         planner = None
         if plan.latencies is not None and len(decided) > 1:
             planner = self._planners.get(plan.latencies, num_rows)
         return plans, head, planner
-
-    def _head_of(self, precisions: Sequence[Action], wants_logits: bool) -> HeadRows | None:
-        """Returns the head for rows of these precisions; None if no single one serves them."""
-        num_rows, precision, full = len(precisions), precisions[0], self._heads.get(Action.FULL)
-        if full is not None and self.shares_products and num_rows > _MOST_ROUGH:
-            if full.has_bounds and not wants_logits:
-                return full  # the likeliest tokens alone take less there than all logits elsewhere
-            if Action.INT8 in self._heads and not {Action.INT8, Action.FULL} & set(precisions):
-                return self._heads[Action.INT8]
-            if num_rows > _MOST_APART:
-                return full
-        if len(set(precisions)) > 1:
-            return None
-        head = self._heads.get(precision)
-        if head is None or not self.shares_products or num_rows <= head.vocab_size // _TOKENS_FOR_ROW:
-            return head
-        return self._heads.get(Action.INT4, head) if precision is Action.SKIP else head
 
     def _skip(
         self, layer: int, hidden: Tensor, batch: Batch, group: list[int] | None
