@@ -19,6 +19,7 @@ from benchmarks.decode import measure_decode, measure_prefill
 from benchmarks.exact import measure_exact
 from benchmarks.figures import RESULTS_FOLDER, Report, machine
 from benchmarks.lanes import measure_lanes
+from benchmarks.lookup import measure_lookup
 from benchmarks.peers.install import DEFAULT_FOLDER as PEERS_FOLDER
 from benchmarks.peers.section import measure_peers
 from benchmarks.plots import write_plots
@@ -41,6 +42,7 @@ _SECTIONS: dict[str, Callable[[Report, Setting, Effort], None]] = {
     "lanes": measure_lanes,
     "skips": measure_skips,
     "streams": measure_batches,
+    "lookup": measure_lookup,
     "long context": measure_long_context,
     "engine and server": measure_rpc,
     "busy": measure_busy,

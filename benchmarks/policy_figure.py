@@ -52,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     cache_folder = default_cache_folder(os.environ)
     folder = resolve_checkpoint("embedded", None, cache_folder)
-    engine = build_engine(folder, cache_folder, BuildOptions(["cpu"]), EngineConfig(), progress)
+    engine = build_engine(folder, cache_folder, BuildOptions(["cpu"]), EngineConfig(prompt_lookup=False), progress)
     policy = at_costs_of(engine, shipped_policy(folder))
     budget = options.budget or policy.recommended_budget(policy.costs)
     skip = SkipOptions(Mode.ADAPTIVE, budget, policy.name)

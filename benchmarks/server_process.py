@@ -76,6 +76,7 @@ def running_server(worker_command: Sequence[str] = WORKER_COMMAND, **variables: 
             "DASH_PORT_FILE": str(port_file),
             "DASH_CACHE_TOKENS": str(CACHE_TOKENS),
             "DASH_DEVICE": "cpu",
+            "DASH_PROMPT_LOOKUP": "false",
             "DASH_NUM_THREADS": str(torch.get_num_threads()),
             "DASH_LOG_LEVEL": "ERROR",
             **variables,

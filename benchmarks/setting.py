@@ -24,6 +24,10 @@ INT8 = SkipOptions(Mode.FIXED, fixed_action=Action.INT8)
 INT4 = SkipOptions(Mode.FIXED, fixed_action=Action.INT4)
 
 
+WITHOUT_LOOKUP = EngineConfig(prompt_lookup=False)
+"""As those run that ours are compared with."""
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """All loaded contenders. One that could not be loaded is None, and a note says why."""
@@ -59,7 +63,7 @@ def load_setting(report: Report, cache_folder: Path, model: str = EMBEDDED) -> S
     engines than the default one."""
     folder = resolve_checkpoint(model, None, cache_folder, progress)
     gguf = embedded_gguf() if model == EMBEDDED else Path(model)
-    config = EngineConfig()
+    config = WITHOUT_LOOKUP
     engine = _build(folder, cache_folder, config)
     without_planner, with_thread_lane = None, None
     if model == EMBEDDED:

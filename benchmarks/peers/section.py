@@ -2,6 +2,7 @@
 
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from benchmarks.peers.vllm_options import free_port, serve_arguments, vllm_varia
 from benchmarks.rounds import Effort, Work, interleaved, progress
 from benchmarks.rpc import ServedContender
 from benchmarks.server_process import RunningServer, running_server
-from benchmarks.setting import FULL_DEPTH, INT4, Setting
+from benchmarks.setting import FULL_DEPTH, INT4, WITHOUT_LOOKUP, Setting
 from dash_runtime.checkpoints.embedded import embedded_gguf
 from dash_runtime.config import EngineConfig
 
@@ -80,7 +81,7 @@ _Contenders = dict[str, tuple[Contender, tuple[int, ...]]]
 
 
 def _ours(setting: Setting, cache_tokens: int, server: RunningServer) -> _Contenders:
-    engine = setting.build(EngineConfig(num_slots=_MOST, cache_tokens=cache_tokens))
+    engine = setting.build(replace(WITHOUT_LOOKUP, num_slots=_MOST, cache_tokens=cache_tokens))
     return {
         "full": (EngineContender(engine, FULL_DEPTH), STREAMS),
         "adaptive": (EngineContender(engine, setting.adaptive), STREAMS),
