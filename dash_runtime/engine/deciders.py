@@ -172,7 +172,7 @@ def next_guesses(sequences: Several[Sequence]) -> list[list[int]]:
     if len(sequences) == 1:
         return [one.wanted_alone(sequences[0].output_ids, sequences[0].num_tokens_left)]
     wanted = {
-        place: own.guesses.wanted(own.output_ids, own.num_tokens_left)
+        place: own.guesses.wanted(own.output_ids, own.num_tokens_left, len(sequences))
         for place, own in enumerate(sequences)
         if own.guesses is not None
     }

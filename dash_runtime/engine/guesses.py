@@ -25,6 +25,9 @@ _LEAST_GAIN, _GAIN_BY_SEQUENCE = 1.03, 0.02
 out: new rows are made ready, and each token is chosen by itself."""
 _GUESSING_SECONDS = 2e-4
 """What a pass with guesses takes beside its layers and heads."""
+_USUAL_CHANCE = 0.4
+"""Probability of a guess from the text, by which it is known whether several sequences ask at all: that takes each of
+them a hundredth of a step."""
 _TOKENS_OF_A_RULE = 32
 """Tokens after which it is asked again which guesses of a lone sequence pay."""
 
@@ -50,6 +53,7 @@ class PassSeconds:
         self._saved = saved
         self._least_paces: dict[int, float] = {}
         self._seconds: dict[int, float] = {}
+        self._text_may_pay: dict[int, bool] = {}
 
     def of(self, num_rows: int) -> float:
         if num_rows not in self._seconds:
@@ -70,6 +74,13 @@ class PassSeconds:
         sixteen takes a twentieth of a step."""
         most = num_sequences * (1 + MOST_GUESSES)
         return most / self.of(most) > self.least_pace(num_sequences)
+
+    def text_may_pay(self, num_sequences: int) -> bool:
+        """Returns False if usual guesses from the texts of so many sequences would not pay."""
+        if num_sequences not in self._text_may_pay:
+            usual = {place: [_USUAL_CHANCE] for place in range(num_sequences)}
+            self._text_may_pay[num_sequences] = bool(self.numbers_that_pay(usual, num_sequences))
+        return self._text_may_pay[num_sequences]
 
     def numbers_that_pay(self, chances: Mapping[int, Sequence[float]], num_sequences: int) -> Counter[int]:
         """Returns the number of guesses of each place with which a pass over a row of each of so many sequences puts
@@ -121,14 +132,21 @@ class Guesses:
         """The length of the output from which on that is asked again."""
         self._matches: Sequence[int] = ()
 
-    def wanted(self, output_ids: Sequence[int], num_tokens_left: int) -> Wanted:
-        """Returns what the next pass may run beside other sequences. It puts out one token more."""
-        self._follow(output_ids)
-        return self._wanted(num_tokens_left)
+    def wanted(self, output_ids: Sequence[int], num_tokens_left: int, num_sequences: int) -> Wanted:
+        """Returns what the next pass, of so many sequences, may run. It puts out one token more."""
+        room = min(MOST_GUESSES, num_tokens_left - 1)
+        token_ids = self._forced.forced(room) if self._forced is not None and room > 0 else []
+        self._matches = [FORCED_MATCH] * len(token_ids)
+        if num_sequences == 1 or self.seconds.text_may_pay(num_sequences):
+            self._follow(output_ids)
+            if not token_ids and room > 0 and self._text is not None:
+                token_ids, match = self._text.propose((), room)
+                self._matches = range(match, match + len(token_ids))
+        return Wanted(token_ids, self._chances(self._matches))
 
     def wanted_alone(self, output_ids: Sequence[int], num_tokens_left: int) -> list[int]:
         """Returns what the next pass of a lone sequence runs."""
-        token_ids, chances = self.wanted(output_ids, num_tokens_left)
+        token_ids, chances = self.wanted(output_ids, num_tokens_left, 1)
         numbers = self._rule()
         if token_ids and self._matches[0] == FORCED_MATCH:
             return token_ids[: self.seconds.numbers_that_pay({0: chances}, 1)[0]]
@@ -159,15 +177,6 @@ class Guesses:
                 follow(self._text, token_id, self._lengths)
             self._lengths.put_out(1)
         self._num_followed = len(output_ids)
-
-    def _wanted(self, num_tokens_left: int) -> Wanted:
-        room = min(MOST_GUESSES, num_tokens_left - 1)
-        token_ids = self._forced.forced(room) if self._forced is not None and room > 0 else []
-        self._matches = [FORCED_MATCH] * len(token_ids)
-        if not token_ids and room > 0 and self._text is not None:
-            token_ids, match = self._text.propose((), room)
-            self._matches = range(match, match + len(token_ids))
-        return Wanted(token_ids, self._chances(self._matches))
 
     def _rule(self) -> Sequence[int]:
         if self._num_followed >= self._rule_ends:

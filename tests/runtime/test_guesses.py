@@ -222,8 +222,8 @@ CHEAP_ROWS = LatencyTable((1, 4, 32), {Action.FULL: (1.0, 1.6, 8.0)})
 
 def test_wrong_guesses_end_and_are_tried_again_later() -> None:
     guesses, output = Guesses(PassSeconds(CHEAP_ROWS, [Action.FULL]), Fake()), [1]
-    assert guesses.wanted(output, 3).token_ids == [7, 8]  # the pass puts out one more
-    assert guesses.wanted(output, 1).token_ids == []
+    assert guesses.wanted(output, 3, 1).token_ids == [7, 8]  # the pass puts out one more
+    assert guesses.wanted(output, 1, 1).token_ids == []
     numbers = list[int]()
     while num_guesses := len(guesses.wanted_alone(output, 100)):
         guesses.checked(num_guesses, 0)
@@ -251,6 +251,7 @@ def test_the_guesses_of_many_are_as_many_as_pay_together_the_surest_first() -> N
     assert not seconds.numbers_that_pay({0: [0.5, 0.4], 1: [0.9, 0.8]}, 8)
     assert not seconds.numbers_that_pay({}, 3)
     assert [seconds.may_pay(count) for count in (1, 8)] == [True, False]  # in eight rows, in 64
+    assert [seconds.text_may_pay(count) for count in (4, 8)] == [True, False]  # in up to 8 rows, in up to 16
 
 
 def test_guesses_have_to_beat_what_skips_save() -> None:
