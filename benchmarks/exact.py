@@ -52,6 +52,13 @@ def generate(engine: Engine, prompt: list[int], skip: SkipOptions, num_tokens: i
     return Output(token_ids, (num_tokens - 1) / (last - first), speculation)
 
 
+def answer_length(engine: Engine, prompt: list[int], most: int) -> int:
+    """Returns the number of tokens to the end of full depth's answer."""
+    token_ids = generate(engine, prompt, FULL_DEPTH, most).token_ids
+    ends = (place for place, token_id in enumerate(token_ids) if token_id in engine.facts.eos_token_ids)
+    return max(_SHORTEST_ANSWER, next(ends, len(token_ids)))
+
+
 def measure_exact(report: Report, setting: Setting, effort: Effort) -> None:
     """Adds the ratios, how often tokens equal full depth's, and the time of drafts and verifications."""
     prompts = setting.prompts
@@ -129,7 +136,9 @@ class _Turns:
         peers: dict[str, list[float]] = {name: [] for name in _ASSISTANCE}
         for number, prompt in enumerate(prompts, start=1):
             progress(f"{self._name}: prompt {number} of {len(prompts)}")
-            num_tokens = self._answer_length(prompt) if ends_with_answer else self._num_tokens
+            num_tokens = self._num_tokens
+            if ends_with_answer:  # what follows would not copy the prompt
+                num_tokens = answer_length(self._setting.engine, prompt, num_tokens)
             for name, skip in self._modes.items():
                 self._outputs[name].append(generate(self._setting.engine, prompt, skip, num_tokens))
             for name, options in _ASSISTANCE.items():
@@ -139,13 +148,6 @@ class _Turns:
                         peers[name].append(run.tokens_per_second)
         self.speeds = peers | {name: [own.tokens_per_second for own in runs] for name, runs in self._outputs.items()}
         self.speeds = {name: own for name, own in self.speeds.items() if len(own) == len(prompts)}
-
-    def _answer_length(self, prompt: list[int]) -> int:
-        """Returns the number of tokens to the end of full depth's answer; what follows would not copy the prompt."""
-        engine = self._setting.engine
-        token_ids = generate(engine, prompt, FULL_DEPTH, self._num_tokens).token_ids
-        ends = (place for place, token_id in enumerate(token_ids) if token_id in engine.facts.eos_token_ids)
-        return max(_SHORTEST_ANSWER, next(ends, len(token_ids)))
 
     def ratios(self) -> list[float]:
         """Returns EXACT's speed over full depth's at each prompt."""

@@ -5,7 +5,7 @@ Each prompt is one round, in which all modes take turns: the spread of a figure 
 
 from collections.abc import Sequence
 
-from benchmarks.exact import generate
+from benchmarks.exact import answer_length, generate
 from benchmarks.figures import Report
 from benchmarks.rounds import Effort, progress
 from benchmarks.setting import FULL_DEPTH, INT4, Setting
@@ -24,8 +24,10 @@ def measure_lookup(report: Report, setting: Setting, effort: Effort) -> None:
         speeds: dict[str, list[float]] = {f"{mode}_{name}": [] for mode in modes for name in engines}
         for number, prompt in enumerate(own, start=1):
             progress(f"lookup{kind}: prompt {number} of {len(own)}")
+            # Behind its end an answer may repeat itself for ever.
+            num_tokens = answer_length(setting.engine, prompt, effort.num_tokens)
             for mode, skip in modes.items():
-                outputs = {name: generate(engine, prompt, skip, effort.num_tokens) for name, engine in engines.items()}
+                outputs = {name: generate(engine, prompt, skip, num_tokens) for name, engine in engines.items()}
                 for name, output in outputs.items():
                     speeds[f"{mode}_{name}"].append(output.tokens_per_second)
         for mode in modes:
@@ -35,7 +37,8 @@ def measure_lookup(report: Report, setting: Setting, effort: Effort) -> None:
     measure("_copy", prompts.copying)
     engines["with"].close()
     report.note(
-        f"lookup: tokens per second with DASH_PROMPT_LOOKUP over without, {effort.num_tokens} new tokens, greedy, one "
-        f"stream; {len(prompts.exact)} prompts, lookup_copy: {len(prompts.copying)} whose answers repeat much of the "
-        "prompt; spreads are over the prompts. All other figures are without"
+        f"lookup: tokens per second with DASH_PROMPT_LOOKUP over without, greedy, one stream; {len(prompts.exact)} "
+        f"prompts, lookup_copy: {len(prompts.copying)} whose answers repeat much of the prompt; up to "
+        f"{effort.num_tokens} new tokens, or as many as full depth's answer has; spreads are over the prompts. All "
+        "other figures are without"
     )
