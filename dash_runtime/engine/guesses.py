@@ -137,11 +137,11 @@ class Guesses:
         room = min(MOST_GUESSES, num_tokens_left - 1)
         token_ids = self._forced.forced(room) if self._forced is not None and room > 0 else []
         self._matches = [FORCED_MATCH] * len(token_ids)
-        if num_sequences == 1 or self.seconds.text_may_pay(num_sequences):
-            self._follow(output_ids)
-            if not token_ids and room > 0 and self._text is not None:
-                token_ids, match = self._text.propose((), room)
-                self._matches = range(match, match + len(token_ids))
+        looks_up = num_sequences == 1 or self.seconds.text_may_pay(num_sequences)
+        self._follow(output_ids, looks_up)
+        if looks_up and not token_ids and room > 0 and self._text is not None:
+            token_ids, match = self._text.propose((), room)
+            self._matches = range(match, match + len(token_ids))
         return Wanted(token_ids, self._chances(self._matches))
 
     def wanted_alone(self, output_ids: Sequence[int], num_tokens_left: int) -> list[int]:
@@ -154,7 +154,7 @@ class Guesses:
 
     def wanted_in_burst(self, output_ids: Sequence[int], num_tokens_left: int) -> tuple[WantedGuesses | None, int]:
         """Returns what a burst needs for its guesses, if there may be any; and the tokens until that changes."""
-        self._follow(output_ids)
+        self._follow(output_ids, looks_up=True)
         numbers, num_tokens = self._rule(), self._rule_ends - self._num_followed
         if self._text is None or not any(numbers):
             return None, num_tokens
@@ -168,14 +168,18 @@ class Guesses:
         """Counts a pass with so many of the wanted guesses, of which the first `num_right` were right."""
         self._lengths.checked(self._matches[:num_guesses], num_right)
 
-    def _follow(self, output_ids: Sequence[int]) -> None:
-        """Takes in the output since it was last told."""
-        if self._prompt is not None and self._text is None:
-            self._text = TextDrafts(self._prompt, self._num_more)
-        for token_id in output_ids[self._num_followed :]:
-            if self._text is not None:
-                follow(self._text, token_id, self._lengths)
-            self._lengths.put_out(1)
+    def _follow(self, output_ids: Sequence[int], looks_up: bool) -> None:
+        """Takes in the output since it was last told; its text too, if somebody is to look it up."""
+        new = output_ids[self._num_followed :]
+        if looks_up and self._prompt is not None:
+            text = self._text = self._text or TextDrafts(self._prompt, self._num_more)
+            for token_id in output_ids[text.num_tokens - len(self._prompt) : self._num_followed]:
+                text.append(token_id)
+            for token_id in new:
+                follow(text, token_id, self._lengths)
+                self._lengths.put_out(1)
+        else:
+            self._lengths.put_out(len(new))
         self._num_followed = len(output_ids)
 
     def _rule(self) -> Sequence[int]:

@@ -248,7 +248,7 @@ class DraftLength:
 
     def put_out(self, num_tokens: int) -> None:
         """Makes what was counted so far fade, as so much output makes it."""
-        self._weight /= _KEPT_PER_TOKEN**num_tokens
+        self._weight /= max(_KEPT_PER_TOKEN**num_tokens, 1 / _LARGEST_WEIGHT)
         if self._weight > _LARGEST_WEIGHT:
             for counts in (self._model, self._forced, *self._text):
                 counts.divide(self._weight)

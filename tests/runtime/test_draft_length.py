@@ -202,3 +202,12 @@ def test_neighbours_leave_room_for_fewer_tokens() -> None:
     assert lengths.longest == lengths.next(100).length == 2
     lengths.pay(DraftCosts(0.0, range(MOST_BY_MODEL + 1), {}))
     assert lengths.next(100, match=12).length == 0
+
+
+def test_what_was_counted_is_forgotten_however_long_the_output() -> None:
+    lengths = DraftLength(0.3, {7: 1.4})
+    before = lengths.acceptance()
+    lengths.verified([0] * 7, 0)
+    assert lengths.acceptance() < before
+    lengths.put_out(1_000_000)
+    assert lengths.acceptance() == pytest.approx(before)

@@ -236,6 +236,23 @@ def test_wrong_guesses_end_and_are_tried_again_later() -> None:
     assert guesses.wanted_alone(output, 100)
 
 
+def test_wrong_guesses_are_forgotten_among_others_too() -> None:
+    dear = LatencyTable((1, 2, 64), {Action.FULL: (1.0, 1.6, 32.0)})
+    guesses, output = Guesses(PassSeconds(dear, [Action.FULL]), Fake(), [1, 2], 300), [1]
+    assert not guesses.seconds.text_may_pay(2)
+    (before, *_) = guesses.wanted(output, 100, 2).chances
+    for _ in range(10):
+        guesses.wanted(output, 100, 2)
+        guesses.checked(3, 0)
+        output.append(1)
+    (after, *_) = guesses.wanted(output, 100, 2).chances
+    assert after < before / 2
+    output += [1] * 200
+    assert guesses.wanted(output, 100, 2).chances[0] > (before + after) / 2
+    # Nothing looked its text up so far; alone, all of it is there.
+    assert guesses.wanted_in_burst(output, 50)[0] is not None or guesses.wanted(output, 50, 1).token_ids
+
+
 def test_right_guesses_go_on() -> None:
     guesses, output = Guesses(PassSeconds(CHEAP_ROWS, [Action.FULL]), Fake()), [1]
     for _ in range(50):

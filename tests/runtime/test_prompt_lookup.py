@@ -173,8 +173,19 @@ def test_a_learned_policy_is_not_asked_about_passes_with_guesses(make_engine: Ma
     assert any(step.scores for step in trace.steps)
 
 
-def test_log_probabilities_are_the_same_to_the_bit(make_engine: MakeEngine) -> None:
-    own = request("INT4", logprobs=3)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"logprobs": 3},
+        {"sampling": SamplingParameters(repetition_penalty=1.01)},
+        {"sampling": SamplingParameters(temperature=0.006, frequency_penalty=0.001, logit_bias={40: 0.01}, seed=2)},
+    ],
+    ids=["logprobs", "repetition", "frequency"],
+)
+def test_what_looks_at_each_token_gets_what_it_gets_without(
+    make_engine: MakeEngine, changes: dict[str, object]
+) -> None:
+    own = replace(request("INT4"), **changes)  # type: ignore[arg-type]
     outputs = []
     for prompt_lookup in (True, False):
         events, num_steps = run(make_engine(prompt_lookup=prompt_lookup), own)
