@@ -74,7 +74,7 @@ class VllmEngineServicer:
                 if request.request_id in self._running:
                     raise  # the call itself is over
                 for index in range(len(generations)):
-                    await context.write(aborted(index))
+                    await _write(context, writing, aborted(index))
             finally:
                 answering.cancel()
                 self._running.pop(request.request_id, None)
@@ -171,12 +171,21 @@ async def _answer(
     rest = generation_pb2.GenerationDelta()
     while (delta := await generation.next_delta()) is not None:
         if is_streamed:
-            async with writing:
-                await context.write(chunk(delta, started, index))
+            await _write(context, writing, chunk(delta, started, index))
         else:
             rest.MergeFrom(delta)
-    async with writing:
-        await context.write(complete(rest, generation.finish(), index))
+    await _write(context, writing, complete(rest, generation.finish(), index))
+
+
+async def _write(context: grpc.aio.ServicerContext, writing: asyncio.Lock, response: vllm_pb2.GenerateResponse) -> None:
+    """Writes a response to its end, even if its answer is aborted meanwhile: a write beside another one fails, and gRPC
+    then leaves the call open for ever."""
+
+    async def write() -> None:
+        async with writing:
+            await context.write(response)
+
+    await asyncio.shield(write())
 
 
 def _tokenizer_archive(folder: Path) -> bytes:

@@ -93,6 +93,19 @@ async def test_an_aborted_answer_ends_and_its_slot_is_free(server: RunningServer
     assert (await server.probe()).num_live == 0
 
 
+async def test_an_answer_is_aborted_while_a_piece_waits_for_its_reader(server: RunningServer, engine: Any) -> None:
+    little = [("grpc.http2.lookahead_bytes", 256), ("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", options=little) as channel:
+        own = request("abc", is_streamed=True, request_id="slow", max_tokens=500, logprobs=20)
+        call = vllm_grpc.VllmEngineStub(channel).Generate(own)
+        await anext(aiter(call))
+        await server.wait_for_live_requests(0)  # all tokens are made
+        await engine.Abort(vllm_pb2.AbortRequest(request_ids=["slow"]))
+        async with asyncio.timeout(30):
+            *_, last = [response async for response in call]
+    assert last.complete.finish_reason == "abort"
+
+
 async def test_a_call_that_is_left_frees_its_slots(server: RunningServer, engine: Any) -> None:
     call = engine.Generate(request("abc", is_streamed=True, max_tokens=500, n=2))
     await anext(aiter(call))
