@@ -20,8 +20,9 @@ from dash_runtime.layers.pass_plan import PassPlan
 from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy import Policy, Token
+from dash_runtime.rows.structs import MOST_GUESSES
 
-_MOST_RECENT = 8
+_MOST_RECENT = 1 + MOST_GUESSES
 """Steps that are kept: one for each number of guesses of a lone sequence."""
 
 
@@ -152,7 +153,7 @@ def pass_seconds(assignment: Assignment, planner: Planner | None) -> PassSeconds
         return None
     policy, plans = assignment.policy, (planner.latencies, plan.pinned.values())
     beside = assignment.costs.token_cost((), policy.head) * _token_seconds(assignment, planner)
-    if assignment.is_planned or not isinstance(policy, LearnedPolicy):
+    if not isinstance(policy, LearnedPolicy):
         return PassSeconds(*plans, beside)
     return PassSeconds(*plans, beside, partial(_seconds_saved, policy, assignment.price, planner))
 
@@ -187,7 +188,7 @@ def _asked(assignment: Assignment, num_rows: int, planner: Planner | None) -> Po
     policy = assignment.policy
     if not isinstance(policy, LearnedPolicy) or not isinstance(planner, GroupPlanner) or num_rows == 1:
         return policy
-    if Action.SKIP not in policy.spec.actions or not policy.spec.free_layers:
+    if not _may_skip(policy):
         return policy
     unasked, costs = policy.unasked(assignment.price), assignment.costs
     saved = _seconds_saved(policy, assignment.price, planner, num_rows)
@@ -195,10 +196,14 @@ def _asked(assignment: Assignment, num_rows: int, planner: Planner | None) -> Po
     return policy if saved >= asking else unasked
 
 
+def _may_skip(policy: LearnedPolicy) -> bool:
+    return Action.SKIP in policy.spec.actions and bool(policy.spec.free_layers)
+
+
 def _seconds_saved(policy: LearnedPolicy, price: float, planner: GroupPlanner, num_rows: int) -> float:
     """Returns the seconds that the policy's skips can be expected to save so many rows, beside what they run where it
     is not asked."""
-    if Action.SKIP not in policy.spec.actions or not policy.spec.free_layers:
+    if not _may_skip(policy):
         return 0.0
     usual, share = policy.unasked(price).plan[policy.spec.free_layers[0]], policy.skip_share(price)
     return len(policy.spec.free_layers) * planner.seconds_saved(usual, num_rows, share)

@@ -273,22 +273,20 @@ class Engine:
         num_positions, decider = sequence.cache.length, rows.deciders[0]
         if (burst := self.bursts.decode(rows, sequence)) is None:
             return False
-        head, num_evaluations, has_room = decider.policy.head, decider.num_evaluations, sequence.recorder.has_room
-        costs = list[float]()
-        for plan, num_rows in zip(burst.plans, burst.num_rows, strict=True):
-            if num_rows > 1:
-                costs.append(sequence.count_rows(plan, head, num_rows))
-            else:
-                costs.append(sequence.log.cost_of(plan, head, num_evaluations) if num_rows and has_room else 0.0)
-        sequence.recorder.add_burst(burst, costs)
+        head, num_evaluations = decider.policy.head, decider.num_evaluations
         if self._step_clock is not None and burst.num_plain < burst.num_tokens:
             self._step_clock.begin(None)  # its tokens took different times
-        for token_id, plan, num_rows in zip(burst.token_ids, burst.plans, burst.num_rows, strict=True):
-            num_positions += 1
+        each = zip(burst.token_ids, burst.plans, burst.num_rows, strict=True)
+        for place, (token_id, plan, num_rows) in enumerate(each):
+            cost = 0.0
             if num_rows == 1:
-                self._count(sequence, decider, plan, 0, num_positions)
+                self._count(sequence, decider, plan, 0, num_positions + place + 1)
+                if sequence.recorder.has_room:
+                    cost = sequence.log.cost_of(plan, head, num_evaluations)
             else:
+                cost = sequence.count_rows(plan, head, num_rows) if num_rows else 0.0
                 sequence.log.append_counted_token(plan)
+            sequence.recorder.add_of_burst(burst, place, token_id, plan, cost)
             self._take(sequence, token_id, None, 0, plan, events)
         return True
 

@@ -24,7 +24,7 @@ _LEAST_GAIN, _GAIN_BY_SEQUENCE = 1.03, 0.02
 """Expected gain below which nothing is guessed, and what each sequence adds to that. It pays for what the seconds leave
 out: new rows are made ready, and each token is chosen by itself."""
 _GUESSING_SECONDS = 2e-4
-"""What a pass with guesses takes beside its layers and heads."""
+"""Seconds that a pass with guesses takes beside its layers and heads."""
 _USUAL_CHANCE = 0.4
 """Probability of a guess from the text, by which it is known whether several sequences ask at all: that takes each of
 them a hundredth of a step."""
@@ -99,7 +99,7 @@ class PassSeconds:
 
 
 class Wanted(NamedTuple):
-    """What a sequence may guess, and the probability of each guess that all are right up to it."""
+    """The tokens that a sequence may guess, and the probability of each that all are right up to it."""
 
     token_ids: list[int]
     chances: list[float]
@@ -127,7 +127,7 @@ class Guesses:
         self._num_followed = 0
         self._lengths = DraftLength(0.0, {})
         self._numbers: Sequence[int] = ()
-        """How many tokens of the text a lone sequence guesses, by match."""
+        """Numbers of tokens of the text that a lone sequence guesses, by match."""
         self._rule_ends = 0
         """The length of the output from which on that is asked again."""
         self._matches: Sequence[int] = ()

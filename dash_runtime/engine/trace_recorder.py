@@ -92,12 +92,11 @@ class TraceRecorder:
             own = token_id, cost, output.plans[row], output.layer_times, started_ns, time.perf_counter_ns()
             self._steps.append(_Pass(kind, *own, *decided))
 
-    def add_burst(self, burst: Burst, costs: Sequence[float]) -> None:
-        """Records the tokens of a burst, which cost so much, in full-depth tokens."""
-        for place, (token_id, plan, cost) in enumerate(zip(burst.token_ids, burst.plans, costs, strict=True)):
-            if self._has_room():
-                own = token_id, cost, plan, burst.layer_times(place), *burst.times(place), burst.scores(place)
-                self._steps.append(_Pass(StepKind.DECODE, *own))
+    def add_of_burst(self, burst: Burst, place: int, token_id: int, plan: bytes, cost: float) -> None:
+        """Records a token of a burst; `cost` is in full-depth tokens."""
+        if self._has_room():
+            own = token_id, cost, plan, burst.layer_times(place), *burst.times(place), burst.scores(place)
+            self._steps.append(_Pass(StepKind.DECODE, *own))
 
     def add_verification(
         self, token_ids: list[int], num_accepted: int, num_from_text: int, cost: float, started_ns: int

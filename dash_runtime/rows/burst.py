@@ -14,7 +14,7 @@ from dash_runtime.rows.structs import MOST_GUESSES, BurstStruct, GuessesStruct
 
 
 class WantedGuesses(NamedTuple):
-    """What a burst may run beside a token (`engine.guesses`): the text so far, as the address of int32 with room for
+    """The guesses of a burst (`engine.guesses`): the text so far, as the address of int32 with room for
     what follows, and its number of tokens; how many may follow; and how many are guessed, by the number of the last
     tokens that the text had before, from 0 to `LONGEST_MATCH`."""
 
@@ -92,7 +92,7 @@ class Burst:
 
     @property
     def plain_seconds(self) -> float:
-        """What these took."""
+        """The seconds that these passes took."""
         places = (place for place, rows in enumerate(self._rows[: self.num_tokens]) if rows == 1)
         return sum(self._marks[2 * place + 1] - self._marks[2 * place] for place in places) / 1e9
 

@@ -109,6 +109,7 @@ extern "C" int64_t dash_run_burst(Pass *pass, int64_t num_tokens, const int64_t 
   const RowPlan *const own = pass->plans;
   const Decisions *decisions = own->decisions;
   const int64_t num_scores = decisions ? num_layers * decisions->policy->num_actions : 0;
+  const int64_t vocabulary = pass->head->num_tiles * kLanes;
   int64_t inputs[1 + kMostGuesses] = {*pass->tokens}, likeliest[1 + kMostGuesses];
   Span &span = *pass->spans;
   pass->tokens = inputs;
@@ -125,8 +126,7 @@ extern "C" int64_t dash_run_burst(Pass *pass, int64_t num_tokens, const int64_t 
     bool is_right = true;
     for (int64_t row = 0; row < num_rows && is_right && !is_over; ++row, ++done) {
       int64_t token = likeliest[row];
-      if (draws) token = drawing.token(pass->logits + row * pass->head->num_tiles * kLanes,
-                                       pass->head->num_tiles * kLanes, draws[done]);
+      if (draws) token = drawing.token(pass->logits + row * vocabulary, vocabulary, draws[done]);
       std::memcpy(record->plans + done * num_layers, pass->plans->plan, num_layers);
       std::memcpy(record->times + done * 2 * num_layers, pass->times, 2 * num_layers * sizeof(int64_t));
       if (decisions && num_rows == 1)

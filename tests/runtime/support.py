@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.checkpoints import load_model_config, open_weights
+from dash_runtime.config import GenerationRequest
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.engine.engine import Engine
@@ -135,6 +136,18 @@ def drain(engine: Engine) -> dict[str, list[EngineEvent]]:
         for event in engine.step():
             events.setdefault(event.request_id, []).append(event)
     return events
+
+
+def run_alone(engine: Engine, request: GenerationRequest) -> tuple[list[EngineEvent], int]:
+    """Returns a lone request's events, and the number of steps."""
+    engine.submit(request)
+    events: list[EngineEvent] = []
+    num_steps = 0
+    while engine.has_work:
+        events += engine.step()
+        num_steps += 1
+    assert engine.num_reserved_cache_tokens == 0
+    return events, num_steps
 
 
 def tokens(events: list[EngineEvent]) -> list[int]:

@@ -19,10 +19,9 @@ from dash_runtime.config import (
 from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.constraints import ConstraintCompiler
-from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.guesses import Guesses, PassSeconds
 from dash_runtime.engine.planner import GroupPlanner
-from dash_runtime.events import EndReason, EngineEvent, SequenceFinished, SlotGranted, TokenProduced
+from dash_runtime.events import EndReason, SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import load_policy
@@ -31,7 +30,7 @@ from dash_runtime.startup.build import assemble_engine
 from tests.runtime.compiled_model import BUDGETS, CompiledModel, native_decoder
 from tests.runtime.planned_engine import ACTIONS, EOS, MODES, make_engine
 from tests.runtime.random_policy import NAME
-from tests.runtime.support import ALL_ACTIONS, CPU, finished, load_decoder, some_affine, some_costs, tokens
+from tests.runtime.support import ALL_ACTIONS, CPU, finished, load_decoder, run_alone, some_affine, some_costs, tokens
 
 CHEAP = GroupPlanner(LatencyTable((1, 8), {Action.SKIP: (0.1, 0.1), Action.FULL: (1.0, 1.2)}))
 DEAR = GroupPlanner(LatencyTable((1, 8), {Action.SKIP: (0.1, 1.0), Action.FULL: (1.0, 14.0)}))
@@ -49,26 +48,14 @@ def request(name: str, mode: str, max_new_tokens: int = 60, **options: object) -
     return replace(own, **options)  # type: ignore[arg-type]
 
 
-def run(engine: Engine, own: GenerationRequest) -> tuple[list[EngineEvent], int]:
-    """Returns a lone request's events, and the number of steps."""
-    engine.submit(own)
-    events: list[EngineEvent] = []
-    num_steps = 0
-    while engine.has_work:
-        events += engine.step()
-        num_steps += 1
-    assert engine.num_reserved_cache_tokens == 0
-    return events, num_steps
-
-
 @pytest.mark.parametrize("mode", ["full", "adaptive", "fixed"])
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_the_output_is_the_same_in_fewer_steps(
     decoder: Decoder, compiler: ConstraintCompiler, mode: str, temperature: float
 ) -> None:
     own = request("r", mode, sampling=SamplingParameters(temperature=temperature, seed=4), logprobs=2)
-    guessed, num_steps = run(make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=CHEAP), own)
-    plain, num_plain_steps = run(make_engine(decoder, frozenset({EOS}), constraints=compiler), own)
+    guessed, num_steps = run_alone(make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=CHEAP), own)
+    plain, num_plain_steps = run_alone(make_engine(decoder, frozenset({EOS}), constraints=compiler), own)
     assert len(tokens(plain)) == num_plain_steps == len("alpha-00-constant-aa-text")
     assert num_steps < num_plain_steps / 2
     for one, other in zip(guessed, plain, strict=True):
@@ -87,8 +74,8 @@ def test_the_output_is_the_same_in_fewer_steps(
 @pytest.mark.parametrize("count", range(1, len("alpha-00-constant-aa-text") + 1))
 def test_the_limit_may_fall_among_guesses(decoder: Decoder, compiler: ConstraintCompiler, count: int) -> None:
     engine = make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=CHEAP)
-    whole, _ = run(engine, request("r", "full"))
-    events, _ = run(engine, request("r", "full", count))
+    whole, _ = run_alone(engine, request("r", "full"))
+    events, _ = run_alone(engine, request("r", "full", count))
     assert tokens(events) == tokens(whole)[:count]
     is_whole = count == len(tokens(whole))
     assert finished(events).reason is (EndReason.END_OF_SEQUENCE if is_whole else EndReason.LENGTH)
@@ -97,7 +84,7 @@ def test_the_limit_may_fall_among_guesses(decoder: Decoder, compiler: Constraint
 def test_a_stop_token_ends_the_output_among_guesses(decoder: Decoder, compiler: ConstraintCompiler) -> None:
     stopping = StoppingParameters(60, stop_token_ids=frozenset({ord("t")}))
     engine = make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=CHEAP)
-    events, _ = run(engine, request("r", "full", stopping=stopping))
+    events, _ = run_alone(engine, request("r", "full", stopping=stopping))
     assert bytes(tokens(events))[-len("-const") :] == b"-const"
     assert finished(events).reason is EndReason.STOP_TOKEN
 
@@ -106,7 +93,7 @@ def test_each_token_of_a_pass_is_recorded_and_the_first_has_its_cost(
     decoder: Decoder, compiler: ConstraintCompiler
 ) -> None:
     engine = make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=CHEAP, record_steps=100)
-    events, _ = run(engine, request("r", "full"))
+    events, _ = run_alone(engine, request("r", "full"))
     trace, depth = finished(events).trace, finished(events).depth
     assert trace is not None
     assert [token_id for step in trace.steps for token_id in step.token_ids] == tokens(events)[1:]
@@ -116,7 +103,7 @@ def test_each_token_of_a_pass_is_recorded_and_the_first_has_its_cost(
 
 def test_nothing_is_guessed_where_it_does_not_pay(decoder: Decoder, compiler: ConstraintCompiler) -> None:
     dear = make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=DEAR)
-    events, num_steps = run(dear, request("r", "full"))
+    events, num_steps = run_alone(dear, request("r", "full"))
     assert num_steps == len(tokens(events))
 
 
@@ -127,7 +114,7 @@ def test_sequences_guess_together_where_one_plan_serves_all(
     requests = [request("r", "full"), *(request(f"{mode} {place}", mode) for place, mode in enumerate(others))]
     requests.append(request("free", "full", 40, constraint=None))
     engine = make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=CHEAP, least_gain=0.0)
-    alone = {own.request_id: tokens(run(engine, own)[0]) for own in requests}
+    alone = {own.request_id: tokens(run_alone(engine, own)[0]) for own in requests}
     for own in requests:
         engine.submit(own)
     num_at_once = 0
@@ -147,7 +134,7 @@ def test_sequences_guess_together_where_one_plan_serves_all(
 
 
 def test_a_sequence_that_drafts_drafts_what_is_forced_as_before(decoder: Decoder, compiler: ConstraintCompiler) -> None:
-    events, _ = run(
+    events, _ = run_alone(
         make_engine(decoder, frozenset({EOS}), constraints=compiler, planner=CHEAP, least_gain=0.0),
         request("r", "exact"),
     )
@@ -204,7 +191,7 @@ def test_the_output_of_native_code_is_the_same_to_the_bit(
         engine = assemble_engine(decoder, catalog, EngineConfig(), 512, planner=planner, constraints=compiler)
         skip = SkipOptions(Mode.FIXED, fixed_action=action)
         sampling = SamplingParameters(temperature=temperature, seed=4)
-        events, num_steps = run(engine, request("r", "full", skip=skip, sampling=sampling, logprobs=3))
+        events, num_steps = run_alone(engine, request("r", "full", skip=skip, sampling=sampling, logprobs=3))
         assert (num_steps < len(tokens(events))) is (planner is not None)
         outputs.append([(own.token_id, own.logprobs) for own in events if isinstance(own, TokenProduced)])
     assert outputs[0] == outputs[1]

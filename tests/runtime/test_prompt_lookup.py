@@ -20,7 +20,7 @@ from dash_runtime.config import (
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.guesses import Guesses, PassSeconds
 from dash_runtime.engine.planner import GroupPlanner
-from dash_runtime.events import EndReason, EngineEvent, TokenProduced
+from dash_runtime.events import EndReason, TokenProduced
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import load_policy, save_policy
@@ -28,7 +28,7 @@ from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.startup.build import assemble_engine, with_native_code
 from tests.runtime.compiled_model import BUDGETS, native_decoder, save_compiled_model
 from tests.runtime.random_policy import NAME, random_policy
-from tests.runtime.support import ALL_ACTIONS, CPU, drain, finished, some_affine, some_costs, tokens
+from tests.runtime.support import ALL_ACTIONS, CPU, drain, finished, run_alone, some_affine, some_costs, tokens
 
 CHEAP = GroupPlanner(LatencyTable((1, 8), dict.fromkeys(ALL_ACTIONS, (1.0, 1.2))))
 PROMPT = [*range(30, 50)] * 3
@@ -85,28 +85,15 @@ def request(mode: str, sampling: str = "greedy", **changes: object) -> Generatio
     return replace(own, **changes)  # type: ignore[arg-type]
 
 
-def run(engine: Engine, *requests: GenerationRequest) -> tuple[list[EngineEvent], int]:
-    """Returns the first one's events, and the number of steps."""
-    for own in requests:
-        engine.submit(own)
-    events: list[EngineEvent] = []
-    num_steps = 0
-    while engine.has_work:
-        events += engine.step()
-        num_steps += 1
-    assert engine.num_reserved_cache_tokens == 0
-    return [event for event in events if event.request_id == requests[0].request_id], num_steps
-
-
 @pytest.mark.parametrize("sampling", ["greedy", "drawn"])
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "adaptive"])
 def test_the_output_of_a_plan_is_the_same_in_fewer_passes(make_engine: MakeEngine, mode: str, sampling: str) -> None:
     own = request(mode, sampling)
-    plain, num_steps = run(make_engine(prompt_lookup=False), replace(own, is_immediate=True))
+    plain, num_steps = run_alone(make_engine(prompt_lookup=False), replace(own, is_immediate=True))
     assert num_steps == NUM_TOKENS
-    each, num_guessing_steps = run(make_engine(), replace(own, is_immediate=True))
+    each, num_guessing_steps = run_alone(make_engine(), replace(own, is_immediate=True))
     assert num_guessing_steps < 0.8 * NUM_TOKENS
-    together, _ = run(make_engine(), own)
+    together, _ = run_alone(make_engine(), own)
     produced = [[event for event in events if isinstance(event, TokenProduced)] for events in (plain, each, together)]
     assert produced[0] == produced[1] == produced[2]
     depths = [finished(events).depth for events in (plain, each, together)]
@@ -123,7 +110,8 @@ def test_guesses_are_the_same_whether_tokens_come_together_or_one_by_one(
         prompt = [*PROMPT, *torch.randint(20, 60, (40,), generator=torch.Generator().manual_seed(seed)).tolist()]
         own = request(mode, sampling, prompt_token_ids=prompt)
         runs = [
-            run(make_engine(record_steps=NUM_TOKENS), replace(own, is_immediate=is_it))[0] for is_it in (True, False)
+            run_alone(make_engine(record_steps=NUM_TOKENS), replace(own, is_immediate=is_it))[0]
+            for is_it in (True, False)
         ]
         one, other = [[event for event in events if isinstance(event, TokenProduced)] for events in runs]
         assert one == other
@@ -148,14 +136,14 @@ def test_wrong_guesses_leave_nothing_behind(make_wild_engine: MakeEngine, mode: 
         prompt = torch.randint(20, 24, (60,), generator=torch.Generator().manual_seed(seed)).tolist()
         own = request(mode, "varied", prompt_token_ids=prompt)
         engine = make_wild_engine(free, record_steps=NUM_TOKENS)
-        each, together = (run(engine, replace(own, is_immediate=is_it))[0] for is_it in (True, False))
+        each, together = (run_alone(engine, replace(own, is_immediate=is_it))[0] for is_it in (True, False))
         assert tokens(each) == tokens(together)
         # Scores show every bit of what a row attended to.
         one, other = (finished(events).trace for events in (each, together))
         assert one is not None
         assert other is not None
         assert [step.scores for step in one.steps] == [step.scores for step in other.steps]
-        plain, _ = run(make_wild_engine(free, prompt_lookup=False), own)
+        plain, _ = run_alone(make_wild_engine(free, prompt_lookup=False), own)
         counts, own_counts = (sum(finished(events).depth.action_counts.values()) for events in (plain, together))
         assert own_counts > 1.5 * counts
         if mode != "adaptive":
@@ -163,7 +151,7 @@ def test_wrong_guesses_leave_nothing_behind(make_wild_engine: MakeEngine, mode: 
 
 
 def test_a_learned_policy_is_not_asked_about_passes_with_guesses(make_engine: MakeEngine) -> None:
-    events, _ = run(make_engine(record_steps=NUM_TOKENS), request("adaptive"))
+    events, _ = run_alone(make_engine(record_steps=NUM_TOKENS), request("adaptive"))
     trace = finished(events).trace
     assert trace is not None
     later = [step for step in trace.steps if not step.cost]  # tokens of a pass after its first one
@@ -188,7 +176,7 @@ def test_what_looks_at_each_token_gets_what_it_gets_without(
     own = replace(request("INT4"), **changes)  # type: ignore[arg-type]
     outputs = []
     for prompt_lookup in (True, False):
-        events, num_steps = run(make_engine(prompt_lookup=prompt_lookup), own)
+        events, num_steps = run_alone(make_engine(prompt_lookup=prompt_lookup), own)
         assert (num_steps < NUM_TOKENS) is prompt_lookup
         outputs.append([(event.token_id, event.logprobs) for event in events if isinstance(event, TokenProduced)])
     assert outputs[0] == outputs[1]
@@ -198,13 +186,13 @@ def test_what_looks_at_each_token_gets_what_it_gets_without(
 @pytest.mark.parametrize("number", range(20, 40, 3))
 def test_the_output_may_end_among_guesses(make_engine: MakeEngine, is_immediate: bool, number: int) -> None:
     own = request("FULL", is_immediate=is_immediate)
-    whole = tokens(run(make_engine(prompt_lookup=False), own)[0])
+    whole = tokens(run_alone(make_engine(prompt_lookup=False), own)[0])
     engine = make_engine()
-    events, _ = run(engine, replace(own, stopping=StoppingParameters(number, ignore_eos=True)))
+    events, _ = run_alone(engine, replace(own, stopping=StoppingParameters(number, ignore_eos=True)))
     assert tokens(events) == whole[:number]
     assert finished(events).reason is EndReason.LENGTH
     stop = StoppingParameters(NUM_TOKENS, stop_token_ids=frozenset({whole[number]}), ignore_eos=True)
-    events, _ = run(engine, replace(own, stopping=stop))
+    events, _ = run_alone(engine, replace(own, stopping=stop))
     assert tokens(events) == whole[: whole.index(whole[number]) + 1]
     assert finished(events).reason is EndReason.STOP_TOKEN
 
@@ -223,7 +211,7 @@ def test_memory_of_wrong_guesses_is_zeros_again(make_wild_engine: MakeEngine, is
 
 def test_neighbours_of_one_plan_guess_together(make_engine: MakeEngine) -> None:
     own = request("FULL", request_id="own"), request("FULL", "drawn", request_id="other")
-    alone = [tokens(run(make_engine(prompt_lookup=False), each)[0]) for each in own]
+    alone = [tokens(run_alone(make_engine(prompt_lookup=False), each)[0]) for each in own]
     engine = make_engine()
     for each in own:
         engine.submit(each)
@@ -250,7 +238,7 @@ def test_neighbours_of_several_plans_do_not_guess(make_engine: MakeEngine) -> No
 def test_nothing_is_guessed_where_rows_do_not_share_or_it_does_not_pay(
     make_engine: MakeEngine, planner: GroupPlanner | None
 ) -> None:
-    _, num_steps = run(make_engine(planner), request("INT4", is_immediate=True))
+    _, num_steps = run_alone(make_engine(planner), request("INT4", is_immediate=True))
     assert num_steps == NUM_TOKENS
 
 

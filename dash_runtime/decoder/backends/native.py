@@ -80,7 +80,7 @@ class NativeBackend(OwnMemory):
         self._has_embedding = False
         self._planners = PlannerTables()
         self._made: WeakKeyDictionary[PassPlan, tuple[Batch, _Made | None]] = WeakKeyDictionary()
-        """What the native code is told of passes, which may run step after step."""
+        """The arguments of native code for passes, which may run step after step."""
 
     def add_layer(self, weights: LayerWeights, layer: DecoderLayer) -> None:
         """Packs the next layer's matrices; `layer` has those for eager passes in FULL."""
