@@ -32,6 +32,7 @@ def measure_lookup(report: Report, setting: Setting, effort: Effort) -> None:
                     speeds[f"{mode}_{name}"].append(output.tokens_per_second)
         for mode in modes:
             report.add_ratio(f"lookup{kind}_{mode}", speeds, f"{mode}_with", f"{mode}_without")
+        report.add_ratio(f"lookup{kind}_adaptive_vs_int4", speeds, "adaptive_with", "int4_with")
 
     measure("", prompts.exact)
     measure("_copy", prompts.copying)

@@ -38,7 +38,7 @@ from dash_runtime.startup.plan_search import search_plans, search_text
 _Kept = TypeVar("_Kept")
 _Entry = tuple[object, object]
 _Ratios = Mapping[_Entry, float]
-_VERSION = 9
+_VERSION = 10
 _SEARCH_SEQUENCES = 3
 _SEARCH_LENGTH = 128
 _QUICK_ROUNDS = 2
