@@ -55,7 +55,8 @@ class DepthStatistics(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SpeculationStatistics(msgspec.Struct, frozen=True, array_like=True):
-    """Counts and times of one request's drafts in mode EXACT."""
+    """Counts and times of one request's drafts in mode EXACT. In other modes its guesses count as drafts from the
+    text: a pass with some verifies them, and they take no time of their own."""
 
     num_drafted: int
     """By the model and from the text."""
@@ -123,7 +124,7 @@ class SequenceFinished(msgspec.Struct, frozen=True, tag=True):
     """From the first token to the end."""
     depth: DepthStatistics
     speculation: SpeculationStatistics | None = None
-    """None outside mode EXACT."""
+    """None if mode is not EXACT and nothing was guessed."""
     num_cached_prompt_tokens: int = 0
     """Prompt tokens whose keys and values came from an earlier request."""
     trace: DecisionTrace | None = None

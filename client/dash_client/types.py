@@ -173,11 +173,12 @@ class StreamDelta:
 
 @dataclass(frozen=True, slots=True)
 class SpeculationUsage:
-    """Counts and times of drafting and verifying in mode "exact"."""
+    """Counts and times of drafting and verifying in mode "exact". In other modes those of guesses: tokens of the text,
+    or forced by a constraint, that passes ran beside the last token (prompt lookup). They take no time of their own."""
 
     drafted_token_count: int
     accepted_token_count: int
-    """Drafted tokens that full depth accepted and that are in the output."""
+    """Drafted tokens that were accepted, in mode "exact" by full depth, and that are in the output."""
     wasted_token_count: int
     """The other drafted tokens."""
     verification_count: int
@@ -187,7 +188,7 @@ class SpeculationUsage:
     text_drafted_token_count: int = 0
     """The part of the drafted tokens that came from the text itself: what followed the last tokens there before."""
     text_accepted_token_count: int = 0
-    """The part of these that full depth accepted."""
+    """The part of these that was accepted."""
     accepted_length_counts: tuple[int, ...] = ()
     """For each number of accepted tokens, from 0 on, the number of drafts of which so many were accepted."""
 
@@ -209,7 +210,7 @@ class Usage:
     decode_seconds: float
     """From the first token to the last."""
     speculation: SpeculationUsage | None = None
-    """In mode "exact"."""
+    """In mode "exact"; in other modes if there were guesses."""
     cached_prompt_token_count: int = 0
     """Prompt tokens shared with an earlier request, so that they were not computed again."""
 

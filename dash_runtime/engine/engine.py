@@ -258,7 +258,7 @@ class Engine:
             own = {row: sequence.sampler}, likeliest_ids, output.logits, output.late_logits, self._decoder.draw
             token_id = choose_tokens(*own)[row]
             sequence.recorder.add_pass(StepKind.DECODE, token_id, 0.0 if place else cost, output, row, by, started_ns)
-            self._take(sequence, token_id, output.logits, row, sequence.log.append_counted_token(plan), events)
+            self._take(sequence, token_id, output.logits, row, sequence.count_token_of_rows(plan, place > 0), events)
             if sequence.request.request_id not in self._running:
                 return
             if guesses[place : place + 1] != [token_id]:
@@ -285,7 +285,7 @@ class Engine:
                     cost = sequence.log.cost_of(plan, head, num_evaluations)
             else:
                 cost = sequence.count_rows(plan, head, num_rows) if num_rows else 0.0
-                sequence.log.append_counted_token(plan)
+                sequence.count_token_of_rows(plan, num_rows == 0)
             sequence.recorder.add_of_burst(burst, place, token_id, plan, cost)
             self._take(sequence, token_id, None, 0, plan, events)
         return True

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.engine.speculative import ForcedText, follow
 from dash_runtime.engine.text_drafts import TextDrafts
+from dash_runtime.events import SpeculationStatistics
 from dash_runtime.policy.draft_length import FORCED_MATCH, MATCHES, DraftLength
 from dash_runtime.rows.burst import WantedGuesses
 from dash_runtime.rows.structs import LONGEST_MATCH, MOST_GUESSES
@@ -131,6 +132,11 @@ class Guesses:
         self._rule_ends = 0
         """The length of the output from which on that is asked again."""
         self._matches: Sequence[int] = ()
+        self._num_guessed = 0
+        self._right_lengths: list[int] = []
+        """For each number of right guesses, the number of passes with guesses of which so many were."""
+        self._num_right = 0
+        """Right guesses of the last such pass."""
 
     def wanted(self, output_ids: Sequence[int], num_tokens_left: int, num_sequences: int) -> Wanted:
         """Returns what the next pass, of so many sequences, may run. It puts out one token more."""
@@ -167,6 +173,29 @@ class Guesses:
     def checked(self, num_guesses: int, num_right: int) -> None:
         """Counts a pass with so many of the wanted guesses, of which the first `num_right` were right."""
         self._lengths.checked(self._matches[:num_guesses], num_right)
+
+    def ran(self, num_guesses: int) -> None:
+        """Counts a pass with so many guesses."""
+        self._num_guessed += num_guesses
+        self._num_right = 0
+        self._count_pass(1)
+
+    def was_right(self) -> None:
+        """Counts one more right guess of the last pass."""
+        self._count_pass(-1)
+        self._num_right += 1
+        self._count_pass(1)
+
+    def statistics(self) -> SpeculationStatistics | None:
+        """Returns the counts so far; None if nothing was guessed."""
+        if not self._num_guessed:
+            return None
+        num_right = sum(length * count for length, count in enumerate(self._right_lengths))
+        return SpeculationStatistics(self._num_guessed, self._num_guessed, num_right, list(self._right_lengths), 0, 0)
+
+    def _count_pass(self, count: int) -> None:
+        self._right_lengths += [0] * (self._num_right + 1 - len(self._right_lengths))
+        self._right_lengths[self._num_right] += count
 
     def _follow(self, output_ids: Sequence[int], looks_up: bool) -> None:
         """Takes in the output since it was last told; its text too, if somebody is to look it up."""

@@ -188,7 +188,15 @@ class Sequence:
     def count_rows(self, plan: bytes, head: Action, num_rows: int) -> float:
         """Counts a pass with guesses, all rows of which ran this plan; returns its cost."""
         assert self.guesses is not None
+        self.guesses.ran(num_rows - 1)
         return self.log.add_rows(plan, head, num_rows, self.guesses.cost(num_rows - 1))
+
+    def count_token_of_rows(self, plan: bytes, is_guessed: bool) -> bytes:
+        """Counts a token of such a pass, whether it was guessed or not; returns its decisions."""
+        assert self.guesses is not None
+        if is_guessed:
+            self.guesses.was_right()
+        return self.log.append_counted_token(plan)
 
     def keep_guesses(self, num_guesses: int, num_right: int) -> None:
         """Counts the guesses of a pass, and drops the keys and values of wrong ones."""
@@ -286,7 +294,7 @@ class Sequence:
 
     def finished(self, reason: EndReason) -> SequenceFinished:
         """Returns the closing event."""
-        drafts = self.speculation
+        drafts = self.speculation or self.guesses
         return SequenceFinished(
             self.request.request_id,
             reason,

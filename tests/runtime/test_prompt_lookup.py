@@ -197,6 +197,23 @@ def test_the_output_may_end_among_guesses(make_engine: MakeEngine, is_immediate:
     assert finished(events).reason is EndReason.STOP_TOKEN
 
 
+@pytest.mark.parametrize("num_tokens", [NUM_TOKENS, 100])
+@pytest.mark.parametrize("kind", ["greedy", "varied"])
+def test_an_answer_says_how_many_guesses_were_right(make_engine: MakeEngine, kind: str, num_tokens: int) -> None:
+    stop = StoppingParameters(num_tokens, ignore_eos=True)
+    own = replace(request("INT4", kind, is_immediate=True), stopping=stop)
+    by_step, num_steps = run_alone(make_engine(), own)
+    in_bursts, _ = run_alone(make_engine(), replace(own, is_immediate=False))
+    guesses = finished(by_step).speculation
+    assert guesses is not None
+    assert guesses == finished(in_bursts).speculation
+    assert guesses.num_accepted == guesses.num_accepted_from_text == num_tokens - num_steps > 5
+    assert guesses.num_drafted >= guesses.num_accepted + guesses.accepted_lengths[0]
+    assert guesses.num_verifications < num_steps
+    without, _ = run_alone(make_engine(prompt_lookup=False), own)
+    assert finished(without).speculation is None
+
+
 @pytest.mark.parametrize("is_immediate", [True, False])
 def test_memory_of_wrong_guesses_is_zeros_again(make_wild_engine: MakeEngine, is_immediate: bool) -> None:
     free = GroupPlanner(LatencyTable((1, 8), dict.fromkeys(ALL_ACTIONS, (1.0, 1.0))))

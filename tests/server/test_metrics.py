@@ -136,21 +136,21 @@ async def test_a_server_that_nobody_asked_for_metrics_has_none(model_folder: Pat
         assert server.server.metrics is None
 
 
-def test_drafts_are_counted_as_drafted_and_as_accepted() -> None:
+def test_drafts_and_guesses_are_counted_as_drafted_and_as_accepted() -> None:
     reader = InMemoryMetricReader()
     dispatcher = Dispatcher(Pace())
     sources = Sources(Admission(1), dispatcher, (), lambda: "model", dropped_spans=lambda: 7)
     metrics = Metrics(MeterProvider([reader]).get_meter("test"), sources)
-    request = GenerationRequest(
-        "id", [1, 2], stopping=StoppingParameters(max_new_tokens=20), skip=SkipOptions(Mode.EXACT)
-    )
-    record = RequestRecord("id", "Generate", None, prepared=PreparedRequest(request, (), frozenset()))
-    record.granted = SlotGranted("id", "draft", None, 0.0)
-    depth = DepthStatistics(19, {}, [], total_cost=0.6 * 19, exposed_ns=0)
-    speculation = SpeculationStatistics(12, 5, 4, [0, 2, 0, 1, 1], 100_000_000, 200_000_000)
-    record.finished = SequenceFinished("id", EndReason.LENGTH, 20, 0, 1, depth, speculation)
-    record.ended_unix_ns = record.started_unix_ns + 10**9
-    metrics.observe(record)
+    drafts = SpeculationStatistics(12, 5, 4, [0, 2, 0, 1, 1], 100_000_000, 200_000_000)
+    guesses = SpeculationStatistics(9, 9, 2, [1, 2], 0, 0)
+    for mode, speculation in {Mode.EXACT: drafts, Mode.FULL_DEPTH: guesses}.items():
+        request = GenerationRequest("id", [1, 2], StoppingParameters(max_new_tokens=20), skip=SkipOptions(mode))
+        record = RequestRecord("id", "Generate", None, prepared=PreparedRequest(request, (), frozenset()))
+        record.granted = SlotGranted("id", "draft", None, 0.0)
+        depth = DepthStatistics(19, {}, [], total_cost=0.6 * 19, exposed_ns=0)
+        record.finished = SequenceFinished("id", EndReason.LENGTH, 20, 0, 1, depth, speculation)
+        record.ended_unix_ns = record.started_unix_ns + 10**9
+        metrics.observe(record)
     points = {
         (metric.name, *point.attributes.values()): getattr(point, "value", None) or point.sum
         for metric in reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics
@@ -162,6 +162,8 @@ def test_drafts_are_counted_as_drafted_and_as_accepted() -> None:
         ("dash.drafts", "model", "accepted"): 5,
         ("dash.drafts", "text", "drafted"): 5,
         ("dash.drafts", "text", "accepted"): 4,
+        ("dash.drafts", "guess", "drafted"): 9,
+        ("dash.drafts", "guess", "accepted"): 2,
         ("dash.draft.accepted_length",): 9,
         ("dash.spans.dropped",): 7,
     }

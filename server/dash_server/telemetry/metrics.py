@@ -10,6 +10,7 @@ import grpc
 from opentelemetry.metrics import CallbackOptions, Meter, Observation
 
 from dash_runtime.actions import Action
+from dash_runtime.config import Mode
 from dash_runtime.events import SpeculationStatistics
 from dash_server.admission import Admission
 from dash_server.audit import Audit
@@ -25,6 +26,8 @@ _COST_BOUNDARIES = [0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0
 _ACCEPTED_LENGTH_BOUNDARIES = [0, 1, 2, 3, 4, 5, 6, 7, 11, 14]
 _DIVERGENCE_BOUNDARIES = [0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
 _EXPOSED_BOUNDARIES = [0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01]
+_DRAFT_SOURCES, _GUESS_SOURCES = ("text", "model"), ("guess",)
+"""Where drafted tokens came from: in EXACT, and in other modes."""
 
 Attributes = dict[str, str | int]
 
@@ -89,14 +92,19 @@ class Metrics:
             "{token}",
             "Tokens of requests that had a slot; cached_input is the part of input found in the prefix cache",
         )
-        self._drafts = meter.create_counter("dash.drafts", "{token}", "Tokens drafted and accepted in mode EXACT")
+        self._drafts = meter.create_counter(
+            "dash.drafts",
+            "{token}",
+            "Tokens drafted and accepted in mode EXACT; source guess: guessed and right in other modes",
+        )
         self._accepted_length = meter.create_histogram(
             "dash.draft.accepted_length",
             "{token}",
             "Accepted tokens of each draft in mode EXACT",
             explicit_bucket_boundaries_advisory=_ACCEPTED_LENGTH_BOUNDARIES,
         )
-        self._add_drafts(SpeculationStatistics(0, 0, 0, [], 0, 0))  # so that the series start at zero
+        for named in (_DRAFT_SOURCES, _GUESS_SOURCES):
+            self._add_drafts(SpeculationStatistics(0, 0, 0, [], 0, 0), *named)  # so that the series start at zero
         meter.create_observable_counter(
             "dash.actions", [self._observe_actions], "{layer}", "Layers run for decode tokens, by layer and action"
         )
@@ -152,7 +160,12 @@ class Metrics:
             self._exposed.record(finished.depth.mean_exposed_seconds, mode)
         self._add_actions(finished.depth.layer_action_counts)
         if finished.speculation is not None:
-            self._add_drafts(finished.speculation)
+            is_exact = record.prepared.request.skip.mode is Mode.EXACT
+            self._add_drafts(finished.speculation, *(_DRAFT_SOURCES if is_exact else _GUESS_SOURCES))
+            if is_exact:
+                for length, count in enumerate(finished.speculation.accepted_lengths):
+                    for _ in range(count):
+                        self._accepted_length.record(length)
 
     def _attributes(self, record: RequestRecord) -> Attributes:
         attributes: Attributes = {
@@ -165,18 +178,13 @@ class Metrics:
             attributes["dash.mode"] = record.prepared.request.skip.mode.value
         return attributes
 
-    def _add_drafts(self, drafts: SpeculationStatistics) -> None:
+    def _add_drafts(self, drafts: SpeculationStatistics, *sources: str) -> None:
+        """Adds what came from the text, and if there is a second source what came from it."""
         drafted, accepted = drafts.num_drafted_from_text, drafts.num_accepted_from_text
-        by_source = {
-            "text": (drafted, accepted),
-            "model": (drafts.num_drafted - drafted, drafts.num_accepted - accepted),
-        }
-        for source, counts in by_source.items():
+        by_source = (drafted, accepted), (drafts.num_drafted - drafted, drafts.num_accepted - accepted)
+        for source, counts in zip(sources, by_source, strict=False):
             for state, count in zip(("drafted", "accepted"), counts, strict=True):
                 self._drafts.add(count, {"dash.draft.source": source, "dash.draft.state": state})
-        for length, count in enumerate(drafts.accepted_lengths):
-            for _ in range(count):
-                self._accepted_length.record(length)
 
     def _add_actions(self, counts_by_layer: list[list[int]]) -> None:
         if len(self._actions) < len(counts_by_layer):
