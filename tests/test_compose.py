@@ -127,8 +127,8 @@ async def test_every_metric_of_the_dashboard_is_one_that_the_server_exports(tmp_
         target["expr"] for panel in json.loads(DASHBOARD.read_text())["panels"] for target in panel["targets"]
     ]
     wanted = {name for expression in expressions for name in re.findall(r"\b(?:dash|gen_ai_server)_\w+", expression)}
-    labels = {"dash_mode", "dash_token_type", "dash_action", "dash_layer", "dash_draft_state"}
-    labels |= {"dash_audit_agrees", "dash_policy"}
+    labels = {"dash_mode", "dash_token_type", "dash_action", "dash_layer"}
+    labels |= {"dash_audit_agrees", "dash_policy", "dash_draft_source", "dash_draft_state"}
     async with running_server(fake_model(write_model_folder(tmp_path)), metrics_port=0, audit_rate=1.0) as server:
         answer = await server.generate(text="abc", max_new_tokens=3)
         await audit_of(server, answer.started.request_id)
