@@ -133,10 +133,8 @@ class Guesses:
         """The length of the output from which on that is asked again."""
         self._matches: Sequence[int] = ()
         self._num_guessed = 0
-        self._right_lengths: list[int] = []
-        """For each number of right guesses, the number of passes with guesses of which so many were."""
-        self._num_right = 0
-        """Right guesses of the last such pass."""
+        self._num_right: list[int] = []
+        """The number of right guesses of each pass with guesses."""
 
     def wanted(self, output_ids: Sequence[int], num_tokens_left: int, num_sequences: int) -> Wanted:
         """Returns what the next pass, of so many sequences, may run. It puts out one token more."""
@@ -177,25 +175,18 @@ class Guesses:
     def ran(self, num_guesses: int) -> None:
         """Counts a pass with so many guesses."""
         self._num_guessed += num_guesses
-        self._num_right = 0
-        self._count_pass(1)
+        self._num_right.append(0)
 
     def was_right(self) -> None:
         """Counts one more right guess of the last pass."""
-        self._count_pass(-1)
-        self._num_right += 1
-        self._count_pass(1)
+        self._num_right[-1] += 1
 
     def statistics(self) -> SpeculationStatistics | None:
         """Returns the counts so far; None if nothing was guessed."""
-        if not self._num_guessed:
+        if not self._num_right:
             return None
-        num_right = sum(length * count for length, count in enumerate(self._right_lengths))
-        return SpeculationStatistics(self._num_guessed, self._num_guessed, num_right, list(self._right_lengths), 0, 0)
-
-    def _count_pass(self, count: int) -> None:
-        self._right_lengths += [0] * (self._num_right + 1 - len(self._right_lengths))
-        self._right_lengths[self._num_right] += count
+        lengths = [self._num_right.count(length) for length in range(max(self._num_right) + 1)]
+        return SpeculationStatistics(self._num_guessed, self._num_guessed, sum(self._num_right), lengths, 0, 0)
 
     def _follow(self, output_ids: Sequence[int], looks_up: bool) -> None:
         """Takes in the output since it was last told; its text too, if somebody is to look it up."""

@@ -68,7 +68,8 @@ def measure_latencies(
             decoder.run_layer(layer, taken, inputs[place][layer], batches[place])
 
     def seconds_of_layer(kind: _Kind) -> float:
-        decoder.run_pass(plans[kind], tokens[kind[0]], batches[kind[0]])  # leaves the caches as decoding does
+        # Leaves the caches as decoding does. The few layers that run one by one would stay there.
+        decoder.run_pass(plans[kind], tokens[kind[0]], batches[kind[0]])
         run = decoder.run_pass(plans[kind], tokens[kind[0]], batches[kind[0]])
         if run is not None:
             return (run.layer_times[-1] - run.layer_times[0]) / 1e9 / decoder.num_layers

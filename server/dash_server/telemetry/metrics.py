@@ -27,7 +27,7 @@ _ACCEPTED_LENGTH_BOUNDARIES = [0, 1, 2, 3, 4, 5, 6, 7, 11, 14]
 _DIVERGENCE_BOUNDARIES = [0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
 _EXPOSED_BOUNDARIES = [0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01]
 _DRAFT_SOURCES, _GUESS_SOURCES = ("text", "model"), ("guess",)
-"""Where drafted tokens came from: in EXACT, and in other modes."""
+"""Sources of drafted tokens, in EXACT and in other modes."""
 
 Attributes = dict[str, str | int]
 
