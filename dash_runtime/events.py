@@ -34,14 +34,19 @@ class DepthStatistics(msgspec.Struct, frozen=True, array_like=True):
     """Counts and costs of one request's decode tokens. The first token, which the prefill made, is not one."""
 
     num_decode_tokens: int
-    action_counts: dict[Action, int]
-    """Layers that ran each action, for drafts and verifications too."""
     layer_action_counts: list[list[int]]
-    """For each layer, the number of decode tokens that ran each action, in Action's order. Drafts do not count."""
+    """For each layer, the number of decode tokens that ran each action, in Action's order."""
+    speculative_action_counts: dict[Action, int]
+    """Layers that ran each action beside these: for drafts, and for guesses and drafted tokens that were rejected."""
     total_cost: float
-    """In full-depth tokens, drafts and verifications included."""
+    """In full-depth tokens, of all that ran."""
     exposed_ns: int
     """Time that the decoder lost to the policy."""
+
+    @property
+    def action_counts(self) -> dict[Action, int]:
+        """Layers that ran each action for the decode tokens: as many for each token as the model has layers."""
+        return {action: sum(counts[place] for counts in self.layer_action_counts) for place, action in enumerate(Action)}
 
     @property
     def mean_cost(self) -> float:

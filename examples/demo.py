@@ -176,6 +176,7 @@ def print_table(answers: list[Generation]) -> None:
     for action in Action:
         layers = [answer.depth.mean_layers.get(action, 0.0) for answer in answers]
         rows.append([f"layers per token, {action.name}", *(_number(mean, 1) for mean in layers)])
+    rows.append(["more, drafts and wrong guesses", *(f"{a.depth.mean_speculative_layers:.1f}" for a in answers)])
     rows.append(["cost, share of full depth", *(_number(answer.depth.mean_cost, 3) for answer in answers)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     print()

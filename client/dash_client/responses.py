@@ -208,6 +208,9 @@ class _Answer:
                 DepthStatistics,
                 depth,
                 action_counts=_by_action((entry.action, entry.count) for entry in depth.action_counts),
+                speculative_action_counts=_by_action(
+                    (entry.action, entry.count) for entry in depth.speculative_action_counts
+                ),
                 mean_cost=depth.mean_cost if depth.decode_token_count else None,
             ),
             decisions=Decisions(actions, self.started.layer_count) if actions else None,

@@ -228,11 +228,13 @@ class DepthStatistics:
 
     decode_token_count: int
     action_counts: Mapping[Action, int]
-    """Number of layers by action, over all counted tokens."""
+    """Number of layers by action, over all counted tokens: as many for each as the model has."""
     mean_cost: float | None
-    """Mean cost of a token as a share of the full-depth token's. None if no token was counted."""
+    """Mean cost of a token as a share of the full-depth token's, of all that ran. None if no token was counted."""
     exposed_policy_seconds: float
     """Mean time per token that the decoder waited for decisions or spent on them."""
+    speculative_action_counts: Mapping[Action, int]
+    """Number of layers that ran beside these: for drafts, and for guesses and drafted tokens that were rejected."""
 
     @property
     def mean_layers(self) -> dict[Action, float]:
@@ -240,6 +242,11 @@ class DepthStatistics:
         if not self.decode_token_count:
             return {}
         return {action: count / self.decode_token_count for action, count in self.action_counts.items()}
+
+    @property
+    def mean_speculative_layers(self) -> float:
+        """Mean layers per token that ran for drafts and wrong guesses. 0 if no token was counted."""
+        return sum(self.speculative_action_counts.values()) / max(1, self.decode_token_count)
 
 
 @dataclass(frozen=True, slots=True)

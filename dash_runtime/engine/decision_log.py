@@ -18,7 +18,8 @@ class DecisionLog:
         self._num_tokens = 0
         self._costs = costs
         self._num_decode_tokens = 0
-        self._action_counts = dict.fromkeys(Action, 0)
+        self._counts = dict.fromkeys(Action, 0)
+        """Of all layers that ran, but for the plans that are uncounted."""
         self._total_cost = 0.0
         self._exposed_ns = 0
         self._uncounted: dict[tuple[Action, int], list[bytes]] = {}
@@ -83,15 +84,15 @@ class DecisionLog:
         layers = (decoded[layer :: self._num_layers] for layer in range(self._num_layers))
         return DepthStatistics(
             self._num_decode_tokens,
-            dict(self._action_counts),
             [[plans.count(action) for action in Action] for plans in layers],
+            {action: count - decoded.count(action) for action, count in self._counts.items()},
             self._total_cost,
             self._exposed_ns,
         )
 
     def _add(self, counts: Mapping[Action, int], cost: float) -> None:
         for action, count in counts.items():
-            self._action_counts[action] += count
+            self._counts[action] += count
         self._total_cost += cost
 
     def _append(self, plan: bytes) -> bytes:

@@ -4,7 +4,7 @@ Checks nothing: all values come from the server itself.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dash_api.v1 import common_pb2, generation_pb2, model_pb2
@@ -123,12 +123,10 @@ def finished_to_pb(
         ),
         depth=generation_pb2.DepthStatistics(
             decode_token_count=depth.num_decode_tokens,
-            action_counts=[
-                generation_pb2.ActionCount(action=_action_to_pb(action), count=count)
-                for action, count in sorted(depth.action_counts.items())
-            ],
+            action_counts=_counts_to_pb(depth.action_counts),
             mean_cost=depth.mean_cost,
             exposed_policy_seconds=depth.mean_exposed_seconds,
+            speculative_action_counts=_counts_to_pb(depth.speculative_action_counts),
         ),
     )
 
@@ -164,6 +162,13 @@ def _speculation_to_pb(speculation: SpeculationStatistics | None) -> generation_
         text_accepted_token_count=speculation.num_accepted_from_text,
         accepted_length_counts=speculation.accepted_lengths,
     )
+
+
+def _counts_to_pb(counts: Mapping[Action, int]) -> list[generation_pb2.ActionCount]:
+    return [
+        generation_pb2.ActionCount(action=_action_to_pb(action), count=count)
+        for action, count in sorted(counts.items())
+    ]
 
 
 def _action_to_pb(action: Action) -> str:

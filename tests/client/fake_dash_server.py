@@ -67,6 +67,7 @@ def finished(tokens: int = 3, **changes: Any) -> Event:
             action_counts=counts if decode else [],
             mean_cost=0.75 if decode else 0.0,
             exposed_policy_seconds=1e-5,
+            speculative_action_counts=[generation_pb2.ActionCount(action=4, count=decode)],
         ),
     }
     return Event(finished=generation_pb2.GenerationFinished(**(fields | changes)))

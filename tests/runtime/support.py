@@ -157,3 +157,9 @@ def tokens(events: list[EngineEvent]) -> list[int]:
 def finished(events: list[EngineEvent]) -> SequenceFinished:
     assert isinstance(events[-1], SequenceFinished)
     return events[-1]
+
+
+def num_layer_runs(events: list[EngineEvent]) -> int:
+    """Returns how many layers ran, for decode tokens and beside them."""
+    depth = finished(events).depth
+    return sum(depth.action_counts.values()) + sum(depth.speculative_action_counts.values())

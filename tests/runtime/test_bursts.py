@@ -85,7 +85,7 @@ def test_tokens_that_come_together_are_those_that_come_one_by_one(
     produced = [[event for event in events if isinstance(event, TokenProduced)] for events in runs]
     assert produced[0] == produced[1]
     depths = [finished(events).depth for events in (alone, together)]
-    for name in ("num_decode_tokens", "action_counts", "layer_action_counts"):
+    for name in ("num_decode_tokens", "speculative_action_counts", "layer_action_counts"):
         assert getattr(depths[0], name) == getattr(depths[1], name)
     assert depths[0].total_cost == pytest.approx(depths[1].total_cost)
     assert finished(together).reason is EndReason.LENGTH

@@ -12,7 +12,7 @@ def test_importing_the_events_imports_no_torch() -> None:
 
 
 def test_means_are_those_of_full_depth_where_nothing_was_decoded() -> None:
-    depth = DepthStatistics(0, {}, [], 0.0, 0)
+    depth = DepthStatistics(0, [], {}, 0.0, 0)
     assert (depth.mean_cost, depth.mean_exposed_seconds) == (1, 0)
-    depth = DepthStatistics(4, {}, [], 3.0, 2_000_000_000)
+    depth = DepthStatistics(4, [], {}, 3.0, 2_000_000_000)
     assert (depth.mean_cost, depth.mean_exposed_seconds) == (0.75, 0.5)

@@ -25,7 +25,7 @@ from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.policy.catalog import USUAL_VERIFICATION_COSTS
 from dash_runtime.policy.draft_costs import RoundCosts
 from tests.runtime.planned_engine import ACTIONS, make_engine
-from tests.runtime.support import drain, finished, load_decoder, tokens
+from tests.runtime.support import drain, finished, load_decoder, num_layer_runs, tokens
 
 pytestmark = pytest.mark.alone
 
@@ -81,7 +81,7 @@ def test_running_a_guess_of_the_text_beside_a_drafted_token_changes_no_token(dec
     )
     assert tokens(with_guesses) == tokens(without)
     assert drafts(with_guesses).num_drafted > drafts(with_guesses).num_drafted_from_text > 0
-    one, other = (sum(finished(events).depth.action_counts.values()) for events in (with_guesses, without))
+    one, other = (num_layer_runs(events) for events in (with_guesses, without))
     assert one > other  # rows of wrong guesses are counted
 
 
@@ -92,7 +92,8 @@ def test_without_the_planner_nothing_of_a_draft_depends_on_a_neighbour(decoder: 
     alone, beside = (run(make_engine(decoder, **options), *own)["a"] for own in ([asked], [asked, neighbour]))
     assert tokens(alone) == tokens(beside)
     assert drafts(alone).accepted_lengths == drafts(beside).accepted_lengths
-    assert finished(alone).depth.action_counts == finished(beside).depth.action_counts  # of guesses too
+    depths = [finished(events).depth for events in (alone, beside)]
+    assert depths[0].speculative_action_counts == depths[1].speculative_action_counts
 
 
 def test_penalised_greedy_tokens_are_full_depths(decoder: Decoder) -> None:
@@ -148,7 +149,8 @@ def test_every_token_is_counted_once_and_a_run_repeats(decoder: Decoder) -> None
     assert num_accepted + num_verifications <= 49
     # Every token that the model drafted ran once, and every draft with the token before it when it was verified.
     num_plain = 49 - num_accepted - num_verifications
-    assert sum(depth.action_counts.values()) == 6 * (2 * num_drafted - num_from_text + num_verifications + num_plain)
+    assert [sum(layer) for layer in depth.layer_action_counts] == [49] * 6
+    assert num_layer_runs(first) == 6 * (2 * num_drafted - num_from_text + num_verifications + num_plain)
 
 
 def test_actions_and_logprobs_are_full_depths(decoder: Decoder) -> None:

@@ -28,7 +28,17 @@ from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.startup.build import assemble_engine, with_native_code
 from tests.runtime.compiled_model import BUDGETS, native_decoder, save_compiled_model
 from tests.runtime.random_policy import NAME, random_policy
-from tests.runtime.support import ALL_ACTIONS, CPU, drain, finished, run_alone, some_affine, some_costs, tokens
+from tests.runtime.support import (
+    ALL_ACTIONS,
+    CPU,
+    drain,
+    finished,
+    num_layer_runs,
+    run_alone,
+    some_affine,
+    some_costs,
+    tokens,
+)
 
 CHEAP = GroupPlanner(LatencyTable((1, 8), dict.fromkeys(ALL_ACTIONS, (1.0, 1.2))))
 PROMPT = [*range(30, 50)] * 3
@@ -116,7 +126,7 @@ def test_guesses_are_the_same_whether_tokens_come_together_or_one_by_one(
         one, other = [[event for event in events if isinstance(event, TokenProduced)] for events in runs]
         assert one == other
         depths = [finished(events).depth for events in runs]
-        for name in ("num_decode_tokens", "action_counts", "layer_action_counts"):
+        for name in ("num_decode_tokens", "speculative_action_counts", "layer_action_counts"):
             assert getattr(depths[0], name) == getattr(depths[1], name)
         assert depths[0].total_cost == pytest.approx(depths[1].total_cost)
         traces = [finished(events).trace for events in runs]
@@ -144,8 +154,12 @@ def test_wrong_guesses_leave_nothing_behind(make_wild_engine: MakeEngine, mode: 
         assert other is not None
         assert [step.scores for step in one.steps] == [step.scores for step in other.steps]
         plain, _ = run_alone(make_wild_engine(free, prompt_lookup=False), own)
-        counts, own_counts = (sum(finished(events).depth.action_counts.values()) for events in (plain, together))
+        counts, own_counts = (num_layer_runs(events) for events in (plain, together))
         assert own_counts > 1.5 * counts
+        plans = b"".join(event.plan for event in together if isinstance(event, TokenProduced))
+        depth = finished(together).depth
+        decoded = plans[len(depth.layer_action_counts) :]
+        assert depth.action_counts == {action: decoded.count(action) for action in Action}
         if mode != "adaptive":
             assert tokens(plain) == tokens(together)
 

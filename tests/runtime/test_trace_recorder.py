@@ -245,17 +245,6 @@ def test_a_cancelled_request_leaves_what_was_recorded(decoder: Decoder) -> None:
     assert engine.num_reserved_cache_tokens == 0
 
 
-def test_counts_by_layer_add_up_to_those_by_action(decoder: Decoder) -> None:
-    engine = make_engine(decoder)
-    engine.submit(request("a", ADAPTIVE))
-    depth = finished(drain(engine)["a"]).depth
-    counts = depth.layer_action_counts
-    assert [sum(layer) for layer in counts] == [7] * 6
-    assert {action: sum(column) for action, column in zip(Action, zip(*counts, strict=True), strict=True)} == (
-        depth.action_counts
-    )
-
-
 def test_events_of_every_mode_survive_the_socket(decoder: Decoder) -> None:
     engine = make_engine(decoder)
     for name, skip in {"adaptive": ADAPTIVE, "exact": EXACT, "full": SkipOptions()}.items():

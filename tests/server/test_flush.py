@@ -93,7 +93,7 @@ class Stream:
 
 
 def finished(name: str) -> SequenceFinished:
-    return SequenceFinished(name, EndReason.LENGTH, 3, 0, 0, DepthStatistics(2, {}, [], 2.0, 0))
+    return SequenceFinished(name, EndReason.LENGTH, 3, 0, 0, DepthStatistics(2, [], {}, 2.0, 0))
 
 
 async def settle() -> None:

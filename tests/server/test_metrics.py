@@ -147,7 +147,7 @@ def test_drafts_and_guesses_are_counted_as_drafted_and_as_accepted() -> None:
         request = GenerationRequest("id", [1, 2], StoppingParameters(max_new_tokens=20), skip=SkipOptions(mode))
         record = RequestRecord("id", "Generate", None, prepared=PreparedRequest(request, (), frozenset()))
         record.granted = SlotGranted("id", "draft", None, 0.0)
-        depth = DepthStatistics(19, {}, [], total_cost=0.6 * 19, exposed_ns=0)
+        depth = DepthStatistics(19, [], {}, total_cost=0.6 * 19, exposed_ns=0)
         record.finished = SequenceFinished("id", EndReason.LENGTH, 20, 0, 1, depth, speculation)
         record.ended_unix_ns = record.started_unix_ns + 10**9
         metrics.observe(record)

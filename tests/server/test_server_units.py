@@ -43,7 +43,7 @@ from dash_server.statuses import (
 )
 from dash_server.worker.outbox import Outbox
 
-FINISHED = SequenceFinished("r", EndReason.LENGTH, 3, 0, 0, DepthStatistics(2, {}, [], 2.0, 0))
+FINISHED = SequenceFinished("r", EndReason.LENGTH, 3, 0, 0, DepthStatistics(2, [], {}, 2.0, 0))
 
 
 def test_action_and_mode_numbers_are_those_of_the_contract() -> None:

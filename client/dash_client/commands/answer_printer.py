@@ -55,6 +55,8 @@ def summary(generation: Generation) -> str:
     if depth.mean_layers:
         layers = (f"{action.name} {mean:.1f}" for action, mean in depth.mean_layers.items() if mean)
         parts.append(f"layers per token: {', '.join(layers)}")
+    if mean := depth.mean_speculative_layers:
+        parts.append(f"{mean:.1f} more for drafts and wrong guesses")
     if drafts := usage.speculation:
         parts.append(
             f"{drafts.drafted_token_count} drafted ({drafts.text_drafted_token_count} from the text), "

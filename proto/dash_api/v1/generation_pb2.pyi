@@ -352,16 +352,18 @@ class SpeculationUsage(_message.Message):
     def __init__(self, drafted_token_count: _Optional[int] = ..., accepted_token_count: _Optional[int] = ..., wasted_token_count: _Optional[int] = ..., verification_count: _Optional[int] = ..., draft_seconds: _Optional[float] = ..., verification_seconds: _Optional[float] = ..., text_drafted_token_count: _Optional[int] = ..., text_accepted_token_count: _Optional[int] = ..., accepted_length_counts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DepthStatistics(_message.Message):
-    __slots__ = ("decode_token_count", "action_counts", "mean_cost", "exposed_policy_seconds")
+    __slots__ = ("decode_token_count", "action_counts", "mean_cost", "exposed_policy_seconds", "speculative_action_counts")
     DECODE_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     ACTION_COUNTS_FIELD_NUMBER: _ClassVar[int]
     MEAN_COST_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_POLICY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SPECULATIVE_ACTION_COUNTS_FIELD_NUMBER: _ClassVar[int]
     decode_token_count: int
     action_counts: _containers.RepeatedCompositeFieldContainer[ActionCount]
     mean_cost: float
     exposed_policy_seconds: float
-    def __init__(self, decode_token_count: _Optional[int] = ..., action_counts: _Optional[_Iterable[_Union[ActionCount, _Mapping]]] = ..., mean_cost: _Optional[float] = ..., exposed_policy_seconds: _Optional[float] = ...) -> None: ...
+    speculative_action_counts: _containers.RepeatedCompositeFieldContainer[ActionCount]
+    def __init__(self, decode_token_count: _Optional[int] = ..., action_counts: _Optional[_Iterable[_Union[ActionCount, _Mapping]]] = ..., mean_cost: _Optional[float] = ..., exposed_policy_seconds: _Optional[float] = ..., speculative_action_counts: _Optional[_Iterable[_Union[ActionCount, _Mapping]]] = ...) -> None: ...
 
 class ActionCount(_message.Message):
     __slots__ = ("action", "count")

@@ -147,6 +147,7 @@ def _outcome(record: RequestRecord) -> Attributes:
             "dash.mean_cost": finished.depth.mean_cost,
             "dash.exposed_policy_seconds": finished.depth.mean_exposed_seconds,
         } | layer_counts(finished.depth.action_counts)
+        attributes |= layer_counts(finished.depth.speculative_action_counts, "dash.speculative_layers")
         if (speculation := finished.speculation) is not None:
             attributes |= {
                 "dash.drafted_tokens": speculation.num_drafted,

@@ -21,9 +21,9 @@ from dash_server.telemetry.span_tree import Attributes, ParentSpan, SpanTree
 _ACTION_NAMES = {action.value: action.name.lower() for action in Action}
 
 
-def layer_counts(counts: Mapping[Action, int]) -> Attributes:
+def layer_counts(counts: Mapping[Action, int], prefix: str = "dash.layers") -> Attributes:
     """Returns the attributes that say how many layers ran each action; those that none ran are left out."""
-    return {f"dash.layers.{action.name.lower()}": count for action, count in counts.items() if count}
+    return {f"{prefix}.{action.name.lower()}": count for action, count in counts.items() if count}
 
 
 @dataclass(frozen=True, slots=True)
