@@ -31,6 +31,7 @@ from benchmarks.setting import Setting, load_setting
 from benchmarks.skips import measure_skips
 from benchmarks.split import measure_split
 from dash_runtime.checkpoints import EMBEDDED, default_cache_folder
+from dash_runtime.devices.triton import leave_triton_out
 
 _WITH_SERVERS = ("engine and server", "busy", "peers")
 """Sections whose servers have the embedded model."""
@@ -69,6 +70,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.model != EMBEDDED and options.only in (None, *_WITH_SERVERS):
         parser.error("--model needs --only, with a section without servers")
+    leave_triton_out()
     is_quick: bool = options.quick
     report = measure(QUICK if is_quick else FULL, only=options.only, peers_folder=options.peers, model=options.model)
     if is_quick:

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from dash_runtime.checkpoints import default_cache_folder, resolve_checkpoint
+from dash_runtime.devices.triton import leave_triton_out
 from tests.tiny_models import save_tiny_model
 
 # A background run starts with SIGINT ignored, and processes that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+leave_triton_out()
 
 
 LONG_FILES = (

@@ -17,6 +17,7 @@ from dash_runtime.commands.evaluate import run_calibrate, run_evaluate, run_insp
 from dash_runtime.commands.quantize import run_quantize
 from dash_runtime.commands.search import run_search
 from dash_runtime.commands.train import run_fit, run_train
+from dash_runtime.devices.triton import leave_triton_out
 from dash_runtime.errors import DashRuntimeError
 from dash_runtime.training.loaded_model import ModelOptions
 
@@ -24,6 +25,7 @@ from dash_runtime.training.loaded_model import ModelOptions
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     options = _parser().parse_args(arguments)
+    leave_triton_out()
     try:
         options.model_options = ModelOptions(
             options.model, options.revision, options.device, options.cache_folder, options.data
