@@ -6,12 +6,20 @@ The server repeats these checks, and adds those that depend on its model and set
 
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dash_client.errors import invalid_argument
 
 _MAX_INT32 = 2**31 - 1
+
+
+def require_known(options: Mapping[str, Any], kind: type[Any]) -> None:
+    """Raises TypeError if an option is none of a typed dictionary's; it names those that there are."""
+    known = kind.__annotations__.keys()
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"no such option: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,9 +84,7 @@ def connection(target: str | None, **options: Unpack[ConnectionOptions]) -> Conn
         InvalidArgumentError: an argument cannot be used; the message names it.
         TypeError: there is no such option.
     """
-    unknown = sorted(options.keys() - ConnectionOptions.__annotations__.keys())
-    if unknown:
-        raise TypeError(f"no such option: {', '.join(unknown)}")
+    checks.require_known(options, ConnectionOptions)
     resolved = resolve_target(target)
     server_name = options.get("server_name")
     if server_name is not None:

@@ -43,7 +43,7 @@ def generation_parameters(prompt: Prompt, **options: Unpack[GenerationOptions]) 
 
 def option_parameters(**options: Unpack[GenerationOptions]) -> generation_pb2.GenerationParameters:
     """Returns the message for options alone. Raises the same as `generation_parameters`."""
-    _require_known(options, GenerationOptions)
+    checks.require_known(options, GenerationOptions)
     fields: dict[str, Any] = {}
     tools, tool_choice = options.pop("tools", None), options.pop("tool_choice", None)
     are_parallel = options.pop("parallel_tool_calls", None)
@@ -60,11 +60,6 @@ def option_parameters(**options: Unpack[GenerationOptions]) -> generation_pb2.Ge
     elif tool_choice not in (None, "auto", "none"):
         raise invalid_argument("tool_choice", "needs tools to call")
     return parameters
-
-
-def _require_known(options: Mapping[str, Any], kind: type[Any]) -> None:
-    if unknown := sorted(options.keys() - kind.__annotations__.keys()):
-        raise TypeError(f"no such option: {', '.join(unknown)}")
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -136,7 +131,7 @@ def score_request(
         InvalidArgumentError: an argument is of the wrong type or out of range.
         TypeError: there is no such option.
     """
-    _require_known(options, ScoreOptions)
+    checks.require_known(options, ScoreOptions)
     request = generation_pb2.ScoreRequest(parameters=generation_parameters(prompt, **options))
     if isinstance(continuation, str):
         request.text = checks.text("continuation", continuation)

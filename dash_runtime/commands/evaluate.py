@@ -15,6 +15,7 @@ import torch
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.commands.cost_files import read_costs
+from dash_runtime.commands.spoken import say
 from dash_runtime.commands.task_quality import evaluate_tasks
 from dash_runtime.config import EngineConfig
 from dash_runtime.engine.engine import Engine
@@ -52,7 +53,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     has_tasks = options.tasks is not None or options.last_words is not None
     if options.no_table and not has_tasks:
         raise ConfigError("no-table", "leaves nothing to evaluate without --tasks or --last-words")
-    model = LoadedModel(options.model_options, print)
+    model = LoadedModel(options.model_options, say)
     policies = _policies(options, model)
     model = _with_head_map(model, policies)
     rows = [] if options.no_table else _table(options, model, policies)
@@ -76,11 +77,13 @@ def _table(options: argparse.Namespace, model: LoadedModel, policies: list[Learn
     # The controls are refitted on all text that they are not judged on.
     refit = _refit_static(options, model, everything[options.sequences :])
     for policy in policies:
-        print(f"searching fixed plans to compare {policy.name} with")
+        say(f"searching fixed plans to compare {policy.name} with")
         evaluation = Evaluation(model.decoder, policy, sequences, search, options.prompt_tokens, refit)
         engine = _engine(model, policy, policy.costs)
+        say("each kernel in all layers")
         own = evaluation.uniform()
         for budget in options.budgets:
+            say(f"{policy.name} at a budget of {budget:g}, and its controls")
             row, actions = evaluation.learned(budget)
             if not options.no_serving:
                 row = _with_serving(row, evaluation.task, engine, policy, budget, sequences)
@@ -98,7 +101,7 @@ def _table(options: argparse.Namespace, model: LoadedModel, policies: list[Learn
 
 def run_calibrate(options: argparse.Namespace) -> None:
     """Calibrates a policy's budgets anew on the given text and writes the result to another file."""
-    model = LoadedModel(options.model_options, print)
+    model = LoadedModel(options.model_options, say)
     (policy,) = _policies(options, model)
     sequences = model.sequences()
     if options.head is not None:
@@ -111,14 +114,14 @@ def run_calibrate(options: argparse.Namespace) -> None:
     if policy.head not in policy.costs.head or policy.head not in model.decoder.heads:
         raise ConfigError("head", f"{policy.head.name} is not in the policy's costs, or has no kernel here")
     task = policy_task(model.decoder, policy, options.prompt_tokens)
-    policy = calibrated(policy, task, sequences[: options.sequences], model.int4.identity)
+    policy = calibrated(policy, task, sequences[: options.sequences], model.int4.identity, say)
     save_policy(options.out, policy, model.fingerprint)
     print(f"{options.out}: {describe_budgets(policy)}")
 
 
 def run_inspect(options: argparse.Namespace) -> None:
     """Prints the metadata of the policy files."""
-    model = LoadedModel(options.model_options, print, (Action.SKIP, Action.FULL))
+    model = LoadedModel(options.model_options, say, (Action.SKIP, Action.FULL))
     for policy in _policies(options, model):
         layer, budgets = policy.costs.layer, policy.budgets(policy.costs)
         facts = {

@@ -6,6 +6,7 @@ Knows options and files; the rounding is in training/.
 import argparse
 
 from dash_runtime.actions import Action
+from dash_runtime.commands.spoken import say
 from dash_runtime.errors import ConfigError
 from dash_runtime.linears.int4_file import save_int4
 from dash_runtime.training.loaded_model import LoadedModel
@@ -16,7 +17,7 @@ HELD_OUT_SEQUENCES = 24
 
 def run_quantize(options: argparse.Namespace) -> None:
     """Rounds the INT4 weights, prints what that wins on other text, and keeps them for later starts if it wins."""
-    model = LoadedModel(options.model_options, print, (Action.FULL,))
+    model = LoadedModel(options.model_options, say, (Action.FULL,))
     if Action.INT4 not in model.supported:
         raise ConfigError("model", f"{options.model} has matrices of a size for which {model.device} has no INT4")
     if not is_changed_by_int4(model):

@@ -11,6 +11,7 @@ import torch
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import tokenizer_file
 from dash_runtime.commands.cost_files import read_costs
+from dash_runtime.commands.spoken import say
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.compensation import Compensation, LowRank, packed
 from dash_runtime.policy.fixed_plans import not_dominated
@@ -27,7 +28,7 @@ from dash_runtime.training.loaded_model import SEQUENCE_LENGTH, LoadedModel
 
 def run_search(options: argparse.Namespace) -> None:
     """Prints the best fixed plans by cost; writes them as JSON if the options ask for it."""
-    model = LoadedModel(options.model_options, print)
+    model = LoadedModel(options.model_options, say)
     decoder, sequences = model.decoder, _sequences(options, model)
     heads = None if options.head is None else [Action[options.head]]
     if heads is not None and not set(heads) <= set(decoder.heads):
@@ -49,7 +50,7 @@ def run_search(options: argparse.Namespace) -> None:
         raise ConfigError("costs", f"{options.costs} is of another model or another device")
     spec = PlanSpec.fixed((Action.FULL,) * decoder.num_layers, Action.FULL, costs)
     task = Task(decoder, spec, compensation, options.prompt_tokens)
-    print(f"searching fixed plans on {min(options.sequences, len(sequences))} sequences")
+    say(f"searching fixed plans on {min(options.sequences, len(sequences))} sequences")
     plans = search_plans(task, sequences[: options.sequences], heads)
     best = not_dominated(plans, costs)
     print(f"  {'name':24} {'cost':>6} {'divergence':>10}  {'head':4}  layers")

@@ -14,6 +14,7 @@ import torch
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.commands.cost_files import read_costs
+from dash_runtime.commands.spoken import say
 from dash_runtime.errors import ConfigError
 from dash_runtime.evaluation.plots import has_matplotlib, plot_curve
 from dash_runtime.layers.compensation import Compensation, CompensationKind, Identity, LowRank, packed, unpacked
@@ -42,7 +43,7 @@ FIT_SEQUENCES = 128
 
 def run_fit(options: argparse.Namespace) -> None:
     """Prints the ladder of compensations. Writes the table and the last low-rank one to a folder."""
-    model = LoadedModel(options.model_options, print, (Action.SKIP, Action.FULL))
+    model = LoadedModel(options.model_options, say, (Action.SKIP, Action.FULL))
     held_out, fitting = _split(model.sequences())
     options.out.mkdir(parents=True, exist_ok=True)
     task = _task(model, (Action.SKIP, Action.FULL), options)
@@ -62,7 +63,7 @@ def run_train(options: argparse.Namespace) -> None:
     keep_freed_memory()
     keep_few_kernels()
     head, pinned_action = Action[options.head], Action[options.pinned_action.upper()]
-    model = LoadedModel(options.model_options, print)
+    model = LoadedModel(options.model_options, say)
     if not {*options.actions, head, pinned_action} <= set(model.supported):
         raise ConfigError("actions", f"must be among {', '.join(action.name for action in model.supported)}")
     held_out, training = _split(model.sequences())
@@ -101,7 +102,7 @@ def run_train(options: argparse.Namespace) -> None:
     path = options.out / "policy.safetensors"
     print("calibrating, and searching the best fixed plans on the same text")
     policy = _policy(task, network, options.name, options.drafter)
-    policy = calibrated(replace(policy, head_map=head_map), task, held_out, model.int4.identity)
+    policy = calibrated(replace(policy, head_map=head_map), task, held_out, model.int4.identity, say)
     print(describe_budgets(policy))
     save_policy(path, policy, model.fingerprint)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

@@ -14,6 +14,7 @@ from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.frontier import Frontier
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
+from dash_runtime.progress import Progress
 from dash_runtime.rollout.choices import action_rates
 from dash_runtime.rollout.task import Task, greedy_outcome
 from dash_runtime.startup.plan_search import measure_plans, search_plans, search_text
@@ -24,11 +25,14 @@ _SEARCH_SEQUENCES = 4
 """A plan is searched on so many of the sequences at most, and measured on all of them."""
 
 
-def calibrate(task: Task, network: PolicyNetwork, sequences: Sequence[Sequence[int]]) -> BudgetCalibration:
+def calibrate(
+    task: Task, network: PolicyNetwork, sequences: Sequence[Sequence[int]], progress: Progress
+) -> BudgetCalibration:
     """Measures on `sequences` what the policy does at a ladder of prices."""
     full = full_outputs(task.decoder, sequences)
     points: list[PricePoint] = []
-    for price in CALIBRATION_PRICES:
+    for number, price in enumerate(CALIBRATION_PRICES, start=1):
+        progress(f"calibrating: price {number} of {len(CALIBRATION_PRICES)}, {len(sequences)} sequences")
         outcome, actions = greedy_outcome(task, network, sequences, price, full)
         rates = action_rates(actions).sum(dim=0).tolist()  # layers of a token that run with each action
         counts = {action: count for action, count in zip(Action, rates, strict=True) if count}
@@ -46,11 +50,12 @@ def calibrate_plans(task: Task, sequences: Sequence[Sequence[int]]) -> tuple[Mea
 
 
 def calibrated(
-    policy: LearnedPolicy, task: Task, sequences: Sequence[Sequence[int]], int4: str | None
+    policy: LearnedPolicy, task: Task, sequences: Sequence[Sequence[int]], int4: str | None, progress: Progress
 ) -> LearnedPolicy:
     """Returns the policy with its calibration and plans made anew on `sequences`. The task is the policy's own, and
     `int4` names its INT4 weights."""
-    calibration = calibrate(task, policy.network, sequences)
+    calibration = calibrate(task, policy.network, sequences, progress)
+    progress("searching fixed plans on the same text")
     return replace(policy, calibration=calibration, plans=calibrate_plans(task, sequences), int4=int4)
 
 

@@ -132,6 +132,7 @@ def test_another_cost_table_is_used_if_it_fits_the_policy(
     chosen = ["--policy", str(trained / "policy.safetensors"), "--out", str(out), "--sequences", "4"]
     arguments = ["calibrate", *common(tiny_folder, text), *chosen, "--costs"]
     assert main([*arguments, str(own)]) == 0
+    assert "calibrating: price 5 of 5, 4 sequences" in capsys.readouterr().err
     with safe_open(out, "pt") as file:
         assert "0.5" in json.dumps(file.metadata())
     assert main([*arguments, str(other)]) == 2
@@ -182,7 +183,7 @@ def test_unusable_input_is_named_in_one_line(
     (tmp_path / "broken.safetensors").write_bytes(b"not a tensor file")
     filled = [part.format(tmp=tmp_path) for part in command]
     assert main([filled[0], *common(tiny_folder, text), *filled[1:]]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("dash-policy: ")
     assert words in line
 

@@ -133,7 +133,7 @@ def test_acceptance_is_what_two_distributions_share(decoder: Decoder, sequences:
 
 def test_a_drafter_is_recommended_where_drafting_gains_most(decoder: Decoder, sequences: list[list[int]]) -> None:
     task = make_task(decoder)
-    own = calibrate(task, make_network(task), sequences[:2]).budgets(task.spec, task.spec.costs)
+    own = calibrate(task, make_network(task), sequences[:2], print).budgets(task.spec, task.spec.costs)
     gains = []
     for point in own.points:
         lengths = (drafting_gain(point.agreement, point.cost, k, USUAL_VERIFICATION_COST) for k in USUAL_LENGTHS)
@@ -154,7 +154,7 @@ def test_full_depth_has_no_divergence_from_itself(decoder: Decoder, sequences: l
 def test_calibrated_budgets_ascend_and_are_kept_on_the_same_text(decoder: Decoder, sequences: list[list[int]]) -> None:
     task = make_task(decoder)
     network = make_network(task)
-    calibration = calibrate(task, network, sequences[:3])
+    calibration = calibrate(task, network, sequences[:3], print)
     assert [sum(point.counts.values()) for point in calibration.points] == pytest.approx(
         [NUM_LAYERS] * len(calibration.points), abs=1e-4
     )
