@@ -21,7 +21,7 @@ env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(1) -m pytest -m "not alone" -
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-lowest test-stack release-test soak bench peers jaeger lint protos reference clean
+.PHONY: help demo serve test test-levels test-avx2 test-avx512 test-lowest test-stack release-test soak bench peers jaeger lint protos reference clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -37,6 +37,18 @@ test: $(INSTALLED)  ## Run the tests
 
 test-lowest: $(LOWEST)/.installed  ## Run the tests on the lowest versions that pyproject.toml declares
 	$(call run_tests,$(LOWEST)/bin/python)
+
+# Native code, torch and oneDNN as on older processors: with AVX2 alone, and with AVX-512 but neither bf16 nor AMX. Each
+# level has a cache folder of its own, since files there are named by the processor at hand.
+test-levels: test-avx2 test-avx512  ## Run the tests of the runtime and the service as on older processors
+
+define as_on
+PATH="$(abspath tests/levels/$(1)):$$PATH" XDG_CACHE_HOME="$(abspath $(VENV))/levels/$(1)" ATEN_CPU_CAPABILITY=$(1) ONEDNN_MAX_CPU_ISA=$(2)
+endef
+
+test-avx2 test-avx512: $(INSTALLED)
+	$(call as_on,$(subst test-,,$@),$(if $(findstring 512,$@),AVX512_CORE_VNNI,AVX2)) env OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m alone tests/runtime
+	$(call as_on,$(subst test-,,$@),$(if $(findstring 512,$@),AVX512_CORE_VNNI,AVX2)) env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" -n 4 --dist loadfile --no-loadscope-reorder tests/runtime tests/e2e tests/soak tests/docs
 
 # uv reads UV_INDEX and UV_FIND_LINKS instead of pip's variables.
 $(LOWEST)/.installed: pyproject.toml | $(INSTALLED)
@@ -58,13 +70,12 @@ $(VENV)/.ray: $(INSTALLED)
 	$(BIN)/python -m pip install -e ".[ray]"
 	@touch $@
 
-bench: $(VENV)/.bench  ## Measure decoding; leave the machine idle meanwhile
+bench: $(VENV)/.bench  ## Measure decoding, beside the peers that are installed; leave the machine idle meanwhile
 	$(BIN)/python -m benchmarks
 
-peers: $(INSTALLED)  ## Install what the benchmark compares us with: vLLM and OpenVINO, apart from our environment
+peers: $(INSTALLED)  ## Install what the benchmark compares us with, apart from our environment; compiles llama.cpp and its fork
 	$(BIN)/python -m benchmarks.peers $(PEERS)
 
-# Installing llama.cpp compiles it for minutes; only the benchmark needs it.
 $(VENV)/.bench: $(INSTALLED)
 	$(BIN)/python -m pip install -e ".[bench]"
 	@touch $@

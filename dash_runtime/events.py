@@ -46,7 +46,8 @@ class DepthStatistics(msgspec.Struct, frozen=True, array_like=True):
     @property
     def action_counts(self) -> dict[Action, int]:
         """Layers that ran each action for the decode tokens: as many for each token as the model has layers."""
-        return {action: sum(counts[place] for counts in self.layer_action_counts) for place, action in enumerate(Action)}
+        sums = (sum(counts[place] for counts in self.layer_action_counts) for place in range(len(Action)))
+        return dict(zip(Action, sums, strict=True))
 
     @property
     def mean_cost(self) -> float:

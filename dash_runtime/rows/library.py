@@ -122,7 +122,7 @@ def place_to_run_code(folder: Path) -> Path:
 
 
 def _compiler() -> str | None:
-    return shutil.which("g++") or shutil.which("clang++")
+    return shutil.which("g++")
 
 
 def _compile(path: Path) -> None:

@@ -24,8 +24,6 @@ def service(tmp_path_factory: pytest.TempPathFactory, embedded_cache: Path) -> I
         # The user's cache, as a reader's server has it.
         "DASH_CACHE_FOLDER": str(embedded_cache),
         "DASH_COMPILE": "false",
-        # Otherwise it measures whenever it is idle, and takes the time of the examples' own programs.
-        "DASH_CHECK_COSTS": "false",
         # Enough to show that an example works.
         "DASH_DEFAULT_MAX_NEW_TOKENS": "12",
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from tests.e2e.service import cache_of_run
 from tests.server.server_harness import running_server
 from tests.server.test_lifecycle import code_of, first_delta
 
@@ -35,7 +36,8 @@ async def test_its_requests_end_as_unavailable_and_the_next_worker_serves(
     tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = (sys.executable, "-c", FAILING_WORKER)
-    options = {"precision": "float32", "num_threads": 1, "cache_folder": tmp_path}
+    options = {"precision": "float32", "num_threads": 1, "compile": False, "check_costs": False}
+    options["cache_folder"] = cache_of_run(tmp_path)
     async with running_server(str(tiny_folder), wait=False, worker_command=command, **options) as server:
 
         async def until_serving() -> None:

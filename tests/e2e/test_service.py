@@ -208,8 +208,7 @@ def test_a_seed_repeats_text_and_decisions_and_streaming_changes_neither(service
 def test_without_the_group_planner_concurrent_requests_get_the_tokens_that_they_get_alone_also_in_a_session(
     tmp_path: Path, tiny_folder: Path
 ) -> None:
-    # A cost table that is replaced between two requests is another plan for the second.
-    service = Service(tmp_path, tiny_folder, DASH_GROUP_PLANNER="false", DASH_CHECK_COSTS="false")
+    service = Service(tmp_path, tiny_folder, DASH_GROUP_PLANNER="false")
 
     def generate(number: int, asked: DashClient | Session = service.client) -> tuple[int, ...]:
         modes = (

@@ -10,9 +10,12 @@ import pytest
 from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.rows.library import RowsLibrary, load_rows
 from dash_runtime.startup.measure_costs import measure_costs
+from dash_runtime.training.calibrate import CALIBRATION_PRICES
 from tests.runtime.compiled_model import CompiledModel, save_compiled_model
 from tests.runtime.planned_engine import EOS
 from tests.tiny_models import VOCAB_SIZE, save_byte_tokenizer
+
+_MEASURING = ("startup.build", "commands.search", "commands.task_quality", "commands.train", "training.ladder")
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +27,7 @@ def rows_folder(embedded_cache: Path) -> Path:
 @pytest.fixture(scope="session")
 def rows_library(rows_folder: Path) -> RowsLibrary:
     """The native code."""
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
+    if shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
     said: list[str] = []
     library = load_rows(rows_folder, said.append)
@@ -59,8 +62,12 @@ def compiler(byte_tokenizer_file: Path) -> ConstraintCompiler:
 
 @pytest.fixture(scope="module")
 def short_measurements() -> Iterator[None]:
-    """Lets `dash-policy` measure costs in two rounds: all of them would take half the time of the tests that train."""
+    """Lets starts and `dash-policy` measure costs in two rounds, and calibrate at a quarter of the prices: whole
+    measurements would take most of the time of the tests that start engines or train."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("commands.search", "commands.task_quality", "commands.train", "training.ladder"):
+        for module in _MEASURING:
             patch.setattr(f"dash_runtime.{module}.measure_costs", partial(measure_costs, rounds=2))
+        for module in ("measure", "measure_latency"):
+            patch.setattr(f"dash_runtime.startup.{module}.SECONDS", 1)
+        patch.setattr("dash_runtime.training.calibrate.CALIBRATION_PRICES", CALIBRATION_PRICES[::4])
         yield

@@ -25,6 +25,8 @@ from tests.runtime.random_policy import random_policy, save_random_policy
 from tests.runtime.support import drain, load_decoder, tokens
 from tests.tiny_models import save_tiny_model
 
+pytestmark = pytest.mark.usefixtures("short_measurements")
+
 
 def build(folder: Path, cache_folder: Path, said: list[str] | None = None, **options: object) -> Engine:
     messages: list[str] = [] if said is None else said

@@ -11,9 +11,11 @@ from dash_runtime.actions import Action
 from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SamplingParameters, SkipOptions
 from dash_runtime.config import StoppingParameters as Stopping
 from dash_runtime.decision_trace import unpack_uint32
+from dash_runtime.decoder.backends.native import NativeBackend
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import ConfigError
 from dash_runtime.events import EndReason, EngineEvent, SequenceFinished, TokenProduced
+from dash_runtime.layers.batch import PassKind
 from dash_runtime.startup.build import BuildOptions, build_engine
 from tests.runtime.compiled_model import NUM_THREADS, CompiledModel, save_compiled_model
 from tests.runtime.random_policy import NAME
@@ -50,11 +52,19 @@ def engine(model: CompiledModel) -> Iterator[Engine]:
 
 def engine_of(model: CompiledModel, **options: float) -> Engine:
     own = BuildOptions(devices=["cpu"], num_threads=NUM_THREADS, policy_file=model.policy_file, checks_kept_costs=False)
-    config = EngineConfig(num_slots=2, cache_tokens=1024, **options)  # type: ignore[arg-type]
+    # A guess of prompt lookup that is right gives several tokens too, and a random model may repeat itself.
+    config = EngineConfig(num_slots=2, cache_tokens=1024, prompt_lookup=False, **options)  # type: ignore[arg-type]
     return build_engine(model.folder, model.cache_folder, own, config, lambda _: None)
 
 
-def request(mode: str = "full depth", **changes: object) -> GenerationRequest:
+def may_burst(engine: Engine, mode: str) -> bool:
+    """Returns False for what has a head in FULL where that is not native: where oneDNN packs no bf16, as on AVX2."""
+    backend = engine._decoder.backends[PassKind.DECODE][0]
+    assert isinstance(backend, NativeBackend)
+    return mode not in ("full depth", "FULL", "SKIP") or backend.heads.of([Action.FULL], wants_logits=False) is not None
+
+
+def request(mode: str = "INT4", **changes: object) -> GenerationRequest:
     stopping = Stopping(NUM_TOKENS, ignore_eos=True)
     own = GenerationRequest("own", PROMPT, stopping, skip=MODES[mode], return_decisions=True)
     return replace(own, **changes)  # type: ignore[arg-type]
@@ -79,7 +89,7 @@ def test_tokens_that_come_together_are_those_that_come_one_by_one(
         steps = []
         while engine.has_work:
             steps.append(engine.step())
-        assert (max(map(len, steps)) > 3) is not is_immediate
+        assert (max(map(len, steps)) > 3) is (may_burst(engine, mode) and not is_immediate)
         runs.append([event for step in steps for event in step])
     alone, together = runs
     produced = [[event for event in events if isinstance(event, TokenProduced)] for events in runs]
@@ -95,7 +105,7 @@ def test_tokens_that_come_together_are_those_that_come_one_by_one(
 @pytest.mark.parametrize("mode", ["full depth", "exact"])
 def test_tokens_are_the_same_whether_logits_are_wanted_or_not(engine: Engine, mode: str) -> None:
     """By the request, by a neighbour in the same steps, or by nobody."""
-    own = replace(request(), skip=SkipOptions(Mode.EXACT)) if mode == "exact" else request()
+    own = replace(request("full depth"), skip=SkipOptions(Mode.EXACT)) if mode == "exact" else request("full depth")
 
     def own_tokens(*requests: GenerationRequest) -> list[int]:
         for each in requests:
@@ -194,10 +204,10 @@ def test_neighbours_decode_token_by_token_and_a_newcomer_waits_for_one_step(engi
 
 
 def test_drawn_tokens_are_the_same_alone_and_beside_others(engine: Engine) -> None:
-    engine.submit(request(sampling=DRAWN))
+    engine.submit(request("full depth", sampling=DRAWN))
     (alone,) = drain(engine).values()
-    engine.submit(request(sampling=DRAWN))
-    engine.submit(request(sampling=replace(DRAWN, seed=9), request_id="other"))
+    engine.submit(request("full depth", sampling=DRAWN))
+    engine.submit(request("full depth", sampling=replace(DRAWN, seed=9), request_id="other"))
     together = drain(engine)
     assert tokens(together["own"]) == tokens(alone)
     assert tokens(together["other"]) != tokens(alone)
@@ -211,7 +221,7 @@ def test_steps_of_bursts_are_recorded_like_others(model: CompiledModel, mode: st
         steps = []
         while engine.has_work:
             steps.append(engine.step())
-        assert (max(map(len, steps)) > 3) is not is_immediate
+        assert (max(map(len, steps)) > 3) is (may_burst(engine, mode) and not is_immediate)
         trace = finished([event for step in steps for event in step]).trace
         assert trace is not None
         traces.append(trace)

@@ -16,6 +16,8 @@ from tests.runtime.compiled_model import NUM_THREADS, CompiledModel
 from tests.runtime.random_policy import NAME
 from tests.runtime.support import drain, finished, tokens
 
+pytestmark = pytest.mark.usefixtures("short_measurements")
+
 NUM_TOKENS = 24
 MODES = {
     "full depth": SkipOptions(Mode.FULL_DEPTH),

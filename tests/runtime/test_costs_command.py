@@ -23,6 +23,7 @@ def test_the_table_shows_cost_spread_and_age() -> None:
     assert table_of(served, 1.0).splitlines()[-1] == "from served steps, 1970-01-01 00:00 UTC, less than a minute ago"
 
 
+@pytest.mark.usefixtures("short_measurements")
 def test_costs_are_kept_until_they_are_measured_again(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

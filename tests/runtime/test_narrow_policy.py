@@ -22,6 +22,8 @@ from dash_runtime.startup.build import BuildOptions, build_engine
 from tests.runtime.support import drain, tokens
 from tests.tiny_models import save_tiny_model
 
+pytestmark = pytest.mark.usefixtures("short_measurements")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -1,7 +1,6 @@
 """A model whose layers lie on two devices computes what it computes on one, bit for bit."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,7 +27,6 @@ from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.startup.build import BuildOptions, assemble_engine, build_engine
-from dash_runtime.startup.measure_costs import measure_costs
 from tests.runtime.support import (
     ALL_ACTIONS,
     drain,
@@ -209,13 +207,8 @@ def test_the_fake_refuses_operands_of_two_devices(twins: TwinOperations) -> None
     assert (first.to(TWINS[1]) + second).tolist() == [2.0, 2.0]
 
 
-def test_a_start_calibrates_and_serves_on_two_devices(
-    tiny_folder: Path, tmp_path: Path, twins: TwinOperations, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Whole measurements would take as long as they may, since the fake is slow.
-    monkeypatch.setattr("dash_runtime.startup.build.measure_costs", partial(measure_costs, rounds=1, seconds=2))
-    monkeypatch.setattr("dash_runtime.startup.measure.SECONDS", 1)
-    monkeypatch.setattr("dash_runtime.startup.measure_latency.SECONDS", 1)
+@pytest.mark.usefixtures("short_measurements")
+def test_a_start_calibrates_and_serves_on_two_devices(tiny_folder: Path, tmp_path: Path, twins: TwinOperations) -> None:
     said: list[str] = []
     options = BuildOptions([str(device) for device in TWINS], precision="float32", checks_kept_costs=False)
     engine = build_engine(tiny_folder, tmp_path, options, EngineConfig(num_slots=2), said.append)
