@@ -7,6 +7,7 @@ import argparse
 import gc
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from benchmarks.constraints import measure_constraints
 from benchmarks.context import measure_long_context
 from benchmarks.cost_error import measure_cost_error
 from benchmarks.decode import measure_decode, measure_prefill
+from benchmarks.divergence import measure_divergence
 from benchmarks.exact import measure_exact
 from benchmarks.figures import RESULTS_FOLDER, Report, machine
 from benchmarks.lanes import measure_lanes
@@ -38,6 +40,7 @@ _WITH_SERVERS = ("engine and server", "busy", "peers")
 _SECTIONS: dict[str, Callable[[Report, Setting, Effort], None]] = {
     "decoding": measure_decode,
     "prefill": measure_prefill,
+    "divergence": measure_divergence,
     "exact": measure_exact,
     "constraints": measure_constraints,
     "lanes": measure_lanes,
@@ -87,6 +90,8 @@ def main() -> None:
         print(f"- {note}")
     for line in changes:
         print(line)
+    if report.failures:
+        raise SystemExit(f"failed: {', '.join(report.failures)}")
 
 
 def measure(
@@ -105,8 +110,9 @@ def measure(
             measure_service(report, effort)
         with report.attempt("cost error"), running_server() as server:
             measure_cost_error(report, effort, server)
-    with report.attempt("everything that decodes"):
-        setting = load_setting(report, cache_folder or default_cache_folder(os.environ), model)
+    with ExitStack() as running, report.attempt("everything that decodes"):
+        cache_folder = cache_folder or default_cache_folder(os.environ)
+        setting = load_setting(report, running, cache_folder, peers_folder, model)
         # As in the worker: loaded objects live as long as the process, so the collector need not visit them.
         gc.collect()
         gc.freeze()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from benchmarks.contenders import require_cached
 from benchmarks.figures import Report
 from benchmarks.rounds import Effort, Work, interleaved, progress
 from benchmarks.server_process import DEADLINE_SECONDS, RunningServer, running_server
@@ -49,11 +50,11 @@ def _speeds(kind: str, server: RunningServer, loop: subprocess.Popen | None = No
 
     def seconds(prompt: list[int], num_tokens: int) -> float:
         started = time.perf_counter()
-        server.client.generate(prompt, max_new_tokens=num_tokens, timeout=DEADLINE_SECONDS, **options)
+        answer = server.client.generate(prompt, max_new_tokens=num_tokens, timeout=DEADLINE_SECONDS, **options)
+        require_cached(answer.usage.cached_prompt_token_count, 0)
         return time.perf_counter() - started
 
-    begin = time.monotonic_ns() % 20_000  # no beginning of a prompt is kept from before
-    prompt = [1000 + (begin + 7 * place) % 20_000 for place in range(_PROMPT_TOKENS)]
+    prompt = [1000 + 7 * place for place in range(_PROMPT_TOKENS)]
     with server.awake():
         if loop is not None:
             loop.send_signal(signal.SIGCONT)

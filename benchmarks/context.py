@@ -13,7 +13,7 @@ _MAX_NEW_TOKENS = 64
 def measure_long_context(report: Report, setting: Setting, effort: Effort) -> None:
     """Adds the ratio in both modes."""
     num_tokens = min(effort.num_tokens, _MAX_NEW_TOKENS)
-    modes = {"full": (FULL_DEPTH, "≥ 0.75"), "adaptive": (setting.adaptive, "≥ 0.55")}
+    modes = {"full": (FULL_DEPTH, "≥ 0.85"), "adaptive": (setting.adaptive, "≥ 0.75")}
     works: dict[str, Work] = {}
     for mode, (skip, _) in modes.items():
         contender = setting.ours(skip)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.busy import endless_loop
+from benchmarks.contenders import require_cached
 from benchmarks.figures import Report, machine
 from benchmarks.rounds import FULL, QUICK, Effort, progress
 from benchmarks.server_process import DEADLINE_SECONDS, RunningServer, running_server
@@ -80,6 +81,7 @@ def _round(client: DashClient, num_tokens: int) -> dict[str, tuple[float, float]
         answer = client.generate(
             _PROMPT, max_new_tokens=num_tokens, ignore_eos=True, timeout=DEADLINE_SECONDS, **options
         )
+        require_cached(answer.usage.cached_prompt_token_count, 0)
         assert answer.depth.mean_cost is not None
         found[mode] = answer.depth.mean_cost, answer.usage.decode_seconds / (num_tokens - 1)
     return found

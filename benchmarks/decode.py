@@ -7,6 +7,7 @@ import torch
 from benchmarks.contenders import Contender
 from benchmarks.figures import Report
 from benchmarks.memory import Bandwidth, weight_bytes
+from benchmarks.peers.gguf_formats import of_class
 from benchmarks.rounds import Effort, Work, interleaved
 from benchmarks.setting import FULL_DEPTH, INT4, INT8, Setting
 from benchmarks.shipped import costs_of
@@ -17,11 +18,20 @@ from dash_runtime.events import TokenProduced
 from dash_runtime.policy.policy import fixed_head
 
 _PREFILL_TOKENS = 512
+_TRANSFORMERS = ["transformers", "transformers_compiled"]
+_RATIOS_TO_BEST = {
+    "full_depth_vs_transformers": ("full_depth", _TRANSFORMERS, "≥ 2.0"),
+    "adaptive_vs_transformers": ("adaptive", _TRANSFORMERS, "≥ 6"),
+    "int4_vs_llama_cpp": ("int4", of_class("llama_cpp", 4), "≥ 1.6"),
+    "adaptive_vs_llama_cpp": ("adaptive", of_class("llama_cpp", 4), "≥ 1.75"),
+    "int8_vs_llama_cpp": ("int8", of_class("llama_cpp", 8), "≥ 1.3"),
+    "full_depth_vs_llama_cpp": ("full_depth", of_class("llama_cpp", 16), "≥ 1.1"),
+    "int4_vs_ik_llama_cpp": ("int4", of_class("ik_llama_cpp", 4), "≥ 1.6"),
+    "int8_vs_ik_llama_cpp": ("int8", of_class("ik_llama_cpp", 8), "≥ 1.3"),
+    "full_depth_vs_ik_llama_cpp": ("full_depth", of_class("ik_llama_cpp", 16), "≥ 1.1"),
+}
+"""Each over the best of its class: four bits, eight, or sixteen."""
 _RATIOS = {
-    "full_depth_vs_transformers": ("full_depth", "transformers", "≥ 2.0"),
-    "int4_vs_llama_cpp": ("int4", "llama_cpp", "≥ 1.6"),
-    "adaptive_vs_llama_cpp": ("adaptive", "llama_cpp", "≥ 1.75"),
-    "adaptive_vs_transformers": ("adaptive", "transformers", "≥ 6"),
     "int8_vs_full_depth": ("int8", "full_depth", None),
     "int4_vs_full_depth": ("int4", "full_depth", None),
     "adaptive_vs_full_depth": ("adaptive", "full_depth", None),
@@ -38,8 +48,7 @@ def measure_decode(report: Report, setting: Setting, effort: Effort) -> None:
         "adaptive": setting.ours(setting.adaptive),
         "adaptive_default": setting.ours(SkipOptions(Mode.ADAPTIVE)),
     }
-    others = {"transformers": setting.transformers, "llama_cpp": setting.llama_cpp}
-    contenders |= {name: other for name, other in others.items() if other is not None}
+    contenders |= setting.rivals
     prompt = setting.prompts.single
     works = {name: _decoding(name, contender, prompt, effort.num_tokens) for name, contender in contenders.items()}
     values = interleaved(report, "decoding", works | {"bandwidth": _reading(Bandwidth())}, effort.rounds)
@@ -47,6 +56,8 @@ def measure_decode(report: Report, setting: Setting, effort: Effort) -> None:
         report.add(f"{name}_tokens_per_second", values.get(name, []))
     for name, (upper, lower, target) in _RATIOS.items():
         report.add_ratio(name, values, upper, lower, target)
+    for name, (upper, lowers, target) in _RATIOS_TO_BEST.items():
+        report.add_ratio_to_best(name, values, upper, lowers, target)
     report.add("exposed_policy_share", values.get("adaptive_exposed", []), "≤ 0.03")
     _add_bandwidth(report, setting, values)
     costs = [f"{action.name} {cost:.3f}" for action, cost in sorted(costs_of(setting.engine).layer.items())]
@@ -68,17 +79,19 @@ def measure_decode(report: Report, setting: Setting, effort: Effort) -> None:
 
 def measure_prefill(report: Report, setting: Setting, effort: Effort) -> None:
     """Adds prompt tokens per second, until the first new token is chosen."""
-    contenders: dict[str, Contender | None] = {
-        "prefill_tokens_per_second": setting.ours(FULL_DEPTH),
-        "prefill_tokens_per_second_transformers": setting.transformers,
-        "prefill_tokens_per_second_llama_cpp": setting.llama_cpp,
-    }
+    rivals = {f"prefill_tokens_per_second_{name}": own for name, own in setting.rivals.items()}
+    ours = "prefill_tokens_per_second"
     prompt = setting.prompts.text(_PREFILL_TOKENS)
-    works = {name: _prefilling(name, own, prompt) for name, own in contenders.items() if own is not None}
+    contenders: dict[str, Contender] = {ours: setting.ours(FULL_DEPTH), **rivals}
+    works = {name: _prefilling(name, own, prompt) for name, own in contenders.items()}
     values = interleaved(report, "prefill", works, effort.rounds)
     for name in contenders:
         report.add(name, values.get(name, []))
-    report.note(f"prefill: {_PREFILL_TOKENS} prompt tokens, until the first new token is chosen, at full depth")
+    report.add_ratio_to_best("prefill_full_vs_best_peer", values, ours, list(rivals), "≥ 1.0")
+    report.note(
+        f"prefill: {_PREFILL_TOKENS} prompt tokens, until the first new token is chosen, ours at full depth; nobody "
+        "reuses anything of the rounds before"
+    )
 
 
 def _add_bandwidth(report: Report, setting: Setting, values: Mapping[str, list[float]]) -> None:

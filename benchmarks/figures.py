@@ -3,11 +3,13 @@
 Knows numbers and words; knows no models and no clocks.
 """
 
+import importlib.metadata
 import json
 import os
 import platform
 import re
 import statistics
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 RESULTS_FOLDER = Path(__file__).parent / "results"
+
+_LEVELS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bf16", "avx512_vnni": "VNNI", "amx_tile": "AMX"}
+"""What products depend on, as Linux names it."""
 
 Values = Mapping[str, Sequence[float]]
 """Values by name, one per round."""
@@ -66,28 +71,46 @@ class Report:
     def __init__(self) -> None:
         self.figures: list[Figure] = []
         self.notes: list[str] = []
+        self.failures: list[str] = []
+        """What could not be measured."""
 
     def add(self, name: str, values: Sequence[float], target: str | None = None) -> None:
         """Adds a figure from one value per round. Adds none without values; a note says why then."""
         if values:
             self.figures.append(Figure.of(name, values, target))
 
+    def add_mean(self, name: str, values: Sequence[float]) -> None:
+        """Adds a figure whose value is the mean."""
+        if values:
+            self.figures.append(Figure(name, statistics.fmean(values), min(values), max(values)))
+
     def add_ratio(self, name: str, values: Values, upper: str, lower: str, target: str | None = None) -> None:
         """Adds `upper` over `lower`, taken within each round, so that a drifting clock cancels out."""
         if upper in values and lower in values:
             self.add(name, [a / b for a, b in zip(values[upper], values[lower], strict=True)], target)
+
+    def add_ratio_to_best(
+        self, name: str, values: Values, upper: str, lowers: Sequence[str], target: str | None = None
+    ) -> None:
+        """Adds `upper` over the best of `lowers`, the one with the largest median, and a note that names it."""
+        known = [lower for lower in lowers if lower in values]
+        if upper in values and known:
+            best = max(known, key=lambda lower: statistics.median(values[lower]))
+            self.add_ratio(name, values, upper, best, target)
+            self.note(f"{name}: {upper} over {best}, the best of {', '.join(known)}")
 
     def note(self, text: str) -> None:
         self.notes.append(text)
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """Turns an error inside the block into a note; the rest goes on."""
+        """Turns an error inside the block into a note and a failure; the rest goes on."""
         try:
             yield
         except Exception as error:
             lines = str(error).strip().splitlines()
             self.note(f"{what}: left out, {type(error).__name__}: {lines[0] if lines else 'no message'}")
+            self.failures.append(what)
 
     def print(self) -> None:
         """Prints the machine, the figures and the notes."""
@@ -97,7 +120,8 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         figures = {figure.name: figure.to_json() for figure in self.figures}
-        return {"machine": machine(), "notes": self.notes, "figures": figures}
+        made = {"machine": machine(), "commit": commit(), "command": "python -m benchmarks"}
+        return made | {"failures": self.failures, "notes": self.notes, "figures": figures}
 
     def write(self, folder: Path) -> None:
         """Writes everything to `latest.json` in `folder`; the file that was there becomes `previous.json`."""
@@ -123,13 +147,26 @@ class Report:
         return [f"changed since the last results, of {kept['machine']}:", *lines] if lines else []
 
 
+def commit() -> str:
+    """Returns the commit that is checked out, with a plus if files differ from it; "unknown" outside of git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        number = subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return number.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
 def machine() -> str:
     """Returns the machine's description in one line."""
-    model = platform.processor() or platform.machine()
+    model, has = platform.processor() or platform.machine(), ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return (
-        f"{model}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}, Python {platform.python_version()}"
-    )
+        facts = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        facts = {name.strip(): value.strip() for name, value in facts.items()}
+        flags = facts.get("flags", "").split()
+        model = facts.get("model name", model)
+        has = f" ({', '.join(words for flag, words in _LEVELS.items() if flag in flags)})"
+    system = f"{platform.system()} {platform.release()}, Python {platform.python_version()}"
+    return f"{model}{has}, {os.cpu_count()} CPUs, {system}, torch {importlib.metadata.version('torch')}"

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from benchmarks.exact import answer_length, generate
 from benchmarks.figures import Report
 from benchmarks.rounds import Effort, progress
-from benchmarks.setting import FULL_DEPTH, INT4, Setting
-from dash_runtime.config import EngineConfig
+from benchmarks.setting import AS_SERVED, FULL_DEPTH, INT4, Setting
 
 
 def measure_lookup(report: Report, setting: Setting, effort: Effort) -> None:
     """Adds the ratio of each mode, over usual prompts and over those whose answers copy much of them."""
-    engines = {"with": setting.build(EngineConfig()), "without": setting.engine}
+    engines = {"with": setting.build(AS_SERVED), "without": setting.engine}
     modes = {"full_depth": FULL_DEPTH, "int4": INT4, "adaptive": setting.adaptive}
     prompts = setting.prompts
     for engine in engines.values():

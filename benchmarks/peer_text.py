@@ -3,7 +3,7 @@
 Renders each conversation with the file's chat template, if it has one, here and by llama.cpp's Python package, and
 compares the tokens. llama.cpp then answers; full depth reads its answer, token after token, and says which tokens it
 would have chosen otherwise, and by how many nats. llama.cpp rounds activations too, so a few differ. Exits with 1 if a
-prompt's tokens differ.
+prompt's tokens differ. Needs `pip install llama-cpp-python`, which compiles it.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders import LlamaCpp
+from benchmarks.peers.llama_child import Llama
 from benchmarks.rounds import progress
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import (
@@ -62,7 +62,7 @@ def _agrees(file: Path, dtype: torch.dtype, num_tokens: int) -> bool:
     vocabulary = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
     ends = [vocabulary._model.token_get_text(own) for own in (vocabulary.token_eos(), vocabulary.token_bos())]
     source = vocabulary.metadata.get("tokenizer.chat_template")
-    llama = LlamaCpp(file, torch.get_num_threads())
+    llama = Llama(llama_cpp, str(file), torch.get_num_threads(), max_sequences=1, max_length=_MOST_POSITIONS)
     num_same, num_equal, gaps = 0, 0, [0.0]
     for question in _QUESTIONS:
         text = their_text = question

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 _DPI = 150
 _INK = "#333333"
 _OURS, _OTHERS, _MISSED = "#0072B2", "#999999", "#D55E00"
-_CONTENDERS = ("transformers", "llama_cpp", "full_depth", "int8", "int4", "adaptive_default", "adaptive")
+_RIVALS = ("transformers", "transformers_compiled", "llama_cpp_bf16", "llama_cpp_q8_0", "llama_cpp_q4_0")
+_CONTENDERS = (*_RIVALS, "full_depth", "int8", "int4", "adaptive_default", "adaptive")
 _STREAMS = (1, 4, 8, 16)
 
 
@@ -45,7 +46,7 @@ def _draw_speed(axis: "Axes", figures: Mapping[str, Figure]) -> bool:
     if not named:
         return False
     _plain(axis, "One stream: median, lowest and highest round", "decoded tokens per second")
-    colours = [_OTHERS if name in ("transformers", "llama_cpp") else _OURS for name, _ in named]
+    colours = [_OTHERS if name in _RIVALS else _OURS for name, _ in named]
     values = [figure.value for _, figure in named]
     axis.barh(range(len(named)), values, color=colours, xerr=_spread([figure for _, figure in named]), ecolor=_INK)
     axis.set_yticks(range(len(named)), [name.replace("_", " ") for name, _ in named])

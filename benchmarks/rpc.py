@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from benchmarks.contenders import Contender
+from benchmarks.contenders import Contender, require_cached
 from benchmarks.figures import Report
 from benchmarks.rounds import Effort, Work, interleaved, progress
 from benchmarks.runs import Arrivals, Run, run_from_arrivals
@@ -50,6 +50,7 @@ class ServedContender:
             for delta in stream:
                 if delta.token_ids:
                     arrivals.append((time.perf_counter(), len(delta.token_ids)))
+            require_cached(stream.final().usage.cached_prompt_token_count, 0)
         return arrivals
 
 

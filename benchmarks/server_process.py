@@ -77,6 +77,7 @@ def running_server(worker_command: Sequence[str] = WORKER_COMMAND, **variables: 
             "DASH_CACHE_TOKENS": str(CACHE_TOKENS),
             "DASH_DEVICE": "cpu",
             "DASH_PROMPT_LOOKUP": "false",
+            "DASH_PREFIX_CACHE_TOKENS": "0",
             "DASH_NUM_THREADS": str(torch.get_num_threads()),
             "DASH_LOG_LEVEL": "ERROR",
             **variables,

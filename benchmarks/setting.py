@@ -1,13 +1,15 @@
 """Loads what all sections share: the models, the prompts, and the modes to compare."""
 
 import importlib.metadata
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from benchmarks.contenders import EngineContender, LlamaCpp, Transformers, check_llama_cpp
+from benchmarks.contenders import Contender, EngineContender, Transformers
 from benchmarks.figures import Report
+from benchmarks.peers.child import ChildContender
+from benchmarks.peers.gguf_formats import BITS, FILE, MODULES, start_formats
 from benchmarks.prompts import Prompts
 from benchmarks.rounds import progress
 from benchmarks.shipped import costs_of, shipped_policy
@@ -24,7 +26,10 @@ INT8 = SkipOptions(Mode.FIXED, fixed_action=Action.INT8)
 INT4 = SkipOptions(Mode.FIXED, fixed_action=Action.INT4)
 
 
-WITHOUT_LOOKUP = EngineConfig(prompt_lookup=False)
+_IK_KINDS = (FILE, "Q4_0", "Q8_0", "BF16")
+AS_SERVED = EngineConfig(prefix_cache_tokens=0)
+"""Prompt lookup as by default. Nothing of a prompt is reused: the same ones come again in each round."""
+PLAIN = replace(AS_SERVED, prompt_lookup=False)
 """As those run that ours are compared with."""
 
 
@@ -39,7 +44,9 @@ class Setting:
     engine_without_planner: Engine | None
     engine_with_thread_lane: Engine | None
     transformers: Transformers | None
-    llama_cpp: LlamaCpp | None
+    transformers_compiled: Transformers | None
+    ggufs: Mapping[str, ChildContender]
+    """llama.cpp and its fork, in each format, by name."""
     policy_name: str | None
     cache_folder: Path
     is_embedded: bool
@@ -50,6 +57,12 @@ class Setting:
         """The policy itself, at its recommended budget: a server may run a fixed plan for who names no policy."""
         return SkipOptions(Mode.ADAPTIVE, policy_name=self.policy_name)
 
+    @property
+    def rivals(self) -> dict[str, Contender]:
+        """Those that run one stream, by name."""
+        pair = {"transformers": self.transformers, "transformers_compiled": self.transformers_compiled}
+        return {name: own for name, own in pair.items() if own is not None} | dict(self.ggufs)
+
     def ours(self, skip: SkipOptions) -> EngineContender:
         return EngineContender(self.engine, skip)
 
@@ -58,12 +71,14 @@ class Setting:
         return _build(self.folder, self.cache_folder, config)
 
 
-def load_setting(report: Report, cache_folder: Path, model: str = EMBEDDED) -> Setting:
+def load_setting(
+    report: Report, running: ExitStack, cache_folder: Path, peers_folder: Path, model: str = EMBEDDED
+) -> Setting:
     """Loads all contenders, each with torch's number of threads; of another model than the embedded one no other
-    engines than the default one."""
+    engines than the default one. Processes of peers end with `running`."""
     folder = resolve_checkpoint(model, None, cache_folder, progress)
     gguf = embedded_gguf() if model == EMBEDDED else Path(model)
-    config = WITHOUT_LOOKUP
+    config = PLAIN
     engine = _build(folder, cache_folder, config)
     without_planner, with_thread_lane = None, None
     if model == EMBEDDED:
@@ -71,24 +86,23 @@ def load_setting(report: Report, cache_folder: Path, model: str = EMBEDDED) -> S
             without_planner = _build(folder, cache_folder, replace(config, group_planner=False))
         with report.attempt("the engine with the thread lane"):
             with_thread_lane = _build(folder, cache_folder, replace(config, lane=LaneKind.THREAD))
-    transformers, llama_cpp, policy_name = None, None, None
+    transformers, compiled, policy_name = None, None, None
     with report.attempt("transformers"):
         progress("loading transformers")
         transformers = Transformers(folder)
+        compiled = Transformers(folder, is_compiled=True)
         report.note(
             f"transformers {importlib.metadata.version('transformers')}: generate, bf16, sdpa attention, dynamic "
-            "cache, not compiled, no end-of-sequence check"
+            "cache, no end-of-sequence check; transformers_compiled: by torch.compile, with a static cache"
         )
-    with report.attempt("llama.cpp"):
-        progress("loading llama.cpp")
-        check_llama_cpp(gguf, torch.get_num_threads())
-        llama_cpp = LlamaCpp(gguf, torch.get_num_threads())
-        report.note(
-            f"llama.cpp: {llama_cpp.description}, from the same file that our weights come from, "
-            f"{torch.get_num_threads()} threads, llama_decode and numpy's largest logit, its defaults otherwise"
-        )
-    with report.attempt("the shipped policy (the best fixed plan is used)"):
-        policy = shipped_policy(folder)
+    ggufs: dict[str, ChildContender] = {}
+    for peer in MODULES:
+        kinds = tuple(BITS) if peer == "llama_cpp" else _IK_KINDS
+        ggufs |= start_formats(report, running, peer, peers_folder, gguf, kinds)
+    policy = shipped_policy(folder)
+    if policy is None:
+        report.note("adaptive: no policy is shipped for this model, so the best fixed plan within its budget runs")
+    else:
         policy_name = policy.name
         budget = policy.recommended_budget(costs_of(engine))
         report.note(
@@ -104,7 +118,8 @@ def load_setting(report: Report, cache_folder: Path, model: str = EMBEDDED) -> S
         without_planner,
         with_thread_lane,
         transformers,
-        llama_cpp,
+        compiled,
+        ggufs,
         policy_name,
         cache_folder,
         model == EMBEDDED,

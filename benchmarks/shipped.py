@@ -20,15 +20,11 @@ def costs_of(engine: Engine) -> CostTable:
     return engine.cost_watch.costs.table
 
 
-def shipped_policy(folder: Path) -> LearnedPolicy:
-    """Returns the policy that serves the checkpoint in `folder` by default.
-
-    Raises:
-        RuntimeError: no policy is shipped for it.
-    """
+def shipped_policy(folder: Path) -> LearnedPolicy | None:
+    """Returns the policy that serves the checkpoint in `folder` by default, or None if none is shipped for it."""
     model, weights = load_model_config(folder), open_weights(folder)
     fingerprint = model_fingerprint(model, weights)
     files = find_policies(SHIPPED_POLICIES, fingerprint)
     if not files:
-        raise RuntimeError("no policy is shipped for this model")
+        return None
     return load_policy(files[0], model, fingerprint, dtype=torch.bfloat16, device=torch.device("cpu"))

@@ -8,8 +8,12 @@ machine's monotonic clock, which all processes share.
 
 import json
 import select
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import numpy
 
 from benchmarks.peers.peer_process import PeerProcess
 from benchmarks.runs import Run, run_from_arrivals
@@ -39,6 +43,15 @@ class ChildContender:
         if len(streams) != len(prompts) or counts != {num_tokens}:
             raise RuntimeError(f"{self._peer.name} made {sorted(counts)} tokens instead of {num_tokens}")
         return run_from_arrivals(answer["started"], streams)
+
+    def logits(self, text: Sequence[int]) -> numpy.ndarray:
+        """Returns the logits behind each token, float32 `[tokens, vocab_size]`; only llama.cpp's children know them."""
+        with tempfile.TemporaryDirectory() as folder, self._peer.awake():
+            file = str(Path(folder) / "logits.npy")
+            self._write(json.dumps({"text": list(text), "file": file}))
+            self._read()
+            logits: numpy.ndarray = numpy.load(file)
+            return logits
 
     def _write(self, line: str) -> None:
         pipe = self._peer.process.stdin

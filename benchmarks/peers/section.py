@@ -1,4 +1,5 @@
-"""Many streams, and one, beside peers in processes of their own: vLLM in process and served, and OpenVINO GenAI."""
+"""Many streams, and one, beside peers in processes of their own: vLLM in process and served, llama.cpp in the fastest
+format of each class, and OpenVINO GenAI."""
 
 import time
 from contextlib import ExitStack
@@ -7,35 +8,49 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.contenders import Contender, EngineContender, LlamaCpp, check_llama_cpp
+from benchmarks.contenders import Contender, EngineContender
 from benchmarks.figures import Report
 from benchmarks.peers.child import ChildContender
+from benchmarks.peers.gguf_formats import of_class, start_formats
+from benchmarks.peers.gptq_folder import write_gptq_folder
 from benchmarks.peers.http_stream import HttpContender
-from benchmarks.peers.install import RECIPES, find_peer
+from benchmarks.peers.install import find_peer
 from benchmarks.peers.peer_process import PeerProcess
 from benchmarks.peers.vllm_options import free_port, serve_arguments, vllm_variables
 from benchmarks.rounds import Effort, Work, interleaved, progress
 from benchmarks.rpc import ServedContender
 from benchmarks.server_process import RunningServer, running_server
-from benchmarks.setting import FULL_DEPTH, INT4, WITHOUT_LOOKUP, Setting
+from benchmarks.setting import FULL_DEPTH, INT4, PLAIN, Setting
 from dash_runtime.checkpoints.embedded import embedded_gguf
 from dash_runtime.config import EngineConfig
+from dash_runtime.files.disk_cache import digest
 
 STREAMS = (4, 16, 64)
 _MOST = STREAMS[-1]
 _LLAMA_CPP_STREAMS = (16, 64)
-_LAST_ROUND_BEGINS_SECONDS = 270
-"""A round takes less than a minute, so that all of it takes less than six minutes, the loading before included."""
+_LAST_ROUND_BEGINS_SECONDS = 480
+"""A round takes less than two minutes, so that all of it takes some ten, the loading before included."""
 _RATIOS = {
-    f"full_vs_vllm_{_MOST}": (f"full_{_MOST}", f"vllm_{_MOST}", "≥ 1.3"),
     f"adaptive_vs_full_{_MOST}": (f"adaptive_{_MOST}", f"full_{_MOST}", "≥ 1.1"),
     f"served_share_{_MOST}": (f"served_{_MOST}", f"full_{_MOST}", "≥ 0.85"),
     f"session_share_{_MOST}": (f"session_{_MOST}", f"full_{_MOST}", "≥ 0.85"),
-    f"session_vs_vllm_{_MOST}": (f"session_{_MOST}", f"vllm_served_{_MOST}", "≥ 1.5"),
-    f"served_vs_vllm_{_MOST}": (f"served_{_MOST}", f"vllm_served_{_MOST}", "≥ 1.5"),
-    "adaptive_vs_llama_cpp_16": ("adaptive_16", "llama_cpp_16", "≥ 2"),
-    f"adaptive_vs_llama_cpp_{_MOST}": (f"adaptive_{_MOST}", f"llama_cpp_{_MOST}", None),
     "int4_vs_openvino": ("int4_1", "openvino_1", None),
+}
+_VLLM = ("vllm", "vllm_served")
+_RATIOS_TO_BEST = {
+    "adaptive_vs_vllm_int4_16": ("adaptive_16", ["vllm_int4_16"], None),
+    f"full_vs_vllm_{_MOST}": (f"full_{_MOST}", [f"{name}_{_MOST}" for name in _VLLM], "≥ 1.3"),
+    f"session_vs_vllm_{_MOST}": (f"session_{_MOST}", [f"{name}_{_MOST}" for name in _VLLM], "≥ 1.5"),
+    f"served_vs_vllm_{_MOST}": (f"served_{_MOST}", [f"{name}_{_MOST}" for name in _VLLM], "≥ 1.5"),
+    **{
+        f"{own}_vs_llama_cpp_{count}": (
+            f"{own}_{count}",
+            [f"{name}_{count}" for name in of_class("llama_cpp", bits)],
+            "≥ 2" if bits == 4 else "≥ 1.5",
+        )
+        for own, bits in (("adaptive", 4), ("full", 16))
+        for count in _LLAMA_CPP_STREAMS
+    },
 }
 
 
@@ -49,7 +64,7 @@ def measure_peers(report: Report, setting: Setting, effort: Effort, folder: Path
         server = running.enter_context(running_server(**variables))
         running.enter_context(server.stopped())
         contenders = _ours(setting, _MOST * length, server)
-        _add_llama_cpp(report, contenders, length)
+        _add_llama_cpp(report, contenders, setting, folder, length, effort, running)
         _add_peers(report, contenders, setting, folder, length, running)
         works = {
             f"{name}_{count}": _streaming(f"{name}_{count}", contender, setting, count, effort)
@@ -61,6 +76,8 @@ def measure_peers(report: Report, setting: Setting, effort: Effort, folder: Path
         report.add(f"peers_{name}", values.get(name, []))
     for name, (upper, lower, target) in _RATIOS.items():
         report.add_ratio(name, values, upper, lower, target)
+    for name, (upper, lowers, target) in _RATIOS_TO_BEST.items():
+        report.add_ratio_to_best(name, values, upper, lowers, target)
     usual = EngineConfig()
     report.note(
         f"peers_CONTENDER_N: tokens per second of N streams together, greedy, {effort.stream_tokens} new tokens of "
@@ -81,7 +98,7 @@ _Contenders = dict[str, tuple[Contender, tuple[int, ...]]]
 
 
 def _ours(setting: Setting, cache_tokens: int, server: RunningServer) -> _Contenders:
-    engine = setting.build(replace(WITHOUT_LOOKUP, num_slots=_MOST, cache_tokens=cache_tokens))
+    engine = setting.build(replace(PLAIN, num_slots=_MOST, cache_tokens=cache_tokens))
     return {
         "full": (EngineContender(engine, FULL_DEPTH), STREAMS),
         "adaptive": (EngineContender(engine, setting.adaptive), STREAMS),
@@ -91,30 +108,55 @@ def _ours(setting: Setting, cache_tokens: int, server: RunningServer) -> _Conten
     }
 
 
-def _add_llama_cpp(report: Report, contenders: _Contenders, length: int) -> None:
-    with report.attempt("llama.cpp with more sequences"):
-        file, num_threads = embedded_gguf(), torch.get_num_threads()
-        check_llama_cpp(file, num_threads)
-        # llama.cpp pads each sequence's part of the cache.
-        llama_cpp = LlamaCpp(file, num_threads, max_sequences=_MOST, max_length=_round_up(length, 256))
-        contenders["llama_cpp"] = (llama_cpp, _LLAMA_CPP_STREAMS)
+def _add_llama_cpp(
+    report: Report,
+    contenders: _Contenders,
+    setting: Setting,
+    folder: Path,
+    length: int,
+    effort: Effort,
+    running: ExitStack,
+) -> None:
+    """Adds the format of each class that is fastest in one turn of all, behind one that warms up, with 16 streams."""
+    # llama.cpp pads each sequence's part of the cache.
+    sizes = {"max_sequences": _MOST, "max_length": _round_up(length, 256)}
+    formats = start_formats(report, running, "llama_cpp", folder, embedded_gguf(), **sizes)
+    count, speeds = _LLAMA_CPP_STREAMS[0], dict[str, float]()
+    progress(f"peers: llama.cpp's formats, {count} streams")
+    for name, contender in formats.items():
+        contender.run(setting.prompts.streams(count), 2)
+        speeds |= _streaming(name, contender, setting, count, effort)()
+    for bits in (4, 16):
+        own = [name for name in of_class("llama_cpp", bits) if name in speeds]
+        if own:
+            fastest = max(own, key=lambda name: speeds[name])
+            contenders[fastest] = (formats[fastest], _LLAMA_CPP_STREAMS)
+    told = ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items())
+    report.note(f"llama.cpp's formats, {count} streams, tokens per second of the one turn that chose: {told}")
 
 
 def _add_peers(
     report: Report, contenders: _Contenders, setting: Setting, folder: Path, length: int, running: ExitStack
 ) -> None:
-    pythons = {name: find_peer(report, name, folder) for name in RECIPES}
+    pythons = {name: find_peer(report, name, folder) for name in ("vllm", "openvino")}
     scripts, num_threads = Path(__file__).parent, torch.get_num_threads()
     vllm, openvino = pythons["vllm"], pythons["openvino"]
     if vllm is not None:
         model, variables = str(setting.folder), vllm_variables(vllm, num_threads)
-        with report.attempt("vLLM in process"):
-            progress("peers: loading vLLM; its first start compiles")
-            command = [str(vllm), "-I", str(scripts / "vllm_child.py"), model, str(_MOST), str(_round_up(length, 128))]
-            child = running.enter_context(PeerProcess("vLLM", command, variables))
-            contender = ChildContender(child)
-            contenders["vllm"] = (contender, STREAMS)
-            report.note(f"vllm: {contender.description}, bf16, from the weights that transformers gets, Intel's OpenMP")
+        for name, streams in {"vllm": STREAMS, "vllm_int4": (16,)}.items():
+            with report.attempt(name):
+                progress(f"peers: loading {name}; its first start compiles")
+                own = model if name == "vllm" else str(_in_int4(setting.folder, folder))
+                sizes = [str(_MOST), str(_round_up(length, 128))]
+                command = [str(vllm), "-I", str(scripts / "vllm_child.py"), own, *sizes]
+                child = running.enter_context(PeerProcess(name, command, variables))
+                contender = ChildContender(child)
+                contenders[name] = (contender, streams)
+                report.note(f"{name}: {contender.description}, from the weights that transformers gets, Intel's OpenMP")
+        report.note(
+            "vllm_int4: weights rounded to the nearest in groups of 32, in GPTQ's layout; this build multiplies them "
+            "with INT8 activations (W4A8) where the processor has AMX, and else in bf16"
+        )
         with report.attempt("vllm serve"):
             progress("peers: starting `vllm serve`")
             port = free_port()
@@ -129,6 +171,10 @@ def _add_peers(
             contender = ChildContender(child)
             contenders["openvino"] = (contender, (1,))
             report.note(f"openvino: {contender.description}, from the same GGUF file")
+
+
+def _in_int4(checkpoint: Path, folder: Path) -> Path:
+    return write_gptq_folder(checkpoint, folder / "gptq" / f"{checkpoint.name}-{digest(checkpoint.stat().st_mtime_ns)}")
 
 
 def _streaming(name: str, contender: Contender, setting: Setting, count: int, effort: Effort) -> Work:

@@ -3,13 +3,17 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks.contenders import EngineContender
 from benchmarks.cost_error import Taken, cost_errors
 from benchmarks.figures import Figure, Report
 from benchmarks.rounds import interleaved
-from benchmarks.runs import run_from_arrivals
+from benchmarks.runs import Run, run_from_arrivals
+from dash_runtime.config import GenerationRequest, SkipOptions
+from dash_runtime.events import DepthStatistics, EndReason, EngineEvent, SequenceFinished, TokenProduced
 
 
 def test_a_figure_is_the_median_with_the_lowest_and_the_highest_value() -> None:
@@ -61,7 +65,8 @@ def test_the_file_has_the_machine_the_notes_and_every_figure_by_name(tmp_path: P
     report.write(tmp_path / "results")
     text = (tmp_path / "results" / "latest.json").read_text(encoding="utf-8")
     kept = json.loads(text)
-    assert list(kept) == ["machine", "notes", "figures"]
+    assert list(kept) == ["machine", "commit", "command", "failures", "notes", "figures"]
+    assert kept["failures"] == []
     assert kept["notes"] == ["≥ stays readable"]
     assert "≥ stays readable" in text
     assert kept["figures"] == {
@@ -88,6 +93,46 @@ def test_a_failure_becomes_one_note_with_its_first_line() -> None:
     with report.attempt("llama.cpp"):
         raise ModuleNotFoundError("No module named 'llama_cpp'\nand more")
     assert report.notes == ["llama.cpp: left out, ModuleNotFoundError: No module named 'llama_cpp'"]
+    assert report.failures == ["llama.cpp"]
+
+
+def test_a_ratio_to_the_best_is_over_the_one_with_the_largest_median_and_names_it() -> None:
+    report = Report()
+    values = {"ours": [8.0, 8.0, 8.0], "steady": [4.0, 4.0, 4.0], "wild": [1.0, 2.0, 100.0]}
+    report.add_ratio_to_best("ours_vs_theirs", values, "ours", ["wild", "steady", "missing"], "≥ 3")
+    (figure,) = report.figures
+    assert (figure.value, figure.is_met) == (2.0, False)
+    assert report.notes == ["ours_vs_theirs: ours over steady, the best of wild, steady"]
+
+
+class EngineWithReuse:
+    """Answers at once, and says that so many tokens of the prompt came from an earlier one."""
+
+    def __init__(self, num_cached: int) -> None:
+        self._num_cached = num_cached
+        self.has_work = False
+
+    def submit(self, request: GenerationRequest) -> None:
+        self.has_work = True
+
+    def step(self) -> list[EngineEvent]:
+        self.has_work = False
+        depth = DepthStatistics(0, [], {}, 0.0, 0)
+        end = SequenceFinished("0", EndReason.LENGTH, 1, 0.1, 0.0, depth, num_cached_prompt_tokens=self._num_cached)
+        return [TokenProduced("0", 5), end]
+
+    def cancel(self, request_id: str) -> None:
+        pass
+
+
+def test_a_round_whose_prompt_was_not_computed_whole_is_refused() -> None:
+    def run(num_cached: int) -> Run:
+        engine: Any = EngineWithReuse(num_cached)
+        return EngineContender(engine, SkipOptions()).run([[1, 2, 3]], 1)
+
+    assert run(0).num_tokens == 0  # after the first one
+    with pytest.raises(RuntimeError, match="2 prompt tokens came from an earlier prompt, not 0"):
+        run(2)
 
 
 def test_rounds_take_turns_in_alternating_order_and_the_first_is_not_counted() -> None:

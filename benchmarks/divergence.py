@@ -1,0 +1,99 @@
+"""Divergence from full depth of what decodes faster: our modes as they are served, and llama.cpp's formats.
+
+All read the same texts, token by token, as decoding does: answers that full depth drew at a temperature of 1. A figure
+is the mean over tokens of KL(full depth ‖ this distribution), in nats; its spread is over the texts.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy
+
+from benchmarks.contenders import require_cached
+from benchmarks.figures import Report
+from benchmarks.peers.gguf_formats import MODULES
+from benchmarks.rounds import Effort, progress
+from benchmarks.setting import FULL_DEPTH, INT4, INT8, Setting
+from dash_runtime.config import GenerationRequest, SamplingParameters, SkipOptions, StoppingParameters
+from dash_runtime.engine.engine import Engine
+from dash_runtime.events import SequenceFinished, TokenProduced
+
+Distributions = Iterator[numpy.ndarray]
+"""For each token of an answer the logarithms of all tokens' probabilities at its place, `[vocab_size]`."""
+
+
+def measure_divergence(report: Report, setting: Setting, effort: Effort) -> None:
+    """Adds the divergence of each mode and format."""
+    engine, num_tokens = setting.engine, effort.stream_tokens
+    progress("divergence: full depth's answers")
+    texts = [(prompt, _answer(engine, prompt, num_tokens, seed)) for seed, prompt in enumerate(setting.prompts.exact)]
+    references = [list(read_answer(engine, FULL_DEPTH, *text)) for text in texts]
+    modes = {"int8": INT8, "int4": INT4, "adaptive": setting.adaptive}
+    readers: dict[str, Callable[[list[int], list[int]], Distributions]] = {
+        name: (lambda prompt, answer, skip=skip: read_answer(engine, skip, prompt, answer))
+        for name, skip in modes.items()
+    }
+    for name, child in setting.ggufs.items():
+        if name.startswith("llama_cpp"):
+            readers[name] = lambda prompt, answer, child=child: _rows(child.logits([*prompt, *answer]), len(answer))
+    for name, read in readers.items():
+        progress(f"divergence: {name}")
+        with report.attempt(f"divergence, {name}"):
+            values = [
+                float(numpy.mean([divergence(*pair) for pair in zip(reference, read(*text), strict=True)]))
+                for text, reference in zip(texts, references, strict=True)
+            ]
+            report.add_mean(f"divergence_{name}", values)
+    left_out = [peer for peer in MODULES if peer != "llama_cpp"]
+    report.note(
+        f"divergence_*: nats a token from full depth as it is served, of {len(texts)} answers of {num_tokens} tokens "
+        "that full depth drew at a temperature of 1, read token by token; the mean, with its range over the texts. "
+        f"{', '.join(left_out)} is not asked: its files have the same weights"
+    )
+
+
+def _answer(engine: Engine, prompt: list[int], num_tokens: int, seed: int) -> list[int]:
+    sampling = SamplingParameters(temperature=1.0, seed=seed)
+    stopping = StoppingParameters(num_tokens, ignore_eos=True)
+    request = GenerationRequest("answer", prompt, stopping, sampling, FULL_DEPTH)
+    return [event.token_id for event in _produced(engine, request)]
+
+
+def read_answer(
+    engine: Engine, skip: SkipOptions, prompt: list[int], answer: list[int], costs: list[float] | None = None
+) -> Distributions:
+    """Yields the distribution at each token of a given answer, and adds the mean cost of a token to `costs`."""
+    stopping = StoppingParameters(len(answer), ignore_eos=True)
+    request = GenerationRequest("reading", prompt, stopping, skip=skip, scored_token_ids=answer)
+    # A server gives the best 20 of a token; here it is all.
+    object.__setattr__(request, "logprobs", engine.facts.vocab_size)
+    for event in _produced(engine, request, costs):
+        assert event.logprobs is not None
+        ids, values = zip(*event.logprobs.top, strict=True)
+        row = numpy.empty(len(ids), numpy.float32)
+        row[list(ids)] = values
+        yield row
+
+
+def _produced(engine: Engine, request: GenerationRequest, costs: list[float] | None = None) -> Iterator[TokenProduced]:
+    engine.submit(request)
+    while engine.has_work:
+        for event in engine.step():
+            if isinstance(event, SequenceFinished):
+                require_cached(event.num_cached_prompt_tokens, 0)
+                if costs is not None:
+                    costs.append(event.depth.mean_cost)
+            elif isinstance(event, TokenProduced):
+                yield event
+
+
+def _rows(logits: numpy.ndarray, num_tokens: int) -> Distributions:
+    """Yields the distributions of the last `num_tokens` tokens, each of which the logits before it make."""
+    for row in logits[-num_tokens - 1 : -1].astype(numpy.float64):
+        yield row - row.max() - numpy.log(numpy.exp(row - row.max()).sum())
+
+
+def divergence(reference: numpy.ndarray, other: numpy.ndarray) -> float:
+    """Returns KL(reference ‖ other) of logarithms of probabilities, in nats."""
+    size = min(len(reference), len(other))  # a file may pad its vocabulary
+    exact, own = reference[:size].astype(numpy.float64), other[:size].astype(numpy.float64)
+    return float((numpy.exp(exact) * (exact - own)).sum())
