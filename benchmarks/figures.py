@@ -73,6 +73,7 @@ class Report:
         self.notes: list[str] = []
         self.failures: list[str] = []
         """What could not be measured."""
+        self._commit = commit()  # files may change while it measures
 
     def add(self, name: str, values: Sequence[float], target: str | None = None) -> None:
         """Adds a figure from one value per round. Adds none without values; a note says why then."""
@@ -120,7 +121,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         figures = {figure.name: figure.to_json() for figure in self.figures}
-        made = {"machine": machine(), "commit": commit(), "command": "python -m benchmarks"}
+        made = {"machine": machine(), "commit": self._commit, "command": "python -m benchmarks"}
         return made | {"failures": self.failures, "notes": self.notes, "figures": figures}
 
     def write(self, folder: Path) -> None:

@@ -109,13 +109,11 @@ def test_a_row_of_a_served_models_product_is_bit_equal_among_any_number_of_other
         assert_rows_are_invariant(make_product, shape, has_bias, counts=range(1, 18))
 
 
-@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("shape", SERVED_HEADS, ids=str)
-def test_a_row_of_a_served_models_head_is_bit_equal_among_any_number_of_others(
-    shape: tuple[int, int], has_bias: bool
-) -> None:
-    """Tests only the numbers of rows that decoding has, since a prompt never has all its rows in the head."""
-    assert_rows_are_invariant(make_full_linear, shape, has_bias, counts=range(1, 18))
+def test_a_row_of_a_served_models_head_is_bit_equal_among_any_number_of_others(shape: tuple[int, int]) -> None:
+    """Tests only the numbers of rows that decoding has, since a prompt never has all its rows in the head. No family's
+    head has a bias."""
+    assert_rows_are_invariant(make_full_linear, shape, has_bias=False, counts=range(1, 18))
 
 
 @pytest.mark.parametrize("action", [Action.INT4, Action.INT8])
