@@ -5,8 +5,10 @@ is the mean over tokens of KL(full depth ‖ this distribution), in nats; its sp
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy
+import torch
 
 from benchmarks.contenders import require_cached
 from benchmarks.figures import Report
@@ -14,8 +16,9 @@ from benchmarks.peers.gguf_formats import MODULES
 from benchmarks.rounds import Effort, progress
 from benchmarks.setting import FULL_DEPTH, INT4, INT8, Setting
 from dash_runtime.config import GenerationRequest, SamplingParameters, SkipOptions, StoppingParameters
+from dash_runtime.engine import sequence
 from dash_runtime.engine.engine import Engine
-from dash_runtime.events import SequenceFinished, TokenProduced
+from dash_runtime.events import DepthStatistics, SequenceFinished, TokenLogprobs, TokenProduced
 
 Distributions = Iterator[numpy.ndarray]
 """For each token of an answer the logarithms of all tokens' probabilities at its place, `[vocab_size]`."""
@@ -59,29 +62,44 @@ def _answer(engine: Engine, prompt: list[int], num_tokens: int, seed: int) -> li
 
 
 def read_answer(
-    engine: Engine, skip: SkipOptions, prompt: list[int], answer: list[int], costs: list[float] | None = None
+    engine: Engine, skip: SkipOptions, prompt: list[int], answer: list[int], depths: list[DepthStatistics] | None = None
 ) -> Distributions:
-    """Yields the distribution at each token of a given answer, and adds the mean cost of a token to `costs`."""
+    """Yields the distribution at each token of a given answer, and adds their depth to `depths`."""
     stopping = StoppingParameters(len(answer), ignore_eos=True)
-    request = GenerationRequest("reading", prompt, stopping, skip=skip, scored_token_ids=answer)
-    # A server gives the best 20 of a token; here it is all.
-    object.__setattr__(request, "logprobs", engine.facts.vocab_size)
-    for event in _produced(engine, request, costs):
-        assert event.logprobs is not None
-        ids, values = zip(*event.logprobs.top, strict=True)
-        row = numpy.empty(len(ids), numpy.float32)
-        row[list(ids)] = values
-        yield row
+    request = GenerationRequest("reading", prompt, stopping, skip=skip, logprobs=0, scored_token_ids=answer)
+    with _whole_distributions() as rows:
+        for _ in _produced(engine, request, depths):
+            yield rows.pop(0)
+    assert not rows
 
 
-def _produced(engine: Engine, request: GenerationRequest, costs: list[float] | None = None) -> Iterator[TokenProduced]:
+@contextmanager
+def _whole_distributions() -> Iterator[list[numpy.ndarray]]:
+    """Collects what the best log probabilities of each token would be taken from: a server gives the best 20."""
+    rows: list[numpy.ndarray] = []
+
+    def keep(logits: torch.Tensor, token_id: int, num_top: int) -> TokenLogprobs:
+        rows.append(torch.log_softmax(logits.float(), dim=-1).numpy())
+        return TokenLogprobs(float(rows[-1][token_id]), [])
+
+    plain = sequence.token_logprobs
+    sequence.token_logprobs = keep
+    try:
+        yield rows
+    finally:
+        sequence.token_logprobs = plain
+
+
+def _produced(
+    engine: Engine, request: GenerationRequest, depths: list[DepthStatistics] | None = None
+) -> Iterator[TokenProduced]:
     engine.submit(request)
     while engine.has_work:
         for event in engine.step():
             if isinstance(event, SequenceFinished):
                 require_cached(event.num_cached_prompt_tokens, 0)
-                if costs is not None:
-                    costs.append(event.depth.mean_cost)
+                if depths is not None:
+                    depths.append(event.depth)
             elif isinstance(event, TokenProduced):
                 yield event
 

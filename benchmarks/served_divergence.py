@@ -14,9 +14,11 @@ import numpy
 from benchmarks.divergence import divergence, read_answer
 from benchmarks.rounds import progress
 from benchmarks.setting import FULL_DEPTH, INT4, INT8, PLAIN
+from dash_runtime.actions import Action
 from dash_runtime.checkpoints import EMBEDDED, default_cache_folder, resolve_checkpoint, tokenizer_file
 from dash_runtime.checkpoints.chat_template import ChatTemplate
 from dash_runtime.config import Mode, SkipOptions
+from dash_runtime.events import DepthStatistics
 from dash_runtime.startup.build import BuildOptions, build_engine
 from dash_runtime.training.data import file_token_sequences
 
@@ -40,14 +42,16 @@ def main() -> None:
     references = [list(read_answer(engine, FULL_DEPTH, *text)) for text in texts]
 
     def measure(name: str, skip: SkipOptions) -> float:
-        costs: list[float] = []
+        depths: list[DepthStatistics] = []
         values = [
             divergence(exact, own)
             for text, reference in zip(texts, references, strict=True)
-            for exact, own in zip(reference, read_answer(engine, skip, *text, costs=costs), strict=True)
+            for exact, own in zip(reference, read_answer(engine, skip, *text, depths=depths), strict=True)
         ]
-        error, cost = numpy.std(values) / numpy.sqrt(len(values)), float(numpy.mean(costs))
-        progress(f"{name:18} cost {cost:.3f}  {numpy.mean(values):.4f} nats (standard error {error:.4f})")
+        error, cost = numpy.std(values) / numpy.sqrt(len(values)), float(numpy.mean([own.mean_cost for own in depths]))
+        skips = sum(own.action_counts[Action.SKIP] for own in depths) / sum(own.num_decode_tokens for own in depths)
+        told = f"cost {cost:.3f}, {skips:4.1f} skips a token"
+        progress(f"{name:18} {told}, {numpy.mean(values):.4f} nats (standard error {error:.4f})")
         return cost
 
     measure("INT8", INT8)
