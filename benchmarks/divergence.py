@@ -4,7 +4,7 @@ All read the same texts, token by token, as decoding does: answers that full dep
 is the mean over tokens of KL(full depth ‖ this distribution), in nats; its spread is over the texts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy
@@ -20,7 +20,7 @@ from dash_runtime.engine import sequence
 from dash_runtime.engine.engine import Engine
 from dash_runtime.events import DepthStatistics, SequenceFinished, TokenLogprobs, TokenProduced
 
-Distributions = Iterator[numpy.ndarray]
+Distributions = Sequence[numpy.ndarray]
 """For each token of an answer the logarithms of all tokens' probabilities at its place, `[vocab_size]`."""
 
 
@@ -29,7 +29,7 @@ def measure_divergence(report: Report, setting: Setting, effort: Effort) -> None
     engine, num_tokens = setting.engine, effort.stream_tokens
     progress("divergence: full depth's answers")
     texts = [(prompt, _answer(engine, prompt, num_tokens, seed)) for seed, prompt in enumerate(setting.prompts.exact)]
-    references = [list(read_answer(engine, FULL_DEPTH, *text)) for text in texts]
+    references = [read_answer(engine, FULL_DEPTH, *text) for text in texts]
     modes = {"int8": INT8, "int4": INT4, "adaptive": setting.adaptive}
     readers: dict[str, Callable[[list[int], list[int]], Distributions]] = {
         name: (lambda prompt, answer, skip=skip: read_answer(engine, skip, prompt, answer))
@@ -64,13 +64,13 @@ def _answer(engine: Engine, prompt: list[int], num_tokens: int, seed: int) -> li
 def read_answer(
     engine: Engine, skip: SkipOptions, prompt: list[int], answer: list[int], depths: list[DepthStatistics] | None = None
 ) -> Distributions:
-    """Yields the distribution at each token of a given answer, and adds their depth to `depths`."""
+    """Returns the distribution at each token of a given answer, and adds their depth to `depths`."""
     stopping = StoppingParameters(len(answer), ignore_eos=True)
     request = GenerationRequest("reading", prompt, stopping, skip=skip, logprobs=0, scored_token_ids=answer)
     with _whole_distributions() as rows:
-        for _ in _produced(engine, request, depths):
-            yield rows.pop(0)
-    assert not rows
+        num_tokens = sum(1 for _ in _produced(engine, request, depths))
+    assert len(rows) == num_tokens
+    return rows
 
 
 @contextmanager
@@ -105,9 +105,8 @@ def _produced(
 
 
 def _rows(logits: numpy.ndarray, num_tokens: int) -> Distributions:
-    """Yields the distributions of the last `num_tokens` tokens, each of which the logits before it make."""
-    for row in logits[-num_tokens - 1 : -1].astype(numpy.float64):
-        yield row - row.max() - numpy.log(numpy.exp(row - row.max()).sum())
+    """Returns the distributions of the last `num_tokens` tokens, each of which the logits before it make."""
+    return list(torch.from_numpy(logits[-num_tokens - 1 : -1]).double().log_softmax(dim=-1).numpy())
 
 
 def divergence(reference: numpy.ndarray, other: numpy.ndarray) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 RESULTS_FOLDER = Path(__file__).parent / "results"
 
 _LEVELS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bf16", "avx512_vnni": "VNNI", "amx_tile": "AMX"}
-"""What products depend on, as Linux names it."""
+"""Features of a processor on which products depend, by Linux's names."""
 
 Values = Mapping[str, Sequence[float]]
 """Values by name, one per round."""
@@ -72,7 +72,7 @@ class Report:
         self.figures: list[Figure] = []
         self.notes: list[str] = []
         self.failures: list[str] = []
-        """What could not be measured."""
+        """Names of the parts that could not be measured."""
         self._commit = commit()  # files may change while it measures
 
     def add(self, name: str, values: Sequence[float], target: str | None = None) -> None:

@@ -39,7 +39,7 @@ def main() -> None:
     engine = build_engine(folder, cache_folder, BuildOptions(["cpu"]), PLAIN, progress)
     sequences = file_token_sequences(options.data, tokenizer_file(folder), _LENGTH, ChatTemplate.load(folder))
     texts = [(own[:_PROMPT], own[_PROMPT:]) for own in sequences[: options.sequences]]
-    references = [list(read_answer(engine, FULL_DEPTH, *text)) for text in texts]
+    references = [read_answer(engine, FULL_DEPTH, *text) for text in texts]
 
     def measure(name: str, skip: SkipOptions) -> float:
         depths: list[DepthStatistics] = []

@@ -56,7 +56,11 @@ def _speed(name: str) -> tuple[str, ...]:
 _GGUF = {
     "file": "the file, Q4_1", "q4_0": "Q4_0", "iq4_nl": "IQ4_NL", "q4_k_m": "Q4_K_M", "q8_0": "Q8_0", "bf16": "BF16",
 }  # fmt: skip
-_OURS = ("full", "adaptive", "served", "session")
+
+
+def _single(*rows: tuple[str, str]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Returns rows of one figure each."""
+    return tuple((words, (name,)) for words, name in rows)
 
 
 def _streams(name: str) -> tuple[str, ...]:
@@ -83,24 +87,21 @@ TABLES: Mapping[str, Table] = {
     ),
     "ratios": Table(
         ("one stream", "times as fast"),
-        tuple(
-            (words, (name,))
-            for words, name in (
-                ("INT4 ÷ llama.cpp's fastest 4-bit format", "int4_vs_llama_cpp"),
-                ("INT8 ÷ llama.cpp's Q8_0", "int8_vs_llama_cpp"),
-                ("full depth ÷ llama.cpp's BF16", "full_depth_vs_llama_cpp"),
-                ("the policy ÷ llama.cpp's fastest 4-bit format", "adaptive_vs_llama_cpp"),
-                ("INT4 ÷ ik_llama.cpp's fastest 4-bit format", "int4_vs_ik_llama_cpp"),
-                ("INT8 ÷ ik_llama.cpp's Q8_0", "int8_vs_ik_llama_cpp"),
-                ("full depth ÷ ik_llama.cpp's BF16", "full_depth_vs_ik_llama_cpp"),
-                ("full depth ÷ the faster of transformers' two", "full_depth_vs_transformers"),
-                ("the policy ÷ INT4 everywhere, without prompt lookup", "adaptive_vs_best_fixed"),
-                ("the same with prompt lookup, as served", "lookup_adaptive_vs_int4"),
-                ("the same where answers copy", "lookup_copy_adaptive_vs_int4"),
-                ("a prompt at full depth ÷ the fastest peer", "prefill_full_vs_best_peer"),
-                ("full depth behind 1,500 tokens ÷ behind 50", "long_context_ratio_full"),
-                ("the policy behind 1,500 tokens ÷ behind 50", "long_context_ratio_adaptive"),
-            )
+        _single(
+            ("INT4 ÷ llama.cpp's fastest 4-bit format", "int4_vs_llama_cpp"),
+            ("INT8 ÷ llama.cpp's Q8_0", "int8_vs_llama_cpp"),
+            ("full depth ÷ llama.cpp's BF16", "full_depth_vs_llama_cpp"),
+            ("the policy ÷ llama.cpp's fastest 4-bit format", "adaptive_vs_llama_cpp"),
+            ("INT4 ÷ ik_llama.cpp's fastest 4-bit format", "int4_vs_ik_llama_cpp"),
+            ("INT8 ÷ ik_llama.cpp's Q8_0", "int8_vs_ik_llama_cpp"),
+            ("full depth ÷ ik_llama.cpp's BF16", "full_depth_vs_ik_llama_cpp"),
+            ("full depth ÷ the faster of transformers' two", "full_depth_vs_transformers"),
+            ("the policy ÷ INT4 everywhere, without prompt lookup", "adaptive_vs_best_fixed"),
+            ("the same with prompt lookup, as served", "lookup_adaptive_vs_int4"),
+            ("the same where answers copy", "lookup_copy_adaptive_vs_int4"),
+            ("a prompt at full depth ÷ the fastest peer", "prefill_full_vs_best_peer"),
+            ("full depth behind 1,500 tokens ÷ behind 50", "long_context_ratio_full"),
+            ("the policy behind 1,500 tokens ÷ behind 50", "long_context_ratio_adaptive"),
         ),
         has_aims=True,
     ),
@@ -120,24 +121,21 @@ TABLES: Mapping[str, Table] = {
     ),
     "stream ratios": Table(
         ("many streams", ""),
-        tuple(
-            (words, (name,))
-            for words, name in (
-                ("64 streams, full depth ÷ the faster of vLLM's two", "full_vs_vllm_64"),
-                ("64 streams over gRPC in one session ÷ the same", "session_vs_vllm_64"),
-                ("64 streams over gRPC, a call each ÷ the same", "served_vs_vllm_64"),
-                ("16 streams, full depth ÷ llama.cpp's BF16", "full_vs_llama_cpp_16"),
-                ("64 streams, full depth ÷ llama.cpp's BF16", "full_vs_llama_cpp_64"),
-                ("16 streams, the policy ÷ llama.cpp's fastest 4-bit format", "adaptive_vs_llama_cpp_16"),
-                ("64 streams, the policy ÷ llama.cpp's fastest 4-bit format", "adaptive_vs_llama_cpp_64"),
-                ("16 streams, the policy ÷ full depth", "adaptive_vs_full_16"),
-                ("64 streams, the policy ÷ full depth", "adaptive_vs_full_64"),
-                ("64 streams over gRPC in one session ÷ in process", "session_share_64"),
-                ("64 streams over gRPC, a call each ÷ in process", "served_share_64"),
-                ("gRPC and worker process on top of the engine, one stream", "rpc_overhead_1"),
-                ("the same, 16 streams, a call each", "rpc_overhead_16"),
-                ("the same, 16 streams, one session", "session_overhead_16"),
-            )
+        _single(
+            ("64 streams, full depth ÷ the faster of vLLM's two", "full_vs_vllm_64"),
+            ("64 streams over gRPC in one session ÷ the same", "session_vs_vllm_64"),
+            ("64 streams over gRPC, a call each ÷ the same", "served_vs_vllm_64"),
+            ("16 streams, full depth ÷ llama.cpp's BF16", "full_vs_llama_cpp_16"),
+            ("64 streams, full depth ÷ llama.cpp's BF16", "full_vs_llama_cpp_64"),
+            ("16 streams, the policy ÷ llama.cpp's fastest 4-bit format", "adaptive_vs_llama_cpp_16"),
+            ("64 streams, the policy ÷ llama.cpp's fastest 4-bit format", "adaptive_vs_llama_cpp_64"),
+            ("16 streams, the policy ÷ full depth", "adaptive_vs_full_16"),
+            ("64 streams, the policy ÷ full depth", "adaptive_vs_full_64"),
+            ("64 streams over gRPC in one session ÷ in process", "session_share_64"),
+            ("64 streams over gRPC, a call each ÷ in process", "served_share_64"),
+            ("gRPC and worker process on top of the engine, one stream", "rpc_overhead_1"),
+            ("the same, 16 streams, a call each", "rpc_overhead_16"),
+            ("the same, 16 streams, one session", "session_overhead_16"),
         ),
         has_aims=True,
     ),
@@ -150,40 +148,34 @@ TABLES: Mapping[str, Table] = {
     ),
     "exact": Table(
         ("", "times as fast"),
-        tuple(
-            (words, (name,))
-            for words, name in (
-                ("EXACT ÷ full depth, usual answers", "exact_vs_served_full_depth"),
-                ("EXACT ÷ full depth, answers that copy", "exact_copy_vs_served_full_depth"),
-                ("the slowest of all prompts", "exact_worst_prompt"),
-                ("4 streams together", "exact_vs_served_full_depth_4"),
-                ("16 streams together", "exact_vs_served_full_depth_16"),
-                ("EXACT ÷ transformers, usual answers", "exact_vs_transformers"),
-                ("EXACT ÷ transformers' prompt lookup, answers that copy", "exact_copy_vs_prompt_lookup"),
-            )
+        _single(
+            ("EXACT ÷ full depth, usual answers", "exact_vs_served_full_depth"),
+            ("EXACT ÷ full depth, answers that copy", "exact_copy_vs_served_full_depth"),
+            ("the slowest of all prompts", "exact_worst_prompt"),
+            ("4 streams together", "exact_vs_served_full_depth_4"),
+            ("16 streams together", "exact_vs_served_full_depth_16"),
+            ("EXACT ÷ transformers, usual answers", "exact_vs_transformers"),
+            ("EXACT ÷ transformers' prompt lookup, answers that copy", "exact_copy_vs_prompt_lookup"),
         ),
         has_aims=True,
     ),
     "parts": Table(
         ("", ""),
-        tuple(
-            (words, (name,))
-            for words, name in (
-                ("a skipped layer ÷ one in INT4", "skip_vs_int4_low_rank"),
-                ("evaluations of the policy, share of an INT4 step", "evaluations_share"),
-                ("outside of layers, head and policy: INT4", "dispatch_share_int4_1"),
-                ("the same: the policy", "dispatch_share_adaptive_1"),
-                ("the same: full depth", "dispatch_share_full_depth_1"),
-                ("memory bandwidth, GB/s", "memory_bandwidth_gb_per_second"),
-                ("what an answer says it cost, mean error", "cost_error"),
-                ("warm start, seconds", "warm_start_seconds"),
-                ("memory of server and worker, GB", "rss_gb"),
-                ("INT4 beside an endless loop ÷ one thread alone", "served_busy_vs_quiet"),
-                ("a schema ÷ free: full depth", "full_depth_schema_vs_free"),
-                ("a schema ÷ free: INT4", "int4_schema_vs_free"),
-                ("drawn ÷ greedy, INT4, one stream", "int4_drawn_vs_greedy"),
-                ("drawn ÷ greedy, INT4, 16 streams", "int4_16_drawn_vs_greedy"),
-            )
+        _single(
+            ("a skipped layer ÷ one in INT4", "skip_vs_int4_low_rank"),
+            ("evaluations of the policy, share of an INT4 step", "evaluations_share"),
+            ("outside of layers, head and policy: INT4", "dispatch_share_int4_1"),
+            ("the same: the policy", "dispatch_share_adaptive_1"),
+            ("the same: full depth", "dispatch_share_full_depth_1"),
+            ("memory bandwidth, GB/s", "memory_bandwidth_gb_per_second"),
+            ("what an answer says it cost, mean error", "cost_error"),
+            ("warm start, seconds", "warm_start_seconds"),
+            ("memory of server and worker, GB", "rss_gb"),
+            ("INT4 beside an endless loop ÷ one thread alone", "served_busy_vs_quiet"),
+            ("a schema ÷ free: full depth", "full_depth_schema_vs_free"),
+            ("a schema ÷ free: INT4", "int4_schema_vs_free"),
+            ("drawn ÷ greedy, INT4, one stream", "int4_drawn_vs_greedy"),
+            ("drawn ÷ greedy, INT4, 16 streams", "int4_16_drawn_vs_greedy"),
         ),
         has_aims=True,
     ),

@@ -19,7 +19,7 @@ class DecisionLog:
         self._costs = costs
         self._num_decode_tokens = 0
         self._counts = dict.fromkeys(Action, 0)
-        """Of all layers that ran, but for the plans that are uncounted."""
+        """Layers that ran each action, without the plans in `_uncounted`."""
         self._total_cost = 0.0
         self._exposed_ns = 0
         self._uncounted: dict[tuple[Action, int], list[bytes]] = {}

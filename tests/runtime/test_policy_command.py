@@ -1,6 +1,7 @@
 """The `dash-policy` command from text to table, on a tiny model, and its messages for bad input."""
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -183,7 +184,8 @@ def test_unusable_input_is_named_in_one_line(
     (tmp_path / "broken.safetensors").write_bytes(b"not a tensor file")
     filled = [part.format(tmp=tmp_path) for part in command]
     assert main([filled[0], *common(tiny_folder, text), *filled[1:]]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
+    *progress, line = capsys.readouterr().err.splitlines()
+    assert all(re.fullmatch(r" *\d+ s  .+", own) for own in progress)
     assert line.startswith("dash-policy: ")
     assert words in line
 
