@@ -1,16 +1,16 @@
 """Fits and measures a model on a device once, and keeps the results beside the converted models.
 
-Later starts read them, so a plan drawn for a budget is the same from one start to the next. A table that a disturbed
-start measured is not kept for ever: served steps correct the costs (`cost_keeper.py`), and each start compares the
-latencies with a quick measurement. Knows folders; knows no requests.
+Later starts read them, so a plan drawn for a budget is the same from one start to the next. What was measured beside
+other work is measured again by the next start. Served steps correct the costs (`cost_keeper.py`), and each start
+compares the latencies with a quick measurement. Knows folders; knows no requests.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from dash_runtime.actions import Action, CostTable, LatencyTable
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.devices.one_thread import one_thread
-from dash_runtime.engine.cost_fit import MeasuredCosts
-from dash_runtime.errors import ConfigError, DashRuntimeError
+from dash_runtime.engine.cost_fit import CostSpread, MeasuredCosts
+from dash_runtime.errors import DashRuntimeError
 from dash_runtime.files.disk_cache import digest, keep
 from dash_runtime.layers.compensation import Compensation, make_compensation
 from dash_runtime.policy.draft_length import MEASURED_LENGTHS
@@ -31,14 +31,15 @@ from dash_runtime.progress import Progress
 from dash_runtime.rollout.task import Task
 from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.startup.fit_compensation import NUM_SEQUENCES, SEQUENCE_LENGTH, fit_compensation
+from dash_runtime.startup.kept_tables import Facts, KeptTable, KeptTables
 from dash_runtime.startup.measure import measure_rounds, measure_second_row, measure_verification
 from dash_runtime.startup.measure_latency import measure_latencies
 from dash_runtime.startup.plan_search import search_plans, search_text
+from dash_runtime.startup.quiet import Quiet, quietness
 
-_Kept = TypeVar("_Kept")
 _Entry = tuple[object, object]
 _Ratios = Mapping[_Entry, float]
-_VERSION = 10
+_VERSION = 11
 _SEARCH_SEQUENCES = 3
 _SEARCH_LENGTH = 128
 _QUICK_ROUNDS = 2
@@ -49,6 +50,8 @@ speed that neighbours on a shared host leave, INT4's share of FULL moves by a fa
 _LEAST_DIFFERENCE = 0.1
 """Smaller differences, as a share of FULL, hardly change a plan. They are also common: the time of a skip is
 short, and part of it is a difference of two long ones."""
+_DISTURBED_SPREAD = 1.0
+"""What a disturbed start says of costs may be all wrong: served steps correct it soon."""
 
 
 class DeviceCalibration:
@@ -58,8 +61,9 @@ class DeviceCalibration:
         model: identifies the model and its precision.
         device: identifies the device, and how layers run on it.
         int4: identifies the INT4 weights, if they are not those to the nearest.
-        checks_kept: compare kept latencies with a quick measurement.
+        checks_kept: measure again what a disturbed start kept, and compare kept latencies with a quick measurement.
         measure_latencies: as in `measure_latency.py`.
+        quietness: as in `quiet.py`.
     """
 
     def __init__(
@@ -71,25 +75,22 @@ class DeviceCalibration:
         *,
         checks_kept: bool = True,
         measure_latencies: Callable[..., LatencyTable] = measure_latencies,
+        quietness: Callable[[], AbstractContextManager[Quiet]] = quietness,
     ) -> None:
-        key = (_VERSION, *model, torch.__version__)
-        self._compensation_file = folder / f"compensation-{digest(key)}.safetensors"
-        self._costs_file = folder / f"costs-{digest((*key, *device))}.json"
-        own_int4 = () if int4 is None else (int4,)
-        self._plans_file = folder / f"plans-{digest((*key, *device, *own_int4))}.json"
-        self._verification_file = folder / f"verification-{digest((*key, *device, MEASURED_LENGTHS))}.json"
-        self._second_row_file = folder / f"second-row-{digest((*key, *device))}.json"
-        self._rounds_file = folder / f"rounds-{digest((*key, *device))}.json"
-        self._latencies_file = folder / f"latencies-{digest((*key, *device))}.json"
+        self._folder = folder
+        self._model = (_VERSION, *model, torch.__version__)
+        self._device = (*self._model, *device)
+        self._int4 = () if int4 is None else (int4,)
         self._checks_kept = checks_kept
         self._measure_latencies = measure_latencies
+        self._tables = KeptTables(checks_kept, quietness)
 
     def compensation(self, decoder: Decoder, tokenizer: Path, progress: Progress) -> Compensation:
         """Returns what a skipped layer adds to the hidden state instead of its output."""
         shape = (decoder.num_layers, decoder.config.hidden_size)
+        file = self._folder / f"compensation-{digest(self._model)}.safetensors"
         try:
-            kept = load_file(self._compensation_file)
-            on_device = {name: t.to(decoder.device, decoder.dtype) for name, t in kept.items()}
+            on_device = {name: t.to(decoder.device, decoder.dtype) for name, t in load_file(file).items()}
             return make_compensation("affine", on_device, *shape)
         except (OSError, SafetensorError, DashRuntimeError):
             progress("fitting the compensation of skipped layers (kept for later starts)")
@@ -98,7 +99,7 @@ class DeviceCalibration:
         with one_thread():
             affine = fit_compensation(decoder, sequences).affine
         tensors = {name: tensor.cpu().contiguous() for name, tensor in affine.tensors().items()}
-        keep(self._compensation_file, lambda path: save_file(tensors, path))
+        keep(file, lambda path: save_file(tensors, path))
         return affine
 
     def costs(
@@ -117,20 +118,19 @@ class DeviceCalibration:
             has_policy: a learned policy is loaded, whose evaluations must have a cost.
             measures_again: measure even if a table was kept.
         """
-        kept = None if measures_again else _read(self._costs_file, MeasuredCosts.from_json)
+        kept = None if measures_again else self._tables.read(self._costs)
         if kept is not None:
-            table = kept.table
-            is_whole = table.evaluation > 0 or not has_policy
-            if set(table.layer) == set(actions) and set(table.head) == set(heads) and is_whole:
+            has_all = set(kept.table.layer) == set(actions) and set(kept.table.head) == set(heads)
+            if has_all and (kept.table.evaluation > 0 or not has_policy):
                 return kept
-        progress("measuring what each action costs here (kept for later starts)")
-        measured = measure()
-        self.keep_costs(measured)
-        return measured
+        measured, was_quiet = self._tables.measure(self._costs, measure, progress)
+        if was_quiet:
+            return measured
+        return replace(measured, spread=CostSpread.around(measured.table, _DISTURBED_SPREAD))
 
     def keep_costs(self, costs: MeasuredCosts) -> None:
         """Keeps the costs for later starts."""
-        _write_json(self._costs_file, costs.to_json())
+        self._tables.write(self._costs, costs)
 
     def plans(
         self,
@@ -147,7 +147,13 @@ class DeviceCalibration:
         makes one, if nothing was kept.
         """
         actions = [action.name for action in supported]
-        kept = _read(self._plans_file, partial(_plans_from_json, actions=actions))
+        table = KeptTable(
+            self._folder / f"plans-{digest((*self._device, *self._int4))}.json",
+            partial(_plans_from_json, actions=actions),
+            lambda plans: {"actions": actions, "plans": [plan.to_json() for plan in plans]},
+            "the best fixed plans",
+        )
+        kept = self._tables.read(table)
         if kept is not None:
             return kept
         decoder = eager_decoder()
@@ -158,20 +164,16 @@ class DeviceCalibration:
         progress("searching the best fixed plans (kept for later starts)")
         spec = PlanSpec.fixed((Action.FULL,) * decoder.num_layers, Action.FULL, costs)
         plans = search_plans(Task(decoder, spec, compensation, num_prompt_tokens=length // 8), sequences)
-        _write_json(self._plans_file, {"actions": actions, "plans": [plan.to_json() for plan in plans]})
+        self._tables.write(table, plans)
         return plans
 
     def latencies(self, decoder: Decoder, compensation: Compensation, progress: Progress) -> LatencyTable:
         """Returns the seconds of a layer by action and number of rows."""
-        kept = _read(self._latencies_file, LatencyTable.from_json)
-        if kept is not None and set(kept.seconds) != set(decoder.actions):
-            kept = None
-        what = "what each action takes here by number of rows"
-        if kept is None:
-            progress(f"measuring {what} (kept for later starts)")
-            measured = self._measure_latencies(decoder, compensation)
-            _write_json(self._latencies_file, measured.to_json())
-            return measured
+        what = "what each action takes by number of rows"
+        table = KeptTable(self._file("latencies"), LatencyTable.from_json, LatencyTable.to_json, what)
+        kept = self._tables.read(table)
+        if kept is None or set(kept.seconds) != set(decoder.actions):
+            return self._tables.measure(table, partial(self._measure_latencies, decoder, compensation), progress)[0]
         if not self._checks_kept:
             return kept
         quick = self._measure_latencies(decoder, compensation, rows=_QUICK_ROWS, rounds=_QUICK_ROUNDS)
@@ -181,39 +183,48 @@ class DeviceCalibration:
         # Other work on the machine only ever adds time, but not to everything alike.
         least = self._measure_latencies(decoder, compensation).least(kept)
         if least != kept:
-            _write_json(self._latencies_file, least.to_json())
+            self._tables.write(table, least)
         return least
 
     def second_row(self, decoder: Decoder, progress: Progress) -> float:
         """Returns what a second row adds to a drafting pass, as a share of the first."""
-        kept = _read(self._second_row_file, _second_row_from_json)
-        if kept is not None:
-            return kept
-        progress("measuring what a second row of a draft takes here (kept for later starts)")
-        share = measure_second_row(decoder)
-        _write_json(self._second_row_file, {"share": share})
-        return share
+        what = "what a second row of a draft takes"
+        table = KeptTable(self._file("second-row"), _second_row_from_json, lambda share: {"share": share}, what)
+        return self._tables.get(table, partial(measure_second_row, decoder), progress)
 
     def round_seconds(self, decoder: Decoder, counts: tuple[int, ...], progress: Progress) -> tuple[LatencyTable, ...]:
         """Returns the seconds of passes of so many sequences that draft in step; see `measure_rounds`."""
-        actions = {Action.FULL, cheapest_kernel(decoder.actions)}
-        kept = _read(self._rounds_file, _rounds_from_json)
-        if kept and all(own.rows == counts and set(own.seconds) == actions for own in kept):
-            return kept
-        progress("measuring what drafting together takes here (kept for later starts)")
-        measured = measure_rounds(decoder, counts)
-        _write_json(self._rounds_file, {"passes": [own.to_json() for own in measured]})
-        return measured
+
+        def parse(facts: Facts) -> tuple[LatencyTable, ...]:
+            passes = tuple(map(LatencyTable.from_json, facts["passes"]))
+            actions = {Action.FULL, cheapest_kernel(decoder.actions)}
+            if not passes or any(own.rows != counts or set(own.seconds) != actions for own in passes):
+                raise ValueError("other passes than those here")
+            return passes
+
+        def to_json(passes: tuple[LatencyTable, ...]) -> Facts:
+            return {"passes": [own.to_json() for own in passes]}
+
+        table = KeptTable(self._file("rounds"), parse, to_json, "what drafting together takes")
+        return self._tables.get(table, partial(measure_rounds, decoder, counts), progress)
 
     def verification_costs(self, decoder: Decoder, progress: Progress) -> dict[int, float]:
         """Returns the cost of verifying drafts of some lengths, as shares of a full-depth token."""
-        kept = _read(self._verification_file, _verification_from_json)
-        if kept is not None:
-            return kept
-        progress("measuring what verifying a draft takes here (kept for later starts)")
-        costs = measure_verification(decoder, MEASURED_LENGTHS)
-        _write_json(self._verification_file, {str(length): cost for length, cost in costs.items()})
-        return costs
+        table = KeptTable(
+            self._file("verification", MEASURED_LENGTHS),
+            _verification_from_json,
+            lambda costs: {str(length): cost for length, cost in costs.items()},
+            "what verifying a draft takes",
+        )
+        return self._tables.get(table, partial(measure_verification, decoder, MEASURED_LENGTHS), progress)
+
+    @property
+    def _costs(self) -> KeptTable[MeasuredCosts]:
+        return KeptTable(self._file("costs"), MeasuredCosts.from_json, MeasuredCosts.to_json, "what each action costs")
+
+    def _file(self, name: str, *further: object) -> Path:
+        """Returns the file of what was measured of this model on this device."""
+        return self._folder / f"{name}-{digest((*self._device, *further))}.json"
 
 
 def _do_contradict(kept: _Ratios, measured: _Ratios) -> bool:
@@ -234,38 +245,22 @@ def _latency_ratios(table: LatencyTable) -> _Ratios:
     return ratios | {(Action.FULL, rows): seconds / full[_QUICK_ROWS[0]] for rows, seconds in full.items()}
 
 
-def _write_json(path: Path, facts: dict[str, Any]) -> None:
-    keep(path, lambda unfinished: unfinished.write_text(json.dumps(facts, indent=1)))
-
-
-def _plans_from_json(facts: dict[str, Any], actions: list[str]) -> tuple[MeasuredPlan, ...]:
+def _plans_from_json(facts: Facts, actions: list[str]) -> tuple[MeasuredPlan, ...]:
     plans = tuple(MeasuredPlan.from_json(plan) for plan in facts["plans"])
     if not plans or facts["actions"] != actions:
         raise ValueError
     return plans
 
 
-def _rounds_from_json(facts: dict[str, Any]) -> tuple[LatencyTable, ...]:
-    return tuple(map(LatencyTable.from_json, facts["passes"]))
-
-
-def _verification_from_json(facts: dict[str, Any]) -> dict[int, float]:
+def _verification_from_json(facts: Facts) -> dict[int, float]:
     costs = {int(length): float(cost) for length, cost in facts.items()}
     if not set(costs) <= set(MEASURED_LENGTHS) or any(not 0 < cost < math.inf for cost in costs.values()):
         raise ValueError
     return costs
 
 
-def _second_row_from_json(facts: dict[str, Any]) -> float:
+def _second_row_from_json(facts: Facts) -> float:
     share = float(facts["share"])
     if not 0 <= share < math.inf:
         raise ValueError
     return share
-
-
-def _read(path: Path, parse: Callable[[dict[str, Any]], _Kept]) -> _Kept | None:
-    """Returns the kept table; None if the file is missing or damaged, so that it is made again."""
-    try:
-        return parse(json.loads(path.read_text()))
-    except (OSError, ValueError, ArithmeticError, KeyError, TypeError, AttributeError, RecursionError, ConfigError):
-        return None

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 _CACHE_TOKENS = 500
 FULL_DEPTH = generation_pb2.SkipOptions(mode=common_pb2.MODE_FULL_DEPTH)
 # Always drafts, in runs of fifteen: nearly every moment is one of drafting.
-EXACT = generation_pb2.SkipOptions(mode=common_pb2.MODE_EXACT, compute_budget=0.95, draft_length=15)
+EXACT = generation_pb2.SkipOptions(mode=common_pb2.MODE_EXACT, compute_budget=1.0, draft_length=15)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -203,11 +203,11 @@ def test_it_is_part_of_a_chain_and_its_tokens_are_added_up(model: ChatDash) -> N
 
 def test_what_a_call_sets_goes_before_what_the_model_sets(model: ChatDash) -> None:
     full = model.bind(mode="full_depth", max_tokens=6)
-    adaptive = full.bind(mode="adaptive", compute_budget=0.9, return_decisions=True, logprobs=2)
+    adaptive = full.bind(mode="adaptive", compute_budget=1.0, return_decisions=True, logprobs=2)
     assert full.invoke(HELLO).response_metadata["mode"] == "full_depth"
     answer = adaptive.invoke(HELLO)
     facts = answer.response_metadata
-    assert (facts["mode"], facts["compute_budget"]) == ("adaptive", pytest.approx(0.9))
+    assert (facts["mode"], facts["compute_budget"]) == ("adaptive", pytest.approx(1.0))
     assert answer.usage_metadata is not None
     assert answer.usage_metadata["output_tokens"] == len(facts["decisions"]) == len(facts["logprobs"]) == 6
     assert set(facts["decisions"][0]) == {"full"}

@@ -256,9 +256,9 @@ def test_exact_mode_writes_full_depths_text_and_counts_its_drafts(
     try:
         options = {"max_new_tokens": 60, "ignore_eos": True, "return_decisions": True, "logprobs": 2}
         full = running.client.generate(CHAT, mode="full_depth", **options)
-        with running.client.stream(CHAT, compute_budget=0.95, policy_name="frontier", **options) as stream:
+        with running.client.stream(CHAT, compute_budget=1.0, policy_name="frontier", **options) as stream:
             exact = stream.final()
-        unary = running.client.generate(CHAT, compute_budget=0.95, policy_name="frontier", **options)
+        unary = running.client.generate(CHAT, compute_budget=1.0, policy_name="frontier", **options)
         assert exact.text == unary.text == full.text
         assert exact.token_ids == unary.token_ids == full.token_ids
         assert exact.decisions == full.decisions

@@ -1,6 +1,8 @@
 """Tables that are measured once and kept: for one model and device, made again if damaged or found to be wrong."""
 
+import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ from dash_runtime.layers.compensation import Compensation, Identity
 from dash_runtime.policy.draft_length import MEASURED_LENGTHS
 from dash_runtime.policy.policy import cheapest_kernel
 from dash_runtime.startup.calibration import DeviceCalibration
+from dash_runtime.startup.quiet import Quiet, quietness
 from tests.runtime.support import load_decoder
 from tests.tiny_models import save_tiny_model
 
@@ -34,8 +37,15 @@ class Machine:
     `FULL` and `SKIP` name what a factor applies to.
     """
 
-    def __init__(self, quick: Mapping[str, float] | None = None, whole: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        quick: Mapping[str, float] | None = None,
+        whole: Mapping[str, float] | None = None,
+        *,
+        waited: float = 0.0,
+    ) -> None:
         self.num_whole = 0
+        self.quietness = partial(nullcontext, Quiet(waited))
         self._quick, self._whole = quick or {}, whole or {}
 
     def measure_costs(self, decoder: Decoder) -> MeasuredCosts:
@@ -68,7 +78,9 @@ QUIET = {Action.SKIP: 0.3, Action.FULL: 1.0}
 def calibration(
     folder: Path, machine: Machine, model: tuple[str, ...] = MODEL, device: tuple[str, ...] = DEVICE
 ) -> DeviceCalibration:
-    return DeviceCalibration(folder, model, device, measure_latencies=machine.measure_latencies)
+    return DeviceCalibration(
+        folder, model, device, measure_latencies=machine.measure_latencies, quietness=machine.quietness
+    )
 
 
 def costs_of(calibration: DeviceCalibration, decoder: Decoder, said: list[str], **options: bool) -> MeasuredCosts:
@@ -109,10 +121,10 @@ def test_costs_are_measured_once_and_read_by_later_starts(decoder: Decoder, tmp_
         b"[]",
         b"3",
         b"\xff\xfe",
-        b'{"layer": {"FULL": "x"}, "head": {}, "num_layers": 2, "fixed": 0}',
-        b'{"rows": [2], "seconds": {"FULL": [1]}}',
-        b'{"rows": [1, 2], "seconds": {"SKIP": [1, 2], "FULL": [-1, 2]}}',
-        b'{"rows": null, "seconds": null}',
+        b'{"was_quiet": true, "table": {"layer": {"FULL": "x"}, "head": {}, "num_layers": 2, "fixed": 0}}',
+        b'{"was_quiet": true, "table": {"rows": [2], "seconds": {"FULL": [1]}}}',
+        b'{"was_quiet": true, "table": {"rows": [1, 2], "seconds": {"SKIP": [1, 2], "FULL": [-1, 2]}}}',
+        b'{"was_quiet": true, "table": {"rows": null, "seconds": null}}',
     ],
 )
 def test_a_damaged_table_is_measured_again_and_whole_afterwards(
@@ -236,6 +248,54 @@ def test_costs_are_measured_again_for_a_policy_without_one_and_on_demand(decoder
     assert len(said) == 3
 
 
+def test_what_others_disturbed_is_measured_again_by_the_next_start_and_then_believed(
+    decoder: Decoder, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    for start in (1, 2):
+        disturbed = calibration(tmp_path, Machine(waited=0.3))
+        costs = costs_of(disturbed, decoder, said)
+        latencies_of(disturbed, decoder, said)
+        assert sum("measuring" in words for words in said) == sum("other work" in words for words in said) == 2 * start
+        assert costs.spread.layer[Action.FULL] > 3 * Machine().measure_costs(decoder).spread.layer[Action.FULL]
+    costs_of(disturbed, decoder, said)
+    latencies_of(disturbed, decoder, said)
+    assert len(said) == 8
+
+
+def test_a_quiet_start_makes_good_what_a_disturbed_one_kept(decoder: Decoder, tmp_path: Path) -> None:
+    wrong = latencies_of(calibration(tmp_path, Machine(whole={"FULL": 1.4}, waited=0.3)), decoder, [])
+    right = latencies_of(calibration(tmp_path, Machine()), decoder, [])
+    assert right == latencies_of(calibration(tmp_path / "elsewhere", Machine()), decoder, []) != wrong
+
+
+def test_an_engine_that_checks_nothing_believes_a_disturbed_start(decoder: Decoder, tmp_path: Path) -> None:
+    wrong = costs_of(calibration(tmp_path, Machine(waited=0.3)), decoder, [])
+    kept = DeviceCalibration(tmp_path, MODEL, DEVICE, checks_kept=False)
+    said: list[str] = []
+    assert costs_of(kept, decoder, said).table == wrong.table
+    assert not said
+
+
+def test_the_time_that_threads_wait_for_cores_is_known_where_the_system_tells(tmp_path: Path) -> None:
+    def thread(name: str, waited: int) -> None:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "schedstat").write_text(f"123 {waited} 4\n")
+
+    thread("1", 10**9)
+    thread("2", 0)
+    began_at = time.monotonic()
+    with quietness(tmp_path) as found:
+        time.sleep(0.05)
+        thread("2", 20_000_000)
+        took_at_least = time.monotonic() - began_at
+    assert 0 < found.waited <= 0.02 / 0.05 < 0.02 / took_at_least * 1.5
+    assert not found.is_quiet or took_at_least > 0.19
+    with quietness(tmp_path / "a system that does not tell") as found:
+        pass
+    assert found.is_quiet
+
+
 def test_costs_that_serving_corrected_are_those_of_later_starts(decoder: Decoder, tmp_path: Path) -> None:
     first = costs_of(calibration(tmp_path, Machine()), decoder, [])
     other = replace(first, num_rounds=0, measured_at=2e9)
@@ -243,17 +303,22 @@ def test_costs_that_serving_corrected_are_those_of_later_starts(decoder: Decoder
     assert costs_of(calibration(tmp_path, Machine()), decoder, []) == other
 
 
+def kept(table: str) -> str:
+    """Returns the text of a file that keeps this table."""
+    return f'{{"was_quiet": true, "table": {table}}}'
+
+
 def test_the_second_row_of_a_draft_is_measured_once_and_again_if_its_file_is_damaged(
     decoder: Decoder, tmp_path: Path
 ) -> None:
     said: list[str] = []
-    first, second = (DeviceCalibration(tmp_path, MODEL, DEVICE).second_row(decoder, said.append) for _ in range(2))
+    first, second = (calibration(tmp_path, Machine()).second_row(decoder, said.append) for _ in range(2))
     assert first == second >= 0
     assert len(said) == 1
     (file,) = tmp_path.glob("second-row-*.json")
-    for damage in ("", "[]", '{"share": -1}', '{"share": "x"}'):
+    for damage in ("", "[]", kept('{"share": -1}'), kept('{"share": "x"}')):
         file.write_text(damage)
-        assert DeviceCalibration(tmp_path, MODEL, DEVICE).second_row(decoder, said.append) >= 0
+        assert calibration(tmp_path, Machine()).second_row(decoder, said.append) >= 0
     assert len(said) == 5
 
 
@@ -263,7 +328,7 @@ def test_rounds_of_drafts_are_measured_once_and_again_for_other_counts_or_if_the
     said: list[str] = []
 
     def rounds(*counts: int) -> tuple[LatencyTable, ...]:
-        return DeviceCalibration(tmp_path, MODEL, DEVICE).round_seconds(decoder, counts, said.append)
+        return calibration(tmp_path, Machine()).round_seconds(decoder, counts, said.append)
 
     first = rounds(1, 2)
     assert rounds(1, 2) == first
@@ -272,7 +337,7 @@ def test_rounds_of_drafts_are_measured_once_and_again_for_other_counts_or_if_the
     assert all(own.seconds[Action.FULL] == first[0].seconds[Action.FULL] for own in first)
     assert rounds(1)[0].rows == (1,)
     (file,) = tmp_path.glob("rounds-*.json")
-    for damage in ("", "[]", '{"passes": []}', '{"passes": [{}]}', '{"passes": 3}'):
+    for damage in ("", "[]", kept('{"passes": []}'), kept('{"passes": [{}]}'), kept('{"passes": 3}')):
         file.write_text(damage)
         assert rounds(1)[0].rows == (1,)
     assert len(said) == 7
@@ -280,16 +345,12 @@ def test_rounds_of_drafts_are_measured_once_and_again_for_other_counts_or_if_the
 
 def test_verifications_are_measured_once_for_the_lengths_that_fit(decoder: Decoder, tmp_path: Path) -> None:
     said: list[str] = []
-    first, second = (
-        DeviceCalibration(tmp_path, MODEL, DEVICE).verification_costs(decoder, said.append) for _ in range(2)
-    )
+    first, second = (calibration(tmp_path, Machine()).verification_costs(decoder, said.append) for _ in range(2))
     assert first == second
     assert len(said) == 1
     assert set(first) == set(MEASURED_LENGTHS)
     (file,) = tmp_path.glob("verification-*.json")
-    for damage in ("", "[]", '{"7": -1}', '{"5": 1.0}', '{"7": "x"}'):
+    for damage in ("", "[]", kept('{"7": -1}'), kept('{"5": 1.0}'), kept('{"7": "x"}')):
         file.write_text(damage)
-        assert set(DeviceCalibration(tmp_path, MODEL, DEVICE).verification_costs(decoder, said.append)) == set(
-            MEASURED_LENGTHS
-        )
+        assert set(calibration(tmp_path, Machine()).verification_costs(decoder, said.append)) == set(MEASURED_LENGTHS)
     assert len(said) == 6
