@@ -6,9 +6,8 @@ import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.layers.shortlist import NUM_EXACT_TILES
-from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE
+from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE, LANES
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.rows.structs import LANES
 
 _MEGABYTES = 256
 _BYTES_PER_WEIGHT = {

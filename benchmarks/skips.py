@@ -6,8 +6,6 @@ layers take turns, and so do steps with a policy in them and the same steps with
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from random import Random
 
 import torch
@@ -16,10 +14,10 @@ from benchmarks.figures import Report
 from benchmarks.rounds import Effort, progress
 from benchmarks.setting import Setting
 from dash_runtime.actions import Action
+from dash_runtime.engine.decider import Decider
+from dash_runtime.engine.decoding_rows import plan_of
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.fused_decider import FusedDecider
 from dash_runtime.engine.lanes import InlineLane
-from dash_runtime.engine.step import Decider, decode_step, pass_plan
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.kv_cache import SequenceCache
@@ -29,6 +27,7 @@ from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Actions, FixedPlan, Token
 from dash_runtime.rows.library import load_rows
+from dash_runtime.startup.build import with_native_code
 from dash_runtime.startup.measure import filled_caches
 
 _CONTEXT_TOKENS = 64
@@ -67,7 +66,7 @@ def _measure_skipped_layers(report: Report, engine: Engine, compensation: Compen
             for count in rng.sample(_NUM_SKIPPED, len(_NUM_SKIPPED)):
                 skipped = rng.sample(range(1, decoder.num_layers), count)
                 plan = (Action.SKIP if layer in skipped else Action.INT4 for layer in range(decoder.num_layers))
-                step = _Step(engine, cache, Decider, _plan(tuple(plan), compensation))
+                step = _Step(engine, cache, _plan(tuple(plan), compensation))
                 step.run()  # the first of a plan has to say what it is
                 elapsed, in_layers = step.run()
                 seconds[count].append(elapsed)
@@ -86,9 +85,9 @@ def _measure_evaluations(report: Report, setting: Setting, rounds: int) -> None:
     library = load_rows(setting.cache_folder / "native", progress)
     if library is None:
         return
-    policy = replace(policy, library=library, decides_in_pass=True)
+    policy = with_native_code(policy, library, None)
     plan = _plan((Action.INT4,) * decoder.num_layers, policy.compensation)
-    steps = [_Step(engine, cache, FusedDecider, policy), _Step(engine, cache, Decider, plan)]
+    steps = [_Step(engine, cache, policy), _Step(engine, cache, plan)]
     shares: list[float] = []
     for _ in range(rounds):
         seconds: list[list[float]] = [[], []]
@@ -103,14 +102,12 @@ def _measure_evaluations(report: Report, setting: Setting, rounds: int) -> None:
 class _Step:
     """A decode step of one row, again and again, as an engine keeps it."""
 
-    def __init__(
-        self, engine: Engine, cache: SequenceCache, kind: Callable[..., Decider], policy: LearnedPolicy | FixedPlan
-    ) -> None:
+    def __init__(self, engine: Engine, cache: SequenceCache, policy: LearnedPolicy | FixedPlan) -> None:
         self._decoder, self._cache = engine._decoder, cache
-        self._decider = kind(policy, [0], [self._token], engine._catalog._costs, 1)
+        self._decider = Decider(policy, InlineLane(), [0], [self._token], engine._catalog._costs, 1)
         own = [policy.compensation], [policy.kv_action]
         self._batch = self._decoder.batch(PassKind.DECODE, [cache], [1], *own)
-        self._pass_plan = pass_plan([self._decider], None)
+        self._plan = plan_of([self._decider], None)
 
     @property
     def _token(self) -> Token:
@@ -122,12 +119,11 @@ class _Step:
         started, length = time.perf_counter_ns(), self._cache.length
         self._batch.move_on()
         self._decider.begin([self._token])
-        own = self._decoder, InlineLane(), self._batch, [5], [self._decider]
-        output = decode_step(*own, plan=self._pass_plan)
-        assert output.likeliest
-        elapsed = time.perf_counter_ns() - started
+        result = self._decoder.run_pass(self._plan, [5], self._batch)
+        self._batch.commit()
+        elapsed, times = time.perf_counter_ns() - started, result.record.layer_times(0)
         self._cache.truncate(length)
-        return elapsed / 1e9, (output.layer_times[-1] - output.layer_times[0]) / 1e9
+        return elapsed / 1e9, (times[-1] - times[0]) / 1e9
 
 
 def _plan(plan: Actions, compensation: Compensation) -> FixedPlan:

@@ -20,6 +20,7 @@ from dash_runtime.decoder.backends.native import NativeBackend
 from dash_runtime.engine.engine import Engine
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Identity
+from dash_runtime.passes import PassPlan
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.startup.measure import filled_caches, timed
 
@@ -94,13 +95,13 @@ def _timed_functions(library: RowsLibrary) -> Iterator[list[tuple[float, float]]
 def _measure_attention(report: Report, engine: Engine, rounds: int) -> None:
     """Adds the seconds that a context costs a token: all layers in FULL behind it, less those behind a single token."""
     decoder = engine._decoder
-    hidden = decoder.embed([0])
+    plan = PassPlan.of((Action.FULL,) * decoder.num_layers)
     batches: dict[int, Batch] = {}
     for length in (1, *_CONTEXTS):
         batches[length] = decoder.batch(PassKind.DECODE, filled_caches(decoder, num_tokens=length), [1], [Identity()])
 
     def run_layers(batch: Batch) -> None:
-        decoder.run_layers(Action.FULL, hidden, batch)
+        decoder.run_pass(plan, [0], batch)
 
     seconds = [
         {length: timed(decoder, partial(run_layers, batch)) for length, batch in batches.items()}

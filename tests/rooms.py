@@ -75,6 +75,7 @@ ROOMS = {
         linears/
         checkpoints/
         families/
+        passes
         events
         decision_trace
         devices/

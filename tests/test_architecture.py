@@ -116,6 +116,18 @@ def test_every_file_imports_from_its_own_room_or_one_below(package: str) -> None
     assert up == []
 
 
+def test_only_backends_and_starts_know_native_code() -> None:
+    package = "dash_runtime"
+    users = {
+        str(path.relative_to(PACKAGES[package]))
+        for path in python_files(PACKAGES[package])
+        if any(module.startswith(f"{package}.rows") for module in imported_modules(path, package))
+    }
+    others = {path for path in users if not path.startswith(("rows/", "decoder/backends/", "startup/"))}
+    assert others == set()
+    assert users, "nothing imports native code"
+
+
 def test_nothing_imports_a_folder_as_a_namespace_package() -> None:
     files = [path for folder in our_folders() for path in python_files(folder)]
     found = {str(path.relative_to(ROOT)): sorted(NEVER_IMPORTED & set(imported_roots(path))) for path in files}

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_once.random_models import drawn_on, some_costs
-from dash_runtime.actions import Action, CostTable
+from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.engine.decider import Decider
+from dash_runtime.engine.decoding_rows import plan_of
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import HighestAction
-from dash_runtime.engine.step import Decider, decode_step
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.kv_cache import CachePool, SequenceCache
-from dash_runtime.layers.pass_plan import PassPlan
+from dash_runtime.passes import PassPlan, RowPlan
 from dash_runtime.policy.policy import Policy, Token, full_depth
 
 TokenIds = list[int]
@@ -39,26 +40,6 @@ class Run:
     """Mean over all steps but the first."""
     waited_seconds: float
     """The time that the decoder waited for the policy in the mean step, as the lane says."""
-
-
-class _Replay(Decider):
-    """Runs recorded actions of all rows, and asks nobody."""
-
-    def __init__(
-        self, policy: Policy, tokens: Sequence[Token], costs: CostTable, actions: Sequence[Sequence[Action]]
-    ) -> None:
-        super().__init__(policy, range(len(tokens)), tokens, costs, len(tokens))
-        self._actions = actions
-
-    @property
-    def pass_plan(self) -> PassPlan | None:
-        return None
-
-    def actions(self, layer: int, lane: Lane) -> Sequence[Action]:
-        return self._actions[layer]
-
-    def observe(self, layer: int, hidden: Tensor, actions: Sequence[Action], lane: Lane) -> None:
-        pass
 
 
 @contextmanager
@@ -99,8 +80,9 @@ def rolled_back(caches: Sequence[SequenceCache]) -> Iterator[None]:
 def prefill(decoder: Decoder, cache: SequenceCache, token_ids: Sequence[int]) -> int:
     """Runs a prompt at full depth; returns the most likely next token."""
     batch = decoder.batch(PassKind.PREFILL, [cache], [len(token_ids)], [full_depth(decoder.num_layers).compensation])
-    hidden = decoder.run_layers(Action.FULL, decoder.embed(token_ids), batch)
+    hidden = decoder.run_pass(PassPlan.of((Action.FULL,) * decoder.num_layers), token_ids, batch).states
     batch.commit()
+    assert hidden is not None
     return int(decoder.logits(hidden[-1:], (Action.FULL,)).argmax())
 
 
@@ -134,10 +116,13 @@ def generate(
                 PassKind.DECODE, caches, [1] * num_rows, [policy.compensation] * num_rows, [policy.kv_action] * num_rows
             )
             tokens = [Token(row, cache.length, _PRICE) for row, cache in enumerate(caches)]
-            decider = Decider(policy, range(num_rows), tokens, costs, num_rows)
+            plan = plan_of([Decider(policy, lane, range(num_rows), tokens, costs, num_rows)], planner)
             if replayed is not None:
-                decider = _Replay(policy, tokens, costs, _by_layer(replayed[step]))
-            output = decode_step(decoder, lane, batch, token_ids, [decider], planner)
+                rows = [RowPlan(dict(enumerate(map(Action, own)))) for own in replayed[step]]
+                plan = PassPlan(rows, [policy.head] * num_rows)
+            output = decoder.run_pass(plan, token_ids, batch)
+            batch.commit()
+            assert output.logits is not None
             on_logits(output.logits)
             run.tokens.append(output.logits.argmax(-1).tolist())
             times.append(time.perf_counter())  # the tokens are on the host, so the device is idle
@@ -151,7 +136,3 @@ def action_shares(plans: Sequence[Sequence[bytes]]) -> Mapping[str, float]:
     """Returns the share of layers that ran each action."""
     ran = b"".join(plan for step in plans for plan in step)
     return {action.name: ran.count(action) / len(ran) for action in Action}
-
-
-def _by_layer(plans: Sequence[bytes]) -> list[tuple[Action, ...]]:
-    return [tuple(map(Action, own)) for own in zip(*plans, strict=True)]

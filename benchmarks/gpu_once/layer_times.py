@@ -14,6 +14,7 @@ from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.devices import device_of
 from dash_runtime.layers.batch import Batch, PassKind
+from dash_runtime.passes import PassPlan
 from dash_runtime.policy.policy import cheapest_kernel
 
 _COPIED_BYTES = {"cuda": 1 << 30}
@@ -83,12 +84,12 @@ def _bytes_read(model: Model, action: Action, kernel: Action, num_cached: int) -
 
 def _times(decoder: Decoder, action: Action, batch: Batch) -> tuple[list[float], list[float]]:
     """Returns seconds per layer by round: until the host has queued it, and until the device has run it."""
-    hidden = decoder.embed([row + 1 for row in range(batch.num_rows)])
+    plan, token_ids = PassPlan.of((action,) * decoder.num_layers), [row + 1 for row in range(batch.num_rows)]
     host, whole = [], []
     for _ in range(_ROUNDS + 1):
         decoder.synchronise()
         started = time.perf_counter()
-        decoder.run_layers(action, hidden, batch)
+        decoder.run_pass(plan, token_ids, batch)
         queued = time.perf_counter()
         decoder.synchronise()
         host.append((queued - started) / decoder.num_layers)

@@ -23,6 +23,7 @@ from dash_runtime.actions import Action
 from dash_runtime.config import LaneKind
 from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.layers.batch import PassKind
+from dash_runtime.passes import PassPlan
 from dash_runtime.policy.policy import FixedPlan, cheapest_kernel, full_depth
 
 PROMPT_LENGTH = 37
@@ -136,8 +137,10 @@ def verification_parity(report: LiveReport, model: Model) -> None:
             report.check_time()
             with rolled_back(caches):
                 batch = model.decoder.batch(PassKind.VERIFY, caches, [num_rows], [policy.compensation])
-                hidden = model.decoder.run_layers(Action.FULL, model.decoder.embed(token_ids[:num_rows]), batch)
-                together = model.decoder.logits(hidden, (Action.FULL,) * num_rows).cpu()
+                plan = PassPlan.of((Action.FULL,) * model.decoder.num_layers, (Action.FULL,) * num_rows)
+                logits = model.decoder.run_pass(plan, token_ids[:num_rows], batch).logits
+                assert logits is not None
+                together = logits.cpu()
             pairs = [(own[0], row) for own, row in zip(alone, together, strict=False)]
             prefix = f"{model.name}_verify_rows{num_rows}"
             report.require(f"{prefix}_logits_error", _largest(*map(list, zip(*pairs, strict=True))), LOGITS_BOUND)

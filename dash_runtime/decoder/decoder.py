@@ -3,7 +3,7 @@
 Knows weights, actions and rows; knows no policy, no sampling and no requests.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -12,17 +12,14 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.decoder.backends.backend import Backend
 from dash_runtime.devices import Device, device_of, stretches_of
-from dash_runtime.devices.step_timer import StepTimer
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.embedding import Embedding
 from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.kv_cache import CachePool, SequenceCache
-from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.layers.rotary import rotary_tables
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.rows.burst import Burst, WantedBurst
-from dash_runtime.rows.draws import DrawTokens
+from dash_runtime.passes import DrawTokens, Limit, PassPlan, PassResult
 
 Backends = Mapping[PassKind, Sequence[Backend]]
 """The backends for each kind of pass. The first that takes a pass runs it."""
@@ -48,12 +45,12 @@ class Decoder:
     """Number of positions in the rotary tables."""
     max_prompt_rows: int
     """A prompt's row has the same bits in all passes of up to this many rows."""
+    draw: DrawTokens | None = None
+    """Draws tokens from decoded rows' logits; None if nothing does that is faster than numpy."""
 
     def __post_init__(self) -> None:
         config = self.config
         self.num_layers = config.num_layers
-        self._plans: dict[tuple[Action, Action, int, bool], PassPlan] = {}
-        """With one action in all layers: by action, head and number of rows."""
         self.placed_on: list[Device] = [device_of(own.device) for own in stretches_of(self.devices)]
         """The devices that layers lie on, in the order of layers."""
         self.row_block = self.placed_on[0].row_block
@@ -77,12 +74,6 @@ class Decoder:
         """Returns True if a sequence of up to `num_tokens` has other keys than a short one with the same tokens."""
         return any(table.first_row(num_tokens) for table in self._split_tables)
 
-    def step_timer(self, is_exact: bool) -> StepTimer:
-        """Returns what takes the times at which layers begin and end, two marks each; see `Device`."""
-        is_one = len(self.placed_on) == 1  # the events of two devices cannot be compared
-        device = self.placed_on[0] if is_one else device_of(torch.device("cpu"))
-        return device.step_timer(2 * self.num_layers, is_exact)
-
     def caches(self, sizes: Sequence[int]) -> list[SequenceCache]:
         """Returns one cache per size, which is its number of positions, in a pool of their own."""
         pool = CachePool(self.config, sum(sizes), self.dtype, self.devices, max_sequences=len(sizes))
@@ -103,14 +94,22 @@ class Decoder:
         kv_actions = (Action.FULL,) * len(caches) if kv_actions is None else kv_actions
         return Batch(kind, caches, lengths, compensations, kv_actions, self.config, self._rotary, self.row_block)
 
-    def start_pass(self, token_ids: Sequence[int], batch: Batch) -> Tensor:
-        """Begins a pass over these tokens, one per row; returns layer 0's input, `[rows, hidden_size]`."""
-        hidden = self._backend_of(batch).start_pass(token_ids, batch)
-        return self.embed(token_ids) if hidden is None else hidden
+    def run(
+        self, plan: PassPlan, token_ids: Sequence[int], batch: Batch, limit: Limit | None = None
+    ) -> PassResult | None:
+        """Runs a pass over these tokens, one per row, or passes up to a limit; see `Backend`."""
+        return self._backend_of(batch).run(plan, token_ids, batch, limit)
+
+    def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassResult:
+        """Runs a pass over these tokens, one per row: embedding, layers and head."""
+        result = self.run(plan, token_ids, batch)
+        assert result is not None  # without a limit
+        return result
 
     def static_input(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """Returns where the layer's input lies in every decoding pass of so many rows; see `Backend`."""
-        return self.backends[PassKind.DECODE][0].static_input(layer, hidden)
+        """Returns where the layer's input lies in every decoding pass of so many rows; see `Graphs`."""
+        graphs = self.backends[PassKind.DECODE][0].graphs
+        return None if graphs is None else graphs.static_input(layer, hidden)
 
     @torch.inference_mode()
     def prepare_graphs(self, pool: CachePool, max_rows: int, compensation: Compensation, kv_action: Action) -> None:
@@ -119,8 +118,10 @@ class Decoder:
         Raises:
             CaptureFailed: the device cannot.
         """
-        backend = self.backends[PassKind.DECODE][0]
-        for num_rows in backend.graph_sizes(max_rows):
+        graphs = self.backends[PassKind.DECODE][0].graphs
+        if graphs is None:
+            return
+        for num_rows in graphs.graph_sizes(max_rows):
             caches = [cache for _ in range(num_rows) if (cache := pool.reserve(2)) is not None]
             if not caches:
                 return
@@ -128,7 +129,7 @@ class Decoder:
                 cache.length = 1
             count = len(caches)
             own = [compensation] * count, [kv_action] * count
-            backend.prepare(self.batch(PassKind.DECODE, caches, [1] * count, *own))
+            graphs.prepare(self.batch(PassKind.DECODE, caches, [1] * count, *own))
             for cache in caches:
                 cache.length = 2  # so that what was written is cleared
                 pool.release(cache)
@@ -139,64 +140,6 @@ class Decoder:
 
     def _backend_of(self, batch: Batch) -> Backend:
         return next(backend for backend in self.backends[batch.kind] if backend.takes(batch))
-
-    def run_layers(
-        self, action: Action, hidden: Tensor, batch: Batch, on_layer: Callable[[], None] = lambda: None
-    ) -> Tensor:
-        """Runs all layers with one action; returns the last one's output, which holds until the next pass.
-
-        Calls `on_layer` after each layer of a pass that may take seconds.
-        """
-        at_once = self.backends[batch.kind][0].run_layers(action, hidden, batch)
-        if at_once is not None:
-            return at_once
-        actions = (action,) * batch.num_rows
-        for layer in range(self.num_layers):
-            hidden = self.run_layer(layer, actions, hidden, batch)
-            on_layer()
-        return hidden
-
-    def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassRun | None:
-        """Runs a pass from tokens to logits at once; see `Backend`."""
-        return self.backends[batch.kind][0].run_pass(plan, token_ids, batch)
-
-    def run_burst(
-        self, plan: PassPlan, wanted: WantedBurst, batch: Batch, guessed: PassPlan | None = None
-    ) -> Burst | None:
-        """Decodes several tokens of a lone row at once; see `Backend`."""
-        return self.backends[batch.kind][0].run_burst(plan, wanted, batch, guessed)
-
-    @property
-    def draw(self) -> DrawTokens | None:
-        """The function that draws tokens from decoded rows' logits; see `Backend`."""
-        return self.backends[PassKind.DECODE][0].draw
-
-    def run_tokens(
-        self,
-        action: Action,
-        token_ids: Sequence[int],
-        batch: Batch,
-        head: Action,
-        kind: PassKind,
-        wants_logits: bool = False,
-    ) -> tuple[Tensor | None, list[int]]:
-        """Runs a pass with one action in all layers; returns float32 logits `[rows, vocab_size]`, which may be missing
-        unless they are wanted, and each row's likeliest token. `kind` is for the head, as in `logits`."""
-        key = action, head, len(token_ids), wants_logits
-        if key not in self._plans:
-            pinned = dict.fromkeys(range(self.num_layers), action)
-            self._plans[key] = PassPlan([(pinned, None)], [head] * len(token_ids), wants_logits=wants_logits)
-        run = self.run_pass(self._plans[key], token_ids, batch)
-        if run is not None:
-            return run.logits, run.likeliest
-        hidden = self.run_layers(action, self.embed(token_ids), batch)[: len(token_ids)]
-        logits = self.logits(hidden, (head,) * len(hidden), kind)
-        return logits, device_of(logits.device).likeliest(logits)
-
-    @property
-    def decides_in_pass(self) -> bool:
-        """True if `run_pass` of decoded rows also evaluates their policies."""
-        return self.backends[PassKind.DECODE][0].decides_in_pass
 
     def logits(self, hidden: Tensor, precisions: Sequence[Action], kind: PassKind = PassKind.DECODE) -> Tensor:
         """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision.

@@ -9,6 +9,7 @@ from dash_runtime.actions import Action
 from dash_runtime.decoder.backends.backend import Backend
 from dash_runtime.decoder.backends.cuda import CudaBackend
 from dash_runtime.decoder.backends.eager import EagerBackend
+from dash_runtime.decoder.backends.loop import LoopEnds
 from dash_runtime.decoder.backends.native import NativeBackend
 from dash_runtime.decoder.backends.split import backend_over
 from dash_runtime.decoder.decoder import Backends, Decoder
@@ -21,10 +22,9 @@ from dash_runtime.layers.narrow_head import HeadMap, narrow_head
 from dash_runtime.layers.shortlist import loudest_channels, shortlist_head
 from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.linears.dense_linear import MAX_INVARIANT_ROWS, BatchInvariantLinear, FullLinear, for_neighbours
-from dash_runtime.linears.int4_matrix import Int4Matrix, Place
+from dash_runtime.linears.int4_matrix import Int4Matrix, Place, is_packable
 from dash_runtime.linears.quantization import for_many_rows, make_linear
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.rows.row_matrix import is_packable
 
 
 def make_decoder(
@@ -112,13 +112,16 @@ def make_decoder(
         by_precision[Action.SKIP] = wide_heads[Action.SKIP] = make_narrow(head, head_map, final_norm, multiplier)
 
     heads = Heads(by_precision)
-    eager = EagerBackend(config, wide_layers, Heads(wide_heads)), EagerBackend(config, layers, heads)
-    wide, narrow = (backend_over(dict.fromkeys(loaders, backend), devices) for backend in eager)
+    clock = device_of(devices[0] if len(loaders) == 1 else torch.device("cpu"))
+    ends = LoopEnds(config.num_layers, embed, heads, clock)
+    eager = EagerBackend(ends, config, wide_layers, Heads(wide_heads)), EagerBackend(ends, config, layers, heads)
+    wide, narrow = (backend_over(ends, dict.fromkeys(loaders, backend), devices) for backend in eager)
     backends: Backends = {PassKind.PREFILL: [wide], PassKind.DECODE: [narrow], PassKind.VERIFY: [narrow]}
     if has_graphs:
         own_embed = embed if isinstance(embed, PlainEmbedding) else None
         replayed: dict[torch.device, Backend] = {
             own: CudaBackend(
+                ends,
                 config,
                 layers,
                 [layer for layer, device in enumerate(devices) if device == own],
@@ -130,9 +133,9 @@ def make_decoder(
             )
             for own in loaders
         }
-        backends = {**backends, PassKind.DECODE: [backend_over(replayed, devices), narrow]}
+        backends = {**backends, PassKind.DECODE: [backend_over(ends, replayed, devices), narrow]}
     if native is not None:
-        native.set_ends(embed, by_precision, eager_head(for_neighbours(full), final_norm, multiplier))
+        native.set_ends(ends, embed, by_precision, eager_head(for_neighbours(full), final_norm, multiplier))
         backends = {**backends, PassKind.DECODE: [native], PassKind.VERIFY: [native, narrow]}
     is_invariant = isinstance(wide_layers[0].key_values[Action.FULL], BatchInvariantLinear)
     return Decoder(
@@ -145,4 +148,5 @@ def make_decoder(
         devices=devices,
         context_length=context_length,
         max_prompt_rows=MAX_INVARIANT_ROWS if is_invariant else device_of(devices[0]).row_block,
+        draw=None if native is None else native.draw,
     )

@@ -1,18 +1,23 @@
-"""Replaces the host's times of a step's decisions with a device's. Knows tickets and a timer; knows no sequences."""
+"""Replaces the host's times of a pass's decisions with a device's. Knows tickets and a timer; knows no sequences."""
 
 from array import array
 from collections.abc import Iterable, Sequence
 
 from dash_runtime.devices.step_timer import CudaStepTimer
-from dash_runtime.engine.step import DecidedBlock
+from dash_runtime.engine.decider import DecidedBlock
+from dash_runtime.passes import OnePass, PassRecord
 
 
-def settle_decisions(timer: CudaStepTimer, blocks: Iterable[DecidedBlock]) -> None:
-    """Sets when the evaluations of a step ran on their stream, and how long the decoder's stream stood still for each.
+def settle_decisions(record: PassRecord, blocks: Iterable[DecidedBlock]) -> None:
+    """Sets when the evaluations of a pass ran on their stream, and how long the decoder's stream stood still for each;
+    does nothing where the host's times hold.
 
     That is its idle time before the first decided layer, less what it idles between layers that wait for no decision.
-    To be called once the step is done, and before the next one begins.
+    To be called once the pass is done, and before the next one begins.
     """
+    timer = record.timer if isinstance(record, OnePass) else None
+    if not isinstance(timer, CudaStepTimer):
+        return
     timed = [block for block in blocks if block.ticket.events is not None]
     if not timed:
         return

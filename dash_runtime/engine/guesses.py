@@ -13,13 +13,14 @@ from itertools import accumulate, pairwise
 from operator import mul
 from typing import NamedTuple
 
+import numpy
+
 from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.engine.speculative import ForcedText, follow
 from dash_runtime.engine.text_drafts import TextDrafts
 from dash_runtime.events import SpeculationStatistics
+from dash_runtime.passes import LONGEST_MATCH, MOST_GUESSES
 from dash_runtime.policy.draft_length import FORCED_MATCH, MATCHES, DraftLength
-from dash_runtime.rows.burst import WantedGuesses
-from dash_runtime.rows.structs import LONGEST_MATCH, MOST_GUESSES
 
 _LEAST_GAIN, _GAIN_BY_SEQUENCE = 1.03, 0.02
 """Expected gain below which nothing is guessed, and what each sequence adds to that. It pays for what the seconds leave
@@ -156,13 +157,14 @@ class Guesses:
             return token_ids[: self.seconds.numbers_that_pay({0: chances}, 1)[0]]
         return token_ids[: numbers[self._matches[0]]] if token_ids else []
 
-    def wanted_in_burst(self, output_ids: Sequence[int], num_tokens_left: int) -> tuple[WantedGuesses | None, int]:
-        """Returns what a burst needs for its guesses, if there may be any; and the tokens until that changes."""
+    def wanted_in_burst(self, output_ids: Sequence[int]) -> tuple[tuple[numpy.ndarray, Sequence[int]] | None, int]:
+        """Returns the text and the numbers of `TextGuesses`, if a burst may guess; and the tokens until that
+        changes."""
         self._follow(output_ids, looks_up=True)
         numbers, num_tokens = self._rule(), self._rule_ends - self._num_followed
         if self._text is None or not any(numbers):
             return None, num_tokens
-        return WantedGuesses(self._text.memory, self._text.num_tokens, num_tokens_left, numbers), num_tokens
+        return (self._text.tokens, numbers), num_tokens
 
     def cost(self, num_guesses: int) -> float:
         """Returns the cost of a pass of this sequence alone with so many guesses, as a multiple of one without."""

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import product
-from typing import Protocol
 
 from dash_runtime.actions import Action, LatencyTable
 
@@ -17,18 +16,13 @@ _MAX_REMEMBERED = 8192
 """More than all ways to spread 16 rows over four actions; with more rows, a bound."""
 
 
-class Planner(Protocol):
-    """Changes the rows' actions for one layer, if all are better off."""
-
-    def agree(self, actions: Sequence[Action]) -> Sequence[Action]:
-        """Returns the actions to run, row by row."""
-
-
 class HighestAction:
     """Raises rows that run a layer to the highest action among them: a device with graphs has one for each action.
 
     Rows that skip the layer keep doing so.
     """
+
+    latencies = None
 
     def agree(self, actions: Sequence[Action]) -> Sequence[Action]:
         taken = set(actions)

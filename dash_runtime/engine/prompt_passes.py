@@ -14,6 +14,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.prefix_cache import PrefixCache
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.layers.batch import Batch, PassKind
+from dash_runtime.passes import PassPlan
 
 
 class PromptPasses:
@@ -39,7 +40,7 @@ class PromptPasses:
     def run(self, sequences: Several[Sequence], on_layer: Callable[[], None]) -> Iterator[tuple[Sequence, Tensor]]:
         """Prefills one chunk. Yields sequences after each pass, with the rows of the last layer's output
         `[rows, hidden_size]` that tokens of their output follow. `on_layer` is called after each layer."""
-        num_left = self._chunk_tokens
+        num_left, plan = self._chunk_tokens, PassPlan.of((Action.FULL,) * self._decoder.num_layers, on_layer=on_layer)
         for sequence in [own for own in sequences if own.num_prompt_tokens_left]:
             prompt = (self._namespace(sequence), sequence.request.prompt_token_ids, sequence.cache)
             if not sequence.cache.length:
@@ -50,7 +51,8 @@ class PromptPasses:
                     return
                 num_left -= len(chunk)
                 batch = full_depth_batch(self._decoder, PassKind.PREFILL, [sequence], [len(chunk)])
-                hidden = self._decoder.run_layers(Action.FULL, self._decoder.embed(chunk), batch, on_layer)
+                hidden = self._decoder.run_pass(plan, chunk, batch).states
+                assert hidden is not None
                 batch.commit()
                 if not sequence.num_prompt_tokens_left:
                     self._prefix_cache.store(*prompt)

@@ -15,7 +15,7 @@ from dash_runtime.devices import device_of
 from dash_runtime.engine.logits_processors import LogitsProcessor, make_processors
 from dash_runtime.engine.scores import HostScores, Numbers, Scores, device_scores
 from dash_runtime.events import TokenLogprobs
-from dash_runtime.rows.draws import Draw, DrawTokens
+from dash_runtime.passes import Draw, DrawTokens
 
 _TOP_P_CANDIDATES = 1024
 """Scores that a device sends at once. Most nuclei lie within the first thousand, and sorting the whole vocabulary costs

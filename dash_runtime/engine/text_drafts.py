@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy
 
 from dash_runtime.engine.speculative import Proposal
-from dash_runtime.rows.structs import LONGEST_MATCH
+from dash_runtime.passes import LONGEST_MATCH
 
 _FEW_PLACES = 16
 """Places that are compared one by one; more are compared all at once, which takes a few microseconds however few."""
@@ -39,9 +39,9 @@ class TextDrafts:
         return len(self._tokens)
 
     @property
-    def memory(self) -> int:
-        """The address of the tokens, int32, and of those that may follow."""
-        return int(self._array.ctypes.data)
+    def tokens(self) -> numpy.ndarray:
+        """The text so far, int32; not to be written to."""
+        return self._array[: len(self._tokens)]
 
     def append(self, token_id: int) -> None:
         place = len(self._tokens)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.decision_trace import MAX_UINT32, DecisionTrace, StepKind, TraceStep
-from dash_runtime.engine.step import DecidedBlock, Decider, StepOutput
+from dash_runtime.engine.decider import DecidedBlock, Decider
+from dash_runtime.passes import PassResult
 from dash_runtime.policy.catalog import Assignment
-from dash_runtime.rows.burst import Burst
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,27 +76,15 @@ class TraceRecorder:
         self._first_token = token_id, time.perf_counter_ns() + self._unix_offset_ns
 
     def add_pass(
-        self,
-        kind: StepKind,
-        token_id: int,
-        cost: float,
-        output: StepOutput,
-        row: int,
-        decider: Decider,
-        started_ns: int,
+        self, kind: StepKind, token_id: int, cost: float, result: PassResult, place: int, decider: Decider
     ) -> None:
-        """Records the pass of one row of the batch, which has just ended with this token; `cost` is in full-depth
-        tokens."""
+        """Records the pass of a token, which has just ended with it, by its place in the result; `cost` is in
+        full-depth tokens."""
         if self._has_room():
-            decided = decider.scores_in_pass(row), decider.blocks, decider.rows.index(row)
-            own = token_id, cost, output.plans[row], output.layer_times, started_ns, time.perf_counter_ns()
-            self._steps.append(_Pass(kind, *own, *decided))
-
-    def add_of_burst(self, burst: Burst, place: int, token_id: int, plan: bytes, cost: float) -> None:
-        """Records a token of a burst; `cost` is in full-depth tokens."""
-        if self._has_room():
-            own = token_id, cost, plan, burst.layer_times(place), *burst.times(place), burst.scores(place)
-            self._steps.append(_Pass(StepKind.DECODE, *own))
+            record, blocks = result.record, decider.blocks
+            own = result.plans[place], record.layer_times(place), *record.times(place), record.scores(place)
+            row = decider.rows.index(place) if blocks else 0
+            self._steps.append(_Pass(kind, token_id, cost, *own, blocks, row))
 
     def add_verification(
         self, token_ids: list[int], num_accepted: int, num_from_text: int, cost: float, started_ns: int

@@ -17,7 +17,6 @@ from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.layers.rotary import RotaryTable
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.rows.pass_rows import RowsOfPass, RowSpan
 
 _T = TypeVar("_T")
 
@@ -93,7 +92,8 @@ class Batch:
         """True if all rows skip layers in the same way."""
         self._tables: dict[RotaryTable, tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int, int | None, torch.device], Tensor] = {}
-        self._rows_of: dict[tuple[int, ...] | None, RowsOfPass] = {}
+        self.is_timed = False
+        """True if layers' exact times are wanted, which cost a little on a device that only queues work."""
 
     def _by_row(self, by_span: Sequence[_T]) -> list[_T]:
         return [own for own, span in zip(by_span, self.spans, strict=True) for _ in range(span.num_rows)]
@@ -113,23 +113,6 @@ class Batch:
             self._tables[table] = table.at(rows)
         return self._tables[table]
 
-    def rows_of(self, rows: Sequence[int] | None) -> RowsOfPass:
-        """Returns all rows, or some rows of a pass with one per sequence, for native code."""
-        key = None if rows is None else tuple(rows)
-        if key not in self._rows_of:
-            spans = self.spans if rows is None else [self.spans[row] for row in rows]
-            each, first_row = [], 0
-            for span in spans:
-                rounded = span.cache.rounded_addresses()
-                each.append(RowSpan(span.cache.address, span.end, first_row, span.num_rows, *rounded))
-                first_row += span.num_rows
-            tables = list(dict.fromkeys(self.rotary))
-            rotary = [
-                [table.addresses(table.first_row(span.cache.reserved_tokens)) for table in tables] for span in spans
-            ]
-            self._rows_of[key] = RowsOfPass(each, spans[0].cache.pool.strides, rotary)
-        return self._rows_of[key]
-
     def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Stores all rows' keys and values, each `[rows, num_kv_heads, head_dim]`."""
         for span in self.spans:
@@ -144,11 +127,6 @@ class Batch:
             span.cache.check_room(span.end)
         self._tables.clear()
         self._masks.clear()
-        whole = self._rows_of.get(None)
-        self._rows_of.clear()
-        if whole is not None:
-            whole.move([span.end for span in self.spans])
-            self._rows_of[None] = whole
 
     def commit(self, num_passes: int = 1) -> None:
         """Counts the rows as cached, of so many passes one after another. To be called once every layer has run."""

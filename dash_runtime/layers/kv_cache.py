@@ -16,11 +16,10 @@ from torch import Tensor
 
 from dash_runtime.devices import device_of, stretches_of
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.rows.pass_rows import rounded_bytes
-from dash_runtime.rows.structs import ROUNDED_TOKENS
 
-BLOCK_TOKENS = ROUNDED_TOKENS
-"""Sequences begin at multiples of this many tokens."""
+BLOCK_TOKENS = 16
+"""Sequences begin at multiples of this many tokens, whose rounded keys and values lie together."""
+_LINE_BYTES = 64
 
 
 class SequenceCache:
@@ -42,7 +41,6 @@ class SequenceCache:
         self.start = start
         self.memories = [memory[:, :, start : start + self.capacity] for memory in self.pool.memories]
         """One per device, `[its layers, 2, capacity, num_kv_heads, head_dim]`: keys and values."""
-        self._address: int | None = None
         if self._filled is not None:
             self._filled.zero_()
         # Views made once: indexing a five-dimensional tensor for every layer and token would cost more
@@ -52,21 +50,16 @@ class SequenceCache:
         self.values: Sequence[Tensor] = layers[1::2]
 
     @property
-    def address(self) -> int:
-        """The address at which the first device's memory begins."""
-        if self._address is None:  # kept, since native code asks for it for every token
-            self._address = self.memories[0].data_ptr()
-        return self._address
-
-    def rounded_addresses(self) -> tuple[int | None, int | None]:
-        """Returns the addresses of the first device's memory for rounded keys and values, and of the bounds of the
-        positions that have them (`RowSpan`); None for a model without. Native code keeps both."""
+    def rounded(self) -> tuple[Tensor, Tensor] | None:
+        """The first device's memory for rounded keys and values, uint8 `[its layers, blocks, bytes]`, and by layer the
+        bounds of the positions that have them, int64 `[its layers, 2]`; None for a model without. Native code keeps
+        both."""
         rounded = self.pool.rounded
         if rounded is None:
-            return None, None
+            return None
         if self._filled is None:
             self._filled = torch.zeros(len(rounded), 2, dtype=torch.int64)
-        return rounded.data_ptr() + self.start // ROUNDED_TOKENS * rounded.stride(1), self._filled.data_ptr()
+        return rounded[:, self.start // BLOCK_TOKENS :], self._filled
 
     @property
     def memory(self) -> Tensor:
@@ -142,7 +135,7 @@ class CachePool:
         shape = (2, num_tokens, config.num_kv_heads, config.head_dim)
         self.memories = [device_of(own.device).zeros((len(own.layers), *shape), dtype) for own in stretches_of(devices)]
         """One per device, `[its layers, 2, tokens, num_kv_heads, head_dim]`: keys and values."""
-        self._rounded_shape = len(self.memories[0]), num_tokens // ROUNDED_TOKENS, rounded_block_bytes(config)
+        self._rounded_shape = len(self.memories[0]), num_tokens // BLOCK_TOKENS, rounded_block_bytes(config)
         self._layers = _unbound(self.memories)
         self._caches: list[SequenceCache] = []  # in ascending order of `start`
         self.num_moves = 0
@@ -151,7 +144,7 @@ class CachePool:
     @cached_property
     def rounded(self) -> Tensor | None:
         """The first device's memory for keys and values that native code rounds: uint8 `[its layers, tokens /
-        ROUNDED_TOKENS, bytes]`. Allocated as `memories` are."""
+        BLOCK_TOKENS, bytes]`. Allocated as `memories` are."""
         if not self._rounded_shape[-1]:
             return None
         return device_of(self.memories[0].device).zeros(self._rounded_shape, torch.uint8)
@@ -218,9 +211,13 @@ def pool_tokens(total_tokens: int, max_sequences: int) -> int:
 
 
 def rounded_block_bytes(config: ModelConfig) -> int:
-    """Returns the bytes of a layer's rounded keys and values of `ROUNDED_TOKENS` positions. A model with biases of keys
-    has none: they are what its keys mostly are, and rounding loses more there."""
-    return 0 if config.block.has_qkv_bias else rounded_bytes(config.num_kv_heads, config.head_dim)
+    """Returns the bytes of a layer's rounded keys and values of `BLOCK_TOKENS` positions. A head has its bytes, their
+    scales, and the first key in bf16, on cache lines of its own. A model with biases of keys has none: they are what
+    its keys mostly are, and rounding loses more there."""
+    if config.block.has_qkv_bias:
+        return 0
+    head_bytes = 2 * (BLOCK_TOKENS * (config.head_dim + 4) + config.head_dim)
+    return config.num_kv_heads * -(-head_bytes // _LINE_BYTES) * _LINE_BYTES
 
 
 def _unbound(memories: Sequence[Tensor]) -> tuple[Tensor, ...]:

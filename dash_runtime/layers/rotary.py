@@ -53,11 +53,6 @@ class RotaryTable:
         length = min(num_tokens, self.context_length)
         return self.context_length if self._rope is not None and has_other_keys(self._rope, length) else 0
 
-    def addresses(self, row: int) -> tuple[int, int]:
-        """Returns where cosines and sines of this row begin in the host's memory; later rows' follow."""
-        offset = row * self.cosines.stride(0) * self.cosines.element_size()
-        return self.cosines.data_ptr() + offset, self.sines.data_ptr() + offset
-
     def at(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Returns cosines and sines of these rows, `[rows, 1, head_dim]`."""
         return self.cosines[rows], self.sines[rows]

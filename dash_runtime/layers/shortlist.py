@@ -11,9 +11,8 @@ from dash_runtime.layers.mlp import GatedMlp
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import Linear
-from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE, quantize_int4_with_rest
+from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE, LANES, quantize_int4_with_rest
 from dash_runtime.linears.quantization import Int4Linear, for_many_rows
-from dash_runtime.rows.structs import LANES
 
 NUM_EXACT_TILES = 32
 """Tiles of a row's logits that are computed again, of `LANES` tokens each. The 32 likeliest tokens are among them."""

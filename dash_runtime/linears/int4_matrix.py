@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 INT4_GROUP_SIZE = 32
+LANES = 16
+"""Outputs that native code computes together, and the tokens of a head's tile."""
 INT4_ZERO_POINT = 8
 _GRID_FITS = 3
 _SETTLED = 1e-3
@@ -26,6 +28,11 @@ _NEARLY_EXACT = 0.02
 
 Place = tuple[int, int]
 """A layer, and the number of a matrix in it (`Linears.mapped_by_place`)."""
+
+
+def is_packable(out_features: int, in_features: int) -> bool:
+    """Returns True if native code can take a matrix of this shape."""
+    return out_features % LANES == 0 and in_features % INT4_GROUP_SIZE == 0
 
 
 class Int4Matrix(NamedTuple):

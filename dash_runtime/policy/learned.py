@@ -6,6 +6,7 @@ Knows states and scores; knows no files (policy_file.py) and no training.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,14 +15,24 @@ from dash_runtime.actions import Action, CostTable
 from dash_runtime.devices import device_of
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.narrow_head import HeadMap
+from dash_runtime.passes import Network, RowPlan
 from dash_runtime.policy.budgets import BudgetCalibration, Budgets
 from dash_runtime.policy.facts import Facts, RowFacts, shared_floats
 from dash_runtime.policy.fixed_plans import MeasuredPlan
 from dash_runtime.policy.network import NUM_SCALAR_FACTS, PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Actions, Decision, FixedPlan, Pending, State, own_or_finer
-from dash_runtime.rows.library import RowsLibrary
-from dash_runtime.rows.policy_rows import NetworkTensors, PolicyRows, RowDecisions, fits
+
+
+class Evaluator(Protocol):
+    """Evaluates a network faster than tensors do."""
+
+    def choose(self, layer: int, hidden: Tensor, facts: Tensor) -> tuple[Tensor, Tensor]:
+        """Decides the block that begins with `layer`, in the calling thread.
+
+        Returns the numbers of the best actions, int64 `[rows, block_size]`, and the scores, float32 `[rows, block_size,
+        actions]`; from bf16 `hidden` `[rows, hidden_size]` and each row's facts and prices.
+        """
 
 
 @dataclass(frozen=True)
@@ -41,8 +52,8 @@ class LearnedPolicy:
     """The map of its narrow head; None if its head is whole."""
     int4: str | None = None
     """The INT4 weights that it was calibrated with (`KeptInt4.identity`); None: each to the nearest."""
-    library: RowsLibrary | None = None
-    """The native code that evaluates it; None to evaluate eagerly."""
+    evaluator: Evaluator | None = None
+    """What evaluates it; None to evaluate eagerly."""
     decides_in_pass: bool = False
     """True if a pass may evaluate it, layer after layer, with nothing in between."""
 
@@ -123,27 +134,18 @@ class LearnedPolicy:
         return [self.spec.costs.layer[action] for action in self.spec.actions]
 
     @cached_property
-    def _rows(self) -> PolicyRows | None:
-        """The network for the native code; None if it is evaluated eagerly."""
-        network = self.network
+    def native_network(self) -> Network:
+        """The network as passes are told of it."""
+        network, spec = self.network, self.spec
         tensors = {field.name: getattr(network, field.name) for field in fields(network)}
-        sizes = network.num_known, self.spec.num_layers, self.spec.decision_blocks, self.spec.actions
-        own = NetworkTensors(tensors, *sizes)
-        if self.library is None or not fits(own):
-            return None
-        return PolicyRows(self.library, own, self.costs.layer)
+        sizes = network.num_known, spec.num_layers, spec.decision_blocks, spec.actions
+        return Network(tensors, *sizes, self.costs.layer)
 
-    @property
-    def is_native(self) -> bool:
-        """True if native code evaluates it: there is some, and it has room for the network."""
-        return self._rows is not None
-
-    def new_row(self) -> tuple[RowFacts, RowDecisions]:
-        """Returns what decides a row within its passes, and what it is told of each token."""
-        assert self._rows is not None
+    def new_row(self) -> tuple[RowFacts, RowPlan]:
+        """Returns the plan of a row that it decides within its passes, and what it is told of each token."""
         numbers, tensor = shared_floats(self.num_facts)
         facts = RowFacts(numbers, self.network.num_known, self._action_costs)
-        return facts, RowDecisions(self._rows, tensor)
+        return facts, RowPlan(self.pinned, self.native_network, tensor)
 
     @cached_property
     def _networks(self) -> dict[torch.device, PolicyNetwork]:
@@ -189,13 +191,13 @@ class LearnedPolicy:
         return Decision(tuple([tuple([actions[index] for index in own]) for own in by_layer]), scores)
 
     def start(self, layer: int, state: State) -> Pending:
-        rows = self._rows if state.hidden.dtype is torch.bfloat16 else None
-        if rows is None:
+        evaluator = self.evaluator if state.hidden.dtype is torch.bfloat16 else None
+        if evaluator is None:
             device = device_of(state.hidden.device)
             results = device.download(self.evaluate(layer, state.hidden, device.upload(self.facts_of(state))))
             return lambda: self.decision(layer, results)
         _, num_layers = self._blocks[layer]
-        best, scores = rows.choose(layer, state.hidden, self._facts.in_place(state))
+        best, scores = evaluator.choose(layer, state.hidden, self._facts.in_place(state))
         return lambda: self._decision(best[:, :num_layers], scores[:, :num_layers])
 
     def for_heads(self, heads: Sequence[Action]) -> "LearnedPolicy":

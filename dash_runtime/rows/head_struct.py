@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dash_runtime.linears.int4_matrix import LANES
 from dash_runtime.rows.row_matrix import FullRowMatrix, Int4RowMatrix, Int8Outputs, Int8RowMatrix, RowMatrix
-from dash_runtime.rows.structs import LANES, MOST_EXACT_TILES, HeadStruct, MatrixStruct
+from dash_runtime.rows.structs import MOST_EXACT_TILES, HeadStruct, MatrixStruct
 
 _LAYOUTS: dict[type[RowMatrix], int] = {FullRowMatrix: 0, Int8RowMatrix: 1, Int4RowMatrix: 2}
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
+from dash_runtime.devices.step_timer import StepTimer
 from dash_runtime.model_config import Activation, ModelConfig
-from dash_runtime.rows.burst import Burst, WantedBurst, guesses_struct
-from dash_runtime.rows.draws import Draw, draw_structs
+from dash_runtime.passes import MOST_GUESSES, Draw, Limit, OnePass, PassResult
+from dash_runtime.rows.burst_record import BurstRecord, draw_structs, guesses_struct
 from dash_runtime.rows.head_struct import (
     HeadBounds,
     NarrowHead,
@@ -26,15 +27,9 @@ from dash_runtime.rows.head_struct import (
     packed_struct,
 )
 from dash_runtime.rows.library import RowsLibrary
-from dash_runtime.rows.pass_rows import CompensatedLayers, PlannerTable, RowPlan, RowPlans, RowsOfPass
+from dash_runtime.rows.pass_rows import CompensatedLayers, NativePlan, NativePlans, PlannerTable, RowsOfPass
 from dash_runtime.rows.row_matrix import RowMatrix
-from dash_runtime.rows.structs import (
-    MOST_GUESSES,
-    EmbeddingStruct,
-    LayerStruct,
-    ModelStruct,
-    PassStruct,
-)
+from dash_runtime.rows.structs import EmbeddingStruct, LayerStruct, ModelStruct, PassStruct
 from dash_runtime.rows.thread_count import ThreadCount
 
 _ALIKE_TOKENS = 512
@@ -73,7 +68,7 @@ class ModelRows:
         self._kept: list[object] = []
         self._uncompensated = CompensatedLayers(config.num_layers, None)
         # One plan for all rows, of some layers.
-        self._one = RowPlans([RowPlan(bytes(config.num_layers), None, self._uncompensated, Action.FULL)])
+        self._one = NativePlans([NativePlan(bytes(config.num_layers), None, self._uncompensated, Action.FULL)])
         self._times = array("q", bytes(16 * config.num_layers))
 
         own = self._pass = PassStruct()
@@ -87,7 +82,7 @@ class ModelRows:
         self._tokens: dict[int, tuple[Array[c_int64], Array[c_int64]]] = {}
         """By number of rows, the memory of tokens and of the likeliest next ones."""
         self._kept_embedding: object = None
-        self._plans: RowPlans | None = None
+        self._plans: NativePlans | None = None
         self._rows: RowsOfPass | None = None
         """The plans and rows that the fields of the pass are of."""
 
@@ -112,42 +107,40 @@ class ModelRows:
         self,
         hidden: Tensor,
         rows: RowsOfPass,
-        pinned: bytes,
-        layers: range,
+        action: Action,
+        layer: int,
         compensation: CompensatedLayers | None,
         kv_action: Action,
     ) -> Tensor:
-        """Runs some layers of rows; returns the last one's output, `[rows, hidden_size]`.
+        """Runs one layer of rows with one action, from bf16 `[rows, hidden_size]` to the same.
 
         Args:
-            hidden: the first one's input, bf16.
-            pinned: by layer, from the first that runs on.
             kv_action: the precision of skipped rows' keys and values.
         """
         output = torch.empty_like(hidden)
         own = self._pass
         own.tokens = own.head = own.planner = None
         own.input, own.output = hidden.data_ptr(), output.data_ptr()
-        self._one.pin(layers, pinned, self._uncompensated if compensation is None else compensation, kv_action)
-        self._run(rows, self._one, layers, pinned)
+        self._one.pin(layer, action, self._uncompensated if compensation is None else compensation, kv_action)
+        self._run(rows, self._one, range(layer, layer + 1), b"")
         return output
 
     def run_tokens(
         self,
         token_ids: Sequence[int],
         rows: RowsOfPass,
-        plans: RowPlans,
+        plans: NativePlans,
         head: "HeadRows | None",
         planner: PlannerTable | None = None,
         wants_logits: bool = True,
-    ) -> "Tensor | Chosen":
+    ) -> PassResult:
         """Runs all layers of the rows of these tokens, and the head.
 
-        Returns the logits, if they are wanted or the head cannot do without, with the likeliest tokens; the last
-        layer's output, `[rows, hidden_size]`, without a head.
-        With several plans each sequence has one row, and rows agree on actions by the planner's table, if there is one.
+        Without a head the result ends with the states. With one it has logits, if they are wanted or the head cannot do
+        without. With several plans each sequence has one row, and rows agree on actions by the planner's table, if
+        there is one.
         """
-        own, num_rows, layers = self._pass, len(token_ids), self._all_layers
+        started_ns, own, num_rows = time.perf_counter_ns(), self._pass, len(token_ids)
         memory = self._tokens.get(num_rows)
         if memory is None:
             memory = self._tokens[num_rows] = (c_int64 * num_rows)(), (c_int64 * num_rows)()
@@ -155,43 +148,51 @@ class ModelRows:
         tokens[:] = list(token_ids)
         own.tokens = tokens
         own.planner = None if planner is None else planner.pointer
-        if head is None:
-            output = torch.empty(num_rows, self._hidden_size, dtype=torch.bfloat16)
-            own.output, own.head = output.data_ptr(), None
-            self._run(rows, plans, layers, plans.pinned)
-            return output
-        logits = self._logits_of(head, num_rows, wants_logits)
+        logits = None if head is None else self._logits_of(head, num_rows, wants_logits)
         states = None if logits is not None else torch.empty(num_rows, self._hidden_size, dtype=torch.bfloat16)
         own.output, own.likeliest = None if states is None else states.data_ptr(), likeliest
-        self._run(rows, plans, layers, plans.pinned)
-        return Chosen(logits, likeliest[:], states)
+        if head is None:
+            own.head = None
+        self._run(rows, plans, self._all_layers, plans.pinned)
+        record = OnePass(StepTimer(array("q", self._times)), started_ns, plans.scores)
+        return PassResult([] if head is None else likeliest[:], plans.ran(num_rows), record, logits, states)
 
     def run_burst(
-        self, wanted: WantedBurst, rows: RowsOfPass, plans: RowPlans, head: "HeadRows", guessed: RowPlans | None = None
-    ) -> Burst:
-        """Decodes the tokens of a burst; in one pass while numbers of threads are tried.
+        self,
+        token_id: int,
+        limit: Limit,
+        rows: RowsOfPass,
+        plans: NativePlans,
+        head: "HeadRows",
+        guessed: NativePlans | None = None,
+    ) -> PassResult:
+        """Decodes a lone row's tokens up to a limit, the first after `token_id`; only one while numbers of threads are
+        tried.
 
         Args:
             guessed: the only plan of passes with guesses.
         """
         if self._threads.is_trying:
-            wanted = replace(wanted, count=1)
-        own, draws, ends = self._pass, wanted.draws, wanted.end_ids
-        burst = Burst(wanted.most, self._num_layers, plans.num_score_bytes)
-        own.tokens, own.output, own.planner = (c_int64 * 1)(wanted.token_id), None, None
-        guesses = None if wanted.guesses is None else pointer(guesses_struct(wanted.guesses))
+            limit = replace(limit, count=1)
+        own, draws, ends = self._pass, limit.draws, limit.end_ids
+        record = BurstRecord(limit.most, self._num_layers, plans.num_score_bytes)
+        own.tokens, own.output, own.planner = (c_int64 * 1)(token_id), None, None
+        guesses, text = None, None
+        if limit.guesses is not None:
+            struct, text = guesses_struct(limit.guesses, limit.most)
+            guesses = pointer(struct)
         logits = self._logits_of(head, 1 + MOST_GUESSES if guesses else 1, bool(draws))  # kept until all have run
         own_draws = draw_structs(draws) if draws else None
-        arguments = wanted.count, numbers_struct(list(ends)), len(ends), own_draws, addressof(burst.struct)
-        more = wanted.wake_file, guesses, None if guessed is None else guessed.array
+        arguments = limit.count, numbers_struct(list(ends)), len(ends), own_draws, addressof(record.struct)
+        more = limit.wake_file, guesses, None if guessed is None else guessed.array
 
         def run(address: int) -> tuple[float, int]:
-            burst.num_tokens = self._library.run_burst(address, *arguments, *more)
-            return burst.plain_seconds, burst.num_plain
+            record.num_tokens = self._library.run_burst(address, *arguments, *more)
+            return record.plain_seconds, record.num_plain
 
         self._run(rows, plans, self._all_layers, plans.pinned, run)
-        del logits
-        return burst
+        del logits, text
+        return record.result()
 
     def draw(self, logits: Tensor, draws: Mapping[int, Draw]) -> list[int]:
         """Draws a token for each of some rows of float32 logits `[rows, vocab_size]`."""
@@ -223,15 +224,10 @@ class ModelRows:
         self._call(self._library.attend, rows)
         return output
 
-    @property
-    def times(self) -> array:
-        """Each layer's start and end in the last run that had it, by `perf_counter_ns`."""
-        return array("q", self._times)
-
     def _run(
         self,
         rows: RowsOfPass,
-        plans: RowPlans,
+        plans: NativePlans,
         layers: range,
         work: bytes,
         function: Callable[[int], tuple[float, int] | None] | None = None,
@@ -249,7 +245,7 @@ class ModelRows:
             alike = work, rows.num_rows, rows.spans[0].num_tokens // _ALIKE_TOKENS
             self._threads.took(alike, seconds / num_passes, num_passes)
 
-    def _set_plans(self, plans: RowPlans) -> None:
+    def _set_plans(self, plans: NativePlans) -> None:
         if plans is not self._plans:  # fields are written as seldom as can be: a token's take long after its weights
             self._plans = plans
             self._pass.plans, self._pass.num_plans = plans.array, len(plans.array)
@@ -288,8 +284,6 @@ class Chosen(NamedTuple):
     logits: Tensor | None
     """None if nobody wanted them and the head found the likeliest without."""
     likeliest: list[int]
-    states: Tensor | None = None
-    """Without logits, the last layer's output, bf16 `[rows, hidden_size]`."""
 
 
 class HeadRows:

@@ -11,21 +11,12 @@ from dash_runtime.rows.head_struct import packed_struct
 from dash_runtime.rows.policy_rows import RowDecisions
 from dash_runtime.rows.row_matrix import Int8RowMatrix
 from dash_runtime.rows.structs import (
-    LINE_BYTES,
-    ROUNDED_TOKENS,
     CompensationStruct,
     PlannerStruct,
     RotaryStruct,
     RowPlanStruct,
     SpanStruct,
 )
-
-
-def rounded_bytes(num_kv_heads: int, head_dim: int) -> int:
-    """Returns the bytes of a layer's rounded keys and values of `ROUNDED_TOKENS` positions. A head has its bytes, their
-    scales, and the first key in bf16, on cache lines of its own."""
-    head_bytes = 2 * (ROUNDED_TOKENS * (head_dim + 4) + head_dim)
-    return num_kv_heads * -(-head_bytes // LINE_BYTES) * LINE_BYTES
 
 
 class RowSpan(NamedTuple):
@@ -105,7 +96,7 @@ class CompensatedLayers:
                 self._kept += [kept_narrow, kept_widen]
 
 
-class RowPlan(NamedTuple):
+class NativePlan(NamedTuple):
     """The plan of a row: `pinned` by layer, 0 for one that `decisions` decide; and the replacement of those that
     it skips, whose keys and values are of precision `kv_action`."""
 
@@ -115,14 +106,14 @@ class RowPlan(NamedTuple):
     kv_action: Action
 
 
-class RowPlans:
+class NativePlans:
     """The plans of a call's rows: of each row, or one for all.
 
     Args:
         attends_rounded: whether rows attend in FULL as rounded layers do.
     """
 
-    def __init__(self, plans: Sequence[RowPlan], attends_rounded: bool = False) -> None:
+    def __init__(self, plans: Sequence[NativePlan], attends_rounded: bool = False) -> None:
         self.attends_rounded = attends_rounded
         self._kept, self._num_layers = list(plans), len(plans[0].pinned)
         self.pinned = b"".join(plan.pinned for plan in plans)
@@ -136,9 +127,9 @@ class RowPlans:
                 struct.decisions = plan.decisions.struct
             struct.compensations, struct.kv_action = plan.compensation.array, plan.kv_action
 
-    def pin(self, layers: range, pinned: bytes, compensation: CompensatedLayers, kv_action: Action) -> None:
-        """Pins some layers of the only plan otherwise."""
-        self._pinned[layers.start : layers.stop] = pinned
+    def pin(self, layer: int, action: Action, compensation: CompensatedLayers, kv_action: Action) -> None:
+        """Pins a layer of the only plan otherwise."""
+        self._pinned[layer] = action
         kept = self._kept[0]
         if compensation is not kept.compensation or kv_action is not kept.kv_action:
             self._kept[0] = kept._replace(compensation=compensation, kv_action=kv_action)
@@ -150,12 +141,17 @@ class RowPlans:
         decisions = self._kept[0].decisions
         return 0 if decisions is None else len(decisions.scores)
 
-    def ran(self) -> list[bytes]:
-        """Returns the actions of the last call, by plan and layer."""
+    def ran(self, num_rows: int) -> list[bytes]:
+        """Returns the actions of the last call, by row and layer."""
         if len(self.array) == 1:
-            return [bytes(self._ran)]
+            return [bytes(self._ran)] * num_rows
         firsts = range(0, len(self._ran), self._num_layers)
         return [bytes(self._ran[first : first + self._num_layers]) for first in firsts]
+
+    def scores(self, row: int) -> bytes | None:
+        """Returns the scores with which the last call decided a row's layers; None if it decided none."""
+        decisions = self._kept[row if len(self._kept) > 1 else 0].decisions
+        return None if decisions is None else decisions.scores
 
 
 class PlannerTable:

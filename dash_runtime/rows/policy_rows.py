@@ -3,35 +3,17 @@
 Knows a network's tensors; knows no policies and no facts.
 """
 
-from collections.abc import Mapping, Sequence
 from ctypes import addressof, c_char, c_double, c_int64, pointer, sizeof
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from dash_runtime.actions import Action
+from dash_runtime.linears.int4_matrix import LANES
+from dash_runtime.passes import Network
 from dash_runtime.rows.library import RowsLibrary
-from dash_runtime.rows.structs import LANES, MOST_NUMBERS, BlockStruct, DecisionsStruct, PolicyStruct
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkTensors:
-    """A network's float32 tensors, by the names and in the shapes of `policy.network.PolicyNetwork`; its
-    `hidden_weight` has bf16 numbers.
-
-    Its `num_known` facts come first. `blocks` are the layers of each decision block, and `actions` what a score is of.
-    """
-
-    by_name: Mapping[str, Tensor]
-    num_known: int
-    num_layers: int
-    blocks: Sequence[tuple[int, ...]]
-    actions: Sequence[Action]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.by_name[name]
+from dash_runtime.rows.structs import MOST_NUMBERS, BlockStruct, DecisionsStruct, PolicyStruct
 
 
 class RowDecisions:
@@ -58,13 +40,9 @@ class RowDecisions:
 
 
 class PolicyRows:
-    """A network as the native code evaluates it: for rows; or layer after layer within a pass (`RowDecisions`).
+    """A network as the native code evaluates it: for rows; or layer after layer within a pass (`RowDecisions`)."""
 
-    Args:
-        layer_costs: the cost of a layer with each action, for the share of cost that a row has spent.
-    """
-
-    def __init__(self, library: RowsLibrary, network: NetworkTensors, layer_costs: Mapping[Action, float]) -> None:
+    def __init__(self, library: RowsLibrary, network: Network) -> None:
         self._library = library
         self.num_layers, self.num_actions = network.num_layers, len(network.actions)
         self.num_known = network.num_known
@@ -91,7 +69,7 @@ class PolicyRows:
         self.pointer = pointer(PolicyStruct(hidden.data_ptr(), inner.data_ptr(), self._blocks, *sizes))
         self._block_size = block_size
         self.layer_costs = (c_double * (max(Action) + 1))()
-        for action, cost in layer_costs.items():
+        for action, cost in network.layer_costs.items():
             self.layer_costs[action] = cost
         self.actions = (c_int64 * self.num_actions)(*network.actions)
 
@@ -110,7 +88,7 @@ class PolicyRows:
         return best, scores
 
 
-def fits(network: NetworkTensors) -> bool:
+def fits(network: Network) -> bool:
     """Returns True if the native code has room for a network of these sizes."""
     num_scores = network["output_weight"].shape[1] * len(network.actions)
     sizes = (_padded(len(network["hidden_weight"])), _padded(len(network["inner_weight"])), num_scores)

@@ -22,11 +22,11 @@ from dash_runtime.linears.int4_matrix import (
     INT4_GROUP_SIZE,
     INT4_OFFSET_BITS,
     INT4_SCALE_BITS,
+    LANES,
     Int4Matrix,
     quantize_int4_with_rest,
 )
 from dash_runtime.linears.quantization import quantize_int8, through_int8
-from dash_runtime.rows.structs import LANES
 
 _INT4_BITS, _INT8_BITS = 4, 8
 _MOST_PACKERS = 4
@@ -198,11 +198,6 @@ def _num_packers() -> int:
 @cache
 def _packers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_num_packers(), "packer", torch.set_num_threads, (1,))
-
-
-def is_packable(out_features: int, in_features: int) -> bool:
-    """Returns True if these kernels can take a matrix of this shape."""
-    return out_features % LANES == 0 and in_features % INT4_GROUP_SIZE == 0
 
 
 def _pack_words(values: Tensor, num_bits: int) -> Tensor:

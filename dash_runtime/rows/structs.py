@@ -2,13 +2,12 @@
 
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 
-MOST_CHANNELS, MOST_NUMBERS, MOST_EXACT_TILES, LANES, LINE_BYTES, ROUNDED_TOKENS = 512, 256, 64, 16, 64, 16
+from dash_runtime.passes import LONGEST_MATCH
+
+MOST_CHANNELS, MOST_NUMBERS, MOST_EXACT_TILES, LINE_BYTES, ROUNDED_TOKENS = 512, 256, 64, 64, 16
 """As in the source: a head's channels, a policy's features, facts and scores, tiles of a row's logits that are computed
 again, the floats of a vector, a cache line, and the positions whose rounded keys and values lie together: a sequence's
 memory begins with a multiple of them."""
-LONGEST_MATCH, MOST_GUESSES = 16, 7
-"""As in the source: the last tokens that are looked for in the text, at most; and the most guesses of a pass, since
-kernels take rows in groups of up to eight, and a head in INT4 is for up to ten."""
 
 
 def _pointers(*names: str) -> list[tuple[str, type[c_void_p]]]:

@@ -22,6 +22,7 @@ from dash_runtime.config import (
     StoppingParameters,
 )
 from dash_runtime.decoder.backends.native import NativeBackend, why_eager
+from dash_runtime.decoder.backends.native_compensation import runs_natively
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import describe_devices, device_of, find_devices
@@ -30,15 +31,15 @@ from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.engine.cost_fit import MeasuredCosts
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
-from dash_runtime.engine.planner import GroupPlanner, HighestAction, Planner
+from dash_runtime.engine.planner import GroupPlanner, HighestAction
 from dash_runtime.engine.step_times import CostWatch
 from dash_runtime.errors import ConfigError
-from dash_runtime.layers.row_compensation import runs_natively
 from dash_runtime.layers.split_compensation import compensation_over
 from dash_runtime.linears.dense_linear import kept_trials, most_rows_apart
 from dash_runtime.linears.int4_file import int4_file, load_int4
 from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.passes import Planner
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.draft_costs import RoundCosts
 from dash_runtime.policy.draft_length import LEAST_GAIN, MEASURED_LENGTHS
@@ -48,6 +49,7 @@ from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.progress import Progress
 from dash_runtime.rows.library import RowsLibrary, code_digest, load_rows
+from dash_runtime.rows.policy_rows import PolicyRows, fits
 from dash_runtime.startup.calibration import DeviceCalibration
 from dash_runtime.startup.cost_keeper import CostKeeper
 from dash_runtime.startup.faster_kernels import faster_actions, product_seconds
@@ -293,10 +295,11 @@ def _can_be_compiled(
 
 def with_native_code(policy: LearnedPolicy, library: RowsLibrary, lane: LaneKind | None) -> LearnedPolicy:
     """Returns the policy with what evaluates it: layers do where no other lane was asked for."""
-    own = replace(policy, library=library)
-    decides_next = own.is_native and own.block_size == 1 and own.lookahead == 1
-    decides_in_pass = decides_next and lane in (None, LaneKind.INLINE) and runs_natively(own.compensation)
-    return replace(own, decides_in_pass=decides_in_pass)
+    network = policy.native_network
+    evaluator = PolicyRows(library, network) if fits(network) else None
+    decides_next = evaluator is not None and policy.block_size == 1 and policy.lookahead == 1
+    decides_in_pass = decides_next and lane in (None, LaneKind.INLINE) and runs_natively(policy.compensation)
+    return replace(policy, evaluator=evaluator, decides_in_pass=decides_in_pass)
 
 
 def _warm_up(engine: Engine) -> None:

@@ -17,6 +17,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.layers.kv_cache import SequenceCache
+from dash_runtime.passes import PassPlan
 from dash_runtime.policy.policy import cheapest_kernel
 
 _Work = TypeVar("_Work")
@@ -47,7 +48,9 @@ def measure_verification(
     def run_pass(length: int) -> None:
         count = length + 1
         batch = decoder.batch(PassKind.VERIFY, [cache], [count], [Identity()])
-        decoder.run_tokens(Action.FULL, different_tokens(decoder, count), batch, Action.FULL, PassKind.VERIFY)
+        heads = (Action.FULL,) * count
+        plan = PassPlan.of(heads[:1] * decoder.num_layers, heads, wants_logits=False, shares_head=False)
+        decoder.run_pass(plan, different_tokens(decoder, count), batch)
 
     def run_token() -> float:
         run_pass(0)  # leaves the caches as decoding does
@@ -73,7 +76,8 @@ def measure_second_row(decoder: Decoder, rounds: int = _ROUNDS, now: Callable[[]
     def run_pass(count: int) -> None:
         kind = PassKind.DECODE if count == 1 else PassKind.VERIFY
         batch = decoder.batch(kind, [cache], [count], [Identity()])
-        decoder.run_tokens(action, different_tokens(decoder, count), batch, head, PassKind.DECODE)
+        plan = PassPlan.of((action,) * decoder.num_layers, (head,) * count, wants_logits=False)
+        decoder.run_pass(plan, different_tokens(decoder, count), batch)
 
     works = {count: partial(timed, decoder, partial(run_pass, count)) for count in (1, 2)}
     seconds = least_seconds(works, rounds_within(SECONDS / 3, rounds, now))
@@ -96,9 +100,15 @@ def measure_rounds(
         count: decoder.batch(PassKind.DECODE, caches[:count], [1] * count, [Identity()] * count) for count in counts
     }
 
+    plans = {
+        (count, *each): PassPlan.of((each[0],) * decoder.num_layers, (each[1],) * count, wants_logits=False)
+        for count in counts
+        for each in ((Action.FULL, Action.FULL), (action, head))
+    }
+
     def seconds(count: int, own: Action, own_head: Action) -> float:
-        arguments = own, different_tokens(decoder, count), batches[count], own_head, PassKind.DECODE
-        return timed(decoder, lambda: decoder.run_tokens(*arguments))
+        arguments = plans[count, own, own_head], different_tokens(decoder, count), batches[count]
+        return timed(decoder, lambda: decoder.run_pass(*arguments))
 
     def take_round(count: int) -> list[float]:
         """Returns the seconds of a pass in FULL after another one, and of each drafting pass after it."""

@@ -25,6 +25,7 @@ from dash_runtime.engine.step_times import StepTime
 from dash_runtime.events import CostStatus
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation
+from dash_runtime.passes import PassPlan
 from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy import FixedPlan, cheapest_kernel, full_depth
@@ -195,12 +196,12 @@ def _guess(decoder: Decoder, compensation: Compensation, has_policy: bool) -> Co
     """
     kernels = [cheapest_kernel(decoder.actions)]
     batch = decoder.batch(PassKind.DECODE, filled_caches(decoder), [1], [compensation], kernels)
-    hidden = decoder.embed([0])
-    output = hidden.to(decoder.devices[-1])
+    plans = {action: PassPlan.of((action,) * decoder.num_layers) for action in decoder.actions}
+    output = decoder.embed([0]).to(decoder.devices[-1])
     logits = decoder.logits(output, (Action.FULL,))
 
     works: dict[object, Callable[[], object]] = {
-        **{("layers", action): partial(decoder.run_layers, action, hidden, batch) for action in decoder.actions},
+        **{("layers", action): partial(decoder.run_pass, plans[action], [0], batch) for action in decoder.actions},
         **{("head", precision): partial(decoder.logits, output, (precision,)) for precision in decoder.heads},
         "fixed": lambda: (decoder.embed([0]), logits.argmax(-1).tolist()),
     }

@@ -1,8 +1,7 @@
 """Measures a layer's time on this device by action and number of rows: the planner's table.
 
 Interleaves its measurements and takes minima, like `measure.py`. Here several sequences decode together, each over
-its own context. Layers are measured as passes run them: all in one call, or one by one. Knows the decoder; knows no
-policies.
+its own context. Knows the decoder; knows no policies.
 """
 
 from collections.abc import Sequence
@@ -16,9 +15,9 @@ from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation
-from dash_runtime.layers.pass_plan import PassPlan
+from dash_runtime.passes import PassPlan, RowPlan
 from dash_runtime.policy.policy import cheapest_kernel
-from dash_runtime.startup.measure import SECONDS, different_tokens, filled_caches, least_seconds, rounds_within, timed
+from dash_runtime.startup.measure import SECONDS, different_tokens, filled_caches, least_seconds, rounds_within
 
 _Kind = tuple[int, tuple[Action, ...]]
 """A pass: the place of its number of rows, and their actions in turn."""
@@ -27,9 +26,6 @@ _FEW_ROWS = 16
 """The most rows with a context of their own, whose memory a start has to find; more rows share those. And the rows that
 are split into two groups."""
 _ROUNDS = 12
-_MAX_LAYERS = 8
-"""Layers of a pass, spread over the model: enough that none finds its weights in a near cache, few enough that a start
-need not wait for all of them."""
 
 
 @torch.inference_mode()
@@ -41,7 +37,6 @@ def measure_latencies(
     Args:
         rows: ascending from 1; other sizes are interpolated or extrapolated.
     """
-    layers = _spread(decoder.num_layers)
     caches = filled_caches(decoder, min(max(rows), _FEW_ROWS))
     kv_action = cheapest_kernel(decoder.actions)
     batches = [
@@ -54,26 +49,22 @@ def measure_latencies(
         )
         for count in rows
     ]
+    for batch in batches:
+        batch.is_timed = True
     tokens = [different_tokens(decoder, count) for count in rows]
-    inputs = [[hidden.to(device) for device in decoder.devices] for hidden in map(decoder.embed, tokens)]
     places, halves = range(len(rows)), (Action.FULL, min(decoder.actions))
     kinds: list[_Kind] = [(place, (action,)) for place in places for action in decoder.actions]
     split_place = max(place for place in places if rows[place] <= _FEW_ROWS)
     kinds.append((split_place, halves))  # passes with half of the rows in each action
     plans = {kind: _plan(decoder, rows[kind[0]], kind[1]) for kind in kinds}
 
-    def run_layers(place: int, actions: Sequence[Action]) -> None:
-        taken = [actions[row % len(actions)] for row in range(rows[place])]
-        for layer in layers:
-            decoder.run_layer(layer, taken, inputs[place][layer], batches[place])
-
     def seconds_of_layer(kind: _Kind) -> float:
-        # Leaves the caches as decoding does. The few layers that run one by one would stay there.
-        decoder.run_pass(plans[kind], tokens[kind[0]], batches[kind[0]])
-        run = decoder.run_pass(plans[kind], tokens[kind[0]], batches[kind[0]])
-        if run is not None:
-            return (run.layer_times[-1] - run.layer_times[0]) / 1e9 / decoder.num_layers
-        return timed(decoder, partial(run_layers, *kind)) / len(layers)
+        arguments = plans[kind], tokens[kind[0]], batches[kind[0]]
+        decoder.run_pass(*arguments)  # leaves the caches as decoding does
+        record = decoder.run_pass(*arguments).record
+        decoder.synchronise()
+        times = record.layer_times(0)
+        return (times[-1] - times[0]) / 1e9 / decoder.num_layers
 
     works = {kind: partial(seconds_of_layer, kind) for kind in kinds}
     least = least_seconds(works, rounds_within(SECONDS, rounds))
@@ -87,14 +78,6 @@ def measure_latencies(
 def _plan(decoder: Decoder, num_rows: int, actions: Sequence[Action]) -> PassPlan:
     """Returns the plan of passes whose rows have these actions in all layers, in turn, as rows that were raised to
     them."""
-    pinned = [dict.fromkeys(range(decoder.num_layers), action) for action in actions]
-    decided = [(pinned[row % len(pinned)], None) for row in range(num_rows)]
-    decided = decided[:1] if len(actions) == 1 else decided
-    return PassPlan(decided, [min(decoder.heads)] * num_rows, attends_rounded=True)
-
-
-def _spread(num_layers: int) -> Sequence[int]:
-    """Returns at most `_MAX_LAYERS` layers, the first and the last among them."""
-    if num_layers <= _MAX_LAYERS:
-        return range(num_layers)
-    return [place * (num_layers - 1) // (_MAX_LAYERS - 1) for place in range(_MAX_LAYERS)]
+    rows = [RowPlan(dict.fromkeys(range(decoder.num_layers), actions[row % len(actions)])) for row in range(num_rows)]
+    heads = [min(decoder.heads)] * num_rows
+    return PassPlan(rows[:1] if len(actions) == 1 else rows, heads, attends_rounded=True, wants_logits=False)

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.narrow_head import HeadMap, NarrowMatrices
-from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE
-from dash_runtime.rows.row_matrix import is_packable
+from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE, is_packable
 from dash_runtime.training.dense_decoder import DenseDecoder
 from dash_runtime.training.loaded_model import LoadedModel
 

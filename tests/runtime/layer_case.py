@@ -11,19 +11,19 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.decoder.backends.native import layer_vectors, packed_matrices, why_eager
+from dash_runtime.decoder.backends.native_compensation import pack_for_rows
 from dash_runtime.layers.attention import attention
 from dash_runtime.layers.compensation import Compensation
+from dash_runtime.layers.kv_cache import BLOCK_TOKENS, rounded_block_bytes
 from dash_runtime.layers.layer_body import Linears, run_layer_body, split_heads
 from dash_runtime.layers.rotary import RotaryTable
-from dash_runtime.layers.row_compensation import pack_for_rows
 from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
 from dash_runtime.linears.dense_linear import FullLinear, Linear, make_full_linear
 from dash_runtime.linears.quantization import quantized_parts
 from dash_runtime.model_config import BlockConfig
 from dash_runtime.rows.model_rows import ModelRows, PackedLayer
-from dash_runtime.rows.pass_rows import RowsOfPass, RowSpan, rounded_bytes
+from dash_runtime.rows.pass_rows import RowsOfPass, RowSpan
 from dash_runtime.rows.row_matrix import pack_row_matrix
-from dash_runtime.rows.structs import ROUNDED_TOKENS
 from tests.runtime.native_code import in_bytes, native_library, rounded
 from tests.runtime.support import CPU
 
@@ -89,8 +89,8 @@ class Case:
     ) -> Written:
         """Runs the rows in native code, in one call or one by one."""
         rows, memory, action = self.native(kernel), self.memory.clone(), action_of(kernel)
-        num_tiles = -(-self.num_positions // ROUNDED_TOKENS)
-        num_bytes = num_tiles * rounded_bytes(self.config.num_kv_heads, self.config.head_dim)
+        without_biases = replace(self.config, block=replace(self.config.block, has_qkv_bias=False))
+        num_bytes = -(-self.num_positions // BLOCK_TOKENS) * rounded_block_bytes(without_biases)
         # What nobody wrote yet may be anything: these are NaN as scales.
         in_int8 = torch.full((self.config.num_layers, len(self.spans), num_bytes), 0xFF, dtype=torch.uint8)
         filled = torch.zeros(len(self.spans), self.config.num_layers, 2, dtype=torch.int64)
@@ -98,7 +98,7 @@ class Case:
         if compensation is not None:
             packed = pack_for_rows(compensation, self.config.num_layers, self.config.hidden_size)
             assert packed is not None
-        pinned, outputs = bytes([Action.SKIP if is_skipped else action]), []
+        taken, outputs = Action.SKIP if is_skipped else action, []
         for first, spans in self._calls(apart):
             each, first_row = [], 0
             for place, end, count in spans:
@@ -110,7 +110,7 @@ class Case:
             cosines, sines = (own.data_ptr() for own in self.tables)
             given = RowsOfPass(each, (layers, values, tokens, in_int8.stride(0)), [[(cosines, sines)]] * len(each))
             hidden = self.hidden[first : first + first_row]
-            outputs.append(rows.run(hidden, given, pinned, range(LAYER, LAYER + 1), packed, action))
+            outputs.append(rows.run(hidden, given, taken, LAYER, packed, action))
         added = [place * self.num_positions + position for position, place in self.places]
         written = Written(torch.cat(outputs), *(memory[LAYER, part, added] for part in range(2)))
         memory[LAYER, :, added] = self.memory[LAYER, :, added]
@@ -146,7 +146,7 @@ class Case:
             first = 0 if window is None else max(0, position + 1 - window)
             keys, values = (own[place, first : position + 1] for own in seen)
             if keys_in_int8:
-                firsts = seen[0][place, [at - at % ROUNDED_TOKENS for at in range(first, position + 1)]]
+                firsts = seen[0][place, [at - at % BLOCK_TOKENS for at in range(first, position + 1)]]
                 keys, values = firsts + in_int8(keys - firsts), in_int8(values)
             return attention(queries, keys, values, None, block.attention_scale)
 

@@ -7,7 +7,7 @@ from dash_runtime.config import EngineConfig, Mode, SkipOptions
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.planner import Planner
+from dash_runtime.passes import Planner
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.draft_costs import RoundCosts
 from dash_runtime.policy.draft_length import LEAST_GAIN, USUAL_SECOND_ROW

@@ -1,6 +1,5 @@
 """Tables that are measured once and kept: for one model and device, made again if damaged or found to be wrong."""
 
-import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,7 +16,7 @@ from dash_runtime.layers.compensation import Compensation, Identity
 from dash_runtime.policy.draft_length import MEASURED_LENGTHS
 from dash_runtime.policy.policy import cheapest_kernel
 from dash_runtime.startup.calibration import DeviceCalibration
-from dash_runtime.startup.quiet import Quiet, quietness
+from dash_runtime.startup.quiet import Quiet
 from tests.runtime.support import load_decoder
 from tests.tiny_models import save_tiny_model
 
@@ -275,25 +274,6 @@ def test_an_engine_that_checks_nothing_believes_a_disturbed_start(decoder: Decod
     said: list[str] = []
     assert costs_of(kept, decoder, said).table == wrong.table
     assert not said
-
-
-def test_the_time_that_threads_wait_for_cores_is_known_where_the_system_tells(tmp_path: Path) -> None:
-    def thread(name: str, waited: int) -> None:
-        (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / name / "schedstat").write_text(f"123 {waited} 4\n")
-
-    thread("1", 10**9)
-    thread("2", 0)
-    began_at = time.monotonic()
-    with quietness(tmp_path) as found:
-        time.sleep(0.05)
-        thread("2", 20_000_000)
-        took_at_least = time.monotonic() - began_at
-    assert 0 < found.waited <= 0.02 / 0.05 < 0.02 / took_at_least * 1.5
-    assert not found.is_quiet or took_at_least > 0.19
-    with quietness(tmp_path / "a system that does not tell") as found:
-        pass
-    assert found.is_quiet
 
 
 def test_costs_that_serving_corrected_are_those_of_later_starts(decoder: Decoder, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Affine, Compensation, Identity, LowRank, PackedLowRank, Scale
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.layers.narrow_head import HeadMap
-from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.linears.dense_linear import FullLinear, make_full_linear, most_rows_apart, packed_words
+from dash_runtime.passes import PassPlan, PassResult
 from dash_runtime.rows.library import RowsLibrary
 from tests.runtime.compiled_model import MAX_DIVERGENCE, SIZES, assert_same_cache, divergence, native_decoder
 from tests.runtime.support import (
@@ -231,15 +231,12 @@ def folder_with_native_head(folder: Path) -> Path:
 
 def pass_with_heads(
     decoder: Decoder, action: Action, precision: Action, num_rows: int, *, wants_logits: bool = True
-) -> PassRun:
+) -> PassResult:
     """Runs a row of each of so many sequences, with one action and this precision of the head."""
     caches = prefilled_together(decoder, [[3 + row] for row in range(num_rows)])
     batch = decoder.batch(PassKind.DECODE, caches, [1] * num_rows, [Identity()] * num_rows)
-    plan = [(dict.fromkeys(range(decoder.num_layers), action), None)]
-    own = PassPlan(plan, [precision] * num_rows, wants_logits=wants_logits)
-    run = decoder.run_pass(own, list(range(num_rows)), batch)
-    assert run is not None
-    return run
+    plan = PassPlan.of([action] * decoder.num_layers, [precision] * num_rows, wants_logits=wants_logits)
+    return decoder.run_pass(plan, list(range(num_rows)), batch)
 
 
 @torch.inference_mode()

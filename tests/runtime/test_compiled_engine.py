@@ -91,7 +91,7 @@ def test_the_policy_is_evaluated_by_native_code_within_a_rows_pass(engine: Engin
     facts = [policy.name for policy in engine.facts.policies if policy.learned and policy.name != FRONTIER]
     assert facts == [NAME]
     policy = engine._catalog._learned[NAME]
-    assert policy.is_native
+    assert policy.evaluator is not None
     assert policy.decides_in_pass
 
 

@@ -9,8 +9,9 @@ import torch
 from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.planner import GroupPlanner, Planner
+from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.events import TokenProduced
+from dash_runtime.passes import Planner
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.startup.build import assemble_engine

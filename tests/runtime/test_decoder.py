@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.backends.backend import LayerByLayer
+from dash_runtime.decoder.backends.loop import LayerLoop
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Identity, Scale
@@ -134,7 +134,7 @@ def test_each_row_is_compensated_by_its_own_policy(decoder: Decoder) -> None:
     assert torch.equal(outputs, torch.stack((hidden[0] * 0.5, hidden[1])))
 
 
-class NamedBackend(LayerByLayer):
+class NamedBackend(LayerLoop):
     """Notes its name when it runs. Takes all passes, or only those of one sequence."""
 
     def __init__(self, name: str, journal: list[str], takes_all: bool = True) -> None:

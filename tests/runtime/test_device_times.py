@@ -3,9 +3,10 @@
 from typing import Any
 
 from dash_runtime.devices.step_timer import CudaStepTimer
+from dash_runtime.engine.decider import DecidedBlock
 from dash_runtime.engine.device_times import settle_decisions
 from dash_runtime.engine.lanes import Ticket
-from dash_runtime.engine.step import DecidedBlock
+from dash_runtime.passes import OnePass
 from dash_runtime.policy.policy import Decision
 from tests.runtime.support import CPU
 
@@ -50,7 +51,7 @@ def test_a_decision_is_exposed_for_the_idle_time_before_its_layer_less_the_usual
     ticket.events = clock.Event(True), clock.Event(True)
     for event in ticket.events:
         event.record(clock)
-    settle_decisions(timer, [DecidedBlock((2,), ticket, None)])
+    settle_decisions(OnePass(timer, 0), [DecidedBlock((2,), ticket, None)])
     begin = timer.times()[0]
     assert [round((at - begin) / 1000) for at in timer.times()] == [0, 40, 42, 82, 94, 134, 137, 177]
     assert [round((at - begin) / 1000) for at in (ticket.started_ns, ticket.ended_ns)] == [50, 70]
@@ -59,4 +60,4 @@ def test_a_decision_is_exposed_for_the_idle_time_before_its_layer_less_the_usual
 
 def test_a_step_whose_pass_decides_keeps_the_hosts_times() -> None:
     timer = CudaStepTimer(2, CPU, FakeClock([]))
-    settle_decisions(timer, [])
+    settle_decisions(OnePass(timer, 0), [])

@@ -22,6 +22,7 @@ from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import EngineEvent, SequenceFinished, SpeculationStatistics, TokenProduced
 from dash_runtime.layers.batch import Batch, PassKind
+from dash_runtime.passes import PassPlan, PassResult
 from dash_runtime.policy.catalog import USUAL_VERIFICATION_COSTS
 from dash_runtime.policy.draft_costs import RoundCosts
 from tests.runtime.planned_engine import ACTIONS, make_engine
@@ -254,21 +255,19 @@ def test_a_sampled_run_repeats_and_draws_what_it_may(decoder: Decoder) -> None:
 
 
 class NotingDecoder:
-    """A real decoder that notes the kinds of passes whose logits it is asked for, for several rows at once."""
+    """A real decoder that notes whether the rows of verifications share a head."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self.kinds: list[PassKind] = []
+        self.share_heads: list[bool] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name)
 
-    def run_tokens(
-        self, action: Action, token_ids: Sequence[int], batch: Batch, head: Action, kind: PassKind, wants_logits: bool
-    ) -> tuple[torch.Tensor | None, list[int]]:
-        if len(token_ids) > 1:
-            self.kinds.append(kind)
-        return self._decoder.run_tokens(action, token_ids, batch, head, kind, wants_logits)
+    def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassResult:
+        if len(token_ids) > 1 and batch.kind is PassKind.VERIFY:
+            self.share_heads.append(plan.shares_head)
+        return self._decoder.run_pass(plan, token_ids, batch)
 
 
 @pytest.mark.parametrize("group_planner", [True, False])
@@ -279,7 +278,7 @@ def test_drafts_of_one_sequence_are_scored_apart_also_where_neighbours_share_pro
     engine = make_engine(noting, group_planner=group_planner)  # type: ignore[arg-type]
     events = run(engine, request("exact", max_new_tokens=60))["exact"]
     assert drafts(events).num_drafted > 0
-    assert set(noting.kinds) == {PassKind.VERIFY}
+    assert set(noting.share_heads) == {False}
 
 
 DRAFTS_PAY = RoundCosts((LatencyTable((1, 8), {Action.FULL: (10.0, 20.0)}),), 20.0, {1: 0.3, 7: 0.4, 31: 0.5}, 64)
@@ -293,12 +292,12 @@ def test_sequences_draft_in_step_and_one_pass_verifies_all(decoder: Decoder) -> 
     together = run(engine, *asked)
     drafted = sum(drafts(events).num_drafted for events in together.values())
     assert drafted > 40
-    assert PassKind.DECODE in noting.kinds  # of verifications: those of several sequences
+    assert True in noting.share_heads  # of verifications: those of several sequences
     for own in asked:
         full_depth = run(make_engine(decoder), replace(own, skip=FULL))[own.request_id]
         assert tokens(together[own.request_id]) == tokens(full_depth)
     verified = [drafts(events).num_verifications for events in together.values()]
-    assert len(noting.kinds) < sum(verified)  # of several sequences at a time
+    assert len(noting.share_heads) < sum(verified)  # of several sequences at a time
 
 
 def test_sequences_come_and_go_in_the_middle_of_a_round(decoder: Decoder) -> None:

@@ -27,6 +27,7 @@ from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Affine, Compensation
 from dash_runtime.layers.split_compensation import compensation_over
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.passes import PassPlan, RowPlan
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.policy import State, Token
@@ -122,15 +123,30 @@ def run(
     for cache in caches:
         cache.length = 0 if kind is PassKind.PREFILL else 5
     batch = decoder.batch(kind, caches, lengths, [own] * len(caches), [Action.FULL] * len(caches))
-    hidden = decoder.start_pass([7] * batch.num_rows, batch)
-    states = [hidden]
-    for layer in range(decoder.num_layers):
-        taken = [actions[(row + layer) % len(actions)] for row in range(batch.num_rows)]
-        hidden = decoder.run_layer(layer, taken, hidden, batch)
-        after = min(layer + 1, decoder.num_layers - 1)
-        assert (hidden.device, hidden.dtype) == (decoder.devices[after], DTYPE)
-        states.append(hidden)
-    return decoder.logits(hidden, [Action.FULL] * batch.num_rows, kind), states
+    plans = [
+        RowPlan({layer: actions[(row + layer) % len(actions)] for layer in range(decoder.num_layers)})
+        for row in range(batch.num_rows)
+    ]
+    watching = Watching(range(batch.num_rows), plans)
+    states = decoder.run_pass(PassPlan(plans, deciders=[watching]), [7] * batch.num_rows, batch).states
+    assert states is not None
+    logits = decoder.logits(states, [Action.FULL] * batch.num_rows, kind)
+    assert [(own.device, own.dtype) for own in watching.states] == [(own, DTYPE) for own in decoder.devices]
+    return logits, watching.states
+
+
+class Watching:
+    """Runs what is planned, and keeps the inputs of layers."""
+
+    def __init__(self, rows: Sequence[int], plans: Sequence[RowPlan]) -> None:
+        self.rows, self.states = rows, list[Tensor]()
+        self._plans = plans
+
+    def actions(self, layer: int) -> Sequence[Action]:
+        return [plan.pinned[layer] for plan in self._plans]
+
+    def observe(self, layer: int, hidden: Tensor, actions: Sequence[Action]) -> None:
+        self.states.append(hidden)
 
 
 SKIP, INT4, INT8, FULL = ALL_ACTIONS

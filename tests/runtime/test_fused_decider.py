@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,13 +13,14 @@ from torch.nn import functional
 from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.config import LaneKind
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.engine.fused_decider import FusedDecider
+from dash_runtime.engine.decider import Decider
+from dash_runtime.engine.decoding_rows import plan_of
 from dash_runtime.engine.lanes import InlineLane
-from dash_runtime.engine.planner import GroupPlanner, Planner
-from dash_runtime.engine.step import Decider, StepOutput, decode_step
+from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Identity, PackedLowRank
 from dash_runtime.layers.kv_cache import SequenceCache
+from dash_runtime.passes import PassResult, Planner
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.policy import Token
@@ -64,28 +66,39 @@ def prefilled(decoder: Decoder, prompts: Sequence[Sequence[int]] = PROMPTS) -> l
     return caches
 
 
+class Step(NamedTuple):
+    """A pass, and who decided."""
+
+    result: PassResult
+    decider: Decider
+
+
 def step(
     setting: Setting,
-    kind: type[Decider],
+    in_pass: bool,
     caches: Sequence[SequenceCache],
     token_ids: Sequence[int],
     price: float | Sequence[float],
     policy: LearnedPolicy | None = None,
     planner: Planner | None = None,
-) -> tuple[StepOutput, Decider]:
+) -> Step:
     policy, count = setting.policy if policy is None else policy, len(caches)
+    policy = replace(policy, decides_in_pass=in_pass)
     prices = [price] * count if isinstance(price, float) else price
     tokens = [Token(0, cache.length, own) for cache, own in zip(caches, prices, strict=True)]
-    decider = kind(policy, range(count), tokens, policy.costs, count)
+    decider = Decider(policy, InlineLane(), range(count), tokens, policy.costs, count)
     batch = setting.decoder.batch(
         PassKind.DECODE, caches, [1] * count, [policy.compensation] * count, [policy.kv_action] * count
     )
-    return decode_step(setting.decoder, InlineLane(), batch, token_ids, [decider], planner), decider
+    result = setting.decoder.run_pass(plan_of([decider], planner), token_ids, batch)
+    batch.commit()
+    return Step(result, decider)
 
 
-def scores_of(decider: Decider, row: int) -> list[list[float]]:
+def scores_of(own: Step, row: int) -> list[list[float]]:
     """Returns a row's scores by decided layer."""
-    in_pass, size = decider.scores_in_pass(row), len(decider.policy.score_actions)
+    decider = own.decider
+    in_pass, size = own.result.record.scores(row), len(decider.policy.score_actions)
     if in_pass is not None:
         scores = memoryview(in_pass).cast("f").tolist()
         free = [layer for layer in range(len(scores) // size) if layer not in decider.policy.pinned]
@@ -101,13 +114,13 @@ def test_a_rows_pass_decides_what_is_decided_for_rows_between_layers(setting: Se
     taken: set[int] = set()
     for number, price in enumerate(PRICES):
         token_ids = [10 * number + row for row in range(len(PROMPTS))]
-        output, decider = step(setting, Decider, together, token_ids, price)
+        output, decider = layered = step(setting, False, together, token_ids, price)
         for row, cache in enumerate(alone):
-            own, fused = step(setting, FusedDecider, [cache], token_ids[row : row + 1], price)
+            own, fused = in_pass = step(setting, True, [cache], token_ids[row : row + 1], price)
             assert own.plans == output.plans[row : row + 1]
             assert torch.equal(own.logits, output.logits[row : row + 1])
             assert not fused.blocks
-            assert scores_of(fused, 0) == scores_of(decider, row)
+            assert scores_of(in_pass, 0) == scores_of(layered, row)
             assert fused.num_evaluations == decider.num_evaluations > 0
         taken |= {action for plan in output.plans for action in plan}
     assert len(taken) >= 3
@@ -140,13 +153,13 @@ def test_a_pass_of_several_rows_decides_and_agrees_as_the_loop_over_layers(
         count = (11, 4, 2, 11, 9, 3)[number]
         token_ids = [10 * number + row for row in range(count)]
         prices = [PRICES[(number + row) % len(PRICES)] for row in range(count)]
-        expected, decider = step(setting, Decider, layered[:count], token_ids, prices, planner=planner)
-        output, own = step(several, FusedDecider, fused[:count], token_ids, prices, planner=planner)
+        expected, _ = by_layer = step(setting, False, layered[:count], token_ids, prices, planner=planner)
+        output, _ = in_pass = step(several, True, fused[:count], token_ids, prices, planner=planner)
         assert output.plans == expected.plans
         assert torch.equal(output.logits, expected.logits)
-        assert output.likeliest == expected.likeliest
+        assert output.token_ids == expected.token_ids
         for row in range(count):
-            assert scores_of(own, row) == scores_of(decider, row)
+            assert scores_of(in_pass, row) == scores_of(by_layer, row)
         raised += len({bytes(plan) for plan in output.plans}) < count
     assert raised or not has_planner
 
@@ -156,11 +169,11 @@ def test_native_code_scores_as_the_network_does(setting: Setting) -> None:
     native, eager = prefilled(setting.decoder), prefilled(setting.decoder)
     for number, price in enumerate(PRICES):
         token_ids = [10 * number + row for row in range(len(PROMPTS))]
-        output, decider = step(setting, Decider, native, token_ids, price)
-        expected, other = step(setting, Decider, eager, token_ids, price, replace(setting.policy, library=None))
-        assert output.plans == expected.plans
+        own_step = step(setting, False, native, token_ids, price)
+        other_step = step(setting, False, eager, token_ids, price, replace(setting.policy, evaluator=None))
+        assert own_step.result.plans == other_step.result.plans
         for row in range(len(PROMPTS)):
-            own, others = (torch.tensor(scores_of(one, row)) for one in (decider, other))
+            own, others = (torch.tensor(scores_of(one, row)) for one in (own_step, other_step))
             torch.testing.assert_close(own, others, rtol=1e-4, atol=1e-4)
 
 
@@ -171,16 +184,16 @@ def test_blocks_and_lookahead_are_decided_natively_as_by_the_network(
 ) -> None:
     policy = random_policy(setting.folder, block_size=block_size, lookahead=lookahead)
     own = with_native_code(policy, setting.library, None)
-    assert own.is_native
+    assert own.evaluator is not None
     caches = [prefilled(setting.decoder) for _ in range(2)]
     for number, price in enumerate(PRICES):
         token_ids = [10 * number + row for row in range(len(PROMPTS))]
-        (output, decider), (expected, other) = (
-            step(setting, Decider, each, token_ids, price, one) for each, one in zip(caches, (own, policy), strict=True)
+        native, eager = (
+            step(setting, False, each, token_ids, price, one) for each, one in zip(caches, (own, policy), strict=True)
         )
-        assert output.plans == expected.plans
+        assert native.result.plans == eager.result.plans
         for row in range(len(PROMPTS)):
-            for scores, others in zip(scores_of(decider, row), scores_of(other, row), strict=True):
+            for scores, others in zip(scores_of(native, row), scores_of(eager, row), strict=True):
                 assert scores == pytest.approx(others, rel=1e-4, abs=1e-4)
 
 
@@ -189,8 +202,8 @@ def test_a_tokens_decisions_do_not_depend_on_the_tokens_that_the_policy_saw_befo
     cache, fresh = prefilled(setting.decoder)[0], prefilled(setting.decoder)[0]
     used = replace(setting.policy)
     for token_id, price in enumerate(PRICES):
-        own, _ = step(setting, FusedDecider, [cache], [token_id], price, used)
-        other, _ = step(setting, FusedDecider, [fresh], [token_id], price, replace(setting.policy))
+        own, _ = step(setting, True, [cache], [token_id], price, used)
+        other, _ = step(setting, True, [fresh], [token_id], price, replace(setting.policy))
         assert own.plans == other.plans
         assert torch.equal(own.logits, other.logits)
 
@@ -199,9 +212,8 @@ def test_a_tokens_decisions_do_not_depend_on_the_tokens_that_the_policy_saw_befo
 def test_passes_of_one_row_and_of_several_take_turns_with_one_policy(setting: Setting) -> None:
     turns, rows = prefilled(setting.decoder), prefilled(setting.decoder)
     for token_id, count in enumerate((1, 2, 1, 1, 3, 1)):
-        kind = FusedDecider if count == 1 else Decider
-        own, _ = step(setting, kind, turns[:count], [token_id] * count, 2.0)
-        other, _ = step(setting, Decider, rows[:count], [token_id] * count, 2.0)
+        own, _ = step(setting, count == 1, turns[:count], [token_id] * count, 2.0)
+        other, _ = step(setting, False, rows[:count], [token_id] * count, 2.0)
         assert own.plans == other.plans
         assert torch.equal(own.logits, other.logits)
 
@@ -221,12 +233,12 @@ def widened(network: PolicyNetwork, num_more: int) -> PolicyNetwork:
 def test_a_network_that_native_code_has_no_room_for_is_evaluated_eagerly(setting: Setting) -> None:
     wide = replace(setting.policy, network=widened(setting.policy.network, MOST_NUMBERS))
     wide = with_native_code(wide, setting.library, None)
-    assert not wide.is_native
+    assert wide.evaluator is None
     assert not wide.decides_in_pass
     own, other = prefilled(setting.decoder), prefilled(setting.decoder)
     for token_id, price in enumerate(PRICES):
         outputs = [
-            step(setting, Decider, caches, [token_id] * len(caches), price, policy)[0]
+            step(setting, False, caches, [token_id] * len(caches), price, policy)[0]
             for caches, policy in ((own, wide), (other, None))
         ]
         assert outputs[0].plans == outputs[1].plans

@@ -157,7 +157,7 @@ def with_graphs(model: Model, capture: Capture) -> Model:
     eager = model.decoder.backends[PassKind.VERIFY][-1]
     assert isinstance(eager, EagerBackend)
     parts = layers_of(model.decoder), range(TINY.num_layers), None, model.decoder.heads, eager
-    backend = CudaBackend(TINY, *parts, _CapturingDevice(capture), model.decoder.dtype)
+    backend = CudaBackend(eager._ends, TINY, *parts, _CapturingDevice(capture), model.decoder.dtype)
     decoder = replace(model.decoder, backends={**model.decoder.backends, PassKind.DECODE: [backend, eager]})
     captured = prepare(decoder, model.pool, model.compensation, 2)
     return replace(model, decoder=decoder, eager=eager_over(decoder), captured=captured)

@@ -238,7 +238,7 @@ def test_wrong_guesses_are_forgotten_among_others_too() -> None:
     output += [1] * 200
     assert guesses.wanted(output, 100, 2).chances[0] > (before + after) / 2
     # Nothing looked its text up so far; alone, all of it is there.
-    assert guesses.wanted_in_burst(output, 50)[0] is not None or guesses.wanted(output, 50, 1).token_ids
+    assert guesses.wanted_in_burst(output)[0] is not None or guesses.wanted(output, 50, 1).token_ids
 
 
 def test_right_guesses_go_on() -> None:

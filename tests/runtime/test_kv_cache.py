@@ -1,6 +1,5 @@
 """All sequences share one number of tokens, and each has one piece of the pool's memory."""
 
-from ctypes import c_int64
 from pathlib import Path
 
 import psutil
@@ -122,22 +121,22 @@ def test_truncating_forgets_the_end_only(tiny_folder: Path) -> None:
 def test_rounded_keys_and_values_are_forgotten_with_those_that_they_were_made_from(tiny_folder: Path) -> None:
     pool = make_pool(tiny_folder, 5 * BLOCK_TOKENS, max_sequences=1)
     first, cache = (reserved(pool, 2 * BLOCK_TOKENS) for _ in range(2))
-    address, bounds = cache.rounded_addresses()
     assert pool.rounded is not None
-    assert bounds is not None
-    assert address == pool.rounded[0, 2].data_ptr()
-    filled = (c_int64 * 12).from_address(bounds)
+    assert cache.rounded is not None
+    memory, filled = cache.rounded
+    assert memory.data_ptr() == pool.rounded[0, 2].data_ptr()
     fill(cache, 2 * BLOCK_TOKENS, 1)
-    filled[:] = [0, 2 * BLOCK_TOKENS, 0, 10] * 3
+    filled.copy_(torch.tensor([[0, 2 * BLOCK_TOKENS], [0, 10]] * 3))
     cache.truncate(20)
-    assert list(filled) == [0, 20, 0, 10] * 3
+    assert filled.tolist() == [[0, 20], [0, 10]] * 3
     pool.release(first)
     reserved(pool, 3 * BLOCK_TOKENS)  # moves the other one
-    assert (pool.num_moves, cache.rounded_addresses()) == (1, (pool.rounded.data_ptr(), bounds))
-    assert list(filled) == [0] * 12
+    assert pool.num_moves == 1
+    assert [own.data_ptr() for own in cache.rounded] == [pool.rounded.data_ptr(), filled.data_ptr()]
+    assert not filled.any()
 
 
 def test_a_model_with_biases_of_keys_has_no_rounded_ones(tmp_path: Path) -> None:
     pool = CachePool(load_model_config(save_tiny_model(tmp_path, "qwen2")), 64, torch.bfloat16, [CPU] * 6)
-    assert reserved(pool, 64).rounded_addresses() == (None, None)
+    assert reserved(pool, 64).rounded is None
     assert pool.strides[-1] == 0

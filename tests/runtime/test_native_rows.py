@@ -1,6 +1,6 @@
 """A row's bits are the same alone and among others, layer by layer and in one call, with any number of threads."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation, Identity, PackedLowRank
 from dash_runtime.layers.kv_cache import SequenceCache
-from dash_runtime.layers.pass_plan import PassPlan, PassRun
+from dash_runtime.passes import Limit, PassPlan, PassResult, RowPlan
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.rows.model_rows import HeadRows
 from tests.runtime.compiled_model import MAX_DIVERGENCE, SIZES, assert_same_cache, divergence, native_decoder
@@ -62,18 +62,13 @@ def compensation_of(decoder: Decoder, kind: str) -> Compensation:
     return low_rank if kind == "low rank" else some_affine(decoder)
 
 
-def alike(pinned: Mapping[int, Action], num_rows: int = 1) -> PassPlan:
-    return PassPlan([(pinned, None)], [Action.FULL] * num_rows)
-
-
 def run_whole(
     decoder: Decoder, cache: SequenceCache, token_id: int, plan: Sequence[Action], compensation: Compensation
-) -> PassRun | None:
+) -> PassResult:
     batch = decoder.batch(PassKind.DECODE, [cache], [1], [compensation], [Action.INT8])
-    run = decoder.run_pass(alike(dict(enumerate(plan))), [token_id], batch)
-    if run is not None:
-        batch.commit()
-    return run
+    result = decoder.run_pass(PassPlan.of(plan, [Action.FULL]), [token_id], batch)
+    batch.commit()
+    return result
 
 
 def verify(decoder: Decoder, caches: Sequence[SequenceCache], ids: Sequence[Ids], by_layer: bool = False) -> Tensor:
@@ -85,7 +80,9 @@ def verify(decoder: Decoder, caches: Sequence[SequenceCache], ids: Sequence[Ids]
         for layer in range(decoder.num_layers):
             hidden = decoder.run_layer(layer, [Action.FULL] * batch.num_rows, hidden, batch)
     else:
-        hidden = decoder.run_layers(Action.FULL, hidden, batch)
+        whole = decoder.run_pass(PassPlan.of(full_plan(decoder)), [token_id for own in ids for token_id in own], batch)
+        assert whole.states is not None
+        hidden = whole.states
     batch.commit()
     return decoder.logits(hidden, [Action.FULL] * batch.num_rows, PassKind.VERIFY)
 
@@ -117,12 +114,12 @@ def test_any_plan_in_one_call_has_the_bits_that_it_has_layer_by_layer(decoder: D
         plan = mixed_plan(token_id, decoder.num_layers)
         run = run_whole(decoder, own, token_id, plan, compensation)
         expected = run_rows(decoder, [other], [[token_id]], [plan], compensation, kv_action=Action.INT8)
-        assert run is not None
+        times = run.record.layer_times(0)
         assert list(run.plans[0]) == plan
         assert torch.equal(run.logits, expected)
-        assert run.likeliest == expected.argmax(-1).tolist()
-        assert list(run.layer_times) == sorted(run.layer_times)
-        assert 0 < run.layer_times[0] < run.layer_times[-1]
+        assert run.token_ids == expected.argmax(-1).tolist()
+        assert list(times) == sorted(times)
+        assert 0 < times[0] < times[-1]
     assert_equal_caches(own, other)
 
 
@@ -131,24 +128,30 @@ def test_any_plan_in_one_call_has_the_bits_that_it_has_layer_by_layer(decoder: D
 def test_the_likeliest_tokens_are_the_same_where_nobody_wants_logits(decoder: Decoder, num_rows: int) -> None:
     for head in (Action.FULL, Action.INT8, Action.INT4):
         caches, ids = prefilled(decoder, *[some_ids(4, seed) for seed in range(num_rows)]), some_ids(num_rows, 5)
-        kind = PassKind.DECODE
-        batch = decoder.batch(kind, caches, [1] * num_rows, [Identity()] * num_rows)
-        logits, expected = decoder.run_tokens(Action.FULL, ids, batch, head, kind, wants_logits=True)
-        others, likeliest = decoder.run_tokens(Action.FULL, ids, batch, head, kind)
-        assert logits is not None
-        assert likeliest == expected == logits.argmax(-1).tolist()
+        batch = decoder.batch(PassKind.DECODE, caches, [1] * num_rows, [Identity()] * num_rows)
+        with_logits, without = (
+            decoder.run_pass(PassPlan.of(full_plan(decoder), [head] * num_rows, wants_logits=wanted), ids, batch)
+            for wanted in (True, False)
+        )
+        assert with_logits.logits is not None
+        assert without.token_ids == with_logits.token_ids == with_logits.logits.argmax(-1).tolist()
         in_full = decoder.heads[Action.FULL]
         can_do_without = head is Action.FULL and isinstance(in_full, HeadRows)
-        assert (others is None) is can_do_without
+        assert (without.logits is None) is can_do_without
 
 
 @torch.inference_mode()
 def test_what_one_call_cannot_run_is_left_to_the_loop_over_layers(decoder: Decoder, folder: Path) -> None:
-    plan = full_plan(decoder)
-    (cache,) = prefilled(decoder, [1])
-    assert run_whole(decoder, cache, 1, plan, some_low_rank(decoder)) is None  # its matrices are float
+    own, other = prefilled(decoder, [1], [1])
+    plan, floats = mixed_plan(1, decoder.num_layers), some_low_rank(decoder)
+    result = run_whole(decoder, own, 1, plan, floats)  # the compensation's matrices are float
+    assert torch.equal(result.logits, run_rows(decoder, [other], [[1]], [plan], floats, kv_action=Action.INT8))
+    assert list(result.plans[0]) == plan
     eager = load_decoder(folder, torch.bfloat16)
-    assert run_whole(eager, prefilled(eager, [1])[0], 1, plan, Identity()) is None
+    for one, compensation in ((decoder, floats), (eager, Identity())):
+        (cache,) = prefilled(one, [1])
+        batch = one.batch(PassKind.DECODE, [cache], [1], [compensation], [Action.INT8])
+        assert one.run(PassPlan.of(plan, [Action.FULL]), [1], batch, Limit(count=2)) is None
 
 
 @pytest.mark.parametrize("num_rows", [3, 12])  # from 8 on threads share rows
@@ -167,16 +170,14 @@ def test_rows_with_plans_and_compensations_of_their_own_run_in_one_call_with_the
         plans = [mixed_plan(seed, decoder.num_layers) for seed in seeds]
         token_ids = [10 * row + step for row in range(num_rows)]
         batch = several.batch(PassKind.DECODE, together, [1] * num_rows, own, [Action.INT8] * num_rows)
-        decided = [(dict(enumerate(plan)), None) for plan in plans]
-        run = several.run_pass(PassPlan(decided, [Action.FULL] * num_rows), token_ids, batch)
-        assert run is not None
+        rows = [RowPlan(dict(enumerate(plan))) for plan in plans]
+        run = several.run_pass(PassPlan(rows, [Action.FULL] * num_rows), token_ids, batch)
         batch.commit()
         assert [list(plan) for plan in run.plans] == plans
         for row, cache in enumerate(alone):
             single = run_whole(decoder, cache, token_ids[row], plans[row], own[row])
-            assert single is not None
             assert torch.equal(run.logits[row : row + 1], single.logits)
-            assert run.likeliest[row : row + 1] == single.likeliest
+            assert run.token_ids[row : row + 1] == single.token_ids
     for cache, other in zip(alone, together, strict=True):
         assert_equal_caches(cache, other)
 
@@ -187,12 +188,10 @@ def test_two_rows_of_one_draft_have_the_bits_that_each_has_alone(decoder: Decode
     own, other = prefilled(decoder, some_ids(70), some_ids(70))
     plan = [action] * decoder.num_layers
     batch = decoder.batch(PassKind.VERIFY, [own], [2], [Identity()])
-    together = decoder.run_pass(alike(dict(enumerate(plan)), 2), [3, 9], batch)
+    together = decoder.run_pass(PassPlan.of(plan, [Action.FULL] * 2), [3, 9], batch)
     batch.commit()
     alone = [run_whole(decoder, other, token_id, plan, Identity()) for token_id in (3, 9)]
-    assert together is not None
     for row, run in enumerate(alone):
-        assert run is not None
         assert torch.equal(together.logits[row : row + 1], run.logits)
     assert_equal_caches(own, other)
 
@@ -343,4 +342,4 @@ def test_an_action_that_layers_are_not_packed_for_is_an_error_that_names_it(
     with pytest.raises(ValueError, match="INT4"):
         decoder.run_layer(0, [Action.INT4], hidden, batch)
     with pytest.raises(ValueError, match="INT8"):
-        decoder.run_pass(alike(dict.fromkeys(range(decoder.num_layers), Action.INT8)), [2], batch)
+        decoder.run_pass(PassPlan.of([Action.INT8] * decoder.num_layers, [Action.FULL]), [2], batch)

@@ -72,7 +72,7 @@ def make_wild_engine(tmp_path_factory: pytest.TempPathFactory, rows_library: Row
 
 @pytest.fixture(scope="module")
 def make_apart_engine(tmp_path_factory: pytest.TempPathFactory, rows_library: RowsLibrary) -> MakeEngine:
-    """Makes engines like those of `make_engine`, in which no number of rows shares a product: bits would depend on it."""
+    """Makes engines like `make_engine`, in which no number of rows shares a product: bits would depend on it."""
     folder = tmp_path_factory.mktemp("apart")
     return engines_of(folder, rows_library, "qwen2-sliding-window", shares_products=False, initializer_range=0.004)
 

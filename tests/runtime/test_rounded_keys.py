@@ -8,10 +8,11 @@ from torch import Tensor
 
 from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.layers.kv_cache import SequenceCache
-from dash_runtime.layers.pass_plan import PassPlan
+from dash_runtime.passes import PassPlan, RowPlan
 from dash_runtime.rows.library import RowsLibrary
 from tests.runtime.compiled_model import SIZES, native_decoder
 from tests.runtime.layer_case import FINER, Case
@@ -72,11 +73,13 @@ def run_plans(
 ) -> Tensor:
     """Runs the token 3 of each sequence with an action in all layers; returns the logits."""
     batch = decoder.batch(PassKind.DECODE, caches, [1] * len(caches), [Identity()] * len(caches))
-    decided = [(dict.fromkeys(range(decoder.num_layers), action), None) for action in actions]
-    run = decoder.run_pass(PassPlan(decided, [Action.FULL] * len(caches), latencies), [3] * len(caches), batch)
-    assert run is not None
+    rows = [RowPlan(dict.fromkeys(range(decoder.num_layers), action)) for action in actions]
+    planner = None if latencies is None else GroupPlanner(latencies)
+    plan = PassPlan(rows, [Action.FULL] * len(caches), planner=planner)
+    result = decoder.run_pass(plan, [3] * len(caches), batch)
     batch.commit()
-    return run.logits
+    assert result.logits is not None
+    return result.logits
 
 
 @torch.inference_mode()

@@ -16,9 +16,10 @@ from dash_runtime.linears.dense_linear import (
     make_full_linear,
     packed_words,
 )
+from dash_runtime.linears.int4_matrix import is_packable
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.rows.model_rows import HeadRows, ModelRows
-from dash_runtime.rows.row_matrix import RowMatrix, is_packable, pack_row_matrix
+from dash_runtime.rows.row_matrix import RowMatrix, pack_row_matrix
 from tests.runtime.native_code import in_bytes, native_library, rounded
 
 LAYOUTS = ("blocks", "tiles", "INT8", "INT4")

@@ -12,11 +12,11 @@ from dash_runtime.checkpoints import load_model_config
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.layers.shortlist import NUM_EXACT_TILES, shortlist_head
 from dash_runtime.linears.dense_linear import FullLinear
-from dash_runtime.linears.int4_matrix import quantize_int4, quantize_int4_with_rest
+from dash_runtime.linears.int4_matrix import is_packable, quantize_int4, quantize_int4_with_rest
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.rows.head_struct import RoughMatrix
 from dash_runtime.rows.model_rows import HeadRows, ModelRows
-from dash_runtime.rows.row_matrix import is_packable, pack_rough_matrix, pack_row_matrix
+from dash_runtime.rows.row_matrix import pack_rough_matrix, pack_row_matrix
 from tests.runtime.native_code import native_library
 
 VOCABULARY, SIZE, NUM_EXACT = 816, 96, 5

@@ -23,6 +23,7 @@ from dash_runtime.events import EngineEvent, TokenProduced
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation, Dense, Identity, Scale
 from dash_runtime.layers.split_compensation import compensation_over
+from dash_runtime.passes import PassPlan
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
@@ -169,7 +170,8 @@ def test_the_hidden_state_moves_once_a_pass_and_not_at_all_on_one_device(
         (cache,) = decoder.caches([32])
         batch = decoder.batch(PassKind.PREFILL, [cache], [4], [Identity()])
         before = twins.num_moved
-        hidden = decoder.run_layers(Action.FULL, decoder.embed([1, 2, 3, 4]), batch)
+        hidden = decoder.run_pass(PassPlan.of(full_plan(decoder)), [1, 2, 3, 4], batch).states
+        assert hidden is not None
         assert hidden.device == places[-1]
         assert twins.num_moved - before == expected
 

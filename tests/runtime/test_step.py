@@ -9,13 +9,17 @@ import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.config import LaneKind
+from dash_runtime.decoder.backends.loop import LayerLoop, LoopEnds
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.devices import CpuDevice, CudaDevice
+from dash_runtime.engine.decider import Decider
+from dash_runtime.engine.decoding_rows import plan_of
 from dash_runtime.engine.lanes import CudaStreamLane, InlineLane, Lane, ThreadLane, make_lane
-from dash_runtime.engine.step import Decider, StepOutput, decode_step
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Identity
+from dash_runtime.layers.heads import Heads
+from dash_runtime.passes import PassResult
 from dash_runtime.policy.policy import Decision, FixedPlan, Pending, RandomPlan, State, Token, full_depth
 from tests.runtime.support import CPU, full_plan, load_decoder, new_cache, run_rows, some_affine, some_costs
 
@@ -45,15 +49,15 @@ class RecordingPolicy:
         return lambda: Decision((chosen,))
 
 
-class JournalDecoder:
-    """A real decoder that writes its layer runs into a journal."""
+class JournalLoop(LayerLoop):
+    """Runs a real decoder's layers, and writes that into a journal."""
 
     def __init__(self, decoder: Decoder, journal: list[Any]) -> None:
+        heads = Heads(decoder.heads)
+        super().__init__(LoopEnds(decoder.num_layers, decoder.embed, heads, decoder.placed_on[0]))
+        self.logits = heads
         self._decoder = decoder
         self._journal = journal
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._decoder, name)
 
     def run_layer(self, layer: int, actions: Sequence[Action], hidden: torch.Tensor, batch: Any) -> torch.Tensor:
         self._journal.append(("run", layer, tuple(actions), hidden))
@@ -65,7 +69,7 @@ def decoder(tiny_folder: Path) -> Decoder:
     return load_decoder(tiny_folder, torch.bfloat16)
 
 
-def step(decoder: Any, lane: Lane, policies: dict[int, Any], token_ids: list[int]) -> StepOutput:
+def step(decoder: Decoder, lane: Lane, policies: dict[int, Any], token_ids: list[int]) -> PassResult:
     """Runs one decode step after prompts of three tokens; row i has `policies[i]`."""
     caches = [new_cache(decoder) for _ in token_ids]
     for row, cache in enumerate(caches):
@@ -76,6 +80,7 @@ def step(decoder: Any, lane: Lane, policies: dict[int, Any], token_ids: list[int
     deciders = [
         Decider(
             policies[rows[0]],
+            lane,
             rows,
             [Token(seed=row, position=3, price=1.0) for row in rows],
             some_costs(),
@@ -86,7 +91,7 @@ def step(decoder: Any, lane: Lane, policies: dict[int, Any], token_ids: list[int
     batch = decoder.batch(
         PassKind.DECODE, caches, [1] * len(caches), [policies[row].compensation for row in range(len(caches))]
     )
-    return decode_step(decoder, lane, batch, token_ids, deciders)
+    return decoder.run_pass(plan_of(deciders, None), token_ids, batch)
 
 
 @torch.inference_mode()
@@ -96,11 +101,10 @@ def test_a_layer_is_decided_from_the_input_of_the_layer_lookahead_before_while_t
 ) -> None:
     journal: list[Any] = []
     policy = RecordingPolicy(lookahead, frozenset((*range(lookahead), *EDGES)), journal)
-    recorded = JournalDecoder(decoder, journal)
     caches = [new_cache(decoder)]
     batch = decoder.batch(PassKind.PREFILL, caches, [1], [Identity()])
-    decider = Decider(policy, [0], [Token(0, 0, 1.0)], some_costs(), 1)
-    decode_step(recorded, InlineLane(), batch, [9], [decider])  # type: ignore[arg-type]
+    decider = Decider(policy, InlineLane(), [0], [Token(0, 0, 1.0)], some_costs(), 1)  # type: ignore[arg-type]
+    JournalLoop(decoder, journal).run(plan_of([decider], None), [9], batch)
     runs = {entry[1]: entry for entry in journal if entry[0] == "run"}
     decided = [entry for entry in journal if entry[0] == "decide"]
     assert [layer for _, layer, _ in decided] == [layer for layer in range(NUM_LAYERS) if layer not in policy.pinned]

@@ -29,11 +29,12 @@ from dash_runtime.decision_trace import (
 )
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.devices.step_timer import StepTimer
+from dash_runtime.engine.decider import DecidedBlock
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.step import DecidedBlock, StepOutput
 from dash_runtime.engine.trace_recorder import TraceRecorder
 from dash_runtime.events import EngineEvent, SequenceCancelled, SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.layers.compensation import Identity
+from dash_runtime.passes import OnePass, PassResult
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
@@ -162,9 +163,10 @@ def test_steps_alone_whose_passes_decide_and_steps_in_a_batch_are_recorded_toget
     alone = array("f", [layer if 0 < layer < 5 else 0 for layer in range(6) for _ in range(4)]).tobytes()
     together = [DecidedBlock((1, 2, 3), ticket, scores[:, :3]), DecidedBlock((4,), ticket, scores[:, 3:])]
     for in_pass, blocks, rows in ((alone, [], [0]), (None, together, [0, 1]), (alone, [], [0])):
-        decider: Any = SimpleNamespace(rows=rows, blocks=blocks, scores_in_pass={rows[-1]: in_pass}.get)
-        output = StepOutput(torch.zeros(len(rows), 4), [plan] * len(rows), StepTimer(times))
-        recorder.add_pass(StepKind.DECODE, 7, 0.5, output, rows[-1], decider, started_ns=90)
+        decider: Any = SimpleNamespace(rows=rows, blocks=blocks)
+        record = OnePass(StepTimer(times), 90, {rows[-1]: in_pass}.get)
+        result = PassResult([7] * len(rows), [plan] * len(rows), record, torch.zeros(len(rows), 4))
+        recorder.add_pass(StepKind.DECODE, 7, 0.5, result, rows[-1], decider)
     recorded = recorder.packed("a")
     assert recorded is not None
     first, second, third = recorded.steps

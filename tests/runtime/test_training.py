@@ -10,8 +10,9 @@ from dash_runtime.actions import Action
 from dash_runtime.checkpoints import tokenizer_file
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.full_path import full_path
+from dash_runtime.engine.decider import Decider
+from dash_runtime.engine.decoding_rows import plan_of
 from dash_runtime.engine.lanes import InlineLane
-from dash_runtime.engine.step import Decider, decode_step
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.draft_length import USUAL_LENGTHS, USUAL_VERIFICATION_COST, drafting_gain
@@ -93,9 +94,10 @@ def test_a_rollouts_actions_and_states_are_those_of_serving_for_the_same_tokens(
         run_rows(decoder, [cache], [ids[:4]], [full_plan(decoder)])
         for place in range(4, len(ids)):
             row = number * len(ids) + place
-            decider = Decider(policy, [0], [Token(0, place, price=1.0)], task.spec.costs, 1)
+            decider = Decider(policy, InlineLane(), [0], [Token(0, place, price=1.0)], task.spec.costs, 1)
             rows = decoder.batch(PassKind.DECODE, [cache], [1], [task.compensation], [policy.kv_action])
-            served = decode_step(decoder, InlineLane(), rows, [ids[place]], [decider])
+            served = decoder.run_pass(plan_of([decider], None), [ids[place]], rows)
+            rows.commit()
             assert served.plans[0] == bytes(rolled.actions[:, row].tolist())
             expected = decoder.logits(rolled.states[-1][row : row + 1], (Action.FULL,))
             torch.testing.assert_close(served.logits, expected, atol=1e-3, rtol=1e-3)

@@ -7,40 +7,28 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.layers.batch import Batch
-from dash_runtime.layers.pass_plan import PassPlan, PassRun
-from dash_runtime.rows.burst import Burst, WantedBurst
-from dash_runtime.rows.draws import DrawTokens
+from dash_runtime.passes import Limit, PassPlan, PassResult
 
 
 class Backend(Protocol):
-    """Runs a decoder's layers and head for passes of some kinds."""
+    """Runs a decoder's passes of some kinds."""
+
+    @property
+    def graphs(self) -> "Graphs | None":
+        """Its graphs, if it has any."""
 
     def takes(self, batch: Batch) -> bool:
         """Returns True if it can run this pass."""
 
-    @property
-    def decides_in_pass(self) -> bool:
-        """True if `run_pass` also evaluates policies."""
+    def run(
+        self, plan: PassPlan, token_ids: Sequence[int], batch: Batch, limit: Limit | None = None
+    ) -> PassResult | None:
+        """Runs a pass over these tokens, one per row: embedding, layers and head.
 
-    def start_pass(self, token_ids: Sequence[int], batch: Batch) -> Tensor | None:
-        """Begins a pass and returns layer 0's input, `[rows, hidden_size]`; None if the caller has to make it."""
+        Args:
+            limit: decode several tokens of a lone row, one pass after another. The batch stays where it is.
 
-    def static_input(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """Returns where the layer's input lies in every pass of so many rows, `[rows or more, hidden_size]`.
-
-        None if each pass has memory of its own, or `hidden` is not what this backend gave for the layer.
-        """
-
-    def graph_sizes(self, max_rows: int) -> Sequence[int]:
-        """Returns the numbers of rows that passes of up to `max_rows` are filled up to; none without graphs."""
-
-    def prepare(self, batch: Batch) -> None:
-        """Captures the graphs of passes like this one, with its first row's compensation.
-
-        The rows' next positions are written to, but not counted.
-
-        Raises:
-            CaptureFailed: the device cannot.
+        Returns None only for a limit that it cannot go to: then the caller decodes token by token.
         """
 
     def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
@@ -51,65 +39,27 @@ class Backend(Protocol):
         may still be reading them.
         """
 
-    def run_layers(self, action: Action, hidden: Tensor, batch: Batch) -> Tensor | None:
-        """Runs all layers at once with one action, with the same numbers; returns None if it cannot."""
-
-    def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassRun | None:
-        """Runs a pass at once, with the same numbers: embedding, layers and head; returns None if it cannot.
-
-        It is quicker with the plan and the batch of the pass before.
-        """
-
-    def run_burst(
-        self, plan: PassPlan, wanted: WantedBurst, batch: Batch, guessed: PassPlan | None = None
-    ) -> Burst | None:
-        """Decodes several tokens at once, with the same numbers; returns None if it cannot.
-
-        The batch stays where it is. Passes with guesses run the plan `guessed`, which decides nothing.
-        """
-
-    @property
-    def draw(self) -> DrawTokens | None:
-        """The function that draws tokens from its passes' logits; None if it has none that is faster than numpy."""
-
     def logits(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
         """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's head precision."""
 
 
-class OwnMemory:
-    """The answers of a backend whose passes each have memory of their own."""
-
-    def start_pass(self, token_ids: Sequence[int], batch: Batch) -> Tensor | None:
-        return None
-
-    def static_input(self, layer: int, hidden: Tensor) -> Tensor | None:
-        return None
+class Graphs(Protocol):
+    """Graphs that a backend's passes replay."""
 
     def graph_sizes(self, max_rows: int) -> Sequence[int]:
-        return ()
+        """Returns the numbers of rows that passes of up to `max_rows` are filled up to."""
 
     def prepare(self, batch: Batch) -> None:
-        pass
+        """Captures the graphs of passes like this one, with its first row's compensation.
 
+        The rows' next positions are written to, but not counted.
 
-class LayerByLayer(OwnMemory):
-    """The answers of a backend that runs one layer at a time."""
+        Raises:
+            CaptureFailed: the device cannot.
+        """
 
-    @property
-    def decides_in_pass(self) -> bool:
-        return False
+    def static_input(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Returns where the layer's input lies in every pass of so many rows, `[rows or more, hidden_size]`.
 
-    def run_layers(self, action: Action, hidden: Tensor, batch: Batch) -> Tensor | None:
-        return None
-
-    def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassRun | None:
-        return None
-
-    def run_burst(
-        self, plan: PassPlan, wanted: WantedBurst, batch: Batch, guessed: PassPlan | None = None
-    ) -> Burst | None:
-        return None
-
-    @property
-    def draw(self) -> DrawTokens | None:
-        return None
+        None if `hidden` is not what this backend gave for the layer.
+        """

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.backends.backend import LayerByLayer
 from dash_runtime.decoder.backends.eager import EagerBackend
+from dash_runtime.decoder.backends.loop import LayerLoop, LoopEnds
 from dash_runtime.devices import Device
 from dash_runtime.devices.cuda_graphs import Replay, collected_garbage
 from dash_runtime.layers.batch import Batch
@@ -51,7 +51,7 @@ class _Size(NamedTuple):
     max_length: int
 
 
-class CudaBackend(LayerByLayer):
+class CudaBackend(LayerLoop):
     """Replays a graph for each layer, and one each for a pass's beginning and for the head.
 
     Rows that run a layer have to have one action (`engine.planner.HighestAction` sees to it), and those that skip it
@@ -68,6 +68,7 @@ class CudaBackend(LayerByLayer):
 
     def __init__(
         self,
+        ends: LoopEnds,
         config: ModelConfig,
         layers: Sequence[DecoderLayer],
         own_layers: Sequence[int],
@@ -77,6 +78,7 @@ class CudaBackend(LayerByLayer):
         device: Device,
         dtype: torch.dtype,
     ) -> None:
+        super().__init__(ends)
         self._config = config
         self._layers = layers
         self._own_layers = own_layers
@@ -98,6 +100,10 @@ class CudaBackend(LayerByLayer):
         """Graphs of all pools that are in use."""
         return sum(map(len, self._graphs.values()))
 
+    @property
+    def graphs(self) -> "CudaBackend":
+        return self
+
     def takes(self, batch: Batch) -> bool:
         if batch is self._batch:
             return True
@@ -110,9 +116,9 @@ class CudaBackend(LayerByLayer):
             return None
         return self._rows.state(layer, _with_room_for(len(hidden)))
 
-    def start_pass(self, token_ids: Sequence[int], batch: Batch) -> Tensor | None:
+    def first_input(self, token_ids: Sequence[int], batch: Batch) -> Tensor:
         if self._embed is None:
-            return None
+            return super().first_input(token_ids, batch)
         return self._begin(batch, token_ids).state(0, batch.num_rows)
 
     def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.backends.backend import LayerByLayer
+from dash_runtime.decoder.backends.loop import LayerLoop, LoopEnds
 from dash_runtime.layers.batch import Batch
 from dash_runtime.layers.heads import Heads
 from dash_runtime.layers.layer import DecoderLayer
@@ -18,20 +18,18 @@ Kernel = tuple[Action, bool]
 """The action whose matrix projects a row, and whether for keys and values alone, since the row skips the layer."""
 
 
-class EagerBackend(LayerByLayer):
+class EagerBackend(LayerLoop):
     """Groups rows by action and runs each group with that action's kernels.
 
     Args:
         layers: packed for few rows or for many, whichever this backend's passes have.
     """
 
-    def __init__(self, config: ModelConfig, layers: Sequence[DecoderLayer], heads: Heads) -> None:
+    def __init__(self, ends: LoopEnds, config: ModelConfig, layers: Sequence[DecoderLayer], heads: Heads) -> None:
+        super().__init__(ends)
         self._config = config
         self._layers = layers
         self.logits = heads
-
-    def takes(self, batch: Batch) -> bool:
-        return True
 
     def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
         queries, keys, values = self._project(layer, actions, hidden, batch)

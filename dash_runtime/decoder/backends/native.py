@@ -1,4 +1,4 @@
-"""Decodes with native code: all rows in one call, or shared products for many rows in FULL.
+"""Runs passes in native code: all rows in one call, or shared products for many rows in FULL.
 
 For passes of one row per sequence, and for verification. Knows layers and rows; knows no policies and no requests.
 """
@@ -10,35 +10,29 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, bfloat16
 
 from dash_runtime.actions import Action
-from dash_runtime.decoder.backends.backend import OwnMemory
+from dash_runtime.decoder.backends.loop import LayerLoop, LoopEnds
 from dash_runtime.decoder.backends.native_heads import NativeHeads
-from dash_runtime.devices import device_of
+from dash_runtime.decoder.backends.native_plans import PassArguments, PassTranslator
 from dash_runtime.devices.one_thread import one_thread
 from dash_runtime.layers.batch import Batch, PassKind
-from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.embedding import Embedding, HeadsEmbedding, PlainEmbedding
 from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.layer import DecoderLayer
 from dash_runtime.layers.layer_body import Linears, run_layer_body
-from dash_runtime.layers.pass_plan import PassPlan, PassRun
 from dash_runtime.layers.rotary import queries_grow
-from dash_runtime.layers.row_compensation import pack_for_rows
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
 from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import FullLinear, Linear, for_neighbours, most_rows_apart
+from dash_runtime.linears.int4_matrix import LANES, is_packable
 from dash_runtime.linears.quantization import quantized_parts
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.rows.burst import Burst, WantedBurst
-from dash_runtime.rows.draws import DrawTokens
+from dash_runtime.passes import MOST_GUESSES, DrawTokens, Limit, PassPlan, PassResult
 from dash_runtime.rows.library import RowsLibrary
-from dash_runtime.rows.model_rows import Chosen, HeadRows, ModelRows, PackedLayer
-from dash_runtime.rows.pass_rows import CompensatedLayers, PlannerTable, PlannerTables, RowPlan, RowPlans
-from dash_runtime.rows.row_matrix import (
-    RowMatrix,
-    is_packable,
-    pack_row_matrix,
-)
-from dash_runtime.rows.structs import LANES, MOST_CHANNELS, MOST_GUESSES, NORMS
+from dash_runtime.rows.model_rows import HeadRows, ModelRows, PackedLayer
+from dash_runtime.rows.row_matrix import RowMatrix, pack_row_matrix
+from dash_runtime.rows.structs import MOST_CHANNELS, NORMS
+
+_Made = tuple[PassArguments, HeadRows | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +43,8 @@ class _SharedLayer:
     linears: Linears[Linear]
 
 
-_Made = tuple[RowPlans, HeadRows | None, PlannerTable | None]
-
-
-class NativeBackend(OwnMemory):
-    """Runs the layers of one decoder in native code.
+class NativeBackend(LayerLoop):
+    """Runs the passes of one decoder in native code; layer by layer, if somebody has a part between its layers.
 
     Args:
         actions: those that its layers are packed for.
@@ -66,19 +57,16 @@ class NativeBackend(OwnMemory):
         self, config: ModelConfig, library: RowsLibrary, actions: Sequence[Action], num_threads: int, *,
         shares_products: bool,
     ) -> None:  # fmt: skip
-        self._block, self._num_layers, self._hidden_size = config.block, config.num_layers, config.hidden_size
+        self._block, self._num_layers = config.block, config.num_layers
         ropes = list(dict.fromkeys(config.ropes))
         self._rows = ModelRows(library, config, [ropes.index(rope) for rope in config.ropes], num_threads)
         self._actions: list[Action] = [action for action in actions if action is not Action.SKIP]
-        self._possible = {*self._actions, Action.SKIP}
+        self._translator = PassTranslator(library, config.num_layers, config.hidden_size, {*self._actions, Action.SKIP})
         self.shares_products = shares_products
         self._layers: list[_SharedLayer] = []
-        self._compensated: dict[int, tuple[Compensation, CompensatedLayers | None]] = {}
-        """By the compensation's id; the compensation is kept, so that nothing else gets it."""
         self.logits = Heads({})
         self.heads = NativeHeads(self._rows, self._actions, shares_products)
         self._has_embedding = False
-        self._planners = PlannerTables()
         self._made: WeakKeyDictionary[PassPlan, tuple[Batch, _Made | None]] = WeakKeyDictionary()
         """The arguments of native code for passes, which may run step after step."""
 
@@ -90,8 +78,9 @@ class NativeBackend(OwnMemory):
         self._rows.set_layer(len(self._layers), PackedLayer(layer_vectors(weights), packed))
         self._layers.append(_SharedLayer(layer, linears.mapped(for_neighbours, for_neighbours)))
 
-    def set_ends(self, embedding: Embedding, heads: Mapping[Action, Head], shared: Head) -> None:
+    def set_ends(self, ends: LoopEnds, embedding: Embedding, heads: Mapping[Action, Head], shared: Head) -> None:
         """Sets the embedding, the heads by precision, and the head for many rows at once."""
+        super().__init__(ends)
         self.logits = Heads(heads, shared if self.shares_products else None, most_rows_apart())
         self.heads.keep(heads)
         self._has_embedding = True
@@ -103,12 +92,21 @@ class NativeBackend(OwnMemory):
             case _:
                 self._has_embedding = False
 
-    def takes(self, batch: Batch) -> bool:
-        return True
-
-    @property
-    def decides_in_pass(self) -> bool:
-        return True
+    def run(
+        self, plan: PassPlan, token_ids: Sequence[int], batch: Batch, limit: Limit | None = None
+    ) -> PassResult | None:
+        made = self._made_for(plan, batch)
+        if limit is not None:
+            return None if made is None else self._run_burst(made, plan, token_ids, batch, limit)
+        if made is None:
+            return self.run_layers(plan, token_ids, batch)
+        (plans, planner), head = made
+        rows = self._translator.rows_of(batch)
+        result = self._rows.run_tokens(token_ids, rows, plans, head, planner, plan.wants_logits)
+        if head is None and plan.heads:
+            assert result.states is not None
+            return self.ended(plan, result.states, result.plans, result.record)
+        return result
 
     def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
         parts: list[tuple[list[int] | None, Tensor]] = []
@@ -120,53 +118,30 @@ class NativeBackend(OwnMemory):
             if action is Action.FULL and self._is_shared(batch, len(inputs)):
                 outputs = self._run_shared(layer, inputs, batch, group)
             else:
-                self._check(action)
-                own = batch.rows_of(group)
-                outputs = self._rows.run(inputs, own, bytes([action]), range(layer, layer + 1), None, action)
+                self._translator.check(action)
+                own = self._translator.rows_of(batch, group)
+                outputs = self._rows.run(inputs, own, action, layer, None, action)
             parts.append((group, outputs))
         return scatter_rows(parts, len(actions))
 
-    def run_layers(self, action: Action, hidden: Tensor, batch: Batch) -> Tensor | None:
-        kv_action, compensation = batch.kv_actions[0], self._compensated_by(batch.compensations[0])
-        if compensation is None or not batch.skips_alike:
-            return None
-        if action is Action.FULL and self._is_shared(batch, batch.num_rows):
-            return None
-        self._check(action, kv_action)
-        layers, rows = range(self._num_layers), batch.rows_of(None)
-        return self._rows.run(hidden, rows, bytes([action]) * len(layers), layers, compensation, kv_action)
-
-    def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassRun | None:
-        made = self._made_for(plan, batch)
-        if made is None:
-            return None
-        plans, head, planner = made
-        output = self._rows.run_tokens(token_ids, batch.rows_of(None), plans, head, planner, plan.wants_logits)
-        if isinstance(output, Tensor):
-            logits = self.logits(output, plan.heads)
-            output = Chosen(logits, device_of(logits.device).likeliest(logits))
-        ran = plans.ran()
-        return PassRun(*output, ran if len(ran) > 1 else ran * len(token_ids), self._rows.times)
-
-    def run_burst(
-        self, plan: PassPlan, wanted: WantedBurst, batch: Batch, guessed: PassPlan | None = None
-    ) -> Burst | None:
-        made = self._made_for(plan, batch)
-        plans, head, _ = made or (None, None, None)
-        if plans is None or head is None:
-            return None
-        guessed_plans: RowPlans | None = None
-        if wanted.guesses is not None:
-            assert guessed is not None
-            made = self._made_for(guessed, batch)
-            if made is None or self.heads.of(list(plan.heads) * (1 + MOST_GUESSES), plan.wants_logits) is not head:
-                return None
-            guessed_plans = made[0]
-        return self._rows.run_burst(wanted, batch.rows_of(None), plans, head, guessed_plans)
-
     @property
     def draw(self) -> DrawTokens:
+        """Draws tokens from its passes' logits."""
         return self._rows.draw
+
+    def _run_burst(
+        self, made: _Made, plan: PassPlan, token_ids: Sequence[int], batch: Batch, limit: Limit
+    ) -> PassResult | None:
+        (plans, _), head = made
+        if head is None:
+            return None
+        guessed = None
+        if limit.guesses is not None:
+            own = self._made_for(limit.guesses.plan, batch)
+            if own is None or self.heads.of(list(plan.heads) * (1 + MOST_GUESSES), plan.wants_logits) is not head:
+                return None
+            guessed = own[0].plans
+        return self._rows.run_burst(token_ids[0], limit, self._translator.rows_of(batch), plans, head, guessed)
 
     def _made_for(self, plan: PassPlan, batch: Batch) -> _Made | None:
         own = self._made.get(plan)
@@ -175,28 +150,15 @@ class NativeBackend(OwnMemory):
         return own[1]
 
     def _make(self, plan: PassPlan, batch: Batch) -> _Made | None:
-        """Returns what the native code is told of such passes; None if it cannot run them."""
-        num_rows, decided = batch.num_rows, list(plan.decided)
-        pinned = [bytes(own.get(layer, 0) for layer in range(self._num_layers)) for own, _ in decided]
-        compensated = [own for given in batch.compensations if (own := self._compensated_by(given)) is not None]
-        if not self._has_embedding or len(compensated) < num_rows:
+        """Returns what the native code is told of such passes; None if they run layer by layer."""
+        num_full = sum(Action.FULL in row.pinned.values() for row in plan.rows) * (batch.num_rows // len(plan.rows))
+        if not self._has_embedding or self._is_shared(batch, num_full):
             return None
-        num_full = sum(Action.FULL in own for own in pinned) * (num_rows // len(decided))
-        if self._is_shared(batch, num_full):
+        arguments = self._translator.arguments(plan, batch)
+        if arguments is None:
             return None
-        if len(decided) == 1 and not batch.skips_alike:
-            decided, pinned = decided * num_rows, pinned * num_rows
-        if len(decided) > 1 and batch.kind is not PassKind.DECODE:
-            return None
-        self._check(*batch.kv_actions, *(Action(own) for own in set(b"".join(pinned)) - {0}))
-        skips = zip(compensated, batch.kv_actions, strict=True)
-        rows = [RowPlan(own, by, *skip) for own, (_, by), skip in zip(pinned, decided, skips, strict=False)]
-        plans = RowPlans(rows, plan.attends_rounded)
-        head = None if self._is_shared(batch, num_rows) else self.heads.of(plan.heads, plan.wants_logits)
-        planner = None
-        if plan.latencies is not None and len(decided) > 1:
-            planner = self._planners.get(plan.latencies, num_rows)
-        return plans, head, planner
+        is_apart = not plan.heads or self._is_shared(batch, batch.num_rows)
+        return arguments, None if is_apart else self.heads.of(plan.heads, plan.wants_logits)
 
     def _skip(
         self, layer: int, hidden: Tensor, batch: Batch, group: list[int] | None
@@ -211,10 +173,10 @@ class NativeBackend(OwnMemory):
             chosen = None if len(own) == len(hidden) else own
             inputs = hidden if chosen is None else hidden[chosen]
             compensation = batch.compensations[own[0]]
-            packed = self._compensated_by(compensation)
-            self._check(kv_action)
-            layers = range(layer, layer + 1)
-            outputs = self._rows.run(inputs, batch.rows_of(chosen), bytes([Action.SKIP]), layers, packed, kv_action)
+            packed = self._translator.compensated_by(compensation)
+            self._translator.check(kv_action)
+            own_rows = self._translator.rows_of(batch, chosen)
+            outputs = self._rows.run(inputs, own_rows, Action.SKIP, layer, packed, kv_action)
             parts.append((chosen, compensation(layer, inputs) if packed is None else outputs))
         return parts
 
@@ -227,22 +189,9 @@ class NativeBackend(OwnMemory):
         own = self._layers[layer]
 
         def attend(normed: Tensor) -> Tensor:
-            return self._rows.attend(layer, own.linears.query_key_value(normed), batch.rows_of(group))
+            return self._rows.attend(layer, own.linears.query_key_value(normed), self._translator.rows_of(batch, group))
 
         return run_layer_body(self._block, own.norms, own.linears, inputs, attend)
-
-    def _compensated_by(self, compensation: Compensation) -> CompensatedLayers | None:
-        """Returns the compensation for native code; None if it has none of this kind."""
-        made = self._compensated.get(id(compensation))
-        if made is None:
-            layers = pack_for_rows(compensation, self._num_layers, self._hidden_size)
-            made = self._compensated[id(compensation)] = compensation, layers
-        return made[1]
-
-    def _check(self, *actions: Action) -> None:
-        """Raises ValueError for an action without matrices: native code would read memory that is not there."""
-        if missing := set(actions) - self._possible:
-            raise ValueError(f"layers are not packed for {min(missing).name}")
 
 
 def packed_matrices(

@@ -1,4 +1,4 @@
-"""The rows of decode steps: who decides for which, and where their sequences stand.
+"""The rows of decoding passes: who decides for which, and where their sequences stand.
 
 Knows sequences and their policies; runs nothing.
 """
@@ -10,17 +10,16 @@ from operator import is_
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.engine.fused_decider import FusedDecider
+from dash_runtime.engine.decider import Decider
 from dash_runtime.engine.guesses import PassSeconds
-from dash_runtime.engine.planner import GroupPlanner, Planner
+from dash_runtime.engine.lanes import Lane
+from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.engine.sequence import Sequence
-from dash_runtime.engine.step import Decider, pass_plan
 from dash_runtime.layers.batch import PassKind
-from dash_runtime.layers.pass_plan import PassPlan
+from dash_runtime.passes import MOST_GUESSES, PassPlan, Planner, RowPlan, by_row
 from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy import Policy, Token
-from dash_runtime.rows.structs import MOST_GUESSES
 
 _MOST_RECENT = 1 + MOST_GUESSES
 """Steps that are kept: one for each number of guesses of a lone sequence."""
@@ -38,11 +37,13 @@ class DecodingRows:
     def __init__(
         self,
         decoder: Decoder,
+        lane: Lane,
         sequences: Several[Sequence],
         assignments: Several[Assignment],
         lengths: Several[int],
         planner: Planner | None,
     ) -> None:
+        self._lane = lane
         self._sequences, self._assignments = sequences, assignments
         self._places = [place for place, length in enumerate(lengths) for _ in range(length)]
         """Each row's sequence."""
@@ -59,22 +60,24 @@ class DecodingRows:
             [policy.compensation for policy in policies],
             [policy.kv_action for policy in policies],
         )
-        self.deciders = self._make_deciders(decoder.decides_in_pass and not self._has_guesses, planner)
-        self.plan = pass_plan(self.deciders, planner, any(sequence.wants_logits for sequence in sequences))
+        self.deciders = self._make_deciders(planner)
+        self.plan = plan_of(self.deciders, planner, any(sequence.wants_logits for sequence in sequences))
         self.decider_of = {row: decider for decider in self.deciders for row in decider.rows}
         self.token_seconds: float | None = None
         """Seconds that the last step took for a token of each row; None before the first."""
+        self.may_burst = True
+        """False once several tokens could not be decoded in one call."""
 
     @cached_property
-    def plan_of_guesses(self) -> PassPlan | None:
+    def plan_of_guesses(self) -> PassPlan:
         """The plan of a lone sequence's passes with guesses."""
         if self.deciders[0].is_blind:
             return self.plan
         assignment = self._assignments[0]
         policy = unasked(assignment)
         assert policy is not None
-        decider = Decider(policy, [0], self._tokens([0]), assignment.state_costs, 1)
-        return pass_plan([decider], None, self._sequences[0].wants_logits)
+        decider = Decider(policy, self._lane, [0], self._tokens([0]), assignment.state_costs, 1)
+        return plan_of([decider], None, self._sequences[0].wants_logits)
 
     def are_of(self, sequences: Several[Sequence], assignments: Several[Assignment]) -> bool:
         """Returns True if these sequences are still the same, and lie where they lay."""
@@ -94,8 +97,8 @@ class DecodingRows:
     def _tokens(self, rows: Several[int]) -> list[Token]:
         return [self._sequences[self._places[row]].next_token() for row in rows]
 
-    def _make_deciders(self, decides_in_pass: bool, planner: Planner | None) -> list[Decider]:
-        """Returns one decider per policy, which the pass evaluates if both can."""
+    def _make_deciders(self, planner: Planner | None) -> list[Decider]:
+        """Returns one decider per policy."""
         rows_by_policy: dict[int, list[int]] = {}
         for row, place in enumerate(self._places):
             rows_by_policy.setdefault(id(self._assignments[place].policy), []).append(row)
@@ -104,19 +107,15 @@ class DecodingRows:
             assignment = self._assignments[self._places[rows[0]]]
             arguments = rows, self._tokens(rows), assignment.state_costs, len(self._places)
             own = unasked(assignment) if self._has_guesses else None
-            policy = own or _asked(assignment, len(rows), planner)
-            if decides_in_pass and isinstance(policy, LearnedPolicy) and policy.decides_in_pass:
-                deciders.append(FusedDecider(policy, *arguments))
-            else:
-                deciders.append(Decider(policy, *arguments))
+            deciders.append(Decider(own or _asked(assignment, len(rows), planner), self._lane, *arguments))
         return deciders
 
 
 class RecentRows:
     """The rows of recent steps, which the next one may have again."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
+    def __init__(self, decoder: Decoder, lane: Lane) -> None:
+        self._decoder, self._lane = decoder, lane
         self._by_lengths: dict[tuple[int, ...], DecodingRows] = {}
 
     def next(
@@ -133,8 +132,22 @@ class RecentRows:
             return rows
         if rows is not None or len(self._by_lengths) == _MOST_RECENT:
             self._by_lengths.clear()
-        self._by_lengths[key] = own = DecodingRows(self._decoder, sequences, assignments, lengths, planner)
+        self._by_lengths[key] = own = DecodingRows(self._decoder, self._lane, sequences, assignments, lengths, planner)
         return own
+
+
+def plan_of(deciders: Several[Decider], planner: Planner | None, wants_logits: bool = True) -> PassPlan:
+    """Returns the plan of passes whose rows these deciders have."""
+    heads = by_row([(decider.rows, decider.heads) for decider in deciders])
+    if len(deciders) > 1 or not deciders[0].is_blind:
+        rows = by_row([(decider.rows, decider.row_plans) for decider in deciders])
+        return PassPlan(rows, heads, deciders, planner, wants_logits=wants_logits)
+    pinned, attends_rounded = deciders[0].policy.pinned, False
+    if planner is not None:  # rows that are alike are raised alike
+        agreed = {own: planner.agree((own,) * len(heads))[0] for own in set(pinned.values())}
+        attends_rounded = Action.FULL not in pinned.values()
+        pinned = {layer: agreed[own] for layer, own in pinned.items()}
+    return PassPlan([RowPlan(pinned)], heads, attends_rounded=attends_rounded, wants_logits=wants_logits)
 
 
 def unasked(assignment: Assignment) -> Policy | None:
