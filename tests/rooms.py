@@ -65,10 +65,23 @@ ROOMS = {
         evaluation/
         training/
         startup/
+        engine/engine
+        engine/bursts engine/draft_rounds engine/made_tokens engine/prompt_passes
+        engine/decoding_rows
+        engine/sequence
+        engine/guesses engine/speculative engine/text_drafts
+        engine/decision_log engine/device_times engine/trace_recorder
+        engine/decider engine/planner
+        engine/lanes engine/policy_graphs
+        engine/waiting_line engine/prefix_cache
+        engine/constraints engine/logits_processors engine/sampling engine/scores
+        engine/cost_fit engine/step_times
         engine/
         rollout/
         policy/
         decoder/
+        decoder/backends/cuda decoder/backends/native decoder/backends/split
+        decoder/backends/native_heads decoder/backends/native_plans decoder/backends/eager
         decoder/backends/
         layers/
         rows/
