@@ -21,9 +21,9 @@ _LONGEST_REST = 4
 class DraftRounds:
     """Has sequences draft in step and verifies all drafts in one pass, so that a pass reads weights once for all.
 
-    A round is a number of passes that draft, as many as its sequences want on average, and a verification. Whose draft
-    is complete waits for the others. If no pass drafts, those sequences have drafts that make the most of the
-    verification together. A lone sequence drafts as far as pays for itself.
+    A round has some passes that draft, as many as its sequences want on average, and then one verification. A sequence
+    whose draft is complete waits for the others. If no pass drafts, only those sequences have drafts, from the text,
+    with which the verification gains most. A lone sequence drafts as far as pays for itself.
 
     Args:
         costs: None: a draft costs what its sequence takes it to, neighbours or not.

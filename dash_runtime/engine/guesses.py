@@ -23,8 +23,8 @@ from dash_runtime.passes import LONGEST_MATCH, MOST_GUESSES
 from dash_runtime.policy.draft_length import FORCED_MATCH, MATCHES, DraftLength
 
 _LEAST_GAIN, _GAIN_BY_SEQUENCE = 1.03, 0.02
-"""Expected gain below which nothing is guessed, and what each sequence adds to that. It pays for what the seconds leave
-out: new rows are made ready, and each token is chosen by itself."""
+"""The least gain that guesses must promise, and how much more for each sequence. The seconds leave out that new rows are
+made ready, and that each token is chosen by itself."""
 _GUESSING_SECONDS = 2e-4
 """Seconds that a pass with guesses takes beside its layers and heads."""
 _USUAL_CHANCE = 0.4
@@ -85,8 +85,8 @@ class PassSeconds:
         return self._text_may_pay[num_sequences]
 
     def numbers_that_pay(self, chances: Mapping[int, Sequence[float]], num_sequences: int) -> Counter[int]:
-        """Returns the number of guesses of each place with which a pass over a row of each of so many sequences puts
-        out most in its time; nothing if that is hardly more than without any.
+        """Returns how many guesses each sequence should have in the next pass, by place, so that the pass puts out most
+        tokens a second; nothing if guesses hardly help.
 
         Args:
             chances: the probability of each guess that all are right up to this one, by place.

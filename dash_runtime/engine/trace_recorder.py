@@ -40,8 +40,8 @@ class _Pass:
 
     @property
     def way(self) -> tuple[bool, bool]:
-        """Passes that decided in the same way have the same: in mode EXACT, full depth decodes too, without decision
-        blocks; and a sequence may decode alone, where its pass decides, and then in a batch."""
+        """How the pass decided: between layers, or by itself. Passes of one way are packed together. A sequence has
+        several ways in mode EXACT, whose full depth decides nothing, and when it decodes alone and then in a batch."""
         return bool(self.blocks), self.scores is not None
 
 

@@ -18,8 +18,8 @@ from dash_runtime.rows.model_rows import HeadRows, ModelRows
 from dash_runtime.rows.row_matrix import RowMatrix, int8_errors, pack_outputs, pack_rough_matrix, pack_row_matrix
 
 _MOST_ROUGH, _MOST_APART = 10, 16
-"""More rows than the first take no rough head, and more than the second none of their own, if they may share products.
-Each row of a rough head reads other tiles of the exact matrix again: 64 rows read two thirds of it."""
+"""If rows may share products, more than the first number take no rough head: each row reads other tiles of the exact
+matrix again, and 64 rows read two thirds of it. More than the second number all take one head."""
 
 _TOKENS_FOR_ROW = 20 * NUM_LIKELY
 """A narrow head is for one row for every so many tokens of the vocabulary: each row reads likely tokens of its own.
@@ -44,11 +44,12 @@ class NativeHeads:
     def make(
         self, precision: Action, weight: Tensor, linear: Linear, norm: RmsNorm, multiplier: float, loudest: Tensor
     ) -> Head | None:
-        """Returns norm and head of that precision; None for one in FULL whose memory nothing else shares, and for one
-        in INT4 without such a one or one in INT8.
+        """Returns norm and head of that precision, or None if native code has none: FULL needs a matrix whose memory
+        the library's product shares, and INT4 needs a matrix in FULL or INT8.
 
-        INT4 gives all logits; then the other one's matrix gives those of the tiles with the largest again. `loudest`
-        is as in `shortlist.py`. In FULL the likeliest tokens alone take hardly more than in INT8, if that is packed.
+        The head in INT4 computes all logits, and those of the best tiles again with that other matrix. `loudest` is as
+        in `shortlist.py`. The head in FULL finds the likeliest tokens in hardly more time than INT8 takes, if INT8 is
+        packed.
         """
         if precision is not Action.INT4:
             matrix, bounds = self._matrix(precision, weight, linear), None
