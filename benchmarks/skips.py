@@ -27,8 +27,8 @@ from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Actions, FixedPlan, Token
 from dash_runtime.rows.library import load_rows
-from dash_runtime.startup.build import with_native_code
 from dash_runtime.startup.measure import filled_caches
+from dash_runtime.startup.native_code import with_native_code
 
 _CONTEXT_TOKENS = 64
 _STEPS_PER_ROUND = 12

@@ -117,14 +117,14 @@ def test_every_file_imports_from_its_own_room_or_one_below(package: str) -> None
 
 
 def test_only_backends_and_starts_know_native_code() -> None:
-    package = "dash_runtime"
     users = {
-        str(path.relative_to(PACKAGES[package]))
-        for path in python_files(PACKAGES[package])
-        if any(module.startswith(f"{package}.rows") for module in imported_modules(path, package))
+        str(path.relative_to(ROOT))
+        for folder in (PACKAGES["dash_runtime"], PACKAGES["dash_server"])
+        for path in python_files(folder)
+        if any(module.startswith("dash_runtime.rows") for module in imported_modules(path, "dash_runtime"))
     }
-    others = {path for path in users if not path.startswith(("rows/", "decoder/backends/", "startup/"))}
-    assert others == set()
+    known = tuple(f"dash_runtime/{room}/" for room in ("rows", "decoder/backends", "startup"))
+    assert {path for path in users if not path.startswith(known)} == set()
     assert users, "nothing imports native code"
 
 

@@ -23,8 +23,8 @@ from dash_runtime.passes import LONGEST_MATCH, MOST_GUESSES
 from dash_runtime.policy.draft_length import FORCED_MATCH, MATCHES, DraftLength
 
 _LEAST_GAIN, _GAIN_BY_SEQUENCE = 1.03, 0.02
-"""The least gain that guesses must promise, and how much more for each sequence. The seconds leave out that new rows are
-made ready, and that each token is chosen by itself."""
+"""The least gain that guesses must promise, and how much more for each sequence: the seconds leave out that new rows
+are made ready, and that each token is chosen by itself."""
 _GUESSING_SECONDS = 2e-4
 """Seconds that a pass with guesses takes beside its layers and heads."""
 _USUAL_CHANCE = 0.4

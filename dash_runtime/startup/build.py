@@ -21,8 +21,7 @@ from dash_runtime.config import (
     SkipOptions,
     StoppingParameters,
 )
-from dash_runtime.decoder.backends.native import NativeBackend, why_eager
-from dash_runtime.decoder.backends.native_compensation import runs_natively
+from dash_runtime.decoder.backends.native import NativeBackend
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import describe_devices, device_of, find_devices
@@ -48,8 +47,7 @@ from dash_runtime.policy.learned import LearnedPolicy, shared_head_map
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.progress import Progress
-from dash_runtime.rows.library import RowsLibrary, code_digest, load_rows
-from dash_runtime.rows.policy_rows import PolicyRows, fits
+from dash_runtime.rows.library import code_digest
 from dash_runtime.startup.calibration import DeviceCalibration
 from dash_runtime.startup.cost_keeper import CostKeeper
 from dash_runtime.startup.faster_kernels import faster_actions, product_seconds
@@ -57,6 +55,7 @@ from dash_runtime.startup.measure import ROUND_SIZES
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.startup.memory_plan import free_rooms, model_bytes, place_on
 from dash_runtime.startup.model_facts import model_facts
+from dash_runtime.startup.native_code import native_code_for, with_native_code
 from dash_runtime.startup.process_memory import settle_memory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -136,13 +135,9 @@ def build_engine(
     layer_devices = place_on(devices, needs, rooms, progress)
     learned = [replace(own, compensation=compensation_over(own.compensation, layer_devices)) for own in learned]
     progress(f"packing kernels for {', '.join(action.name for action in actions)} on {described}")
-    library: RowsLibrary | None = None
-    if (
-        options.compile_layers
-        and len(devices) == 1
-        and _can_be_compiled(model, context_length, dtype, device, progress)
-    ):
-        library = load_rows(cache_folder / "native", progress)
+    library = None
+    if options.compile_layers and len(devices) == 1:
+        library = native_code_for(model, context_length, dtype, device, cache_folder, progress)
     has_graphs = options.use_graphs and device_of(device).has_graphs
     native = None
     if library is not None:
@@ -279,27 +274,6 @@ def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:
     """Returns `(out_features, in_features)` of the matrices that a quantised action needs kernels for."""
     matrices = {matrix for layer in range(model.num_layers) for matrix in model.matrices(layer)}
     return matrices | {(model.key_value_size, model.hidden_size)}
-
-
-def _can_be_compiled(
-    model: ModelConfig, context_length: int, dtype: torch.dtype, device: torch.device, progress: Progress
-) -> bool:
-    """Returns True if native code can decode this model there."""
-    if not device_of(device).compiles_layers or dtype is not torch.bfloat16:
-        return False
-    reason = why_eager(model, context_length)
-    if reason is not None:
-        progress(f"layers run uncompiled: native code has no {reason}")
-    return reason is None
-
-
-def with_native_code(policy: LearnedPolicy, library: RowsLibrary, lane: LaneKind | None) -> LearnedPolicy:
-    """Returns the policy with what evaluates it: layers do where no other lane was asked for."""
-    network = policy.native_network
-    evaluator = PolicyRows(library, network) if fits(network) else None
-    decides_next = evaluator is not None and policy.block_size == 1 and policy.lookahead == 1
-    decides_in_pass = decides_next and lane in (None, LaneKind.INLINE) and runs_natively(policy.compensation)
-    return replace(policy, evaluator=evaluator, decides_in_pass=decides_in_pass)
 
 
 def _warm_up(engine: Engine) -> None:

@@ -26,7 +26,7 @@ from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.policy import Token
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.rows.structs import MOST_NUMBERS
-from dash_runtime.startup.build import with_native_code
+from dash_runtime.startup.native_code import with_native_code
 from tests.runtime.compiled_model import SIZES, native_decoder
 from tests.runtime.random_policy import random_policy
 from tests.runtime.support import full_plan, run_rows, some_low_rank

@@ -19,8 +19,8 @@ from dash_runtime.devices.cuda_graphs import CaptureFailed
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import DashRuntimeError, InvalidRequest
 from dash_runtime.events import CostStatus, EngineEvent, RequestRefused
-from dash_runtime.rows.library import compile_ahead
 from dash_runtime.startup.build import BuildOptions, build_engine
+from dash_runtime.startup.native_code import begin_to_compile
 from dash_server.worker import messages
 from dash_server.worker.server_socket import ServerGone, receive, send
 
@@ -74,7 +74,7 @@ class EngineLoop:
         try:
             cache_folder = Path(config.cache_folder)
             if config.compile_layers and config.devices[0] in ("auto", "cpu") and not torch.cuda.is_available():
-                compile_ahead(cache_folder / "native")
+                begin_to_compile(cache_folder)
             folder = resolve_checkpoint(config.model, config.revision, cache_folder, self._tell)
             policy_file = None if config.policy_file is None else Path(config.policy_file)
             options = BuildOptions(

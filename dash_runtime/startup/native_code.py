@@ -1,0 +1,51 @@
+"""Native code of a start: compiled or read, if it can run the model, and given to the policies that it evaluates.
+
+Knows models, devices and policies; knows no folders but the cache's.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dash_runtime.config import LaneKind
+from dash_runtime.decoder.backends.native import why_eager
+from dash_runtime.decoder.backends.native_compensation import runs_natively
+from dash_runtime.devices import device_of
+from dash_runtime.model_config import ModelConfig
+from dash_runtime.policy.learned import LearnedPolicy
+from dash_runtime.progress import Progress
+from dash_runtime.rows.library import RowsLibrary, compile_ahead, load_rows
+from dash_runtime.rows.policy_rows import PolicyRows, fits
+
+
+def begin_to_compile(cache_folder: Path) -> None:
+    """Begins to compile native code if none is kept, while the start does other things."""
+    compile_ahead(cache_folder / "native")
+
+
+def native_code_for(
+    model: ModelConfig,
+    context_length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    cache_folder: Path,
+    progress: Progress,
+) -> RowsLibrary | None:
+    """Returns the native code; None if it cannot run this model there, or not be compiled here."""
+    if not device_of(device).compiles_layers or dtype is not torch.bfloat16:
+        return None
+    reason = why_eager(model, context_length)
+    if reason is not None:
+        progress(f"layers run uncompiled: native code has no {reason}")
+        return None
+    return load_rows(cache_folder / "native", progress)
+
+
+def with_native_code(policy: LearnedPolicy, library: RowsLibrary, lane: LaneKind | None) -> LearnedPolicy:
+    """Returns the policy with what evaluates it: layers do where no other lane was asked for."""
+    network = policy.native_network
+    evaluator = PolicyRows(library, network) if fits(network) else None
+    decides_next = evaluator is not None and policy.block_size == 1 and policy.lookahead == 1
+    decides_in_pass = decides_next and lane in (None, LaneKind.INLINE) and runs_natively(policy.compensation)
+    return replace(policy, evaluator=evaluator, decides_in_pass=decides_in_pass)
