@@ -2,19 +2,22 @@
 
 Takes files as they are published: WikiText-2's validation split (one line a paragraph, tokenised), GSM8K's training
 problems, and PIQA's validation questions with their labels. Writes HELD_OUT/, text that no training saw: GSM8K's
-problems 6,000 to 6,080 and the last quarter of WikiText-2 with its tokenisation undone; and TASKS/: the first 800 of
-PIQA's questions, and the paragraphs whose last words are asked for.
+problems 6,000 to 6,080, and as much of the last quarter of WikiText-2, with its tokenisation undone; and TASKS/: the
+first 800 of PIQA's questions, and the paragraphs whose last words are asked for.
 """
 
 import argparse
 import json
 import re
+from itertools import accumulate
 from pathlib import Path
 
 from dash_runtime.files.atomic_file import replacing
 
 _PROBLEMS = slice(6000, 6080)
 _NUM_QUESTIONS = 800
+_CHAT_FRAME = 150
+"""Characters that a chat template adds to a problem and its answer, or so."""
 
 
 def plain_text(line: str) -> str:
@@ -41,7 +44,10 @@ def main() -> None:
     problems = options.gsm8k.read_text(encoding="utf-8").splitlines()[_PROBLEMS]
     answers = [json.loads(line) for line in problems]
     records = [{**own, "answer": re.sub(r"<<.*?>>", "", own["answer"])} for own in answers]
-    _write(options.folder / "HELD_OUT" / "wikitext.txt", late)
+    num_characters = sum(len(own["question"]) + len(own["answer"]) + _CHAT_FRAME for own in records)
+    ends = accumulate(map(len, late))
+    as_much = [text for text, end in zip(late, ends, strict=True) if end <= num_characters]
+    _write(options.folder / "HELD_OUT" / "wikitext.txt", as_much)
     _write(options.folder / "HELD_OUT" / "gsm8k.jsonl", [json.dumps(record) for record in records])
     _write(options.folder / "TASKS" / "paragraphs.txt", late)
     if options.piqa is not None:

@@ -128,9 +128,14 @@ class Engine:
         if self._step_clock is not None:
             is_plain = len(self._running) == 1 and decoding and decoding[0].is_plain
             self._step_clock.begin(decoding[0].request.request_id if is_plain else None)
-        self._prefill(events)
-        if running := self._rounds.begin(decoding):
-            self._decode(running, events)
+        if len(decoding) < len(self._running):
+            self._prefill(events)
+        if all(sequence.speculation is None for sequence in decoding):
+            if decoding:
+                self._decode(decoding, events)
+            return events
+        if ready := self._rounds.begin(decoding):
+            self._decode(ready, events)
         for together in self._rounds.complete(decoding):
             self._verify(together, events)
         return events
@@ -180,7 +185,8 @@ class Engine:
         rows.batch.is_timed = any(sequence.recorder.has_room for sequence in sequences)
         result = self._decoder.run_pass(rows.plan, token_ids, rows.batch)
         rows.batch.commit()
-        settle_decisions(result.record, [block for decider in rows.deciders for block in decider.blocks])
+        if rows.batch.is_timed:
+            settle_decisions(result.record, [block for decider in rows.deciders for block in decider.blocks])
         exposed_ns, elapsed_ns = self._lane.exposed_ns - exposed_before, time.perf_counter_ns() - started_ns
         rows.token_seconds = elapsed_ns / 1e9
         plain = {
