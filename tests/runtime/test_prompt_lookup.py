@@ -96,7 +96,7 @@ def engines_of(
 
     def make(planner: GroupPlanner | None = CHEAP, **options: object) -> Engine:
         catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, some_affine(decoder), [policy])
-        config = EngineConfig(**options)  # type: ignore[arg-type]
+        config = EngineConfig(**{"prompt_lookup": True, **options})  # type: ignore[arg-type]
         return assemble_engine(decoder, catalog, config, 512, planner=planner)
 
     return make
