@@ -9,7 +9,6 @@ from typing import Any, Self
 
 import grpc
 from fake_session import GenerationContext, SessionPlay
-from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
@@ -82,17 +81,28 @@ HELLO: Script = [
 ]
 
 
-def fail(code: grpc.StatusCode, message: str, *details: Any) -> Callable[[grpc.ServicerContext], None]:
-    """Returns a step of a script that ends the call with this status and google.rpc details."""
+def fail(
+    code: grpc.StatusCode, message: str, *details: Any, pause_ms: int | None = None
+) -> Callable[[grpc.ServicerContext], None]:
+    """Returns a step of a script that ends the call with this status and google.rpc details.
+
+    `pause_ms` is when to come back, which calls and sessions are told in different ways; -1 is never.
+    """
 
     def step(context: grpc.ServicerContext) -> None:
-        if details:
-            packed = []
-            for detail in details:
-                packed.append(any_pb2.Any())
-                packed[-1].Pack(detail)
-            status = status_pb2.Status(code=code.value[0], message=message, details=packed)
-            context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
+        trailers: list[tuple[str, str | bytes]] = []
+        own = list(details)
+        if pause_ms is not None:
+            trailers.append(("grpc-retry-pushback-ms", str(pause_ms)))
+            if pause_ms >= 0:
+                own.append(error_details_pb2.RetryInfo())
+                own[-1].retry_delay.FromMilliseconds(pause_ms)
+        if own:
+            status = status_pb2.Status(code=code.value[0], message=message)
+            for detail in own:
+                status.details.add().Pack(detail)
+            trailers.append(("grpc-status-details-bin", status.SerializeToString()))
+        context.set_trailing_metadata(tuple(trailers))
         context.abort(code, message)
 
     return step
@@ -109,8 +119,8 @@ def free_port() -> int:
 class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.ModelServiceServicer):
     """A context manager; `target` is where it listens.
 
-    Every generation plays `script`: events are sent, functions are called with the context; in a session, one of
-    `scripts` if its prompt has one. `decisions` holds recorded decisions by request id. `metadata` has the metadata of
+    Every generation plays `script`, or one of `scripts` if its prompt has one: events are sent, functions are called
+    with the context. `decisions` holds recorded decisions by request id. `metadata` has the metadata of
     each request in `requests`.
     """
 
@@ -178,6 +188,11 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
             self._has_waited = True
             self.wait(context)
 
+    def begin(self, request: Any, context: Any) -> Script:
+        """Records a generation; returns its script."""
+        self._record(request, context)
+        return self.scripts.get(request.parameters.text, self.script)
+
     def _record(self, request: Any, context: Any) -> None:
         self.requests.append(request)
         self.metadata.append(dict(context.invocation_metadata()))
@@ -188,9 +203,8 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
         played = threading.Event()
         if not context.add_callback(lambda: None if played.is_set() else self.cancelled.set()):
             self.cancelled.set()
-        self._record(request, context)
         try:
-            for step in self.script:
+            for step in self.begin(request, context):
                 if isinstance(step, Event):
                     yield step
                 else:
@@ -206,16 +220,14 @@ class FakeDashServer(generation_pb2_grpc.GenerationServiceServicer, model_pb2_gr
         return SessionPlay(context, self._begin_in_session, self.cancelled).run(requests)
 
     def _begin_in_session(self, request: generation_pb2.SessionRequest, context: GenerationContext) -> Script:
-        self._record(request.generate, context)
         self.timeouts.append(request.timeout_seconds)
-        return self.scripts.get(request.generate.parameters.text, self.script)
+        return self.begin(request.generate, context)
 
     def Generate(  # noqa: N802
         self, request: generation_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> generation_pb2.GenerateResponse:
-        self._record(request, context)
         response = generation_pb2.GenerateResponse()
-        for step in self.script:
+        for step in self.begin(request, context):
             if not isinstance(step, Event):
                 step(context)
             elif step.WhichOneof("event") == "delta":

@@ -3,10 +3,8 @@
 import asyncio
 import gc
 import time
-from collections.abc import Iterator
 
 import grpc
-import pytest
 from fake_dash_server import HELLO, FakeDashServer, free_port
 
 from dash_client import AsyncDashClient, DashClient
@@ -14,49 +12,16 @@ from dash_client import AsyncDashClient, DashClient
 LIMIT_SECONDS = 1.0
 
 
-@pytest.fixture
-def server() -> Iterator[FakeDashServer]:
-    with FakeDashServer() as server:
-        yield server
-
-
 def endless(server: FakeDashServer, *, has_slot: bool) -> None:
     """Makes streams send two messages and then nothing, or nothing at all, like a queued request."""
     server.script = [*HELLO[:2], server.wait] if has_slot else [server.wait]
 
 
-async def until_asked(server: FakeDashServer) -> None:
-    while not server.requests:
-        await asyncio.sleep(0.005)
-
-
-def test_breaking_out_of_the_loop_without_closing(server: FakeDashServer) -> None:
+def test_breaking_out_of_the_loop_without_closing(server: FakeDashServer, client: DashClient) -> None:
     endless(server, has_slot=True)
-    with DashClient(server.target) as client:
-        for _ in client.stream("x"):
-            break
-        assert server.cancelled.wait(LIMIT_SECONDS)
-
-
-def test_forgetting_a_stream_that_waits_in_the_queue(server: FakeDashServer) -> None:
-    endless(server, has_slot=False)
-    with DashClient(server.target) as client:
-        stream = client.stream("x")
-        while not server.requests:
-            time.sleep(0.005)
-        del stream
-        assert server.cancelled.wait(LIMIT_SECONDS)
-
-
-def test_a_stream_in_a_cycle_goes_with_the_garbage(server: FakeDashServer) -> None:
-    endless(server, has_slot=True)
-    with DashClient(server.target) as client:
-        holder: dict[str, object] = {"stream": client.stream("x")}
-        holder["itself"] = holder
-        next(holder["stream"])  # type: ignore[call-overload]
-        del holder
-        gc.collect()
-        assert server.cancelled.wait(LIMIT_SECONDS)
+    for _ in client.stream("x"):
+        break
+    assert server.cancelled.wait(LIMIT_SECONDS)
 
 
 async def test_breaking_out_of_the_async_loop_without_closing(server: FakeDashServer) -> None:
@@ -67,34 +32,45 @@ async def test_breaking_out_of_the_async_loop_without_closing(server: FakeDashSe
         assert await asyncio.to_thread(server.cancelled.wait, LIMIT_SECONDS)
 
 
-async def test_forgetting_an_async_stream_that_waits_in_the_queue(server: FakeDashServer) -> None:
+def test_forgetting_a_stream_that_waits_in_the_queue(server: FakeDashServer, client: DashClient) -> None:
     endless(server, has_slot=False)
-    async with AsyncDashClient(server.target) as client:
-        stream = client.stream("x")
-        await until_asked(server)
-        del stream
-        assert await asyncio.to_thread(server.cancelled.wait, LIMIT_SECONDS)
+    stream = client.stream("x")
+    while not server.requests:
+        time.sleep(0.005)
+    del stream
+    assert server.cancelled.wait(LIMIT_SECONDS)
 
 
-async def test_an_async_stream_in_a_cycle_goes_with_the_garbage_of_another_thread(server: FakeDashServer) -> None:
+def test_a_stream_in_a_cycle_goes_with_the_garbage_of_any_thread(server: FakeDashServer, client: DashClient) -> None:
     endless(server, has_slot=True)
-    async with AsyncDashClient(server.target) as client:
-        holder: dict[str, object] = {"stream": client.stream("x")}
-        holder["itself"] = holder
-        await anext(holder["stream"])  # type: ignore[call-overload]
-        del holder
-        await asyncio.to_thread(gc.collect)
-        assert await asyncio.to_thread(server.cancelled.wait, LIMIT_SECONDS)
+    holder: dict[str, object] = {"stream": client.stream("x")}
+    holder["itself"] = holder
+    next(holder["stream"])  # type: ignore[call-overload]
+    del holder
+    gc.collect()
+    assert server.cancelled.wait(LIMIT_SECONDS)
 
 
-def test_a_stream_that_is_over_is_forgotten_in_silence(server: FakeDashServer) -> None:
-    with DashClient(server.target) as client:
-        stream = client.stream("x")
-        stream.final()
-        del stream
-        gc.collect()
-        assert client.generate("x").text == "Hello"
+def test_a_stream_that_is_over_is_forgotten_in_silence(server: FakeDashServer, client: DashClient) -> None:
+    stream = client.stream("x")
+    stream.final()
+    del stream
+    gc.collect()
+    assert client.generate("x").text == "Hello"
     assert not server.cancelled.is_set()
+
+
+def test_a_dropped_stream_of_a_session_is_cancelled_and_the_others_go_on(
+    server: FakeDashServer, client: DashClient
+) -> None:
+    server.scripts["endless"] = [*HELLO[:2], server.wait]
+    with client.session() as session:
+        for _ in session.stream("endless"):
+            break
+        gc.collect()
+        assert server.cancelled.wait(LIMIT_SECONDS)
+        assert session.generate("x").text == "Hello"
+    assert server.num_sessions == 1
 
 
 async def test_a_thousand_streams_of_one_client_at_once() -> None:

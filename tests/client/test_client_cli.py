@@ -1,28 +1,17 @@
 """The dash-client command: its output, its error output and its exit codes."""
 
-import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 
 import grpc
 import pytest
-from command_runs import run_command
+from command_runs import Terminal, run_command
 from fake_dash_server import HELLO, NOTE, FakeDashServer, delta, fail, finished, started
 
 from dash_api.v1 import common_pb2
 from dash_client.cli import main
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDashServer]:
-    with FakeDashServer() as server:
-        monkeypatch.setenv("DASH_TARGET", server.target)
-        yield server
 
 
 def test_generate_streams_text_and_sums_up_on_stderr(
@@ -108,28 +97,16 @@ def test_show_depth_colours_when_told_to(
 
 @pytest.mark.parametrize(("no_color", "expected"), [("", "\x1b[48;5;220;30mHel\x1b[0m"), ("1", "Hel[4]")])
 def test_a_terminal_gets_colours_unless_no_color_is_set(server: FakeDashServer, no_color: str, expected: str) -> None:
-    environment = os.environ | {"NO_COLOR": no_color, "TERM": "xterm-256color"}
-    environment.pop("COLORTERM", None)
-    assert expected in _terminal_output("generate", "x", "--show-depth", environment=environment)
+    with Terminal("generate", "x", "--show-depth", NO_COLOR=no_color, COLORTERM="") as terminal:
+        assert terminal.wait() == 0
+    assert expected in terminal.text
 
 
 def test_a_model_cannot_steer_the_terminal(server: FakeDashServer) -> None:
     server.script = [started(), delta("a\x1b]0;title\x07b", [1]), finished(1)]
-    assert "\x1b" not in _terminal_output("generate", "x", environment=dict(os.environ))
-
-
-def _terminal_output(*arguments: str, environment: dict[str, str]) -> str:
-    terminal, slave = os.openpty()
-    with run_command(*arguments, stdout=slave, env=environment) as process:
-        os.close(slave)
-        chunks = []
-        # On Linux, reading a terminal whose other end is closed raises an error.
-        with contextlib.suppress(OSError):
-            while chunk := os.read(terminal, 4096):
-                chunks.append(chunk)
-        os.close(terminal)
-        assert process.wait(10) == 0
-    return b"".join(chunks).decode()
+    with Terminal("generate", "x") as terminal:
+        assert terminal.wait() == 0
+    assert "\x1b" not in terminal.text
 
 
 def test_ctrl_c_cancels_on_the_server_and_exits_130(server: FakeDashServer) -> None:
@@ -144,18 +121,46 @@ def test_ctrl_c_cancels_on_the_server_and_exits_130(server: FakeDashServer) -> N
     assert "Traceback" not in out + err
 
 
-def test_a_closed_output_cancels_on_the_server_and_exits_141(server: FakeDashServer) -> None:
-    is_closed = threading.Event()
-    server.script = [*HELLO[:2], lambda context: is_closed.wait(), delta("lo", [1]), server.wait]
-    with run_command("generate", "x", "--quiet") as process:
+@pytest.mark.parametrize(
+    ("line", "is_cancelled"),
+    [
+        ("generate x --quiet", True),
+        ("heatmap x --quiet", True),
+        ("chat --quiet", True),
+        ("bench --requests 1", False),
+        ("completion bash", False),
+    ],
+)
+def test_a_closed_output_ends_a_command_with_141_and_cancels_on_the_server(
+    server: FakeDashServer, line: str, is_cancelled: bool
+) -> None:
+    if is_cancelled:
+        server.script = [*HELLO[:2], *[HELLO[2]] * 2000, server.wait]
+    with run_command(*line.split(), stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stdout.read(3) == "Hel"
         process.stdout.close()
-        is_closed.set()
-        assert process.wait(10) == 141
+        process.stdin.write("a message of a chat\n")
+        process.stdin.flush()
+        assert process.wait(15) == 141
         assert process.stderr.read() == ""
-    assert server.cancelled.wait(30)
+    assert not is_cancelled or server.cancelled.wait(30)
+
+
+@pytest.mark.parametrize(
+    ("package", "line", "expected"),
+    [("shtab", "completion bash", 2), ("PIL", "heatmap x --png depth.png", 2), ("PIL", "heatmap x", 0)],
+)
+def test_a_missing_package_is_one_line_that_says_what_to_install_before_anything_is_generated(
+    server: FakeDashServer, package: str, line: str, expected: int
+) -> None:
+    code = f"import sys; sys.modules['{package}'] = None; from dash_client.cli import main; sys.exit(main())"
+    result = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True)
+    assert result.returncode == expected
+    if expected:
+        assert (result.stdout, result.stderr.count("\n"), server.requests) == ("", 1, [])
+        assert "pip install 'dash-llm[cli]'" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -171,7 +176,7 @@ def test_a_closed_output_cancels_on_the_server_and_exits_141(server: FakeDashSer
 def test_server_errors_are_one_line_and_an_exit_code(
     server: FakeDashServer, capsys: pytest.CaptureFixture[str], code: grpc.StatusCode, expected: int
 ) -> None:
-    server.script = [fail(code, "it went wrong")]
+    server.script = [fail(code, "it went wrong", pause_ms=-1)]
     assert main(["generate", "x"]) == expected
     out, err = capsys.readouterr()
     assert out == ""
@@ -190,12 +195,9 @@ def test_a_timeout_exits_1(server: FakeDashServer, capsys: pytest.CaptureFixture
     assert "raise the timeout" in capsys.readouterr().err
 
 
-def test_no_server_exits_3(capsys: pytest.CaptureFixture[str]) -> None:
-    with FakeDashServer() as server:
-        pass
-    commands = (["generate", "x"], ["info"], ["health"], ["health", "--wait", "0.2"], ["tokenize", "x"])
-    for command in (*commands, ["trace", "r-1"], ["heatmap", "x"], ["bench"]):
-        assert main([*command, "--target", server.target]) == 3
+def test_no_server_exits_3(gone: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ("generate x", "info", "health", "health --wait 0.2", "trace r-1", "bench"):
+        assert main([*line.split(), "--target", gone.target]) == 3
         assert "make serve" in capsys.readouterr().err
 
 

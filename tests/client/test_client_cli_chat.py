@@ -4,19 +4,11 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator
 
 import grpc
 import pytest
 from command_runs import Terminal, run_command
 from fake_dash_server import HELLO, NOTE, FakeDashServer, delta, fail, finished, started
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDashServer]:
-    with FakeDashServer() as server:
-        monkeypatch.setenv("DASH_TARGET", server.target)
-        yield server
 
 
 def chat(typed: str, *arguments: str, code: int = 0) -> tuple[str, str]:
@@ -100,10 +92,8 @@ def test_an_error_in_a_pipe_ends_it_with_its_exit_code(server: FakeDashServer) -
     assert len(conversations(server)) == 1
 
 
-def test_no_server_exits_3_before_a_message_is_typed() -> None:
-    with FakeDashServer() as server:
-        pass
-    with Terminal("chat", "--target", server.target) as terminal:
+def test_no_server_exits_3_before_a_message_is_typed(gone: FakeDashServer) -> None:
+    with Terminal("chat", "--target", gone.target) as terminal:
         assert terminal.wait() == 3
     assert "make serve" in terminal.text
     assert "> " not in terminal.text
@@ -116,21 +106,6 @@ def test_text_that_is_not_utf8_is_one_line_and_exits_2(server: FakeDashServer) -
     assert process.returncode == 2
     assert out == b""
     assert err.startswith(b"dash-client: standard input: is not utf-8 text")
-
-
-def test_a_closed_output_exits_141(server: FakeDashServer) -> None:
-    with run_command("chat", "--quiet", stdin=subprocess.PIPE) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdin.write("one\n")
-        process.stdin.flush()
-        assert process.stdout.readline() == "Hello\n"
-        process.stdout.close()
-        process.stdin.write("two\n")
-        process.stdin.flush()
-        assert process.wait(15) == 141
-        assert process.stderr.read() == ""
 
 
 def test_ctrl_c_cancels_the_answer_and_not_the_session(server: FakeDashServer) -> None:

@@ -1,6 +1,5 @@
 """The command's connection options: the sources of a token, and TLS."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -9,13 +8,6 @@ import trustme
 from fake_dash_server import FakeDashServer
 
 from dash_client.cli import main
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDashServer]:
-    with FakeDashServer() as server:
-        monkeypatch.setenv("DASH_TARGET", server.target)
-        yield server
 
 
 def test_the_token_comes_from_a_file_or_the_environment(

@@ -7,10 +7,10 @@ from typing import Any
 import grpc
 import pytest
 import trustme
-from client_colours import COLOURS, generate
+from client_colours import COLOURS, open_client
 from fake_dash_server import FakeDashServer
 
-from dash_client import AsyncDashClient, DashClient, InvalidArgumentError
+from dash_client import AsyncDashClient, DashClient, Generation, InvalidArgumentError
 from dash_client.channel import channel_options, resolve_target
 from dash_server.listening import channel_options as server_options
 from dash_server.settings import Settings
@@ -83,6 +83,12 @@ def test_the_server_takes_the_clients_pings() -> None:
     assert theirs["grpc.keepalive_permit_without_calls"] or not ours["grpc.keepalive_permit_without_calls"]
 
 
+def generate(colour: str, target: str, **options: Any) -> Generation:
+    """Makes one unary call with a new client."""
+    with open_client(colour, target, **options) as client:
+        return client.generate("x")
+
+
 @pytest.mark.parametrize("colour", COLOURS)
 def test_tls_with_an_authority_of_ones_own(colour: str, authority: trustme.CA, tmp_path: Path) -> None:
     path = tmp_path / "ca.pem"
@@ -112,7 +118,7 @@ def test_the_token_goes_with_every_call(colour: str, authority: trustme.CA, monk
     with FakeDashServer() as server:
         generate(colour, server.target)
         generate(colour, server.target, token=SECRET)
-        with DashClient(server.target, token=lambda: next(tokens)) as client:
+        with open_client(colour, server.target, token=lambda: next(tokens)) as client:
             client.generate("x")
             client.stream("x").final()
             client.model_info()

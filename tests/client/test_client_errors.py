@@ -1,13 +1,13 @@
-"""Failures reach the user as `DashError`s that say what to do."""
+"""Failures reach the user as `DashError`s that say what to do, from both clients."""
 
 import pickle
 from typing import Any
 
 import grpc
 import pytest
+from client_colours import COLOURS, generate, open_client
 from fake_dash_server import HELLO, FakeDashServer, fail
-from google.protobuf.duration_pb2 import Duration
-from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo, RetryInfo
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo
 
 from dash_client import (
     CancelledError,
@@ -35,29 +35,39 @@ EXPECTED: dict[grpc.StatusCode, type[DashError]] = {
     grpc.StatusCode.CANCELLED: CancelledError,
     grpc.StatusCode.UNIMPLEMENTED: UnimplementedError,
 }
+FAILURES = [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK]
 
 
-@pytest.mark.parametrize("code", [code for code in grpc.StatusCode if code is not grpc.StatusCode.OK])
-def test_every_status_is_a_dash_error_from_every_call(code: grpc.StatusCode) -> None:
-    expected = EXPECTED.get(code, ServerError)
-    with FakeDashServer([fail(code, "it went wrong")]) as server, DashClient(server.target, retries=0) as client:
-        with pytest.raises(DashError) as from_generate:
-            client.generate("x")
-        with pytest.raises(DashError) as from_stream:
-            next(client.stream("x"))
-        with pytest.raises(DashError) as from_started:
-            _ = client.stream("x").started
-        with pytest.raises(DashError) as from_final:
-            client.stream("x").final()
-    for caught in (from_generate, from_stream, from_started, from_final):
-        assert type(caught.value) is expected
-        assert caught.value.code == code.name
-        assert not isinstance(caught.value, grpc.RpcError)
-        assert caught.value.__cause__ is None
-        assert caught.value.__suppress_context__
+def in_one_session(client: DashClient) -> None:
+    with client.session() as session:
+        session.generate("x")
 
 
-def test_wrong_fields_are_named() -> None:
+@pytest.mark.parametrize("colour", COLOURS)
+@pytest.mark.parametrize("code", FAILURES)
+def test_every_status_is_a_dash_error_from_every_call(
+    server: FakeDashServer, colour: str, code: grpc.StatusCode
+) -> None:
+    server.script = [fail(code, "it went wrong", RequestInfo(request_id="r-7"), pause_ms=1500)]
+    with open_client(colour, server.target, retries=0) as client:
+        for call in (
+            generate,
+            lambda client: next(client.stream("x")),
+            lambda client: client.stream("x").started,
+            lambda client: client.stream("x").final(),
+            in_one_session,
+        ):
+            with pytest.raises(DashError, match="it went wrong") as caught:
+                call(client)
+            assert type(caught.value) is EXPECTED.get(code, ServerError)
+            assert caught.value.code == code.name
+            assert (caught.value.retry_after_seconds, caught.value.request_id) == (1.5, "r-7")
+            assert not isinstance(caught.value, grpc.RpcError)
+            assert caught.value.__cause__ is None
+            assert caught.value.__suppress_context__
+
+
+def test_wrong_fields_are_named(server: FakeDashServer, client: DashClient) -> None:
     bad = BadRequest(
         field_violations=[
             BadRequest.FieldViolation(field="sampling.temperature", description="must be in [0, 100]"),
@@ -65,12 +75,8 @@ def test_wrong_fields_are_named() -> None:
         ]
     )
     info = ErrorInfo(reason="INVALID_FIELD", domain="dash", metadata={"request_id": "r-9"})
-    step = fail(grpc.StatusCode.INVALID_ARGUMENT, "sampling.temperature: must be in [0, 100]", bad, info)
-    with (
-        FakeDashServer([step]) as server,
-        DashClient(server.target) as client,
-        pytest.raises(InvalidArgumentError) as caught,
-    ):
+    server.script = [fail(grpc.StatusCode.INVALID_ARGUMENT, "sampling.temperature: must be in [0, 100]", bad, info)]
+    with pytest.raises(InvalidArgumentError) as caught:
         client.generate("x")
     assert caught.value.field_violations == (
         FieldViolation("sampling.temperature", "must be in [0, 100]"),
@@ -81,90 +87,52 @@ def test_wrong_fields_are_named() -> None:
     assert str(caught.value) == ("sampling.temperature: must be in [0, 100]; skip.mode: EXACT is not available")
 
 
-def test_a_full_server_says_when_to_come_back() -> None:
-    retry = RetryInfo(retry_delay=Duration(seconds=1, nanos=500_000_000))
-    step = fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "the queue is full", retry, RequestInfo(request_id="r-7"))
-    with (
-        FakeDashServer([step]) as server,
-        DashClient(server.target) as client,
-        pytest.raises(ResourceExhaustedError, match="the queue is full") as caught,
-    ):
-        client.stream("x").final()
-    assert caught.value.retry_after_seconds == 1.5
-    assert caught.value.request_id == "r-7"
-
-
-def test_a_failure_after_the_start_carries_the_request_id() -> None:
+def test_a_failure_after_the_start_carries_the_request_id_and_comes_again(
+    server: FakeDashServer, client: DashClient
+) -> None:
     died = fail(grpc.StatusCode.UNAVAILABLE, "the worker died", ErrorInfo(reason="WORKER_DIED"))
-    script = [*HELLO[:2], died]
-    with FakeDashServer(script) as server, DashClient(server.target) as client:
-        stream = client.stream("x")
-        assert next(stream).text == "Hel"
-        for _ in range(2):
-            with pytest.raises(UnavailableError, match="the worker died") as caught:
-                next(stream)
-            assert caught.value.request_id == "r-1"
-            assert caught.value.reason == "WORKER_DIED"
-
-
-def test_a_complete_answer_survives_a_late_failure() -> None:
-    script = [*HELLO, fail(grpc.StatusCode.INTERNAL, "too late to matter")]
-    with FakeDashServer(script) as server, DashClient(server.target) as client:
-        assert client.stream("x").final().text == "Hello"
-
-
-def test_no_server_says_how_to_start_one() -> None:
-    with FakeDashServer() as server:
-        pass
-    with DashClient(server.target) as client:
-        with pytest.raises(UnavailableError, match="make serve") as caught:
-            client.health()
-        assert server.target in caught.value.message
-        with pytest.raises(UnavailableError, match="make serve"):
-            client.stream("x").final()
-
-
-def test_a_lost_connection_is_not_called_a_missing_server() -> None:
-    with FakeDashServer() as server, DashClient(server.target) as client:
-        server.script = [*HELLO[:2], server.wait]
-        stream = client.stream("x")
-        next(stream)
-        server.stop()
-        with pytest.raises(DashError) as caught:
+    server.script = [*HELLO[:2], died]
+    stream = client.stream("x")
+    assert next(stream).text == "Hel"
+    for _ in range(2):
+        with pytest.raises(UnavailableError, match="the worker died") as caught:
             next(stream)
+        assert caught.value.request_id == "r-1"
+        assert caught.value.reason == "WORKER_DIED"
+
+
+def test_a_complete_answer_survives_a_late_failure(server: FakeDashServer, client: DashClient) -> None:
+    server.script = [*HELLO, fail(grpc.StatusCode.INTERNAL, "too late to matter")]
+    assert client.stream("x").final().text == "Hello"
+
+
+def test_a_lost_connection_is_not_called_a_missing_server(server: FakeDashServer, client: DashClient) -> None:
+    server.script = [*HELLO[:2], server.wait]
+    stream = client.stream("x")
+    next(stream)
+    server.stop()
+    with pytest.raises(DashError) as caught:
+        next(stream)
     assert "make serve" not in caught.value.message
 
 
 @pytest.mark.parametrize("details", [b"\xff\xff\xff", b""])
-def test_details_that_cannot_be_read_do_not_hide_the_error(details: bytes) -> None:
+def test_details_that_cannot_be_read_do_not_hide_the_error(
+    server: FakeDashServer, client: DashClient, details: bytes
+) -> None:
     def step(context: Any) -> None:
         context.set_trailing_metadata((("grpc-status-details-bin", details),))
         context.abort(grpc.StatusCode.INTERNAL, "the real trouble")
 
-    with (
-        FakeDashServer([step]) as server,
-        DashClient(server.target) as client,
-        pytest.raises(ServerError, match="the real trouble"),
-    ):
+    server.script = [step]
+    with pytest.raises(ServerError, match="the real trouble"):
         client.generate("x")
 
 
-def test_an_unknown_name_is_not_found() -> None:
-    with (
-        FakeDashServer() as server,
-        DashClient(server.target) as client,
-        pytest.raises(NotFoundError, match="no policy is called 'x'"),
-    ):
-        client.policy_info("x")
-
-
-def test_a_server_that_wants_a_token_says_where_it_is_given() -> None:
-    step = fail(grpc.StatusCode.UNAUTHENTICATED, "a bearer token is needed", ErrorInfo(reason="UNAUTHENTICATED"))
-    with (
-        FakeDashServer([step]) as server,
-        DashClient(server.target) as client,
-        pytest.raises(UnauthenticatedError, match="DASH_TOKEN") as caught,
-    ):
+def test_a_server_that_wants_a_token_says_where_it_is_given(server: FakeDashServer, client: DashClient) -> None:
+    reason = ErrorInfo(reason="UNAUTHENTICATED")
+    server.script = [fail(grpc.StatusCode.UNAUTHENTICATED, "a bearer token is needed", reason)]
+    with pytest.raises(UnauthenticatedError, match="DASH_TOKEN") as caught:
         client.generate("x")
     assert caught.value.reason == "UNAUTHENTICATED"
     assert len(server.requests) == 1

@@ -1,6 +1,5 @@
 """Many prompts at once: order, errors, laziness and concurrency, in both clients."""
 
-import asyncio
 import sys
 import threading
 import time
@@ -9,10 +8,10 @@ from typing import Any
 
 import grpc
 import pytest
-from client_colours import COLOURS, with_client
-from fake_dash_server import HELLO, FakeDashServer, delta, finished, started
+from client_colours import COLOURS, open_client
+from fake_dash_server import FakeDashServer, Script, delta, fail, finished, started
 
-from dash_client import AsyncDashClient, CancelledError, DashClient, Generation, InvalidArgumentError, NotFoundError
+from dash_client import CancelledError, Generation, InvalidArgumentError, NotFoundError
 
 pytestmark = pytest.mark.parametrize("colour", COLOURS)
 
@@ -26,8 +25,8 @@ class Echo(FakeDashServer):
         self.most_inside = 0
         self._lock = threading.Lock()
 
-    def Generate(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802
-        self._record(request, context)
+    def begin(self, request: Any, context: Any) -> Script:
+        super().begin(request, context)
         text = request.parameters.text
         with self._lock:
             self.inside += 1
@@ -35,16 +34,8 @@ class Echo(FakeDashServer):
         time.sleep(0.05 if text.endswith("0") else 0.005)
         with self._lock:
             self.inside -= 1
-        if text == "wait":
-            self.wait(context)
-        if text == "bad":
-            context.abort(grpc.StatusCode.NOT_FOUND, "no such thing")
-        kind = HELLO[0], delta(text, [1]), finished(1)
-        from dash_api.v1 import generation_pb2
-
-        return generation_pb2.GenerateResponse(
-            started=started().started, output=kind[1].delta, finished=kind[2].finished
-        )
+        endings: dict[str, Script] = {"wait": [self.wait], "bad": [fail(grpc.StatusCode.NOT_FOUND, "no such thing")]}
+        return endings.get(text, [started(), delta(text, [1]), finished(1)])
 
 
 @pytest.fixture
@@ -54,13 +45,9 @@ def server() -> Iterator[Echo]:
 
 
 def map_all(colour: str, server: Echo, prompts: Iterable[Any], **options: Any) -> list[Any]:
-    result: list[Any] = with_client(
-        colour,
-        server.target,
-        lambda client: client.map(prompts, **options),
-        lambda client: client.map(prompts, **options),
-    )
-    return result
+    with open_client(colour, server.target) as client:
+        results: list[Any] = client.map(prompts, **options)
+    return results
 
 
 def test_results_are_in_the_order_of_the_prompts(colour: str, server: Echo) -> None:
@@ -122,21 +109,11 @@ def test_prompts_that_fail_themselves_end_it(colour: str, server: Echo) -> None:
 
 
 def test_closing_the_client_ends_it(colour: str, server: Echo) -> None:
-    def close_sync(client: DashClient) -> list[Any]:
+    with open_client(colour, server.target) as client:
         timer = threading.Timer(0.3, client.close)
         timer.start()
-        try:
-            return client.map(["wait"])
-        finally:
-            timer.join()
-
-    async def close_async(client: AsyncDashClient) -> list[Any]:
-        running = asyncio.create_task(client.map(["wait"]))
-        await asyncio.sleep(0.3)
-        await client.close()
-        return await running
-
-    (result,) = with_client(colour, server.target, close_sync, close_async)
+        (result,) = client.map(["wait"])
+        timer.join()
     assert isinstance(result, CancelledError)
 
 

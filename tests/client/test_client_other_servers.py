@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from typing import Any
 import grpc
 import pytest
 import trustme
-from client_colours import COLOURS, drain, generate, with_client
+from client_colours import COLOURS, drain, generate, open_client
 from fake_dash_server import HELLO, FakeDashServer, delta, finished, free_port, started
 from test_client_connection import server_credentials
 
@@ -72,10 +71,11 @@ def sending(*messages: bytes) -> Iterator[str]:
 def error_of(colour: str, target: str, **options: Any) -> DashError:
     """Returns the error of a unary call, checked to equal that of a stream."""
     errors = []
-    for call in (generate, drain):
-        with pytest.raises(DashError) as caught:
-            call(colour, target, timeout=20, **{"retries": 0, **options})
-        errors.append(caught.value)
+    with open_client(colour, target, **{"retries": 0, **options}) as client:
+        for call in (generate, drain):
+            with pytest.raises(DashError) as caught:
+                call(client, timeout=20)
+            errors.append(caught.value)
     assert errors[0].message == errors[1].message
     assert type(errors[0]) is type(errors[1])
     return errors[0]
@@ -115,46 +115,32 @@ def test_a_server_that_hangs_up(colour: str) -> None:
             assert "tls=True" in error.message
 
 
-def test_tls_where_there_is_none(colour: str) -> None:
-    with FakeDashServer() as server:
-        error = error_of(colour, server.target, ca_file=trustme.CA().cert_pem.bytes())
-    assert "does not speak TLS" in error.message
+OURS, OTHER = trustme.CA(), trustme.CA()
 
 
-def test_no_tls_where_it_is_wanted(colour: str) -> None:
-    with FakeDashServer(credentials=server_credentials(trustme.CA())) as server:
-        error = error_of(colour, server.target)
+@pytest.mark.parametrize(
+    ("credentials", "options", "words"),
+    [
+        (None, {"ca_file": OURS.cert_pem.bytes()}, "does not speak TLS"),
+        (server_credentials(OURS), {}, "tls=True"),
+        (server_credentials(OURS), {"ca_file": OTHER.cert_pem.bytes()}, "`ca_file`"),
+        (server_credentials(OURS), {"tls": True}, "`ca_file`"),
+        (server_credentials(OURS), {"ca_file": OURS.cert_pem.bytes(), "server_name": "other.example"}, "another name"),
+        (server_credentials(OURS, asks_clients=True), {"ca_file": OURS.cert_pem.bytes()}, "certificate_file"),
+    ],
+    ids=["no TLS", "only TLS", "unknown authority", "not a public one", "another name", "a client's certificate"],
+)
+def test_what_is_wrong_with_tls_is_told(
+    colour: str, credentials: grpc.ServerCredentials | None, options: dict[str, Any], words: str
+) -> None:
+    with FakeDashServer(credentials=credentials) as server:
+        error = error_of(colour, server.target, **options)
     assert isinstance(error, UnavailableError)
-    assert "tls=True" in error.message
+    assert words in error.message
 
 
-def test_a_certificate_of_an_unknown_authority(colour: str) -> None:
-    with FakeDashServer(credentials=server_credentials(trustme.CA())) as server:
-        for options in ({"ca_file": trustme.CA().cert_pem.bytes()}, {"tls": True}):
-            error = error_of(colour, server.target, **options)
-            assert isinstance(error, UnavailableError)
-            assert "`ca_file`" in error.message
-
-
-def test_a_certificate_for_another_name(colour: str) -> None:
-    authority = trustme.CA()
-    with FakeDashServer(credentials=server_credentials(authority)) as server:
-        error = error_of(colour, server.target, ca_file=authority.cert_pem.bytes(), server_name="other.example")
-    assert "another name" in error.message
-
-
-def test_no_certificate_where_one_is_wanted(colour: str) -> None:
-    authority = trustme.CA()
-    with FakeDashServer(credentials=server_credentials(authority, asks_clients=True)) as server:
-        error = error_of(colour, server.target, ca_file=authority.cert_pem.bytes())
-    assert isinstance(error, UnavailableError)
-    assert "certificate_file" in error.message
-
-
-def test_no_server(colour: str, tmp_path: Path) -> None:
-    with FakeDashServer() as server:
-        pass
-    for target in (server.target, f"unix:{tmp_path}/none"):
+def test_no_server(gone: FakeDashServer, colour: str, tmp_path: Path) -> None:
+    for target in (gone.target, f"unix:{tmp_path}/none"):
         error = error_of(colour, target)
         assert isinstance(error, UnavailableError)
         assert "make serve" in error.message
@@ -184,21 +170,13 @@ def test_a_mode_of_a_newer_server(colour: str, mode: int) -> None:
 
 @pytest.mark.parametrize("data", [b"\xff\xff\xff", b"", HELLO[1].SerializeToString()])  # type: ignore[union-attr]
 def test_answers_that_are_no_messages_of_ours(colour: str, data: bytes) -> None:
-    def every_fact(client: Any) -> None:
+    with sending(data) as target, open_client(colour, target) as client:
+        for call in (generate, drain):
+            with pytest.raises(ServerError):
+                call(client)
         for ask in (client.model_info, client.policy_info, lambda: client.tokenize("x"), client.health):
             with contextlib.suppress(DashError):
                 ask()
-
-    async def every_fact_async(client: Any) -> None:
-        for ask in (client.model_info, client.policy_info, lambda: client.tokenize("x"), client.health):
-            with contextlib.suppress(DashError):
-                await ask()
-
-    with sending(data) as target:
-        for call in (generate, drain):
-            with pytest.raises(ServerError):
-                call(colour, target)
-        with_client(colour, target, every_fact, every_fact_async)
 
 
 SERVER = """
@@ -215,23 +193,10 @@ def test_a_server_that_dies_in_the_middle_of_a_stream(colour: str) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True, env=environment) as server:
         assert server.stdout is not None
-        target = server.stdout.readline().strip()
-
-        def read(client: Any) -> None:
+        with open_client(colour, server.stdout.readline().strip()) as client:
             stream = client.stream("x")
             next(stream)
-            server.send_signal(signal.SIGKILL)
-            stream.final()
-
-        async def read_async(client: Any) -> None:
-            stream = client.stream("x")
-            await anext(stream)
-            server.send_signal(signal.SIGKILL)
-            await stream.final()
-
-        try:
-            with pytest.raises(UnavailableError, match="in the middle of the answer") as caught:
-                with_client(colour, target, read, read_async)
-        finally:
             server.kill()
+            with pytest.raises(UnavailableError, match="in the middle of the answer") as caught:
+                stream.final()
     assert caught.value.request_id == "r-1"

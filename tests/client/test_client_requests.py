@@ -45,47 +45,28 @@ def test_none_is_not_sent() -> None:
     assert parameters == generation_pb2.GenerationParameters(text="x")
 
 
-def test_every_option_arrives_at_the_server() -> None:
-    with FakeDashServer() as server, DashClient(server.target) as client:
-        client.generate(
-            "x",
-            temperature=0.5,
-            top_k=3,
-            seed=2**64 - 1,
-            logit_bias={7: -1.5},
-            stop=["a", "b"],
-            stop_token_ids=[4],
-            max_new_tokens=9,
-            constraint=["yes", "no"],
-            n=2,
-            priority="low",
-            mode=Mode.ADAPTIVE,
-            compute_budget=0.7,
-            policy_name="random",
-            logprobs=2,
-            return_decisions=True,
-            trace=True,
-        )
-        client.stream("x", mode="fixed", fixed_action="int4", draft_length=4).final()
+def test_every_option_arrives_at_the_server(server: FakeDashServer, client: DashClient) -> None:
+    sampling: dict[str, Any] = {"temperature": 0.5, "top_k": 3, "seed": 2**64 - 1, "logit_bias": {7: -1.5}}
+    stopping: dict[str, Any] = {"stop_token_ids": [4], "max_new_tokens": 9}
+    skip: dict[str, Any] = {"compute_budget": 0.7, "policy_name": "random"}
+    output: dict[str, Any] = {"logprobs": 2, "return_decisions": True, "trace": True}
+    others: dict[str, Any] = {"stop": ["a", "b"], "constraint": ["yes", "no"], "mode": Mode.ADAPTIVE, "priority": "low"}
+    client.generate("x", n=2, **sampling, **stopping, **skip, **output, **others)
+    client.stream("x", mode="fixed", fixed_action="int4", draft_length=4).final()
     unary, stream = (request.parameters for request in server.requests)
-    assert unary.sampling.temperature == 0.5
-    assert unary.sampling.top_k == 3
-    assert unary.sampling.seed == 2**64 - 1
-    assert dict(unary.sampling.logit_bias) == {7: -1.5}
-    assert list(unary.stopping.stop_strings) == ["a", "b"]
-    assert list(unary.stopping.stop_token_ids) == [4]
-    assert unary.stopping.max_new_tokens == 9
-    assert list(unary.constraint.choices.texts) == ["yes", "no"]
-    assert (unary.n, unary.priority) == (2, generation_pb2.PRIORITY_LOW)
-    assert unary.skip.mode == common_pb2.MODE_ADAPTIVE
-    assert unary.skip.compute_budget == 0.7
-    assert unary.skip.policy_name == "random"
-    assert unary.output.logprobs == 2
-    assert unary.output.return_decisions
-    assert unary.output.trace
-    assert stream.skip.mode == common_pb2.MODE_FIXED
-    assert stream.skip.fixed_action == common_pb2.ACTION_INT4
-    assert stream.skip.draft_length == 4
+    assert unary == generation_pb2.GenerationParameters(
+        text="x",
+        n=2,
+        priority=generation_pb2.PRIORITY_LOW,
+        sampling=generation_pb2.SamplingParameters(**sampling),
+        stopping=generation_pb2.StoppingParameters(**stopping, stop_strings=["a", "b"]),
+        constraint=generation_pb2.Constraint(choices={"texts": ["yes", "no"]}),
+        skip=generation_pb2.SkipOptions(**skip, mode=common_pb2.MODE_ADAPTIVE),
+        output=generation_pb2.OutputOptions(**output),
+    )
+    assert stream.skip == generation_pb2.SkipOptions(
+        mode=common_pb2.MODE_FIXED, fixed_action=common_pb2.ACTION_INT4, draft_length=4
+    )
 
 
 def test_one_stop_string_is_not_split_into_letters() -> None:
@@ -100,101 +81,49 @@ def test_a_prompt_is_text_ids_or_messages() -> None:
     assert chat == common_pb2.ChatPrompt(messages=[common_pb2.ChatMessage(role="user", content="hi")])
 
 
-@pytest.mark.parametrize(
-    "prompt",
-    [
-        [],
-        b"bytes",
-        None,
-        7,
-        {"role": "user", "content": "x"},
-        [1, "2"],
-        [1.0],
-        [-1],
-        [2**32],
-        ["a"],
-        [{"role": "user"}],
-        [{"role": "user", "content": None}],
-        [{"role": "user", "content": "x"}, 3],
-    ],
-)
+HI = {"role": "user", "content": "x"}
+NO_PROMPTS: list[Any] = [[], b"bytes", None, 7, [1, "2"], [1.0], [-1], [2**32], ["a"], HI]
+NO_MESSAGES: list[Any] = [[{"role": "user"}], [HI | {"content": None}], [HI, 3]]
+
+
+@pytest.mark.parametrize("prompt", [*NO_PROMPTS, *NO_MESSAGES])
 def test_a_prompt_of_another_kind_is_refused_by_name(prompt: Any) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         generation_parameters(prompt)
     assert caught.value.field_violations[0].field.startswith("prompt")
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("temperature", "hot"),
-        ("temperature", "0.5"),
-        ("temperature", True),
-        ("temperature", -0.1),
-        ("temperature", 100.5),
-        ("temperature", math.nan),
-        ("temperature", math.inf),
-        ("temperature", [1]),
-        ("top_k", -1),
-        ("top_k", 2**40),
-        ("top_k", 1.5),
-        ("top_p", 0),
-        ("top_p", 1.1),
-        ("min_p", -0.1),
-        ("min_p", 2),
-        ("repetition_penalty", 0),
-        ("repetition_penalty", 101),
-        ("presence_penalty", -101),
-        ("frequency_penalty", 101),
-        ("logit_bias", {"a": 1.0}),
-        ("logit_bias", {1: "a"}),
-        ("logit_bias", {1: 101}),
-        ("logit_bias", {-1: 1.0}),
-        ("logit_bias", 3),
-        ("seed", -1),
-        ("seed", 2**64),
-        ("max_new_tokens", 0),
-        ("max_new_tokens", "8"),
-        ("stop", 3),
-        ("stop", ""),
-        ("stop", ["a", ""]),
-        ("stop", [b"\xff"]),
-        ("stop", "\ud800"),
-        ("stop_token_ids", [-1]),
-        ("stop_token_ids", [1.0]),
-        ("stop_token_ids", 5),
-        ("stop_token_ids", "12"),
-        ("ignore_eos", 1),
-        ("ignore_eos", "no"),
-        ("constraint", "yes"),
-        ("constraint", []),
-        ("constraint", [1]),
-        ("constraint", ["\ud800"]),
-        ("constraint", 3),
-        ("constraint", int),
-        ("constraint", {"type": int}),
-        ("constraint", {"default": math.nan}),
-        ("constraint", re.compile(b"a")),
-        ("n", 0),
-        ("n", "2"),
-        ("priority", "urgent"),
-        ("priority", 3),
-        ("tool_choice", "required"),
-        ("tools", "clock"),
-        ("mode", "fast"),
-        ("mode", 2),
-        ("compute_budget", 0),
-        ("compute_budget", 1.01),
-        ("fixed_action", "int2"),
-        ("policy_name", 1),
-        ("draft_length", 0),
-        ("logprobs", 21),
-        ("logprobs", -1),
-        ("logprobs", True),
-        ("return_decisions", 0),
-        ("trace", "yes"),
-    ],
-)
+WRONG_VALUES: dict[str, list[Any]] = {
+    "temperature": ["hot", "0.5", True, -0.1, 100.5, math.nan, math.inf, [1]],
+    "top_k": [-1, 2**40, 1.5],
+    "top_p": [0, 1.1],
+    "min_p": [-0.1, 2],
+    "repetition_penalty": [0, 101],
+    "presence_penalty": [-101],
+    "frequency_penalty": [101],
+    "logit_bias": [{"a": 1.0}, {1: "a"}, {1: 101}, {-1: 1.0}, 3],
+    "seed": [-1, 2**64],
+    "max_new_tokens": [0, "8"],
+    "stop": [3, "", ["a", ""], [b"\xff"], "\ud800"],
+    "stop_token_ids": [[-1], [1.0], 5, "12"],
+    "ignore_eos": [1, "no"],
+    "constraint": ["yes", [], [1], ["\ud800"], 3, int, {"type": int}, {"default": math.nan}, re.compile(b"a")],
+    "n": [0, "2"],
+    "priority": ["urgent", 3],
+    "tool_choice": ["required"],
+    "tools": ["clock"],
+    "mode": ["fast", 2],
+    "compute_budget": [0, 1.01],
+    "fixed_action": ["int2"],
+    "policy_name": [1],
+    "draft_length": [0],
+    "logprobs": [21, -1, True],
+    "return_decisions": [0],
+    "trace": ["yes"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in WRONG_VALUES for value in WRONG_VALUES[name]])
 def test_a_wrong_value_is_refused_by_name_before_anything_is_sent(name: str, value: Any) -> None:
     with DashClient("localhost:1", retries=0) as client:
         for call in (client.generate, client.stream, client.chat, client.chat_stream):
@@ -226,12 +155,11 @@ def test_a_long_wrong_value_is_not_quoted_whole() -> None:
     assert len(caught.value.message) < 200
 
 
-def test_chat_takes_messages_or_one_of_the_users() -> None:
+def test_chat_takes_messages_or_one_of_the_users(server: FakeDashServer, client: DashClient) -> None:
     history = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    with FakeDashServer() as server, DashClient(server.target) as client:
-        assert client.chat("Hi", temperature=0.5).text == "Hello"
-        assert client.chat(history).text == "Hello"
-        assert client.chat_stream(history, seed=1).final().text == "Hello"
+    assert client.chat("Hi", temperature=0.5).text == "Hello"
+    assert client.chat(history).text == "Hello"
+    assert client.chat_stream(history, seed=1).final().text == "Hello"
     sent = [[(m.role, m.content) for m in request.parameters.chat.messages] for request in server.requests]
     whole = [("system", "Be brief."), ("user", "Hi")]
     assert sent == [[("user", "Hi")], whole, whole]

@@ -6,29 +6,26 @@ from typing import Any
 
 import grpc
 import pytest
-from client_colours import COLOURS, drain, generate
-from fake_dash_server import HELLO, FakeDashServer, Script
+from client_colours import CALLS, COLOURS, drain, generate, in_session, open_client
+from fake_dash_server import HELLO, FakeDashServer, Script, fail
 
 from dash_client import (
     DashClient,
     DashError,
     DeadlineExceededError,
+    Generation,
     InvalidArgumentError,
     ResourceExhaustedError,
     UnavailableError,
 )
 
-CALLS: list[Callable[..., Any]] = [generate, drain]
 BOTH = pytest.mark.parametrize("colour", COLOURS)
+ALL_CALLS = pytest.mark.parametrize("call", CALLS)
+Ask = Callable[..., Generation]
 
 
-def refuse(code: grpc.StatusCode, pushback_ms: str | None = None) -> Callable[[grpc.ServicerContext], None]:
-    def step(context: grpc.ServicerContext) -> None:
-        if pushback_ms is not None:
-            context.set_trailing_metadata((("grpc-retry-pushback-ms", pushback_ms),))
-        context.abort(code, "not now")
-
-    return step
+def refuse(code: grpc.StatusCode, pause_ms: int) -> Callable[[grpc.ServicerContext], None]:
+    return fail(code, "not now", pause_ms=pause_ms)
 
 
 class Attempts(FakeDashServer):
@@ -39,29 +36,41 @@ class Attempts(FakeDashServer):
         self._scripts = list(scripts)
         self.times: list[float] = []
 
-    def _record(self, request: Any, context: grpc.ServicerContext) -> None:
-        super()._record(request, context)
+    def begin(self, request: Any, context: Any) -> Script:
+        super().begin(request, context)
         self.times.append(time.monotonic())
-        self.script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
+        return self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
+
+
+def ask(call: Ask, colour: str, server: FakeDashServer, timeout: float | None = None, **options: Any) -> Generation:
+    with open_client(colour, server.target, **options) as client:
+        return call(client, timeout=timeout)
 
 
 @BOTH
-@pytest.mark.parametrize("call", CALLS)
+@ALL_CALLS
 @pytest.mark.parametrize(
-    "code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED]
+    ("code", "num_sessions"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, 2),  # by a new stream, which may lead to another server
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, 1),
+        (grpc.StatusCode.CANCELLED, 1),
+    ],
 )
-def test_a_refusal_is_tried_again(colour: str, call: Callable[..., Any], code: grpc.StatusCode) -> None:
-    with Attempts([refuse(code)], HELLO) as server:
-        assert call(colour, server.target).text == "Hello"
+def test_a_refusal_is_tried_again(colour: str, call: Ask, code: grpc.StatusCode, num_sessions: int) -> None:
+    with Attempts([refuse(code, 1)], HELLO) as server:
+        assert ask(call, colour, server).text == "Hello"
     assert len(server.requests) == 2
+    assert server.num_sessions == (num_sessions if call is in_session else 0)
 
 
 @BOTH
-def test_the_server_says_when_to_come_back(colour: str) -> None:
-    later = [refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "700")]
-    at_once = [refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "1")]
+@pytest.mark.parametrize("call", [drain, in_session])
+def test_the_server_says_when_to_come_back(colour: str, call: Ask) -> None:
+    later = [refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, 700)]
+    at_once = [refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, 1)]
     with Attempts(later, at_once, HELLO) as server:
-        assert drain(colour, server.target).text == "Hello"
+        assert ask(call, colour, server).text == "Hello"
     first, second, third = server.times
     assert second - first == pytest.approx(0.7, abs=0.3)
     # gRPC's own pause would be a third of a second here.
@@ -70,16 +79,17 @@ def test_the_server_says_when_to_come_back(colour: str) -> None:
 
 @BOTH
 def test_a_server_may_forbid_it(colour: str) -> None:
-    with Attempts([refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "-1")]) as server, pytest.raises(ResourceExhaustedError):
-        generate(colour, server.target)
+    with Attempts([refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, -1)]) as server, pytest.raises(ResourceExhaustedError):
+        ask(generate, colour, server)
     assert len(server.requests) == 1
 
 
 @BOTH
-def test_nothing_is_tried_again_in_the_middle_of_a_stream(colour: str) -> None:
-    with Attempts([HELLO[0], refuse(grpc.StatusCode.UNAVAILABLE, "1")], HELLO) as server:
+@pytest.mark.parametrize("call", [drain, in_session])
+def test_nothing_is_tried_again_in_the_middle_of_a_stream(colour: str, call: Ask) -> None:
+    with Attempts([HELLO[0], refuse(grpc.StatusCode.UNAVAILABLE, 1)], HELLO) as server:
         with pytest.raises(UnavailableError) as caught:
-            drain(colour, server.target)
+            ask(call, colour, server)
         assert caught.value.request_id == "r-1"
     assert len(server.requests) == 1
 
@@ -92,44 +102,43 @@ def test_a_slot_that_was_granted_is_the_end_of_it_even_before_a_message(colour: 
     def wait(_: grpc.ServicerContext) -> None:
         time.sleep(0.3)  # gRPC ignores headers that come together with the status
 
-    script: Script = [grant, wait, refuse(grpc.StatusCode.UNAVAILABLE, "1")]
+    script: Script = [grant, wait, refuse(grpc.StatusCode.UNAVAILABLE, 1)]
     with Attempts(script, HELLO) as server, pytest.raises(UnavailableError):
-        drain(colour, server.target)
+        ask(drain, colour, server)
     assert len(server.requests) == 1
 
 
 @BOTH
-@pytest.mark.parametrize("call", CALLS)
-def test_the_deadline_is_that_of_all_attempts(colour: str, call: Callable[..., Any]) -> None:
+@ALL_CALLS
+def test_the_deadline_is_that_of_all_attempts(colour: str, call: Ask) -> None:
     begin = time.monotonic()
-    with Attempts([refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, "10000")]) as server:
+    with Attempts([refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, 10_000)]) as server:
         with pytest.raises(DeadlineExceededError, match=r"0\.5 s"):
-            call(colour, server.target, timeout=0.5)
+            ask(call, colour, server, timeout=0.5)
         assert time.monotonic() - begin < 3
     assert len(server.requests) == 1
 
 
 @BOTH
+@pytest.mark.parametrize("call", [generate, in_session])
 @pytest.mark.parametrize(("retries", "attempts"), [(False, 1), (0, 1), (1, 2), (True, 4), (4, 5)])
-def test_the_caller_says_how_often(colour: str, retries: bool | int, attempts: int) -> None:
-    with Attempts([refuse(grpc.StatusCode.UNAVAILABLE, "1")]) as server:
-        with pytest.raises(UnavailableError):
-            generate(colour, server.target, retries=retries)
+def test_the_caller_says_how_often(colour: str, call: Ask, retries: bool | int, attempts: int) -> None:
+    with Attempts([refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, 1)]) as server:
+        with pytest.raises(ResourceExhaustedError):
+            ask(call, colour, server, retries=retries)
         assert len(server.requests) == attempts
 
 
 def test_other_errors_are_final() -> None:
-    with Attempts([refuse(grpc.StatusCode.INTERNAL, "1")]) as server:
-        with DashClient(server.target) as client, pytest.raises(DashError):
-            client.generate("x")
+    with Attempts([refuse(grpc.StatusCode.INTERNAL, 1)]) as server:
+        with pytest.raises(DashError):
+            ask(generate, "sync", server)
         assert len(server.requests) == 1
 
 
-def test_health_is_what_it_is_now() -> None:
-    with FakeDashServer() as server:
-        pass
+def test_health_is_what_it_is_now(gone: FakeDashServer) -> None:
     begin = time.monotonic()
-    with DashClient(server.target) as client, pytest.raises(UnavailableError):
+    with DashClient(gone.target) as client, pytest.raises(UnavailableError):
         client.health()
     assert time.monotonic() - begin < 0.2
 

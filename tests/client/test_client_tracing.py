@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from client_colours import COLOURS, drain, generate
+from client_colours import drain, generate
 from fake_dash_server import FakeDashServer
+
+from dash_client import DashClient
 
 BARE = """
 import sys
@@ -21,16 +23,14 @@ assert not [name for name in sys.modules if name.startswith("opentelemetry")]
 """
 
 
-@pytest.mark.parametrize("colour", COLOURS)
-def test_the_span_in_use_is_the_servers_parent(colour: str) -> None:
+def test_the_span_in_use_is_the_servers_parent(server: FakeDashServer, client: DashClient) -> None:
     trace = pytest.importorskip("opentelemetry.trace")
     sdk = pytest.importorskip("opentelemetry.sdk.trace")
-    with FakeDashServer() as server:
-        with sdk.TracerProvider().get_tracer("test").start_as_current_span("caller") as span:
-            generate(colour, server.target)
-            drain(colour, server.target)
-        assert trace.get_current_span() is trace.INVALID_SPAN
-        generate(colour, server.target)
+    with sdk.TracerProvider().get_tracer("test").start_as_current_span("caller") as span:
+        generate(client)
+        drain(client)
+    assert trace.get_current_span() is trace.INVALID_SPAN
+    generate(client)
     context = span.get_span_context()
     expected = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
     assert [metadata.get("traceparent") for metadata in server.metadata] == [expected, expected, None]
