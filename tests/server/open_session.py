@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
-from google.rpc import error_details_pb2, status_pb2
 
 from dash_api.v1 import generation_pb2
+from tests.server.refusals import details_of
 from tests.server.server_harness import RunningServer, bearer, generation_request
 
 
@@ -61,11 +61,7 @@ class OpenSession:
 
     def details(self, number: int) -> dict[str, Any]:
         """Returns the google.rpc details of a generation's error, by type name."""
-        found = {}
-        for packed in status_pb2.Status.FromString(self.errors[number].details).details:
-            name = packed.TypeName().rpartition(".")[2]
-            found[name] = getattr(error_details_pb2, name).FromString(packed.value)
-        return found
+        return details_of(self.errors[number].details)
 
     async def _next(self) -> None:
         self._came.clear()

@@ -16,7 +16,6 @@ from urllib.parse import urlencode
 
 import grpc
 import psutil
-from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tokenizers import Tokenizer
 
@@ -59,6 +58,13 @@ def write_model_folder(folder: Path) -> Path:
 def fake_model(folder: Path, **options: object) -> str:
     """Returns the model setting for a fake worker with these options."""
     return "fake?" + urlencode({"folder": str(folder), **options})
+
+
+def write_tokens(folder: Path, **callers: str) -> Path:
+    """Writes a token file with callers and their tokens."""
+    path = folder / "tokens.toml"
+    path.write_text("".join(f'[{name}]\ntoken = "{token}"\n' for name, token in callers.items()))
+    return path
 
 
 def free_port() -> int:
@@ -242,20 +248,3 @@ def server_process(
             yield ServerProcess(process, port_file, log)
         finally:
             process.kill()
-
-
-def error_details(error: grpc.aio.AioRpcError) -> tuple[status_pb2.Status, dict[str, Any]]:
-    """Returns the google.rpc status of an error, and its details by type name."""
-    trailer = dict(error.trailing_metadata() or ())["grpc-status-details-bin"]
-    status = status_pb2.Status.FromString(trailer)
-    details = {}
-    for packed in status.details:
-        name = packed.TypeName().rpartition(".")[2]
-        message = getattr(error_details_pb2, name)()
-        assert packed.Unpack(message)
-        details[name] = message
-    return status, details
-
-
-def violated_fields(error: grpc.aio.AioRpcError) -> list[str]:
-    return [violation.field for violation in error_details(error)[1]["BadRequest"].field_violations]

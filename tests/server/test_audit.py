@@ -17,6 +17,7 @@ from dash_runtime.events import TokenLogprobs
 from dash_server.audit import Audit, Auditor, divergence
 from dash_server.dispatcher import Dispatcher
 from dash_server.pace import Pace
+from tests.server.refusals import refusal
 from tests.server.scraping import scrape
 from tests.server.server_harness import RunningServer, bearer, fake_model, running_server
 
@@ -66,9 +67,8 @@ async def test_what_has_nothing_to_compare_is_not(model_folder: Path, options: d
         answer = await server.generate(text="abc", **{"max_new_tokens": 4, **options})
         later = await server.generate(text="abc", skip=ADAPTIVE, max_new_tokens=4)
         await audit_of(server, later.started.request_id)
-        with pytest.raises(grpc.aio.AioRpcError) as missing:
-            await server.model.GetAudit(model_pb2.GetAuditRequest(request_id=answer.started.request_id))
-        assert missing.value.code() is grpc.StatusCode.NOT_FOUND
+        missing = await refusal(server.model.GetAudit(model_pb2.GetAuditRequest(request_id=answer.started.request_id)))
+        assert missing.code is grpc.StatusCode.NOT_FOUND
 
 
 async def test_without_the_setting_an_answer_is_audited_when_it_is_asked_for(model_folder: Path) -> None:
@@ -88,25 +88,10 @@ async def test_an_audit_that_is_asked_for_waits_until_nothing_else_is_to_do(mode
         request = model_pb2.GetAuditRequest(request_id=answer.started.request_id)
         long = asyncio.ensure_future(server.generate(text="abc", max_new_tokens=40))
         await asyncio.sleep(0.05)
-        with pytest.raises(grpc.aio.AioRpcError) as late:
-            await server.model.GetAudit(request, timeout=0.1)
-        assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        late = await refusal(server.model.GetAudit(request, timeout=0.1))
+        assert late.code is grpc.StatusCode.DEADLINE_EXCEEDED
         await server.model.GetAudit(request)
         assert long.done()
-
-
-async def test_only_so_many_answers_are_kept_and_none_where_none_are_asked_for(model_folder: Path) -> None:
-    for num_kept in (0, 2):
-        async with running_server(fake_model(model_folder), recent_requests=num_kept) as server:
-            answers = [await server.generate(text="abc", skip=ADAPTIVE, max_new_tokens=4) for _ in range(3)]
-            for place, answer in enumerate(answers):
-                request = model_pb2.GetAuditRequest(request_id=answer.started.request_id)
-                if place >= 3 - num_kept:
-                    await server.model.GetAudit(request)
-                else:
-                    with pytest.raises(grpc.aio.AioRpcError) as missing:
-                        await server.model.GetAudit(request)
-                    assert missing.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 async def test_an_audit_that_is_waited_for_fails_when_the_server_ends(model_folder: Path) -> None:
@@ -116,9 +101,7 @@ async def test_an_audit_that_is_waited_for_fails_when_the_server_ends(model_fold
         waiting = asyncio.ensure_future(server.model.GetAudit(request))
         await asyncio.sleep(0.1)
         await server.server.drain(1)
-        with pytest.raises(grpc.aio.AioRpcError) as ended:
-            await waiting
-        assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert (await refusal(waiting)).code is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_request_takes_the_slot_of_an_audit_which_begins_again(model_folder: Path) -> None:
@@ -134,19 +117,6 @@ async def test_a_request_takes_the_slot_of_an_audit_which_begins_again(model_fol
         await server.generate(text="ab", max_new_tokens=2, skip=generation_pb2.SkipOptions(mode="MODE_FULL_DEPTH"))
         assert time.monotonic() - begin < 0.3, "the audit takes 0.6 s"
         assert (await audit_of(server, first.started.request_id)).token_count == 59
-
-
-async def test_an_audit_is_its_callers_only(model_folder: Path, tmp_path: Path) -> None:
-    tokens = tmp_path / "tokens.toml"
-    tokens.write_text('[ann]\ntoken = "ann-s-token-long-enough"\n[bob]\ntoken = "bob-s-token-long-enough"\n')
-    async with running_server(fake_model(model_folder), token_file=tokens, **EVERY) as server:
-        ann = "ann-s-token-long-enough"
-        answer = await server.generate(token=ann, text="abc", skip=ADAPTIVE, max_new_tokens=4)
-        await audit_of(server, answer.started.request_id, ann)
-        request = model_pb2.GetAuditRequest(request_id=answer.started.request_id)
-        with pytest.raises(grpc.aio.AioRpcError) as missing:
-            await server.model.GetAudit(request, metadata=bearer("bob-s-token-long-enough"))
-        assert missing.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 async def test_audits_become_metrics(model_folder: Path) -> None:

@@ -7,17 +7,12 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
+from google.rpc import status_pb2
 
 from dash_api.v1 import common_pb2, generation_pb2, model_pb2
 from tests.server.open_session import open_session
-from tests.server.server_harness import (
-    RunningServer,
-    error_details,
-    fake_model,
-    generation_request,
-    running_server,
-    violated_fields,
-)
+from tests.server.refusals import refusal
+from tests.server.server_harness import RunningServer, fake_model, running_server
 from tests.server.test_tools import BAD_TOOLS, CLOCK, USER
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -31,6 +26,7 @@ Constraint = generation_pb2.Constraint
 TokenIds = common_pb2.TokenIds
 Chat, Message = common_pb2.ChatPrompt, common_pb2.ChatMessage
 NAN = float("nan")
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
 
 def skip(**options: Any) -> dict[str, Any]:
@@ -171,18 +167,13 @@ async def test_bad_parameter_is_named_by_all_methods(server: RunningServer, case
     parameters, field = BAD_PARAMETERS[case]
     async with open_session(server) as session:
         await session.begin(1, **parameters)
-        assert await session.end_of(1) is grpc.StatusCode.INVALID_ARGUMENT
+        assert await session.end_of(1) is INVALID
         violations = session.details(1)["BadRequest"].field_violations
         assert [violation.field for violation in violations] == [f"parameters.{field}"]
-    with pytest.raises(grpc.aio.AioRpcError) as unary:
-        await server.generate(**parameters)
-    with pytest.raises(grpc.aio.AioRpcError) as stream:
-        async for _ in server.stream(**parameters):
-            pass
-    for error in (unary.value, stream.value):
-        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert violated_fields(error) == [f"parameters.{field}"]
-        assert (error.details() or "").startswith(f"parameters.{field}: ")
+    for call in (server.generate(**parameters), server.stream(**parameters)):
+        refused = await refusal(call)
+        assert (refused.code, refused.fields) == (INVALID, [f"parameters.{field}"])
+        assert refused.message.startswith(f"parameters.{field}: ")
     await assert_still_well(server)
 
 
@@ -190,32 +181,20 @@ async def test_bad_parameter_is_named_by_all_methods(server: RunningServer, case
 async def test_bad_bytes_are_an_invalid_argument(server: RunningServer, case: str) -> None:
     data, field = BAD_BYTES[case]
     for method in ("Generate", "StreamGenerate"):
-        call = server.channel.unary_stream(f"/dash_api.v1.GenerationService/{method}")(data)
-        with pytest.raises(grpc.aio.AioRpcError) as failure:
-            async for _ in call:
-                pass
-        assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert violated_fields(failure.value) == [field]
+        refused = await refusal(server.channel.unary_stream(f"/dash_api.v1.GenerationService/{method}")(data))
+        assert (refused.code, refused.fields) == (INVALID, [field])
     await assert_still_well(server)
 
 
-async def test_two_members_of_a_oneof_are_refused_by_tokenize(server: RunningServer) -> None:
-    text = model_pb2.TokenizeRequest(text="a").SerializeToString()
-    chat = model_pb2.TokenizeRequest(chat=Chat(messages=[Message(role="user")])).SerializeToString()
-    with pytest.raises(grpc.aio.AioRpcError) as failure:
-        await server.channel.unary_unary("/dash_api.v1.ModelService/Tokenize")(text + chat)
-    assert violated_fields(failure.value) == ["prompt"]
-
-
 async def test_tokenize_names_its_own_fields(server: RunningServer) -> None:
-    for request, field in (
-        (model_pb2.TokenizeRequest(), "prompt"),
-        (model_pb2.TokenizeRequest(chat=Chat()), "chat.messages"),
+    text, chat = model_pb2.TokenizeRequest(text="a"), model_pb2.TokenizeRequest(chat=Chat(messages=[USER]))
+    for data, field in (
+        (b"", "prompt"),
+        (model_pb2.TokenizeRequest(chat=Chat()).SerializeToString(), "chat.messages"),
+        (text.SerializeToString() + chat.SerializeToString(), "prompt"),  # two members of a oneof
     ):
-        with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await server.model.Tokenize(request)
-        assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert violated_fields(failure.value) == [field]
+        refused = await refusal(server.channel.unary_unary("/dash_api.v1.ModelService/Tokenize")(data))
+        assert (refused.code, refused.fields) == (INVALID, [field])
 
 
 Score = generation_pb2.ScoreRequest
@@ -249,27 +228,20 @@ GIVEN = Parameters(text="ab")
 async def test_score_names_its_own_fields(
     server: RunningServer, request_: generation_pb2.ScoreRequest, fields: list[str]
 ) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as failure:
-        await server.generation.Score(request_)
-    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert violated_fields(failure.value) == fields
+    refused = await refusal(server.generation.Score(request_))
+    assert (refused.code, refused.fields) == (INVALID, fields)
     await assert_still_well(server)
 
 
 async def test_unknown_policy_of_get_policy(server: RunningServer) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as failure:
-        await server.model.GetPolicy(model_pb2.GetPolicyRequest(name="nobody"))
-    assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert violated_fields(failure.value) == ["name"]
+    refused = await refusal(server.model.GetPolicy(model_pb2.GetPolicyRequest(name="nobody")))
+    assert (refused.code, refused.fields) == (INVALID, ["name"])
 
 
 async def test_several_mistakes_are_told_at_once(server: RunningServer) -> None:
-    parameters = Parameters(
-        sampling=Sampling(top_p=2), stopping=Stopping(max_new_tokens=0, stop_strings=[""]), skip=Skip(mode=17)
-    )
-    with pytest.raises(grpc.aio.AioRpcError) as failure:
-        await server.generation.Generate(generation_pb2.GenerateRequest(parameters=parameters))
-    assert violated_fields(failure.value) == [
+    stopping = Stopping(max_new_tokens=0, stop_strings=[""])
+    refused = await refusal(server.generate(sampling=Sampling(top_p=2), stopping=stopping, skip=Skip(mode=17)))
+    assert refused.fields == [
         "parameters.sampling.top_p",
         "parameters.stopping.max_new_tokens",
         "parameters.stopping.stop_strings[0]",
@@ -279,70 +251,61 @@ async def test_several_mistakes_are_told_at_once(server: RunningServer) -> None:
 
 
 async def test_error_carries_reason_domain_and_request_id(server: RunningServer) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as failure:
-        await server.generate()
-    status, details = error_details(failure.value)
-    assert status.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
-    assert status.message == failure.value.details()
-    assert (details["ErrorInfo"].reason, details["ErrorInfo"].domain) == ("INVALID_REQUEST", "dash-llm")
-    assert len(details["ErrorInfo"].metadata["request_id"]) == 32
+    refused = await refusal(server.generate())
+    status = status_pb2.Status.FromString(refused.trailers["grpc-status-details-bin"])
+    assert (status.code, status.message) == (INVALID.value[0], refused.message)
+    assert (refused.reason, refused.details["ErrorInfo"].domain) == ("INVALID_REQUEST", "dash-llm")
+    assert len(refused.details["ErrorInfo"].metadata["request_id"]) == 32
 
 
 async def test_a_huge_wrong_value_is_not_sent_back_whole(server: RunningServer) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as failure:
-        await server.generate(**skip(policy_name="ä" * 1_000_000))
-    assert violated_fields(failure.value) == ["parameters.skip.policy_name"]
-    assert len(failure.value.details() or "") < 400
+    refused = await refusal(server.generate(**skip(policy_name="ä" * 1_000_000)))
+    assert refused.fields == ["parameters.skip.policy_name"]
+    assert len(refused.message) < 400
 
 
 async def test_a_message_over_the_limit_is_refused(server: RunningServer) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as failure:
-        await server.generate(text="a" * 5_000_000)
-    assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (await refusal(server.generate(text="a" * 5_000_000))).code is grpc.StatusCode.RESOURCE_EXHAUSTED
     await assert_still_well(server)
 
 
 async def test_refusal_by_the_worker_names_the_field(model_folder: Path) -> None:
     async with running_server(fake_model(model_folder, refuse="sampling.top_k")) as server:
-        with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await server.generate(text="a")
-        assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert violated_fields(failure.value) == ["parameters.sampling.top_k"]
+        refused = await refusal(server.generate(text="a"))
+        assert (refused.code, refused.fields) == (INVALID, ["parameters.sampling.top_k"])
 
 
 async def test_chat_without_a_template_is_an_invalid_argument(tmp_path: Path, model_folder: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((model_folder / "tokenizer.json").read_bytes())
     async with running_server(fake_model(tmp_path)) as server:
-        with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await server.generate(chat=Chat(messages=[Message(role="user", content="a")]))
-        assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert violated_fields(failure.value) == ["parameters.chat"]
+        refused = await refusal(server.generate(chat=Chat(messages=[USER])))
+        assert (refused.code, refused.fields) == (INVALID, ["parameters.chat"])
         assert (await server.generate(text="ok", max_new_tokens=2)).output.text == "ok"
 
 
-async def test_a_request_without_a_budget_gets_what_its_policy_recommends(model_folder: Path) -> None:
-    async with running_server(fake_model(model_folder)) as server:
-        assert (await server.generate(text="a", max_new_tokens=1)).started.compute_budget == pytest.approx(0.95)
-        learned = Skip(mode="MODE_ADAPTIVE", policy_name="learned")
-        started = (await server.generate(text="a", max_new_tokens=1, skip=learned)).started
-        assert started.compute_budget == pytest.approx(0.55)
-
-
-async def test_budgets_follow_costs_that_are_replaced_while_serving(model_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "options", "of_toy", "of_learned", "lowest_of_learned"),
+    [
+        ({}, {}, 0.95, 0.55, "0.500"),
+        ({"default_compute_budget": 0.6}, {}, 0.9, 0.6, "0.500"),
+        ({}, {"replaces_costs": 1}, 0.95, 0.75, "0.700"),
+    ],
+    ids=["recommended", "default, raised to the lowest", "of costs replaced while serving"],
+)
+async def test_a_request_without_a_budget_gets_one_that_its_policy_can_keep(
+    model_folder: Path,
+    settings: dict[str, float],
+    options: dict[str, int],
+    of_toy: float,
+    of_learned: float,
+    lowest_of_learned: str,
+) -> None:
     learned = Skip(mode="MODE_ADAPTIVE", policy_name="learned")
-    async with running_server(fake_model(model_folder, replaces_costs=1)) as server:
-        started = (await server.generate(text="a", max_new_tokens=1, skip=learned)).started
-        assert started.compute_budget == pytest.approx(0.75)
-        learned.compute_budget = 0.6
-        with pytest.raises(grpc.aio.AioRpcError, match=r"below 0\.700"):
-            await server.generate(text="a", max_new_tokens=1, skip=learned)
-
-
-async def test_the_default_budget_is_raised_to_what_the_policy_can_keep(model_folder: Path) -> None:
-    async with running_server(fake_model(model_folder), default_compute_budget=0.6) as server:
-        assert (await server.generate(text="a", max_new_tokens=1)).started.compute_budget == 0.9
-        learned = Skip(mode="MODE_ADAPTIVE", policy_name="learned")
-        assert (await server.generate(text="a", max_new_tokens=1, skip=learned)).started.compute_budget == 0.6
-        request = generation_request(text="a", skip=Skip(mode="MODE_ADAPTIVE", compute_budget=0.6))
-        with pytest.raises(grpc.aio.AioRpcError):
-            await server.generation.Generate(request)
+    async with running_server(fake_model(model_folder, **options), **settings) as server:
+        for policy, expected in ((None, of_toy), (learned, of_learned)):
+            started = (await server.generate(text="a", max_new_tokens=1, skip=policy)).started
+            assert started.compute_budget == pytest.approx(expected)
+        learned.compute_budget = float(lowest_of_learned) - 0.1
+        refused = await refusal(server.generate(text="a", skip=learned))
+        assert refused.fields == ["parameters.skip.compute_budget"]
+        assert f"below {lowest_of_learned}" in refused.message

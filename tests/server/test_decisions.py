@@ -1,23 +1,18 @@
-"""GetDecisions of a real server with the fake worker."""
+"""GetDecisions of a real server with the fake worker, and what GetAudit has in common with it."""
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
 from dash_api.v1 import common_pb2, model_pb2
 from dash_runtime.actions import Action
-from tests.server.server_harness import (
-    RunningServer,
-    bearer,
-    error_details,
-    fake_model,
-    running_server,
-    violated_fields,
-)
+from tests.server.refusals import refusal
+from tests.server.server_harness import RunningServer, bearer, fake_model, running_server, write_tokens
 
-TOKENS = {"ada": "a-token-of-ada-s-own", "bob": "a-token-of-bob-s-own"}
+ADA, BOB = "a-token-of-ada-s-own", "a-token-of-bob-s-own"
 
 
 async def decisions(server: RunningServer, request_id: str, token: str | None = None) -> model_pb2.GetDecisionsResponse:
@@ -25,10 +20,12 @@ async def decisions(server: RunningServer, request_id: str, token: str | None = 
     return await server.model.GetDecisions(request, metadata=bearer(token))
 
 
-async def refusal(server: RunningServer, request_id: str, token: str | None = None) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as failure:
-        await decisions(server, request_id, token)
-    return failure.value
+async def audit(server: RunningServer, request_id: str, token: str | None = None) -> model_pb2.GetAuditResponse:
+    request = model_pb2.GetAuditRequest(request_id=request_id)
+    return await server.model.GetAudit(request, metadata=bearer(token))
+
+
+BOTH = pytest.mark.parametrize(("ask", "reason"), [(decisions, "DECISIONS_NOT_FOUND"), (audit, "AUDIT_NOT_FOUND")])
 
 
 async def request_id_of(server: RunningServer, token: str | None = None) -> str:
@@ -58,33 +55,36 @@ async def test_the_caller_is_told_what_was_decided(model_folder: Path) -> None:
         assert not step.HasField("accepted_token_count")
 
 
-async def test_another_callers_request_looks_like_none(model_folder: Path, tmp_path: Path) -> None:
-    token_file = tmp_path / "tokens.toml"
-    token_file.write_text("".join(f'[{name}]\ntoken = "{token}"\n' for name, token in TOKENS.items()))
-    async with running_server(fake_model(model_folder), token_file=token_file) as server:
-        request_id = await request_id_of(server, TOKENS["ada"])
-        assert len((await decisions(server, request_id, TOKENS["ada"])).steps) == 5
-        of_another = await refusal(server, request_id, TOKENS["bob"])
-        of_nobody = await refusal(server, "no such request", TOKENS["ada"])
-        assert (await refusal(server, request_id)).code() is grpc.StatusCode.UNAUTHENTICATED
-    assert of_another.code() is of_nobody.code() is grpc.StatusCode.NOT_FOUND
-    assert of_another.details() == of_nobody.details()
-    assert error_details(of_another)[1]["ErrorInfo"].reason == "DECISIONS_NOT_FOUND"
+@BOTH
+async def test_another_callers_request_looks_like_none(
+    model_folder: Path, tmp_path: Path, ask: Any, reason: str
+) -> None:
+    tokens = write_tokens(tmp_path, ada=ADA, bob=BOB)
+    async with running_server(fake_model(model_folder), token_file=tokens) as server:
+        request_id = await request_id_of(server, ADA)
+        assert (await ask(server, request_id, ADA)).request_id == request_id
+        of_another = await refusal(ask(server, request_id, BOB))
+        of_nobody = await refusal(ask(server, "no such request", ADA))
+        assert (await refusal(ask(server, request_id))).code is grpc.StatusCode.UNAUTHENTICATED
+    assert of_another.code is of_nobody.code is grpc.StatusCode.NOT_FOUND
+    assert of_another.message == of_nobody.message
+    assert of_another.reason == reason
 
 
 async def test_no_request_id_is_a_wrong_field(model_folder: Path) -> None:
     async with running_server(fake_model(model_folder)) as server:
-        assert violated_fields(await refusal(server, "")) == ["request_id"]
+        assert (await refusal(decisions(server, ""))).fields == ["request_id"]
 
 
-async def test_only_the_last_requests_are_kept(model_folder: Path) -> None:
-    async with running_server(fake_model(model_folder), recent_requests=2) as server:
-        first, *others = [await request_id_of(server) for _ in range(3)]
-        assert (await refusal(server, first)).code() is grpc.StatusCode.NOT_FOUND
-        for request_id in others:
-            assert (await decisions(server, request_id)).request_id == request_id
-    async with running_server(fake_model(model_folder), recent_requests=0) as server:
-        assert (await refusal(server, await request_id_of(server))).code() is grpc.StatusCode.NOT_FOUND
+@BOTH
+@pytest.mark.parametrize("num_kept", [0, 2])
+async def test_only_the_last_requests_are_kept(model_folder: Path, num_kept: int, ask: Any, reason: str) -> None:
+    async with running_server(fake_model(model_folder), recent_requests=num_kept) as server:
+        for place, request_id in enumerate([await request_id_of(server) for _ in range(3)]):
+            if place >= 3 - num_kept:
+                assert (await ask(server, request_id)).request_id == request_id
+            else:
+                assert (await refusal(ask(server, request_id))).reason == reason
 
 
 async def test_a_cancelled_request_is_kept_as_far_as_it_came(model_folder: Path) -> None:

@@ -14,10 +14,12 @@ from dash_api.v1 import common_pb2, generation_pb2, model_pb2
 from dash_runtime.events import EndReason
 from dash_server import to_pb
 from dash_server.worker.link import WorkerStartError
-from tests.server.server_harness import RunningServer, error_details, fake_model, running_server
+from tests.server.refusals import refusal
+from tests.server.server_harness import RunningServer, fake_model, running_server
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 DECISIONS = generation_pb2.OutputOptions(return_decisions=True)
 
 
@@ -33,15 +35,6 @@ async def code_of(call: grpc.aio.UnaryStreamCall) -> grpc.StatusCode:
             while await call.read() is not grpc.aio.EOF:
                 pass
     return await call.code()
-
-
-async def test_cancel_while_decoding_frees_the_slot(model_folder: Path) -> None:
-    async with running_server(fake_model(model_folder, token_seconds=0.005)) as server:
-        call = server.stream(text="abc", max_new_tokens=4000)
-        await first_delta(call)
-        assert (await server.probe()).num_live == 1
-        call.cancel()
-        assert (await server.wait_for_live_requests(0)).num_cancels == 1
 
 
 async def test_cancel_of_a_unary_call_frees_the_slot(model_folder: Path) -> None:
@@ -102,13 +95,6 @@ async def test_a_reader_that_was_slow_gets_many_tokens_in_a_message(model_folder
         assert bytes(token_ids) in {output[first : first + len(token_ids)] for first in range(3)}
 
 
-async def test_deadline_while_decoding_frees_the_slot(model_folder: Path) -> None:
-    async with running_server(fake_model(model_folder, token_seconds=0.005)) as server:
-        call = server.stream(text="abc", max_new_tokens=4000, timeout=1)
-        assert await code_of(call) is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert (await server.wait_for_live_requests(0)).num_cancels == 1
-
-
 async def test_deadline_while_queued_forgets_the_request(model_folder: Path) -> None:
     async with running_server(fake_model(model_folder, token_seconds=0.005), slots=1) as server:
         running = server.stream(text="abc", max_new_tokens=4000)
@@ -135,50 +121,9 @@ async def test_a_stop_string_stops_the_worker_early(model_folder: Path) -> None:
         assert (state.num_live, state.num_cancels, state.num_stops) == (0, 0, 1)
 
 
-async def test_a_full_queue_says_when_to_come_back(model_folder: Path) -> None:
-    model = fake_model(model_folder, token_seconds=0.005)
-    async with running_server(model, slots=1, max_queue=1) as server:
-        calls = [server.stream(text="abc", max_new_tokens=4000) for _ in range(2)]
-        await first_delta(calls[0])
-        await asyncio.sleep(0.05)
-        with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await server.generate(text="abc")
-        assert failure.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        details = error_details(failure.value)[1]
-        assert details["RetryInfo"].retry_delay.ToMilliseconds() == 1000
-        assert details["ErrorInfo"].reason == "QUEUE_FULL"
-        assert dict(failure.value.trailing_metadata() or ())["grpc-retry-pushback-ms"] == "1000"
-        for call in calls:
-            call.cancel()
-        async with asyncio.timeout(30):
-            while True:
-                try:
-                    await server.generate(text="ok", max_new_tokens=1)
-                    break
-                except grpc.aio.AioRpcError:
-                    await asyncio.sleep(0.01)
-
-
 async def watch(server: RunningServer, seen: list[int]) -> None:
     async for response in server.health.Watch(health_pb2.HealthCheckRequest()):
         seen.append(response.status)
-
-
-async def test_a_dead_worker_fails_its_requests_and_is_replaced(model_folder: Path) -> None:
-    async with running_server(fake_model(model_folder, die_after=20, token_seconds=0.005)) as server:
-        seen: list[int] = []
-        watcher = asyncio.create_task(watch(server, seen))
-        calls = [server.stream(text="abc", max_new_tokens=4000) for _ in range(2)]
-        for call in calls:
-            assert await code_of(call) is grpc.StatusCode.UNAVAILABLE
-        with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await server.generate(text="a")
-        assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert error_details(failure.value)[1]["ErrorInfo"].reason == "WORKER_UNAVAILABLE"
-        await server.wait_until_serving()
-        assert (await server.generate(text="abc", max_new_tokens=3)).output.text == "abc"
-        assert seen == [SERVING, NOT_SERVING, SERVING]
-        watcher.cancel()
 
 
 async def test_one_watcher_leaving_does_not_silence_the_others(model_folder: Path) -> None:
@@ -197,20 +142,9 @@ async def test_one_watcher_leaving_does_not_silence_the_others(model_folder: Pat
 
 async def test_health_knows_the_services_and_no_others(model_folder: Path) -> None:
     async with running_server(fake_model(model_folder)) as server:
-        assert await server.is_serving("dash_api.v1.GenerationService")
-        assert await server.is_serving("dash_api.v1.ModelService")
-        with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await server.is_serving("somebody.Else")
-        assert failure.value.code() is grpc.StatusCode.NOT_FOUND
-
-
-async def test_nothing_is_served_before_the_worker_is_ready(model_folder: Path) -> None:
-    async with running_server(fake_model(model_folder, never_ready=1), wait=False) as server:
-        assert not await server.is_serving()
-        for call in (server.generate(text="a"), server.model.GetModel(model_pb2.GetModelRequest())):
-            with pytest.raises(grpc.aio.AioRpcError) as failure:
-                await call
-            assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+        for service in ("dash_api.v1.GenerationService", "dash_api.v1.ModelService", "alive", "ready"):
+            assert await server.is_serving(service)
+        assert (await refusal(server.is_serving("somebody.Else"))).code is grpc.StatusCode.NOT_FOUND
 
 
 async def test_a_worker_that_is_never_ready_is_given_up(model_folder: Path) -> None:
@@ -229,9 +163,7 @@ async def test_a_drain_finishes_what_runs_and_sends_everybody_else_away(model_fo
             while await can_connect(server.port):
                 await asyncio.sleep(0.01)
         # The old connection takes no new call either.
-        with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await server.generate(text="a")
-        assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert (await refusal(server.generate(text="a"))).code is UNAVAILABLE
         assert not drain.done()
         for answer in await asyncio.gather(*inside):
             assert answer.finished.usage.output_token_count == 60
@@ -252,7 +184,7 @@ async def test_a_drain_cuts_off_what_outlasts_the_grace(model_folder: Path) -> N
         call = server.stream(text="abc", max_new_tokens=4000)
         await first_delta(call)
         await server.server.drain(grace_seconds=0.1)
-        assert await code_of(call) is grpc.StatusCode.UNAVAILABLE
+        assert await code_of(call) is UNAVAILABLE
 
 
 async def test_a_long_prompt_does_not_hold_up_other_calls(model_folder: Path) -> None:
@@ -271,9 +203,8 @@ async def test_a_long_prompt_does_not_hold_up_other_calls(model_folder: Path) ->
 async def test_tokenize_refuses_more_tokens_than_fit_in_a_message(model_folder: Path) -> None:
     async with running_server(fake_model(model_folder), max_message_bytes=20_000) as server:
         await server.model.Tokenize(model_pb2.TokenizeRequest(text="a" * 15_000))
-        with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await server.model.Tokenize(model_pb2.TokenizeRequest(text="é" * 9_900))
-        assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        refused = await refusal(server.model.Tokenize(model_pb2.TokenizeRequest(text="é" * 9_900)))
+        assert refused.code is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_an_unexpected_error_tells_the_caller_its_request_id_only(
@@ -281,11 +212,10 @@ async def test_an_unexpected_error_tells_the_caller_its_request_id_only(
 ) -> None:
     monkeypatch.delitem(to_pb._FINISH_REASONS, EndReason.LENGTH)
     async with running_server(fake_model(model_folder)) as server:
-        with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await server.generate(text="secret prompt", max_new_tokens=2)
-    assert failure.value.code() is grpc.StatusCode.INTERNAL
-    request_id = error_details(failure.value)[1]["ErrorInfo"].metadata["request_id"]
-    assert failure.value.details() == f"internal error in request {request_id}; the server's log has more"
+        refused = await refusal(server.generate(text="secret prompt", max_new_tokens=2))
+    assert refused.code is grpc.StatusCode.INTERNAL
+    request_id = refused.details["ErrorInfo"].metadata["request_id"]
+    assert refused.message == f"internal error in request {request_id}; the server's log has more"
     assert "KeyError" in caplog.text
     assert "secret" not in caplog.text
 
@@ -297,18 +227,13 @@ async def test_mode_and_policy_in_use_are_told(model_folder: Path) -> None:
         assert not started.HasField("compute_budget")
 
 
-async def test_a_server_is_alive_before_it_is_ready(model_folder: Path) -> None:
+async def test_a_server_is_alive_before_it_is_ready_and_says_what_it_is_doing(model_folder: Path) -> None:
     model = fake_model(model_folder, never_ready=1, doing="compiling native code")
     async with running_server(model, wait=False) as loading:
         assert await loading.is_serving("alive")
         assert not await loading.is_serving("ready")
-        said: str | None = ""
-        while "being loaded (compiling native code); try" not in (said or ""):
-            with pytest.raises(grpc.aio.AioRpcError) as refused:
-                await loading.generate(text="a")
-            assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
-            said = refused.value.details()
+        assert not await loading.is_serving()
+        assert (await refusal(loading.model.GetModel(model_pb2.GetModelRequest()))).code is UNAVAILABLE
+        while "being loaded (compiling native code); try" not in (refused := await refusal(loading.generate())).message:
+            assert refused.code is UNAVAILABLE
             await asyncio.sleep(0.01)
-    async with running_server(fake_model(model_folder)) as server:
-        assert await server.is_serving("alive")
-        assert await server.is_serving("ready")

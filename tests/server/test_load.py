@@ -1,15 +1,18 @@
 """Bounds, turns and deadlines over a real socket, with more to do than there are slots."""
 
 import asyncio
+from collections.abc import Awaitable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
 import pytest
 
 from dash_api.v1 import model_pb2
+from tests.server.refusals import refusal
 from tests.server.scraping import scrape
-from tests.server.server_harness import RunningServer, error_details, fake_model, running_server, violated_fields
+from tests.server.server_harness import RunningServer, fake_model, running_server
 from tests.server.test_lifecycle import first_delta
 
 ANN, BOB = "ann-and-her-token", "bob-and-his-token"
@@ -22,11 +25,10 @@ def token_file(tmp_path: Path) -> Path:
     return path
 
 
-async def refusal_of(call: grpc.aio.Call) -> tuple[grpc.StatusCode, str]:
+async def refusal_of(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str]:
     """Returns the code and the reason."""
-    with pytest.raises(grpc.aio.AioRpcError) as failure:
-        await call
-    return failure.value.code(), error_details(failure.value)[1]["ErrorInfo"].reason
+    refused = await refusal(call)
+    return refused.code, refused.reason
 
 
 async def test_five_hundred_requests_of_one_caller_do_not_starve_anothers_one(
@@ -77,39 +79,42 @@ async def measured(server: RunningServer) -> None:
     await server.generate(text="abcde", max_new_tokens=6)  # 0.05 s a prompt token, 0.1 s an output token
 
 
-async def test_the_time_to_come_back_is_measured(model_folder: Path) -> None:
+@pytest.mark.parametrize(("is_measured", "milliseconds"), [(False, 1000), (True, 375)])
+async def test_a_full_server_says_when_to_come_back_as_measured(
+    model_folder: Path, is_measured: bool, milliseconds: int
+) -> None:
     async with running_server(fake_model(model_folder, token_seconds=0.005), slots=2, max_queue=0) as server:
-        await measured(server)
+        if is_measured:
+            await measured(server)
         calls = [server.stream(text="abc", max_new_tokens=900) for _ in range(2)]
         for call in calls:
             await first_delta(call)
-        with pytest.raises(grpc.aio.AioRpcError) as failure:
-            await server.generate(text="abc")
-        assert error_details(failure.value)[1]["RetryInfo"].retry_delay.ToMilliseconds() == 375
-        assert dict(failure.value.trailing_metadata() or ())["grpc-retry-pushback-ms"] == "375"
+        refused = await refusal(server.generate(text="abc"))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+        assert refused.details["RetryInfo"].retry_delay.ToMilliseconds() == milliseconds
+        assert refused.trailers["grpc-retry-pushback-ms"] == str(milliseconds)
         for call in calls:
             call.cancel()
+        await server.wait_until_inside(0, 0)
+        assert (await server.generate(text="ok", max_new_tokens=1)).output.text == "o"
 
 
 @pytest.mark.parametrize(
-    ("timeout", "parameters", "is_hopeless"),
+    ("timeout", "text", "stopping", "is_hopeless"),
     [
-        (0.4, {"text": "abcdefghij"}, True),  # the prompt alone takes half a second
-        (0.6, {"text": "abcdefghij"}, False),
-        (0.6, {"text": "a", "max_new_tokens": 20}, False),  # it may end early
-        (0.6, {"text": "a", "max_new_tokens": 20, "ignore_eos": True}, True),
-        (0.6, {"text": "a", "max_new_tokens": 20, "ignore_eos": True, "stop_strings": ("x",)}, False),
+        (0.4, "abcdefghij", {}, True),  # the prompt alone takes half a second
+        (0.6, "abcdefghij", {}, False),
+        (0.6, "a", {"max_new_tokens": 20}, False),  # it may end early
+        (0.6, "a", {"max_new_tokens": 20, "ignore_eos": True}, True),
+        (0.6, "a", {"max_new_tokens": 20, "ignore_eos": True, "stop_strings": ["x"]}, False),
     ],
 )
 async def test_a_deadline_that_cannot_be_met_is_refused_at_once(
-    model_folder: Path, timeout: float, parameters: dict[str, object], is_hopeless: bool
+    model_folder: Path, timeout: float, text: str, stopping: dict[str, Any], is_hopeless: bool
 ) -> None:
     async with running_server(fake_model(model_folder)) as server:
         await measured(server)
-        ignore_eos = parameters.pop("ignore_eos", False)
-        max_new_tokens = parameters.pop("max_new_tokens", 1)
-        stopping = {"max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos}
-        call = server.generate(timeout=timeout, stopping=stopping, **parameters)
+        call = server.generate(timeout=timeout, text=text, stopping={"max_new_tokens": 1, **stopping})
         if is_hopeless:
             started = asyncio.get_running_loop().time()
             assert await refusal_of(call) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_TOO_SHORT")
@@ -188,10 +193,9 @@ async def test_a_higher_class_goes_first_and_only_those_who_may_ask_for_it(model
             calls.append(asyncio.create_task(ask(*call)))
             await server.wait_until_inside(1, waiting)
         await asyncio.gather(*calls)
-        with pytest.raises(grpc.aio.AioRpcError) as refusal:
-            await server.generate(token=BOB, text="abc", priority="PRIORITY_HIGH")
+        refused = await refusal(server.generate(token=BOB, text="abc", priority="PRIORITY_HIGH"))
     assert ended == ["first", "high", "usual", "low"]
-    assert violated_fields(refusal.value) == ["parameters.priority"]
+    assert refused.fields == ["parameters.priority"]
 
 
 async def test_a_connection_that_is_old_takes_no_new_calls_and_loses_none(model_folder: Path) -> None:

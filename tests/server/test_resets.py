@@ -12,7 +12,7 @@ import hpack
 import pytest
 
 from dash_client import DashClient
-from tests.server.server_harness import ServerProcess, fake_model, generation_request, server_process
+from tests.server.server_harness import ServerProcess, fake_model, generation_request, server_process, write_tokens
 
 NUM_STREAMS = 20_000
 TOKEN = "ann-s-token-which-is-long-enough"
@@ -28,8 +28,7 @@ def server(request: pytest.FixtureRequest, tmp_path: Path, model_folder: Path) -
     """A server for anybody, or one that refuses the resetting connection's calls."""
     options: dict[str, object] = {}
     if request.param != "anybody":
-        options["token_file"] = tmp_path / "tokens.toml"
-        (tmp_path / "tokens.toml").write_text(f'[ann]\ntoken = "{TOKEN}"\n')
+        options["token_file"] = write_tokens(tmp_path, ann=TOKEN)
     with server_process(tmp_path, model=fake_model(model_folder), **options) as running:
         yield running
 

@@ -12,7 +12,7 @@ from dash_api.v1 import generation_pb2
 from dash_server.request_record import RequestRecord
 from dash_server.session import _Outgoing, _parts
 from tests.server.open_session import OpenSession, open_session
-from tests.server.server_harness import RunningServer, fake_model, generation_request, running_server
+from tests.server.server_harness import RunningServer, fake_model, generation_request, running_server, write_tokens
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -238,8 +238,7 @@ async def test_an_old_connection_takes_no_more_generations(model_folder: Path) -
 
 
 async def test_a_session_needs_a_token(model_folder: Path, tmp_path: Path) -> None:
-    tokens = tmp_path / "tokens.toml"
-    tokens.write_text(f'[ann]\ntoken = "{TOKEN}"\n')
+    tokens = write_tokens(tmp_path, ann=TOKEN)
     async with running_server(fake_model(model_folder), token_file=tokens) as server:
         async with open_session(server) as session:
             assert await session.end() is grpc.StatusCode.UNAUTHENTICATED

@@ -22,7 +22,8 @@ from dash_api.v1 import common_pb2, generation_pb2
 from dash_runtime.errors import InvalidRequest
 from dash_server.vllm_requests import parameters_of
 from tests.server.fake_worker import END_TOKEN_ID
-from tests.server.server_harness import RunningServer, bearer, fake_model, running_server, violated_fields
+from tests.server.refusals import refusal
+from tests.server.server_harness import RunningServer, bearer, fake_model, running_server, write_tokens
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -128,10 +129,8 @@ async def test_a_call_that_is_left_frees_its_slots(server: RunningServer, engine
     ],
 )
 async def test_what_cannot_be_done_is_refused_by_its_field(engine: Any, params: dict[str, Any], field: str) -> None:
-    with pytest.raises(grpc.aio.AioRpcError) as refusal:
-        await answers(engine, request("abc", **params))
-    assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert violated_fields(refusal.value) == [field]
+    refused = await refusal(answers(engine, request("abc", **params)))
+    assert (refused.code, refused.fields) == (grpc.StatusCode.INVALID_ARGUMENT, [field])
 
 
 async def test_the_gateway_learns_the_model_the_load_and_the_tokenizer(
@@ -148,28 +147,21 @@ async def test_the_gateway_learns_the_model_the_load_and_the_tokenizer(
     with zipfile.ZipFile(io.BytesIO(data)) as files:
         assert files.read("tokenizer.json") == (model_folder / "tokenizer.json").read_bytes()
         assert "chat_template.jinja" in files.namelist()
-    with pytest.raises(grpc.aio.AioRpcError) as missing:
-        await engine.Embed(vllm_pb2.EmbedRequest())
-    assert missing.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert (await refusal(engine.Embed(vllm_pb2.EmbedRequest()))).code is grpc.StatusCode.UNIMPLEMENTED
 
 
 async def test_tokens_and_limits_hold_here_too(model_folder: Path, tmp_path: Path) -> None:
-    tokens = tmp_path / "tokens.toml"
-    tokens.write_text('[gateway]\ntoken = "gateway-s-token-long-enough"\n')
+    tokens = write_tokens(tmp_path, gateway="gateway-s-token-long-enough")
     model = fake_model(model_folder, token_seconds=0.01)
     async with running_server(model, vllm_engine=True, token_file=tokens, slots=1, max_queue=0) as running:
         engine = vllm_grpc.VllmEngineStub(running.channel)
         for call in (engine.GetModelInfo(vllm_pb2.GetModelInfoRequest()), answers(engine, request("abc"))):
-            with pytest.raises(grpc.aio.AioRpcError) as refusal:
-                await call
-            assert refusal.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert (await refusal(call)).code is grpc.StatusCode.UNAUTHENTICATED
         metadata = bearer("gateway-s-token-long-enough")
         first = engine.Generate(request("abc", is_streamed=True, max_tokens=400), metadata=metadata)
         await anext(aiter(first))
-        with pytest.raises(grpc.aio.AioRpcError) as full:
-            async for _ in engine.Generate(request("abc"), metadata=metadata):
-                pass
-        assert full.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        full = await refusal(engine.Generate(request("abc"), metadata=metadata))
+        assert full.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         first.cancel()
 
 
@@ -204,14 +196,13 @@ async def test_modes_and_budgets_stand_in_front_of_the_requests_id() -> None:
     assert (fixed.mode, fixed.fixed_action) == (common_pb2.MODE_FIXED, common_pb2.ACTION_INT4)
     assert translated("dash::x").skip == translated("mode=exact").skip == generation_pb2.SkipOptions()
     for wrong in ("speed=1", "mode=fast", "compute_budget=low", "draft_length=", "mode"):
-        with pytest.raises(InvalidRequest) as refusal:
+        with pytest.raises(InvalidRequest) as refused:
             translated(f"dash:{wrong}:x")
-        assert refusal.value.field == "request_id"
+        assert refused.value.field == "request_id"
 
 
 async def test_without_the_setting_the_service_is_not_there(model_folder: Path) -> None:
     async with running_server(fake_model(model_folder)) as running:
         engine = vllm_grpc.VllmEngineStub(running.channel)
-        with pytest.raises(grpc.aio.AioRpcError) as missing:
-            await asyncio.wait_for(engine.HealthCheck(vllm_pb2.HealthCheckRequest()), 10)
-        assert missing.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        missing = await refusal(asyncio.wait_for(engine.HealthCheck(vllm_pb2.HealthCheckRequest()), 10))
+        assert missing.code is grpc.StatusCode.UNIMPLEMENTED

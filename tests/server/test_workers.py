@@ -17,9 +17,10 @@ from dash_server.worker.__main__ import wait_briefly
 from dash_server.worker.messages import decode_from_worker
 from dash_server.worker.process import FramedProcess, LocalStarter
 from dash_server.worker.starter import WorkerStartError
+from tests.server.refusals import refusal
 from tests.server.server_harness import FAKE_WORKER, RunningServer, fake_model, running_server, server_process
-from tests.server.test_lifecycle import code_of, first_delta
-from tests.server.test_server_process import assert_gone, complaints
+from tests.server.test_lifecycle import NOT_SERVING, SERVING, code_of, first_delta, watch
+from tests.server.test_server_process import assert_gone
 
 
 def worker_pids() -> list[int]:
@@ -41,19 +42,23 @@ async def wait_for_workers(number: int) -> list[int]:
 
 async def test_requests_of_a_killed_worker_fail_within_a_second_and_the_next_one_serves(model_folder: Path) -> None:
     async with running_server(fake_model(model_folder, token_seconds=0.005), slots=2) as server:
+        seen: list[int] = []
+        watcher = asyncio.create_task(watch(server, seen))
         calls = [server.stream(text="abc", max_new_tokens=900) for _ in range(4)]
         await server.wait_until_inside(2, 2)
         (pid,) = worker_pids()
         os.kill(pid, signal.SIGKILL)
         killed_at = time.monotonic()
-        codes = await asyncio.gather(*map(code_of, calls))
+        refused = await asyncio.gather(*map(refusal, calls))
         assert time.monotonic() - killed_at < 1
-        assert set(codes) == {grpc.StatusCode.UNAVAILABLE}
-        assert not await server.is_serving()
+        refused.append(await refusal(server.generate(text="a")))
+        assert {(each.code, each.reason) for each in refused} == {(grpc.StatusCode.UNAVAILABLE, "WORKER_UNAVAILABLE")}
         await server.wait_until_serving()
         assert (await server.generate(text="abc", max_new_tokens=3)).output.text == "abc"
+        assert seen == [SERVING, NOT_SERVING, SERVING]
         assert server.counts == (0, 0)
         assert server.server.admission.num_inside == 0
+        watcher.cancel()
 
 
 async def test_a_worker_that_cannot_make_graphs_is_followed_by_one_that_does_without(
@@ -210,13 +215,6 @@ def test_what_a_worker_started_ends_with_it_and_with_a_killed_server(tmp_path: P
         server.end(signal.SIGKILL)
         for process in processes:
             assert_gone(process)
-
-
-def test_a_server_whose_worker_never_works_ends_with_one_line(tmp_path: Path, model_folder: Path) -> None:
-    with server_process(tmp_path, model=fake_model(model_folder, die_when_ready=1)) as server:
-        code, stderr = server.outcome()
-    assert code == 1
-    assert len(complaints(stderr)) == 1
 
 
 @pytest.mark.parametrize("said", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}], ids=str)
