@@ -15,11 +15,8 @@ from dash_runtime.events import (
     EndReason,
     EngineEvent,
     SequenceFinished,
-    SlotGranted,
-    TokenLogprobs,
     TokenProduced,
 )
-from dash_server.settings import SettingsError, load_settings
 from dash_server.statuses import WorkerUnavailable
 from dash_server.worker.flush import MIN_STREAMS, Flush
 from dash_server.worker.outbox import Delivery, Outbox
@@ -220,25 +217,6 @@ async def test_tokens_that_wait_come_before_the_error_and_the_error_does_not_wai
     assert (await reader).token_ids == [2]
     with pytest.raises(WorkerUnavailable):
         await outbox.take(256)
-
-
-async def test_tokens_that_wait_keep_their_actions_and_log_probabilities() -> None:
-    outbox = Outbox("r", Delivery.SHARED)
-    outbox.put(SlotGranted("r", "toy", None, 0.0))
-    for token_id in (1, 2, 3):
-        outbox.put(TokenProduced("r", token_id, bytes([token_id] * 2), TokenLogprobs(-token_id, [])), may_share=True)
-    outbox.put(finished("r"))
-    output = await outbox.take(256)
-    assert (output.token_ids, bytes(output.actions)) == ([1, 2, 3], b"\1\1\2\2\3\3")
-    assert [entry.chosen for entry in output.logprobs] == [-1, -2, -3]
-    assert output.finished is not None
-
-
-def test_a_wrong_time_is_told_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for wrong in ("26", "-1", "soon", "nan"):
-        monkeypatch.setenv("DASH_FLUSH_MILLISECONDS", wrong)
-        with pytest.raises(SettingsError, match=r"^DASH_FLUSH_MILLISECONDS: must be"):
-            load_settings()
 
 
 async def events_of(

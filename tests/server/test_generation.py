@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -114,26 +115,47 @@ async def test_default_length_is_what_the_context_has_left(server: RunningServer
     assert (await server.generate(text="a" * 590)).finished.usage.output_token_count == 10
 
 
-async def test_end_of_sequence_is_in_the_tokens_but_not_in_the_text(server: RunningServer) -> None:
-    answer = await server.generate(text="hi<|im_end|>", max_new_tokens=9)
-    assert answer.output.text == "hi"
-    assert answer.output.token_ids == [*b"hi", END_TOKEN_ID]
-    assert answer.finished.reason == generation_pb2.FINISH_REASON_END_OF_SEQUENCE
+ENDINGS: dict[str, tuple[dict[str, Any], str, bytes | list[int], str]] = {
+    "end of sequence, in the tokens only": (
+        {"text": "hi<|im_end|>", "max_new_tokens": 9},
+        "hi",
+        [*b"hi", END_TOKEN_ID],
+        "END_OF_SEQUENCE",
+    ),
+    "special tokens are not shown": (
+        {"text": "hi<|im_end|>", "max_new_tokens": 6, "stopping": {"ignore_eos": True}},
+        "hihi",
+        [*b"hi", END_TOKEN_ID] * 2,
+        "LENGTH",
+    ),
+    "stop token, in the tokens only": (
+        {"text": "abcd", "stopping": {"stop_token_ids": [ord("c")]}},
+        "ab",
+        b"abc",
+        "STOP_TOKEN",
+    ),
+    "stop string in the last tokens": (
+        {"text": "abcdef", "stop_strings": ("ef",), "max_new_tokens": 6},
+        "abcd",
+        b"abcdef",
+        "STOP_STRING",
+    ),
+    "half a stop string": (
+        {"text": "abcdef", "stop_strings": ("efg",), "max_new_tokens": 6},
+        "abcdef",
+        b"abcdef",
+        "LENGTH",
+    ),
+    "half a character": ({"text": "a日", "max_new_tokens": 3}, "a\ufffd", "a日".encode()[:3], "LENGTH"),
+}
 
 
-async def test_special_tokens_are_not_shown_when_end_of_sequence_is_ignored(server: RunningServer) -> None:
-    stopping = generation_pb2.StoppingParameters(ignore_eos=True)
-    answer = await server.generate(text="hi<|im_end|>", stopping=stopping, max_new_tokens=6)
-    assert answer.output.text == "hihi"
-    assert answer.finished.reason == generation_pb2.FINISH_REASON_LENGTH
-
-
-async def test_stop_token_is_in_the_tokens_but_not_in_the_text(server: RunningServer) -> None:
-    stopping = generation_pb2.StoppingParameters(stop_token_ids=[ord("c")])
-    answer = await server.generate(text="abcd", stopping=stopping)
-    assert answer.output.text == "ab"
-    assert bytes(answer.output.token_ids) == b"abc"
-    assert answer.finished.reason == generation_pb2.FINISH_REASON_STOP_TOKEN
+@pytest.mark.parametrize("case", ENDINGS)
+async def test_text_tokens_and_reason_at_the_end(server: RunningServer, case: str) -> None:
+    parameters, text, token_ids, reason = ENDINGS[case]
+    answer = await server.generate(**parameters)
+    assert (answer.output.text, list(answer.output.token_ids)) == (text, list(token_ids))
+    assert generation_pb2.FinishReason.Name(answer.finished.reason) == f"FINISH_REASON_{reason}"
 
 
 async def test_stop_string_over_several_tokens_ends_the_text_before_it(server: RunningServer) -> None:
@@ -145,22 +167,6 @@ async def test_stop_string_over_several_tokens_ends_the_text_before_it(server: R
     assert answer.finished.stop_string == "two"
     after = await server.probe()
     assert (after.num_live, after.num_cancels) == (0, before.num_cancels)
-
-
-async def test_stop_string_in_the_last_tokens_wins_over_the_length(server: RunningServer) -> None:
-    answer = await server.generate(text="abcdef", stop_strings=("ef",), max_new_tokens=6)
-    assert answer.output.text == "abcd"
-    assert answer.finished.reason == generation_pb2.FINISH_REASON_STOP_STRING
-
-
-async def test_half_a_stop_string_at_the_end_is_text(server: RunningServer) -> None:
-    answer = await server.generate(text="abcdef", stop_strings=("efg",), max_new_tokens=6)
-    assert answer.output.text == "abcdef"
-
-
-async def test_incomplete_character_at_the_end_is_shown_as_such(server: RunningServer) -> None:
-    answer = await server.generate(text="a日", max_new_tokens=3)
-    assert answer.output.text == "a\ufffd"
 
 
 async def test_decisions_and_logprobs_come_with_their_tokens(server: RunningServer) -> None:

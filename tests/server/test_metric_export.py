@@ -2,7 +2,6 @@
 
 import re
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -28,26 +27,6 @@ def complaints(stderr: str) -> list[str]:
     return [
         re.split(" (?:WARNING|ERROR) ", line)[1] for line in stderr.splitlines() if re.search(" (WARNING|ERROR) ", line)
     ]
-
-
-def test_an_endpoint_that_cannot_be_had_is_one_line(tmp_path: Path, model_folder: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        wrong = [
-            (
-                {"metrics_port": port},
-                f"DASH_METRICS_PORT: cannot listen on 127.0.0.1, port {port}: Address already in use",
-            ),
-            ({"metrics_port": 70000}, "DASH_METRICS_PORT: must be less than or equal to 65535, got '70000'"),
-            ({"metrics_port": 0, "metrics_host": "0.0.0.0"}, "DASH_METRICS_HOST: other machines reach 0.0.0.0, "),
-        ]
-        for settings, sentence in wrong:
-            variables = {"model": fake_model(model_folder), "log_level": "ERROR", **settings}
-            with server_process(tmp_path, **variables) as server:
-                code, stderr = server.outcome()
-            assert code == 2
-            assert stderr.count("\n") == 1
-            assert stderr.startswith(f"dash-server: {sentence}")
 
 
 def serve_one(server: ServerProcess) -> None:

@@ -98,47 +98,9 @@ def test_a_second_signal_ends_server_and_worker_at_once(tmp_path: Path, model_fo
         assert_gone(worker)
 
 
-def test_a_killed_server_leaves_no_worker_behind(tmp_path: Path, model_folder: Path) -> None:
-    with server_process(tmp_path, model=fake_model(model_folder)) as server:
-        connect(server).close()
-        (worker,) = server.workers()
-        server.end(signal.SIGKILL)
-        assert_gone(worker)
-
-
 def assert_gone(process: psutil.Process) -> None:
     gone, _ = psutil.wait_procs([process], timeout=5)
     assert gone or process.status() == psutil.STATUS_ZOMBIE
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "sentence"),
-    [
-        ("port", 70000, "DASH_PORT: must be less than or equal to 65535, got '70000'"),
-        ("slots", "many", "DASH_SLOTS: must be a valid integer"),
-        ("precision", "fp8", "DASH_PRECISION: must be 'bfloat16' or 'float32', got 'fp8'"),
-        ("default_mode", "fixed", "DASH_DEFAULT_MODE: must be 'full_depth', 'adaptive' or 'exact', got 'fixed'"),
-        ("default_compute_budget", "nan", "DASH_DEFAULT_COMPUTE_BUDGET: must be a finite number"),
-        ("policy_file", "/no/such/file", "DASH_POLICY_FILE: "),
-        ("workers", "4-2", "DASH_WORKERS: must be from 1 to 64"),
-        ("workers", "many", "DASH_WORKERS: must be a number, or a range such as 2-8, got 'many'"),
-        ("ray_address", "ray:/x", "DASH_RAY_ADDRESS: must be auto, host:port or ray://host:port, got 'ray:/x'"),
-    ],
-)
-def test_a_wrong_setting_is_one_line(tmp_path: Path, name: str, value: object, sentence: str) -> None:
-    with server_process(tmp_path, **{name: value}) as server:
-        code, stderr = server.outcome()
-    assert code == 2
-    assert stderr.count("\n") == 1
-    assert stderr.startswith(f"dash-server: {sentence}")
-
-
-def test_a_model_folder_that_this_machine_does_not_have_is_one_line(tmp_path: Path) -> None:
-    with server_process(tmp_path, model=fake_model(tmp_path / "elsewhere")) as server:
-        code, stderr = server.outcome()
-    assert code == 2
-    (line,) = complaints(stderr)
-    assert "DASH_MODEL and DASH_CACHE_FOLDER must be folders that all machines share" in line
 
 
 def test_two_wrong_settings_are_two_lines(tmp_path: Path) -> None:
@@ -159,25 +121,6 @@ def test_an_argument_starts_no_server(argument: str, code: int, words: str) -> N
     assert words in result.stdout + result.stderr
 
 
-def test_an_address_in_use_is_one_line(tmp_path: Path, model_folder: Path) -> None:
-    with server_process(tmp_path, model=fake_model(model_folder)) as first:
-        port = first.wait_for_port()
-        (tmp_path / "second").mkdir()
-        with server_process(
-            tmp_path / "second", model=fake_model(model_folder), port=port, log_level="ERROR"
-        ) as second:
-            code, stderr = second.outcome()
-    assert code == 2
-    assert stderr == f"dash-server: cannot listen on 127.0.0.1, port {port}: Address already in use\n"
-
-
-def test_a_refusal_of_the_worker_is_one_line(tmp_path: Path, model_folder: Path) -> None:
-    model = fake_model(model_folder, startup_failed="nothing is at /no/model")
-    with server_process(tmp_path, model=model, log_level="ERROR") as server:
-        code, stderr = server.outcome()
-    assert (code, stderr) == (2, "dash-server: nothing is at /no/model\n")
-
-
 def test_preparing_takes_no_calls_and_ends_when_the_worker_is_ready(tmp_path: Path, model_folder: Path) -> None:
     with server_process(tmp_path, model=fake_model(model_folder), workers=2, arguments=["--prepare"]) as server:
         code, stderr = server.outcome()
@@ -185,13 +128,6 @@ def test_preparing_takes_no_calls_and_ends_when_the_worker_is_ready(tmp_path: Pa
     assert stderr.count("is ready: ") == stderr.count("ended: status 0") == 1
     assert "listening" not in stderr
     assert not server.port_file.exists()
-
-
-def test_what_cannot_be_prepared_is_one_line(tmp_path: Path, model_folder: Path) -> None:
-    model = fake_model(model_folder, startup_failed="nothing is at /no/model")
-    with server_process(tmp_path, model=model, log_level="ERROR", arguments=["--prepare"]) as server:
-        code, stderr = server.outcome()
-    assert (code, stderr) == (2, "dash-server: nothing is at /no/model\n")
 
 
 def test_preparing_that_is_interrupted_ends_its_worker_and_says_that_it_failed(
@@ -204,22 +140,6 @@ def test_preparing_that_is_interrupted_ends_its_worker_and_says_that_it_failed(
         code, _ = server.end(signal.SIGTERM)
         assert_gone(workers[0])
     assert code == 1
-
-
-def test_a_missing_tokenizer_is_one_line(tmp_path: Path) -> None:
-    with server_process(tmp_path, model=fake_model(tmp_path), log_level="ERROR") as server:
-        code, stderr = server.outcome()
-    assert code == 2
-    assert complaints(stderr) == [f"dash-server: There is no file {tmp_path}/tokenizer.json."]
-    assert "Traceback" not in stderr
-
-
-def test_a_worker_that_keeps_dying_ends_the_server(tmp_path: Path, model_folder: Path) -> None:
-    with server_process(tmp_path, model=fake_model(model_folder, die_at_start=1)) as server:
-        code, stderr = server.outcome()
-    assert code == 1
-    assert len(complaints(stderr)) == 1
-    assert "the worker died 5 times in a row before it gave a token" in complaints(stderr)[0]
 
 
 def test_a_signal_while_the_model_loads_ends_the_server(tmp_path: Path, model_folder: Path) -> None:

@@ -41,8 +41,9 @@ from dash_server.statuses import (
     WorkerUnavailable,
     failure_of,
 )
-from dash_server.worker.outbox import Outbox
+from dash_server.worker.outbox import Delivery, Outbox
 
+CUDA = {"DEVICES": "cuda:0,cuda:1"}
 FINISHED = SequenceFinished("r", EndReason.LENGTH, 3, 0, 0, DepthStatistics(2, [], {}, 2.0, 0))
 
 
@@ -147,26 +148,35 @@ def test_devices_are_a_list_or_else_the_one_device(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("variables", "line"),
     [
-        ({"DASH_DEVICE": "cuda"}, "DASH_DEVICES: cannot be set with DASH_DEVICE; set one of them"),
-        ({"DASH_WORKERS": "1-2"}, "DASH_WORKERS: must be 1 with several DASH_DEVICES"),
-        (
-            {"DASH_DEVICES": "cuda:0,,cuda:1"},
-            "DASH_DEVICES: must be different names with commas between them, got 'cuda:0,,cuda:1'",
-        ),
-        (
-            {"DASH_DEVICES": "cuda:0,cuda:0"},
-            "DASH_DEVICES: must be different names with commas between them, got 'cuda:0,cuda:0'",
+        ({"PORT": "70000"}, "DASH_PORT: must be less than or equal to 65535, got '70000'"),
+        ({"METRICS_PORT": "70000"}, "DASH_METRICS_PORT: must be less than or equal to 65535, got '70000'"),
+        ({"SLOTS": "many"}, "DASH_SLOTS: must be a valid integer"),
+        ({"PRECISION": "fp8"}, "DASH_PRECISION: must be 'bfloat16' or 'float32', got 'fp8'"),
+        ({"DEFAULT_MODE": "fixed"}, "DASH_DEFAULT_MODE: must be 'full_depth', 'adaptive' or 'exact', got 'fixed'"),
+        ({"DEFAULT_COMPUTE_BUDGET": "nan"}, "DASH_DEFAULT_COMPUTE_BUDGET: must be a finite number"),
+        ({"POLICY_FILE": "/no/such/file"}, "DASH_POLICY_FILE: "),
+        *(({"FLUSH_MILLISECONDS": wrong}, "DASH_FLUSH_MILLISECONDS: must be") for wrong in ("26", "-1", "soon", "nan")),
+        ({"WORKERS": "4-2"}, "DASH_WORKERS: must be from 1 to 64"),
+        ({"WORKERS": "many"}, "DASH_WORKERS: must be a number, or a range such as 2-8, got 'many'"),
+        ({"RAY_ADDRESS": "ray:/x"}, "DASH_RAY_ADDRESS: must be auto, host:port or ray://host:port, got 'ray:/x'"),
+        ({**CUDA, "DEVICE": "cuda"}, "DASH_DEVICES: cannot be set with DASH_DEVICE; set one of them"),
+        ({**CUDA, "WORKERS": "1-2"}, "DASH_WORKERS: must be 1 with several DASH_DEVICES"),
+        *(
+            ({"DEVICES": names}, f"DASH_DEVICES: must be different names with commas between them, got '{names}'")
+            for names in ("cuda:0,,cuda:1", "cuda:0,cuda:0")
         ),
     ],
 )
-def test_devices_that_cannot_be_are_refused_in_a_line(
+def test_a_setting_that_cannot_be_is_refused_in_a_line(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], line: str
 ) -> None:
-    for name, text in {"DASH_DEVICES": "cuda:0,cuda:1", **variables}.items():
-        monkeypatch.setenv(name, text)
+    for name, text in variables.items():
+        monkeypatch.setenv(f"DASH_{name}", text)
     with pytest.raises(SettingsError) as refusal:
         load_settings()
-    assert refusal.value.lines == [line]
+    (told,) = refusal.value.lines
+    assert told.startswith(line)
+    assert "\n" not in told
 
 
 def test_every_setting_has_a_description_and_a_default() -> None:
@@ -207,11 +217,13 @@ def test_unknown_variables_are_told_with_the_closest_setting() -> None:
     ]
 
 
-async def test_an_outbox_merges_what_was_not_taken() -> None:
-    outbox = Outbox("r")
+@pytest.mark.parametrize("may_share", [False, True])
+async def test_an_outbox_merges_what_was_not_taken(may_share: bool) -> None:
+    outbox = Outbox("r", Delivery.SHARED)
     outbox.put(SlotGranted("r", "toy", None, 0.0))
     for token_id in (1, 2, 3):
-        outbox.put(TokenProduced("r", token_id, bytes([token_id] * 2), TokenLogprobs(-token_id, [])))
+        logprobs = TokenLogprobs(-token_id, [])
+        outbox.put(TokenProduced("r", token_id, bytes([token_id] * 2), logprobs), may_share=may_share)
     outbox.put(FINISHED)
     assert (await outbox.granted()).policy == "toy"
     first, last = await outbox.take(2), await outbox.take(2)
