@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -18,14 +17,6 @@ from tests.server.server_harness import fake_model, generation_request, server_p
 from tests.server.test_server_process import connect
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
-
-
-@pytest.fixture
-def _root_logger_as_it_was() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
 
 
 def log_in_a_request(capsys: pytest.CaptureFixture[str], log_format: str) -> str:
@@ -42,7 +33,7 @@ def log_in_a_request(capsys: pytest.CaptureFixture[str], log_format: str) -> str
     return capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("_root_logger_as_it_was")
+@pytest.mark.usefixtures("root_logger_as_it_was")
 def test_a_record_is_one_json_line_with_ids_and_exception(capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = log_in_a_request(capsys, "json").splitlines()
     fields = json.loads(line)
@@ -59,21 +50,21 @@ def test_a_record_is_one_json_line_with_ids_and_exception(capsys: pytest.Capture
     assert exception.endswith('ValueError: a "quoted"\nbreak')
 
 
-@pytest.mark.usefixtures("_root_logger_as_it_was")
+@pytest.mark.usefixtures("root_logger_as_it_was")
 def test_a_line_for_people_has_both_ids(capsys: pytest.CaptureFixture[str]) -> None:
     first, second, *_ = log_in_a_request(capsys, "console").splitlines()
     assert first.endswith(f" ERROR some.where [r1] it failed 3 times (trace {TRACE_ID})")
     assert second == "Traceback (most recent call last):"
 
 
-@pytest.mark.usefixtures("_root_logger_as_it_was")
+@pytest.mark.usefixtures("root_logger_as_it_was")
 def test_outside_of_requests_json_has_no_ids(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("INFO", "json")
     logging.getLogger("some.where").info("hello")
     assert json.loads(capsys.readouterr().err).keys() == {"time", "level", "logger", "message"}
 
 
-@pytest.mark.usefixtures("_root_logger_as_it_was")
+@pytest.mark.usefixtures("root_logger_as_it_was")
 def test_a_header_that_opentelemetry_cannot_read_is_not_logged(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("INFO")
     logging.getLogger("opentelemetry.util.re").warning("Header format invalid: %s", "hunter2")
@@ -82,7 +73,7 @@ def test_a_header_that_opentelemetry_cannot_read_is_not_logged(capsys: pytest.Ca
     assert "hunter2" not in stderr
 
 
-@pytest.mark.usefixtures("_root_logger_as_it_was")
+@pytest.mark.usefixtures("root_logger_as_it_was")
 def test_a_traceback_of_opentelemetry_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("INFO")
     try:

@@ -165,15 +165,18 @@ async def test_nonsense_in_a_variable_is_one_line_and_the_server_runs(
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"), [("OTEL_SDK_DISABLED", "true"), ("OTEL_TRACES_EXPORTER", "none")], ids=["disabled", "none"]
+    ("variable", "value"),
+    [("OTEL_SDK_DISABLED", "true"), ("OTEL_TRACES_EXPORTER", "none"), ("OTEL_EXPORTER_OTLP_ENDPOINT", "")],
+    ids=["disabled", "none", "no collector"],
 )
-async def test_tracing_can_be_switched_off(
+async def test_tracing_can_be_switched_off_and_needs_a_collector(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
     monkeypatch.setenv(variable, value)
-    async with running_server(fake_model(model_folder)) as server:
+    async with running_server(fake_model(model_folder), trace_ratio=1) as server:
+        await serve_some(server, 1)
         assert server.server.tracing is None
 
 

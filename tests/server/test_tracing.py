@@ -36,36 +36,17 @@ async def stream(server: RunningServer, traceparent: str | None = None, **parame
     return [token_id for message in messages for token_id in message.delta.token_ids]
 
 
-async def test_a_traced_request_is_a_tree_of_tokens_and_decisions(model_folder: Path, collector: OtlpReceiver) -> None:
-    async with running_server(fake_model(model_folder, num_layers=5, token_seconds=0.001)) as server:
-        num_tokens = len(await stream(server, text="hello", max_new_tokens=6, output=TRACED))
+async def test_attributes_follow_the_conventions(model_folder: Path, collector: OtlpReceiver) -> None:
+    schema = generation_pb2.Constraint(json_schema='{"type": "integer"}')
+    async with running_server(fake_model(model_folder)) as server:
+        await stream(server, text="hello", max_new_tokens=3, output=TRACED, constraint=schema)
         trace = await collector.trace()
     trace.check()
-    assert trace.root.kind == Span.SPAN_KIND_SERVER
-    (generation,) = trace.children(trace.root)
-    tokens = trace.children(generation)
-    assert [span.name for span in tokens] == ["token"] * num_tokens
-    assert [attributes_of(span.attributes)["dash.token.index"] for span in tokens] == list(range(num_tokens))
-    ends = [span.end_time_unix_nano for span in tokens[:-1]]
-    assert all(end <= later.start_time_unix_nano for end, later in zip(ends, tokens[1:], strict=True))
-    assert not trace.children(tokens[0]), "the first token is the prefill's"
-    for token in tokens[1:]:
-        decisions = trace.children(token)
-        # Layers 0 and 2 are pinned.
-        assert [attributes_of(span.attributes)["dash.layer"] for span in decisions] == [1, 3, 4]
-        assert [span.name for span in decisions] == ["int8 layer 1", "int8 layer 3", "int8 layer 4"]
-    assert len(trace.spans) == 2 + num_tokens + 3 * (num_tokens - 1)
-
-
-async def test_attributes_follow_the_conventions(model_folder: Path, collector: OtlpReceiver) -> None:
-    async with running_server(fake_model(model_folder)) as server:
-        await stream(server, text="hello", max_new_tokens=3, output=TRACED)
-        trace = await collector.trace()
     rpc = attributes_of(trace.root.attributes)
     assert trace.root.name == rpc["rpc.method"] == "dash_api.v1.GenerationService/StreamGenerate"
     assert (rpc["rpc.system.name"], rpc["rpc.response.status_code"]) == ("grpc", "OK")
     assert "error.type" not in rpc
-    assert trace.root.status.code == Status.STATUS_CODE_UNSET
+    assert (trace.root.kind, trace.root.status.code) == (Span.SPAN_KIND_SERVER, Status.STATUS_CODE_UNSET)
     generation = attributes_of(trace.generation.attributes)
     assert trace.generation.name == "text_completion fake"
     expected = {
@@ -76,6 +57,8 @@ async def test_attributes_follow_the_conventions(model_folder: Path, collector: 
         "gen_ai.response.finish_reasons": ["length"],
         "gen_ai.usage.input_tokens": 5,
         "gen_ai.usage.output_tokens": 3,
+        "gen_ai.output.type": "json",
+        "dash.constraint": "json_schema",
         "dash.mode": "adaptive",
         "dash.policy": "toy",
         "dash.mean_cost": 0.75,
@@ -95,15 +78,6 @@ async def test_attributes_follow_the_conventions(model_folder: Path, collector: 
     assert all({"service.version", "service.instance.id"} <= resource.keys() for resource in collector.resources)
 
 
-async def test_a_constraint_is_told_by_its_kind(model_folder: Path, collector: OtlpReceiver) -> None:
-    schema = generation_pb2.Constraint(json_schema='{"type": "integer"}')
-    async with running_server(fake_model(model_folder)) as server:
-        await stream(server, text="hello", max_new_tokens=3, output=TRACED, constraint=schema)
-        trace = await collector.trace()
-    generation = attributes_of(trace.generation.attributes)
-    assert (generation["gen_ai.output.type"], generation["dash.constraint"]) == ("json", "json_schema")
-
-
 async def test_calls_of_tools_are_told_and_shown_in_the_messages(model_folder: Path, collector: OtlpReceiver) -> None:
     called = common_pb2.ToolCall(id="1", name="clock", arguments_json='{"zone": "CET"}')
     messages = [
@@ -120,48 +94,21 @@ async def test_calls_of_tools_are_told_and_shown_in_the_messages(model_folder: P
     assert shown == 'Well.\n<tool_call>\n{"name": "clock", "arguments": {"zone": "CET"}}\n</tool_call>'
 
 
-async def test_layers_stand_beside_the_decisions_where_asked_for(model_folder: Path, collector: OtlpReceiver) -> None:
-    async with running_server(fake_model(model_folder, token_seconds=0.001), trace_layers=True) as server:
-        await stream(server, text="hello", max_new_tokens=2, output=TRACED)
-        trace = await collector.trace()
-    trace.check()
-    token = trace.children(trace.generation)[1]
-    layers = [span for span in trace.children(token) if span.name.startswith("layer ")]
-    assert [attributes_of(span.attributes)["dash.action"] for span in layers] == ["full", "int8", "full"]
-    (decision,) = trace.children(token, "int8 layer 1")
-    assert decision.start_time_unix_nano < layers[0].end_time_unix_nano, "decided while the layer before was running"
-
-
-async def test_only_the_first_steps_are_traced_and_the_rest_is_counted(
-    model_folder: Path, collector: OtlpReceiver
+async def test_the_callers_span_is_the_parent_and_a_malformed_one_counts_as_none(
+    model_folder: Path, collector: OtlpReceiver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with running_server(fake_model(model_folder), trace_steps=2) as server:
-        await stream(server, text="hello", max_new_tokens=9, output=TRACED)
-        trace = await collector.trace()
-    assert len(trace.named("token")) == 3
-    assert attributes_of(trace.generation.attributes)["dash.untraced_steps"] == 6
-
-
-async def test_the_callers_span_is_the_parent(model_folder: Path, collector: OtlpReceiver) -> None:
+    no_ids = f"00-{'0' * 32}-{SPAN_ID}-01"
     async with running_server(fake_model(model_folder)) as server:
         await stream(server, SAMPLED, text="hello", max_new_tokens=2)
-        trace = await collector.trace()
-    assert (trace.root.trace_id.hex(), trace.root.parent_span_id.hex()) == (TRACE_ID, SPAN_ID)
-
-
-@pytest.mark.parametrize(
-    "traceparent",
-    ["x" * 5000, "00-0-0-01", f"00-{'0' * 32}-{SPAN_ID}-01", f"ff-{TRACE_ID}-{SPAN_ID}-01", SAMPLED + "-x"],
-)
-async def test_a_malformed_traceparent_counts_as_none(
-    model_folder: Path, collector: OtlpReceiver, traceparent: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with running_server(fake_model(model_folder)) as server:
-        assert await stream(server, traceparent, text="hello", max_new_tokens=2)
-        await stream(server, traceparent, text="hello", max_new_tokens=2, output=TRACED)
-        trace = await collector.trace()
-    assert trace.root.trace_id.hex() != TRACE_ID
-    assert not trace.root.parent_span_id
+        root = (await collector.trace()).root
+        assert (root.trace_id.hex(), root.parent_span_id.hex()) == (TRACE_ID, SPAN_ID)
+        for malformed in ("x" * 5000, "00-0-0-01", no_ids, f"ff{SAMPLED[2:]}", SAMPLED + "-x"):
+            collector.spans.clear()
+            assert await stream(server, malformed, text="hello", max_new_tokens=2)
+            await stream(server, malformed, text="hello", max_new_tokens=2, output=TRACED)
+            root = (await collector.trace()).root
+            assert root.trace_id.hex() != TRACE_ID
+            assert not root.parent_span_id
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -275,12 +222,6 @@ async def test_content_is_traced_only_if_a_setting_says_so(
             f'"role": "user", "parts": [{{"type": "text", "content": "{CANARY}"}}]'
             in attributes_of(conversation.attributes)["gen_ai.input.messages"]
         )
-
-
-async def test_without_a_collector_nothing_is_traced(model_folder: Path) -> None:
-    async with running_server(fake_model(model_folder), trace_ratio=1) as server:
-        await stream(server, SAMPLED, text="hello", max_new_tokens=2)
-        assert server.server.tracing is None
 
 
 async def test_many_requests_at_once_are_whole_traces(model_folder: Path, collector: OtlpReceiver) -> None:

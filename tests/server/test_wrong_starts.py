@@ -1,6 +1,5 @@
 """A start that cannot succeed ends with one line that says why, and an exit code. The command runs in this process."""
 
-import logging
 import socket
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ import trustme
 
 from dash_server.main import main
 from tests.server.server_harness import FAKE_WORKER, fake_model
+
+pytestmark = pytest.mark.usefixtures("root_logger_as_it_was")
 
 CERTIFICATE, KEY, AUTHORITY = "{folder}/chain.pem", "{folder}/key.pem", "{folder}/ca.pem"
 GARBAGE = "{folder}/garbage"
@@ -70,14 +71,6 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, objec
     (folder / "garbage").write_bytes(b"\0\xff secret")
     with socket.create_server(("127.0.0.1", 0)) as other:
         yield {"folder": folder, "port": other.getsockname()[1]}
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str, **variables: str) -> int:
