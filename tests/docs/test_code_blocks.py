@@ -12,12 +12,6 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-class PatientService(Service):
-    """A service with time for the measurements of a first start on a busy machine."""
-
-    ready_seconds = 240.0
-
-
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, embedded_cache: Path) -> Iterator[Service]:
     variables = {
@@ -27,7 +21,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, embedded_cache: Path) -> I
         # Enough to show that an example works.
         "DASH_DEFAULT_MAX_NEW_TOKENS": "12",
     }
-    service = PatientService(tmp_path_factory.mktemp("docs"), Path("embedded"), **variables)
+    service = Service(tmp_path_factory.mktemp("docs"), Path("embedded"), **variables)
     yield service
     service.stop()
 

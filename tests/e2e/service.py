@@ -5,14 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
 from dash_client import DashClient, UnavailableError
 
+TOKEN = "the-adapters-token-long-enough"
 SERVER = (sys.executable, "-m", "dash_server.main")
 
 
@@ -77,13 +76,3 @@ class Service:
         self.client.close()
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=20)
-
-
-@contextmanager
-def service_with_token(folder: Path, model: Path, token: str) -> Iterator[Service]:
-    """One slot, one thread, and one caller who may call."""
-    tokens = folder / "tokens.toml"
-    tokens.write_text(f'[ann]\ntoken = "{token}"\n')
-    running = Service(folder, model, DASH_TOKEN_FILE=str(tokens), DASH_SLOTS="1", **REPEATABLE)
-    yield running
-    assert running.stop() == 0, running.log.read_text()

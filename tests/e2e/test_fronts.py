@@ -2,7 +2,6 @@
 
 import asyncio
 import signal
-import socket
 import threading
 import time
 from collections import Counter
@@ -16,16 +15,11 @@ import pytest
 from dash_client import AsyncDashClient, DashClient, DashError
 from tests.e2e.name_server import NameServer
 from tests.server.fake_worker import PROBE_TOKEN_ID
-from tests.server.server_harness import ServerProcess, fake_model, running_server, server_process, write_model_folder
+from tests.server.server_harness import ServerProcess, fake_model, free_port, running_server, server_process
 
 HOSTS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
 AGE_SECONDS = 1.0
 PAUSE_BETWEEN_LOOKUPS_SECONDS = 5.0
-
-
-@pytest.fixture
-def model_folder(tmp_path: Path) -> Path:
-    return write_model_folder(tmp_path / "model")
 
 
 class Front:
@@ -98,12 +92,6 @@ class Load:
         self._is_over.set()
         for thread in self._threads:
             thread.join()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def wait_until_asked(front: Front, seconds: float) -> float:

@@ -4,8 +4,6 @@ import asyncio
 import pickle
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import pytest
@@ -31,9 +29,8 @@ from pydantic import BaseModel, Field, SecretStr, ValidationError
 
 from dash_client import DashClient, DashError, GenerationOptions, InvalidArgumentError, UnavailableError
 from dash_client.adapters.langchain import ChatDash
-from tests.e2e.service import Service, service_with_token
+from tests.e2e.service import TOKEN, Service
 
-TOKEN = "langchain-s-token-long-enough"
 HELLO = "Hello, who are you?"
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -44,21 +41,9 @@ CONVERSATION = [
 MESSAGES = [SystemMessage("Be brief."), HumanMessage("Hello"), AIMessage("Good day."), HumanMessage(HELLO)]
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Service]:
-    with service_with_token(tmp_path_factory.mktemp("langchain"), tiny_folder, TOKEN) as running:
-        yield running
-
-
 @pytest.fixture
-def client(service: Service) -> Iterator[DashClient]:
-    with DashClient(service.client.target, token=TOKEN) as client:
-        yield client
-
-
-@pytest.fixture
-def model(service: Service) -> ChatDash:
-    return ChatDash(target=service.client.target, token=SecretStr(TOKEN), max_tokens=24, ignore_eos=True, seed=7)
+def model(token_service: Service) -> ChatDash:
+    return ChatDash(target=token_service.client.target, token=SecretStr(TOKEN), max_tokens=24, ignore_eos=True, seed=7)
 
 
 def nobody() -> ChatDash:
@@ -255,7 +240,7 @@ async def test_errors_are_the_clients_own(model: ChatDash) -> None:
     with pytest.raises(UnavailableError):
         await nobody().ainvoke(HELLO)
     with pytest.raises(UnavailableError):
-        [chunk async for chunk in nobody().astream(HELLO)]
+        await anext(nobody().astream(HELLO))
     with pytest.raises(InvalidArgumentError, match="temperature"):
         model.invoke(HELLO, temperature=-1)
     with pytest.raises(DashError) as refusal:
@@ -277,15 +262,8 @@ def test_every_option_of_a_generation_is_a_field() -> None:
 
 
 def test_the_token_is_in_nothing_that_is_shown_logged_or_stored(model: ChatDash) -> None:
-    shown = [
-        repr(model),
-        str(model),
-        str(model._identifying_params),
-        dumps(model),
-        str(model.model_dump()),
-        dumps(model | str),
-    ]
-    assert not [text for text in shown if TOKEN in text]
+    shown = [repr(model), str(model), str(model._identifying_params), str(model.model_dump())]
+    assert not [text for text in (*shown, dumps(model), dumps(model | str)) if TOKEN in text]
 
 
 @pytest.mark.filterwarnings("ignore:The function `load` is in beta")

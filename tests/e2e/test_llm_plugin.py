@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +19,8 @@ import llm
 
 from dash_client import DashClient, DashError, GenerationOptions, InvalidArgumentError
 from dash_client.adapters.llm_plugin import AsyncDashModel, DashModel
-from tests.e2e.service import Service, service_with_token
+from tests.e2e.service import TOKEN, Service
 
-TOKEN = "llm-s-token-which-is-long-enough"
 HELLO = "Hello, who are you?"
 NUM_TOKENS = 64
 OPTIONS = {"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": 7}
@@ -29,23 +28,11 @@ FLAGS = [text for name, value in OPTIONS.items() for text in ("-o", name, str(va
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Service]:
-    with service_with_token(tmp_path_factory.mktemp("llm"), tiny_folder, TOKEN) as running:
-        yield running
-
-
-@pytest.fixture
-def client(service: Service) -> Iterator[DashClient]:
-    with DashClient(service.client.target, token=TOKEN) as client:
-        yield client
-
-
 @pytest.fixture(autouse=True)
-def user_folder(tmp_path: Path, service: Service, monkeypatch: pytest.MonkeyPatch) -> Path:
+def user_folder(tmp_path: Path, token_service: Service, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The environment of `llm`, with the folder of its keys and logs."""
     monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
-    monkeypatch.setenv("DASH_TARGET", service.client.target)
+    monkeypatch.setenv("DASH_TARGET", token_service.client.target)
     monkeypatch.setenv("DASH_TOKEN", TOKEN)
     return tmp_path
 

@@ -1,7 +1,5 @@
 """lm-evaluation-harness against a real server with a tiny model; skipped if the harness is not installed."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,20 +10,8 @@ from lm_eval.api.instance import Instance  # type: ignore[import-not-found,impor
 
 from dash_client import DashClient, InvalidArgumentError
 from dash_client.adapters.lm_eval import DashServedModel
-from tests.e2e.service import service_with_token
 
-TOKEN = "lm-eval-s-token-long-enough"
 PREFIX = 256
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[DashClient]:
-    folder = tmp_path_factory.mktemp("lm-eval")
-    with (
-        service_with_token(folder, tiny_folder, TOKEN) as running,
-        DashClient(running.client.target, token=TOKEN) as client,
-    ):
-        yield client
 
 
 def instances(kind: str, *arguments: tuple[object, ...]) -> Any:

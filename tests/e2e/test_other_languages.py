@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from dash_client import DashClient
-from tests.server.server_harness import fake_model, server_process, write_model_folder
+from tests.server.server_harness import fake_model, server_process, write_model_folder, write_tokens
 
 pytestmark = pytest.mark.skipif(
     "DASH_TEST_LANGUAGES" not in os.environ, reason="builds for a minute; set DASH_TEST_LANGUAGES=1"
@@ -121,9 +121,7 @@ def serving(folder: Path, **settings: object) -> Iterator[int]:
 
 
 def test_health_a_stream_a_cancellation_and_a_refusal(example: Example, tmp_path: Path) -> None:
-    token_file = tmp_path / "tokens.toml"
-    token_file.write_text(f'[test]\ntoken = "{TOKEN}"\n')
-    with serving(tmp_path, token_file=token_file) as port:
+    with serving(tmp_path, token_file=write_tokens(tmp_path, test=TOKEN)) as port:
         output = example.output(port, token=TOKEN)
     assert re.fullmatch(
         r"health: SERVING\n"

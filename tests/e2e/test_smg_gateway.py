@@ -5,7 +5,6 @@ Skipped where `smg` (100 MB) or `openai` is not installed; `.ci/run` installs bo
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -23,18 +22,13 @@ import openai
 
 from dash_client import DashClient
 from tests.e2e.service import REPEATABLE, Service
+from tests.server.server_harness import free_port
 
 GATEWAY = shutil.which("smg", path=str(Path(sys.executable).parent))
 pytestmark = pytest.mark.skipif(GATEWAY is None, reason="needs the gateway smg")
 MESSAGES: Any = [{"role": "user", "content": "Hello"}]
 SCHEMA = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
 TOOLS: Any = [{"type": "function", "function": {"name": "paint", "description": "Paints", "parameters": SCHEMA}}]
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

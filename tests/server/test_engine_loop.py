@@ -2,6 +2,7 @@
 
 import socket
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from dash_runtime.actions import Action
 from dash_runtime.config import ModelFacts
 from dash_runtime.events import CostStatus
+from dash_server.settings import Settings
 from dash_server.worker import messages
 from dash_server.worker.engine_loop import EngineLoop
 
@@ -73,3 +75,28 @@ def test_a_worker_gives_signs_of_life_in_the_middle_of_a_long_step(monkeypatch: 
     signs = [messages.decode_from_worker(body) for body in bodies]
     assert 3 <= len(signs) <= 5
     assert set(map(type, signs)) == {messages.Pong}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model": "/no/such/folder"}, "/no/such/folder"),
+        ({"model": "{folder}/corrupt.gguf"}, "corrupt.gguf"),
+        ({"policy_file": "{folder}/foreign.safetensors"}, "foreign.safetensors"),
+        ({"device": "warp"}, "warp"),
+    ],
+)
+def test_a_model_policy_or_device_that_cannot_be_used_is_named_and_the_worker_ends(
+    tiny_folder: Path, tmp_path: Path, settings: dict[str, str], words: str
+) -> None:
+    (tmp_path / "foreign.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    (tmp_path / "corrupt.gguf").write_bytes(b"GGUF\x03\0\0\0" + b"\xff" * 64)
+    given = {"model": str(tiny_folder), **{name: value.format(folder=tmp_path) for name, value in settings.items()}}
+    config = Settings(cache_folder=tmp_path, compile=False, **given).worker_config()
+    server, worker = socket.socketpair()
+    with server, worker:
+        server.sendall(messages.encode_frame(config))
+        assert EngineLoop(worker).run() == 2
+        *_, told = map(messages.decode_from_worker, messages.FrameReader().feed(server.recv(1 << 16)))
+    assert isinstance(told, messages.StartupFailed)
+    assert words in told.description
