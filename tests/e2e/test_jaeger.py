@@ -24,6 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 JAEGER = shutil.which("jaeger") or shutil.which("jaeger", path=str(Path(sys.executable).parent))
 PORTS = {"0.0.0.0:16686": "query", "127.0.0.1:13133": "health", "0.0.0.0:4317": "otlp"}
 
+ADAPTIVE = {"mode": "adaptive", "compute_budget": 1.0, "policy_name": NAME}
+NUM_ADAPTIVE_SPANS = 2 + 12 + 11 * len(UNPINNED)
+
 pytestmark = [
     pytest.mark.jaeger,
     pytest.mark.skipif(JAEGER is None, reason="needs a jaeger on the path: make jaeger"),
@@ -140,33 +143,11 @@ def traced(service: Service, **options: Any) -> Generation:
     return service.client.generate("trace this", trace=True, ignore_eos=True, max_new_tokens=12, **options)
 
 
-def test_every_decision_of_an_answer_is_found_with_its_layer_action_and_scores(
+def test_decisions_of_the_worker_are_found_and_a_skipped_layer_can_be_searched_for(
     service: Service, jaeger: Jaeger
 ) -> None:
-    answer = traced(service, mode="adaptive", compute_budget=1.0, policy_name=NAME)
-    trace = jaeger.trace(answer.started.request_id, 2 + 12 + 11 * len(UNPINNED))
-    trace.check()
-    tokens = trace.children(trace.generation)
-    assert [token["operationName"] for token in tokens] == ["token"] * 12
-    recorded = service.client.decisions(answer.started.request_id)
-    for token, step in zip(tokens[1:], recorded.steps, strict=True):
-        decisions = trace.children(token)
-        assert [tags(span)["dash.layer"] for span in decisions] == UNPINNED
-        for layer, span in zip(UNPINNED, decisions, strict=True):
-            ran = step.layers[layer]
-            assert span["operationName"] == f"{ran.action.name.lower()} layer {layer}"
-            assert ran.decision is not None
-            for action, score in ran.decision.scores.items():
-                assert tags(span)[f"dash.scores.{action.name.lower()}"] == pytest.approx(score)
-        num_full = sum(layer.action is Action.FULL for layer in step.layers)
-        assert tags(token)["dash.layers.full"] == num_full
-
-
-def test_the_worker_is_a_service_of_its_own_and_a_skipped_layer_can_be_searched_for(
-    service: Service, jaeger: Jaeger
-) -> None:
-    answer = traced(service, mode="adaptive", compute_budget=1.0, policy_name=NAME)
-    trace = jaeger.trace(answer.started.request_id, 2 + 12 + 11 * len(UNPINNED))
+    answer = traced(service, **ADAPTIVE)
+    trace = jaeger.trace(answer.started.request_id, NUM_ADAPTIVE_SPANS)
     of_worker = {span["operationName"] for span in trace.spans if trace.services[span["processID"]] != "dash-llm"}
     assert {trace.services[span["processID"]] for span in (trace.root, trace.generation)} == {"dash-llm"}
     assert set(jaeger.ask("query", "api/services")["data"]) == {"dash-llm", "dash-llm-worker"}
@@ -174,20 +155,33 @@ def test_the_worker_is_a_service_of_its_own_and_a_skipped_layer_can_be_searched_
     assert of_worker <= operations
     (skipped, *_) = (name for name in operations if name.startswith("skip layer "))
     assert jaeger.found(service="dash-llm-worker", operation=skipped)
+    step = service.client.decisions(answer.started.request_id).steps[0]
+    spans = trace.children(trace.children(trace.generation)[1])
+    for layer, span in zip(UNPINNED, spans, strict=True):
+        decided = step.layers[layer].decision
+        assert decided is not None
+        for action, score in decided.scores.items():
+            assert tags(span)[f"dash.scores.{action.name.lower()}"] == pytest.approx(score)
 
 
-@pytest.mark.parametrize("mode", ["full_depth", "exact", "fixed"])
-def test_answers_of_every_mode_arrive_whole(service: Service, jaeger: Jaeger, mode: str) -> None:
-    options: dict[str, Any] = {
-        "full_depth": {},
-        "exact": {"policy_name": NAME, "compute_budget": 1.0},
-        "fixed": {"fixed_action": Action.SKIP},
-    }[mode]
-    trace = jaeger.trace(traced(service, mode=mode, **options).started.request_id, 2 + 12)
+@pytest.mark.parametrize(
+    ("options", "num_spans"),
+    [
+        (ADAPTIVE, NUM_ADAPTIVE_SPANS),
+        (ADAPTIVE | {"mode": "exact"}, 2 + 12),
+        ({"mode": "full_depth"}, 2 + 12),
+        ({"mode": "fixed", "fixed_action": Action.SKIP}, 2 + 12),
+    ],
+    ids=lambda options: options["mode"] if isinstance(options, dict) else "",
+)
+def test_answers_of_every_mode_arrive_whole(
+    service: Service, jaeger: Jaeger, options: dict[str, Any], num_spans: int
+) -> None:
+    trace = jaeger.trace(traced(service, **options).started.request_id, num_spans)
     trace.check()
     tokens = [span for span in trace.children(trace.generation) if span["operationName"] == "token"]
     assert len(tokens) == 12
-    assert tags(trace.generation)["dash.mode"] == mode
+    assert tags(trace.generation)["dash.mode"] == options["mode"]
 
 
 def test_spans_arrive_again_after_jaeger_was_killed(service: Service, jaeger: Jaeger) -> None:

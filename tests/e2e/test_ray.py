@@ -17,7 +17,7 @@ import grpc
 import pytest
 import trustme
 
-from dash_api.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
+from dash_api.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 from dash_client import DashClient
 from dash_server.main import WORKER_COMMAND
 from tests.ray_cluster import actor_of, add_node, ray_cluster, worker_processes
@@ -77,11 +77,6 @@ class Front:
 
     def answer(self) -> str:
         return self.generation.Generate(generation_request(text="abc", max_new_tokens=3)).output.text
-
-
-def stream_request(max_new_tokens: int) -> generation_pb2.StreamGenerateRequest:
-    parameters = generation_request(text="abc", max_new_tokens=max_new_tokens).parameters
-    return generation_pb2.StreamGenerateRequest(parameters=parameters)
 
 
 def code_of(call: Any) -> grpc.StatusCode:
@@ -159,9 +154,7 @@ def test_a_cancel_and_a_deadline_free_a_remote_slot_within_a_step(cluster: Any, 
     with server_on(cluster, tmp_path, model=model, workers=1, slots=1) as server, connect(server) as channel:
         front = Front(server, channel)
         for ending in ("cancel", "deadline"):
-            request = stream_request(1000)
-            call = front.generation.StreamGenerate(request, timeout=1.5 if ending == "deadline" else 60)
-            next(call)
+            call = started_stream(channel, 1000, timeout=1.5 if ending == "deadline" else 60)
             if ending == "cancel":
                 call.cancel()
             assert code_of(call).name == {"cancel": "CANCELLED", "deadline": "DEADLINE_EXCEEDED"}[ending]

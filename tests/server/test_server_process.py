@@ -30,10 +30,12 @@ def connect(server: ServerProcess) -> grpc.Channel:
     return channel
 
 
-def started_stream(channel: grpc.Channel, max_new_tokens: int) -> Iterator[generation_pb2.StreamGenerateResponse]:
+def started_stream(
+    channel: grpc.Channel, max_new_tokens: int, timeout: float | None = None
+) -> Iterator[generation_pb2.StreamGenerateResponse]:
     parameters = generation_request(text="abc", max_new_tokens=max_new_tokens).parameters
     request = generation_pb2.StreamGenerateRequest(parameters=parameters)
-    call = generation_pb2_grpc.GenerationServiceStub(channel).StreamGenerate(request)
+    call = generation_pb2_grpc.GenerationServiceStub(channel).StreamGenerate(request, timeout=timeout)
     next(call)
     return call
 

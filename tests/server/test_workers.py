@@ -16,10 +16,9 @@ from dash_api.v1 import generation_pb2
 from dash_server.worker.__main__ import wait_briefly
 from dash_server.worker.messages import decode_from_worker
 from dash_server.worker.process import FramedProcess, LocalStarter
-from dash_server.worker.starter import WorkerStartError
 from tests.server.refusals import refusal
 from tests.server.server_harness import FAKE_WORKER, RunningServer, fake_model, running_server, server_process
-from tests.server.test_lifecycle import NOT_SERVING, SERVING, code_of, first_delta, watch
+from tests.server.test_lifecycle import NOT_SERVING, SERVING, code_of, watch
 from tests.server.test_server_process import assert_gone
 
 
@@ -90,15 +89,6 @@ async def test_an_idle_worker_is_not_taken_for_one_that_hangs(model_folder: Path
         await asyncio.sleep(1)
         assert worker_pids() == [pid]
         assert await server.is_serving()
-
-
-async def test_workers_that_die_before_a_first_token_end_the_server(
-    model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dash_server.worker.link._FIRST_RESTART_DELAY_SECONDS", 0.01)
-    async with running_server(fake_model(model_folder, die_when_ready=1), wait=False) as server:
-        with pytest.raises(WorkerStartError, match="died 5 times in a row before it gave a token"):
-            await asyncio.wait_for(server.worker, 20)
 
 
 async def test_workers_that_gave_tokens_are_replaced_more_often_than_that(model_folder: Path) -> None:
@@ -189,14 +179,6 @@ async def test_a_cancel_in_the_queue_or_at_a_worker_leaves_nothing(model_folder:
         assert state.num_cancels == state.num_submits - 1
         assert server.server.admission.num_inside == 0
         assert server.server.admission.num_tokens_inside == 0
-
-
-async def test_a_worker_that_becomes_free_takes_the_next(model_folder: Path) -> None:
-    async with running_server(fake_model(model_folder, token_seconds=0.002), slots=1) as server:
-        calls = [server.stream(text="abc", max_new_tokens=20) for _ in range(5)]
-        for call in calls:
-            await first_delta(call)
-            assert await code_of(call) is grpc.StatusCode.OK
 
 
 def test_what_a_worker_started_ends_with_it_and_with_a_killed_server(tmp_path: Path, model_folder: Path) -> None:

@@ -105,10 +105,11 @@ def test_what_cannot_be_prepared_is_one_line(
     assert capsys.readouterr().err == "dash-server: nothing is there\n"
 
 
-def test_a_worker_that_keeps_dying_ends_the_server(
-    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("behaviour", ["die_at_start", "die_when_ready"])
+def test_a_worker_that_keeps_dying_before_a_first_token_ends_the_server(
+    model_folder: Path, behaviour: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("dash_server.worker.link._FIRST_RESTART_DELAY_SECONDS", 0.01)
-    assert run_command(monkeypatch, model=fake_model(model_folder, die_at_start=1)) == 1
+    assert run_command(monkeypatch, model=fake_model(model_folder, **{behaviour: 1})) == 1
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("dash-server: "))
     assert "the worker died 5 times in a row before it gave a token" in line
