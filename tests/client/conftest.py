@@ -1,11 +1,14 @@
 """Fixtures of the client's tests."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from client_colours import COLOURS, open_client
 from fake_dash_server import FakeDashServer
+
+from dash_client.cli import main
 
 
 @pytest.fixture
@@ -21,6 +24,32 @@ def client(request: pytest.FixtureRequest, server: FakeDashServer) -> Iterator[A
     """Each of both clients of the server, with the methods of the sync one."""
     with open_client(request.param, server.target) as client:
         yield client
+
+
+@pytest.fixture
+def in_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+class Written(NamedTuple):
+    """What a command wrote to standard output and error."""
+
+    out: str
+    err: str
+
+
+Command = Callable[..., Written]
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the command in this process, with the words of a line and more words; returns its `out` and `err`."""
+
+    def run(line: str, *words: str, code: int = 0) -> Written:
+        assert main([*line.split(), *words]) == code
+        return Written(*capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture

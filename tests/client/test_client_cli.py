@@ -8,17 +8,15 @@ import sys
 import grpc
 import pytest
 from command_runs import Terminal, run_command
+from conftest import Command
 from fake_dash_server import HELLO, NOTE, FakeDashServer, delta, fail, finished, started
 
 from dash_api.v1 import common_pb2
 from dash_client.cli import main
 
 
-def test_generate_streams_text_and_sums_up_on_stderr(
-    server: FakeDashServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["generate", "Say hello"]) == 0
-    out, err = capsys.readouterr()
+def test_generate_streams_text_and_sums_up_on_stderr(server: FakeDashServer, command: Command) -> None:
+    out, err = command("generate", "Say hello")
     assert out == "Hello\n"
     assert NOTE in err
     assert "20.0 tokens/s" in err
@@ -28,22 +26,21 @@ def test_generate_streams_text_and_sums_up_on_stderr(
     assert [(message.role, message.content) for message in messages] == [("user", "Say hello")]
 
 
-def test_quiet_prints_the_text_alone(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "x", "--quiet"]) == 0
-    assert capsys.readouterr() == ("Hello\n", "")
+def test_quiet_prints_the_text_alone(server: FakeDashServer, command: Command) -> None:
+    assert command("generate x --quiet") == ("Hello\n", "")
 
 
-def test_options_that_are_not_given_are_not_sent(server: FakeDashServer) -> None:
-    assert main(["generate", "x", "--raw"]) == 0
+def test_options_that_are_not_given_are_not_sent(server: FakeDashServer, command: Command) -> None:
+    command("generate x --raw")
     parameters = server.requests[0].parameters
     assert parameters.text == "x"
     assert [field.name for field, _ in parameters.ListFields()] == ["text"]
 
 
-def test_options_are_sent(server: FakeDashServer) -> None:
+def test_options_are_sent(server: FakeDashServer, command: Command) -> None:
     line = "generate x --temperature 0 --top-p 0.9 --top-k 0 --seed 0 --max-new-tokens 5 --stop a --stop b"
-    assert main([*line.split(), "--mode", "adaptive", "--budget", "0.7"]) == 0
-    assert main(["generate", "x", "--fixed-action", "int8"]) == 0
+    command(line, "--mode", "adaptive", "--budget", "0.7")
+    command("generate x --fixed-action int8")
     adaptive, fixed = (request.parameters for request in server.requests)
     for name in ("temperature", "top_k", "seed"):
         assert adaptive.sampling.HasField(name)
@@ -61,9 +58,8 @@ def test_a_dash_reads_the_prompt_from_stdin(server: FakeDashServer) -> None:
     assert server.requests[0].parameters.text == "from a pipe"
 
 
-def test_json_is_one_object_with_everything(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "x", "--json", "--show-depth"]) == 0
-    out, err = capsys.readouterr()
+def test_json_is_one_object_with_everything(server: FakeDashServer, command: Command) -> None:
+    out, err = command("generate x --json --show-depth")
     answer = json.loads(out)
     assert answer["text"] == "Hello"
     assert answer["finish_reason"] == "length"
@@ -73,11 +69,8 @@ def test_json_is_one_object_with_everything(server: FakeDashServer, capsys: pyte
     assert err == ""
 
 
-def test_show_depth_annotates_where_there_are_no_colours(
-    server: FakeDashServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["generate", "x", "--show-depth"]) == 0
-    out, err = capsys.readouterr()
+def test_show_depth_annotates_where_there_are_no_colours(server: FakeDashServer, command: Command) -> None:
+    out, err = command("generate x --show-depth")
     # "lo" completes two tokens, of 2 and 3 layers.
     assert out == "Hel[4]lo[2.5]\n"
     assert "of 4" in err
@@ -85,11 +78,10 @@ def test_show_depth_annotates_where_there_are_no_colours(
 
 
 def test_show_depth_colours_when_told_to(
-    server: FakeDashServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    server: FakeDashServer, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLORTERM", "truecolor")
-    assert main(["generate", "x", "--show-depth", "--color", "always"]) == 0
-    out, err = capsys.readouterr()
+    out, err = command("generate x --show-depth --color always")
     assert out.startswith("\x1b[48;2;253;231;37;30mHel\x1b[0m\x1b[48;2;")
     assert out.endswith("lo\x1b[0m\n")
     assert "\x1b[48;2;" in err
@@ -174,31 +166,27 @@ def test_a_missing_package_is_one_line_that_says_what_to_install_before_anything
     ],
 )
 def test_server_errors_are_one_line_and_an_exit_code(
-    server: FakeDashServer, capsys: pytest.CaptureFixture[str], code: grpc.StatusCode, expected: int
+    server: FakeDashServer, command: Command, code: grpc.StatusCode, expected: int
 ) -> None:
     server.script = [fail(code, "it went wrong", pause_ms=-1)]
-    assert main(["generate", "x"]) == expected
-    out, err = capsys.readouterr()
+    out, err = command("generate x", code=expected)
     assert out == ""
     assert err.splitlines()[0].startswith("dash-client: ")
     assert "it went wrong" in err
     assert "Traceback" not in err
-    assert main(["generate", "x", "--json"]) == expected
-    error = json.loads(capsys.readouterr().out)["error"]
+    error = json.loads(command("generate x --json", code=expected).out)["error"]
     assert error["code"] == code.name
     assert "it went wrong" in error["message"]
 
 
-def test_a_timeout_exits_1(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_timeout_exits_1(server: FakeDashServer, command: Command) -> None:
     server.script = [*HELLO[:2], server.wait]
-    assert main(["generate", "x", "--timeout", "0.2"]) == 1
-    assert "raise the timeout" in capsys.readouterr().err
+    assert "raise the timeout" in command("generate x --timeout 0.2", code=1).err
 
 
-def test_no_server_exits_3(gone: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_server_exits_3(gone: FakeDashServer, command: Command) -> None:
     for line in ("generate x", "info", "health", "health --wait 0.2", "trace r-1", "bench"):
-        assert main([*line.split(), "--target", gone.target]) == 3
-        assert "make serve" in capsys.readouterr().err
+        assert "make serve" in command(line, "--target", gone.target, code=3).err
 
 
 @pytest.mark.parametrize(
@@ -238,71 +226,51 @@ def test_help_documents_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> No
         assert "130  interrupted" in capsys.readouterr().out
 
 
-def test_info_tells_the_model_and_its_policy(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["info"]) == 0
-    out = capsys.readouterr().out
+def test_info_tells_the_model_and_its_policy(server: FakeDashServer, command: Command) -> None:
+    out = command("info").out
     assert "fake-model" in out
     assert "SKIP, INT4, FULL" in out
     assert NOTE in out
-    assert main(["info", "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
+    facts = json.loads(command("info --json").out)
     assert facts["policy"]["action_costs"] == {"SKIP": 0.1, "FULL": 1.0}
 
 
-def test_audit_tells_how_an_answer_compares_with_full_depth(
-    server: FakeDashServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["audit", "audited"]) == 0
-    assert "agreement                 0.7500\n" in capsys.readouterr().out
-    assert main(["audit", "audited", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["divergence"] == 0.125
-    assert main(["audit", "another"]) == 1
-    assert "no audit" in capsys.readouterr().err
+def test_audit_tells_how_an_answer_compares_with_full_depth(server: FakeDashServer, command: Command) -> None:
+    assert "agreement                 0.7500\n" in command("audit audited").out
+    assert json.loads(command("audit audited --json").out)["divergence"] == 0.125
+    assert "no audit" in command("audit another", code=1).err
 
 
-def test_health_is_an_exit_code(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["health"]) == 0
-    assert capsys.readouterr().out == "SERVING\n"
+def test_health_is_an_exit_code(server: FakeDashServer, command: Command) -> None:
+    assert command("health").out == "SERVING\n"
     server.set_serving(False)
-    assert main(["health"]) == 3
-    assert capsys.readouterr().out == "NOT_SERVING\n"
+    assert command("health", code=3).out == "NOT_SERVING\n"
     server.loading = "compiling 7 of 26"
-    assert main(["health"]) == 3
-    assert capsys.readouterr().out == "NOT_SERVING: compiling 7 of 26\n"
+    assert command("health", code=3).out == "NOT_SERVING: compiling 7 of 26\n"
     server.set_serving(True)
-    assert main(["health", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"target": server.target, "status": "SERVING"}
+    assert json.loads(command("health --json").out) == {"target": server.target, "status": "SERVING"}
 
 
-def test_tokenize_sends_what_generate_would(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tokenize", "Hello"]) == 0
-    assert main(["tokenize", "Hello", "--raw", "--json"]) == 0
-    line, json_line = capsys.readouterr().out.splitlines()
-    assert line == "1 2 3"
-    assert json.loads(json_line) == {"token_ids": [1, 2, 3]}
+def test_tokenize_sends_what_generate_would(server: FakeDashServer, command: Command) -> None:
+    assert command("tokenize Hello").out == "1 2 3\n"
+    assert json.loads(command("tokenize Hello --raw --json").out) == {"token_ids": [1, 2, 3]}
     chat, raw = server.requests
     assert chat.chat.messages[0].content == "Hello"
     assert raw.text == "Hello"
 
 
-def test_json_cannot_steer_a_terminal_and_keeps_every_character(
-    server: FakeDashServer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_cannot_steer_a_terminal_and_keeps_every_character(server: FakeDashServer, command: Command) -> None:
     text = "a\x1b]0;title\x07b\x9b2J\x7fé"
     server.script = [started(), delta(text, [1]), finished(1)]
-    assert main(["generate", "x", "--json"]) == 0
-    out = capsys.readouterr().out
+    out = command("generate x --json").out
     assert out.rstrip("\n").isprintable()
     assert "é" in out
     assert json.loads(out)["text"] == text
 
 
-def test_what_a_server_says_of_itself_cannot_steer_the_terminal(
-    server: FakeDashServer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_server_says_of_itself_cannot_steer_the_terminal(server: FakeDashServer, command: Command) -> None:
     server.script = [started(policy_note="a\x1b[2Jb"), fail(grpc.StatusCode.INTERNAL, "c\x1b[2Jd")]
-    assert main(["generate", "x"]) == 1
-    err = capsys.readouterr().err
+    err = command("generate x", code=1).err
     assert "a\ufffd[2Jb" in err
     assert "c\ufffd[2Jd" in err
 

@@ -6,12 +6,11 @@ import signal
 import threading
 
 import grpc
-import pytest
 from command_runs import run_command
+from conftest import Command
 from fake_dash_server import HELLO, FakeDashServer, fail, finished
 
 from dash_api.v1 import generation_pb2
-from dash_client.cli import main
 from dash_client.commands.bench_figures import Sample, figures, histogram, percentiles
 from dash_client.types import SpeculationUsage
 
@@ -71,7 +70,7 @@ def test_the_drafts_of_all_complete_answers_are_added_up() -> None:
     assert figures([Sample(0.0, 1.0, (), None, nothing), Sample(0.0, 1.0, (), None)]).drafts is None
 
 
-def test_drafts_are_shown_by_source_and_length(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_drafts_are_shown_by_source_and_length(server: FakeDashServer, command: Command) -> None:
     speculation = generation_pb2.SpeculationUsage(
         drafted_token_count=8,
         accepted_token_count=6,
@@ -81,16 +80,14 @@ def test_drafts_are_shown_by_source_and_length(server: FakeDashServer, capsys: p
     )
     usage = generation_pb2.Usage(output_token_count=3, speculation=speculation)
     server.script = [*HELLO[:-1], finished(usage=usage)]
-    assert main(["bench", "--requests", "2", "--mode", "exact"]) == 0
-    out = capsys.readouterr().out
+    out = command("bench --requests 2 --mode exact").out
     assert "16, 12 accepted; of these from the text 8, 6 accepted" in out
     assert "accepted at a time   2: 6\n" in out
 
 
-def test_it_sends_so_many_requests_with_the_options(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_sends_so_many_requests_with_the_options(server: FakeDashServer, command: Command) -> None:
     line = "bench --requests 5 --concurrency 2 --warm-up 2 --max-new-tokens 7 --mode adaptive --raw --prompt Sea"
-    assert main(line.split()) == 0
-    out = capsys.readouterr().out
+    out = command(line).out
     assert "fake-model at" in out
     assert "5 requests, 2 at a time" in out
     assert "complete             5 in" in out
@@ -103,23 +100,19 @@ def test_it_sends_so_many_requests_with_the_options(server: FakeDashServer, caps
     assert all(parameters.stopping.max_new_tokens == 7 for parameters in generations)
 
 
-def test_as_many_run_at_a_time_as_asked_for(server: FakeDashServer) -> None:
+def test_as_many_run_at_a_time_as_asked_for(server: FakeDashServer, command: Command) -> None:
     barrier = threading.Barrier(3)
     server.script = [HELLO[0], lambda context: barrier.wait(10) and None, *HELLO[1:]]
-    assert main(["bench", "--requests", "6", "--concurrency", "3", "--warm-up", "0", "--json"]) == 0
+    command("bench --requests 6 --concurrency 3 --warm-up 0 --json")
 
 
-def test_a_session_carries_all_requests_on_one_stream(
-    server: FakeDashServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["bench", "--requests", "6", "--concurrency", "3", "--warm-up", "0", "--session", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["completed"] == 6
+def test_a_session_carries_all_requests_on_one_stream(server: FakeDashServer, command: Command) -> None:
+    assert json.loads(command("bench --requests 6 --concurrency 3 --warm-up 0 --session --json").out)["completed"] == 6
     assert server.num_sessions == 1
 
 
-def test_json_has_every_figure(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--requests", "4", "--concurrency", "2", "--json"]) == 0
-    out, err = capsys.readouterr()
+def test_json_has_every_figure(server: FakeDashServer, command: Command) -> None:
+    out, err = command("bench --requests 4 --concurrency 2 --json")
     result = json.loads(out)
     assert err == ""
     assert (result["requests"], result["completed"], result["concurrency"]) == (4, 4, 2)
@@ -130,9 +123,7 @@ def test_json_has_every_figure(server: FakeDashServer, capsys: pytest.CaptureFix
         assert 0 < result[name]["p50"] <= result[name]["p90"] <= result[name]["p99"]
 
 
-def test_errors_are_counted_by_kind_and_are_an_exit_code(
-    server: FakeDashServer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_are_counted_by_kind_and_are_an_exit_code(server: FakeDashServer, command: Command) -> None:
     turn = itertools.count()
 
     def every_second_fails(context: grpc.ServicerContext) -> None:
@@ -141,22 +132,18 @@ def test_errors_are_counted_by_kind_and_are_an_exit_code(
 
     server.script = [every_second_fails, *HELLO]
     line = "bench --requests 6 --concurrency 1 --warm-up 0"
-    assert main(line.split()) == 1
-    assert "failed               3 with RESOURCE_EXHAUSTED" in capsys.readouterr().out
+    assert "failed               3 with RESOURCE_EXHAUSTED" in command(line, code=1).out
     # Refusals are measured, so they are not retried.
     assert next(turn) == 6
 
 
-def test_what_is_wrong_with_every_request_is_told_once(
-    server: FakeDashServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["bench", "--policy", "none", "--temperature", "900"]) == 2
+def test_what_is_wrong_with_every_request_is_told_once(server: FakeDashServer, command: Command) -> None:
+    wrong = command("bench --policy none --temperature 900", code=2)
     server.script = [fail(grpc.StatusCode.UNAUTHENTICATED, "who are you?")]
-    assert main(["bench"]) == 4
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "temperature" in err
-    assert "who are you?" in err
+    refused = command("bench", code=4)
+    assert (wrong.out, refused.out) == ("", "")
+    assert "temperature" in wrong.err
+    assert "who are you?" in refused.err
 
 
 def test_ctrl_c_reports_what_came_so_far_and_exits_130(server: FakeDashServer) -> None:

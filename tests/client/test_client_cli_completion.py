@@ -5,22 +5,18 @@ import shutil
 import subprocess
 
 import pytest
-
-from dash_client.cli import main
+from conftest import Command
 
 pytest.importorskip("shtab")
 
 
-def script(shell: str, capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(["completion", shell]) == 0
-    return capsys.readouterr().out
-
-
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_shell_accepts_its_script(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_shell_accepts_its_script(shell: str, command: Command) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
-    result = subprocess.run([shell, "-n"], input=script(shell, capsys), capture_output=True, text=True, timeout=30)
+    result = subprocess.run(
+        [shell, "-n"], input=command("completion", shell).out, capture_output=True, text=True, timeout=30
+    )
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
@@ -49,7 +45,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 def test_bash_completes(
     words: list[str],
     expected: set[str],
-    capsys: pytest.CaptureFixture[str],
+    command: Command,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: os.PathLike[str],
 ) -> None:
@@ -59,7 +55,7 @@ def test_bash_completes(
     open("certificate.pem", "w").close()
     result = subprocess.run(
         ["bash", "--norc", "-c", COMPLETE_IN_BASH, "bash", "dash-client", *words],
-        input=script("bash", capsys),
+        input=command("completion bash").out,
         capture_output=True,
         text=True,
         timeout=30,
@@ -68,11 +64,15 @@ def test_bash_completes(
     assert set(result.stdout.split()) == expected
 
 
-def test_fish_completes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fish_completes(command: Command) -> None:
     if shutil.which("fish") is None:
         pytest.skip("fish is not installed")
     code = "source - ; complete --do-complete 'dash-client generate --mode ad'"
     result = subprocess.run(
-        ["fish", "--no-config", "-c", code], input=script("fish", capsys), capture_output=True, text=True, timeout=30
+        ["fish", "--no-config", "-c", code],
+        input=command("completion fish").out,
+        capture_output=True,
+        text=True,
+        timeout=30,
     )
     assert result.stdout.split()[:1] == ["adaptive"], result.stderr

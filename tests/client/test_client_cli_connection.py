@@ -5,19 +5,20 @@ from pathlib import Path
 import grpc
 import pytest
 import trustme
+from conftest import Command
 from fake_dash_server import FakeDashServer
 
 from dash_client.cli import main
 
 
 def test_the_token_comes_from_a_file_or_the_environment(
-    server: FakeDashServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: FakeDashServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
     file = tmp_path / "token"
     file.write_text("from-a-file\n")
     monkeypatch.setenv("DASH_TOKEN", "from-the-environment")
-    assert main(["info"]) == 0
-    assert main(["info", "--token-file", str(file)]) == 0
+    command("info")
+    command("info --token-file", str(file))
     sent = [metadata.get("authorization") for metadata in server.metadata]
     assert sent == ["Bearer from-the-environment"] * 2 + ["Bearer from-a-file"] * 2
 
@@ -28,17 +29,12 @@ def test_the_token_comes_from_a_file_or_the_environment(
     ids=["none", "empty", "two words", "long"],
 )
 def test_a_wrong_token_file_is_one_line_that_does_not_quote_it(
-    server: FakeDashServer,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    content: bytes | None,
-    expected: str,
+    server: FakeDashServer, command: Command, tmp_path: Path, content: bytes | None, expected: str
 ) -> None:
     file = tmp_path / "token"
     if content is not None:
         file.write_bytes(content)
-    assert main(["health", "--token-file", str(file)]) == 2
-    err = capsys.readouterr().err
+    err = command("health --token-file", str(file), code=2).err
     assert expected in err
     assert "secret" not in err
     assert err.count("\n") == 1
@@ -55,7 +51,7 @@ def test_a_token_on_the_command_line_is_refused_with_the_reason(capsys: pytest.C
         assert "secret" not in err
 
 
-def test_tls_is_checked_against_the_given_authority(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tls_is_checked_against_the_given_authority(tmp_path: Path, command: Command) -> None:
     authority = trustme.CA()
     certificate = authority.issue_cert("localhost")
     own = authority.issue_cert("somebody@example.org")
@@ -67,7 +63,6 @@ def test_tls_is_checked_against_the_given_authority(tmp_path: Path, capsys: pyte
     options = ["--ca-file", str(tmp_path / "ca.pem"), "--certificate-file", str(tmp_path / "own.pem")]
     with FakeDashServer(credentials=credentials) as server:
         health = ["health", "--target", server.target, "--timeout", "10"]
-        assert main([*health, "--tls", *options, "--key-file", str(tmp_path / "key.pem")]) == 0
-        assert main([*health, "--tls"]) == 3
-        assert main([*health, "--ca-file", str(tmp_path / "missing.pem")]) == 2
-    assert "missing.pem" in capsys.readouterr().err
+        command("", *health, "--tls", *options, "--key-file", str(tmp_path / "key.pem"))
+        command("", *health, "--tls", code=3)
+        assert "missing.pem" in command("", *health, "--ca-file", str(tmp_path / "missing.pem"), code=2).err

@@ -1,6 +1,5 @@
 """Recorded decisions: from the server, to a file and back, and the trace command."""
 
-import os
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -8,20 +7,21 @@ from typing import Any
 
 import pytest
 import trace_samples as samples
+from conftest import Command
 from fake_dash_server import FakeDashServer
 from google.protobuf import json_format
 
 from dash_api.v1 import model_pb2
-from dash_client import Action, DashClient, InvalidArgumentError, Mode, ServerError, StepKind
-from dash_client.cli import main
+from dash_client import Action, DashClient, Mode, ServerError, StepKind
 from dash_client.trace.decision_trace_files import load_decisions, save_decisions
 from dash_client.trace.decision_trace_messages import recorded_decisions
 
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")
+
 
 @pytest.fixture
-def server(server: FakeDashServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeDashServer:
-    """A server that holds a request's decisions; the test runs in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
+def server(server: FakeDashServer) -> FakeDashServer:
+    """A server that holds a request's decisions."""
     server.decisions["r-1"] = samples.small()
     return server
 
@@ -122,98 +122,33 @@ def test_a_file_gives_back_what_was_saved(message: model_pb2.GetDecisionsRespons
     assert json_format.Parse(path.read_text(), model_pb2.GetDecisionsResponse()) == message
 
 
-def test_the_command_writes_a_page_and_the_recording(
-    server: FakeDashServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["trace", "r-1", "--save", "kept.json"]) == 0
-    assert capsys.readouterr() == ("trace-r-1.html\n", "")
+def test_the_command_writes_a_page_and_the_recording(server: FakeDashServer, tmp_path: Path, command: Command) -> None:
+    assert command("trace r-1 --save kept.json") == ("trace-r-1.html\n", "")
     page = (tmp_path / "trace-r-1.html").read_text()
     assert "smollm2-135m-four-actions" in page
     server.stop()
-    assert main(["trace", "kept.json", "--output", "again.html"]) == 0
-    assert capsys.readouterr().out == "again.html\n"
+    assert command("trace kept.json --output again.html").out == "again.html\n"
     assert (tmp_path / "again.html").read_text() == page
 
 
 def test_the_page_stays_in_the_working_folder_whatever_the_request_is_called(
-    server: FakeDashServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: FakeDashServer, tmp_path: Path, command: Command
 ) -> None:
     server.decisions["r-1"].request_id = "../../etc/a b\x1b[0m"
-    assert main(["trace", "r-1"]) == 0
-    assert capsys.readouterr().out == "trace-_etc_a_b_0m.html\n"
+    assert command("trace r-1").out == "trace-_etc_a_b_0m.html\n"
     assert [path.name for path in tmp_path.iterdir()] == ["trace-_etc_a_b_0m.html"]
 
 
-def test_generate_says_how_to_ask_for_its_trace(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "x"]) == 0
-    assert capsys.readouterr().err.rstrip().endswith("request r-1")
-
-
-WHOLE = json_format.MessageToJson(samples.small()).encode()
-BAD_FILES = {
-    "empty": b"",
-    "truncated": WHOLE[: len(WHOLE) // 2],
-    "not text": b"\x93\xff\x00" * 9,
-    "a page": b"<!doctype html>\n<html>",
-    "another object": b'{"a": 1}',
-    "an empty object": b"{}",
-    "a list": b"[1, 2]",
-    "a number": b"7",
-    "a name with control characters": b'{"\\u001b[2J": 1}',
-    "a lone surrogate": b'{"requestId": "\\ud800"}',
-    "deep": b"[" * 100_000,
-    "a huge number": b'{"layerCount": ' + b"9" * 5_000 + b"}",
-    "a negative number": WHOLE.replace(b'"layerCount": 4', b'"layerCount": -4'),
-    "a wrong type": WHOLE.replace(b'"layerCount": 4', b'"layerCount": "four"'),
-    "other layers": WHOLE.replace(b'"layerCount": 4', b'"layerCount": 5'),
-    "more actions": WHOLE.replace(b'"actions": "', b'"actions": "BBBB'),
-    "half a byte": WHOLE.replace(b'"actions": "', b'"actions": "B'),
-}
-
-
-@pytest.mark.parametrize("content", BAD_FILES.values(), ids=BAD_FILES)
-def test_a_damaged_or_foreign_file_is_one_line_that_names_it(
-    content: bytes, server: FakeDashServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert content != WHOLE
-    (tmp_path / "bad.json").write_bytes(content)
-    assert main(["trace", "bad.json"]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("dash-client: bad.json: ")
-    assert err.count("\n") == 1
-    assert err.rstrip("\n").isprintable()
-    assert not list(tmp_path.glob("*.html"))
-    assert server.requests == []
-
-
-def test_a_file_too_large_is_refused_unread(tmp_path: Path) -> None:
-    path = tmp_path / "large.json"
-    with path.open("wb") as file:
-        file.truncate(1 << 30)  # takes no room
-    with pytest.raises(InvalidArgumentError, match="larger than 64 MiB"):
-        load_decisions(path)
+def test_generate_says_how_to_ask_for_its_trace(server: FakeDashServer, command: Command) -> None:
+    assert command("generate x").err.rstrip().endswith("request r-1")
 
 
 @pytest.mark.parametrize("name", ["no-such.json", "folder/r-1", ".", "", "x/" + "a" * 5_000])
-def test_a_wrong_file_name_is_not_sent_to_the_server(
-    name: str, server: FakeDashServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["trace", name]) == 2
-    assert "file" in capsys.readouterr().err
+def test_a_wrong_file_name_is_not_sent_to_the_server(name: str, server: FakeDashServer, command: Command) -> None:
+    assert "file" in command("trace", name, code=2).err
     assert server.requests == []
 
 
-@pytest.mark.parametrize("option", ["--output", "--save"])
-def test_a_place_that_cannot_be_written_is_named(
-    option: str, server: FakeDashServer, capsys: pytest.CaptureFixture[str]
-) -> None:
-    place = os.path.join("no", "such", "folder")
-    assert main(["trace", "r-1", option, place]) == 2
-    assert capsys.readouterr().err == f"dash-client: {place}: cannot be written: No such file or directory\n"
-
-
-def test_the_servers_refusals_are_exit_codes(server: FakeDashServer, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["trace", "r-2"]) == 1
-    assert capsys.readouterr().err == "dash-client: no decisions of that request of yours are held\n"
-    assert main(["trace", "a" * 300]) == 1
+def test_the_servers_refusals_are_exit_codes(server: FakeDashServer, command: Command) -> None:
+    assert command("trace r-2", code=1).err == "dash-client: no decisions of that request of yours are held\n"
+    command("trace", "a" * 300, code=1)
