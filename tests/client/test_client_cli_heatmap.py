@@ -106,7 +106,7 @@ def test_a_long_answer_is_drawn_in_bands_up_to_a_limit(tmp_path: Path, command: 
     image = pytest.importorskip("PIL.Image")
     sizes = []
     for count in (64, 65, 2000):
-        answer = {"text": "", "token_ids": [7] * count, "decisions": [["FULL"] * 30] * count}
+        answer = {"text": "", "token_ids": [7] * count, "decisions": [["FULL"] * 4] * count}
         (tmp_path / "long.json").write_text(json.dumps(answer))
         told = command("heatmap --from long.json --png long.png").err
         with image.open(tmp_path / "long.png") as picture:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dash_client import Action, Generation, StepKind
-from tests.e2e.service import Service
+from tests.e2e.service import REPEATABLE, Service
 from tests.runtime.random_policy import NAME, save_random_policy
 from tests.server.otlp_receiver import OtlpReceiver, Trace, attributes_of, otlp_receiver
 
@@ -29,8 +29,7 @@ def traced_service(folder: Path, model: Path, endpoint: str, **variables: str) -
         model,
         DASH_POLICY_FILE=str(save_random_policy(folder / "policy.safetensors", model)),
         OTEL_EXPORTER_OTLP_ENDPOINT=endpoint,
-        DASH_NUM_THREADS="1",
-        DASH_COMPILE="false",
+        **REPEATABLE,
         **variables,
     )
     yield service
