@@ -95,6 +95,7 @@ def test_a_model_policy_or_device_that_cannot_be_used_is_named_and_the_worker_en
     config = Settings(cache_folder=tmp_path, compile=False, **given).worker_config()
     server, worker = socket.socketpair()
     with server, worker:
+        server.settimeout(30)
         server.sendall(messages.encode_frame(config))
         assert EngineLoop(worker).run() == 2
         *_, told = map(messages.decode_from_worker, messages.FrameReader().feed(server.recv(1 << 16)))
