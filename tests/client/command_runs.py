@@ -1,4 +1,4 @@
-"""Runs the command as a process of its own, with pipes or at a terminal."""
+"""Runs the command as a process of its own, with pipes or at a terminal. The fixture `command` runs it in the test."""
 
 import contextlib
 import os
@@ -7,10 +7,10 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 # A session leader gets Ctrl-C as a signal only after it makes standard input its controlling terminal.
 _AT_TERMINAL = """
@@ -22,6 +22,17 @@ sys.exit(main())
 
 _ESCAPES = re.compile(r"\x1b\[\?[0-9]+[hl]")
 """Removes the escape sequences of line editing."""
+
+
+class Written(NamedTuple):
+    """What a command wrote to standard output and error."""
+
+    out: str
+    err: str
+
+
+Command = Callable[..., Written]
+"""Runs the words of a line, and more words, and checks the exit code `code`."""
 
 
 @contextlib.contextmanager

@@ -1,11 +1,12 @@
 """Fixtures of the client's tests."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from client_colours import COLOURS, open_client
+from command_runs import Command, Written
 from fake_dash_server import FakeDashServer
 
 from dash_client.cli import main
@@ -29,16 +30,6 @@ def client(request: pytest.FixtureRequest, server: FakeDashServer) -> Iterator[A
 @pytest.fixture
 def in_a_folder_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-class Written(NamedTuple):
-    """What a command wrote to standard output and error."""
-
-    out: str
-    err: str
-
-
-Command = Callable[..., Written]
 
 
 @pytest.fixture

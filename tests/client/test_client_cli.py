@@ -7,8 +7,7 @@ import sys
 
 import grpc
 import pytest
-from command_runs import Terminal, run_command
-from conftest import Command
+from command_runs import Command, Terminal, run_command
 from fake_dash_server import HELLO, NOTE, FakeDashServer, delta, fail, finished, started
 
 from dash_api.v1 import common_pb2

@@ -6,8 +6,7 @@ import signal
 import threading
 
 import grpc
-from command_runs import run_command
-from conftest import Command
+from command_runs import Command, run_command
 from fake_dash_server import HELLO, FakeDashServer, fail, finished
 
 from dash_api.v1 import generation_pb2

@@ -26,6 +26,13 @@ def conversations(server: FakeDashServer) -> list[list[tuple[str, str]]]:
     return [[(message.role, message.content) for message in messages] for messages in chats]
 
 
+def say(terminal: Terminal, keys: str, expected: str = "") -> None:
+    """Waits for the prompt, types, and waits for what comes of it."""
+    terminal.read_until("> ")
+    terminal.type(keys)
+    terminal.read_until(expected)
+
+
 def test_each_line_of_a_pipe_is_a_message_with_the_history_before_it(server: FakeDashServer) -> None:
     out, err = chat("one\n\n  two  \nthree")
     assert out == "Hello\nHello\nHello\n"
@@ -112,9 +119,7 @@ def test_ctrl_c_cancels_the_answer_and_not_the_session(server: FakeDashServer) -
     server.script = [*HELLO[:2], server.wait]
     with Terminal("chat") as terminal:
         terminal.read_until("fake-model at ")
-        terminal.read_until("> ")
-        terminal.type("first\n")
-        terminal.read_until("Hel")
+        say(terminal, "first\n", "Hel")
         terminal.press_ctrl_c()
         terminal.read_until("(cancelled)")
         terminal.read_until("> ")
@@ -122,8 +127,7 @@ def test_ctrl_c_cancels_the_answer_and_not_the_session(server: FakeDashServer) -
         server.script = HELLO
         terminal.type("second\n")
         terminal.read_until("Hello")
-        terminal.read_until("> ")
-        terminal.type("\x04")
+        say(terminal, "\x04")
         assert terminal.wait() == 0
     # The part of the answer that the user has read is in the conversation.
     assert conversations(server)[1] == [("user", "first"), ("assistant", "Hel"), ("user", "second")]
@@ -132,15 +136,13 @@ def test_ctrl_c_cancels_the_answer_and_not_the_session(server: FakeDashServer) -
 def test_an_answer_cancelled_before_its_first_word_leaves_no_trace(server: FakeDashServer) -> None:
     server.script = [server.wait]
     with Terminal("chat") as terminal:
-        terminal.read_until("> ")
-        terminal.type("first\n")
+        say(terminal, "first\n")
         while len(server.requests) < 2:
             time.sleep(0.01)
         terminal.press_ctrl_c()
         terminal.read_until("(cancelled)")
         server.script = HELLO
-        terminal.read_until("> ")
-        terminal.type("second\n/quit\n")
+        say(terminal, "second\n/quit\n")
         assert terminal.wait() == 0
     assert conversations(server)[1] == [("user", "second")]
 
@@ -148,12 +150,9 @@ def test_an_answer_cancelled_before_its_first_word_leaves_no_trace(server: FakeD
 def test_an_error_at_a_terminal_is_told_and_the_session_goes_on(server: FakeDashServer) -> None:
     server.script = [*HELLO[:2], fail(grpc.StatusCode.INTERNAL, "it broke")]
     with Terminal("chat") as terminal:
-        terminal.read_until("> ")
-        terminal.type("first\n")
-        terminal.read_until("it broke")
+        say(terminal, "first\n", "it broke")
         server.script = HELLO
-        terminal.read_until("> ")
-        terminal.type("/nonsense\nsecond\n/quit\n")
+        say(terminal, "/nonsense\nsecond\n/quit\n")
         assert terminal.wait() == 0
     assert "no such command" in terminal.text
     assert conversations(server)[1] == [("user", "second")]
@@ -161,14 +160,10 @@ def test_an_error_at_a_terminal_is_told_and_the_session_goes_on(server: FakeDash
 
 def test_a_second_ctrl_c_at_the_prompt_ends_the_session(server: FakeDashServer) -> None:
     with Terminal("chat") as terminal:
-        terminal.read_until("> ")
-        terminal.type("half a mess")
-        terminal.read_until("half a mess")
+        say(terminal, "half a mess", "half a mess")
         terminal.press_ctrl_c()
         terminal.read_until("Ctrl-C again")
-        terminal.read_until("> ")
-        terminal.type("hello\n")
-        terminal.read_until("Hello")
+        say(terminal, "hello\n", "Hello")
         terminal.read_until("> ")
         # After a message in between, counting starts from one again.
         terminal.press_ctrl_c()
@@ -183,9 +178,7 @@ def test_a_second_ctrl_c_at_the_prompt_ends_the_session(server: FakeDashServer) 
 def test_a_model_cannot_steer_the_terminal(server: FakeDashServer) -> None:
     server.script = [started(), delta("a\x1b]0;title\x07b\x9b2J", [1]), finished(1)]
     with Terminal("chat", "--quiet") as terminal:
-        terminal.read_until("> ")
-        terminal.type("hello\n")
-        terminal.read_until("b\ufffd2J")
+        say(terminal, "hello\n", "b\ufffd2J")
         terminal.type("/quit\n")
         assert terminal.wait() == 0
     assert "\x1b]" not in terminal.text
@@ -195,13 +188,10 @@ def test_a_model_cannot_steer_the_terminal(server: FakeDashServer) -> None:
 def test_line_editing_recalls_earlier_messages(server: FakeDashServer) -> None:
     pytest.importorskip("readline")
     with Terminal("chat") as terminal:
-        terminal.read_until("> ")
-        terminal.type("remember me\n")
-        terminal.read_until("Hello")
+        say(terminal, "remember me\n", "Hello")
         terminal.read_until("> ")
         terminal.type("\x10\n")  # Ctrl-P: the previous message
         terminal.read_until("Hello")
-        terminal.read_until("> ")
-        terminal.type("\x04")
+        say(terminal, "\x04")
         assert terminal.wait() == 0
     assert [messages[-1] for messages in conversations(server)] == [("user", "remember me")] * 2

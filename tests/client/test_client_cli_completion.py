@@ -5,7 +5,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import Command
+from command_runs import Command
 
 pytest.importorskip("shtab")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import grpc
 import pytest
 import trustme
-from conftest import Command
+from command_runs import Command
 from fake_dash_server import FakeDashServer
 
 from dash_client.cli import main

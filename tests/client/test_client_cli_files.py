@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import trace_samples as samples
-from conftest import Command
+from command_runs import Command
 from fake_dash_server import FakeDashServer
 from google.protobuf import json_format
 

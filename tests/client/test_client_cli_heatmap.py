@@ -6,8 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from command_runs import Terminal, run_command
-from conftest import Command
+from command_runs import Command, Terminal, run_command
 from fake_dash_server import HELLO, FakeDashServer, delta, finished, started
 
 pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own")

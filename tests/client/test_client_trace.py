@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import trace_samples as samples
-from conftest import Command
+from command_runs import Command
 from fake_dash_server import FakeDashServer
 from google.protobuf import json_format
 
