@@ -20,7 +20,6 @@ from benchmarks.decode import measure_decode, measure_prefill
 from benchmarks.divergence import measure_divergence
 from benchmarks.exact import measure_exact
 from benchmarks.figures import RESULTS_FOLDER, Report, machine
-from benchmarks.lanes import measure_lanes
 from benchmarks.lookup import measure_lookup
 from benchmarks.peers.install import DEFAULT_FOLDER as PEERS_FOLDER
 from benchmarks.peers.section import measure_peers
@@ -43,7 +42,6 @@ _SECTIONS: dict[str, Callable[[Report, Setting, Effort], None]] = {
     "divergence": measure_divergence,
     "exact": measure_exact,
     "constraints": measure_constraints,
-    "lanes": measure_lanes,
     "skips": measure_skips,
     "streams": measure_batches,
     "lookup": measure_lookup,

@@ -16,7 +16,7 @@ from benchmarks.shipped import costs_of, shipped_policy
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import EMBEDDED, load_model_config, resolve_checkpoint, tokenizer_file
 from dash_runtime.checkpoints.embedded import embedded_gguf
-from dash_runtime.config import EngineConfig, LaneKind, Mode, SkipOptions
+from dash_runtime.config import EngineConfig, Mode, SkipOptions
 from dash_runtime.engine.engine import Engine
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.startup.build import BuildOptions, build_engine
@@ -42,7 +42,6 @@ class Setting:
     prompts: Prompts
     engine: Engine
     engine_without_planner: Engine | None
-    engine_with_thread_lane: Engine | None
     transformers: Transformers | None
     transformers_compiled: Transformers | None
     ggufs: Mapping[str, ChildContender]
@@ -80,12 +79,10 @@ def load_setting(
     gguf = embedded_gguf() if model == EMBEDDED else Path(model)
     config = PLAIN
     engine = _build(folder, cache_folder, config)
-    without_planner, with_thread_lane = None, None
+    without_planner = None
     if model == EMBEDDED:
         with report.attempt("the engine without planner"):
             without_planner = _build(folder, cache_folder, replace(config, group_planner=False))
-        with report.attempt("the engine with the thread lane"):
-            with_thread_lane = _build(folder, cache_folder, replace(config, lane=LaneKind.THREAD))
     transformers, compiled, policy_name = None, None, None
     with report.attempt("transformers"):
         progress("loading transformers")
@@ -116,7 +113,6 @@ def load_setting(
         Prompts(tokenizer_file(folder)),
         engine,
         without_planner,
-        with_thread_lane,
         transformers,
         compiled,
         ggufs,

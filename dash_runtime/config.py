@@ -36,7 +36,6 @@ class LaneKind(StrEnum):
     """The place where the policy runs."""
 
     INLINE = "inline"
-    THREAD = "thread"
     CUDA_STREAM = "cuda_stream"
 
 

@@ -60,8 +60,8 @@ class Model:
 
     @property
     def concurrent_lane_kind(self) -> LaneKind:
-        """The lane beside the decoder's: a stream on CUDA, elsewhere a thread."""
-        return LaneKind.CUDA_STREAM if self.device.type == "cuda" else LaneKind.THREAD
+        """The lane beside the decoder's: a stream on CUDA; elsewhere there is none."""
+        return LaneKind.CUDA_STREAM if self.device.type == "cuda" else LaneKind.INLINE
 
     def lane(self, kind: LaneKind) -> Lane:
         return make_lane(kind, *self.decoder.placed_on, static_input=self.decoder.static_input)

@@ -33,7 +33,7 @@ class Device:
     """Rows of a prompt that attention takes at a time. Each block is a whole pass, and short passes cost as much as
     long ones."""
     default_lane = LaneKind.INLINE
-    lanes = frozenset((LaneKind.INLINE, LaneKind.THREAD))
+    lanes = frozenset((LaneKind.INLINE,))
     has_graphs = False
     """True if the launches of a layer can be captured and replayed."""
     has_own_memory = False

@@ -5,11 +5,8 @@ policy: the whole evaluation inline, only the waiting elsewhere. On CUDA a polic
 is read once that work is done. Knows policies and states; knows no sequences.
 """
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from typing import Any, Protocol
 
 import torch
@@ -80,58 +77,6 @@ class InlineLane:
         pass
 
 
-class _WaitingLane:
-    """The base of the concurrent lanes: only the decoder's waiting is exposed."""
-
-    def __init__(self) -> None:
-        self.exposed_ns = 0
-
-    def result(self, ticket: Ticket) -> Decision:
-        started_ns = time.perf_counter_ns()
-        decision = ticket.wait()
-        ended_ns = time.perf_counter_ns()
-        ticket.ended_ns = ticket.ended_ns or ended_ns
-        ticket.exposed_ns = ended_ns - started_ns
-        self.exposed_ns += ticket.exposed_ns
-        return decision
-
-
-class ThreadLane(_WaitingLane):
-    """Evaluates in order in a thread of its own. For CPUs."""
-
-    def __init__(self, device: Device = _CPU) -> None:
-        super().__init__()
-        self._device = device
-        self._jobs: queue.SimpleQueue[tuple[Future[Decision], Ticket, Policy, int, State] | None]
-        self._jobs = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="policy-lane", daemon=True)
-        self._thread.start()
-
-    def submit(self, policy: Policy, layer: int, state: State) -> Ticket:
-        future: Future[Decision] = Future()
-        ticket = Ticket(future.result)
-        self._jobs.put((future, ticket, policy, layer, state))
-        return ticket
-
-    def close(self) -> None:
-        self._jobs.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        # The decoder's thread owns the intra-op pool. A second pool would only contend with it.
-        torch.set_num_threads(1)
-        with torch.inference_mode():
-            while (job := self._jobs.get()) is not None:
-                future, ticket, policy, layer, state = job
-                try:
-                    ticket.started_ns = time.perf_counter_ns()
-                    decision = _decide(policy, layer, state, self._device)
-                    ticket.ended_ns = time.perf_counter_ns()
-                    future.set_result(decision)
-                except Exception as error:
-                    future.set_exception(error)
-
-
 def _decide(policy: Policy, layer: int, state: State, device: Device) -> Decision:
     """Evaluates on the device's current stream, and reads the decision once it has arrived."""
     pending = policy.start(layer, state)
@@ -139,8 +84,9 @@ def _decide(policy: Policy, layer: int, state: State, device: Device) -> Decisio
     return pending()
 
 
-class CudaStreamLane(_WaitingLane):
-    """Evaluates on a CUDA stream of its own, started by the event of the work that made the state.
+class CudaStreamLane:
+    """Evaluates on a CUDA stream of its own, started by the event of the work that made the state. Only the decoder's
+    waiting is exposed.
 
     The chosen actions come back through pinned memory and an event, so the host waits for the small policy only, while
     a layer is still running. Its kernels go first where both streams have some to start.
@@ -150,7 +96,7 @@ class CudaStreamLane(_WaitingLane):
     """
 
     def __init__(self, device: CudaDevice, static_input: StaticInput | None = None) -> None:
-        super().__init__()
+        self.exposed_ns = 0
         self._device = device
         self._stream = device.cuda.Stream(device.device, priority=_HIGHEST_PRIORITY)
         self._events: dict[tuple[int, int], tuple[Any, Any, Any]] = {}
@@ -182,6 +128,15 @@ class CudaStreamLane(_WaitingLane):
         ticket = Ticket(wait, started_ns)
         ticket.events = begun, arrived
         return ticket
+
+    def result(self, ticket: Ticket) -> Decision:
+        started_ns = time.perf_counter_ns()
+        decision = ticket.wait()
+        ended_ns = time.perf_counter_ns()
+        ticket.ended_ns = ticket.ended_ns or ended_ns
+        ticket.exposed_ns = ended_ns - started_ns
+        self.exposed_ns += ticket.exposed_ns
+        return decision
 
     def close(self) -> None:
         self._stream.synchronize()
@@ -216,17 +171,20 @@ class LanePerDevice:
 def make_lane(kind: LaneKind | None, *devices: Device, static_input: StaticInput | None = None) -> Lane:
     """Returns the lane of that kind, or the devices' default, for layers that lie on these devices.
 
-    Inline is a CPU's: handing a policy of ten microseconds to a thread costs as much as it hides.
-
     Raises:
-        ConfigError: a device cannot have such a lane.
+        ConfigError: as `check_lane`.
     """
+    check_lane(kind, *devices)
     if len(devices) > 1:
         return LanePerDevice({own.device: make_lane(kind, own, static_input=static_input) for own in devices})
     (device,) = devices
-    kind = kind or device.default_lane
-    if kind not in device.lanes:
-        raise ConfigError("lane", f"{kind} needs a CUDA device, and this one is {device.device}")
-    if isinstance(device, CudaDevice) and kind is LaneKind.CUDA_STREAM:
+    if isinstance(device, CudaDevice) and (kind or device.default_lane) is LaneKind.CUDA_STREAM:
         return CudaStreamLane(device, static_input)
-    return ThreadLane(device) if kind is LaneKind.THREAD else InlineLane(device)
+    return InlineLane(device)
+
+
+def check_lane(kind: LaneKind | None, *devices: Device) -> None:
+    """Raises ConfigError if a device cannot have such a lane."""
+    for device in devices:
+        if kind is not None and kind not in device.lanes:
+            raise ConfigError("lane", f"{kind} needs a CUDA device, and this one is {device.device}")

@@ -29,7 +29,7 @@ from dash_runtime.devices.one_thread import one_thread
 from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.engine.cost_fit import MeasuredCosts
 from dash_runtime.engine.engine import Engine
-from dash_runtime.engine.lanes import make_lane
+from dash_runtime.engine.lanes import check_lane, make_lane
 from dash_runtime.engine.planner import GroupPlanner, HighestAction
 from dash_runtime.engine.step_times import CostWatch
 from dash_runtime.errors import ConfigError
@@ -96,6 +96,7 @@ def build_engine(
     """
     devices = find_devices(options.devices)
     device = devices[0]
+    check_lane(config.lane, *map(device_of, devices))
     if options.precision not in DTYPES:
         raise ConfigError("precision", f"must be one of {', '.join(DTYPES)}, got {options.precision!r}")
     if options.num_threads is not None:

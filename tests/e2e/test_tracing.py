@@ -40,8 +40,7 @@ def traced_service(folder: Path, model: Path, endpoint: str, **variables: str) -
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, collector: OtlpReceiver) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("traced")
-    options = {"DASH_TRACE_LAYERS": "true", "DASH_LANE": "thread"}
-    with traced_service(folder, tiny_folder, collector.endpoint, **options) as service:
+    with traced_service(folder, tiny_folder, collector.endpoint, DASH_TRACE_LAYERS="true") as service:
         yield service
 
 

@@ -248,7 +248,7 @@ def test_a_pass_evaluates_only_policies_that_decide_the_next_layer_and_that_no_o
     setting: Setting,
 ) -> None:
     policy, spec = setting.policy, setting.policy.spec
-    for lane, expected in ((None, True), (LaneKind.INLINE, True), (LaneKind.THREAD, False)):
+    for lane, expected in ((None, True), (LaneKind.INLINE, True), (LaneKind.CUDA_STREAM, False)):
         assert with_native_code(policy, setting.library, lane).decides_in_pass is expected, lane
     others = {
         "lookahead": replace(policy, spec=replace(spec, lookahead=2)),

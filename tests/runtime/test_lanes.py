@@ -1,7 +1,5 @@
 """Lanes read a CUDA device's decision only once it is there, and work on the right device."""
 
-import threading
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +9,7 @@ import torch
 from dash_runtime.actions import Action
 from dash_runtime.config import LaneKind
 from dash_runtime.devices import CpuDevice, CudaDevice
-from dash_runtime.engine.lanes import CudaStreamLane, InlineLane, Lane, ThreadLane, make_lane
+from dash_runtime.engine.lanes import CudaStreamLane, InlineLane, Lane, make_lane
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.policy import Decision, Pending, State
 from tests.runtime.support import CPU
@@ -24,7 +22,6 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.journal: list[str] = []
-        self.record_threads: list[threading.Thread] = []
 
     class _Event:
         def __init__(self, cuda: "FakeCuda") -> None:
@@ -32,7 +29,6 @@ class FakeCuda:
 
         def record(self, stream: Any) -> None:
             self._cuda.journal.append(f"record on {stream}")
-            self._cuda.record_threads.append(threading.current_thread())
 
         def synchronize(self) -> None:
             self._cuda.journal.append("host waits")
@@ -108,24 +104,16 @@ def decide(lane: Lane, policy: JournalPolicy, device: torch.device = GPU) -> Non
         lane.close()
 
 
-@pytest.mark.parametrize("kind", [InlineLane, ThreadLane])
-def test_a_decision_of_a_cuda_device_is_read_after_the_host_has_waited_for_it(kind: Callable[[Any], Lane]) -> None:
+def test_a_decision_of_a_cuda_device_is_read_after_the_host_has_waited_for_it() -> None:
     cuda = FakeCuda()
-    decide(kind(CudaDevice(GPU, cuda)), JournalPolicy(cuda))
+    decide(InlineLane(CudaDevice(GPU, cuda)), JournalPolicy(cuda))
     assert cuda.journal == ["start", "record on the current stream of cuda:1", "host waits", "read"]
 
 
-@pytest.mark.parametrize("kind", [InlineLane, ThreadLane])
-def test_a_decision_of_a_cpu_is_read_at_once(kind: Callable[[Any], Lane]) -> None:
+def test_a_decision_of_a_cpu_is_read_at_once() -> None:
     cuda = FakeCuda()
-    decide(kind(CpuDevice(CPU)), JournalPolicy(cuda), CPU)
+    decide(InlineLane(CpuDevice(CPU)), JournalPolicy(cuda), CPU)
     assert cuda.journal == ["start", "read"]
-
-
-def test_a_thread_lane_waits_in_its_own_thread() -> None:
-    cuda = FakeCuda()
-    decide(ThreadLane(CudaDevice(GPU, cuda)), JournalPolicy(cuda))
-    assert [thread.name for thread in cuda.record_threads] == ["policy-lane"]
 
 
 @pytest.mark.parametrize("kind", [None, LaneKind.CUDA_STREAM])

@@ -14,7 +14,6 @@ from dash_runtime.actions import Action
 from dash_runtime.config import (
     EngineConfig,
     GenerationRequest,
-    LaneKind,
     Mode,
     SkipOptions,
     StoppingParameters,
@@ -73,8 +72,8 @@ def some_policy(decoder: Decoder) -> LearnedPolicy:
     )
 
 
-def make_engine(decoder: Decoder, lane: LaneKind = LaneKind.INLINE, record_steps: int = 64) -> Engine:
-    config = EngineConfig(record_steps=record_steps, group_planner=False, lane=lane)
+def make_engine(decoder: Decoder, record_steps: int = 64) -> Engine:
+    config = EngineConfig(record_steps=record_steps, group_planner=False)
     catalog = PolicyCatalog(
         some_costs(), ALL_ACTIONS, Identity(), (some_policy(decoder),), 0.7, NEARLY_FREE, least_drafting_gain=0.1
     )
@@ -100,11 +99,8 @@ def check_times(recorded: DecisionTrace, step: TraceStep) -> None:
     assert ends[-1] <= step.duration_ns
 
 
-@pytest.mark.parametrize("lane", [LaneKind.INLINE, LaneKind.THREAD])
-def test_every_layer_that_is_not_pinned_has_a_decision_with_its_scores_and_times(
-    decoder: Decoder, lane: LaneKind
-) -> None:
-    engine = make_engine(decoder, lane)
+def test_every_layer_that_is_not_pinned_has_a_decision_with_its_scores_and_times(decoder: Decoder) -> None:
+    engine = make_engine(decoder)
     engine.submit(request("a", ADAPTIVE))
     events = drain(engine)["a"]
     engine.close()
