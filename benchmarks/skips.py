@@ -14,8 +14,7 @@ from benchmarks.figures import Report
 from benchmarks.rounds import Effort, progress
 from benchmarks.setting import Setting
 from dash_runtime.actions import Action
-from dash_runtime.engine.decider import Decider
-from dash_runtime.engine.decoding_rows import plan_of
+from dash_runtime.engine.decider import Decider, plan_of
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.layers.batch import PassKind

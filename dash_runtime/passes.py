@@ -9,13 +9,15 @@ import time
 from array import array
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
-import numpy
 from torch import Tensor
 
 from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.devices.step_timer import StepTimer
+
+if TYPE_CHECKING:
+    import numpy
 
 _T = TypeVar("_T")
 
@@ -146,7 +148,7 @@ DrawTokens = Callable[[Tensor, Mapping[int, Draw]], list[int]]
 class TextGuesses(NamedTuple):
     """The guesses of a lone row's passes (`engine.guesses`): what followed their last tokens before."""
 
-    text: numpy.ndarray
+    text: "numpy.ndarray"
     """The tokens so far, int32."""
     numbers: Sequence[int]
     """How many are guessed, by the number of the last tokens that the text had before, from 0 to `LONGEST_MATCH`."""

@@ -6,7 +6,7 @@ Knows the decoder, policies and a lane; knows no figures.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from torch import Tensor
 from benchmarks.gpu_once.random_models import drawn_on, some_costs
 from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.engine.decider import Decider
-from dash_runtime.engine.decoding_rows import plan_of
+from dash_runtime.engine.decider import Decider, plan_of
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import HighestAction
 from dash_runtime.layers.batch import PassKind
@@ -117,14 +116,16 @@ def generate(
             )
             tokens = [Token(row, cache.length, _PRICE) for row, cache in enumerate(caches)]
             plan = plan_of([Decider(policy, lane, range(num_rows), tokens, costs, num_rows)], planner)
+            plan = replace(plan, heads=())
             if replayed is not None:
                 rows = [RowPlan(dict(enumerate(map(Action, own)))) for own in replayed[step]]
-                plan = PassPlan(rows, [policy.head] * num_rows)
+                plan = PassPlan(rows)
             output = decoder.run_pass(plan, token_ids, batch)
             batch.commit()
-            assert output.logits is not None
-            on_logits(output.logits)
-            run.tokens.append(output.logits.argmax(-1).tolist())
+            assert output.states is not None
+            logits = decoder.logits(output.states, [policy.head] * num_rows)
+            on_logits(logits)
+            run.tokens.append(logits.argmax(-1).tolist())
             times.append(time.perf_counter())  # the tokens are on the host, so the device is idle
             run.plans.append(output.plans)
             token_ids = run.tokens[-1] if forced is None else forced[step]

@@ -137,10 +137,10 @@ def verification_parity(report: LiveReport, model: Model) -> None:
             report.check_time()
             with rolled_back(caches):
                 batch = model.decoder.batch(PassKind.VERIFY, caches, [num_rows], [policy.compensation])
-                plan = PassPlan.of((Action.FULL,) * model.decoder.num_layers, (Action.FULL,) * num_rows)
-                logits = model.decoder.run_pass(plan, token_ids[:num_rows], batch).logits
-                assert logits is not None
-                together = logits.cpu()
+                plan = PassPlan.of((Action.FULL,) * model.decoder.num_layers)
+                states = model.decoder.run_pass(plan, token_ids[:num_rows], batch).states
+                assert states is not None
+                together = model.decoder.logits(states, (Action.FULL,) * num_rows).cpu()
             pairs = [(own[0], row) for own, row in zip(alone, together, strict=False)]
             prefix = f"{model.name}_verify_rows{num_rows}"
             report.require(f"{prefix}_logits_error", _largest(*map(list, zip(*pairs, strict=True))), LOGITS_BOUND)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.engine.lanes import Lane, Ticket
-from dash_runtime.passes import RowPlan
+from dash_runtime.passes import PassPlan, Planner, RowPlan, by_row
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy import Actions, Policy, State, Token, decision_blocks
 
@@ -121,6 +121,20 @@ class Decider:
         own = hidden if self._has_all_rows else hidden[self.rows]
         state = State(self._tokens, own, layer, taken, self._cost_spent)
         self._tickets[block[0]] = (block, self._lane.submit(self.policy, block[0], state))
+
+
+def plan_of(deciders: Sequence[Decider], planner: Planner | None, wants_logits: bool = True) -> PassPlan:
+    """Returns the plan of passes whose rows these deciders have."""
+    heads = by_row([(decider.rows, decider.heads) for decider in deciders])
+    if len(deciders) > 1 or not deciders[0].is_blind:
+        rows = by_row([(decider.rows, decider.row_plans) for decider in deciders])
+        return PassPlan(rows, heads, deciders, planner, wants_logits=wants_logits)
+    pinned, attends_rounded = deciders[0].policy.pinned, False
+    if planner is not None:  # rows that are alike are raised alike
+        agreed = {own: planner.agree((own,) * len(heads))[0] for own in set(pinned.values())}
+        attends_rounded = Action.FULL not in pinned.values()
+        pinned = {layer: agreed[own] for layer, own in pinned.items()}
+    return PassPlan([RowPlan(pinned)], heads, attends_rounded=attends_rounded, wants_logits=wants_logits)
 
 
 @lru_cache  # every step asks for it

@@ -10,13 +10,13 @@ from operator import is_
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.engine.decider import Decider
+from dash_runtime.engine.decider import Decider, plan_of
 from dash_runtime.engine.guesses import PassSeconds
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.layers.batch import PassKind
-from dash_runtime.passes import MOST_GUESSES, PassPlan, Planner, RowPlan, by_row
+from dash_runtime.passes import MOST_GUESSES, PassPlan, Planner
 from dash_runtime.policy.catalog import Assignment
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy import Policy, Token
@@ -134,20 +134,6 @@ class RecentRows:
             self._by_lengths.clear()
         self._by_lengths[key] = own = DecodingRows(self._decoder, self._lane, sequences, assignments, lengths, planner)
         return own
-
-
-def plan_of(deciders: Several[Decider], planner: Planner | None, wants_logits: bool = True) -> PassPlan:
-    """Returns the plan of passes whose rows these deciders have."""
-    heads = by_row([(decider.rows, decider.heads) for decider in deciders])
-    if len(deciders) > 1 or not deciders[0].is_blind:
-        rows = by_row([(decider.rows, decider.row_plans) for decider in deciders])
-        return PassPlan(rows, heads, deciders, planner, wants_logits=wants_logits)
-    pinned, attends_rounded = deciders[0].policy.pinned, False
-    if planner is not None:  # rows that are alike are raised alike
-        agreed = {own: planner.agree((own,) * len(heads))[0] for own in set(pinned.values())}
-        attends_rounded = Action.FULL not in pinned.values()
-        pinned = {layer: agreed[own] for layer, own in pinned.items()}
-    return PassPlan([RowPlan(pinned)], heads, attends_rounded=attends_rounded, wants_logits=wants_logits)
 
 
 def unasked(assignment: Assignment) -> Policy | None:

@@ -5,9 +5,7 @@ Knows memory; runs nothing.
 
 from array import array
 from collections.abc import Iterable
-from ctypes import Array, c_int64
-
-import numpy
+from ctypes import Array, addressof, c_int32, c_int64, memmove
 
 from dash_runtime.passes import Draw, PassResult, TextGuesses
 from dash_runtime.rows.structs import BurstStruct, DrawStruct, GuessesStruct
@@ -73,6 +71,6 @@ def guesses_struct(wanted: TextGuesses, most: int) -> tuple[GuessesStruct, objec
     """Returns what the native code is told of guesses, and the owner of its memory: a copy of the text, to which it
     adds up to `most` tokens."""
     count, numbers = len(wanted.text), wanted.numbers
-    text = numpy.empty(count + most, numpy.int32)
-    text[:count] = wanted.text
-    return GuessesStruct(text.ctypes.data, count, wanted.num_left, (c_int64 * len(numbers))(*numbers)), text
+    text = (c_int32 * (count + most))()
+    memmove(text, wanted.text.ctypes.data, 4 * count)
+    return GuessesStruct(addressof(text), count, wanted.num_left, (c_int64 * len(numbers))(*numbers)), text

@@ -13,8 +13,7 @@ from torch.nn import functional
 from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.config import LaneKind
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.engine.decider import Decider
-from dash_runtime.engine.decoding_rows import plan_of
+from dash_runtime.engine.decider import Decider, plan_of
 from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.layers.batch import PassKind

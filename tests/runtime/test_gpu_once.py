@@ -23,6 +23,7 @@ from benchmarks.gpu_once.run import QUICK, check_parity
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, parameter_shapes
 from dash_runtime.decoder.backends.eager import EagerBackend
+from dash_runtime.decoder.backends.loop import LoopEnds
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.layers.batch import Batch, PassKind
@@ -83,7 +84,7 @@ def test_with_nothing_but_torch_the_run_comes_to_its_end_and_all_parities_hold(t
         "tiny_fp32_cpu_vs_device_full_equal_tokens",
         "tiny_layer_error_mixed_rows3",
         "tiny_int4_rows3_twice_bit_equal",
-        "tiny_lookahead4_thread_vs_inline_equal_plans",
+        "tiny_lookahead4_inline_vs_inline_equal_plans",
         "tiny_verify_rows8_logits_error",
         "tiny_layer_host_us_int8_rows16_context256",
         "tiny_rows16_full_vs_whole_step",
@@ -218,11 +219,15 @@ def test_parities_move_everything_to_the_device_that_they_use_there(
     assert report.broken_parities == []
 
 
+def _ends_of(decoder: Decoder) -> LoopEnds:
+    return LoopEnds(decoder.num_layers, decoder.embed, Heads(decoder.heads), decoder.placed_on[0])
+
+
 class _Mistaken(EagerBackend):
     """Gets one thing wrong in one layer."""
 
     def __init__(self, decoder: Decoder, mistake: str) -> None:
-        super().__init__(TINY, layers_of(decoder), Heads(decoder.heads))
+        super().__init__(_ends_of(decoder), TINY, layers_of(decoder), Heads(decoder.heads))
         self._mistake = mistake
 
     def run_layer(

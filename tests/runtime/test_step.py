@@ -12,8 +12,7 @@ from dash_runtime.config import LaneKind
 from dash_runtime.decoder.backends.loop import LayerLoop, LoopEnds
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.devices import CpuDevice, CudaDevice
-from dash_runtime.engine.decider import Decider
-from dash_runtime.engine.decoding_rows import plan_of
+from dash_runtime.engine.decider import Decider, plan_of
 from dash_runtime.engine.lanes import CudaStreamLane, InlineLane, Lane, make_lane
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.batch import PassKind

@@ -10,8 +10,7 @@ from dash_runtime.actions import Action
 from dash_runtime.checkpoints import tokenizer_file
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.full_path import full_path
-from dash_runtime.engine.decider import Decider
-from dash_runtime.engine.decoding_rows import plan_of
+from dash_runtime.engine.decider import Decider, plan_of
 from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Identity
