@@ -64,7 +64,7 @@ test-stack: $(INSTALLED)  ## Build the image, run the whole stack in containers,
 	DASH_TEST_STACK=1 $(BIN)/python -m pytest tests/stack -s
 
 soak: $(VENV)/.ray  ## Prove the service under load and faults; takes three quarters of an hour
-	$(BIN)/python -m tests.soak
+	$(BIN)/python -m benchmarks.soak
 
 $(VENV)/.ray: $(INSTALLED)
 	$(BIN)/python -m pip install -e ".[ray]"

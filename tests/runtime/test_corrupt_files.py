@@ -1,4 +1,4 @@
-"""Damaged files are refused in one sentence that names them; the long version is tests/soak/corrupt_files.py."""
+"""Damaged files are refused in one sentence that names them; the long version is benchmarks/soak/corrupt_files.py."""
 
 import json
 import os
@@ -12,16 +12,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from benchmarks.soak import loaders
+from benchmarks.soak.corrupt_files import report
+from benchmarks.soak.corruptible_files import KINDS, make_originals
+from benchmarks.soak.corruption_cases import CorruptionRun, Outcome, cases
 from dash_runtime.checkpoints import check_weights, load_model_config, open_weights, resolve_checkpoint
 from dash_runtime.checkpoints.manifest import MANIFEST_FILE
 from dash_runtime.errors import CheckpointError, CorruptCheckpoint, PolicyFileError
 from dash_runtime.files.tensor_file import CHECKSUM, load_tensors, save_tensors
 from dash_runtime.files.wording import one_line, quoted
 from dash_runtime.policy.policy_file import find_policies
-from tests.soak import loaders
-from tests.soak.corrupt_files import report
-from tests.soak.corruptible_files import KINDS, make_originals
-from tests.soak.corruption_cases import CorruptionRun, Outcome, cases
 
 NUM_CASES = 150
 

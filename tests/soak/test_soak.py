@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak import connections, deaths, draining, fuzz, streams
-from tests.soak.report import Finding
+from benchmarks.soak import connections, deaths, draining, fuzz, streams
+from benchmarks.soak.report import Finding
 
 
 def assert_held(findings: list[Finding]) -> None:

@@ -25,10 +25,10 @@ from h2.connection import H2Connection
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from benchmarks.soak.report import Finding, finding
+from benchmarks.soak.service import STUCK_SECONDS, Service, running_service
 from dash_api.v1 import generation_pb2, model_pb2
 from tests.server.server_harness import FAKE_WORKER, fake_model, generation_request, write_model_folder
-from tests.soak.report import Finding, finding
-from tests.soak.service import STUCK_SECONDS, Service, running_service
 
 METHODS: dict[str, type[Message]] = {
     "/dash_api.v1.GenerationService/Generate": generation_pb2.GenerateRequest,

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import grpc
 
+from benchmarks.soak.report import Finding, finding
+from benchmarks.soak.service import Service, running_service
 from dash_api.v1 import generation_pb2
 from tests.server.server_harness import FAKE_WORKER, fake_model, generation_request, write_model_folder
-from tests.soak.report import Finding, finding
-from tests.soak.service import Service, running_service
 
 _TOKENS = 64
 

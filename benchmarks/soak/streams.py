@@ -14,10 +14,10 @@ from statistics import median
 
 import grpc
 
+from benchmarks.soak.mixed_requests import mixed_request
+from benchmarks.soak.report import Finding, finding
+from benchmarks.soak.service import STUCK_SECONDS, Outcomes, Service, model_variables, running_service
 from dash_api.v1 import generation_pb2
-from tests.soak.mixed_requests import mixed_request
-from tests.soak.report import Finding, finding
-from tests.soak.service import STUCK_SECONDS, Outcomes, Service, model_variables, running_service
 
 _CANCELLED, _SLOW, _HURRIED = 0.20, 0.05, 0.05
 _GOOD_CODES = {"OK", "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}

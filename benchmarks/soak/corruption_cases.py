@@ -15,9 +15,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from benchmarks.soak.corruptible_files import KINDS, FileKind
+from benchmarks.soak.loaders import Loaded
 from dash_runtime.errors import DashRuntimeError
-from tests.soak.corruptible_files import KINDS, FileKind
-from tests.soak.loaders import Loaded
 
 HANG_SECONDS = 5.0
 MAX_EXTRA_BYTES = 500 * 10**6

@@ -1,6 +1,6 @@
 """`make soak`: proves the service under load and faults, on loopback; see docs/reliability.md.
 
-`python -m tests.soak --only streams deaths` runs parts of it. Exits with 1 if anything did not hold.
+`python -m benchmarks.soak --only streams deaths` runs parts of it. Exits with 1 if anything did not hold.
 """
 
 import argparse
@@ -9,8 +9,8 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 
-from tests.soak import connections, corrupt_files, deaths, draining, fuzz, other_clients, ray_faults, streams
-from tests.soak.report import Finding, finding, print_findings
+from benchmarks.soak import connections, corrupt_files, deaths, draining, fuzz, other_clients, ray_faults, streams
+from benchmarks.soak.report import Finding, finding, print_findings
 
 PARTS: dict[str, tuple[str, Callable[[], Awaitable[list[Finding]]]]] = {
     "streams": ("64 streams at once for ten minutes", streams.run),

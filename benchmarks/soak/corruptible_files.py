@@ -15,6 +15,10 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from benchmarks.soak import loaders
+from benchmarks.soak.container_corruptions import SAFETENSORS, gguf_corruptions, wrong_facts
+from benchmarks.soak.corruptions import ANY_FILE, ANY_JSON, HUGE_NUMBERS, Corruption
+from benchmarks.soak.loaders import FINGERPRINT, Loaded
 from dash_runtime.actions import Action
 from dash_runtime.policy.compensation_file import save_compensation
 from dash_runtime.policy.learned import LearnedPolicy
@@ -22,10 +26,6 @@ from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy_file import save_policy
 from tests.runtime.gguf_files import write_gguf
 from tests.runtime.support import load_decoder, some_affine, some_calibration, some_costs, some_network, some_plans
-from tests.soak import loaders
-from tests.soak.container_corruptions import SAFETENSORS, gguf_corruptions, wrong_facts
-from tests.soak.corruptions import ANY_FILE, ANY_JSON, HUGE_NUMBERS, Corruption
-from tests.soak.loaders import FINGERPRINT, Loaded
 from tests.tiny_models import HIDDEN_SIZE, save_tiny_model
 
 NUM_LAYERS = 4

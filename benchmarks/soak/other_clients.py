@@ -1,8 +1,8 @@
 """Runs gRPC clients in other languages against a real `dash-server` process with the fake worker.
 
-`python -m tests.soak --only other-clients` runs node/client.mjs (@grpc/grpc-js) and node/buf_curl.mjs (`buf curl`),
-each once with the .proto files and once with the server's reflection, and prints which checks passed. It needs
-node and npm. It keeps npm's packages in ~/.cache/dash-llm/soak-node; delete that folder to get newer ones.
+`python -m benchmarks.soak --only other-clients` runs node/client.mjs (@grpc/grpc-js) and node/buf_curl.mjs
+(`buf curl`), each once with the .proto files and once with the server's reflection, and prints which checks passed.
+It needs node and npm. It keeps npm's packages in ~/.cache/dash-llm/soak-node; delete that folder to get newer ones.
 """
 
 import asyncio
@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.soak.report import Finding, finding
 from dash_runtime.checkpoints import default_cache_folder
 from tests.server.server_harness import fake_model, server_process, write_model_folder
-from tests.soak.report import Finding, finding
 
 SOURCES = Path(__file__).parent / "node"
 PROTO_FOLDER = Path(__file__).parents[2] / "proto"

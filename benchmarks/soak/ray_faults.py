@@ -22,11 +22,11 @@ from typing import Any
 import grpc
 import psutil
 
+from benchmarks.soak.report import Finding, finding
+from benchmarks.soak.service import STUCK_SECONDS, Outcomes, Service, running_service
 from dash_api.v1 import model_pb2, model_pb2_grpc
 from tests.ray_cluster import actor_of, add_node, ray_cluster, worker_processes
 from tests.server.server_harness import FAKE_WORKER, fake_model, generation_request, write_model_folder
-from tests.soak.report import Finding, finding
-from tests.soak.service import STUCK_SECONDS, Outcomes, Service, running_service
 
 _WORKERS = 3
 _CPUS_OF_WORKER, _CPUS_OF_NODE = 2, 6

@@ -1,6 +1,6 @@
 """Damages policy, GGUF, configuration, tokenizer and weight files in many ways, and counts the outcomes.
 
-    python -m tests.soak.corrupt_files [--number 1000] [--seed 1] [--kind KIND] [--case KIND/NUMBER]
+    python -m benchmarks.soak.corrupt_files [--number 1000] [--seed 1] [--kind KIND] [--case KIND/NUMBER]
 
 The cases run in a watched child process, so that a crash or a hang counts as one broken case and the rest goes on.
 Prints a table by kind of file, the accepted damages with their reasons, and every broken case. Exits with 1 if there is
@@ -22,9 +22,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.soak.corruptible_files import KINDS, make_originals
-from tests.soak.corruption_cases import HANG_SECONDS, Case, CorruptionRun, Outcome, Result, cases, reason_to_accept
-from tests.soak.report import Finding, finding
+from benchmarks.soak.corruptible_files import KINDS, make_originals
+from benchmarks.soak.corruption_cases import HANG_SECONDS, Case, CorruptionRun, Outcome, Result, cases, reason_to_accept
+from benchmarks.soak.report import Finding, finding
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _START_SECONDS = 120.0
@@ -35,7 +35,7 @@ _MAX_ADDRESS_BYTES = 6 * 2**30
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="tests.soak.corrupt_files", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="benchmarks.soak.corrupt_files", description=__doc__.splitlines()[0])
     parser.add_argument("--number", type=int, default=1000, help="of corruptions (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="which ones (%(default)s)")
     parser.add_argument("--kind", choices=[kind.name for kind in KINDS], help="files of this kind only")
@@ -118,7 +118,7 @@ def _run_watched(chosen: Sequence[Case], folder: Path) -> Iterator[Result]:
 
 def _run_child(waiting: Sequence[Case], batch: Path) -> Iterator[Result]:
     """Yields results until the child ends. If it ends too early, the last result says so."""
-    command = [sys.executable, "-m", "tests.soak.corrupt_files", "--batch", str(batch)]
+    command = [sys.executable, "-m", "benchmarks.soak.corrupt_files", "--batch", str(batch)]
     with (
         (batch.parent / "stderr").open("wb+") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=_ROOT) as child,

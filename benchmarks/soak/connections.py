@@ -8,9 +8,9 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.events import ConnectionTerminated, PingAckReceived
 
+from benchmarks.soak.report import Finding, finding
+from benchmarks.soak.service import Service, running_service
 from tests.server.server_harness import FAKE_WORKER, fake_model, generation_request, open_channel, write_model_folder
-from tests.soak.report import Finding, finding
-from tests.soak.service import Service, running_service
 
 _AT_ONCE = 50
 _PING_SECONDS = 10.0

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import grpc
 
-from tests.soak.mixed_requests import mixed_request
-from tests.soak.report import Finding, finding
-from tests.soak.service import STUCK_SECONDS, Outcomes, model_variables, running_service
+from benchmarks.soak.mixed_requests import mixed_request
+from benchmarks.soak.report import Finding, finding
+from benchmarks.soak.service import STUCK_SECONDS, Outcomes, model_variables, running_service
 
 
 async def run(

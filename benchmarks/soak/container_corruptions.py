@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.soak.corruptions import (
+from benchmarks.soak.corruptions import (
     ANY_FILE,
     HUGE_NUMBERS,
     Corruption,
