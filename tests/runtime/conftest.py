@@ -15,7 +15,7 @@ from tests.runtime.compiled_model import CompiledModel, save_compiled_model
 from tests.runtime.planned_engine import EOS
 from tests.tiny_models import VOCAB_SIZE, save_byte_tokenizer
 
-_MEASURING = ("startup.build", "commands.search", "commands.task_quality", "commands.train", "training.ladder")
+_MEASURING = ("startup.build", "commands.search", "commands.task_quality", "commands.train")
 
 
 @pytest.fixture(scope="session")
@@ -60,14 +60,26 @@ def compiler(byte_tokenizer_file: Path) -> ConstraintCompiler:
     return ConstraintCompiler(byte_tokenizer_file, VOCAB_SIZE, {EOS})
 
 
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text to train, calibrate and evaluate on: 18 sequences for a tokenizer of bytes."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"Line {number} says something of its own.\n" for number in range(60)))
+    return path
+
+
 @pytest.fixture(scope="module")
 def short_measurements() -> Iterator[None]:
-    """Lets starts and `dash-policy` measure costs in two rounds, and calibrate at a quarter of the prices: whole
-    measurements would take most of the time of the tests that start engines or train."""
+    """Lets starts and `dash-policy` measure costs in two rounds, and calibrate at a quarter of the prices on a quarter
+    of the text: whole measurements would take most of the time of the tests that start engines or train."""
     with pytest.MonkeyPatch.context() as patch:
         for module in _MEASURING:
             patch.setattr(f"dash_runtime.{module}.measure_costs", partial(measure_costs, rounds=2))
         for module in ("measure", "measure_latency"):
-            patch.setattr(f"dash_runtime.startup.{module}.SECONDS", 1)
+            patch.setattr(f"dash_runtime.startup.{module}.SECONDS", 0.2)
+        patch.setattr("dash_runtime.training.ladder.measure_costs", partial(measure_costs, rounds=1))
+        patch.setattr("dash_runtime.evaluation.serving._ROUNDS", 1)
+        for name in ("train.CALIBRATION", "quantize.HELD_OUT"):
+            patch.setattr(f"dash_runtime.commands.{name}_SEQUENCES", 6)
         patch.setattr("dash_runtime.training.calibrate.CALIBRATION_PRICES", CALIBRATION_PRICES[::4])
         yield

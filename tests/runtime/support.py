@@ -129,6 +129,12 @@ def some_plans(num_layers: int = 6) -> tuple[MeasuredPlan, ...]:
     return named([*worse, *uniform], some_costs(num_layers))
 
 
+def policy_arguments(model: Path, text: Path, *, cache: Path | None = None) -> list[str]:
+    """Returns the options that most of `dash-policy` needs. The cache is kept beside the text unless it is named."""
+    cache = text.parent / "cache" if cache is None else cache
+    return ["--model", str(model), "--data", str(text), "--device", "cpu", "--cache-folder", str(cache)]
+
+
 def drain(engine: Engine) -> dict[str, list[EngineEvent]]:
     """Steps until nothing is left to do; returns the events by request."""
     events: dict[str, list[EngineEvent]] = {}

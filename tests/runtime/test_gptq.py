@@ -21,6 +21,7 @@ from dash_runtime.rows.row_matrix import pack_row_matrix
 from dash_runtime.training.dense_decoder import DenseDecoder
 from dash_runtime.training.gptq import quantize_int4_for
 from dash_runtime.training.loaded_model import LoadedModel, ModelOptions
+from tests.runtime.support import policy_arguments
 from tests.tiny_models import save_tiny_model
 
 CPU = torch.device("cpu")
@@ -122,18 +123,13 @@ def test_a_layer_takes_its_matrices_from_the_file(family: str, tmp_path: Path) -
     loader.layer(0).linears.mapped_by_place(check, lambda router: router)
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"Line {number} says something of its own.\n" for number in range(150)))
-    return path
-
-
+@pytest.mark.usefixtures("short_measurements")
 def test_the_command_keeps_what_later_commands_and_starts_compute_with(
-    tiny_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--model", str(tiny_folder), "--data", str(text), "--device", "cpu", "--cache-folder", str(tmp_path)]
-    options = ModelOptions(str(tiny_folder), None, "cpu", tmp_path, text)
+    folder = save_tiny_model(tmp_path / "model", "llama", num_hidden_layers=2)
+    arguments = policy_arguments(folder, text, cache=tmp_path)
+    options = ModelOptions(str(folder), None, "cpu", tmp_path, text)
     before = LoadedModel(options, print)
     assert main(["quantize", *arguments]) == 0
     said = capsys.readouterr().out

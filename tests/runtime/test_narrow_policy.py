@@ -19,7 +19,7 @@ from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import load_policy, save_policy
 from dash_runtime.startup.build import BuildOptions, build_engine
-from tests.runtime.support import drain, tokens
+from tests.runtime.support import drain, policy_arguments, tokens
 from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("short_measurements")
@@ -27,17 +27,14 @@ pytestmark = pytest.mark.usefixtures("short_measurements")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that native code decodes, head included."""
-    sizes = {"vocab_size": 272, "num_attention_heads": 3, "num_key_value_heads": 1}
+    """A model that native code decodes, head included. Training may skip two of its layers."""
+    sizes = {"num_hidden_layers": 4, "vocab_size": 272, "num_attention_heads": 3, "num_key_value_heads": 1}
     return save_tiny_model(tmp_path_factory.mktemp("models") / "packable", "llama", **sizes)
 
 
 @pytest.fixture(scope="module")
-def common(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    text = tmp_path_factory.mktemp("text") / "text.txt"
-    text.write_text("".join(f"Line {number} says something of its own.\n" for number in range(110)))
-    cache = ["--cache-folder", str(text.parent / "cache")]
-    return ["--model", str(folder), "--data", str(text), "--device", "cpu", *cache]
+def common(folder: Path, text: Path) -> list[str]:
+    return policy_arguments(folder, text)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +139,7 @@ def test_it_is_served_alone_as_among_others(folder: Path, trained: Path, tmp_pat
     options = BuildOptions(checks_kept_costs=False, policy_file=trained)
     engine = build_engine(folder, tmp_path, options, EngineConfig(group_planner=False), lambda message: None)
     (costs,) = (tmp_path / "calibration").glob("costs-*.json")
-    assert "SKIP" in json.loads(costs.read_text())["head"]
+    assert "SKIP" in json.loads(costs.read_text())["table"]["head"]
     requests = [request(str(number), [number + place for place in range(5 + number)]) for number in range(5)]
     alone = [run(engine, own)[own.request_id] for own in requests]
     assert [len(answer) for answer in alone] == [8] * 5

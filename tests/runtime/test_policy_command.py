@@ -10,31 +10,35 @@ from safetensors import safe_open
 
 from dash_runtime.commands.cli import main
 from dash_runtime.files.tensor_file import CHECKSUM
+from tests.runtime.support import policy_arguments
 
 pytestmark = pytest.mark.usefixtures("short_measurements")
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"Line {number} says something of its own.\n" for number in range(110)))
-    return path
+def common(tiny_folder: Path, text: Path) -> list[str]:
+    return policy_arguments(tiny_folder, text)
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_folder: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "mine"
-    assert main(train_arguments(tiny_folder, text, out)) == 0
+def fitted(common: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("fits") / "mine"
+    assert main(["fit", *common, "--out", str(out), "--ranks", "2", "4"]) == 0
     return out
 
 
-def train_arguments(model: Path, text: Path, out: Path, *more: str) -> list[str]:
-    small = ["--rounds", "3", "--batches", "1", "--rank", "4", "--actions", "skip,full"]
-    return ["train", *common(model, text), "--out", str(out), *small, *more]
+@pytest.fixture(scope="module")
+def train_arguments(common: list[str], fitted: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A run that begins with what was fitted."""
+    small = ["--rounds", "3", "--batches", "1", "--actions", "skip,full"]
+    start = ["--compensation", str(fitted / "compensation.safetensors")]
+    return ["train", *common, "--out", str(tmp_path_factory.mktemp("runs") / "mine"), *small, *start]
 
 
-def common(model: Path, text: Path) -> list[str]:
-    return ["--model", str(model), "--data", str(text), "--device", "cpu", "--cache-folder", str(text.parent / "cache")]
+@pytest.fixture(scope="module")
+def trained(train_arguments: list[str]) -> Path:
+    assert main(train_arguments) == 0
+    return Path(train_arguments[train_arguments.index("--out") + 1])
 
 
 def contents(path: Path) -> str:
@@ -44,27 +48,27 @@ def contents(path: Path) -> str:
 
 
 def test_a_run_leaves_policy_curve_and_plot_and_goes_on_where_it_was(
-    trained: Path, tiny_folder: Path, text: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, train_arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = {path.name for path in trained.iterdir()}
     assert {"policy.safetensors", "checkpoint.safetensors", "training.jsonl", "curve.json", "costs.json"} <= names
     rows = [json.loads(line) for line in (trained / "training.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [0, 1, 2]
     before = contents(trained / "policy.safetensors")
-    assert main(train_arguments(tiny_folder, text, trained)) == 0
+    assert main(train_arguments) == 0
     assert contents(trained / "policy.safetensors") == before
-    assert main(train_arguments(tiny_folder, text, trained, "--seed", "1")) == 2
+    assert main([*train_arguments, "--seed", "1"]) == 2
     assert "another run" in capsys.readouterr().err
 
 
 def test_evaluation_shows_policy_and_controls_in_the_table_and_in_json(
-    trained: Path, tiny_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tasks = tmp_path / "tasks.jsonl"
     tasks.write_text('{"question": "Which?", "choices": ["this", "that one"], "answer": 1}\n')
     arguments = ["--policy", str(trained / "policy.safetensors"), "--budgets", "1.0,0.99", "--sequences", "4"]
     more = ["--refit-controls", "1", "--tasks", str(tasks), "--json", str(tmp_path / "rows.json")]
-    assert main(["evaluate", *common(tiny_folder, text), *arguments, *more]) == 0
+    assert main(["evaluate", *common, *arguments, *more]) == 0
     printed = capsys.readouterr().out
     rows = json.loads((tmp_path / "rows.json").read_text())
     table = [row for row in rows if "divergence" in row]
@@ -93,12 +97,12 @@ def test_evaluation_shows_policy_and_controls_in_the_table_and_in_json(
 
 
 def test_tasks_can_be_all_that_is_evaluated(
-    trained: Path, tiny_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words, questions = tmp_path / "words.txt", tmp_path / "questions.jsonl"
     words.write_text("".join(f"{'It says this of line ' * 5}{number}, and it is a line.\n" for number in range(3)))
     questions.write_text('{"question": "1 + 1?", "answer": "2"}\n')
-    arguments = ["evaluate", *common(tiny_folder, text), "--policy", str(trained / "policy.safetensors"), "--no-table"]
+    arguments = ["evaluate", *common, "--policy", str(trained / "policy.safetensors"), "--no-table"]
     more = ["--budgets", "1.0", "--json", str(tmp_path / "rows.json")]
     assert main([*arguments, *more, "--last-words", str(words), "--tasks", str(questions)]) == 0
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -110,20 +114,16 @@ def test_tasks_can_be_all_that_is_evaluated(
     assert "no-table" in capsys.readouterr().err
 
 
-def test_the_ladder_has_every_rung_and_its_last_one_can_be_trained_from(
-    tiny_folder: Path, text: Path, tmp_path: Path
-) -> None:
-    small = ["--ranks", "2", "4"]
-    assert main(["fit", *common(tiny_folder, text), "--out", str(tmp_path / "fit"), *small]) == 0
-    rungs = json.loads((tmp_path / "fit" / "ladder.json").read_text())
+def test_the_ladder_has_every_rung_and_its_last_low_rank_one_can_be_trained_from(fitted: Path, trained: Path) -> None:
+    rungs = json.loads((fitted / "ladder.json").read_text())
     names = ["identity", "scale", "affine", "low rank 2", "low rank 4", "dense"]
     assert [rung["name"] for rung in rungs] == names
-    start = ["--compensation", str(tmp_path / "fit" / "compensation.safetensors")]
-    assert main(train_arguments(tiny_folder, text, tmp_path / "run", *start)) == 0
+    with safe_open(trained / "policy.safetensors", "pt") as policy:
+        assert policy.get_slice("compensation.down").get_shape()[1] == 4
 
 
 def test_another_cost_table_is_used_if_it_fits_the_policy(
-    trained: Path, tiny_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     costs = json.loads((trained / "costs.json").read_text())
     own, other = tmp_path / "own.json", tmp_path / "other.json"
@@ -131,7 +131,7 @@ def test_another_cost_table_is_used_if_it_fits_the_policy(
     other.write_text(json.dumps(costs | {"layer": {"FULL": costs["layer"]["FULL"]}}))
     out = tmp_path / "calibrated.safetensors"
     chosen = ["--policy", str(trained / "policy.safetensors"), "--out", str(out), "--sequences", "4"]
-    arguments = ["calibrate", *common(tiny_folder, text), *chosen, "--costs"]
+    arguments = ["calibrate", *common, *chosen, "--costs"]
     assert main([*arguments, str(own)]) == 0
     assert "calibrating: price 5 of 5, 4 sequences" in capsys.readouterr().err
     with safe_open(out, "pt") as file:
@@ -140,18 +140,18 @@ def test_another_cost_table_is_used_if_it_fits_the_policy(
     assert "costs: do not fit learned" in capsys.readouterr().err
 
 
-def test_calibrating_writes_another_file_with_its_own_budgets(trained: Path, tiny_folder: Path, text: Path) -> None:
+def test_calibrating_writes_another_file_with_its_own_budgets(trained: Path, common: list[str]) -> None:
     out = trained.parent / "calibrated.safetensors"
     arguments = ["--policy", str(trained / "policy.safetensors"), "--out", str(out), "--sequences", "4"]
-    assert main(["calibrate", *common(tiny_folder, text), *arguments]) == 0
+    assert main(["calibrate", *common, *arguments]) == 0
     assert out.stat().st_size == pytest.approx((trained / "policy.safetensors").stat().st_size, rel=0.05)
 
 
 def test_a_search_shows_the_frontier_of_fixed_plans(
-    tiny_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "plans.json"
-    assert main(["search", *common(tiny_folder, text), "--sequences", "2", "--json", str(out)]) == 0
+    assert main(["search", *common, "--sequences", "2", "--json", str(out)]) == 0
     printed, found = capsys.readouterr().out, json.loads(out.read_text())
     assert {"fixed-int4", "fixed-int8", "full-depth"} <= {plan["name"] for plan in found["plans"]}
     best = [plan for plan in found["plans"] if not plan["dominated"]]
@@ -160,7 +160,7 @@ def test_a_search_shows_the_frontier_of_fixed_plans(
     costs = tmp_path / "costs.json"
     costs.write_text(json.dumps(found["costs"]))
     again = ["--costs", str(costs), "--head", "FULL", "--sequences", "1"]
-    assert main(["search", *common(tiny_folder, text), *again]) == 0
+    assert main(["search", *common, *again]) == 0
     assert "INT8  " not in capsys.readouterr().out
 
 
@@ -178,12 +178,12 @@ def test_a_search_shows_the_frontier_of_fixed_plans(
     ],
 )
 def test_unusable_input_is_named_in_one_line(
-    command: list[str], words: str, tiny_folder: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: list[str], words: str, common: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "short.txt").write_text("short")
     (tmp_path / "broken.safetensors").write_bytes(b"not a tensor file")
     filled = [part.format(tmp=tmp_path) for part in command]
-    assert main([filled[0], *common(tiny_folder, text), *filled[1:]]) == 2
+    assert main([filled[0], *common, *filled[1:]]) == 2
     *progress, line = capsys.readouterr().err.splitlines()
     assert all(re.fullmatch(r" *\d+ s  .+", own) for own in progress)
     assert line.startswith("dash-policy: ")

@@ -1,4 +1,4 @@
-"""Tests each family beyond its decoder's numbers: rows of any action, EXACT, and a trained policy."""
+"""Tests each family beyond its decoder's numbers: rows of any action, EXACT, and policies."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +13,14 @@ from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptio
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import InlineLane
-from dash_runtime.events import EngineEvent
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import load_policy
 from dash_runtime.startup.model_facts import model_facts
+from tests.runtime.random_policy import random_policy
 from tests.runtime.support import (
     ALL_ACTIONS,
     CPU,
@@ -27,6 +28,7 @@ from tests.runtime.support import (
     full_plan,
     load_decoder,
     new_cache,
+    policy_arguments,
     run_rows,
     some_affine,
     some_costs,
@@ -37,6 +39,8 @@ from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("short_measurements")
 
+TRAINED = ("granite", "gemma3", "qwen3-moe")
+"""Families whose factors, norms or experts training has to know; test_dense_decoder.py has the passes of all."""
 FAMILIES = ("granite", "smollm3", "phi3-longrope", "olmo2", "olmo3-yarn", "ministral3", "gemma3", "qwen3-moe")
 NEARLY_FREE = {1: 0.5, 3: 0.5, 7: 0.5}
 """Verifications so cheap that the engine drafts whatever is accepted."""
@@ -72,25 +76,31 @@ def prefilled(decoder: Decoder) -> list[SequenceCache]:
     return caches
 
 
-def test_a_policy_is_trained_for_it_and_serves_adaptive_and_exact_requests(folder: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"Line {number} says something of its own.\n" for number in range(110)))
-    common = ["--model", str(folder), "--data", str(text), "--device", "cpu", "--out", str(tmp_path / "run")]
+def test_exact_requests_have_full_depths_tokens_and_adaptive_ones_end(folder: Path) -> None:
+    assert_policy_serves(folder, random_policy(folder))
+
+
+@pytest.mark.parametrize("family", TRAINED)
+def test_a_policy_that_was_trained_for_it_serves(family: str, text: Path, tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / family, family, num_hidden_layers=4)
     small = ["--rounds", "1", "--batches", "1", "--rank", "4", "--actions", "skip,full", "--block-size", "2"]
-    assert main(["train", *common, *small, "--cache-folder", str(tmp_path / "cache")]) == 0
+    common = policy_arguments(folder, text, cache=tmp_path / "cache")
+    assert main(["train", *common, "--out", str(tmp_path / "run"), *small]) == 0
     config, weights = load_model_config(folder), open_weights(folder)
     fingerprint, file = model_fingerprint(config, weights), tmp_path / "run" / "policy.safetensors"
-    policy = load_policy(file, config, fingerprint, dtype=torch.float32, device=CPU)
+    assert_policy_serves(folder, load_policy(file, config, fingerprint, dtype=torch.float32, device=CPU))
+
+
+def assert_policy_serves(folder: Path, policy: LearnedPolicy) -> None:
     decoder = load_decoder(folder)
-    catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, Identity(), (policy,), 0.8, NEARLY_FREE, plans=some_plans())
-    facts = model_facts(decoder, EngineConfig(), catalog.facts(), config.context_length, frozenset())
+    costs, plans = some_costs(decoder.num_layers), some_plans(decoder.num_layers)
+    catalog = PolicyCatalog(costs, ALL_ACTIONS, Identity(), (policy,), 0.8, NEARLY_FREE, plans=plans)
+    facts = model_facts(decoder, EngineConfig(), catalog.facts(), decoder.config.context_length, frozenset())
     engine = Engine(decoder, catalog, InlineLane(), facts, EngineConfig())
 
-    def run(skip: SkipOptions) -> list[EngineEvent]:
+    def run(skip: SkipOptions) -> list[int]:
         engine.submit(GenerationRequest("a", PROMPTS[2], StoppingParameters(40, ignore_eos=True), skip=skip))
-        return drain(engine)["a"]
+        return tokens(drain(engine)["a"])
 
-    full, exact = run(SkipOptions(Mode.FULL_DEPTH)), run(SkipOptions(Mode.EXACT, policy_name=policy.name))
-    assert tokens(exact) == tokens(full)
-    adaptive = run(SkipOptions(Mode.ADAPTIVE, policy_name=policy.name))
-    assert len(tokens(adaptive)) == 40
+    assert run(SkipOptions(Mode.EXACT, policy_name=policy.name)) == run(SkipOptions(Mode.FULL_DEPTH))
+    assert len(run(SkipOptions(Mode.ADAPTIVE, policy_name=policy.name))) == 40
