@@ -135,7 +135,9 @@ def run(engine: Engine, *requests: GenerationRequest) -> dict[str, list[int]]:
     return {name: tokens(events) for name, events in drain(engine).items()}
 
 
-def test_it_is_served_alone_as_among_others(folder: Path, trained: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("rows_library")
+def test_it_is_served_alone_as_among_others(folder: Path, trained: Path, tmp_path: Path, rows_folder: Path) -> None:
+    (tmp_path / "native").symlink_to(rows_folder)
     options = BuildOptions(checks_kept_costs=False, policy_file=trained)
     engine = build_engine(folder, tmp_path, options, EngineConfig(group_planner=False), lambda message: None)
     (costs,) = (tmp_path / "calibration").glob("costs-*.json")

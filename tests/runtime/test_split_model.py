@@ -34,6 +34,7 @@ from tests.runtime.support import (
     finished,
     full_plan,
     load_decoder,
+    new_cache,
     run_rows,
     some_affine,
     some_calibration,
@@ -104,7 +105,7 @@ def answers(engine: Engine) -> dict[str, list[EngineEvent]]:
                 GenerationRequest(
                     f"{name}{' with others' * bool(together)}",
                     PROMPT,
-                    StoppingParameters(12),
+                    StoppingParameters(8),
                     sampling,
                     SKIPS[name],
                     logprobs=3,
@@ -210,14 +211,21 @@ def test_the_fake_refuses_operands_of_two_devices(twins: TwinOperations) -> None
 
 
 @pytest.mark.usefixtures("short_measurements")
-def test_a_start_calibrates_and_serves_on_two_devices(tiny_folder: Path, tmp_path: Path, twins: TwinOperations) -> None:
+def test_a_start_calibrates_and_serves_on_two_devices(tmp_path: Path, twins: TwinOperations) -> None:
+    folder = save_tiny_model(tmp_path / "model", "llama", num_hidden_layers=4, max_position_embeddings=64)
     said: list[str] = []
     options = BuildOptions([str(device) for device in TWINS], precision="float32", checks_kept_costs=False)
-    engine = build_engine(tiny_folder, tmp_path, options, EngineConfig(num_slots=2), said.append)
+    engine = build_engine(folder, tmp_path, options, EngineConfig(num_slots=2), said.append)
     places = [line.split(" need")[0] for line in said if " need " in line]
-    assert places == ["cpu:1: layers 0 to 2", "cpu:2: layers 3 to 5"]
+    assert places == ["cpu:1: layers 0 to 1", "cpu:2: layers 2 to 3"]
     engine.submit(GenerationRequest("a", [1, 2, 3], StoppingParameters(8)))
-    own = tokens(drain(engine)["a"])
-    alone = make_engine(load_decoder(tiny_folder))
-    alone.submit(GenerationRequest("a", [1, 2, 3], StoppingParameters(8)))
-    assert own == tokens(drain(alone)["a"])
+    assert tokens(drain(engine)["a"]) == most_probable(load_decoder(folder), [1, 2, 3], 8)
+
+
+def most_probable(decoder: Decoder, prompt: list[int], count: int) -> list[int]:
+    cache, token_ids = new_cache(decoder, 64), prompt
+    chosen: list[int] = []
+    while len(chosen) < count:
+        token_ids = [int(run_rows(decoder, [cache], [token_ids], [full_plan(decoder)])[-1].argmax())]
+        chosen += token_ids
+    return chosen
