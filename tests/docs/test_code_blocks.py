@@ -17,7 +17,6 @@ def service(tmp_path_factory: pytest.TempPathFactory, embedded_cache: Path) -> I
     variables = {
         # The user's cache, as a reader's server has it.
         "DASH_CACHE_FOLDER": str(embedded_cache),
-        "DASH_COMPILE": "false",
         # Enough to show that an example works.
         "DASH_DEFAULT_MAX_NEW_TOKENS": "12",
     }
