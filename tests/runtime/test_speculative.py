@@ -22,7 +22,7 @@ from tests.runtime.support import full_plan, load_decoder, new_cache, run_rows
 PROMPT = (3, 5, 3, 9)
 LIKELY, UNLIKELY = 0, 3
 """Places of proposed tokens, in the order of full depth's preference."""
-NUM_SAMPLES = 3_000
+NUM_SAMPLES = 2_000
 DRAFT_LENGTH = 2
 Logits = Callable[[tuple[int, ...]], Tensor]
 
@@ -95,7 +95,6 @@ def chi_square(
     kind: type[Speculation],
     parameters: SamplingParameters,
     paths: tuple[Logits, Logits],
-    num_samples: int = NUM_SAMPLES,
     text: Preferred | None = None,
 ) -> float:
     """Returns chi-square of the first two tokens of many sequences against direct sampling, divided by the 99.99 %
@@ -104,7 +103,7 @@ def chi_square(
     sampler = Sampler(parameters, PROMPT)
     counts: Counter[tuple[int, ...]] = Counter()
     num_from_text = 0
-    for _ in range(num_samples):
+    for _ in range(NUM_SAMPLES):
         speculation = kind(sampler, TrustsText(0.1, {DRAFT_LENGTH: 0.1}), text or NoText())
         output: tuple[int, ...] = ()
         while len(output) < 2:
@@ -123,7 +122,7 @@ def chi_square(
     assert bool(num_from_text) is (text is not None)
     expected = direct_distribution(parameters, full)
     assert set(counts) <= set(expected)
-    statistic = sum((counts[pair] - num_samples * p) ** 2 / (num_samples * p) for pair, p in expected.items())
+    statistic = sum((counts[pair] - NUM_SAMPLES * p) ** 2 / (NUM_SAMPLES * p) for pair, p in expected.items())
     freedom = len(expected) - 1
     # Wilson and Hilferty 1931; 3.72 is the normal distribution's quantile.
     quantile = freedom * (1 - 2 / (9 * freedom) + 3.72 * math.sqrt(2 / (9 * freedom))) ** 3
@@ -160,7 +159,7 @@ def test_the_distribution_is_full_depths_where_the_text_drafts_or_goes_on_for_th
     place: int, match: int, paths: tuple[Logits, Logits]
 ) -> None:
     parameters = SamplingParameters(temperature=1.0, top_k=4, seed=3)
-    assert chi_square(Speculation, parameters, paths, text=Preferred(paths[0], place, match)) < 1
+    assert chi_square(Speculation, parameters, paths, Preferred(paths[0], place, match)) < 1
 
 
 @pytest.mark.parametrize("drafts_from_text", [False, True])
@@ -168,7 +167,7 @@ def test_a_wrong_replacement_of_rejected_tokens_would_be_noticed(
     drafts_from_text: bool, paths: tuple[Logits, Logits]
 ) -> None:
     text = Preferred(paths[0], LIKELY, 16) if drafts_from_text else None
-    assert chi_square(Careless, SamplingParameters(temperature=1.0, top_k=4, seed=1), paths, 2000, text) > 1.5
+    assert chi_square(Careless, SamplingParameters(temperature=1.0, top_k=4, seed=1), paths, text) > 1.5
 
 
 @pytest.mark.parametrize(

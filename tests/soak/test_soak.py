@@ -15,7 +15,7 @@ def assert_held(findings: list[Finding]) -> None:
 
 @pytest.mark.alone  # it loads the machine by itself
 async def test_mixed_streams_end_well_and_equal_the_same_requests_alone(tiny_folder: Path) -> None:
-    assert_held(await streams.run(seconds=6, num_streams=12, num_samples=10, tiny_model=tiny_folder))
+    assert_held(await streams.run(seconds=4, num_streams=12, num_samples=10, tiny_model=tiny_folder))
 
 
 async def test_a_worker_killed_under_load_costs_only_what_it_had(tiny_folder: Path) -> None:
