@@ -50,12 +50,7 @@ def write_gguf(
     arrays.pop(without, None)
     arch = values.pop("general.architecture", architecture)
     writer = GGUFWriter(path, arch=arch, split_max_tensors=most_tensors)
-    adders = {
-        int: writer.add_uint32,
-        float: writer.add_float32,
-        bool: writer.add_bool,
-        str: writer.add_string,
-    }
+    adders = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool, str: writer.add_string}
     for key, value in values.items():
         writer.add_array(key, value) if isinstance(value, list) else adders[type(value)](key, value)
     for name, array in arrays.items():

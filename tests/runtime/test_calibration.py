@@ -37,11 +37,7 @@ class Machine:
     """
 
     def __init__(
-        self,
-        quick: Mapping[str, float] | None = None,
-        whole: Mapping[str, float] | None = None,
-        *,
-        waited: float = 0.0,
+        self, quick: Mapping[str, float] | None = None, whole: Mapping[str, float] | None = None, *, waited: float = 0.0
     ) -> None:
         self.num_whole = 0
         self.quietness = partial(nullcontext, Quiet(waited))

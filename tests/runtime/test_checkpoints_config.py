@@ -105,14 +105,8 @@ LONGROPE["original_max_position_embeddings"] = 128
         ({"rope_theta": 5e5}, RopeConfig(5e5)),
         ({"rope_theta": 5e5, "rope_scaling": None}, RopeConfig(5e5)),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, RopeConfig(5e5)),
-        (
-            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            RopeConfig(5e5, RopeKind.LINEAR, 2.0),
-        ),
-        (
-            {"rope_theta": 5e5, "rope_scaling": LLAMA3_SCALING},
-            RopeConfig(5e5, RopeKind.LLAMA3, 32.0, 1.0, 4.0, 8192),
-        ),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}, RopeConfig(5e5, RopeKind.LINEAR, 2.0)),
+        ({"rope_theta": 5e5, "rope_scaling": LLAMA3_SCALING}, RopeConfig(5e5, RopeKind.LLAMA3, 32.0, 1.0, 4.0, 8192)),
         (
             {"rope_parameters": {**LLAMA3_SCALING, "rope_theta": 5e5}},
             RopeConfig(5e5, RopeKind.LLAMA3, 32.0, 1.0, 4.0, 8192),
@@ -131,10 +125,7 @@ def test_rotary_parameters_are_read_in_the_old_and_the_new_spelling(
         (MISTRAL | {"sliding_window": 7}, (7, 7, 7, 7)),
         (MISTRAL | {"sliding_window": None}, (None,) * 4),
         (QWEN2 | {"sliding_window": 7, "max_window_layers": 2}, (None,) * 4),
-        (
-            QWEN2 | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2},
-            (None, None, 7, 7),
-        ),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}, (None, None, 7, 7)),
         (QWEN3_MOE | {"sliding_window": 7}, (None,) * 4),
         (QWEN3_MOE | {"use_sliding_window": True, "sliding_window": 7}, (7, 7, 7, 7)),
         (

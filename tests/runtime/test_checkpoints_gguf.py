@@ -14,12 +14,7 @@ from transformers import AutoModelForCausalLM
 from dash_runtime.checkpoints import check_weights, load_model_config, open_weights, resolve_checkpoint
 from dash_runtime.checkpoints.gguf_conversion import convert_gguf
 from dash_runtime.checkpoints.gguf_file import GgufFile
-from dash_runtime.errors import (
-    CheckpointError,
-    CheckpointNotFound,
-    CorruptCheckpoint,
-    UnsupportedArchitecture,
-)
+from dash_runtime.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedArchitecture
 from dash_runtime.model_config import RopeConfig, RopeKind
 from tests.runtime.gguf_files import write_gguf
 from tests.tiny_models import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
@@ -157,10 +152,7 @@ def test_linear_scaling_is_kept(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "named"),
     [
-        (
-            {"general.architecture": "gemma4"},
-            "'gemma4' is not supported; supported: llama, qwen2, qwen3, granite, s",
-        ),
+        ({"general.architecture": "gemma4"}, "'gemma4' is not supported; supported: llama, qwen2, qwen3, granite, s"),
         ({"llama.expert_count": 8}, "mixtures of experts"),
         ({"llama.rope.scaling.type": "other"}, "'other' is not supported; supported: none, linear, yarn, longrope"),
         ({"llama.rope.dimension_count": 8}, "partial rotary"),

@@ -32,9 +32,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def converted(llama: Path, tmp_path: Path, **metadata: Any) -> Path:
     gguf = write_gguf(
-        tmp_path / "m.gguf",
-        llama,
-        metadata={f"tokenizer.ggml.{key}": value for key, value in metadata.items()},
+        tmp_path / "m.gguf", llama, metadata={f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
     )
     folder = tmp_path / "converted"
     folder.mkdir()

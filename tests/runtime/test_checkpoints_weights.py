@@ -9,12 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from dash_runtime.checkpoints import check_weights, load_model_config, open_weights, tokenizer_file
-from dash_runtime.errors import (
-    CheckpointError,
-    CheckpointNotFound,
-    CorruptCheckpoint,
-    UnsupportedArchitecture,
-)
+from dash_runtime.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedArchitecture
 from tests.tiny_models import save_tiny_model
 
 TENSORS = {"a": torch.arange(12.0).reshape(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}

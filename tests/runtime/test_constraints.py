@@ -10,12 +10,7 @@ import pytest
 import torch
 from llguidance import LLParserLimits
 
-from dash_runtime.config import (
-    GenerationRequest,
-    SamplingParameters,
-    SkipOptions,
-    StoppingParameters,
-)
+from dash_runtime.config import GenerationRequest, SamplingParameters, SkipOptions, StoppingParameters
 from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.constraints import ConstraintCompiler, TextConstraint

@@ -61,11 +61,7 @@ def plans_of(num_layers: int, num_rows: int, step: int, action: Action) -> list[
 
 
 def decoded(
-    decoder: Decoder,
-    num_rows: int,
-    compensation: Compensation,
-    num_steps: int = 6,
-    running: Sequence[Action] = RUNNING,
+    decoder: Decoder, num_rows: int, compensation: Compensation, num_steps: int = 6, running: Sequence[Action] = RUNNING
 ) -> Tensor:
     """Returns the logits of some steps of several sequences, the last one at full depth."""
     caches = decoder.caches([32] * num_rows)
@@ -117,11 +113,7 @@ def generated(engine: Engine, num_rows: int, skip: SkipOptions, num_tokens: int 
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 17])
 @pytest.mark.parametrize(
     ("skip", "without"),
-    [
-        (FULL_DEPTH, set()),
-        (SkipOptions(Mode.FIXED, fixed_action=Action.INT4), set()),
-        (ADAPTIVE, ROUNDED),
-    ],
+    [(FULL_DEPTH, set()), (SkipOptions(Mode.FIXED, fixed_action=Action.INT4), set()), (ADAPTIVE, ROUNDED)],
     ids=["full", "int4", "adaptive"],
 )
 def test_an_engine_gives_the_tokens_of_eager_layers_and_nothing_races(

@@ -10,13 +10,7 @@ import pytest
 import torch
 
 from dash_runtime.actions import Action, LatencyTable
-from dash_runtime.config import (
-    GenerationRequest,
-    Mode,
-    SamplingParameters,
-    SkipOptions,
-    StoppingParameters,
-)
+from dash_runtime.config import GenerationRequest, Mode, SamplingParameters, SkipOptions, StoppingParameters
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import InvalidRequest

@@ -112,11 +112,7 @@ def fake_decoder(config: ModelConfig, places: Sequence[torch.device] = ()) -> De
 
 
 def run(
-    decoder: Decoder,
-    kind: PassKind,
-    lengths: list[int],
-    actions: list[Action],
-    own: Compensation,
+    decoder: Decoder, kind: PassKind, lengths: list[int], actions: list[Action], own: Compensation
 ) -> tuple[Tensor, list[Tensor]]:
     """Runs one pass; the rows take turns in `actions`. Returns its logits, and the input of each layer."""
     caches = decoder.caches([64] * len(lengths))

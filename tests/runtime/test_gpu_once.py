@@ -230,13 +230,7 @@ class _Mistaken(EagerBackend):
         super().__init__(_ends_of(decoder), TINY, layers_of(decoder), Heads(decoder.heads))
         self._mistake = mistake
 
-    def run_layer(
-        self,
-        layer: int,
-        actions: Sequence[Action],
-        hidden: Tensor,
-        batch: Batch,
-    ) -> Tensor:
+    def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
         if layer != 3:
             return super().run_layer(layer, actions, hidden, batch)
         if self._mistake == "the wrong action":

@@ -47,11 +47,7 @@ def test_the_harness_gets_the_likelihoods_of_transformers(decoder: Decoder, refe
 
     pairs = [("ab", " cd"), ("", "xyz"), ("a context that is too long", " end")]
     results = model.loglikelihood(instances("loglikelihood", *pairs))
-    expected = [
-        likelihood(list(b"ab cd"), 3),
-        likelihood([256, *b"xyz"], 3),
-        likelihood(list(b" long end"), 4),
-    ]
+    expected = [likelihood(list(b"ab cd"), 3), likelihood([256, *b"xyz"], 3), likelihood(list(b" long end"), 4)]
     assert [value for value, _ in results] == pytest.approx(expected, abs=1e-3)
     (rolling,) = model.loglikelihood_rolling(instances("loglikelihood_rolling", ("0123456789ab",)))
     # The second window fills the context; only the tokens that the first did not score count.

@@ -19,8 +19,7 @@ ROWS = (1, 2, 4, 8)
 
 # Quantised layers read fewer bytes and compute longer, as on CPUs.
 COSTS = LatencyTable(
-    ROWS,
-    {SKIP: (1, 2, 3, 5), INT4: (40, 56, 86, 161), INT8: (65, 90, 119, 211), FULL: (80, 95, 105, 157)},
+    ROWS, {SKIP: (1, 2, 3, 5), INT4: (40, 56, 86, 161), INT8: (65, 90, 119, 211), FULL: (80, 95, 105, 157)}
 )
 
 

@@ -74,11 +74,7 @@ PLAN = {"name": "p", "actions": ["FULL"] * 6, "head": "FULL", "divergence": 0.1}
 def some_state(rows: int = 3) -> State:
     hidden = torch.randn(rows, HIDDEN_SIZE, generator=torch.Generator().manual_seed(2))
     return State(
-        [Token(0, 0, 1.5)] * rows,
-        hidden,
-        0,
-        (Action.SKIP, Action.FULL, Action.INT4)[:rows],
-        [0.1, 0.2, 0.3][:rows],
+        [Token(0, 0, 1.5)] * rows, hidden, 0, (Action.SKIP, Action.FULL, Action.INT4)[:rows], [0.1, 0.2, 0.3][:rows]
     )
 
 

@@ -92,10 +92,7 @@ def paths(tiny_folder: Path) -> tuple[Logits, Logits]:
 
 
 def chi_square(
-    kind: type[Speculation],
-    parameters: SamplingParameters,
-    paths: tuple[Logits, Logits],
-    text: Preferred | None = None,
+    kind: type[Speculation], parameters: SamplingParameters, paths: tuple[Logits, Logits], text: Preferred | None = None
 ) -> float:
     """Returns chi-square of the first two tokens of many sequences against direct sampling, divided by the 99.99 %
     quantile for its degrees of freedom."""

@@ -11,21 +11,8 @@ import pytest
 import torch
 
 from dash_runtime.actions import Action
-from dash_runtime.config import (
-    EngineConfig,
-    GenerationRequest,
-    Mode,
-    SkipOptions,
-    StoppingParameters,
-)
-from dash_runtime.decision_trace import (
-    DecisionTrace,
-    StepKind,
-    TraceStep,
-    pack_uint32,
-    unpack_float32,
-    unpack_uint32,
-)
+from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
+from dash_runtime.decision_trace import DecisionTrace, StepKind, TraceStep, pack_uint32, unpack_float32, unpack_uint32
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.devices.step_timer import StepTimer
 from dash_runtime.engine.decider import DecidedBlock

@@ -53,12 +53,7 @@ def sequences(tiny_folder: Path) -> list[list[int]]:
 def make_task(decoder: Decoder, lookahead: int = 1, block_size: int = 3) -> Task:
     pinned = dict.fromkeys((*PINNED, *range(lookahead)), Action.FULL)
     spec = PlanSpec(
-        actions=ACTIONS,
-        pinned=pinned,
-        lookahead=lookahead,
-        block_size=block_size,
-        head=Action.FULL,
-        costs=some_costs(),
+        actions=ACTIONS, pinned=pinned, lookahead=lookahead, block_size=block_size, head=Action.FULL, costs=some_costs()
     )
     return Task(decoder=decoder, spec=spec, compensation=some_low_rank(decoder), num_prompt_tokens=4)
 
