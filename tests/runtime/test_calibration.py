@@ -1,6 +1,6 @@
 """Tables that are measured once and kept: for one model and device, made again if damaged or found to be wrong."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,6 +15,7 @@ from dash_runtime.engine.cost_fit import CostSpread, MeasuredCosts
 from dash_runtime.layers.compensation import Compensation, Identity
 from dash_runtime.policy.draft_length import MEASURED_LENGTHS
 from dash_runtime.policy.policy import cheapest_kernel
+from dash_runtime.progress import Progress
 from dash_runtime.startup.calibration import DeviceCalibration
 from dash_runtime.startup.quiet import Quiet
 from tests.runtime.support import load_decoder
@@ -111,11 +112,7 @@ def test_costs_are_measured_once_and_read_by_later_starts(decoder: Decoder, tmp_
 @pytest.mark.parametrize(
     "damage",
     [
-        b"",
-        b"{",
-        b"[]",
-        b"3",
-        b"\xff\xfe",
+        *(b"", b"{", b"[]", b"3", b"\xff\xfe"),
         b'{"was_quiet": true, "table": {"layer": {"FULL": "x"}, "head": {}, "num_layers": 2, "fixed": 0}}',
         b'{"was_quiet": true, "table": {"rows": [2], "seconds": {"FULL": [1]}}}',
         b'{"was_quiet": true, "table": {"rows": [1, 2], "seconds": {"SKIP": [1, 2], "FULL": [-1, 2]}}}',
@@ -279,54 +276,43 @@ def test_costs_that_serving_corrected_are_those_of_later_starts(decoder: Decoder
     assert costs_of(calibration(tmp_path, Machine()), decoder, []) == other
 
 
-def kept(table: str) -> str:
-    """Returns the text of a file that keeps this table."""
-    return f'{{"was_quiet": true, "table": {table}}}'
+Rounds = tuple[LatencyTable, ...]
+DRAFTS: dict[str, tuple[Callable[[DeviceCalibration, Decoder, Progress], float | Rounds | dict[int, float]], list[str]]]
+DRAFTS = {
+    "second-row": (DeviceCalibration.second_row, ['{"share": -1}', '{"share": "x"}']),
+    "rounds": (lambda own, decoder, say: own.round_seconds(decoder, (1, 2), say), ['{"passes": []}', '{"passes": 3}']),
+    "verification": (DeviceCalibration.verification_costs, ['{"7": -1}', '{"5": 1.0}', '{"7": "x"}']),
+}
+"""What drafts cost, by the beginning of its file's name: the measurement, and tables that are damaged."""
 
 
-def test_the_second_row_of_a_draft_is_measured_once_and_again_if_its_file_is_damaged(
-    decoder: Decoder, tmp_path: Path
+@pytest.mark.parametrize("name", DRAFTS)
+def test_what_drafts_cost_is_measured_once_and_again_if_its_file_is_damaged(
+    decoder: Decoder, tmp_path: Path, name: str
 ) -> None:
-    said: list[str] = []
-    first, second = (calibration(tmp_path, Machine()).second_row(decoder, said.append) for _ in range(2))
-    assert first == second >= 0
-    assert len(said) == 1
-    (file,) = tmp_path.glob("second-row-*.json")
-    for damage in ("", "[]", kept('{"share": -1}'), kept('{"share": "x"}')):
-        file.write_text(damage)
-        assert calibration(tmp_path, Machine()).second_row(decoder, said.append) >= 0
-    assert len(said) == 5
-
-
-def test_rounds_of_drafts_are_measured_once_and_again_for_other_counts_or_if_their_file_is_damaged(
-    decoder: Decoder, tmp_path: Path
-) -> None:
-    said: list[str] = []
-
-    def rounds(*counts: int) -> tuple[LatencyTable, ...]:
-        return calibration(tmp_path, Machine()).round_seconds(decoder, counts, said.append)
-
-    first = rounds(1, 2)
-    assert rounds(1, 2) == first
-    assert len(said) == 1
-    assert all(own.rows == (1, 2) and min(own.seconds[cheapest_kernel(decoder.actions)]) > 0 for own in first)
-    assert all(own.seconds[Action.FULL] == first[0].seconds[Action.FULL] for own in first)
-    assert rounds(1)[0].rows == (1,)
-    (file,) = tmp_path.glob("rounds-*.json")
-    for damage in ("", "[]", kept('{"passes": []}'), kept('{"passes": [{}]}'), kept('{"passes": 3}')):
-        file.write_text(damage)
-        assert rounds(1)[0].rows == (1,)
-    assert len(said) == 7
-
-
-def test_verifications_are_measured_once_for_the_lengths_that_fit(decoder: Decoder, tmp_path: Path) -> None:
-    said: list[str] = []
-    first, second = (calibration(tmp_path, Machine()).verification_costs(decoder, said.append) for _ in range(2))
+    (measure, tables), said = DRAFTS[name], list[str]()
+    first, second = (measure(calibration(tmp_path, Machine()), decoder, said.append) for _ in range(2))
     assert first == second
-    assert len(said) == 1
-    assert set(first) == set(MEASURED_LENGTHS)
-    (file,) = tmp_path.glob("verification-*.json")
-    for damage in ("", "[]", kept('{"7": -1}'), kept('{"5": 1.0}'), kept('{"7": "x"}')):
+    (file,) = tmp_path.glob(f"{name}-*.json")
+    for damage in ("", "[]", *(f'{{"was_quiet": true, "table": {table}}}' for table in tables)):
         file.write_text(damage)
-        assert set(calibration(tmp_path, Machine()).verification_costs(decoder, said.append)) == set(MEASURED_LENGTHS)
-    assert len(said) == 6
+        before = len(said)
+        again = measure(calibration(tmp_path, Machine()), decoder, said.append)
+        assert len(said) == before + 1
+        match again:
+            case dict():
+                assert set(again) == set(MEASURED_LENGTHS)
+            case tuple():
+                cheapest = cheapest_kernel(decoder.actions)
+                assert all(own.rows == (1, 2) and min(own.seconds[cheapest]) > 0 for own in again)
+                assert all(own.seconds[Action.FULL] == again[0].seconds[Action.FULL] for own in again)
+            case _:
+                assert again >= 0
+
+
+def test_rounds_of_drafts_are_measured_again_for_other_counts(decoder: Decoder, tmp_path: Path) -> None:
+    said: list[str] = []
+    for counts in ((1, 2), (1,)):
+        rounds = calibration(tmp_path, Machine()).round_seconds(decoder, counts, said.append)
+        assert rounds[0].rows == counts
+    assert len(said) == 2

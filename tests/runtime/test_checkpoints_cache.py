@@ -104,61 +104,33 @@ def test_many_at_once_convert_once_and_all_end_well(tmp_path: Path) -> None:
     assert visible(tmp_path) == ["tiny-1"]
 
 
-def truncate_weights(folder: Path) -> str:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-8])
-    return "model.safetensors"
+DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes | None]]] = {
+    "cut weights": ("model.safetensors", lambda data: data[:-8]),
+    "weights with another header": ("model.safetensors", lambda data: data[:8] + b"?" + data[9:]),
+    "another configuration": ("config.json", lambda data: data.replace(b"made", b"fade")),
+    "no configuration": ("config.json", lambda data: None),
+    "half a manifest": (MANIFEST_FILE, lambda data: b'{"files": {'),
+    "an empty manifest": (MANIFEST_FILE, lambda data: b"{}"),
+    "no manifest": (MANIFEST_FILE, lambda data: None),
+}
+"""A file and what becomes of its contents; None removes it."""
 
 
-def break_weights_header(folder: Path) -> str:
-    file = folder / "model.safetensors"
-    data = file.read_bytes()
-    file.write_bytes(data[:8] + b"?" + data[9:])
-    return "model.safetensors"
+def damage(folder: Path, kind: str) -> str:
+    """Damages one file. Returns what the complaint must name."""
+    name, change = DAMAGES[kind]
+    content = change((folder / name).read_bytes())
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    return "tiny-1" if kind == "no manifest" else name
 
 
-def change_config(folder: Path) -> str:
-    file = folder / "config.json"
-    file.write_text(file.read_text().replace("made", "fade"))
-    return "config.json"
-
-
-def remove_config(folder: Path) -> str:
-    (folder / "config.json").unlink()
-    return "config.json"
-
-
-def break_manifest(folder: Path) -> str:
-    (folder / MANIFEST_FILE).write_text('{"files": {')
-    return MANIFEST_FILE
-
-
-def empty_manifest(folder: Path) -> str:
-    (folder / MANIFEST_FILE).write_text("{}")
-    return MANIFEST_FILE
-
-
-def remove_manifest(folder: Path) -> str:
-    (folder / MANIFEST_FILE).unlink()
-    return "tiny-1"
-
-
-DAMAGES = [
-    truncate_weights,
-    break_weights_header,
-    change_config,
-    remove_config,
-    break_manifest,
-    empty_manifest,
-    remove_manifest,
-]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_folder_is_made_again_and_the_reason_told(tmp_path: Path, damage: Callable[[Path], str]) -> None:
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_folder_is_made_again_and_the_reason_told(tmp_path: Path, kind: str) -> None:
     convert = Converter()
     folder = cached_conversion(source(), tmp_path, convert, ignore)
-    named = damage(folder)
+    named = damage(folder, kind)
     messages: list[str] = []
 
     assert cached_conversion(source(), tmp_path, convert, messages.append) == folder
@@ -171,10 +143,10 @@ def test_a_damaged_folder_is_made_again_and_the_reason_told(tmp_path: Path, dama
     assert visible(tmp_path) == ["tiny-1"]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_folder_without_its_source_is_corrupt(tmp_path: Path, damage: Callable[[Path], str]) -> None:
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_folder_without_its_source_is_corrupt(tmp_path: Path, kind: str) -> None:
     folder = cached_conversion(source(), tmp_path, Converter(), ignore)
-    named = damage(folder)
+    named = damage(folder, kind)
     with pytest.raises(CorruptCheckpoint, match="delete the folder") as caught:
         cached_conversion(source(locate=absent), tmp_path, Converter(), ignore)
     assert named in str(caught.value)

@@ -23,7 +23,7 @@ from dash_runtime.files.tensor_file import CHECKSUM, load_tensors, save_tensors
 from dash_runtime.files.wording import one_line, quoted
 from dash_runtime.policy.policy_file import find_policies
 
-NUM_CASES = 150
+NUM_CASES = 250
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,6 @@ from tests.runtime.support import (
     some_plans,
     tokens,
 )
-from tests.tiny_models import EOS_TOKEN_ID
 
 pytestmark = pytest.mark.alone
 
@@ -249,10 +248,6 @@ def test_a_request_that_does_not_fit_is_refused_by_field_and_the_others_go_on(
         engine.submit(bad)
     assert refusal.value.field == field
     assert list(drain(engine)) == ["good"]
-
-
-def test_the_end_token_of_the_tiny_model_is_in_its_vocabulary() -> None:
-    assert EOS_TOKEN_ID < 260
 
 
 def test_a_long_prompt_reports_progress_after_every_layer(decoder: Decoder) -> None:

@@ -134,13 +134,3 @@ def test_a_row_that_cuda_has_no_packing_for_is_refused_as_a_missing_kernel(in_fe
 @pytest.mark.parametrize("in_features", [1536, 576, 96])
 def test_a_gpu_offers_int4_whatever_packing_the_row_takes(in_features: int) -> None:
     assert Action.INT4 in supported_actions(torch.device("cuda"), torch.bfloat16, {(64, in_features)})
-
-
-@pytest.mark.parametrize("shape", [(576, 1536), (960, 576), (384, 576)])
-@pytest.mark.parametrize("action", [Action.INT4, Action.INT8, Action.FULL])
-def test_a_row_alone_is_bit_equal_to_the_row_among_others(shape: tuple[int, int], action: Action) -> None:
-    linear = make_linear(action, FullLinear(some_weight(*shape)))
-    inputs = torch.randn(17, shape[1], generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-    for num_rows in (2, 9, 17):
-        alone = torch.cat([linear(row) for row in inputs[:num_rows].split(1)])
-        assert torch.equal(linear(inputs[:num_rows]), alone)
