@@ -6,13 +6,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
+from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.rows.library import RowsLibrary, load_rows
 from dash_runtime.startup.measure_costs import measure_costs
 from dash_runtime.training.calibrate import CALIBRATION_PRICES
 from tests.runtime.compiled_model import CompiledModel, save_compiled_model
 from tests.runtime.planned_engine import EOS
+from tests.runtime.support import load_decoder
 from tests.tiny_models import VOCAB_SIZE, save_byte_tokenizer
 
 _MEASURING = ("startup.build", "commands.search", "commands.task_quality", "commands.train")
@@ -58,6 +61,12 @@ def byte_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compiler(byte_tokenizer_file: Path) -> ConstraintCompiler:
     """Compiles constraints for it."""
     return ConstraintCompiler(byte_tokenizer_file, VOCAB_SIZE, {EOS})
+
+
+@pytest.fixture(scope="session")
+def decoder(tiny_folder: Path) -> Decoder:
+    """The tiny Llama in bfloat16, with every action."""
+    return load_decoder(tiny_folder, torch.bfloat16)
 
 
 @pytest.fixture(scope="session")

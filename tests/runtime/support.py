@@ -18,6 +18,7 @@ from dash_runtime.layers.compensation import Affine, Compensation, Identity, Low
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.policy.budgets import BudgetCalibration, PricePoint
 from dash_runtime.policy.fixed_plans import MeasuredPlan, named
+from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 
@@ -119,6 +120,23 @@ def some_calibration(spec: PlanSpec, *points: tuple[float, float, float]) -> Bud
     return BudgetCalibration(tuple(point(*own) for own in sorted(points, key=lambda own: own[1])))
 
 
+def some_policy(
+    spec: PlanSpec,
+    hidden_size: int,
+    *points: tuple[float, float, float],
+    compensation: Compensation | None = None,
+    name: str = "mine",
+) -> LearnedPolicy:
+    """Returns a policy that has learned nothing, calibrated at `points` as `some_calibration` takes them."""
+    return LearnedPolicy(
+        name=name,
+        network=some_network(spec, hidden_size),
+        spec=spec,
+        compensation=compensation or Identity(),
+        calibration=some_calibration(spec, *points),
+    )
+
+
 def some_plans(num_layers: int = 6) -> tuple[MeasuredPlan, ...]:
     """Returns plans down to skipping all but the edges, which diverge the more the cheaper they are."""
     skips = (Action.FULL, *[Action.SKIP] * (num_layers - 2), Action.FULL)
@@ -144,6 +162,13 @@ def drain(engine: Engine) -> dict[str, list[EngineEvent]]:
     return events
 
 
+def run(engine: Engine, *requests: GenerationRequest) -> dict[str, list[EngineEvent]]:
+    """Submits the requests, and returns their events once all have ended."""
+    for own in requests:
+        engine.submit(own)
+    return drain(engine)
+
+
 def run_alone(engine: Engine, request: GenerationRequest) -> tuple[list[EngineEvent], int]:
     """Returns a lone request's events, and the number of steps."""
     engine.submit(request)
@@ -156,8 +181,13 @@ def run_alone(engine: Engine, request: GenerationRequest) -> tuple[list[EngineEv
     return events, num_steps
 
 
+def produced(events: Sequence[EngineEvent]) -> list[TokenProduced]:
+    """Returns the tokens with their plans and log probabilities."""
+    return [event for event in events if isinstance(event, TokenProduced)]
+
+
 def tokens(events: list[EngineEvent]) -> list[int]:
-    return [event.token_id for event in events if isinstance(event, TokenProduced)]
+    return [event.token_id for event in produced(events)]
 
 
 def finished(events: list[EngineEvent]) -> SequenceFinished:

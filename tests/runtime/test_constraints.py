@@ -18,7 +18,7 @@ from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import EndReason, EngineEvent, RequestRefused, SequenceFinished
 from tests.runtime.planned_engine import ACTIONS, EOS, MODES, make_engine
-from tests.runtime.support import drain, finished, load_decoder, tokens
+from tests.runtime.support import finished, load_decoder, run, tokens
 from tests.tiny_models import VOCAB_SIZE
 
 FULL, EXACT = MODES["full"], MODES["exact"]
@@ -68,12 +68,6 @@ def request(
         skip=skip,
         constraint=constraint,
     )
-
-
-def run(engine: Engine, *requests: GenerationRequest) -> Events:
-    for own in requests:
-        engine.submit(own)
-    return drain(engine)
 
 
 def text(events: Events, name: str) -> str:

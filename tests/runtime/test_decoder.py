@@ -16,11 +16,6 @@ from tests.runtime.support import ALL_ACTIONS, full_plan, load_decoder, new_cach
 pytestmark = pytest.mark.alone
 
 
-@pytest.fixture(scope="module")
-def decoder(tiny_folder: Path) -> Decoder:
-    return load_decoder(tiny_folder, torch.bfloat16)
-
-
 def mixed_plans(decoder: Decoder, num_rows: int) -> list[list[Action]]:
     """Returns a different plan for each row, with every action in every layer."""
     return [

@@ -1,10 +1,8 @@
 """Continuous batching: slots, chunks, endings, and tokens that do not depend on what runs beside them."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.config import (
@@ -18,28 +16,14 @@ from dash_runtime.config import (
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import InvalidRequest
-from dash_runtime.events import EngineEvent, SequenceFinished, SlotGranted, TokenProduced
+from dash_runtime.events import SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.startup.build import assemble_engine
-from tests.runtime.support import (
-    ALL_ACTIONS,
-    drain,
-    finished,
-    load_decoder,
-    some_affine,
-    some_costs,
-    some_plans,
-    tokens,
-)
+from tests.runtime.support import ALL_ACTIONS, drain, finished, run, some_affine, some_costs, some_plans, tokens
 
 pytestmark = pytest.mark.alone
 
 ADAPTIVE = SkipOptions(Mode.ADAPTIVE, compute_budget=0.6)
-
-
-@pytest.fixture(scope="module")
-def decoder(tiny_folder: Path) -> Decoder:
-    return load_decoder(tiny_folder, torch.bfloat16)
 
 
 def make_engine(decoder: Decoder, eos: frozenset[int] = frozenset(), **options: int) -> Engine:
@@ -54,12 +38,6 @@ def request(
     stopping = StoppingParameters(max_new_tokens)
     made = GenerationRequest(name, prompt or [1, 2, 3], stopping)
     return replace(made, **options)  # type: ignore[arg-type]
-
-
-def run(engine: Engine, *requests: GenerationRequest) -> dict[str, list[EngineEvent]]:
-    for own in requests:
-        engine.submit(own)
-    return drain(engine)
 
 
 def mixed_requests() -> list[GenerationRequest]:

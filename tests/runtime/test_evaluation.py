@@ -12,7 +12,7 @@ from dash_runtime.evaluation.controls import Evaluation, Row, RowKind, with_domi
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.startup.default_text import default_token_sequences
-from tests.runtime.support import load_decoder, some_affine, some_calibration, some_costs, some_network
+from tests.runtime.support import load_decoder, some_affine, some_costs, some_policy
 from tests.tiny_models import NUM_LAYERS
 
 EVALUATION = 0.01
@@ -32,13 +32,7 @@ def sequences(tiny_folder: Path) -> list[list[int]]:
 
 def policy_with(decoder: Decoder, actions: tuple[Action, ...]) -> LearnedPolicy:
     spec = PlanSpec(actions, pinned=EDGES, lookahead=1, block_size=2, head=Action.FULL, costs=COSTS)
-    return LearnedPolicy(
-        name="mine",
-        network=some_network(spec, decoder.config.hidden_size),
-        spec=spec,
-        compensation=some_affine(decoder),
-        calibration=some_calibration(spec, (0.5, 0.0, 0.1)),
-    )
+    return some_policy(spec, decoder.config.hidden_size, (0.5, 0.0, 0.1), compensation=some_affine(decoder))
 
 
 @pytest.mark.parametrize("actions", [(Action.SKIP, Action.FULL), tuple(Action)])

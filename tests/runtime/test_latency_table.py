@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from dash_runtime.actions import Action, LatencyTable
@@ -11,11 +10,6 @@ from dash_runtime.layers.compensation import Identity
 from dash_runtime.startup.measure_latency import measure_latencies
 from tests.runtime.support import load_decoder, some_affine
 from tests.tiny_models import save_tiny_model
-
-
-@pytest.fixture(scope="module")
-def decoder(tiny_folder: Path) -> Decoder:
-    return load_decoder(tiny_folder, torch.bfloat16)
 
 
 def measured(decoder: Decoder, rows: tuple[int, ...]) -> LatencyTable:

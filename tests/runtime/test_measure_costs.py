@@ -3,10 +3,8 @@
 import math
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-import torch
 
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.config import (
@@ -26,14 +24,9 @@ from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.startup.build import assemble_engine
 from dash_runtime.startup.measure import rounds_within
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
-from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, some_affine, some_costs
+from tests.runtime.support import ALL_ACTIONS, drain, finished, some_affine, some_costs
 
 INT4 = SkipOptions(Mode.FIXED, fixed_action=Action.INT4)
-
-
-@pytest.fixture(scope="module")
-def decoder(tiny_folder: Path) -> Decoder:
-    return load_decoder(tiny_folder, torch.bfloat16)
 
 
 def ticking(seconds: float) -> Callable[[], float]:

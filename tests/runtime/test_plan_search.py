@@ -16,15 +16,10 @@ from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.rollout.task import Task, path_outcome
 from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.startup.plan_search import MAX_PLANS, measure_plans, search_plans, search_text
-from tests.runtime.support import load_decoder, some_affine, some_costs
+from tests.runtime.support import some_affine, some_costs
 from tests.tiny_models import NUM_LAYERS
 
 COSTS = some_costs(NUM_LAYERS)
-
-
-@pytest.fixture(scope="module")
-def decoder(tiny_folder: Path) -> Decoder:
-    return load_decoder(tiny_folder, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")

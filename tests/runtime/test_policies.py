@@ -16,7 +16,7 @@ from dash_runtime.policy.frontier import Frontier
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import RandomPlan, State, Token, fixed_action_plan, full_edges
-from tests.runtime.support import ALL_ACTIONS, some_calibration, some_costs, some_network, some_plans
+from tests.runtime.support import ALL_ACTIONS, some_costs, some_plans, some_policy
 
 COSTS = some_costs(30)
 PLANS = some_plans(30)
@@ -117,13 +117,7 @@ def test_a_plan_that_names_what_this_device_lacks_is_left_out() -> None:
 
 def trained(name: str, lowest_budget: float, divergence: float = 0.2) -> LearnedPolicy:
     spec = PlanSpec(ALL_ACTIONS, pinned=full_edges(30), lookahead=1, block_size=4, head=Action.FULL, costs=COSTS)
-    return LearnedPolicy(
-        name=name,
-        network=some_network(spec, hidden_size=4),
-        spec=spec,
-        compensation=Identity(),
-        calibration=some_calibration(spec, (lowest_budget, 1.0, divergence), (0.9, -1.0, 0.001)),
-    )
+    return some_policy(spec, 4, (lowest_budget, 1.0, divergence), (0.9, -1.0, 0.001), name=name)
 
 
 @pytest.mark.parametrize(

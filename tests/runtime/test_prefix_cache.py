@@ -30,6 +30,8 @@ from tests.runtime.support import (
     finished,
     load_decoder,
     new_cache,
+    produced,
+    run,
     some_affine,
     some_costs,
     some_plans,
@@ -49,11 +51,6 @@ MODES = {
 }
 LONG = [place * 7 % 250 for place in range(340)]
 """Longer than one pass, and than one KV block of attention."""
-
-
-@pytest.fixture(scope="module")
-def decoder(tiny_folder: Path) -> Decoder:
-    return load_decoder(tiny_folder, torch.bfloat16)
 
 
 def filled(decoder: Decoder, num_tokens: int) -> SequenceCache:
@@ -80,17 +77,6 @@ def make_engine(decoder: Decoder, **options: int) -> Engine:
 def request(name: str, prompt: list[int], max_new_tokens: int = 8, **options: object) -> GenerationRequest:
     made = GenerationRequest(name, prompt, StoppingParameters(max_new_tokens), logprobs=3, return_decisions=True)
     return replace(made, **options)  # type: ignore[arg-type]
-
-
-def run(engine: Engine, *requests: GenerationRequest) -> dict[str, list[EngineEvent]]:
-    for own in requests:
-        engine.submit(own)
-    return drain(engine)
-
-
-def produced(events: Sequence[EngineEvent]) -> list[TokenProduced]:
-    """Returns tokens with their plans and logprobs."""
-    return [event for event in events if isinstance(event, TokenProduced)]
 
 
 def num_cached(events: list[EngineEvent]) -> int:

@@ -12,7 +12,7 @@ from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import EndReason, EngineEvent, TokenProduced
 from tests.runtime.planned_engine import ACTIONS, make_engine
-from tests.runtime.support import drain, finished, load_decoder, tokens
+from tests.runtime.support import finished, load_decoder, run, tokens
 from tests.tiny_models import VOCAB_SIZE
 
 MODES = {
@@ -40,12 +40,6 @@ def score(scored: list[int], mode: str = "full", prompt: list[int] = PROMPT, nam
 
 def generation(mode: str, prompt: list[int] = PROMPT) -> GenerationRequest:
     return GenerationRequest("g", prompt, StoppingParameters(12, ignore_eos=True), skip=MODES[mode], logprobs=2)
-
-
-def run(engine: Engine, *requests: GenerationRequest) -> dict[str, list[EngineEvent]]:
-    for request in requests:
-        engine.submit(request)
-    return drain(engine)
 
 
 def log_probabilities(events: list[EngineEvent]) -> list[float]:

@@ -30,11 +30,6 @@ LENGTH = 16
 SETTINGS = SelfTextSettings(("one", "two?", "three!"), max_new_tokens=12, num_slots=4)
 
 
-@pytest.fixture(scope="module")
-def decoder(tiny_folder: Path) -> Decoder:
-    return load_decoder(tiny_folder, torch.bfloat16)
-
-
 class Run:
     """Calls with the tiny model, and the progress that they reported."""
 

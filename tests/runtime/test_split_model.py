@@ -1,6 +1,7 @@
 """A model whose layers lie on two devices computes what it computes on one, bit for bit."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from dash_runtime.config import (
 from dash_runtime.decoder.backends.split import SplitBackend
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.engine import Engine
-from dash_runtime.events import EngineEvent, TokenProduced
+from dash_runtime.events import EngineEvent
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation, Dense, Identity, Scale
 from dash_runtime.layers.split_compensation import compensation_over
@@ -35,13 +36,13 @@ from tests.runtime.support import (
     full_plan,
     load_decoder,
     new_cache,
+    produced,
     run_rows,
     some_affine,
-    some_calibration,
     some_costs,
     some_low_rank,
-    some_network,
     some_plans,
+    some_policy,
     tokens,
 )
 from tests.runtime.twin_devices import TWINS, TwinOperations, twin_devices
@@ -58,17 +59,14 @@ def twins(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwinOperations]:
         yield operations
 
 
-def some_policy(decoder: Decoder) -> LearnedPolicy:
+def policy_over(decoder: Decoder) -> LearnedPolicy:
     """Returns a policy that sees layers of both devices, and skips with a low-rank map."""
     pinned = {0: Action.FULL, 5: Action.FULL}
     spec = PlanSpec(ALL_ACTIONS, pinned=pinned, lookahead=1, block_size=1, head=Action.INT8, costs=some_costs())
-    return LearnedPolicy(
-        name="mine",
-        network=some_network(spec, decoder.config.hidden_size).to(decoder.device),
-        spec=spec,
-        compensation=compensation_over(some_low_rank(decoder), decoder.devices),
-        calibration=some_calibration(spec, (0.5, 1.0, 0.1), (1.0, 0.0, 0.01)),
-    )
+    compensation = compensation_over(some_low_rank(decoder), decoder.devices)
+    points = (0.5, 1.0, 0.1), (1.0, 0.0, 0.01)
+    policy = some_policy(spec, decoder.config.hidden_size, *points, compensation=compensation)
+    return replace(policy, network=policy.network.to(decoder.device))
 
 
 def make_engine(decoder: Decoder) -> Engine:
@@ -77,7 +75,7 @@ def make_engine(decoder: Decoder) -> Engine:
         some_costs(),
         ALL_ACTIONS,
         compensation_over(some_affine(decoder), decoder.devices),
-        (some_policy(decoder),),
+        (policy_over(decoder),),
         0.8,
         NEARLY_FREE,
         least_drafting_gain=0,
@@ -115,11 +113,6 @@ def answers(engine: Engine) -> dict[str, list[EngineEvent]]:
             if not together:
                 events |= drain(engine)
     return events | drain(engine)
-
-
-def produced(events: list[EngineEvent]) -> list[TokenProduced]:
-    """Returns the tokens with their plans and log probabilities."""
-    return [event for event in events if isinstance(event, TokenProduced)]
 
 
 def scores(events: list[EngineEvent]) -> list[bytes]:

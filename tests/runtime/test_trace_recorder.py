@@ -2,7 +2,6 @@
 
 from array import array
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,19 +21,9 @@ from dash_runtime.events import EngineEvent, SequenceCancelled, SequenceFinished
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.passes import OnePass, PassResult
 from dash_runtime.policy.catalog import PolicyCatalog
-from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.startup.build import assemble_engine
-from tests.runtime.support import (
-    ALL_ACTIONS,
-    drain,
-    finished,
-    load_decoder,
-    some_calibration,
-    some_costs,
-    some_network,
-    tokens,
-)
+from tests.runtime.support import ALL_ACTIONS, drain, finished, some_costs, some_policy, tokens
 
 PINNED = {0: Action.FULL, 5: Action.FULL}
 ADAPTIVE = SkipOptions(Mode.ADAPTIVE, compute_budget=0.7)
@@ -42,28 +31,12 @@ EXACT = SkipOptions(Mode.EXACT, compute_budget=0.7)
 NEARLY_FREE = {1: 0.1, 3: 0.1, 7: 0.1}
 
 
-@pytest.fixture(scope="module")
-def decoder(tiny_folder: Path) -> Decoder:
-    return load_decoder(tiny_folder, torch.bfloat16)
-
-
-def some_policy(decoder: Decoder) -> LearnedPolicy:
-    """Returns a policy with decision blocks of three layers and of one."""
-    spec = PlanSpec(ALL_ACTIONS, pinned=PINNED, lookahead=1, block_size=3, head=Action.FULL, costs=some_costs())
-    return LearnedPolicy(
-        name="mine",
-        network=some_network(spec, decoder.config.hidden_size),
-        spec=spec,
-        compensation=Identity(),
-        calibration=some_calibration(spec, (0.5, 1.0, 0.1), (1.0, 0.0, 0.01)),
-    )
-
-
 def make_engine(decoder: Decoder, record_steps: int = 64) -> Engine:
+    """Returns an engine with a policy that has decision blocks of three layers and of one."""
+    spec = PlanSpec(ALL_ACTIONS, pinned=PINNED, lookahead=1, block_size=3, head=Action.FULL, costs=some_costs())
+    policy = some_policy(spec, decoder.config.hidden_size, (0.5, 1.0, 0.1), (1.0, 0.0, 0.01))
     config = EngineConfig(record_steps=record_steps, group_planner=False)
-    catalog = PolicyCatalog(
-        some_costs(), ALL_ACTIONS, Identity(), (some_policy(decoder),), 0.7, NEARLY_FREE, least_drafting_gain=0.1
-    )
+    catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, Identity(), (policy,), 0.7, NEARLY_FREE, least_drafting_gain=0.1)
     return assemble_engine(decoder, catalog, config, 512, frozenset())
 
 

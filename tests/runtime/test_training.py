@@ -15,7 +15,6 @@ from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.draft_length import USUAL_LENGTHS, USUAL_VERIFICATION_COST, drafting_gain
-from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Token
@@ -29,10 +28,10 @@ from tests.runtime.support import (
     load_decoder,
     new_cache,
     run_rows,
-    some_calibration,
     some_costs,
     some_low_rank,
     some_network,
+    some_policy,
 )
 from tests.tiny_models import NUM_LAYERS
 
@@ -73,13 +72,8 @@ def test_a_rollouts_actions_and_states_are_those_of_serving_for_the_same_tokens(
     task = make_task(decoder, lookahead, block_size)
     task = replace(task, spec=replace(task.spec, pinned=dict.fromkeys(task.spec.pinned, pinned_action)))
     network = make_network(task)
-    policy = LearnedPolicy(
-        name="p",
-        network=network,
-        spec=task.spec,
-        compensation=task.compensation,
-        calibration=some_calibration(task.spec, (0.5, 0.0, 0.1)),
-    )
+    size = decoder.config.hidden_size
+    policy = some_policy(task.spec, size, (0.5, 0.0, 0.1), compensation=task.compensation)
     batch = sequences[:2]
     rolled = task.roll_out(batch, greedy_choice(task.spec, network, torch.tensor(0.0)))
     assert len(rolled.actions[1:5].unique()) >= 3
