@@ -1,10 +1,11 @@
-"""Trials are read later, unless their file is damaged, of another product or wrong."""
+"""What is kept for later starts: trials, read again unless they are damaged or wrong, and files that are whole."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
+from dash_runtime.files.atomic_file import replacing
 from dash_runtime.linears import dense_linear
 from dash_runtime.linears.dense_linear import FullLinear
 from dash_runtime.linears.kept_trials import KeptTrials
@@ -62,3 +63,16 @@ def test_a_kept_trial_is_not_made_again_and_a_wrong_one_is(tmp_path: Path, monke
     others = tried(second, (64, 32), False, 1)
     assert (others[2], others[4]) == (4, 4)
     assert tried(second, (64, 32), False, 1) == others
+
+
+def test_writers_with_the_same_process_id_do_not_write_into_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    with replacing(path) as first:
+        first.write_text("fir")
+        with replacing(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+        assert first.read_text() == "fir"
+        first.write_text("first")
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,12 +1,14 @@
-"""Costs measured by whole steps, within the time allowed; and a table that is replaced while requests run."""
+"""Costs and latencies measured by whole steps, in the time allowed; a table that is replaced while requests run."""
 
 import math
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 
-from dash_runtime.actions import Action, CostTable
+from dash_runtime.actions import Action, CostTable, LatencyTable
 from dash_runtime.config import (
     EngineConfig,
     GenerationRequest,
@@ -20,11 +22,14 @@ from dash_runtime.engine.cost_fit import GROUP
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.step_times import StepTime
 from dash_runtime.events import CostStatus
+from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.startup.build import assemble_engine
 from dash_runtime.startup.measure import rounds_within
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
-from tests.runtime.support import ALL_ACTIONS, drain, finished, some_affine, some_costs
+from dash_runtime.startup.measure_latency import measure_latencies
+from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, some_affine, some_costs
+from tests.tiny_models import save_tiny_model
 
 INT4 = SkipOptions(Mode.FIXED, fixed_action=Action.INT4)
 
@@ -139,3 +144,25 @@ def test_only_steps_of_a_single_plain_row_are_timed(decoder: Decoder) -> None:
         engine.submit(GenerationRequest(name, [1, 2], StoppingParameters(6)))
     drain(engine)
     assert watch.steps == []
+
+
+def measured(decoder: Decoder, rows: tuple[int, ...]) -> LatencyTable:
+    return measure_latencies(decoder, Identity(), rows, rounds=2)
+
+
+def test_every_action_takes_time_at_every_row_count(decoder: Decoder) -> None:
+    costs = measure_latencies(decoder, some_affine(decoder), rounds=3)
+    assert costs.rows == (1, 2, 4, 8, 16, 64)
+    assert set(costs.seconds) == set(decoder.actions)
+    assert all(0 < seconds < 1 for by_rows in costs.seconds.values() for seconds in by_rows)
+
+
+def test_only_the_decoders_own_actions_are_measured(tiny_folder: Path) -> None:
+    decoder = load_decoder(tiny_folder, actions=(Action.SKIP, Action.FULL))
+    assert set(measured(decoder, (1, 3)).seconds) == {Action.SKIP, Action.FULL}
+
+
+def test_a_model_with_a_short_context_and_many_layers_is_measured(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "short", "llama", max_position_embeddings=32, num_hidden_layers=11)
+    decoder = load_decoder(folder, torch.bfloat16)
+    assert all(seconds > 0 for by_rows in measured(decoder, (1, 2)).seconds.values() for seconds in by_rows)

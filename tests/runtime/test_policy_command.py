@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 from safetensors import safe_open
 
 from dash_runtime.commands.cli import main
+from dash_runtime.commands.costs import table_of
 from dash_runtime.files.tensor_file import CHECKSUM
+from tests.runtime.cost_samples import TRUE, measured
 from tests.runtime.support import policy_arguments
 
 pytestmark = pytest.mark.usefixtures("short_measurements")
@@ -198,3 +201,29 @@ def test_options_out_of_range_are_refused(arguments: list[str], capsys: pytest.C
         main(["train", "--out", "nowhere", *arguments])
     assert end.value.code == 2
     assert arguments[0].lstrip("-").split("-")[0] in capsys.readouterr().err
+
+
+def test_the_table_shows_cost_spread_and_age() -> None:
+    lines = table_of(measured(TRUE), 1.0 + 2 * 86400 + 5).splitlines()
+    rows = {line[:28].strip(): [float(part) for part in line[28:].split()] for line in lines[1:-1]}
+    assert list(rows) == [
+        "layer SKIP", "layer INT4", "layer INT8", "layer FULL", "head INT8", "head FULL", "rest of a token",
+        "policy evaluation",
+    ]  # fmt: skip
+    assert rows["layer FULL"] == [0.08, 0.0144]
+    assert lines[-1] == "from 8 rounds, 1970-01-01 00:00 UTC, 2 days ago"
+    served = replace(measured(TRUE), num_rounds=0)
+    assert table_of(served, 1.0).splitlines()[-1] == "from served steps, 1970-01-01 00:00 UTC, less than a minute ago"
+
+
+def test_costs_are_kept_until_they_are_measured_again(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["costs", "--model", str(tiny_folder), "--device", "cpu", "--cache-folder", str(tmp_path)]
+    shown: list[str] = []
+    for more in ([], [], [], ["--measure"]):  # the first table, of a busy machine, would be measured again
+        assert main([*arguments, *more]) == 0
+        shown.append(capsys.readouterr().out)
+    _, kept, shown_again, measured_again = (text.splitlines()[:-1] for text in shown)
+    assert kept == shown_again != measured_again
+    assert "tiny" in kept[0] or "CPU" in kept[0]

@@ -1,4 +1,4 @@
-"""The packed kernels stand for the matrices they say they do."""
+"""The packed kernels stand for the matrices they say they do, and are offered where they are faster."""
 
 import pytest
 import torch
@@ -16,8 +16,9 @@ from dash_runtime.linears.quantization import (
     rounded_linear,
     supported_actions,
 )
+from dash_runtime.startup.faster_kernels import faster_actions, product_seconds
+from tests.runtime.support import ALL_ACTIONS, CPU
 
-CPU = torch.device("cpu")
 PARTS: dict[Action, tuple[int, int | None]] = {Action.INT4: (0, 32), Action.INT8: (32, None)}
 
 
@@ -134,3 +135,14 @@ def test_a_row_that_cuda_has_no_packing_for_is_refused_as_a_missing_kernel(in_fe
 @pytest.mark.parametrize("in_features", [1536, 576, 96])
 def test_a_gpu_offers_int4_whatever_packing_the_row_takes(in_features: int) -> None:
     assert Action.INT4 in supported_actions(torch.device("cuda"), torch.bfloat16, {(64, in_features)})
+
+
+def test_a_kernel_that_takes_as_long_as_fulls_is_left_out_and_skip_stays() -> None:
+    seconds = {Action.FULL: 2.0, Action.INT8: 2.0, Action.INT4: 1.9}
+    assert faster_actions(ALL_ACTIONS, seconds.__getitem__) == (Action.SKIP, Action.INT4, Action.FULL)
+
+
+def test_more_and_larger_matrices_take_longer() -> None:
+    few = product_seconds(Action.FULL, {(64, 64)}, CPU, torch.bfloat16)
+    many = product_seconds(Action.FULL, {(64, 64), (4096, 4096)}, CPU, torch.bfloat16)
+    assert 0 < few < many
