@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.gpu_once.live_report import LiveReport
+from benchmarks.gpu_once.model import Model, build_model
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.rows.library import RowsLibrary, load_rows
@@ -15,7 +17,7 @@ from dash_runtime.startup.measure_costs import measure_costs
 from dash_runtime.training.calibrate import CALIBRATION_PRICES
 from tests.runtime.compiled_model import CompiledModel, save_compiled_model
 from tests.runtime.planned_engine import EOS
-from tests.runtime.support import load_decoder
+from tests.runtime.support import CPU, load_decoder
 from tests.tiny_models import VOCAB_SIZE, save_byte_tokenizer
 
 _MEASURING = ("startup.build", "commands.search", "commands.task_quality", "commands.train")
@@ -67,6 +69,20 @@ def compiler(byte_tokenizer_file: Path) -> ConstraintCompiler:
 def decoder(tiny_folder: Path) -> Decoder:
     """The tiny Llama in bfloat16, with every action."""
     return load_decoder(tiny_folder, torch.bfloat16)
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> LiveReport:
+    """A report of the run for a GPU."""
+    return LiveReport(tmp_path, 1000)
+
+
+@pytest.fixture
+def model(report: LiveReport) -> Model:
+    """The tiny model of that run."""
+    built = build_model(report, "tiny", CPU, 4096)
+    assert built is not None
+    return built
 
 
 @pytest.fixture(scope="session")

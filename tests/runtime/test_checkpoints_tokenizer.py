@@ -65,38 +65,26 @@ def test_control_tokens_are_special_and_user_defined_ones_are_not(llama: Path, t
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<think>abc"
 
 
+WORDS, DIGITS = "aNew HTTPServer doesn't WE'VE //\n", "1234: 5"
+
+
 @pytest.mark.parametrize(
-    ("pre", "pieces"),
+    ("pre", "text", "pieces"),
     [
-        ("llama-bpe", ["aNew", "ĠHTTPServer", "Ġdoesn", "'t", "ĠWE", "'VE", "Ġ//Ċ"]),
-        ("gpt-4o", ["a", "New", "ĠHTTPServer", "Ġdoesn't", "ĠWE'VE", "Ġ//Ċ"]),
-        ("tekken", ["a", "New", "ĠHTTPServer", "Ġdoesn", "'t", "ĠWE", "'VE", "Ġ//Ċ"]),
+        ("llama-bpe", WORDS, ["aNew", "ĠHTTPServer", "Ġdoesn", "'t", "ĠWE", "'VE", "Ġ//Ċ"]),
+        ("gpt-4o", WORDS, ["a", "New", "ĠHTTPServer", "Ġdoesn't", "ĠWE'VE", "Ġ//Ċ"]),
+        ("tekken", WORDS, ["a", "New", "ĠHTTPServer", "Ġdoesn", "'t", "ĠWE", "'VE", "Ġ//Ċ"]),
+        *((pre, DIGITS, ["1", "2", "3", "4", ":", "Ġ", "5"]) for pre in ("smollm", "qwen2", "refact", "tekken")),
+        *((pre, DIGITS, ["123", "4", ":", "Ġ", "5"]) for pre in ("llama-bpe", "dbrx", "gpt-4o")),
+        ("gpt-2", DIGITS, ["1234", ":", "Ġ5"]),
     ],
 )
-def test_words_are_cut_as_the_pre_tokenizer_says(llama: Path, tmp_path: Path, pre: str, pieces: list[str]) -> None:
+def test_text_is_cut_as_the_pre_tokenizer_says(
+    llama: Path, tmp_path: Path, pre: str, text: str, pieces: list[str]
+) -> None:
     tokenizer = load_tokenizer(converted(llama, tmp_path, pre=pre))
     assert tokenizer.pre_tokenizer is not None
-    text = "aNew HTTPServer doesn't WE'VE //\n"
     assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)] == pieces
-
-
-@pytest.mark.parametrize(
-    ("pre", "pieces"),
-    [
-        ("smollm", ["1", "2", "3", "4", ":", "Ġ", "5"]),
-        ("gpt-2", ["1234", ":", "Ġ5"]),
-        ("llama-bpe", ["123", "4", ":", "Ġ", "5"]),
-        ("qwen2", ["1", "2", "3", "4", ":", "Ġ", "5"]),
-        ("refact", ["1", "2", "3", "4", ":", "Ġ", "5"]),
-        ("dbrx", ["123", "4", ":", "Ġ", "5"]),
-        ("gpt-4o", ["123", "4", ":", "Ġ", "5"]),
-        ("tekken", ["1", "2", "3", "4", ":", "Ġ", "5"]),
-    ],
-)
-def test_digits_are_cut_as_the_pre_tokenizer_says(llama: Path, tmp_path: Path, pre: str, pieces: list[str]) -> None:
-    tokenizer = load_tokenizer(converted(llama, tmp_path, pre=pre))
-    assert tokenizer.pre_tokenizer is not None
-    assert [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("1234: 5")] == pieces
 
 
 @pytest.mark.parametrize(
@@ -140,7 +128,7 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 SENTENCEPIECE_TOKENS = ["<unk>", "<s>", "</s>", *BYTES, *PIECES, "  "]
 
 
-def sentencepiece(llama: Path, tmp_path: Path, **changes: Any) -> Path:
+def sentencepiece(tmp_path: Path, **changes: Any) -> Path:
     """Converts a file with these pieces. The two spaces at the end are a user-defined token."""
     size = len(SENTENCEPIECE_TOKENS)
     folder = save_tiny_model(tmp_path / "model", "llama", num_hidden_layers=1, vocab_size=size)
@@ -156,12 +144,7 @@ def sentencepiece(llama: Path, tmp_path: Path, **changes: Any) -> Path:
         "eos_token_id": 2,
         "add_space_prefix": False,
     }
-    values = {f"tokenizer.ggml.{key}": value for key, value in (metadata | changes).items()}
-    gguf = write_gguf(tmp_path / "m.gguf", folder, metadata=values)
-    converted_folder = tmp_path / "converted"
-    converted_folder.mkdir()
-    convert_gguf(gguf, converted_folder)
-    return converted_folder
+    return converted(folder, tmp_path, **(metadata | changes))
 
 
 def joined_by_score(text: str) -> list[str]:
@@ -179,8 +162,8 @@ def byte_pieces(character: str) -> list[str]:
     return [f"<0x{byte:02X}>" for byte in character.encode()]
 
 
-def test_sentencepieces_neighbours_are_joined_by_their_scores(llama: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(sentencepiece(llama, tmp_path))
+def test_sentencepieces_neighbours_are_joined_by_their_scores(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(sentencepiece(tmp_path))
     rng = Random(1)
     texts = ["banana", " banana bandana", "naïve 日本 é", "".join(rng.choices("abn é", k=200)).replace("  ", " ")]
     for text in texts:
@@ -188,14 +171,14 @@ def test_sentencepieces_neighbours_are_joined_by_their_scores(llama: Path, tmp_p
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-def test_a_sentencepiece_files_own_tokens_are_cut_out_first(llama: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(sentencepiece(llama, tmp_path))
+def test_a_sentencepiece_files_own_tokens_are_cut_out_first(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(sentencepiece(tmp_path))
     assert tokenizer.encode("a  b</s>").tokens == ["<s>", "a", "  ", "b", "</s>"]
     assert tokenizer.decode(tokenizer.encode("a  b</s>").ids) == "a  b"
 
 
-def test_a_space_before_the_text_is_added_and_taken_back_where_the_file_says_so(llama: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(sentencepiece(llama, tmp_path, add_space_prefix=True, add_bos_token=False))
+def test_a_space_before_the_text_is_added_and_taken_back_where_the_file_says_so(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(sentencepiece(tmp_path, add_space_prefix=True, add_bos_token=False))
     assert tokenizer.encode("ban a").tokens == ["▁ban", "▁a"]
     assert tokenizer.decode(tokenizer.encode("ban a").ids) == "ban a"
 
@@ -209,7 +192,7 @@ def test_a_space_before_the_text_is_added_and_taken_back_where_the_file_says_so(
     ],
 )
 def test_a_sentencepiece_file_that_cannot_be_converted_says_why(
-    llama: Path, tmp_path: Path, changes: dict[str, Any], message: str
+    tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises((CorruptCheckpoint, UnsupportedArchitecture), match=message):
-        sentencepiece(llama, tmp_path, **changes)
+        sentencepiece(tmp_path, **changes)

@@ -51,18 +51,6 @@ runpy.run_module("benchmarks.gpu_once", run_name="__main__")
 """
 
 
-@pytest.fixture
-def report(tmp_path: Path) -> LiveReport:
-    return LiveReport(tmp_path, 1000)
-
-
-@pytest.fixture
-def model(report: LiveReport) -> Model:
-    built = build_model(report, "tiny", CPU, 4096)
-    assert built is not None
-    return built
-
-
 def failing() -> None:
     raise ValueError("no such kernel\nand more")
 

@@ -33,18 +33,6 @@ TINY = SHAPES["tiny"]
 EMBEDDING = "model.embed_tokens.weight"
 
 
-@pytest.fixture
-def report(tmp_path: Path) -> LiveReport:
-    return LiveReport(tmp_path, 1000)
-
-
-@pytest.fixture
-def model(report: LiveReport) -> Model:
-    built = build_model(report, "tiny", CPU, 4096)
-    assert built is not None
-    return built
-
-
 def float_decoder() -> Decoder:
     weights = RandomWeights(TINY, torch.float32, CPU)
     return decoder_with_graphs(TINY, weights, (Action.SKIP, Action.FULL), torch.float32, CPU, 512)
