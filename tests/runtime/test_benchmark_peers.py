@@ -89,24 +89,27 @@ def test_a_peer_gets_its_variables(tmp_path: Path) -> None:
         assert ChildContender(peer).run([[1]], 7).num_tokens == 6
 
 
-def test_a_child_that_makes_too_few_tokens_is_a_failure(tmp_path: Path) -> None:
-    with running(tmp_path, SHORT) as peer:
-        contender = ChildContender(peer)
-        with pytest.raises(RuntimeError, match=r"the peer made \[1\] tokens instead of 3"):
-            contender.run([[1]], 3)
+DIES = 'print("loading\\nno such kernel\\n", file=sys.stderr); sys.exit(3)'
+DIED = "the peer did not answer, and ended with status 3: no such kernel"
 
 
-@pytest.mark.parametrize("before", ["", READY + "; sys.stdin.readline()"], ids=["at its start", "when it is asked"])
-def test_a_child_that_dies_is_reported_with_its_last_line_of_stderr(tmp_path: Path, before: str) -> None:
-    program = f"""
-    import sys
-    {before}
-    print("loading\\nno such kernel\\n", file=sys.stderr)
-    sys.exit(3)
-    """
+@pytest.mark.parametrize(
+    ("program", "complaint"),
+    [
+        (SHORT, "the peer made [1] tokens instead of 3"),
+        (f"import sys; {DIES}", DIED),
+        (f"import sys; {READY}; sys.stdin.readline(); {DIES}", DIED),
+        ("import sys; sys.stdin.read()", "the peer did not answer: no message"),
+    ],
+    ids=["makes too few tokens", "dies at its start", "dies when it is asked", "says nothing"],
+)
+def test_a_child_that_fails_is_reported_with_its_last_line_of_stderr(
+    tmp_path: Path, program: str, complaint: str
+) -> None:
+    deadline = {"deadline_seconds": 0.05} if complaint.endswith("no message") else {}
     with running(tmp_path, program) as peer, pytest.raises(RuntimeError) as raised:
-        ChildContender(peer).run([[1]], 3)
-    assert str(raised.value) == "the peer did not answer, and ended with status 3: no such kernel"
+        ChildContender(peer, **deadline).run([[1]], 3)
+    assert str(raised.value) == complaint
 
 
 def test_a_child_that_died_between_its_turns_is_reported(tmp_path: Path) -> None:
@@ -116,14 +119,6 @@ def test_a_child_that_died_between_its_turns_is_reported(tmp_path: Path) -> None
         peer.process.wait()
         with pytest.raises(RuntimeError, match="the peer takes no prompts, and ended with status -9: no message"):
             contender.run([[1]], 3)
-
-
-def test_a_child_that_says_nothing_is_given_up(tmp_path: Path) -> None:
-    with (
-        running(tmp_path, "import sys; sys.stdin.read()") as peer,
-        pytest.raises(RuntimeError, match="the peer did not answer: no message"),
-    ):
-        ChildContender(peer, deadline_seconds=0.05)
 
 
 def test_a_peer_and_its_children_stand_still_between_their_turns(tmp_path: Path) -> None:

@@ -168,16 +168,14 @@ def test_a_refusal_of_the_template_names_the_chat() -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["{{ messages[9].content + 1 }}", "{{ 1 / 0 }}", "{{ missing.attribute.deeper }}", "{{ 'a' + 1 }}"]
+    "source",
+    [
+        *("{{ messages[9].content + 1 }}", "{{ 1 / 0 }}", "{{ missing.attribute.deeper }}", "{{ 'a' + 1 }}"),
+        "{{ ''.__class__.__mro__ }}{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+    ],
 )
-def test_a_failure_of_the_template_names_the_chat(source: str) -> None:
-    assert violation(ChatTemplate(source, {}), [("user", "hi")]).field == "chat"
-
-
-@pytest.mark.parametrize(
-    "source", ["{{ ''.__class__.__mro__ }}{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}"]
-)
-def test_the_template_cannot_leave_the_sandbox(source: str) -> None:
+def test_a_template_that_fails_or_would_leave_the_sandbox_names_the_chat(source: str) -> None:
     assert violation(ChatTemplate(source, {}), [("user", "hi")]).field == "chat"
 
 
