@@ -21,15 +21,15 @@ leave_triton_out()
 LONG_FILES = (
     "test_code_blocks.py",
     "test_policy_command.py",
-    "test_served_families.py",
     "test_split_model.py",
     "test_soak.py",
-    "test_build.py",
-    "test_speculative.py",
+    "test_gpu_once.py",
+    "test_served_families.py",
     "test_parity.py",
+    "test_build.py",
 )
-"""Files of half a minute and more. Each process of xdist takes two to begin with: of the first four, and then of those
-that go best with them."""
+"""The longest files. Each process of xdist takes two to begin with: of the first four, and then of those that go best
+with them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
