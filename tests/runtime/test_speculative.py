@@ -167,29 +167,6 @@ def test_a_wrong_replacement_of_rejected_tokens_would_be_noticed(
     assert chi_square(Careless, SamplingParameters(temperature=1.0, top_k=4, seed=1), paths, text) > 1.5
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        SamplingParameters(temperature=0.7, top_p=0.8),
-        SamplingParameters(temperature=2.0, min_p=0.1, logit_bias={3: 1.0}),
-        SamplingParameters(temperature=1.0, top_k=7, frequency_penalty=0.3),
-        SamplingParameters(temperature=1.0),
-    ],
-)
-def test_the_distribution_is_what_is_drawn_from(parameters: SamplingParameters) -> None:
-    logits = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 2
-    expected = Sampler(parameters, []).distribution(logits)
-    assert float(expected.sum()) == pytest.approx(1)
-    sampler = Sampler(parameters, [])
-    counts = torch.zeros(40)
-    for _ in range(4000):
-        token_id = sampler.sample(logits)
-        sampler.rollback([token_id])
-        counts[token_id] += 1
-    assert not counts[expected == 0].any()
-    assert (counts / 4000 - expected).abs().max() < 0.03
-
-
 def test_a_draft_that_full_depth_agrees_with_is_taken_whole_and_one_token_more() -> None:
     speculation = Speculation(Sampler(SamplingParameters(), []), DraftLength(0.1, {2: 0.1}), NoText())
     logits = torch.eye(5)[[4, 1, 3]]
