@@ -14,6 +14,7 @@ def read_costs(path: Path, option: str = "costs", complaint: str = "") -> CostTa
         ConfigError: the file cannot be read or holds none; it names the option, with the complaint if there is one.
     """
     try:
-        return CostTable.from_json(json.loads(path.read_text()))
+        facts = json.loads(path.read_text())
+        return CostTable.from_json(facts.get("table", facts))
     except (OSError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
         raise ConfigError(option, complaint or f"{path} is no cost table") from None

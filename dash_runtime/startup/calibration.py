@@ -123,10 +123,7 @@ class DeviceCalibration:
             has_all = set(kept.table.layer) == set(actions) and set(kept.table.head) == set(heads)
             if has_all and (kept.table.evaluation > 0 or not has_policy):
                 return kept
-        measured, was_quiet = self._tables.measure(self._costs, measure, progress)
-        if was_quiet:
-            return measured
-        return replace(measured, spread=CostSpread.around(measured.table, _DISTURBED_SPREAD))
+        return self._tables.measure(self._costs, measure, progress, _doubted)
 
     def keep_costs(self, costs: MeasuredCosts) -> None:
         """Keeps the costs for later starts."""
@@ -173,7 +170,7 @@ class DeviceCalibration:
         table = KeptTable(self._file("latencies"), LatencyTable.from_json, LatencyTable.to_json, what)
         kept = self._tables.read(table)
         if kept is None or set(kept.seconds) != set(decoder.actions):
-            return self._tables.measure(table, partial(self._measure_latencies, decoder, compensation), progress)[0]
+            return self._tables.measure(table, partial(self._measure_latencies, decoder, compensation), progress)
         if not self._checks_kept:
             return kept
         quick = self._measure_latencies(decoder, compensation, rows=_QUICK_ROWS, rounds=_QUICK_ROUNDS)
@@ -225,6 +222,10 @@ class DeviceCalibration:
     def _file(self, name: str, *further: object) -> Path:
         """Returns the file of what was measured of this model on this device."""
         return self._folder / f"{name}-{digest((*self._device, *further))}.json"
+
+
+def _doubted(costs: MeasuredCosts) -> MeasuredCosts:
+    return replace(costs, spread=CostSpread.around(costs.table, _DISTURBED_SPREAD))
 
 
 def _do_contradict(kept: _Ratios, measured: _Ratios) -> bool:

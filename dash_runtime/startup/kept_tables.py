@@ -60,18 +60,23 @@ class KeptTables:
         keep(table.path, lambda unfinished: unfinished.write_text(json.dumps(facts, indent=1)))
 
     def measure(
-        self, table: KeptTable[_Value], measure: Callable[[], _Value], progress: Progress
-    ) -> tuple[_Value, bool]:
-        """Measures a table and keeps it. Returns it, and whether the machine was quiet."""
+        self,
+        table: KeptTable[_Value],
+        measure: Callable[[], _Value],
+        progress: Progress,
+        doubted: Callable[[_Value], _Value] = lambda value: value,
+    ) -> _Value:
+        """Measures a table, keeps it and returns it; beside other work, as `doubted` has it."""
         progress(f"measuring {table.what} here (kept for later starts)")
         with self._quietness() as quiet:
             value = measure()
         if not quiet.is_quiet:
             progress(f"other work had the cores meanwhile: {table.what} may be wrong")
+            value = doubted(value)
         self.write(table, value, quiet.is_quiet)
-        return value, quiet.is_quiet
+        return value
 
     def get(self, table: KeptTable[_Value], measure: Callable[[], _Value], progress: Progress) -> _Value:
         """Returns the table that was kept, or measures it."""
         kept = self.read(table)
-        return self.measure(table, measure, progress)[0] if kept is None else kept
+        return self.measure(table, measure, progress) if kept is None else kept

@@ -21,6 +21,8 @@ from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.training.linear_compensation import LinearFit
 
 SKIPS_PER_TOKEN = 3.5
+_MOST_SKIPPED = 0.5
+"""Of a small model's free layers this share is skipped at most."""
 """The skips of a budget of about 0.9 on the embedded model."""
 _FIT_BATCH = 8
 
@@ -75,8 +77,9 @@ def _rates(task: Task) -> Tensor:
     free = list(task.spec.free_layers)
     rates = torch.zeros(task.decoder.num_layers, len(Action))
     rates[:, Action.FULL - 1] = 1
-    rates[free, Action.SKIP - 1] = SKIPS_PER_TOKEN / len(free)
-    rates[free, Action.FULL - 1] = 1 - SKIPS_PER_TOKEN / len(free)
+    skipped = min(_MOST_SKIPPED, SKIPS_PER_TOKEN / len(free))
+    rates[free, Action.SKIP - 1] = skipped
+    rates[free, Action.FULL - 1] = 1 - skipped
     return rates
 
 

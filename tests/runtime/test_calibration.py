@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dash_runtime.actions import Action, CostTable, LatencyTable
+from dash_runtime.commands.cost_files import read_costs
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.cost_fit import CostSpread, MeasuredCosts
 from dash_runtime.layers.compensation import Compensation, Identity
@@ -250,9 +251,15 @@ def test_what_others_disturbed_is_measured_again_by_the_next_start_and_then_beli
         latencies_of(disturbed, decoder, said)
         assert sum("measuring" in words for words in said) == sum("other work" in words for words in said) == 2 * start
         assert costs.spread.layer[Action.FULL] > 3 * Machine().measure_costs(decoder).spread.layer[Action.FULL]
-    costs_of(disturbed, decoder, said)
+    assert costs_of(disturbed, decoder, said) == costs
     latencies_of(disturbed, decoder, said)
     assert len(said) == 8
+
+
+def test_commands_read_the_costs_that_a_start_kept(decoder: Decoder, tmp_path: Path) -> None:
+    costs = costs_of(calibration(tmp_path, Machine()), decoder, [])
+    (file,) = tmp_path.iterdir()
+    assert read_costs(file) == costs.table
 
 
 def test_a_quiet_start_makes_good_what_a_disturbed_one_kept(decoder: Decoder, tmp_path: Path) -> None:
