@@ -16,12 +16,12 @@ EXTRAS := server,train,dev
 # beside anything else that runs. Compiled bytecode is kept, because the tests start Python many times
 # over. `.venv/bin/python -m pytest` alone runs everything in turn.
 define run_tests
-env -u PYTHONDONTWRITEBYTECODE OMP_WAIT_POLICY=passive $(1) -m pytest -m alone
-env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(1) -m pytest -m "not alone" -n 4 --dist loadfile --no-loadscope-reorder
+env -u PYTHONDONTWRITEBYTECODE OMP_WAIT_POLICY=passive $(1) -m pytest -m alone $(TESTED)
+env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(1) -m pytest -m "not alone" -n 4 --dist loadfile --no-loadscope-reorder $(TESTED)
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-levels test-avx2 test-avx512 test-lowest test-stack release-test soak bench peers jaeger lint protos reference clean
+.PHONY: help demo serve test test-levels test-lowest test-stack release-test soak bench peers jaeger lint protos reference clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | while IFS='|' read -r name text; do printf '  make %-12s %s\n' "$$name" "$$text"; done
@@ -38,17 +38,13 @@ test: $(INSTALLED)  ## Run the tests
 test-lowest: $(LOWEST)/.installed  ## Run the tests on the lowest versions that pyproject.toml declares
 	$(call run_tests,$(LOWEST)/bin/python)
 
-# Native code, torch and oneDNN as on older processors: with AVX2 alone, and with AVX-512 but neither bf16 nor AMX. Each
-# level has a cache folder of its own, since files there are named by the processor at hand.
-test-levels: test-avx2 test-avx512  ## Run the tests of the runtime and the service as on older processors
+# Native code, torch and oneDNN as on older processors: with AVX2 alone, and with AVX-512 but neither bf16 nor AMX. The
+# names of each level (dash_runtime/rows/levels.py) in that order.
+LEVELS ?= x86-64-v3/avx2/AVX2 avx512-vnni/avx512/AVX512_CORE_VNNI
+at_level = env DASH_TEST_LEVEL=$(word 1,$(1)) ATEN_CPU_CAPABILITY=$(word 2,$(1)) ONEDNN_MAX_CPU_ISA=$(word 3,$(1))
 
-define as_on
-PATH="$(abspath tests/levels/$(1)):$$PATH" XDG_CACHE_HOME="$(abspath $(VENV))/levels/$(1)" ATEN_CPU_CAPABILITY=$(1) ONEDNN_MAX_CPU_ISA=$(2)
-endef
-
-test-avx2 test-avx512: $(INSTALLED)
-	$(call as_on,$(subst test-,,$@),$(if $(findstring 512,$@),AVX512_CORE_VNNI,AVX2)) env OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m alone tests/runtime
-	$(call as_on,$(subst test-,,$@),$(if $(findstring 512,$@),AVX512_CORE_VNNI,AVX2)) env OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not alone" -n 4 --dist loadfile --no-loadscope-reorder tests/runtime tests/e2e tests/soak tests/docs
+test-levels: $(INSTALLED)  ## Run the tests of the runtime and the service as on older processors
+	$(foreach own,$(LEVELS),$(call at_level,$(subst /, ,$(own))) $(MAKE) --no-print-directory test TESTED="tests/runtime tests/e2e tests/soak tests/docs" && )true
 
 # uv reads UV_INDEX and UV_FIND_LINKS instead of pip's variables.
 $(LOWEST)/.installed: pyproject.toml | $(INSTALLED)

@@ -11,6 +11,7 @@ import pytest
 
 from dash_runtime.checkpoints import default_cache_folder, resolve_checkpoint
 from dash_runtime.devices.triton import leave_triton_out
+from tests.runtime.native_code import lay_library_for_processes
 from tests.tiny_models import save_tiny_model
 
 # A background run starts with SIGINT ignored, and processes that the tests start would inherit that.
@@ -30,6 +31,14 @@ LONG_FILES = (
 )
 """The longest files. Each process of xdist takes two to begin with: of the first four, and then of those that go best
 with them."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Runs everything at the level of processors that `DASH_TEST_LEVEL` names (`make test-levels`). The cache folder is
+    the level's own: nobody's server is to find what is laid there."""
+    if (level := os.environ.get("DASH_TEST_LEVEL")) and not hasattr(config, "workerinput"):
+        os.environ["XDG_CACHE_HOME"] = str(config.rootpath / ".venv" / "levels" / level)
+        lay_library_for_processes()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Compiles the native code into a cache folder, once for a machine, and loads it.
+"""Compiles the native code into a cache folder, once for a level of processors, and loads it.
 
 Knows files and compilers; knows no tensors.
 """
@@ -14,20 +14,19 @@ import threading
 import weakref
 import zipfile
 from ctypes import c_int64, c_void_p
-from functools import lru_cache
 from pathlib import Path
 
-from dash_runtime.devices.processor import first_processor
 from dash_runtime.files.atomic_file import replacing
 from dash_runtime.files.disk_cache import digest
 from dash_runtime.progress import Progress
+from dash_runtime.rows.levels import NATIVE, Level, best_level, processor_features
 
 _FOLDER = Path(__file__).parent
 _SOURCE = _FOLDER / "rows.cpp"
 _FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    *("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC"),
     # Tuned for Intel, compilers prefer half of AVX-512's width.
-    *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),
+    *(("-mtune=native", "-mprefer-vector-width=512") if platform.machine() == "x86_64" else ()),
     # A product and the sum that it is added to are one instruction, in every loop alike.
     *("-ffp-contract=fast", "-fno-math-errno"),
 )
@@ -45,6 +44,8 @@ class RowsLibrary:
     """
 
     def __init__(self, path: Path) -> None:
+        self.name = path.stem
+        """The level, and the digest of the code."""
         place = place_to_run_code(path.parent)
         # What is loaded needs no file.
         with tempfile.TemporaryDirectory(prefix="dash-rows-", dir=place) as folder, zipfile.ZipFile(path) as package:
@@ -74,43 +75,58 @@ class RowsLibrary:
 def compile_ahead(folder: Path) -> None:
     """Begins to compile what `load_rows` will want from `folder`, if it is missing. A compiler is another process, so a
     start can convert a model meanwhile."""
-    path = _path_in(folder)
+    level = best_level()
+    path = library_path(folder, level)
     if path in _compiling or path.exists():
         return
 
     def compile_it() -> None:
         with contextlib.suppress(OSError, subprocess.SubprocessError):  # `load_rows` tries again, and says why
-            _compile(path)
+            _compile(path, level)
 
     _compiling[path] = threading.Thread(target=compile_it, name="compiler", daemon=True)
     _compiling[path].start()
 
 
-def load_rows(folder: Path, progress: Progress) -> RowsLibrary | None:
-    """Returns the native code, compiled into `folder` if it is missing or damaged; None if that cannot be here."""
-    path = _path_in(folder)
+def load_rows(folder: Path, progress: Progress, level: Level | None = None) -> RowsLibrary | None:
+    """Returns the native code, compiled into `folder` if it is missing or damaged; None if that cannot be here.
+
+    It is of the best level that this machine has, or of the one that is asked for.
+    """
+    path = library_path(folder, level or best_level())
     if (compiling := _compiling.pop(path, None)) is not None and compiling.is_alive():
         progress("compiling native code (kept for later starts)")
         compiling.join()
     try:
-        with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):
-            return RowsLibrary(path)
-        progress("compiling native code (kept for later starts)")
-        _compile(path)
-        return RowsLibrary(path)
+        try:
+            return _kept_or_compiled(folder, progress, level or best_level())
+        except subprocess.CalledProcessError:
+            if level is not None:
+                raise
+            return _kept_or_compiled(folder, progress, NATIVE)  # a compiler may be older than the level's name
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         progress(f"layers run uncompiled: {_reason(error)}")
         return None
 
 
-def _path_in(folder: Path) -> Path:
-    return folder / f"rows-{code_digest()}.zip"
+def _kept_or_compiled(folder: Path, progress: Progress, level: Level) -> RowsLibrary:
+    path = library_path(folder, level)
+    with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):
+        return RowsLibrary(path)
+    progress("compiling native code (kept for later starts)")
+    _compile(path, level)
+    return RowsLibrary(path)
 
 
-def code_digest() -> str:
-    """Returns a digest that changes if the native code does, so that its measurements no longer hold."""
+def library_path(folder: Path, level: Level) -> Path:
+    """Returns where a level's native code is kept."""
+    return folder / f"rows-{level.name}-{code_digest(level)}.zip"
+
+
+def code_digest(level: Level) -> str:
+    """Returns a digest that changes if the level's native code does."""
     sources = [file.read_text() for file in (_SOURCE, *sorted(_FOLDER.glob("*.h")))]
-    return digest((sources, _FLAGS, _processor()))
+    return digest((sources, _FLAGS, level.flags, processor_features() if level is NATIVE else None))
 
 
 def place_to_run_code(folder: Path) -> Path:
@@ -125,14 +141,14 @@ def _compiler() -> str | None:
     return shutil.which("g++")
 
 
-def _compile(path: Path) -> None:
+def _compile(path: Path, level: Level) -> None:
     compiler = _compiler()
     if compiler is None:
         raise OSError("no C++ compiler here")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, replacing(path) as partial:
         library = Path(folder) / "rows.so"
-        command = [compiler, *_FLAGS, "-o", str(library), str(_SOURCE)]
+        command = [compiler, *_FLAGS, *level.flags, "-o", str(library), str(_SOURCE)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
         with zipfile.ZipFile(partial, "w") as package:
             package.write(library, library.name)
@@ -144,13 +160,6 @@ def _reason(error: Exception) -> str:
     # A compiler's last line is only that it ended.
     errors = [line for line in lines if "error: " in line]
     return (errors or lines or [type(error).__name__])[-1]
-
-
-@lru_cache
-def _processor() -> str:
-    """Returns the processor's features, which the compiler's `-march=native` looks at."""
-    features = (line for line in first_processor() if line.startswith(("flags", "Features")))
-    return next(features, platform.machine())
 
 
 def _function(own: "ctypes._NamedFuncPointer", *arguments: type) -> "ctypes._NamedFuncPointer":

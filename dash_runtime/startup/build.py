@@ -47,7 +47,7 @@ from dash_runtime.policy.learned import LearnedPolicy, shared_head_map
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.progress import Progress
-from dash_runtime.rows.library import code_digest
+from dash_runtime.rows.levels import processor_features
 from dash_runtime.startup.calibration import DeviceCalibration
 from dash_runtime.startup.cost_keeper import CostKeeper
 from dash_runtime.startup.faster_kernels import faster_actions, product_seconds
@@ -158,7 +158,7 @@ def build_engine(
     decoder = make(native=native, has_int8_head=has_int8_head, has_graphs=has_graphs)
     learned = [own.for_heads(tuple(decoder.heads)) for own in learned]
     settle_memory()  # before anything is measured
-    kind = "eager" if native is None else f"compiled {code_digest()}"
+    kind = "eager" if library is None else f"compiled {library.name}, {processor_features()}"
     calibration = DeviceCalibration(
         cache_folder / "calibration",
         (fingerprint, options.precision),

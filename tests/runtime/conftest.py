@@ -1,6 +1,5 @@
 """Fixtures of the runtime's tests."""
 
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,10 +11,12 @@ from benchmarks.gpu_once.live_report import LiveReport
 from benchmarks.gpu_once.model import Model, build_model
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.constraints import ConstraintCompiler
-from dash_runtime.rows.library import RowsLibrary, load_rows
+from dash_runtime.rows.levels import Level, best_level, levels_here
+from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.startup.measure_costs import measure_costs
 from dash_runtime.training.calibrate import CALIBRATION_PRICES
 from tests.runtime.compiled_model import CompiledModel, save_compiled_model
+from tests.runtime.native_code import at_level, native_library
 from tests.runtime.planned_engine import EOS
 from tests.runtime.support import CPU, load_decoder
 from tests.tiny_models import VOCAB_SIZE, save_byte_tokenizer
@@ -30,14 +31,16 @@ def rows_folder(embedded_cache: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def rows_library(rows_folder: Path) -> RowsLibrary:
+def rows_library() -> RowsLibrary:
     """The native code."""
-    if shutil.which("g++") is None:
-        pytest.skip("needs a C++ compiler")
-    said: list[str] = []
-    library = load_rows(rows_folder, said.append)
-    assert library is not None, said
-    return library
+    return native_library()
+
+
+@pytest.fixture(scope="module", params=levels_here() or [best_level()], ids=lambda level: level.name)
+def each_level(request: pytest.FixtureRequest) -> Iterator[Level]:
+    """Runs the tests of a module with native code of every level that this machine has."""
+    with at_level(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="session")

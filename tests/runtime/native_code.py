@@ -1,27 +1,59 @@
 """The native code, compiled once for all tests and runs of a user, and sizes of models that it can decode."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import default_cache_folder
+from dash_runtime.files.atomic_file import replacing
 from dash_runtime.linears.int4_matrix import quantize_int4
 from dash_runtime.linears.quantization import quantize_int8
-from dash_runtime.rows.library import RowsLibrary, load_rows
+from dash_runtime.rows.levels import LEVELS, Level, best_level
+from dash_runtime.rows.library import RowsLibrary, library_path, load_rows
 
 NATIVE_SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 272}
 """Whole numbers of lanes; in FULL some of the matrices fill blocks, and others do not."""
+_named = {level.name: level for level in LEVELS}
+_levels = [_named[os.environ["DASH_TEST_LEVEL"]] if "DASH_TEST_LEVEL" in os.environ else best_level()]
+"""The level of this run, and those of tests that run at several."""
+
+
+def native_library() -> RowsLibrary:
+    """Returns the native code of the level that is tested."""
+    return _library(_levels[-1])
 
 
 @cache
-def native_library() -> RowsLibrary:
+def _library(level: Level) -> RowsLibrary:
+    if shutil.which("g++") is None:
+        pytest.skip("needs a C++ compiler")
     said: list[str] = []
-    library = load_rows(default_cache_folder(os.environ) / "native", said.append)
+    library = load_rows(default_cache_folder(os.environ) / "native", said.append, level)
     assert library is not None, said
     return library
+
+
+@contextmanager
+def at_level(level: Level) -> Iterator[None]:
+    """Tests native code of a level in this process."""
+    _levels.append(level)
+    yield
+    _levels.pop()
+
+
+def lay_library_for_processes() -> None:
+    """Puts the native code of this run's level where processes that tests start look for the best one."""
+    native_library()
+    folder = default_cache_folder(os.environ) / "native"
+    with replacing(library_path(folder, best_level())) as partial:
+        shutil.copyfile(library_path(folder, _levels[0]), partial)
 
 
 def rounded(action: Action, weight: Tensor) -> Tensor:

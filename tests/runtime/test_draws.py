@@ -14,6 +14,8 @@ from dash_runtime.passes import Draw
 from dash_runtime.rows.burst_record import draw_structs
 from tests.runtime.native_code import native_library
 
+pytestmark = pytest.mark.usefixtures("each_level")
+
 KEPT = {
     "all": SamplingParameters(temperature=0.8),
     "all, nearly flat": SamplingParameters(temperature=30.0),

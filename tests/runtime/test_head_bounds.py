@@ -19,6 +19,8 @@ from dash_runtime.rows.model_rows import HeadRows, ModelRows
 from dash_runtime.rows.row_matrix import int8_errors, pack_row_matrix
 from tests.runtime.native_code import native_library, rounded
 
+pytestmark = pytest.mark.usefixtures("each_level")
+
 VOCABULARY, SIZE = 4016, 96
 """251 tiles, which no number of threads divides."""
 COUNTS = (1, 3, 8, 17, 40)

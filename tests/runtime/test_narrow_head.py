@@ -19,6 +19,8 @@ from dash_runtime.rows.model_rows import HeadRows, ModelRows
 from dash_runtime.rows.row_matrix import pack_row_matrix
 from tests.runtime.native_code import native_library
 
+pytestmark = pytest.mark.usefixtures("each_level")
+
 VOCABULARY, SIZE, RANK, MARGIN = 4016, 96, 32, 14.0
 """251 tiles, which no number of threads divides."""
 

@@ -13,6 +13,7 @@ from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.passes import PassPlan, RowPlan
+from dash_runtime.rows.levels import Level
 from dash_runtime.rows.library import RowsLibrary
 from tests.runtime.compiled_model import SIZES, native_decoder
 from tests.runtime.layer_case import FINER, Case
@@ -26,7 +27,7 @@ KERNELS = ("INT8", "INT4", FINER)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "mistral-sliding-window"])
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, each_level: Level) -> Case:
     if not native_library().rounds_keys:
         pytest.skip("this processor's rounded layers attend to keys and values in bf16")
     family = request.param

@@ -22,6 +22,8 @@ from dash_runtime.rows.model_rows import HeadRows, ModelRows
 from dash_runtime.rows.row_matrix import RowMatrix, pack_row_matrix
 from tests.runtime.native_code import in_bytes, native_library, rounded
 
+pytestmark = pytest.mark.usefixtures("each_level")
+
 LAYOUTS = ("blocks", "tiles", "INT8", "INT4")
 SHAPES = [(64, 32), (192, 96), (832, 160)]
 """Sizes of which blocks are possible, too: of one block, a few, and 13, which no number of threads divides."""

@@ -2,11 +2,14 @@
 
 import importlib.util
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +19,8 @@ import dash_runtime
 from dash_runtime.checkpoints import load_model_config
 from dash_runtime.decoder.backends.native import why_eager
 from dash_runtime.model_config import BlockConfig, MixtureConfig, NormPlacement, QkNorm, RopeConfig, RopeKind
-from dash_runtime.rows.library import RowsLibrary, compile_ahead, load_rows
+from dash_runtime.rows.levels import LEVELS, Level, best_level
+from dash_runtime.rows.library import RowsLibrary, code_digest, compile_ahead, load_rows
 
 SOURCES = Path(dash_runtime.__file__).parent / "rows"
 FAILING = "#!/bin/sh\necho 'rows.cpp:1:2: error: no such header\ncompilation terminated.' >&2\nexit 1\n"
@@ -172,7 +176,7 @@ def digest_after(folder: Path, file: str, old: str, new: str) -> str:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    digest: str = module.code_digest()
+    digest: str = module.code_digest(best_level())
     return digest
 
 
@@ -238,3 +242,65 @@ def test_what_was_compiled_ahead_is_loaded_and_a_failure_ahead_is_told_later(
     library, said = load(tmp_path / "other")
     assert library is None
     assert said[-1] == "layers run uncompiled: no C++ compiler here"
+
+
+def test_each_level_is_a_package_of_its_own_whose_flags_give_what_it_is_named_for() -> None:
+    expected = {
+        "amx": {"AVX2", "AVX512F", "AVX512VNNI", "AVX512BF16", "AMX_BF16", "AMX_INT8"},
+        "avx512-bf16": {"AVX2", "AVX512F", "AVX512VNNI", "AVX512BF16"},
+        "avx512-vnni": {"AVX2", "AVX512F", "AVX512VNNI"},
+        "x86-64-v4": {"AVX2", "AVX512F"},
+        "x86-64-v3": {"AVX2"},
+        "armv8.2-dotprod": {"ARM_FEATURE_DOTPROD"},
+        "armv8": set(),
+    }
+    assert [level.name for level in LEVELS] == list(expected)
+    assert len({code_digest(level) for level in LEVELS}) == len(LEVELS)
+    for level in LEVELS:
+        if (compiler := cross_compiler(level)) is not None:
+            assert macros(compiler, level.flags) & set().union(*expected.values()) == expected[level.name], level.name
+
+
+def test_the_best_level_has_all_that_the_sources_look_for_and_this_machine_has() -> None:
+    compiler = cross_compiler(best_level())
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    sources = "".join(path.read_text() for path in (*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")))
+    asked = set(re.findall(r"__((?:AVX|AMX|ARM)\w*?)__", sources))
+    assert "AVX512F" in asked
+    assert macros(compiler, best_level().flags) & asked == macros(compiler, ("-march=native",)) & asked
+
+
+def cross_compiler(level: Level) -> str | None:
+    """Returns a compiler for the level's kind of machine."""
+    return shutil.which("g++" if level.machine == platform.machine() else f"{level.machine}-linux-gnu-g++")
+
+
+def macros(compiler: str, flags: Sequence[str]) -> set[str]:
+    """Returns what the compiler defines for a processor."""
+    command = [compiler, *flags, "-dM", "-E", "-x", "c++", os.devnull]
+    defined = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    return {name.strip("_") for name in re.findall(r"#define (\w+)", defined)}
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_a_compiler_that_is_older_than_the_level_compiles_for_the_machine_at_hand(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = shutil.which("g++")
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    script = f'case "$*" in *-march=native*) exec {quick} "$@";; esac; echo "error: unrecognized option" >&2; exit 1'
+    (folder / "g++").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "g++").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    library, said = load(tmp_path / "native")
+    assert library is not None, said
+    assert [path.name.startswith("rows-native-") for path in (tmp_path / "native").iterdir()] == [True]
+
+
+def test_a_machine_of_no_level_gets_what_the_compiler_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind, features in (("riscv64", ""), ("x86_64", "sse2 avx"), ("arm64", "")):
+        monkeypatch.setattr(platform, "machine", lambda kind=kind: kind)
+        monkeypatch.setattr("dash_runtime.rows.levels.processor_features", lambda features=features: features)
+        assert best_level().flags == ("-march=native",)

@@ -19,6 +19,8 @@ from dash_runtime.rows.model_rows import HeadRows, ModelRows
 from dash_runtime.rows.row_matrix import pack_rough_matrix, pack_row_matrix
 from tests.runtime.native_code import native_library
 
+pytestmark = pytest.mark.usefixtures("each_level")
+
 VOCABULARY, SIZE, NUM_EXACT = 816, 96, 5
 """51 tiles, which no vector and no number of threads divides."""
 
