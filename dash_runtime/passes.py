@@ -168,8 +168,8 @@ class Limit:
     end_ids: Collection[int] = ()
     draws: Sequence[Draw] = ()
     """Each token's, and those of what the last pass may put out; none if none is drawn."""
-    wake_file: int = -1
-    """A file descriptor; negative for none."""
+    wake_file: int | None = None
+    """A file descriptor."""
     guesses: TextGuesses | None = None
 
     @property

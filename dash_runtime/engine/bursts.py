@@ -21,8 +21,8 @@ class Bursts:
     def __init__(self, decoder: Decoder, seconds: float) -> None:
         self._decoder = decoder
         self._seconds = seconds
-        self.wake_file = -1
-        """A file descriptor: no token begins while there is something to read from it. Negative: none."""
+        self.wake_file: int | None = None
+        """A file descriptor: no token begins while there is something to read from it."""
 
     def may_have(self, sequence: Sequence) -> bool:
         """Returns True if a lone sequence's tokens may come in bursts: nothing has to happen between them."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dash_runtime.linears.int4_matrix import LANES
 from dash_runtime.rows.row_matrix import FullRowMatrix, Int4RowMatrix, Int8Outputs, Int8RowMatrix, RowMatrix
-from dash_runtime.rows.structs import MOST_EXACT_TILES, HeadStruct, MatrixStruct
+from dash_runtime.rows.structs import MOST_EXACT_TILES, HeadStruct, MatrixStruct, TokenRowsStruct
 
 _LAYOUTS: dict[type[RowMatrix], int] = {FullRowMatrix: 0, Int8RowMatrix: 1, Int4RowMatrix: 2}
 
@@ -63,7 +63,8 @@ def head_struct(
         struct.narrow, narrow = packed_struct(head.narrow, len(norm))
         struct.rough, wide = packed_struct(head.rough, head.rank)
         tensors = [head.mean.contiguous(), head.offsets.contiguous(), head.rows.weights, head.rows.scales.float()]
-        struct.mean, struct.offsets, struct.rows, struct.row_scales = (tensor.data_ptr() for tensor in tensors)
+        struct.mean, struct.offsets, *rows = (tensor.data_ptr() for tensor in tensors)
+        struct.rows = TokenRowsStruct(*rows)
         owners += [narrow, wide, tensors]
         return struct, owners
     struct.matrix, kept = packed_struct(head, len(norm))
@@ -87,7 +88,8 @@ def packed_struct(matrix: RowMatrix, num_inputs: int) -> tuple[MatrixStruct, lis
     kept = [words, *(own.float().contiguous() for own in scales)]
     addresses = [own.data_ptr() for own in kept] + [None]
     block_tiles = words.shape[-1] // LANES
-    return MatrixStruct(addresses[0], addresses[1], _LAYOUTS[type(matrix)], num_inputs, block_tiles), kept
+    sizes = num_inputs, block_tiles, len(words) * block_tiles
+    return MatrixStruct(addresses[0], addresses[1], _LAYOUTS[type(matrix)], *sizes), kept
 
 
 def numbers_struct(numbers: Sequence[int]) -> "Array[c_int64]":

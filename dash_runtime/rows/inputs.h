@@ -17,6 +17,7 @@ struct Matrix {
   const float *scales;  // INT8 and INT4: by output
   int64_t layout, num_inputs;
   int64_t block_tiles;  // FULL: tiles whose words for a pair of inputs lie side by side
+  int64_t num_tiles;
 
   bool is_full() const { return layout == kFull; }
 };

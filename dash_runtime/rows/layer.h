@@ -18,8 +18,8 @@ struct Layer {
 // What replaces a skipped layer's output.
 struct Compensation {
   Matrix narrow, widen;  // from the state to `rank` features, and back
-  const float *vectors;  // rank 0: factors and offsets; else offsets
-  int64_t rank;          // -1: the caller replaces it
+  const float *vectors;  // rank 0: factors and offsets; else offsets; null: the caller replaces it
+  int64_t rank;
 };
 
 struct Rotary {
@@ -63,7 +63,7 @@ inline void split_heads(const ModelShape &shape, const Layer &layer, const Rotar
       float *own = parts[part] + head * heads.head_dim;
       if (layer.head_norm)
         norm(own, layer.head_norm + (part * heads.num_heads + head) * heads.head_dim, heads.head_dim, shape.eps, own);
-      rotate(own, rotary, position, heads.head_dim, part ? 1.0f : static_cast<float>(heads.scale));
+      rotate(own, rotary, position, heads.head_dim, part ? 1.0f : static_cast<float>(heads.attention_scale));
     }
   }
 }
@@ -118,7 +118,7 @@ class LayerRun : public Run {
             write_token(shape_.heads, memory, memory.spans[span], position, head, own_.keys + from, own_.values + from);
           }
         });
-    if (rank < 0) return;
+    if (!compensation.vectors) return;
     if (!rank) {
       const float *factors = compensation.vectors, *offsets = factors + size;
       for (int64_t row = rows_.first; row < rows_.last; ++row)
@@ -143,7 +143,7 @@ class LayerRun : public Run {
   // The narrow side of a low-rank compensation; begins with the first product, before the barrier.
   void narrow(const Compensation &compensation) const {
     const int64_t rank = compensation.rank;
-    if (rank <= 0) return;
+    if (!rank) return;
     if (rows_.is_shared) member_.wait();  // inputs are prepared anew, in the same memory
     multiply(compensation.narrow, own_.residual, 0, rank / kLanes, shared_.narrow, rank);
   }

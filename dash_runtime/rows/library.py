@@ -13,12 +13,13 @@ import tempfile
 import threading
 import weakref
 import zipfile
-from ctypes import c_int64, c_void_p
+from ctypes import c_char_p, c_int64, c_void_p
 from pathlib import Path
 
 from dash_runtime.files.atomic_file import replacing
 from dash_runtime.files.disk_cache import digest
 from dash_runtime.progress import Progress
+from dash_runtime.rows.layout import check_layout
 from dash_runtime.rows.levels import NATIVE, Level, best_level, processor_features
 
 _FOLDER = Path(__file__).parent
@@ -39,7 +40,7 @@ class RowsLibrary:
     """The native code, loaded.
 
     Raises:
-        OSError, ValueError, BadZipFile: the package cannot be loaded.
+        OSError, ValueError, BadZipFile: the package cannot be loaded, or has other structures.
         AttributeError: the package has other functions.
     """
 
@@ -51,6 +52,10 @@ class RowsLibrary:
         with tempfile.TemporaryDirectory(prefix="dash-rows-", dir=place) as folder, zipfile.ZipFile(path) as package:
             (name,) = package.namelist()
             library = ctypes.CDLL(package.extract(name, folder))
+        library.dash_layout.restype = c_char_p
+        self.layout: str = library.dash_layout().decode()
+        """Where it has the fields of its structures."""
+        check_layout(self.layout)
         self.run_rows = _function(library.dash_run_rows, c_void_p)
         self.run_burst = _function(
             library.dash_run_burst, c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 2, c_int64, *[c_void_p] * 2
@@ -104,14 +109,14 @@ def load_rows(folder: Path, progress: Progress, level: Level | None = None) -> R
             if level is not None:
                 raise
             return _kept_or_compiled(folder, progress, NATIVE)  # a compiler may be older than the level's name
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         progress(f"layers run uncompiled: {_reason(error)}")
         return None
 
 
 def _kept_or_compiled(folder: Path, progress: Progress, level: Level) -> RowsLibrary:
     path = library_path(folder, level)
-    with contextlib.suppress(OSError, ValueError, zipfile.BadZipFile):
+    with contextlib.suppress(OSError, ValueError, AttributeError, zipfile.BadZipFile):
         return RowsLibrary(path)
     progress("compiling native code (kept for later starts)")
     _compile(path, level)

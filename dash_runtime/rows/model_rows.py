@@ -29,7 +29,7 @@ from dash_runtime.rows.head_struct import (
 from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.rows.pass_rows import CompensatedLayers, NativePlan, NativePlans, PlannerTable, RowsOfPass
 from dash_runtime.rows.row_matrix import RowMatrix
-from dash_runtime.rows.structs import EmbeddingStruct, LayerStruct, ModelStruct, PassStruct
+from dash_runtime.rows.structs import NO_FILE, EmbeddingStruct, HeadsStruct, LayerStruct, ModelStruct, PassStruct
 from dash_runtime.rows.thread_count import ThreadCount
 
 _ALIKE_TOKENS = 512
@@ -58,9 +58,9 @@ class ModelRows:
         self._query_size, self._num_layers = config.query_size, config.num_layers
         self._hidden_size, self._all_layers = config.hidden_size, range(config.num_layers)
         block = config.block
+        scale = config.head_dim**-0.5 if block.attention_scale is None else block.attention_scale
         self._shape = ModelStruct(
-            *(config.num_heads, config.num_kv_heads, config.head_dim),
-            config.head_dim**-0.5 if block.attention_scale is None else block.attention_scale,
+            HeadsStruct(config.num_heads, config.num_kv_heads, config.head_dim, scale),
             *(config.hidden_size, config.intermediate_size, _ACTIVATIONS[block.activation], config.num_layers),
             *(config.rms_norm_eps, block.residual_multiplier),
         )
@@ -184,7 +184,8 @@ class ModelRows:
         logits = self._logits_of(head, 1 + MOST_GUESSES if guesses else 1, bool(draws))  # kept until all have run
         own_draws = draw_structs(draws) if draws else None
         arguments = limit.count, numbers_struct(list(ends)), len(ends), own_draws, addressof(record.struct)
-        more = limit.wake_file, guesses, None if guessed is None else guessed.array
+        wake_file = NO_FILE if limit.wake_file is None else limit.wake_file
+        more = wake_file, guesses, None if guessed is None else guessed.array
 
         def run(address: int) -> tuple[float, int]:
             record.num_tokens = self._library.run_burst(address, *arguments, *more)

@@ -71,6 +71,8 @@ struct Pass {
   int64_t *times;           // [layer][start, end], as time.perf_counter_ns
 };
 
+constexpr int64_t kNoFile = -1;  // of a burst that nobody ends early
+
 // What the passes of a burst leave, token by token.
 struct BurstRecord {
   int64_t *tokens;  // the next ones

@@ -82,11 +82,10 @@ class CompensatedLayers:
         self.array = (CompensationStruct * num_layers)()
         self._kept: list[object] = []
         for layer, struct in enumerate(self.array):
-            struct.rank = -1
             if vectors is None:
                 continue
             own = vectors[layer].float().contiguous()
-            struct.rank, struct.vectors = 0, own.data_ptr()
+            struct.vectors = own.data_ptr()
             self._kept.append(own)
             if maps is not None:
                 narrow, widen = maps[layer]

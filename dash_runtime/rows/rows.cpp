@@ -2,13 +2,14 @@
 // if they are wanted.
 //
 // layer_body.py's arithmetic, written for one to a few rows whose weights come from memory. structs.py has the same
-// structures; every field is eight bytes wide.
+// structures; every field is eight bytes wide, and layout.h tells where.
 #include <omp.h>
 #include <poll.h>
 
 #include <algorithm>
 
 #include "draws.h"
+#include "layout.h"
 #include "walk.h"
 
 namespace {
@@ -63,13 +64,19 @@ void forget_rounded(const Pass &pass) {
     span.filled[layer].last = std::min(span.filled[layer].last, span.num_tokens);
 }
 
-// Whether there is something to read from a file; not from a negative one.
+// Whether there is something to read from a file, if there is one.
 bool is_readable(int64_t file) {
   pollfd asked{static_cast<int>(file), POLLIN, 0};
-  return file >= 0 && poll(&asked, 1, 0) > 0;
+  return file != kNoFile && poll(&asked, 1, 0) > 0;
 }
 
 }  // namespace
+
+// As layout.py reads it.
+extern "C" const char *dash_layout() {
+  static const std::string text = layout_text();
+  return text.c_str();
+}
 
 extern "C" int dash_rounds_keys() { return RoundedBlock::is_here; }
 

@@ -32,7 +32,7 @@ inline int64_t num_above(const int32_t *keys, int64_t num_tiles, int32_t key) {
 inline void choose_tiles(const int32_t *keys, int64_t num_tiles, int64_t count, int64_t *tiles) {
   // The least key that fewer than `count` tiles, or just so many, are above of.
   int64_t low = INT32_MIN, high = INT32_MAX;
-  int64_t above = -1;
+  int64_t above = 0;  // of the highest key
   while (low < high && above != count) {
     const int64_t middle = (low + high) >> 1;
     const int64_t own = num_above(keys, num_tiles, static_cast<int32_t>(middle));
@@ -41,7 +41,6 @@ inline void choose_tiles(const int32_t *keys, int64_t num_tiles, int64_t count, 
     else
       high = middle, above = own;
   }
-  if (above < 0) above = num_above(keys, num_tiles, static_cast<int32_t>(high));
   for (int64_t tile = 0, taken = 0, equal = count - above; tile < num_tiles && taken < count; ++tile)
     if (keys[tile] > high || (keys[tile] == high && equal-- > 0)) tiles[taken++] = tile;
 }

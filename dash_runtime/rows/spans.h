@@ -11,7 +11,7 @@ constexpr int64_t kLineNumbers = kLineBytes / 2;  // in bf16
 
 struct HeadShape {
   int64_t num_heads, num_kv_heads, head_dim;
-  double scale;
+  double attention_scale;
 
   int64_t group() const { return num_heads / num_kv_heads; }
 };

@@ -1,13 +1,22 @@
-"""The structures of the native code, field for field: every one is eight bytes wide, or made of such."""
+"""The structures and constants of the native code, field for field: every one is eight bytes wide, or made of such.
+
+The library is refused if it has others (layout.py): a structure here is a line there.
+"""
 
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 
-from dash_runtime.passes import LONGEST_MATCH
+from dash_runtime.linears.int4_matrix import LANES as LANES
+from dash_runtime.passes import LONGEST_MATCH as LONGEST_MATCH
+from dash_runtime.passes import MOST_GUESSES as MOST_GUESSES
 
 MOST_CHANNELS, MOST_NUMBERS, MOST_EXACT_TILES, LINE_BYTES, ROUNDED_TOKENS = 512, 256, 64, 64, 16
 """As in the source: a head's channels, a policy's features, facts and scores, tiles of a row's logits that are computed
 again, the floats of a vector, a cache line, and the positions whose rounded keys and values lie together: a sequence's
 memory begins with a multiple of them."""
+NO_FILE = -1
+"""As in the source: the file of a burst that nobody ends early."""
+NUM_ACTIONS, NUM_MATRICES = 4, 5
+"""As in the source: of a layer's matrices."""
 
 
 def _pointers(*names: str) -> list[tuple[str, type[c_void_p]]]:
@@ -19,13 +28,16 @@ def _numbers(*names: str) -> list[tuple[str, type[c_int64]]]:
 
 
 class MatrixStruct(Structure):
-    _fields_ = [*_pointers("words", "scales"), *_numbers("layout", "num_inputs", "block_tiles")]
+    _fields_ = [*_pointers("words", "scales"), *_numbers("layout", "num_inputs", "block_tiles", "num_tiles")]
+
+
+class HeadsStruct(Structure):
+    _fields_ = [*_numbers("num_heads", "num_kv_heads", "head_dim"), ("attention_scale", c_double)]
 
 
 class ModelStruct(Structure):
     _fields_ = [
-        *_numbers("num_heads", "num_kv_heads", "head_dim"),
-        ("attention_scale", c_double),
+        ("heads", HeadsStruct),
         *_numbers("hidden_size", "intermediate_size", "activation", "num_layers"),
         *((name, c_double) for name in ("eps", "residual_multiplier")),
     ]
@@ -37,7 +49,7 @@ _VECTORS = (*NORMS, "head_norm", "query_norm", "key_norm", "bias")
 
 
 class LayerStruct(Structure):
-    _fields_ = [*_pointers(*_VECTORS), ("matrices", (MatrixStruct * 5) * 4)]
+    _fields_ = [*_pointers(*_VECTORS), ("matrices", (MatrixStruct * NUM_MATRICES) * NUM_ACTIONS)]
 
 
 class CompensationStruct(Structure):
@@ -101,12 +113,17 @@ class BoundsStruct(Structure):
     _fields_ = [("rough", MatrixStruct), *_pointers("errors", "lengths")]
 
 
+class TokenRowsStruct(Structure):
+    _fields_ = _pointers("weights", "scales")
+
+
 class HeadStruct(Structure):
     _fields_ = [
         *_pointers("norm"),
         *((name, MatrixStruct) for name in ("matrix", "rough", "narrow")),
         ("repeated", POINTER(c_int64)),
-        *_pointers("mean", "offsets", "rows", "row_scales"),
+        *_pointers("mean", "offsets"),
+        ("rows", TokenRowsStruct),
         ("bounds", BoundsStruct),
         *_numbers("num_exact", "num_tiles"),
         ("multiplier", c_double),

@@ -148,7 +148,7 @@ def test_a_burst_ends_when_somebody_writes_and_the_tokens_are_the_same(
         os.read(reader, 1)
         rest = [tokens(step) for step in tokens_of_steps(engine)]
     finally:
-        engine.bursts.wake_file = -1
+        engine.bursts.wake_file = None
         os.close(reader)
         os.close(writer)
     assert [len(step) for step in ones] == [1] * 4

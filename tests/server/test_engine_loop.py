@@ -39,7 +39,7 @@ FACTS = ModelFacts("toy", "ToyForCausalLM", 1, 8, 16, 16, 1, frozenset(), (Actio
 
 
 def fake_engine(**parts: Any) -> Any:
-    return SimpleNamespace(close=lambda: None, facts=FACTS, bursts=SimpleNamespace(wake_file=-1), **parts)
+    return SimpleNamespace(close=lambda: None, facts=FACTS, bursts=SimpleNamespace(wake_file=None), **parts)
 
 
 def test_an_idle_worker_measures_until_a_message_comes_and_says_what_is_new() -> None:

@@ -8,6 +8,7 @@ from dash_runtime.actions import Action
 from dash_runtime.decoder.backends.native_compensation import pack_for_rows
 from dash_runtime.layers.batch import Batch, PassKind, Span
 from dash_runtime.layers.compensation import Compensation
+from dash_runtime.layers.kv_cache import BLOCK_TOKENS
 from dash_runtime.layers.rotary import RotaryTable
 from dash_runtime.passes import Network, PassPlan, RowPlan
 from dash_runtime.rows.library import RowsLibrary
@@ -21,8 +22,10 @@ from dash_runtime.rows.pass_rows import (
     RowSpan,
 )
 from dash_runtime.rows.policy_rows import PolicyRows, RowDecisions
+from dash_runtime.rows.structs import ROUNDED_TOKENS
 
 _MOST_GROUPS = 64
+assert BLOCK_TOKENS == ROUNDED_TOKENS, "a sequence's memory begins with whole blocks of rounded keys and values"
 
 
 class PassArguments(NamedTuple):
