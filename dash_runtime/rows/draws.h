@@ -82,7 +82,7 @@ class Drawing {
     for (int64_t token = group * kTogether; token < count_; token += kLanes) {
       float own[kLanes];
       store(own, weights(token));
-      for (int lane = 0; lane < kLanes; aim -= own[lane++]) {
+      for (int lane = 0; lane < kLanes && token + lane < count_; aim -= own[lane++]) {
         if (!(own[lane] > 0)) continue;
         chosen = token + lane;
         if (aim < own[lane]) return chosen;
