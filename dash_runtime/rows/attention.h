@@ -19,6 +19,7 @@ inline int64_t parts_size(const HeadShape &shape, const Span *spans, int64_t num
 // Writes a row's keys and values of one head, `[head_dim]`.
 inline void write_token(const HeadShape &shape, const Memory &memory, const Span &span, int64_t position,
                         int64_t kv_head, const float *key, const float *value) {
+  DASH_CHECK(position >= 0 && position < span.num_tokens && kv_head >= 0 && kv_head < shape.num_kv_heads);
   const int64_t to = position * memory.token_stride + kv_head * shape.head_dim;
   for (int64_t place = 0; place < shape.head_dim; place += kLanes) {
     write_bf16(memory.keys(span) + to + place, load<Floats>(key + place));
@@ -114,6 +115,7 @@ struct Attention {
         const int64_t stop = span.num_tokens - span.num_rows + row + 1;
         const int64_t own_first = memory.start(stop) / kBlockPositions - first_block,
                       own_last = (stop - 1) / kBlockPositions + 1 - first_block;
+        DASH_CHECK(own_first >= 0 && own_first < own_last && own_last <= num_blocks);
         for (int64_t head = 0; head < shape.num_heads; ++head)
           join(shape, own_parts + ((row * shape.num_heads + head) * num_blocks + own_first) * stride,
                own_last - own_first, stride, attended + ((span.first_row + row) * shape.num_heads + head) * size);

@@ -140,7 +140,10 @@ class RoundedBlock {
     }
   }
 
-  RoundedTile own_tile(int64_t number) const { return {shape_, tiles_ + number * step_}; }
+  RoundedTile own_tile(int64_t number) const {
+    DASH_CHECK(number >= 0 && number < num_tiles_);
+    return {shape_, tiles_ + number * step_};
+  }
 
   static __m512i four(const void *bytes) { return _mm512_set1_epi32(load<int32_t>(bytes)); }
 
@@ -164,7 +167,8 @@ class RoundedBlock {
           store(bytes[half] + channel, _mm512_cvtepi32_epi8(halves[half]));
         }
       }
-      for (int half = 0; half < 2; ++half) firsts[half] = -128 * _mm512_reduce_add_epi32(totals[half]);
+      for (int half = 0; half < 2; ++half)
+        firsts[half] = sum(_mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), totals[half]), 7));
       scale = bound / kMost;
     }
   };

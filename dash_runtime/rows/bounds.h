@@ -16,7 +16,8 @@ constexpr float kLengthError = 1e-5f;  // of a length, as a share of it
 struct StateError {
   float length, error;
 
-  static StateError of(const Rows &bytes, int64_t row, const float *state, int64_t size) {
+  static StateError of([[maybe_unused]] const Rows &bytes, [[maybe_unused]] int64_t row, const float *state,
+                       int64_t size) {
     Floats squares{}, errors{};
     for (int64_t place = 0; place < size; place += kLanes) {
       const Floats exact = load<Floats>(state + place);

@@ -14,6 +14,8 @@ struct Decisions {
 
   // Chooses the action of `layer`, after one that ran `last`, and writes its scores.
   uint8_t choose(int64_t layer, uint8_t last, double spent, float scale, const float *products) const {
+    DASH_CHECK(layer > 0 && last >= 1 && last <= num_known && num_known < policy->num_facts);
+    DASH_CHECK(policy->num_facts + policy->num_actions <= kMostNumbers);
     float own[kMostNumbers], *layer_scores = scores + layer * policy->num_actions;
     std::memcpy(own, facts, (policy->num_facts + policy->num_actions) * sizeof(float));
     std::memset(own, 0, num_known * sizeof(float));

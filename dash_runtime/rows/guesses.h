@@ -5,6 +5,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "checked.h"
+
 constexpr int64_t kLongestMatch = 16, kMostGuesses = 7;
 
 struct Guesses {
@@ -28,6 +30,7 @@ struct Guesses {
     }
     const int64_t count = std::min(numbers[longest], num_left - 1);
     if (count <= 0) return 0;
+    DASH_CHECK(count <= kMostGuesses && !places.empty());
     const int32_t *first = tokens + usual(places);
     const int64_t period = tokens + num_tokens - first;  // a match that reaches the end goes on as it did so far
     for (int64_t place = 0; place < count; ++place) to[place] = place < period ? first[place] : to[place - period];

@@ -55,6 +55,7 @@ class HeadRun : public Run {
     const int64_t begin = rows_.is_shared ? 0 : member_.first(head.num_exact);
     const int64_t end = rows_.is_shared ? head.num_exact : member_.last(head.num_exact);
     for (int64_t row = rows_.first; row < rows_.last; ++row) {
+      DASH_CHECK(head.num_exact <= kMostExact && head.num_exact <= head.num_tiles);
       int64_t tiles[kMostExact];
       choose_tiles(keys + row * keys_stride, head.num_tiles, head.num_exact, tiles);
       for (int64_t place = begin; place < end; ++place)

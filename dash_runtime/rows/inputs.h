@@ -87,6 +87,7 @@ struct Rows {
 
   // Where a row's group lies.
   int64_t place(int64_t row, int64_t group) const {
+    DASH_CHECK(row >= 0 && row < num_rows && group >= 0 && group < num_groups);
     const int64_t first = row / kRowsTogether * kRowsTogether;
     return first * num_groups + group * together(row) + row - first;
   }
@@ -98,6 +99,7 @@ struct Rows {
 
   // The rows from `row` on, up to the last that lies together with it.
   Inputs from(int64_t row) const {
+    DASH_CHECK(row >= 0 && row < num_rows);
     if (!facts) return {values + row * row_stride, row_stride, 0, nullptr, 0};
     const Facts *own = facts + place(row, 0);
     if (row_stride) return {values + row * row_stride, row_stride, kGroup, own, together(row)};
@@ -121,7 +123,7 @@ inline int write_bytes(Layout layout, Floats low, Floats high, float factor, voi
   const __m512i one = _mm512_cvtps_epi32((__m512)(low * factor)), next = _mm512_cvtps_epi32((__m512)(high * factor));
   const __m256i both = _mm256_set_m128i(_mm512_cvtepi32_epi8(next), _mm512_cvtepi32_epi8(one));
   store(bytes, _mm256_shuffle_epi8(both, order));
-  return _mm512_reduce_add_epi32(_mm512_add_epi32(one, next));
+  return sum(_mm512_add_epi32(one, next));
 }
 
 inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory,
@@ -178,6 +180,7 @@ inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, 
 // Prepares the rows from `first_row` to `last_row` for a layout, in a memory of `inputs_size` floats for all.
 inline Rows prepare(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory,
                     int64_t first_row, int64_t last_row) {
+  DASH_CHECK(first_row >= 0 && first_row <= last_row && last_row <= num_rows && num_inputs % kGroup == 0);
   if (layout == kInt8 || layout == kInt4)
     return prepare_rounded(layout, rows, num_rows, num_inputs, memory, first_row, last_row);
 #ifdef __AVX512BF16__

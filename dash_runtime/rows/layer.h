@@ -31,7 +31,10 @@ struct RotaryOfSpans {
   const Rotary *first;
   int64_t stride;
 
-  const Rotary &of(int64_t span) const { return first[span * stride]; }
+  const Rotary &of(int64_t span) const {
+    DASH_CHECK(span >= 0);
+    return first[span * stride];
+  }
 };
 
 inline void rotate(float *head, const Rotary &rotary, int64_t position, int64_t size, float factor) {
@@ -74,6 +77,7 @@ class LayerRun : public Run {
 
   // Begins a layer: its first product, whose outputs from `first` on all threads see after the next barrier.
   void project(const Layer &layer, int64_t action, int64_t first) const {
+    DASH_CHECK(action > kSkip && action <= kNumActions);
     norm_rows(own_.residual, layer.input_norm, rows_, shape_.hidden_size, shape_.eps, own_.normed);
     const Matrix &matrix = layer.matrices[action - 1][kQueryKeyValue],
                  &key_value = layer.matrices[action - 1][kKeyValue];
@@ -88,6 +92,7 @@ class LayerRun : public Run {
   // Runs the rest of it, with three more barriers before the last one. Attends to rounded keys and values if wanted.
   void run(const Layer &layer, int64_t action, const Memory &memory, const RotaryOfSpans &rotary,
            bool to_rounded) const {
+    DASH_CHECK(action > kSkip && action <= kNumActions);
     const int64_t size = shape_.hidden_size, inner_size = shape_.intermediate_size;
     const Matrix *matrices = layer.matrices[action - 1];
     split_rows(layer, memory, rotary, true);

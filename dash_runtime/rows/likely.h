@@ -101,6 +101,7 @@ struct TokenRows {
     for (int64_t place = 0; place < count; ++place) {
       if (place + kAhead < count) fetch(tokens[place + kAhead], size);
       const int64_t token = tokens[place];
+      DASH_CHECK(token >= 0 && place < kMostLikely);
       logits[token] = dot_bytes(weights + token * size, state, size) * scales[token];
     }
   }

@@ -94,10 +94,10 @@ class Parts {
  public:
   explicit Parts(float *memory) : next_(memory) {}
   float *take(int64_t size) {
-    size = (size + 2 * kLanes - 1) / kLanes * kLanes;
+    const int64_t room = (size + 2 * kLanes - 1) / kLanes * kLanes;
     float *own = next_;
-    if (next_) next_ += size;
-    count_ += size;
+    if (next_) forbid(next_ + size, (room - size) * sizeof(float)), next_ += room;
+    count_ += room;
     return own;
   }
   int64_t count() const { return count_; }
@@ -119,6 +119,7 @@ inline float *grown(std::vector<float> &memory, int64_t count) {
 // Returns what `take_all` takes, in a memory that is large enough for it.
 template <class TakeAll>
 auto laid_out(std::vector<float> &memory, TakeAll take_all) {
+  allow(memory.data(), memory.size() * sizeof(float));
   Parts counted(nullptr);
   take_all(counted);
   Parts parts(grown(memory, counted.count()));

@@ -7,7 +7,10 @@ struct Planner {
   int64_t most_rows;
   double split_seconds;
 
-  double cost(int64_t action, int64_t rows) const { return seconds[(action - 1) * (most_rows + 1) + rows]; }
+  double cost(int64_t action, int64_t rows) const {
+    DASH_CHECK(action >= 1 && action <= kNumActions && rows >= 0 && rows <= most_rows);
+    return seconds[(action - 1) * (most_rows + 1) + rows];
+  }
 
   // Raises rows to common actions where that makes the layer cheaper.
   void agree(uint8_t *actions, int64_t num_rows) const {

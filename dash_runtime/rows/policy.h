@@ -62,6 +62,7 @@ inline float policy_scale(const Policy &policy, const float *state) {
 // `facts` are followed by the price of each action.
 inline void policy_choices(const Policy &policy, const Block &block, float scale, const float *products,
                            const float *facts, float *scores, int64_t *best) {
+  DASH_CHECK(policy.width <= kMostNumbers && policy.inner_width <= kMostNumbers && block.terms);
   float features[kMostNumbers], inner[kMostNumbers];
   for (int64_t place = 0; place < policy.width; place += kLanes) {
     Floats known = load<Floats>(block.terms + place);

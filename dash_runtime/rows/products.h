@@ -128,8 +128,8 @@ inline void full(const Matrix &matrix, const Inputs &inputs, int64_t tile, float
 
 // Adds up a group's products with some tiles, of weights that have no sign.
 template <Layout kLayout, int kRows, int kTiles>
-inline void add_group(const int32_t *words, int64_t tile_stride, const float *values, int64_t row_stride,
-                      Floats (&sums)[kRows][kTiles]) {
+inline void add_group(const int32_t *words, [[maybe_unused]] int64_t tile_stride, const float *values,
+                      [[maybe_unused]] int64_t row_stride, Floats (&sums)[kRows][kTiles]) {
   constexpr int kBits = bits_of(kLayout), kPlaces = 32 / kBits, kWords = kGroup / kPlaces;
 #ifdef __AVX512VNNI__
   constexpr int kParts = kPlaces / 4;
@@ -268,6 +268,8 @@ inline int64_t block_end(int64_t tile, int64_t last) {
 // outputs each.
 inline void product(const Matrix &matrix, const Rows &rows, int64_t first_row, int64_t num_rows, int64_t first,
                     int64_t last, float *outputs, int64_t stride) {
+  DASH_CHECK(matrix.words && first >= 0 && first <= last && last <= matrix.num_tiles);
+  DASH_CHECK(first_row >= 0 && num_rows > 0 && first_row + num_rows <= rows.num_rows);
   if (amx::is_here && matrix.is_full())
     return amx::full_product(matrix, rows, first_row, num_rows, first, last, outputs, stride);
   const bool has_many = num_rows >= kManyRows;

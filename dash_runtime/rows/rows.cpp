@@ -3,7 +3,6 @@
 //
 // layer_body.py's arithmetic, written for one to a few rows whose weights come from memory. structs.py has the same
 // structures; every field is eight bytes wide, and layout.h tells where.
-#include <omp.h>
 #include <poll.h>
 
 #include <algorithm>
@@ -18,8 +17,7 @@ namespace {
 template <class Work>
 void in_parallel(Workspace &workspace, int64_t num_threads, Work work) {
   if (workspace.own.size() < static_cast<size_t>(num_threads)) workspace.own.resize(num_threads);
-#pragma omp parallel num_threads(static_cast<int>(num_threads))
-  work(Member{&workspace.barrier, omp_get_thread_num(), omp_get_num_threads()});
+  in_threads(num_threads, [&](int64_t index, int64_t count) { work(Member{&workspace.barrier, index, count}); });
 }
 
 // What all threads see of the attention of rows whose products are shared.
@@ -38,7 +36,7 @@ AttentionParts attention_parts_of(Parts &parts, const Pass &pass) {
 void take_part_in_attention(const Pass &pass, const AttentionParts &shared, const Member &member) {
   const ModelShape &shape = *pass.shape;
   const int64_t query_size = shape.query_size(), kv_size = shape.kv_size(), fused_size = shape.fused_size();
-  float *fused = grown(pass.workspace->own[member.index].floats, fused_size);
+  float *fused = laid_out(pass.workspace->own[member.index].floats, [&](Parts &own) { return own.take(fused_size); });
   const Memory memory = memory_of(pass, pass.first_layer);
   const RotaryOfSpans rotary = rotary_of(pass, pass.first_layer);
   const int64_t first = member.first(pass.num_rows), last = member.last(pass.num_rows);
@@ -86,6 +84,11 @@ extern "C" void dash_delete_workspace(Workspace *workspace) { delete workspace; 
 
 // Runs all layers from `first_layer` to `last_layer`, which may be none, and the head.
 extern "C" void dash_run_rows(const Pass *pass) {
+  DASH_CHECK(pass->first_layer >= 0 && pass->last_layer <= pass->shape->num_layers && pass->num_threads > 0);
+  DASH_CHECK(pass->num_plans == 1 || pass->num_plans == pass->num_rows);
+  for (const Span *span = pass->spans; span < pass->spans + pass->num_spans; ++span)
+    DASH_CHECK(span->first_row >= 0 && span->num_rows >= 0 && span->first_row + span->num_rows <= pass->num_rows &&
+               span->num_rows <= span->num_tokens);
   Workspace &own = *pass->workspace;
   own.chosen.resize(2 * pass->num_rows);
   if (pass->num_plans == 1 && pass->plans->decisions) own.evaluations = std::vector<Progress>(pass->shape->num_layers);
@@ -112,6 +115,7 @@ extern "C" void dash_run_rows(const Pass *pass) {
 extern "C" int64_t dash_run_burst(Pass *pass, int64_t num_tokens, const int64_t *ends, int64_t num_ends,
                                   const Draw *draws, const BurstRecord *record, int64_t wake_file, Guesses *guesses,
                                   const RowPlan *guessed) {
+  const Pass given = *pass;  // what is set here lies in this frame
   const int64_t num_layers = pass->shape->num_layers;
   const RowPlan *const own = pass->plans;
   const Decisions *decisions = own->decisions;
@@ -134,6 +138,7 @@ extern "C" int64_t dash_run_burst(Pass *pass, int64_t num_tokens, const int64_t 
     for (int64_t row = 0; row < num_rows && is_right && !is_over; ++row, ++done) {
       int64_t token = likeliest[row];
       if (draws) token = drawing.token(pass->logits + row * vocabulary, vocabulary, draws[done]);
+      DASH_CHECK(token >= 0 && token < vocabulary);
       std::memcpy(record->plans + done * num_layers, pass->plans->plan, num_layers);
       std::memcpy(record->times + done * 2 * num_layers, pass->times, 2 * num_layers * sizeof(int64_t));
       if (decisions && num_rows == 1)
@@ -151,21 +156,22 @@ extern "C" int64_t dash_run_burst(Pass *pass, int64_t num_tokens, const int64_t 
     is_over = is_over || done >= num_tokens || is_readable(wake_file);
     ++span.num_tokens;
   }
-  pass->num_rows = span.num_rows = 1;
-  pass->plans = own;
+  span.num_rows = 1;
+  *pass = given;
   return done;
 }
 
 // Draws a token for each of some rows of logits, `[…, count]`.
 extern "C" void dash_draw(const float *logits, int64_t count, const int64_t *rows, const Draw *draws, int64_t num_draws,
                           int64_t num_threads, int64_t *tokens) {
-#pragma omp parallel num_threads(static_cast<int>(std::min(num_threads, num_draws)))
-  {
+  std::atomic<int64_t> next{0};
+  in_threads(std::min(num_threads, num_draws), [&](int64_t, int64_t) {
     Drawing drawing;
-#pragma omp for schedule(dynamic)
-    for (int64_t own = 0; own < num_draws; ++own)
+    for (int64_t own; (own = next.fetch_add(1, std::memory_order_relaxed)) < num_draws;) {
       tokens[own] = drawing.token(logits + rows[own] * count, count, draws[own]);
-  }
+      DASH_CHECK(tokens[own] >= 0 && tokens[own] < count);
+    }
+  });
 }
 
 // Runs the attention of `first_layer`.

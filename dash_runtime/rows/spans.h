@@ -120,6 +120,8 @@ struct HeadBlock {
 
 // Returns the keys and values of a block. The heads share the lines of the next one.
 inline HeadBlock block_of(const HeadShape &shape, const BlockPlace &place) {
+  DASH_CHECK(place.block >= 0 && place.count >= 0 && place.kv_head >= 0 && place.kv_head < shape.num_kv_heads);
+  DASH_CHECK(place.block * kBlockPositions + place.count <= place.span.num_tokens);
   const Memory &memory = place.memory;
   const int64_t stride = memory.token_stride,
                 from = place.block * kBlockPositions * stride + place.kv_head * shape.head_dim;
@@ -147,10 +149,11 @@ inline int64_t part_size(int64_t head_dim) { return kSums + head_dim; }
 
 // Turns one query's scores into weights, and begins its part.
 inline void weigh(const BlockQuery &query, float *scores) {
+  DASH_CHECK(query.first >= 0 && query.first < query.last && query.last <= kBlockPositions);
   if (query.first > 0 || query.last < kBlockPositions)
     for (int place = 0; place < kBlockPositions; place += kLanes) {
       const Ints number = kNumbers + place;
-      const Ints is_seen = number >= static_cast<int>(query.first) & number < static_cast<int>(query.last);
+      const Ints is_seen = (number >= static_cast<int>(query.first)) & (number < static_cast<int>(query.last));
       store(scores + place, is_seen ? load<Floats>(scores + place) : filled(-INFINITY));
     }
   Floats most = load<Floats>(scores), total{};

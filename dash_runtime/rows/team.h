@@ -5,6 +5,13 @@
 #include <atomic>
 #include <cstdint>
 
+#ifdef DASH_CHECKED
+#include <thread>
+#include <vector>
+#else
+#include <omp.h>
+#endif
+
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -54,6 +61,21 @@ class Barrier {
   alignas(64) std::atomic<int64_t> waiting_{0};
   alignas(64) std::atomic<int64_t> round_{0};
 };
+
+// Calls `work` in so many threads at most, with each one's number and how many there are.
+template <class Work>
+void in_threads(int64_t num_threads, Work work) {
+#ifdef DASH_CHECKED
+  // The thread sanitizer knows nothing of how OpenMP's threads wait for each other.
+  std::vector<std::thread> others;
+  for (int64_t index = 1; index < num_threads; ++index) others.emplace_back(work, index, num_threads);
+  work(int64_t{0}, num_threads);
+  for (std::thread &other : others) other.join();
+#else
+#pragma omp parallel num_threads(static_cast<int>(num_threads))
+  work(int64_t{omp_get_thread_num()}, int64_t{omp_get_num_threads()});
+#endif
+}
 
 struct Member {
   Barrier *barrier;

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "checked.h"
+
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
@@ -106,6 +108,16 @@ inline float sum(Floats value) {
   return folded(value, [](float one, float other) { return one + other; });
 #endif
 }
+
+#ifdef __AVX512F__
+// What was no number may wrap around here, which `_mm512_reduce_add_epi32` leaves undefined.
+inline int32_t sum(__m512i value) {
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(value), _mm512_extracti64x4_epi64(value, 1));
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xB1)));
+}
+#endif
 
 // The lanes that are at least `least`, one bit each.
 inline uint32_t lanes_above(Floats value, float least) {

@@ -49,6 +49,7 @@ class Walk {
   void begin() {
     for (int64_t row = rows_.first; row < rows_.last; ++row) {
       float *state = own_.residual + row * size_;
+      DASH_CHECK(!pass_.tokens || (pass_.tokens[row] >= 0 && is_known(pass_.tokens[row])));
       if (pass_.tokens)
         embed(*pass_.embedding, pass_.tokens[row], size_, state);
       else
@@ -57,16 +58,21 @@ class Walk {
     }
   }
 
+  // Whether a token is one of the vocabulary, if a head tells how large that is.
+  bool is_known(int64_t token) const { return !pass_.head || token < pass_.head->num_tiles * kLanes; }
+
   // Where the actions of a layer's rows are chosen.
   uint8_t *chosen(int64_t layer) const { return pass_.workspace->chosen.data() + layer % 2 * pass_.num_plans; }
 
   void run_layer(int64_t layer) {
+    DASH_CHECK(layer >= 0 && layer < pass_.shape->num_layers);
     if (is_alone())
       return run_alone(layer, pass_.plans[0].pinned[layer] ? pass_.plans[0].pinned[layer] : *chosen(layer));
     uint8_t *actions = memory_.actions.data();
     for (int64_t row = 0; row < pass_.num_rows; ++row) {
       const uint8_t pinned = pass_.plans[row].pinned[layer];
       actions[row] = pinned ? pinned : chosen(layer)[row];
+      DASH_CHECK(actions[row] >= kSkip && actions[row] <= kNumActions);
     }
     if (pass_.planner) {
       attends_rounded_ = std::find(actions, actions + pass_.num_rows, kFullAction) == actions + pass_.num_rows;
@@ -85,6 +91,7 @@ class Walk {
   // Runs rows of one plan. Decides the next layer meanwhile.
   void run_alone(int64_t layer, uint8_t action) {
     const RowPlan &plan = pass_.plans[0];
+    DASH_CHECK(action >= kSkip && action <= kNumActions);
     if (member_.index == 0) plan.plan[layer] = action;
     if (plan.decisions) memory_.spent[0] += plan.decisions->layer_costs[action];
     if (has_to_decide(plan, layer)) {
@@ -246,8 +253,10 @@ class Walk {
     run.finish(*pass_.head, {pass_.logits, own.keys.data(), own.likely.data(), own.uppers.data(), own.tops.data(),
                              own.best.data()});
     member_.wait();
-    for (int64_t row = member_.first(pass_.num_rows); row < member_.last(pass_.num_rows); ++row)
+    for (int64_t row = member_.first(pass_.num_rows); row < member_.last(pass_.num_rows); ++row) {
       pass_.likeliest[row] = best_of_threads(own.best.data(), row, pass_.num_rows, member_.num_threads).token;
+      DASH_CHECK(pass_.likeliest[row] >= 0 && is_known(pass_.likeliest[row]));
+    }
   }
 
   const Pass &pass_;
