@@ -23,6 +23,7 @@ from dash_runtime.layers.shortlist import loudest_channels, shortlist_head
 from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.linears.dense_linear import MAX_INVARIANT_ROWS, BatchInvariantLinear, FullLinear, for_neighbours
 from dash_runtime.linears.int4_matrix import Int4Matrix, Place, is_packable
+from dash_runtime.linears.kept_trials import NO_TRIALS, KeptTrials
 from dash_runtime.linears.quantization import for_many_rows, make_linear
 from dash_runtime.model_config import ModelConfig
 
@@ -42,6 +43,7 @@ def make_decoder(
     has_finer_keys: bool = True,
     int4: Mapping[Place, Int4Matrix] | None = None,
     head_map: HeadMap | None = None,
+    trials: KeptTrials = NO_TRIALS,
 ) -> Decoder:
     """Packs a model for its devices.
 
@@ -59,6 +61,7 @@ def make_decoder(
             to judge plans that will run there.
         has_finer_keys, int4: as in `WeightLoader`.
         head_map: that of the narrow head, the one in SKIP; None for no such head.
+        trials: as in `BatchInvariantLinear`.
     """
     # Native code gets repacked copies of the matrices. If other tensors still used the mapped file, all of it would
     # stay.
@@ -75,7 +78,7 @@ def make_decoder(
     for index, own in enumerate(devices):
         layer_weights = loaders[own].layer(index)
         eager_actions = actions if native is None else (Action.FULL,)
-        layer = make_layer(layer_weights, config.query_size, eager_actions)
+        layer = make_layer(layer_weights, config.query_size, eager_actions, trials)
         if native is not None:
             native.add_layer(layer_weights, layer)
         layers.append(layer)
@@ -86,7 +89,7 @@ def make_decoder(
     embedding = first.embedding()
     is_shared = config.has_tied_head and first is last
     head = embedding if is_shared else last.embedding() if config.has_tied_head else last.head()
-    full = make_linear(Action.FULL, FullLinear(head))
+    full = make_linear(Action.FULL, FullLinear(head), trials)
     embed = make_embedding(embedding, full if is_shared else None, config.embedding_multiplier)
     multiplier, loudest = config.logits_multiplier, loudest_channels(layer_weights, final_norm)
     by_precision: dict[Action, Head] = {}

@@ -8,6 +8,7 @@ from dash_runtime.actions import Action
 from dash_runtime.layers.layer_body import Linears, Norms
 from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import Linear
+from dash_runtime.linears.kept_trials import NO_TRIALS, KeptTrials
 from dash_runtime.linears.quantization import for_many_rows, make_linear
 
 
@@ -25,12 +26,15 @@ class DecoderLayer(Norms):
         return replace(self, key_values=key_values, linears=linears)
 
 
-def make_layer(weights: LayerWeights, query_size: int, actions: tuple[Action, ...]) -> DecoderLayer:
+def make_layer(
+    weights: LayerWeights, query_size: int, actions: tuple[Action, ...], trials: KeptTrials = NO_TRIALS
+) -> DecoderLayer:
     """Packs a layer for the given actions."""
     key_value = weights.linears.query_key_value.outputs(query_size)
     running: list[Action] = [action for action in actions if action is not Action.SKIP]
-    router = partial(make_linear, Action.FULL)  # a row's experts are chosen in FULL whatever they run in
-    linears = {action: weights.linears.mapped(partial(make_linear, action), router) for action in running}
+    makers = {action: partial(make_linear, action, trials=trials) for action in (*running, Action.FULL)}
+    # A row's experts are chosen in FULL whatever they run in.
+    linears = {action: weights.linears.mapped(makers[action], makers[Action.FULL]) for action in running}
     norms = {field.name: getattr(weights, field.name) for field in fields(Norms)}
-    key_values = {action: make_linear(action, key_value) for action in running}
+    key_values = {action: makers[action](key_value) for action in running}
     return DecoderLayer(**norms, key_values=key_values, linears=linears)

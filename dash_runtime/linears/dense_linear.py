@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from dash_runtime.devices import device_of
 from dash_runtime.linears.int4_matrix import Int4Matrix, quantize_int4
-from dash_runtime.linears.kept_trials import KeptTrials
+from dash_runtime.linears.kept_trials import NO_TRIALS, KeptTrials
 
 MAX_INVARIANT_ROWS = 256
 """A row of a `BatchInvariantLinear` has the same bits in every pass of up to this many rows."""
@@ -37,9 +37,6 @@ _NUM_CHECKED = 3
 _UNPACKED_OUTPUTS = 1 << 10
 """Outputs that are unpacked at a time. More would not stay in a near cache, and their memory would be requested from
 the system every time."""
-
-kept_trials = KeptTrials()
-"""Which numbers of rows agree, by product. To try them takes half a second and a hundred megabytes of kernels."""
 
 Linear = Callable[[Tensor], Tensor]
 """Maps `[rows, in_features]` to `[rows, out_features]`, bias included."""
@@ -136,12 +133,15 @@ class BatchInvariantLinear:
     Args:
         make_product: packs the matrix for the library's product.
         full: the matrix.
+        trials: what keeps which numbers agree: to try them takes half a second and a hundred megabytes of kernels.
     """
 
-    def __init__(self, make_product: Callable[[FullLinear], Linear], full: FullLinear) -> None:
-        self.product = make_product(full)
+    def __init__(
+        self, make_product: Callable[[FullLinear], Linear], full: FullLinear, trials: KeptTrials = NO_TRIALS
+    ) -> None:
+        self.product, self.trials = make_product(full), trials
         self.shape = (full.weight.shape[0], full.weight.shape[1])
-        self._first_parts = partial(_tried_first_parts, make_product, self.shape, full.bias is not None)
+        self._first_parts = partial(_tried_first_parts, trials, make_product, self.shape, full.bias is not None)
         self._first_parts(torch.get_num_threads())
 
     def __call__(self, inputs: Tensor) -> Tensor:
@@ -172,7 +172,11 @@ def first_parts(counts: Collection[int]) -> Sequence[int]:
 
 @cache
 def _tried_first_parts(
-    make_product: Callable[[FullLinear], Linear], shape: tuple[int, int], has_bias: bool, num_threads: int
+    trials: KeptTrials,
+    make_product: Callable[[FullLinear], Linear],
+    shape: tuple[int, int],
+    has_bias: bool,
+    num_threads: int,
 ) -> Sequence[int]:
     """Returns `first_parts` of the numbers of rows at which every row has the same bits as among the usual number.
 
@@ -198,26 +202,26 @@ def _tried_first_parts(
         return bool((product(rows[:count]) == usual).all())
 
     key = None if (name := _NAMES.get(make_product)) is None else (name, shape, has_bias, num_threads)
-    agreeing = None if key is None else kept_trials.read(key)
+    agreeing = None if key is None else trials.read(key)
     if not agreeing or not set(agreeing) <= set(_TRIED_COUNTS) or not all(map(agrees, agreeing[:_NUM_CHECKED])):
         agreeing = [count for count in _TRIED_COUNTS if agrees(count)]
         if key is not None:
-            kept_trials.keep(key, agreeing)
+            trials.keep(key, agreeing)
     return first_parts(agreeing if _USUAL_ROWS in agreeing else (1,))
 
 
-def make_full_linear(full: FullLinear) -> Linear:
+def make_full_linear(full: FullLinear, trials: KeptTrials = NO_TRIALS) -> Linear:
     """Returns the fastest product for few rows. A packed one is also the fastest for many."""
     full = replace(full, int4=None)  # so that nothing keeps what other products have packed
     if not device_of(full.weight.device).has_packed_products or full.weight.dtype is not torch.bfloat16:
         return full
-    return BatchInvariantLinear(PackedLinear.from_full if _has_packed_linear() else _as_loaded, full)
+    return BatchInvariantLinear(PackedLinear.from_full if _has_packed_linear() else _as_loaded, full, trials)
 
 
 def for_many_rows(linear: Linear) -> Linear:
     """Returns the same matrix for passes over many rows. A row's sums may differ from those in decoding."""
     if isinstance(linear, BatchInvariantLinear) and isinstance(linear.product, FullLinear):
-        return BatchInvariantLinear(WidenedLinear, linear.product)
+        return BatchInvariantLinear(WidenedLinear, linear.product, linear.trials)
     return linear
 
 

@@ -6,6 +6,7 @@ Knows files and the machine; knows no products.
 import json
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,11 +19,11 @@ _MOST_BYTES = 1 << 16
 _UNSTEADY = ("cpu MHz", "bogomips", "processor", "core id", "apicid", "initial apicid")
 
 
+@dataclass(frozen=True, slots=True)
 class KeptTrials:
     """Numbers by a key, in files of one folder. Without a folder, nothing is kept."""
 
-    def __init__(self) -> None:
-        self.folder: Path | None = None
+    folder: Path | None = None
 
     def read(self, key: object) -> Sequence[int] | None:
         """Returns the numbers; None if none are kept, or not for this machine and torch."""
@@ -44,6 +45,10 @@ class KeptTrials:
     def _path(self, folder: Path, key: object) -> Path:
         own = (_VERSION, torch.__version__, torch.__config__.show(), torch.backends.cpu.get_cpu_capability())
         return folder / f"rows-{digest((*own, _processor(), key))}.json"
+
+
+NO_TRIALS = KeptTrials()
+"""Keeps nothing."""
 
 
 def _processor() -> Sequence[str]:

@@ -14,6 +14,7 @@ from dash_runtime.devices import device_of
 from dash_runtime.linears import dense_linear
 from dash_runtime.linears.dense_linear import FullLinear, Linear, make_full_linear, unpacked_product
 from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE, INT4_ZERO_POINT, Int4Matrix
+from dash_runtime.linears.kept_trials import NO_TRIALS, KeptTrials
 
 INT8_INPUT_MULTIPLE = 16
 """The CPU's INT8 kernel reads past the end of a row whose length is not a multiple of this."""
@@ -113,10 +114,10 @@ def _biased(outputs: Tensor, bias: Tensor | None) -> Tensor:
 _QUANTIZED: dict[Action, type[Int8Linear] | type[Int4Linear]] = {Action.INT8: Int8Linear, Action.INT4: Int4Linear}
 
 
-def make_linear(action: Action, full: FullLinear) -> Linear:
+def make_linear(action: Action, full: FullLinear, trials: KeptTrials = NO_TRIALS) -> Linear:
     """Returns the linear layer that `action` runs for the matrix `full`, with this device's fastest kernel."""
     if action is Action.FULL:
-        return make_full_linear(full)
+        return make_full_linear(full, trials)
     parts = [_QUANTIZED[precision].from_full(part) for precision, part in quantized_parts(action, full)]
     return parts[0] if len(parts) == 1 else JoinedLinear(tuple(parts))
 

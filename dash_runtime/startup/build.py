@@ -34,8 +34,9 @@ from dash_runtime.engine.planner import GroupPlanner, HighestAction
 from dash_runtime.engine.step_times import CostWatch
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.split_compensation import compensation_over
-from dash_runtime.linears.dense_linear import kept_trials, most_rows_apart
+from dash_runtime.linears.dense_linear import most_rows_apart
 from dash_runtime.linears.int4_file import int4_file, load_int4
+from dash_runtime.linears.kept_trials import KeptTrials
 from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.passes import Planner
@@ -144,7 +145,6 @@ def build_engine(
     if library is not None:
         native = NativeBackend(model, library, actions, torch.get_num_threads(), shares_products=config.group_planner)
         learned = [with_native_code(own, library, config.lane) for own in learned]
-    kept_trials.folder = cache_folder / "products"
     make = partial(
         make_decoder,
         *(model, weights, actions),
@@ -154,6 +154,7 @@ def build_engine(
         has_finer_keys=has_finer_keys,
         int4=int4,
         head_map=None if native is None else shared_head_map(learned),
+        trials=KeptTrials(cache_folder / "products"),
     )
     decoder = make(native=native, has_int8_head=has_int8_head, has_graphs=has_graphs)
     learned = [own.for_heads(tuple(decoder.heads)) for own in learned]

@@ -1,5 +1,6 @@
 """What is kept for later starts: trials, read again unless they are damaged or wrong, and files that are whole."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,17 +8,16 @@ import torch
 
 from dash_runtime.files.atomic_file import replacing
 from dash_runtime.linears import dense_linear
-from dash_runtime.linears.dense_linear import FullLinear
+from dash_runtime.linears.dense_linear import BatchInvariantLinear, FullLinear
 from dash_runtime.linears.kept_trials import KeptTrials
 
 KEY = ("packed", (64, 32), False, 2)
 
 
 def test_numbers_are_read_by_their_key_only(tmp_path: Path) -> None:
-    trials = KeptTrials()
-    trials.keep(KEY, [2, 64])
-    assert trials.read(KEY) is None
-    trials.folder = tmp_path / "new"
+    KeptTrials().keep(KEY, [2, 64])
+    assert KeptTrials().read(KEY) is None
+    trials = KeptTrials(tmp_path / "new")
     trials.keep(KEY, [2, 64])
     assert trials.read(KEY) == [2, 64]
     assert trials.read((*KEY[:3], 1)) is None
@@ -25,8 +25,7 @@ def test_numbers_are_read_by_their_key_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "[2, 64", '{"2": 64}', '[2, "64"]', "[true]", "2"])
 def test_a_damaged_file_is_as_none(content: str, tmp_path: Path) -> None:
-    trials = KeptTrials()
-    trials.folder = tmp_path
+    trials = KeptTrials(tmp_path)
     trials.keep(KEY, [2, 64])
     (file,) = tmp_path.iterdir()
     file.write_text(content)
@@ -49,10 +48,7 @@ class Counting:
 
 
 def test_a_kept_trial_is_not_made_again_and_a_wrong_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trials = KeptTrials()
-    trials.folder = tmp_path
-    monkeypatch.setattr(dense_linear, "kept_trials", trials)
-    tried = dense_linear._tried_first_parts.__wrapped__
+    tried = partial(dense_linear._tried_first_parts.__wrapped__, KeptTrials(tmp_path))
     first, second = Counting({2, 16, 64}), Counting({4, 16, 64})
     monkeypatch.setattr(dense_linear, "_NAMES", dict.fromkeys((first, second), "counting"))
     parts = tried(first, (64, 32), False, 1)
@@ -76,3 +72,11 @@ def test_writers_with_the_same_process_id_do_not_write_into_one_file(tmp_path: P
         first.write_text("first")
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_each_decoder_keeps_its_trials_in_its_own_folder(tmp_path: Path) -> None:
+    weight = torch.zeros(64, 32, dtype=torch.bfloat16)
+    for folder in (tmp_path / "one", tmp_path / "other"):
+        if not isinstance(dense_linear.make_full_linear(FullLinear(weight), KeptTrials(folder)), BatchInvariantLinear):
+            pytest.skip("this processor tries nothing")
+        assert list(folder.iterdir())
