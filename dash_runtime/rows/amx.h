@@ -57,7 +57,7 @@ struct alignas(64) Sizes {
   }
 };
 
-// Of products: tiles 0 to 3 hold sums, 4 and 7 inputs, 5 and 6 weights.
+// The tiles of a product: 0 to 3 hold sums, 4 and 7 inputs, 5 and 6 weights.
 inline Sizes sizes_of(int64_t num_rows, int input_bytes, int weight_rows) {
   return Sizes()
       .with(0, 4, num_rows)
@@ -66,12 +66,12 @@ inline Sizes sizes_of(int64_t num_rows, int input_bytes, int weight_rows) {
       .with(7, 8, num_rows, input_bytes);
 }
 
-// Where the weights of a few tiles of outputs begin, and the bytes from one pair of inputs to the next.
+// The weights of a few tiles of outputs: each tile's first byte, and the bytes from one pair of inputs to the next.
 struct Weights {
   const char *tiles[kTilesAtOnce];
   int64_t count, step;
 
-  // Of the tiles from `first` on, as many as lie before `last`.
+  // Takes the tiles from `first` on, up to `last` or as many as fit.
   Weights(const Matrix &matrix, int64_t first, int64_t last)
       : count(last - first < kTilesAtOnce ? last - first : kTilesAtOnce), step(matrix.block_tiles * kRowBytes) {
     const char *words = static_cast<const char *>(matrix.words);

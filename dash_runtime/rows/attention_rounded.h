@@ -114,7 +114,7 @@ class RoundedBlock {
   void end() { next_.fetch_rest(); }
 
  private:
-  // Of all heads.
+  // Returns the first byte of a block, all heads together.
   char *tiles_of(const BlockPlace &place) const {
     return place.span.rounded + place.memory.layer * place.memory.rounded_bytes +
            place.block * (kBlockPositions / kRoundedPositions) * step_;
@@ -251,7 +251,7 @@ class RoundedBlock {
     return bound / kMost;
   }
 
-  // Of `kVectors` times 16 channels.
+  // Adds up `kVectors` times 16 channels.
   template <int kQueries, int kVectors>
   void write_sums(const BlockQuery *queries, int64_t channel, const uint8_t (*high)[kBlockPositions],
                   const uint8_t (*low)[kBlockPositions], const float *scales) {

@@ -179,7 +179,7 @@ class TileBlock {
   HeadBlock block_;
   int width_ = 0;  // queries that tiles have room for
   int64_t num_tiles_ = 0;
-  // What tiles read of the last positions, if these do not fill a tile: zeros after them.
+  // A copy of the last positions, padded with zeros, for tiles that they do not fill.
   uint16_t last_keys_[kPositions * kMostChannels], last_values_[kPositions * kMostChannels];
 };
 

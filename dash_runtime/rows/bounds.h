@@ -7,12 +7,12 @@
 
 constexpr int64_t kBoundedTiles = 64;  // whose rough logits are in a near cache at a time
 
-// What sums round, by input, as a share of the lengths' product. Sixteen halves of a unit in the last place: weights
-// without a sign are some times as large.
+// Rounding of a sum, for each input, as a share of the product of both lengths: sixteen halves of a unit in the last
+// place, since weights without a sign are several times as large.
 constexpr float kRoundedByInput = 16.0f / (1 << 24);
 constexpr float kLengthError = 1e-5f;  // of a length, as a share of it
 
-// A state as bytes: its length, and that of what it is off by.
+// The length of a state that was rounded to bytes, and the length of its rounding error.
 struct StateError {
   float length, error;
 

@@ -1,4 +1,4 @@
-// What products with a matrix read of rows. row_matrix.py lays matrices out.
+// The inputs of a product, as its matrix wants them. row_matrix.py lays matrices out.
 #pragma once
 #include "vectors.h"
 
@@ -29,14 +29,14 @@ constexpr int64_t lines_before(Layout layout, int64_t group) {
   return group * bits_of(layout) + (layout == kInt4 ? (group + 1) / 2 : 0);
 }
 
-// Where a tile's weights of a group lie behind its first line, and where its grids do.
+// The cache lines from a tile's first one to a group's weights, and to its grids.
 constexpr int64_t weights_line(Layout layout, int64_t group) {
   return group * bits_of(layout) + (layout == kInt4 ? group / 2 + 1 : 0);
 }
 constexpr int64_t grids_line(int64_t group) { return group / 2 * (2 * bits_of(kInt4) + 1); }
 
-// What rounded weights need of a row's group of inputs. Four numbers wide: threads that prepare a few rows each then
-// seldom write to the same cache line.
+// Numbers that rounded weights need of each group of a row's inputs. Four of them, so that threads which prepare a few
+// rows each seldom write to the same cache line.
 struct Facts {
   float scale;   // of bytes
   float offset;  // what the group's sum is too high by, since its weights and in INT4 its offsets have no sign
@@ -85,7 +85,7 @@ struct Rows {
   const Facts *facts;
   int64_t num_rows, num_groups;
 
-  // Where a row's group lies.
+  // Returns the place of a row's group.
   int64_t place(int64_t row, int64_t group) const {
     DASH_CHECK(row >= 0 && row < num_rows && group >= 0 && group < num_groups);
     const int64_t first = row / kRowsTogether * kRowsTogether;
@@ -131,7 +131,7 @@ inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, 
   const int64_t num_groups = num_inputs / kGroup;
   Facts *facts = reinterpret_cast<Facts *>(memory + num_rows * num_groups * kGroupFloats);
   const Rows prepared{memory, 0, facts, num_rows, num_groups};
-  // What weights without a sign are too high by, and offsets.
+  // Weights and offsets are stored without a sign, and are too high by this.
   const float half = layout == kInt8 ? 128 : 8 + kLeastOffset / kOffsetsInStep;
   for (int64_t row = first_row; row < last_row; ++row)
     for (int64_t group = 0; group < num_groups; ++group) {

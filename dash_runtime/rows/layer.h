@@ -15,7 +15,7 @@ struct Layer {
   Matrix matrices[kNumActions][kNumMatrices];
 };
 
-// What replaces a skipped layer's output.
+// The replacement of a skipped layer's output.
 struct Compensation {
   Matrix narrow, widen;  // from the state to `rank` features, and back
   const float *vectors;  // rank 0: factors and offsets; else offsets; null: the caller replaces it

@@ -1,4 +1,4 @@
-// What a pass is told, and the memory that it works in. structs.py has the same structures.
+// The arguments of a pass, and the memory that it works in. structs.py has the same structures.
 #pragma once
 #include <ctime>
 #include <vector>
@@ -34,7 +34,7 @@ struct Workspace {
   std::vector<Best> tops;             // [threads, rows], without logits
 };
 
-// What decides a row's layers, and what replaces those that it skips.
+// A row's plan: its pinned layers, who decides the others, and the replacement of those that it skips.
 struct RowPlan {
   const uint8_t *pinned;              // by layer; 0 for a layer that is decided
   const Decisions *decisions;         // null if all layers are pinned
@@ -73,7 +73,7 @@ struct Pass {
 
 constexpr int64_t kNoFile = -1;  // of a burst that nobody ends early
 
-// What the passes of a burst leave, token by token.
+// The record of a burst's passes, token by token.
 struct BurstRecord {
   int64_t *tokens;  // the next ones
   uint8_t *plans;   // [tokens, num_layers]: what ran
@@ -135,12 +135,12 @@ struct SharedParts {
   float *states;                            // [rows, hidden_size], where rows run in groups
 };
 
-// The inputs of a rough matrix that has some again; 0 without one.
+// The number of inputs of a rough matrix, the repeated ones counted twice; 0 if there is no rough matrix.
 inline int64_t repeated_size(const Pass &pass) {
   return pass.head && pass.head->has_rough() ? pass.head->rough.num_inputs : 0;
 }
 
-// Of the low-rank compensations, each of which has one rank in all layers, and of a narrow head.
+// The highest rank of the low-rank compensations, which have one rank in all layers each, and of a narrow head.
 inline int64_t highest_rank(const Pass &pass) {
   int64_t rank = pass.head && pass.head->is_narrow() ? pass.head->rough.num_inputs : 0;
   for (int64_t row = 0; row < pass.num_plans; ++row) rank = std::max(rank, pass.plans[row].compensations[0].rank);

@@ -7,7 +7,7 @@
 constexpr float kMostLogDamage = 6;    // policy/network.py
 constexpr int64_t kMostNumbers = 256;  // features, facts and scores
 
-// What a block of layers that are decided together has of its own; null if a layer begins none.
+// The tensors of one block of layers that are decided together; null if no block begins with a layer.
 struct Block {
   const float *terms, *facts, *inner_terms, *outputs, *output_terms;
 };

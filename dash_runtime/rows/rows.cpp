@@ -20,7 +20,7 @@ void in_parallel(Workspace &workspace, int64_t num_threads, Work work) {
   in_threads(num_threads, [&](int64_t index, int64_t count) { work(Member{&workspace.barrier, index, count}); });
 }
 
-// What all threads see of the attention of rows whose products are shared.
+// Memory of the attention of rows whose products are shared, which all threads see.
 struct AttentionParts {
   float *queries, *keys, *values, *attended, *parts;
 };
@@ -32,7 +32,7 @@ AttentionParts attention_parts_of(Parts &parts, const Pass &pass) {
           parts.take(parts_size(shape.heads, pass.spans, pass.num_spans))};
 }
 
-// What one thread does of the attention of rows whose products are shared: their first one is `pass.input`.
+// One thread's part in the attention of rows whose products are shared: their first one is `pass.input`.
 void take_part_in_attention(const Pass &pass, const AttentionParts &shared, const Member &member) {
   const ModelShape &shape = *pass.shape;
   const int64_t query_size = shape.query_size(), kv_size = shape.kv_size(), fused_size = shape.fused_size();

@@ -26,7 +26,7 @@ struct Own {
   float *residual, *normed, *inputs, *queries, *keys, *values, *attended, *wide, *repeated;
 };
 
-// The rows for which a thread does what is done by row: all of them if they are few, or its share.
+// The rows whose norms, residuals and rotations a thread computes: all rows if they are few, or its share of them.
 struct RowRange {
   int64_t first, last;
   bool is_shared;
@@ -53,7 +53,7 @@ inline void norm_rows(const float *from, const float *weight, const RowRange &ro
   }
 }
 
-// What a thread does of a part of a pass: with its rows, and its share of each product.
+// One thread's work in a part of a pass: its rows, and its share of each product.
 class Run {
  public:
   Run(const Member &member, const ModelShape &shape, const Shared &shared, const Own &own, int64_t num_rows)

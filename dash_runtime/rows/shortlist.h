@@ -30,7 +30,7 @@ inline int64_t num_above(const int32_t *keys, int64_t num_tiles, int32_t key) {
 
 // Writes the `count` tiles with the largest keys, in their order; of equal ones the first. All threads find the same.
 inline void choose_tiles(const int32_t *keys, int64_t num_tiles, int64_t count, int64_t *tiles) {
-  // The least key that fewer than `count` tiles, or just so many, are above of.
+  // Finds the least key above which at most `count` tiles lie.
   int64_t low = INT32_MIN, high = INT32_MAX;
   int64_t above = 0;  // of the highest key
   while (low < high && above != count) {

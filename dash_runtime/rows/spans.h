@@ -1,4 +1,4 @@
-// Where the keys and values of a pass's sequences lie, and the blocks of positions that attention takes.
+// The keys and values of a pass's sequences, and the blocks of positions that attention takes.
 #pragma once
 #include <algorithm>
 
@@ -43,7 +43,7 @@ struct Memory {
     return reinterpret_cast<uint16_t *>(span.memory + layer * layer_bytes + values_bytes);
   }
   int64_t start(int64_t end) const { return window && end > window ? end - window : 0; }
-  // What a span's first row sees first; of rounded keys and values whole tiles are needed.
+  // The first position that a span's first row sees. Rounded keys and values are read in whole tiles.
   int64_t first_seen(const Span &span) const { return start(span.num_tokens - span.num_rows + 1); }
   int64_t first_block(const Span &span) const { return first_seen(span) / kBlockPositions; }
   int64_t first_rounded(const Span &span) const { return first_seen(span) / kRoundedPositions * kRoundedPositions; }
@@ -61,7 +61,7 @@ struct BlockPlace {
     return {memory, span, block, kv_head, count};
   }
 
-  // What is read after it; of no positions after the last one.
+  // The block that is read after this one; an empty one after the last.
   BlockPlace next() const {
     const bool is_last =
         (block + 1) * kBlockPositions >= span.num_tokens && &span + 1 < memory.spans + memory.num_spans;
@@ -81,8 +81,8 @@ inline void for_rows(const Memory &memory, int64_t first, int64_t last, Work wor
   }
 }
 
-// What is read after a block: the next one's keys and values. They are fetched meanwhile, line by line as they lie in
-// memory: processors foresee what follows, but not what lies in another sequence.
+// Fetches the next block's keys and values while one is read, line by line: processors foresee what follows in memory,
+// but not what lies in another sequence.
 class NextBlock {
  public:
   NextBlock() = default;
@@ -135,8 +135,8 @@ inline HeadBlock block_of(const HeadShape &shape, const BlockPlace &place) {
                     reinterpret_cast<const char *>(memory.values(next.span) + next_from), last - first)};
 }
 
-// What one query sees of a block: the positions from `first` to `last`; and where its part goes: the largest score, the
-// sum of the weights, and the weighted sum of values.
+// One query's part of a block: the positions that it sees, from `first` to `last`, and the memory of its result: the
+// largest score, the sum of the weights, and the weighted sum of values.
 struct BlockQuery {
   const float *query;
   int64_t first, last;

@@ -35,13 +35,13 @@ class Spin {
   int64_t turns_ = 0;
 };
 
-// What a thread can do while it waits.
+// Work for a thread that waits.
 class Idle {
  public:
   virtual bool work() = 0;  // does a part; returns false if there is none now
 };
 
-// Where all threads wait for the last one.
+// All threads wait here for the last one.
 class Barrier {
  public:
   void wait(int64_t num_threads, Idle *idle) {

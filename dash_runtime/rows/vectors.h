@@ -17,7 +17,7 @@ using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
 using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
 constexpr Ints kNumbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// What one register holds. A loop that carries vectors from turn to turn carries these: wider ones would lie in memory.
+// The floats of one register. Loops carry vectors of this width from turn to turn: wider ones would lie in memory.
 #ifdef __AVX512F__
 constexpr int kRegisterLanes = 16;
 #else

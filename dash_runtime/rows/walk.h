@@ -5,7 +5,7 @@
 #pragma once
 #include "pass.h"
 
-// What one thread does of a pass through the layers.
+// One thread's way through the layers of a pass.
 class Walk {
  public:
   Walk(const Pass &pass, const SharedParts &shared, const Member &member)
@@ -61,7 +61,7 @@ class Walk {
   // Whether a token is one of the vocabulary, if a head tells how large that is.
   bool is_known(int64_t token) const { return !pass_.head || token < pass_.head->num_tiles * kLanes; }
 
-  // Where the actions of a layer's rows are chosen.
+  // The memory of the actions chosen for a layer's rows.
   uint8_t *chosen(int64_t layer) const { return pass_.workspace->chosen.data() + layer % 2 * pass_.num_plans; }
 
   void run_layer(int64_t layer) {
