@@ -59,6 +59,8 @@ from dash_runtime.startup.model_facts import model_facts
 from dash_runtime.startup.native_code import native_code_for, with_native_code
 from dash_runtime.startup.process_memory import settle_memory
 
+_MOST_VERIFIED = 64
+"""Rows of a verification that several sequences share, at most: what more take was not measured."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHIPPED_POLICIES = Path(__file__).parent.parent / "policies"
 """Policy files that come with the package, each for one model."""
@@ -207,7 +209,7 @@ def build_engine(
         catalog.usual_draft_cost,
         verification_costs,
         # More rows would share products whose rounding depends on their number; where layers run eagerly all do.
-        max(MEASURED_LENGTHS) + 1 if native is None else most_rows_apart(),
+        max(MEASURED_LENGTHS) + 1 if native is None else min(_MOST_VERIFIED, most_rows_apart()),
     )
 
     def replace_costs(replaced: MeasuredCosts) -> None:

@@ -53,6 +53,7 @@ def native_decoder(
     library: RowsLibrary,
     *,
     shares_products: bool = False,
+    most_apart: int = 64,
     num_threads: int = NUM_THREADS,
     actions: tuple[Action, ...] = ALL_ACTIONS,
     head_map: HeadMap | None = None,
@@ -67,7 +68,9 @@ def native_decoder(
         dtype=torch.bfloat16,
         device=CPU,
         context_length=config.context_length,
-        native=NativeBackend(config, library, actions, num_threads, shares_products=shares_products),
+        native=NativeBackend(
+            config, library, actions, num_threads, shares_products=shares_products, most_apart=most_apart
+        ),
         head_map=head_map,
     )
 

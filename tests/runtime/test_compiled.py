@@ -14,7 +14,7 @@ from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Affine, Compensation, Identity, LowRank, PackedLowRank, Scale
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.layers.narrow_head import HeadMap
-from dash_runtime.linears.dense_linear import FullLinear, make_full_linear, most_rows_apart, packed_words
+from dash_runtime.linears.dense_linear import FullLinear, make_full_linear, packed_words
 from dash_runtime.passes import PassPlan, PassResult
 from dash_runtime.rows.library import RowsLibrary
 from tests.runtime.compiled_model import MAX_DIVERGENCE, SIZES, assert_same_cache, divergence, native_decoder
@@ -41,6 +41,8 @@ class Decoders:
     eager: Decoder
 
 
+MOST_APART = 20
+"""More rows share products here."""
 FAMILIES = ("llama", "qwen2-sliding-window", "mistral-sliding-window", "olmo2", "gemma3", "granite")
 """Each has something of its own; `test_layer_body.py` has every family."""
 
@@ -50,7 +52,9 @@ def decoders(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, rows_library: RowsLibrary
 ) -> Decoders:
     folder = save_tiny_model(tmp_path_factory.mktemp("compiled") / request.param, request.param, **SIZES)
-    alone, shared = (native_decoder(folder, rows_library, shares_products=shares) for shares in (False, True))
+    alone, shared = (
+        native_decoder(folder, rows_library, shares_products=shares, most_apart=MOST_APART) for shares in (False, True)
+    )
     return Decoders(alone, shared, load_decoder(folder, torch.bfloat16))
 
 
@@ -183,7 +187,7 @@ def test_rows_that_share_products_are_those_of_the_eager_decoder(
     decoders: Decoders, rank: int, kv_action: Action
 ) -> None:
     """Rows that skip share a call too: there is native code for the first two compensations, and none for the last."""
-    num_rows = most_rows_apart() + 4
+    num_rows = MOST_APART + 4
     low_rank = some_low_rank(decoders.shared, max(rank, 16))
     compensation: Compensation = PackedLowRank.from_low_rank(low_rank, torch.bfloat16)
     if not rank:

@@ -9,7 +9,6 @@ from dash_runtime.actions import Action
 from dash_runtime.config import EngineConfig, GenerationRequest, Mode, SkipOptions, StoppingParameters
 from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.engine.engine import Engine
-from dash_runtime.linears.dense_linear import most_rows_apart
 from dash_runtime.policy.catalog import FRONTIER
 from dash_runtime.startup.build import BuildOptions, build_engine
 from tests.runtime.compiled_model import NUM_THREADS, CompiledModel
@@ -147,23 +146,3 @@ def test_a_batch_of_all_modes_equals_the_same_requests_alone_without_the_planner
         engine.submit(request)
     together = {request_id: tokens(events) for request_id, events in drain(engine).items()}
     assert together == expected
-
-
-def test_rows_at_full_depth_share_products_with_the_planner(compiled_model: CompiledModel) -> None:
-    """Bits may differ then, but what the model says must not: the logits are those of a row alone but for rounding."""
-    engine = engine_of(compiled_model, group_planner=True)
-    stopping = StoppingParameters(2, ignore_eos=True)
-    some = [
-        GenerationRequest(f"{row}", list(range(1, 9 + row)), stopping, logprobs=5)
-        for row in range(most_rows_apart() + 4)
-    ]
-    logprobs: list[list[float]] = []
-    for batch in ([[own] for own in some], [some]):
-        for own in batch:
-            for request in own:
-                engine.submit(request)
-            for events in drain(engine).values():
-                second = [event for event in events if hasattr(event, "logprobs")][1]
-                logprobs.append([second.logprobs.chosen])
-    apart, together = torch.tensor(logprobs[: len(some)]), torch.tensor(logprobs[len(some) :])
-    torch.testing.assert_close(together, apart, rtol=0.02, atol=0.02)

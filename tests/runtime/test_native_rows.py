@@ -276,7 +276,7 @@ def test_rows_to_verify_have_the_bits_that_each_has_decoded_alone(
 def test_rows_of_one_sequence_have_their_bits_also_where_many_rows_share_products(
     folder: Path, rows_library: RowsLibrary
 ) -> None:
-    shared = native_decoder(folder, rows_library, shares_products=True)
+    shared = native_decoder(folder, rows_library, shares_products=True, most_apart=8)
     together, alone = prefilled(shared, some_ids(9), some_ids(9))
     ids = some_ids(40)
     assert torch.equal(verify(shared, [together], [ids]), one_by_one(shared, alone, ids))

@@ -48,14 +48,14 @@ class NativeBackend(LayerLoop):
 
     Args:
         actions: those that its layers are packed for.
-        shares_products: if True, more than `most_rows_apart` rows in FULL share their products with the library's
-            kernels. That is faster, but a row's rounding then depends on how many neighbours it has. Otherwise no row's
+        shares_products: if True, more than `most_apart` rows in FULL share their products with the library's kernels,
+            where these are faster. A row's rounding then depends on how many neighbours it has. Otherwise no row's
             does.
     """
 
     def __init__(
         self, config: ModelConfig, library: RowsLibrary, actions: Sequence[Action], num_threads: int, *,
-        shares_products: bool,
+        shares_products: bool, most_apart: int | None = None,
     ) -> None:  # fmt: skip
         self._block, self._num_layers = config.block, config.num_layers
         ropes = list(dict.fromkeys(config.ropes))
@@ -63,6 +63,7 @@ class NativeBackend(LayerLoop):
         self._actions: list[Action] = [action for action in actions if action is not Action.SKIP]
         self._translator = PassTranslator(library, config.num_layers, config.hidden_size, {*self._actions, Action.SKIP})
         self.shares_products = shares_products
+        self._most_apart = most_rows_apart() if most_apart is None else most_apart
         self._layers: list[_SharedLayer] = []
         self.logits = Heads({})
         self.heads = NativeHeads(self._rows, self._actions, shares_products)
@@ -81,7 +82,7 @@ class NativeBackend(LayerLoop):
     def set_ends(self, ends: LoopEnds, embedding: Embedding, heads: Mapping[Action, Head], shared: Head) -> None:
         """Sets the embedding, the heads by precision, and the head for many rows at once."""
         super().__init__(ends)
-        self.logits = Heads(heads, shared if self.shares_products else None, most_rows_apart())
+        self.logits = Heads(heads, shared if self.shares_products else None, self._most_apart)
         self.heads.keep(heads)
         self._has_embedding = True
         match embedding:
@@ -182,7 +183,7 @@ class NativeBackend(LayerLoop):
 
     def _is_shared(self, batch: Batch, num_rows: int) -> bool:
         is_verified = batch.kind is PassKind.VERIFY and len(batch.spans) == 1
-        return self.shares_products and not is_verified and num_rows > most_rows_apart()
+        return self.shares_products and not is_verified and num_rows > self._most_apart
 
     def _run_shared(self, layer: int, inputs: Tensor, batch: Batch, group: list[int] | None) -> Tensor:
         """Runs rows in FULL, with one product and one attention for all of them."""
