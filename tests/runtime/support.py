@@ -9,12 +9,14 @@ from torch import Tensor
 from dash_runtime.actions import Action, CostTable
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.config import GenerationRequest
+from dash_runtime.decoder.backends.loop import LoopEnds
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.engine.engine import Engine
 from dash_runtime.events import EngineEvent, SequenceFinished, TokenProduced
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Affine, Compensation, Identity, LowRank
+from dash_runtime.layers.heads import Heads
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.policy.budgets import BudgetCalibration, PricePoint
 from dash_runtime.policy.fixed_plans import MeasuredPlan, named
@@ -43,6 +45,11 @@ def load_decoder(
         context_length=config.context_length,
         has_graphs=has_graphs,
     )
+
+
+def loop_ends(decoder: Decoder) -> LoopEnds:
+    """Returns what another backend over this decoder's layers needs."""
+    return LoopEnds(decoder.num_layers, decoder.embed, Heads(decoder.heads), decoder.placed_on[0])
 
 
 def new_cache(decoder: Decoder, reserved_tokens: int = 256) -> SequenceCache:

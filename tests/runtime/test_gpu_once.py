@@ -23,13 +23,12 @@ from benchmarks.gpu_once.run import QUICK, check_parity
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, parameter_shapes
 from dash_runtime.decoder.backends.eager import EagerBackend
-from dash_runtime.decoder.backends.loop import LoopEnds
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.heads import Heads
 from dash_runtime.policy.policy import full_depth
-from tests.runtime.support import ALL_ACTIONS, CPU
+from tests.runtime.support import ALL_ACTIONS, CPU, loop_ends
 from tests.runtime.twin_devices import TWINS, twin_devices
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -207,15 +206,11 @@ def test_parities_move_everything_to_the_device_that_they_use_there(
     assert report.broken_parities == []
 
 
-def _ends_of(decoder: Decoder) -> LoopEnds:
-    return LoopEnds(decoder.num_layers, decoder.embed, Heads(decoder.heads), decoder.placed_on[0])
-
-
 class _Mistaken(EagerBackend):
     """Gets one thing wrong in one layer."""
 
     def __init__(self, decoder: Decoder, mistake: str) -> None:
-        super().__init__(_ends_of(decoder), TINY, layers_of(decoder), Heads(decoder.heads))
+        super().__init__(loop_ends(decoder), TINY, layers_of(decoder), Heads(decoder.heads))
         self._mistake = mistake
 
     def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:

@@ -21,7 +21,7 @@ from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.linears.dense_linear import FullLinear, Linear
 from dash_runtime.model_config import Activation, MixtureConfig, ModelConfig
 from dash_runtime.startup.build import matrix_shapes
-from tests.runtime.support import ALL_ACTIONS, CPU, load_decoder, new_cache
+from tests.runtime.support import ALL_ACTIONS, CPU, load_decoder, loop_ends, new_cache
 from tests.tiny_models import save_tiny_model
 
 NUM_EXPERTS, NUM_CHOSEN, HIDDEN, INNER = 6, 2, 32, 48
@@ -127,7 +127,7 @@ def test_a_skipped_row_runs_neither_router_nor_experts(folder: Path) -> None:
         return replace(layer, linears=linears)
 
     decoder = load_decoder(folder, torch.bfloat16)
-    backend = EagerBackend(decoder.config, [without_mlp(layer_of(folder, 0))], Heads({}))
+    backend = EagerBackend(loop_ends(decoder), decoder.config, [without_mlp(layer_of(folder, 0))], Heads({}))
     batch, hidden = one_row(decoder)
     assert torch.equal(backend.run_layer(0, [Action.SKIP], hidden, batch), hidden)
     with pytest.raises(AssertionError, match="runs"):

@@ -9,7 +9,7 @@ import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.config import LaneKind
-from dash_runtime.decoder.backends.loop import LayerLoop, LoopEnds
+from dash_runtime.decoder.backends.loop import LayerLoop
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.devices import CpuDevice, CudaDevice
 from dash_runtime.engine.decider import Decider, plan_of
@@ -20,7 +20,7 @@ from dash_runtime.layers.compensation import Identity
 from dash_runtime.layers.heads import Heads
 from dash_runtime.passes import PassResult
 from dash_runtime.policy.policy import Decision, FixedPlan, Pending, RandomPlan, State, Token, full_depth
-from tests.runtime.support import CPU, full_plan, load_decoder, new_cache, run_rows, some_affine, some_costs
+from tests.runtime.support import CPU, full_plan, load_decoder, loop_ends, new_cache, run_rows, some_affine, some_costs
 
 NUM_LAYERS = 6
 EDGES = dict.fromkeys((0, NUM_LAYERS - 1), Action.FULL)
@@ -52,9 +52,8 @@ class JournalLoop(LayerLoop):
     """Runs a real decoder's layers, and writes that into a journal."""
 
     def __init__(self, decoder: Decoder, journal: list[Any]) -> None:
-        heads = Heads(decoder.heads)
-        super().__init__(LoopEnds(decoder.num_layers, decoder.embed, heads, decoder.placed_on[0]))
-        self.logits = heads
+        super().__init__(loop_ends(decoder))
+        self.logits = Heads(decoder.heads)
         self._decoder = decoder
         self._journal = journal
 

@@ -24,6 +24,7 @@ from tests.server import fake_worker
 from tests.server.server_harness import fake_model, running_server
 from tests.server.tcp_starter import TcpStarter
 from tests.server.test_lifecycle import code_of, first_delta
+from tests.server.test_workers import worker_pids
 
 FAKE = (fake_worker.__file__,)
 
@@ -197,7 +198,7 @@ async def test_a_server_with_workers_over_tcp_serves_cancels_and_replaces(
         await first_delta(call)
         call.cancel()
         await server.wait_for_live_requests(0)
-        (worker,) = psutil.Process().children()
+        (worker,) = map(psutil.Process, worker_pids())
         call = server.stream(text="abc", max_new_tokens=900)
         await first_delta(call)
         worker.send_signal(signal.SIGSTOP)
@@ -205,7 +206,7 @@ async def test_a_server_with_workers_over_tcp_serves_cancels_and_replaces(
         await asyncio.to_thread(worker.wait, 5)
         await server.wait_until_serving()
         assert (await server.generate(text="abc", max_new_tokens=3)).output.text == "abc"
-    assert psutil.Process().children() == []
+    assert worker_pids() == []
     assert "DASH_WORKER_TIMEOUT_SECONDS" in caplog.text
 
 
@@ -214,10 +215,12 @@ async def test_a_worker_over_tcp_ends_when_its_server_is_gone(model_folder: Path
         starter = TcpStarter(FAKE)
         starter.listener = listener
         worker = await starter.start(print)
-        (process,) = psutil.Process().children()
-        worker._connection.abort()
-        await asyncio.to_thread(process.wait, 5)
-        await worker.stop()
+        try:
+            (process,) = map(psutil.Process, worker_pids())
+            worker._connection.abort()
+            await asyncio.to_thread(process.wait, 5)
+        finally:
+            await worker.stop()
 
 
 def test_what_workers_elsewhere_get_of_the_environment_holds_no_secret() -> None:
