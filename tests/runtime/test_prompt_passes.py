@@ -95,9 +95,11 @@ def test_the_cuts_of_a_prompt_make_no_difference_to_the_embedded_model(embedded_
 
 
 def test_a_row_of_a_full_product_is_bit_equal_among_any_number_of_others() -> None:
+    """Every number up to a few blocks of rows, and then every fifth, which meets each place in a block."""
+    counts = [*range(1, 70), *range(70, MAX_INVARIANT_ROWS, 5)]
     for shape in MATRICES:
         for make_product in PRODUCTS:
-            assert_rows_are_invariant(make_product, shape, has_bias=True, counts=range(1, MAX_INVARIANT_ROWS))
+            assert_rows_are_invariant(make_product, shape, has_bias=True, counts=counts)
 
 
 @pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
@@ -125,7 +127,7 @@ def test_a_row_of_a_quantised_product_is_bit_equal_among_any_number_of_others(
 
 
 def assert_rows_are_invariant(
-    make_product: Callable[[FullLinear], Linear], shape: tuple[int, int], has_bias: bool, counts: range
+    make_product: Callable[[FullLinear], Linear], shape: tuple[int, int], has_bias: bool, counts: Sequence[int]
 ) -> None:
     """Tries sums whose terms cancel, where another order nearly always shows, and usual sums."""
     product = make_product(FullLinear(cancelling_weight(shape), torch.zeros(shape[0]).bfloat16() if has_bias else None))
