@@ -52,9 +52,9 @@ class LayerLoop:
     def run(
         self, plan: PassPlan, token_ids: Sequence[int], batch: Batch, limit: Limit | None = None
     ) -> PassResult | None:
-        return None if limit is not None else self.run_layers(plan, token_ids, batch)
+        return None if limit is not None else self.run_by_layer(plan, token_ids, batch)
 
-    def run_layers(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassResult:
+    def run_by_layer(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassResult:
         """Runs a pass layer by layer."""
         started_ns, num_layers = time.perf_counter_ns(), self._ends.num_layers
         hidden = self.first_input(token_ids, batch)

@@ -100,7 +100,7 @@ class NativeBackend(LayerLoop):
         if limit is not None:
             return None if made is None else self._run_burst(made, plan, token_ids, batch, limit)
         if made is None:
-            return self.run_layers(plan, token_ids, batch)
+            return self.run_by_layer(plan, token_ids, batch)
         (plans, planner), head = made
         rows = self._translator.rows_of(batch)
         result = self._rows.run_tokens(token_ids, rows, plans, head, planner, plan.wants_logits)
