@@ -47,7 +47,7 @@ class Network:
 
 
 class RowPlan(NamedTuple):
-    """What one row runs: its pinned layers, and what decides the others within the pass, if anything does."""
+    """The plan of one row: its pinned layers, and the network that decides the others within the pass, if any does."""
 
     pinned: Mapping[int, Action]
     network: Network | None = None
@@ -90,7 +90,7 @@ class PassPlan:
     heads: Sequence[Action] = ()
     """Each row's precision of the head; empty for a pass that ends with the last layer."""
     deciders: Sequence[LayerDecider] = ()
-    """Who decides layers that no row's plan pins, each for rows of its own; all rows have one, or none has."""
+    """Deciders of the layers that no row's plan pins, each for rows of its own; all rows have one, or none has."""
     planner: Planner | None = None
     attends_rounded: bool = False
     """True if rows attend in FULL as rounded layers do: they were raised to it."""
@@ -151,7 +151,7 @@ class TextGuesses(NamedTuple):
     text: "numpy.ndarray"
     """The tokens so far, int32."""
     numbers: Sequence[int]
-    """How many are guessed, by the number of the last tokens that the text had before, from 0 to `LONGEST_MATCH`."""
+    """The number of guesses, by how many of the last tokens the text had before, from 0 to `LONGEST_MATCH`."""
     num_left: int
     """Tokens that may follow."""
     plan: PassPlan
@@ -160,8 +160,8 @@ class TextGuesses(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How far a lone row may go in one call: up to `count` tokens, each the likeliest after the one before, or drawn.
-    None follows one of `end_ids`, or begins once somebody has written to `wake_file`. With guesses the last pass may
+    """The end of a lone row's call: up to `count` tokens, each the likeliest after the one before, or drawn. None
+    follows one of `end_ids`, or begins once somebody has written to `wake_file`. With guesses the last pass may
     put out more."""
 
     count: int

@@ -61,7 +61,7 @@ class Decider:
         own = [policy.new_row() for _ in rows] if isinstance(policy, LearnedPolicy) and self._decides_in_pass else []
         self._facts = [facts for facts, _ in own]
         self.row_plans: Sequence[RowPlan] = [plan for _, plan in own] or [RowPlan(policy.pinned)] * len(self.rows)
-        """What each row runs, as far as that is known before the pass or the pass can decide it."""
+        """Each row's plan, as far as that is known before the pass or the pass can decide it."""
         self.begin(tokens)
 
     def begin(self, tokens: Sequence[Token]) -> None:

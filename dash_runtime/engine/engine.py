@@ -251,15 +251,16 @@ class Engine:
         batch = full_depth_batch(self._decoder, PassKind.VERIFY, sequences, lengths)
         heads = (Action.FULL,) * batch.num_rows
         plan = PassPlan.of(
-            heads[:1] * self._decoder.num_layers,
+            (Action.FULL,) * self._decoder.num_layers,
             heads,
             wants_logits=any(sequence.wants_logits for sequence in sequences),
             shares_head=len(sequences) > 1,  # a sequence that runs alone does not depend on its neighbours
         )
         result = self._decoder.run_pass(plan, [token_id for own in token_ids for token_id in own], batch)
         batch.commit()
+        elapsed_ns = time.perf_counter_ns() - started_ns
         for sequence, length, end in zip(sequences, lengths, accumulate(lengths), strict=True):
-            made = self._made.verified(sequence, result, range(end - length, end), started_ns)
+            made = self._made.verified(sequence, result, range(end - length, end), started_ns, elapsed_ns)
             self._put_out(sequence, made, events)
 
     def _put_out(self, sequence: Sequence, tokens: Iterable[Made], events: Events) -> None:

@@ -4,7 +4,6 @@ Every method that makes tokens is a generator: who puts them out may stop at one
 results of passes; knows no slots and no events.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Several
 from typing import NamedTuple
@@ -109,12 +108,14 @@ class MadeTokens:
                 break
         sequence.keep_guesses(len(guesses), place)
 
-    def verified(self, sequence: Sequence, result: PassResult, rows: range, started_ns: int) -> Iterator[Made]:
-        """Makes the tokens that full depth accepts of a draft, and one more."""
+    def verified(
+        self, sequence: Sequence, result: PassResult, rows: range, started_ns: int, elapsed_ns: int
+    ) -> Iterator[Made]:
+        """Makes the tokens that full depth accepts of a draft, and one more, by a pass that took so long."""
         logits = None if result.logits is None else result.logits[rows.start : rows.stop]
         ids, accepted, from_text, cost = sequence.verify(logits, result.token_ids[rows.start : rows.stop])
         assert sequence.speculation is not None
-        sequence.speculation.verification_ns += time.perf_counter_ns() - started_ns
+        sequence.speculation.verification_ns += elapsed_ns
         sequence.recorder.add_verification(ids, accepted, from_text, cost, started_ns)
         for row, token_id in enumerate(ids):  # rejected tokens have logits, but no id
             yield Made(token_id, sequence.log.append_counted_token(), logits, row)

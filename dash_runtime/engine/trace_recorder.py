@@ -40,8 +40,9 @@ class _Pass:
 
     @property
     def way(self) -> tuple[bool, bool]:
-        """How the pass decided: between layers, or by itself. Passes of one way are packed together. A sequence has
-        several ways in mode EXACT, whose full depth decides nothing, and when it decodes alone and then in a batch."""
+        """The way in which the pass decided: between layers, or by itself. Passes of one way are packed together. A
+        sequence has several ways in mode EXACT, whose full depth decides nothing, and when it decodes alone and then in
+        a batch."""
         return bool(self.blocks), self.scores is not None
 
 

@@ -92,6 +92,8 @@ class Batch:
         """True if all rows skip layers in the same way."""
         self._tables: dict[RotaryTable, tuple[Tensor, Tensor]] = {}
         self._masks: dict[tuple[int, int | None, torch.device], Tensor] = {}
+        self.num_moves = 0
+        """The number of times that it moved on."""
         self.is_timed = False
         """True if layers' exact times are wanted, which cost a little on a device that only queues work."""
 
@@ -122,6 +124,7 @@ class Batch:
 
     def move_on(self) -> None:
         """Makes this the batch of the rows that follow what is cached now, for another pass of the same sequences."""
+        self.num_moves += 1
         for span in self.spans:
             span.start = span.cache.length
             span.cache.check_room(span.end)

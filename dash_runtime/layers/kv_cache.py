@@ -19,7 +19,8 @@ from dash_runtime.model_config import ModelConfig
 
 BLOCK_TOKENS = 16
 """Sequences begin at multiples of this many tokens, whose rounded keys and values lie together."""
-_LINE_BYTES = 64
+LINE_BYTES = 64
+"""Bytes of a cache line, which the rounded keys and values of a head begin with."""
 
 
 class SequenceCache:
@@ -217,7 +218,7 @@ def rounded_block_bytes(config: ModelConfig) -> int:
     if config.block.has_qkv_bias:
         return 0
     head_bytes = 2 * (BLOCK_TOKENS * (config.head_dim + 4) + config.head_dim)
-    return config.num_kv_heads * -(-head_bytes // _LINE_BYTES) * _LINE_BYTES
+    return config.num_kv_heads * -(-head_bytes // LINE_BYTES) * LINE_BYTES
 
 
 def _unbound(memories: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ from dash_runtime.passes import Limit, OnePass, PassPlan, PassRecord, PassResult
 
 @dataclass(frozen=True, slots=True)
 class LoopEnds:
-    """What a pass has beside its layers."""
+    """The parts of a pass beside its layers."""
 
     num_layers: int
     embed: Callable[[Sequence[int]], Tensor]

@@ -6,9 +6,9 @@ from weakref import WeakKeyDictionary
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.backends.native_compensation import pack_for_rows
+from dash_runtime.layers import kv_cache as cache_layout
 from dash_runtime.layers.batch import Batch, PassKind, Span
 from dash_runtime.layers.compensation import Compensation
-from dash_runtime.layers.kv_cache import BLOCK_TOKENS
 from dash_runtime.layers.rotary import RotaryTable
 from dash_runtime.passes import Network, PassPlan, RowPlan
 from dash_runtime.rows.library import RowsLibrary
@@ -22,14 +22,15 @@ from dash_runtime.rows.pass_rows import (
     RowSpan,
 )
 from dash_runtime.rows.policy_rows import PolicyRows, RowDecisions
-from dash_runtime.rows.structs import ROUNDED_TOKENS
+from dash_runtime.rows.structs import LINE_BYTES, ROUNDED_TOKENS
 
 _MOST_GROUPS = 64
-assert BLOCK_TOKENS == ROUNDED_TOKENS, "a sequence's memory begins with whole blocks of rounded keys and values"
+# The cache lays out what native code fills in.
+assert (cache_layout.BLOCK_TOKENS, cache_layout.LINE_BYTES) == (ROUNDED_TOKENS, LINE_BYTES)
 
 
 class PassArguments(NamedTuple):
-    """What native code is told of a pass whose layers it can run at once."""
+    """The arguments of a pass whose layers native code can run at once."""
 
     plans: NativePlans
     planner: PlannerTable | None
@@ -49,16 +50,20 @@ class PassTranslator:
         """By the compensation's id; the compensation is kept, so that nothing else gets it."""
         self._networks: WeakKeyDictionary[Network, PolicyRows] = WeakKeyDictionary()
         self._planners = PlannerTables()
-        self._rows: WeakKeyDictionary[Batch, dict[tuple[int, ...] | None, RowsOfPass]] = WeakKeyDictionary()
+        self._rows: WeakKeyDictionary[Batch, dict[tuple[int, ...] | None, tuple[int, RowsOfPass]]] = WeakKeyDictionary()
+        """Rows of each batch, with the number of moves that they are of: a pass asks for them in every layer."""
 
     def rows_of(self, batch: Batch, rows: Sequence[int] | None = None) -> RowsOfPass:
         """Returns all rows, or some rows of a pass with one per sequence."""
         kept = self._rows.setdefault(batch, {})
         key = None if rows is None else tuple(rows)
+        num_moves, own = kept.get(key, (0, None))
+        if own is not None and num_moves == batch.num_moves:
+            return own
         spans = batch.spans if rows is None else [batch.spans[row] for row in rows]
-        own = kept.get(key)
         if own is not None:
             own.move([span.end for span in spans])
+            kept[key] = batch.num_moves, own
             return own
         if len(kept) == _MOST_GROUPS:
             kept.clear()
@@ -69,7 +74,8 @@ class PassTranslator:
             first_row += span.num_rows
         tables = list(dict.fromkeys(batch.rotary))
         rotary = [[_addresses(table, span) for table in tables] for span in spans]
-        kept[key] = own = RowsOfPass(each, spans[0].cache.pool.strides, rotary)
+        own = RowsOfPass(each, spans[0].cache.pool.strides, rotary)
+        kept[key] = batch.num_moves, own
         return own
 
     def arguments(self, plan: PassPlan, batch: Batch) -> PassArguments | None:
