@@ -34,7 +34,7 @@ RUN --mount=type=cache,target=/root/.cache/uv \
 
 FROM ${PYTHON_IMAGE}
 
-# Compiles native code, now and on other processors. Empty: layers run uncompiled, which is slower.
+# Compiles native code, now and on other processors. Empty: layers run eagerly, which is slower.
 ARG COMPILER=g++
 RUN if [ -n "$COMPILER" ]; then \
       apt-get update && apt-get install --yes --no-install-recommends "$COMPILER" && apt-get clean \

@@ -39,7 +39,7 @@ test-lowest: $(LOWEST)/.installed  ## Run the tests on the lowest versions that 
 	$(call run_tests,$(LOWEST)/bin/python)
 
 # Native code, torch and oneDNN as on older processors: with AVX2 alone, and with AVX-512 but neither bf16 nor AMX. The
-# names of each level (dash_runtime/rows/levels.py) in that order.
+# names of each level (dash_runtime/native/levels.py) in that order.
 LEVELS ?= x86-64-v3/avx2/AVX2 avx512-vnni/avx512/AVX512_CORE_VNNI
 at_level = env DASH_TEST_LEVEL=$(word 1,$(1)) ATEN_CPU_CAPABILITY=$(word 2,$(1)) ONEDNN_MAX_CPU_ISA=$(word 3,$(1))
 

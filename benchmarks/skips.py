@@ -20,12 +20,12 @@ from dash_runtime.engine.lanes import InlineLane
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.kv_cache import SequenceCache
+from dash_runtime.native.library import load_native_code
 from dash_runtime.policy.budgets import BudgetCalibration, PricePoint
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy import Actions, FixedPlan, Token
-from dash_runtime.rows.library import load_rows
 from dash_runtime.startup.measure import filled_caches
 from dash_runtime.startup.native_code import with_native_code
 
@@ -81,7 +81,7 @@ def _measure_evaluations(report: Report, setting: Setting, rounds: int) -> None:
     engine = setting.engine
     decoder, (cache,) = engine._decoder, filled_caches(engine._decoder, num_tokens=_CONTEXT_TOKENS)
     policy = _int4_policy(engine)
-    library = load_rows(setting.cache_folder / "native", progress)
+    library = load_native_code(setting.cache_folder / "native", progress)
     if library is None:
         return
     policy = with_native_code(policy, library, None)

@@ -20,8 +20,8 @@ from dash_runtime.decoder.backends.native import NativeBackend
 from dash_runtime.engine.engine import Engine
 from dash_runtime.layers.batch import Batch, PassKind
 from dash_runtime.layers.compensation import Identity
+from dash_runtime.native.library import NativeLibrary
 from dash_runtime.passes import PassPlan
-from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.startup.measure import filled_caches, timed
 
 _FUNCTIONS = ("run_rows", "run_burst", "attend", "choose")
@@ -53,13 +53,13 @@ def measure_split(report: Report, setting: Setting, effort: Effort) -> None:
         _measure_attention(report, setting.engine, effort.rounds)
 
 
-def _library_of(engine: Engine) -> RowsLibrary | None:
+def _library_of(engine: Engine) -> NativeLibrary | None:
     backend = engine._decoder.backends[PassKind.DECODE][0]
     return backend._rows._library if isinstance(backend, NativeBackend) else None
 
 
 def _split(
-    setting: Setting, library: RowsLibrary, name: str, skip: SkipOptions, count: int, effort: Effort
+    setting: Setting, library: NativeLibrary, name: str, skip: SkipOptions, count: int, effort: Effort
 ) -> Mapping[str, float]:
     """Returns the share of decoding that is spent outside of native code."""
     num_tokens = effort.num_tokens if count == 1 else effort.stream_tokens
@@ -71,7 +71,7 @@ def _split(
 
 
 @contextmanager
-def _timed_functions(library: RowsLibrary) -> Iterator[list[tuple[float, float]]]:
+def _timed_functions(library: NativeLibrary) -> Iterator[list[tuple[float, float]]]:
     """Collects when each call of native code began, and how long it took."""
     calls: list[tuple[float, float]] = []
     plain = {name: getattr(library, name) for name in _FUNCTIONS}

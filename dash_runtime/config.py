@@ -186,7 +186,7 @@ class ModelFacts:
     actions: tuple[Action, ...]
     policies: tuple["PolicyFacts", ...]
     device: str
-    is_compiled: bool = False
+    has_native_code: bool = False
     """True if decoding runs native code."""
 
     def validate(self, request: GenerationRequest) -> None:

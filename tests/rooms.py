@@ -84,7 +84,7 @@ ROOMS = {
         decoder/backends/native_heads decoder/backends/native_plans decoder/backends/eager
         decoder/backends/
         layers/
-        rows/
+        native/
         linears/
         checkpoints/
         families/

@@ -121,9 +121,9 @@ def test_only_backends_and_starts_know_native_code() -> None:
         str(path.relative_to(ROOT))
         for folder in (PACKAGES["dash_runtime"], PACKAGES["dash_server"])
         for path in python_files(folder)
-        if any(module.startswith("dash_runtime.rows") for module in imported_modules(path, "dash_runtime"))
+        if any(module.startswith("dash_runtime.native") for module in imported_modules(path, "dash_runtime"))
     }
-    known = tuple(f"dash_runtime/{room}/" for room in ("rows", "decoder/backends", "startup"))
+    known = tuple(f"dash_runtime/{room}/" for room in ("native", "decoder/backends", "startup"))
     assert {path for path in users if not path.startswith(known)} == set()
     assert users, "nothing imports native code"
 

@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         default=Action.FULL.name,
         help=f"the head's precision (default FULL); {narrow}",
     )
-    training.add_argument("--costs", type=Path, help="a cost table as .json; default: measured here, uncompiled")
+    training.add_argument("--costs", type=Path, help="a cost table as .json; default: measured here, run eagerly")
     training.add_argument("--seed", type=int, default=0)
     training.set_defaults(run=run_train)
 
@@ -148,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--compensation", type=Path, help="of skipped layers: a file of fit, or a policy; default: affine"
     )
-    search.add_argument("--costs", type=Path, help="a cost table as .json; default: measured here, uncompiled")
+    search.add_argument("--costs", type=Path, help="a cost table as .json; default: measured here, run eagerly")
     search.add_argument("--json", type=Path, help="write the plans and the cost table there")
     search.set_defaults(run=run_search)
 

@@ -21,7 +21,7 @@ class CpuDevice(Device):
 
     row_block = 64
     """Smaller blocks let more of a prompt be reused, but make prefill some per cent slower (`benchmarks/prefix.py`)."""
-    compiles_layers = True
+    runs_native_code = True
     has_packed_products = True
     has_int8_rows = True
     unpacks_for_many_rows = True

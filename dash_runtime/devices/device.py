@@ -43,7 +43,7 @@ class Device:
     most_rows_apart = 32
     """A float32 product rounds a lone row differently from several. Up to this many rows, enough for decoding, are
     compensated one by one, so that a row does not depend on its neighbours."""
-    compiles_layers = False
+    runs_native_code = False
     """True if native code is faster than the library's kernels."""
     has_packed_products = False
     """True if the library may have bf16 products over weights in a layout of its own."""

@@ -1,8 +1,8 @@
 """A narrow head: rough logits from a few numbers of the state, and those of the likeliest tokens from all of it.
 
-`rows/likely.h` has the same for a few rows. Here it is for many, to judge plans by. Shim et al. 2017 (SVD-softmax) have
-such a head with an orthogonal map; here the map is made for the states that a head gets (training/head_map.py). Knows
-matrices; knows no plans.
+`native/likely.h` has the same for a few rows. Here it is for many, to judge plans by. Shim et al. 2017 (SVD-softmax)
+have such a head with an orthogonal map; here the map is made for the states that a head gets (training/head_map.py).
+Knows matrices; knows no plans.
 """
 
 from dataclasses import dataclass

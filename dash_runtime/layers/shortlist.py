@@ -1,6 +1,7 @@
 """The language-model head in INT4: rough logits for all tokens, and those of the likeliest again from an exact matrix.
 
-`rows/shortlist.h` has the same for a few rows. Here it is for many, to judge plans by. Knows matrices; knows no plans.
+`native/shortlist.h` has the same for a few rows. Here it is for many, to judge plans by. Knows matrices; knows no
+plans.
 """
 
 import torch

@@ -258,7 +258,7 @@ def packed_words(linear: Linear) -> Tensor | None:
 
 
 def most_rows_apart() -> int:
-    """Returns the most rows in FULL for which native code (`rows/products.h`) is faster than the library's product.
+    """Returns the most rows in FULL for which native code (`native/products.h`) is faster than the library's product.
 
     With AVX-512 it always is: 72 to 256 rows take 0.75 to 0.81 of the time with bf16 (Xeon), and 96 rows 0.39 without.
     With AVX2 alone 12 rows take 0.86, and 24 rows 1.3 times as long. With AMX it was not measured.

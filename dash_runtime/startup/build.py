@@ -39,6 +39,7 @@ from dash_runtime.linears.int4_file import int4_file, load_int4
 from dash_runtime.linears.kept_trials import KeptTrials
 from dash_runtime.linears.quantization import supported_actions
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.native.levels import processor_features
 from dash_runtime.passes import Planner
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.draft_costs import RoundCosts
@@ -48,7 +49,6 @@ from dash_runtime.policy.learned import LearnedPolicy, shared_head_map
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import find_policies, load_policy
 from dash_runtime.progress import Progress
-from dash_runtime.rows.levels import processor_features
 from dash_runtime.startup.calibration import DeviceCalibration
 from dash_runtime.startup.cost_keeper import CostKeeper
 from dash_runtime.startup.faster_kernels import faster_actions, product_seconds
@@ -76,7 +76,7 @@ class BuildOptions:
     num_threads: int | None = None
     policy_file: Path | None = None
     """None: the shipped policies for this model, if any."""
-    compile_layers: bool = True
+    native_code: bool = True
     """True if decoding runs native code, provided that this machine can compile it."""
     use_graphs: bool = True
     """True if decoding replays graphs on a device that has them."""
@@ -140,7 +140,7 @@ def build_engine(
     learned = [replace(own, compensation=compensation_over(own.compensation, layer_devices)) for own in learned]
     progress(f"packing kernels for {', '.join(action.name for action in actions)} on {described}")
     library = None
-    if options.compile_layers and len(devices) == 1:
+    if options.native_code and len(devices) == 1:
         library = native_code_for(model, context_length, dtype, device, cache_folder, progress)
     has_graphs = options.use_graphs and device_of(device).has_graphs
     native = None
@@ -232,7 +232,7 @@ def build_engine(
     if has_graphs:
         progress("capturing graphs")
         engine.prepare_graphs(catalog.assign(SkipOptions(Mode.ADAPTIVE)).policy)
-    engine.facts = replace(engine.facts, is_compiled=native is not None)
+    engine.facts = replace(engine.facts, has_native_code=native is not None)
     _warm_up(engine)
     return engine
 

@@ -47,7 +47,7 @@ def model_bytes(
     fitted = 2 * model.hidden_size * dtype.itemsize  # the one for plans without a file is affine
     own_tensors = [tensor for policy in learned for tensor in policy.compensation.tensors().values()]
     cache = positions * 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
-    if quantised and device.compiles_layers:
+    if quantised and device.runs_native_code:
         cache += pool // BLOCK_TOKENS * rounded_block_bytes(model)
     compensation = fitted + sum(tensor[0].nbytes for tensor in own_tensors)
 
@@ -55,7 +55,7 @@ def model_bytes(
         needs = Bytes({CACHE: cache, COMPENSATION: compensation})
         for action, size in per_weight.items():
             # Skipped rows have keys and values by a matrix of their own, except in native code and where it is a view.
-            has_copy = action in quantised and not device.compiles_layers
+            has_copy = action in quantised and not device.runs_native_code
             # INT4 may leave keys and values in INT8.
             more = _bytes_per_weight(Action.INT8, dtype) - size if action is Action.INT4 else 0
             finer = more * key_value_weights * (1 + has_copy)
@@ -64,7 +64,7 @@ def model_bytes(
 
     head_weights = model.vocab_size * model.hidden_size
     # Only native code has an INT4 head and a narrow one.
-    has_all = device.compiles_layers
+    has_all = device.runs_native_code
     heads: dict[Action, float] = {
         action: size * head_weights for action, size in per_weight.items() if action is not Action.INT4 or has_all
     }

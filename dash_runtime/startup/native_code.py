@@ -13,10 +13,10 @@ from dash_runtime.decoder.backends.native import why_eager
 from dash_runtime.decoder.backends.native_compensation import runs_natively
 from dash_runtime.devices import device_of
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.native.library import NativeLibrary, compile_ahead, load_native_code
+from dash_runtime.native.policy import NativePolicy, fits
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.progress import Progress
-from dash_runtime.rows.library import RowsLibrary, compile_ahead, load_rows
-from dash_runtime.rows.policy_rows import PolicyRows, fits
 
 
 def begin_to_compile(cache_folder: Path) -> None:
@@ -31,21 +31,21 @@ def native_code_for(
     device: torch.device,
     cache_folder: Path,
     progress: Progress,
-) -> RowsLibrary | None:
+) -> NativeLibrary | None:
     """Returns the native code; None if it cannot run this model there, or not be compiled here."""
-    if not device_of(device).compiles_layers or dtype is not torch.bfloat16:
+    if not device_of(device).runs_native_code or dtype is not torch.bfloat16:
         return None
     reason = why_eager(model, context_length)
     if reason is not None:
-        progress(f"layers run uncompiled: native code has no {reason}")
+        progress(f"layers run eagerly: native code has no {reason}")
         return None
-    return load_rows(cache_folder / "native", progress)
+    return load_native_code(cache_folder / "native", progress)
 
 
-def with_native_code(policy: LearnedPolicy, library: RowsLibrary, lane: LaneKind | None) -> LearnedPolicy:
+def with_native_code(policy: LearnedPolicy, library: NativeLibrary, lane: LaneKind | None) -> LearnedPolicy:
     """Returns the policy with what evaluates it: layers do where no other lane was asked for."""
     network = policy.native_network
-    evaluator = PolicyRows(library, network) if fits(network) else None
+    evaluator = NativePolicy(library, network) if fits(network) else None
     decides_next = evaluator is not None and policy.block_size == 1 and policy.lookahead == 1
     decides_in_pass = decides_next and lane in (None, LaneKind.INLINE) and runs_natively(policy.compensation)
     return replace(policy, evaluator=evaluator, decides_in_pass=decides_in_pass)

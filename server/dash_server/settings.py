@@ -268,7 +268,7 @@ class Settings(BaseSettings):
             devices=self.device_names,
             precision=self.precision,
             num_threads=self.num_threads,
-            compile_layers=self.compile,
+            native_code=self.compile,
             checks_costs=self.check_costs,
             policy_file=str(self.policy_file) if self.policy_file else None,
             cache_folder=str(self.cache_folder),

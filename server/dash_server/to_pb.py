@@ -222,7 +222,7 @@ def model_to_pb(facts: ModelFacts, settings: Settings) -> model_pb2.GetModelResp
         default_policy_name=facts.policy(None).name,
         device=facts.device,
         default_draft_policy_name=facts.policy(None, Mode.EXACT).name,
-        is_compiled=facts.is_compiled,
+        is_compiled=facts.has_native_code,
     )
 
 

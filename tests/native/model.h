@@ -6,7 +6,7 @@
 #include <deque>
 #include <random>
 
-#include "rows.cpp"
+#include "native.cpp"
 
 #define EXPECT(condition) \
   ((condition) ? void() : (std::fprintf(stderr, "%s:%d: not %s\n", __FILE__, __LINE__, #condition), std::exit(1)))

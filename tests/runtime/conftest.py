@@ -11,12 +11,13 @@ from benchmarks.gpu_once.live_report import LiveReport
 from benchmarks.gpu_once.model import Model, build_model
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.constraints import ConstraintCompiler
-from dash_runtime.rows.levels import Level, best_level, levels_here
-from dash_runtime.rows.library import RowsLibrary
+from dash_runtime.native.levels import Level, best_level, levels_here
+from dash_runtime.native.library import NativeLibrary
 from dash_runtime.startup.measure_costs import measure_costs
 from dash_runtime.training.calibrate import CALIBRATION_PRICES
-from tests.runtime.compiled_model import CompiledModel, save_compiled_model
-from tests.runtime.native_code import at_level, native_library
+from tests.runtime.native_code import at_level
+from tests.runtime.native_code import native_library as load_native_library
+from tests.runtime.native_model import SmallModel, save_small_model
 from tests.runtime.planned_engine import EOS
 from tests.runtime.support import CPU, load_decoder
 from tests.tiny_models import VOCAB_SIZE, save_byte_tokenizer
@@ -31,9 +32,9 @@ def rows_folder(embedded_cache: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def rows_library() -> RowsLibrary:
+def native_library() -> NativeLibrary:
     """The native code."""
-    return native_library()
+    return load_native_library()
 
 
 @pytest.fixture(scope="module", params=levels_here() or [best_level()], ids=lambda level: level.name)
@@ -44,11 +45,11 @@ def each_level(request: pytest.FixtureRequest) -> Iterator[Level]:
 
 
 @pytest.fixture(scope="session")
-def compiled_model(
-    tmp_path_factory: pytest.TempPathFactory, rows_folder: Path, rows_library: RowsLibrary
-) -> CompiledModel:
+def small_model(
+    tmp_path_factory: pytest.TempPathFactory, rows_folder: Path, native_library: NativeLibrary
+) -> SmallModel:
     """A small model whose native code is compiled, once for all tests that want it."""
-    model = save_compiled_model(tmp_path_factory.mktemp("compiled-model"))
+    model = save_small_model(tmp_path_factory.mktemp("compiled-model"))
     model.cache_folder.mkdir()
     (model.cache_folder / "native").symlink_to(rows_folder)
     return model

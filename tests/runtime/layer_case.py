@@ -21,9 +21,9 @@ from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
 from dash_runtime.linears.dense_linear import FullLinear, Linear, make_full_linear
 from dash_runtime.linears.quantization import quantized_parts
 from dash_runtime.model_config import BlockConfig
-from dash_runtime.rows.model_rows import ModelRows, PackedLayer
-from dash_runtime.rows.pass_rows import RowsOfPass, RowSpan
-from dash_runtime.rows.row_matrix import pack_row_matrix
+from dash_runtime.native.matrix import pack_native_matrix
+from dash_runtime.native.model import NativeModel, PackedLayer
+from dash_runtime.native.pass_rows import RowsOfPass, RowSpan
 from tests.runtime.native_code import in_bytes, native_library, rounded
 from tests.runtime.support import CPU
 
@@ -68,12 +68,12 @@ class Case:
         self.hidden = some(sum(count for _, count in spans), config.hidden_size, seed=1).bfloat16()
         self.places = [(end - count + row, place) for place, (end, count) in enumerate(spans) for row in range(count)]
 
-    def native(self, kernel: str) -> ModelRows:
+    def native(self, kernel: str) -> NativeModel:
         """Returns rows of which only one layer is packed, for one kernel."""
-        rows = ModelRows(native_library(), self.config, [0] * self.config.num_layers, num_threads=2)
+        rows = NativeModel(native_library(), self.config, [0] * self.config.num_layers, num_threads=2)
         action, weights = action_of(kernel), in_bfloat16(self.weights, kernel)
         if kernel == "tiles":
-            packed = [(pack_row_matrix(action, own), own.weight.shape[1]) for own in weights.matrices()]
+            packed = [(pack_native_matrix(action, own), own.weight.shape[1]) for own in weights.matrices()]
         else:
             packed = packed_matrices(action, weights, weights.mapped(make_full_linear, make_full_linear))
         rows.set_layer(LAYER, PackedLayer(layer_vectors(self.weights), {action: packed}))

@@ -15,8 +15,8 @@ from dash_runtime.checkpoints import default_cache_folder
 from dash_runtime.files.atomic_file import replacing
 from dash_runtime.linears.int4_matrix import quantize_int4
 from dash_runtime.linears.quantization import quantize_int8
-from dash_runtime.rows.levels import LEVELS, Level, best_level
-from dash_runtime.rows.library import RowsLibrary, library_path, load_rows
+from dash_runtime.native.levels import LEVELS, Level, best_level
+from dash_runtime.native.library import NativeLibrary, library_path, load_native_code
 
 NATIVE_SIZES = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 272}
 """Whole numbers of lanes; in FULL some of the matrices fill blocks, and others do not."""
@@ -25,17 +25,17 @@ _levels = [_named[os.environ["DASH_TEST_LEVEL"]] if "DASH_TEST_LEVEL" in os.envi
 """The level of this run, and those of tests that run at several."""
 
 
-def native_library() -> RowsLibrary:
+def native_library() -> NativeLibrary:
     """Returns the native code of the level that is tested."""
     return _library(_levels[-1])
 
 
 @cache
-def _library(level: Level) -> RowsLibrary:
+def _library(level: Level) -> NativeLibrary:
     if shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
     said: list[str] = []
-    library = load_rows(default_cache_folder(os.environ) / "native", said.append, level)
+    library = load_native_code(default_cache_folder(os.environ) / "native", said.append, level)
     assert library is not None, said
     return library
 

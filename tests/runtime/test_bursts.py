@@ -17,7 +17,7 @@ from dash_runtime.errors import ConfigError
 from dash_runtime.events import EndReason, EngineEvent, SequenceFinished, TokenProduced
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.startup.build import BuildOptions, build_engine
-from tests.runtime.compiled_model import NUM_THREADS, CompiledModel, save_compiled_model
+from tests.runtime.native_model import NUM_THREADS, SmallModel, save_small_model
 from tests.runtime.random_policy import NAME
 from tests.runtime.support import drain, finished, tokens
 
@@ -35,22 +35,22 @@ MODES = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, compiled_model: CompiledModel) -> CompiledModel:
+def model(tmp_path_factory: pytest.TempPathFactory, small_model: SmallModel) -> SmallModel:
     """One whose head runs natively in FULL, too: its vocabulary fills blocks."""
-    own = save_compiled_model(tmp_path_factory.mktemp("bursts"), vocab_size=320)
+    own = save_small_model(tmp_path_factory.mktemp("bursts"), vocab_size=320)
     own.cache_folder.mkdir()
-    (own.cache_folder / "native").symlink_to(compiled_model.cache_folder / "native")
+    (own.cache_folder / "native").symlink_to(small_model.cache_folder / "native")
     return own
 
 
 @pytest.fixture(scope="module")
-def engine(model: CompiledModel) -> Iterator[Engine]:
+def engine(model: SmallModel) -> Iterator[Engine]:
     engine = engine_of(model)
     yield engine
     engine.close()
 
 
-def engine_of(model: CompiledModel, **options: float) -> Engine:
+def engine_of(model: SmallModel, **options: float) -> Engine:
     own = BuildOptions(devices=["cpu"], num_threads=NUM_THREADS, policy_file=model.policy_file, checks_kept_costs=False)
     # A guess of prompt lookup that is right gives several tokens too, and a random model may repeat itself.
     config = EngineConfig(num_slots=2, cache_tokens=1024, prompt_lookup=False, **options)  # type: ignore[arg-type]
@@ -214,7 +214,7 @@ def test_drawn_tokens_are_the_same_alone_and_beside_others(engine: Engine) -> No
 
 
 @pytest.mark.parametrize("mode", ["full depth", "adaptive", "INT4"])
-def test_steps_of_bursts_are_recorded_like_others(model: CompiledModel, mode: str) -> None:
+def test_steps_of_bursts_are_recorded_like_others(model: SmallModel, mode: str) -> None:
     engine, traces = engine_of(model, record_steps=12), []
     for is_immediate in (True, False):
         engine.submit(request(mode, is_immediate=is_immediate))
@@ -241,7 +241,7 @@ def test_steps_of_bursts_are_recorded_like_others(model: CompiledModel, mode: st
         assert 0 < times[-1] <= step.duration_ns
 
 
-def test_no_milliseconds_mean_no_bursts(model: CompiledModel) -> None:
+def test_no_milliseconds_mean_no_bursts(model: SmallModel) -> None:
     engine = engine_of(model, burst_milliseconds=0)
     engine.submit(request())
     assert max(map(len, tokens_of_steps(engine))) == 1

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dash_runtime.config import SamplingParameters
 from dash_runtime.engine.sampling import Sampler, choose_tokens
+from dash_runtime.native.burst_record import draw_structs
 from dash_runtime.passes import Draw
-from dash_runtime.rows.burst_record import draw_structs
 from tests.runtime.native_code import native_library
 
 pytestmark = pytest.mark.usefixtures("each_level")

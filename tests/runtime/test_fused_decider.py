@@ -19,14 +19,14 @@ from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Identity, PackedLowRank
 from dash_runtime.layers.kv_cache import SequenceCache
+from dash_runtime.native.library import NativeLibrary
+from dash_runtime.native.structs import MOST_NUMBERS
 from dash_runtime.passes import PassResult, Planner
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.policy import Token
-from dash_runtime.rows.library import RowsLibrary
-from dash_runtime.rows.structs import MOST_NUMBERS
 from dash_runtime.startup.native_code import with_native_code
-from tests.runtime.compiled_model import SIZES, native_decoder
+from tests.runtime.native_model import SIZES, native_decoder
 from tests.runtime.random_policy import random_policy
 from tests.runtime.support import full_plan, run_rows, some_low_rank
 from tests.tiny_models import save_tiny_model
@@ -42,20 +42,20 @@ class Setting:
     folder: Path
     decoder: Decoder
     policy: LearnedPolicy
-    library: RowsLibrary
+    library: NativeLibrary
 
 
 @pytest.fixture(scope="module", params=["affine", "low rank"])
 def setting(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, rows_library: RowsLibrary
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, native_library: NativeLibrary
 ) -> Setting:
     folder = save_tiny_model(tmp_path_factory.mktemp("fused") / "llama", "llama", **SIZES)
-    decoder = native_decoder(folder, rows_library)
+    decoder = native_decoder(folder, native_library)
     policy = random_policy(folder, block_size=1)
     if request.param == "low rank":
         low_rank = some_low_rank(decoder, rank=16)
         policy = replace(policy, compensation=PackedLowRank.from_low_rank(low_rank, torch.bfloat16))
-    return Setting(folder, decoder, with_native_code(policy, rows_library, None), rows_library)
+    return Setting(folder, decoder, with_native_code(policy, native_library, None), native_library)
 
 
 def prefilled(decoder: Decoder, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[SequenceCache]:

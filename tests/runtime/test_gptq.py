@@ -17,7 +17,7 @@ from dash_runtime.linears.dense_linear import FullLinear
 from dash_runtime.linears.int4_file import int4_file, load_int4, save_int4
 from dash_runtime.linears.int4_matrix import quantize_int4
 from dash_runtime.linears.quantization import make_linear
-from dash_runtime.rows.row_matrix import pack_row_matrix
+from dash_runtime.native.matrix import pack_native_matrix
 from dash_runtime.training.dense_decoder import DenseDecoder
 from dash_runtime.training.gptq import quantize_int4_for
 from dash_runtime.training.loaded_model import LoadedModel, ModelOptions
@@ -62,7 +62,7 @@ def test_every_product_computes_with_the_matrix_that_was_kept() -> None:
     inputs = like_inputs(3, 5).bfloat16()
     assert torch.equal(make_linear(Action.INT4, kept)(inputs), make_linear(Action.INT4, plain)(inputs))
     assert not torch.equal(make_linear(Action.INT4, kept)(inputs), make_linear(Action.INT4, FullLinear(weight))(inputs))
-    packed = [pack_row_matrix(Action.INT4, own).tensors() for own in (kept, plain, replace(kept, int4=None))]
+    packed = [pack_native_matrix(Action.INT4, own).tensors() for own in (kept, plain, replace(kept, int4=None))]
     assert all(map(torch.equal, packed[0], packed[1]))
     assert not torch.equal(packed[0][0], packed[2][0])
     part = kept.outputs(16, 48).in_int4().dequantized()

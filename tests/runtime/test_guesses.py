@@ -22,12 +22,12 @@ from dash_runtime.engine.constraints import ConstraintCompiler
 from dash_runtime.engine.guesses import Guesses, PassSeconds
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.events import EndReason, SequenceFinished, SlotGranted, TokenProduced
+from dash_runtime.native.library import NativeLibrary
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import load_policy
-from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.startup.build import assemble_engine
-from tests.runtime.compiled_model import BUDGETS, CompiledModel, native_decoder
+from tests.runtime.native_model import BUDGETS, SmallModel, native_decoder
 from tests.runtime.planned_engine import ACTIONS, EOS, MODES, make_engine
 from tests.runtime.random_policy import NAME
 from tests.runtime.support import ALL_ACTIONS, CPU, finished, load_decoder, run_alone, some_affine, some_costs, tokens
@@ -155,12 +155,12 @@ def test_a_cancelled_request_frees_its_memory_among_guesses(decoder: Decoder, co
 
 
 def test_a_learned_policy_is_not_asked_about_rows_with_guesses(
-    compiled_model: CompiledModel, rows_library: RowsLibrary
+    small_model: SmallModel, native_library: NativeLibrary
 ) -> None:
-    decoder = native_decoder(compiled_model.folder, rows_library, shares_products=True)
-    fingerprint = model_fingerprint(decoder.config, open_weights(compiled_model.folder))
-    policy = load_policy(compiled_model.policy_file, decoder.config, fingerprint, dtype=decoder.dtype, device=CPU)
-    compiler = ConstraintCompiler(compiled_model.folder / "tokenizer.json", decoder.config.vocab_size, {EOS})
+    decoder = native_decoder(small_model.folder, native_library, shares_products=True)
+    fingerprint = model_fingerprint(decoder.config, open_weights(small_model.folder))
+    policy = load_policy(small_model.policy_file, decoder.config, fingerprint, dtype=decoder.dtype, device=CPU)
+    compiler = ConstraintCompiler(small_model.folder / "tokenizer.json", decoder.config.vocab_size, {EOS})
     catalog = PolicyCatalog(some_costs(), ALL_ACTIONS, some_affine(decoder), [policy])
     planner = GroupPlanner(LatencyTable((1, 8), dict.fromkeys(ALL_ACTIONS, (1.0, 1.2))))
     engine = assemble_engine(decoder, catalog, EngineConfig(), 512, planner=planner, constraints=compiler)
@@ -180,10 +180,10 @@ def test_a_learned_policy_is_not_asked_about_rows_with_guesses(
 @pytest.mark.parametrize("action", [Action.INT4, Action.INT8, Action.FULL])
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_the_output_of_native_code_is_the_same_to_the_bit(
-    compiled_model: CompiledModel, rows_library: RowsLibrary, action: Action, temperature: float
+    small_model: SmallModel, native_library: NativeLibrary, action: Action, temperature: float
 ) -> None:
-    decoder = native_decoder(compiled_model.folder, rows_library, shares_products=True)
-    file, vocab_size = compiled_model.folder / "tokenizer.json", decoder.config.vocab_size
+    decoder = native_decoder(small_model.folder, native_library, shares_products=True)
+    file, vocab_size = small_model.folder / "tokenizer.json", decoder.config.vocab_size
     compiler = ConstraintCompiler(file, vocab_size, decoder.config.eos_token_ids)
     rows = (1, 8), dict.fromkeys(ALL_ACTIONS, (1.0, 1.2))
     outputs = []

@@ -14,9 +14,9 @@ from dash_runtime.decoder.backends.native import NativeBackend
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.linears.dense_linear import FullLinear, make_full_linear
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.rows.head_struct import HeadBounds
-from dash_runtime.rows.model_rows import HeadRows, ModelRows
-from dash_runtime.rows.row_matrix import int8_errors, pack_row_matrix
+from dash_runtime.native.head_struct import HeadBounds
+from dash_runtime.native.matrix import int8_errors, pack_native_matrix
+from dash_runtime.native.model import HeadRows, NativeModel
 from tests.runtime.native_code import native_library, rounded
 
 pytestmark = pytest.mark.usefixtures("each_level")
@@ -64,10 +64,10 @@ def flat() -> tuple[Tensor, Tensor]:
     return weight.bfloat16(), states.repeat(10, 1).bfloat16()
 
 
-def head_of(config: ModelConfig, weight: Tensor, threads: int, multiplier: float) -> tuple[ModelRows, HeadRows]:
-    rows, full = ModelRows(native_library(), config, [0] * config.num_layers, threads), FullLinear(weight)
-    bounds = HeadBounds(pack_row_matrix(Action.INT8, full), *int8_errors(full).tensors())
-    matrix = pack_row_matrix(Action.FULL, full)
+def head_of(config: ModelConfig, weight: Tensor, threads: int, multiplier: float) -> tuple[NativeModel, HeadRows]:
+    rows, full = NativeModel(native_library(), config, [0] * config.num_layers, threads), FullLinear(weight)
+    bounds = HeadBounds(pack_native_matrix(Action.INT8, full), *int8_errors(full).tensors())
+    matrix = pack_native_matrix(Action.FULL, full)
     return rows, HeadRows(rows, matrix, torch.ones(SIZE), len(weight), multiplier, bounds)
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from dash_runtime.rows import structs
-from dash_runtime.rows.layout import LayoutDiffers, check_layout
-from dash_runtime.rows.levels import best_level
-from dash_runtime.rows.library import RowsLibrary, library_path, load_rows
-from dash_runtime.rows.structs import MatrixStruct
+from dash_runtime.native import structs
+from dash_runtime.native.layout import LayoutDiffers, check_layout
+from dash_runtime.native.levels import best_level
+from dash_runtime.native.library import NativeLibrary, library_path, load_native_code
+from dash_runtime.native.structs import MatrixStruct
 
 
 @pytest.mark.parametrize(
@@ -25,27 +25,27 @@ from dash_runtime.rows.structs import MatrixStruct
     ],
 )
 def test_any_difference_is_refused_by_the_name_of_what_differs(
-    rows_library: RowsLibrary, old: str, new: str, message: str
+    native_library: NativeLibrary, old: str, new: str, message: str
 ) -> None:
-    check_layout(rows_library.layout)
-    assert old in rows_library.layout
+    check_layout(native_library.layout)
+    assert old in native_library.layout
     with pytest.raises(LayoutDiffers) as refused:
-        check_layout(rows_library.layout.replace(old, new))
+        check_layout(native_library.layout.replace(old, new))
     assert str(refused.value) == message
 
 
 def test_code_with_other_structures_is_compiled_again_and_then_runs_nothing(
-    rows_library: RowsLibrary, rows_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    native_library: NativeLibrary, rows_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Swapped(ctypes.Structure):
         _fields_ = MatrixStruct._fields_[1::-1] + MatrixStruct._fields_[2:]  # type: ignore[operator]
 
     kept = library_path(tmp_path, best_level())
-    kept.write_bytes((rows_folder / f"{rows_library.name}.zip").read_bytes())
+    kept.write_bytes((rows_folder / f"{native_library.name}.zip").read_bytes())
     compiled: list[Path] = []
     monkeypatch.setattr(structs, "MatrixStruct", Swapped)
-    monkeypatch.setattr("dash_runtime.rows.library._compile", lambda path, level: compiled.append(path))
+    monkeypatch.setattr("dash_runtime.native.library._compile", lambda path, level: compiled.append(path))
     said: list[str] = []
-    assert load_rows(tmp_path, said.append) is None
+    assert load_native_code(tmp_path, said.append) is None
     assert compiled == [kept]
-    assert said[-1] == "layers run uncompiled: Matrix.scales is 0 in structs.py and 8 in native code"
+    assert said[-1] == "layers run eagerly: Matrix.scales is 0 in structs.py and 8 in native code"

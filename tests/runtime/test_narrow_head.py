@@ -15,8 +15,8 @@ from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.linears.dense_linear import FullLinear
 from dash_runtime.linears.quantization import make_linear
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.rows.model_rows import HeadRows, ModelRows
-from dash_runtime.rows.row_matrix import pack_row_matrix
+from dash_runtime.native.matrix import pack_native_matrix
+from dash_runtime.native.model import HeadRows, NativeModel
 from tests.runtime.native_code import native_library
 
 pytestmark = pytest.mark.usefixtures("each_level")
@@ -61,8 +61,8 @@ def head(config: ModelConfig, weight: Tensor, head_map: HeadMap, threads: int = 
 
 
 def int8_head(config: ModelConfig, weight: Tensor) -> HeadRows:
-    model = ModelRows(native_library(), config, [0] * config.num_layers, 1)
-    return HeadRows(model, pack_row_matrix(Action.INT8, FullLinear(weight)), torch.ones(SIZE), len(weight), 1.0)
+    model = NativeModel(native_library(), config, [0] * config.num_layers, 1)
+    return HeadRows(model, pack_native_matrix(Action.INT8, FullLinear(weight)), torch.ones(SIZE), len(weight), 1.0)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

@@ -135,7 +135,7 @@ def run(engine: Engine, *requests: GenerationRequest) -> dict[str, list[int]]:
     return {name: tokens(events) for name, events in drain(engine).items()}
 
 
-@pytest.mark.usefixtures("rows_library")
+@pytest.mark.usefixtures("native_library")
 def test_it_is_served_alone_as_among_others(folder: Path, trained: Path, tmp_path: Path, rows_folder: Path) -> None:
     (tmp_path / "native").symlink_to(rows_folder)
     options = BuildOptions(checks_kept_costs=False, policy_file=trained)

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import dash_runtime
-from dash_runtime.rows.levels import LEVELS, Level, best_level, levels_here
+from dash_runtime.native.levels import LEVELS, Level, best_level, levels_here
 
-SOURCES = Path(dash_runtime.__file__).parent / "rows"
+SOURCES = Path(dash_runtime.__file__).parent / "native"
 DRIVER = Path(__file__).parent.parent / "native" / "driver.cpp"
 # Vectors of several registers are passed in another way at each level; nobody passes them from one to the other.
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-psabi")
@@ -63,7 +63,7 @@ def assert_holds(*command: str) -> None:
 def test_the_sources_compile_without_a_warning(level: Level) -> None:
     for more in ((), ("-DDASH_CHECKED",)):
         command = [compiler_of(level), "-std=c++17", "-fopenmp", "-fsyntax-only", *WARNINGS, *level.flags, *more]
-        subprocess.run([*command, str(SOURCES / "rows.cpp")], check=True, timeout=SECONDS)
+        subprocess.run([*command, str(SOURCES / "native.cpp")], check=True, timeout=SECONDS)
 
 
 CHECKED_LEVELS = dict.fromkeys([best_level(), *(levels_here()[-1:] if "DASH_TEST_LEVEL" in os.environ else [])])

@@ -12,10 +12,10 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Compensation, Identity, PackedLowRank
 from dash_runtime.layers.kv_cache import SequenceCache
+from dash_runtime.native.library import NativeLibrary
+from dash_runtime.native.model import HeadRows
 from dash_runtime.passes import Limit, PassPlan, PassResult, RowPlan
-from dash_runtime.rows.library import RowsLibrary
-from dash_runtime.rows.model_rows import HeadRows
-from tests.runtime.compiled_model import MAX_DIVERGENCE, SIZES, assert_same_cache, divergence, native_decoder
+from tests.runtime.native_model import MAX_DIVERGENCE, SIZES, assert_same_cache, divergence, native_decoder
 from tests.runtime.support import ALL_ACTIONS, full_plan, load_decoder, run_rows, some_affine, some_low_rank
 from tests.tiny_models import save_tiny_model
 
@@ -43,8 +43,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def decoder(folder: Path, rows_library: RowsLibrary) -> Decoder:
-    return native_decoder(folder, rows_library, num_threads=1)
+def decoder(folder: Path, native_library: NativeLibrary) -> Decoder:
+    return native_decoder(folder, native_library, num_threads=1)
 
 
 def prefilled(decoder: Decoder, *prompts: Ids) -> list[SequenceCache]:
@@ -157,9 +157,9 @@ def test_what_one_call_cannot_run_is_left_to_the_loop_over_layers(decoder: Decod
 @pytest.mark.parametrize("num_rows", [3, 12])  # from 8 on threads share rows
 @torch.inference_mode()
 def test_rows_with_plans_and_compensations_of_their_own_run_in_one_call_with_the_bits_that_each_has_alone(
-    decoder: Decoder, folder: Path, rows_library: RowsLibrary, num_rows: int
+    decoder: Decoder, folder: Path, native_library: NativeLibrary, num_rows: int
 ) -> None:
-    several = native_decoder(folder, rows_library, num_threads=3)
+    several = native_decoder(folder, native_library, num_threads=3)
     kinds = [compensation_of(decoder, kind) for kind in ("affine", "low rank")]
     own = [kinds[row % 2] for row in range(num_rows)]
     prompts = [some_ids(1 + 11 * row, row) for row in range(num_rows)]
@@ -200,10 +200,10 @@ def test_two_rows_of_one_draft_have_the_bits_that_each_has_alone(decoder: Decode
 @pytest.mark.parametrize("kind", ["none", "affine", "low rank"])
 @torch.inference_mode()
 def test_rows_decoded_in_a_batch_have_the_bits_that_each_has_alone(
-    decoder: Decoder, folder: Path, rows_library: RowsLibrary, kind: str, num_threads: int
+    decoder: Decoder, folder: Path, native_library: NativeLibrary, kind: str, num_threads: int
 ) -> None:
     compensation, num_layers = compensation_of(decoder, kind), decoder.num_layers
-    several = native_decoder(folder, rows_library, num_threads=num_threads)
+    several = native_decoder(folder, native_library, num_threads=num_threads)
     prompts = [some_ids(1 + 11 * row, row) for row in range(19)]  # up to four blocks of positions
     alone, together = prefilled(decoder, *prompts), prefilled(several, *prompts)
     for step in range(5):
@@ -274,9 +274,9 @@ def test_rows_to_verify_have_the_bits_that_each_has_decoded_alone(
 
 @torch.inference_mode()
 def test_rows_of_one_sequence_have_their_bits_also_where_many_rows_share_products(
-    folder: Path, rows_library: RowsLibrary
+    folder: Path, native_library: NativeLibrary
 ) -> None:
-    shared = native_decoder(folder, rows_library, shares_products=True, most_apart=8)
+    shared = native_decoder(folder, native_library, shares_products=True, most_apart=8)
     together, alone = prefilled(shared, some_ids(9), some_ids(9))
     ids = some_ids(40)
     assert torch.equal(verify(shared, [together], [ids]), one_by_one(shared, alone, ids))
@@ -297,12 +297,12 @@ def test_several_rows_of_several_sequences_have_the_bits_that_each_has_alone(dec
 
 @torch.inference_mode()
 def test_a_row_has_the_same_bits_with_any_number_of_threads(
-    decoder: Decoder, folder: Path, rows_library: RowsLibrary
+    decoder: Decoder, folder: Path, native_library: NativeLibrary
 ) -> None:
     compensation = compensation_of(decoder, "low rank")
     (other,) = prefilled(decoder, some_ids(2 * BLOCK - 2))
     for num_threads in (2, 3):
-        several = native_decoder(folder, rows_library, num_threads=num_threads)
+        several = native_decoder(folder, native_library, num_threads=num_threads)
         (own,) = prefilled(several, some_ids(2 * BLOCK - 2))
         other.truncate(2 * BLOCK - 2)
         for token_id in range(4):
@@ -333,9 +333,9 @@ def test_contexts_of_several_blocks_have_the_numbers_of_the_eager_decoder(
 
 @torch.inference_mode()
 def test_an_action_that_layers_are_not_packed_for_is_an_error_that_names_it(
-    folder: Path, rows_library: RowsLibrary
+    folder: Path, native_library: NativeLibrary
 ) -> None:
-    decoder = native_decoder(folder, rows_library, actions=(Action.SKIP, Action.FULL))
+    decoder = native_decoder(folder, native_library, actions=(Action.SKIP, Action.FULL))
     (cache,) = prefilled(decoder, [1])
     batch = decoder.batch(PassKind.DECODE, [cache], [1], [Identity()], [Action.FULL])
     hidden = decoder.embed([2])

@@ -21,13 +21,13 @@ from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.guesses import Guesses, PassSeconds
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.events import EndReason, TokenProduced
+from dash_runtime.native.library import NativeLibrary
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import load_policy, save_policy
-from dash_runtime.rows.library import RowsLibrary
 from dash_runtime.startup.build import assemble_engine
 from dash_runtime.startup.native_code import with_native_code
-from tests.runtime.compiled_model import BUDGETS, native_decoder, save_compiled_model
+from tests.runtime.native_model import BUDGETS, native_decoder, save_small_model
 from tests.runtime.random_policy import NAME, random_policy
 from tests.runtime.support import (
     ALL_ACTIONS,
@@ -58,36 +58,36 @@ MakeEngine = Callable[..., Engine]
 
 
 @pytest.fixture(scope="module")
-def make_engine(tmp_path_factory: pytest.TempPathFactory, rows_library: RowsLibrary) -> MakeEngine:
+def make_engine(tmp_path_factory: pytest.TempPathFactory, native_library: NativeLibrary) -> MakeEngine:
     """Makes engines of a model whose layers change so little that a token decides the next one nearly alone, and the
     text repeats itself."""
-    return engines_of(tmp_path_factory.mktemp("calm"), rows_library, "qwen2-sliding-window", initializer_range=0.004)
+    return engines_of(tmp_path_factory.mktemp("calm"), native_library, "qwen2-sliding-window", initializer_range=0.004)
 
 
 @pytest.fixture(scope="module")
-def make_wild_engine(tmp_path_factory: pytest.TempPathFactory, rows_library: RowsLibrary) -> MakeEngine:
+def make_wild_engine(tmp_path_factory: pytest.TempPathFactory, native_library: NativeLibrary) -> MakeEngine:
     """Makes engines of a model in which every bit of a key matters, and whose policy mostly attends to rounded ones."""
     actions = Action.SKIP, Action.INT8
-    return engines_of(tmp_path_factory.mktemp("wild"), rows_library, "mistral", actions)
+    return engines_of(tmp_path_factory.mktemp("wild"), native_library, "mistral", actions)
 
 
 @pytest.fixture(scope="module")
-def make_apart_engine(tmp_path_factory: pytest.TempPathFactory, rows_library: RowsLibrary) -> MakeEngine:
+def make_apart_engine(tmp_path_factory: pytest.TempPathFactory, native_library: NativeLibrary) -> MakeEngine:
     """Makes engines like `make_engine`, in which no number of rows shares a product: bits would depend on it."""
     folder = tmp_path_factory.mktemp("apart")
-    return engines_of(folder, rows_library, "qwen2-sliding-window", shares_products=False, initializer_range=0.004)
+    return engines_of(folder, native_library, "qwen2-sliding-window", shares_products=False, initializer_range=0.004)
 
 
 def engines_of(
     folder: Path,
-    library: RowsLibrary,
+    library: NativeLibrary,
     family: str,
     actions: Sequence[Action] = ALL_ACTIONS,
     shares_products: bool = True,
     **options: float,
 ) -> MakeEngine:
     # The head runs natively in FULL, too: the vocabulary fills blocks.
-    model = save_compiled_model(folder, family, vocab_size=320, **options)
+    model = save_small_model(folder, family, vocab_size=320, **options)
     decoder = native_decoder(model.folder, library, shares_products=shares_products)
     fingerprint = model_fingerprint(decoder.config, open_weights(model.folder))
     save_policy(model.policy_file, random_policy(model.folder, BUDGETS, 1, actions=actions), fingerprint)

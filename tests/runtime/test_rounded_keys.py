@@ -12,12 +12,12 @@ from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.layers.kv_cache import SequenceCache
+from dash_runtime.native.levels import Level
+from dash_runtime.native.library import NativeLibrary
 from dash_runtime.passes import PassPlan, RowPlan
-from dash_runtime.rows.levels import Level
-from dash_runtime.rows.library import RowsLibrary
-from tests.runtime.compiled_model import SIZES, native_decoder
 from tests.runtime.layer_case import FINER, Case
 from tests.runtime.native_code import NATIVE_SIZES, native_library
+from tests.runtime.native_model import SIZES, native_decoder
 from tests.runtime.support import full_plan, run_rows
 from tests.tiny_models import save_tiny_model
 
@@ -55,10 +55,10 @@ def test_whoever_reads_them_first_writes_the_same(case: Case) -> None:
 
 @pytest.fixture(scope="module", params=["llama", "mistral-sliding-window"])
 def decoder(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, rows_library: RowsLibrary
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, native_library: NativeLibrary
 ) -> Decoder:
     folder = save_tiny_model(tmp_path_factory.mktemp("models") / request.param, request.param, **SIZES)
-    return native_decoder(folder, rows_library)
+    return native_decoder(folder, native_library)
 
 
 def prefilled(decoder: Decoder, count: int) -> list[SequenceCache]:

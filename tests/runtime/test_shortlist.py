@@ -14,9 +14,9 @@ from dash_runtime.layers.shortlist import NUM_EXACT_TILES, shortlist_head
 from dash_runtime.linears.dense_linear import FullLinear
 from dash_runtime.linears.int4_matrix import is_packable, quantize_int4, quantize_int4_with_rest
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.rows.head_struct import RoughMatrix
-from dash_runtime.rows.model_rows import HeadRows, ModelRows
-from dash_runtime.rows.row_matrix import pack_rough_matrix, pack_row_matrix
+from dash_runtime.native.head_struct import RoughMatrix
+from dash_runtime.native.matrix import pack_native_matrix, pack_rough_matrix
+from dash_runtime.native.model import HeadRows, NativeModel
 from tests.runtime.native_code import native_library
 
 pytestmark = pytest.mark.usefixtures("each_level")
@@ -49,14 +49,14 @@ def some_rows(num_rows: int, loudest: Tensor) -> Tensor:
 def head(
     config: ModelConfig, weight: Tensor, loudest: Tensor, num_exact: int, exact: Action = Action.FULL, threads: int = 1
 ) -> HeadRows:
-    model = ModelRows(native_library(), config, [0] * config.num_layers, threads)
+    model = NativeModel(native_library(), config, [0] * config.num_layers, threads)
     rough = RoughMatrix(pack_rough_matrix(FullLinear(weight), loudest), loudest, num_exact)
-    return HeadRows(model, pack_row_matrix(exact, FullLinear(weight)), torch.ones(SIZE), len(weight), 1.0, rough)
+    return HeadRows(model, pack_native_matrix(exact, FullLinear(weight)), torch.ones(SIZE), len(weight), 1.0, rough)
 
 
 def exact_head(config: ModelConfig, weight: Tensor, exact: Action = Action.FULL) -> HeadRows:
-    model = ModelRows(native_library(), config, [0] * config.num_layers, 1)
-    return HeadRows(model, pack_row_matrix(exact, FullLinear(weight)), torch.ones(SIZE), len(weight), 1.0)
+    model = NativeModel(native_library(), config, [0] * config.num_layers, 1)
+    return HeadRows(model, pack_native_matrix(exact, FullLinear(weight)), torch.ones(SIZE), len(weight), 1.0)
 
 
 @pytest.mark.parametrize("exact", [Action.INT8, Action.FULL])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from dash_runtime.rows.thread_count import ThreadCount
+from dash_runtime.native.thread_count import ThreadCount
 
 QUIET = {2: 1.0, 1: 1.9}.__getitem__
 BUSY = {2: 4.0, 1: 2.0}.__getitem__

@@ -112,7 +112,7 @@ class TwinDevice(CpuDevice):
     """The CPU's kernels, with memory of its own that the host cannot see."""
 
     has_packed_products = False
-    compiles_layers = False
+    runs_native_code = False
     zeros = Device.zeros
     upload = Device.upload
     download = Device.download

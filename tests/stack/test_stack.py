@@ -92,7 +92,7 @@ def test_the_first_start_is_quick_because_the_image_brings_its_native_code(first
     print(f"healthy after {first_start:.0f} s")
     log = compose("logs", "server")
     assert "compiling native code" not in log
-    assert "uncompiled" not in log
+    assert "layers run eagerly" not in log
     assert "traces on http://localhost:16686" in log
     assert first_start <= FIRST_HEALTHY_SECONDS
 

@@ -26,11 +26,11 @@ from dash_runtime.linears.dense_linear import FullLinear, Linear, for_neighbours
 from dash_runtime.linears.int4_matrix import LANES, is_packable
 from dash_runtime.linears.quantization import quantized_parts
 from dash_runtime.model_config import ModelConfig
+from dash_runtime.native.library import NativeLibrary
+from dash_runtime.native.matrix import NativeMatrix, pack_native_matrix
+from dash_runtime.native.model import HeadRows, NativeModel, PackedLayer
+from dash_runtime.native.structs import MOST_CHANNELS, NORMS
 from dash_runtime.passes import MOST_GUESSES, DrawTokens, Limit, PassPlan, PassResult
-from dash_runtime.rows.library import RowsLibrary
-from dash_runtime.rows.model_rows import HeadRows, ModelRows, PackedLayer
-from dash_runtime.rows.row_matrix import RowMatrix, pack_row_matrix
-from dash_runtime.rows.structs import MOST_CHANNELS, NORMS
 
 _Made = tuple[PassArguments, HeadRows | None]
 
@@ -54,12 +54,12 @@ class NativeBackend(LayerLoop):
     """
 
     def __init__(
-        self, config: ModelConfig, library: RowsLibrary, actions: Sequence[Action], num_threads: int, *,
+        self, config: ModelConfig, library: NativeLibrary, actions: Sequence[Action], num_threads: int, *,
         shares_products: bool, most_apart: int | None = None,
     ) -> None:  # fmt: skip
         self._block, self._num_layers = config.block, config.num_layers
         ropes = list(dict.fromkeys(config.ropes))
-        self._rows = ModelRows(library, config, [ropes.index(rope) for rope in config.ropes], num_threads)
+        self._rows = NativeModel(library, config, [ropes.index(rope) for rope in config.ropes], num_threads)
         self._actions: list[Action] = [action for action in actions if action is not Action.SKIP]
         self._translator = PassTranslator(library, config.num_layers, config.hidden_size, {*self._actions, Action.SKIP})
         self.shares_products = shares_products
@@ -197,15 +197,15 @@ class NativeBackend(LayerLoop):
 
 def packed_matrices(
     action: Action, weights: Linears[FullLinear], linears: Linears[Linear]
-) -> list[tuple[RowMatrix, int]]:
+) -> list[tuple[NativeMatrix, int]]:
     """Packs a layer's matrices for `PackedLayer`; those in FULL share the memory of `linears`."""
     matrices = weights.matrices()
     if action is Action.FULL:
         pairs = zip(matrices, linears.matrices(), strict=True)
-        return [(pack_row_matrix(action, own, linear), own.weight.shape[1]) for own, linear in pairs]
+        return [(pack_native_matrix(action, own, linear), own.weight.shape[1]) for own, linear in pairs]
     first, *key_values = quantized_parts(action, matrices[0])
     parts = [first, *((action, own) for own in matrices[1:]), *key_values]
-    return [(pack_row_matrix(precision, own), own.weight.shape[1]) for precision, own in parts]
+    return [(pack_native_matrix(precision, own), own.weight.shape[1]) for precision, own in parts]
 
 
 def layer_vectors(weights: LayerWeights) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Packs compensation for native code (`rows/pass_rows.py`). Knows compensations and layouts; knows no policies."""
+"""Packs compensation for native code (`native/pass_rows.py`). Knows compensations and layouts; knows no policies."""
 
 import torch
 from torch import Tensor
@@ -6,8 +6,8 @@ from torch.nn import functional
 
 from dash_runtime.layers.compensation import Affine, Compensation, Identity, PackedLowRank, Scale
 from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE
-from dash_runtime.rows.pass_rows import CompensatedLayers, LowRankMap
-from dash_runtime.rows.row_matrix import Int8RowMatrix
+from dash_runtime.native.matrix import Int8NativeMatrix
+from dash_runtime.native.pass_rows import CompensatedLayers, LowRankMap
 
 
 def runs_natively(compensation: Compensation) -> bool:
@@ -37,8 +37,8 @@ def _pack_low_rank(compensation: PackedLowRank) -> CompensatedLayers:
 
     def pack(down: Tensor, down_scales: Tensor, up: Tensor, up_scales: Tensor) -> LowRankMap:
         down, up = functional.pad(down, (0, 0, 0, missing)), functional.pad(up, (0, missing))
-        narrow = Int8RowMatrix.of(down, functional.pad(down_scales, (0, missing)))
-        return LowRankMap(narrow, Int8RowMatrix.of(up, up_scales))
+        narrow = Int8NativeMatrix.of(down, functional.pad(down_scales, (0, missing)))
+        return LowRankMap(narrow, Int8NativeMatrix.of(up, up_scales))
 
     parts = compensation.down, compensation.down_scales, compensation.up, compensation.up_scales
     return CompensatedLayers(

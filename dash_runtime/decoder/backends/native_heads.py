@@ -13,9 +13,9 @@ from dash_runtime.layers.narrow_head import NUM_LIKELY, HeadMap, NarrowMatrices
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.layers.shortlist import NUM_EXACT_TILES
 from dash_runtime.linears.dense_linear import FullLinear, Linear, packed_words
-from dash_runtime.rows.head_struct import HeadBounds, NarrowHead, RoughMatrix
-from dash_runtime.rows.model_rows import HeadRows, ModelRows
-from dash_runtime.rows.row_matrix import RowMatrix, int8_errors, pack_outputs, pack_rough_matrix, pack_row_matrix
+from dash_runtime.native.head_struct import HeadBounds, NarrowHead, RoughMatrix
+from dash_runtime.native.matrix import NativeMatrix, int8_errors, pack_native_matrix, pack_outputs, pack_rough_matrix
+from dash_runtime.native.model import HeadRows, NativeModel
 
 _MOST_ROUGH, _MOST_APART = 10, 16
 """If rows may share products, more than the first number take no rough head: each row reads other tiles of the exact
@@ -34,12 +34,12 @@ class NativeHeads:
         shares_products: whether many rows may take another head than few.
     """
 
-    def __init__(self, rows: ModelRows, actions: Sequence[Action], shares_products: bool) -> None:
+    def __init__(self, rows: NativeModel, actions: Sequence[Action], shares_products: bool) -> None:
         self._rows = rows
         self._actions = actions
         self._shares_products = shares_products
         self._heads: dict[Action, HeadRows] = {}
-        self._matrices: dict[Action, RowMatrix] = {}
+        self._matrices: dict[Action, NativeMatrix] = {}
 
     def make(
         self, precision: Action, weight: Tensor, linear: Linear, norm: RmsNorm, multiplier: float, loudest: Tensor
@@ -69,8 +69,8 @@ class NativeHeads:
         """Returns norm and narrow head of the matrix `weight`."""
         matrices = NarrowMatrices.of(weight, of.widen)
         head = NarrowHead(
-            narrow=pack_row_matrix(Action.INT8, FullLinear(of.narrow.to(weight))),
-            rough=pack_row_matrix(Action.INT4, matrices.widened),
+            narrow=pack_native_matrix(Action.INT8, FullLinear(of.narrow.to(weight))),
+            rough=pack_native_matrix(Action.INT4, matrices.widened),
             rank=of.rank,
             mean=matrices.mean,
             offsets=of.offsets,
@@ -78,11 +78,11 @@ class NativeHeads:
         )
         return HeadRows(self._rows, head, norm.weight, len(weight), multiplier)
 
-    def _matrix(self, precision: Action, weight: Tensor, linear: Linear) -> RowMatrix | None:
+    def _matrix(self, precision: Action, weight: Tensor, linear: Linear) -> NativeMatrix | None:
         if precision not in self._matrices:
             if precision not in self._actions or (precision is Action.FULL and packed_words(linear) is None):
                 return None
-            self._matrices[precision] = pack_row_matrix(precision, FullLinear(weight), linear)
+            self._matrices[precision] = pack_native_matrix(precision, FullLinear(weight), linear)
         return self._matrices[precision]
 
     def keep(self, heads: Mapping[Action, Head]) -> None:

@@ -10,9 +10,8 @@ from dash_runtime.layers import kv_cache as cache_layout
 from dash_runtime.layers.batch import Batch, PassKind, Span
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.rotary import RotaryTable
-from dash_runtime.passes import Network, PassPlan, RowPlan
-from dash_runtime.rows.library import RowsLibrary
-from dash_runtime.rows.pass_rows import (
+from dash_runtime.native.library import NativeLibrary
+from dash_runtime.native.pass_rows import (
     CompensatedLayers,
     NativePlan,
     NativePlans,
@@ -21,8 +20,9 @@ from dash_runtime.rows.pass_rows import (
     RowsOfPass,
     RowSpan,
 )
-from dash_runtime.rows.policy_rows import PolicyRows, RowDecisions
-from dash_runtime.rows.structs import LINE_BYTES, ROUNDED_TOKENS
+from dash_runtime.native.policy import NativePolicy, RowDecisions
+from dash_runtime.native.structs import LINE_BYTES, ROUNDED_TOKENS
+from dash_runtime.passes import Network, PassPlan, RowPlan
 
 _MOST_GROUPS = 64
 # The cache lays out what native code fills in.
@@ -43,12 +43,12 @@ class PassTranslator:
         actions: those that layers are packed for, SKIP included.
     """
 
-    def __init__(self, library: RowsLibrary, num_layers: int, hidden_size: int, actions: Collection[Action]) -> None:
+    def __init__(self, library: NativeLibrary, num_layers: int, hidden_size: int, actions: Collection[Action]) -> None:
         self._library, self._num_layers, self._hidden_size = library, num_layers, hidden_size
         self._actions = actions
         self._compensated: dict[int, tuple[Compensation, CompensatedLayers | None]] = {}
         """By the compensation's id; the compensation is kept, so that nothing else gets it."""
-        self._networks: WeakKeyDictionary[Network, PolicyRows] = WeakKeyDictionary()
+        self._networks: WeakKeyDictionary[Network, NativePolicy] = WeakKeyDictionary()
         self._planners = PlannerTables()
         self._rows: WeakKeyDictionary[Batch, dict[tuple[int, ...] | None, tuple[int, RowsOfPass]]] = WeakKeyDictionary()
         """Rows of each batch, with the number of moves that they are of: a pass asks for them in every layer."""
@@ -120,7 +120,7 @@ class PassTranslator:
             return None
         network = self._networks.get(row.network)
         if network is None:
-            network = self._networks[row.network] = PolicyRows(self._library, row.network)
+            network = self._networks[row.network] = NativePolicy(self._library, row.network)
         assert row.facts is not None
         return RowDecisions(network, row.facts)
 

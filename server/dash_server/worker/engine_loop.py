@@ -73,7 +73,7 @@ class EngineLoop:
         started = time.monotonic()
         try:
             cache_folder = Path(config.cache_folder)
-            if config.compile_layers and config.devices[0] in ("auto", "cpu") and not torch.cuda.is_available():
+            if config.native_code and config.devices[0] in ("auto", "cpu") and not torch.cuda.is_available():
                 begin_to_compile(cache_folder)
             folder = resolve_checkpoint(config.model, config.revision, cache_folder, self._tell)
             policy_file = None if config.policy_file is None else Path(config.policy_file)
@@ -82,7 +82,7 @@ class EngineLoop:
                 config.precision,
                 threads_of_worker(config.num_threads, config.num_workers),
                 policy_file,
-                config.compile_layers,
+                config.native_code,
                 config.use_graphs,
                 config.checks_costs,
             )

@@ -27,7 +27,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, tag=True):
     precision: str
     """The FULL action's weights: `bfloat16` or `float32`."""
     num_threads: int | None
-    compile_layers: bool
+    native_code: bool
     checks_costs: bool
     policy_file: str | None
     cache_folder: str

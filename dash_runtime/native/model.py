@@ -16,9 +16,8 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.devices.step_timer import StepTimer
 from dash_runtime.model_config import Activation, ModelConfig
-from dash_runtime.passes import MOST_GUESSES, Draw, Limit, OnePass, PassResult
-from dash_runtime.rows.burst_record import BurstRecord, draw_structs, guesses_struct
-from dash_runtime.rows.head_struct import (
+from dash_runtime.native.burst_record import BurstRecord, draw_structs, guesses_struct
+from dash_runtime.native.head_struct import (
     HeadBounds,
     NarrowHead,
     RoughMatrix,
@@ -26,11 +25,12 @@ from dash_runtime.rows.head_struct import (
     numbers_struct,
     packed_struct,
 )
-from dash_runtime.rows.library import RowsLibrary
-from dash_runtime.rows.pass_rows import CompensatedLayers, NativePlan, NativePlans, PlannerTable, RowsOfPass
-from dash_runtime.rows.row_matrix import RowMatrix
-from dash_runtime.rows.structs import NO_FILE, EmbeddingStruct, HeadsStruct, LayerStruct, ModelStruct, PassStruct
-from dash_runtime.rows.thread_count import ThreadCount
+from dash_runtime.native.library import NativeLibrary
+from dash_runtime.native.matrix import NativeMatrix
+from dash_runtime.native.pass_rows import CompensatedLayers, NativePlan, NativePlans, PlannerTable, RowsOfPass
+from dash_runtime.native.structs import NO_FILE, EmbeddingStruct, HeadsStruct, LayerStruct, ModelStruct, PassStruct
+from dash_runtime.native.thread_count import ThreadCount
+from dash_runtime.passes import MOST_GUESSES, Draw, Limit, OnePass, PassResult
 
 _ALIKE_TOKENS = 512
 """Passes whose contexts differ by less take about the same time."""
@@ -43,17 +43,17 @@ class PackedLayer:
     gate-up and down, each with its number of inputs; and keys and values, if the first one has only the queries."""
 
     vectors: Mapping[str, Tensor]
-    matrices: Mapping[Action, Sequence[tuple[RowMatrix, int]]]
+    matrices: Mapping[Action, Sequence[tuple[NativeMatrix, int]]]
 
 
-class ModelRows:
+class NativeModel:
     """One model's packed layers, embedding and heads. Not reentrant: a call's memory is here.
 
     Args:
         rotary_of: each layer's number of its rotary table.
     """
 
-    def __init__(self, library: RowsLibrary, config: ModelConfig, rotary_of: Sequence[int], num_threads: int) -> None:
+    def __init__(self, library: NativeLibrary, config: ModelConfig, rotary_of: Sequence[int], num_threads: int) -> None:
         self._library = library
         self._query_size, self._num_layers = config.query_size, config.num_layers
         self._hidden_size, self._all_layers = config.hidden_size, range(config.num_layers)
@@ -88,7 +88,7 @@ class ModelRows:
 
     def set_embedding(self, words: Tensor, multiplier: float) -> None:
         """Takes the bf16 matrix of the embedding, `[vocab_size, hidden_size]`; or int32 blocks of a tied head
-        (`FullRowMatrix`)."""
+        (`FullNativeMatrix`)."""
         block_size = words.shape[2] if words.dim() == 3 else 0
         embedding = EmbeddingStruct(words.data_ptr(), block_size, multiplier)
         self._pass.embedding, self._kept_embedding = pointer(embedding), words
@@ -292,8 +292,8 @@ class HeadRows:
 
     def __init__(
         self,
-        rows: ModelRows,
-        head: RowMatrix | NarrowHead,
+        rows: NativeModel,
+        head: NativeMatrix | NarrowHead,
         norm: Tensor,
         vocab_size: int,
         multiplier: float,

@@ -1,4 +1,4 @@
-// The inputs of a product, as its matrix wants them. row_matrix.py lays matrices out.
+// The inputs of a product, as its matrix wants them. matrix.py lays matrices out.
 #pragma once
 #include "vectors.h"
 

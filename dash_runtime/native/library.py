@@ -18,12 +18,12 @@ from pathlib import Path
 
 from dash_runtime.files.atomic_file import replacing
 from dash_runtime.files.disk_cache import digest
+from dash_runtime.native.layout import check_layout
+from dash_runtime.native.levels import NATIVE, Level, best_level, processor_features
 from dash_runtime.progress import Progress
-from dash_runtime.rows.layout import check_layout
-from dash_runtime.rows.levels import NATIVE, Level, best_level, processor_features
 
 _FOLDER = Path(__file__).parent
-_SOURCE = _FOLDER / "rows.cpp"
+_SOURCE = _FOLDER / "native.cpp"
 _FLAGS = (
     *("-std=c++17", "-O3", "-fopenmp", "-shared", "-fPIC"),
     # Tuned for Intel, compilers prefer half of AVX-512's width.
@@ -36,7 +36,7 @@ _compiling: dict[Path, threading.Thread] = {}
 """The compilations that `compile_ahead` began, by the file that each makes."""
 
 
-class RowsLibrary:
+class NativeLibrary:
     """The native code, loaded.
 
     Raises:
@@ -78,22 +78,22 @@ class RowsLibrary:
 
 
 def compile_ahead(folder: Path) -> None:
-    """Begins to compile what `load_rows` will want from `folder`, if it is missing. A compiler is another process, so a
-    start can convert a model meanwhile."""
+    """Begins to compile what `load_native_code` will want from `folder`, if it is missing. A compiler is another
+    process, so a start can convert a model meanwhile."""
     level = best_level()
     path = library_path(folder, level)
     if path in _compiling or path.exists():
         return
 
     def compile_it() -> None:
-        with contextlib.suppress(OSError, subprocess.SubprocessError):  # `load_rows` tries again, and says why
+        with contextlib.suppress(OSError, subprocess.SubprocessError):  # `load_native_code` tries again, and says why
             _compile(path, level)
 
     _compiling[path] = threading.Thread(target=compile_it, name="compiler", daemon=True)
     _compiling[path].start()
 
 
-def load_rows(folder: Path, progress: Progress, level: Level | None = None) -> RowsLibrary | None:
+def load_native_code(folder: Path, progress: Progress, level: Level | None = None) -> NativeLibrary | None:
     """Returns the native code, compiled into `folder` if it is missing or damaged; None if that cannot be here.
 
     It is of the best level that this machine has, or of the one that is asked for.
@@ -110,17 +110,17 @@ def load_rows(folder: Path, progress: Progress, level: Level | None = None) -> R
                 raise
             return _kept_or_compiled(folder, progress, NATIVE)  # a compiler may be older than the level's name
     except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
-        progress(f"layers run uncompiled: {_reason(error)}")
+        progress(f"layers run eagerly: {_reason(error)}")
         return None
 
 
-def _kept_or_compiled(folder: Path, progress: Progress, level: Level) -> RowsLibrary:
+def _kept_or_compiled(folder: Path, progress: Progress, level: Level) -> NativeLibrary:
     path = library_path(folder, level)
     with contextlib.suppress(OSError, ValueError, AttributeError, zipfile.BadZipFile):
-        return RowsLibrary(path)
+        return NativeLibrary(path)
     progress("compiling native code (kept for later starts)")
     _compile(path, level)
-    return RowsLibrary(path)
+    return NativeLibrary(path)
 
 
 def library_path(folder: Path, level: Level) -> Path:
@@ -152,7 +152,7 @@ def _compile(path: Path, level: Level) -> None:
         raise OSError("no C++ compiler here")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, replacing(path) as partial:
-        library = Path(folder) / "rows.so"
+        library = Path(folder) / "native.so"
         command = [compiler, *_FLAGS, *level.flags, "-o", str(library), str(_SOURCE)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
         with zipfile.ZipFile(partial, "w") as package:

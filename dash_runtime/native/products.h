@@ -1,4 +1,4 @@
-// Products of a few rows with a matrix in FULL, INT8 or INT4, at the speed of memory. row_matrix.py lays matrices out.
+// Products of a few rows with a matrix in FULL, INT8 or INT4, at the speed of memory. matrix.py lays matrices out.
 //
 // A row's sums have one order, whatever the number of rows, so its bits are the same alone and among others.
 #pragma once

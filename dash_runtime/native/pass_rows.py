@@ -7,10 +7,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dash_runtime.actions import Action, LatencyTable
-from dash_runtime.rows.head_struct import packed_struct
-from dash_runtime.rows.policy_rows import RowDecisions
-from dash_runtime.rows.row_matrix import Int8RowMatrix
-from dash_runtime.rows.structs import (
+from dash_runtime.native.head_struct import packed_struct
+from dash_runtime.native.matrix import Int8NativeMatrix
+from dash_runtime.native.policy import RowDecisions
+from dash_runtime.native.structs import (
     CompensationStruct,
     PlannerStruct,
     RotaryStruct,
@@ -63,8 +63,8 @@ class RowsOfPass:
 class LowRankMap(NamedTuple):
     """A map from states to features, `[rank, hidden_size]`, and one back, `[hidden_size, rank]`."""
 
-    narrow: Int8RowMatrix
-    widen: Int8RowMatrix
+    narrow: Int8NativeMatrix
+    widen: Int8NativeMatrix
 
 
 class CompensatedLayers:

@@ -7,16 +7,16 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dash_runtime.linears.int4_matrix import LANES
-from dash_runtime.rows.row_matrix import FullRowMatrix, Int4RowMatrix, Int8Outputs, Int8RowMatrix, RowMatrix
-from dash_runtime.rows.structs import MOST_EXACT_TILES, HeadStruct, MatrixStruct, TokenRowsStruct
+from dash_runtime.native.matrix import FullNativeMatrix, Int4NativeMatrix, Int8NativeMatrix, Int8Outputs, NativeMatrix
+from dash_runtime.native.structs import MOST_EXACT_TILES, HeadStruct, MatrixStruct, TokenRowsStruct
 
-_LAYOUTS: dict[type[RowMatrix], int] = {FullRowMatrix: 0, Int8RowMatrix: 1, Int4RowMatrix: 2}
+_LAYOUTS: dict[type[NativeMatrix], int] = {FullNativeMatrix: 0, Int8NativeMatrix: 1, Int4NativeMatrix: 2}
 
 
 class RoughMatrix(NamedTuple):
     """A cheap matrix for all logits of a head: its exact one computes those of `num_exact` tiles of a row again."""
 
-    matrix: RowMatrix
+    matrix: NativeMatrix
     repeated: Tensor
     """The inputs that the matrix has again at its end, int64."""
     num_exact: int
@@ -26,7 +26,7 @@ class HeadBounds(NamedTuple):
     """The bounds of a matrix's rough logits: how far they may be off its own, so that each row's likeliest token is
     found without most of these."""
 
-    rough: RowMatrix
+    rough: NativeMatrix
     errors: Tensor
     """The lengths of what the rough matrix's rows are off by, float32 `[vocab_size]`."""
     lengths: Tensor
@@ -36,8 +36,8 @@ class HeadBounds(NamedTuple):
 class NarrowHead(NamedTuple):
     """A head of narrow states (`layers/narrow_head.py`)."""
 
-    narrow: RowMatrix
-    rough: RowMatrix
+    narrow: NativeMatrix
+    rough: NativeMatrix
     rank: int
     mean: Tensor
     """Float32 `[hidden_size]`."""
@@ -48,7 +48,7 @@ class NarrowHead(NamedTuple):
 
 
 def head_struct(
-    head: RowMatrix | NarrowHead,
+    head: NativeMatrix | NarrowHead,
     norm: Tensor,
     vocab_size: int,
     multiplier: float,
@@ -82,7 +82,7 @@ def head_struct(
     return struct, owners
 
 
-def packed_struct(matrix: RowMatrix, num_inputs: int) -> tuple[MatrixStruct, list[Tensor]]:
+def packed_struct(matrix: NativeMatrix, num_inputs: int) -> tuple[MatrixStruct, list[Tensor]]:
     """Returns a matrix for the native code, and the tensors whose memory it is."""
     words, *scales = matrix.tensors()
     kept = [words, *(own.float().contiguous() for own in scales)]

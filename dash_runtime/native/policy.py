@@ -11,9 +11,9 @@ from torch.nn import functional
 
 from dash_runtime.actions import Action
 from dash_runtime.linears.int4_matrix import LANES
+from dash_runtime.native.library import NativeLibrary
+from dash_runtime.native.structs import MOST_NUMBERS, BlockStruct, DecisionsStruct, PolicyStruct
 from dash_runtime.passes import Network
-from dash_runtime.rows.library import RowsLibrary
-from dash_runtime.rows.structs import MOST_NUMBERS, BlockStruct, DecisionsStruct, PolicyStruct
 
 
 class RowDecisions:
@@ -23,7 +23,7 @@ class RowDecisions:
         facts: float32 memory for what the row is told: the known facts and others, then each action's price.
     """
 
-    def __init__(self, policy: "PolicyRows", facts: Tensor) -> None:
+    def __init__(self, policy: "NativePolicy", facts: Tensor) -> None:
         self._scores = bytearray(4 * policy.num_layers * policy.num_actions)
         self._kept = policy, facts
         scores = addressof(c_char.from_buffer(self._scores))
@@ -39,10 +39,10 @@ class RowDecisions:
         return bytes(self._scores)
 
 
-class PolicyRows:
+class NativePolicy:
     """A network as the native code evaluates it: for rows; or layer after layer within a pass (`RowDecisions`)."""
 
-    def __init__(self, library: RowsLibrary, network: Network) -> None:
+    def __init__(self, library: NativeLibrary, network: Network) -> None:
         self._library = library
         self.num_layers, self.num_actions = network.num_layers, len(network.actions)
         self.num_known = network.num_known

@@ -15,9 +15,9 @@ from dash_runtime.layers.compensation import Affine, Compensation, Identity, Low
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.layers.narrow_head import HeadMap
 from dash_runtime.linears.dense_linear import FullLinear, make_full_linear, packed_words
+from dash_runtime.native.library import NativeLibrary
 from dash_runtime.passes import PassPlan, PassResult
-from dash_runtime.rows.library import RowsLibrary
-from tests.runtime.compiled_model import MAX_DIVERGENCE, SIZES, assert_same_cache, divergence, native_decoder
+from tests.runtime.native_model import MAX_DIVERGENCE, SIZES, assert_same_cache, divergence, native_decoder
 from tests.runtime.support import (
     ALL_ACTIONS,
     full_plan,
@@ -49,11 +49,12 @@ FAMILIES = ("llama", "qwen2-sliding-window", "mistral-sliding-window", "olmo2", 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def decoders(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, rows_library: RowsLibrary
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, native_library: NativeLibrary
 ) -> Decoders:
     folder = save_tiny_model(tmp_path_factory.mktemp("compiled") / request.param, request.param, **SIZES)
     alone, shared = (
-        native_decoder(folder, rows_library, shares_products=shares, most_apart=MOST_APART) for shares in (False, True)
+        native_decoder(folder, native_library, shares_products=shares, most_apart=MOST_APART)
+        for shares in (False, True)
     )
     return Decoders(alone, shared, load_decoder(folder, torch.bfloat16))
 
@@ -245,11 +246,11 @@ def pass_with_heads(
 
 @torch.inference_mode()
 def test_many_rows_take_the_head_in_full_only_if_they_may_share_products(
-    tmp_path: Path, rows_library: RowsLibrary
+    tmp_path: Path, native_library: NativeLibrary
 ) -> None:
     folder = folder_with_native_head(tmp_path)
     for shares_products, num_rows in ((True, 17), (True, 16), (False, 17)):
-        decoder = native_decoder(folder, rows_library, shares_products=shares_products)
+        decoder = native_decoder(folder, native_library, shares_products=shares_products)
         precisions = Action.INT8, Action.FULL
         logits = [pass_with_heads(decoder, Action.FULL, own, num_rows).logits for own in precisions]
         assert torch.equal(*logits) is (shares_products and num_rows > 16)
@@ -258,11 +259,11 @@ def test_many_rows_take_the_head_in_full_only_if_they_may_share_products(
 @torch.inference_mode()
 @pytest.mark.parametrize("wants_logits", [True, False])
 def test_many_rows_take_no_rough_head_if_they_may_share_products(
-    tmp_path: Path, rows_library: RowsLibrary, wants_logits: bool
+    tmp_path: Path, native_library: NativeLibrary, wants_logits: bool
 ) -> None:
     folder = folder_with_native_head(tmp_path)
     for shares_products, num_rows in ((True, 11), (True, 10), (False, 11)):
-        decoder = native_decoder(folder, rows_library, shares_products=shares_products)
+        decoder = native_decoder(folder, native_library, shares_products=shares_products)
         rough, exact = (
             pass_with_heads(decoder, Action.INT4, own, num_rows, wants_logits=wants_logits).logits
             for own in (Action.INT4, Action.INT8)
@@ -276,13 +277,13 @@ def test_many_rows_take_no_rough_head_if_they_may_share_products(
 
 @torch.inference_mode()
 def test_more_rows_than_a_narrow_head_is_for_take_the_int4_head_only_if_they_may_share_products(
-    tmp_path: Path, rows_library: RowsLibrary
+    tmp_path: Path, native_library: NativeLibrary
 ) -> None:
     folder, size = save_tiny_model(tmp_path, "llama", **SIZES), SIZES["hidden_size"]
     narrow = torch.eye(size)[:32]
     head_map = HeadMap(narrow, narrow.T, torch.zeros(SIZES["vocab_size"]))
     for shares_products in (True, False):
-        decoder = native_decoder(folder, rows_library, shares_products=shares_products, head_map=head_map)
+        decoder = native_decoder(folder, native_library, shares_products=shares_products, head_map=head_map)
         logits = [pass_with_heads(decoder, Action.INT4, own, 2).logits for own in (Action.SKIP, Action.INT4)]
         assert torch.equal(*logits) is shares_products
 

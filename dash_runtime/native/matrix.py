@@ -37,7 +37,7 @@ _TILES_TOGETHER = 128
 
 
 @dataclass(frozen=True, slots=True)
-class RowMatrix:
+class NativeMatrix:
     """A matrix `[out_features, in_features]`, laid out for products with a few rows. Its fields are tensors."""
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -46,7 +46,7 @@ class RowMatrix:
 
 
 @dataclass(frozen=True, slots=True)
-class FullRowMatrix(RowMatrix):
+class FullNativeMatrix(NativeMatrix):
     """A bf16 matrix, int32 `[blocks, in_features / 2, outputs of a block]` with two weights of an output in a word.
 
     Blocks are tiles, or several of them where they are the memory of a `PackedLinear`.
@@ -55,14 +55,14 @@ class FullRowMatrix(RowMatrix):
     words: Tensor
 
     @classmethod
-    def pack(cls, full: FullLinear) -> "FullRowMatrix":
+    def pack(cls, full: FullLinear) -> "FullNativeMatrix":
         out_features, in_features = full.weight.shape
         pairs = full.weight.contiguous().view(torch.int32).view(out_features // LANES, LANES, in_features // 2)
         return cls(pairs.transpose(1, 2).contiguous())
 
 
 @dataclass(frozen=True, slots=True)
-class Int8RowMatrix(RowMatrix):
+class Int8NativeMatrix(NativeMatrix):
     """An INT8 matrix, int32 `[tiles, in_features / 32, 8, 16]` with four weights in a word, the last one with a sign.
 
     Scales are `[out_features]`.
@@ -72,17 +72,17 @@ class Int8RowMatrix(RowMatrix):
     scales: Tensor
 
     @classmethod
-    def pack(cls, full: FullLinear) -> "Int8RowMatrix":
+    def pack(cls, full: FullLinear) -> "Int8NativeMatrix":
         return cls.of(*quantize_int8(full.weight))
 
     @classmethod
-    def of(cls, quantized: Tensor, scales: Tensor) -> "Int8RowMatrix":
+    def of(cls, quantized: Tensor, scales: Tensor) -> "Int8NativeMatrix":
         """Packs int8 weights with their outputs' scales."""
         return cls(_pack_words(quantized.view(torch.uint8) ^ 128, _INT8_BITS), scales)
 
 
 @dataclass(frozen=True, slots=True)
-class Int8Outputs(RowMatrix):
+class Int8Outputs(NativeMatrix):
     """An INT8 matrix as it is, int8 `[out_features, in_features]`, for products of a few outputs alone.
 
     Scales are `[out_features]`.
@@ -97,7 +97,7 @@ class Int8Outputs(RowMatrix):
 
 
 @dataclass(frozen=True, slots=True)
-class Int8Errors(RowMatrix):
+class Int8Errors(NativeMatrix):
     """The lengths of what INT8 changes of each output's weights, and of these, float32 `[out_features]`."""
 
     errors: Tensor
@@ -111,7 +111,7 @@ class Int8Errors(RowMatrix):
 
 
 @dataclass(frozen=True, slots=True)
-class Int4RowMatrix(RowMatrix):
+class Int4NativeMatrix(NativeMatrix):
     """An INT4 matrix, int32 `[tiles, lines, 16]`: for every two groups a line of their grids, and four lines each with
     eight weights in a word; the last group may be alone. A grid is half a word, the first group's the low one: seven
     bits of its scale, then nine of its offset, 256 higher.
@@ -123,16 +123,16 @@ class Int4RowMatrix(RowMatrix):
     units: Tensor
 
     @classmethod
-    def pack(cls, full: FullLinear) -> "Int4RowMatrix":
+    def pack(cls, full: FullLinear) -> "Int4NativeMatrix":
         return cls._of(full.in_int4())
 
     @classmethod
-    def pack_with_rest(cls, full: FullLinear, repeated: Tensor) -> "Int4RowMatrix":
+    def pack_with_rest(cls, full: FullLinear, repeated: Tensor) -> "Int4NativeMatrix":
         """Packs a matrix that has some inputs again at its end (`quantize_int4_with_rest`)."""
         return cls._of(quantize_int4_with_rest(full.weight, repeated))
 
     @classmethod
-    def _of(cls, matrix: Int4Matrix) -> "Int4RowMatrix":
+    def _of(cls, matrix: Int4Matrix) -> "Int4NativeMatrix":
         words = _pack_words(matrix.values, _INT4_BITS)  # [tiles, groups, 4, 16]
         offsets = matrix.offsets.int() + 2 ** (INT4_OFFSET_BITS - 1)
         grids = _tile(matrix.scales.int() | offsets << INT4_SCALE_BITS)  # [tiles, groups, 16]
@@ -144,28 +144,28 @@ class Int4RowMatrix(RowMatrix):
         return cls(pairs[:, :num_lines].contiguous(), matrix.units)
 
 
-_Packed = TypeVar("_Packed", bound=RowMatrix)
-_MATRICES: dict[Action, type[FullRowMatrix] | type[Int8RowMatrix] | type[Int4RowMatrix]] = {
-    Action.FULL: FullRowMatrix,
-    Action.INT8: Int8RowMatrix,
-    Action.INT4: Int4RowMatrix,
+_Packed = TypeVar("_Packed", bound=NativeMatrix)
+_MATRICES: dict[Action, type[FullNativeMatrix] | type[Int8NativeMatrix] | type[Int4NativeMatrix]] = {
+    Action.FULL: FullNativeMatrix,
+    Action.INT8: Int8NativeMatrix,
+    Action.INT4: Int4NativeMatrix,
 }
 
 
-def pack_row_matrix(action: Action, full: FullLinear, linear: Linear | None = None) -> RowMatrix:
+def pack_native_matrix(action: Action, full: FullLinear, linear: Linear | None = None) -> NativeMatrix:
     """Lays out the weights of `full` in one precision, or shares the memory of `linear` in FULL.
 
     `linear` is the same matrix for many rows.
     """
     words = packed_words(linear) if action is Action.FULL and linear is not None else None
     if words is not None:
-        return FullRowMatrix(words)
+        return FullNativeMatrix(words)
     return _packed_in_parts(_MATRICES[action].pack, full)
 
 
-def pack_rough_matrix(full: FullLinear, repeated: Tensor) -> RowMatrix:
-    """Lays out the weights of `full` in INT4, as `Int4RowMatrix.pack_with_rest` does."""
-    return _packed_in_parts(partial(Int4RowMatrix.pack_with_rest, repeated=repeated), full)
+def pack_rough_matrix(full: FullLinear, repeated: Tensor) -> NativeMatrix:
+    """Lays out the weights of `full` in INT4, as `Int4NativeMatrix.pack_with_rest` does."""
+    return _packed_in_parts(partial(Int4NativeMatrix.pack_with_rest, repeated=repeated), full)
 
 
 def pack_outputs(full: FullLinear) -> Int8Outputs:

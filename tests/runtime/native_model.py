@@ -1,4 +1,4 @@
-"""A small model with a policy and the native code, compiled; and decoders that run it."""
+"""A small model with a policy, for native code; and decoders that run it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,9 @@ from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.layers.narrow_head import HeadMap
+from dash_runtime.native.library import NativeLibrary
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import save_policy
-from dash_runtime.rows.library import RowsLibrary
 from tests.runtime.random_policy import random_policy
 from tests.runtime.support import ALL_ACTIONS, CPU
 from tests.tiny_models import save_tiny_model
@@ -30,7 +30,7 @@ MAX_DIVERGENCE = 0.01
 
 
 @dataclass(frozen=True)
-class CompiledModel:
+class SmallModel:
     """The model's folder, its policy's file, and a cache folder that has the native code."""
 
     folder: Path
@@ -38,19 +38,19 @@ class CompiledModel:
     cache_folder: Path
 
 
-def save_compiled_model(folder: Path, family: str = "qwen2-sliding-window", **options: float) -> CompiledModel:
+def save_small_model(folder: Path, family: str = "qwen2-sliding-window", **options: float) -> SmallModel:
     """Makes the model below `folder`, by default with full and sliding attention and biases, and an empty cache
     folder."""
     model = save_tiny_model(folder / "model", family, **(SIZES | options))
     policy_file = folder / "policy.safetensors"
     fingerprint = model_fingerprint(load_model_config(model), open_weights(model))
     save_policy(policy_file, random_policy(model, BUDGETS, block_size=1), fingerprint)
-    return CompiledModel(model, policy_file, folder / "cache")
+    return SmallModel(model, policy_file, folder / "cache")
 
 
 def native_decoder(
     folder: Path,
-    library: RowsLibrary,
+    library: NativeLibrary,
     *,
     shares_products: bool = False,
     most_apart: int = 64,

@@ -7,8 +7,8 @@ from array import array
 from collections.abc import Iterable
 from ctypes import Array, addressof, c_int32, c_int64, memmove
 
+from dash_runtime.native.structs import BurstStruct, DrawStruct, GuessesStruct
 from dash_runtime.passes import Draw, PassResult, TextGuesses
-from dash_runtime.rows.structs import BurstStruct, DrawStruct, GuessesStruct
 
 
 class BurstRecord:

@@ -4,7 +4,7 @@ import ctypes
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from dash_runtime.rows import structs
+from dash_runtime.native import structs
 
 
 class LayoutDiffers(ValueError):

@@ -18,8 +18,8 @@ from dash_runtime.linears.dense_linear import (
 )
 from dash_runtime.linears.int4_matrix import is_packable
 from dash_runtime.model_config import ModelConfig
-from dash_runtime.rows.model_rows import HeadRows, ModelRows
-from dash_runtime.rows.row_matrix import RowMatrix, pack_row_matrix
+from dash_runtime.native.matrix import NativeMatrix, pack_native_matrix
+from dash_runtime.native.model import HeadRows, NativeModel
 from tests.runtime.native_code import in_bytes, native_library, rounded
 
 pytestmark = pytest.mark.usefixtures("each_level")
@@ -34,13 +34,13 @@ def config(tiny_folder: Path) -> ModelConfig:
     return load_model_config(tiny_folder)
 
 
-def packed(layout: str, weight: Tensor) -> RowMatrix:
+def packed(layout: str, weight: Tensor) -> NativeMatrix:
     if layout == "blocks":
         linear = make_full_linear(FullLinear(weight))
         if packed_words(linear) is None:
             pytest.skip("this CPU has no such product for many rows")
-        return pack_row_matrix(Action.FULL, FullLinear(weight), linear)
-    return pack_row_matrix(action_of(layout), FullLinear(weight))
+        return pack_native_matrix(Action.FULL, FullLinear(weight), linear)
+    return pack_native_matrix(action_of(layout), FullLinear(weight))
 
 
 def action_of(layout: str) -> Action:
@@ -48,11 +48,11 @@ def action_of(layout: str) -> Action:
 
 
 def product(
-    config: ModelConfig, matrix: RowMatrix, rows: Tensor, norm: Tensor, outputs: int, threads: int = 1
+    config: ModelConfig, matrix: NativeMatrix, rows: Tensor, norm: Tensor, outputs: int, threads: int = 1
 ) -> Tensor:
     """Returns the products of normed rows, by way of a head."""
     own = replace(config, hidden_size=rows.shape[1], rms_norm_eps=0.0)
-    model = ModelRows(native_library(), own, [0] * own.num_layers, threads)
+    model = NativeModel(native_library(), own, [0] * own.num_layers, threads)
     return HeadRows(model, matrix, norm, outputs, 1.0)(rows)
 
 
@@ -134,7 +134,7 @@ def test_a_row_has_the_same_bits_among_any_number_of_others_with_any_number_of_t
 @pytest.mark.parametrize(("action", "bits"), [(Action.INT4, 4.5), (Action.INT8, 8), (Action.FULL, 16)])
 def test_a_weight_takes_no_more_bits_than_its_action_says(action: Action, bits: float) -> None:
     # INT4's grid of each group is among them.
-    matrix = pack_row_matrix(action, FullLinear(some_weight(64, 256))).tensors()[0]
+    matrix = pack_native_matrix(action, FullLinear(some_weight(64, 256))).tensors()[0]
     assert matrix.numel() * matrix.element_size() * 8 == 64 * 256 * bits
 
 
@@ -155,7 +155,7 @@ def test_weights_for_many_rows_and_for_one_are_in_memory_once_and_outlive_their_
     assert isinstance(linear, BatchInvariantLinear)
     assert isinstance(linear.product, PackedLinear)
     assert words.data_ptr() == torch.ops.mkldnn.data_ptr(linear.product.packed)
-    assert pack_row_matrix(Action.FULL, FullLinear(weight), linear).tensors()[0].data_ptr() == words.data_ptr()
+    assert pack_native_matrix(Action.FULL, FullLinear(weight), linear).tensors()[0].data_ptr() == words.data_ptr()
     del linear
     churn = [some_weight(192, 96) for _ in range(50)]
     assert torch.equal(words.transpose(1, 2).flatten(0, 1).contiguous().view(torch.bfloat16), weight)

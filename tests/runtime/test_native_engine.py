@@ -11,7 +11,7 @@ from dash_runtime.constraint import Constraint, ConstraintKind
 from dash_runtime.engine.engine import Engine
 from dash_runtime.policy.catalog import FRONTIER
 from dash_runtime.startup.build import BuildOptions, build_engine
-from tests.runtime.compiled_model import NUM_THREADS, CompiledModel
+from tests.runtime.native_model import NUM_THREADS, SmallModel
 from tests.runtime.random_policy import NAME
 from tests.runtime.support import drain, finished, tokens
 
@@ -26,7 +26,7 @@ MODES = {
 }
 
 
-def engine_of(model: CompiledModel, group_planner: bool, num_slots: int = 24, cache_tokens: int = 4096) -> Engine:
+def engine_of(model: SmallModel, group_planner: bool, num_slots: int = 24, cache_tokens: int = 4096) -> Engine:
     options = BuildOptions(
         devices=["cpu"],
         num_threads=NUM_THREADS,
@@ -42,13 +42,13 @@ def engine_of(model: CompiledModel, group_planner: bool, num_slots: int = 24, ca
     finally:
         torch.set_num_threads(torch_threads)  # or the tests that follow in this process would have more
     assert not any("compil" in sentence for sentence in said), said
-    assert engine.facts.is_compiled
+    assert engine.facts.has_native_code
     return engine
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["planner", "no planner"])
-def engine(request: pytest.FixtureRequest, compiled_model: CompiledModel) -> Engine:
-    return engine_of(compiled_model, request.param)
+def engine(request: pytest.FixtureRequest, small_model: SmallModel) -> Engine:
+    return engine_of(small_model, request.param)
 
 
 def requests(count: int = 1) -> list[GenerationRequest]:
@@ -95,8 +95,8 @@ def test_the_policy_is_evaluated_by_native_code_within_a_rows_pass(engine: Engin
 
 
 @pytest.mark.parametrize("mode", ["full depth", "adaptive"])
-def test_rows_that_go_on_are_found_where_their_keys_were_moved(compiled_model: CompiledModel, mode: str) -> None:
-    engine = engine_of(compiled_model, False, num_slots=2, cache_tokens=112)
+def test_rows_that_go_on_are_found_where_their_keys_were_moved(small_model: SmallModel, mode: str) -> None:
+    engine = engine_of(small_model, False, num_slots=2, cache_tokens=112)
     # The first one leaves a gap that is too small for the third, so the second, which goes on, is moved.
     sizes = {"leaves": (40, 8), "goes on": (8, 40), "needs room": (40, 24)}
     own = {
@@ -139,8 +139,8 @@ def test_forced_text_is_drafted_in_any_number_and_verified_to_full_depths_own_to
     assert list(json.loads(bytes(own["exact"]))) == list(names)
 
 
-def test_a_batch_of_all_modes_equals_the_same_requests_alone_without_the_planner(compiled_model: CompiledModel) -> None:
-    engine = engine_of(compiled_model, group_planner=False)
+def test_a_batch_of_all_modes_equals_the_same_requests_alone_without_the_planner(small_model: SmallModel) -> None:
+    engine = engine_of(small_model, group_planner=False)
     expected = {request.request_id: alone(engine, request) for request in requests(2)}
     for request in requests(2):
         engine.submit(request)

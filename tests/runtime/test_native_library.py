@@ -19,17 +19,17 @@ import dash_runtime
 from dash_runtime.checkpoints import load_model_config
 from dash_runtime.decoder.backends.native import why_eager
 from dash_runtime.model_config import BlockConfig, MixtureConfig, NormPlacement, QkNorm, RopeConfig, RopeKind
-from dash_runtime.rows.levels import LEVELS, Level, best_level
-from dash_runtime.rows.library import RowsLibrary, code_digest, compile_ahead, load_rows
+from dash_runtime.native.levels import LEVELS, Level, best_level
+from dash_runtime.native.library import NativeLibrary, code_digest, compile_ahead, load_native_code
 
-SOURCES = Path(dash_runtime.__file__).parent / "rows"
-FAILING = "#!/bin/sh\necho 'rows.cpp:1:2: error: no such header\ncompilation terminated.' >&2\nexit 1\n"
+SOURCES = Path(dash_runtime.__file__).parent / "native"
+FAILING = "#!/bin/sh\necho 'native.cpp:1:2: error: no such header\ncompilation terminated.' >&2\nexit 1\n"
 
 
-def load(folder: Path) -> tuple[RowsLibrary | None, list[str]]:
+def load(folder: Path) -> tuple[NativeLibrary | None, list[str]]:
     """Returns the library, and the progress messages."""
     said: list[str] = []
-    return load_rows(folder, said.append), said
+    return load_native_code(folder, said.append), said
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +103,7 @@ def test_loaded_code_keeps_nothing_in_the_temporary_folder(
 def test_code_loads_where_none_may_be_run_from_the_temporary_folder(kept: Path, tmp_path: Path) -> None:
     """As on hardened machines, and in a container whose temporary folder is in memory."""
     (path,) = kept.iterdir()
-    script = (
-        "import sys; from pathlib import Path; from dash_runtime.rows.library import *; RowsLibrary(Path(sys.argv[1]))"
-    )
+    script = "import pathlib, sys; from dash_runtime.native.library import *; NativeLibrary(pathlib.Path(sys.argv[1]))"
     in_there = f"mount -t tmpfs -o noexec tmpfs {tmp_path} && exec env TMPDIR={tmp_path}"
     unshare = shutil.which("unshare")
     if unshare is None or subprocess.run([unshare, "--mount", "sh", "-c", f"{in_there} true"]).returncode:
@@ -130,17 +128,17 @@ def test_a_damaged_package_is_compiled_again(kept: Path, tmp_path: Path, kept_by
 def test_a_damaged_package_is_no_error_where_it_cannot_be_compiled_again(kept: Path, tmp_path: Path) -> None:
     (path,) = kept.iterdir()
     with zipfile.ZipFile(tmp_path / path.name, "w") as package:
-        package.writestr("rows.so", b"no code")
+        package.writestr("native.so", b"no code")
     library, said = load(tmp_path)
     assert library is None
-    assert said[-1] == "layers run uncompiled: no C++ compiler here"
+    assert said[-1] == "layers run eagerly: no C++ compiler here"
 
 
 @pytest.mark.usefixtures("no_compiler")
 def test_a_machine_without_a_compiler_says_so_and_leaves_no_file(tmp_path: Path) -> None:
     library, said = load(tmp_path)
     assert library is None
-    assert said[-1] == "layers run uncompiled: no C++ compiler here"
+    assert said[-1] == "layers run eagerly: no C++ compiler here"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -149,7 +147,7 @@ def test_a_compiler_that_fails_is_a_reason_in_one_line_and_leaves_no_file(tmp_pa
     folder = tmp_path / "native"
     library, said = load(folder)
     assert library is None
-    assert said[-1] == "layers run uncompiled: rows.cpp:1:2: error: no such header"
+    assert said[-1] == "layers run eagerly: native.cpp:1:2: error: no such header"
     assert list(folder.iterdir()) == []
 
 
@@ -160,14 +158,14 @@ def test_a_folder_that_cannot_be_made_is_a_reason_and_no_error(tmp_path: Path) -
         library, said = load(folder)
         assert library is None
         start, _, reason = said[-1].partition(": ")
-        assert start == "layers run uncompiled"
+        assert start == "layers run eagerly"
         assert reason
         assert "\n" not in reason
 
 
 def digest_after(folder: Path, file: str, old: str, new: str) -> str:
     """Returns the digest of a copy of the sources in which `old` is replaced by `new`."""
-    copy = Path(shutil.copytree(SOURCES, folder / "rows", ignore=shutil.ignore_patterns("__pycache__")))
+    copy = Path(shutil.copytree(SOURCES, folder / "native", ignore=shutil.ignore_patterns("__pycache__")))
     source = (copy / file).read_text()
     assert old in source
     (copy / file).write_text(source.replace(old, new))
@@ -241,7 +239,7 @@ def test_what_was_compiled_ahead_is_loaded_and_a_failure_ahead_is_told_later(
     compile_ahead(tmp_path / "other")
     library, said = load(tmp_path / "other")
     assert library is None
-    assert said[-1] == "layers run uncompiled: no C++ compiler here"
+    assert said[-1] == "layers run eagerly: no C++ compiler here"
 
 
 def test_each_level_is_a_package_of_its_own_whose_flags_give_what_it_is_named_for() -> None:
@@ -302,5 +300,5 @@ def test_a_compiler_that_is_older_than_the_level_compiles_for_the_machine_at_han
 def test_a_machine_of_no_level_gets_what_the_compiler_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     for kind, features in (("riscv64", ""), ("x86_64", "sse2 avx"), ("arm64", "")):
         monkeypatch.setattr(platform, "machine", lambda kind=kind: kind)
-        monkeypatch.setattr("dash_runtime.rows.levels.processor_features", lambda features=features: features)
+        monkeypatch.setattr("dash_runtime.native.levels.processor_features", lambda features=features: features)
         assert best_level().flags == ("-march=native",)
