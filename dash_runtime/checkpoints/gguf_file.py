@@ -58,6 +58,14 @@ class GgufTensor:
         offset_bytes = self.offset_bytes + index * size_bytes
         return replace(self, shape=tuple(shape), offset_bytes=offset_bytes, size_bytes=size_bytes)
 
+    def rows(self, first: int, count: int) -> "GgufTensor":
+        """Returns some of its rows."""
+        num_rows, *others = self.shape
+        row_bytes = self.size_bytes // num_rows
+        count = min(count, num_rows - first)
+        place = self.offset_bytes + first * row_bytes
+        return replace(self, shape=(count, *others), offset_bytes=place, size_bytes=count * row_bytes)
+
 
 class GgufFile:
     """An open GGUF model: its metadata, and its tensors' descriptions by name.
@@ -140,6 +148,13 @@ class GgufFile:
         if not isinstance(value, list) or any(type(item) is not kind for item in value):
             raise CorruptCheckpoint(f"{self.path} is damaged: its metadata {key!r} is no list of {kind.__name__}.")
         return cast(list[ScalarType], value)
+
+    def forget(self, tensor: GgufTensor) -> None:
+        """Gives up the memory of a tensor that was read."""
+        first = tensor.offset_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        if hasattr(mmap, "MADV_DONTNEED"):
+            end = tensor.offset_bytes + tensor.size_bytes
+            self._bytes[tensor.path].madvise(mmap.MADV_DONTNEED, first, end - first)
 
     def dequantize(self, tensor: GgufTensor) -> "np.ndarray":
         """Returns the tensor's values as float32, in the tensor's shape.

@@ -5,12 +5,17 @@ Knows both files' layouts; what llama.cpp changed in a model's tensors is asked 
 
 import json
 import math
+import os
 import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dash_runtime.checkpoints.gguf_file import GgufFile
+from dash_runtime.checkpoints.gguf_file import GgufFile, GgufTensor
 from dash_runtime.checkpoints.gguf_rope import ROPE_TENSORS
 from dash_runtime.checkpoints.parameters import parameter_shapes, parameters
 from dash_runtime.errors import CorruptCheckpoint, UnsupportedArchitecture
@@ -24,6 +29,9 @@ if TYPE_CHECKING:
 
 _BF16_BYTES = 2
 _SECONDS_UNTOLD = 2.0
+_MOST_VALUES = 1 << 21
+"""Values of a large tensor that are converted together. They stay in the processor's cache."""
+_NUM_CONVERTERS = min(4, os.cpu_count() or 1)
 
 
 class GgufSource(NamedTuple):
@@ -71,14 +79,45 @@ def write_weights(gguf: GgufFile, family: Family, config: ModelConfig, file: Pat
                 told_at = time.monotonic()
             source = sources[parameter]
             tensor = gguf.tensors[source.name]
-            values = gguf.dequantize(tensor if source.place is None else tensor.part(source.place))
+            tensor = tensor if source.place is None else tensor.part(source.place)
             heads = next((heads for module, heads in permuted_heads.items() if f".{module}." in parameter), None)
-            if heads is not None:
-                values = _unpermute(values, heads)
-            if values.ndim == 1 and parameter.endswith(".weight"):  # a norm; llama.cpp has added the offset
-                values = values - config.block.norm_offset
-            out.write(_bfloat16_bytes(values))
+            # llama.cpp has added the offset to norms.
+            offset = config.block.norm_offset if len(shape) == 1 and parameter.endswith(".weight") else 0.0
+            # The rows of permuted heads change places.
+            parts = [tensor] if heads is not None else _in_parts(tensor)
+            for converted in _mapped_ahead(partial(_converted, gguf, heads=heads, offset=offset), parts):
+                out.write(converted)
+            gguf.forget(tensor)
             num_done += math.prod(shape)
+
+
+def _converted(gguf: GgufFile, tensor: GgufTensor, heads: int | None, offset: float) -> bytes:
+    values = gguf.dequantize(tensor)
+    if heads is not None:
+        values = _unpermute(values, heads)
+    return _bfloat16_bytes(values - offset if offset else values)
+
+
+def _in_parts(tensor: GgufTensor) -> list[GgufTensor]:
+    """Returns the tensor's rows, as many together as a conversion may have in memory."""
+    num_rows, *others = tensor.shape
+    count = max(1, _MOST_VALUES // math.prod(others)) if others else num_rows
+    return [tensor.rows(first, count) for first in range(0, num_rows, count)]
+
+
+def _mapped_ahead(convert: Callable[[GgufTensor], bytes], parts: Sequence[GgufTensor]) -> Iterator[bytes]:
+    """Yields what each part is converted to, in order; a few are converted at the same time."""
+    if len(parts) == 1:
+        yield convert(parts[0])
+        return
+    with ThreadPoolExecutor(_NUM_CONVERTERS) as threads:
+        waiting: deque[Future[bytes]] = deque()
+        for part in parts:
+            waiting.append(threads.submit(convert, part))
+            if len(waiting) > _NUM_CONVERTERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _check_tensors(gguf: GgufFile, shapes: dict[str, tuple[int, ...]]) -> None:
