@@ -80,6 +80,7 @@ def running_server(worker_command: Sequence[str] = WORKER_COMMAND, **variables: 
             "DASH_PREFIX_CACHE_TOKENS": "0",
             "DASH_NUM_THREADS": str(torch.get_num_threads()),
             "DASH_LOG_LEVEL": "ERROR",
+            "DASH_MEASURE_FIRST": "true",
             **variables,
         }
         started = time.perf_counter()

@@ -25,11 +25,12 @@ class Action(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class CostTable:
-    """Measured costs at one row, as shares of one full-depth (FULL everywhere) decode token.
+    """Measured costs at one row, as shares of one full-depth decode token: FULL everywhere, or the highest action and
+    head that there are where FULL is not offered.
 
     `layer[action]` is the cost of one layer, `head[precision]` the cost of the language-model head, and `fixed` the
-    cost of the rest of a token (embedding, sampling). `num_layers * layer[FULL] + head[FULL] + fixed` is 1.
-    `evaluation` is the cost of evaluating a learned policy once, which full depth never does.
+    cost of the rest of a token (embedding, sampling). With the highest of each they add up to 1. `evaluation` is the
+    cost of evaluating a learned policy once, which full depth never does.
     """
 
     num_layers: int
@@ -40,15 +41,20 @@ class CostTable:
 
     def __post_init__(self) -> None:
         for name, costs in (("layer", self.layer), ("head", self.head)):
-            if Action.FULL not in costs:
-                raise ConfigError(f"cost_table.{name}", "has no cost for FULL")
+            if not set(costs) - {Action.SKIP}:
+                raise ConfigError(f"cost_table.{name}", "has no cost for any kernel")
             if any(not 0 <= cost < float("inf") for cost in costs.values()):
                 raise ConfigError(f"cost_table.{name}", "has a cost that is negative or not finite")
         if not 0 <= self.evaluation < float("inf"):
             raise ConfigError("cost_table.evaluation", "is negative or not finite")
-        total = self.num_layers * self.layer[Action.FULL] + self.head[Action.FULL] + self.fixed
+        total = self.num_layers * self.layer[self.highest] + self.head[max(self.head)] + self.fixed
         if not 0.999 < total < 1.001:
             raise ConfigError("cost_table", f"adds up to {total:.4f} for the full-depth token, not to 1")
+
+    @property
+    def highest(self) -> Action:
+        """The action of full depth."""
+        return max(self.layer)
 
     @classmethod
     def from_seconds(
@@ -61,7 +67,7 @@ class CostTable:
     ) -> "CostTable":
         """Makes the table from measured seconds of one layer, of the head, of the rest of a token, and of one
         evaluation."""
-        total = num_layers * layer[Action.FULL] + head[Action.FULL] + fixed
+        total = num_layers * layer[max(layer)] + head[max(head)] + fixed
         return cls(
             num_layers,
             {action: seconds / total for action, seconds in layer.items()},
@@ -119,8 +125,8 @@ class LatencyTable:
     def __post_init__(self) -> None:
         if not self.rows or self.rows[0] != 1 or any(more <= fewer for fewer, more in pairwise(self.rows)):
             raise ConfigError("latency_table.rows", f"{self.rows} does not ascend from 1")
-        if Action.FULL not in self.seconds:
-            raise ConfigError("latency_table.seconds", "has none for FULL")
+        if not set(self.seconds) - {Action.SKIP}:
+            raise ConfigError("latency_table.seconds", "has none for any kernel")
         if not 0 <= self.split_seconds < math.inf:
             raise ConfigError("latency_table.split_seconds", "is negative or not finite")
         for action, seconds in self.seconds.items():

@@ -188,6 +188,8 @@ class ModelFacts:
     device: str
     has_native_code: bool = False
     """True if decoding runs native code."""
+    weight_error: float = 0.0
+    """How far the highest action's weights are from the model's own, as a share of theirs (root mean square)."""
 
     def validate(self, request: GenerationRequest) -> None:
         """Checks what depends on the model.
@@ -225,13 +227,20 @@ class ModelFacts:
                 f"{max_new_tokens} after a prompt of {prompt} tokens exceeds the {limit} of {room}",
             )
 
+    @property
+    def deepest(self) -> SkipOptions:
+        """The options of full depth, or of the highest action in all layers where FULL is not offered."""
+        if Action.FULL in self.actions:
+            return SkipOptions(Mode.FULL_DEPTH)
+        return SkipOptions(Mode.FIXED, fixed_action=max(self.actions))
+
     def validate_skip(self, skip: SkipOptions) -> None:
         """Checks what depends on the model's policies and their costs. Raises as `validate` does."""
-        if skip.fixed_action is not None and skip.fixed_action not in self.actions:
-            supported = ", ".join(action.name for action in self.actions)
-            raise InvalidRequest(
-                "skip.fixed_action", f"{skip.fixed_action.name} has no kernel here; supported: {supported}"
-            )
+        asked = Action.FULL if skip.mode is Mode.FULL_DEPTH else skip.fixed_action
+        if asked is not None and asked not in self.actions:
+            field = "skip.mode" if skip.mode is Mode.FULL_DEPTH else "skip.fixed_action"
+            offered = ", ".join(action.name for action in self.actions)
+            raise InvalidRequest(field, f"needs {asked.name}, which is not offered here; offered: {offered}")
         if not skip.mode.has_policy:
             return
         policy = self.policy(skip.policy_name, skip.mode)

@@ -48,6 +48,7 @@ ROOMS = {
         worker_pool
         dispatcher
         admission from_pb listening
+        settings_table
         settings setting_types auth served_model fair_queue pace scaling
         worker/__main__
         worker/engine_loop

@@ -75,7 +75,8 @@ def model_variables(tiny_model: Path | None, folder: str) -> dict[str, object]:
     if tiny_model is None:
         return {"model": "embedded"}
     tiny = {"model": tiny_model, "compile": False, "num_threads": 1, "cache_folder": f"{folder}/cache"}
-    return tiny | {"check_costs": False}  # plans for a budget are compared with those of another start
+    # Plans for a budget are compared with those of another start.
+    return tiny | {"check_costs": False, "measure_first": True}
 
 
 @asynccontextmanager

@@ -29,6 +29,9 @@ class ModelInfo:
     device: str
     is_compiled: bool
     """True if decoding runs native code."""
+    weight_error: float
+    """How far the weights of the highest action are from the model's own: the root of the mean squared difference, as a
+    share of theirs. 0 if that action is FULL."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dash_runtime.checkpoints.cached_config import cached_model_config
 from dash_runtime.checkpoints.hf_config import load_model_config
 from dash_runtime.checkpoints.hf_folder import tokenizer_file
 from dash_runtime.checkpoints.parameters import Parameter, parameter_shapes, parameters
-from dash_runtime.checkpoints.resolve import EMBEDDED, resolve_checkpoint
+from dash_runtime.checkpoints.resolve import EMBEDDED, described_model, resolve_checkpoint
 from dash_runtime.checkpoints.tokenizer_file import load_tokenizer
 from dash_runtime.checkpoints.weights import Weights, check_weights, open_weights
 from dash_runtime.files.disk_cache import default_cache_folder
@@ -21,6 +21,7 @@ __all__ = [
     "cached_model_config",
     "check_weights",
     "default_cache_folder",
+    "described_model",
     "load_model_config",
     "load_tokenizer",
     "open_weights",

@@ -8,14 +8,19 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from dash_runtime.checkpoints.cached_config import cached_model_config
 from dash_runtime.checkpoints.conversion_cache import ConversionSource, cached_conversion
 from dash_runtime.checkpoints.embedded import EMBEDDED_NAME, EMBEDDED_SHA256, embedded_gguf
+from dash_runtime.checkpoints.gguf_config import config_keys, gguf_family
 from dash_runtime.checkpoints.gguf_conversion import convert_gguf
+from dash_runtime.checkpoints.gguf_file import GgufFile
 from dash_runtime.checkpoints.gguf_shards import gguf_model
+from dash_runtime.checkpoints.hf_config import parse_model_config
 from dash_runtime.checkpoints.hf_folder import check_folder
 from dash_runtime.checkpoints.hub import download_snapshot, is_hub_id
 from dash_runtime.checkpoints.manifest import find_damage, read_manifest
-from dash_runtime.errors import CheckpointError, CheckpointNotFound, ConfigError, CorruptCheckpoint
+from dash_runtime.errors import CheckpointError, CheckpointNotFound, ConfigError, CorruptCheckpoint, DashRuntimeError
+from dash_runtime.model_config import ModelConfig
 from dash_runtime.progress import Progress
 
 EMBEDDED = "embedded"
@@ -66,6 +71,23 @@ def resolve_checkpoint(
         )
     progress(f"fetching {model} from the hub")
     return _checked_folder(download_snapshot(model, revision))
+
+
+def described_model(model: str, cache_folder: Path) -> tuple[ModelConfig, bool] | None:
+    """Returns the configuration of a folder or a GGUF file without reading its weights, and whether it is a folder.
+
+    None if it cannot be had: `resolve_checkpoint` says why.
+    """
+    path = embedded_gguf() if model == EMBEDDED else Path(model)
+    try:
+        if path.is_dir():
+            return cached_model_config(path, cache_folder), True
+        if path.suffix != ".gguf":
+            return None
+        gguf = GgufFile(path)
+        return parse_model_config(config_keys(gguf, gguf_family(gguf)), path.stem, path), False
+    except DashRuntimeError:
+        return None
 
 
 def _checked_folder(folder: Path) -> Path:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_READS_TO_FORGET = 8
 SUPPORTED_DTYPES = ("BF16", "F16", "F32")
 
 
@@ -37,6 +38,7 @@ class Weights(Mapping[str, "torch.Tensor"]):
     def __init__(self, folder: Path, files: Mapping[str, Path]) -> None:
         self.folder = folder
         self._files = files
+        self._num_read = 0
         self._handles = {file: open_safetensors(file, "pt") for file in set(files.values())}
         self._names_in = {file: frozenset(handle.keys()) for file, handle in self._handles.items()}
 
@@ -54,6 +56,16 @@ class Weights(Mapping[str, "torch.Tensor"]):
         """
         return self._checked(name, self._handle(name).get_tensor(name))
 
+    @property
+    def identity(self) -> tuple[tuple[str, int, int], ...]:
+        """Differs if a file has been replaced or written to: path, size and time of each."""
+        statuses = [(file.resolve(), file.stat()) for file in sorted(self._handles)]
+        return tuple((str(file), status.st_size, status.st_mtime_ns) for file, status in statuses)
+
+    def forget(self) -> None:
+        """Gives up the memory of what was read. Tensors that share it keep it."""
+        self._handles = {file: open_safetensors(file, "pt") for file in self._handles}
+
     def rows(self, name: str, rows: Sequence[int]) -> "torch.Tensor":
         """Returns some rows of a matrix. Reads no others.
 
@@ -63,7 +75,11 @@ class Weights(Mapping[str, "torch.Tensor"]):
         import torch
 
         described = self._handle(name).get_slice(name)
-        return self._checked(name, torch.cat([described[row : row + 1] for row in rows]))
+        chosen = torch.cat([described[row : row + 1] for row in rows])
+        self._num_read += 1
+        if self._num_read % _READS_TO_FORGET == 0:
+            self.forget()  # the system may map much more than was read
+        return self._checked(name, chosen)
 
     def file(self, name: str) -> Path:
         """Returns the file that holds the tensor called `name`."""

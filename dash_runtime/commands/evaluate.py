@@ -33,7 +33,8 @@ from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy_file import find_policies, load_policy, save_policy
 from dash_runtime.rollout.choices import action_rates
 from dash_runtime.rollout.task import Task, greedy_outcome
-from dash_runtime.startup.build import SHIPPED_POLICIES, assemble_engine
+from dash_runtime.startup.build import SHIPPED_POLICIES
+from dash_runtime.startup.measured_engine import assemble_engine
 from dash_runtime.startup.plan_search import search_text
 from dash_runtime.training.calibrate import calibrated, describe_budgets
 from dash_runtime.training.curve import write_whole

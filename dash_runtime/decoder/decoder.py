@@ -3,7 +3,8 @@
 Knows weights, actions and rows; knows no policy, no sampling and no requests.
 """
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 
 import torch
@@ -45,6 +46,8 @@ class Decoder:
     """Number of positions in the rotary tables."""
     max_prompt_rows: int
     """A prompt's row has the same bits in all passes of up to this many rows."""
+    before_pass: Callable[[], None] | None = None
+    """Called before every pass and layer that somebody runs by this object; see `patient`."""
     draw: DrawTokens | None = None
     """Draws tokens from decoded rows' logits; None if nothing does that is faster than numpy."""
 
@@ -59,6 +62,22 @@ class Decoder:
         self._apart = Heads(self.heads)
         self._rotary = rotary_tables(config.ropes, config.head_dim, self.context_length, self.dtype, self.devices)
         self._split_tables = [table for table in dict.fromkeys(self._rotary) if table.first_row(self.context_length)]
+
+    def patient(self, pause: Callable[[], None]) -> "Decoder":
+        """Returns the same decoder for somebody who lets others go first: `pause` is called before every pass."""
+        own = copy.copy(self)
+        own.before_pass = pause
+        return own
+
+    @property
+    def highest(self) -> Action:
+        """The action of prompts, first tokens and verification: FULL, if that is offered."""
+        return max(self.actions)
+
+    @property
+    def finest_head(self) -> Action:
+        """The precision of their head."""
+        return max(self.heads)
 
     @property
     def device(self) -> torch.device:
@@ -89,15 +108,19 @@ class Decoder:
     ) -> Batch:
         """Returns the rows of one pass: the next `lengths[i]` positions of `caches[i]`.
 
-        See `Batch` for the rest. Without `kv_actions`, skipped rows have keys and values in FULL.
+        See `Batch` for the rest. Without `kv_actions`, skipped rows have keys and values in the highest action, which
+        also takes the place of one that is not offered.
         """
-        kv_actions = (Action.FULL,) * len(caches) if kv_actions is None else kv_actions
+        highest = self.highest
+        kv_actions = [highest] * len(caches) if kv_actions is None else [min(own, highest) for own in kv_actions]
         return Batch(kind, caches, lengths, compensations, kv_actions, self.config, self._rotary, self.row_block)
 
     def run(
         self, plan: PassPlan, token_ids: Sequence[int], batch: Batch, limit: Limit | None = None
     ) -> PassResult | None:
         """Runs a pass over these tokens, one per row, or passes up to a limit; see `Backend`."""
+        if self.before_pass is not None:
+            self.before_pass()
         return self._backend_of(batch).run(plan, token_ids, batch, limit)
 
     def run_pass(self, plan: PassPlan, token_ids: Sequence[int], batch: Batch) -> PassResult:
@@ -136,6 +159,8 @@ class Decoder:
 
     def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
         """Runs one layer with each row's own action; see `Backend`."""
+        if self.before_pass is not None:
+            self.before_pass()
         return self._backend_of(batch).run_layer(layer, actions, hidden, batch)
 
     def _backend_of(self, batch: Batch) -> Backend:

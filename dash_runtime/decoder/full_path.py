@@ -22,20 +22,25 @@ def parts_of(sequences: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[i
 
 
 def sequence_rows(
-    decoder: Decoder, sequences: Sequence[Sequence[int]], compensation: Compensation, kv_action: Action = Action.FULL
+    decoder: Decoder, sequences: Sequence[Sequence[int]], compensation: Compensation, kv_action: Action | None = None
 ) -> Batch:
     lengths = [len(ids) for ids in sequences]
     count = len(lengths)
     return decoder.batch(
-        PassKind.PREFILL, decoder.caches(lengths), lengths, [compensation] * count, [kv_action] * count
+        PassKind.PREFILL,
+        decoder.caches(lengths),
+        lengths,
+        [compensation] * count,
+        [kv_action or decoder.highest] * count,
     )
 
 
 @torch.no_grad()
 def full_path(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Runs every layer in FULL. Returns each layer's input and the last one's output, `[rows, hidden_size]` each."""
+    """Runs every layer in the highest action. Returns each layer's input and the last one's output, each `[rows,
+    hidden_size]`."""
     batch = sequence_rows(decoder, sequences, Identity())
-    actions = (Action.FULL,) * batch.num_rows
+    actions = (decoder.highest,) * batch.num_rows
     states = [decoder.embed([token_id for ids in sequences for token_id in ids])]
     for layer in range(decoder.num_layers):
         states.append(decoder.run_layer(layer, actions, states[-1], batch))
@@ -43,5 +48,5 @@ def full_path(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> list[Tens
 
 
 def full_outputs(decoder: Decoder, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """Runs every layer in FULL. Returns the last one's output, `[rows, hidden_size]`."""
+    """Runs every layer in the highest action. Returns the last one's output, `[rows, hidden_size]`."""
     return torch.cat([full_path(decoder, part)[-1] for part in parts_of(sequences)])

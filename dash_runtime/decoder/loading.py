@@ -10,7 +10,8 @@ from dash_runtime.decoder.backends.backend import Backend
 from dash_runtime.decoder.backends.cuda import CudaBackend
 from dash_runtime.decoder.backends.eager import EagerBackend
 from dash_runtime.decoder.backends.loop import LoopEnds
-from dash_runtime.decoder.backends.native import NativeBackend
+from dash_runtime.decoder.backends.native import FullLayer, NativeBackend
+from dash_runtime.decoder.backends.packed_model import PackedModel, pack_by_layer, parts_of
 from dash_runtime.decoder.backends.split import backend_over
 from dash_runtime.decoder.decoder import Backends, Decoder
 from dash_runtime.devices import device_of
@@ -36,7 +37,6 @@ def make_decoder(
     dtype: torch.dtype,
     device: torch.device | Sequence[torch.device],
     context_length: int,
-    native: NativeBackend | None = None,
     has_graphs: bool = False,
     has_int8_head: bool = True,
     has_int4_head: bool = False,
@@ -53,8 +53,6 @@ def make_decoder(
         device: that of all layers, or one for each; then no device has two stretches of layers. The embedding lies
             with the first layer, the heads with the last.
         context_length: number of positions in the rotary tables.
-        native: native code for the layers; this adds the weights. Decoding then runs it, and quantised actions have
-            no other kernels. None: everything runs eagerly, as it has to on several devices.
         has_graphs: decoding replays graphs, which the devices have to be able to make (`Device.has_graphs`).
         has_int8_head: False if an INT8 head would be no faster than FULL's, which then runs in its place.
         has_int4_head: True for the INT4 head of native code without native code too, where it is no faster than FULL's:
@@ -63,25 +61,17 @@ def make_decoder(
         head_map: that of the narrow head, the one in SKIP; None for no such head.
         trials: as in `BatchInvariantLinear`.
     """
-    # Native code gets repacked copies of the matrices. If other tensors still used the mapped file, all of it would
-    # stay.
-    copies = native is not None
     devices = [device] * config.num_layers if isinstance(device, torch.device) else list(device)
     has_finer_keys = has_finer_keys and Action.INT4 in actions
     own_int4 = (int4 or {}) if Action.INT4 in actions else {}  # unpacking takes time and memory
     loaders = {
-        own: WeightLoader(config, weights, dtype, own, copies, has_finer_keys, own_int4)
+        own: WeightLoader(config, weights, dtype, own, has_finer_keys=has_finer_keys, int4=own_int4)
         for own in dict.fromkeys(devices)
     }
-    assert native is None or len(loaders) == 1, "native code runs on one device"
     layers: list[DecoderLayer] = []
     for index, own in enumerate(devices):
         layer_weights = loaders[own].layer(index)
-        eager_actions = actions if native is None else (Action.FULL,)
-        layer = make_layer(layer_weights, config.query_size, eager_actions, trials)
-        if native is not None:
-            native.add_layer(layer_weights, layer)
-        layers.append(layer)
+        layers.append(make_layer(layer_weights, config.query_size, actions, trials))
     wide_layers = [layer.for_many_rows() for layer in layers]
 
     first, last = loaders[devices[0]], loaders[devices[-1]]
@@ -97,10 +87,6 @@ def make_decoder(
     for precision in actions:
         if precision is Action.SKIP:
             continue
-        compiled = None if native is None else native.heads.make(precision, head, full, final_norm, multiplier, loudest)
-        if compiled is not None:
-            by_precision[precision] = wide_heads[precision] = compiled
-            continue
         if precision is Action.INT4:
             if has_int4_head and is_packable(*head.shape):
                 shortlisted = shortlist_head(head, for_many_rows(full), loudest, final_norm, multiplier)
@@ -111,8 +97,7 @@ def make_decoder(
         by_precision[precision] = eager_head(linear, final_norm, multiplier)
         wide_heads[precision] = eager_head(for_many_rows(linear), final_norm, multiplier)
     if head_map is not None and is_packable(*head.shape):
-        make_narrow = narrow_head if native is None else native.heads.narrow
-        by_precision[Action.SKIP] = wide_heads[Action.SKIP] = make_narrow(head, head_map, final_norm, multiplier)
+        by_precision[Action.SKIP] = wide_heads[Action.SKIP] = narrow_head(head, head_map, final_norm, multiplier)
 
     heads = Heads(by_precision)
     clock = device_of(devices[0] if len(loaders) == 1 else torch.device("cpu"))
@@ -137,9 +122,6 @@ def make_decoder(
             for own in loaders
         }
         backends = {**backends, PassKind.DECODE: [backend_over(ends, replayed, devices), narrow]}
-    if native is not None:
-        native.set_ends(ends, embed, by_precision, eager_head(for_neighbours(full), final_norm, multiplier))
-        backends = {**backends, PassKind.DECODE: [native], PassKind.VERIFY: [native, narrow]}
     is_invariant = isinstance(wide_layers[0].key_values[Action.FULL], BatchInvariantLinear)
     return Decoder(
         config,
@@ -151,5 +133,68 @@ def make_decoder(
         devices=devices,
         context_length=context_length,
         max_prompt_rows=MAX_INVARIANT_ROWS if is_invariant else device_of(devices[0]).row_block,
-        draw=None if native is None else native.draw,
+    )
+
+
+def pack_in_memory(loader: WeightLoader, actions: Sequence[Action], head_map: HeadMap | None = None) -> PackedModel:
+    """Packs what native code needs for some actions, without a file."""
+    tensors: dict[str, Tensor] = {}
+    for _ in pack_by_layer(loader, dict.fromkeys(parts_of(actions, head_map), tensors.__setitem__), head_map):
+        pass
+    return PackedModel(loader.config, tensors)
+
+
+def make_native_decoder(
+    packed: PackedModel,
+    loader: WeightLoader,
+    native: NativeBackend,
+    actions: tuple[Action, ...],
+    *,
+    context_length: int,
+    head_map: HeadMap | None = None,
+    trials: KeptTrials = NO_TRIALS,
+) -> Decoder:
+    """Makes a decoder whose passes run in native code.
+
+    Args:
+        packed: the weights of these actions; see `parts_of`.
+        loader: reads those for the library's products, where the processor is faster with these for many rows.
+        native: the backend; it gets the weights.
+        actions: those that the backend is for.
+        context_length, head_map, trials: as in `make_decoder`.
+    """
+    config, final_norm, multiplier = loader.config, packed.final_norm, loader.config.logits_multiplier
+    layers: list[DecoderLayer] = []
+    for index in range(config.num_layers):
+        own = None
+        if native.uses_library:
+            weights = loader.layer(index)
+            own = FullLayer(weights, make_layer(weights, config.query_size, (Action.FULL,), trials))
+            layers.append(own.layer)
+        native.add_layer(packed, own)
+    full, shared, wide = None, None, None
+    if native.uses_library:
+        weight = FullLinear(packed.embedding if config.has_tied_head else loader.head())
+        full = weight, make_linear(Action.FULL, weight, trials)
+        shared, wide = (eager_head(own(full[1]), final_norm, multiplier) for own in (for_neighbours, for_many_rows))
+    heads = native.heads.make(packed, full, multiplier, head_map)
+    embed = PlainEmbedding(packed.embedding, config.embedding_multiplier)
+    ends = LoopEnds(config.num_layers, embed, Heads(heads), device_of(loader.device))
+    native.set_ends(ends, embed, heads, shared)
+    backends: dict[PassKind, Sequence[Backend]] = {kind: [native] for kind in PassKind}
+    if wide is not None:
+        wide_layers = [layer.for_many_rows() for layer in layers]
+        wide_heads: dict[Action, Head] = {**heads, Action.FULL: wide}
+        backends[PassKind.PREFILL] = [EagerBackend(ends, config, wide_layers, Heads(wide_heads))]
+    return Decoder(
+        config,
+        actions,
+        backends,
+        embed,
+        heads,
+        dtype=torch.bfloat16,
+        devices=[loader.device] * config.num_layers,
+        context_length=context_length,
+        max_prompt_rows=MAX_INVARIANT_ROWS,
+        draw=native.draw,
     )

@@ -4,6 +4,7 @@ Knows one sequence's tokens and the tokenizer; knows no logits' origin, no batch
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy
@@ -19,7 +20,8 @@ from dash_runtime.grammar import LIMITS, check_grammar, grammar_of
 
 
 class ConstraintCompiler:
-    """Makes the constraints of one model's sequences. Reading a large vocabulary takes a tenth of a second.
+    """Makes the constraints of one model's sequences. The first one reads the vocabulary: 150,000 tokens take a second,
+    and 140 MB.
 
     Args:
         tokenizer_file: the model's tokenizer.json.
@@ -34,9 +36,13 @@ class ConstraintCompiler:
         limits: LLParserLimits = LIMITS,
     ) -> None:
         self._limits = limits
-        text = tokenizer_file.read_text(encoding="utf-8")
+        self._tokenizer_file, self._vocab_size = tokenizer_file, vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
-        self._tokenizer = LLTokenizer(text, n_vocab=vocab_size, eos_token=self._eos_token_ids)
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        text = self._tokenizer_file.read_text(encoding="utf-8")
+        return LLTokenizer(text, n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
 
     def compile(self, constraint: Constraint) -> "TextConstraint":
         """Returns a constraint for one sequence.

@@ -60,7 +60,7 @@ class CostSpread:
         Heads and the rest are held faster: how a constant part of every token divides among them is nothing that whole
         steps could tell.
         """
-        layer = 0.2 * costs.layer[Action.FULL]
+        layer = 0.2 * costs.layer[costs.highest]
         return cls(
             {action: share * (cost + layer) for action, cost in costs.layer.items()},
             {precision: 0.3 * share * cost for precision, cost in costs.head.items()},
@@ -130,11 +130,12 @@ class CostFit:
         self._actions = list(costs.layer)
         self._heads = list(costs.head)
         self._table = np.array([*costs.layer.values(), *costs.head.values(), costs.fixed, costs.evaluation, 0.0])
-        full = costs.layer[Action.FULL]
+        full = costs.layer[costs.highest]
         # The last entry is attention: per layer that runs and thousand positions beyond the standard context.
         spreads = [*spread.layer.values(), *spread.head.values(), spread.fixed, spread.evaluation, 0.3 * full]
         self._prior = np.diag(np.maximum(spreads, 1e-6) ** -2.0)
-        self._full_token = self._work((costs.num_layers, Action.FULL, 0, STANDARD_POSITIONS), {Action.FULL: 1.0})
+        facts = (costs.num_layers, max(costs.head), 0, STANDARD_POSITIONS)
+        self._full_token = self._work(facts, {costs.highest: 1.0})
         size = len(self._table)
         self._evidence, self._answers = np.zeros((size, size)), np.zeros(size)
         self._group: list[StepTime] = []

@@ -17,6 +17,7 @@ class DecisionLog:
         self._plans = bytearray(max_tokens * num_layers)
         self._num_tokens = 0
         self._costs = costs
+        self._full_depth = bytes((costs.highest,)) * num_layers
         self._num_decode_tokens = 0
         self._counts = dict.fromkeys(Action, 0)
         """Layers that ran each action, without the plans in `_uncounted`."""
@@ -27,7 +28,7 @@ class DecisionLog:
 
     def append_prefill_token(self) -> bytes:
         """Records the first output token, which the prefill made at full depth; returns its plan."""
-        return self._append(bytes((Action.FULL,)) * self._num_layers)
+        return self._append(self._full_depth)
 
     def append_decode_token(self, plan: bytes, head: Action, num_evaluations: int, exposed_ns: int) -> None:
         """Records a decode token: its plan, the head's precision, the evaluations of a policy, and the time that the
@@ -40,11 +41,11 @@ class DecisionLog:
     def append_counted_token(self, plan: bytes | None = None) -> bytes:
         """Records a decode token of a pass that was counted by itself; returns its plan, by default full depth's."""
         self._num_decode_tokens += 1
-        return self._append(bytes((Action.FULL,)) * self._num_layers if plan is None else plan)
+        return self._append(self._full_depth if plan is None else plan)
 
     def add_verification(self, num_rows: int, cost: float) -> None:
         """Counts a full-depth pass over `num_rows` rows; `cost` is in full-depth tokens."""
-        self._add({Action.FULL: num_rows * self._num_layers}, cost)
+        self._add({self._costs.highest: num_rows * self._num_layers}, cost)
 
     def add_rows(self, plan: bytes, head: Action, num_rows: int, times_one: float) -> float:
         """Counts a pass whose rows all run this plan and which costs so many times what one row does; returns its

@@ -210,4 +210,5 @@ def _seconds_saved(policy: LearnedPolicy, price: float, planner: GroupPlanner, n
 
 def _token_seconds(assignment: Assignment, planner: GroupPlanner) -> float:
     """Returns the seconds of a full-depth token, the unit of the costs."""
-    return planner.latencies.cost(Action.FULL, 1) / assignment.costs.layer[Action.FULL]
+    highest = assignment.costs.highest
+    return planner.latencies.cost(highest, 1) / assignment.costs.layer[highest]

@@ -9,7 +9,6 @@ from itertools import accumulate
 
 import torch
 
-from dash_runtime.actions import Action
 from dash_runtime.config import EngineConfig, GenerationRequest, ModelFacts
 from dash_runtime.decision_trace import StepKind
 from dash_runtime.decoder.decoder import Decoder
@@ -20,6 +19,7 @@ from dash_runtime.engine.decoding_rows import RecentRows, next_guesses, pass_sec
 from dash_runtime.engine.device_times import settle_decisions
 from dash_runtime.engine.draft_rounds import DraftRounds
 from dash_runtime.engine.lanes import Lane
+from dash_runtime.engine.later import LaterWork
 from dash_runtime.engine.made_tokens import Made, MadeTokens
 from dash_runtime.engine.prompt_passes import PromptPasses, full_depth_batch
 from dash_runtime.engine.sequence import Sequence
@@ -50,9 +50,12 @@ class Engine:
         cost_watch: CostWatch | None = None,
         constraints: ConstraintCompiler | None = None,
         round_costs: RoundCosts | None = None,
+        later: LaterWork | None = None,
     ) -> None:
         self.facts = facts
         self.cost_watch = cost_watch
+        self.later = later or LaterWork()
+        """What it does once it serves and is idle."""
         self._step_clock = None if cost_watch is None else StepClock(cost_watch.observe)
         self._decoder = decoder
         self._catalog = catalog
@@ -71,6 +74,12 @@ class Engine:
         self.bursts = Bursts(decoder, config.burst_milliseconds / 1e3)
         self.on_progress: Callable[[], None] = lambda: None
         """Called between the layers of a pass over many tokens, which may take seconds."""
+
+    def learn(self, planner: Planner | None = None, round_costs: RoundCosts | None = None) -> None:
+        """Takes what was measured since."""
+        self._planner = planner or self._planner
+        if round_costs is not None:
+            self._rounds = DraftRounds(round_costs, self._config.group_planner)
 
     @property
     def has_work(self) -> bool:
@@ -249,9 +258,9 @@ class Engine:
         token_ids = [sequence.take_back_draft() for sequence in sequences]
         lengths = [len(ids) for ids in token_ids]
         batch = full_depth_batch(self._decoder, PassKind.VERIFY, sequences, lengths)
-        heads = (Action.FULL,) * batch.num_rows
+        heads = (self._decoder.finest_head,) * batch.num_rows
         plan = PassPlan.of(
-            (Action.FULL,) * self._decoder.num_layers,
+            (self._decoder.highest,) * self._decoder.num_layers,
             heads,
             wants_logits=any(sequence.wants_logits for sequence in sequences),
             shares_head=len(sequences) > 1,  # a sequence that runs alone does not depend on its neighbours

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dash_runtime.actions import Action
 from dash_runtime.decision_trace import StepKind
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.decider import Decider
@@ -59,7 +58,7 @@ class MadeTokens:
         kind = PassKind.PREFILL if sequence.is_scored_at_once else PassKind.DECODE
         for rows in hidden.split(_SCORED_ROWS):
             on_progress()
-            logits = self._decoder.logits(rows, (Action.FULL,) * len(rows), kind)
+            logits = self._decoder.logits(rows, (self._decoder.finest_head,) * len(rows), kind)
             for row in range(len(rows)):
                 token_id = sequence.sampler.sample(logits[row])
                 if not sequence.output_ids:

@@ -8,7 +8,6 @@ from collections.abc import Sequence as Several
 
 from torch import Tensor
 
-from dash_runtime.actions import Action
 from dash_runtime.config import EngineConfig
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.prefix_cache import PrefixCache
@@ -40,7 +39,8 @@ class PromptPasses:
     def run(self, sequences: Several[Sequence], on_layer: Callable[[], None]) -> Iterator[tuple[Sequence, Tensor]]:
         """Prefills one chunk. Yields sequences after each pass, with the rows of the last layer's output
         `[rows, hidden_size]` that tokens of their output follow. `on_layer` is called after each layer."""
-        num_left, plan = self._chunk_tokens, PassPlan.of((Action.FULL,) * self._decoder.num_layers, on_layer=on_layer)
+        num_left = self._chunk_tokens
+        plan = PassPlan.of((self._decoder.highest,) * self._decoder.num_layers, on_layer=on_layer)
         for sequence in [own for own in sequences if own.num_prompt_tokens_left]:
             prompt = (self._namespace(sequence), sequence.request.prompt_token_ids, sequence.cache)
             if not sequence.cache.length:

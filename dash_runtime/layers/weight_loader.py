@@ -64,16 +64,16 @@ class WeightLoader:
         return FullLinear(fused("weight"), fused("bias") if has_bias else None)
 
     def embedding(self) -> Tensor:
-        """Returns the embedding, `[vocab_size, hidden_size]`."""
-        return self.tensor(f"{self.config.tensor_names.embedding}.weight")
+        """Returns the embedding, `[vocab_size, hidden_size]`. It may share the file's memory."""
+        return replace(self, copies=False).tensor(f"{self.config.tensor_names.embedding}.weight")
 
     def final_norm(self) -> RmsNorm:
         """Returns the norm before the head."""
         return self.norm(f"{self.config.tensor_names.final_norm}.weight")
 
     def head(self) -> Tensor:
-        """Returns the head of a model whose head is not tied, `[vocab_size, hidden_size]`."""
-        return self.tensor(f"{self.config.tensor_names.head}.weight")
+        """Returns the head of a model whose head is not tied, `[vocab_size, hidden_size]`; likewise."""
+        return replace(self, copies=False).tensor(f"{self.config.tensor_names.head}.weight")
 
     def layer(self, index: int) -> LayerWeights:
         """Returns the weights of one layer."""

@@ -6,7 +6,7 @@ products.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cache, partial
@@ -32,6 +32,8 @@ _INT4_BITS, _INT8_BITS = 4, 8
 _MOST_PACKERS = 4
 _LENGTH_ERROR = 1e-5
 """The error of a length in float32, as a share of it, at most."""
+_BLOCKS = 64, 32, LANES
+"""Outputs of a block of a matrix in FULL: four tiles are multiplied together, if they lie together."""
 _TILES_TOGETHER = 128
 """A part of a matrix this large stays in the processor's cache while it is rounded and packed."""
 
@@ -57,7 +59,8 @@ class FullNativeMatrix(NativeMatrix):
     @classmethod
     def pack(cls, full: FullLinear) -> "FullNativeMatrix":
         out_features, in_features = full.weight.shape
-        pairs = full.weight.contiguous().view(torch.int32).view(out_features // LANES, LANES, in_features // 2)
+        block = next(size for size in _BLOCKS if out_features % size == 0)
+        pairs = full.weight.contiguous().view(torch.int32).view(out_features // block, block, in_features // 2)
         return cls(pairs.transpose(1, 2).contiguous())
 
 
@@ -152,6 +155,28 @@ _MATRICES: dict[Action, type[FullNativeMatrix] | type[Int8NativeMatrix] | type[I
 }
 
 
+_KINDS: dict[str, type[NativeMatrix]] = {
+    **{action.name: kind for action, kind in _MATRICES.items()},
+    "OUTPUTS": Int8Outputs,
+    "ERRORS": Int8Errors,
+}
+
+
+def named_tensors(name: str, matrix: NativeMatrix) -> dict[str, Tensor]:
+    """Returns the tensors of a matrix by names that tell its layout; `matrix_of` finds them again."""
+    kind = next(key for key, own in _KINDS.items() if type(matrix) is own)
+    return {f"{name}.{kind}.{own.name}": getattr(matrix, own.name) for own in fields(matrix)}
+
+
+def matrix_of(name: str, tensors: Mapping[str, Tensor]) -> NativeMatrix | None:
+    """Returns the matrix whose tensors were named so; None if there is none."""
+    for key, kind in _KINDS.items():
+        names = [f"{name}.{key}.{own.name}" for own in fields(kind)]
+        if names[0] in tensors:
+            return kind(*(tensors[own] for own in names))
+    return None
+
+
 def pack_native_matrix(action: Action, full: FullLinear, linear: Linear | None = None) -> NativeMatrix:
     """Lays out the weights of `full` in one precision, or shares the memory of `linear` in FULL.
 
@@ -160,6 +185,8 @@ def pack_native_matrix(action: Action, full: FullLinear, linear: Linear | None =
     words = packed_words(linear) if action is Action.FULL and linear is not None else None
     if words is not None:
         return FullNativeMatrix(words)
+    if action is Action.FULL:
+        return FullNativeMatrix.pack(full)
     return _packed_in_parts(_MATRICES[action].pack, full)
 
 
@@ -183,10 +210,19 @@ def _packed_in_parts(pack: Callable[[FullLinear], _Packed], full: FullLinear) ->
     num_outputs = len(full.weight)
     num_together = LANES * min(-(-num_outputs // LANES // _num_packers()), _TILES_TOGETHER)
     starts = range(0, num_outputs, num_together)
-    parts = list(_packers().map(pack, [full.outputs(start, start + num_together) for start in starts]))
-    if len(parts) == 1:
-        return parts[0]
-    return type(parts[0])(*map(torch.cat, zip(*(own.tensors() for own in parts), strict=True)))
+    whole: list[Tensor] = []
+    parts = _packers().map(pack, [full.outputs(start, start + num_together) for start in starts])
+    for start, part in zip(starts, parts, strict=True):
+        tensors = part.tensors()
+        if not whole:
+            whole = [
+                own.new_empty((len(own) * num_outputs // min(num_together, num_outputs), *own.shape[1:]))
+                for own in tensors
+            ]
+        for target, own in zip(whole, tensors, strict=True):
+            first = start * len(target) // num_outputs
+            target[first : first + len(own)] = own
+    return type(part)(*whole)
 
 
 @cache

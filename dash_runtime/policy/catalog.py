@@ -116,15 +116,42 @@ class PolicyCatalog:
         self._verification_costs = every_length(verification_costs)
         self._least_drafting_gain = least_drafting_gain
         self._second_row = second_row
-        self._fixed: dict[Action, FixedPlan] = {
-            action: fixed_action_plan(action, costs.num_layers, compensation, tuple(costs.head)) for action in actions
-        }
         self.replace_costs(costs)
+
+    @property
+    def verification_costs(self) -> Mapping[int, float]:
+        """Cost of verifying a draft by its length, as shares of a full-depth token."""
+        return self._verification_costs
+
+    def learn(
+        self,
+        *,
+        compensation: Compensation | None = None,
+        plans: Sequence[MeasuredPlan] | None = None,
+        verification_costs: Mapping[int, float] | None = None,
+        second_row: float | None = None,
+    ) -> None:
+        """Takes what was measured since. Assignments that were made before keep what they have."""
+        has_own_plans = self._best is not None and bool(self._best.plans)
+        if compensation is not None:
+            self._compensation = compensation
+        if not has_own_plans:
+            self._plans = self._plans if plans is None else tuple(plans)
+            self._plan_compensation = self._compensation
+        if verification_costs is not None:
+            self._verification_costs = every_length(verification_costs)
+        self._second_row = self._second_row if second_row is None else second_row
+        self.replace_costs(self._costs)
 
     def replace_costs(self, costs: CostTable) -> None:
         """Takes another table of the same device. Assignments that were made before keep theirs."""
         self._costs = costs
-        self.full_depth = Assignment(full_depth(costs.num_layers), costs)
+        heads, highest = tuple(costs.head), costs.highest
+        self._fixed = {
+            action: fixed_action_plan(action, costs.num_layers, self._compensation, heads, highest)
+            for action in self._actions
+        }
+        self.full_depth = Assignment(full_depth(costs.num_layers, costs.highest, max(costs.head)), costs)
         self._head = min(costs.head, key=lambda precision: costs.head[precision])
         budgets = None if self._best is None else self._best.budgets(costs)
         self._frontier = Frontier(costs, self._plans, budgets)
@@ -189,7 +216,7 @@ class PolicyCatalog:
 
     def _unskipped_cost(self, policy: Policy) -> float:
         """Returns the cost on this device of a token for which the policy skips nothing."""
-        actions = {*policy.score_actions, *policy.pinned.values()} - {Action.SKIP} or {Action.FULL}
+        actions = {*policy.score_actions, *policy.pinned.values()} - {Action.SKIP} or {self._costs.highest}
         cheapest = min(actions, key=lambda action: self._costs.layer[action])
         return self._draft_cost(cheapest, policy.num_evaluations)
 
@@ -203,11 +230,11 @@ class PolicyCatalog:
         return self._costs.token_cost((action,) * self._costs.num_layers, self._head, num_evaluations)
 
     def _make_static(self) -> FixedPlan | None:
-        """Returns the cheapest kernel for every layer: a drafter that needs no decisions. None if FULL is the
-        cheapest."""
+        """Returns the cheapest kernel for every layer: a drafter that needs no decisions. None if that is full
+        depth's."""
         kernels = [action for action in self._actions if action is not Action.SKIP]
         cheapest = min(kernels, key=lambda action: self._costs.layer[action])
-        if cheapest is Action.FULL:
+        if cheapest is self._costs.highest:
             return None
         name = f"static-{cheapest.name.lower()}"
         return FixedPlan((cheapest,) * self._costs.num_layers, name, self._head, self._compensation)
@@ -267,4 +294,4 @@ class PolicyCatalog:
 
 
 def _relative_costs(costs: CostTable, actions: tuple[Action, ...]) -> dict[Action, float]:
-    return {action: costs.layer[action] / costs.layer[Action.FULL] for action in actions}
+    return {action: costs.layer[action] / costs.layer[costs.highest] for action in actions}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import accumulate
 
-from dash_runtime.actions import Action, LatencyTable
+from dash_runtime.actions import LatencyTable
 from dash_runtime.policy.draft_length import MOST_BY_MODEL, DraftCosts, every_length
 
 
@@ -34,7 +34,7 @@ class RoundCosts:
         verification_costs: Mapping[int, float],
         most_rows: int,
     ) -> None:
-        self._full = partial(passes[0].cost, Action.FULL)
+        self._full = partial(passes[0].cost, max(passes[0].seconds))
         self._drafts = [partial(own.cost, min(own.seconds)) for own in passes]
         self._usual_cost = usual_cost
         lengths = every_length(verification_costs)

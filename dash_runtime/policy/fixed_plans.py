@@ -61,9 +61,9 @@ class MeasuredPlan:
         return cls(name, actions, head, divergence)
 
 
-def full_depth_plan(num_layers: int) -> MeasuredPlan:
+def full_depth_plan(costs: CostTable) -> MeasuredPlan:
     """Returns full depth as one of the fixed plans."""
-    return MeasuredPlan(FULL_DEPTH_NAME, (Action.FULL,) * num_layers, Action.FULL, 0.0)
+    return MeasuredPlan(FULL_DEPTH_NAME, (costs.highest,) * costs.num_layers, max(costs.head), 0.0)
 
 
 def named(plans: Iterable[MeasuredPlan], costs: CostTable) -> tuple[MeasuredPlan, ...]:
@@ -92,7 +92,7 @@ def _names(plan: MeasuredPlan, costs: CostTable) -> Iterable[str]:
 def usable(plans: Iterable[MeasuredPlan], costs: CostTable) -> tuple[MeasuredPlan, ...]:
     """Returns the plans that run on this table's device, and full depth, which always does."""
     own = tuple(plan for plan in plans if plan.runs_on(costs) and len(plan.actions) == costs.num_layers)
-    full = full_depth_plan(costs.num_layers)
+    full = full_depth_plan(costs)
     return own if any(_is_same(plan, full) for plan in own) else (*own, full)
 
 

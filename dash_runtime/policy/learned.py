@@ -3,7 +3,7 @@
 Knows states and scores; knows no files (policy_file.py) and no training.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Protocol
@@ -203,6 +203,11 @@ class LearnedPolicy:
     def for_heads(self, heads: Sequence[Action]) -> "LearnedPolicy":
         """Returns the policy for a device with these precisions of the head: with its own, or the next finer one."""
         return replace(self, spec=replace(self.spec, head=own_or_finer(self.head, heads)))
+
+    def lacks(self, actions: Collection[Action]) -> set[Action]:
+        """Returns what it may choose or has pinned that is above all of these: nothing could take its place without
+        other text."""
+        return {own for own in (*self.spec.actions, *self.pinned.values()) if own > max(actions)}
 
     def without(self, unsupported: set[Action]) -> "LearnedPolicy":
         """Returns the policy for a device that has no kernel for some actions.

@@ -6,6 +6,7 @@ weights, whose step shows in the smallest gap between weights that were rounded 
 policies.
 """
 
+import contextlib
 import json
 import math
 import random
@@ -13,11 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dash_runtime.checkpoints import Parameter, Weights, parameters
+from dash_runtime.files.disk_cache import digest, keep
 from dash_runtime.model_config import ModelConfig
 
 _VERSION = 1
@@ -91,6 +94,17 @@ def model_fingerprint(config: ModelConfig, weights: Weights) -> str:
     if mixture is not None:
         sizes += [mixture.num_experts, mixture.num_chosen, mixture.expert_size, int(mixture.has_normed_shares)]
     return json.dumps([_VERSION, sizes, vectors, matrices], separators=(",", ":"))
+
+
+def kept_fingerprint(config: ModelConfig, weights: Weights, folder: Path) -> str:
+    """Returns `model_fingerprint`, from `folder` if the same files were read before. Raises as that does."""
+    file = folder / f"{digest((_VERSION, weights.identity))}.json"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if kept := file.read_text():
+            return kept
+    fingerprint = model_fingerprint(config, weights)
+    keep(file, lambda partial: partial.write_text(fingerprint))
+    return fingerprint
 
 
 def is_same_model(sketch: str, other: str) -> bool:

@@ -185,21 +185,25 @@ def cheapest_kernel(actions: Iterable[Action]) -> Action:
     return min((action for action in actions if action is not Action.SKIP), default=Action.FULL)
 
 
-def full_edges(num_layers: int) -> dict[int, Action]:
-    """Returns the first and the last layer, pinned to FULL: skipping them hurts most."""
-    return {0: Action.FULL, num_layers - 1: Action.FULL}
+def full_edges(num_layers: int, highest: Action = Action.FULL) -> dict[int, Action]:
+    """Returns the first and the last layer, pinned to the highest action: skipping them hurts most."""
+    return {0: highest, num_layers - 1: highest}
 
 
-def full_depth(num_layers: int) -> FixedPlan:
-    """Returns the plan of mode FULL_DEPTH: every layer in full."""
-    return FixedPlan((Action.FULL,) * num_layers, FULL_DEPTH_NAME, Action.FULL, Identity())
+def full_depth(num_layers: int, highest: Action = Action.FULL, head: Action = Action.FULL) -> FixedPlan:
+    """Returns the plan of full depth: every layer in the highest action, and the finest head."""
+    return FixedPlan((highest,) * num_layers, FULL_DEPTH_NAME, head, Identity())
 
 
 def fixed_action_plan(
-    action: Action, num_layers: int, compensation: Compensation, heads: Sequence[Action]
+    action: Action,
+    num_layers: int,
+    compensation: Compensation,
+    heads: Sequence[Action],
+    highest: Action = Action.FULL,
 ) -> FixedPlan:
-    """Returns the plan of mode FIXED: one action for all layers. SKIP leaves the first and the last in FULL."""
-    kept = full_edges(num_layers) if action is Action.SKIP else {}
+    """Returns the plan of mode FIXED: one action for all layers. SKIP leaves the first and the last in the highest."""
+    kept = full_edges(num_layers, highest) if action is Action.SKIP else {}
     plan = tuple(kept.get(layer, action) for layer in range(num_layers))
     return FixedPlan(plan, f"fixed-{action.name.lower()}", fixed_head(action, heads), compensation)
 
@@ -207,12 +211,12 @@ def fixed_action_plan(
 def fixed_head(action: Action, heads: Sequence[Action]) -> Action:
     """Returns the head's precision beside one action in all layers: a quantised plan takes the head of its own
     precision, or of the next finer one that there is."""
-    return own_or_finer(action, heads) if action in (Action.INT4, Action.INT8) else Action.FULL
+    return own_or_finer(action, heads) if action in (Action.INT4, Action.INT8) else max(heads, default=Action.FULL)
 
 
 def own_or_finer(head: Action, heads: Sequence[Action]) -> Action:
     """Returns this precision of the head if a device has it, or the next finer one that there is."""
-    return min((own for own in heads if own >= head), default=Action.FULL)
+    return min((own for own in heads if own >= head), default=max(heads, default=Action.FULL))
 
 
 def _uniform(seed: int, position: int, layer: int) -> float:

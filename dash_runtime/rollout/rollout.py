@@ -60,7 +60,7 @@ def roll_out(
             from the last of them on are run.
     """
     batch = sequence_rows(decoder, sequences, compensation, spec.kv_action)
-    full = torch.full((batch.num_rows,), int(Action.FULL))
+    full = torch.full((batch.num_rows,), int(decoder.highest))
     layer_costs = costs_by_action(spec.costs)
     observed = {block[0] - spec.lookahead: block for block in spec.decision_blocks}
     decided: dict[int, Tensor] = {}
@@ -111,7 +111,9 @@ def divergences(decoder: Decoder, full: Tensor, ours: Tensor, head: Action) -> J
     for start in range(0, len(full), _LOGIT_ROWS):
         rows = slice(start, start + _LOGIT_ROWS)
         count = len(full[rows])
-        reference = torch.log_softmax(decoder.logits(full[rows], (Action.FULL,) * count, PassKind.PREFILL), dim=-1)
+        reference = torch.log_softmax(
+            decoder.logits(full[rows], (decoder.finest_head,) * count, PassKind.PREFILL), dim=-1
+        )
         probabilities, best = reference.exp(), reference.argmax(-1)
         entropy = -torch.linalg.vecdot(probabilities, reference)
         by_path: list[tuple[Tensor, ...]] = []

@@ -8,9 +8,10 @@ compares the latencies with a quick measurement. Knows folders; knows no request
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from dash_runtime.actions import Action, CostTable, LatencyTable
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.devices.one_thread import one_thread
 from dash_runtime.engine.cost_fit import CostSpread, MeasuredCosts
 from dash_runtime.errors import DashRuntimeError
 from dash_runtime.files.disk_cache import digest, keep
@@ -37,6 +37,7 @@ from dash_runtime.startup.measure_latency import measure_latencies
 from dash_runtime.startup.plan_search import search_plans, search_text
 from dash_runtime.startup.quiet import Quiet, quietness
 
+_Value = TypeVar("_Value")
 _Entry = tuple[object, object]
 _Ratios = Mapping[_Entry, float]
 _VERSION = 11
@@ -52,6 +53,18 @@ _LEAST_DIFFERENCE = 0.1
 short, and part of it is a difference of two long ones."""
 _DISTURBED_SPREAD = 1.0
 """What a disturbed start says of costs may be all wrong: served steps correct it soon."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding(Generic[_Value]):
+    """Something that is measured once: what was kept of it, and how it is made, which also keeps it."""
+
+    kept: _Value | None
+    make: Callable[[], _Value]
+
+    def get(self) -> _Value:
+        """Returns what was kept, or makes it."""
+        return self.make() if self.kept is None else self.kept
 
 
 class DeviceCalibration:
@@ -85,22 +98,27 @@ class DeviceCalibration:
         self._measure_latencies = measure_latencies
         self._tables = KeptTables(checks_kept, quietness)
 
-    def compensation(self, decoder: Decoder, tokenizer: Path, progress: Progress) -> Compensation:
-        """Returns what a skipped layer adds to the hidden state instead of its output."""
+    def compensation(self, decoder: Decoder, tokenizer: Path, progress: Progress) -> Finding[Compensation]:
+        """What a skipped layer adds to the hidden state instead of its output."""
         shape = (decoder.num_layers, decoder.config.hidden_size)
-        file = self._folder / f"compensation-{digest(self._model)}.safetensors"
+        # States of another action than FULL have another fit.
+        named = self._model if decoder.highest is Action.FULL else (*self._model, decoder.highest.name)
+        file = self._folder / f"compensation-{digest(named)}.safetensors"
+
+        def fit() -> Compensation:
+            progress("fitting the compensation of skipped layers (kept for later starts)")
+            length = min(SEQUENCE_LENGTH, decoder.config.context_length)
+            sequences = default_token_sequences(tokenizer, NUM_SEQUENCES, length)
+            affine = fit_compensation(decoder, sequences).affine
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in affine.tensors().items()}
+            keep(file, lambda path: save_file(tensors, path))
+            return affine
+
         try:
             on_device = {name: t.to(decoder.device, decoder.dtype) for name, t in load_file(file).items()}
-            return make_compensation("affine", on_device, *shape)
+            return Finding(make_compensation("affine", on_device, *shape), fit)
         except (OSError, SafetensorError, DashRuntimeError):
-            progress("fitting the compensation of skipped layers (kept for later starts)")
-        length = min(SEQUENCE_LENGTH, decoder.config.context_length)
-        sequences = default_token_sequences(tokenizer, NUM_SEQUENCES, length)
-        with one_thread():
-            affine = fit_compensation(decoder, sequences).affine
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in affine.tensors().items()}
-        keep(file, lambda path: save_file(tensors, path))
-        return affine
+            return Finding(None, fit)
 
     def costs(
         self,
@@ -111,8 +129,8 @@ class DeviceCalibration:
         *,
         has_policy: bool = False,
         measures_again: bool = False,
-    ) -> MeasuredCosts:
-        """Returns the costs at one row, as shares of a full-depth token.
+    ) -> Finding[MeasuredCosts]:
+        """The costs at one row, as shares of a full-depth token.
 
         Args:
             has_policy: a learned policy is loaded, whose evaluations must have a cost.
@@ -121,9 +139,8 @@ class DeviceCalibration:
         kept = None if measures_again else self._tables.read(self._costs)
         if kept is not None:
             has_all = set(kept.table.layer) == set(actions) and set(kept.table.head) == set(heads)
-            if has_all and (kept.table.evaluation > 0 or not has_policy):
-                return kept
-        return self._tables.measure(self._costs, measure, progress, _doubted)
+            kept = kept if has_all and (kept.table.evaluation > 0 or not has_policy) else None
+        return Finding(kept, lambda: self._tables.measure(self._costs, measure, progress, _doubted))
 
     def keep_costs(self, costs: MeasuredCosts) -> None:
         """Keeps the costs for later starts."""
@@ -131,51 +148,64 @@ class DeviceCalibration:
 
     def plans(
         self,
-        supported: Sequence[Action],
-        eager_decoder: Callable[[], Decoder],
+        decoder: Decoder,
         tokenizer: Path,
-        costs: CostTable,
-        compensation: Compensation,
+        costs: Callable[[], tuple[CostTable, Compensation]],
         progress: Progress,
-    ) -> tuple[MeasuredPlan, ...]:
-        """Returns the best fixed plans by ascending cost, searched on a little text.
+    ) -> Finding[tuple[MeasuredPlan, ...]]:
+        """The best fixed plans by ascending cost, searched on a little text.
 
-        The search runs many rows at once, which takes a decoder whose kernels for them are packed: `eager_decoder`
-        makes one, if nothing was kept.
+        Args:
+            costs: says at what costs, and with which compensation.
         """
-        actions = [action.name for action in supported]
+        actions = [action.name for action in decoder.actions]
         table = KeptTable(
             self._folder / f"plans-{digest((*self._device, *self._int4))}.json",
             partial(_plans_from_json, actions=actions),
             lambda plans: {"actions": actions, "plans": [plan.to_json() for plan in plans]},
             "the best fixed plans",
         )
-        kept = self._tables.read(table)
-        if kept is not None:
-            return kept
-        decoder = eager_decoder()
-        length = min(_SEARCH_LENGTH, decoder.config.context_length)
-        sequences = search_text(decoder.config, default_token_sequences(tokenizer, _SEARCH_SEQUENCES, length))
-        if not sequences:
-            return ()
-        progress("searching the best fixed plans (kept for later starts)")
-        spec = PlanSpec.fixed((Action.FULL,) * decoder.num_layers, Action.FULL, costs)
-        plans = search_plans(Task(decoder, spec, compensation, num_prompt_tokens=length // 8), sequences)
-        self._tables.write(table, plans)
-        return plans
 
-    def latencies(self, decoder: Decoder, compensation: Compensation, progress: Progress) -> LatencyTable:
-        """Returns the seconds of a layer by action and number of rows."""
+        def search() -> tuple[MeasuredPlan, ...]:
+            length = min(_SEARCH_LENGTH, decoder.config.context_length)
+            sequences = search_text(decoder.config, default_token_sequences(tokenizer, _SEARCH_SEQUENCES, length))
+            if not sequences:
+                return ()
+            progress("searching the best fixed plans (kept for later starts)")
+            own, compensation = costs()
+            spec = PlanSpec.fixed((decoder.highest,) * decoder.num_layers, decoder.finest_head, own)
+            plans = search_plans(Task(decoder, spec, compensation, num_prompt_tokens=length // 8), sequences)
+            self._tables.write(table, plans)
+            return plans
+
+        return Finding(self._tables.read(table), search)
+
+    def latencies(
+        self, decoder: Decoder, compensation: Callable[[], Compensation], progress: Progress
+    ) -> Finding[LatencyTable]:
+        """The seconds of a layer by action and number of rows."""
         what = "what each action takes by number of rows"
         table = KeptTable(self._file("latencies"), LatencyTable.from_json, LatencyTable.to_json, what)
         kept = self._tables.read(table)
-        if kept is None or set(kept.seconds) != set(decoder.actions):
-            return self._tables.measure(table, partial(self._measure_latencies, decoder, compensation), progress)
+        if kept is not None and set(kept.seconds) != set(decoder.actions):
+            kept = None
+
+        def measure() -> LatencyTable:
+            return self._measure_latencies(decoder, compensation())
+
+        return Finding(kept, lambda: self._tables.measure(table, measure, progress))
+
+    def checked_latencies(
+        self, kept: LatencyTable, decoder: Decoder, compensation: Compensation, progress: Progress
+    ) -> LatencyTable:
+        """Returns kept latencies, or new ones if a quick measurement contradicts them."""
         if not self._checks_kept:
             return kept
         quick = self._measure_latencies(decoder, compensation, rows=_QUICK_ROWS, rounds=_QUICK_ROUNDS)
         if not _do_contradict(_latency_ratios(kept), _latency_ratios(quick)):
             return kept
+        what = "what each action takes by number of rows"
+        table = KeptTable(self._file("latencies"), LatencyTable.from_json, LatencyTable.to_json, what)
         progress(f"{what} no longer fits what was kept: measuring it again")
         # Other work on the machine only ever adds time, but not to everything alike.
         least = self._measure_latencies(decoder, compensation).least(kept)
@@ -183,18 +213,20 @@ class DeviceCalibration:
             self._tables.write(table, least)
         return least
 
-    def second_row(self, decoder: Decoder, progress: Progress) -> float:
-        """Returns what a second row adds to a drafting pass, as a share of the first."""
+    def second_row(self, decoder: Decoder, progress: Progress) -> Finding[float]:
+        """What a second row adds to a drafting pass, as a share of the first."""
         what = "what a second row of a draft takes"
         table = KeptTable(self._file("second-row"), _second_row_from_json, lambda share: {"share": share}, what)
-        return self._tables.get(table, partial(measure_second_row, decoder), progress)
+        return self._finding(table, partial(measure_second_row, decoder), progress)
 
-    def round_seconds(self, decoder: Decoder, counts: tuple[int, ...], progress: Progress) -> tuple[LatencyTable, ...]:
-        """Returns the seconds of passes of so many sequences that draft in step; see `measure_rounds`."""
+    def round_seconds(
+        self, decoder: Decoder, counts: tuple[int, ...], progress: Progress
+    ) -> Finding[tuple[LatencyTable, ...]]:
+        """The seconds of passes of so many sequences that draft in step; see `measure_rounds`."""
 
         def parse(facts: Facts) -> tuple[LatencyTable, ...]:
             passes = tuple(map(LatencyTable.from_json, facts["passes"]))
-            actions = {Action.FULL, cheapest_kernel(decoder.actions)}
+            actions = {decoder.highest, cheapest_kernel(decoder.actions)}
             if not passes or any(own.rows != counts or set(own.seconds) != actions for own in passes):
                 raise ValueError("other passes than those here")
             return passes
@@ -203,17 +235,20 @@ class DeviceCalibration:
             return {"passes": [own.to_json() for own in passes]}
 
         table = KeptTable(self._file("rounds"), parse, to_json, "what drafting together takes")
-        return self._tables.get(table, partial(measure_rounds, decoder, counts), progress)
+        return self._finding(table, partial(measure_rounds, decoder, counts), progress)
 
-    def verification_costs(self, decoder: Decoder, progress: Progress) -> dict[int, float]:
-        """Returns the cost of verifying drafts of some lengths, as shares of a full-depth token."""
+    def verification_costs(self, decoder: Decoder, progress: Progress) -> Finding[dict[int, float]]:
+        """The cost of verifying drafts of some lengths, as shares of a full-depth token."""
         table = KeptTable(
             self._file("verification", MEASURED_LENGTHS),
             _verification_from_json,
             lambda costs: {str(length): cost for length, cost in costs.items()},
             "what verifying a draft takes",
         )
-        return self._tables.get(table, partial(measure_verification, decoder, MEASURED_LENGTHS), progress)
+        return self._finding(table, partial(measure_verification, decoder, MEASURED_LENGTHS), progress)
+
+    def _finding(self, table: KeptTable[_Value], measure: Callable[[], _Value], progress: Progress) -> Finding[_Value]:
+        return Finding(self._tables.read(table), lambda: self._tables.measure(table, measure, progress))
 
     @property
     def _costs(self) -> KeptTable[MeasuredCosts]:
@@ -237,13 +272,14 @@ def _do_contradict(kept: _Ratios, measured: _Ratios) -> bool:
 
 
 def _latency_ratios(table: LatencyTable) -> _Ratios:
-    """Returns each action's seconds at the quickly measured numbers of rows as a share of FULL's, and FULL's of those
-    of the fewest rows."""
-    full = {rows: table.cost(Action.FULL, rows) or math.inf for rows in _QUICK_ROWS}
+    """Returns each action's seconds at the quickly measured numbers of rows as a share of the highest one's, and that
+    one's of those of the fewest rows."""
+    highest = max(table.seconds)
+    full = {rows: table.cost(highest, rows) or math.inf for rows in _QUICK_ROWS}
     ratios: dict[_Entry, float] = {
         (action, rows): table.cost(action, rows) / full[rows] for action in table.seconds for rows in full
     }
-    return ratios | {(Action.FULL, rows): seconds / full[_QUICK_ROWS[0]] for rows, seconds in full.items()}
+    return ratios | {(highest, rows): seconds / full[_QUICK_ROWS[0]] for rows, seconds in full.items()}
 
 
 def _plans_from_json(facts: Facts, actions: list[str]) -> tuple[MeasuredPlan, ...]:

@@ -80,6 +80,11 @@ class CostKeeper:
         self._next_round_at = now() + _FIRST_PAUSE_SECONDS
         self._last_idle_at = now()
 
+    def begin_with(self, costs: MeasuredCosts) -> None:
+        """Takes a table that was just measured."""
+        self.costs = costs
+        self._fit = self._new_fit()
+
     def observe(self, step: StepTime) -> None:
         now = self._now()
         if now < self._next_group_at or not self._fit.add(step):

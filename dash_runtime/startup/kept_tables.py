@@ -75,8 +75,3 @@ class KeptTables:
             value = doubted(value)
         self.write(table, value, quiet.is_quiet)
         return value
-
-    def get(self, table: KeptTable[_Value], measure: Callable[[], _Value], progress: Progress) -> _Value:
-        """Returns the table that was kept, or measures it."""
-        kept = self.read(table)
-        return self.measure(table, measure, progress) if kept is None else kept

@@ -48,8 +48,8 @@ def measure_verification(
     def run_pass(length: int) -> None:
         count = length + 1
         batch = decoder.batch(PassKind.VERIFY, [cache], [count], [Identity()])
-        heads = (Action.FULL,) * count
-        plan = PassPlan.of(heads[:1] * decoder.num_layers, heads, wants_logits=False, shares_head=False)
+        heads = (decoder.finest_head,) * count
+        plan = PassPlan.of((decoder.highest,) * decoder.num_layers, heads, wants_logits=False, shares_head=False)
         decoder.run_pass(plan, different_tokens(decoder, count), batch)
 
     def run_token() -> float:
@@ -103,7 +103,7 @@ def measure_rounds(
     plans = {
         (count, *each): PassPlan.of((each[0],) * decoder.num_layers, (each[1],) * count, wants_logits=False)
         for count in counts
-        for each in ((Action.FULL, Action.FULL), (action, head))
+        for each in ((decoder.highest, decoder.finest_head), (action, head))
     }
 
     def seconds(count: int, own: Action, own_head: Action) -> float:
@@ -112,7 +112,7 @@ def measure_rounds(
 
     def take_round(count: int) -> list[float]:
         """Returns the seconds of a pass in FULL after another one, and of each drafting pass after it."""
-        full = [seconds(count, Action.FULL, Action.FULL) for _ in range(2)]
+        full = [seconds(count, decoder.highest, decoder.finest_head) for _ in range(2)]
         return [full[-1], *(seconds(count, action, head) for _ in range(_DRAFTS))]
 
     least = {count: [math.inf] * (1 + _DRAFTS) for count in counts}
@@ -122,7 +122,7 @@ def measure_rounds(
             if number > 0:
                 least[count] = list(map(min, least[count], taken))
     full, *drafts = zip(*(least[count] for count in counts), strict=True)
-    return tuple(LatencyTable(counts, {action: own, Action.FULL: full}) for own in drafts)
+    return tuple(LatencyTable(counts, {action: own, decoder.highest: full}) for own in drafts)
 
 
 def least_seconds(works: Mapping[_Work, Callable[[], float]], rounds: Iterable[int]) -> dict[_Work, float]:

@@ -77,7 +77,8 @@ class StepMeasurement:
         self, decoder: Decoder, compensation: Compensation, learned: Sequence[LearnedPolicy] = (), seed: int = 0
     ) -> None:
         self._decoder = decoder
-        self._compensation = compensation
+        self.compensation = compensation
+        """Of skips that no policy decides."""
         self._learned = learned[:1]
         self._random = random.Random(seed)
         # One token is the prompt's, the first step is cold, and the last, which may be a burst, has no next one.
@@ -87,8 +88,11 @@ class StepMeasurement:
         num_prompt = (room - 1) // decoder.row_block * decoder.row_block + 1
         self._request_tokens = (num_prompt, num_new)
         num_layers = decoder.num_layers  # costs that nobody reads
-        self._costs = CostTable(num_layers, dict.fromkeys(Action, 1 / num_layers), dict.fromkeys(Action, 0.0))
-        self._catalog = _DealtPlans(Assignment(full_depth(num_layers), self._costs))
+        actions = decoder.actions
+        self._costs = CostTable(num_layers, dict.fromkeys(actions, 1 / num_layers), dict.fromkeys(decoder.heads, 0.0))
+        self._catalog = _DealtPlans(
+            Assignment(full_depth(num_layers, decoder.highest, decoder.finest_head), self._costs)
+        )
         self._steps = _Steps()
         self._engine = self._make_engine()
         self._plans: list[Assignment] = []
@@ -102,7 +106,9 @@ class StepMeasurement:
             self._steps.taken.clear()
             num_prompt, num_new = self._request_tokens
             stopping = StoppingParameters(num_new, ignore_eos=True)
-            self._engine.submit(GenerationRequest("measured", [0] * num_prompt, stopping))
+            self._engine.submit(
+                GenerationRequest("measured", [0] * num_prompt, stopping, skip=self._engine.facts.deepest)
+            )
         self._engine.step()
         if len(self._steps.taken) > GROUP:
             self._engine.cancel("measured")
@@ -136,12 +142,12 @@ class StepMeasurement:
 
     def guess(self) -> CostTable:
         """Returns a table from which a fit can start."""
-        return _guess(self._decoder, self._compensation, bool(self._learned))
+        return _guess(self._decoder, self.compensation, bool(self._learned))
 
     def _shuffled(self) -> list[Assignment]:
         """Returns the plans of a round, in random order."""
         num_layers, actions, heads = self._decoder.num_layers, self._decoder.actions, tuple(self._decoder.heads)
-        others = [action for action in actions if action is not Action.FULL]
+        others = [action for action in actions if action is not self._decoder.highest]
         plans: list[tuple[tuple[Action, ...], Action]] = [
             ((action,) * num_layers, self._random.choice(heads)) for action in others
         ]
@@ -149,7 +155,7 @@ class StepMeasurement:
             rates = [self._random.random() for _ in actions]
             mixture = tuple(self._random.choices(actions, rates, k=num_layers))
             plans.append((mixture, self._random.choice(heads)))
-        full = (Action.FULL,) * num_layers
+        full = (self._decoder.highest,) * num_layers
         assignments = [self._catalog.full_depth, *(self._assignment(full, head) for head in heads)]
         assignments += [self._assignment(*plan) for plan in plans]
         for policy in self._learned:
@@ -160,7 +166,7 @@ class StepMeasurement:
 
     def _assignment(self, plan: tuple[Action, ...], head: Action) -> Assignment:
         name = f"measured {plan[0].name}" if len(set(plan)) == 1 else "measured mixture"
-        policy = FixedPlan(plan, name, head, self._compensation)
+        policy = FixedPlan(plan, name, head, self.compensation)
         return Assignment(policy, self._costs)
 
     def _make_engine(self) -> Engine:
@@ -198,7 +204,7 @@ def _guess(decoder: Decoder, compensation: Compensation, has_policy: bool) -> Co
     batch = decoder.batch(PassKind.DECODE, filled_caches(decoder), [1], [compensation], kernels)
     plans = {action: PassPlan.of((action,) * decoder.num_layers) for action in decoder.actions}
     output = decoder.embed([0]).to(decoder.devices[-1])
-    logits = decoder.logits(output, (Action.FULL,))
+    logits = decoder.logits(output, (decoder.finest_head,))
 
     works: dict[object, Callable[[], object]] = {
         **{("layers", action): partial(decoder.run_pass, plans[action], [0], batch) for action in decoder.actions},
@@ -212,5 +218,5 @@ def _guess(decoder: Decoder, compensation: Compensation, has_policy: bool) -> Co
         {action: seconds["layers", action] / decoder.num_layers for action in decoder.actions},
         {precision: seconds["head", precision] for precision in decoder.heads},
         seconds["fixed"],
-        seconds["layers", Action.FULL] / decoder.num_layers / 4 if has_policy else 0.0,
+        seconds["layers", decoder.highest] / decoder.num_layers / 4 if has_policy else 0.0,
     )

@@ -52,7 +52,7 @@ def measure_latencies(
     for batch in batches:
         batch.is_timed = True
     tokens = [different_tokens(decoder, count) for count in rows]
-    places, halves = range(len(rows)), (Action.FULL, min(decoder.actions))
+    places, halves = range(len(rows)), (decoder.highest, min(decoder.actions))
     kinds: list[_Kind] = [(place, (action,)) for place in places for action in decoder.actions]
     split_place = max(place for place in places if rows[place] <= _FEW_ROWS)
     kinds.append((split_place, halves))  # passes with half of the rows in each action

@@ -33,12 +33,17 @@ def model_bytes(
     config: EngineConfig,
     learned: Sequence[LearnedPolicy],
     device: Device,
+    is_native: bool | None = None,
 ) -> ModelBytes:
     """Returns the memory that the model's parts need on devices like `device`.
 
     Vectors, such as norms and biases, are left out. On a CPU it is the least that layers need: eager ones keep some
-    matrices in a second form.
+    matrices in a second form. Native code reads what was packed, and of the embedding some rows.
+
+    Args:
+        is_native: whether native code runs there; None: if it runs on such devices.
     """
+    has_all = device.runs_native_code if is_native is None else is_native
     per_weight = {action: _bytes_per_weight(action, dtype) for action in actions if action is not Action.SKIP}
     quantised = [action for action in per_weight if action is not Action.FULL]
     key_value_weights = 2 * model.num_kv_heads * model.head_dim * model.hidden_size
@@ -47,7 +52,7 @@ def model_bytes(
     fitted = 2 * model.hidden_size * dtype.itemsize  # the one for plans without a file is affine
     own_tensors = [tensor for policy in learned for tensor in policy.compensation.tensors().values()]
     cache = positions * 2 * model.num_kv_heads * model.head_dim * dtype.itemsize
-    if quantised and device.runs_native_code:
+    if quantised and has_all:
         cache += pool // BLOCK_TOKENS * rounded_block_bytes(model)
     compensation = fitted + sum(tensor[0].nbytes for tensor in own_tensors)
 
@@ -55,7 +60,7 @@ def model_bytes(
         needs = Bytes({CACHE: cache, COMPENSATION: compensation})
         for action, size in per_weight.items():
             # Skipped rows have keys and values by a matrix of their own, except in native code and where it is a view.
-            has_copy = action in quantised and not device.runs_native_code
+            has_copy = action in quantised and not has_all
             # INT4 may leave keys and values in INT8.
             more = _bytes_per_weight(Action.INT8, dtype) - size if action is Action.INT4 else 0
             finer = more * key_value_weights * (1 + has_copy)
@@ -64,10 +69,11 @@ def model_bytes(
 
     head_weights = model.vocab_size * model.hidden_size
     # Only native code has an INT4 head and a narrow one.
-    has_all = device.runs_native_code
     heads: dict[Action, float] = {
         action: size * head_weights for action, size in per_weight.items() if action is not Action.INT4 or has_all
     }
+    if has_all and Action.FULL not in heads:
+        heads[Action.INT8] = head_weights
     if has_all and (head_map := shared_head_map(learned)) is not None:
         rough = _bytes_per_weight(Action.INT4, dtype) * model.vocab_size * head_map.rank
         heads[Action.SKIP] = _bytes_per_weight(Action.INT8, dtype) * head_weights + rough
@@ -76,7 +82,7 @@ def model_bytes(
     largest = max(outputs * inputs for outputs, inputs in model.matrices())
     return ModelBytes(
         layers=[layer_bytes(layer) for layer in range(model.num_layers)],
-        embedding=Bytes({Action.FULL.name: head_weights * dtype.itemsize}),
+        embedding=Bytes({} if has_all else {Action.FULL.name: head_weights * dtype.itemsize}),
         head=Bytes({action.name: round(size) for action, size in heads.items()}),
         is_tied=model.has_tied_head,
         each_device=Bytes({COMPENSATION: networks, WORK: _WORK_BYTES + rotary}),

@@ -31,15 +31,18 @@ def native_code_for(
     device: torch.device,
     cache_folder: Path,
     progress: Progress,
-) -> NativeLibrary | None:
-    """Returns the native code; None if it cannot run this model there, or not be compiled here."""
+    is_wanted: bool = True,
+) -> tuple[NativeLibrary | None, str]:
+    """Returns the native code; None if it cannot run this model there, or not be compiled here, and the reason."""
+    if not is_wanted:
+        return None, "layers run eagerly"
     if not device_of(device).runs_native_code or dtype is not torch.bfloat16:
-        return None
+        return None, f"no native code runs {str(dtype).removeprefix('torch.')} on {device}"
     reason = why_eager(model, context_length)
     if reason is not None:
         progress(f"layers run eagerly: native code has no {reason}")
-        return None
-    return load_native_code(cache_folder / "native", progress)
+        return None, f"native code has no {reason}"
+    return load_native_code(cache_folder / "native", progress), "there is no native code here"
 
 
 def with_native_code(policy: LearnedPolicy, library: NativeLibrary, lane: LaneKind | None) -> LearnedPolicy:

@@ -33,6 +33,17 @@ class ModelBytes:
     is_tied: bool
     each_device: Bytes
     """On every device, whatever lies there."""
+
+    @property
+    def weights(self) -> int:
+        """The memory of all weights."""
+        return sum(map(self.weights_in, WEIGHTS))
+
+    def weights_in(self, name: str) -> int:
+        """The memory of the weights of one action."""
+        parts = [*self.layers, self.head, *([] if self.is_tied else [self.embedding])]
+        return sum(own[name] for own in parts)
+
     layer_loading: int = 0
     """The memory that quantising a layer's largest matrix takes while it loads. It may use the cache's, which is not
     allocated before."""

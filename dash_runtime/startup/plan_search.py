@@ -55,10 +55,11 @@ class _Text:
         self._sequences = sequences
         self._rows = task.decided_rows(sequences)
         self.full = full_path(task.decoder, sequences)
+        self.highest, self.finest_head = task.decoder.highest, task.decoder.finest_head
 
     def path(self, actions: Actions, known: Sequence[Tensor] = ()) -> list[Tensor]:
         """Returns the states of a plan. `known` are those up to the first layer in which it differs from another."""
-        return self._task.fixed(actions, Action.FULL).roll_out(self._sequences, known=known).states
+        return self._task.fixed(actions, self._task.decoder.finest_head).roll_out(self._sequences, known=known).states
 
     def divergence(self, states: Sequence[Tensor], head: Action) -> float:
         """Returns the mean divergence of a path's tokens after the prompts."""
@@ -141,9 +142,10 @@ def _uniform_plans(text: _Text, num_layers: int, kernels: Iterable[Action], head
     walked: list[_Walked] = []
     for action in kernels:
         actions = (action,) * num_layers
-        states = text.full if action is Action.FULL else text.path(actions)
-        for head in {*heads, Action.FULL} if action is Action.FULL else heads:
-            is_full_depth = (action, head) == (Action.FULL, Action.FULL)
+        is_highest = action is text.highest
+        states = text.full if is_highest else text.path(actions)
+        for head in {*heads, text.finest_head} if is_highest else heads:
+            is_full_depth = is_highest and head is text.finest_head
             divergence = 0.0 if is_full_depth else text.divergence(states, head)
             walked.append(_Walked(MeasuredPlan("", actions, head, divergence), states))
     return walked

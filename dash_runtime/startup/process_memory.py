@@ -28,17 +28,16 @@ _LEAST_RESIDENT = 0.75
 """A huge page is resident as a whole, so a mostly empty one, such as a thread's stack, would only cost memory."""
 
 
-def settle_memory() -> None:
-    """Returns free memory to the system (with glibc), gives up what only the start needed of libraries, and moves the
+def settle_memory(*, moves: bool = True) -> None:
+    """Returns free memory to the system (with glibc), gives up what only the start needed of libraries, and `moves` the
     rest of the process's own memory into huge pages (on Linux, if enabled). Does nothing where it can do nothing."""
+    give_back_memory()
     library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
     if not sys.platform.startswith("linux"):
         return
     for first, last in unchanged_libraries(_SMAPS.read_text()):
         _advise(library, first, last, mmap.MADV_DONTNEED)
-    if not are_enabled(_ENABLED):
+    if not moves or not are_enabled(_ENABLED):
         return
 
     def settle(page: int) -> None:
@@ -50,6 +49,13 @@ def settle_memory() -> None:
     pages = [page for first, last in ranges for page in range(first, last, HUGE_PAGE)]
     with ThreadPoolExecutor(_MOST_THREADS) as threads:
         list(threads.map(settle, pages))
+
+
+def give_back_memory() -> None:
+    """Returns free memory to the system (with glibc)."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def keep_freed_memory() -> None:

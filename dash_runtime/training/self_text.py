@@ -29,8 +29,8 @@ from dash_runtime.files.tensor_file import save_tensors
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.progress import Progress
-from dash_runtime.startup.build import assemble_engine
 from dash_runtime.startup.default_text import cut, default_token_sequences, encode
+from dash_runtime.startup.measured_engine import assemble_engine
 from dash_runtime.training.data import interleave
 
 PROMPTS_FILE = Path(__file__).with_name("prompts.txt")

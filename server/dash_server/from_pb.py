@@ -219,7 +219,7 @@ def prepare_score(
         raise error if error.field.startswith("continuation") else below_field("parameters", error) from error
     if skip.mode is Mode.EXACT:
         # Its text is full depth's.
-        request = replace(request, skip=SkipOptions(Mode.FULL_DEPTH))
+        request = replace(request, skip=model.facts.deepest)
     return PreparedRequest(request, (), frozenset(), output.logprobs, priority)
 
 

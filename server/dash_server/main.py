@@ -51,6 +51,8 @@ def main(worker_command: Sequence[str] = WORKER_COMMAND) -> int:
     configure_logging(settings.log_level, settings.log_format)
     for warning in unknown_variables(os.environ):
         logger.warning("%s", warning)
+    if only_prepares:
+        settings = settings.model_copy(update={"measure_first": True})
     logger.info("settings: %s", settings.loggable())
     return asyncio.run(_run(settings, worker_command, only_prepares=only_prepares))
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BeforeValidator, PlainSerializer
 from pydantic_settings import NoDecode
 
+from dash_runtime.actions import Action
 from dash_server.scaling import WorkerRange
 
 
@@ -24,6 +25,14 @@ def check_ray_address(address: str) -> str:
     return address
 
 
+def parse_actions(text: str) -> tuple[str, ...]:
+    """Reads names of actions. Raises ValueError if one is unknown, missing or comes twice."""
+    names = parse_names(text.upper())
+    if unknown := next((name for name in names if name not in Action.__members__), None):
+        raise ValueError(f"has the unknown action {unknown!r}; known: {', '.join(Action.__members__)}")
+    return names
+
+
 RayAddress = Annotated[str, AfterValidator(check_ray_address)]
 LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)]
 LogFormat = Annotated[Literal["console", "json"], BeforeValidator(str.lower)]
@@ -39,5 +48,11 @@ Names = Annotated[
     tuple[str, ...],
     NoDecode,
     BeforeValidator(lambda given: parse_names(given) if isinstance(given, str) else given),
+    PlainSerializer(",".join),
+]
+ActionNames = Annotated[
+    tuple[str, ...],
+    NoDecode,
+    BeforeValidator(lambda given: parse_actions(given) if isinstance(given, str) else given),
     PlainSerializer(",".join),
 ]

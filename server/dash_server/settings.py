@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from dash_runtime.checkpoints import default_cache_folder
 from dash_runtime.config import MOST_BURST_MILLISECONDS, EngineConfig, LaneKind
 from dash_server.scaling import WorkerRange
-from dash_server.setting_types import LogFormat, LogLevel, Names, RayAddress, Workers
+from dash_server.setting_types import ActionNames, LogFormat, LogLevel, Names, RayAddress, Workers
 from dash_server.worker.messages import WorkerConfig
 
 ENV_PREFIX = "DASH_"
@@ -54,6 +54,12 @@ class Settings(BaseSettings):
     )
     precision: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Weights of the FULL action")
     num_threads: int | None = Field(default=None, ge=1, description="CPU threads of the worker; unset: torch's choice")
+    actions: ActionNames | None = Field(
+        default=None, description="Actions to offer, such as `INT4,SKIP`; unset: what fits well into free memory"
+    )
+    weights: Literal["mapped", "copied"] = Field(
+        default="mapped", description="Native code's weights: a file that workers share, or a copy in each one's memory"
+    )
     policy_file: FilePath | None = Field(default=None, description="A learned policy for this model")
     lane: LaneKind | None = Field(default=None, description="Where the policy runs; unset: the device's default")
     cache_folder: Path = Field(
@@ -82,6 +88,10 @@ class Settings(BaseSettings):
 
     check_costs: bool = Field(
         default=True, description="Correct the cost table by what steps take; false: plans for a budget repeat"
+    )
+    measure_first: bool = Field(
+        default=False,
+        description="Measure before serving what was not measured yet; false: once it serves, while nobody calls",
     )
     compile: bool = Field(
         default=True, description="Decode with native code if there is a C++ compiler; compiled once, then kept"
@@ -227,15 +237,15 @@ class Settings(BaseSettings):
             ("tls_client_ca_file", "tls_certificate_file"),
         ):
             if getattr(self, name) is not None and getattr(self, needed) is None:
-                raise ValueError(f"{_variable(needed)}: is required with {_variable(name)}")
+                raise ValueError(f"{variable_of(needed)}: is required with {variable_of(name)}")
         return self
 
     @model_validator(mode="after")
     def _devices_are_said_once(self) -> "Settings":
         if self.devices is not None and self.device != "auto":
-            raise ValueError(f"{_variable('devices')}: cannot be set with {_variable('device')}; set one of them")
+            raise ValueError(f"{variable_of('devices')}: cannot be set with {variable_of('device')}; set one of them")
         if len(self.device_names) > 1 and self.workers.most > 1 and self.ray_address is None:
-            raise ValueError(f"{_variable('workers')}: must be 1 with several {_variable('devices')}")
+            raise ValueError(f"{variable_of('workers')}: must be 1 with several {variable_of('devices')}")
         return self
 
     @property
@@ -246,14 +256,16 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _extras_can_be_used(self) -> "Settings":
         if self.vllm_engine and find_spec("smg_grpc_proto") is None:
-            raise ValueError(f"{_variable('vllm_engine')}: needs `pip install 'dash-llm[smg]'`")
+            raise ValueError(f"{variable_of('vllm_engine')}: needs `pip install 'dash-llm[smg]'`")
         if self.ray_address is None:
             return self
-        name = _variable("ray_address")
+        name = variable_of("ray_address")
         if find_spec("ray") is None:
             raise ValueError(f"{name}: needs `pip install 'dash-llm[ray]'`")
         if self.num_threads is None:
-            raise ValueError(f"{_variable('num_threads')}: is required with {name}: the CPUs that each worker reserves")
+            raise ValueError(
+                f"{variable_of('num_threads')}: is required with {name}: the CPUs that each worker reserves"
+            )
         return self
 
     def worker_config(self, worker_number: int = 0) -> WorkerConfig:
@@ -269,6 +281,8 @@ class Settings(BaseSettings):
             precision=self.precision,
             num_threads=self.num_threads,
             native_code=self.compile,
+            actions=self.actions,
+            weights=self.weights,
             checks_costs=self.check_costs,
             policy_file=str(self.policy_file) if self.policy_file else None,
             cache_folder=str(self.cache_folder),
@@ -285,6 +299,7 @@ class Settings(BaseSettings):
                 record_steps=self.trace_steps,
                 burst_milliseconds=min(MOST_BURST_MILLISECONDS, self.flush_milliseconds),
             ),
+            serves_first=not self.measure_first,
             worker_number=0 if is_alone else worker_number,
             num_workers=1 if is_alone else self.workers.most,
         )
@@ -315,26 +330,17 @@ def _line(cls: type[Settings], details: Mapping) -> str:
         sentence = f"cannot be used: {sentence}"
     is_secret = "Secret" in str(cls.model_fields[name].annotation)
     got = "" if is_secret else f", got {str(details['input'])[:100]!r}"
-    return f"{_variable(name)}: {sentence}{got}"
+    return f"{variable_of(name)}: {sentence}{got}"
 
 
-def settings_table() -> str:
-    """Returns the table of docs/settings.md; `python -m dash_server.settings` prints it."""
-    rows = ["| variable | default | what it is |", "| --- | --- | --- |"]
-    for name, field in Settings.model_fields.items():
-        default = field.get_default(call_default_factory=False)
-        shown = "" if default is None or field.default_factory is not None else f"`{default}`"
-        rows.append(f"| `{_variable(name)}` | {shown} | {field.description} |")
-    return "\n".join(rows) + "\n"
-
-
-def _variable(name: str) -> str:
+def variable_of(name: str) -> str:
+    """Returns the environment variable of a setting."""
     return ENV_PREFIX + name.upper()
 
 
 def unknown_variables(environment: Mapping[str, str], cls: type[Settings] = Settings) -> list[str]:
     """Returns a warning for each DASH_ variable that no setting reads; it suggests the closest name."""
-    known = [_variable(name) for name in cls.model_fields]
+    known = [variable_of(name) for name in cls.model_fields]
     warnings = []
     for name in sorted(environment):
         if name.startswith(ENV_PREFIX) and name not in (*known, *_VARIABLES_OF_THE_CLIENT):
@@ -342,7 +348,3 @@ def unknown_variables(environment: Mapping[str, str], cls: type[Settings] = Sett
             hint = f"; did you mean {closest[0]}?" if closest else ""
             warnings.append(f"{name} is set, but there is no such setting{hint}")
     return warnings
-
-
-if __name__ == "__main__":
-    print(settings_table(), end="")

@@ -216,13 +216,14 @@ def model_to_pb(facts: ModelFacts, settings: Settings) -> model_pb2.GetModelResp
         cache_tokens=facts.cache_tokens,
         slot_count=facts.num_slots,
         actions=map(_action_to_pb, sorted(facts.actions)),
-        modes=[_MODE_NUMBERS[mode] for mode in Mode],
+        modes=[_MODE_NUMBERS[mode] for mode in Mode if mode is not Mode.FULL_DEPTH or Action.FULL in facts.actions],
         default_mode=_MODE_NUMBERS[Mode(settings.default_mode)],
         policy_names=[policy.name for policy in facts.policies],
         default_policy_name=facts.policy(None).name,
         device=facts.device,
         default_draft_policy_name=facts.policy(None, Mode.EXACT).name,
         is_compiled=facts.has_native_code,
+        weight_error=facts.weight_error,
     )
 
 

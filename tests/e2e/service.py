@@ -33,6 +33,7 @@ def server_environment(folder: Path, model: Path, **variables: str) -> dict[str,
         "DASH_PORT_FILE": str(folder / "port"),
         # A worker would measure whenever it is idle, and take the time of the tests beside it.
         "DASH_CHECK_COSTS": "false",
+        "DASH_MEASURE_FIRST": "true",
         **variables,
     }
 

@@ -14,7 +14,7 @@ from dash_runtime.engine.engine import Engine
 from dash_runtime.evaluation.likelihood import Run, full_depth_runner, rollout_runner
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.plan_spec import PlanSpec
-from dash_runtime.startup.build import assemble_engine
+from dash_runtime.startup.measured_engine import assemble_engine
 from tests.runtime.support import ALL_ACTIONS, some_affine, some_costs, some_plans
 from tests.tiny_models import NUM_LAYERS
 

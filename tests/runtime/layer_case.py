@@ -10,15 +10,16 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
-from dash_runtime.decoder.backends.native import layer_vectors, packed_matrices, why_eager
+from dash_runtime.decoder.backends.native import why_eager
 from dash_runtime.decoder.backends.native_compensation import pack_for_rows
+from dash_runtime.decoder.backends.packed_model import layer_vectors, packed_matrices
 from dash_runtime.layers.attention import attention
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.kv_cache import BLOCK_TOKENS, rounded_block_bytes
 from dash_runtime.layers.layer_body import Linears, run_layer_body, split_heads
 from dash_runtime.layers.rotary import RotaryTable
 from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
-from dash_runtime.linears.dense_linear import FullLinear, Linear, make_full_linear
+from dash_runtime.linears.dense_linear import FullLinear, Linear
 from dash_runtime.linears.quantization import quantized_parts
 from dash_runtime.model_config import BlockConfig
 from dash_runtime.native.matrix import pack_native_matrix
@@ -75,7 +76,9 @@ class Case:
         if kernel == "tiles":
             packed = [(pack_native_matrix(action, own), own.weight.shape[1]) for own in weights.matrices()]
         else:
-            packed = packed_matrices(action, weights, weights.mapped(make_full_linear, make_full_linear))
+            matrices = packed_matrices(action, weights)
+            inputs = [own.weight.shape[1] for own in weights.matrices()]
+            packed = list(zip(matrices, [*inputs, inputs[0]], strict=False))
         rows.set_layer(LAYER, PackedLayer(layer_vectors(self.weights), {action: packed}))
         return rows
 

@@ -10,9 +10,10 @@ from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.decoder.backends.native import NativeBackend, why_eager
 from dash_runtime.decoder.decoder import Decoder
-from dash_runtime.decoder.loading import make_decoder
+from dash_runtime.decoder.loading import make_native_decoder, pack_in_memory
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.layers.narrow_head import HeadMap
+from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.native.library import NativeLibrary
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import save_policy
@@ -61,18 +62,12 @@ def native_decoder(
     """Returns a decoder that runs the model in `folder` natively."""
     config = load_model_config(folder)
     assert why_eager(config, config.context_length) is None
-    return make_decoder(
-        config,
-        open_weights(folder),
-        actions,
-        dtype=torch.bfloat16,
-        device=CPU,
-        context_length=config.context_length,
-        native=NativeBackend(
-            config, library, actions, num_threads, shares_products=shares_products, most_apart=most_apart
-        ),
-        head_map=head_map,
+    native = NativeBackend(
+        config, library, actions, num_threads, shares_products=shares_products, most_apart=most_apart
     )
+    loader = WeightLoader(config, open_weights(folder), torch.bfloat16, CPU, has_finer_keys=Action.INT8 in actions)
+    packed = pack_in_memory(loader, actions, head_map)
+    return make_native_decoder(packed, loader, native, actions, context_length=config.context_length, head_map=head_map)
 
 
 def divergence(expected: Tensor, logits: Tensor) -> float:

@@ -12,7 +12,7 @@ from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.draft_costs import RoundCosts
 from dash_runtime.policy.draft_length import LEAST_GAIN, USUAL_SECOND_ROW
 from dash_runtime.policy.fixed_plans import MeasuredPlan, named
-from dash_runtime.startup.build import assemble_engine
+from dash_runtime.startup.measured_engine import assemble_engine
 from tests.runtime.support import some_affine
 
 ACTIONS = (Action.SKIP, Action.FULL)

@@ -17,7 +17,7 @@ from dash_runtime.layers.compensation import Compensation, Identity
 from dash_runtime.policy.draft_length import MEASURED_LENGTHS
 from dash_runtime.policy.policy import cheapest_kernel
 from dash_runtime.progress import Progress
-from dash_runtime.startup.calibration import DeviceCalibration
+from dash_runtime.startup.calibration import DeviceCalibration, Finding
 from dash_runtime.startup.quiet import Quiet
 from tests.runtime.support import load_decoder
 from tests.tiny_models import save_tiny_model
@@ -82,11 +82,14 @@ def calibration(
 
 def costs_of(calibration: DeviceCalibration, decoder: Decoder, said: list[str], **options: bool) -> MeasuredCosts:
     measure = partial(Machine().measure_costs, decoder)
-    return calibration.costs(decoder.actions, tuple(decoder.heads), measure, said.append, **options)
+    return calibration.costs(decoder.actions, tuple(decoder.heads), measure, said.append, **options).get()
 
 
 def latencies_of(calibration: DeviceCalibration, decoder: Decoder, said: list[str]) -> LatencyTable:
-    return calibration.latencies(decoder, Identity(), said.append)
+    finding = calibration.latencies(decoder, Identity, said.append)
+    if finding.kept is None:
+        return finding.make()
+    return calibration.checked_latencies(finding.kept, decoder, Identity(), said.append)
 
 
 def measured(
@@ -284,7 +287,8 @@ def test_costs_that_serving_corrected_are_those_of_later_starts(decoder: Decoder
 
 
 Rounds = tuple[LatencyTable, ...]
-DRAFTS: dict[str, tuple[Callable[[DeviceCalibration, Decoder, Progress], float | Rounds | dict[int, float]], list[str]]]
+Found = Finding[float] | Finding[Rounds] | Finding[dict[int, float]]
+DRAFTS: dict[str, tuple[Callable[[DeviceCalibration, Decoder, Progress], Found], list[str]]]
 DRAFTS = {
     "second-row": (DeviceCalibration.second_row, ['{"share": -1}', '{"share": "x"}']),
     "rounds": (lambda own, decoder, say: own.round_seconds(decoder, (1, 2), say), ['{"passes": []}', '{"passes": 3}']),
@@ -298,13 +302,13 @@ def test_what_drafts_cost_is_measured_once_and_again_if_its_file_is_damaged(
     decoder: Decoder, tmp_path: Path, name: str
 ) -> None:
     (measure, tables), said = DRAFTS[name], list[str]()
-    first, second = (measure(calibration(tmp_path, Machine()), decoder, said.append) for _ in range(2))
+    first, second = (measure(calibration(tmp_path, Machine()), decoder, said.append).get() for _ in range(2))
     assert first == second
     (file,) = tmp_path.glob(f"{name}-*.json")
     for damage in ("", "[]", *(f'{{"was_quiet": true, "table": {table}}}' for table in tables)):
         file.write_text(damage)
         before = len(said)
-        again = measure(calibration(tmp_path, Machine()), decoder, said.append)
+        again = measure(calibration(tmp_path, Machine()), decoder, said.append).get()
         assert len(said) == before + 1
         match again:
             case dict():
@@ -320,6 +324,6 @@ def test_what_drafts_cost_is_measured_once_and_again_if_its_file_is_damaged(
 def test_rounds_of_drafts_are_measured_again_for_other_counts(decoder: Decoder, tmp_path: Path) -> None:
     said: list[str] = []
     for counts in ((1, 2), (1,)):
-        rounds = calibration(tmp_path, Machine()).round_seconds(decoder, counts, said.append)
+        rounds = calibration(tmp_path, Machine()).round_seconds(decoder, counts, said.append).get()
         assert rounds[0].rows == counts
     assert len(said) == 2

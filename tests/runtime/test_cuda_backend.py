@@ -30,7 +30,7 @@ from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.static_rows import StaticRows
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import LearnedPolicy
-from dash_runtime.startup.build import assemble_engine
+from dash_runtime.startup.measured_engine import assemble_engine
 from tests.runtime.imitated_cuda import imitated_cuda
 from tests.runtime.random_policy import random_policy
 from tests.runtime.support import (

@@ -14,7 +14,7 @@ from dash_runtime.events import TokenProduced
 from dash_runtime.passes import Planner
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import LearnedPolicy
-from dash_runtime.startup.build import assemble_engine
+from dash_runtime.startup.measured_engine import assemble_engine
 from tests.runtime.random_policy import random_policy
 from tests.runtime.support import drain, load_decoder, some_costs
 

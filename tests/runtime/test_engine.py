@@ -18,7 +18,7 @@ from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.events import SequenceFinished, SlotGranted, TokenProduced
 from dash_runtime.policy.catalog import PolicyCatalog
-from dash_runtime.startup.build import assemble_engine
+from dash_runtime.startup.measured_engine import assemble_engine
 from tests.runtime.support import ALL_ACTIONS, drain, finished, run, some_affine, some_costs, some_plans, tokens
 
 pytestmark = pytest.mark.alone

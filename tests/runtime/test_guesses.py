@@ -26,7 +26,7 @@ from dash_runtime.native.library import NativeLibrary
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import load_policy
-from dash_runtime.startup.build import assemble_engine
+from dash_runtime.startup.measured_engine import assemble_engine
 from tests.runtime.native_model import BUDGETS, SmallModel, native_decoder
 from tests.runtime.planned_engine import ACTIONS, EOS, MODES, make_engine
 from tests.runtime.random_policy import NAME

@@ -11,8 +11,9 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config
 from dash_runtime.decoder.backends.native import NativeBackend
+from dash_runtime.decoder.backends.packed_model import PackedModel, Part, pack_head
 from dash_runtime.layers.norm import RmsNorm
-from dash_runtime.linears.dense_linear import FullLinear, make_full_linear
+from dash_runtime.linears.dense_linear import FullLinear
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.native.head_struct import HeadBounds
 from dash_runtime.native.matrix import int8_errors, pack_native_matrix
@@ -121,8 +122,7 @@ def test_a_head_in_full_has_bounds_where_int8_is_packed_anyway(
 ) -> None:
     weight, _ = loud_channels()
     backend = NativeBackend(config, native_library(), actions, 1, shares_products=False)
-    linear, norm = make_full_linear(FullLinear(weight)), RmsNorm(torch.ones(SIZE).bfloat16(), config.rms_norm_eps)
-    head = backend.heads.make(Action.FULL, weight, linear, norm, 1.0, torch.arange(32))
-    if head is not None:  # some processors have no layout that native code reads in FULL
-        assert isinstance(head, HeadRows)
-        assert head.has_bounds is (Action.INT8 in actions)
+    tensors = {"embedding": weight, "final_norm": torch.ones(SIZE).bfloat16()}
+    pack_head(dict.fromkeys(Part, tensors.__setitem__), FullLinear(weight), torch.arange(32))
+    heads = backend.heads.make(PackedModel(config, tensors), None, 1.0, None)
+    assert heads[Action.FULL].has_bounds is (Action.INT8 in actions)

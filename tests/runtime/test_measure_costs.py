@@ -24,10 +24,10 @@ from dash_runtime.engine.step_times import StepTime
 from dash_runtime.events import CostStatus
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.catalog import PolicyCatalog
-from dash_runtime.startup.build import assemble_engine
 from dash_runtime.startup.measure import rounds_within
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.startup.measure_latency import measure_latencies
+from dash_runtime.startup.measured_engine import assemble_engine
 from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, some_affine, some_costs
 from tests.tiny_models import save_tiny_model
 

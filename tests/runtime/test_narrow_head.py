@@ -10,6 +10,7 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config
 from dash_runtime.decoder.backends.native import NativeBackend
+from dash_runtime.decoder.backends.packed_model import PackedModel, Part, pack_head, pack_narrow_head
 from dash_runtime.layers.narrow_head import NUM_LIKELY, HeadMap, narrow_head
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.linears.dense_linear import FullLinear
@@ -55,9 +56,10 @@ def norm_of(config: ModelConfig) -> RmsNorm:
 
 def head(config: ModelConfig, weight: Tensor, head_map: HeadMap, threads: int = 1, multiplier: float = 1.0) -> HeadRows:
     backend = NativeBackend(config, native_library(), tuple(Action), threads, shares_products=False)
-    own = backend.heads.narrow(weight, head_map, norm_of(config), multiplier)
-    assert isinstance(own, HeadRows)
-    return own
+    tensors = {"embedding": weight, "final_norm": norm_of(config).weight}
+    pack_head(dict.fromkeys(Part, tensors.__setitem__), FullLinear(weight), torch.arange(32))
+    pack_narrow_head(tensors.__setitem__, weight, head_map)
+    return backend.heads.make(PackedModel(config, tensors), None, multiplier, head_map)[Action.SKIP]
 
 
 def int8_head(config: ModelConfig, weight: Tensor) -> HeadRows:

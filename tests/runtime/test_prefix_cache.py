@@ -23,7 +23,7 @@ from dash_runtime.engine.prefix_cache import PrefixCache
 from dash_runtime.events import EngineEvent, TokenProduced
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.policy.catalog import PolicyCatalog
-from dash_runtime.startup.build import assemble_engine
+from dash_runtime.startup.measured_engine import assemble_engine
 from tests.runtime.support import (
     ALL_ACTIONS,
     drain,

@@ -25,7 +25,7 @@ from dash_runtime.native.library import NativeLibrary
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.policy.policy_file import load_policy, save_policy
-from dash_runtime.startup.build import assemble_engine
+from dash_runtime.startup.measured_engine import assemble_engine
 from dash_runtime.startup.native_code import with_native_code
 from tests.runtime.native_model import BUDGETS, native_decoder, save_small_model
 from tests.runtime.random_policy import NAME, random_policy

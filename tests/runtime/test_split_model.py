@@ -28,7 +28,8 @@ from dash_runtime.passes import PassPlan
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.plan_spec import PlanSpec
-from dash_runtime.startup.build import BuildOptions, assemble_engine, build_engine
+from dash_runtime.startup.build import BuildOptions, build_engine
+from dash_runtime.startup.measured_engine import assemble_engine
 from tests.runtime.support import (
     ALL_ACTIONS,
     drain,

@@ -22,7 +22,7 @@ from dash_runtime.layers.compensation import Identity
 from dash_runtime.passes import OnePass, PassResult
 from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.policy.plan_spec import PlanSpec
-from dash_runtime.startup.build import assemble_engine
+from dash_runtime.startup.measured_engine import assemble_engine
 from tests.runtime.support import ALL_ACTIONS, drain, finished, some_costs, some_policy, tokens
 
 PINNED = {0: Action.FULL, 5: Action.FULL}

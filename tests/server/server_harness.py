@@ -176,7 +176,7 @@ async def running_server(
     **settings: Any,
 ) -> AsyncIterator[RunningServer]:
     """Runs a server in this process, on a free port. Waits until it serves, unless `wait` is off."""
-    chosen = Settings(model=model, **{"port": 0, "shutdown_grace_seconds": 5, **settings})
+    chosen = Settings(model=model, **{"port": 0, "shutdown_grace_seconds": 5, "measure_first": True, **settings})
     server = DashServer(chosen, starter or LocalStarter(worker_command), clock)
     port = await server.start()
     worker = asyncio.create_task(server.run_workers())

@@ -2,6 +2,7 @@
 
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 
 from dash_runtime.actions import Action
 from dash_runtime.config import ModelFacts
+from dash_runtime.engine.later import LaterWork
+from dash_runtime.errors import ConfigError
 from dash_runtime.events import CostStatus
 from dash_server.settings import Settings
 from dash_server.worker import messages
@@ -39,7 +42,10 @@ FACTS = ModelFacts("toy", "ToyForCausalLM", 1, 8, 16, 16, 1, frozenset(), (Actio
 
 
 def fake_engine(**parts: Any) -> Any:
-    return SimpleNamespace(close=lambda: None, facts=FACTS, bursts=SimpleNamespace(wake_file=None), **parts)
+    later = parts.pop("later", LaterWork())
+    return SimpleNamespace(
+        close=lambda: None, facts=FACTS, bursts=SimpleNamespace(wake_file=None), later=later, **parts
+    )
 
 
 def test_an_idle_worker_measures_until_a_message_comes_and_says_what_is_new() -> None:
@@ -53,6 +59,33 @@ def test_an_idle_worker_measures_until_a_message_comes_and_says_what_is_new() ->
         bodies = messages.FrameReader().feed(server.recv(1 << 16))
     assert watch.num_steps == 3
     assert [messages.decode_from_worker(body) for body in bodies] == [messages.CostsJudged(CostStatus(1, 0.0), FACTS)]
+
+
+def test_requests_go_first_while_an_idle_worker_does_what_was_left_for_later() -> None:
+    server, worker = socket.socketpair()
+    with server, worker:
+        later, did = LaterWork(), list[str]()
+
+        def measure() -> None:
+            did.append("measure")
+            server.sendall(messages.encode_frame(messages.Ping()))
+            later.pause()
+            did.append("go on")
+            engine.facts = replace(FACTS, name="measured")
+
+        def fail() -> None:
+            server.sendall(messages.encode_frame(messages.Shutdown()))
+            raise ConfigError("costs", "a measurement that fails ends no worker")
+
+        later.add(measure)
+        later.add(fail)
+        engine = fake_engine(has_work=False, cost_watch=None, step=lambda: did.append("step") or [], later=later)
+        loop = EngineLoop(worker)
+        loop._start = lambda: (engine, [])  # type: ignore[method-assign]
+        assert loop.run() == 0
+        said = [messages.decode_from_worker(body) for body in messages.FrameReader().feed(server.recv(1 << 16))]
+    assert did[did.index("measure") : did.index("go on") + 1] == ["measure", "step", "go on"]
+    assert said == [messages.Pong(), messages.CostsJudged(CostStatus(), replace(FACTS, name="measured"))]
 
 
 def test_a_worker_gives_signs_of_life_in_the_middle_of_a_long_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,36 +3,44 @@
 For passes of one row per sequence, and for verification. Knows layers and rows; knows no policies and no requests.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, bfloat16
+from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.decoder.backends.loop import LayerLoop, LoopEnds
 from dash_runtime.decoder.backends.native_heads import NativeHeads
 from dash_runtime.decoder.backends.native_plans import PassArguments, PassTranslator
-from dash_runtime.devices.one_thread import one_thread
+from dash_runtime.decoder.backends.packed_model import PackedModel
 from dash_runtime.layers.batch import Batch, PassKind
-from dash_runtime.layers.embedding import Embedding, HeadsEmbedding, PlainEmbedding
+from dash_runtime.layers.embedding import PlainEmbedding
 from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.layer import DecoderLayer
 from dash_runtime.layers.layer_body import Linears, run_layer_body
 from dash_runtime.layers.rotary import queries_grow
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
 from dash_runtime.layers.weight_loader import LayerWeights
-from dash_runtime.linears.dense_linear import FullLinear, Linear, for_neighbours, most_rows_apart
+from dash_runtime.linears.dense_linear import Linear, for_neighbours, most_rows_apart
 from dash_runtime.linears.int4_matrix import LANES, is_packable
-from dash_runtime.linears.quantization import quantized_parts
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.native.library import NativeLibrary
-from dash_runtime.native.matrix import NativeMatrix, pack_native_matrix
+from dash_runtime.native.matrix import pack_native_matrix
 from dash_runtime.native.model import HeadRows, NativeModel, PackedLayer
-from dash_runtime.native.structs import MOST_CHANNELS, NORMS
+from dash_runtime.native.structs import MOST_CHANNELS
 from dash_runtime.passes import MOST_GUESSES, DrawTokens, Limit, PassPlan, PassResult
 
 _Made = tuple[PassArguments, HeadRows | None]
+
+
+class FullLayer(NamedTuple):
+    """A layer's weights, and the layer that runs them in FULL by the library's products."""
+
+    weights: LayerWeights
+    layer: DecoderLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,34 +72,39 @@ class NativeBackend(LayerLoop):
         self._translator = PassTranslator(library, config.num_layers, config.hidden_size, {*self._actions, Action.SKIP})
         self.shares_products = shares_products
         self._most_apart = most_rows_apart() if most_apart is None else most_apart
-        self._layers: list[_SharedLayer] = []
+        self._layers: list[_SharedLayer | None] = []
         self.logits = Heads({})
         self.heads = NativeHeads(self._rows, self._actions, shares_products)
-        self._has_embedding = False
         self._made: WeakKeyDictionary[PassPlan, tuple[Batch, _Made | None]] = WeakKeyDictionary()
         """The arguments of native code for passes, which may run step after step."""
 
-    def add_layer(self, weights: LayerWeights, layer: DecoderLayer) -> None:
-        """Packs the next layer's matrices; `layer` has those for eager passes in FULL."""
-        linears = layer.linears[Action.FULL]
-        with one_thread():  # many small operations, for which threads beside a busy process wait for seconds
-            packed = {action: packed_matrices(action, weights.linears, linears) for action in self._actions}
-        self._rows.set_layer(len(self._layers), PackedLayer(layer_vectors(weights), packed))
-        self._layers.append(_SharedLayer(layer, linears.mapped(for_neighbours, for_neighbours)))
+    @property
+    def uses_library(self) -> bool:
+        """True if many rows in FULL take the library's products, and prompts with them."""
+        return Action.FULL in self._actions and self._most_apart < sys.maxsize
 
-    def set_ends(self, ends: LoopEnds, embedding: Embedding, heads: Mapping[Action, Head], shared: Head) -> None:
+    def add_layer(self, packed: PackedModel, own: FullLayer | None) -> None:
+        """Takes the next layer, with `own` for the library's products."""
+        index = len(self._layers)
+        layer = packed.layer(index, [action for action in self._actions if own is None or action is not Action.FULL])
+        matrices, shared = dict(layer.matrices), None
+        if own is not None:
+            weights, products = own.weights.linears.matrices(), own.layer.linears[Action.FULL]
+            pairs = zip(weights, products.matrices(), strict=True)
+            matrices[Action.FULL] = [
+                (pack_native_matrix(Action.FULL, one, other), one.weight.shape[1]) for one, other in pairs
+            ]
+            shared = _SharedLayer(own.layer, products.mapped(for_neighbours, for_neighbours))
+        self._rows.set_layer(index, PackedLayer(layer.vectors, matrices))
+        self._layers.append(shared)
+
+    def set_ends(
+        self, ends: LoopEnds, embedding: PlainEmbedding, heads: Mapping[Action, Head], shared: Head | None
+    ) -> None:
         """Sets the embedding, the heads by precision, and the head for many rows at once."""
         super().__init__(ends)
         self.logits = Heads(heads, shared if self.shares_products else None, self._most_apart)
-        self.heads.keep(heads)
-        self._has_embedding = True
-        match embedding:
-            case HeadsEmbedding(words, multiplier):
-                self._rows.set_embedding(words, multiplier)
-            case PlainEmbedding(weight, multiplier) if weight.dtype is bfloat16 and weight.is_contiguous():
-                self._rows.set_embedding(weight, multiplier)
-            case _:
-                self._has_embedding = False
+        self._rows.set_embedding(embedding.weight, embedding.multiplier)
 
     def run(
         self, plan: PassPlan, token_ids: Sequence[int], batch: Batch, limit: Limit | None = None
@@ -111,7 +124,7 @@ class NativeBackend(LayerLoop):
 
     def run_layer(self, layer: int, actions: Sequence[Action], hidden: Tensor, batch: Batch) -> Tensor:
         parts: list[tuple[list[int] | None, Tensor]] = []
-        for action, group in group_rows(actions):
+        for (_, action), group in group_rows(in_turns(actions, batch)):
             if action is Action.SKIP:
                 parts += self._skip(layer, hidden, batch, group)
                 continue
@@ -153,7 +166,7 @@ class NativeBackend(LayerLoop):
     def _make(self, plan: PassPlan, batch: Batch) -> _Made | None:
         """Returns what the native code is told of such passes; None if they run layer by layer."""
         num_full = sum(Action.FULL in row.pinned.values() for row in plan.rows) * (batch.num_rows // len(plan.rows))
-        if not self._has_embedding or self._is_shared(batch, num_full):
+        if self._is_shared(batch, num_full):
             return None
         arguments = self._translator.arguments(plan, batch)
         if arguments is None:
@@ -188,6 +201,7 @@ class NativeBackend(LayerLoop):
     def _run_shared(self, layer: int, inputs: Tensor, batch: Batch, group: list[int] | None) -> Tensor:
         """Runs rows in FULL, with one product and one attention for all of them."""
         own = self._layers[layer]
+        assert own is not None
 
         def attend(normed: Tensor) -> Tensor:
             return self._rows.attend(layer, own.linears.query_key_value(normed), self._translator.rows_of(batch, group))
@@ -195,25 +209,16 @@ class NativeBackend(LayerLoop):
         return run_layer_body(self._block, own.norms, own.linears, inputs, attend)
 
 
-def packed_matrices(
-    action: Action, weights: Linears[FullLinear], linears: Linears[Linear]
-) -> list[tuple[NativeMatrix, int]]:
-    """Packs a layer's matrices for `PackedLayer`; those in FULL share the memory of `linears`."""
-    matrices = weights.matrices()
-    if action is Action.FULL:
-        pairs = zip(matrices, linears.matrices(), strict=True)
-        return [(pack_native_matrix(action, own, linear), own.weight.shape[1]) for own, linear in pairs]
-    first, *key_values = quantized_parts(action, matrices[0])
-    parts = [first, *((action, own) for own in matrices[1:]), *key_values]
-    return [(pack_native_matrix(precision, own), own.weight.shape[1]) for precision, own in parts]
-
-
-def layer_vectors(weights: LayerWeights) -> dict[str, Tensor]:
-    """Returns a layer's vectors by the names that the native code has for them."""
-    norms = {name: getattr(weights, name) for name in (*NORMS, "query_norm", "key_norm")}
-    vectors = {name: norm.weight for name, norm in norms.items() if norm is not None}
-    others = {"head_norm": weights.head_norm, "bias": weights.linears.query_key_value.bias}
-    return vectors | {name: own for name, own in others.items() if own is not None}
+def in_turns(actions: Sequence[Action], batch: Batch) -> list[tuple[int, Action]]:
+    """Returns each row's action after the number of other actions that the rows before it in its sequence take turns
+    with: it attends to what these write."""
+    turns: list[tuple[int, Action]] = []
+    for span in batch.spans:
+        turn, before = 0, actions[span.first_row]
+        for action in actions[span.first_row : span.first_row + span.num_rows]:
+            turn += action is not before
+            turns.append((turn, before := action))
+    return turns
 
 
 def why_eager(model: ModelConfig, context_length: int) -> str | None:

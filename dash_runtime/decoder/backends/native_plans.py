@@ -54,27 +54,27 @@ class PassTranslator:
         """Rows of each batch, with the number of moves that they are of: a pass asks for them in every layer."""
 
     def rows_of(self, batch: Batch, rows: Sequence[int] | None = None) -> RowsOfPass:
-        """Returns all rows, or some rows of a pass with one per sequence."""
+        """Returns all rows, or some."""
         kept = self._rows.setdefault(batch, {})
         key = None if rows is None else tuple(rows)
         num_moves, own = kept.get(key, (0, None))
         if own is not None and num_moves == batch.num_moves:
             return own
-        spans = batch.spans if rows is None else [batch.spans[row] for row in rows]
+        pieces = [(span, span.end, span.num_rows) for span in batch.spans] if rows is None else _pieces(batch, rows)
         if own is not None:
-            own.move([span.end for span in spans])
+            own.move([end for _, end, _ in pieces])
             kept[key] = batch.num_moves, own
             return own
         if len(kept) == _MOST_GROUPS:
             kept.clear()
         each, first_row = [], 0
-        for span in spans:
+        for span, end, num_rows in pieces:
             rounded = [own.data_ptr() for own in span.cache.rounded or ()]
-            each.append(RowSpan(span.cache.memories[0].data_ptr(), span.end, first_row, span.num_rows, *rounded))
-            first_row += span.num_rows
+            each.append(RowSpan(span.cache.memories[0].data_ptr(), end, first_row, num_rows, *rounded))
+            first_row += num_rows
         tables = list(dict.fromkeys(batch.rotary))
-        rotary = [[_addresses(table, span) for table in tables] for span in spans]
-        own = RowsOfPass(each, spans[0].cache.pool.strides, rotary)
+        rotary = [[_addresses(table, span) for table in tables] for span, _, _ in pieces]
+        own = RowsOfPass(each, batch.spans[0].cache.pool.strides, rotary)
         kept[key] = batch.num_moves, own
         return own
 
@@ -129,3 +129,21 @@ def _addresses(table: RotaryTable, span: Span) -> tuple[int, int]:
     """Returns the addresses of cosines and sines of a sequence's first position."""
     first = table.first_row(span.cache.reserved_tokens)
     return table.cosines[first].data_ptr(), table.sines[first].data_ptr()
+
+
+def _pieces(batch: Batch, rows: Sequence[int]) -> list[tuple[Span, int, int]]:
+    """Returns the parts of spans that some rows are: the span, the number of its positions up to there, and how many
+    rows they are."""
+    pieces: list[tuple[Span, int, int]] = []
+    number, before = 0, -2
+    for row in rows:
+        while row >= batch.spans[number].first_row + batch.spans[number].num_rows:
+            number += 1
+        span = batch.spans[number]
+        end = span.start + row - span.first_row + 1
+        if row == before + 1 and pieces and pieces[-1][0] is span:
+            pieces[-1] = span, end, pieces[-1][2] + 1
+        else:
+            pieces.append((span, end, 1))
+        before = row
+    return pieces

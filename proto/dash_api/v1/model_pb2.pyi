@@ -24,7 +24,7 @@ class GetModelRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("name", "architecture", "layer_count", "vocabulary_size", "context_length", "max_new_tokens_limit", "default_max_new_tokens", "cache_tokens", "slot_count", "actions", "modes", "default_mode", "policy_names", "default_policy_name", "device", "default_draft_policy_name", "is_compiled")
+    __slots__ = ("name", "architecture", "layer_count", "vocabulary_size", "context_length", "max_new_tokens_limit", "default_max_new_tokens", "cache_tokens", "slot_count", "actions", "modes", "default_mode", "policy_names", "default_policy_name", "device", "default_draft_policy_name", "is_compiled", "weight_error")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
     LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,7 @@ class GetModelResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_DRAFT_POLICY_NAME_FIELD_NUMBER: _ClassVar[int]
     IS_COMPILED_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_ERROR_FIELD_NUMBER: _ClassVar[int]
     name: str
     architecture: str
     layer_count: int
@@ -59,7 +60,8 @@ class GetModelResponse(_message.Message):
     device: str
     default_draft_policy_name: str
     is_compiled: bool
-    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., layer_count: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., context_length: _Optional[int] = ..., max_new_tokens_limit: _Optional[int] = ..., default_max_new_tokens: _Optional[int] = ..., cache_tokens: _Optional[int] = ..., slot_count: _Optional[int] = ..., actions: _Optional[_Iterable[_Union[_common_pb2.Action, str]]] = ..., modes: _Optional[_Iterable[_Union[_common_pb2.Mode, str]]] = ..., default_mode: _Optional[_Union[_common_pb2.Mode, str]] = ..., policy_names: _Optional[_Iterable[str]] = ..., default_policy_name: _Optional[str] = ..., device: _Optional[str] = ..., default_draft_policy_name: _Optional[str] = ..., is_compiled: bool = ...) -> None: ...
+    weight_error: float
+    def __init__(self, name: _Optional[str] = ..., architecture: _Optional[str] = ..., layer_count: _Optional[int] = ..., vocabulary_size: _Optional[int] = ..., context_length: _Optional[int] = ..., max_new_tokens_limit: _Optional[int] = ..., default_max_new_tokens: _Optional[int] = ..., cache_tokens: _Optional[int] = ..., slot_count: _Optional[int] = ..., actions: _Optional[_Iterable[_Union[_common_pb2.Action, str]]] = ..., modes: _Optional[_Iterable[_Union[_common_pb2.Mode, str]]] = ..., default_mode: _Optional[_Union[_common_pb2.Mode, str]] = ..., policy_names: _Optional[_Iterable[str]] = ..., default_policy_name: _Optional[str] = ..., device: _Optional[str] = ..., default_draft_policy_name: _Optional[str] = ..., is_compiled: bool = ..., weight_error: _Optional[float] = ...) -> None: ...
 
 class GetPolicyRequest(_message.Message):
     __slots__ = ("name",)

@@ -9,10 +9,12 @@ import math
 import socket
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from dash_runtime.actions import Action
 from dash_runtime.checkpoints import resolve_checkpoint
 from dash_runtime.devices import num_devices
 from dash_runtime.devices.cuda_graphs import CaptureFailed
@@ -20,7 +22,10 @@ from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import DashRuntimeError, InvalidRequest
 from dash_runtime.events import CostStatus, EngineEvent, RequestRefused
 from dash_runtime.startup.build import BuildOptions, build_engine
+from dash_runtime.startup.forecast import tell_needs
 from dash_runtime.startup.native_code import begin_to_compile
+from dash_runtime.startup.packed_files import WeightsPlace
+from dash_runtime.startup.process_memory import settle_memory
 from dash_server.worker import messages
 from dash_server.worker.server_socket import ServerGone, receive, send
 
@@ -75,6 +80,8 @@ class EngineLoop:
             cache_folder = Path(config.cache_folder)
             if config.native_code and config.devices[0] in ("auto", "cpu") and not torch.cuda.is_available():
                 begin_to_compile(cache_folder)
+            if not config.serves_first:
+                tell_needs(config.model, cache_folder, config.engine, self._tell)
             folder = resolve_checkpoint(config.model, config.revision, cache_folder, self._tell)
             policy_file = None if config.policy_file is None else Path(config.policy_file)
             options = BuildOptions(
@@ -82,9 +89,12 @@ class EngineLoop:
                 config.precision,
                 threads_of_worker(config.num_threads, config.num_workers),
                 policy_file,
-                config.native_code,
-                config.use_graphs,
-                config.checks_costs,
+                None if config.actions is None else [Action[name] for name in config.actions],
+                WeightsPlace(config.weights),
+                native_code=config.native_code,
+                use_graphs=config.use_graphs,
+                checks_kept_costs=config.checks_costs,
+                serves_first=config.serves_first,
             )
             engine = build_engine(folder, cache_folder, options, config.engine, self._tell)
         except DashRuntimeError as error:
@@ -107,25 +117,48 @@ class EngineLoop:
     def _serve(self, engine: Engine, bodies: list[bytes]) -> None:
         engine.on_progress = self._say_that_it_works
         engine.bursts.wake_file = self._server.fileno()
-        watch, judged = engine.cost_watch, CostStatus()
+        engine.later.serve_others = partial(self._serve_others, engine)
+        watch, judged, facts = engine.cost_watch, CostStatus(), engine.facts
         while True:
-            events: list[EngineEvent] = []
-            for body in bodies:
-                events += self._handle(engine, messages.decode_to_worker(body))
-            events += engine.step()
-            if events:
-                self._send(messages.StepEvents(events))
+            self._step(engine, bodies)
             bodies = self._receive(self._patience(engine))
-            if watch is not None:
-                if not bodies and not engine.has_work:
+            if not bodies and not engine.has_work:
+                if not engine.later.is_done:
+                    self._work_later(engine)
+                elif watch is not None:
                     watch.work_idly()
-                if watch.status != judged:
-                    judged = watch.status
-                    self._send(messages.CostsJudged(judged, engine.facts))
+            status = judged if watch is None else watch.status
+            if status != judged or engine.facts is not facts:
+                judged, facts = status, engine.facts
+                self._send(messages.CostsJudged(judged, facts))
+
+    def _step(self, engine: Engine, bodies: Sequence[bytes]) -> None:
+        events: list[EngineEvent] = []
+        for body in bodies:
+            events += self._handle(engine, messages.decode_to_worker(body))
+        events += engine.step()
+        if events:
+            self._send(messages.StepEvents(events))
+
+    def _work_later(self, engine: Engine) -> None:
+        """Does a piece of the work that was left for later."""
+        try:
+            engine.later.work()
+        except DashRuntimeError as error:  # what it would have found is only worth speed
+            logger.error("a measurement failed, and the engine serves on without it: %s", error)
+        if engine.later.is_done:
+            settle_memory(moves=False)
+
+    def _serve_others(self, engine: Engine) -> None:
+        """Serves whoever waits, between two passes of a measurement."""
+        while (bodies := self._receive(0.0)) or engine.has_work:
+            self._step(engine, bodies)
 
     def _patience(self, engine: Engine) -> float | None:
         """Returns the seconds to wait for a message; None for as long as it takes."""
         if engine.has_work:
+            return 0.0
+        if not engine.later.is_done:
             return 0.0
         seconds = math.inf if engine.cost_watch is None else engine.cost_watch.seconds_until_idle_work()
         return None if seconds == math.inf else seconds

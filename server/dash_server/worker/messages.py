@@ -28,10 +28,16 @@ class WorkerConfig(msgspec.Struct, frozen=True, tag=True):
     """The FULL action's weights: `bfloat16` or `float32`."""
     num_threads: int | None
     native_code: bool
+    actions: tuple[str, ...] | None
+    """The names of the actions to offer; None: what fits well into the memory that is free."""
+    weights: str
+    """`mapped` or `copied`."""
     checks_costs: bool
     policy_file: str | None
     cache_folder: str
     engine: EngineConfig
+    serves_first: bool
+    """True if what nobody measured yet is measured once the worker serves."""
     use_graphs: bool = True
     """False once a worker on this device could not make one."""
     worker_number: int = 0

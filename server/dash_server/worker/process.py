@@ -21,6 +21,7 @@ from dash_server.worker.starter import to_its_end
 logger = logging.getLogger(__name__)
 
 _SECONDS_PER_STAGE = 2.0
+_MEANINGS = {-signal.SIGBUS: ": a file of its weights shrank while it was mapped"}
 # Time to read a dead worker's last messages; a grandchild may hold its socket open for ever.
 _LAST_WORDS_SECONDS = 0.5
 
@@ -94,7 +95,8 @@ class FramedProcess(Generic[Received]):
 
     async def stop(self) -> str:
         """Asks the process to exit, then sends SIGTERM, then SIGKILL. See `Worker`."""
-        return f"status {await to_its_end(self._end())}"
+        status = await to_its_end(self._end())
+        return f"status {status}{_MEANINGS.get(status, '')}"
 
     async def _end(self) -> int:
         self.send(Shutdown())
