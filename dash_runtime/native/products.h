@@ -58,6 +58,17 @@ inline int64_t lines_in_turn(const Matrix &matrix) {
 
 inline int64_t bytes_of_tile(const Matrix &matrix) { return lines_of_tile(matrix) * kLineBytes; }
 
+// Lines that few rows fetch ahead in the tile that they read, past its end too: by itself the processor foresees too few
+// of them where each takes many instructions.
+constexpr int64_t kLinesAhead = 40;
+template <Layout kLayout>
+constexpr int64_t kLinesOfGroup = lines_before(kLayout, 1);
+
+inline void fetch_lines(const int32_t *words, int64_t count) {
+#pragma GCC unroll 8
+  for (int64_t line = 0; line < count; ++line) __builtin_prefetch(words + line * kLanes);
+}
+
 namespace products {
 
 // Each function writes a tile, or `kTilesAtOnce`, of `kRows` rows to outputs[row * stride + …].
@@ -85,8 +96,8 @@ inline void add_pairs(Sums<kRows, kTilesAtOnce> &sums, const int32_t *words, int
   for (int next = 0; next < kPairsAtOnce; ++next, words += step) {
 #pragma GCC unroll 4
     for (int part = 0; part < kTilesAtOnce; ++part) {
-      // Blocks are read a part at a time, which the processor does not foresee.
-      if (kTilesAtOnce < kBlockTiles) __builtin_prefetch(words + 24 * step + part * kLanes);
+      // Of whole blocks the processor foresees too little, and nothing of those that are read a part at a time.
+      __builtin_prefetch(words + (kTilesAtOnce < kBlockTiles ? 24 : 12) * step + part * kLanes);
       const Ints word = load<Ints>(words + part * kLanes);
 #pragma GCC unroll 16
       for (int row = 0; row < kRows; ++row)
@@ -185,7 +196,10 @@ inline void rounded(const Matrix &matrix, const Inputs &inputs, int64_t tile, fl
   Ahead own_ahead = ahead;
   Floats total[kRows][kTiles]{};
   for (int64_t group = 0; group < num_groups; ++group) {
-    if constexpr (kTiles > 1) own_ahead.fetch(kTiles);
+    if constexpr (kTiles > 1)
+      own_ahead.fetch(kTiles);
+    else
+      fetch_lines(words + (weights_line(kLayout, group) + kLinesAhead) * kLanes, kLinesOfGroup<kLayout>);
     Floats sums[kRows][kTiles];
     add_group<kLayout, kRows, kTiles>(words + weights_line(kLayout, group) * kLanes, tile_stride, values,
                                       inputs.row_stride, sums);
