@@ -193,7 +193,7 @@ def build_engine(
     calibration = DeviceCalibration(
         cache_folder / "calibration",
         (fingerprint, options.precision),
-        (described, kind),
+        (described, kind, *(action.name for action in actions)),
         int4.identity,
         checks_kept=options.checks_kept_costs,
     )
