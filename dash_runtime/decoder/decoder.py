@@ -46,6 +46,8 @@ class Decoder:
     """Number of positions in the rotary tables."""
     max_prompt_rows: int
     """A prompt's row has the same bits in all passes of up to this many rows."""
+    rows_are_apart: bool = False
+    """True if no row's bits depend on the others of its pass, so that prompts may be cut anywhere and run together."""
     before_pass: Callable[[], None] | None = None
     """Called before every pass and layer that somebody runs by this object; see `patient`."""
     draw: DrawTokens | None = None

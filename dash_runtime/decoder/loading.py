@@ -10,7 +10,7 @@ from dash_runtime.decoder.backends.backend import Backend
 from dash_runtime.decoder.backends.cuda import CudaBackend
 from dash_runtime.decoder.backends.eager import EagerBackend
 from dash_runtime.decoder.backends.loop import LoopEnds
-from dash_runtime.decoder.backends.native import FullLayer, NativeBackend
+from dash_runtime.decoder.backends.native import NativeBackend
 from dash_runtime.decoder.backends.packed_model import PackedModel, pack_by_layer, parts_of
 from dash_runtime.decoder.backends.split import backend_over
 from dash_runtime.decoder.decoder import Backends, Decoder
@@ -22,11 +22,14 @@ from dash_runtime.layers.layer import DecoderLayer, make_layer
 from dash_runtime.layers.narrow_head import HeadMap, narrow_head
 from dash_runtime.layers.shortlist import loudest_channels, shortlist_head
 from dash_runtime.layers.weight_loader import WeightLoader
-from dash_runtime.linears.dense_linear import MAX_INVARIANT_ROWS, BatchInvariantLinear, FullLinear, for_neighbours
+from dash_runtime.linears.dense_linear import MAX_INVARIANT_ROWS, BatchInvariantLinear, FullLinear
 from dash_runtime.linears.int4_matrix import Int4Matrix, Place, is_packable
 from dash_runtime.linears.kept_trials import NO_TRIALS, KeptTrials
 from dash_runtime.linears.quantization import for_many_rows, make_linear
 from dash_runtime.model_config import ModelConfig
+
+_ROWS_IN_CACHE = 256
+"""Prompt rows in a native pass: their states stay in the processor's cache."""
 
 
 def make_decoder(
@@ -145,56 +148,37 @@ def pack_in_memory(loader: WeightLoader, actions: Sequence[Action], head_map: He
 
 
 def make_native_decoder(
+    config: ModelConfig,
     packed: PackedModel,
-    loader: WeightLoader,
     native: NativeBackend,
     actions: tuple[Action, ...],
     *,
     context_length: int,
     head_map: HeadMap | None = None,
-    trials: KeptTrials = NO_TRIALS,
 ) -> Decoder:
     """Makes a decoder whose passes run in native code.
 
     Args:
         packed: the weights of these actions; see `parts_of`.
-        loader: reads those for the library's products, where the processor is faster with these for many rows.
         native: the backend; it gets the weights.
         actions: those that the backend is for.
-        context_length, head_map, trials: as in `make_decoder`.
+        context_length, head_map: as in `make_decoder`.
     """
-    config, final_norm, multiplier = loader.config, packed.final_norm, loader.config.logits_multiplier
-    layers: list[DecoderLayer] = []
-    for index in range(config.num_layers):
-        own = None
-        if native.uses_library:
-            weights = loader.layer(index)
-            own = FullLayer(weights, make_layer(weights, config.query_size, (Action.FULL,), trials))
-            layers.append(own.layer)
-        native.add_layer(packed, own)
-    full, shared, wide = None, None, None
-    if native.uses_library:
-        weight = FullLinear(packed.embedding if config.has_tied_head else loader.head())
-        full = weight, make_linear(Action.FULL, weight, trials)
-        shared, wide = (eager_head(own(full[1]), final_norm, multiplier) for own in (for_neighbours, for_many_rows))
-    heads = native.heads.make(packed, full, multiplier, head_map)
+    native.set_layers(packed)
+    heads = native.heads.make(packed, config.logits_multiplier, head_map)
     embed = PlainEmbedding(packed.embedding, config.embedding_multiplier)
-    ends = LoopEnds(config.num_layers, embed, Heads(heads), device_of(loader.device))
-    native.set_ends(ends, embed, heads, shared)
-    backends: dict[PassKind, Sequence[Backend]] = {kind: [native] for kind in PassKind}
-    if wide is not None:
-        wide_layers = [layer.for_many_rows() for layer in layers]
-        wide_heads: dict[Action, Head] = {**heads, Action.FULL: wide}
-        backends[PassKind.PREFILL] = [EagerBackend(ends, config, wide_layers, Heads(wide_heads))]
+    device = packed.embedding.device
+    native.set_ends(LoopEnds(config.num_layers, embed, Heads(heads), device_of(device)), embed, heads)
     return Decoder(
         config,
         actions,
-        backends,
+        {kind: [native] for kind in PassKind},
         embed,
         heads,
         dtype=torch.bfloat16,
-        devices=[loader.device] * config.num_layers,
+        devices=[device] * config.num_layers,
         context_length=context_length,
-        max_prompt_rows=MAX_INVARIANT_ROWS,
+        max_prompt_rows=_ROWS_IN_CACHE,
+        rows_are_apart=True,
         draw=native.draw,
     )

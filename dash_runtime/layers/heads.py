@@ -16,20 +16,12 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """The heads by precision.
-
-    `shared`, if any, serves passes of more than `most_apart` rows, whatever their precisions: one product for all rows
-    is then the fastest.
-    """
+    """The heads by precision."""
 
     by_precision: Mapping[Action, Head]
-    shared: Head | None = None
-    most_apart: int = 0
 
     def __call__(self, hidden: Tensor, precisions: Sequence[Action]) -> Tensor:
         """Returns float32 `[rows, vocab_size]` from the last layer's output, with each row's precision."""
-        if self.shared is not None and len(precisions) > self.most_apart:
-            return self.shared(hidden)
         parts = [
             (rows, self.by_precision[precision](take_rows(hidden, rows))) for precision, rows in group_rows(precisions)
         ]

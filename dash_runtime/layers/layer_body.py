@@ -1,6 +1,6 @@
 """A layer's arithmetic, stated once over its family's `BlockConfig`.
 
-Eager layers, shared products and passes with a gradient all run it. `native/layer.h` states it once more in C++; a test
+Eager layers and passes with a gradient both run it. `native/layer.h` states it once more in C++; a test
 holds the two together. Knows tensors; knows no caches, no actions and no kernels.
 """
 

@@ -1,6 +1,6 @@
 """A layer's MLP: one gated linear unit, or a mixture of them, of which a router chooses a few for each row.
 
-Eager layers, shared products and passes with a gradient all run it. Knows tensors; knows no actions and no kernels.
+Eager layers and passes with a gradient both run it. Knows tensors; knows no actions and no kernels.
 """
 
 from collections.abc import Callable

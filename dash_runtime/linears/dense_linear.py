@@ -4,7 +4,6 @@ Knows matrices; knows no layers.
 """
 
 import ctypes
-import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
@@ -226,14 +225,6 @@ def for_many_rows(linear: Linear) -> Linear:
     return linear
 
 
-def for_neighbours(linear: Linear) -> Linear:
-    """Returns the same matrix for rows whose sums may depend on how many there are. A few take half the time, or less,
-    where they would be padded otherwise."""
-    if isinstance(linear, BatchInvariantLinear) and isinstance(linear.product, PackedLinear):
-        return linear.product
-    return for_many_rows(linear)
-
-
 def _as_loaded(full: FullLinear) -> FullLinear:
     return full
 
@@ -255,17 +246,6 @@ def packed_words(linear: Linear) -> Tensor | None:
         return None
     block = _packed_block(linear.shape)
     return None if block is None else _in_words(linear.product.memory(), linear.shape, block)
-
-
-def most_rows_apart() -> int:
-    """Returns the most rows in FULL for which native code (`native/products.h`) is faster than the library's product.
-
-    With AVX-512 it always is: 72 to 256 rows take 0.75 to 0.81 of the time with bf16 (Xeon), and 96 rows 0.39 without.
-    With AVX2 alone 12 rows take 0.86, and 24 rows 1.3 times as long. With AMX it was not measured.
-    """
-    if not _has_packed_linear():
-        return 16
-    return 64 if torch.cpu._is_amx_tile_supported() else sys.maxsize
 
 
 @lru_cache

@@ -221,17 +221,19 @@ struct alignas(kRowBytes) Group {
 
 template <Layout kLayout>
 inline void unpack(const int32_t *words, int64_t num_groups, Group *groups) {
-  for (int64_t group = 0; group < num_groups; ++group)
+  constexpr int kWords = bits_of(kLayout);
+  for (int64_t group = 0; group < num_groups; ++group) {
+    auto &to = groups[group].words;
 #pragma GCC unroll 8
-    for (int index = 0; index < bits_of(kLayout); ++index) {
+    for (int index = 0; index < kWords; ++index) {
       const int32_t *line = words + (weights_line(kLayout, group) + index) * kLanes;
       const Ints word = load<Ints>(line) ^ INT32_MIN;  // the last weight of a word has a sign
-      auto &to = groups[group].words;
       if (kLayout == kInt8)
         store(to[index], word);
       else
         store(to[2 * index], word & 0x0F0F0F0F), store(to[2 * index + 1], (word >> 4) & 0x0F0F0F0F);
     }
+  }
 }
 
 // Adds some groups of a tile of outputs to the rows' sums, which begin at 0 or are in `outputs`, and multiplies them by

@@ -81,11 +81,26 @@ class RoundedBlock {
 
   explicit RoundedBlock(const HeadShape &shape) : shape_(shape) {}
 
+  // Writes what a block lacks: new positions, and those that were only needed in bf16 so far.
+  void fill(const BlockPlace &place) {
+    set_tiles(place);
+    const Memory &memory = place.memory;
+    const Span &span = place.span;
+    const Filled &filled = span.filled[memory.layer];
+    const int64_t first = place.block * kBlockPositions, last = first + place.count;
+    const int64_t needed = std::max(first, memory.first_rounded(span)), first_new = span.num_tokens - span.num_rows;
+    const int64_t missing = filled.first <= needed ? std::max(needed, std::min(filled.last, first_new)) : needed;
+    for (int64_t position = missing; position < last; ++position) {
+      const int64_t in_tile = position % kRoundedPositions;
+      const int64_t from = position * memory.token_stride + place.kv_head * shape_.head_dim;
+      const uint16_t *key = memory.keys(span) + from, *value = memory.values(span) + from;
+      own_tile((position - first) / kRoundedPositions)
+          .write(shape_, in_tile, key, value, key - in_tile * memory.token_stride);
+    }
+  }
+
   void begin(const BlockPlace &place, int64_t) {
-    step_ = RoundedTile::size(shape_) * shape_.num_kv_heads;
-    tiles_ = tiles_of(place) + place.kv_head * RoundedTile::size(shape_);
-    num_tiles_ = num_tiles(place);
-    fill(place);
+    set_tiles(place);
     const BlockPlace next = place.next();
     next_ = {};
     if (next.count <= 0) return;
@@ -114,6 +129,12 @@ class RoundedBlock {
   void end() { next_.fetch_rest(); }
 
  private:
+  void set_tiles(const BlockPlace &place) {
+    step_ = RoundedTile::size(shape_) * shape_.num_kv_heads;
+    tiles_ = tiles_of(place) + place.kv_head * RoundedTile::size(shape_);
+    num_tiles_ = num_tiles(place);
+  }
+
   // Returns the first byte of a block, all heads together.
   char *tiles_of(const BlockPlace &place) const {
     return place.span.rounded + place.memory.layer * place.memory.rounded_bytes +
@@ -121,23 +142,6 @@ class RoundedBlock {
   }
   static int64_t num_tiles(const BlockPlace &place) {
     return (place.count + kRoundedPositions - 1) / kRoundedPositions;
-  }
-
-  // Writes what the block lacks: new positions, and those that were only needed in bf16 so far.
-  void fill(const BlockPlace &place) const {
-    const Memory &memory = place.memory;
-    const Span &span = place.span;
-    const Filled &filled = span.filled[memory.layer];
-    const int64_t first = place.block * kBlockPositions, last = first + place.count;
-    const int64_t needed = std::max(first, memory.first_rounded(span)), first_new = span.num_tokens - span.num_rows;
-    const int64_t missing = filled.first <= needed ? std::max(needed, std::min(filled.last, first_new)) : needed;
-    for (int64_t position = missing; position < last; ++position) {
-      const int64_t in_tile = position % kRoundedPositions;
-      const int64_t from = position * memory.token_stride + place.kv_head * shape_.head_dim;
-      const uint16_t *key = memory.keys(span) + from, *value = memory.values(span) + from;
-      own_tile((position - first) / kRoundedPositions)
-          .write(shape_, in_tile, key, value, key - in_tile * memory.token_stride);
-    }
   }
 
   RoundedTile own_tile(int64_t number) const {

@@ -19,6 +19,8 @@ class TileBlock {
   explicit TileBlock(const HeadShape &shape) : shape_(shape), num_parts_(shape.head_dim / kChannels) {}
   ~TileBlock() { _tile_release(); }
 
+  void fill(const BlockPlace &) {}
+
   void begin(const BlockPlace &place, int64_t num_queries) {
     const HeadBlock &block = block_ = block_of(shape_, place);
     num_tiles_ = (block.count + kPositions - 1) / kPositions;

@@ -29,10 +29,12 @@ class VectorBlock {
 #ifdef __AVX512F__
   static constexpr int kMostQueries = 4;
 #else
-  static constexpr int kMostQueries = 1;
+  static constexpr int kMostQueries = 2;
 #endif
 
   explicit VectorBlock(const HeadShape &shape) : shape_(shape) {}
+
+  void fill(const BlockPlace &) {}
 
   void begin(const BlockPlace &place, int64_t) {
     block_ = block_of(shape_, place);

@@ -4,10 +4,9 @@
 #include "products.h"
 #include "shortlist.h"
 
-// The matrix of the embedding: row by row, or in the blocks of a tied head.
+// The matrix of the embedding, in bf16.
 struct Embedding {
-  const void *words;
-  int64_t block_size;  // outputs; 0 for none
+  const uint16_t *words;
   double multiplier;
 };
 
@@ -53,18 +52,8 @@ inline Best best_of_threads(const Best *best, int64_t row, int64_t num_rows, int
 }
 
 inline void embed(const Embedding &embedding, int64_t token, int64_t size, float *state) {
-  if (const int64_t block_size = embedding.block_size) {
-    const int64_t block = token / block_size * (size / 2) * block_size;
-    const uint32_t *words = static_cast<const uint32_t *>(embedding.words) + block + token % block_size;
-    for (int64_t pair = 0; pair < size / 2; ++pair) {
-      const uint32_t word = words[pair * block_size];
-      state[2 * pair] = from_bf16(static_cast<uint16_t>(word));
-      state[2 * pair + 1] = from_bf16(static_cast<uint16_t>(word >> 16));
-    }
-  } else {
-    const uint16_t *row = static_cast<const uint16_t *>(embedding.words) + token * size;
-    for (int64_t place = 0; place < size; place += kLanes) store(state + place, from_bf16(row + place));
-  }
+  const uint16_t *row = embedding.words + token * size;
+  for (int64_t place = 0; place < size; place += kLanes) store(state + place, from_bf16(row + place));
   if (embedding.multiplier == 1) return;
   const float multiplier = static_cast<float>(embedding.multiplier);
   for (int64_t place = 0; place < size; place += kLanes)

@@ -102,7 +102,7 @@ class HeadRun : public Run {
   // off. Two barriers. Threads that share rows find those of their own, and others those of their tiles.
   void find_likeliest(const Head &head, const HeadMemory &memory, Best *best) const {
     const int64_t size = shape_.hidden_size, num_tiles = head.num_tiles;
-    auto *states = reinterpret_cast<StateError *>(rows_.is_shared ? shared_.fused : own_.attended);
+    auto *states = reinterpret_cast<StateError *>(rows_.is_shared ? shared_.fused : own_.queries);
     const Rows bytes = prepared_own(head.bounds.rough, own_.normed);
     for (int64_t row = rows_.first; row < rows_.last; ++row)
       states[row] = StateError::of(bytes, row, own_.normed + row * size, size);

@@ -97,9 +97,9 @@ class LayerRun : public Run {
     const Matrix *matrices = layer.matrices[action - 1];
     split_rows(layer, memory, rotary, true);
     if (rows_.is_shared) member_.wait();
-    const Attention attention{shape_.heads, memory, own_.queries, own_.keys, own_.values, shared_.parts, own_.attended};
+    const Attention attention{shape_.heads, memory, own_.queries, own_.keys, own_.values, shared_.parts, own_.joined};
     attention.run(member_, rows_.first, rows_.last, to_rounded);
-    multiply(matrices[kOutput], own_.attended, 0, size / kLanes, shared_.branch, size);
+    multiply(matrices[kOutput], own_.queries, 0, size / kLanes, shared_.branch, size);
     member_.wait();
     add_branch(layer.attention_output_norm);
     norm_rows(own_.residual, layer.mlp_norm, rows_, size, shape_.eps, own_.normed);

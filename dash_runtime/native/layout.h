@@ -45,7 +45,7 @@ inline std::string layout_text() {
   STRUCT(Decisions, Decisions, F(policy) F(facts) F(actions) F(layer_costs) F(scores) F(num_known))
   STRUCT(RowPlan, RowPlan, F(pinned) F(decisions) F(compensations) F(kv_action) F(plan))
   STRUCT(Planner, Planner, F(seconds) F(most_rows) F(split_seconds))
-  STRUCT(Embedding, Embedding, F(words) F(block_size) F(multiplier))
+  STRUCT(Embedding, Embedding, F(words) F(multiplier))
   STRUCT(Bounds, Bounds, F(rough) F(errors) F(lengths))
   STRUCT(TokenRows, TokenRows, F(weights) F(scales))
   STRUCT(Head, Head, F(norm) F(matrix) F(rough) F(narrow) F(repeated) F(mean) F(offsets) F(rows) F(bounds) F(num_exact)

@@ -62,7 +62,6 @@ class NativeLibrary:
         )
         self.run_burst.restype = c_int64
         self.draw = _function(library.dash_draw, c_void_p, c_int64, *[c_void_p] * 2, c_int64, c_int64, c_void_p)
-        self.attend = _function(library.dash_attend, c_void_p)
         self.choose = _function(library.dash_choose, *[c_void_p] * 4, c_int64, *[c_void_p] * 2)
         self.rounds_keys = bool(library.dash_rounds_keys())
         """True if rounded layers attend to keys and values in INT8."""

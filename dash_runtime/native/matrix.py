@@ -1,8 +1,7 @@
 """The layouts in which native code reads a matrix, in FULL, INT8 and INT4: from end to end, at the speed of memory.
 
 A matrix lies in tiles of 16 outputs, as vectors with one word for each, which has four INT8 weights or eight INT4 ones.
-In FULL the matrix is read from the memory that oneDNN packed for many rows, if the layout permits. `products.h` has the
-products.
+`products.h` has the products.
 """
 
 import os
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dash_runtime.actions import Action
-from dash_runtime.linears.dense_linear import FullLinear, Linear, packed_words
+from dash_runtime.linears.dense_linear import FullLinear
 from dash_runtime.linears.int4_matrix import (
     INT4_GROUP_SIZE,
     INT4_OFFSET_BITS,
@@ -50,9 +49,7 @@ class NativeMatrix:
 @dataclass(frozen=True, slots=True)
 class FullNativeMatrix(NativeMatrix):
     """A bf16 matrix, int32 `[blocks, in_features / 2, outputs of a block]` with two weights of an output in a word.
-
-    Blocks are tiles, or several of them where they are the memory of a `PackedLinear`.
-    """
+    A block is up to four tiles."""
 
     words: Tensor
 
@@ -177,14 +174,8 @@ def matrix_of(name: str, tensors: Mapping[str, Tensor]) -> NativeMatrix | None:
     return None
 
 
-def pack_native_matrix(action: Action, full: FullLinear, linear: Linear | None = None) -> NativeMatrix:
-    """Lays out the weights of `full` in one precision, or shares the memory of `linear` in FULL.
-
-    `linear` is the same matrix for many rows.
-    """
-    words = packed_words(linear) if action is Action.FULL and linear is not None else None
-    if words is not None:
-        return FullNativeMatrix(words)
+def pack_native_matrix(action: Action, full: FullLinear) -> NativeMatrix:
+    """Lays out the weights of `full` in one precision."""
     if action is Action.FULL:
         return FullNativeMatrix.pack(full)
     return _packed_in_parts(_MATRICES[action].pack, full)

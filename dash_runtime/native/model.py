@@ -87,10 +87,8 @@ class NativeModel:
         """The plans and rows that the fields of the pass are of."""
 
     def set_embedding(self, words: Tensor, multiplier: float) -> None:
-        """Takes the bf16 matrix of the embedding, `[vocab_size, hidden_size]`; or int32 blocks of a tied head
-        (`FullNativeMatrix`)."""
-        block_size = words.shape[2] if words.dim() == 3 else 0
-        embedding = EmbeddingStruct(words.data_ptr(), block_size, multiplier)
+        """Takes the bf16 matrix of the embedding, `[vocab_size, hidden_size]`."""
+        embedding = EmbeddingStruct(words.data_ptr(), multiplier)
         self._pass.embedding, self._kept_embedding = pointer(embedding), words
 
     def set_layer(self, layer: int, packed: PackedLayer) -> None:
@@ -214,16 +212,6 @@ class NativeModel:
         own.num_threads = self._threads.current
         self._library.run_rows(self._pass_address)
         return Chosen(logits, likeliest[:])
-
-    def attend(self, layer: int, fused: Tensor, rows: RowsOfPass) -> Tensor:
-        """Runs a layer's attention for rows, from its first product with bias; returns `[rows, num_heads *
-        head_dim]`. Both are bf16."""
-        output = fused.new_empty((len(fused), self._query_size))
-        own = self._pass
-        own.first_layer = layer
-        own.input, own.output = fused.data_ptr(), output.data_ptr()
-        self._call(self._library.attend, rows)
-        return output
 
     def _run(
         self,

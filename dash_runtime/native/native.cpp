@@ -20,40 +20,6 @@ void in_parallel(Workspace &workspace, int64_t num_threads, Work work) {
   in_threads(num_threads, [&](int64_t index, int64_t count) { work(Member{&workspace.barrier, index, count}); });
 }
 
-// Memory of the attention of rows whose products are shared, which all threads see.
-struct AttentionParts {
-  float *queries, *keys, *values, *attended, *parts;
-};
-
-AttentionParts attention_parts_of(Parts &parts, const Pass &pass) {
-  const ModelShape &shape = *pass.shape;
-  const int64_t query_size = pass.num_rows * shape.query_size(), kv_size = pass.num_rows * shape.kv_size();
-  return {parts.take(query_size), parts.take(kv_size), parts.take(kv_size), parts.take(query_size),
-          parts.take(parts_size(shape.heads, pass.spans, pass.num_spans))};
-}
-
-// One thread's part in the attention of rows whose products are shared: their first one is `pass.input`.
-void take_part_in_attention(const Pass &pass, const AttentionParts &shared, const Member &member) {
-  const ModelShape &shape = *pass.shape;
-  const int64_t query_size = shape.query_size(), kv_size = shape.kv_size(), fused_size = shape.fused_size();
-  float *fused = laid_out(pass.workspace->own[member.index].floats, [&](Parts &own) { return own.take(fused_size); });
-  const Memory memory = memory_of(pass, pass.first_layer);
-  const RotaryOfSpans rotary = rotary_of(pass, pass.first_layer);
-  const int64_t first = member.first(pass.num_rows), last = member.last(pass.num_rows);
-  for_rows(memory, first, last, [&](int64_t row, int64_t position, int64_t span) {
-    for (int64_t place = 0; place < fused_size; place += kLanes)
-      store(fused + place, from_bf16(pass.input + row * fused_size + place));
-    split_heads(shape, pass.layers[pass.first_layer], rotary.of(span), position, fused, nullptr,
-                shared.queries + row * query_size, shared.keys + row * kv_size, shared.values + row * kv_size);
-  });
-  member.wait();
-  const Attention attention{shape.heads,   memory,       shared.queries, shared.keys,
-                            shared.values, shared.parts, shared.attended};
-  attention.run(member, first, last, false);
-  for (int64_t place = first * query_size; place < last * query_size; place += kLanes)
-    write_bf16(pass.output + place, load<Floats>(shared.attended + place));
-}
-
 // Forgets the rounded keys and values of positions that the lone sequence no longer has.
 void forget_rounded(const Pass &pass) {
   const Span &span = *pass.spans;
@@ -172,13 +138,6 @@ extern "C" void dash_draw(const float *logits, int64_t count, const int64_t *row
       DASH_CHECK(tokens[own] >= 0 && tokens[own] < count);
     }
   });
-}
-
-// Runs the attention of `first_layer`.
-extern "C" void dash_attend(const Pass *pass) {
-  const auto shared = laid_out(pass->workspace->shared, [&](Parts &parts) { return attention_parts_of(parts, *pass); });
-  in_parallel(*pass->workspace, pass->num_threads,
-              [&](const Member &member) { take_part_in_attention(*pass, shared, member); });
 }
 
 // Evaluates a policy for rows, in the calling thread.

@@ -60,8 +60,8 @@ struct Pass {
   Span *spans;
   const int64_t *tokens;  // [num_rows], null for `input`
   const Embedding *embedding;
-  const uint16_t *input;  // [num_rows, hidden_size], bf16; of `dash_attend` [num_rows, fused_size]
-  uint16_t *output;       // [num_rows, hidden_size], may be null; of `dash_attend` [num_rows, query_size]
+  const uint16_t *input;  // [num_rows, hidden_size], bf16
+  uint16_t *output;       // [num_rows, hidden_size], may be null
   const Head *head;       // null for none
   float *logits;          // [num_rows, vocabulary]; null if only the likeliest are wanted of a head with bounds
   int64_t *likeliest;     // [num_rows]
@@ -166,7 +166,9 @@ inline SharedParts shared_parts(Parts &parts, const Pass &pass) {
     const RowPlan &plan = pass.plans[row];
     if (plan.decisions && plan.decisions->policy->width > width) width = plan.decisions->policy->width;
   }
-  float *attention = parts.take(parts_size(shape.heads, pass.spans, pass.num_spans));
+  int64_t attention_size = 0;
+  for (int64_t span = 0; span < pass.num_spans; ++span) attention_size += parts_size(shape.heads, pass.spans[span]);
+  float *attention = parts.take(attention_size);
   float *branch = parts.take(2 * rows * shape.hidden_size), *inner = parts.take(rows * shape.intermediate_size);
   SharedParts own;
   own.width = width;
@@ -195,7 +197,7 @@ inline OwnParts own_parts(Parts &parts, const Pass &pass) {
                 parts.take(rows * query_size),
                 parts.take(rows * kv_size),
                 parts.take(rows * kv_size),
-                parts.take(rows * query_size),
+                parts.take(joined_size(shape.heads)),
                 parts.take(2 * rows * (shape.intermediate_size + kLanes)),
                 parts.take(rows * repeated_size(pass))};
   return {own, parts.take(pass.num_plans > 1 ? rows * shape.hidden_size : 0), parts.take(shape.hidden_size)};

@@ -28,8 +28,10 @@ constexpr int kRowsOfBytes = kMostRows, kTilesOfBytes = 1;
 #endif
 #ifdef __AVX512BF16__
 constexpr int kMostFullRows = 16, kFullSums = 1, kSumsAtOnce = 28;
-#else
+#elif defined(__AVX512F__)
 constexpr int kMostFullRows = kMostRows, kFullSums = 2, kSumsAtOnce = kMostFullRows;
+#else
+constexpr int kMostFullRows = 6, kFullSums = 2, kSumsAtOnce = kMostRows;
 #endif
 
 // The next block's weights, fetched while this one is multiplied by many rows. The processor foresees no more than it
@@ -106,6 +108,24 @@ inline void add_pairs(Sums<kRows, kTilesAtOnce> &sums, const int32_t *words, int
   }
 }
 
+// The same for more rows than have registers for the sums of both halves of a word: these take turns.
+template <int kRows>
+inline void add_halves(Sums<kRows, 1> &sums, const int32_t *words, int64_t step, const Inputs &inputs, int64_t pair) {
+#pragma GCC unroll 2
+  for (int half = 0; half < kFullSums; ++half) {
+    Floats own[kRows]{};
+#pragma GCC unroll 8
+    for (int next = 0; next < kPairsAtOnce; ++next) {
+      const Ints word = load<Ints>(words + next * step);
+      const auto weights = (Floats)(half ? word & ~0xFFFF : word << 16);
+#pragma GCC unroll 6
+      for (int row = 0; row < kRows; ++row)
+        own[row] += weights * inputs.values[row * inputs.row_stride + 2 * (pair + next) + half];
+    }
+    for (int row = 0; row < kRows; ++row) sums.of[row][0][half] += own[row];
+  }
+}
+
 template <int kRows, int kTilesAtOnce>
 inline void full(const Matrix &matrix, const Inputs &inputs, int64_t tile, float *outputs, int64_t stride,
                  Ahead &ahead) {
@@ -120,11 +140,15 @@ inline void full(const Matrix &matrix, const Inputs &inputs, int64_t tile, float
     add_pairs(sums, words, step, inputs, pair);
 #else
     // A vector of several registers that a loop carries from turn to turn would lie in memory.
-    Sums<kRows, kTilesAtOnce> own{};
-    add_pairs(own, words, step, inputs, pair);
-    for (int row = 0; row < kRows; ++row)
-      for (int part = 0; part < kTilesAtOnce; ++part)
-        for (int sum = 0; sum < kFullSums; ++sum) sums.of[row][part][sum] += own.of[row][part][sum];
+    if constexpr (kRows > kMostRows) {
+      add_halves(sums, words, step, inputs, pair);
+    } else {
+      Sums<kRows, kTilesAtOnce> own{};
+      add_pairs(own, words, step, inputs, pair);
+      for (int row = 0; row < kRows; ++row)
+        for (int part = 0; part < kTilesAtOnce; ++part)
+          for (int sum = 0; sum < kFullSums; ++sum) sums.of[row][part][sum] += own.of[row][part][sum];
+    }
 #endif
     words += kPairsAtOnce * step;
   }

@@ -23,7 +23,7 @@ struct Shared {
 };
 
 struct Own {
-  float *residual, *normed, *inputs, *queries, *keys, *values, *attended, *wide, *repeated;
+  float *residual, *normed, *inputs, *queries, *keys, *values, *joined, *wide, *repeated;
 };
 
 // The rows whose norms, residuals and rotations a thread computes: all rows if they are few, or its share of them.

@@ -106,7 +106,7 @@ class PlannerStruct(Structure):
 
 
 class EmbeddingStruct(Structure):
-    _fields_ = [*_pointers("words"), *_numbers("block_size"), ("multiplier", c_double)]
+    _fields_ = [*_pointers("words"), ("multiplier", c_double)]
 
 
 class BoundsStruct(Structure):

@@ -4,7 +4,7 @@ Fits and measurements are kept beside the converted models, and every later star
 budget is the same from one start to the next. Knows folders; knows no environment and no processes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,6 @@ from dash_runtime.engine.lanes import check_lane
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.split_compensation import compensation_over
 from dash_runtime.layers.weight_loader import WeightLoader
-from dash_runtime.linears.dense_linear import most_rows_apart
 from dash_runtime.linears.int4_file import int4_file, load_int4
 from dash_runtime.linears.kept_trials import KeptTrials
 from dash_runtime.linears.quantization import supported_actions
@@ -104,11 +103,12 @@ def build_engine(
     weights = open_weights(folder)
     check_weights(weights, model)
     context_length = min(model.context_length, config.context_length or model.context_length)
-    library, why_full = None, "several devices share the layers"
+    library, why_eager = None, "several devices share the layers"
     if len(devices) == 1:
-        library, why_full = native_code_for(
+        library, why_eager = native_code_for(
             model, context_length, dtype, device, cache_folder, progress, options.native_code
         )
+    why_full = None if library is not None else why_eager
     with one_thread():
         supported = _common_actions(devices, dtype, model) if library is None else tuple(Action)
         fingerprint = kept_fingerprint(model, weights, cache_folder / "fingerprints")
@@ -134,57 +134,41 @@ def build_engine(
         )
 
     if options.actions is not None:
-        actions = asked_actions(options.actions, supported, None if library is not None else why_full)
+        actions = asked_actions(options.actions, supported, why_full)
     else:
-        frees = [room.free for room in rooms]
-        free = None if None in frees else sum(own for own in frees if own is not None)
-        actions = fitting_actions(
-            supported, lambda own: needed(own).weights, free, None if library is not None else why_full, progress
-        )
-    learned: list[LearnedPolicy] = []
-    for policy in loaded:
-        if policy.int4 != int4.identity:
-            progress(
-                f"policy {policy.name} was calibrated with other INT4 weights: it diverges less or more than it says"
-            )
-        if missing := policy.lacks(actions):
-            names = ", ".join(sorted(action.name for action in missing))
-            progress(f"policy {policy.name} is not offered: it needs {names}")
-            continue
-        learned.append(policy.without(set(Action) - set(actions)))
+        frees = [room.free for room in rooms if room.free is not None]
+        free = sum(frees) if len(frees) == len(rooms) else None
+        actions = fitting_actions(supported, lambda own: needed(own).weights, free, why_full, progress)
+    learned = [own.without(set(Action) - set(actions)) for own in _usable(loaded, actions, int4.identity, progress)]
     if options.policy_file is None:
         learned = suited(learned, LaneKind.CUDA_STREAM in device_of(device).lanes)
     layer_devices = place_on(devices, needed(actions), rooms, progress)
     learned = [replace(own, compensation=compensation_over(own.compensation, layer_devices)) for own in learned]
     progress(f"packing kernels for {', '.join(action.name for action in actions)} on {described}")
     has_graphs = options.use_graphs and device_of(device).has_graphs
-    trials = KeptTrials(cache_folder / "products")
     if library is not None:
         learned = [with_native_code(own, library, config.lane) for own in learned]
-    make = partial(
-        make_decoder,
-        *(model, weights, actions),
-        dtype=dtype,
-        device=layer_devices,
-        context_length=context_length,
-        has_finer_keys=has_finer_keys,
-        int4=int4,
-        trials=trials,
-    )
     weight_error = 0.0
     if library is None:
-        decoder = make(has_int8_head=has_int8_head, has_graphs=has_graphs)
+        decoder = make_decoder(
+            *(model, weights, actions),
+            dtype=dtype,
+            device=layer_devices,
+            context_length=context_length,
+            has_finer_keys=has_finer_keys,
+            int4=int4,
+            trials=KeptTrials(cache_folder / "products"),
+            has_int8_head=has_int8_head,
+            has_graphs=has_graphs,
+        )
     else:
         head_map = shared_head_map(learned)
-        native = NativeBackend(model, library, actions, torch.get_num_threads(), shares_products=config.group_planner)
+        native = NativeBackend(model, library, actions, torch.get_num_threads(), shares_heads=config.group_planner)
         loader = WeightLoader(model, weights, dtype, device, copies=True, has_finer_keys=has_finer_keys, int4=int4)
         key = fingerprint, int4.identity, has_finer_keys
         files = PackedFiles(cache_folder / "packed", key, loader, weights, head_map)
-        kernels = [own for own in actions if own is not Action.FULL or not native.uses_library]
-        packed = files.open(parts_of(kernels, head_map), options.weights, progress)
-        decoder = make_native_decoder(
-            packed, loader, native, actions, context_length=context_length, head_map=head_map, trials=trials
-        )
+        packed = files.open(parts_of(actions, head_map), options.weights, progress)
+        decoder = make_native_decoder(model, packed, native, actions, context_length=context_length, head_map=head_map)
         weight_error = packed.error(max(actions))
     weights.forget()
     learned = [own.for_heads(tuple(decoder.heads)) for own in learned]
@@ -206,8 +190,7 @@ def build_engine(
             tokenizer_file(folder),
             context_length,
             layer_devices,
-            # More rows would share products whose rounding depends on their number; where layers run eagerly all do.
-            max(MEASURED_LENGTHS) + 1 if library is None else min(_MOST_VERIFIED, most_rows_apart()),
+            max(MEASURED_LENGTHS) + 1 if library is None else _MOST_VERIFIED,
             has_graphs=has_graphs,
             has_native_code=library is not None,
             weight_error=weight_error,
@@ -218,6 +201,22 @@ def build_engine(
         ),
         progress,
     )
+
+
+def _usable(
+    loaded: Sequence[LearnedPolicy], actions: Collection[Action], int4: str | None, progress: Progress
+) -> Iterator[LearnedPolicy]:
+    """Yields the policies that need no other actions than these, and tells what the others need."""
+    for policy in loaded:
+        if policy.int4 != int4:
+            progress(
+                f"policy {policy.name} was calibrated with other INT4 weights: it diverges less or more than it says"
+            )
+        if missing := policy.lacks(actions):
+            names = ", ".join(action.name for action in sorted(missing))
+            progress(f"policy {policy.name} is not offered: it needs {names}")
+        else:
+            yield policy
 
 
 def suited(shipped: Sequence[LearnedPolicy], has_streams: bool) -> list[LearnedPolicy]:

@@ -107,7 +107,7 @@ void rows_that_agree_on_actions_do_so_with_any_number_of_threads(const Model &mo
 
 // Prompts: from a sequence's first position on, and sequences that have no row.
 void rows_of_several_sequences_have_the_same_bits_with_any_number_of_threads(const Model &model) {
-  for (const std::vector<int64_t> &counts : {std::vector<int64_t>{40}, {1, 5, 3}, {9, 8}, {3, 0, 2}}) {
+  for (const std::vector<int64_t> &counts : {std::vector<int64_t>{40}, {1, 5, 3}, {9, 8}, {3, 0, 2}, {20, 2, 17}}) {
     std::vector<Row> rows;
     for (const int64_t count : counts) {
       Row row = some_row(model);
@@ -223,20 +223,8 @@ void a_burst_puts_out_the_same_with_guesses_and_ends_where_it_should(const Model
   EXPECT(burst(model, 2, nullptr, count, {}, files[0], {}).tokens.size() == 1);
 }
 
-// Attention alone, and a policy alone.
-void parts_of_a_pass_run_alone(const Model &model) {
-  std::vector<Row> rows(7, last_row(model, 100));
+void a_policy_runs_alone(const Model &model) {
   Kept kept;
-  std::vector<uint16_t> outputs[2];
-  uint16_t *fused = kept.halves(7 * model.shape.fused_size(), 1);
-  for (int turn = 0; turn < 2; ++turn) {
-    Setting own(model, rows, 1 + 2 * turn, kPlain, true, false, {3, 4});
-    outputs[turn].resize(7 * model.shape.query_size());
-    own.pass.first_layer = 1, own.pass.input = fused, own.pass.output = outputs[turn].data();
-    dash_attend(&own.pass);
-    dash_run_rows((own.pass.first_layer = 0, own.pass.output = own.result.states.data(), &own.pass));
-  }
-  EXPECT(outputs[0] == outputs[1]);
   int64_t best[7];
   dash_choose(&model.policy, &model.blocks[1], kept.halves(7 * kHidden, 1),
               kept.floats(7 * (kNumFacts + kNumActions), 1), 7, kept.floats(7 * kNumActions, 0), best);
@@ -255,6 +243,6 @@ int main() {
   what_is_no_number_has_a_likeliest_token(model);
   draws_are_tokens_whatever_is_drawn_from();
   a_burst_puts_out_the_same_with_guesses_and_ends_where_it_should(model);
-  parts_of_a_pass_run_alone(model);
+  a_policy_runs_alone(model);
   std::puts("all held");
 }

@@ -74,7 +74,7 @@ struct Model {
   std::vector<Layer> layers;
   std::vector<Compensation> factors, low_rank, none;
   std::vector<int64_t> windows{0, 70, 0}, rotary_of{0, 1, 0};
-  Embedding embedding{kept.halves(kVocabulary * kHidden, 1), 0, 1};
+  Embedding embedding{kept.halves(kVocabulary * kHidden, 1), 1};
   Head heads[kNumHeads]{};
   Policy policy{};
   std::vector<Block> blocks;

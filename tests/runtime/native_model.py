@@ -53,8 +53,7 @@ def native_decoder(
     folder: Path,
     library: NativeLibrary,
     *,
-    shares_products: bool = False,
-    most_apart: int = 64,
+    shares_heads: bool = False,
     num_threads: int = NUM_THREADS,
     actions: tuple[Action, ...] = ALL_ACTIONS,
     head_map: HeadMap | None = None,
@@ -62,12 +61,10 @@ def native_decoder(
     """Returns a decoder that runs the model in `folder` natively."""
     config = load_model_config(folder)
     assert why_eager(config, config.context_length) is None
-    native = NativeBackend(
-        config, library, actions, num_threads, shares_products=shares_products, most_apart=most_apart
-    )
+    native = NativeBackend(config, library, actions, num_threads, shares_heads=shares_heads)
     loader = WeightLoader(config, open_weights(folder), torch.bfloat16, CPU, has_finer_keys=Action.INT8 in actions)
     packed = pack_in_memory(loader, actions, head_map)
-    return make_native_decoder(packed, loader, native, actions, context_length=config.context_length, head_map=head_map)
+    return make_native_decoder(config, packed, native, actions, context_length=config.context_length, head_map=head_map)
 
 
 def divergence(expected: Tensor, logits: Tensor) -> float:

@@ -157,7 +157,7 @@ def test_a_cancelled_request_frees_its_memory_among_guesses(decoder: Decoder, co
 def test_a_learned_policy_is_not_asked_about_rows_with_guesses(
     small_model: SmallModel, native_library: NativeLibrary
 ) -> None:
-    decoder = native_decoder(small_model.folder, native_library, shares_products=True)
+    decoder = native_decoder(small_model.folder, native_library, shares_heads=True)
     fingerprint = model_fingerprint(decoder.config, open_weights(small_model.folder))
     policy = load_policy(small_model.policy_file, decoder.config, fingerprint, dtype=decoder.dtype, device=CPU)
     compiler = ConstraintCompiler(small_model.folder / "tokenizer.json", decoder.config.vocab_size, {EOS})
@@ -182,7 +182,7 @@ def test_a_learned_policy_is_not_asked_about_rows_with_guesses(
 def test_the_output_of_native_code_is_the_same_to_the_bit(
     small_model: SmallModel, native_library: NativeLibrary, action: Action, temperature: float
 ) -> None:
-    decoder = native_decoder(small_model.folder, native_library, shares_products=True)
+    decoder = native_decoder(small_model.folder, native_library, shares_heads=True)
     file, vocab_size = small_model.folder / "tokenizer.json", decoder.config.vocab_size
     compiler = ConstraintCompiler(file, vocab_size, decoder.config.eos_token_ids)
     rows = (1, 8), dict.fromkeys(ALL_ACTIONS, (1.0, 1.2))

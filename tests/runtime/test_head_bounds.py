@@ -121,8 +121,8 @@ def test_a_head_in_full_has_bounds_where_int8_is_packed_anyway(
     config: ModelConfig, actions: tuple[Action, ...]
 ) -> None:
     weight, _ = loud_channels()
-    backend = NativeBackend(config, native_library(), actions, 1, shares_products=False)
+    backend = NativeBackend(config, native_library(), actions, 1, shares_heads=False)
     tensors = {"embedding": weight, "final_norm": torch.ones(SIZE).bfloat16()}
     pack_head(dict.fromkeys(Part, tensors.__setitem__), FullLinear(weight), torch.arange(32))
-    heads = backend.heads.make(PackedModel(config, tensors), None, 1.0, None)
+    heads = backend.heads.make(PackedModel(config, tensors), 1.0, None)
     assert heads[Action.FULL].has_bounds is (Action.INT8 in actions)

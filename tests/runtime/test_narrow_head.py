@@ -55,11 +55,11 @@ def norm_of(config: ModelConfig) -> RmsNorm:
 
 
 def head(config: ModelConfig, weight: Tensor, head_map: HeadMap, threads: int = 1, multiplier: float = 1.0) -> HeadRows:
-    backend = NativeBackend(config, native_library(), tuple(Action), threads, shares_products=False)
+    backend = NativeBackend(config, native_library(), tuple(Action), threads, shares_heads=False)
     tensors = {"embedding": weight, "final_norm": norm_of(config).weight}
     pack_head(dict.fromkeys(Part, tensors.__setitem__), FullLinear(weight), torch.arange(32))
     pack_narrow_head(tensors.__setitem__, weight, head_map)
-    return backend.heads.make(PackedModel(config, tensors), None, multiplier, head_map)[Action.SKIP]
+    return backend.heads.make(PackedModel(config, tensors), multiplier, head_map)[Action.SKIP]
 
 
 def int8_head(config: ModelConfig, weight: Tensor) -> HeadRows:

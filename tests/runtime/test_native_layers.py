@@ -14,7 +14,6 @@ from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.compensation import Affine, Compensation, Identity, LowRank, PackedLowRank, Scale
 from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.layers.narrow_head import HeadMap
-from dash_runtime.linears.dense_linear import FullLinear, make_full_linear, packed_words
 from dash_runtime.native.library import NativeLibrary
 from dash_runtime.passes import PassPlan, PassResult
 from tests.runtime.native_model import MAX_DIVERGENCE, SIZES, assert_same_cache, divergence, native_decoder
@@ -34,15 +33,12 @@ Plan = Sequence[Action]
 
 @dataclass(frozen=True)
 class Decoders:
-    """One model three times: natively with each row alone, natively with shared products, and eagerly."""
+    """One model twice: natively and eagerly."""
 
-    alone: Decoder
-    shared: Decoder
+    native: Decoder
     eager: Decoder
 
 
-MOST_APART = 20
-"""More rows share products here."""
 FAMILIES = ("llama", "qwen2-sliding-window", "mistral-sliding-window", "olmo2", "gemma3", "granite")
 """Each has something of its own; `test_layer_body.py` has every family."""
 
@@ -52,11 +48,7 @@ def decoders(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, native_library: NativeLibrary
 ) -> Decoders:
     folder = save_tiny_model(tmp_path_factory.mktemp("compiled") / request.param, request.param, **SIZES)
-    alone, shared = (
-        native_decoder(folder, native_library, shares_products=shares, most_apart=MOST_APART)
-        for shares in (False, True)
-    )
-    return Decoders(alone, shared, load_decoder(folder, torch.bfloat16))
+    return Decoders(native_decoder(folder, native_library), load_decoder(folder, torch.bfloat16))
 
 
 def prefilled(decoder: Decoder, prompt: Sequence[int]) -> SequenceCache:
@@ -99,8 +91,8 @@ def decode(decoder: Decoder, cache: SequenceCache, plans: Sequence[Plan], affine
 def test_tokens_are_those_of_the_eager_decoder_for_mixed_plans_and_long_skips(decoders: Decoders) -> None:
     plans = mixed_plans(decoders, 21)
     affine = some_affine(decoders.eager)
-    own, expected = (prefilled(decoder, range(1, 12)) for decoder in (decoders.alone, decoders.eager))
-    logits = decode(decoders.alone, own, plans, affine)
+    own, expected = (prefilled(decoder, range(1, 12)) for decoder in (decoders.native, decoders.eager))
+    logits = decode(decoders.native, own, plans, affine)
     assert divergence(decode(decoders.eager, expected, plans, affine), logits) < MAX_DIVERGENCE
     assert_same_cache(own, expected)
 
@@ -110,8 +102,8 @@ def test_tokens_are_those_of_the_eager_decoder_for_mixed_plans_and_long_skips(de
 def test_the_tokens_after_a_prompt_of_one_are_those_of_the_eager_decoder(decoders: Decoders, first: int) -> None:
     plans = [(action,) * decoders.eager.num_layers for action in ALL_ACTIONS]
     plans = [*plans[first:], *plans[:first], full_plan(decoders.eager)]
-    own, expected = (prefilled(decoder, [7]) for decoder in (decoders.alone, decoders.eager))
-    assert divergence(decode(decoders.eager, expected, plans), decode(decoders.alone, own, plans)) < MAX_DIVERGENCE
+    own, expected = (prefilled(decoder, [7]) for decoder in (decoders.native, decoders.eager))
+    assert divergence(decode(decoders.eager, expected, plans), decode(decoders.native, own, plans)) < MAX_DIVERGENCE
     assert_same_cache(own, expected)
 
 
@@ -119,7 +111,7 @@ def test_the_tokens_after_a_prompt_of_one_are_those_of_the_eager_decoder(decoder
 def test_passes_of_several_rows_and_of_one_take_turns_on_a_cache_that_is_cut_between(decoders: Decoders) -> None:
     plans = mixed_plans(decoders, 7)[:-1]
     results: list[tuple[Tensor, SequenceCache]] = []
-    for decoder in (decoders.eager, decoders.alone):
+    for decoder in (decoders.eager, decoders.native):
         cache = prefilled(decoder, range(20))
         drafts = decode(decoder, cache, plans)
         cache.truncate(23)
@@ -135,12 +127,12 @@ def test_passes_of_several_rows_and_of_one_take_turns_on_a_cache_that_is_cut_bet
 def test_keys_and_values_of_skipped_rows_are_those_of_the_layer_that_runs_in_their_precision(
     decoders: Decoders, kv_action: Action
 ) -> None:
-    skipping, running = (prefilled(decoders.alone, [1, 2, 3]) for _ in range(2))
+    skipping, running = (prefilled(decoders.native, [1, 2, 3]) for _ in range(2))
     for number in range(3):
-        hidden = decoders.alone.embed([5 + number])
+        hidden = decoders.native.embed([5 + number])
         for cache, action in ((skipping, Action.SKIP), (running, kv_action)):
-            batch = decoders.alone.batch(PassKind.DECODE, [cache], [1], [Identity()], [kv_action])
-            decoders.alone.run_layer(1, [action], hidden, batch)
+            batch = decoders.native.batch(PassKind.DECODE, [cache], [1], [Identity()], [kv_action])
+            decoders.native.run_layer(1, [action], hidden, batch)
             batch.commit()
     for own_rows, expected in ((skipping.keys[1], running.keys[1]), (skipping.values[1], running.values[1])):
         torch.testing.assert_close(own_rows, expected, rtol=0.01, atol=0.01)
@@ -153,15 +145,15 @@ def test_a_skipped_row_passes_on_what_its_compensation_makes_of_the_layers_input
     decoders: Decoders, kind: type[Compensation]
 ) -> None:
     """The float low-rank map runs eagerly, beside native code that writes keys and values."""
-    affine, low_rank = some_affine(decoders.alone), some_low_rank(decoders.alone, rank=16)
+    affine, low_rank = some_affine(decoders.native), some_low_rank(decoders.native, rank=16)
     packed = PackedLowRank.from_low_rank(low_rank, torch.bfloat16)
     some = [Identity(), Scale(affine.factors[:, 0]), affine, packed, low_rank]
     (compensation,) = (own for own in some if type(own) is kind)
-    hidden = decoders.alone.embed([9])
+    hidden = decoders.native.embed([9])
     for layer in (0, 3):
-        cache = prefilled(decoders.alone, [1, 2, 3])
-        batch = decoders.alone.batch(PassKind.DECODE, [cache], [1], [compensation], [Action.INT8])
-        own = decoders.alone.run_layer(layer, [Action.SKIP], hidden, batch)
+        cache = prefilled(decoders.native, [1, 2, 3])
+        batch = decoders.native.batch(PassKind.DECODE, [cache], [1], [compensation], [Action.INT8])
+        own = decoders.native.run_layer(layer, [Action.SKIP], hidden, batch)
         expected = compensation(layer, hidden)
         torch.testing.assert_close(own, expected, rtol=0.02, atol=0.02 * float(expected.abs().amax()))
         assert not torch.equal(own, hidden) or kind is Identity
@@ -169,33 +161,31 @@ def test_a_skipped_row_passes_on_what_its_compensation_makes_of_the_layers_input
 
 @torch.inference_mode()
 def test_a_layer_attends_to_its_window_and_to_nothing_before(decoders: Decoders) -> None:
-    hidden = decoders.alone.embed([9])
-    for layer, window in enumerate(decoders.alone.config.sliding_window):
+    hidden = decoders.native.embed([9])
+    for layer, window in enumerate(decoders.native.config.sliding_window):
         outputs: list[Tensor] = []
         for num_changed in (0, 12 - (window or 12) + 1, 12 - (window or 12) + 2):  # the row itself is in the window
-            cache = prefilled(decoders.alone, range(12))
+            cache = prefilled(decoders.native, range(12))
             cache.keys[layer][:num_changed] += 1
             cache.values[layer][:num_changed] += 1
-            batch = decoders.alone.batch(PassKind.DECODE, [cache], [1], [Identity()])
-            outputs.append(decoders.alone.run_layer(layer, [Action.FULL], hidden, batch))
+            batch = decoders.native.batch(PassKind.DECODE, [cache], [1], [Identity()])
+            outputs.append(decoders.native.run_layer(layer, [Action.FULL], hidden, batch))
         assert torch.equal(outputs[0], outputs[1]) is (window is not None)
         assert not torch.equal(outputs[0], outputs[2])
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize(("rank", "kv_action"), [(0, Action.INT4), (16, Action.INT8), (0, Action.FULL)])
-def test_rows_that_share_products_are_those_of_the_eager_decoder(
-    decoders: Decoders, rank: int, kv_action: Action
-) -> None:
+def test_many_rows_are_those_of_the_eager_decoder(decoders: Decoders, rank: int, kv_action: Action) -> None:
     """Rows that skip share a call too: there is native code for the first two compensations, and none for the last."""
-    num_rows = MOST_APART + 4
-    low_rank = some_low_rank(decoders.shared, max(rank, 16))
+    num_rows = 24
+    low_rank = some_low_rank(decoders.native, max(rank, 16))
     compensation: Compensation = PackedLowRank.from_low_rank(low_rank, torch.bfloat16)
     if not rank:
-        compensation = some_affine(decoders.shared) if kv_action is Action.INT4 else low_rank
+        compensation = some_affine(decoders.native) if kv_action is Action.INT4 else low_rank
     own, expected = (
         prefilled_together(decoder, [range(1, 2 + 2 * (row % 20)) for row in range(num_rows)])
-        for decoder in (decoders.shared, decoders.eager)
+        for decoder in (decoders.native, decoders.eager)
     )
     for step, spread in enumerate((0, 3, 1, 0)):  # actions in one layer, from FULL downwards, but for SKIP
         plans = [
@@ -208,7 +198,7 @@ def test_rows_that_share_products_are_those_of_the_eager_decoder(
         token_ids = [[10 * row % 200 + step] for row in range(num_rows)]
         logits, others = (
             run_rows(decoder, caches, token_ids, plans, compensation, kv_action)
-            for decoder, caches in ((decoders.shared, own), (decoders.eager, expected))
+            for decoder, caches in ((decoders.native, own), (decoders.eager, expected))
         )
         assert divergence(others, logits) < MAX_DIVERGENCE
     for mine, theirs in zip(own, expected, strict=True):
@@ -219,19 +209,14 @@ def test_rows_that_share_products_are_those_of_the_eager_decoder(
 def test_a_quantised_head_is_that_of_the_eager_decoder_row_by_row(decoders: Decoders) -> None:
     hidden = decoders.eager.embed([3, 4, 5])
     for precisions in ([Action.INT8] * 3, [Action.INT8, Action.FULL, Action.INT8]):
-        logits = decoders.alone.logits(hidden, precisions)
+        logits = decoders.native.logits(hidden, precisions)
         assert logits.dtype is torch.float32
         assert divergence(decoders.eager.logits(hidden, precisions), logits) < MAX_DIVERGENCE
         rows = zip(hidden.split(1), precisions, strict=True)
-        assert torch.equal(logits, torch.cat([decoders.alone.logits(row, [precision]) for row, precision in rows]))
+        assert torch.equal(logits, torch.cat([decoders.native.logits(row, [precision]) for row, precision in rows]))
 
 
-def folder_with_native_head(folder: Path) -> Path:
-    """Saves a model whose head in FULL is native code's, unless the CPU has none."""
-    head = make_full_linear(FullLinear(torch.zeros(320, SIZES["hidden_size"], dtype=torch.bfloat16)))
-    if packed_words(head) is None:
-        pytest.skip("this CPU's head in FULL has no native code")
-    return save_tiny_model(folder, "llama", **SIZES | {"vocab_size": 320})
+HEAD_SIZES = SIZES | {"vocab_size": 320}
 
 
 def pass_with_heads(
@@ -245,30 +230,30 @@ def pass_with_heads(
 
 
 @torch.inference_mode()
-def test_many_rows_take_the_head_in_full_only_if_they_may_share_products(
+def test_many_rows_take_the_head_in_full_only_if_they_may_share_heads(
     tmp_path: Path, native_library: NativeLibrary
 ) -> None:
-    folder = folder_with_native_head(tmp_path)
-    for shares_products, num_rows in ((True, 17), (True, 16), (False, 17)):
-        decoder = native_decoder(folder, native_library, shares_products=shares_products)
+    folder = save_tiny_model(tmp_path, "llama", **HEAD_SIZES)
+    for shares_heads, num_rows in ((True, 17), (True, 16), (False, 17)):
+        decoder = native_decoder(folder, native_library, shares_heads=shares_heads)
         precisions = Action.INT8, Action.FULL
         logits = [pass_with_heads(decoder, Action.FULL, own, num_rows).logits for own in precisions]
-        assert torch.equal(*logits) is (shares_products and num_rows > 16)
+        assert torch.equal(*logits) is (shares_heads and num_rows > 16)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("wants_logits", [True, False])
-def test_many_rows_take_no_rough_head_if_they_may_share_products(
+def test_many_rows_take_no_rough_head_if_they_may_share_heads(
     tmp_path: Path, native_library: NativeLibrary, wants_logits: bool
 ) -> None:
-    folder = folder_with_native_head(tmp_path)
-    for shares_products, num_rows in ((True, 11), (True, 10), (False, 11)):
-        decoder = native_decoder(folder, native_library, shares_products=shares_products)
+    folder = save_tiny_model(tmp_path, "llama", **HEAD_SIZES)
+    for shares_heads, num_rows in ((True, 11), (True, 10), (False, 11)):
+        decoder = native_decoder(folder, native_library, shares_heads=shares_heads)
         rough, exact = (
             pass_with_heads(decoder, Action.INT4, own, num_rows, wants_logits=wants_logits).logits
             for own in (Action.INT4, Action.INT8)
         )
-        is_shared = shares_products and num_rows > 10
+        is_shared = shares_heads and num_rows > 10
         if wants_logits:
             assert torch.equal(rough, exact) is is_shared
         else:
@@ -276,27 +261,27 @@ def test_many_rows_take_no_rough_head_if_they_may_share_products(
 
 
 @torch.inference_mode()
-def test_more_rows_than_a_narrow_head_is_for_take_the_int4_head_only_if_they_may_share_products(
+def test_more_rows_than_a_narrow_head_is_for_take_the_int4_head_only_if_they_may_share_heads(
     tmp_path: Path, native_library: NativeLibrary
 ) -> None:
     folder, size = save_tiny_model(tmp_path, "llama", **SIZES), SIZES["hidden_size"]
     narrow = torch.eye(size)[:32]
     head_map = HeadMap(narrow, narrow.T, torch.zeros(SIZES["vocab_size"]))
-    for shares_products in (True, False):
-        decoder = native_decoder(folder, native_library, shares_products=shares_products, head_map=head_map)
+    for shares_heads in (True, False):
+        decoder = native_decoder(folder, native_library, shares_heads=shares_heads, head_map=head_map)
         logits = [pass_with_heads(decoder, Action.INT4, own, 2).logits for own in (Action.SKIP, Action.INT4)]
-        assert torch.equal(*logits) is shares_products
+        assert torch.equal(*logits) is shares_heads
 
 
 @torch.inference_mode()
 def test_a_layer_writes_neither_into_its_input_nor_into_an_earlier_output(decoders: Decoders) -> None:
     for action in ALL_ACTIONS:
-        cache = prefilled(decoders.alone, [1, 2])
-        hidden = decoders.alone.embed([3])
+        cache = prefilled(decoders.native, [1, 2])
+        hidden = decoders.native.embed([3])
         before = hidden.clone()
-        batches = [decoders.alone.batch(PassKind.DECODE, [cache], [1], [Identity()]) for _ in range(2)]
-        output = decoders.alone.run_layer(0, [action], hidden, batches[0])
+        batches = [decoders.native.batch(PassKind.DECODE, [cache], [1], [Identity()]) for _ in range(2)]
+        output = decoders.native.run_layer(0, [action], hidden, batches[0])
         kept = output.clone()
-        decoders.alone.run_layer(0, [action], hidden + 1, batches[1])
+        decoders.native.run_layer(0, [action], hidden + 1, batches[1])
         assert torch.equal(hidden, before), action
         assert torch.equal(output, kept), action

@@ -9,13 +9,7 @@ from torch import Tensor
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config
-from dash_runtime.linears.dense_linear import (
-    BatchInvariantLinear,
-    FullLinear,
-    PackedLinear,
-    make_full_linear,
-    packed_words,
-)
+from dash_runtime.linears.dense_linear import FullLinear
 from dash_runtime.linears.int4_matrix import is_packable
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.native.matrix import NativeMatrix, pack_native_matrix
@@ -24,9 +18,10 @@ from tests.runtime.native_code import in_bytes, native_library, rounded
 
 pytestmark = pytest.mark.usefixtures("each_level")
 
-LAYOUTS = ("blocks", "tiles", "INT8", "INT4")
-SHAPES = [(64, 32), (192, 96), (832, 160)]
-"""Sizes of which blocks are possible, too: of one block, a few, and 13, which no number of threads divides."""
+ACTIONS = (Action.FULL, Action.INT8, Action.INT4)
+SHAPES = [(64, 32), (192, 96), (832, 160), (96, 64), (80, 96)]
+"""Sizes with one block of four tiles, with a few, and with 13, which no number of threads divides; and with blocks of
+two tiles and of one."""
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +29,8 @@ def config(tiny_folder: Path) -> ModelConfig:
     return load_model_config(tiny_folder)
 
 
-def packed(layout: str, weight: Tensor) -> NativeMatrix:
-    if layout == "blocks":
-        linear = make_full_linear(FullLinear(weight))
-        if packed_words(linear) is None:
-            pytest.skip("this CPU has no such product for many rows")
-        return pack_native_matrix(Action.FULL, FullLinear(weight), linear)
-    return pack_native_matrix(action_of(layout), FullLinear(weight))
-
-
-def action_of(layout: str) -> Action:
-    return Action[layout] if layout in ("INT8", "INT4") else Action.FULL
+def packed(action: Action, weight: Tensor) -> NativeMatrix:
+    return pack_native_matrix(action, FullLinear(weight))
 
 
 def product(
@@ -74,54 +60,52 @@ def some_rows(num_rows: int, in_features: int) -> tuple[Tensor, Tensor]:
     return signs.bfloat16(), torch.rand(in_features, generator=generator).bfloat16() + 0.1
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("shape", [*SHAPES, (16, 32), (80, 96)])
 @pytest.mark.parametrize("num_rows", [1, 3, 17])
 def test_a_product_is_that_with_the_matrix_that_the_packed_one_stands_for(
-    config: ModelConfig, layout: str, shape: tuple[int, int], num_rows: int
+    config: ModelConfig, action: Action, shape: tuple[int, int], num_rows: int
 ) -> None:
-    if layout == "blocks" and shape not in SHAPES:
-        layout = "tiles"
     weight, (rows, norm) = some_weight(*shape), some_rows(num_rows, shape[1])
-    outputs = product(config, packed(layout, weight), rows, norm, shape[0])
-    matrix, inputs = rounded(action_of(layout), weight).double(), rows.double() * norm.double()
+    outputs = product(config, packed(action, weight), rows, norm, shape[0])
+    matrix, inputs = rounded(action, weight).double(), rows.double() * norm.double()
     scale = (inputs.abs() @ matrix.abs().T).clamp_min(1e-6)
     # Some processors multiply bytes.
-    possible = [inputs] if action_of(layout) is Action.FULL else [inputs, in_bytes(inputs)]
+    possible = [inputs] if action is Action.FULL else [inputs, in_bytes(inputs)]
     expected = [own @ matrix.T for own in possible]
     assert outputs.dtype is torch.float32
     assert outputs.shape == scale.shape
     assert min(float(((outputs - own).abs() / scale).max()) for own in expected) < 1e-4
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_product_with_what_is_no_number_is_none(config: ModelConfig, layout: str, value: float) -> None:
+def test_a_product_with_what_is_no_number_is_none(config: ModelConfig, action: Action, value: float) -> None:
     rows = torch.ones(9, 96).bfloat16()
     rows[4, 41] = value
-    outputs = product(config, packed(layout, some_weight(192, 96)), rows, torch.ones(96), 192)
+    outputs = product(config, packed(action, some_weight(192, 96)), rows, torch.ones(96), 192)
     assert outputs[[row for row in range(9) if row != 4]].isfinite().all()
     assert outputs[4].isnan().all()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_value_of_every_weight_comes_back_from_its_word(config: ModelConfig, layout: str) -> None:
-    num_values = 16 if layout == "INT4" else 255
+@pytest.mark.parametrize("action", ACTIONS)
+def test_every_value_of_every_weight_comes_back_from_its_word(config: ModelConfig, action: Action) -> None:
+    num_values = 16 if action is Action.INT4 else 255
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(num_values, (128, 64), generator=generator).float() - num_values // 2
     weight[:, ::32], weight[:, 1::32] = -(num_values // 2), (num_values - 1) // 2  # each group has the whole range
-    matrix = rounded(action_of(layout), weight.bfloat16())
+    matrix = rounded(action, weight.bfloat16())
     unit_rows = torch.eye(64).bfloat16()  # of 64 numbers, so norming makes the 1 an 8
-    outputs = product(config, packed(layout, weight.bfloat16()), unit_rows, torch.full((64,), 0.125), 128)
+    outputs = product(config, packed(action, weight.bfloat16()), unit_rows, torch.full((64,), 0.125), 128)
     torch.testing.assert_close(outputs.T, matrix, rtol=1e-4, atol=1e-4 * num_values)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_row_has_the_same_bits_among_any_number_of_others_with_any_number_of_threads(
-    config: ModelConfig, layout: str, shape: tuple[int, int]
+    config: ModelConfig, action: Action, shape: tuple[int, int]
 ) -> None:
-    matrix = packed(layout, some_weight(*shape))
+    matrix = packed(action, some_weight(*shape))
     rows = torch.randn(50, shape[1], generator=torch.Generator().manual_seed(3)).bfloat16()
     norm = torch.ones(shape[1])
     alone = torch.cat([product(config, matrix, row, norm, shape[0]) for row in rows.split(1)])
@@ -144,19 +128,3 @@ def test_a_weight_takes_no_more_bits_than_its_action_says(action: Action, bits: 
 )
 def test_only_multiples_of_a_tile_and_a_group_are_packable(shape: tuple[int, int], expected: bool) -> None:
     assert is_packable(*shape) is expected
-
-
-def test_weights_for_many_rows_and_for_one_are_in_memory_once_and_outlive_their_layer() -> None:
-    weight = some_weight(192, 96)
-    linear = make_full_linear(FullLinear(weight))
-    words = packed_words(linear)
-    if words is None:
-        pytest.skip("this CPU has no such product for many rows")
-    assert isinstance(linear, BatchInvariantLinear)
-    assert isinstance(linear.product, PackedLinear)
-    assert words.data_ptr() == torch.ops.mkldnn.data_ptr(linear.product.packed)
-    assert pack_native_matrix(Action.FULL, FullLinear(weight), linear).tensors()[0].data_ptr() == words.data_ptr()
-    del linear
-    churn = [some_weight(192, 96) for _ in range(50)]
-    assert torch.equal(words.transpose(1, 2).flatten(0, 1).contiguous().view(torch.bfloat16), weight)
-    del churn

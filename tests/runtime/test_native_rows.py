@@ -273,17 +273,6 @@ def test_rows_to_verify_have_the_bits_that_each_has_decoded_alone(
 
 
 @torch.inference_mode()
-def test_rows_of_one_sequence_have_their_bits_also_where_many_rows_share_products(
-    folder: Path, native_library: NativeLibrary
-) -> None:
-    shared = native_decoder(folder, native_library, shares_products=True, most_apart=8)
-    together, alone = prefilled(shared, some_ids(9), some_ids(9))
-    ids = some_ids(40)
-    assert torch.equal(verify(shared, [together], [ids]), one_by_one(shared, alone, ids))
-    assert_equal_caches(together, alone)
-
-
-@torch.inference_mode()
 def test_several_rows_of_several_sequences_have_the_bits_that_each_has_alone(decoder: Decoder) -> None:
     prompts = [some_ids(count, count) for count in (3, BLOCK - 1, 2 * BLOCK - 3, 20)]
     together, alone = (prefilled(decoder, *prompts) for _ in range(2))

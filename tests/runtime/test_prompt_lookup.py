@@ -75,7 +75,7 @@ def make_wild_engine(tmp_path_factory: pytest.TempPathFactory, native_library: N
 def make_apart_engine(tmp_path_factory: pytest.TempPathFactory, native_library: NativeLibrary) -> MakeEngine:
     """Makes engines like `make_engine`, in which no number of rows shares a product: bits would depend on it."""
     folder = tmp_path_factory.mktemp("apart")
-    return engines_of(folder, native_library, "qwen2-sliding-window", shares_products=False, initializer_range=0.004)
+    return engines_of(folder, native_library, "qwen2-sliding-window", shares_heads=False, initializer_range=0.004)
 
 
 def engines_of(
@@ -83,12 +83,12 @@ def engines_of(
     library: NativeLibrary,
     family: str,
     actions: Sequence[Action] = ALL_ACTIONS,
-    shares_products: bool = True,
+    shares_heads: bool = True,
     **options: float,
 ) -> MakeEngine:
     # The head runs natively in FULL, too: the vocabulary fills blocks.
     model = save_small_model(folder, family, vocab_size=320, **options)
-    decoder = native_decoder(model.folder, library, shares_products=shares_products)
+    decoder = native_decoder(model.folder, library, shares_heads=shares_heads)
     fingerprint = model_fingerprint(decoder.config, open_weights(model.folder))
     save_policy(model.policy_file, random_policy(model.folder, BUDGETS, 1, actions=actions), fingerprint)
     policy = load_policy(model.policy_file, decoder.config, fingerprint, dtype=decoder.dtype, device=CPU)

@@ -5,7 +5,13 @@ import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.devices.cuda import inner_k_tiles
-from dash_runtime.linears.dense_linear import FullLinear
+from dash_runtime.linears.dense_linear import (
+    BatchInvariantLinear,
+    FullLinear,
+    PackedLinear,
+    make_full_linear,
+    packed_words,
+)
 from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE, is_nearly_exact, quantize_int4
 from dash_runtime.linears.quantization import (
     Int4Linear,
@@ -146,3 +152,18 @@ def test_more_and_larger_matrices_take_longer() -> None:
     few = product_seconds(Action.FULL, {(64, 64)}, CPU, torch.bfloat16)
     many = product_seconds(Action.FULL, {(64, 64), (4096, 4096)}, CPU, torch.bfloat16)
     assert 0 < few < many
+
+
+def test_a_packed_matrix_outlives_its_layer_in_the_memory_that_others_read() -> None:
+    weight = some_weight(192, 96)
+    linear = make_full_linear(FullLinear(weight))
+    words = packed_words(linear)
+    if words is None:
+        pytest.skip("this CPU has no such product")
+    assert isinstance(linear, BatchInvariantLinear)
+    assert isinstance(linear.product, PackedLinear)
+    assert words.data_ptr() == torch.ops.mkldnn.data_ptr(linear.product.packed)
+    del linear
+    churn = [some_weight(192, 96) for _ in range(50)]
+    assert torch.equal(words.transpose(1, 2).flatten(0, 1).contiguous().view(torch.bfloat16), weight)
+    del churn

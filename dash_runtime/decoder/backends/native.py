@@ -1,12 +1,9 @@
-"""Runs passes in native code: all rows in one call, or shared products for many rows in FULL.
+"""Runs passes in native code: all rows in one call, or layer by layer if somebody has a part between layers.
 
-For passes of one row per sequence, and for verification. Knows layers and rows; knows no policies and no requests.
+Knows layers and rows; knows no policies and no requests.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -16,94 +13,52 @@ from dash_runtime.decoder.backends.loop import LayerLoop, LoopEnds
 from dash_runtime.decoder.backends.native_heads import NativeHeads
 from dash_runtime.decoder.backends.native_plans import PassArguments, PassTranslator
 from dash_runtime.decoder.backends.packed_model import PackedModel
-from dash_runtime.layers.batch import Batch, PassKind
+from dash_runtime.layers.batch import Batch
 from dash_runtime.layers.embedding import PlainEmbedding
 from dash_runtime.layers.heads import Head, Heads
-from dash_runtime.layers.layer import DecoderLayer
-from dash_runtime.layers.layer_body import Linears, run_layer_body
 from dash_runtime.layers.rotary import queries_grow
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
-from dash_runtime.layers.weight_loader import LayerWeights
-from dash_runtime.linears.dense_linear import Linear, for_neighbours, most_rows_apart
 from dash_runtime.linears.int4_matrix import LANES, is_packable
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.native.library import NativeLibrary
-from dash_runtime.native.matrix import pack_native_matrix
-from dash_runtime.native.model import HeadRows, NativeModel, PackedLayer
+from dash_runtime.native.model import HeadRows, NativeModel
 from dash_runtime.native.structs import MOST_CHANNELS
 from dash_runtime.passes import MOST_GUESSES, DrawTokens, Limit, PassPlan, PassResult
 
 _Made = tuple[PassArguments, HeadRows | None]
 
 
-class FullLayer(NamedTuple):
-    """A layer's weights, and the layer that runs them in FULL by the library's products."""
-
-    weights: LayerWeights
-    layer: DecoderLayer
-
-
-@dataclass(frozen=True, slots=True)
-class _SharedLayer:
-    """One layer for rows that share products: its norms, and its matrices in FULL."""
-
-    norms: DecoderLayer
-    linears: Linears[Linear]
-
-
 class NativeBackend(LayerLoop):
-    """Runs the passes of one decoder in native code; layer by layer, if somebody has a part between its layers.
+    """Runs the passes of one decoder in native code. No row's rounding depends on its neighbours.
 
     Args:
         actions: those that its layers are packed for.
-        shares_products: if True, more than `most_apart` rows in FULL share their products with the library's kernels,
-            where these are faster. A row's rounding then depends on how many neighbours it has. Otherwise no row's
-            does.
+        shares_heads: if True, many rows may take another head than few (`NativeHeads`).
     """
 
     def __init__(
         self, config: ModelConfig, library: NativeLibrary, actions: Sequence[Action], num_threads: int, *,
-        shares_products: bool, most_apart: int | None = None,
+        shares_heads: bool,
     ) -> None:  # fmt: skip
-        self._block, self._num_layers = config.block, config.num_layers
+        self._num_layers = config.num_layers
         ropes = list(dict.fromkeys(config.ropes))
         self._rows = NativeModel(library, config, [ropes.index(rope) for rope in config.ropes], num_threads)
         self._actions: list[Action] = [action for action in actions if action is not Action.SKIP]
         self._translator = PassTranslator(library, config.num_layers, config.hidden_size, {*self._actions, Action.SKIP})
-        self.shares_products = shares_products
-        self._most_apart = most_rows_apart() if most_apart is None else most_apart
-        self._layers: list[_SharedLayer | None] = []
         self.logits = Heads({})
-        self.heads = NativeHeads(self._rows, self._actions, shares_products)
+        self.heads = NativeHeads(self._rows, self._actions, shares_heads)
         self._made: WeakKeyDictionary[PassPlan, tuple[Batch, _Made | None]] = WeakKeyDictionary()
         """The arguments of native code for passes, which may run step after step."""
 
-    @property
-    def uses_library(self) -> bool:
-        """True if many rows in FULL take the library's products, and prompts with them."""
-        return Action.FULL in self._actions and self._most_apart < sys.maxsize
+    def set_layers(self, packed: PackedModel) -> None:
+        """Takes all layers."""
+        for index in range(self._num_layers):
+            self._rows.set_layer(index, packed.layer(index, self._actions))
 
-    def add_layer(self, packed: PackedModel, own: FullLayer | None) -> None:
-        """Takes the next layer, with `own` for the library's products."""
-        index = len(self._layers)
-        layer = packed.layer(index, [action for action in self._actions if own is None or action is not Action.FULL])
-        matrices, shared = dict(layer.matrices), None
-        if own is not None:
-            weights, products = own.weights.linears.matrices(), own.layer.linears[Action.FULL]
-            pairs = zip(weights, products.matrices(), strict=True)
-            matrices[Action.FULL] = [
-                (pack_native_matrix(Action.FULL, one, other), one.weight.shape[1]) for one, other in pairs
-            ]
-            shared = _SharedLayer(own.layer, products.mapped(for_neighbours, for_neighbours))
-        self._rows.set_layer(index, PackedLayer(layer.vectors, matrices))
-        self._layers.append(shared)
-
-    def set_ends(
-        self, ends: LoopEnds, embedding: PlainEmbedding, heads: Mapping[Action, Head], shared: Head | None
-    ) -> None:
-        """Sets the embedding, the heads by precision, and the head for many rows at once."""
+    def set_ends(self, ends: LoopEnds, embedding: PlainEmbedding, heads: Mapping[Action, Head]) -> None:
+        """Sets the embedding, and the heads by precision."""
         super().__init__(ends)
-        self.logits = Heads(heads, shared if self.shares_products else None, self._most_apart)
+        self.logits = Heads(heads)
         self._rows.set_embedding(embedding.weight, embedding.multiplier)
 
     def run(
@@ -129,13 +84,9 @@ class NativeBackend(LayerLoop):
                 parts += self._skip(layer, hidden, batch, group)
                 continue
             inputs = hidden if group is None else hidden[group]
-            if action is Action.FULL and self._is_shared(batch, len(inputs)):
-                outputs = self._run_shared(layer, inputs, batch, group)
-            else:
-                self._translator.check(action)
-                own = self._translator.rows_of(batch, group)
-                outputs = self._rows.run(inputs, own, action, layer, None, action)
-            parts.append((group, outputs))
+            self._translator.check(action)
+            own = self._translator.rows_of(batch, group)
+            parts.append((group, self._rows.run(inputs, own, action, layer, None, action)))
         return scatter_rows(parts, len(actions))
 
     @property
@@ -165,14 +116,10 @@ class NativeBackend(LayerLoop):
 
     def _make(self, plan: PassPlan, batch: Batch) -> _Made | None:
         """Returns what the native code is told of such passes; None if they run layer by layer."""
-        num_full = sum(Action.FULL in row.pinned.values() for row in plan.rows) * (batch.num_rows // len(plan.rows))
-        if self._is_shared(batch, num_full):
-            return None
         arguments = self._translator.arguments(plan, batch)
         if arguments is None:
             return None
-        is_apart = not plan.heads or self._is_shared(batch, batch.num_rows)
-        return arguments, None if is_apart else self.heads.of(plan.heads, plan.wants_logits)
+        return arguments, self.heads.of(plan.heads, plan.wants_logits) if plan.heads else None
 
     def _skip(
         self, layer: int, hidden: Tensor, batch: Batch, group: list[int] | None
@@ -193,20 +140,6 @@ class NativeBackend(LayerLoop):
             outputs = self._rows.run(inputs, own_rows, Action.SKIP, layer, packed, kv_action)
             parts.append((chosen, compensation(layer, inputs) if packed is None else outputs))
         return parts
-
-    def _is_shared(self, batch: Batch, num_rows: int) -> bool:
-        is_verified = batch.kind is PassKind.VERIFY and len(batch.spans) == 1
-        return self.shares_products and not is_verified and num_rows > self._most_apart
-
-    def _run_shared(self, layer: int, inputs: Tensor, batch: Batch, group: list[int] | None) -> Tensor:
-        """Runs rows in FULL, with one product and one attention for all of them."""
-        own = self._layers[layer]
-        assert own is not None
-
-        def attend(normed: Tensor) -> Tensor:
-            return self._rows.attend(layer, own.linears.query_key_value(normed), self._translator.rows_of(batch, group))
-
-        return run_layer_body(self._block, own.norms, own.linears, inputs, attend)
 
 
 def in_turns(actions: Sequence[Action], batch: Batch) -> list[tuple[int, Action]]:

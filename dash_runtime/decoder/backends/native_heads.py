@@ -9,18 +9,17 @@ from dash_runtime.actions import Action
 from dash_runtime.decoder.backends.packed_model import PackedModel
 from dash_runtime.layers.narrow_head import NUM_LIKELY, HeadMap
 from dash_runtime.layers.shortlist import NUM_EXACT_TILES
-from dash_runtime.linears.dense_linear import FullLinear, Linear
 from dash_runtime.native.head_struct import HeadBounds, NarrowHead, RoughMatrix
-from dash_runtime.native.matrix import Int8Outputs, NativeMatrix, pack_native_matrix
+from dash_runtime.native.matrix import Int8Outputs, NativeMatrix
 from dash_runtime.native.model import HeadRows, NativeModel
 
 _MOST_ROUGH, _MOST_APART = 10, 16
-"""If rows may share products, more than the first number take no rough head: each row reads other tiles of the exact
-matrix again, and 64 rows read two thirds of it. More than the second number all take one head."""
+"""If many rows may take another head than few, more than the first number take no rough head: each row reads other
+tiles of the exact matrix again, and 64 rows read two thirds of it. More than the second number all take one head."""
 
 _TOKENS_FOR_ROW = 20 * NUM_LIKELY
 """A narrow head is for one row for every so many tokens of the vocabulary: each row reads likely tokens of its own.
-More rows take the head in INT4, if they may share products."""
+More rows take the head in INT4, if they may."""
 
 
 class NativeHeads:
@@ -28,19 +27,18 @@ class NativeHeads:
 
     Args:
         actions: the precisions that are offered.
-        shares_products: whether many rows may take another head than few.
+        shares_heads: whether many rows may take another head than few.
     """
 
-    def __init__(self, rows: NativeModel, actions: Sequence[Action], shares_products: bool) -> None:
+    def __init__(self, rows: NativeModel, actions: Sequence[Action], shares_heads: bool) -> None:
         self._rows = rows
         self._actions = actions
-        self._shares_products = shares_products
+        self._shares_heads = shares_heads
         self._heads: dict[Action, HeadRows] = {}
 
     def make(
         self,
         packed: PackedModel,
-        library: tuple[FullLinear, Linear] | None,
         multiplier: float,
         head_map: HeadMap | None,
     ) -> dict[Action, HeadRows]:
@@ -51,12 +49,11 @@ class NativeHeads:
         there is a head in INT8 in any case.
 
         Args:
-            library: the matrix in FULL and the library's product with it, which share memory; None if it is packed.
             head_map: that of the narrow head, the one in SKIP; None for no such head.
         """
         full = None
         if Action.FULL in self._actions:
-            full = packed.matrix("head.FULL") if library is None else pack_native_matrix(Action.FULL, *library)
+            full = packed.matrix("head.FULL")
         norm, heads, size = packed.final_norm.weight, dict[Action, HeadRows](), packed.embedding.shape[0]
 
         def add(precision: Action, matrix: NativeMatrix | NarrowHead, more: RoughMatrix | HeadBounds | None) -> None:
@@ -81,7 +78,7 @@ class NativeHeads:
     def of(self, precisions: Sequence[Action], wants_logits: bool) -> HeadRows | None:
         """Returns the head for rows of these precisions; None if no single one serves them."""
         num_rows, precision, full = len(precisions), precisions[0], self._heads.get(Action.FULL)
-        if self._shares_products and num_rows > _MOST_ROUGH:
+        if self._shares_heads and num_rows > _MOST_ROUGH:
             if full is not None and full.has_bounds and not wants_logits:
                 return full  # the likeliest tokens alone take less there than all logits elsewhere
             if Action.INT8 in self._heads and not {Action.INT8, Action.FULL} & set(precisions):
@@ -91,7 +88,7 @@ class NativeHeads:
         if len(set(precisions)) > 1:
             return None
         head = self._heads.get(precision)
-        if head is None or not self._shares_products or num_rows <= head.vocab_size // _TOKENS_FOR_ROW:
+        if head is None or not self._shares_heads or num_rows <= head.vocab_size // _TOKENS_FOR_ROW:
             return head
         return self._heads.get(Action.INT4, head) if precision is Action.SKIP else head
 
