@@ -305,7 +305,7 @@ class EngineConfig:
     """Sizes and choices of one engine.
 
     `cache_tokens` is shared by all sequences. `context_length` bounds each of them (None: the model's own limit).
-    `prefill_chunk_tokens` bounds how long a prompt may delay the others' next token. `prefix_cache_tokens` bounds the
+    `prefill_chunk_tokens` bounds a step's prompt tokens. `prefix_cache_tokens` bounds the
     prompt tokens that are kept for later prompts (0: none), in addition to `cache_tokens`.
 
     Raises:
@@ -322,16 +322,16 @@ class EngineConfig:
     lane: LaneKind | None = None
     """None: the device's default."""
     group_planner: bool = True
-    """True if rows of a batch may be raised to a common action, and share products, where that is faster. If False, a
-    request's tokens do not depend on its neighbours."""
+    """True if rows of a batch may agree on an action and a head. If False, no request's tokens depend on others."""
     prompt_lookup: bool = True
     """True if passes of a plan may run what likely follows beside a token, because the text had its last tokens
     before. It takes the group planner, and code that runs more rows in little more time."""
+    rounds_prompts: bool = True
+    """True if prompts of those who are not at full depth may run in INT8, where that is faster."""
     record_steps: int = 0
     """Number of decode steps, from the first of each request, whose decisions and times are recorded."""
     burst_milliseconds: float = MOST_BURST_MILLISECONDS
-    """Milliseconds that a greedy request which decodes alone may decode at once before its tokens leave; 0: each token
-    leaves at once."""
+    """Milliseconds that a greedy request which decodes alone may keep its tokens for; 0: each leaves at once."""
 
     def __post_init__(self) -> None:
         for name in ("num_slots", "cache_tokens", "prefill_chunk_tokens"):

@@ -105,6 +105,8 @@ class SlotGranted(msgspec.Struct, frozen=True, tag=True):
     """What a caller should know about the policy."""
     divergence: float | None = None
     """The policy's divergence from full depth at this budget, in nats per token, as calibrated; None: unknown."""
+    prefill_action: Action = Action.FULL
+    """The action of the prompt's tokens in all layers."""
 
 
 class TokenProduced(msgspec.Struct, frozen=True, tag=True):

@@ -48,7 +48,7 @@ ROOMS = {
         worker_pool
         dispatcher
         admission from_pb listening
-        settings_table
+        settings_table load_settings
         settings setting_types auth served_model fair_queue pace scaling
         worker/__main__
         worker/engine_loop
@@ -74,7 +74,7 @@ ROOMS = {
         engine/decision_log engine/device_times engine/trace_recorder
         engine/decider engine/planner
         engine/lanes engine/policy_graphs
-        engine/waiting_line engine/prefix_cache
+        engine/waiting_line engine/prefix_cache engine/prompt_pace
         engine/constraints engine/logits_processors engine/sampling engine/scores
         engine/cost_fit engine/step_times
         engine/

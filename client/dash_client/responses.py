@@ -168,7 +168,8 @@ class _Answer:
         mode = _MODES.get(started.mode)
         if mode is None:
             raise _unreadable(f"mode {started.mode}")
-        self.started = from_message(GenerationStarted, started, mode=mode)
+        action = _ACTIONS.get(started.prefill_action)
+        self.started = from_message(GenerationStarted, started, mode=mode, prefill_action=action)
 
     def add_delta(self, delta: generation_pb2.GenerationDelta) -> StreamDelta:
         """Adds a piece of output."""

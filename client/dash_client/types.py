@@ -152,6 +152,8 @@ class GenerationStarted:
     """A note on the policy for callers, such as that it is not a learned one. May be empty."""
     compute_budget: float | None
     layer_count: int
+    prefill_action: Action | None
+    """The action in which all layers run the prompt, and so make the first token; None: the server does not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,9 @@ class DecisionLog:
         self._uncounted: dict[tuple[Action, int], list[bytes]] = {}
         """The plans of decode tokens that the sums are without, by head and number of evaluations."""
 
-    def append_prefill_token(self) -> bytes:
-        """Records the first output token, which the prefill made at full depth; returns its plan."""
-        return self._append(self._full_depth)
+    def append_prefill_token(self, action: Action) -> bytes:
+        """Records the first output token, which the prefill made with this action in all layers; returns its plan."""
+        return self._append(bytes((action,)) * self._num_layers)
 
     def append_decode_token(self, plan: bytes, head: Action, num_evaluations: int, exposed_ns: int) -> None:
         """Records a decode token: its plan, the head's precision, the evaluations of a policy, and the time that the

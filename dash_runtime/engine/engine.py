@@ -138,7 +138,7 @@ class Engine:
             is_plain = len(self._running) == 1 and decoding and decoding[0].is_plain
             self._step_clock.begin(decoding[0].request.request_id if is_plain else None)
         if len(decoding) < len(self._running):
-            self._prefill(events)
+            self._prefill(bool(decoding), events)
         if all(sequence.speculation is None for sequence in decoding):
             if decoding:
                 self._decode(decoding, events)
@@ -176,10 +176,10 @@ class Engine:
             self._running[request.request_id] = sequence
             events.append(sequence.granted())
 
-    def _prefill(self, events: Events) -> None:
-        for sequence, hidden in self._prompts.run(list(self._running.values()), self.on_progress):
-            if len(hidden):
-                self._put_out(sequence, self._made.prefilled(sequence, hidden, self.on_progress), events)
+    def _prefill(self, is_decoding: bool, events: Events) -> None:
+        for ended in self._prompts.run(list(self._running.values()), is_decoding, self.on_progress):
+            for sequence, made in self._made.prefilled(ended, self.on_progress):
+                self._put_out(sequence, made, events)
 
     def _decode(self, sequences: list[Sequence], events: Events) -> None:
         assignments = [sequence.decider_assignment(self._catalog.full_depth) for sequence in sequences]
@@ -198,6 +198,7 @@ class Engine:
             settle_decisions(result.record, [block for decider in rows.deciders for block in decider.blocks])
         exposed_ns, elapsed_ns = self._lane.exposed_ns - exposed_before, time.perf_counter_ns() - started_ns
         rows.token_seconds = elapsed_ns / 1e9
+        self._prompts.pace.stepped(rows.token_seconds)
         plain = {
             row: own.sampler
             for row, own, beside in zip(rows.firsts, sequences, guesses, strict=True)
@@ -223,6 +224,8 @@ class Engine:
         rows = self._recent_rows.next([sequence], [assignment], [1], None)
         if (burst := self.bursts.decode(rows, sequence)) is None:
             return False
+        assert rows.token_seconds is not None
+        self._prompts.pace.stepped(rows.token_seconds)
         if self._step_clock is not None and burst.num_rows.count(1) < len(burst.token_ids):
             self._step_clock.begin(None)  # its tokens took different times
         tokens = zip(range(len(burst.token_ids)), burst.token_ids, burst.num_rows, strict=True)

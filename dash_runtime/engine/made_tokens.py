@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Several
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dash_runtime.decision_trace import StepKind
@@ -53,21 +54,38 @@ class MadeTokens:
 
         return choose_tokens(samplers, result.token_ids, result.logits, late_logits, self._decoder.draw)
 
-    def prefilled(self, sequence: Sequence, hidden: Tensor, on_progress: Callable[[], None]) -> Iterator[Made]:
-        """Makes the tokens that follow these rows of a prompt pass: the first, or more of a given output."""
-        kind = PassKind.PREFILL if sequence.is_scored_at_once else PassKind.DECODE
+    def prefilled(
+        self, ended: Several[tuple[Sequence, Tensor]], on_progress: Callable[[], None]
+    ) -> Iterator[tuple[Sequence, Iterator[Made]]]:
+        """Makes the tokens that follow these rows of a prompt pass: each sequence's first, or more of a given
+        output."""
+        firsts = [own for own in ended if not own[0].is_scored_at_once]
+        if firsts:
+            rows = torch.cat([hidden for _, hidden in firsts])
+            logits = self._decoder.logits(rows, (self._decoder.finest_head,) * len(rows))
+            for row, (sequence, _) in enumerate(firsts):
+                yield sequence, self._first(sequence, logits, row)
+        for sequence, hidden in ended:
+            if sequence.is_scored_at_once:
+                yield sequence, self._scored(sequence, hidden, on_progress)
+
+    def _first(self, sequence: Sequence, logits: Tensor, row: int) -> Iterator[Made]:
+        token_id = sequence.sampler.sample(logits[row])
+        plan = sequence.log.append_prefill_token(sequence.prefill_action)
+        sequence.recorder.add_first_token(token_id)
+        yield Made(token_id, plan, logits, row)
+
+    def _scored(self, sequence: Sequence, hidden: Tensor, on_progress: Callable[[], None]) -> Iterator[Made]:
         for rows in hidden.split(_SCORED_ROWS):
             on_progress()
-            logits = self._decoder.logits(rows, (self._decoder.finest_head,) * len(rows), kind)
+            logits = self._decoder.logits(rows, (self._decoder.finest_head,) * len(rows), PassKind.PREFILL)
             for row in range(len(rows)):
-                token_id = sequence.sampler.sample(logits[row])
                 if not sequence.output_ids:
-                    plan = sequence.log.append_prefill_token()
-                    sequence.recorder.add_first_token(token_id)
-                else:
-                    sequence.log.add_verification(1, 1.0)
-                    plan = sequence.log.append_counted_token()
-                yield Made(token_id, plan, logits, row)
+                    yield from self._first(sequence, logits, row)
+                    continue
+                token_id = sequence.sampler.sample(logits[row])
+                sequence.log.add_verification(1, 1.0)
+                yield Made(token_id, sequence.log.append_counted_token(), logits, row)
 
     def decoded(
         self,

@@ -86,8 +86,13 @@ class Sequence:
     def granted(self) -> SlotGranted:
         """Returns its first event."""
         own, policy = self.assignment, self.assignment.policy.name
-        facts = own.compute_budget, self.queue_seconds, own.note, own.divergence
+        facts = own.compute_budget, self.queue_seconds, own.note, own.divergence, self.prefill_action
         return SlotGranted(self.request.request_id, policy, *facts)
+
+    @property
+    def prefill_action(self) -> Action:
+        """The action of its prompt's tokens in all layers."""
+        return self.assignment.prefill_action or self.assignment.costs.highest
 
     @property
     def num_prompt_tokens_left(self) -> int:

@@ -56,6 +56,8 @@ class Assignment:
     divergence: float | None = None
     """The policy's divergence from full depth at this budget, in nats per token, on the text of its calibration; None:
     nobody knows."""
+    prefill_action: Action | None = None
+    """The action of the prompt's tokens in all layers; None: the highest."""
 
     @property
     def is_planned(self) -> bool:
@@ -116,6 +118,7 @@ class PolicyCatalog:
         self._verification_costs = every_length(verification_costs)
         self._least_drafting_gain = least_drafting_gain
         self._second_row = second_row
+        self._prefill_action: Action | None = None
         self.replace_costs(costs)
 
     @property
@@ -130,8 +133,10 @@ class PolicyCatalog:
         plans: Sequence[MeasuredPlan] | None = None,
         verification_costs: Mapping[int, float] | None = None,
         second_row: float | None = None,
+        prefill_action: Action | None = None,
     ) -> None:
-        """Takes what was measured since. Assignments that were made before keep what they have."""
+        """Takes what was measured since: `prefill_action` is for the prompts of those who are not at full depth.
+        Assignments that were made before keep what they have."""
         has_own_plans = self._best is not None and bool(self._best.plans)
         if compensation is not None:
             self._compensation = compensation
@@ -141,6 +146,7 @@ class PolicyCatalog:
         if verification_costs is not None:
             self._verification_costs = every_length(verification_costs)
         self._second_row = self._second_row if second_row is None else second_row
+        self._prefill_action = prefill_action or self._prefill_action
         self.replace_costs(self._costs)
 
     def replace_costs(self, costs: CostTable) -> None:
@@ -170,7 +176,7 @@ class PolicyCatalog:
             return self.full_depth
         if skip.mode is Mode.FIXED:
             assert skip.fixed_action is not None
-            return Assignment(self._fixed[skip.fixed_action], self._costs)
+            return self._with_prompt(Assignment(self._fixed[skip.fixed_action], self._costs))
         chosen = find_policy(self._facts, skip.policy_name, skip.mode)
         asked = skip.compute_budget or chosen.default_budget(skip.mode, self._default_compute_budget)
         budget = max(asked, chosen.lowest_budget)
@@ -180,7 +186,14 @@ class PolicyCatalog:
             assignment = Assignment(self._static, self._costs, compute_budget=budget, note=chosen.note)
         else:
             assignment = self._assign_best(budget)
-        return assignment if skip.mode is Mode.ADAPTIVE else self._drafting(assignment, skip, budget)
+        if skip.mode is Mode.EXACT:
+            return self._drafting(assignment, skip, budget)
+        return self._with_prompt(assignment)
+
+    def _with_prompt(self, assignment: Assignment) -> Assignment:
+        """Lets the prompt of whoever is not at full depth run in another action."""
+        is_full_depth = assignment.policy.pinned == self.full_depth.policy.pinned
+        return assignment if is_full_depth else replace(assignment, prefill_action=self._prefill_action)
 
     def _assign_learned(self, policy: LearnedPolicy, budget: float) -> Assignment:
         budgets = policy.budgets(self._costs)

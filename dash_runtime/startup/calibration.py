@@ -34,6 +34,7 @@ from dash_runtime.startup.fit_compensation import NUM_SEQUENCES, SEQUENCE_LENGTH
 from dash_runtime.startup.kept_tables import Facts, KeptTable, KeptTables
 from dash_runtime.startup.measure import measure_rounds, measure_second_row, measure_verification
 from dash_runtime.startup.measure_latency import measure_latencies
+from dash_runtime.startup.measure_prompts import measure_prompts, prefill_actions
 from dash_runtime.startup.plan_search import search_plans, search_text
 from dash_runtime.startup.quiet import Quiet, quietness
 
@@ -236,6 +237,21 @@ class DeviceCalibration:
 
         table = KeptTable(self._file("rounds"), parse, to_json, "what drafting together takes")
         return self._finding(table, partial(measure_rounds, decoder, counts), progress)
+
+    def prompt_seconds(self, decoder: Decoder, progress: Progress) -> Finding[dict[Action, float]]:
+        """The seconds of a prompt's pass in each action that it may have."""
+
+        def parse(facts: Facts) -> dict[Action, float]:
+            seconds = {Action[name]: float(own) for name, own in facts.items()}
+            if set(seconds) != set(prefill_actions(decoder)) or any(not 0 < own < math.inf for own in seconds.values()):
+                raise ValueError("other actions than those here")
+            return seconds
+
+        def to_json(seconds: dict[Action, float]) -> Facts:
+            return {action.name: own for action, own in seconds.items()}
+
+        table = KeptTable(self._file("prompts"), parse, to_json, "what a prompt takes in each precision")
+        return self._finding(table, partial(measure_prompts, decoder), progress)
 
     def verification_costs(self, decoder: Decoder, progress: Progress) -> Finding[dict[int, float]]:
         """The cost of verifying drafts of some lengths, as shares of a full-depth token."""

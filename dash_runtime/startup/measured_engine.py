@@ -35,6 +35,7 @@ from dash_runtime.startup.cost_keeper import CostKeeper
 from dash_runtime.startup.estimates import estimated_costs
 from dash_runtime.startup.measure import ROUND_SIZES
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
+from dash_runtime.startup.measure_prompts import fastest_prefill, prefill_actions
 from dash_runtime.startup.model_facts import model_facts
 
 
@@ -148,6 +149,12 @@ def measured_engine(
         later.add(lambda: learn(verification_costs=verification.make()))
     if second_row.kept is None:
         later.add(lambda: learn(second_row=second_row.make()))
+    if config.rounds_prompts and len(prefill_actions(decoder)) > 1:
+        prompts = calibration.prompt_seconds(patient, progress)
+        if prompts.kept is None:
+            later.add(lambda: learn(prefill_action=fastest_prefill(prompts.make())))
+        else:
+            learn(prefill_action=fastest_prefill(prompts.kept))
     if config.group_planner and config.num_slots > 1:
         if options.has_graphs:
             engine.learn(planner=HighestAction())
@@ -164,7 +171,7 @@ def measured_engine(
         later.add(lambda: use_rounds(rounds.get()))
     else:
         use_rounds(rounds.kept)
-    if not options.serves_first:
+    if options.has_graphs or not options.serves_first:  # graphs are captured once, with what was measured
         later.finish()
     if options.has_graphs:
         progress("capturing graphs")

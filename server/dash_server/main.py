@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dash_runtime.errors import DashRuntimeError
 from dash_server.auth import TokenFileError
 from dash_server.listening import ListenError
+from dash_server.load_settings import SettingsError, load_settings, unknown_variables
 from dash_server.logs import configure_logging
 from dash_server.server import DashServer
-from dash_server.settings import Settings, SettingsError, load_settings, unknown_variables
+from dash_server.settings import Settings
 from dash_server.worker.process import LocalStarter
 from dash_server.worker.ray_start import RayPlaces, RayStarter
 from dash_server.worker.starter import WorkerStarter, WorkerStartError

@@ -3,14 +3,12 @@
 Knows no gRPC and starts nothing.
 """
 
-import difflib
 import os
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, FilePath, ValidationError, model_validator
+from pydantic import Field, FilePath, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from dash_runtime.checkpoints import default_cache_folder
@@ -20,16 +18,7 @@ from dash_server.setting_types import ActionNames, LogFormat, LogLevel, Names, R
 from dash_server.worker.messages import WorkerConfig
 
 ENV_PREFIX = "DASH_"
-_VARIABLES_OF_THE_CLIENT = ("DASH_TARGET", "DASH_TOKEN")
 _MEBIBYTE = 1024 * 1024
-
-
-class SettingsError(ValueError):
-    """One or more settings are wrong. `lines` has a sentence for each that names the variable."""
-
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__("\n".join(lines))
-        self.lines = lines
 
 
 class Settings(BaseSettings):
@@ -134,7 +123,11 @@ class Settings(BaseSettings):
     context_length: int | None = Field(
         default=None, ge=2, description="Tokens of one prompt and output; unset: the model's"
     )
-    prefill_chunk_tokens: int = Field(default=256, ge=1, description="Prompt tokens between two decode steps")
+    prefill_chunk_tokens: int = Field(default=256, ge=1, description="Prompt tokens between two decode steps, at most")
+    prefill: Literal["auto", "full"] = Field(
+        default="auto",
+        description="Precision of prompts: `full`, or `auto`: INT8 in modes ADAPTIVE and FIXED if that is faster here",
+    )
     max_queue: int = Field(default=256, ge=0, description="Requests that may wait for a slot")
     max_queue_tokens: int = Field(
         default=262_144, ge=1, description="Prompt and output tokens of all requests that wait or run"
@@ -291,6 +284,7 @@ class Settings(BaseSettings):
                 cache_tokens=self.cache_tokens,
                 context_length=self.context_length,
                 prefill_chunk_tokens=self.prefill_chunk_tokens,
+                rounds_prompts=self.prefill == "auto",
                 default_compute_budget=self.default_compute_budget,
                 lane=self.lane,
                 group_planner=self.group_planner,
@@ -309,42 +303,6 @@ class Settings(BaseSettings):
         return " ".join(f"{name}={value}" for name, value in self.model_dump(mode="json").items())
 
 
-def load_settings(cls: type[Settings] = Settings) -> Settings:
-    """Reads the settings from the environment.
-
-    Raises:
-        SettingsError: a variable is wrong; has a line for each.
-    """
-    try:
-        return cls()
-    except ValidationError as error:
-        raise SettingsError([_line(cls, details) for details in error.errors(include_url=False)]) from None
-
-
-def _line(cls: type[Settings], details: Mapping) -> str:
-    sentence = str(details["msg"]).replace("Input should be", "must be").replace("Value error, ", "")
-    if not details["loc"]:  # several settings contradict each other; the sentence names them
-        return sentence
-    name = str(details["loc"][0])
-    if not sentence.startswith("must"):
-        sentence = f"cannot be used: {sentence}"
-    is_secret = "Secret" in str(cls.model_fields[name].annotation)
-    got = "" if is_secret else f", got {str(details['input'])[:100]!r}"
-    return f"{variable_of(name)}: {sentence}{got}"
-
-
 def variable_of(name: str) -> str:
     """Returns the environment variable of a setting."""
     return ENV_PREFIX + name.upper()
-
-
-def unknown_variables(environment: Mapping[str, str], cls: type[Settings] = Settings) -> list[str]:
-    """Returns a warning for each DASH_ variable that no setting reads; it suggests the closest name."""
-    known = [variable_of(name) for name in cls.model_fields]
-    warnings = []
-    for name in sorted(environment):
-        if name.startswith(ENV_PREFIX) and name not in (*known, *_VARIABLES_OF_THE_CLIENT):
-            closest = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {closest[0]}?" if closest else ""
-            warnings.append(f"{name} is set, but there is no such setting{hint}")
-    return warnings

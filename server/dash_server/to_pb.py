@@ -56,6 +56,7 @@ def started_to_pb(
         policy_note=granted.policy_note,
         compute_budget=granted.compute_budget,
         layer_count=facts.num_layers,
+        prefill_action=_action_to_pb(granted.prefill_action),
     )
 
 

@@ -28,8 +28,9 @@ from dash_runtime.events import (
 )
 from dash_server.from_pb import MODES
 from dash_server.handlers import rpc_handlers
+from dash_server.load_settings import SettingsError, load_settings, unknown_variables
 from dash_server.request_record import RequestRecord, observed
-from dash_server.settings import Settings, SettingsError, load_settings, unknown_variables
+from dash_server.settings import Settings
 from dash_server.settings_table import settings_table
 from dash_server.statuses import (
     CallerLimitReached,

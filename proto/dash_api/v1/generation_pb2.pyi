@@ -248,7 +248,7 @@ class OutputOptions(_message.Message):
     def __init__(self, return_decisions: bool = ..., logprobs: _Optional[int] = ..., trace: bool = ..., immediate: bool = ...) -> None: ...
 
 class GenerationStarted(_message.Message):
-    __slots__ = ("request_id", "prompt_token_count", "seed", "model", "mode", "policy", "policy_note", "compute_budget", "layer_count")
+    __slots__ = ("request_id", "prompt_token_count", "seed", "model", "mode", "policy", "policy_note", "compute_budget", "layer_count", "prefill_action")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_COUNT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
@@ -258,6 +258,7 @@ class GenerationStarted(_message.Message):
     POLICY_NOTE_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_BUDGET_FIELD_NUMBER: _ClassVar[int]
     LAYER_COUNT_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_ACTION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_count: int
     seed: int
@@ -267,7 +268,8 @@ class GenerationStarted(_message.Message):
     policy_note: str
     compute_budget: float
     layer_count: int
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_count: _Optional[int] = ..., seed: _Optional[int] = ..., model: _Optional[str] = ..., mode: _Optional[_Union[_common_pb2.Mode, str]] = ..., policy: _Optional[str] = ..., policy_note: _Optional[str] = ..., compute_budget: _Optional[float] = ..., layer_count: _Optional[int] = ...) -> None: ...
+    prefill_action: _common_pb2.Action
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_count: _Optional[int] = ..., seed: _Optional[int] = ..., model: _Optional[str] = ..., mode: _Optional[_Union[_common_pb2.Mode, str]] = ..., policy: _Optional[str] = ..., policy_note: _Optional[str] = ..., compute_budget: _Optional[float] = ..., layer_count: _Optional[int] = ..., prefill_action: _Optional[_Union[_common_pb2.Action, str]] = ...) -> None: ...
 
 class GenerationDelta(_message.Message):
     __slots__ = ("text", "token_ids", "actions", "logprobs", "tool_calls")

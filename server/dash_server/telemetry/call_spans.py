@@ -139,6 +139,7 @@ def _outcome(record: RequestRecord) -> Attributes:
     attributes: Attributes = {}
     if (granted := record.granted) is not None:
         attributes |= {"dash.policy": granted.policy, "dash.queue_seconds": record.queue_seconds}
+        attributes["dash.prefill_action"] = granted.prefill_action.name
         if granted.compute_budget is not None:
             attributes["dash.compute_budget"] = granted.compute_budget
     if (finished := record.finished) is not None:
