@@ -108,10 +108,10 @@ class Engine:
     def cancel(self, request_id: str) -> Events:
         """Forgets a request wherever it is; unknown ids are ignored. A request that had a slot leaves a last event."""
         self._waiting.drop(request_id)
-        sequence = self._running.pop(request_id, None)
+        sequence = self._running.get(request_id)
         if sequence is None:
             return []
-        self._pool.release(sequence.cache)
+        self._release(sequence)
         return [sequence.cancelled()]
 
     def stop(self, request_id: str) -> Events:
@@ -293,4 +293,5 @@ class Engine:
 
     def _release(self, sequence: Sequence) -> None:
         del self._running[sequence.request.request_id]
+        self._prompts.drop(sequence)
         self._pool.release(sequence.cache)

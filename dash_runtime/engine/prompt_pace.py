@@ -1,15 +1,15 @@
-"""How many prompt rows a pass may have, so that neither those who decode nor the prompt wait long for each other.
+"""How much of a prompt's pass runs at a time, so that neither those who decode nor the prompt wait long for each other.
 
-Knows seconds and rows; knows no sequences.
+Knows seconds, rows and layers; knows no sequences.
 """
 
 from collections.abc import Hashable
 
-_MOST_SECONDS = 4.0
-"""Of a pass while nobody decodes: a worker shows between passes that it works, and looks at new requests."""
-_MOST_STEPS = 2.0
-"""What a pass may take of the steps of those who decode: then a token comes after up to three times the usual time."""
-_MOST_GROWTH = 4
+_MOST_STEPS = 1.5
+"""What a part of a pass may take of the steps of those who decode: then a token comes after two to four times the usual
+time."""
+_LEAST_ROWS = 64
+"""Fewer rows take about as long: the weights have to be read."""
 _NEWEST = 0.3
 """The weight of the newest step in the mean."""
 
@@ -23,26 +23,35 @@ class PromptPace:
 
     def __init__(self, fewest: int, most: int) -> None:
         self._fewest, self._most = fewest, most
-        self._seconds_of_row: dict[Hashable, float] = {}
-        """By kind of pass, the seconds of the last one, by row."""
+        self._seconds: dict[Hashable, float] = {}
+        """By kind of pass, the seconds of a layer by row, as it was last, of passes with at least `_LEAST_ROWS`."""
         self._step_seconds: float | None = None
 
     def num_rows(self, kind: Hashable, is_decoding: bool) -> int:
-        """Returns the rows of the next pass of this kind. The first one has the fewest."""
-        seconds_of_row = self._seconds_of_row.get(kind)
-        if seconds_of_row is None:
+        """Returns the rows of the next pass of this kind: as many as there may be, or beside those who decode as many
+        as a part of one layer can have."""
+        if not is_decoding or self._step_seconds is None:
+            return self._most
+        own = self._seconds.get(kind)
+        if own is None:
             return self._fewest
-        seconds = _MOST_SECONDS
-        if is_decoding and self._step_seconds is not None:
-            seconds = min(seconds, _MOST_STEPS * self._step_seconds)
-        return max(self._fewest, min(self._most, int(seconds / seconds_of_row)))
+        return max(self._fewest, min(self._most, int(_MOST_STEPS * self._step_seconds / own)))
 
-    def passed(self, kind: Hashable, num_rows: int, seconds: float) -> None:
-        """Takes what a pass took."""
-        own = seconds / num_rows
-        before = self._seconds_of_row.get(kind)
-        # A short pass takes more by row than a long one would: the next ones find how long one may be.
-        self._seconds_of_row[kind] = own if before is None else max(own, before / _MOST_GROWTH)
+    def num_layers(self, kind: Hashable, num_rows: int) -> int:
+        """Returns the layers of such a pass that may run before others have their next step."""
+        own = self._seconds.get(kind)
+        if own is None or self._step_seconds is None:
+            return 1
+        return max(1, int(_MOST_STEPS * self._step_seconds / (own * max(num_rows, _LEAST_ROWS))))
+
+    def seconds(self, kind: Hashable, num_rows: int, num_layers: int) -> float | None:
+        """Returns what so many layers take, as far as it is known."""
+        own = self._seconds.get(kind)
+        return None if own is None else own * max(num_rows, _LEAST_ROWS) * num_layers
+
+    def passed(self, kind: Hashable, num_rows: int, num_layers: int, seconds: float) -> None:
+        """Takes what so many layers took."""
+        self._seconds[kind] = seconds / (max(num_rows, _LEAST_ROWS) * num_layers)
 
     def stepped(self, seconds: float) -> None:
         """Takes the time of a step of those who decode."""

@@ -52,7 +52,7 @@ def test_an_adaptive_stream_without_a_policy_runs_a_fixed_plan_within_its_budget
     assert result.decisions is not None
     assert result.decisions.shape == (40, 6)
     plans = [result.decisions[token] for token in range(40)]
-    assert plans[0] == (Action.FULL,) * 6  # the prefill's
+    assert plans[0] == (started.prefill_action,) * 6
     assert len(set(plans[1:])) == 1
     assert result.depth.mean_cost is not None
     # A wrong guess takes a row more, whose cost is at most another token's.

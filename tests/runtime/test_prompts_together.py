@@ -1,6 +1,6 @@
 """Prompts that arrive together share passes, leave time to those who decode, and run in the action that is theirs."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import pytest
 
@@ -16,7 +16,7 @@ from dash_runtime.policy.catalog import PolicyCatalog
 from dash_runtime.startup.measure_prompts import fastest_prefill, measure_prompts
 from dash_runtime.startup.measured_engine import assemble_engine
 from tests.runtime.native_model import SmallModel, native_decoder
-from tests.runtime.support import ALL_ACTIONS, finished, produced, run, some_costs, some_plans, tokens
+from tests.runtime.support import ALL_ACTIONS, drain, finished, produced, run, some_costs, some_plans, tokens
 
 INT4 = SkipOptions(Mode.FIXED, fixed_action=Action.INT4)
 
@@ -46,20 +46,24 @@ def request(
     return GenerationRequest(f"{number}", prompt(number, length), stopping, skip=skip, return_decisions=shows)
 
 
-def rows_of_passes(decoder: Decoder, engine: Engine, requests: Sequence[GenerationRequest]) -> list[int]:
-    """Returns the rows of each prompt pass that these requests take together."""
-    rows: list[int] = []
+def passes_of(engine: Engine, requests: Sequence[GenerationRequest]) -> list[tuple[int, int]]:
+    """Returns the rows and layers of each prompt pass, or part of one, that these requests take together."""
+    seen: list[tuple[int, int]] = []
     pace = engine._prompts.pace
     passed = pace.passed
-    pace.passed = lambda kind, num_rows, seconds: (rows.append(num_rows), passed(kind, num_rows, seconds))  # type: ignore[method-assign, assignment, func-returns-value]
+
+    def note(kind: Hashable, num_rows: int, num_layers: int, seconds: float) -> None:
+        seen.append((num_rows, num_layers))
+        passed(kind, num_rows, num_layers, seconds)
+
+    pace.passed = note  # type: ignore[method-assign]
     run(engine, *requests)
-    return rows
+    return seen
 
 
 def test_short_prompts_that_arrive_together_share_a_pass(decoder: Decoder) -> None:
-    engine = engine_of(decoder)
-    run(engine, request(99, 20))  # so that it knows how long a pass takes
-    assert rows_of_passes(decoder, engine, [request(number, 7 + number % 3) for number in range(30)]) == [240]
+    together = [request(number, 7 + number % 3) for number in range(30)]
+    assert passes_of(engine_of(decoder), together) == [(240, decoder.num_layers)]
 
 
 def test_a_prompt_has_the_tokens_that_it_has_alone(decoder: Decoder) -> None:
@@ -70,14 +74,40 @@ def test_a_prompt_has_the_tokens_that_it_has_alone(decoder: Decoder) -> None:
         assert tokens(alone) == tokens(together[own.request_id])
 
 
-def test_those_who_decode_have_a_token_after_each_pass_of_a_prompt(decoder: Decoder) -> None:
+def test_those_who_decode_have_a_token_after_each_part_of_a_prompts_pass(decoder: Decoder) -> None:
     engine = engine_of(decoder)
     engine.submit(request(0, 4, count=200))
     for _ in range(6):
         engine.step()
-    engine.submit(request(1, 400))
-    while engine._running.keys() != {"0", "1"} or engine._running["1"].num_prompt_tokens_left:
+    engine._prompts.pace.stepped = lambda seconds: None  # type: ignore[method-assign]
+    engine._prompts.pace._step_seconds = 0.0  # so short that each step has room for one layer
+    engine.submit(request(1, 40))
+    num_steps = 0
+    while "1" not in engine._running or engine._running["1"].num_prompt_tokens_left:
         assert sum(own.request_id == "0" for own in produced(engine.step())) == 1
+        num_steps += 1
+    assert num_steps == 3 * (decoder.num_layers + 1)  # 16, 16 and 8 rows, each with a step for the head
+
+
+def test_whoever_is_cancelled_within_a_pass_leaves_the_others_their_tokens(decoder: Decoder) -> None:
+    alone = run(engine_of(decoder), request(2, 90))["2"]
+    engine = engine_of(decoder)
+    engine.submit(request(0, 4, count=200))
+    for _ in range(3):
+        engine.step()
+    engine._prompts.pace.stepped = lambda seconds: None  # type: ignore[method-assign]
+    engine._prompts.pace._step_seconds = 0.0
+    for number in (1, 2):
+        engine.submit(request(number, 90))
+    engine.step()
+    engine.step()
+    engine.cancel("1")
+    engine.submit(request(3, 90))  # gets the memory of the first
+    engine.step()
+    engine.cancel("0")
+    events = drain(engine)
+    assert tokens(events["2"]) == tokens(alone)
+    assert tokens(events["3"]) == tokens(run(engine_of(decoder), request(3, 90))["3"])
 
 
 def test_only_those_at_full_depth_keep_their_prompts_from_the_faster_action(decoder: Decoder) -> None:
@@ -109,23 +139,23 @@ def test_prompts_are_rounded_only_where_that_is_clearly_faster(decoder: Decoder)
     assert min(seconds.values()) > 0
 
 
-def test_a_pass_takes_what_a_few_steps_of_others_take() -> None:
+def test_a_part_of_a_pass_takes_what_a_few_steps_of_others_take() -> None:
     pace = PromptPace(16, 256)
-    assert pace.num_rows("full", is_decoding=True) == 16
-    pace.passed("full", 16, 0.016)
-    assert pace.num_rows("full", is_decoding=False) == 256
     assert pace.num_rows("full", is_decoding=True) == 256  # nobody has decoded yet
     pace.stepped(0.025)
-    assert pace.num_rows("full", is_decoding=True) == 50
-    pace.passed("full", 50, 0.1)
-    assert pace.num_rows("full", is_decoding=True) == 25
+    assert pace.num_rows("full", is_decoding=True) == 16
+    assert pace.num_layers("full", 16) == 1
+    pace.passed("full", 16, 10, 0.16)  # as 64 rows would
+    assert pace.num_rows("full", is_decoding=False) == 256
+    assert pace.num_rows("full", is_decoding=True) == 150
+    assert pace.num_layers("full", 64) == 2
+    pace.passed("full", 128, 1, 0.02)
+    assert pace.num_rows("full", is_decoding=True) == 240
+    assert pace.num_layers("full", 128) == 1
+    assert pace.num_layers("full", 1) == 3
+    assert pace.seconds("full", 128, 3) == pytest.approx(0.06)
     for _ in range(20):
         pace.stepped(0.001)
     assert pace.num_rows("full", is_decoding=True) == 16
-    assert pace.num_rows("int8", is_decoding=False) == 16
-
-
-def test_a_pass_of_a_slow_model_lets_its_worker_show_that_it_works() -> None:
-    pace = PromptPace(16, 256)
-    pace.passed("full", 16, 1.0)
-    assert pace.num_rows("full", is_decoding=False) == 64
+    assert pace.num_layers("full", 16) == 1
+    assert pace.num_rows("int8", is_decoding=True) == 16
