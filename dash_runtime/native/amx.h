@@ -277,8 +277,8 @@ inline decltype(&add_groups<kLayout, kRows>) adder_of(int64_t num_rows) {
 
 // Writes a tile of outputs; then fetches the first weights of the next one.
 template <Layout kLayout>
-inline void rounded_tile(const Matrix &matrix, const Rows &rows, int64_t num_rows, int64_t tile, bool fetches,
-                         float *outputs, int64_t stride) {
+inline void rounded_tile(const Matrix &matrix, const Rows &rows, int64_t first_row, int64_t num_rows, int64_t tile,
+                         bool fetches, float *outputs, int64_t stride) {
   Group groups[kMostGroups];
   const int64_t num_groups = matrix.num_inputs / kGroup, num_pairs = (num_groups + 1) / 2;
   const auto *words = static_cast<const int32_t *>(matrix.words) + tile * lines_before(kLayout, num_groups) * kLanes;
@@ -294,7 +294,7 @@ inline void rounded_tile(const Matrix &matrix, const Rows &rows, int64_t num_row
     const float *scales = is_last ? matrix.scales + tile * kLanes : nullptr;
     for (int64_t row = 0; row < num_rows; row += kMostRows) {
       const auto *following = reinterpret_cast<const char *>(own + lines_before(kLayout, count) * kLanes);
-      adder_of<kLayout>(num_rows - row)(own, groups, count, rows.from(row).from_group(first),
+      adder_of<kLayout>(num_rows - row)(own, groups, count, rows.from(first_row + row).from_group(first),
                                         row || (is_last && !fetches) ? nullptr : following, part == 0, scales,
                                         outputs + row * stride, stride);
     }
@@ -302,15 +302,15 @@ inline void rounded_tile(const Matrix &matrix, const Rows &rows, int64_t num_row
 }
 
 // The same in INT8 and INT4, for the first rows. What follows up to `end` is fetched ahead.
-inline void rounded_product(const Matrix &matrix, const Rows &rows, int64_t num_rows, int64_t first, int64_t last,
-                            int64_t end, float *outputs, int64_t stride) {
+inline void rounded_product(const Matrix &matrix, const Rows &rows, int64_t first_row, int64_t num_rows, int64_t first,
+                            int64_t last, int64_t end, float *outputs, int64_t stride) {
   sizes_of(num_rows < kMostRows ? num_rows : kMostRows, kGroup, kFours).set();
   for (int64_t tile = first; tile < last; ++tile, outputs += kLanes) {
     const bool fetches = tile + 1 < end;
     if (matrix.layout == kInt8)
-      rounded_tile<kInt8>(matrix, rows, num_rows, tile, fetches, outputs, stride);
+      rounded_tile<kInt8>(matrix, rows, first_row, num_rows, tile, fetches, outputs, stride);
     else
-      rounded_tile<kInt4>(matrix, rows, num_rows, tile, fetches, outputs, stride);
+      rounded_tile<kInt4>(matrix, rows, first_row, num_rows, tile, fetches, outputs, stride);
   }
   _tile_release();
 }
@@ -319,7 +319,8 @@ inline void rounded_product(const Matrix &matrix, const Rows &rows, int64_t num_
 
 constexpr bool is_here = false;
 inline void full_product(const Matrix &, const Rows &, int64_t, int64_t, int64_t, int64_t, float *, int64_t) {}
-inline void rounded_product(const Matrix &, const Rows &, int64_t, int64_t, int64_t, int64_t, float *, int64_t) {}
+inline void rounded_product(const Matrix &, const Rows &, int64_t, int64_t, int64_t, int64_t, int64_t, float *,
+                            int64_t) {}
 
 #endif
 

@@ -12,6 +12,7 @@
 constexpr int64_t kManyRowsOfSpan = 16;
 constexpr int64_t kQueriesTogether = 128;  // that a thread takes through all blocks
 constexpr int64_t kMostAtOnce = 16;        // that a block takes at once, at most
+constexpr int64_t kTasksOfThread = 4;      // so that threads end at about the same time
 
 inline bool has_many_rows(const Span &span) { return span.num_rows >= kManyRowsOfSpan; }
 
@@ -43,13 +44,22 @@ inline void begin_joined(const HeadShape &shape, float *joined) {
   joined[0] = -INFINITY;
 }
 
-inline void join(const HeadShape &shape, const float *part, float *joined) {
-  Floats before = filled(1.0f);
-  if (part[0] > joined[0]) before = exponential(filled(joined[0] - part[0])), joined[0] = part[0];
-  const Floats factor = exponential(filled(part[0] - joined[0]));
-  joined[kWeights] = joined[kWeights] * before[0] + part[kWeights] * factor[0];
-  for (int64_t place = kSums; place < kSums + shape.head_dim; place += kLanes)
-    store(joined + place, load<Floats>(joined + place) * before + load<Floats>(part + place) * factor);
+// Adds a part to what each of up to `kLanes` queries has.
+inline void join(const HeadShape &shape, int64_t count, const BlockQuery *parts, float *const *joined) {
+  float befores[kLanes]{}, factors[kLanes]{};
+  for (int64_t own = 0; own < count; ++own) {
+    const float before = joined[own][0], most = parts[own].part[0] > before ? parts[own].part[0] : before;
+    befores[own] = before - most, factors[own] = parts[own].part[0] - most, joined[own][0] = most;
+  }
+  store(befores, exponential(load<Floats>(befores)));
+  store(factors, exponential(load<Floats>(factors)));
+  for (int64_t own = 0; own < count; ++own) {
+    float *to = joined[own];
+    const float *part = parts[own].part, before = befores[own], factor = factors[own];
+    to[kWeights] = to[kWeights] * before + part[kWeights] * factor;
+    for (int64_t place = kSums; place < kSums + shape.head_dim; place += kLanes)
+      store(to + place, load<Floats>(to + place) * before + load<Floats>(part + place) * factor);
+  }
 }
 
 inline void finish_joined(const HeadShape &shape, const float *joined, float *output) {
@@ -110,7 +120,7 @@ struct Attention {
     share(member, [&](auto add) {
       float *own_parts = parts;
       for (const Span *span = begin; span < end; ++span) {
-        const int64_t rows = std::min(span->num_rows, std::max(kQueriesTogether / shape.group(), int64_t{1}));
+        const int64_t rows = rows_together(*span, member.num_threads);
         if (has_many_rows(*span))
           for (int64_t first = 0; first < span->num_rows; first += rows)
             for (int64_t kv_head = 0; kv_head < shape.num_kv_heads; ++kv_head)
@@ -123,6 +133,12 @@ struct Attention {
         own_parts += parts_size(shape, *span);
       }
     });
+  }
+
+  // The rows of a span that a thread takes through all blocks at once: fewer where threads would get too few tasks.
+  int64_t rows_together(const Span &span, int64_t num_threads) const {
+    const int64_t group = shape.group(), even = span.num_rows * shape.num_kv_heads / (kTasksOfThread * num_threads);
+    return std::max(std::min(kQueriesTogether / group, even), (kMostAtOnce + group - 1) / group);
   }
 
   static int64_t first_new(const Span &span) { return span.num_tokens - span.num_rows; }
@@ -181,7 +197,7 @@ struct Attention {
   // Takes a head's queries of some rows of a span through all blocks.
   template <class WayOfBlock>
   void take_through(WayOfBlock &way, const Span &span, int64_t kv_head, int64_t first_row, int64_t last_row) const {
-    static_assert(WayOfBlock::kMostQueries <= kMostAtOnce);
+    static_assert(WayOfBlock::kMostQueries <= kMostAtOnce && kMostAtOnce <= kLanes);
     const int64_t group = shape.group(), stride = part_size(shape.head_dim);
     const int64_t num_queries = (last_row - first_row) * group, last_position = first_new(span) + last_row;
     const int64_t first_query = (span.first_row + first_row) * shape.num_heads + kv_head * group;
@@ -201,7 +217,7 @@ struct Attention {
       int64_t count = 0;
       const auto attend_chosen = [&] {
         way.write(count, chosen);
-        for (int64_t own = 0; own < count; ++own) join(shape, chosen[own].part, places[own]);
+        join(shape, count, chosen, places);
         count = 0;
       };
       for_queries(place, first_row, last_row, [&](int64_t query, BlockQuery own) {
@@ -233,8 +249,11 @@ struct Attention {
         DASH_CHECK(own_first >= 0 && own_first < own_last && own_last <= num_blocks);
         for (int64_t head = 0; head < shape.num_heads; ++head) {
           begin_joined(shape, joined);
-          for (int64_t part = own_first; part < own_last; ++part)
-            join(shape, own_parts + ((row * shape.num_heads + head) * num_blocks + part) * stride, joined);
+          for (int64_t part = own_first; part < own_last; ++part) {
+            const int64_t number = (row * shape.num_heads + head) * num_blocks + part;
+            const BlockQuery own{nullptr, 0, 0, own_parts + number * stride};
+            join(shape, 1, &own, &joined);
+          }
           finish_joined(shape, joined, queries + ((span->first_row + row) * shape.num_heads + head) * shape.head_dim);
         }
       }

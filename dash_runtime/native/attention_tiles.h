@@ -25,6 +25,8 @@ class TileBlock {
     const HeadBlock &block = block_ = block_of(shape_, place);
     num_tiles_ = (block.count + kPositions - 1) / kPositions;
     set_width(num_queries <= 4 ? 4 : num_queries <= 8 ? 8 : kMostQueries);
+    has_turned_keys_ = num_queries >= kQueriesToTurn;
+    if (has_turned_keys_) turn_keys(block_, shape_.head_dim, turned_keys_);
     const int64_t first = block.count / kPositions * kPositions;
     for (int64_t position = first; position < num_tiles_ * kPositions; ++position)
       for (int64_t place = 0; place < shape_.head_dim; place += kLanes) {
@@ -49,6 +51,9 @@ class TileBlock {
 
  private:
   static constexpr int kChannels = 32, kPositions = 16;  // of a tile of keys or values
+  // Of a block, for which its keys are turned: then neither these queries nor their scores have to be. A score has the
+  // same bits by both ways.
+  static constexpr int kQueriesToTurn = 48;
 
   // Tile 0 has scores, 1 to 4 sums, 5 weights, 6 keys or values, 7 queries.
   void set_width(int width) {
@@ -73,8 +78,11 @@ class TileBlock {
 
   template <int kWidth>
   void write_all(int64_t num_queries, const BlockQuery *queries) {
-    float weights[kWidth][kBlockPositions];
-    write_scores<kWidth>(num_queries, queries, weights);
+    alignas(kLineBytes) float weights[kWidth][kBlockPositions];
+    if (has_turned_keys_)
+      write_scores_of_turned(num_queries, queries, weights[0]);
+    else
+      write_scores<kWidth>(num_queries, queries, weights);
     for (int64_t own = 0; own < num_queries; ++own) weigh(queries[own], weights[own]);
     int32_t pairs[2][kWidth][kBlockPositions];
     for (int64_t own = 0; own < num_queries; ++own)
@@ -86,6 +94,25 @@ class TileBlock {
     int64_t part = 0;
     for (; part + 2 <= num_parts_; part += 2) write_sums<kWidth, 2>(num_queries, queries, pairs, part);
     if (part < num_parts_) write_sums<kWidth, 1>(num_queries, queries, pairs, part);
+  }
+
+  void write_scores_of_turned(int64_t num_queries, const BlockQuery *queries, float *scores) {
+    uint16_t rounded[kMostQueries * kMostChannels];
+    const int64_t size = shape_.head_dim;
+    for (int64_t own = 0; own < num_queries; ++own)
+      for (int64_t place = 0; place < size; place += kLanes)
+        write_bf16(rounded + own * size + place, load<Floats>(queries[own].query + place));
+    asm volatile("" ::: "memory");  // GCC does not know what tiles read and write
+    for (int64_t tile = 0; tile < num_tiles_; ++tile) {
+      _tile_zero(0);
+      for (int64_t part = 0; part < num_parts_; ++part) {
+        _tile_loadd(7, rounded + part * kChannels, 2 * size);
+        _tile_loadd(6, turned_keys_[part * kChannels / 2] + tile * kPositions, sizeof *turned_keys_);
+        _tile_dpbf16ps(0, 7, 6);
+      }
+      _tile_stored(0, scores + tile * kPositions, kBlockPositions * sizeof *scores);
+    }
+    asm volatile("" ::: "memory");
   }
 
   // Tiles want queries side by side, [pair of channels][query], and give [position][query].
@@ -183,6 +210,8 @@ class TileBlock {
   int64_t num_tiles_ = 0;
   // A copy of the last positions, padded with zeros, for tiles that they do not fill.
   uint16_t last_keys_[kPositions * kMostChannels], last_values_[kPositions * kMostChannels];
+  bool has_turned_keys_ = false;
+  alignas(kLineBytes) int32_t turned_keys_[kMostChannels / 2][kBlockPositions];  // [pair of channels][position]
 };
 
 #else

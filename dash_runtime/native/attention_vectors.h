@@ -23,6 +23,24 @@ inline void turn(Words (&rows)[kCount]) {
   if constexpr (2 * kRows < kCount) turn<2 * kRows>(rows);
 }
 
+// Writes the words of a block's keys, two channels each, as [pair][position]. Words of positions that it does not have
+// are anything.
+inline void turn_keys(HeadBlock &block, int64_t head_dim, int32_t (*turned)[kBlockPositions]) {
+  for (int64_t place = 0; place < block.count; place += kRegisterLanes)
+    for (int64_t pair = 0; pair < head_dim / 2; pair += kRegisterLanes) {
+      block.next.fetch(kRegisterLanes / 2);
+      Words rows[kRegisterLanes];
+#pragma GCC unroll 16
+      for (int row = 0; row < kRegisterLanes; ++row) {
+        const int64_t position = std::min(place + row, block.count - 1);
+        rows[row] = load<Words>(block.keys + position * block.stride + 2 * pair);
+      }
+      turn(rows);
+#pragma GCC unroll 16
+      for (int row = 0; row < kRegisterLanes; ++row) store(turned[pair + row] + place, rows[row]);
+    }
+}
+
 // Takes up to `kMostQueries` queries at once, whose sums registers hold.
 class VectorBlock {
  public:
@@ -38,7 +56,7 @@ class VectorBlock {
 
   void begin(const BlockPlace &place, int64_t) {
     block_ = block_of(shape_, place);
-    turn_keys();
+    turn_keys(block_, shape_.head_dim, turned_);
   }
 
   // Writes the parts of up to `kMostQueries` queries.
@@ -62,24 +80,6 @@ class VectorBlock {
   void end() { block_.next.fetch_rest(); }
 
  private:
-  // Words of positions that the block does not have are anything.
-  void turn_keys() {
-    const int64_t count = block_.count;
-    for (int64_t place = 0; place < count; place += kRegisterLanes)
-      for (int64_t pair = 0; pair < shape_.head_dim / 2; pair += kRegisterLanes) {
-        block_.next.fetch(kRegisterLanes / 2);
-        Words rows[kRegisterLanes];
-#pragma GCC unroll 16
-        for (int row = 0; row < kRegisterLanes; ++row) {
-          const int64_t position = place + row < count ? place + row : count - 1;
-          rows[row] = load<Words>(block_.keys + position * block_.stride + 2 * pair);
-        }
-        turn(rows);
-#pragma GCC unroll 16
-        for (int row = 0; row < kRegisterLanes; ++row) store(turned_[pair + row] + place, rows[row]);
-      }
-  }
-
   // Writes each query's scores of all positions.
   template <int kQueries>
   void write_scores(const BlockQuery *queries, float (*scores)[kBlockPositions]) const {

@@ -13,6 +13,7 @@ struct Layer {
   const float *bias;                                                             // of the first product
   // By action, from SKIP on. Keys and values have no words of their own where they are with the queries.
   Matrix matrices[kNumActions][kNumMatrices];
+  Mixture mixture;
 };
 
 // The replacement of a skipped layer's output.
@@ -71,11 +72,13 @@ inline void split_heads(const ModelShape &shape, const Layer &layer, const Rotar
   }
 }
 
+constexpr int64_t kGateTiles = 16;  // of outputs, whose gates many rows have at a time
+
 class LayerRun : public Run {
  public:
   using Run::Run;
 
-  // Begins a layer: its first product, whose outputs from `first` on all threads see after the next barrier.
+  // Begins a layer: its first product, whose outputs from `first` on whoever has the row sees after the next barrier.
   void project(const Layer &layer, int64_t action, int64_t first) const {
     DASH_CHECK(action > kSkip && action <= kNumActions);
     norm_rows(own_.residual, layer.input_norm, rows_, shape_.hidden_size, shape_.eps, own_.normed);
@@ -85,28 +88,33 @@ class LayerRun : public Run {
     const int64_t last = key_value.words ? query_size : stride;
     if (first < last) multiply(matrix, own_.normed, first / kLanes, last / kLanes, shared_.fused, stride);
     if (!key_value.words) return;
-    if (rows_.is_shared) member_.wait();  // inputs are prepared anew, in the same memory
+    if (rows_.is_shared) wait_for_others();  // inputs are prepared anew, in the same memory
     multiply(key_value, own_.normed, 0, (stride - query_size) / kLanes, shared_.fused + query_size, stride);
   }
 
-  // Runs the rest of it, with three more barriers before the last one. Attends to rounded keys and values if wanted.
+  // Runs the rest of it, with three more barriers before the last one, or none where rows are apart. Attends to rounded
+  // keys and values if wanted.
   void run(const Layer &layer, int64_t action, const Memory &memory, const RotaryOfSpans &rotary,
            bool to_rounded) const {
     DASH_CHECK(action > kSkip && action <= kNumActions);
-    const int64_t size = shape_.hidden_size, inner_size = shape_.intermediate_size;
+    const int64_t size = shape_.hidden_size;
     const Matrix *matrices = layer.matrices[action - 1];
     split_rows(layer, memory, rotary, true);
     if (rows_.is_shared) member_.wait();
     const Attention attention{shape_.heads, memory, own_.queries, own_.keys, own_.values, shared_.parts, own_.joined};
     attention.run(member_, rows_.first, rows_.last, to_rounded);
     multiply(matrices[kOutput], own_.queries, 0, size / kLanes, shared_.branch, size);
-    member_.wait();
+    wait_for_others();
     add_branch(layer.attention_output_norm);
     norm_rows(own_.residual, layer.mlp_norm, rows_, size, shape_.eps, own_.normed);
-    gate(matrices[kGateUp], inner_size);
-    member_.wait();
-    multiply(matrices[kDown], shared_.inner, 0, size / kLanes, shared_.branch + num_rows_ * size, size);
-    member_.wait();
+    if (layer.mixture.num_experts) {
+      run_experts(layer.mixture, matrices[kGateUp], matrices[kDown]);
+    } else {
+      gate(matrices[kGateUp], shape_.intermediate_size);
+      wait_for_others();
+      multiply(matrices[kDown], shared_.inner, 0, size / kLanes, shared_.branch + num_rows_ * size, size);
+    }
+    wait_for_others();
     add_branch(layer.mlp_output_norm, num_rows_ * size);
     round_state();
   }
@@ -117,7 +125,7 @@ class LayerRun : public Run {
     const int64_t size = shape_.hidden_size, rank = compensation.rank;
     split_rows(layer, memory, rotary, false);
     for_rows(
-        memory, member_.first(num_rows_), member_.last(num_rows_), [&](int64_t row, int64_t position, int64_t span) {
+        memory, rows_.own(member_).first, rows_.own(member_).last, [&](int64_t row, int64_t position, int64_t span) {
           for (int64_t head = 0; head < shape_.heads.num_kv_heads; ++head) {
             const int64_t from = row * shape_.kv_size() + head * shape_.heads.head_dim;
             write_token(shape_.heads, memory, memory.spans[span], position, head, own_.keys + from, own_.values + from);
@@ -154,6 +162,18 @@ class LayerRun : public Run {
   }
 
  private:
+  // Products of other threads are needed next, unless rows are apart.
+  void wait_for_others() const {
+    if (!rows_.is_apart) member_.wait();
+  }
+
+  void multiply(const Matrix &matrix, const float *rows, int64_t first, int64_t last, float *outputs,
+                int64_t stride) const {
+    if (!rows_.is_apart) return Run::multiply(matrix, rows, first, last, outputs, stride);
+    product(matrix, prepared_own(matrix, rows), rows_.first, rows_.count(), first, last,
+            outputs + rows_.first * stride + first * kLanes, stride);
+  }
+
   // Heads of all rows, after the next barrier if threads share them.
   void split_rows(const Layer &layer, const Memory &memory, const RotaryOfSpans &rotary, bool has_queries) const {
     for_rows(memory, rows_.first, rows_.last, [&](int64_t row, int64_t position, int64_t span) {
@@ -164,19 +184,76 @@ class LayerRun : public Run {
   }
 
   void gate(const Matrix &matrix, int64_t inner_size) const {
-    const Rows inputs = prepared(matrix, own_.normed);
-    const int64_t num_tiles = inner_size / kLanes, first = member_.first(num_tiles), last = member_.last(num_tiles);
-    const int64_t count = (last - first) * kLanes;
-    float *gates = own_.wide, *ups = own_.wide + num_rows_ * count;
-    product(matrix, inputs, 0, num_rows_, first, last, gates, count);
-    product(matrix, inputs, 0, num_rows_, num_tiles + first, num_tiles + last, ups, count);
-    for (int64_t row = 0; row < num_rows_; ++row)
-      for (int64_t place = 0; place < count; place += kLanes) {
-        const Floats value = load<Floats>(gates + row * count + place), up = load<Floats>(ups + row * count + place);
-        const Floats slope =
-            shape_.activation == kSilu ? value : 1.5957691216f * (value + 0.044715f * value * value * value);
-        store(shared_.inner + row * inner_size + first * kLanes + place, value * sigmoid(slope) * up);
+    const Rows inputs = rows_.is_apart ? prepared_own(matrix, own_.normed) : prepared(matrix, own_.normed);
+    const int64_t num_tiles = inner_size / kLanes;
+    if (rows_.is_apart)
+      gate_rows(matrix, inputs, rows_.first, rows_.count(), 0, num_tiles, 0, num_tiles, shared_.inner);
+    else
+      gate_rows(matrix, inputs, 0, num_rows_, 0, num_tiles, member_.first(num_tiles), member_.last(num_tiles),
+                shared_.inner);
+  }
+
+  // Gates some rows of an MLP that has so many tiles of outputs from `mlp` on: of these the ones from `first` to
+  // `last`.
+  void gate_rows(const Matrix &matrix, const Rows &inputs, int64_t first_row, int64_t num_rows, int64_t mlp,
+                 int64_t num_tiles, int64_t first, int64_t last, float *inner) const {
+    // A part of many rows' gates stays in the cache.
+    const int64_t most = num_rows < kRowsApart ? num_tiles : kGateTiles;
+    for (int64_t tile = first, next; tile < last; tile = next) {
+      next = std::min(tile + most, last);
+      const int64_t count = (next - tile) * kLanes;
+      float *gates = own_.wide, *ups = own_.wide + num_rows * count;
+      product(matrix, inputs, first_row, num_rows, mlp + tile, mlp + next, gates, count);
+      product(matrix, inputs, first_row, num_rows, mlp + num_tiles + tile, mlp + num_tiles + next, ups, count);
+      for (int64_t row = 0; row < num_rows; ++row)
+        for (int64_t place = 0; place < count; place += kLanes) {
+          const Floats value = load<Floats>(gates + row * count + place), up = load<Floats>(ups + row * count + place);
+          const Floats slope =
+              shape_.activation == kSilu ? value : 1.5957691216f * (value + 0.044715f * value * value * value);
+          store(inner + ((first_row + row) * num_tiles + tile) * kLanes + place, value * sigmoid(slope) * up);
+        }
+    }
+  }
+
+  // The MLP of a mixture: the chosen experts' outputs, added up expert by expert, with a barrier, or two for many rows.
+  void run_experts(const Mixture &mixture, const Matrix &gate_up, const Matrix &down) const {
+    const int64_t size = shape_.hidden_size, inner_size = shape_.expert_size, num_chosen = mixture.num_chosen;
+    const int64_t num_tiles = inner_size / kLanes, own_first = member_.first(num_tiles);
+    route(mixture);
+    const Rows inputs = prepared(gate_up, own_.normed);
+    own_.experts->sort(mixture, own_.choices, num_rows_);
+    own_.experts->for_each([&](int64_t expert, int64_t place, int64_t count, const int32_t *numbers) {
+      const bool has_all = count == num_rows_;
+      const Rows rows = has_all ? inputs : gathered(inputs, numbers, num_chosen, count, size, own_.gathered);
+      gate_rows(gate_up, rows, 0, count, 2 * expert * num_tiles, num_tiles, own_first, member_.last(num_tiles),
+                shared_.inner + place * inner_size);
+    });
+    member_.wait();
+    const int64_t all = size / kLanes, first = member_.first(all), last = member_.last(all);
+    const int64_t columns = (last - first) * kLanes;
+    float *branch = shared_.branch + num_rows_ * size + first * kLanes;
+    for (int64_t row = 0; row < num_rows_; ++row) std::memset(branch + row * size, 0, columns * sizeof *branch);
+    own_.experts->for_each([&](int64_t expert, int64_t place, int64_t count, const int32_t *numbers) {
+      const Rows rows = prepare(static_cast<Layout>(down.layout), shared_.inner + place * inner_size, count, inner_size,
+                                own_.gathered, 0, count);
+      product(down, rows, 0, count, expert * all + first, expert * all + last, own_.wide, columns);
+      for (int64_t own = 0; own < count; ++own) {
+        float *to = branch + numbers[own] / num_chosen * size;
+        const float share = own_.choices[numbers[own]].share;
+        for (int64_t column = 0; column < columns; column += kLanes)
+          store(to + column, load<Floats>(to + column) + load<Floats>(own_.wide + own * columns + column) * share);
       }
+    });
+  }
+
+  // Chooses the experts of the rows that are this thread's, which all threads see after the next barrier.
+  void route(const Mixture &mixture) const {
+    const Rows inputs =
+        prepare(kFull, own_.normed, num_rows_, shape_.hidden_size, own_.gathered, rows_.first, rows_.last);
+    const int64_t stride = mixture.router.num_tiles * kLanes;
+    product(mixture.router, inputs, rows_.first, rows_.count(), 0, mixture.router.num_tiles, own_.wide, stride);
+    for (int64_t row = 0; row < rows_.count(); ++row)
+      choose_experts(mixture, own_.wide + row * stride, own_.choices + (rows_.first + row) * mixture.num_chosen);
   }
 
   void add_branch(const float *weight, int64_t offset = 0) const {

@@ -28,7 +28,15 @@ from dash_runtime.native.head_struct import (
 from dash_runtime.native.library import NativeLibrary
 from dash_runtime.native.matrix import NativeMatrix
 from dash_runtime.native.pass_rows import CompensatedLayers, NativePlan, NativePlans, PlannerTable, RowsOfPass
-from dash_runtime.native.structs import NO_FILE, EmbeddingStruct, HeadsStruct, LayerStruct, ModelStruct, PassStruct
+from dash_runtime.native.structs import (
+    LANES,
+    NO_FILE,
+    EmbeddingStruct,
+    HeadsStruct,
+    LayerStruct,
+    ModelStruct,
+    PassStruct,
+)
 from dash_runtime.native.thread_count import ThreadCount
 from dash_runtime.passes import MOST_GUESSES, Draw, Limit, OnePass, PassResult
 
@@ -44,6 +52,17 @@ class PackedLayer:
 
     vectors: Mapping[str, Tensor]
     matrices: Mapping[Action, Sequence[tuple[NativeMatrix, int]]]
+    router: NativeMatrix | None = None
+    """Of a mixture, in FULL, padded to whole tiles. Gate-up and down have all experts' outputs then, one after the
+    other."""
+
+
+def _experts_of(config: ModelConfig) -> tuple[int, int, int]:
+    """Returns the number of experts, in whole tiles, how many a row has, and their size."""
+    mixture = config.mixture
+    if mixture is None:
+        return 0, 0, 0
+    return -(-mixture.num_experts // LANES) * LANES, mixture.num_chosen, mixture.expert_size
 
 
 class NativeModel:
@@ -63,7 +82,9 @@ class NativeModel:
             HeadsStruct(config.num_heads, config.num_kv_heads, config.head_dim, scale),
             *(config.hidden_size, config.intermediate_size, _ACTIVATIONS[block.activation], config.num_layers),
             *(config.rms_norm_eps, block.residual_multiplier),
+            *_experts_of(config),
         )
+        self._mixtures = [config.mixture_of(layer) for layer in range(config.num_layers)]
         self._layers = (LayerStruct * config.num_layers)()
         self._kept: list[object] = []
         self._uncompensated = CompensatedLayers(config.num_layers, None)
@@ -100,6 +121,13 @@ class NativeModel:
             for place, (matrix, num_inputs) in enumerate(matrices):
                 struct.matrices[action - 1][place], kept = packed_struct(matrix, num_inputs)
                 self._kept += kept
+        if (mixture := self._mixtures[layer]) is not None:
+            assert packed.router is not None
+            own = struct.mixture
+            own.router, kept = packed_struct(packed.router, self._hidden_size)
+            own.num_experts, own.num_chosen = mixture.num_experts, mixture.num_chosen
+            own.has_normed_shares = mixture.has_normed_shares
+            self._kept += kept
 
     def run(
         self,

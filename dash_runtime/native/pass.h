@@ -20,6 +20,7 @@ struct Workspace {
     std::vector<int64_t> group;    // rows
     std::vector<Span> spans;       // of a group
     std::vector<Rotary> rotary;    // of a group
+    ExpertRows experts;
   };
 
   Barrier barrier;
@@ -133,6 +134,7 @@ struct SharedParts {
   int64_t width;                            // the widest policy's
   float *inputs, *queries, *keys, *values;  // of threads that share rows
   float *states;                            // [rows, hidden_size], where rows run in groups
+  Choice *choices;                          // [rows, num_chosen]
 };
 
 // The number of inputs of a rough matrix, the repeated ones counted twice; 0 if there is no rough matrix.
@@ -150,11 +152,26 @@ inline int64_t highest_rank(const Pass &pass) {
 // The floats of what a product reads of all rows.
 inline int64_t prepared_size(const Pass &pass) {
   const ModelShape &shape = *pass.shape;
-  const int64_t sizes[] = {shape.hidden_size, shape.query_size(), shape.intermediate_size, repeated_size(pass),
-                           highest_rank(pass)};
+  const int64_t sizes[] = {shape.hidden_size, shape.query_size(),  shape.intermediate_size,
+                           shape.expert_size, repeated_size(pass), highest_rank(pass)};
   int64_t widest = 0;
   for (int64_t size : sizes) widest = size > widest ? size : widest;
   return inputs_size(pass.num_rows, widest);
+}
+
+// The inner states of a row: of its MLP, or of all of its experts.
+inline int64_t inner_size(const ModelShape &shape) {
+  return std::max(shape.intermediate_size, shape.num_chosen * shape.expert_size);
+}
+
+// The outputs of a row that a thread has at a time: gates and ups, a part of the state, or a router's scores.
+inline int64_t widest_outputs(const ModelShape &shape) {
+  return std::max({2 * shape.intermediate_size, 2 * shape.expert_size, shape.hidden_size, shape.num_experts});
+}
+
+inline Choice *choices_of(Parts &parts, const Pass &pass) {
+  constexpr int64_t kFloats = sizeof(Choice) / sizeof(float);
+  return reinterpret_cast<Choice *>(parts.take(pass.num_rows * pass.shape->num_chosen * kFloats));
 }
 
 inline SharedParts shared_parts(Parts &parts, const Pass &pass) {
@@ -169,7 +186,7 @@ inline SharedParts shared_parts(Parts &parts, const Pass &pass) {
   int64_t attention_size = 0;
   for (int64_t span = 0; span < pass.num_spans; ++span) attention_size += parts_size(shape.heads, pass.spans[span]);
   float *attention = parts.take(attention_size);
-  float *branch = parts.take(2 * rows * shape.hidden_size), *inner = parts.take(rows * shape.intermediate_size);
+  float *branch = parts.take(2 * rows * shape.hidden_size), *inner = parts.take(rows * inner_size(shape));
   SharedParts own;
   own.width = width;
   for (int turn = 0; turn < 2; ++turn) {
@@ -179,6 +196,7 @@ inline SharedParts shared_parts(Parts &parts, const Pass &pass) {
   own.inputs = parts.take(prepared_size(pass)), own.queries = parts.take(rows * shape.query_size());
   own.keys = parts.take(rows * shape.kv_size()), own.values = parts.take(rows * shape.kv_size());
   own.states = parts.take(pass.num_plans > 1 ? rows * shape.hidden_size : 0);
+  own.choices = choices_of(parts, pass);
   return own;
 }
 
@@ -198,8 +216,11 @@ inline OwnParts own_parts(Parts &parts, const Pass &pass) {
                 parts.take(rows * kv_size),
                 parts.take(rows * kv_size),
                 parts.take(joined_size(shape.heads)),
-                parts.take(2 * rows * (shape.intermediate_size + kLanes)),
-                parts.take(rows * repeated_size(pass))};
+                parts.take(rows * (widest_outputs(shape) + 2 * kLanes)),
+                parts.take(rows * repeated_size(pass)),
+                parts.take(shape.num_chosen ? prepared_size(pass) : 0),
+                choices_of(parts, pass),
+                nullptr};
   return {own, parts.take(pass.num_plans > 1 ? rows * shape.hidden_size : 0), parts.take(shape.hidden_size)};
 }
 

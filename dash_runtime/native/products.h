@@ -321,7 +321,7 @@ inline void product(const Matrix &matrix, const Rows &rows, int64_t first_row, i
   for (int64_t tile = first, end; tile < last; tile = end) {
     end = block_end(tile, last);
     float *own = outputs + (tile - first) * kLanes;
-    if (num_by_amx) amx::rounded_product(matrix, rows, num_by_amx, tile, end, last, own, stride);
+    if (num_by_amx) amx::rounded_product(matrix, rows, first_row, num_by_amx, tile, end, last, own, stride);
     Ahead ahead{words + end * tile_bytes, words + (end < last ? block_end(end, last) : end) * tile_bytes, lines};
     for (int64_t row = num_by_amx, taken; row < num_rows; row += taken) {
       taken = num_rows - row < most ? num_rows - row : most;

@@ -1,12 +1,14 @@
 // Rows of a pass: how threads share them, and their products.
 #pragma once
 #include "attention.h"
+#include "mixture.h"
 #include "products.h"
 
 struct ModelShape {
   HeadShape heads;
   int64_t hidden_size, intermediate_size, activation, num_layers;
   double eps, residual_multiplier;
+  int64_t num_experts, num_chosen, expert_size;  // of mixtures; 0 if no layer has one
 
   int64_t query_size() const { return heads.num_heads * heads.head_dim; }
   int64_t kv_size() const { return heads.num_kv_heads * heads.head_dim; }
@@ -16,24 +18,43 @@ struct ModelShape {
 // Rows from which on each thread does what is done by row for its share of them, not for all. That takes more barriers.
 constexpr int64_t kRowsToShare = 8;
 
+// Rows of a thread from which on it multiplies them alone, with all of a layer's weights. Then no thread waits for what
+// another one has made of the same rows.
+constexpr int64_t kRowsApart = 32;
+
 // Memory of a pass: what all threads see, and what each has for itself. Where threads share rows, they also share
-// `inputs`, `queries`, `keys` and `values`.
+// `queries`, `keys`, `values` and `choices`, and unless rows are apart `inputs`.
 struct Shared {
   float *fused, *parts, *branch, *inner, *narrow;
 };
 
 struct Own {
-  float *residual, *normed, *inputs, *queries, *keys, *values, *joined, *wide, *repeated;
+  float *residual, *normed, *inputs, *queries, *keys, *values, *joined, *wide, *repeated, *gathered;
+  Choice *choices;
+  ExpertRows *experts;
 };
 
 // The rows whose norms, residuals and rotations a thread computes: all rows if they are few, or its share of them.
 struct RowRange {
   int64_t first, last;
-  bool is_shared;
+  bool is_shared, is_apart;
 
-  static RowRange of(const Member &member, int64_t num_rows) {
-    const bool is_shared = member.num_threads > 1 && num_rows >= kRowsToShare;
-    return is_shared ? RowRange{member.first(num_rows), member.last(num_rows), true} : RowRange{0, num_rows, false};
+  int64_t count() const { return last - first; }
+
+  // The rows that are this thread's alone, also where all threads have all rows.
+  RowRange own(const Member &member) const {
+    return is_shared ? *this : RowRange{member.first(last), member.last(last), false, false};
+  }
+
+  // Rows of a mixture are not apart: together more of them have one expert.
+  static RowRange of(const Member &member, const ModelShape &shape, int64_t num_rows) {
+    if (member.num_threads == 1 || num_rows < kRowsToShare) return {0, num_rows, false, false};
+    if (num_rows < kRowsApart * member.num_threads || shape.num_chosen)
+      return {member.first(num_rows), member.last(num_rows), true, false};
+    // Rows that lie together are one thread's.
+    const int64_t together = (num_rows + kRowsTogether - 1) / kRowsTogether;
+    return {member.first(together) * kRowsTogether, std::min(member.last(together) * kRowsTogether, num_rows), true,
+            true};
   }
 };
 
@@ -62,7 +83,7 @@ class Run {
         shared_(shared),
         own_(own),
         num_rows_(num_rows),
-        rows_(RowRange::of(member, num_rows)) {}
+        rows_(RowRange::of(member, shape, num_rows)) {}
 
  protected:
   void multiply(const Matrix &matrix, const float *rows, int64_t first, int64_t last, float *outputs,

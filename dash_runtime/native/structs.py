@@ -40,7 +40,12 @@ class ModelStruct(Structure):
         ("heads", HeadsStruct),
         *_numbers("hidden_size", "intermediate_size", "activation", "num_layers"),
         *((name, c_double) for name in ("eps", "residual_multiplier")),
+        *_numbers("num_experts", "num_chosen", "expert_size"),
     ]
+
+
+class MixtureStruct(Structure):
+    _fields_ = [("router", MatrixStruct), *_numbers("num_experts", "num_chosen", "has_normed_shares")]
 
 
 NORMS = ("input_norm", "attention_output_norm", "mlp_norm", "mlp_output_norm")
@@ -49,7 +54,11 @@ _VECTORS = (*NORMS, "head_norm", "query_norm", "key_norm", "bias")
 
 
 class LayerStruct(Structure):
-    _fields_ = [*_pointers(*_VECTORS), ("matrices", (MatrixStruct * NUM_MATRICES) * NUM_ACTIONS)]
+    _fields_ = [
+        *_pointers(*_VECTORS),
+        ("matrices", (MatrixStruct * NUM_MATRICES) * NUM_ACTIONS),
+        ("mixture", MixtureStruct),
+    ]
 
 
 class CompensationStruct(Structure):

@@ -13,7 +13,7 @@ class Walk {
         shared_(shared),
         member_{member.barrier, member.index, member.num_threads, &evaluation_},
         memory_(pass.workspace->own[member.index]),
-        rows_(RowRange::of(member, pass.num_rows)),
+        rows_(RowRange::of(member, *pass.shape, pass.num_rows)),
         size_(pass.shape->hidden_size),
         attends_rounded_(pass.attends_rounded),
         parts_(laid_out(memory_.floats, [&](Parts &parts) { return own_parts(parts, pass); })) {
@@ -41,8 +41,10 @@ class Walk {
   bool is_alone() const { return pass_.num_plans == 1; }
 
   Own with_inputs(Own own, const RowRange &rows) const {
-    if (rows.is_shared)
-      own.inputs = shared_.inputs, own.queries = shared_.queries, own.keys = shared_.keys, own.values = shared_.values;
+    own.experts = &memory_.experts;
+    if (rows.is_shared) own.queries = shared_.queries, own.keys = shared_.keys, own.values = shared_.values;
+    if (rows.is_shared) own.choices = shared_.choices;
+    if (rows.is_shared && !rows.is_apart) own.inputs = shared_.inputs;
     return own;
   }
 
@@ -158,8 +160,8 @@ class Walk {
   }
 
   // The plans whose next layer this thread decides.
-  int64_t first_decided() const { return member_.first(pass_.num_rows); }
-  int64_t last_decided() const { return member_.last(pass_.num_rows); }
+  int64_t first_decided() const { return rows_.own(member_).first; }
+  int64_t last_decided() const { return rows_.own(member_).last; }
 
   const float *state(int64_t row) const { return (is_scattered_ ? shared_.states : own_.residual) + row * size_; }
   float *products(int64_t layer, int64_t row) const { return shared_.products[layer % 2] + row * shared_.width; }
@@ -204,7 +206,7 @@ class Walk {
   void run_group(int64_t layer, uint8_t action) {
     const std::vector<int64_t> &group = memory_.group;
     const int64_t count = static_cast<int64_t>(group.size());
-    const RowRange rows = RowRange::of(member_, count);
+    const RowRange rows = RowRange::of(member_, *pass_.shape, count);
     const RowPlan &plan = pass_.plans[group[0]];
     Own own = with_inputs(parts_.own, rows);
     own.residual = parts_.group;
@@ -222,15 +224,15 @@ class Walk {
     begin_layer(run, layer, action, plan);
     if (!has_chosen_) choose(layer), has_chosen_ = true;
     end_layer(run, layer, action, plan, memory, {memory_.rotary.data(), 1});
-    const int64_t first = rows.is_shared ? rows.first : member_.first(count);
-    const int64_t last = rows.is_shared ? rows.last : member_.last(count);
-    for (int64_t place = first; place < last; ++place) copy_state(shared_.states, group[place], own.residual, place);
+    const RowRange put_back = rows.own(member_);
+    for (int64_t place = put_back.first; place < put_back.last; ++place)
+      copy_state(shared_.states, group[place], own.residual, place);
   }
 
   // Brings all states to where groups take theirs from, and back.
   void scatter_all() {
     if (is_scattered_) return;
-    for (int64_t row = member_.first(pass_.num_rows); row < member_.last(pass_.num_rows); ++row)
+    for (int64_t row = first_decided(); row < last_decided(); ++row)
       copy_state(shared_.states, row, own_.residual, row);
     member_.wait();
     is_scattered_ = true;
@@ -248,6 +250,7 @@ class Walk {
 
   // The head, after the layers.
   void put_out() {
+    if (rows_.is_shared) own_.inputs = shared_.inputs;
     const HeadRun run(member_, *pass_.shape, shared_.layers[turn_ % 2], own_, pass_.num_rows);
     Workspace &own = *pass_.workspace;
     run.finish(*pass_.head, {pass_.logits, own.keys.data(), own.likely.data(), own.uppers.data(), own.tops.data(),

@@ -70,7 +70,7 @@ void a_row_has_its_bits_alone_and_among_others_with_any_number_of_threads(const 
   for (int turn = 0; turn < 8; ++turn) {
     const auto head = static_cast<HeadKind>(turn % kNumHeads);
     const bool wants_logits = head != kBounded || below(2), is_rounded = turn % 3 == 1;
-    std::vector<Row> rows(1 + below(turn % 2 ? 11 : 4));
+    std::vector<Row> rows(turn == 6 ? 100 : 1 + below(turn % 2 ? 11 : 4));
     for (Row &row : rows) row = some_row(model);
     if (turn % 4 == 3)  // all skip a layer, in which threads wait for each other least, and decide the next one
       for (Row &row : rows) row.compensations = &model.factors, std::memcpy(row.pinned, "\1\0\0", kNumLayers);
@@ -107,7 +107,8 @@ void rows_that_agree_on_actions_do_so_with_any_number_of_threads(const Model &mo
 
 // Prompts: from a sequence's first position on, and sequences that have no row.
 void rows_of_several_sequences_have_the_same_bits_with_any_number_of_threads(const Model &model) {
-  for (const std::vector<int64_t> &counts : {std::vector<int64_t>{40}, {1, 5, 3}, {9, 8}, {3, 0, 2}, {20, 2, 17}}) {
+  for (const std::vector<int64_t> &counts :
+       {std::vector<int64_t>{40}, {1, 5, 3}, {9, 8}, {3, 0, 2}, {20, 2, 17}, {104}}) {
     std::vector<Row> rows;
     for (const int64_t count : counts) {
       Row row = some_row(model);
@@ -235,12 +236,15 @@ void a_policy_runs_alone(const Model &model) {
 
 int main() {
   products_are_those_of_the_weights_that_words_stand_for();
-  const Model model;
+  const Model model(false), experts(true);
   a_row_has_its_bits_alone_and_among_others_with_any_number_of_threads(model);
   a_lone_row_decides_its_layers_with_any_number_of_threads(model);
   rows_that_agree_on_actions_do_so_with_any_number_of_threads(model);
   rows_of_several_sequences_have_the_same_bits_with_any_number_of_threads(model);
+  a_row_has_its_bits_alone_and_among_others_with_any_number_of_threads(experts);
+  rows_of_several_sequences_have_the_same_bits_with_any_number_of_threads(experts);
   what_is_no_number_has_a_likeliest_token(model);
+  what_is_no_number_has_a_likeliest_token(experts);
   draws_are_tokens_whatever_is_drawn_from();
   a_burst_puts_out_the_same_with_guesses_and_ends_where_it_should(model);
   a_policy_runs_alone(model);

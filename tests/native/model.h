@@ -64,13 +64,14 @@ struct Kept {
 };
 
 constexpr int64_t kNumLayers = 3, kHidden = 64, kInner = 96, kHeadDim = 32, kVocabulary = 272, kPositions = 144;
+constexpr int64_t kNumExperts = 6, kExpertSize = 32;
 constexpr int64_t kRank = 32, kWidth = 96, kNumFacts = kNumActions + 2;
 
 enum HeadKind { kPlain, kRough, kNarrow, kBounded, kNumHeads };
 
 struct Model {
   Kept kept;
-  ModelShape shape{{4, 2, kHeadDim, 0.2}, kHidden, kInner, kSilu, kNumLayers, 1e-5, 1.0};
+  ModelShape shape{{4, 2, kHeadDim, 0.2}, kHidden, kInner, kSilu, kNumLayers, 1e-5, 1.0, 0, 0, 0};
   std::vector<Layer> layers;
   std::vector<Compensation> factors, low_rank, none;
   std::vector<int64_t> windows{0, 70, 0}, rotary_of{0, 1, 0};
@@ -85,7 +86,9 @@ struct Model {
   const Rotary tables[2] = {{kept.halves(kPositions * kHeadDim, 1), kept.halves(kPositions * kHeadDim, 1)},
                             {kept.halves(kPositions * kHeadDim, 1), kept.halves(kPositions * kHeadDim, 1)}};
 
-  Model() {
+  // With a mixture, layer 1 has one.
+  explicit Model(bool has_mixture) {
+    if (has_mixture) shape.num_experts = kLanes, shape.num_chosen = 2, shape.expert_size = kExpertSize;
     const int64_t query = shape.query_size(), fused = shape.fused_size();
     for (int64_t layer = 0; layer < kNumLayers; ++layer) {
       Layer own{};
@@ -101,8 +104,11 @@ struct Model {
         matrices[kQueryKeyValue] = kept.matrix(layout, is_split ? query : fused, kHidden, layer == 1 ? 4 : 1);
         if (is_split) matrices[kKeyValue] = kept.matrix(kInt8, fused - query, kHidden);
         matrices[kOutput] = kept.matrix(layout, kHidden, query);
-        matrices[kGateUp] = kept.matrix(layout, 2 * kInner, kHidden, layer == 1 ? 4 : 1);
-        matrices[kDown] = kept.matrix(layout, kHidden, kInner);
+        const bool is_mixture = has_mixture && layer == 1;
+        const int64_t count = is_mixture ? kNumExperts : 1, inner = is_mixture ? kExpertSize : kInner;
+        matrices[kGateUp] = kept.matrix(layout, count * 2 * inner, kHidden, layer == 1 ? 4 : 1);
+        matrices[kDown] = kept.matrix(layout, count * kHidden, inner);
+        if (is_mixture) own.mixture = {kept.matrix(kFull, kLanes, kHidden), kNumExperts, 2, action == kFullAction};
       }
       layers.push_back(own);
       factors.push_back({{}, {}, kept.floats(2 * kHidden, 0.5f), 0});

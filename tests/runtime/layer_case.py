@@ -12,17 +12,17 @@ from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config, open_weights
 from dash_runtime.decoder.backends.native import why_eager
 from dash_runtime.decoder.backends.native_compensation import pack_for_rows
-from dash_runtime.decoder.backends.packed_model import layer_vectors, packed_matrices
+from dash_runtime.decoder.backends.packed_model import layer_vectors, native_matrices, pack_router, packed_matrices
 from dash_runtime.layers.attention import attention
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.kv_cache import BLOCK_TOKENS, rounded_block_bytes
 from dash_runtime.layers.layer_body import Linears, run_layer_body, split_heads
+from dash_runtime.layers.mlp import Mixture
 from dash_runtime.layers.rotary import RotaryTable
 from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
 from dash_runtime.linears.dense_linear import FullLinear, Linear
 from dash_runtime.linears.quantization import quantized_parts
 from dash_runtime.model_config import BlockConfig
-from dash_runtime.native.matrix import pack_native_matrix
 from dash_runtime.native.model import NativeModel, PackedLayer
 from dash_runtime.native.pass_rows import RowsOfPass, RowSpan
 from tests.runtime.native_code import in_bytes, native_library, rounded
@@ -73,13 +73,12 @@ class Case:
         """Returns rows of which only one layer is packed, for one kernel."""
         rows = NativeModel(native_library(), self.config, [0] * self.config.num_layers, num_threads=2)
         action, weights = action_of(kernel), in_bfloat16(self.weights, kernel)
-        if kernel == "tiles":
-            packed = [(pack_native_matrix(action, own), own.weight.shape[1]) for own in weights.matrices()]
-        else:
-            matrices = packed_matrices(action, weights)
-            inputs = [own.weight.shape[1] for own in weights.matrices()]
-            packed = list(zip(matrices, [*inputs, inputs[0]], strict=False))
-        rows.set_layer(LAYER, PackedLayer(layer_vectors(self.weights), {action: packed}))
+        matrices = packed_matrices(action, weights)
+        inputs = [own.weight.shape[1] for own in native_matrices(weights)]
+        packed = list(zip(matrices, [*inputs, inputs[0]], strict=False))
+        mlp = in_bfloat16(self.weights, kernel).mlp
+        router = pack_router(mlp.router) if isinstance(mlp, Mixture) else None
+        rows.set_layer(LAYER, PackedLayer(layer_vectors(self.weights), {action: packed}, router))
         return rows
 
     def run(

@@ -39,15 +39,18 @@ class Decoders:
     eager: Decoder
 
 
-FAMILIES = ("llama", "qwen2-sliding-window", "mistral-sliding-window", "olmo2", "gemma3", "granite")
+FAMILIES = ("llama", "qwen2-sliding-window", "mistral-sliding-window", "olmo2", "gemma3", "granite", "qwen3-moe")
 """Each has something of its own; `test_layer_body.py` has every family."""
+OVERRIDES = {"qwen3-moe": {"num_experts_per_tok": 8}}
+"""All experts are chosen: rounding would choose others."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def decoders(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, native_library: NativeLibrary
 ) -> Decoders:
-    folder = save_tiny_model(tmp_path_factory.mktemp("compiled") / request.param, request.param, **SIZES)
+    folder = tmp_path_factory.mktemp("compiled") / request.param
+    save_tiny_model(folder, request.param, **SIZES | OVERRIDES.get(request.param, {}))
     return Decoders(native_decoder(folder, native_library), load_decoder(folder, torch.bfloat16))
 
 
@@ -203,6 +206,23 @@ def test_many_rows_are_those_of_the_eager_decoder(decoders: Decoders, rank: int,
         assert divergence(others, logits) < MAX_DIVERGENCE
     for mine, theirs in zip(own, expected, strict=True):
         assert_same_cache(mine, theirs)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("num_rows", [1, 5, 40])
+def test_rows_run_the_experts_that_their_router_finds_the_most_probable(
+    tmp_path: Path, native_library: NativeLibrary, num_rows: int
+) -> None:
+    """Rounding may choose another expert for a few rows."""
+    folder = save_tiny_model(tmp_path, "qwen3-moe", **SIZES)
+    outputs: list[Tensor] = []
+    for decoder in (native_decoder(folder, native_library), load_decoder(folder, torch.bfloat16)):
+        hidden = torch.randn(num_rows, SIZES["hidden_size"], generator=torch.Generator().manual_seed(1)).bfloat16()
+        batch = decoder.batch(PassKind.PREFILL, decoder.caches([num_rows]), [num_rows], [Identity()])
+        outputs.append(decoder.run_layer(0, [Action.FULL] * num_rows, hidden, batch).float())
+    own, expected = outputs
+    is_close = (own - expected).norm(dim=1) < 0.02 * expected.norm(dim=1)
+    assert is_close.float().mean() > 0.9
 
 
 @torch.inference_mode()

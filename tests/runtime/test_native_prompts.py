@@ -28,7 +28,7 @@ def some_ids(count: int) -> list[int]:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("family", ["llama", "qwen2-sliding-window"])
+@pytest.mark.parametrize("family", ["llama", "qwen2-sliding-window", "qwen3-moe"])
 @pytest.mark.parametrize("action", ALL_ACTIONS[1:])
 def test_prompts_have_the_same_bits_however_they_are_cut_and_whatever_runs_beside_them(
     tmp_path: Path, native_library: NativeLibrary, family: str, action: Action

@@ -35,9 +35,10 @@ WIDE = {
 """Wide enough for sums whose bits depend on their order, as those of the library's products for many rows do."""
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2-sliding-window", "gemma3"])
+@pytest.fixture(scope="module", params=["llama", "qwen2-sliding-window", "gemma3", "qwen3-moe"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Without windows and wide, with windows in some layers, and with windows in others and two rotary tables."""
+    """Without windows and wide, with windows in some layers, with windows in others and two rotary tables, and with
+    mixtures of experts."""
     sizes = WIDE if request.param == "llama" else SIZES
     return save_tiny_model(tmp_path_factory.mktemp("rows") / request.param, request.param, **sizes)
 
@@ -311,6 +312,8 @@ def test_a_row_has_the_same_bits_with_any_number_of_threads(
 def test_contexts_of_several_blocks_have_the_numbers_of_the_eager_decoder(
     decoder: Decoder, folder: Path, num_cached: int
 ) -> None:
+    if decoder.config.mixture is not None:
+        pytest.skip("rounding chooses other experts")
     eager = load_decoder(folder, torch.bfloat16)
     prompt, ids = some_ids(num_cached), some_ids(5, 3)
     (own,), (other,) = prefilled(decoder, prompt), prefilled(eager, prompt)

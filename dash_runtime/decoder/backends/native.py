@@ -157,9 +157,9 @@ def in_turns(actions: Sequence[Action], batch: Batch) -> list[tuple[int, Action]
 def why_eager(model: ModelConfig, context_length: int) -> str | None:
     """Returns what the native code cannot compute of this model's layers, None if it can compute all of it."""
     block = model.block
-    sizes = [*model.matrices(), (model.vocab_size, model.hidden_size)]
+    inner = {model.mlp_size(layer) for layer in range(model.num_layers)}
+    sizes = [*model.matrices(), *((size, size) for size in inner), (model.vocab_size, model.hidden_size)]
     reasons = {
-        "mixtures of experts": model.mixture is not None,
         "biases of outputs": block.has_output_bias or block.has_mlp_bias,
         "queries that grow with their position": any(
             rope is not None and queries_grow(rope, context_length) for rope in model.ropes

@@ -8,15 +8,18 @@ from enum import StrEnum
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dash_runtime.actions import Action
 from dash_runtime.devices.one_thread import one_thread
 from dash_runtime.layers.layer_body import Linears
+from dash_runtime.layers.mlp import Mixture
 from dash_runtime.layers.narrow_head import HeadMap, NarrowMatrices
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.layers.shortlist import loudest_channels
 from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
 from dash_runtime.linears.dense_linear import FullLinear
+from dash_runtime.linears.int4_matrix import LANES
 from dash_runtime.linears.quantization import quantized_parts, rounded_linear
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.native.matrix import (
@@ -111,7 +114,8 @@ class PackedModel:
                 (matrix_of(f"{prefix}{place}.{action.name}", self._tensors), size) for place, size in enumerate(inputs)
             ]
             matrices[action] = [(matrix, size) for matrix, size in own if matrix is not None]
-        return PackedLayer({name: own for name, own in vectors.items() if own is not None}, matrices)
+        router = matrix_of(f"{prefix}router", self._tensors)
+        return PackedLayer({name: own for name, own in vectors.items() if own is not None}, matrices, router)
 
 
 _VECTORS = (*NORMS, "query_norm", "key_norm", "head_norm", "bias")
@@ -134,8 +138,10 @@ def pack_by_layer(loader: WeightLoader, takers: Mapping[Part, Take], head_map: H
             for action in actions:
                 for place, matrix in enumerate(packed_matrices(action, weights.linears)):
                     _take(takers[Part.of(action)], f"layers.{index}.{place}.{action.name}", matrix)
-                for full in weights.linears.matrices() if action is not Action.FULL else ():
+                for full in native_matrices(weights.linears) if action is not Action.FULL else ():
                     squares[action] += _squares_of_some(action, full)
+        if ends is not None and isinstance(weights.linears.mlp, Mixture):
+            _take(ends, f"layers.{index}.router", pack_router(weights.linears.mlp.router))
         if ends is not None:
             for name, vector in layer_vectors(weights).items():
                 ends(f"layers.{index}.{name}", vector.float())
@@ -179,12 +185,28 @@ def pack_narrow_head(take: Take, weight: Tensor, head_map: HeadMap) -> None:
 
 def packed_matrices(action: Action, weights: Linears[FullLinear]) -> list[NativeMatrix]:
     """Packs a layer's matrices for `PackedLayer`."""
+    matrices = native_matrices(weights)
     if action is Action.FULL:
-        return [pack_native_matrix(action, own) for own in weights.matrices()]
-    first, *others = weights.matrices()
+        return [pack_native_matrix(action, own) for own in matrices]
+    first, *others = matrices
     queries, *key_values = quantized_parts(action, first)
     parts = [queries, *((action, own) for own in others), *key_values]
     return [pack_native_matrix(precision, own) for precision, own in parts]
+
+
+def native_matrices(weights: Linears[FullLinear]) -> Sequence[FullLinear]:
+    """Returns query-key-value, output, gate-up and down, all experts' outputs one after the other."""
+    if not isinstance(weights.mlp, Mixture):
+        return weights.matrices()
+    experts = weights.mlp.experts
+    kinds = [expert.gate_up.weight for expert in experts], [expert.down.weight for expert in experts]
+    return weights.query_key_value, weights.output, *(FullLinear(torch.cat(kind)) for kind in kinds)
+
+
+def pack_router(router: FullLinear) -> NativeMatrix:
+    """Packs a router, with outputs of zeros up to a whole tile."""
+    missing = -len(router.weight) % LANES
+    return pack_native_matrix(Action.FULL, FullLinear(functional.pad(router.weight, (0, 0, 0, missing))))
 
 
 def layer_vectors(weights: LayerWeights) -> dict[str, Tensor]:
