@@ -20,6 +20,7 @@ from benchmarks.decode import measure_decode, measure_prefill
 from benchmarks.divergence import measure_divergence
 from benchmarks.exact import measure_exact
 from benchmarks.figures import RESULTS_FOLDER, Report, machine
+from benchmarks.first_tokens import measure_first_tokens
 from benchmarks.lookup import measure_lookup
 from benchmarks.peers.install import DEFAULT_FOLDER as PEERS_FOLDER
 from benchmarks.peers.section import measure_peers
@@ -39,6 +40,7 @@ _WITH_SERVERS = ("engine and server", "busy", "peers")
 _SECTIONS: dict[str, Callable[[Report, Setting, Effort], None]] = {
     "decoding": measure_decode,
     "prefill": measure_prefill,
+    "prompts": measure_first_tokens,
     "divergence": measure_divergence,
     "exact": measure_exact,
     "constraints": measure_constraints,

@@ -4,17 +4,20 @@ All stand behind one call, so that they can take turns. Knows models; knows no f
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from benchmarks.runs import Run, run_from_arrivals
+from dash_runtime.actions import Action
 from dash_runtime.config import GenerationRequest, SamplingParameters, SkipOptions, StoppingParameters
 from dash_runtime.constraint import Constraint
 from dash_runtime.engine.engine import Engine
 from dash_runtime.events import SequenceFinished, TokenProduced
+from dash_runtime.policy.catalog import PolicyCatalog
 
 
 class Contender(Protocol):
@@ -24,7 +27,8 @@ class Contender(Protocol):
 
 
 class EngineContender:
-    """Our engine in one mode, without server or transport. With a constraint, its end ends an answer.
+    """Our engine in one mode, without server or transport. With a constraint, its end ends an answer. With `prefill`
+    prompts run in that action, also where a start found another one faster; not at full depth.
 
     Refuses a run whose prompts were not computed whole: what an earlier run left would make it too fast.
     """
@@ -35,9 +39,11 @@ class EngineContender:
         skip: SkipOptions,
         constraint: Constraint | None = None,
         sampling: SamplingParameters | None = None,
+        prefill: Action | None = None,
     ) -> None:
         self._engine = engine
         self._skip = skip
+        self._prefill = prefill
         self._constraint = constraint
         self._sampling = SamplingParameters() if sampling is None else sampling
 
@@ -46,9 +52,12 @@ class EngineContender:
         engine = self._engine
         arrivals: dict[str, list[tuple[float, int]]] = {str(number): [] for number in range(len(prompts))}
         shares: list[float] = []
-        started = time.perf_counter()
-        try:
+        with ExitStack() as running:
+            if self._prefill is not None:
+                running.enter_context(prefilling_in(engine, self._prefill))
+            started = time.perf_counter()
             for request_id, prompt in zip(arrivals, prompts, strict=True):
+                running.callback(engine.cancel, request_id)
                 stopping = StoppingParameters(num_tokens, ignore_eos=True)
                 own = request_id, prompt, stopping, self._sampling
                 engine.submit(GenerationRequest(*own, skip=self._skip, constraint=self._constraint))
@@ -62,10 +71,25 @@ class EngineContender:
                         require_cached(event.num_cached_prompt_tokens, 0)
                         if event.decode_seconds:
                             shares.append(event.depth.exposed_ns / 1e9 / event.decode_seconds)
-        finally:
-            for request_id in arrivals:
-                engine.cancel(request_id)
         return run_from_arrivals(started, list(arrivals.values()), sum(shares) / len(shares) if shares else 0.0)
+
+
+def prefill_action_of(engine: Engine) -> Action:
+    """Returns the action that prompts of those who are not at full depth have."""
+    assert isinstance(engine._catalog, PolicyCatalog)
+    return engine._catalog._prefill_action or Action.FULL
+
+
+@contextmanager
+def prefilling_in(engine: Engine, action: Action) -> Iterator[None]:
+    """Gives these prompts another action meanwhile."""
+    assert isinstance(engine._catalog, PolicyCatalog)
+    kept = prefill_action_of(engine)
+    engine._catalog.learn(prefill_action=action)
+    try:
+        yield
+    finally:
+        engine._catalog.learn(prefill_action=kept)
 
 
 def require_cached(num_cached: int, expected: int) -> None:

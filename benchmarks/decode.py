@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from benchmarks.contenders import Contender
+from benchmarks.contenders import Contender, prefill_action_of
 from benchmarks.figures import Report
 from benchmarks.memory import Bandwidth, weight_bytes
 from benchmarks.peers.gguf_formats import of_class
@@ -82,15 +82,20 @@ def measure_prefill(report: Report, setting: Setting, effort: Effort) -> None:
     rivals = {f"prefill_tokens_per_second_{name}": own for name, own in setting.rivals.items()}
     ours = "prefill_tokens_per_second"
     prompt = setting.prompts.text(_PREFILL_TOKENS)
-    contenders: dict[str, Contender] = {ours: setting.ours(FULL_DEPTH), **rivals}
+    rounded = f"{ours}_int8"
+    contenders: dict[str, Contender] = {ours: setting.ours(FULL_DEPTH), rounded: setting.ours(INT4, Action.INT8)}
+    contenders |= rivals
     works = {name: _prefilling(name, own, prompt) for name, own in contenders.items()}
     values = interleaved(report, "prefill", works, effort.rounds)
     for name in contenders:
         report.add(name, values.get(name, []))
-    report.add_ratio_to_best("prefill_full_vs_best_peer", values, ours, list(rivals), "≥ 1.0")
+    report.add_ratio_to_best("prefill_full_vs_best_peer", values, ours, list(rivals), "≥ 1.5")
+    report.add_ratio_to_best("prefill_int8_vs_best_peer", values, rounded, list(rivals), "≥ 3")
+    own = prefill_action_of(setting.engine)
     report.note(
-        f"prefill: {_PREFILL_TOKENS} prompt tokens, until the first new token is chosen, ours at full depth; nobody "
-        "reuses anything of the rounds before"
+        f"prefill: {_PREFILL_TOKENS} prompt tokens, until the first new token is chosen, ours at full depth and with "
+        f"the prompt in INT8; of the two {own.name} is what prompts have here as served, but for those at full depth. "
+        "Nobody reuses anything of the rounds before"
     )
 
 

@@ -4,6 +4,7 @@ Sizes that cannot be had here are random weights in the shapes of published mode
 Their text means nothing, and only the shapes decide what is measured. Knows the server and its client; no quality.
 """
 
+import math
 import os
 import shutil
 import statistics
@@ -15,7 +16,7 @@ import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ _SCALE = 0.004
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes of a model of Llama's kind."""
+    """The sizes of a model of Llama's kind, or with experts of Qwen3-MoE's."""
 
     hidden_size: int
     num_layers: int
@@ -45,11 +46,43 @@ class Shape:
     inner_size: int
     vocab_size: int
     is_tied: bool
+    head_size: int | None = None
+    """None: `hidden_size` divided by the heads."""
+    num_experts: int = 0
+    num_chosen: int = 0
+
+    @property
+    def head_dim(self) -> int:
+        return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def architecture(self) -> str:
+        return "qwen3moe" if self.num_experts else "llama"
+
+    def layer_matrices(self) -> dict[str, tuple[int, ...]]:
+        """Returns a layer's matrices by their names in a GGUF file: outputs and inputs, after experts if it has any."""
+        query, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = {"attn_q": (query, self.hidden_size), "attn_output": (self.hidden_size, query)}
+        attention |= dict.fromkeys(("attn_k", "attn_v"), (keys, self.hidden_size))
+        inner, outer = (self.inner_size, self.hidden_size), (self.hidden_size, self.inner_size)
+        mlp: dict[str, tuple[int, ...]] = {"ffn_gate": inner, "ffn_up": inner, "ffn_down": outer}
+        if self.num_experts:
+            mlp = {f"{name}_exps": (self.num_experts, *sizes) for name, sizes in mlp.items()}
+        return attention | mlp
+
+    def layer_floats(self) -> dict[str, tuple[int, ...]]:
+        """Returns what a layer has in float32: norms, and a router."""
+        norms: dict[str, tuple[int, ...]] = dict.fromkeys(("attn_norm", "ffn_norm"), (self.hidden_size,))
+        if self.num_experts:
+            norms |= dict.fromkeys(("attn_q_norm", "attn_k_norm"), (self.head_dim,))
+            norms["ffn_gate_inp"] = self.num_experts, self.hidden_size
+        return norms
 
 
 SHAPES = {
     "3b": Shape(3072, 28, 24, 8, 8192, 128256, True),  # Llama-3.2-3B
     "8b": Shape(4096, 32, 32, 8, 14336, 128256, False),  # Llama-3.1-8B
+    "30b-a3b": Shape(2048, 48, 32, 4, 768, 151936, False, 128, 128, 8),  # Qwen3-30B-A3B
 }
 
 
@@ -57,7 +90,7 @@ def write_random_gguf(path: Path, shape: Shape) -> None:
     """Writes a model of this shape with the embedded model's tokenizer and random weights, one tensor at a time."""
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
-    writer = GGUFWriter(path, arch="llama")
+    writer = GGUFWriter(path, arch=shape.architecture)
     fields = GGUFReader(str(embedded_gguf())).fields
     missing = shape.vocab_size - len(fields["tokenizer.ggml.tokens"].data)
     for name, field in fields.items():
@@ -73,7 +106,6 @@ def write_random_gguf(path: Path, shape: Shape) -> None:
             writer.add_array(name, value)
         else:
             writer.add_key_value(name, value, kinds[0])
-    head_dim = shape.hidden_size // shape.num_heads
     writer.add_block_count(shape.num_layers)
     writer.add_context_length(8192)
     writer.add_embedding_length(shape.hidden_size)
@@ -83,39 +115,40 @@ def write_random_gguf(path: Path, shape: Shape) -> None:
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(500000.0)
     writer.add_vocab_size(shape.vocab_size)
-    writer.add_rope_dimension_count(head_dim)
-    kv_size = shape.num_kv_heads * head_dim
-    matrices: dict[str, tuple[int, int]] = {"token_embd": (shape.vocab_size, shape.hidden_size)}
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    if shape.num_experts:
+        writer.add_expert_count(shape.num_experts)
+        writer.add_expert_used_count(shape.num_chosen)
+        writer.add_expert_feed_forward_length(shape.inner_size)
+    matrices: dict[str, tuple[int, ...]] = {"token_embd": (shape.vocab_size, shape.hidden_size)}
     if not shape.is_tied:
         matrices["output"] = shape.vocab_size, shape.hidden_size
-    norms = ["output_norm"]
+    floats: dict[str, tuple[int, ...]] = {"output_norm": (shape.hidden_size,)}
     for layer in range(shape.num_layers):
-        own = f"blk.{layer}."
-        matrices |= {f"{own}attn_{name}": (shape.hidden_size, shape.hidden_size) for name in ("q", "output")}
-        matrices |= {f"{own}attn_{name}": (kv_size, shape.hidden_size) for name in ("k", "v")}
-        matrices |= {f"{own}ffn_{name}": (shape.inner_size, shape.hidden_size) for name in ("gate", "up")}
-        matrices[f"{own}ffn_down"] = shape.hidden_size, shape.inner_size
-        norms += [f"{own}attn_norm", f"{own}ffn_norm"]
-    for name, (rows, columns) in matrices.items():
-        num_bytes = rows * columns // _BLOCK_WEIGHTS * _BLOCK_BYTES
+        matrices |= {f"blk.{layer}.{name}": sizes for name, sizes in shape.layer_matrices().items()}
+        floats |= {f"blk.{layer}.{name}": sizes for name, sizes in shape.layer_floats().items()}
+    for name, (*rows, columns) in matrices.items():
         row_bytes = columns // _BLOCK_WEIGHTS * _BLOCK_BYTES
+        num_bytes = math.prod(rows) * row_bytes
         writer.add_tensor_info(
-            f"{name}.weight", (rows, row_bytes), np.dtype(np.uint8), num_bytes, GGMLQuantizationType.Q4_0
+            f"{name}.weight", (*rows, row_bytes), np.dtype(np.uint8), num_bytes, GGMLQuantizationType.Q4_0
         )
-    for name in norms:
-        size = 4 * shape.hidden_size
-        writer.add_tensor_info(f"{name}.weight", (shape.hidden_size,), np.dtype(np.float32), size)
+    for name, sizes in floats.items():
+        writer.add_tensor_info(f"{name}.weight", sizes, np.dtype(np.float32), 4 * math.prod(sizes))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     generator = np.random.default_rng(0)
     scale = np.frombuffer(np.float16(_SCALE).tobytes(), np.uint8)
-    for rows, columns in matrices.values():
-        blocks = generator.integers(0, 256, (rows * columns // _BLOCK_WEIGHTS, _BLOCK_BYTES), np.uint8)
+    for sizes in matrices.values():
+        blocks = generator.integers(0, 256, (math.prod(sizes) // _BLOCK_WEIGHTS, _BLOCK_BYTES), np.uint8)
         blocks[:, :2] = scale
         writer.write_tensor_data(blocks)
-    for _ in norms:
-        writer.write_tensor_data(np.ones(shape.hidden_size, np.float32))
+    for sizes in floats.values():
+        is_norm = len(sizes) == 1
+        writer.write_tensor_data(np.ones(sizes, np.float32) if is_norm else generator.normal(0, 1, sizes).astype("f4"))
     writer.close()
 
 
@@ -211,6 +244,7 @@ def main() -> None:
     parser = ArgumentParser("python -m benchmarks.model_sizes", description=__doc__)
     parser.add_argument("--model", default="embedded", help="a GGUF file, a folder, or embedded")
     parser.add_argument("--shape", choices=SHAPES, help="random weights in this shape instead")
+    parser.add_argument("--layers", type=int, help="with --shape: only so many of its layers")
     parser.add_argument("--actions", default="-", help="as DASH_ACTIONS; - for what the server takes")
     parser.add_argument("--folder", type=Path, help="where to keep what is written; default: a temporary folder")
     options = parser.parse_args()
@@ -219,10 +253,12 @@ def main() -> None:
     try:
         model = options.model
         if options.shape is not None:
-            model = str(folder / f"random-{options.shape}.gguf")
+            shape = SHAPES[options.shape]
+            shape = replace(shape, num_layers=options.layers or shape.num_layers)
+            model = str(folder / f"random-{options.shape}-{shape.num_layers}.gguf")
             if not Path(model).exists():
                 print(f"writing {model}", file=sys.stderr)
-                write_random_gguf(Path(model), SHAPES[options.shape])
+                write_random_gguf(Path(model), shape)
         native = default_cache_folder(os.environ) / "native"
         if native.exists():
             shutil.copytree(native, folder / "cache" / "native", dirs_exist_ok=True)

@@ -1,7 +1,9 @@
 """The prompts for all contenders, in token ids. Knows a tokenizer; knows no contenders."""
 
 import argparse
+import logging
 import pydoc
+import subprocess
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -28,7 +30,9 @@ class Prompts:
         self._tokenizer = tokenizer = Tokenizer.from_file(str(tokenizer_file))
         questions = (f"Tell me how {topic}{manner}." for manner in _MANNERS for topic in _TOPICS)
         self._chats = [self.encode(_chat(question)) for question in questions]
-        self._text: list[int] = tokenizer.encode(pydoc.plain(pydoc.TextDoc().document(argparse))).ids
+        own, *before = (pydoc.plain(pydoc.TextDoc().document(module)) for module in (argparse, logging, subprocess))
+        text: list[int] = tokenizer.encode(own).ids
+        self._text = [*tokenizer.encode("".join(before)).ids, *text[: len(text) // 2]]
 
         chats = [_chat(text) for text in (*exact_prompts.CHATS, *exact_prompts.WORD_PROBLEMS)]
         self.exact = [self.encode(text) for text in (*chats, *exact_prompts.TEXTS)]
@@ -58,10 +62,9 @@ class Prompts:
 
     def text(self, num_tokens: int) -> list[int]:
         """Returns `num_tokens` tokens of plain text. A shorter text is the end of a longer one."""
-        start = len(self._text) // 2
-        if num_tokens > start:
+        if num_tokens > len(self._text):
             raise ValueError(f"the text has no {num_tokens} tokens")
-        return self._text[start - num_tokens : start]
+        return self._text[len(self._text) - num_tokens :]
 
 
 def _chat(text: str) -> str:

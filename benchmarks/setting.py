@@ -27,6 +27,8 @@ INT4 = SkipOptions(Mode.FIXED, fixed_action=Action.INT4)
 
 
 _IK_KINDS = (FILE, "Q4_0", "Q8_0", "BF16")
+LONGEST = 8192
+"""Tokens of a prompt and an answer."""
 AS_SERVED = EngineConfig(prefix_cache_tokens=0)
 """Prompt lookup as by default. Nothing of a prompt is reused: the same ones come again in each round."""
 PLAIN = replace(AS_SERVED, prompt_lookup=False)
@@ -62,8 +64,8 @@ class Setting:
         pair = {"transformers": self.transformers, "transformers_compiled": self.transformers_compiled}
         return {name: own for name, own in pair.items() if own is not None} | dict(self.ggufs)
 
-    def ours(self, skip: SkipOptions) -> EngineContender:
-        return EngineContender(self.engine, skip)
+    def ours(self, skip: SkipOptions, prefill: Action | None = None) -> EngineContender:
+        return EngineContender(self.engine, skip, prefill=prefill)
 
     def build(self, config: EngineConfig) -> Engine:
         """Returns one more engine of the same model."""
@@ -95,7 +97,7 @@ def load_setting(
     ggufs: dict[str, ChildContender] = {}
     for peer in MODULES:
         kinds = tuple(BITS) if peer == "llama_cpp" else _IK_KINDS
-        ggufs |= start_formats(report, running, peer, peers_folder, gguf, kinds)
+        ggufs |= start_formats(report, running, peer, peers_folder, gguf, kinds, max_length=LONGEST)
     policy = shipped_policy(folder)
     if policy is None:
         report.note("adaptive: no policy is shipped for this model, so the best fixed plan within its budget runs")

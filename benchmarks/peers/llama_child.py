@@ -34,6 +34,7 @@ class Llama:
         model = library.llama_model_load_from_file(file.encode(), model_options)
         options = library.llama_context_default_params()
         options.n_ctx, options.n_seq_max = max_sequences * max_length, max_sequences
+        options.n_batch = max(options.n_batch, max_length)
         options.n_threads = options.n_threads_batch = num_threads
         if hasattr(options, "flash_attn"):  # as its own llama-bench has it; llama.cpp finds out by itself
             options.flash_attn = True
