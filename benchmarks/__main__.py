@@ -40,7 +40,6 @@ _WITH_SERVERS = ("engine and server", "busy", "peers")
 _SECTIONS: dict[str, Callable[[Report, Setting, Effort], None]] = {
     "decoding": measure_decode,
     "prefill": measure_prefill,
-    "prompts": measure_first_tokens,
     "divergence": measure_divergence,
     "exact": measure_exact,
     "constraints": measure_constraints,
@@ -57,7 +56,9 @@ _SECTIONS: dict[str, Callable[[Report, Setting, Effort], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds and tokens; wider spread")
-    parser.add_argument("--only", choices=[*_SECTIONS, "peers"], help="one section, which is printed and not kept")
+    parser.add_argument(
+        "--only", choices=[*_SECTIONS, "prompts", "peers"], help="one section, which is printed and not kept"
+    )
     parser.add_argument(
         "--peers",
         type=Path,
@@ -103,7 +104,8 @@ def measure(
 ) -> Report:
     """Measures all sections in turn, or `only` one. A section that fails is left out with a note."""
     report = Report()
-    sections = _SECTIONS | {"peers": partial(measure_peers, folder=peers_folder)}
+    with_peers = {"prompts": measure_first_tokens, "peers": measure_peers}
+    sections = _SECTIONS | {name: partial(own, folder=peers_folder) for name, own in with_peers.items()}
     # The service comes first: models that other sections load would stay in memory beside it.
     if only is None:
         with report.attempt("service"):

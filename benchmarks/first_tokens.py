@@ -5,8 +5,10 @@ Nothing of a prompt is reused.
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from statistics import fmean, median
 
 import numpy
@@ -16,8 +18,10 @@ from benchmarks.contenders import Contender, EngineContender, prefilling_in
 from benchmarks.divergence import divergence, read_answer
 from benchmarks.figures import Report
 from benchmarks.peers.gguf_formats import name_of
+from benchmarks.peers.install import find_peer
+from benchmarks.peers.section import start_vllm
 from benchmarks.prompts import Prompts
-from benchmarks.rounds import Effort, interleaved, progress
+from benchmarks.rounds import Effort, Work, interleaved, progress
 from benchmarks.setting import FULL_DEPTH, INT4, LONGEST, PLAIN, Setting
 from dash_runtime.actions import Action
 from dash_runtime.config import GenerationRequest, SkipOptions, StoppingParameters
@@ -34,12 +38,12 @@ _SCORED_TOKENS = 1000
 _QUALITY_TEXTS, _QUALITY_PROMPT, _QUALITY_ANSWER = 6, 400, 64
 
 
-def measure_first_tokens(report: Report, setting: Setting, effort: Effort) -> None:
-    """Adds all of them."""
+def measure_first_tokens(report: Report, setting: Setting, effort: Effort, folder: Path) -> None:
+    """Adds all of them, beside the peers in `folder`."""
     with report.attempt("first tokens by length"):
         _measure_lengths(report, setting, effort)
     with report.attempt("many prompts"):
-        _measure_many(report, setting, effort)
+        _measure_many(report, setting, effort, folder)
     with report.attempt("a neighbour's prompt"):
         _measure_neighbour(report, setting, effort)
     with report.attempt("scoring"):
@@ -73,7 +77,7 @@ def _first_token(name: str, contender: Contender, prompt: list[int]) -> Mapping[
     return {name: contender.run([prompt], 1).seconds_to_first}
 
 
-def _measure_many(report: Report, setting: Setting, effort: Effort) -> None:
+def _measure_many(report: Report, setting: Setting, effort: Effort, folder: Path) -> None:
     prompts = [setting.prompts.text(_MANY_TOKENS + 7 * number)[:_MANY_TOKENS] for number in range(_MANY)]
     config = replace(PLAIN, num_slots=_MANY, cache_tokens=_MANY * (_MANY_TOKENS + 1 + 64))
     contender = EngineContender(setting.build(config), FULL_DEPTH)
@@ -84,9 +88,18 @@ def _measure_many(report: Report, setting: Setting, effort: Effort) -> None:
     def one_by_one() -> Mapping[str, float]:
         return {"one_by_one": sum(contender.run([prompt], 1).seconds_to_first for prompt in prompts)}
 
-    values = interleaved(report, "many prompts", {"together": together, "one_by_one": one_by_one}, effort.rounds)
+    works: dict[str, Work] = {"together": together, "one_by_one": one_by_one}
+    with ExitStack() as running:
+        if (python := find_peer(report, "vllm", folder)) is not None:
+            with report.attempt("vllm"):
+                progress("many prompts: loading vllm; its first start compiles")
+                vllm = start_vllm(running, python, str(setting.folder), _MANY, _MANY_TOKENS + 1)
+                works["vllm"] = lambda: {"vllm": vllm.run(prompts, 1).seconds_to_first}
+        values = interleaved(report, "many prompts", works, effort.rounds)
     report.add("many_prompts_seconds", values["together"])
+    report.add("many_prompts_seconds_vllm", values.get("vllm", []))
     report.add_ratio("many_prompts_vs_one_by_one", values, "together", "one_by_one")
+    report.add_ratio("many_prompts_vs_vllm", values, "together", "vllm", "≤ 0.5")
     report.note(
         f"many_prompts_seconds: from {_MANY} prompts of {_MANY_TOKENS} tokens at once to the last one's first token, "
         "at full depth"

@@ -147,10 +147,7 @@ def _add_peers(
             with report.attempt(name):
                 progress(f"peers: loading {name}; its first start compiles")
                 own = model if name == "vllm" else str(_in_int4(setting.folder, folder))
-                sizes = [str(_MOST), str(_round_up(length, 128))]
-                command = [str(vllm), "-I", str(scripts / "vllm_child.py"), own, *sizes]
-                child = running.enter_context(PeerProcess(name, command, variables))
-                contender = ChildContender(child)
+                contender = start_vllm(running, vllm, own, _MOST, length, name)
                 contenders[name] = (contender, streams)
                 report.note(f"{name}: {contender.description}, from the weights that transformers gets, Intel's OpenMP")
         report.note(
@@ -171,6 +168,16 @@ def _add_peers(
             contender = ChildContender(child)
             contenders["openvino"] = (contender, (1,))
             report.note(f"openvino: {contender.description}, from the same GGUF file")
+
+
+def start_vllm(
+    running: ExitStack, python: Path, model: str, num_streams: int, length: int, name: str = "vllm"
+) -> ChildContender:
+    """Starts vLLM in a process that ends with `running`, for so many streams of up to `length` tokens."""
+    script = str(Path(__file__).parent / "vllm_child.py")
+    command = [str(python), "-I", script, model, str(num_streams), str(_round_up(length, 128))]
+    variables = vllm_variables(python, torch.get_num_threads())
+    return ChildContender(running.enter_context(PeerProcess(name, command, variables)))
 
 
 def _in_int4(checkpoint: Path, folder: Path) -> Path:

@@ -90,10 +90,11 @@ class PromptPasses:
             if own is None:
                 return
             self._begun = own
-            if own.layer < self._decoder.num_layers:
+            first = own.layer
+            if first < self._decoder.num_layers:
                 self._go_on(own, is_decoding, on_progress)
-                if is_decoding:
-                    return  # the head takes a step of its own
+                if own.layer < self._decoder.num_layers or (is_decoding and first):
+                    return  # after parts of a pass the head takes a step of its own
             self._begun = None
             num_left = 0 if is_decoding else num_left - own.batch.num_rows
             yield self._end(own)

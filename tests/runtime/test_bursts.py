@@ -189,14 +189,17 @@ def test_a_burst_ends_with_the_token_that_ends_the_output(engine: Engine, number
     assert engine.num_reserved_cache_tokens == 0
 
 
-def test_neighbours_decode_token_by_token_and_a_newcomer_waits_for_one_step(engine: Engine) -> None:
+def test_neighbours_decode_token_by_token_and_a_newcomer_waits_for_few_steps(engine: Engine) -> None:
     engine.submit(request())
     while engine.has_work and len(engine.step()) < 3:
         pass
     assert engine.has_work
     engine.submit(request(request_id="newcomer"))
-    events = engine.step()
-    assert any(event.request_id == "newcomer" for event in events if isinstance(event, TokenProduced))
+    num_steps, has_come = 0, False
+    while not has_come:
+        has_come = any(event.request_id == "newcomer" for event in engine.step() if isinstance(event, TokenProduced))
+        num_steps += 1
+    assert num_steps <= engine._decoder.num_layers + 1  # each runs a layer of its prompt at least
     while len(engine._running) == 2:
         step = [event.request_id for event in engine.step() if isinstance(event, TokenProduced)]
         assert len(step) == len(set(step))
