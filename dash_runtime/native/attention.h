@@ -38,9 +38,10 @@ inline void write_token(const HeadShape &shape, const Memory &memory, const Span
   }
 }
 
-// Parts of one query, put together in the order of their blocks, are a part again.
+// Parts of one query, put together in the order of their blocks, are a part again. Joined to this empty one, the first
+// is as it was, and its zeros keep their signs.
 inline void begin_joined(const HeadShape &shape, float *joined) {
-  std::memset(joined, 0, part_size(shape.head_dim) * sizeof *joined);
+  for (int64_t place = 0; place < part_size(shape.head_dim); place += kLanes) store(joined + place, filled(-0.0f));
   joined[0] = -INFINITY;
 }
 
@@ -247,14 +248,22 @@ struct Attention {
         const int64_t own_first = memory.start(stop) / kBlockPositions - first_block,
                       own_last = (stop - 1) / kBlockPositions + 1 - first_block;
         DASH_CHECK(own_first >= 0 && own_first < own_last && own_last <= num_blocks);
-        for (int64_t head = 0; head < shape.num_heads; ++head) {
-          begin_joined(shape, joined);
-          for (int64_t part = own_first; part < own_last; ++part) {
-            const int64_t number = (row * shape.num_heads + head) * num_blocks + part;
-            const BlockQuery own{nullptr, 0, 0, own_parts + number * stride};
-            join(shape, 1, &own, &joined);
+        for (int64_t head = 0, count; head < shape.num_heads; head += count) {
+          count = std::min(shape.num_heads - head, kMostAtOnce);
+          BlockQuery own[kMostAtOnce];
+          float *places[kMostAtOnce];
+          for (int64_t next = 0; next < count; ++next) {
+            places[next] = joined + next * stride;
+            own[next].part = own_parts + ((row * shape.num_heads + head + next) * num_blocks + own_first) * stride;
+            std::memcpy(places[next], own[next].part, stride * sizeof *joined);
           }
-          finish_joined(shape, joined, queries + ((span->first_row + row) * shape.num_heads + head) * shape.head_dim);
+          for (int64_t part = own_first + 1; part < own_last; ++part) {
+            for (int64_t next = 0; next < count; ++next) own[next].part += stride;
+            join(shape, count, own, places);
+          }
+          const int64_t query = (span->first_row + row) * shape.num_heads + head;
+          for (int64_t next = 0; next < count; ++next)
+            finish_joined(shape, places[next], queries + (query + next) * shape.head_dim);
         }
       }
       own_parts += parts_size(shape, *span);
