@@ -305,8 +305,8 @@ class EngineConfig:
     """Sizes and choices of one engine.
 
     `cache_tokens` is shared by all sequences. `context_length` bounds each of them (None: the model's own limit).
-    `prefill_chunk_tokens` bounds a step's prompt tokens. `prefix_cache_tokens` bounds the
-    prompt tokens that are kept for later prompts (0: none), in addition to `cache_tokens`.
+    `prefill_chunk_tokens` bounds a step's prompt tokens. `prefix_cache_tokens` bounds the prompt tokens that are kept
+    for later prompts (0: none), in addition to `cache_tokens`.
 
     Raises:
         ConfigError: a value is out of range; it is named.

@@ -21,7 +21,7 @@ from dash_runtime.engine.draft_rounds import DraftRounds
 from dash_runtime.engine.lanes import Lane
 from dash_runtime.engine.later import LaterWork
 from dash_runtime.engine.made_tokens import Made, MadeTokens
-from dash_runtime.engine.prompt_passes import PromptPasses, full_depth_batch
+from dash_runtime.engine.prompt_passes import PromptPasses
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.engine.step_times import CostWatch, StepClock
 from dash_runtime.engine.waiting_line import WaitingLine
@@ -260,7 +260,9 @@ class Engine:
         started_ns = time.perf_counter_ns()
         token_ids = [sequence.take_back_draft() for sequence in sequences]
         lengths = [len(ids) for ids in token_ids]
-        batch = full_depth_batch(self._decoder, PassKind.VERIFY, sequences, lengths)
+        caches = [sequence.cache for sequence in sequences]
+        compensations = [sequence.assignment.policy.compensation for sequence in sequences]
+        batch = self._decoder.batch(PassKind.VERIFY, caches, lengths, compensations)
         heads = (self._decoder.finest_head,) * batch.num_rows
         plan = PassPlan.of(
             (self._decoder.highest,) * self._decoder.num_layers,

@@ -1,4 +1,4 @@
-"""How much of a prompt's pass runs at a time, so that neither those who decode nor the prompt wait long for each other.
+"""Decides how much of a prompt's pass runs at a time, so that it and those who decode wait little for each other.
 
 Knows seconds, rows and layers; knows no sequences.
 """
@@ -6,8 +6,8 @@ Knows seconds, rows and layers; knows no sequences.
 from collections.abc import Hashable
 
 _MOST_STEPS = 1.5
-"""What a part of a pass may take of the steps of those who decode: then a token comes after two to four times the usual
-time."""
+"""The time that a part of a pass may take, in steps of those who decode: then a token comes after two to four times the
+usual time."""
 _LEAST_ROWS = 64
 """Fewer rows take about as long: the weights have to be read."""
 _NEWEST = 0.3
@@ -39,10 +39,10 @@ class PromptPace:
 
     def num_layers(self, kind: Hashable, num_rows: int) -> int:
         """Returns the layers of such a pass that may run before others have their next step."""
-        own = self._seconds.get(kind)
+        own = self.seconds(kind, num_rows, num_layers=1)
         if own is None or self._step_seconds is None:
             return 1
-        return max(1, int(_MOST_STEPS * self._step_seconds / (own * max(num_rows, _LEAST_ROWS))))
+        return max(1, int(_MOST_STEPS * self._step_seconds / own))
 
     def seconds(self, kind: Hashable, num_rows: int, num_layers: int) -> float | None:
         """Returns what so many layers take, as far as it is known."""

@@ -22,7 +22,7 @@ from dash_runtime.layers.kv_cache import SequenceCache
 from dash_runtime.passes import PassPlan
 
 _FEWEST_ROWS = 16
-"""Of a pass: fewer take hardly less time."""
+"""The rows of a pass, at least: fewer take hardly less time."""
 _WHOLE_SECONDS = 0.5
 """A pass that takes longer runs layer by layer, so that its worker can show that it works."""
 Ended = list[tuple[Sequence, Tensor]]
@@ -163,9 +163,3 @@ class PromptPasses:
         has_other_keys = self._decoder.has_other_keys(sequence.cache.reserved_tokens)
         namespace = f"{int(has_other_keys)}:{sequence.prefill_action.name}:{sequence.request.cache_namespace}"
         return namespace, sequence.request.prompt_token_ids, sequence.cache
-
-
-def full_depth_batch(decoder: Decoder, kind: PassKind, sequences: Several[Sequence], lengths: Several[int]) -> Batch:
-    """Returns the rows of a pass over several drafted tokens of each sequence."""
-    compensations = [sequence.assignment.policy.compensation for sequence in sequences]
-    return decoder.batch(kind, [sequence.cache for sequence in sequences], lengths, compensations)

@@ -53,8 +53,8 @@ class PackedLayer:
     vectors: Mapping[str, Tensor]
     matrices: Mapping[Action, Sequence[tuple[NativeMatrix, int]]]
     router: NativeMatrix | None = None
-    """Of a mixture, in FULL, padded to whole tiles. Gate-up and down have all experts' outputs then, one after the
-    other."""
+    """The router of a mixture, in FULL, padded to whole tiles. Gate-up and down have all experts' outputs then, one
+    after the other."""
 
 
 def _experts_of(config: ModelConfig) -> tuple[int, int, int]:

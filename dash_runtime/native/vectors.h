@@ -137,13 +137,9 @@ inline Floats larger(Floats one, Floats other) { return one > other ? one : othe
 // e^x with an error of two units in the last place. Below -87 it is 0.
 inline Floats exponential(Floats x) {
   const Floats bounded = x > 88.0f ? filled(88.0f) : larger(x, filled(-87.0f));
-#ifdef __AVX512F__
-  const auto power = (Floats)_mm512_roundscale_ps((__m512)(bounded * 1.44269504f), _MM_FROUND_TO_NEAREST_INT);
-#else
   const Floats magic = filled(12582912.0f);  // adding it rounds to whole numbers
   const Floats shifted = bounded * 1.44269504f + magic;
   const Floats power = shifted - magic;
-#endif
   const Floats rest = bounded - power * 0.693359375f + power * 2.12194440e-4f;
   Floats value = rest * 1.9875691500e-4f + 1.3981999507e-3f;
   value = value * rest + 8.3334519073e-3f;
@@ -151,12 +147,8 @@ inline Floats exponential(Floats x) {
   value = value * rest + 1.6666665459e-1f;
   value = value * rest + 5.0000001201e-1f;
   value = value * rest * rest + rest + 1.0f;
-#ifdef __AVX512F__
-  value = (Floats)_mm512_scalef_ps((__m512)value, (__m512)power);
-#else
-  value *= (Floats)(((Ints)shifted - (Ints)magic + 127) << 23);
-#endif
-  return x < -87.0f ? Floats{} : value;
+  const Ints exponent = ((Ints)shifted - (Ints)magic + 127) << 23;
+  return x < -87.0f ? Floats{} : value * (Floats)exponent;
 }
 
 inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }

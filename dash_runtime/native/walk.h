@@ -154,21 +154,19 @@ class Walk {
       policy_products(policy, has_all ? member_.first(num_tiles) : 0, has_all ? member_.last(num_tiles) : num_tiles,
                       state(row), taken, products(layer, row), shared_.width);
     }
-    for (int64_t row = first_decided(); row < last_decided(); ++row)
+    const RowRange mine = rows_.own(member_);
+    for (int64_t row = mine.first; row < mine.last; ++row)
       if (has_to_decide(pass_.plans[row], layer))
         memory_.scales[row] = policy_scale(*pass_.plans[row].decisions->policy, state(row));
   }
-
-  // The plans whose next layer this thread decides.
-  int64_t first_decided() const { return rows_.own(member_).first; }
-  int64_t last_decided() const { return rows_.own(member_).last; }
 
   const float *state(int64_t row) const { return (is_scattered_ ? shared_.states : own_.residual) + row * size_; }
   float *products(int64_t layer, int64_t row) const { return shared_.products[layer % 2] + row * shared_.width; }
 
   // The second half, after the barrier.
   void choose(int64_t layer) {
-    for (int64_t row = first_decided(); row < last_decided(); ++row) {
+    const RowRange mine = rows_.own(member_);
+    for (int64_t row = mine.first; row < mine.last; ++row) {
       const RowPlan &plan = pass_.plans[row];
       const uint8_t action = memory_.actions[row];
       plan.plan[layer] = action;
@@ -232,8 +230,8 @@ class Walk {
   // Brings all states to where groups take theirs from, and back.
   void scatter_all() {
     if (is_scattered_) return;
-    for (int64_t row = first_decided(); row < last_decided(); ++row)
-      copy_state(shared_.states, row, own_.residual, row);
+    const RowRange mine = rows_.own(member_);
+    for (int64_t row = mine.first; row < mine.last; ++row) copy_state(shared_.states, row, own_.residual, row);
     member_.wait();
     is_scattered_ = true;
   }

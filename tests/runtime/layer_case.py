@@ -73,11 +73,10 @@ class Case:
         """Returns rows of which only one layer is packed, for one kernel."""
         rows = NativeModel(native_library(), self.config, [0] * self.config.num_layers, num_threads=2)
         action, weights = action_of(kernel), in_bfloat16(self.weights, kernel)
-        matrices = packed_matrices(action, weights)
-        inputs = [own.weight.shape[1] for own in native_matrices(weights)]
-        packed = list(zip(matrices, [*inputs, inputs[0]], strict=False))
-        mlp = in_bfloat16(self.weights, kernel).mlp
-        router = pack_router(mlp.router) if isinstance(mlp, Mixture) else None
+        matrices = native_matrices(weights)
+        inputs = [own.weight.shape[1] for own in matrices]
+        packed = list(zip(packed_matrices(action, matrices), [*inputs, inputs[0]], strict=False))
+        router = pack_router(weights.mlp.router) if isinstance(weights.mlp, Mixture) else None
         rows.set_layer(LAYER, PackedLayer(layer_vectors(self.weights), {action: packed}, router))
         return rows
 

@@ -134,15 +134,16 @@ def pack_by_layer(loader: WeightLoader, takers: Mapping[Part, Take], head_map: H
     ends = takers.get(Part.ENDS)
     for index in range(loader.config.num_layers):
         weights = loader.layer(index)
+        matrices = native_matrices(weights.linears)
         with one_thread():  # many small operations, for which threads beside a busy process wait for seconds
             for action in actions:
-                for place, matrix in enumerate(packed_matrices(action, weights.linears)):
+                for place, matrix in enumerate(packed_matrices(action, matrices)):
                     _take(takers[Part.of(action)], f"layers.{index}.{place}.{action.name}", matrix)
-                for full in native_matrices(weights.linears) if action is not Action.FULL else ():
+                for full in matrices if action is not Action.FULL else ():
                     squares[action] += _squares_of_some(action, full)
-        if ends is not None and isinstance(weights.linears.mlp, Mixture):
-            _take(ends, f"layers.{index}.router", pack_router(weights.linears.mlp.router))
         if ends is not None:
+            if isinstance(weights.linears.mlp, Mixture):
+                _take(ends, f"layers.{index}.router", pack_router(weights.linears.mlp.router))
             for name, vector in layer_vectors(weights).items():
                 ends(f"layers.{index}.{name}", vector.float())
         yield index + 1
@@ -183,9 +184,8 @@ def pack_narrow_head(take: Take, weight: Tensor, head_map: HeadMap) -> None:
     take("mean_row", matrices.mean)
 
 
-def packed_matrices(action: Action, weights: Linears[FullLinear]) -> list[NativeMatrix]:
-    """Packs a layer's matrices for `PackedLayer`."""
-    matrices = native_matrices(weights)
+def packed_matrices(action: Action, matrices: Sequence[FullLinear]) -> list[NativeMatrix]:
+    """Packs a layer's `native_matrices` for `PackedLayer`."""
     if action is Action.FULL:
         return [pack_native_matrix(action, own) for own in matrices]
     first, *others = matrices
