@@ -315,7 +315,7 @@ class EngineConfig:
     num_slots: int = 16
     cache_tokens: int = 8192
     context_length: int | None = None
-    prefill_chunk_tokens: int = 256
+    prefill_chunk_tokens: int = 512
     prefix_cache_tokens: int = 4096
     default_compute_budget: float | None = None
     """None: the policy's recommended budget."""

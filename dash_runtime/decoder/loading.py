@@ -28,7 +28,7 @@ from dash_runtime.linears.kept_trials import NO_TRIALS, KeptTrials
 from dash_runtime.linears.quantization import for_many_rows, make_linear
 from dash_runtime.model_config import ModelConfig
 
-_ROWS_IN_CACHE = 256
+_ROWS_IN_CACHE = 512
 """Prompt rows in a native pass: their states stay in the processor's cache."""
 
 

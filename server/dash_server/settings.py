@@ -123,7 +123,7 @@ class Settings(BaseSettings):
     context_length: int | None = Field(
         default=None, ge=2, description="Tokens of one prompt and output; unset: the model's"
     )
-    prefill_chunk_tokens: int = Field(default=256, ge=1, description="Prompt tokens between two decode steps, at most")
+    prefill_chunk_tokens: int = Field(default=512, ge=1, description="Prompt tokens between two decode steps, at most")
     prefill: Literal["auto", "full"] = Field(
         default="auto",
         description="Precision of prompts: `full`, or `auto`: INT8 in modes ADAPTIVE and FIXED if that is faster here",
