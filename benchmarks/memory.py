@@ -6,13 +6,14 @@ import torch
 
 from dash_runtime.actions import Action
 from dash_runtime.layers.shortlist import NUM_EXACT_TILES
-from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE, LANES
+from dash_runtime.linears.grouped_matrix import GROUP_SIZE, LANES
 from dash_runtime.model_config import ModelConfig
 
 _MEGABYTES = 256
 _BYTES_PER_WEIGHT = {
     Action.SKIP: 0.0,
-    Action.INT4: 0.5 + 4 / INT4_GROUP_SIZE,  # a group's scale and zero, two bytes each
+    Action.INT3: 0.375 + 4 / GROUP_SIZE,
+    Action.INT4: 0.5 + 4 / GROUP_SIZE,  # a group's scale and zero, two bytes each
     Action.INT8: 1.0,
     Action.FULL: 2.0,
 }
@@ -60,4 +61,4 @@ def head_bytes(model: ModelConfig, precision: Action) -> float:
     if precision is not Action.INT4:
         return num_weights * bytes_per_weight
     exact = min(NUM_EXACT_TILES * LANES, model.vocab_size) * model.hidden_size * _BYTES_PER_WEIGHT[Action.FULL]
-    return (num_weights + model.vocab_size * INT4_GROUP_SIZE) * bytes_per_weight + exact
+    return (num_weights + model.vocab_size * GROUP_SIZE) * bytes_per_weight + exact

@@ -14,13 +14,14 @@ from dash_runtime.errors import ConfigError
 class Action(IntEnum):
     """One way to run a layer for a token, in ascending order of work.
 
-    The numbers are those of `dash_api.v1.Action`, and the bytes of returned decisions.
+    `dash_api.v1.Action` has other numbers: INT3 came last (`to_pb.py`).
     """
 
     SKIP = 1
-    INT4 = 2
-    INT8 = 3
-    FULL = 4
+    INT3 = 2
+    INT4 = 3
+    INT8 = 4
+    FULL = 5
 
 
 @dataclass(frozen=True, slots=True)

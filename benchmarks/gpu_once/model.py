@@ -77,7 +77,8 @@ def build_model(report: LiveReport, name: str, device: torch.device, cache_token
     Notes what does not fit on the device. Returns None if not even FULL does.
     """
     config = SHAPES[name]
-    offered = supported_actions(device, torch.bfloat16, matrix_shapes(config))
+    supported = supported_actions(device, torch.bfloat16, matrix_shapes(config))
+    offered = tuple(own for own in supported if own is not Action.INT3)  # which no GPU runs
     if missing := [action.name for action in Action if action not in offered]:
         report.note(f"{name}: the device has no kernel for {', '.join(missing)}")
     actions = fitting_actions(report, name, offered, device_of(device).free_bytes(), cache_tokens)

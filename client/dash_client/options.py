@@ -69,7 +69,8 @@ class GenerationOptions(TypedDict, total=False):
     policy_name: str | None
     """The policy that decides."""
     fixed_action: Action | str | None
-    """In mode "fixed": the action of all layers ("skip", "int4", "int8", "full"). "skip" leaves the edges in full."""
+    """In mode "fixed": the action of all layers ("skip", "int3", "int4", "int8", "full"). "skip" leaves the edges in
+    full."""
     draft_length: int | None
     """In mode "exact": the maximum number of tokens per draft, at least 1; drafts get shorter when few are accepted."""
     logprobs: int | None

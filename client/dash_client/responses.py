@@ -289,7 +289,8 @@ def _tool_call(message: common_pb2.ToolCall) -> ToolCall:
 
 
 def _by_action(entries: Iterable[tuple[int, Any]]) -> dict[Action, Any]:
-    return {_ACTIONS[number]: value for number, value in sorted(entries) if number in _ACTIONS}
+    own = dict(entries)
+    return {action: own[number] for number, action in _ACTIONS.items() if number in own}
 
 
 def _unreadable(what: str) -> ServerError:

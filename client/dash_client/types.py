@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 
 class Action(IntEnum):
-    """An action for one layer and one token, in ascending order of work."""
+    """An action for one layer and one token, listed by ascending work. The numbers are `dash_api.v1.Action`'s."""
 
     SKIP = 1
+    INT3 = 5
     INT4 = 2
     INT8 = 3
     FULL = 4

@@ -1,5 +1,5 @@
-"""The `dash-policy` command: fits, trains, evaluates, calibrates and describes policies, searches fixed plans, rounds
-INT4 weights, and says what actions cost.
+"""The `dash-policy` command: fits, trains, evaluates, calibrates and describes policies, searches fixed plans,
+rounds weights, and says what actions cost.
 
 Exit codes: 0 done, 2 something that the user can mend, 130 interrupted (training goes on from its last checkpoint).
 """
@@ -27,10 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     leave_triton_out()
     try:
-        options.model_options = ModelOptions(
-            options.model, options.revision, options.device, options.cache_folder, options.data
-        )
-        options.run(options)
+        _run(options)
     except DashRuntimeError as error:
         print(f"dash-policy: {error}", file=sys.stderr)
         return 2
@@ -38,6 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("dash-policy: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    options.model_options = ModelOptions(
+        options.model, options.revision, options.device, options.cache_folder, options.data
+    )
+    options.run(options)
 
 
 def parse_actions(text: str) -> tuple[Action, ...]:
@@ -54,6 +58,19 @@ def parse_actions(text: str) -> tuple[Action, ...]:
     if Action.FULL not in actions or len(actions) < 2:
         raise argparse.ArgumentTypeError("must hold FULL and one more")
     return actions
+
+
+def parse_rounded(text: str) -> list[Action]:
+    """Returns the actions of a list like `int4,int3`, without FULL, SKIP and INT8.
+
+    Raises:
+        ArgumentTypeError: one is another.
+    """
+    known = {action.name.lower(): action for action in (Action.INT4, Action.INT3)}
+    names = [name.strip().lower() for name in text.split(",")]
+    if not set(names) <= set(known):
+        raise argparse.ArgumentTypeError(f"must be among {', '.join(known)}, got {text!r}")
+    return [action for name, action in known.items() if name in names]
 
 
 def parse_budgets(text: str) -> list[float]:
@@ -87,16 +104,18 @@ def _not_negative(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dash-policy", description=__doc__)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--model", default="embedded", help="embedded, a folder, a GGUF file or a hub id")
-    common.add_argument("--revision", help="of a hub model")
-    common.add_argument("--device", default="auto")
-    common.add_argument("--cache-folder", type=Path, default=default_cache_folder(os.environ))
-    common.add_argument(
+    what = "embedded, a folder, a GGUF file or a hub id"
+    of_any = argparse.ArgumentParser(add_help=False)
+    of_any.add_argument("--revision", help="of a hub model")
+    of_any.add_argument("--device", default="auto")
+    of_any.add_argument("--cache-folder", type=Path, default=default_cache_folder(os.environ))
+    of_any.add_argument(
         "--data",
         type=Path,
         help=".txt or .jsonl file, or a folder of them; default: Python's own help and answers that the model writes",
     )
+    common = argparse.ArgumentParser(add_help=False, parents=[of_any])
+    common.add_argument("--model", default="embedded", help=what)
     common.add_argument(
         "--prompt-tokens", type=_positive, default=16, help="tokens of each sequence that run in full (default 16)"
     )
@@ -104,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     chosen.add_argument("--policy", type=Path, action="append", help="may be repeated; default: the shipped ones")
     chosen.add_argument("--actions", type=parse_actions, help="only the shipped ones with these actions")
     chosen.add_argument("--costs", type=Path, help="a cost table as .json; default: each policy's own")
-    heads = [action.name for action in Action if action is not Action.SKIP]
+    heads = [action.name for action in Action if action not in (Action.SKIP, Action.INT3)]
     subparsers = parser.add_subparsers(required=True)
 
     fit = subparsers.add_parser("fit", parents=[common], help="fit compensation and show what each kind costs and buys")
@@ -118,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     training = subparsers.add_parser("train", parents=[common], help="train a policy, or go on with a stopped run")
     training.add_argument("--out", type=Path, required=True, help="folder for checkpoint, curve and policy")
     training.add_argument("--name", default="learned")
-    training.add_argument("--actions", type=parse_actions, default=tuple(Action), help="default: skip,int4,int8,full")
+    training.add_argument(
+        "--actions", type=parse_actions, help="default: skip,int4,int8,full, and int3 if it was quantized"
+    )
     training.add_argument("--rounds", type=_positive, default=10, help="with a checkpoint after each (default 10)")
     training.add_argument("--batches", type=_positive, default=24, help="of 8 sequences in a round (default 24)")
     training.add_argument("--block-size", type=_positive, default=1, help="layers decided together (default 1)")
@@ -129,7 +150,10 @@ def _parser() -> argparse.ArgumentParser:
     training.add_argument("--compensation", type=Path, help="to start from: a file of fit, or a policy")
     training.add_argument("--drafter", action="store_true", help="a policy that drafts, for mode EXACT")
     training.add_argument(
-        "--pinned-action", choices=("int4", "int8", "full"), default="full", help="of pinned layers (default full)"
+        "--pinned-action",
+        choices=("int3", "int4", "int8", "full"),
+        default="full",
+        help="of pinned layers (default full)",
     )
     narrow = "SKIP is the narrow head, whose map is fitted to the text"
     training.add_argument(
@@ -138,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         default=Action.FULL.name,
         help=f"the head's precision (default FULL); {narrow}",
     )
-    training.add_argument("--costs", type=Path, help="a cost table as .json; default: measured here, run eagerly")
+    training.add_argument("--costs", type=Path, help="a cost table as .json; default: measured here")
     training.add_argument("--seed", type=int, default=0)
     training.set_defaults(run=run_train)
 
@@ -148,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--compensation", type=Path, help="of skipped layers: a file of fit, or a policy; default: affine"
     )
-    search.add_argument("--costs", type=Path, help="a cost table as .json; default: measured here, run eagerly")
+    search.add_argument("--costs", type=Path, help="a cost table as .json; default: measured here")
     search.add_argument("--json", type=Path, help="write the plans and the cost table there")
     search.set_defaults(run=run_search)
 
@@ -184,9 +208,12 @@ def _parser() -> argparse.ArgumentParser:
     inspection.set_defaults(run=run_inspect)
 
     quantization = subparsers.add_parser(
-        "quantize", parents=[common], help="round INT4 weights by the inputs that they get, for later starts"
+        "quantize", parents=[common], help="round weights by the inputs that they get, for later starts"
     )
     quantization.add_argument("--sequences", type=_positive, default=128, help="text to round by (default 128)")
+    quantization.add_argument(
+        "--actions", type=parse_rounded, default=[Action.INT4, Action.INT3], help="default: int4,int3"
+    )
     quantization.set_defaults(run=run_quantize)
 
     costs = subparsers.add_parser("costs", parents=[common], help="show what each action costs on this device")

@@ -115,7 +115,7 @@ def run_calibrate(options: argparse.Namespace) -> None:
     if policy.head not in policy.costs.head or policy.head not in model.decoder.heads:
         raise ConfigError("head", f"{policy.head.name} is not in the policy's costs, or has no kernel here")
     task = policy_task(model.decoder, policy, options.prompt_tokens)
-    policy = calibrated(policy, task, sequences[: options.sequences], model.int4.identity, say)
+    policy = calibrated(policy, task, sequences[: options.sequences], model.rounding.identity, say)
     save_policy(options.out, policy, model.fingerprint)
     print(f"{options.out}: {describe_budgets(policy)}")
 
@@ -165,6 +165,10 @@ def _policies(options: argparse.Namespace, model: LoadedModel) -> list[LearnedPo
     ]
     if options.actions is not None and not options.policy:
         policies = [policy for policy in policies if set(policy.spec.actions) == set(options.actions)]
+    for policy in policies:
+        if missing := policy.lacks(model.actions):
+            names = ", ".join(action.name for action in sorted(missing))
+            raise ConfigError("policy", f"{policy.name} needs {names}; dash-policy quantize makes INT3's weights")
     if not policies:
         raise ConfigError("policy", "none is shipped for this model and these actions; name a file with --policy")
     return policies if options.costs is None else [_at_costs(policy, read_costs(options.costs)) for policy in policies]

@@ -20,7 +20,6 @@ from dash_runtime.policy.policy_file import load_compensation_of
 from dash_runtime.rollout.task import Task
 from dash_runtime.startup.default_text import default_token_sequences
 from dash_runtime.startup.fit_compensation import NUM_SEQUENCES, fit_compensation
-from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.startup.plan_search import search_plans
 from dash_runtime.training.curve import write_whole
 from dash_runtime.training.loaded_model import SEQUENCE_LENGTH, LoadedModel
@@ -42,10 +41,7 @@ def run_search(options: argparse.Namespace) -> None:
         )
         if isinstance(compensation, LowRank):
             compensation = packed(compensation, decoder.dtype)
-    if options.costs is None:
-        costs = measure_costs(StepMeasurement(decoder, compensation)).table
-    else:
-        costs = read_costs(options.costs)
+    costs = model.measured_costs(compensation) if options.costs is None else read_costs(options.costs)
     if costs.num_layers != decoder.num_layers or not set(decoder.actions) <= set(costs.layer):
         raise ConfigError("costs", f"{options.costs} is of another model or another device")
     spec = PlanSpec.fixed((Action.FULL,) * decoder.num_layers, Action.FULL, costs)
@@ -58,7 +54,9 @@ def run_search(options: argparse.Namespace) -> None:
         mark = " " if plan in best else "×"
         figures = f"{plan.cost(costs):6.3f} {plan.divergence:10.4f}"
         print(f"{mark} {plan.name:24} {figures}  {plan.head.name:4}  {plan.letters}")
-    print("×: dominated; another plan costs no more and diverges no more. Layers: . SKIP, 4 INT4, 8 INT8, F FULL")
+    print(
+        "×: dominated; another plan costs no more and diverges no more. Layers: . SKIP, 3 INT3, 4 INT4, 8 INT8, F FULL"
+    )
     if options.json is not None:
         rows = [plan.to_json() | {"cost_share": plan.cost(costs), "dominated": plan not in best} for plan in plans]
         write_whole(options.json, f"{json.dumps({'costs': costs.to_json(), 'plans': rows}, indent=1)}\n".encode())

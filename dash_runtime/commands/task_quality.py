@@ -16,7 +16,6 @@ from dash_runtime.evaluation.task_files import ChoiceQuestion, OpenQuestion, rea
 from dash_runtime.evaluation.task_paths import TaskPath, plans_everywhere, task_paths
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.policy import FixedPlan
-from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.training.loaded_model import LoadedModel
 
 _NUM_LAST_WORDS = 400
@@ -37,7 +36,7 @@ def evaluate_tasks(
     plans = plans_everywhere(model.decoder)
     costs = _costs_of(plans, policies)
     if costs is None:
-        costs = measure_costs(StepMeasurement(model.decoder, policies[0].compensation)).table
+        costs = model.measured_costs(policies[0].compensation)
 
     def engine_for(policy: LearnedPolicy | None) -> Engine:
         return engine_of(policies[0], costs) if policy is None else engine_of(policy, policy.costs)

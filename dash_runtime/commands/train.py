@@ -18,18 +18,18 @@ from dash_runtime.commands.spoken import say
 from dash_runtime.errors import ConfigError
 from dash_runtime.evaluation.plots import has_matplotlib, plot_curve
 from dash_runtime.layers.compensation import Compensation, CompensationKind, Identity, LowRank, packed, unpacked
-from dash_runtime.policy.budgets import BudgetCalibration
+from dash_runtime.policy.budgets import BudgetCalibration, PricePoint
 from dash_runtime.policy.compensation_file import save_compensation
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.network import PolicyNetwork
 from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.policy.policy_file import load_compensation_of, save_policy
 from dash_runtime.rollout.task import Task
-from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.startup.process_memory import keep_few_kernels, keep_freed_memory
 from dash_runtime.training.calibrate import calibrated, describe_budgets
 from dash_runtime.training.checkpoint import num_rounds_done
 from dash_runtime.training.curve import CurveRow, TrainingCurve, write_curve_json, write_whole
+from dash_runtime.training.damage_model import DamageModel, FitSettings
 from dash_runtime.training.head_map import with_narrow_head
 from dash_runtime.training.ladder import climb, fit_linear
 from dash_runtime.training.loaded_model import LoadedModel
@@ -64,14 +64,15 @@ def run_train(options: argparse.Namespace) -> None:
     keep_few_kernels()
     head, pinned_action = Action[options.head], Action[options.pinned_action.upper()]
     model = LoadedModel(options.model_options, say)
-    if not {*options.actions, head, pinned_action} <= set(model.supported):
-        raise ConfigError("actions", f"must be among {', '.join(action.name for action in model.supported)}")
+    actions = model.actions if options.actions is None else options.actions
+    if not {*actions, head, pinned_action} <= set(model.actions):
+        raise ConfigError("actions", f"must be among {', '.join(action.name for action in model.actions)}")
     held_out, training = _split(model.sequences())
     head_map = None
     if head is Action.SKIP:
         model, head_map = with_narrow_head(model, training, options.prompt_tokens)
     options.out.mkdir(parents=True, exist_ok=True)
-    task = _task(model, options.actions, options)
+    task = _task(model, actions, options)
     task = replace(task, spec=replace(task.spec, head=head, pinned=dict.fromkeys(task.spec.pinned, pinned_action)))
     print(
         f"{len(training)} sequences to train on, {len(held_out)} to calibrate on; compensation of rank {options.rank}"
@@ -86,7 +87,7 @@ def run_train(options: argparse.Namespace) -> None:
     else:
         start = fit_linear(task, training[:FIT_SEQUENCES]).low_rank(options.rank)
     if options.costs is None:
-        costs = _kept_costs(options.out / "costs.json", model, packed(start, model.decoder.dtype))
+        costs = _kept_costs(options.out / "costs.json", model, task, packed(start, model.decoder.dtype))
     else:
         costs = read_costs(options.costs)
     for what, action, table in (("pinned-action", pinned_action, costs.layer), ("head", head, costs.head)):
@@ -102,7 +103,7 @@ def run_train(options: argparse.Namespace) -> None:
     path = options.out / "policy.safetensors"
     print("calibrating, and searching the best fixed plans on the same text")
     policy = _policy(task, network, options.name, options.drafter)
-    policy = calibrated(replace(policy, head_map=head_map), task, held_out, model.int4.identity, say)
+    policy = calibrated(replace(policy, head_map=head_map), task, held_out, model.rounding.identity, say)
     print(describe_budgets(policy))
     save_policy(path, policy, model.fingerprint)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
@@ -190,11 +191,17 @@ def _task(model: LoadedModel, actions: tuple[Action, ...], options: argparse.Nam
     return Task(decoder=model.decoder, spec=spec, compensation=Identity(), num_prompt_tokens=options.prompt_tokens)
 
 
-def _kept_costs(path: Path, model: LoadedModel, compensation: Compensation) -> CostTable:
+def _kept_costs(path: Path, model: LoadedModel, task: Task, compensation: Compensation) -> CostTable:
     """Returns the run's cost table, measured once: a resumed run must keep the table that it began with."""
     if path.exists():
         return read_costs(path, "out", f"{path} is damaged; remove the folder to start again")
-    costs = measure_costs(StepMeasurement(model.decoder, compensation)).table
+    untrained = DamageModel(task.spec, model.config.hidden_size, FitSettings()).network()
+    counts = {task.decoder.highest: float(model.config.num_layers)}
+    policy = replace(
+        _policy(replace(task, compensation=compensation), untrained, "untrained", is_drafter=False),
+        calibration=BudgetCalibration((PricePoint(0.0, counts, 0.0, 1.0),)),
+    )
+    costs = model.measured_costs(compensation, [policy])
     write_whole(path, json.dumps(costs.to_json(), indent=1).encode())
     return costs
 

@@ -23,9 +23,9 @@ from dash_runtime.layers.narrow_head import HeadMap, narrow_head
 from dash_runtime.layers.shortlist import loudest_channels, shortlist_head
 from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.linears.dense_linear import MAX_INVARIANT_ROWS, BatchInvariantLinear, FullLinear
-from dash_runtime.linears.int4_matrix import Int4Matrix, Place, is_packable
+from dash_runtime.linears.grouped_matrix import Rounding, is_packable, only
 from dash_runtime.linears.kept_trials import NO_TRIALS, KeptTrials
-from dash_runtime.linears.quantization import for_many_rows, make_linear
+from dash_runtime.linears.quantization import BITS, for_many_rows, make_linear
 from dash_runtime.model_config import ModelConfig
 
 _ROWS_IN_CACHE = 512
@@ -44,7 +44,7 @@ def make_decoder(
     has_int8_head: bool = True,
     has_int4_head: bool = False,
     has_finer_keys: bool = True,
-    int4: Mapping[Place, Int4Matrix] | None = None,
+    rounding: Rounding | None = None,
     head_map: HeadMap | None = None,
     trials: KeptTrials = NO_TRIALS,
 ) -> Decoder:
@@ -60,15 +60,15 @@ def make_decoder(
         has_int8_head: False if an INT8 head would be no faster than FULL's, which then runs in its place.
         has_int4_head: True for the INT4 head of native code without native code too, where it is no faster than FULL's:
             to judge plans that will run there.
-        has_finer_keys, int4: as in `WeightLoader`.
+        has_finer_keys, rounding: as in `WeightLoader`.
         head_map: that of the narrow head, the one in SKIP; None for no such head.
         trials: as in `BatchInvariantLinear`.
     """
     devices = [device] * config.num_layers if isinstance(device, torch.device) else list(device)
-    has_finer_keys = has_finer_keys and Action.INT4 in actions
-    own_int4 = (int4 or {}) if Action.INT4 in actions else {}  # unpacking takes time and memory
+    has_finer_keys = has_finer_keys and not BITS.keys().isdisjoint(actions)
+    own_rounding = only(rounding or {}, actions)
     loaders = {
-        own: WeightLoader(config, weights, dtype, own, has_finer_keys=has_finer_keys, int4=own_int4)
+        own: WeightLoader(config, weights, dtype, own, has_finer_keys=has_finer_keys, rounding=own_rounding)
         for own in dict.fromkeys(devices)
     }
     layers: list[DecoderLayer] = []
@@ -88,7 +88,7 @@ def make_decoder(
     by_precision: dict[Action, Head] = {}
     wide_heads: dict[Action, Head] = {}
     for precision in actions:
-        if precision is Action.SKIP:
+        if precision in (Action.SKIP, Action.INT3):
             continue
         if precision is Action.INT4:
             if has_int4_head and is_packable(*head.shape):

@@ -31,7 +31,7 @@ _OTHER_COLOURS = ("#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555")
 _MARKERS = ("s", "^", "D", "v", "<", ">", "p")
 _LINES = ("--", ":", "-.")
 # Skipping stands out; the others darken with their work, so that lightness alone tells them apart.
-_ACTION_COLOURS = {"SKIP": "#E69F00", "INT4": "#A6CFE8", "INT8": "#3F8FC4", "FULL": "#0B3C6B"}
+_ACTION_COLOURS = {"SKIP": "#E69F00", "INT3": "#D5E8F4", "INT4": "#A6CFE8", "INT8": "#3F8FC4", "FULL": "#0B3C6B"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ def task_paths(
 
 def plans_everywhere(decoder: Decoder) -> list[FixedPlan]:
     """Returns the plans that run every layer in INT4, and in INT8, as far as the device has them."""
-    quantized = [action for action in (Action.INT4, Action.INT8) if action in decoder.actions]
+    quantized = [action for action in (Action.INT3, Action.INT4, Action.INT8) if action in decoder.actions]
     return [fixed_action_plan(action, decoder.num_layers, Identity(), tuple(decoder.heads)) for action in quantized]
 
 

@@ -12,8 +12,8 @@ from dash_runtime.layers.mlp import GatedMlp
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.layers.weight_loader import LayerWeights
 from dash_runtime.linears.dense_linear import Linear
-from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE, LANES, quantize_int4_with_rest
-from dash_runtime.linears.quantization import Int4Linear, for_many_rows
+from dash_runtime.linears.grouped_matrix import GROUP_SIZE, LANES, quantize_int4_with_rest
+from dash_runtime.linears.quantization import GroupedLinear, for_many_rows
 
 NUM_EXACT_TILES = 32
 """Tiles of a row's logits that are computed again, of `LANES` tokens each. The 32 likeliest tokens are among them."""
@@ -31,13 +31,13 @@ def loudest_channels(last_layer: LayerWeights, final_norm: RmsNorm) -> Tensor:
     loudness = torch.stack([weight.float().square() for weight in weights]).prod(dim=0)
     if isinstance(mlp, GatedMlp):
         loudness *= mlp.down.weight.float().square().sum(dim=1)
-    return loudness.topk(min(INT4_GROUP_SIZE, len(loudness))).indices
+    return loudness.topk(min(GROUP_SIZE, len(loudness))).indices
 
 
 def shortlist_head(weight: Tensor, exact: Linear, loudest: Tensor, final_norm: RmsNorm, multiplier: float) -> Head:
     """Returns the head in INT4 of the matrix `weight`, which `exact` has in FULL; its logits are multiplied by
     `multiplier`. Native code has to have room for such a matrix (`is_packable`)."""
-    rough = for_many_rows(Int4Linear.of(quantize_int4_with_rest(weight, loudest), weight.dtype))
+    rough = for_many_rows(GroupedLinear.of(quantize_int4_with_rest(weight, loudest), weight.dtype))
     num_tiles = min(NUM_EXACT_TILES, len(weight) // LANES)
 
     def head(hidden: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from dash_runtime.layers.mlp import GatedMlp, Mixture
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.layers.rotary import channel_order
 from dash_runtime.linears.dense_linear import FullLinear
-from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE, Int4Matrix, Place, is_nearly_exact
+from dash_runtime.linears.grouped_matrix import GROUP_SIZE, Rounding, is_nearly_exact
 from dash_runtime.model_config import ModelConfig, QkNorm
 
 
@@ -36,19 +36,14 @@ class WeightLoader:
     weights: Mapping[str, Tensor]
     dtype: torch.dtype
     device: torch.device
-    copies: bool = False
-    """True to copy every tensor, so that the mapping can be dropped. Otherwise tensors that need neither casting nor
-    fusing share its memory."""
     has_finer_keys: bool = True
-    """False if INT4 has keys and values in INT4 whatever that does to them: a device may have no kernel for INT8."""
-    int4: Mapping[Place, Int4Matrix] = field(default_factory=dict)
-    """Matrices that were rounded to INT4 with their inputs in view."""
+    """False if keys and values are in INT4 whatever that does to them: a device may have no kernel for INT8."""
+    rounding: Rounding = field(default_factory=dict)
+    """Matrices that were rounded with their inputs in view."""
 
     def tensor(self, name: str) -> Tensor:
-        """Returns one tensor in the loader's dtype and on its device."""
-        stored = self.weights[name].detach()
-        tensor = stored.to(self.device, self.dtype).contiguous()
-        return tensor.clone() if self.copies and tensor.data_ptr() == stored.data_ptr() else tensor
+        """Returns one tensor in the loader's dtype and on its device. It may share the file's memory."""
+        return self.weights[name].detach().to(self.device, self.dtype).contiguous()
 
     def norm(self, name: str) -> RmsNorm:
         """Returns the norm whose weight is called `name`."""
@@ -64,16 +59,16 @@ class WeightLoader:
         return FullLinear(fused("weight"), fused("bias") if has_bias else None)
 
     def embedding(self) -> Tensor:
-        """Returns the embedding, `[vocab_size, hidden_size]`. It may share the file's memory."""
-        return replace(self, copies=False).tensor(f"{self.config.tensor_names.embedding}.weight")
+        """Returns the embedding, `[vocab_size, hidden_size]`."""
+        return self.tensor(f"{self.config.tensor_names.embedding}.weight")
 
     def final_norm(self) -> RmsNorm:
         """Returns the norm before the head."""
         return self.norm(f"{self.config.tensor_names.final_norm}.weight")
 
     def head(self) -> Tensor:
-        """Returns the head of a model whose head is not tied, `[vocab_size, hidden_size]`; likewise."""
-        return replace(self, copies=False).tensor(f"{self.config.tensor_names.head}.weight")
+        """Returns the head of a model whose head is not tied, `[vocab_size, hidden_size]`."""
+        return self.tensor(f"{self.config.tensor_names.head}.weight")
 
     def layer(self, index: int) -> LayerWeights:
         """Returns the weights of one layer."""
@@ -86,12 +81,12 @@ class WeightLoader:
         def linear(modules: Sequence[str], has_bias: bool) -> FullLinear:
             return self.linear([f"{prefix}.{module}" for module in modules], has_bias)
 
-        def with_int4(place: int, full: FullLinear) -> FullLinear:
-            matrix = self.int4.get((index, place))
-            return full if matrix is None else replace(full, int4=matrix.to(self.device))
+        def with_rounded(place: int, full: FullLinear) -> FullLinear:
+            own = {action: kept[index, place] for action, kept in self.rounding.items() if (index, place) in kept}
+            return replace(full, rounded={action: matrix.to(self.device) for action, matrix in own.items()})
 
         linears = Linears(
-            self._with_finer_keys(self._with_pairs_apart(index, linear(names.query_key_value, block.has_qkv_bias))),
+            self._with_keys(self._with_pairs_apart(index, linear(names.query_key_value, block.has_qkv_bias))),
             linear([names.output], block.has_output_bias),
             self._mlp(index, prefix),
         )
@@ -104,7 +99,7 @@ class WeightLoader:
             head_norm=self._head_norm(prefix) if block.qk_norm is QkNorm.HEAD else None,
             query_norm=norm(names.query_norm, has_width_norms),
             key_norm=norm(names.key_norm, has_width_norms),
-            linears=linears.mapped_by_place(with_int4, lambda router: router),
+            linears=linears.mapped_by_place(with_rounded, lambda router: router),
         )
 
     def _mlp(self, index: int, prefix: str) -> GatedMlp[FullLinear] | Mixture[FullLinear]:
@@ -136,13 +131,14 @@ class WeightLoader:
         rows = torch.cat((rows[:num_rotated, order], rows[num_rotated:])).flatten()
         return FullLinear(fused.weight[rows], None if fused.bias is None else fused.bias[rows])
 
-    def _with_finer_keys(self, fused: FullLinear) -> FullLinear:
-        """Returns a layer's query-key-value matrix whose keys and values INT4 leaves in INT8, if four bits would change
-        them: they are few weights, and all later tokens read what they make."""
+    def _with_keys(self, fused: FullLinear) -> FullLinear:
+        """Returns a layer's query-key-value matrix whose keys and values INT4 and INT3 leave in INT8, if four bits
+        would change them, else INT3 in INT4."""
         query_size = self.config.query_size
-        if not self.has_finer_keys or fused.weight.shape[1] % INT4_GROUP_SIZE:
+        if fused.weight.shape[1] % GROUP_SIZE:
             return fused
-        return fused if is_nearly_exact(fused.weight[query_size:]) else replace(fused, finer_from=query_size)
+        has_finer_keys = self.has_finer_keys and not is_nearly_exact(fused.weight[query_size:])
+        return replace(fused, keys_from=query_size, has_finer_keys=has_finer_keys)
 
     def _head_norm(self, prefix: str) -> Tensor:
         config, names = self.config, self.config.tensor_names

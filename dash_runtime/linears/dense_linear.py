@@ -4,8 +4,8 @@ Knows matrices; knows no layers.
 """
 
 import ctypes
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache, partial
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dash_runtime.actions import Action
 from dash_runtime.devices import device_of
-from dash_runtime.linears.int4_matrix import Int4Matrix, quantize_int4
+from dash_runtime.linears.grouped_matrix import GroupedMatrix
 from dash_runtime.linears.kept_trials import NO_TRIALS, KeptTrials
 
 MAX_INVARIANT_ROWS = 256
@@ -48,26 +49,25 @@ class FullLinear:
 
     weight: Tensor
     bias: Tensor | None = None
-    finer_from: int | None = None
-    """The first of the outputs that INT8 computes where the others are in INT4, up to the last; None if there are
-    none."""
-    int4: Int4Matrix | None = None
-    """The matrix in INT4, if it was rounded with its inputs in view; None rounds each weight to the nearest."""
+    keys_from: int | None = None
+    """The first of the outputs that are keys and values, up to the last; None if there are none."""
+    has_finer_keys: bool = False
+    """True if keys and values are in INT8 where the other outputs are in INT4."""
+    rounded: Mapping[Action, GroupedMatrix] = field(default_factory=dict)
+    """The matrix in actions for which it was rounded with its inputs in view; others round each weight to the
+    nearest."""
 
     def __call__(self, inputs: Tensor) -> Tensor:
         return functional.linear(inputs, self.weight, self.bias)
 
     def outputs(self, first: int, last: int | None = None) -> "FullLinear":
         """Returns some of its outputs."""
-        bias, finer_from = self.bias, self.finer_from
-        if finer_from is not None:
-            finer_from = max(0, finer_from - first) if last is None or finer_from < last else None
-        int4 = None if self.int4 is None else self.int4.outputs(first, last)
-        return FullLinear(self.weight[first:last], None if bias is None else bias[first:last], finer_from, int4)
-
-    def in_int4(self) -> Int4Matrix:
-        """Returns the matrix in INT4."""
-        return quantize_int4(self.weight) if self.int4 is None else self.int4
+        bias, keys_from = self.bias, self.keys_from
+        if keys_from is not None:
+            keys_from = max(0, keys_from - first) if last is None or keys_from < last else None
+        rounded = {action: matrix.outputs(first, last) for action, matrix in self.rounded.items()}
+        own_bias = None if bias is None else bias[first:last]
+        return FullLinear(self.weight[first:last], own_bias, keys_from, self.has_finer_keys, rounded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +212,7 @@ def _tried_first_parts(
 
 def make_full_linear(full: FullLinear, trials: KeptTrials = NO_TRIALS) -> Linear:
     """Returns the fastest product for few rows. A packed one is also the fastest for many."""
-    full = replace(full, int4=None)  # so that nothing keeps what other products have packed
+    full = replace(full, rounded={})  # so that nothing keeps what other products have packed
     if not device_of(full.weight.device).has_packed_products or full.weight.dtype is not torch.bfloat16:
         return full
     return BatchInvariantLinear(PackedLinear.from_full if _has_packed_linear() else _as_loaded, full, trials)

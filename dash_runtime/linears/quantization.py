@@ -1,4 +1,5 @@
-"""Linear layers in INT8 and INT4, on PyTorch's packed weight-only kernels, and for many rows on its dense product.
+"""Linear layers in INT8, INT4 and INT3, on PyTorch's packed weight-only kernels, and for many rows on its dense
+product.
 
 Actions without a kernel on the device are not offered: `supported_actions` runs each kernel once and compares it with
 the dequantised matrix. Knows matrices; knows no layers and no policies.
@@ -13,11 +14,14 @@ from dash_runtime.actions import Action
 from dash_runtime.devices import device_of
 from dash_runtime.linears import dense_linear
 from dash_runtime.linears.dense_linear import FullLinear, Linear, make_full_linear, unpacked_product
-from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE, INT4_ZERO_POINT, Int4Matrix
+from dash_runtime.linears.grouped_matrix import GROUP_SIZE, GroupedMatrix, quantize_grouped, zero_point
 from dash_runtime.linears.kept_trials import NO_TRIALS, KeptTrials
 
 INT8_INPUT_MULTIPLE = 16
 """The CPU's INT8 kernel reads past the end of a row whose length is not a multiple of this."""
+BITS = {Action.INT3: 3, Action.INT4: 4}
+"""Bits of a weight, by actions whose matrices are in groups."""
+_KERNEL_BITS = 4
 _MANY_ROWS = 32
 """From so many rows on, the CPU unpacks a whole matrix in less time than its kernels take, which do so for every few
 rows. With 128 rows a kernel takes three to ten times as long as a product in bf16."""
@@ -46,8 +50,8 @@ class Int8Linear:
 
 
 @dataclass(frozen=True, slots=True)
-class Int4Linear:
-    """Asymmetric INT4 weights in groups of 32 inputs, packed for the device's kernel.
+class GroupedLinear:
+    """Asymmetric INT4 or INT3 weights in groups of 32 inputs, packed for the device's INT4 kernel.
 
     Raises NotImplementedError or RuntimeError if there is no kernel for the device or the shape.
     """
@@ -56,25 +60,24 @@ class Int4Linear:
     scales_and_zeros: Tensor
     bias: Tensor | None = None
     values: Tensor | None = None
-    """The rounded weights less 8, int8 `[out, groups, 32]`, on a device where many rows are better unpacked."""
+    """The rounded weights less 8, int8 `[out, groups, 32]`, on a device where many rows are better
+    unpacked."""
 
     @classmethod
-    def from_full(cls, full: FullLinear) -> "Int4Linear":
-        return cls.of(full.in_int4(), full.weight.dtype, full.bias)
-
-    @classmethod
-    def of(cls, matrix: Int4Matrix, dtype: torch.dtype, bias: Tensor | None = None) -> "Int4Linear":
+    def of(cls, matrix: GroupedMatrix, dtype: torch.dtype, bias: Tensor | None = None) -> "GroupedLinear":
         """Packs a matrix for inputs of `dtype`, to which scales and zeros are rounded."""
-        scales_and_zeros = torch.stack(matrix.grids(), dim=-1).to(dtype).transpose(0, 1).contiguous()
+        scales, zeros = matrix.grids()
+        own_zeros = zeros + (zero_point(_KERNEL_BITS) - matrix.zero_point) * scales
+        scales_and_zeros = torch.stack((scales, own_zeros), dim=-1).to(dtype).transpose(0, 1).contiguous()
         device = device_of(matrix.units.device)
         values = None
         if device.unpacks_for_many_rows:
-            values = (matrix.values.to(torch.int8) - INT4_ZERO_POINT).unflatten(1, (-1, INT4_GROUP_SIZE))
+            values = (matrix.values.to(torch.int8) - zero_point(_KERNEL_BITS)).unflatten(1, (-1, GROUP_SIZE))
         return cls(device.pack_int4(matrix.values.to(torch.int32)), scales_and_zeros, bias, values)
 
     def __call__(self, inputs: Tensor) -> Tensor:
         product = device_of(inputs.device).int4_product
-        return _biased(product(inputs, self.packed, INT4_GROUP_SIZE, self.scales_and_zeros), self.bias)
+        return _biased(product(inputs, self.packed, GROUP_SIZE, self.scales_and_zeros), self.bias)
 
     def many_rows(self, inputs: Tensor) -> Tensor:
         """Returns the same by the dense product, from weights that are rounded once more to the dtype of `inputs`."""
@@ -101,7 +104,7 @@ class JoinedLinear:
 class ManyRowsLinear:
     """A rounded matrix for passes over many rows. A few rows run its kernel."""
 
-    few_rows: Int8Linear | Int4Linear
+    few_rows: Int8Linear | GroupedLinear
 
     def __call__(self, inputs: Tensor) -> Tensor:
         return self.few_rows(inputs) if len(inputs) < _MANY_ROWS else self.few_rows.many_rows(inputs)
@@ -111,31 +114,44 @@ def _biased(outputs: Tensor, bias: Tensor | None) -> Tensor:
     return outputs if bias is None else outputs + bias
 
 
-_QUANTIZED: dict[Action, type[Int8Linear] | type[Int4Linear]] = {Action.INT8: Int8Linear, Action.INT4: Int4Linear}
-
-
 def make_linear(action: Action, full: FullLinear, trials: KeptTrials = NO_TRIALS) -> Linear:
     """Returns the linear layer that `action` runs for the matrix `full`, with this device's fastest kernel."""
     if action is Action.FULL:
         return make_full_linear(full, trials)
-    parts = [_QUANTIZED[precision].from_full(part) for precision, part in quantized_parts(action, full)]
+    parts = [_rounded_part(precision, part) for precision, part in quantized_parts(action, full)]
     return parts[0] if len(parts) == 1 else JoinedLinear(tuple(parts))
 
 
+def _rounded_part(precision: Action, full: FullLinear) -> Linear:
+    if precision is Action.INT8:
+        return Int8Linear.from_full(full)
+    return GroupedLinear.of(grouped(precision, full), full.weight.dtype, full.bias)
+
+
+def grouped(action: Action, full: FullLinear) -> GroupedMatrix:
+    """Returns the matrix in INT4 or INT3."""
+    kept = full.rounded.get(action)
+    return quantize_grouped(full.weight, BITS[action]) if kept is None else kept
+
+
 def quantized_parts(action: Action, full: FullLinear) -> list[tuple[Action, FullLinear]]:
-    """Returns the precision of each part of a matrix's outputs that `action`, INT8 or INT4, runs, in their order."""
-    first = full.finer_from
-    if action is Action.INT8 or first is None:
+    """Returns the precision of each part of a matrix's outputs that a rounded action runs, in their order.
+
+    Keys and values are few weights, and all later tokens read what they make.
+    """
+    first = full.keys_from
+    of_keys = max(action, Action.INT8 if full.has_finer_keys else Action.INT4)
+    if first is None or of_keys is action:
         return [(action, full)]
-    rough = [(Action.INT4, full.outputs(0, first))] if first else []
-    return [*rough, (Action.INT8, full.outputs(first))]
+    rough = [(action, full.outputs(0, first))] if first else []
+    return [*rough, (of_keys, full.outputs(first))]
 
 
 def for_many_rows(linear: Linear) -> Linear:
     """Returns the same matrix for passes over many rows. A row's sums may differ from those in decoding."""
     if isinstance(linear, Int8Linear) and device_of(linear.weight.device).unpacks_for_many_rows:
         return ManyRowsLinear(linear)
-    if isinstance(linear, Int4Linear) and linear.values is not None:
+    if isinstance(linear, GroupedLinear) and linear.values is not None:
         return ManyRowsLinear(linear)
     if isinstance(linear, JoinedLinear):
         return JoinedLinear(tuple(map(for_many_rows, linear.parts)))
@@ -157,30 +173,34 @@ def through_int8(weight: Tensor) -> Tensor:
 
 
 def rounded_linear(action: Action, full: FullLinear) -> FullLinear:
-    """Returns the matrix that `action`, INT8 or INT4, computes with, in the weight's dtype."""
+    """Returns the matrix that a rounded action computes with, in the weight's dtype."""
     parts = [_rounded_weight(precision, part) for precision, part in quantized_parts(action, full)]
     return FullLinear(parts[0] if len(parts) == 1 else torch.cat(parts), full.bias)
 
 
 def _rounded_weight(action: Action, full: FullLinear) -> Tensor:
-    if action is Action.INT4:
-        return full.in_int4().dequantized().to(full.weight.dtype)
-    return through_int8(full.weight).to(full.weight.dtype)
+    if action is Action.INT8:
+        return through_int8(full.weight).to(full.weight.dtype)
+    return grouped(action, full).dequantized().to(full.weight.dtype)
 
 
 def supported_actions(device: torch.device, dtype: torch.dtype, shapes: "set[tuple[int, int]]") -> tuple[Action, ...]:
     """Returns the actions with a real kernel for these `(out_features, in_features)`, cheapest first.
 
     SKIP and FULL need none. Each other one runs once per shape on this device and must agree with its own dequantised
-    matrix. It is not offered if its kernel is missing, refuses, or disagrees.
+    matrix. It is not offered if its kernel is missing, refuses, or disagrees. INT3 is for devices that run native code;
+    here it runs as INT4 does, to be judged.
     """
-    kernels = [action for action in _QUANTIZED if all(_kernel_works(action, shape, device, dtype) for shape in shapes)]
-    return tuple(sorted((Action.SKIP, *kernels, Action.FULL)))
+    rounded = [Action.INT4, Action.INT8]
+    if device_of(device).runs_native_code:
+        rounded.append(Action.INT3)
+    kernels = [own for own in rounded if all(_kernel_works(own, shape, device, dtype) for shape in shapes)]
+    return tuple(sorted([Action.SKIP, *kernels, Action.FULL]))
 
 
 def _kernel_works(action: Action, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> bool:
     out_features, in_features = shape
-    if action is Action.INT4 and (in_features % INT4_GROUP_SIZE or out_features % 16):
+    if action in BITS and (in_features % GROUP_SIZE or out_features % 16):
         return False
     if action is Action.INT8 and in_features % INT8_INPUT_MULTIPLE:
         return False

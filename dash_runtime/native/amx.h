@@ -1,7 +1,7 @@
 // Products by the processor's matrix tiles, AMX: 16 rows in little more than the time of one.
 //
 // In FULL a row's sums have one order here too, but another one than that of vectors: a process uses the one or the
-// other. Sums of bytes are exact, so INT8 and INT4 have the same bits with both.
+// other. Sums of bytes are exact, so rounded weights have the same bits with both.
 #pragma once
 #include "inputs.h"
 
@@ -14,7 +14,7 @@
 namespace amx {
 
 constexpr int64_t kMostRows = kRowsTogether;  // that a tile holds
-constexpr int64_t kFewestRows = 6;            // of INT8 and INT4, for which tiles pay
+constexpr int64_t kFewestRows = 6;            // of rounded weights, for which tiles pay
 
 // How many of so many rows `rounded_product` should take, the first ones.
 inline int64_t num_rounded_rows(int64_t num_rows) {
@@ -26,7 +26,6 @@ inline int64_t num_rounded_rows(int64_t num_rows) {
 
 constexpr int kRowBytes = 64;    // of a tile
 constexpr int kPairs = 16;       // of inputs in FULL, whose weights a tile holds
-constexpr int kFours = 8;        // of a group's inputs as bytes
 constexpr int kTilesAtOnce = 4;  // of outputs in FULL
 constexpr int kTurnsAhead = 3;   // weights are fetched so many turns of the loop ahead
 constexpr int kMostGroups = 24;  // whose weights are unpacked at a time: they stay in the nearest cache
@@ -221,18 +220,10 @@ struct alignas(kRowBytes) Group {
 
 template <Layout kLayout>
 inline void unpack(const int32_t *words, int64_t num_groups, Group *groups) {
-  constexpr int kWords = bits_of(kLayout);
   for (int64_t group = 0; group < num_groups; ++group) {
-    auto &to = groups[group].words;
+    const int32_t *own = words + weights_line(kLayout, group) * kLanes;
 #pragma GCC unroll 8
-    for (int index = 0; index < kWords; ++index) {
-      const int32_t *line = words + (weights_line(kLayout, group) + index) * kLanes;
-      const Ints word = load<Ints>(line) ^ INT32_MIN;  // the last weight of a word has a sign
-      if (kLayout == kInt8)
-        store(to[index], word);
-      else
-        store(to[2 * index], word & 0x0F0F0F0F), store(to[2 * index + 1], (word >> 4) & 0x0F0F0F0F);
-    }
+    for (int index = 0; index < kFours; ++index) store(groups[group].words[index], bytes_of<kLayout>(own, index));
   }
 }
 
@@ -256,7 +247,7 @@ inline void add_groups(const int32_t *words, const Group *groups, int64_t num_gr
     _tile_loadd(5, groups[group].words, kRowBytes);
     _tile_dpbsud(0, 4, 5);
     _tile_stored(0, sums, kRowBytes);
-    const Ints grid = kLayout == kInt4 ? load<Ints>(words + grids_line(group) * kLanes) >> 16 * (group % 2) : Ints{};
+    const Ints grid = grids_of<kLayout>(words, group);
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row)
       add_sum<kLayout>(__builtin_convertvector(load<Ints>(sums[row]), Floats), facts[row], grid, total[row]);
@@ -301,16 +292,15 @@ inline void rounded_tile(const Matrix &matrix, const Rows &rows, int64_t first_r
   }
 }
 
-// The same in INT8 and INT4, for the first rows. What follows up to `end` is fetched ahead.
+// The same for rounded weights and the first rows. What follows up to `end` is fetched ahead.
 inline void rounded_product(const Matrix &matrix, const Rows &rows, int64_t first_row, int64_t num_rows, int64_t first,
                             int64_t last, int64_t end, float *outputs, int64_t stride) {
   sizes_of(num_rows < kMostRows ? num_rows : kMostRows, kGroup, kFours).set();
   for (int64_t tile = first; tile < last; ++tile, outputs += kLanes) {
     const bool fetches = tile + 1 < end;
-    if (matrix.layout == kInt8)
-      rounded_tile<kInt8>(matrix, rows, first_row, num_rows, tile, fetches, outputs, stride);
-    else
-      rounded_tile<kInt4>(matrix, rows, first_row, num_rows, tile, fetches, outputs, stride);
+    with_layout(matrix.layout, [&](auto layout) {
+      rounded_tile<decltype(layout)::value>(matrix, rows, first_row, num_rows, tile, fetches, outputs, stride);
+    });
   }
   _tile_release();
 }

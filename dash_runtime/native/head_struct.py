@@ -6,11 +6,23 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dash_runtime.linears.int4_matrix import LANES
-from dash_runtime.native.matrix import FullNativeMatrix, Int4NativeMatrix, Int8NativeMatrix, Int8Outputs, NativeMatrix
+from dash_runtime.linears.grouped_matrix import LANES
+from dash_runtime.native.matrix import (
+    FullNativeMatrix,
+    Int3NativeMatrix,
+    Int4NativeMatrix,
+    Int8NativeMatrix,
+    Int8Outputs,
+    NativeMatrix,
+)
 from dash_runtime.native.structs import MOST_EXACT_TILES, HeadStruct, MatrixStruct, TokenRowsStruct
 
-_LAYOUTS: dict[type[NativeMatrix], int] = {FullNativeMatrix: 0, Int8NativeMatrix: 1, Int4NativeMatrix: 2}
+_LAYOUTS: dict[type[NativeMatrix], int] = {
+    FullNativeMatrix: 0,
+    Int8NativeMatrix: 1,
+    Int4NativeMatrix: 2,
+    Int3NativeMatrix: 3,
+}
 
 
 class RoughMatrix(NamedTuple):

@@ -1,20 +1,23 @@
 // The inputs of a product, as its matrix wants them. matrix.py lays matrices out.
 #pragma once
+#include <type_traits>
+
 #include "vectors.h"
 
-constexpr int kGroup = 32;                            // inputs that share an INT4 scale
+constexpr int kGroup = 32;                            // inputs that share a scale of INT4 or INT3
 constexpr int kGroupFloats = kGroup / sizeof(float);  // as bytes
+constexpr int kFours = kGroup / 4;                    // words of a group with a byte for each weight
 
 // In INT4 a weight is (value − 8 + offset / kOffsetsInStep) * scale, with what is added to the offset for want of a
-// sign.
+// sign; in INT3 4 in place of 8.
 constexpr float kOffsetsInStep = 32, kLeastOffset = 256;
 constexpr int kScaleBits = 7, kOffsetBits = 9;  // of a group's grid
 
-enum Layout : int64_t { kFull, kInt8, kInt4 };
+enum Layout : int64_t { kFull, kInt8, kInt4, kInt3 };
 
 struct Matrix {
   const void *words;
-  const float *scales;  // INT8 and INT4: by output
+  const float *scales;  // rounded: by output
   int64_t layout, num_inputs;
   int64_t block_tiles;  // FULL: tiles whose words for a pair of inputs lie side by side
   int64_t num_tiles;
@@ -22,36 +25,70 @@ struct Matrix {
   bool is_full() const { return layout == kFull; }
 };
 
-constexpr int bits_of(Layout layout) { return layout == kInt8 ? 8 : 4; }
+constexpr int bits_of(Layout layout) { return layout == kInt8 ? 8 : layout == kInt4 ? 4 : 3; }
+constexpr bool has_grids(Layout layout) { return layout == kInt4 || layout == kInt3; }
 
-// The lines of a tile's weights before a group. In INT4 two groups have a line of grids before them.
+// The lines of a tile's weights before a group. Where there are grids, two groups have a line of them before.
 constexpr int64_t lines_before(Layout layout, int64_t group) {
-  return group * bits_of(layout) + (layout == kInt4 ? (group + 1) / 2 : 0);
+  return group * bits_of(layout) + (has_grids(layout) ? (group + 1) / 2 : 0);
 }
 
 // The cache lines from a tile's first one to a group's weights, and to its grids.
 constexpr int64_t weights_line(Layout layout, int64_t group) {
-  return group * bits_of(layout) + (layout == kInt4 ? group / 2 + 1 : 0);
+  return group * bits_of(layout) + (has_grids(layout) ? group / 2 + 1 : 0);
 }
-constexpr int64_t grids_line(int64_t group) { return group / 2 * (2 * bits_of(kInt4) + 1); }
+constexpr int64_t grids_line(Layout layout, int64_t group) { return group / 2 * (2 * bits_of(layout) + 1); }
+
+// A group's grids for a tile, in the lower halves of words.
+template <Layout kLayout>
+inline Ints grids_of(const int32_t *words, int64_t group) {
+  if constexpr (!has_grids(kLayout)) return Ints{};
+  return load<Ints>(words + grids_line(kLayout, group) * kLanes) >> 16 * (group % 2);
+}
+
+// Returns four weights of a group for each of a tile's outputs, as bytes without a sign; `words` are the group's first
+// line.
+template <Layout kLayout>
+inline Ints bytes_of(const int32_t *words, int index) {
+  if constexpr (kLayout == kInt3) {
+    const Ints low = load<Ints>(words + index / 4 * kLanes) >> 2 * (index % 4), high = load<Ints>(words + 2 * kLanes);
+    return (low & 0x03030303) | ((index < 2 ? high << (2 - index) : high >> (index - 2)) & 0x04040404);
+  } else {
+    constexpr int kParts = 8 / bits_of(kLayout);
+    // The last weight of a word has a sign.
+    const Ints word = load<Ints>(words + index / kParts * kLanes) ^ INT32_MIN;
+    return kParts == 1 ? word : (index % 2 ? word >> 4 : word) & 0x0F0F0F0F;
+  }
+}
+
+// Calls a function with a rounded layout as a type.
+template <typename Function>
+inline void with_layout(int64_t layout, const Function &function) {
+  if (layout == kInt8)
+    function(std::integral_constant<Layout, kInt8>());
+  else if (layout == kInt4)
+    function(std::integral_constant<Layout, kInt4>());
+  else
+    function(std::integral_constant<Layout, kInt3>());
+}
 
 // Numbers that rounded weights need of each group of a row's inputs. Four of them, so that threads which prepare a few
 // rows each seldom write to the same cache line.
 struct Facts {
   float scale;   // of bytes
-  float offset;  // what the group's sum is too high by, since its weights and in INT4 its offsets have no sign
-  float step;    // of an offset in INT4: a part of the sum of the inputs
+  float offset;  // what the group's sum is too high by, since its weights and its grid's offsets have no sign
+  float step;    // of a grid's offset: a part of the sum of the inputs
   float unused;
 };
 
-// Adds what a group's products with a tile sum up to; `grid` is its scales and offsets in INT4.
+// Adds what a group's products with a tile sum up to; `grid` is its scales and offsets, if it has any.
 template <Layout kLayout>
 inline void add_sum(Floats sum, const Facts &facts, Ints grid, Floats &total) {
 #ifdef __AVX512VNNI__
   sum *= facts.scale;
 #endif
   sum -= facts.offset;
-  if (kLayout == kInt8) {
+  if (!has_grids(kLayout)) {
     total += sum;
   } else {
     sum += __builtin_convertvector(grid >> kScaleBits & ((1 << kOffsetBits) - 1), Floats) * facts.step;
@@ -117,9 +154,9 @@ inline int64_t inputs_size(int64_t num_rows, int64_t num_inputs) {
 inline int write_bytes(Layout layout, Floats low, Floats high, float factor, void *bytes) {
   // Eight INT4 weights of a word are multiplied in two parts: the low halves of its bytes, and the high ones.
   const __m256i order =
-      layout == kInt8
-          ? _mm256_set_epi64x(0x0F0E0D0C0B0A0908, 0x0706050403020100, 0x0F0E0D0C0B0A0908, 0x0706050403020100)
-          : _mm256_set_epi64x(0x0F0D0B090E0C0A08, 0x0705030106040200, 0x0F0D0B090E0C0A08, 0x0705030106040200);
+      layout == kInt4
+          ? _mm256_set_epi64x(0x0F0D0B090E0C0A08, 0x0705030106040200, 0x0F0D0B090E0C0A08, 0x0705030106040200)
+          : _mm256_set_epi64x(0x0F0E0D0C0B0A0908, 0x0706050403020100, 0x0F0E0D0C0B0A0908, 0x0706050403020100);
   const __m512i one = _mm512_cvtps_epi32((__m512)(low * factor)), next = _mm512_cvtps_epi32((__m512)(high * factor));
   const __m256i both = _mm256_set_m128i(_mm512_cvtepi32_epi8(next), _mm512_cvtepi32_epi8(one));
   store(bytes, _mm256_shuffle_epi8(both, order));
@@ -132,7 +169,8 @@ inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, 
   Facts *facts = reinterpret_cast<Facts *>(memory + num_rows * num_groups * kGroupFloats);
   const Rows prepared{memory, 0, facts, num_rows, num_groups};
   // Weights and offsets are stored without a sign, and are too high by this.
-  const float half = layout == kInt8 ? 128 : 8 + kLeastOffset / kOffsetsInStep;
+  const float middle = static_cast<float>(1 << (bits_of(layout) - 1));
+  const float half = has_grids(layout) ? middle + kLeastOffset / kOffsetsInStep : middle;
   for (int64_t row = first_row; row < last_row; ++row)
     for (int64_t group = 0; group < num_groups; ++group) {
       const float *from = rows + row * num_inputs + group * kGroup;
@@ -150,17 +188,21 @@ inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, 
 
 #else
 
+// Bits from one weight of a word to the next, as masks find them: INT3 is unpacked to bytes before.
+constexpr int bits_of_place(Layout layout) { return layout == kInt3 ? 8 : bits_of(layout); }
+
 inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory,
                             int64_t first_row, int64_t last_row) {
   const int64_t num_groups = num_inputs / kGroup;
   Facts *facts = reinterpret_cast<Facts *>(memory + num_rows * num_inputs);
   const Rows prepared{memory, num_inputs, facts, num_rows, num_groups};
-  const int bits = bits_of(layout), num_places = 32 / bits;
-  float scales[kLanes], halves[kLanes];  // half a range for each value but a word's last, which has a sign
+  const bool has_sign = layout != kInt3;
+  const int bits = bits_of(layout), place_bits = bits_of_place(layout), num_places = 32 / place_bits;
+  float scales[kLanes], halves[kLanes];  // half a range for each value but a word's last where that has a sign
   for (int lane = 0; lane < kLanes; ++lane) {
     const int place = lane % num_places;
-    scales[lane] = std::ldexp(1.0f, -bits * place);
-    halves[lane] = place == num_places - 1 ? 0.0f : std::ldexp(1.0f, bits - 1);
+    scales[lane] = std::ldexp(1.0f, -place_bits * place);
+    halves[lane] = has_sign && place == num_places - 1 ? 0.0f : std::ldexp(1.0f, bits - 1);
   }
   const Floats scale = load<Floats>(scales), half = load<Floats>(halves);
   for (int64_t row = first_row; row < last_row; ++row)
@@ -170,7 +212,7 @@ inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, 
       store(memory + from, low * scale);
       store(memory + from + kLanes, high * scale);
       const float step = sum(low + high) / kOffsetsInStep, offset = sum((low + high) * half);
-      facts[prepared.place(row, group)] = {1, layout == kInt4 ? offset + kLeastOffset * step : offset, step, 0};
+      facts[prepared.place(row, group)] = {1, has_grids(layout) ? offset + kLeastOffset * step : offset, step, 0};
     }
   return prepared;
 }
@@ -181,7 +223,7 @@ inline Rows prepare_rounded(Layout layout, const float *rows, int64_t num_rows, 
 inline Rows prepare(Layout layout, const float *rows, int64_t num_rows, int64_t num_inputs, float *memory,
                     int64_t first_row, int64_t last_row) {
   DASH_CHECK(first_row >= 0 && first_row <= last_row && last_row <= num_rows && num_inputs % kGroup == 0);
-  if (layout == kInt8 || layout == kInt4)
+  if (layout != kFull)
     return prepare_rounded(layout, rows, num_rows, num_inputs, memory, first_row, last_row);
 #ifdef __AVX512BF16__
   for (int64_t place = first_row * num_inputs; place < last_row * num_inputs; place += kLanes)

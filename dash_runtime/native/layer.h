@@ -2,7 +2,7 @@
 #pragma once
 #include "run.h"
 
-enum : int64_t { kSkip = 1, kInt4Action, kInt8Action, kFullAction, kNumActions = kFullAction };
+enum : int64_t { kSkip = 1, kInt3Action, kInt4Action, kInt8Action, kFullAction, kNumActions = kFullAction };
 enum Matrices { kQueryKeyValue, kOutput, kGateUp, kDown, kKeyValue, kNumMatrices };
 enum Activation : int64_t { kSilu, kGelu };
 

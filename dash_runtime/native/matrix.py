@@ -1,7 +1,7 @@
-"""The layouts in which native code reads a matrix, in FULL, INT8 and INT4: from end to end, at the speed of memory.
+"""The layouts in which native code reads a matrix, in each precision: from end to end, at the speed of memory.
 
-A matrix lies in tiles of 16 outputs, as vectors with one word for each, which has four INT8 weights or eight INT4 ones.
-`products.h` has the products.
+A matrix lies in tiles of 16 outputs, as vectors with one word for each, which has four INT8 weights, eight INT4 ones,
+or parts of INT3 ones. `products.h` has the products.
 """
 
 import os
@@ -17,15 +17,15 @@ from torch.nn import functional
 
 from dash_runtime.actions import Action
 from dash_runtime.linears.dense_linear import FullLinear
-from dash_runtime.linears.int4_matrix import (
-    INT4_GROUP_SIZE,
-    INT4_OFFSET_BITS,
-    INT4_SCALE_BITS,
+from dash_runtime.linears.grouped_matrix import (
+    GROUP_SIZE,
     LANES,
-    Int4Matrix,
+    OFFSET_BITS,
+    SCALE_BITS,
+    GroupedMatrix,
     quantize_int4_with_rest,
 )
-from dash_runtime.linears.quantization import quantize_int8, through_int8
+from dash_runtime.linears.quantization import grouped, quantize_int8, through_int8
 
 _INT4_BITS, _INT8_BITS = 4, 8
 _MOST_PACKERS = 4
@@ -111,9 +111,9 @@ class Int8Errors(NativeMatrix):
 
 
 @dataclass(frozen=True, slots=True)
-class Int4NativeMatrix(NativeMatrix):
-    """An INT4 matrix, int32 `[tiles, lines, 16]`: for every two groups a line of their grids, and four lines each with
-    eight weights in a word; the last group may be alone. A grid is half a word, the first group's the low one: seven
+class GroupedNativeMatrix(NativeMatrix):
+    """A matrix in groups, int32 `[tiles, lines, 16]`: for every two groups a line of their grids, and as many lines
+    each as a weight has bits; the last group may be alone. A grid is half a word, the first group's the low one: seven
     bits of its scale, then nine of its offset, 256 higher.
 
     All in one place, since the processor fetches one stream ahead better than three. Units are `[out_features]`.
@@ -122,9 +122,15 @@ class Int4NativeMatrix(NativeMatrix):
     words: Tensor
     units: Tensor
 
+
+class Int4NativeMatrix(GroupedNativeMatrix):
+    """An INT4 matrix. A line has eight weights in a word."""
+
+    __slots__ = ()
+
     @classmethod
     def pack(cls, full: FullLinear) -> "Int4NativeMatrix":
-        return cls._of(full.in_int4())
+        return cls._of(grouped(Action.INT4, full))
 
     @classmethod
     def pack_with_rest(cls, full: FullLinear, repeated: Tensor) -> "Int4NativeMatrix":
@@ -132,28 +138,39 @@ class Int4NativeMatrix(NativeMatrix):
         return cls._of(quantize_int4_with_rest(full.weight, repeated))
 
     @classmethod
-    def _of(cls, matrix: Int4Matrix) -> "Int4NativeMatrix":
-        words = _pack_words(matrix.values, _INT4_BITS)  # [tiles, groups, 4, 16]
-        offsets = matrix.offsets.int() + 2 ** (INT4_OFFSET_BITS - 1)
-        grids = _tile(matrix.scales.int() | offsets << INT4_SCALE_BITS)  # [tiles, groups, 16]
-        if missing := grids.shape[1] % 2:
-            words, grids = (functional.pad(own, (0, 0) * (own.ndim - 2) + (0, missing)) for own in (words, grids))
-        lines = (grids[:, ::2] | grids[:, 1::2] << 16).unsqueeze(2)
-        pairs = torch.cat((lines, words.unflatten(1, (-1, 2)).flatten(2, 3)), dim=2).flatten(1, 2)
-        num_lines = pairs.shape[1] - missing * _INT4_BITS
-        return cls(pairs[:, :num_lines].contiguous(), matrix.units)
+    def _of(cls, matrix: GroupedMatrix) -> "Int4NativeMatrix":
+        return cls(_in_lines(_pack_words(matrix.values, _INT4_BITS), matrix), matrix.units)
+
+
+class Int3NativeMatrix(GroupedNativeMatrix):
+    """An INT3 matrix. Two lines have the two lower bits of 16 weights in a word, and one the higher bits of all 32: in
+    each byte those of every fourth weight, the first one's lowest."""
+
+    __slots__ = ()
+
+    @classmethod
+    def pack(cls, full: FullLinear) -> "Int3NativeMatrix":
+        matrix = grouped(Action.INT3, full)
+        # As words of four weights, a byte each: [tiles, groups, 8, 16]
+        fours = _pack_words(matrix.values, _INT8_BITS, has_sign=False).unflatten(2, (2, 4))
+        low = _shifted_together(fours & 0x03030303, 2).flatten(2, 3)
+        high = _shifted_together(fours.flatten(2, 3).unsqueeze(2) >> 2 & 0x01010101, 1).flatten(2, 3)
+        return cls(_in_lines(torch.cat((low, high), dim=2), matrix), matrix.units)
 
 
 _Packed = TypeVar("_Packed", bound=NativeMatrix)
-_MATRICES: dict[Action, type[FullNativeMatrix] | type[Int8NativeMatrix] | type[Int4NativeMatrix]] = {
-    Action.FULL: FullNativeMatrix,
-    Action.INT8: Int8NativeMatrix,
-    Action.INT4: Int4NativeMatrix,
+_PACKERS: dict[Action, Callable[[FullLinear], NativeMatrix]] = {
+    Action.INT8: Int8NativeMatrix.pack,
+    Action.INT4: Int4NativeMatrix.pack,
+    Action.INT3: Int3NativeMatrix.pack,
 }
 
 
 _KINDS: dict[str, type[NativeMatrix]] = {
-    **{action.name: kind for action, kind in _MATRICES.items()},
+    "FULL": FullNativeMatrix,
+    "INT8": Int8NativeMatrix,
+    "INT4": Int4NativeMatrix,
+    "INT3": Int3NativeMatrix,
     "OUTPUTS": Int8Outputs,
     "ERRORS": Int8Errors,
 }
@@ -178,7 +195,7 @@ def pack_native_matrix(action: Action, full: FullLinear) -> NativeMatrix:
     """Lays out the weights of `full` in one precision."""
     if action is Action.FULL:
         return FullNativeMatrix.pack(full)
-    return _packed_in_parts(_MATRICES[action].pack, full)
+    return _packed_in_parts(_PACKERS[action], full)
 
 
 def pack_rough_matrix(full: FullLinear, repeated: Tensor) -> NativeMatrix:
@@ -227,15 +244,33 @@ def _packers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_num_packers(), "packer", torch.set_num_threads, (1,))
 
 
-def _pack_words(values: Tensor, num_bits: int) -> Tensor:
+def _pack_words(values: Tensor, num_bits: int, has_sign: bool = True) -> Tensor:
     """Packs uint8 values `[out, in]` below 2^num_bits into int32 words, `[tiles, groups, words of a group, 16]`.
 
-    A word's last value lies where the sign is: it is stored as a number with a sign, half a range lower.
+    A word's last value lies where the sign is: it is stored as a number with a sign, half a range lower, if wanted.
     """
     packed = values if num_bits == _INT8_BITS else values[:, ::2] | values[:, 1::2] << _INT4_BITS
     words = packed.contiguous().view(torch.int32)  # the first value in the lowest bits
-    words = words.view(-1, LANES, values.shape[1] // INT4_GROUP_SIZE, num_bits)
-    return words.permute(0, 2, 3, 1).contiguous().bitwise_xor_(torch.iinfo(torch.int32).min)
+    words = words.view(-1, LANES, values.shape[1] // GROUP_SIZE, num_bits)
+    own = words.permute(0, 2, 3, 1).contiguous()
+    return own.bitwise_xor_(torch.iinfo(torch.int32).min) if has_sign else own
+
+
+def _shifted_together(words: Tensor, num_bits: int) -> Tensor:
+    """Puts words `[…, n, 16]` into one, each `num_bits` higher than the one before: `[…, 1, 16]`."""
+    shifts = num_bits * torch.arange(words.shape[-2], dtype=torch.int32).unsqueeze(-1)
+    return (words << shifts).sum(dim=-2, keepdim=True, dtype=torch.int32)
+
+
+def _in_lines(words: Tensor, matrix: GroupedMatrix) -> Tensor:
+    """Puts a matrix's words, `[tiles, groups, words of a group, 16]`, beside its grids."""
+    offsets = matrix.offsets.int() + 2 ** (OFFSET_BITS - 1)
+    grids = _tile(matrix.scales.int() | offsets << SCALE_BITS)  # [tiles, groups, 16]
+    if missing := grids.shape[1] % 2:
+        words, grids = (functional.pad(own, (0, 0) * (own.ndim - 2) + (0, missing)) for own in (words, grids))
+    lines = (grids[:, ::2] | grids[:, 1::2] << 16).unsqueeze(2)
+    pairs = torch.cat((lines, words.unflatten(1, (-1, 2)).flatten(2, 3)), dim=2).flatten(1, 2)
+    return pairs[:, : pairs.shape[1] - missing * matrix.bits].contiguous()
 
 
 def _tile(groups: Tensor) -> Tensor:

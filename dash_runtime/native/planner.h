@@ -14,29 +14,38 @@ struct Planner {
 
   // Raises rows to common actions where that makes the layer cheaper.
   void agree(uint8_t *actions, int64_t num_rows) const {
+    Levels best;
     int64_t counts[kNumActions + 1]{};
     for (int64_t row = 0; row < num_rows; ++row) ++counts[actions[row]];
-    int64_t levels[kNumActions + 1], best[kNumActions + 1]{0, 1, 2, 3, 4};
-    double least = INFINITY;
-    int64_t least_raised = 0;
-    // The levels that no row has stay as they are.
-    for (levels[1] = 1; levels[1] <= (counts[1] ? 4 : 1); ++levels[1])
-      for (levels[2] = 2; levels[2] <= (counts[2] ? 4 : 2); ++levels[2])
-        for (levels[3] = 3; levels[3] <= (counts[3] ? 4 : 3); ++levels[3]) {
-          levels[4] = 4;
-          int64_t rows[kNumActions + 1]{}, raised = 0;
-          for (int64_t action = 1; action <= kNumActions; ++action) {
-            rows[levels[action]] += counts[action];
-            raised += (levels[action] - action) * counts[action];
-          }
-          double total = -split_seconds;
-          for (int64_t action = 1; action <= kNumActions; ++action)
-            if (rows[action]) total += cost(action, rows[action]) + split_seconds;
-          if (total < least || (total == least && raised < least_raised)) {
-            least = total, least_raised = raised;
-            std::memcpy(best, levels, sizeof best);
-          }
-        }
-    for (int64_t row = 0; row < num_rows; ++row) actions[row] = static_cast<uint8_t>(best[actions[row]]);
+    raise(counts, 1, Levels(), best);
+    for (int64_t row = 0; row < num_rows; ++row) actions[row] = static_cast<uint8_t>(best.of[actions[row]]);
+  }
+
+ private:
+  // The action that each one is raised to, what a layer takes then, and by how much rows are raised.
+  struct Levels {
+    int64_t of[kNumActions + 1];
+    double seconds = INFINITY;
+    int64_t raised = 0;
+  };
+
+  // Tries each level of the actions from `action` on; one that no row has stays as it is.
+  void raise(const int64_t *counts, int64_t action, Levels levels, Levels &best) const {
+    if (action <= kNumActions) {
+      for (levels.of[action] = action; levels.of[action] <= (counts[action] ? kNumActions : action);
+           ++levels.of[action])
+        raise(counts, action + 1, levels, best);
+      return;
+    }
+    int64_t rows[kNumActions + 1]{};
+    levels.seconds = -split_seconds, levels.raised = 0;
+    for (int64_t own = 1; own <= kNumActions; ++own) {
+      rows[levels.of[own]] += counts[own];
+      levels.raised += (levels.of[own] - own) * counts[own];
+    }
+    for (int64_t own = 1; own <= kNumActions; ++own)
+      if (rows[own]) levels.seconds += cost(own, rows[own]) + split_seconds;
+    if (levels.seconds < best.seconds || (levels.seconds == best.seconds && levels.raised < best.raised))
+      best = levels;
   }
 };

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dash_runtime.actions import Action
-from dash_runtime.linears.int4_matrix import LANES
+from dash_runtime.linears.grouped_matrix import LANES
 from dash_runtime.native.library import NativeLibrary
 from dash_runtime.native.structs import MOST_NUMBERS, BlockStruct, DecisionsStruct, PolicyStruct
 from dash_runtime.passes import Network

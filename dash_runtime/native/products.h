@@ -1,4 +1,4 @@
-// Products of a few rows with a matrix in FULL, INT8 or INT4, at the speed of memory. matrix.py lays matrices out.
+// Products of a few rows with a matrix in any precision, at the speed of memory. matrix.py lays matrices out.
 //
 // A row's sums have one order, whatever the number of rows, so its bits are the same alone and among others.
 #pragma once
@@ -6,8 +6,8 @@
 
 constexpr int kBlockTiles = 4;  // tiles whose weights stay in the cache while all rows read them
 
-// Rows from which on weights are fetched ahead: a product waits for arithmetic as much as for memory. Processors with
-// AMX foresee too little for a single row.
+// Rows from which on a block's weights are fetched ahead: a product waits for arithmetic as much as for memory.
+// Processors with AMX foresee too little for a single row.
 #ifdef DASH_AMX
 constexpr int64_t kManyRows = 1;
 #else
@@ -15,16 +15,21 @@ constexpr int64_t kManyRows = 8;
 #endif
 
 // Rows, and in FULL tiles of them, whose sums the registers hold: `kSumsAtOnce` are rows times tiles. Bytes of many
-// rows are multiplied by `kTilesOfBytes` tiles at once, so that an input is read once for them.
+// rows are multiplied by `kTilesOfBytes` tiles at once, so that an input is read once for them; INT3 takes more
+// registers.
 #ifdef __AVX512F__
 constexpr int kMostRows = 8, kPairsAtOnce = 1;
 #else
 constexpr int kMostRows = 2, kPairsAtOnce = 8;
 #endif
 #ifdef __AVX512VNNI__
-constexpr int kRowsOfBytes = 4, kTilesOfBytes = 4;
+constexpr int kRowsOfBytes = 4;
+template <Layout kLayout>
+constexpr int kTilesOfBytes = kLayout == kInt3 ? 2 : 4;
 #else
-constexpr int kRowsOfBytes = kMostRows, kTilesOfBytes = 1;
+constexpr int kRowsOfBytes = kMostRows;
+template <Layout kLayout>
+constexpr int kTilesOfBytes = 1;
 #endif
 #ifdef __AVX512BF16__
 constexpr int kMostFullRows = 16, kFullSums = 1, kSumsAtOnce = 28;
@@ -62,7 +67,8 @@ inline int64_t bytes_of_tile(const Matrix &matrix) { return lines_of_tile(matrix
 
 // Lines that few rows fetch ahead in the tile that they read, past its end too: by itself the processor foresees too few
 // of them where each takes many instructions.
-constexpr int64_t kLinesAhead = 40;
+template <Layout kLayout>
+constexpr int64_t kLinesAhead = kLayout == kInt3 ? 32 : 40;
 template <Layout kLayout>
 constexpr int64_t kLinesOfGroup = lines_before(kLayout, 1);
 
@@ -165,38 +171,30 @@ inline void full(const Matrix &matrix, const Inputs &inputs, int64_t tile, float
 template <Layout kLayout, int kRows, int kTiles>
 inline void add_group(const int32_t *words, [[maybe_unused]] int64_t tile_stride, const float *values,
                       [[maybe_unused]] int64_t row_stride, Floats (&sums)[kRows][kTiles]) {
-  constexpr int kBits = bits_of(kLayout), kPlaces = 32 / kBits, kWords = kGroup / kPlaces;
 #ifdef __AVX512VNNI__
-  constexpr int kParts = kPlaces / 4;
   Ints totals[kRows][kTiles]{};
 #pragma GCC unroll 8
-  for (int index = 0; index < kWords; ++index) {
-    Ints parts[2][kTiles];
+  for (int index = 0; index < kFours; ++index) {
+    Ints weights[kTiles];
 #pragma GCC unroll 4
-    for (int tile = 0; tile < kTiles; ++tile) {
-      // The last weight of a word has a sign.
-      const Ints word = load<Ints>(words + tile * tile_stride + index * kLanes) ^ INT32_MIN;
-      parts[0][tile] = kParts == 1 ? word : word & 0x0F0F0F0F;
-      parts[1][tile] = (word >> 4) & 0x0F0F0F0F;
-    }
-#pragma GCC unroll 2
-    for (int part = 0; part < kParts; ++part)
+    for (int tile = 0; tile < kTiles; ++tile) weights[tile] = bytes_of<kLayout>(words + tile * tile_stride, index);
 #pragma GCC unroll 8
-      for (int row = 0; row < kRows; ++row) {
-        const auto four = (__m512i)filled(values[row * kGroupFloats + index * kParts + part]);
+    for (int row = 0; row < kRows; ++row) {
+      const auto four = (__m512i)filled(values[row * kGroupFloats + index]);
 #pragma GCC unroll 4
-        for (int tile = 0; tile < kTiles; ++tile)
-          totals[row][tile] = (Ints)_mm512_dpbusd_epi32((__m512i)totals[row][tile], (__m512i)parts[part][tile], four);
-      }
+      for (int tile = 0; tile < kTiles; ++tile)
+        totals[row][tile] = (Ints)_mm512_dpbusd_epi32((__m512i)totals[row][tile], (__m512i)weights[tile], four);
+    }
   }
   for (int row = 0; row < kRows; ++row)
     for (int tile = 0; tile < kTiles; ++tile) sums[row][tile] = __builtin_convertvector(totals[row][tile], Floats);
 #else
   static_assert(kTiles == 1);
+  constexpr int kBits = bits_of_place(kLayout), kPlaces = 32 / kBits, kWords = kGroup / kPlaces;
   Floats even[kRows]{}, odd[kRows]{};
 #pragma GCC unroll 8
   for (int index = 0; index < kWords; ++index) {
-    const Ints word = load<Ints>(words + index * kLanes);
+    const Ints word = kLayout == kInt3 ? bytes_of<kLayout>(words, index) : load<Ints>(words + index * kLanes);
 #pragma GCC unroll 8
     for (int place = 0; place < kPlaces; ++place) {
       const auto mask = static_cast<int32_t>(((1u << kBits) - 1) << kBits * place);
@@ -223,14 +221,13 @@ inline void rounded(const Matrix &matrix, const Inputs &inputs, int64_t tile, fl
     if constexpr (kTiles > 1)
       own_ahead.fetch(kTiles);
     else
-      fetch_lines(words + (weights_line(kLayout, group) + kLinesAhead) * kLanes, kLinesOfGroup<kLayout>);
+      fetch_lines(words + (weights_line(kLayout, group) + kLinesAhead<kLayout>) * kLanes, kLinesOfGroup<kLayout>);
     Floats sums[kRows][kTiles];
     add_group<kLayout, kRows, kTiles>(words + weights_line(kLayout, group) * kLanes, tile_stride, values,
                                       inputs.row_stride, sums);
 #pragma GCC unroll 4
     for (int own = 0; own < kTiles; ++own) {
-      const int32_t *grids = words + own * tile_stride + grids_line(group) * kLanes;
-      const Ints grid = kLayout == kInt4 ? load<Ints>(grids) >> 16 * (group % 2) : Ints{};
+      const Ints grid = grids_of<kLayout>(words + own * tile_stride, group);
 #pragma GCC unroll 8
       for (int row = 0; row < kRows; ++row) add_sum<kLayout>(sums[row][own], facts[row], grid, total[row][own]);
     }
@@ -243,14 +240,17 @@ inline void rounded(const Matrix &matrix, const Inputs &inputs, int64_t tile, fl
             total[row][own] * load<Floats>(matrix.scales + (tile + own) * kLanes));
 }
 
-// Does the same for the layout that a matrix has.
-template <int kRows, int kTiles>
-inline void rounded_tiles(const Matrix &matrix, const Inputs &inputs, int64_t tile, float *outputs, int64_t stride,
-                          Ahead &ahead) {
-  if (matrix.layout == kInt8)
-    rounded<kInt8, kRows, kTiles>(matrix, inputs, tile, outputs, stride, ahead);
-  else
-    rounded<kInt4, kRows, kTiles>(matrix, inputs, tile, outputs, stride, ahead);
+// Does the same for all tiles.
+template <Layout kLayout, int kRows>
+inline void rounded_tiles(const Matrix &matrix, const Inputs &inputs, int64_t first, int64_t last, float *outputs,
+                          int64_t stride, Ahead &ahead) {
+  constexpr int kTogether = kRows <= kRowsOfBytes ? kTilesOfBytes<kLayout> : 1;
+  int64_t tile = first;
+  if constexpr (kTogether > 1)
+    for (; ahead.lines && last - tile >= kTogether; tile += kTogether)
+      rounded<kLayout, kRows, kTogether>(matrix, inputs, tile, outputs + (tile - first) * kLanes, stride, ahead);
+  for (; tile < last; ++tile)
+    rounded<kLayout, kRows, 1>(matrix, inputs, tile, outputs + (tile - first) * kLanes, stride, ahead);
 }
 
 // Does the same in FULL for all tiles.
@@ -277,14 +277,9 @@ inline void some_rows(const Matrix &matrix, const Inputs &inputs, int64_t first,
                       int64_t stride, Ahead &ahead) {
   if (matrix.is_full()) return full_tiles<kRows>(matrix, inputs, first, last, outputs, stride, ahead);
   if constexpr (kRows <= kMostRows)
-    for (int64_t tile = first, taken; tile < last; tile += taken) {
-      float *own = outputs + (tile - first) * kLanes;
-      taken = 1;
-      if constexpr (kTilesOfBytes > 1 && kRows <= kRowsOfBytes)
-        if (ahead.lines && last - tile >= kTilesOfBytes)
-          taken = kTilesOfBytes, rounded_tiles<kRows, kTilesOfBytes>(matrix, inputs, tile, own, stride, ahead);
-      if (taken == 1) rounded_tiles<kRows, 1>(matrix, inputs, tile, own, stride, ahead);
-    }
+    with_layout(matrix.layout, [&](auto layout) {
+      rounded_tiles<decltype(layout)::value, kRows>(matrix, inputs, first, last, outputs, stride, ahead);
+    });
 }
 
 // Calls the function for a number of rows.

@@ -5,7 +5,7 @@ The library is refused if it has others (layout.py): a structure here is a line 
 
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 
-from dash_runtime.linears.int4_matrix import LANES as LANES
+from dash_runtime.linears.grouped_matrix import LANES as LANES
 from dash_runtime.passes import LONGEST_MATCH as LONGEST_MATCH
 from dash_runtime.passes import MOST_GUESSES as MOST_GUESSES
 
@@ -15,7 +15,7 @@ again, the floats of a vector, a cache line, and the positions whose rounded key
 memory begins with a multiple of them."""
 NO_FILE = -1
 """As in the source: the file of a burst that nobody ends early."""
-NUM_ACTIONS, NUM_MATRICES = 4, 5
+NUM_ACTIONS, NUM_MATRICES = 5, 5
 """As in the source: of a layer's matrices."""
 
 

@@ -13,7 +13,7 @@ from dash_runtime.policy.pareto import undominated
 from dash_runtime.policy.policy import FULL_DEPTH_NAME, Actions, fixed_head
 
 _MAX_DIVERGENCE = 1e3
-_LETTERS = {Action.SKIP: ".", Action.INT4: "4", Action.INT8: "8", Action.FULL: "F"}
+_LETTERS = {Action.SKIP: ".", Action.INT3: "3", Action.INT4: "4", Action.INT8: "8", Action.FULL: "F"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class MeasuredPlan:
 
     @property
     def letters(self) -> str:
-        """One character per layer: `.` for SKIP, `4`, `8`, `F`."""
+        """One character per layer: `.` for SKIP, `3`, `4`, `8`, `F`."""
         return "".join(_LETTERS[action] for action in self.actions)
 
     def to_json(self) -> dict[str, Any]:

@@ -50,8 +50,8 @@ class LearnedPolicy:
     """True if it was trained to have its drafts accepted (mode EXACT) instead of to stay close to full depth."""
     head_map: HeadMap | None = None
     """The map of its narrow head; None if its head is whole."""
-    int4: str | None = None
-    """The INT4 weights that it was calibrated with (`KeptInt4.identity`); None: each to the nearest."""
+    rounding: str | None = None
+    """The rounded weights that it was calibrated with (`KeptRounding.identity`); None: each to the nearest."""
     evaluator: Evaluator | None = None
     """What evaluates it; None to evaluate eagerly."""
     decides_in_pass: bool = False

@@ -211,7 +211,7 @@ def fixed_action_plan(
 def fixed_head(action: Action, heads: Sequence[Action]) -> Action:
     """Returns the head's precision beside one action in all layers: a quantised plan takes the head of its own
     precision, or of the next finer one that there is."""
-    return own_or_finer(action, heads) if action in (Action.INT4, Action.INT8) else max(heads, default=Action.FULL)
+    return max(heads, default=Action.FULL) if action in (Action.SKIP, Action.FULL) else own_or_finer(action, heads)
 
 
 def own_or_finer(head: Action, heads: Sequence[Action]) -> Action:

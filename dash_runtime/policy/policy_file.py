@@ -18,7 +18,7 @@ from dash_runtime.files.tensor_file import has_metadata, load_tensors, naming, s
 from dash_runtime.files.wording import quoted
 from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.narrow_head import HeadMap
-from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE
+from dash_runtime.linears.grouped_matrix import GROUP_SIZE
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.compensation_file import load_compensation, restored, stored
 from dash_runtime.policy.learned import LearnedPolicy
@@ -64,7 +64,7 @@ def save_policy(
         model_fingerprint=fingerprint,
         spec=policy.spec,
         is_drafter=policy.is_drafter,
-        int4=policy.int4,
+        rounding=policy.rounding,
         compensation=policy.compensation.kind.value,
         calibration=policy.calibration,
         plans=policy.plans,
@@ -113,7 +113,7 @@ def load_policy(
             plans=facts.plans,
             is_drafter=facts.is_drafter,
             head_map=_checked_head_map(tensors, facts.spec.head, config, device),
-            int4=facts.int4,
+            rounding=facts.rounding,
         )
 
 
@@ -151,8 +151,8 @@ def _checked_head_map(
             raise PolicyFileError("has a narrow head without its map")
         return None
     rank = own[0].shape[0] if own[0] is not None and own[0].ndim else 0
-    if not rank or rank % INT4_GROUP_SIZE:
-        raise PolicyFileError(f"tensor head.narrow must have a multiple of {INT4_GROUP_SIZE} rows")
+    if not rank or rank % GROUP_SIZE:
+        raise PolicyFileError(f"tensor head.narrow must have a multiple of {GROUP_SIZE} rows")
     shapes = (rank, config.hidden_size), (config.hidden_size, rank), (config.vocab_size,)
     for name, tensor, shape in zip(HeadMap.__slots__, own, shapes, strict=True):
         is_known = tensor is not None and tensor.dtype == torch.float16 and tuple(tensor.shape) == shape

@@ -44,7 +44,7 @@ class PolicyMetadata:
     """The sketch of its model (`model_sketch.py`)."""
     spec: PlanSpec
     is_drafter: bool
-    int4: str | None
+    rounding: str | None
     compensation: str
     calibration: BudgetCalibration
     plans: tuple[MeasuredPlan, ...]
@@ -71,7 +71,7 @@ class PolicyMetadata:
             "plans": [plan.to_json() for plan in self.plans],
         }
         # Older versions refuse a key that they do not know, and need none for what was so always.
-        own = {"embedded_actions": list(self.embedded_actions), "int4": self.int4}
+        own = {"embedded_actions": list(self.embedded_actions), "int4": self.rounding}
         facts |= {key: value for key, value in own.items() if value != _OPTIONAL[key]}
         return json.dumps(facts)
 
@@ -107,7 +107,7 @@ class PolicyMetadata:
                 costs=_costs(facts.pop("costs")),
             ),
             is_drafter=_bool(facts.pop("is_drafter"), "is_drafter"),
-            int4=None if (int4 := facts.pop("int4")) is None else _text(int4, "int4"),
+            rounding=None if (rounding := facts.pop("int4")) is None else _text(rounding, "int4"),
             compensation=_text(facts.pop("compensation"), "compensation"),
             calibration=_calibration(facts.pop("calibration"), known),
             plans=tuple(_plan(plan) for plan in _list(facts.pop("plans"), "plans")),

@@ -17,9 +17,7 @@ from dash_runtime.config import (
     EngineConfig,
     LaneKind,
 )
-from dash_runtime.decoder.backends.native import NativeBackend
-from dash_runtime.decoder.backends.packed_model import parts_of
-from dash_runtime.decoder.loading import make_decoder, make_native_decoder
+from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import describe_devices, device_of, find_devices
 from dash_runtime.devices.one_thread import one_thread
 from dash_runtime.engine.engine import Engine
@@ -27,9 +25,9 @@ from dash_runtime.engine.lanes import check_lane
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.split_compensation import compensation_over
 from dash_runtime.layers.weight_loader import WeightLoader
-from dash_runtime.linears.int4_file import int4_file, load_int4
 from dash_runtime.linears.kept_trials import KeptTrials
 from dash_runtime.linears.quantization import supported_actions
+from dash_runtime.linears.rounding_file import load_rounding, rounding_file
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.native.levels import processor_features
 from dash_runtime.policy.draft_length import LEAST_GAIN, MEASURED_LENGTHS
@@ -41,7 +39,7 @@ from dash_runtime.startup.calibration import DeviceCalibration
 from dash_runtime.startup.faster_kernels import faster_actions, product_seconds
 from dash_runtime.startup.measured_engine import MeasuredOptions, measured_engine
 from dash_runtime.startup.memory_plan import free_rooms, model_bytes, place_on
-from dash_runtime.startup.native_code import native_code_for, with_native_code
+from dash_runtime.startup.native_code import native_code_for, native_decoder, with_native_code
 from dash_runtime.startup.offer import asked_actions, fitting_actions
 from dash_runtime.startup.packed_files import PackedFiles, WeightsPlace
 from dash_runtime.startup.placement import ModelBytes
@@ -110,9 +108,9 @@ def build_engine(
         )
     why_full = None if library is not None else why_eager
     with one_thread():
-        supported = _common_actions(devices, dtype, model) if library is None else tuple(Action)
+        supported = _eager_actions(devices, dtype, model) if library is None else tuple(Action)
         fingerprint = kept_fingerprint(model, weights, cache_folder / "fingerprints")
-    int4 = load_int4(int4_file(cache_folder, fingerprint), fingerprint)
+    rounding = load_rounding(rounding_file(cache_folder, fingerprint), fingerprint)
     has_int8_head, has_finer_keys = True, Action.INT8 in supported
     if device_of(device).offers_only_faster:
         progress("timing kernels")
@@ -120,8 +118,9 @@ def build_engine(
         head = {(model.vocab_size, model.hidden_size)}
         has_int8_head = Action.INT8 in faster_actions((Action.INT8,), partial(timed, shapes=head))
         supported = faster_actions(supported, partial(timed, shapes=matrix_shapes(model)))
-    if int4:
-        progress("INT4 weights were rounded by their inputs (dash-policy quantize)")
+    if rounding:
+        rounded = " and ".join(action.name for action in rounding)
+        progress(f"{rounded} weights were rounded by their inputs (dash-policy quantize)")
     described = describe_devices(devices)
     rooms = free_rooms(devices)
     shipped = find_policies(SHIPPED_POLICIES, fingerprint)
@@ -138,8 +137,10 @@ def build_engine(
     else:
         frees = [room.free for room in rooms if room.free is not None]
         free = sum(frees) if len(frees) == len(rooms) else None
-        actions = fitting_actions(supported, lambda own: needed(own).weights, free, why_full, progress)
-    learned = [own.without(set(Action) - set(actions)) for own in _usable(loaded, actions, int4.identity, progress)]
+        # Rounded to the nearest, three bits lose much: only who asks for them gets them.
+        usual = tuple(action for action in supported if action is not Action.INT3 or action in rounding)
+        actions = fitting_actions(usual, lambda own: needed(own).weights, free, why_full, progress)
+    learned = [own.without(set(Action) - set(actions)) for own in _usable(loaded, actions, rounding.identity, progress)]
     if options.policy_file is None:
         learned = suited(learned, LaneKind.CUDA_STREAM in device_of(device).lanes)
     layer_devices = place_on(devices, needed(actions), rooms, progress)
@@ -156,19 +157,24 @@ def build_engine(
             device=layer_devices,
             context_length=context_length,
             has_finer_keys=has_finer_keys,
-            int4=int4,
+            rounding=rounding,
             trials=KeptTrials(cache_folder / "products"),
             has_int8_head=has_int8_head,
             has_graphs=has_graphs,
         )
     else:
-        head_map = shared_head_map(learned)
-        native = NativeBackend(model, library, actions, torch.get_num_threads(), shares_heads=config.group_planner)
-        loader = WeightLoader(model, weights, dtype, device, copies=True, has_finer_keys=has_finer_keys, int4=int4)
-        key = fingerprint, int4.identity, has_finer_keys
-        files = PackedFiles(cache_folder / "packed", key, loader, weights, head_map)
-        packed = files.open(parts_of(actions, head_map), options.weights, progress)
-        decoder = make_native_decoder(model, packed, native, actions, context_length=context_length, head_map=head_map)
+        loader = WeightLoader(model, weights, dtype, device, has_finer_keys=has_finer_keys, rounding=rounding)
+        key = fingerprint, rounding.identity, has_finer_keys
+        files = PackedFiles(cache_folder / "packed", key, loader, weights, shared_head_map(learned))
+        decoder, packed = native_decoder(
+            library,
+            files,
+            actions,
+            context_length=context_length,
+            place=options.weights,
+            shares_heads=config.group_planner,
+            progress=progress,
+        )
         weight_error = packed.error(max(actions))
     weights.forget()
     learned = [own.for_heads(tuple(decoder.heads)) for own in learned]
@@ -178,7 +184,7 @@ def build_engine(
         cache_folder / "calibration",
         (fingerprint, options.precision),
         (described, kind, *(action.name for action in actions)),
-        int4.identity,
+        rounding.identity,
         checks_kept=options.checks_kept_costs,
     )
     return measured_engine(
@@ -204,13 +210,13 @@ def build_engine(
 
 
 def _usable(
-    loaded: Sequence[LearnedPolicy], actions: Collection[Action], int4: str | None, progress: Progress
+    loaded: Sequence[LearnedPolicy], actions: Collection[Action], rounding: str | None, progress: Progress
 ) -> Iterator[LearnedPolicy]:
     """Yields the policies that need no other actions than these, and tells what the others need."""
     for policy in loaded:
-        if policy.int4 != int4:
+        if policy.rounding != rounding:
             progress(
-                f"policy {policy.name} was calibrated with other INT4 weights: it diverges less or more than it says"
+                f"policy {policy.name} was calibrated with other rounded weights: it diverges less or more than it says"
             )
         if missing := policy.lacks(actions):
             names = ", ".join(action.name for action in sorted(missing))
@@ -230,10 +236,10 @@ def suited(shipped: Sequence[LearnedPolicy], has_streams: bool) -> list[LearnedP
     return [policy for policy in shipped if policy.lookahead == 1]
 
 
-def _common_actions(devices: Sequence[torch.device], dtype: torch.dtype, model: ModelConfig) -> tuple[Action, ...]:
-    """Returns the actions that all devices have kernels for."""
-    supported = [supported_actions(device, dtype, matrix_shapes(model)) for device in devices]
-    return tuple(action for action in supported[0] if all(action in own for own in supported))
+def _eager_actions(devices: Sequence[torch.device], dtype: torch.dtype, model: ModelConfig) -> tuple[Action, ...]:
+    """Returns the actions that all devices have kernels for, without native code. INT3 would run as INT4 does."""
+    supported = [{*supported_actions(device, dtype, matrix_shapes(model))} - {Action.INT3} for device in devices]
+    return tuple(sorted(set.intersection(*supported)))
 
 
 def matrix_shapes(model: ModelConfig) -> set[tuple[int, int]]:

@@ -74,7 +74,7 @@ class DeviceCalibration:
     Args:
         model: identifies the model and its precision.
         device: identifies the device, and how layers run on it.
-        int4: identifies the INT4 weights, if they are not those to the nearest.
+        rounding: identifies the rounded weights, if not all are those to the nearest.
         checks_kept: measure again what a disturbed start kept, and compare kept latencies with a quick measurement.
         measure_latencies: as in `measure_latency.py`.
         quietness: as in `quiet.py`.
@@ -85,7 +85,7 @@ class DeviceCalibration:
         folder: Path,
         model: tuple[str, ...],
         device: tuple[str, ...],
-        int4: str | None = None,
+        rounding: str | None = None,
         *,
         checks_kept: bool = True,
         measure_latencies: Callable[..., LatencyTable] = measure_latencies,
@@ -94,7 +94,7 @@ class DeviceCalibration:
         self._folder = folder
         self._model = (_VERSION, *model, torch.__version__)
         self._device = (*self._model, *device)
-        self._int4 = () if int4 is None else (int4,)
+        self._rounding = () if rounding is None else (rounding,)
         self._checks_kept = checks_kept
         self._measure_latencies = measure_latencies
         self._tables = KeptTables(checks_kept, quietness)
@@ -161,7 +161,7 @@ class DeviceCalibration:
         """
         actions = [action.name for action in decoder.actions]
         table = KeptTable(
-            self._folder / f"plans-{digest((*self._device, *self._int4))}.json",
+            self._folder / f"plans-{digest((*self._device, *self._rounding))}.json",
             partial(_plans_from_json, actions=actions),
             lambda plans: {"actions": actions, "plans": [plan.to_json() for plan in plans]},
             "the best fixed plans",

@@ -10,7 +10,7 @@ from dash_runtime.actions import Action, CostTable
 from dash_runtime.engine.cost_fit import CostSpread, MeasuredCosts
 from dash_runtime.model_config import ModelConfig
 
-_BYTES: dict[Action, float] = {Action.INT4: 0.5625, Action.INT8: 1.0, Action.FULL: 2.0}
+_BYTES: dict[Action, float] = {Action.INT3: 0.4375, Action.INT4: 0.5625, Action.INT8: 1.0, Action.FULL: 2.0}
 _FIXED_SHARE = 0.01
 _EVALUATION_SHARE = 0.1
 """What an evaluation of a policy takes, as a share of a layer."""

@@ -12,7 +12,8 @@ from dash_runtime.config import EngineConfig
 from dash_runtime.devices import Device, device_of
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.kv_cache import BLOCK_TOKENS, pool_tokens, rounded_block_bytes
-from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE
+from dash_runtime.linears.grouped_matrix import GROUP_SIZE
+from dash_runtime.linears.quantization import BITS
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.learned import LearnedPolicy, shared_head_map
 from dash_runtime.policy.network import PolicyNetwork
@@ -61,8 +62,8 @@ def model_bytes(
         for action, size in per_weight.items():
             # Skipped rows have keys and values by a matrix of their own, except in native code and where it is a view.
             has_copy = action in quantised and not has_all
-            # INT4 may leave keys and values in INT8.
-            more = _bytes_per_weight(Action.INT8, dtype) - size if action is Action.INT4 else 0
+            # These may leave keys and values in INT8.
+            more = _bytes_per_weight(Action.INT8, dtype) - size if action in BITS else 0
             finer = more * key_value_weights * (1 + has_copy)
             needs[action.name] = round(size * (model.num_weights(layer) + has_copy * key_value_weights) + finer)
         return needs
@@ -70,7 +71,9 @@ def model_bytes(
     head_weights = model.vocab_size * model.hidden_size
     # Only native code has an INT4 head and a narrow one.
     heads: dict[Action, float] = {
-        action: size * head_weights for action, size in per_weight.items() if action is not Action.INT4 or has_all
+        action: size * head_weights
+        for action, size in per_weight.items()
+        if action is not Action.INT3 and (action is not Action.INT4 or has_all)
     }
     if has_all and Action.FULL not in heads:
         heads[Action.INT8] = head_weights
@@ -117,8 +120,8 @@ def place_on(
 def _bytes_per_weight(action: Action, dtype: torch.dtype) -> float:
     """Returns the memory of a matrix's weight with its share of what is kept for each group."""
     match action:
-        case Action.INT4:
-            return 0.5 + 2 * dtype.itemsize / INT4_GROUP_SIZE
+        case Action.INT4 | Action.INT3:
+            return BITS[action] / 8 + 2 * dtype.itemsize / GROUP_SIZE
         case Action.INT8:
             return 1.0
         case _:

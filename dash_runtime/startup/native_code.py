@@ -3,20 +3,26 @@
 Knows models, devices and policies; knows no folders but the cache's.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from dash_runtime.actions import Action
 from dash_runtime.config import LaneKind
-from dash_runtime.decoder.backends.native import why_eager
+from dash_runtime.decoder.backends.native import NativeBackend, why_eager
 from dash_runtime.decoder.backends.native_compensation import runs_natively
+from dash_runtime.decoder.backends.packed_model import PackedModel, parts_of
+from dash_runtime.decoder.decoder import Decoder
+from dash_runtime.decoder.loading import make_native_decoder
 from dash_runtime.devices import device_of
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.native.library import NativeLibrary, compile_ahead, load_native_code
 from dash_runtime.native.policy import NativePolicy, fits
 from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.progress import Progress
+from dash_runtime.startup.packed_files import PackedFiles, WeightsPlace
 
 
 def begin_to_compile(cache_folder: Path) -> None:
@@ -43,6 +49,30 @@ def native_code_for(
         progress(f"layers run eagerly: native code has no {reason}")
         return None, f"native code has no {reason}"
     return load_native_code(cache_folder / "native", progress), "there is no native code here"
+
+
+def native_decoder(
+    library: NativeLibrary,
+    files: PackedFiles,
+    actions: Sequence[Action],
+    *,
+    context_length: int,
+    place: WeightsPlace,
+    shares_heads: bool,
+    progress: Progress,
+) -> tuple[Decoder, PackedModel]:
+    """Returns a decoder that runs in native code, and its weights, which are packed first if no file has them.
+
+    Args:
+        shares_heads: as in `NativeBackend`.
+    """
+    model, head_map = files.loader.config, files.head_map
+    backend = NativeBackend(model, library, actions, torch.get_num_threads(), shares_heads=shares_heads)
+    packed = files.open(parts_of(actions, head_map), place, progress)
+    return (
+        make_native_decoder(model, packed, backend, tuple(actions), context_length=context_length, head_map=head_map),
+        packed,
+    )
 
 
 def with_native_code(policy: LearnedPolicy, library: NativeLibrary, lane: LaneKind | None) -> LearnedPolicy:

@@ -28,7 +28,7 @@ def asked_actions(asked: Sequence[Action], supported: Actions, why_full: str | N
         raise ConfigError("actions", f"{min(missing).name} has no kernel here; supported: {names}")
     chosen = tuple(sorted(set(asked)))
     if not set(chosen) - {Action.SKIP}:
-        raise ConfigError("actions", "must name INT4, INT8 or FULL: SKIP alone runs no layer")
+        raise ConfigError("actions", "must name more than SKIP, which alone runs no layer")
     if why_full is not None and Action.FULL not in chosen:
         raise ConfigError("actions", f"must name FULL: {why_full}")
     return chosen

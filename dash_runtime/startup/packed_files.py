@@ -51,7 +51,7 @@ class PackedFiles:
     Args:
         folder: where they are; made when one is written.
         key: differs for other weights.
-        loader: reads the weights. What it reads it copies.
+        loader: reads the weights.
         weights: what it reads them from.
         head_map: that of the narrow head.
     """

@@ -50,13 +50,13 @@ def calibrate_plans(task: Task, sequences: Sequence[Sequence[int]]) -> tuple[Mea
 
 
 def calibrated(
-    policy: LearnedPolicy, task: Task, sequences: Sequence[Sequence[int]], int4: str | None, progress: Progress
+    policy: LearnedPolicy, task: Task, sequences: Sequence[Sequence[int]], rounding: str | None, progress: Progress
 ) -> LearnedPolicy:
     """Returns the policy with its calibration and plans made anew on `sequences`. The task is the policy's own, and
-    `int4` names its INT4 weights."""
+    `rounding` identifies its rounded weights."""
     calibration = calibrate(task, policy.network, sequences, progress)
     progress("searching fixed plans on the same text")
-    return replace(policy, calibration=calibration, plans=calibrate_plans(task, sequences), int4=int4)
+    return replace(policy, calibration=calibration, plans=calibrate_plans(task, sequences), rounding=rounding)
 
 
 def describe_budgets(policy: LearnedPolicy) -> str:

@@ -19,7 +19,7 @@ from dash_runtime.training.loss import TrainingDiverged
 
 _NOTHING = -20.0
 """Log damage of the most precise action, by which the others are judged."""
-_FIRST_LOG_DAMAGE = {Action.SKIP: -3.0, Action.INT4: -7.0, Action.INT8: -8.0}
+_FIRST_LOG_DAMAGE = {Action.SKIP: -3.0, Action.INT3: -5.0, Action.INT4: -7.0, Action.INT8: -8.0}
 _LARGEST = 3.0
 """Nats at which a label is cut: a few tokens would outweigh all others."""
 _LEAST_OUTPUT = -12.0

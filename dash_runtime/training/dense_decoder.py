@@ -21,8 +21,8 @@ from dash_runtime.layers.layer_body import Linears, Norms, after_attention, befo
 from dash_runtime.layers.rotary import RotaryTable, rotary_tables
 from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.linears.dense_linear import FullLinear, Linear
-from dash_runtime.linears.int4_matrix import Int4Matrix, Place
-from dash_runtime.linears.quantization import rounded_linear
+from dash_runtime.linears.grouped_matrix import Rounding, only
+from dash_runtime.linears.quantization import BITS, rounded_linear
 from dash_runtime.model_config import ModelConfig
 
 Compensate = Callable[[int, Tensor], Tensor]
@@ -37,7 +37,7 @@ class DenseDecoder:
     Args:
         weights: tensors by the names in `config.tensor_names`, in the shapes that `config` asks for.
         actions: the kernels to have; FULL is always among them.
-        has_finer_keys, int4: as in `WeightLoader`.
+        has_finer_keys, rounding: as in `WeightLoader`.
     """
 
     def __init__(
@@ -49,15 +49,15 @@ class DenseDecoder:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | None = None,
         has_finer_keys: bool = True,
-        int4: Mapping[Place, Int4Matrix] | None = None,
+        rounding: Rounding | None = None,
     ) -> None:
         self.config = config
         self.num_layers = config.num_layers
         self.dtype = dtype
         self.device = torch.device("cpu") if device is None else device
-        has_finer_keys = has_finer_keys and Action.INT4 in actions
-        own_int4 = (int4 or {}) if Action.INT4 in actions else {}  # unpacking takes time and memory
-        loader = WeightLoader(config, weights, dtype, self.device, has_finer_keys=has_finer_keys, int4=own_int4)
+        has_finer_keys = has_finer_keys and not BITS.keys().isdisjoint(actions)
+        own = only(rounding or {}, actions)
+        loader = WeightLoader(config, weights, dtype, self.device, has_finer_keys=has_finer_keys, rounding=own)
         full = [loader.layer(index) for index in range(config.num_layers)]
         self._norms: Sequence[Norms] = full
         router = partial(_product, Action.FULL)

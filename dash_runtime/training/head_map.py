@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dash_runtime.actions import Action
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.narrow_head import HeadMap, NarrowMatrices
-from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE, is_packable
+from dash_runtime.linears.grouped_matrix import GROUP_SIZE, is_packable
+from dash_runtime.linears.quantization import grouped
 from dash_runtime.training.dense_decoder import DenseDecoder
 from dash_runtime.training.loaded_model import LoadedModel
 
@@ -47,7 +49,7 @@ def fit_head_map(decoder: DenseDecoder, sequences: Sequence[Sequence[int]], num_
     weight = decoder.head.float()
     weight = weight - weight.mean(dim=0)
     size = len(moments)
-    rank = max(INT4_GROUP_SIZE, round(size / 3 / INT4_GROUP_SIZE) * INT4_GROUP_SIZE)
+    rank = max(GROUP_SIZE, round(size / 3 / GROUP_SIZE) * GROUP_SIZE)
     # In coordinates in which all states are alike in every direction, the best map keeps the matrix's largest
     # singular directions.
     values, vectors = torch.linalg.eigh(moments)
@@ -78,7 +80,8 @@ def _offsets(decoder: DenseDecoder, weight: Tensor, narrow: Tensor, widen: Tenso
     parts: list[Tensor] = []
     for start in range(0, len(weight), _TOKENS_TOGETHER):
         tokens = slice(start, start + _TOKENS_TOGETHER)
-        rounded = widened.outputs(start, min(start + _TOKENS_TOGETHER, len(weight))).in_int4().dequantized()
+        own = widened.outputs(start, min(start + _TOKENS_TOGETHER, len(weight)))
+        rounded = grouped(Action.INT4, own).dequantized()
         rest = weight[tokens] - rounded.float() @ narrow
         parts.append(torch.linalg.vecdot(rest @ moments, rest))
     return torch.cat(parts) * (decoder.config.logits_multiplier / 2)

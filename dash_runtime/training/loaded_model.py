@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from dash_runtime.actions import Action
+from dash_runtime.actions import Action, CostTable
 from dash_runtime.checkpoints import (
     cached_model_config,
     check_weights,
@@ -24,13 +24,19 @@ from dash_runtime.decoder.loading import make_decoder
 from dash_runtime.devices import find_device
 from dash_runtime.errors import ConfigError
 from dash_runtime.files.disk_cache import digest
+from dash_runtime.layers.compensation import Compensation
 from dash_runtime.layers.narrow_head import HeadMap
 from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
-from dash_runtime.linears.int4_file import int4_file, load_int4
+from dash_runtime.linears.grouped_matrix import Rounding
 from dash_runtime.linears.quantization import supported_actions
+from dash_runtime.linears.rounding_file import load_rounding, rounding_file
+from dash_runtime.policy.learned import LearnedPolicy
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.progress import Progress
 from dash_runtime.startup.build import matrix_shapes
+from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
+from dash_runtime.startup.native_code import native_code_for, native_decoder, with_native_code
+from dash_runtime.startup.packed_files import PackedFiles, WeightsPlace
 from dash_runtime.training.data import file_token_sequences
 from dash_runtime.training.dense_decoder import DenseDecoder
 from dash_runtime.training.self_text import default_training_sequences
@@ -57,7 +63,8 @@ class LoadedModel:
     """Config, tokenizer and decoder of one checkpoint, in bfloat16.
 
     Args:
-        actions: the actions to pack kernels for, FULL among them; None for all that the device has.
+        actions: the actions to pack kernels for, FULL among them; None for all that the device has, without INT3 if
+            nothing was rounded for it.
 
     Raises:
         ConfigError: an action has no kernel here, or the device does not exist.
@@ -74,14 +81,15 @@ class LoadedModel:
         self.device = find_device(options.device)
         self.supported = supported_actions(self.device, torch.bfloat16, matrix_shapes(self.config))
         self._has_finer_keys = Action.INT8 in self.supported
-        wanted = tuple(self.supported if actions is None else actions)
+        self.fingerprint = model_fingerprint(self.config, self._weights)
+        self.rounding_file = rounding_file(options.cache_folder, self.fingerprint)
+        self.rounding = load_rounding(self.rounding_file, self.fingerprint)
+        usual = [own for own in self.supported if own is not Action.INT3 or own in self.rounding]
+        wanted = tuple(usual if actions is None else actions)
         if not set(wanted) <= set(self.supported):
             raise ConfigError("actions", f"must be among {', '.join(action.name for action in self.supported)}")
-        self.fingerprint = model_fingerprint(self.config, self._weights)
-        self.int4_file = int4_file(options.cache_folder, self.fingerprint)
-        self.int4 = load_int4(self.int4_file, self.fingerprint)
         self.context_length = min(_CONTEXT_LENGTH, self.config.context_length)
-        self._actions = wanted
+        self.actions = wanted
         self._head_map: HeadMap | None = None
 
     @cached_property
@@ -89,13 +97,13 @@ class LoadedModel:
         return make_decoder(
             self.config,
             self._weights,
-            self._actions,
+            self.actions,
             dtype=torch.bfloat16,
             device=self.device,
             context_length=self.context_length,
             has_int4_head=self.device.type == "cpu",
             has_finer_keys=self._has_finer_keys,
-            int4=self.int4,
+            rounding=self.rounding,
             head_map=self._head_map if self.device.type == "cpu" else None,
         )
 
@@ -106,6 +114,32 @@ class LoadedModel:
         other.__dict__.pop("decoder", None)  # made without it
         return other
 
+    def measured_costs(self, compensation: Compensation, learned: Sequence[LearnedPolicy] = ()) -> CostTable:
+        """Returns what each action costs here: in native code, as a server runs it, or eagerly where there is none.
+
+        Args:
+            learned: as in `StepMeasurement`.
+        """
+        library, _ = native_code_for(
+            self.config, self.context_length, torch.bfloat16, self.device, self._options.cache_folder, self._progress
+        )
+        if library is None:
+            return measure_costs(StepMeasurement(self.decoder, compensation, learned)).table
+        loader = self._loader(self.rounding)
+        key = self.fingerprint, self.rounding.identity, self._has_finer_keys
+        files = PackedFiles(self._options.cache_folder / "packed", key, loader, self._weights, self._head_map)
+        decoder, _ = native_decoder(
+            library,
+            files,
+            self.actions,
+            context_length=self.context_length,
+            place=WeightsPlace.MAPPED,
+            shares_heads=True,
+            progress=self._progress,
+        )
+        own = [with_native_code(policy, library, None) for policy in learned]
+        return measure_costs(StepMeasurement(decoder, compensation, own)).table
+
     def dense_decoder(self, actions: Sequence[Action] = ()) -> DenseDecoder:
         """Returns the same model for learning, with FULL and the kernels of these actions."""
         return DenseDecoder(
@@ -114,15 +148,22 @@ class LoadedModel:
             actions,
             device=self.device,
             has_finer_keys=self._has_finer_keys,
-            int4=self.int4,
+            rounding=self.rounding,
         )
 
     def layer_weights(self, layer: int) -> LayerWeights:
         """Returns one layer's weights, as `dense_decoder` has them before any rounding."""
-        loader = WeightLoader(
-            self.config, self._weights, torch.bfloat16, self.device, has_finer_keys=self._has_finer_keys
+        return self._loader({}).layer(layer)
+
+    def _loader(self, rounding: Rounding) -> WeightLoader:
+        return WeightLoader(
+            self.config,
+            self._weights,
+            torch.bfloat16,
+            self.device,
+            has_finer_keys=self._has_finer_keys,
+            rounding=rounding,
         )
-        return loader.layer(layer)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -104,7 +104,7 @@ class TrainProgress(Protocol):
 @dataclass(frozen=True, slots=True)
 class Trained:
     """The result of training: a network, the compensation that it runs with, and how often each layer runs with each
-    action at prices that are of use, `[num_layers, 4]`."""
+    action at prices that are of use, `[num_layers, number of actions]`."""
 
     network: PolicyNetwork
     compensation: LowRank

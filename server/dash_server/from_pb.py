@@ -36,7 +36,7 @@ MODES = {
     common_pb2.MODE_EXACT: Mode.EXACT,
     common_pb2.MODE_FIXED: Mode.FIXED,
 }
-_ACTIONS = {action.value: action for action in Action}
+_ACTIONS = {common_pb2.Action.Value(f"ACTION_{action.name}"): action for action in Action}
 
 
 @dataclass(frozen=True, slots=True)

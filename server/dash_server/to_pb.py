@@ -35,6 +35,11 @@ _FINISH_REASONS = {
     EndReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
 }
 
+_WIRE_NUMBERS = bytes.maketrans(
+    bytes(Action), bytes(common_pb2.Action.Value(f"ACTION_{action.name}") for action in Action)
+)
+"""The numbers of `dash_api.v1.Action`, which are not in order of work, for those of `Action`."""
+
 _STEP_KINDS = {
     StepKind.DECODE: model_pb2.STEP_KIND_DECODE,
     StepKind.DRAFT: model_pb2.STEP_KIND_DRAFT,
@@ -73,7 +78,7 @@ class Piece:
         delta.text = self.text
         delta.token_ids.extend(self.output.token_ids)
         if self.output.actions:
-            delta.actions = bytes(self.output.actions)
+            delta.actions = bytes(self.output.actions).translate(_WIRE_NUMBERS)
         if self.output.logprobs:
             delta.logprobs.extend(map(_logprobs_to_pb, self.output.logprobs))
         if self.tool_calls:
@@ -269,7 +274,7 @@ def _step_to_pb(step: TraceStep) -> model_pb2.RecordedStep:
         token_ids=step.token_ids,
         start_unix_nanos=step.start_unix_ns,
         duration_nanos=step.duration_ns,
-        actions=step.actions,
+        actions=step.actions.translate(_WIRE_NUMBERS),
         layer_start_nanos=unpack_uint32(step.layer_starts),
         layer_end_nanos=unpack_uint32(step.layer_ends),
         decision_start_nanos=unpack_uint32(step.decision_starts),

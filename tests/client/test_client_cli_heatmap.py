@@ -18,7 +18,7 @@ def test_each_token_is_a_line_and_each_layer_a_column(server: FakeDashServer, co
     out, err = command("heatmap x --mode adaptive")
     # The second token has no text of its own: the third completes it.
     assert out == LINES
-    assert ". skip, 4 int4, 8 int8, F full" in err
+    assert ". skip, 3 int3, 4 int4, 8 int8, F full" in err
     assert "mean cost 0.750" in err
     assert server.requests[0].parameters.output.return_decisions
     assert command("heatmap x --quiet") == (LINES, "")

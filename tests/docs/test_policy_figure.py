@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks.policy_figure import Column, draw, shipped_policy
-from dash_runtime.actions import Action
 
 ROOT = Path(__file__).parents[2]
 
@@ -13,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.embedded
 def test_a_plan_for_each_token_becomes_a_picture(embedded_folder: Path, tmp_path: Path) -> None:
     policy = shipped_policy(embedded_folder)
-    plan = tuple(Action(1 + layer % 4) for layer in range(policy.costs.num_layers))
+    plan = tuple(policy.spec.actions[layer % 4] for layer in range(policy.costs.num_layers))
     columns = [Column(text, plan) for text in (" sky", "\n", "$x_$", "é", "_")]
     draw(columns, policy, "Why $x_$?", 0.5, tmp_path / "policy.png")
     assert (tmp_path / "policy.png").stat().st_size > 10_000

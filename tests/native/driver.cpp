@@ -19,17 +19,20 @@ float weight_of(const Matrix &matrix, int64_t output, int64_t input) {
   const int64_t group = input / kGroup, bits = bits_of(layout), in_word = 32 / bits, place = input % kGroup;
   const auto *lines =
       static_cast<const uint32_t *>(matrix.words) + tile * lines_before(layout, matrix.num_inputs / kGroup) * kLanes;
-  const uint32_t word = lines[(weights_line(layout, group) + place / in_word) * kLanes + lane] ^ 0x80000000u;
-  const auto value = static_cast<float>(word >> place % in_word * bits & ((1u << bits) - 1));
-  if (layout == kInt8) return (value - 128) * matrix.scales[output];
-  const uint32_t grid = lines[grids_line(group) * kLanes + lane] >> 16 * (group % 2) & 0xFFFF;
+  const auto word = [&](int64_t line) { return lines[(weights_line(layout, group) + line) * kLanes + lane]; };
+  const uint32_t value =
+      layout == kInt3 ? (word(place / 16) >> (8 * (place % 4) + 2 * (place / 4 % 4)) & 3) |
+                            (word(2) >> (8 * (place % 4) + place / 4) & 1) << 2
+                      : (word(place / in_word) ^ 0x80000000u) >> place % in_word * bits & ((1u << bits) - 1);
+  if (layout == kInt8) return (static_cast<float>(value) - 128) * matrix.scales[output];
+  const uint32_t grid = lines[grids_line(layout, group) * kLanes + lane] >> 16 * (group % 2) & 0xFFFF;
   const float offset = (static_cast<float>(grid >> kScaleBits) - kLeastOffset) / kOffsetsInStep;
-  return (value - 8 + offset) * static_cast<float>(grid & ((1 << kScaleBits) - 1)) * matrix.scales[output];
+  return (static_cast<float>(value) - static_cast<float>(1 << (bits - 1)) + offset) * static_cast<float>(grid & ((1 << kScaleBits) - 1)) * matrix.scales[output];
 }
 
 void products_are_those_of_the_weights_that_words_stand_for() {
   Kept kept;
-  for (const Layout layout : {kFull, kInt8, kInt4})
+  for (const Layout layout : {kFull, kInt8, kInt4, kInt3})
     for (const int64_t block_tiles : {1, 4})
       for (const int64_t num_rows : {1, 3, 7, 17, 33}) {
         const int64_t num_outputs = 128, num_inputs = 96;
@@ -125,7 +128,7 @@ void rows_of_several_sequences_have_the_same_bits_with_any_number_of_threads(con
 }
 
 Row last_row(const Model &model, int64_t num_tokens) {
-  return {num_tokens, below(kVocabulary), {kFullAction, kInt8Action, kInt4Action}, &model.factors};
+  return {num_tokens, below(kVocabulary), {kFullAction, kInt3Action, kInt4Action}, &model.factors};
 }
 
 // States that are no numbers have some likeliest token, by heads alone and behind layers.

@@ -49,7 +49,7 @@ struct Kept {
   // A matrix of any bits, which all are weights.
   Matrix matrix(Layout layout, int64_t num_outputs, int64_t num_inputs, int64_t block_tiles = 1) {
     const int64_t tiles = num_outputs / kLanes;
-    const float *scales = floats(num_outputs, layout == kInt4 ? 2e-4f : 2e-3f);
+    const float *scales = floats(num_outputs, layout == kInt8 ? 2e-3f : 2e-4f);
     if (layout == kFull)
       return {halves(num_outputs * num_inputs, 0.3f), nullptr, layout, num_inputs, block_tiles, tiles};
     const int64_t count = tiles * lines_before(layout, num_inputs / kGroup) * kLanes;
@@ -66,6 +66,7 @@ struct Kept {
 constexpr int64_t kNumLayers = 3, kHidden = 64, kInner = 96, kHeadDim = 32, kVocabulary = 272, kPositions = 144;
 constexpr int64_t kNumExperts = 6, kExpertSize = 32;
 constexpr int64_t kRank = 32, kWidth = 96, kNumFacts = kNumActions + 2;
+constexpr Layout kLayouts[] = {kFull, kInt3, kInt4, kInt8, kFull};  // by action, from SKIP on, which has none
 
 enum HeadKind { kPlain, kRough, kNarrow, kBounded, kNumHeads };
 
@@ -79,8 +80,8 @@ struct Model {
   Head heads[kNumHeads]{};
   Policy policy{};
   std::vector<Block> blocks;
-  std::vector<double> layer_costs{0, 0.1, 0.3, 0.6, 1};
-  std::vector<int64_t> actions{kSkip, kInt4Action, kInt8Action, kFullAction};
+  std::vector<double> layer_costs{0, 0.1, 0.25, 0.3, 0.6, 1};
+  std::vector<int64_t> actions{kSkip, kInt3Action, kInt4Action, kInt8Action, kFullAction};
   std::vector<double> seconds;
   Planner planner{};
   const Rotary tables[2] = {{kept.halves(kPositions * kHeadDim, 1), kept.halves(kPositions * kHeadDim, 1)},
@@ -96,10 +97,10 @@ struct Model {
       if (layer) own.attention_output_norm = kept.floats(kHidden, 0.2f, 1);
       if (layer == 1) own.head_norm = kept.floats(6 * kHeadDim, 0.2f, 1), own.bias = kept.floats(fused, 0.1f);
       if (layer == 2) own.query_norm = kept.floats(query, 0.2f, 1), own.key_norm = kept.floats(fused - query, 0.2f, 1);
-      for (int64_t action = kInt4Action; action <= kFullAction; ++action) {
-        const Layout layout = action == kInt4Action ? kInt4 : action == kInt8Action ? kInt8 : kFull;
+      for (int64_t action = kInt3Action; action <= kFullAction; ++action) {
+        const Layout layout = kLayouts[action - 1];
         // In INT4 keys and values have words of their own.
-        const bool is_split = action == kInt4Action;
+        const bool is_split = has_grids(layout);
         Matrix *matrices = own.matrices[action - 1];
         matrices[kQueryKeyValue] = kept.matrix(layout, is_split ? query : fused, kHidden, layer == 1 ? 4 : 1);
         if (is_split) matrices[kKeyValue] = kept.matrix(kInt8, fused - query, kHidden);

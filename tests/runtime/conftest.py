@@ -22,7 +22,7 @@ from tests.runtime.planned_engine import EOS
 from tests.runtime.support import CPU, load_decoder
 from tests.tiny_models import VOCAB_SIZE, save_byte_tokenizer
 
-_MEASURING = ("startup.measured_engine", "commands.search", "commands.task_quality", "commands.train")
+_MEASURING = ("startup.measured_engine", "training.loaded_model")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from dash_runtime.engine.cost_fit import STANDARD_POSITIONS, CostSpread, Measure
 from dash_runtime.engine.step_times import StepTime
 
 NUM_LAYERS = 10
-LAYER_SECONDS = {Action.SKIP: 0.1, Action.INT4: 0.4, Action.INT8: 0.6, Action.FULL: 1.0}
+LAYER_SECONDS = {Action.SKIP: 0.1, Action.INT3: 0.35, Action.INT4: 0.4, Action.INT8: 0.6, Action.FULL: 1.0}
 TRUE = CostTable.from_seconds(NUM_LAYERS, LAYER_SECONDS, {Action.INT8: 1.0, Action.FULL: 2.0}, 0.5, 0.05)
 WRONG = CostTable.from_seconds(
     NUM_LAYERS, LAYER_SECONDS | {Action.INT4: 0.15, Action.SKIP: 0.02}, {Action.INT8: 0.7, Action.FULL: 2.0}, 0.5, 0.05

@@ -175,16 +175,16 @@ def with_inputs_in_bytes(linear: Linear) -> Linear:
 
 
 def action_of(kernel: str) -> Action:
-    return {FINER: Action.INT4, "INT8": Action.INT8, "INT4": Action.INT4}.get(kernel, Action.FULL)
+    return {FINER: Action.INT4, "INT8": Action.INT8, "INT4": Action.INT4, "INT3": Action.INT3}.get(kernel, Action.FULL)
 
 
 def in_bfloat16(weights: LayerWeights, kernel: str) -> Linears[FullLinear]:
     """Returns a layer's matrices; only those of FINER have outputs that are finer in INT4."""
 
     def convert(own: FullLinear) -> FullLinear:
-        return replace(own, weight=own.weight.bfloat16(), finer_from=own.finer_from if kernel == FINER else None)
+        return replace(own, weight=own.weight.bfloat16(), has_finer_keys=own.has_finer_keys and kernel == FINER)
 
-    assert weights.linears.query_key_value.finer_from is not None
+    assert weights.linears.query_key_value.has_finer_keys
     return weights.linears.mapped(convert, convert)
 
 
@@ -196,4 +196,7 @@ def rounded_linears(weights: LayerWeights, kernel: str) -> Linears[Linear]:
         parts = [(action, own)] if action is Action.FULL else quantized_parts(action, own)
         return FullLinear(torch.cat([rounded(precision, part.weight) for precision, part in parts]), own.bias)
 
-    return in_bfloat16(weights, kernel).mapped(convert, convert)
+    def in_full(router: FullLinear) -> Linear:
+        return FullLinear(router.weight.float(), router.bias)
+
+    return in_bfloat16(weights, kernel).mapped(convert, in_full)

@@ -13,8 +13,8 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import default_cache_folder
 from dash_runtime.files.atomic_file import replacing
-from dash_runtime.linears.int4_matrix import quantize_int4
-from dash_runtime.linears.quantization import quantize_int8
+from dash_runtime.linears.grouped_matrix import quantize_grouped
+from dash_runtime.linears.quantization import BITS, quantize_int8
 from dash_runtime.native.levels import LEVELS, Level, best_level
 from dash_runtime.native.library import NativeLibrary, library_path, load_native_code
 
@@ -58,8 +58,8 @@ def lay_library_for_processes() -> None:
 
 def rounded(action: Action, weight: Tensor) -> Tensor:
     """Returns the matrix that native code computes with, in float32."""
-    if action is Action.INT4:
-        return quantize_int4(weight).dequantized()
+    if action in BITS:
+        return quantize_grouped(weight, BITS[action]).dequantized()
     if action is Action.INT8:
         quantized, scales = quantize_int8(weight)
         return quantized.float() * scales.float().unsqueeze(1)

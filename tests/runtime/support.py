@@ -100,8 +100,8 @@ def some_low_rank(decoder: Decoder, rank: int = 4) -> LowRank:
 
 
 def some_costs(num_layers: int = 6) -> CostTable:
-    """Returns a table in which layers cost 10, 40 and 60 % of FULL, and the FULL head as much as two layers."""
-    layer = {Action.SKIP: 0.1, Action.INT4: 0.4, Action.INT8: 0.6, Action.FULL: 1.0}
+    """Returns a table in which layers cost 10, 35, 40 and 60 % of FULL, and the FULL head as much as two layers."""
+    layer = {Action.SKIP: 0.1, Action.INT3: 0.35, Action.INT4: 0.4, Action.INT8: 0.6, Action.FULL: 1.0}
     return CostTable.from_seconds(num_layers, layer, {Action.INT8: 1.0, Action.FULL: 2.0}, 0.2)
 
 

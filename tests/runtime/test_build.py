@@ -15,8 +15,8 @@ from dash_runtime.decoder.full_path import full_path
 from dash_runtime.engine.engine import Engine
 from dash_runtime.errors import ConfigError, CorruptCheckpoint, PolicyFileError
 from dash_runtime.layers.weight_loader import WeightLoader
-from dash_runtime.linears.int4_file import int4_file, save_int4
-from dash_runtime.linears.int4_matrix import quantize_int4
+from dash_runtime.linears.grouped_matrix import quantize_grouped
+from dash_runtime.linears.rounding_file import rounding_file, save_rounding
 from dash_runtime.policy.model_sketch import model_fingerprint
 from dash_runtime.startup.build import BuildOptions, build_engine, suited
 from dash_runtime.startup.default_text import default_token_sequences
@@ -86,7 +86,9 @@ def test_a_start_computes_with_int4_weights_that_were_kept_and_searches_plans_an
     fingerprint = model_fingerprint(config, weights)
     output = WeightLoader(config, weights, torch.bfloat16, torch.device("cpu")).layer(2).linears.output
     place = 2, 3  # in the order of `Linears.mapped`
-    save_int4(int4_file(cache, fingerprint), {place: quantize_int4(-output.weight)}, fingerprint)
+    save_rounding(
+        rounding_file(cache, fingerprint), {Action.INT4: {place: quantize_grouped(-output.weight, 4)}}, fingerprint
+    )
     policy = save_random_policy(tmp_path / "policy.safetensors", tiny_folder)
     said: list[str] = []
     engine = build(tiny_folder, cache, said)
@@ -98,7 +100,7 @@ def test_a_start_computes_with_int4_weights_that_were_kept_and_searches_plans_an
         pair = [fixed_tokens(own, action) for own in (engine, started.engine)]
         assert (pair[0] == pair[1]) is (action is Action.FULL)
     build(tiny_folder, cache, said, policy_file=policy)
-    assert any("other INT4 weights" in message for message in said)
+    assert any("other rounded weights" in message for message in said)
 
 
 def fixed_tokens(engine: Engine, action: Action) -> list[int]:
@@ -115,7 +117,7 @@ def test_facts_name_what_is_served(started: Started) -> None:
     facts = started.engine.facts
     assert facts.name == "tiny-llama"
     assert facts.num_layers == 6
-    assert facts.actions == tuple(Action)
+    assert facts.actions == (Action.SKIP, Action.INT4, Action.INT8, Action.FULL)
     # Only measuring tells which kernel is the cheapest here, and if any is cheaper than FULL.
     assert [policy.name for policy in facts.policies if not policy.is_drafter] == ["frontier"]
     assert facts.policies[0].compensation == "affine"
@@ -128,7 +130,7 @@ def test_a_model_that_native_code_cannot_decode_says_so_in_a_line_and_runs_every
     said: list[str] = []
     engine = build(save_tiny_model(tmp_path / "model", "llama-untied-biased", vocab_size=272), tmp_path, said)
     assert "layers run eagerly: native code has no biases of outputs" in said
-    assert engine.facts.actions == tuple(Action)
+    assert engine.facts.actions == (Action.SKIP, Action.INT4, Action.INT8, Action.FULL)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,13 @@ def engine(model: SmallModel) -> Iterator[Engine]:
 
 
 def engine_of(model: SmallModel, **options: float) -> Engine:
-    own = BuildOptions(devices=["cpu"], num_threads=NUM_THREADS, policy_file=model.policy_file, checks_kept_costs=False)
+    own = BuildOptions(
+        devices=["cpu"],
+        num_threads=NUM_THREADS,
+        policy_file=model.policy_file,
+        actions=tuple(Action),
+        checks_kept_costs=False,
+    )
     # A guess of prompt lookup that is right gives several tokens too, and a random model may repeat itself.
     config = EngineConfig(num_slots=2, cache_tokens=1024, prompt_lookup=False, **options)  # type: ignore[arg-type]
     return build_engine(model.folder, model.cache_folder, own, config, lambda _: None)

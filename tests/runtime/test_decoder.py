@@ -82,16 +82,16 @@ def test_keys_and_values_of_skipped_rows_are_those_of_the_layer_that_runs_in_the
 def test_each_row_of_a_pass_has_keys_and_values_in_its_own_precision(decoder: Decoder) -> None:
     kinds = list(ALL_ACTIONS[1:])
     together, alone = ([new_cache(decoder) for _ in kinds] for _ in range(2))
-    hidden = decoder.embed([4, 5, 6])
-    batch = decoder.batch(PassKind.PREFILL, together, [1, 1, 1], [Identity()] * 3, kinds)
-    decoder.run_layer(1, [Action.SKIP] * 3, hidden, batch)
+    hidden = decoder.embed([4, 5, 6, 7])
+    batch = decoder.batch(PassKind.PREFILL, together, [1] * 4, [Identity()] * 4, kinds)
+    decoder.run_layer(1, [Action.SKIP] * 4, hidden, batch)
     for row, kv_action in enumerate(kinds):
         batch = decoder.batch(PassKind.PREFILL, [alone[row]], [1], [Identity()], [kv_action])
         decoder.run_layer(1, [Action.SKIP], hidden[row : row + 1], batch)
     for own, expected in zip(together, alone, strict=True):
         assert torch.equal(own.keys[1], expected.keys[1])
         assert torch.equal(own.values[1], expected.values[1])
-    assert len({tuple(cache.keys[1][0].flatten().tolist()) for cache in alone}) == 3
+    assert len({tuple(cache.keys[1][0].flatten().tolist()) for cache in alone}) == 4
 
 
 @torch.inference_mode()

@@ -145,7 +145,7 @@ class Watching:
         self.states.append(hidden)
 
 
-SKIP, INT4, INT8, FULL = ALL_ACTIONS
+SKIP, _, INT4, INT8, FULL = ALL_ACTIONS
 PASSES: list[tuple[PassKind, list[int], list[Action]]] = [
     (PassKind.PREFILL, [9], [FULL]),
     (PassKind.VERIFY, [4], [FULL]),

@@ -1,4 +1,4 @@
-"""INT4 rounded by its inputs changes outputs less than to the nearest, and is kept, read and computed with."""
+"""Weights rounded by their inputs change outputs less than to the nearest, and is kept, read and computed with."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +14,12 @@ from dash_runtime.commands.cli import main
 from dash_runtime.errors import PolicyFileError
 from dash_runtime.layers.weight_loader import WeightLoader
 from dash_runtime.linears.dense_linear import FullLinear
-from dash_runtime.linears.int4_file import int4_file, load_int4, save_int4
-from dash_runtime.linears.int4_matrix import quantize_int4
-from dash_runtime.linears.quantization import make_linear
+from dash_runtime.linears.grouped_matrix import GroupedMatrix, quantize_grouped
+from dash_runtime.linears.quantization import BITS, grouped, make_linear
+from dash_runtime.linears.rounding_file import load_rounding, rounding_file, save_rounding
 from dash_runtime.native.matrix import pack_native_matrix
 from dash_runtime.training.dense_decoder import DenseDecoder
-from dash_runtime.training.gptq import quantize_int4_for
+from dash_runtime.training.gptq import quantize_for
 from dash_runtime.training.loaded_model import LoadedModel, ModelOptions
 from tests.runtime.support import policy_arguments
 from tests.tiny_models import save_tiny_model
@@ -39,58 +39,69 @@ def like_inputs(count: int, seed: int) -> Tensor:
     return torch.randn(count, 40, generator=generator) @ directions + torch.randn(count, IN, generator=generator)
 
 
-def test_outputs_change_less_than_with_the_nearest_values_for_other_inputs_of_the_same_kind() -> None:
+def is_same(one: GroupedMatrix, other: GroupedMatrix) -> bool:
+    return all(map(torch.equal, one.tensors().values(), other.tensors().values()))
+
+
+@pytest.mark.parametrize("bits", BITS.values())
+def test_outputs_change_less_than_with_the_nearest_values_for_other_inputs_of_the_same_kind(bits: int) -> None:
     weight, seen, others = some_weight(), like_inputs(2000, 2), like_inputs(500, 3)
-    ours, nearest = quantize_int4_for(weight, seen.T @ seen), quantize_int4(weight)
+    ours, nearest = quantize_for(weight, bits, seen.T @ seen), quantize_grouped(weight, bits)
     errors = [(others @ (own.dequantized() - weight).T).square().mean() for own in (ours, nearest)]
     assert errors[0] < 0.5 * errors[1]
-    assert all(torch.equal(own, other) for own, other in zip(ours[1:], nearest[1:], strict=True))
-    assert ours.values.max() <= 15
+    assert is_same(replace(ours, values=nearest.values), nearest)
+    assert ours.values.max() < 2**bits
 
 
 def test_inputs_that_know_nothing_of_each_other_leave_the_nearest_values() -> None:
     weight = some_weight()
     loudness = torch.rand(IN, generator=torch.Generator().manual_seed(4))
-    assert torch.equal(quantize_int4_for(weight, loudness.diag()).values, quantize_int4(weight).values)
+    assert torch.equal(quantize_for(weight, 4, loudness.diag()).values, quantize_grouped(weight, 4).values)
 
 
-def test_every_product_computes_with_the_matrix_that_was_kept() -> None:
+@pytest.mark.parametrize("action", BITS)
+def test_every_product_computes_with_the_matrix_that_was_kept(action: Action) -> None:
     """The library's kernel, the dense product and native code's layout."""
-    weight, other = some_weight(torch.bfloat16), quantize_int4(some_weight().flip(0))
-    kept = FullLinear(weight, int4=other)
-    plain = FullLinear(other.dequantized().bfloat16(), int4=other)
+    weight, other = some_weight(torch.bfloat16), quantize_grouped(some_weight().flip(0), BITS[action])
+    kept = FullLinear(weight, rounded={action: other})
+    plain = FullLinear(other.dequantized().bfloat16(), rounded={action: other})
     inputs = like_inputs(3, 5).bfloat16()
-    assert torch.equal(make_linear(Action.INT4, kept)(inputs), make_linear(Action.INT4, plain)(inputs))
-    assert not torch.equal(make_linear(Action.INT4, kept)(inputs), make_linear(Action.INT4, FullLinear(weight))(inputs))
-    packed = [pack_native_matrix(Action.INT4, own).tensors() for own in (kept, plain, replace(kept, int4=None))]
+    assert torch.equal(make_linear(action, kept)(inputs), make_linear(action, plain)(inputs))
+    assert not torch.equal(make_linear(action, kept)(inputs), make_linear(action, FullLinear(weight))(inputs))
+    packed = [pack_native_matrix(action, own).tensors() for own in (kept, plain, replace(kept, rounded={}))]
     assert all(map(torch.equal, packed[0], packed[1]))
     assert not torch.equal(packed[0][0], packed[2][0])
-    part = kept.outputs(16, 48).in_int4().dequantized()
+    part = grouped(action, kept.outputs(16, 48)).dequantized()
     assert torch.equal(part, other.dequantized()[16:48])
 
 
 def test_a_file_gives_back_what_was_saved(tmp_path: Path) -> None:
-    path = int4_file(tmp_path, "a model")
-    assert not load_int4(path, "a model")
-    saved = {(0, 1): quantize_int4(some_weight()), (3, 0): quantize_int4(some_weight()[:32, :96])}
-    save_int4(path, saved, "a model")
-    kept = load_int4(path, "a model")
-    assert kept.keys() == saved.keys()
+    path = rounding_file(tmp_path, "a model")
+    assert not load_rounding(path, "a model")
+    saved = {
+        Action.INT4: {(0, 1): quantize_grouped(some_weight(), 4), (3, 0): quantize_grouped(some_weight()[:32, :96], 4)},
+        Action.INT3: {(3, 0): quantize_grouped(some_weight(), 3)},
+    }
+    save_rounding(path, saved, "a model")
+    kept = load_rounding(path, "a model")
+    assert {action: set(own) for action, own in kept.items()} == {action: set(own) for action, own in saved.items()}
     assert kept.identity
-    for place, matrix in saved.items():
-        assert all(map(torch.equal, kept[place], matrix))
+    for action, matrices in saved.items():
+        for place, matrix in matrices.items():
+            assert kept[action][place].bits == BITS[action]
+            assert is_same(kept[action][place], matrix)
 
 
 def test_a_file_that_is_damaged_or_another_models_is_refused_by_its_name(tmp_path: Path) -> None:
-    path = int4_file(tmp_path, "a model")
-    save_int4(path, {(0, 0): quantize_int4(some_weight())}, "a model")
+    path = rounding_file(tmp_path, "a model")
+    save_rounding(path, {Action.INT4: {(0, 0): quantize_grouped(some_weight(), 4)}}, "a model")
     with pytest.raises(PolicyFileError, match=f"{path}.*another model; delete it"):
-        load_int4(path, "another model")
+        load_rounding(path, "another model")
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(PolicyFileError, match=f"{path}.*checksum"):
-        load_int4(path, "a model")
+        load_rounding(path, "a model")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3-moe"])
@@ -109,15 +120,15 @@ def test_a_layer_takes_its_matrices_from_the_file(family: str, tmp_path: Path) -
         layers.append([])
         plain.layer(layer).linears.mapped_by_place(watch, lambda router: router)
     flipped = {
-        (layer, place): quantize_int4(full.weight.flip(0))
+        (layer, place): quantize_grouped(full.weight.flip(0), 4)
         for layer, own in enumerate(layers)
         for place, full in enumerate(own)
     }
-    loader = WeightLoader(config, weights, torch.float32, CPU, int4=flipped)
+    loader = WeightLoader(config, weights, torch.float32, CPU, rounding={Action.INT4: flipped})
 
     def check(place: int, full: FullLinear) -> FullLinear:
-        assert full.int4 is not None
-        assert all(map(torch.equal, full.int4, flipped[0, place]))
+        assert full.rounded.keys() == {Action.INT4}
+        assert is_same(full.rounded[Action.INT4], flipped[0, place])
         return full
 
     loader.layer(0).linears.mapped_by_place(check, lambda router: router)
@@ -133,8 +144,8 @@ def test_the_command_keeps_what_later_commands_and_starts_compute_with(
     before = LoadedModel(options, print)
     assert main(["quantize", *arguments]) == 0
     said = capsys.readouterr().out
-    assert before.int4_file.is_file()
-    assert str(before.int4_file) in said
+    assert before.rounding_file.is_file()
+    assert str(before.rounding_file) in said
     assert "instead of" in said
     after = LoadedModel(options, print)
     ids = torch.tensor(after.sequences()[:2])
@@ -146,12 +157,12 @@ def test_the_command_keeps_what_later_commands_and_starts_compute_with(
         return hidden
 
     with torch.no_grad():
-        for action in (Action.FULL, Action.INT4):
-            pair = [outputs(model.dense_decoder((Action.INT4,)), action) for model in (before, after)]
+        for action in (Action.FULL, Action.INT4, Action.INT3):
+            pair = [outputs(model.dense_decoder((Action.INT4, Action.INT3)), action) for model in (before, after)]
             assert torch.equal(*pair) is (action is Action.FULL)
-    first = load_int4(before.int4_file, before.fingerprint).identity
+    first = load_rounding(before.rounding_file, before.fingerprint).identity
     assert main(["quantize", *arguments]) == 0  # from the weights, not from what was kept
-    assert load_int4(before.int4_file, before.fingerprint).identity == first
+    assert load_rounding(before.rounding_file, before.fingerprint).identity == first
 
 
 def test_a_model_of_four_bits_has_nothing_to_round_and_no_text_is_read(
@@ -162,9 +173,19 @@ def test_a_model_of_four_bits_has_nothing_to_round_and_no_text_is_read(
     weights = load_file(file)
     for name, weight in weights.items():
         if name.endswith("_proj.weight"):
-            weights[name] = quantize_int4(weight).dequantized().to(weight.dtype)
+            weights[name] = quantize_grouped(weight, 4).dequantized().to(weight.dtype)
     save_file(weights, file, metadata={"format": "pt"})
-    arguments = ["quantize", "--model", str(folder), "--device", "cpu", "--cache-folder", str(tmp_path / "cache")]
+    arguments = [
+        "quantize",
+        "--actions",
+        "int4",
+        "--model",
+        str(folder),
+        "--device",
+        "cpu",
+        "--cache-folder",
+        str(tmp_path / "cache"),
+    ]
     assert main([*arguments, "--data", "/nowhere.txt"]) == 0
-    assert "nothing to round" in capsys.readouterr().out
-    assert not (tmp_path / "cache" / "int4").exists()
+    assert "not rounded" in capsys.readouterr().out
+    assert not (tmp_path / "cache" / "rounding").exists()

@@ -169,13 +169,14 @@ def test_what_does_not_fit_is_left_out_with_a_line(report: LiveReport) -> None:
 
 
 def test_all_actions_at_8b_fit_in_48_gigabytes() -> None:
-    assert 30e9 < needed_bytes(SHAPES["8b"], ALL_ACTIONS, 34_000) < 48e9
+    offered = (Action.SKIP, Action.INT4, Action.INT8, Action.FULL)  # INT3 is for processors
+    assert 30e9 < needed_bytes(SHAPES["8b"], offered, 34_000) < 48e9
 
 
 def test_a_policy_that_has_learned_nothing_takes_every_action(model: Model) -> None:
     with contexts(model.pool, [40], 65) as caches:  # rows of a batch would agree on one action
         run = generate(model.eager, InlineLane(), model.policies[0], caches, [7], 64)
-    assert {Action(number) for step in run.plans for plan in step for number in plan} == set(Action)
+    assert {Action(number) for step in run.plans for plan in step for number in plan} == set(Action) - {Action.INT3}
 
 
 def test_a_policy_decides_no_layer_before_it_has_looked_ahead() -> None:

@@ -73,7 +73,7 @@ def test_the_mean_label_is_what_the_whole_text_loses_if_one_token_skips_one_laye
     nothing = nothing_added(compensation)
     pinned = dict.fromkeys((0, 1, 3, 4, 5), Action.FULL)
     spec = replace(some_spec((Action.SKIP, Action.FULL)), pinned=pinned)
-    token_ids, rates = torch.tensor(sequences[:2]), torch.tensor([0.0, 0, 0, 1]).expand(6, 4)
+    token_ids, rates = torch.tensor(sequences[:2]), torch.tensor([0.0, 0, 0, 0, 1]).expand(6, len(Action))
     full = decided_rows(decoder.full_states(token_ids)[-1], PROMPT)
     path = run_path(decoder, token_ids, PROMPT, spec, nothing, random_choice(rates))
     last, generator = path.decided(path.states[-1]), torch.Generator().manual_seed(0)
@@ -107,7 +107,9 @@ def test_every_token_is_labelled_with_a_skip_and_one_kernel_in_each_layer(
 ) -> None:
     spec, token_ids = some_spec(), torch.tensor(sequences[:2])
     full = decided_rows(decoder.full_states(token_ids)[-1], PROMPT)
-    path = run_path(decoder, token_ids, PROMPT, spec, compensation, random_choice(torch.full((6, 4), 0.25)))
+    path = run_path(
+        decoder, token_ids, PROMPT, spec, compensation, random_choice(torch.full((6, len(Action)), 1 / len(Action)))
+    )
     last = path.decided(path.states[-1])
     curvatures = curvatures_of(path, judge(decoder, full, last, torch.Generator()))
     kernels = [Action.FULL, Action.INT4, Action.FULL, Action.INT8, Action.FULL, Action.FULL]
@@ -146,7 +148,7 @@ def some_network(spec: PlanSpec, hidden_size: int, seed: int = 0) -> PolicyNetwo
 def labels_of(damage: Tensor, hidden: Tensor) -> Labels:
     count = len(damage)
     nothing = torch.zeros(count, dtype=torch.int64)
-    return Labels(nothing, nothing, hidden.bfloat16(), torch.zeros(count, 7), nothing, damage)
+    return Labels(nothing, nothing, hidden.bfloat16(), torch.zeros(count, len(Action) + 3), nothing, damage)
 
 
 def fitted(labels: Labels, settings: FitSettings, batches: int = 1) -> PolicyNetwork:
@@ -167,7 +169,7 @@ def test_a_fitted_network_predicts_the_mean_of_skewed_damages() -> None:
     settings = FitSettings(32, 16, steps=60, rows_per_step=2048, learning_rate=2e-3)
     network = fitted(labels_of(damage, hidden), settings, batches=10)
     test = torch.randn(1000, 32, generator=generator)
-    predicted = network.log_damages(0, test, torch.zeros(1000, 7))[:, 0].exp()
+    predicted = network.log_damages(0, test, torch.zeros(1000, len(Action) + 3))[:, 0].exp()
     assert float(predicted[test[:, 0] > 0.3, 0].mean()) == pytest.approx(0.2, rel=0.25)
     assert float(predicted[test[:, 0] < -0.3, 0].mean()) == pytest.approx(0.01, rel=0.8)
     assert (predicted[:, 1] < 1e-6).all()  # FULL is what the others are measured by
@@ -249,7 +251,7 @@ def test_training_skips_a_layer_that_does_nothing_before_any_other(
     path = run_path(decoder, token_ids, PROMPT, spec, nothing, choose)
     damages = [
         trained.network.log_damages(
-            block, own.hidden, facts_of(own.last_actions, own.cost_spent, log_price.expand(64), 4)
+            block, own.hidden, facts_of(own.last_actions, own.cost_spent, log_price.expand(64), len(Action))
         )
         for block, own in enumerate(path.observations)
     ]

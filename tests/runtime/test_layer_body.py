@@ -31,7 +31,7 @@ OVERRIDES = {
     for family in ("phi3-longrope", "phi3-longrope-sliding-window")
 }
 """Heads as long as native code needs them. All experts are chosen: rounding would choose others."""
-KERNELS = ("FULL", "INT8", "INT4", FINER)
+KERNELS = ("FULL", "INT8", "INT4", "INT3", FINER)
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "gelu": {"activation": Activation.GELU_TANH},

@@ -118,7 +118,7 @@ def watched_engine(decoder: Decoder, costs: CostTable) -> tuple[Engine, Replacin
 
 
 def cheap_int4() -> CostTable:
-    layer = {Action.SKIP: 0.1, Action.INT4: 0.2, Action.INT8: 0.6, Action.FULL: 1.0}
+    layer = {Action.SKIP: 0.1, Action.INT3: 0.18, Action.INT4: 0.2, Action.INT8: 0.6, Action.FULL: 1.0}
     return CostTable.from_seconds(6, layer, {Action.INT8: 1.0, Action.FULL: 2.0}, 0.2)
 
 

@@ -25,7 +25,7 @@ from tests.runtime.support import ALL_ACTIONS, CPU, load_decoder, loop_ends, new
 from tests.tiny_models import save_tiny_model
 
 NUM_EXPERTS, NUM_CHOSEN, HIDDEN, INNER = 6, 2, 32, 48
-RUNNING = [Action.INT4, Action.INT8, Action.FULL]
+RUNNING = [Action.INT3, Action.INT4, Action.INT8, Action.FULL]
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +103,8 @@ def test_every_action_chooses_the_same_experts_and_runs_them_in_its_own_precisio
     rows = some(9, load_model_config(folder).hidden_size, seed=5, dtype=torch.bfloat16)
     scores = [mixture.router(rows) for mixture in mixtures]
     assert all(torch.equal(own, scores[0]) for own in scores)
-    int4, int8, full = (run(mixture, rows).float() for mixture in mixtures)
-    assert 0 < (int8 - full).norm() < (int4 - full).norm() < 0.3 * full.norm()
+    int3, int4, int8, full = (run(mixture, rows).float() for mixture in mixtures)
+    assert 0 < (int8 - full).norm() < (int4 - full).norm() < (int3 - full).norm() < 0.6 * full.norm()
 
 
 def test_rows_have_the_same_bits_alone_and_among_others_in_every_action(folder: Path) -> None:

@@ -31,6 +31,7 @@ def engine_of(model: SmallModel, group_planner: bool, num_slots: int = 24, cache
         devices=["cpu"],
         num_threads=NUM_THREADS,
         policy_file=model.policy_file,
+        actions=tuple(Action),
         checks_kept_costs=False,  # a table that is replaced between two requests is another price for the second
         least_drafting_gain=0.0,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import load_model_config
 from dash_runtime.linears.dense_linear import FullLinear
-from dash_runtime.linears.int4_matrix import is_packable
+from dash_runtime.linears.grouped_matrix import is_packable
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.native.matrix import NativeMatrix, pack_native_matrix
 from dash_runtime.native.model import HeadRows, NativeModel
@@ -18,7 +18,7 @@ from tests.runtime.native_code import in_bytes, native_library, rounded
 
 pytestmark = pytest.mark.usefixtures("each_level")
 
-ACTIONS = (Action.FULL, Action.INT8, Action.INT4)
+ACTIONS = (Action.FULL, Action.INT8, Action.INT4, Action.INT3)
 SHAPES = [(64, 32), (192, 96), (832, 160), (96, 64), (80, 96)]
 """Sizes with one block of four tiles, with a few, and with 13, which no number of threads divides; and with blocks of
 two tiles and of one."""
@@ -90,7 +90,7 @@ def test_a_product_with_what_is_no_number_is_none(config: ModelConfig, action: A
 
 @pytest.mark.parametrize("action", ACTIONS)
 def test_every_value_of_every_weight_comes_back_from_its_word(config: ModelConfig, action: Action) -> None:
-    num_values = 16 if action is Action.INT4 else 255
+    num_values = {Action.INT3: 8, Action.INT4: 16}.get(action, 255)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(num_values, (128, 64), generator=generator).float() - num_values // 2
     weight[:, ::32], weight[:, 1::32] = -(num_values // 2), (num_values - 1) // 2  # each group has the whole range
@@ -115,9 +115,11 @@ def test_a_row_has_the_same_bits_among_any_number_of_others_with_any_number_of_t
             assert torch.equal(outputs, alone[:num_rows]), (num_rows, threads)
 
 
-@pytest.mark.parametrize(("action", "bits"), [(Action.INT4, 4.5), (Action.INT8, 8), (Action.FULL, 16)])
+@pytest.mark.parametrize(
+    ("action", "bits"), [(Action.INT3, 3.5), (Action.INT4, 4.5), (Action.INT8, 8), (Action.FULL, 16)]
+)
 def test_a_weight_takes_no_more_bits_than_its_action_says(action: Action, bits: float) -> None:
-    # INT4's grid of each group is among them.
+    # The grid of each group is among them.
     matrix = pack_native_matrix(action, FullLinear(some_weight(64, 256))).tensors()[0]
     assert matrix.numel() * matrix.element_size() * 8 == 64 * 256 * bits
 

@@ -183,7 +183,7 @@ def test_rows_with_plans_and_compensations_of_their_own_run_in_one_call_with_the
         assert_equal_caches(cache, other)
 
 
-@pytest.mark.parametrize("action", [Action.INT4, Action.INT8])
+@pytest.mark.parametrize("action", [Action.INT3, Action.INT4, Action.INT8])
 @torch.inference_mode()
 def test_two_rows_of_one_draft_have_the_bits_that_each_has_alone(decoder: Decoder, action: Action) -> None:
     own, other = prefilled(decoder, some_ids(70), some_ids(70))
@@ -222,7 +222,7 @@ def test_rows_decoded_in_a_batch_have_the_bits_that_each_has_alone(
         assert_equal_caches(own, other)
 
 
-@pytest.mark.parametrize("action", [Action.INT4, Action.INT8, Action.FULL])
+@pytest.mark.parametrize("action", [Action.INT3, Action.INT4, Action.INT8, Action.FULL])
 @torch.inference_mode()
 def test_any_number_of_rows_has_the_bits_that_each_has_alone(decoder: Decoder, action: Action) -> None:
     plan, compensation = [action] * decoder.num_layers, compensation_of(decoder, "none")

@@ -6,7 +6,7 @@ from dash_runtime.actions import Action
 from dash_runtime.errors import ConfigError
 from dash_runtime.startup.offer import asked_actions, fitting_actions
 
-SKIP, INT4, INT8, FULL = Action
+SKIP, _, INT4, INT8, FULL = Action
 ALL = (SKIP, INT4, INT8, FULL)
 EAGER = "layers run eagerly"
 
@@ -45,7 +45,7 @@ def test_what_was_asked_for_is_offered_however_much_it_takes() -> None:
     ("asked", "supported", "why_full", "words"),
     [
         ([INT8, SKIP], (SKIP, INT4, FULL), None, "INT8 has no kernel here; supported: SKIP, INT4, FULL"),
-        ([SKIP], ALL, None, "SKIP alone runs no layer"),
+        ([SKIP], ALL, None, "must name more than SKIP, which alone runs no layer"),
         ([INT4, SKIP], ALL, EAGER, "must name FULL: layers run eagerly"),
     ],
 )

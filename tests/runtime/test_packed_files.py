@@ -22,14 +22,14 @@ from tests.runtime.native_model import SIZES
 from tests.runtime.support import CPU
 from tests.tiny_models import save_tiny_model
 
-ACTIONS = (Action.SKIP, Action.INT4, Action.INT8, Action.FULL)
+ACTIONS = (Action.SKIP, Action.INT3, Action.INT4, Action.INT8, Action.FULL)
 PARTS = parts_of(ACTIONS, None)
 
 
 @pytest.fixture(scope="module")
 def loader(tmp_path_factory: pytest.TempPathFactory) -> WeightLoader:
     folder = save_tiny_model(tmp_path_factory.mktemp("packed"), "qwen2-sliding-window", **SIZES)
-    return WeightLoader(load_model_config(folder), open_weights(folder), torch.bfloat16, CPU, copies=True)
+    return WeightLoader(load_model_config(folder), open_weights(folder), torch.bfloat16, CPU)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_files_hold_what_packing_in_memory_makes(
 def test_weights_are_packed_once_and_later_starts_say_nothing(files: PackedFiles) -> None:
     said: list[str] = []
     files.open(PARTS, WeightsPlace.MAPPED, said.append)
-    assert said == ["packing weights for ENDS, INT4, INT8, FULL (once)"]
+    assert said == ["packing weights for ENDS, INT3, INT4, INT8, FULL (once)"]
     files.open(PARTS, WeightsPlace.MAPPED, said.append)
     assert len(said) == 1
 
@@ -76,7 +76,7 @@ def test_only_the_parts_of_the_actions_that_are_offered_are_packed(files: Packed
         "int4.safetensors",
     ]
     files.open(PARTS, WeightsPlace.MAPPED, said.append)
-    assert said == ["packing weights for ENDS, INT4 (once)", "packing weights for INT8, FULL (once)"]
+    assert said == ["packing weights for ENDS, INT4 (once)", "packing weights for INT3, INT8, FULL (once)"]
 
 
 def _flip_a_byte(path: Path) -> None:
@@ -163,4 +163,5 @@ def test_a_stream_of_tensors_is_a_safetensors_file_whose_tensors_are_aligned(tmp
 def test_the_distance_of_an_actions_weights_from_the_models_own_is_measured(loader: WeightLoader) -> None:
     packed = pack_in_memory(loader, ACTIONS)
     assert packed.error(Action.FULL) == 0
-    assert 0.001 < packed.error(Action.INT8) < 0.02 < packed.error(Action.INT4) < 0.2
+    assert 0.001 < packed.error(Action.INT8) < 0.02 < packed.error(Action.INT4) < 0.12
+    assert packed.error(Action.INT4) < packed.error(Action.INT3) < 0.3

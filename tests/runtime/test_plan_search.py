@@ -58,7 +58,7 @@ def test_a_larger_model_is_searched_on_less_text(decoder: Decoder) -> None:
 
 
 def test_one_kernel_everywhere_is_always_there_and_the_others_are_the_frontier(plans: tuple[MeasuredPlan, ...]) -> None:
-    uniform = {"fixed-int4", "fixed-int8", "full-depth"}
+    uniform = {"fixed-int3", "fixed-int4", "fixed-int8", "full-depth"}
     assert uniform <= {plan.name for plan in plans}
     assert len({plan.name for plan in plans}) == len(plans) <= MAX_PLANS + len(uniform)
     others = [plan for plan in plans if plan.name not in uniform]

@@ -14,12 +14,19 @@ from dash_runtime.actions import Action, LatencyTable
 from dash_runtime.engine.planner import GroupPlanner
 from dash_runtime.errors import ConfigError
 
-SKIP, INT4, INT8, FULL = Action
+SKIP, INT3, INT4, INT8, FULL = Action
 ROWS = (1, 2, 4, 8)
 
 # Quantised layers read fewer bytes and compute longer, as on CPUs.
 COSTS = LatencyTable(
-    ROWS, {SKIP: (1, 2, 3, 5), INT4: (40, 56, 86, 161), INT8: (65, 90, 119, 211), FULL: (80, 95, 105, 157)}
+    ROWS,
+    {
+        SKIP: (1, 2, 3, 5),
+        INT3: (35, 52, 84, 160),
+        INT4: (40, 56, 86, 161),
+        INT8: (65, 90, 119, 211),
+        FULL: (80, 95, 105, 157),
+    },
 )
 
 

@@ -93,7 +93,7 @@ def test_adaptive_requests_share_a_plan_within_whose_cost_their_budgets_are() ->
 
 def test_without_a_learned_policy_adaptive_runs_the_best_fixed_plan_within_the_budget_and_says_so() -> None:
     policies = catalog()
-    assert [policy.name for policy in policies.facts()] == ["frontier", "static-int4"]
+    assert [policy.name for policy in policies.facts()] == ["frontier", "static-int3"]
     assert not policies.facts()[0].learned
     for budget, name in ((1.0, "full-depth"), (0.99, "fixed-int8"), (0.5, "fixed-int4"), (0.4, "plan-0.27")):
         assignment = adaptive(policies, budget)
@@ -131,7 +131,7 @@ def test_a_learned_policy_runs_with_its_own_head_or_the_next_finer_one(heads: st
 
 def test_a_learned_policy_runs_by_name_at_the_price_of_its_budget() -> None:
     policies = PolicyCatalog(COSTS, ALL_ACTIONS, Identity(), (trained("a", 0.5), trained("b", 0.4)), 0.8)
-    assert [facts.name for facts in policies.facts()] == ["frontier", "a", "b", "static-int4"]
+    assert [facts.name for facts in policies.facts()] == ["frontier", "a", "b", "static-int3"]
     assert [facts.learned for facts in policies.facts()] == [True, True, True, False]
     default = adaptive(policies)
     assert default.policy.name == "a"
@@ -189,8 +189,8 @@ def test_in_exact_the_cheapest_kernel_drafts_unless_a_policy_was_made_to_or_is_n
         PolicyCatalog(COSTS, ALL_ACTIONS, Identity(), own, 0.8) for own in (policies[:1], policies)
     )
     static = without.assign(SkipOptions(Mode.EXACT))
-    assert static.policy.name == "static-int4"
-    assert set(static.policy.pinned.values()) == {Action.INT4}
+    assert static.policy.name == "static-int3"
+    assert set(static.policy.pinned.values()) == {Action.INT3}
     assert static.drafting is not None
     assert with_drafter.assign(SkipOptions(Mode.EXACT)).policy.name == "b"
     assert adaptive(with_drafter, 0.7).policy.name == "a"

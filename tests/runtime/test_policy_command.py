@@ -207,8 +207,8 @@ def test_the_table_shows_cost_spread_and_age() -> None:
     lines = table_of(measured(TRUE), 1.0 + 2 * 86400 + 5).splitlines()
     rows = {line[:28].strip(): [float(part) for part in line[28:].split()] for line in lines[1:-1]}
     assert list(rows) == [
-        "layer SKIP", "layer INT4", "layer INT8", "layer FULL", "head INT8", "head FULL", "rest of a token",
-        "policy evaluation",
+        "layer SKIP", "layer INT3", "layer INT4", "layer INT8", "layer FULL", "head INT8", "head FULL",
+        "rest of a token", "policy evaluation",
     ]  # fmt: skip
     assert rows["layer FULL"] == [0.08, 0.0144]
     assert lines[-1] == "from 8 rounds, 1970-01-01 00:00 UTC, 2 days ago"

@@ -60,11 +60,12 @@ def load(
 
 
 def rewrite(path: Path, facts: dict[str, Any] | None = None, tensors: dict[str, Any] | None = None) -> None:
-    """Writes the file again with some metadata or tensors changed."""
+    """Writes the file again with some metadata or tensors changed; a fact that is None goes."""
     with safe_open(path, framework="pt") as opened:
         old_facts = json.loads(opened.metadata()["dash_policy"])
         old_tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    save_file(old_tensors | (tensors or {}), path, metadata={"dash_policy": json.dumps(old_facts | (facts or {}))})
+    new_facts = {name: own for name, own in (old_facts | (facts or {})).items() if own is not None}
+    save_file(old_tensors | (tensors or {}), path, metadata={"dash_policy": json.dumps(new_facts)})
 
 
 POINT = {"log_price": 0.0, "counts": {"FULL": 6.0}, "divergence": 0.1, "agreement": 0.9}
@@ -232,9 +233,9 @@ def test_a_file_names_int4_weights_of_its_own_and_says_nothing_of_the_usual_ones
 ) -> None:
     with safe_open(file, framework="pt") as opened:
         assert "int4" not in json.loads(opened.metadata()["dash_policy"])  # older versions refuse what they do not know
-    assert load(file, tiny_folder).int4 is None
-    save_policy(file, replace(policy, int4="0123456789abcdef"), FINGERPRINT)
-    assert load(file, tiny_folder).int4 == "0123456789abcdef"
+    assert load(file, tiny_folder).rounding is None
+    save_policy(file, replace(policy, rounding="0123456789abcdef"), FINGERPRINT)
+    assert load(file, tiny_folder).rounding == "0123456789abcdef"
     rewrite(file, {"int4": 7})
     with pytest.raises(PolicyFileError, match="int4"):
         load(file, tiny_folder)
@@ -259,41 +260,48 @@ def test_the_layers_of_an_action_without_a_kernel_count_as_the_next_dearer_ones(
     assert [sum(point.counts.values()) for point in points] == pytest.approx([NUM_LAYERS] * 3)
 
 
-FiveActions = IntEnum("FiveActions", ["SKIP", "INT4", "INT8", "FULL", "INT2"])
-FIVE: dict[str, Any] = dict(FiveActions.__members__)
+SixActions = IntEnum("SixActions", [*Action.__members__, "INT2"])
+SIX: dict[str, Any] = dict(SixActions.__members__)
 """The actions of a runtime with one more, by name."""
 
 
 def test_a_runtime_with_one_more_action_runs_the_files_of_today(
     policy: LearnedPolicy, file: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    newer = load(file, tiny_folder, known=FIVE)
+    newer = load(file, tiny_folder, known=SIX)
     assert newer.spec == policy.spec
-    assert newer.network.num_known == 5
-    assert not newer.network.fact_weight[:, FiveActions.INT2 - 1].any()
+    assert newer.network.num_known == 6
+    assert not newer.network.fact_weight[:, SixActions.INT2 - 1].any()
     state = some_state()
     expected, decision = (own.start(1, state)() for own in (policy, newer))
     assert decision.plan == expected.plan
     torch.testing.assert_close(decision.scores, expected.scores)
-    state.actions = (FIVE["INT2"],) * 3  # has no row of its own
+    state.actions = (SIX["INT2"],) * 3  # has no row of its own
     assert newer.start(1, state)().scores is not None
 
     again = tmp_path / "newer.safetensors"
-    save_policy(again, newer, FINGERPRINT, FIVE)
-    assert torch.equal(load(again, tiny_folder, known=FIVE).network.fact_weight, newer.network.fact_weight)
+    save_policy(again, newer, FINGERPRINT, SIX)
+    assert torch.equal(load(again, tiny_folder, known=SIX).network.fact_weight, newer.network.fact_weight)
     assert torch.equal(load(again, tiny_folder).network.fact_weight, policy.network.fact_weight)
 
 
 def test_rows_are_read_by_name_and_need_no_name_in_the_first_order(
     policy: LearnedPolicy, file: Path, tiny_folder: Path
 ) -> None:
-    with safe_open(file, framework="pt") as opened:
-        assert "embedded_actions" not in json.loads(opened.metadata()["dash_policy"])
     rows = policy.network.fact_weight
-    names = ["FULL", "INT8", "SKIP", "INT4"]
-    shuffled = torch.cat((torch.stack([rows[:, Action[name] - 1] for name in names], dim=1), rows[:, 4:]), dim=1)
-    rewrite(file, {"embedded_actions": names}, {"network.fact_weight": shuffled})
+
+    def in_order(names: list[str]) -> torch.Tensor:
+        own = torch.stack([rows[:, Action[name] - 1] for name in names], dim=1)
+        return torch.cat((own, rows[:, len(Action) :]), dim=1)
+
+    names = ["FULL", "INT8", "SKIP", "INT4", "INT3"]
+    rewrite(file, {"embedded_actions": names}, {"network.fact_weight": in_order(names)})
     assert torch.equal(load(file, tiny_folder).network.fact_weight, rows)
+    rewrite(file, {"embedded_actions": None}, {"network.fact_weight": in_order(["SKIP", "INT4", "INT8", "FULL"])})
+    read = load(file, tiny_folder).network.fact_weight
+    assert not read[:, Action.INT3 - 1].any()
+    others = torch.arange(rows.shape[1]) != Action.INT3 - 1
+    assert torch.equal(read[:, others], rows[:, others])
     for damaged in ([], names[:3], [*names[:3], "FULL"], [*names, "INT2"], "SKIP", [1, 2, 3, 4]):
         rewrite(file, {"embedded_actions": damaged})
         with pytest.raises(PolicyFileError, match=r"tiny\.safetensors"):

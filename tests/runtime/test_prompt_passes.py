@@ -118,7 +118,7 @@ def test_a_row_of_a_served_models_head_is_bit_equal_among_any_number_of_others(s
     assert_rows_are_invariant(make_full_linear, shape, has_bias=False, counts=range(1, 18))
 
 
-@pytest.mark.parametrize("action", [Action.INT4, Action.INT8])
+@pytest.mark.parametrize("action", [Action.INT3, Action.INT4, Action.INT8])
 @pytest.mark.parametrize("shape", SERVED_MATRICES, ids=str)
 def test_a_row_of_a_quantised_product_is_bit_equal_among_any_number_of_others(
     shape: tuple[int, int], action: Action

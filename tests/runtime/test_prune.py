@@ -22,7 +22,7 @@ def some_policy(evaluation: float = 0.002, block_size: int = 1) -> tuple[PlanSpe
 
 
 def some_rates() -> torch.Tensor:
-    rates = torch.zeros(6, 4)
+    rates = torch.zeros(6, len(Action))
     for layer in range(6):
         rates[layer, Action.SKIP - 1] = SKIPPED.get(layer, 0.0)
         rates[layer, Action.FULL - 1] = 1 - SKIPPED.get(layer, 0.0)
@@ -34,7 +34,7 @@ def test_a_layer_that_is_hardly_ever_skipped_is_pinned_to_what_it_runs() -> None
     pruned, smaller = pin_settled_layers(spec, network, some_rates())
     assert pruned.free_layers == (1, 4)
     assert pruned.pinned == dict.fromkeys((0, 2, 3, 5), Action.FULL)
-    hidden, facts = torch.randn(3, 8), torch.randn(3, 7)
+    hidden, facts = torch.randn(3, 8), torch.randn(3, len(Action) + 3)
     for before, after in ((0, 0), (3, 1)):
         assert torch.equal(network.log_damages(before, hidden, facts), smaller.log_damages(after, hidden, facts))
 
@@ -42,7 +42,7 @@ def test_a_layer_that_is_hardly_ever_skipped_is_pinned_to_what_it_runs() -> None
 def test_a_layer_that_is_always_skipped_at_the_dearest_price_stays_free_to_run_at_lower_ones() -> None:
     spec, network = some_policy()
     rates = some_rates()
-    rates[3] = torch.tensor([1.0, 0, 0, 0])
+    rates[3] = torch.tensor([1.0, 0, 0, 0, 0])
     assert pin_settled_layers(spec, network, rates)[0].free_layers == (1, 3, 4)
 
 

@@ -12,9 +12,8 @@ from dash_runtime.linears.dense_linear import (
     make_full_linear,
     packed_words,
 )
-from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE, is_nearly_exact, quantize_int4
+from dash_runtime.linears.grouped_matrix import GROUP_SIZE, is_nearly_exact, quantize_grouped
 from dash_runtime.linears.quantization import (
-    Int4Linear,
     Int8Linear,
     for_many_rows,
     make_linear,
@@ -32,17 +31,16 @@ def some_weight(rows: int = 64, columns: int = 96, dtype: torch.dtype = torch.bf
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+@pytest.mark.parametrize(("action", "limit"), [(Action.INT8, 0.02), (Action.INT4, 0.12), (Action.INT3, 0.25)])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_a_quantised_linear_is_close_to_the_full_one(kind: type, has_bias: bool) -> None:
+def test_a_quantised_linear_is_close_to_the_full_one(action: Action, limit: float, has_bias: bool) -> None:
     full = FullLinear(some_weight(), some_weight(64, 1)[:, 0] if has_bias else None)
     inputs = some_weight(5, 96)
-    expected, outputs = full(inputs).float(), kind.from_full(full)(inputs).float()
-    limit = {Int8Linear: 0.02, Int4Linear: 0.12}[kind]
+    expected, outputs = full(inputs).float(), make_linear(action, full)(inputs).float()
     assert (outputs - expected).norm() < limit * expected.norm()
 
 
-@pytest.mark.parametrize("action", [Action.INT8, Action.INT4])
+@pytest.mark.parametrize("action", [Action.INT8, Action.INT4, Action.INT3])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("out_features", [64, 1088])
 def test_many_rows_have_the_product_of_the_few_rows_kernel(action: Action, has_bias: bool, out_features: int) -> None:
@@ -56,7 +54,10 @@ def test_many_rows_have_the_product_of_the_few_rows_kernel(action: Action, has_b
 
 
 def test_int4_computes_finer_outputs_in_int8() -> None:
-    full, inputs = FullLinear(some_weight(), some_weight(64, 1)[:, 0], finer_from=32), some_weight(48, 96)
+    full, inputs = (
+        FullLinear(some_weight(), some_weight(64, 1)[:, 0], keys_from=32, has_finer_keys=True),
+        some_weight(48, 96),
+    )
     linear = make_linear(Action.INT4, full)
     rough, fine = (make_linear(action, full.outputs(*own)) for action, own in PARTS.items())
     assert torch.equal(linear(inputs), torch.cat((rough(inputs), fine(inputs)), dim=1))
@@ -66,10 +67,19 @@ def test_int4_computes_finer_outputs_in_int8() -> None:
     assert torch.equal(make_linear(Action.INT8, full)(inputs), Int8Linear.from_full(full)(inputs))
 
 
+def test_int3_computes_keys_and_values_in_int4_where_that_changes_nothing() -> None:
+    full, inputs = FullLinear(some_weight(), keys_from=32), some_weight(48, 96)
+    rough, fine = make_linear(Action.INT3, full.outputs(0, 32)), make_linear(Action.INT4, full.outputs(32))
+    assert torch.equal(make_linear(Action.INT3, full)(inputs), torch.cat((rough(inputs), fine(inputs)), dim=1))
+    assert torch.equal(make_linear(Action.INT3, full.outputs(32))(inputs), fine(inputs))
+    in_int4 = make_linear(Action.INT4, FullLinear(full.weight))(inputs)
+    assert torch.equal(make_linear(Action.INT4, full)(inputs), in_int4)
+
+
 def test_finer_outputs_stay_finer_among_fewer() -> None:
-    full = FullLinear(some_weight(), finer_from=32)
+    full = FullLinear(some_weight(), keys_from=32, has_finer_keys=True)
     ranges = [(0, 32), (0, 48), (32, None), (48, None)]
-    assert [full.outputs(*own).finer_from for own in ranges] == [None, 32, 0, 0]
+    assert [full.outputs(*own).keys_from for own in ranges] == [None, 32, 0, 0]
     linear = make_linear(Action.INT4, full.outputs(32))
     assert isinstance(linear, Int8Linear)
     assert len(linear.weight) == 32
@@ -77,7 +87,7 @@ def test_finer_outputs_stay_finer_among_fewer() -> None:
 
 def test_a_matrix_is_nearly_exact_in_int4_if_its_file_had_four_bits() -> None:
     weight = some_weight(200, 128, torch.float32)
-    of_four_bits = quantize_int4(weight).dequantized()
+    of_four_bits = quantize_grouped(weight, 4).dequantized()
     assert is_nearly_exact(of_four_bits)
     assert is_nearly_exact(of_four_bits.bfloat16())
     assert not is_nearly_exact(weight)
@@ -95,12 +105,12 @@ def test_int8_rounds_to_half_a_step_at_most() -> None:
 def test_a_matrix_that_is_already_on_a_four_bit_grid_is_kept() -> None:
     levels = torch.arange(32).remainder(16).float().expand(64, 3, 32).reshape(64, 96)
     weight = levels * 0.25 - 1.5
-    assert torch.equal(quantize_int4(weight).dequantized(), weight)
+    assert torch.equal(quantize_grouped(weight, 4).dequantized(), weight)
 
 
 def test_the_grid_of_a_group_errs_less_than_the_one_from_its_least_weight_to_its_greatest() -> None:
     weight = some_weight(32, 128)
-    groups = weight.float().view(32, -1, INT4_GROUP_SIZE)
+    groups = weight.float().view(32, -1, GROUP_SIZE)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     scales = (high - low) / 15
     widest = (low + torch.round((groups - low) / scales) * scales).view(weight.shape)
@@ -112,7 +122,7 @@ def test_the_grid_of_a_group_errs_less_than_the_one_from_its_least_weight_to_its
 def test_constant_and_zero_groups_are_kept() -> None:
     weight = torch.zeros(16, 64)
     weight[:, 32:] = 3.0
-    torch.testing.assert_close(quantize_int4(weight).dequantized(), weight, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(quantize_grouped(weight, 4).dequantized(), weight, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -144,7 +154,7 @@ def test_a_gpu_offers_int4_whatever_packing_the_row_takes(in_features: int) -> N
 
 
 def test_a_kernel_that_takes_as_long_as_fulls_is_left_out_and_skip_stays() -> None:
-    seconds = {Action.FULL: 2.0, Action.INT8: 2.0, Action.INT4: 1.9}
+    seconds = {Action.FULL: 2.0, Action.INT8: 2.0, Action.INT4: 1.9, Action.INT3: 2.1}
     assert faster_actions(ALL_ACTIONS, seconds.__getitem__) == (Action.SKIP, Action.INT4, Action.FULL)
 
 

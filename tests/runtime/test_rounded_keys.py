@@ -23,7 +23,7 @@ from tests.tiny_models import save_tiny_model
 
 SPANS = ((140, 1), (133, 5), (64, 1), (17, 2))
 """Contexts of up to three blocks, whose last one is full, or holds anything from a position on."""
-KERNELS = ("INT8", "INT4", FINER)
+KERNELS = ("INT8", "INT4", "INT3", FINER)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "mistral-sliding-window"])
@@ -96,7 +96,7 @@ def test_what_takes_the_place_of_a_draft_is_what_rounded_layers_attend_to(decode
 
 @torch.inference_mode()
 def test_a_row_in_full_depth_has_its_own_bits_beside_one_that_was_raised_to_full(decoder: Decoder) -> None:
-    raising = LatencyTable((1,), {action: (9.0 - 2 * action,) for action in Action})
+    raising = LatencyTable((1,), {action: (11.0 - 2 * action,) for action in Action})
     alone, raised, beside = prefilled(decoder, 3)
     expected = run_plans(decoder, [alone], [Action.FULL])
     logits = run_plans(decoder, [raised, beside], [Action.INT4, Action.FULL], raising)

@@ -12,7 +12,7 @@ from dash_runtime.checkpoints import load_model_config
 from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.layers.shortlist import NUM_EXACT_TILES, shortlist_head
 from dash_runtime.linears.dense_linear import FullLinear
-from dash_runtime.linears.int4_matrix import is_packable, quantize_int4, quantize_int4_with_rest
+from dash_runtime.linears.grouped_matrix import is_packable, quantize_grouped, quantize_int4_with_rest
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.native.head_struct import RoughMatrix
 from dash_runtime.native.matrix import pack_native_matrix, pack_rough_matrix
@@ -124,7 +124,7 @@ def test_logits_of_what_is_no_number_are_none_and_its_neighbours_stay(
 
 
 def test_repeated_inputs_make_the_rounding_of_their_weights_small(weight: Tensor, loudest: Tensor) -> None:
-    once, matrix = quantize_int4(weight).dequantized(), quantize_int4_with_rest(weight, loudest)
+    once, matrix = quantize_grouped(weight, 4).dequantized(), quantize_int4_with_rest(weight, loudest)
     twice = matrix.dequantized()
     assert torch.equal(twice[:, :SIZE], once)
     error = (weight.float() - once)[:, loudest]

@@ -81,8 +81,8 @@ def test_every_layer_that_is_not_pinned_has_a_decision_with_its_scores_and_times
         assert starts[1] == starts[2] == starts[3] < starts[4]  # a decision block is one evaluation
         scores = unpack_float32(step.scores)
         for layer in (1, 2, 3, 4):
-            own = scores[layer * 4 : layer * 4 + 4]
-            assert ALL_ACTIONS[max(range(4), key=own.__getitem__)] == step.actions[layer]
+            own = scores[layer * 5 : layer * 5 + 5]
+            assert ALL_ACTIONS[max(range(5), key=own.__getitem__)] == step.actions[layer]
         exposed = unpack_uint32(step.exposed)
         assert not exposed[2]
         assert not exposed[3]
@@ -115,8 +115,8 @@ def test_steps_alone_whose_passes_decide_and_steps_in_a_batch_are_recorded_toget
     recorder.add_first_token(5)
     plan, times = bytes([Action.FULL] * 6), array("q", range(100, 220, 10))
     ticket: Any = SimpleNamespace(started_ns=103, ended_ns=107, exposed_ns=2)
-    scores = torch.arange(32.0).view(2, 4, 4)
-    alone = array("f", [layer if 0 < layer < 5 else 0 for layer in range(6) for _ in range(4)]).tobytes()
+    scores = torch.arange(40.0).view(2, 4, 5)
+    alone = array("f", [layer if 0 < layer < 5 else 0 for layer in range(6) for _ in range(5)]).tobytes()
     together = [DecidedBlock((1, 2, 3), ticket, scores[:, :3]), DecidedBlock((4,), ticket, scores[:, 3:])]
     for in_pass, blocks, rows in ((alone, [], [0]), (None, together, [0, 1]), (alone, [], [0])):
         decider: Any = SimpleNamespace(rows=rows, blocks=blocks)
@@ -126,8 +126,8 @@ def test_steps_alone_whose_passes_decide_and_steps_in_a_batch_are_recorded_toget
     recorded = recorder.packed("a")
     assert recorded is not None
     first, second, third = recorded.steps
-    assert list(unpack_float32(first.scores)) == [0.0] * 4 + [1.0] * 4 + [2.0] * 4 + [3.0] * 4 + [4.0] * 4 + [0.0] * 4
-    assert list(unpack_float32(second.scores)) == [0.0] * 4 + list(range(16, 32)) + [0.0] * 4
+    assert list(unpack_float32(first.scores)) == [0.0] * 5 + [1.0] * 5 + [2.0] * 5 + [3.0] * 5 + [4.0] * 5 + [0.0] * 5
+    assert list(unpack_float32(second.scores)) == [0.0] * 5 + list(range(20, 40)) + [0.0] * 5
     assert list(unpack_uint32(first.decision_starts)) == [0, 10, 30, 50, 70, 0]
     assert list(unpack_uint32(second.decision_starts)) == [0, 13, 13, 13, 13, 0]
     assert (list(unpack_uint32(first.exposed)), list(unpack_uint32(second.exposed))) == ([0] * 6, [0, 2, 0, 0, 2, 0])

@@ -151,7 +151,7 @@ class Running:
             decode_seconds=0.5,
             depth=DepthStatistics(
                 num_decode_tokens,
-                [[0, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 1]],
+                [[0, 0, 0, 0, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]],
                 {Action.INT4: 2},
                 total_cost=0.75 * num_decode_tokens,
                 exposed_ns=1_000_000 * num_decode_tokens,

@@ -77,6 +77,7 @@ async def test_finished_tells_what_the_worker_told(server: RunningServer) -> Non
     assert finished.depth.decode_token_count == 4
     assert {count.action: count.count for count in finished.depth.action_counts} == {
         common_pb2.ACTION_SKIP: 1,
+        common_pb2.ACTION_INT3: 0,
         common_pb2.ACTION_INT4: 0,
         common_pb2.ACTION_INT8: 0,
         common_pb2.ACTION_FULL: 2,

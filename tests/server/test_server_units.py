@@ -50,8 +50,8 @@ FINISHED = SequenceFinished("r", EndReason.LENGTH, 3, 0, 0, DepthStatistics(2, [
 
 
 def test_action_and_mode_numbers_are_those_of_the_contract() -> None:
-    assert {f"ACTION_{action.name}": action.value for action in Action} == {
-        name: number for name, number in common_pb2.Action.items() if number
+    assert {f"ACTION_{action.name}" for action in Action} == {
+        name for name, number in common_pb2.Action.items() if number
     }
     assert {number: f"MODE_{mode.name}" for number, mode in MODES.items()} == {
         number: name for name, number in common_pb2.Mode.items() if number

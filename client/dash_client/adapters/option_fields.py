@@ -44,7 +44,7 @@ class OptionFields(BaseModel):
     )
     policy_name: str | None = Field(default=None, description="Which policy decides")
     fixed_action: Action | str | None = Field(
-        default=None, description='In mode "fixed": "skip", "int4", "int8" or "full"'
+        default=None, description='In mode "fixed": "skip", "int3", "int4", "int8" or "full"'
     )
     draft_length: int | None = Field(default=None, description='In mode "exact": most tokens per draft')
     trace: bool | None = Field(default=None, description="Trace this request's decisions")

@@ -14,11 +14,12 @@ from dash_client.types import Action
 # colour blindness.
 COLORS = {
     Action.SKIP: (240, 148, 58),
+    Action.INT3: (218, 233, 247),
     Action.INT4: (185, 214, 240),
     Action.INT8: (107, 165, 217),
     Action.FULL: (35, 85, 143),
 }
-LETTERS = {Action.SKIP: ".", Action.INT4: "4", Action.INT8: "8", Action.FULL: "F"}
+LETTERS = {Action.SKIP: ".", Action.INT3: "3", Action.INT4: "4", Action.INT8: "8", Action.FULL: "F"}
 
 LABEL_WIDTH = 14
 _RULER_STEP = 5

@@ -29,7 +29,7 @@ from dash_client.trace.trace_summary import (
 )
 from dash_client.types import Action
 
-_LETTERS = {Action.SKIP: "S", Action.INT4: "4", Action.INT8: "8", Action.FULL: "F"}
+_LETTERS = {Action.SKIP: "S", Action.INT3: "3", Action.INT4: "4", Action.INT8: "8", Action.FULL: "F"}
 _MAX_WIDE_STEPS = 32
 _MAX_CELLS = 30_000
 """Browsers are slow with many more."""

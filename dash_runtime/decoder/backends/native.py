@@ -18,7 +18,7 @@ from dash_runtime.layers.embedding import PlainEmbedding
 from dash_runtime.layers.heads import Head, Heads
 from dash_runtime.layers.rotary import queries_grow
 from dash_runtime.layers.row_groups import group_rows, scatter_rows
-from dash_runtime.linears.int4_matrix import LANES, is_packable
+from dash_runtime.linears.grouped_matrix import LANES, is_packable
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.native.library import NativeLibrary
 from dash_runtime.native.model import HeadRows, NativeModel

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dash_runtime.layers.compensation import Affine, Compensation, Identity, PackedLowRank, Scale
-from dash_runtime.linears.int4_matrix import INT4_GROUP_SIZE
+from dash_runtime.linears.grouped_matrix import GROUP_SIZE
 from dash_runtime.native.matrix import Int8NativeMatrix
 from dash_runtime.native.pass_rows import CompensatedLayers, LowRankMap
 
@@ -33,7 +33,7 @@ def pack_for_rows(compensation: Compensation, num_layers: int, hidden_size: int)
 
 def _pack_low_rank(compensation: PackedLowRank) -> CompensatedLayers:
     num_layers, rank, _ = compensation.down.shape
-    missing = -rank % INT4_GROUP_SIZE  # kernels read so many inputs at a time: further features are 0
+    missing = -rank % GROUP_SIZE  # kernels read so many inputs at a time: further features are 0
 
     def pack(down: Tensor, down_scales: Tensor, up: Tensor, up_scales: Tensor) -> LowRankMap:
         down, up = functional.pad(down, (0, 0, 0, missing)), functional.pad(up, (0, missing))

@@ -19,7 +19,7 @@ from dash_runtime.layers.norm import RmsNorm
 from dash_runtime.layers.shortlist import loudest_channels
 from dash_runtime.layers.weight_loader import LayerWeights, WeightLoader
 from dash_runtime.linears.dense_linear import FullLinear
-from dash_runtime.linears.int4_matrix import LANES
+from dash_runtime.linears.grouped_matrix import LANES
 from dash_runtime.linears.quantization import quantized_parts, rounded_linear
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.native.matrix import (
@@ -48,6 +48,7 @@ class Part(StrEnum):
     FULL = "full"
     INT8 = "int8"
     INT4 = "int4"
+    INT3 = "int3"
     NARROW = "narrow"
     """A narrow head, for the map of a policy."""
 

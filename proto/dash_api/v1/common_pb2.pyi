@@ -11,6 +11,7 @@ class Action(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     ACTION_UNSPECIFIED: _ClassVar[Action]
     ACTION_SKIP: _ClassVar[Action]
+    ACTION_INT3: _ClassVar[Action]
     ACTION_INT4: _ClassVar[Action]
     ACTION_INT8: _ClassVar[Action]
     ACTION_FULL: _ClassVar[Action]
@@ -31,6 +32,7 @@ class ToolChoice(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TOOL_CHOICE_REQUIRED: _ClassVar[ToolChoice]
 ACTION_UNSPECIFIED: Action
 ACTION_SKIP: Action
+ACTION_INT3: Action
 ACTION_INT4: Action
 ACTION_INT8: Action
 ACTION_FULL: Action

@@ -1,4 +1,4 @@
-"""Tunes a layer's INT4 matrices together until the layer puts out nearly what it does at full depth (a block at a
+"""Tunes a layer's rounded matrices together until the layer puts out nearly what it does at full depth (a block at a
 time, as BRECQ, Li et al. 2021, with values and grids as in EfficientQAT, Chen et al. 2024).
 
 The gradient passes rounding as if there were none. Knows one layer; knows no text and no files.
@@ -6,6 +6,7 @@ The gradient passes rounding as if there were none. Knows one layer; knows no te
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,15 +16,16 @@ from torch.nn import functional
 from dash_runtime.actions import Action
 from dash_runtime.layers.layer_body import Linears
 from dash_runtime.linears.dense_linear import FullLinear, Linear
-from dash_runtime.linears.int4_matrix import (
-    INT4_GROUP_SIZE,
-    INT4_OFFSETS_IN_STEP,
-    INT4_ZERO_POINT,
-    MOST_INT4_OFFSET,
-    MOST_INT4_SCALE,
-    Int4Matrix,
+from dash_runtime.linears.grouped_matrix import (
+    GROUP_SIZE,
+    MOST_OFFSET,
+    MOST_SCALE,
+    OFFSETS_IN_STEP,
+    GroupedMatrix,
+    joined_outputs,
+    zero_point,
 )
-from dash_runtime.linears.quantization import rounded_linear
+from dash_runtime.linears.quantization import quantized_parts, rounded_linear
 
 _MOST_WEIGHTS = 1 << 29
 """Each weight takes 16 bytes while it is tuned."""
@@ -49,18 +51,20 @@ class LayerPass(NamedTuple):
     """Full depth's states behind the layer."""
 
 
-def tune_int4(
+def tune_rounding(
     run: Callable[[Tensor, Linears[Linear]], Tensor],
+    action: Action,
     layer: Linears[FullLinear],
-    rounded: Mapping[int, Int4Matrix],
+    rounded: Mapping[int, GroupedMatrix],
     passes: Sequence[LayerPass],
     seed: int,
     most_weights: int = _MOST_WEIGHTS,
-) -> Mapping[int, Int4Matrix]:
+) -> Mapping[int, GroupedMatrix]:
     """Returns the matrices, by place, with other values and grids; as they are if they have more weights than that.
 
     Args:
         run: runs the layer, differentiably, with these matrices.
+        action: whose matrices they are, INT4 or INT3.
         layer: its matrices as loaded.
         rounded: those to tune, by place.
         seed: of the order of the passes.
@@ -70,9 +74,11 @@ def tune_int4(
     tuned: dict[int, _Tuned] = {}
 
     def matrix_at(place: int, full: FullLinear) -> Linear:
-        if place not in rounded or full.finer_from == 0:
-            return rounded_linear(Action.INT4, full)
-        tuned[place] = _Tuned(full, rounded[place])
+        (precision, _), *finer = quantized_parts(action, full)
+        if place not in rounded or precision is not action:
+            return rounded_linear(action, full)
+        rest = [rounded_linear(*part).weight for part in finer]
+        tuned[place] = _Tuned(full, rounded[place], torch.cat(rest) if rest else None)
         return tuned[place]
 
     linears = layer.mapped_by_place(matrix_at, lambda router: router)
@@ -115,58 +121,60 @@ def _squared(states: Tensor) -> Tensor:
 
 
 class _Tuned:
-    """A matrix whose values and grids are tuned, but not those of the outputs that INT8 computes."""
+    """A matrix whose values and grids are tuned, but not those of its last outputs if a finer action computes them,
+    with the weights `finer`."""
 
-    def __init__(self, full: FullLinear, matrix: Int4Matrix) -> None:
-        self._matrix, self._bias, first = matrix, full.bias, full.finer_from
-        self._finer = None if first is None else rounded_linear(Action.INT8, full.outputs(first)).weight
+    def __init__(self, full: FullLinear, matrix: GroupedMatrix, finer: Tensor | None) -> None:
+        self._matrix, self._bias, self._finer = matrix, full.bias, finer
+        first = None if finer is None else -len(finer)
         own = matrix.outputs(0, first)
         self._steps, self._offsets, self._units = own.scales.float(), own.offsets.float(), own.units
         self.stretch, self.shift = (torch.zeros_like(self._steps, requires_grad=True) for _ in range(2))
         scales, zeros = (grid.unsqueeze(-1) for grid in own.grids())
-        exact = (_grouped(full.weight[:first].float()) - zeros).div_(scales).add_(INT4_ZERO_POINT).flatten(1)
+        exact = (_grouped(full.weight[:first].float()) - zeros).div_(scales).add_(matrix.zero_point).flatten(1)
         values = own.values.float()
         self.values = values.add_(exact.sub_(values).clamp_(-_NEAREST, _NEAREST)).requires_grad_()
 
     def __call__(self, inputs: Tensor) -> Tensor:
         now = self._now()
-        weight: Tensor = _Rounded.apply(now.values, *now.grids(), inputs.dtype)
+        weight: Tensor = _Rounded.apply(now.values, *now.grids(), now.bits, inputs.dtype)
         return functional.linear(
             inputs, weight if self._finer is None else torch.cat((weight, self._finer)), self._bias
         )
 
     @torch.no_grad()
-    def matrix(self) -> Int4Matrix:
+    def matrix(self) -> GroupedMatrix:
         """Returns all outputs' matrix as it is now."""
-        values, steps, offsets, units = self._now()
-        own = _in_range(values).to(torch.uint8), steps.to(torch.int16), offsets.to(torch.int16), units
-        rest = self._matrix.outputs(len(values), None)
-        return Int4Matrix(*(torch.cat(both) for both in zip(own, rest, strict=True)))
+        now = self._now()
+        values = _in_range(now.values, now.bits).to(torch.uint8)
+        own = replace(now, values=values, scales=now.scales.to(torch.int16), offsets=now.offsets.to(torch.int16))
+        return joined_outputs((own, self._matrix.outputs(len(values), None)))
 
-    def _now(self) -> Int4Matrix:
+    def _now(self) -> GroupedMatrix:
         """Returns the tuned outputs' matrix in float32, with whole scales and offsets, its values not yet rounded."""
-        steps = _rounded(self._steps * (1 + self.stretch)).clamp(1, MOST_INT4_SCALE)
-        offsets = _rounded(self._offsets + INT4_OFFSETS_IN_STEP * self.shift)
-        offsets = offsets.clamp(-MOST_INT4_OFFSET - 1, MOST_INT4_OFFSET)
-        return Int4Matrix(self.values, steps, offsets, self._units)
+        steps = _rounded(self._steps * (1 + self.stretch)).clamp(1, MOST_SCALE)
+        offsets = _rounded(self._offsets + OFFSETS_IN_STEP * self.shift)
+        offsets = offsets.clamp(-MOST_OFFSET - 1, MOST_OFFSET)
+        return GroupedMatrix(self.values, steps, offsets, self._units, self._matrix.bits)
 
 
 class _Rounded(torch.autograd.Function):
     """A matrix from values that are rounded, and its grids."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, values: Tensor, scales: Tensor, zeros: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(values)
-        steps = _grouped(_in_range(values)) - INT4_ZERO_POINT
+        ctx.bits = bits
+        steps = _grouped(_in_range(values, bits)) - zero_point(bits)
         return steps.mul_(scales.unsqueeze(-1)).add_(zeros.unsqueeze(-1)).flatten(1).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         (values,) = ctx.saved_tensors
         own = _grouped(gradients[0].float())
-        by_scale = own.mul(_grouped(_in_range(values)) - INT4_ZERO_POINT).sum(dim=-1)
+        by_scale = own.mul(_grouped(_in_range(values, ctx.bits)) - zero_point(ctx.bits)).sum(dim=-1)
         # Without a value's scale, which the optimiser would divide out again.
-        return own.flatten(1), by_scale, own.sum(dim=-1), None
+        return own.flatten(1), by_scale, own.sum(dim=-1), None, None
 
 
 def _rounded(numbers: Tensor) -> Tensor:
@@ -175,8 +183,8 @@ def _rounded(numbers: Tensor) -> Tensor:
 
 
 def _grouped(weight: Tensor) -> Tensor:
-    return weight.unflatten(1, (-1, INT4_GROUP_SIZE))
+    return weight.unflatten(1, (-1, GROUP_SIZE))
 
 
-def _in_range(values: Tensor) -> Tensor:
-    return values.round().clamp_(0, 15)
+def _in_range(values: Tensor, bits: int) -> Tensor:
+    return values.round().clamp_(0, 2**bits - 1)
