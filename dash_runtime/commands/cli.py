@@ -1,4 +1,4 @@
-"""The `dash-policy` command: fits, trains, evaluates, calibrates and describes policies, searches fixed plans,
+"""The `dash-policy` command: makes, fits, trains, evaluates, calibrates and describes policies, searches fixed plans,
 rounds weights, and says what actions cost.
 
 Exit codes: 0 done, 2 something that the user can mend, 130 interrupted (training goes on from its last checkpoint).
@@ -8,12 +8,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from dash_runtime.actions import Action
 from dash_runtime.checkpoints import default_cache_folder
 from dash_runtime.commands.costs import run_costs
 from dash_runtime.commands.evaluate import run_calibrate, run_evaluate, run_inspect
+from dash_runtime.commands.make import run_make
 from dash_runtime.commands.quantize import run_quantize
 from dash_runtime.commands.search import run_search
 from dash_runtime.commands.train import run_fit, run_train
@@ -125,6 +127,17 @@ def _parser() -> argparse.ArgumentParser:
     chosen.add_argument("--costs", type=Path, help="a cost table as .json; default: each policy's own")
     heads = [action.name for action in Action if action not in (Action.SKIP, Action.INT3)]
     subparsers = parser.add_subparsers(required=True)
+
+    making = subparsers.add_parser(
+        "make", parents=[of_any], help="round weights, train a policy, judge it and write a card, or go on with that"
+    )
+    making.add_argument("model", help=what)
+    making.add_argument("--out", type=Path, required=True, help="folder for the policy, its table and its card")
+    making.add_argument("--name", default="learned")
+    making.add_argument("--held-out", type=Path, help="text to judge it on, like --data; default: some of --data")
+    making.add_argument("--rounds", type=_positive, default=12, help="of training (default 12)")
+    making.add_argument("--batches", type=_positive, default=24, help="of 8 sequences in a round (default 24)")
+    making.set_defaults(run=partial(run_make, run=lambda arguments: _run(_parser().parse_args(arguments))))
 
     fit = subparsers.add_parser("fit", parents=[common], help="fit compensation and show what each kind costs and buys")
     fit.add_argument("--out", type=Path, required=True, help="folder for the compensation and the table")

@@ -13,7 +13,9 @@ from dash_runtime.commands.cli import main
 from dash_runtime.commands.costs import table_of
 from dash_runtime.files.tensor_file import CHECKSUM
 from tests.runtime.cost_samples import TRUE, measured
+from tests.runtime.native_model import SIZES
 from tests.runtime.support import policy_arguments
+from tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("short_measurements")
 
@@ -148,6 +150,28 @@ def test_calibrating_writes_another_file_with_its_own_budgets(trained: Path, com
     arguments = ["--policy", str(trained / "policy.safetensors"), "--out", str(out), "--sequences", "4"]
     assert main(["calibrate", *common, *arguments]) == 0
     assert out.stat().st_size == pytest.approx((trained / "policy.safetensors").stat().st_size, rel=0.05)
+
+
+def test_one_command_makes_weights_policy_table_and_card_and_makes_nothing_twice(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_tiny_model(tmp_path / "model", "llama", **SIZES)
+    long = tmp_path / "text.txt"
+    long.write_text(text.read_text() * 3)
+    places = ["--data", str(long), "--device", "cpu", "--cache-folder", str(tmp_path / "cache")]
+    out = tmp_path / "made"
+    arguments = ["make", str(model), *places, "--out", str(out), "--rounds", "1", "--batches", "1"]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    assert "INT3 everywhere is" in first
+    assert f"DASH_POLICY_FILE={out / 'policy.safetensors'}" in first
+    card = (out / "README.md").read_text()
+    assert "SKIP, INT3, INT4, INT8, FULL" in card
+    assert len(re.findall(r"^\| learned.* \| \d\.\d+ \| \d+\.\d+ \|$", card, re.MULTILINE)) == 4
+    made = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("already") == 3
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == made
 
 
 def test_a_search_shows_the_frontier_of_fixed_plans(
