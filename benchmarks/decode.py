@@ -9,7 +9,7 @@ from benchmarks.figures import Report
 from benchmarks.memory import Bandwidth, weight_bytes
 from benchmarks.peers.gguf_formats import of_class
 from benchmarks.rounds import Effort, Work, interleaved
-from benchmarks.setting import FULL_DEPTH, INT4, INT8, Setting
+from benchmarks.setting import FULL_DEPTH, INT3, INT4, INT8, Setting
 from benchmarks.shipped import costs_of
 from dash_runtime.actions import Action
 from dash_runtime.config import GenerationRequest, Mode, SkipOptions, StoppingParameters
@@ -34,6 +34,7 @@ _RATIOS_TO_BEST = {
 _RATIOS = {
     "int8_vs_full_depth": ("int8", "full_depth", None),
     "int4_vs_full_depth": ("int4", "full_depth", None),
+    "int3_vs_int4": ("int3", "int4", None),
     "adaptive_vs_full_depth": ("adaptive", "full_depth", None),
     "adaptive_vs_best_fixed": ("adaptive", "int4", "≥ 1.10"),
 }
@@ -48,6 +49,8 @@ def measure_decode(report: Report, setting: Setting, effort: Effort) -> None:
         "adaptive": setting.ours(setting.adaptive),
         "adaptive_default": setting.ours(SkipOptions(Mode.ADAPTIVE)),
     }
+    if Action.INT3 in setting.engine.facts.actions:  # where `dash-policy quantize` made its weights
+        contenders["int3"] = setting.ours(INT3)
     contenders |= setting.rivals
     prompt = setting.prompts.single
     works = {name: _decoding(name, contender, prompt, effort.num_tokens) for name, contender in contenders.items()}

@@ -14,7 +14,8 @@ from benchmarks.contenders import require_cached
 from benchmarks.figures import Report
 from benchmarks.peers.gguf_formats import MODULES
 from benchmarks.rounds import Effort, progress
-from benchmarks.setting import FULL_DEPTH, INT4, INT8, Setting
+from benchmarks.setting import FULL_DEPTH, INT3, INT4, INT8, Setting
+from dash_runtime.actions import Action
 from dash_runtime.config import GenerationRequest, SamplingParameters, SkipOptions, StoppingParameters
 from dash_runtime.engine import sequence
 from dash_runtime.engine.engine import Engine
@@ -31,6 +32,8 @@ def measure_divergence(report: Report, setting: Setting, effort: Effort) -> None
     texts = [(prompt, _answer(engine, prompt, num_tokens, seed)) for seed, prompt in enumerate(setting.prompts.exact)]
     references = [read_answer(engine, FULL_DEPTH, *text) for text in texts]
     modes = {"int8": INT8, "int4": INT4, "adaptive": setting.adaptive}
+    if Action.INT3 in engine.facts.actions:
+        modes["int3"] = INT3
     readers: dict[str, Callable[[list[int], list[int]], Distributions]] = {
         name: (lambda prompt, answer, skip=skip: read_answer(engine, skip, prompt, answer))
         for name, skip in modes.items()

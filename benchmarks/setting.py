@@ -24,6 +24,7 @@ from dash_runtime.startup.build import BuildOptions, build_engine
 FULL_DEPTH = SkipOptions(Mode.FULL_DEPTH)
 INT8 = SkipOptions(Mode.FIXED, fixed_action=Action.INT8)
 INT4 = SkipOptions(Mode.FIXED, fixed_action=Action.INT4)
+INT3 = SkipOptions(Mode.FIXED, fixed_action=Action.INT3)
 
 
 _IK_KINDS = (FILE, "Q4_0", "Q8_0", "BF16")
