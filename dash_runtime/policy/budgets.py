@@ -16,6 +16,8 @@ from dash_runtime.policy.plan_spec import PlanSpec
 
 HARMLESS = 0.05
 """Divergence in nats per token; the lowest budget within it is recommended."""
+HARMLESS_UNTRIED = 0.01
+"""The same for a model without a policy: nobody has looked at what its plans do to its answers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dash_runtime.actions import CostTable
-from dash_runtime.policy.budgets import HARMLESS, Budgets
+from dash_runtime.policy.budgets import HARMLESS, HARMLESS_UNTRIED, Budgets
 from dash_runtime.policy.fixed_plans import MeasuredPlan, not_dominated, usable
 from dash_runtime.policy.pareto import undominated
 
@@ -47,7 +47,8 @@ class Frontier:
     @property
     def recommended_budget(self) -> float:
         """The lowest harmless budget, of a fixed plan or of the policy."""
-        harmless = [plan.cost for plan in self._plans if plan.divergence <= HARMLESS]
+        most = HARMLESS_UNTRIED if self._budgets is None else HARMLESS
+        harmless = [plan.cost for plan in self._plans if plan.divergence <= most]
         if self._budgets is not None and self._budgets.divergence(self._budgets.recommended) <= HARMLESS:
             harmless.append(self._budgets.recommended)
         return min(harmless)

@@ -126,6 +126,11 @@ def build_engine(
     shipped = find_policies(SHIPPED_POLICIES, fingerprint)
     policy_files = shipped if options.policy_file is None else [options.policy_file]
     loaded = [load_policy(own, model, fingerprint, dtype=dtype, device=device) for own in policy_files]
+    if not loaded:
+        progress(
+            "no policy is known for this model: requests in ADAPTIVE get a fixed plan; `dash-policy make MODEL --out "
+            "FOLDER` makes one, in about an hour for each half billion weights on two cores"
+        )
 
     def needed(actions: tuple[Action, ...]) -> ModelBytes:
         return model_bytes(

@@ -100,7 +100,7 @@ def test_without_a_learned_policy_adaptive_runs_the_best_fixed_plan_within_the_b
         assert assignment.policy.name == name
         assert COSTS.token_cost(assignment.policy.pinned.values(), assignment.policy.head) <= budget + 1e-9
         assert "not a learned policy" in assignment.note
-    assert adaptive(policies).policy.name == "fixed-int4"
+    assert adaptive(policies).policy.name == "full-depth"  # the others lose more than 0.01 nats
 
 
 def test_a_default_budget_below_what_can_be_kept_is_raised_to_it() -> None:
