@@ -88,10 +88,12 @@ def _card(options: argparse.Namespace, policy: LearnedPolicy, rows: Sequence[dic
         "| | cost | divergence |",
         "| --- | --- | --- |",
     ]
+    table: list[str] = []
     for row in rows:
         cost, divergence = float(str(row["cost_share"])) / whole, float(str(row["divergence"]))
         mark = " (dominated by a fixed plan)" if row["dominated"] and row["kind"] == "policy" else ""
-        lines.append(f"| {row['name']}{mark} | {cost:.3f} | {divergence:.4f} |")
+        table.append(f"| {row['name']}{mark} | {cost:.3f} | {divergence:.4f} |")
+    lines += dict.fromkeys(table)  # a policy may reach no more than one of several budgets
     costs = ", ".join(f"{action.name} {cost / layer[Action.INT4]:.2f}" for action, cost in layer.items())
     lines += ["", f"What a layer costs on the machine that made it, INT4 = 1: {costs}.", ""]
     return "\n".join(lines)
