@@ -32,11 +32,6 @@ Place = tuple[int, int]
 """A layer, and the number of a matrix in it (`Linears.mapped_by_place`)."""
 
 
-def only(rounding: "Rounding", actions: Collection[Action]) -> "Rounding":
-    """Returns the matrices of these actions: unpacking takes time and memory."""
-    return {action: own for action, own in rounding.items() if action in actions}
-
-
 def is_packable(out_features: int, in_features: int) -> bool:
     """Returns True if native code can take a matrix of this shape."""
     return out_features % LANES == 0 and in_features % GROUP_SIZE == 0
@@ -94,6 +89,11 @@ class GroupedMatrix:
 
 Rounding = Mapping[Action, Mapping[Place, GroupedMatrix]]
 """Matrices that were rounded with their inputs in view, by action and place. All others are rounded to the nearest."""
+
+
+def only(rounding: Rounding, actions: Collection[Action]) -> Rounding:
+    """Returns the matrices of these actions: unpacking takes time and memory."""
+    return {action: own for action, own in rounding.items() if action in actions}
 
 
 def zero_point(bits: int) -> int:

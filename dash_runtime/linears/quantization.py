@@ -60,8 +60,7 @@ class GroupedLinear:
     scales_and_zeros: Tensor
     bias: Tensor | None = None
     values: Tensor | None = None
-    """The rounded weights less 8, int8 `[out, groups, 32]`, on a device where many rows are better
-    unpacked."""
+    """The rounded weights less 8, int8 `[out, groups, 32]`, on a device where many rows are better unpacked."""
 
     @classmethod
     def of(cls, matrix: GroupedMatrix, dtype: torch.dtype, bias: Tensor | None = None) -> "GroupedLinear":

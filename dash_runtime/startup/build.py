@@ -40,7 +40,7 @@ from dash_runtime.startup.faster_kernels import faster_actions, product_seconds
 from dash_runtime.startup.measured_engine import MeasuredOptions, measured_engine
 from dash_runtime.startup.memory_plan import free_rooms, model_bytes, place_on
 from dash_runtime.startup.native_code import native_code_for, native_decoder, with_native_code
-from dash_runtime.startup.offer import asked_actions, fitting_actions
+from dash_runtime.startup.offer import asked_actions, fitting_actions, usual_actions
 from dash_runtime.startup.packed_files import PackedFiles, WeightsPlace
 from dash_runtime.startup.placement import ModelBytes
 from dash_runtime.startup.process_memory import settle_memory
@@ -142,8 +142,7 @@ def build_engine(
     else:
         frees = [room.free for room in rooms if room.free is not None]
         free = sum(frees) if len(frees) == len(rooms) else None
-        # Rounded to the nearest, three bits lose much: only who asks for them gets them.
-        usual = tuple(action for action in supported if action is not Action.INT3 or action in rounding)
+        usual = usual_actions(supported, rounding)
         actions = fitting_actions(usual, lambda own: needed(own).weights, free, why_full, progress)
     learned = [own.without(set(Action) - set(actions)) for own in _usable(loaded, actions, rounding.identity, progress)]
     if options.policy_file is None:

@@ -3,7 +3,7 @@
 Knows actions and numbers of bytes; knows no tensors and no devices.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from dash_runtime.actions import Action
 from dash_runtime.errors import ConfigError
@@ -32,6 +32,12 @@ def asked_actions(asked: Sequence[Action], supported: Actions, why_full: str | N
     if why_full is not None and Action.FULL not in chosen:
         raise ConfigError("actions", f"must name FULL: {why_full}")
     return chosen
+
+
+def usual_actions(supported: Sequence[Action], rounded: Collection[Action]) -> Actions:
+    """Returns the actions that nobody has to ask for: INT3 only if weights were `rounded` for it by their inputs. To
+    the nearest, three bits lose much."""
+    return tuple(action for action in supported if action is not Action.INT3 or action in rounded)
 
 
 def fitting_actions(

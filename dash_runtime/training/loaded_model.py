@@ -36,6 +36,7 @@ from dash_runtime.progress import Progress
 from dash_runtime.startup.build import matrix_shapes
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.startup.native_code import native_code_for, native_decoder, with_native_code
+from dash_runtime.startup.offer import usual_actions
 from dash_runtime.startup.packed_files import PackedFiles, WeightsPlace
 from dash_runtime.training.data import file_token_sequences
 from dash_runtime.training.dense_decoder import DenseDecoder
@@ -84,8 +85,7 @@ class LoadedModel:
         self.fingerprint = model_fingerprint(self.config, self._weights)
         self.rounding_file = rounding_file(options.cache_folder, self.fingerprint)
         self.rounding = load_rounding(self.rounding_file, self.fingerprint)
-        usual = [own for own in self.supported if own is not Action.INT3 or own in self.rounding]
-        wanted = tuple(usual if actions is None else actions)
+        wanted = usual_actions(self.supported, self.rounding) if actions is None else tuple(actions)
         if not set(wanted) <= set(self.supported):
             raise ConfigError("actions", f"must be among {', '.join(action.name for action in self.supported)}")
         self.context_length = min(_CONTEXT_LENGTH, self.config.context_length)
