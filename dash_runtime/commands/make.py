@@ -59,7 +59,9 @@ def run_make(options: argparse.Namespace, run: Run) -> None:
         print(f"step 3 of 4: {rows_file} is there already")
     else:
         print("step 3 of 4: judging it", flush=True)
-        budgets = ",".join(f"{share * _int4_cost(policy):.4f}" for share in _SHARES)
+        # On a tiny model or a busy machine INT4 may cost more than full depth.
+        shares = dict.fromkeys(min(1.0, share * _int4_cost(policy)) for share in _SHARES)
+        budgets = ",".join(f"{budget:.4f}" for budget in shares)
         judged = ["--policy", str(policy_file), "--budgets", budgets, "--no-serving", "--json", str(rows_file)]
         run(["evaluate", *judging, *judged])
     card = out / "README.md"
