@@ -41,6 +41,9 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # gRPC asks DNS again when a connection ends, at most this often. By its own default of 30 s, all servers of a name
     # may be gone before it asks.
     ("grpc.dns_min_time_between_resolutions_ms", 5_000),
+    # By default all channels of a process to one address share a connection, also while it waits to be tried again: a
+    # new client of a server that has just started would fail with the error of an older client.
+    ("grpc.use_local_subchannel_pool", 1),
 )
 
 # Not the health service: a health check asks for the present state.

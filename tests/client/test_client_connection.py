@@ -8,9 +8,9 @@ import grpc
 import pytest
 import trustme
 from client_colours import COLOURS, open_client
-from fake_dash_server import FakeDashServer
+from fake_dash_server import FakeDashServer, free_port
 
-from dash_client import AsyncDashClient, DashClient, Generation, InvalidArgumentError
+from dash_client import AsyncDashClient, DashClient, Generation, InvalidArgumentError, UnavailableError
 from dash_client.channel import channel_options, resolve_target
 from dash_server.listening import channel_options as server_options
 from dash_server.settings import Settings
@@ -73,6 +73,16 @@ def generate(colour: str, target: str, **options: Any) -> Generation:
     """Makes one unary call with a new client."""
     with open_client(colour, target, **options) as client:
         return client.generate("x")
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_a_client_connects_at_once_where_an_older_one_waits_to_try_again(colour: str) -> None:
+    port = free_port()
+    with open_client(colour, f"localhost:{port}", retries=0) as older:
+        with pytest.raises(UnavailableError, match="no server"):
+            older.generate("x")
+        with FakeDashServer(port=port) as server:
+            assert generate(colour, server.target, retries=0).text == "Hello"
 
 
 @pytest.mark.parametrize("colour", COLOURS)
