@@ -7,16 +7,10 @@ import torch
 from dash_runtime.actions import Action
 from dash_runtime.layers.shortlist import NUM_EXACT_TILES
 from dash_runtime.linears.grouped_matrix import GROUP_SIZE, LANES
+from dash_runtime.linears.quantization import bytes_per_weight
 from dash_runtime.model_config import ModelConfig
 
 _MEGABYTES = 256
-_BYTES_PER_WEIGHT = {
-    Action.SKIP: 0.0,
-    Action.INT3: 0.375 + 4 / GROUP_SIZE,
-    Action.INT4: 0.5 + 4 / GROUP_SIZE,  # a group's scale and zero, two bytes each
-    Action.INT8: 1.0,
-    Action.FULL: 2.0,
-}
 
 
 class Bandwidth:
@@ -44,21 +38,23 @@ def weight_bytes(model: ModelConfig, plan: bytes, head: Action) -> float:
     return sum(of_layers) + head_bytes(model, head)
 
 
-def layer_bytes(model: ModelConfig, layer: int, action: Action) -> float:
+def layer_bytes(model: ModelConfig, layer: int, action: Action, *, is_native: bool = True) -> float:
     """Returns the bytes of the layer's matrices that a row reads; leaves out what `weight_bytes` does."""
-    return model.num_weights_read(layer) * _BYTES_PER_WEIGHT[action]
+    return model.num_weights_read(layer) * bytes_per_weight(action, torch.bfloat16, is_native=is_native)
 
 
-def key_value_bytes(model: ModelConfig, action: Action) -> float:
+def key_value_bytes(model: ModelConfig, action: Action, *, is_native: bool = True) -> float:
     """Returns the bytes of the matrix that projects the keys and values of a row that skips, in that action's form."""
-    return 2 * model.num_kv_heads * model.head_dim * model.hidden_size * _BYTES_PER_WEIGHT[action]
+    num_weights = 2 * model.num_kv_heads * model.head_dim * model.hidden_size
+    return num_weights * bytes_per_weight(action, torch.bfloat16, is_native=is_native)
 
 
 def head_bytes(model: ModelConfig, precision: Action) -> float:
     """Returns the bytes that the head reads of its matrix; in INT4 of its rough one, with the inputs that this has
     again, and in FULL of the tiles that it computes again."""
-    bytes_per_weight, num_weights = _BYTES_PER_WEIGHT[precision], model.hidden_size * model.vocab_size
+    each, full = (bytes_per_weight(own, torch.bfloat16, is_native=True) for own in (precision, Action.FULL))
+    num_weights = model.hidden_size * model.vocab_size
     if precision is not Action.INT4:
-        return num_weights * bytes_per_weight
-    exact = min(NUM_EXACT_TILES * LANES, model.vocab_size) * model.hidden_size * _BYTES_PER_WEIGHT[Action.FULL]
-    return (num_weights + model.vocab_size * GROUP_SIZE) * bytes_per_weight + exact
+        return num_weights * each
+    exact = min(NUM_EXACT_TILES * LANES, model.vocab_size) * model.hidden_size * full
+    return (num_weights + model.vocab_size * GROUP_SIZE) * each + exact

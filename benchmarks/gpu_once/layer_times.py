@@ -77,9 +77,9 @@ def _bytes_read(model: Model, action: Action, kernel: Action, num_cached: int) -
     A skipped layer reads the matrix of keys and values, which `kernel` runs, and the compensation.
     """
     if action is not Action.SKIP:
-        return layer_bytes(model.config, 0, action) + num_cached * cached_bytes(model.config)
+        return layer_bytes(model.config, 0, action, is_native=False) + num_cached * cached_bytes(model.config)
     stored = sum(own.nbytes for own in model.compensation.tensors().values()) / model.config.num_layers
-    return key_value_bytes(model.config, kernel) + stored
+    return key_value_bytes(model.config, kernel, is_native=False) + stored
 
 
 def _times(decoder: Decoder, action: Action, batch: Batch) -> tuple[list[float], list[float]]:

@@ -169,7 +169,8 @@ def needed_bytes(config: ModelConfig, actions: Sequence[Action], cache_tokens: i
 
     While the head is rounded, that takes more than the cache. A tenth is added for graphs and workspaces, a guess.
     """
-    layers = sum(layer_bytes(config, layer, own) for layer in range(config.num_layers) for own in actions)
+    numbers = range(config.num_layers)
+    layers = sum(layer_bytes(config, layer, own, is_native=False) for layer in numbers for own in actions)
     matrix = head_bytes(config, Action.FULL)
     heads = matrix + (head_bytes(config, Action.INT8) if Action.INT8 in actions else 0)
     embeddings = matrix if config.has_tied_head else 2 * matrix

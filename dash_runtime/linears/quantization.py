@@ -14,7 +14,14 @@ from dash_runtime.actions import Action
 from dash_runtime.devices import device_of
 from dash_runtime.linears import dense_linear
 from dash_runtime.linears.dense_linear import FullLinear, Linear, make_full_linear, unpacked_product
-from dash_runtime.linears.grouped_matrix import GROUP_SIZE, GroupedMatrix, quantize_grouped, zero_point
+from dash_runtime.linears.grouped_matrix import (
+    GROUP_SIZE,
+    OFFSET_BITS,
+    SCALE_BITS,
+    GroupedMatrix,
+    quantize_grouped,
+    zero_point,
+)
 from dash_runtime.linears.kept_trials import NO_TRIALS, KeptTrials
 
 INT8_INPUT_MULTIPLE = 16
@@ -111,6 +118,18 @@ class ManyRowsLinear:
 
 def _biased(outputs: Tensor, bias: Tensor | None) -> Tensor:
     return outputs if bias is None else outputs + bias
+
+
+def bytes_per_weight(action: Action, dtype: torch.dtype, *, is_native: bool) -> float:
+    """Returns the bytes that a weight takes in an action's matrices of `dtype`, its share of a group's grid included.
+
+    Args:
+        is_native: whether the matrices are packed for native code; else for torch's kernels, whose grids are wider.
+    """
+    if action in BITS:
+        grid = (SCALE_BITS + OFFSET_BITS) / 8 if is_native else 2 * dtype.itemsize
+        return BITS[action] / 8 + grid / GROUP_SIZE
+    return {Action.SKIP: 0.0, Action.INT8: 1.0, Action.FULL: float(dtype.itemsize)}[action]
 
 
 def make_linear(action: Action, full: FullLinear, trials: KeptTrials = NO_TRIALS) -> Linear:

@@ -18,7 +18,7 @@ from dash_runtime.actions import Action, CostTable
 from dash_runtime.config import EngineConfig, GenerationRequest, SkipOptions, StoppingParameters
 from dash_runtime.decoder.decoder import Decoder
 from dash_runtime.engine.bursts import MOST_IN_BURST
-from dash_runtime.engine.cost_fit import GROUP, STANDARD_POSITIONS, MeasuredCosts, fit_costs
+from dash_runtime.engine.cost_fit import EVALUATION_SHARE, GROUP, STANDARD_POSITIONS, MeasuredCosts, fit_costs
 from dash_runtime.engine.engine import Engine
 from dash_runtime.engine.lanes import make_lane
 from dash_runtime.engine.step_times import StepTime
@@ -38,6 +38,8 @@ SECONDS = 9.0
 with what it has, whose spread says how little that is."""
 _MIXTURES = 4
 _POLICY_RUNS = 2
+_DEAREST = 1e6
+"""A price of compute at which a policy chooses what is cheapest, whatever it predicts."""
 _GUESS_ROUNDS = 3
 
 
@@ -147,10 +149,12 @@ class StepMeasurement:
     def _shuffled(self) -> list[Assignment]:
         """Returns the plans of a round, in random order."""
         num_layers, actions, heads = self._decoder.num_layers, self._decoder.actions, tuple(self._decoder.heads)
-        others = [action for action in actions if action is not self._decoder.highest]
-        plans: list[tuple[tuple[Action, ...], Action]] = [
-            ((action,) * num_layers, self._random.choice(heads)) for action in others
-        ]
+        plans: list[tuple[tuple[Action, ...], Action]] = []
+        for action in actions:
+            if action is not self._decoder.highest:
+                # A model that skips all layers writes nonsense, which takes a head several times as long as text.
+                both = cheapest_kernel(actions) if action is Action.SKIP else action, action
+                plans.append((tuple(both[layer % 2] for layer in range(num_layers)), self._random.choice(heads)))
         for _ in range(_MIXTURES):
             rates = [self._random.random() for _ in actions]
             mixture = tuple(self._random.choices(actions, rates, k=num_layers))
@@ -159,15 +163,20 @@ class StepMeasurement:
         assignments = [self._catalog.full_depth, *(self._assignment(full, head) for head in heads)]
         assignments += [self._assignment(*plan) for plan in plans]
         for policy in self._learned:
-            prices = [10 ** self._random.uniform(-1, 1) for _ in range(_POLICY_RUNS)]
-            assignments += [Assignment(policy, policy.costs, price) for price in prices]
+            # An evaluation is a small part of a token: it shows beside the same plan without one, where least runs.
+            costs = policy.costs.layer
+            cheapest = min(policy.score_actions, key=lambda action: costs[action])
+            plan = tuple(policy.pinned.get(layer, cheapest) for layer in range(num_layers))
+            pair = Assignment(policy, policy.costs, _DEAREST), self._assignment(plan, policy.head, policy.compensation)
+            assignments += pair * _POLICY_RUNS
         self._random.shuffle(assignments)
         return assignments
 
-    def _assignment(self, plan: tuple[Action, ...], head: Action) -> Assignment:
+    def _assignment(
+        self, plan: tuple[Action, ...], head: Action, compensation: Compensation | None = None
+    ) -> Assignment:
         name = f"measured {plan[0].name}" if len(set(plan)) == 1 else "measured mixture"
-        policy = FixedPlan(plan, name, head, self.compensation)
-        return Assignment(policy, self._costs)
+        return Assignment(FixedPlan(plan, name, head, compensation or self.compensation), self._costs)
 
     def _make_engine(self) -> Engine:
         decoder, (num_prompt, num_new) = self._decoder, self._request_tokens
@@ -218,5 +227,5 @@ def _guess(decoder: Decoder, compensation: Compensation, has_policy: bool) -> Co
         {action: seconds["layers", action] / decoder.num_layers for action in decoder.actions},
         {precision: seconds["head", precision] for precision in decoder.heads},
         seconds["fixed"],
-        seconds["layers", decoder.highest] / decoder.num_layers / 4 if has_policy else 0.0,
+        seconds["layers", decoder.highest] / decoder.num_layers * EVALUATION_SHARE if has_policy else 0.0,
     )

@@ -4,6 +4,7 @@ Knows configurations and shapes; reads no weights.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -12,8 +13,7 @@ from dash_runtime.config import EngineConfig
 from dash_runtime.devices import Device, device_of
 from dash_runtime.errors import ConfigError
 from dash_runtime.layers.kv_cache import BLOCK_TOKENS, pool_tokens, rounded_block_bytes
-from dash_runtime.linears.grouped_matrix import GROUP_SIZE
-from dash_runtime.linears.quantization import BITS
+from dash_runtime.linears.quantization import BITS, bytes_per_weight
 from dash_runtime.model_config import ModelConfig
 from dash_runtime.policy.learned import LearnedPolicy, shared_head_map
 from dash_runtime.policy.network import PolicyNetwork
@@ -45,7 +45,8 @@ def model_bytes(
         is_native: whether native code runs there; None: if it runs on such devices.
     """
     has_all = device.runs_native_code if is_native is None else is_native
-    per_weight = {action: _bytes_per_weight(action, dtype) for action in actions if action is not Action.SKIP}
+    form = partial(bytes_per_weight, dtype=dtype, is_native=has_all)
+    per_weight = {action: form(action) for action in actions if action is not Action.SKIP}
     quantised = [action for action in per_weight if action is not Action.FULL]
     key_value_weights = 2 * model.num_kv_heads * model.head_dim * model.hidden_size
     pool = pool_tokens(config.cache_tokens, config.num_slots)
@@ -63,7 +64,7 @@ def model_bytes(
             # Skipped rows have keys and values by a matrix of their own, except in native code and where it is a view.
             has_copy = action in quantised and not has_all
             # These may leave keys and values in INT8.
-            more = _bytes_per_weight(Action.INT8, dtype) - size if action in BITS else 0
+            more = form(Action.INT8) - size if action in BITS else 0
             finer = more * key_value_weights * (1 + has_copy)
             needs[action.name] = round(size * (model.num_weights(layer) + has_copy * key_value_weights) + finer)
         return needs
@@ -78,8 +79,8 @@ def model_bytes(
     if has_all and Action.FULL not in heads:
         heads[Action.INT8] = head_weights
     if has_all and (head_map := shared_head_map(learned)) is not None:
-        rough = _bytes_per_weight(Action.INT4, dtype) * model.vocab_size * head_map.rank
-        heads[Action.SKIP] = _bytes_per_weight(Action.INT8, dtype) * head_weights + rough
+        rough = form(Action.INT4) * model.vocab_size * head_map.rank
+        heads[Action.SKIP] = form(Action.INT8) * head_weights + rough
     networks = sum(getattr(policy.network, name).nbytes for policy in learned for name in PolicyNetwork.__slots__)
     rotary = 2 * len(set(model.ropes)) * context_length * model.head_dim * dtype.itemsize
     largest = max(outputs * inputs for outputs, inputs in model.matrices())
@@ -115,14 +116,3 @@ def place_on(
     for place in places:
         progress(str(place))
     return [device for device, place in zip(devices, places, strict=True) for _ in place.layers]
-
-
-def _bytes_per_weight(action: Action, dtype: torch.dtype) -> float:
-    """Returns the memory of a matrix's weight with its share of what is kept for each group."""
-    match action:
-        case Action.INT4 | Action.INT3:
-            return BITS[action] / 8 + 2 * dtype.itemsize / GROUP_SIZE
-        case Action.INT8:
-            return 1.0
-        case _:
-            return float(dtype.itemsize)

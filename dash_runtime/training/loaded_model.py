@@ -47,6 +47,8 @@ MAX_SEQUENCES = 6000
 _DEFAULT_SEQUENCES = 1200
 """Sequences of the default text, most of which the model has to write."""
 _CONTEXT_LENGTH = 1024
+_MEASURED_SECONDS = 60.0
+"""For costs that a whole training or search rests on. A start has less time, and goes on while it serves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ class LoadedModel:
             self.config, self.context_length, torch.bfloat16, self.device, self._options.cache_folder, self._progress
         )
         if library is None:
-            return measure_costs(StepMeasurement(self.decoder, compensation, learned)).table
+            return measure_costs(StepMeasurement(self.decoder, compensation, learned), seconds=_MEASURED_SECONDS).table
         loader = self._loader(self.rounding)
         key = self.fingerprint, self.rounding.identity, self._has_finer_keys
         files = PackedFiles(self._options.cache_folder / "packed", key, loader, self._weights, self._head_map)
@@ -138,7 +140,7 @@ class LoadedModel:
             progress=self._progress,
         )
         own = [with_native_code(policy, library, None) for policy in learned]
-        return measure_costs(StepMeasurement(decoder, compensation, own)).table
+        return measure_costs(StepMeasurement(decoder, compensation, own), seconds=_MEASURED_SECONDS).table
 
     def dense_decoder(self, actions: Sequence[Action] = ()) -> DenseDecoder:
         """Returns the same model for learning, with FULL and the kernels of these actions."""

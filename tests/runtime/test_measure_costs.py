@@ -24,11 +24,12 @@ from dash_runtime.engine.step_times import StepTime
 from dash_runtime.events import CostStatus
 from dash_runtime.layers.compensation import Identity
 from dash_runtime.policy.catalog import PolicyCatalog
+from dash_runtime.policy.plan_spec import PlanSpec
 from dash_runtime.startup.measure import rounds_within
 from dash_runtime.startup.measure_costs import StepMeasurement, measure_costs
 from dash_runtime.startup.measure_latency import measure_latencies
 from dash_runtime.startup.measured_engine import assemble_engine
-from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, some_affine, some_costs
+from tests.runtime.support import ALL_ACTIONS, drain, finished, load_decoder, some_affine, some_costs, some_policy
 from tests.tiny_models import save_tiny_model
 
 INT4 = SkipOptions(Mode.FIXED, fixed_action=Action.INT4)
@@ -62,6 +63,20 @@ def test_rounds_are_shuffled(decoder: Decoder) -> None:
     uniform = [[step.source for step in own[::GROUP] if "mixture" not in step.source] for own in (first, second)]
     assert Counter(uniform[0]) == Counter(uniform[1])
     assert uniform[0] != uniform[1]
+
+
+def test_a_policy_is_measured_beside_the_plan_that_it_chooses_and_no_plan_skips_all_layers(decoder: Decoder) -> None:
+    """An evaluation is a small part of a token, and a model that skips everything writes what takes a head longer."""
+    edges = dict.fromkeys((0, decoder.num_layers - 1), Action.INT4)
+    spec = PlanSpec(ALL_ACTIONS, pinned=edges, lookahead=1, block_size=1, head=Action.FULL, costs=some_costs())
+    compensation = some_affine(decoder)
+    policy = some_policy(spec, decoder.config.hidden_size, (0.5, 0.0, 0.1), compensation=compensation)
+    (steps,) = StepMeasurement(decoder, compensation, [policy]).rounds(1, math.inf)
+    asked = {bytes(step.plan) for step in steps if step.num_evaluations}
+    assert len(asked) == 1
+    assert asked <= {bytes(step.plan) for step in steps if not step.num_evaluations}
+    assert {step.num_evaluations for step in steps} == {0, policy.num_evaluations}
+    assert all(bytes(step.plan) != bytes([Action.SKIP] * decoder.num_layers) for step in steps)
 
 
 def test_a_measured_table_has_every_entry_and_its_spread(decoder: Decoder) -> None:
