@@ -3,7 +3,9 @@
 Knows one sequence's tokens and the tokenizer; knows no logits' origin, no batch and no transport.
 """
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from dash_runtime.devices import device_of
 from dash_runtime.errors import InvalidRequest
 from dash_runtime.files.wording import one_line
 from dash_runtime.grammar import LIMITS, check_grammar, grammar_of
+
+logger = logging.getLogger(__name__)
 
 
 class ConstraintCompiler:
@@ -75,10 +79,24 @@ class TextConstraint:
         self._eos_token_ids = list(eos_token_ids)
         self._num_followed = 0
         self._num_ignored = 0
+        self._is_broken = False
+
+    @contextmanager
+    def _own_failure(self) -> Iterator[None]:
+        """Keeps what the library raises from the other sequences of a batch. A panic of it is no Exception."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException:
+            logger.exception("the grammar library failed")
+            self._is_broken = True
 
     @property
     def failure(self) -> InvalidRequest | None:
         """The error that ends the request if the constraint cannot go on, because it has grown too complex."""
+        if self._is_broken:
+            return self._constraint.refusal(f"after {self._num_followed} tokens: the grammar library failed")
         if not self._matcher.is_error():
             return None
         return self._constraint.refusal(f"after {self._num_followed} tokens: {one_line(self._matcher.get_error())}")
@@ -93,11 +111,17 @@ class TextConstraint:
 
     def forced(self, count: int) -> list[int]:
         """Returns at most `count` tokens that the text has to go on with, by its usual tokenisation."""
-        if self._num_ignored or self._matcher.is_stopped():
-            return []
-        return self._matcher.compute_ff_tokens()[:count]
+        with self._own_failure():
+            if not (self._is_broken or self._num_ignored or self._matcher.is_stopped()):
+                return self._matcher.compute_ff_tokens()[:count]
+        return []
 
     def process(self, logits: Tensor) -> None:
+        if not self._is_broken:
+            with self._own_failure():
+                self._process(logits)
+
+    def _process(self, logits: Tensor) -> None:
         upload = device_of(logits.device).upload
         if self._is_complete:
             ids = upload(torch.tensor(self._eos_token_ids))
@@ -112,13 +136,18 @@ class TextConstraint:
         logits.masked_fill_(upload(torch.from_numpy(forbidden)), -torch.inf)
 
     def leaves_first(self, token_id: int) -> bool:
-        if self._is_complete:
-            return token_id in self._eos_token_ids
-        return not self._num_ignored and self._matcher.validate_tokens([token_id]) == 1
+        with self._own_failure():
+            if self._is_complete:
+                return token_id in self._eos_token_ids
+            return not (self._is_broken or self._num_ignored) and self._matcher.validate_tokens([token_id]) == 1
+        return False
 
     def accept(self, token_id: int) -> None:
-        can_follow = not self._num_ignored and not self._matcher.is_stopped()
-        if can_follow and self._matcher.try_consume_tokens([token_id]):
+        can_follow = False
+        with self._own_failure():
+            if not (self._is_broken or self._num_ignored or self._matcher.is_stopped()):
+                can_follow = self._matcher.try_consume_tokens([token_id]) == 1
+        if can_follow:
             self._num_followed += 1
         else:
             self._num_ignored += 1
@@ -128,5 +157,6 @@ class TextConstraint:
         self._num_ignored -= num_ignored
         num_followed = len(token_ids) - num_ignored
         if num_followed:
-            self._matcher.rollback(num_followed)
+            with self._own_failure():
+                self._matcher.rollback(num_followed)
             self._num_followed -= num_followed

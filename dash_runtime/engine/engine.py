@@ -25,7 +25,7 @@ from dash_runtime.engine.prompt_passes import PromptPasses
 from dash_runtime.engine.sequence import Sequence
 from dash_runtime.engine.step_times import CostWatch, StepClock
 from dash_runtime.engine.waiting_line import WaitingLine
-from dash_runtime.events import EndReason, EngineEvent
+from dash_runtime.events import EndReason, EngineEvent, RequestRefused
 from dash_runtime.layers.batch import PassKind
 from dash_runtime.layers.kv_cache import CachePool
 from dash_runtime.passes import PassPlan, PassResult, Planner
@@ -100,7 +100,8 @@ class Engine:
         """Queues a request. It gets a slot in one of the next steps, first come, first served.
 
         Raises:
-            InvalidRequest: the request does not fit this model. Nothing is queued.
+            InvalidRequest: the request does not fit this model. Nothing is queued. A constraint that cannot be used
+                ends it later, with an event.
         """
         self.facts.validate(request)
         self._waiting.add(request)
@@ -163,6 +164,11 @@ class Engine:
         self._lane.close()
 
     def _grant_slots(self, events: Events) -> None:
+        if not self._running:
+            self._waiting.wait_a_moment()
+        while refused := self._waiting.refused():
+            request, error = refused
+            events.append(RequestRefused(request.request_id, error.field, error.description))
         while len(self._running) < self._config.num_slots and (entry := self._waiting.next(self._pool.reserve)):
             waiting, cache = entry
             request = waiting.request

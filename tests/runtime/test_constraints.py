@@ -2,7 +2,9 @@
 
 import json
 import re
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -54,7 +56,7 @@ Events = Mapping[str, list[EngineEvent]]
 
 def request(
     name: str,
-    constraint: Constraint,
+    constraint: Constraint | None,
     skip: SkipOptions = FULL,
     max_new_tokens: int = 90,
     ignore_eos: bool = False,
@@ -218,10 +220,16 @@ def test_what_is_wrong_is_named_on_one_line_with_its_place_in_the_schema(
     decoder: Decoder, compiler: ConstraintCompiler, kind: str, content: str, named: str
 ) -> None:
     engine = constrained_engine(decoder, compiler)
-    with pytest.raises(InvalidRequest) as error:
-        engine.submit(request("r", Constraint(ConstraintKind(kind), content)))
-    assert named in str(error.value)
-    assert "\n" not in str(error.value)
+    try:
+        constraint = Constraint(ConstraintKind(kind), content)
+    except InvalidRequest as error:
+        told = str(error)
+    else:
+        (refused,) = run(engine, request("r", constraint))["r"]
+        assert isinstance(refused, RequestRefused)
+        told = f"{refused.field}: {refused.description}"
+    assert named in told
+    assert "\n" not in told
     assert not engine.has_work
 
 
@@ -241,6 +249,73 @@ def test_a_schema_made_to_explode_costs_little_time(compiler: ConstraintCompiler
     except InvalidRequest:
         pass
     assert time.process_time() - began < 2.0
+
+
+class SlowCompiler:
+    """Compiles when it is told to."""
+
+    def __init__(self, compiler: ConstraintCompiler) -> None:
+        self._compiler = compiler
+        self.may_go_on = threading.Event()
+        self.compiled: list[str] = []
+
+    def compile(self, constraint: Constraint) -> TextConstraint:
+        self.may_go_on.wait(10)
+        self.compiled.append(constraint.kind.value)
+        return self._compiler.compile(constraint)
+
+
+def test_others_decode_while_a_constraint_is_compiled_and_a_cancelled_one_never_is(
+    decoder: Decoder, compiler: ConstraintCompiler
+) -> None:
+    slow = SlowCompiler(compiler)
+    engine = constrained_engine(decoder, slow)  # type: ignore[arg-type]
+    for name, constraint in (("date", DATE), ("cancelled", SCHEMA), ("none", None)):
+        engine.submit(request(name, constraint))
+    events: dict[str, list[EngineEvent]] = defaultdict(list)
+    while not any(isinstance(event, SequenceFinished) for event in events["none"]):
+        for event in engine.step():
+            events[event.request_id].append(event)
+    assert set(events) == {"none"}
+    engine.cancel("cancelled")
+    slow.may_go_on.set()
+    assert keeps(text(run(engine), "date"), DATE)
+    assert slow.compiled == ["regex"]
+    assert not engine.has_work
+
+
+class Panic(BaseException):
+    """What a Rust library raises; it is no Exception."""
+
+
+@pytest.mark.parametrize("method", ["compute_bitmask", "try_consume_tokens"])
+def test_a_library_that_panics_ends_the_request_and_no_other(
+    decoder: Decoder, compiler: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def panics(*arguments: object) -> None:
+        raise Panic
+
+    class Broken:
+        def __init__(self, matcher: object) -> None:
+            self._matcher = matcher
+
+        def __getattr__(self, name: str) -> object:
+            return panics if name == method else getattr(self._matcher, name)
+
+    class BreakingCompiler:
+        def compile(self, constraint: Constraint) -> TextConstraint:
+            made = compiler.compile(constraint)
+            if constraint is not DATE:
+                made._matcher = Broken(made._matcher)  # type: ignore[assignment]
+            return made
+
+    engine = constrained_engine(decoder, BreakingCompiler())  # type: ignore[arg-type]
+    events = run(engine, request("bad", SCHEMA), request("good", DATE), request("none", None))
+    assert isinstance(events["bad"][-1], RequestRefused)
+    assert "the grammar library failed" in events["bad"][-1].description
+    assert keeps(text(events, "good"), DATE)
+    assert isinstance(events["none"][-1], SequenceFinished)
+    assert not engine.has_work
 
 
 @pytest.mark.parametrize("mode", MODES)
